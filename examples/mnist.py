@@ -1,0 +1,70 @@
+"""MNIST for the examples: the digits from a folder of the user's own, or from torchvision.
+
+``load_digits(folder, "train")`` looks in ``folder``, in this order, for
+
+- the original files, ``train-images-idx3-ubyte`` and its kin, with or without .gz, at any depth (as torchvision keeps
+  them);
+- ``mnist_train.npz``, an archive with the arrays ``images`` (N, 28, 28) uint8 and ``labels`` (N,), or with pictures of
+  several digits: ``blob`` (encoded pictures end to end), ``ends`` (their offsets), ``shape`` (N, 28, 28, 1), ``per``
+  digits a picture, ``cols`` digits a row.
+
+Without a folder torchvision downloads the set into ``./data``.
+"""
+
+import gzip
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_FILES = {"train": "train", "test": "t10k"}
+
+
+def load_digits(folder: str | Path | None, split: str) -> tuple[Tensor, Tensor]:
+    """The digits (N, 1, 28, 28) as uint8 and their labels (N,) as int64."""
+    if folder is None:
+        from torchvision.datasets import MNIST
+
+        digits = MNIST("data", train=split == "train", download=True)
+        return digits.data[:, None], digits.targets
+    folder = Path(folder)
+    archive = folder / f"mnist_{split}.npz"
+    originals = sorted(folder.rglob(f"{_FILES[split]}-images*idx3-ubyte*"))
+    if originals:
+        images = _read_idx(originals[0])
+        labels = _read_idx(
+            originals[0].with_name(originals[0].name.replace("images", "labels").replace("idx3", "idx1"))
+        )
+    elif archive.is_file():
+        images, labels = _read_archive(archive)
+    else:
+        raise FileNotFoundError(f"{folder} holds neither {_FILES[split]}-images-idx3-ubyte nor {archive.name}.")
+    return torch.from_numpy(images.reshape(-1, 1, 28, 28)), torch.from_numpy(labels.astype(np.int64))
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An array in the format of MNIST's makers: its rank in the fourth byte, big-endian sizes, then bytes."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rank = data[3]
+    sizes = np.frombuffer(data, ">i4", count=rank, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(sizes).copy()
+
+
+def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    from PIL import Image
+
+    with np.load(path, allow_pickle=False) as archive:
+        if "images" in archive:
+            return archive["images"], archive["labels"]
+        n, height, width, _ = (int(size) for size in archive["shape"])
+        per, columns, blob, ends = int(archive["per"]), int(archive["cols"]), archive["blob"], archive["ends"]
+        labels = archive["labels"]
+    images = np.empty((n, height, width), np.uint8)
+    for k, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        picture = np.asarray(Image.open(io.BytesIO(blob[begin:end].tobytes())).convert("L"))
+        tiles = picture.reshape(-1, height, columns, width).swapaxes(1, 2).reshape(-1, height, width)
+        block = images[k * per : (k + 1) * per]
+        block[...] = tiles[: len(block)]
+    return images, labels

@@ -1,0 +1,66 @@
+"""The command line: ``python -m scorematch sample mnist digits.png``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+
+from scorematch import AnnealedLangevinSampler, ScoreNet, __version__
+from scorematch.images import save_grid
+
+
+def _sample(args: argparse.Namespace) -> None:
+    net = ScoreNet.from_pretrained(args.model).to(args.device)
+    schedule = None if args.levels is None else net.schedule.respaced(args.levels)
+    sampler = AnnealedLangevinSampler(
+        net, schedule, steps_per_level=args.steps_per_level, step_size=args.step_size, exact_noise=args.exact_noise
+    )
+    print(sampler)
+    begin = time.perf_counter()
+    images = sampler.sample(args.n, generator=torch.Generator().manual_seed(args.seed), progress=not args.quiet)
+    print(f"{args.n} images in {time.perf_counter() - begin:.1f} s")
+    save_grid(images, args.picture, args.columns)
+    print(args.picture)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m scorematch", description="Score-based image generation.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sample = commands.add_parser("sample", help="draw images with a trained network and save them as one picture")
+    sample.add_argument("model", help='a short name, such as "mnist", or a folder')
+    sample.add_argument("picture", help="the file to write, such as digits.png")
+    sample.add_argument("-n", type=int, default=64, help="how many images (64)")
+    sample.add_argument("--seed", type=int, default=0, help="the same seed draws the same images (0)")
+    sample.add_argument("--columns", type=int, help="images in a row (about as many as rows)")
+    sample.add_argument("--device", default="cpu", help="such as cuda or mps (cpu)")
+    sample.add_argument("--levels", type=int, help="noise levels (the network's recommendation)")
+    sample.add_argument("--steps-per-level", type=int, help="Langevin steps at each level (likewise)")
+    sample.add_argument("--step-size", type=float, help="epsilon, the step at the quietest level (likewise)")
+    sample.add_argument(
+        "--exact-noise", action=argparse.BooleanOptionalAction, help="noise of variance 2a - a^2 (likewise)"
+    )
+    sample.add_argument("--quiet", action="store_true", help="no progress bar")
+    sample.set_defaults(run=_sample)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; an expected failure is one line on stderr and exit code 1."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"scorematch: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("scorematch: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

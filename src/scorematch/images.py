@@ -1,0 +1,73 @@
+"""Pictures on disk, through Pillow (the extra ``images``): the one place where tensors become files."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
+    """Images side by side in one, row by row, on a black ground.
+
+    Args:
+        images: (N, C, H, W) in [0, 1].
+        columns: how many a row; None makes the grid about square.
+        padding: black pixels around each image.
+
+    Returns:
+        One image (C, H', W') in [0, 1].
+
+    Example:
+        >>> grid(torch.ones(6, 1, 28, 28), columns=3).shape
+        torch.Size([1, 62, 92])
+    """
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"images must have shape (N, C, H, W), at least one, got {tuple(images.shape)}.")
+    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}.")
+    rows = math.ceil(len(images) / columns)
+    padded = torch.nn.functional.pad(images, (0, padding, 0, padding))
+    cells = padded.new_zeros(rows * columns, *padded.shape[1:])
+    cells[: len(images)] = padded
+    whole = rearrange(cells, "(r c) ch h w -> ch (r h) (c w)", c=columns)
+    return torch.nn.functional.pad(whole, (padding, 0, padding, 0))
+
+
+def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
+    """Writes one image (C, H, W), gray or RGB, in [0, 1], to a file of the kind that its name ends with.
+
+    Values are clamped to [0, 1] and rounded to 8 bits. The file is whole or not there at all.
+
+    Raises:
+        ImportError: without Pillow.
+        ValueError: for another shape, or a name that says no kind.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('writing pictures needs Pillow: pip install "scorematch[images]".') from error
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"an image to save is (1, H, W) or (3, H, W), got {tuple(image.shape)}.")
+    path = Path(path)
+    Image.init()
+    if path.suffix.lower() not in Image.EXTENSION:
+        raise ValueError(f"{path} does not end with a kind of picture, such as .png.")
+    pixels = image.detach().float().cpu().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
+    array = rearrange(pixels, "c h w -> h w c").numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as staging:
+        staged = Path(staging) / f"image{path.suffix}"
+        Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array).save(staged)
+        os.replace(staged, path)
+
+
+def save_grid(images: Tensor, path: str | os.PathLike[str], columns: int | None = None) -> None:
+    """Writes images (N, C, H, W) in [0, 1] as one picture; see ``grid`` and ``save_image``."""
+    save_image(grid(images, columns), path)

@@ -1,0 +1,300 @@
+r"""The RefineNets of NCSN and NCSNv2: one network, three depths, with or without the noise level in its norms.
+
+An encoder of pre-activation residual blocks makes features at one scale after another; a refine block per scale, from
+the deepest outward, merges them (RefineNet, Lin et al. 2017). After two or four times the encoder stops halving the
+image and dilates its convolutions instead, so that the deepest features keep their resolution.
+
+=================  ==========================  ============================
+                   NCSN                        NCSNv2
+=================  ==========================  ============================
+norms              conditional, everywhere     plain, in the encoder only
+chained pooling    average                     max
+output             the score                   sigma times the score
+=================  ==========================  ============================
+
+Submodules bear the names that the published weights have, oddities included: those names are the file format.
+
+References:
+    Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, App. A.
+    Song & Ermon, 2020, Improved Techniques for Training Score-Based Generative Models, arXiv:2006.09011, App. B.
+    Lin et al., 2017, RefineNet: Multi-Path Refinement Networks, arXiv:1611.06612.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus
+
+Depth = Literal["standard", "deeper", "deepest"]
+MakeNorm = Callable[[int], nn.Module]
+
+
+class _Stage(NamedTuple):
+    """One scale of the network: an encoder stage and the refine block that merges its output."""
+
+    suffix: str  # of the submodule's name: res1, refine1
+    width: int  # in multiples of the base width
+    halve: bool = False
+    dilation: int = 1
+
+
+class _Plan(NamedTuple):
+    encoder: tuple[_Stage, ...]  # from the image inward
+    refine: tuple[tuple[str, int], ...]  # (suffix, width of the output), from the deepest features outward
+
+
+_PLANS: dict[str, _Plan] = {
+    "standard": _Plan(
+        (_Stage("1", 1), _Stage("2", 2, halve=True), _Stage("3", 2, dilation=2), _Stage("4", 2, dilation=4)),
+        (("1", 2), ("2", 2), ("3", 1), ("4", 1)),
+    ),
+    "deeper": _Plan(
+        (
+            _Stage("1", 1),
+            _Stage("2", 2, halve=True),
+            _Stage("3", 2, halve=True),
+            _Stage("4", 4, dilation=2),
+            _Stage("5", 4, dilation=4),
+        ),
+        (("1", 4), ("2", 2), ("3", 2), ("4", 1), ("5", 1)),
+    ),
+    "deepest": _Plan(
+        (
+            _Stage("1", 1),
+            _Stage("2", 2, halve=True),
+            _Stage("3", 2, halve=True),
+            _Stage("31", 2, halve=True),
+            _Stage("4", 4, dilation=2),
+            _Stage("5", 4, dilation=4),
+        ),
+        (("1", 4), ("2", 2), ("31", 2), ("3", 2), ("4", 1), ("5", 1)),
+    ),
+}
+
+
+def _conv3x3(inputs: int, outputs: int, *, bias: bool = True, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=bias)
+
+
+class _ConvMeanPool(nn.Module):
+    """A convolution followed by the mean over 2x2 pixels."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv(x), 2)
+
+
+class _ResidualBlock(nn.Module):
+    """norm, ELU, conv, norm, ELU, conv, added to a shortcut of the raw input."""
+
+    def __init__(
+        self, inputs: int, outputs: int, norm: MakeNorm, *, first: bool, halve: bool = False, dilation: int = 1
+    ) -> None:
+        super().__init__()
+        # The first block of a stage changes the width, in its second convolution; a dilated one does so without
+        # halving.
+        self.normalize1 = norm(inputs)
+        self.conv1 = _conv3x3(inputs, inputs, dilation=dilation)
+        self.normalize2 = norm(inputs)
+        self.conv2: nn.Module
+        self.shortcut: nn.Module | None = None
+        if halve:
+            self.conv2 = _ConvMeanPool(inputs, outputs, 3)
+            self.shortcut = _ConvMeanPool(inputs, outputs, 1)
+        else:
+            self.conv2 = _conv3x3(inputs, outputs, dilation=dilation)
+            # The published networks have a full convolution here even where the width stays.
+            self.shortcut = _conv3x3(inputs, outputs, dilation=dilation) if first and dilation > 1 else None
+
+    def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
+        h = self.conv1(F.elu(self.normalize1(x, position)))
+        h = self.conv2(F.elu(self.normalize2(h, position)))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class _ResidualConvUnits(nn.Module):
+    """``blocks`` residual units of two [norm,] ELU, conv (RefineNet's RCU)."""
+
+    def __init__(self, width: int, blocks: int, norm: MakeNorm | None) -> None:
+        super().__init__()
+        self.blocks = blocks
+        for name in self._names():
+            if norm is not None:
+                self.add_module(f"{name}_norm", norm(width))
+            self.add_module(f"{name}_conv", _conv3x3(width, width, bias=False))
+        self.normalized = norm is not None
+
+    def _names(self) -> list[str]:
+        return [f"{block}_{stage}" for block in range(1, self.blocks + 1) for stage in (1, 2)]
+
+    def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
+        modules = self._modules
+        h = x
+        for name in self._names():
+            if self.normalized:
+                h = modules[f"{name}_norm"](h, position)  # type: ignore[misc]
+            h = modules[f"{name}_conv"](F.elu(h))  # type: ignore[misc]
+            if name.endswith("_2"):
+                x = h = h + x
+        return x
+
+
+class _MultiResolutionFusion(nn.Module):
+    """[norm,] conv on each input, resized to the first one's size and added up (RefineNet's MSF)."""
+
+    def __init__(self, inputs: Sequence[int], outputs: int, norm: MakeNorm | None) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(_conv3x3(width, outputs) for width in inputs)
+        self.norms = None if norm is None else nn.ModuleList(norm(width) for width in inputs)
+
+    def forward(self, xs: Sequence[Tensor], position: Tensor | None) -> Tensor:
+        size = xs[0].shape[2:]
+        total: Tensor | None = None
+        for i, (x, conv) in enumerate(zip(xs, self.convs, strict=True)):
+            h = conv(x if self.norms is None else self.norms[i](x, position))
+            if h.shape[2:] != size:
+                h = F.interpolate(h, size=size, mode="bilinear", align_corners=True)
+            total = h if total is None else total + h
+        assert total is not None  # noqa: S101  (there are always two inputs)
+        return total
+
+
+class _ChainedResidualPooling(nn.Module):
+    """ELU, then twice [norm,] 5x5 pooling, conv, each added to the sum (RefineNet's CRP)."""
+
+    def __init__(self, width: int, norm: MakeNorm | None) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(_conv3x3(width, width, bias=False) for _ in range(2))
+        self.norms = None if norm is None else nn.ModuleList(norm(width) for _ in range(2))
+
+    def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
+        x = F.elu(x)
+        path = x
+        for i, conv in enumerate(self.convs):
+            if self.norms is None:
+                path = F.max_pool2d(path, 5, stride=1, padding=2)
+            else:
+                path = F.avg_pool2d(self.norms[i](path, position), 5, stride=1, padding=2)
+            path = conv(path)
+            x = x + path
+        return x
+
+
+class _RefineBlock(nn.Module):
+    """Residual units on each input, fusion, chained pooling, residual units again."""
+
+    def __init__(self, inputs: Sequence[int], outputs: int, norm: MakeNorm | None, *, last: bool) -> None:
+        super().__init__()
+        self.adapt_convs = nn.ModuleList(_ResidualConvUnits(width, 2, norm) for width in inputs)
+        self.msf = _MultiResolutionFusion(inputs, outputs, norm) if len(inputs) > 1 else None
+        self.crp = _ChainedResidualPooling(outputs, norm)
+        self.output_convs = _ResidualConvUnits(outputs, 3 if last else 1, norm)
+
+    def forward(self, xs: Sequence[Tensor], position: Tensor | None) -> Tensor:
+        hs = [adapt(x, position) for adapt, x in zip(self.adapt_convs, xs, strict=True)]
+        h = hs[0] if self.msf is None else self.msf(hs, position)
+        return self.output_convs(self.crp(h, position), position)
+
+
+class RefineNet(nn.Module):
+    """The network of NCSN (``levels`` given) and of NCSNv2 (``levels`` None).
+
+    Args:
+        channels: of the image.
+        width: channels of the first features; 64 and 128 in the published networks.
+        depth: "standard" halves the image once (NCSN, NCSNv2), "deeper" twice (NCSNv2Deeper), "deepest" three times
+            (NCSNv2Deepest).
+        levels: the number of noise levels that the norms know, or None for norms that do not see the noise level.
+        center: whether the input is an image in [0, 1], mapped to [-1, 1] here; False takes the input as it comes.
+
+    Raises:
+        ValueError: for a width below 2 (the variance over one channel does not exist) or an unknown depth.
+    """
+
+    def __init__(
+        self, channels: int, width: int, *, depth: Depth = "standard", levels: int | None = None, center: bool = True
+    ) -> None:
+        super().__init__()
+        if depth not in _PLANS:
+            raise ValueError(f"depth must be one of {', '.join(map(repr, _PLANS))}, got {depth!r}.")
+        if channels < 1 or width < 2:
+            raise ValueError(
+                f"a RefineNet needs channels >= 1 and width >= 2 (its norms compare channels), got "
+                f"channels={channels}, width={width}."
+            )
+        if levels is not None and levels < 1:
+            raise ValueError(f"levels must be at least 1, or None for norms without noise levels, got {levels}.")
+        self.channels, self.levels, self.center = channels, levels, center
+        plan = _PLANS[depth]
+        self.divisor = 2 ** sum(stage.halve for stage in plan.encoder)
+
+        def norm(channels: int) -> nn.Module:
+            return InstanceNormPlus(channels) if levels is None else ConditionalInstanceNormPlus(channels, levels)
+
+        refine_norm = None if levels is None else norm
+        self.begin_conv = _conv3x3(channels, width)
+        inputs = width
+        skips: list[int] = []
+        self._encoder: list[str] = []
+        for suffix, multiple, halve, dilation in plan.encoder:
+            outputs = multiple * width
+            stage = nn.ModuleList(
+                [
+                    _ResidualBlock(inputs, outputs, norm, first=True, halve=halve, dilation=dilation),
+                    _ResidualBlock(outputs, outputs, norm, first=False, dilation=dilation),
+                ]
+            )
+            self._encoder.append(f"res{suffix}")
+            self.add_module(f"res{suffix}", stage)
+            skips.append(outputs)
+            inputs = outputs
+        self._refine: list[str] = []
+        below: list[int] = []  # width of what comes from the refine block before: nothing for the first
+        for suffix, multiple in plan.refine:
+            outputs = multiple * width
+            block = _RefineBlock([skips.pop(), *below], outputs, refine_norm, last=not skips)
+            self._refine.append(f"refine{suffix}")
+            self.add_module(f"refine{suffix}", block)
+            below = [outputs]
+        self.normalizer = norm(width)
+        self.end_conv = _conv3x3(width, channels)
+
+    def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+        """The raw output, of x's shape.
+
+        Args:
+            x: images (N, C, H, W), height and width multiples of ``divisor``.
+            position: index of the noise level, () or (N,), possibly fractional; used only where ``levels`` is given.
+        """
+        self._check(x, position)
+        h = self.begin_conv(2 * x - 1 if self.center else x)
+        skips = []
+        for name in self._encoder:
+            for block in self._modules[name]:  # type: ignore[union-attr]
+                h = block(h, position)
+            skips.append(h)
+        below: list[Tensor] = []
+        for name in self._refine:
+            below = [self._modules[name]([skips.pop(), *below], position)]  # type: ignore[misc]
+        return self.end_conv(F.elu(self.normalizer(below[0], position)))
+
+    def _check(self, x: Tensor, position: Tensor | None) -> None:
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"expected images of shape (N, {self.channels}, H, W), got {tuple(x.shape)}.")
+        height, width = x.shape[2:]
+        d = self.divisor
+        if height % d or width % d or min(height, width) < 2 * d:
+            raise ValueError(
+                f"this network halves the image {d.bit_length() - 1} time(s): height and width must be multiples of "
+                f"{d} and at least {2 * d}, got {height}x{width}. Crop or pad to a multiple of {d}."
+            )
+        if self.levels is not None and position is None:
+            raise ValueError("a network conditioned on noise levels needs the level's position in the ladder.")

@@ -1,0 +1,145 @@
+r"""Annealed Langevin dynamics: Langevin steps at each noise level in turn, from loud to quiet.
+
+At level i, T times,
+
+.. math:: x \leftarrow x + a_i\, s(x, \sigma_i) + \sqrt{2 a_i}\, z, \qquad a_i = \epsilon\, \sigma_i^2 / \sigma_L^2,
+
+so that signal and noise of a step keep their proportion at every level. This is the convention of Song & Ermon (2020)
+and of both their programs; the epsilon of the 2019 paper, which writes a/2 and sqrt(a), is twice this one.
+
+Seen from the denoised image :math:`\hat x = x + \sigma_i^2 s` a step shrinks the noise by :math:`1 - a_i/\sigma_i^2`
+and adds new noise. If the denoised image does not move, the variance settles at :math:`\sigma_i^2 / (1 - a_i / 2
+\sigma_i^2)`: the plain step is always somewhat too loud. Noise of variance :math:`2 a_i - a_i^2/\sigma_i^2`
+(``exact_noise``) makes the step the exact transition of an Ornstein-Uhlenbeck process around the denoised image,
+whose variance is :math:`\sigma_i^2` for every step size.
+
+References:
+    Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, Alg. 1.
+    Song & Ermon, 2020, Improved Techniques for Training Score-Based Generative Models, arXiv:2006.09011, Alg. 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scorematch.noise import NoiseSchedule, own_schedule
+from scorematch.sampling.sampler import Precision, Sampler
+
+_FEWEST_STEPS = 3
+_LOUDEST_CHAIN = 1.2  # the variance, in units of its own, that a chain of derived settings may end with
+
+
+class AnnealedLangevinSampler(Sampler):
+    """Annealed Langevin dynamics on any score.
+
+    What is None is the network's own recommendation, which was measured on the trained network and counts with its own
+    ladder only. Without one it follows from the ladder: technique 4 of NCSNv2 for the step, and as few steps a level,
+    3 at least, as keep the variance at the end of the whole ladder within 1.2 of what it should be.
+
+    Args:
+        net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet or any callable.
+        schedule: the ladder that the chain descends; None is the network's. It need not be the ladder of training.
+        steps_per_level: Langevin steps at each level.
+        step_size: epsilon, the step at the quietest level, in units of sigma squared, below 2 sigma_min^2.
+
+        Rarely needed:
+
+        denoise: whether to end with one step of Tweedie's formula at the quietest level.
+        clamp: whether to clamp the result to the network's value range, if it has one.
+        exact_noise: whether a step's noise has variance 2a - a^2/sigma^2 instead of 2a. Not given: a network's
+            recommendation, True for a network without one, False for a plain callable.
+        precision: "float32", or "auto", which at present is the same.
+
+    Raises:
+        TypeError, ValueError: for a ladder that is missing, counts below 1, or a step at or beyond the stability limit.
+
+    Example:
+        >>> import torch
+        >>> from scorematch import NoiseSchedule
+        >>> def score(x, sigma):  # of the standard normal distribution, perturbed
+        ...     return -x / (1 + sigma**2)
+        >>> AnnealedLangevinSampler(score, NoiseSchedule.geometric(50, 0.01, 50))
+        AnnealedLangevinSampler(50 levels 50 -> 0.01, 5 steps, step 1.8e-05, 251 network calls)
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        schedule: NoiseSchedule | None = None,
+        *,
+        steps_per_level: int | None = None,
+        step_size: float | None = None,
+        denoise: bool = True,
+        clamp: bool = True,
+        exact_noise: bool | None = None,
+        precision: Precision = "auto",
+    ) -> None:
+        own = own_schedule(net)
+        settings: dict[str, Any] = getattr(net, "sampler_settings", None) or {}
+        recommended = own.respaced(settings["levels"]) if own is not None and "levels" in settings else own
+        if schedule is None:
+            schedule = recommended
+        if schedule is None:
+            raise ValueError(
+                "a plain callable has no ladder of its own: pass a schedule, NoiseSchedule.geometric(...)."
+            )
+        super().__init__(net, schedule, denoise=denoise, clamp=clamp, precision=precision)
+        if schedule != recommended:
+            settings = {}
+        if steps_per_level is None:
+            steps_per_level = settings.get("steps_per_level") or _derived_steps(schedule)
+        if not isinstance(steps_per_level, int) or steps_per_level < 1:
+            raise ValueError(f"steps_per_level must be an integer of at least 1, got {steps_per_level!r}.")
+        if step_size is None:
+            step_size = settings.get("step_size") or schedule.suggest_step_size(steps_per_level)
+        limit = 2 * schedule.sigma_min**2
+        if not 0 < step_size < limit:
+            raise ValueError(
+                f"step_size must lie between 0 and the stability limit, 2 sigma_min^2 = {limit:.4g}, got "
+                f"{step_size!r}; technique 4 suggests {schedule.suggest_step_size(steps_per_level):.3g}."
+            )
+        if exact_noise is None:
+            exact_noise = settings.get("exact_noise", own is not None)
+        self.steps_per_level = steps_per_level
+        self.step_size = float(step_size)
+        self.exact_noise = bool(exact_noise)
+
+    def __len__(self) -> int:
+        return len(self.schedule) * self.steps_per_level + self.denoise
+
+    def __repr__(self) -> str:
+        schedule = self.schedule
+        ladder = f"{len(schedule)} levels {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g}"
+        if len(schedule) == 1:
+            ladder = f"1 level {schedule.sigma_max:.3g}"
+        steps = f"{self.steps_per_level} step{'s' if self.steps_per_level > 1 else ''}"
+        noise = ", exact noise" if self.exact_noise else ""
+        return f"{type(self).__name__}({ladder}, {steps}, step {self.step_size:.2g}{noise}, {len(self)} network calls)"
+
+    def _chain(
+        self, x: Tensor, score: Callable[[Tensor, Tensor], Tensor], noise: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[Tensor, float]]:
+        relative = self.step_size / self.schedule.sigma_min**2  # a in units of sigma^2, the same at every level
+        variance = 2 * relative - relative**2 if self.exact_noise else 2 * relative
+        ladder = self.schedule.sigmas.to(x.dtype).to(x.device)
+        for level, sigma in enumerate(self.schedule):
+            for _ in range(self.steps_per_level):
+                z = noise(x)
+                if z.shape != x.shape:
+                    raise ValueError(f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}.")
+                x = torch.add(x, score(x, ladder[level]), alpha=relative * sigma**2)
+                x.add_(z.to(x), alpha=sigma * math.sqrt(variance))
+                yield x, sigma
+            self._check_finite(x, level)
+
+
+def _derived_steps(schedule: NoiseSchedule) -> int:
+    steps = _FEWEST_STEPS
+    while schedule.chain_variance(schedule.suggest_step_size(steps), steps) > _LOUDEST_CHAIN:
+        steps += 1
+    return steps

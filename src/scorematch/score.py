@@ -1,0 +1,311 @@
+r"""ScoreNet: a backbone read as a score, ``score(x, sigma)``.
+
+The score of noise-perturbed data is :math:`\nabla_x \log p_\sigma(x)`, with :math:`p_\sigma` the data's distribution
+convolved with a Gaussian of deviation sigma. Samplers climb it; Tweedie's formula turns it into the mean of the clean
+images that could have become x, :math:`\mathbb{E}[x_0 | x] = x + \sigma^2 \nabla_x \log p_\sigma(x)`.
+
+Every family of networks answers in units and conventions of its own. A ScoreNet holds the backbone, its ladder of noise
+levels and its row of the preconditioning table, and speaks one language outward: images (N, C, H, W) in [0, 1], sigma
+in the same units, and a score.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from scorematch import pretrained
+from scorematch.nets.refinenet import Depth, RefineNet
+from scorematch.noise import NoiseSchedule, expand
+from scorematch.precondition import ROWS
+
+Size = int | tuple[int, int]
+
+
+class ScoreNet(nn.Module):
+    """A backbone, its ladder and its preconditioning, together a score of images.
+
+    ``ScoreNet.ncsn`` and ``ScoreNet.ncsnv2`` build the published families and ``ScoreNet.from_pretrained`` loads
+    trained ones; the constructor wraps a network of the user's own.
+
+    Args:
+        backbone: called as ``backbone(x, c_noise)``, or ``backbone(x, c_noise, condition)`` where a condition is given,
+            with x in the units of its row and ``c_noise`` (N,), float32 (float64 for a double network).
+        schedule: the ladder that it is trained on.
+        precondition: its row of the table in ``scorematch.precondition``: "karras", "ncsnv2" or "ncsn".
+        sample_shape: the shape of one sample without the batch, (C, H, W): the samplers' default, no constraint.
+        value_range: (low, high) of the data, (0, 1) for images, or None for data without a range.
+
+    Attributes:
+        sampler_settings: what was found to sample this network best, or None; keys as AnnealedLangevinSampler's
+            arguments, and ``levels``, to which the ladder is respaced. Saved with the weights.
+
+    Raises:
+        TypeError, ValueError: for parts that do not fit together.
+
+    Example:
+        >>> net = ScoreNet.ncsnv2(channels=1, image_size=28, width=8)
+        >>> net(torch.rand(2, 1, 28, 28), 0.1).shape
+        torch.Size([2, 1, 28, 28])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        schedule: NoiseSchedule,
+        *,
+        precondition: str = "karras",
+        sample_shape: tuple[int, ...] | None = None,
+        value_range: tuple[float, float] | None = (0, 1),
+    ) -> None:
+        super().__init__()
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(
+                f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
+            )
+        if precondition not in ROWS:
+            raise ValueError(f"precondition must be one of {', '.join(map(repr, ROWS))}, got {precondition!r}.")
+        if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
+            raise ValueError(f"value_range must be (low, high) with low < high, or None, got {value_range!r}.")
+        if isinstance(backbone, RefineNet):
+            _check_refinenet(backbone, schedule, precondition)
+        self.backbone = backbone
+        self.schedule = schedule
+        self.precondition = precondition
+        self.sample_shape = None if sample_shape is None else tuple(sample_shape)
+        self.value_range = None if value_range is None else (float(value_range[0]), float(value_range[1]))
+        self.sampler_settings: dict[str, Any] | None = None
+        self._architecture: dict[str, Any] = {"family": "custom"}
+
+    # -- The published families ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def ncsn(
+        cls,
+        channels: int = 3,
+        image_size: Size = 32,
+        *,
+        width: int = 128,
+        depth: Depth = "standard",
+        schedule: NoiseSchedule | None = None,
+    ) -> ScoreNet:
+        """The network of NCSN: the noise level enters every norm, the output is the score.
+
+        Args:
+            channels: of the image.
+            image_size: (height, width) of a sample, or the side of a square one. Any even size can be given to the
+                network.
+            width: of the first features: 64 for the published MNIST network, 128 for CIFAR-10 and CelebA.
+            depth: how often the image is halved: "standard" once, "deeper" twice, "deepest" three times.
+            schedule: the ladder; each level has a row in the norms' tables, and levels between are interpolated. None
+                is the published one, 10 levels from 1 to 0.01.
+
+        References:
+            Song & Ermon, 2019, arXiv:1907.05600.
+        """
+        schedule = NoiseSchedule.geometric(1, 0.01, 10) if schedule is None else schedule
+        architecture = {"family": "ncsn", "channels": channels, "width": width, "depth": depth}
+        return cls._build(architecture, schedule, "ncsn", (channels, *_pair(image_size)))
+
+    @classmethod
+    def ncsnv2(
+        cls,
+        channels: int = 3,
+        image_size: Size = 32,
+        *,
+        width: int = 128,
+        depth: Depth = "standard",
+        schedule: NoiseSchedule | None = None,
+        precondition: Literal["ncsnv2", "karras"] = "ncsnv2",
+    ) -> ScoreNet:
+        """The network of NCSNv2: it sees the noise level only in the image, and its output is divided by sigma.
+
+        Args:
+            channels: of the image.
+            image_size: (height, width) of a sample, or the side of a square one.
+            width: of the first features, 128 in the published networks.
+            depth: how often the image is halved: "standard" once (NCSNv2, 32 and 64 px), "deeper" twice
+                (NCSNv2Deeper, 96 and 128 px), "deepest" three times (NCSNv2Deepest, 256 px).
+            schedule: the ladder; None is the published one of CIFAR-10, 232 levels from 50 to 0.01.
+            precondition: "ncsnv2" as published, or "karras", whose input has unit variance at every level.
+
+        References:
+            Song & Ermon, 2020, arXiv:2006.09011.
+        """
+        if precondition not in ("ncsnv2", "karras"):
+            raise ValueError(f'precondition of an NCSNv2 must be "ncsnv2" or "karras", got {precondition!r}.')
+        schedule = NoiseSchedule.geometric(50, 0.01, 232) if schedule is None else schedule
+        architecture = {"family": "ncsnv2", "channels": channels, "width": width, "depth": depth}
+        return cls._build(architecture, schedule, precondition, (channels, *_pair(image_size)))
+
+    @classmethod
+    def _build(
+        cls,
+        architecture: dict[str, Any],
+        schedule: NoiseSchedule,
+        precondition: str,
+        sample_shape: tuple[int, ...] | None,
+        value_range: tuple[float, float] | None = (0, 1),
+        backbone: nn.Module | None = None,
+    ) -> ScoreNet:
+        family = architecture["family"]
+        if family != "custom":
+            backbone = RefineNet(
+                architecture["channels"],
+                architecture["width"],
+                depth=architecture["depth"],
+                levels=len(schedule) if family == "ncsn" else None,
+                center=precondition != "karras",
+            )
+        assert backbone is not None  # noqa: S101  (pretrained asks the user for it)
+        net = cls(backbone, schedule, precondition=precondition, sample_shape=sample_shape, value_range=value_range)
+        net._architecture = architecture
+        return net
+
+    # -- The score ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | None = None) -> Tensor:
+        """The score of the perturbed data at x.
+
+        Args:
+            x: noisy data (N, ...), images in [0, 1] plus noise, floating point.
+            sigma: the noise level, a float, () or (N,), positive, in the units of x. Beyond the ladder a network that
+                was trained on levels takes the nearest.
+            condition: int64 (N,), a class, or float (N, K, H, W), an image; for backbones that take one.
+
+        Returns:
+            The score, with the shape and dtype of x.
+
+        Raises:
+            TypeError: for integer x, or a condition where the network takes none.
+            ValueError: for a sigma of another shape, or images that the network cannot take.
+        """
+        if not x.is_floating_point():
+            raise TypeError(
+                f"x must be floating point, images in [0, 1], got {x.dtype}. Write x / 255 for 8-bit images."
+            )
+        if condition is not None and isinstance(self.backbone, RefineNet):
+            raise TypeError("this network takes no condition; an NCSN is unconditional.")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device)
+        if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(x)):
+            raise ValueError(
+                f"sigma must be a float, () or ({len(x)},) like the batch, got shape {tuple(sigma.shape)}."
+            )
+        row = ROWS[self.precondition]
+        k, middle = self._units() if row.centered else (1.0, 0.0)
+        c_in, c_skip, c_out, c_noise = row.coefficients(sigma, self.schedule.position, k)
+        u = k * (x.to(dtype) - middle) if row.centered else x.to(dtype)
+        parameter = next(self.backbone.parameters(), None)
+        inner = dtype if parameter is None else parameter.dtype
+        arguments = [
+            (expand(c_in, x) * u).to(inner),
+            c_noise.to(torch.promote_types(inner, torch.float32)).expand(len(x)),
+        ]
+        output = self.backbone(*arguments) if condition is None else self.backbone(*arguments, condition)
+        return (expand(c_skip, x) * u + expand(c_out, x) * output.to(dtype)).to(x.dtype)
+
+    def denoise(self, x: Tensor, sigma: float | Tensor, condition: Tensor | None = None) -> Tensor:
+        r"""The mean of the clean data that could have become x: :math:`x + \sigma^2 \nabla_x \log p_\sigma(x)`.
+
+        Tweedie's formula; arguments and result as for the score itself.
+        """
+        variance = torch.as_tensor(sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) ** 2
+        return (x + expand(variance, x) * self(x, sigma, condition)).to(x.dtype)
+
+    def _units(self) -> tuple[float, float]:
+        """The k and the middle of u = k (x - middle) in [-1, 1]; 1 and 0 for data without a range."""
+        if self.value_range is None:
+            return 1.0, 0.0
+        low, high = self.value_range
+        return 2 / (high - low), (low + high) / 2
+
+    # -- Files --------------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What rebuilds this network, less its weights, as a plain dict: the content of config.json."""
+        return {
+            "format_version": pretrained.FORMAT_VERSION,
+            **self._architecture,
+            "precondition": self.precondition,
+            "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
+            "value_range": None if self.value_range is None else list(self.value_range),
+            "sampler": self.sampler_settings,
+            "schedule": self.schedule.to_dict(),
+        }
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> ScoreNet:
+        """The trained network of that name, or in that folder.
+
+        Args:
+            name_or_folder: the short name of a network that ships with the package ("mnist"), or a folder that
+                ``save_pretrained`` wrote.
+            backbone: for a saved network of the user's own, a module of the same class to fill with the weights.
+
+        Returns:
+            The network in eval mode, float32 whatever is stored, on the CPU.
+
+        Raises:
+            FileNotFoundError: if there is no such name or folder, or a file is missing in it.
+            ValueError: if a file is damaged or of another format, or the weights do not fit the configuration.
+
+        Example:
+            >>> ScoreNet.from_pretrained("mnist").sample_shape
+            (1, 28, 28)
+        """
+        folder = pretrained.locate(name_or_folder)
+        config = pretrained.read_config(folder)
+        if (config["family"] == "custom") != (backbone is not None):
+            raise ValueError(
+                f"{folder} holds a network of the user's own: pass its module as backbone=."
+                if backbone is None
+                else f"{folder} holds a network of the family {config['family']!r}, which needs no backbone=."
+            )
+        value_range, sample_shape = config["value_range"], config["sample_shape"]
+        net = cls._build(
+            {key: config[key] for key in pretrained.ARCHITECTURE[config["family"]]},
+            NoiseSchedule.from_dict(config["schedule"]),
+            config["precondition"],
+            None if sample_shape is None else tuple(sample_shape),
+            None if value_range is None else tuple(value_range),
+            backbone,
+        )
+        net.sampler_settings = config["sampler"]
+        pretrained.load_weights(net.backbone, folder)
+        return net.float().eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json and model.safetensors into a folder, for ``from_pretrained``.
+
+        The weights are stored in their own dtype. An existing folder keeps its other files, and its old network until
+        the new one is completely written.
+
+        Args:
+            folder: made if it does not exist.
+
+        Raises:
+            OSError: if it cannot be written; the folder is then as it was.
+        """
+        pretrained.save(folder, self.config, self.backbone)
+
+
+def _check_refinenet(backbone: RefineNet, schedule: NoiseSchedule, precondition: str) -> None:
+    if (backbone.levels is not None) != (precondition == "ncsn"):
+        raise ValueError(
+            f"precondition {precondition!r} does not fit this RefineNet: norms that know the noise levels go with "
+            '"ncsn", those that do not with "ncsnv2" or "karras".'
+        )
+    if backbone.levels is not None and backbone.levels != len(schedule):
+        raise ValueError(
+            f"the network's norms know {backbone.levels} noise levels, but the schedule has {len(schedule)}: each "
+            "level needs its own row. Use the ladder that the network was trained on."
+        )
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
