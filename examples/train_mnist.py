@@ -55,16 +55,18 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=2000, help="steps between checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="a few steps of a tiny network, to see that all runs")
+    parser.add_argument("--smoke", action="store_true", help="four steps of a tiny network, to see that all runs")
+    parser.add_argument("--stop-at", type=int, help="end early, at this step, as if interrupted")
     args = parser.parse_args()
     if args.smoke:
         args.steps, args.batch, args.width, args.every = 4, 8, 4, 2
+    stop = args.steps if args.stop_at is None else min(args.steps, args.stop_at)
 
     torch.manual_seed(args.seed)
     train = load_digits(args.data, "train")[0].to(args.device)  # 47 MB: the whole set stays on the device
     test = load_digits(args.data, "test")[0][: 16 if args.smoke else 1000].to(args.device).float() / 255
 
-    schedule = NoiseSchedule.from_data(train[: 500 if args.smoke else None].float() / 255, max_images=60_000)
+    schedule = NoiseSchedule.from_data(train.float() / 255, max_images=200 if args.smoke else len(train))
     net = ScoreNet.ncsnv2(1, 28, width=args.width, depth=args.depth, schedule=schedule, precondition="karras")
     averaged = ScoreNet.ncsnv2(1, 28, width=args.width, depth=args.depth, schedule=schedule, precondition="karras")
     averaged.load_state_dict(net.state_dict())
@@ -86,7 +88,7 @@ def main() -> None:
         print(f"goes on at step {step} of {args.steps}")
 
     begin, losses = time.perf_counter() - seconds, []
-    while step < args.steps:
+    while step < stop:
         decay = 0.5 * (1 + math.cos(math.pi * step / args.steps))
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / WARMUP) * decay
         batch = train[torch.randint(len(train), (args.batch,), device=args.device)]
@@ -102,7 +104,7 @@ def main() -> None:
             rate = 1 - min(EMA, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), rate)
 
-        if step % args.every == 0 or step == args.steps:
+        if step % args.every == 0 or step == stop:
             row = {
                 "step": step,
                 "images": step * args.batch,
@@ -130,9 +132,8 @@ def main() -> None:
             torch.save(saved, state.with_suffix(".new"))
             os.replace(state.with_suffix(".new"), state)  # a checkpoint is whole or the one before
             averaged.save_pretrained(args.out / "network")
-            sampler = AnnealedLangevinSampler(averaged)
-            if args.smoke:
-                sampler = AnnealedLangevinSampler(averaged, schedule.respaced(3), steps_per_level=1)
+            ladder = schedule.respaced(3 if args.smoke else 50)
+            sampler = AnnealedLangevinSampler(averaged, ladder, steps_per_level=1 if args.smoke else 3)
             images = sampler.sample(16, generator=torch.Generator().manual_seed(0), progress=False)
             save_grid(images, args.out / f"samples-{step:06d}.png")
 

@@ -9,7 +9,7 @@ import time
 import torch
 
 from scorematch import AnnealedLangevinSampler, ScoreNet, __version__
-from scorematch.images import save_grid
+from scorematch.images import check_picture, save_grid
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -18,6 +18,7 @@ def _sample(args: argparse.Namespace) -> None:
     sampler = AnnealedLangevinSampler(
         net, schedule, steps_per_level=args.steps_per_level, step_size=args.step_size, exact_noise=args.exact_noise
     )
+    check_picture(args.picture)  # before minutes of work, not after
     print(sampler)
     begin = time.perf_counter()
     images = sampler.sample(args.n, generator=torch.Generator().manual_seed(args.seed), progress=not args.quiet)

@@ -40,6 +40,21 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
     return torch.nn.functional.pad(whole, (padding, 0, padding, 0))
 
 
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Raises what ``save_image`` would raise for this name, before there is an image.
+
+    Raises:
+        ImportError: without Pillow.
+        ValueError: for a name that says no kind of picture.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('writing pictures needs Pillow: pip install "scorematch[images]".') from error
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{os.fspath(path)} does not end with a kind of picture, such as .png.")
+
+
 def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     """Writes one image (C, H, W), gray or RGB, in [0, 1], to a file of the kind that its name ends with.
 
@@ -49,16 +64,12 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
         ImportError: without Pillow.
         ValueError: for another shape, or a name that says no kind.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('writing pictures needs Pillow: pip install "scorematch[images]".') from error
+    check_picture(path)
+    from PIL import Image
+
     if image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"an image to save is (1, H, W) or (3, H, W), got {tuple(image.shape)}.")
     path = Path(path)
-    Image.init()
-    if path.suffix.lower() not in Image.EXTENSION:
-        raise ValueError(f"{path} does not end with a kind of picture, such as .png.")
     pixels = image.detach().float().cpu().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
     array = rearrange(pixels, "c h w -> h w c").numpy()
     path.parent.mkdir(parents=True, exist_ok=True)

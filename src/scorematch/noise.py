@@ -118,7 +118,7 @@ class NoiseSchedule:
 
         Example:
             >>> NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
-            NoiseSchedule(1000 levels, 78.6 -> 0.005)
+            NoiseSchedule(1000 levels, 78.7 -> 0.005)
 
         References:
             Ho et al., 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239.

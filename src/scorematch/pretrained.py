@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,8 +92,11 @@ def load_weights(backbone: nn.Module, folder: Path) -> None:
             "fetch or save it again."
         ) from error
     expected = backbone.state_dict()
-    _compare("lack", expected.keys() - weights.keys(), path)
-    _compare("also hold", weights.keys() - expected.keys(), path)
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} tensor(s) that the network needs: {_first(missing)}.")
+    if unexpected:
+        raise ValueError(f"{path} holds {len(unexpected)} tensor(s) that the network lacks: {_first(unexpected)}.")
     wrong = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -126,19 +130,21 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], backbone: nn.Mo
 
 
 def _replace(staged: Path, folder: Path, names: Iterable[str]) -> None:
-    """Moves files into a folder, all of them or none."""
-    moved: list[tuple[Path, Path | None]] = []
+    """Moves staged files into a folder, all of them or none."""
+    moved: list[tuple[Path, Path]] = []
     try:
         for name in names:
-            target = folder / name
-            backup = staged / f"old-{name}"
+            target, old = folder / name, staged / f"old-{name}"
             if target.exists():
-                os.link(target, backup) if hasattr(os, "link") else None
-            moved.append((target, backup if backup.exists() else None))
+                try:
+                    os.link(target, old)  # the target stays in place until the new file takes its name
+                except OSError:  # a file system without hard links
+                    shutil.copy2(target, old)
+            moved.append((target, old))
             os.replace(staged / name, target)
-    except BaseException:
+    except BaseException:  # Ctrl-C too
         for target, old in moved:
-            if old is not None:
+            if old.exists():
                 os.replace(old, target)
             else:
                 target.unlink(missing_ok=True)
@@ -150,12 +156,6 @@ def _missing(folder: Path, name: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"{folder} has no {name}; it holds {found}. A network is {CONFIG_FILE} and {WEIGHTS_FILE}."
     )
-
-
-def _compare(verb: str, names: Iterable[str], path: Path) -> None:
-    names = sorted(names)
-    if names:
-        raise ValueError(f"the weights in {path} {verb} {len(names)} tensor(s) of this network: {_first(names)}.")
 
 
 def _first(words: list[str]) -> str:

@@ -1,0 +1,69 @@
+"""What the documentation says is run: the code blocks of its pages and the doctests of the package."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import scorematch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = ["scorematch"] + [
+    module.name
+    for module in pkgutil.walk_packages(scorematch.__path__, "scorematch.")
+    if not module.name.endswith("__main__")
+]
+
+
+def _blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "python")], ids=lambda page: page.stem)
+def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {"__name__": page.stem}
+    for block in _blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)  # noqa: S102
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_doctests(module):
+    torch.manual_seed(0)
+    results = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+    assert results.failed == 0
+
+
+def test_there_are_doctests():
+    finder = doctest.DocTestFinder()
+    attempted = sum(len(test.examples) for name in MODULES for test in finder.find(importlib.import_module(name)))
+    assert attempted >= 15
+
+
+def test_the_readme_begins_with_the_two_commands():
+    commands = _blocks(ROOT / "README.md", "bash")[:2]
+    assert commands == [
+        'pip install ".[images]" && python -m scorematch sample mnist digits.png\n',
+        'pip install ".[test]" && python -m pytest\n',
+    ]
+
+
+def test_the_readme_says_what_its_sampler_prints():
+    block = next(block for block in _blocks(ROOT / "README.md", "python") if "print(sampler)" in block)
+    said = re.search(r"print\(sampler\)  # (.*)", block).group(1)
+    names = {}
+    exec("from scorematch import *\n" + block, names)  # noqa: S102
+    assert str(names["sampler"]) == said
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target

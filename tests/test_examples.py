@@ -1,0 +1,146 @@
+"""The examples run, at their smallest size."""
+
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports a module of the examples."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def load(name):
+        sys.modules.pop(name, None)
+        return __import__(name)
+
+    return load
+
+
+def _run(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _write_idx(path, array, compressed):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    data = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if compressed else data)
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A folder like MNIST's own, with noise for digits."""
+    folder = tmp_path / "data" / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        compressed = split == "train"
+        ending = ".gz" if compressed else ""
+        _write_idx(folder / f"{split}-images-idx3-ubyte{ending}", random.integers(0, 256, (256, 28, 28)), compressed)
+        _write_idx(folder / f"{split}-labels-idx1-ubyte{ending}", random.integers(0, 10, 256), compressed)
+    return tmp_path / "data"
+
+
+def test_toy(tmp_path):
+    said = _run("toy.py", "--smoke", "--out", tmp_path)
+    assert "annealed Langevin: " in said
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.png", "samples.png"}
+
+
+def test_training_stops_and_goes_on(digits, tmp_path):
+    run = tmp_path / "run"
+    said = _run("train_mnist.py", "--smoke", "--data", digits, "--out", run)
+    assert "D/2 = 392" in said and "goes on" not in said
+    assert sorted(path.name for path in run.glob("*.png")) == ["samples-000002.png", "samples-000004.png"]
+    weights = (run / "network" / "model.safetensors").read_bytes()
+    assert "goes on at step 4 of 4" in _run("train_mnist.py", "--smoke", "--data", digits, "--out", run)
+    assert (run / "network" / "model.safetensors").read_bytes() == weights
+    assert len((run / "log.csv").read_text().splitlines()) == 3
+
+
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(digits, tmp_path):
+    for name, stops in [("whole", [4]), ("parts", [2, 4])]:
+        for stop in stops:
+            _run("train_mnist.py", "--smoke", "--data", digits, "--out", tmp_path / name, "--stop-at", stop)
+    whole, parts = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(whole["net"].values(), parts["net"].values(), strict=True))
+
+
+def test_every_layout_of_digits_gives_the_same(digits, tmp_path, example):
+    load_digits = example("mnist").load_digits
+    images, labels = load_digits(digits, "train")
+    assert images.shape == (256, 1, 28, 28) and images.dtype == torch.uint8
+    assert labels.shape == (256,) and labels.dtype == torch.int64
+    np.savez(tmp_path / "mnist_train.npz", images=images[:, 0].numpy(), labels=labels.numpy())
+    again = load_digits(tmp_path, "train")  # the original files, found first, at any depth
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    (tmp_path / "mnist_train.npz").rename(archive / "mnist_train.npz")
+    for found in (again, load_digits(archive, "train")):
+        assert torch.equal(found[0], images) and torch.equal(found[1], labels)
+
+    # Pictures of 100 digits, 10 a row, the last one not full.
+    blob, ends = b"", []
+    for begin in range(0, 256, 100):
+        tiles = np.zeros((100, 28, 28), np.uint8)
+        part = images[begin : begin + 100, 0].numpy()
+        tiles[: len(part)] = part
+        path = tmp_path / "tiles.png"
+        Image.fromarray(tiles.reshape(10, 10, 28, 28).swapaxes(1, 2).reshape(280, 280)).save(path)
+        blob += path.read_bytes()
+        ends.append(len(blob))
+    mosaic = tmp_path / "mosaic"
+    mosaic.mkdir()
+    np.savez(
+        mosaic / "mnist_train.npz",
+        blob=np.frombuffer(blob, np.uint8),
+        ends=ends,
+        shape=(256, 28, 28, 1),
+        per=100,
+        cols=10,
+        labels=labels.numpy(),
+    )
+    found = load_digits(mosaic, "train")
+    assert torch.equal(found[0], images) and torch.equal(found[1], labels)
+    with pytest.raises(FileNotFoundError, match=r"neither t10k-images-idx3-ubyte nor mnist_test\.npz"):
+        load_digits(mosaic, "test")
+
+
+def test_frechet_distance_of_two_gaussians(example):
+    """|m_a - m_b|^2 + sum (sqrt(v_a) - sqrt(v_b))^2 for covariances with common axes."""
+    frechet_distance = example("evaluate_mnist").frechet_distance
+    rng = torch.Generator().manual_seed(0)
+    z = torch.randn(5000, 4, generator=rng, dtype=torch.float64)
+    z = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T)).T)  # exactly white
+    axes, _ = torch.linalg.qr(torch.randn(4, 4, generator=rng, dtype=torch.float64))
+    a = z * torch.tensor([1.0, 2.0, 3.0, 0.0]) @ axes.T
+    b = z * torch.tensor([2.0, 2.0, 0.5, 1.0]) @ axes.T + 0.5
+    assert frechet_distance(a, b) == pytest.approx(4 * 0.25 + 1 + 0 + 2.5**2 + 1, rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_classifier_learns_and_is_kept(example, tmp_path):
+    evaluate = example("evaluate_mnist")
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (1024,), generator=rng)
+    patterns = torch.randint(2, (10, 1, 7, 7), generator=rng).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    images = (255 * patterns[labels]).to(torch.uint8)
+    classifier = evaluate.train_classifier(images, labels, epochs=12)
+    probabilities, features = evaluate.read(classifier, images.float() / 255)
+    assert (probabilities.argmax(1) == labels).float().mean() > 0.9
+    assert features.shape == (1024, 128)
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pt")
+    again = evaluate.load_classifier(tmp_path / "classifier.pt", None)
+    torch.testing.assert_close(evaluate.read(again, images.float() / 255)[0], probabilities, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,398 @@
+import math
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.loss import sliced_score_matching_loss
+
+LADDER = NoiseSchedule.geometric(3, 0.05, 8)
+
+
+def zero(x, sigma):
+    return torch.zeros_like(x)
+
+
+class Scaled(nn.Module):
+    """A known score times one learned number, which is right at 1."""
+
+    def __init__(self, score):
+        super().__init__()
+        self.score = score
+        self.factor = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x, sigma):
+        return self.factor * self.score(x, sigma)
+
+
+# -- The published numbers
+
+
+@pytest.mark.parametrize("case", range(9))
+def test_published_values(case, published):
+    fixture = published("ncsn_loss")
+    case = fixture["cases"][case]
+    sigma = fixture["sigmas"][fixture["labels"]]
+    losses = dsm_loss(
+        lambda x, sigma: case["scores"],
+        fixture["samples"],
+        sigma=sigma,
+        noise=fixture["noise"],
+        weighting=lambda sigma: sigma ** case["anneal_power"],
+        reduction="none",
+    )
+    torch.testing.assert_close(losses, case["per_sample_loss_recomputed"], rtol=2e-5, atol=0)
+    torch.testing.assert_close(losses.mean(), case["loss_ncsnv2_repo"], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["flat_2d", "batch1"])
+def test_published_values_of_points_and_single_images(name, published):
+    fixture = published("ncsn_loss")
+    case = fixture[name]
+    loss = dsm_loss(zero, case["samples"], sigma=fixture["sigmas"][case["labels"]], noise=case["noise"])
+    torch.testing.assert_close(loss, case["loss"], rtol=1e-5, atol=0)
+
+
+def test_published_value_of_one_level(published):
+    case = published("ncsn_loss")["single_sigma_dsm"]
+    # The baseline's loss is unweighted.
+    loss = dsm_loss(
+        lambda x, sigma: -(x - 0.5),
+        case["samples"],
+        sigma=case["sigma"],
+        noise=case["noise"],
+        weighting=torch.ones_like,
+    )
+    torch.testing.assert_close(loss, case["loss"], rtol=1e-4, atol=0)
+
+
+def test_published_value_of_the_sliced_loss(published):
+    fixture = published("ncsn_loss")
+    case = fixture["sliced_vr"]
+    loss = sliced_score_matching_loss(
+        lambda x, sigma: -(x - 0.5) / (1 + sigma.view(-1, 1, 1, 1) ** 2),
+        case["samples"],
+        sigma=fixture["sigmas"][case["labels"]],
+        noise=case["noise"],
+        projections=case["projections"],
+    )
+    torch.testing.assert_close(loss, case["loss"], rtol=2e-5, atol=0)
+
+
+def test_gradients_are_those_of_the_formula(rng):
+    """Gradients through a conditional network, against the formula written out in double precision."""
+    torch.manual_seed(0)
+    net = ScoreNet.ncsn(3, 8, width=4).double()
+    x = torch.rand(4, 3, 8, 8, generator=rng, dtype=torch.float64)
+    z = torch.randn(x.shape, generator=rng, dtype=torch.float64)
+    sigma = net.schedule.sigmas[[0, 3, 7, 9]]
+    wide = sigma.view(-1, 1, 1, 1)
+    target = -((x + wide * z) - x) / wide**2
+    expected = (0.5 * ((net(x + wide * z, sigma) - target) ** 2).flatten(1).sum(1) * sigma**2).mean()
+    parameters = dict(net.named_parameters())
+    gradients = torch.autograd.grad(expected, list(parameters.values()))
+    loss = dsm_loss(net, x, sigma=sigma, noise=z)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for a, b in zip(torch.autograd.grad(loss, list(parameters.values())), gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+# -- Laws
+
+
+def test_a_network_that_knows_nothing_scores_half_the_dimension(rng):
+    x = torch.rand(2000, 3, 8, 8, generator=rng)
+    losses = dsm_loss(zero, x, LADDER, generator=rng, reduction="none")
+    # Half a chi-square of D degrees: mean D/2, variance D/2.
+    assert abs(losses.mean() - 96) < 5 * math.sqrt(96 / 2000)
+    assert losses.var() == pytest.approx(96, rel=0.15)
+
+
+@pytest.mark.parametrize("which", ["world", "mixture"])
+def test_loss_is_least_at_the_true_score(which, request, rng):
+    world = request.getfixturevalue(which)
+    x = world.sample(200_000, rng)
+    z = torch.randn(x.shape, generator=rng)
+    sigma = LADDER.sample(len(x), generator=rng)
+
+    def loss(factor):
+        return float(dsm_loss(lambda x, sigma: factor * world(x, sigma), x, sigma=sigma, noise=z))
+
+    assert loss(1.0) < min(loss(0.95), loss(1.05))
+    net = Scaled(world)
+    losses = dsm_loss(net, x.double(), sigma=sigma, noise=z, reduction="none")
+    (gradient,) = torch.autograd.grad(losses.mean(), net.factor)
+    # d/df of each loss is (sigma f s + z) . sigma s; its mean is zero within five standard errors.
+    levels = sigma[:, None].double()
+    s = levels * world(x.double() + levels * z, sigma)
+    deviation = ((s + z) * s).sum(1).std() / math.sqrt(len(x))
+    assert abs(gradient) < 5 * deviation
+
+
+def test_true_score_has_the_closed_form_loss(world, rng):
+    x = world.sample(400_000, rng)
+    sigma = 0.5
+    losses = dsm_loss(world, x, sigma=sigma, generator=rng, reduction="none")
+    expected = 0.5 * float((world.values / (world.values + sigma**2)).sum())  # E|sigma s + z|^2 / 2
+    assert abs(losses.mean() - expected) < 5 * losses.std() / math.sqrt(len(x))
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3])
+def test_p_norm_weights_by_sigma_to_the_p(p, world, rng):
+    x = world.sample(5, rng)
+    z = torch.randn(x.shape, generator=rng)
+    sigma = torch.tensor([0.1, 0.5, 1.0, 2.0, 3.0])
+    residual = world(x + sigma[:, None] * z, sigma) + z / sigma[:, None]
+    expected = residual.abs().pow(p).sum(1) / p * sigma**p
+    losses = dsm_loss(world, x, sigma=sigma, noise=z, p=p, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    weighted = dsm_loss(world, x, sigma=sigma, noise=z, p=p, reduction="none", weighting=lambda sigma: 3 * sigma)
+    torch.testing.assert_close(weighted, expected / sigma**p * 3 * sigma, rtol=1e-5, atol=1e-6)
+
+
+def test_region_counts_inside_only_and_does_not_depend_on_the_area(rng):
+    x, z = torch.rand(3, 2, 4, 4, generator=rng), torch.randn(3, 2, 4, 4, generator=rng)
+    arguments = {"sigma": 0.5, "noise": z, "reduction": "none"}
+    full = dsm_loss(zero, x, **arguments)
+    assert torch.equal(full, dsm_loss(zero, x, region=torch.ones(1, 1, 4, 4, dtype=torch.bool), **arguments))
+    region = torch.zeros(3, 1, 4, 4, dtype=torch.bool)
+    region[0, :, :2] = True
+    region[1, :, 1, 1] = True  # the third has none
+    losses = dsm_loss(zero, x, region=region, **arguments)
+    expected = torch.stack(
+        [z[0, :, :2].square().sum() / 2 * 2, z[1, :, 1, 1].square().sum() / 2 * 16, torch.tensor(0.0)]
+    )
+    torch.testing.assert_close(losses, expected)
+
+
+@given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), batch=st.integers(1, 5))
+@settings(deadline=None)
+def test_data_of_any_shape(shape, batch):
+    x = torch.rand(batch, *shape)
+    z = torch.randn(x.shape)
+    losses = dsm_loss(zero, x, sigma=0.3, noise=z, reduction="none")
+    torch.testing.assert_close(losses, z.flatten(1).square().sum(1) / 2)
+    torch.testing.assert_close(dsm_loss(zero, x, sigma=0.3, noise=z), losses.mean())
+
+
+def test_seeds(world, rng):
+    x = world.sample(10, rng)
+    before = x.clone()
+    state = torch.get_rng_state()
+    first = dsm_loss(world, x, LADDER, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, dsm_loss(world, x, LADDER, generator=torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, dsm_loss(world, x, LADDER, generator=torch.Generator().manual_seed(4)))
+    torch.manual_seed(1)
+    second = dsm_loss(world, x, LADDER)
+    torch.manual_seed(1)
+    assert torch.equal(second, dsm_loss(world, x, LADDER))
+    assert torch.equal(x, before)
+
+
+def test_condition_is_passed_on_only_when_given(rng):
+    seen = []
+
+    def net(x, sigma, *condition):
+        seen.append((sigma.shape, condition))
+        return x
+
+    x, label = torch.rand(4, 2, generator=rng), torch.arange(4)
+    dsm_loss(net, x, LADDER)
+    dsm_loss(net, x, LADDER, condition=label)
+    assert seen[0] == ((4,), ())
+    assert seen[1][1][0] is label
+
+
+def test_half_precision_data_is_perturbed_in_float32(rng):
+    x = torch.rand(4, 3, generator=rng)
+    seen = []
+
+    def net(x, sigma):
+        seen.append(x.dtype)
+        return x
+
+    assert dsm_loss(net, x.bfloat16(), LADDER).dtype == torch.float32
+    assert dsm_loss(net, x.double(), LADDER).dtype == torch.float64
+    assert seen == [torch.float32, torch.float64]
+
+
+def test_the_networks_own_ladder_is_the_default(rng):
+    net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule([0.7]))
+    x, seed = torch.rand(2, 1, 8, 8, generator=rng), torch.Generator().manual_seed
+    own = dsm_loss(net, x, generator=seed(0))
+    assert torch.equal(own, dsm_loss(net, x, NoiseSchedule([0.7]), generator=seed(0)))
+    assert not torch.equal(own, dsm_loss(net, x, NoiseSchedule([0.2]), generator=seed(0)))
+
+
+# -- Where it has to work
+
+
+class _Small(nn.Module):
+    """A backbone of a user's own: two convolutions, and the noise level as a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.level, self.last = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.Linear(1, 4),
+            nn.Conv2d(4, 1, 3, padding=1),
+        )
+
+    def forward(self, x, c_noise):
+        return self.last(torch.tanh(self.first(x) + self.level(c_noise[:, None])[..., None, None]))
+
+
+def _small():
+    torch.manual_seed(0)
+    return ScoreNet.ncsnv2(1, 8, width=4, schedule=LADDER, precondition="karras")
+
+
+def _batch(rng):
+    x = torch.rand(4, 1, 8, 8, generator=rng)
+    return x, {"sigma": torch.tensor([0.1, 0.5, 1.0, 3.0]), "noise": torch.randn(x.shape, generator=rng)}
+
+
+def test_under_autocast(rng):
+    net, (x, fixed) = _small(), _batch(rng)
+    exact = dsm_loss(net, x, **fixed)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = dsm_loss(net, x, **fixed)
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=0.02)
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled(rng):
+    torch.manual_seed(0)
+    net, (x, fixed) = ScoreNet(_Small(), LADDER), _batch(rng)
+    loss = dsm_loss(net, x, **fixed)
+    loss.backward()
+    gradients = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    compiled = torch.compile(lambda x, sigma, noise: dsm_loss(net, x, sigma=sigma, noise=noise))(x, **fixed)
+    compiled.backward()
+    torch.testing.assert_close(compiled, loss, rtol=1e-4, atol=1e-4)
+    for p, gradient in zip(net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=2e-3, atol=2e-3)
+
+
+def test_under_torch_func(rng):
+    """Gradients per image by vmap are those of one image at a time."""
+    net, (x, fixed) = _small(), _batch(rng)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters, x, sigma, noise):
+        def score(x, sigma):
+            return torch.func.functional_call(net, parameters, (x, sigma))
+
+        return dsm_loss(score, x[None], sigma=sigma[None], noise=noise[None])
+
+    per_image = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))
+    found = per_image(parameters, x, fixed["sigma"], fixed["noise"])
+    for i in range(len(x)):
+        one = dsm_loss(net, x[i : i + 1], sigma=fixed["sigma"][i], noise=fixed["noise"][i : i + 1])
+        for name, gradient in zip(parameters, torch.autograd.grad(one, list(net.parameters())), strict=True):
+            torch.testing.assert_close(found[name][i], gradient, rtol=1e-3, atol=1e-3)
+
+
+def test_gradient_accumulation(rng):
+    net, (x, fixed) = _small(), _batch(rng)
+    whole = torch.autograd.grad(dsm_loss(net, x, **fixed), list(net.parameters()))
+    for half in (slice(0, 2), slice(2, 4)):
+        part = dsm_loss(net, x[half], sigma=fixed["sigma"][half], noise=fixed["noise"][half])
+        (part / 2).backward()
+    for p, gradient in zip(net.parameters(), whole, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-3)
+
+
+def test_under_distributed_data_parallel(tmp_path, rng):
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        net, (x, fixed) = _small(), _batch(rng)
+        expected = torch.autograd.grad(dsm_loss(net, x, **fixed), list(net.parameters()))
+        parallel = nn.parallel.DistributedDataParallel(net)
+        dsm_loss(parallel, x, **fixed).backward()
+        for p, gradient in zip(net.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
+        dsm_loss(parallel, x).backward()  # its ladder is found
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# -- Sliced score matching
+
+
+def test_sliced_loss_has_the_expectation_of_the_explicit_one(world, rng):
+    """E[v' J v + |s|^2 / 2] = tr J + |s|^2 / 2, for the exact score of a Gaussian -sum 1/(values + sigma^2) / 2."""
+    x = world.sample(200_000, rng)
+    sigma = 0.4
+    losses = sliced_score_matching_loss(world, x, sigma=sigma, generator=rng, reduction="none")
+    expected = -0.5 * float((1 / (world.values + sigma**2)).sum()) * sigma**2
+    assert abs(losses.mean() - expected) < 5 * losses.std() / math.sqrt(len(x))
+
+
+def test_sliced_loss_is_least_at_the_true_score(mixture, rng):
+    x = mixture.sample(100_000, rng)
+    fixed = {"sigma": 0.3, "noise": torch.randn(x.shape, generator=rng), "projections": torch.randn(x.shape)}
+
+    def loss(factor):
+        return float(sliced_score_matching_loss(lambda x, sigma: factor * mixture(x, sigma), x, **fixed).detach())
+
+    assert loss(1.0) < min(loss(0.9), loss(1.1))
+
+
+def test_sliced_loss_trains(rng):
+    net, (x, fixed) = _small(), _batch(rng)
+    with torch.no_grad():  # a validation loop
+        value = sliced_score_matching_loss(net, x, **fixed, generator=rng)
+    assert value.shape == ()
+    loss = sliced_score_matching_loss(net, x, LADDER, generator=rng)
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+# -- Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "pass a schedule"),
+        ({"sigma": 0.0}, ValueError, "sigma must be positive, got 0"),
+        ({"sigma": -1.0}, ValueError, "sigma must be positive, got -1"),
+        ({"sigma": float("nan")}, ValueError, "sigma must be positive, got nan"),
+        ({"sigma": torch.tensor([1.0, -2.0])}, ValueError, "sigma must be positive, got -2"),
+        ({"sigma": torch.ones(3)}, ValueError, r"or \(2,\) like the batch, got shape \(3,\)"),
+        ({"sigma": 1.0, "noise": torch.zeros(2, 4)}, ValueError, r"noise must have the shape of x, \(2, 3\)"),
+        ({"sigma": 1.0, "p": 0}, ValueError, "p must be at least 1, got 0"),
+        ({"sigma": 1.0, "reduction": "sum"}, ValueError, '"mean" or "none", got'),
+        ({"sigma": 1.0, "region": torch.ones(2, 3)}, TypeError, "region must be bool.*Write region > 0.5"),
+        ({"sigma": 1.0, "region": torch.ones(4, dtype=torch.bool)}, ValueError, "region must be broadcastable to x"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        dsm_loss(zero, torch.zeros(2, 3), **arguments)
+
+
+def test_bad_data_and_bad_networks():
+    with pytest.raises(TypeError, match="Write x / 255"):
+        dsm_loss(zero, torch.zeros(2, 3, dtype=torch.uint8), LADDER)
+    with pytest.raises(ValueError, match=r"a batch \(N, ...\), got shape \(3,\)"):
+        dsm_loss(zero, torch.zeros(3), LADDER)
+    with pytest.raises(ValueError, match=r"answered shape \(2,\) to data of shape \(2, 3\)"):
+        dsm_loss(lambda x, sigma: x[:, 0], torch.zeros(2, 3), LADDER)
+    with pytest.raises(ValueError, match="projections must have the shape"):
+        sliced_score_matching_loss(zero, torch.zeros(2, 3), LADDER, projections=torch.zeros(1))
+    with pytest.raises(ValueError, match='"mean" or "none"'):
+        sliced_score_matching_loss(zero, torch.zeros(2, 3), LADDER, reduction="sum")

@@ -1,0 +1,290 @@
+import copy
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scorematch import NoiseSchedule
+
+ladders = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=30, unique=True).map(
+    # Levels closer than a part in 1e5 are one level in float32.
+    lambda values: NoiseSchedule(_apart(sorted(values, reverse=True)))
+)
+
+
+def _apart(values):
+    kept = values[:1]
+    for value in values[1:]:
+        if value < kept[-1] * (1 - 1e-5):
+            kept.append(value)
+    return kept
+
+
+# -- The published numbers
+
+
+@pytest.mark.parametrize(
+    ("sigma_max", "levels", "steps", "step_size"),
+    [(50, 232, 5, 6.2e-6), (90, 500, 5, 3.3e-6), (190, 1086, 3, 1.8e-6), (348, 2311, 3, 0.9e-6)],
+)
+def test_technique_4_gives_the_published_steps(sigma_max, levels, steps, step_size):
+    found = NoiseSchedule.geometric(sigma_max, 0.01, levels).suggest_step_size(steps)
+    assert found == pytest.approx(step_size, abs=0.051e-6)  # the table has two digits
+
+
+@pytest.mark.parametrize(
+    ("sigma_max", "pixels", "half", "published"),
+    [(50, 32, 219, 232), (90, 64, 472, 500), (140, 96, 745, 788), (190, 128, 1026, 1086), (348, 256, 2182, 2311)],
+)
+def test_technique_2_gives_the_published_counts(sigma_max, pixels, half, published):
+    dimension = 3 * pixels**2
+    assert NoiseSchedule.suggest_levels(sigma_max, 0.01, dimension) == half
+    assert NoiseSchedule.suggest_levels(sigma_max, 0.01, dimension, C=0.567) == pytest.approx(published, abs=1)
+
+
+def test_published_settings_leave_the_stated_variances():
+    cifar = NoiseSchedule.geometric(50, 0.01, 232)
+    assert cifar.chain_variance(6.2e-6, 5) == pytest.approx(1.13, abs=0.005)
+    assert NoiseSchedule.geometric(1, 0.01, 10).chain_variance(2e-5, 100) == pytest.approx(1.111, abs=0.001)
+
+
+# -- Technique 4 and the variances
+
+
+@given(levels=st.integers(2, 400), sigma_max=st.floats(0.1, 400), steps=st.integers(1, 200), steer=st.floats(-0.5, 0.5))
+@settings(deadline=None)
+def test_technique_4_is_the_minimum(levels, sigma_max, steps, steer):
+    schedule = NoiseSchedule.geometric(sigma_max, 0.01, levels)
+    best = schedule.suggest_step_size(steps)
+    other = min(best * math.exp(steer), 1.9e-4)
+    assert schedule.level_variance(best, steps) <= schedule.level_variance(other, steps) * (1 + 1e-9)
+
+
+def test_technique_4_at_one_step_is_its_closed_form():
+    schedule = NoiseSchedule.geometric(50, 0.01, 100)
+    gamma = schedule[0] / schedule[1]
+    assert schedule.suggest_step_size(1) == pytest.approx(1e-4 * (1 - gamma**-2), rel=1e-6)
+    # One step a level: the chain always ends with twice the variance.
+    assert schedule.chain_variance(schedule.suggest_step_size(1), 1) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(("levels", "steps", "a"), [(232, 5, 0.062), (50, 3, 0.3), (20, 10, 1.2), (700, 1, 0.05)])
+def test_variances_are_those_of_the_recursion(levels, steps, a):
+    schedule = NoiseSchedule.geometric(50, 0.01, levels)
+    gamma2 = (schedule[0] / schedule[1]) ** 2
+
+    def descend(v):  # one level, for data at a point: x <- (1 - a) x + sqrt(2 a) sigma z
+        for _ in range(steps):
+            v = (1 - a) ** 2 * v + 2 * a
+        return v
+
+    assert schedule.level_variance(a * 1e-4, steps) == pytest.approx(descend(gamma2))
+    v = 1.0
+    for _ in range(5000):
+        v = descend(v * gamma2)
+    assert schedule.chain_variance(a * 1e-4, steps) == pytest.approx(v)
+
+
+def test_a_chain_that_cannot_follow_its_ladder_has_infinite_variance():
+    assert NoiseSchedule.geometric(50, 0.01, 10).chain_variance(1e-6, 1) == math.inf
+
+
+def test_one_level_takes_a_fixed_fraction():
+    assert NoiseSchedule([0.2]).suggest_step_size(7) == pytest.approx(0.1 * 0.04)
+
+
+def test_a_ladder_that_is_not_geometric_counts_with_its_mean_ratio():
+    uneven = NoiseSchedule([50, 1, 0.5, 0.01])
+    assert uneven.suggest_step_size(5) == NoiseSchedule.geometric(50, 0.01, 4).suggest_step_size(5)
+
+
+# -- The value
+
+
+def test_geometric_has_exact_ends_and_a_constant_ratio():
+    schedule = NoiseSchedule.geometric(50, 0.01, 232)
+    assert (schedule.sigma_max, schedule.sigma_min, len(schedule)) == (50, 0.01, 232)
+    ratios = schedule.sigmas[1:] / schedule.sigmas[:-1]
+    assert torch.allclose(ratios, ratios[:1], rtol=1e-12, atol=0)
+    assert schedule.sigmas.dtype == torch.float64
+
+
+def test_from_betas_is_a_ddpm_in_image_units():
+    betas = np.linspace(1e-4, 0.02, 1000)
+    schedule = NoiseSchedule.from_betas(torch.from_numpy(betas))
+    alpha_bar = np.cumprod(1 - betas)
+    expected = 0.5 * np.sqrt(1 / alpha_bar - 1)
+    np.testing.assert_allclose(schedule.sigmas.numpy(), expected[::-1], rtol=1e-10)
+    assert schedule.sigma_min == pytest.approx(0.005, rel=1e-3)
+
+
+def test_values_are_equal_immutable_printable_and_travel(tmp_path):
+    a = NoiseSchedule([1.0, 0.5, 0.1])
+    assert (
+        a
+        == NoiseSchedule(np.array([1.0, 0.5, 0.1]))
+        == NoiseSchedule(torch.tensor([1.0, 0.5, 0.1], dtype=torch.float64))
+    )
+    assert a != NoiseSchedule([1.0, 0.5]) and a != 3
+    assert len({a, NoiseSchedule([1.0, 0.5, 0.1])}) == 1
+    assert repr(a) == "NoiseSchedule(3 levels, 1 -> 0.1)"
+    assert repr(NoiseSchedule([0.25])) == "NoiseSchedule(1 level, 0.25)"
+    with pytest.raises(AttributeError, match="does not change"):
+        a.sigma_max = 3
+    a.sigmas[0] = 7  # a copy
+    assert a.sigma_max == 1.0
+    assert (a[0], a[-1], list(a)) == (1.0, 0.1, [1.0, 0.5, 0.1])
+    assert copy.deepcopy(a) == a == pickle.loads(pickle.dumps(a))  # noqa: S301
+
+
+@given(ladders)
+@settings(deadline=None)
+def test_json_restores_a_ladder_bit_for_bit(schedule):
+    assert NoiseSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+
+
+@given(ladders, st.integers(2, 50))
+@settings(deadline=None)
+def test_respacing_keeps_the_range_and_the_shape(schedule, levels):
+    if len(schedule) == 1:
+        with pytest.raises(ValueError, match="no range"):
+            schedule.respaced(levels)
+        return
+    respaced = schedule.respaced(levels)
+    assert (respaced.sigma_max, respaced.sigma_min, len(respaced)) == (
+        schedule.sigma_max,
+        schedule.sigma_min,
+        levels,
+    )
+    positions = schedule.position(respaced.sigmas)
+    expected = torch.linspace(0, len(schedule) - 1, levels, dtype=torch.float64)
+    assert torch.allclose(positions, expected, atol=1e-6 * len(schedule))
+    assert schedule.respaced(len(schedule)) == schedule
+
+
+@given(ladders, st.sampled_from([torch.float32, torch.float64]))
+@settings(deadline=None)
+def test_every_level_has_its_own_position(schedule, dtype):
+    expected = torch.arange(len(schedule), dtype=dtype)
+    assert torch.equal(schedule.position(schedule.sigmas.to(dtype)), expected)
+
+
+def test_position_is_linear_in_log_sigma_and_clamped():
+    schedule = NoiseSchedule([10.0, 1.0, 0.5])
+    sigma = torch.tensor([[100.0, 10**0.5], [0.5**0.5, 0.1]])
+    torch.testing.assert_close(schedule.position(sigma), torch.tensor([[0.0, 0.5], [1.5, 2.0]]))
+    assert schedule.position(1.0) == 1 and schedule.position(1.0).shape == ()
+    assert schedule.position(torch.tensor([0.7]).half()).dtype == torch.float32
+    just_beyond = torch.tensor(0.5).nextafter(torch.tensor(0.0))
+    assert schedule.position(just_beyond) == 2
+    assert torch.equal(NoiseSchedule([0.3]).position(torch.tensor([0.1, 5.0])), torch.zeros(2))
+
+
+def test_position_of_a_strided_tensor():
+    schedule = NoiseSchedule([10.0, 1.0, 0.5])
+    assert torch.equal(schedule.position(torch.tensor([10.0, 9.0, 1.0, 9.0])[::2]), torch.tensor([0.0, 1.0]))
+
+
+# -- Training noise
+
+
+def test_training_levels_are_uniform_reproducible_and_leave_the_global_seed_alone(rng):
+    schedule = NoiseSchedule([4.0, 2.0, 1.0, 0.5])
+    state = torch.get_rng_state()
+    drawn = schedule.sample(40_000, generator=rng)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert drawn.dtype == torch.float32 and drawn.shape == (40_000,)
+    for sigma in schedule:  # each a binomial share of 1/4, five standard errors of 0.0022
+        assert abs((drawn == sigma).float().mean() - 0.25) < 0.011
+    assert torch.equal(drawn, schedule.sample(40_000, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(5)
+    first = schedule.sample(10)
+    torch.manual_seed(5)
+    assert torch.equal(first, schedule.sample(10))
+
+
+# -- Technique 1
+
+
+def test_from_data_takes_the_largest_distance(rng):
+    images = torch.rand(300, 3, 32, 32, generator=rng) * 0.1
+    images[17] = 0.0
+    images[250] = 50 / math.sqrt(3 * 32 * 32)
+    schedule = NoiseSchedule.from_data(images, 0.01)
+    assert schedule.sigma_max == pytest.approx(50, rel=1e-6)
+    assert len(schedule) == 219
+    assert len(NoiseSchedule.from_data(images.numpy(), 0.01, C=0.567)) == 232
+
+
+def test_from_data_across_blocks(rng, monkeypatch):
+    monkeypatch.setattr("scorematch.noise._DISTANCE_BLOCK", 7)
+    points = torch.randn(40, 5, generator=rng)
+    expected = max(float((a - b).norm()) for a in points.double() for b in points.double())
+    assert NoiseSchedule.from_data(points).sigma_max == pytest.approx(expected, rel=1e-12)
+
+
+def test_from_data_compares_a_random_subset_of_many_images(rng):
+    points = torch.randn(500, 3, generator=rng)
+    subset = [
+        NoiseSchedule.from_data(points, max_images=20, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert subset[0] == subset[1] != subset[2]
+    assert subset[0].sigma_max <= NoiseSchedule.from_data(points).sigma_max
+
+
+# -- Bad input
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        ([], "at least one level"),
+        ([[1.0, 0.5]], "one-dimensional"),
+        ([0.1, 1.0], "descend strictly.*level 0 is 0.1 and level 1 is 1"),
+        ([1.0, 0.5, 0.5], "level 1 is 0.5 and level 2 is 0.5.*reverse=True"),
+        ([1.0, 0.0], "positive and finite, got 0"),
+        ([1.0, -0.1], "positive and finite, got -0.1"),
+        ([1.0, float("nan")], "positive and finite, got nan"),
+        ([float("inf"), 1.0], "positive and finite, got inf"),
+    ],
+)
+def test_ladders_that_are_none(sigmas, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule(sigmas)
+
+
+def test_words_are_no_sigmas():
+    with pytest.raises(TypeError, match="sigmas must be numbers"):
+        NoiseSchedule("loud")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: NoiseSchedule.geometric(0.01, 50, 10), ValueError, "sigma_max > sigma_min > 0"),
+        (lambda: NoiseSchedule.geometric(1, 0, 10), ValueError, "sigma_max > sigma_min > 0"),
+        (lambda: NoiseSchedule.geometric(1, 0.1, 1), ValueError, "levels must be at least 2, got 1"),
+        (lambda: NoiseSchedule.geometric(1, 0.1, 2.5), TypeError, "levels must be an integer, got 2.5"),
+        (lambda: NoiseSchedule.from_betas([0.1, 1.0]), ValueError, "strictly between 0 and 1"),
+        (lambda: NoiseSchedule.from_betas([]), ValueError, "strictly between 0 and 1"),
+        (lambda: NoiseSchedule.suggest_levels(50, 0.01, 0), ValueError, "dimension must be at least 1"),
+        (lambda: NoiseSchedule.suggest_levels(50, 0.01, 3072, C=1.0), ValueError, "C must lie between 0 and 0.997"),
+        (lambda: NoiseSchedule([1.0, 0.1]).respaced(1), ValueError, "levels must be at least 2"),
+        (lambda: NoiseSchedule([1.0, 0.1]).suggest_step_size(0), ValueError, "steps_per_level must be at least 1"),
+        (lambda: NoiseSchedule([1.0, 0.1]).chain_variance(0.03, 3), ValueError, "between 0 and 2 sigma_min"),
+        (lambda: NoiseSchedule.from_dict({"levels": 3}), ValueError, r'written \{"sigmas": \[...\]\}, got .*levels'),
+        (lambda: NoiseSchedule.from_data(torch.zeros(2, 3).long()), TypeError, "Write images / 255"),
+        (lambda: NoiseSchedule.from_data(torch.zeros(1, 3)), ValueError, "at least two images"),
+        (lambda: NoiseSchedule.from_data(torch.zeros(5, 3)), ValueError, "largest distance between two images is 0"),
+        (lambda: NoiseSchedule.from_data(torch.tensor([[0.0], [math.nan]])), ValueError, "NaN or infinity"),
+    ],
+)
+def test_errors_say_what_to_write(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,461 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+
+SHORT = NoiseSchedule.geometric(5, 0.1, 12)
+
+
+def point(x, sigma):
+    """The score of data that are all zero."""
+    return -x / sigma**2
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
+
+
+def run(sampler, n=None, **arguments):
+    return sampler.sample(n, progress=False, **arguments)
+
+
+# -- The published trajectories, replayed with their recorded noise
+
+
+@pytest.mark.parametrize("name", ["ncsn_v1", "ncsnv2_denoise", "ncsnv2_no_denoise"])
+def test_published_trajectories_replay(name, published):
+    fixture = published("ald_trajectory")
+    mean, deviation = fixture["target"]["mu"], fixture["target"]["s"]
+    case = fixture[name]
+    recorded = iter(case["noise"])
+    denoise = name == "ncsnv2_denoise"
+    sampler = AnnealedLangevinSampler(
+        lambda x, sigma: -(x - mean) / (deviation**2 + sigma**2),
+        NoiseSchedule(case.get("sigmas_float64", case["sigmas"])),
+        steps_per_level=case["n_steps_each"],
+        step_size=case["step_lr"],
+        denoise=denoise,
+    )
+    states = list(sampler.iterate(init=case["x0"], noise=lambda x: next(recorded), progress=False))
+    assert next(recorded, None) is None  # once per step
+    if name == "ncsn_v1":  # recorded before each step; the last step is the one that the authors' code drops
+        expected = torch.cat([case["x_before_step"][1:], case["x_after_last_step"][None]])
+    else:
+        expected = case["returned_images"]
+        assert len(sampler) == case["n_score_calls"]
+    assert len(states) == len(expected) == len(sampler)
+    for (x, _), image in zip(states, expected, strict=True):
+        assert (x - image).abs().max() <= 1e-6 * max(1, image.abs().max())
+    levels = [sigma for sigma in sampler.schedule for _ in range(case["n_steps_each"])]
+    assert [sigma for _, sigma in states] == levels + [0.0] * denoise
+
+
+def test_published_toy_replays_at_half_the_step(published):
+    """The toy code of 2019 writes a/2 and sqrt(a); its score takes sigma for the deviation of each mode."""
+    case = published("ald_trajectory")["toy_gmm"]
+    means, weights = torch.tensor(case["gmm"]["means"]), torch.tensor(case["gmm"]["weights"])
+
+    def score(x, sigma):
+        difference = means - x[:, None]
+        logits = weights.log() - (difference**2).sum(-1) / (2 * sigma**2)
+        return (logits.softmax(1)[..., None] * difference / sigma**2).sum(1)
+
+    recorded = iter(case["annealed"]["noise"])
+    schedule = NoiseSchedule(case["sigmas_float64"])
+    sampler = AnnealedLangevinSampler(
+        score,
+        schedule,
+        steps_per_level=case["annealed"]["n_steps_each"],
+        step_size=case["lr"] / 2,
+        denoise=False,
+    )
+    found = run(sampler, init=case["x0"], noise=lambda x: next(recorded))
+    torch.testing.assert_close(found, case["annealed"]["x_final"], rtol=1e-4, atol=1e-4)
+
+
+# -- The law of what it draws
+
+
+def _gaussian_chain(variance, schedule, steps, step_size, exact_noise):
+    """The variance that a chain on N(0, variance) ends with: every step is linear, so it is a recursion of numbers."""
+    a = step_size / schedule.sigma_min**2  # in units of sigma^2
+    v = schedule.sigma_max**2
+    for sigma in schedule:
+        for _ in range(steps):
+            shrink = 1 - a * sigma**2 / (variance + sigma**2)
+            v = shrink**2 * v + sigma**2 * (2 * a - a**2 if exact_noise else 2 * a)
+    return v * (variance / (variance + schedule.sigma_min**2)) ** 2  # Tweedie
+
+
+@pytest.mark.parametrize("exact_noise", [False, True])
+@pytest.mark.parametrize(("levels", "steps"), [(40, 3), (400, 20)])
+def test_reaches_mean_and_covariance(world, levels, steps, exact_noise, rng):
+    schedule = NoiseSchedule.geometric(10, 0.01, levels)
+    sampler = AnnealedLangevinSampler(world, schedule, steps_per_level=steps, exact_noise=exact_noise)
+    n = 4000
+    x = run(sampler, n, shape=(3,), generator=rng)
+    deviations = world.covariance.diag().sqrt()
+    assert ((x.mean(0) - world.mean).abs() < 6 * deviations / math.sqrt(n)).all()
+    # Along the covariance's own axes the chain's variance is known exactly, bias included: five standard errors.
+    along = torch.cov((x @ world.vectors).T)
+    expected = torch.tensor(
+        [_gaussian_chain(float(v), schedule, steps, sampler.step_size, exact_noise) for v in world.values]
+    )
+    error = (along - expected.diag()).abs()
+    assert (error < 5 * math.sqrt(2 / n) * expected.sqrt()[:, None] * expected.sqrt()).all()
+    if levels == 400:  # and with enough steps the bias is small: four percent
+        torch.testing.assert_close(expected, world.values, rtol=0.04, atol=0)
+
+
+def test_reaches_the_weights_of_the_modes(mixture, rng):
+    schedule = NoiseSchedule.geometric(10, 0.02, 200)
+    n = 3000
+    x = run(AnnealedLangevinSampler(mixture, schedule, steps_per_level=20), n, shape=(2,), generator=rng)
+    upper = x.sum(1) > 0
+    # Five standard errors, and 0.01 for the bias of 4,000 steps.
+    assert abs(upper.float().mean() - 0.8) < 5 * math.sqrt(0.16 / n) + 0.01
+    assert (x[upper].mean(0) - 1.5).abs().max() < 5 * 0.5 / math.sqrt(0.8 * n)
+    assert (x[upper].std(0) / 0.5 - 1).abs().max() < 5 / math.sqrt(2 * 0.8 * n) + 0.02
+
+
+def test_plain_langevin_does_not_reach_them(mixture, rng):
+    """The paper's Figure 3: at one quiet level the modes keep the shares that the start gave them."""
+    sampler = AnnealedLangevinSampler(mixture, NoiseSchedule([0.1]), steps_per_level=300, step_size=0.005)
+    start = torch.rand(4000, 2, generator=rng) * 8 - 4
+    x = run(sampler, init=start, generator=rng)
+    assert 0.4 < (x.sum(1) > 0).float().mean() < 0.6
+
+
+@pytest.mark.parametrize(("steps", "a"), [(5, 0.062), (1, 0.2), (3, 0.3)])
+def test_variance_of_one_level_is_technique_4s(steps, a, rng):
+    """From the exact law of the level before, for data at a point; in the chain itself."""
+    schedule = NoiseSchedule([0.2, 0.15])
+    n = 40_000
+    sampler = AnnealedLangevinSampler(
+        point, NoiseSchedule([0.15]), steps_per_level=steps, step_size=a * 0.15**2, denoise=False
+    )
+    start = 0.2 * torch.randn(n, 1, generator=rng)
+    found = run(sampler, init=start, generator=rng).var() / 0.15**2
+    expected = schedule.level_variance(a * 0.15**2, steps)
+    assert abs(found - expected) < 5 * expected * math.sqrt(2 / n)
+
+
+@pytest.mark.parametrize(("levels", "steps", "a"), [(232, 5, 0.062), (100, 3, 0.2), (300, 1, 0.06)])
+def test_variance_of_a_whole_ladder_is_the_closed_form(levels, steps, a, rng):
+    schedule = NoiseSchedule.geometric(50, 0.01, levels)
+    n = 20_000
+    sampler = AnnealedLangevinSampler(point, schedule, steps_per_level=steps, step_size=a * 1e-4, denoise=False)
+    found = run(sampler, n, shape=(1,), generator=rng).var() / 1e-4
+    expected = schedule.chain_variance(a * 1e-4, steps)
+    assert abs(found - expected) < 5 * expected * math.sqrt(2 / n)
+
+
+@pytest.mark.parametrize("a", [0.1, 0.9, 1.7])
+def test_exact_noise_keeps_the_variance_at_any_step(a, rng):
+    n = 40_000
+    for exact_noise, expected in [(True, 1.0), (False, 1 / (1 - a / 2))]:
+        sampler = AnnealedLangevinSampler(
+            point,
+            NoiseSchedule([0.3]),
+            steps_per_level=60,
+            step_size=a * 0.09,
+            exact_noise=exact_noise,
+            denoise=False,
+        )
+        found = run(sampler, n, shape=(1,), generator=rng).var() / 0.09
+        assert abs(found - expected) < 5 * expected * math.sqrt(2 / n)
+
+
+def test_the_last_act_is_tweedies_step(rng):
+    sampler = AnnealedLangevinSampler(point, SHORT)
+    assert run(sampler, 50, shape=(2,), generator=rng).abs().max() < 1e-6  # the mean of data at zero is zero
+    raw = AnnealedLangevinSampler(point, SHORT, denoise=False)
+    assert run(raw, 50, shape=(2,), generator=rng).std() > 0.05
+    assert len(sampler) == len(raw) + 1
+
+
+# -- Seeds and what is the caller's
+
+
+def test_same_seed_same_bits_and_the_global_seed_untouched(world):
+    sampler = AnnealedLangevinSampler(world, SHORT)
+    state = torch.get_rng_state()
+    first = run(sampler, 4, shape=(3,), generator=seed(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, run(sampler, 4, shape=(3,), generator=seed(1)))
+    assert not torch.equal(first, run(sampler, 4, shape=(3,), generator=seed(2)))
+    torch.manual_seed(9)
+    second = run(sampler, 4, shape=(3,))
+    torch.manual_seed(9)
+    assert torch.equal(second, run(sampler, 4, shape=(3,)))
+
+
+def test_a_list_of_generators_is_one_per_sample(world):
+    sampler = AnnealedLangevinSampler(world, SHORT)
+    together = run(sampler, shape=(3,), generator=[seed(i) for i in range(4)])
+    alone = [run(sampler, shape=(3,), generator=[seed(i)]) for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    assert torch.equal(alone[2], run(sampler, 1, shape=(3,), generator=seed(2)))
+
+
+def test_the_callers_tensors_are_not_touched_and_yields_not_written_to(world, rng):
+    init = torch.randn(5, 3, generator=rng)
+    before = init.clone()
+    states, copies = [], []
+    for x, _ in AnnealedLangevinSampler(world, SHORT).iterate(init=init, generator=rng, progress=False):
+        states.append(x)
+        copies.append(x.clone())
+    assert torch.equal(init, before)
+    assert all(torch.equal(a, b) for a, b in zip(states, copies, strict=True))
+
+
+def test_iterate_ends_with_sample(world):
+    sampler = AnnealedLangevinSampler(world, SHORT)
+    *_, (last, sigma) = sampler.iterate(3, shape=(3,), generator=seed(0), progress=False)
+    assert sigma == 0
+    assert torch.equal(last, run(sampler, 3, shape=(3,), generator=seed(0)))
+
+
+def test_recorded_noise_stands_for_drawn_noise(world, rng):
+    """Same start, same noise: the same samples; nothing else is drawn in the chain, and the noise before the score."""
+    init = torch.randn(4, 3, generator=rng)
+    order = []
+
+    def score(x, sigma):
+        order.append("score")
+        return world(x, sigma)
+
+    def noise(x):
+        order.append("noise")
+        return torch.randn(x.shape, generator=replay)
+
+    sampler = AnnealedLangevinSampler(score, SHORT, steps_per_level=2)
+    replay, state = torch.Generator().manual_seed(7), torch.get_rng_state()
+    replayed = run(sampler, init=init, noise=noise)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert order == ["noise", "score"] * 24 + ["score"]
+    assert torch.equal(replayed, run(sampler, init=init, generator=torch.Generator().manual_seed(7)))
+
+
+# -- Batches
+
+
+def test_batches_bound_what_the_network_sees_and_change_nothing(world):
+    seen = []
+
+    def score(x, sigma):
+        seen.append(len(x))
+        return world(x, sigma)
+
+    sampler = AnnealedLangevinSampler(score, SHORT)
+    whole = run(sampler, 10, shape=(3,), generator=seed(0))
+    assert seen == [10] * len(sampler)
+    seen.clear()
+    split = run(sampler, 10, shape=(3,), generator=seed(0), batch_size=4)
+    assert seen == [4, 4, 2] * len(sampler)
+    torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-6)
+
+
+def test_default_batches_hold_a_million_values():
+    seen = []
+
+    def score(x, sigma):
+        seen.append(len(x))
+        return -x
+
+    run(AnnealedLangevinSampler(score, NoiseSchedule([1.0]), steps_per_level=1), 700, shape=(3, 32, 32))
+    assert max(seen) == 2**20 // 3072
+    seen.clear()
+    run(AnnealedLangevinSampler(score, NoiseSchedule([1.0]), steps_per_level=1), 2, shape=(2**21,))
+    assert seen[0] == 1
+
+
+def test_a_batch_equals_its_parts_with_the_same_noise(rng):
+    torch.manual_seed(0)
+    net = ScoreNet.ncsn(1, 8, width=4, schedule=SHORT)
+    init = torch.randn(3, 1, 8, 8, generator=rng)
+    noises = [torch.randn(3, 1, 8, 8, generator=rng) for _ in range(12)]
+    sampler = AnnealedLangevinSampler(net, steps_per_level=1)
+    together = iter(noises)
+    whole = run(sampler, init=init, noise=lambda x: next(together))
+    for i in range(3):
+        own = (z[i : i + 1] for z in noises)
+        part = run(sampler, init=init[i : i + 1], noise=lambda x, own=own: next(own))
+        torch.testing.assert_close(whole[i : i + 1], part, rtol=1e-3, atol=1e-4)
+
+
+# -- Networks
+
+
+class Recorder(nn.Module):
+    """A backbone of zeros that notes how it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+        self.inner = nn.Dropout()
+        self.calls = []
+
+    def forward(self, x, c_noise, *condition):
+        self.calls.append((self.training, self.inner.training, torch.is_grad_enabled(), condition))
+        return torch.zeros_like(x) * self.anchor
+
+
+def test_a_network_of_images_starts_around_one_half_and_ends_in_its_range(rng):
+    net = ScoreNet(Recorder(), NoiseSchedule.geometric(2, 0.01, 40), sample_shape=(1, 20, 20))
+    first, _ = next(AnnealedLangevinSampler(net, step_size=1e-9).iterate(20, generator=rng, progress=False))
+    assert abs(first.mean() - 0.5) < 5 * 2 / math.sqrt(8000)
+    assert first.std() == pytest.approx(2, rel=0.05)
+    images = run(AnnealedLangevinSampler(net), 3, generator=rng)
+    assert images.shape == (3, 1, 20, 20) and images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1
+    assert run(AnnealedLangevinSampler(net, clamp=False), 50, generator=rng).max() > 1  # N(1/2, 1/16) has tails
+    points = ScoreNet(Recorder(), SHORT, sample_shape=(3,), value_range=None)
+    assert run(AnnealedLangevinSampler(points), 500, generator=rng).min() < -0.5
+
+
+def test_eval_mode_without_gradients_and_each_module_back_in_its_own():
+    net = ScoreNet(Recorder(), SHORT, sample_shape=(1, 4, 4))
+    net.train()
+    net.backbone.inner.eval()
+    run(AnnealedLangevinSampler(net))
+    assert {call[:3] for call in net.backbone.calls} == {(False, False, False)}
+    assert net.training and net.backbone.training and not net.backbone.inner.training
+    chain = AnnealedLangevinSampler(net).iterate(progress=False)
+    x, _ = next(chain)
+    assert not x.requires_grad and torch.is_grad_enabled()  # the caller's mode holds between steps
+    chain.close()
+    assert net.training
+
+
+def test_condition_goes_through_in_batches():
+    net = ScoreNet(Recorder(), NoiseSchedule([0.5]), sample_shape=(1, 4, 4))
+    sampler = AnnealedLangevinSampler(net, steps_per_level=1)
+    assert len(run(sampler, condition=torch.tensor([5, 6, 7]), batch_size=2)) == 3
+    assert [call[3][0].tolist() for call in net.backbone.calls] == [[5, 6], [7]] * 2
+    net.backbone.calls.clear()
+    run(sampler, 2)
+    assert net.backbone.calls[0][3] == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_other_precisions(dtype):
+    torch.manual_seed(0)
+    net = ScoreNet.ncsnv2(1, 8, width=4, schedule=SHORT, precondition="karras").to(dtype)
+    images = run(AnnealedLangevinSampler(net), 2, generator=torch.Generator().manual_seed(0))
+    assert images.dtype == torch.float32 and torch.isfinite(images).all()
+
+
+def test_points_and_signals(rng):
+    for shape in [(2,), (3, 17), ()]:
+        x = run(AnnealedLangevinSampler(point, SHORT), 4, shape=shape, generator=rng)
+        assert x.shape == (4, *shape)
+
+
+# -- Settings
+
+
+def test_the_networks_recommendation_counts_with_its_own_ladder_only():
+    net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
+    derived = AnnealedLangevinSampler(net)
+    assert derived.schedule == net.schedule and derived.exact_noise
+    net.sampler_settings = {"levels": 20, "steps_per_level": 2, "step_size": 0.003, "exact_noise": False}
+    sampler = AnnealedLangevinSampler(net)
+    assert sampler.schedule == net.schedule.respaced(20)
+    assert (sampler.steps_per_level, sampler.step_size, sampler.exact_noise) == (2, 0.003, False)
+    assert AnnealedLangevinSampler(net, net.schedule.respaced(20)).step_size == 0.003
+    assert AnnealedLangevinSampler(net, steps_per_level=7).steps_per_level == 7
+    other = AnnealedLangevinSampler(net, net.schedule)
+    assert (other.steps_per_level, other.step_size) == (derived.steps_per_level, derived.step_size)
+
+
+@pytest.mark.parametrize("levels", [2, 5, 10, 50, 232, 1086])
+def test_settings_from_a_ladder_are_technique_4_with_a_bounded_chain(levels):
+    schedule = NoiseSchedule.geometric(50, 0.01, levels)
+    sampler = AnnealedLangevinSampler(point, schedule)
+    steps = sampler.steps_per_level
+    assert steps >= 3 and not sampler.exact_noise
+    assert sampler.step_size == schedule.suggest_step_size(steps)
+    assert schedule.chain_variance(sampler.step_size, steps) <= 1.2
+    if steps > 3:  # no more than needed
+        assert schedule.chain_variance(schedule.suggest_step_size(steps - 1), steps - 1) > 1.2
+
+
+def test_it_says_what_will_be_run():
+    sampler = AnnealedLangevinSampler(point, NoiseSchedule.geometric(50, 0.01, 50), steps_per_level=5, step_size=2.2e-5)
+    assert str(sampler) == ("AnnealedLangevinSampler(50 levels 50 -> 0.01, 5 steps, step 2.2e-05, 251 network calls)")
+    assert len(sampler) == 251
+    one = AnnealedLangevinSampler(point, NoiseSchedule([0.5]), steps_per_level=1, exact_noise=True, denoise=False)
+    assert str(one) == "AnnealedLangevinSampler(1 level 0.5, 1 step, step 0.025, exact noise, 1 network calls)"
+
+
+def test_the_bar_can_be_turned_off(capsys):
+    sampler = AnnealedLangevinSampler(point, SHORT)
+    sampler.sample(1, shape=(1,), progress=False)
+    assert capsys.readouterr().err == ""
+    sampler.sample(1, shape=(1,))
+    assert f"{len(sampler)}/{len(sampler)}" in capsys.readouterr().err
+
+
+# -- Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"step_size": 0.02 + 1e-9}, ValueError, r"stability limit, 2 sigma_min\^2 = 0.02, got 0.02"),
+        ({"step_size": 0.5}, ValueError, "stability limit.*got 0.5; technique 4 suggests"),
+        ({"step_size": 0.0}, ValueError, "between 0 and the stability limit"),
+        ({"step_size": float("nan")}, ValueError, "between 0 and the stability limit"),
+        ({"steps_per_level": 0}, ValueError, "steps_per_level must be an integer of at least 1, got 0"),
+        ({"steps_per_level": 2.5}, ValueError, "an integer of at least 1, got 2.5"),
+        ({"precision": "half"}, ValueError, '"auto" or "float32", got'),
+        ({"schedule": [1.0, 0.1]}, TypeError, r"got list. Write NoiseSchedule\(sigmas\)"),
+        ({"schedule": None}, ValueError, "no ladder of its own: pass a schedule"),
+        ({"net": 3}, TypeError, r"called as net\(x, sigma\), got int"),
+    ],
+)
+def test_bad_settings(arguments, error, message):
+    with pytest.raises(error, match=message):
+        AnnealedLangevinSampler(**{"net": point, "schedule": SHORT, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "pass shape="),
+        ({"n": 0, "shape": (1,)}, ValueError, "n must be at least 1, got 0"),
+        ({"n": 2, "init": torch.zeros(3, 1)}, ValueError, "n has 2, init has 3"),
+        ({"condition": torch.zeros(2), "init": torch.zeros(3, 1)}, ValueError, "init has 3, condition has 2"),
+        ({"n": 2, "shape": (1,), "generator": [torch.Generator()]}, ValueError, "n has 2, generator has 1"),
+        ({"shape": (2,), "init": torch.zeros(3, 1)}, ValueError, r"is \(2,\), but init's is \(1,\)"),
+        ({"init": torch.zeros(3, 1).long()}, TypeError, r"init must be floating point.*Write init.float\(\)"),
+        ({"shape": (1,), "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_first_step(arguments, error, message):
+    sampler = AnnealedLangevinSampler(point, SHORT)
+    with pytest.raises(error, match=message):
+        run(sampler, **arguments)
+    with pytest.raises(error, match=message):
+        sampler.iterate(**arguments)
+
+
+def test_noise_of_another_shape(world):
+    with pytest.raises(ValueError, match=r"noise must have the shape of x, \(2, 3\), got \(2, 1\)"):
+        run(AnnealedLangevinSampler(world, SHORT), 2, shape=(3,), noise=lambda x: torch.zeros(2, 1))
+
+
+def test_a_chain_that_leaves_the_finite_numbers_stops_and_names_the_level():
+    calls = []
+
+    def score(x, sigma):
+        calls.append(float(sigma))
+        return x * math.nan if sigma < 1 else -x
+
+    with pytest.raises(RuntimeError, match=r"at level 5 of 12, sigma 0\.8447"):
+        run(AnnealedLangevinSampler(score, SHORT, steps_per_level=2), 2, shape=(1,))
+    assert len(calls) == 12  # the level is finished, the next not begun
