@@ -1,0 +1,79 @@
+"""Measures sampler settings on a trained network of digits, to choose those that are stored with it.
+
+    python examples/tune_mnist.py --data FOLDER --model runs/mnist/network
+
+Technique 4 of NCSNv2 is where it starts; what a learned network does with few steps it does not say. A line is one
+setting: the ladder's levels, the steps at each, the step in units of sigma^2, plain or exact noise, the network calls, and
+the figures of ``evaluate_mnist.py``, the test digits' own in the last line.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from evaluate_mnist import figures, load_classifier, read
+from mnist import load_digits
+
+from scorematch import AnnealedLangevinSampler, ScoreNet
+from scorematch.images import save_grid
+
+# (levels, steps a level, step in units of sigma^2 or None for technique 4, exact noise)
+SETTINGS = [
+    (50, 3, None, False),
+    (50, 3, None, True),
+    (30, 5, None, True),
+    (95, 1, None, True),
+    (95, 1, 0.3, True),
+    (95, 1, 0.5, True),
+    (50, 2, 0.3, True),
+    (50, 2, 0.5, True),
+    (50, 3, 0.1, True),
+    (150, 1, 0.1, True),
+    (150, 1, 0.2, True),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with MNIST; torchvision downloads it otherwise")
+    parser.add_argument("--model", default="mnist", help='a short name or a folder ("mnist")')
+    parser.add_argument("--n", type=int, default=500, help="samples of each setting")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--classifier", type=Path, default=Path("runs/digit_classifier.pt"))
+    parser.add_argument("--out", type=Path, help="folder for the first 64 samples of each setting")
+    parser.add_argument("--only", type=int, nargs="+", help="which settings, by their line")
+    args = parser.parse_args()
+
+    classifier = load_classifier(args.classifier, args.data)
+    reference = read(classifier, load_digits(args.data, "train")[0].float() / 255)[1]
+    net = ScoreNet.from_pretrained(args.model).to(memory_format=torch.channels_last)
+    print("line levels steps    a  noise calls | confident rarest frechet   std variation", flush=True)
+    for line, (levels, steps, a, exact) in enumerate(SETTINGS):
+        if args.only is not None and line not in args.only:
+            continue
+        schedule = net.schedule.respaced(levels)
+        step_size = None if a is None else a * schedule.sigma_min**2
+        if step_size is None:
+            step_size = schedule.suggest_step_size(steps)
+        sampler = AnnealedLangevinSampler(net, schedule, steps_per_level=steps, step_size=step_size, exact_noise=exact)
+        with torch.autocast("cpu", torch.bfloat16):  # three times as fast, the same statistics
+            samples = sampler.sample(args.n, generator=torch.Generator().manual_seed(args.seed), progress=False)
+        if args.out is not None:
+            save_grid(samples[:64], args.out / f"settings-{line:02d}.png")
+        setting = f"{line:>4} {levels:>6} {steps:>5} {step_size / schedule.sigma_min**2:.2f}"
+        setting += f" {'exact' if exact else 'plain':>6} {len(sampler):>5}"
+        print(f"{setting} | {_row(figures(classifier, samples, reference))}", flush=True)
+    test = load_digits(args.data, "test")[0].float() / 255
+    chosen = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[: args.n]]
+    print(f"{'test digits':>32} | {_row(figures(classifier, chosen, reference))}")
+
+
+def _row(found: dict[str, float]) -> str:
+    return (
+        f"{found['confident']:>9.1%} {found['rarest']:>6.1%} {found['frechet']:>7.2f} {found['pixel std']:.3f} "
+        f"{found['variation']:>9.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
