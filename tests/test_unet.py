@@ -1,0 +1,265 @@
+"""The U-Net against diffusers' own, with the same random weights."""
+
+import warnings
+
+import pytest
+import torch
+
+from scorematch.nets.unet import UNet
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from diffusers import UNet2DModel
+
+PAIRS = {
+    "DownBlock2D": "UpBlock2D",
+    "AttnDownBlock2D": "AttnUpBlock2D",
+    "SkipDownBlock2D": "SkipUpBlock2D",
+    "AttnSkipDownBlock2D": "AttnSkipUpBlock2D",
+    "ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D",
+}
+OPTIONS = {
+    "plain": {},
+    "scale shift": {"resnet_time_scale_shift": "scale_shift"},
+    "resampling by residual blocks": {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "DDPM": {
+        "attention_head_dim": None,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "downsample_padding": 0,
+        "norm_eps": 1e-6,
+    },
+    "NCSN++": {"time_embedding_type": "fourier", "mid_block_scale_factor": 2**0.5, "attention_head_dim": None},
+    "classes": {"num_class_embeds": 5, "attn_norm_num_groups": 4},
+    "no attention in the middle": {"add_attention": False, "act_fn": "gelu", "center_input_sample": True},
+}
+
+# The configurations of the published networks, and their numbers of parameters.
+_DDPM = {
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+_NCSNPP = {
+    "attention_head_dim": None,
+    "mid_block_scale_factor": 1.41421356237,
+    "norm_eps": 1e-6,
+    "norm_num_groups": None,
+    "time_embedding_type": "fourier",
+}
+PUBLISHED = {
+    "google/ddpm-cifar10-32": (
+        35_746_307,
+        {
+            **_DDPM,
+            "block_out_channels": (128, 256, 256, 256),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        },
+    ),
+    "google/ddpm-celebahq-256": (
+        113_673_219,
+        {
+            **_DDPM,
+            "block_out_channels": (128, 128, 256, 256, 512, 512),
+            "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+        },
+    ),
+    "google/ncsnpp-celebahq-256": (
+        65_574_549,
+        {
+            **_NCSNPP,
+            "block_out_channels": (128, 128, *[256] * 5),
+            "down_block_types": (*["SkipDownBlock2D"] * 4, "AttnSkipDownBlock2D", *["SkipDownBlock2D"] * 2),
+            "up_block_types": (*["SkipUpBlock2D"] * 2, "AttnSkipUpBlock2D", *["SkipUpBlock2D"] * 4),
+        },
+    ),
+    "newsyctw/NCSN_CIFAR10_my": (
+        61_894_924,
+        {
+            **_NCSNPP,
+            "block_out_channels": (128, 256, 256, 256),
+            "layers_per_block": 4,
+            "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", *["SkipDownBlock2D"] * 2),
+            "up_block_types": (*["SkipUpBlock2D"] * 2, "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        },
+    ),
+}
+
+
+def _pair(config):
+    """diffusers' network and ours with the same random weights, none of them special (a norm of ones hides much)."""
+    theirs = UNet2DModel(**config).eval()
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.ndim == 1:
+                p.copy_(0.5 + 0.3 * torch.randn(p.shape, generator=rng))
+            else:
+                p.copy_(torch.randn(p.shape, generator=rng) / p[0].numel() ** 0.5)
+    ours = UNet(**{key: value for key, value in config.items() if key != "sample_size"}).eval()
+    weights = dict(theirs.state_dict())
+    weights.pop("time_proj.W", None)  # a twin of time_proj.weight
+    ours.load_state_dict(weights)
+    return theirs, ours
+
+
+def _difference(config, size, batch=2):
+    theirs, ours = _pair(config)
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 3, size, size, generator=rng)
+    fourier = config.get("time_embedding_type") == "fourier"
+    t = torch.tensor([0.37, 41.5] if fourier else [3.0, 412.37])[:batch]
+    classes = torch.arange(batch) if "num_class_embeds" in config else None
+    with torch.no_grad():
+        expected = theirs(x, t, class_labels=classes).sample
+        found = ours(x, t.log() if fourier else t, classes)
+    if fourier:  # diffusers divides by sigma inside, the table of preconditioning does it here
+        found = found / t.view(-1, 1, 1, 1)
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("block", PAIRS)
+def test_every_kind_of_block_is_diffusers(block, option):
+    config = {
+        "sample_size": 16,
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 8,
+        "layers_per_block": 2,
+        "down_block_types": (block, block),
+        "up_block_types": (PAIRS[block], PAIRS[block]),
+        **OPTIONS[option],
+    }
+    assert _difference(config, 16) < 1e-5
+
+
+def test_mixed_kinds_of_blocks_are_diffusers():
+    config = {
+        "block_out_channels": (16, 32, 48),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D", "AttnUpBlock2D"),
+    }
+    assert _difference(config, 8) < 1e-5
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(name):
+    parameters, config = PUBLISHED[name]
+    with torch.device("meta"):
+        theirs, ours = UNet2DModel(**config), UNet(**config)
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    shapes = {key: tuple(p.shape) for key, p in theirs.state_dict().items() if key != "time_proj.W"}
+    assert {key: tuple(p.shape) for key, p in ours.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("name", ["google/ddpm-cifar10-32", "google/ncsnpp-celebahq-256"])
+def test_published_networks_are_diffusers(name):
+    _, config = PUBLISHED[name]
+    assert _difference(config, 64 if "256" in name else 32, batch=1) < 1e-5
+
+
+def test_gradient_reaches_every_parameter(rng):
+    net = UNet(
+        2,
+        1,
+        block_out_channels=(16, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        num_class_embeds=3,
+    )
+    net(torch.rand(3, 2, 8, 12, generator=rng), torch.tensor([0.1, 1.0, 2.5]), torch.tensor([0, 1, 2])).sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None, name
+
+
+def test_an_image_as_condition_is_put_beside_x(rng):
+    net = UNet(
+        4,
+        1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    x, beside = torch.rand(2, 1, 6, 7, generator=rng), torch.rand(2, 3, 6, 7, generator=rng)
+    c_noise = torch.zeros(2)
+    assert torch.equal(net(x, c_noise, beside), net(torch.cat([x, beside], dim=1), c_noise))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype, rng):
+    torch.manual_seed(0)
+    net = UNet(
+        1,
+        1,
+        block_out_channels=(16, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    x, c_noise = torch.rand(2, 1, 8, 8, generator=rng), torch.tensor([0.5, 2.0])
+    exact = net.double()(x.double(), c_noise.double())
+    found = net.to(dtype)(x.to(dtype), c_noise if dtype == torch.bfloat16 else c_noise.double())
+    assert found.dtype == dtype
+    assert (found - exact).abs().max() <= (0.05 if dtype == torch.bfloat16 else 1e-12) * exact.abs().max()
+
+
+# -- Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"down_block_types": ("CrossAttnDownBlock2D",)}, "down block 'CrossAttnDownBlock2D' is not here; known are"),
+        ({"up_block_types": ("KUpBlock2D",)}, "up block 'KUpBlock2D' is not here; known are 'UpBlock2D'"),
+        ({"up_block_types": ()}, "one entry per scale, got 1, 1 and 0"),
+        ({"time_embedding_type": "learned"}, "time_embedding_type 'learned' is not here"),
+        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift 'spatial' is not here"),
+        ({"downsample_type": "fir"}, "downsample_type 'fir' is not here"),
+        ({"upsample_type": "fir"}, "upsample_type 'fir' is not here"),
+        ({"act_fn": "tanh"}, "act_fn 'tanh' is not here"),
+    ],
+)
+def test_configurations_that_are_none(changes, message):
+    config = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    with pytest.raises(ValueError, match=message):
+        UNet(**{**config, "norm_num_groups": 4, **changes})
+
+
+def _small(**changes):
+    return UNet(
+        3,
+        3,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "condition", "message"),
+    [
+        (
+            _small,
+            (1, 1, 8, 8),
+            None,
+            r"shape \(N, 3, H, W\), an image condition's channels included, got \(1, 1, 8, 8\)",
+        ),
+        (_small, (1, 3, 8, 9), None, "multiples of 2, got 8x9"),
+        (_small, (1, 3, 8, 8), torch.tensor([1]), "takes no classes"),
+        (lambda: _small(num_class_embeds=4), (1, 3, 8, 8), None, "conditioned on classes: pass condition="),
+        (_small, (1, 3, 8, 8), torch.zeros(1, 2, 8, 8), r"got \(1, 5, 8, 8\)"),
+    ],
+)
+def test_bad_input(net, shape, condition, message):
+    with pytest.raises(ValueError, match=message):
+        net()(torch.zeros(shape), torch.zeros(shape[0]), condition)
