@@ -210,7 +210,7 @@ def test_truncated_weights(keep, folder):
     [
         ({"format_version": 99}, "format_version 99, this version of scorematch reads 1"),
         ({"format_version": ...}, "no format_version"),
-        ({"family": "transformer"}, "the family 'transformer'; known are 'ncsn', 'ncsnv2', 'custom'"),
+        ({"family": "transformer"}, "the family 'transformer'; known are 'ncsn', 'ncsnv2', 'unet', 'custom'"),
         ({"width": ...}, "lacks width"),
         ({"schedule": ...}, "lacks schedule"),
         ({"width": "4"}, "width must be int, got '4'"),

@@ -1,14 +1,18 @@
 """Trained networks on disk: a folder with a configuration and weights, and the networks that ship with the package.
 
-A folder holds ``config.json`` (what rebuilds the network: family, sizes, preconditioning, ladder, recommended sampler
-settings, and the version of this format) and ``model.safetensors`` (the backbone's weights, under the published
-names). No file can run code: JSON and safetensors hold numbers only.
+A folder of this package holds ``config.json`` (what rebuilds the network: family, sizes, preconditioning, ladder,
+recommended sampler settings, and the version of this format) and the weights under their published names, in
+``model.safetensors`` or, for a U-Net, in ``diffusion_pytorch_model.safetensors``. Folders in the layout of diffusers
+are read too: ``layout`` translates their configurations.
+
+No file can run code. JSON and safetensors hold numbers only, and of a pickle (``.bin``) only tensors are accepted.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -20,13 +24,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from scorematch import layout
+from scorematch.nets.unet import UNet
+
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+UNET_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+# Where a U-Net's weights may be, in the order of preference; an index names the parts of weights in several files.
+_UNET_WEIGHTS_FILES = (
+    UNET_WEIGHTS_FILE,
+    f"{UNET_WEIGHTS_FILE}.index.json",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+)
 
-# The keys by which each family's backbone is rebuilt.
 _REFINENET = {"family": str, "channels": int, "width": int, "depth": str}
-ARCHITECTURE: dict[str, dict[str, type]] = {"ncsn": _REFINENET, "ncsnv2": _REFINENET, "custom": {"family": str}}
+_REQUIRED: dict[str, dict[str, type]] = {  # by which each family's backbone is rebuilt
+    "ncsn": _REFINENET,
+    "ncsnv2": _REFINENET,
+    "unet": {"family": str, "block_out_channels": list},
+    "custom": {"family": str},
+}
 _COMMON = ("precondition", "sample_shape", "value_range", "sampler", "schedule")
 
 _SHIPPED = Path(__file__).parent / "weights"
@@ -51,46 +70,85 @@ def locate(name_or_folder: str | os.PathLike[str]) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checked content of a folder's config.json."""
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise _missing(folder, CONFIG_FILE) from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); save the network again.") from error
-    if not isinstance(config, dict) or "format_version" not in config:
-        raise ValueError(f"{path} has no format_version: it was not written by save_pretrained.")
+    """The checked configuration of a folder, whichever layout it has."""
+    home = _home(folder)
+    config = _read_json(home / CONFIG_FILE)
+    if "format_version" not in config and config.get("_class_name") in layout.UNET_CLASSES:
+        return layout.translate(config, _scheduler(folder))
+    path = home / CONFIG_FILE
+    if "format_version" not in config:
+        raise ValueError(
+            f"{path} has no format_version: it was not written by save_pretrained, and its class, "
+            f"{config.get('_class_name')!r}, is not a U-Net of diffusers."
+        )
     if config["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version {config['format_version']!r}, this version of scorematch reads "
             f"{FORMAT_VERSION}. A newer scorematch may read it."
         )
-    if config.get("family") not in ARCHITECTURE:
-        known = ", ".join(map(repr, ARCHITECTURE))
+    if config.get("family") not in _REQUIRED:
+        known = ", ".join(map(repr, _REQUIRED))
         raise ValueError(f"{path} names the family {config.get('family')!r}; known are {known}.")
-    architecture = ARCHITECTURE[config["family"]]
-    absent = [key for key in (*architecture, *_COMMON) if key not in config]
+    required = _REQUIRED[config["family"]]
+    absent = [key for key in (*required, *_COMMON) if key not in config]
     if absent:
         raise ValueError(f"{path} lacks {', '.join(absent)}.")
-    for key, kind in architecture.items():
+    for key, kind in required.items():
         if not isinstance(config[key], kind) or isinstance(config[key], bool):
             raise ValueError(f"{path}: {key} must be {kind.__name__}, got {config[key]!r}.")
     return config
 
 
-def load_weights(backbone: nn.Module, folder: Path) -> None:
-    """Fills a backbone with a folder's weights, every one of them, cast to the backbone's dtypes."""
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise _missing(folder, WEIGHTS_FILE)
+def architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that says how the backbone is built."""
+    keys = ("family", *layout.UNET_KEYS) if config["family"] == "unet" else _REQUIRED[config["family"]]
+    return {key: config[key] for key in keys if key in config}
+
+
+def _home(folder: Path) -> Path:
+    """Where a folder's network is: in it, or, of a pipeline, in its unet/."""
+    if not (folder / "unet" / CONFIG_FILE).is_file():
+        return folder
+    if (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} holds two networks, one in it and one in unet/: pass the folder of one of them.")
+    return folder / "unet"
+
+
+def _scheduler(folder: Path) -> dict[str, Any] | None:
+    # Given the unet/ of a pipeline itself, the scheduler is its neighbor.
+    for path in (folder, folder / "scheduler", folder.parent / "scheduler"):
+        if (path / "scheduler_config.json").is_file():
+            return _read_json(path / "scheduler_config.json")
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file ({error}); "
-            "fetch or save it again."
-        ) from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise _missing(path.parent, path.name) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); save or fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} has no format_version: it holds a {type(content).__name__}, not a configuration.")
+    return content
+
+
+def load_weights(backbone: nn.Module, folder: Path) -> Tensor | None:
+    """Fills a backbone with a folder's weights, every one of them, cast to the backbone's dtypes.
+
+    Returns:
+        The ladder that is stored among the weights, if there is one.
+    """
+    home = _home(folder)
+    names = _UNET_WEIGHTS_FILES if isinstance(backbone, UNet) else (WEIGHTS_FILE,)
+    path = next((home / name for name in names if (home / name).is_file()), None)
+    if path is None:
+        raise _missing(home, names[0])
+    weights = _read_weights(path)
+    if isinstance(backbone, UNet):
+        weights = layout.current_names(weights)
+    ladder = weights.pop("sigmas", None) if "sigmas" not in backbone.state_dict() else None
     expected = backbone.state_dict()
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing:
@@ -105,6 +163,39 @@ def load_weights(backbone: nn.Module, folder: Path) -> None:
     if wrong:
         raise ValueError(f"the weights in {path} belong to a network of other sizes: {_first(wrong)}.")
     backbone.load_state_dict(weights)
+    return ladder
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, or of the files that an index names."""
+    if path.name.endswith(".index.json"):
+        names = sorted(set(_read_json(path).get("weight_map", {}).values()))
+        weights: dict[str, Tensor] = {}
+        for name in names:
+            part = path.parent / Path(name).name  # an index names files beside it, nothing elsewhere
+            if not part.is_file():
+                raise _missing(path.parent, part.name)
+            weights.update(_read_weights(part))
+        return weights
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the weights: run git lfs pull, or fetch the file itself."
+            )
+    size = path.stat().st_size
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, or is damaged, and was not opened: a pickle can run code "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} ({size} bytes) is not a complete {path.suffix[1:]} file ({error}); fetch or save it again."
+        ) from error
 
 
 def save(folder: str | os.PathLike[str], config: dict[str, Any], backbone: nn.Module) -> None:
@@ -112,6 +203,11 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], backbone: nn.Mo
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a network is saved into a folder.")
+    weights_file = WEIGHTS_FILE
+    if isinstance(backbone, UNet):  # diffusers' own keys beside ours: it reads the folder too
+        weights_file = UNET_WEIGHTS_FILE
+        size = None if config["sample_shape"] is None else config["sample_shape"][-1]
+        config = {"_class_name": "UNet2DModel", "sample_size": size, **config}
     try:
         text = json.dumps(config, indent=2) + "\n"
     except TypeError as error:
@@ -124,9 +220,9 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], backbone: nn.Mo
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         staged = Path(staging)
-        save_file(weights, staged / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(weights, staged / weights_file, metadata={"format": "pt"})
         (staged / CONFIG_FILE).write_text(text, encoding="utf-8")
-        _replace(staged, folder, (WEIGHTS_FILE, CONFIG_FILE))
+        _replace(staged, folder, (weights_file, CONFIG_FILE))
 
 
 def _replace(staged: Path, folder: Path, names: Iterable[str]) -> None:

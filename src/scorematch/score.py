@@ -11,14 +11,19 @@ in the same units, and a score.
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from scorematch import pretrained
 from scorematch.nets.refinenet import Depth, RefineNet
+from scorematch.nets.unet import ResidualBlock, UNet
 from scorematch.noise import NoiseSchedule, expand
 from scorematch.precondition import ROWS
 
@@ -142,6 +147,63 @@ class ScoreNet(nn.Module):
         return cls._build(architecture, schedule, precondition, (channels, *_pair(image_size)))
 
     @classmethod
+    def unet(
+        cls,
+        channels: int = 3,
+        image_size: Size = 32,
+        *,
+        widths: Sequence[int] = (64, 128, 128),
+        layers_per_block: int = 2,
+        attention: Sequence[bool] | None = None,
+        condition_channels: int = 0,
+        classes: int | None = None,
+        dropout: float = 0.0,
+        schedule: NoiseSchedule | None = None,
+        precondition: str = "karras",
+    ) -> ScoreNet:
+        """A U-Net of DDPM's kind, to be trained from scratch.
+
+        Args:
+            channels: of the image.
+            image_size: (height, width) of a sample, or the side of a square one.
+            widths: of the features at each scale, from the image inward; the image is halved between two scales.
+            layers_per_block: residual blocks at each scale.
+            attention: at which scales each pixel looks at every other; None is the lowest only.
+            condition_channels: of an image that is given as a condition, or 0.
+            classes: the number of classes, for a network whose condition is a class, or None.
+            dropout: in the residual blocks.
+            schedule: the ladder; None is NCSNv2's of CIFAR-10, 232 levels from 50 to 0.01.
+            precondition: a row of the table in ``scorematch.precondition``; "karras" trains best.
+
+        References:
+            Ho et al., 2020, arXiv:2006.11239; Karras et al., 2022, arXiv:2206.00364.
+        """
+        attention = [False] * (len(widths) - 1) + [True] if attention is None else attention
+        if len(attention) != len(widths):
+            raise ValueError(f"attention must have one entry per scale, {len(widths)}, got {len(attention)}.")
+        down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
+        architecture = {
+            "family": "unet",
+            "in_channels": channels + condition_channels,
+            "out_channels": channels,
+            "block_out_channels": list(widths),
+            "down_block_types": down,
+            "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+            "layers_per_block": layers_per_block,
+            "attention_head_dim": None,
+            "norm_num_groups": math.gcd(32, *widths),
+            "dropout": dropout,
+            "num_class_embeds": classes,
+        }
+        schedule = NoiseSchedule.geometric(50, 0.01, 232) if schedule is None else schedule
+        net = cls._build(architecture, schedule, precondition, (channels, *_pair(image_size)))
+        for module in net.backbone.modules():  # every block begins as the identity, the whole as zero (Ho et al. 2020)
+            if isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv2.weight)
+        nn.init.zeros_(net.backbone.get_submodule("conv_out").weight)  # type: ignore[arg-type]
+        return net
+
+    @classmethod
     def _build(
         cls,
         architecture: dict[str, Any],
@@ -152,7 +214,9 @@ class ScoreNet(nn.Module):
         backbone: nn.Module | None = None,
     ) -> ScoreNet:
         family = architecture["family"]
-        if family != "custom":
+        if family == "unet":
+            backbone = UNet(**{key: value for key, value in architecture.items() if key != "family"})
+        elif family != "custom":
             backbone = RefineNet(
                 architecture["channels"],
                 architecture["width"],
@@ -197,7 +261,7 @@ class ScoreNet(nn.Module):
             )
         row = ROWS[self.precondition]
         k, middle = self._units() if row.centered else (1.0, 0.0)
-        c_in, c_skip, c_out, c_noise = row.coefficients(sigma, self.schedule.position, k)
+        c_in, c_skip, c_out, c_noise = row.coefficients(sigma, self.schedule, k)
         u = k * (x.to(dtype) - middle) if row.centered else x.to(dtype)
         parameter = next(self.backbone.parameters(), None)
         inner = dtype if parameter is None else parameter.dtype
@@ -206,6 +270,8 @@ class ScoreNet(nn.Module):
             c_noise.to(torch.promote_types(inner, torch.float32)).expand(len(x)),
         ]
         output = self.backbone(*arguments) if condition is None else self.backbone(*arguments, condition)
+        if output.shape[1:2] == (2 * x.shape[1],):  # a network that predicts a variance too: its second half
+            output = output[:, : x.shape[1]]
         return (expand(c_skip, x) * u + expand(c_out, x) * output.to(dtype)).to(x.dtype)
 
     def denoise(self, x: Tensor, sigma: float | Tensor, condition: Tensor | None = None) -> Tensor:
@@ -243,8 +309,8 @@ class ScoreNet(nn.Module):
         """The trained network of that name, or in that folder.
 
         Args:
-            name_or_folder: the short name of a network that ships with the package ("mnist"), or a folder that
-                ``save_pretrained`` wrote.
+            name_or_folder: the short name of a network that ships with the package ("mnist"), or a folder: one that
+                ``save_pretrained`` wrote, or a U-Net in the layout of diffusers, flat or a pipeline.
             backbone: for a saved network of the user's own, a module of the same class to fill with the weights.
 
         Returns:
@@ -268,7 +334,7 @@ class ScoreNet(nn.Module):
             )
         value_range, sample_shape = config["value_range"], config["sample_shape"]
         net = cls._build(
-            {key: config[key] for key in pretrained.ARCHITECTURE[config["family"]]},
+            pretrained.architecture(config),
             NoiseSchedule.from_dict(config["schedule"]),
             config["precondition"],
             None if sample_shape is None else tuple(sample_shape),
@@ -276,11 +342,21 @@ class ScoreNet(nn.Module):
             backbone,
         )
         net.sampler_settings = config["sampler"]
-        pretrained.load_weights(net.backbone, folder)
+        ladder = pretrained.load_weights(net.backbone, folder)
+        if ladder is not None and not np.allclose(ladder, net.schedule.sigmas, rtol=1e-4):
+            warnings.warn(
+                f"the noise levels stored with the weights in {folder} are not those of its configuration, "
+                f"{net.schedule}; the stored ones count.",
+                stacklevel=2,
+            )
+            net.schedule = NoiseSchedule(ladder)
         return net.float().eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json and model.safetensors into a folder, for ``from_pretrained``.
+        """Writes config.json and the weights into a folder, for ``from_pretrained``.
+
+        The weights are in model.safetensors, those of a U-Net in diffusion_pytorch_model.safetensors, where diffusers
+        finds them too.
 
         The weights are stored in their own dtype. An existing folder keeps its other files, and its old network until
         the new one is completely written.

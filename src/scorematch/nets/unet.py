@@ -132,7 +132,7 @@ class _Style(NamedTuple):
     scale_shift: bool  # whether that vector scales and shifts the second norm, instead of being added before it
 
 
-class _ResidualBlock(nn.Module):
+class ResidualBlock(nn.Module):
     """norm, activation, conv, noise level, norm, activation, conv, added to the input; resampled inside if need be."""
 
     def __init__(
@@ -158,7 +158,7 @@ class _ResidualBlock(nn.Module):
         shortcut = inputs != outputs if shortcut is None else shortcut
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if shortcut else None
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
         act = self.style.activation
         h = act(self.norm1(x))
         if self.resample is not None:
@@ -232,7 +232,7 @@ class _DownBlock(nn.Module):
                 (_quarter_groups(width), _quarter_groups(outputs)) if kind.skip else (layout.groups_of(width), None)
             )
             self.resnets.append(
-                _ResidualBlock(width, outputs, style, groups=groups[0], groups_out=groups[1], scale=scale)
+                ResidualBlock(width, outputs, style, groups=groups[0], groups_out=groups[1], scale=scale)
             )
         self.attentions: nn.ModuleList | None = None
         if kind.attention:
@@ -244,7 +244,7 @@ class _DownBlock(nn.Module):
         self.resnet_down: nn.Module | None = None
         self.skip_conv: nn.Module | None = None
         if halve and kind.skip:
-            self.resnet_down = _ResidualBlock(
+            self.resnet_down = ResidualBlock(
                 outputs,
                 outputs,
                 style,
@@ -258,7 +258,7 @@ class _DownBlock(nn.Module):
             sampler: nn.Module = _Downsample(outputs, layout.padding)
             if kind.residual or (kind.attention and layout.residual_resampling[0]):
                 groups_down = layout.groups_of(outputs)
-                sampler = _ResidualBlock(outputs, outputs, style, groups=groups_down, resample=_mean_down)
+                sampler = ResidualBlock(outputs, outputs, style, groups=groups_down, resample=_mean_down)
             self.downsamplers = nn.ModuleList([sampler])
 
     def forward(self, h: Tensor, embedding: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -287,7 +287,7 @@ class _MidBlock(nn.Module):
         super().__init__()
         groups = layout.groups_of(channels)
         self.resnets = nn.ModuleList(
-            _ResidualBlock(channels, channels, layout.style, groups=groups, scale=scale) for _ in range(2)
+            ResidualBlock(channels, channels, layout.style, groups=groups, scale=scale) for _ in range(2)
         )
         if attention_groups is None and not layout.style.scale_shift:
             attention_groups = groups
@@ -326,7 +326,7 @@ class _UpBlock(nn.Module):
                 groups = min(below + beside // 4, 32) if kind.attention else _quarter_groups(below + beside)
                 groups_out = _quarter_groups(outputs)
             self.resnets.append(
-                _ResidualBlock(below + beside, outputs, style, groups=groups, groups_out=groups_out, scale=scale)
+                ResidualBlock(below + beside, outputs, style, groups=groups, groups_out=groups_out, scale=scale)
             )
         self.attentions: nn.ModuleList | None = None
         if kind.attention:
@@ -338,7 +338,7 @@ class _UpBlock(nn.Module):
         self.skip_conv: nn.Module | None = None
         if double and kind.skip:
             groups = _quarter_groups(outputs)
-            self.resnet_up = _ResidualBlock(
+            self.resnet_up = ResidualBlock(
                 outputs, outputs, style, groups=groups, scale=scale, resample=_fir_up, shortcut=True
             )
             self.skip_norm = nn.GroupNorm(groups, outputs, style.eps)
@@ -346,9 +346,7 @@ class _UpBlock(nn.Module):
         elif double:
             sampler: nn.Module = _Upsample(outputs)
             if kind.residual or (kind.attention and layout.residual_resampling[1]):
-                sampler = _ResidualBlock(
-                    outputs, outputs, style, groups=layout.groups_of(outputs), resample=_nearest_up
-                )
+                sampler = ResidualBlock(outputs, outputs, style, groups=layout.groups_of(outputs), resample=_nearest_up)
             self.upsamplers = nn.ModuleList([sampler])
 
     def forward(
@@ -397,7 +395,8 @@ class _Fourier(nn.Module):
         self.weight = nn.Parameter(scale * torch.randn(width), requires_grad=False)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        argument = 2 * math.pi * c_noise[:, None] * self.weight.to(c_noise.dtype)
+        # Arguments reach a thousand, where float32 rounds to 1e-4: multiplied in the order of the networks' training.
+        argument = c_noise[:, None] * self.weight.to(c_noise.dtype) * (2 * math.pi)
         return torch.cat([argument.sin(), argument.cos()], dim=1)
 
 

@@ -1,0 +1,137 @@
+r"""Networks in the layout of diffusers, as the Hugging Face Hub keeps them, read as this package's own configurations.
+
+A flat repository has ``config.json`` and ``scheduler_config.json`` side by side, a pipeline has ``unet/config.json``
+and ``scheduler/scheduler_config.json``. The first says how the U-Net is built; the second says what its output means
+and which noise levels it knows:
+
+- a DDPM's betas (linear, scaled_linear, squaredcos_cap_v2, sigmoid, or given), with an output that is the noise, v or
+  the clean image, in units of images in [-1, 1];
+- the ladder of a variance exploding network, NCSN++ (its output is sigma times the score, sigma its input) or the
+  NCSN of diffusers-ncsn (its output is the score, the index of the level its input), in units of images in [0, 1].
+
+Weights come under old names and new ones; ``current_names`` knows both.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from scorematch.nets.unet import UNet
+from scorematch.noise import NoiseSchedule
+
+UNET_CLASSES = ("UNet2DModel", "UNet2DModelForNCSN")
+UNET_KEYS = tuple(inspect.signature(UNet).parameters)
+
+# What a DDPM's output is -> its row of the preconditioning table.
+_PREDICTIONS = {"epsilon": "ddpm", "v_prediction": "ddpm_v", "sample": "ddpm_x0"}
+
+# Options of diffusers' network that this one does not have, with the values at which it does not need them.
+_ABSENT = {
+    "time_embedding_dim": (None,),
+    "class_embed_type": (None,),
+    "mid_block_type": ("UNetMidBlock2D",),
+}
+
+
+def translate(config: Mapping[str, Any], scheduler: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A network's configuration and its scheduler's, as diffusers writes them -> the configuration of a ScoreNet.
+
+    Args:
+        config: the content of the network's config.json.
+        scheduler: the content of scheduler_config.json, or None if there is none.
+
+    Returns:
+        The configuration, less its format version.
+
+    Raises:
+        ValueError: for a network or a scheduler that is not a score of pixels, or an option that is not here.
+    """
+    for key, values in _ABSENT.items():
+        if config.get(key, values[0]) not in values:
+            raise ValueError(f"the network's {key} is {config[key]!r}, which is not here.")
+    if scheduler is None:
+        raise ValueError(
+            "the folder has no scheduler_config.json, which says what the network's output means and which noise levels "
+            "it knows. Fetch it from the same repository, to lie beside config.json or in scheduler/."
+        )
+    # A missing key is diffusers' default, which is this U-Net's; in old configurations it stands for nothing else.
+    unet = {key: config[key] for key in UNET_KEYS if key in config}
+    size = config.get("sample_size")
+    size = size if isinstance(size, list | tuple) or size is None else (size, size)
+    channels = unet.get("in_channels", 3)
+    schedule, precondition = _schedule(config, scheduler)
+    return {
+        "family": "unet",
+        **unet,
+        "precondition": precondition,
+        "sample_shape": None if size is None else [channels, *size],
+        "value_range": [0.0, 1.0],
+        "sampler": None,
+        "schedule": schedule.to_dict(),
+    }
+
+
+def _schedule(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
+    name = scheduler.get("_class_name")
+    if config.get("_class_name") == "UNet2DModelForNCSN" or config.get("time_embedding_type") == "fourier":
+        levels = scheduler.get("num_train_timesteps", 2000)
+        missing = [key for key in ("sigma_max", "sigma_min") if key not in scheduler]
+        if missing:
+            raise ValueError(f"the scheduler {name!r} of a variance exploding network lacks {' and '.join(missing)}.")
+        ladder = NoiseSchedule.geometric(scheduler["sigma_max"], scheduler["sigma_min"], levels)
+        return ladder, "ncsn" if config.get("_class_name") == "UNet2DModelForNCSN" else "ncsnpp"
+    if "beta_start" not in scheduler and scheduler.get("trained_betas") is None:
+        raise ValueError(f"the scheduler {name!r} has no betas: it is not that of a DDPM.")
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise ValueError("rescale_betas_zero_snr makes the loudest level infinite, which a ladder cannot hold.")
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
+        known = ", ".join(map(repr, _PREDICTIONS))
+        raise ValueError(f"prediction_type must be one of {known}, got {prediction!r}.")
+    return NoiseSchedule.from_betas(_betas(scheduler)), _PREDICTIONS[prediction]
+
+
+def _betas(scheduler: Mapping[str, Any]) -> np.ndarray:
+    """The variances of a DDPM's steps, (T,) float64, the first step first."""
+    if scheduler.get("trained_betas") is not None:
+        return np.asarray(scheduler["trained_betas"], np.float64)
+    start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
+    steps, kind = scheduler.get("num_train_timesteps", 1000), scheduler.get("beta_schedule", "linear")
+    if kind == "linear":
+        return np.linspace(start, end, steps)
+    if kind == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, steps) ** 2
+    if kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17
+        alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    if kind == "sigmoid":
+        return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps)))
+    raise ValueError(f"beta_schedule must be linear, scaled_linear, squaredcos_cap_v2 or sigmoid, got {kind!r}.")
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def current_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A U-Net's weights under their current names, without twins and buffers.
+
+    Attention was named query, key, value and proj_attn until 2023 and sometimes kept as 1x1 convolutions;
+    ``time_proj.W`` is a twin of ``time_proj.weight``, ``downsamplers.0.op`` one of ``downsamplers.0.conv``.
+    """
+    current = {}
+    for name, tensor in weights.items():
+        match = re.fullmatch(r"(.*\battentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
+        if match:
+            name = f"{match[1]}.{_OLD_ATTENTION[match[2]]}.{match[3]}"
+        if ".attentions." in name and tensor.ndim == 4:
+            tensor = tensor.flatten(1)
+        if name == "time_proj.W":
+            name = "time_proj.weight"
+        current[name.replace(".downsamplers.0.op.", ".downsamplers.0.conv.")] = tensor
+    return current

@@ -1,0 +1,379 @@
+"""Folders in the layout of diffusers: configurations, schedules, old names, damaged files."""
+
+import json
+import pickle
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, layout
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from diffusers import DDPMScheduler, UNet2DModel
+
+DDPM = {
+    "_class_name": "DDPMScheduler",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "num_train_timesteps": 1000,
+}
+VE = {"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01, "sigma_max": 348, "num_train_timesteps": 2000}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def _theirs(**changes):
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DModel(**{**config, **changes}).eval()
+
+
+def _save(net, folder, scheduler, *, pipeline=False):
+    home = folder / "unet" if pipeline else folder
+    net.save_pretrained(home)
+    beside = folder / "scheduler" if pipeline else folder
+    beside.mkdir(exist_ok=True)
+    (beside / "scheduler_config.json").write_text(json.dumps(scheduler))
+    return folder
+
+
+@pytest.fixture
+def ddpm(tmp_path):
+    return _save(_theirs(), tmp_path / "ddpm", DDPM)
+
+
+# -- A network of diffusers is a score
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_ddpm_is_a_score_in_image_units(prediction, pipeline, tmp_path, rng):
+    theirs = _theirs()
+    net = ScoreNet.from_pretrained(_save(theirs, tmp_path, {**DDPM, "prediction_type": prediction}, pipeline=pipeline))
+    assert net.sample_shape == (3, 8, 8) and net.value_range == (0, 1) and not net.training
+    alpha_bar = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    for t in (0, 10, 412, 999):
+        a = alpha_bar[t]
+        sigma = 0.5 * (1 / a - 1).sqrt()
+        x = torch.rand(2, 3, 8, 8, generator=rng, dtype=torch.float64) + sigma * torch.randn(2, 3, 8, 8, generator=rng)
+        x_t = a.sqrt() * (2 * x - 1)
+        with torch.no_grad():
+            out = theirs(x_t.float(), t).sample.double()
+            found = net(x.float(), float(sigma))
+        noise = {
+            "epsilon": out,
+            "v_prediction": a.sqrt() * out + (1 - a).sqrt() * x_t,
+            "sample": (x_t - a.sqrt() * out) / (1 - a).sqrt(),
+        }[prediction]
+        expected = -noise / sigma
+        assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_a_ddpm_takes_fractional_time_steps(ddpm, rng):
+    theirs, net = _theirs(), ScoreNet.from_pretrained(ddpm)
+    ladder = net.schedule.sigmas.flip(0)  # by time step
+    sigma = (ladder[10] ** 0.7 * ladder[11] ** 0.3).item()
+    x = torch.rand(1, 3, 8, 8, generator=rng)
+    with torch.no_grad():
+        noise = theirs((2 * x - 1) / (1 + 4 * sigma**2) ** 0.5, torch.tensor([10.3])).sample
+        torch.testing.assert_close(net(x, sigma), -noise / sigma, rtol=1e-3, atol=1e-3)
+
+
+def test_a_variance_exploding_network_is_a_score_as_it_is(tmp_path, rng):
+    theirs = _theirs(
+        time_embedding_type="fourier",
+        down_block_types=("SkipDownBlock2D", "SkipDownBlock2D"),
+        up_block_types=("SkipUpBlock2D", "SkipUpBlock2D"),
+    )
+    net = ScoreNet.from_pretrained(_save(theirs, tmp_path, VE))
+    assert net.schedule == NoiseSchedule.geometric(348, 0.01, 2000)
+    x, sigma = torch.rand(3, 3, 8, 8, generator=rng), torch.tensor([0.02, 1.5, 300.0])
+    with torch.no_grad():
+        expected = theirs(x, sigma).sample
+        found = net(x, sigma)
+    assert ((found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max() < 1e-5
+
+
+def test_a_network_that_predicts_a_variance_is_read_by_its_first_half(tmp_path, rng):
+    theirs = _theirs(out_channels=6)
+    net = ScoreNet.from_pretrained(_save(theirs, tmp_path, DDPM))
+    x = torch.rand(2, 3, 8, 8, generator=rng)
+    sigma = net.schedule[500]
+    with torch.no_grad():
+        noise = theirs((2 * x - 1) / (1 + 4 * sigma**2) ** 0.5, 499).sample[:, :3]
+        torch.testing.assert_close(net(x, sigma), -noise / sigma, rtol=1e-4, atol=1e-4)
+
+
+def test_classes(tmp_path, rng):
+    theirs = _theirs(num_class_embeds=4)
+    net = ScoreNet.from_pretrained(_save(theirs, tmp_path, DDPM))
+    x, label, sigma = torch.rand(2, 3, 8, 8, generator=rng), torch.tensor([3, 1]), net.schedule[700]
+    with torch.no_grad():
+        noise = theirs((2 * x - 1) / (1 + 4 * sigma**2) ** 0.5, 299, class_labels=label).sample
+        torch.testing.assert_close(net(x, sigma, label), -noise / sigma, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+def test_schedules_are_those_of_diffusers(kind, tmp_path):
+    scheduler = {**DDPM, "beta_schedule": kind, "num_train_timesteps": 500}
+    net = ScoreNet.from_pretrained(_save(_theirs(), tmp_path, scheduler))
+    alpha_bar = DDPMScheduler(num_train_timesteps=500, beta_schedule=kind).alphas_cumprod.double()
+    expected = 0.5 * (1 / alpha_bar - 1).sqrt().flip(0)
+    torch.testing.assert_close(net.schedule.sigmas, expected, rtol=2e-3, atol=0)  # theirs are float32 sums
+
+
+def test_given_betas(tmp_path):
+    scheduler = {"_class_name": "DDPMScheduler", "trained_betas": [0.1, 0.2, 0.3]}
+    net = ScoreNet.from_pretrained(_save(_theirs(), tmp_path, scheduler))
+    assert net.schedule == NoiseSchedule.from_betas([0.1, 0.2, 0.3])
+
+
+# -- Weights under every name and in every file
+
+
+def _load(folder):
+    return {name: p.detach().clone() for name, p in ScoreNet.from_pretrained(folder).backbone.named_parameters()}
+
+
+def _same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _old(weights, *, convolutions=False):
+    old = {}
+    for name, tensor in weights.items():
+        renamed = name
+        for new, former in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]:
+            renamed = renamed.replace(f".attentions.0.{new}.", f".attentions.0.{former}.")
+        convolution = convolutions and renamed != name and tensor.ndim == 2
+        old[renamed] = tensor[..., None, None].contiguous() if convolution else tensor
+    assert old.keys() != weights.keys()
+    return old
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_old_attention_names(kind, convolutions, ddpm):
+    expected = _load(ddpm)
+    old = _old(load_file(ddpm / WEIGHTS), convolutions=convolutions)
+    (ddpm / WEIGHTS).unlink()
+    if kind == "bin":
+        torch.save(old, ddpm / "diffusion_pytorch_model.bin")
+    else:
+        save_file(old, ddpm / WEIGHTS)
+    assert _same(_load(ddpm), expected)
+
+
+def test_twins_are_dropped(tmp_path):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    _save(_theirs(time_embedding_type="fourier", **blocks), tmp_path, VE)
+    expected = _load(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    weights["time_proj.W"] = weights["time_proj.weight"].clone()
+    weights["down_blocks.0.downsamplers.0.op.weight"] = weights["down_blocks.0.downsamplers.0.conv.weight"].clone()
+    save_file(weights, tmp_path / WEIGHTS)
+    assert _same(_load(tmp_path), expected)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_in_several_files(kind, ddpm):
+    expected = _load(ddpm)
+    weights = load_file(ddpm / WEIGHTS)
+    (ddpm / WEIGHTS).unlink()
+    parts = {f"part-{i}.{kind}": dict(list(weights.items())[i::2]) for i in range(2)}
+    for name, part in parts.items():
+        (save_file if kind == "safetensors" else torch.save)(part, ddpm / name)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (ddpm / f"diffusion_pytorch_model.{kind}.index.json").write_text(json.dumps(index))
+    assert _same(_load(ddpm), expected)
+    (ddpm / f"part-1.{kind}").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"has no part-1\.{kind}"):
+        _load(ddpm)
+
+
+def test_safetensors_come_before_a_pickle(ddpm):
+    expected = _load(ddpm)
+    torch.save({"nonsense": torch.zeros(1)}, ddpm / "diffusion_pytorch_model.bin")
+    assert _same(_load(ddpm), expected)
+
+
+def test_a_ladder_among_the_weights_counts(tmp_path):
+    """diffusers-ncsn keeps the levels as a buffer; where its configuration says otherwise there is one warning."""
+    theirs = _theirs()
+    scheduler = {"_class_name": "AnnealedLangevinDynamicsScheduler", "sigma_max": 10, "sigma_min": 0.005}
+    _save(theirs, tmp_path, {**scheduler, "num_train_timesteps": 10}, pipeline=True)
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    config["_class_name"] = "UNet2DModelForNCSN"
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "unet" / WEIGHTS)
+    ladder = NoiseSchedule.geometric(10, 0.005, 10)
+    save_file({**weights, "sigmas": ladder.sigmas.float()}, tmp_path / "unet" / WEIGHTS)
+    net = ScoreNet.from_pretrained(tmp_path)
+    assert net.schedule == ladder
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():  # the output is the score, the level's index its input, 0 the loudest
+        torch.testing.assert_close(net(x, ladder[7]), theirs(x, 7).sample, rtol=1e-4, atol=1e-5)
+    other = NoiseSchedule.geometric(20, 0.005, 10)
+    save_file({**weights, "sigmas": other.sigmas.float()}, tmp_path / "unet" / WEIGHTS)
+    with pytest.warns(UserWarning, match="the stored ones count") as record:
+        net = ScoreNet.from_pretrained(tmp_path)
+    assert len(record) == 1
+    torch.testing.assert_close(net.schedule.sigmas, other.sigmas, rtol=1e-6, atol=0)
+
+
+# -- The way back
+
+
+@pytest.mark.parametrize("fourier", [False, True])
+def test_a_saved_unet_loads_in_both_packages(fourier, tmp_path, rng):
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    options = {"time_embedding_type": "fourier", **blocks} if fourier else {}
+    theirs = _theirs(**options)
+    net = ScoreNet.from_pretrained(_save(theirs, tmp_path / "a", VE if fourier else DDPM))
+    net.save_pretrained(tmp_path / "b")
+    again = ScoreNet.from_pretrained(tmp_path / "b")
+    assert again.config == net.config and again.schedule == net.schedule
+    assert _same(dict(again.backbone.named_parameters()), dict(net.backbone.named_parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        back = UNet2DModel.from_pretrained(tmp_path / "b").eval()
+    x, t = torch.rand(2, 3, 8, 8, generator=rng), torch.tensor([1.5, 300.0])
+    with torch.no_grad():
+        assert torch.equal(back(x, t).sample, theirs(x, t).sample)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"condition_channels": 2, "classes": None, "widths": (12, 20)},
+        {"classes": 3, "attention": (True, False), "widths": (8, 8)},
+    ],
+)
+def test_a_new_unet_starts_at_zero_trains_and_travels(arguments, tmp_path, rng):
+    torch.manual_seed(0)
+    net = ScoreNet.unet(1, 8, **{"widths": (8, 16), "layers_per_block": 1, **arguments})
+    x = torch.rand(2, 1, 8, 8, generator=rng)
+    condition = None
+    if arguments.get("classes"):
+        condition = torch.tensor([0, 2])
+    elif "condition_channels" in arguments:
+        condition = torch.rand(2, 2, 8, 8, generator=rng)
+    # Zero: the exact score of N(1/2, 1/16), up to the output's bias.
+    nn.init.zeros_(net.backbone.conv_out.bias)
+    torch.testing.assert_close(net(x, 0.3, condition), -(x - 0.5) / (1 / 16 + 0.09))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    from scorematch import dsm_loss
+
+    losses = []
+    for _ in range(30):
+        loss = dsm_loss(net, x, sigma=0.3, condition=condition, generator=rng)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    net.eval().save_pretrained(tmp_path)
+    again = ScoreNet.from_pretrained(tmp_path)
+    assert torch.equal(again(x, 0.3, condition), net(x, 0.3, condition))
+    images = AnnealedLangevinSampler(again, again.schedule.respaced(4), steps_per_level=1).sample(
+        2, condition=condition, progress=False
+    )
+    assert images.shape == (2, 1, 8, 8)
+
+
+# -- Bad input
+
+
+class _Trap:
+    def __reduce__(self):
+        return print, ("this code ran",)
+
+
+def test_a_pickle_with_code_is_not_opened(ddpm, capsys):
+    (ddpm / WEIGHTS).unlink()
+    with (ddpm / "diffusion_pytorch_model.bin").open("wb") as file:
+        pickle.dump({"weight": _Trap()}, file, protocol=2)
+    with pytest.raises(ValueError, match="not opened: a pickle can run code"):
+        ScoreNet.from_pretrained(ddpm)
+    assert "this code ran" not in capsys.readouterr().out
+
+
+def test_a_pointer_of_git_lfs_is_named(ddpm):
+    (ddpm / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="is a Git LFS pointer, not the weights: run git lfs pull"):
+        ScoreNet.from_pretrained(ddpm)
+
+
+def test_truncated_files(ddpm):
+    whole = (ddpm / WEIGHTS).read_bytes()
+    (ddpm / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
+        ScoreNet.from_pretrained(ddpm)
+    (ddpm / WEIGHTS).unlink()
+    torch.save({"a": torch.zeros(1000)}, ddpm / "diffusion_pytorch_model.bin")
+    part = (ddpm / "diffusion_pytorch_model.bin").read_bytes()
+    (ddpm / "diffusion_pytorch_model.bin").write_bytes(part[: len(part) // 2])
+    with pytest.raises(ValueError, match=r"is not a complete bin file|is damaged"):
+        ScoreNet.from_pretrained(ddpm)
+
+
+def test_a_folder_with_two_networks(ddpm, tmp_path):
+    _save(_theirs(), tmp_path / "two", DDPM, pipeline=True)
+    shutil.copy(ddpm / "config.json", tmp_path / "two")
+    with pytest.raises(ValueError, match="holds two networks"):
+        ScoreNet.from_pretrained(tmp_path / "two")
+    assert ScoreNet.from_pretrained(tmp_path / "two" / "unet").sample_shape == (3, 8, 8)
+
+
+def test_no_scheduler(ddpm):
+    (ddpm / "scheduler_config.json").unlink()
+    with pytest.raises(ValueError, match=r"has no scheduler_config\.json"):
+        ScoreNet.from_pretrained(ddpm)
+
+
+@pytest.mark.parametrize(
+    ("config", "scheduler", "message"),
+    [
+        ({"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, {}, "down block 'KDownBlock2D' is not here"),
+        ({"block_out_channels": [12, 16]}, {}, r"other sizes: conv_in\.weight"),
+        ({"mid_block_type": None}, {}, "mid_block_type is None, which is not here"),
+        ({"class_embed_type": "timestep"}, {}, "class_embed_type is 'timestep', which is not here"),
+        ({"_class_name": "UNet2DConditionModel"}, {}, "its class, 'UNet2DConditionModel', is not a U-Net of diffusers"),
+        ({"time_embedding_type": "fourier"}, {}, "lacks sigma_max and sigma_min"),
+        ({}, {"prediction_type": "flow"}, "prediction_type must be one of 'epsilon'.*got 'flow'"),
+        ({}, {"beta_schedule": "cubic"}, "beta_schedule must be linear, .*got 'cubic'"),
+        ({}, {"rescale_betas_zero_snr": True}, "makes the loudest level infinite"),
+        ({}, {"_class_name": "EulerDiscreteScheduler", "beta_start": ...}, "has no betas: it is not that of a DDPM"),
+    ],
+)
+def test_configurations_that_are_none(config, scheduler, message, ddpm):
+    for name, changes in [("config.json", config), ("scheduler_config.json", scheduler)]:
+        content = {**json.loads((ddpm / name).read_text()), **changes}
+        (ddpm / name).write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+    with pytest.raises(ValueError, match=message):
+        ScoreNet.from_pretrained(ddpm)
+
+
+def test_names_outside_attention_are_left_alone():
+    tensor = torch.zeros(2)
+    names = ["conv_in.weight", "up_blocks.0.resnets.0.key.weight", "mid_block.attentions.0.group_norm.weight"]
+    assert list(layout.current_names(dict.fromkeys(names, tensor))) == names
+
+
+def test_attention_has_one_entry_per_scale():
+    with pytest.raises(ValueError, match="one entry per scale, 3, got 1"):
+        ScoreNet.unet(attention=[True])
