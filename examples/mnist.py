@@ -25,7 +25,10 @@ _FILES = {"train": "train", "test": "t10k"}
 def load_digits(folder: str | Path | None, split: str) -> tuple[Tensor, Tensor]:
     """The digits (N, 1, 28, 28) as uint8 and their labels (N,) as int64."""
     if folder is None:
-        from torchvision.datasets import MNIST
+        try:
+            from torchvision.datasets import MNIST
+        except ImportError as error:
+            raise ImportError("pass --data, a folder with MNIST, or pip install torchvision to fetch it.") from error
 
         digits = MNIST("data", train=split == "train", download=True)
         return digits.data[:, None], digits.targets

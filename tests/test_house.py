@@ -15,7 +15,7 @@ FLOORS = [
     {"precondition", "layout"},
     {"pretrained"},
     {"loss", "sampling", "score"},
-    {"__init__"},
+    {"__init__", "convert"},
     {"__main__"},
 ]
 # Packages, whose files import one another.

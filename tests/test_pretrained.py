@@ -152,6 +152,33 @@ def test_an_interrupted_save_leaves_the_old_network(at, folder, monkeypatch):
     assert ScoreNet.from_pretrained(folder).config == old.config
 
 
+def test_a_first_save_interrupted_between_its_files_leaves_none(tmp_path, monkeypatch):
+    move = os.replace
+
+    def replace(source, target):
+        if str(target).endswith("config.json"):
+            raise Interruption
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(Interruption):
+        _net().save_pretrained(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_saving_where_there_are_no_hard_links(folder, monkeypatch):
+    def link(source, target):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    _net(seed=1, width=6).save_pretrained(folder)
+    assert ScoreNet.from_pretrained(folder).config["width"] == 6
+
+
+def test_saved_files_can_be_read_by_whom_the_folder_allows(folder):
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
 def test_an_interrupted_first_save_leaves_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):

@@ -9,6 +9,7 @@ import time
 import torch
 
 from scorematch import AnnealedLangevinSampler, ScoreNet, __version__
+from scorematch.convert import convert
 from scorematch.images import check_picture, save_grid
 
 
@@ -27,6 +28,12 @@ def _sample(args: argparse.Namespace) -> None:
     print(f"{args.n} images in {time.perf_counter() - begin:.1f} s")
     save_grid(images, args.picture, args.columns)
     print(args.picture)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    net = convert(args.checkpoint, args.folder, config=args.config, raw=args.raw)
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {net.schedule}")
+    print(args.folder)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--quiet", action="store_true", help="no progress bar")
     sample.set_defaults(run=_sample)
+    conversion = commands.add_parser("convert", help="turn a checkpoint of the papers' authors into a folder")
+    conversion.add_argument("checkpoint", help="checkpoint_<step>.pth of NCSN, NCSNv2 or adversarial score matching")
+    conversion.add_argument("folder", help="where to write config.json and the weights")
+    conversion.add_argument("--config", help="the config.yml that it was trained with")
+    conversion.add_argument("--raw", action="store_true", help="the weights themselves, not their moving average")
+    conversion.set_defaults(run=_convert)
     return parser
 
 

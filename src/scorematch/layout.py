@@ -57,8 +57,8 @@ def translate(config: Mapping[str, Any], scheduler: Mapping[str, Any] | None) ->
             raise ValueError(f"the network's {key} is {config[key]!r}, which is not here.")
     if scheduler is None:
         raise ValueError(
-            "the folder has no scheduler_config.json, which says what the network's output means and which noise levels "
-            "it knows. Fetch it from the same repository, to lie beside config.json or in scheduler/."
+            "the folder has no scheduler_config.json, which says what the network's output means and which noise "
+            "levels it knows. Fetch it from the same repository, to lie beside config.json or in scheduler/."
         )
     # A missing key is diffusers' default, which is this U-Net's; in old configurations it stands for nothing else.
     unet = {key: config[key] for key in UNET_KEYS if key in config}

@@ -220,8 +220,9 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], backbone: nn.Mo
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         staged = Path(staging)
-        save_file(weights, staged / weights_file, metadata={"format": "pt"})
         (staged / CONFIG_FILE).write_text(text, encoding="utf-8")
+        save_file(weights, staged / weights_file, metadata={"format": "pt"})
+        shutil.copymode(staged / CONFIG_FILE, staged / weights_file)  # safetensors makes it readable by its owner only
         _replace(staged, folder, (weights_file, CONFIG_FILE))
 
 

@@ -1,0 +1,233 @@
+"""The authors' checkpoints, in the containers that their programs write."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.__main__ import main
+from scorematch.convert import convert
+
+OPTIMIZER = {"state": {0: {"step": 5, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}
+
+
+def _wrapped(weights):
+    """As a DataParallel network names them."""
+    return {f"module.{name}": tensor for name, tensor in weights.items()}
+
+
+@pytest.fixture
+def files(published, tmp_path):
+    """Writes a published network as its authors' program does; returns the fixture, the checkpoint and config.yml."""
+
+    def write(name, *, average=True, legacy=False, buffer=True, edit=lambda text: text):
+        fixture = published(name)
+        weights = fixture["weights"]
+        if name == "ncsn_mnist":
+            content = [_wrapped(weights), OPTIMIZER]
+        else:
+            other = {key: tensor + 0.1 for key, tensor in weights.items()}
+            stored = {"sigmas": fixture["sigmas"], **(other if average else weights)}
+            if not buffer:
+                del stored["sigmas"]
+            content = [_wrapped(stored), OPTIMIZER, 5, 300000, weights if average else None]
+        path = tmp_path / "checkpoint.pth"
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        (tmp_path / "config.yml").write_text(edit(fixture["config_yaml"]))
+        return fixture, path, tmp_path / "config.yml"
+
+    return write
+
+
+def _agrees(net, fixture):
+    for case in fixture["cases"]:
+        with torch.no_grad():
+            found = net(case["x"], fixture["sigmas"][case["labels"]])
+        limit = 2e-5 * case["out"].abs().amax((1, 2, 3))
+        assert ((found - case["out"]).abs().amax((1, 2, 3)) <= limit).all()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("name", ["ncsn_mnist", "ncsnv2", "ncsnv2deeper"])
+def test_a_converted_network_gives_the_published_outputs(name, legacy, files, tmp_path):
+    fixture, checkpoint, config = files(name, legacy=legacy)
+    made = convert(checkpoint, tmp_path / "out", config=config)
+    net = ScoreNet.from_pretrained(tmp_path / "out")
+    assert net.config == made.config
+    assert torch.allclose(net.schedule.sigmas.float(), fixture["sigmas"])
+    _agrees(net, fixture)
+
+
+def test_the_configuration_gives_the_size_and_the_published_settings(files, tmp_path):
+    _, checkpoint, config = files("ncsnv2")
+    net = convert(checkpoint, tmp_path / "out", config=config)
+    assert net.sample_shape == (3, 32, 32)
+    sampler = AnnealedLangevinSampler(net)
+    assert (len(sampler.schedule), sampler.steps_per_level, sampler.step_size) == (232, 5, 6.2e-6)
+    assert not sampler.exact_noise
+
+
+def test_the_average_counts_unless_raw(files, tmp_path):
+    fixture, checkpoint, config = files("ncsnv2")
+    raw = convert(checkpoint, tmp_path / "raw", config=config, raw=True)
+    name = "begin_conv.weight"
+    assert torch.equal(raw.backbone.state_dict()[name], fixture["weights"][name] + 0.1)
+    fixture, checkpoint, config = files("ncsnv2", average=False)
+    _agrees(convert(checkpoint, tmp_path / "none", config=config), fixture)
+
+
+def test_without_a_configuration(files, tmp_path):
+    fixture, checkpoint, _ = files("ncsnv2")
+    net = convert(checkpoint, tmp_path / "v2")
+    assert net.sample_shape is None and net.sampler_settings is None
+    _agrees(net, fixture)
+    fixture, checkpoint, _ = files("ncsn_mnist")
+    net = convert(checkpoint, tmp_path / "v1")
+    assert net.schedule == NoiseSchedule.geometric(1, 0.01, 10)
+    _agrees(net, fixture)
+
+
+def test_adversarial_consistent_score_matching_keeps_its_levels_in_the_configuration(files, tmp_path):
+    fixture, checkpoint, config = files("ncsnv2", buffer=False)
+    _agrees(convert(checkpoint, tmp_path / "out", config=config), fixture)
+    with pytest.raises(ValueError, match=r"does not say its noise levels: pass the config\.yml"):
+        convert(checkpoint, tmp_path / "other")
+
+
+def test_levels_that_disagree_get_one_warning(files, tmp_path):
+    fixture, checkpoint, config = files("ncsnv2", edit=lambda text: text.replace("sigma_begin: 50", "sigma_begin: 60"))
+    with pytest.warns(UserWarning, match="50 -> 0.01.*60 -> 0.01.*the stored ones count") as record:
+        net = convert(checkpoint, tmp_path / "out", config=config)
+    assert len(record) == 1
+    _agrees(net, fixture)
+
+
+def test_uniform_levels(files, tmp_path):
+    _, checkpoint, config = files(
+        "ncsnv2", buffer=False, edit=lambda text: text.replace("sigma_dist: geometric", "sigma_dist: uniform")
+    )
+    schedule = convert(checkpoint, tmp_path / "out", config=config).schedule
+    steps = schedule.sigmas.diff()
+    torch.testing.assert_close(steps, steps[:1].expand_as(steps))
+    assert (schedule.sigma_max, schedule.sigma_min) == (50, 0.01)
+
+
+@pytest.mark.parametrize("name", ["ncsn_mnist", "ncsnv2"])
+def test_rescaled_networks_are_scores_in_image_units(name, files, tmp_path, rng):
+    """Trained on y = 2x - 1 without centering: the score of x at sigma is twice that of y at 2 sigma."""
+    _, checkpoint, config = files(name)
+    plain = convert(checkpoint, tmp_path / "plain", config=config)
+    text = config.read_text()
+    text = (
+        text.replace("rescaled: false", "rescaled: true")
+        if "rescaled" in text
+        else text.replace("random_flip", "rescaled: true\n  random_flip", 1)
+    )
+    config.write_text(text)
+    net = convert(checkpoint, tmp_path / "rescaled", config=config)
+    x, level = torch.rand(2, *net.sample_shape, generator=rng), 3
+    sigma_y = plain.schedule[level]
+    assert net.schedule[level] == pytest.approx(sigma_y / 2)
+    with torch.no_grad():
+        # The authors' network without its centering, fed y, is this one with it, fed x.
+        raw = plain.backbone(x, torch.tensor([level, level]))
+        score_y = raw if name == "ncsn_mnist" else raw / sigma_y
+        found = net(x, net.schedule[level])
+    assert (found - 2 * score_y).abs().max() <= 1e-4 * found.abs().max()
+
+
+# -- The command line
+
+
+def test_command(files, tmp_path, capsys):
+    fixture, checkpoint, config = files("ncsnv2")
+    assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--config", str(config)]) == 0
+    assert "117,323 parameters, NoiseSchedule(232 levels, 50 -> 0.01)" in capsys.readouterr().out
+    _agrees(ScoreNet.from_pretrained(tmp_path / "out"), fixture)
+    assert main(["convert", str(tmp_path / "nothing.pth"), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "nothing.pth" in error and error.count("\n") == 1
+
+
+# -- Bad input
+
+
+class _Trap:
+    def __reduce__(self):
+        return print, ("this code ran",)
+
+
+def test_a_pickle_with_code_is_not_opened(tmp_path, capsys):
+    with (tmp_path / "trap.pth").open("wb") as file:
+        pickle.dump([{"module.begin_conv.weight": _Trap()}], file, protocol=2)
+    with pytest.raises(ValueError, match="was not opened: a pickle can run code"):
+        convert(tmp_path / "trap.pth", tmp_path / "out")
+    assert "this code ran" not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_with_other_tags_is_not_read(files, tmp_path, capsys):
+    _, checkpoint, config = files("ncsnv2")
+    config.write_text("model: !!python/object/apply:builtins.print ['this code ran']\n")
+    with pytest.raises(ValueError, match="can be read safely"):
+        convert(checkpoint, tmp_path / "out", config=config)
+    assert "this code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("logit_transform: false", "logit_transform: true", "trained on logits of the pixels"),
+        ("normalization: InstanceNorm++", "normalization: BatchNorm", "model.normalization is 'BatchNorm'"),
+        ("nonlinearity: elu", "nonlinearity: relu", "model.nonlinearity is 'relu'"),
+        ("model:", "network:", "it has no section model"),
+    ],
+)
+def test_options_that_are_not_here(old, new, message, files, tmp_path):
+    _, checkpoint, config = files("ncsnv2", edit=lambda text: text.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        convert(checkpoint, tmp_path / "out", config=config)
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [torch.zeros(1)], [], 3])
+def test_files_that_are_no_checkpoint(content, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="is no checkpoint of NCSN or NCSNv2"):
+        convert(tmp_path / "other.pth", tmp_path / "out")
+
+
+def test_damaged_files(files, tmp_path):
+    _, checkpoint, config = files("ncsnv2")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"is not a complete checkpoint|is damaged"):
+        convert(checkpoint, tmp_path / "out", config=config)
+    with pytest.raises(FileNotFoundError):
+        convert(tmp_path / "nothing.pth", tmp_path / "out")
+
+
+def test_weights_of_another_kind_are_named(files, published, tmp_path):
+    weights = published("ncsnv2")["weights"]
+    sigmas = published("ncsnv2")["sigmas"]
+    torch.save([{**weights, "sigmas": sigmas, "res1.0.conv1.weight_u": torch.zeros(8)}], tmp_path / "spectral.pth")
+    with pytest.raises(ValueError, match=r"lack nothing and also hold \['res1.0.conv1.weight_u'\]"):
+        convert(tmp_path / "spectral.pth", tmp_path / "out")
+
+
+def test_tables_of_other_levels_than_the_configuration(files, tmp_path):
+    _, checkpoint, config = files("ncsn_mnist", edit=lambda text: text.replace("num_classes: 10", "num_classes: 12"))
+    with pytest.raises(ValueError, match="know 10 noise levels, the configuration 12"):
+        convert(checkpoint, tmp_path / "out", config=config)
+
+
+def test_without_pyyaml_the_error_names_the_extra(files, tmp_path):
+    _, checkpoint, config = files("ncsnv2")
+    code = (
+        "import sys; sys.modules['yaml'] = None\n"
+        "from scorematch.convert import convert\n"
+        f"convert({str(checkpoint)!r}, {str(tmp_path / 'out')!r}, config={str(config)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert 'pip install "scorematch[convert]"' in done.stderr
