@@ -212,7 +212,7 @@ def test_settings_that_are_not_plain_are_refused_before_anything_is_written(tmp_
 
 def test_unknown_names_list_the_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"'imagenet' is neither .*\('mnist'.*nor a folder"):
+    with pytest.raises(FileNotFoundError, match=r"'imagenet' is neither .*\('mnist'.*nor a folder, nor"):
         ScoreNet.from_pretrained("imagenet")
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scorematch import layout
+from scorematch import hub, layout
 from scorematch.nets.unet import UNet
 
 FORMAT_VERSION = 1
@@ -56,16 +56,32 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
 
 
-def locate(name_or_folder: str | os.PathLike[str]) -> Path:
-    """The folder of a short name, or the folder itself."""
+def locate(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a short name, the folder itself, or the folder of the cache with a repository of the Hub."""
     if isinstance(name_or_folder, str) and name_or_folder in shipped():
         return _SHIPPED / name_or_folder
     folder = Path(name_or_folder)
     if folder.is_dir():
         return folder
+    if isinstance(name_or_folder, str) and hub.is_repository(name_or_folder):
+        return hub.fetch(
+            name_or_folder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
     known = ", ".join(map(repr, shipped()))
     raise FileNotFoundError(
-        f"{os.fspath(name_or_folder)!r} is neither a network that ships with the package ({known}) nor a folder."
+        f"{os.fspath(name_or_folder)!r} is neither a network that ships with the package ({known}), nor a folder, nor "
+        "a repository of the Hub (owner/name)."
     )
 
 
@@ -145,7 +161,15 @@ def load_weights(backbone: nn.Module, folder: Path) -> Tensor | None:
     path = next((home / name for name in names if (home / name).is_file()), None)
     if path is None:
         raise _missing(home, names[0])
-    weights = _read_weights(path)
+    try:
+        weights = _read_weights(path)
+    except ValueError as error:
+        altered = hub.altered_file(home)
+        if altered is None:
+            raise
+        raise ValueError(
+            f"{altered} is not what the Hub sent (its SHA-256 is another): delete it and load again; it is fetched anew."
+        ) from error
     if isinstance(backbone, UNet):
         weights = layout.current_names(weights)
     ladder = weights.pop("sigmas", None) if "sigmas" not in backbone.state_dict() else None

@@ -305,26 +305,50 @@ class ScoreNet(nn.Module):
         }
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> ScoreNet:
-        """The trained network of that name, or in that folder.
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        backbone: nn.Module | None = None,
+    ) -> ScoreNet:
+        """The trained network of that name, in that folder, or in that repository of the Hugging Face Hub.
 
         Args:
             name_or_folder: the short name of a network that ships with the package ("mnist"), or a folder: one that
-                ``save_pretrained`` wrote, or a U-Net in the layout of diffusers, flat or a pipeline.
+                ``save_pretrained`` wrote, or a U-Net in the layout of diffusers, flat or a pipeline; or a repository
+                of the Hub, ``owner/name``, with either.
+
+            Rarely needed:
+
+            revision: of a repository, a branch, a tag or a commit; a commit that is in the cache needs no request.
+            token: for private and gated repositories; None is the one that is logged in.
+            cache_dir: where downloads are kept; None is huggingface_hub's own cache.
+            local_files_only: whether to look in the cache only.
             backbone: for a saved network of the user's own, a module of the same class to fill with the weights.
 
         Returns:
             The network in eval mode, float32 whatever is stored, on the CPU.
 
         Raises:
-            FileNotFoundError: if there is no such name or folder, or a file is missing in it.
+            FileNotFoundError: if there is no such name, folder, repository or revision, or a file is missing in it.
+            PermissionError: if the repository is gated.
             ValueError: if a file is damaged or of another format, or the weights do not fit the configuration.
 
         Example:
             >>> ScoreNet.from_pretrained("mnist").sample_shape
             (1, 28, 28)
         """
-        folder = pretrained.locate(name_or_folder)
+        folder = pretrained.locate(
+            name_or_folder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         config = pretrained.read_config(folder)
         if (config["family"] == "custom") != (backbone is not None):
             raise ValueError(

@@ -1,0 +1,122 @@
+"""Networks from the Hugging Face Hub: the files that are needed of a repository, through huggingface_hub's own client.
+
+Of a repository only configurations and one copy of the weights are fetched, safetensors if there are any. The client
+keeps them in its cache, goes on with a download that broke off, and knows tokens, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``
+and ``HF_HOME``; a pinned commit that is in the cache needs no request at all. huggingface_hub is imported when it is
+needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+_CONFIGS = ["config.json", "scheduler_config.json", "unet/config.json", "scheduler/scheduler_config.json"]
+
+
+def _weights(kind: str) -> list[str]:
+    names = [f"diffusion_pytorch_model.{kind}", f"diffusion_pytorch_model.{kind}.index.json"]
+    names.append(f"diffusion_pytorch_model-*-of-*.{kind}")
+    return [*names, *(f"unet/{name}" for name in names)]
+
+
+# Always the same patterns: the client takes a snapshot for complete if it was fetched with the patterns that are
+# asked for.
+_SAFE = [*_CONFIGS, "model.safetensors", *_weights("safetensors")]
+_PICKLED = [*_CONFIGS, *_weights("bin")]
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name has the form of a repository's, ``owner/name``."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def fetch(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of the cache that holds a repository's network, fetched if need be.
+
+    Args:
+        repo_id: ``owner/name``.
+        revision: a branch, a tag or a commit; None is the main branch.
+        token: for private and gated repositories; None is the one that is logged in.
+        cache_dir: None is the client's own.
+        local_files_only: whether to look in the cache only.
+
+    Raises:
+        FileNotFoundError: if there is no such repository or revision, no network in it, or it is not in the cache and
+            the Hub cannot be reached.
+        PermissionError: if the repository is gated.
+        OSError: if the download fails otherwise.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def download(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+                local_files_only=local_files_only,
+                allow_patterns=patterns,
+            )
+        )
+
+    try:
+        folder = download(_SAFE)
+        if not any(folder.rglob("*.safetensors")):
+            folder = download(_PICKLED)
+        if not any((folder / name).is_file() for name in ("config.json", "unet/config.json")):
+            held = ", ".join(sorted(HfApi(token=token).list_repo_files(repo_id, revision=revision))) or "nothing"
+            raise FileNotFoundError(
+                f"{repo_id} holds no network: expected config.json or unet/config.json, it has {held}."
+            )
+    except GatedRepoError as error:  # before its parent class, a repository that is not found
+        raise PermissionError(
+            f"{repo_id} is gated: accept its terms at https://huggingface.co/{repo_id}, then log in (hf auth login) or "
+            "pass token=."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no repository {repo_id!r} on the Hub, or it is private: check the name, log in (hf auth login) "
+            f"or pass token=. A folder is written './{repo_id}'."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} has no revision {revision!r}: pass a branch, a tag or a commit.") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id} is not in the cache, or not completely, and the Hub was not asked or not reached. Fetch it "
+            f"first, online and without local_files_only, with ScoreNet.from_pretrained({repo_id!r})."
+        ) from error
+    except HfHubHTTPError as error:
+        raise OSError(f"fetching {repo_id} failed: {error}") from error
+    return folder
+
+
+def altered_file(folder: Path) -> Path | None:
+    """A file of a cached snapshot that is not what its name in the cache, its SHA-256, says; None if there is none."""
+    for path in sorted(folder.rglob("*")):
+        blob = path.resolve()
+        if path.is_file() and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+            digest = hashlib.sha256()
+            with blob.open("rb") as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+            if digest.hexdigest() != blob.name:
+                return blob
+    return None

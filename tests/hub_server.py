@@ -1,0 +1,140 @@
+"""A server on the loopback address that speaks as much of the Hub's protocol as its client asks for."""
+
+import hashlib
+import json
+import threading
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """Repositories, {name: {file: bytes}}, and what is wrong with them."""
+
+    def __init__(self):
+        self.repositories = {}
+        self.gated = set()  # answered with 403, whoever asks
+        self.private = {}  # name -> token
+        self.cut = set()  # files whose first download breaks off in the middle
+        self.redirect = False  # large files come from another host name, as on the Hub
+        self.requests = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *arguments):
+                pass
+
+            def do_HEAD(self):
+                hub.answer(self, body=False)
+
+            def do_GET(self):
+                hub.answer(self, body=True)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+        self.port = self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self):
+        if self.server is not None:
+            self.server.shutdown()
+            self.server.server_close()
+            self.thread.join()
+            self.server = None
+
+    def fetched(self):
+        """The files whose content was asked for."""
+        return sorted(
+            {path.split("/", 5)[5] for method, path in self.requests if method == "GET" and "/resolve/" in path}
+        )
+
+    # -- Answers
+
+    def answer(self, request, *, body):
+        path = unquote(request.path.split("?")[0])
+        self.requests.append((request.command, path))
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            name, rest = "/".join(parts[2:4]), parts[4:]
+        elif len(parts) > 3 and parts[2] == "resolve":
+            name, rest = "/".join(parts[:2]), parts[2:]
+        elif parts[0] == "elsewhere":
+            return self._content(request, self.repositories["/".join(parts[1:3])]["/".join(parts[3:])], body, {})
+        else:
+            return self._error(request, 404, "EntryNotFound")
+        if name not in self.repositories or (
+            name in self.private and request.headers.get("Authorization") != f"Bearer {self.private[name]}"
+        ):
+            return self._error(request, 401, "RepoNotFound")
+        if name in self.gated:
+            return self._error(request, 403, "GatedRepo")
+        files = self.repositories[name]
+        if rest and rest[0] in ("resolve", "revision", "tree") and rest[1] not in ("main", COMMIT):
+            return self._error(request, 404, "RevisionNotFound")
+        if rest and rest[0] == "resolve":
+            return self._file(request, name, "/".join(rest[2:]), body)
+        if rest and rest[0] == "tree":
+            content = [
+                {
+                    "type": "file",
+                    "path": file,
+                    "size": len(data),
+                    "oid": hashlib.sha1(data, usedforsecurity=False).hexdigest(),
+                }
+                for file, data in files.items()
+            ]
+        else:
+            content = {"id": name, "modelId": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False}
+            content |= {"tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": file} for file in files]}
+        return self._content(
+            request, json.dumps(content).encode(), body, {"Content-Type": "application/json", "X-Repo-Commit": COMMIT}
+        )
+
+    def _file(self, request, name, file, body):
+        files = self.repositories[name]
+        if file not in files:
+            return self._error(request, 404, "EntryNotFound")
+        data = files[file]
+        large = fnmatch(file, "*.safetensors") or fnmatch(file, "*.bin")
+        digest = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}
+        if large and self.redirect:
+            headers = {"X-Repo-Commit": COMMIT, "X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data))}
+            headers["Location"] = f"http://localhost:{self.port}/elsewhere/{name}/{file}"
+            return self._content(request, b"", body, headers, status=302)
+        return self._content(request, data, body, headers, cut=file)
+
+    def _content(self, request, data, body, headers, *, status=200, cut=None):
+        begin = 0
+        match = (request.headers.get("Range") or "").removeprefix("bytes=").split("-")[0]
+        if match and body:
+            begin, status = int(match), 206
+            headers = {**headers, "Content-Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"}
+        request.send_response(status)
+        for key, value in {"Accept-Ranges": "bytes", **headers}.items():
+            request.send_header(key, value)
+        request.send_header("Content-Length", str(len(data) - begin))
+        request.end_headers()
+        if not body:
+            return
+        if cut in self.cut:
+            self.cut.discard(cut)
+            request.wfile.write(data[begin : begin + (len(data) - begin) // 2])
+            request.wfile.flush()
+            request.close_connection = True
+            request.connection.close()
+            return
+        request.wfile.write(data[begin:])
+
+    def _error(self, request, status, code):
+        request.send_response(status)
+        request.send_header("X-Error-Code", code)
+        request.send_header("X-Error-Message", code)
+        request.send_header("X-Repo-Commit", COMMIT)
+        request.send_header("Content-Length", "0")
+        request.end_headers()

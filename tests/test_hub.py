@@ -1,0 +1,193 @@
+"""Networks from a server that speaks the Hub's protocol, through the real client, in processes of their own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scorematch import ScoreNet
+from tests.hub_server import COMMIT, Hub
+
+DDPM = {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A small DDPM in the Hub's layout."""
+    folder = tmp_path_factory.mktemp("ddpm")
+    torch.manual_seed(0)
+    ScoreNet.unet(3, 8, widths=(8, 16), layers_per_block=1, precondition="ddpm").save_pretrained(folder)
+    ours = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in ours.items() if key not in ("format_version", "family", "schedule")}
+    torch.save(load_file(folder / "diffusion_pytorch_model.safetensors"), folder / "weights.bin")
+    return {
+        "config.json": json.dumps(config).encode(),
+        "scheduler_config.json": json.dumps(DDPM).encode(),
+        "model_index.json": b"{}",
+        "modeling.py": b"print('remote code ran')",
+        "README.md": b"a card",
+        "images/sample.png": b"not needed",
+        "diffusion_pytorch_model.safetensors": (folder / "diffusion_pytorch_model.safetensors").read_bytes(),
+        "diffusion_pytorch_model.bin": (folder / "weights.bin").read_bytes(),
+    }
+
+
+@pytest.fixture
+def hub(files):
+    server = Hub()
+    server.repositories["someone/ddpm"] = dict(files)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """Runs code as a user does, with the server for the Hub and an empty cache; returns what it printed."""
+
+    def call(code, *, fails=False, **environment):
+        variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        variables |= {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            **environment,
+        }
+        code = "from scorematch import AnnealedLangevinSampler, ScoreNet\n" + code
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=variables, cwd=tmp_path
+        )
+        assert (done.returncode != 0) == fails, done.stderr
+        return done.stderr.strip().splitlines()[-1] if fails else done.stdout
+
+    return call
+
+
+LOAD = "net = ScoreNet.from_pretrained('someone/ddpm')\n"
+
+
+def test_three_lines_fetch_only_what_is_needed_and_the_cache_serves_when_the_server_is_gone(hub, run):
+    code = LOAD + (
+        "sampler = AnnealedLangevinSampler(net, net.schedule.respaced(3), steps_per_level=1)\n"
+        "print(tuple(sampler.sample(2, progress=False).shape))"
+    )
+    assert run(code) == "(2, 3, 8, 8)\n"
+    assert hub.fetched() == ["config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"]
+    hub.requests.clear()
+    assert run(code.replace("'someone/ddpm'", f"'someone/ddpm', revision='{COMMIT}'")) == "(2, 3, 8, 8)\n"
+    assert hub.requests == []  # a pinned commit needs none
+    hub.stop()
+    assert run(code) == "(2, 3, 8, 8)\n"
+    assert run(code, HF_HUB_OFFLINE="1") == "(2, 3, 8, 8)\n"
+    assert run(code.replace("'someone/ddpm'", "'someone/ddpm', local_files_only=True")) == "(2, 3, 8, 8)\n"
+
+
+def test_pickled_weights_where_there_are_no_others(hub, run):
+    del hub.repositories["someone/ddpm"]["diffusion_pytorch_model.safetensors"]
+    code = LOAD + "print(net.sample_shape)"
+    assert run(code) == "(3, 8, 8)\n"
+    assert hub.fetched() == ["config.json", "diffusion_pytorch_model.bin", "scheduler_config.json"]
+    hub.stop()
+    assert run(code, HF_HUB_OFFLINE="1") == "(3, 8, 8)\n"
+
+
+def test_a_pipeline_another_cache_and_a_redirect_to_another_host(hub, run, files, tmp_path):
+    hub.redirect = True
+    hub.repositories["someone/pipeline"] = {
+        "model_index.json": b"{}",
+        "unet/config.json": files["config.json"],
+        "scheduler/scheduler_config.json": files["scheduler_config.json"],
+        "unet/diffusion_pytorch_model.safetensors": files["diffusion_pytorch_model.safetensors"],
+    }
+    code = "net = ScoreNet.from_pretrained('someone/pipeline', cache_dir='elsewhere')\nprint(net.sample_shape)"
+    assert run(code) == "(3, 8, 8)\n"
+    assert (tmp_path / "elsewhere" / "models--someone--pipeline").is_dir()
+    assert any(path.startswith("/elsewhere/") for _, path in hub.requests)
+
+
+def test_a_network_of_this_package_on_the_hub(hub, run, tmp_path):
+    ScoreNet.ncsn(1, 8, width=2).save_pretrained(tmp_path / "ours")
+    hub.repositories["someone/ncsn"] = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
+    assert run("print(ScoreNet.from_pretrained('someone/ncsn').config['family'])") == "ncsn\n"
+
+
+def test_a_connection_that_breaks_off(hub, run):
+    hub.cut.add("diffusion_pytorch_model.safetensors")
+    assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
+    assert not hub.cut
+
+
+def test_a_token(hub, run):
+    hub.private["someone/ddpm"] = "secret"
+    assert "log in (hf auth login) or pass token=" in run(LOAD, fails=True)
+    code = "print(ScoreNet.from_pretrained('someone/ddpm', token='secret').sample_shape)"
+    assert run(code) == "(3, 8, 8)\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "ScoreNet.from_pretrained('nobody/nothing')",
+            "there is no repository 'nobody/nothing' on the Hub, or it is private",
+        ),
+        ("ScoreNet.from_pretrained('someone/ddpm', revision='v9')", "someone/ddpm has no revision 'v9'"),
+        ("ScoreNet.from_pretrained('someone/gated')", "PermissionError: someone/gated is gated: accept its terms at"),
+        (
+            "ScoreNet.from_pretrained('someone/text')",
+            "holds no network: expected config.json .* it has README.md, data.csv",
+        ),
+        (
+            "ScoreNet.from_pretrained('someone/ddpm', local_files_only=True)",
+            "someone/ddpm is not in the cache.*Fetch it first",
+        ),
+        ("offline", "not in the cache.*Fetch it first"),
+    ],
+)
+def test_errors_say_what_to_do(code, message, hub, run):
+    hub.repositories["someone/text"] = {"README.md": b"", "data.csv": b""}
+    hub.repositories["someone/gated"] = {}
+    hub.gated.add("someone/gated")
+    error = run(LOAD, fails=True, HF_HUB_OFFLINE="1") if code == "offline" else run(code, fails=True)
+    assert re.search(message, error), error
+
+
+def test_an_altered_download_is_named(hub, run, tmp_path):
+    run(LOAD)
+    (path,) = (tmp_path / "home").rglob("diffusion_pytorch_model.safetensors")
+    blob = path.resolve()
+    blob.write_bytes(blob.read_bytes()[:1000])
+    error = run(LOAD, fails=True)
+    assert "is not what the Hub sent" in error and str(blob) in error
+    blob.unlink()
+    assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
+
+
+def test_a_disk_that_is_full(run):
+    code = (
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n" + LOAD
+    )
+    if sys.platform != "linux":
+        pytest.skip("needs limits on the size of files")
+    assert "too large" in run(code, fails=True).lower()
+
+
+def test_remote_code_is_neither_fetched_nor_run(hub, run):
+    assert "remote code ran" not in run(LOAD)
+    assert not any(file.endswith(".py") for file in hub.fetched())
+
+
+def test_names_that_are_no_repositories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("./someone/ddpm", "/someone/ddpm", "a/b/c", Path("someone/ddpm")):
+        with pytest.raises(FileNotFoundError, match="nor a folder, nor a repository"):
+            ScoreNet.from_pretrained(name)
