@@ -15,6 +15,7 @@ class Hub:
 
     def __init__(self):
         self.repositories = {}
+        self.commit = COMMIT
         self.gated = set()  # answered with 403, whoever asks
         self.private = {}  # name -> token
         self.cut = set()  # files whose first download breaks off in the middle
@@ -74,7 +75,7 @@ class Hub:
         if name in self.gated:
             return self._error(request, 403, "GatedRepo")
         files = self.repositories[name]
-        if rest and rest[0] in ("resolve", "revision", "tree") and rest[1] not in ("main", COMMIT):
+        if rest and rest[0] in ("resolve", "revision", "tree") and rest[1] not in ("main", self.commit):
             return self._error(request, 404, "RevisionNotFound")
         if rest and rest[0] == "resolve":
             return self._file(request, name, "/".join(rest[2:]), body)
@@ -89,10 +90,20 @@ class Hub:
                 for file, data in files.items()
             ]
         else:
-            content = {"id": name, "modelId": name, "sha": COMMIT, "private": False, "gated": False, "disabled": False}
+            content = {
+                "id": name,
+                "modelId": name,
+                "sha": self.commit,
+                "private": False,
+                "gated": False,
+                "disabled": False,
+            }
             content |= {"tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": file} for file in files]}
         return self._content(
-            request, json.dumps(content).encode(), body, {"Content-Type": "application/json", "X-Repo-Commit": COMMIT}
+            request,
+            json.dumps(content).encode(),
+            body,
+            {"Content-Type": "application/json", "X-Repo-Commit": self.commit},
         )
 
     def _file(self, request, name, file, body):
@@ -102,9 +113,9 @@ class Hub:
         data = files[file]
         large = fnmatch(file, "*.safetensors") or fnmatch(file, "*.bin")
         digest = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
-        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": self.commit}
         if large and self.redirect:
-            headers = {"X-Repo-Commit": COMMIT, "X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data))}
+            headers = {"X-Repo-Commit": self.commit, "X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data))}
             headers["Location"] = f"http://localhost:{self.port}/elsewhere/{name}/{file}"
             return self._content(request, b"", body, headers, status=302)
         return self._content(request, data, body, headers, cut=file)
@@ -135,6 +146,6 @@ class Hub:
         request.send_response(status)
         request.send_header("X-Error-Code", code)
         request.send_header("X-Error-Message", code)
-        request.send_header("X-Repo-Commit", COMMIT)
+        request.send_header("X-Repo-Commit", self.commit)
         request.send_header("Content-Length", "0")
         request.end_headers()

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from scorematch import ScoreNet, __version__
+from scorematch import ScoreNet, __version__, cards
 from scorematch.__main__ import main
 
 
@@ -49,6 +49,13 @@ def test_a_picture_that_cannot_be_written_is_found_before_the_work(folder, capsy
     assert main(["sample", folder, "picture.unknown"]) == 1
     said = capsys.readouterr()
     assert "such as .png" in said.err and "call" not in said.err
+
+
+def test_models_are_listed(capsys):
+    assert main(["models"]) == 0
+    said = capsys.readouterr().out
+    for card in cards.CARDS:
+        assert (card.repository or "ships with the package") in said and card.quality in said
 
 
 def test_version(capsys):

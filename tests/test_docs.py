@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import scorematch
+from scorematch import cards
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,3 +68,13 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_every_card_is_on_the_page_of_trained_networks():
+    page = (ROOT / "docs" / "pretrained.md").read_text(encoding="utf-8")
+    for card in cards.CARDS:
+        levels = f"{card.levels}, {card.sigmas[0]:g} -> {card.sigmas[1]:g}"
+        row = next(line for line in page.splitlines() if levels in line and f"`{card.repository or card.name}`" in line)
+        assert "x".join(map(str, card.shape)) in row
+        assert card.license in row
+        assert card.revision is None or card.revision[:12] in row

@@ -11,7 +11,7 @@ PACKAGE = Path(scorematch.__file__).parent
 
 # A room may import from the floors below its own, and from the same package folder.
 FLOORS = [
-    {"noise", "nets", "images", "hub"},
+    {"noise", "nets", "images", "hub", "cards"},
     {"precondition", "layout"},
     {"pretrained"},
     {"loss", "sampling", "score"},

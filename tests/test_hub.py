@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from scorematch import ScoreNet
+from scorematch import ScoreNet, cards
 from tests.hub_server import COMMIT, Hub
 
 DDPM = {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
@@ -157,6 +157,41 @@ def test_errors_say_what_to_do(code, message, hub, run):
     hub.gated.add("someone/gated")
     error = run(LOAD, fails=True, HF_HUB_OFFLINE="1") if code == "offline" else run(code, fails=True)
     assert re.search(message, error), error
+
+
+def test_a_short_name_is_the_commit_on_its_card_with_its_settings(hub, run, files):
+    card = cards.find("cifar10")
+    hub.commit = card.revision
+    hub.repositories[card.repository] = dict(files)
+    code = (
+        "net = ScoreNet.from_pretrained('cifar10')\n"
+        "sampler = AnnealedLangevinSampler(net)\n"
+        "print(len(sampler), sampler.exact_noise, net.schedule)\n"
+    )
+    assert run(code) == "251 True NoiseSchedule(1000 levels, 78.7 -> 0.005)\n"
+    assert any(card.revision in path for _, path in hub.requests)
+    hub.requests.clear()
+    assert run(code.replace("'cifar10'", "'google/ddpm-cifar10-32'")).startswith("251 True")
+    assert hub.requests == []
+
+
+def test_a_card_corrects_what_a_repository_may_say_wrongly(hub, run, tmp_path):
+    torch.manual_seed(0)
+    net = ScoreNet.unet(3, 8, widths=(8, 8), layers_per_block=1, precondition="ncsnpp")
+    net.save_pretrained(tmp_path / "ve")
+    config = json.loads((tmp_path / "ve" / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("format_version", "family", "schedule")}
+    weights = load_file(tmp_path / "ve" / "diffusion_pytorch_model.safetensors")
+    weights["time_proj.weight"] = torch.ones(8)
+    weights["time_embedding.linear_1.weight"] = torch.ones(32, 16)
+    save_file(weights, tmp_path / "ve" / "diffusion_pytorch_model.safetensors")
+    default = {"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01, "sigma_max": 1348, "num_train_timesteps": 2000}
+    hub.repositories["google/ncsnpp-celebahq-256"] = {
+        "config.json": json.dumps({**config, "time_embedding_type": "fourier"}).encode(),
+        "scheduler_config.json": json.dumps(default).encode(),
+        "diffusion_pytorch_model.safetensors": (tmp_path / "ve" / "diffusion_pytorch_model.safetensors").read_bytes(),
+    }
+    assert run("print(ScoreNet.from_pretrained('celebahq').schedule)") == "NoiseSchedule(2000 levels, 348 -> 0.01)\n"
 
 
 def test_an_altered_download_is_named(hub, run, tmp_path):

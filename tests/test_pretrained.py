@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scorematch import NoiseSchedule, ScoreNet, pretrained
+from scorematch import NoiseSchedule, ScoreNet, cards, pretrained
 
 
 def _net(seed=0, **arguments):
@@ -108,10 +108,14 @@ def test_channels_last_weights_are_saved_like_any(tmp_path):
 
 
 def test_shipped_networks_load_by_name_and_are_small():
-    assert "mnist" in pretrained.shipped()
-    for name in pretrained.shipped():
-        net = ScoreNet.from_pretrained(name)
-        weights = pretrained.locate(name) / "model.safetensors"
+    shipped = [card for card in cards.CARDS if card.repository is None]
+    assert [card.name for card in shipped] == ["mnist"]
+    for card in shipped:
+        net = ScoreNet.from_pretrained(card.name)
+        assert (len(net.schedule), net.sample_shape) == (card.levels, card.shape)
+        assert card.parameters == sum(p.numel() for p in net.parameters())
+        assert (round(net.schedule.sigma_max, 1), net.schedule.sigma_min) == card.sigmas
+        weights = pretrained.locate(card.name)[0] / "model.safetensors"
         assert weights.stat().st_size <= 6_000_000
         assert net.sampler_settings is not None
         assert (weights.parent / "README.md").is_file()  # the card
@@ -212,7 +216,9 @@ def test_settings_that_are_not_plain_are_refused_before_anything_is_written(tmp_
 
 def test_unknown_names_list_the_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"'imagenet' is neither .*\('mnist'.*nor a folder, nor"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'imagenet' is neither .*\('mnist', 'cifar10', 'celebahq'\), nor a folder, nor"
+    ):
         ScoreNet.from_pretrained("imagenet")
 
 

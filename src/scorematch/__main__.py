@@ -9,6 +9,7 @@ import time
 import torch
 
 from scorematch import AnnealedLangevinSampler, ScoreNet, __version__
+from scorematch.cards import table
 from scorematch.convert import convert
 from scorematch.images import check_picture, save_grid
 
@@ -28,6 +29,10 @@ def _sample(args: argparse.Namespace) -> None:
     print(f"{args.n} images in {time.perf_counter() - begin:.1f} s")
     save_grid(images, args.picture, args.columns)
     print(args.picture)
+
+
+def _models(args: argparse.Namespace) -> None:
+    print(table())
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -55,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--quiet", action="store_true", help="no progress bar")
     sample.set_defaults(run=_sample)
+    models = commands.add_parser("models", help="list the networks that are known by name, and what is known of them")
+    models.set_defaults(run=_models)
     conversion = commands.add_parser("convert", help="turn a checkpoint of the papers' authors into a folder")
     conversion.add_argument("checkpoint", help="checkpoint_<step>.pth of NCSN, NCSNv2 or adversarial score matching")
     conversion.add_argument("folder", help="where to write config.json and the weights")

@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scorematch import hub, layout
+from scorematch import cards, hub, layout
 from scorematch.nets.unet import UNet
+from scorematch.noise import NoiseSchedule
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -51,11 +52,6 @@ _COMMON = ("precondition", "sample_shape", "value_range", "sampler", "schedule")
 _SHIPPED = Path(__file__).parent / "weights"
 
 
-def shipped() -> list[str]:
-    """The short names of the networks that ship with the package."""
-    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
-
-
 def locate(
     name_or_folder: str | os.PathLike[str],
     *,
@@ -63,30 +59,43 @@ def locate(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-) -> Path:
-    """The folder of a short name, the folder itself, or the folder of the cache with a repository of the Hub."""
-    if isinstance(name_or_folder, str) and name_or_folder in shipped():
-        return _SHIPPED / name_or_folder
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder
-    if isinstance(name_or_folder, str) and hub.is_repository(name_or_folder):
-        return hub.fetch(
-            name_or_folder,
+) -> tuple[Path, cards.Card | None]:
+    """The folder with a network of that name, fetched from the Hub if need be, and its card, if it has one."""
+    name = name_or_folder if isinstance(name_or_folder, str) else None
+    card = None if name is None else cards.find(name)
+    if card is not None and card.repository is None:
+        return _SHIPPED / str(card.name), card
+    if card is not None and not Path(str(name)).is_dir():
+        name, revision = card.repository, card.revision if revision is None else revision
+    elif Path(name_or_folder).is_dir():
+        return Path(name_or_folder), None
+    if name is not None and hub.is_repository(name):
+        folder = hub.fetch(
+            name,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-    known = ", ".join(map(repr, shipped()))
+        return folder, card
+    known = ", ".join(repr(card.name) for card in cards.CARDS if card.name is not None)
     raise FileNotFoundError(
-        f"{os.fspath(name_or_folder)!r} is neither a network that ships with the package ({known}), nor a folder, nor "
-        "a repository of the Hub (owner/name)."
+        f"{os.fspath(name_or_folder)!r} is neither a known network ({known}), nor a folder, nor a repository of the "
+        "Hub (owner/name)."
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The checked configuration of a folder, whichever layout it has."""
+def read_config(folder: Path, card: cards.Card | None = None) -> dict[str, Any]:
+    """The checked configuration of a folder, whichever layout it has, with what its card adds to it."""
+    config = _read_config(folder)
+    if card is not None and card.correction:
+        config["schedule"] = NoiseSchedule.geometric(*card.sigmas, card.levels).to_dict()
+    if card is not None and config["sampler"] is None:
+        config["sampler"] = card.settings
+    return config
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     home = _home(folder)
     config = _read_json(home / CONFIG_FILE)
     if "format_version" not in config and config.get("_class_name") in layout.UNET_CLASSES:
@@ -168,7 +177,7 @@ def load_weights(backbone: nn.Module, folder: Path) -> Tensor | None:
         if altered is None:
             raise
         raise ValueError(
-            f"{altered} is not what the Hub sent (its SHA-256 is another): delete it and load again; it is fetched anew."
+            f"{altered} is not what the Hub sent (its SHA-256 is another): delete it and load again to fetch it anew."
         ) from error
     if isinstance(backbone, UNet):
         weights = layout.current_names(weights)

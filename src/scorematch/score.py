@@ -318,13 +318,15 @@ class ScoreNet(nn.Module):
         """The trained network of that name, in that folder, or in that repository of the Hugging Face Hub.
 
         Args:
-            name_or_folder: the short name of a network that ships with the package ("mnist"), or a folder: one that
+            name_or_folder: a short name ("mnist" ships with the package; ``python -m scorematch models`` lists all), or
+                a folder: one that
                 ``save_pretrained`` wrote, or a U-Net in the layout of diffusers, flat or a pipeline; or a repository
                 of the Hub, ``owner/name``, with either.
 
             Rarely needed:
 
-            revision: of a repository, a branch, a tag or a commit; a commit that is in the cache needs no request.
+            revision: of a repository, a branch, a tag or a commit; None is the commit on its card, or the main
+                branch. A commit that is in the cache needs no request.
             token: for private and gated repositories; None is the one that is logged in.
             cache_dir: where downloads are kept; None is huggingface_hub's own cache.
             local_files_only: whether to look in the cache only.
@@ -342,14 +344,14 @@ class ScoreNet(nn.Module):
             >>> ScoreNet.from_pretrained("mnist").sample_shape
             (1, 28, 28)
         """
-        folder = pretrained.locate(
+        folder, card = pretrained.locate(
             name_or_folder,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        config = pretrained.read_config(folder)
+        config = pretrained.read_config(folder, card)
         if (config["family"] == "custom") != (backbone is not None):
             raise ValueError(
                 f"{folder} holds a network of the user's own: pass its module as backbone=."

@@ -1,0 +1,151 @@
+"""The networks that are known by name: where they are, what they were trained on, what is known of them and what is
+not.
+
+A card is a fact sheet, not a promise. Where a figure of quality is given, its source is; sampler settings that were not
+measured on the very weights say so. No network of doubtful license or origin has a short name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of one network.
+
+    Attributes:
+        name: the short name for ``ScoreNet.from_pretrained``, or None.
+        repository: ``owner/name`` on the Hugging Face Hub, or None for a network that ships with the package.
+        revision: the commit that is meant, where one is known.
+        license: of the weights.
+        shape: of a sample, (C, H, W).
+        data: what it was trained on.
+        sigmas: its loudest and quietest noise level, in units of images in [0, 1].
+        levels: how many it has.
+        parameters: how many.
+        settings: the recommended sampler settings, or None where they are stored with the weights.
+        settings_source: where those come from.
+        quality: what is known of its quality, and from where.
+        correction: whether ``sigmas`` and ``levels`` overrule what the repository's configuration says.
+    """
+
+    name: str | None
+    repository: str | None
+    revision: str | None
+    license: str
+    shape: tuple[int, int, int]
+    data: str
+    sigmas: tuple[float, float]
+    levels: int
+    parameters: int
+    settings: dict[str, Any] | None
+    settings_source: str
+    quality: str
+    correction: bool = False
+
+
+# What did best, among annealed Langevin dynamics of about 250 calls, on a smaller U-Net trained on CIFAR-10.
+_SETTINGS = {"levels": 50, "steps_per_level": 5, "exact_noise": True}
+_SETTINGS_SOURCE = "chosen on a smaller U-Net trained on CIFAR-10, not measured on these weights"
+
+CARDS = (
+    Card(
+        name="mnist",
+        repository=None,
+        revision=None,
+        license="MIT",
+        shape=(1, 28, 28),
+        data="MNIST, 60,000 handwritten digits",
+        sigmas=(16.9, 0.01),
+        levels=95,
+        parameters=2_938_009,
+        settings=None,
+        settings_source="measured on these weights; see the network's own card",
+        quality="see the network's own card, weights/mnist/README.md",
+    ),
+    Card(
+        name="cifar10",
+        repository="google/ddpm-cifar10-32",
+        revision="267b167dc01f0e4e61923ea244e8b988f84deb80",
+        license="Apache-2.0",
+        shape=(3, 32, 32),
+        data="CIFAR-10",
+        sigmas=(78.7, 0.005),
+        levels=1000,
+        parameters=35_746_307,
+        settings=_SETTINGS,
+        settings_source=_SETTINGS_SOURCE,
+        quality=(
+            "unknown for the stored weights. The repository quotes the paper (FID 3.17, 1,000 ancestral steps), but does "
+            "not say whether these are its averaged weights; an independent conversion measured 3.21 for those and "
+            "12.14 for the others"
+        ),
+    ),
+    Card(
+        name="celebahq",
+        repository="google/ncsnpp-celebahq-256",
+        revision=None,
+        license="Apache-2.0",
+        shape=(3, 256, 256),
+        data="CelebA-HQ at 256 pixels",
+        sigmas=(348, 0.01),
+        levels=2000,
+        parameters=65_574_549,
+        settings=_SETTINGS,
+        settings_source=_SETTINGS_SOURCE,
+        quality="not published",
+        # It was trained with 348; a stored 1348 would be the default of its scheduler's class.
+        correction=True,
+    ),
+    Card(
+        name=None,
+        repository="google/ddpm-celebahq-256",
+        revision="cd5c944777ea2668051904ead6cc120739b86c4d",
+        license="Apache-2.0",
+        shape=(3, 256, 256),
+        data="CelebA-HQ at 256 pixels",
+        sigmas=(78.7, 0.005),
+        levels=1000,
+        parameters=113_673_219,
+        settings=_SETTINGS,
+        settings_source=_SETTINGS_SOURCE,
+        quality="not published for these weights",
+    ),
+    Card(
+        name=None,
+        repository="newsyctw/NCSN_CIFAR10_my",
+        revision=None,
+        license="not stated",
+        shape=(3, 32, 32),
+        data="CIFAR-10",
+        sigmas=(380, 0.01),
+        levels=2000,
+        parameters=61_894_924,
+        settings=_SETTINGS,
+        settings_source=_SETTINGS_SOURCE,
+        quality="not published. The same account also holds backdoored networks: take this repository only",
+    ),
+)
+
+
+def find(name: str) -> Card | None:
+    """The card of a short name or a repository, or None."""
+    return next((card for card in CARDS if name in (card.name, card.repository)), None)
+
+
+def table() -> str:
+    """All cards, for a terminal."""
+    lines = []
+    for card in CARDS:
+        shape = "x".join(map(str, card.shape))
+        where = "ships with the package" if card.repository is None else card.repository
+        lines.append(f"{card.name or '-':<10}{where}{f' at {card.revision[:12]}' if card.revision else ''}")
+        lines.append(
+            f"{'':<10}{shape}, {card.data}; {card.parameters:,} parameters; {card.levels} levels "
+            f"{card.sigmas[0]:g} -> {card.sigmas[1]:g}; license {card.license}"
+        )
+        lines.append(f"{'':<10}sampler settings: {card.settings_source}")
+        lines.append(f"{'':<10}quality: {card.quality}")
+    return "\n".join(lines)
