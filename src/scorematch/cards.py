@@ -78,9 +78,9 @@ CARDS = (
         settings=_SETTINGS,
         settings_source=_SETTINGS_SOURCE,
         quality=(
-            "unknown for the stored weights. The repository quotes the paper (FID 3.17, 1,000 ancestral steps), but does "
-            "not say whether these are its averaged weights; an independent conversion measured 3.21 for those and "
-            "12.14 for the others"
+            "unknown for the stored weights. The repository quotes the paper (FID 3.17, 1,000 ancestral steps), but "
+            "does not say whether these are its averaged weights; an independent conversion measured 3.21 for those "
+            "and 12.14 for the others"
         ),
     ),
     Card(
