@@ -21,15 +21,14 @@ from scorematch.images import save_grid
 SETTINGS = [
     (50, 3, None, False),
     (50, 3, None, True),
-    (30, 5, None, True),
-    (95, 1, None, True),
     (95, 1, 0.3, True),
     (95, 1, 0.5, True),
-    (50, 2, 0.3, True),
-    (50, 2, 0.5, True),
-    (50, 3, 0.1, True),
-    (150, 1, 0.1, True),
-    (150, 1, 0.2, True),
+    (95, 1, 0.7, True),
+    (50, 3, 0.5, True),
+    (50, 2, 0.7, True),
+    (150, 1, 0.5, True),
+    (150, 1, 0.7, True),
+    (150, 1, 0.9, True),
 ]
 
 
