@@ -23,8 +23,8 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_los
 from scorematch.images import save_grid
 
 WARMUP = 300  # steps over which the learning rate rises
-# Chosen on the trained network with tune_mnist.py. The step is half of sigma_min^2.
-SETTINGS = {"levels": 150, "steps_per_level": 1, "step_size": 5e-5, "exact_noise": True}
+# Chosen on the trained network with tune_mnist.py. The step is 0.4 sigma_min^2.
+SETTINGS = {"levels": 200, "steps_per_level": 1, "step_size": 4e-5, "exact_noise": True}
 EMA = 0.999  # of the averaged weights; early on they average over a tenth of the steps so far
 
 
