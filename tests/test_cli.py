@@ -1,4 +1,5 @@
 import pytest
+import torch
 from PIL import Image
 
 from scorematch import ScoreNet, __version__, cards
@@ -49,6 +50,19 @@ def test_a_picture_that_cannot_be_written_is_found_before_the_work(folder, capsy
     assert main(["sample", folder, "picture.unknown"]) == 1
     said = capsys.readouterr()
     assert "such as .png" in said.err and "call" not in said.err
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["sample", folder, str(tmp_path / "file" / "picture.png")]) == 1
+    said = capsys.readouterr()
+    assert "cannot be written to" in said.err and "calls" not in said.out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(folder, tmp_path, capsys):
+    assert main(["sample", folder, str(tmp_path / "a.png"), "--device", "cuda"]) == 1
+    assert "this torch sees no CUDA device" in capsys.readouterr().err
 
 
 def test_models_are_listed(capsys):

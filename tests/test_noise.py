@@ -276,6 +276,7 @@ def test_words_are_no_sigmas():
         (lambda: NoiseSchedule.suggest_levels(50, 0.01, 0), ValueError, "dimension must be at least 1"),
         (lambda: NoiseSchedule.suggest_levels(50, 0.01, 3072, C=1.0), ValueError, "C must lie between 0 and 0.997"),
         (lambda: NoiseSchedule([1.0, 0.1]).respaced(1), ValueError, "levels must be at least 2"),
+        (lambda: NoiseSchedule([1.0, 0.1]).sample(-1), ValueError, "n must be at least 1, got -1"),
         (lambda: NoiseSchedule([1.0, 0.1]).suggest_step_size(0), ValueError, "steps_per_level must be at least 1"),
         (lambda: NoiseSchedule([1.0, 0.1]).chain_variance(0.03, 3), ValueError, "between 0 and 2 sigma_min"),
         (lambda: NoiseSchedule.from_dict({"levels": 3}), ValueError, r'written \{"sigmas": \[...\]\}, got .*levels'),

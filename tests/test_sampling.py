@@ -372,6 +372,13 @@ def test_the_networks_recommendation_counts_with_its_own_ladder_only():
     assert (other.steps_per_level, other.step_size) == (derived.steps_per_level, derived.step_size)
 
 
+def test_a_recommendation_with_a_word_that_is_none():
+    net = ScoreNet.ncsnv2(1, 8, width=2)
+    net.sampler_settings = {"level": 3}
+    with pytest.raises(ValueError, match="knows exact_noise, levels, step_size, steps_per_level, got level"):
+        AnnealedLangevinSampler(net)
+
+
 @pytest.mark.parametrize("levels", [2, 5, 10, 50, 232, 1086])
 def test_settings_from_a_ladder_are_technique_4_with_a_bounded_chain(levels):
     schedule = NoiseSchedule.geometric(50, 0.01, levels)
@@ -427,6 +434,8 @@ def test_bad_settings(arguments, error, message):
     ("arguments", "error", "message"),
     [
         ({}, ValueError, "pass shape="),
+        ({"n": 2.5, "shape": (1,)}, TypeError, "n must be an integer, got 2.5"),
+        ({"n": 2, "shape": (1,), "generator": 7}, TypeError, r"torch.Generator, got 7. Write torch.Generator\(\)"),
         ({"n": 0, "shape": (1,)}, ValueError, "n must be at least 1, got 0"),
         ({"n": 2, "init": torch.zeros(3, 1)}, ValueError, "n has 2, init has 3"),
         ({"condition": torch.zeros(2), "init": torch.zeros(3, 1)}, ValueError, "init has 3, condition has 2"),

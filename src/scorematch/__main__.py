@@ -16,6 +16,10 @@ from scorematch.images import check_picture, save_grid
 
 def _sample(args: argparse.Namespace) -> None:
     # Convolutions of a CPU and of a GPU's tensor cores run about twice as fast in channels_last.
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"there is no {args.device} here: this torch sees no CUDA device. Leave --device out for the CPU."
+        )
     net = ScoreNet.from_pretrained(args.model).to(args.device)
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs do not know it
     schedule = None if args.levels is None else net.schedule.respaced(args.levels)

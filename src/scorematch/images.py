@@ -46,6 +46,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
     Raises:
         ImportError: without Pillow.
         ValueError: for a name that says no kind of picture.
+        OSError: for a folder that cannot be made or written to; it is made if it does not exist.
     """
     try:
         from PIL import Image
@@ -53,6 +54,12 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         raise ImportError('writing pictures needs Pillow: pip install "scorematch[images]".') from error
     if Path(path).suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{os.fspath(path)} does not end with a kind of picture, such as .png.")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=Path(path).parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{Path(path).parent} cannot be written to: {error.strerror}.") from error
 
 
 def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
@@ -72,7 +79,6 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     pixels = image.detach().float().cpu().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
     array = rearrange(pixels, "c h w -> h w c").numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as staging:
         staged = Path(staging) / f"image{path.suffix}"
         Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array).save(staged)

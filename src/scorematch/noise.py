@@ -351,7 +351,11 @@ class NoiseSchedule:
 
         Returns:
             The levels (n,), float32, in the units of the data.
+
+        Raises:
+            TypeError, ValueError: if n is not an integer of at least 1.
         """
+        _check_count("n", n)
         source = torch.device("cpu") if generator is None else generator.device
         index = torch.randint(len(self), (n,), generator=generator, device=source)
         target = source if device is None else torch.device(device)

@@ -30,6 +30,7 @@ from torch import Tensor
 from scorematch.noise import NoiseSchedule, own_schedule
 from scorematch.sampling.sampler import Precision, Sampler
 
+_SETTINGS = {"levels", "steps_per_level", "step_size", "exact_noise"}  # what a network may recommend
 _FEWEST_STEPS = 3
 _LOUDEST_CHAIN = 1.2  # the variance, in units of its own, that a chain of derived settings may end with
 
@@ -81,6 +82,9 @@ class AnnealedLangevinSampler(Sampler):
     ) -> None:
         own = own_schedule(net)
         settings: dict[str, Any] = getattr(net, "sampler_settings", None) or {}
+        unknown = sorted(settings.keys() - _SETTINGS)
+        if unknown:
+            raise ValueError(f"sampler_settings knows {', '.join(sorted(_SETTINGS))}, got {', '.join(unknown)}.")
         recommended = own.respaced(settings["levels"]) if own is not None and "levels" in settings else own
         if schedule is None:
             schedule = recommended

@@ -219,8 +219,15 @@ class Sampler(ABC):
             counted = ", ".join(f"{name} has {count}" for name, count in said.items())
             raise ValueError(f"the number of samples is said more than once, and differently: {counted}.")
         n = next(iter(said.values()), 1)
+        if not isinstance(n, int):
+            raise TypeError(f"n must be an integer, got {n!r}.")
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}.")
+        for one in generator if isinstance(generator, Sequence) else (generator,):
+            if not isinstance(one, torch.Generator | None):
+                raise TypeError(
+                    f"generator must be a torch.Generator, got {one!r}. Write torch.Generator().manual_seed(0)."
+                )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if init is not None and not init.is_floating_point():
