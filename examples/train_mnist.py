@@ -33,6 +33,13 @@ def weighting(sigma: Tensor) -> Tensor:
     return sigma**2 * (1 + (sigma / 0.25) ** 2)
 
 
+def draw_levels(n: int, schedule: NoiseSchedule) -> Tensor:
+    """Half at all levels alike, half about 0.5, where samples settle which digit they are."""
+    anywhere = schedule.sigmas[torch.randint(len(schedule), (n,))]
+    about = (0.5 * torch.randn(n).exp()).clamp(schedule.sigmas[-1], schedule.sigmas[0])
+    return torch.where(torch.arange(n) % 2 == 0, anywhere, about)
+
+
 @torch.no_grad()
 def held_out_loss(net: ScoreNet, x: Tensor) -> float:
     """The loss on test digits, in its default weighting, with the same noise every time."""
@@ -97,7 +104,8 @@ def main() -> None:
         batch = train[torch.randint(len(train), (args.batch,), device=args.device)]
         batch = (batch.float() / 255).to(memory_format=torch.channels_last)
         with torch.autocast(args.device, torch.bfloat16):
-            loss = dsm_loss(net, batch, weighting=weighting)
+            sigma = draw_levels(len(batch), schedule).to(args.device)
+            loss = dsm_loss(net, batch, sigma=sigma, weighting=weighting)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

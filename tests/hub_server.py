@@ -1,5 +1,6 @@
 """A server on the loopback address that speaks as much of the Hub's protocol as its client asks for."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -21,6 +22,9 @@ class Hub:
         self.cut = set()  # files whose first download breaks off in the middle
         self.redirect = False  # large files come from another host name, as on the Hub
         self.requests = []
+        self.writer = None  # the token that may write
+        self.branches = {}  # name -> the branches beside main, all with the same files
+        self.uploaded = {}  # SHA-256 -> content, of large files
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -34,6 +38,12 @@ class Hub:
 
             def do_GET(self):
                 hub.answer(self, body=True)
+
+            def do_POST(self):
+                hub.receive(self)
+
+            def do_PUT(self):
+                hub.receive(self)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
@@ -75,7 +85,8 @@ class Hub:
         if name in self.gated:
             return self._error(request, 403, "GatedRepo")
         files = self.repositories[name]
-        if rest and rest[0] in ("resolve", "revision", "tree") and rest[1] not in ("main", self.commit):
+        known = {"main", self.commit, *self.branches.get(name, ())}
+        if rest and rest[0] in ("resolve", "revision", "tree") and rest[1] not in known:
             return self._error(request, 404, "RevisionNotFound")
         if rest and rest[0] == "resolve":
             return self._file(request, name, "/".join(rest[2:]), body)
@@ -106,12 +117,68 @@ class Hub:
             {"Content-Type": "application/json", "X-Repo-Commit": self.commit},
         )
 
+    def receive(self, request):
+        """An upload: the repository, the branch, large files by their hash, and the commit that names them all."""
+        path = unquote(request.path.split("?")[0])
+        self.requests.append((request.command, path))
+        data = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        parts = path.strip("/").split("/")
+        if parts[0] == "upload":
+            assert hashlib.sha256(data).hexdigest() == parts[1]
+            self.uploaded[parts[1]] = data
+            return self._json(request, {})
+        if parts == ["api", "validate-yaml"]:  # of a model card
+            return self._json(request, {"errors": [], "warnings": []})
+        if request.headers.get("Authorization") != f"Bearer {self.writer}":
+            return self._error(request, 401 if self.writer is None else 403, "Unauthorized")
+        if parts == ["api", "repos", "create"]:
+            said = json.loads(data)
+            name = "/".join(filter(None, (said.get("organization"), said["name"])))
+            if name in self.repositories:
+                return self._json(request, {"error": "exists", "url": f"{self.url}/{name}"}, status=409)
+            self.repositories[name] = {".gitattributes": b""}
+            return self._json(request, {"url": f"{self.url}/{name}", "name": name})
+        if parts[2:] == ["info", "lfs", "objects", "batch"]:
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{self.url}/upload/{one['oid']}"}}}
+                for one in json.loads(data)["objects"]
+            ]
+            return self._json(request, {"transfer": "basic", "objects": objects})
+        name, (action, branch) = "/".join(parts[2:4]), parts[4:6]
+        if name not in self.repositories:
+            return self._error(request, 404, "RepoNotFound")
+        if action == "branch":
+            self.branches.setdefault(name, set()).add(branch)
+            return self._json(request, {})
+        if action == "preupload":
+            modes = [
+                {"path": file["path"], "uploadMode": _mode(file["path"]), "shouldIgnore": False}
+                for file in json.loads(data)["files"]
+            ]
+            return self._json(request, {"files": modes})
+        assert action == "commit", path
+        files = self.repositories[name]
+        for line in map(json.loads, data.decode().splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.uploaded[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        self.commit = hashlib.sha1(data, usedforsecurity=False).hexdigest()
+        return self._json(request, {"commitUrl": f"{self.url}/{name}/commit/{self.commit}", "commitOid": self.commit})
+
+    def _json(self, request, content, status=200):
+        headers = {"Content-Type": "application/json"}
+        return self._content(request, json.dumps(content).encode(), True, headers, status=status)
+
     def _file(self, request, name, file, body):
         files = self.repositories[name]
         if file not in files:
             return self._error(request, 404, "EntryNotFound")
         data = files[file]
-        large = fnmatch(file, "*.safetensors") or fnmatch(file, "*.bin")
+        large = _mode(file) == "lfs"
         digest = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
         headers = {"ETag": f'"{digest}"', "X-Repo-Commit": self.commit}
         if large and self.redirect:
@@ -149,3 +216,8 @@ class Hub:
         request.send_header("X-Repo-Commit", self.commit)
         request.send_header("Content-Length", "0")
         request.end_headers()
+
+
+def _mode(file):
+    """How the Hub keeps a file: "lfs" for the endings of weights, "regular" for others."""
+    return "lfs" if fnmatch(file, "*.safetensors") or fnmatch(file, "*.bin") else "regular"

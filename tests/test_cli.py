@@ -1,9 +1,11 @@
+import re
+
 import pytest
 import torch
 from PIL import Image
 
 from scorematch import ScoreNet, __version__, cards
-from scorematch.__main__ import main
+from scorematch.__main__ import _duration, main
 
 
 @pytest.fixture
@@ -23,6 +25,19 @@ def test_sample_writes_a_picture_and_says_what_it_did(folder, tmp_path, capsys):
     assert said.err == ""
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (22, 22)
+
+
+def test_sample_says_beforehand_how_long_it_will_take(folder, tmp_path, capsys):
+    assert _sample(folder, tmp_path / "a.png", "--quiet") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"about \d+ s for 4 images", lines[1]) and "4 images in" in lines[2]
+    assert [_duration(seconds) for seconds in (0.2, 89, 91, 5000, 36_000)] == [
+        "1 s",
+        "89 s",
+        "2 min",
+        "83 min",
+        "10.0 h",
+    ]
 
 
 def test_the_seed_decides(folder, tmp_path):

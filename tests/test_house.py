@@ -11,8 +11,8 @@ PACKAGE = Path(scorematch.__file__).parent
 
 # A room may import from the floors below its own, and from the same package folder.
 FLOORS = [
-    {"noise", "nets", "images", "hub", "cards"},
-    {"precondition", "layout"},
+    {"noise", "nets", "images", "hub"},
+    {"precondition", "layout", "cards"},
     {"pretrained"},
     {"loss", "sampling", "score"},
     {"__init__", "convert"},

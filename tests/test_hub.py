@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from scorematch import ScoreNet, cards
@@ -226,3 +227,77 @@ def test_names_that_are_no_repositories(tmp_path, monkeypatch):
     for name in ("./someone/ddpm", "/someone/ddpm", "a/b/c", Path("someone/ddpm")):
         with pytest.raises(FileNotFoundError, match="nor a folder, nor a repository"):
             ScoreNet.from_pretrained(name)
+
+
+def _pushed(folder, arguments=""):
+    return f"net = ScoreNet.from_pretrained({str(folder)!r})\nprint(net.push_to_hub('me/net'{arguments}))\n"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    net = ScoreNet.unet(3, 8, widths=(8, 16), layers_per_block=1)
+    net.sampler_settings = {"levels": 4, "steps_per_level": 1, "exact_noise": True}
+    net.half().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_network_goes_up_and_comes_back_bit_for_bit(hub, run, saved):
+    hub.writer = "secret"
+    said = run(_pushed(saved, ", license='mit', datasets=['cifar10']"), HF_TOKEN="secret")  # noqa: S106
+    assert said == f"{hub.url}/me/net/commit/{hub.commit}\n"
+    held = hub.repositories["me/net"]
+    assert sorted(held) == [".gitattributes", "README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    code = (
+        "import torch\n"
+        f"a, b = ScoreNet.from_pretrained('me/net'), ScoreNet.from_pretrained({str(saved)!r})\n"
+        "same = [torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)]\n"
+        "print(all(same), len(same) > 50, a.config == b.config)\n"
+    )
+    assert run(code) == "True True True\n"
+
+
+def test_the_card_of_an_uploaded_network_and_its_code(hub, run, saved):
+    hub.writer = "secret"
+    run(_pushed(saved, ", license='mit', datasets=['cifar10'], token='secret'"))
+    card = hub.repositories["me/net"]["README.md"].decode()
+    meta = yaml.safe_load(card.split("---")[1])
+    assert meta["library_name"] == "scorematch" and meta["license"] == "mit" and meta["datasets"] == ["cifar10"]
+    assert meta["pipeline_tag"] == "unconditional-image-generation"
+    assert "levels 4, steps_per_level 1, exact_noise True" in card
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    assert run(code + "print(tuple(images.shape))\n") == "(4, 3, 8, 8)\n"
+
+
+@pytest.mark.parametrize("kind", ["class", "image"])
+def test_the_code_on_the_card_of_a_conditional_network_runs(hub, run, tmp_path, kind):
+    torch.manual_seed(0)
+    options = {"classes": 5} if kind == "class" else {"condition_channels": 2}
+    net = ScoreNet.unet(1, 8, widths=(8, 8), layers_per_block=1, **options)
+    net.sampler_settings = {"levels": 2, "steps_per_level": 1}
+    net.save_pretrained(tmp_path / "net")
+    hub.writer = "secret"
+    run(_pushed(tmp_path / "net", ", token='secret'"))
+    card = hub.repositories["me/net"]["README.md"].decode()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
+    assert run(code + "print(tuple(images.shape))\n") == "(4, 1, 8, 8)\n"
+    assert ("image-to-image" in card) == (kind == "image")
+
+
+def test_an_upload_keeps_what_is_not_its_own_and_replaces_the_network_before(hub, run, saved):
+    hub.writer = "secret"
+    hub.repositories["me/net"] = {"README.md": b"my words", "notes.txt": b"", "model.safetensors": b"old"}
+    run(_pushed(saved, ", token='secret', revision='trial'"))
+    held = hub.repositories["me/net"]
+    assert sorted(held) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "notes.txt"]
+    assert held["README.md"] == b"my words" and hub.branches == {"me/net": {"trial"}}
+    assert any("/commit/trial" in path for _, path in hub.requests)
+
+
+def test_an_upload_that_is_refused_says_what_to_do(hub, run, saved):
+    hub.writer = "secret"
+    error = run(_pushed(saved, ", token='another'"), fails=True)
+    assert error.startswith("PermissionError: the Hub refused to write to me/net") and "hf auth login" in error
+    assert "me/net" not in hub.repositories
+    error = run(_pushed(saved).replace("me/net", "net"), fails=True)
+    assert error == "ValueError: repo_id must be owner/name, got 'net'."

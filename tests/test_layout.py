@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, layout
+from tests.conftest import FIXTURES
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -50,6 +51,10 @@ def _save(net, folder, scheduler, *, pipeline=False):
     return folder
 
 
+def _relative(found, expected):
+    return (found - expected).norm() / expected.norm()
+
+
 @pytest.fixture
 def ddpm(tmp_path):
     return _save(_theirs(), tmp_path / "ddpm", DDPM)
@@ -80,6 +85,27 @@ def test_a_ddpm_is_a_score_in_image_units(prediction, pipeline, tmp_path, rng):
         }[prediction]
         expected = -noise / sigma
         assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddpm-cifar10-tiny", "ddpm-pipeline-tiny"])
+def test_recorded_outputs_of_a_ddpm(name):
+    """Of diffusers 0.42.1, in [-1, 1]: x_ve = 2 x - 1, a sigma twice ours, a score half ours."""
+    net = ScoreNet.from_pretrained(FIXTURES / "hub" / name)
+    reference = torch.load(FIXTURES / "hub" / name / "reference.pt", weights_only=True)
+    with torch.no_grad():
+        score = net((reference["x_ve"] + 1) / 2, reference["sigmas"] / 2)
+    assert _relative(score, 2 * reference["score_ve"]) < 1e-5
+
+
+def test_recorded_outputs_of_a_network_that_knows_levels():
+    """Of diffusers-ncsn's UNet2DModelForNCSN, whose time steps count the levels from the loudest."""
+    folder = FIXTURES / "hub" / "ncsn-mnist-tiny"
+    net = ScoreNet.from_pretrained(folder)
+    reference = torch.load(folder / "reference.pt", weights_only=True)
+    torch.testing.assert_close(net.schedule.sigmas[reference["timesteps"]].float(), reference["sigmas"])
+    with torch.no_grad():
+        score = net(reference["x"], reference["sigmas"])
+    assert _relative(score, reference["out"]) < 1e-5
 
 
 def test_a_ddpm_takes_fractional_time_steps(ddpm, rng):
@@ -132,13 +158,14 @@ def test_schedules_are_those_of_diffusers(kind, tmp_path):
     net = ScoreNet.from_pretrained(_save(_theirs(), tmp_path, scheduler))
     alpha_bar = DDPMScheduler(num_train_timesteps=500, beta_schedule=kind).alphas_cumprod.double()
     expected = 0.5 * (1 / alpha_bar - 1).sqrt().flip(0)
-    torch.testing.assert_close(net.schedule.sigmas, expected, rtol=2e-3, atol=0)  # theirs are float32 sums
+    torch.testing.assert_close(net.schedule.sigmas, expected, rtol=1e-9, atol=0)
 
 
 def test_given_betas(tmp_path):
     scheduler = {"_class_name": "DDPMScheduler", "trained_betas": [0.1, 0.2, 0.3]}
     net = ScoreNet.from_pretrained(_save(_theirs(), tmp_path, scheduler))
-    assert net.schedule == NoiseSchedule.from_betas([0.1, 0.2, 0.3])
+    expected = NoiseSchedule.from_betas([0.1, 0.2, 0.3]).sigmas
+    torch.testing.assert_close(net.schedule.sigmas, expected, rtol=1e-6, atol=0)
 
 
 # -- Weights under every name and in every file

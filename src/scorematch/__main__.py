@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 
@@ -15,12 +16,16 @@ from scorematch.images import check_picture, save_grid
 
 
 def _sample(args: argparse.Namespace) -> None:
+    if args.n < 1:
+        raise ValueError(f"n must be at least 1, got {args.n}.")
     # Convolutions of a CPU and of a GPU's tensor cores run about twice as fast in channels_last.
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"there is no {args.device} here: this torch sees no CUDA device. Leave --device out for the CPU."
         )
     net = ScoreNet.from_pretrained(args.model).to(args.device)
+    if net.sample_shape is None:
+        raise ValueError(f"{args.model} does not say what a sample looks like: its configuration has no sample_shape.")
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs do not know it
     schedule = None if args.levels is None else net.schedule.respaced(args.levels)
     sampler = AnnealedLangevinSampler(
@@ -28,11 +33,30 @@ def _sample(args: argparse.Namespace) -> None:
     )
     check_picture(args.picture)  # before minutes of work, not after
     print(sampler)
+    seconds = _estimate(sampler, args.n, net.sample_shape, args.device)
+    print(f"about {_duration(seconds)} for {args.n} image{'s' if args.n > 1 else ''}")
     begin = time.perf_counter()
     images = sampler.sample(args.n, generator=torch.Generator().manual_seed(args.seed), progress=not args.quiet)
     print(f"{args.n} images in {time.perf_counter() - begin:.1f} s")
     save_grid(images, args.picture, args.columns)
     print(args.picture)
+
+
+def _estimate(sampler: AnnealedLangevinSampler, n: int, shape: tuple[int, ...], device: str) -> float:
+    """How many seconds n images will take: their share of network calls, at the pace of one call that is made here."""
+    few = min(n, max(1, 2**16 // math.prod(shape)))
+    x = torch.rand(few, *shape, device=device)
+    with torch.no_grad():
+        sampler.net(x, 1.0).sum().item()  # the first call prepares the kernels
+        begin = time.perf_counter()
+        sampler.net(x, 1.0).sum().item()  # item waits for the device
+    return (time.perf_counter() - begin) * len(sampler) * n / few
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _models(args: argparse.Namespace) -> None:

@@ -7,8 +7,11 @@ measured on the very weights say so. No network of doubtful license or origin ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from scorematch.noise import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,78 @@ CARDS = (
 def find(name: str) -> Card | None:
     """The card of a short name or a repository, or None."""
     return next((card for card in CARDS if name in (card.name, card.repository)), None)
+
+
+def model_card(
+    repo_id: str,
+    config: dict[str, Any],
+    parameters: int,
+    license: str | None,  # noqa: A002  (the Hub's word)
+    datasets: Sequence[str] | None,
+) -> str:
+    """The README.md of a network on the Hub: what its pages need to know, how to use it, what it is.
+
+    Args:
+        repo_id: ``owner/name``.
+        config: of the network.
+        parameters: how many it has.
+        license: as the Hub abbreviates it, or None.
+        datasets: their names on the Hub, or None.
+    """
+    from huggingface_hub import ModelCardData
+
+    shape, schedule, settings = config["sample_shape"], NoiseSchedule.from_dict(config["schedule"]), config["sampler"]
+    image = shape is not None and len(shape) == 3
+    beside = config.get("in_channels", 0) - shape[0] if image and "in_channels" in config else 0
+    load, draw = f'net = ScoreNet.from_pretrained("{repo_id}")', "images = AnnealedLangevinSampler(net).sample(4)"
+    first = "from scorematch import AnnealedLangevinSampler, ScoreNet"
+    if config["family"] == "custom":
+        load = load[:-1] + ", backbone=YourModule())  # of the class whose weights these are"
+    if config.get("num_class_embeds"):
+        first = f"import torch\n{first}"
+        draw = draw[:-2] + f"condition=torch.arange(4) % {config['num_class_embeds']})  # which classes"
+    elif beside > 0:
+        size = ", ".join(map(str, shape[1:]))
+        first = f"import torch\n{first}"
+        draw = draw[:-2] + f"condition=torch.rand(4, {beside}, {size}))  # your images, in [0, 1]"
+    elif shape is None:
+        draw = draw[:-1] + ", shape=...)  # of one sample, without the batch"
+    pipeline = "image-to-image" if beside > 0 else "unconditional-image-generation"
+    data = ModelCardData(
+        library_name="scorematch",
+        license=license,
+        datasets=None if datasets is None else list(datasets),
+        pipeline_tag=pipeline if image else None,
+        tags=["score-matching", "langevin-dynamics"],
+    )
+    if settings is None:
+        recommended = "none recommended: they follow from the ladder"
+    else:
+        recommended = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+A score network for [scorematch](https://pypi.org/project/scorematch): `net(x, sigma)` is the score of images in [0, 1]
+perturbed with noise of level sigma.
+
+```python
+{first}
+
+{load}
+{draw}
+```
+
+| | |
+|---|---|
+| family | {config["family"]}, preconditioning "{config["precondition"]}" |
+| sample | {"any shape" if shape is None else "x".join(map(str, shape))} |
+| parameters | {parameters:,} |
+| noise levels | {len(schedule)}, {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g} |
+| sampler settings | {recommended} |
+"""
 
 
 def table() -> str:

@@ -1,4 +1,4 @@
-"""Networks from the Hugging Face Hub: the files that are needed of a repository, through huggingface_hub's own client.
+"""Networks on the Hugging Face Hub: fetching what is needed, and uploading, through huggingface_hub's own client.
 
 Of a repository only configurations and one copy of the weights are fetched, safetensors if there are any. The client
 keeps them in its cache, goes on with a download that broke off, and knows tokens, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``
@@ -106,6 +106,58 @@ def fetch(
     except HfHubHTTPError as error:
         raise OSError(f"fetching {repo_id} failed: {error}") from error
     return folder
+
+
+def push(
+    folder: Path,
+    repo_id: str,
+    card: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload a score network",
+) -> str:
+    """Uploads a saved network as the one network of a repository, in one commit; returns the commit's address.
+
+    Args:
+        folder: that the network was saved into.
+        repo_id: ``owner/name``, made if there is none.
+        card: the README.md, for a repository without one.
+        private: whether a new repository is private; None is the owner's default.
+        revision: the branch, made if there is none; None is the main branch.
+        token: one that may write; None is the one that is logged in.
+        commit_message: of the commit.
+
+    Raises:
+        PermissionError: if the Hub refuses.
+        OSError: if the upload fails otherwise.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if not api.file_exists(repo_id, "README.md", revision=revision):  # a card that its owner wrote stays
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            delete_patterns=["model.safetensors", "diffusion_pytorch_model*"],  # of another network, if they stay
+        )
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise PermissionError(
+                f"the Hub refused to write to {repo_id}: check the owner's name, and log in (hf auth login) or pass "
+                "token=, with a token that may write."
+            ) from error
+        raise OSError(f"uploading to {repo_id} failed: {error}") from error
+    return str(commit.commit_url)
 
 
 def altered_file(folder: Path) -> Path | None:

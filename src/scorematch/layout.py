@@ -15,11 +15,12 @@ Weights come under old names and new ones; ``current_names`` knows both.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from scorematch.nets.unet import UNet
@@ -94,24 +95,27 @@ def _schedule(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[
     if prediction not in _PREDICTIONS:
         known = ", ".join(map(repr, _PREDICTIONS))
         raise ValueError(f"prediction_type must be one of {known}, got {prediction!r}.")
-    return NoiseSchedule.from_betas(_betas(scheduler)), _PREDICTIONS[prediction]
+    # In float32, as diffusers' schedulers compute it: at the quietest steps 1 - alpha_bar is off by 1e-5 of itself, and
+    # with it what the network was told was its noise level.
+    alpha_bar = torch.cumprod(1 - _betas(scheduler), 0).double()
+    return NoiseSchedule(0.5 * (1 / alpha_bar - 1).sqrt().flip(0)), _PREDICTIONS[prediction]
 
 
-def _betas(scheduler: Mapping[str, Any]) -> np.ndarray:
-    """The variances of a DDPM's steps, (T,) float64, the first step first."""
+def _betas(scheduler: Mapping[str, Any]) -> Tensor:
+    """The variances of a DDPM's steps, (T,) float32, the first step first."""
     if scheduler.get("trained_betas") is not None:
-        return np.asarray(scheduler["trained_betas"], np.float64)
+        return torch.tensor(scheduler["trained_betas"], dtype=torch.float32)
     start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
     steps, kind = scheduler.get("num_train_timesteps", 1000), scheduler.get("beta_schedule", "linear")
     if kind == "linear":
-        return np.linspace(start, end, steps)
+        return torch.linspace(start, end, steps)
     if kind == "scaled_linear":
-        return np.linspace(start**0.5, end**0.5, steps) ** 2
+        return torch.linspace(start**0.5, end**0.5, steps) ** 2
     if kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17
-        alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+        alpha_bar = torch.cos((torch.arange(steps + 1).double() / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999).float()
     if kind == "sigmoid":
-        return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, steps)))
+        return torch.sigmoid(torch.linspace(-6, 6, steps)) * (end - start) + start
     raise ValueError(f"beta_schedule must be linear, scaled_linear, squaredcos_cap_v2 or sigmoid, got {kind!r}.")
 
 

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scorematch import pretrained
+from scorematch import cards, hub, pretrained
 from scorematch.nets.refinenet import Depth, RefineNet
 from scorematch.nets.unet import ResidualBlock, UNet
 from scorematch.noise import NoiseSchedule, expand
@@ -394,6 +396,58 @@ class ScoreNet(nn.Module):
             OSError: if it cannot be written; the folder is then as it was.
         """
         pretrained.save(folder, self.config, self.backbone)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,  # noqa: A002  (the Hub's word)
+        datasets: Sequence[str] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a score network",
+    ) -> str:
+        """Uploads the network to the Hugging Face Hub, for ``from_pretrained(repo_id)``.
+
+        One commit holds what ``save_pretrained`` writes, and a model card where the repository has none yet. Weights of
+        another network in the repository are deleted by that commit; its other files stay.
+
+        Args:
+            repo_id: ``owner/name``; the repository is made if there is none.
+            license: for the card, as the Hub abbreviates it ("mit", "apache-2.0").
+            datasets: for the card, the names of the training data on the Hub.
+
+            Rarely needed:
+
+            private: whether a new repository is private; None is the owner's default.
+            revision: the branch, made if there is none; None is the main branch.
+            token: one that may write; None is the one that is logged in.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: if ``repo_id`` is not ``owner/name``.
+            PermissionError: if the Hub refuses to write there.
+            OSError: if the upload fails otherwise.
+        """
+        if not hub.is_repository(repo_id):
+            raise ValueError(f"repo_id must be owner/name, got {repo_id!r}.")
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        card = cards.model_card(repo_id, self.config, parameters, license, datasets)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(
+                Path(folder),
+                repo_id,
+                card,
+                private=private,
+                revision=revision,
+                token=token,
+                commit_message=commit_message,
+            )
 
 
 def _check_refinenet(backbone: RefineNet, schedule: NoiseSchedule, precondition: str) -> None:
