@@ -97,6 +97,18 @@ def test_adversarial_consistent_score_matching_keeps_its_levels_in_the_configura
         convert(checkpoint, tmp_path / "other")
 
 
+def test_a_network_without_dilation_is_refused(files, tmp_path):
+    """Where it does not dilate it pools, in convolutions of other names."""
+    _, checkpoint, config = files("ncsnv2", buffer=False)
+    content = torch.load(checkpoint, weights_only=True)
+    for weights in (content[0], content[-1]):
+        for name in [name for name in weights if "res3.0.conv2." in name]:
+            weights[name.replace("conv2.", "conv2.conv.")] = weights.pop(name)
+    torch.save(content, checkpoint)
+    with pytest.raises(ValueError, match=r"not a published network's: they lack \['res3\.0\.conv2\.weight'"):
+        convert(checkpoint, tmp_path / "out", config=config)
+
+
 def test_levels_that_disagree_get_one_warning(files, tmp_path):
     fixture, checkpoint, config = files("ncsnv2", edit=lambda text: text.replace("sigma_begin: 50", "sigma_begin: 60"))
     with pytest.warns(UserWarning, match="50 -> 0.01.*60 -> 0.01.*the stored ones count") as record:

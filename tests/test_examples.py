@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from scorematch import ScoreNet
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -68,6 +70,14 @@ def test_training_stops_and_goes_on(digits, tmp_path):
     assert "goes on at step 4 of 4" in _run("train_mnist.py", "--smoke", "--data", digits, "--out", run)
     assert (run / "network" / "model.safetensors").read_bytes() == weights
     assert len((run / "log.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("network", ["unet", "ddpm"])
+def test_other_networks_train_too(digits, tmp_path, network):
+    _run("train_mnist.py", "--smoke", "--data", digits, "--out", tmp_path / "run", "--network", network)
+    net = ScoreNet.from_pretrained(tmp_path / "run" / "network")
+    assert net.config["family"] == "unet"
+    assert net.precondition == ("karras" if network == "unet" else "ddpm")
 
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(digits, tmp_path):

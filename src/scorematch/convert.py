@@ -7,6 +7,10 @@ on with epoch, step and, where there is one, an exponential moving average of th
 are drawn with. The weights say the family (norms with a table know the noise levels), the depth, the width and the
 channels. The levels are a buffer among NCSNv2's weights, and in config.yml elsewhere.
 
+Two options of adversarial consistent score matching leave no trace in its files, ``--target dae`` and ``--std``:
+networks trained with them are not scores, and cannot be told from those that are. ``--no_dilation`` and its U-Net are
+refused by the names of their weights.
+
 Nothing in these files is run: checkpoints are opened with ``weights_only=True``, and of YAML's Python tags the one that
 occurs, ``argparse.Namespace``, is read as a plain mapping.
 

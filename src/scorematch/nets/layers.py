@@ -1,4 +1,4 @@
-r"""Instance normalization++, the one layer that the NCSN family has to itself.
+r"""The norms: instance normalization++, which the NCSN family has to itself, and a group norm that is fast on a CPU.
 
 Instance normalization removes each channel's mean, and with it every difference in brightness or color between
 channels. Instance normalization++ puts the means back in standardized form. With :math:`\mu_c, \sigma_c` the spatial
@@ -10,12 +10,19 @@ The form is that of the published weights: alpha stands inside gamma, v is the u
 carry 1e-5. (The paper writes alpha outside gamma; weights trained on one form do not work in the other.) Everything is
 computed within one image, so a network of these layers treats the images of a batch independently.
 
+Group normalization is torch's, computed in another way where torch's is slow: in channels_last, the layout in which
+convolutions are fastest, torch's kernels for the CPU take five to thirty times as long as the same formula in a few
+passes over whole tensors, at small images and in every backward.
+
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, App. A.
     Dumoulin et al., 2017, A Learned Representation for Artistic Style, arXiv:1610.07629 (the conditional form).
+    Wu & He, 2018, Group Normalization, arXiv:1803.08494.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,3 +84,98 @@ class ConditionalInstanceNormPlus(nn.Module):
         fraction = (position - lower).to(table.dtype)[..., None]
         gamma, alpha, beta = torch.lerp(table[lower], table[upper], fraction).chunk(3, dim=-1)
         return _instance_norm_plus(x, gamma, alpha, beta)
+
+
+# Torch's own forward is fast in channels_last from this many pixels on.
+_NATIVE_PIXELS = 1024
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization, (N, C, H, W) -> the same shape: ``torch.nn.GroupNorm``, fast in channels_last on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        if x.device.type != "cpu" or not channels_last:
+            return super().forward(x)
+        return _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)[0]  # type: ignore[no-untyped-call]
+
+
+def _over_groups(means: Tensor, groups: int) -> Tensor:
+    """Means of channels (N, C) -> the means of their groups, (N, C) again."""
+    return means.unflatten(1, (groups, -1)).mean(-1, keepdim=True).expand(-1, -1, means.shape[1] // groups).flatten(1)
+
+
+def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean and the inverse standard deviation of each channel's group, (N, C) float32, and x less that mean."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = _over_groups(x.mean((2, 3)), groups)
+    centered = x - mean[..., None, None]
+    return mean, torch.rsqrt(_over_groups((centered * centered).mean((2, 3)), groups) + eps), centered
+
+
+class _GroupNorm(torch.autograd.Function):
+    r"""Group norm in a few passes over the tensor, and its backward in as many.
+
+    With :math:`\hat x = (x - \mu) r`, g the gradient of the output and [.] the mean over a group,
+    the gradient is :math:`r\,(\gamma g - [\gamma g] - \hat x\,[\gamma g \hat x])`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        stats = torch.promote_types(x.dtype, torch.float32)
+        if x.shape[2] * x.shape[3] >= _NATIVE_PIXELS:
+            n, channels, height, width = x.shape
+            scale, shift = weight.to(stats), bias.to(stats)
+            y, mean, rstd = torch.native_group_norm(x, scale, shift, n, channels, height * width, groups, eps)
+            repeats = channels // groups
+            return y, mean.to(stats).repeat_interleave(repeats, 1), rstd.to(stats).repeat_interleave(repeats, 1)
+        mean, rstd, centered = _moments(x, groups, eps)
+        y = torch.addcmul(bias.to(stats)[:, None, None], centered, (weight.to(stats) * rstd)[..., None, None])
+        return y.to(x.dtype), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, _, ctx.groups, ctx.eps = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.save_for_forward(x, weight, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *unused: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates the gradient: the statistics must follow from x
+            mean, rstd, _ = _moments(x, ctx.groups, ctx.eps)
+        gamma, pixels = weight.to(rstd.dtype), x.shape[2] * x.shape[3]
+        g, wide = g.to(rstd.dtype), x.to(rstd.dtype)
+        of_bias = g.mean((2, 3))  # (N, C)
+        of_weight = ((g * wide).mean((2, 3)) - mean * of_bias) * rstd  # the mean of g times the normalized x
+        slope = -rstd.square() * _over_groups(gamma * of_weight, ctx.groups)
+        shift = -rstd * _over_groups(gamma * of_bias, ctx.groups) - slope * mean
+        of_x = torch.addcmul(shift[..., None, None], wide, slope[..., None, None])
+        of_x = torch.addcmul(of_x, g, (gamma * rstd)[..., None, None])
+        return (
+            of_x.to(x.dtype),
+            (pixels * of_weight.sum(0)).to(weight.dtype),
+            (pixels * of_bias.sum(0)).to(weight.dtype),
+            None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(
+        ctx: Any, of_x: Tensor, of_weight: Tensor | None, of_bias: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor, None, None]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        normalized = (x.to(rstd.dtype) - mean[..., None, None]) * rstd[..., None, None]
+        change = of_x.to(rstd.dtype)
+        along = _over_groups((change * normalized).mean((2, 3)), ctx.groups)[..., None, None]
+        change = change - _over_groups(change.mean((2, 3)), ctx.groups)[..., None, None] - normalized * along
+        y = (weight * rstd)[..., None, None] * change
+        if of_weight is not None:
+            y = y + of_weight[:, None, None] * normalized
+        if of_bias is not None:
+            y = y + of_bias[:, None, None]
+        return y.to(x.dtype), None, None

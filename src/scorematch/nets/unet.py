@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from scorematch.nets.layers import GroupNorm
+
 _SQRT2 = math.sqrt(2)
 
 
@@ -149,10 +151,10 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.style, self.scale, self.resample = style, scale, resample
-        self.norm1 = nn.GroupNorm(groups, inputs, style.eps)
+        self.norm1 = GroupNorm(groups, inputs, style.eps)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.time_emb_proj = nn.Linear(style.embedding, 2 * outputs if style.scale_shift else outputs)
-        self.norm2 = nn.GroupNorm(groups if groups_out is None else groups_out, outputs, style.eps)
+        self.norm2 = GroupNorm(groups if groups_out is None else groups_out, outputs, style.eps)
         self.dropout = nn.Dropout(style.dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         shortcut = inputs != outputs if shortcut is None else shortcut
@@ -183,7 +185,7 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads, self.scale = channels // head_width, scale
         inner = self.heads * head_width
-        self.group_norm = None if groups is None else nn.GroupNorm(groups, channels, eps)
+        self.group_norm = None if groups is None else GroupNorm(groups, channels, eps)
         self.to_q = nn.Linear(channels, inner)
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)
@@ -341,7 +343,7 @@ class _UpBlock(nn.Module):
             self.resnet_up = ResidualBlock(
                 outputs, outputs, style, groups=groups, scale=scale, resample=_fir_up, shortcut=True
             )
-            self.skip_norm = nn.GroupNorm(groups, outputs, style.eps)
+            self.skip_norm = GroupNorm(groups, outputs, style.eps)
             self.skip_conv = nn.Conv2d(outputs, 3, 3, padding=1)
         elif double:
             sampler: nn.Module = _Upsample(outputs)
@@ -531,7 +533,7 @@ class UNet(nn.Module):
             double = i < len(widths) - 1
             self.up_blocks.append(_UpBlock(UP_BLOCKS[name], inputs, beside, outputs, layout, double=double))
             inputs = outputs
-        self.conv_norm_out = nn.GroupNorm(layout.groups_of(widths[0]), widths[0], norm_eps)
+        self.conv_norm_out = GroupNorm(layout.groups_of(widths[0]), widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:

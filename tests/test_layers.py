@@ -1,0 +1,87 @@
+"""The fast group norm is torch's, in value and in every derivative."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from scorematch.nets.layers import GroupNorm
+
+
+def _norm(groups, channels, dtype):
+    torch.manual_seed(0)
+    norm = GroupNorm(groups, channels).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    return norm
+
+
+def _last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [(6, 5), (40, 30)])  # below and above where torch's own forward is the fast one
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)]
+)
+def test_it_is_group_norm(size, groups, dtype, tolerance, rng):
+    norm = _norm(groups, 8, dtype)
+    x = (2 * torch.randn(3, 8, *size, generator=rng) + 5).to(dtype)
+    g = torch.randn(3, 8, *size, generator=rng).to(dtype)
+    last, first = _last(x).requires_grad_(), x.clone().requires_grad_()
+    y, expected = norm(last), F.group_norm(first, groups, norm.weight, norm.bias, norm.eps)
+    assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
+    found = (y, *torch.autograd.grad(y, (last, norm.weight, norm.bias), g))
+    right = (expected, *torch.autograd.grad(expected, (first, norm.weight, norm.bias), g))
+    for a, b in zip(found, right, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_a_large_mean_costs_no_digits(rng):
+    x = torch.randn(2, 8, 6, 6, generator=rng) + 1000
+    norm = _norm(4, 8, torch.float32)
+    expected = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double())
+    torch.testing.assert_close(norm(_last(x)).double(), expected, rtol=0, atol=2e-3)  # x itself is rounded to 6e-5
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of torch's own forward mode
+@pytest.mark.parametrize("size", [(2, 3), (32, 32)])
+def test_derivatives_of_both_orders_and_both_modes(size, rng):
+    norm = _norm(2, 4, torch.float64)
+    x = _last(torch.randn(2, 4, *size, generator=rng, dtype=torch.float64))
+
+    def value(x, weight, bias):
+        y = torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+        return y.sin().sum()
+
+    def plain(x, weight, bias):
+        return F.group_norm(x, 2, weight, bias, norm.eps).sin().sum()
+
+    inputs = (x, norm.weight.detach(), norm.bias.detach())
+    tangents = tuple(torch.randn(t.shape, generator=rng, dtype=t.dtype) for t in inputs)
+    tangents = (_last(tangents[0]), *tangents[1:])
+
+    def slope(f):
+        gradient = torch.func.grad(f, (0, 1, 2))
+        return lambda *inputs: sum((g * t).sum() for g, t in zip(gradient(*inputs), tangents, strict=True))
+
+    for f, g in [(value, plain), (slope(value), slope(plain))]:
+        found, right = torch.func.grad(f, (0, 1, 2))(*inputs), torch.func.grad(g, (0, 1, 2))(*inputs)
+        for a, b in zip(found, right, strict=True):
+            torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.func.jvp(value, inputs, tangents)[1], slope(plain)(*inputs))
+    if size == (2, 3):
+        arguments = tuple(t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs)
+        assert torch.autograd.gradgradcheck(value, arguments)
+
+
+def test_per_sample_gradients(rng):
+    norm = _norm(2, 4, torch.float64)
+    x = _last(torch.randn(3, 4, 3, 3, generator=rng, dtype=torch.float64))
+    grad = torch.func.grad(
+        lambda weight, x: torch.func.functional_call(norm, {"weight": weight}, (x[None],)).sin().sum()
+    )
+    found = torch.func.vmap(grad, (None, 0))(norm.weight.detach(), x)
+    for one, g in zip(x, found, strict=True):
+        torch.testing.assert_close(g, grad(norm.weight.detach(), one))
