@@ -2,6 +2,7 @@
 
     python examples/train_mnist.py --data FOLDER --out runs/mnist                    # a small NCSNv2, as it ships
     python examples/train_mnist.py --data FOLDER --out runs/mnist                    # goes on where it stopped
+    python examples/train_mnist.py --data FOLDER --out runs/more --start mnist       # goes on from trained weights
     python examples/train_mnist.py --data FOLDER --out runs/unet --network unet      # a U-Net, row "karras"
     python examples/train_mnist.py --data FOLDER --out runs/ddpm --network ddpm      # a DDPM: noise, 1,000 time steps
 
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with MNIST; torchvision downloads it otherwise")
     parser.add_argument("--out", type=Path, default=Path("runs/mnist"), help="folder for checkpoints and pictures")
     parser.add_argument("--network", default="ncsnv2", choices=["ncsnv2", "unet", "ddpm"])
+    parser.add_argument("--start", help="a trained network to go on from, a name or a folder, instead of a new one")
     parser.add_argument("--steps", type=int, default=60_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3, help="the highest learning rate; 0 at the last step")
@@ -82,13 +84,17 @@ def main() -> None:
     torch.manual_seed(args.seed)
     digits = load_digits(args.data, "train")[0].to(args.device)  # 47 MB: the whole set stays on the device
     test = load_digits(args.data, "test")[0][: 16 if args.smoke else 1000].to(args.device).float() / 255
-    net = build(args.network, digits[: 200 if args.smoke else None].float() / 255, args.width).to(args.device)
+    if args.start is None:
+        net = build(args.network, digits[: 200 if args.smoke else None].float() / 255, args.width)
+    else:
+        net = ScoreNet.from_pretrained(args.start)
+    net.to(args.device)
     print(f"{net.schedule}, {sum(p.numel() for p in net.parameters()):,} parameters, D/2 = {test[0].numel() / 2:g}")
 
     def loss(net: ScoreNet) -> Tensor:
         batch = digits[torch.randint(len(digits), (args.batch,), device=args.device)]
         batch = (batch.float() / 255).to(memory_format=torch.channels_last)
-        if args.network == "ddpm":
+        if net.precondition == "ddpm":
             return dsm_loss(net, batch)  # Ho et al.: all time steps alike, the error of the noise
         sigma = draw_levels(len(batch), net.schedule).to(args.device)
         return dsm_loss(net, batch, sigma=sigma, weighting=weighting)
