@@ -11,7 +11,7 @@ PACKAGE = Path(scorematch.__file__).parent
 
 # A room may import from the floors below its own, and from the same package folder.
 FLOORS = [
-    {"noise", "nets", "images", "hub"},
+    {"noise", "observe", "nets", "images", "hub"},
     {"precondition", "layout", "cards"},
     {"pretrained"},
     {"loss", "sampling", "score"},
