@@ -339,6 +339,10 @@ class _Composition(Operator):
         """That of some images of the batch."""
         return self.outer.rows(rows) @ self.inner.rows(rows) if len(self) > 1 else self
 
+    def _carry(self, seen: Tensor) -> Tensor | None:
+        between = self.inner._carry(seen)
+        return None if between is None else self.outer._carry(between)
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:

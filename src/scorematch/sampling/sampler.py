@@ -304,7 +304,7 @@ class Sampler(ABC):
                     f"y, said to be without noise, goes from {low:.3g} to {high:.3g}, beyond the network's range "
                     f"{value_range}, to which the result is clamped. Say how much noise it has, "
                     "Observation(operator, y, sigma=...), or sample with clamp=False.",
-                    stacklevel=5,
+                    stacklevel=4,
                 )
         # The deviation of image data about the middle of its range is a quarter of it, as in the row "karras".
         variance = 1.0 if value_range is None else ((value_range[1] - value_range[0]) / 4) ** 2

@@ -1,0 +1,412 @@
+"""Restoration against closed forms: on Gaussian data every step of a chain is affine, and so is the posterior."""
+
+import math
+
+import pytest
+import torch
+
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.sampling.restoration import Guidance, Replacement
+
+METHODS = ["replace", "guide", "guide-jacobian"]
+SHAPE = (3, 4, 4)
+LADDER = NoiseSchedule.geometric(8, 0.02, 60)
+
+
+class Images:
+    """Gaussian images of a shape: mean m, covariance S (D, D), and the exact score of their perturbed densities."""
+
+    def __init__(self, shape=SHAPE, variance=None, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.shape, size = shape, math.prod(shape)
+        self.mean = torch.rand(size, generator=generator, dtype=torch.float64)
+        if variance is None:
+            root = torch.randn(size, size, generator=generator, dtype=torch.float64)
+            self.covariance = 0.3 * root @ root.T / size + 0.02 * torch.eye(size, dtype=torch.float64)
+        else:
+            self.covariance = variance * torch.eye(size, dtype=torch.float64)
+        self.values, self.vectors = torch.linalg.eigh(self.covariance)
+
+    def precision(self, sigma):
+        return self.vectors @ torch.diag(1 / (self.values + sigma**2)) @ self.vectors.T
+
+    def __call__(self, x, sigma):
+        vectors = self.vectors.to(x)
+        along = (x.flatten(1) - self.mean.to(x)) @ vectors
+        return (-(along / (self.values.to(x) + sigma**2)) @ vectors.T).view(x.shape)
+
+    def posterior(self, observation, image=0):
+        """The mean and covariance of x given y, by the textbook."""
+        a = matrix(observation.operator, self.shape)
+        s = self.covariance
+        noise = observation.sigma**2 * torch.eye(len(a), dtype=torch.float64)
+        gain = s @ a.T @ torch.linalg.pinv(a @ s @ a.T + noise)
+        mean = self.mean + gain @ (observation.y[image].double().flatten() - a @ self.mean)
+        return mean, s - gain @ a @ s
+
+
+def matrix(operator, shape):
+    size = math.prod(shape)
+    return operator.measure(torch.eye(size, dtype=torch.float64).view(size, *shape)).flatten(1).T
+
+
+def observe(operator, sigma=0.0, shape=SHAPE, n=1, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    y = operator.measure(torch.rand(n, *shape, generator=generator))
+    return Observation(operator, y + sigma * operator.measure(torch.randn(n, *shape, generator=generator)), sigma)
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+def still(x):
+    return torch.zeros_like(x)
+
+
+OPERATORS = {
+    "mask": Mask(torch.rand(4, 4, generator=seed(5)) > 0.4),
+    "uncrop": Uncrop(right=2),
+    "gray": Grayscale(),
+    "pool": AveragePool(2),
+    "gray of pool": Grayscale() @ AveragePool(2),
+    "mask of gray": Mask(torch.rand(4, 4, generator=seed(6)) > 0.4) @ Grayscale(),
+}
+
+
+# -- The law of what is drawn
+
+
+def law(world, observation, sampler):
+    """The mean and covariance of a chain's result, by recursion: every step is affine in x and z."""
+    size = math.prod(world.shape)
+    a, gain = matrix(observation.operator, world.shape), observation.operator.gain
+    one = torch.eye(size, dtype=torch.float64)
+    seen = a.T @ a / gain
+    free = one - seen
+    y = a.T @ observation.y[0].double().flatten() / gain
+    own = observation.sigma / math.sqrt(gain)
+    step = sampler.step_size / sampler.schedule.sigma_min**2
+    variance = 2 * step - step**2 if sampler.exact_noise else 2 * step
+    m, c = torch.zeros(size, dtype=torch.float64), sampler.schedule.sigma_max**2 * one
+
+    def affine(m, c, factor, offset, root):
+        return factor @ m + offset, factor @ c @ factor.T + root @ root.T
+
+    for sigma in sampler.schedule:
+        length, k = step * sigma**2, world.precision(sigma)
+        for _ in range(sampler.steps_per_level):
+            if sigma > own:
+                m, c = affine(m, c, free, y, math.sqrt(sigma**2 - own**2) * seen)
+                move, root = one - length * free @ k, free
+                offset = length * free @ k @ world.mean
+            else:
+                share = (sigma / own) ** 2
+                held = one - share * seen
+                move = one - length * held @ k - length / own**2 * seen
+                offset = length * (held @ k @ world.mean + y / own**2)
+                root = free + math.sqrt(1 - share) * seen
+            m, c = affine(m, c, move, offset, sigma * math.sqrt(variance) * root)
+    sigma = sampler.schedule.sigma_min
+    shrink = sigma**2 * world.precision(sigma)
+    m, c = affine(m, c, one - shrink, shrink @ world.mean, 0 * one)
+    return (m, c) if observation.sigma else (free @ m + y, free @ c @ free)
+
+
+@pytest.mark.parametrize("exact_noise", [False, True])
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 20.0])
+@pytest.mark.parametrize("name", ["mask", "gray", "pool"])
+def test_replacement_draws_from_the_law_of_its_formulas(name, sigma, exact_noise):
+    world, n = Images(), 4000
+    observation = observe(OPERATORS[name], sigma)
+    sampler = AnnealedLangevinSampler(world, LADDER, steps_per_level=2, exact_noise=exact_noise)
+    x = sampler.sample(n, observation=observation, generator=seed(), progress=False).flatten(1).double()
+    mean, covariance = law(world, observation, sampler)
+    deviations = covariance.diag().clamp(min=0).sqrt()
+    assert ((x.mean(0) - mean).abs() <= 5 * deviations / math.sqrt(n) + 1e-6).all()
+    # Along the law's own axes: the variances are known to a factor sqrt(2 / n), the correlations are none.
+    values, vectors = torch.linalg.eigh(covariance)
+    found = torch.cov(((x - mean) @ vectors).T)
+    scale = values.clamp(min=0).sqrt() + 1e-6  # what was seen varies by rounding alone
+    assert ((found - torch.diag(values)).abs() <= 6 * math.sqrt(2 / n) * scale[:, None] * scale).all()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("sigma", [0.1, 2.0])
+def test_the_stationary_mean_is_the_posteriors(name, sigma):
+    """At any level below the noise of y, and exactly: without noise of its own a chain follows its mean."""
+    world, observation = Images(), observe(OPERATORS[name], sigma)
+    level = NoiseSchedule([0.8 * sigma])
+    sampler = AnnealedLangevinSampler(world, level, steps_per_level=3000, step_size=0.5 * level.sigma_min**2)
+    x = sampler.sample(1, shape=SHAPE, observation=observation, noise=still, progress=False)
+    mean, _ = world.posterior(observation)
+    torch.testing.assert_close(x.flatten().double(), mean, rtol=0, atol=1e-4)
+
+
+def _wasserstein(mean, covariance, other_mean, other_covariance):
+    """The 2-Wasserstein distance of two Gaussians."""
+
+    def root(matrix):
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+
+    half = root(covariance)
+    cross = root(half @ other_covariance @ half)
+    square = (mean - other_mean).square().sum() + (covariance + other_covariance - 2 * cross).trace()
+    return float(square.clamp(min=0).sqrt())
+
+
+@pytest.mark.parametrize(
+    ("name", "sigma"), [("mask", 0.0), ("mask", 0.1), ("uncrop", 0.1), ("gray", 0.05), ("pool", 0.05)]
+)
+def test_its_law_comes_near_the_posterior(name, sigma):
+    """With about a thousand calls the result is several times nearer to the posterior than the prior is."""
+    world, observation = Images(), observe(OPERATORS[name], sigma)
+    ladder = NoiseSchedule.geometric(8, 0.01, 200)
+    sampler = AnnealedLangevinSampler(world, ladder, steps_per_level=5, step_size=0.4 * 0.01**2, exact_noise=True)
+    posterior = world.posterior(observation)
+    before = _wasserstein(world.mean, world.covariance, *posterior)
+    after = _wasserstein(*law(world, observation, sampler), *posterior)
+    assert after < before / 8
+    # Replacement that takes a noisy y for a clean one is what it improves on.
+    if sigma:
+        clean = Observation(observation.operator, observation.y)
+        assert after < 0.8 * _wasserstein(*law(world, clean, sampler), *posterior)
+
+
+@pytest.mark.parametrize("jacobian", [False, True])
+@pytest.mark.parametrize("sigma_y", [0.0, 0.2])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_guidance_is_the_true_conditional_score_of_white_data(name, sigma_y, jacobian):
+    """Data N(m, v I), where one r^2 tells all of the posterior of x0 given x."""
+    world, observation = Images(variance=0.7), observe(OPERATORS[name], sigma_y)
+    a = matrix(observation.operator, SHAPE)
+    y = observation.y.double().flatten()
+    guided = Guidance(Observation(observation.operator, observation.y.double(), sigma_y), 0.7, jacobian=jacobian)
+    x = torch.randn(2, *SHAPE, generator=seed(), dtype=torch.float64)
+    for sigma in (5.0, 0.7, 0.05):
+        score = guided.score(world, x, torch.tensor(sigma, dtype=torch.float64), slice(0, 2))
+        # The joint of x = x0 + sigma e and y = A x0 + sigma_y n is Gaussian: the gradient of log p(x, y) in x.
+        size = len(world.mean)
+        top = torch.cat([(0.7 + sigma**2) * torch.eye(size, dtype=torch.float64), 0.7 * a.T], 1)
+        bottom = torch.cat([0.7 * a, 0.7 * a @ a.T + sigma_y**2 * torch.eye(len(a), dtype=torch.float64)], 1)
+        joint = torch.linalg.pinv(torch.cat([top, bottom]), rtol=1e-12, hermitian=True)
+        difference = torch.cat([x.flatten(1) - world.mean, (y - a @ world.mean).expand(2, -1)], 1)
+        torch.testing.assert_close(score.flatten(1), -(difference @ joint)[:, :size], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("restore", ["guide", "guide-jacobian"])
+def test_guided_chains_reach_the_posterior_of_white_data(restore):
+    world, observation, n = Images(variance=1.0), observe(OPERATORS["mask"], 0.5), 3000
+    ladder = NoiseSchedule.geometric(10, 0.02, 200)
+    sampler = AnnealedLangevinSampler(
+        world, ladder, steps_per_level=4, step_size=4e-5, restore=restore, exact_noise=True
+    )
+    x = sampler.sample(n, observation=observation, generator=seed(), progress=False).flatten(1).double()
+    mean, covariance = world.posterior(observation)
+    assert ((x.mean(0) - mean).abs() < 5 * covariance.diag().sqrt() / math.sqrt(n) + 0.02).all()
+    assert ((x.var(0) / covariance.diag() - 1).abs() < 5 * math.sqrt(2 / n) + 0.05).all()
+
+
+def digit_sampler(**arguments):
+    """Annealed Langevin dynamics of 60 calls on the network that ships: enough for digits."""
+    net = ScoreNet.from_pretrained("mnist")
+    ladder = net.schedule.respaced(60)
+    return AnnealedLangevinSampler(net, ladder, steps_per_level=1, step_size=4e-5, **arguments)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return digit_sampler().sample(2, generator=seed(), progress=False)
+
+
+@pytest.mark.parametrize(("sigma", "low", "high"), [(0.2, 0.17, 0.23), (0.0, 0.0, 0.0)])
+def test_noisy_values_are_not_copied(digits, sigma, low, high):
+    """The residual is the noise of y, where a method that takes y for clean leaves none."""
+    left = Mask(torch.arange(28) < 14)
+    noisy = digits + 0.2 * torch.randn(digits.shape, generator=seed(1))
+    observation = Observation(left, left.measure(noisy), sigma)
+    x = digit_sampler(clamp=False).sample(observation=observation, generator=seed(2), progress=False)
+    assert low <= float((x - noisy)[..., :14].square().mean().sqrt()) <= high
+
+
+# -- Laws of every method
+
+
+@pytest.mark.parametrize("restore", METHODS)
+def test_with_nothing_seen_it_is_the_unconditional_chain_bit_for_bit(restore):
+    world = Images()
+    nothing = Observation(Mask(torch.zeros(4, 4, dtype=torch.bool)), torch.zeros(1, *SHAPE))
+    sampler = AnnealedLangevinSampler(world, LADDER, restore=restore)
+    expected = sampler.sample(5, shape=SHAPE, generator=seed(), progress=False)
+    assert torch.equal(sampler.sample(5, observation=nothing, generator=seed(), progress=False), expected)
+    noisy = Observation(nothing.operator, nothing.y, sigma=0.3)
+    assert torch.equal(sampler.sample(5, observation=noisy, generator=seed(), progress=False), expected)
+
+
+@pytest.mark.parametrize("restore", METHODS)
+@pytest.mark.parametrize("operator", [Mask(torch.ones(1, dtype=torch.bool)), Uncrop()])
+def test_with_everything_seen_it_is_y(restore, operator):
+    y = torch.rand(3, *SHAPE, generator=seed())
+    x = AnnealedLangevinSampler(Images(), LADDER, restore=restore).sample(
+        observation=Observation(operator, y), generator=seed(), progress=False
+    )
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+@pytest.mark.parametrize("restore", METHODS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_was_seen_without_noise_holds_in_the_result(name, restore, denoise):
+    observation = observe(OPERATORS[name], n=2)
+    sampler = AnnealedLangevinSampler(Images(), LADDER, restore=restore, denoise=denoise)
+    x = sampler.sample(observation=observation, generator=seed(), progress=False)
+    measured = observation.operator.measure(x)
+    if name in ("mask", "uncrop"):
+        assert torch.equal(measured, observation.y)
+    else:
+        assert (measured - observation.y).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.2])
+@pytest.mark.parametrize("restore", METHODS)
+def test_a_batch_is_its_images_one_by_one(restore, sigma):
+    """Masks of their own, and y of their own; also where the network takes them in parts."""
+    world = Images()
+    observation = observe(Grayscale() @ Mask(torch.rand(3, 1, 4, 4, generator=seed(8)) > 0.5), sigma, n=3)
+    sampler = AnnealedLangevinSampler(world, LADDER, restore=restore)
+    start = 8 * torch.randn(3, *SHAPE, generator=seed())
+    noises = torch.randn(len(sampler), 3, *SHAPE, generator=seed(1))
+
+    def sample(rows, batch_size):
+        recorded = iter(noises[:, rows])
+        part = Observation(observation.operator.rows(rows), observation.y[rows], sigma)
+        return sampler.sample(
+            init=start[rows],
+            observation=part,
+            noise=lambda x: next(recorded),
+            batch_size=batch_size,
+            progress=False,
+        )
+
+    together = sample(slice(0, 3), 3)
+    torch.testing.assert_close(sample(slice(0, 3), 2), together, rtol=0, atol=1e-5)
+    for i in range(3):
+        torch.testing.assert_close(sample(slice(i, i + 1), 1), together[i : i + 1], rtol=0, atol=1e-5)
+
+
+def test_y_of_one_image_counts_for_all_samples():
+    observation = observe(OPERATORS["mask"])
+    sampler = AnnealedLangevinSampler(Images(), LADDER)
+    x = sampler.sample(4, observation=observation, generator=seed(), progress=False)
+    assert torch.equal(observation.operator.measure(x), observation.y.expand(4, -1, -1, -1))
+    assert not torch.equal(x[0], x[1])
+    assert len(sampler.sample(observation=observe(OPERATORS["mask"], n=2), generator=seed(), progress=False)) == 2
+
+
+def test_nothing_of_the_callers_is_modified():
+    observation = observe(OPERATORS["gray"], 0.1)
+    y, start = observation.y.clone(), torch.randn(1, *SHAPE, generator=seed())
+    before = start.clone()
+    for restore in METHODS:
+        sampler = AnnealedLangevinSampler(Images(), LADDER, restore=restore)
+        states = [(x, x.clone()) for x, _ in sampler.iterate(init=start, observation=observation, progress=False)]
+        assert all(torch.equal(x, copy) for x, copy in states)  # nor what it yielded
+    assert torch.equal(observation.y, y)
+    assert torch.equal(start, before)
+
+
+def test_one_noise_a_step_and_one_call_of_the_network():
+    calls = {"noise": 0, "net": 0}
+    world = Images()
+
+    def net(x, sigma):
+        calls["net"] += 1
+        return world(x, sigma)
+
+    def noise(x):
+        calls["noise"] += 1
+        return torch.zeros_like(x)
+
+    for restore in METHODS:
+        sampler = AnnealedLangevinSampler(net, LADDER, restore=restore)
+        calls.update(noise=0, net=0)
+        sampler.sample(1, observation=observe(OPERATORS["gray"], 0.1), noise=noise, progress=False)
+        assert calls == {"noise": len(sampler) - 1, "net": len(sampler)}
+
+
+def test_replacement_falls_back_to_guidance_without_a_gain():
+    observation = observe(JPEG(10), shape=(3, 16, 16))
+    world = Images((3, 16, 16))
+    assert isinstance(AnnealedLangevinSampler(world, LADDER)._restoration(observe(Grayscale()), "cpu"), Replacement)
+    results = [
+        AnnealedLangevinSampler(world, LADDER, restore=restore).sample(
+            observation=observation, generator=seed(), progress=False
+        )
+        for restore in ("replace", "guide")
+    ]
+    assert torch.equal(*results)
+
+
+def test_a_restored_jpeg_compresses_to_what_was_seen(digits):
+    codec = JPEG(5)
+    observation = Observation(codec, codec.measure(digits))
+    x = digit_sampler().sample(observation=observation, generator=seed(1), progress=False)
+    assert (codec.measure(x) - observation.y).square().mean().sqrt() < 5 / 255
+    assert (codec.measure(digits.roll(1, 0)) - observation.y).square().mean().sqrt() > 0.2  # another digit is far off
+    assert (x - digits).square().mean() < (observation.y - digits).square().mean()
+
+
+def test_it_works_with_a_network_of_another_size_and_not_square():
+    net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
+    observation = Observation(Uncrop(left=4, right=6), torch.rand(1, 1, 12, 10))
+    x = AnnealedLangevinSampler(net, net.schedule.respaced(5)).sample(2, observation=observation, progress=False)
+    assert x.shape == (2, 1, 12, 20)
+    assert torch.equal(observation.operator.measure(x), observation.y.expand(2, -1, -1, -1))
+
+
+def test_gradients_do_not_leak_and_the_mode_of_the_caller_holds():
+    net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
+    sampler = AnnealedLangevinSampler(net, NoiseSchedule([0.3, 0.2]), steps_per_level=1, restore="guide-jacobian")
+    observation = Observation(Mask(torch.arange(8) < 4), torch.rand(1, 1, 8, 8))
+    for x, _ in sampler.iterate(1, observation=observation, progress=False):
+        assert not x.requires_grad
+        assert torch.is_grad_enabled()
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+# -- Bad input
+
+
+def test_an_observation_that_does_not_fit_is_refused():
+    world = Images()
+    sampler = AnnealedLangevinSampler(world, LADDER)
+    with pytest.raises(ValueError, match="said more than once, and differently: n has 3, observation has 2"):
+        sampler.sample(3, observation=observe(OPERATORS["mask"], n=2))
+    with pytest.raises(
+        ValueError, match=r"Observation\(Grayscale\(\), .* is of images \(3, 4, 4\), not of \(3, 8, 8\)"
+    ):
+        sampler.sample(1, shape=(3, 8, 8), observation=observe(Grayscale()))
+    with pytest.raises(TypeError, match="observation must be an Observation, got Tensor"):
+        sampler.sample(1, observation=torch.rand(1, *SHAPE))
+    with pytest.raises(ValueError, match="restore must be one of 'replace', 'guide', 'guide-jacobian', got 'repaint'"):
+        AnnealedLangevinSampler(world, LADDER, restore="repaint")
+
+
+def test_values_out_of_range_are_never_clipped_in_silence(recwarn):
+    net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
+    ladder = net.schedule.respaced(3)
+    y = torch.full((1, 1, 8, 8), 1.25)
+    left = Mask(torch.arange(8) < 4)
+    with pytest.warns(UserWarning, match=r"goes from 0 to 1.25, beyond the network's range \(0.0, 1.0\)") as caught:
+        x = AnnealedLangevinSampler(net, ladder).sample(observation=Observation(left, y), progress=False)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert x.max() <= 1
+    x = AnnealedLangevinSampler(net, ladder, clamp=False).sample(observation=Observation(left, y), progress=False)
+    assert torch.equal(left.measure(x), left.measure(y))
+    AnnealedLangevinSampler(net, ladder).sample(observation=Observation(left, y, sigma=0.5), progress=False)
+    hidden = torch.where(torch.arange(8) < 4, 0.5, 7.0).expand(1, 1, 8, 8)
+    AnnealedLangevinSampler(net, ladder).sample(observation=Observation(left, hidden), progress=False)
+    assert len(recwarn) == 0
