@@ -6,6 +6,7 @@ from PIL import Image
 
 from scorematch import ScoreNet, __version__, cards
 from scorematch.__main__ import _duration, main
+from scorematch.images import read_image, save_image
 
 
 @pytest.fixture
@@ -91,3 +92,90 @@ def test_version(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
+
+
+# -- restore
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name in ("a", "b"):
+        save_image(torch.rand(1, 8, 8), tmp_path / "pictures" / f"{name}.png")
+    return tmp_path / "pictures"
+
+
+def _restore(folder, pictures, out, *options):
+    chain = ["--levels", "3", "--steps-per-level", "1", "--quiet", "-n", "2"]
+    return main(["restore", folder, str(pictures), str(out), *chain, *options])
+
+
+def test_restore_writes_pictures_and_strips(folder, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert _restore(folder, pictures, out, "--uncrop", "left=2,bottom=4") == 0
+    names = ["a-1.png", "a-2.png", "a-strip.png", "b-1.png", "b-2.png", "b-strip.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    restored, seen = read_image(out / "b-2.png", 1), read_image(pictures / "b.png", 1)
+    assert restored.shape == (1, 12, 10)
+    assert torch.equal(restored[:, :8, 2:], seen)  # to the last bit
+    assert read_image(out / "b-strip.png", 1).shape == (1, 12 + 4, 3 * 12 + 2)
+    said = capsys.readouterr()
+    assert "about 1 s for 4 images" in said.out
+    assert said.err == ""
+
+
+def test_restore_degrades_whole_pictures_first_and_shows_them_last(folder, pictures, tmp_path):
+    seen = torch.arange(8).expand(8, 8) < 4
+    save_image(seen[None].float(), tmp_path / "mask.png")
+    out = tmp_path / "out"
+    options = ("--mask", str(tmp_path / "mask.png"), "--degrade")
+    assert _restore(folder, pictures / "a.png", out, *options) == 0
+    whole, restored = read_image(pictures / "a.png", 1), read_image(out / "a-1.png", 1)
+    assert torch.equal(restored[0][seen], whole[0][seen])
+    strip = read_image(out / "a-strip.png", 1)
+    assert strip.shape == (1, 12, 4 * 10 + 2)
+    assert torch.equal(strip[:, 2:10, -10:-2], whole)
+    assert (strip[:, 2:10, 6:10] == 0).all()  # what was seen comes first, and it is half of it
+
+
+@pytest.mark.parametrize("method", ["replace", "guide"])
+@pytest.mark.parametrize("options", [("--jpeg", "10"), ("--pool", "2"), ("--pool", "2", "--sigma", "0.1")])
+def test_restore_of_every_kind(folder, pictures, tmp_path, method, options):
+    original = ("--original", str(pictures / "a.png")) if options[0] == "--jpeg" else ()
+    assert _restore(folder, pictures / "a.png", tmp_path / "out", *options, "--method", method, *original) == 0
+    height = 8 if options[0] == "--jpeg" else 16
+    assert read_image(tmp_path / "out" / "a-1.png", 1).shape == (1, height, height)
+
+
+def test_restore_of_gray_pictures(tmp_path, pictures):
+    ScoreNet.ncsnv2(3, 8, width=4).save_pretrained(tmp_path / "rgb")
+    assert _restore(str(tmp_path / "rgb"), pictures / "a.png", tmp_path / "out", "--gray") == 0
+    assert read_image(tmp_path / "out" / "a-1.png", 3).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gray"], "--gray is for networks of RGB images; .* is of 1 channel"),
+        (["--jpeg", "0"], "quality must be an integer from 1 to 100, got 0"),
+        (["--uncrop", "left"], "--uncrop takes sides and pixels, such as left=4,right=4, got 'left'"),
+        (["--uncrop", "up=3"], "got 'up=3'"),
+        (["--pool", "2", "--original", "{pictures}/a.png"], "2 pictures to restore, but 1 originals"),
+        (["--pool", "2", "--original", "{pictures}"], "the original has 8x8 pixels, the restored picture 16x16"),
+        (["--mask", "{pictures}/a.png"], "a.png is no mask"),
+    ],
+)
+def test_restore_says_what_is_wrong(folder, pictures, tmp_path, options, message, capsys):
+    options = [option.format(pictures=pictures) for option in options]
+    assert _restore(folder, pictures, tmp_path / "out", *options) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.count("\n") == 1
+
+
+def test_restore_never_writes_over_a_picture(folder, pictures, capsys):
+    save_image(torch.rand(1, 8, 8), pictures / "a-1.png")
+    before = (pictures / "a-1.png").read_bytes()
+    assert _restore(folder, pictures / "a.png", pictures, "--pool", "2") == 1
+    assert "a-1.png exists already, and is left as it is: name another folder" in capsys.readouterr().err
+    assert (pictures / "a-1.png").read_bytes() == before
+    assert not (pictures / "a-strip.png").exists()

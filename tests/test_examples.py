@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from scorematch import ScoreNet
+from scorematch.images import save_image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -154,3 +155,24 @@ def test_classifier_learns_and_is_kept(example, tmp_path):
     torch.save(classifier.state_dict(), tmp_path / "classifier.pt")
     again = evaluate.load_classifier(tmp_path / "classifier.pt", None)
     torch.testing.assert_close(evaluate.read(again, images.float() / 255)[0], probabilities, rtol=1e-3, atol=1e-5)
+
+
+def test_restore(tmp_path):
+    ScoreNet.ncsnv2(3, 16, width=4).save_pretrained(tmp_path / "network")
+    save_image(torch.rand(3, 16, 16), tmp_path / "pictures" / "a.png")
+    options = ("--model", tmp_path / "network", "--levels", 3, "-n", 2, "--out", tmp_path / "out")
+    said = _run("restore.py", tmp_path / "pictures", *options)
+    assert [line.split(":")[0] for line in said.splitlines()] == [
+        f"a, {task}" for task in ("inpaint", "uncrop", "colorize", "pool", "jpeg")
+    ]
+    assert len(list((tmp_path / "out").glob("*.png"))) == 5 * 3
+    with Image.open(tmp_path / "out" / "a-pool-strip.png") as strip:
+        assert strip.size == (4 * 18 + 2, 20)
+
+
+def test_evaluate_restoration(tmp_path, digits):
+    out, classifier = tmp_path / "pictures", tmp_path / "classifier.pt"
+    options = ("--n", 4, "--levels", 3, "--out", out, "--classifier", classifier, "--tasks", "pool 4", "jpeg 5")
+    said = _run("evaluate_restoration.py", "--data", digits, *options)
+    assert said.count("as it is") == 2 and said.count("replace") == 2
+    assert sorted(path.name for path in out.iterdir()) == ["jpeg 5-replace.png", "pool 4-replace.png"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scorematch.images import grid, save_grid, save_image
+from scorematch.images import grid, list_pictures, read_image, read_mask, save_grid, save_image
 
 
 def test_grid_places_images_row_by_row():
@@ -75,3 +75,58 @@ def test_without_pillow_the_error_names_the_extra():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install "scorematch[images]"' in done.stderr
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_was_saved_is_read_back(channels, tmp_path, rng):
+    image = torch.randint(256, (channels, 5, 7), generator=rng) / 255
+    save_image(image, tmp_path / "image.png")
+    assert torch.equal(read_image(tmp_path / "image.png", channels), image)
+
+
+def test_pictures_of_other_modes_are_read(tmp_path):
+    colors = np.array([[[255, 0, 0], [0, 255, 0]]], np.uint8)
+    Image.fromarray(colors).save(tmp_path / "rgb.png")
+    torch.testing.assert_close(read_image(tmp_path / "rgb.png", 1)[0, 0], torch.tensor([76, 150]) / 255)
+    Image.fromarray(colors).convert("P").save(tmp_path / "palette.png")
+    assert torch.equal(read_image(tmp_path / "palette.png", 3), torch.from_numpy(colors).permute(2, 0, 1) / 255)
+    see_through = np.dstack([colors, np.array([[255, 0]], np.uint8)])
+    Image.fromarray(see_through).save(tmp_path / "rgba.png")
+    assert torch.equal(read_image(tmp_path / "rgba.png", 3)[:, 0, 1], torch.zeros(3))  # black shows through
+    turned = Image.fromarray(colors)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png", 3).shape == (3, 2, 1)
+
+
+def test_pictures_of_a_folder_come_by_name(tmp_path):
+    for name in ("b.png", "a.jpg"):
+        save_image(torch.zeros(1, 4, 4), tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert [path.name for path in list_pictures(tmp_path)] == ["a.jpg", "b.png"]
+    assert list_pictures(tmp_path / "b.png") == [tmp_path / "b.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds no pictures"):
+        list_pictures(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="nothing is neither a picture nor a folder"):
+        list_pictures(tmp_path / "nothing")
+
+
+def test_masks_are_black_and_white(tmp_path):
+    seen = torch.rand(6, 9) > 0.5
+    save_image(seen[None].float(), tmp_path / "mask.png")
+    assert torch.equal(read_mask(tmp_path / "mask.png"), seen)
+    save_image(torch.tensor([[[0.0, 0.5, 1.0]]]), tmp_path / "soft.png")
+    with pytest.raises(ValueError, match=r"soft.png is no mask: 1 of its 3 pixels are neither black nor white"):
+        read_mask(tmp_path / "soft.png")
+
+
+def test_what_is_no_picture_is_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(OSError, match=r"broken\.png is no picture that can be read"):
+        read_image(tmp_path / "broken.png", 3)
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "missing.png", 3)
+    with pytest.raises(ValueError, match="a picture has 1 channel or 3, not 4"):
+        read_image(tmp_path / "broken.png", 4)

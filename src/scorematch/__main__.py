@@ -6,19 +6,70 @@ import argparse
 import math
 import sys
 import time
+from pathlib import Path
+from typing import get_args
 
 import torch
+from torch import Tensor
 
 from scorematch import AnnealedLangevinSampler, ScoreNet, __version__
 from scorematch.cards import table
 from scorematch.convert import convert
-from scorematch.images import check_picture, save_grid
+from scorematch.images import check_picture, grid, list_pictures, read_image, read_mask, save_grid, save_image
+from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.sampling.restoration import Restore
 
 
 def _sample(args: argparse.Namespace) -> None:
+    sampler, shape = _sampler(args)
+    check_picture(args.picture)  # before minutes of work, not after
+    _announce(sampler, args.n, shape, args.device)
+    begin = time.perf_counter()
+    images = sampler.sample(args.n, generator=torch.Generator().manual_seed(args.seed), progress=not args.quiet)
+    print(f"{args.n} images in {time.perf_counter() - begin:.1f} s")
+    save_grid(images, args.picture, args.columns)
+    print(args.picture)
+
+
+def _restore(args: argparse.Namespace) -> None:
+    sampler, shape = _sampler(args)
+    operator, channels = _operator(args), shape[0]
+    if args.gray and channels != 3:
+        raise ValueError(f"--gray is for networks of RGB images; {args.model} is of {channels} channel.")
+    pictures = list_pictures(args.pictures)
+    originals = None if args.original is None else list_pictures(args.original)
+    if originals is not None and len(originals) != len(pictures):
+        raise ValueError(f"there are {len(pictures)} pictures to restore, but {len(originals)} originals.")
+    folder = Path(args.folder)
+    for picture in pictures:
+        names = [*(f"{picture.stem}-{i + 1}.png" for i in range(args.n)), f"{picture.stem}-strip.png"]
+        if taken := [name for name in names if (folder / name).exists()]:
+            raise ValueError(f"{folder / taken[0]} exists already, and is left as it is: name another folder.")
+    check_picture(folder / "strip.png")
+    generator = torch.Generator().manual_seed(args.seed)
+    for i, picture in enumerate(pictures):
+        original = None if originals is None else read_image(originals[i], channels)[None]
+        y = read_image(picture, 1 if args.gray and not args.degrade else channels)[None]
+        if args.degrade:
+            original = y
+            y = operator.measure(y)
+            y = y + args.sigma * torch.randn(y.shape, generator=generator)
+        observation = Observation(operator, y, args.sigma)
+        seen = y.expand(-1, channels, -1, -1) if args.gray else operator.lift(y)  # as a picture
+        if i == 0:
+            _announce(sampler, args.n * len(pictures), tuple(seen.shape[1:]), args.device)
+        images = sampler.sample(args.n, observation=observation, generator=generator, progress=not args.quiet).cpu()
+        for k, image in enumerate(images, 1):
+            save_image(image, folder / f"{picture.stem}-{k}.png")
+        strip = [seen, images] if original is None else [seen, images, _like(original, images)]
+        save_image(grid(torch.cat(strip), columns=sum(map(len, strip))), folder / f"{picture.stem}-strip.png")
+        print(folder / f"{picture.stem}-strip.png")
+
+
+def _sampler(args: argparse.Namespace) -> tuple[AnnealedLangevinSampler, tuple[int, ...]]:
+    """The sampler that the options describe, and the shape of what it samples."""
     if args.n < 1:
         raise ValueError(f"n must be at least 1, got {args.n}.")
-    # Convolutions of a CPU and of a GPU's tensor cores run about twice as fast in channels_last.
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"there is no {args.device} here: this torch sees no CUDA device. Leave --device out for the CPU."
@@ -26,20 +77,48 @@ def _sample(args: argparse.Namespace) -> None:
     net = ScoreNet.from_pretrained(args.model).to(args.device)
     if net.sample_shape is None:
         raise ValueError(f"{args.model} does not say what a sample looks like: its configuration has no sample_shape.")
+    # Convolutions of a CPU and of a GPU's tensor cores run about twice as fast in channels_last.
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs do not know it
-    schedule = None if args.levels is None else net.schedule.respaced(args.levels)
     sampler = AnnealedLangevinSampler(
-        net, schedule, steps_per_level=args.steps_per_level, step_size=args.step_size, exact_noise=args.exact_noise
+        net,
+        None if args.levels is None else net.schedule.respaced(args.levels),
+        steps_per_level=args.steps_per_level,
+        step_size=args.step_size,
+        exact_noise=args.exact_noise,
+        restore=getattr(args, "method", "replace"),
     )
-    check_picture(args.picture)  # before minutes of work, not after
+    return sampler, net.sample_shape
+
+
+def _operator(args: argparse.Namespace) -> Operator:
+    if args.mask is not None:
+        return Mask(read_mask(args.mask))
+    if args.uncrop is not None:
+        return _uncrop(args.uncrop)
+    if args.gray:
+        return Grayscale()
+    return AveragePool(args.pool) if args.pool is not None else JPEG(args.jpeg)
+
+
+def _uncrop(text: str) -> Uncrop:
+    """Of such as "left=4,right=4"."""
+    borders = dict(part.partition("=")[::2] for part in text.split(","))
+    if not borders.keys() <= {"left", "right", "top", "bottom"} or not all(map(str.isdigit, borders.values())):
+        raise ValueError(f"--uncrop takes sides and pixels, such as left=4,right=4, got {text!r}.")
+    return Uncrop(**{side: int(pixels) for side, pixels in borders.items()})
+
+
+def _like(original: Tensor, images: Tensor) -> Tensor:
+    if original.shape[1:] != images.shape[1:]:
+        size, other = ("x".join(map(str, t.shape[-2:])) for t in (original, images))
+        raise ValueError(f"the original has {size} pixels, the restored picture {other}.")
+    return original
+
+
+def _announce(sampler: AnnealedLangevinSampler, n: int, shape: tuple[int, ...], device: str) -> None:
     print(sampler)
-    seconds = _estimate(sampler, args.n, net.sample_shape, args.device)
-    print(f"about {_duration(seconds)} for {args.n} image{'s' if args.n > 1 else ''}")
-    begin = time.perf_counter()
-    images = sampler.sample(args.n, generator=torch.Generator().manual_seed(args.seed), progress=not args.quiet)
-    print(f"{args.n} images in {time.perf_counter() - begin:.1f} s")
-    save_grid(images, args.picture, args.columns)
-    print(args.picture)
+    seconds = _estimate(sampler, n, shape, device)
+    print(f"about {_duration(seconds)} for {n} image{'s' if n > 1 else ''}")
 
 
 def _estimate(sampler: AnnealedLangevinSampler, n: int, shape: tuple[int, ...], device: str) -> float:
@@ -73,21 +152,47 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m scorematch", description="Score-based image generation.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    sample = commands.add_parser("sample", help="draw images with a trained network and save them as one picture")
+    chain = argparse.ArgumentParser(add_help=False)  # the options of all commands that sample
+    chain.add_argument("--seed", type=int, default=0, help="the same seed draws the same images (0)")
+    chain.add_argument("--device", default="cpu", help="such as cuda or mps (cpu)")
+    chain.add_argument("--levels", type=int, help="noise levels (the network's recommendation)")
+    chain.add_argument("--steps-per-level", type=int, help="Langevin steps at each level (likewise)")
+    chain.add_argument("--step-size", type=float, help="epsilon, the step at the quietest level (likewise)")
+    chain.add_argument(
+        "--exact-noise", action=argparse.BooleanOptionalAction, help="noise of variance 2a - a^2 (likewise)"
+    )
+    chain.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    sample = commands.add_parser(
+        "sample", parents=[chain], help="draw images with a trained network and save them as one picture"
+    )
     sample.add_argument("model", help='a short name, such as "mnist", or a folder')
     sample.add_argument("picture", help="the file to write, such as digits.png")
     sample.add_argument("-n", type=int, default=64, help="how many images (64)")
-    sample.add_argument("--seed", type=int, default=0, help="the same seed draws the same images (0)")
     sample.add_argument("--columns", type=int, help="images in a row (about as many as rows)")
-    sample.add_argument("--device", default="cpu", help="such as cuda or mps (cpu)")
-    sample.add_argument("--levels", type=int, help="noise levels (the network's recommendation)")
-    sample.add_argument("--steps-per-level", type=int, help="Langevin steps at each level (likewise)")
-    sample.add_argument("--step-size", type=float, help="epsilon, the step at the quietest level (likewise)")
-    sample.add_argument(
-        "--exact-noise", action=argparse.BooleanOptionalAction, help="noise of variance 2a - a^2 (likewise)"
-    )
-    sample.add_argument("--quiet", action="store_true", help="no progress bar")
     sample.set_defaults(run=_sample)
+
+    restore = commands.add_parser(
+        "restore", parents=[chain], help="fill holes, extend, color, sharpen or clean pictures with a trained network"
+    )
+    restore.add_argument("model", help='a short name, such as "mnist", or a folder')
+    restore.add_argument("pictures", help="a picture, or a folder of pictures, that something was done to")
+    restore.add_argument("folder", help="where to write the restored pictures, and a strip of each")
+    done = restore.add_argument_group("what was done to them").add_mutually_exclusive_group(required=True)
+    done.add_argument("--mask", help="parts are missing; a picture of the same size, white where the image was seen")
+    done.add_argument("--uncrop", metavar="SIDES", help="borders are missing, such as left=4,right=4 (pixels)")
+    done.add_argument("--gray", action="store_true", help="colors are missing")
+    done.add_argument("--pool", type=int, metavar="SIZE", help="they were made smaller by averaging blocks")
+    done.add_argument("--jpeg", type=int, metavar="QUALITY", help="they were stored as JPEG, of a quality in 1..100")
+    restore.add_argument("--sigma", type=float, default=0.0, help="the noise in them, of pixels in [0, 1] (0)")
+    restore.add_argument("--degrade", action="store_true", help="they are whole: do it to them first, then compare")
+    restore.add_argument("--original", help="the whole picture, or a folder of them, to compare with")
+    restore.add_argument("-n", type=int, default=4, help="how many restorations of each (4)")
+    restore.add_argument(
+        "--method", choices=get_args(Restore), default="replace", help="how what was seen is held to (replace)"
+    )
+    restore.set_defaults(run=_restore)
+
     models = commands.add_parser("models", help="list the networks that are known by name, and what is known of them")
     models.set_defaults(run=_models)
     conversion = commands.add_parser("convert", help="turn a checkpoint of the papers' authors into a folder")
