@@ -46,7 +46,7 @@ def test_published_consistent_trajectories_replay(epsilon, published):
     fixture = published("cas_trajectory")
     mean, deviation = fixture["target"]["mu"], fixture["target"]["s"]
     case = fixture[f"consistent_eps_{epsilon}"]
-    recorded = iter([*case["noise"], torch.full_like(case["x0"], 1e6)])  # none is added after the last level
+    recorded = iter(case["noise"])
     sampler = AnnealedLangevinSampler(
         lambda x, sigma: -(x - mean) / (deviation**2 + sigma**2),
         NoiseSchedule(case["sigmas_float64"]),
@@ -55,12 +55,11 @@ def test_published_consistent_trajectories_replay(epsilon, published):
     )
     states = list(sampler.iterate(init=case["x0"], noise=lambda x: next(recorded), progress=False))
     assert next(recorded, None) is None
-    expected = [*case["x_before_score"][1:], case["x_final"], case["denoised_final"]]
-    assert len(states) == len(expected) == len(sampler) == 11
+    expected = [*case["x_before_score"][1:], case["denoised_final"]]
+    assert len(states) == len(expected) == len(sampler) == 10
     for (x, _), image in zip(states, expected, strict=True):
         assert (x - image).abs().max() <= 1e-6 * max(1, image.abs().max())
-    sigmas = list(sampler.schedule)
-    assert [sigma for _, sigma in states] == [*sigmas[1:], sigmas[-1], 0.0]
+    assert [sigma for _, sigma in states] == [*list(sampler.schedule)[1:], 0.0]
 
 
 def test_the_published_inconsistent_trajectory_replays(published):
@@ -89,19 +88,17 @@ def test_on_a_point_every_level_begins_with_its_own_variance(schedule, where, rn
     sampler = AnnealedLangevinSampler(point, schedule, step_size=step_size, consistent=True, denoise=False)
     n = 20_000
     states = list(sampler.iterate(n, shape=(1,), generator=rng, progress=False))
-    for x, sigma in states[:-1]:
+    assert [sigma for _, sigma in states] == list(schedule)[1:]
+    for x, sigma in states:
         assert abs(x.var() / sigma**2 - 1) < 5 * math.sqrt(2 / n)
-    last, sigma = states[-1]  # nothing is added after the last level
-    assert abs(last.std() / (abs(1 - sampler.step_size / sigma**2) * sigma) - 1) < 5 * math.sqrt(0.5 / n)
 
 
 def test_the_default_step_is_ancestral_sampling(world, rng):
-    init, zs = 5 * torch.randn(4, 3, generator=rng), [torch.randn(4, 3, generator=rng) for _ in SHORT]
+    init, zs = 5 * torch.randn(4, 3, generator=rng), [torch.randn(4, 3, generator=rng) for _ in range(11)]
     consistent, ancestral = iter(zs), iter(zs)
-    a = AnnealedLangevinSampler(world, SHORT, consistent=True, denoise=False)
-    b = PredictorCorrectorSampler(world, SHORT, predictor="ancestral", corrector_steps=0, denoise=False)
-    before_the_last = list(a.iterate(init=init, noise=lambda x: next(consistent), progress=False))[-2]
-    torch.testing.assert_close(before_the_last[0], run(b, init=init, noise=lambda x: next(ancestral)))
+    a = run(AnnealedLangevinSampler(world, SHORT, consistent=True), init=init, noise=lambda x: next(consistent))
+    sampler = PredictorCorrectorSampler(world, SHORT, predictor="ancestral", corrector_steps=0)
+    torch.testing.assert_close(a, run(sampler, init=init, noise=lambda x: next(ancestral)))
 
 
 def test_consistent_settings():
@@ -109,10 +106,10 @@ def test_consistent_settings():
     sampler = AnnealedLangevinSampler(point, SHORT, consistent=True)
     assert sampler.step_size == pytest.approx(0.01 * (1 - r**2))
     assert (
-        str(sampler) == "AnnealedLangevinSampler(12 levels 5 -> 0.1, 1 step, step 0.0051, consistent, 13 network calls)"
+        str(sampler) == "AnnealedLangevinSampler(12 levels 5 -> 0.1, 1 step, step 0.0051, consistent, 12 network calls)"
     )
     assert not sampler.exact_noise and sampler.steps_per_level == 1
-    assert len(AnnealedLangevinSampler(point, NoiseSchedule([0.5]), consistent=True)) == 2
+    assert len(AnnealedLangevinSampler(point, NoiseSchedule([0.5]), consistent=True)) == 1
     for step_size in (0.01 * (1 - r) * 0.999, 0.01 * (1 + r) * 1.001):
         with pytest.raises(ValueError, match=r"must lie between 0\.002993 and 0\.01701, sigma_min\^2 \(1 -\+ r\)"):
             AnnealedLangevinSampler(point, SHORT, step_size=step_size, consistent=True)
@@ -125,7 +122,7 @@ def test_a_recommendation_counts_for_its_own_kind_of_noise_only():
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
     net.sampler_settings = {"levels": 20, "step_size": 0.003, "consistent": True}
     recommended = AnnealedLangevinSampler(net)
-    assert recommended.consistent and recommended.step_size == 0.003 and len(recommended) == 21
+    assert recommended.consistent and recommended.step_size == 0.003 and len(recommended) == 20
     plain = AnnealedLangevinSampler(net, consistent=False)
     assert not plain.consistent and plain.step_size == plain.schedule.suggest_step_size(plain.steps_per_level)
     net.sampler_settings = {"levels": 20, "steps_per_level": 2, "step_size": 0.003, "exact_noise": True}

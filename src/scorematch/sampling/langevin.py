@@ -13,15 +13,16 @@ and adds new noise. If the denoised image does not move, the variance settles at
 (``exact_noise``) makes the step the exact transition of an Ornstein-Uhlenbeck process around the denoised image,
 whose variance is :math:`\sigma_i^2` for every step size.
 
-**Consistent annealed sampling** takes one step a level, and gives it the noise with which the next level begins
-exactly: after the step the noise of level i is :math:`(1 - \eta)\,\sigma_i`, :math:`\eta = \epsilon/\sigma_L^2`, and
+**Consistent annealed sampling** takes one step from a level to the next, with the noise that the next one begins with:
+the step leaves :math:`(1 - \eta)\,\sigma_i` of it, :math:`\eta = \epsilon/\sigma_L^2`, and the rest is new,
 
 .. math:: x \leftarrow x + \eta \sigma_i^2\, s(x, \sigma_i) + \sqrt{\sigma_{i+1}^2 - (1 - \eta)^2 \sigma_i^2}\, z,
-          \qquad \sigma_{L+1} = 0,
+          \qquad i = 1 \dots L-1.
 
-with no noise after the last. With r for :math:`\sigma_{i+1}/\sigma_i` the root is real for :math:`1 - r \le \eta \le
-1 + r`. At 1 - r no noise is left, and the step is an Euler step of the probability flow (DDIM); at :math:`1 - r^2` it
-is ancestral sampling's, a step of the reverse diffusion. The published settings lie between, near 1.5 (1 - r).
+The last level is left by Tweedie's formula, as in the authors' program. With r for :math:`\sigma_{i+1}/\sigma_i` the
+root is real for :math:`1 - r \le \eta \le 1 + r`. At 1 - r no noise is added, and the step is an Euler step of the
+probability flow (DDIM); at :math:`1 - r^2` it is the step of ancestral sampling. The published settings lie between,
+near 1.5 (1 - r).
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, Alg. 1.
@@ -32,6 +33,7 @@ References:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -67,9 +69,10 @@ class AnnealedLangevinSampler(Sampler):
         clamp: whether to clamp the result to the network's value range, if it has one.
         exact_noise: whether a step's noise has variance 2a - a^2/sigma^2 instead of 2a. Not given: a network's
             recommendation, True for a network without one, False for a plain callable.
-        consistent: whether to sample consistently: one step a level, whose noise is that of the next level. Not given:
-            a network's recommendation, else False. With r for the smallest ratio of a level to the one before, the
-            step then lies between sigma_min^2 (1 - r) and sigma_min^2 (1 + r), by default at sigma_min^2 (1 - r^2).
+        consistent: whether to sample consistently: one step from a level to the next, with the noise that is missing
+            there. Not given: a network's recommendation, else False. With r for the smallest ratio of a level to the
+            one before, the step then lies between sigma_min^2 (1 - r) and sigma_min^2 (1 + r), by default at
+            sigma_min^2 (1 - r^2).
         restore: how an observation is held to: "replace" (an operator without a gain is guided), "guide" or
             "guide-jacobian", which takes about 2.5 times as long; see ``scorematch.sampling.restoration``.
         precision: "float32", or "auto", which at present is the same.
@@ -141,7 +144,7 @@ class AnnealedLangevinSampler(Sampler):
         self.consistent = bool(consistent)
 
     def __len__(self) -> int:
-        return len(self.schedule) * self.steps_per_level + self.denoise
+        return (len(self.schedule) - self.consistent) * self.steps_per_level + self.denoise
 
     def __repr__(self) -> str:
         steps = f"{self.steps_per_level} step{'s' if self.steps_per_level > 1 else ''}"
@@ -156,21 +159,26 @@ class AnnealedLangevinSampler(Sampler):
         seen: Restoration,
     ) -> Iterator[tuple[Tensor, float]]:
         relative = self.step_size / self.schedule.sigma_min**2  # a in units of sigma^2, the same at every level
-        variance = 2 * relative - relative**2 if self.exact_noise else 2 * relative
-        below = [*self.schedule.sigmas.tolist()[1:], 0.0]
         ladder = self.schedule.sigmas.to(x.dtype).to(x.device)
+        if self.consistent:
+            for level, (sigma, quieter) in enumerate(itertools.pairwise(self.schedule)):
+                missing = quieter**2 - ((1 - relative) * sigma) ** 2  # a little below 0 by rounding, if without noise
+                z = noise(x)
+                x = seen.project(x, sigma, z)
+                x = torch.add(x, score(x, ladder[level]), alpha=relative * sigma**2)
+                x.add_(z, alpha=math.sqrt(max(0.0, missing)))
+                yield x, quieter
+                self._check_finite(x, level + 1)
+            return
+        variance = 2 * relative - relative**2 if self.exact_noise else 2 * relative
         for level, sigma in enumerate(self.schedule):
             for _ in range(self.steps_per_level):
                 z = noise(x)
                 x = seen.project(x, sigma, z)
-                gradient, amplitude = score(x, ladder[level]), sigma * math.sqrt(variance)
-                if self.consistent:  # a step down; at the smallest step that is legal nothing is left but rounding
-                    amplitude = math.sqrt(max(0.0, below[level] ** 2 - ((1 - relative) * sigma) ** 2))
-                else:
-                    gradient, z = seen.settle(x, gradient, z, sigma)
+                gradient, z = seen.settle(x, score(x, ladder[level]), z, sigma)
                 x = torch.add(x, gradient, alpha=relative * sigma**2)
-                x.add_(z, alpha=amplitude)
-                yield x, below[level] or sigma if self.consistent else sigma
+                x.add_(z, alpha=sigma * math.sqrt(variance))
+                yield x, sigma
             self._check_finite(x, level)
 
 
