@@ -1,6 +1,7 @@
 """The examples run, at their smallest size."""
 
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,13 @@ def test_classifier_learns_and_is_kept(example, tmp_path):
     torch.save(classifier.state_dict(), tmp_path / "classifier.pt")
     again = evaluate.load_classifier(tmp_path / "classifier.pt", None)
     torch.testing.assert_close(evaluate.read(again, images.float() / 255)[0], probabilities, rtol=1e-3, atol=1e-5)
+
+
+def test_quality_against_calls(digits, tmp_path):
+    said = _run(
+        "../benchmarks/quality.py", "--smoke", "--data", digits, "--classifier", tmp_path / "c.pt", "--out", tmp_path
+    )
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert [row["calls"] for row in rows] == [21, 39, 20, 20, 20, 39, 39]
+    assert all(f"{row['family']:<31}" in said for row in rows) and "best within 250 calls: " in said
+    assert (tmp_path / "quality.png").stat().st_size > 1000
