@@ -51,10 +51,10 @@ def lines(net: ScoreNet, counts: list[int] | None) -> Iterator[tuple[str, Sample
         yield "consistent, 1.5 (1 - r)", sampler
     for schedule in levels(50, 100, 200):
         yield "consistent, 1 - r^2", AnnealedLangevinSampler(net, schedule, consistent=True)
-    for schedule in levels(50, 100):
+    for schedule in levels(25, 50, 100):
         yield "predictor-corrector", PredictorCorrectorSampler(net, schedule)
-    for schedule in levels(100):
-        yield "ancestral-corrector", PredictorCorrectorSampler(net, schedule, predictor="ancestral", snr=0.1)
+    for schedule in levels(25, 50, 100):
+        yield "ancestral-corrector", PredictorCorrectorSampler(net, schedule, predictor="ancestral")
 
 
 def main() -> None:

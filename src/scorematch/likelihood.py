@@ -24,9 +24,12 @@ has the density p, and
 .. math:: -\log_2 P(\mathrm{image}) \le -\mathrm{E}_u \log_2 p\bigl(x + (u - \tfrac12)/255\bigr) + D \log_2 255,
           \qquad u \sim \mathcal{U}[0, 1]^D,
 
-divided by D: what a lossless code of the images would take. Since p is blurred by sigma_min it has a floor: even a
-value that the network is certain of takes :math:`\log_2(255 \sigma_{min} \sqrt{2\pi})` bits, 2.7 at 0.01 and 0.4 at
-0.002. Compare networks at the same quietest level.
+divided by D: what a lossless code of the images would take. The density is blurred by sigma_min, and so a value that an
+exact score is certain of takes :math:`\log_2(255 \sigma_{min} \sqrt{2\pi})` bits, 2.7 at 0.01 and 0.4 at 0.002. Where
+sigma_min is well above 1/255 a learned score has seen no image as clean as a dequantized one: the number is a density's
+still, but hangs on what the network does where it was not trained, and needs many levels. To compare networks, take
+:math:`-\log p` of images with noise of sigma_min, which the density is of: its mean is least for the true one and never
+below the entropy of the noise.
 
 References:
     Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Eq. 39-40.
