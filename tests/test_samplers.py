@@ -349,6 +349,20 @@ def test_what_was_seen_enters_the_flow_with_the_starts_own_noise(kind, world, rn
         torch.testing.assert_close(x[:, 0], 0.9 + sigma * init[:, 0] / 5)
 
 
+@pytest.mark.parametrize("kind", ["consistent", "reverse-diffusion", "ancestral", "predictor"])
+def test_what_was_seen_with_noise_has_its_posterior(kind, world, rng):
+    """The seen coordinate alone: N(m + k (y - m), (1 - k) v), with k = v / (v + sigma_y^2)."""
+    v, m, y, noise, n = 0.5, 0.3, 0.9, 0.3, 3000
+    observation = Observation(Mask(torch.tensor([True, False, False])), torch.tensor([[y, 0.0, 0.0]]), sigma=noise)
+    sampler = KINDS[kind](world, NoiseSchedule.geometric(10, 0.01, 200))
+    x = run(sampler, n, shape=(3,), observation=observation, generator=rng)[:, 0]
+    k = v / (v + noise**2)
+    spread = (1 - k) * v
+    # Five standard errors and, for 200 levels and one draw that serves a step's two ends, two percent of y's noise.
+    assert abs(x.mean() - (m + k * (y - m))) < 5 * math.sqrt(spread / n) + 0.02 * noise
+    assert abs(x.var() / spread - 1) < 5 * math.sqrt(2 / n) + 0.04
+
+
 # -- Bad input
 
 

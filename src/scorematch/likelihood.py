@@ -200,8 +200,8 @@ def bits_per_dimension(
     low, high = (float(images.min()), float(images.max())) if images.numel() else (0.0, 1.0)
     if low < 0 or high > 1:
         raise ValueError(f"images must lie in [0, 1], got values from {low:.3g} to {high:.3g}.")
+    images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
     z = standard_normal(images.shape, generator, images.device, images.dtype)
-    u = torch.special.ndtr(z)  # uniform
-    x = images + (u - 0.5) / 255
+    x = images + (torch.special.ndtr(z) - 0.5) / 255  # ndtr, the normal distribution function, makes z uniform
     nats = log_likelihood(net, x, schedule, probes=probes, condition=condition, generator=generator, progress=progress)
     return -nats / (x[0].numel() * math.log(2)) + math.log2(255)

@@ -22,7 +22,8 @@ its first step without the correction. The step to sigma = 0 is with both the la
 **With an observation.** A path of the flow keeps its noise: where the denoised image does not move it is
 :math:`D + \sigma z`, z being the start's own. So what was seen is put in with that z at every level, and nothing else
 is drawn: the same start, the same result. A chain that draws fresh noise at every step lets what is hidden settle with
-what was seen; a flow does not, and is the poorer restorer for it.
+what was seen; a flow does not, and is the poorer restorer for it. Where y is noisy, all paths are given y at its own
+noise level, and find one value that agrees with it, not the spread of those that do.
 
 References:
     Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Eq. 13.
