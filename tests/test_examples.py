@@ -1,6 +1,7 @@
 """The examples run, at their smallest size."""
 
 import gzip
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +177,13 @@ def test_evaluate_restoration(tmp_path, digits):
     said = _run("evaluate_restoration.py", "--data", digits, *options)
     assert said.count("as it is") == 2 and said.count("replace") == 2
     assert sorted(path.name for path in out.iterdir()) == ["jpeg 5-replace.png", "pool 4-replace.png"]
+
+
+def test_quality_against_calls(digits, tmp_path):
+    said = _run(
+        "../benchmarks/quality.py", "--smoke", "--data", digits, "--classifier", tmp_path / "c.pt", "--out", tmp_path
+    )
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert [row["calls"] for row in rows] == [21, 39, 20, 20, 20, 20, 20, 39, 39]
+    assert all(f"{row['family']:<24}" in said for row in rows) and "best within 250 calls: " in said
+    assert (tmp_path / "quality.png").stat().st_size > 1000

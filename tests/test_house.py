@@ -15,7 +15,7 @@ FLOORS = [
     {"precondition", "layout", "cards"},
     {"pretrained"},
     {"loss", "sampling", "score"},
-    {"__init__", "convert"},
+    {"__init__", "convert", "likelihood"},
     {"__main__"},
 ]
 # Packages, whose files import one another.

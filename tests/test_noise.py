@@ -289,3 +289,18 @@ def test_words_are_no_sigmas():
 def test_errors_say_what_to_write(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_karras_is_linear_in_the_root():
+    schedule = NoiseSchedule.karras(80, 0.002, levels=18)
+    assert (schedule.sigma_max, schedule.sigma_min, len(schedule)) == (80, 0.002, 18)
+    steps = (schedule.sigmas ** (1 / 7)).diff()
+    torch.testing.assert_close(steps, steps.mean().expand(17))
+    linear = NoiseSchedule.karras(4, 1, levels=4, rho=1)
+    torch.testing.assert_close(linear.sigmas, torch.tensor([4.0, 3, 2, 1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rho", [0, -1, float("nan"), float("inf")])
+def test_karras_with_a_rho_that_is_none(rho):
+    with pytest.raises(ValueError, match="rho must be positive and finite"):
+        NoiseSchedule.karras(80, 0.002, levels=18, rho=rho)

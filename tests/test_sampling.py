@@ -375,7 +375,9 @@ def test_the_networks_recommendation_counts_with_its_own_ladder_only():
 def test_a_recommendation_with_a_word_that_is_none():
     net = ScoreNet.ncsnv2(1, 8, width=2)
     net.sampler_settings = {"level": 3}
-    with pytest.raises(ValueError, match="knows exact_noise, levels, step_size, steps_per_level, got level"):
+    with pytest.raises(
+        ValueError, match="knows consistent, exact_noise, levels, step_size, steps_per_level, got level"
+    ):
         AnnealedLangevinSampler(net)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scorematch.noise import NoiseSchedule, standard_normal
+from scorematch.noise import NoiseSchedule, own_middle, own_schedule, standard_normal
 from scorematch.observe import Observation
 from scorematch.sampling.restoration import Restoration, Restore, restoration
 
@@ -52,7 +52,7 @@ class Sampler(ABC):
     def __init__(
         self,
         net: Callable[..., Tensor],
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | None,
         *,
         denoise: bool,
         clamp: bool,
@@ -61,6 +61,11 @@ class Sampler(ABC):
     ) -> None:
         if not callable(net):
             raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
+        schedule = own_schedule(net) if schedule is None else schedule
+        if schedule is None:
+            raise ValueError(
+                "a plain callable has no ladder of its own: pass a schedule, NoiseSchedule.geometric(...)."
+            )
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(
                 f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
@@ -80,6 +85,14 @@ class Sampler(ABC):
     def __len__(self) -> int:
         """The network calls that one image takes."""
 
+    def _says(self, *settings: str) -> str:
+        """What ``print`` says: the ladder, the settings of the kind, and what they cost."""
+        schedule = self.schedule
+        ladder = f"{len(schedule)} levels {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g}"
+        if len(schedule) == 1:
+            ladder = f"1 level {schedule.sigma_max:.3g}"
+        return f"{type(self).__name__}({', '.join([ladder, *settings])}, {len(self)} network calls)"
+
     @abstractmethod
     def _chain(
         self,
@@ -88,7 +101,7 @@ class Sampler(ABC):
         noise: Callable[[Tensor], Tensor],
         seen: Restoration,
     ) -> Iterator[tuple[Tensor, float]]:
-        """Yields (x, sigma) after every step, x a tensor that is not written to again.
+        """Yields (x, sigma) after every step, x a tensor that is not written to again, sigma the level it has come to.
 
         Args:
             x: the start, (n, ...) float32.
@@ -129,7 +142,7 @@ class Sampler(ABC):
             generator: what is drawn is drawn from it, on its device; None takes torch's global one. A list holds one
                 for each sample, which then does not depend on its neighbors.
             noise: a function of the state x that gives z, standard normal and of x's shape, instead of drawn noise.
-                Called once per step, in order, before the score.
+                Called once per step, in order, before the score; never by a sampler that draws no noise.
             batch_size: how many samples go through the network at once; None is as many as have 2^20 values together.
                 The result does not depend on it, but for the rounding of the network's own sums.
             progress: whether to show a bar.
@@ -184,6 +197,7 @@ class Sampler(ABC):
 
         def score(x: Tensor, sigma: Tensor) -> Tensor:
             scores = [seen.score(network(part), x[part], sigma, part) for part in parts]
+            bar.update()
             return scores[0] if len(scores) == 1 else torch.cat(scores)
 
         def checked_noise(x: Tensor) -> Tensor:
@@ -195,7 +209,7 @@ class Sampler(ABC):
             return z
 
         x = start.x
-        with _evaluating(self.net), tqdm(total=len(self), disable=not progress, desc="sampling", unit="call") as bar:
+        with evaluating(self.net), tqdm(total=len(self), disable=not progress, desc="sampling", unit="call") as bar:
             chain = self._chain(x, score, checked_noise, seen)
             while True:
                 # Gradients are off within a step only: between two of them the caller's own mode holds.
@@ -204,7 +218,6 @@ class Sampler(ABC):
                 if step is None:
                     break
                 x = step[0]
-                bar.update()
                 yield step
             if self.denoise:
                 with torch.no_grad():
@@ -213,7 +226,6 @@ class Sampler(ABC):
                         x = seen.project(x, sigma_min, z)
                     sigma = torch.tensor(sigma_min, dtype=x.dtype, device=x.device)
                     x = self._result(torch.add(x, score(x, sigma), alpha=sigma_min**2), seen)
-                bar.update()
                 yield x, 0.0
 
     def _result(self, x: Tensor, seen: Restoration) -> Tensor:
@@ -279,9 +291,7 @@ class Sampler(ABC):
         if init is not None:
             x = init.detach().to(device, torch.float32)
         else:
-            value_range = getattr(self.net, "value_range", None)
-            middle = 0.0 if value_range is None else (value_range[0] + value_range[1]) / 2
-            x = middle + self.schedule.sigma_max * standard_normal((n, *sample_shape), generator, device)
+            x = own_middle(self.net) + self.schedule.sigma_max * standard_normal((n, *sample_shape), generator, device)
         values = max(1, math.prod(sample_shape))
         return _Start(
             x,
@@ -338,7 +348,7 @@ def _source(noise: Callable[[Tensor], Tensor] | None, generator: Generator) -> C
 
 
 @contextmanager
-def _evaluating(net: object) -> Iterator[None]:
+def evaluating(net: object) -> Iterator[None]:
     """Puts a network into eval mode, and afterwards each of its modules back into its own."""
     training = [m for m in net.modules() if m.training] if isinstance(net, nn.Module) else []
     for module in training:
