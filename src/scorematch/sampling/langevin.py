@@ -90,13 +90,9 @@ class AnnealedLangevinSampler(Sampler):
         if unknown:
             raise ValueError(f"sampler_settings knows {', '.join(sorted(_SETTINGS))}, got {', '.join(unknown)}.")
         recommended = own.respaced(settings["levels"]) if own is not None and "levels" in settings else own
-        if schedule is None:
-            schedule = recommended
-        if schedule is None:
-            raise ValueError(
-                "a plain callable has no ladder of its own: pass a schedule, NoiseSchedule.geometric(...)."
-            )
+        schedule = recommended if schedule is None else schedule
         super().__init__(net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision)
+        schedule = self.schedule
         if schedule != recommended:
             settings = {}
         if steps_per_level is None:
@@ -120,14 +116,9 @@ class AnnealedLangevinSampler(Sampler):
     def __len__(self) -> int:
         return len(self.schedule) * self.steps_per_level + self.denoise
 
-    def __repr__(self) -> str:
-        schedule = self.schedule
-        ladder = f"{len(schedule)} levels {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g}"
-        if len(schedule) == 1:
-            ladder = f"1 level {schedule.sigma_max:.3g}"
+    def _settings(self) -> list[str]:
         steps = f"{self.steps_per_level} step{'s' if self.steps_per_level > 1 else ''}"
-        noise = ", exact noise" if self.exact_noise else ""
-        return f"{type(self).__name__}({ladder}, {steps}, step {self.step_size:.2g}{noise}, {len(self)} network calls)"
+        return [steps, f"step {self.step_size:.2g}"] + ["exact noise"] * self.exact_noise
 
     def _chain(
         self,

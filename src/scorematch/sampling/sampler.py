@@ -52,7 +52,7 @@ class Sampler(ABC):
     def __init__(
         self,
         net: Callable[..., Tensor],
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | None,
         *,
         denoise: bool,
         clamp: bool,
@@ -61,6 +61,10 @@ class Sampler(ABC):
     ) -> None:
         if not callable(net):
             raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
+        if schedule is None:
+            raise ValueError(
+                "a plain callable has no ladder of its own: pass a schedule, NoiseSchedule.geometric(...)."
+            )
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(
                 f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
@@ -79,6 +83,17 @@ class Sampler(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """The network calls that one image takes."""
+
+    def __repr__(self) -> str:
+        schedule = self.schedule
+        ladder = f"{len(schedule)} levels {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g}"
+        if len(schedule) == 1:
+            ladder = f"1 level {schedule.sigma_max:.3g}"
+        return f"{type(self).__name__}({', '.join([ladder, *self._settings()])}, {len(self)} network calls)"
+
+    @abstractmethod
+    def _settings(self) -> list[str]:
+        """What there is to say of a sampler beside its ladder."""
 
     @abstractmethod
     def _chain(
