@@ -116,6 +116,14 @@ def test_inpainting_is_never_empty_or_full_and_its_boxes_cover_10_to_40_percent(
     assert abs(float(shares.mean()) - 0.178) < 4 * float(shares.std()) / math.sqrt(len(shares)) + 0.01
 
 
+def test_no_mask_of_the_smallest_images_is_empty_or_full(monkeypatch):
+    from scorematch import palette
+
+    monkeypatch.setattr(palette, "_boxes", palette._strokes)
+    masks, _ = holes(Inpainting(), (8, 8), 2**14, seed(5))
+    assert (masks.any(2).any(1)).all() and not masks.all(2).all(1).any()
+
+
 def test_strokes_are_60_percent_and_boxes_40(monkeypatch):
     """By replacing one kind of hole: what is left is the other, and keeps its law."""
     from scorematch import palette
