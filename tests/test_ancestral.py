@@ -229,6 +229,23 @@ def test_replacement_in_a_descending_chain_is_near_the_posterior(world, noise):
     assert errors[1] < errors[0] < prior / 3
 
 
+@pytest.mark.parametrize("restore", ["guide", "guide-jacobian"])
+def test_guided_on_a_white_gaussian_it_follows_the_exact_posterior(restore):
+    """The chain is, step by step, that of the score of the posterior N(y / (1 + n^2), n^2 / (1 + n^2))."""
+    noise, schedule = 0.4, NoiseSchedule.geometric(10, 0.05, 30)
+    seen = Observation(Mask(MASK), Y, noise)
+    mean, variance = torch.where(MASK, Y / (1 + noise**2), 0), torch.where(MASK, noise**2 / (1 + noise**2), 1.0)
+
+    def exact(x, sigma):
+        return (mean - x) / (variance + sigma**2)
+
+    guided = AncestralSampler(lambda x, sigma: -x / (1 + sigma**2), schedule, restore=restore)
+    found = guided.iterate(50, shape=(3,), observation=seen, generator=seed(0), progress=False)
+    expected = AncestralSampler(exact, schedule).iterate(50, shape=(3,), generator=seed(0), progress=False)
+    for (x, _), (correct, _) in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, correct, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_of_modes(mixture):
     n = 4000
     x = run(AncestralSampler(mixture, NoiseSchedule.geometric(10, 0.02, 200)), n, shape=(2,), generator=seed(4))
