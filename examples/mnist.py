@@ -41,7 +41,7 @@ def load_digits(folder: str | Path | None, split: str) -> tuple[Tensor, Tensor]:
             originals[0].with_name(originals[0].name.replace("images", "labels").replace("idx3", "idx1"))
         )
     elif archive.is_file():
-        images, labels = _read_archive(archive)
+        images, labels = read_archive(archive)
     else:
         raise FileNotFoundError(f"{folder} holds neither {_FILES[split]}-images-idx3-ubyte nor {archive.name}.")
     return torch.from_numpy(images.reshape(-1, 1, 28, 28)), torch.from_numpy(labels.astype(np.int64))
@@ -55,19 +55,21 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(sizes).copy()
 
 
-def _read_archive(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, C), or as they are in the archive, and labels (N,)."""
     from PIL import Image
 
     with np.load(path, allow_pickle=False) as archive:
         if "images" in archive:
             return archive["images"], archive["labels"]
-        n, height, width, _ = (int(size) for size in archive["shape"])
+        n, height, width, channels = (int(size) for size in archive["shape"])
         per, columns, blob, ends = int(archive["per"]), int(archive["cols"]), archive["blob"], archive["ends"]
         labels = archive["labels"]
-    images = np.empty((n, height, width), np.uint8)
+    images = np.empty((n, height, width, channels), np.uint8)
     for k, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        picture = np.asarray(Image.open(io.BytesIO(blob[begin:end].tobytes())).convert("L"))
-        tiles = picture.reshape(-1, height, columns, width).swapaxes(1, 2).reshape(-1, height, width)
+        encoded = Image.open(io.BytesIO(blob[begin:end].tobytes()))
+        picture = np.asarray(encoded.convert("L" if channels == 1 else "RGB"))
+        tiles = picture.reshape(-1, height, columns, width, channels).swapaxes(1, 2)
         block = images[k * per : (k + 1) * per]
-        block[...] = tiles[: len(block)]
+        block[...] = tiles.reshape(-1, height, width, channels)[: len(block)]
     return images, labels

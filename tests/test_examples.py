@@ -1,5 +1,6 @@
 """The examples run, at their smallest size."""
 
+import csv
 import gzip
 import json
 import subprocess
@@ -187,3 +188,92 @@ def test_quality_against_calls(digits, tmp_path):
     assert [row["calls"] for row in rows] == [21, 39, 20, 20, 20, 20, 20, 39, 39]
     assert all(f"{row['family']:<24}" in said for row in rows) and "best within 250 calls: " in said
     assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+def test_palette_trains_goes_on_and_gives_its_figures(digits, tmp_path):
+    run = tmp_path / "run"
+    arguments = ("--smoke", "--data", digits, "--out", run, "--classifier", tmp_path / "classifier.pt")
+    _run("palette.py", *arguments, "--stop-at", 2)
+    assert not (run / "figures.csv").exists()
+    assert "goes on at step 2 of 4" in _run("palette.py", *arguments)
+    assert sorted(path.name for path in run.glob("*.png")) == ["strip-000002.png", "strip-000004.png"]
+    net = ScoreNet.from_pretrained(run / "network")
+    assert net.config["in_channels"] == 6 and net.sample_shape == (3, 28, 28)
+    figures = (run / "figures.csv").read_text()
+    rows = list(csv.DictReader(figures.splitlines()))
+    assert [row["task"] for row in rows] == ["colorization", "inpainting", "uncropping", "jpeg"]
+    for row in rows:
+        assert sum(float(row[f"original color {i}"]) for i in (1, 2, 3)) == pytest.approx(1, abs=1e-3)
+        assert float(row["diversity"]) > 0
+    assert float(rows[1]["consistency"]) == float(rows[2]["consistency"]) == 0
+    _run("palette.py", *arguments, "--evaluate")
+    assert (run / "figures.csv").read_text() == figures
+
+
+def test_palettes_rivals(digits, tmp_path):
+    """One task with p = 1; and a regression, whose answers are all the same."""
+    run = tmp_path / "run"
+    arguments = ("--smoke", "--data", digits, "--out", run, "--classifier", tmp_path / "classifier.pt")
+    _run("palette.py", *arguments, "--p", 1, "--tasks", "jpeg", "--regression")
+    assert len(ScoreNet.from_pretrained(run / "network").schedule) == 1
+    (row,) = csv.DictReader((run / "figures.csv").read_text().splitlines())
+    assert row["task"] == "jpeg" and float(row["diversity"]) == 0
+
+
+def test_palette_on_cifar10(tmp_path):
+    """The original files of the binary version, and archives."""
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 256, (20, 3073)).astype(np.uint8)
+    rows[:, 0] %= 10
+    folder = tmp_path / "data" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    rows[:10].tofile(folder / "data_batch_1.bin")
+    rows[10:].tofile(folder / "data_batch_2.bin")
+    rows[:8].tofile(folder / "test_batch.bin")
+    _run("palette.py", "--smoke", "--images", "cifar10", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    assert ScoreNet.from_pretrained(tmp_path / "run" / "network").sample_shape == (3, 32, 32)
+    assert "right" not in (tmp_path / "run" / "figures.csv").read_text()
+
+
+def test_every_layout_of_cifar10_gives_the_same(tmp_path, example):
+    load_images = example("cifar10").load_images
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (30, 32, 32, 3)).astype(np.uint8)
+    labels = random.integers(0, 10, 30).astype(np.uint8)
+    binary = tmp_path / "binary"
+    binary.mkdir()
+    rows = np.concatenate([labels[:, None], images.transpose(0, 3, 1, 2).reshape(30, -1)], 1)
+    rows[:20].tofile(binary / "data_batch_1.bin")
+    rows[20:].tofile(binary / "data_batch_2.bin")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    np.savez(plain / "cifar10_train.npz", images=images, labels=labels)
+    # One picture of 30 images, 5 a row, lossless.
+    mosaic = tmp_path / "mosaic"
+    mosaic.mkdir()
+    Image.fromarray(images.reshape(6, 5, 32, 32, 3).swapaxes(1, 2).reshape(192, 160, 3)).save(mosaic / "tiles.png")
+    blob = np.frombuffer((mosaic / "tiles.png").read_bytes(), np.uint8)
+    np.savez(
+        mosaic / "cifar10_train.npz", blob=blob, ends=[len(blob)], shape=images.shape, per=30, cols=5, labels=labels
+    )
+    for folder in (binary, plain, mosaic):
+        found = load_images(folder, "train")
+        assert found[0].dtype == torch.uint8 and found[1].dtype == torch.int64
+        assert np.array_equal(found[0].permute(0, 2, 3, 1).numpy(), images)
+        assert np.array_equal(found[1].numpy(), labels)
+    with pytest.raises(FileNotFoundError, match=r"neither test_batch\.bin nor cifar10_test\.npz"):
+        load_images(mosaic, "test")
+
+
+def test_tints_have_one_luma_and_their_shares(example):
+    palette = example("palette")
+    white = torch.full((3000, 1, 28, 28), 255, dtype=torch.uint8)
+    torch.manual_seed(0)
+    x = palette.tinted(white)
+    gray = palette.Grayscale().measure(x)
+    torch.testing.assert_close(gray, torch.full_like(gray, 0.4))
+    assert x.min() >= 0 and x.max() <= 1
+    for share, expected in zip(palette.color_shares(x), (0.5, 0.3, 0.2), strict=True):
+        assert abs(share - expected) < 4 * 0.5 / 3000**0.5
+    # A little off in color and half as bright: still the nearest.
+    assert palette.color_shares(x / 2 + 0.01) == palette.color_shares(x)

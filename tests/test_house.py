@@ -12,7 +12,7 @@ PACKAGE = Path(scorematch.__file__).parent
 # A room may import from the floors below its own, and from the same package folder.
 FLOORS = [
     {"noise", "observe", "nets", "images", "hub"},
-    {"precondition", "layout", "cards"},
+    {"precondition", "layout", "cards", "palette"},
     {"pretrained"},
     {"loss", "sampling", "score"},
     {"__init__", "convert", "likelihood"},

@@ -209,3 +209,63 @@ def test_bad_input_of_the_score(call, error, message, rng):
 def test_parts_that_do_not_fit(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# -- An image as a condition
+
+
+def _conditional():
+    torch.manual_seed(0)
+    net = ScoreNet.unet(3, 8, widths=(4, 8), layers_per_block=1, condition_channels=1, schedule=LADDER)
+    for parameter in net.parameters():  # the zeros of the beginning would hide what the network sees
+        nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+def test_an_image_condition_is_seen_in_the_units_of_the_row(rng):
+    """In [-1, 1] beside a centered image, without noise and its scale; as it is beside one that is not."""
+    seen = []
+
+    def function(x, c_noise, condition):
+        seen.append(condition)
+        return x
+
+    x, image = torch.rand(2, 1, 4, 4, generator=rng), torch.rand(2, 2, 4, 4, generator=rng)
+    ScoreNet(Backbone(function), LADDER)(x, 0.1, image)
+    ScoreNet(Backbone(function), LADDER, value_range=(0, 2))(x, 3.0, image)
+    ScoreNet(Backbone(function), LADDER, value_range=None)(x, 0.1, image)
+    ScoreNet(Backbone(function), LADDER, precondition="ncsnv2")(x, 0.1, image)
+    for found, expected in zip(seen, [2 * image - 1, image - 1, image, image], strict=True):
+        torch.testing.assert_close(found, expected, check_dtype=False)
+    ScoreNet(Backbone(function, torch.float32), LADDER)(x.double(), 0.1, image.double())
+    assert seen[-1].dtype == torch.float32
+
+
+def test_the_condition_of_an_image_is_its_own(rng):
+    net = _conditional()
+    x, image = torch.rand(2, 3, 8, 8, generator=rng), torch.rand(2, 1, 8, 8, generator=rng)
+    other = torch.stack([image[0], 1 - image[1]])
+    a, b = net(x, 0.2, image), net(x, 0.2, other)
+    torch.testing.assert_close(a[0], b[0])
+    assert (a[1] - b[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("net", "condition", "error", "message"),
+    [
+        (_conditional, None, ValueError, r"4 channels, and x has 3: .*Pass condition=, float \(N, 1, H, W\)"),
+        (_conditional, torch.zeros(2, 3, 8, 8), ValueError, r"of shape \(2, 1, 8, 8\), got \(2, 3, 8, 8\)"),
+        (_conditional, torch.zeros(1, 1, 8, 8), ValueError, r"x's batch and size, .*got \(1, 1, 8, 8\)"),
+        (_conditional, torch.zeros(2, 1, 4, 8), ValueError, r"x's batch and size, .*got \(2, 1, 4, 8\)"),
+        (
+            lambda: ScoreNet.unet(3, 8, widths=(4, 8)),
+            torch.zeros(2, 1, 8, 8),
+            ValueError,
+            "takes no image as its condition.*Build it with condition_channels=",
+        ),
+        (lambda: ScoreNet.ncsnv2(3, 8, width=2), torch.zeros(2, 1, 8, 8), TypeError, "takes no condition"),
+    ],
+)
+def test_conditions_that_do_not_fit(net, condition, error, message, rng):
+    with pytest.raises(error, match=message):
+        net()(torch.rand(2, 3, 8, 8, generator=rng), 0.1, condition)

@@ -250,14 +250,21 @@ def _small(**changes):
     [
         (
             _small,
-            (1, 1, 8, 8),
+            (1, 5, 8, 8),
             None,
-            r"shape \(N, 3, H, W\), an image condition's channels included, got \(1, 1, 8, 8\)",
+            r"shape \(N, 3, H, W\), an image condition's channels included, got \(1, 5, 8, 8\)",
         ),
+        (_small, (1, 1, 8, 8), None, r"3 channels, and x has 1: .* Pass condition=, float \(N, 2, H, W\)"),
+        (_small, (1, 1, 8, 8), torch.zeros(1, 3, 8, 8), r"of shape \(1, 2, 8, 8\), got \(1, 3, 8, 8\)"),
+        (_small, (2, 1, 8, 8), torch.zeros(1, 2, 8, 8), r"of shape \(2, 2, 8, 8\), got \(1, 2, 8, 8\)"),
+        (_small, (1, 1, 8, 8), torch.zeros(1, 2, 4, 8), r"of shape \(1, 2, 8, 8\), got \(1, 2, 4, 8\)"),
+        (_small, (1, 1, 8, 8), torch.zeros(2), r"of shape \(1, 2, 8, 8\), got \(2,\)"),
+        (_small, (1, 1, 8, 8), torch.tensor([1]), r"wants an image as its condition\. Pass condition="),
         (_small, (1, 3, 8, 9), None, "multiples of 2, got 8x9"),
         (_small, (1, 3, 8, 8), torch.tensor([1]), "takes no classes"),
         (lambda: _small(num_class_embeds=4), (1, 3, 8, 8), None, "conditioned on classes: pass condition="),
-        (_small, (1, 3, 8, 8), torch.zeros(1, 2, 8, 8), r"got \(1, 5, 8, 8\)"),
+        (lambda: _small(num_class_embeds=4), (1, 3, 8, 8), torch.tensor([1, 2]), r"shape \(1,\), got \(2,\)"),
+        (_small, (1, 3, 8, 8), torch.zeros(1, 2, 8, 8), "takes no image as its condition"),
     ],
 )
 def test_bad_input(net, shape, condition, message):

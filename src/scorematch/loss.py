@@ -213,4 +213,4 @@ def _share(region: Tensor, x: Tensor) -> Tensor:
             f"region must be broadcastable to x, {tuple(x.shape)}, got shape {tuple(region.shape)}."
         ) from error
     size = region.flatten(1).sum(1).clamp(min=1)  # an empty region counts nothing, and divides by nothing
-    return region * expand((x[0].numel() / size).to(x.dtype), x)
+    return region * expand(x[0].numel() / size.to(x.dtype), x)

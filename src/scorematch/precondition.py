@@ -21,6 +21,7 @@ karras   in [-1, 1]  1 / sqrt(v)      k sigma_d / (s sqrt(v))  -k / v        log
 A DDPM knows time steps, the quietest being 0, and images scaled down so that signal and noise have variance one
 together; it answers with the noise, with v, or with the clean image. Between two time steps it is asked for a
 fractional one.
+An image that is given as a condition is brought into the units of u, without noise and without c_in.
 The rows of NCSN's line leave the image as it is: NCSN and NCSNv2 center it themselves. With "karras" a network that
 answers zero is the exact score of Gaussian data of deviation sigma_d around the middle of the range, and the network's
 input and target have unit variance at every noise level.

@@ -171,7 +171,8 @@ class ScoreNet(nn.Module):
             widths: of the features at each scale, from the image inward; the image is halved between two scales.
             layers_per_block: residual blocks at each scale.
             attention: at which scales each pixel looks at every other; None is the lowest only.
-            condition_channels: of an image that is given as a condition, or 0.
+            condition_channels: of an image that is given as a condition, or 0. The network sees it beside x, in the
+                same units.
             classes: the number of classes, for a network whose condition is a class, or None.
             dropout: in the residual blocks.
             schedule: the ladder; None is NCSNv2's of CIFAR-10, 232 levels from 50 to 0.01.
@@ -240,7 +241,8 @@ class ScoreNet(nn.Module):
             x: noisy data (N, ...), images in [0, 1] plus noise, floating point.
             sigma: the noise level, a float, () or (N,), positive, in the units of x. Beyond the ladder a network that
                 was trained on levels takes the nearest.
-            condition: int64 (N,), a class, or float (N, K, H, W), an image; for backbones that take one.
+            condition: int64 (N,), a class, or float (N, K, H, W), an image in x's units, [0, 1]; for backbones that
+                take one. A row that brings x to [-1, 1] brings the image there too.
 
         Returns:
             The score, with the shape and dtype of x.
@@ -271,6 +273,8 @@ class ScoreNet(nn.Module):
             (expand(c_in, x) * u).to(inner),
             c_noise.to(torch.promote_types(inner, torch.float32)).expand(len(x)),
         ]
+        if condition is not None and condition.ndim == 4 and condition.is_floating_point():
+            condition = (k * (condition.to(dtype) - middle)).to(inner)
         output = self.backbone(*arguments) if condition is None else self.backbone(*arguments, condition)
         if output.shape[1:2] == (2 * x.shape[1],):  # a network that predicts a variance too: its second half
             output = output[:, : x.shape[1]]

@@ -545,12 +545,12 @@ class UNet(nn.Module):
             c_noise: (N,), the time step or log sigma, fractional or not.
             condition: int64 (N,), the classes of a network of classes, or float (N, K, H, W), put beside x.
         """
+        self._check(x, condition)
         classes = None
         if condition is not None and condition.is_floating_point():
             x = torch.cat([x, condition.to(x.dtype)], dim=1)
         elif condition is not None:
             classes = condition
-        self._check(x, classes)
         x = 2 * x - 1 if self.center else x
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))
         if self.class_embedding is not None and classes is not None:
@@ -567,16 +567,34 @@ class UNet(nn.Module):
         h = self.conv_out(F.silu(self.conv_norm_out(h)))
         return h if picture is None else h + picture
 
-    def _check(self, x: Tensor, classes: Tensor | None) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
+    def _check(self, x: Tensor, condition: Tensor | None) -> None:
+        if x.ndim != 4 or x.shape[1] > self.in_channels:
             raise ValueError(
                 f"expected images of shape (N, {self.in_channels}, H, W), an image condition's channels included, got "
                 f"{tuple(x.shape)}."
             )
+        beside = self.in_channels - x.shape[1]
+        image = condition if condition is not None and condition.is_floating_point() else None
+        classes = condition if image is None else None
         height, width = x.shape[2:]
         if height % self.divisor or width % self.divisor:
             raise ValueError(
                 f"height and width must be multiples of {self.divisor}, got {height}x{width}. Crop or pad the images."
+            )
+        if beside and image is None:
+            raise ValueError(
+                f"the network takes {self.in_channels} channels, and x has {x.shape[1]}: it wants an image as its "
+                f"condition. Pass condition=, float (N, {beside}, H, W)."
+            )
+        if image is not None and not beside:
+            raise ValueError(
+                f"this network takes no image as its condition, for all of its {self.in_channels} channels are x's. "
+                "Build it with condition_channels=."
+            )
+        if image is not None and image.shape != (len(x), beside, height, width):
+            raise ValueError(
+                f"the condition must be an image of x's batch and size, of shape {(len(x), beside, height, width)}, "
+                f"got {tuple(image.shape)}."
             )
         if (classes is None) != (self.class_embedding is None):
             raise ValueError(
@@ -584,6 +602,8 @@ class UNet(nn.Module):
                 if classes is None
                 else "this network takes no classes as its condition."
             )
+        if classes is not None and classes.shape != x.shape[:1]:
+            raise ValueError(f"classes must be of x's batch, of shape {(len(x),)}, got {tuple(classes.shape)}.")
 
 
 def _known(what: str, names: Sequence[str], known: Any) -> None:

@@ -110,8 +110,7 @@ class AnnealedLangevinSampler(Sampler):
         if unknown:
             raise ValueError(f"sampler_settings knows {', '.join(sorted(_SETTINGS))}, got {', '.join(unknown)}.")
         recommended = own.respaced(settings["levels"]) if own is not None and "levels" in settings else own
-        if schedule is None:
-            schedule = recommended
+        schedule = recommended if schedule is None else schedule
         super().__init__(net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision)
         schedule = self.schedule
         if schedule != recommended:
@@ -146,10 +145,10 @@ class AnnealedLangevinSampler(Sampler):
     def __len__(self) -> int:
         return (len(self.schedule) - self.consistent) * self.steps_per_level + self.denoise
 
-    def __repr__(self) -> str:
+    def _settings(self) -> list[str]:
         steps = f"{self.steps_per_level} step{'s' if self.steps_per_level > 1 else ''}"
         noise = ["consistent"] if self.consistent else ["exact noise"] if self.exact_noise else []
-        return self._says(steps, f"step {self.step_size:.2g}", *noise)
+        return [steps, f"step {self.step_size:.2g}", *noise]
 
     def _chain(
         self,

@@ -109,8 +109,8 @@ class ODESampler(Sampler):
     def __len__(self) -> int:
         return (len(self.schedule) - 1) * (2 if self.method == "heun" else 1) + self.denoise
 
-    def __repr__(self) -> str:
-        return self._says(self.method)
+    def _settings(self) -> list[str]:
+        return [self.method]
 
     def _chain(
         self,

@@ -102,10 +102,10 @@ class PredictorCorrectorSampler(Sampler):
     def __len__(self) -> int:
         return (len(self.schedule) - 1) * (1 + self.corrector_steps) + self.denoise
 
-    def __repr__(self) -> str:
+    def _settings(self) -> list[str]:
         steps = self.corrector_steps
         corrector = [f"{steps} corrector step{'s' if steps > 1 else ''}", f"snr {self.snr:.3g}"] if steps else []
-        return self._says(self.predictor, *corrector)
+        return [self.predictor, *corrector]
 
     def _chain(
         self,

@@ -85,13 +85,16 @@ class Sampler(ABC):
     def __len__(self) -> int:
         """The network calls that one image takes."""
 
-    def _says(self, *settings: str) -> str:
-        """What ``print`` says: the ladder, the settings of the kind, and what they cost."""
+    def __repr__(self) -> str:
         schedule = self.schedule
         ladder = f"{len(schedule)} levels {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g}"
         if len(schedule) == 1:
             ladder = f"1 level {schedule.sigma_max:.3g}"
-        return f"{type(self).__name__}({', '.join([ladder, *settings])}, {len(self)} network calls)"
+        return f"{type(self).__name__}({', '.join([ladder, *self._settings()])}, {len(self)} network calls)"
+
+    @abstractmethod
+    def _settings(self) -> list[str]:
+        """What there is to say of a sampler beside its ladder."""
 
     @abstractmethod
     def _chain(

@@ -1,0 +1,429 @@
+import math
+
+import pytest
+import torch
+
+from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.observe import JPEG, Grayscale, Mask, Observation
+from scorematch.palette import Colorization, Inpainting, JPEGRestoration, MultiTask, Uncropping, fill
+from scorematch.sampling import AncestralSampler
+
+SIZES = [(16, 16), (32, 32), (64, 64), (96, 128), (256, 256)]
+TASKS = [
+    Colorization(),
+    Inpainting(),
+    Uncropping(),
+    JPEGRestoration(),
+    MultiTask([Colorization(), Inpainting(), Uncropping(), JPEGRestoration()]),
+]
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
+
+
+def holes(task, size, n, generator):
+    """Masks (n, H, W) of a task, in batches, and the shares that they cover."""
+    n = min(n, 2**20 // (size[0] * size[1]))
+    x = torch.zeros(n, 1, *size)
+    condition, region = task(x, generator)
+    assert torch.equal(condition[~region], x[~region])
+    return region[:, 0], region.float().mean((1, 2, 3))
+
+
+def chi_square_is_plausible(counts, probabilities):
+    """Whether a chi-square with as many degrees is below mean + 4 deviations: p < 1e-3 for those used here."""
+    expected = probabilities / probabilities.sum() * counts.sum()
+    degrees = len(counts) - 1
+    return float(((counts - expected) ** 2 / expected).sum()) < degrees + 4 * math.sqrt(2 * degrees)
+
+
+# -- What every task promises
+
+
+@pytest.mark.parametrize("task", TASKS, ids=repr)
+def test_shapes_seeds_and_what_is_the_callers(task, rng):
+    x = torch.rand(16, 3, 24, 20, generator=rng, dtype=torch.float64)
+    before, state = x.clone(), torch.get_rng_state()
+    condition, region = task(x, seed(0))
+    assert condition.shape == x.shape and condition.dtype == x.dtype
+    assert region.dtype == torch.bool and region.expand_as(x).flatten(1).any(1).all()
+    assert torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
+    again = task(x, seed(0))
+    assert torch.equal(condition, again[0]) and torch.equal(region, again[1])
+    if not isinstance(task, Colorization):  # of which nothing is drawn
+        assert not torch.equal(condition, task(x, seed(1))[0])
+    torch.manual_seed(3)
+    first = task(x)[0]
+    torch.manual_seed(3)
+    assert torch.equal(first, task(x)[0])
+
+
+@pytest.mark.parametrize("task", TASKS[1:], ids=repr)
+def test_parameters_are_drawn_for_each_image(task, rng):
+    x = torch.rand(1, 3, 16, 16, generator=rng).expand(200, -1, -1, -1)
+    condition, region = task(x, rng)
+    shown = torch.where(region, 0, condition) if not isinstance(task, JPEGRestoration) else condition
+    assert len(torch.unique(shown.flatten(1), dim=0)) >= 5
+
+
+def test_the_loss_takes_what_a_task_gives_and_the_sampler_too(rng):
+    """From a task to a network's loss, and to a sample that holds what was shown: the three lines of the module."""
+    torch.manual_seed(0)
+    net = ScoreNet.unet(
+        3, 16, widths=(4, 8), layers_per_block=1, condition_channels=3, schedule=NoiseSchedule.geometric(5, 0.05, 6)
+    )
+    x = torch.rand(4, 3, 16, 16, generator=rng)
+    condition, region = MultiTask([Inpainting(), Uncropping()])(x, rng)
+    loss = dsm_loss(net, x, condition=condition, region=region, generator=rng)
+    loss.backward()
+    assert torch.isfinite(loss) and net.backbone.conv_out.weight.grad.abs().max() > 0
+    seen = Observation(Mask(~region), x)
+    restored = AncestralSampler(net).sample(condition=condition, observation=seen, generator=rng, progress=False)
+    assert torch.equal(restored[(~region).expand_as(x)], x[(~region).expand_as(x)])
+    assert not torch.equal(restored, x)
+
+
+# -- Masks
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_uncropping_is_half_of_the_area_and_touches_the_border(size):
+    height, width = size
+    masks, shares = holes(Uncropping(), size, 400, seed(0))
+    assert (shares - 0.5).abs().max() <= 0.5 / min(size)  # half a row of pixels
+    top, bottom, left, right = masks[:, 0].all(1), masks[:, -1].all(1), masks[:, :, 0].all(1), masks[:, :, -1].all(1)
+    sides = torch.stack([top, bottom, left, right])
+    around = sides.all(0)
+    assert torch.equal(sides.sum(0), torch.where(around, 4, 1))  # one side or all four, never two
+    n = len(masks)
+    assert abs(float(around.float().mean()) - 0.5) < 4 * 0.5 / math.sqrt(n)
+    assert chi_square_is_plausible(sides[:, ~around].sum(1), torch.ones(4))
+    kept = (~masks[around]).float()
+    rows, columns = kept.amax(2), kept.amax(1)
+    assert torch.equal(kept, rows[:, :, None] * columns[:, None])  # what is kept is a box, in the middle
+    for line in (rows, columns):
+        assert (line - line.flip(1)).abs().sum(1).max() <= 2
+    assert torch.equal(masks[top & ~around].sum((1, 2)).unique(), torch.tensor([height // 2 * width]))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_inpainting_is_never_empty_or_full_and_its_boxes_cover_10_to_40_percent(size):
+    masks, shares = holes(Inpainting(), size, 4000, seed(1))
+    assert (masks.any(2).any(1)).all() and not masks.all(2).all(1).any()
+    assert shares.max() < 0.7
+    # 60 % of 0.14 and 40 % of 0.23; lines that are no thinner than a pixel add a little at 16 pixels.
+    assert abs(float(shares.mean()) - 0.178) < 4 * float(shares.std()) / math.sqrt(len(shares)) + 0.01
+
+
+def test_no_mask_of_the_smallest_images_is_empty_or_full(monkeypatch):
+    from scorematch import palette
+
+    monkeypatch.setattr(palette, "_boxes", palette._strokes)
+    masks, _ = holes(Inpainting(), (8, 8), 2**14, seed(5))
+    assert (masks.any(2).any(1)).all() and not masks.all(2).all(1).any()
+
+
+def test_strokes_are_60_percent_and_boxes_40(monkeypatch):
+    """By replacing one kind of hole: what is left is the other, and keeps its law."""
+    from scorematch import palette
+
+    n, size = 2000, (32, 32)
+    monkeypatch.setattr(palette, "_strokes", lambda n, height, width, draws: torch.zeros(n, height, width).bool())
+    masks, shares = holes(Inpainting(), size, n, seed(2))
+    n = len(masks)
+    boxes = shares[shares > 0]
+    assert abs(len(boxes) / n - 0.4) < 4 * math.sqrt(0.24 / n)
+    assert boxes.min() >= 0.1 and boxes.max() <= 0.4
+    assert boxes.quantile(0.05) < 0.14 and boxes.quantile(0.95) > 0.32  # and all the range between
+    masks = masks[shares > 0]
+    single = (masks == masks.any(2)[:, :, None] & masks.any(1)[:, None]).flatten(1).all(1)
+    assert 0.1 < float(single.float().mean()) < 0.35  # one box of one to five, a fifth, and overlaps
+
+
+def test_strokes_are_of_the_same_kind_at_every_size(monkeypatch):
+    """14 % of the area at 256 pixels with Yu et al.'s numbers, and at 32; pixels of the smallest make them thicker."""
+    from scorematch import palette
+
+    monkeypatch.setattr(palette, "_boxes", palette._strokes)
+    for size in [(32, 32), (64, 64), (96, 128)]:
+        _, shares = holes(Inpainting(), size, 4000, seed(3))
+        assert abs(float(shares.mean()) - 0.14) < 4 * float(shares.std()) / math.sqrt(len(shares)) + 0.005
+
+
+def test_strokes_run_to_every_side_alike(monkeypatch):
+    """The zigzag of Yu et al. runs to the right; it is flipped both ways. A lean of the masks would show it."""
+    from scorematch import palette
+
+    monkeypatch.setattr(palette, "_boxes", palette._strokes)
+    masks, _ = holes(Inpainting(), (16, 16), 4000, seed(4))
+    place = torch.linspace(-1, 1, 16)
+    for along in (place, place[:, None]):
+        lean = (masks * along).mean((1, 2))
+        assert abs(float(lean.mean())) < 4 * float(lean.std()) / math.sqrt(len(lean))
+
+
+def test_holes_are_filled_with_the_papers_noise(rng):
+    """Standard normal in [-1, 1]: around 1/2 with deviation 1/2 in [0, 1]."""
+    x = torch.zeros(500, 3, 32, 32)
+    condition, region = Uncropping()(x, rng)
+    noise = condition[region.expand_as(x)]
+    assert abs(float(noise.mean()) - 0.5) < 5 * 0.5 / math.sqrt(len(noise))
+    assert abs(float(noise.std()) - 0.5) < 5 * 0.5 / math.sqrt(2 * len(noise))
+    hole = torch.arange(32) < 10
+    own = fill(x, hole, seed(1))
+    assert own.shape == x.shape and not own[..., 10:].any() and (own[..., :10] != 0).all()
+    damaged = torch.where(hole, math.nan, x)
+    assert torch.equal(fill(damaged, hole, seed(1)), own)  # what is in the hole does not count
+
+
+# -- Colors and codecs
+
+
+def test_colorization_shows_the_luma_on_three_channels(rng):
+    x = torch.rand(5, 3, 16, 16, generator=rng)
+    condition, region = Colorization()(x)
+    assert torch.equal(condition, Grayscale().measure(x).expand(-1, 3, -1, -1))
+    assert region.all()
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(5, 30), (10, 12)])
+def test_jpeg_qualities_come_as_exp_minus_a_tenth(lowest, highest, rng):
+    """Read from the images: each of a batch is the codec's at one quality, and qualities come as they should."""
+    x = torch.rand(1, 1, 16, 16, generator=rng)
+    known = torch.stack([JPEG(quality).measure(x)[0] for quality in range(lowest, highest + 1)])
+    assert len(torch.unique(known.flatten(1), dim=0)) == len(known)
+    n = 4000
+    condition, region = JPEGRestoration(lowest, highest)(x.expand(n, -1, -1, -1), rng)
+    same = (condition.flatten(1)[:, None] == known.flatten(1)).all(2)
+    assert same.sum(1).eq(1).all() and region.all()
+    counts = same.sum(0).float()
+    assert chi_square_is_plausible(counts, torch.exp(-torch.arange(lowest, highest + 1) / 10))
+    assert not chi_square_is_plausible(counts, torch.ones(len(counts)))
+    if (lowest, highest) == (5, 30):  # the paper's: half are 10 and lower
+        assert abs(float(counts[:6].sum()) / n - 0.49) < 4 * 0.5 / math.sqrt(n)
+
+
+# -- Mixtures
+
+
+def constant(value, channels=1):
+    """A task of one's own: a function. It shows each image its own mean, less a value."""
+
+    def task(x, generator):
+        return x.mean(1, keepdim=True).repeat(1, channels, 1, 1) - value, torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+    return task
+
+
+@pytest.mark.parametrize("weights", [None, [1, 2, 5]])
+def test_each_image_gets_one_task_as_often_as_it_weighs(weights, rng):
+    n = 4000
+    x = torch.arange(n)[:, None, None, None].expand(-1, 1, 8, 8).float()
+    condition, region = MultiTask([constant(0.0), constant(0.25), constant(0.5)], weights)(x, rng)
+    value = x - condition
+    assert region.shape == x.shape and region.all()
+    assert torch.equal(value, value[:, :1, :1, :1].expand_as(value))  # every image is shown its own
+    counts = torch.stack([(value[:, 0, 0, 0] == v).sum() for v in (0.0, 0.25, 0.5)])
+    assert counts.sum() == n
+    assert chi_square_is_plausible(counts, torch.tensor(weights or [1.0, 1.0, 1.0]))
+
+
+def test_mixtures_can_be_mixed(rng):
+    masks = MultiTask([Inpainting(), Uncropping()])
+    task = MultiTask([masks, JPEGRestoration(10, 10)], weights=[3, 1])
+    assert repr(task) == (
+        "MultiTask([MultiTask([Inpainting(), Uncropping()]), JPEGRestoration(10, 10)], weights=[3.0, 1.0])"
+    )
+    x = torch.rand(800, 1, 16, 16, generator=rng)
+    condition, region = task(x, rng)
+    codec = region.flatten(1).all(1)
+    assert abs(float(codec.float().mean()) - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 800)
+    assert torch.equal(condition[codec], JPEG(10).measure(x[codec]))
+    assert torch.equal(condition[~region], x[~region])
+
+
+# -- Palette's mathematics
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_the_loss_is_palettes(p, rng):
+    """|f(c, sqrt(gamma) x0 + sqrt(1 - gamma) e, gamma) - e|_p^p in [-1, 1] is p times dsm_loss; so is its gradient."""
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def f(c, y, gamma):
+        return torch.sin(weight * y + c.mean(1, keepdim=True)) * (1 - gamma) + weight * c[:, :1] * gamma
+
+    schedule = NoiseSchedule.from_betas(torch.linspace(1e-6, 0.01, 2000, dtype=torch.float64))
+    gammas = 1 / (1 + (2 * schedule.sigmas) ** 2)
+
+    class Backbone(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))  # a network in double precision
+
+        def forward(self, y, step, c):
+            return f(c, y, gammas[len(gammas) - 1 - step.round().long()].view(-1, 1, 1, 1))
+
+    net = ScoreNet(Backbone(), schedule, precondition="ddpm")
+    x, c = (torch.rand(5, channels, 4, 4, generator=rng, dtype=torch.float64) for channels in (1, 2))
+    e = torch.randn(x.shape, generator=rng, dtype=torch.float64)
+    levels = torch.tensor([1, 400, 900, 1500, 1998])
+    gamma = gammas[levels].view(-1, 1, 1, 1)
+    noisy = gamma.sqrt() * (2 * x - 1) + (1 - gamma).sqrt() * e
+    expected = (f(2 * c - 1, noisy, gamma) - e).abs().pow(p).flatten(1).sum(1)
+    losses = p * dsm_loss(net, x, sigma=schedule.sigmas[levels], noise=e, condition=c, p=p, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    (a,), (b,) = (torch.autograd.grad(loss.sum(), weight) for loss in (losses, expected))
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    # In a region it is the mean there, times all pixels, whatever its area.
+    region = torch.rand(5, 1, 4, 4, generator=rng) < 0.5
+    inside = dsm_loss(net, x, sigma=schedule.sigmas[levels], noise=e, condition=c, p=p, region=region, reduction="none")
+    each = (f(2 * c - 1, noisy, gamma) - e).abs().pow(p)
+    means = torch.stack([one[where].mean() for one, where in zip(each, region, strict=True)])
+    torch.testing.assert_close(p * inside, 16 * means, rtol=1e-12, atol=1e-12)
+
+
+def test_pixels_outside_the_region_do_not_count(rng):
+    """A score of pixels on their own: what is outside of the hole may be anything, and be predicted anyhow."""
+    x, z = torch.rand(3, 2, 6, 6, generator=rng), torch.randn(3, 2, 6, 6, generator=rng)
+    _, region = Inpainting()(torch.zeros(3, 2, 8, 8), rng)
+    region = region[..., 1:7, 1:7] | (torch.arange(6) == 2)
+    other = torch.where(region, x, torch.rand(x.shape, generator=rng))
+
+    def loss(x):
+        return dsm_loss(lambda x, sigma: -x.sin(), x, sigma=0.4, noise=z, region=region, reduction="none")
+
+    assert torch.equal(loss(x), loss(other))
+    assert not torch.equal(loss(x), loss(x + 0.1))
+
+
+def test_each_power_has_its_own_optimum():
+    """On two points the loss of power 2 is least at the posterior's mean, that of power 1 at its median."""
+    n, sigma = 200_000, 1.0
+    x = torch.where(torch.rand(n, 1, generator=seed(0)) < 0.7, 1.0, -1.0)
+    z = torch.randn(n, 1, generator=seed(1))
+
+    def score(denoised):
+        def net(x, sigma):
+            plus = torch.sigmoid(2 * x + math.log(0.7 / 0.3))
+            return denoised(2 * plus - 1) - x
+
+        return net
+
+    mean, median = score(lambda mean: mean), score(lambda mean: mean.sign())
+    for p, best, worse in [(2, mean, median), (1, median, mean)]:
+        losses = [dsm_loss(net, x, sigma=sigma, noise=z, p=p, reduction="none") for net in (best, worse)]
+        difference = losses[1] - losses[0]
+        assert float(difference.mean()) > 5 * float(difference.std()) / math.sqrt(n)
+
+
+def test_conditional_score_matching_has_its_minimum_at_the_closed_form():
+    """Of (x0, c) jointly Gaussian, with x0 given c being N(B c, S). The score is linear, so the loss is a quadratic.
+
+    At the closed form its gradient is zero, and off it by a matrix it is larger by exactly the quadratic form.
+    """
+    n, sigma = 400_000, 0.6
+    b = torch.tensor([[0.8, -0.3], [0.1, 0.5]], dtype=torch.float64)
+    s = torch.tensor([[0.50, 0.20], [0.20, 0.30]], dtype=torch.float64)
+    c = torch.randn(n, 2, generator=seed(0), dtype=torch.float64)
+    x = c @ b.T + torch.randn(n, 2, generator=seed(1), dtype=torch.float64) @ torch.linalg.cholesky(s).T
+    z = torch.randn(n, 2, generator=seed(2), dtype=torch.float64)
+    total = s + sigma**2 * torch.eye(2, dtype=torch.float64)
+    precision = torch.linalg.inv(total)
+
+    def losses(on_x, on_c):
+        def net(x, sigma, condition):
+            return x @ on_x.T + condition @ on_c.T
+
+        return dsm_loss(net, x, sigma=sigma, noise=z, condition=c, reduction="none")
+
+    parameters = (-precision).requires_grad_(), (precision @ b).requires_grad_()
+    optimum = losses(*parameters)
+    for i, gradient in enumerate(torch.autograd.grad(optimum.mean(), parameters)):
+        # Entry (j, k) of the gradient is the mean of sigma r_j v_k, v being x or c.
+        r = sigma * sigma * ((x + sigma * z) @ parameters[0].T + c @ parameters[1].T + z / sigma).detach()
+        v = (x + sigma * z) if i == 0 else c
+        deviation = (r[:, :, None] * v[:, None]).std(0) / math.sqrt(n)
+        assert (gradient.abs() < 5 * deviation).all()
+    # x = B c + e, e ~ N(0, S + sigma^2), c ~ N(0, 1): an error of the score E_x x + E_c c has this mean square.
+    for factors in [(1.05, 1.0), (1.0, 0.95), (0.95, 1.05)]:
+        on_x, on_c = (factor * one.detach() for factor, one in zip(factors, parameters, strict=True))
+        e_x, e_c = on_x - parameters[0].detach(), on_c - parameters[1].detach()
+        along = e_x @ b + e_c
+        excess = sigma**2 / 2 * float((along @ along.T + e_x @ total @ e_x.T).trace())
+        difference = losses(on_x, on_c) - optimum.detach()
+        assert abs(float(difference.mean()) - excess) < 5 * float(difference.std()) / math.sqrt(n)
+
+
+TINTS = torch.tensor([[1.0, 0.101 / 0.587, 0.0], [0.0, 0.4 / 0.587, 0.0], [0.0, 0.286 / 0.587, 1.0]])
+SHARES = torch.tensor([0.5, 0.3, 0.2])
+
+
+def test_colors_of_equal_luma_come_in_their_shares(rng):
+    """Gray digits of three tints of luma 0.4 say nothing of the tint: the exact posterior score, sampled.
+
+    Its samples hold the gray image to a part in a thousand without being held to it, and with an observation exactly.
+    """
+    shapes = torch.rand(1, 1, 8, 8, generator=rng)
+    images = shapes * TINTS[:, :, None, None]
+    condition, _ = Colorization()(images)
+    torch.testing.assert_close(condition, condition[:1].expand_as(condition), atol=1e-6, rtol=0)
+
+    def score(x, sigma, condition):
+        """Of x0 given the gray image: three points, condition * tint / luma."""
+        points = condition[:, None, :1] * TINTS[None, :, :, None, None] / 0.4
+        logits = -(x[:, None] - points).square().sum((2, 3, 4)) / (2 * sigma**2) + SHARES.log()
+        return ((logits.softmax(1)[..., None, None, None] * points).sum(1) - x) / sigma**2
+
+    n = 3000
+    sampler = AncestralSampler(score, NoiseSchedule.geometric(20, 0.01, 120))
+    shown = condition[:1].expand(n, -1, -1, -1)
+    x = sampler.sample(shape=(3, 8, 8), condition=shown, generator=rng, progress=False)
+    distance = (x[:, None] - images).flatten(2).norm(dim=2)
+    assert distance.min(1).values.max() < 0.05  # each is one of the three, whole
+    counts = torch.bincount(distance.argmin(1), minlength=3)
+    deviation = (SHARES * (1 - SHARES) / n).sqrt()
+    assert ((counts / n - SHARES).abs() < 4 * deviation + 0.01).all()
+    assert (Grayscale().measure(x) - condition[:1, :1]).abs().max() < 1e-3
+
+    seen = Observation(Grayscale(), condition[:1, :1])
+    held = sampler.sample(shape=(3, 8, 8), condition=shown[:50], observation=seen, generator=rng, progress=False)
+    assert (Grayscale().measure(held) - condition[:1, :1]).abs().max() < 1e-6
+
+
+# -- Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: Inpainting()(torch.zeros(1, 1, 8, 8).byte()), TypeError, r"got torch.uint8. Write x / 255"),
+        (lambda: Inpainting()(torch.zeros(1, 8, 8)), ValueError, r"\(N, C, H, W\), .*got shape \(1, 8, 8\)"),
+        (lambda: Inpainting()(torch.zeros(0, 1, 8, 8)), ValueError, r"at least one, .*got shape \(0, 1, 8, 8\)"),
+        (lambda: Uncropping()(torch.zeros(1, 1, 8, 7)), ValueError, r"8 x 8 pixels at least, got shape \(1, 1, 8, 7\)"),
+        (lambda: Colorization()(torch.zeros(2, 1, 8, 8)), ValueError, r"of RGB images .*got shape \(2, 1, 8, 8\)"),
+        (lambda: JPEGRestoration()(torch.zeros(2, 2, 8, 8)), ValueError, r"\(N, 3, H, W\), got \(1, 2, 8, 8\)"),
+        (lambda: JPEGRestoration(0, 30), ValueError, "quality must be an integer from 1 to 100, got 0"),
+        (lambda: JPEGRestoration(5, 300), ValueError, "got 300"),
+        (lambda: JPEGRestoration(30, 5), ValueError, "lowest must not be above highest, got 30 and 5"),
+        (lambda: MultiTask([]), ValueError, "at least one task"),
+        (
+            lambda: MultiTask([Inpainting]),
+            TypeError,
+            r"called as task\(x, generator\), as Inpainting\(\) is, got <class",
+        ),
+        (lambda: MultiTask([Inpainting()], [1, 2]), ValueError, r"1 positive numbers.*got \[1.0, 2.0\]"),
+        (lambda: MultiTask([Inpainting()], [0]), ValueError, r"got \[0.0\]"),
+        (lambda: MultiTask([Inpainting()], [math.nan]), ValueError, r"got \[nan\]"),
+        (
+            lambda: MultiTask([constant(0, 1), constant(0, 2)])(torch.zeros(50, 1, 8, 8), seed(0)),
+            ValueError,
+            r"same number of channels, got \[1, 2\]",
+        ),
+        (lambda: fill(torch.zeros(1, 1, 8, 8), torch.ones(8, 8)), TypeError, "Write region > 0.5"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
