@@ -23,7 +23,7 @@ from evaluate_mnist import figures, load_classifier, read
 from mnist import load_digits
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
-from scorematch.sampling import ODESampler, PredictorCorrectorSampler, Sampler
+from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler, Sampler
 
 _CALLS, _RAREST, _CONTRAST = 250, 0.05, 0.02
 
@@ -52,6 +52,8 @@ def lines(net: ScoreNet, counts: list[int] | None) -> Iterator[tuple[str, Sample
         yield "predictor-corrector", PredictorCorrectorSampler(net, schedule)
     for schedule in levels(25, 50, 100):
         yield "ancestral-corrector", PredictorCorrectorSampler(net, schedule, predictor="ancestral")
+    for schedule in levels(50, 100, 200):  # with the small variance it is "consistent, 1 - r^2"
+        yield "ancestral, large", AncestralSampler(net, schedule)
 
 
 def main() -> None:
