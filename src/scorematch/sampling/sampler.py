@@ -52,6 +52,7 @@ class Sampler(ABC):
         denoise: bool,
         clamp: bool,
         precision: Precision,
+        compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
         if not callable(net):
             raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
@@ -65,7 +66,12 @@ class Sampler(ABC):
         self.schedule = schedule
         self.denoise = denoise
         self.clamp = clamp
+        if compile and (precision == "float32" or not hasattr(type(net), "inference_copy")):
+            raise ValueError(
+                'compile=True is for a ScoreNet at precision="auto". Pass torch.compile(net) for any other score.'
+            )
         self.precision = precision
+        self.compile = compile
 
     @abstractmethod
     def __len__(self) -> int:
@@ -167,13 +173,15 @@ class Sampler(ABC):
         return self._run(start, noise, progress)
 
     def _run(self, start: _Start, noise: Callable[[Tensor], Tensor], progress: bool) -> Iterator[tuple[Tensor, float]]:
+        net = self._inference_net()
+
         def score(x: Tensor, sigma: Tensor) -> Tensor:
             batches = x.split(start.batch_size)
             if start.condition is None:
-                scores = [self.net(batch, sigma) for batch in batches]
+                scores = [net(batch, sigma) for batch in batches]
             else:
                 conditions = start.condition.split(start.batch_size)
-                scores = [self.net(batch, sigma, c) for batch, c in zip(batches, conditions, strict=True)]
+                scores = [net(batch, sigma, c) for batch, c in zip(batches, conditions, strict=True)]
             return scores[0] if len(scores) == 1 else torch.cat(scores)
 
         x = start.x
@@ -194,6 +202,12 @@ class Sampler(ABC):
                     x = self._clamped(torch.add(x, score(x, sigma), alpha=self.schedule.sigma_min**2))
                 bar.update()
                 yield x, 0.0
+
+    def _inference_net(self) -> Callable[..., Tensor]:
+        """The network, or with precision "auto" its copy for sampling if it has one: made for one run, and not kept."""
+        if self.precision == "float32" or not hasattr(type(self.net), "inference_copy"):
+            return self.net
+        return self.net.inference_copy(compile=self.compile)  # type: ignore[attr-defined]
 
     def _clamped(self, x: Tensor) -> Tensor:
         value_range = getattr(self.net, "value_range", None)
