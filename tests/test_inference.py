@@ -151,14 +151,16 @@ def test_parts_hold_a_million_values():
     assert inference.part_size(backbone, torch.empty(100, 3, 32, 32, device="meta")) == 100
 
 
-def test_gradients_with_respect_to_the_image_flow_through(net, rng, monkeypatch):
-    monkeypatch.setattr("scorematch.score.native_dtype", lambda device: torch.bfloat16)
+# In bfloat16 pooling of a random network finds its maximum at other pixels, and passes the gradient on to those.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.3)])
+def test_gradients_with_respect_to_the_image_flow_through(net, dtype, tolerance, rng, monkeypatch):
+    monkeypatch.setattr("scorematch.score.native_dtype", lambda device: dtype)
     x, condition = _noise(rng).requires_grad_(), _condition(net)
     sigma = torch.tensor(0.3)
     found, right = (
         torch.autograd.grad(score(x, sigma, condition).square().sum(), x)[0] for score in (net.inference_copy(), net)
     )
-    assert (found - right).norm() <= 0.1 * right.norm()
+    assert (found - right).norm() <= tolerance * right.norm()
 
 
 # -- Networks that are run as they are
