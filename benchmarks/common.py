@@ -1,8 +1,10 @@
 """What the benchmarks share: timing that a busy machine cannot fool, and one form of result.
 
-What is compared runs in turn within one process, again and again, so that whatever else the machine does slows all
-of it alike; figures are medians, and a ratio is the median of the ratios of neighbors. A benchmark prints a table and writes
-``NAME.json`` and ``NAME.png`` into its ``--out`` folder.
+What is compared runs in turn within one process, again and again, so that whatever else the machine does slows all of
+it alike; figures are medians, and a ratio is the median of the ratios of neighbors. With ``--threads 1`` on a CPU the
+clock is the process's own: it stands still while others compute.
+
+A benchmark prints a table and writes ``NAME.json`` and ``NAME.png`` into its ``--out`` folder.
 """
 
 import argparse
@@ -24,21 +26,28 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the table and the plot")
     made.add_argument("--device", default="cpu")
     made.add_argument("--repeats", type=int, default=7)
+    made.add_argument("--threads", type=_threads, help="of the processor; none given, torch decides")
     made.add_argument("--smoke", action="store_true", help="the smallest size, to see that all runs")
     return made
 
 
+def _threads(said: str) -> int:
+    torch.set_num_threads(int(said))
+    return int(said)
+
+
 def alternate(runs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each run, ``repeats`` times in turn, after two rounds that do not count."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(repeats + 2):
         for name, run in runs.items():
             _wait(device)
-            begin = time.perf_counter()
+            begin = clock()
             run()
             _wait(device)
             if i >= 2:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
 
 
@@ -69,7 +78,7 @@ def report(name: str, args: argparse.Namespace, rows: Sequence[Row], *, bars: st
     args.out.mkdir(parents=True, exist_ok=True)
     cuda = args.device.startswith("cuda")
     machine = {
-        "device": torch.cuda.get_device_name(args.device) if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(args.device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
