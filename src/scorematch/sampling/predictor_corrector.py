@@ -56,7 +56,7 @@ class PredictorCorrectorSampler(Sampler):
         denoise: whether to end with one step of Tweedie's formula at the quietest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
         restore: how an observation is held to, as for ``AnnealedLangevinSampler``.
-        precision: as for ``AnnealedLangevinSampler``.
+        precision: as for ``AnnealedLangevinSampler``, and so is ``compile``.
 
     Raises:
         TypeError, ValueError: for a ladder that is missing, a predictor that there is not, a count below 0, or an snr
@@ -86,8 +86,11 @@ class PredictorCorrectorSampler(Sampler):
         clamp: bool = True,
         restore: Restore = "replace",
         precision: Precision = "auto",
+        compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
-        super().__init__(net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision)
+        super().__init__(
+            net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision, compile=compile
+        )
         if predictor not in get_args(Predictor):
             known = ", ".join(map(repr, get_args(Predictor)))
             raise ValueError(f"predictor must be one of {known}, got {predictor!r}.")
@@ -114,7 +117,7 @@ class PredictorCorrectorSampler(Sampler):
         noise: Callable[[Tensor], Tensor],
         seen: Restoration,
     ) -> Iterator[tuple[Tensor, float]]:
-        ladder = self.schedule.sigmas.to(x.dtype).to(x.device)
+        ladder = self._ladder(x)
         for level in range(1, len(self.schedule)):
             louder, sigma = self.schedule[level - 1], self.schedule[level]
             step = louder**2 - sigma**2
