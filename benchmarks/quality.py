@@ -49,9 +49,9 @@ def lines(net: ScoreNet, counts: list[int] | None) -> Iterator[tuple[str, Sample
             sampler = AnnealedLangevinSampler(net, schedule, step_size=a * schedule.sigma_min**2, consistent=True)
             yield f"consistent, 1 - r^{k:g}", sampler
     for schedule in levels(25, 50, 100):
-        yield "predictor-corrector", PredictorCorrectorSampler(net, schedule)
+        yield "corrected reverse step", PredictorCorrectorSampler(net, schedule, predictor="reverse-diffusion")
     for schedule in levels(25, 50, 100):
-        yield "ancestral-corrector", PredictorCorrectorSampler(net, schedule, predictor="ancestral")
+        yield "corrected ancestral step", PredictorCorrectorSampler(net, schedule)
 
 
 def main() -> None:
