@@ -2,7 +2,6 @@
 
     python examples/evaluate_mnist.py --data FOLDER                     # the network that ships as "mnist"
     python examples/evaluate_mnist.py --data FOLDER --model runs/mnist/network --n 5000
-    python examples/evaluate_mnist.py --data FOLDER --ancestral small                        # another sampler
 
 The classifier is a small convolutional network trained on the same 60,000 digits; it is made once and kept in
 ``--classifier``. The Fréchet distance compares means and covariances of its 128 features. It is not the FID of
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 from scorematch import AnnealedLangevinSampler, ScoreNet
 from scorematch.images import save_grid
-from scorematch.sampling import AncestralSampler, Sampler
 
 
 class Classifier(nn.Module):
@@ -118,8 +116,6 @@ def main() -> None:
     parser.add_argument("--model", default="mnist", help='a short name or a folder ("mnist")')
     parser.add_argument("--n", type=int, default=1000, help="how many samples")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ancestral", choices=["large", "small"], help="AncestralSampler, with this variance")
-    parser.add_argument("--levels", type=int, help="of AncestralSampler")
     parser.add_argument("--classifier", type=Path, default=Path("runs/digit_classifier.pt"))
     parser.add_argument("--picture", type=Path, help="where to write the first 64 samples")
     args = parser.parse_args()
@@ -132,10 +128,7 @@ def main() -> None:
     accuracy = (read(classifier, test)[0].argmax(1) == labels).float().mean()
     print(f"classifier: {accuracy:.2%} of the test digits right")
 
-    net = ScoreNet.from_pretrained(args.model).to(memory_format=torch.channels_last)
-    sampler: Sampler = AnnealedLangevinSampler(net)
-    if args.ancestral is not None:
-        sampler = AncestralSampler(net, levels=args.levels, variance=args.ancestral)
+    sampler = AnnealedLangevinSampler(ScoreNet.from_pretrained(args.model).to(memory_format=torch.channels_last))
     print(sampler)
     begin = time.perf_counter()
     # Batches that fit the processor's caches.

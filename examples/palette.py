@@ -91,10 +91,11 @@ def restore(net: ScoreNet, x: Tensor, name: str, draws: int, levels: int) -> tup
     sampler = AncestralSampler(net, levels=min(levels, len(net.schedule)))
     # A network that regresses has one level, and is shown gray at it.
     init = torch.full_like(x, 0.5) if len(net.schedule) == 1 else None
-    samples = [
-        sampler.sample(init=init, condition=condition, observation=seen, batch_size=64, progress=False)
-        for _ in range(draws)
-    ]
+    with torch.autocast(x.device.type, torch.bfloat16):  # much faster, the same statistics
+        samples = [
+            sampler.sample(init=init, condition=condition, observation=seen, batch_size=64, progress=False)
+            for _ in range(draws)
+        ]
     degraded = y if seen is not None else condition
     consistency = [rmse(operator.measure(images), y) for images in [degraded, samples[0]]]
     return degraded, torch.stack(samples), consistency
@@ -178,9 +179,9 @@ def main() -> None:
     images = load(args.data, "train")[0].to(args.device)  # 47 or 154 MB: the whole set stays on the device
     test, labels = (part[: args.n] for part in load(args.data, "test"))
     with torch.random.fork_rng():
-        torch.manual_seed(1)
-        test = prepare(test.to(args.device))
+        torch.manual_seed(1)  # the ladder first, so that no option changes it
         schedule = NoiseSchedule.from_data(prepare(images[: 200 if args.smoke else 2000]))
+        test = prepare(test.to(args.device))
     task = MultiTask([TASKS[name] for name in args.tasks])
     print(f"{task}, {schedule}")
 
@@ -220,8 +221,9 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    for row in rows:
-        print(row)
+    print(f"{'':>20}" + "".join(f"{row['task']:>14}" for row in rows))
+    for name in list(rows[0])[1:]:
+        print(f"{name:>20}" + "".join(f"{row[name]:>14.4f}" for row in rows))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from scorematch import NoiseSchedule, ScoreNet
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.observe import Mask, Observation
-from scorematch.sampling import AncestralSampler
+from scorematch.sampling import AncestralSampler, PredictorCorrectorSampler
 from scorematch.sampling.ancestral import ancestral_step
 
 SHORT = NoiseSchedule.geometric(5, 0.1, 12)
@@ -348,6 +348,15 @@ def test_nothing_observed_changes_nothing(world):
     nothing = Observation(Mask(torch.zeros(3, dtype=torch.bool)), torch.zeros(1, 3))
     plain = run(sampler, 5, shape=(3,), generator=seed(0))
     assert torch.equal(plain, run(sampler, 5, shape=(3,), observation=nothing, generator=seed(0)))
+
+
+def test_the_small_variance_is_the_predictor_alone_and_the_consistent_step(world):
+    """One step, three names: also the ancestral predictor, and consistent annealed sampling at 1 - r^2."""
+    small = run(AncestralSampler(world, SHORT, variance="small"), 5, shape=(3,), generator=seed(0))
+    predictor = PredictorCorrectorSampler(world, SHORT, predictor="ancestral", corrector_steps=0)
+    consistent = AnnealedLangevinSampler(world, SHORT, consistent=True)
+    for sampler in (predictor, consistent):
+        torch.testing.assert_close(run(sampler, 5, shape=(3,), generator=seed(0)), small, rtol=1e-5, atol=1e-5)
 
 
 def test_one_level_is_one_step_of_tweedie():

@@ -23,7 +23,8 @@ noise    v                                                    exact, whatever th
 
 The two are one where steps are small. With r the ratio of two levels, the large one leaves noise of variance
 :math:`r^2 + r^{-2} - 1` times what is due at the quiet levels of few steps, 1.2 at r = 1.25; the small one is right
-there, but data of a wide Gaussian come out too narrow.
+there, but data of a wide Gaussian come out too narrow. The small one is Song et al.'s ancestral predictor, without its
+corrector, and on a geometric ladder also the consistent step of ``AnnealedLangevinSampler``.
 
 References:
     Ho et al., 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Alg. 2 and Sec. 3.2.
