@@ -3,41 +3,30 @@
     python benchmarks/overhead.py
     python benchmarks/overhead.py --device cuda --width 128
 
-The chain and the bare network calls alternate within one run, so that a busy machine slows both; the figure is the
-median of the ratios. The network is NCSNv2 at CIFAR-10's size, narrower by default: a laptop is done in a minute.
+The network is NCSNv2 at CIFAR-10's size, narrower by default: a laptop is done in a minute.
 """
 
-import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from common import alternate, parser, ratio, report
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 
 
-def seconds(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--width", type=int, default=64)
+    options.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    args = options.parse_args()
+    if args.smoke:
+        args.width, args.batches, args.repeats = 4, [1, 2], 1
 
     net = ScoreNet.ncsnv2(3, 32, width=args.width).to(args.device).eval()
-    sampler = AnnealedLangevinSampler(net, NoiseSchedule.geometric(50, 0.01, 5), steps_per_level=1, denoise=False)
-    print(f"{'batch':>5}  {'ms a call':>9}  {'ms a step':>9}  {'overhead':>8}")
+    schedule = NoiseSchedule.geometric(50, 0.01, 5)
+    # The exact path, so that both call the very same network.
+    sampler = AnnealedLangevinSampler(net, schedule, steps_per_level=1, denoise=False, precision="float32")
+    rows = []
     for batch in args.batches:
         x, sigma = torch.rand(batch, 3, 32, 32, device=args.device), torch.tensor(1.0, device=args.device)
 
@@ -49,11 +38,17 @@ def main() -> None:
         def chain(x: torch.Tensor = x) -> None:
             sampler.sample(init=x, progress=False)
 
-        seconds(calls, args.device), seconds(chain, args.device)  # warm
-        pairs = [(seconds(calls, args.device), seconds(chain, args.device)) for _ in range(args.repeats)]
-        bare, whole = (statistics.median(pair[i] for pair in pairs) / len(sampler) * 1000 for i in (0, 1))
-        ratio = statistics.median(b / a for a, b in pairs)
-        print(f"{batch:>5}  {bare:>9.2f}  {whole:>9.2f}  {ratio - 1:>8.1%}")
+        seconds = alternate({"calls": calls, "chain": chain}, args.repeats, args.device)
+        milliseconds = {name: statistics.median(times) / len(sampler) * 1000 for name, times in seconds.items()}
+        rows.append(
+            {
+                "batch": str(batch),
+                "ms a call": milliseconds["calls"],
+                "ms a step": milliseconds["chain"],
+                "overhead %": 100 * (ratio(seconds, "chain", "calls") - 1),
+            }
+        )
+    report("overhead", args, rows, bars="overhead %")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ SHORT = NoiseSchedule.geometric(5, 0.1, 12)
 UNEVEN = NoiseSchedule([4.0, 3.0, 1.6, 1.1, 0.5, 0.4])  # no two ratios alike, the smallest 0.4545
 KINDS = {
     "consistent": lambda net, schedule=None: AnnealedLangevinSampler(net, schedule, consistent=True),
-    "reverse-diffusion": lambda net, schedule=None: PredictorCorrectorSampler(net, schedule),
-    "ancestral": lambda net, schedule=None: PredictorCorrectorSampler(
-        net, schedule, predictor="ancestral", corrector_steps=2
+    "reverse-diffusion": lambda net, schedule=None: PredictorCorrectorSampler(
+        net, schedule, predictor="reverse-diffusion"
     ),
+    "ancestral": lambda net, schedule=None: PredictorCorrectorSampler(net, schedule, corrector_steps=2),
     "predictor": lambda net, schedule=None: PredictorCorrectorSampler(net, schedule, corrector_steps=0),
     "heun": lambda net, schedule=None: ODESampler(net, schedule),
     "dpm-solver++": lambda net, schedule=None: ODESampler(net, schedule, method="dpm-solver++"),
@@ -182,7 +182,7 @@ def test_an_image_is_corrected_by_its_own_norm(world, rng):
 def test_a_score_of_zero_is_corrected_by_the_greatest_step(rng):
     sampler = PredictorCorrectorSampler(lambda x, sigma: torch.zeros_like(x), NoiseSchedule([2.0, 1.0]), denoise=False)
     x = run(sampler, init=torch.zeros(20_000, 1), generator=rng)
-    assert x.var() == pytest.approx(3 + 2, rel=5 * math.sqrt(2 / 20_000))  # 2^2 - 1^2, and twice 1^2
+    assert x.var() == pytest.approx(0.75 + 2, rel=5 * math.sqrt(2 / 20_000))  # (2^2 - 1^2) / 2^2, and twice 1^2
 
 
 # -- The probability flow
@@ -376,7 +376,7 @@ def test_what_was_seen_with_noise_has_its_posterior(kind, world, rng):
         (lambda: PredictorCorrectorSampler(point), "no ladder of its own: pass a schedule"),
         (
             lambda: PredictorCorrectorSampler(point, SHORT, predictor="ode"),
-            "'reverse-diffusion', 'ancestral', got 'ode'",
+            "'ancestral', 'reverse-diffusion', got 'ode'",
         ),
         (lambda: PredictorCorrectorSampler(point, SHORT, corrector_steps=-1), "integer of at least 0, got -1"),
         (lambda: PredictorCorrectorSampler(point, SHORT, snr=0.0), "snr must lie between 0 and 1, got 0.0"),

@@ -11,11 +11,13 @@ in the same units, and a score.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from scorematch import cards, hub, pretrained
+from scorematch.nets.inference import inference_copy, is_plain, native_dtype, part_size
 from scorematch.nets.refinenet import Depth, RefineNet
 from scorematch.nets.unet import ResidualBlock, UNet
 from scorematch.noise import NoiseSchedule, expand
-from scorematch.precondition import ROWS
+from scorematch.precondition import ROWS, Coefficients
 
 Size = int | tuple[int, int]
 
@@ -251,23 +254,35 @@ class ScoreNet(nn.Module):
             TypeError: for integer x, or a condition where the network takes none.
             ValueError: for a sigma of another shape, or images that the network cannot take.
         """
+        sigma = self._checked(x, sigma, condition)
+        return self._score(self.backbone, x, self._coefficients(sigma), condition)
+
+    def _checked(self, x: Tensor, sigma: float | Tensor, condition: Tensor | None) -> Tensor:
+        """Sigma as a tensor beside x; the same one where it is one already."""
         if not x.is_floating_point():
             raise TypeError(
                 f"x must be floating point, images in [0, 1], got {x.dtype}. Write x / 255 for 8-bit images."
             )
         if condition is not None and isinstance(self.backbone, RefineNet):
             raise TypeError("this network takes no condition; an NCSN is unconditional.")
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device)
+        sigma = torch.as_tensor(sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(x)):
             raise ValueError(
                 f"sigma must be a float, () or ({len(x)},) like the batch, got shape {tuple(sigma.shape)}."
             )
+        return sigma
+
+    def _coefficients(self, sigma: Tensor) -> Coefficients:
         row = ROWS[self.precondition]
-        k, middle = self._units() if row.centered else (1.0, 0.0)
-        c_in, c_skip, c_out, c_noise = row.coefficients(sigma, self.schedule, k)
-        u = k * (x.to(dtype) - middle) if row.centered else x.to(dtype)
-        parameter = next(self.backbone.parameters(), None)
+        return row.coefficients(sigma, self.schedule, self._units()[0] if row.centered else 1.0)
+
+    def _score(self, backbone: nn.Module, x: Tensor, coefficients: Coefficients, condition: Tensor | None) -> Tensor:
+        """The formula of ``scorematch.precondition``, computed in float32 at least around the backbone."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        c_in, c_skip, c_out, c_noise = coefficients
+        k, middle = self._units() if ROWS[self.precondition].centered else (1.0, 0.0)
+        u = k * (x.to(dtype) - middle)
+        parameter = next(backbone.parameters(), None)
         inner = dtype if parameter is None else parameter.dtype
         arguments = [
             (expand(c_in, x) * u).to(inner),
@@ -275,7 +290,7 @@ class ScoreNet(nn.Module):
         ]
         if condition is not None and condition.ndim == 4 and condition.is_floating_point():
             condition = (k * (condition.to(dtype) - middle)).to(inner)
-        output = self.backbone(*arguments) if condition is None else self.backbone(*arguments, condition)
+        output = backbone(*arguments) if condition is None else backbone(*arguments, condition)
         if output.shape[1:2] == (2 * x.shape[1],):  # a network that predicts a variance too: its second half
             output = output[:, : x.shape[1]]
         return (expand(c_skip, x) * u + expand(c_out, x) * output.to(dtype)).to(x.dtype)
@@ -287,6 +302,45 @@ class ScoreNet(nn.Module):
         """
         variance = torch.as_tensor(sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) ** 2
         return (x + expand(variance, x) * self(x, sigma, condition)).to(x.dtype)
+
+    def inference_copy(self, *, compile: bool = False) -> Callable[..., Tensor]:  # noqa: A002  (torch's word)
+        """A copy for sampling: as fast as the device can, with samples that are statistically the same.
+
+        What differs is in ``scorematch.nets.inference``: the layout, bfloat16 inside the network where the processor
+        has it natively, and what depends on sigma alone, which is computed once for as long as sigma is the very same
+        tensor. A network of the user's own, or one that is not float32 as it was built, is returned itself.
+
+        Args:
+            compile: whether to compile the copy at its first call, with ``torch.compile``, on CUDA with CUDA graphs.
+                Where that fails there is a warning, and the copy runs without.
+
+        Returns:
+            The score, called as this network. It does not follow later changes of the weights.
+        """
+        if not isinstance(self.backbone, RefineNet | UNet) or not is_plain(self):
+            return self
+        dtype = native_dtype(next(self.backbone.parameters()).device)
+        backbone, settle = inference_copy(self.backbone, dtype, compile=compile)
+
+        @functools.lru_cache(maxsize=1)  # a tensor is its own key; its version says whether it was written to
+        def at(sigma: Tensor, version: int) -> Coefficients:
+            coefficients = self._coefficients(sigma)
+            settle(coefficients.c_noise.to(torch.float32))
+            return coefficients
+
+        def score(x: Tensor, sigma: float | Tensor, condition: Tensor | None = None) -> Tensor:
+            sigma = self._checked(x, sigma, condition)
+            if sigma.ndim:  # a level for each image
+                return self(x, sigma, condition)
+            coefficients = at(sigma, 0 if sigma.is_inference() else sigma._version)
+            size = part_size(backbone, x)
+            conditions = itertools.repeat(None) if condition is None else condition.split(size)
+            parts = [
+                self._score(backbone, *part) for part in zip(x.split(size), itertools.repeat(coefficients), conditions)
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return score
 
     def _units(self) -> tuple[float, float]:
         """The k and the middle of u = k (x - middle) in [-1, 1]; 1 and 0 for data without a range."""

@@ -115,8 +115,8 @@ class _ResidualBlock(nn.Module):
             self.shortcut = _conv3x3(inputs, outputs, dilation=dilation) if first and dilation > 1 else None
 
     def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
-        h = self.conv1(F.elu(self.normalize1(x, position)))
-        h = self.conv2(F.elu(self.normalize2(h, position)))
+        h = self.conv1(self.normalize1(x, position, F.elu))
+        h = self.conv2(self.normalize2(h, position, F.elu))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -139,9 +139,8 @@ class _ResidualConvUnits(nn.Module):
         modules = self._modules
         h = x
         for name in self._names():
-            if self.normalized:
-                h = modules[f"{name}_norm"](h, position)  # type: ignore[misc]
-            h = modules[f"{name}_conv"](F.elu(h))  # type: ignore[misc]
+            h = modules[f"{name}_norm"](h, position, F.elu) if self.normalized else F.elu(h)  # type: ignore[misc]
+            h = modules[f"{name}_conv"](h)  # type: ignore[misc]
             if name.endswith("_2"):
                 x = h = h + x
         return x
@@ -284,7 +283,7 @@ class RefineNet(nn.Module):
         below: list[Tensor] = []
         for name in self._refine:
             below = [self._modules[name]([skips.pop(), *below], position)]  # type: ignore[misc]
-        return self.end_conv(F.elu(self.normalizer(below[0], position)))
+        return self.end_conv(self.normalizer(below[0], position, F.elu))
 
     def _check(self, x: Tensor, position: Tensor | None) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels:

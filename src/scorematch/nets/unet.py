@@ -162,23 +162,23 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
         act = self.style.activation
-        h = act(self.norm1(x))
+        h = self.norm1(x, act)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv1(h)
-        level = self.time_emb_proj(act(embedding))[:, :, None, None]
+        level = self.time_emb_proj(embedding)[:, :, None, None]
         if self.style.scale_shift:
             scale, shift = level.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = act(self.norm2(h) * (1 + scale) + shift).to(h.dtype)
         else:
-            h = self.norm2(h + level)
-        h = self.conv2(self.dropout(act(h)))
+            h = self.norm2(h, act, level)
+        h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return (x + h) / self.scale
+        return x + h if self.scale == 1 else (x + h) / self.scale
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """Every pixel looks at every other; added to the input."""
 
     def __init__(self, channels: int, *, head_width: int, groups: int | None, eps: float, scale: float = 1.0) -> None:
@@ -191,7 +191,7 @@ class _Attention(nn.Module):
         self.to_v = nn.Linear(channels, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         height, width = x.shape[2:]
         h = rearrange(x if self.group_norm is None else self.group_norm(x), "n c h w -> n (h w) c")
         q, k, v = (
@@ -200,7 +200,7 @@ class _Attention(nn.Module):
         )
         h = rearrange(F.scaled_dot_product_attention(q, k, v), "n heads p c -> n p (heads c)")
         h = rearrange(self.to_out[0](h), "n (h w) c -> n c h w", h=height, w=width)
-        return (x + h) / self.scale
+        return x + h if self.scale == 1 else (x + h) / self.scale
 
 
 class _Layout(NamedTuple):
@@ -215,9 +215,9 @@ class _Layout(NamedTuple):
     def groups_of(self, channels: int) -> int:
         return _quarter_groups(channels) if self.groups is None else self.groups
 
-    def attention(self, channels: int, groups: int | None, scale: float = 1.0) -> _Attention:
+    def attention(self, channels: int, groups: int | None, scale: float = 1.0) -> Attention:
         head_width = channels if self.head_width is None else self.head_width
-        return _Attention(channels, head_width=head_width, groups=groups, eps=self.style.eps, scale=scale)
+        return Attention(channels, head_width=head_width, groups=groups, eps=self.style.eps, scale=scale)
 
 
 class _DownBlock(nn.Module):
@@ -365,7 +365,7 @@ class _UpBlock(nn.Module):
         if self.skip:
             image = None if image is None else _fir_up(image)
             if self.resnet_up is not None and self.skip_norm is not None and self.skip_conv is not None:
-                picture = self.skip_conv(F.silu(self.skip_norm(h)))
+                picture = self.skip_conv(self.skip_norm(h, F.silu))
                 image = picture if image is None else image + picture
                 h = self.resnet_up(h, embedding)
         return h, image
@@ -491,9 +491,10 @@ class UNet(nn.Module):
         _known("upsample_type", [upsample_type], ("conv", "resnet"))
         _known("act_fn", [act_fn], _ACTIVATIONS)
         self.in_channels, self.divisor, self.center = in_channels, 2 ** (len(widths) - 1), center_input_sample
+        self.activation = _ACTIVATIONS[act_fn]
         embedding = 4 * widths[0]
         layout = _Layout(
-            _Style(embedding, norm_eps, dropout, _ACTIVATIONS[act_fn], resnet_time_scale_shift == "scale_shift"),
+            _Style(embedding, norm_eps, dropout, self.activation, resnet_time_scale_shift == "scale_shift"),
             norm_num_groups,
             attention_head_dim,
             downsample_padding,
@@ -555,6 +556,7 @@ class UNet(nn.Module):
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))
         if self.class_embedding is not None and classes is not None:
             embedding = embedding + self.class_embedding(classes)
+        embedding = self.activation(embedding)  # as every residual block takes it
         h, image = self.conv_in(x), x
         kept = [h]
         for block in self.down_blocks:
@@ -564,7 +566,7 @@ class UNet(nn.Module):
         picture: Tensor | None = None
         for block in self.up_blocks:
             h, picture = block(h, kept, embedding, picture)
-        h = self.conv_out(F.silu(self.conv_norm_out(h)))
+        h = self.conv_out(self.conv_norm_out(h, F.silu))
         return h if picture is None else h + picture
 
     def _check(self, x: Tensor, condition: Tensor | None) -> None:

@@ -65,7 +65,7 @@ class AncestralSampler(Sampler):
         clamp: whether to clamp the result to the network's value range, if it has one.
         restore: how an observation is held to: "replace" (an operator without a gain is guided), "guide" or
             "guide-jacobian"; see ``scorematch.sampling.restoration``.
-        precision: "float32", or "auto", which at present is the same.
+        precision: as for ``AnnealedLangevinSampler``, and so is ``compile``.
 
     The large variance refers to images in [-1, 1], for which a network's ``value_range`` has the factor. A plain
     callable, and a network of data without a range, is taken to be in those units: of deviation one at most.
@@ -92,12 +92,15 @@ class AncestralSampler(Sampler):
         clamp: bool = True,
         restore: Restore = "replace",
         precision: Precision = "auto",
+        compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
         if schedule is None:
             schedule = own_schedule(net)
             if schedule is not None and levels is None:
                 levels = min(_LEVELS, len(schedule))
-        super().__init__(net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision)
+        super().__init__(
+            net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision, compile=compile
+        )
         if levels is not None:
             self.schedule = self.schedule.respaced(levels)
         if variance not in get_args(Noise):
@@ -119,7 +122,7 @@ class AncestralSampler(Sampler):
     ) -> Iterator[tuple[Tensor, float]]:
         value_range = getattr(self.net, "value_range", None)
         k = 1.0 if value_range is None else 2 / (value_range[1] - value_range[0])
-        ladder = self.schedule.sigmas.to(x.dtype).to(x.device)
+        ladder = self._ladder(x)
         for level, (sigma, following) in enumerate(zip(self.schedule, list(self.schedule)[1:], strict=False)):
             z = noise(x)
             x = seen.project(x, sigma, z)

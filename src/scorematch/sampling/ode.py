@@ -67,7 +67,7 @@ class ODESampler(Sampler):
         denoise: whether to end with one step of Tweedie's formula at the quietest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
         restore: how an observation is held to, as for ``AnnealedLangevinSampler``.
-        precision: as for ``AnnealedLangevinSampler``.
+        precision: as for ``AnnealedLangevinSampler``, and so is ``compile``.
 
     Raises:
         TypeError, ValueError: for a ladder that is missing or said twice, or a method that there is not.
@@ -95,13 +95,16 @@ class ODESampler(Sampler):
         clamp: bool = True,
         restore: Restore = "replace",
         precision: Precision = "auto",
+        compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
         own = own_schedule(net)
         if schedule is not None and levels is not None:
             raise ValueError(f"a schedule has its own number of levels: leave out levels, got {levels!r}.")
         if schedule is None and own is not None:
             schedule = NoiseSchedule.karras(own.sigma_max, own.sigma_min, _LEVELS if levels is None else levels)
-        super().__init__(net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision)
+        super().__init__(
+            net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision, compile=compile
+        )
         if method not in get_args(Method):
             raise ValueError(f"method must be one of {', '.join(map(repr, get_args(Method)))}, got {method!r}.")
         self.method = method
@@ -119,7 +122,7 @@ class ODESampler(Sampler):
         noise: Callable[[Tensor], Tensor],
         seen: Restoration,
     ) -> Iterator[tuple[Tensor, float]]:
-        ladder = self.schedule.sigmas.to(x.dtype).to(x.device)
+        ladder = self._ladder(x)
         z = (x - own_middle(self.net)) / self.schedule.sigma_max  # the noise of these paths
         x = seen.project(x, self.schedule.sigma_max, z)
         before: tuple[Tensor, float] | None = None  # the last denoised image, and the step in log sigma that followed

@@ -8,7 +8,8 @@ The **predictor** is a step of the reverse diffusion from a level to the next,
 
 the first discretizing the equation ("reverse-diffusion"), the second being the exact step where the denoised image does
 not move ("ancestral"): then the noise that is left has variance :math:`\sigma_i^2`, where the first is too loud by a
-factor of :math:`1 + (1 - r^2)^2 / r^2`, r being the ratio of the two levels.
+factor of :math:`1 + (1 - r^2)^2 / r^2`, r being the ratio of the two levels: nothing for a thousand levels, a tenth for
+fifty.
 
 The **corrector** is Langevin's step at the level, of a size that gives the signal-to-noise ratio rho,
 
@@ -38,7 +39,7 @@ from scorematch.noise import NoiseSchedule, expand
 from scorematch.sampling.restoration import Restoration, Restore
 from scorematch.sampling.sampler import Precision, Sampler
 
-Predictor = Literal["reverse-diffusion", "ancestral"]
+Predictor = Literal["ancestral", "reverse-diffusion"]
 
 
 class PredictorCorrectorSampler(Sampler):
@@ -47,7 +48,7 @@ class PredictorCorrectorSampler(Sampler):
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet or any callable.
         schedule: the ladder that the chain descends; None is the network's own.
-        predictor: the noise of the step down, "reverse-diffusion" or "ancestral".
+        predictor: the noise of the step down, "ancestral" or "reverse-diffusion".
         corrector_steps: Langevin steps after each step down; 0 leaves the predictor alone.
         snr: the corrector's signal-to-noise ratio rho, between 0 and 1; Song et al. take 0.16 for CIFAR-10.
 
@@ -56,7 +57,7 @@ class PredictorCorrectorSampler(Sampler):
         denoise: whether to end with one step of Tweedie's formula at the quietest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
         restore: how an observation is held to, as for ``AnnealedLangevinSampler``.
-        precision: as for ``AnnealedLangevinSampler``.
+        precision: as for ``AnnealedLangevinSampler``, and so is ``compile``.
 
     Raises:
         TypeError, ValueError: for a ladder that is missing, a predictor that there is not, a count below 0, or an snr
@@ -67,7 +68,7 @@ class PredictorCorrectorSampler(Sampler):
         >>> from scorematch import NoiseSchedule
         >>> def score(x, sigma):  # of the standard normal distribution, perturbed
         ...     return -x / (1 + sigma**2)
-        >>> PredictorCorrectorSampler(score, NoiseSchedule.geometric(50, 0.01, 100), predictor="ancestral")
+        >>> PredictorCorrectorSampler(score, NoiseSchedule.geometric(50, 0.01, 100))
         PredictorCorrectorSampler(100 levels 50 -> 0.01, ancestral, 1 corrector step, snr 0.16, 199 network calls)
 
     References:
@@ -79,15 +80,18 @@ class PredictorCorrectorSampler(Sampler):
         net: Callable[..., Tensor],
         schedule: NoiseSchedule | None = None,
         *,
-        predictor: Predictor = "reverse-diffusion",
+        predictor: Predictor = "ancestral",
         corrector_steps: int = 1,
         snr: float = 0.16,
         denoise: bool = True,
         clamp: bool = True,
         restore: Restore = "replace",
         precision: Precision = "auto",
+        compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
-        super().__init__(net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision)
+        super().__init__(
+            net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision, compile=compile
+        )
         if predictor not in get_args(Predictor):
             known = ", ".join(map(repr, get_args(Predictor)))
             raise ValueError(f"predictor must be one of {known}, got {predictor!r}.")
@@ -114,7 +118,7 @@ class PredictorCorrectorSampler(Sampler):
         noise: Callable[[Tensor], Tensor],
         seen: Restoration,
     ) -> Iterator[tuple[Tensor, float]]:
-        ladder = self.schedule.sigmas.to(x.dtype).to(x.device)
+        ladder = self._ladder(x)
         for level in range(1, len(self.schedule)):
             louder, sigma = self.schedule[level - 1], self.schedule[level]
             step = louder**2 - sigma**2

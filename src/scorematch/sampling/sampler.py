@@ -58,6 +58,7 @@ class Sampler(ABC):
         clamp: bool,
         restore: Restore,
         precision: Precision,
+        compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
         if not callable(net):
             raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
@@ -78,8 +79,13 @@ class Sampler(ABC):
         self.schedule = schedule
         self.denoise = denoise
         self.clamp = clamp
+        if compile and (precision == "float32" or not hasattr(type(net), "inference_copy")):
+            raise ValueError(
+                'compile=True is for a ScoreNet at precision="auto". Pass torch.compile(net) for any other score.'
+            )
         self.restore = restore
         self.precision = precision
+        self.compile = compile
 
     @abstractmethod
     def __len__(self) -> int:
@@ -189,14 +195,15 @@ class Sampler(ABC):
         return self._run(start, _source(noise, generator), progress)
 
     def _run(self, start: _Start, noise: Callable[[Tensor], Tensor], progress: bool) -> Iterator[tuple[Tensor, float]]:
+        net = self._inference_net()
         parts = [slice(i, i + start.batch_size) for i in range(0, len(start.x), start.batch_size)]
         seen, z = start.restoration, None
 
         def network(part: slice) -> Callable[[Tensor, Tensor], Tensor]:
             if start.condition is None:
-                return self.net
+                return net
             condition = start.condition[part]
-            return lambda x, sigma: self.net(x, sigma, condition)
+            return lambda x, sigma: net(x, sigma, condition)
 
         def score(x: Tensor, sigma: Tensor) -> Tensor:
             scores = [seen.score(network(part), x[part], sigma, part) for part in parts]
@@ -230,6 +237,16 @@ class Sampler(ABC):
                     sigma = torch.tensor(sigma_min, dtype=x.dtype, device=x.device)
                     x = self._result(torch.add(x, score(x, sigma), alpha=sigma_min**2), seen)
                 yield x, 0.0
+
+    def _ladder(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The levels beside x, one tensor each: what depends on a level alone is computed once for as long as it is."""
+        return self.schedule.sigmas.to(x.dtype).to(x.device).unbind()
+
+    def _inference_net(self) -> Callable[..., Tensor]:
+        """The network, or with precision "auto" its copy for sampling if it has one: made for one run, and not kept."""
+        if self.precision == "float32" or not hasattr(type(self.net), "inference_copy"):
+            return self.net
+        return self.net.inference_copy(compile=self.compile)  # type: ignore[attr-defined]
 
     def _result(self, x: Tensor, seen: Restoration) -> Tensor:
         x = seen.finish(x)
