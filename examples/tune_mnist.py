@@ -3,7 +3,8 @@
     python examples/tune_mnist.py --data FOLDER --model runs/mnist/network
 
 Technique 4 of NCSNv2 is where it starts; what a learned network does with few steps it does not say. A line is one
-setting: the ladder's levels, the steps at each, the step in units of sigma^2, the kind of noise, the network calls, and the figures of ``evaluate_mnist.py``, the test digits' own in the last line.
+setting: the ladder's levels, the steps at each, the step in units of sigma^2, the kind of noise, the network calls, and
+the figures of ``evaluate_mnist.py``, the test digits' own in the last line.
 """
 
 import argparse
