@@ -32,8 +32,11 @@ SETTINGS = [
     (100, 1, 0.3, "consistent"),
     (100, 1, 0.36, "consistent"),
     (100, 1, 0.5, "consistent"),
+    (100, 1, 0.7, "consistent"),
+    (100, 1, 1.0, "consistent"),
     (200, 1, 0.2, "consistent"),
     (200, 1, 0.36, "consistent"),
+    (200, 1, 0.6, "consistent"),
 ]
 
 

@@ -190,6 +190,13 @@ def test_quality_against_calls(digits, tmp_path):
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 
+def test_precision(digits, tmp_path):
+    classifier = tmp_path / "c.pt"
+    _run("../benchmarks/precision.py", "--smoke", "--data", digits, "--classifier", classifier, "--out", tmp_path)
+    same, other = json.loads((tmp_path / "precision.json").read_text())["rows"]
+    assert same["rms difference"] < other["rms difference"]
+
+
 def test_palette_trains_goes_on_and_gives_its_figures(digits, tmp_path):
     run = tmp_path / "run"
     arguments = ("--smoke", "--data", digits, "--out", run, "--classifier", tmp_path / "classifier.pt")
