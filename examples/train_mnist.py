@@ -23,7 +23,7 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_los
 from scorematch.images import save_grid
 
 # Chosen on the trained network with tune_mnist.py. The step is 0.4 sigma_min^2.
-SETTINGS = {"levels": 200, "steps_per_level": 1, "step_size": 4e-5, "exact_noise": True}
+SETTINGS = {"levels": 100, "step_size": 5e-5, "consistent": True}
 
 
 def build(network: str, images: Tensor, width: int) -> ScoreNet:
