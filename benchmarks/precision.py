@@ -5,8 +5,8 @@
 Draws digits with the network that ships, three times: in the default precision, in float32 from the same seed, and in
 float32 from another seed. The first line compares the first two, the second what two seeds differ by anyway: the root
 mean square difference of two images, the Fréchet distance between the two sets in the features of the classifier of
-``examples/evaluate_mnist.py``, and by how much their shares that the classifier is over 0.9 sure of, and their deviations
-of all pixels, differ.
+``examples/evaluate_mnist.py``, and by how much their shares that the classifier is over 0.9 sure of, and their
+deviations of all pixels, differ.
 """
 
 import sys

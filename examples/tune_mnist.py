@@ -14,7 +14,7 @@ import torch
 from evaluate_mnist import figures, load_classifier, read
 from mnist import load_digits
 
-from scorematch import AnnealedLangevinSampler, ScoreNet
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.images import save_grid
 
 # (levels, steps a level, step in units of sigma^2 or None for technique 4, noise)
@@ -58,7 +58,7 @@ def main() -> None:
     for line, (levels, steps, a, noise) in enumerate(SETTINGS):
         if args.only is not None and line not in args.only:
             continue
-        schedule = net.schedule.respaced(levels)
+        schedule = NoiseSchedule.geometric(net.schedule.sigma_max, net.schedule.sigma_min, levels)
         step_size = None if a is None else a * schedule.sigma_min**2
         if step_size is None:
             step_size = schedule.suggest_step_size(steps)

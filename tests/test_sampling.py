@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -370,6 +371,16 @@ def test_the_networks_recommendation_counts_with_its_own_ladder_only():
     assert AnnealedLangevinSampler(net, steps_per_level=7).steps_per_level == 7
     other = AnnealedLangevinSampler(net, net.schedule)
     assert (other.steps_per_level, other.step_size) == (derived.steps_per_level, derived.step_size)
+
+
+def test_a_recommended_ladder_has_no_wide_gaps():
+    """Fifty of a DDPM's levels, by their number, would end with two that are eight times apart."""
+    schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
+    net = ScoreNet.unet(1, 8, widths=(4,), schedule=schedule, precondition="ddpm")
+    net.sampler_settings = {"levels": 50, "consistent": True}
+    sampler = AnnealedLangevinSampler(net)
+    assert sampler.schedule == NoiseSchedule.geometric(schedule.sigma_max, schedule.sigma_min, 50)
+    assert AnnealedLangevinSampler(net, net.schedule, consistent=True).schedule == schedule
 
 
 def test_a_recommendation_with_a_word_that_is_none():

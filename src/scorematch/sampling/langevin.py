@@ -113,7 +113,7 @@ class AnnealedLangevinSampler(Sampler):
         unknown = sorted(settings.keys() - _SETTINGS)
         if unknown:
             raise ValueError(f"sampler_settings knows {', '.join(sorted(_SETTINGS))}, got {', '.join(unknown)}.")
-        recommended = own.respaced(settings["levels"]) if own is not None and "levels" in settings else own
+        recommended = _recommended(own, settings["levels"]) if own is not None and "levels" in settings else own
         schedule = recommended if schedule is None else schedule
         super().__init__(
             net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision, compile=compile
@@ -206,6 +206,18 @@ def _check_step(schedule: NoiseSchedule, step_size: float, steps: int, consisten
             f"on this ladder a consistent step_size must lie between {low:.4g} and {high:.4g}, sigma_min^2 (1 -+ r) "
             f"with r the smallest ratio of a level to the one before, got {step_size!r}."
         )
+
+
+def _recommended(own: NoiseSchedule, levels: int) -> NoiseSchedule:
+    """A network's own ladder on fewer levels, or the geometric one where that would leave wide gaps.
+
+    A DDPM's thousand levels quieten fast at the end: of fifty, the last two would be eight times apart.
+    """
+    respaced = own.respaced(levels)
+    if len(own) == 1:
+        return respaced
+    even = NoiseSchedule.geometric(own.sigma_max, own.sigma_min, levels)
+    return even if _smallest_ratio(respaced) < 0.99 * _smallest_ratio(even) else respaced
 
 
 def _derived_steps(schedule: NoiseSchedule) -> int:
