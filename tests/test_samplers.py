@@ -125,6 +125,12 @@ def test_a_recommendation_counts_for_its_own_kind_of_noise_only():
     assert recommended.consistent and recommended.step_size == 0.003 and len(recommended) == 20
     plain = AnnealedLangevinSampler(net, consistent=False)
     assert not plain.consistent and plain.step_size == plain.schedule.suggest_step_size(plain.steps_per_level)
+    for other in ({"steps_per_level": 2}, {"exact_noise": True}, {"exact_noise": False}):  # chosen against it
+        chosen = AnnealedLangevinSampler(net, **other)
+        assert not chosen.consistent and all(getattr(chosen, name) == value for name, value in other.items())
+        assert chosen.step_size == chosen.schedule.suggest_step_size(chosen.steps_per_level)
+        with pytest.raises(ValueError, match="leave out steps_per_level and exact_noise"):
+            AnnealedLangevinSampler(net, consistent=True, **other)
     net.sampler_settings = {"levels": 20, "steps_per_level": 2, "step_size": 0.003, "exact_noise": True}
     consistent = AnnealedLangevinSampler(net, consistent=True)
     assert consistent.steps_per_level == 1 and consistent.step_size != 0.003

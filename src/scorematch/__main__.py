@@ -83,6 +83,7 @@ def _sampler(args: argparse.Namespace) -> tuple[AnnealedLangevinSampler, tuple[i
         steps_per_level=args.steps_per_level,
         step_size=args.step_size,
         exact_noise=args.exact_noise,
+        consistent=args.consistent,
         restore=getattr(args, "method", "replace"),
     )
     return sampler, net.sample_shape
@@ -159,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     chain.add_argument("--step-size", type=float, help="epsilon, the step at the quietest level (likewise)")
     chain.add_argument(
         "--exact-noise", action=argparse.BooleanOptionalAction, help="noise of variance 2a - a^2 (likewise)"
+    )
+    chain.add_argument(
+        "--consistent",
+        action=argparse.BooleanOptionalAction,
+        help="one step a level, with the noise it lacks (likewise)",
     )
     chain.add_argument("--quiet", action="store_true", help="no progress bar")
 

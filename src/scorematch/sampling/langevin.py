@@ -70,9 +70,9 @@ class AnnealedLangevinSampler(Sampler):
         exact_noise: whether a step's noise has variance 2a - a^2/sigma^2 instead of 2a. Not given: a network's
             recommendation, True for a network without one, False for a plain callable.
         consistent: whether to sample consistently: one step from a level to the next, with the noise that is missing
-            there. Not given: a network's recommendation, else False. With r for the smallest ratio of a level to the
-            one before, the step then lies between sigma_min^2 (1 - r) and sigma_min^2 (1 + r), by default at
-            sigma_min^2 (1 - r^2).
+            there. Not given: a network's recommendation, if neither several steps nor exact_noise are asked for; else
+            False. With r for the smallest ratio of a level to the one before, the step then lies between
+            sigma_min^2 (1 - r) and sigma_min^2 (1 + r), by default at sigma_min^2 (1 - r^2).
         restore: how an observation is held to: "replace" (an operator without a gain is guided), "guide" or
             "guide-jacobian", which takes about 2.5 times as long; see ``scorematch.sampling.restoration``.
         precision: "float32" calls the network as it is; "auto" calls its inference copy, made once per ``sample``: the
@@ -121,9 +121,10 @@ class AnnealedLangevinSampler(Sampler):
         schedule = self.schedule
         if schedule != recommended:
             settings = {}
-        if consistent is None:
-            consistent = settings.get("consistent", False)
-        elif consistent != settings.get("consistent", False):
+        measured = settings.get("consistent", False)
+        if consistent is None:  # whoever asks for several steps, or a kind of noise, has chosen against it
+            consistent = measured and steps_per_level in (None, 1) and exact_noise is None
+        if consistent != measured:
             settings = {}  # what was measured with another rule for the noise
         if consistent and (steps_per_level not in (None, 1) or exact_noise is not None):
             raise ValueError(

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from scorematch.noise import NoiseSchedule, expand
+from scorematch.sampling.ancestral import ancestral_step
 from scorematch.sampling.restoration import Restoration, Restore
 from scorematch.sampling.sampler import Precision, Sampler
 
@@ -121,11 +122,14 @@ class PredictorCorrectorSampler(Sampler):
         ladder = self._ladder(x)
         for level in range(1, len(self.schedule)):
             louder, sigma = self.schedule[level - 1], self.schedule[level]
-            step = louder**2 - sigma**2
-            share = 1.0 if self.predictor == "reverse-diffusion" else (sigma / louder) ** 2
             z = noise(x)
             x = seen.project(x, louder, z)
-            x = torch.add(x, score(x, ladder[level - 1]), alpha=step).add_(z, alpha=math.sqrt(share * step))
+            gradient = score(x, ladder[level - 1])
+            if self.predictor == "ancestral":
+                x = ancestral_step(x, gradient, z, louder, sigma, "small")
+            else:
+                step = louder**2 - sigma**2
+                x = torch.add(x, gradient, alpha=step).add_(z, alpha=math.sqrt(step))
             yield x, sigma
             for _ in range(self.corrector_steps):
                 z = noise(x)
