@@ -22,7 +22,7 @@ from training import train
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.images import save_grid
 
-# Chosen on the trained network with tune_mnist.py. The step is 0.4 sigma_min^2.
+# Chosen on the trained network with tune_mnist.py. The step is 0.5 sigma_min^2.
 SETTINGS = {"levels": 100, "step_size": 5e-5, "consistent": True}
 
 

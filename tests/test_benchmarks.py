@@ -37,6 +37,11 @@ def test_overhead(tmp_path):
     assert [row["batch"] for row in _run(tmp_path, "overhead")] == ["1", "2"]
 
 
+def test_picture(tmp_path):
+    rows = _run(tmp_path, "picture")
+    assert rows[0]["ratio"] == 1 and rows[1]["ratio"] > 0
+
+
 def test_memory(tmp_path):
     rows = _run(tmp_path, "memory")
     assert all(row["MB"] > 100 for row in rows)  # torch alone takes more

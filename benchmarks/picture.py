@@ -1,0 +1,106 @@
+"""From ``python`` to a picture: 16 images from the U-Net of google/ddpm-cifar10-32, with random weights.
+
+    python benchmarks/picture.py                    # diffusers' 1,000 steps from what a few of them take
+    python benchmarks/picture.py --all-steps        # all 1,000 of them
+
+Each run is a process of its own: it imports, loads the same folder in diffusers' layout, draws, and writes a picture.
+diffusers runs its DDPMPipeline as its page says; here the probability flow is followed by DPM-Solver++ on 18 levels.
+Unless all are run, its 1,000 steps are counted at the pace of --few, after one that counts as it is.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from common import parser, report
+from networks import DDPM
+
+STEPS = 1000
+THEIRS = """
+import time
+from diffusers import DDPMPipeline
+pipeline = DDPMPipeline.from_pretrained({folder!r}).to({device!r})
+pipeline.set_progress_bar_config(disable=True)
+for steps in {steps}:
+    begin = time.perf_counter()
+    images = pipeline(batch_size={n}, num_inference_steps=steps).images
+    taken = time.perf_counter() - begin
+images[0].save({picture!r})
+print(taken)
+"""
+OURS = """
+from scorematch import ScoreNet
+from scorematch.images import save_grid
+from scorematch.sampling import ODESampler
+net = ScoreNet.from_pretrained({folder!r}).to({device!r})
+images = ODESampler(net, levels=18, method="dpm-solver++").sample({n}, progress=False)
+save_grid(images, {picture!r})
+"""
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.set_defaults(repeats=3)
+    options.add_argument("--few", type=int, default=20, help="how many steps of diffusers are timed")
+    options.add_argument("--all-steps", action="store_true", help="run diffusers' 1,000 steps, instead of scaling")
+    args = options.parse_args()
+    n, widths = 16, DDPM["block_out_channels"]
+    if args.smoke:
+        n, widths, args.repeats, args.few = 2, (32, 32, 32, 32), 1, 1
+
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    environment = None if args.threads is None else os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        unet = UNet2DModel(sample_size=32, **{**DDPM, "block_out_channels": widths})
+        DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+
+        def run(program: str, steps: Sequence[int] = ()) -> tuple[float, str]:
+            """The seconds of a process, and what it prints."""
+            picture = str(Path(folder) / f"{time.monotonic_ns()}.png")
+            code = program.format(folder=folder, device=args.device, n=n, steps=steps, picture=picture)
+            begin = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)  # noqa: S603
+            seconds = time.perf_counter() - begin
+            if done.returncode:
+                sys.exit(done.stderr)
+            return seconds, done.stdout
+
+        def theirs() -> float:
+            if args.all_steps:
+                return run(THEIRS, [STEPS])[0]
+            seconds, few = run(THEIRS, [1, args.few])
+            return seconds - float(few) + (STEPS - 1) * float(few) / args.few
+
+        pairs = [(theirs(), run(OURS)[0]) for _ in range(args.repeats)]
+    name = f"{n} images, from python to the picture"
+    report(
+        "picture",
+        args,
+        [
+            {
+                name: f"diffusers, DDPMPipeline, {STEPS} steps",
+                "seconds": statistics.median(a for a, _ in pairs),
+                "ratio": 1.0,
+            },
+            {
+                name: "here, DPM-Solver++, 18 calls",
+                "seconds": statistics.median(b for _, b in pairs),
+                "ratio": statistics.median(a / b for a, b in pairs),
+            },
+        ],
+        bars="seconds",
+    )
+
+
+if __name__ == "__main__":
+    main()
