@@ -1,4 +1,4 @@
-"""Degrades pictures, restores them with a score network that was not trained for it, and shows all side by side.
+"""Degrades pictures, restores them with a score network, trained for it or not, and shows all side by side.
 
     python examples/restore.py digit.png --out restored                              # all that fits, with "mnist"
     python examples/restore.py faces/ --out restored --model google/ddpm-celebahq-256 --tasks inpaint jpeg
@@ -18,6 +18,7 @@ from torch import Tensor
 from scorematch import AnnealedLangevinSampler, ScoreNet
 from scorematch.images import grid, list_pictures, read_image, read_mask, save_image
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.palette import condition_of
 
 TASKS = ("inpaint", "uncrop", "colorize", "pool", "jpeg")
 
@@ -64,6 +65,7 @@ def main() -> None:
     net = ScoreNet.from_pretrained(args.model).to(args.device)
     ladder = None if args.levels is None else net.schedule.respaced(args.levels)
     sampler = AnnealedLangevinSampler(net, ladder, restore=args.restore)
+    palette = net.config.get("in_channels", 0) > net.sample_shape[0]  # it is shown what was seen
     mask = None if args.mask is None else read_mask(args.mask)
     generator = torch.Generator().manual_seed(0)
     for path in list_pictures(args.pictures):
@@ -76,7 +78,8 @@ def main() -> None:
             y = y + args.sigma * torch.randn(y.shape, generator=generator)
             seen = as_picture(degradation, y, original.shape[1])
             observation = Observation(degradation, y, args.sigma)
-            samples = sampler.sample(args.n, observation=observation, generator=generator).cpu()
+            condition = condition_of(degradation, y.expand(args.n, -1, -1, -1), generator) if palette else None
+            samples = sampler.sample(args.n, condition=condition, observation=observation, generator=generator).cpu()
             for k, sample in enumerate(samples, 1):
                 save_image(sample, args.out / f"{path.stem}-{task}-{k}.png")
             strip = grid(torch.cat([seen, samples, original]), columns=args.n + 2)

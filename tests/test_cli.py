@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scorematch import ScoreNet, __version__, cards
+from scorematch import NoiseSchedule, ScoreNet, __version__, cards
 from scorematch.__main__ import _duration, main
 from scorematch.images import read_image, save_image
 
@@ -150,6 +150,23 @@ def test_restore_of_gray_pictures(tmp_path, pictures):
     ScoreNet.ncsnv2(3, 8, width=4).save_pretrained(tmp_path / "rgb")
     assert _restore(str(tmp_path / "rgb"), pictures / "a.png", tmp_path / "out", "--gray") == 0
     assert read_image(tmp_path / "out" / "a-1.png", 3).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("options", [("--gray",), ("--uncrop", "left=4"), ("--jpeg", "10")])
+def test_restore_with_a_network_that_was_trained_to(tmp_path, pictures, options):
+    """What it draws depends on what it is shown, not on the observation alone."""
+    schedule, drawn = NoiseSchedule([1.0, 0.1, 0.01]), {}
+    for name, shown in [("blind", 0), ("seeing", 1)]:
+        torch.manual_seed(0)
+        net = ScoreNet.unet(3, 8, widths=(4, 4), layers_per_block=1, condition_channels=3, schedule=schedule)
+        with torch.no_grad():
+            net.backbone.conv_out.weight.normal_()
+            net.backbone.conv_in.weight[:, 3:] *= shown
+        net.save_pretrained(tmp_path / name)
+        assert _restore(str(tmp_path / name), pictures / "a.png", tmp_path / f"{name}-out", *options) == 0
+        drawn[name] = read_image(tmp_path / f"{name}-out" / "a-1.png", 3)
+    assert drawn["seeing"].shape == (3, 8, 12 if options[0] == "--uncrop" else 8)
+    assert not torch.equal(drawn["seeing"], drawn["blind"])
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.observe import JPEG, Grayscale, Mask, Observation
-from scorematch.palette import Colorization, Inpainting, JPEGRestoration, MultiTask, Uncropping, fill
+from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.palette import (
+    Colorization,
+    Inpainting,
+    JPEGRestoration,
+    MultiTask,
+    Uncropping,
+    condition_of,
+    fill,
+)
 from scorematch.sampling import AncestralSampler
 
 SIZES = [(16, 16), (32, 32), (64, 64), (96, 128), (256, 256)]
@@ -178,6 +186,22 @@ def test_holes_are_filled_with_the_papers_noise(rng):
 
 
 # -- Colors and codecs
+
+
+def test_a_network_is_shown_of_what_others_degraded_what_it_was_trained_on(rng):
+    def seed():
+        return torch.Generator().manual_seed(1)
+
+    x = torch.rand(4, 3, 16, 24, generator=rng)
+    hole = torch.rand(4, 1, 16, 24, generator=rng) > 0.5
+    assert torch.equal(condition_of(Mask(~hole), Mask(~hole).measure(x), seed()), fill(x, hole, seed()))
+    border = torch.arange(24) >= 17
+    outside = Uncrop(right=7)
+    assert torch.equal(condition_of(outside, outside.measure(x), seed()), fill(x, border, seed()))
+    assert torch.equal(condition_of(Grayscale(), Grayscale().measure(x)), Colorization()(x)[0])
+    assert torch.equal(condition_of(JPEG(7), JPEG(7).measure(x)), JPEGRestoration(7, 7)(x)[0])
+    small = AveragePool(2).measure(x)
+    assert torch.equal(condition_of(AveragePool(2), small), small.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 def test_colorization_shows_the_luma_on_three_channels(rng):

@@ -17,6 +17,7 @@ from scorematch.cards import table
 from scorematch.convert import convert
 from scorematch.images import check_picture, grid, list_pictures, read_image, read_mask, save_grid, save_image
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.palette import condition_of
 from scorematch.sampling.restoration import Restore
 
 
@@ -47,6 +48,7 @@ def _restore(args: argparse.Namespace) -> None:
             raise ValueError(f"{folder / taken[0]} exists already, and is left as it is: name another folder.")
     check_picture(folder / "strip.png")
     generator = torch.Generator().manual_seed(args.seed)
+    palette = sampler.net.config.get("in_channels", 0) > channels  # type: ignore[attr-defined]  # a ScoreNet
     for i, picture in enumerate(pictures):
         original = None if originals is None else read_image(originals[i], channels)[None]
         y = read_image(picture, 1 if args.gray and not args.degrade else channels)[None]
@@ -56,9 +58,13 @@ def _restore(args: argparse.Namespace) -> None:
             y = y + args.sigma * torch.randn(y.shape, generator=generator)
         observation = Observation(operator, y, args.sigma)
         seen = y.expand(-1, channels, -1, -1) if args.gray else operator.lift(y)  # as a picture
+        # A network of Palette's kind is shown it as well.
+        condition = condition_of(operator, y.expand(args.n, -1, -1, -1), generator) if palette else None
         if i == 0:
-            _announce(sampler, args.n * len(pictures), tuple(seen.shape[1:]), args.device)
-        images = sampler.sample(args.n, observation=observation, generator=generator, progress=not args.quiet).cpu()
+            _announce(sampler, args.n * len(pictures), tuple(seen.shape[1:]), args.device, condition)
+        images = sampler.sample(
+            args.n, condition=condition, observation=observation, generator=generator, progress=not args.quiet
+        ).cpu()
         for k, image in enumerate(images, 1):
             save_image(image, folder / f"{picture.stem}-{k}.png")
         strip = [seen, images] if original is None else [seen, images, _like(original, images)]
@@ -114,21 +120,26 @@ def _like(original: Tensor, images: Tensor) -> Tensor:
     return original
 
 
-def _announce(sampler: AnnealedLangevinSampler, n: int, shape: tuple[int, ...], device: str) -> None:
+def _announce(
+    sampler: AnnealedLangevinSampler, n: int, shape: tuple[int, ...], device: str, condition: Tensor | None = None
+) -> None:
     print(sampler)
-    seconds = _estimate(sampler, n, shape, device)
+    seconds = _estimate(sampler, n, shape, device, condition)
     print(f"about {_duration(seconds)} for {n} image{'s' if n > 1 else ''}")
 
 
-def _estimate(sampler: AnnealedLangevinSampler, n: int, shape: tuple[int, ...], device: str) -> float:
+def _estimate(
+    sampler: AnnealedLangevinSampler, n: int, shape: tuple[int, ...], device: str, condition: Tensor | None
+) -> float:
     """How many seconds n images will take: their share of network calls, at the pace of one call that is made here."""
-    few = min(n, max(1, 2**16 // math.prod(shape)))
+    few = min(n if condition is None else len(condition), max(1, 2**16 // math.prod(shape)))
     x = torch.rand(few, *shape, device=device)
+    beside = () if condition is None else (condition[:few].to(device),)
     score = sampler.net.inference_copy()  # type: ignore[attr-defined]  # a ScoreNet, and this is what the sampler calls
     with torch.no_grad():
-        score(x, 1.0).sum().item()  # the first call prepares the kernels
+        score(x, 1.0, *beside).sum().item()  # the first call prepares the kernels
         begin = time.perf_counter()
-        score(x, 1.0).sum().item()  # item waits for the device
+        score(x, 1.0, *beside).sum().item()  # item waits for the device
     return (time.perf_counter() - begin) * len(sampler) * n / few
 
 

@@ -25,8 +25,10 @@ hole"::
     condition, region = task(x)
     loss = dsm_loss(net, x, condition=condition, region=region)
 
-    seen = Observation(Mask(~region), x)  # of a hole of one's own too: condition = fill(x, region)
+    seen = Observation(Mask(~region), x)
     restored = AncestralSampler(net).sample(condition=condition, observation=seen)
+
+Of images that were degraded by others, ``condition_of`` makes the condition.
 
 References:
     Saharia et al., 2022, Palette: Image-to-Image Diffusion Models, arXiv:2111.05826.
@@ -42,7 +44,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from scorematch.observe import JPEG, Grayscale
+from scorematch.observe import JPEG, Grayscale, Operator
 
 Degradation = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor]]
 
@@ -256,6 +258,31 @@ def fill(x: Tensor, region: Tensor, generator: torch.Generator | None = None) ->
     if region.dtype != torch.bool:
         raise TypeError(f"region must be bool, True in the hole, got {region.dtype}. Write region > 0.5.")
     return _filled(x, region, _Draws(generator, x.device))[0]
+
+
+def condition_of(operator: Operator, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """What a network that was trained on these tasks is shown of an image that y was seen of.
+
+    Noise in the hole for ``Mask`` and ``Uncrop``, luma on three channels for ``Grayscale``, and y as an image,
+    ``operator.lift(y)``, for the others.
+
+    Args:
+        operator: that gave y.
+        y: what was seen, ``operator.measure(x)``. Repeat it for several samples of one image: each
+            has noise of its own.
+        generator: of the noise; None takes torch's global one.
+
+    Returns:
+        The condition (N, C, H, W).
+
+    Example:
+        >>> from scorematch.observe import Uncrop
+        >>> condition_of(Uncrop(right=14), torch.rand(2, 3, 28, 14)).shape
+        torch.Size([2, 3, 28, 28])
+    """
+    if isinstance(operator, Grayscale):
+        return y.repeat(1, 3, 1, 1)
+    return fill(operator.lift(y), operator.lift(torch.ones_like(y)) == 0, generator)
 
 
 class _Draws:
