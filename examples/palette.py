@@ -25,6 +25,7 @@ import argparse
 import csv
 from itertools import combinations
 from pathlib import Path
+from typing import get_args
 
 import torch
 from cifar10 import load_images
@@ -39,6 +40,7 @@ from scorematch.images import save_grid
 from scorematch.observe import JPEG, Grayscale, Mask, Observation
 from scorematch.palette import Colorization, Inpainting, JPEGRestoration, MultiTask, Uncropping
 from scorematch.sampling import AncestralSampler
+from scorematch.sampling.ancestral import Noise
 
 LUMA = 0.4  # of each tint, as BT.601 counts it
 TINTS = torch.tensor([[1, (LUMA - 0.299) / 0.587, 0], [0, LUMA / 0.587, 0], [0, (LUMA - 0.114) / 0.587, 1]])
@@ -78,7 +80,7 @@ def loss(net: ScoreNet, x: Tensor, task: MultiTask, p: float, regression: bool) 
     return dsm_loss(net, x, sigma=levels, noise=noise, condition=condition, region=region, p=p, weighting=weighting)
 
 
-def restore(net: ScoreNet, x: Tensor, name: str, draws: int, levels: int) -> tuple[Tensor, Tensor, list[float]]:
+def restore(sampler: AncestralSampler, x: Tensor, name: str, draws: int) -> tuple[Tensor, Tensor, list[float]]:
     """Degrades images and restores them: the degraded ones (N, ...), the samples (draws, N, ...), and how consistent.
 
     Consistency is that of the degraded images, then that of the samples.
@@ -88,9 +90,8 @@ def restore(net: ScoreNet, x: Tensor, name: str, draws: int, levels: int) -> tup
     operator = {"colorization": Grayscale(), "jpeg": JPEG(TEST_QUALITY)}.get(name, Mask(~region))
     y = operator.measure(x)
     seen = Observation(operator, y) if isinstance(operator, Mask) else None  # the prediction only in the hole
-    sampler = AncestralSampler(net, levels=min(levels, len(net.schedule)))
     # A network that regresses has one level, and is shown gray at it.
-    init = torch.full_like(x, 0.5) if len(net.schedule) == 1 else None
+    init = torch.full_like(x, 0.5) if len(sampler.schedule) == 1 else None
     with torch.autocast(x.device.type, torch.bfloat16):  # much faster, the same statistics
         samples = [
             sampler.sample(init=init, condition=condition, observation=seen, batch_size=64, progress=False)
@@ -119,10 +120,10 @@ def color_shares(images: Tensor) -> list[float]:
 
 
 def figures(
-    net: ScoreNet, x: Tensor, name: str, draws: int, levels: int, classifier: Classifier | None, labels: Tensor
+    sampler: AncestralSampler, x: Tensor, name: str, draws: int, classifier: Classifier | None, labels: Tensor
 ) -> dict[str, str | float]:
     """The figures of one task; those of the degraded input have "input" before their names."""
-    degraded, samples, consistency = restore(net, x, name, draws, levels)
+    degraded, samples, consistency = restore(sampler, x, name, draws)
     row: dict[str, str | float] = {"task": name, "input rmse": rmse(degraded, x)}
     row["rmse"] = sum(rmse(images, x) for images in samples) / draws
     if classifier is not None:
@@ -139,11 +140,11 @@ def figures(
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
 
 
-def strip(net: ScoreNet, x: Tensor, names: list[str], levels: int) -> Tensor:
+def strip(sampler: AncestralSampler, x: Tensor, names: list[str]) -> Tensor:
     """For each task and image a row of five pictures: the input, three samples, the original."""
     rows = []
     for name in names:
-        degraded, samples, _ = restore(net, x, name, 3, levels)
+        degraded, samples, _ = restore(sampler, x, name, 3)
         rows.append(torch.stack([degraded, *samples, x], 1).flatten(0, 1))
     return torch.cat(rows)
 
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=500, help="test images for the figures")
     parser.add_argument("--draws", type=int, default=2, help="samples of each test image")
     parser.add_argument("--levels", type=int, default=50, help="network calls that a sample takes")
+    parser.add_argument("--variance", default="large", choices=get_args(Noise), help="of the ancestral step")
     parser.add_argument("--classifier", type=Path, default=Path("runs/digit_classifier.pt"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -189,12 +191,13 @@ def main() -> None:
         batch = prepare(images[torch.randint(len(images), (args.batch,), device=args.device)])
         return loss(net, batch.to(memory_format=torch.channels_last), task, args.p, args.regression)
 
+    def sampler(net: ScoreNet) -> AncestralSampler:
+        return AncestralSampler(net, levels=min(args.levels, len(net.schedule)), variance=args.variance)
+
     def report(averaged: ScoreNet, step: int) -> dict[str, float]:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(2)
-            save_grid(
-                strip(averaged, test[:4], args.tasks, args.levels), args.out / f"strip-{step:06d}.png", columns=10
-            )
+            save_grid(strip(sampler(averaged), test[:4], args.tasks), args.out / f"strip-{step:06d}.png", columns=10)
             with torch.autocast(test.device.type, torch.bfloat16):
                 parts = [float(loss(averaged, part, task, args.p, args.regression)) for part in test.split(64)]
         return {"test loss": round(sum(parts) / len(parts), 3)}
@@ -216,7 +219,7 @@ def main() -> None:
     net = ScoreNet.from_pretrained((args.out / "network").resolve()).to(args.device, memory_format=torch.channels_last)
     classifier = load_classifier(args.classifier, args.data) if args.images == "mnist" else None
     torch.manual_seed(3)
-    rows = [figures(net, test, name, args.draws, args.levels, classifier, labels) for name in args.tasks]
+    rows = [figures(sampler(net), test, name, args.draws, classifier, labels) for name in args.tasks]
     with (args.out / "figures.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
