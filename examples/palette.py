@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=500, help="test images for the figures")
     parser.add_argument("--draws", type=int, default=2, help="samples of each test image")
     parser.add_argument("--levels", type=int, default=50, help="network calls that a sample takes")
-    parser.add_argument("--variance", default="large", choices=get_args(Noise), help="of the ancestral step")
+    parser.add_argument("--variance", default="small", choices=get_args(Noise), help="of the ancestral step")
     parser.add_argument("--classifier", type=Path, default=Path("runs/digit_classifier.pt"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

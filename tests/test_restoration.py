@@ -7,6 +7,7 @@ import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.palette import condition_of
 from scorematch.sampling.restoration import Guidance, Replacement
 
 METHODS = ["replace", "guide", "guide-jacobian"]
@@ -229,6 +230,18 @@ def test_noisy_values_are_not_copied(digits, sigma, low, high):
     observation = Observation(left, left.measure(noisy), sigma)
     x = digit_sampler(clamp=False).sample(observation=observation, generator=seed(2), progress=False)
     assert low <= float((x - noisy)[..., :14].square().mean().sqrt()) <= high
+
+
+def test_the_network_that_was_trained_to_colors_each_digit_in_one_of_its_three_colors(digits):
+    tints = torch.tensor([[1, 0.172, 0], [0, 0.681, 0], [0, 0.487, 1]])  # of luma 0.4 each, in the shares .5, .3, .2
+    gray = (0.4 * digits[:1]).expand(16, -1, -1, -1)
+    sampler = AnnealedLangevinSampler(ScoreNet.from_pretrained("palette-mnist"))
+    x = sampler.sample(condition=condition_of(Grayscale(), gray), generator=seed(), progress=False)
+    luma = Grayscale().measure(x)
+    assert float((luma - gray).square().mean()) < float(gray.square().mean()) / 4
+    distance, nearest = torch.cdist(0.4 * x.sum((2, 3)) / luma.sum((2, 3)), tints).min(1)
+    assert float(distance.median()) < 0.3  # any two of the tints are more than 1 apart
+    assert len(nearest.unique()) > 1
 
 
 # -- Laws of every method

@@ -69,6 +69,20 @@ CARDS = (
         quality="see the network's own card, weights/mnist/README.md",
     ),
     Card(
+        name="palette-mnist",
+        repository=None,
+        revision=None,
+        license="MIT",
+        shape=(3, 28, 28),
+        data="MNIST in three colors of one luma; it restores",
+        sigmas=(21.6, 0.01),
+        levels=173,
+        parameters=1_114_819,
+        settings=None,
+        settings_source="measured on these weights; see the network's own card",
+        quality="see the network's own card, weights/palette-mnist/README.md",
+    ),
+    Card(
         name="cifar10",
         repository="google/ddpm-cifar10-32",
         revision="267b167dc01f0e4e61923ea244e8b988f84deb80",
@@ -212,15 +226,15 @@ perturbed with noise of level sigma.
 
 def table() -> str:
     """All cards, for a terminal."""
-    lines = []
+    lines, indent = [], 2 + max(len(card.name or "-") for card in CARDS)
     for card in CARDS:
         shape = "x".join(map(str, card.shape))
         where = "ships with the package" if card.repository is None else card.repository
-        lines.append(f"{card.name or '-':<10}{where}{f' at {card.revision[:12]}' if card.revision else ''}")
+        lines.append(f"{card.name or '-':<{indent}}{where}{f' at {card.revision[:12]}' if card.revision else ''}")
         lines.append(
-            f"{'':<10}{shape}, {card.data}; {card.parameters:,} parameters; {card.levels} levels "
+            f"{'':<{indent}}{shape}, {card.data}; {card.parameters:,} parameters; {card.levels} levels "
             f"{card.sigmas[0]:g} -> {card.sigmas[1]:g}; license {card.license}"
         )
-        lines.append(f"{'':<10}sampler settings: {card.settings_source}")
-        lines.append(f"{'':<10}quality: {card.quality}")
+        lines.append(f"{'':<{indent}}sampler settings: {card.settings_source}")
+        lines.append(f"{'':<{indent}}quality: {card.quality}")
     return "\n".join(lines)

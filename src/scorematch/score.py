@@ -378,10 +378,9 @@ class ScoreNet(nn.Module):
         """The trained network of that name, in that folder, or in that repository of the Hugging Face Hub.
 
         Args:
-            name_or_folder: a short name ("mnist" ships with the package; ``python -m scorematch models`` lists all), or
-                a folder: one that
-                ``save_pretrained`` wrote, or a U-Net in the layout of diffusers, flat or a pipeline; or a repository
-                of the Hub, ``owner/name``, with either.
+            name_or_folder: a short name ("mnist" and "palette-mnist" ship with the package; ``python -m scorematch
+                models`` lists all), or a folder: one that ``save_pretrained`` wrote, or a U-Net in the layout of
+                diffusers, flat or a pipeline; or a repository of the Hub, ``owner/name``, with either.
 
             Rarely needed:
 
