@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--restore", nargs="+", default=["replace"], choices=["replace", "guide", "guide-jacobian"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--levels", type=int, help="of consistent sampling; the network's own settings otherwise")
+    parser.add_argument("--steps", type=int, help="Langevin steps at each level, instead of consistent sampling")
     parser.add_argument("--classifier", type=Path, default=Path("runs/digit_classifier.pt"))
     parser.add_argument("--out", type=Path, help="folder for a picture of each task's first strips")
     args = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
     x, labels = test[chosen].float() / 255, labels[chosen]
     net = ScoreNet.from_pretrained(args.model).to(memory_format=torch.channels_last)
     ladder = None if args.levels is None else net.schedule.respaced(args.levels)
-    consistent = None if ladder is None else True
+    consistent = None if ladder is None or args.steps is not None else True
     print(f"{args.n} test digits, of which the classifier reads {right(classifier, x, labels):.1%} right")
     print(f"{'':>38}{'rmse':>16}{'right':>9}{'diversity':>11}{'residual':>10}")
     for task in args.tasks:
@@ -85,7 +86,9 @@ def main() -> None:
         seen = operator.lift(y)
         print(f"{task:>22}{'as it is':>16}{rms(seen - x):>9.3f}{'':>7}{right(classifier, seen, labels):>9.1%}")
         for restore in args.restore:
-            sampler = AnnealedLangevinSampler(net, ladder, consistent=consistent, restore=restore)
+            sampler = AnnealedLangevinSampler(
+                net, ladder, steps_per_level=args.steps, consistent=consistent, restore=restore
+            )
             twice = [part.repeat_interleave(args.draws, 0) for part in (y, labels, x)]
             begin = time.perf_counter()
             samples = sampler.sample(
