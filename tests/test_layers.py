@@ -45,6 +45,19 @@ def test_a_large_mean_costs_no_digits(rng):
     torch.testing.assert_close(norm(_last(x)).double(), expected, rtol=0, atol=2e-3)  # x itself is rounded to 6e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "rounded"), [((30, 40), 1), ((64, 70), 3)])  # large ones are rounded thrice
+def test_half_precision_loses_its_own_rounding_only(size, rounded, rng):
+    """Of bfloat16's eight bits one rounding loses up to 2^-8, and 2^-8 / sqrt(3) in the root mean square."""
+    norm = _norm(4, 8, torch.float32)
+    x = (2 * torch.randn(3, 8, *size, generator=rng) + 1).bfloat16()
+    level = torch.randn(1, 8, 1, 1, generator=rng)
+    y, expected = norm(_last(x), F.silu, level), norm(_last(x.float()), F.silu, level)
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+    error = (y - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < rounded**0.5 * 2**-8 / 3**0.5
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of torch's own forward mode
 @pytest.mark.parametrize("size", [(2, 3), (32, 32)])
 def test_derivatives_of_both_orders_and_both_modes(size, rng):

@@ -108,8 +108,10 @@ class ConditionalInstanceNormPlus(nn.Module):
         return torch.lerp(table[lower], table[upper], fraction).chunk(3, dim=-1)
 
 
-# Torch's own forward is fast in channels_last from this many pixels on.
+# Torch's own forward is fast in channels_last from this many pixels on, and in half precision too.
 _NATIVE_PIXELS = 1024
+# From this many on, a float32 copy of half precision leaves the caches: the norm is rounded once more instead.
+_LARGE_PIXELS = 4096
 
 
 class GroupNorm(nn.GroupNorm):
@@ -121,11 +123,11 @@ class GroupNorm(nn.GroupNorm):
     def forward(  # noqa: D102
         self, x: Tensor, activation: Activation | None = None, level: Tensor | None = None
     ) -> Tensor:
-        y = _widened(x, self.weight)
+        y = x if x.shape[2:].numel() >= _LARGE_PIXELS else _widened(x, self.weight)
         if y is not x:  # memory of our own, and float32, in which torch's own kernel is fast at every size
             y = y if level is None else y.add_(level)
             return _activated(super().forward(y), activation, x.dtype)
-        y = y if level is None else y + level
+        y = y if level is None else y + level.to(y.dtype)
         channels_last = y.ndim == 4 and y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
         if y.device.type != "cpu" or not channels_last:
             y = super().forward(y)

@@ -171,7 +171,8 @@ class AnnealedLangevinSampler(Sampler):
                 missing = quieter**2 - ((1 - relative) * sigma) ** 2  # a little below 0 by rounding, if without noise
                 z = noise(x)
                 x = seen.project(x, sigma, z)
-                x = torch.add(x, score(x, ladder[level]), alpha=relative * sigma**2)
+                gradient = score(x, ladder[level])
+                x = torch.add(x, gradient, alpha=relative * sigma**2, out=gradient)
                 x.add_(z, alpha=math.sqrt(max(0.0, missing)))
                 yield x, quieter
                 self._check_finite(x, level + 1)
@@ -182,7 +183,7 @@ class AnnealedLangevinSampler(Sampler):
                 z = noise(x)
                 x = seen.project(x, sigma, z)
                 gradient, z = seen.settle(x, score(x, ladder[level]), z, sigma)
-                x = torch.add(x, gradient, alpha=relative * sigma**2)
+                x = torch.add(x, gradient, alpha=relative * sigma**2, out=gradient)
                 x.add_(z, alpha=sigma * math.sqrt(variance))
                 yield x, sigma
             self._check_finite(x, level)

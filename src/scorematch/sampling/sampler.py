@@ -35,9 +35,8 @@ _BATCH_VALUES = 2**20
 
 
 class _Start(NamedTuple):
-    """The checked arguments of one run."""
+    """The checked arguments of one run, but for the start itself: who holds that, holds as much as all samples take."""
 
-    x: Tensor  # (n, ...), float32, on the network's device
     condition: Tensor | None
     restoration: Restoration
     batch_size: int
@@ -163,10 +162,9 @@ class Sampler(ABC):
             ValueError: for arguments that do not fit together, or no shape at all.
             RuntimeError: if the chain leaves the finite numbers; the message names the level.
         """
-        start = self._start(n, shape, init, condition, observation, generator, batch_size)
-        x = start.x
+        x, start = self._start(n, shape, init, condition, observation, generator, batch_size)
         with torch.no_grad():
-            for x, _ in self._run(start, _source(noise, generator), progress):  # noqa: B007
+            for x, _ in self._run(x, start, _source(noise, generator), progress):  # noqa: B007, B020
                 pass
         return x if self.denoise else self._result(x, start.restoration)
 
@@ -191,12 +189,17 @@ class Sampler(ABC):
             ``(x, sigma)`` after every step, and last, where the sampler denoises, the result of ``sample`` with sigma
             0. A yielded tensor is never written to again.
         """
-        start = self._start(n, shape, init, condition, observation, generator, batch_size)
-        return self._run(start, _source(noise, generator), progress)
+        return self._run(
+            *self._start(n, shape, init, condition, observation, generator, batch_size),
+            _source(noise, generator),
+            progress,
+        )
 
-    def _run(self, start: _Start, noise: Callable[[Tensor], Tensor], progress: bool) -> Iterator[tuple[Tensor, float]]:
+    def _run(
+        self, x: Tensor, start: _Start, noise: Callable[[Tensor], Tensor], progress: bool
+    ) -> Iterator[tuple[Tensor, float]]:
         net = self._inference_net()
-        parts = [slice(i, i + start.batch_size) for i in range(0, len(start.x), start.batch_size)]
+        parts = [slice(i, i + start.batch_size) for i in range(0, len(x), start.batch_size)]
         seen, z = start.restoration, None
 
         def network(part: slice) -> Callable[[Tensor, Tensor], Tensor]:
@@ -206,9 +209,11 @@ class Sampler(ABC):
             return lambda x, sigma: net(x, sigma, condition)
 
         def score(x: Tensor, sigma: Tensor) -> Tensor:
-            scores = [seen.score(network(part), x[part], sigma, part) for part in parts]
+            scores = torch.empty_like(x)  # the chain's own, to write the next state into
+            for part in parts:
+                scores[part] = seen.score(network(part), x[part], sigma, part)
             bar.update()
-            return scores[0] if len(scores) == 1 else torch.cat(scores)
+            return scores
 
         def checked_noise(x: Tensor) -> Tensor:
             nonlocal z
@@ -218,7 +223,6 @@ class Sampler(ABC):
             z = z.to(x)
             return z
 
-        x = start.x
         with evaluating(self.net), tqdm(total=len(self), disable=not progress, desc="sampling", unit="call") as bar:
             chain = self._chain(x, score, checked_noise, seen)
             while True:
@@ -233,9 +237,9 @@ class Sampler(ABC):
                 with torch.no_grad():
                     sigma_min = self.schedule.sigma_min
                     if z is not None:  # what was seen at the last level, with the noise of the last step
-                        x = seen.project(x, sigma_min, z)
-                    sigma = torch.tensor(sigma_min, dtype=x.dtype, device=x.device)
-                    x = self._result(torch.add(x, score(x, sigma), alpha=sigma_min**2), seen)
+                        x, z = seen.project(x, sigma_min, z), None
+                    scores = score(x, torch.tensor(sigma_min, dtype=x.dtype, device=x.device))
+                    x = self._result(torch.add(x, scores, alpha=sigma_min**2, out=scores), seen)
                 yield x, 0.0
 
     def _ladder(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -262,7 +266,8 @@ class Sampler(ABC):
         observation: Observation | None,
         generator: Generator,
         batch_size: int | None,
-    ) -> _Start:
+    ) -> tuple[Tensor, _Start]:
+        """The start (n, ...), float32 and on the network's device, and the other arguments."""
         if observation is not None and not isinstance(observation, Observation):
             raise TypeError(
                 f"observation must be an Observation, got {type(observation).__name__}. "
@@ -313,8 +318,7 @@ class Sampler(ABC):
         else:
             x = own_middle(self.net) + self.schedule.sigma_max * standard_normal((n, *sample_shape), generator, device)
         values = max(1, math.prod(sample_shape))
-        return _Start(
-            x,
+        return x, _Start(
             None if condition is None else condition.to(device),
             self._restoration(observation, device),
             max(1, _BATCH_VALUES // values) if batch_size is None else batch_size,
