@@ -2,6 +2,7 @@
 
     python examples/restore.py digit.png --out restored                              # all that fits, with "mnist"
     python examples/restore.py faces/ --out restored --model google/ddpm-celebahq-256 --tasks inpaint jpeg
+    python examples/restore.py digit.png --out restored --restore guide-jacobian     # better, takes twice as long
     python examples/restore.py digit.png --out restored --tasks inpaint --mask free.png --sigma 0.1
 
 Of each picture and task it writes the samples, a strip (what was seen, the samples, the original) and prints the root
