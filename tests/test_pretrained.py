@@ -217,9 +217,8 @@ def test_settings_that_are_not_plain_are_refused_before_anything_is_written(tmp_
 
 def test_unknown_names_list_the_known(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"'imagenet' is neither .*\('mnist', 'cifar10', 'celebahq'\), nor a folder, nor"
-    ):
+    names = r"\('mnist', 'palette-mnist', 'cifar10', 'celebahq'\)"
+    with pytest.raises(FileNotFoundError, match=rf"'imagenet' is neither .*{names}, nor a folder, nor"):
         ScoreNet.from_pretrained("imagenet")
 
 
