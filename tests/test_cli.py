@@ -54,6 +54,7 @@ def test_the_seed_decides(folder, tmp_path):
         (["sample", "nothing", "x.png"], "scorematch: 'nothing' is neither"),
         (["sample", "mnist", "x.png", "-n", "0"], "scorematch: n must be at least 1"),
         (["sample", "mnist", "x.png", "--step-size", "1"], "stability limit"),
+        (["sample", "palette-mnist", "x.png"], "restores images that it is shown: write python -m scorematch restore"),
     ],
 )
 def test_a_failure_is_one_line(options, message, capsys):

@@ -23,6 +23,8 @@ from scorematch.sampling.restoration import Restore
 
 def _sample(args: argparse.Namespace) -> None:
     sampler, shape = _sampler(args)
+    if _is_shown_images(sampler, shape[0]):
+        raise ValueError(f"{args.model} restores images that it is shown: write python -m scorematch restore.")
     check_picture(args.picture)  # before minutes of work, not after
     _announce(sampler, args.n, shape, args.device)
     begin = time.perf_counter()
@@ -48,7 +50,7 @@ def _restore(args: argparse.Namespace) -> None:
             raise ValueError(f"{folder / taken[0]} exists already, and is left as it is: name another folder.")
     check_picture(folder / "strip.png")
     generator = torch.Generator().manual_seed(args.seed)
-    palette = sampler.net.config.get("in_channels", 0) > channels  # type: ignore[attr-defined]  # a ScoreNet
+    palette = _is_shown_images(sampler, channels)
     for i, picture in enumerate(pictures):
         original = None if originals is None else read_image(originals[i], channels)[None]
         y = read_image(picture, 1 if args.gray and not args.degrade else channels)[None]
@@ -93,6 +95,11 @@ def _sampler(args: argparse.Namespace) -> tuple[AnnealedLangevinSampler, tuple[i
         restore=getattr(args, "method", "replace"),
     )
     return sampler, net.sample_shape
+
+
+def _is_shown_images(sampler: AnnealedLangevinSampler, channels: int) -> bool:
+    """Whether the network takes an image as its condition, beside one of so many channels."""
+    return bool(sampler.net.config.get("in_channels", 0) > channels)  # type: ignore[attr-defined]  # a ScoreNet
 
 
 def _operator(args: argparse.Namespace) -> Operator:
