@@ -122,6 +122,15 @@ def test_masks_are_black_and_white(tmp_path):
         read_mask(tmp_path / "soft.png")
 
 
+def test_a_truncated_picture_is_named(tmp_path):
+    save_image(torch.rand(3, 64, 64), tmp_path / "whole.png")
+    (tmp_path / "part.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    with pytest.raises(OSError, match=r"part\.png is no picture that can be read: .*truncated"):
+        read_image(tmp_path / "part.png", 3)
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        read_image(tmp_path / "none.png", 3)
+
+
 def test_what_is_no_picture_is_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(OSError, match=r"broken\.png is no picture that can be read"):

@@ -127,7 +127,9 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
             array = np.array(image.convert("L" if channels == 1 else "RGB"))
-    except (Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
+        if getattr(error, "filename", None) is not None:  # no such file, or not allowed to read it
+            raise
         raise OSError(f"{os.fspath(path)} is no picture that can be read: {error}") from error
     return rearrange(torch.from_numpy(array), "h w ... -> (...) h w").float() / 255
 
