@@ -1,10 +1,18 @@
-"""The fast group norm is torch's, in value and in every derivative."""
+"""The fast group norm is torch's, in value and in every derivative, for a batch as a whole and in parts."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from scorematch.nets import layers
 from scorematch.nets.layers import GroupNorm
+
+
+@pytest.fixture(autouse=True, params=["whole", "one by one"])
+def _parts(request, monkeypatch):
+    """Both ways through a batch."""
+    if request.param == "one by one":
+        monkeypatch.setattr(layers, "_PART_VALUES", 1)
 
 
 def _norm(groups, channels, dtype):
