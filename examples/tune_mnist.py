@@ -8,6 +8,7 @@ the figures of ``evaluate_mnist.py``, the test digits' own in the last line.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,6 +41,17 @@ SETTINGS = [
 ]
 
 
+def samplers(net: ScoreNet) -> Iterator[tuple[str, AnnealedLangevinSampler]]:
+    """Each setting as a line of the table, and a sampler of it, on a geometric ladder of the network's own range."""
+    for levels, steps, a, noise in SETTINGS:
+        schedule = NoiseSchedule.geometric(net.schedule.sigma_max, net.schedule.sigma_min, levels)
+        step_size = schedule.suggest_step_size(steps) if a is None else a * schedule.sigma_min**2
+        kind = {"consistent": True} if noise == "consistent" else {"exact_noise": noise == "exact"}
+        sampler = AnnealedLangevinSampler(net, schedule, steps_per_level=steps, step_size=step_size, **kind)
+        a = step_size / schedule.sigma_min**2
+        yield f"{levels:>6} {steps:>5} {a:.2f} {noise:>10} {len(sampler):>5}", sampler
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with MNIST; torchvision downloads it otherwise")
@@ -55,21 +67,13 @@ def main() -> None:
     reference = read(classifier, load_digits(args.data, "train")[0].float() / 255)[1]
     net = ScoreNet.from_pretrained(args.model)
     print("line levels steps    a      noise calls | confident rarest frechet   std variation", flush=True)
-    for line, (levels, steps, a, noise) in enumerate(SETTINGS):
+    for line, (setting, sampler) in enumerate(samplers(net)):
         if args.only is not None and line not in args.only:
             continue
-        schedule = NoiseSchedule.geometric(net.schedule.sigma_max, net.schedule.sigma_min, levels)
-        step_size = None if a is None else a * schedule.sigma_min**2
-        if step_size is None:
-            step_size = schedule.suggest_step_size(steps)
-        kind = {"consistent": True} if noise == "consistent" else {"exact_noise": noise == "exact"}
-        sampler = AnnealedLangevinSampler(net, schedule, steps_per_level=steps, step_size=step_size, **kind)
         samples = sampler.sample(args.n, generator=torch.Generator().manual_seed(args.seed), progress=False)
         if args.out is not None:
             save_grid(samples[:64], args.out / f"settings-{line:02d}.png")
-        setting = f"{line:>4} {levels:>6} {steps:>5} {step_size / schedule.sigma_min**2:.2f}"
-        setting += f" {noise:>10} {len(sampler):>5}"
-        print(f"{setting} | {_row(figures(classifier, samples, reference))}", flush=True)
+        print(f"{line:>4} {setting} | {_row(figures(classifier, samples, reference))}", flush=True)
     test = load_digits(args.data, "test")[0].float() / 255
     chosen = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[: args.n]]
     print(f"{'test digits':>36} | {_row(figures(classifier, chosen, reference))}")

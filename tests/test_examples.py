@@ -227,8 +227,16 @@ def test_palettes_rivals(digits, tmp_path):
     assert row["task"] == "jpeg" and float(row["diversity"]) == 0
 
 
-def test_palette_on_cifar10(tmp_path):
-    """The original files of the binary version, and archives."""
+def test_settings_of_digits(digits, tmp_path):
+    classifier = tmp_path / "classifier.pt"
+    said = _run("tune_mnist.py", "--data", digits, "--classifier", classifier, "--n", 4, "--only", 9)
+    head, line, data = said.splitlines()
+    assert "   9     50     1 0.30 consistent    50 |" in line and "test digits |" in data and "frechet" in head
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Random pictures in the original files of CIFAR-10's binary version."""
     random = np.random.default_rng(0)
     rows = random.integers(0, 256, (20, 3073)).astype(np.uint8)
     rows[:, 0] %= 10
@@ -237,7 +245,22 @@ def test_palette_on_cifar10(tmp_path):
     rows[:10].tofile(folder / "data_batch_1.bin")
     rows[10:].tofile(folder / "data_batch_2.bin")
     rows[:8].tofile(folder / "test_batch.bin")
-    _run("palette.py", "--smoke", "--images", "cifar10", "--data", tmp_path / "data", "--out", tmp_path / "run")
+    return tmp_path / "data"
+
+
+def test_a_network_of_cifar10_and_its_settings(images, tmp_path):
+    _run("train_cifar10.py", "--smoke", "--data", images, "--out", tmp_path / "run")
+    network = tmp_path / "run" / "network"
+    net = ScoreNet.from_pretrained(network)
+    assert net.sample_shape == (3, 32, 32) and len(net.schedule) == 1000
+    said = _run("tune_cifar10.py", "--data", images, "--model", network, "--n", 4, "--only", 0, 10, "--out", tmp_path)
+    lines = said.splitlines()
+    assert len(lines) == 4 and "Heun    35 |" in lines[1] and "50     1 0.30 consistent    50 |" in lines[2]
+    assert (tmp_path / "settings-10.png").exists()
+
+
+def test_palette_on_cifar10(images, tmp_path):
+    _run("palette.py", "--smoke", "--images", "cifar10", "--data", images, "--out", tmp_path / "run")
     assert ScoreNet.from_pretrained(tmp_path / "run" / "network").sample_shape == (3, 32, 32)
     assert "right" not in (tmp_path / "run" / "figures.csv").read_text()
 
