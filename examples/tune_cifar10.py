@@ -53,8 +53,8 @@ def main() -> None:
     reference = patches(train[:5000].float() / 255)
     net = ScoreNet.from_pretrained(args.model)
     flow = ODESampler(net, levels=18)
-    lines: list[tuple[str, Sampler]] = [(f"{18:>6} {'Heun':>21} {len(flow):>5}", flow), *samplers(net)]
-    print("line levels steps    a      noise calls | patches   std saturation variation", flush=True)
+    lines: list[tuple[str, Sampler]] = [(f"{18:>6} {'Heun':>22} {len(flow):>5}", flow), *samplers(net)]
+    print("line levels steps     a      noise calls | patches   std saturation variation", flush=True)
     for line, (setting, sampler) in enumerate(lines):
         if args.only is not None and line not in args.only:
             continue
@@ -63,7 +63,7 @@ def main() -> None:
             save_grid(images[:64], args.out / f"settings-{line:02d}.png")
         print(f"{line:>4} {setting} | {row(images, reference)}", flush=True)
     chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[: args.n]
-    print(f"{'test images':>39} | {row(test[chosen].float() / 255, reference)}")
+    print(f"{'test images':>40} | {row(test[chosen].float() / 255, reference)}")
 
 
 if __name__ == "__main__":

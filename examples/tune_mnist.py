@@ -8,7 +8,7 @@ the figures of ``evaluate_mnist.py``, the test digits' own in the last line.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,8 +18,14 @@ from mnist import load_digits
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.images import save_grid
 
-# (levels, steps a level, step in units of sigma^2 or None for technique 4, noise)
-SETTINGS = [
+
+def power(p: float) -> Callable[[float], float]:
+    """1 - r^p of the ratio of a level to the one before: no noise at 1, what ancestral sampling adds at 2."""
+    return lambda ratio: 1 - ratio**p
+
+
+# (levels, steps a level, step in units of sigma^2, a rule for it, or None for technique 4, noise)
+SETTINGS: list[tuple[int, int, float | Callable[[float], float] | None, str]] = [
     (50, 3, None, "plain"),
     (50, 3, None, "exact"),
     (95, 1, 0.5, "exact"),
@@ -38,6 +44,14 @@ SETTINGS = [
     (200, 1, 0.2, "consistent"),
     (200, 1, 0.36, "consistent"),
     (200, 1, 0.6, "consistent"),
+    (50, 5, 0.25, "exact"),
+    (50, 5, 0.3, "exact"),
+    (80, 3, 0.3, "exact"),
+    (100, 1, power(1.1), "consistent"),
+    (100, 1, power(2), "consistent"),
+    (250, 1, power(1.1), "consistent"),
+    (250, 1, power(1.5), "consistent"),
+    (250, 1, power(2), "consistent"),
 ]
 
 
@@ -45,11 +59,12 @@ def samplers(net: ScoreNet) -> Iterator[tuple[str, AnnealedLangevinSampler]]:
     """Each setting as a line of the table, and a sampler of it, on a geometric ladder of the network's own range."""
     for levels, steps, a, noise in SETTINGS:
         schedule = NoiseSchedule.geometric(net.schedule.sigma_max, net.schedule.sigma_min, levels)
+        a = a(schedule[1] / schedule[0]) if callable(a) else a
         step_size = schedule.suggest_step_size(steps) if a is None else a * schedule.sigma_min**2
         kind = {"consistent": True} if noise == "consistent" else {"exact_noise": noise == "exact"}
         sampler = AnnealedLangevinSampler(net, schedule, steps_per_level=steps, step_size=step_size, **kind)
         a = step_size / schedule.sigma_min**2
-        yield f"{levels:>6} {steps:>5} {a:.2f} {noise:>10} {len(sampler):>5}", sampler
+        yield f"{levels:>6} {steps:>5} {a:.3f} {noise:>10} {len(sampler):>5}", sampler
 
 
 def main() -> None:
@@ -66,7 +81,7 @@ def main() -> None:
     classifier = load_classifier(args.classifier, args.data)
     reference = read(classifier, load_digits(args.data, "train")[0].float() / 255)[1]
     net = ScoreNet.from_pretrained(args.model)
-    print("line levels steps    a      noise calls | confident rarest frechet   std variation", flush=True)
+    print("line levels steps     a      noise calls | confident rarest frechet   std variation", flush=True)
     for line, (setting, sampler) in enumerate(samplers(net)):
         if args.only is not None and line not in args.only:
             continue
@@ -76,7 +91,7 @@ def main() -> None:
         print(f"{line:>4} {setting} | {_row(figures(classifier, samples, reference))}", flush=True)
     test = load_digits(args.data, "test")[0].float() / 255
     chosen = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[: args.n]]
-    print(f"{'test digits':>36} | {_row(figures(classifier, chosen, reference))}")
+    print(f"{'test digits':>37} | {_row(figures(classifier, chosen, reference))}")
 
 
 def _row(found: dict[str, float]) -> str:

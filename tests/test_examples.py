@@ -231,7 +231,7 @@ def test_settings_of_digits(digits, tmp_path):
     classifier = tmp_path / "classifier.pt"
     said = _run("tune_mnist.py", "--data", digits, "--classifier", classifier, "--n", 4, "--only", 9)
     head, line, data = said.splitlines()
-    assert "   9     50     1 0.30 consistent    50 |" in line and "test digits |" in data and "frechet" in head
+    assert "   9     50     1 0.300 consistent    50 |" in line and "test digits |" in data and "frechet" in head
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_a_network_of_cifar10_and_its_settings(images, tmp_path):
     assert net.sample_shape == (3, 32, 32) and len(net.schedule) == 1000
     said = _run("tune_cifar10.py", "--data", images, "--model", network, "--n", 4, "--only", 0, 10, "--out", tmp_path)
     lines = said.splitlines()
-    assert len(lines) == 4 and "Heun    35 |" in lines[1] and "50     1 0.30 consistent    50 |" in lines[2]
+    assert len(lines) == 4 and "Heun    35 |" in lines[1] and "50     1 0.300 consistent    50 |" in lines[2]
     assert (tmp_path / "settings-10.png").exists()
 
 
