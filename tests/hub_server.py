@@ -96,7 +96,7 @@ class Hub:
                     "type": "file",
                     "path": file,
                     "size": len(data),
-                    "oid": hashlib.sha1(data, usedforsecurity=False).hexdigest(),
+                    "oid": _git_hash(data),
                 }
                 for file, data in files.items()
             ]
@@ -179,7 +179,7 @@ class Hub:
             return self._error(request, 404, "EntryNotFound")
         data = files[file]
         large = _mode(file) == "lfs"
-        digest = (hashlib.sha256 if large else hashlib.sha1)(data).hexdigest()
+        digest = hashlib.sha256(data).hexdigest() if large else _git_hash(data)
         headers = {"ETag": f'"{digest}"', "X-Repo-Commit": self.commit}
         if large and self.redirect:
             headers = {"X-Repo-Commit": self.commit, "X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data))}
@@ -216,6 +216,11 @@ class Hub:
         request.send_header("X-Repo-Commit", self.commit)
         request.send_header("Content-Length", "0")
         request.end_headers()
+
+
+def _git_hash(data):
+    """What git calls a file of that content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _mode(file):

@@ -90,6 +90,32 @@ def test_without_a_configuration(files, tmp_path):
     _agrees(net, fixture)
 
 
+@pytest.mark.parametrize("consistent", ["true", "false"])
+def test_the_settings_of_adversarial_consistent_score_matching(consistent, files, tmp_path):
+    """nsigma refines a consistent chain's ladder; elsewhere it counts the steps of a level."""
+
+    def edit(text):
+        text = text.replace("n_steps_each: 5", f"consistent: {consistent}\n  nsigma: 5")
+        return text.replace("step_lr: 6.2e-06", "step_lr: 0.0000011")
+
+    _, checkpoint, config = files("ncsnv2", buffer=False, edit=edit)
+    sampler = AnnealedLangevinSampler(convert(checkpoint, tmp_path / "out", config=config))
+    assert sampler.consistent == (consistent == "true") and sampler.step_size == 1.1e-6
+    assert (len(sampler.schedule), sampler.steps_per_level) == ((1156, 1) if sampler.consistent else (232, 5))
+
+
+@pytest.mark.parametrize("kind", ["linear", "uniform", "cosine"])
+def test_ladders_that_are_not_geometric(kind, files, tmp_path):
+    edit = {"edit": lambda text: text.replace("sigma_dist: geometric", f"sigma_dist: {kind}")}
+    _, checkpoint, config = files("ncsnv2", buffer=False, **edit)
+    if kind == "cosine":
+        with pytest.raises(ValueError, match=r"sigma_dist must be geometric, uniform or linear, got 'cosine'"):
+            convert(checkpoint, tmp_path / "out", config=config)
+    else:
+        schedule = convert(checkpoint, tmp_path / "out", config=config).schedule
+        torch.testing.assert_close(schedule.sigmas, torch.linspace(50, 0.01, 232, dtype=torch.float64))
+
+
 def test_adversarial_consistent_score_matching_keeps_its_levels_in_the_configuration(files, tmp_path):
     fixture, checkpoint, config = files("ncsnv2", buffer=False)
     _agrees(convert(checkpoint, tmp_path / "out", config=config), fixture)
@@ -105,7 +131,7 @@ def test_a_network_without_dilation_is_refused(files, tmp_path):
         for name in [name for name in weights if "res3.0.conv2." in name]:
             weights[name.replace("conv2.", "conv2.conv.")] = weights.pop(name)
     torch.save(content, checkpoint)
-    with pytest.raises(ValueError, match=r"not a published network's: they lack \['res3\.0\.conv2\.weight'"):
+    with pytest.raises(ValueError, match=r"lacks 2 tensor\(s\) that the network needs: res3\.0\.conv2\.bias"):
         convert(checkpoint, tmp_path / "out", config=config)
 
 
@@ -175,7 +201,7 @@ class _Trap:
 def test_a_pickle_with_code_is_not_opened(tmp_path, capsys):
     with (tmp_path / "trap.pth").open("wb") as file:
         pickle.dump([{"module.begin_conv.weight": _Trap()}], file, protocol=2)
-    with pytest.raises(ValueError, match="was not opened: a pickle can run code"):
+    with pytest.raises(ValueError, match=r"holds more than tensors \(print\), or is damaged, and was not opened"):
         convert(tmp_path / "trap.pth", tmp_path / "out")
     assert "this code ran" not in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -204,7 +230,17 @@ def test_options_that_are_not_here(old, new, message, files, tmp_path):
         convert(checkpoint, tmp_path / "out", config=config)
 
 
-@pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, [torch.zeros(1)], [], 3])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weight": torch.zeros(1)},
+        [torch.zeros(1)],
+        [],
+        3,
+        {1: torch.zeros(1)},
+        {"net.begin_conv.weight": torch.zeros(1)},
+    ],
+)
 def test_files_that_are_no_checkpoint(content, tmp_path):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="is no checkpoint of NCSN or NCSNv2"):
@@ -214,17 +250,65 @@ def test_files_that_are_no_checkpoint(content, tmp_path):
 def test_damaged_files(files, tmp_path):
     _, checkpoint, config = files("ncsnv2")
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"is not a complete checkpoint|is damaged"):
+    with pytest.raises(ValueError, match=r"is not a complete pth file|is damaged"):
         convert(checkpoint, tmp_path / "out", config=config)
     with pytest.raises(FileNotFoundError):
         convert(tmp_path / "nothing.pth", tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [3, torch.zeros(1)])
+def test_a_checkpoint_that_holds_no_weights(value, tmp_path):
+    torch.save({"begin_conv.weight": value}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="does not hold a network's weights"):
+        convert(tmp_path / "other.pth", tmp_path / "out")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_cut_anywhere_is_one_sentence(zipped, published, tmp_path):
+    """Damage shows as an error of another kind at every place."""
+    torch.save([published("ncsnv2")["weights"]], tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for length in [*range(1, 6000, 97), len(whole) // 2]:
+        (tmp_path / "cut.pth").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"is not a complete pth file|is damaged") as caught:
+            convert(tmp_path / "cut.pth", tmp_path / "out")
+        assert "weights_only" not in str(caught.value)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "a.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="is a Git LFS pointer, not the weights"):
+        convert(tmp_path / "a.pth", tmp_path / "out")
+
+
+def test_weights_of_another_width_are_named(published, tmp_path):
+    weights = {**published("ncsnv2")["weights"], "sigmas": published("ncsnv2")["sigmas"]}
+    weights["end_conv.bias"] = torch.zeros(7)
+    torch.save([weights], tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=r"belong to a network of other sizes: end_conv\.bias \(7,\) instead of"):
+        convert(tmp_path / "odd.pth", tmp_path / "out")
+
+
+def test_weights_that_were_wrapped_twice(published, tmp_path):
+    weights = published("ncsnv2")["weights"]
+    wrapped = {f"module.module.{name}": tensor for name, tensor in weights.items()}
+    torch.save([{**wrapped, "module.module.sigmas": published("ncsnv2")["sigmas"]}], tmp_path / "twice.pth")
+    net = convert(tmp_path / "twice.pth", tmp_path / "out")
+    assert torch.equal(net.backbone.state_dict()["end_conv.bias"], weights["end_conv.bias"])
+
+
+def test_a_configuration_in_another_encoding(files, tmp_path):
+    _, checkpoint, config = files("ncsnv2")
+    config.write_bytes(b"model: \xff\xfe")
+    with pytest.raises(ValueError, match="can be read safely"):
+        convert(checkpoint, tmp_path / "out", config=config)
 
 
 def test_weights_of_another_kind_are_named(files, published, tmp_path):
     weights = published("ncsnv2")["weights"]
     sigmas = published("ncsnv2")["sigmas"]
     torch.save([{**weights, "sigmas": sigmas, "res1.0.conv1.weight_u": torch.zeros(8)}], tmp_path / "spectral.pth")
-    with pytest.raises(ValueError, match=r"lack nothing and also hold \['res1.0.conv1.weight_u'\]"):
+    with pytest.raises(ValueError, match=r"holds 1 tensor\(s\) that the network lacks: res1\.0\.conv1\.weight_u"):
         convert(tmp_path / "spectral.pth", tmp_path / "out")
 
 

@@ -80,7 +80,12 @@ def test_three_lines_fetch_only_what_is_needed_and_the_cache_serves_when_the_ser
         "print(tuple(sampler.sample(2, progress=False).shape))"
     )
     assert run(code) == "(2, 3, 8, 8)\n"
-    assert hub.fetched() == ["config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"]
+    assert hub.fetched() == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "model_index.json",
+        "scheduler_config.json",
+    ]
     hub.requests.clear()
     assert run(code.replace("'someone/ddpm'", f"'someone/ddpm', revision='{COMMIT}'")) == "(2, 3, 8, 8)\n"
     assert hub.requests == []  # a pinned commit needs none
@@ -94,9 +99,16 @@ def test_pickled_weights_where_there_are_no_others(hub, run):
     del hub.repositories["someone/ddpm"]["diffusion_pytorch_model.safetensors"]
     code = LOAD + "print(net.sample_shape)"
     assert run(code) == "(3, 8, 8)\n"
-    assert hub.fetched() == ["config.json", "diffusion_pytorch_model.bin", "scheduler_config.json"]
+    needed = ["config.json", "diffusion_pytorch_model.bin", "model_index.json", "scheduler_config.json"]
+    assert hub.fetched() == needed
     hub.stop()
     assert run(code, HF_HUB_OFFLINE="1") == "(3, 8, 8)\n"
+
+
+def test_pickled_weights_beside_others_that_are_not_the_networks(hub, run):
+    held = hub.repositories["someone/ddpm"]
+    held["model.safetensors"] = held.pop("diffusion_pytorch_model.safetensors")
+    assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
 
 
 def test_a_pipeline_another_cache_and_a_redirect_to_another_host(hub, run, files, tmp_path):
@@ -146,6 +158,14 @@ def test_a_token(hub, run):
             "holds no network: expected config.json .* it has README.md, data.csv",
         ),
         (
+            "ScoreNet.from_pretrained('someone/half')",
+            "holds no network: expected diffusion_pytorch_model.* it has config.json, model.ckpt, .*fp16.safetensors",
+        ),
+        (
+            "ScoreNet.from_pretrained('someone/latent')",
+            "is a latent pipeline, with a vqvae/",
+        ),
+        (
             "ScoreNet.from_pretrained('someone/ddpm', local_files_only=True)",
             "someone/ddpm is not in the cache.*Fetch it first",
         ),
@@ -154,6 +174,17 @@ def test_a_token(hub, run):
 )
 def test_errors_say_what_to_do(code, message, hub, run):
     hub.repositories["someone/text"] = {"README.md": b"", "data.csv": b""}
+    whole = hub.repositories["someone/ddpm"]
+    configs = {name: whole[name] for name in ("config.json", "scheduler_config.json")}
+    half = {"model.ckpt": b"", "pytorch_model.fp16.safetensors": b""}
+    hub.repositories["someone/half"] = {**configs, **half}
+    index = json.dumps({"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}).encode()
+    hub.repositories["someone/latent"] = {
+        "model_index.json": index,
+        "unet/config.json": whole["config.json"],
+        "unet/diffusion_pytorch_model.safetensors": whole["diffusion_pytorch_model.safetensors"],
+        "scheduler/scheduler_config.json": whole["scheduler_config.json"],
+    }
     hub.repositories["someone/gated"] = {}
     hub.gated.add("someone/gated")
     error = run(LOAD, fails=True, HF_HUB_OFFLINE="1") if code == "offline" else run(code, fails=True)
@@ -172,7 +203,8 @@ def test_a_short_name_is_the_commit_on_its_card_with_its_settings(hub, run, file
     assert run(code) == "251 True NoiseSchedule(1000 levels, 78.7 -> 0.005)\n"
     assert any(card.revision in path for _, path in hub.requests)
     hub.requests.clear()
-    assert run(code.replace("'cifar10'", "'google/ddpm-cifar10-32'")).startswith("251 True")
+    changed = "net = ScoreNet.from_pretrained('cifar10')\nnet.sampler_settings['levels'] = 7\n"
+    assert run(changed + code.replace("'cifar10'", "'google/ddpm-cifar10-32'")).startswith("251 True")
     assert hub.requests == []
 
 
@@ -204,6 +236,14 @@ def test_an_altered_download_is_named(hub, run, tmp_path):
     assert "is not what the Hub sent" in error and str(blob) in error
     blob.unlink()
     assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
+    (path,) = (tmp_path / "home").rglob("config.json")
+    path.resolve().write_bytes(path.read_bytes().replace(b'"in_channels": 3', b'"in_channels": 4'))
+    assert f"{path.resolve()} is not what the Hub sent" in run(LOAD, fails=True)
+
+
+def test_a_damaged_file_of_the_hubs_own_is_not_called_altered(hub, run):
+    hub.repositories["someone/ddpm"]["config.json"] = b"{"
+    assert "config.json is not valid JSON" in run(LOAD, fails=True)
 
 
 def test_a_disk_that_is_full(run):
@@ -214,7 +254,11 @@ def test_a_disk_that_is_full(run):
     )
     if sys.platform != "linux":
         pytest.skip("needs limits on the size of files")
-    assert "too large" in run(code, fails=True).lower()
+    error = run(code, fails=True)
+    assert "too large: someone/ddpm could not be written to the cache" in error and "cache_dir=" in error
+    code = code.replace(LOAD, "ScoreNet.unet(3, 8, widths=(8, 16), layers_per_block=1).save_pretrained('net')\n")
+    error = run(code, fails=True)
+    assert error.startswith("OSError: net could not be written") and "too large" in error
 
 
 def test_remote_code_is_neither_fetched_nor_run(hub, run):
@@ -292,6 +336,19 @@ def test_an_upload_keeps_what_is_not_its_own_and_replaces_the_network_before(hub
     assert sorted(held) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "notes.txt"]
     assert held["README.md"] == b"my words" and hub.branches == {"me/net": {"trial"}}
     assert any("/commit/trial" in path for _, path in hub.requests)
+
+
+def test_an_upload_replaces_a_pipeline(hub, run, saved, files):
+    hub.writer = "secret"
+    hub.repositories["me/net"] = {
+        "model_index.json": b"{}",
+        "unet/config.json": files["config.json"],
+        "scheduler/scheduler_config.json": files["scheduler_config.json"],
+        "unet/diffusion_pytorch_model.safetensors": files["diffusion_pytorch_model.safetensors"],
+    }
+    code = "print(ScoreNet.from_pretrained('me/net').sampler_settings['levels'])\n"
+    assert run(_pushed(saved, ", token='secret'") + code).splitlines()[-1] == "4"
+    assert sorted(hub.repositories["me/net"]) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
 
 
 def test_an_upload_that_is_refused_says_what_to_do(hub, run, saved):

@@ -237,6 +237,23 @@ def test_safetensors_come_before_a_pickle(ddpm):
     assert _same(_load(ddpm), expected)
 
 
+@pytest.mark.parametrize(("said", "row"), [(True, "ddpm"), (False, "ddpm_x0")])
+def test_what_the_output_is_in_the_words_of_2022(said, row, tmp_path):
+    scheduler = {key: value for key, value in DDPM.items() if key != "prediction_type"}
+    _save(_theirs(), tmp_path, {**scheduler, "predict_epsilon": said})
+    assert ScoreNet.from_pretrained(tmp_path).precondition == row
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 3), (3, 6)])
+def test_channels_beside_the_images(inputs, outputs, tmp_path):
+    """A condition goes in beside the image, a variance comes out beside it."""
+    net = ScoreNet.from_pretrained(_save(_theirs(in_channels=inputs, out_channels=outputs), tmp_path, DDPM))
+    assert net.sample_shape == (3, 8, 8)
+    condition = torch.rand(2, 3, 8, 8) if inputs == 6 else None
+    sampler = AnnealedLangevinSampler(net, net.schedule.respaced(2), steps_per_level=1)
+    assert sampler.sample(2, condition=condition, progress=False).shape == (2, 3, 8, 8)
+
+
 def test_a_ladder_among_the_weights_counts(tmp_path):
     """diffusers-ncsn keeps the levels as a buffer; where its configuration says otherwise there is one warning."""
     theirs = _theirs()
@@ -253,12 +270,12 @@ def test_a_ladder_among_the_weights_counts(tmp_path):
     x = torch.rand(2, 3, 8, 8)
     with torch.no_grad():  # the output is the score, the level's index its input, 0 the loudest
         torch.testing.assert_close(net(x, ladder[7]), theirs(x, 7).sample, rtol=1e-4, atol=1e-5)
-    other = NoiseSchedule.geometric(20, 0.005, 10)
-    save_file({**weights, "sigmas": other.sigmas.float()}, tmp_path / "unet" / WEIGHTS)
-    with pytest.warns(UserWarning, match="the stored ones count") as record:
-        net = ScoreNet.from_pretrained(tmp_path)
-    assert len(record) == 1
-    torch.testing.assert_close(net.schedule.sigmas, other.sigmas, rtol=1e-6, atol=0)
+    for other in (NoiseSchedule.geometric(20, 0.005, 10), NoiseSchedule.geometric(10, 0.005, 12)):
+        save_file({**weights, "sigmas": other.sigmas.float()}, tmp_path / "unet" / WEIGHTS)
+        with pytest.warns(UserWarning, match="the stored ones count") as record:
+            net = ScoreNet.from_pretrained(tmp_path)
+        assert len(record) == 1
+        torch.testing.assert_close(net.schedule.sigmas, other.sigmas, rtol=1e-6, atol=0)
 
 
 # -- The way back
@@ -334,7 +351,7 @@ def test_a_pickle_with_code_is_not_opened(ddpm, capsys):
     (ddpm / WEIGHTS).unlink()
     with (ddpm / "diffusion_pytorch_model.bin").open("wb") as file:
         pickle.dump({"weight": _Trap()}, file, protocol=2)
-    with pytest.raises(ValueError, match="not opened: a pickle can run code"):
+    with pytest.raises(ValueError, match=r"holds more than tensors \(print\), or is damaged, and was not opened"):
         ScoreNet.from_pretrained(ddpm)
     assert "this code ran" not in capsys.readouterr().out
 
@@ -358,6 +375,35 @@ def test_truncated_files(ddpm):
         ScoreNet.from_pretrained(ddpm)
 
 
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"a": 1}, 3])
+def test_a_file_of_something_else(content, ddpm):
+    (ddpm / WEIGHTS).unlink()
+    torch.save(content, ddpm / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match="does not hold a network's weights"):
+        ScoreNet.from_pretrained(ddpm)
+
+
+def test_an_index_that_names_no_files(ddpm):
+    (ddpm / WEIGHTS).unlink()
+    (ddpm / f"{WEIGHTS}.index.json").write_text('{"weight_map": null}')
+    with pytest.raises(ValueError, match="does not say, in weight_map"):
+        ScoreNet.from_pretrained(ddpm)
+
+
+@pytest.mark.parametrize("part", ["vae", "vqvae"])
+@pytest.mark.parametrize("said", ["index", "folder"])
+def test_a_latent_pipeline_is_refused(part, said, tmp_path):
+    _save(_theirs(), tmp_path / "pipeline", DDPM, pipeline=True)
+    if said == "folder":
+        (tmp_path / "pipeline" / part).mkdir()
+    else:
+        index = {"_class_name": "LDMPipeline", part: ["diffusers", "VQModel"]}
+        (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))
+    for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "unet"):
+        with pytest.raises(ValueError, match=f"is a latent pipeline, .*{part}/: its U-Net is a score of latents"):
+            ScoreNet.from_pretrained(folder)
+
+
 def test_a_folder_with_two_networks(ddpm, tmp_path):
     _save(_theirs(), tmp_path / "two", DDPM, pipeline=True)
     shutil.copy(ddpm / "config.json", tmp_path / "two")
@@ -379,12 +425,16 @@ def test_no_scheduler(ddpm):
         ({"block_out_channels": [12, 16]}, {}, r"other sizes: conv_in\.weight"),
         ({"mid_block_type": None}, {}, "mid_block_type is None, which is not here"),
         ({"class_embed_type": "timestep"}, {}, "class_embed_type is 'timestep', which is not here"),
-        ({"_class_name": "UNet2DConditionModel"}, {}, "its class, 'UNet2DConditionModel', is not a U-Net of diffusers"),
+        ({"_class_name": "UNet2DConditionModel"}, {}, "its class, 'UNet2DConditionModel', is not one of those"),
         ({"time_embedding_type": "fourier"}, {}, "lacks sigma_max and sigma_min"),
         ({}, {"prediction_type": "flow"}, "prediction_type must be one of 'epsilon'.*got 'flow'"),
         ({}, {"beta_schedule": "cubic"}, "beta_schedule must be linear, .*got 'cubic'"),
         ({}, {"rescale_betas_zero_snr": True}, "makes the loudest level infinite"),
-        ({}, {"_class_name": "EulerDiscreteScheduler", "beta_start": ...}, "has no betas: it is not that of a DDPM"),
+        (
+            {},
+            {"_class_name": "EulerDiscreteScheduler", "beta_start": ...},
+            "is not that of a DDPM: it has no beta",
+        ),
     ],
 )
 def test_configurations_that_are_none(config, scheduler, message, ddpm):

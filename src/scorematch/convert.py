@@ -22,18 +22,18 @@ References:
 from __future__ import annotations
 
 import os
-import pickle
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from scorematch.nets.refinenet import Depth
 from scorematch.noise import NoiseSchedule
+from scorematch.pretrained import fill, read_pickle
 from scorematch.score import ScoreNet
 
 
@@ -95,30 +95,27 @@ class _Options:
 
 def _weights(path: Path, *, raw: bool) -> dict[str, Tensor]:
     """The tensors of a checkpoint, under their names in the network."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and numbers, or is damaged, and was not opened: a pickle can run code "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a complete checkpoint ({error}).") from error
+    content = read_pickle(path)
     average = None
     if isinstance(content, list | tuple) and content and isinstance(content[0], Mapping):
         average = content[-1] if len(content) >= 5 and isinstance(content[-1], Mapping) else None
         content = content[0]
-    if not isinstance(content, Mapping) or not any(str(name).endswith("begin_conv.weight") for name in content):
+    if not isinstance(content, Mapping) or "begin_conv.weight" not in map(_name, content):
         raise ValueError(
             f"{path} is no checkpoint of NCSN or NCSNv2: expected a list whose first entry, or a mapping that itself, "
             "holds begin_conv.weight."
         )
-    weights = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    weights = {_name(name): tensor for name, tensor in content.items()}
     if average is not None and not raw:
-        weights.update({name.removeprefix("module."): tensor for name, tensor in average.items()})
+        weights.update({_name(name): tensor for name, tensor in average.items()})
+    if not all(isinstance(tensor, Tensor) for tensor in weights.values()) or weights["begin_conv.weight"].ndim != 4:
+        raise ValueError(f"{path} does not hold a network's weights, a mapping of names to tensors.")
     return weights
+
+
+def _name(name: Any) -> str:
+    """Of a tensor in the network, whatever it was trained inside of."""
+    return re.sub(r"^(module\.)+", "", str(name))
 
 
 def _build(weights: dict[str, Tensor], options: _Options, path: Path) -> ScoreNet:
@@ -140,23 +137,22 @@ def _build(weights: dict[str, Tensor], options: _Options, path: Path) -> ScoreNe
     net = make(channels, size or 32, width=width, depth=depth, schedule=schedule)
     if size is None:
         net.sample_shape = None
-    missing, unexpected = net.backbone.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"the weights in {path} are not a published network's: they lack {missing[:3] or 'nothing'} and also hold "
-            f"{unexpected[:3] or 'nothing'}."
-        )
-    steps, step_size = options("sampling", "n_steps_each"), options("sampling", "step_lr")
-    if steps is not None and step_size is not None:
-        # In units of x: half the sigma is a quarter of the step.
-        scale = 4 if options("data", "rescaled") else 1
-        net.sampler_settings = {
-            "levels": len(schedule),
-            "steps_per_level": int(steps),
-            "step_size": float(step_size) / scale,
-            "exact_noise": False,
-        }
+    fill(net.backbone, weights, path)
+    net.sampler_settings = _settings(options, schedule)
     return net
+
+
+def _settings(options: _Options, schedule: NoiseSchedule) -> dict[str, Any] | None:
+    """The published settings of the sampler, if the configuration has them."""
+    steps = options("sampling", "n_steps_each", options("sampling", "nsigma"))
+    step_size = options("sampling", "step_lr")
+    if steps is None or step_size is None:
+        return None
+    # In units of x: half the sigma is a quarter of the step.
+    size = float(step_size) / (4 if options("data", "rescaled") else 1)
+    if options("sampling", "consistent"):  # one step a level, on a ladder that is so many times as fine
+        return {"levels": (len(schedule) - 1) * int(steps) + 1, "step_size": size, "consistent": True}
+    return {"levels": len(schedule), "steps_per_level": int(steps), "step_size": size, "exact_noise": False}
 
 
 def _schedule(stored: Tensor | None, levels: int | None, options: _Options, path: Path) -> NoiseSchedule:
@@ -165,8 +161,11 @@ def _schedule(stored: Tensor | None, levels: int | None, options: _Options, path
     count = options("model", "num_classes", levels)
     configured = None
     if None not in (begin, end, count):
+        kind = options("model", "sigma_dist", "geometric")
+        if kind not in ("geometric", "uniform", "linear"):
+            raise ValueError(f"model.sigma_dist must be geometric, uniform or linear, got {kind!r}.")
         configured = NoiseSchedule.geometric(float(begin), float(end), int(count))
-        if options("model", "sigma_dist", "geometric") == "uniform":
+        if kind != "geometric":
             configured = NoiseSchedule(np.linspace(float(begin), float(end), int(count)))
     if stored is not None:
         schedule = NoiseSchedule(stored)
@@ -203,7 +202,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     Loader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespace", namespace)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a configuration that can be read safely: {error}") from error
     if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
         raise ValueError(f"{path} is not a configuration of NCSN: it has no section model.")

@@ -8,12 +8,19 @@ needed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 from pathlib import Path
 
-_CONFIGS = ["config.json", "scheduler_config.json", "unet/config.json", "scheduler/scheduler_config.json"]
+_CONFIGS = [
+    "config.json",
+    "scheduler_config.json",
+    "model_index.json",
+    "unet/config.json",
+    "scheduler/scheduler_config.json",
+]
 
 
 def _weights(kind: str) -> list[str]:
@@ -26,6 +33,8 @@ def _weights(kind: str) -> list[str]:
 # asked for.
 _SAFE = [*_CONFIGS, "model.safetensors", *_weights("safetensors")]
 _PICKLED = [*_CONFIGS, *_weights("bin")]
+# What a repository's network may consist of: another one in its place replaces them all.
+_NETWORK = [*_CONFIGS, "model.safetensors", "diffusion_pytorch_model*", "unet/diffusion_pytorch_model*"]
 
 
 def is_repository(name: str) -> bool:
@@ -79,13 +88,16 @@ def fetch(
 
     try:
         folder = download(_SAFE)
-        if not any(folder.rglob("*.safetensors")):
+        if not _has_weights(folder, "safetensors"):
             folder = download(_PICKLED)
+        lacking = None
         if not any((folder / name).is_file() for name in ("config.json", "unet/config.json")):
+            lacking = "config.json or unet/config.json"
+        elif not _has_weights(folder, "safetensors") and not _has_weights(folder, "bin"):
+            lacking = "diffusion_pytorch_model.safetensors, or .bin, or model.safetensors, beside its config.json"
+        if lacking is not None and not local_files_only:
             held = ", ".join(sorted(HfApi(token=token).list_repo_files(repo_id, revision=revision))) or "nothing"
-            raise FileNotFoundError(
-                f"{repo_id} holds no network: expected config.json or unet/config.json, it has {held}."
-            )
+            raise FileNotFoundError(f"{repo_id} holds no network: expected {lacking}, it has {held}.")
     except GatedRepoError as error:  # before its parent class, a repository that is not found
         raise PermissionError(
             f"{repo_id} is gated: accept its terms at https://huggingface.co/{repo_id}, then log in (hf auth login) or "
@@ -102,10 +114,29 @@ def fetch(
         raise FileNotFoundError(
             f"{repo_id} is not in the cache, or not completely, and the Hub was not asked or not reached. Fetch it "
             f"first, online and without local_files_only, with ScoreNet.from_pretrained({repo_id!r})."
+            + ("" if error.__cause__ is None else f" ({error.__cause__})")
         ) from error
     except HfHubHTTPError as error:
         raise OSError(f"fetching {repo_id} failed: {error}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: {repo_id} could not be written to the cache. Free some space, or name another place, "
+            "cache_dir=...; the download then goes on where it stopped.",
+        ) from error
     return folder
+
+
+def _has_weights(folder: Path, kind: str) -> bool:
+    """Whether the network of a snapshot has weights of a kind; those of a RefineNet are known by its configuration."""
+    home = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
+    if any(home.glob(f"diffusion_pytorch_model*.{kind}")):
+        return True
+    config = home / "config.json"
+    ours = config.is_file() and b'"format_version"' in config.read_bytes()
+    return ours and (home / f"model.{kind}").is_file()
 
 
 def push(
@@ -148,7 +179,7 @@ def push(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            delete_patterns=["model.safetensors", "diffusion_pytorch_model*"],  # of another network, if they stay
+            delete_patterns=_NETWORK,  # of another network, if they stay
         )
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
@@ -161,11 +192,16 @@ def push(
 
 
 def altered_file(folder: Path) -> Path | None:
-    """A file of a cached snapshot that is not what its name in the cache, its SHA-256, says; None if there is none."""
+    """A file of a cached snapshot that is not what its name in the cache says; None if there is none.
+
+    That name is the SHA-256 of large files, and of small ones the hash that git gives them.
+    """
     for path in sorted(folder.rglob("*")):
         blob = path.resolve()
-        if path.is_file() and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        if path.is_file() and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
             digest = hashlib.sha256()
+            if len(blob.name) == 40:
+                digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
             with blob.open("rb") as file:
                 while chunk := file.read(2**20):
                     digest.update(chunk)

@@ -65,7 +65,8 @@ def translate(config: Mapping[str, Any], scheduler: Mapping[str, Any] | None) ->
     unet = {key: config[key] for key in UNET_KEYS if key in config}
     size = config.get("sample_size")
     size = size if isinstance(size, list | tuple) or size is None else (size, size)
-    channels = unet.get("in_channels", 3)
+    # The image's: what goes in beyond them is a condition, what comes out beyond them a variance.
+    channels = min(unet.get("in_channels", 3), unet.get("out_channels", 3))
     schedule, precondition = _schedule(config, scheduler)
     return {
         "family": "unet",
@@ -81,17 +82,18 @@ def translate(config: Mapping[str, Any], scheduler: Mapping[str, Any] | None) ->
 def _schedule(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
     name = scheduler.get("_class_name")
     if config.get("_class_name") == "UNet2DModelForNCSN" or config.get("time_embedding_type") == "fourier":
-        levels = scheduler.get("num_train_timesteps", 2000)
+        levels = scheduler.get("num_train_timesteps") or 2000
         missing = [key for key in ("sigma_max", "sigma_min") if key not in scheduler]
         if missing:
             raise ValueError(f"the scheduler {name!r} of a variance exploding network lacks {' and '.join(missing)}.")
         ladder = NoiseSchedule.geometric(scheduler["sigma_max"], scheduler["sigma_min"], levels)
         return ladder, "ncsn" if config.get("_class_name") == "UNet2DModelForNCSN" else "ncsnpp"
     if "beta_start" not in scheduler and scheduler.get("trained_betas") is None:
-        raise ValueError(f"the scheduler {name!r} has no betas: it is not that of a DDPM.")
+        raise ValueError(f"the scheduler {name!r} is not that of a DDPM: it has no beta_start and no trained_betas.")
     if scheduler.get("rescale_betas_zero_snr"):
         raise ValueError("rescale_betas_zero_snr makes the loudest level infinite, which a ladder cannot hold.")
-    prediction = scheduler.get("prediction_type", "epsilon")
+    # Until the end of 2022 diffusers wrote predict_epsilon.
+    prediction = scheduler.get("prediction_type", "epsilon" if scheduler.get("predict_epsilon", True) else "sample")
     if prediction not in _PREDICTIONS:
         known = ", ".join(map(repr, _PREDICTIONS))
         raise ValueError(f"prediction_type must be one of {known}, got {prediction!r}.")

@@ -13,9 +13,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ from torch import Tensor, nn
 
 from scorematch import cards, hub, layout
 from scorematch.nets.unet import UNet
-from scorematch.noise import NoiseSchedule
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -85,26 +86,44 @@ def locate(
     )
 
 
+@contextmanager
+def unaltered(folder: Path) -> Iterator[None]:
+    """Where reading a folder fails, says so if a file of it is not what the Hub sent."""
+    try:
+        yield
+    except ValueError as error:
+        altered = hub.altered_file(folder)
+        if altered is None:
+            raise
+        raise ValueError(
+            f"{altered} is not what the Hub sent (its hash is another): delete it and load again to fetch it anew."
+        ) from error
+
+
 def read_config(folder: Path, card: cards.Card | None = None) -> dict[str, Any]:
     """The checked configuration of a folder, whichever layout it has, with what its card adds to it."""
-    config = _read_config(folder)
-    if card is not None and card.correction:
-        config["schedule"] = NoiseSchedule.geometric(*card.sigmas, card.levels).to_dict()
-    if card is not None and config["sampler"] is None:
-        config["sampler"] = card.settings
+    config = _read_config(folder, card)
+    if card is not None and config["sampler"] is None and card.settings is not None:
+        config["sampler"] = dict(card.settings)
     return config
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, card: cards.Card | None) -> dict[str, Any]:
     home = _home(folder)
     config = _read_json(home / CONFIG_FILE)
     if "format_version" not in config and config.get("_class_name") in layout.UNET_CLASSES:
-        return layout.translate(config, _scheduler(folder))
+        _refuse_latents(home)
+        scheduler = _scheduler(folder)
+        if card is not None and card.correction:
+            corrected = {"sigma_max": card.sigmas[0], "sigma_min": card.sigmas[1], "num_train_timesteps": card.levels}
+            scheduler = {**(scheduler or {}), **corrected}
+        return layout.translate(config, scheduler)
     path = home / CONFIG_FILE
     if "format_version" not in config:
         raise ValueError(
             f"{path} has no format_version: it was not written by save_pretrained, and its class, "
-            f"{config.get('_class_name')!r}, is not a U-Net of diffusers."
+            f"{config.get('_class_name')!r}, is not one of those of diffusers that are read, "
+            f"{' and '.join(layout.UNET_CLASSES)}."
         )
     if config["format_version"] != FORMAT_VERSION:
         raise ValueError(
@@ -139,9 +158,20 @@ def _home(folder: Path) -> Path:
     return folder / "unet"
 
 
+def _refuse_latents(home: Path) -> None:
+    """Raises for the U-Net of a latent pipeline: what it draws are no pixels."""
+    pipeline = home.parent if home.name == "unet" else home
+    index = _read_json(pipeline / "model_index.json") if (pipeline / "model_index.json").is_file() else {}
+    for part in ("vae", "vqvae"):
+        if part in index or (home.name == "unet" and (pipeline / part).is_dir()):
+            raise ValueError(
+                f"{pipeline} is a latent pipeline, with a {part}/: its U-Net is a score of latents, not of pixels."
+            )
+
+
 def _scheduler(folder: Path) -> dict[str, Any] | None:
     # Given the unet/ of a pipeline itself, the scheduler is its neighbor.
-    for path in (folder, folder / "scheduler", folder.parent / "scheduler"):
+    for path in (folder / "scheduler", folder, folder.parent / "scheduler"):
         if (path / "scheduler_config.json").is_file():
             return _read_json(path / "scheduler_config.json")
     return None
@@ -170,18 +200,16 @@ def load_weights(backbone: nn.Module, folder: Path) -> Tensor | None:
     path = next((home / name for name in names if (home / name).is_file()), None)
     if path is None:
         raise _missing(home, names[0])
-    try:
-        weights = _read_weights(path)
-    except ValueError as error:
-        altered = hub.altered_file(home)
-        if altered is None:
-            raise
-        raise ValueError(
-            f"{altered} is not what the Hub sent (its SHA-256 is another): delete it and load again to fetch it anew."
-        ) from error
+    weights = _read_weights(path)
     if isinstance(backbone, UNet):
         weights = layout.current_names(weights)
     ladder = weights.pop("sigmas", None) if "sigmas" not in backbone.state_dict() else None
+    fill(backbone, weights, path)
+    return ladder
+
+
+def fill(backbone: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Gives a backbone its weights, which were in the file ``path``: all of them, and no others."""
     expected = backbone.state_dict()
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing:
@@ -196,39 +224,61 @@ def load_weights(backbone: nn.Module, folder: Path) -> Tensor | None:
     if wrong:
         raise ValueError(f"the weights in {path} belong to a network of other sizes: {_first(wrong)}.")
     backbone.load_state_dict(weights)
-    return ladder
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, or of the files that an index names."""
     if path.name.endswith(".index.json"):
-        names = sorted(set(_read_json(path).get("weight_map", {}).values()))
+        parts = _read_json(path).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+            raise ValueError(f"{path} does not say, in weight_map, which file holds which tensor; fetch it again.")
         weights: dict[str, Tensor] = {}
-        for name in names:
+        for name in sorted(set(parts.values())):
             part = path.parent / Path(name).name  # an index names files beside it, nothing elsewhere
             if not part.is_file():
                 raise _missing(path.parent, part.name)
             weights.update(_read_weights(part))
         return weights
+    if path.suffix != ".safetensors":
+        weights = read_pickle(path)
+        if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+            raise ValueError(f"{path} does not hold a network's weights, a mapping of names to tensors.")
+        return {str(name): tensor for name, tensor in weights.items()}
+    _refuse_pointer(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _incomplete(path, f" ({error})") from error
+
+
+def read_pickle(path: Path) -> Any:
+    """What a file of torch's holds, if that is tensors, numbers, strings, lists and dicts: no other is opened."""
+    _refuse_pointer(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # What torch says of a refusal is how to open the file all the same, which is the last thing to tell of it.
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"(?:GLOBAL|Unsupported class) (\w[\w.]*\w)", str(error))
+        raise ValueError(
+            f"{path} holds more than tensors{'' if asked is None else f' ({asked[1]})'}, or is damaged, and was not "
+            "opened: a pickle can run code."
+        ) from error
+    except Exception as error:  # damage can be met anywhere in the reading: IndexError, struct.error, ...
+        raise _incomplete(path) from error
+
+
+def _refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(24) == b"version https://git-lfs.":
             raise ValueError(
                 f"{path} is a Git LFS pointer, not the weights: run git lfs pull, or fetch the file itself."
             )
-    size = path.stat().st_size
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, or is damaged, and was not opened: a pickle can run code "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} ({size} bytes) is not a complete {path.suffix[1:]} file ({error}); fetch or save it again."
-        ) from error
+
+
+def _incomplete(path: Path, why: str = "") -> ValueError:
+    return ValueError(
+        f"{path} ({path.stat().st_size} bytes) is not a complete {path.suffix[1:]} file{why}; fetch or save it again."
+    )
 
 
 def save(folder: str | os.PathLike[str], config: dict[str, Any], backbone: nn.Module) -> None:
@@ -254,7 +304,10 @@ def save(folder: str | os.PathLike[str], config: dict[str, Any], backbone: nn.Mo
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         staged = Path(staging)
         (staged / CONFIG_FILE).write_text(text, encoding="utf-8")
-        save_file(weights, staged / weights_file, metadata={"format": "pt"})
+        try:
+            save_file(weights, staged / weights_file, metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk, among others
+            raise OSError(f"{folder} could not be written: {error}") from error
         shutil.copymode(staged / CONFIG_FILE, staged / weights_file)  # safetensors makes it readable by its owner only
         _replace(staged, folder, (weights_file, CONFIG_FILE))
 
@@ -283,9 +336,8 @@ def _replace(staged: Path, folder: Path, names: Iterable[str]) -> None:
 
 def _missing(folder: Path, name: str) -> FileNotFoundError:
     found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    return FileNotFoundError(
-        f"{folder} has no {name}; it holds {found}. A network is {CONFIG_FILE} and {WEIGHTS_FILE}."
-    )
+    weights = WEIGHTS_FILE if name == CONFIG_FILE else name
+    return FileNotFoundError(f"{folder} has no {name}; it holds {found}. A network is {CONFIG_FILE} and {weights}.")
 
 
 def _first(words: list[str]) -> str:

@@ -410,7 +410,8 @@ class ScoreNet(nn.Module):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        config = pretrained.read_config(folder, card)
+        with pretrained.unaltered(folder):
+            config = pretrained.read_config(folder, card)
         if (config["family"] == "custom") != (backbone is not None):
             raise ValueError(
                 f"{folder} holds a network of the user's own: pass its module as backbone=."
@@ -427,8 +428,11 @@ class ScoreNet(nn.Module):
             backbone,
         )
         net.sampler_settings = config["sampler"]
-        ladder = pretrained.load_weights(net.backbone, folder)
-        if ladder is not None and not np.allclose(ladder, net.schedule.sigmas, rtol=1e-4):
+        with pretrained.unaltered(folder):
+            ladder = pretrained.load_weights(net.backbone, folder)
+        if ladder is not None and not (
+            len(ladder) == len(net.schedule) and np.allclose(ladder, net.schedule.sigmas, rtol=1e-4)
+        ):
             warnings.warn(
                 f"the noise levels stored with the weights in {folder} are not those of its configuration, "
                 f"{net.schedule}; the stored ones count.",
