@@ -1,5 +1,6 @@
 """The inference copy: the same function, the caller's network untouched, and nothing done twice."""
 
+import copy
 import functools
 import gc
 import weakref
@@ -186,6 +187,10 @@ def _patched(net):
     net.backbone.end_conv.forward = lambda x: x[:, :3]
 
 
+def _widened(net):
+    net.backbone.begin_conv = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -193,6 +198,7 @@ def _patched(net):
         _adapted,
         _parametrized,
         _patched,
+        _widened,
         lambda net: net.register_forward_hook(lambda *args: None),
         lambda net: net.compile(backend="eager"),
         lambda net: net.double(),
@@ -205,6 +211,56 @@ def test_what_is_not_as_it_was_built_is_run_as_it_is(change):
     assert net.inference_copy() is not net
     change(net)
     assert net.inference_copy() is net
+
+
+def _low_rank(attention):
+    attention.to_q = nn.Sequential(nn.Linear(64, 2, bias=False), nn.Linear(2, 64))
+
+
+def _without_bias(attention):
+    attention.to_v = nn.Linear(64, 64, bias=False)
+
+
+@pytest.mark.parametrize("change", [_low_rank, _without_bias])
+def test_adapters_made_of_torchs_own_layers(change, rng):
+    net = NETS["one head"]()
+    change(net.backbone.mid_block.attentions[0])
+    assert net.inference_copy() is net
+    short = net.schedule.respaced(2)
+    assert AnnealedLangevinSampler(net, short, steps_per_level=1).sample(2, progress=False).shape == (2, 3, 16, 16)
+
+
+def test_a_network_that_was_copied_or_loaded_is_as_it_was_built(tmp_path):
+    for made in (NETS["ncsn"](), ScoreNet.unet(1, 8, widths=(8, 8), schedule=LADDER)):
+        net = copy.deepcopy(made)
+        assert net.inference_copy() is not net
+        net.save_pretrained(tmp_path / net.config["family"])
+        again = ScoreNet.from_pretrained(tmp_path / net.config["family"])
+        assert again.inference_copy() is not again
+
+
+@torch.no_grad()
+def test_the_copy_of_a_level_for_each_image_stays_a_copy(net, rng):
+    x, condition, sigma = _noise(rng), _condition(net), torch.tensor([0.3, 2.0, 0.3])
+    fast = net.inference_copy()
+    before = fast(x, sigma, condition)
+    for parameter in net.parameters():
+        parameter.mul_(3)
+    assert torch.equal(fast(x, sigma, condition), before)
+    alone = torch.cat(
+        [fast(x[i : i + 1], sigma[i], None if condition is None else condition[i : i + 1]) for i in range(3)]
+    )
+    assert (before - alone).norm() <= 2e-2 * alone.norm()
+
+
+def test_inference_mode(rng):
+    """A tensor of that mode has no version: what was computed for one that was written to since is not used again."""
+    net = NETS["ncsn"]()
+    with torch.inference_mode():
+        fast, x, sigma = net.inference_copy(), _noise(rng), torch.tensor(0.3)
+        fast(x, sigma)
+        sigma.fill_(5.0)
+        assert torch.equal(fast(x, sigma), fast(x, torch.tensor(5.0)))
 
 
 def test_the_users_own_are_run_as_they_are(world):
@@ -221,6 +277,14 @@ def test_the_users_own_are_run_as_they_are(world):
 
 
 # -- In the samplers
+
+
+def test_a_generator_leaves_the_global_seed_alone(net):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    sampler = AnnealedLangevinSampler(net, net.schedule.respaced(2), steps_per_level=1)
+    sampler.sample(3, condition=_condition(net), generator=torch.Generator().manual_seed(0), progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_one_copy_a_run_and_none_kept(monkeypatch):

@@ -97,6 +97,38 @@ def test_derivatives_of_both_orders_and_both_modes(size, rng):
         assert torch.autograd.gradgradcheck(value, arguments)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("size", [(5, 5), (33, 33)])
+def test_the_gradient_of_a_directional_derivative(size, rng):
+    norm = _norm(2, 4, torch.float64)
+    x, v = (torch.randn(3, 4, *size, generator=rng, dtype=torch.float64) for _ in range(2))
+
+    def slope(f, x, v):
+        return torch.func.grad(lambda x: torch.func.jvp(f, (x,), (v,))[1])(x)
+
+    right = slope(lambda x: F.group_norm(x, 2, norm.weight, norm.bias, norm.eps).sin().sum(), x, v)
+    torch.testing.assert_close(slope(lambda x: norm(x).sin().sum(), _last(x), _last(v)), right)
+
+
+def test_under_vmap(rng):
+    norm = _norm(2, 4, torch.float64)
+    x = torch.randn(3, 2, 4, 5, 5, generator=rng, dtype=torch.float64)
+    last = torch.stack([_last(one) for one in x])
+    expected = torch.stack([norm(one) for one in x])
+    for each in (x, last):
+        torch.testing.assert_close(torch.vmap(norm)(each), expected)
+
+
+def test_gradients_in_batches(rng):
+    norm = _norm(2, 4, torch.float64)
+    x = _last(torch.randn(3, 4, 5, 5, generator=rng, dtype=torch.float64)).requires_grad_()
+    directions = torch.randn(5, 3, generator=rng, dtype=torch.float64)
+    y = norm(x).sin().sum((1, 2, 3))
+    (found,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
+    for direction, one in zip(directions, found, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(y, x, direction, retain_graph=True)[0])
+
+
 def test_per_sample_gradients(rng):
     norm = _norm(2, 4, torch.float64)
     x = _last(torch.randn(3, 4, 3, 3, generator=rng, dtype=torch.float64))

@@ -164,3 +164,21 @@ def test_bits_of_a_wide_gaussian_are_its_entropy():
 def test_bad_arguments(function, arguments, error, message):
     with pytest.raises(error, match=message):
         function(**{"net": lambda x, sigma: -x, "schedule": WIDE, **arguments})
+
+
+def test_inference_mode_and_wrapped_networks_change_nothing(rng):
+    torch.manual_seed(0)
+    net = ScoreNet.unet(1, 8, widths=(8, 8), schedule=NoiseSchedule.geometric(10, 0.01, 6)).eval()
+    torch.nn.init.normal_(net.backbone.conv_out.weight)
+    few = NoiseSchedule.karras(10, 0.01, 4)
+    x = torch.rand(2, 1, 8, 8, generator=rng)
+    expected = likelihood(net, x, few, generator=seed(0))
+    with torch.inference_mode():
+        assert torch.equal(likelihood(net, x + 0, few, generator=seed(0)), expected)
+    assert torch.equal(likelihood(torch.nn.DataParallel(net), x, few, generator=seed(0)), expected)
+
+
+@pytest.mark.parametrize("function", [log_likelihood, bits_per_dimension])
+def test_a_list_of_generators_has_one_for_each_image(function, world):
+    with pytest.raises(ValueError, match="one for each of the 3 samples, got 1"):
+        function(world, torch.rand(3, 3), WIDE, generator=[seed(0)], progress=False)

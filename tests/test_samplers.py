@@ -331,6 +331,47 @@ def test_a_chain_that_leaves_the_finite_numbers_names_the_level(kind):
     with pytest.raises(RuntimeError, match=r"at level [456] of 12, sigma"):
         run(KINDS[kind](score, SHORT), 2, shape=(3,))
 
+    def last(x, sigma):
+        return x * math.nan if sigma < 1.01 * SHORT.sigma_min else -x / sigma**2
+
+    with pytest.raises(RuntimeError, match=r"at level 11 of 12, sigma"):
+        run(KINDS[kind](last, SHORT), 2, shape=(3,))
+
+
+@every_kind
+@pytest.mark.parametrize("restore", ["replace", "guide-jacobian"])
+def test_inference_mode_changes_nothing(kind, restore, world):
+    y = torch.tensor([[0.9, 0.0, 0.0]])
+    observation = Observation(Mask(torch.tensor([True, False, False])), y)
+    sampler = KINDS[kind](world, SHORT)
+    sampler.restore = restore
+    init = torch.randn(4, 3, generator=seed(1))
+    expected = run(sampler, observation=observation, init=init, generator=seed(0))
+    with torch.inference_mode():
+        again = run(sampler, observation=observation, init=init + 0, generator=seed(0))
+        steps = list(sampler.iterate(observation=observation, init=init + 0, generator=seed(0), progress=False))
+    assert torch.equal(again, expected) and torch.equal(steps[-1][0], expected)
+
+
+class Wrapped(torch.nn.Module):
+    """As DistributedDataParallel holds a network."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.module = net
+
+    def forward(self, x, sigma):
+        return self.module(x, sigma)
+
+
+@every_kind
+def test_a_wrapped_network_is_known_by_what_it_wraps(kind):
+    torch.manual_seed(0)
+    net = ScoreNet.ncsnv2(1, 8, width=4, schedule=SHORT)
+    samplers = [KINDS[kind](one) for one in (net, Wrapped(net))]
+    samplers[0].precision = "float32"  # what is wrapped is run as it is
+    assert torch.equal(*(run(sampler, 2, generator=seed(0)) for sampler in samplers))
+
 
 @every_kind
 def test_what_was_seen_is_in_the_result_and_nothing_seen_changes_nothing(kind, world):

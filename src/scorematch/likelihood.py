@@ -111,6 +111,12 @@ def log_likelihood(
         if own is None:
             raise ValueError("a plain callable has no noise levels of its own: pass a schedule.")
         schedule = NoiseSchedule.karras(own.sigma_max, own.sigma_min, _LEVELS)
+    if torch.is_inference_mode_enabled():  # in which nothing can be differentiated
+        with torch.inference_mode(False):
+            condition = None if condition is None else condition.clone()
+            return log_likelihood(
+                net, x.clone(), schedule, probes=probes, condition=condition, generator=generator, progress=progress
+            )
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     dimension, steps = x[0].numel(), list(itertools.pairwise(reversed(list(schedule))))
     ladder = schedule.sigmas.flip(0).to(x.dtype).to(x.device)

@@ -452,17 +452,21 @@ class NoiseSchedule:
         return q * self._ratio**2 + (1 - q) / (1 - a / 2)  # b = 1 / (1 - a / 2)
 
 
+def own(net: object, name: str) -> Any:
+    """What a network says of itself, also inside DistributedDataParallel and its like; None where it does not."""
+    inner = getattr(net, "module", None) if isinstance(net, nn.Module) else None
+    return getattr(net, name, getattr(inner, name, None))
+
+
 def own_schedule(net: object) -> NoiseSchedule | None:
     """The ladder that a network carries; None for a plain callable."""
-    # DistributedDataParallel and its like keep the network in `module`.
-    inner = getattr(net, "module", net) if isinstance(net, nn.Module) else net
-    schedule = getattr(inner, "schedule", None)
+    schedule = own(net, "schedule")
     return schedule if isinstance(schedule, NoiseSchedule) else None
 
 
 def own_middle(net: object) -> float:
     """The middle of the range of a network's data, around which noise of the loudest level lies; 0 without a range."""
-    value_range = getattr(net, "value_range", None)
+    value_range = own(net, "value_range")
     return 0.0 if value_range is None else (value_range[0] + value_range[1]) / 2
 
 
@@ -484,6 +488,10 @@ def standard_normal(
     None is torch's global generator of the device; a sequence holds one generator for each entry of the first axis.
     """
     if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(
+                f"a list of generators holds one for each of the {shape[0]} samples, got {len(generator)}."
+            )
         return torch.stack([standard_normal(shape[1:], one, device, dtype) for one in generator])
     source = device if generator is None else generator.device
     return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)

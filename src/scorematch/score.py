@@ -317,7 +317,7 @@ class ScoreNet(nn.Module):
         Returns:
             The score, called as this network. It does not follow later changes of the weights.
         """
-        if not isinstance(self.backbone, RefineNet | UNet) or not is_plain(self):
+        if not isinstance(self.backbone, RefineNet | UNet) or not is_plain(self, self.backbone):
             return self
         dtype = native_dtype(next(self.backbone.parameters()).device)
         backbone, settle = inference_copy(self.backbone, dtype, compile=compile)
@@ -330,9 +330,14 @@ class ScoreNet(nn.Module):
 
         def score(x: Tensor, sigma: float | Tensor, condition: Tensor | None = None) -> Tensor:
             sigma = self._checked(x, sigma, condition)
-            if sigma.ndim:  # a level for each image
-                return self(x, sigma, condition)
-            coefficients = at(sigma, 0 if sigma.is_inference() else sigma._version)
+            if sigma.ndim:  # a level for each image: those of one level together
+                scores = torch.empty_like(x)
+                for level in sigma.unique():
+                    of = sigma == level
+                    scores[of] = score(x[of], level, None if condition is None else condition[of])
+                return scores
+            # A tensor of inference mode has no version: nothing is kept of it.
+            coefficients = at.__wrapped__(sigma, 0) if sigma.is_inference() else at(sigma, sigma._version)
             size = part_size(backbone, x)
             conditions = itertools.repeat(None) if condition is None else condition.split(size)
             parts = [

@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus
+from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus, structure
 from scorematch.nets.refinenet import RefineNet
 from scorematch.nets.unet import Attention, ResidualBlock, UNet
 
@@ -36,15 +36,18 @@ _LARGEST_KEPT_BLOCK = 2**25 - 2**16
 _SIGMA = ("time_proj", "time_embedding", "class_embedding", "time_emb_proj")
 
 
-def is_plain(net: nn.Module) -> bool:
-    """Whether a network is float32 and as it was built: modules of torch and of this package, and nothing added."""
-    return {parameter.dtype for parameter in net.parameters()} == {torch.float32} and not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._compiled_call_impl
-        or "forward" in vars(module)
-        or not type(module).__module__.startswith(("torch.nn.modules.", "scorematch."))
-        for module in net.modules()
+def is_plain(net: nn.Module, backbone: RefineNet | UNet) -> bool:
+    """Whether a network, and the backbone in it, is float32 and as it was built: nothing added, nothing replaced."""
+    return (
+        {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+        and structure(backbone) == backbone.built
+        and not any(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._compiled_call_impl
+            or "forward" in vars(module)
+            for module in net.modules()
+        )
     )
 
 
@@ -162,7 +165,9 @@ def _settle_refinenet(made: RefineNet) -> Callable[[Tensor], None]:
         for name, module in list(parent.named_children()):
             if isinstance(module, ConditionalInstanceNormPlus):
                 table = module.embed.weight
-                norm = InstanceNormPlus(table.shape[1] // 3).to(table).requires_grad_(False)
+                with torch.device("meta"):  # where nothing is drawn for it
+                    norm = InstanceNormPlus(table.shape[1] // 3)
+                norm = norm.to_empty(device=table.device).to(table).requires_grad_(False)
                 parent._modules[name] = norm
                 pairs.append((module, norm))
 

@@ -36,6 +36,12 @@ _EPS = 1e-5
 Activation = Callable[[Tensor], Tensor]
 
 
+def structure(net: nn.Module) -> dict[str, type | None]:
+    """What a network is made of: the kind of each of its modules, and the names of its parameters."""
+    kinds: dict[str, type | None] = {name: type(module) for name, module in net.named_modules()}
+    return {**kinds, **dict.fromkeys(name for name, _ in net.named_parameters())}
+
+
 def _widened(x: Tensor, parameter: Tensor) -> Tensor:
     """The input in its norm's dtype where that is wider. Not in training: autograd would keep the wide copy."""
     training = torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type)
@@ -131,7 +137,7 @@ class GroupNorm(nn.GroupNorm):
             y = y if level is None else y.add_(level)
             return _activated(super().forward(y), activation, x.dtype)
         y = y if level is None else y + level.to(y.dtype)
-        channels_last = y.ndim == 4 and y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+        channels_last = y.ndim == 4 and y.stride(1) == 1 and not y.is_contiguous()  # asked so, vmap has an answer
         if y.device.type != "cpu" or not channels_last:
             y = super().forward(y)
         else:
@@ -150,7 +156,9 @@ def _by_parts(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> 
 
 def _over_groups(means: Tensor, groups: int) -> Tensor:
     """Means of channels (N, C) -> the means of their groups, (N, C) again."""
-    return means.unflatten(1, (groups, -1)).mean(-1, keepdim=True).expand(-1, -1, means.shape[1] // groups).flatten(1)
+    n, channels = means.shape
+    of_groups = means.reshape(n, groups, channels // groups).mean(-1, keepdim=True)
+    return of_groups.expand(-1, -1, channels // groups).reshape(n, channels)
 
 
 def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,6 +236,8 @@ class _GroupNorm(torch.autograd.Function):
         ctx: Any, of_x: Tensor, of_weight: Tensor | None, of_bias: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor, None, None]:
         x, weight, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # as in backward
+            mean, rstd = _moments(x, ctx.groups, ctx.eps)[:2]
         normalized = (x.to(rstd.dtype) - mean[..., None, None]) * rstd[..., None, None]
         change = of_x.to(rstd.dtype)
         along = _over_groups((change * normalized).mean((2, 3)), ctx.groups)[..., None, None]

@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus
+from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus, structure
 
 Depth = Literal["standard", "deeper", "deepest"]
 MakeNorm = Callable[[int], nn.Module]
@@ -265,6 +265,7 @@ class RefineNet(nn.Module):
             below = [outputs]
         self.normalizer = norm(width)
         self.end_conv = _conv3x3(width, channels)
+        self.built = structure(self)
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
         """The raw output, of x's shape.

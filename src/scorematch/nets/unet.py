@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from scorematch.nets.layers import GroupNorm
+from scorematch.nets.layers import GroupNorm, structure
 
 _SQRT2 = math.sqrt(2)
 
@@ -536,6 +536,7 @@ class UNet(nn.Module):
             inputs = outputs
         self.conv_norm_out = GroupNorm(layout.groups_of(widths[0]), widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.built = structure(self)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """The raw output, (N, out_channels, H, W).

@@ -40,7 +40,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from scorematch.noise import NoiseSchedule, own_schedule
+from scorematch.noise import NoiseSchedule, own, own_schedule
 from scorematch.sampling.restoration import Restoration, Restore
 from scorematch.sampling.sampler import Precision, Sampler
 
@@ -120,7 +120,7 @@ class AncestralSampler(Sampler):
         noise: Callable[[Tensor], Tensor],
         seen: Restoration,
     ) -> Iterator[tuple[Tensor, float]]:
-        value_range = getattr(self.net, "value_range", None)
+        value_range = own(self.net, "value_range")
         k = 1.0 if value_range is None else 2 / (value_range[1] - value_range[0])
         ladder = self._ladder(x)
         for level, (sigma, following) in enumerate(zip(self.schedule, list(self.schedule)[1:], strict=False)):

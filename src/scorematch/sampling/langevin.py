@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch.noise import NoiseSchedule, own_schedule
+from scorematch.noise import NoiseSchedule, own, own_schedule
 from scorematch.sampling.restoration import Restoration, Restore
 from scorematch.sampling.sampler import Precision, Sampler
 
@@ -108,12 +108,14 @@ class AnnealedLangevinSampler(Sampler):
         precision: Precision = "auto",
         compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
-        own = own_schedule(net)
-        settings: dict[str, Any] = getattr(net, "sampler_settings", None) or {}
+        ladder = own_schedule(net)
+        settings: dict[str, Any] = own(net, "sampler_settings") or {}
         unknown = sorted(settings.keys() - _SETTINGS)
         if unknown:
             raise ValueError(f"sampler_settings knows {', '.join(sorted(_SETTINGS))}, got {', '.join(unknown)}.")
-        recommended = _recommended(own, settings["levels"]) if own is not None and "levels" in settings else own
+        recommended = ladder
+        if ladder is not None and "levels" in settings:
+            recommended = _recommended(ladder, settings["levels"])
         schedule = recommended if schedule is None else schedule
         super().__init__(
             net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision, compile=compile
@@ -143,7 +145,7 @@ class AnnealedLangevinSampler(Sampler):
             step_size = default or schedule.suggest_step_size(steps_per_level)
         _check_step(schedule, step_size, steps_per_level, consistent)
         if exact_noise is None:
-            exact_noise = settings.get("exact_noise", own is not None) and not consistent
+            exact_noise = settings.get("exact_noise", ladder is not None) and not consistent
         self.steps_per_level = steps_per_level
         self.step_size = float(step_size)
         self.exact_noise = bool(exact_noise)

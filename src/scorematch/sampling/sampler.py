@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scorematch.noise import NoiseSchedule, own_middle, own_schedule, standard_normal
+from scorematch.noise import NoiseSchedule, own, own_middle, own_schedule, standard_normal
 from scorematch.observe import Observation
 from scorematch.sampling.restoration import Restoration, Restore, restoration
 
@@ -162,8 +162,8 @@ class Sampler(ABC):
             ValueError: for arguments that do not fit together, or no shape at all.
             RuntimeError: if the chain leaves the finite numbers; the message names the level.
         """
-        x, start = self._start(n, shape, init, condition, observation, generator, batch_size)
-        with torch.no_grad():
+        with _without_gradients():
+            x, start = self._start(n, shape, init, condition, observation, generator, batch_size)
             for x, _ in self._run(x, start, _source(noise, generator), progress):  # noqa: B007, B020
                 pass
         return x if self.denoise else self._result(x, start.restoration)
@@ -189,16 +189,15 @@ class Sampler(ABC):
             ``(x, sigma)`` after every step, and last, where the sampler denoises, the result of ``sample`` with sigma
             0. A yielded tensor is never written to again.
         """
-        return self._run(
-            *self._start(n, shape, init, condition, observation, generator, batch_size),
-            _source(noise, generator),
-            progress,
-        )
+        with _without_gradients():
+            start = self._start(n, shape, init, condition, observation, generator, batch_size)
+        return self._run(*start, _source(noise, generator), progress)
 
     def _run(
         self, x: Tensor, start: _Start, noise: Callable[[Tensor], Tensor], progress: bool
     ) -> Iterator[tuple[Tensor, float]]:
-        net = self._inference_net()
+        with _without_gradients():
+            net = self._inference_net()
         parts = [slice(i, i + start.batch_size) for i in range(0, len(x), start.batch_size)]
         seen, z = start.restoration, None
 
@@ -227,19 +226,21 @@ class Sampler(ABC):
             chain = self._chain(x, score, checked_noise, seen)
             while True:
                 # Gradients are off within a step only: between two of them the caller's own mode holds.
-                with torch.no_grad():
+                with _without_gradients():
                     step = next(chain, None)
                 if step is None:
                     break
                 x = step[0]
                 yield step
             if self.denoise:
-                with torch.no_grad():
+                with _without_gradients():
                     sigma_min = self.schedule.sigma_min
                     if z is not None:  # what was seen at the last level, with the noise of the last step
                         x, z = seen.project(x, sigma_min, z), None
                     scores = score(x, torch.tensor(sigma_min, dtype=x.dtype, device=x.device))
-                    x = self._result(torch.add(x, scores, alpha=sigma_min**2, out=scores), seen)
+                    x = torch.add(x, scores, alpha=sigma_min**2, out=scores)
+                    self._check_finite(x, len(self.schedule) - 1)
+                    x = self._result(x, seen)
                 yield x, 0.0
 
     def _ladder(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -254,7 +255,7 @@ class Sampler(ABC):
 
     def _result(self, x: Tensor, seen: Restoration) -> Tensor:
         x = seen.finish(x)
-        value_range = getattr(self.net, "value_range", None)
+        value_range = own(self.net, "value_range")
         return x.clamp(*value_range) if self.clamp and value_range is not None else x
 
     def _start(
@@ -305,7 +306,7 @@ class Sampler(ABC):
         seen_shape = None if observation is None else observation.operator.lift(observation.y).shape[1:]
         sample_shape = init.shape[1:] if init is not None else shape
         if sample_shape is None:
-            sample_shape = getattr(self.net, "sample_shape", None) if seen_shape is None else seen_shape
+            sample_shape = own(self.net, "sample_shape") if seen_shape is None else seen_shape
         if sample_shape is None:
             raise ValueError(
                 "the score does not say what a sample looks like: pass shape=, one sample's without the batch."
@@ -314,7 +315,7 @@ class Sampler(ABC):
             raise ValueError(f"{observation!r} is of images {tuple(seen_shape)}, not of {tuple(sample_shape)}.")
         device = self._device(init, generator)
         if init is not None:
-            x = init.detach().to(device, torch.float32)
+            x = (init.clone() if init.is_inference() else init.detach()).to(device, torch.float32)
         else:
             x = own_middle(self.net) + self.schedule.sigma_max * standard_normal((n, *sample_shape), generator, device)
         values = max(1, math.prod(sample_shape))
@@ -325,7 +326,7 @@ class Sampler(ABC):
         )
 
     def _restoration(self, observation: Observation | None, device: torch.device) -> Restoration:
-        value_range = getattr(self.net, "value_range", None)
+        value_range = own(self.net, "value_range")
         if observation is None:
             return Restoration()
         observation = observation.to(device)
@@ -369,6 +370,13 @@ def _source(noise: Callable[[Tensor], Tensor] | None, generator: Generator) -> C
         return noise
     generators = tuple(generator) if isinstance(generator, Sequence) else generator
     return lambda x: standard_normal(x.shape, generators, x.device)
+
+
+@contextmanager
+def _without_gradients() -> Iterator[None]:
+    """Not in inference mode: "guide-jacobian" takes derivatives of its own, and a level's tensor knows its version."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager
