@@ -10,6 +10,7 @@ the figures of ``evaluate_mnist.py``, the test digits' own in the last line.
 import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from evaluate_mnist import figures, load_classifier, read
@@ -55,8 +56,8 @@ SETTINGS: list[tuple[int, int, float | Callable[[float], float] | None, str]] = 
 ]
 
 
-def samplers(net: ScoreNet) -> Iterator[tuple[str, AnnealedLangevinSampler]]:
-    """Each setting as a line of the table, and a sampler of it, on a geometric ladder of the network's own range."""
+def samplers(net: Any) -> Iterator[tuple[str, AnnealedLangevinSampler]]:
+    """Each setting as a line of the table, and a sampler of it, on a geometric ladder of the range of a net's own."""
     for levels, steps, a, noise in SETTINGS:
         schedule = NoiseSchedule.geometric(net.schedule.sigma_max, net.schedule.sigma_min, levels)
         a = a(schedule[1] / schedule[0]) if callable(a) else a

@@ -257,6 +257,8 @@ def test_a_network_of_cifar10_and_its_settings(images, tmp_path):
     lines = said.splitlines()
     assert len(lines) == 4 and "Heun    35 |" in lines[1] and "50     1 0.300 consistent    50 |" in lines[2]
     assert (tmp_path / "settings-10.png").exists()
+    exact = _run("tune_cifar10.py", "--data", images, "--model", "gaussian", "--n", 4, "--only", 0).splitlines()
+    assert len(exact) == 3 and "Heun    35 |" in exact[1] and "exact draws" in exact[2]
 
 
 def test_palette_on_cifar10(images, tmp_path):
