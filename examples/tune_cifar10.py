@@ -39,7 +39,7 @@ def patches(images: Tensor) -> Tensor:
 class Gaussian:
     """The exact score of the normal distribution with the mean and the covariance of images (N, 3, 32, 32)."""
 
-    value_range = None
+    value_range = (0.0, 1.0)  # so that chains begin about its middle, and are clamped like a network's
     sample_shape = (3, 32, 32)
     schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
 
@@ -54,9 +54,9 @@ class Gaussian:
         return -(along / (self.values + sigma**2) @ self.vectors.T).view_as(x)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Exact draws (n, 3, 32, 32)."""
+        """Exact draws (n, 3, 32, 32), clamped."""
         z = torch.randn(n, len(self.mean), generator=generator)
-        return (self.mean + z * self.values.sqrt() @ self.vectors.T).view(n, *self.sample_shape)
+        return (self.mean + z * self.values.sqrt() @ self.vectors.T).view(n, *self.sample_shape).clamp(0, 1)
 
 
 def row(images: Tensor, reference: Tensor) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from scorematch import cards, hub, layout
 from scorematch.nets.unet import UNet
+from scorematch.noise import NoiseSchedule
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -103,8 +104,8 @@ def unaltered(folder: Path) -> Iterator[None]:
 def read_config(folder: Path, card: cards.Card | None = None) -> dict[str, Any]:
     """The checked configuration of a folder, whichever layout it has, with what its card adds to it."""
     config = _read_config(folder, card)
-    if card is not None and config["sampler"] is None and card.settings is not None:
-        config["sampler"] = dict(card.settings)
+    if card is not None and config["sampler"] is None:
+        config["sampler"] = card.settings(NoiseSchedule.from_dict(config["schedule"]))
     return config
 
 
