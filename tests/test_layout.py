@@ -454,3 +454,34 @@ def test_names_outside_attention_are_left_alone():
 def test_attention_has_one_entry_per_scale():
     with pytest.raises(ValueError, match="one entry per scale, 3, got 1"):
         ScoreNet.unet(attention=[True])
+
+
+class _Normal:
+    """The exact score of N(1/2, 1/4^2), with what a network in a folder says of itself."""
+
+    value_range = None
+
+    def __init__(self, net):
+        self.schedule, self.sampler_settings = net.schedule, net.sampler_settings
+
+    def __call__(self, x, sigma):
+        return (0.5 - x) / (0.25**2 + sigma**2)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "calls"),
+    [
+        (DDPM, 250),
+        ({**DDPM, "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 4000}, 250),
+        ({**DDPM, "beta_schedule": "scaled_linear", "num_train_timesteps": 100, "beta_end": 0.2}, 100),
+        (VE, 250),
+    ],
+)
+def test_recommended_settings_draw_from_an_exact_score_what_is_its_own(scheduler, calls, tmp_path):
+    """They fit the network's ladder, cost what is said, and keep contrast to a twentieth."""
+    fourier = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    theirs = _theirs(**({"time_embedding_type": "fourier", **fourier} if scheduler is VE else {}))
+    sampler = AnnealedLangevinSampler(_Normal(ScoreNet.from_pretrained(_save(theirs, tmp_path, scheduler))))
+    assert len(sampler) == calls and sampler.consistent
+    x = sampler.sample(4000, shape=(4,), generator=torch.Generator().manual_seed(0), progress=False)
+    assert abs(x.mean() - 0.5) < 0.01 and abs(x.std() / 0.25 - 1) < 0.05

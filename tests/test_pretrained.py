@@ -2,13 +2,12 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, cards, pretrained
+from scorematch import NoiseSchedule, ScoreNet, cards, pretrained
 
 
 def _net(seed=0, **arguments):
@@ -296,29 +295,3 @@ def test_a_backbone_for_a_family_that_needs_none(folder):
 def test_a_copied_folder_is_a_network(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     assert ScoreNet.from_pretrained(str(tmp_path / "copy")).config == ScoreNet.from_pretrained(folder).config
-
-
-class _Normal:
-    """The exact score of N(1/2, 1/4^2), on the ladder of a card."""
-
-    value_range = None
-
-    def __init__(self, card):
-        ladder = NoiseSchedule.geometric(*card.sigmas, card.levels)
-        betas = np.linspace(1e-4, 0.02, 1000)
-        self.schedule = NoiseSchedule.from_betas(betas) if card.levels == 1000 else ladder
-        self.sampler_settings = card.settings(self.schedule)
-
-    def __call__(self, x, sigma):
-        return (0.5 - x) / (0.25**2 + sigma**2)
-
-
-@pytest.mark.parametrize(
-    "card", [card for card in cards.CARDS if card.repository is not None], ids=lambda c: c.repository
-)
-def test_the_settings_of_a_card_draw_from_an_exact_score_what_is_its_own(card):
-    """They fit the network's ladder, cost 250 calls, and keep contrast to a twentieth."""
-    sampler = AnnealedLangevinSampler(_Normal(card))
-    assert len(sampler) == 250 and sampler.consistent
-    x = sampler.sample(4000, shape=(4,), generator=torch.Generator().manual_seed(0), progress=False)
-    assert abs(x.mean() - 0.5) < 0.01 and abs(x.std() / 0.25 - 1) < 0.05

@@ -28,9 +28,7 @@ class Card:
         sigmas: its loudest and quietest noise level, in units of images in [0, 1].
         levels: how many it has.
         parameters: how many.
-        power: p of the recommended sampler's step (see ``settings``), or None where settings are stored with the
-            weights.
-        settings_source: where the settings come from.
+        settings_source: where the recommended sampler settings come from.
         quality: what is known of its quality, and from where.
         correction: whether ``sigmas`` and ``levels`` overrule what the repository's configuration says.
     """
@@ -44,28 +42,12 @@ class Card:
     sigmas: tuple[float, float]
     levels: int
     parameters: int
-    power: float | None
     settings_source: str
     quality: str
     correction: bool = False
 
-    def settings(self, schedule: NoiseSchedule) -> dict[str, Any] | None:
-        """The recommended sampler settings on the network's own ladder, or None where they are stored with the weights.
 
-        Consistent sampling in 250 calls with the step 1 - r^p, in units of sigma^2, r being the ratio of a level to the
-        one before: without noise at p = 1, with that of ancestral sampling at 2. How p was chosen stands in
-        docs/pretrained.md: for a DDPM by what is published of networks like it (Song et al. 2021, Denoising Diffusion
-        Implicit Models, arXiv:2010.02502, Table 1) and by what small ones do; for a variance exploding network it is
-        the published step, 1.5 (1 - r) (Jolicoeur-Martineau et al. 2020, arXiv:2009.05475).
-        """
-        if self.power is None:
-            return None
-        ratio = (schedule.sigma_min / schedule.sigma_max) ** (1 / (_LEVELS - 1))
-        step_size = (1 - ratio**self.power) * schedule.sigma_min**2
-        return {"levels": _LEVELS, "step_size": step_size, "consistent": True}
-
-
-_LEVELS = 250
+# Of layout.py: those that it gives to every network of the kind.
 _OF_DDPM = "after what is published of networks like it, and tried on small ones; not measured on these weights"
 _OF_VE = "the published step of variance exploding networks; not measured on these weights"
 
@@ -80,7 +62,6 @@ CARDS = (
         sigmas=(16.9, 0.01),
         levels=95,
         parameters=2_938_009,
-        power=None,
         settings_source="measured on these weights; see the network's own card",
         quality="see the network's own card, weights/mnist/README.md",
     ),
@@ -94,7 +75,6 @@ CARDS = (
         sigmas=(21.6, 0.01),
         levels=173,
         parameters=1_114_819,
-        power=None,
         settings_source="measured on these weights; see the network's own card",
         quality="see the network's own card, weights/palette-mnist/README.md",
     ),
@@ -108,7 +88,6 @@ CARDS = (
         sigmas=(78.7, 0.005),
         levels=1000,
         parameters=35_746_307,
-        power=1.1,
         settings_source=_OF_DDPM,
         quality=(
             "unknown for the stored weights. The repository quotes the paper (FID 3.17, 1,000 ancestral steps), but "
@@ -126,7 +105,6 @@ CARDS = (
         sigmas=(348, 0.01),
         levels=2000,
         parameters=65_574_549,
-        power=1.5,
         settings_source=_OF_VE,
         quality="not published",
         # It was trained with 348; a stored 1348 would be the default of its scheduler's class.
@@ -142,7 +120,6 @@ CARDS = (
         sigmas=(78.7, 0.005),
         levels=1000,
         parameters=113_673_219,
-        power=1.1,
         settings_source=_OF_DDPM,
         quality="not published for these weights",
     ),
@@ -156,7 +133,6 @@ CARDS = (
         sigmas=(380, 0.01),
         levels=2000,
         parameters=61_894_924,
-        power=1.5,
         settings_source=_OF_VE,
         quality="not published. The same account also holds backdoored networks: take this repository only",
     ),

@@ -74,9 +74,24 @@ def translate(config: Mapping[str, Any], scheduler: Mapping[str, Any] | None) ->
         "precondition": precondition,
         "sample_shape": None if size is None else [channels, *size],
         "value_range": [0.0, 1.0],
-        "sampler": None,
+        "sampler": _sampler_settings(schedule, precondition),
         "schedule": schedule.to_dict(),
     }
+
+
+def _sampler_settings(schedule: NoiseSchedule, precondition: str) -> dict[str, Any] | None:
+    """Recommended settings: consistent sampling in 250 calls with the step 1 - r^p, in units of sigma^2.
+
+    r is the ratio of a level to the one before: without noise at p = 1, with that of ancestral sampling at 2. How p was
+    chosen stands in docs/pretrained.md: for a DDPM by what is published of networks like it (Song et al. 2021,
+    Denoising Diffusion Implicit Models, arXiv:2010.02502, Table 1) and by what small ones do; for NCSN++ it is the
+    published step of variance exploding networks, 1.5 (1 - r) (Jolicoeur-Martineau et al. 2020, arXiv:2009.05475).
+    """
+    if precondition == "ncsn" or len(schedule) < 2:
+        return None
+    levels, p = min(250, len(schedule)), 1.5 if precondition == "ncsnpp" else 1.1
+    ratio = (schedule.sigma_min / schedule.sigma_max) ** (1 / (levels - 1))
+    return {"levels": levels, "step_size": (1 - ratio**p) * schedule.sigma_min**2, "consistent": True}
 
 
 def _schedule(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from scorematch import cards, hub, layout
 from scorematch.nets.unet import UNet
-from scorematch.noise import NoiseSchedule
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -102,14 +101,7 @@ def unaltered(folder: Path) -> Iterator[None]:
 
 
 def read_config(folder: Path, card: cards.Card | None = None) -> dict[str, Any]:
-    """The checked configuration of a folder, whichever layout it has, with what its card adds to it."""
-    config = _read_config(folder, card)
-    if card is not None and config["sampler"] is None:
-        config["sampler"] = card.settings(NoiseSchedule.from_dict(config["schedule"]))
-    return config
-
-
-def _read_config(folder: Path, card: cards.Card | None) -> dict[str, Any]:
+    """The checked configuration of a folder, whichever layout it has, corrected by its card."""
     home = _home(folder)
     config = _read_json(home / CONFIG_FILE)
     if "format_version" not in config and config.get("_class_name") in layout.UNET_CLASSES:

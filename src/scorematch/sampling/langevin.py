@@ -221,7 +221,7 @@ def _recommended(own: NoiseSchedule, levels: int) -> NoiseSchedule:
     if len(own) == 1:
         return respaced
     even = NoiseSchedule.geometric(own.sigma_max, own.sigma_min, levels)
-    return even if _smallest_ratio(respaced) < 0.99 * _smallest_ratio(even) else respaced
+    return even if _smallest_ratio(respaced) < 0.9999 * _smallest_ratio(even) else respaced
 
 
 def _derived_steps(schedule: NoiseSchedule) -> int:
