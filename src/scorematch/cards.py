@@ -48,8 +48,14 @@ class Card:
 
 
 # Of layout.py: those that it gives to every network of the kind.
-_OF_DDPM = "after what is published of networks like it, and tried on small ones; not measured on these weights"
-_OF_VE = "the published step of variance exploding networks; not measured on these weights"
+_OF_DDPM = (
+    "consistent, 250 calls, with little noise, which is best by what is published of networks like it and by what a "
+    "small one does in color (docs/pretrained.md); not measured on these weights"
+)
+_OF_VE = (
+    "consistent, 250 calls, near the step that is published for variance exploding networks (docs/pretrained.md); not "
+    "measured on these weights"
+)
 
 CARDS = (
     Card(
