@@ -57,7 +57,7 @@ SETTINGS: list[tuple[int, int, float | Callable[[float], float] | None, str]] = 
 
 
 def samplers(net: Any) -> Iterator[tuple[str, AnnealedLangevinSampler]]:
-    """Each setting as a line of the table, and a sampler of it, on a geometric ladder of the range of a net's own."""
+    """Each setting as a line of the table, and a sampler of it: geometric, between the ends of the net's own ladder."""
     for levels, steps, a, noise in SETTINGS:
         schedule = NoiseSchedule.geometric(net.schedule.sigma_max, net.schedule.sigma_min, levels)
         a = a(schedule[1] / schedule[0]) if callable(a) else a

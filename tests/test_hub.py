@@ -39,6 +39,16 @@ def files(tmp_path_factory):
     }
 
 
+def _pipeline(files):
+    """The same network in the layout of a pipeline."""
+    return {
+        "model_index.json": b"{}",
+        "unet/config.json": files["config.json"],
+        "unet/diffusion_pytorch_model.safetensors": files["diffusion_pytorch_model.safetensors"],
+        "scheduler/scheduler_config.json": files["scheduler_config.json"],
+    }
+
+
 @pytest.fixture
 def hub(files):
     server = Hub()
@@ -113,12 +123,7 @@ def test_pickled_weights_beside_others_that_are_not_the_networks(hub, run):
 
 def test_a_pipeline_another_cache_and_a_redirect_to_another_host(hub, run, files, tmp_path):
     hub.redirect = True
-    hub.repositories["someone/pipeline"] = {
-        "model_index.json": b"{}",
-        "unet/config.json": files["config.json"],
-        "scheduler/scheduler_config.json": files["scheduler_config.json"],
-        "unet/diffusion_pytorch_model.safetensors": files["diffusion_pytorch_model.safetensors"],
-    }
+    hub.repositories["someone/pipeline"] = _pipeline(files)
     code = "net = ScoreNet.from_pretrained('someone/pipeline', cache_dir='elsewhere')\nprint(net.sample_shape)"
     assert run(code) == "(3, 8, 8)\n"
     assert (tmp_path / "elsewhere" / "models--someone--pipeline").is_dir()
@@ -179,12 +184,7 @@ def test_errors_say_what_to_do(code, message, hub, run):
     half = {"model.ckpt": b"", "pytorch_model.fp16.safetensors": b""}
     hub.repositories["someone/half"] = {**configs, **half}
     index = json.dumps({"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}).encode()
-    hub.repositories["someone/latent"] = {
-        "model_index.json": index,
-        "unet/config.json": whole["config.json"],
-        "unet/diffusion_pytorch_model.safetensors": whole["diffusion_pytorch_model.safetensors"],
-        "scheduler/scheduler_config.json": whole["scheduler_config.json"],
-    }
+    hub.repositories["someone/latent"] = {**_pipeline(whole), "model_index.json": index}
     hub.repositories["someone/gated"] = {}
     hub.gated.add("someone/gated")
     error = run(LOAD, fails=True, HF_HUB_OFFLINE="1") if code == "offline" else run(code, fails=True)
@@ -340,12 +340,7 @@ def test_an_upload_keeps_what_is_not_its_own_and_replaces_the_network_before(hub
 
 def test_an_upload_replaces_a_pipeline(hub, run, saved, files):
     hub.writer = "secret"
-    hub.repositories["me/net"] = {
-        "model_index.json": b"{}",
-        "unet/config.json": files["config.json"],
-        "scheduler/scheduler_config.json": files["scheduler_config.json"],
-        "unet/diffusion_pytorch_model.safetensors": files["diffusion_pytorch_model.safetensors"],
-    }
+    hub.repositories["me/net"] = _pipeline(files)
     code = "print(ScoreNet.from_pretrained('me/net').sampler_settings['levels'])\n"
     assert run(_pushed(saved, ", token='secret'") + code).splitlines()[-1] == "4"
     assert sorted(hub.repositories["me/net"]) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]

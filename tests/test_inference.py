@@ -263,6 +263,23 @@ def test_inference_mode(rng):
         assert torch.equal(fast(x, sigma), fast(x, torch.tensor(5.0)))
 
 
+def test_subclasses_are_run_as_they_are():
+    class Brighter(UNet):
+        def forward(self, x, c_noise, condition=None):
+            return super().forward(x, c_noise, condition) + 1
+
+    class Louder(ScoreNet):
+        def forward(self, x, sigma, condition=None):
+            return 2 * super().forward(x, sigma, condition)
+
+    for made in (Louder, ScoreNet):
+        backbone = (UNet if made is Louder else Brighter)(
+            block_out_channels=(32, 64), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2
+        )
+        net = made(backbone, LADDER)
+        assert net.inference_copy() is net
+
+
 def test_the_users_own_are_run_as_they_are(world):
     own = ScoreNet(nn.Sequential(nn.Linear(2, 2)), LADDER, value_range=None)
     assert own.inference_copy() is own

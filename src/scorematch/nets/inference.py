@@ -37,7 +37,7 @@ _SIGMA = ("time_proj", "time_embedding", "class_embedding", "time_emb_proj")
 
 
 def is_plain(net: nn.Module, backbone: RefineNet | UNet) -> bool:
-    """Whether a network, and the backbone in it, is float32 and as it was built: nothing added, nothing replaced."""
+    """Whether a network with that backbone is float32 and as this package built it: nothing added, nothing replaced."""
     return (
         {parameter.dtype for parameter in net.parameters()} == {torch.float32}
         and structure(backbone) == backbone.built
@@ -46,6 +46,7 @@ def is_plain(net: nn.Module, backbone: RefineNet | UNet) -> bool:
             or module._forward_pre_hooks
             or module._compiled_call_impl
             or "forward" in vars(module)
+            or not type(module).__module__.startswith(("torch.nn.modules.", "scorematch."))
             for module in net.modules()
         )
     )
