@@ -1,10 +1,10 @@
-"""What the benchmarks share: timing that a busy machine cannot fool, and one form of result.
+"""What all benchmarks share: options, timing that is robust to other load, and the form of the results.
 
-What is compared runs in turn within one process, again and again, so that whatever else the machine does slows all of
-it alike; figures are medians, and a ratio is the median of the ratios of neighbors. With ``--threads 1`` on a CPU the
-clock is the process's own: it stands still while others compute.
+What is compared runs alternately within one process, many times, so that other load on the machine slows all of it
+alike. Times are medians, and a ratio is the median of the ratios of neighboring runs. With ``--threads 1`` on a CPU the
+clock is the CPU time of the process, which does not count while other processes run.
 
-A benchmark prints a table and writes ``NAME.json`` and ``NAME.png`` into its ``--out`` folder.
+A benchmark prints a table and writes ``NAME.json`` and ``NAME.png`` into the folder ``--out``.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,18 +27,18 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the table and the plot")
     made.add_argument("--device", default="cpu")
     made.add_argument("--repeats", type=int, default=7)
-    made.add_argument("--threads", type=_threads, help="of the processor; none given, torch decides")
-    made.add_argument("--smoke", action="store_true", help="the smallest size, to see that all runs")
+    made.add_argument("--threads", type=_threads, help="number of CPU threads (default: torch's choice)")
+    made.add_argument("--smoke", action="store_true", help="run at the smallest size, as a test")
     return made
 
 
-def _threads(said: str) -> int:
-    torch.set_num_threads(int(said))
-    return int(said)
+def _threads(value: str) -> int:
+    torch.set_num_threads(int(value))
+    return int(value)
 
 
 def alternate(runs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each run, ``repeats`` times in turn, after two rounds that do not count."""
+    """The seconds of each run: all runs in turn, ``repeats`` times, after two rounds that are not counted."""
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(repeats + 2):
@@ -57,47 +58,74 @@ def _wait(device: str) -> None:
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], slow: str, fast: str) -> float:
-    """How many times as long one takes as another."""
+    """The median ratio of the times of two runs."""
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
 def matmul_peak(dtype: torch.dtype, device: str, size: int) -> float:
-    """FLOP/s of the best of twenty products of two square matrices."""
+    """FLOP/s of the fastest of twenty products of two square matrices."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(alternate({"": lambda: a @ b}, 20, device)[""])
 
 
+# -- Machines and results ---------------------------------------------------------------------------------------------
+
+
+def kind(device: str) -> str:
+    """The kind of machine: "CUDA", "AMX", "AVX512-BF16", or the vector instructions of another CPU, such as "AVX2"."""
+    if device != "cpu":
+        return torch.device(device).type.upper()
+    for name, attribute in [("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")]:
+        check = getattr(torch.cpu, attribute, None)  # not every version of torch has both
+        if check is not None and check():
+            return name
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The machine that a result was measured on."""
+    cuda = device.startswith("cuda")
+    return {
+        "kind": kind(device),
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__.split("+")[0],
+    }
+
+
+def _processor() -> str:
+    """The name of the CPU where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
 def report(name: str, args: argparse.Namespace, rows: Sequence[Row], *, bars: str) -> None:
-    """Prints the rows as a table, writes them and what they were measured on as JSON, and draws one column as bars."""
+    """Prints the rows as a table, writes them and the machine as JSON, and draws one column as bars."""
     columns = list(rows[0])
-    cells = [columns] + [[_said(row[column]) for column in columns] for row in rows]
+    cells = [columns] + [[shown(row[column]) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(cell.ljust(widths[0]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(line)))
 
     args.out.mkdir(parents=True, exist_ok=True)
-    cuda = args.device.startswith("cuda")
-    machine = {
-        "device": torch.cuda.get_device_name(args.device) if cuda else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-    }
     settings = {key: str(value) for key, value in vars(args).items()}
-    result = {"benchmark": name, "machine": machine, "settings": settings, "rows": list(rows)}
+    result = {"benchmark": name, "machine": machine(args.device), "settings": settings, "rows": list(rows)}
     (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 0.6 + 0.35 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(6, 0.6 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     axes.barh([str(row[columns[0]]) for row in rows], [float(row[bars]) for row in rows], color="0.4")
     axes.invert_yaxis()
     axes.set(xlabel=bars, title=name)
     figure.savefig(args.out / f"{name}.png", dpi=120)
 
 
-def _said(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:.4g}"
+def shown(value: str | float) -> str:
+    """A cell of a table."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,20 +1,21 @@
-"""Images per second through a network of published shape, with random weights: sampling, or training.
+"""Images per second through a network of a published shape with random weights, for sampling or training.
 
-    python benchmarks/networks.py                                # DDPM's U-Net of CIFAR-10, against diffusers
+    python benchmarks/networks.py                                # DDPM's U-Net of CIFAR-10, compared with diffusers
     python benchmarks/networks.py --shape ncsnpp-celebahq-256 --batch 1
-    python benchmarks/networks.py --shape ncsn                   # or ncsnv2: against the plain float32 path
+    python benchmarks/networks.py --shape ncsn                   # or ncsnv2: compared with precision="float32"
     python benchmarks/networks.py --shape unet --train --batch 64
-    python benchmarks/networks.py --compile                      # torch.compile as well
+    python benchmarks/networks.py --compile                      # with torch.compile too
 
-diffusers runs as a user starts it (float32) and at its best (channels_last, with bfloat16 weights and under autocast).
-"of peak" is the share of the machine's matrix-multiply rate in the row's own precision, measured in the same run; FLOPs
-are those of the original network. In training, each step is a loss, its gradient, and a step of fused AdamW.
+diffusers runs as a user starts it (float32), in channels_last, and, where the machine multiplies bfloat16 natively,
+with bfloat16 weights and under autocast. "of peak" is the share of the machine's rate of matrix products in the
+precision of the row, measured in the same run; FLOPs are those of the original network. A training step is a loss, its
+gradient, and a step of fused AdamW.
 """
 
 import copy
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.nets.inference import native_dtype
 from scorematch.nets.unet import UNet
+from scorematch.precision import autocast, exact_float32, native_dtype
 
 DDPM = {
     "block_out_channels": (128, 256, 256, 256),
@@ -46,7 +47,7 @@ NCSNPP = {
     "norm_num_groups": None,
     "norm_eps": 1e-6,
 }
-SMALL = {  # 6.3 million parameters, of a size that one trains at home
+SMALL = {  # 6.3 million parameters
     "block_out_channels": (64, 128, 128),
     "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -56,9 +57,11 @@ SHAPES = {"ddpm-cifar10-32": (DDPM, 32), "ncsnpp-celebahq-256": (NCSNPP, 256), "
 SCHEDULE = NoiseSchedule.geometric(50, 0.01, 1000)
 LAST = torch.channels_last
 
+Runs = dict[str, tuple[Callable[[], Any], torch.dtype]]
+
 
 def build(shape: str, smoke: bool) -> tuple[ScoreNet, nn.Module | None, int]:
-    """A network, diffusers' with the same weights if it is one of theirs, and the side of its images."""
+    """A network, the network of diffusers with the same weights or None, and the side of its images."""
     if shape not in SHAPES:
         return getattr(ScoreNet, shape)(3, 32, width=8 if smoke else 128), None, 32
     from diffusers import UNet2DModel
@@ -70,46 +73,52 @@ def build(shape: str, smoke: bool) -> tuple[ScoreNet, nn.Module | None, int]:
     theirs = UNet2DModel(sample_size=size, **options)
     ours = UNet(**options)
     ours.load_state_dict({key: value for key, value in theirs.state_dict().items() if key != "time_proj.W"})
-    return ScoreNet(ours, SCHEDULE, precondition="ncsnpp" if fourier else "ddpm"), theirs, size
+    net = ScoreNet(ours, SCHEDULE, precondition="ncsnpp" if fourier else "ddpm", sample_shape=(3, size, size))
+    return net, theirs, size
 
 
-def sampling(
-    net: ScoreNet, theirs: nn.Module | None, x: Tensor, compile_too: bool
-) -> dict[str, tuple[Callable[[], Any], torch.dtype]]:
-    """What is compared, and the precision that each computes in."""
-    sigma, levels = torch.tensor(0.5, device=x.device), torch.full((len(x),), 0.5, device=x.device)
-    last, fast = x.to(memory_format=LAST), net.inference_copy()
-    short, low = native_dtype(x.device), torch.bfloat16
-    runs: dict[str, tuple[Callable[[], Any], torch.dtype]] = {}
+def sampling(net: ScoreNet, theirs: nn.Module | None, x: Tensor, compile_too: bool) -> Runs:
+    """What is compared, and the precision of each."""
+    sigma, levels = 0.5, torch.full((len(x),), 0.5, device=x.device)
+    last, short = x.to(memory_format=LAST), native_dtype(x.device)
+    runs: Runs = {}
     if theirs is not None:
         as_started = copy.deepcopy(theirs).eval()
         best = copy.deepcopy(as_started).to(memory_format=LAST)
-        weights = copy.deepcopy(best).to(low)
-
-        def autocast() -> None:
-            with torch.autocast(x.device.type, low):
-                best(last, levels)
-
         runs["diffusers, as started"] = (lambda: as_started(x, levels), torch.float32)
-        runs["diffusers, bfloat16 weights"] = (lambda: weights(last.to(low), levels), low)
-        runs["diffusers, autocast"] = (autocast, low)
-    runs['here, "float32"'] = (lambda: net(x, sigma), torch.float32)
-    runs['here, "auto"'] = (lambda: fast(x, sigma), short)
+        runs["diffusers, channels_last"] = (lambda: best(last, levels), torch.float32)
+        if short == torch.bfloat16:
+            weights = copy.deepcopy(best).to(short)
+
+            def under_autocast() -> None:
+                with autocast(x.device):
+                    best(last, levels)
+
+            runs["diffusers, channels_last, bfloat16 weights"] = (lambda: weights(last.to(short), levels), short)
+            runs["diffusers, channels_last, autocast"] = (under_autocast, short)
+
+    def exact() -> None:
+        with exact_float32():
+            net(x, sigma)
+
+    fast = net.inference_copy()
+    runs['scorematch, "float32"'] = (exact, torch.float32)
+    runs['scorematch, "auto"'] = (lambda: fast(x, sigma), short)
     if compile_too:
         compiled = net.inference_copy(compile=True)
-        runs['here, "auto", compiled'] = (lambda: compiled(x, sigma), short)
+        runs['scorematch, "auto", compiled'] = (lambda: compiled(x, sigma), short)
     return runs
 
 
-def training(net: ScoreNet, theirs: nn.Module | None, x: Tensor) -> dict[str, tuple[Callable[[], Any], torch.dtype]]:
-    """Training steps under autocast in channels_last, and in plain float32 here."""
+def training(net: ScoreNet, theirs: nn.Module | None, x: Tensor) -> Runs:
+    """Training steps in channels_last: in float32, and under autocast where the machine has bfloat16."""
 
-    def step(score: Callable[..., Tensor], parameters: list[nn.Parameter], x: Tensor, low: bool) -> Callable[[], None]:
+    def step(score: Callable[..., Tensor], parameters: list[nn.Parameter], low: bool) -> Callable[[], None]:
         optimizer = torch.optim.AdamW(parameters, fused=True)
 
         def run() -> None:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-                loss = dsm_loss(score, x, net.schedule)
+            with autocast(x.device, "bfloat16" if low else "float32"):
+                loss = dsm_loss(score, last, net.schedule)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -117,27 +126,33 @@ def training(net: ScoreNet, theirs: nn.Module | None, x: Tensor) -> dict[str, tu
         return run
 
     last = x.to(memory_format=LAST)
-    plain, fast = copy.deepcopy(net).train(), copy.deepcopy(net).to(memory_format=LAST).train()
-    runs = {}
+    native = native_dtype(x.device) == torch.bfloat16
+    runs: Runs = {}
     if theirs is not None:
         best = copy.deepcopy(theirs).to(memory_format=LAST).train()
 
         def score(x: Tensor, sigma: Tensor) -> Tensor:
             return best(x, net.schedule.position(sigma)).sample
 
-        runs["diffusers, autocast"] = (step(score, list(best.parameters()), last, True), torch.bfloat16)
-    runs["here, float32"] = (step(plain, list(plain.parameters()), x, False), torch.float32)
-    runs["here, autocast"] = (step(fast, list(fast.parameters()), last, True), torch.bfloat16)
+        name = f"diffusers, {'autocast' if native else 'float32'}"
+        runs[name] = (step(score, list(best.parameters()), native), native_dtype(x.device))
+    for name, low in [("float32", False), ("autocast", True)]:
+        if native or not low:
+            ours = copy.deepcopy(net).to(memory_format=LAST).train()
+            runs[f"scorematch, {name}"] = (
+                step(ours, list(ours.parameters()), low),
+                torch.bfloat16 if low else torch.float32,
+            )
     return runs
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--shape", default="ddpm-cifar10-32", choices=[*SHAPES, "ncsn", "ncsnv2"])
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--train", action="store_true")
     options.add_argument("--compile", action="store_true")
-    args = options.parse_args()
+    args = options.parse_args(argv)
     if args.smoke:
         args.batch, args.repeats = 2, 1
 
@@ -149,7 +164,7 @@ def main() -> None:
     x = torch.rand(args.batch, 3, size, size, device=args.device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x[:1], 0.5)
-    flops = counter.get_total_flops() * (3 if args.train else 1)  # a gradient is two more products of the same size
+    flops = counter.get_total_flops() * (3 if args.train else 1)  # a gradient takes two products of the same size more
     with torch.set_grad_enabled(args.train):
         runs = training(net, theirs, x) if args.train else sampling(net, theirs, x, args.compile)
         seconds = alternate({name: run for name, (run, _) in runs.items()}, args.repeats, args.device)
@@ -160,14 +175,13 @@ def main() -> None:
         rate = args.batch / statistics.median(seconds[name])
         rows.append(
             {
-                f"{args.shape}, batch {args.batch}": name,
+                f"{args.shape}, batch {args.batch}, {flops / 1e9:.3g} GFLOP per image": name,
                 "images/s": rate,
                 "ratio": ratio(seconds, first, name),
-                "TFLOP/s": rate * flops / 1e12,
                 "of peak": rate * flops / peaks[dtype],
             }
         )
-    print(f"{flops / 1e9:.3g} GFLOP an image, {sum(p.numel() for p in net.parameters()):,} parameters")
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
     report(f"{'training' if args.train else 'sampling'}-{args.shape}", args, rows, bars="images/s")
 
 

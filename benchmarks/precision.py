@@ -1,59 +1,58 @@
-"""Are samples of the default precision statistically those of float32?
+"""Whether samples of the default precision are statistically those of float32.
 
     python benchmarks/precision.py --data FOLDER
 
-Draws digits with the network that ships, three times: in the default precision, in float32 from the same seed, and in
-float32 from another seed. The first line compares the first two, the second what two seeds differ by anyway: the root
-mean square difference of two images, the Fréchet distance between the two sets in the features of the classifier of
-``examples/evaluate_mnist.py``, and by how much their shares that the classifier is over 0.9 sure of, and their
-deviations of all pixels, differ.
+The program draws digits with the network of the package three times: with the default precision, in float32 from the
+same seed, and in float32 from another seed. The first line of the table compares the first two. The second line
+compares two seeds, as a scale for the first. The figures are the root mean square difference of two images, the Fréchet
+distance of the two sets in the features of the classifier of ``examples/evaluate_mnist.py``, and the differences in the
+share of confident classifications and in the standard deviation of all pixels.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from common import parser, report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from evaluate_mnist import figures, load_classifier, read
+from evaluate_mnist import add_options, classify, figures, load_classifier, rmse
 
 from scorematch import AnnealedLangevinSampler, ScoreNet
 from scorematch.sampling.sampler import Precision
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--data", type=Path, help="folder with MNIST; torchvision downloads it otherwise")
-    options.add_argument("--model", default="mnist", help='a short name or a folder ("mnist")')
-    options.add_argument("--n", type=int, default=500, help="how many images")
-    options.add_argument("--classifier", type=Path, default=Path("runs/digit_classifier.pt"))
-    args = options.parse_args()
+    add_options(options)
+    options.add_argument("--n", type=int, default=500, help="number of images")
+    args = options.parse_args(argv)
+    if args.smoke:
+        args.n = 8
 
     classifier = load_classifier(args.classifier, args.data)
     net = ScoreNet.from_pretrained(args.model).to(args.device)
-    schedule, steps = (net.schedule.respaced(20), {"steps_per_level": 1}) if args.smoke else (None, {})
-    n = 8 if args.smoke else args.n
 
     def draw(precision: Precision, seed: int) -> torch.Tensor:
-        sampler = AnnealedLangevinSampler(net, schedule, precision=precision, **steps)
-        return sampler.sample(n, generator=torch.Generator().manual_seed(seed), progress=False).cpu()
+        sampler = AnnealedLangevinSampler(net, levels=20 if args.smoke else None, precision=precision)
+        return sampler.sample(args.n, generator=seed, progress=False).cpu()
 
     exact = draw("float32", 0)
     rows = []
-    for name, images in {"auto, the same seed": draw("auto", 0), "float32, another seed": draw("float32", 1)}.items():
-        features = read(classifier, exact)[1]
-        ours, theirs = figures(classifier, images, features), figures(classifier, exact, features)
+    for name, images in {'"auto", same seed': draw("auto", 0), "float32, another seed": draw("float32", 1)}.items():
+        features = classify(classifier, exact)[1]
+        found, expected = figures(classifier, images, features), figures(classifier, exact, features)
         rows.append(
             {
-                f"{n} images against float32": name,
-                "rms difference": float((images - exact).square().mean().sqrt()),
-                "frechet": ours["frechet"],
-                "confident": ours["confident"] - theirs["confident"],
-                "std": ours["pixel std"] - theirs["pixel std"],
+                f"{args.n} images against float32": name,
+                "rms difference": rmse(images, exact),
+                "Fréchet distance": found["frechet"],
+                "confident": found["confident"] - expected["confident"],
+                "std": found["pixel std"] - expected["pixel std"],
             }
         )
-    report("precision", args, rows, bars="frechet")
+    report("precision", args, rows, bars="Fréchet distance")
 
 
 if __name__ == "__main__":

@@ -1,111 +1,101 @@
-"""How good digits are for what they cost: every sampler, at several numbers of network calls.
+"""The quality of digits against the number of network calls, for every sampler.
 
     python benchmarks/quality.py --data FOLDER --out runs/quality
 
-The network is the one that ships as "mnist"; the figures are those of ``examples/evaluate_mnist.py``, of the same seed
-for every line, the test digits' own last. The table is printed as it grows, and written to ``quality.json`` and
-``quality.png``. At the end stands the line that the most samples of can be read, among those of at most 250 calls that
-keep the data's balance and contrast: no digit rarer than 5 %, and a deviation of the pixels within 0.02 of the data's.
+The network is "mnist", which ships with the package. The figures are those of ``examples/evaluate_mnist.py``, with the
+same seed for every line; the last line has those of test digits. The program prints the table as it grows, and writes
+``quality.json`` and ``quality.png``. At the end it names the line with the most confident samples, among those of at
+most 250 calls that keep the balance and the contrast of the data: no digit rarer than 5 %, and a standard deviation of
+the pixels within 0.02 of the data's.
 """
 
-import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from common import machine, parser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from evaluate_mnist import figures, load_classifier, read
-from mnist import load_digits
+from evaluate_mnist import Evaluation, add_options
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler, Sampler
 
-_CALLS, _RAREST, _CONTRAST = 250, 0.05, 0.02
+CALLS, RAREST, CONTRAST = 250, 0.05, 0.02  # the conditions of the line that is named
 
 
 def lines(net: ScoreNet, counts: list[int] | None) -> Iterator[tuple[str, Sampler]]:
-    """A family and a sampler for each line; ``counts`` stands in for the numbers of levels."""
-    own = net.schedule
+    """A name and a sampler for each line; ``counts`` replaces the numbers of levels."""
 
-    def levels(*ladders: int) -> list[NoiseSchedule]:
-        return [own.respaced(n) for n in counts or ladders]
+    def schedules(*levels: int) -> list[NoiseSchedule]:
+        return [net.schedule.respaced(n) for n in counts or levels]
 
-    recommended = (
-        AnnealedLangevinSampler(net, levels(0)[0], steps_per_level=1) if counts else AnnealedLangevinSampler(net)
-    )
-    yield "recommended", recommended
+    yield "recommended", AnnealedLangevinSampler(net, levels=counts[0] if counts else None)
     for n in counts or (10, 18, 36):
         yield "Heun", ODESampler(net, levels=n)
     for n in counts or (18, 36, 72):
         yield "DPM-Solver++(2M)", ODESampler(net, levels=n, method="dpm-solver++")
-    rules: dict[str, Callable[[float], float]] = {  # of the ratio of levels: near the published one, ancestral, fixed
+    rules: dict[str, Callable[[float], float]] = {  # the step, given the ratio of neighboring levels
         "1 - r^1.5": lambda r: 1 - r**1.5,
         "1 - r^2": lambda r: 1 - r**2,
         "0.35": lambda r: 0.35,
         "0.5": lambda r: 0.5,
     }
     for rule, a in rules.items():
-        for schedule in levels(50, 100, 200):
+        for schedule in schedules(50, 100, 200):
             step_size = a(schedule[1] / schedule[0]) * schedule.sigma_min**2
             sampler = AnnealedLangevinSampler(net, schedule, step_size=step_size, consistent=True)
             yield f"consistent, {rule}", sampler
     for n in counts or (50, 100):
         yield "ancestral, large variance", AncestralSampler(net, levels=n)
-    for schedule in levels(25, 50, 100):
+    for schedule in schedules(25, 50, 100):
         yield "corrected reverse step", PredictorCorrectorSampler(net, schedule, predictor="reverse-diffusion")
-    for schedule in levels(25, 50, 100):
+    for schedule in schedules(25, 50, 100):
         yield "corrected ancestral step", PredictorCorrectorSampler(net, schedule)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with MNIST; torchvision downloads it otherwise")
-    parser.add_argument("--model", default="mnist", help='a short name or a folder ("mnist")')
-    parser.add_argument("--n", type=int, default=200, help="samples of each line")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--classifier", type=Path, default=Path("runs/digit_classifier.pt"))
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--only", type=int, nargs="+", help="which lines, by their number")
-    parser.add_argument("--smoke", action="store_true", help="few samples on few levels, to see that it runs")
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser(__doc__)
+    add_options(options)
+    options.set_defaults(out=Path("runs/quality"))
+    options.add_argument("--n", type=int, default=200, help="samples per line")
+    options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--only", type=int, nargs="+", help="run only these lines")
+    args = options.parse_args(argv)
+    if args.smoke:
+        args.n = 4
 
     args.out.mkdir(parents=True, exist_ok=True)
-    classifier = load_classifier(args.classifier, args.data)
-    train = load_digits(args.data, "train")[0].float() / 255
-    reference, contrast = read(classifier, train)[1], float(train.std())
-    test = load_digits(args.data, "test")[0].float() / 255
-    net = ScoreNet.from_pretrained(args.model)
-    n = 4 if args.smoke else args.n
+    evaluation = Evaluation(args.data, args.classifier)
+    net = ScoreNet.from_pretrained(args.model).to(args.device)
     rows: list[dict[str, Any]] = []
     print(f"{'':>2} {'':<25} {'calls':>5} | confident rarest frechet   std variation | seconds", flush=True)
     for number, (family, sampler) in enumerate(lines(net, [20] if args.smoke else None)):
         if args.only is not None and number not in args.only:
             continue
         begin = time.perf_counter()
-        samples = sampler.sample(n, generator=torch.Generator().manual_seed(args.seed), progress=False)
+        samples = sampler.sample(args.n, generator=args.seed, progress=False).cpu()
         seconds = time.perf_counter() - begin
         row = {"family": family, "sampler": str(sampler), "calls": len(sampler), "seconds": seconds}
-        rows.append(row | figures(classifier, samples, reference))
+        rows.append(row | evaluation.figures(samples))
         print(f"{number:>2} {_row(rows[-1])} | {seconds:>7.1f}", flush=True)
-    chosen = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[:n]]
-    data = {"family": "test digits", "calls": 0} | figures(classifier, chosen, reference)
+    data = {"family": "test digits", "calls": 0} | evaluation.test_figures(args.n, args.seed)
     print(f"{'':>2} {_row(data)}")
-    (args.out / "quality.json").write_text(
-        json.dumps({"model": args.model, "n": n, "seed": args.seed, "rows": rows, "test digits": data}, indent=1)
-    )
+    result = {"model": args.model, "n": args.n, "seed": args.seed, "machine": machine(args.device), "rows": rows}
+    (args.out / "quality.json").write_text(json.dumps(result | {"test digits": data}, indent=1) + "\n", "utf-8")
     _plot(rows, data, args.out / "quality.png")
     faithful = [
         row
         for row in rows
-        if row["calls"] <= _CALLS and row["rarest"] >= _RAREST and abs(row["pixel std"] - contrast) <= _CONTRAST
+        if row["calls"] <= CALLS
+        and row["rarest"] >= RAREST
+        and abs(row["pixel std"] - evaluation.pixel_std) <= CONTRAST
     ]
     best = max(faithful, key=lambda row: (row["confident"], -row["calls"]), default=None)
-    print(f"best within {_CALLS} calls: {'none' if best is None else best['sampler']}")
+    print(f"best within {CALLS} calls: {'none' if best is None else best['sampler']}")
 
 
 def _row(found: dict[str, Any]) -> str:
@@ -116,20 +106,20 @@ def _row(found: dict[str, Any]) -> str:
 
 
 def _plot(rows: list[dict[str, Any]], data: dict[str, Any], path: Path) -> None:
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, name, label in zip(
         axes, ("frechet", "confident"), ("Fréchet distance", "share over 0.9 confident"), strict=True
     ):
         for family in dict.fromkeys(row["family"] for row in rows):
-            own = sorted((row["calls"], row[name]) for row in rows if row["family"] == family)
-            axis.plot(*zip(*own, strict=True), "o-", label=family)
+            line = sorted((row["calls"], row[name]) for row in rows if row["family"] == family)
+            axis.plot(*zip(*line, strict=True), "o-", label=family)
         axis.axhline(data[name], color="gray", linestyle=":", label="test digits")
         axis.set(xscale="log", xlabel="network calls", ylabel=label)
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""MNIST for the examples: the digits from a folder of the user's own, or from torchvision.
+"""Loads MNIST for the examples, from a folder or with torchvision.
 
-``load_digits(folder, "train")`` looks in ``folder``, in this order, for
+``load_digits(folder, "train")`` looks in ``folder`` for, in this order:
 
-- the original files, ``train-images-idx3-ubyte`` and its kin, with or without .gz, at any depth (as torchvision keeps
-  them);
-- ``mnist_train.npz``, an archive with the arrays ``images`` (N, 28, 28) uint8 and ``labels`` (N,), or with pictures of
-  several digits: ``blob`` (encoded pictures end to end), ``ends`` (their offsets), ``shape`` (N, 28, 28, 1), ``per``
-  digits a picture, ``cols`` digits a row.
+- the original files, ``train-images-idx3-ubyte`` and so on, with or without .gz, at any depth. torchvision keeps them
+  like this;
+- ``mnist_train.npz``, an archive with the arrays ``images`` (N, 28, 28) uint8 and ``labels`` (N,); or with tiled
+  pictures of several digits: ``blob`` (the encoded pictures, concatenated), ``ends`` (the offset at which each one
+  ends), ``shape`` (N, 28, 28, 1), ``per`` (digits per picture), ``cols`` (digits per row) and ``labels``.
 
-Without a folder torchvision downloads the set into ``./data``.
+Without a folder torchvision downloads the data into ``./data``.
 """
 
 import gzip
@@ -28,7 +28,7 @@ def load_digits(folder: str | Path | None, split: str) -> tuple[Tensor, Tensor]:
         try:
             from torchvision.datasets import MNIST
         except ImportError as error:
-            raise ImportError("pass --data, a folder with MNIST, or pip install torchvision to fetch it.") from error
+            raise ImportError("Pass --data, a folder with MNIST, or pip install torchvision to download it.") from error
 
         digits = MNIST("data", train=split == "train", download=True)
         return digits.data[:, None], digits.targets
@@ -43,12 +43,12 @@ def load_digits(folder: str | Path | None, split: str) -> tuple[Tensor, Tensor]:
     elif archive.is_file():
         images, labels = read_archive(archive)
     else:
-        raise FileNotFoundError(f"{folder} holds neither {_FILES[split]}-images-idx3-ubyte nor {archive.name}.")
+        raise FileNotFoundError(f"{folder} contains neither {_FILES[split]}-images-idx3-ubyte nor {archive.name}.")
     return torch.from_numpy(images.reshape(-1, 1, 28, 28)), torch.from_numpy(labels.astype(np.int64))
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """An array in the format of MNIST's makers: its rank in the fourth byte, big-endian sizes, then bytes."""
+    """An array in MNIST's own format: the number of axes in the fourth byte, big-endian sizes, then bytes."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     rank = data[3]
     sizes = np.frombuffer(data, ">i4", count=rank, offset=4)
@@ -56,7 +56,7 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def read_archive(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, C), or as they are in the archive, and labels (N,)."""
+    """The images of an archive, (N, H, W, C) or as they are stored, and the labels (N,)."""
     from PIL import Image
 
     with np.load(path, allow_pickle=False) as archive:

@@ -1,7 +1,10 @@
-"""The training loop of the examples: averaged weights, a log, pictures, and checkpoints that it goes on from.
+"""The training loop of the examples: averaged weights, a log, pictures, and checkpoints.
 
-Into its folder go ``log.csv``, ``state.pt`` (all that is needed to go on) and ``network`` (the averaged weights, for
-``ScoreNet.from_pretrained``). A run that was stopped and goes on ends with the bits of one that was not.
+The folder of a run contains ``log.csv``, ``state.pt`` (the checkpoint, from which the run continues) and ``network``
+(the averaged weights, for ``ScoreNet.from_pretrained``).
+
+On a CPU a run that was stopped and continued ends with the same bits as one that was not. On CUDA it does not: some of
+its kernels are not deterministic, and the state of its random number generator is not saved.
 """
 
 import copy
@@ -15,10 +18,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scorematch import ScoreNet
+from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.precision import autocast
 
-WARMUP = 300  # steps over which the learning rate rises
-EMA = 0.999  # of the averaged weights; early on they average over a tenth of the steps so far
+WARMUP = 300  # steps in which the learning rate rises
+EMA = 0.999  # decay of the averaged weights; at first they average over a tenth of the steps so far
+
+
+def draw_levels(n: int, schedule: NoiseSchedule, device: torch.device, *, center: float, spread: float = 1) -> Tensor:
+    """Noise levels for a batch, float32 (n,).
+
+    Half are drawn uniformly from the schedule. The other half are log-normal around ``center``, with the standard
+    deviation ``spread`` in log sigma, as in Karras et al. (2022): the levels at which there is most to learn.
+    """
+    uniform = schedule.sigmas[torch.randint(len(schedule), (n,))]
+    around = (center * (spread * torch.randn(n)).exp()).clamp(schedule.sigma_min, schedule.sigma_max)
+    return torch.where(torch.arange(n) % 2 == 0, uniform, around).float().to(device)
+
+
+def weighting(sigma: Tensor, p: float = 2) -> Tensor:
+    """The weight 1 / c_out^p of the row "karras", which gives the error of the backbone equal weight at every level."""
+    return (sigma * (1 + (sigma / 0.25) ** 2) ** 0.5) ** p
+
+
+@torch.no_grad()
+def held_out_loss(net: ScoreNet, x: Tensor) -> float:
+    """The loss on test images, with its default weighting and the same noise each time."""
+    batches = x.split(250)
+    generator = torch.Generator().manual_seed(0)
+    with autocast(x.device):
+        return sum(float(dsm_loss(net, batch, generator=generator)) for batch in batches) / len(batches)
 
 
 def train(
@@ -32,18 +61,19 @@ def train(
     lr: float,
     stop_at: int | None = None,
 ) -> ScoreNet:
-    """Trains a network for ``steps`` steps, going on from the checkpoint in ``out`` if there is one.
+    """Trains a network, and continues from the checkpoint in ``out`` if there is one.
 
     Args:
-        net: on the device it is to be trained on.
-        loss: draws a batch and gives the loss of the network on it, under bfloat16 autocast.
-        report: called every ``every`` steps and at the end with the averaged network and the step, for pictures; gives
-            figures for the log. What it draws it must draw from generators of its own.
-        out: the folder.
-        steps: how many in all. The learning rate falls to 0 at the last one.
-        every: steps between checkpoints.
+        net: the network, on the device that it is trained on.
+        loss: draws a batch and returns the loss of the network on it. It is called under autocast to bfloat16 where the
+            device multiplies bfloat16 natively (``scorematch.precision``).
+        report: called with the averaged network and the step, every ``every`` steps and at the end. It may write
+            pictures, and returns numbers for the log. It must not draw from torch's global generator.
+        out: the folder of the run.
+        steps: the number of training steps. The learning rate falls to 0 at the last one.
+        every: the number of steps between checkpoints.
         lr: the highest learning rate.
-        stop_at: end early, at this step, as if interrupted.
+        stop_at: a step at which the run stops, as if it were interrupted.
 
     Returns:
         The averaged network.
@@ -61,7 +91,7 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"].cpu())
         step, seconds = saved["step"], saved["seconds"]
-        print(f"goes on at step {step} of {steps}")
+        print(f"continues at step {step} of {steps}")
 
     begin, losses = time.perf_counter() - seconds, []
     stop = steps if stop_at is None else min(steps, stop_at)
@@ -69,7 +99,7 @@ def train(
     while step < stop:
         decay = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / WARMUP) * decay
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             value = loss(net)
         value.backward()
         optimizer.step()
@@ -99,7 +129,7 @@ def train(
                 "seconds": time.perf_counter() - begin,
             }
             torch.save(saved, state.with_suffix(".new"))
-            os.replace(state.with_suffix(".new"), state)  # a checkpoint is whole or the one before
+            os.replace(state.with_suffix(".new"), state)  # an interruption leaves the previous checkpoint
             averaged.save_pretrained(out / "network")
     return averaged
 

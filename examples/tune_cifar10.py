@@ -1,21 +1,27 @@
-"""Measures sampler settings on a small network of CIFAR-10, to choose those that come with the Hub's networks.
+"""Compares sampler settings on a small network of CIFAR-10, to choose those recommended for networks of the Hub.
 
     python examples/train_cifar10.py --data FOLDER --out runs/cifar10
     python examples/tune_cifar10.py --data FOLDER --model runs/cifar10/network
     python examples/tune_cifar10.py --data FOLDER --model gaussian
 
-The settings are those of ``tune_mnist.py``. What a small network draws is no object that a classifier could name, but
-it has the colors and textures of one, and those are what few steps spoil: a chain that is too loud is grainy and
-over-contrasted, one that is too quiet washes out. So the figures of each line are those of pixels: the Fréchet distance
-of patches of 4x4 pixels to those of 5,000 training images, times 1,000; the deviation of all pixels; the saturation,
-which is the largest less the smallest channel; and the mean step to a neighbor. First stands Heun's method on the
-network's probability flow, which says what the network itself can do, and last stand the test images.
+The settings are those of ``tune_mnist.py``. A small network draws no objects that a classifier could recognize, but its
+samples have the colors and textures of the images, and these suffer from few steps: too much noise leaves grain and too
+much contrast, too little leaves too little contrast. The figures of each line are therefore those of pixels:
 
-"gaussian" is no network but the exact score of the normal distribution with the mean and the covariance of the training
-images: what a setting makes of that is the setting's own doing, and last stand exact draws.
+- patches: 1,000 times the Fréchet distance of the patches of 4x4 pixels to those of 5,000 training images;
+- std: the standard deviation of all pixels;
+- saturation: the mean difference of the largest and the smallest channel;
+- variation: the mean absolute difference of neighboring pixels.
+
+The first line is Heun's method on the probability flow, a reference for what the network can do; the last line has the
+figures of test images.
+
+"gaussian" is not a network, but the exact score of the normal distribution with the mean and the covariance of the
+training images. It shows the error of the settings alone; its last line has exact samples.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +38,18 @@ from scorematch.sampling import ODESampler, Sampler
 
 
 def patches(images: Tensor) -> Tensor:
-    """All patches of 4x4 pixels that do not overlap, (N, 3, H, W) -> (N H W / 16, 48)."""
+    """All non-overlapping patches of 4x4 pixels, (N, 3, H, W) -> (N H W / 16, 48)."""
     return F.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1)
 
 
 class Gaussian:
-    """The exact score of the normal distribution with the mean and the covariance of images (N, 3, 32, 32)."""
+    """The exact score of the normal distribution with the mean and the covariance of images (N, C, H, W) in [0, 1]."""
 
-    value_range = (0.0, 1.0)  # so that chains begin about its middle, and are clamped like a network's
-    sample_shape = (3, 32, 32)
+    value_range = (0.0, 1.0)  # samplers start around its middle and clamp to it, as for a network
     schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
 
     def __init__(self, images: Tensor) -> None:
+        self.sample_shape = tuple(images.shape[1:])
         flat = images.flatten(1)
         self.mean = flat.mean(0)
         values, self.vectors = torch.linalg.eigh(torch.cov(flat.T))
@@ -54,48 +60,51 @@ class Gaussian:
         return -(along / (self.values + sigma**2) @ self.vectors.T).view_as(x)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Exact draws (n, 3, 32, 32), clamped."""
+        """Exact samples (n, C, H, W), clamped."""
         z = torch.randn(n, len(self.mean), generator=generator)
         return (self.mean + z * self.values.sqrt() @ self.vectors.T).view(n, *self.sample_shape).clamp(0, 1)
 
 
 def row(images: Tensor, reference: Tensor) -> str:
-    """The figures of images in [0, 1], against the patches of training images."""
+    """The figures of images in [0, 1], compared with the patches of training images."""
     saturation = (images.amax(1) - images.amin(1)).mean()
     variation = (images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean()) / 2
     frechet = 1000 * frechet_distance(patches(images), reference)
     return f"{frechet:>7.1f} {images.std():.3f} {saturation:>10.3f} {variation:>9.3f}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10; torchvision downloads it otherwise")
     parser.add_argument("--model", default="runs/cifar10/network", help='a name or a folder, or "gaussian"')
-    parser.add_argument("--n", type=int, default=100, help="samples of each setting")
+    parser.add_argument("--n", type=int, default=100, help="samples per setting")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for the first 64 samples of each setting")
-    parser.add_argument("--only", type=int, nargs="+", help="which settings, by their line; 0 is Heun's method")
-    args = parser.parse_args()
+    parser.add_argument("--only", type=int, nargs="+", help="run only these lines; 0 is Heun's method")
+    parser.add_argument("--smoke", action="store_true", help="images of 8x8 pixels for the Gaussian, as a test")
+    args = parser.parse_args(argv)
 
-    train, test = (load_images(args.data, split)[0] for split in ("train", "test"))
-    reference = patches(train[:5000].float() / 255)
-    net = Gaussian(train.float() / 255) if args.model == "gaussian" else ScoreNet.from_pretrained(args.model)
+    train, test = (load_images(args.data, split)[0].float() / 255 for split in ("train", "test"))
+    if args.smoke and args.model == "gaussian":
+        train, test = F.avg_pool2d(train, 4), F.avg_pool2d(test, 4)
+    reference = patches(train[:5000])
+    net = Gaussian(train) if args.model == "gaussian" else ScoreNet.from_pretrained(args.model)
     flow = ODESampler(net, levels=18)
     lines: list[tuple[str, Sampler]] = [(f"{18:>6} {'Heun':>22} {len(flow):>5}", flow), *samplers(net)]
     print("line levels steps     a      noise calls | patches   std saturation variation", flush=True)
     for line, (setting, sampler) in enumerate(lines):
         if args.only is not None and line not in args.only:
             continue
-        images = sampler.sample(args.n, generator=torch.Generator().manual_seed(args.seed), progress=False)
+        images = sampler.sample(args.n, generator=args.seed, progress=False)
         if args.out is not None:
             save_grid(images[:64], args.out / f"settings-{line:02d}.png")
         print(f"{line:>4} {setting} | {row(images, reference)}", flush=True)
     generator = torch.Generator().manual_seed(args.seed)
     if isinstance(net, Gaussian):
-        print(f"{'exact draws':>40} | {row(net.sample(args.n, generator), reference)}")
+        print(f"{'exact samples':>40} | {row(net.sample(args.n, generator), reference)}")
     else:
         chosen = test[torch.randperm(len(test), generator=generator)[: args.n]]
-        print(f"{'test images':>40} | {row(chosen.float() / 255, reference)}")
+        print(f"{'test images':>40} | {row(chosen, reference)}")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,28 @@
-"""Measures sampler settings on a trained network of digits, to choose those that are stored with it.
+"""Compares sampler settings on a trained network of digits, to choose those that are stored with it.
 
     python examples/tune_mnist.py --data FOLDER --model runs/mnist/network
 
-Technique 4 of NCSNv2 is where it starts; what a learned network does with few steps it does not say. A line is one
-setting: the ladder's levels, the steps at each, the step in units of sigma^2, the kind of noise, the network calls, and
-the figures of ``evaluate_mnist.py``, the test digits' own in the last line.
+Each line is one setting: the number of noise levels, the steps per level, the step in units of sigma^2, the kind of
+noise, the network calls, and the figures of ``evaluate_mnist.py``. The last line has those of test digits.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from evaluate_mnist import figures, load_classifier, read
-from mnist import load_digits
+from evaluate_mnist import Evaluation, add_options
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.images import save_grid
 
 
 def power(p: float) -> Callable[[float], float]:
-    """1 - r^p of the ratio of a level to the one before: no noise at 1, what ancestral sampling adds at 2."""
+    """The step 1 - r^p, r being the ratio of neighboring levels: no noise for p = 1, ancestral sampling for p = 2."""
     return lambda ratio: 1 - ratio**p
 
 
-# (levels, steps a level, step in units of sigma^2, a rule for it, or None for technique 4, noise)
+# (levels, steps per level, step in units of sigma^2 or a rule for it, noise); a step of None is technique 4 of NCSNv2.
 SETTINGS: list[tuple[int, int, float | Callable[[float], float] | None, str]] = [
     (50, 3, None, "plain"),
     (50, 3, None, "exact"),
@@ -57,7 +54,7 @@ SETTINGS: list[tuple[int, int, float | Callable[[float], float] | None, str]] = 
 
 
 def samplers(net: Any) -> Iterator[tuple[str, AnnealedLangevinSampler]]:
-    """Each setting as a line of the table, and a sampler of it: geometric, between the ends of the net's own ladder."""
+    """For each setting the start of its line and a sampler, on geometric levels in the range of the network's own."""
     for levels, steps, a, noise in SETTINGS:
         schedule = NoiseSchedule.geometric(net.schedule.sigma_max, net.schedule.sigma_min, levels)
         a = a(schedule[1] / schedule[0]) if callable(a) else a
@@ -68,31 +65,26 @@ def samplers(net: Any) -> Iterator[tuple[str, AnnealedLangevinSampler]]:
         yield f"{levels:>6} {steps:>5} {a:.3f} {noise:>10} {len(sampler):>5}", sampler
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with MNIST; torchvision downloads it otherwise")
-    parser.add_argument("--model", default="mnist", help='a short name or a folder ("mnist")')
-    parser.add_argument("--n", type=int, default=500, help="samples of each setting")
+    add_options(parser)
+    parser.add_argument("--n", type=int, default=500, help="samples per setting")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--classifier", type=Path, default=Path("runs/digit_classifier.pt"))
     parser.add_argument("--out", type=Path, help="folder for the first 64 samples of each setting")
-    parser.add_argument("--only", type=int, nargs="+", help="which settings, by their line")
-    args = parser.parse_args()
+    parser.add_argument("--only", type=int, nargs="+", help="run only these lines")
+    args = parser.parse_args(argv)
 
-    classifier = load_classifier(args.classifier, args.data)
-    reference = read(classifier, load_digits(args.data, "train")[0].float() / 255)[1]
+    evaluation = Evaluation(args.data, args.classifier)
     net = ScoreNet.from_pretrained(args.model)
     print("line levels steps     a      noise calls | confident rarest frechet   std variation", flush=True)
     for line, (setting, sampler) in enumerate(samplers(net)):
         if args.only is not None and line not in args.only:
             continue
-        samples = sampler.sample(args.n, generator=torch.Generator().manual_seed(args.seed), progress=False)
+        samples = sampler.sample(args.n, generator=args.seed, progress=False)
         if args.out is not None:
             save_grid(samples[:64], args.out / f"settings-{line:02d}.png")
-        print(f"{line:>4} {setting} | {_row(figures(classifier, samples, reference))}", flush=True)
-    test = load_digits(args.data, "test")[0].float() / 255
-    chosen = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))[: args.n]]
-    print(f"{'test digits':>37} | {_row(figures(classifier, chosen, reference))}")
+        print(f"{line:>4} {setting} | {_row(evaluation.figures(samples))}", flush=True)
+    print(f"{'test digits':>37} | {_row(evaluation.test_figures(args.n, args.seed))}")
 
 
 def _row(found: dict[str, float]) -> str:

@@ -1,59 +1,43 @@
-"""Worlds of known parameters with a network's interface, and the published numbers."""
+"""How the tests run, and the fixtures that several files use.
 
-import math
+The tests run in two processes, with one torch thread each. Networks in tests are small, and OpenMP's threads wait in a
+busy loop: with several threads per process a test takes many times as long as soon as another process computes too.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; processes that tests start inherit it
+os.environ["MPLBACKEND"] = "Agg"  # no windows
+
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import Gaussian, Mixture
+
+torch.set_num_threads(1)
+
 FIXTURES = Path(__file__).parent / "fixtures"
+SECONDS = {"slow": 600, "cuda": 300, "network": 600}  # per test; others have the limit of pyproject.toml
 
 
-def _like(sigma, x):
-    sigma = torch.as_tensor(sigma, dtype=x.dtype)
-    return sigma if sigma.ndim == 0 else sigma.view(-1, *[1] * (x.ndim - 1))
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads these options
+def pytest_cmdline_main(config):
+    """Two processes, unless the command line says how many. Not in addopts, which would need pytest-xdist."""
+    option = config.option
+    in_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if getattr(option, "numprocesses", 0) is None and not (in_worker or option.usepdb or option.collectonly):
+        option.numprocesses, option.dist = 2, "worksteal"
 
 
-class Gaussian:
-    """N(mean, covariance) in D dimensions, with the exact score of its perturbed densities."""
-
-    def __init__(self, mean, covariance):
-        self.mean = torch.tensor(mean)
-        self.covariance = torch.tensor(covariance)
-        self.values, self.vectors = torch.linalg.eigh(self.covariance)
-
-    def __call__(self, x, sigma):
-        along = (x - self.mean.to(x)) @ self.vectors.to(x)
-        return -(along / (self.values.to(x) + _like(sigma, x) ** 2)) @ self.vectors.to(x).T
-
-    def sample(self, n, generator):
-        z = torch.randn(n, len(self.mean), generator=generator)
-        return self.mean + z * self.values.sqrt() @ self.vectors.T
-
-
-class Mixture:
-    """sum_k weight_k N(mean_k, std^2), with the exact score of its perturbed densities."""
-
-    def __init__(self, weights, means, std):
-        self.weights, self.means, self.std = torch.tensor(weights), torch.tensor(means), std
-
-    def __call__(self, x, sigma):
-        variance = self.std**2 + _like(sigma, x) ** 2
-        difference = self.means.to(x) - x[:, None]  # (N, K, D)
-        variance = variance if variance.ndim == 0 else variance[:, None]
-        logits = -(difference**2).sum(-1, keepdim=True) / (2 * variance) + self.weights.to(x).log()[:, None]
-        return (logits.softmax(1) * difference / variance).sum(1)
-
-    def sample(self, n, generator):
-        component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        return self.means[component] + self.std * torch.randn(n, self.means.shape[1], generator=generator)
-
-    def log_density(self, x, sigma):
-        variance = self.std**2 + sigma**2
-        squares = ((self.means.to(x) - x[:, None]) ** 2).sum(-1)
-        dimension = self.means.shape[1]
-        logs = self.weights.to(x).log() - squares / (2 * variance) - dimension / 2 * math.log(2 * math.pi * variance)
-        return logs.logsumexp(1)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        seconds = [seconds for name, seconds in SECONDS.items() if item.get_closest_marker(name)]
+        if seconds and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(max(seconds)))
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
-"""A server on the loopback address that speaks as much of the Hub's protocol as its client asks for."""
+"""A server on the loopback address that speaks the part of the Hub's protocol that its client uses, and a client."""
 
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Repositories, {name: {file: bytes}}, and what is wrong with them."""
+    """Repositories, {name: {file: bytes}}, and what is wrong with them or with the server."""
 
     def __init__(self):
         self.repositories = {}
@@ -20,6 +23,8 @@ class Hub:
         self.gated = set()  # answered with 403, whoever asks
         self.private = {}  # name -> token
         self.cut = set()  # files whose first download breaks off in the middle
+        self.silent = False  # whether the server closes every connection without an answer
+        self.status = None  # of every answer, if not None
         self.redirect = False  # large files come from another host name, as on the Hub
         self.requests = []
         self.writer = None  # the token that may write
@@ -69,6 +74,11 @@ class Hub:
     def answer(self, request, *, body):
         path = unquote(request.path.split("?")[0])
         self.requests.append((request.command, path))
+        if self.silent:
+            request.close_connection = True
+            return None
+        if self.status is not None:
+            return self._error(request, self.status, "Unavailable")
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             name, rest = "/".join(parts[2:4]), parts[4:]
@@ -216,6 +226,79 @@ class Hub:
         request.send_header("X-Repo-Commit", self.commit)
         request.send_header("Content-Length", "0")
         request.end_headers()
+
+
+# Forks for every line of input, and runs the code there; prints the exit status.
+_LOOP = """
+import json, os, sys, traceback
+import scorematch
+for line in sys.stdin:
+    call = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.clear()
+        os.environ.update(call["environment"])
+        os.chdir(call["folder"])
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(call[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        status = 1
+        try:
+            exec(call["code"], {"__name__": "__main__"})
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Client:
+    """Runs code in processes of its own, whose environment huggingface_hub reads when it is imported.
+
+    They are forked from one process that has imported the package, which saves most of the time of a new one.
+    """
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _LOOP],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, code, folder, environment):
+        """The exit status of the code, what it printed, and its errors; it runs in a folder."""
+        outputs = {name: folder / f".{name}" for name in ("stdout", "stderr")}
+        call = {"code": code, "folder": str(folder), "environment": environment}
+        call |= {name: str(path) for name, path in outputs.items()}
+        self.process.stdin.write(json.dumps(call) + "\n")
+        self.process.stdin.flush()
+        status = int(self.process.stdout.readline())
+        said = [path.read_text() for path in outputs.values()]
+        for path in outputs.values():
+            path.unlink()
+        return status, *said
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def environment(url, home):
+    """This process's environment with a server for the Hub and a folder for its cache."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return {
+        **kept,
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
 
 
 def _git_hash(data):

@@ -1,3 +1,5 @@
+"""Ancestral sampling against Palette's Algorithm 2, and against closed forms on Gaussian data."""
+
 import math
 from itertools import pairwise
 
@@ -10,26 +12,14 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.observe import Mask, Observation
 from scorematch.sampling import AncestralSampler, PredictorCorrectorSampler
 from scorematch.sampling.ancestral import ancestral_step
+from tests.helpers import point, run, seed
 
 SHORT = NoiseSchedule.geometric(5, 0.1, 12)
-
-
-def point(x, sigma):
-    """The score of data that are all zero."""
-    return -x / sigma**2
 
 
 def nonlinear(y, gamma):
     """Stands for a network in Palette's coordinates: nothing about it is Gaussian."""
     return torch.tanh(y.flip(-1)) * gamma + torch.sin(3 * y) * (1 - gamma)
-
-
-def seed(number):
-    return torch.Generator().manual_seed(number)
-
-
-def run(sampler, n=None, **arguments):
-    return sampler.sample(n, progress=False, **arguments)
 
 
 def palette(betas, f, y, z, *, small=False):
@@ -68,14 +58,14 @@ def test_the_steps_are_palettes_algorithm_2_in_double_precision(variance, rng):
 
 @pytest.mark.parametrize("variance", ["large", "small"])
 def test_the_sampler_is_palettes_algorithm_2(variance, rng):
-    """A network of images in [0, 1] whose backbone answers with the noise, on the ladder of Palette's sampling."""
+    """A network of images in [0, 1] whose backbone returns the noise, on the schedule of Palette's sampling."""
     betas = np.linspace(1e-3, 0.09, 60)
 
     class Backbone(nn.Module):
         def forward(self, u, step):
             return nonlinear(u, self.gammas[round(float(step[0]))])
 
-    net = ScoreNet(Backbone(), NoiseSchedule.from_betas(betas), precondition="ddpm")
+    net = ScoreNet(Backbone(), NoiseSchedule.from_betas(betas), precondition="ddpm", sample_shape=(1, 4, 4))
     net.backbone.gammas = np.cumprod(1 - betas)
     y, z = torch.randn(2, 1, 4, 4, generator=rng), torch.randn(60, 2, 1, 4, 4, generator=rng)
     expected = (1 + palette(betas, nonlinear, y.double(), z.double(), small=variance == "small")) / 2
@@ -87,9 +77,9 @@ def test_the_sampler_is_palettes_algorithm_2(variance, rng):
     assert (found - expected).abs().max() <= 1e-5 * max(1, float(expected.abs().max()))
 
 
-def test_palettes_two_ladders():
-    """In [-1, 1] they end at 151 and at 1.2e10: more than half of its sampling is louder than all of its training."""
-    ladders = []
+def test_palettes_two_schedules():
+    """In [-1, 1] they end at 151 and at 1.2e10: more than half of its sampling is above all levels of its training."""
+    schedules = []
     for start, end, steps, low, high in [(1e-6, 0.01, 2000, 0.001, 151), (1e-4, 0.09, 1000, 0.01, 1.23e10)]:
         betas = np.linspace(start, end, steps)
         schedule = NoiseSchedule.from_betas(betas)
@@ -98,8 +88,8 @@ def test_palettes_two_ladders():
         assert len(schedule) == steps
         assert 2 * schedule.sigma_min == pytest.approx(low, rel=0.01)
         assert 2 * schedule.sigma_max == pytest.approx(high, rel=0.01)
-        ladders.append(schedule)
-    train, sample = ladders
+        schedules.append(schedule)
+    train, sample = schedules
     assert int((sample.sigmas > train.sigma_max).sum()) == 532
 
 
@@ -204,7 +194,7 @@ def test_each_variance_is_exact_where_it_is_said_to_be():
         assert abs(float(x.var()) - expected) < 5 * expected * math.sqrt(2 / n)
 
 
-def test_the_large_variance_is_too_loud_for_a_point():
+def test_the_large_variance_is_too_large_for_a_point():
     """By r^2 + r^-2 - 1, as the module says; in the last step alone, entered from the exact law."""
     r, n = 1.25, 40_000
     schedule = NoiseSchedule([r * 1e-3, 1e-3])
@@ -282,7 +272,7 @@ def test_l1_is_less_diverse_than_l2(p, expected):
 # -- Interface
 
 
-def test_the_ladder_and_what_is_said_of_it():
+def test_the_schedule_and_the_description():
     net = ScoreNet.ncsnv2(1, 8, width=2)
     assert AncestralSampler(net).schedule == net.schedule.respaced(100)
     assert str(AncestralSampler(net)) == "AncestralSampler(100 levels 50 -> 0.01, large variance, 100 network calls)"
@@ -366,7 +356,7 @@ def test_one_level_is_one_step_of_tweedie():
 
 
 def test_a_chain_that_leaves_the_finite_numbers_stops_and_names_the_level():
-    with pytest.raises(RuntimeError, match=r"at level 5 of 12, sigma 0\.8447"):
+    with pytest.raises(RuntimeError, match=r"NaN or infinite values from level 6 of 12 on, sigma 0\.5919"):
         run(AncestralSampler(lambda x, sigma: x * math.nan if sigma < 1 else -x, SHORT), 2, shape=(1,))
 
 
@@ -376,7 +366,7 @@ def test_a_chain_that_leaves_the_finite_numbers_stops_and_names_the_level():
         ({"variance": "medium"}, ValueError, '"large" or "small", got'),
         ({"levels": 1}, ValueError, "levels must be at least 2, got 1"),
         ({"levels": 2.5}, TypeError, "levels must be an integer, got 2.5"),
-        ({"schedule": None}, ValueError, "no ladder of its own: pass a schedule"),
+        ({"schedule": None}, ValueError, "no noise levels of its own: pass a schedule"),
         ({"schedule": [1.0, 0.1]}, TypeError, r"got list. Write NoiseSchedule\(sigmas\)"),
         ({"restore": "paste"}, ValueError, "restore must be one of 'replace', 'guide'"),
         ({"net": 3}, TypeError, r"called as net\(x, sigma\), got int"),

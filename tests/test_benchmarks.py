@@ -1,59 +1,137 @@
-"""The benchmarks run, at their smallest size; how fast anything is, no test says."""
+"""The benchmarks run at their smallest size. No test measures time."""
 
+import importlib
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def _run(out, name, *arguments):
-    command = [sys.executable, "-W", "ignore", BENCHMARKS / f"{name}.py", "--smoke", "--out", out, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (path,) = out.glob("*.json")
-    result = json.loads(path.read_text())
-    assert path.with_suffix(".png").stat().st_size > 1000
-    for row in result["rows"]:
-        assert all(str(key) in done.stdout for key in row) and next(iter(row.values())) in done.stdout
-    return result["rows"]
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a module of the benchmarks."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def measure(module, tmp_path, capsys):
+    """Runs a benchmark at its smallest size, and returns the rows of its result."""
+
+    def run(name, *arguments):
+        with torch.random.fork_rng():
+            module(name).main(["--smoke", "--out", str(tmp_path), *arguments])
+        printed = capsys.readouterr().out
+        (path,) = tmp_path.glob("*.json")
+        result = json.loads(path.read_text())
+        assert result["machine"]["kind"] == module("common").kind("cpu")
+        assert path.with_suffix(".png").stat().st_size > 1000
+        for row in result["rows"]:
+            assert all(str(key) in printed for key in row) and next(iter(row.values())) in printed
+        return result["rows"]
+
+    return run
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["ddpm-cifar10-32", "ncsnpp-celebahq-256", "ncsnv2"])
-def test_networks(tmp_path, shape):
-    rows = _run(tmp_path, "networks", "--shape", shape)
-    assert len(rows) == (2 if shape == "ncsnv2" else 5)
+def test_networks(measure, shape):
+    rows = measure("networks", "--shape", shape)
+    names = [next(iter(row.values())) for row in rows]
+    ours = ['scorematch, "float32"', 'scorematch, "auto"']
+    assert names[-2:] == ours and (names == ours) == (shape == "ncsnv2")
     assert rows[0]["ratio"] == 1 and all(row["images/s"] > 0 and row["of peak"] > 0 for row in rows)
 
 
-def test_training(tmp_path):
-    assert len(_run(tmp_path, "networks", "--shape", "unet", "--train")) == 3
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_training(measure, module, monkeypatch, dtype):
+    monkeypatch.setattr(module("networks"), "native_dtype", lambda device: dtype)
+    rows = measure("networks", "--shape", "unet", "--train")
+    assert len(rows) == (3 if dtype == torch.bfloat16 else 2)
 
 
-def test_overhead(tmp_path):
-    assert [row["batch"] for row in _run(tmp_path, "overhead")] == ["1", "2"]
+@pytest.mark.slow
+def test_overhead(measure):
+    assert [row["batch"] for row in measure("overhead")] == ["1", "2"]
 
 
-def test_picture(tmp_path):
-    rows = _run(tmp_path, "picture")
-    assert rows[0]["ratio"] == 1 and rows[1]["ratio"] > 0
+@pytest.mark.slow
+def test_picture(measure):
+    theirs, ours = measure("picture")
+    assert theirs["ratio"] == theirs["per call"] == 1 and (theirs["calls"], ours["calls"]) == (1000, 18)
+    assert ours["per call"] == pytest.approx(ours["ratio"] * 18 / 1000)
 
 
-def test_memory(tmp_path):
-    rows = _run(tmp_path, "memory")
+@pytest.mark.slow
+def test_memory(measure):
+    rows = measure("memory")
     assert all(row["MB"] > 100 for row in rows)  # torch alone takes more
 
 
-def test_imports(tmp_path):
-    assert _run(tmp_path, "imports")[0]["import"] == "scorematch"
+@pytest.mark.slow
+def test_imports(measure):
+    assert measure("imports")[0]["import"] == "scorematch"
 
 
-def test_ratios_are_of_neighbors(monkeypatch):
-    """A machine that slows down by and by changes no ratio."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from common import ratio
-
+def test_ratios_are_of_neighbors(module):
+    """A machine that becomes slower during the measurement changes no ratio."""
+    ratio = module("common").ratio
     assert ratio({"slow": [2, 4, 20], "fast": [1, 2, 10]}, "slow", "fast") == 2
+
+
+# -- All benchmarks
+
+
+def _result(kind, value):
+    machine = {"kind": kind, "device": "x86_64", "threads": 2, "torch": "2.13.0"}
+    return {"machine": machine, "rows": [{"what": "first", "seconds": value}, {"what": "second", "seconds": 1234.5}]}
+
+
+def test_a_table_replaces_that_of_its_own_kind_alone(module):
+    replace = module("all").replace
+    page = "# Speed\n\nText.\n\n## After\n\nThe end.\n"
+    page = replace(page, "imports", _result("AVX2", 0.25))
+    assert page.endswith(
+        "The end.\n\n<!-- table: imports kind: AVX2 -->\nAVX2 (x86_64, 2 threads), torch 2.13.0:\n\n"
+        "| what | seconds |\n| --- | --- |\n| first | 0.25 |\n| second | 1,234 |\n<!-- end -->\n"
+    )
+    page = replace(page, "memory", _result("AVX2", 7.0))
+    page = replace(page, "imports", _result("AMX", 0.125))
+    assert re.findall(r"<!-- table: (\S+) kind: (\S+) -->", page) == [
+        ("imports", "AVX2"),
+        ("imports", "AMX"),
+        ("memory", "AVX2"),
+    ]
+    again = replace(page, "imports", _result("AVX2", 0.75))
+    assert again == page.replace("| first | 0.25 |", "| first | 0.75 |")
+    assert replace(again, "imports", _result("AVX2", 0.25)) == page
+
+
+def test_the_marked_tables_of_the_page_are_of_known_benchmarks(module):
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    found = re.findall(r"<!-- table: (\S+) kind: (\S+) -->\n.*?<!-- end -->", page, re.DOTALL)
+    assert len(found) == len(set(found)) == page.count("<!-- table") == page.count("<!-- end") > 0
+    known = {name for name, benchmark in module("all").BENCHMARKS.items() if benchmark.in_page}
+    assert {name for name, _ in found} == known
+
+
+@pytest.mark.slow
+def test_all_benchmarks_write_their_tables(module, tmp_path, capfd, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("# Speed\n")
+    options = ["--smoke", "--page", str(page), "--out", str(tmp_path / "runs")]
+    everything = module("all")
+    assert everything.main([*options, "--only", "overhead", "quality"]) == 0
+    assert "quality: skipped, it needs --data" in capfd.readouterr().out
+    kind = module("common").kind("cpu")
+    assert re.findall(r"<!-- table: (\S+) kind: (\S+) -->", page.read_text()) == [("overhead", kind)]
+    before = page.read_text()
+    monkeypatch.setitem(everything.BENCHMARKS, "overhead", everything.Benchmark("overhead", "--nonsense"))
+    assert everything.main([*options, "--only", "overhead"]) == 1
+    assert "failed: overhead" in capfd.readouterr().out and page.read_text() == before

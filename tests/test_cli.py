@@ -1,22 +1,202 @@
 import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from scorematch import NoiseSchedule, ScoreNet, __version__, cards
-from scorematch.__main__ import _duration, main
+from scorematch import NoiseSchedule, ScoreNet, __version__, cli
+from scorematch.cli import main
+from scorematch.cli.options import duration, find_device
 from scorematch.images import read_image, save_image
+from scorematch.pretrained import cards
+from scorematch.sampling import SamplerSettings
 
 
-@pytest.fixture
-def folder(tmp_path):
-    ScoreNet.ncsnv2(1, 8, width=4).save_pretrained(tmp_path / "network")
-    return str(tmp_path / "network")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return _saved(ScoreNet.ncsnv2(1, 8, width=4), tmp_path_factory.mktemp("network"))
+
+
+def _saved(net, path):
+    net.save_pretrained(path)
+    return str(path)
+
+
+def _unet(channels, schedule=None, **options):
+    """A small U-Net whose condition makes a difference: random weights, and norms over more than one channel."""
+    torch.manual_seed(0)
+    schedule = NoiseSchedule([1.0, 0.1, 0.01]) if schedule is None else schedule
+    net = ScoreNet.unet(channels, 8, widths=(4, 6), layers_per_block=1, schedule=schedule, **options)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.2)
+    return net
+
+
+def _commands():
+    return next(action.choices for action in cli._parser()._actions if action.dest == "command")
+
+
+def _refused(options, capsys):
+    """The one line with which arguments are refused, by argparse or by the command."""
+    try:
+        status = main([str(option) for option in options])
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr()
+    assert status == 2
+    assert said.err.startswith("scorematch: ") and said.err.count("\n") == 1
+    return said.err
+
+
+# -- All commands
+
+
+def test_adding_a_command_is_adding_a_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "greet.py").write_text(
+        "def add(commands):\n"
+        "    parser = commands.add_parser('greet')\n"
+        "    parser.add_argument('--name')\n"
+        "    parser.set_defaults(run=lambda args: print(f'hello {args.name}'))\n"
+    )
+    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
+    try:
+        assert main(["greet", "--name", "you"]) == 0
+    finally:
+        sys.modules.pop("scorematch.cli.greet")
+    assert capsys.readouterr().out == "hello you\n"
+
+
+def test_every_module_but_the_shared_options_is_a_command():
+    modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__", "options"}
+    assert set(_commands()) == modules >= {"sample", "restore", "models", "convert"}
+
+
+@pytest.mark.parametrize("name", _commands())
+def test_help_of_every_command_has_an_example(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"Examples?:\n  python -m scorematch {name}", said)
+    assert "--debug" in said
+
+
+@pytest.mark.parametrize("name", _commands())
+def test_options_of_every_command_are_written_in_full(name, capsys):
+    assert _commands()[name].allow_abbrev is False
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--hel"])
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "the following arguments are required: COMMAND. Write python -m scorematch --help."),
+        (["draw"], "invalid choice: 'draw'"),
+        (
+            ["sample", "mnist"],
+            "the following arguments are required: picture. Write python -m scorematch sample --help",
+        ),
+        (["sample", "mnist", "x.png", "--steps", "10"], "unrecognized arguments: --steps 10. Write .* sample --help"),
+        (["sample", "mnist", "x.png", "-n", "few"], "argument -n: invalid int value: 'few'"),
+        (["restore", "mnist", "x.png", "out"], "one of the arguments --mask --uncrop --gray --pool --jpeg is required"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_in_one_line(options, message, capsys):
+    assert re.search(message, _refused(options, capsys))
+
+
+def test_an_error_during_the_computation_has_status_1_and_names_debug(folder, tmp_path, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("the device\nhas failed.")
+
+    monkeypatch.setattr(cli.models, "table", fail)
+    assert main(["models"]) == 1
+    assert capsys.readouterr().err == "scorematch: the device has failed. Add --debug for the traceback.\n"
+
+
+@pytest.mark.parametrize("options", [["--debug", "sample"], ["sample", "--debug"]])
+def test_debug_shows_the_traceback(options, capsys):
+    assert main([*options, "mnist", "x.png", "-n", "0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback") and error.endswith("ValueError: -n must be at least 1, got 0.\n")
+
+
+def test_interrupted(capsys, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.models, "table", interrupt)
+    assert main(["models"]) == 130
+    assert capsys.readouterr().err == "scorematch: interrupted\n"
+
+
+def test_python_m_scorematch(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scorematch", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("scorematch", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_models_are_listed(capsys):
+    assert main(["models"]) == 0
+    said = capsys.readouterr().out
+    for card in cards.CARDS:
+        assert (card.repository or "ships with the package") in said and card.quality in said
+
+
+# -- Devices
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device"),
+    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu"), (True, False, "cuda")],
+)
+def test_auto_is_the_first_of_cuda_mps_and_cpu(cuda, mps, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert find_device("auto") == torch.device(device)
+    assert find_device("cpu") == torch.device("cpu")
+
+
+def test_auto_is_the_default():
+    assert _commands()["sample"].get_default("device") == _commands()["restore"].get_default("device") == "auto"
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:", "cuda:x", "gpu", "meta", "cpu:0", ""])
+def test_a_device_of_another_name(name, capsys):
+    expected = f"scorematch: --device must be auto, cpu, cuda, cuda:N or mps, got {name!r}.\n"
+    assert _refused(["sample", "mnist", "x.png", "--device", name], capsys) == expected
+
+
+def test_a_device_that_is_not_available(capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1"):
+        error = _refused(["sample", "mnist", "x.png", "--device", name], capsys)
+        assert f"--device {name}: PyTorch finds no CUDA device. Leave out --device." in error
+    error = _refused(["sample", "mnist", "x.png", "--device", "mps"], capsys)
+    assert "PyTorch finds no MPS device" in error
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device("cuda:1") == torch.device("cuda:1")
+    error = _refused(["sample", "mnist", "x.png", "--device", "cuda:2"], capsys)
+    assert "--device cuda:2: the last CUDA device is cuda:1." in error
+
+
+# -- sample
 
 
 def _sample(folder, picture, *options):
-    return main(["sample", folder, str(picture), "-n", "4", "--levels", "3", "--steps-per-level", "1", *options])
+    chain = ["--device", "cpu", "--levels", "3", "--steps-per-level", "1"]
+    return main(["sample", folder, str(picture), "-n", "4", *chain, *options])
 
 
 def test_sample_writes_a_picture_and_says_what_it_did(folder, tmp_path, capsys):
@@ -32,7 +212,7 @@ def test_sample_says_beforehand_how_long_it_will_take(folder, tmp_path, capsys):
     assert _sample(folder, tmp_path / "a.png", "--quiet") == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"about \d+ s for 4 images", lines[1]) and "4 images in" in lines[2]
-    assert [_duration(seconds) for seconds in (0.2, 89, 91, 5000, 36_000)] == [
+    assert [duration(seconds) for seconds in (0.2, 89, 91, 5000, 36_000)] == [
         "1 s",
         "89 s",
         "2 min",
@@ -43,56 +223,105 @@ def test_sample_says_beforehand_how_long_it_will_take(folder, tmp_path, capsys):
 
 def test_the_seed_decides(folder, tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        _sample(folder, tmp_path / f"{name}.png", "--seed", str(seed), "--quiet", "--no-exact-noise")
+        assert _sample(folder, tmp_path / f"{name}.png", "--seed", str(seed), "--quiet", "--no-exact-noise") == 0
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_one_image_has_no_border(folder, tmp_path, capsys):
+    assert _sample(folder, tmp_path / "one.png", "-n", "1", "--quiet") == 0
+    assert "1 image in" in capsys.readouterr().out
+    assert _sample(folder, tmp_path / "four.png", "--quiet", "--columns", "4") == 0
+    one, four = read_image(tmp_path / "one.png", 1), read_image(tmp_path / "four.png", 1)
+    assert one.shape == (1, 8, 8) and four.shape == (1, 12, 42)
+
+
+def test_an_existing_picture_is_overwritten(folder, tmp_path):
+    save_image(torch.zeros(1, 3, 3), tmp_path / "a.png")
+    assert _sample(folder, tmp_path / "a.png", "--quiet") == 0
+    assert read_image(tmp_path / "a.png", 1).shape == (1, 22, 22)
+
+
+def test_the_recommended_sampler_is_used(tmp_path, capsys):
+    net = _unet(1, NoiseSchedule.geometric(1, 0.01, 20))
+    net.sampler_settings = SamplerSettings(sampler="ode", levels=4)
+    folder, out = _saved(net, tmp_path / "network"), str(tmp_path / "a.png")
+    assert main(["sample", folder, out, "-n", "1", "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("ODESampler(4 levels 1 -> 0.01")
+    assert main(["sample", folder, out, "-n", "1", "--quiet", "--levels", "3"]) == 0
+    assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(3 levels 1 -> 0.01")
+
+
+def test_another_number_of_levels_keeps_the_kind_of_sampling(tmp_path, capsys):
+    net = _unet(1, NoiseSchedule.geometric(1, 0.01, 20))
+    net.sampler_settings = SamplerSettings(levels=15, step_size=4e-5, consistent=True)
+    folder, out = _saved(net, tmp_path / "network"), str(tmp_path / "a.png")
+    for options, expected in [
+        ([], "15 levels 1 -> 0.01, 1 step, step 4e-05, consistent, 15 network calls"),
+        (["--levels", "10"], r"10 levels 1 -> 0.01, 1 step, step \S+, consistent, 10 network calls"),
+        (["--no-consistent", "--levels", "3", "--steps-per-level", "2"], "3 levels .*, 2 steps, .*, 7 network calls"),
+    ]:
+        assert main(["sample", folder, out, "-n", "1", "--quiet", *options]) == 0
+        said = capsys.readouterr().out.splitlines()[0]
+        assert re.fullmatch(rf"AnnealedLangevinSampler\({expected}\)", said), said
+
+
+def test_sample_of_a_class(folder, tmp_path, capsys):
+    classes = _saved(_unet(1, classes=3), tmp_path / "network")
+    for name, label in [("a", "0"), ("b", "0"), ("c", "2")]:
+        assert _sample(classes, tmp_path / f"{name}.png", "--quiet", "--class", label) == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+    sample = ["sample", classes, tmp_path / "d.png"]
+    assert "is class-conditional. Write --class K, with K from 0 to 2." in _refused(sample, capsys)
+    for label in ("3", "-1"):
+        error = _refused([*sample, "--class", label], capsys)
+        assert "--class must be from 0 to 2" in error and f"got {label}." in error
+    error = _refused(["sample", folder, tmp_path / "d.png", "--class", "1"], capsys)
+    assert "--class is for class-conditional networks, and" in error and "is not one" in error
+    assert not (tmp_path / "d.png").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["sample", "nothing", "x.png"], "scorematch: 'nothing' is neither"),
-        (["sample", "mnist", "x.png", "-n", "0"], "scorematch: n must be at least 1"),
-        (["sample", "mnist", "x.png", "--step-size", "1"], "stability limit"),
-        (["sample", "palette-mnist", "x.png"], "restores images that it is shown: write python -m scorematch restore"),
+        (["nothing", "x.png"], "'nothing' is not the short name of a network; known are 'mnist', 'palette-mnist'"),
+        (["mnist", "x.png", "-n", "0"], "scorematch: -n must be at least 1, got 0."),
+        (["mnist", "x.png", "--columns", "0"], "scorematch: --columns must be at least 1, got 0."),
+        (["mnist", "x.png", "--step-size", "1"], "stability limit"),
+        (["palette-mnist", "x.png"], "palette-mnist restores images: it takes an image as its condition. Write python"),
     ],
 )
 def test_a_failure_is_one_line(options, message, capsys):
-    assert main(options) == 1
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in _refused(["sample", *options], capsys)
+
+
+def test_a_network_that_draws_no_pictures(tmp_path, capsys):
+    folder = _saved(_unet(2), tmp_path / "network")
+    error = _refused(["sample", folder, tmp_path / "a.png"], capsys)
+    assert "1 or 3 channels, but the sample_shape of" in error and "is (2, 8, 8)" in error
+
+
+@pytest.mark.parametrize("value_range", [None, (-1, 1)])
+def test_a_network_of_data_in_another_range_is_refused(tmp_path, value_range, capsys):
+    net = ScoreNet.ncsnv2(1, 8, width=4)
+    net.value_range = value_range
+    net.save_pretrained(tmp_path / "network")
+    assert main(["sample", str(tmp_path / "network"), str(tmp_path / "a.png")]) == 2
+    assert "must draw images in [0, 1], but the value_range of" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_written_is_found_before_the_work(folder, capsys):
-    assert main(["sample", folder, "picture.unknown"]) == 1
+    assert main(["sample", folder, "picture.unknown"]) == 2
     said = capsys.readouterr()
-    assert "such as .png" in said.err and "call" not in said.err
+    assert "such as .png" in said.err and "call" not in said.out
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["sample", folder, str(tmp_path / "file" / "picture.png")]) == 1
+    assert main(["sample", folder, str(tmp_path / "file" / "picture.png")]) == 2
     said = capsys.readouterr()
     assert "cannot be written to" in said.err and "calls" not in said.out
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there(folder, tmp_path, capsys):
-    assert main(["sample", folder, str(tmp_path / "a.png"), "--device", "cuda"]) == 1
-    assert "this torch sees no CUDA device" in capsys.readouterr().err
-
-
-def test_models_are_listed(capsys):
-    assert main(["models"]) == 0
-    said = capsys.readouterr().out
-    for card in cards.CARDS:
-        assert (card.repository or "ships with the package") in said and card.quality in said
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    assert capsys.readouterr().out.strip() == __version__
 
 
 # -- restore
@@ -105,9 +334,13 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-def _restore(folder, pictures, out, *options):
-    chain = ["--levels", "3", "--steps-per-level", "1", "--quiet", "-n", "2"]
-    return main(["restore", folder, str(pictures), str(out), *chain, *options])
+def _restore_options(folder, pictures, out, *options):
+    chain = ["--device", "cpu", "--levels", "3", "--steps-per-level", "1", "--quiet", "-n", "2"]
+    return ["restore", folder, str(pictures), str(out), *chain, *options]
+
+
+def _restore(*arguments):
+    return main(_restore_options(*arguments))
 
 
 def test_restore_writes_pictures_and_strips(folder, pictures, tmp_path, capsys):
@@ -147,53 +380,107 @@ def test_restore_of_every_kind(folder, pictures, tmp_path, method, options):
     assert read_image(tmp_path / "out" / "a-1.png", 1).shape == (1, height, height)
 
 
-def test_restore_of_gray_pictures(tmp_path, pictures):
-    ScoreNet.ncsnv2(3, 8, width=4).save_pretrained(tmp_path / "rgb")
-    assert _restore(str(tmp_path / "rgb"), pictures / "a.png", tmp_path / "out", "--gray") == 0
+def test_restore_of_gray_pictures(tmp_path, pictures, capsys):
+    rgb = _saved(ScoreNet.ncsnv2(3, 8, width=4), tmp_path / "rgb")
+    assert _restore(rgb, pictures / "a.png", tmp_path / "out", "--gray") == 0
     assert read_image(tmp_path / "out" / "a-1.png", 3).shape == (3, 8, 8)
+    assert "pixels in" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [("--gray",), ("--uncrop", "left=4"), ("--jpeg", "10")])
 def test_restore_with_a_network_that_was_trained_to(tmp_path, pictures, options):
     """What it draws depends on what it is shown, not on the observation alone."""
-    schedule, drawn = NoiseSchedule([1.0, 0.1, 0.01]), {}
+    drawn = {}
     for name, shown in [("blind", 0), ("seeing", 1)]:
-        torch.manual_seed(0)
-        net = ScoreNet.unet(3, 8, widths=(4, 4), layers_per_block=1, condition_channels=3, schedule=schedule)
+        net = _unet(3, condition_channels=3)
         with torch.no_grad():
-            net.backbone.conv_out.weight.normal_()
             net.backbone.conv_in.weight[:, 3:] *= shown
-        net.save_pretrained(tmp_path / name)
-        assert _restore(str(tmp_path / name), pictures / "a.png", tmp_path / f"{name}-out", *options) == 0
+        folder = _saved(net, tmp_path / name)
+        assert _restore(folder, pictures / "a.png", tmp_path / f"{name}-out", *options) == 0
         drawn[name] = read_image(tmp_path / f"{name}-out" / "a-1.png", 3)
     assert drawn["seeing"].shape == (3, 8, 12 if options[0] == "--uncrop" else 8)
     assert not torch.equal(drawn["seeing"], drawn["blind"])
 
 
+def test_restore_of_a_class(tmp_path, pictures, capsys):
+    classes = _saved(_unet(1, classes=3), tmp_path / "network")
+    for label in ("0", "2"):
+        assert _restore(classes, pictures / "a.png", tmp_path / label, "--pool", "2", "--class", label) == 0
+    assert (tmp_path / "0" / "a-1.png").read_bytes() != (tmp_path / "2" / "a-1.png").read_bytes()
+    arguments = _restore_options(classes, pictures, tmp_path / "out", "--pool", "2")
+    assert "is class-conditional. Write --class K" in _refused(arguments, capsys)
+
+
+def test_restore_says_how_much_of_the_image_counts_as_seen(folder, pictures, tmp_path, capsys):
+    mask = tmp_path / "mask.png"
+    save_image((torch.arange(8).expand(1, 8, 8) < 2).float(), mask)
+    for options, line in [
+        (("--mask", str(mask)), f"25 % of the image counts as seen: what is white in {mask}"),
+        (("--uncrop", "left=8"), "50 % of the image counts as seen"),
+    ]:
+        assert _restore(folder, pictures, tmp_path / options[0], *options) == 0
+        assert capsys.readouterr().out.splitlines().count(line) == 1  # for both pictures
+    assert _restore(folder, pictures, tmp_path / "pool", "--pool", "2") == 0
+    assert "counts as seen" not in capsys.readouterr().out
+
+
+def test_restore_says_where_pictures_are_not_like_those_of_the_network(folder, pictures, tmp_path, capsys):
+    assert _restore(folder, pictures, tmp_path / "same", "--jpeg", "10") == 0
+    assert "pixels in" not in capsys.readouterr().out
+    save_image(torch.rand(3, 8, 8), pictures / "c.png")
+    assert _restore(folder, pictures, tmp_path / "other", "--pool", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    differences = [line for line in lines if "pixels in" in line]
+    assert differences == [
+        f"the image to restore has 16x16 pixels in {color}; {folder} draws 8x8 pixels in gray"
+        for color in ("gray", "color")  # once for a.png and b.png, once for c.png
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gray"], "--gray is for networks of RGB images; .* is of 1 channel"),
+        (["--gray"], "--gray needs a network that draws RGB images, and .* draws gray ones"),
         (["--jpeg", "0"], "quality must be an integer from 1 to 100, got 0"),
-        (["--uncrop", "left"], "--uncrop takes sides and pixels, such as left=4,right=4, got 'left'"),
+        (["--uncrop", "left"], "--uncrop must name sides and pixels, such as left=4,right=4, got 'left'"),
         (["--uncrop", "up=3"], "got 'up=3'"),
-        (["--pool", "2", "--original", "{pictures}/a.png"], "2 pictures to restore, but 1 originals"),
-        (["--pool", "2", "--original", "{pictures}"], "the original has 8x8 pixels, the restored picture 16x16"),
-        (["--mask", "{pictures}/a.png"], "a.png is no mask"),
+        (["--pool", "2", "--original", "{pictures}/a.png"], "as many pictures as there are to restore, 2, got 1"),
+        (
+            ["--pool", "2", "--original", "{pictures}"],
+            "the original has 8x8 pixels, but the restored picture has 16x16",
+        ),
+        (["--mask", "{pictures}/a.png"], "a.png is no"),
+        (["--mask", "{pictures}/../nothing.png"], "nothing.png"),
+        (["--pool", "2", "--class", "1"], "--class is for class-conditional networks"),
     ],
 )
 def test_restore_says_what_is_wrong(folder, pictures, tmp_path, options, message, capsys):
     options = [option.format(pictures=pictures) for option in options]
-    assert _restore(folder, pictures, tmp_path / "out", *options) == 1
-    error = capsys.readouterr().err
-    assert re.search(message, error), error
-    assert error.count("\n") == 1
+    assert main(_restore_options(folder, pictures, tmp_path / "out", *options)) == 2
+    said = capsys.readouterr()
+    assert re.search(message, said.err), said.err
+    assert said.err.count("\n") == 1
+    assert "network calls" not in said.out  # found before the work
 
 
-def test_restore_never_writes_over_a_picture(folder, pictures, capsys):
+@pytest.mark.parametrize("name", ["out9.png", "out.JPG"])
+def test_restore_refuses_a_folder_with_the_name_of_a_picture(folder, pictures, tmp_path, name, capsys):
+    error = _refused(_restore_options(folder, pictures, tmp_path / name, "--pool", "2"), capsys)
+    assert f"{name} must be a folder, but its name is that of a picture. Write {tmp_path / Path(name).stem}." in error
+    assert not (tmp_path / name).exists()
+
+
+def test_restore_never_overwrites_a_picture(folder, pictures, capsys):
     save_image(torch.rand(1, 8, 8), pictures / "a-1.png")
     before = (pictures / "a-1.png").read_bytes()
-    assert _restore(folder, pictures / "a.png", pictures, "--pool", "2") == 1
-    assert "a-1.png exists already, and is left as it is: name another folder" in capsys.readouterr().err
+    error = _refused(_restore_options(folder, pictures / "a.png", pictures, "--pool", "2"), capsys)
+    assert "a-1.png exists already and is not overwritten. Name another folder." in error
     assert (pictures / "a-1.png").read_bytes() == before
     assert not (pictures / "a-strip.png").exists()
+
+
+def test_restore_refuses_two_pictures_of_one_name(folder, pictures, tmp_path, capsys):
+    save_image(torch.rand(1, 8, 8), pictures / "a.bmp")
+    error = _refused(_restore_options(folder, pictures, tmp_path / "out", "--pool", "2"), capsys)
+    assert re.search(r"the restorations of .*a.bmp and .*a.png would have the same names", error)
+    assert not (tmp_path / "out").exists()

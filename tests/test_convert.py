@@ -1,8 +1,6 @@
 """The authors' checkpoints, in the containers that their programs write."""
 
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,8 @@ import torch
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.__main__ import main
 from scorematch.convert import convert
+from scorematch.sampling import SamplerSettings
+from tests.helpers import python
 
 OPTIMIZER = {"state": {0: {"step": 5, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}
 
@@ -56,7 +56,7 @@ def test_a_converted_network_gives_the_published_outputs(name, legacy, files, tm
     fixture, checkpoint, config = files(name, legacy=legacy)
     made = convert(checkpoint, tmp_path / "out", config=config)
     net = ScoreNet.from_pretrained(tmp_path / "out")
-    assert net.config == made.config
+    assert net.config == made.config and not made.training
     assert torch.allclose(net.schedule.sigmas.float(), fixture["sigmas"])
     _agrees(net, fixture)
 
@@ -65,6 +65,7 @@ def test_the_configuration_gives_the_size_and_the_published_settings(files, tmp_
     _, checkpoint, config = files("ncsnv2")
     net = convert(checkpoint, tmp_path / "out", config=config)
     assert net.sample_shape == (3, 32, 32)
+    assert net.sampler_settings == SamplerSettings(levels=232, steps_per_level=5, step_size=6.2e-6, exact_noise=False)
     sampler = AnnealedLangevinSampler(net)
     assert (len(sampler.schedule), sampler.steps_per_level, sampler.step_size) == (232, 5, 6.2e-6)
     assert not sampler.exact_noise
@@ -92,7 +93,7 @@ def test_without_a_configuration(files, tmp_path):
 
 @pytest.mark.parametrize("consistent", ["true", "false"])
 def test_the_settings_of_adversarial_consistent_score_matching(consistent, files, tmp_path):
-    """nsigma refines a consistent chain's ladder; elsewhere it counts the steps of a level."""
+    """In consistent sampling nsigma multiplies the number of levels; otherwise it is the number of steps per level."""
 
     def edit(text):
         text = text.replace("n_steps_each: 5", f"consistent: {consistent}\n  nsigma: 5")
@@ -105,11 +106,13 @@ def test_the_settings_of_adversarial_consistent_score_matching(consistent, files
 
 
 @pytest.mark.parametrize("kind", ["linear", "uniform", "cosine"])
-def test_ladders_that_are_not_geometric(kind, files, tmp_path):
+def test_schedules_that_are_not_geometric(kind, files, tmp_path):
     edit = {"edit": lambda text: text.replace("sigma_dist: geometric", f"sigma_dist: {kind}")}
     _, checkpoint, config = files("ncsnv2", buffer=False, **edit)
     if kind == "cosine":
-        with pytest.raises(ValueError, match=r"sigma_dist must be geometric, uniform or linear, got 'cosine'"):
+        with pytest.raises(
+            ValueError, match=r"config\.yml, section model: sigma_dist must be one of 'geometric', .* got 'cosine'"
+        ):
             convert(checkpoint, tmp_path / "out", config=config)
     else:
         schedule = convert(checkpoint, tmp_path / "out", config=config).schedule
@@ -119,7 +122,7 @@ def test_ladders_that_are_not_geometric(kind, files, tmp_path):
 def test_adversarial_consistent_score_matching_keeps_its_levels_in_the_configuration(files, tmp_path):
     fixture, checkpoint, config = files("ncsnv2", buffer=False)
     _agrees(convert(checkpoint, tmp_path / "out", config=config), fixture)
-    with pytest.raises(ValueError, match=r"does not say its noise levels: pass the config\.yml"):
+    with pytest.raises(ValueError, match=r"does not hold its noise levels\. Pass the config\.yml"):
         convert(checkpoint, tmp_path / "other")
 
 
@@ -137,9 +140,9 @@ def test_a_network_without_dilation_is_refused(files, tmp_path):
 
 def test_levels_that_disagree_get_one_warning(files, tmp_path):
     fixture, checkpoint, config = files("ncsnv2", edit=lambda text: text.replace("sigma_begin: 50", "sigma_begin: 60"))
-    with pytest.warns(UserWarning, match="50 -> 0.01.*60 -> 0.01.*the stored ones count") as record:
+    with pytest.warns(UserWarning, match="50 -> 0.01.*60 -> 0.01.*those of the checkpoint are used") as record:
         net = convert(checkpoint, tmp_path / "out", config=config)
-    assert len(record) == 1
+    assert len(record) == 1 and record[0].filename == __file__
     _agrees(net, fixture)
 
 
@@ -185,7 +188,7 @@ def test_command(files, tmp_path, capsys):
     assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--config", str(config)]) == 0
     assert "117,323 parameters, NoiseSchedule(232 levels, 50 -> 0.01)" in capsys.readouterr().out
     _agrees(ScoreNet.from_pretrained(tmp_path / "out"), fixture)
-    assert main(["convert", str(tmp_path / "nothing.pth"), str(tmp_path / "out")]) == 1
+    assert main(["convert", str(tmp_path / "nothing.pth"), str(tmp_path / "out")]) != 0
     error = capsys.readouterr().err
     assert "nothing.pth" in error and error.count("\n") == 1
 
@@ -218,16 +221,37 @@ def test_a_configuration_with_other_tags_is_not_read(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("logit_transform: false", "logit_transform: true", "trained on logits of the pixels"),
-        ("normalization: InstanceNorm++", "normalization: BatchNorm", "model.normalization is 'BatchNorm'"),
-        ("nonlinearity: elu", "nonlinearity: relu", "model.nonlinearity is 'relu'"),
+        ("logit_transform: false", "logit_transform: true", "logit_transform is not supported.*logits of the pixels"),
+        (
+            "normalization: InstanceNorm++",
+            "normalization: BatchNorm",
+            r"section model: normalization must be one of 'InstanceNorm\+\+', got 'BatchNorm'",
+        ),
+        (
+            "nonlinearity: elu",
+            "nonlinearity: relu",
+            "section model: nonlinearity must be one of 'elu', got 'relu'",
+        ),
         ("model:", "network:", "it has no section model"),
+        ("sigma_begin: 50", "sigma_begin: many", "section model: sigma_begin must be a number .* got 'many'"),
+        ("sigma_begin: 50", "sigma_begin: 0.001", "sigma_begin, sigma_end and num_classes give no noise levels"),
+        ("num_classes: 232", "num_classes: 2.5", "section model: num_classes must be an integer .* got 2.5"),
+        ("image_size: 32", "image_size: [32]", r"section data: image_size must be an integer .* got \[32\]"),
+        ("rescaled: false", "rescaled: maybe", "section data: rescaled must be true or false, got"),
+        ("step_lr: 6.2e-06", "step_lr: .inf", "section sampling: step_lr must be a number"),
     ],
 )
-def test_options_that_are_not_here(old, new, message, files, tmp_path):
+def test_options_that_are_not_supported(old, new, message, files, tmp_path):
     _, checkpoint, config = files("ncsnv2", edit=lambda text: text.replace(old, new))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         convert(checkpoint, tmp_path / "out", config=config)
+    assert str(config) in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_numbers_that_yaml_reads_as_strings(files, tmp_path):
+    """1e-6, without a point, is a string in YAML 1.1."""
+    _, checkpoint, config = files("ncsnv2", edit=lambda text: text.replace("step_lr: 6.2e-06", "step_lr: 1e-6"))
+    assert convert(checkpoint, tmp_path / "out", config=config).sampler_settings.step_size == 1e-6
 
 
 @pytest.mark.parametrize(
@@ -243,7 +267,9 @@ def test_options_that_are_not_here(old, new, message, files, tmp_path):
 )
 def test_files_that_are_no_checkpoint(content, tmp_path):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="is no checkpoint of NCSN or NCSNv2"):
+    with pytest.raises(
+        ValueError, match=r"is not a checkpoint of NCSN or NCSNv2: expected a mapping that holds begin_conv\.weight"
+    ):
         convert(tmp_path / "other.pth", tmp_path / "out")
 
 
@@ -256,11 +282,28 @@ def test_damaged_files(files, tmp_path):
         convert(tmp_path / "nothing.pth", tmp_path / "out")
 
 
-@pytest.mark.parametrize("value", [3, torch.zeros(1)])
+@pytest.mark.parametrize("value", [3, torch.zeros(1), torch.zeros(2, 2, 3, 3).to_sparse()])
 def test_a_checkpoint_that_holds_no_weights(value, tmp_path):
     torch.save({"begin_conv.weight": value}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="does not hold a network's weights"):
+    with pytest.raises(ValueError, match="does not hold the weights of a network"):
         convert(tmp_path / "other.pth", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer.embed.weight": torch.zeros(())}, "does not hold the weights of a network"),
+        ({"sigmas": torch.zeros(3)}, r"odd\.pth: the weight sigmas holds no noise levels"),
+        ({"sigmas": torch.zeros(3, 3)}, r"odd\.pth: the weight sigmas holds no noise levels"),
+        ({"begin_conv.weight": torch.zeros(1, 3, 3, 3)}, r"odd\.pth: width must be an integer of at least 2"),
+        ({"begin_conv.weight": torch.zeros(8, 0, 3, 3)}, r"odd\.pth: channels must be an integer of at least 1"),
+    ],
+)
+def test_weights_from_which_no_network_follows(changes, message, published, tmp_path):
+    weights = {**published("ncsnv2")["weights"], "sigmas": published("ncsnv2")["sigmas"], **changes}
+    torch.save([weights], tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "odd.pth", tmp_path / "out")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -314,7 +357,7 @@ def test_weights_of_another_kind_are_named(files, published, tmp_path):
 
 def test_tables_of_other_levels_than_the_configuration(files, tmp_path):
     _, checkpoint, config = files("ncsn_mnist", edit=lambda text: text.replace("num_classes: 10", "num_classes: 12"))
-    with pytest.raises(ValueError, match="know 10 noise levels, the configuration 12"):
+    with pytest.raises(ValueError, match=r"have 10 noise levels, but .*config\.yml has 12\. Pass"):
         convert(checkpoint, tmp_path / "out", config=config)
 
 
@@ -325,5 +368,5 @@ def test_without_pyyaml_the_error_names_the_extra(files, tmp_path):
         "from scorematch.convert import convert\n"
         f"convert({str(checkpoint)!r}, {str(tmp_path / 'out')!r}, config={str(config)!r})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python("-c", code, check=False)
     assert 'pip install "scorematch[convert]"' in done.stderr

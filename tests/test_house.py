@@ -1,63 +1,93 @@
-"""The plan of the house: its public face, and imports that point one way."""
+"""The structure of the package: its public names, and imports that point one way."""
 
 import ast
-import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import scorematch
+from scorematch.nets import FAMILIES
+from tests.helpers import python
 
 PACKAGE = Path(scorematch.__file__).parent
 
-# A room may import from the floors below its own, and from the same package folder.
-FLOORS = [
-    {"noise", "observe", "nets", "images", "hub"},
-    {"precondition", "layout", "cards", "palette"},
+# A module or package may import from the layers above its own in this list, and a package from itself.
+LAYERS = [
+    {"images", "observe", "precision", "randomness", "schema"},
+    {"noise"},
+    {"protocol"},
+    {"precondition"},
+    {"nets"},
+    {"guidance", "likelihood", "loss", "palette", "sampling"},
     {"pretrained"},
-    {"loss", "sampling", "score"},
-    {"__init__", "convert", "likelihood"},
+    {"score"},
+    {"__init__", "convert"},
+    {"evaluation", "training"},
+    {"cli"},
     {"__main__"},
 ]
-# Packages, whose files import one another.
-DOORS = {"nets": {"nets"}, "sampling": {"sampling"}}
 
 
-def _room(path):
+def _part(path):
+    """The module or the package of a file."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def _name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(["scorematch", *(parts if len(parts) == 1 else [part for part in parts if part != "__init__"])])
+
+
+def _parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _nodes(node):
+    """All nodes, except those that are for type checkers alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from _nodes(child)
+
+
 def _imports(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """The names of the modules that a file imports, at its top or in a function."""
+    for node in _nodes(_parse(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            if node.module == "scorematch":  # the names of the face, or submodules
-                for alias in node.names:
-                    submodule = (PACKAGE / alias.name).is_dir() or (PACKAGE / f"{alias.name}.py").is_file()
-                    yield f"scorematch.{alias.name}" if submodule else "scorematch.__init__"
-            else:
-                yield node.module
+            folder = PACKAGE.joinpath(*node.module.split(".")[1:])
+            for alias in node.names:  # submodules, or names of the module itself
+                inner = node.module.split(".")[0] == "scorematch" and (
+                    (folder / alias.name).is_dir() or (folder / f"{alias.name}.py").is_file()
+                )
+                root = "scorematch.__init__" if node.module == "scorematch" else node.module
+                yield f"{node.module}.{alias.name}" if inner else root
 
 
 def _upward():
-    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+    layer = {part: i for i, parts in enumerate(LAYERS) for part in parts}
     for path in PACKAGE.rglob("*.py"):
-        room = _room(path)
-        assert room in floor, f"{room} has no floor: add it to the plan"
+        part = _part(path)
+        assert part in layer, f"{part} has no layer: add it to the list"
         for name in _imports(path):
             if not name.startswith("scorematch"):
                 continue
             target = name.split(".")[1]
-            if floor[target] >= floor[room] and target not in DOORS.get(room, set()):
+            inside = target == part and (PACKAGE / part).is_dir()
+            if layer[target] >= layer[part] and not inside:
                 yield f"{path.relative_to(PACKAGE)} imports {name}"
 
 
-def test_no_import_points_upward():
+def test_imports_point_one_way():
     assert list(_upward()) == []
 
 
-def test_the_walk_finds_an_upward_import(tmp_path, monkeypatch):
+def test_an_import_the_other_way_is_found(tmp_path, monkeypatch):
     for name in ("noise", "images"):
         (tmp_path / f"{name}.py").write_text("")
     (tmp_path / "score.py").write_text("from scorematch import noise\n")
@@ -68,24 +98,90 @@ def test_the_walk_finds_an_upward_import(tmp_path, monkeypatch):
     assert sorted(_upward()) == ["images.py imports scorematch.noise", "noise.py imports scorematch.score"]
 
 
-def test_the_public_face():
+def _circle():
+    """Modules that import each other, in functions or not; None if there are none."""
+    graph = {_name(path): {name for name in _imports(path) if name != _name(path)} for path in PACKAGE.rglob("*.py")}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_no_modules_import_each_other():
+    assert _circle() is None
+
+
+def test_a_circle_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "__init__.py").write_text("from scorematch.nets import unet\n")
+    (tmp_path / "nets" / "unet.py").write_text("from scorematch.nets import layers\n")
+    (tmp_path / "nets" / "layers.py").write_text("import torch\n")
+    assert _circle() is None
+    (tmp_path / "nets" / "layers.py").write_text("def f():\n    from scorematch.nets.unet import g\n")
+    assert set(_circle()) == {"scorematch.nets.unet", "scorematch.nets.layers"}
+
+
+def _asks_for_a_family(tree):
+    """Comparisons with the name of a family, and isinstance with the class of its networks."""
+    classes = {family.network.__name__ for family in FAMILIES.values()}
+    for node in ast.walk(tree):
+        words = {word.id for word in ast.walk(node) if isinstance(word, ast.Name)}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance" and words & classes:
+            yield ast.unparse(node)
+        if isinstance(node, ast.Compare):
+            values = {word.value for word in ast.walk(node) if isinstance(word, ast.Constant)}
+            if "family" in ast.unparse(node) and values & FAMILIES.keys():
+                yield ast.unparse(node)
+
+
+def test_no_module_outside_nets_asks_for_a_family():
+    found = {path: list(_asks_for_a_family(_parse(path))) for path in PACKAGE.rglob("*.py") if _part(path) != "nets"}
+    assert {path.name: lines for path, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["isinstance(net.backbone, UNet)", "config['family'] == 'ncsn'", "self.family.name in ('unet', 'ncsnv2')"],
+)
+def test_a_question_for_a_family_is_found(line):
+    assert list(_asks_for_a_family(ast.parse(f"if {line}:\n    pass"))) == [line]
+
+
+def test_no_module_is_called_utils():
+    names = {"utils", "util", "helpers", "common", "misc"}
+    assert [path for path in PACKAGE.rglob("*.py") if path.stem.strip("_") in names] == []
+
+
+def test_the_public_names():
     names = {"AnnealedLangevinSampler", "NoiseSchedule", "ScoreNet", "__version__", "dsm_loss"}
     assert set(scorematch.__all__) == names
     assert all(hasattr(scorematch, name) for name in names)
 
 
-def test_nothing_public_takes_keywords_it_does_not_name():
+def test_no_public_function_takes_keywords_that_it_does_not_name():
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(_parse(path)):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 assert node.args.kwarg is None, f"{path.name}: {node.name}"
 
 
-def test_import_loads_no_optional_library_and_leaves_the_seed_alone():
+def test_import_keeps_the_seed_and_loads_nothing_but_what_is_used():
+    """No optional library, and no submodule before ``scorematch.likelihood`` or the like is written."""
+    public = ("convert", "images", "likelihood", "loss", "observe", "palette", "precision", "precondition", "sampling")
     code = (
         "import torch; state = torch.get_rng_state()\n"
-        "import sys, scorematch, scorematch.images, scorematch.sampling\n"
+        "import sys, scorematch\n"
         "assert torch.equal(state, torch.get_rng_state())\n"
-        "assert not {'PIL', 'matplotlib', 'scipy', 'torchvision', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert 'scorematch.likelihood' not in sys.modules\n"
+        f"for name in {public}:\n"
+        "    assert getattr(scorematch, name).__name__ == 'scorematch.' + name\n"
+        "assert not {'PIL', 'matplotlib', 'scipy', 'torchvision', 'huggingface_hub', 'yaml'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'scorematch' has no attribute 'nonsense'"):
+        scorematch.nonsense  # noqa: B018

@@ -3,17 +3,19 @@
 import json
 import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from scorematch import ScoreNet, cards
-from tests.hub_server import COMMIT, Hub
+from scorematch import ScoreNet
+from scorematch.pretrained import cards
+from scorematch.sampling import SamplerSettings
+from tests.hub_server import COMMIT, Client, Hub, environment
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 
 DDPM = {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
 
@@ -24,8 +26,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddpm")
     torch.manual_seed(0)
     ScoreNet.unet(3, 8, widths=(8, 16), layers_per_block=1, precondition="ddpm").save_pretrained(folder)
-    ours = json.loads((folder / "config.json").read_text())
-    config = {key: value for key, value in ours.items() if key not in ("format_version", "family", "schedule")}
+    config = _diffusers(json.loads((folder / "config.json").read_text()))
     torch.save(load_file(folder / "diffusion_pytorch_model.safetensors"), folder / "weights.bin")
     return {
         "config.json": json.dumps(config).encode(),
@@ -37,6 +38,12 @@ def files(tmp_path_factory):
         "diffusion_pytorch_model.safetensors": (folder / "diffusion_pytorch_model.safetensors").read_bytes(),
         "diffusion_pytorch_model.bin": (folder / "weights.bin").read_bytes(),
     }
+
+
+def _diffusers(config):
+    """A saved configuration as diffusers writes it, without the keys of this package."""
+    own = ("format_version", "family", "precondition", "predicts_variance", "sampler_settings", "schedule")
+    return {key: value for key, value in config.items() if key not in own}
 
 
 def _pipeline(files):
@@ -57,30 +64,27 @@ def hub(files):
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def client():
+    started = Client()
+    yield started
+    started.stop()
+
+
 @pytest.fixture
-def run(hub, tmp_path):
+def run(client, hub, tmp_path):
     """Runs code as a user does, with the server for the Hub and an empty cache; returns what it printed."""
 
-    def call(code, *, fails=False, **environment):
-        variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        variables |= {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            **environment,
-        }
+    def call(code, *, fails=False, **variables):
         code = "from scorematch import AnnealedLangevinSampler, ScoreNet\n" + code
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=variables, cwd=tmp_path
-        )
-        assert (done.returncode != 0) == fails, done.stderr
-        return done.stderr.strip().splitlines()[-1] if fails else done.stdout
+        status, out, error = client.run(code, tmp_path, {**environment(hub.url, tmp_path / "home"), **variables})
+        assert (status != 0) == fails, error
+        return error.strip().splitlines()[-1] if fails else out
 
     return call
 
 
+SAVED = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "schedule.json"]
 LOAD = "net = ScoreNet.from_pretrained('someone/ddpm')\n"
 
 
@@ -130,10 +134,17 @@ def test_a_pipeline_another_cache_and_a_redirect_to_another_host(hub, run, files
     assert any(path.startswith("/elsewhere/") for _, path in hub.requests)
 
 
-def test_a_network_of_this_package_on_the_hub(hub, run, tmp_path):
-    ScoreNet.ncsn(1, 8, width=2).save_pretrained(tmp_path / "ours")
-    hub.repositories["someone/ncsn"] = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
-    assert run("print(ScoreNet.from_pretrained('someone/ncsn').config['family'])") == "ncsn\n"
+@pytest.mark.parametrize("family", ["ncsn", "unet"])
+def test_a_network_of_this_package_on_the_hub(family, hub, run, tmp_path):
+    """In either layout; that of diffusers has the noise levels in a file of their own."""
+    net = ScoreNet.ncsn(1, 8, width=2)
+    if family == "unet":
+        net = ScoreNet.unet(1, 8, widths=(8, 8), layers_per_block=1, precondition="ddpm")
+    net.save_pretrained(tmp_path / "ours")
+    hub.repositories["someone/net"] = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
+    code = "net = ScoreNet.from_pretrained('someone/net')\nprint(net.config['family'], len(net.schedule))"
+    assert run(code) == f"{family} {len(net.schedule)}\n"
+    assert ("schedule.json" in hub.fetched()) == (family == "unet")
 
 
 def test_a_connection_that_breaks_off(hub, run):
@@ -149,6 +160,28 @@ def test_a_token(hub, run):
     assert run(code) == "(3, 8, 8)\n"
 
 
+@pytest.mark.parametrize("name", ["someone/ddpm", "cifar10"])
+@pytest.mark.parametrize("broken", ["silent", "unavailable", "stopped"])
+def test_without_the_hub_there_is_one_request_and_one_line(name, broken, hub, run):
+    """Of a branch as of the pinned commit on a card."""
+    if broken == "stopped":
+        hub.stop()
+    hub.silent, hub.status = broken == "silent", 503 if broken == "unavailable" else None
+    error = run(f"ScoreNet.from_pretrained('{name}')", fails=True)
+    repository = "google/ddpm-cifar10-32" if name == "cifar10" else name
+    begin = f"FileNotFoundError: {repository} is not in the cache, or not completely, and the Hub cannot be reached ("
+    assert error.startswith(begin) and f"ScoreNet.from_pretrained('{repository}') while online" in error
+    assert len(hub.requests) == (0 if broken == "stopped" else 1)
+
+
+def test_a_broken_hub_is_asked_once_before_the_cache_is_used(hub, run):
+    run(LOAD)
+    hub.requests.clear()
+    hub.silent = True
+    assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
+    assert len(hub.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -160,11 +193,11 @@ def test_a_token(hub, run):
         ("ScoreNet.from_pretrained('someone/gated')", "PermissionError: someone/gated is gated: accept its terms at"),
         (
             "ScoreNet.from_pretrained('someone/text')",
-            "holds no network: expected config.json .* it has README.md, data.csv",
+            "holds no network: expected config.json .* found README.md, data.csv",
         ),
         (
             "ScoreNet.from_pretrained('someone/half')",
-            "holds no network: expected diffusion_pytorch_model.* it has config.json, model.ckpt, .*fp16.safetensors",
+            "holds no network: expected diffusion_pytorch_model.* found config.json, model.ckpt, .*fp16.safetensors",
         ),
         (
             "ScoreNet.from_pretrained('someone/latent')",
@@ -172,9 +205,10 @@ def test_a_token(hub, run):
         ),
         (
             "ScoreNet.from_pretrained('someone/ddpm', local_files_only=True)",
-            "someone/ddpm is not in the cache.*Fetch it first",
+            "someone/ddpm is not in the cache, .* and local_files_only is set. Download it first",
         ),
-        ("offline", "not in the cache.*Fetch it first"),
+        ("offline", "not in the cache, .* and the Hub cannot be reached .*HF_HUB_OFFLINE.*Download it first"),
+        ("ScoreNet.from_pretrained('someone/a..b')", "'someone/a..b' is not the name of a repository"),
     ],
 )
 def test_errors_say_what_to_do(code, message, hub, run):
@@ -203,8 +237,7 @@ def test_a_short_name_is_the_commit_on_its_card_with_its_settings(hub, run, file
     assert run(code) == "250 True NoiseSchedule(1000 levels, 78.7 -> 0.005)\n"
     assert any(card.revision in path for _, path in hub.requests)
     hub.requests.clear()
-    changed = "net = ScoreNet.from_pretrained('cifar10')\nnet.sampler_settings['levels'] = 7\n"
-    assert run(changed + code.replace("'cifar10'", "'google/ddpm-cifar10-32'")).startswith("250 True")
+    assert run(code.replace("'cifar10'", "'google/ddpm-cifar10-32'")).startswith("250 True")
     assert hub.requests == []
 
 
@@ -213,8 +246,8 @@ def test_a_card_corrects_what_a_repository_may_say_wrongly(hub, run, tmp_path):
     net = ScoreNet.unet(3, 8, widths=(8, 8), layers_per_block=1, precondition="ncsnpp")
     net.save_pretrained(tmp_path / "ve")
     config = json.loads((tmp_path / "ve" / "config.json").read_text())
-    config = {key: value for key, value in config.items() if key not in ("format_version", "family", "schedule")}
-    weights = load_file(tmp_path / "ve" / "diffusion_pytorch_model.safetensors")
+    config = {**_diffusers(config), "_class_name": "UNet2DModel", "sample_size": 8}
+    weights = load_file(tmp_path / "ve" / "model.safetensors")
     weights["time_proj.weight"] = torch.ones(8)
     weights["time_embedding.linear_1.weight"] = torch.ones(32, 16)
     save_file(weights, tmp_path / "ve" / "diffusion_pytorch_model.safetensors")
@@ -227,33 +260,28 @@ def test_a_card_corrects_what_a_repository_may_say_wrongly(hub, run, tmp_path):
     assert run("print(ScoreNet.from_pretrained('celebahq').schedule)") == "NoiseSchedule(2000 levels, 348 -> 0.01)\n"
 
 
-def test_an_altered_download_is_named(hub, run, tmp_path):
+def test_a_damaged_download_is_named_with_what_to_delete(hub, run, tmp_path):
     run(LOAD)
-    (path,) = (tmp_path / "home").rglob("diffusion_pytorch_model.safetensors")
-    blob = path.resolve()
-    blob.write_bytes(blob.read_bytes()[:1000])
-    error = run(LOAD, fails=True)
-    assert "is not what the Hub sent" in error and str(blob) in error
-    blob.unlink()
-    assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
-    (path,) = (tmp_path / "home").rglob("config.json")
-    path.resolve().write_bytes(path.read_bytes().replace(b'"in_channels": 3', b'"in_channels": 4'))
-    assert f"{path.resolve()} is not what the Hub sent" in run(LOAD, fails=True)
+    for name, message in [
+        ("diffusion_pytorch_model.safetensors", "is not a complete safetensors file"),
+        ("config.json", "config.json is not valid JSON"),
+    ]:
+        (path,) = (tmp_path / "home").rglob(name)
+        blob = path.resolve()
+        blob.write_bytes(blob.read_bytes()[:100])
+        error = run(LOAD, fails=True)
+        assert message in error and error.endswith(f"Delete {blob} and load the network again to download it anew.")
+        blob.unlink()
+        assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
 
 
-def test_a_damaged_file_of_the_hubs_own_is_not_called_altered(hub, run):
-    hub.repositories["someone/ddpm"]["config.json"] = b"{"
-    assert "config.json is not valid JSON" in run(LOAD, fails=True)
-
-
+@pytest.mark.skipif(sys.platform != "linux", reason="needs limits on the size of files")
 def test_a_disk_that_is_full(run):
     code = (
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n" + LOAD
     )
-    if sys.platform != "linux":
-        pytest.skip("needs limits on the size of files")
     error = run(code, fails=True)
     assert "too large: someone/ddpm could not be written to the cache" in error and "cache_dir=" in error
     code = code.replace(LOAD, "ScoreNet.unet(3, 8, widths=(8, 16), layers_per_block=1).save_pretrained('net')\n")
@@ -266,13 +294,6 @@ def test_remote_code_is_neither_fetched_nor_run(hub, run):
     assert not any(file.endswith(".py") for file in hub.fetched())
 
 
-def test_names_that_are_no_repositories(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("./someone/ddpm", "/someone/ddpm", "a/b/c", Path("someone/ddpm")):
-        with pytest.raises(FileNotFoundError, match="nor a folder, nor a repository"):
-            ScoreNet.from_pretrained(name)
-
-
 def _pushed(folder, arguments=""):
     return f"net = ScoreNet.from_pretrained({str(folder)!r})\nprint(net.push_to_hub('me/net'{arguments}))\n"
 
@@ -280,8 +301,8 @@ def _pushed(folder, arguments=""):
 @pytest.fixture
 def saved(tmp_path):
     torch.manual_seed(0)
-    net = ScoreNet.unet(3, 8, widths=(8, 16), layers_per_block=1)
-    net.sampler_settings = {"levels": 4, "steps_per_level": 1, "exact_noise": True}
+    net = ScoreNet.unet(3, 8, widths=(8, 16), layers_per_block=1, precondition="ddpm")
+    net.sampler_settings = SamplerSettings(levels=4, steps_per_level=1, exact_noise=True)
     net.half().save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -291,7 +312,7 @@ def test_a_network_goes_up_and_comes_back_bit_for_bit(hub, run, saved):
     said = run(_pushed(saved, ", license='mit', datasets=['cifar10']"), HF_TOKEN="secret")  # noqa: S106
     assert said == f"{hub.url}/me/net/commit/{hub.commit}\n"
     held = hub.repositories["me/net"]
-    assert sorted(held) == [".gitattributes", "README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(held) == [".gitattributes", *SAVED]
     code = (
         "import torch\n"
         f"a, b = ScoreNet.from_pretrained('me/net'), ScoreNet.from_pretrained({str(saved)!r})\n"
@@ -308,17 +329,18 @@ def test_the_card_of_an_uploaded_network_and_its_code(hub, run, saved):
     meta = yaml.safe_load(card.split("---")[1])
     assert meta["library_name"] == "scorematch" and meta["license"] == "mit" and meta["datasets"] == ["cifar10"]
     assert meta["pipeline_tag"] == "unconditional-image-generation"
-    assert "levels 4, steps_per_level 1, exact_noise True" in card
+    assert "sampler langevin, levels 4, steps_per_level 1, exact_noise True" in card
+    assert "`net(x, sigma)` is the score of\nimages in [0, 1] with noise of level sigma." in card
     (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
     assert run(code + "print(tuple(images.shape))\n") == "(4, 3, 8, 8)\n"
 
 
-@pytest.mark.parametrize("kind", ["class", "image"])
-def test_the_code_on_the_card_of_a_conditional_network_runs(hub, run, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["class", "image", "flow"])
+def test_the_code_on_the_card_of_any_network_runs(hub, run, tmp_path, kind):
     torch.manual_seed(0)
-    options = {"classes": 5} if kind == "class" else {"condition_channels": 2}
+    options = {"class": {"classes": 5}, "image": {"condition_channels": 2}, "flow": {}}[kind]
     net = ScoreNet.unet(1, 8, widths=(8, 8), layers_per_block=1, **options)
-    net.sampler_settings = {"levels": 2, "steps_per_level": 1}
+    net.sampler_settings = SamplerSettings("ode" if kind == "flow" else "langevin", levels=2)
     net.save_pretrained(tmp_path / "net")
     hub.writer = "secret"
     run(_pushed(tmp_path / "net", ", token='secret'"))
@@ -328,12 +350,12 @@ def test_the_code_on_the_card_of_a_conditional_network_runs(hub, run, tmp_path, 
     assert ("image-to-image" in card) == (kind == "image")
 
 
-def test_an_upload_keeps_what_is_not_its_own_and_replaces_the_network_before(hub, run, saved):
+def test_an_upload_keeps_other_files_and_replaces_the_network(hub, run, saved):
     hub.writer = "secret"
     hub.repositories["me/net"] = {"README.md": b"my words", "notes.txt": b"", "model.safetensors": b"old"}
     run(_pushed(saved, ", token='secret', revision='trial'"))
     held = hub.repositories["me/net"]
-    assert sorted(held) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "notes.txt"]
+    assert sorted(held) == sorted([*SAVED, "notes.txt"])
     assert held["README.md"] == b"my words" and hub.branches == {"me/net": {"trial"}}
     assert any("/commit/trial" in path for _, path in hub.requests)
 
@@ -341,9 +363,9 @@ def test_an_upload_keeps_what_is_not_its_own_and_replaces_the_network_before(hub
 def test_an_upload_replaces_a_pipeline(hub, run, saved, files):
     hub.writer = "secret"
     hub.repositories["me/net"] = _pipeline(files)
-    code = "print(ScoreNet.from_pretrained('me/net').sampler_settings['levels'])\n"
+    code = "print(ScoreNet.from_pretrained('me/net').sampler_settings.levels)\n"
     assert run(_pushed(saved, ", token='secret'") + code).splitlines()[-1] == "4"
-    assert sorted(hub.repositories["me/net"]) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(hub.repositories["me/net"]) == SAVED
 
 
 def test_an_upload_that_is_refused_says_what_to_do(hub, run, saved):

@@ -1,12 +1,14 @@
-import subprocess
-import sys
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from scorematch.images import grid, list_pictures, read_image, read_mask, save_grid, save_image
+from scorematch.images import check_picture, grid, list_pictures, read_image, read_mask, save_grid, save_image
+from tests.helpers import python
 
 
 def test_grid_places_images_row_by_row():
@@ -22,14 +24,28 @@ def test_grid_places_images_row_by_row():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png_holds_the_rounded_values(channels, tmp_path, rng):
-    image = torch.rand(channels, 5, 7, generator=rng) * 1.4 - 0.2  # beyond [0, 1]: clamped
-    image[0, 0, 0] = torch.nan
+    image = torch.rand(channels, 5, 7, generator=rng)
+    image[0, 0, :2] = torch.tensor([-0.4, 255.4]) / 255  # half a gray level beyond [0, 1] is rounded
     save_image(image, tmp_path / "deep" / "image.png")
     with Image.open(tmp_path / "deep" / "image.png") as picture:
         found = np.asarray(picture)
-    expected = (image.nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    expected = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     assert np.array_equal(found.reshape(5, 7, channels), expected)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["image.png"]
+
+
+@pytest.mark.parametrize("ending", [".png", ".PNG", ".jpg", ".bmp", ".tif", ".webp"])
+def test_formats(ending, tmp_path):
+    save_image(torch.full((3, 8, 8), 0.25), tmp_path / f"image{ending}")
+    torch.testing.assert_close(
+        read_image(tmp_path / f"image{ending}", 3), torch.full((3, 8, 8), 0.25), rtol=0, atol=0.02
+    )
+
+
+def test_saved_files_have_the_usual_permissions(tmp_path):
+    (tmp_path / "other").write_text("")
+    save_image(torch.zeros(1, 2, 2), tmp_path / "image.png")
+    assert (tmp_path / "image.png").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_save_grid(tmp_path):
@@ -52,14 +68,56 @@ def test_a_failed_save_leaves_the_old_picture(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_check_picture_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "a" / "b" / "image.png", "image.jpg", "a/image.png"):
+        check_picture(path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file is not a folder"):
+        check_picture(tmp_path / "file" / "image.png")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="no permission to write"):
+        check_picture("image.png")
+
+
+UNITS = [
+    (torch.linspace(-1, 1, 16).view(1, 4, 4), r"values in \[0, 1\], got values from -1 to 1. Write \(image \+ 1\) / 2"),
+    (torch.linspace(0, 255, 16).view(1, 4, 4), "got values from 0 to 255.*image / 255 for 8-bit values"),
+    (torch.full((1, 4, 4), 1.01), r"got values from .* to 1.01.*image.clamp\(0, 1\)"),
+    (torch.full((1, 4, 4), torch.nan), "got NaN"),
+    (torch.full((1, 4, 4), torch.inf), "got values from .* to inf"),
+]
+
+
+@pytest.mark.parametrize(("image", "message"), UNITS)
+def test_images_in_other_units_are_refused(image, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        save_image(image, tmp_path / "image.png")
+    with pytest.raises(ValueError, match=message):
+        save_grid(image[None], tmp_path / "image.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_integer_images_are_refused(tmp_path):
+    for image, kind in [(torch.ones(1, 4, 4).byte(), "torch.uint8"), (np.ones((1, 4, 4)), "ndarray")]:
+        with pytest.raises(TypeError, match=rf"floating-point tensor in \[0, 1\], got {kind}. Write image / 255"):
+            save_image(image, tmp_path / "image.png")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: grid(torch.ones(3, 4, 4)), r"shape \(N, C, H, W\), at least one, got \(3, 4, 4\)"),
+        (lambda: grid(torch.ones(3, 4, 4)), r"\(N, C, H, W\) with at least one image, got shape \(3, 4, 4\)"),
         (lambda: grid(torch.ones(0, 1, 4, 4)), "at least one"),
         (lambda: grid(torch.ones(1, 1, 4, 4), columns=0), "columns must be at least 1"),
-        (lambda: save_image(torch.ones(2, 4, 4), "x.png"), r"\(1, H, W\) or \(3, H, W\), got \(2, 4, 4\)"),
-        (lambda: save_image(torch.ones(1, 4, 4), "x.digits"), "does not end with a kind of picture, such as .png"),
+        (lambda: save_image(torch.ones(2, 4, 4), "x.png"), r"\(1, H, W\) or \(3, H, W\), got shape \(2, 4, 4\)"),
+        (lambda: save_image(torch.ones(1, 0, 4), "x.png"), r"got shape \(1, 0, 4\)"),
+        (
+            lambda: save_image(torch.ones(1, 4, 4), "x.digits"),
+            "must have the extension of its format, such as .png, got x.digits",
+        ),
+        (lambda: check_picture("x.psd"), "must have the extension of its format"),  # Pillow reads it only
     ],
 )
 def test_bad_input(call, message):
@@ -73,8 +131,7 @@ def test_without_pillow_the_error_names_the_extra():
         "import torch; from scorematch.images import save_image\n"
         "save_image(torch.ones(1, 2, 2), 'x.png')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert 'pip install "scorematch[images]"' in done.stderr
+    assert 'pip install "scorematch[images]"' in python("-c", code, check=False).stderr
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -100,6 +157,74 @@ def test_pictures_of_other_modes_are_read(tmp_path):
     assert read_image(tmp_path / "turned.png", 3).shape == (3, 2, 1)
 
 
+DEEP = np.full((4, 6), 32768, np.uint16)
+DEEP[0, 0], DEEP[0, 1] = 0, 65535
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [
+        ("gray.png", DEEP),  # Pillow's mode "I;16"
+        ("gray.tif", DEEP),
+        ("big-endian.tif", DEEP.astype(">u2")),  # "I;16B"
+        ("integers.tif", DEEP.astype(np.int32)),  # "I"
+        ("floats.tif", (DEEP / 65535).astype(np.float32)),  # "F"
+    ],
+)
+def test_gray_of_more_than_8_bits(name, pixels, channels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / name)
+    image = read_image(tmp_path / name, channels)
+    assert image.shape == (channels, 4, 6) and image.dtype == torch.float32
+    assert image[:, 0, 0].tolist() == [0] * channels and image[:, 0, 1].tolist() == [1] * channels
+    torch.testing.assert_close(image[:, 1:], torch.full((channels, 3, 6), 32768 / 65535), rtol=0, atol=1e-7)
+
+
+def test_transparent_gray_of_16_bits_is_black(tmp_path):
+    Image.fromarray(DEEP).save(tmp_path / "gray.png", transparency=32768)
+    assert read_image(tmp_path / "gray.png", 1).sum() == 1
+
+
+def _png(path, depth, color, rows):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = len(rows), len(rows[0]) // {0: 1, 2: 3, 4: 2}[color]
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    data = b"".join(b"\0" + struct.pack(f">{len(row)}H", *row) for row in rows)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+
+
+def test_colors_and_transparency_of_16_bits_are_read_with_8(tmp_path):
+    _png(tmp_path / "rgb.png", 16, 2, [[32768, 0, 65535]])
+    torch.testing.assert_close(read_image(tmp_path / "rgb.png", 3).flatten(), torch.tensor([128, 0, 255]) / 255)
+    _png(tmp_path / "gray-alpha.png", 16, 4, [[32768, 65535, 32768, 0]])
+    torch.testing.assert_close(read_image(tmp_path / "gray-alpha.png", 1).flatten(), torch.tensor([128, 0]) / 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_every_mode_of_8_bits_and_less(mode, tmp_path):
+    name = "image.tif" if mode in ("CMYK", "YCbCr", "PA") else "image.png"
+    white = Image.new("RGB", (3, 2), "white")
+    (white.convert("P").convert(mode) if mode == "PA" else white.convert(mode)).save(tmp_path / name)
+    for channels in (1, 3):
+        image = read_image(tmp_path / name, channels)
+        torch.testing.assert_close(image, torch.ones(channels, 2, 3), rtol=0, atol=0.01)
+
+
+def test_values_of_an_unknown_range_are_refused(tmp_path):
+    for name, pixels, message in [
+        ("large.tif", DEEP.astype(np.int32) * 2, "values from 0 to 131070, .*; expected 0 to 65535"),
+        ("negative.tif", DEEP.astype(np.int32) - 1, "values from -1 to 65534"),
+        ("floats.tif", DEEP.astype(np.float32), "values from 0 to 65535, whose range is not known; expected 0 to 1"),
+        ("nan.tif", np.full((2, 2), np.nan, np.float32), "values from nan to nan"),
+    ]:
+        Image.fromarray(pixels).save(tmp_path / name)
+        with pytest.raises(OSError, match=rf"{name} cannot be read as an image: its pixels have {message}"):
+            read_image(tmp_path / name, 1)
+
+
 def test_pictures_of_a_folder_come_by_name(tmp_path):
     for name in ("b.png", "a.jpg"):
         save_image(torch.zeros(1, 4, 4), tmp_path / name)
@@ -107,9 +232,9 @@ def test_pictures_of_a_folder_come_by_name(tmp_path):
     assert [path.name for path in list_pictures(tmp_path)] == ["a.jpg", "b.png"]
     assert list_pictures(tmp_path / "b.png") == [tmp_path / "b.png"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty holds no pictures"):
+    with pytest.raises(FileNotFoundError, match="empty contains no image files"):
         list_pictures(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="nothing is neither a picture nor a folder"):
+    with pytest.raises(FileNotFoundError, match="nothing is neither an image file nor a folder"):
         list_pictures(tmp_path / "nothing")
 
 
@@ -117,25 +242,27 @@ def test_masks_are_black_and_white(tmp_path):
     seen = torch.rand(6, 9) > 0.5
     save_image(seen[None].float(), tmp_path / "mask.png")
     assert torch.equal(read_mask(tmp_path / "mask.png"), seen)
+    Image.fromarray(seen.numpy().astype(np.uint16) * 65535).save(tmp_path / "deep.png")
+    assert torch.equal(read_mask(tmp_path / "deep.png"), seen)
     save_image(torch.tensor([[[0.0, 0.5, 1.0]]]), tmp_path / "soft.png")
-    with pytest.raises(ValueError, match=r"soft.png is no mask: 1 of its 3 pixels are neither black nor white"):
+    with pytest.raises(ValueError, match=r"soft.png is not a mask: 1 of its 3 pixels are neither black nor white"):
         read_mask(tmp_path / "soft.png")
 
 
 def test_a_truncated_picture_is_named(tmp_path):
     save_image(torch.rand(3, 64, 64), tmp_path / "whole.png")
     (tmp_path / "part.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    with pytest.raises(OSError, match=r"part\.png is no picture that can be read: .*truncated"):
+    with pytest.raises(OSError, match=r"part\.png cannot be read as an image: .*truncated"):
         read_image(tmp_path / "part.png", 3)
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
         read_image(tmp_path / "none.png", 3)
 
 
-def test_what_is_no_picture_is_named(tmp_path):
+def test_a_file_that_is_not_an_image_is_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    with pytest.raises(OSError, match=r"broken\.png is no picture that can be read"):
+    with pytest.raises(OSError, match=r"broken\.png cannot be read as an image"):
         read_image(tmp_path / "broken.png", 3)
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "missing.png", 3)
-    with pytest.raises(ValueError, match="a picture has 1 channel or 3, not 4"):
+    with pytest.raises(ValueError, match="channels must be 1 or 3, got 4"):
         read_image(tmp_path / "broken.png", 4)

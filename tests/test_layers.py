@@ -1,18 +1,18 @@
-"""The fast group norm is torch's, in value and in every derivative, for a batch as a whole and in parts."""
+"""Group norm is that of torch, in value and in every derivative, for a batch as a whole and in parts; activations."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from scorematch.nets import layers
-from scorematch.nets.layers import GroupNorm
+from scorematch.nets import group_norm
+from scorematch.nets.layers import ConditionalInstanceNormPlus, GroupNorm, InstanceNormPlus
 
 
 @pytest.fixture(autouse=True, params=["whole", "one by one"])
 def _parts(request, monkeypatch):
     """Both ways through a batch."""
     if request.param == "one by one":
-        monkeypatch.setattr(layers, "_PART_VALUES", 1)
+        monkeypatch.setattr(group_norm, "_PART_VALUES", 1)
 
 
 def _norm(groups, channels, dtype):
@@ -138,3 +138,60 @@ def test_per_sample_gradients(rng):
     found = torch.func.vmap(grad, (None, 0))(norm.weight.detach(), x)
     for one, g in zip(x, found, strict=True):
         torch.testing.assert_close(g, grad(norm.weight.detach(), one))
+
+
+# -- The activation that follows a norm
+
+NORMS = {
+    "group": lambda: GroupNorm(4, 8),
+    "instance": lambda: InstanceNormPlus(8),
+    "conditional": lambda: ConditionalInstanceNormPlus(8, levels=3),
+}
+
+
+def _called(norm, x, level, activation=None):
+    """A norm of any kind, with the level where it takes one."""
+    if isinstance(norm, GroupNorm):
+        return norm(x, activation, level)
+    return norm(x, torch.tensor(1.0, device=x.device), activation)
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.elu, F.mish, F.relu, F.gelu])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NORMS)
+def test_the_activation_is_applied_to_nothing_of_the_callers(name, dtype, grad, activation, rng):
+    norm, level = NORMS[name](), torch.randn(2, 8, 1, 1, generator=rng).to(dtype)
+    sizes = [(6, 5), (64, 64)] if activation is F.silu else [(6, 5)]  # small images and large are processed differently
+    for size in sizes:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 8, *size, generator=rng).to(dtype).contiguous(memory_format=layout)
+            before = x.clone(), level.clone()
+            with torch.set_grad_enabled(grad):
+                y, plain = _called(norm, x, level, activation), _called(norm, x, level)
+            assert torch.equal(x, before[0]) and torch.equal(level, before[1])
+            assert y.dtype == dtype and y.requires_grad == grad
+            tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(y, activation(plain), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_run_on_devices_without_autocast(name, dtype):
+    """Such as meta, for which ``torch.is_autocast_enabled`` raises."""
+    x, level = (torch.empty(2, 8, *size, dtype=dtype, device="meta") for size in [(6, 5), (1, 1)])
+    norm = NORMS[name]().to("meta")
+    assert _called(norm, x, level, F.silu).dtype == dtype
+    with torch.no_grad():
+        assert _called(norm, x, level, F.silu).dtype == dtype
+
+
+def test_autocast_keeps_the_norms_in_float32(rng):
+    """In training their input is not widened, which autograd would keep; statistics are float32 all the same."""
+    norm = _norm(4, 8, torch.float32)
+    x = (torch.randn(3, 8, 6, 5, generator=rng) + 100).bfloat16()
+    expected = F.group_norm(x.float(), 4, norm.weight, norm.bias, norm.eps)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = norm(x.contiguous(memory_format=layout))
+        assert (y - expected).norm() <= 1e-2 * expected.norm()

@@ -8,12 +8,9 @@ import torch
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.likelihood import bits_per_dimension, log_likelihood
+from tests.helpers import HostReads, NoFloat64, point, seed
 
 WIDE = NoiseSchedule.karras(50, 0.05, 200)
-
-
-def seed(number):
-    return torch.Generator().manual_seed(number)
 
 
 def likelihood(net, x, schedule=WIDE, **arguments):
@@ -74,7 +71,7 @@ def test_a_mixture_is_the_closed_form_and_has_mass_one(mixture):
 def test_data_at_a_point_are_exact_at_any_number_of_levels():
     """Straight paths, and no trace: what is left is the prior's own formula."""
     x = torch.randn(20, 5, generator=seed(0), dtype=torch.float64)
-    found = likelihood(lambda x, sigma: -x / sigma**2, x, NoiseSchedule([10.0, 3.0, 0.7]), probes=None)
+    found = likelihood(point, x, NoiseSchedule([10.0, 3.0, 0.7]), probes=None)
     torch.testing.assert_close(found, torch.distributions.Normal(0.0, 0.7).log_prob(x).sum(1))
 
 
@@ -100,7 +97,7 @@ def test_on_a_diagonal_jacobian_one_direction_is_the_trace():
     torch.testing.assert_close(one, exact)
 
 
-def test_images_keep_apart(rng):
+def test_images_do_not_depend_on_each_other(rng):
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(8, 8), schedule=NoiseSchedule.geometric(5, 0.05, 10))
     torch.nn.init.normal_(net.backbone.conv_out.weight, std=0.1, generator=rng)
@@ -127,9 +124,7 @@ def test_bits_of_certainty_are_the_stated_floor():
     sigma = 0.02
     schedule = NoiseSchedule.karras(5, sigma, 10)
     images = torch.zeros(50, 1000, dtype=torch.float64)
-    found = bits_per_dimension(
-        lambda x, sigma: -x / sigma**2, images, schedule, probes=1, generator=seed(0), progress=False
-    )
+    found = bits_per_dimension(point, images, schedule, probes=1, generator=seed(0), progress=False)
     spread = 1 / (12 * 255**2) / (2 * sigma**2) / math.log(2)  # of u, in units of the blur
     assert float(found.mean()) == pytest.approx(math.log2(255 * sigma * math.sqrt(2 * math.pi)) + spread, abs=1e-4)
 
@@ -154,11 +149,22 @@ def test_bits_of_a_wide_gaussian_are_its_entropy():
     ("function", "arguments", "error", "message"),
     [
         (log_likelihood, {"x": torch.zeros(2, 3).long()}, TypeError, "x must be floating point.*Write x / 255"),
-        (log_likelihood, {"x": torch.zeros(3)}, ValueError, r"must be a batch \(N, ...\), got shape \(3,\)"),
+        (log_likelihood, {"x": torch.zeros(3)}, ValueError, r"must be a batch \(N, ...\) .*, got shape \(3,\)"),
+        (log_likelihood, {"x": torch.zeros(0, 3)}, ValueError, r"at least one sample, got shape \(0, 3\)"),
+        (log_likelihood, {"x": [torch.zeros(2, 3), torch.zeros(2)]}, TypeError, "got list.*pass its first entry"),
+        (log_likelihood, {"x": torch.zeros(2, 3), "generator": 0.5}, TypeError, "torch.Generator or a seed, got 0.5"),
+        (
+            log_likelihood,
+            {"x": torch.zeros(2, 3), "net": lambda x, sigma: x[:, :1]},
+            ValueError,
+            r"shape \(2, 1\) for x",
+        ),
         (log_likelihood, {"x": torch.zeros(2, 3), "probes": 0}, ValueError, "or None for the exact trace, got 0"),
         (log_likelihood, {"x": torch.zeros(2, 3), "schedule": None}, ValueError, "pass a schedule"),
         (bits_per_dimension, {"images": torch.zeros(2, 3).long()}, TypeError, "Write images / 255"),
+        (bits_per_dimension, {"images": torch.zeros(2, 3).numpy()}, TypeError, "images must be a tensor.*got ndarray"),
         (bits_per_dimension, {"images": torch.full((2, 3), 255.0)}, ValueError, r"in \[0, 1\], got values from 255"),
+        (bits_per_dimension, {"images": torch.full((2, 3), math.nan)}, ValueError, r"in \[0, 1\], got values from nan"),
     ],
 )
 def test_bad_arguments(function, arguments, error, message):
@@ -180,5 +186,62 @@ def test_inference_mode_and_wrapped_networks_change_nothing(rng):
 
 @pytest.mark.parametrize("function", [log_likelihood, bits_per_dimension])
 def test_a_list_of_generators_has_one_for_each_image(function, world):
-    with pytest.raises(ValueError, match="one for each of the 3 samples, got 1"):
+    with pytest.raises(ValueError, match="one entry for each of the 3 samples, got 1"):
         function(world, torch.rand(3, 3), WIDE, generator=[seed(0)], progress=False)
+
+
+def test_an_int_is_a_seed(rng):
+    """One generator for the uniform numbers and then for the directions, in both."""
+    x = torch.rand(2, 3, generator=rng)
+    schedule = NoiseSchedule.karras(5, 0.05, 6)
+
+    def score(x, sigma):  # not diagonal, so that the directions matter
+        return -x - x.roll(1, 1) ** 2
+
+    for function in (log_likelihood, bits_per_dimension):
+        found = [function(score, x, schedule, generator=source, progress=False) for source in (3, seed(3), 4)]
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+        found = [function(score, x, schedule, generator=source, progress=False) for source in ([3, 4], [seed(3), 4])]
+        assert torch.equal(*found)
+
+
+def test_the_uniform_numbers_are_uniform_in_their_cells():
+    """Read from what the score is called with first: within half a step of the grid, and from end to end."""
+    seen = []
+
+    def score(x, sigma):
+        seen.append(x.detach())
+        return -x
+
+    images = torch.full((4, 1000), 0.5)
+    bits_per_dimension(score, images, NoiseSchedule([1.0, 0.1]), generator=0, progress=False)
+    u = ((seen[0] - images) * 255).double()
+    assert u.abs().max() <= 0.5 + 1e-4
+    assert abs(float(u.mean())) < 5 * math.sqrt(1 / 12 / u.numel())
+    assert abs(float(u.square().mean()) - 1 / 12) < 5 * math.sqrt(1 / 180 / u.numel())
+
+
+def test_a_condition_is_passed_on():
+    conditions = []
+
+    def score(x, sigma, *condition):
+        conditions.append(condition)
+        return -x
+
+    x, schedule = torch.rand(2, 3), NoiseSchedule([1.0, 0.1])
+    for condition in (None, 7, torch.arange(2)):
+        likelihood(score, x, schedule, condition=condition)
+    assert conditions[0] == () and conditions[3] == (7,) and torch.equal(conditions[6][0], torch.arange(2))
+    with torch.inference_mode():
+        likelihood(score, x + 0, schedule, condition=torch.zeros(2, 3))
+    assert not conditions[-1][0].is_inference()
+
+
+def test_no_value_is_read_and_no_float64_reaches_a_device():
+    """On the meta device, where values cannot be read; a float64 image stays float64 on the CPU only."""
+    with NoFloat64(), HostReads() as reads:
+        for probes in (1, 2, None):
+            x, schedule = torch.empty(2, 3, device="meta"), NoiseSchedule([5.0, 1.0, 0.1])
+            found = likelihood(lambda x, sigma: -x, x, schedule, probes=probes, generator=0)
+            assert found.shape == (2,) and found.dtype == torch.float32 and found.device.type == "meta"
+    assert reads.count == 0

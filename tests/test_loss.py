@@ -1,5 +1,9 @@
+import copy
 import math
 import shutil
+import textwrap
+import threading
+import warnings
 
 import pytest
 import torch
@@ -9,8 +13,9 @@ from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.loss import sliced_score_matching_loss
+from tests.helpers import HostReads, NoFloat64, python, seed
 
-LADDER = NoiseSchedule.geometric(3, 0.05, 8)
+LEVELS = NoiseSchedule.geometric(3, 0.05, 8)
 
 
 def zero(x, sigma):
@@ -106,7 +111,7 @@ def test_gradients_are_those_of_the_formula(rng):
 
 def test_a_network_that_knows_nothing_scores_half_the_dimension(rng):
     x = torch.rand(2000, 3, 8, 8, generator=rng)
-    losses = dsm_loss(zero, x, LADDER, generator=rng, reduction="none")
+    losses = dsm_loss(zero, x, LEVELS, generator=rng, reduction="none")
     # Half a chi-square of D degrees: mean D/2, variance D/2.
     assert abs(losses.mean() - 96) < 5 * math.sqrt(96 / 2000)
     assert losses.var() == pytest.approx(96, rel=0.15)
@@ -117,7 +122,7 @@ def test_loss_is_least_at_the_true_score(which, request, rng):
     world = request.getfixturevalue(which)
     x = world.sample(200_000, rng)
     z = torch.randn(x.shape, generator=rng)
-    sigma = LADDER.sample(len(x), generator=rng)
+    sigma = LEVELS.sample(len(x), generator=rng)
 
     def loss(factor):
         return float(dsm_loss(lambda x, sigma: factor * world(x, sigma), x, sigma=sigma, noise=z))
@@ -183,14 +188,17 @@ def test_seeds(world, rng):
     x = world.sample(10, rng)
     before = x.clone()
     state = torch.get_rng_state()
-    first = dsm_loss(world, x, LADDER, generator=torch.Generator().manual_seed(3))
+    first = dsm_loss(world, x, LEVELS, generator=seed(3))
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, dsm_loss(world, x, LADDER, generator=torch.Generator().manual_seed(3)))
-    assert not torch.equal(first, dsm_loss(world, x, LADDER, generator=torch.Generator().manual_seed(4)))
+    assert torch.equal(first, dsm_loss(world, x, LEVELS, generator=seed(3)))
+    assert torch.equal(first, dsm_loss(world, x, LEVELS, generator=3))  # an int is a seed
+    assert not torch.equal(first, dsm_loss(world, x, LEVELS, generator=seed(4)))
+    sliced = [sliced_score_matching_loss(world, x, LEVELS, generator=source).detach() for source in (3, seed(3), 4)]
+    assert torch.equal(sliced[0], sliced[1]) and not torch.equal(sliced[0], sliced[2])
     torch.manual_seed(1)
-    second = dsm_loss(world, x, LADDER)
+    second = dsm_loss(world, x, LEVELS)
     torch.manual_seed(1)
-    assert torch.equal(second, dsm_loss(world, x, LADDER))
+    assert torch.equal(second, dsm_loss(world, x, LEVELS))
     assert torch.equal(x, before)
 
 
@@ -202,10 +210,22 @@ def test_condition_is_passed_on_only_when_given(rng):
         return x
 
     x, label = torch.rand(4, 2, generator=rng), torch.arange(4)
-    dsm_loss(net, x, LADDER)
-    dsm_loss(net, x, LADDER, condition=label)
+    dsm_loss(net, x, LEVELS)
+    dsm_loss(net, x, LEVELS, condition=label)
+    dsm_loss(net, x, LEVELS, condition=3)
     assert seen[0] == ((4,), ())
     assert seen[1][1][0] is label
+    assert seen[2][1] == (3,)
+
+
+def test_an_int_is_the_class_of_all_samples(rng):
+    torch.manual_seed(0)
+    net = ScoreNet.unet(1, 8, widths=(6,), layers_per_block=1, classes=3, schedule=LEVELS)
+    for parameter in net.parameters():  # some are zero at first
+        nn.init.normal_(parameter, std=0.1)
+    x, fixed = _batch(rng)
+    losses = [dsm_loss(net, x, condition=condition, **fixed) for condition in (2, torch.full((4,), 2), 1)]
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
 
 
 def test_half_precision_data_is_perturbed_in_float32(rng):
@@ -216,14 +236,14 @@ def test_half_precision_data_is_perturbed_in_float32(rng):
         seen.append(x.dtype)
         return x
 
-    assert dsm_loss(net, x.bfloat16(), LADDER).dtype == torch.float32
-    assert dsm_loss(net, x.double(), LADDER).dtype == torch.float64
+    assert dsm_loss(net, x.bfloat16(), LEVELS).dtype == torch.float32
+    assert dsm_loss(net, x.double(), LEVELS).dtype == torch.float64
     assert seen == [torch.float32, torch.float64]
 
 
-def test_the_networks_own_ladder_is_the_default(rng):
+def test_the_networks_own_schedule_is_the_default(rng):
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule([0.7]))
-    x, seed = torch.rand(2, 1, 8, 8, generator=rng), torch.Generator().manual_seed
+    x = torch.rand(2, 1, 8, 8, generator=rng)
     own = dsm_loss(net, x, generator=seed(0))
     assert torch.equal(own, dsm_loss(net, x, NoiseSchedule([0.7]), generator=seed(0)))
     assert not torch.equal(own, dsm_loss(net, x, NoiseSchedule([0.2]), generator=seed(0)))
@@ -249,7 +269,7 @@ class _Small(nn.Module):
 
 def _small():
     torch.manual_seed(0)
-    return ScoreNet.ncsnv2(1, 8, width=4, schedule=LADDER, precondition="karras")
+    return ScoreNet.ncsnv2(1, 8, width=4, schedule=LEVELS, precondition="karras")
 
 
 def _batch(rng):
@@ -268,17 +288,24 @@ def test_under_autocast(rng):
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
+INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="needs a C++ compiler")]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
 @pytest.mark.filterwarnings("ignore")
-def test_compiled(rng):
+def test_compiled(backend, rng):
     torch.manual_seed(0)
-    net, (x, fixed) = ScoreNet(_Small(), LADDER), _batch(rng)
-    loss = dsm_loss(net, x, **fixed)
-    loss.backward()
+    net, (x, fixed) = ScoreNet(_Small(), LEVELS, sample_shape=(1, 8, 8)), _batch(rng)
+    assert net.value_range == (0, 1)
+    options = {"backend": backend, "fullgraph": True}
+    loss_of = torch.compile(lambda x, sigma, noise: dsm_loss(net, x, sigma=sigma, noise=noise), **options)
+    compiled = loss_of(x, **fixed)  # the first batch of this network: its values are not read here
+    compiled.backward()
     gradients = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    compiled = torch.compile(lambda x, sigma, noise: dsm_loss(net, x, sigma=sigma, noise=noise))(x, **fixed)
-    compiled.backward()
+    loss = dsm_loss(net, x, **fixed)
+    loss.backward()
     torch.testing.assert_close(compiled, loss, rtol=1e-4, atol=1e-4)
     for p, gradient in zip(net.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=2e-3, atol=2e-3)
@@ -313,20 +340,127 @@ def test_gradient_accumulation(rng):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-3)
 
 
-def test_under_distributed_data_parallel(tmp_path, rng):
+def test_under_distributed_data_parallel(tmp_path):
+    """In a process of its own: a process group that is destroyed can wait for the interpreter forever."""
     if not torch.distributed.is_available():
         pytest.skip("torch without distributed")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        net, (x, fixed) = _small(), _batch(rng)
+    code = f"""
+        import torch
+        from torch import nn
+        from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+
+        torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=0, world_size=1)
+        torch.manual_seed(0)
+        net = ScoreNet.ncsnv2(1, 8, width=4, schedule=NoiseSchedule.geometric(3, 0.05, 8), precondition="karras")
+        x = torch.rand(4, 1, 8, 8)
+        fixed = {{"sigma": torch.tensor([0.1, 0.5, 1.0, 3.0]), "noise": torch.randn(x.shape)}}
         expected = torch.autograd.grad(dsm_loss(net, x, **fixed), list(net.parameters()))
         parallel = nn.parallel.DistributedDataParallel(net)
         dsm_loss(parallel, x, **fixed).backward()
         for p, gradient in zip(net.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
-        dsm_loss(parallel, x).backward()  # its ladder is found
-    finally:
-        torch.distributed.destroy_process_group()
+        dsm_loss(parallel, x).backward()  # its schedule is found
+        dsm_loss(parallel, 255 * x).backward()  # it was looked at as the network itself
+        print("done", flush=True)
+    """
+    done = python("-W", "error::UserWarning", "-c", textwrap.dedent(code), check=False)
+    assert done.stdout == "done\n", done.stderr
+
+
+# -- Data in other units
+
+
+def _warned(net, x, **arguments):
+    """The warnings of a loss, as text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dsm_loss(net, x, **arguments)
+    return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.linspace(-1, 1, 128), "x has values from -1 to 1, but the network's value_range is (0.0, 1.0)."),
+        (torch.linspace(0, 255, 128), "x has values from 0 to 255, but the network's value_range is (0.0, 1.0)."),
+        (torch.full((128,), math.nan), "x has NaN, but the network's value_range is (0.0, 1.0)."),
+        (torch.full((128,), math.inf), "x has values from inf to inf, but"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel], ids=["net", "wrapped"])
+def test_data_in_other_units_are_warned_of_once(x, message, wrap):
+    net = wrap(_small())
+    (warning,) = _warned(net, x.view(2, 1, 8, 8))
+    assert warning.startswith(message)
+    assert "(x + 1) / 2" in warning and "x / 255" in warning and "value_range=" in warning
+    assert _warned(net, x.view(2, 1, 8, 8)) == []
+    assert _warned(getattr(net, "module", net), x.view(2, 1, 8, 8)) == []
+
+
+def test_the_warning_names_the_line_of_the_caller():
+    with pytest.warns(UserWarning, match="value_range") as caught:
+        dsm_loss(_small(), torch.full((2, 1, 8, 8), 2.0))
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="value_range") as caught:
+        sliced_score_matching_loss(_small(), torch.full((2, 1, 8, 8), 2.0))
+    assert caught[0].filename == __file__
+
+
+def test_data_in_the_range_or_without_one_are_not_warned_of(rng):
+    x = torch.rand(2, 1, 8, 8, generator=rng)
+    assert _warned(_small(), x * 1.15 - 0.075) == []  # as after a bicubic resize
+    assert _warned(zero, 255 * x, schedule=LEVELS) == []
+    net = ScoreNet(_Small(), LEVELS, sample_shape=(1, 8, 8), value_range=(-1, 1))
+    assert _warned(net, 2 * x - 1) == []
+    points = ScoreNet(_Small(), LEVELS)
+    assert points.value_range is None and _warned(points, 255 * x) == []
+
+
+def test_only_the_first_batch_is_looked_at(rng):
+    """Whatever the device, nothing is read after that; and a copy of the network is another network."""
+    net, x = _small(), torch.rand(2, 1, 8, 8, generator=rng)
+    fixed = {"sigma": torch.full((2,), 0.5, device="cpu"), "noise": torch.zeros_like(x)}
+    with HostReads() as first:
+        dsm_loss(net, x, **fixed)
+    with HostReads() as later:
+        dsm_loss(net, 255 * x, **fixed)
+    assert first.count == later.count + 2  # the least and the greatest value
+    assert len(_warned(copy.deepcopy(net), 255 * x)) == 1
+
+
+def test_values_that_cannot_be_read_are_looked_at_later(rng):
+    """Under vmap, under compile and on the meta device nothing is read, and the first batch that can be is."""
+    net, x = _small(), torch.rand(2, 1, 8, 8, generator=rng)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.func.vmap(lambda x: dsm_loss(net, x[None], sigma=0.5, noise=torch.zeros(1, 1, 8, 8)))(255 * x)
+        dsm_loss(copy.deepcopy(net).to("meta"), torch.empty(2, 1, 8, 8, device="meta"))
+    assert len(_warned(net, 255 * x)) == 1
+
+
+def test_many_threads_warn_once():
+    net, x = _small(), torch.full((2, 1, 8, 8), 255.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        threads = [threading.Thread(target=dsm_loss, args=(net, x)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sum("value_range" in str(warning.message) for warning in caught) == 1
+
+
+def test_no_float64_reaches_a_device():
+    x = torch.empty(3, 2, 4, 4, device="meta")
+    region = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    net = _small().to("meta")
+    with NoFloat64():
+        for sigma in (None, 0.5, torch.tensor(0.5, dtype=torch.float64), torch.ones(3, dtype=torch.float64)):
+            for loss in (dsm_loss, sliced_score_matching_loss):
+                noise = torch.zeros(x.shape, dtype=torch.float64)
+                found = loss(lambda x, sigma: -x / sigma.view(-1, 1, 1, 1), x, LEVELS, sigma=sigma, noise=noise)
+                assert found.dtype == torch.float32 and found.device.type == "meta"
+        dsm_loss(net, x[:, :1].expand(-1, 1, -1, -1), region=region, generator=0).backward()
 
 
 # -- Sliced score matching
@@ -356,7 +490,7 @@ def test_sliced_loss_trains(rng):
     with torch.no_grad():  # a validation loop
         value = sliced_score_matching_loss(net, x, **fixed, generator=rng)
     assert value.shape == ()
-    loss = sliced_score_matching_loss(net, x, LADDER, generator=rng)
+    loss = sliced_score_matching_loss(net, x, LEVELS, generator=rng)
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
 
@@ -367,7 +501,9 @@ def test_sliced_loss_trains(rng):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "pass a schedule"),
+        ({}, ValueError, "pass a schedule, or sigma"),
+        ({"sigma": torch.tensor([1, 2])}, TypeError, "sigma is a noise level.*write schedule"),
+        ({"sigma": 1.0, "generator": "0"}, TypeError, "torch.Generator or a seed, got '0'"),
         ({"sigma": 0.0}, ValueError, "sigma must be positive, got 0"),
         ({"sigma": -1.0}, ValueError, "sigma must be positive, got -1"),
         ({"sigma": float("nan")}, ValueError, "sigma must be positive, got nan"),
@@ -387,12 +523,22 @@ def test_bad_input(arguments, error, message):
 
 def test_bad_data_and_bad_networks():
     with pytest.raises(TypeError, match="Write x / 255"):
-        dsm_loss(zero, torch.zeros(2, 3, dtype=torch.uint8), LADDER)
-    with pytest.raises(ValueError, match=r"a batch \(N, ...\), got shape \(3,\)"):
-        dsm_loss(zero, torch.zeros(3), LADDER)
-    with pytest.raises(ValueError, match=r"answered shape \(2,\) to data of shape \(2, 3\)"):
-        dsm_loss(lambda x, sigma: x[:, 0], torch.zeros(2, 3), LADDER)
+        dsm_loss(zero, torch.zeros(2, 3, dtype=torch.uint8), LEVELS)
+    with pytest.raises(ValueError, match=r"a batch \(N, ...\) with at least one sample, got shape \(3,\)"):
+        dsm_loss(zero, torch.zeros(3), LEVELS)
+    with pytest.raises(ValueError, match=r"returned shape \(2,\) for x of shape \(2, 3\)"):
+        dsm_loss(lambda x, sigma: x[:, 0], torch.zeros(2, 3), LEVELS)
+    with pytest.raises(ValueError, match=r"returned shape \(2, 1\) for x of shape \(2, 3\)"):  # not broadcast
+        dsm_loss(lambda x, sigma: x[:, :1], torch.zeros(2, 3), LEVELS)
+    with pytest.raises(ValueError, match=r"returned shape \(2, 1\) for x of shape \(2, 3\)"):
+        sliced_score_matching_loss(lambda x, sigma: x[:, :1], torch.zeros(2, 3), LEVELS)
+    with pytest.raises(ValueError, match=r"at least one sample, got shape \(0, 3\)"):
+        dsm_loss(zero, torch.zeros(0, 3), LEVELS)
+    with pytest.raises(TypeError, match=r"got list. A batch of a data set with labels is \[x, y\]"):
+        dsm_loss(zero, [torch.zeros(2, 3), torch.zeros(2)], LEVELS)
+    with pytest.raises(TypeError, match=r"got ndarray. Write torch.as_tensor\(x\)"):
+        dsm_loss(zero, torch.zeros(2, 3).numpy(), LEVELS)
     with pytest.raises(ValueError, match="projections must have the shape"):
-        sliced_score_matching_loss(zero, torch.zeros(2, 3), LADDER, projections=torch.zeros(1))
+        sliced_score_matching_loss(zero, torch.zeros(2, 3), LEVELS, projections=torch.zeros(1))
     with pytest.raises(ValueError, match='"mean" or "none"'):
-        sliced_score_matching_loss(zero, torch.zeros(2, 3), LADDER, reduction="sum")
+        sliced_score_matching_loss(zero, torch.zeros(2, 3), LEVELS, reduction="sum")

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scorematch import NoiseSchedule
+from scorematch import AnnealedLangevinSampler, NoiseSchedule
+from tests.helpers import Mixture, NoFloat64, run, seed
 
-ladders = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=30, unique=True).map(
+schedules = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=30, unique=True).map(
     # Levels closer than a part in 1e5 are one level in float32.
     lambda values: NoiseSchedule(_apart(sorted(values, reverse=True)))
 )
@@ -90,15 +91,15 @@ def test_variances_are_those_of_the_recursion(levels, steps, a):
     assert schedule.chain_variance(a * 1e-4, steps) == pytest.approx(v)
 
 
-def test_a_chain_that_cannot_follow_its_ladder_has_infinite_variance():
+def test_a_chain_that_cannot_follow_its_schedule_has_infinite_variance():
     assert NoiseSchedule.geometric(50, 0.01, 10).chain_variance(1e-6, 1) == math.inf
 
 
-def test_one_level_takes_a_fixed_fraction():
+def test_the_step_of_one_level_is_a_fixed_fraction():
     assert NoiseSchedule([0.2]).suggest_step_size(7) == pytest.approx(0.1 * 0.04)
 
 
-def test_a_ladder_that_is_not_geometric_counts_with_its_mean_ratio():
+def test_a_schedule_that_is_not_geometric_is_treated_as_one_of_its_mean_ratio():
     uneven = NoiseSchedule([50, 1, 0.5, 0.01])
     assert uneven.suggest_step_size(5) == NoiseSchedule.geometric(50, 0.01, 4).suggest_step_size(5)
 
@@ -134,21 +135,25 @@ def test_values_are_equal_immutable_printable_and_travel(tmp_path):
     assert len({a, NoiseSchedule([1.0, 0.5, 0.1])}) == 1
     assert repr(a) == "NoiseSchedule(3 levels, 1 -> 0.1)"
     assert repr(NoiseSchedule([0.25])) == "NoiseSchedule(1 level, 0.25)"
-    with pytest.raises(AttributeError, match="does not change"):
+    with pytest.raises(AttributeError, match="cannot assign to field 'sigma_max'"):
         a.sigma_max = 3
+    with pytest.raises(AttributeError, match="cannot delete field '_values'"):
+        del a._values
     a.sigmas[0] = 7  # a copy
     assert a.sigma_max == 1.0
     assert (a[0], a[-1], list(a)) == (1.0, 0.1, [1.0, 0.5, 0.1])
-    assert copy.deepcopy(a) == a == pickle.loads(pickle.dumps(a))  # noqa: S301
+    a.position(torch.tensor(0.3))  # keeps a table, which makes no difference
+    assert copy.deepcopy(a) == copy.copy(a) == a == pickle.loads(pickle.dumps(a))  # noqa: S301
+    assert hash(copy.deepcopy(a)) == hash(a) == hash(NoiseSchedule([1.0, 0.5, 0.1]))
 
 
-@given(ladders)
+@given(schedules)
 @settings(deadline=None)
-def test_json_restores_a_ladder_bit_for_bit(schedule):
+def test_json_restores_a_schedule_exactly(schedule):
     assert NoiseSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
-@given(ladders, st.integers(2, 50))
+@given(schedules, st.integers(2, 50))
 @settings(deadline=None)
 def test_respacing_keeps_the_range_and_the_shape(schedule, levels):
     if len(schedule) == 1:
@@ -167,7 +172,7 @@ def test_respacing_keeps_the_range_and_the_shape(schedule, levels):
     assert schedule.respaced(len(schedule)) == schedule
 
 
-@given(ladders, st.sampled_from([torch.float32, torch.float64]))
+@given(schedules, st.sampled_from([torch.float32, torch.float64]))
 @settings(deadline=None)
 def test_every_level_has_its_own_position(schedule, dtype):
     expected = torch.arange(len(schedule), dtype=dtype)
@@ -190,6 +195,19 @@ def test_position_of_a_strided_tensor():
     assert torch.equal(schedule.position(torch.tensor([10.0, 9.0, 1.0, 9.0])[::2]), torch.tensor([0.0, 1.0]))
 
 
+def test_no_float64_reaches_a_device():
+    schedule = NoiseSchedule([10.0, 1.0, 0.5])
+    generator = torch.Generator().manual_seed(0)
+    with NoFloat64():
+        assert schedule.sample(3, generator=generator, device="meta").device.type == "meta"
+        for dtype in (torch.float32, torch.float16):
+            sigma = torch.empty(3, dtype=dtype, device="meta")
+            assert schedule.position(sigma).dtype == torch.float32
+        assert schedule.position(0.7).device.type == "cpu"
+        with pytest.raises(TypeError, match="float64 tensor on meta"):  # the check can fail
+            schedule.sigmas.to("meta")
+
+
 # -- Training noise
 
 
@@ -202,6 +220,7 @@ def test_training_levels_are_uniform_reproducible_and_leave_the_global_seed_alon
     for sigma in schedule:  # each a binomial share of 1/4, five standard errors of 0.0022
         assert abs((drawn == sigma).float().mean() - 0.25) < 0.011
     assert torch.equal(drawn, schedule.sample(40_000, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(drawn, schedule.sample(40_000, generator=0))  # an int is a seed
     torch.manual_seed(5)
     first = schedule.sample(10)
     torch.manual_seed(5)
@@ -230,12 +249,98 @@ def test_from_data_across_blocks(rng, monkeypatch):
 
 def test_from_data_compares_a_random_subset_of_many_images(rng):
     points = torch.randn(500, 3, generator=rng)
-    subset = [
-        NoiseSchedule.from_data(points, max_images=20, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    ]
+    subset = [NoiseSchedule.from_data(points, max_images=20, generator=source) for source in (seed(1), 1, 2)]
     assert subset[0] == subset[1] != subset[2]
     assert subset[0].sigma_max <= NoiseSchedule.from_data(points).sigma_max
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.linspace(-1, 1, 96).view(2, 3, 4, 4), r"got values from -1 to 1. Write \(images \+ 1\) / 2"),
+        (torch.linspace(0, 255, 96).view(2, 3, 4, 4), "got values from 0 to 255.*images / 255.*value_range=None"),
+    ],
+)
+def test_images_in_other_units_are_refused(images, message):
+    with pytest.raises(ValueError, match=r"must have values in \[0, 1\], " + message):
+        NoiseSchedule.from_data(images)
+    own = (float(images.min()), float(images.max()))
+    assert NoiseSchedule.from_data(images, value_range=own) == NoiseSchedule.from_data(images, value_range=None)
+    assert NoiseSchedule.from_data(images.flatten(1)).sigma_max > 1  # points have no range
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        NoiseSchedule.from_data(images.flatten(1), value_range=(0, 1))
+
+
+def test_images_that_overshoot_a_little_are_accepted(rng):
+    images = torch.rand(20, 3, 8, 8, generator=rng) * 1.15 - 0.075  # as after a bicubic resize
+    assert NoiseSchedule.from_data(images).sigma_max > 1
+
+
+def test_nan_is_found_outside_of_the_subset_too(rng):
+    images = torch.rand(50, 1, 4, 4, generator=rng)
+    images[49, 0, 0, 0] = math.nan
+    for _ in range(3):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            NoiseSchedule.from_data(images, max_images=2, generator=rng)
+
+
+# -- Few dimensions
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 3, 5, 20, 64, 130])
+@pytest.mark.parametrize("overlap", [0.1, 0.5])
+def test_in_few_dimensions_the_ratio_is_limited(dimension, overlap):
+    levels = NoiseSchedule.suggest_levels(5.59, 0.01, dimension, C=overlap)
+    ratio = (5.59 / 0.01) ** (1 / (levels - 1))
+    assert 0.96**-4 < ratio <= 0.95**-4
+
+
+def test_from_dimension_131_on_the_ratio_is_technique_2s():
+    """For C = 0.5 the two meet there: 5.59 -> 0.01 in 32 levels, as technique 2 alone gives."""
+    counts = [NoiseSchedule.suggest_levels(5.59, 0.01, dimension) for dimension in (130, 131, 132, 140, 784)]
+    assert counts == [32, 32, 32, 33, 81]
+
+
+@pytest.mark.parametrize("deviation", [0.05, 0.3, 2.0])
+@pytest.mark.parametrize("ratio", [0.95**-4, 1.1, 1.5])
+def test_an_euler_step_per_level_loses_the_stated_share_of_the_deviation(deviation, ratio):
+    """The reason for the limit: from far above the data's deviation to far below it, gamma^(-1/4) is left."""
+    sigma = 1e3 * deviation
+    found = math.hypot(deviation, sigma)
+    while sigma > 1e-3 * deviation:
+        found *= 1 - (1 - 1 / ratio) * sigma**2 / (deviation**2 + sigma**2)
+        sigma /= ratio
+    assert found / math.hypot(deviation, sigma) == pytest.approx(ratio**-0.25, rel=1e-4)
+
+
+def test_annealed_langevin_dynamics_samples_two_modes_on_the_schedule_of_their_points():
+    """Two Gaussians of mean zero, 0.8 and 0.2; with the two levels that technique 2 alone gives, all goes wrong."""
+    world = Mixture([0.8, 0.2], [[1.0, 1.0], [-4.0, -4.0]], 0.5)
+    schedule = NoiseSchedule.from_data(world.sample(1000, seed(0)))
+    assert len(schedule) > 30
+    n = 2000
+    x = run(AnnealedLangevinSampler(world, schedule, steps_per_level=20), n, shape=(2,), generator=1)
+    large = x.sum(1) > -3
+    assert abs(float(large.float().mean()) - 0.8) < 4 * math.sqrt(0.16 / n) + 0.02
+    for mode, mean in [(x[large], 1.0), (x[~large], -4.0)]:
+        assert (mode.mean(0) - mean).abs().max() < 4 * 0.5 / math.sqrt(len(mode)) + 0.02
+        assert (mode.std(0) / 0.5 - 1).abs().max() < 4 / math.sqrt(2 * len(mode)) + 0.1
+    coarse = AnnealedLangevinSampler(world, NoiseSchedule([schedule.sigma_max, 0.01]), steps_per_level=20)
+    wrong = run(coarse, n, shape=(2,), generator=1)
+    assert float(wrong.std(0).mean()) > 2 * float(x.std(0).mean())
+
+
+def test_annealed_langevin_dynamics_samples_a_ring_on_the_schedule_of_its_points():
+    """With the sampler's own number of steps."""
+    angle = torch.arange(64) * 2 * math.pi / 64
+    ring = Mixture([1 / 64] * 64, (2 * torch.stack([angle.cos(), angle.sin()], 1)).tolist(), 0.1)
+    schedule = NoiseSchedule.from_data(ring.sample(500, seed(0)))
+    n = 1000
+    x = run(AnnealedLangevinSampler(ring, schedule), n, shape=(2,), generator=1)
+    radius = x.norm(dim=1)
+    assert abs(float(radius.mean()) - 2) < 4 * 0.1 / math.sqrt(n) + 0.01
+    assert abs(float(radius.std()) / 0.1 - 1) < 4 / math.sqrt(2 * n) + 0.1
+    assert x.mean(0).abs().max() < 4 * math.sqrt(2 / n) + 0.02
 
 
 # -- Bad input
@@ -246,7 +351,7 @@ def test_from_data_compares_a_random_subset_of_many_images(rng):
     [
         ([], "at least one level"),
         ([[1.0, 0.5]], "one-dimensional"),
-        ([0.1, 1.0], "descend strictly.*level 0 is 0.1 and level 1 is 1"),
+        ([0.1, 1.0], "strictly descending.*level 0 is 0.1 and level 1 is 1"),
         ([1.0, 0.5, 0.5], "level 1 is 0.5 and level 2 is 0.5.*reverse=True"),
         ([1.0, 0.0], "positive and finite, got 0"),
         ([1.0, -0.1], "positive and finite, got -0.1"),
@@ -254,12 +359,12 @@ def test_from_data_compares_a_random_subset_of_many_images(rng):
         ([float("inf"), 1.0], "positive and finite, got inf"),
     ],
 )
-def test_ladders_that_are_none(sigmas, message):
+def test_levels_that_are_not_a_schedule(sigmas, message):
     with pytest.raises(ValueError, match=message):
         NoiseSchedule(sigmas)
 
 
-def test_words_are_no_sigmas():
+def test_words_are_not_sigmas():
     with pytest.raises(TypeError, match="sigmas must be numbers"):
         NoiseSchedule("loud")
 
@@ -274,7 +379,7 @@ def test_words_are_no_sigmas():
         (lambda: NoiseSchedule.from_betas([0.1, 1.0]), ValueError, "strictly between 0 and 1"),
         (lambda: NoiseSchedule.from_betas([]), ValueError, "strictly between 0 and 1"),
         (lambda: NoiseSchedule.suggest_levels(50, 0.01, 0), ValueError, "dimension must be at least 1"),
-        (lambda: NoiseSchedule.suggest_levels(50, 0.01, 3072, C=1.0), ValueError, "C must lie between 0 and 0.997"),
+        (lambda: NoiseSchedule.suggest_levels(50, 0.01, 3072, C=1.0), ValueError, "C must be between 0 and 0.997"),
         (lambda: NoiseSchedule([1.0, 0.1]).respaced(1), ValueError, "levels must be at least 2"),
         (lambda: NoiseSchedule([1.0, 0.1]).sample(-1), ValueError, "n must be at least 1, got -1"),
         (lambda: NoiseSchedule([1.0, 0.1]).suggest_step_size(0), ValueError, "steps_per_level must be at least 1"),
@@ -284,6 +389,11 @@ def test_words_are_no_sigmas():
         (lambda: NoiseSchedule.from_data(torch.zeros(1, 3)), ValueError, "at least two images"),
         (lambda: NoiseSchedule.from_data(torch.zeros(5, 3)), ValueError, "largest distance between two images is 0"),
         (lambda: NoiseSchedule.from_data(torch.tensor([[0.0], [math.nan]])), ValueError, "NaN or infinity"),
+        (lambda: NoiseSchedule.from_data(torch.tensor([[0.0], [math.inf]])), ValueError, "NaN or infinity"),
+        (lambda: NoiseSchedule.from_data([torch.zeros(2, 3), torch.zeros(2)]), TypeError, r"got list.*\[x, y\]"),
+        (lambda: NoiseSchedule.from_data("images"), TypeError, "must be a tensor or an array .*, got str"),
+        (lambda: NoiseSchedule.from_data(torch.eye(3), generator="1"), TypeError, "torch.Generator or a seed, got '1'"),
+        (lambda: NoiseSchedule.from_data(torch.eye(3), generator=[1, 2]), TypeError, r"or a seed, got \[1, 2\]"),
     ],
 )
 def test_errors_say_what_to_write(call, error, message):
@@ -301,6 +411,6 @@ def test_karras_is_linear_in_the_root():
 
 
 @pytest.mark.parametrize("rho", [0, -1, float("nan"), float("inf")])
-def test_karras_with_a_rho_that_is_none(rho):
+def test_karras_with_a_rho_that_is_not_positive(rho):
     with pytest.raises(ValueError, match="rho must be positive and finite"):
         NoiseSchedule.karras(80, 0.002, levels=18, rho=rho)

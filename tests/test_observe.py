@@ -6,34 +6,42 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.observe import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from tests.helpers import HostReads, NoFloat64, matrix, seed
 
 SHAPE = (2, 3, 8, 12)
 
 
-def random(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def random(*shape, number=0):
+    return torch.rand(*shape, generator=seed(number), dtype=torch.float64)
 
 
-def blocks(seed=0):
+def blocks():
     """A mask that is constant on blocks of 2x2 pixels and over the channels."""
-    return (random(1, 1, 4, 6, seed=seed) > 0.4).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    return (random(1, 1, 4, 6) > 0.4).repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
-ISOMETRIC = {
-    "mask": (Mask(random(3, 8, 12) > 0.5), 1),
-    "a mask each": (Mask(random(2, 1, 8, 12) > 0.5), 1),
-    "uncrop one side": (Uncrop(right=4), 1),
-    "uncrop four sides": (Uncrop(left=1, right=2, top=3, bottom=1), 1),
-    "gray": (Grayscale(), 0.446966),
-    "pool": (AveragePool(2), 0.25),
+# Of each operator of the package at least one, and its gain.
+EXAMPLES = {
+    "mask": [
+        (Mask(random(3, 8, 12) > 0.5), 1),
+        (Mask(random(2, 1, 8, 12) > 0.5), 1),  # one for each image
+    ],
+    "uncrop": [(Uncrop(right=4), 1), (Uncrop(left=1, right=2, top=3, bottom=1), 1)],
+    "grayscale": [(Grayscale(), 0.446966)],
+    "pool": [(AveragePool(2), 0.25)],
+    "jpeg": [(JPEG(20), None)],
+}
+COMPOSED = {
     "gray of pool": (Grayscale() @ AveragePool(2), 0.1117415),
     "pool of gray": (AveragePool(4) @ Grayscale(), 0.446966 / 16),
     "gray of mask": (Grayscale() @ Mask(random(8, 12) > 0.5), 0.446966),
     "mask of pool": (Mask(random(4, 6) > 0.5) @ AveragePool(2), 0.25),
     "pool of mask of blocks": (AveragePool(2) @ Mask(blocks()), 0.25),
     "mask of pool of mask": (Mask(random(4, 6) > 0.5) @ AveragePool(2) @ Mask(blocks()), 0.25),
-    "mask of mask": (Mask(random(8, 12) > 0.3) @ Mask(random(3, 1, 1, seed=1) > 0.3), 1),
+    "mask of mask": (Mask(random(8, 12) > 0.3) @ Mask(torch.tensor([True, False, True])[:, None, None]), 1),
+    "gray of a mask each": (Grayscale() @ Mask(random(2, 1, 8, 12) > 0.5), 0.446966),
+    "pool of JPEG": (AveragePool(2) @ JPEG(20), None),
     "uncrop of mask": (Uncrop(top=2, left=3) @ Mask(random(8, 12) > 0.5), 1),
     "uncrop of column mask": (Uncrop(top=2, left=3) @ Mask(random(12) > 0.5), 1),
     "pool of uncrop": (AveragePool(2) @ Uncrop(bottom=4), 0.25),
@@ -42,16 +50,85 @@ ISOMETRIC = {
         0.11174,
     ),
 }
+OF_ALL = [*(example for name in OPERATORS for example in EXAMPLES[name]), *COMPOSED.values()]
+ALL = [operator for operator, _ in OF_ALL]
+LINEAR = [(operator, gain) for operator, gain in OF_ALL if gain is not None]
 
 
-@pytest.mark.parametrize("name", ISOMETRIC)
-def test_the_lift_is_the_adjoint_over_the_gain(name):
-    operator, gain = ISOMETRIC[name]
-    assert operator.gain == pytest.approx(gain, rel=1e-4)
+def test_the_examples_are_of_their_operators():
+    for name, kind in OPERATORS.items():
+        assert all(type(operator) is kind for operator, _ in EXAMPLES[name]), name
+
+
+# -- What every operator promises
+
+
+@pytest.mark.parametrize("operator", ALL, ids=repr)
+def test_images_do_not_depend_on_each_other_and_nothing_is_drawn(operator):
     x = random(*SHAPE)
-    y = random(*operator.measure(x).shape, seed=1)
+    before, state = x.clone(), torch.get_rng_state()
+    y = operator.measure(x)
+    assert torch.equal(y, operator.measure(x)) and torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
+    assert y.dtype == x.dtype and len(operator) in (1, 2)
+    for i in range(2):
+        own = operator.rows(slice(i, i + 1))
+        assert torch.equal(own.measure(x[i : i + 1]), y[i : i + 1])
+        assert torch.equal(own.lift(y[i : i + 1]), operator.lift(y)[i : i + 1])
+        assert own.gain == operator.gain
+
+
+@pytest.mark.parametrize("operator", ALL, ids=repr)
+def test_what_is_lifted_and_shown_are_images(operator):
+    x = random(*SHAPE)
+    y = operator.measure(x)
+    assert operator.lift(y).shape == operator.as_image(y).shape == x.shape
+    gray = Grayscale().measure(x).expand(-1, 3, -1, -1)
+    white = operator.as_image(operator.measure(torch.ones(SHAPE)))
+    assert white.max() == pytest.approx(1, abs=0.01 if operator.gain is None else 1e-6)  # in the units of x
+    if isinstance(operator, Grayscale):
+        assert torch.equal(operator.as_image(y), gray)
+    elif "Grayscale" not in repr(operator):
+        assert torch.equal(operator.as_image(y), operator.lift(y))
+
+
+@pytest.mark.parametrize("operator", ALL, ids=repr)
+def test_an_observation_of_every_operator(operator):
+    observation = Observation(operator, operator.measure(random(*SHAPE)), sigma=0.1)
+    assert len(observation) == 2
+    assert repr(observation).startswith(f"Observation({operator!r}, y ") and repr(observation).endswith("sigma 0.1)")
+    moved = observation.to("cpu")
+    assert moved.y.dtype == torch.float32 and moved.sigma == 0.1 and repr(moved.operator) == repr(operator)
+    assert moved.operator.gain == operator.gain
+    assert torch.equal(moved.operator.lift(observation.y), operator.lift(observation.y))
+
+
+@pytest.mark.parametrize("operator", ALL, ids=repr)
+def test_nothing_is_read_from_the_device_for_rows_or_a_move(operator):
+    """What a mask hides is derived once, when the operator is made; a codec reads its images, and they alone."""
+    x = torch.rand(SHAPE, generator=seed())
+    with HostReads() as reads:
+        part = operator.rows(slice(0, 1)).to("cpu")
+        part.lift(part.measure(x[:1]))
+    assert reads.count == 0
+    if "JPEG" not in repr(operator):
+        with NoFloat64():
+            y = operator.to("meta").measure(torch.empty(SHAPE, device="meta"))
+            assert operator.to("meta").lift(y).shape == SHAPE
+
+
+# -- Operators with a gain
+
+
+@pytest.mark.parametrize(("operator", "gain"), OF_ALL, ids=[repr(operator) for operator, _ in OF_ALL])
+def test_gains(operator, gain):
+    assert operator.gain == (None if gain is None else pytest.approx(gain, rel=1e-4))
+
+
+@pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
+def test_the_lift_is_the_adjoint_over_the_gain(operator, gain):
+    x = random(*SHAPE)
+    y = random(*operator.measure(x).shape, number=1)
     measured, lifted = operator.measure(x), operator.lift(y)
-    assert lifted.shape == x.shape
     # <A x, y> = <x, A^T y>, image by image
     inner = (measured * y).flatten(1).sum(1)
     torch.testing.assert_close(inner, operator.gain * (x * lifted).flatten(1).sum(1), rtol=1e-12, atol=1e-12)
@@ -59,24 +136,37 @@ def test_the_lift_is_the_adjoint_over_the_gain(name):
     torch.testing.assert_close(operator.measure(operator.lift(measured)), measured, rtol=1e-12, atol=1e-12)
 
 
-def test_the_gain_by_the_whole_matrix():
-    """A A^T of each operator written out, on what it sees."""
-    for name, (operator, _) in ISOMETRIC.items():
-        if len(operator) > 1:
-            continue
-        size = math.prod(SHAPE[1:])
-        basis = torch.eye(size, dtype=torch.float64).view(size, *SHAPE[1:])
-        matrix = operator.measure(basis).flatten(1).T
-        square = matrix @ matrix.T
-        seen = square.diag() > 0
-        expected = torch.diag(seen.double()) * operator.gain
-        torch.testing.assert_close(square, expected, rtol=1e-12, atol=1e-14, msg=name)
-        if operator.seen is not None:
-            y_shape = operator.measure(basis[:1]).shape
-            assert torch.equal(operator.seen.expand(y_shape).flatten(), seen), name
+@pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
+def test_the_gain_by_the_whole_matrix(operator, gain):
+    """A A^T of the operator written out, on what it observes, of one image."""
+    operator = operator.rows(slice(0, 1))
+    shape = SHAPE[1:]
+    a = matrix(operator, shape)
+    square = a @ a.T
+    seen = square.diag() > 0
+    torch.testing.assert_close(square, torch.diag(seen.double()) * operator.gain, rtol=1e-12, atol=1e-14)
+    if operator.seen is not None:
+        y = operator.measure(torch.zeros(1, *shape))
+        assert torch.equal(operator.seen.expand(y.shape).flatten(), seen)
 
 
-def test_no_gain_where_an_operator_mixes_what_was_seen_with_what_was_not():
+@pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
+def test_a_carried_mask_commutes_with_the_operator(operator, gain):
+    """A M x = M' A x, and where there is no M', A does mix what M keeps with what it hides."""
+    operator = operator.rows(slice(0, 1))
+    x = random(1, *SHAPE[1:], number=2)
+    masks = [random(1, 8, 12) > 0.5, random(3, 8, 12, number=1) > 0.5, blocks()[0], random(1, 1, 12) > 0.5]
+    for seen in masks:
+        carried = operator.carry_mask(seen)
+        masked = operator.measure(torch.where(seen, x, 0))
+        if carried is not None:
+            assert torch.equal(masked, torch.where(carried, operator.measure(x), 0))
+        else:
+            different = (masked != 0) & ((masked - operator.measure(x)).abs() > 1e-9)
+            assert different.any()
+
+
+def test_no_gain_where_an_operator_mixes_what_is_observed_with_what_is_not():
     half = torch.arange(8) < 3
     assert (AveragePool(2) @ Mask(half)).gain is None
     channels = torch.tensor([True, False, True])[:, None, None]
@@ -103,11 +193,70 @@ def test_what_is_measured():
     assert torch.equal((Grayscale() @ AveragePool(2)).measure(x), Grayscale().measure(AveragePool(2).measure(x)))
 
 
-def test_measuring_again_after_lifting_changes_nothing():
+@pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
+def test_measuring_again_after_lifting_changes_nothing(operator, gain):
     x = random(*SHAPE)
-    for operator, _ in ISOMETRIC.values():
-        once = operator.lift(operator.measure(x))
-        torch.testing.assert_close(operator.lift(operator.measure(once)), once, rtol=1e-12, atol=1e-12)
+    once = operator.lift(operator.measure(x))
+    torch.testing.assert_close(operator.lift(operator.measure(once)), once, rtol=1e-12, atol=1e-12)
+
+
+# -- An operator of one's own
+
+
+class EveryOther(Operator):
+    """Every other row is observed: an operator on public names, which follows masks."""
+
+    gain = 1.0
+
+    def measure(self, x):
+        return x[..., ::2, :]
+
+    def lift(self, y):
+        x = y.new_zeros(*y.shape[:-2], 2 * y.shape[-2], y.shape[-1])
+        x[..., ::2, :] = y
+        return x
+
+    def carry_mask(self, seen):
+        return seen if seen.ndim < 2 or seen.shape[-2] == 1 else seen[..., ::2, :]
+
+
+class Sharper(Operator):
+    """An operator for two images, with nothing but measure."""
+
+    def measure(self, x):
+        return x.square()
+
+    def __len__(self):
+        return 2
+
+
+def test_a_new_operator_composes_with_masks():
+    seen = random(8, 12) > 0.5
+    operator = Grayscale() @ EveryOther() @ Mask(seen)
+    assert operator.gain == Grayscale.gain and torch.equal(operator.seen, seen[::2])
+    x = random(*SHAPE)
+    assert torch.equal(operator.measure(x), Grayscale().measure(torch.where(seen, x, 0)[..., ::2, :]))
+    once = operator.lift(operator.measure(x))
+    torch.testing.assert_close(operator.lift(operator.measure(once)), once, rtol=1e-12, atol=1e-12)
+    assert (Sharper() @ Mask(seen)).gain is None  # without carry_mask and gain
+    assert (EveryOther() @ EveryOther()).gain == 1
+
+
+def test_the_operator_and_y_must_agree_on_the_number_of_images():
+    assert (
+        len(Observation(Sharper(), torch.rand(1, 3, 8, 8))) == len(Observation(Sharper(), torch.rand(2, 1, 8, 8))) == 2
+    )
+    with pytest.raises(ValueError, match="the operator is for 2 images, but y has 3"):
+        Observation(Sharper(), torch.rand(3, 1, 8, 8))
+
+
+def test_the_gain_of_a_batch_of_masks_is_that_of_its_rows():
+    """Of two masks one can be pooled: as a batch they cannot, however the batch is divided."""
+    masks = torch.cat([blocks(), random(1, 1, 8, 12) > 0.5])
+    together = AveragePool(2) @ Mask(masks)
+    assert together.gain is None
+    assert [together.rows(slice(i, i + 1)).gain for i in range(2)] == [None, None]
+    assert (AveragePool(2) @ Mask(masks[:1])).gain == 0.25
 
 
 # -- JPEG
@@ -192,8 +341,8 @@ def test_a_mask_keeps_no_hold_on_the_callers_tensor():
     [
         (lambda: Mask(torch.rand(4, 4)), TypeError, "must be a bool tensor, .* got torch.float32. Write mask > 0.5"),
         (lambda: Mask([True]), TypeError, "got list"),
-        (lambda: Uncrop(left=-1), ValueError, "0 or more, got -1"),
-        (lambda: Uncrop(top=0.5), ValueError, "count of pixels, 0 or more, got 0.5"),
+        (lambda: Uncrop(left=-1), ValueError, "integer number of pixels, at least 0, got -1"),
+        (lambda: Uncrop(top=0.5), ValueError, "integer number of pixels, at least 0, got 0.5"),
         (lambda: AveragePool(0), ValueError, "at least 1, got 0"),
         (lambda: JPEG(0), ValueError, "from 1 to 100, got 0"),
         (lambda: JPEG(101), ValueError, "from 1 to 100, got 101"),
@@ -205,34 +354,53 @@ def test_a_mask_keeps_no_hold_on_the_callers_tensor():
         ),
         (lambda: Mask(torch.ones(2, 1, 4, 4) > 0).measure(torch.rand(3, 1, 4, 4)), ValueError, "does not fit"),
         (lambda: Mask(torch.ones(2, 1, 4, 4) > 0).measure(torch.rand(1, 1, 4, 4)), ValueError, "does not fit"),
-        (lambda: Uncrop(left=4).measure(torch.rand(1, 1, 4, 4)), ValueError, "nothing is left of images of 4x4"),
+        (lambda: Uncrop(left=4).measure(torch.rand(1, 1, 4, 4)), ValueError, "leave nothing of images of 4x4"),
         (
             lambda: Grayscale().measure(torch.rand(1, 1, 4, 4)),
             ValueError,
-            r"RGB images \(N, 3, H, W\), got \(1, 1, 4, 4\)",
+            r"RGB images \(N, 3, H, W\), got shape \(1, 1, 4, 4\)",
         ),
-        (lambda: AveragePool(3).measure(torch.rand(1, 1, 4, 4)), ValueError, "3x3 pixels do not fill images of 4x4"),
-        (lambda: JPEG(5).measure(torch.rand(1, 4, 8, 8)), ValueError, r"got \(1, 4, 8, 8\)"),
+        (
+            lambda: AveragePool(3).measure(torch.rand(1, 1, 4, 4)),
+            ValueError,
+            "images of 4x4 pixels do not divide into blocks of 3x3",
+        ),
+        (lambda: JPEG(5).measure(torch.rand(1, 4, 8, 8)), ValueError, r"got shape \(1, 4, 8, 8\)"),
         (
             lambda: Observation(lambda x: x, torch.rand(1, 3, 4, 4)),
             TypeError,
-            "operator must be one of scorematch.observe",
+            "operator must be an Operator of scorematch.observe, got function",
         ),
-        (lambda: Observation(Grayscale(), torch.rand(1, 3, 4, 4)), ValueError, "a gray y has one channel"),
+        (
+            lambda: Observation(Grayscale(), torch.rand(1, 3, 4, 4)),
+            ValueError,
+            r"must have one channel, \(N, 1, H, W\), got shape \(1, 3, 4, 4\)",
+        ),
         (
             lambda: Observation(JPEG(5), torch.ones(1, 3, 8, 8).int()),
             TypeError,
-            "floating point tensor, got torch.int32",
+            "floating-point tensor, got torch.int32. Write y / 255",
         ),
-        (lambda: Observation(JPEG(5), torch.rand(8)), ValueError, "must be a batch"),
-        (lambda: Observation(JPEG(5), torch.rand(1, 3, 8, 8), sigma=-0.1), ValueError, "must be 0 or more, got -0.1"),
+        (
+            lambda: Observation(JPEG(5), torch.rand(8)),
+            ValueError,
+            r"must be a batch \(N, ...\) with at least one image, got shape \(8,\)",
+        ),
+        (lambda: Observation(JPEG(5), torch.rand(0, 3, 8, 8)), ValueError, "at least one image, got shape"),
+        (lambda: Observation(JPEG(5), [0.5]), TypeError, "floating-point tensor, got list"),
+        (lambda: Grayscale().as_image(torch.rand(1, 3, 4, 4)), ValueError, "must have one channel"),
+        (lambda: Observation(JPEG(5), torch.rand(1, 3, 8, 8), sigma=-0.1), ValueError, "must be at least 0, got -0.1"),
         (lambda: Observation(JPEG(5), torch.rand(1, 3, 8, 8), sigma=math.nan), ValueError, "got nan"),
         (
             lambda: Observation(Grayscale(), torch.full((1, 1, 4, 4), math.nan)),
             ValueError,
-            "NaN or infinity where it was",
+            "NaN or infinite values where it is observed",
         ),
-        (lambda: Observation(Mask(torch.ones(3, 4, 4) > 0), torch.rand(1, 1, 4, 4)), ValueError, "but y has"),
+        (
+            lambda: Observation(Mask(torch.ones(3, 4, 4) > 0), torch.rand(1, 1, 4, 4)),
+            ValueError,
+            r"must have shape \(3, 4, 4\) for each image, .*got \(1, 4, 4\)",
+        ),
         (lambda: Observation(Mask(torch.ones(2, 1, 4, 4) > 0), torch.rand(3, 1, 4, 4)), ValueError, "does not fit y"),
     ],
 )

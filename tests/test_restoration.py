@@ -9,57 +9,17 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
 from scorematch.palette import condition_of
 from scorematch.sampling.restoration import Guidance, Replacement
+from tests.helpers import Gaussian, matrix, run, seed
 
 METHODS = ["replace", "guide", "guide-jacobian"]
 SHAPE = (3, 4, 4)
-LADDER = NoiseSchedule.geometric(8, 0.02, 60)
-
-
-class Images:
-    """Gaussian images of a shape: mean m, covariance S (D, D), and the exact score of their perturbed densities."""
-
-    def __init__(self, shape=SHAPE, variance=None, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.shape, size = shape, math.prod(shape)
-        self.mean = torch.rand(size, generator=generator, dtype=torch.float64)
-        if variance is None:
-            root = torch.randn(size, size, generator=generator, dtype=torch.float64)
-            self.covariance = 0.3 * root @ root.T / size + 0.02 * torch.eye(size, dtype=torch.float64)
-        else:
-            self.covariance = variance * torch.eye(size, dtype=torch.float64)
-        self.values, self.vectors = torch.linalg.eigh(self.covariance)
-
-    def precision(self, sigma):
-        return self.vectors @ torch.diag(1 / (self.values + sigma**2)) @ self.vectors.T
-
-    def __call__(self, x, sigma):
-        vectors = self.vectors.to(x)
-        along = (x.flatten(1) - self.mean.to(x)) @ vectors
-        return (-(along / (self.values.to(x) + sigma**2)) @ vectors.T).view(x.shape)
-
-    def posterior(self, observation, image=0):
-        """The mean and covariance of x given y, by the textbook."""
-        a = matrix(observation.operator, self.shape)
-        s = self.covariance
-        noise = observation.sigma**2 * torch.eye(len(a), dtype=torch.float64)
-        gain = s @ a.T @ torch.linalg.pinv(a @ s @ a.T + noise)
-        mean = self.mean + gain @ (observation.y[image].double().flatten() - a @ self.mean)
-        return mean, s - gain @ a @ s
-
-
-def matrix(operator, shape):
-    size = math.prod(shape)
-    return operator.measure(torch.eye(size, dtype=torch.float64).view(size, *shape)).flatten(1).T
+LEVELS = NoiseSchedule.geometric(8, 0.02, 15)
 
 
 def observe(operator, sigma=0.0, shape=SHAPE, n=1, seed=3):
     generator = torch.Generator().manual_seed(seed)
     y = operator.measure(torch.rand(n, *shape, generator=generator))
     return Observation(operator, y + sigma * operator.measure(torch.randn(n, *shape, generator=generator)), sigma)
-
-
-def seed(number=0):
-    return torch.Generator().manual_seed(number)
 
 
 def still(x):
@@ -97,17 +57,18 @@ def law(world, observation, sampler):
 
     for sigma in sampler.schedule:
         length, k = step * sigma**2, world.precision(sigma)
+        if sigma > own:
+            move, root = one - length * free @ k, free
+            offset = length * free @ k @ world.mean
+        else:
+            share = (sigma / own) ** 2
+            held = one - share * seen
+            move = one - length * held @ k - length / own**2 * seen
+            offset = length * (held @ k @ world.mean + y / own**2)
+            root = free + math.sqrt(1 - share) * seen
         for _ in range(sampler.steps_per_level):
             if sigma > own:
                 m, c = affine(m, c, free, y, math.sqrt(sigma**2 - own**2) * seen)
-                move, root = one - length * free @ k, free
-                offset = length * free @ k @ world.mean
-            else:
-                share = (sigma / own) ** 2
-                held = one - share * seen
-                move = one - length * held @ k - length / own**2 * seen
-                offset = length * (held @ k @ world.mean + y / own**2)
-                root = free + math.sqrt(1 - share) * seen
             m, c = affine(m, c, move, offset, sigma * math.sqrt(variance) * root)
     sigma = sampler.schedule.sigma_min
     shrink = sigma**2 * world.precision(sigma)
@@ -119,9 +80,9 @@ def law(world, observation, sampler):
 @pytest.mark.parametrize("sigma", [0.0, 0.3, 20.0])
 @pytest.mark.parametrize("name", ["mask", "gray", "pool"])
 def test_replacement_draws_from_the_law_of_its_formulas(name, sigma, exact_noise):
-    world, n = Images(), 4000
+    world, n = Gaussian.images(SHAPE), 2000
     observation = observe(OPERATORS[name], sigma)
-    sampler = AnnealedLangevinSampler(world, LADDER, steps_per_level=2, exact_noise=exact_noise)
+    sampler = AnnealedLangevinSampler(world, LEVELS, steps_per_level=2, exact_noise=exact_noise)
     x = sampler.sample(n, observation=observation, generator=seed(), progress=False).flatten(1).double()
     mean, covariance = law(world, observation, sampler)
     deviations = covariance.diag().clamp(min=0).sqrt()
@@ -136,11 +97,32 @@ def test_replacement_draws_from_the_law_of_its_formulas(name, sigma, exact_noise
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("sigma", [0.1, 2.0])
 def test_the_stationary_mean_is_the_posteriors(name, sigma):
-    """At any level below the noise of y, and exactly: without noise of its own a chain follows its mean."""
-    world, observation = Images(), observe(OPERATORS[name], sigma)
+    """Exactly, at any level below the noise of y: a chain without noise of its own stays there, and comes nearer."""
+    world, observation = Gaussian.images(SHAPE), observe(OPERATORS[name], sigma)
+    level, gain = 0.8 * sigma, observation.operator.gain
+    # Of the noisy image x, whose noise is a part of that of y.
+    noisy = Gaussian(world.mean, world.covariance + level**2 * torch.eye(len(world.mean)), SHAPE)
+    mean, _ = noisy.posterior(Observation(observation.operator, observation.y, math.sqrt(sigma**2 - gain * level**2)))
+    mean = mean.view(1, *SHAPE).float()
+    options = {"steps_per_level": 20, "step_size": 0.5 * level**2}
+    raw = AnnealedLangevinSampler(world, NoiseSchedule([level]), denoise=False, **options)
+    stay = run(raw, init=mean, observation=observation, noise=still)
+    torch.testing.assert_close(stay, mean, rtol=0, atol=1e-5)
+    away = torch.randn(1, *SHAPE, generator=seed())
+    assert (run(raw, init=mean + away, observation=observation, noise=still) - mean).norm() < 0.9 * away.norm()
+    sampler = AnnealedLangevinSampler(world, NoiseSchedule([level]), **options)
+    x = run(sampler, init=mean, observation=observation, noise=still)
+    torch.testing.assert_close(x.flatten().double(), world.posterior(observation)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("sigma", [0.1, 2.0])
+def test_a_long_chain_reaches_the_stationary_mean(name, sigma):
+    world, observation = Gaussian.images(SHAPE), observe(OPERATORS[name], sigma)
     level = NoiseSchedule([0.8 * sigma])
     sampler = AnnealedLangevinSampler(world, level, steps_per_level=3000, step_size=0.5 * level.sigma_min**2)
-    x = sampler.sample(1, shape=SHAPE, observation=observation, noise=still, progress=False)
+    x = run(sampler, 1, observation=observation, noise=still, shape=SHAPE)
     mean, _ = world.posterior(observation)
     torch.testing.assert_close(x.flatten().double(), mean, rtol=0, atol=1e-4)
 
@@ -163,9 +145,9 @@ def _wasserstein(mean, covariance, other_mean, other_covariance):
 )
 def test_its_law_comes_near_the_posterior(name, sigma):
     """With about a thousand calls the result is several times nearer to the posterior than the prior is."""
-    world, observation = Images(), observe(OPERATORS[name], sigma)
-    ladder = NoiseSchedule.geometric(8, 0.01, 200)
-    sampler = AnnealedLangevinSampler(world, ladder, steps_per_level=5, step_size=0.4 * 0.01**2, exact_noise=True)
+    world, observation = Gaussian.images(SHAPE), observe(OPERATORS[name], sigma)
+    schedule = NoiseSchedule.geometric(8, 0.01, 200)
+    sampler = AnnealedLangevinSampler(world, schedule, steps_per_level=5, step_size=0.4 * 0.01**2, exact_noise=True)
     posterior = world.posterior(observation)
     before = _wasserstein(world.mean, world.covariance, *posterior)
     after = _wasserstein(*law(world, observation, sampler), *posterior)
@@ -181,7 +163,7 @@ def test_its_law_comes_near_the_posterior(name, sigma):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_guidance_is_the_true_conditional_score_of_white_data(name, sigma_y, jacobian):
     """Data N(m, v I), where one r^2 tells all of the posterior of x0 given x."""
-    world, observation = Images(variance=0.7), observe(OPERATORS[name], sigma_y)
+    world, observation = Gaussian.images(SHAPE, variance=0.7), observe(OPERATORS[name], sigma_y)
     a = matrix(observation.operator, SHAPE)
     y = observation.y.double().flatten()
     guided = Guidance(Observation(observation.operator, observation.y.double(), sigma_y), 0.7, jacobian=jacobian)
@@ -198,23 +180,30 @@ def test_guidance_is_the_true_conditional_score_of_white_data(name, sigma_y, jac
 
 
 @pytest.mark.parametrize("restore", ["guide", "guide-jacobian"])
+def test_a_guided_chain_is_that_of_the_posterior_of_white_data(restore):
+    world, observation = Gaussian.images(SHAPE, variance=1.0), observe(OPERATORS["mask"], 0.5)
+    posterior = Gaussian(*world.posterior(observation), SHAPE)
+    options = {"steps_per_level": 2, "exact_noise": True}
+    x = run(AnnealedLangevinSampler(world, LEVELS, restore=restore, **options), 5, observation=observation, generator=0)
+    expected = run(AnnealedLangevinSampler(posterior, LEVELS, **options), 5, shape=SHAPE, generator=0)
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restore", ["guide", "guide-jacobian"])
 def test_guided_chains_reach_the_posterior_of_white_data(restore):
-    world, observation, n = Images(variance=1.0), observe(OPERATORS["mask"], 0.5), 3000
-    ladder = NoiseSchedule.geometric(10, 0.02, 200)
-    sampler = AnnealedLangevinSampler(
-        world, ladder, steps_per_level=4, step_size=4e-5, restore=restore, exact_noise=True
-    )
-    x = sampler.sample(n, observation=observation, generator=seed(), progress=False).flatten(1).double()
+    world, observation, n = Gaussian.images(SHAPE, variance=1.0), observe(OPERATORS["mask"], 0.5), 3000
+    schedule, options = NoiseSchedule.geometric(10, 0.02, 200), {"steps_per_level": 4, "step_size": 4e-5}
+    sampler = AnnealedLangevinSampler(world, schedule, restore=restore, exact_noise=True, **options)
+    x = run(sampler, n, observation=observation, generator=seed()).flatten(1).double()
     mean, covariance = world.posterior(observation)
     assert ((x.mean(0) - mean).abs() < 5 * covariance.diag().sqrt() / math.sqrt(n) + 0.02).all()
     assert ((x.var(0) / covariance.diag() - 1).abs() < 5 * math.sqrt(2 / n) + 0.05).all()
 
 
 def digit_sampler(**arguments):
-    """Annealed Langevin dynamics of 60 calls on the network that ships: enough for digits."""
-    net = ScoreNet.from_pretrained("mnist")
-    ladder = net.schedule.respaced(60)
-    return AnnealedLangevinSampler(net, ladder, steps_per_level=1, step_size=4e-5, **arguments)
+    """Consistent sampling of 12 calls on the network that ships: enough for digits."""
+    return AnnealedLangevinSampler(ScoreNet.from_pretrained("mnist"), levels=12, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +223,8 @@ def test_noisy_values_are_not_copied(digits, sigma, low, high):
 
 def test_the_network_that_was_trained_to_colors_each_digit_in_one_of_its_three_colors(digits):
     tints = torch.tensor([[1, 0.172, 0], [0, 0.681, 0], [0, 0.487, 1]])  # of luma 0.4 each, in the shares .5, .3, .2
-    gray = (0.4 * digits[:1]).expand(16, -1, -1, -1)
-    sampler = AnnealedLangevinSampler(ScoreNet.from_pretrained("palette-mnist"))
+    gray = (0.4 * digits[:1]).expand(8, -1, -1, -1)
+    sampler = AnnealedLangevinSampler(ScoreNet.from_pretrained("palette-mnist"), levels=10)
     x = sampler.sample(condition=condition_of(Grayscale(), gray), generator=seed(), progress=False)
     luma = Grayscale().measure(x)
     assert float((luma - gray).square().mean()) < float(gray.square().mean()) / 4
@@ -249,9 +238,9 @@ def test_the_network_that_was_trained_to_colors_each_digit_in_one_of_its_three_c
 
 @pytest.mark.parametrize("restore", METHODS)
 def test_with_nothing_seen_it_is_the_unconditional_chain_bit_for_bit(restore):
-    world = Images()
+    world = Gaussian.images(SHAPE)
     nothing = Observation(Mask(torch.zeros(4, 4, dtype=torch.bool)), torch.zeros(1, *SHAPE))
-    sampler = AnnealedLangevinSampler(world, LADDER, restore=restore)
+    sampler = AnnealedLangevinSampler(world, LEVELS, restore=restore)
     expected = sampler.sample(5, shape=SHAPE, generator=seed(), progress=False)
     assert torch.equal(sampler.sample(5, observation=nothing, generator=seed(), progress=False), expected)
     noisy = Observation(nothing.operator, nothing.y, sigma=0.3)
@@ -262,7 +251,7 @@ def test_with_nothing_seen_it_is_the_unconditional_chain_bit_for_bit(restore):
 @pytest.mark.parametrize("operator", [Mask(torch.ones(1, dtype=torch.bool)), Uncrop()])
 def test_with_everything_seen_it_is_y(restore, operator):
     y = torch.rand(3, *SHAPE, generator=seed())
-    x = AnnealedLangevinSampler(Images(), LADDER, restore=restore).sample(
+    x = AnnealedLangevinSampler(Gaussian.images(SHAPE), LEVELS, restore=restore).sample(
         observation=Observation(operator, y), generator=seed(), progress=False
     )
     assert torch.equal(x, y)
@@ -273,7 +262,7 @@ def test_with_everything_seen_it_is_y(restore, operator):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_what_was_seen_without_noise_holds_in_the_result(name, restore, denoise):
     observation = observe(OPERATORS[name], n=2)
-    sampler = AnnealedLangevinSampler(Images(), LADDER, restore=restore, denoise=denoise)
+    sampler = AnnealedLangevinSampler(Gaussian.images(SHAPE), LEVELS, restore=restore, denoise=denoise)
     x = sampler.sample(observation=observation, generator=seed(), progress=False)
     measured = observation.operator.measure(x)
     if name in ("mask", "uncrop"):
@@ -286,9 +275,9 @@ def test_what_was_seen_without_noise_holds_in_the_result(name, restore, denoise)
 @pytest.mark.parametrize("restore", METHODS)
 def test_a_batch_is_its_images_one_by_one(restore, sigma):
     """Masks of their own, and y of their own; also where the network takes them in parts."""
-    world = Images()
+    world = Gaussian.images(SHAPE)
     observation = observe(Grayscale() @ Mask(torch.rand(3, 1, 4, 4, generator=seed(8)) > 0.5), sigma, n=3)
-    sampler = AnnealedLangevinSampler(world, LADDER, restore=restore)
+    sampler = AnnealedLangevinSampler(world, LEVELS, restore=restore)
     start = 8 * torch.randn(3, *SHAPE, generator=seed())
     noises = torch.randn(len(sampler), 3, *SHAPE, generator=seed(1))
 
@@ -311,7 +300,7 @@ def test_a_batch_is_its_images_one_by_one(restore, sigma):
 
 def test_y_of_one_image_counts_for_all_samples():
     observation = observe(OPERATORS["mask"])
-    sampler = AnnealedLangevinSampler(Images(), LADDER)
+    sampler = AnnealedLangevinSampler(Gaussian.images(SHAPE), LEVELS)
     x = sampler.sample(4, observation=observation, generator=seed(), progress=False)
     assert torch.equal(observation.operator.measure(x), observation.y.expand(4, -1, -1, -1))
     assert not torch.equal(x[0], x[1])
@@ -323,7 +312,7 @@ def test_nothing_of_the_callers_is_modified():
     y, start = observation.y.clone(), torch.randn(1, *SHAPE, generator=seed())
     before = start.clone()
     for restore in METHODS:
-        sampler = AnnealedLangevinSampler(Images(), LADDER, restore=restore)
+        sampler = AnnealedLangevinSampler(Gaussian.images(SHAPE), LEVELS, restore=restore)
         states = [(x, x.clone()) for x, _ in sampler.iterate(init=start, observation=observation, progress=False)]
         assert all(torch.equal(x, copy) for x, copy in states)  # nor what it yielded
     assert torch.equal(observation.y, y)
@@ -332,7 +321,7 @@ def test_nothing_of_the_callers_is_modified():
 
 def test_one_noise_a_step_and_one_call_of_the_network():
     calls = {"noise": 0, "net": 0}
-    world = Images()
+    world = Gaussian.images(SHAPE)
 
     def net(x, sigma):
         calls["net"] += 1
@@ -343,7 +332,7 @@ def test_one_noise_a_step_and_one_call_of_the_network():
         return torch.zeros_like(x)
 
     for restore in METHODS:
-        sampler = AnnealedLangevinSampler(net, LADDER, restore=restore)
+        sampler = AnnealedLangevinSampler(net, LEVELS, restore=restore)
         calls.update(noise=0, net=0)
         sampler.sample(1, observation=observe(OPERATORS["gray"], 0.1), noise=noise, progress=False)
         assert calls == {"noise": len(sampler) - 1, "net": len(sampler)}
@@ -351,10 +340,10 @@ def test_one_noise_a_step_and_one_call_of_the_network():
 
 def test_replacement_falls_back_to_guidance_without_a_gain():
     observation = observe(JPEG(10), shape=(3, 16, 16))
-    world = Images((3, 16, 16))
-    assert isinstance(AnnealedLangevinSampler(world, LADDER)._restoration(observe(Grayscale()), "cpu"), Replacement)
+    world = Gaussian.images((3, 16, 16))
+    assert isinstance(AnnealedLangevinSampler(world, LEVELS)._restoration(observe(Grayscale()), "cpu"), Replacement)
     results = [
-        AnnealedLangevinSampler(world, LADDER, restore=restore).sample(
+        AnnealedLangevinSampler(world, LEVELS, restore=restore).sample(
             observation=observation, generator=seed(), progress=False
         )
         for restore in ("replace", "guide")
@@ -393,33 +382,35 @@ def test_gradients_do_not_leak_and_the_mode_of_the_caller_holds():
 
 
 def test_an_observation_that_does_not_fit_is_refused():
-    world = Images()
-    sampler = AnnealedLangevinSampler(world, LADDER)
-    with pytest.raises(ValueError, match="said more than once, and differently: n has 3, observation has 2"):
+    world = Gaussian.images(SHAPE)
+    sampler = AnnealedLangevinSampler(world, LEVELS)
+    with pytest.raises(ValueError, match="disagree on the number of samples: n has 3, observation has 2"):
         sampler.sample(3, observation=observe(OPERATORS["mask"], n=2))
     with pytest.raises(
-        ValueError, match=r"Observation\(Grayscale\(\), .* is of images \(3, 4, 4\), not of \(3, 8, 8\)"
+        ValueError, match=r"Observation\(Grayscale\(\), .* is of images of shape \(3, 4, 4\), not \(3, 8, 8\)"
     ):
         sampler.sample(1, shape=(3, 8, 8), observation=observe(Grayscale()))
     with pytest.raises(TypeError, match="observation must be an Observation, got Tensor"):
         sampler.sample(1, observation=torch.rand(1, *SHAPE))
     with pytest.raises(ValueError, match="restore must be one of 'replace', 'guide', 'guide-jacobian', got 'repaint'"):
-        AnnealedLangevinSampler(world, LADDER, restore="repaint")
+        AnnealedLangevinSampler(world, LEVELS, restore="repaint")
 
 
 def test_values_out_of_range_are_never_clipped_in_silence(recwarn):
     net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
-    ladder = net.schedule.respaced(3)
+    schedule = net.schedule.respaced(3)
     y = torch.full((1, 1, 8, 8), 1.25)
     left = Mask(torch.arange(8) < 4)
-    with pytest.warns(UserWarning, match=r"goes from 0 to 1.25, beyond the network's range \(0.0, 1.0\)") as caught:
-        x = AnnealedLangevinSampler(net, ladder).sample(observation=Observation(left, y), progress=False)
+    with pytest.warns(
+        UserWarning, match=r"values go from 0 to 1.25, beyond the network's range \(0.0, 1.0\)"
+    ) as caught:
+        x = AnnealedLangevinSampler(net, schedule).sample(observation=Observation(left, y), progress=False)
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert x.max() <= 1
-    x = AnnealedLangevinSampler(net, ladder, clamp=False).sample(observation=Observation(left, y), progress=False)
+    x = AnnealedLangevinSampler(net, schedule, clamp=False).sample(observation=Observation(left, y), progress=False)
     assert torch.equal(left.measure(x), left.measure(y))
-    AnnealedLangevinSampler(net, ladder).sample(observation=Observation(left, y, sigma=0.5), progress=False)
+    AnnealedLangevinSampler(net, schedule).sample(observation=Observation(left, y, sigma=0.5), progress=False)
     hidden = torch.where(torch.arange(8) < 4, 0.5, 7.0).expand(1, 1, 8, 8)
-    AnnealedLangevinSampler(net, ladder).sample(observation=Observation(left, hidden), progress=False)
+    AnnealedLangevinSampler(net, schedule).sample(observation=Observation(left, hidden), progress=False)
     assert len(recwarn) == 0

@@ -1,5 +1,6 @@
 """The samplers beside annealed Langevin dynamics, and what all samplers have in common."""
 
+import inspect
 import itertools
 import math
 
@@ -8,11 +9,26 @@ import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.observe import Mask, Observation
-from scorematch.sampling import ODESampler, PredictorCorrectorSampler
+from scorematch.sampling import (
+    SAMPLERS,
+    AncestralSampler,
+    ODESampler,
+    PredictorCorrectorSampler,
+    Sampler,
+    SamplerSettings,
+    recommended_sampler,
+)
+from tests.helpers import point, run, seed
 
 SHORT = NoiseSchedule.geometric(5, 0.1, 12)
 UNEVEN = NoiseSchedule([4.0, 3.0, 1.6, 1.1, 0.5, 0.4])  # no two ratios alike, the smallest 0.4545
 KINDS = {
+    "langevin": lambda net, schedule=SHORT: AnnealedLangevinSampler(net, schedule, steps_per_level=3),
+    "exact noise": lambda net, schedule=SHORT: AnnealedLangevinSampler(
+        net, schedule, steps_per_level=3, exact_noise=True
+    ),
+    "large variance": lambda net, schedule=None: AncestralSampler(net, schedule),
+    "small variance": lambda net, schedule=None: AncestralSampler(net, schedule, variance="small"),
     "consistent": lambda net, schedule=None: AnnealedLangevinSampler(net, schedule, consistent=True),
     "reverse-diffusion": lambda net, schedule=None: PredictorCorrectorSampler(
         net, schedule, predictor="reverse-diffusion"
@@ -23,19 +39,11 @@ KINDS = {
     "dpm-solver++": lambda net, schedule=None: ODESampler(net, schedule, method="dpm-solver++"),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+CHAINS = [kind for kind in KINDS if kind not in ("heun", "dpm-solver++")]  # those that draw noise
 
 
-def point(x, sigma):
-    """The score of data that are all zero."""
-    return -x / sigma**2
-
-
-def seed(number):
-    return torch.Generator().manual_seed(number)
-
-
-def run(sampler, n=None, **arguments):
-    return sampler.sample(n, progress=False, **arguments)
+def test_every_sampler_has_a_kind():
+    assert {type(make(point, SHORT)) for make in KINDS.values()} == set(SAMPLERS.values())
 
 
 # -- Consistent annealed sampling
@@ -120,7 +128,7 @@ def test_consistent_settings():
 
 def test_a_recommendation_counts_for_its_own_kind_of_noise_only():
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
-    net.sampler_settings = {"levels": 20, "step_size": 0.003, "consistent": True}
+    net.sampler_settings = SamplerSettings(levels=20, step_size=0.003, consistent=True)
     recommended = AnnealedLangevinSampler(net)
     assert recommended.consistent and recommended.step_size == 0.003 and len(recommended) == 20
     plain = AnnealedLangevinSampler(net, consistent=False)
@@ -131,7 +139,7 @@ def test_a_recommendation_counts_for_its_own_kind_of_noise_only():
         assert chosen.step_size == chosen.schedule.suggest_step_size(chosen.steps_per_level)
         with pytest.raises(ValueError, match="leave out steps_per_level and exact_noise"):
             AnnealedLangevinSampler(net, consistent=True, **other)
-    net.sampler_settings = {"levels": 20, "steps_per_level": 2, "step_size": 0.003, "exact_noise": True}
+    net.sampler_settings = SamplerSettings(levels=20, steps_per_level=2, step_size=0.003, exact_noise=True)
     consistent = AnnealedLangevinSampler(net, consistent=True)
     assert consistent.steps_per_level == 1 and consistent.step_size != 0.003
 
@@ -164,7 +172,7 @@ def test_the_variance_on_a_point_is_a_recursion_of_numbers(predictor, corrector_
         assert expected == pytest.approx([sigma**2 for sigma in list(UNEVEN)[1:]])
 
 
-@pytest.mark.parametrize("kind", ["consistent", "reverse-diffusion", "ancestral", "predictor"])
+@pytest.mark.parametrize("kind", ["consistent", "reverse-diffusion", "ancestral", "predictor", "small variance"])
 def test_noisy_samplers_reach_mean_and_covariance(world, kind, rng):
     n = 4000
     x = run(KINDS[kind](world, NoiseSchedule.geometric(10, 0.01, 300)), n, shape=(3,), generator=rng)
@@ -275,7 +283,7 @@ def test_noise_is_taken_once_a_step_before_the_score(kind, world, rng):
     init, replay, state = torch.randn(4, 3, generator=rng), seed(7), torch.get_rng_state()
     sampler = KINDS[kind](score, SHORT)
     replayed = run(sampler, init=init, noise=noise)
-    deterministic = isinstance(sampler, ODESampler)
+    deterministic = not sampler.draws_noise
     assert order == (["score"] if deterministic else ["noise", "score"]) * (len(sampler) - 1) + ["score"]
     assert torch.equal(replayed, run(sampler, init=init, generator=seed(7)))
     assert torch.equal(torch.get_rng_state(), state)
@@ -314,12 +322,12 @@ def test_any_shape_and_any_network(kind, rng):
         assert run(KINDS[kind](point, SHORT), 4, shape=shape, generator=rng).shape == (4, *shape)
     torch.manual_seed(0)
     nets = [
-        ScoreNet.ncsn(1, 8, width=4, schedule=SHORT),
-        ScoreNet.ncsnv2(1, 8, width=4, schedule=SHORT),
-        ScoreNet.unet(1, 8, widths=(8, 8), schedule=SHORT),
+        ScoreNet.ncsn(1, 8, width=2, schedule=SHORT),
+        ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT),
+        ScoreNet.unet(1, 8, widths=(4, 4), layers_per_block=1, schedule=SHORT),
     ]
     for net in nets:
-        images = run(KINDS[kind](net), 2, generator=rng)
+        images = run(KINDS[kind](net, SHORT.respaced(4)), 2, generator=rng)
         assert images.shape == (2, 1, 8, 8) and images.min() >= 0 and images.max() <= 1
 
 
@@ -328,13 +336,13 @@ def test_a_chain_that_leaves_the_finite_numbers_names_the_level(kind):
     def score(x, sigma):
         return x * math.nan if sigma < 1 else -x / sigma**2
 
-    with pytest.raises(RuntimeError, match=r"at level [456] of 12, sigma"):
+    with pytest.raises(RuntimeError, match=r"NaN or infinite values from level [456] of 12 on, sigma"):
         run(KINDS[kind](score, SHORT), 2, shape=(3,))
 
     def last(x, sigma):
         return x * math.nan if sigma < 1.01 * SHORT.sigma_min else -x / sigma**2
 
-    with pytest.raises(RuntimeError, match=r"at level 11 of 12, sigma"):
+    with pytest.raises(RuntimeError, match=r"from level 11 of 12 on, sigma"):
         run(KINDS[kind](last, SHORT), 2, shape=(3,))
 
 
@@ -367,8 +375,8 @@ class Wrapped(torch.nn.Module):
 @every_kind
 def test_a_wrapped_network_is_known_by_what_it_wraps(kind):
     torch.manual_seed(0)
-    net = ScoreNet.ncsnv2(1, 8, width=4, schedule=SHORT)
-    samplers = [KINDS[kind](one) for one in (net, Wrapped(net))]
+    net = ScoreNet.unet(1, 4, widths=(4,), layers_per_block=1, schedule=SHORT)
+    samplers = [KINDS[kind](one, SHORT.respaced(4)) for one in (net, Wrapped(net))]
     samplers[0].precision = "float32"  # what is wrapped is run as it is
     assert torch.equal(*(run(sampler, 2, generator=seed(0)) for sampler in samplers))
 
@@ -391,8 +399,14 @@ def test_what_was_seen_enters_the_flow_with_the_starts_own_noise(kind, world, rn
     seen = torch.tensor([True, False, False])
     y = torch.tensor([[0.9, 0.0, 0.0]])
     init = 5 * torch.randn(6, 3, generator=rng)
-    sampler = KINDS[kind](world, SHORT)
-    for x, sigma in list(sampler.iterate(init=init, observation=Observation(Mask(seen), y), progress=False))[:-1]:
+    states = []
+
+    def score(x, sigma):
+        states.append((x, float(sigma)))
+        return world(x, sigma)
+
+    run(KINDS[kind](score, SHORT), init=init, observation=Observation(Mask(seen), y))
+    for x, sigma in states:
         torch.testing.assert_close(x[:, 0], 0.9 + sigma * init[:, 0] / 5)
 
 
@@ -417,10 +431,10 @@ def test_what_was_seen_with_noise_has_its_posterior(kind, world, rng):
     ("make", "message"),
     [
         (lambda: ODESampler(point, SHORT, method="euler"), "must be one of 'heun', 'dpm-solver\\+\\+', got 'euler'"),
-        (lambda: ODESampler(point, SHORT, levels=5), "leave out levels, got 5"),
-        (lambda: ODESampler(point, levels=5), "no ladder of its own: pass a schedule"),
+        (lambda: ODESampler(point, SHORT, levels=1), "levels must be at least 2, got 1"),
+        (lambda: ODESampler(point, levels=5), "no noise levels of its own: pass a schedule"),
         (lambda: ODESampler(ScoreNet.ncsnv2(1, 8, width=2), levels=1), "levels must be at least 2, got 1"),
-        (lambda: PredictorCorrectorSampler(point), "no ladder of its own: pass a schedule"),
+        (lambda: PredictorCorrectorSampler(point), "no noise levels of its own: pass a schedule"),
         (
             lambda: PredictorCorrectorSampler(point, SHORT, predictor="ode"),
             "'ancestral', 'reverse-diffusion', got 'ode'",
@@ -433,3 +447,171 @@ def test_what_was_seen_with_noise_has_its_posterior(kind, world, rng):
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# -- The same arguments mean the same everywhere
+
+
+@pytest.mark.parametrize("make", SAMPLERS.values())
+def test_levels_respaces_the_schedule_and_the_default(make):
+    assert make(point, SHORT, levels=5).schedule == SHORT.respaced(5)
+    assert make(point, SHORT).schedule == make(point, SHORT, levels=None).schedule == SHORT
+    net = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT)
+    sampler = make(net, levels=7)
+    assert len(sampler.schedule) == 7
+    assert (sampler.schedule.sigma_max, sampler.schedule.sigma_min) == (SHORT.sigma_max, SHORT.sigma_min)
+
+
+@every_kind
+def test_a_class_for_all_samples_and_the_shape_of_a_score(kind):
+    def score(x, sigma, condition):
+        assert condition.dtype == torch.int64 and condition.tolist() == [3] * len(x)
+        return -x / sigma**2
+
+    assert run(KINDS[kind](score, SHORT), 2, shape=(1,), condition=3).shape == (2, 1)
+    with pytest.raises(ValueError, match=r"returned shape \(2, 1, 4, 4\) for x of shape \(2, 3, 4, 4\)"):
+        run(KINDS[kind](lambda x, sigma: x[:, :1], SHORT), 2, shape=(3, 4, 4))
+
+
+@every_kind
+def test_an_int_is_a_seed(kind, world):
+    sampler = KINDS[kind](world, SHORT)
+    assert torch.equal(run(sampler, 2, shape=(3,), generator=5), run(sampler, 2, shape=(3,), generator=seed(5)))
+    assert torch.equal(
+        run(sampler, shape=(3,), generator=[1, 2]), run(sampler, shape=(3,), generator=[seed(1), seed(2)])
+    )
+
+
+@every_kind
+def test_an_inference_copy_stands_for_its_network(kind):
+    torch.manual_seed(0)
+    net = ScoreNet.unet(1, 4, widths=(4,), layers_per_block=1, schedule=SHORT)
+    copied, few = net.inference_copy(), SHORT.respaced(4)
+    samplers = [KINDS[kind](one, few) for one in (net, copied)]
+    assert str(samplers[0]) == str(samplers[1])
+    assert torch.equal(*(run(sampler, 2, generator=0) for sampler in samplers))
+    with pytest.raises(ValueError, match="calls the network itself, but net is its inference copy"):
+        type(samplers[0])(copied, few, precision="float32")
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert torch.equal(run(samplers[1], 2, generator=0), run(KINDS[kind](copied, few), 2, generator=0))
+
+
+# -- Recommended settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplerSettings(levels=9, step_size=0.005, consistent=True),
+        SamplerSettings(levels=9, steps_per_level=2, exact_noise=True),
+        SamplerSettings("ode", levels=5, method="dpm-solver++"),
+        SamplerSettings("ancestral", variance="small"),
+        SamplerSettings("predictor-corrector", levels=6, corrector_steps=2, snr=0.1),
+    ],
+    ids=str,
+)
+def test_a_network_is_sampled_as_its_settings_say(settings):
+    net = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT)
+    net.sampler_settings = settings
+    assert len(recommended_sampler(net, levels=7).schedule) == 7
+    sampler = recommended_sampler(net)
+    assert type(sampler) is SAMPLERS[settings.sampler]
+    assert settings.levels in (None, len(sampler.schedule))
+    assert all(getattr(sampler, name) == value for name, value in settings.options.items())
+    assert SamplerSettings.from_dict(settings.to_dict()) == settings
+    if settings.sampler != "langevin":  # they are those of another sampler
+        default = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT)
+        assert str(AnnealedLangevinSampler(net)) == str(AnnealedLangevinSampler(default))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sampler": "euler"}, "sampler must be one of 'langevin', .*got 'euler'"),
+        ({"levels": 1}, "levels must be an integer of at least 2 .*got 1"),
+        ({"levels": 2.5}, "levels must be an integer .*got 2.5"),
+        ({"consistent": 1}, "consistent must be true or false or null, got 1"),
+        ({"step_size": math.nan}, "step_size must be a number .*got nan"),
+        ({"method": "heun"}, "method is not an option of the sampler 'langevin', whose options are consistent, "),
+        ({"sampler": "ode", "snr": 0.1}, "snr is not an option of the sampler 'ode', whose options are method"),
+    ],
+)
+def test_settings_that_are_none(values, message):
+    with pytest.raises(ValueError, match=f"sampler_settings.*{message}"):
+        SamplerSettings(**values)
+
+
+def test_settings_are_typed():
+    with pytest.raises(ValueError, match="unknown key, 'level'; known are sampler, levels"):
+        SamplerSettings.from_dict({"sampler": "langevin", "level": 3})
+    net = ScoreNet.ncsnv2(1, 8, width=2)
+    with pytest.raises(TypeError, match=r"must be a SamplerSettings, got dict. Write SamplerSettings\(levels="):
+        net.sampler_settings = {"levels": 3}
+
+
+@pytest.mark.parametrize(("own", "levels"), [(10, 100), (150, 150), (1000, 250)])
+def test_a_network_without_settings_is_sampled_consistently_in_at_most_250_calls(own, levels):
+    net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.01, own))
+    sampler = AnnealedLangevinSampler(net)
+    r = min(b / a for a, b in itertools.pairwise(sampler.schedule))
+    assert sampler.consistent and len(sampler) == len(sampler.schedule) == levels
+    assert sampler.step_size == pytest.approx(1e-4 * (1 - r**1.1))
+
+
+def test_another_number_of_levels_keeps_the_kind_and_the_noise():
+    """The noise per factor of sigma, p, stays that of the recommended settings."""
+    net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
+    r = 0.01 ** (1 / 19)
+    net.sampler_settings = SamplerSettings(levels=20, step_size=0.01 * (1 - r**1.7), consistent=True)
+    for sampler in (AnnealedLangevinSampler(net, levels=8), AnnealedLangevinSampler(net, net.schedule.respaced(8))):
+        assert sampler.consistent and len(sampler) == 8
+        assert sampler.step_size == pytest.approx(0.01 * (1 - 0.01 ** (1.7 / 7)))
+    for step_size in (0.01 * (1 - r**5), 0.012):  # at most the noise of ancestral sampling
+        net.sampler_settings = SamplerSettings(levels=20, step_size=step_size, consistent=True)
+        assert AnnealedLangevinSampler(net).step_size == step_size
+        assert AnnealedLangevinSampler(net, levels=8).step_size == pytest.approx(0.01 * (1 - 0.01 ** (2 / 7)))
+    net.sampler_settings = SamplerSettings(levels=20, steps_per_level=2, step_size=0.003, exact_noise=False)
+    sampler = AnnealedLangevinSampler(net, levels=8)
+    assert (sampler.consistent, sampler.steps_per_level, sampler.exact_noise) == (False, 2, False)
+    assert sampler.step_size == sampler.schedule.suggest_step_size(2)
+
+
+# -- A sampler of one's own
+
+
+class Euler(Sampler):
+    """The simplest sampler on the public interface."""
+
+    def __init__(self, net, schedule=None, *, churn=0.0, **options):
+        super().__init__(net, schedule, **options)
+        self.churn = churn
+
+    def __len__(self):
+        return len(self.schedule) - 1 + self.denoise
+
+    def step(self, x, score, z, sigma, following):
+        return x + (sigma - following) * sigma * score + self.churn * z
+
+
+def test_a_sampler_of_ones_own(world):
+    assert list(inspect.signature(Euler).parameters) == [
+        *("net", "schedule", "churn", "levels", "denoise", "clamp", "restore", "precision", "compile")
+    ]
+    sampler = Euler(world, SHORT, levels=200)
+    assert str(sampler) == "Euler(200 levels 5 -> 0.1, 200 network calls)"
+    init = world.mean + 5 * torch.randn(100, 3, generator=seed(0))
+    x = run(Euler(world, SHORT, levels=400, denoise=False), init=init)
+    torch.testing.assert_close(x, _flow(world, init, 5, 0.1).float(), rtol=0, atol=0.02)
+    observed = Observation(Mask(torch.tensor([True, False, False])), torch.tensor([[0.9, 0.0, 0.0]]))
+    assert torch.equal(run(sampler, init=init, observation=observed)[:, 0], torch.full((100,), 0.9))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'chrun'"):
+        Euler(world, SHORT, chrun=1)
+
+    class Nothing(Sampler):
+        def __len__(self):
+            return 0
+
+    with pytest.raises(NotImplementedError, match="Nothing must define step or steps"):
+        run(Nothing(world, SHORT), 1, shape=(3,))

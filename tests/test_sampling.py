@@ -6,21 +6,10 @@ import torch
 from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.sampling import SamplerSettings
+from tests.helpers import point, run, seed
 
 SHORT = NoiseSchedule.geometric(5, 0.1, 12)
-
-
-def point(x, sigma):
-    """The score of data that are all zero."""
-    return -x / sigma**2
-
-
-def seed(number):
-    return torch.Generator().manual_seed(number)
-
-
-def run(sampler, n=None, **arguments):
-    return sampler.sample(n, progress=False, **arguments)
 
 
 # -- The published trajectories, replayed with their recorded noise
@@ -91,12 +80,13 @@ def _gaussian_chain(variance, schedule, steps, step_size, exact_noise):
     return v * (variance / (variance + schedule.sigma_min**2)) ** 2  # Tweedie
 
 
-@pytest.mark.parametrize("exact_noise", [False, True])
-@pytest.mark.parametrize(("levels", "steps"), [(40, 3), (400, 20)])
+@pytest.mark.parametrize(
+    ("levels", "steps", "exact_noise"), [(40, 3, False), (40, 3, True), (400, 20, False), (400, 5, True)]
+)
 def test_reaches_mean_and_covariance(world, levels, steps, exact_noise, rng):
     schedule = NoiseSchedule.geometric(10, 0.01, levels)
     sampler = AnnealedLangevinSampler(world, schedule, steps_per_level=steps, exact_noise=exact_noise)
-    n = 4000
+    n = 2000
     x = run(sampler, n, shape=(3,), generator=rng)
     deviations = world.covariance.diag().sqrt()
     assert ((x.mean(0) - world.mean).abs() < 6 * deviations / math.sqrt(n)).all()
@@ -107,14 +97,14 @@ def test_reaches_mean_and_covariance(world, levels, steps, exact_noise, rng):
     )
     error = (along - expected.diag()).abs()
     assert (error < 5 * math.sqrt(2 / n) * expected.sqrt()[:, None] * expected.sqrt()).all()
-    if levels == 400:  # and with enough steps the bias is small: four percent
+    if steps == 20:  # and with enough steps the bias is small: four percent
         torch.testing.assert_close(expected, world.values, rtol=0.04, atol=0)
 
 
 def test_reaches_the_weights_of_the_modes(mixture, rng):
-    schedule = NoiseSchedule.geometric(10, 0.02, 200)
-    n = 3000
-    x = run(AnnealedLangevinSampler(mixture, schedule, steps_per_level=20), n, shape=(2,), generator=rng)
+    schedule = NoiseSchedule.geometric(10, 0.02, 150)
+    n = 2000
+    x = run(AnnealedLangevinSampler(mixture, schedule, steps_per_level=12), n, shape=(2,), generator=rng)
     upper = x.sum(1) > 0
     # Five standard errors, and 0.01 for the bias of 4,000 steps.
     assert abs(upper.float().mean() - 0.8) < 5 * math.sqrt(0.16 / n) + 0.01
@@ -279,7 +269,7 @@ def test_a_batch_equals_its_parts_with_the_same_noise(rng):
     net = ScoreNet.ncsn(1, 8, width=4, schedule=SHORT)
     init = torch.randn(3, 1, 8, 8, generator=rng)
     noises = [torch.randn(3, 1, 8, 8, generator=rng) for _ in range(12)]
-    sampler = AnnealedLangevinSampler(net, steps_per_level=1)
+    sampler = AnnealedLangevinSampler(net, SHORT, steps_per_level=1, exact_noise=True)
     together = iter(noises)
     whole = run(sampler, init=init, noise=lambda x: next(together))
     for i in range(3):
@@ -307,7 +297,8 @@ class Recorder(nn.Module):
 
 def test_a_network_of_images_starts_around_one_half_and_ends_in_its_range(rng):
     net = ScoreNet(Recorder(), NoiseSchedule.geometric(2, 0.01, 40), sample_shape=(1, 20, 20))
-    first, _ = next(AnnealedLangevinSampler(net, step_size=1e-9).iterate(20, generator=rng, progress=False))
+    still = AnnealedLangevinSampler(net, steps_per_level=2, step_size=1e-9)
+    first, _ = next(still.iterate(20, generator=rng, progress=False))
     assert abs(first.mean() - 0.5) < 5 * 2 / math.sqrt(8000)
     assert first.std() == pytest.approx(2, rel=0.05)
     images = run(AnnealedLangevinSampler(net), 3, generator=rng)
@@ -361,35 +352,25 @@ def test_points_and_signals(rng):
 
 def test_the_networks_recommendation_counts_with_its_own_ladder_only():
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
-    derived = AnnealedLangevinSampler(net)
-    assert derived.schedule == net.schedule and derived.exact_noise
-    net.sampler_settings = {"levels": 20, "steps_per_level": 2, "step_size": 0.003, "exact_noise": False}
+    net.sampler_settings = SamplerSettings(levels=20, steps_per_level=2, step_size=0.003, exact_noise=False)
     sampler = AnnealedLangevinSampler(net)
     assert sampler.schedule == net.schedule.respaced(20)
     assert (sampler.steps_per_level, sampler.step_size, sampler.exact_noise) == (2, 0.003, False)
     assert AnnealedLangevinSampler(net, net.schedule.respaced(20)).step_size == 0.003
     assert AnnealedLangevinSampler(net, steps_per_level=7).steps_per_level == 7
-    other = AnnealedLangevinSampler(net, net.schedule)
-    assert (other.steps_per_level, other.step_size) == (derived.steps_per_level, derived.step_size)
+    other = AnnealedLangevinSampler(net, net.schedule)  # its kind is kept
+    assert (other.steps_per_level, other.exact_noise) == (2, False)
+    assert other.step_size == net.schedule.suggest_step_size(2)
 
 
 def test_a_recommended_ladder_has_no_wide_gaps():
     """Fifty of a DDPM's levels, by their number, would end with two that are eight times apart."""
     schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
     net = ScoreNet.unet(1, 8, widths=(4,), schedule=schedule, precondition="ddpm")
-    net.sampler_settings = {"levels": 50, "consistent": True}
+    net.sampler_settings = SamplerSettings(levels=50, consistent=True)
     sampler = AnnealedLangevinSampler(net)
     assert sampler.schedule == NoiseSchedule.geometric(schedule.sigma_max, schedule.sigma_min, 50)
     assert AnnealedLangevinSampler(net, net.schedule, consistent=True).schedule == schedule
-
-
-def test_a_recommendation_with_a_word_that_is_none():
-    net = ScoreNet.ncsnv2(1, 8, width=2)
-    net.sampler_settings = {"level": 3}
-    with pytest.raises(
-        ValueError, match="knows consistent, exact_noise, levels, step_size, steps_per_level, got level"
-    ):
-        AnnealedLangevinSampler(net)
 
 
 @pytest.mark.parametrize("levels", [2, 5, 10, 50, 232, 1086])
@@ -434,7 +415,7 @@ def test_the_bar_can_be_turned_off(capsys):
         ({"steps_per_level": 2.5}, ValueError, "an integer of at least 1, got 2.5"),
         ({"precision": "half"}, ValueError, '"auto" or "float32", got'),
         ({"schedule": [1.0, 0.1]}, TypeError, r"got list. Write NoiseSchedule\(sigmas\)"),
-        ({"schedule": None}, ValueError, "no ladder of its own: pass a schedule"),
+        ({"schedule": None}, ValueError, "no noise levels of its own: pass a schedule"),
         ({"net": 3}, TypeError, r"called as net\(x, sigma\), got int"),
     ],
 )
@@ -448,12 +429,15 @@ def test_bad_settings(arguments, error, message):
     [
         ({}, ValueError, "pass shape="),
         ({"n": 2.5, "shape": (1,)}, TypeError, "n must be an integer, got 2.5"),
-        ({"n": 2, "shape": (1,), "generator": 7}, TypeError, r"torch.Generator, got 7. Write torch.Generator\(\)"),
+        ({"n": 2, "shape": (1,), "generator": "7"}, TypeError, r"or a seed, got '7'. Write torch.Generator\(\)"),
+        ({"n": 2, "shape": (1,), "generator": [0, 0.5]}, TypeError, "or a seed, got 0.5"),
+        ({"shape": (1,), "condition": "a"}, TypeError, r"must be a tensor \(n, ...\) or an int, got str"),
+        ({"init": [0.0]}, TypeError, r"init must be a tensor \(n, ...\), got list"),
         ({"n": 0, "shape": (1,)}, ValueError, "n must be at least 1, got 0"),
         ({"n": 2, "init": torch.zeros(3, 1)}, ValueError, "n has 2, init has 3"),
         ({"condition": torch.zeros(2), "init": torch.zeros(3, 1)}, ValueError, "init has 3, condition has 2"),
         ({"n": 2, "shape": (1,), "generator": [torch.Generator()]}, ValueError, "n has 2, generator has 1"),
-        ({"shape": (2,), "init": torch.zeros(3, 1)}, ValueError, r"is \(2,\), but init's is \(1,\)"),
+        ({"shape": (2,), "init": torch.zeros(3, 1)}, ValueError, r"is \(2,\), but that of init is \(1,\)"),
         ({"init": torch.zeros(3, 1).long()}, TypeError, r"init must be floating point.*Write init.float\(\)"),
         ({"shape": (1,), "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
     ],
@@ -471,13 +455,20 @@ def test_noise_of_another_shape(world):
         run(AnnealedLangevinSampler(world, SHORT), 2, shape=(3,), noise=lambda x: torch.zeros(2, 1))
 
 
-def test_a_chain_that_leaves_the_finite_numbers_stops_and_names_the_level():
+@pytest.mark.parametrize("denoise", [True, False])
+def test_a_state_that_leaves_the_finite_numbers_is_an_error_that_names_the_level(denoise):
     calls = []
 
     def score(x, sigma):
         calls.append(float(sigma))
         return x * math.nan if sigma < 1 else -x
 
-    with pytest.raises(RuntimeError, match=r"at level 5 of 12, sigma 0\.8447"):
-        run(AnnealedLangevinSampler(score, SHORT, steps_per_level=2), 2, shape=(1,))
-    assert len(calls) == 12  # the level is finished, the next not begun
+    sampler = AnnealedLangevinSampler(score, SHORT, steps_per_level=8, denoise=denoise)
+    with pytest.raises(RuntimeError, match=r"NaN or infinite values from level 5 of 12 on, sigma 0\.8447"):
+        run(sampler, 2, shape=(1,))
+    assert 41 <= len(calls) <= 56  # it is looked at every 16 steps
+    calls.clear()
+    states = sampler.iterate(2, shape=(1,), progress=False)
+    with pytest.raises(RuntimeError, match="from level 5 of 12 on"):
+        for _ in states:
+            pass

@@ -1,11 +1,19 @@
+"""ScoreNet: the preconditioning table, every form of its arguments, and what it refuses."""
+
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from scorematch import NoiseSchedule, ScoreNet
-from scorematch.nets import RefineNet
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.nets import Condition, RefineNet
+from scorematch.nets.unet import UNet
+from scorematch.pretrained import cards
+from tests.helpers import run
 
-LADDER = NoiseSchedule.geometric(10, 0.01, 30)
+LEVELS = NoiseSchedule.geometric(10, 0.01, 30)
 
 
 class Backbone(nn.Module):
@@ -53,7 +61,7 @@ def _karras(v, c_noise):
 
 @pytest.mark.parametrize(("row", "function"), [("ncsn", _ncsn), ("ncsnv2", _ncsnv2), ("karras", _karras)])
 def test_exact_backbones_give_the_exact_score(row, function, rng):
-    net = ScoreNet(Backbone(function), LADDER, precondition=row)
+    net = ScoreNet(Backbone(function), LEVELS, precondition=row, sample_shape=(1, 3, 5))
     x = torch.rand(4, 1, 3, 5, generator=rng, dtype=torch.float64)
     sigma = torch.tensor([10.0, 1.0, 0.07, 0.01], dtype=torch.float64)
     torch.testing.assert_close(net(x, sigma), _exact(x, _wide(sigma)), rtol=1e-9, atol=1e-9)
@@ -65,9 +73,9 @@ def test_exact_backbones_give_the_exact_score(row, function, rng):
 def test_karras_without_a_range_leaves_the_units_alone(rng):
     """A backbone of zeros is the exact score of N(0, 1/4) where the data have no range, of N(1/2, 1/16) for images."""
     x = torch.randn(5, 2, generator=rng)
-    points = ScoreNet(Backbone(lambda x, c: 0 * x), LADDER, value_range=None)
+    points = ScoreNet(Backbone(lambda x, c: 0 * x), LEVELS)
     torch.testing.assert_close(points(x, 0.3), -x / (0.25 + 0.09))
-    images = ScoreNet(Backbone(lambda x, c: 0 * x), LADDER)
+    images = ScoreNet(Backbone(lambda x, c: 0 * x), LEVELS, value_range=(0, 1))
     torch.testing.assert_close(images(x, 0.3), -(x - 0.5) / (1 / 16 + 0.09))
 
 
@@ -78,11 +86,49 @@ def test_karras_input_and_target_have_unit_variance(rng):
         seen["x"] = x
         return torch.zeros_like(x)
 
-    net = ScoreNet(Backbone(function, torch.float32), LADDER)
+    net = ScoreNet(Backbone(function, torch.float32), LEVELS, sample_shape=(1, 32, 32))
     clean = 0.5 + 0.25 * torch.randn(64, 1, 32, 32, generator=rng)  # deviation 1/2 in [-1, 1]
     for sigma in (0.01, 0.2, 10.0):
         net(clean + sigma * torch.randn(clean.shape, generator=rng), sigma)
         assert abs(seen["x"].std() - 1) < 0.02
+
+
+# -- The range of the data
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, None),
+        ({"sample_shape": (2,)}, None),
+        ({"sample_shape": (1, 50)}, None),
+        ({"sample_shape": (3, 8, 8)}, (0.0, 1.0)),
+        ({"sample_shape": [3, 8, 8]}, (0.0, 1.0)),
+        ({"sample_shape": (3, 8, 8), "value_range": None}, None),
+        ({"sample_shape": (2,), "value_range": (-1, 2)}, (-1.0, 2.0)),
+        ({"sample_shape": (3, 8, 8), "value_range": (0, 255)}, (0.0, 255.0)),
+    ],
+)
+def test_only_images_have_a_range_by_default(arguments, expected):
+    net = ScoreNet(Backbone(lambda x, c: x), LEVELS, **arguments)
+    assert net.value_range == expected
+    assert net.config["value_range"] == (None if expected is None else list(expected))
+
+
+def test_points_are_not_clamped(rng):
+    """The exact score of a ring of radius 2 with eight points."""
+    angles = torch.arange(8) * math.pi / 4
+    ring = 2 * torch.stack([angles.cos(), angles.sin()], dim=1)
+
+    def sigma_times_score(x, sigma):
+        sigma = sigma[:, None]
+        weights = (-((x[:, None] - ring) ** 2).sum(2) / (2 * sigma**2)).softmax(1)
+        return (weights @ ring - x) / sigma
+
+    backbone = Backbone(sigma_times_score, torch.float32)
+    net = ScoreNet(backbone, LEVELS, precondition="ncsnv2", sample_shape=(2,))
+    x = run(AnnealedLangevinSampler(net, LEVELS, consistent=True), 50, generator=rng)
+    assert ((x.norm(dim=1) - 2).abs() < 0.05).all()
 
 
 # -- sigma in every form
@@ -93,8 +139,10 @@ def test_every_form_of_sigma_is_the_same(family, rng):
     net = getattr(ScoreNet, family)(1, 8, width=4)
     x = torch.rand(3, 1, 8, 8, generator=rng)
     reference = net(x, 0.3)
-    for sigma in (torch.tensor(0.3), torch.full((3,), 0.3), torch.tensor(0.3, dtype=torch.float64)):
+    tensors = (torch.tensor(0.3), torch.full((3,), 0.3), torch.tensor(0.3, dtype=torch.float64))
+    for sigma in (*tensors, np.float32(0.3), [0.3, 0.3, 0.3]):
         torch.testing.assert_close(net(x, sigma), reference)
+    torch.testing.assert_close(net(x, 1), net(x, 1.0))
     mixed = net(x, torch.tensor([0.3, 0.02, 1.0]))
     for i, sigma in [(1, 0.02), (2, 1)]:
         alone = net(x[i : i + 1], sigma)
@@ -110,7 +158,7 @@ def test_ncsn_is_the_published_network_at_its_levels_and_between(published):
         found = net(case["x"], fixture["sigmas"][case["labels"]])
         assert ((found - case["out"]).abs().amax() / case["out"].abs().amax()) <= 2e-5
         x = case["x"][:1]
-        torch.testing.assert_close(net(x, 5.0), net(x, 1.0))  # beyond the ladder: its end
+        torch.testing.assert_close(net(x, 5.0), net(x, 1.0))  # beyond the schedule: its end
         torch.testing.assert_close(net(x, 1e-4), net(x, 0.01))
         between = net(x, (net.schedule[3] * net.schedule[4]) ** 0.5)
         expected = net.backbone(x, torch.tensor([3.5]))
@@ -150,7 +198,7 @@ def test_result_follows_x_and_the_network_computes_in_its_own_dtype(rng):
 
     x = torch.rand(2, 1, 4, 4, generator=rng)
     for inner, noise in [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.half, torch.float32)]:
-        net = ScoreNet(Backbone(function, inner), LADDER)
+        net = ScoreNet(Backbone(function, inner), LEVELS)
         for outer in (torch.float32, torch.float64, torch.bfloat16):
             assert net(x.to(outer), 0.1).dtype == outer
             assert net.denoise(x.to(outer), 0.1).dtype == outer
@@ -164,7 +212,7 @@ def test_a_condition_is_passed_on_only_when_given(rng):
         seen.append(condition)
         return x
 
-    net = ScoreNet(Backbone(function), LADDER)
+    net = ScoreNet(Backbone(function), LEVELS)
     x, label = torch.rand(2, 1, 4, 4, generator=rng), torch.tensor([1, 2])
     net(x, 0.1)
     net(x, 0.1, label)
@@ -179,31 +227,80 @@ def test_a_condition_is_passed_on_only_when_given(rng):
     ("call", "error", "message"),
     [
         (lambda net, x: net((255 * x).long(), 0.1), TypeError, r"floating point.*int64. Write x / 255"),
+        (lambda net, x: net(x.numpy(), 0.1), TypeError, r"must be a tensor .*got ndarray. Write torch.as_tensor\(x\)"),
+        (lambda net, x: net([x, 1], 0.1), TypeError, r"got list. A batch of a data set with labels is \[x, y\]"),
+        (lambda net, x: net((x, 1), 0.1), TypeError, "got tuple. A batch of a data set .*pass its first entry"),
+        (lambda net, x: net(x[:0], 0.1), ValueError, r"at least one sample, got shape \(0, 1, 8, 8\)"),
+        (lambda net, x: net(x[0, 0, 0], 0.1), ValueError, r"must be a batch \(N, ...\) .*got shape \(8,\)"),
         (lambda net, x: net(x, torch.ones(3)), ValueError, r"\(2,\) like the batch, got shape \(3,\)"),
         (lambda net, x: net(x, torch.ones(2, 1)), ValueError, r"got shape \(2, 1\)"),
+        (lambda net, x: net(x, 0.0), ValueError, "sigma must be positive, got 0"),
+        (lambda net, x: net(x, -1), ValueError, "sigma must be positive, got -1"),
+        (lambda net, x: net(x, math.nan), ValueError, "sigma must be positive, got nan"),
+        (lambda net, x: net(x, torch.tensor(0.0)), ValueError, "sigma must be positive, got 0"),
+        (lambda net, x: net(x, torch.tensor([0.5, -0.25])), ValueError, "sigma must be positive, got -0.25"),
+        (lambda net, x: net.denoise(x, 0.0), ValueError, "sigma must be positive, got 0"),
+        (
+            lambda net, x: net(x, torch.tensor(7)),
+            TypeError,
+            r"a standard deviation in the units of x, got torch.int64. For level i of a schedule write schedule\[i\]",
+        ),
+        (lambda net, x: net(x, torch.tensor([7, 3])), TypeError, "sigma is a noise level, .*got torch.int64"),
+        (lambda net, x: net(x, np.int64(7)), TypeError, "sigma is a noise level, .*got torch.int64"),
         (lambda net, x: net(x, 0.1, torch.tensor([1, 2])), TypeError, "takes no condition"),
         (lambda net, x: net(x[:, :, :7], 0.1), ValueError, "multiples of 2"),
     ],
 )
-def test_bad_input_of_the_score(call, error, message, rng):
+@pytest.mark.parametrize("kind", ["network", "inference copy"])
+def test_bad_input_of_the_score(kind, call, error, message, rng):
+    net = ScoreNet.ncsn(1, 8, width=2)
     with pytest.raises(error, match=message):
-        call(ScoreNet.ncsn(1, 8, width=2), torch.rand(2, 1, 8, 8, generator=rng))
+        call(net if kind == "network" else net.inference_copy(), torch.rand(2, 1, 8, 8, generator=rng))
+
+
+def test_values_that_cannot_be_read_are_not_checked(rng):
+    """Those inside torch.func.vmap, and those on another device than the CPU."""
+    net, x = ScoreNet.ncsnv2(1, 8, width=2), torch.rand(3, 1, 8, 8, generator=rng)
+    sigma = torch.tensor([0.3, 0.1, 1.0])
+    found = torch.func.vmap(lambda x, sigma: net(x[None], sigma)[0])(x, sigma)
+    torch.testing.assert_close(found, net(x, sigma), rtol=1e-4, atol=1e-4)
+    score = net.to("meta")(torch.empty(2, 1, 8, 8, device="meta"), torch.zeros(2, device="meta"))
+    assert score.is_meta
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (
+            lambda: ScoreNet(nn.Identity, LEVELS),
+            TypeError,
+            r"got <class .*Identity'>. Pass an instance, YourModule\(\)",
+        ),
+        (lambda: ScoreNet(lambda x, c: x, LEVELS), TypeError, "got <function .*Wrap it in a torch.nn.Module"),
         (lambda: ScoreNet(nn.Identity(), [1.0, 0.1]), TypeError, r"got list. Write NoiseSchedule\(sigmas\)"),
-        (lambda: ScoreNet(nn.Identity(), LADDER, precondition="edm"), ValueError, "one of 'ncsn', .*got 'edm'"),
-        (lambda: ScoreNet(nn.Identity(), LADDER, value_range=(1, 0)), ValueError, "low < high"),
+        (lambda: ScoreNet(nn.Identity(), LEVELS, precondition="edm"), ValueError, "one of 'ncsn', .*got 'edm'"),
+        (lambda: ScoreNet(nn.Identity(), LEVELS, value_range=(1, 0)), ValueError, "low < high"),
+        (lambda: ScoreNet(nn.Identity(), LEVELS, value_range="images"), ValueError, "low < high.*got 'images'"),
+        (lambda: ScoreNet(nn.Identity(), LEVELS, value_range=1), ValueError, "low < high.*got 1"),
+        (lambda: ScoreNet(nn.Identity(), LEVELS, sample_shape=28), TypeError, "must be a tuple such as .* got 28"),
         (lambda: ScoreNet.ncsnv2(1, 8, width=2, precondition="ncsn"), ValueError, '"ncsnv2" or "karras", got'),
         (
-            lambda: ScoreNet(RefineNet(1, 2, levels=10), LADDER, precondition="ncsn"),
+            lambda: ScoreNet(RefineNet(1, 2, levels=10), LEVELS, precondition="ncsn"),
             ValueError,
-            "know 10 noise levels, but the schedule has 30",
+            "rows for 10 noise levels, but the schedule has 30",
         ),
-        (lambda: ScoreNet(RefineNet(1, 2), LADDER, precondition="ncsn"), ValueError, "does not fit this RefineNet"),
-        (lambda: ScoreNet(RefineNet(1, 2, levels=30), LADDER), ValueError, "does not fit this RefineNet"),
+        (lambda: ScoreNet(RefineNet(1, 2), LEVELS, precondition="ncsn"), ValueError, "does not fit this RefineNet"),
+        (lambda: ScoreNet(RefineNet(1, 2, levels=30), LEVELS), ValueError, "does not fit this RefineNet"),
+        (
+            lambda: ScoreNet.unet(1, 8, widths=(4, 4), attention=[True]),
+            ValueError,
+            "attention must have one entry per scale, 2, got 1",
+        ),
+        (
+            lambda: ScoreNet.unet(1, 8, widths=(4, 4), condition_channels=1, classes=3),
+            ValueError,
+            "takes one condition, an image or a class",
+        ),
     ],
 )
 def test_parts_that_do_not_fit(call, error, message):
@@ -211,12 +308,158 @@ def test_parts_that_do_not_fit(call, error, message):
         call()
 
 
+# -- The shape of the output
+
+
+def _narrow(x, c_noise, *condition):
+    return x[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_narrow, r"returned shape \(2, 1, 8, 8\) for x of shape \(2, 3, 8, 8\)"),
+        (lambda x, c: x[..., :1], r"returned shape \(2, 3, 8, 1\) for x of shape \(2, 3, 8, 8\)"),
+        (lambda x, c: x.mean(), r"returned shape \(\) for x of shape \(2, 3, 8, 8\)"),
+        (lambda x, c: torch.cat([x, x]), r"returned shape \(4, 3, 8, 8\) for x of shape \(2, 3, 8, 8\)"),
+        (
+            lambda x, c: torch.cat([x, x], dim=1),
+            r"returned shape \(2, 6, 8, 8\) for x of shape \(2, 3, 8, 8\). Pass predicts_variance=True",
+        ),
+    ],
+)
+def test_an_output_of_another_shape_is_never_broadcast(function, message, rng):
+    net = ScoreNet(Backbone(function, torch.float32), LEVELS, sample_shape=(3, 8, 8))
+    with pytest.raises(ValueError, match=message):
+        net(torch.rand(2, 3, 8, 8, generator=rng), 0.1)
+    with pytest.raises(ValueError, match=message):
+        run(AnnealedLangevinSampler(net, NoiseSchedule([1.0, 0.1])), 2)
+
+
+def test_an_output_that_is_no_tensor_is_refused(rng):
+    net = ScoreNet(Backbone(lambda x, c: (x,)), LEVELS)
+    with pytest.raises(TypeError, match=r"tensor of the shape of x, got tuple.*ScoreNet.from_diffusers\(unet, sched"):
+        net(torch.rand(2, 3, 8, 8, generator=rng), 0.1)
+
+
+def test_a_variance_is_left_out_where_the_network_predicts_one(rng):
+    x = torch.rand(2, 3, 8, 8, generator=rng)
+    plain = ScoreNet(Backbone(lambda x, c: x.sin()), LEVELS)
+    net = ScoreNet(Backbone(lambda x, c: torch.cat([x.sin(), x.exp()], dim=1)), LEVELS, predicts_variance=True)
+    assert torch.equal(net(x, 0.1), plain(x, 0.1))
+    assert net.config["predicts_variance"] and not plain.config["predicts_variance"]
+    wrong = ScoreNet(Backbone(lambda x, c: x), LEVELS, predicts_variance=True)
+    with pytest.raises(
+        ValueError, match=r"\(2, 3, 8, 8\) for x of .*predicts_variance=True it must return twice the ch"
+    ):
+        wrong(x, 0.1)
+
+
+# -- Loading
+
+
+@pytest.mark.parametrize("name", [card.name for card in cards.CARDS if card.repository is None])
+def test_loading_draws_nothing_from_the_global_generator(name):
+    before = torch.get_rng_state()
+    ScoreNet.from_pretrained(name)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- What the network takes as its condition
+
+
+def _unet(channels, outputs, **options):
+    kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return UNet(channels, outputs, block_out_channels=(4,), norm_num_groups=2, add_attention=False, **kinds, **options)
+
+
+@pytest.mark.parametrize("sample_shape", [None, (3, 8, 8)])
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: (RefineNet(3, 2), {"precondition": "ncsnv2"}), Condition()),
+        (lambda: (RefineNet(3, 2, levels=30), {"precondition": "ncsn"}), Condition()),
+        (lambda: (_unet(3, 3), {}), Condition()),
+        (lambda: (_unet(4, 3), {}), Condition(channels=1)),
+        (lambda: (_unet(3, 3, num_class_embeds=10), {}), Condition(classes=10)),
+        (lambda: (_unet(3, 6), {"predicts_variance": True}), Condition()),
+        (lambda: (_unet(5, 6), {"predicts_variance": True}), Condition(channels=2)),
+        (lambda: (nn.Identity(), {}), None),
+    ],
+)
+def test_the_condition_of_a_network_is_known_without_a_sample_shape(make, expected, sample_shape):
+    backbone, arguments = make()
+    net = ScoreNet(backbone, LEVELS, sample_shape=sample_shape, **arguments)
+    assert net.conditioning == expected
+    if expected is not None:
+        assert net.inference_copy().conditioning == expected
+
+
+# -- Classes as a condition
+
+
+def _of_classes(classes=10):
+    torch.manual_seed(0)
+    net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, classes=classes, schedule=LEVELS)
+    for parameter in net.parameters():  # the zeros of the beginning would hide what the network sees
+        nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+@pytest.mark.parametrize("kind", ["network", "inference copy"])
+@torch.no_grad()
+def test_an_int_is_the_class_of_all_samples(kind, rng):
+    net, x = _of_classes(), torch.rand(3, 1, 8, 8, generator=rng)
+    net = net if kind == "network" else net.inference_copy()
+    assert torch.equal(net(x, 0.2, 7), net(x, 0.2, torch.tensor([7, 7, 7])))
+    assert torch.equal(net.denoise(x, 0.2, condition=7), net.denoise(x, 0.2, condition=torch.tensor([7, 7, 7])))
+    assert torch.equal(net(x, 0.2, torch.tensor([1, 2, 3]).int()), net(x, 0.2, torch.tensor([1, 2, 3])))
+    assert not torch.equal(net(x, 0.2, 7), net(x, 0.2, 6))
+    seen = []
+    own = ScoreNet(Backbone(lambda x, c, condition: (seen.append(condition), x)[1]), LEVELS)
+    own(x, 0.2, 7)
+    assert seen[0].dtype == torch.int64 and seen[0].tolist() == [7, 7, 7]
+
+
+def test_classes_inside_vmap_are_not_checked(rng):
+    net = ScoreNet(_unet(1, 1, num_class_embeds=10), LEVELS, sample_shape=(1, 8, 8))
+    x, classes = torch.rand(3, 1, 8, 8, generator=rng), torch.tensor([1, 5, 9])
+    found = torch.func.vmap(lambda x, label: net(x[None], 0.2, label[None])[0])(x, classes)
+    torch.testing.assert_close(found, net(x, 0.2, classes), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("condition", "error", "message"),
+    [
+        (None, ValueError, r"takes classes as its condition, int64 \(N,\) from 0 to 9: pass condition="),
+        (10, ValueError, "from 0 to 9, got class 10"),
+        (-1, ValueError, "from 0 to 9, got class -1"),
+        (torch.tensor([0, 10]), ValueError, "from 0 to 9, got class 10"),
+        (torch.tensor([-1, 9]), ValueError, "from 0 to 9, got class -1"),
+        (torch.tensor([1.0, 2.0]), TypeError, r"got torch.float32 of shape \(2,\). Write condition.long\(\)"),
+        (torch.tensor([True, False]), TypeError, r"got torch.bool of shape \(2,\). Write condition.long\(\)"),
+        (torch.zeros(2, 1, 8, 8), TypeError, r"takes classes .*, got torch.float32 of shape \(2, 1, 8, 8\).$"),
+        (torch.tensor([1, 2, 3]), ValueError, r"one entry for each of 2 samples, got shape \(3,\)"),
+        (torch.tensor(1), ValueError, r"one entry for each of 2 samples, got shape \(\)"),
+        (torch.tensor([[1], [2]]), ValueError, r"classes must have shape \(2,\) like the batch, got \(2, 1\)"),
+        ("a", TypeError, "or an int for one class, got str"),
+        (True, TypeError, "or an int for one class, got bool"),
+        ([1, 2], TypeError, "or an int for one class, got list"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["network", "inference copy"])
+def test_classes_that_do_not_fit(kind, condition, error, message, rng):
+    net = _of_classes()
+    with pytest.raises(error, match=message):
+        (net if kind == "network" else net.inference_copy())(torch.rand(2, 1, 8, 8, generator=rng), 0.1, condition)
+
+
 # -- An image as a condition
 
 
 def _conditional():
     torch.manual_seed(0)
-    net = ScoreNet.unet(3, 8, widths=(4, 8), layers_per_block=1, condition_channels=1, schedule=LADDER)
+    net = ScoreNet.unet(3, 8, widths=(4, 8), layers_per_block=1, condition_channels=1, schedule=LEVELS)
     for parameter in net.parameters():  # the zeros of the beginning would hide what the network sees
         nn.init.normal_(parameter, std=0.3)
     return net
@@ -231,13 +474,13 @@ def test_an_image_condition_is_seen_in_the_units_of_the_row(rng):
         return x
 
     x, image = torch.rand(2, 1, 4, 4, generator=rng), torch.rand(2, 2, 4, 4, generator=rng)
-    ScoreNet(Backbone(function), LADDER)(x, 0.1, image)
-    ScoreNet(Backbone(function), LADDER, value_range=(0, 2))(x, 3.0, image)
-    ScoreNet(Backbone(function), LADDER, value_range=None)(x, 0.1, image)
-    ScoreNet(Backbone(function), LADDER, precondition="ncsnv2")(x, 0.1, image)
+    ScoreNet(Backbone(function), LEVELS, sample_shape=(1, 4, 4))(x, 0.1, image)
+    ScoreNet(Backbone(function), LEVELS, value_range=(0, 2))(x, 3.0, image)
+    ScoreNet(Backbone(function), LEVELS)(x, 0.1, image)
+    ScoreNet(Backbone(function), LEVELS, precondition="ncsnv2", value_range=(0, 1))(x, 0.1, image)
     for found, expected in zip(seen, [2 * image - 1, image - 1, image, image], strict=True):
         torch.testing.assert_close(found, expected, check_dtype=False)
-    ScoreNet(Backbone(function, torch.float32), LADDER)(x.double(), 0.1, image.double())
+    ScoreNet(Backbone(function, torch.float32), LEVELS)(x.double(), 0.1, image.double())
     assert seen[-1].dtype == torch.float32
 
 
@@ -253,19 +496,44 @@ def test_the_condition_of_an_image_is_its_own(rng):
 @pytest.mark.parametrize(
     ("net", "condition", "error", "message"),
     [
-        (_conditional, None, ValueError, r"4 channels, and x has 3: .*Pass condition=, float \(N, 1, H, W\)"),
-        (_conditional, torch.zeros(2, 3, 8, 8), ValueError, r"of shape \(2, 1, 8, 8\), got \(2, 3, 8, 8\)"),
-        (_conditional, torch.zeros(1, 1, 8, 8), ValueError, r"x's batch and size, .*got \(1, 1, 8, 8\)"),
+        (_conditional, None, ValueError, r"an image as its condition, float \(N, 1, H, W\): pass condition="),
+        (_conditional, 7, TypeError, r"an image as its condition, float \(N, 1, H, W\), got 7"),
+        (_conditional, torch.tensor([1, 2]), TypeError, r"float \(N, 1, H, W\), got torch.int64 of shape \(2,\)"),
+        (
+            _conditional,
+            torch.zeros(2, 3, 8, 8),
+            ValueError,
+            r"takes 4 channels in all, .*x of shape \(2, 3, 8, 8\) and a condition of shape \(2, 3, 8, 8\)",
+        ),
+        (_conditional, torch.zeros(2), ValueError, r"takes 4 channels in all, .*a condition of shape \(2,\)"),
+        (
+            _conditional,
+            torch.zeros(1, 1, 8, 8),
+            ValueError,
+            r"one entry for each of 2 samples, got shape \(1, 1, 8, 8\)",
+        ),
         (_conditional, torch.zeros(2, 1, 4, 8), ValueError, r"x's batch and size, .*got \(2, 1, 4, 8\)"),
         (
             lambda: ScoreNet.unet(3, 8, widths=(4, 8)),
             torch.zeros(2, 1, 8, 8),
-            ValueError,
-            "takes no image as its condition.*Build it with condition_channels=",
+            TypeError,
+            r"takes no condition. ScoreNet.unet\(classes=...\) and ScoreNet.unet\(condition_channels=...\) build",
         ),
+        (lambda: ScoreNet.unet(3, 8, widths=(4, 8)), 7, TypeError, "takes no condition"),
+        (lambda: ScoreNet.unet(3, 8, widths=(4, 8)), "a", TypeError, "condition must be a tensor, .*got str"),
         (lambda: ScoreNet.ncsnv2(3, 8, width=2), torch.zeros(2, 1, 8, 8), TypeError, "takes no condition"),
+        (lambda: ScoreNet(Backbone(_narrow), LEVELS), "a", TypeError, "condition must be a tensor, .*got str"),
     ],
 )
 def test_conditions_that_do_not_fit(net, condition, error, message, rng):
     with pytest.raises(error, match=message):
         net()(torch.rand(2, 3, 8, 8, generator=rng), 0.1, condition)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 8, 8, 3)])
+def test_a_wrong_number_of_channels_is_called_that(shape, rng):
+    """Without a word about conditions that the network does not take."""
+    for net in (ScoreNet.unet(3, 8, widths=(4, 8)), ScoreNet.ncsn(3, 8, width=2)):
+        with pytest.raises(ValueError, match=r"\(N, 3, H, W\)|3 channels in all") as caught:
+            net(torch.rand(shape, generator=rng), 0.1)
+        assert str(shape) in str(caught.value)

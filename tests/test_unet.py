@@ -1,11 +1,16 @@
-"""The U-Net against diffusers' own, with the same random weights."""
+"""The U-Net against that of diffusers with the same random weights, and what diffusers cannot tell."""
 
+import copy
 import warnings
 
 import pytest
 import torch
+from torch import nn
 
-from scorematch.nets.unet import UNet
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.nets.unet import Attention, UNet
+from scorematch.pretrained import fill
+from tests.helpers import run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -126,7 +131,7 @@ def _difference(config, size, batch=2):
 @pytest.mark.parametrize("block", PAIRS)
 def test_every_kind_of_block_is_diffusers(block, option):
     config = {
-        "sample_size": 16,
+        "sample_size": 8,
         "block_out_channels": (32, 64),
         "norm_num_groups": 8,
         "layers_per_block": 2,
@@ -134,7 +139,7 @@ def test_every_kind_of_block_is_diffusers(block, option):
         "up_block_types": (PAIRS[block], PAIRS[block]),
         **OPTIONS[option],
     }
-    assert _difference(config, 16) < 1e-5
+    assert _difference(config, 8) < 1e-5
 
 
 def test_mixed_kinds_of_blocks_are_diffusers():
@@ -158,10 +163,88 @@ def test_published_configurations(name):
     assert {key: tuple(p.shape) for key, p in ours.state_dict().items()} == shapes
 
 
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])  # of the published widths
 @pytest.mark.parametrize("name", ["google/ddpm-cifar10-32", "google/ncsnpp-celebahq-256"])
-def test_published_networks_are_diffusers(name):
+def test_published_networks_are_diffusers(name, share):
     _, config = PUBLISHED[name]
+    config = {**config, "block_out_channels": [width // share for width in config["block_out_channels"]]}
     assert _difference(config, 64 if "256" in name else 32, batch=1) < 1e-5
+
+
+@pytest.mark.parametrize("beside", [0, 2])
+@torch.no_grad()
+def test_ncsnpp_of_gray_images_is_diffusers(beside, rng):
+    """diffusers' Skip blocks take RGB: its network on gray images is one of one channel, with the weights summed up."""
+    blocks = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
+    config = {**_NCSNPP, **blocks, "block_out_channels": (8, 16), "layers_per_block": 1, "add_attention": False}
+    theirs, full = _pair(config)
+    ours = UNet(1 + beside, 1, **config).eval()
+    weights = full.state_dict()
+    for name, tensor in weights.items():
+        reads = name == "conv_in.weight" or (name.startswith("down") and name.endswith("skip_conv.weight"))
+        if reads and not beside:
+            weights[name] = tensor.sum(1, keepdim=True)
+        if name.startswith("conv_out") or (name.startswith("up") and "skip_conv" in name):
+            weights[name] = tensor[:1]
+    ours.load_state_dict(weights)
+    x, condition = torch.randn(2, 1, 8, 8, generator=rng), torch.randn(2, beside, 8, 8, generator=rng)
+    t = torch.tensor([0.37, 41.5])
+    rgb = torch.cat([x, condition], dim=1) if beside else x.expand(-1, 3, -1, -1)
+    expected = theirs(rgb, t).sample[:, :1] * t.view(-1, 1, 1, 1)
+    found = ours(x, t.log(), condition if beside else None)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+# -- The filter of NCSN++
+
+
+def _ncsnpp(channels=3, **options):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
+    config = {**_NCSNPP, **blocks, "block_out_channels": (8, 8), "layers_per_block": 1, "add_attention": False}
+    return UNet(channels, channels, **{**config, **options}).eval()
+
+
+@torch.no_grad()
+def test_the_filter_is_no_weight_and_goes_where_the_network_goes(rng):
+    net, x, c_noise = _ncsnpp(), torch.rand(2, 3, 8, 8, generator=rng), torch.tensor([0.3, 1.0])
+    assert not [name for name in net.state_dict() if "kernel" in name]
+    kernels = {name: kernel for name, kernel in net.named_buffers() if name.endswith("kernel")}
+    assert len(kernels) == 2  # of the image and of the features
+    line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    assert all(torch.equal(kernel[0, 0], line.outer(line)) for kernel in kernels.values())
+    expected = net(x, c_noise)
+    assert torch.equal(copy.deepcopy(net)(x, c_noise), expected)
+    torch.testing.assert_close(copy.deepcopy(net).double()(x.double(), c_noise.double()).float(), expected)
+    assert (copy.deepcopy(net).bfloat16()(x.bfloat16(), c_noise) - expected).norm() < 0.05 * expected.norm()
+    moved = copy.deepcopy(net).to("meta")
+    assert moved(x.to("meta"), c_noise.to("meta")).is_meta
+    with torch.device("meta"):
+        empty = _ncsnpp().eval()
+    assert all(kernel.is_meta for kernel in empty.buffers())
+    fill(empty, net.state_dict(), "the test")
+    assert torch.equal(empty(x, c_noise), expected)
+
+
+# -- Attention
+
+
+@pytest.mark.parametrize(("head_width", "folds"), [(8, True), (4, False), (6, False)])
+@torch.no_grad()
+def test_folded_attention_is_attention(head_width, folds, rng):
+    """One head as wide as the features has two projections then; others stay as they are."""
+    attention = Attention(8, head_width=head_width, groups=2, eps=1e-5)
+    for parameter in attention.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=rng))
+    folded = copy.deepcopy(attention)
+    folded.fold()
+    linear = [module for module in folded.modules() if isinstance(module, nn.Linear)]
+    assert len(linear) == (2 if folds else 4)
+    x = torch.randn(3, 8, 4, 5, generator=rng)
+    torch.testing.assert_close(folded(x), attention(x), rtol=1e-4, atol=1e-4)
+
+
+# -- Gradients, conditions and precisions
 
 
 def test_gradient_reaches_every_parameter(rng):
@@ -217,17 +300,20 @@ def test_other_precisions(dtype, rng):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"down_block_types": ("CrossAttnDownBlock2D",)}, "down block 'CrossAttnDownBlock2D' is not here; known are"),
-        ({"up_block_types": ("KUpBlock2D",)}, "up block 'KUpBlock2D' is not here; known are 'UpBlock2D'"),
+        (
+            {"down_block_types": ("CrossAttnDownBlock2D",)},
+            "down block 'CrossAttnDownBlock2D' is not supported; known are",
+        ),
+        ({"up_block_types": ("KUpBlock2D",)}, "up block 'KUpBlock2D' is not supported; known are 'UpBlock2D'"),
         ({"up_block_types": ()}, "one entry per scale, got 1, 1 and 0"),
-        ({"time_embedding_type": "learned"}, "time_embedding_type 'learned' is not here"),
-        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift 'spatial' is not here"),
-        ({"downsample_type": "fir"}, "downsample_type 'fir' is not here"),
-        ({"upsample_type": "fir"}, "upsample_type 'fir' is not here"),
-        ({"act_fn": "tanh"}, "act_fn 'tanh' is not here"),
+        ({"time_embedding_type": "learned"}, "time_embedding_type 'learned' is not supported"),
+        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift 'spatial' is not supported"),
+        ({"downsample_type": "fir"}, "downsample_type 'fir' is not supported"),
+        ({"upsample_type": "fir"}, "upsample_type 'fir' is not supported"),
+        ({"act_fn": "tanh"}, "act_fn 'tanh' is not supported"),
     ],
 )
-def test_configurations_that_are_none(changes, message):
+def test_configurations_of_no_network(changes, message):
     config = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     with pytest.raises(ValueError, match=message):
         UNet(**{**config, "norm_num_groups": 4, **changes})
@@ -248,25 +334,47 @@ def _small(**changes):
 @pytest.mark.parametrize(
     ("net", "shape", "condition", "message"),
     [
+        (_small, (1, 5, 8, 8), None, r"takes 3 channels in all, .* got x of shape \(1, 5, 8, 8\).$"),
+        (_small, (1, 1, 8, 8), None, r"takes 3 channels in all, .* got x of shape \(1, 1, 8, 8\).$"),
         (
             _small,
-            (1, 5, 8, 8),
+            (1, 8, 9, 3),
             None,
-            r"shape \(N, 3, H, W\), an image condition's channels included, got \(1, 5, 8, 8\)",
+            r"takes 3 channels in all, those of x \(N, C, H, W\) .*got x of shape \(1, 8, 9, 3\)",
         ),
-        (_small, (1, 1, 8, 8), None, r"3 channels, and x has 1: .* Pass condition=, float \(N, 2, H, W\)"),
-        (_small, (1, 1, 8, 8), torch.zeros(1, 3, 8, 8), r"of shape \(1, 2, 8, 8\), got \(1, 3, 8, 8\)"),
+        (_small, (3, 8, 8), None, r"must be images \(N, 3, H, W\), got shape \(3, 8, 8\)"),
+        (_small, (1, 1, 8, 8), torch.zeros(1, 3, 8, 8), r"3 channels in all.* a condition of shape \(1, 3, 8, 8\)"),
         (_small, (2, 1, 8, 8), torch.zeros(1, 2, 8, 8), r"of shape \(2, 2, 8, 8\), got \(1, 2, 8, 8\)"),
         (_small, (1, 1, 8, 8), torch.zeros(1, 2, 4, 8), r"of shape \(1, 2, 8, 8\), got \(1, 2, 4, 8\)"),
-        (_small, (1, 1, 8, 8), torch.zeros(2), r"of shape \(1, 2, 8, 8\), got \(2,\)"),
-        (_small, (1, 1, 8, 8), torch.tensor([1]), r"wants an image as its condition\. Pass condition="),
+        (_small, (1, 1, 8, 8), torch.zeros(2), r"3 channels in all, .* and a condition of shape \(2,\)"),
+        (_small, (1, 1, 8, 8), torch.tensor([1]), r"3 channels in all, .* an image condition"),
         (_small, (1, 3, 8, 9), None, "multiples of 2, got 8x9"),
         (_small, (1, 3, 8, 8), torch.tensor([1]), "takes no classes"),
-        (lambda: _small(num_class_embeds=4), (1, 3, 8, 8), None, "conditioned on classes: pass condition="),
-        (lambda: _small(num_class_embeds=4), (1, 3, 8, 8), torch.tensor([1, 2]), r"shape \(1,\), got \(2,\)"),
+        (lambda: _small(num_class_embeds=4), (1, 3, 8, 8), None, "takes classes as its condition: pass condition="),
+        (
+            lambda: _small(num_class_embeds=4),
+            (1, 3, 8, 8),
+            torch.tensor([1, 2]),
+            r"shape \(1,\) like the batch, got \(2,\)",
+        ),
         (_small, (1, 3, 8, 8), torch.zeros(1, 2, 8, 8), "takes no image as its condition"),
     ],
 )
 def test_bad_input(net, shape, condition, message):
     with pytest.raises(ValueError, match=message):
         net()(torch.zeros(shape), torch.zeros(shape[0]), condition)
+
+
+def test_a_network_of_diffusers_is_not_a_backbone(rng):
+    """Its output is not a tensor; the error names what to use instead, also through a sampler."""
+    config = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    net = ScoreNet(
+        UNet2DModel(sample_size=8, norm_num_groups=4, add_attention=False, **config),
+        NoiseSchedule([1.0, 0.1]),
+        sample_shape=(3, 8, 8),
+    )
+    message = r"got UNet2DOutput. For a UNet2DModel of diffusers use ScoreNet.from_diffusers\(unet, scheduler\)"
+    with pytest.raises(TypeError, match=message):
+        net(torch.rand(2, 3, 8, 8, generator=rng), 0.1)
+    with pytest.raises(TypeError, match=message):
+        run(AnnealedLangevinSampler(net), 2)

@@ -1,12 +1,12 @@
-r"""What was seen of an image: operators, and observations made with them.
+r"""Operators, which describe a degradation, and observations, which are what was measured.
 
-An operator A is what happens to an image, :math:`y = A x`; an observation is what was seen of it,
-:math:`y = A x_0 + \sigma_y n`. The same operator constrains a sampler (``sampler.sample(observation=...)``) and makes a
-conditional network's input (``scorematch.palette``).
+An operator A degrades an image, :math:`y = A x`. An observation is what was measured of an image,
+:math:`y = A x_0 + \sigma_y n` with n standard normal. The same operator constrains a sampler
+(``sampler.sample(observation=...)``) and makes the input of a conditional network (``scorematch.palette``).
 
-Masks, croppings, BT.601 luma and average pooling have a gain: :math:`A A^\top = c I` on what they see. Such an operator
-needs no singular value decomposition. :math:`A^\top / c`, which is ``lift``, is its pseudo-inverse, and
-:math:`P = A^\top A / c`, ``lift`` of ``measure``, projects on what was seen:
+Masks, crops, BT.601 luma and average pooling have a gain c: :math:`A A^\top = c I` on the observed values. Such an
+operator needs no singular value decomposition. Its pseudo-inverse is :math:`A^\top / c`, which is ``lift``, and
+:math:`P = A^\top A / c`, ``lift`` of ``measure``, projects onto what was observed:
 
 =================  ==========================  ====================
 operator           c                           y of x (N, C, H, W)
@@ -16,8 +16,11 @@ Uncrop             1                           smaller
 Grayscale          0.446966                    (N, 1, H, W)
 AveragePool(k)     1 / k^2                     (N, C, H/k, W/k)
 JPEG(quality)      none, it is not linear      (N, C, H, W)
-``A @ B``          the product, where it has   A of B of x
+``A @ B``          the product, if it has one  A of B of x
 =================  ==========================  ====================
+
+A new operator is a subclass of ``Operator`` with ``measure``; with ``lift`` and ``gain`` if it is linear and has a
+gain, and with ``carry_mask`` if it can follow a mask. ``OPERATORS`` lists those of the package.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, App. B.
@@ -27,6 +30,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from abc import ABC, abstractmethod
@@ -40,11 +44,11 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class Operator(ABC):
-    """What happens to an image. The operators are deterministic, and keep images apart: y[i] depends on x[i] only.
+    """A degradation of images. It is deterministic, and y[i] depends on x[i] only.
 
     Attributes:
-        gain: the c of A A^T = c I on what is seen, for a linear operator that has one; else None.
-        seen: which values of y the operator sees, bool and broadcastable to y; None is all of them.
+        gain: the c of A A^T = c I on the observed values, for a linear operator that has one; None otherwise.
+        seen: which values of y are observed, bool and broadcastable to y; None is all of them.
     """
 
     gain: float | None = None
@@ -52,35 +56,49 @@ class Operator(ABC):
 
     @abstractmethod
     def measure(self, x: Tensor) -> Tensor:
-        """A x, of images (N, C, H, W). Ranges are not checked."""
+        """The measurement y = A x of images (N, C, H, W). Value ranges are not checked."""
 
     def lift(self, y: Tensor) -> Tensor:
-        """An image of y: A^T y / c for an operator with a gain, y itself for one that gives images."""
+        """An image made of y: A^T y / c for an operator with a gain; y itself for one whose measurement is an image."""
         return y
+
+    def as_image(self, y: Tensor) -> Tensor:
+        """The measurement as an image to look at: its lift, except that luma becomes a gray RGB image."""
+        return self.lift(y)
+
+    def carry_mask(self, seen: Tensor) -> Tensor | None:
+        """The mask of y that belongs to a mask of x: M' with A M x = M' A x, where M multiplies by ``seen``.
+
+        It decides whether ``A @ Mask(seen)`` has a gain.
+
+        Args:
+            seen: bool, broadcastable to x, True where x is observed.
+
+        Returns:
+            The mask, bool and broadcastable to y; None if a value of y depends both on values that are observed and on
+            values that are not.
+        """
+        return None
 
     def __matmul__(self, inner: Operator) -> Operator:
         """``(A @ B).measure(x)`` is ``A.measure(B.measure(x))``."""
         return _Composition(self, inner) if isinstance(inner, Operator) else NotImplemented
 
     def to(self, device: torch.device | str) -> Operator:
-        """The same operator with what it holds on a device."""
+        """The same operator with its tensors on a device."""
         return self
 
     def rows(self, rows: slice) -> Operator:
-        """The operator of these images of a batch, where each has its own."""
+        """The operator for these images of a batch."""
         return self
 
     def __len__(self) -> int:
-        """For how many images it holds something of their own; 1 is for any number."""
+        """The number of images that the operator is for; 1 if it is for any number."""
         return 1
-
-    def _carry(self, seen: Tensor) -> Tensor | None:
-        """The mask M' of y for which A M x = M' A x, ``seen`` being M; None if there is none."""
-        return None
 
 
 class Mask(Operator):
-    """Some values are seen, and the others are zeros.
+    """Some values are observed, and the others are replaced by zero.
 
     Args:
         seen: bool, True where the image is observed, broadcastable to (N, C, H, W).
@@ -100,7 +118,7 @@ class Mask(Operator):
         if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
             kind = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
             raise TypeError(
-                f"a mask must be a bool tensor, True where the image is seen, got {kind}. Write mask > 0.5."
+                f"a mask must be a bool tensor, True where the image is observed, got {kind}. Write mask > 0.5."
             )
         self.seen: Tensor = seen.detach().clone()
 
@@ -111,7 +129,7 @@ class Mask(Operator):
         return len(self.seen) if self.seen.ndim == 4 else 1
 
     def measure(self, x: Tensor) -> Tensor:
-        """Zeros where nothing is seen; the shape of x."""
+        """The image with zeros where it is not observed; the shape of x."""
         seen = self.seen.to(x.device)
         try:
             if torch.broadcast_shapes(seen.shape, x.shape) == x.shape:
@@ -121,8 +139,7 @@ class Mask(Operator):
         raise ValueError(f"a mask of shape {tuple(seen.shape)} does not fit images of shape {tuple(x.shape)}.")
 
     def lift(self, y: Tensor) -> Tensor:
-        """What was seen, and zeros where nothing is seen."""
-        # An observation of one image may be seen through a batch of masks.
+        """The observed values, and zeros elsewhere; of a batch of masks and one y, a batch."""
         seen = self.seen.to(y.device)
         try:
             return torch.where(seen, y, 0)
@@ -131,26 +148,27 @@ class Mask(Operator):
                 f"a mask of shape {tuple(seen.shape)} does not fit y of shape {tuple(y.shape)}."
             ) from error
 
+    def carry_mask(self, seen: Tensor) -> Tensor | None:
+        """The same mask."""
+        return seen
+
     def to(self, device: torch.device | str) -> Mask:
-        """The same on a device."""
+        """The same mask on a device."""
         return Mask(self.seen.to(device))
 
     def rows(self, rows: slice) -> Mask:
-        """That of some images of the batch."""
+        """The masks of these images of a batch."""
         return Mask(self.seen[rows]) if len(self) > 1 else self
-
-    def _carry(self, seen: Tensor) -> Tensor | None:
-        return seen
 
 
 class Uncrop(Operator):
-    """The middle is seen, and the image goes on around it: y is the image without these borders.
+    """The middle of the image is observed: y is the image without its borders, which are to be filled in.
 
     Args:
-        left: pixels of the image to the left of y; and likewise the others.
-        right: to the right.
-        top: above.
-        bottom: below.
+        left: width in pixels of the border to the left of y.
+        right: of the border to the right.
+        top: height of the border above.
+        bottom: of the border below.
 
     Raises:
         ValueError: for a border below 0.
@@ -166,7 +184,7 @@ class Uncrop(Operator):
         self.borders = (left, right, top, bottom)
         for border in self.borders:
             if not isinstance(border, int) or isinstance(border, bool) or border < 0:
-                raise ValueError(f"a border must be a count of pixels, 0 or more, got {border!r}.")
+                raise ValueError(f"a border must be an integer number of pixels, at least 0, got {border!r}.")
 
     def __repr__(self) -> str:
         sides = zip(("left", "right", "top", "bottom"), self.borders, strict=True)
@@ -177,14 +195,15 @@ class Uncrop(Operator):
         left, right, top, bottom = self.borders
         height, width = x.shape[-2] - top - bottom, x.shape[-1] - left - right
         if height < 1 or width < 1:
-            raise ValueError(f"nothing is left of images of {x.shape[-2]}x{x.shape[-1]} pixels within {self!r}.")
+            raise ValueError(f"the borders of {self!r} leave nothing of images of {x.shape[-2]}x{x.shape[-1]} pixels.")
         return x[..., top : top + height, left : left + width]
 
     def lift(self, y: Tensor) -> Tensor:
-        """What was seen, with borders of zeros."""
+        """The observed middle, with borders of zeros."""
         return torch.nn.functional.pad(y, self.borders)
 
-    def _carry(self, seen: Tensor) -> Tensor | None:
+    def carry_mask(self, seen: Tensor) -> Tensor | None:
+        """The mask without the borders."""
         height, width = seen.shape[-2:] if seen.ndim > 1 else (1, seen.shape[-1])
         left, right, top, bottom = self.borders
         rows = slice(None) if height == 1 else slice(top, height - bottom)
@@ -193,7 +212,7 @@ class Uncrop(Operator):
 
 
 class Grayscale(Operator):
-    """Of colors only the luma is seen, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601): (N, 3, H, W) -> (N, 1, H, W)."""
+    """Only the luma is observed, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601): (N, 3, H, W) -> (N, 1, H, W)."""
 
     gain = sum(weight**2 for weight in _LUMA)
 
@@ -203,33 +222,42 @@ class Grayscale(Operator):
     def measure(self, x: Tensor) -> Tensor:
         """The luma (N, 1, H, W)."""
         if x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"luma is of RGB images (N, 3, H, W), got {tuple(x.shape)}.")
+            raise ValueError(f"Grayscale needs RGB images (N, 3, H, W), got shape {tuple(x.shape)}.")
         red, green, blue = (weight * channel for weight, channel in zip(_LUMA, x.split(1, 1), strict=True))
         return red + green + blue
 
     def lift(self, y: Tensor) -> Tensor:
-        """The gray image, (N, 3, H, W), whose luma is y and which is nearest to zero."""
-        if y.ndim != 4 or y.shape[1] != 1:
-            raise ValueError(f"a gray y has one channel, (N, 1, H, W), got {tuple(y.shape)}.")
+        """The RGB image of smallest norm whose luma is y, (N, 3, H, W). It is not gray; see ``as_image``."""
+        self._check(y)
         return torch.cat([y * (weight / self.gain) for weight in _LUMA], 1)
 
-    def _carry(self, seen: Tensor) -> Tensor | None:
+    def as_image(self, y: Tensor) -> Tensor:
+        """The luma on three channels."""
+        self._check(y)
+        return y.repeat(1, 3, 1, 1)
+
+    def carry_mask(self, seen: Tensor) -> Tensor | None:
+        """The mask with one channel, if it is the same in all three."""
         if seen.ndim < 3 or seen.shape[-3] == 1:
             return seen
         first = seen[..., :1, :, :]
         return first if bool((seen == first).all()) else None
 
+    def _check(self, y: Tensor) -> None:
+        if y.ndim != 4 or y.shape[1] != 1:
+            raise ValueError(f"y of Grayscale must have one channel, (N, 1, H, W), got shape {tuple(y.shape)}.")
+
 
 class AveragePool(Operator):
-    """Of each block of pixels only the mean is seen: (N, C, H, W) -> (N, C, H / size, W / size).
+    """Only the mean of each block of pixels is observed: (N, C, H, W) -> (N, C, H / size, W / size).
 
     Args:
-        size: the side of a block, at least 1.
+        size: the side of a block in pixels, at least 1.
     """
 
     def __init__(self, size: int) -> None:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"size must be a count of pixels, at least 1, got {size!r}.")
+            raise ValueError(f"size must be an integer number of pixels, at least 1, got {size!r}.")
         self.size = size
         self.gain = 1 / size**2
 
@@ -240,7 +268,7 @@ class AveragePool(Operator):
         """The mean of each block."""
         if x.shape[-2] % self.size or x.shape[-1] % self.size:
             raise ValueError(
-                f"blocks of {self.size}x{self.size} pixels do not fill images of {x.shape[-2]}x{x.shape[-1]}."
+                f"images of {x.shape[-2]}x{x.shape[-1]} pixels do not divide into blocks of {self.size}x{self.size}."
             )
         return reduce(x, "... (h a) (w b) -> ... h w", "mean", a=self.size, b=self.size)
 
@@ -248,7 +276,8 @@ class AveragePool(Operator):
         """Each block filled with its mean."""
         return repeat(y, "... h w -> ... (h a) (w b)", a=self.size, b=self.size)
 
-    def _carry(self, seen: Tensor) -> Tensor | None:
+    def carry_mask(self, seen: Tensor) -> Tensor | None:
+        """The mask of the blocks, if it is constant in each block."""
         seen = seen if seen.ndim > 1 else seen[None]
         a, b = (1 if side == 1 else self.size for side in seen.shape[-2:])
         if seen.shape[-2] % a or seen.shape[-1] % b:
@@ -258,12 +287,12 @@ class AveragePool(Operator):
 
 
 class JPEG(Operator):
-    """The image after compression, by a real codec (Pillow, the extra ``images``), with its default 4:2:0 chroma.
+    """The image after compression by a real codec (Pillow, the extra ``images``), with its default 4:2:0 chroma.
 
-    Values are clamped to [0, 1] and rounded to 8 bits. No gradient goes through it.
+    Values are clamped to [0, 1] and rounded to 8 bits. The result has no gradient.
 
     Args:
-        quality: from 1 to 100, as the codec counts it.
+        quality: from 1 to 100, in the codec's own scale.
 
     Raises:
         ValueError: for another quality.
@@ -283,9 +312,9 @@ class JPEG(Operator):
         return f"JPEG({self.quality})"
 
     def measure(self, x: Tensor) -> Tensor:
-        """The image, encoded and decoded."""
+        """The images, encoded and decoded."""
         if x.ndim != 4 or x.shape[1] not in (1, 3):
-            raise ValueError(f"JPEG is of images (N, 1, H, W) or (N, 3, H, W), got {tuple(x.shape)}.")
+            raise ValueError(f"JPEG needs images (N, 1, H, W) or (N, 3, H, W), got shape {tuple(x.shape)}.")
         pixels = x.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
         decoded = torch.stack([self._code(image) for image in pixels])
         return decoded.to(x.device, x.dtype).div_(255)
@@ -302,7 +331,7 @@ class JPEG(Operator):
 
 
 class _Composition(Operator):
-    """First the inner, then the outer operator."""
+    """The inner operator, followed by the outer one."""
 
     def __init__(self, outer: Operator, inner: Operator) -> None:
         self.outer, self.inner = outer, inner
@@ -310,8 +339,9 @@ class _Composition(Operator):
             return
         seen = outer.seen
         if inner.seen is not None:
-            # The product is a gain only where the outer operator does not mix what was seen with what was not.
-            carried = outer._carry(inner.seen)
+            # The product of the gains is a gain only if the outer operator does not mix values that are observed with
+            # values that are not.
+            carried = outer.carry_mask(inner.seen)
             if carried is None:
                 return
             seen = carried if seen is None else carried & seen
@@ -324,39 +354,66 @@ class _Composition(Operator):
         return max(len(self.outer), len(self.inner))
 
     def measure(self, x: Tensor) -> Tensor:
-        """The outer of the inner."""
+        """The outer measurement of the inner one."""
         return self.outer.measure(self.inner.measure(x))
 
     def lift(self, y: Tensor) -> Tensor:
-        """The lift of the outer, then of the inner."""
+        """The lift of the outer operator, then of the inner one."""
         return self.inner.lift(self.outer.lift(y))
 
+    def as_image(self, y: Tensor) -> Tensor:
+        """The image of the outer operator, then of the inner one."""
+        return self.inner.as_image(self.outer.as_image(y))
+
+    def carry_mask(self, seen: Tensor) -> Tensor | None:
+        """The mask carried through the inner operator, then through the outer one."""
+        between = self.inner.carry_mask(seen)
+        return None if between is None else self.outer.carry_mask(between)
+
     def to(self, device: torch.device | str) -> Operator:
-        """The same on a device."""
-        return self.outer.to(device) @ self.inner.to(device)
+        """The same operator on a device."""
+        seen = None if self.seen is None else self.seen.to(device)
+        return self._with(self.outer.to(device), self.inner.to(device), seen)
 
     def rows(self, rows: slice) -> Operator:
-        """That of some images of the batch."""
-        return self.outer.rows(rows) @ self.inner.rows(rows) if len(self) > 1 else self
+        """The operator for these images of a batch."""
+        if len(self) == 1:
+            return self
+        each = self.seen is not None and self.seen.ndim == 4 and len(self.seen) > 1
+        seen = self.seen[rows] if self.seen is not None and each else self.seen
+        return self._with(self.outer.rows(rows), self.inner.rows(rows), seen)
 
-    def _carry(self, seen: Tensor) -> Tensor | None:
-        between = self.inner._carry(seen)
-        return None if between is None else self.outer._carry(between)
+    def _with(self, outer: Operator, inner: Operator, seen: Tensor | None) -> Operator:
+        """A copy with other parts and the same gain. Deriving the gain again would read masks from the device."""
+        new = copy.copy(self)
+        new.outer, new.inner, new.seen = outer, inner, seen
+        return new
+
+
+# The operators of the package, by a short name each. The tests of all operators find new ones here.
+OPERATORS: dict[str, type[Operator]] = {
+    "mask": Mask,
+    "uncrop": Uncrop,
+    "grayscale": Grayscale,
+    "pool": AveragePool,
+    "jpeg": JPEG,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    r"""What was seen of one image, or of each of a batch: :math:`y = A x_0 + \sigma_y n`.
+    r"""What was measured of one image, or of each image of a batch: :math:`y = A x_0 + \sigma_y n`.
 
     Args:
         operator: A.
-        y: what was seen, of the shape that ``operator.measure`` gives; a batch of 1 is for any number of samples. What
-            a mask hides may hold anything, NaN too.
-        sigma: the standard deviation of the noise in y, in the units of images in [0, 1]; 0 is none.
+        y: the measurement (N, ...), floating point, of the shape that ``operator.measure`` returns; a batch of 1 is for
+            any number of samples. The values that a mask hides may be anything, also NaN.
+        sigma: the standard deviation of the noise in y, in the units of images in [0, 1]; 0 is no noise.
 
     Raises:
-        TypeError: for an operator that is none, or a y of integers.
-        ValueError: for a sigma below 0, a y that does not fit, or one that is not finite where it was seen.
+        TypeError: for an operator of another type, or a y that is not a floating-point tensor.
+        ValueError: for a sigma below 0, a y that does not fit the operator, or one that is not finite where it is
+            observed.
 
     Example:
         >>> x = torch.rand(1, 3, 32, 32)
@@ -371,35 +428,36 @@ class Observation:
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):
             raise TypeError(
-                f"operator must be one of scorematch.observe, got {type(self.operator).__name__}. Write Mask(seen)."
+                f"operator must be an Operator of scorematch.observe, got {type(self.operator).__name__}. "
+                "Write Mask(seen) for a mask."
             )
         if not isinstance(self.y, Tensor) or not self.y.is_floating_point():
             kind = self.y.dtype if isinstance(self.y, Tensor) else type(self.y).__name__
-            raise TypeError(f"y must be a floating point tensor, got {kind}. Write y / 255 for 8-bit images.")
-        if self.y.ndim < 2:
-            raise ValueError(f"y must be a batch (N, ...), of 1 image at least, got shape {tuple(self.y.shape)}.")
+            raise TypeError(f"y must be a floating-point tensor, got {kind}. Write y / 255 for 8-bit images.")
+        if self.y.ndim < 2 or len(self.y) == 0:
+            raise ValueError(f"y must be a batch (N, ...) with at least one image, got shape {tuple(self.y.shape)}.")
         if not (math.isfinite(self.sigma) and self.sigma >= 0):
-            raise ValueError(f"sigma, of the noise in y, must be 0 or more, got {self.sigma!r}.")
+            raise ValueError(f"sigma, the deviation of the noise in y, must be at least 0, got {self.sigma!r}.")
         lifted = self.operator.lift(self.y)
         if not bool(torch.isfinite(lifted).all()):
-            raise ValueError("y holds NaN or infinity where it was seen.")
+            raise ValueError("y has NaN or infinite values where it is observed.")
         measured = self.operator.measure(lifted)
         if measured.shape[1:] != self.y.shape[1:]:
             raise ValueError(
-                f"{self.operator!r} gives shape {tuple(measured.shape[1:])} for each image, but y has "
+                f"y must have shape {tuple(measured.shape[1:])} for each image, as {self.operator!r} returns, got "
                 f"{tuple(self.y.shape[1:])}."
             )
-        if len(self.operator) > 1 < len(self.y) != len(self.operator):
-            raise ValueError(f"the operator is of {len(self.operator)} images, but y of {len(self.y)}.")
+        if len({len(self.operator), len(self.y)} - {1}) > 1:
+            raise ValueError(f"the operator is for {len(self.operator)} images, but y has {len(self.y)}.")
 
     def __repr__(self) -> str:
         noise = f", sigma {self.sigma:g}" if self.sigma else ""
         return f"Observation({self.operator!r}, y {'x'.join(map(str, self.y.shape))}{noise})"
 
     def __len__(self) -> int:
-        """How many images it is of; 1 is for any number of samples."""
+        """The number of observed images; 1 is for any number of samples."""
         return max(len(self.y), len(self.operator))
 
     def to(self, device: torch.device | str) -> Observation:
-        """The same observation on a device, y in float32."""
-        return Observation(self.operator.to(device), self.y.detach().to(device, torch.float32), self.sigma)
+        """The same observation on a device, with y in float32."""
+        return Observation(self.operator.to(device), self.y.detach().to(torch.float32).to(device), self.sigma)

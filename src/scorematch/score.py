@@ -1,62 +1,67 @@
-r"""ScoreNet: a backbone read as a score, ``score(x, sigma)``.
+r"""ScoreNet: a network used as a score, ``score(x, sigma)``.
 
-The score of noise-perturbed data is :math:`\nabla_x \log p_\sigma(x)`, with :math:`p_\sigma` the data's distribution
-convolved with a Gaussian of deviation sigma. Samplers climb it; Tweedie's formula turns it into the mean of the clean
-images that could have become x, :math:`\mathbb{E}[x_0 | x] = x + \sigma^2 \nabla_x \log p_\sigma(x)`.
+The score of noisy data is :math:`\nabla_x \log p_\sigma(x)`, where :math:`p_\sigma` is the distribution of the data
+convolved with a Gaussian of standard deviation sigma. Tweedie's formula turns it into the denoised image, the mean of
+the clean images given x, :math:`\mathbb{E}[x_0 | x] = x + \sigma^2 \nabla_x \log p_\sigma(x)`.
 
-Every family of networks answers in units and conventions of its own. A ScoreNet holds the backbone, its ladder of noise
-levels and its row of the preconditioning table, and speaks one language outward: images (N, C, H, W) in [0, 1], sigma
-in the same units, and a score.
+Each family of networks has units and conventions of its own. A ScoreNet holds the backbone, the noise levels that it
+was trained on and its row of the preconditioning table, and has one interface: images (N, C, H, W) in [0, 1], sigma in
+the same units, and a score. It returns a score, where k-diffusion and azula return the denoised image (``denoise``
+here).
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import os
-import tempfile
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from scorematch import cards, hub, pretrained
-from scorematch.nets.inference import inference_copy, is_plain, native_dtype, part_size
-from scorematch.nets.refinenet import Depth, RefineNet
-from scorematch.nets.unet import ResidualBlock, UNet
-from scorematch.noise import NoiseSchedule, expand
-from scorematch.precondition import ROWS, Coefficients
+from scorematch import pretrained
+from scorematch.nets import FAMILIES, Condition, family_of
+from scorematch.nets.family import as_condition
+from scorematch.nets.inference import InferenceScore, is_plain
+from scorematch.nets.refinenet import Depth
+from scorematch.nets.unet import ResidualBlock
+from scorematch.noise import NoiseSchedule
+from scorematch.precondition import ROWS, Preconditioning
+from scorematch.protocol import as_sigma, check_data, per_image
+from scorematch.sampling.settings import SamplerSettings
 
 Size = int | tuple[int, int]
+Range = tuple[float, float]
 
 
 class ScoreNet(nn.Module):
-    """A backbone, its ladder and its preconditioning, together a score of images.
+    """A backbone with its noise levels and its preconditioning, which together are a score of images.
 
-    ``ScoreNet.ncsn`` and ``ScoreNet.ncsnv2`` build the published families and ``ScoreNet.from_pretrained`` loads
-    trained ones; the constructor wraps a network of the user's own.
+    ``ScoreNet.ncsn``, ``ScoreNet.ncsnv2`` and ``ScoreNet.unet`` build networks to train, ``ScoreNet.from_pretrained``
+    loads trained ones, and the constructor wraps a network of your own.
 
     Args:
         backbone: called as ``backbone(x, c_noise)``, or ``backbone(x, c_noise, condition)`` where a condition is given,
-            with x in the units of its row and ``c_noise`` (N,), float32 (float64 for a double network).
-        schedule: the ladder that it is trained on.
-        precondition: its row of the table in ``scorematch.precondition``: "karras", "ncsnv2" or "ncsn".
-        sample_shape: the shape of one sample without the batch, (C, H, W): the samplers' default, no constraint.
-        value_range: (low, high) of the data, (0, 1) for images, or None for data without a range.
+            with x in the units of its row and ``c_noise`` (N,), float32 (float64 for a float64 network). It returns a
+            tensor of the shape of x.
+        schedule: the noise levels that it is trained on.
+        precondition: its row of the table in ``scorematch.precondition``: "karras", "ncsnv2", "ncsn", ...
+        sample_shape: the shape of one sample without the batch, (C, H, W) for images. Samplers draw this shape by
+            default; the network itself may take others.
+        value_range: (low, high) of the data, to which samplers clamp their result and which rows in [-1, 1] are mapped
+            from; None for data without a range. "auto" is (0, 1) where ``sample_shape`` is that of an image, (C, H, W),
+            and None otherwise.
+        predicts_variance: whether the backbone returns twice the channels of x. The second half is a variance, which
+            the score does not use.
 
     Attributes:
-        sampler_settings: what was found to sample this network best, or None; keys as AnnealedLangevinSampler's
-            arguments, and ``levels``, to which the ladder is respaced. Saved with the weights.
+        sampler_settings: the SamplerSettings recommended for this network, or None; saved with the weights.
 
     Raises:
         TypeError, ValueError: for parts that do not fit together.
 
     Example:
+        >>> import torch
         >>> net = ScoreNet.ncsnv2(channels=1, image_size=28, width=8)
         >>> net(torch.rand(2, 1, 28, 28), 0.1).shape
         torch.Size([2, 1, 28, 28])
@@ -69,26 +74,51 @@ class ScoreNet(nn.Module):
         *,
         precondition: str = "karras",
         sample_shape: tuple[int, ...] | None = None,
-        value_range: tuple[float, float] | None = (0, 1),
+        value_range: Range | Literal["auto"] | None = "auto",
+        predicts_variance: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, nn.Module):
+            hint = "Pass an instance, YourModule()." if isinstance(backbone, type) else "Wrap it in a torch.nn.Module."
+            raise TypeError(f"backbone must be a torch.nn.Module, got {backbone!r}. {hint}")
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(
                 f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
             )
         if precondition not in ROWS:
             raise ValueError(f"precondition must be one of {', '.join(map(repr, ROWS))}, got {precondition!r}.")
-        if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
+        if sample_shape is not None and not isinstance(sample_shape, Sequence):
+            raise TypeError(f"sample_shape must be a tuple such as (3, 32, 32), or None, got {sample_shape!r}.")
+        if value_range == "auto":
+            value_range = (0, 1) if sample_shape is not None and len(sample_shape) == 3 else None
+        pair = isinstance(value_range, Sequence) and len(value_range) == 2
+        if value_range is not None and not (pair and value_range[0] < value_range[1]):
             raise ValueError(f"value_range must be (low, high) with low < high, or None, got {value_range!r}.")
-        if isinstance(backbone, RefineNet):
-            _check_refinenet(backbone, schedule, precondition)
+        self.family = family_of(backbone)
+        if self.family is not None:
+            self.family.check(backbone, levels=len(schedule), precondition=precondition)
         self.backbone = backbone
         self.schedule = schedule
         self.precondition = precondition
         self.sample_shape = None if sample_shape is None else tuple(sample_shape)
-        self.value_range = None if value_range is None else (float(value_range[0]), float(value_range[1]))
-        self.sampler_settings: dict[str, Any] | None = None
+        self.value_range: Range | None = None if value_range is None else (float(value_range[0]), float(value_range[1]))
+        self.predicts_variance = predicts_variance
+        self.sampler_settings = None
         self._architecture: dict[str, Any] = {"family": "custom"}
+
+    @property
+    def sampler_settings(self) -> SamplerSettings | None:
+        """The settings recommended for this network, or None."""
+        return self._sampler_settings
+
+    @sampler_settings.setter
+    def sampler_settings(self, settings: SamplerSettings | None) -> None:
+        if not isinstance(settings, SamplerSettings | None):
+            raise TypeError(
+                f"sampler_settings must be a SamplerSettings, got {type(settings).__name__}. Write "
+                "SamplerSettings(levels=..., ...), of scorematch.sampling."
+            )
+        self._sampler_settings = settings
 
     # -- The published families ---------------------------------------------------------------------------------------
 
@@ -102,16 +132,15 @@ class ScoreNet(nn.Module):
         depth: Depth = "standard",
         schedule: NoiseSchedule | None = None,
     ) -> ScoreNet:
-        """The network of NCSN: the noise level enters every norm, the output is the score.
+        """The network of NCSN: the noise level enters every norm, and the output is the score.
 
         Args:
             channels: of the image.
-            image_size: (height, width) of a sample, or the side of a square one. Any even size can be given to the
-                network.
+            image_size: (height, width) of a sample, or the side of a square one. The network takes any even size.
             width: of the first features: 64 for the published MNIST network, 128 for CIFAR-10 and CelebA.
             depth: how often the image is halved: "standard" once, "deeper" twice, "deepest" three times.
-            schedule: the ladder; each level has a row in the norms' tables, and levels between are interpolated. None
-                is the published one, 10 levels from 1 to 0.01.
+            schedule: the noise levels; each has a row in the norms' tables, and between two levels the rows are
+                interpolated. None is the published schedule, 10 levels from 1 to 0.01.
 
         References:
             Song & Ermon, 2019, arXiv:1907.05600.
@@ -131,7 +160,7 @@ class ScoreNet(nn.Module):
         schedule: NoiseSchedule | None = None,
         precondition: Literal["ncsnv2", "karras"] = "ncsnv2",
     ) -> ScoreNet:
-        """The network of NCSNv2: it sees the noise level only in the image, and its output is divided by sigma.
+        """The network of NCSNv2: it sees the noise level in the image alone, and its output is divided by sigma.
 
         Args:
             channels: of the image.
@@ -139,7 +168,7 @@ class ScoreNet(nn.Module):
             width: of the first features, 128 in the published networks.
             depth: how often the image is halved: "standard" once (NCSNv2, 32 and 64 px), "deeper" twice
                 (NCSNv2Deeper, 96 and 128 px), "deepest" three times (NCSNv2Deepest, 256 px).
-            schedule: the ladder; None is the published one of CIFAR-10, 232 levels from 50 to 0.01.
+            schedule: the noise levels; None is the published schedule of CIFAR-10, 232 levels from 50 to 0.01.
             precondition: "ncsnv2" as published, or "karras", whose input has unit variance at every level.
 
         References:
@@ -163,27 +192,36 @@ class ScoreNet(nn.Module):
         condition_channels: int = 0,
         classes: int | None = None,
         dropout: float = 0.0,
+        patch: int = 1,
+        pixel_channels: int = 0,
         schedule: NoiseSchedule | None = None,
         precondition: str = "karras",
     ) -> ScoreNet:
-        """A U-Net of DDPM's kind, to be trained from scratch.
+        """A U-Net like DDPM's, to be trained from scratch.
 
         Args:
             channels: of the image.
             image_size: (height, width) of a sample, or the side of a square one.
             widths: of the features at each scale, from the image inward; the image is halved between two scales.
             layers_per_block: residual blocks at each scale.
-            attention: at which scales each pixel looks at every other; None is the lowest only.
+            attention: at which scales there is self-attention; None is the lowest only.
             condition_channels: of an image that is given as a condition, or 0. The network sees it beside x, in the
                 same units.
-            classes: the number of classes, for a network whose condition is a class, or None.
+            classes: the number of classes, for a class-conditional network, or None.
             dropout: in the residual blocks.
-            schedule: the ladder; None is NCSNv2's of CIFAR-10, 232 levels from 50 to 0.01.
+            patch: the side of the patches that the network works on, 1 for single pixels. A network on 2 x 2 patches
+                takes about a quarter of the time, and is saved in this package's own layout.
+            pixel_channels: width of two more residual blocks at full resolution, for a network on patches; 0 is none.
+            schedule: the noise levels; None is NCSNv2's schedule of CIFAR-10, 232 levels from 50 to 0.01.
             precondition: a row of the table in ``scorematch.precondition``; "karras" trains best.
 
         References:
             Ho et al., 2020, arXiv:2006.11239; Karras et al., 2022, arXiv:2206.00364.
         """
+        if condition_channels and classes is not None:
+            raise ValueError(
+                "condition_channels and classes exclude each other: a network takes one condition, an image or a class."
+            )
         attention = [False] * (len(widths) - 1) + [True] if attention is None else attention
         if len(attention) != len(widths):
             raise ValueError(f"attention must have one entry per scale, {len(widths)}, got {len(attention)}.")
@@ -201,171 +239,128 @@ class ScoreNet(nn.Module):
             "dropout": dropout,
             "num_class_embeds": classes,
         }
+        if patch > 1 or pixel_channels:
+            architecture |= {"patch": patch, "pixel_channels": pixel_channels}
         schedule = NoiseSchedule.geometric(50, 0.01, 232) if schedule is None else schedule
         net = cls._build(architecture, schedule, precondition, (channels, *_pair(image_size)))
-        for module in net.backbone.modules():  # every block begins as the identity, the whole as zero (Ho et al. 2020)
+        for module in net.backbone.modules():  # each block starts as the identity, the network as zero (Ho et al. 2020)
             if isinstance(module, ResidualBlock):
                 nn.init.zeros_(module.conv2.weight)
-        nn.init.zeros_(net.backbone.get_submodule("conv_out").weight)  # type: ignore[arg-type]
+        for name in FAMILIES["unet"].image_convolutions(net.backbone)[1]:
+            for parameter in net.backbone.get_submodule(name).parameters():
+                nn.init.zeros_(parameter)
         return net
 
     @classmethod
     def _build(
         cls,
-        architecture: dict[str, Any],
+        architecture: Mapping[str, Any],
         schedule: NoiseSchedule,
         precondition: str,
         sample_shape: tuple[int, ...] | None,
-        value_range: tuple[float, float] | None = (0, 1),
+        value_range: Range | None = (0, 1),
+        predicts_variance: bool = False,
         backbone: nn.Module | None = None,
     ) -> ScoreNet:
-        family = architecture["family"]
-        if family == "unet":
-            backbone = UNet(**{key: value for key, value in architecture.items() if key != "family"})
-        elif family != "custom":
-            backbone = RefineNet(
-                architecture["channels"],
-                architecture["width"],
-                depth=architecture["depth"],
-                levels=len(schedule) if family == "ncsn" else None,
-                center=precondition != "karras",
-            )
-        assert backbone is not None  # noqa: S101  (pretrained asks the user for it)
-        net = cls(backbone, schedule, precondition=precondition, sample_shape=sample_shape, value_range=value_range)
-        net._architecture = architecture
+        if backbone is None:
+            values = {key: value for key, value in architecture.items() if key != "family"}
+            backbone = FAMILIES[architecture["family"]].build(values, levels=len(schedule), precondition=precondition)
+        net = cls(
+            backbone,
+            schedule,
+            precondition=precondition,
+            sample_shape=sample_shape,
+            value_range=value_range,
+            predicts_variance=predicts_variance,
+        )
+        net._architecture = dict(architecture)
         return net
 
     # -- The score ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | None = None) -> Tensor:
-        """The score of the perturbed data at x.
+    def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+        """The score of the noisy data at x.
 
         Args:
             x: noisy data (N, ...), images in [0, 1] plus noise, floating point.
-            sigma: the noise level, a float, () or (N,), positive, in the units of x. Beyond the ladder a network that
-                was trained on levels takes the nearest.
-            condition: int64 (N,), a class, or float (N, K, H, W), an image in x's units, [0, 1]; for backbones that
-                take one. A row that brings x to [-1, 1] brings the image there too.
+            sigma: the noise level, a float, () or (N,), positive, in the units of x. Networks that are given the
+                position of sigma in the schedule, NCSN and DDPM, use the nearest level for sigma beyond its ends.
+            condition: for networks that take one: classes, int64 (N,), or an int, the class of all samples; or an image
+                (N, K, H, W) in the units of x, [0, 1]. It is mapped to [-1, 1] where x is.
 
         Returns:
             The score, with the shape and dtype of x.
 
         Raises:
-            TypeError: for integer x, or a condition where the network takes none.
-            ValueError: for a sigma of another shape, or images that the network cannot take.
+            TypeError: for integer x, integer sigma, or a condition of a kind that the network does not take.
+            ValueError: for a sigma of another shape or not positive, a condition that is missing, a class that the
+                network does not know, images of a size that the network does not take, or a backbone that returns
+                another shape than that of x.
         """
-        sigma = self._checked(x, sigma, condition)
-        return self._score(self.backbone, x, self._coefficients(sigma), condition)
+        check_data(x)
+        condition = as_condition(condition, x, self.conditioning)
+        preconditioning = self._preconditioning
+        return preconditioning.score(self.backbone, x, preconditioning.coefficients(as_sigma(sigma, x)), condition)
 
-    def _checked(self, x: Tensor, sigma: float | Tensor, condition: Tensor | None) -> Tensor:
-        """Sigma as a tensor beside x; the same one where it is one already."""
-        if not x.is_floating_point():
-            raise TypeError(
-                f"x must be floating point, images in [0, 1], got {x.dtype}. Write x / 255 for 8-bit images."
-            )
-        if condition is not None and isinstance(self.backbone, RefineNet):
-            raise TypeError("this network takes no condition; an NCSN is unconditional.")
-        sigma = torch.as_tensor(sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(x)):
-            raise ValueError(
-                f"sigma must be a float, () or ({len(x)},) like the batch, got shape {tuple(sigma.shape)}."
-            )
-        return sigma
+    @property
+    def _preconditioning(self) -> Preconditioning:
+        return Preconditioning(self.precondition, self.schedule, self.value_range, self.predicts_variance)
 
-    def _coefficients(self, sigma: Tensor) -> Coefficients:
-        row = ROWS[self.precondition]
-        return row.coefficients(sigma, self.schedule, self._units()[0] if row.centered else 1.0)
+    @property
+    def conditioning(self) -> Condition | None:
+        """What the network takes as its condition; None for a backbone of another package, where it is not known."""
+        if self.family is None:
+            return None
+        return self.family.condition(self.backbone, predicts_variance=self.predicts_variance)
 
-    def _score(self, backbone: nn.Module, x: Tensor, coefficients: Coefficients, condition: Tensor | None) -> Tensor:
-        """The formula of ``scorematch.precondition``, computed in float32 at least around the backbone."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        c_in, c_skip, c_out, c_noise = coefficients
-        k, middle = self._units() if ROWS[self.precondition].centered else (1.0, 0.0)
-        u = k * (x.to(dtype) - middle)
-        parameter = next(backbone.parameters(), None)
-        inner = dtype if parameter is None else parameter.dtype
-        arguments = [
-            (expand(c_in, x) * u).to(inner),
-            c_noise.to(torch.promote_types(inner, torch.float32)).expand(len(x)),
-        ]
-        if condition is not None and condition.ndim == 4 and condition.is_floating_point():
-            condition = (k * (condition.to(dtype) - middle)).to(inner)
-        output = backbone(*arguments) if condition is None else backbone(*arguments, condition)
-        if output.shape[1:2] == (2 * x.shape[1],):  # a network that predicts a variance too: its second half
-            output = output[:, : x.shape[1]]
-        return (expand(c_skip, x) * u + expand(c_out, x) * output.to(dtype)).to(x.dtype)
+    def denoise(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+        r"""The denoised image, the mean of the clean data given x: :math:`x + \sigma^2 \nabla_x \log p_\sigma(x)`.
 
-    def denoise(self, x: Tensor, sigma: float | Tensor, condition: Tensor | None = None) -> Tensor:
-        r"""The mean of the clean data that could have become x: :math:`x + \sigma^2 \nabla_x \log p_\sigma(x)`.
-
-        Tweedie's formula; arguments and result as for the score itself.
+        This is Tweedie's formula. Arguments and errors are those of the score.
         """
-        variance = torch.as_tensor(sigma, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) ** 2
-        return (x + expand(variance, x) * self(x, sigma, condition)).to(x.dtype)
+        score = self(x, sigma, condition)
+        return (x + per_image(as_sigma(sigma, x).square(), x) * score).to(x.dtype)
 
-    def inference_copy(self, *, compile: bool = False) -> Callable[..., Tensor]:  # noqa: A002  (torch's word)
-        """A copy for sampling: as fast as the device can, with samples that are statistically the same.
+    def inference_copy(self, *, compile: bool = False) -> InferenceScore | ScoreNet:  # noqa: A002  (torch's word)
+        """A copy for inference: as fast as the device can, with samples that are statistically the same.
 
-        What differs is in ``scorematch.nets.inference``: the layout, bfloat16 inside the network where the processor
-        has it natively, and what depends on sigma alone, which is computed once for as long as sigma is the very same
-        tensor. A network of the user's own, or one that is not float32 as it was built, is returned itself.
+        Any sampler accepts it in place of the network. What differs is described in ``scorematch.nets.inference``: the
+        memory layout, bfloat16 inside the network where the processor has it natively, and what depends on sigma alone,
+        which is computed once per level. A network of your own, or one that is not float32 as it was built, is returned
+        itself.
 
         Args:
             compile: whether to compile the copy at its first call, with ``torch.compile``, on CUDA with CUDA graphs.
-                Where that fails there is a warning, and the copy runs without.
+                Where that fails there is a warning, and the copy runs without. Pass the compiled copy to a sampler to
+                compile once and sample often.
 
         Returns:
             The score, called as this network. It does not follow later changes of the weights.
         """
-        if not isinstance(self.backbone, RefineNet | UNet) or not is_plain(self, self.backbone):
+        if self.family is None or type(self) is not ScoreNet or not is_plain(self, self.backbone):
             return self
-        dtype = native_dtype(next(self.backbone.parameters()).device)
-        backbone, settle = inference_copy(self.backbone, dtype, compile=compile)
-
-        @functools.lru_cache(maxsize=1)  # a tensor is its own key; its version says whether it was written to
-        def at(sigma: Tensor, version: int) -> Coefficients:
-            coefficients = self._coefficients(sigma)
-            settle(coefficients.c_noise.to(torch.float32))
-            return coefficients
-
-        def score(x: Tensor, sigma: float | Tensor, condition: Tensor | None = None) -> Tensor:
-            sigma = self._checked(x, sigma, condition)
-            if sigma.ndim:  # a level for each image: those of one level together
-                scores = torch.empty_like(x)
-                for level in sigma.unique():
-                    of = sigma == level
-                    scores[of] = score(x[of], level, None if condition is None else condition[of])
-                return scores
-            # A tensor of inference mode has no version: nothing is kept of it.
-            coefficients = at.__wrapped__(sigma, 0) if sigma.is_inference() else at(sigma, sigma._version)
-            size = part_size(backbone, x)
-            conditions = itertools.repeat(None) if condition is None else condition.split(size)
-            parts = [
-                self._score(backbone, *part) for part in zip(x.split(size), itertools.repeat(coefficients), conditions)
-            ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        return score
-
-    def _units(self) -> tuple[float, float]:
-        """The k and the middle of u = k (x - middle) in [-1, 1]; 1 and 0 for data without a range."""
-        if self.value_range is None:
-            return 1.0, 0.0
-        low, high = self.value_range
-        return 2 / (high - low), (low + high) / 2
+        return InferenceScore(
+            self.family,
+            self.backbone,
+            self._preconditioning,
+            sample_shape=self.sample_shape,
+            sampler_settings=self.sampler_settings,
+            compile=compile,
+        )
 
     # -- Files --------------------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> dict[str, Any]:
-        """What rebuilds this network, less its weights, as a plain dict: the content of config.json."""
+        """What rebuilds this network without its weights, as a plain dict: the content of config.json."""
         return {
             "format_version": pretrained.FORMAT_VERSION,
             **self._architecture,
             "precondition": self.precondition,
             "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
             "value_range": None if self.value_range is None else list(self.value_range),
-            "sampler": self.sampler_settings,
+            "predicts_variance": self.predicts_variance,
+            "sampler_settings": None if self.sampler_settings is None else self.sampler_settings.to_dict(),
             "schedule": self.schedule.to_dict(),
         }
 
@@ -380,24 +375,25 @@ class ScoreNet(nn.Module):
         local_files_only: bool = False,
         backbone: nn.Module | None = None,
     ) -> ScoreNet:
-        """The trained network of that name, in that folder, or in that repository of the Hugging Face Hub.
+        """Loads a trained network by its name, from a folder, or from a repository of the Hugging Face Hub.
 
         Args:
             name_or_folder: a short name ("mnist" and "palette-mnist" ship with the package; ``python -m scorematch
-                models`` lists all), or a folder: one that ``save_pretrained`` wrote, or a U-Net in the layout of
-                diffusers, flat or a pipeline; or a repository of the Hub, ``owner/name``, with either.
+                models`` lists all); or a folder, as a path or a string with a slash ("./cifar10"), written by
+                ``save_pretrained`` or a U-Net in the layout of diffusers, flat or a pipeline; or a repository of the
+                Hub, ``owner/name``, with either.
 
             Rarely needed:
 
             revision: of a repository, a branch, a tag or a commit; None is the commit on its card, or the main
                 branch. A commit that is in the cache needs no request.
-            token: for private and gated repositories; None is the one that is logged in.
-            cache_dir: where downloads are kept; None is huggingface_hub's own cache.
+            token: for private and gated repositories; None is the token that is logged in.
+            cache_dir: where downloads are kept; None is the cache of huggingface_hub.
             local_files_only: whether to look in the cache only.
-            backbone: for a saved network of the user's own, a module of the same class to fill with the weights.
+            backbone: for a saved network of your own, a module of the same class, which receives the weights.
 
         Returns:
-            The network in eval mode, float32 whatever is stored, on the CPU.
+            The network in eval mode, in float32 whatever is stored, on the CPU.
 
         Raises:
             FileNotFoundError: if there is no such name, folder, repository or revision, or a file is missing in it.
@@ -408,60 +404,64 @@ class ScoreNet(nn.Module):
             >>> ScoreNet.from_pretrained("mnist").sample_shape
             (1, 28, 28)
         """
-        folder, card = pretrained.locate(
+        stored = pretrained.load(
             name_or_folder,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        with pretrained.unaltered(folder):
-            config = pretrained.read_config(folder, card)
-        if (config["family"] == "custom") != (backbone is not None):
-            raise ValueError(
-                f"{folder} holds a network of the user's own: pass its module as backbone=."
-                if backbone is None
-                else f"{folder} holds a network of the family {config['family']!r}, which needs no backbone=."
-            )
-        value_range, sample_shape = config["value_range"], config["sample_shape"]
+        return cls._of(stored, backbone)
+
+    @classmethod
+    def from_diffusers(cls, unet: nn.Module, scheduler: Any) -> ScoreNet:
+        """A ScoreNet with the weights of a UNet2DModel of diffusers.
+
+        Args:
+            unet: a ``UNet2DModel``. Its weights are copied.
+            scheduler: the scheduler that it was trained with, such as a ``DDPMScheduler``: it says what the output
+                means and which noise levels there are.
+
+        Returns:
+            The network in eval mode, in float32, on the CPU.
+
+        Raises:
+            TypeError: for objects that have no ``config``.
+            ValueError: for an option that is not supported.
+        """
+        return cls._of(pretrained.from_diffusers(unet, scheduler), None)
+
+    @classmethod
+    def _of(cls, stored: pretrained.Stored, backbone: nn.Module | None) -> ScoreNet:
+        """The network of a checked configuration and its weights."""
+        config = stored.config
         net = cls._build(
             pretrained.architecture(config),
             NoiseSchedule.from_dict(config["schedule"]),
             config["precondition"],
-            None if sample_shape is None else tuple(sample_shape),
-            None if value_range is None else tuple(value_range),
-            backbone,
+            None if config["sample_shape"] is None else tuple(config["sample_shape"]),
+            None if config["value_range"] is None else tuple(config["value_range"]),
+            config["predicts_variance"],
+            pretrained.build(stored, backbone),
         )
-        net.sampler_settings = config["sampler"]
-        with pretrained.unaltered(folder):
-            ladder = pretrained.load_weights(net.backbone, folder)
-        if ladder is not None and not (
-            len(ladder) == len(net.schedule) and np.allclose(ladder, net.schedule.sigmas, rtol=1e-4)
-        ):
-            warnings.warn(
-                f"the noise levels stored with the weights in {folder} are not those of its configuration, "
-                f"{net.schedule}; the stored ones count.",
-                stacklevel=2,
-            )
-            net.schedule = NoiseSchedule(ladder)
+        settings = config["sampler_settings"]
+        net.sampler_settings = None if settings is None else SamplerSettings.from_dict(settings)
         return net.float().eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes config.json and the weights into a folder, for ``from_pretrained``.
 
-        The weights are in model.safetensors, those of a U-Net in diffusion_pytorch_model.safetensors, where diffusers
-        finds them too.
-
         The weights are stored in their own dtype. An existing folder keeps its other files, and its old network until
-        the new one is completely written.
+        the new one is completely written. A U-Net that diffusers can run is written in the layout of diffusers, with
+        the weights in diffusion_pytorch_model.safetensors; every other network has them in model.safetensors.
 
         Args:
-            folder: made if it does not exist.
+            folder: created if it does not exist.
 
         Raises:
-            OSError: if it cannot be written; the folder is then as it was.
+            OSError: if the folder cannot be written; it is then as it was.
         """
-        pretrained.save(folder, self.config, self.backbone)
+        pretrained.save(folder, self.config, self.backbone.state_dict())
 
     def push_to_hub(
         self,
@@ -480,15 +480,15 @@ class ScoreNet(nn.Module):
         another network in the repository are deleted by that commit; its other files stay.
 
         Args:
-            repo_id: ``owner/name``; the repository is made if there is none.
+            repo_id: ``owner/name``; the repository is created if it does not exist.
             license: for the card, as the Hub abbreviates it ("mit", "apache-2.0").
             datasets: for the card, the names of the training data on the Hub.
 
             Rarely needed:
 
             private: whether a new repository is private; None is the owner's default.
-            revision: the branch, made if there is none; None is the main branch.
-            token: one that may write; None is the one that is logged in.
+            revision: the branch, created if it does not exist; None is the main branch.
+            token: a token that may write; None is the one that is logged in.
             commit_message: of the commit.
 
         Returns:
@@ -499,33 +499,17 @@ class ScoreNet(nn.Module):
             PermissionError: if the Hub refuses to write there.
             OSError: if the upload fails otherwise.
         """
-        if not hub.is_repository(repo_id):
-            raise ValueError(f"repo_id must be owner/name, got {repo_id!r}.")
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        card = cards.model_card(repo_id, self.config, parameters, license, datasets)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.push(
-                Path(folder),
-                repo_id,
-                card,
-                private=private,
-                revision=revision,
-                token=token,
-                commit_message=commit_message,
-            )
-
-
-def _check_refinenet(backbone: RefineNet, schedule: NoiseSchedule, precondition: str) -> None:
-    if (backbone.levels is not None) != (precondition == "ncsn"):
-        raise ValueError(
-            f"precondition {precondition!r} does not fit this RefineNet: norms that know the noise levels go with "
-            '"ncsn", those that do not with "ncsnv2" or "karras".'
-        )
-    if backbone.levels is not None and backbone.levels != len(schedule):
-        raise ValueError(
-            f"the network's norms know {backbone.levels} noise levels, but the schedule has {len(schedule)}: each "
-            "level needs its own row. Use the ladder that the network was trained on."
+        return pretrained.push(
+            repo_id,
+            self.config,
+            self.backbone.state_dict(),
+            conditioning=self.conditioning,
+            license=license,
+            datasets=datasets,
+            private=private,
+            revision=revision,
+            token=token,
+            commit_message=commit_message,
         )
 
 

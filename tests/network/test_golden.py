@@ -1,14 +1,15 @@
-"""The real repositories against the outputs that diffusers publishes of them.
+"""The real repositories, compared with the outputs that diffusers publishes for them.
 
-Off by default, for they fetch gigabytes:
+These tests are off by default, since they download gigabytes:
 
     python -m pytest -m network                          # all
     python -m pytest -m network -k ddpm-cifar10-32       # 143 MB
 
-Sources of the numbers, in huggingface/diffusers: scripts/generate_logits.py at 58eb52c080, and
-tests/models/unets/test_models_unet_2d.py. In golden.json, "published" holds 30 values of a network's output, in its
-own units, for standard normal noise of seed 0 as image, at time step 10, or sigma 10 for the variance exploding ones;
-"small_sigma" nine values of the score of google/ncsnpp-celebahq-256 at sigma 1e-4, of an image of ones.
+The numbers come from huggingface/diffusers, scripts/generate_logits.py at 58eb52c080 and
+tests/models/unets/test_models_unet_2d.py. In golden.json, "published" holds 30 values of each network's output, in the
+network's units, for standard normal noise of seed 0 as the image, at time step 10, or at sigma 10 for variance
+exploding networks; "small_sigma" holds nine values of the score of google/ncsnpp-celebahq-256 for an image of ones at
+sigma 1e-4.
 """
 
 import json

@@ -1,46 +1,57 @@
-"""The inference copy: a published network made ready to be called a thousand times, one noise level after another.
+"""The inference copy: a network prepared to be called many times, at one noise level after another.
 
 It computes what its original computes, with six differences:
 
-- its convolutions lie in channels_last, the layout in which they are fastest;
+- weights are in channels_last, the layout in which convolutions are fastest (see below for CUDA);
 - where the processor multiplies bfloat16 natively, the weights between the first and the last convolution are bfloat16,
-  cast once. The convolutions at the image, which at a quiet level sees digits that bfloat16 has not, and everything
-  about the noise level stay in float32, and so does what norms accumulate;
-- what depends on the noise level alone is computed once a level, not once a call;
-- attention with one head needs two projections instead of four (see ``_fold``);
-- on a CPU a batch goes through it in parts, small enough for the caches and for memory that the allocator keeps;
+  cast once. The convolutions that read or write the image, which at low noise levels needs more precision than bfloat16
+  offers, stay in float32, and so do the modules of the noise level and the statistics of norms;
+- what depends on the noise level alone is computed once per level, not once per call;
+- attention with one head has two projections instead of four (``Attention.fold``);
+- on a CPU a batch is processed in parts, small enough for the caches and for memory that the allocator keeps;
 - it can be compiled.
 
-Only networks of this package are known well enough for that, and only as they were built: whoever has put hooks,
-adapters or another dtype into one, or compiled it, finds it run as it is.
+On CUDA torch's group norm works in the contiguous layout alone: data in channels_last are copied before each norm and
+again before the next convolution. Networks with group norms therefore keep the contiguous layout there, in which
+nothing of this package copies; cuDNN may still transform the input of a convolution for itself. Which is faster has not
+been measured on a GPU.
+
+Only networks of this package's own classes, exactly as they were built, are copied. One with hooks, adapters, another
+dtype, or that was compiled is called as it is.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus, structure
-from scorematch.nets.refinenet import RefineNet
-from scorematch.nets.unet import Attention, ResidualBlock, UNet
+from scorematch.nets import Family
+from scorematch.nets.family import as_condition, structure
+from scorematch.noise import NoiseSchedule
+from scorematch.precision import native_dtype
+from scorematch.precondition import Coefficients, Preconditioning
+from scorematch.protocol import as_sigma, check_data, per_image
 
-_PART_VALUES = 2**20  # four megabytes of float32
+if TYPE_CHECKING:
+    from scorematch.sampling.settings import SamplerSettings
+
+_PART_VALUES = 2**21  # eight megabytes of float32
 # glibc keeps freed memory up to twice the largest block that was freed so far, if that had 32 MB at most. It begins
 # with so little that it returns the memory of each layer and gets it again for the next, page by page.
 _LARGEST_KEPT_BLOCK = 2**25 - 2**16
-_SIGMA = ("time_proj", "time_embedding", "class_embedding", "time_emb_proj")
 
 
-def is_plain(net: nn.Module, backbone: RefineNet | UNet) -> bool:
+def is_plain(net: nn.Module, backbone: nn.Module) -> bool:
     """Whether a network with that backbone is float32 and as this package built it: nothing added, nothing replaced."""
     return (
         {parameter.dtype for parameter in net.parameters()} == {torch.float32}
-        and structure(backbone) == backbone.built
+        and structure(backbone) == getattr(backbone, "built", None)
         and not any(
             module._forward_hooks
             or module._forward_pre_hooks
@@ -52,60 +63,130 @@ def is_plain(net: nn.Module, backbone: RefineNet | UNet) -> bool:
     )
 
 
-def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a device that multiplies it faster than float32, else float32."""
-    if device.type == "cpu":
-        # Asked by name: not every torch that this package takes has both.
-        checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-        native = any(check is not None and check() for check in checks)
-    else:
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if native else torch.float32
+class InferenceScore:
+    """The score of a network, prepared for inference. It is called as the network is, and every sampler accepts it.
+
+    ``ScoreNet.inference_copy`` makes it. It holds its own copy of the weights and does not follow later changes of the
+    network. Several threads may call it; their calls run one after another.
+
+    Attributes:
+        schedule: the noise levels that the network was trained on.
+        value_range: (low, high) of the data, or None.
+        sample_shape: of one sample, or None.
+        sampler_settings: the settings recommended for the network, or None.
+        conditioning: what the network takes as its condition.
+        device: of the weights.
+    """
+
+    def __init__(
+        self,
+        family: Family[Any],
+        backbone: nn.Module,
+        preconditioning: Preconditioning,
+        *,
+        sample_shape: tuple[int, ...] | None,
+        sampler_settings: SamplerSettings | None,
+        compile: bool,  # noqa: A002  (torch's word)
+    ) -> None:
+        self.schedule: NoiseSchedule = preconditioning.schedule
+        self.value_range = preconditioning.value_range
+        self.sample_shape = sample_shape
+        self.sampler_settings = sampler_settings
+        self.conditioning = family.condition(backbone, predicts_variance=preconditioning.predicts_variance)
+        self.device = next(backbone.parameters()).device
+        self._preconditioning = preconditioning
+        self._compiled = compile
+        self._width = family.width(backbone)
+        self._backbone, self._settle = copy_for_inference(family, backbone, native_dtype(self.device), compile=compile)
+        self._lock = threading.Lock()
+        self._level: tuple[float, torch.dtype] | None = None  # the noise level that the copy is set to
+        self._coefficients: Coefficients
+
+    def __call__(self, x: Tensor, sigma: float | Tensor, condition: Any = None) -> Tensor:
+        """The score of x (N, ...) at a noise level: a float, () or (N,).
+
+        A float, or a tensor on the CPU, is fastest: consecutive calls at the same level set the copy to it once. Levels
+        (N,) are processed one by one, each with all of its images.
+        """
+        check_data(x)
+        condition = as_condition(condition, x, self.conditioning)
+        level = as_sigma(sigma, x)
+        if level.ndim:
+            scores = torch.empty_like(x)
+            for one in level.unique():
+                rows = level == one
+                scores[rows] = self(x[rows], one, None if condition is None else condition[rows])
+            return scores
+        on_host = not isinstance(sigma, Tensor) or sigma.device.type == "cpu"
+        with self._lock:
+            self._set(level, (float(sigma), level.dtype) if on_host else None)
+            size = part_size(self._width, x)
+            conditions = [None] * -(-len(x) // size) if condition is None else condition.split(size)
+            parts = [
+                self._preconditioning.score(self._backbone, part, self._coefficients, beside)
+                for part, beside in zip(x.split(size), conditions, strict=True)
+            ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def inference_copy(self, *, compile: bool = False) -> InferenceScore:  # noqa: A002  (torch's word)
+        """This object, which is an inference copy already."""
+        if compile and not self._compiled:
+            raise ValueError("this inference copy is not compiled. Write net.inference_copy(compile=True).")
+        return self
+
+    def denoise(self, x: Tensor, sigma: float | Tensor, condition: Any = None) -> Tensor:
+        """The denoised image, as ``ScoreNet.denoise``."""
+        score = self(x, sigma, condition)
+        return (x + per_image(as_sigma(sigma, x).square(), x) * score).to(x.dtype)
+
+    def _set(self, level: Tensor, key: tuple[float, torch.dtype] | None) -> None:
+        if key is not None and key == self._level:
+            return
+        self._level = None  # in case what follows is interrupted
+        with torch.no_grad():
+            self._coefficients = self._preconditioning.coefficients(level)
+            self._settle(self._coefficients.c_noise.to(torch.float32))
+        self._level = key
 
 
-def part_size(backbone: RefineNet | UNet, x: Tensor) -> int:
-    """How many of the images x go through a network at once: on a CPU as many as have 2^20 values in a feature map."""
-    if x.device.type != "cpu":
-        return len(x)
-    first = backbone.begin_conv if isinstance(backbone, RefineNet) else backbone.conv_in
-    return max(1, _PART_VALUES // (first.out_channels * x.shape[2:].numel()))
+def part_size(width: int, x: Tensor) -> int:
+    """How many of the images x are processed at once: on a CPU those with 2^21 values in the first feature map."""
+    return len(x) if x.device.type != "cpu" else max(1, _PART_VALUES // (width * x.shape[2:].numel()))
 
 
-def inference_copy(
-    backbone: RefineNet | UNet,
+def copy_for_inference(
+    family: Family[Any],
+    backbone: nn.Module,
     dtype: torch.dtype,
     *,
     compile: bool = False,  # noqa: A002  (torch's word)
-) -> tuple[RefineNet | UNet, Callable[[Tensor], None]]:
-    """The inference copy of a network, and the function that sets it to a noise level.
+) -> tuple[nn.Module, Callable[[Tensor], None]]:
+    """The inference copy of a backbone, and the function that sets it to a noise level.
 
     Args:
+        family: of the backbone.
         backbone: a network that ``is_plain``. It is not modified.
         dtype: of the weights between the first and the last convolution.
         compile: whether to compile the copy at its first call.
 
     Returns:
-        The copy, called as its original, and ``settle(c_noise)``, c_noise being () float32: until the next time, the
-        copy answers for that level, whatever is passed to it as one.
+        The copy, called as its original, and ``settle(c_noise)``, c_noise being () float32: until the next call of it,
+        the copy computes its output for that level.
     """
     made = copy.deepcopy(backbone).eval().requires_grad_(False)
     for module in made.modules():
-        if (
-            isinstance(module, Attention)
-            and module.heads == 1
-            and module.to_q.weight.shape[0] == module.to_q.in_features
-        ):
-            _fold(module)
+        if hasattr(module, "fold"):
+            cast(Any, module).fold()
     device = next(made.parameters()).device
     if device.type == "cpu":
-        torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)  # and freed; it is never touched
-    if device.type in ("cpu", "cuda"):
+        torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)  # and freed at once; its memory is never touched
+    if device.type == "cpu" or (device.type == "cuda" and family.channels_last_on_cuda):
         for parameter in made.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     if dtype != torch.float32:
-        _lower(made, dtype)
-    settle = _settle_refinenet(made) if isinstance(made, RefineNet) else _settle_unet(made)
+        _lower(family, made, dtype)
+    settle = family.settle(made)
     if compile:
         _compile(made, device)
     return made, settle
@@ -114,109 +195,37 @@ def inference_copy(
 # -- Precision --------------------------------------------------------------------------------------------------------
 
 
-def _lower(made: RefineNet | UNet, dtype: torch.dtype) -> None:
+def _lower(family: Family[Any], made: nn.Module, dtype: torch.dtype) -> None:
+    first, last = family.image_convolutions(made)
+    level = family.level_modules(made)
     for name, module in made.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear) or any(part in _SIGMA for part in name.split(".")):
+        if not isinstance(module, nn.Conv2d | nn.Linear) or name in level:
             continue
-        first = name in ("begin_conv", "conv_in") or (name.startswith("down_blocks") and name.endswith("skip_conv"))
-        last = name in ("end_conv", "conv_out") or (name.startswith("up_blocks") and name.endswith("skip_conv"))
-        if first:
+        if name in first:
             module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-        elif last:
+        elif name in last:
             module.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype),))
         else:
             module.to(dtype)
-
-
-# -- Attention --------------------------------------------------------------------------------------------------------
-
-
-def _fold(attention: Attention) -> None:
-    r"""Takes the pixels themselves as keys and as values.
-
-    With one head, the product of query and key is
-    :math:`(W_q x_i + b_q)^\top (W_k x_j + b_k) = (W_k^\top W_q x_i + W_k^\top b_q)^\top x_j` plus what is the same for
-    all j, which the softmax does not see. Its weights sum to one, so that :math:`W_v` can be applied after the mean.
-    """
-    q, k, v = attention.to_q, attention.to_k, attention.to_v
-    out = cast(nn.Linear, attention.to_out[0])
-    out.bias.copy_(out.bias + out.weight @ v.bias)
-    out.weight.copy_(out.weight @ v.weight)
-    q.bias.copy_(k.weight.T @ q.bias)
-    q.weight.copy_(k.weight.T @ q.weight)
-    attention._modules.update(to_k=nn.Identity(), to_v=nn.Identity())
-
-
-# -- The noise level --------------------------------------------------------------------------------------------------
-
-
-class _Settled(nn.Module):
-    """Stands where a module of the noise level alone stood, with what that one says of the present level."""
-
-    value: Tensor
-
-    def forward(self, *_: Tensor) -> Tensor:
-        return self.value
-
-
-def _settle_refinenet(made: RefineNet) -> Callable[[Tensor], None]:
-    """At a given level a conditional norm is a plain one."""
-    pairs = []
-    for parent in list(made.modules()):
-        for name, module in list(parent.named_children()):
-            if isinstance(module, ConditionalInstanceNormPlus):
-                table = module.embed.weight
-                with torch.device("meta"):  # where nothing is drawn for it
-                    norm = InstanceNormPlus(table.shape[1] // 3)
-                norm = norm.to_empty(device=table.device).to(table).requires_grad_(False)
-                parent._modules[name] = norm
-                pairs.append((module, norm))
-
-    def settle(position: Tensor) -> None:
-        for conditional, norm in pairs:
-            for parameter, row in zip((norm.gamma, norm.alpha, norm.beta), conditional.rows(position), strict=True):
-                parameter.copy_(row)
-
-    return settle
-
-
-def _settle_unet(made: UNet) -> Callable[[Tensor], None]:
-    """The embedding is one vector for all images; without classes, so is what each block makes of it."""
-    features, embed = made.time_proj, made.time_embedding
-    embedding = made.time_proj = _Settled()
-    made._modules["time_embedding"] = nn.Identity()
-    pairs = []
-    if made.class_embedding is None:
-        for block in made.modules():
-            if isinstance(block, ResidualBlock):
-                settled = _Settled()
-                pairs.append((block.time_emb_proj, settled))
-                block._modules["time_emb_proj"] = settled
-
-    def settle(c_noise: Tensor) -> None:
-        embedding.value = embed(features(c_noise[None]))
-        for projection, settled in pairs:
-            settled.value = projection(made.activation(embedding.value))
-
-    return settle
 
 
 # -- Compilation ------------------------------------------------------------------------------------------------------
 
 
 def _compile(made: nn.Module, device: torch.device) -> None:
-    """Compiles in place at the first call. Where there is no compiler, it says so and the network runs as it is."""
+    """Compiles in place at the first call. Where compilation fails it warns, and the network runs without."""
     plain = made.forward
     compiled = torch.compile(plain, mode="reduce-overhead" if device.type == "cuda" else None)
 
     def first(*arguments: Any) -> Tensor:
         try:
             output = compiled(*arguments)
-        except Exception as error:  # of many kinds, and wrong input is said again by the network itself
+        except Exception as error:  # of many kinds; for bad input the plain network raises its own error
             made.forward = plain
             output = plain(*arguments)
             warnings.warn(
-                f"torch.compile failed, sampling goes on without it: {str(error).strip().splitlines()[0]}", stacklevel=2
+                f"torch.compile failed, and sampling continues without it: {str(error).strip().splitlines()[0]}",
+                stacklevel=2,
             )
         else:
             made.forward = compiled

@@ -1,8 +1,8 @@
-r"""The RefineNets of NCSN and NCSNv2: one network, three depths, with or without the noise level in its norms.
+r"""The RefineNets of NCSN and NCSNv2: one network in three depths, with or without the noise level in its norms.
 
-An encoder of pre-activation residual blocks makes features at one scale after another; a refine block per scale, from
-the deepest outward, merges them (RefineNet, Lin et al. 2017). After two or four times the encoder stops halving the
-image and dilates its convolutions instead, so that the deepest features keep their resolution.
+An encoder of pre-activation residual blocks computes features at several scales; a refine block per scale, from the
+deepest outward, merges them (RefineNet, Lin et al. 2017). After one to three halvings the encoder dilates its
+convolutions instead, so that the deepest features keep their resolution.
 
 =================  ==========================  ============================
                    NCSN                        NCSNv2
@@ -12,7 +12,7 @@ chained pooling    average                     max
 output             the score                   sigma times the score
 =================  ==========================  ============================
 
-Submodules bear the names that the published weights have, oddities included: those names are the file format.
+Submodules have the names of the published weights, oddities included: those names are the file format.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, App. A.
@@ -22,13 +22,15 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus, structure
+from scorematch.nets.family import Condition, Family, structure
+from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus
+from scorematch.schema import Field
 
 Depth = Literal["standard", "deeper", "deepest"]
 MakeNorm = Callable[[int], nn.Module]
@@ -99,8 +101,7 @@ class _ResidualBlock(nn.Module):
         self, inputs: int, outputs: int, norm: MakeNorm, *, first: bool, halve: bool = False, dilation: int = 1
     ) -> None:
         super().__init__()
-        # The first block of a stage changes the width, in its second convolution; a dilated one does so without
-        # halving.
+        # The first block of a stage changes the width in its second convolution.
         self.normalize1 = norm(inputs)
         self.conv1 = _conv3x3(inputs, inputs, dilation=dilation)
         self.normalize2 = norm(inputs)
@@ -111,7 +112,7 @@ class _ResidualBlock(nn.Module):
             self.shortcut = _ConvMeanPool(inputs, outputs, 1)
         else:
             self.conv2 = _conv3x3(inputs, outputs, dilation=dilation)
-            # The published networks have a full convolution here even where the width stays.
+            # The published networks have a convolution here even where the width does not change.
             self.shortcut = _conv3x3(inputs, outputs, dilation=dilation) if first and dilation > 1 else None
 
     def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
@@ -211,8 +212,9 @@ class RefineNet(nn.Module):
         width: channels of the first features; 64 and 128 in the published networks.
         depth: "standard" halves the image once (NCSN, NCSNv2), "deeper" twice (NCSNv2Deeper), "deepest" three times
             (NCSNv2Deepest).
-        levels: the number of noise levels that the norms know, or None for norms that do not see the noise level.
-        center: whether the input is an image in [0, 1], mapped to [-1, 1] here; False takes the input as it comes.
+        levels: the number of noise levels for which the norms have parameters, or None for norms that do not depend on
+            the noise level.
+        center: whether to map the input from [0, 1] to [-1, 1].
 
     Raises:
         ValueError: for a width below 2 (the variance over one channel does not exist) or an unknown depth.
@@ -226,7 +228,7 @@ class RefineNet(nn.Module):
             raise ValueError(f"depth must be one of {', '.join(map(repr, _PLANS))}, got {depth!r}.")
         if channels < 1 or width < 2:
             raise ValueError(
-                f"a RefineNet needs channels >= 1 and width >= 2 (its norms compare channels), got "
+                f"a RefineNet needs channels >= 1, and width >= 2 for the variance over channels in its norms, got "
                 f"channels={channels}, width={width}."
             )
         if levels is not None and levels < 1:
@@ -297,4 +299,84 @@ class RefineNet(nn.Module):
                 f"{d} and at least {2 * d}, got {height}x{width}. Crop or pad to a multiple of {d}."
             )
         if self.levels is not None and position is None:
-            raise ValueError("a network conditioned on noise levels needs the level's position in the ladder.")
+            raise ValueError("the norms of this network depend on the noise level: pass its position in the schedule.")
+
+
+# -- The families -----------------------------------------------------------------------------------------------------
+
+_KEYS: Mapping[str, Field] = {
+    "channels": Field(int, required=True, low=1, high=65_536),
+    "width": Field(int, required=True, low=2, high=65_536),
+    "depth": Field(str, required=True, choices=tuple(_PLANS)),
+}
+
+
+class _RefineNetFamily(Family[RefineNet]):
+    network = RefineNet
+    keys = _KEYS
+    conditional: ClassVar[bool]  # whether the norms depend on the noise level
+
+    def build(self, architecture: Mapping[str, Any], *, levels: int, precondition: str) -> RefineNet:
+        return RefineNet(
+            architecture["channels"],
+            architecture["width"],
+            depth=architecture["depth"],
+            levels=levels if self.conditional else None,
+            center=precondition != "karras",
+        )
+
+    def accepts(self, backbone: RefineNet) -> bool:
+        return (backbone.levels is not None) == self.conditional
+
+    def check(self, backbone: RefineNet, *, levels: int, precondition: str) -> None:
+        if precondition not in self.preconditions:
+            raise ValueError(
+                f"precondition {precondition!r} does not fit this RefineNet: with norms that depend on the noise level "
+                'it must be "ncsn", with other norms "ncsnv2" or "karras".'
+            )
+        if backbone.levels is not None and backbone.levels != levels:
+            raise ValueError(
+                f"the norms of the network have rows for {backbone.levels} noise levels, but the schedule has "
+                f"{levels}. Use the schedule that the network was trained on."
+            )
+
+    def condition(self, backbone: RefineNet, *, predicts_variance: bool) -> Condition:
+        return Condition()
+
+    def width(self, backbone: RefineNet) -> int:
+        return backbone.begin_conv.out_channels
+
+    def image_convolutions(self, backbone: RefineNet) -> tuple[set[str], set[str]]:
+        return {"begin_conv"}, {"end_conv"}
+
+    def level_modules(self, backbone: RefineNet) -> set[str]:
+        return set()
+
+
+class _NCSN(_RefineNetFamily):
+    name = "ncsn"
+    conditional = True
+    preconditions = ("ncsn",)
+
+    def settle(self, copy: RefineNet) -> Callable[[Tensor], None]:
+        """Each norm keeps the rows of the level."""
+        norms = [module for module in copy.modules() if isinstance(module, ConditionalInstanceNormPlus)]
+
+        def settle(position: Tensor) -> None:
+            for norm in norms:
+                norm.settled = norm.rows(position)
+
+        return settle
+
+
+class _NCSNv2(_RefineNetFamily):
+    name = "ncsnv2"
+    conditional = False
+    preconditions = ("ncsnv2", "karras")
+
+    def settle(self, copy: RefineNet) -> Callable[[Tensor], None]:
+        """Nothing in it depends on the noise level."""
+        return lambda position: None
+
+
+NCSN, NCSNV2 = _NCSN(), _NCSNv2()

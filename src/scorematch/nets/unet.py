@@ -1,16 +1,24 @@
-r"""The U-Net of DDPM and of NCSN++, as the Hugging Face Hub keeps it.
+r"""The U-Net of DDPM and of NCSN++, with the names and options of diffusers.
 
-Residual blocks with group norm at each scale on the way down, attention at some of them, and the way up again with the
-features of the way down beside it. What the noise level has to say enters every residual block as a vector, made of
+At each scale there are residual blocks with group norm, and attention at some scales, on the way down to low
+resolution and again on the way up, where the features of the way down are concatenated. The noise level enters every
+residual block as a vector, made of
 
 - sines and cosines of c_noise at geometric frequencies ("positional", DDPM: c_noise is the time step), or
 - sines and cosines at random frequencies, :math:`2 \pi w c_{noise}` ("fourier", NCSN++: c_noise is log sigma).
 
-The blocks named Skip are NCSN++'s: the image itself goes down beside the features and is added to them at each scale,
-and a picture is collected on the way up. They resample with the filter (1, 3, 3, 1) and divide sums by :math:`\sqrt 2`.
+The blocks named Skip are NCSN++'s: the image itself is downsampled beside the features and added to them at each
+scale, and the output image is summed over the scales on the way up. They resample with the filter (1, 3, 3, 1) and
+divide sums by :math:`\sqrt 2`.
 
-Submodules and configuration have the names that diffusers gives them: those names are the format of the weights. Some
-of what looks arbitrary here (which block counts its groups how) is arbitrary there, and fixed in trained weights.
+With ``patch`` = p the network works on patches of p x p pixels, which become channels (space to depth) before the first
+convolution and pixels again after the last. A network on 2 x 2 patches takes about a quarter of the time. Nothing in it
+works at single pixels, which may leave grain in the pattern of the patches; ``pixel_channels`` adds one residual block
+at full resolution before the patches are made and one after they become pixels again. This is an addition of this
+package, and diffusers cannot run such a network.
+
+Submodules and configuration have the names of diffusers, which are the format of the weights on the Hugging Face Hub.
+Some choices look arbitrary (how a block counts its groups); they are fixed by the trained weights.
 
 References:
     Ho et al., 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239.
@@ -21,24 +29,26 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from scorematch.nets.layers import GroupNorm, structure
+from scorematch.nets.family import Condition, Family, structure
+from scorematch.nets.layers import GroupNorm
+from scorematch.schema import Field
 
 _SQRT2 = math.sqrt(2)
 
 
 class _Kind(NamedTuple):
-    """What a name of a block stands for."""
+    """The properties of a kind of block."""
 
     attention: bool = False
-    skip: bool = False  # NCSN++'s: the image beside the features
+    skip: bool = False  # of NCSN++: the image is resampled beside the features
     residual: bool = False  # resampled by a residual block instead of a convolution
 
 
@@ -74,18 +84,31 @@ def _quarter_groups(channels: int) -> int:
 # -- Resampling by two ------------------------------------------------------------------------------------------------
 
 
-def _fir_down(x: Tensor) -> Tensor:
-    """The filter (1, 3, 3, 1) x (1, 3, 3, 1), its sum being one, and every other pixel of the result."""
-    line = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device)
-    kernel = torch.outer(line, line) / 64
-    return F.conv2d(x, kernel.expand(x.shape[1], 1, 4, 4), stride=2, padding=1, groups=x.shape[1])
+class _FIRDown(nn.Module):
+    """The filter (1, 3, 3, 1) x (1, 3, 3, 1), normalized to a sum of one, at every other pixel."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.empty(0), persistent=False)
+        self.reset_buffers(torch.get_default_device())
+
+    def reset_buffers(self, device: torch.device) -> None:
+        """Computes the kernel, which is not stored with the weights."""
+        line = (1, 3, 3, 1)
+        self.kernel = torch.tensor([[[[a * b / 64 for b in line] for a in line]]], device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
+        return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 
 
 def _fir_up(x: Tensor) -> Tensor:
-    """Zeros between the pixels, then that filter with a sum of four.
+    """Inserts zeros between the pixels, then applies that filter with a sum of four.
 
-    Between two pixels that is linear interpolation, and beyond the border there are zeros. As a transposed convolution
-    it took up to twenty times as long in bfloat16.
+    This is linear interpolation between pixels, with zeros beyond the border. A transposed convolution took up to
+    twenty times as long in bfloat16.
     """
     return F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2.0, mode="bilinear")[..., 2:-2, 2:-2]
 
@@ -111,7 +134,7 @@ class _Downsample(nn.Module):
 
 
 class _Upsample(nn.Module):
-    """Each pixel four times, then a convolution."""
+    """Repeats each pixel twice in each direction, then applies a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -125,17 +148,17 @@ class _Upsample(nn.Module):
 
 
 class _Style(NamedTuple):
-    """What all residual blocks of one network share."""
+    """The settings that all residual blocks of one network share."""
 
-    embedding: int  # width of the vector that the noise level becomes
+    embedding: int  # width of the vector that represents the noise level
     eps: float
     dropout: float
     activation: Callable[[Tensor], Tensor]
-    scale_shift: bool  # whether that vector scales and shifts the second norm, instead of being added before it
+    scale_shift: bool  # whether it scales and shifts the result of the second norm; if not, it is added before
 
 
 class ResidualBlock(nn.Module):
-    """norm, activation, conv, noise level, norm, activation, conv, added to the input; resampled inside if need be."""
+    """norm, activation, conv, noise level, norm, activation, conv, added to the input; optionally resampled inside."""
 
     def __init__(
         self,
@@ -179,7 +202,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel looks at every other; added to the input."""
+    """Self-attention over the pixels, added to the input."""
 
     def __init__(self, channels: int, *, head_width: int, groups: int | None, eps: float, scale: float = 1.0) -> None:
         super().__init__()
@@ -202,15 +225,34 @@ class Attention(nn.Module):
         h = rearrange(self.to_out[0](h), "n (h w) c -> n c h w", h=height, w=width)
         return x + h if self.scale == 1 else (x + h) / self.scale
 
+    def fold(self) -> None:
+        r"""With one head, takes the pixels themselves as keys and as values: two projections instead of four.
+
+        The product of query and key is
+        :math:`(W_q x_i + b_q)^\top (W_k x_j + b_k) = (W_k^\top W_q x_i + W_k^\top b_q)^\top x_j` plus a term that is
+        the same for all j, which the softmax removes. Its weights sum to one, so that :math:`W_v` can be applied after
+        the mean. The result is for inference: its weights are no longer those of the format.
+        """
+        q, k, v = self.to_q, self.to_k, self.to_v
+        if self.heads != 1 or q.weight.shape[0] != q.in_features:
+            return
+        out = cast(nn.Linear, self.to_out[0])
+        out.bias.copy_(out.bias + out.weight @ v.bias)
+        out.weight.copy_(out.weight @ v.weight)
+        q.bias.copy_(k.weight.T @ q.bias)
+        q.weight.copy_(k.weight.T @ q.weight)
+        self._modules.update(to_k=nn.Identity(), to_v=nn.Identity())
+
 
 class _Layout(NamedTuple):
-    """What the blocks of one network share beside the style of their residual blocks."""
+    """The other settings that the blocks of one network share."""
 
     style: _Style
     groups: int | None  # None: a quarter of the channels, 32 at most
     head_width: int | None  # None: one head
     padding: int
     residual_resampling: tuple[bool, bool]  # by a residual block, on the way down and up, in blocks with attention
+    channels: tuple[int, int]  # of the network's input and output
 
     def groups_of(self, channels: int) -> int:
         return _quarter_groups(channels) if self.groups is None else self.groups
@@ -221,7 +263,7 @@ class _Layout(NamedTuple):
 
 
 class _DownBlock(nn.Module):
-    """Residual blocks, with attention after each or not, then halving; the outputs are kept for the way up."""
+    """Residual blocks, each optionally followed by attention, then halving; the outputs are kept for the way up."""
 
     def __init__(self, kind: _Kind, inputs: int, outputs: int, layers: int, layout: _Layout, *, halve: bool) -> None:
         super().__init__()
@@ -252,10 +294,11 @@ class _DownBlock(nn.Module):
                 style,
                 groups=_quarter_groups(outputs),
                 scale=scale,
-                resample=_fir_down,
+                resample=_FIRDown(),
                 shortcut=True,
             )
-            self.skip_conv = nn.Conv2d(3, outputs, 1)
+            self.fir_down = _FIRDown()
+            self.skip_conv = nn.Conv2d(layout.channels[0], outputs, 1)
         elif halve:
             sampler: nn.Module = _Downsample(outputs, layout.padding)
             if kind.residual or (kind.attention and layout.residual_resampling[0]):
@@ -274,7 +317,7 @@ class _DownBlock(nn.Module):
             h = self.downsamplers[0](h, embedding)
             outputs.append(h)
         elif self.resnet_down is not None and self.skip_conv is not None:
-            image = _fir_down(image)
+            image = self.fir_down(image)
             h = self.skip_conv(image) + self.resnet_down(h, embedding)
             outputs.append(h)
         return h, outputs, image
@@ -303,7 +346,7 @@ class _MidBlock(nn.Module):
 
 
 class _UpBlock(nn.Module):
-    """Residual blocks on features and what was kept of the way down, with attention or not, then doubling."""
+    """Residual blocks on the features and those kept on the way down, optionally with attention, then doubling."""
 
     def __init__(
         self,
@@ -324,7 +367,7 @@ class _UpBlock(nn.Module):
             below = inputs if i == 0 else outputs
             groups, groups_out = layout.groups_of(below + beside), None
             if kind.skip:
-                # With attention the quarter is taken of the second summand only: so the weights were trained.
+                # With attention the quarter is taken of the second summand only, as in the trained networks.
                 groups = min(below + beside // 4, 32) if kind.attention else _quarter_groups(below + beside)
                 groups_out = _quarter_groups(outputs)
             self.resnets.append(
@@ -344,7 +387,7 @@ class _UpBlock(nn.Module):
                 outputs, outputs, style, groups=groups, scale=scale, resample=_fir_up, shortcut=True
             )
             self.skip_norm = GroupNorm(groups, outputs, style.eps)
-            self.skip_conv = nn.Conv2d(outputs, 3, 3, padding=1)
+            self.skip_conv = nn.Conv2d(outputs, layout.channels[1], 3, padding=1)
         elif double:
             sampler: nn.Module = _Upsample(outputs)
             if kind.residual or (kind.attention and layout.residual_resampling[1]):
@@ -394,16 +437,16 @@ class _Fourier(nn.Module):
 
     def __init__(self, width: int, scale: float = 16.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(scale * torch.randn(width), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(width).normal_(0, scale), requires_grad=False)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        # Arguments reach a thousand, where float32 rounds to 1e-4: multiplied in the order of the networks' training.
+        # Arguments reach a thousand, where float32 rounds to 1e-4: the order of the products is that of training.
         argument = c_noise[:, None] * self.weight.to(c_noise.dtype) * (2 * math.pi)
         return torch.cat([argument.sin(), argument.cos()], dim=1)
 
 
 class _Embedding(nn.Module):
-    """Two layers, of the noise level's sines and cosines."""
+    """Two linear layers, whose input is the sines and cosines of the noise level."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -418,7 +461,7 @@ class UNet(nn.Module):
     """The U-Net of DDPM and NCSN++. The arguments are the keys of a configuration on the Hub, with their defaults.
 
     Args:
-        in_channels: of the input, the condition's included.
+        in_channels: of the input, including those of an image condition.
         out_channels: of the output.
         block_out_channels: width at each scale, from the image inward.
         down_block_types: the kind of block at each scale; see ``DOWN_BLOCKS``.
@@ -442,11 +485,13 @@ class UNet(nn.Module):
         resnet_time_scale_shift: "default" adds the noise level, "scale_shift" lets it scale and shift the second norm.
         act_fn: the activation in the residual blocks; elsewhere it is SiLU.
         dropout: in the residual blocks.
-        num_class_embeds: the number of classes, for a network of classes; the condition is then int64 (N,).
-        center_input_sample: whether the input is an image in [0, 1], mapped to [-1, 1] here.
+        num_class_embeds: the number of classes, for a class-conditional network; the condition is then int64 (N,).
+        center_input_sample: whether the input is an image in [0, 1], which the network maps to [-1, 1].
+        patch: the side of the patches that the network works on, 1 for single pixels.
+        pixel_channels: width of the blocks at full resolution, with patches; a multiple of 4, or 0 for none.
 
     Raises:
-        ValueError: for a kind of block or an option that is not here, named, or lists of different lengths.
+        ValueError: for a kind of block or an option that is not supported, or lists of different lengths.
     """
 
     def __init__(
@@ -475,6 +520,8 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         num_class_embeds: int | None = None,
         center_input_sample: bool = False,
+        patch: int = 1,
+        pixel_channels: int = 0,
     ) -> None:
         super().__init__()
         widths = list(block_out_channels)
@@ -490,7 +537,17 @@ class UNet(nn.Module):
         _known("downsample_type", [downsample_type], ("conv", "resnet"))
         _known("upsample_type", [upsample_type], ("conv", "resnet"))
         _known("act_fn", [act_fn], _ACTIVATIONS)
-        self.in_channels, self.divisor, self.center = in_channels, 2 ** (len(widths) - 1), center_input_sample
+        kinds = [DOWN_BLOCKS[name] for name in down_block_types] + [UP_BLOCKS[name] for name in up_block_types]
+        if patch > 1 and any(kind.skip for kind in kinds):
+            raise ValueError("patch above 1 is not supported with the blocks named Skip, which resample the image.")
+        if pixel_channels and (patch == 1 or pixel_channels % 4):
+            raise ValueError(
+                f"pixel_channels must be a multiple of 4, in a network with patch above 1, got {pixel_channels} with "
+                f"patch {patch}."
+            )
+        self.in_channels, self.patch, self.center = in_channels, patch, center_input_sample
+        self.out_channels, self.classes = out_channels, num_class_embeds
+        self.divisor = patch * 2 ** (len(widths) - 1)
         self.activation = _ACTIVATIONS[act_fn]
         embedding = 4 * widths[0]
         layout = _Layout(
@@ -499,9 +556,16 @@ class UNet(nn.Module):
             attention_head_dim,
             downsample_padding,
             (downsample_type == "resnet", upsample_type == "resnet"),
+            (in_channels, out_channels),
         )
 
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.pixel_in: nn.Module | None = None
+        if pixel_channels:
+            self.pixel_in = nn.Conv2d(in_channels, pixel_channels, 3, padding=1)
+            self.pixel_block_in = ResidualBlock(
+                pixel_channels, pixel_channels, layout.style, groups=_quarter_groups(pixel_channels)
+            )
+        self.conv_in = nn.Conv2d((pixel_channels or in_channels) * patch**2, widths[0], 3, padding=1)
         self.time_proj: nn.Module
         if time_embedding_type == "fourier":
             self.time_proj = _Fourier(widths[0])
@@ -512,7 +576,7 @@ class UNet(nn.Module):
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, embedding)
 
         self.down_blocks = nn.ModuleList()
-        kept = [widths[0]]  # widths of what the way up finds beside it
+        kept = [widths[0]]  # widths of the features that are kept for the way up
         inputs = widths[0]
         for i, (name, outputs) in enumerate(zip(down_block_types, widths, strict=True)):
             halve = i < len(widths) - 1
@@ -535,7 +599,14 @@ class UNet(nn.Module):
             self.up_blocks.append(_UpBlock(UP_BLOCKS[name], inputs, beside, outputs, layout, double=double))
             inputs = outputs
         self.conv_norm_out = GroupNorm(layout.groups_of(widths[0]), widths[0], norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], (pixel_channels or out_channels) * patch**2, 3, padding=1)
+        if pixel_channels:
+            groups = _quarter_groups(2 * pixel_channels), _quarter_groups(pixel_channels)
+            self.pixel_block_out = ResidualBlock(
+                2 * pixel_channels, pixel_channels, layout.style, groups=groups[0], groups_out=groups[1]
+            )
+            self.pixel_norm_out = GroupNorm(groups[1], pixel_channels, norm_eps)
+            self.pixel_out = nn.Conv2d(pixel_channels, out_channels, 3, padding=1)
         self.built = structure(self)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -545,7 +616,8 @@ class UNet(nn.Module):
             x: (N, in_channels, H, W) less the channels of an image condition; height and width multiples of
                 ``divisor``.
             c_noise: (N,), the time step or log sigma, fractional or not.
-            condition: int64 (N,), the classes of a network of classes, or float (N, K, H, W), put beside x.
+            condition: classes, int64 (N,), for a network with ``num_class_embeds``; or an image, float (N, K, H, W),
+                which is concatenated with x.
         """
         self._check(x, condition)
         classes = None
@@ -557,7 +629,11 @@ class UNet(nn.Module):
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))
         if self.class_embedding is not None and classes is not None:
             embedding = embedding + self.class_embedding(classes)
-        embedding = self.activation(embedding)  # as every residual block takes it
+        embedding = self.activation(embedding)  # every residual block begins with this
+        pixels: Tensor | None = None
+        if self.pixel_in is not None:
+            x = pixels = self.pixel_block_in(self.pixel_in(x), embedding)
+        x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
         h, image = self.conv_in(x), x
         kept = [h]
         for block in self.down_blocks:
@@ -568,48 +644,155 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             h, picture = block(h, kept, embedding, picture)
         h = self.conv_out(self.conv_norm_out(h, F.silu))
-        return h if picture is None else h + picture
+        h = h if picture is None else h + picture
+        h = F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+        if pixels is None:
+            return h
+        h = self.pixel_block_out(torch.cat([h, pixels], dim=1), embedding)
+        return self.pixel_out(self.pixel_norm_out(h, F.silu))
 
     def _check(self, x: Tensor, condition: Tensor | None) -> None:
-        if x.ndim != 4 or x.shape[1] > self.in_channels:
-            raise ValueError(
-                f"expected images of shape (N, {self.in_channels}, H, W), an image condition's channels included, got "
-                f"{tuple(x.shape)}."
-            )
-        beside = self.in_channels - x.shape[1]
         image = condition if condition is not None and condition.is_floating_point() else None
         classes = condition if image is None else None
+        if x.ndim != 4:
+            raise ValueError(f"x must be images (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}.")
+        beside = 0 if image is None or image.ndim != 4 else image.shape[1]
+        if image is not None and self.in_channels == x.shape[1]:
+            raise ValueError(
+                f"this network takes no image as its condition: all of its {self.in_channels} input channels are x's. "
+                "Build it with condition_channels=."
+            )
+        if x.shape[1] + beside != self.in_channels or (image is not None and not beside):
+            given = "" if image is None else f" and a condition of shape {tuple(image.shape)}"
+            raise ValueError(
+                f"the network takes {self.in_channels} channels in all, those of x (N, C, H, W) and of an image "
+                f"condition if it was built with one, got x of shape {tuple(x.shape)}{given}."
+            )
         height, width = x.shape[2:]
         if height % self.divisor or width % self.divisor:
             raise ValueError(
                 f"height and width must be multiples of {self.divisor}, got {height}x{width}. Crop or pad the images."
             )
-        if beside and image is None:
-            raise ValueError(
-                f"the network takes {self.in_channels} channels, and x has {x.shape[1]}: it wants an image as its "
-                f"condition. Pass condition=, float (N, {beside}, H, W)."
-            )
-        if image is not None and not beside:
-            raise ValueError(
-                f"this network takes no image as its condition, for all of its {self.in_channels} channels are x's. "
-                "Build it with condition_channels=."
-            )
         if image is not None and image.shape != (len(x), beside, height, width):
             raise ValueError(
-                f"the condition must be an image of x's batch and size, of shape {(len(x), beside, height, width)}, "
+                f"the condition must be an image with x's batch and size, of shape {(len(x), beside, height, width)}, "
                 f"got {tuple(image.shape)}."
             )
         if (classes is None) != (self.class_embedding is None):
             raise ValueError(
-                "this network is conditioned on classes: pass condition=, int64 (N,)."
+                "this network takes classes as its condition: pass condition=, int64 (N,)."
                 if classes is None
                 else "this network takes no classes as its condition."
             )
         if classes is not None and classes.shape != x.shape[:1]:
-            raise ValueError(f"classes must be of x's batch, of shape {(len(x),)}, got {tuple(classes.shape)}.")
+            raise ValueError(f"the classes must have shape {(len(x),)} like the batch, got {tuple(classes.shape)}.")
 
 
 def _known(what: str, names: Sequence[str], known: Any) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"{what} {name!r} is not here; known are {', '.join(map(repr, known))}.")
+            raise ValueError(f"{what} {name!r} is not supported; known are {', '.join(map(repr, known))}.")
+
+
+# -- The family -------------------------------------------------------------------------------------------------------
+
+_SIZE = Field(int, low=1, high=65_536)
+
+
+class _Settled(nn.Module):
+    """Replaces a module that depends on the noise level alone, and returns the output of that module for one level."""
+
+    value: Tensor
+
+    def forward(self, *_: Tensor) -> Tensor:
+        return self.value
+
+
+class _UNetFamily(Family[UNet]):
+    name = "unet"
+    network = UNet
+    preconditions = ("karras", "ddpm", "ddpm_v", "ddpm_x0", "ncsnpp", "ncsnv2", "ncsn")
+    keys: ClassVar[Mapping[str, Field]] = {
+        "in_channels": _SIZE,
+        "out_channels": _SIZE,
+        "block_out_channels": Field(list, required=True, low=1, high=16, each=_SIZE),
+        "down_block_types": Field(list, low=1, high=16, each=Field(str, choices=tuple(DOWN_BLOCKS))),
+        "up_block_types": Field(list, low=1, high=16, each=Field(str, choices=tuple(UP_BLOCKS))),
+        "layers_per_block": Field(int, low=1, high=64),
+        "attention_head_dim": Field(int, optional=True, low=1, high=65_536),
+        "norm_num_groups": Field(int, optional=True, low=1, high=65_536),
+        "norm_eps": Field(float, low=0, high=1),
+        "time_embedding_type": Field(str, choices=("positional", "fourier")),
+        "flip_sin_to_cos": Field(bool),
+        "freq_shift": Field(float, low=-1000, high=1000),
+        "downsample_padding": Field(int, low=0, high=1),
+        "downsample_type": Field(str, choices=("conv", "resnet")),
+        "upsample_type": Field(str, choices=("conv", "resnet")),
+        "mid_block_scale_factor": Field(float, low=1e-3, high=1000),
+        "add_attention": Field(bool),
+        "attn_norm_num_groups": Field(int, optional=True, low=1, high=65_536),
+        "resnet_time_scale_shift": Field(str, choices=("default", "scale_shift")),
+        "act_fn": Field(str, choices=tuple(_ACTIVATIONS)),
+        "dropout": Field(float, low=0, high=1),
+        "num_class_embeds": Field(int, optional=True, low=1),
+        "center_input_sample": Field(bool),
+        "patch": Field(int, low=1, high=64),
+        "pixel_channels": Field(int, low=0, high=65_536),
+    }
+
+    def build(self, architecture: Mapping[str, Any], *, levels: int, precondition: str) -> UNet:
+        return UNet(**architecture)
+
+    def condition(self, backbone: UNet, *, predicts_variance: bool) -> Condition:
+        """An image in the input channels that are not x's; x has as many channels as the score."""
+        channels = backbone.out_channels // 2 if predicts_variance else backbone.out_channels
+        return Condition(max(0, backbone.in_channels - channels), backbone.classes)
+
+    def diffusers_class(self, architecture: Mapping[str, Any], precondition: str) -> str | None:
+        """UNet2DModel, if its embedding of the noise level and the meaning of its output are those of the row."""
+        if architecture.get("patch", 1) > 1:
+            return None
+        fourier = architecture.get("time_embedding_type") == "fourier"
+        rows = ("ncsnpp",) if fourier else ("ddpm", "ddpm_v", "ddpm_x0")
+        return "UNet2DModel" if precondition in rows else None
+
+    # Torch's group norm copies to contiguous memory and back for channels_last data on CUDA.
+    channels_last_on_cuda = False
+
+    def width(self, backbone: UNet) -> int:
+        patches = math.ceil(backbone.conv_in.out_channels / backbone.patch**2)
+        return patches if backbone.pixel_in is None else max(patches, backbone.pixel_out.in_channels)
+
+    def image_convolutions(self, backbone: UNet) -> tuple[set[str], set[str]]:
+        if backbone.pixel_in is not None:
+            return {"pixel_in"}, {"pixel_out"}
+        skips = [name for name, _ in backbone.named_modules() if name.endswith("skip_conv")]
+        first = {"conv_in", *(name for name in skips if name.startswith("down_blocks"))}
+        return first, {"conv_out", *(name for name in skips if name.startswith("up_blocks"))}
+
+    def level_modules(self, backbone: UNet) -> set[str]:
+        kinds = ("time_proj", "time_embedding", "class_embedding", "time_emb_proj")
+        return {name for name, _ in backbone.named_modules() if set(kinds) & set(name.split("."))}
+
+    def settle(self, copy: UNet) -> Callable[[Tensor], None]:
+        """The embedding of the level is computed once, and without classes also its projection in each block."""
+        features, embed = copy.time_proj, copy.time_embedding
+        embedding = copy.time_proj = _Settled()
+        copy._modules["time_embedding"] = nn.Identity()
+        pairs = []
+        if copy.class_embedding is None:
+            for block in copy.modules():
+                if isinstance(block, ResidualBlock):
+                    settled = _Settled()
+                    pairs.append((block.time_emb_proj, settled))
+                    block._modules["time_emb_proj"] = settled
+
+        def settle(c_noise: Tensor) -> None:
+            embedding.value = embed(features(c_noise[None]))
+            for projection, settled in pairs:
+                settled.value = projection(copy.activation(embedding.value))
+
+        return settle
+
+
+UNET = _UNetFamily()

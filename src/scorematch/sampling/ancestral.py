@@ -1,6 +1,6 @@
 r"""Ancestral sampling: one step from each noise level to the next, as DDPM and Palette do.
 
-Their chains live in other coordinates. With :math:`\gamma_t = 1 / (1 + s_t^2)`, s being sigma in the units of images
+Their chains use other coordinates. With :math:`\gamma_t = 1 / (1 + s_t^2)`, s being sigma in the units of images
 in [-1, 1], theirs is :math:`y_t = \sqrt{\gamma_t}\, x_t`, the network's answer is :math:`f = -s_t` times the score, and
 Palette's Algorithm 2,
 
@@ -21,10 +21,10 @@ noise    v                                                    exact, whatever th
 "small"  (sigma_t^2 - sigma_{t-1}^2) sigma_{t-1}^2/sigma_t^2  a point
 =======  ===================================================  ==================================================
 
-The two are one where steps are small. With r the ratio of two levels, the large one leaves noise of variance
-:math:`r^2 + r^{-2} - 1` times what is due at the quiet levels of few steps, 1.2 at r = 1.25; the small one is right
-there, but data of a wide Gaussian come out too narrow. The small one is Song et al.'s ancestral predictor, without its
-corrector, and on a geometric ladder also the consistent step of ``AnnealedLangevinSampler``.
+For small steps the two agree. With r the ratio of two levels, the large one leaves noise of variance
+:math:`r^2 + r^{-2} - 1` times that of the level where levels are low and few, 1.2 at r = 1.25; the small one is right
+there, but samples of a wide Gaussian come out too narrow. The small one is Song et al.'s ancestral predictor, without
+its corrector, and on a geometric schedule also the consistent step of ``AnnealedLangevinSampler`` with p = 2.
 
 References:
     Ho et al., 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Alg. 2 and Sec. 3.2.
@@ -34,48 +34,42 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from scorematch.noise import NoiseSchedule, own, own_schedule
-from scorematch.sampling.restoration import Restoration, Restore
-from scorematch.sampling.sampler import Precision, Sampler
+from scorematch.noise import NoiseSchedule
+from scorematch.protocol import Score, attribute
+from scorematch.sampling.sampler import Sampler, SamplerOptions
 
-Noise = Literal["large", "small"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Variance = Literal["large", "small"]
 _LEVELS = 100
 
 
 class AncestralSampler(Sampler):
-    """DDPM's and Palette's sampler, on any score: one call of the network for each level.
+    """DDPM's and Palette's sampler, on any score: one network call per level.
 
     Args:
-        net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet or any callable.
-        schedule: the ladder that the chain descends; None is the network's, respaced to ``levels``. It need not be the
-            ladder of training.
+        net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
+        schedule: the noise levels that the chain descends; None is the network's own, respaced to 100 levels if it has
+            more.
+        variance: of the noise, "large" or "small": the two of DDPM.
+        **options: ``levels``, ``denoise``, ``clamp``, ``restore``, ``precision`` and ``compile``, as for every
+            ``Sampler``.
 
-        Rarely needed:
-
-        levels: to how many levels the ladder is respaced; None is 100 for a network's own ladder if it has more, and
-            takes a given one as it is.
-        variance: "large" or "small", that of DDPM's two.
-        denoise: whether to end with one step of Tweedie's formula at the quietest level, as both papers do.
-        clamp: whether to clamp the result to the network's value range, if it has one.
-        restore: how an observation is held to: "replace" (an operator without a gain is guided), "guide" or
-            "guide-jacobian"; see ``scorematch.sampling.restoration``.
-        precision: as for ``AnnealedLangevinSampler``, and so is ``compile``.
-
-    The large variance refers to images in [-1, 1], for which a network's ``value_range`` has the factor. A plain
-    callable, and a network of data without a range, is taken to be in those units: of deviation one at most.
+    The large variance refers to images in [-1, 1]; a network's ``value_range`` gives the factor. A plain callable, and
+    a network of data without a range, is taken to be in those units: of a standard deviation of at most one.
 
     Raises:
-        TypeError, ValueError: for a ladder that is missing, levels below 2, or a variance of another name.
+        TypeError, ValueError: for a schedule that is missing, or an option that is not known.
 
     Example:
         >>> from scorematch import NoiseSchedule
-        >>> def score(x, sigma):  # of the standard normal distribution, perturbed
+        >>> def score(x, sigma):  # of the standard normal distribution with noise
         ...     return -x / (1 + sigma**2)
         >>> AncestralSampler(score, NoiseSchedule.geometric(50, 0.01, 50))
         AncestralSampler(50 levels 50 -> 0.01, large variance, 50 network calls)
@@ -83,58 +77,46 @@ class AncestralSampler(Sampler):
 
     def __init__(
         self,
-        net: Callable[..., Tensor],
+        net: Score,
         schedule: NoiseSchedule | None = None,
         *,
-        levels: int | None = None,
-        variance: Noise = "large",
-        denoise: bool = True,
-        clamp: bool = True,
-        restore: Restore = "replace",
-        precision: Precision = "auto",
-        compile: bool = False,  # noqa: A002  (torch's word)
+        variance: Variance = "large",
+        **options: Unpack[SamplerOptions],
     ) -> None:
-        if schedule is None:
-            schedule = own_schedule(net)
-            if schedule is not None and levels is None:
-                levels = min(_LEVELS, len(schedule))
-        super().__init__(
-            net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision, compile=compile
-        )
-        if levels is not None:
-            self.schedule = self.schedule.respaced(levels)
-        if variance not in get_args(Noise):
+        super().__init__(net, schedule, **options)
+        if variance not in _VARIANCES:
             raise ValueError(f'variance must be "large" or "small", got {variance!r}.')
         self.variance = variance
+        value_range = attribute(net, "value_range")
+        self._k = 1.0 if value_range is None else 2 / (value_range[1] - value_range[0])
+
+    def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
+        """The network's own levels, respaced to 100 if there are more."""
+        return own.respaced(min(_LEVELS, len(own)) if levels is None else levels)
 
     def __len__(self) -> int:
         return len(self.schedule) - 1 + self.denoise
 
-    def _settings(self) -> list[str]:
+    def settings(self) -> list[str]:
+        """The variance."""
         return [f"{self.variance} variance"]
 
-    def _chain(
-        self,
-        x: Tensor,
-        score: Callable[[Tensor, Tensor], Tensor],
-        noise: Callable[[Tensor], Tensor],
-        seen: Restoration,
-    ) -> Iterator[tuple[Tensor, float]]:
-        value_range = own(self.net, "value_range")
-        k = 1.0 if value_range is None else 2 / (value_range[1] - value_range[0])
-        ladder = self._ladder(x)
-        for level, (sigma, following) in enumerate(zip(self.schedule, list(self.schedule)[1:], strict=False)):
-            z = noise(x)
-            x = seen.project(x, sigma, z)
-            x = ancestral_step(x, score(x, ladder[level]), z, sigma, following, self.variance, k)
-            self._check_finite(x, level)
-            yield x, following
+    def step(self, x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:
+        """The ancestral step to the next level."""
+        return ancestral_step(x, score, z, sigma, following, self.variance, self._k)
+
+
+# The share of sigma_t^2 - sigma_{t-1}^2 that is noise, at s_t and s_{t-1}.
+_VARIANCES = {
+    "large": lambda s, following: (1 + following**2) / (1 + s**2),
+    "small": lambda s, following: (following / s) ** 2,
+}
 
 
 def ancestral_step(
-    x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float, variance: Noise = "large", k: float = 1.0
+    x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float, variance: Variance = "large", k: float = 1.0
 ) -> Tensor:
-    """One step from a noise level to the following, quieter one.
+    """One step from a noise level to the following, lower one.
 
     Args:
         x: the state at ``sigma``.
@@ -146,5 +128,5 @@ def ancestral_step(
         k: the ratio of the units of images in [-1, 1] to those of x: 2 for images in [0, 1].
     """
     drift = sigma**2 - following**2
-    share = (1 + (k * following) ** 2) / (1 + (k * sigma) ** 2) if variance == "large" else (following / sigma) ** 2
+    share = _VARIANCES[variance](k * sigma, k * following)
     return torch.add(x, score, alpha=drift).add_(z, alpha=math.sqrt(drift * share))

@@ -1,4 +1,4 @@
-r"""Predictor-corrector sampling: each level is entered by a step down, and then corrected by Langevin steps.
+r"""Predictor-corrector sampling: a predictor step down to each level, and Langevin steps there as corrector.
 
 The **predictor** is a step of the reverse diffusion from a level to the next,
 
@@ -7,8 +7,8 @@ The **predictor** is a step of the reverse diffusion from a level to the next,
           v_i = \sigma_i^2 (\sigma_{i-1}^2 - \sigma_i^2) / \sigma_{i-1}^2 ,
 
 the first discretizing the equation ("reverse-diffusion"), the second being the exact step where the denoised image does
-not move ("ancestral"): then the noise that is left has variance :math:`\sigma_i^2`, where the first is too loud by a
-factor of :math:`1 + (1 - r^2)^2 / r^2`, r being the ratio of the two levels: nothing for a thousand levels, a tenth for
+not move ("ancestral"). There the noise that is left has variance :math:`\sigma_i^2`, and that of the first is larger by
+a factor of :math:`1 + (1 - r^2)^2 / r^2`, r being the ratio of the two levels: one for a thousand levels, 1.1 for
 fifty.
 
 The **corrector** is Langevin's step at the level, of a size that gives the signal-to-noise ratio rho,
@@ -16,11 +16,11 @@ The **corrector** is Langevin's step at the level, of a size that gives the sign
 .. math:: x \leftarrow x + \epsilon\, s(x, \sigma_i) + \sqrt{2\epsilon}\, z, \qquad
           \epsilon = 2 \rho^2 D / \lVert s(x, \sigma_i) \rVert^2 ,
 
-for every image its own. The mean of :math:`\lVert s \rVert^2 / D` is the mean curvature of the log-density, so the step
-is rho's share of what the density allows; where the noise is most of what there is to see, it is
-:math:`2 \rho^2 \sigma_i^2`. D stands for :math:`\lVert z \rVert^2`, of which it is the mean, as Song et al. advise for
-small batches: the authors' programs average both norms over the batch, and an image then depends on its neighbors. A
-single image of few values can have a score near zero by chance: epsilon is at most :math:`\sigma_i^2`.
+computed for each image. The mean of :math:`\lVert s \rVert^2 / D` is the mean curvature of the log-density, so the step
+is a fixed share of what the density allows; where noise dominates, it is :math:`2 \rho^2 \sigma_i^2`. D replaces
+:math:`\lVert z \rVert^2`, whose mean it is, as Song et al. advise for small batches; the authors' code averages both
+norms over the batch, so that an image depends on the others. The score of a single image of few values can be near zero
+by chance: epsilon is at most :math:`\sigma_i^2`.
 
 References:
     Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Alg. 2 and 4, App. F and G.
@@ -28,17 +28,21 @@ References:
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from scorematch.noise import NoiseSchedule, expand
+from scorematch.noise import NoiseSchedule
+from scorematch.protocol import Score, per_image
 from scorematch.sampling.ancestral import ancestral_step
-from scorematch.sampling.restoration import Restoration, Restore
-from scorematch.sampling.sampler import Precision, Sampler
+from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Predictor = Literal["ancestral", "reverse-diffusion"]
 
@@ -47,27 +51,21 @@ class PredictorCorrectorSampler(Sampler):
     """A step of the reverse diffusion down to each level, and Langevin steps there, on any score.
 
     Args:
-        net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet or any callable.
-        schedule: the ladder that the chain descends; None is the network's own.
+        net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
+        schedule: the noise levels that the chain descends; None is the network's own.
         predictor: the noise of the step down, "ancestral" or "reverse-diffusion".
-        corrector_steps: Langevin steps after each step down; 0 leaves the predictor alone.
-        snr: the corrector's signal-to-noise ratio rho, between 0 and 1; Song et al. take 0.16 for CIFAR-10.
-
-        Rarely needed:
-
-        denoise: whether to end with one step of Tweedie's formula at the quietest level.
-        clamp: whether to clamp the result to the network's value range, if it has one.
-        restore: how an observation is held to, as for ``AnnealedLangevinSampler``.
-        precision: as for ``AnnealedLangevinSampler``, and so is ``compile``.
+        corrector_steps: Langevin steps after each step down; with 0 there is only the predictor.
+        snr: the corrector's signal-to-noise ratio rho, between 0 and 1; Song et al. use 0.16 for CIFAR-10.
+        **options: ``levels``, ``denoise``, ``clamp``, ``restore``, ``precision`` and ``compile``, as for every
+            ``Sampler``.
 
     Raises:
-        TypeError, ValueError: for a ladder that is missing, a predictor that there is not, a count below 0, or an snr
+        TypeError, ValueError: for a schedule that is missing, an option that is not known, a count below 0, or an snr
             out of its range.
 
     Example:
-        >>> import torch
         >>> from scorematch import NoiseSchedule
-        >>> def score(x, sigma):  # of the standard normal distribution, perturbed
+        >>> def score(x, sigma):  # of the standard normal distribution with noise
         ...     return -x / (1 + sigma**2)
         >>> PredictorCorrectorSampler(score, NoiseSchedule.geometric(50, 0.01, 100))
         PredictorCorrectorSampler(100 levels 50 -> 0.01, ancestral, 1 corrector step, snr 0.16, 199 network calls)
@@ -78,24 +76,17 @@ class PredictorCorrectorSampler(Sampler):
 
     def __init__(
         self,
-        net: Callable[..., Tensor],
+        net: Score,
         schedule: NoiseSchedule | None = None,
         *,
         predictor: Predictor = "ancestral",
         corrector_steps: int = 1,
         snr: float = 0.16,
-        denoise: bool = True,
-        clamp: bool = True,
-        restore: Restore = "replace",
-        precision: Precision = "auto",
-        compile: bool = False,  # noqa: A002  (torch's word)
+        **options: Unpack[SamplerOptions],
     ) -> None:
-        super().__init__(
-            net, schedule, denoise=denoise, clamp=clamp, restore=restore, precision=precision, compile=compile
-        )
-        if predictor not in get_args(Predictor):
-            known = ", ".join(map(repr, get_args(Predictor)))
-            raise ValueError(f"predictor must be one of {known}, got {predictor!r}.")
+        super().__init__(net, schedule, **options)
+        if predictor not in _PREDICTORS:
+            raise ValueError(f"predictor must be one of {', '.join(map(repr, _PREDICTORS))}, got {predictor!r}.")
         if not isinstance(corrector_steps, int) or corrector_steps < 0:
             raise ValueError(f"corrector_steps must be an integer of at least 0, got {corrector_steps!r}.")
         if not 0 < snr < 1:
@@ -107,37 +98,37 @@ class PredictorCorrectorSampler(Sampler):
     def __len__(self) -> int:
         return (len(self.schedule) - 1) * (1 + self.corrector_steps) + self.denoise
 
-    def _settings(self) -> list[str]:
+    def settings(self) -> list[str]:
+        """The predictor, and the corrector's steps and ratio."""
         steps = self.corrector_steps
         corrector = [f"{steps} corrector step{'s' if steps > 1 else ''}", f"snr {self.snr:.3g}"] if steps else []
         return [self.predictor, *corrector]
 
-    def _chain(
-        self,
-        x: Tensor,
-        score: Callable[[Tensor, Tensor], Tensor],
-        noise: Callable[[Tensor], Tensor],
-        seen: Restoration,
-    ) -> Iterator[tuple[Tensor, float]]:
-        ladder = self._ladder(x)
-        for level in range(1, len(self.schedule)):
-            louder, sigma = self.schedule[level - 1], self.schedule[level]
-            z = noise(x)
-            x = seen.project(x, louder, z)
-            gradient = score(x, ladder[level - 1])
-            if self.predictor == "ancestral":
-                x = ancestral_step(x, gradient, z, louder, sigma, "small")
-            else:
-                step = louder**2 - sigma**2
-                x = torch.add(x, gradient, alpha=step).add_(z, alpha=math.sqrt(step))
+    def steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
+        """The state after each predictor step and each corrector step."""
+        predict = _PREDICTORS[self.predictor]
+        for higher, sigma in itertools.pairwise(self.schedule):
+            x, score, z = chain(x, higher)
+            x = predict(x, score, z, higher, sigma)
             yield x, sigma
             for _ in range(self.corrector_steps):
-                z = noise(x)
-                x = seen.project(x, sigma, z)
-                gradient = score(x, ladder[level])
-                # The mean of s^2 over an image; one that is zero gives infinity, and so the greatest step.
-                epsilon = (2 * self.snr**2 / gradient.reshape(len(x), -1).square().mean(1)).clamp(max=sigma**2)
-                gradient, z = seen.settle(x, gradient, z, sigma)
-                x = x + expand(epsilon, x) * gradient + expand((2 * epsilon).sqrt(), x) * z
+                z = chain.noise(x)
+                x = chain.observe(x, sigma, z)
+                score = chain.score(x, sigma)
+                # The mean of s^2 over an image; zero gives infinity, and so the largest step.
+                epsilon = (2 * self.snr**2 / score.reshape(len(x), -1).square().mean(1)).clamp(max=sigma**2)
+                score, z = chain.settle(x, score, z, sigma)
+                x = x + per_image(epsilon, x) * score + per_image((2 * epsilon).sqrt(), x) * z
                 yield x, sigma
-            self._check_finite(x, level)
+
+
+def _ancestral(x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:
+    return ancestral_step(x, score, z, sigma, following, "small")
+
+
+def _reverse_diffusion(x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:
+    step = sigma**2 - following**2
+    return torch.add(x, score, alpha=step).add_(z, alpha=math.sqrt(step))
+
+
+_PREDICTORS = {"ancestral": _ancestral, "reverse-diffusion": _reverse_diffusion}

@@ -1,30 +1,31 @@
-r"""Sampling an image of which something was seen, with a score that knows nothing of it.
+r"""Sampling an image that was measured in part, with a score that is not trained for it.
 
-The observation is :math:`y = A x_0 + \sigma_y n`. Write D for the denoised image, :math:`x + \sigma^2 s(x, \sigma)`,
-:math:`P = A^\top A / c` for the projection on what was seen, :math:`y^+ = A^\top y / c`, and
-:math:`\varsigma = \sigma_y / \sqrt c` for the noise of y in the image.
+The observation is :math:`y = A x_0 + \sigma_y n`. Let D be the denoised image, :math:`x + \sigma^2 s(x, \sigma)`,
+:math:`P = A^\top A / c` the projection onto what was observed, :math:`y^+ = A^\top y / c`, and
+:math:`\varsigma = \sigma_y / \sqrt c` the noise of y in the image.
 
-**Replacement** (an operator with a gain). The noise of y counts as a part of the noise of the chain. While
-:math:`\sigma > \varsigma` the seen part of the state is replaced before every call of the network, and does not move:
+**Replacement** (an operator with a gain). The noise of y is treated as a part of the noise of the chain. While
+:math:`\sigma > \varsigma` the observed part of the state is replaced before each network call, and the step does not
+change it:
 
 .. math:: x \leftarrow x - P x + y^+ + \sqrt{\sigma^2 - \varsigma^2}\, P z .
 
-Without noise and with a mask this is the inpainting of NCSN. At a quieter level the seen part has a law of its own,
-:math:`p_\sigma(x)\, \mathcal{N}(y^+; x, \varsigma^2 - \sigma^2)`, and a Langevin step that stays at its level heads for
+Without noise in y and with a mask this is the inpainting of NCSN. At a lower level the observed part has the density
+:math:`p_\sigma(x)\, \mathcal{N}(y^+; x, \varsigma^2 - \sigma^2)`, and a Langevin step that stays at its level uses
 
 .. math:: P \hat D = (1 - \sigma^2/\varsigma^2)\, P D + (\sigma^2/\varsigma^2)\, y^+,
           \qquad \text{with noise}\ \sqrt{1 - \sigma^2/\varsigma^2}\, P z,
 
-which is SNIPS for operators with a gain, without its singular value decomposition. A step that goes down to the next
-level needs nothing more: what was seen is in its state.
+which is SNIPS for operators with a gain, without its singular value decomposition. A step to the next lower level needs
+no correction, since its state already contains what was observed.
 
-**Guidance** (any operator, a JPEG codec too). The denoised image is moved towards what was seen,
+**Guidance** (any operator, also a JPEG codec). The denoised image is moved towards what was observed,
 
 .. math:: \hat D = D + w\, G\, \mathrm{lift}(y - \mathrm{measure}(D)), \qquad w = \frac{r^2}{r^2 + \sigma_y^2 / c},
           \qquad r^2 = \frac{\sigma^2 v}{\sigma^2 + v},
 
-v being the variance of the data: with G = 1, or :math:`G = (\sigma^2 / r^2)\, \partial D^\top / \partial x`, which
-takes a backward pass through the network. Both are exact for Gaussian data of covariance v I.
+where v is the variance of the data, and G is 1 ("guide") or :math:`(\sigma^2 / r^2)\, \partial D^\top / \partial x`
+("guide-jacobian"), which takes a backward pass through the network. Both are exact for Gaussian data of covariance v I.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, Alg. 2.
@@ -36,7 +37,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,18 +45,18 @@ from torch import Tensor
 from scorematch.observe import Observation
 
 Restore = Literal["replace", "guide", "guide-jacobian"]
-Score = Callable[[Tensor, Tensor], Tensor]
+Score = Callable[[Tensor, Any], Tensor]
 
 
 class Restoration:
-    """What a chain does about an observation. This one does nothing: there is none."""
+    """How a chain takes an observation into account. This base class is for no observation and changes nothing."""
 
-    def score(self, score: Score, x: Tensor, sigma: Tensor, rows: slice) -> Tensor:
-        """The score that the chain follows, at these rows x of the state."""
+    def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
+        """The score that the chain follows, at x, which is these rows of the state; sigma is a float or ()."""
         return score(x, sigma)
 
     def project(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
-        """The state as a step begins, before the score is taken of it; z is the step's noise."""
+        """The state at the start of a step, before the score is computed; z is the noise of the step."""
         return x
 
     def settle(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ class Restoration:
         return score, z
 
     def finish(self, x: Tensor) -> Tensor:
-        """The result, with what was seen without noise put back."""
+        """The result, with the observed part put back if it was observed without noise."""
         return x
 
 
@@ -72,41 +73,41 @@ class Replacement(Restoration):
 
     def __init__(self, observation: Observation) -> None:
         gain = observation.operator.gain
-        assert gain is not None  # noqa: S101  (restoration() sees to it)
+        assert gain is not None  # noqa: S101  (checked by restoration())
         self._operator = observation.operator
         self._y = self._operator.lift(observation.y)
         self._sigma = observation.sigma / gain**0.5
 
-    def _seen(self, x: Tensor) -> Tensor:
+    def _observed(self, x: Tensor) -> Tensor:
+        """P x, the observed part of x."""
         return self._operator.lift(self._operator.measure(x))
 
     def project(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
-        """What was seen, with noise of the level, in its place."""
+        """The state with the observed part replaced by the observation, with noise of the level."""
         if sigma <= self._sigma:
             return x
-        noise = self._seen(z.to(x)) * (sigma**2 - self._sigma**2) ** 0.5
-        return x - self._seen(x) + self._y + noise
+        noise = self._observed(z) * (sigma**2 - self._sigma**2) ** 0.5
+        return x - self._observed(x) + self._y + noise
 
     def settle(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """Nothing moves what was seen; at levels below its noise, it is pulled."""
-        z = z.to(x)
+        """Keeps the observed part; at levels below its noise, samples it from its posterior."""
         if sigma > self._sigma:
-            return score - self._seen(score), z - self._seen(z)
+            return score - self._observed(score), z - self._observed(z)
         share = (sigma / self._sigma) ** 2
-        pull = (self._y - self._seen(x)) / self._sigma**2
-        return score - share * self._seen(score) + pull, z - (1 - (1 - share) ** 0.5) * self._seen(z)
+        pull = (self._y - self._observed(x)) / self._sigma**2
+        return score - share * self._observed(score) + pull, z - (1 - (1 - share) ** 0.5) * self._observed(z)
 
     def finish(self, x: Tensor) -> Tensor:
-        """The denoised image with what was seen in its place."""
-        return x if self._sigma else x - self._seen(x) + self._y
+        """The denoised image with the observed part replaced by the observation, if that has no noise."""
+        return x if self._sigma else x - self._observed(x) + self._y
 
 
 class Guidance(Restoration):
-    """The denoised image moved towards what was seen.
+    """Moves the denoised image towards what was observed.
 
     Args:
-        observation: of any operator.
-        variance: v, of the data.
+        observation: with any operator.
+        variance: v, the variance of the data.
         jacobian: whether G is the transposed Jacobian of the denoised image.
     """
 
@@ -116,11 +117,11 @@ class Guidance(Restoration):
         self._jacobian = jacobian
         self._exact = Replacement(observation) if observation.operator.gain is not None else Restoration()
 
-    def score(self, score: Score, x: Tensor, sigma: Tensor, rows: slice) -> Tensor:
+    def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score of the moved denoised image."""
         operator, y = self._observation.operator.rows(rows), self._observation.y
         y = y[rows] if len(y) > 1 else y
-        level = sigma.square()
+        level = sigma**2
         spread = level * self._variance / (level + self._variance)  # r^2
         with torch.set_grad_enabled(self._jacobian):
             x = x.detach().requires_grad_(self._jacobian)
@@ -134,12 +135,12 @@ class Guidance(Restoration):
         return follow + missing / level
 
     def finish(self, x: Tensor) -> Tensor:
-        """The denoised image with what was seen in its place, for an operator with a gain."""
+        """As replacement finishes, for an operator with a gain; else the denoised image unchanged."""
         return self._exact.finish(x)
 
 
 def restoration(observation: Observation | None, restore: Restore, variance: float) -> Restoration:
-    """The restoration that ``restore`` names; replacement falls back to guidance for an operator without a gain."""
+    """The restoration with the name ``restore``; for an operator without a gain, "replace" is guidance."""
     if observation is None:
         return Restoration()
     if restore == "replace" and observation.operator.gain is not None:

@@ -1,4 +1,4 @@
-"""Folders in the layout of diffusers: configurations, schedules, old names, damaged files."""
+"""U-Nets of diffusers, in folders and live: configurations, schedules, old names, damaged files."""
 
 import json
 import pickle
@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, layout
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.nets import FAMILIES
+from scorematch.pretrained.diffusers import current_names
 from tests.conftest import FIXTURES
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 DDPM = {
     "_class_name": "DDPMScheduler",
@@ -55,6 +57,15 @@ def _relative(found, expected):
     return (found - expected).norm() / expected.norm()
 
 
+def _noise(out, x_t, a, prediction):
+    """The noise that an output means."""
+    return {
+        "epsilon": out,
+        "v_prediction": a.sqrt() * out + (1 - a).sqrt() * x_t,
+        "sample": (x_t - a.sqrt() * out) / (1 - a).sqrt(),
+    }[prediction]
+
+
 @pytest.fixture
 def ddpm(tmp_path):
     return _save(_theirs(), tmp_path / "ddpm", DDPM)
@@ -78,18 +89,12 @@ def test_a_ddpm_is_a_score_in_image_units(prediction, pipeline, tmp_path, rng):
         with torch.no_grad():
             out = theirs(x_t.float(), t).sample.double()
             found = net(x.float(), float(sigma))
-        noise = {
-            "epsilon": out,
-            "v_prediction": a.sqrt() * out + (1 - a).sqrt() * x_t,
-            "sample": (x_t - a.sqrt() * out) / (1 - a).sqrt(),
-        }[prediction]
-        expected = -noise / sigma
-        assert (found - expected).norm() / expected.norm() < 1e-4
+        assert _relative(found, -_noise(out, x_t, a, prediction) / sigma) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["ddpm-cifar10-tiny", "ddpm-pipeline-tiny"])
 def test_recorded_outputs_of_a_ddpm(name):
-    """Of diffusers 0.42.1, in [-1, 1]: x_ve = 2 x - 1, a sigma twice ours, a score half ours."""
+    """Of diffusers 0.42.1, in [-1, 1]: x_ve = 2 x - 1, twice the sigma, half the score."""
     net = ScoreNet.from_pretrained(FIXTURES / "hub" / name)
     reference = torch.load(FIXTURES / "hub" / name / "reference.pt", weights_only=True)
     with torch.no_grad():
@@ -98,7 +103,7 @@ def test_recorded_outputs_of_a_ddpm(name):
 
 
 def test_recorded_outputs_of_a_network_that_knows_levels():
-    """Of diffusers-ncsn's UNet2DModelForNCSN, whose time steps count the levels from the loudest."""
+    """Of diffusers-ncsn's UNet2DModelForNCSN, whose time steps count the levels from the highest."""
     folder = FIXTURES / "hub" / "ncsn-mnist-tiny"
     net = ScoreNet.from_pretrained(folder)
     reference = torch.load(folder / "reference.pt", weights_only=True)
@@ -110,8 +115,8 @@ def test_recorded_outputs_of_a_network_that_knows_levels():
 
 def test_a_ddpm_takes_fractional_time_steps(ddpm, rng):
     theirs, net = _theirs(), ScoreNet.from_pretrained(ddpm)
-    ladder = net.schedule.sigmas.flip(0)  # by time step
-    sigma = (ladder[10] ** 0.7 * ladder[11] ** 0.3).item()
+    levels = net.schedule.sigmas.flip(0)  # by time step
+    sigma = (levels[10] ** 0.7 * levels[11] ** 0.3).item()
     x = torch.rand(1, 3, 8, 8, generator=rng)
     with torch.no_grad():
         noise = theirs((2 * x - 1) / (1 + 4 * sigma**2) ** 0.5, torch.tensor([10.3])).sample
@@ -136,6 +141,7 @@ def test_a_variance_exploding_network_is_a_score_as_it_is(tmp_path, rng):
 def test_a_network_that_predicts_a_variance_is_read_by_its_first_half(tmp_path, rng):
     theirs = _theirs(out_channels=6)
     net = ScoreNet.from_pretrained(_save(theirs, tmp_path, DDPM))
+    assert net.predicts_variance and net.config["predicts_variance"] is True
     x = torch.rand(2, 3, 8, 8, generator=rng)
     sigma = net.schedule[500]
     with torch.no_grad():
@@ -204,7 +210,7 @@ def test_old_attention_names(kind, convolutions, ddpm):
     assert _same(_load(ddpm), expected)
 
 
-def test_twins_are_dropped(tmp_path):
+def test_duplicates_are_dropped(tmp_path):
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     _save(_theirs(time_embedding_type="fourier", **blocks), tmp_path, VE)
     expected = _load(tmp_path)
@@ -238,7 +244,7 @@ def test_safetensors_come_before_a_pickle(ddpm):
 
 
 @pytest.mark.parametrize(("said", "row"), [(True, "ddpm"), (False, "ddpm_x0")])
-def test_what_the_output_is_in_the_words_of_2022(said, row, tmp_path):
+def test_what_the_output_is_in_schedulers_of_2022(said, row, tmp_path):
     scheduler = {key: value for key, value in DDPM.items() if key != "prediction_type"}
     _save(_theirs(), tmp_path, {**scheduler, "predict_epsilon": said})
     assert ScoreNet.from_pretrained(tmp_path).precondition == row
@@ -248,14 +254,20 @@ def test_what_the_output_is_in_the_words_of_2022(said, row, tmp_path):
 def test_channels_beside_the_images(inputs, outputs, tmp_path):
     """A condition goes in beside the image, a variance comes out beside it."""
     net = ScoreNet.from_pretrained(_save(_theirs(in_channels=inputs, out_channels=outputs), tmp_path, DDPM))
-    assert net.sample_shape == (3, 8, 8)
+    assert net.sample_shape == (3, 8, 8) and net.predicts_variance == (outputs == 6)
     condition = torch.rand(2, 3, 8, 8) if inputs == 6 else None
     sampler = AnnealedLangevinSampler(net, net.schedule.respaced(2), steps_per_level=1)
     assert sampler.sample(2, condition=condition, progress=False).shape == (2, 3, 8, 8)
 
 
-def test_a_ladder_among_the_weights_counts(tmp_path):
-    """diffusers-ncsn keeps the levels as a buffer; where its configuration says otherwise there is one warning."""
+def test_channels_that_are_neither_a_condition_nor_a_variance(tmp_path):
+    _save(_theirs(in_channels=3, out_channels=4), tmp_path, DDPM)
+    with pytest.raises(ValueError, match=r"out_channels must be at most in_channels, 3, or twice as many .* got 4"):
+        ScoreNet.from_pretrained(tmp_path)
+
+
+def test_noise_levels_among_the_weights_are_used(tmp_path):
+    """diffusers-ncsn keeps the levels as a buffer; where its configuration has others there is one warning."""
     theirs = _theirs()
     scheduler = {"_class_name": "AnnealedLangevinDynamicsScheduler", "sigma_max": 10, "sigma_min": 0.005}
     _save(theirs, tmp_path, {**scheduler, "num_train_timesteps": 10}, pipeline=True)
@@ -263,40 +275,173 @@ def test_a_ladder_among_the_weights_counts(tmp_path):
     config["_class_name"] = "UNet2DModelForNCSN"
     (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
     weights = load_file(tmp_path / "unet" / WEIGHTS)
-    ladder = NoiseSchedule.geometric(10, 0.005, 10)
-    save_file({**weights, "sigmas": ladder.sigmas.float()}, tmp_path / "unet" / WEIGHTS)
+    levels = NoiseSchedule.geometric(10, 0.005, 10)
+    save_file({**weights, "sigmas": levels.sigmas.float()}, tmp_path / "unet" / WEIGHTS)
     net = ScoreNet.from_pretrained(tmp_path)
-    assert net.schedule == ladder
+    assert net.schedule == levels
     x = torch.rand(2, 3, 8, 8)
-    with torch.no_grad():  # the output is the score, the level's index its input, 0 the loudest
-        torch.testing.assert_close(net(x, ladder[7]), theirs(x, 7).sample, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # the output is the score, the input the index of the level
+        torch.testing.assert_close(net(x, levels[7]), theirs(x, 7).sample, rtol=1e-4, atol=1e-5)
     for other in (NoiseSchedule.geometric(20, 0.005, 10), NoiseSchedule.geometric(10, 0.005, 12)):
         save_file({**weights, "sigmas": other.sigmas.float()}, tmp_path / "unet" / WEIGHTS)
-        with pytest.warns(UserWarning, match="the stored ones count") as record:
+        with pytest.warns(UserWarning, match=r"scheduler_config\.json has .*; those of the weights are used") as record:
             net = ScoreNet.from_pretrained(tmp_path)
         assert len(record) == 1
         torch.testing.assert_close(net.schedule.sigmas, other.sigmas, rtol=1e-6, atol=0)
+    save_file({**weights, "sigmas": torch.ones(10)}, tmp_path / "unet" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"the weights beside .*config\.json hold wrong noise levels"):
+        ScoreNet.from_pretrained(tmp_path)
 
 
 # -- The way back
 
 
+BLOCKS = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+
+
+def _back(folder):
+    """diffusers' network of a folder, and what it prints when it is loaded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return UNet2DModel.from_pretrained(folder).eval()
+
+
 @pytest.mark.parametrize("fourier", [False, True])
-def test_a_saved_unet_loads_in_both_packages(fourier, tmp_path, rng):
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    options = {"time_embedding_type": "fourier", **blocks} if fourier else {}
-    theirs = _theirs(**options)
+def test_a_saved_unet_loads_in_both_packages(fourier, tmp_path, rng, capfd):
+    theirs = _theirs(**({"time_embedding_type": "fourier", **BLOCKS} if fourier else {}))
     net = ScoreNet.from_pretrained(_save(theirs, tmp_path / "a", VE if fourier else DDPM))
     net.save_pretrained(tmp_path / "b")
     again = ScoreNet.from_pretrained(tmp_path / "b")
     assert again.config == net.config and again.schedule == net.schedule
     assert _same(dict(again.backbone.named_parameters()), dict(net.backbone.named_parameters()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        back = UNet2DModel.from_pretrained(tmp_path / "b").eval()
+    capfd.readouterr()
+    back = _back(tmp_path / "b")
+    assert len(capfd.readouterr().err) < 1000  # it prints the keys that it does not know, but not a thousand levels
     x, t = torch.rand(2, 3, 8, 8, generator=rng), torch.tensor([1.5, 300.0])
     with torch.no_grad():
         assert torch.equal(back(x, t).sample, theirs(x, t).sample)
+
+
+@pytest.mark.parametrize(
+    ("row", "fourier"), [(row, fourier) for row in FAMILIES["unet"].preconditions for fourier in (False, True)]
+)
+def test_diffusers_loads_a_saved_unet_only_where_it_computes_the_same(row, fourier, tmp_path, rng):
+    torch.manual_seed(0)
+    embedding = "fourier" if fourier else "positional"
+    blocks = {key: list(value) for key, value in BLOCKS.items()}
+    architecture = {"family": "unet", "block_out_channels": [8, 16], "norm_num_groups": 4, **blocks}
+    net = ScoreNet._build(
+        {**architecture, "time_embedding_type": embedding}, NoiseSchedule.geometric(20, 0.01, 50), row, (3, 8, 8)
+    ).eval()
+    net.save_pretrained(tmp_path)
+    if row not in (("ncsnpp",) if fourier else ("ddpm", "ddpm_v", "ddpm_x0")):
+        with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
+            _back(tmp_path)
+        return
+    back = _back(tmp_path)
+    x, level = torch.rand(2, 3, 8, 8, generator=rng), 30
+    sigma = net.schedule[level]
+    with torch.no_grad():
+        if fourier:
+            expected = back(x, torch.tensor([sigma] * 2)).sample
+        else:
+            a = 1 / (1 + 4 * sigma**2)  # alpha_bar
+            x_t = a**0.5 * (2 * x - 1)
+            out = back(x_t, len(net.schedule) - 1 - level).sample
+            noise = {
+                "ddpm": out,
+                "ddpm_v": a**0.5 * out + (1 - a) ** 0.5 * x_t,
+                "ddpm_x0": (x_t - a**0.5 * out) / (1 - a) ** 0.5,
+            }[row]
+            expected = -noise / sigma
+        torch.testing.assert_close(net(x, sigma), expected, rtol=1e-4, atol=1e-4)
+
+
+# -- Live objects
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("classes", [None, 4])
+def test_live_objects_are_the_score_of_their_folder(prediction, classes, tmp_path, rng):
+    theirs, scheduler = _theirs(num_class_embeds=classes), DDPMScheduler(prediction_type=prediction)
+    state = torch.get_rng_state()
+    net = ScoreNet.from_diffusers(theirs, scheduler)
+    assert torch.equal(torch.get_rng_state(), state)
+    theirs.save_pretrained(tmp_path)
+    scheduler.save_pretrained(tmp_path)
+    saved = ScoreNet.from_pretrained(tmp_path)
+    assert net.config == saved.config and not net.training
+    assert _same(dict(net.backbone.named_parameters()), dict(saved.backbone.named_parameters()))
+    x, t = torch.rand(2, 3, 8, 8, generator=rng), 412
+    condition = None if classes is None else torch.tensor([3, 1])
+    a = scheduler.alphas_cumprod[t].double()
+    sigma = 0.5 * (1 / a - 1).sqrt()
+    x_t = (a.sqrt() * (2 * x - 1)).float()
+    with torch.no_grad():
+        out = theirs(x_t, t, class_labels=condition).sample
+        found = net(x, float(sigma), condition)
+        assert _relative(found, -_noise(out, x_t, a, prediction) / sigma) < 1e-5
+
+
+def test_a_live_network_and_its_score_share_no_memory(rng):
+    theirs = _theirs().half().train()
+    net = ScoreNet.from_diffusers(theirs, DDPMScheduler())
+    before = net.backbone.conv_in.weight.clone()
+    theirs.conv_in.weight.data.zero_()
+    assert torch.equal(net.backbone.conv_in.weight, before) and before.dtype == torch.float32
+    assert theirs.training and not net.training
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_a_live_scheduler_with_given_betas(kind):
+    net = ScoreNet.from_diffusers(_theirs(), DDPMScheduler(trained_betas=kind([0.1, 0.2, 0.3])))
+    torch.testing.assert_close(net.schedule.sigmas, NoiseSchedule.from_betas([0.1, 0.2, 0.3]).sigmas, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: (nn.Conv2d(3, 3, 1), DDPMScheduler()),
+            TypeError,
+            "unet must be an object of diffusers with a config, such as a UNet2DModel, got Conv2d",
+        ),
+        (lambda: (UNet2DModel, DDPMScheduler()), TypeError, "unet must be an object of diffusers .* got <class"),
+        (
+            lambda: (_theirs(), DDPM),
+            TypeError,
+            "scheduler must be an object of diffusers with a config, such as a DDPMScheduler, got dict",
+        ),
+        (
+            lambda: (DDPMPipeline(_theirs(), DDPMScheduler()), DDPMScheduler()),
+            ValueError,
+            "unet must be one of UNet2DModel and UNet2DModelForNCSN, .* got DDPMPipeline",
+        ),
+        (
+            lambda: (_theirs(), DDPMScheduler(rescale_betas_zero_snr=True)),
+            ValueError,
+            "the config of the DDPMScheduler: rescale_betas_zero_snr is not supported",
+        ),
+        (
+            lambda: (_theirs(mid_block_type=None), DDPMScheduler()),
+            ValueError,
+            "the config of the UNet2DModel: mid_block_type None is not supported",
+        ),
+    ],
+)
+def test_live_objects_that_are_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        ScoreNet.from_diffusers(*make())
+
+
+def test_a_live_network_with_other_weights():
+    theirs = _theirs()
+    theirs.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"the UNet2DModel holds 2 tensor\(s\) that the network lacks: extra\.bias"):
+        ScoreNet.from_diffusers(theirs, DDPMScheduler())
+
+
+# -- Networks to train
 
 
 @pytest.mark.parametrize(
@@ -358,7 +503,7 @@ def test_a_pickle_with_code_is_not_opened(ddpm, capsys):
 
 def test_a_pointer_of_git_lfs_is_named(ddpm):
     (ddpm / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(ValueError, match="is a Git LFS pointer, not the weights: run git lfs pull"):
+    with pytest.raises(ValueError, match=r"is a Git LFS pointer, not the weights\. Run git lfs pull"):
         ScoreNet.from_pretrained(ddpm)
 
 
@@ -375,18 +520,25 @@ def test_truncated_files(ddpm):
         ScoreNet.from_pretrained(ddpm)
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(1)], {"a": 1}, 3])
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(1)], {"a": 1}, 3, {"a": torch.zeros(2).to_sparse()}, {"a": torch.zeros(2, device="meta")}]
+)
 def test_a_file_of_something_else(content, ddpm):
     (ddpm / WEIGHTS).unlink()
     torch.save(content, ddpm / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="does not hold a network's weights"):
+    with pytest.raises(ValueError, match="does not hold the weights of a network, a mapping of names to tensors"):
         ScoreNet.from_pretrained(ddpm)
 
 
-def test_an_index_that_names_no_files(ddpm):
+@pytest.mark.parametrize(
+    "text", ['{"weight_map": null}', "{}", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "/"}}']
+)
+def test_an_index_that_names_no_files(text, ddpm):
     (ddpm / WEIGHTS).unlink()
-    (ddpm / f"{WEIGHTS}.index.json").write_text('{"weight_map": null}')
-    with pytest.raises(ValueError, match="does not say, in weight_map"):
+    (ddpm / f"{WEIGHTS}.index.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"index\.json: weight_map must be an object that names the file of each tensor"
+    ):
         ScoreNet.from_pretrained(ddpm)
 
 
@@ -407,33 +559,65 @@ def test_a_latent_pipeline_is_refused(part, said, tmp_path):
 def test_a_folder_with_two_networks(ddpm, tmp_path):
     _save(_theirs(), tmp_path / "two", DDPM, pipeline=True)
     shutil.copy(ddpm / "config.json", tmp_path / "two")
-    with pytest.raises(ValueError, match="holds two networks"):
+    with pytest.raises(ValueError, match=r"holds two networks, .*\. Pass the folder of one of them"):
         ScoreNet.from_pretrained(tmp_path / "two")
     assert ScoreNet.from_pretrained(tmp_path / "two" / "unet").sample_shape == (3, 8, 8)
 
 
 def test_no_scheduler(ddpm):
     (ddpm / "scheduler_config.json").unlink()
-    with pytest.raises(ValueError, match=r"has no scheduler_config\.json"):
+    with pytest.raises(ValueError, match=r"has no scheduler_config\.json, which says .*Download it"):
         ScoreNet.from_pretrained(ddpm)
 
 
 @pytest.mark.parametrize(
     ("config", "scheduler", "message"),
     [
-        ({"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, {}, "down block 'KDownBlock2D' is not here"),
+        (
+            {"down_block_types": ["DownBlock2D", "KDownBlock2D"]},
+            {},
+            r"down_block_types must be a list .* each one of 'DownBlock2D', .*got \['DownBlock2D', 'KDownBlock2D'\]",
+        ),
         ({"block_out_channels": [12, 16]}, {}, r"other sizes: conv_in\.weight"),
-        ({"mid_block_type": None}, {}, "mid_block_type is None, which is not here"),
-        ({"class_embed_type": "timestep"}, {}, "class_embed_type is 'timestep', which is not here"),
-        ({"_class_name": "UNet2DConditionModel"}, {}, "its class, 'UNet2DConditionModel', is not one of those"),
-        ({"time_embedding_type": "fourier"}, {}, "lacks sigma_max and sigma_min"),
-        ({}, {"prediction_type": "flow"}, "prediction_type must be one of 'epsilon'.*got 'flow'"),
-        ({}, {"beta_schedule": "cubic"}, "beta_schedule must be linear, .*got 'cubic'"),
-        ({}, {"rescale_betas_zero_snr": True}, "makes the loudest level infinite"),
+        ({"mid_block_type": None}, {}, "mid_block_type None is not supported"),
+        ({"class_embed_type": "timestep"}, {}, "class_embed_type 'timestep' is not supported"),
+        ({"time_embedding_dim": 16}, {}, "time_embedding_dim 16 is not supported"),
+        ({"time_embedding_type": "learned"}, {}, "time_embedding_type must be one of 'positional', 'fourier', got"),
+        ({"_class_name": "UNet2DConditionModel"}, {}, "_class_name, 'UNet2DConditionModel', is not one of those"),
+        ({"_class_name": ["UNet2DModel"]}, {}, r"_class_name, \['UNet2DModel'\], is not one of those"),
+        ({"time_embedding_type": "fourier"}, {}, r"scheduler_config\.json lacks sigma_max, sigma_min"),
+        (
+            {"sample_size": "8"},
+            {},
+            r"sample_size must be a list with at least 2 and at most 2 entries, .*got '8'",
+        ),
+        ({"in_channels": 0}, {}, "in_channels must be an integer of at least 1"),
+        ({"norm_eps": "x"}, {}, r"/config\.json: norm_eps must be a number of at least 0 and at most 1, got 'x'"),
+        (
+            {"time_embedding_type": "fourier"},
+            {"sigma_min": 3, "sigma_max": 1},
+            r"scheduler_config\.json: expected sigma_max > sigma_min > 0",
+        ),
+        (
+            {},
+            {"prediction_type": "flow"},
+            r"scheduler_config\.json: prediction_type must be one of 'epsilon'.*got 'flow'",
+        ),
+        ({}, {"beta_schedule": "cubic"}, "beta_schedule must be one of 'linear', .*got 'cubic'"),
+        ({}, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is not supported, since .* is infinite"),
+        ({}, {"beta_start": None}, "beta_start must be a number of at least 0 and at most 1, got None"),
+        (
+            {},
+            {"num_train_timesteps": 10**12},
+            "num_train_timesteps must be an integer of at least 1 and .*got 1000000000000",
+        ),
+        ({}, {"trained_betas": [0.1, 1.0]}, "the betas give no noise levels"),
+        ({}, {"trained_betas": []}, "trained_betas must be a list with at least 1"),
+        ({}, {"beta_start": 0, "beta_end": 0}, "the betas give no noise levels"),
         (
             {},
             {"_class_name": "EulerDiscreteScheduler", "beta_start": ...},
-            "is not that of a DDPM: it has no beta",
+            "is not that of a DDPM: it has no beta_start and no trained_betas .*'EulerDiscreteScheduler'",
         ),
     ],
 )
@@ -441,14 +625,15 @@ def test_configurations_that_are_none(config, scheduler, message, ddpm):
     for name, changes in [("config.json", config), ("scheduler_config.json", scheduler)]:
         content = {**json.loads((ddpm / name).read_text()), **changes}
         (ddpm / name).write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         ScoreNet.from_pretrained(ddpm)
+    assert str(ddpm) in str(caught.value)
 
 
 def test_names_outside_attention_are_left_alone():
     tensor = torch.zeros(2)
     names = ["conv_in.weight", "up_blocks.0.resnets.0.key.weight", "mid_block.attentions.0.group_norm.weight"]
-    assert list(layout.current_names(dict.fromkeys(names, tensor))) == names
+    assert list(current_names(dict.fromkeys(names, tensor))) == names
 
 
 def test_attention_has_one_entry_per_scale():
@@ -457,7 +642,7 @@ def test_attention_has_one_entry_per_scale():
 
 
 class _Normal:
-    """The exact score of N(1/2, 1/4^2), with what a network in a folder says of itself."""
+    """The exact score of N(1/2, 1/4^2), with the schedule and the settings of a network."""
 
     value_range = None
 
@@ -478,7 +663,7 @@ class _Normal:
     ],
 )
 def test_recommended_settings_draw_from_an_exact_score_what_is_its_own(scheduler, calls, tmp_path):
-    """They fit the network's ladder, cost what is said, and keep contrast to a twentieth."""
+    """They fit the network's schedule, take as many calls as they say, and keep the contrast within a twentieth."""
     fourier = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     theirs = _theirs(**({"time_embedding_type": "fourier", **fourier} if scheduler is VE else {}))
     sampler = AnnealedLangevinSampler(_Normal(ScoreNet.from_pretrained(_save(theirs, tmp_path, scheduler))))

@@ -1,0 +1,135 @@
+"""The configuration of a network: its schema, and how it is read.
+
+``config.json`` of a folder of this package has the keys
+
+- ``format_version``, the version of this format;
+- ``family``, with the keys of that family, which say how the backbone is built;
+- ``precondition``, ``sample_shape``, ``value_range`` and ``predicts_variance``, the arguments of ``ScoreNet``;
+- ``sampler_settings``, the recommended SamplerSettings, or null;
+- ``schedule``, the noise levels, or ``"schedule.json"``, the file beside it that holds them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from scorematch.nets import FAMILIES
+from scorematch.noise import NoiseSchedule
+from scorematch.precondition import ROWS
+from scorematch.sampling.settings import SamplerSettings
+from scorematch.schema import Field, check, quote
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+SCHEDULE_FILE = "schedule.json"
+
+_LARGEST = 1e30  # of numbers that become floats
+_FAMILY = Field(str, required=True, choices=(*FAMILIES, "custom"))
+_COMMON: Mapping[str, Field] = {
+    "sample_shape": Field(list, required=True, optional=True, low=1, each=Field(int, low=1, high=2**31)),
+    "value_range": Field(
+        list, required=True, optional=True, low=2, high=2, each=Field(float, low=-_LARGEST, high=_LARGEST)
+    ),
+    "predicts_variance": Field(bool, required=True),
+    "sampler_settings": Field(dict, required=True, optional=True),
+    "schedule": Field(dict, required=True),
+}
+_SCHEDULE: Mapping[str, Field] = {
+    "sigmas": Field(list, required=True, low=1, high=1_000_000, each=Field(float, low=0, high=_LARGEST))
+}
+
+
+class Stored(NamedTuple):
+    """A network as it is stored.
+
+    Attributes:
+        config: the checked configuration, with the keys of ``ScoreNet.config``.
+        weights: the tensors of the backbone by name.
+        source: the folder or the file of both, as messages name it.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    source: Path | str
+
+
+def checked(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
+    """A configuration, after a check of every key.
+
+    Args:
+        config: with the keys of ``ScoreNet.config``; others are ignored.
+        where: its name in messages.
+
+    Raises:
+        ValueError: with the name and the key, for a value that is missing or wrong.
+    """
+    where = str(where)
+    check(config, {"format_version": Field(int, required=True)}, where)
+    if config["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{where}: format_version is {config['format_version']}, but this version of scorematch reads "
+            f"{FORMAT_VERSION}. Install a newer scorematch."
+        )
+    check(config, {"family": _FAMILY}, where)
+    family = FAMILIES.get(config["family"])
+    rows = tuple(ROWS) if family is None else family.preconditions
+    check(config, {} if family is None else family.keys, where)
+    check(config, {"precondition": Field(str, required=True, choices=rows), **_COMMON}, where)
+    if config["value_range"] is not None and not config["value_range"][0] < config["value_range"][1]:
+        raise ValueError(f"{where}: value_range must be [low, high] with low < high, got {config['value_range']}.")
+    check(config["schedule"], _SCHEDULE, f"{where}: schedule", closed=True)
+    try:
+        NoiseSchedule.from_dict(config["schedule"])
+        if config["sampler_settings"] is not None:
+            SamplerSettings.from_dict(config["sampler_settings"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return dict(config)
+
+
+def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that says how the backbone is built: "family" and the keys of that family."""
+    family = FAMILIES.get(config["family"])
+    keys = () if family is None else family.keys
+    return {"family": config["family"], **{key: config[key] for key in keys if key in config}}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, an object with keys.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not valid JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise missing(path) from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for a configuration.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). {remedy(path)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be an object with keys, got {quote(content)}.")
+    return content
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged file, as the end of a message. The Hub's cache consists of links to its files."""
+    if path.is_symlink():
+        return f"Delete {path.resolve()} and load the network again to download it anew."
+    return "Save or download it again."
+
+
+def missing(path: Path) -> FileNotFoundError:
+    """The error for a file that a network's folder lacks."""
+    found = ", ".join(sorted(each.name for each in path.parent.iterdir())) if path.parent.is_dir() else ""
+    return FileNotFoundError(
+        f"{path.parent} has no {path.name}; it holds {found or 'nothing'}. A network is a folder with "
+        f"{CONFIG_FILE} and its weights."
+    )

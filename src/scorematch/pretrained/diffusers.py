@@ -1,0 +1,308 @@
+r"""U-Nets in the format of diffusers, in a folder or as live objects.
+
+A flat folder has ``config.json`` and ``scheduler_config.json`` side by side; a pipeline has ``unet/config.json`` and
+``scheduler/scheduler_config.json``. The first says how the U-Net is built. The second says what its output means and on
+which noise levels it was trained:
+
+- the betas of a DDPM (linear, scaled_linear, squaredcos_cap_v2, sigmoid, or a list), for an output that is the noise,
+  v or the clean image, in units of images in [-1, 1];
+- the noise levels of a variance exploding network, in units of images in [0, 1]: NCSN++, whose output is sigma times
+  the score and whose input is log sigma, or the NCSN of diffusers-ncsn, whose output is the score and whose input is
+  the index of the level.
+
+diffusers itself is not imported.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scorematch.nets import FAMILIES
+from scorematch.noise import NoiseSchedule
+from scorematch.pretrained.cards import Card
+from scorematch.pretrained.configuration import CONFIG_FILE, FORMAT_VERSION, Stored, checked, read_json
+from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, read_weights
+from scorematch.sampling.settings import SamplerSettings
+from scorematch.schema import Field, check
+
+# The network of diffusers, and that of diffusers-ncsn, which takes the index of the level.
+_NCSN = "UNet2DModelForNCSN"
+CLASSES = ("UNet2DModel", _NCSN)
+SCHEDULER_FILE = "scheduler_config.json"
+
+# The keys of the U-Net that diffusers has as well.
+_UNET = {key: field for key, field in FAMILIES["unet"].keys.items() if key not in ("patch", "pixel_channels")}
+_NETWORK: Mapping[str, Field] = {
+    **_UNET,
+    "sample_size": Field(list, optional=True, low=2, high=2, each=Field(int, low=1, high=65_536)),
+}
+# Options of diffusers' network that are not supported, with the value at which they are not used.
+_UNSUPPORTED = {"time_embedding_dim": None, "class_embed_type": None, "mid_block_type": "UNetMidBlock2D"}
+
+# What the output of a DDPM is, and its row of the preconditioning table.
+_PREDICTIONS = {"epsilon": "ddpm", "v_prediction": "ddpm_v", "sample": "ddpm_x0"}
+_BETA = Field(float, low=0, high=1)
+_DDPM: Mapping[str, Field] = {
+    "beta_start": _BETA,
+    "beta_end": _BETA,
+    "beta_schedule": Field(str, choices=("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")),
+    "trained_betas": Field(list, optional=True, low=1, high=1_000_000, each=_BETA),
+    "num_train_timesteps": Field(int, low=1, high=1_000_000),
+    "prediction_type": Field(str, choices=tuple(_PREDICTIONS)),
+    "predict_epsilon": Field(bool),
+    "rescale_betas_zero_snr": Field(bool),
+}
+_SIGMA = Field(float, required=True, low=0, high=1e30)
+_VARIANCE_EXPLODING: Mapping[str, Field] = {
+    "sigma_max": _SIGMA,
+    "sigma_min": _SIGMA,
+    "num_train_timesteps": Field(int, optional=True, low=2, high=1_000_000),
+}
+
+
+# -- Where the two configurations and the weights come from -----------------------------------------------------------
+
+
+def read(home: Path, config: Mapping[str, Any], card: Card | None) -> Stored:
+    """The network of a folder.
+
+    Args:
+        home: the folder with the network's config.json, which is unet/ in a pipeline.
+        config: the content of that file.
+        card: of the network, whose noise levels count where it is a correction.
+
+    Raises:
+        FileNotFoundError: if there are no weights.
+        ValueError: for a network or a scheduler that is not a score of pixels, or an option that is not supported.
+    """
+    pipeline = home.parent if home.name == "unet" else home
+    _refuse_latents(home, pipeline)
+    places = (home / "scheduler", home, pipeline / "scheduler", pipeline)
+    path = next((place / SCHEDULER_FILE for place in places if (place / SCHEDULER_FILE).is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"{pipeline} has no {SCHEDULER_FILE}, which says what the output of the network means and which noise "
+            "levels it was trained on. Download it from the same repository, into the folder or into scheduler/."
+        )
+    scheduler = read_json(path)
+    if card is not None and card.correction:
+        corrected = {"sigma_max": card.sigmas[0], "sigma_min": card.sigmas[1], "num_train_timesteps": card.levels}
+        scheduler = {**scheduler, **corrected}
+    weights = current_names(read_weights(home, DIFFUSERS_WEIGHTS_FILES))
+    stored_levels = weights.pop("sigmas", None)
+    translated = _translate(config, scheduler, str(home / CONFIG_FILE), str(path), stored_levels)
+    return Stored(translated, weights, home)
+
+
+def from_diffusers(unet: nn.Module, scheduler: Any) -> Stored:
+    """The network of live objects, a UNet2DModel and its scheduler. The weights are those of the objects, not copies.
+
+    Raises:
+        TypeError: for objects that have no ``config``.
+        ValueError: for an option that is not supported.
+    """
+    network, training = _config_of(unet, "unet", "UNet2DModel"), _config_of(scheduler, "scheduler", "DDPMScheduler")
+    if network["_class_name"] not in CLASSES:
+        raise ValueError(
+            f"unet must be one of {' and '.join(CLASSES)}, the networks of diffusers that are supported, got "
+            f"{network['_class_name']}."
+        )
+    weights = current_names({name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()})
+    source, scheduler_source = f"the {network['_class_name']}", f"the {training['_class_name']}"
+    config = _translate(
+        network, training, f"the config of {source}", f"the config of {scheduler_source}", weights.pop("sigmas", None)
+    )
+    return Stored(config, weights, source)
+
+
+def _config_of(thing: Any, name: str, example: str) -> dict[str, Any]:
+    config = getattr(thing, "config", None)
+    if isinstance(thing, type) or not isinstance(config, Mapping):
+        found = repr(thing) if isinstance(thing, type) else type(thing).__name__
+        raise TypeError(f"{name} must be an object of diffusers with a config, such as a {example}, got {found}.")
+    return {"_class_name": type(thing).__name__, **{key: _plain(value) for key, value in config.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples and arrays, as JSON has them."""
+    return value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
+
+
+def _refuse_latents(home: Path, pipeline: Path) -> None:
+    """Raises for the U-Net of a latent pipeline, which does not draw pixels."""
+    index = read_json(pipeline / "model_index.json") if (pipeline / "model_index.json").is_file() else {}
+    for part in ("vae", "vqvae"):
+        if part in index or (home != pipeline and (pipeline / part).is_dir()):
+            raise ValueError(
+                f"{pipeline} is a latent pipeline, with a {part}/: its U-Net is a score of latents, not of pixels."
+            )
+
+
+# -- Translation ------------------------------------------------------------------------------------------------------
+
+
+def _translate(
+    network: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    where: str,
+    where_scheduler: str,
+    stored_levels: Tensor | None,
+) -> dict[str, Any]:
+    """The configurations of a network and of its scheduler, as diffusers has them -> that of a ScoreNet.
+
+    Args:
+        network: the content of the network's config.json.
+        scheduler: the content of scheduler_config.json.
+        where: the first one's name in messages.
+        where_scheduler: the second one's.
+        stored_levels: the noise levels among the weights, which count; None if there are none.
+    """
+    for key, unused in _UNSUPPORTED.items():
+        if network.get(key, unused) != unused:
+            raise ValueError(f"{where}: {key} {network[key]!r} is not supported.")
+    size = network.get("sample_size")
+    size = [size, size] if isinstance(size, int) else size
+    check({**network, "sample_size": size}, _NETWORK, where)
+    # A missing key stands for diffusers' default, which is the U-Net's here too.
+    unet = {key: network[key] for key in _UNET if key in network}
+    inputs, outputs = unet.get("in_channels", 3), unet.get("out_channels", 3)
+    if outputs > inputs and outputs != 2 * inputs:
+        raise ValueError(
+            f"{where}: out_channels must be at most in_channels, {inputs}, or twice as many for a network that also "
+            f"predicts a variance, got {outputs}."
+        )
+    exploding = network.get("_class_name") == _NCSN or network.get("time_embedding_type") == "fourier"
+    schedule, precondition = (_variance_exploding if exploding else _ddpm)(network, scheduler, where_scheduler)
+    if stored_levels is not None:
+        schedule = _stored_schedule(stored_levels, schedule, where, where_scheduler)
+    settings = _recommended(schedule, precondition)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "family": "unet",
+        **unet,
+        "precondition": precondition,
+        "sample_shape": None if size is None else [min(inputs, outputs), *size],
+        "value_range": [0.0, 1.0],
+        "predicts_variance": outputs == 2 * inputs,
+        "sampler_settings": None if settings is None else settings.to_dict(),
+        "schedule": schedule.to_dict(),
+    }
+    return checked(config, where)
+
+
+def _variance_exploding(
+    network: Mapping[str, Any], scheduler: Mapping[str, Any], where: str
+) -> tuple[NoiseSchedule, str]:
+    """The noise levels and the preconditioning of NCSN++ or NCSN."""
+    check(scheduler, _VARIANCE_EXPLODING, where)
+    try:
+        schedule = NoiseSchedule.geometric(
+            scheduler["sigma_max"], scheduler["sigma_min"], scheduler.get("num_train_timesteps") or 2000
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return schedule, "ncsn" if network.get("_class_name") == _NCSN else "ncsnpp"
+
+
+def _ddpm(network: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, str]:
+    """The noise levels and the preconditioning of a DDPM."""
+    if "beta_start" not in scheduler and scheduler.get("trained_betas") is None:
+        raise ValueError(
+            f"{where} is not that of a DDPM: it has no beta_start and no trained_betas (_class_name "
+            f"{scheduler.get('_class_name')!r})."
+        )
+    check(scheduler, _DDPM, where)
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            f"{where}: rescale_betas_zero_snr is not supported, since its highest noise level is infinite."
+        )
+    # Until the end of 2022 diffusers wrote predict_epsilon.
+    prediction = scheduler.get("prediction_type", "epsilon" if scheduler.get("predict_epsilon", True) else "sample")
+    # In float32, as in diffusers' schedulers: at the lowest levels 1 - alpha_bar has a relative error of 1e-5, and the
+    # network was trained with that error.
+    alpha_bar = torch.cumprod(1 - _betas(scheduler), 0).double()
+    try:
+        schedule = NoiseSchedule(0.5 * (1 / alpha_bar - 1).sqrt().flip(0))
+    except ValueError as error:
+        raise ValueError(f"{where}: the betas give no noise levels: {error}") from error
+    return schedule, _PREDICTIONS[prediction]
+
+
+def _betas(scheduler: Mapping[str, Any]) -> Tensor:
+    """The variances of the steps of a DDPM, (T,) float32, the first step first."""
+    if scheduler.get("trained_betas") is not None:
+        return torch.tensor(scheduler["trained_betas"], dtype=torch.float32)
+    start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
+    steps, kind = scheduler.get("num_train_timesteps", 1000), scheduler.get("beta_schedule", "linear")
+    if kind == "linear":
+        return torch.linspace(start, end, steps)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps) ** 2
+    if kind == "squaredcos_cap_v2":  # Nichol & Dhariwal, 2021, arXiv:2102.09672, Eq. 17
+        alpha_bar = torch.cos((torch.arange(steps + 1).double() / steps + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999).float()
+    return torch.sigmoid(torch.linspace(-6, 6, steps)) * (end - start) + start
+
+
+def _stored_schedule(levels: Tensor, configured: NoiseSchedule, where: str, where_scheduler: str) -> NoiseSchedule:
+    """The noise levels among the weights, with a warning where the scheduler has others."""
+    try:
+        schedule = NoiseSchedule(levels)
+    except ValueError as error:
+        raise ValueError(f"the weights beside {where} hold wrong noise levels: {error}") from error
+    if len(schedule) == len(configured) and np.allclose(schedule.sigmas, configured.sigmas, rtol=1e-4):
+        return configured  # which is not rounded to float32
+    warnings.warn(
+        f"the weights hold the noise levels {schedule}, and {where_scheduler} has {configured}; those of the weights "
+        "are used.",
+        stacklevel=7,
+    )
+    return schedule
+
+
+def _recommended(schedule: NoiseSchedule, precondition: str) -> SamplerSettings | None:
+    """Recommended settings: consistent sampling in 250 calls with the step 1 - r^p, in units of sigma^2.
+
+    r is the ratio of a level to the one before; p = 1 adds no noise, p = 2 as much as ancestral sampling.
+    docs/pretrained.md says how p was chosen: for a DDPM from published results of networks like it (Song et al., 2021,
+    Denoising Diffusion Implicit Models, arXiv:2010.02502, Table 1) and from small networks; for NCSN++ it is close to
+    the published step of variance exploding networks, 1.5 (1 - r) (Jolicoeur-Martineau et al., 2020, arXiv:2009.05475).
+    """
+    if precondition == "ncsn" or len(schedule) < 2:
+        return None
+    levels, p = min(250, len(schedule)), 1.5 if precondition == "ncsnpp" else 1.1
+    ratio = (schedule.sigma_min / schedule.sigma_max) ** (1 / (levels - 1))
+    return SamplerSettings(levels=levels, step_size=(1 - ratio**p) * schedule.sigma_min**2, consistent=True)
+
+
+# -- Names of weights -------------------------------------------------------------------------------------------------
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def current_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a U-Net under their current names, without duplicates.
+
+    Attention was named query, key, value and proj_attn until 2023, and was sometimes kept as 1x1 convolutions;
+    ``time_proj.W`` duplicates ``time_proj.weight``, and ``downsamplers.0.op`` duplicates ``downsamplers.0.conv``.
+    """
+    current = {}
+    for name, tensor in weights.items():
+        match = re.fullmatch(r"(.*\battentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)", name)
+        if match:
+            name = f"{match[1]}.{_OLD_ATTENTION[match[2]]}.{match[3]}"
+        if ".attentions." in name and tensor.ndim == 4:
+            tensor = tensor.flatten(1)
+        if name == "time_proj.W":
+            name = "time_proj.weight"
+        current[name.replace(".downsamplers.0.op.", ".downsamplers.0.conv.")] = tensor
+    return current

@@ -1,0 +1,131 @@
+"""Loading: from a name to a checked configuration and its weights, and from these to a backbone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from scorematch.nets import FAMILIES
+from scorematch.pretrained import diffusers, names
+from scorematch.pretrained.cards import Card
+from scorematch.pretrained.configuration import (
+    CONFIG_FILE,
+    SCHEDULE_FILE,
+    Stored,
+    architecture,
+    checked,
+    read_json,
+)
+from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, WEIGHTS_FILE, fill, read_weights
+
+
+def load(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Stored:
+    """The network of a name, a folder or a repository of the Hub; arguments and errors as ``from_pretrained``."""
+    folder, card = names.locate(
+        name_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    try:
+        return _read(folder, card)
+    except RecursionError as error:
+        raise ValueError(f"{folder} has a configuration that is nested too deeply.") from error
+
+
+def _read(folder: Path, card: Card | None) -> Stored:
+    home = _home(folder)
+    path = home / CONFIG_FILE
+    config = read_json(path)
+    if "format_version" in config:
+        stored = _read_own(home, config)
+    elif config.get("_class_name") in diffusers.CLASSES:
+        stored = diffusers.read(home, config, card)
+    else:
+        raise ValueError(
+            f"{path} has no format_version: it was not written by save_pretrained, and its _class_name, "
+            f"{config.get('_class_name')!r}, is not one of those of diffusers that are supported, "
+            f"{' and '.join(diffusers.CLASSES)}."
+        )
+    if card is None or card.settings is None:
+        return stored
+    return stored._replace(config={**stored.config, "sampler_settings": card.settings.to_dict()})
+
+
+def _read_own(home: Path, config: dict[str, Any]) -> Stored:
+    """A network that ``save_pretrained`` wrote, in either layout."""
+    if config.get("schedule") == SCHEDULE_FILE:
+        config["schedule"] = read_json(home / SCHEDULE_FILE)
+    files = (WEIGHTS_FILE, *DIFFUSERS_WEIGHTS_FILES)
+    if "_class_name" in config:
+        files = (*DIFFUSERS_WEIGHTS_FILES, WEIGHTS_FILE)
+    return Stored(checked(config, home / CONFIG_FILE), read_weights(home, files), home)
+
+
+def _home(folder: Path) -> Path:
+    """Where the network of a folder is: in the folder itself, or, for a pipeline, in its unet/."""
+    if not (folder / "unet" / CONFIG_FILE).is_file():
+        return folder
+    if (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} holds two networks, one in it and one in unet/. Pass the folder of one of them.")
+    return folder / "unet"
+
+
+class _SkipNormal(TorchFunctionMode):
+    """Skips ``normal_``: on the meta device torch would import its compiler for it, which takes seconds."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "normal_":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
+    """The backbone of a stored network, with its weights, on the CPU.
+
+    It is built on the meta device, so that nothing is drawn or initialized, and no memory is taken before the weights
+    are known to fit.
+
+    Args:
+        stored: the network.
+        backbone: for a network of the user's own class, an instance of it, which receives the weights.
+
+    Raises:
+        TypeError: if ``backbone`` is not a module.
+        ValueError: if the configuration describes no network, or the weights do not fit it.
+    """
+    if backbone is not None and not isinstance(backbone, nn.Module):
+        raise TypeError(f"backbone must be a torch.nn.Module, an instance of your class, got {backbone!r}.")
+    family = FAMILIES.get(stored.config["family"])
+    if family is None and backbone is None:
+        raise ValueError(f"{stored.source} holds a network of your own class: pass an instance of it as backbone=.")
+    if family is not None and backbone is not None:
+        raise ValueError(f"{stored.source} holds a network of the family {family.name!r}: leave out backbone=.")
+    if family is not None:
+        values = architecture(stored.config)
+        del values["family"]
+        try:
+            with torch.device("meta"), _SkipNormal():
+                backbone = family.build(
+                    values,
+                    levels=len(stored.config["schedule"]["sigmas"]),
+                    precondition=stored.config["precondition"],
+                )
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"{stored.source} has a configuration of no network: {error}") from error
+    assert backbone is not None  # noqa: S101  (for the type checker)
+    fill(backbone, stored.weights, stored.source)
+    return backbone

@@ -1,0 +1,91 @@
+"""The model card, README.md, of a network on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scorematch.nets import Condition
+from scorematch.noise import NoiseSchedule
+from scorematch.sampling.settings import SamplerSettings
+
+
+def model_card(
+    repo_id: str,
+    config: Mapping[str, Any],
+    weights: int,
+    *,
+    conditioning: Condition | None,
+    license: str | None,  # noqa: A002  (the Hub's word)
+    datasets: Sequence[str] | None,
+) -> str:
+    """The text of the card: the metadata that the Hub reads, code that samples the network, and a table of facts.
+
+    Args:
+        repo_id: ``owner/name``.
+        config: of the network.
+        weights: the number of its weights.
+        conditioning: what the network takes as its condition, or None if that is not known.
+        license: as the Hub abbreviates it, or None.
+        datasets: their names on the Hub, or None.
+    """
+    from huggingface_hub import ModelCardData
+
+    shape, schedule = config["sample_shape"], NoiseSchedule.from_dict(config["schedule"])
+    settings = config["sampler_settings"]
+    is_image = shape is not None and len(shape) == 3
+    takes_image = conditioning is not None and conditioning.channels > 0
+    pipeline = "image-to-image" if takes_image else "unconditional-image-generation"
+    data = ModelCardData(
+        library_name="scorematch",
+        license=license,
+        datasets=None if datasets is None else list(datasets),
+        pipeline_tag=pipeline if is_image else None,
+        tags=["score-matching", "langevin-dynamics"],
+    )
+    recommended = "the defaults of the sampler" if settings is None else SamplerSettings.from_dict(settings)
+    return f"""---
+{data.to_yaml()}
+---
+
+# {repo_id.split("/")[-1]}
+
+A score network for [scorematch](https://pypi.org/project/scorematch): `net(x, sigma)` is the score of
+{"images in [0, 1]" if is_image else "data"} with noise of level sigma.
+
+```python
+{_code(repo_id, config, conditioning)}
+```
+
+| | |
+|---|---|
+| family | {config["family"]}, preconditioning "{config["precondition"]}" |
+| sample | {"any shape" if shape is None else "x".join(map(str, shape))} |
+| weights | {weights:,} |
+| noise levels | {len(schedule)}, {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g} |
+| sampler settings | {recommended} |
+"""
+
+
+def _code(repo_id: str, config: Mapping[str, Any], conditioning: Condition | None) -> str:
+    """Code that loads the network and samples it."""
+    shape = config["sample_shape"]
+    backbone = ", backbone=YourModule()" if config["family"] == "custom" else ""
+    imports, arguments, note = "", "4", ""
+    if conditioning is not None and conditioning.classes is not None:
+        imports = "import torch\n"
+        arguments += f", condition=torch.arange(4) % {conditioning.classes}"
+        note = "  # the classes"
+    elif conditioning is not None and conditioning.channels > 0:
+        imports = "import torch\n"
+        size = ", ".join(map(str, ["..."] if shape is None else shape[1:]))
+        arguments += f", condition=torch.rand(4, {conditioning.channels}, {size})"
+        note = "  # your images, in [0, 1]"
+    if shape is None:
+        arguments += ", shape=..."
+        note = "  # the shape of one sample, without the batch"
+    return f"""{imports}from scorematch import ScoreNet
+from scorematch.sampling import recommended_sampler
+
+net = ScoreNet.from_pretrained("{repo_id}"{backbone})
+images = recommended_sampler(net).sample({arguments}){note}"""

@@ -1,0 +1,506 @@
+"""The sources of training data: folders, arrays, Datasets and data sets of Hugging Face, behind one interface."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from scorematch.images import gray_or_rgb, open_picture
+
+Crop = Literal["center", "celeba"] | None
+_T = TypeVar("_T")
+
+# The endings of the files in a folder that are pictures; all others are ignored.
+_ENDINGS = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
+_CELEBA_SIDE = 140  # pixels, of CelebA's aligned pictures of 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
+_IMAGE_KEYS = ("image", "images", "img", "x", "x_train", "arr_0")
+_LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
+
+
+# -- From a picture to pixels -----------------------------------------------------------------------------------------
+
+
+class Options(NamedTuple):
+    """What the data should be like."""
+
+    size: tuple[int, int] | None
+    channels: int | None
+    crop: Crop
+    labels: bool
+    image_key: str | None
+    label_key: str | None
+
+
+class UnfitError(ValueError):
+    """A picture that is not damaged, but does not fit the arguments."""
+
+
+def _fit(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
+    """The pixels (C, H, W), uint8, of a picture of Pillow, cropped and resized."""
+    from PIL.Image import Resampling
+
+    channels, height, width = shape
+    image = gray_or_rgb(picture, channels)
+    wide, tall = image.size
+    if crop == "celeba":
+        if min(wide, tall) < _CELEBA_SIDE:
+            raise UnfitError(
+                f'crop="celeba" needs pictures of at least {_CELEBA_SIDE} x {_CELEBA_SIDE} pixels, got {tall} x '
+                f'{wide}. Write crop="center" for pictures that were cropped before.'
+            )
+        inner = (_CELEBA_SIDE, _CELEBA_SIDE)
+    elif crop == "center":
+        scale = min(wide / width, tall / height)
+        inner = (min(wide, round(scale * width)), min(tall, round(scale * height)))
+    else:
+        inner = (wide, tall)
+    left, top = (wide - inner[0]) // 2, (tall - inner[1]) // 2
+    image = image.crop((left, top, left + inner[0], top + inner[1]))
+    if image.size != (width, height):
+        image = image.resize((width, height), Resampling.BILINEAR)
+    pixels = np.array(image)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _looks(picture: Any) -> tuple[int, tuple[int, int]]:
+    """The channels and the (height, width) that a picture has, from its header."""
+    gray = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith(("I", "F"))
+    on_its_side = picture.getexif().get(0x0112, 1) >= 5  # the EXIF tag of the orientation
+    return 1 if gray else 3, picture.size if on_its_side else picture.size[::-1]
+
+
+def _picture_of(image: Any) -> Any:
+    """A picture of Pillow, of such a picture or an array (H, W) or (H, W, 3) of 8 bits."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise UnfitError(f"an array of pixels must be uint8, got {array.dtype}.")
+    return Image.fromarray(array.squeeze(2) if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+# -- The sources ------------------------------------------------------------------------------------------------------
+
+
+class Source(ABC):
+    """Where images come from.
+
+    Attributes:
+        name: in messages.
+        shape: of one image.
+        identity: what the fingerprint covers.
+        labels: int64 (N,), or None.
+        classes: the names of the classes, or None.
+        constant: whether an image has the same pixels whenever it is read, so that it can be decoded once and kept.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    identity: object
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] | None = None
+    constant = True
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def pixels(self, i: int) -> np.ndarray:
+        """Image i. Any exception but ``UnfitError`` means that it is damaged."""
+
+    def name_of(self, i: int) -> str:
+        """The name of image i in messages."""
+        return f"item {i} of {self.name}"
+
+    def state(self) -> object:
+        """What changes with the images while the fingerprint may not: the pixels of some of them."""
+        digests = []
+        for i in sorted({round(k * (len(self) - 1) / 15) for k in range(16)}):
+            try:
+                digests.append(hashlib.blake2b(self.pixels(i).tobytes(), digest_size=16).hexdigest())
+            except Exception:  # a damaged picture
+                digests.append("damaged")
+        return digests
+
+
+class Array(Source):
+    """Images in memory."""
+
+    def __init__(self, images: Any, labels: Any, options: Options, name: str) -> None:
+        array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+        if array.ndim < 2 or array.size == 0:
+            raise ValueError(f"{name} must be images (N, C, H, W) or data (N, ...), N at least 1, got {array.shape}.")
+        if array.dtype == np.uint8:
+            array = _channels_first(array, name)
+            shape = (options.channels or array.shape[1], *(options.size or array.shape[2:]))
+            if shape != array.shape[1:]:
+                array = np.stack([_fit(_picture_of(each), shape, options.crop) for each in array.transpose(0, 2, 3, 1)])
+        elif not np.issubdtype(array.dtype, np.floating):
+            raise TypeError(f"{name} must be uint8, or floating point in [0, 1], got {array.dtype}.")
+        self.name, self.array = name, np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
+        self.shape = _checked(self.array.shape[1:], options, name)
+        self.identity = hashlib.blake2b(self.array.data, digest_size=16).hexdigest()
+        if options.labels:
+            if labels is None:
+                raise ValueError(f"{name} has no labels. Pass a pair (images, labels).")
+            self.labels, self.classes = _classes(labels, len(array), name)
+            self.identity = (self.identity, self.labels.tolist())
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def pixels(self, i: int) -> np.ndarray:  # noqa: D102
+        return self.array[i]
+
+
+def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
+    """Images (N, C, H, W), of (N, H, W) or (N, H, W, C) too."""
+    if array.ndim == 3:
+        return array[:, None]
+    if array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+        return array.transpose(0, 3, 1, 2)
+    if array.ndim != 4 or array.shape[1] not in (1, 3):
+        raise ValueError(
+            f"{name} must be gray or RGB images (N, C, H, W), (N, H, W, C) or (N, H, W), got shape {array.shape}."
+        )
+    return array
+
+
+def _checked(shape: tuple[int, ...], options: Options, name: str) -> tuple[int, ...]:
+    """The shape of an image that cannot be resized, after a check that it is the one that is wanted."""
+    if options.size is None and options.channels is None:
+        return shape
+    wanted = (options.channels or shape[0], *(options.size or shape[1:]))
+    if shape != wanted:
+        raise ValueError(f"{name} has images of shape {shape}, but {wanted} is expected. Resize them, or use uint8.")
+    return shape
+
+
+def _classes(labels: Any, n: int, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as int64 (n,) from 0, and the names of the classes."""
+    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if array.shape == (n, 1):
+        array = array[:, 0]
+    if array.shape != (n,):
+        raise ValueError(f"the labels of {name} must be one per image, ({n},), got shape {array.shape}.")
+    if array.dtype.kind in "US":
+        names, numbers = np.unique(array, return_inverse=True)
+        return numbers.astype(np.int64), tuple(map(str, names))
+    if array.dtype.kind not in "iub" or array.min() < 0:
+        raise ValueError(f"the labels of {name} must be integers from 0, or strings, got {array.dtype}.")
+    return array.astype(np.int64), tuple(map(str, range(int(array.max()) + 1)))
+
+
+class _Pictures(Source):
+    """Pictures of Pillow, which may have any size and mode."""
+
+    crop: Crop
+
+    @abstractmethod
+    def open(self, i: int) -> Any:
+        """Picture i, of which only the header need be read."""
+
+    def pixels(self, i: int) -> np.ndarray:
+        with self.open(i) as picture:
+            return _fit(picture, self.shape, self.crop)
+
+    def settle(self, options: Options, workers: int) -> None:
+        """Sets the crop, and the shape, from the pictures where the options leave it open."""
+        self.crop = options.crop
+        channels, size = options.channels, options.size
+        if size is None and options.crop == "celeba":
+            size = (_CELEBA_SIDE, _CELEBA_SIDE)
+        if channels is None or size is None:
+            kinds, sizes = self._kinds_and_sizes(workers)
+            channels = self._common_channels(kinds) if channels is None else channels
+            if size is None:
+                size = self._common_size(sizes)
+                size = size if options.crop is None else (min(size), min(size))
+        self.shape = (channels, *size)
+
+    def _kinds_and_sizes(self, workers: int) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
+        """The channels and the sizes that occur, each with the first picture that has it."""
+
+        def look(i: int) -> tuple[int, tuple[int, int]] | None:
+            try:
+                with self.open(i) as picture:
+                    return _looks(picture)
+            except ImportError:
+                raise
+            except Exception:  # a damaged picture; decoding reports it
+                return None
+
+        kinds: dict[int, int] = {}
+        sizes: dict[tuple[int, int], int] = {}
+        for i, seen in enumerate(ordered_map(look, len(self), workers)):
+            if seen is not None:
+                kinds.setdefault(seen[0], i)
+                sizes.setdefault(seen[1], i)
+        if not sizes:
+            raise OSError(f"none of the {len(self)} pictures of {self.name} can be read.")
+        return kinds, sizes
+
+    def _common_channels(self, kinds: dict[int, int]) -> int:
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{self.name} mixes gray and color pictures: {self.name_of(kinds[1])} is gray, and "
+                f"{self.name_of(kinds[3])} is in color. Pass channels=3, or channels=1."
+            )
+        return next(iter(kinds))
+
+    def _common_size(self, sizes: dict[tuple[int, int], int]) -> tuple[int, int]:
+        if len(sizes) > 1:
+            (one, i), (other, k) = itertools.islice(sizes.items(), 2)
+            raise ValueError(
+                f"{self.name} has pictures of different sizes: {self.name_of(i)} has {one[0]} x {one[1]} pixels, and "
+                f"{self.name_of(k)} has {other[0]} x {other[1]}. Pass image_size."
+            )
+        return next(iter(sizes))
+
+
+class _Folder(_Pictures):
+    """The pictures of a folder and its subfolders."""
+
+    def __init__(self, folder: Path, options: Options, workers: int) -> None:
+        self.name, self.folder, self.paths = str(folder), folder, _walk(folder)
+        if not self.paths:
+            raise FileNotFoundError(f"{folder} contains no pictures, and neither do its subfolders.")
+        if options.labels:
+            names = [path.parts[0] for path in self.paths]
+            loose = next((path for path in self.paths if len(path.parts) == 1), None)
+            if loose is not None:
+                raise ValueError(
+                    f"labels are the names of subfolders, but {folder / loose} is in none. Move it, or leave out "
+                    "labels."
+                )
+            self.labels, self.classes = _classes(names, len(names), self.name)
+        files = [(folder / path).stat() for path in self.paths]
+        self.identity = [[path.as_posix(), file.st_size] for path, file in zip(self.paths, files, strict=True)]
+        self._times = [file.st_mtime_ns for file in files]
+        self.settle(options, workers)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name_of(self, i: int) -> str:
+        return str(self.folder / self.paths[i])
+
+    def state(self) -> object:
+        return self._times
+
+    def open(self, i: int) -> Any:
+        return open_picture(self.folder / self.paths[i])
+
+
+def _walk(folder: Path) -> list[Path]:
+    """The pictures below a folder, sorted, relative to it. Links are followed, but no folder is entered twice."""
+    found, entered = [], set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        status = Path(where).stat()
+        if (status.st_dev, status.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(where, name) for name in files if not name.startswith("."))
+        found += [path.relative_to(folder) for path in paths if path.suffix.lower() in _ENDINGS and path.is_file()]
+    return sorted(found)
+
+
+class _Table(_Pictures):
+    """A data set of Hugging Face's ``datasets``: rows with named columns."""
+
+    def __init__(self, table: Any, options: Options, workers: int) -> None:
+        self.name, self.table = "the data set", table
+        if not hasattr(table, "__len__"):
+            raise TypeError("a streamed data set has no length and cannot be shuffled. Load it without streaming.")
+        if len(table) == 0:
+            raise ValueError("the data set is empty.")
+        features = getattr(table, "features", None) or {}
+        kinds = {name: type(feature).__name__ for name, feature in features.items()}
+        columns = list(table.column_names)
+        self.key = _choose(options.image_key, columns, "image", _IMAGE_KEYS, kinds, "Image")
+        self.identity = ["table", len(table), self.key]
+        if options.labels:
+            key = _choose(options.label_key, columns, "label", _LABEL_KEYS, kinds, "ClassLabel")
+            self.labels, self.classes = _classes(list(table[key]), len(table), self.name)
+            names = getattr(features.get(key), "names", None)
+            self.classes = tuple(map(str, names)) if names else self.classes
+        self.settle(options, workers)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def state(self) -> object:
+        return [str(getattr(self.table, "_fingerprint", "")), super().state()]
+
+    def open(self, i: int) -> Any:
+        return _picture_of(self.table[i][self.key])
+
+
+def _choose(
+    key: str | None, keys: Sequence[str], what: str, common: Sequence[str], kinds: Mapping[str, str], kind: str
+) -> str:
+    """The key of the images or of the labels: the one that is given, has that kind, or has a common name."""
+    found = [key] if key is not None else [each for each in keys if kinds.get(each) == kind]
+    found = found or [each for each in common if each in keys]
+    if not found and what == "image" and len(keys) == 1:
+        found = list(keys)
+    if not found or found[0] not in keys:
+        given = "" if key is None else f" named {key!r}"
+        raise ValueError(f"the data have no {what}s{given}, but {', '.join(map(repr, keys))}. Pass {what}_key.")
+    return found[0]
+
+
+class _Items(Source):
+    """A ``torch`` Dataset: items that are images, or tuples (image, label). Its transforms may be random."""
+
+    constant = False
+
+    def __init__(self, dataset: Any, options: Options, workers: int) -> None:
+        self.name, self.dataset, self.crop = f"the {type(dataset).__name__}", dataset, options.crop
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(f"{self.name} has no length and cannot be shuffled. Pass a Dataset with __len__.")
+        if len(dataset) == 0:
+            raise ValueError(f"{self.name} is empty.")
+        first = self._image(0)
+        if hasattr(first, "getexif"):
+            channels, size = _looks(first)
+            square = size if options.crop is None else (min(size), min(size))
+            self.shape = (options.channels or channels, *(options.size or square))
+        else:
+            self.shape = _checked(tuple(_values(first).shape), options, self.name)
+        self.identity = [type(dataset).__name__, len(dataset)]
+        if options.labels:
+            labels = getattr(dataset, "targets", None)
+            labels = list(ordered_map(self._label, len(dataset), workers)) if labels is None else labels
+            self.labels, self.classes = _classes(labels, len(dataset), self.name)
+            names = getattr(dataset, "classes", None)
+            self.classes = self.classes if names is None else tuple(map(str, names))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def pixels(self, i: int) -> np.ndarray:
+        image = self._image(i)
+        if hasattr(image, "getexif"):
+            return _fit(image, self.shape, self.crop)
+        values = _values(image)
+        if values.shape != self.shape:
+            raise UnfitError(f"item {i} of {self.name} has shape {values.shape}, but item 0 has {self.shape}.")
+        return values
+
+    def _image(self, i: int) -> Any:
+        item = self.dataset[i]
+        return item[0] if isinstance(item, tuple | list) else item
+
+    def _label(self, i: int) -> Any:
+        item = self.dataset[i]
+        if not isinstance(item, tuple | list) or len(item) < 2:
+            raise ValueError(f"items of {self.name} must be (image, label), but item {i} has no label.")
+        return int(item[1])
+
+
+def _values(image: Any) -> np.ndarray:
+    """An array (C, H, W), uint8 or float32, of an item of a Dataset that is no picture of Pillow."""
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(_channels_first(array[None], "an item of the Dataset")[0])
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"an item of the Dataset must be uint8, or floating point in [0, 1], got {array.dtype}.")
+    return np.ascontiguousarray(array, np.float32)
+
+
+# -- Which source it is -----------------------------------------------------------------------------------------------
+
+
+def find(source: Any, options: Options, workers: int) -> Source:
+    """The source of what ``open_images`` was given."""
+    if isinstance(source, str | os.PathLike):
+        source = _of_path(source)
+        if isinstance(source, Path):
+            return _Folder(source, options, workers)
+    if isinstance(source, Tensor | np.ndarray):
+        return Array(source, None, options, "the array")
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Tensor | np.ndarray):
+        return Array(*source, options, "the array")
+    if isinstance(source, Mapping):
+        if all(hasattr(value, "column_names") for value in source.values()):  # the splits of a data set
+            if "train" not in source:
+                raise ValueError(f'the data set has no split "train", but {", ".join(map(repr, source))}. Pass one.')
+            return _Table(source["train"], options, workers)
+        keys = list(source)
+        key = _choose(options.image_key, keys, "image", _IMAGE_KEYS, {}, "")
+        labels = source[_choose(options.label_key, keys, "label", _LABEL_KEYS, {}, "")] if options.labels else None
+        return Array(source[key], labels, options, f"the array {key!r}")
+    if hasattr(source, "column_names") and hasattr(source, "__getitem__"):
+        return _Table(source, options, workers)
+    if hasattr(source, "__getitem__"):
+        return _Items(source, options, workers)
+    raise TypeError(
+        f"data must be a folder, an .npz file, a tensor or an array, a Dataset, or a data set of Hugging Face, got "
+        f"{type(source).__name__}."
+    )
+
+
+def _of_path(source: str | os.PathLike[str]) -> Any:
+    """A folder, the content of an .npz file, or the data set of a name."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix != ".npz":
+            raise ValueError(f"{path} is neither a folder of pictures nor an .npz file.")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} cannot be read as an .npz file of arrays: {error}") from error
+    if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise ImportError(
+            f"{source} is no file and no folder here, and reading data sets of the Hub needs the package datasets: "
+            "pip install datasets."
+        ) from error
+    try:
+        return load_dataset(source, split="train")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{source} is no file, no folder and no data set on the Hub: {error}") from error
+
+
+# -- Threads ----------------------------------------------------------------------------------------------------------
+
+
+def ordered_map(function: Callable[[int], _T], n: int, workers: int) -> Iterator[_T]:
+    """``function(i)`` for i from 0 to n - 1, in order, computed by threads that are not far ahead."""
+    waiting: deque[Future[_T]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="scorematch-decode") as pool:
+        try:
+            for i in range(n):
+                waiting.append(pool.submit(function, i))
+                if len(waiting) > 16 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

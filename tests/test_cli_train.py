@@ -1,0 +1,306 @@
+"""The commands train and ema."""
+
+import argparse
+import contextlib
+import io
+import itertools
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from scorematch import ScoreNet, dsm_loss
+from scorematch.cli import main
+from scorematch.cli import train as command
+from scorematch.cli.options import image_count
+from scorematch.cli.train import _flop, _size
+from scorematch.palette import MultiTask
+from scorematch.training import reconstruct
+from scorematch.training.recipes import RECIPES
+
+pytest.importorskip("accelerate")
+
+
+def _pictures(folder, n, rng, size=(16, 16)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        pixels = torch.randint(256, (*size, 3), generator=rng, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def _train(data, out, *options):
+    """The status of a short run of the smallest network."""
+    short = ("--recipe", "tiny", "--image-size", "8", "--images", "24", "--batch-size", "8")
+    return main(["train", str(data), "--out", str(out), *short, "--device", "cpu", "--quiet", *options])
+
+
+def _weights(out):
+    return ScoreNet.from_pretrained(out / "network").state_dict()
+
+
+def _same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def _refused(arguments, capsys):
+    """The one line with which arguments are refused, by argparse or by the command."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr()
+    assert status == 2 and said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """A folder of twelve pictures, one that is broken and a text."""
+    folder = _pictures(tmp_path_factory.mktemp("data") / "faces", 12, torch.Generator().manual_seed(0), (20, 16))
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(faces, tmp_path_factory):
+    """The folder of a run, and what was printed."""
+    out, printed = tmp_path_factory.mktemp("runs") / "faces", io.StringIO()
+    state = torch.get_rng_state()
+    with contextlib.redirect_stdout(printed):
+        assert _train(faces, out, "--checkpoint-every", "8", "--snapshot-every", "8") == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    return out, printed.getvalue()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of ``train``, which computes nothing."""
+    recorded = []
+    monkeypatch.setattr(command, "train", lambda *arguments, **options: recorded.append((*arguments, options)))
+    return recorded
+
+
+# -- From pictures to a network
+
+
+def test_what_is_printed(faces, run):
+    out, printed = run
+    parameters = sum(parameter.numel() for parameter in RECIPES["tiny"].build(3).parameters())
+    assert printed.startswith(
+        f"data      12 images of 3 x 8 x 8 from {faces}\n"
+        f"          1 cannot be read and are left out: {faces / 'broken.jpg'}\n"
+        f"network   tiny: {parameters:,} parameters, "
+    )
+    assert re.search(r" parameters, [\d.]+ GFLOP per image\ntraining  24 images in 3 steps of 8, 2 epochs\n", printed)
+    assert re.search(rf"\ntime      about \d+ s on cpu, [\d.]+ images/s\nout       {out}\n", printed)
+    assert printed.endswith(f"{out / 'report.md'}\n{out / 'network'}\n")
+
+
+def test_the_network_is_for_the_other_commands(run, tmp_path):
+    net = ScoreNet.from_pretrained(run[0] / "network")
+    assert net.sample_shape == (3, 8, 8) and net.sampler_settings.sampler == "ode"
+    assert main(["sample", str(run[0] / "network"), str(tmp_path / "faces.png"), "-n", "2", "--quiet"]) == 0
+
+
+def test_the_same_command_continues_and_another_is_refused(faces, run, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(run[0], out)
+    shutil.rmtree(out / "checkpoints" / "000000024")  # as if it had been killed before its last step
+    options = ("--checkpoint-every", "8", "--snapshot-every", "8")
+    assert _train(faces, out, *options) == 0
+    assert "          continues at image 16\n" in capsys.readouterr().out
+    assert _same(_weights(run[0]), _weights(out))
+    assert _train(faces, out, *options, "--lr", "0.5") == 2
+    assert "holds a run with other settings: lr was 0.001 and is 0.5" in capsys.readouterr().err
+
+
+def test_the_seed_decides_the_network(faces, tmp_path, calls):
+    for seed in ("7", "7", "8"):
+        assert _train(faces, tmp_path / "run", "--seed", seed) == 0
+    a, b, c = (net.state_dict() for net, *_ in calls)
+    assert _same(a, b) and not torch.equal(a["backbone.conv_in.weight"], c["backbone.conv_in.weight"])
+    assert [options["seed"] for *_, options in calls] == [7, 7, 8]
+
+
+def test_a_dry_run_writes_nothing(faces, tmp_path, calls, capsys):
+    assert _train(faces, tmp_path / "run", "--dry-run") == 0
+    assert "24 images in 3 steps of 8" in capsys.readouterr().out
+    assert calls == [] and not (tmp_path / "run").exists()
+
+
+# -- Options
+
+
+def test_the_options_are_the_arguments_of_train(faces, tmp_path, calls):
+    given = {"images": "16", "batch-size": "4", "microbatch": "2", "lr": "0.01", "warmup-images": "8"}
+    every = {"log-every": "1k", "sample-every": "2k", "snapshot-every": "3k", "checkpoint-every": "4k"}
+    options = itertools.chain.from_iterable((f"--{name}", value) for name, value in {**given, **every}.items())
+    assert _train(faces, tmp_path, *options, "--precision", "float32", "--compile", "--no-flip") == 0
+    net, data, out, found = calls[0]
+    assert net.sample_shape == data.shape == (3, 8, 8) and out == tmp_path
+    expected = {"images": 16, "batch_size": 4, "microbatch": 2, "lr": 0.01, "warmup_images": 8, "flip": False}
+    events = {"log_every": 1000, "sample_every": 2000, "snapshot_every": 3000, "checkpoint_every": 4000}
+    rest = {"precision": "float32", "compile": True, "seed": 0, "progress": False, "push_to_hub": None}
+    assert {**expected, **events, **rest}.items() <= found.items()
+
+
+def test_without_options_the_recipe_decides(faces, tmp_path, calls):
+    arguments = ["train", str(faces), "--out", str(tmp_path / "run"), "--recipe", "ncsn-mnist", "--quiet"]
+    (tmp_path / "run").mkdir()
+    monkeypatched = RECIPES["ncsn-mnist"].options()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_announce", lambda *arguments: None)  # the network is large
+        assert main(arguments) == 0
+    net, data, _, found = calls[0]
+    assert data.shape == net.sample_shape == (1, 28, 28)
+    assert monkeypatched.items() <= found.items() and found["lr"] == 1e-3 and found["ema"] == ()
+
+
+def test_training_on_classes(tmp_path, rng, calls, capsys):
+    for name in ("cat", "dog"):
+        _pictures(tmp_path / "pets" / name, 5, rng)
+    assert _train(tmp_path / "pets", tmp_path / "run", "--labels") == 0
+    assert "10 images of 3 x 8 x 8 of 2 classes" in capsys.readouterr().out
+    assert _train(tmp_path / "pets", tmp_path / "run", "--labels", "--label-drop", "0") == 0
+    # With dropped labels the last class means that there is none.
+    assert [(net.conditioning.classes, options["label_drop"]) for net, *_, options in calls] == [(3, 0.1), (2, 0.0)]
+    assert calls[0][1].read([0, 9])[1].tolist() == [0, 1]
+
+
+def test_gray_pictures_of_an_npz_file_that_are_not_square(tmp_path, rng, calls, capsys):
+    pixels = torch.randint(256, (9, 12, 10), generator=rng, dtype=torch.uint8).numpy()
+    np.savez(tmp_path / "data.npz", images=pixels)
+    assert _train(tmp_path / "data.npz", tmp_path / "run", "--image-size", "8x12") == 0
+    assert "9 images of 1 x 8 x 12" in capsys.readouterr().out
+    assert calls[0][0].sample_shape == calls[0][1].shape == (1, 8, 12)
+
+
+def test_decoded_pictures_are_kept_in_the_folder_of_the_run_or_elsewhere(faces, run, tmp_path, calls):
+    assert len(list((run[0] / "cache").glob("*.npy"))) == 1
+    assert _train(faces, tmp_path / "second", "--cache", str(tmp_path / "cache")) == 0
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    assert _train(faces, tmp_path / "third", "--no-cache") == 0
+    assert not (tmp_path / "second").exists() and not (tmp_path / "third").exists()
+    (cached, _), (decoded, _) = (data.read(range(12)) for _, data, *_ in calls)
+    assert torch.equal(cached, decoded) and calls[0][1].fingerprint == calls[1][1].fingerprint
+
+
+def test_a_recipe_with_a_task_trains_on_it(faces, tmp_path, monkeypatch, calls):
+    monkeypatch.setitem(RECIPES["palette"].network, "widths", (8, 8))  # the published one has 481 million parameters
+    monkeypatch.setitem(RECIPES["palette"].network, "attention", (False, False))
+    options = ("--recipe", "palette", "--image-size", "16", "--images", "8", "--batch-size", "4", "--quiet")
+    assert main(["train", str(faces), "--out", str(tmp_path / "run"), *options]) == 0
+    net, *_, found = calls[0]
+    assert net.conditioning.channels == 3 and isinstance(found["condition"], MultiTask)
+
+
+# -- The cost
+
+
+@pytest.mark.parametrize("network", [ScoreNet.ncsn, ScoreNet.ncsnv2])  # torch does not count attention on a CPU
+def test_the_cost_that_is_printed_is_that_of_a_step(network):
+    net = network(1, 8, width=4)
+    with FlopCounterMode(display=False) as counter:
+        dsm_loss(net, torch.rand(1, 1, 8, 8), sigma=0.5).backward()
+    net.zero_grad()
+    assert _flop(net) == counter.get_total_flops() > 0
+    assert all(parameter.grad is None and parameter.device.type == "cpu" for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("options", [{"patch": 2, "condition_channels": 3}, {"classes": 5}])
+def test_the_cost_of_networks_with_conditions(options):
+    costs = [_flop(ScoreNet.unet(3, 16, widths=widths, **options)) for widths in ((8, 16), (16, 32))]
+    assert 3 * costs[0] < costs[1] < 4 * costs[0]  # convolutions cost the product of their channels
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("50000", 50_000), ("50k", 50_000), ("5M", 5_000_000), ("1.5M", 1_500_000)]
+)
+def test_counts(text, number):
+    assert image_count(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5", "5q", "5K", "1.0005k", "k", "1e6", " 5"])
+def test_counts_that_are_none(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a count such as 50000, 50k or 5M, got"):
+        image_count(text)
+
+
+def test_sizes():
+    assert _size("64") == 64 and _size("48x64") == (48, 64)
+    for text in ("", "x", "64x", "4x4x4", "-8"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a side such as 64, or height x width"):
+            _size(text)
+
+
+# -- Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--recipe", "huge"), "argument --recipe: invalid choice: 'huge'"),
+        (("--images", "5q"), "argument --images: must be a count such as 50000, 50k or 5M, got '5q'"),
+        (("--image-size", "big"), "argument --image-size: must be a side such as 64"),
+        (("--label-drop", "0.2"), "--label-drop is for training on classes. Add --labels."),
+        (("--cache", "x", "--no-cache"), "--cache and --no-cache exclude each other"),
+        (("--device", "mps"), "--device mps: Accelerate chooses cpu"),
+        (("--batch-size", "13"), "the data have 12 images, fewer than batch_size=13"),
+        (("--image-size", "10"), "height and width must be multiples of 4, got 10x10"),
+        (("--labels",), "labels are the names of subfolders"),
+        (("--crop", "celeba"), "needs pictures of at least 140 x 140 pixels"),
+        (("--recipe", "ncsn-cifar10", "--image-size", "15"), "15x15"),
+    ],
+)
+def test_arguments_that_are_refused(faces, tmp_path, options, message, capsys):
+    arguments = ["train", faces, "--out", tmp_path / "run", "--recipe", "tiny", "--image-size", "8", "--quiet"]
+    assert re.search(message, _refused([*arguments, "--batch-size", "8", *options], capsys))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_data_that_are_refused(tmp_path, rng, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "contains no pictures" in _refused(["train", tmp_path / "empty", "--out", tmp_path / "run"], capsys)
+    missing = tmp_path / "nothing"
+    assert "nothing does not exist" in _refused(["train", missing, "--out", tmp_path / "run"], capsys)
+    mixed = _pictures(tmp_path / "mixed", 3, rng)
+    Image.new("L", (16, 16)).save(mixed / "gray.png")
+    assert "mixes gray and color pictures" in _refused(["train", mixed, "--out", tmp_path / "run"], capsys)
+    broken = _pictures(tmp_path / "broken", 3, rng)
+    (broken / "a.png").write_bytes(b"no picture")
+    arguments = ["train", broken, "--out", tmp_path / "run", "--strict", "--quiet"]
+    assert "a.png cannot be read as an image" in _refused(arguments, capsys)
+    _pictures(tmp_path / "pets" / "cat", 3, rng)
+    arguments = ["train", tmp_path / "pets", "--out", tmp_path / "run", "--recipe", "ncsn-cifar10", "--labels"]
+    assert "the network of ncsn-cifar10 takes no classes" in _refused([*arguments, "--quiet"], capsys)
+
+
+# -- Averages after the fact
+
+
+def test_ema_of_another_length(run, tmp_path, capsys):
+    for images, options in [(24, ()), (16, ("--images", "16"))]:
+        out = tmp_path / str(images)
+        assert main(["ema", str(run[0]), "--length", "0.08", "--out", str(out), *options]) == 0
+        assert capsys.readouterr().out == f"{out}\n"
+        expected = reconstruct(run[0], 0.08, images=images)
+        assert _same(ScoreNet.from_pretrained(out).state_dict(), expected.state_dict())
+
+
+def test_ema_writes_into_the_folder_of_the_run(run, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(run[0] / "snapshots", out / "snapshots")
+    assert main(["ema", str(out), "--length", "0.08"]) == 0
+    assert capsys.readouterr().out == f"{out / 'ema-0.080'}\n"
+    assert ScoreNet.from_pretrained(out / "ema-0.080").sample_shape == (3, 8, 8)
+
+
+def test_ema_of_what_is_no_run(tmp_path, capsys):
+    assert "has no snapshots" in _refused(["ema", tmp_path, "--length", "0.08"], capsys)
+    assert "at most 0.289, got 0.5" in _refused(["ema", tmp_path, "--length", "0.5"], capsys)

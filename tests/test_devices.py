@@ -1,0 +1,303 @@
+"""The rules of accelerators, tested without one.
+
+On the meta device everything is computed but the values: reading one raises. There the same code runs as on CUDA, with
+its own rules: the arguments of a kernel have one dtype, and nothing waits for a value.
+"""
+
+import itertools
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.nets.unet import UNet
+from scorematch.observe import Grayscale, Mask, Observation
+from scorematch.precision import exact_float32
+from scorematch.sampling import SAMPLERS, AncestralSampler, ODESampler, PredictorCorrectorSampler
+from scorematch.sampling.sampler import _FiniteCheck
+from tests.helpers import HostReads, NoFloat64
+
+LEVELS = NoiseSchedule.geometric(10, 0.01, 12)
+KERNELS = ("group_norm", "convolution", "addmm", "mm", "bmm", "baddbmm", "linear", "scaled_dot_product", "layer_norm")
+
+
+class OneDtype(TorchDispatchMode):
+    """Fails where a norm, convolution, matrix product or attention is given tensors of several floating dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket.__name__
+        if any(kernel in name for kernel in KERNELS):
+            tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, torch.Tensor)]
+            dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+            self.seen |= {(name, dtype) for dtype in dtypes}
+            if len(dtypes) > 1:
+                raise TypeError(f"{name} was given {sorted(map(str, dtypes))}")
+        return function(*arguments, **(keywords or {}))
+
+
+# -- Every kernel gets one dtype --------------------------------------------------------------------------------------
+
+
+def _unet(down="DownBlock2D", up="UpBlock2D", precondition="karras", image=0, **options):
+    options = {"norm_num_groups": 8, **options}
+    backbone = UNet(
+        3 + image, 3, block_out_channels=(32, 64), down_block_types=(down,) * 2, up_block_types=(up,) * 2, **options
+    )
+    return ScoreNet(backbone, LEVELS, precondition=precondition, sample_shape=(3, 32, 32))
+
+
+FOURIER = {"time_embedding_type": "fourier", "precondition": "ncsnpp", "norm_num_groups": None}
+NETS = {
+    "ncsn": lambda: ScoreNet.ncsn(3, 32, width=16, schedule=LEVELS),
+    "ncsnv2": lambda: ScoreNet.ncsnv2(3, 32, width=16, schedule=LEVELS),
+    "ncsnv2 deepest": lambda: ScoreNet.ncsnv2(3, 32, width=16, depth="deepest", schedule=LEVELS),
+    "unet": lambda: _unet(add_attention=False),
+    "unet, attention": lambda: _unet("AttnDownBlock2D", "AttnUpBlock2D", attention_head_dim=8),
+    "unet, one head": lambda: _unet("AttnDownBlock2D", "AttnUpBlock2D", attention_head_dim=None),
+    "unet, scale and shift": lambda: _unet(resnet_time_scale_shift="scale_shift", act_fn="gelu"),
+    "unet, image": lambda: _unet(image=2),
+    "unet, classes": lambda: _unet(num_class_embeds=5),
+    "ncsnpp": lambda: _unet("SkipDownBlock2D", "SkipUpBlock2D", add_attention=False, **FOURIER),
+    "ncsnpp, attention": lambda: _unet("AttnSkipDownBlock2D", "AttnSkipUpBlock2D", **FOURIER),
+    "ncsnpp, image": lambda: _unet("SkipDownBlock2D", "SkipUpBlock2D", image=3, **FOURIER),
+}
+
+
+def _on_meta(name):
+    with torch.device("meta"):
+        return NETS[name]().eval()
+
+
+def _condition(net, n, size):
+    takes = net.conditioning
+    if takes.classes is not None:
+        return torch.zeros(n, dtype=torch.int64, device="meta")
+    return torch.empty(n, takes.channels, size, size, device="meta") if takes.channels else None
+
+
+@pytest.mark.parametrize("name", NETS)
+@torch.no_grad()
+def test_every_kernel_of_an_inference_copy_gets_one_dtype(name, monkeypatch):
+    monkeypatch.setattr("scorematch.nets.inference.native_dtype", lambda device: torch.bfloat16)
+    net = _on_meta(name)
+    score = net.inference_copy()
+    assert score is not net
+    for size in (32, 64, 128, 256):
+        x = torch.empty(2, 3, size, size, device="meta")
+        with OneDtype() as mode:
+            assert score(x, 0.3, _condition(net, 2, size)).shape == x.shape
+        assert {dtype for _, dtype in mode.seen} == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_kernel_of_a_training_step_gets_one_dtype(name):
+    net = _on_meta(name).train()
+    x = torch.empty(2, 3, 64, 64, device="meta")
+    with OneDtype() as mode, NoFloat64():
+        dsm_loss(net, x, condition=_condition(net, 2, 64)).backward()
+    assert {dtype for _, dtype in mode.seen} == {torch.float32}
+
+
+def test_the_check_of_dtypes_can_fail():
+    x, weight = torch.empty(1, 8, 4, 4, device="meta", dtype=torch.bfloat16), torch.empty(8, device="meta")
+    with OneDtype(), pytest.raises(TypeError, match="native_group_norm was given"):
+        F.group_norm(x, 2, weight, weight)
+
+
+# -- Nothing waits for the device -------------------------------------------------------------------------------------
+
+
+def _score(x, sigma):
+    return -x / (1 + sigma**2)
+
+
+MANY = {
+    "langevin": lambda net: AnnealedLangevinSampler(net, LEVELS, steps_per_level=4),
+    "consistent": lambda net: AnnealedLangevinSampler(net, LEVELS.respaced(40), consistent=True),
+    "ode": lambda net: ODESampler(net, LEVELS.respaced(20)),
+    "dpm-solver++": lambda net: ODESampler(net, LEVELS.respaced(40), method="dpm-solver++"),
+    "ancestral": lambda net: AncestralSampler(net, LEVELS.respaced(40)),
+    "predictor-corrector": lambda net: PredictorCorrectorSampler(net, LEVELS.respaced(20)),
+}
+
+
+def test_every_sampler_is_here():
+    assert {type(make(_score)) for make in MANY.values()} == set(SAMPLERS.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "network"), [*itertools.product(MANY, ["callable", "unet", "float32"]), ("consistent", "ncsn")]
+)
+def test_samplers_read_few_values(kind, network):
+    net = _score
+    if network == "ncsn":
+        net = ScoreNet.ncsn(3, 8, width=2, schedule=LEVELS)
+    elif network != "callable":
+        net = ScoreNet.unet(3, 4, widths=(4,), layers_per_block=1, schedule=LEVELS)
+    sampler = MANY[kind](net)
+    sampler.precision = "float32" if network == "float32" else "auto"
+    with HostReads() as reads:
+        sampler.sample(2, shape=(3, 8, 8), generator=0, progress=False)
+    assert reads.count <= 4 + len(sampler) / 8
+
+
+@pytest.mark.parametrize("operator", [Mask(torch.arange(8) < 4), Grayscale()], ids=repr)
+@pytest.mark.parametrize("restore", ["replace", "guide"])
+def test_restoration_reads_few_values(operator, restore):
+    sampler = AnnealedLangevinSampler(_score, LEVELS, steps_per_level=4, restore=restore)
+    seen = Observation(operator, operator.measure(torch.rand(2, 3, 8, 8)), 0.1)
+    with HostReads() as reads:
+        sampler.sample(2, observation=seen, generator=0, progress=False)
+    assert reads.count <= 4 + len(sampler) / 8
+
+
+FEW = NoiseSchedule.geometric(10, 0.01, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*((kind, "unet") for kind in MANY), ("consistent", "ncsn"), ("consistent", "ncsnpp, image")]
+)
+def test_samplers_run_where_values_cannot_be_read(kind, name, monkeypatch):
+    monkeypatch.setattr(_FiniteCheck, "look", lambda self: None)
+    net = _on_meta(name)
+    sampler = MANY[kind](net)
+    sampler.schedule = FEW
+    with NoFloat64():
+        x = sampler.sample(2, shape=(3, 8, 8), condition=_condition(net, 2, 8), generator=0, progress=False)
+    assert x.shape == (2, 3, 8, 8) and x.device.type == "meta"
+
+
+def test_generators_of_one_device_move_together():
+    """Noise of a list of generators is copied to the network's device once, not sample by sample."""
+    from scorematch.randomness import standard_normal
+
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            self.count += function.overloadpacket.__name__ == "_to_copy"
+            return result
+
+    generators = [torch.Generator().manual_seed(i) for i in range(8)]
+    with Copies() as copies:
+        assert standard_normal((8, 3), generators, torch.device("meta")).device.type == "meta"
+    assert copies.count == 1
+
+
+# -- Exact float32 ----------------------------------------------------------------------------------------------------
+
+
+def _flags():
+    backends = torch.backends
+    if hasattr(backends.cudnn, "conv"):
+        owners = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+        return tuple(owner.fp32_precision for owner in owners)
+    return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+
+
+def test_the_last_thread_to_leave_restores_the_flags():
+    flags = _flags()
+    first, second = exact_float32(), exact_float32()
+    first.__enter__()
+    second.__enter__()
+    exact = _flags()
+    first.__exit__(None, None, None)
+    assert _flags() == exact and all(flag in (False, "ieee") for flag in exact)
+    second.__exit__(None, None, None)
+    assert _flags() == flags
+
+
+@pytest.mark.parametrize("iterate", [False, True])
+def test_float32_is_exact_within_the_call_and_restores_the_flags(iterate):
+    seen = []
+
+    def score(x, sigma):
+        seen.append(_flags())
+        return _score(x, sigma)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        flags = _flags()
+        sampler = AnnealedLangevinSampler(score, LEVELS, steps_per_level=1, precision="float32")
+        if iterate:
+            for _ in sampler.iterate(2, shape=(2,), progress=False):
+                assert _flags() == flags
+        else:
+            sampler.sample(2, shape=(2,), progress=False)
+        assert _flags() == flags
+        assert len(seen) == len(sampler)
+        assert all(flag in (False, "ieee") for call in seen for flag in call)
+        with pytest.raises(ZeroDivisionError):
+            AnnealedLangevinSampler(lambda x, sigma: 1 / 0, LEVELS, precision="float32").sample(2, shape=(2,))
+        assert _flags() == flags
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# -- Threads ----------------------------------------------------------------------------------------------------------
+
+
+def _in_threads(functions):
+    results = [None] * len(functions)
+
+    def run(i):
+        results[i] = functions[i]()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return results
+
+
+class Dropping(nn.Module):
+    """A backbone whose output depends on its mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x, c_noise):
+        return F.dropout(self.conv(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "copy"])
+def test_two_threads_sample_from_one_network(kind):
+    torch.manual_seed(0)
+    if kind == "wrapped":
+        net = ScoreNet(Dropping(), LEVELS, sample_shape=(1, 8, 8)).train()
+    else:
+        net = ScoreNet.ncsn(1, 8, width=2, schedule=LEVELS).inference_copy()
+    samplers = [AnnealedLangevinSampler(net, LEVELS.respaced(5), steps_per_level=steps) for steps in (2, 3)]
+    jobs = [
+        lambda sampler=sampler, seed=seed: sampler.sample(3, generator=seed, progress=False)
+        for sampler, seed in itertools.product(samplers, range(2))
+    ]
+    alone = [job() for job in jobs]
+    together = _in_threads(jobs)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert kind == "copy" or all(module.training for module in net.modules())
+
+
+def test_a_suspended_iterator_leaves_the_network_in_its_own_mode():
+    net = ScoreNet(Dropping(), LEVELS, sample_shape=(1, 8, 8)).train()
+    states = AnnealedLangevinSampler(net, LEVELS, steps_per_level=2).iterate(2, progress=False)
+    for _, (x, _sigma) in zip(range(3), states, strict=False):
+        assert all(module.training for module in net.modules())
+        assert torch.is_grad_enabled() and not x.requires_grad
+    other = AnnealedLangevinSampler(net, LEVELS, steps_per_level=1).sample(1, generator=1, progress=False)
+    assert torch.isfinite(other).all() and net.training
+    next(states)
+    assert net.training

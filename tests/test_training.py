@@ -1,0 +1,1327 @@
+"""Training: what is drawn, the averages, the steps, and runs that are interrupted in every way."""
+
+import copy
+import errno
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.loss import sliced_score_matching_loss
+from scorematch.palette import Inpainting
+from scorematch.precondition import Preconditioning
+from scorematch.pretrained import load
+from scorematch.randomness import seed_of
+from scorematch.training import LogNormal, LogUniform, Settings, open_images, reconstruct, train, train_steps
+from scorematch.training import checkpoint as checkpoints
+from scorematch.training.data import Order
+from scorematch.training.ema import LONGEST, Average, combination, exponent
+from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
+from scorematch.training.report import Curve, Losses, by_level, chart, read_examples, sample_interval
+from scorematch.training.steps import make_accelerator
+from tests.helpers import Gaussian, python, seed
+
+FILES = ("weights.safetensors", "ema-0.050.safetensors", "ema-0.100.safetensors", "optimizer.safetensors")
+
+
+class MLP(nn.Module):
+    """A backbone for points (N, 2)."""
+
+    def __init__(self, width=32, dropout=0.0):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
+        self.last = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, 2))
+
+    def forward(self, x, c_noise):
+        return self.last(self.layers(torch.cat([x, 4 * c_noise[:, None].to(x.dtype)], 1)))
+
+
+class Memory:
+    """Data in memory, which remember what was read."""
+
+    fingerprint = "memory"
+
+    def __init__(self, x, labels=None, fail_at=None):
+        self.x, self.labels, self.seen, self.fail_at = x, labels, [], fail_at
+        self.shape = tuple(x.shape[1:])
+
+    def __len__(self):
+        return len(self.x)
+
+    def read(self, indices):
+        self.seen += indices.tolist()
+        if self.fail_at is not None and len(self.seen) > self.fail_at:
+            raise OSError("the disk is gone")
+        return self.x[indices], None if self.labels is None else self.labels[indices]
+
+
+class Recorder:
+    """A loss that keeps what it is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, net, x, **given):
+        self.calls.append({"x": x, **given})
+        return dsm_loss(net, x, reduction="none", **given)
+
+    def all(self, name):
+        return torch.cat([call[name] for call in self.calls])
+
+
+def points_net(dtype=torch.float32, dropout=0.0):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = MLP(dropout=dropout)
+    return ScoreNet(backbone, NoiseSchedule.geometric(5, 0.05, 20), sample_shape=(2,)).to(dtype)
+
+
+def image_net(**options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, attention=[False], **options)
+        for parameter in net.parameters():  # the published initialization, zero in places, hides mistakes
+            nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def points(n=64, dtype=torch.float32):
+    return Memory(torch.randn(n, 2, generator=seed(1)).to(dtype))
+
+
+def images(n=32):
+    return torch.rand(n, 1, 8, 8, generator=seed(2))
+
+
+def steps(net, data, **settings):
+    """The last step of a run."""
+    *_, last = train_steps(net, data, Settings(**settings))
+    return last
+
+
+def quick(net, data, out, **options):
+    """A run that writes no more than a test needs."""
+    options = {"images": 80, "batch_size": 8, "sample_every": 10**6, "snapshot_every": 10**6, **options}
+    return train(net, data, out, progress=False, **options)
+
+
+def content(out, files=FILES):
+    """The bytes of the last checkpoint and of the network of a run."""
+    last = sorted((out / "checkpoints").iterdir())[-1]
+    found = {name: (last / name).read_bytes() for name in files}
+    return last.name, found, (out / "network" / "model.safetensors").read_bytes()
+
+
+def vector(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+# -- Seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_depends_on_every_part():
+    seeds = {seed_of(*parts) for parts in [(0, "image", 1), (0, "image", 2), (1, "image", 1), (0, "order", 1), (0, 1)]}
+    assert len(seeds) == 5
+    assert seed_of("1") != seed_of(1) and seed_of("ab", "c") != seed_of("a", "bc")
+    assert all(0 <= number < 2**63 for number in seeds)
+    assert seed_of(0, "image", 17) == 7152645166646223052  # on every machine, in every version
+
+
+def test_a_seed_has_parts_that_are_written_alike_everywhere():
+    with pytest.raises(TypeError, match="must be integers or strings"):
+        seed_of(0, 1.5)
+
+
+# -- Noise levels and weights -----------------------------------------------------------------------------------------
+
+
+def test_uniforms_do_not_depend_on_batches_and_are_evenly_spread():
+    u = uniforms(3, 0, 1000)
+    assert torch.equal(torch.cat([uniforms(3, 0, 7), uniforms(3, 7, 1000)]), u)
+    assert not torch.equal(uniforms(4, 0, 1000), u)
+    for start in (0, 10**12):  # the largest distance from a uniform distribution is 0.5 / n at best
+        sorted_u = uniforms(3, start, start + 128).sort().values
+        even = (torch.arange(128) + 0.5) / 128
+        assert (sorted_u - even).abs().max() < 3 / 128
+        assert sorted_u.min() > 0 and sorted_u.max() < 1
+
+
+def test_log_normal_levels():
+    log = LogNormal(-1.2, 0.7).quantile(uniforms(0, 0, 20_000)).log()
+    assert log.mean() == pytest.approx(-1.2, abs=1e-3) and log.std() == pytest.approx(0.7, abs=1e-3)
+
+
+def test_log_uniform_levels():
+    sigma = LogUniform(0.01, 10).quantile(torch.tensor([0, 0.5, 1], dtype=torch.float64))
+    torch.testing.assert_close(sigma, torch.tensor([0.01, math.sqrt(0.1), 10], dtype=torch.float64))
+
+
+def test_the_levels_of_a_schedule_are_drawn_equally_often():
+    schedule = NoiseSchedule.geometric(1, 0.01, 10)
+    sigma = ScheduleLevels(schedule).quantile(uniforms(0, 0, 1000))
+    counts = [int((sigma == level).sum()) for level in schedule]
+    assert sum(counts) == 1000 and max(counts) - min(counts) <= 3
+
+
+def test_the_default_levels_are_those_of_edm_or_the_networks_own():
+    assert levels_for(image_net(), None) == LogNormal(-1.2 - math.log(2), 1.2)  # images in [0, 1]
+    assert levels_for(points_net(), None) == LogNormal(-1.2, 1.2)  # data without a range are not rescaled
+    net = ScoreNet.ncsnv2(1, 8, width=8)
+    assert levels_for(net, None) == ScheduleLevels(net.schedule)
+    assert levels_for(net, NoiseSchedule([1.0, 0.5])) == ScheduleLevels(NoiseSchedule([1.0, 0.5]))
+
+
+@pytest.mark.parametrize("precondition", ["karras", "ddpm", "ddpm_v", "ncsnv2", "ncsn"])
+def test_the_weight_backbone_is_the_inverse_of_c_out(precondition):
+    schedule = NoiseSchedule.geometric(1, 0.01, 10)
+    net = ScoreNet(MLP(), schedule, precondition=precondition, sample_shape=(2,))
+    sigma = torch.tensor([0.01, 0.3, 1.0])
+    c_out = torch.as_tensor(Preconditioning(precondition, schedule, None).coefficients(sigma).c_out)
+    for p in (1, 2):
+        torch.testing.assert_close(weighting_for(net, "backbone", p)(sigma), c_out.abs().expand(3) ** -p)
+    assert (weighting_for(net, None, 2) is None) == (precondition == "ncsn")
+
+
+def test_a_network_that_predicts_nothing_has_a_loss_of_half_the_dimension():
+    net = ScoreNet.unet(1, 8, widths=(4,))  # begins as zero
+    x = (0.5 + 0.25 * torch.randn(4096, 1, 8, 8, generator=seed())).clamp(0, 1)  # of deviation 1/2 in [-1, 1]
+    sigma = LogNormal(-1.9, 1.2).quantile(uniforms(0, 0, 4096)).float()
+    loss = dsm_loss(net, x, sigma=sigma, weighting=weighting_for(net, None, 2), generator=1)
+    assert loss.item() == pytest.approx(32, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: LogNormal(0, 0), "a positive std"),
+        (lambda: LogUniform(1, 1), "0 < low < high"),
+        (lambda: levels_for(points_net(), 0.5), "a NoiseSchedule or a distribution"),
+        (lambda: weighting_for(points_net(), "snr", 2), "weighting must be one of 'sigma', 'backbone'"),
+    ],
+)
+def test_wrong_levels_and_weights(wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        wrong()
+
+
+# -- Averages ---------------------------------------------------------------------------------------------------------
+
+
+def profile(gamma, total):
+    """The share of each step in a power-function average."""
+    t = torch.arange(total + 1, dtype=torch.float64)
+    return (t[1:] ** (gamma + 1) - t[:-1] ** (gamma + 1)) / total ** (gamma + 1)
+
+
+@pytest.mark.parametrize("length", [0.02, 0.05, 0.1, 0.25, LONGEST])
+def test_an_average_has_its_closed_form(length):
+    total = 60
+    average = Average([torch.full((total,), 7.0, dtype=torch.float64)], length)
+    for step, weights in enumerate(torch.eye(total, dtype=torch.float64), 1):  # step t counts in entry t alone
+        average.update([weights], step)
+    torch.testing.assert_close(average.tensors[0], profile(exponent(length), total))
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.2])
+def test_the_length_is_the_relative_deviation_of_the_profile(length):
+    shares, t = profile(exponent(length), 20_000), torch.arange(1, 20_001) / 20_000
+    mean = (shares * t).sum()
+    assert float((shares * (t - mean) ** 2).sum().sqrt()) == pytest.approx(length, rel=1e-3)
+
+
+def test_the_longest_average_is_the_mean():
+    assert exponent(LONGEST) == pytest.approx(0, abs=1e-6)
+    assert exponent(0.10) == pytest.approx(6.94, abs=0.01) and exponent(0.05) == pytest.approx(16.97, abs=0.01)
+
+
+def test_an_exponential_average_has_its_closed_form():
+    average = Average([torch.zeros(3, dtype=torch.float64)], 0.9)
+    expected, decays = torch.zeros(3, dtype=torch.float64), []
+    for step in range(1, 200):
+        value = torch.tensor([1.0, step, math.sin(step)], dtype=torch.float64)
+        decays.append(min(0.9, (1 + step) / (10 + step)))
+        expected = decays[-1] * expected + (1 - decays[-1]) * value
+        average.update([value], step)
+    torch.testing.assert_close(average.tensors[0], expected)
+    assert decays[0] == 2 / 11 and decays[-1] == 0.9
+
+
+@pytest.mark.parametrize("length", [0.0, -0.1, 0.3, 0.89, 1.0, math.nan])
+def test_other_lengths_are_refused(length):
+    with pytest.raises(ValueError, match="ema must hold lengths above 0"):
+        Average([], length)
+    with pytest.raises(ValueError, match="the length of an average must be above 0"):
+        exponent(length)
+
+
+def walk(total):
+    """Weights that move towards an end, with noise: (total, 50)."""
+    noise = torch.randn(total, 50, generator=seed(), dtype=torch.float64)
+    return 1 - torch.exp(-torch.arange(total)[:, None] / total * 5) + 0.1 * noise.cumsum(0) / math.sqrt(total) + noise
+
+
+def test_a_combination_is_the_average_of_another_length():
+    total, every = 4000, 200
+    weights = walk(total)
+    snapshots = [(t, exponent(length)) for t in range(every, total + 1, every) for length in (0.05, 0.10)]
+    tracked = torch.stack([profile(gamma, t) @ weights[:t] for t, gamma in snapshots])
+    for length, tolerance in ((0.05, 1e-6), (0.07, 0.02), (0.15, 0.02)):
+        shares, missed = combination(snapshots, (total, exponent(length)))
+        found, exact = torch.tensor(shares, dtype=torch.float64) @ tracked, profile(exponent(length), total) @ weights
+        scale = (weights[-1] - exact).norm()  # of what averaging does
+        assert (found - exact).norm() / scale < tolerance and missed < max(tolerance, 1e-6)
+    assert combination(snapshots, (total, exponent(0.005)))[1] > 0.3
+
+
+def test_a_combination_ends_at_any_time():
+    snapshots = [(t, exponent(length)) for t in range(100, 1001, 100) for length in (0.05, 0.10)]
+    shares, missed = combination(snapshots, (700, exponent(0.05)))
+    assert missed < 1e-6
+    np.testing.assert_allclose(shares, [t == 700 and gamma == exponent(0.05) for t, gamma in snapshots], atol=1e-6)
+
+
+def test_a_run_has_averages_of_any_length_afterwards(tmp_path):
+    options = {"images": 64 * 200, "batch_size": 64, "ema": (0.05, 0.10, 0.07), "log_every": 10**6, "lr": 1e-2}
+    options |= {"checkpoint_every": 10**6, "sample_every": 10**6, "decay": "constant", "snapshot_every": 640}
+    train(points_net(), points(), tmp_path, progress=False, **options)
+    tracked = ScoreNet.from_pretrained(tmp_path / "snapshots" / "000012800-0.070", backbone=MLP())
+    near = ScoreNet.from_pretrained(tmp_path / "snapshots" / "000012800-0.050", backbone=MLP())
+    for folder in (tmp_path / "snapshots").glob("*-0.070"):
+        folder.rename(tmp_path / folder.name)
+    found = reconstruct(tmp_path, 0.07, backbone=MLP())
+    assert (vector(found) - vector(tracked)).norm() < 0.1 * (vector(near) - vector(tracked)).norm()
+    middle = ScoreNet.from_pretrained(tmp_path / "000006400-0.070", backbone=MLP())
+    found = reconstruct(tmp_path, 0.07, images=6400, backbone=MLP())
+    torch.testing.assert_close(vector(found), vector(middle), atol=2e-3, rtol=0)
+    with pytest.warns(UserWarning, match="determine an average of length 0.005 badly"):
+        reconstruct(tmp_path, 0.005, backbone=MLP())
+    with pytest.raises(ValueError, match="are of 640 to 12,800 images"):
+        reconstruct(tmp_path, 0.07, images=30_000, backbone=MLP())
+
+
+def test_a_run_without_snapshots(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no snapshots"):
+        reconstruct(tmp_path, 0.1)
+
+
+@pytest.mark.slow
+def test_averages_agree_with_ema_pytorch(tmp_path):
+    peer = pytest.importorskip("ema_pytorch")
+    torch.manual_seed(0)
+    net = nn.Linear(3, 3)
+    lengths = (0.05, 0.10)
+    theirs = peer.PostHocEMA(
+        net,
+        sigma_rels=lengths,
+        update_every=1,
+        checkpoint_every_num_steps=100,
+        checkpoint_folder=str(tmp_path),
+        checkpoint_dtype=torch.float32,
+    )
+    start = [parameter.detach().clone() for parameter in net.parameters()]
+    ours = [Average(start, length) for length in lengths]
+    for step in range(1, 1001):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        theirs.update()
+        for average in ours:
+            if step == 1:
+                average.tensors = [parameter.detach().clone() for parameter in net.parameters()]
+            average.update(list(net.parameters()), step + 1)  # ema-pytorch counts the initial weights as a step
+    for average, their in zip(ours, theirs.ema_models, strict=True):
+        for own, other in zip(average.tensors, their.ema_model.parameters(), strict=True):
+            torch.testing.assert_close(own, other)
+    snapshots = [(t, exponent(length)) for t in range(100, 1001, 100) for length in lengths]
+    for target in (0.05, 0.08, 0.15):
+        shares, _ = combination(snapshots, (1000, exponent(target)))
+        times, gammas = (torch.tensor(column, dtype=torch.float64) for column in zip(*snapshots, strict=True))
+        end = torch.tensor([1000.0], dtype=torch.float64), torch.tensor([exponent(target)], dtype=torch.float64)
+        expected = peer.post_hoc_ema.solve_weights(times, gammas, *end).flatten()
+        torch.testing.assert_close(torch.tensor(shares, dtype=torch.float64), expected, atol=1e-4, rtol=1e-4)
+
+
+# -- Settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_is_a_function_of_the_images_seen():
+    settings = {"images": 10_000, "batch_size": 10, "lr": 2.0, "warmup_images": 1000}
+
+    def rates(**changes):
+        chosen = Settings(**{**settings, **changes})
+        return [chosen.rate(images) for images in (0, 500, 990, 1000, 5000, 9990)]
+
+    assert rates(decay="constant") == pytest.approx([0.02, 1.02, 2, 2, 2, 2])
+    assert rates(decay="linear", warmup_images=0) == pytest.approx([2, 1.9, 1.802, 1.8, 1, 0.002])
+    cosine = [1 + math.cos(math.pi * images / 10_000) for images in (0, 500, 990, 1000, 5000, 9990)]
+    assert rates(warmup_images=0) == pytest.approx(cosine)
+    falling = rates(decay="inverse-sqrt", warmup_images=0)
+    assert falling == pytest.approx([2, 2, 2 / math.sqrt(0.099 / 0.07), 2 / math.sqrt(0.1 / 0.07), *falling[4:]])
+    assert falling[5] == pytest.approx(2 * math.sqrt(0.07 / 0.999))
+    seen = [step.lr for step in train_steps(points_net(), points(), Settings(images=64, batch_size=16, lr=0.1))]
+    expected = Settings(images=64, batch_size=16, lr=0.1)
+    assert seen == [expected.rate(images) for images in (0, 16, 32, 48)]
+
+
+def test_the_default_warm_up_is_at_most_a_twentieth():
+    assert Settings(images=2000, batch_size=10, decay="constant").rate(40) == pytest.approx(0.5e-3)  # of 100 images
+    assert Settings(images=10**7, batch_size=10, decay="constant").rate(2490) == pytest.approx(0.5e-3)  # of 5,000
+
+
+def test_images_are_rounded_up_to_batches():
+    settings = Settings(images=100, batch_size=32)
+    assert (settings.steps, settings.total) == (4, 128)
+    assert steps(points_net(), points(), images=100, batch_size=32).images == 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": 0}, "images must be an integer of at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"microbatch": 0}, "microbatch must be an integer of at least 1"),
+        ({"seed": -1}, "seed must be an integer of at least 0"),
+        ({"lr": 0}, "lr must be positive, got 0"),
+        ({"clip": -1.0}, "clip must be positive"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers from 0 to 1"),
+        ({"label_drop": 1.0}, "label_drop must be at least 0 and below 1"),
+        ({"decay": "step"}, "decay must be one of 'cosine', 'linear'"),
+        ({"precision": "float16"}, "precision must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
+        ({"ema": (0.05, 0.05)}, "ema must not hold a length twice"),
+        ({"ema": (0.5,)}, "ema must hold lengths above 0"),
+        ({"loss": dsm_loss, "p": 1}, "p and weighting belong to the denoising loss"),
+    ],
+)
+def test_wrong_settings(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**arguments)
+
+
+# -- What is drawn ----------------------------------------------------------------------------------------------------
+
+
+def test_two_epochs_see_every_image_twice():
+    data = points(60)
+    steps(points_net(), data, images=120, batch_size=8)
+    assert sorted(data.seen[:60]) == list(range(60)) and sorted(data.seen[60:]) == list(range(60))
+    assert data.seen[:60] != data.seen[60:] != list(range(60))
+    assert data.seen == Order(60, 0)(0, 120).tolist()
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_image_alone():
+    def drawn(**settings):
+        loss = Recorder()
+        steps(image_net(), Memory(images()), images=48, loss=loss, **settings)
+        return [loss.all(name) for name in ("x", "sigma", "noise")]
+
+    one = drawn(batch_size=8)
+    for same in (drawn(batch_size=16), drawn(batch_size=24, microbatch=5), drawn(batch_size=8, lr=1e-5)):
+        assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    other = drawn(batch_size=8, seed=1)
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    x, sigma, noise = one
+    order = Order(32, 0)(0, 48)
+    mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(x, images()[order], strict=True)]
+    kept = [torch.equal(a, b) for a, b in zip(x, images()[order], strict=True)]
+    assert all(a != b for a, b in zip(mirrored, kept, strict=True)) and 12 < sum(mirrored) < 36
+    torch.testing.assert_close(sigma.double(), LogNormal(-1.2 - math.log(2), 1.2).quantile(uniforms(0, 0, 48)))
+    assert noise.mean().abs() < 0.1 and noise.std() == pytest.approx(1, abs=0.05) and len(noise.unique()) > 3000
+
+
+def test_images_are_not_flipped_unless_asked_to():
+    loss = Recorder()
+    steps(image_net(), Memory(images()), images=32, batch_size=8, flip=False, loss=loss)
+    assert torch.equal(loss.all("x"), images()[Order(32, 0)(0, 32)])
+
+
+def test_8_bit_images_become_numbers_up_to_one():
+    loss = Recorder()
+    pixels = (255 * images()).to(torch.uint8)
+    steps(image_net(), open_images(pixels), images=32, batch_size=8, flip=False, loss=loss)
+    assert torch.equal(loss.all("x"), pixels[Order(32, 0)(0, 32)].float() / 255)
+
+
+def test_dropout_is_drawn_anew_for_each_microbatch_and_the_same_in_each_run():
+    def outputs(start):
+        torch.manual_seed(start)
+        net = ScoreNet(nn.Sequential(), NoiseSchedule([1.0]), sample_shape=(64,), precondition="ncsn")
+        drop = nn.Dropout(0.5)
+        weight = nn.Parameter(torch.ones(()))
+        net.backbone.register_parameter("weight", weight)
+        seen = []
+        net.backbone.forward = lambda x, c_noise: (seen.append(drop(torch.ones_like(x))), weight * x)[1]
+        steps(net, Memory(torch.zeros(8, 64)), images=16, batch_size=8, microbatch=4)
+        return seen
+
+    one = outputs(0)
+    assert all(torch.equal(a, b) for a, b in zip(one, outputs(1), strict=True))
+    assert len(one) == 4 and not any(torch.equal(one[0], other) for other in one[1:])
+
+
+def test_global_generators_are_left_alone():
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    net = image_net(dropout=0.5, condition_channels=1)
+    for _ in train_steps(net, Memory(images()), Settings(images=24, batch_size=8, condition=Inpainting())):
+        assert torch.equal(torch.get_rng_state(), before[0])
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+
+
+def test_a_run_does_not_depend_on_global_generators(tmp_path):
+    def run(start):
+        torch.manual_seed(start)
+        before = torch.get_rng_state()
+        evaluate = lambda net, images: {"drawn": float(torch.rand(()))}  # noqa: E731
+        quick(points_net(dropout=0.5), points(), tmp_path / str(start), sample_every=40, evaluate=evaluate)
+        assert torch.equal(before, torch.get_rng_state())
+        return content(tmp_path / str(start))
+
+    assert run(0) == run(1)
+
+
+# -- Steps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 4])
+def test_accumulated_gradients_are_those_of_one_large_batch(microbatch):
+    def run(**settings):
+        return vector(steps(points_net(torch.float64), points(dtype=torch.float64), **settings).state.net)
+
+    settings = {"images": 80, "batch_size": 8, "lr": 1e-2}
+    start, whole = vector(points_net(torch.float64)), run(**settings)
+    torch.testing.assert_close(run(**settings, microbatch=microbatch), whole, atol=1e-9, rtol=0)
+    assert (whole - start).abs().max() > 1e-3
+
+
+def test_the_gradient_is_clipped():
+    def first_moment(**settings):
+        last = steps(points_net(), points(), images=8, batch_size=8, **settings)
+        moments = [value for name, value in last.state.tensors()["optimizer"].items() if name.endswith("exp_avg")]
+        return torch.cat([moment.flatten() for moment in moments]).norm() / 0.1
+
+    assert first_moment(clip=1e-3) == pytest.approx(1e-3, rel=1e-3)
+    assert first_moment(clip=None) > 1e-2
+
+
+def test_a_step_tells_what_it_did():
+    *_, last = train_steps(points_net(), points(), Settings(images=16, batch_size=8, microbatch=3))
+    assert last.images == last.state.images == 16 and last.state.step == 2
+    assert last.losses.shape == last.sigma.shape == (8,) and last.loss == last.losses.mean()
+
+
+def test_the_loss_is_that_of_dsm_loss():
+    net = points_net()
+    before = copy.deepcopy(net)
+    (step,) = train_steps(net, points(), Settings(images=8, batch_size=8, levels=LogUniform(0.1, 1), weighting="sigma"))
+    generator = torch.Generator()
+    noise = torch.empty(8, 2)
+    for i, z in enumerate(noise):
+        generator.manual_seed(seed_of(0, "image", i))
+        torch.rand(2, generator=generator)
+        z.normal_(generator=generator)
+    x = points().x[Order(64, 0)(0, 8)]
+    expected = dsm_loss(before, x, sigma=step.sigma, noise=noise, reduction="none")
+    torch.testing.assert_close(step.losses, expected.detach())
+    (one,) = train_steps(before, points(), Settings(images=8, batch_size=8, p=1, weighting="sigma"))
+    assert not torch.allclose(one.losses, expected)
+
+
+def test_other_losses():
+    steps(points_net(), points(), images=16, batch_size=8, loss=partial(sliced_score_matching_loss, reduction="none"))
+    with pytest.raises(ValueError, match=r"loss must return one value per image, \(8,\), got shape \(\)"):
+        steps(points_net(), points(), images=16, batch_size=8, loss=dsm_loss)
+
+
+def test_averaged_networks():
+    state = steps(points_net(), points(), images=64, batch_size=8, ema=(0.1, 0.2)).state
+    assert torch.equal(vector(state.average()), vector(state.average(0.1)))
+    assert not torch.equal(vector(state.average(0.1)), vector(state.average(0.2)))
+    assert not state.average().training and not any(p.requires_grad for p in state.average().parameters())
+    with pytest.raises(ValueError, match=r"keeps the lengths 0\.1, 0\.2, got 0\.05"):
+        state.average(0.05)
+    state = steps(points_net(), points(), images=64, batch_size=8, ema=()).state
+    assert torch.equal(vector(state.average()), vector(state.net))
+
+
+def test_frozen_weights_stay():
+    net = points_net()
+    net.backbone.layers.requires_grad_(False)
+    before = vector(net.backbone.layers)
+    state = steps(net, points(), images=32, batch_size=8).state
+    assert torch.equal(vector(net.backbone.layers), before)
+    torch.testing.assert_close(vector(state.average().backbone.layers), before)
+
+
+def test_steps_continue_from_a_state():
+    def run(stops):
+        net, state = image_net(dropout=0.2), None
+        settings = Settings(images=64, batch_size=8)
+        for stop in stops:
+            iterator = train_steps(net, Memory(images()), settings, state=state)
+            for step in iterator:
+                state = step.state
+                if step.images == stop:
+                    iterator.close()
+        return state
+
+    one, other = run([64]), run([24, 40, 64])
+    assert torch.equal(vector(one.net), vector(other.net)) and other.images == 64
+    assert torch.equal(vector(one.average(0.1)), vector(other.average(0.1)))
+    with pytest.raises(ValueError, match="state belongs to another network"):
+        train_steps(points_net(), points(), Settings(batch_size=8), state=one)
+
+
+def test_no_thread_stays_behind():
+    def own():
+        return [thread for thread in threading.enumerate() if thread.name.startswith("scorematch-batches")]
+
+    iterator = train_steps(points_net(), points(), Settings(images=10_000, batch_size=8))
+    next(iterator)
+    assert own()
+    iterator.close()
+    assert not own()
+    with pytest.raises(OSError, match="the disk is gone"):
+        steps(points_net(), Memory(points().x, fail_at=40), images=640, batch_size=8)
+    assert not own()
+
+
+# -- Conditions -------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_makes_the_condition():
+    loss = Recorder()
+    net = image_net(condition_channels=1)
+    settings = {"images": 32, "batch_size": 8, "microbatch": 4, "condition": Inpainting()}
+    steps(net, Memory(images()), loss=loss, **settings)
+    for call in loss.calls:
+        hole = call["region"]
+        assert torch.equal(call["condition"][~hole], call["x"][~hole])
+        assert not torch.equal(call["condition"][hole], call["x"][hole])
+    again = Recorder()
+    torch.manual_seed(5)
+    steps(image_net(condition_channels=1), Memory(images()), loss=again, **settings)
+    assert torch.equal(loss.all("condition"), again.all("condition"))
+    assert len({tuple(call["region"].flatten().tolist()) for call in loss.calls}) == 8
+
+
+def test_a_function_makes_the_condition():
+    loss = Recorder()
+    half = lambda x, generator: x / 2  # noqa: E731
+    steps(image_net(condition_channels=1), Memory(images()), images=16, batch_size=8, condition=half, loss=loss)
+    assert torch.equal(loss.all("condition"), loss.all("x") / 2) and "region" not in loss.calls[0]
+
+
+def test_labels_and_dropped_labels():
+    labels = torch.arange(32) % 3
+    loss = Recorder()
+    steps(image_net(classes=3), Memory(images(), labels), images=32, batch_size=8, loss=loss)
+    assert torch.equal(loss.all("condition"), labels[Order(32, 0)(0, 32)])
+    loss = Recorder()
+    settings = {"images": 320, "batch_size": 16, "label_drop": 0.25, "loss": loss}
+    steps(image_net(classes=4), Memory(images(), labels), **settings)
+    given, dropped = labels[Order(32, 0)(0, 320)], loss.all("condition") == 3
+    assert torch.equal(loss.all("condition")[~dropped], given[~dropped])
+    assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.08)
+
+
+def check(net, data, **settings):
+    train_steps(net, data, Settings(**{"batch_size": 8, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: check(MLP(), points()), "net must be a ScoreNet, got MLP"),
+        (lambda: check(points_net().half(), points()), "weights must be float32 to be trained, got torch.float16"),
+        (
+            lambda: check(points_net(), Memory(torch.zeros(9, 3))),
+            r"samples of shape \(3,\), but the sample_shape .* \(2,\)",
+        ),
+        (lambda: check(points_net(), points(), batch_size=65), "64 images, fewer than batch_size=65"),
+        (lambda: check(points_net(), points(), levels=3), "levels must be a NoiseSchedule or a distribution"),
+        (lambda: check(points_net(), points(), weighting="x"), "weighting must be one of"),
+        (
+            lambda: check(image_net(), Memory(images()), condition=Inpainting()),
+            "an image, which the network does not take",
+        ),
+        (lambda: check(image_net(condition_channels=3), Memory(images())), "an image of 3 channels as its condition"),
+        (lambda: check(image_net(), Memory(images()), label_drop=0.1), "label_drop needs a class-conditional network"),
+        (lambda: check(image_net(classes=3), Memory(images())), "the data have no labels"),
+        (
+            lambda: check(image_net(classes=3), Memory(images(), torch.full((32,), 3))),
+            "knows the classes 0 to 2, got the label 3",
+        ),
+        (
+            lambda: check(image_net(classes=3), Memory(images(), torch.full((32,), 2)), label_drop=0.1),
+            r"the last class of the network means that there is no label.*Build .*ScoreNet.unet\(classes=4\)",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_at_the_call(wrong, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        wrong()
+
+
+def test_labels_are_checked_in_every_batch():
+    labels = torch.zeros(32, dtype=torch.int64)
+    labels[17] = 5
+    with pytest.raises(ValueError, match="got the label 5"):
+        steps(image_net(classes=3), Memory(images(), labels), images=32, batch_size=8)
+
+
+def test_mixed_precision_belongs_to_the_engine():
+    class Accelerator:
+        mixed_precision, num_processes = "bf16", 1
+
+    with pytest.raises(ValueError, match="must have mixed_precision=\"no\", got 'bf16'"):
+        train_steps(points_net(), points(), accelerator=Accelerator())
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    accelerator = make_accelerator()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, but accelerator has 1"):
+        make_accelerator(accelerator)
+
+
+def test_without_accelerate(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r'training needs Accelerate: pip install "scorematch\[train\]"'):
+        train_steps(points_net(), points())
+
+
+def test_training_is_imported_without_accelerate():
+    python("-c", "import sys; sys.modules['accelerate'] = None; import scorematch.training")
+
+
+# -- Runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole run, and the network that it returned."""
+    out = tmp_path_factory.mktemp("run") / "faces"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = train(
+            image_net(dropout=0.2),
+            images(),
+            out,
+            images=160,
+            batch_size=8,
+            log_every=40,
+            sample_every=80,
+            snapshot_every=80,
+            checkpoint_every=32,
+            evaluate=lambda net, images: {"score": images / 2},
+            progress=False,
+        )
+    return out, net
+
+
+def test_the_files_of_a_run(run):
+    out, net = run
+    names = {"checkpoints", "config.json", "log.jsonl", "network", "report", "report.md", "samples", "snapshots"}
+    assert {path.name for path in out.iterdir()} == names
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["000000128", "000000160"]
+    assert [path.name for path in sorted((out / "samples").iterdir())] == ["000000080.png", "000000160.png"]
+    kept = ["000000080-0.050", "000000080-0.100", "000000160-0.050", "000000160-0.100"]
+    assert [path.name for path in sorted((out / "snapshots").iterdir())] == kept
+    loaded = ScoreNet.from_pretrained(out / "network")
+    assert torch.equal(vector(loaded), vector(net)) and not net.training
+    weights = load(out / "snapshots" / "000000160-0.050").weights
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    half = ScoreNet.from_pretrained(out / "snapshots" / "000000160-0.050")
+    torch.testing.assert_close(vector(half), vector(net), atol=1e-3, rtol=1e-3)
+
+
+def test_the_log_of_a_run(run):
+    lines = [json.loads(line) for line in (run[0] / "log.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert [line["images"] for line in logged] == [40, 80, 120, 160]
+    assert [line["score"] for line in lines if "score" in line] == [40, 80]
+    for line in logged:
+        levels = list(map(float, line["loss_by_level"]))
+        assert line["D/2"] == 32 and line["images_per_second"] > 0 and len(levels) == 8 and levels == sorted(levels)
+        assert np.mean(list(line["loss_by_level"].values())) == pytest.approx(line["loss"], rel=0.05)
+    assert [line["lr"] for line in logged] == [Settings(images=160, batch_size=8).rate(i) for i in (32, 72, 112, 152)]
+
+
+def test_the_report_of_a_run(run):
+    text = (run[0] / "report.md").read_text()
+    for part in ("D/2 = 32", "(report/calibration.svg)", "(samples/000000160.png)", "| batch_size | 8 |", "1 - loss"):
+        assert part in text
+    for name in ("loss", "levels", "calibration"):
+        svg = (run[0] / "report" / f"{name}.svg").read_text()
+        assert svg.startswith("<svg") and svg.count("<polyline") > 5 and "nan" not in svg
+
+
+def test_the_configuration_of_a_run(run):
+    config = json.loads((run[0] / "config.json").read_text())
+    assert config["settings"]["ema"] == [0.05, 0.1] and config["settings"]["batch_size"] == 8
+    assert config["data"]["images"] == 32 and config["data"]["shape"] == [1, 8, 8] and config["data"]["fingerprint"]
+    assert config["versions"]["torch"] == torch.__version__ and config["network"]["precondition"] == "karras"
+
+
+def test_a_complete_run_is_not_run_again(run):
+    before = content(run[0])
+    again = quick(image_net(dropout=0.2), images(), run[0], images=160)
+    assert content(run[0]) == before and torch.equal(vector(again), vector(run[1]))
+
+
+def test_other_settings_are_refused_by_name(run):
+    with pytest.raises(ValueError, match=r"other settings: batch_size was 8 and is 16; lr was 0.001 and is 0.01; seed"):
+        quick(image_net(dropout=0.2), images(), run[0], images=160, batch_size=16, lr=0.01, seed=1)
+    with pytest.raises(ValueError, match=r"dropout was 0\.2 and is 0"):
+        quick(image_net(), images(), run[0], images=160)
+    with pytest.raises(ValueError, match="fingerprint was"):
+        quick(image_net(dropout=0.2), images() / 2, run[0], images=160)
+    with pytest.raises(ValueError, match="an image, which the network does not take"):
+        quick(image_net(dropout=0.2), images(), run[0], images=160, condition=Inpainting())
+
+
+def test_settings_that_do_not_matter_may_change(run):
+    quick(image_net(dropout=0.2), images(), run[0], images=160, microbatch=4, log_every=3, keep=1)
+
+
+def test_functions_in_the_configuration_have_names(tmp_path):
+    settings = {"loss": partial(dsm_loss, reduction="none"), "levels": NoiseSchedule([1.0, 0.5]), "images": 8}
+    quick(points_net(), points(), tmp_path, **settings)
+    stored = json.loads((tmp_path / "config.json").read_text())["settings"]
+    assert stored["loss"] == {"function": "scorematch.loss.dsm_loss", "args": [], "reduction": "none"}
+    assert stored["levels"] == {"sigmas": [1.0, 0.5]}
+    quick(points_net(), points(), tmp_path, **settings)
+
+
+class Interrupted(Exception):  # noqa: N818
+    pass
+
+
+def interrupt_at(image):
+    """A function for ``evaluate`` that stops the run at an image."""
+
+    def evaluate(net, images):
+        if images == image:
+            raise Interrupted
+        return {}
+
+    return evaluate
+
+
+def same_runs(one, other):
+    """Whether two runs have written the same, except for the time that they took."""
+    logs = [(out / "log.jsonl").read_text().splitlines() for out in (one, other)]
+    logs = [[{**json.loads(line), "images_per_second": 0} for line in log] for log in logs]
+    files = [
+        {
+            path.relative_to(out): path.read_bytes()
+            for folder in ("checkpoints", "network", "samples", "snapshots")
+            for path in (out / folder).rglob("*")
+            if path.suffix in (".safetensors", ".png")
+        }
+        for out in (one, other)
+    ]
+    return logs[0] == logs[1] and files[0] == files[1]
+
+
+@pytest.mark.parametrize("stops", [[8], [24], [32, 56, 72, 72], [8, 16, 24, 32, 40, 48, 56, 64, 72, 80]])
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stops):
+    options = {"checkpoint_every": 24, "log_every": 40, "sample_every": 8, "snapshot_every": 40}
+    quick(points_net(dropout=0.3), points(), tmp_path / "whole", evaluate=interrupt_at(None), **options)
+    for stop in stops:
+        if checkpoints.latest(tmp_path / "cut" / "checkpoints") is None:
+            net = points_net(dropout=0.3)
+        with pytest.raises(Interrupted):
+            quick(net, points(), tmp_path / "cut", evaluate=interrupt_at(stop), **options)
+        net = ScoreNet(MLP(dropout=0.3), net.schedule, sample_shape=(2,))  # other weights, which are not used
+    quick(net, points(), tmp_path / "cut", evaluate=interrupt_at(None), **options)
+    assert same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+class Stopping(Inpainting):
+    """A task that stops the run at a call."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __repr__(self):
+        return "Inpainting()"
+
+    def _degrade(self, x, draws):
+        self.calls -= 1
+        if self.calls == 0:
+            raise Interrupted
+        return super()._degrade(x, draws)
+
+
+def test_an_interrupted_run_of_images_ends_with_the_same_bits(tmp_path):
+    options = {"images": 64, "microbatch": 4, "checkpoint_every": 24, "snapshot_every": 32, "label_drop": 0}
+
+    def net():
+        return image_net(dropout=0.3, condition_channels=1)
+
+    quick(net(), images(), tmp_path / "whole", condition=Inpainting(), **options)
+    for calls in (1, 8, 5):  # in the first step, after a checkpoint, and between two microbatches
+        with pytest.raises(Interrupted):
+            quick(net(), images(), tmp_path / "cut", condition=Stopping(calls), **options)
+    quick(net(), images(), tmp_path / "cut", condition=Inpainting(), **options)
+    assert same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_that_fails_at_once_begins_with_its_own_weights(tmp_path):
+    with pytest.raises(Interrupted):
+        quick(points_net(), points(), tmp_path, sample_every=8, evaluate=interrupt_at(8))
+    assert checkpoints.latest(tmp_path / "checkpoints").images == 0
+    assert torch.equal(vector(ScoreNet.from_pretrained(tmp_path / "network", backbone=MLP())), vector(points_net()))
+
+
+# -- Failures ---------------------------------------------------------------------------------------------------------
+
+
+def broken_after(image, value):
+    """A loss that is not finite for one image from a step on."""
+
+    def loss(net, x, *, sigma, noise):
+        losses = dsm_loss(net, x, sigma=sigma, noise=noise, reduction="none")
+        loss.images += len(x)
+        return losses * torch.tensor([1.0] * 5 + [value] + [1.0] * (len(x) - 6)) if loss.images > image else losses
+
+    loss.images = 0
+    return loss
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
+    settings = {"images": 8 * 40, "log_every": 10**6, "checkpoint_every": 32}
+    with pytest.raises(RuntimeError) as caught:
+        quick(points_net(), points(), tmp_path, loss=broken_after(80, value), **settings)
+    sigma = LogNormal(-1.2, 1.2).quantile(uniforms(0, 85, 86)).item()
+    message = str(caught.value)
+    assert f"the loss became {value} at step 11 (image 88), at noise level {sigma:.3g}" in message
+    assert "The last checkpoint" in message and "is of image 64" in message
+    last = checkpoints.latest(tmp_path / "checkpoints")
+    assert last.images == 64
+    assert all(tensor.isfinite().all() for part in last.parts.values() for tensor in part.values())
+
+
+def test_a_loss_that_is_not_finite_is_seen_without_a_checkpoint(tmp_path):
+    settings = {"images": 8 * 200, "log_every": 10**6, "checkpoint_every": 10**6}
+    loss = broken_after(80, math.nan)
+    with pytest.raises(RuntimeError, match=r"became nan at step 11 .*is of image 0"):
+        quick(points_net(), points(), tmp_path, loss=loss, **settings)
+    assert loss.images <= 8 * 48
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    def loss(net, x, *, sigma, noise):  # finite, with a gradient that is not
+        losses = dsm_loss(net, x, sigma=sigma, noise=noise, reduction="none")
+        loss.calls += 1
+        return losses + (net.backbone.last[1].bias * 0).abs().sqrt().sum() if loss.calls == 3 else losses
+
+    loss.calls = 0
+    with pytest.raises(RuntimeError, match=r"the weight backbone.layers.0.weight is NaN or infinite at step 3"):
+        quick(points_net(), points(), tmp_path, loss=loss, checkpoint_every=8, clip=1.0)
+    assert checkpoints.latest(tmp_path / "checkpoints").images == 16
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    write, count = checkpoints.write_file, 0
+
+    def full(path, content):
+        nonlocal count
+        count += path.name.startswith("optimizer")
+        if count == 3:  # after the files before it were written
+            path.write_bytes(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content)
+
+    out, options = tmp_path / "full", {"checkpoint_every": 32}
+    monkeypatch.setattr(checkpoints, "write_file", full)
+    with pytest.raises(OSError, match=r"the checkpoint at image 64 could not .*No space left.*at image 32 is whole"):
+        quick(points_net(dropout=0.2), points(), out, **options)
+    monkeypatch.undo()
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["000000000", "000000032"]
+    quick(points_net(dropout=0.2), points(), out, **options)
+    quick(points_net(dropout=0.2), points(), tmp_path / "other", **options)
+    assert same_runs(out, tmp_path / "other")
+
+
+def test_remains_of_an_interruption_are_removed(tmp_path):
+    quick(points_net(), points(), tmp_path)
+    before = content(tmp_path)
+    remains = [tmp_path / "checkpoints" / ".writing-000000096-ab", tmp_path / "snapshots" / ".writing-1-0.050-cd"]
+    remains.append(tmp_path / "network" / ".saving-ef")
+    for folder in remains:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".writing-gh").write_text("half")
+    (tmp_path / "network" / "model.safetensors").unlink()  # killed between two renames
+    quick(points_net(), points(), tmp_path)
+    assert not list(tmp_path.rglob(".*")) and content(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
+    quick(points_net(), points(), tmp_path, checkpoint_every=40)
+    before = content(tmp_path)
+    file = tmp_path / "checkpoints" / "000000080" / "weights.safetensors"
+    data = file.read_bytes()
+    {
+        "changed": lambda: file.write_bytes(data[:-1] + bytes([data[-1] ^ 1])),
+        "cut": lambda: file.write_bytes(data[:-100]),
+        "missing": file.unlink,
+    }[damage]()
+    with pytest.warns(UserWarning, match="000000080 is damaged"):
+        quick(points_net(), points(), tmp_path, checkpoint_every=40)
+    assert content(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_does_not_displace_whole_ones(tmp_path):
+    for images in (40, 80):
+        checkpoints.write(tmp_path, images, {"weights": {"a": torch.full((2,), images)}}, {"step": 1}, keep=2)
+    (tmp_path / "000000080" / "state.json").write_text("{")
+    checkpoints.write(tmp_path, 48, {"weights": {"a": torch.full((2,), 48)}}, {"step": 2}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["000000048"]
+    last = checkpoints.latest(tmp_path)
+    assert (last.images, last.state) == (48, {"step": 2}) and last.parts["weights"]["a"].tolist() == [48, 48]
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_signals_save_a_checkpoint(tmp_path, number, error):
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+
+    def loss(net, x, *, sigma, noise):
+        loss.calls += 1
+        if loss.calls == 3:
+            os.kill(os.getpid(), number)
+        return dsm_loss(net, x, sigma=sigma, noise=noise, reduction="none")
+
+    loss.calls, options = 0, {"checkpoint_every": 10**6, "loss": loss}
+    with pytest.raises(error) as caught:
+        quick(points_net(), points(), tmp_path / "stopped", **options)
+    if error is SystemExit:
+        assert caught.value.code == 143
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert checkpoints.latest(tmp_path / "stopped" / "checkpoints").images == 24
+    quick(points_net(), points(), tmp_path / "stopped", **options)
+    loss.calls = 3
+    quick(points_net(), points(), tmp_path / "whole", **options)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+def test_a_run_outside_the_main_thread(tmp_path):
+    errors = []
+
+    def target():
+        try:
+            quick(points_net(), points(), tmp_path)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    assert not errors and checkpoints.latest(tmp_path / "checkpoints").images == 80
+
+
+def test_pictures_that_fail_do_not_stop_the_run(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("the state has NaN")
+
+    monkeypatch.setattr("scorematch.training.run.save_samples", fail)
+    with pytest.warns(UserWarning, match="there is no picture of samples at image 80: the state has NaN"):
+        quick(image_net(), images(), tmp_path)
+    assert (tmp_path / "report.md").exists()
+
+
+@pytest.mark.parametrize("name", ["log_every", "sample_every", "snapshot_every", "checkpoint_every", "keep"])
+def test_intervals_must_be_positive(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
+        train(points_net(), points(), tmp_path, batch_size=8, **{name: 0})
+
+
+def test_trackers_belong_to_the_own_accelerator(tmp_path):
+    with pytest.raises(ValueError, match="trackers are for the accelerator that train makes"):
+        train(points_net(), points(), tmp_path, trackers=["tensorboard"], accelerator=make_accelerator())
+
+
+def test_the_end_is_uploaded(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(ScoreNet, "push_to_hub", lambda net, name: pushed.append((name, vector(net))))
+    net = quick(points_net(), points(), tmp_path, images=16, push_to_hub="me/points")
+    assert pushed[0][0] == "me/points" and torch.equal(pushed[0][1], vector(net))
+
+
+# -- What a run shows -------------------------------------------------------------------------------------------------
+
+
+def test_the_exact_score_is_calibrated():
+    gaussian = Gaussian.images((1, 8, 8), seed=3)
+    data = Memory(gaussian.sample(4096, seed(4)).float())
+
+    class Exact(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nothing = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, c_noise):
+            return c_noise[:, None, None, None] * gaussian(x, c_noise)
+
+    schedule = NoiseSchedule.geometric(10, 0.05, 20)
+    net = ScoreNet(Exact(), schedule, precondition="ncsnv2", sample_shape=(1, 8, 8), value_range=None)
+    examples = read_examples(data)
+    rows = by_level(net, examples, Settings())
+    assert rows[0].sigma == pytest.approx(0.05) and rows[-1].sigma == pytest.approx(10) and rows[-1].norm > 0.9
+    assert all(row.norm == pytest.approx(1 - row.loss, abs=0.06) for row in rows)
+    doubled = by_level(lambda_net(net, 2), examples, Settings())
+    assert doubled[-1].norm == pytest.approx(4 * rows[-1].norm) and doubled[-1].loss > rows[-1].loss + 0.5
+
+
+def lambda_net(net, factor):
+    """A network with a score of another length."""
+    other = copy.deepcopy(net)
+    other.backbone.register_forward_hook(lambda module, arguments, output: factor * output)
+    return other
+
+
+@pytest.mark.parametrize("kind", ["task", "labels"])
+def test_runs_with_conditions_are_shown(tmp_path, kind):
+    net = image_net(condition_channels=1) if kind == "task" else image_net(classes=3)
+    data = Memory(images(), None if kind == "task" else torch.arange(32) % 2)
+    options = {"condition": Inpainting()} if kind == "task" else {"label_drop": 0.1}
+    quick(net, data, tmp_path, images=16, **options)
+    assert (tmp_path / "samples" / "000000016.png").stat().st_size > 500 and (tmp_path / "report.md").exists()
+
+
+def test_a_chart_places_its_points():
+    svg = chart(
+        "title <1>", "sigma", [Curve("one", [0.01, 1, 100], [0, 0.5, 1]), Curve("b", [1], [math.nan])], log_x=True
+    )
+    assert "title &lt;1&gt;" in svg and 'points="60.0,340.0 320.0,200.0 580.0,60.0"' in svg and ">0.01<" in svg
+    assert chart("empty", "x", []).startswith("<svg")
+    assert chart("flat", "x", [Curve("one", [1, 2], [3, 3])]).count("<polyline") > 3
+
+
+def test_pictures_take_a_small_share_of_a_run():
+    assert sample_interval(image_net(), 10**7) == 500_000
+    assert sample_interval(image_net(), 1000) == 50 * (16 * 35 // 3)
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 232])
+def test_losses_are_told_apart_by_the_levels_of_any_schedule(count):
+    schedule = NoiseSchedule([1.0]) if count == 1 else NoiseSchedule.geometric(1, 0.01, count)
+    settings = Settings(images=128, batch_size=32, levels=schedule)
+    losses = Losses(ScheduleLevels(schedule), make_accelerator())
+    for step in train_steps(points_net(), points(), settings):
+        losses.add(step._replace(losses=step.sigma))  # the loss is the noise level
+    losses.look(wait=True)
+    line = losses.line()
+    assert len(line["loss_by_level"]) == min(count, 8)
+    for level, mean in line["loss_by_level"].items():
+        assert float(level) == pytest.approx(mean, rel=1e-3 if count < 9 else 0.3)
+    assert line["loss"] == pytest.approx(np.mean(list(schedule)), rel=0.1)
+    assert losses.line()["loss_by_level"] == {}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not the configuration of a training run"):
+        quick(points_net(), points(), tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        quick(points_net(), points(), tmp_path)
+
+
+def test_trackers_receive_the_log(tmp_path):
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "memory", False, None
+
+        def __init__(self):
+            super().__init__()
+            self.lines = []
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None, **options):
+            self.lines.append((step, values))
+
+    tracker = Tracker()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    accelerator.init_trackers("run")
+    quick(points_net(), points(), tmp_path, log_every=40, accelerator=accelerator)
+    assert [step for step, _ in tracker.lines] == [40, 80] and tracker.lines[0][1]["loss"] > 0
+
+
+# -- Learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_reaches_the_exact_score_of_a_mixture(mixture):
+    torch.manual_seed(0)
+    net = ScoreNet(MLP(64), NoiseSchedule.geometric(10, 0.1, 20), sample_shape=(2,))
+    x, z = mixture.sample(2000, seed(2)), torch.randn(2000, 2, generator=seed(3))
+
+    def errors(net):
+        """The mean square of the error of the score, relative to that of the score, by level."""
+        rows = []
+        for sigma in (0.3, 1.0, 3.0):
+            noisy = x + sigma * z
+            exact = mixture(noisy, sigma)
+            with torch.no_grad():
+                rows.append((net(noisy, sigma) - exact).square().mean() / exact.square().mean())
+        return torch.stack(rows)
+
+    loss, losses, seen = Recorder(), [], [errors(net)]
+    settings = {"images": 128 * 400, "batch_size": 128, "lr": 1e-2, "levels": LogUniform(0.1, 10), "ema": (0.1,)}
+    for step in train_steps(net, Memory(mixture.sample(128 * 400, seed(1))), Settings(**settings, loss=loss)):
+        losses.append(step.loss)
+        if step.images in (128 * 40, 128 * 400):
+            seen.append(errors(step.state.average()))
+    start, early, late = seen
+    assert (early < start / 2).all() and (late < early / 2).all()
+    assert (late < torch.tensor([0.03, 0.02, 0.005])).all()
+    floor = torch.stack([dsm_loss(mixture, reduction="none", **call).mean() for call in loss.calls])  # not zero
+    excess = torch.stack(losses) - floor
+    assert floor[-100:].mean() > 0.3 and 0 < excess[-100:].mean() < 0.01 and excess[:10].mean() > 0.1
+
+
+# -- Processes of their own -------------------------------------------------------------------------------------------
+
+KILLED = textwrap.dedent(
+    """
+    import os, sys
+    import torch
+    torch.set_num_threads(1)
+    from scorematch import ScoreNet
+    from scorematch.training import checkpoint, train
+
+    write = checkpoint.write_file
+
+    def announced(path, content):
+        print("writing", path.name, flush=True)
+        write(path, content)
+
+    checkpoint.write_file = announced
+    torch.manual_seed(0)
+    net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, attention=[False], dropout=0.2)
+    x = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    options = dict(images=1600, batch_size=8, checkpoint_every=16, log_every=40, sample_every=400, snapshot_every=400)
+    train(net, x, sys.argv[1], progress=False, **options)
+    """
+)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(KILLED)
+    python(script, tmp_path / "whole", timeout=300)
+    chance = random.Random(0)  # noqa: S311
+    kills = halves = 0
+    for attempt in range(200):
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            # Half of the kills come while a file of a checkpoint is written, half at any moment; some before the first.
+            writes = chance.randrange(1, 60)
+            for line in process.stdout:
+                writes -= line.startswith("writing")
+                if writes <= 0 and (attempt % 2 == 1 or line.startswith("writing optimizer")):
+                    break
+            if writes <= 0 and kills < 12:
+                time.sleep(chance.random() * (0.002 if attempt % 2 == 0 else 0.2))
+                process.kill()
+        finally:
+            process.stdout.close()
+            code = process.wait(timeout=300)
+        kills += code == -signal.SIGKILL
+        halves += code != 0 and any((tmp_path / "killed").glob("checkpoints/.writing-*"))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert code == 0 and kills >= 10 and halves >= 3  # checkpoints that were half written
+    assert content(tmp_path / "whole") == content(tmp_path / "killed")
+    for path in (tmp_path / "whole" / "snapshots").rglob("model.safetensors"):
+        assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes()
+    for path in (tmp_path / "whole" / "samples").iterdir():
+        assert path.read_bytes() == (tmp_path / "killed" / "samples" / path.name).read_bytes()
+    assert not list((tmp_path / "killed").rglob(".*"))
+
+
+TWO = textwrap.dedent(
+    """
+    import os, signal, sys
+    import torch
+    torch.set_num_threads(1)
+    from scorematch import ScoreNet
+    from scorematch.training import train
+
+    class Images:
+        shape, fingerprint = (1, 8, 8), "images"
+        x = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+        def __len__(self):
+            return 64
+
+        def read(self, indices):
+            return self.x[indices], None
+
+    torch.manual_seed(0)
+    net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1).double()
+    options = dict(images=320, batch_size=8, checkpoint_every=160, log_every=40, sample_every=160, snapshot_every=160)
+
+    def evaluate(net, images):
+        if sys.argv[2] == "stop" and images == 160 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)  # one process alone is asked to stop
+        return {"seen": images}
+
+    train(net, Images(), sys.argv[1], progress=False, evaluate=evaluate, **options)
+    """
+)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(TWO)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
+    python(script, tmp_path / "one", "go", timeout=300)
+    python(*launch, tmp_path / "two", "go", timeout=300)
+    stopped = python(*launch, tmp_path / "both", "stop", timeout=300, check=False)
+    assert stopped.returncode != 0 and 160 < checkpoints.latest(tmp_path / "both" / "checkpoints").images < 320
+    python(script, tmp_path / "both", "go", timeout=300)  # begun by two processes, ended by one
+    one = checkpoints.latest(tmp_path / "one" / "checkpoints")
+    for name in ("two", "both"):
+        other = checkpoints.latest(tmp_path / name / "checkpoints")
+        assert other.images == 320
+        for part in ("weights", "ema-0.050", "optimizer"):
+            for key, tensor in one.parts[part].items():
+                torch.testing.assert_close(other.parts[part][key], tensor, atol=1e-9, rtol=1e-7)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    losses = [[json.loads(line)["loss"] for line in log if "loss" in json.loads(line)] for log in logs]
+    assert len(losses[0]) == 8
+    np.testing.assert_allclose(*losses, rtol=1e-6)
