@@ -138,6 +138,7 @@ def test_interrupted(capsys, monkeypatch):
 
 def test_python_m_scorematch(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scorematch", "--version"])
+    monkeypatch.delitem(sys.modules, "scorematch.__main__", raising=False)  # runpy warns if another test imported it
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("scorematch", run_name="__main__")
     assert ended.value.code == 0
@@ -249,6 +250,8 @@ def test_the_recommended_sampler_is_used(tmp_path, capsys):
     assert main(["sample", folder, out, "-n", "1", "--quiet"]) == 0
     assert capsys.readouterr().out.startswith("ODESampler(4 levels 1 -> 0.01")
     assert main(["sample", folder, out, "-n", "1", "--quiet", "--levels", "3"]) == 0
+    assert capsys.readouterr().out.startswith("ODESampler(3 levels 1 -> 0.01")
+    assert main(["sample", folder, out, "-n", "1", "--quiet", "--levels", "3", "--steps-per-level", "1"]) == 0
     assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(3 levels 1 -> 0.01")
 
 

@@ -21,6 +21,7 @@ from scorematch.cli.train import _flop, _size
 from scorematch.palette import MultiTask
 from scorematch.training import reconstruct
 from scorematch.training.recipes import RECIPES
+from tests.helpers import python
 
 pytest.importorskip("accelerate")
 
@@ -134,6 +135,17 @@ def test_a_dry_run_writes_nothing(faces, tmp_path, calls, capsys):
     assert calls == [] and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_torchrun_runs_the_same_command_in_two_processes(faces, run, tmp_path):
+    short = ("--recipe", "tiny", "--image-size", "8", "--images", "24", "--batch-size", "8", "--quiet")
+    launched = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "scorematch", "train")
+    done = python(*launched, faces, "--out", tmp_path / "run", *short, "--device", "cpu", timeout=300)
+    assert done.stdout.count("data      12 images") == 1 and " s on 2 x cpu, " in done.stdout
+    whole, parted = _weights(run[0]), _weights(tmp_path / "run")
+    for name, value in whole.items():
+        torch.testing.assert_close(parted[name], value, rtol=1e-3, atol=1e-4)
+
+
 # -- Options
 
 
@@ -152,14 +164,12 @@ def test_the_options_are_the_arguments_of_train(faces, tmp_path, calls):
 
 def test_without_options_the_recipe_decides(faces, tmp_path, calls):
     arguments = ["train", str(faces), "--out", str(tmp_path / "run"), "--recipe", "ncsn-mnist", "--quiet"]
-    (tmp_path / "run").mkdir()
-    monkeypatched = RECIPES["ncsn-mnist"].options()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "_announce", lambda *arguments: None)  # the network is large
         assert main(arguments) == 0
     net, data, _, found = calls[0]
     assert data.shape == net.sample_shape == (1, 28, 28)
-    assert monkeypatched.items() <= found.items() and found["lr"] == 1e-3 and found["ema"] == ()
+    assert RECIPES["ncsn-mnist"].options().items() <= found.items() and found["lr"] == 1e-3 and found["ema"] == ()
 
 
 def test_training_on_classes(tmp_path, rng, calls, capsys):

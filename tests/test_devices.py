@@ -98,7 +98,13 @@ def test_every_kernel_of_an_inference_copy_gets_one_dtype(name, monkeypatch):
         assert {dtype for _, dtype in mode.seen} == {torch.bfloat16, torch.float32}
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("ncsnv2", "unet, one head", "ncsnpp, image") else pytest.param(name, marks=pytest.mark.slow)
+        for name in NETS
+    ],
+)
 def test_every_kernel_of_a_training_step_gets_one_dtype(name):
     net = _on_meta(name).train()
     x = torch.empty(2, 3, 64, 64, device="meta")
@@ -135,7 +141,8 @@ def test_every_sampler_is_here():
 
 
 @pytest.mark.parametrize(
-    ("kind", "network"), [*itertools.product(MANY, ["callable", "unet", "float32"]), ("consistent", "ncsn")]
+    ("kind", "network"),
+    [*itertools.product(MANY, ["callable", "unet"]), ("consistent", "ncsn"), ("ode", "float32")],
 )
 def test_samplers_read_few_values(kind, network):
     net = _score
@@ -164,7 +171,12 @@ FEW = NoiseSchedule.geometric(10, 0.01, 3)
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [*((kind, "unet") for kind in MANY), ("consistent", "ncsn"), ("consistent", "ncsnpp, image")]
+    ("kind", "name"),
+    [
+        *((kind, "unet") for kind in ("langevin", "ode", "predictor-corrector")),
+        ("consistent", "ncsnpp, image"),
+        pytest.param("consistent", "ncsn", marks=pytest.mark.slow),
+    ],
 )
 def test_samplers_run_where_values_cannot_be_read(kind, name, monkeypatch):
     monkeypatch.setattr(_FiniteCheck, "look", lambda self: None)

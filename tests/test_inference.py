@@ -19,7 +19,14 @@ from scorematch.sampling import SAMPLERS, SamplerSettings
 from tests.helpers import run, seed
 from tests.networks import LEVELS, NETS, SIZE, condition, images, network
 
-every_net = pytest.mark.parametrize("name", NETS)
+# One of each way to compute; the others are slow tests.
+KINDS = {
+    *("ncsn", "ncsnv2, deeper", "unet", "unet, one head", "unet, heads", "unet, classes", "unet, pixels"),
+    *("unet, image and variance", "ncsnpp, attention"),
+}
+every_net = pytest.mark.parametrize(
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in NETS]
+)
 SHORT = NoiseSchedule([1.0, 0.3, 0.1])
 
 

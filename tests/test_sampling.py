@@ -81,7 +81,8 @@ def _gaussian_chain(variance, schedule, steps, step_size, exact_noise):
 
 
 @pytest.mark.parametrize(
-    ("levels", "steps", "exact_noise"), [(40, 3, False), (40, 3, True), (400, 20, False), (400, 5, True)]
+    ("levels", "steps", "exact_noise"),
+    [(40, 3, False), (40, 3, True), (400, 5, True), pytest.param(400, 20, False, marks=pytest.mark.slow)],
 )
 def test_reaches_mean_and_covariance(world, levels, steps, exact_noise, rng):
     schedule = NoiseSchedule.geometric(10, 0.01, levels)

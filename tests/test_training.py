@@ -550,6 +550,14 @@ def test_other_losses():
         steps(points_net(), points(), images=16, batch_size=8, loss=dsm_loss)
 
 
+def test_averages_are_of_the_weights_after_each_step():
+    weights = []
+    for step in train_steps(points_net(torch.float64), points(dtype=torch.float64), Settings(images=96, batch_size=8)):
+        weights.append(vector(step.state.net).clone())
+        found, shares = vector(step.state.average(0.1)), profile(exponent(0.1), len(weights))
+        torch.testing.assert_close(found, shares @ torch.stack(weights))
+
+
 def test_averaged_networks():
     state = steps(points_net(), points(), images=64, batch_size=8, ema=(0.1, 0.2)).state
     assert torch.equal(vector(state.average()), vector(state.average(0.1)))
@@ -640,6 +648,8 @@ def test_labels_and_dropped_labels():
     given, dropped = labels[Order(32, 0)(0, 320)], loss.all("condition") == 3
     assert torch.equal(loss.all("condition")[~dropped], given[~dropped])
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.08)
+    kept = [torch.equal(x, own) for x, own in zip(loss.all("x"), images()[Order(32, 0)(0, 320)], strict=True)]
+    assert 0.3 < torch.tensor(kept)[dropped].float().mean() < 0.7  # flips are independent of that
 
 
 def check(net, data, **settings):

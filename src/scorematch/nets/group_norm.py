@@ -5,6 +5,10 @@ backward takes two to seven times as long as the formula below in a few passes, 
 has few channels or the data are in half precision. ``group_norm_channels_last`` chooses between torch's forward kernel
 and passes over parts of the batch that fit the caches.
 
+torch's kernel computes the variance as a difference of two means. Where the mean of a group is 10 times its standard
+deviation the result is off by up to 1e-3, and at 100 times by a few percent. The formula below subtracts the mean
+first.
+
 With :math:`\hat x = (x - \mu) r`, r the inverse standard deviation of the group, g the gradient of the output and [.]
 the mean over a group, the gradient of the input is
 

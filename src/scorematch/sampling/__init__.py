@@ -33,9 +33,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
 }
 
 
-def recommended_sampler(
-    net: Score, settings: SamplerSettings | None = None, *, levels: int | None = None
-) -> Sampler:
+def recommended_sampler(net: Score, settings: SamplerSettings | None = None, *, levels: int | None = None) -> Sampler:
     """The sampler that settings describe.
 
     Args:

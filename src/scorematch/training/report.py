@@ -349,7 +349,7 @@ def chart(title: str, x_label: str, curves: Sequence[Curve], *, log_x: bool = Fa
         color = _COLORS[i % len(_COLORS)]
         points = [place(math.log10(x) if log_x else x, y) for x, y in zip(curve.x, curve.y, strict=True)]
         parts.append(_line(points, color, 2))
-        parts.append(_text(_WIDTH - _MARGIN, 44 + 16 * i, curve.name, "end", color=color))
+        parts.append(_text(_WIDTH - _MARGIN, 40 + 14 * i, curve.name, "end", color=color))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif">'
         f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'

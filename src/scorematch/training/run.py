@@ -126,7 +126,7 @@ def train(
 
     Args:
         net: the network to train. Its weights are changed, and moved to the device of the accelerator.
-        data: training images: what ``open_images`` takes, or its result.
+        data: training images: what ``open_images`` takes, or its result. Open large sets with its ``cache``.
         out: the folder of the run, created if it does not exist.
         images: how many images the run sees, counted with repetitions and rounded up to whole batches.
         batch_size: images per step, over all processes together.
@@ -174,7 +174,7 @@ def train(
         snapshot_every: between snapshots, from which ``reconstruct`` makes averages of other lengths; None is a
             twentieth.
         checkpoint_every: between checkpoints; None is a fiftieth, the most that an interruption costs.
-        keep: how many checkpoints are kept.
+        keep: how many checkpoints are kept; two, so that there is another one if the last is damaged.
         evaluate: called as ``evaluate(averaged_net, images)`` on every process; returns numbers for the log.
         trackers: names of trackers of Accelerate, such as "tensorboard", which also receive the log.
         push_to_hub: a repository ``owner/name`` of the Hugging Face Hub, to which the network is uploaded at the end.
@@ -224,6 +224,8 @@ def train(
         compile=compile,
     )
     every = {
+        # A thousand points make a chart. Twenty snapshots of two lengths determine averages of lengths from 0.03 to 0.2
+        # to 3 % of their profile. A fiftieth of the run is the most that an interruption costs.
         "log": _count("log_every", max(1, images // 1000) if log_every is None else log_every),
         "samples": _count("sample_every", sample_interval(net, images) if sample_every is None else sample_every),
         "snapshot": _count("snapshot_every", max(1, images // 20) if snapshot_every is None else snapshot_every),

@@ -90,7 +90,7 @@ class Settings:
     # million images, 10 after 10 and 6 after 20 (mini_edm's published curves).
     images: int = 5_000_000
     batch_size: int = 128  # Ho et al. 2020 and Song et al. 2021 for CIFAR-10
-    microbatch: int | None = None
+    microbatch: int | None = None  # all at once takes the least time
     lr: float = 1e-3  # Karras et al. 2022, Table 7, for CIFAR-10, with a batch of 512
     betas: tuple[float, float] = (0.9, 0.99)  # Karras et al. 2024, Section B: 0.99 rather than 0.999
     eps: float = 1e-8  # Kingma & Ba 2015
@@ -99,11 +99,11 @@ class Settings:
     decay: Decay = "cosine"  # to zero: Loshchilov & Hutter 2017; Karras et al. 2024 show that some decay is needed
     clip: float | None = 1.0  # Ho et al. 2020 and Song et al. 2021, whose losses are means over the values
     ema: tuple[float, ...] = (0.05, 0.10)  # Karras et al. 2024, Section 3.2, from which any length is reconstructed
-    levels: Levels | NoiseSchedule | None = None
-    weighting: Weighting | Callable[[Tensor], Tensor] | None = None
+    levels: Levels | NoiseSchedule | None = None  # Karras et al. 2022, Table 1, or as the row was published
+    weighting: Weighting | Callable[[Tensor], Tensor] | None = None  # the same
     p: float = 2  # the square of the error, whose minimum is the score
     loss: Loss | None = None
-    precision: Autocast = "auto"
+    precision: Autocast = "auto"  # bfloat16 takes twelve times as long where it is emulated (scorematch.precision)
     flip: bool = True  # Ho et al. 2020, Section B
     label_drop: float = 0.0  # Ho & Salimans 2022 use 0.1 for guidance
     condition: Task | None = None
