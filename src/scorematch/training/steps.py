@@ -342,7 +342,7 @@ def make_accelerator(
     """
     if given is None:
         try:
-            from accelerate import Accelerator  # type: ignore[import-untyped]
+            from accelerate import Accelerator
         except ImportError as error:
             raise ImportError('training needs Accelerate: pip install "scorematch[train]".') from error
         # Processes without a GPU find each other only if the CPU was asked for.
