@@ -121,6 +121,7 @@ def test_the_same_command_continues_and_another_is_refused(faces, run, tmp_path,
     assert "holds a run with other settings: lr was 0.001 and is 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_network(faces, tmp_path, calls):
     for seed in ("7", "7", "8"):
         assert _train(faces, tmp_path / "run", "--seed", seed) == 0
@@ -213,6 +214,7 @@ def test_a_recipe_with_a_task_trains_on_it(faces, tmp_path, monkeypatch, calls):
 # -- The cost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [ScoreNet.ncsn, ScoreNet.ncsnv2])  # torch does not count attention on a CPU
 def test_the_cost_that_is_printed_is_that_of_a_step(network):
     net = network(1, 8, width=4)
@@ -223,6 +225,7 @@ def test_the_cost_that_is_printed_is_that_of_a_step(network):
     assert all(parameter.grad is None and parameter.device.type == "cpu" for parameter in net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"patch": 2, "condition_channels": 3}, {"classes": 5}])
 def test_the_cost_of_networks_with_conditions(options):
     costs = [_flop(ScoreNet.unet(3, 16, widths=widths, **options)) for widths in ((8, 16), (16, 32))]

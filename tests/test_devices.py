@@ -291,7 +291,7 @@ def test_two_threads_sample_from_one_network(kind):
     if kind == "wrapped":
         net = ScoreNet(Dropping(), LEVELS, sample_shape=(1, 8, 8)).train()
     else:
-        net = ScoreNet.ncsn(1, 8, width=2, schedule=LEVELS).inference_copy()
+        net = ScoreNet.unet(1, 8, widths=(4, 4), layers_per_block=1, schedule=LEVELS).inference_copy()
     samplers = [AnnealedLangevinSampler(net, LEVELS.respaced(5), steps_per_level=steps) for steps in (2, 3)]
     jobs = [
         lambda sampler=sampler, seed=seed: sampler.sample(3, generator=seed, progress=False)

@@ -444,6 +444,7 @@ def test_a_live_network_with_other_weights():
 # -- Networks to train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

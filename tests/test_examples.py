@@ -267,6 +267,7 @@ def test_precision(digits, classifier, network, tmp_path, program):
 # -- Training
 
 
+@pytest.mark.slow
 def test_training_stops_and_continues_with_the_same_bits(digits, tmp_path, program):
     """On a CPU. The third part finds nothing left to do."""
     for name, stops in [("whole", [4]), ("parts", [2, 4, 4])]:

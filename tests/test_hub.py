@@ -119,12 +119,14 @@ def test_pickled_weights_where_there_are_no_others(hub, run):
     assert run(code, HF_HUB_OFFLINE="1") == "(3, 8, 8)\n"
 
 
+@pytest.mark.slow
 def test_pickled_weights_beside_others_that_are_not_the_networks(hub, run):
     held = hub.repositories["someone/ddpm"]
     held["model.safetensors"] = held.pop("diffusion_pytorch_model.safetensors")
     assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
 
 
+@pytest.mark.slow
 def test_a_pipeline_another_cache_and_a_redirect_to_another_host(hub, run, files, tmp_path):
     hub.redirect = True
     hub.repositories["someone/pipeline"] = _pipeline(files)
@@ -147,6 +149,7 @@ def test_a_network_of_this_package_on_the_hub(family, hub, run, tmp_path):
     assert ("schedule.json" in hub.fetched()) == (family == "unet")
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_off(hub, run):
     hub.cut.add("diffusion_pytorch_model.safetensors")
     assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
@@ -174,6 +177,7 @@ def test_without_the_hub_there_is_one_request_and_one_line(name, broken, hub, ru
     assert len(hub.requests) == (0 if broken == "stopped" else 1)
 
 
+@pytest.mark.slow
 def test_a_broken_hub_is_asked_once_before_the_cache_is_used(hub, run):
     run(LOAD)
     hub.requests.clear()
@@ -225,6 +229,7 @@ def test_errors_say_what_to_do(code, message, hub, run):
     assert re.search(message, error), error
 
 
+@pytest.mark.slow
 def test_a_short_name_is_the_commit_on_its_card_with_its_settings(hub, run, files):
     card = cards.find("cifar10")
     hub.commit = card.revision
@@ -241,6 +246,7 @@ def test_a_short_name_is_the_commit_on_its_card_with_its_settings(hub, run, file
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_a_card_corrects_what_a_repository_may_say_wrongly(hub, run, tmp_path):
     torch.manual_seed(0)
     net = ScoreNet.unet(3, 8, widths=(8, 8), layers_per_block=1, precondition="ncsnpp")
@@ -335,6 +341,7 @@ def test_the_card_of_an_uploaded_network_and_its_code(hub, run, saved):
     assert run(code + "print(tuple(images.shape))\n") == "(4, 3, 8, 8)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["class", "image", "flow"])
 def test_the_code_on_the_card_of_any_network_runs(hub, run, tmp_path, kind):
     torch.manual_seed(0)
@@ -350,6 +357,7 @@ def test_the_code_on_the_card_of_any_network_runs(hub, run, tmp_path, kind):
     assert ("image-to-image" in card) == (kind == "image")
 
 
+@pytest.mark.slow
 def test_an_upload_keeps_other_files_and_replaces_the_network(hub, run, saved):
     hub.writer = "secret"
     hub.repositories["me/net"] = {"README.md": b"my words", "notes.txt": b"", "model.safetensors": b"old"}
@@ -360,6 +368,7 @@ def test_an_upload_keeps_other_files_and_replaces_the_network(hub, run, saved):
     assert any("/commit/trial" in path for _, path in hub.requests)
 
 
+@pytest.mark.slow
 def test_an_upload_replaces_a_pipeline(hub, run, saved, files):
     hub.writer = "secret"
     hub.repositories["me/net"] = _pipeline(files)

@@ -93,6 +93,7 @@ def test_the_network_is_untouched_and_the_copy_its_own(name, rng, native):
         assert value.requires_grad == (key != "backbone.time_proj.weight")
 
 
+@pytest.mark.slow
 @every_net
 @torch.no_grad()
 def test_it_does_not_follow_the_weights(name, rng):
@@ -196,6 +197,7 @@ def test_what_depends_on_sigma_is_computed_once_per_level(rng, rows):
     assert len(rows) == 3 * norms  # the last denoising is at the last level
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_level_on_a_device_is_not_read(rows):
     """To know whether it is the level before, the host would have to wait for the device."""
@@ -236,6 +238,7 @@ def test_inference_mode(rng):
         assert torch.equal(fast(x, sigma), fast(x, torch.tensor(5.0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ncsn", "unet, image"])
 def test_threads_share_a_copy(name):
     """Each gets the score of its own level."""
@@ -379,6 +382,7 @@ def _one_block():
     return {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_every_sampler_accepts_it_in_place_of_the_network(kind, monkeypatch):
     """With the same samples, and one copy for all of them."""

@@ -340,6 +340,7 @@ def test_gradient_accumulation(rng):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_under_distributed_data_parallel(tmp_path):
     """In a process of its own: a process group that is destroyed can wait for the interpreter forever."""
     if not torch.distributed.is_available():

@@ -229,6 +229,7 @@ def test_weights_of_a_loaded_network_do_not_change_with_the_file(folder):
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_loading_imports_no_compiler(tmp_path):
     """Which torch would do for random numbers on the meta device, and takes seconds."""
     networks = {"classes": _unet(classes=3), "levels": _small(FAMILIES["ncsn"], "ncsn"), "fourier": _skip()}

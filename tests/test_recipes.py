@@ -87,6 +87,7 @@ def test_the_tasks_of_palette():
     assert [type(each).__name__ for each in task.tasks] == ["JPEGRestoration", "Inpainting", "Colorization"]
 
 
+@pytest.mark.slow
 def test_a_recipe_trains(tmp_path):
     pytest.importorskip("accelerate")
     recipe = RECIPES["tiny"]

@@ -211,6 +211,7 @@ def digits():
     return digit_sampler().sample(2, generator=seed(), progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "low", "high"), [(0.2, 0.17, 0.23), (0.0, 0.0, 0.0)])
 def test_noisy_values_are_not_copied(digits, sigma, low, high):
     """The residual is the noise of y, where a method that takes y for clean leaves none."""
@@ -271,6 +272,7 @@ def test_what_was_seen_without_noise_holds_in_the_result(name, restore, denoise)
         assert (measured - observation.y).abs().max() <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.0, 0.2])
 @pytest.mark.parametrize("restore", METHODS)
 def test_a_batch_is_its_images_one_by_one(restore, sigma):

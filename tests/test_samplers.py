@@ -322,7 +322,6 @@ def test_any_shape_and_any_network(kind, rng):
         assert run(KINDS[kind](point, SHORT), 4, shape=shape, generator=rng).shape == (4, *shape)
     torch.manual_seed(0)
     nets = [
-        ScoreNet.ncsn(1, 8, width=2, schedule=SHORT),
         ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT),
         ScoreNet.unet(1, 8, widths=(4, 4), layers_per_block=1, schedule=SHORT),
     ]

@@ -338,7 +338,7 @@ def test_condition_goes_through_in_batches():
 def test_networks_of_other_precisions(dtype):
     torch.manual_seed(0)
     net = ScoreNet.ncsnv2(1, 8, width=4, schedule=SHORT, precondition="karras").to(dtype)
-    images = run(AnnealedLangevinSampler(net), 2, generator=torch.Generator().manual_seed(0))
+    images = run(AnnealedLangevinSampler(net, SHORT), 2, generator=torch.Generator().manual_seed(0))
     assert images.dtype == torch.float32 and torch.isfinite(images).all()
 
 

@@ -882,6 +882,7 @@ class Stopping(Inpainting):
         return super()._degrade(x, draws)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_images_ends_with_the_same_bits(tmp_path):
     options = {"images": 64, "microbatch": 4, "checkpoint_every": 24, "snapshot_every": 32, "label_drop": 0}
 
@@ -1114,6 +1115,7 @@ def lambda_net(net, factor):
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["task", "labels"])
 def test_runs_with_conditions_are_shown(tmp_path, kind):
     net = image_net(condition_channels=1) if kind == "task" else image_net(classes=3)
