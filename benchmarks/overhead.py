@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Both call the same inference copy.
     net = ScoreNet.ncsnv2(3, 32, width=args.width).to(args.device).eval().inference_copy()
     schedule = NoiseSchedule.geometric(50, 0.01, 5)
-    sampler = AnnealedLangevinSampler(net, schedule, steps_per_level=1, denoise=False)
+    sampler = AnnealedLangevinSampler(net, schedule, steps_per_level=1, exact_noise=True, denoise=False)
     rows = []
     for batch in args.batches:
         x = torch.rand(batch, 3, 32, 32, device=args.device)
