@@ -599,7 +599,7 @@ def test_steps_continue_from_a_state():
 
 def test_no_thread_stays_behind():
     def own():
-        return [thread for thread in threading.enumerate() if thread.name.startswith("scorematch-batches")]
+        return [thread for thread in threading.enumerate() if thread.name.startswith("scorematch")]
 
     iterator = train_steps(points_net(), points(), Settings(images=10_000, batch_size=8))
     next(iterator)

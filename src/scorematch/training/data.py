@@ -262,7 +262,7 @@ def _decoded(source: Source, strict: bool, workers: int, progress: bool) -> Iter
             return error
 
     found, last = 0, None
-    images = ordered_map(decode, len(source), workers)
+    images = ordered_map(decode, range(len(source)), workers)
     for image in tqdm(images, "decoding", len(source), unit="image", leave=False, disable=None if progress else True):
         if isinstance(image, Exception):
             last = image

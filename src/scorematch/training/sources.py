@@ -8,7 +8,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -19,6 +19,7 @@ from torch import Tensor
 from scorematch.images import gray_or_rgb, open_picture
 
 Crop = Literal["center", "celeba"] | None
+_A = TypeVar("_A")
 _T = TypeVar("_T")
 
 # The endings of the files in a folder that are pictures; all others are ignored.
@@ -248,7 +249,7 @@ class _Pictures(Source):
 
         kinds: dict[int, int] = {}
         sizes: dict[tuple[int, int], int] = {}
-        for i, seen in enumerate(ordered_map(look, len(self), workers)):
+        for i, seen in enumerate(ordered_map(look, range(len(self)), workers)):
             if seen is not None:
                 kinds.setdefault(seen[0], i)
                 sizes.setdefault(seen[1], i)
@@ -389,7 +390,7 @@ class _Items(Source):
         self.identity = [type(dataset).__name__, len(dataset)]
         if options.labels:
             labels = getattr(dataset, "targets", None)
-            labels = list(ordered_map(self._label, len(dataset), workers)) if labels is None else labels
+            labels = list(ordered_map(self._label, range(len(dataset)), workers)) if labels is None else labels
             self.labels, self.classes = _classes(labels, len(dataset), self.name)
             names = getattr(dataset, "classes", None)
             self.classes = self.classes if names is None else tuple(map(str, names))
@@ -490,14 +491,24 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
 # -- Threads ----------------------------------------------------------------------------------------------------------
 
 
-def ordered_map(function: Callable[[int], _T], n: int, workers: int) -> Iterator[_T]:
-    """``function(i)`` for i from 0 to n - 1, in order, computed by threads that are not far ahead."""
+def ordered_map(
+    function: Callable[[_A], _T], arguments: Iterable[_A], workers: int, *, ahead: int | None = None
+) -> Generator[_T, None, None]:
+    """``function`` of each argument, in order, computed by threads that are not far ahead.
+
+    Args:
+        function: called in the threads.
+        arguments: taken one by one.
+        workers: the number of threads.
+        ahead: how many results are computed before they are asked for; None is 16 per thread.
+    """
+    ahead = 16 * workers if ahead is None else ahead
     waiting: deque[Future[_T]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="scorematch-decode") as pool:
+    with ThreadPoolExecutor(workers, thread_name_prefix="scorematch") as pool:
         try:
-            for i in range(n):
-                waiting.append(pool.submit(function, i))
-                if len(waiting) > 16 * workers:
+            for argument in arguments:
+                waiting.append(pool.submit(function, argument))
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

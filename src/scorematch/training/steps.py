@@ -22,9 +22,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +39,7 @@ from scorematch.score import ScoreNet
 from scorematch.training.data import Order
 from scorematch.training.ema import Average, check_length
 from scorematch.training.levels import Levels, Weighting, levels_for, uniforms, weighting_for
+from scorematch.training.sources import ordered_map
 
 Decay = Literal["cosine", "linear", "constant", "inverse-sqrt"]
 Loss = Callable[..., Tensor]
@@ -557,18 +556,10 @@ def _batches(
             labels = labels if labels is None else labels.pin_memory()
         return _Batch(first, x, noise, sigma, labels)
 
-    waiting: deque[Future[_Batch]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="scorematch-batches") as thread:
-        try:
-            for first in range(state.images, settings.total, settings.batch_size):
-                waiting.append(thread.submit(make, first + accelerator.process_index * local))
-                if len(waiting) > _BATCHES_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    own = accelerator.process_index * local
+    return ordered_map(
+        make, range(state.images + own, settings.total, settings.batch_size), workers=1, ahead=_BATCHES_AHEAD
+    )
 
 
 @contextmanager
