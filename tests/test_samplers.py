@@ -90,7 +90,7 @@ def test_the_published_inconsistent_trajectory_replays(published):
 @pytest.mark.parametrize("schedule", [SHORT, UNEVEN], ids=["geometric", "uneven"])
 @pytest.mark.parametrize("where", [0.0, 0.3, 1.0])
 def test_on_a_point_every_level_begins_with_its_own_variance(schedule, where, rng):
-    """For every ladder and every legal step; to five standard errors."""
+    """For every schedule and every legal step; to five standard errors."""
     low, high = (1 + sign * min(b / a for a, b in itertools.pairwise(schedule)) for sign in (-1, 1))
     step_size = schedule.sigma_min**2 * (low + where * (high - low))
     sampler = AnnealedLangevinSampler(point, schedule, step_size=step_size, consistent=True, denoise=False)
@@ -210,14 +210,14 @@ def _flow(world, x, sigma, quieter):
 
 
 @pytest.mark.parametrize("method", ["heun", "dpm-solver++"])
-@pytest.mark.parametrize("ladder", [NoiseSchedule.karras, NoiseSchedule.geometric])
-def test_both_methods_are_of_second_order(world, method, ladder, rng):
+@pytest.mark.parametrize("make", [NoiseSchedule.karras, NoiseSchedule.geometric])
+def test_both_methods_are_of_second_order(world, method, make, rng):
     """Half the step, a quarter of the error, against the closed form of the flow."""
     init = world.mean + 5 * torch.randn(200, 3, generator=rng)
     exact = _flow(world, init, 5, 0.1)
     errors = []
     for levels in (17, 33, 65, 129):
-        sampler = ODESampler(world, ladder(5, 0.1, levels), method=method, denoise=False)
+        sampler = ODESampler(world, make(5, 0.1, levels), method=method, denoise=False)
         errors.append(float((run(sampler, init=init) - exact).square().mean().sqrt()))
     orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert orders[-1] == pytest.approx(2, abs=0.15), (errors, orders)
@@ -241,7 +241,7 @@ def test_the_flow_draws_only_the_start(world):
     assert torch.equal(run(sampler, init=init, noise=noise), run(sampler, init=init))
 
 
-def test_the_flows_ladder_is_karras():
+def test_the_flows_schedule_is_karras():
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
     assert ODESampler(net).schedule == NoiseSchedule.karras(10, 0.1, 18)
     assert ODESampler(net, levels=5).schedule == NoiseSchedule.karras(10, 0.1, 5)

@@ -136,7 +136,7 @@ def test_variance_of_one_level_is_technique_4s(steps, a, rng):
 
 
 @pytest.mark.parametrize(("levels", "steps", "a"), [(232, 5, 0.062), (100, 3, 0.2), (300, 1, 0.06)])
-def test_variance_of_a_whole_ladder_is_the_closed_form(levels, steps, a, rng):
+def test_variance_of_a_whole_schedule_is_the_closed_form(levels, steps, a, rng):
     schedule = NoiseSchedule.geometric(50, 0.01, levels)
     n = 20_000
     sampler = AnnealedLangevinSampler(point, schedule, steps_per_level=steps, step_size=a * 1e-4, denoise=False)
@@ -351,7 +351,7 @@ def test_points_and_signals(rng):
 # -- Settings
 
 
-def test_the_networks_recommendation_counts_with_its_own_ladder_only():
+def test_the_networks_recommendation_counts_with_its_own_schedule_only():
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
     net.sampler_settings = SamplerSettings(levels=20, steps_per_level=2, step_size=0.003, exact_noise=False)
     sampler = AnnealedLangevinSampler(net)
@@ -364,7 +364,7 @@ def test_the_networks_recommendation_counts_with_its_own_ladder_only():
     assert other.step_size == net.schedule.suggest_step_size(2)
 
 
-def test_a_recommended_ladder_has_no_wide_gaps():
+def test_a_recommended_schedule_has_no_wide_gaps():
     """Fifty of a DDPM's levels, by their number, would end with two that are eight times apart."""
     schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
     net = ScoreNet.unet(1, 8, widths=(4,), schedule=schedule, precondition="ddpm")
@@ -375,7 +375,7 @@ def test_a_recommended_ladder_has_no_wide_gaps():
 
 
 @pytest.mark.parametrize("levels", [2, 5, 10, 50, 232, 1086])
-def test_settings_from_a_ladder_are_technique_4_with_a_bounded_chain(levels):
+def test_settings_from_a_schedule_are_technique_4_with_a_bounded_chain(levels):
     schedule = NoiseSchedule.geometric(50, 0.01, levels)
     sampler = AnnealedLangevinSampler(point, schedule)
     steps = sampler.steps_per_level
