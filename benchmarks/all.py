@@ -11,10 +11,10 @@ Each kind of machine (AVX2, AVX512-BF16, AMX, CUDA, ...) has its own tables on t
     ...
     <!-- end -->
 
-A run replaces the tables of its own kind and leaves all others as they are. Where a benchmark has no table of this kind
-yet, it follows the last table of the same benchmark, or the end of the page. On two cores all benchmarks take about an
-hour. One that fails is reported at the end, and the others run nevertheless; without ``--data`` those that evaluate
-digits are skipped.
+A run replaces the tables of its own kind and leaves all other tables unchanged. If the page has no table of this kind
+for a benchmark, the new table is inserted after the last table of the benchmark, or at the end of the page. On two
+cores all benchmarks take about an hour. If a benchmark fails, the others still run, and the failure is reported at the
+end. Without ``--data`` the benchmarks that evaluate digits are skipped.
 """
 
 import argparse
@@ -34,11 +34,11 @@ PAGE = HERE.parent / "docs" / "speed.md"
 
 
 class Benchmark(NamedTuple):
-    """A program with its options. The name of its table is its key in BENCHMARKS."""
+    """A benchmark program with its options. Its key in BENCHMARKS is the name of its table."""
 
     program: str
     options: str = ""
-    gpu_options: str | None = None  # in place of the options, where they differ
+    gpu_options: str | None = None  # replace the options on a GPU; None: the same options
     needs_data: bool = False
     in_page: bool = True
 
@@ -51,6 +51,7 @@ BENCHMARKS = {
     "ncsn": Benchmark("networks", "--shape ncsn", "--shape ncsn --batch 256"),
     "ncsnv2": Benchmark("networks", "--shape ncsnv2", "--shape ncsnv2 --batch 256"),
     "training": Benchmark("networks", "--shape unet --train --batch 64", "--shape unet --train --batch 256"),
+    "engine": Benchmark("engine", "", "--batch 128"),
     "picture": Benchmark("picture", "", "--all-steps"),
     "overhead": Benchmark("overhead", "", "--width 128"),
     "memory": Benchmark("memory"),
@@ -61,14 +62,14 @@ BENCHMARKS = {
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of a result as a table."""
+    """The rows of a result as a Markdown table."""
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([shown(row[column]) for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def block(name: str, result: Mapping[str, Any]) -> str:
-    """A marked table, with the machine that it was measured on."""
+    """The table of a benchmark between its comments, with the machine that it was measured on."""
     machine = result["machine"]
     where = f"{machine['kind']} ({machine['device']}"
     where += ")" if machine["kind"] == "CUDA" else f", {machine['threads']} threads)"
@@ -79,7 +80,7 @@ def block(name: str, result: Mapping[str, Any]) -> str:
 
 
 def replace(page: str, name: str, result: Mapping[str, Any]) -> str:
-    """The page with the table of one benchmark, for the kind of machine of the result."""
+    """The page with the table of one benchmark replaced or added, for the kind of machine of the result."""
     made = block(name, result)
 
     def marked(kind: str) -> str:
@@ -95,12 +96,14 @@ def replace(page: str, name: str, result: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--device", default="cpu")
+    options.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     options.add_argument("--threads", type=int, help="number of CPU threads (default: torch's choice)")
     options.add_argument("--data", type=Path, help="folder with MNIST")
     options.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
-    options.add_argument("--page", type=Path, default=PAGE, help="the page whose tables are written")
-    options.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    options.add_argument(
+        "--page", type=Path, default=PAGE, help="the page to write the tables into (default: docs/speed.md)"
+    )
+    options.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="run only these")
     options.add_argument("--smoke", action="store_true", help="run at the smallest sizes, as a test")
     args = options.parse_args(argv)
 

@@ -1,8 +1,8 @@
-"""What all benchmarks share: options, timing that is robust to other load, and the form of the results.
+"""Code that all benchmarks share: options, timing that is robust to other load, and the output of the results.
 
-What is compared runs alternately within one process, many times, so that other load on the machine slows all of it
-alike. Times are medians, and a ratio is the median of the ratios of neighboring runs. With ``--threads 1`` on a CPU the
-clock is the CPU time of the process, which does not count while other processes run.
+The alternatives that are compared run in turn within one process, many times, so other load on the machine slows all of
+them equally. Times are medians, and a ratio is the median of the ratios of neighboring runs. With ``--threads 1`` on a
+CPU, the time is the CPU time of the process, which excludes the time during which other processes run.
 
 A benchmark prints a table and writes ``NAME.json`` and ``NAME.png`` into the folder ``--out``.
 """
@@ -25,8 +25,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder for the table and the plot")
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--repeats", type=int, default=7)
+    made.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    made.add_argument("--repeats", type=int, default=7, help="timed runs of each alternative")
     made.add_argument("--threads", type=_threads, help="number of CPU threads (default: torch's choice)")
     made.add_argument("--smoke", action="store_true", help="run at the smallest size, as a test")
     return made
@@ -38,32 +38,31 @@ def _threads(value: str) -> int:
 
 
 def alternate(runs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """The seconds of each run: all runs in turn, ``repeats`` times, after two rounds that are not counted."""
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    """The seconds of each run: all runs in turn, ``repeats`` times, after two warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(repeats + 2):
         for name, run in runs.items():
-            _wait(device)
-            begin = clock()
+            begin = now(device)
             run()
-            _wait(device)
             if i >= 2:
-                seconds[name].append(clock() - begin)
+                seconds[name].append(now(device) - begin)
     return seconds
 
 
-def _wait(device: str) -> None:
+def now(device: str) -> float:
+    """The clock, in seconds, when the device has finished what it was given."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+    return time.process_time() if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], slow: str, fast: str) -> float:
-    """The median ratio of the times of two runs."""
+    """The median ratio of the times of two runs, slow / fast."""
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
 def matmul_peak(dtype: torch.dtype, device: str, size: int) -> float:
-    """FLOP/s of the fastest of twenty products of two square matrices."""
+    """The FLOP/s of the fastest of twenty products of two size x size matrices."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(alternate({"": lambda: a @ b}, 20, device)[""])
 
@@ -76,7 +75,7 @@ def kind(device: str) -> str:
     if device != "cpu":
         return torch.device(device).type.upper()
     for name, attribute in [("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")]:
-        check = getattr(torch.cpu, attribute, None)  # not every version of torch has both
+        check = getattr(torch.cpu, attribute, None)  # some versions of torch have only one of them
         if check is not None and check():
             return name
     return torch.backends.cpu.get_cpu_capability()
@@ -94,7 +93,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The name of the CPU where the system tells it, else its architecture."""
+    """The name of the CPU from /proc/cpuinfo, or its architecture if there is no such file."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -125,7 +124,7 @@ def report(name: str, args: argparse.Namespace, rows: Sequence[Row], *, bars: st
 
 
 def shown(value: str | float) -> str:
-    """A cell of a table."""
+    """The text of a table cell: numbers from 1000 as integers, smaller ones with three significant digits."""
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The seconds that ``import scorematch`` takes in addition to ``import torch``, in new processes.
+"""The time in seconds of ``import scorematch`` after ``import torch``, each measured in a new process.
 
 python benchmarks/imports.py
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from common import parser, report
 
 CODE = "import time, torch; begin = time.perf_counter(); import {}; print(time.perf_counter() - begin)"
-NAMES = ["scorematch", "numpy", "einops", "safetensors.torch", "tqdm.auto"]  # the package, and what it imports
+NAMES = ["scorematch", "numpy", "einops", "safetensors.torch", "tqdm.auto"]  # the package, and packages that it imports
 
 
 def main(argv: Sequence[str] | None = None) -> None:

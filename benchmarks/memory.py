@@ -1,10 +1,10 @@
-"""The peak memory of sampling for several numbers of images, each measured in a process of its own.
+"""The peak memory of sampling for several numbers of images, each measured in a separate process.
 
     python benchmarks/memory.py
 
 The network is NCSNv2 for images of CIFAR-10's size, with 32 channels by default. Samplers pass 341 images of this size
-through the network at a time, so that the memory beyond that number is mainly that of the result. On a CPU the memory
-is the largest resident set of the process, on CUDA what torch allocated on the device.
+through the network at a time; for more images the additional memory is mainly that of the result. On a CPU the peak is
+the largest resident set size of the process, on CUDA the largest memory that torch allocated on the device.
 """
 
 import resource
@@ -37,14 +37,14 @@ def draw(count: int, width: int, device: str) -> None:
     if device.startswith("cuda"):
         print(torch.cuda.max_memory_allocated(device) / 2**20)
         return
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # Linux counts in kilobytes, macOS in bytes
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in kilobytes on Linux and in bytes on macOS
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--width", type=int, default=32)
-    options.add_argument("--counts", type=int, nargs="+", default=[1, 64, 341, 4096])
+    options.add_argument("--width", type=int, default=32, help="channels of the network")
+    options.add_argument("--counts", type=int, nargs="+", default=[1, 64, 341, 4096], help="numbers of images")
     options.add_argument("--count", type=int, help="draw this many images in this process, and print its peak memory")
     args = options.parse_args(argv)
     if args.count is not None:

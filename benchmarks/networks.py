@@ -1,4 +1,4 @@
-"""Images per second through a network of a published shape with random weights, for sampling or training.
+"""Images per second of a network with a published architecture and random weights, for sampling or training.
 
     python benchmarks/networks.py                                # DDPM's U-Net of CIFAR-10, compared with diffusers
     python benchmarks/networks.py --shape ncsnpp-celebahq-256 --batch 1
@@ -6,10 +6,10 @@
     python benchmarks/networks.py --shape unet --train --batch 64
     python benchmarks/networks.py --compile                      # with torch.compile too
 
-diffusers runs as a user starts it (float32), in channels_last, and, where the machine multiplies bfloat16 natively,
-with bfloat16 weights and under autocast. "of peak" is the share of the machine's rate of matrix products in the
-precision of the row, measured in the same run; FLOPs are those of the original network. A training step is a loss, its
-gradient, and a step of fused AdamW.
+diffusers runs with default settings ("as started", float32), in channels_last, and, if the machine multiplies bfloat16
+natively, with bfloat16 weights and under autocast. "of peak" is the FLOP/s relative to that of large matrix products in
+the precision of the row, measured in the same run; the FLOPs are those of the original network. A training step is a
+loss, its gradient, and a step of fused AdamW.
 """
 
 import copy
@@ -47,7 +47,7 @@ NCSNPP = {
     "norm_num_groups": None,
     "norm_eps": 1e-6,
 }
-SMALL = {  # 6.3 million parameters
+SMALL = {  # 6.5 million parameters
     "block_out_channels": (64, 128, 128),
     "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
@@ -61,7 +61,7 @@ Runs = dict[str, tuple[Callable[[], Any], torch.dtype]]
 
 
 def build(shape: str, smoke: bool) -> tuple[ScoreNet, nn.Module | None, int]:
-    """A network, the network of diffusers with the same weights or None, and the side of its images."""
+    """A network, the network of diffusers with the same weights or None, and the side of its images in pixels."""
     if shape not in SHAPES:
         return getattr(ScoreNet, shape)(3, 32, width=8 if smoke else 128), None, 32
     from diffusers import UNet2DModel
@@ -78,7 +78,7 @@ def build(shape: str, smoke: bool) -> tuple[ScoreNet, nn.Module | None, int]:
 
 
 def sampling(net: ScoreNet, theirs: nn.Module | None, x: Tensor, compile_too: bool) -> Runs:
-    """What is compared, and the precision of each."""
+    """The network calls to compare, each with the dtype of its matrix products."""
     sigma, levels = 0.5, torch.full((len(x),), 0.5, device=x.device)
     last, short = x.to(memory_format=LAST), native_dtype(x.device)
     runs: Runs = {}
@@ -111,7 +111,7 @@ def sampling(net: ScoreNet, theirs: nn.Module | None, x: Tensor, compile_too: bo
 
 
 def training(net: ScoreNet, theirs: nn.Module | None, x: Tensor) -> Runs:
-    """Training steps in channels_last: in float32, and under autocast where the machine has bfloat16."""
+    """Training steps in channels_last: in float32, and under autocast if the machine multiplies bfloat16 natively."""
 
     def step(score: Callable[..., Tensor], parameters: list[nn.Parameter], low: bool) -> Callable[[], None]:
         optimizer = torch.optim.AdamW(parameters, fused=True)
@@ -149,9 +149,9 @@ def training(net: ScoreNet, theirs: nn.Module | None, x: Tensor) -> Runs:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--shape", default="ddpm-cifar10-32", choices=[*SHAPES, "ncsn", "ncsnv2"])
-    options.add_argument("--batch", type=int, default=16)
-    options.add_argument("--train", action="store_true")
-    options.add_argument("--compile", action="store_true")
+    options.add_argument("--batch", type=int, default=16, help="images per batch")
+    options.add_argument("--train", action="store_true", help="measure training steps instead of network calls")
+    options.add_argument("--compile", action="store_true", help="also measure the compiled network")
     args = options.parse_args(argv)
     if args.smoke:
         args.batch, args.repeats = 2, 1
@@ -164,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     x = torch.rand(args.batch, 3, size, size, device=args.device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x[:1], 0.5)
-    flops = counter.get_total_flops() * (3 if args.train else 1)  # a gradient takes two products of the same size more
+    flops = counter.get_total_flops() * (
+        3 if args.train else 1
+    )  # the gradient takes two more products of the same size
     with torch.set_grad_enabled(args.train):
         runs = training(net, theirs, x) if args.train else sampling(net, theirs, x, args.compile)
         seconds = alternate({name: run for name, (run, _) in runs.items()}, args.repeats, args.device)

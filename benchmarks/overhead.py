@@ -17,13 +17,13 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--width", type=int, default=64)
-    options.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    options.add_argument("--width", type=int, default=64, help="channels of the network")
+    options.add_argument("--batches", type=int, nargs="+", default=[1, 64], help="batch sizes")
     args = options.parse_args(argv)
     if args.smoke:
         args.width, args.batches, args.repeats = 4, [1, 2], 1
 
-    # Both call the same inference copy.
+    # The bare calls and the sampler use the same inference copy.
     net = ScoreNet.ncsnv2(3, 32, width=args.width).to(args.device).eval().inference_copy()
     schedule = NoiseSchedule.geometric(50, 0.01, 5)
     sampler = AnnealedLangevinSampler(net, schedule, steps_per_level=1, exact_noise=True, denoise=False)

@@ -1,15 +1,16 @@
-"""The time from starting ``python`` to a picture: 16 images from the U-Net of google/ddpm-cifar10-32, random weights.
+"""The time from starting ``python`` to a saved picture, for 16 images from a network with random weights.
 
     python benchmarks/picture.py                    # the 1,000 steps of diffusers are extrapolated from a few
     python benchmarks/picture.py --all-steps        # all 1,000 steps run
 
-Each run is a process of its own: it imports the library, loads the same folder in the layout of diffusers, draws, and
-writes a picture. diffusers runs its DDPMPipeline as its model page shows; this package follows the probability flow
-with DPM-Solver++ on 18 levels. Unless all steps run, the time of the steps is extrapolated from that of ``--few``
-steps, measured after a first step that warms up.
+The network has the architecture of google/ddpm-cifar10-32. Each run is a separate process: it imports the library,
+loads the same folder in the layout of diffusers, draws the images, and writes a picture. diffusers runs its
+DDPMPipeline as its model page shows; this package follows the probability flow with DPM-Solver++ on 18 levels. Without
+``--all-steps``, the time of the 1,000 steps is extrapolated from that of ``--few`` steps, measured after one warm-up
+step.
 
-Most of the ratio comes from the number of network calls. "per call" is the ratio of the times per network call, the
-import and the loading included.
+Most of the ratio comes from the number of network calls. "per call" is the ratio of the times per network call,
+including imports and loading.
 """
 
 import os
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
 
         def run(program: str, steps: object) -> tuple[float, str]:
-            """The seconds of a process, and its output."""
+            """The seconds that a program takes in a new process, and its output."""
             picture = str(Path(folder) / f"{time.monotonic_ns()}.png")
             code = program.format(folder=folder, device=args.device, n=n, steps=steps, picture=picture)
             begin = time.perf_counter()

@@ -1,12 +1,12 @@
-"""Whether samples of the default precision are statistically those of float32.
+"""Compares samples in the default precision with samples in float32, statistically.
 
     python benchmarks/precision.py --data FOLDER
 
-The program draws digits with the network of the package three times: with the default precision, in float32 from the
-same seed, and in float32 from another seed. The first line of the table compares the first two. The second line
-compares two seeds, as a scale for the first. The figures are the root mean square difference of two images, the Fréchet
-distance of the two sets in the features of the classifier of ``examples/evaluate_mnist.py``, and the differences in the
-share of confident classifications and in the standard deviation of all pixels.
+The program draws digits with the network "mnist" three times: in the default precision, in float32 with the same seed,
+and in float32 with another seed. The first row of the table compares the first two sets. The second row compares the
+two seeds, as a scale for the first row. The columns are the root mean square difference of two images, the Fréchet
+distance of the two sets in the features of the classifier of ``examples/digit_classifier.py``, and the differences in
+the share of confident classifications (class probability above 0.9) and in the standard deviation of all pixels.
 """
 
 import sys
@@ -17,9 +17,10 @@ import torch
 from common import parser, report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from evaluate_mnist import add_options, classify, figures, load_classifier, rmse
+from digit_classifier import add_options, load_classifier
 
 from scorematch import AnnealedLangevinSampler, ScoreNet
+from scorematch.evaluation import Evaluator, values
 from scorematch.sampling.sampler import Precision
 
 
@@ -39,17 +40,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         return sampler.sample(args.n, generator=seed, progress=False).cpu()
 
     exact = draw("float32", 0)
-    rows = []
+    evaluator = Evaluator(exact, features=classifier, metrics=["frechet", "classes"], cache=False, progress=False)
+    expected, rows = values(evaluator.measure([exact])), []
     for name, images in {'"auto", same seed': draw("auto", 0), "float32, another seed": draw("float32", 1)}.items():
-        features = classify(classifier, exact)[1]
-        found, expected = figures(classifier, images, features), figures(classifier, exact, features)
+        found = values(evaluator.measure([images]))
         rows.append(
             {
                 f"{args.n} images against float32": name,
-                "rms difference": rmse(images, exact),
+                "rms difference": float((images - exact).square().mean().sqrt()),
                 "Fréchet distance": found["frechet"],
                 "confident": found["confident"] - expected["confident"],
-                "std": found["pixel std"] - expected["pixel std"],
+                "std": found["std"] - expected["std"],
             }
         )
     report("precision", args, rows, bars="Fréchet distance")

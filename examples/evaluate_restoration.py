@@ -3,10 +3,12 @@
     python examples/evaluate_restoration.py --data FOLDER                            # 500 digits, "mnist"
     python examples/evaluate_restoration.py --data FOLDER --restore guide --n 100 --tasks "pool 4"
 
-Each digit is restored ``--draws`` times. The figures, printed for the degraded digits ("input") and for each method:
+The program calls ``scorematch.evaluation.evaluate_restoration`` for each task and method, with the classifier of
+``digit_classifier.py`` as the extractor. Each digit is restored ``--draws`` times. These figures are printed for the
+degraded digits ("input") and for each method:
 
 - rmse: the root mean square error to the original, and in brackets that of the mean of the draws;
-- accuracy: the share that the classifier of evaluate_mnist.py classifies correctly;
+- accuracy: the share that the classifier classifies correctly;
 - diversity: the root mean square difference of two draws;
 - residual: the root mean square of y - A x, the measurement less the same measurement of the result. It should be 0, or
   the standard deviation of the noise in y.
@@ -16,16 +18,17 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from evaluate_mnist import accuracy, add_options, load_classifier, rmse
+from digit_classifier import add_options, load_classifier
 from mnist import load_digits
 from torch import Tensor
 
 from scorematch import AnnealedLangevinSampler, ScoreNet
-from scorematch.images import grid, save_image
-from scorematch.observe import JPEG, AveragePool, Mask, Observation, Operator, Uncrop
+from scorematch.evaluation import evaluate_restoration
+from scorematch.observe import JPEG, AveragePool, Mask, Operator, Uncrop
 
 STROKE = 3.5  # half the width of the line of the free-form mask, in pixels of 28
 
@@ -58,43 +61,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--levels", type=int, help="number of noise levels (default: the network's settings)")
     parser.add_argument("--steps", type=int, help="Langevin steps per level, instead of consistent sampling")
-    parser.add_argument("--out", type=Path, help="folder for a picture of the first digits of each task")
+    parser.add_argument("--out", type=Path, help="folder for all figures, and a picture of each task and method")
     args = parser.parse_args(argv)
 
     classifier = load_classifier(args.classifier, args.data)
-    test, labels = load_digits(args.data, "test")
-    chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: args.n]
-    x, labels = test[chosen].float() / 255, labels[chosen]
     net = ScoreNet.from_pretrained(args.model)
-    print(f"{args.n} test digits, of which {accuracy(classifier, x, labels):.1%} are classified correctly")
     print(f"{'':>38}{'rmse':>16}{'accuracy':>9}{'diversity':>11}{'residual':>10}")
     for task in args.tasks:
-        operator, sigma = TASKS[task]
-        generator = torch.Generator().manual_seed(1)
-        y = operator.measure(x)
-        y = y + sigma * torch.randn(y.shape, generator=generator)
-        degraded = operator.lift(y)
-        right = accuracy(classifier, degraded, labels)
-        print(f"{task:>22}{'input':>16}{rmse(degraded, x):>9.3f}{'':>7}{right:>9.1%}")
+        operator, noise = TASKS[task]
         for restore in args.restore:
-            sampler = AnnealedLangevinSampler(net, levels=args.levels, steps_per_level=args.steps, restore=restore)
-            y_twice, labels_twice, x_twice = (part.repeat_interleave(args.draws, 0) for part in (y, labels, x))
             begin = time.perf_counter()
-            samples = sampler.sample(
-                observation=Observation(operator, y_twice, sigma), generator=generator, batch_size=64
+            options = {"levels": args.levels, "steps_per_level": args.steps, "restore": restore}
+            result = evaluate_restoration(
+                net,
+                load_digits(args.data, "test"),
+                operator,
+                n=args.n,
+                draws=args.draws,
+                noise=noise,
+                features=classifier,
+                metrics=[],
+                labels=True,
+                sampler=partial(AnnealedLangevinSampler, **options),
+                out=None if args.out is None else args.out / f"{task.replace(', ', '-')}-{restore}",
+                progress=False,
             )
             seconds = time.perf_counter() - begin
-            draws = samples.view(len(x), args.draws, *x.shape[1:])
-            spread = draws.var(1).mean().mul(2).sqrt()
-            error = f"{rmse(samples, x_twice):>9.3f} ({rmse(draws.mean(1), x):.3f})"
+            restored, degraded = (
+                {name: figure.value for found in result.figures[column].values() for name, figure in found.items()}
+                for column in ("restored", "degraded")
+            )
+            if restore == args.restore[0]:
+                print(f"{task:>22}{'input':>16}{degraded['rmse']:>9.3f}{'':>7}{degraded['accuracy']:>9.1%}")
+            of_mean = f" ({restored['rmse of the mean']:.3f})" if args.draws > 1 else ""
             print(
-                f"{'':>22}{restore:>16}{error:<16}{accuracy(classifier, samples, labels_twice):>9.1%}{spread:>11.3f}"
-                f"{rmse(operator.measure(samples), y_twice):>10.3f}  {seconds:.0f} s",
+                f"{'':>22}{restore:>16}{restored['rmse']:>9.3f}{of_mean:<7}{restored['accuracy']:>9.1%}"
+                f"{restored.get('diversity', 0):>11.3f}{restored['consistency']:>10.3f}  {seconds:.0f} s",
                 flush=True,
             )
-            if args.out is not None:
-                rows = [part[:8] for part in (degraded.clamp(0, 1), *draws.unbind(1), x)]
-                save_image(grid(torch.cat(rows), columns=8), args.out / f"{task.replace(', ', '-')}-{restore}.png")
 
 
 if __name__ == "__main__":

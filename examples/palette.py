@@ -1,7 +1,7 @@
 """Palette: one network that restores images in four ways, trained on clean images and degraded copies of them.
 
     python examples/palette.py --data FOLDER --out runs/palette                        # MNIST in three colors, 4 tasks
-    python examples/palette.py --data FOLDER --out runs/palette                        # continues after a stop
+    python examples/palette.py --data FOLDER --out runs/palette                        # continues an interrupted run
     python examples/palette.py --data FOLDER --out runs/l1 --p 1                       # the ablation of the paper
     python examples/palette.py --data FOLDER --out runs/one --tasks inpainting         # one task only
     python examples/palette.py --data FOLDER --out runs/regression --regression        # a baseline without sampling
@@ -10,8 +10,9 @@
 
 The digits have one of three colors with the same luma, drawn with the probabilities 0.5, 0.3 and 0.2. A gray digit
 contains no information about its color, so the correct distribution of the result of colorization is known: these three
-colors with these probabilities. Every ``--every`` steps a strip of pictures is written into the folder, for each task
-the condition, three samples and the original.
+colors with these probabilities. ``scorematch.training.train`` writes the network and a log into the folder, and every
+``--every`` steps pictures of training images: the condition, a sample and the original. At the end there is
+``strip.png`` of test images, for each task the condition, three samples and the original.
 
 The figures of test images; those of the degraded images have "input" before their names (a hole is black there):
 
@@ -24,68 +25,43 @@ The figures of test images; those of the degraded images have "input" before the
 
 import argparse
 import csv
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-import evaluate_mnist
 import torch
 from cifar10 import load_images
-from evaluate_mnist import Classifier, load_classifier, rmse
+from digit_classifier import Classifier, classify, load_classifier
 from mnist import load_digits
 from torch import Tensor
-from training import draw_levels, train, weighting
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.images import save_grid
+from scorematch.images import save_grid, to_uint8
 from scorematch.observe import JPEG, Grayscale, Mask, Observation
-from scorematch.palette import Colorization, Inpainting, JPEGRestoration, MultiTask, Uncropping
-from scorematch.precision import autocast
-from scorematch.sampling import AncestralSampler
+from scorematch.palette import TASKS, JPEGRestoration, MultiTask
+from scorematch.sampling import AncestralSampler, SamplerSettings
 from scorematch.sampling.ancestral import Variance
+from scorematch.training import LogNormal, Mixture, train, weighting_for
 
 LUMA = 0.4  # of each color, by the weights of BT.601
 COLORS = torch.tensor([[1, (LUMA - 0.299) / 0.587, 0], [0, LUMA / 0.587, 0], [0, (LUMA - 0.114) / 0.587, 1]])
 SHARES = torch.tensor([0.5, 0.3, 0.2])
-TASKS = {
-    "colorization": Colorization(),
-    "inpainting": Inpainting(),
-    "uncropping": Uncropping(),
-    "jpeg": JPEGRestoration(),
-}
 TEST_QUALITY = 5  # of JPEG in the figures, the lowest of training
 
 
-def colored(digits: Tensor) -> Tensor:
+def colored(digits: Tensor, seed: int) -> Tensor:
     """Gray digits (N, 1, 28, 28), uint8, each in one of the three colors, (N, 3, 28, 28) in [0, 1]."""
-    which = torch.multinomial(SHARES, len(digits), replacement=True)
-    return digits.float() / 255 * COLORS[which, :, None, None].to(digits.device)
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.multinomial(SHARES, len(digits), replacement=True, generator=generator)
+    return digits.float() / 255 * COLORS[which, :, None, None]
 
 
-def prepare(images: Tensor) -> Tensor:
-    """Stored images as the network's images, (N, 3, H, W) in [0, 1]."""
-    return colored(images) if images.shape[1] == 1 else images.float() / 255
-
-
-def loss(net: ScoreNet, x: Tensor, task: MultiTask, p: float, regression: bool) -> Tensor:
-    """Palette's loss on a batch of clean images."""
-    condition, region = task(x)
-    condition = condition.to(memory_format=torch.channels_last)
-    # With noise that makes every noisy image gray, the denoised image depends on the condition alone: a regression.
-    levels = net.schedule.sigma_max if regression else draw_levels(len(x), net.schedule, x.device, center=0.5)
-    noise = (0.5 - x) / net.schedule.sigma_max if regression else None
-    return dsm_loss(
-        net,
-        x,
-        sigma=levels,
-        noise=noise,
-        condition=condition,
-        region=region,
-        p=p,
-        weighting=partial(weighting, p=p),
-    )
+def regression_loss(net: ScoreNet, x: Tensor, *, sigma: Tensor, noise: Tensor, **given: Any) -> Tensor:
+    """The loss with noise that makes every noisy image gray, so that the condition alone decides the result."""
+    return dsm_loss(net, x, sigma=sigma, noise=(0.5 - x) / sigma[:, None, None, None], reduction="none", **given)
 
 
 def restore(sampler: AncestralSampler, x: Tensor, name: str, draws: int) -> tuple[Tensor, Tensor, list[float]]:
@@ -94,7 +70,7 @@ def restore(sampler: AncestralSampler, x: Tensor, name: str, draws: int) -> tupl
     Returns:
         The degraded images (N, ...), the samples (draws, N, ...), and the consistency of both.
     """
-    task = JPEGRestoration(TEST_QUALITY, TEST_QUALITY) if name == "jpeg" else TASKS[name]
+    task = JPEGRestoration(TEST_QUALITY, TEST_QUALITY) if name == "jpeg" else TASKS[name]()
     condition, region = task(x)
     operator = {"colorization": Grayscale(), "jpeg": JPEG(TEST_QUALITY)}.get(name, Mask(~region))
     y = operator.measure(x)
@@ -112,7 +88,13 @@ def restore(sampler: AncestralSampler, x: Tensor, name: str, draws: int) -> tupl
 
 def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
     """The share of colored digits that are classified correctly."""
-    return evaluate_mnist.accuracy(classifier, Grayscale().measure(images.cpu()) / LUMA, labels)
+    gray = (Grayscale().measure(images.cpu()) / LUMA).clamp(0, 1)
+    return float((classify(classifier, to_uint8(gray)) == labels).float().mean())
+
+
+def rmse(a: Tensor, b: Tensor) -> float:
+    """The root mean square difference."""
+    return float((a - b).square().mean().sqrt())
 
 
 def color_shares(images: Tensor) -> list[float]:
@@ -156,15 +138,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with MNIST or CIFAR-10; torchvision downloads it otherwise")
     parser.add_argument("--images", default="mnist", choices=["mnist", "cifar10"])
-    parser.add_argument("--out", type=Path, default=Path("runs/palette"), help="folder for checkpoints and pictures")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--out", type=Path, default=Path("runs/palette"), help="folder of the run")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--p", type=float, default=2, help="power of the loss, 1 or 2")
     parser.add_argument("--regression", action="store_true", help="predict the image, without sampling")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3, help="the highest learning rate; it falls to 0")
     parser.add_argument("--width", type=int, default=32, help="channels of the first features")
-    parser.add_argument("--every", type=int, default=1000, help="steps between checkpoints")
+    parser.add_argument("--every", type=int, default=1000, help="steps between pictures")
     parser.add_argument("--evaluate", action="store_true", help="do not train; evaluate the network in --out")
     parser.add_argument("--n", type=int, default=500, help="test images for the figures")
     parser.add_argument("--draws", type=int, default=2, help="samples per test image")
@@ -173,41 +155,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--classifier", type=Path, default=Path("runs/digit_classifier.pt"), help="file of the classifier of digits"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="four steps of a tiny network, as a test")
-    parser.add_argument("--stop-at", type=int, help="stop at this step, as if interrupted")
     args = parser.parse_args(argv)
     if args.smoke:
         args.steps, args.batch, args.width, args.every, args.n, args.levels = 4, 8, 4, 2, 8, 3
 
-    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     load = load_digits if args.images == "mnist" else load_images
-    images = load(args.data, "train")[0].to(args.device)  # 47 or 154 MB: all images stay on the device
     test, labels = (part[: args.n] for part in load(args.data, "test"))
-    with torch.random.fork_rng():
-        torch.manual_seed(1)  # the same schedule whatever the other options
-        schedule = NoiseSchedule.from_data(prepare(images[: 200 if args.smoke else 2000]))
-        test = prepare(test.to(args.device))
-    task = MultiTask([TASKS[name] for name in args.tasks])
-    print(f"{task}, {schedule}")
-
-    def batch_loss(net: ScoreNet) -> Tensor:
-        batch = prepare(images[torch.randint(len(images), (args.batch,), device=args.device)])
-        return loss(net, batch.to(memory_format=torch.channels_last), task, args.p, args.regression)
+    test = (colored(test, seed=1) if args.images == "mnist" else test.float() / 255).to(device)
 
     def sampler(net: ScoreNet) -> AncestralSampler:
         return AncestralSampler(net, levels=min(args.levels, len(net.schedule)), variance=args.variance)
 
-    def report(averaged: ScoreNet, step: int) -> dict[str, float]:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(2)
-            save_grid(strip(sampler(averaged), test[:4], args.tasks), args.out / f"strip-{step:06d}.png", columns=10)
-            with autocast(test.device):
-                parts = [float(loss(averaged, part, task, args.p, args.regression)) for part in test.split(64)]
-        return {"test loss": round(sum(parts) / len(parts), 3)}
-
     if not args.evaluate:
+        images = load(args.data, "train")[0]
+        images = colored(images, seed=0) if args.images == "mnist" else images
+        few = images[: 200 if args.smoke else 2000]
+        schedule = NoiseSchedule.from_data(few / 255 if few.dtype == torch.uint8 else few)
+        torch.manual_seed(args.seed)
         net = ScoreNet.unet(
             3,
             tuple(test.shape[2:]),
@@ -215,15 +182,34 @@ def main(argv: Sequence[str] | None = None) -> None:
             layers_per_block=1,
             condition_channels=3,
             schedule=NoiseSchedule([schedule.sigma_max]) if args.regression else schedule,
-        ).to(args.device)
-        print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
-        train(net, batch_loss, report, args.out, steps=args.steps, every=args.every, lr=args.lr, stop_at=args.stop_at)
-        if args.stop_at is not None:
-            return
+        )
+        net.sampler_settings = SamplerSettings(
+            sampler="ancestral", levels=None if args.regression else args.levels, variance=args.variance
+        )
+        print(f"{net.schedule}, {sum(p.numel() for p in net.parameters()):,} parameters")
+        if args.regression:
+            weighting = weighting_for(net, "backbone", args.p)
+            kind = {"loss": partial(regression_loss, p=args.p, weighting=weighting), "levels": net.schedule}
+        else:
+            kind = {"p": args.p, "levels": Mixture((schedule, LogNormal(math.log(0.5), 1)))}
+        train(
+            net,
+            images,
+            args.out,
+            images=args.steps * args.batch,
+            batch_size=args.batch,
+            lr=args.lr,
+            condition=MultiTask([TASKS[name]() for name in args.tasks]),
+            flip=args.images == "cifar10",
+            seed=args.seed,
+            sample_every=args.every * args.batch,
+            **kind,
+        )
 
-    net = ScoreNet.from_pretrained(args.out / "network").to(args.device)
+    net = ScoreNet.from_pretrained(args.out / "network").to(device)
     classifier = load_classifier(args.classifier, args.data) if args.images == "mnist" else None
     torch.manual_seed(3)
+    save_grid(strip(sampler(net), test[:4], args.tasks), args.out / "strip.png", columns=10)
     rows = [figures(sampler(net), test, name, args.draws, classifier, labels) for name in args.tasks]
     with (args.out / "figures.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

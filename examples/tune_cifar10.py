@@ -28,49 +28,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cifar10 import load_images
-from evaluate_mnist import frechet_distance
+from einops import rearrange
 from torch import Tensor
 from tune_mnist import samplers
 
 from scorematch import NoiseSchedule, ScoreNet
+from scorematch.evaluation import Evaluator, image_figures
+from scorematch.evaluation.exact import Empirical, Gaussian
 from scorematch.images import save_grid
 from scorematch.sampling import ODESampler, Sampler
 
 
 def patches(images: Tensor) -> Tensor:
-    """All non-overlapping patches of 4x4 pixels, (N, 3, H, W) -> (N H W / 16, 48)."""
-    return F.unfold(images, 4, stride=4).transpose(1, 2).flatten(0, 1)
+    """All non-overlapping patches of 4x4 pixels, (N, 3, H, W) -> (N H W / 16, 3, 4, 4)."""
+    return rearrange(images, "n c (h a) (w b) -> (n h w) c a b", a=4, b=4)
 
 
-class Gaussian:
-    """The exact score of the normal distribution with the mean and the covariance of images (N, C, H, W) in [0, 1]."""
-
-    value_range = (0.0, 1.0)  # samplers start around its middle and clamp to it, as for a network
-    schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
-
-    def __init__(self, images: Tensor) -> None:
-        self.sample_shape = tuple(images.shape[1:])
-        flat = images.flatten(1)
-        self.mean = flat.mean(0)
-        values, self.vectors = torch.linalg.eigh(torch.cov(flat.T))
-        self.values = values.clamp(min=0)
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:  # noqa: D102
-        along = (x.flatten(1) - self.mean) @ self.vectors
-        return -(along / (self.values + sigma**2) @ self.vectors.T).view_as(x)
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Exact samples (n, C, H, W), clamped."""
-        z = torch.randn(n, len(self.mean), generator=generator)
-        return (self.mean + z * self.values.sqrt() @ self.vectors.T).view(n, *self.sample_shape).clamp(0, 1)
-
-
-def row(images: Tensor, reference: Tensor) -> str:
-    """The figures of images in [0, 1], compared with the patches of training images."""
-    saturation = (images.amax(1) - images.amin(1)).mean()
-    variation = (images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean()) / 2
-    frechet = 1000 * frechet_distance(patches(images), reference)
-    return f"{frechet:>7.1f} {images.std():.3f} {saturation:>10.3f} {variation:>9.3f}"
+def row(images: Tensor, evaluator: Evaluator) -> str:
+    """The figures of images, whose patches are compared with those of training images."""
+    frechet = 1000 * evaluator.measure([patches(images)])["pixels"]["frechet"].value
+    found = {name: figure.value for name, figure in image_figures([images]).items()}
+    return f"{frechet:>7.1f} {found['std']:.3f} {found['saturation']:>10.3f} {found['variation']:>9.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,11 +62,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="images of 8x8 pixels for the Gaussian, as a test")
     args = parser.parse_args(argv)
 
-    train, test = (load_images(args.data, split)[0].float() / 255 for split in ("train", "test"))
+    train, test = (load_images(args.data, split)[0] for split in ("train", "test"))
     if args.smoke and args.model == "gaussian":
-        train, test = F.avg_pool2d(train, 4), F.avg_pool2d(test, 4)
-    reference = patches(train[:5000])
-    net = Gaussian(train) if args.model == "gaussian" else ScoreNet.from_pretrained(args.model)
+        train, test = (F.avg_pool2d(images.float(), 4).to(torch.uint8) for images in (train, test))
+    evaluator = Evaluator(
+        patches(train[:5000]), features="pixels", metrics=["frechet"], batch_size=10_000, cache=False, progress=False
+    )
+    if args.model == "gaussian":
+        schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
+        # Samplers start around the middle of the range and clamp to it, as for a network.
+        net = Gaussian.like(Empirical(train, schedule=schedule, value_range=(0.0, 1.0)))
+    else:
+        net = ScoreNet.from_pretrained(args.model)
     flow = ODESampler(net, levels=18)
     lines: list[tuple[str, Sampler]] = [(f"{18:>6} {'Heun':>22} {len(flow):>5}", flow), *samplers(net)]
     print("line levels steps     a      noise calls | patches   std saturation variation", flush=True)
@@ -98,13 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = sampler.sample(args.n, generator=args.seed, progress=False)
         if args.out is not None:
             save_grid(images[:64], args.out / f"settings-{line:02d}.png")
-        print(f"{line:>4} {setting} | {row(images, reference)}", flush=True)
-    generator = torch.Generator().manual_seed(args.seed)
-    if isinstance(net, Gaussian):
-        print(f"{'exact samples':>40} | {row(net.sample(args.n, generator), reference)}")
+        print(f"{line:>4} {setting} | {row(images, evaluator)}", flush=True)
+    if args.model == "gaussian":
+        print(f"{'exact samples':>40} | {row(net.sample(args.n, args.seed).clamp(0, 1), evaluator)}")
     else:
+        generator = torch.Generator().manual_seed(args.seed)
         chosen = test[torch.randperm(len(test), generator=generator)[: args.n]]
-        print(f"{'test images':>40} | {row(chosen, reference)}")
+        print(f"{'test images':>40} | {row(chosen, evaluator)}")
 
 
 if __name__ == "__main__":

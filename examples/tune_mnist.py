@@ -3,7 +3,9 @@
     python examples/tune_mnist.py --data FOLDER --model runs/mnist/network
 
 Each line is one setting: the number of noise levels, the steps per level, the step in units of sigma^2, the kind of
-noise, the network calls, and the figures of ``evaluate_mnist.py``. The last line has those of test digits.
+noise, the network calls, and figures with the classifier of ``digit_classifier.py``. The last line has those of test
+digits. ``scorematch.evaluation.tune`` and ``python -m scorematch tune`` do the same for any network, with a table of
+settings for all samplers, and store the best.
 """
 
 import argparse
@@ -11,9 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate_mnist import Evaluation, add_options
+import torch
+from digit_classifier import add_options, load_classifier
+from mnist import load_digits
+from torch import Tensor
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.evaluation import Evaluator, values
 from scorematch.images import save_grid
 
 
@@ -74,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", type=int, nargs="+", help="run only these lines")
     args = parser.parse_args(argv)
 
-    evaluation = Evaluation(args.data, args.classifier)
+    figures = digit_figures(args.data, args.classifier)
     net = ScoreNet.from_pretrained(args.model)
     print("line levels steps     a      noise calls | confident rarest frechet   std variation", flush=True)
     for line, (setting, sampler) in enumerate(samplers(net)):
@@ -83,13 +89,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         samples = sampler.sample(args.n, generator=args.seed, progress=False)
         if args.out is not None:
             save_grid(samples[:64], args.out / f"settings-{line:02d}.png")
-        print(f"{line:>4} {setting} | {_row(evaluation.figures(samples))}", flush=True)
-    print(f"{'test digits':>37} | {_row(evaluation.test_figures(args.n, args.seed))}")
+        print(f"{line:>4} {setting} | {row(figures(samples))}", flush=True)
+    print(f"{'test digits':>37} | {row(figures(some_test_digits(args.data, args.n, args.seed)))}")
 
 
-def _row(found: dict[str, float]) -> str:
+def digit_figures(data: Path | None, classifier: Path) -> Callable[[Tensor], dict[str, float]]:
+    """A function that measures digits (N, 1, 28, 28): their figures by name, compared with the training digits."""
+    evaluator = Evaluator(
+        load_digits(data, "train")[0],
+        features=load_classifier(classifier, data),
+        metrics=["frechet", "classes"],
+        progress=False,
+    )
+    return lambda images: values(evaluator.measure(images.split(1000)))
+
+
+def some_test_digits(data: Path | None, n: int, seed: int) -> Tensor:
+    """Random test digits (n, 1, 28, 28), uint8."""
+    test, _ = load_digits(data, "test")
+    return test[torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:n]]
+
+
+def row(found: dict[str, float]) -> str:
+    """The figures of one line."""
     return (
-        f"{found['confident']:>9.1%} {found['rarest']:>6.1%} {found['frechet']:>7.2f} {found['pixel std']:.3f} "
+        f"{found['confident']:>9.1%} {found['rarest']:>6.1%} {found['frechet']:>7.2f} {found['std']:.3f} "
         f"{found['variation']:>9.4f}"
     )
 

@@ -1,30 +1,29 @@
-"""How the tests run, and the fixtures that several files use.
+"""The settings of the test run, and fixtures that several files use.
 
-The tests run in two processes, with one torch thread each. Networks in tests are small, and OpenMP's threads wait in a
-busy loop: with several threads per process a test takes many times as long as soon as another process computes too.
+The tests run in two processes with one torch thread each. OpenMP's threads wait in a busy loop, and the networks in the
+tests are small: with several threads per process, tests take many times as long while another process computes.
+
+The functions here import torch themselves, because a third process, which only starts the two, does not need it.
 """
 
+import gc
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; processes that tests start inherit it
-os.environ["MPLBACKEND"] = "Agg"  # no windows
+gc.disable()  # while modules are imported and tests are collected: that makes millions of objects and little garbage
+os.environ["OMP_NUM_THREADS"] = "1"  # must be set before torch is imported; processes that tests start inherit it
+os.environ["MPLBACKEND"] = "Agg"  # plots open no windows
 
 from pathlib import Path
 
 import pytest
-import torch
-
-from tests.helpers import Gaussian, Mixture
-
-torch.set_num_threads(1)
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SECONDS = {"slow": 600, "cuda": 300, "network": 600}  # per test; others have the limit of pyproject.toml
+SECONDS = {"slow": 600, "cuda": 300, "network": 600}  # per test; other tests have the limit of pyproject.toml
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads these options
 def pytest_cmdline_main(config):
-    """Two processes, unless the command line says how many. Not in addopts, which would need pytest-xdist."""
+    """Runs two processes unless the command line sets the number. An option in addopts would require pytest-xdist."""
     option = config.option
     in_worker = "PYTEST_XDIST_WORKER" in os.environ
     if getattr(option, "numprocesses", 0) is None and not (in_worker or option.usepdb or option.collectonly):
@@ -32,6 +31,9 @@ def pytest_cmdline_main(config):
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+
+    torch.set_num_threads(1)
     for item in items:
         seconds = [seconds for name, seconds in SECONDS.items() if item.get_closest_marker(name)]
         if seconds and item.get_closest_marker("timeout") is None:
@@ -40,21 +42,37 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """Lets garbage collections begin. They are rare, and skip the objects of now, which exist until the end."""
+    gc.freeze()
+    gc.set_threshold(20_000)
+    gc.enable()
+
+
 @pytest.fixture
 def world():
+    from scorematch.evaluation.exact import Gaussian
+
     return Gaussian([0.3, -0.7, 1.1], [[0.50, 0.20, 0.00], [0.20, 0.30, 0.05], [0.00, 0.05, 0.10]])
 
 
 @pytest.fixture
 def mixture():
-    return Mixture([0.8, 0.2], [[1.5, 1.5], [-1.5, -1.5]], 0.5)
+    from scorematch.evaluation.exact import Mixture
+
+    return Mixture([0.8, 0.2], [[1.5, 1.5], [-1.5, -1.5]], 0.25)
 
 
 @pytest.fixture
 def rng():
+    import torch
+
     return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def published():
+    import torch
+
     return lambda name: torch.load(FIXTURES / f"{name}.pt", weights_only=True)

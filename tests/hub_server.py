@@ -1,4 +1,4 @@
-"""A server on the loopback address that speaks the part of the Hub's protocol that its client uses, and a client."""
+"""A local server with the part of the Hub's protocol that huggingface_hub uses, and processes that run client code."""
 
 import base64
 import hashlib
@@ -15,21 +15,21 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Repositories, {name: {file: bytes}}, and what is wrong with them or with the server."""
+    """A server with repositories, {name: {file: bytes}}, and with faults that tests switch on."""
 
     def __init__(self):
         self.repositories = {}
         self.commit = COMMIT
-        self.gated = set()  # answered with 403, whoever asks
-        self.private = {}  # name -> token
-        self.cut = set()  # files whose first download breaks off in the middle
+        self.gated = set()  # answered with status 403 for every token
+        self.private = {}  # repository -> the token that may read it
+        self.cut = set()  # files whose first download ends in the middle
         self.silent = False  # whether the server closes every connection without an answer
-        self.status = None  # of every answer, if not None
-        self.redirect = False  # large files come from another host name, as on the Hub
+        self.status = None  # the status of every answer, if not None
+        self.redirect = False  # whether large files come from another host name, as on the Hub
         self.requests = []
-        self.writer = None  # the token that may write
-        self.branches = {}  # name -> the branches beside main, all with the same files
-        self.uploaded = {}  # SHA-256 -> content, of large files
+        self.writer = None  # the token with write access
+        self.branches = {}  # repository -> its branches besides main, all with the same files
+        self.uploaded = {}  # the content of large files by SHA-256
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,7 +51,7 @@ class Hub:
                 hub.receive(self)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)  # seconds per poll
         self.thread.start()
         self.port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -64,7 +64,7 @@ class Hub:
             self.server = None
 
     def fetched(self):
-        """The files whose content was asked for."""
+        """The files whose content was requested."""
         return sorted(
             {path.split("/", 5)[5] for method, path in self.requests if method == "GET" and "/resolve/" in path}
         )
@@ -128,7 +128,7 @@ class Hub:
         )
 
     def receive(self, request):
-        """An upload: the repository, the branch, large files by their hash, and the commit that names them all."""
+        """Answers the requests of an upload: repository, branch, large files by their hash, and the commit."""
         path = unquote(request.path.split("?")[0])
         self.requests.append((request.command, path))
         data = request.rfile.read(int(request.headers.get("Content-Length", 0)))
@@ -137,7 +137,7 @@ class Hub:
             assert hashlib.sha256(data).hexdigest() == parts[1]
             self.uploaded[parts[1]] = data
             return self._json(request, {})
-        if parts == ["api", "validate-yaml"]:  # of a model card
+        if parts == ["api", "validate-yaml"]:  # the metadata of a model card
             return self._json(request, {"errors": [], "warnings": []})
         if request.headers.get("Authorization") != f"Bearer {self.writer}":
             return self._error(request, 401 if self.writer is None else 403, "Unauthorized")
@@ -228,10 +228,13 @@ class Hub:
         request.end_headers()
 
 
-# Forks for every line of input, and runs the code there; prints the exit status.
+# For every line of input this program forks a process that runs the code in it, and prints the exit status.
 _LOOP = """
 import json, os, sys, traceback
+import huggingface_hub.hf_api
 import scorematch
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]
 for line in sys.stdin:
     call = json.loads(line)
     child = os.fork()
@@ -256,9 +259,10 @@ for line in sys.stdin:
 
 
 class Client:
-    """Runs code in processes of its own, whose environment huggingface_hub reads when it is imported.
+    """Runs code in separate processes, because huggingface_hub reads the environment when it is imported.
 
-    They are forked from one process that has imported the package, which saves most of the time of a new one.
+    The processes are forked from one that has already imported the package and what huggingface_hub imports, which
+    saves most of the start time.
     """
 
     def __init__(self):
@@ -270,7 +274,7 @@ class Client:
         )
 
     def run(self, code, folder, environment):
-        """The exit status of the code, what it printed, and its errors; it runs in a folder."""
+        """Runs code in a folder; returns its exit status, its output and its errors."""
         outputs = {name: folder / f".{name}" for name in ("stdout", "stderr")}
         call = {"code": code, "folder": str(folder), "environment": environment}
         call |= {name: str(path) for name, path in outputs.items()}
@@ -289,7 +293,7 @@ class Client:
 
 
 def environment(url, home):
-    """This process's environment with a server for the Hub and a folder for its cache."""
+    """The environment of this process, with the URL of the server and a folder for the cache."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     return {
         **kept,
@@ -302,10 +306,10 @@ def environment(url, home):
 
 
 def _git_hash(data):
-    """What git calls a file of that content."""
+    """The git hash of a file with this content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _mode(file):
-    """How the Hub keeps a file: "lfs" for the endings of weights, "regular" for others."""
+    """How the Hub stores a file: "lfs" for the file name extensions of weights, "regular" for others."""
     return "lfs" if fnmatch(file, "*.safetensors") or fnmatch(file, "*.bin") else "regular"

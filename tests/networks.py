@@ -1,5 +1,8 @@
-"""Small networks of every family and of every option that changes how they compute, for laws of all of them."""
+"""Small networks of every family and with every option that changes the computation, for tests of all networks."""
 
+import functools
+
+import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
@@ -7,7 +10,7 @@ from scorematch.nets import FAMILIES
 from scorematch.nets.family import Condition
 
 LEVELS = NoiseSchedule.geometric(10, 0.01, 6)
-CHANNELS = 5  # of the images; no number of features below is a multiple of it
+CHANNELS = 5  # channels of the images; no number of features below is a multiple of it
 SIZE = 8
 
 
@@ -29,7 +32,31 @@ def _unet(kind="DownBlock2D", precondition="karras", **options):
     return "unet", precondition, {**architecture, **options}
 
 
+def _ncsnpp(precondition="karras", **options):
+    architecture = {
+        "in_channels": CHANNELS,
+        "out_channels": CHANNELS,
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "attention": [False, True],
+    }
+    return "ncsnpp", precondition, {**architecture, **options}
+
+
+_ADM = {
+    "norm_num_groups": None,
+    "attn_norm_num_groups": 4,
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "attention_heads": [1, 2],
+    "num_class_embeds": 3,
+    "null_class": True,
+    "time_proj_dim": 4,
+    "time_embedding_dim": 12,
+}
 _NCSNPP = {"time_embedding_type": "fourier", "mid_block_scale_factor": 2**0.5, "norm_num_groups": None}
+_DDPMPP = {"time_embedding_type": "positional", "resample_filter": [1, 1], "input_pyramid": "none"}
 # Name -> the family, the row of the preconditioning table, and the family's part of the configuration.
 NETS = {
     "ncsn": _refinenet("ncsn", "ncsn"),
@@ -48,22 +75,57 @@ NETS = {
     "unet, image and variance": _unet(in_channels=2 * CHANNELS, out_channels=2 * CHANNELS),
     "unet, patches": _unet(patch=2),
     "unet, pixels": _unet(patch=2, pixel_channels=4),
+    "unet, ADM": _unet("AttnDownBlock2D", "vp", **_ADM),
+    "unet, heads and rescaled time": _unet(
+        "AttnDownBlock2D", "ddpm", attention_heads=[4, 4], attention_heads_up=[1, 2], time_factor=0.25
+    ),
     "ncsnpp": _unet("SkipDownBlock2D", "ncsnpp", **_NCSNPP),
     "ncsnpp, attention": _unet(
         "AttnSkipDownBlock2D", "ncsnpp", **_NCSNPP, block_out_channels=[32, 32], attention_head_dim=None
     ),
     "ncsnpp, image": _unet("SkipDownBlock2D", "ncsnpp", in_channels=2 * CHANNELS, **_NCSNPP),
+    "NCSN++": _ncsnpp("ncsnpp", center_input_sample=True),
+    "NCSN++, skips": _ncsnpp(input_pyramid="skip", output_pyramid="skip"),
+    "NCSN++, sums": _ncsnpp(output_pyramid="residual", block_out_channels=[8, 16, 16], attention=None),
+    "NCSN++, index": _ncsnpp("ncsnpp_index", time_embedding_type="positional", model_channels=4),
+    "NCSN++, image": _ncsnpp(in_channels=2 * CHANNELS, input_pyramid="skip"),
+    "NCSN++, patches": _ncsnpp(patch=2, input_pyramid="skip", output_pyramid="skip"),
+    "DDPM++": _ncsnpp("subvp", **_DDPMPP),
+    "DDPM++, classes": _ncsnpp(**_DDPMPP, num_class_embeds=3, null_class=True, model_channels=4),
+    "DDPM++, variance": _ncsnpp("ddpm", **_DDPMPP, out_channels=2 * CHANNELS),
+    "DDPM++, sums": _ncsnpp(
+        **{**_DDPMPP, "input_pyramid": "residual", "output_pyramid": "residual"}, skip_rescale=False
+    ),
 }
 CONDITIONS = {
     "unet, image": Condition(channels=CHANNELS),
     "unet, image and variance": Condition(channels=CHANNELS),
     "ncsnpp, image": Condition(channels=CHANNELS),
     "unet, classes": Condition(classes=3),
+    "unet, ADM": Condition(classes=3, null_class=True),
+    "NCSN++, image": Condition(channels=CHANNELS),
+    "DDPM++, classes": Condition(classes=3, null_class=True),
 }
 
 
+def every_net(quick):
+    """Parametrizes a test by the names of all networks; those outside ``quick`` are slow tests."""
+    return pytest.mark.parametrize(
+        "name", [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in NETS]
+    )
+
+
+# One network for each code path is quick.
+every_path = every_net(
+    {
+        *("ncsn", "ncsnv2, deeper", "unet", "unet, one head", "unet, heads", "unet, classes", "unet, pixels"),
+        *("unet, image and variance", "ncsnpp, attention", "unet, ADM", "NCSN++", "NCSN++, skips", "DDPM++, classes"),
+    }
+)
+
+
 def backbone(name):
-    """With random weights, none of them special: norms of ones, or alike at all levels, hide much."""
+    """A backbone in which all weights are random; initial values such as ones in the norms could hide errors."""
     family, precondition, architecture = NETS[name]
     torch.manual_seed(0)
     made = FAMILIES[family].build(architecture, levels=len(LEVELS), precondition=precondition)
@@ -84,13 +146,19 @@ def network(name):
     )
 
 
+@functools.cache
+def shared(name):
+    """The network of all tests that do not change it."""
+    return network(name)
+
+
 def images(n, rng, channels=CHANNELS, size=SIZE):
     return torch.rand(n, channels, size, size, generator=rng)
 
 
 def condition(name, n, rng, size=SIZE):
-    """A condition of the kind that the network takes, or None."""
+    """A condition of the kind that the network takes, or None if it takes none."""
     takes = CONDITIONS.get(name, Condition())
     if takes.classes is not None:
-        return torch.randint(takes.classes, (n,), generator=rng)
+        return torch.randint(takes.classes + takes.null_class, (n,), generator=rng)
     return images(n, rng, takes.channels, size) if takes.channels else None

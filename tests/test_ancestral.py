@@ -18,18 +18,18 @@ SHORT = NoiseSchedule.geometric(5, 0.1, 12)
 
 
 def nonlinear(y, gamma):
-    """Stands for a network in Palette's coordinates: nothing about it is Gaussian."""
+    """A function in place of a network, in Palette's coordinates; it is not the score of a Gaussian."""
     return torch.tanh(y.flip(-1)) * gamma + torch.sin(3 * y) * (1 - gamma)
 
 
 def palette(betas, f, y, z, *, small=False):
-    """Algorithm 2 of Palette, as the paper writes it, in its own coordinates; the last step is without noise."""
+    """Palette's Algorithm 2 as the paper writes it, in Palette's coordinates; the last step adds no noise."""
     alphas = 1 - np.asarray(betas)
     gammas = np.cumprod(alphas)
     for t in reversed(range(len(betas))):
         alpha, gamma = alphas[t], gammas[t]
         mean = (y - (1 - alpha) / math.sqrt(1 - gamma) * f(y, gamma)) / math.sqrt(alpha)
-        # DDPM's posterior variance; Palette has 1 - alpha.
+        # "small" is the posterior variance of DDPM; Palette uses 1 - alpha.
         variance = (1 - gammas[t - 1]) / (1 - gamma) * (1 - alpha) if small else 1 - alpha
         y = mean + math.sqrt(variance) * z[t] if t > 0 else mean
     return y
@@ -39,8 +39,8 @@ def palette(betas, f, y, z, *, small=False):
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
-def test_the_steps_are_palettes_algorithm_2_in_double_precision(variance, rng):
-    """In the units of s, k = 1, and in those of images in [0, 1], k = 2."""
+def test_ancestral_step_equals_palettes_algorithm_2_in_float64(variance, rng):
+    """In the units of images in [-1, 1] (k = 1) and of images in [0, 1] (k = 2)."""
     betas = np.linspace(1e-4, 0.09, 100)
     y, z = torch.randn(3, 5, generator=rng).double(), torch.randn(100, 3, 5, generator=rng).double()
     expected = palette(betas, nonlinear, y, z, small=variance == "small")
@@ -51,14 +51,14 @@ def test_the_steps_are_palettes_algorithm_2_in_double_precision(variance, rng):
         for t, (sigma, following) in enumerate(zip(sigmas, [*sigmas[1:], 0.0], strict=True)):
             gamma = 1 / (1 + (k * sigma) ** 2)
             score = -nonlinear(k * x * math.sqrt(gamma), gamma) / sigma
-            noise = z[len(sigmas) - 1 - t] if following else 0 * x  # the last step is without
+            noise = z[len(sigmas) - 1 - t] if following else 0 * x  # the last step adds no noise
             x = ancestral_step(x, score, noise, sigma, following, variance, k)
         assert (k * x - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
-def test_the_sampler_is_palettes_algorithm_2(variance, rng):
-    """A network of images in [0, 1] whose backbone returns the noise, on the schedule of Palette's sampling."""
+def test_the_sampler_equals_palettes_algorithm_2(variance, rng):
+    """For images in [0, 1] and a backbone that predicts the noise, on a schedule like that of Palette's sampling."""
     betas = np.linspace(1e-3, 0.09, 60)
 
     class Backbone(nn.Module):
@@ -77,8 +77,8 @@ def test_the_sampler_is_palettes_algorithm_2(variance, rng):
     assert (found - expected).abs().max() <= 1e-5 * max(1, float(expected.abs().max()))
 
 
-def test_palettes_two_schedules():
-    """In [-1, 1] they end at 151 and at 1.2e10: more than half of its sampling is above all levels of its training."""
+def test_noise_levels_of_palettes_training_and_sampling_schedules():
+    """In [-1, 1] the highest levels are 151 and 1.2e10: 532 of 1,000 sampling levels are above all training levels."""
     schedules = []
     for start, end, steps, low, high in [(1e-6, 0.01, 2000, 0.001, 151), (1e-4, 0.09, 1000, 0.01, 1.23e10)]:
         betas = np.linspace(start, end, steps)
@@ -93,13 +93,13 @@ def test_palettes_two_schedules():
     assert int((sample.sigmas > train.sigma_max).sum()) == 532
 
 
-# -- The law of what it draws
+# -- The distribution of the samples
 
 
 def law(world, schedule, variance, mask=None, y=None, noise=0.0):
-    """Mean and covariance that the sampler ends with on a Gaussian: every step is x <- M x + b + N z.
+    """The mean and covariance of the samples for Gaussian data, since every step is affine: x <- M x + b + N z.
 
-    With ``mask``, what it says is seen, y with noise of that deviation: the chain with replacement.
+    With ``mask``, those of sampling with restore="replace", an observation y and noise of y with this deviation.
     """
     eye = torch.eye(3, dtype=torch.float64)
     mean, covariance = world.mean.double(), world.covariance.double()
@@ -108,7 +108,7 @@ def law(world, schedule, variance, mask=None, y=None, noise=0.0):
     m, c = torch.zeros(3, dtype=torch.float64), schedule.sigma_max**2 * eye
 
     def projection(sigma):
-        """x <- keep x + b + N z, before the score."""
+        """The matrices of x <- keep x + b + N z, the replacement before the score is computed."""
         if mask is None or sigma <= noise:
             return eye, torch.zeros(3, dtype=torch.float64), 0 * eye
         return eye - seen, y, math.sqrt(sigma**2 - noise**2) * seen
@@ -120,7 +120,7 @@ def law(world, schedule, variance, mask=None, y=None, noise=0.0):
         move = eye - drift * torch.linalg.inv(covariance + sigma**2 * eye)
         share = (1 + following**2) / (1 + sigma**2) if variance == "large" else following**2 / sigma**2
         keep, b, n = move @ keep, move @ b + (eye - move) @ mean, move @ n + math.sqrt(drift * share) * eye
-        if i == len(sigmas) - 2:  # the last step's noise is also that of the projection before the denoising
+        if i == len(sigmas) - 2:  # the replacement before the denoising uses the noise of the last step
             last, b_last, n_last = projection(following)
             keep, b, n = last @ keep, last @ b + b_last, last @ n + n_last
         m, c = keep @ m + b, keep @ c @ keep.T + n @ n.T
@@ -139,7 +139,7 @@ def posterior(world, mask, y, noise):
 
 
 def assert_law(x, m, c):
-    """Every mean within five standard errors, every covariance too."""
+    """Asserts that every mean and every covariance is within five standard errors."""
     n = len(x)
     x = x.double()
     deviation = c.diag().clamp(min=0).sqrt()
@@ -154,7 +154,7 @@ MASK, Y = torch.tensor([True, False, False]), torch.tensor([[1.2, 0.0, 0.0]])
 @pytest.mark.parametrize("variance", ["large", "small"])
 @pytest.mark.parametrize("noise", [None, 0.0, 0.3])
 @pytest.mark.parametrize("levels", [8, 60])
-def test_output_law_on_a_gaussian(world, variance, noise, levels):
+def test_samples_of_a_gaussian_have_the_derived_mean_and_covariance(world, variance, noise, levels):
     schedule = NoiseSchedule.geometric(10, 0.02, levels)
     seen = None if noise is None else Observation(Mask(MASK), Y, noise)
     sampler = AncestralSampler(world, schedule, variance=variance)
@@ -166,8 +166,8 @@ def test_output_law_on_a_gaussian(world, variance, noise, levels):
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
-def test_the_law_tends_to_the_datas(world, variance):
-    """First order in the step: twice the levels, half the error."""
+def test_the_error_of_the_covariance_is_of_first_order_in_the_step(world, variance):
+    """Doubling the number of levels halves the error."""
     errors = []
     for levels in (200, 400, 800):
         m, c = law(world, NoiseSchedule.geometric(30, 1e-3, levels), variance)
@@ -178,8 +178,8 @@ def test_the_law_tends_to_the_datas(world, variance):
         assert coarse / fine == pytest.approx(2, rel=0.1)
 
 
-def test_each_variance_is_exact_where_it_is_said_to_be():
-    """The large one for data of unit variance, the small one for a point, with ten steps."""
+def test_large_variance_is_exact_for_unit_variance_and_small_for_a_point():
+    """Even with nine large steps: "large" for Gaussian data of unit variance, "small" for data at a point."""
     schedule = NoiseSchedule.geometric(1e3, 0.3, 10)
     for variance, deviation in [("large", 1.0), ("small", 0.0)]:
 
@@ -190,12 +190,12 @@ def test_each_variance_is_exact_where_it_is_said_to_be():
         n = 40_000
         x = run(sampler, n, shape=(1,), generator=seed(1))
         expected = deviation**2 + schedule.sigma_min**2
-        # The start N(0, sigma_max^2) lacks the data's own variance: one in a million.
+        # The start N(0, sigma_max^2) lacks the variance of the data, which is a millionth of sigma_max^2.
         assert abs(float(x.var()) - expected) < 5 * expected * math.sqrt(2 / n)
 
 
-def test_the_large_variance_is_too_large_for_a_point():
-    """By r^2 + r^-2 - 1, as the module says; in the last step alone, entered from the exact law."""
+def test_large_variance_exceeds_that_of_the_level_for_a_point():
+    """By a factor of r^2 + r^-2 - 1, for one step that starts from the exact distribution."""
     r, n = 1.25, 40_000
     schedule = NoiseSchedule([r * 1e-3, 1e-3])
     x = run(
@@ -209,7 +209,7 @@ def test_the_large_variance_is_too_large_for_a_point():
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_replacement_in_a_descending_chain_is_near_the_posterior(world, noise):
-    """And nearer with more levels; it is not exact, for a chain that descends does not mix at a level."""
+    """The error decreases with more levels. Replacement is not exact: the chain does not mix at each level."""
     expected = posterior(world, MASK, Y[0], noise)
     errors = []
     for levels in (20, 200):
@@ -220,8 +220,8 @@ def test_replacement_in_a_descending_chain_is_near_the_posterior(world, noise):
 
 
 @pytest.mark.parametrize("restore", ["guide", "guide-jacobian"])
-def test_guided_on_a_white_gaussian_it_follows_the_exact_posterior(restore):
-    """The chain is, step by step, that of the score of the posterior N(y / (1 + n^2), n^2 / (1 + n^2))."""
+def test_guidance_of_a_white_gaussian_follows_the_exact_posterior(restore):
+    """Every state equals that of sampling with the score of the posterior, N(y / (1 + n^2), n^2 / (1 + n^2))."""
     noise, schedule = 0.4, NoiseSchedule.geometric(10, 0.05, 30)
     seen = Observation(Mask(MASK), Y, noise)
     mean, variance = torch.where(MASK, Y / (1 + noise**2), 0), torch.where(MASK, noise**2 / (1 + noise**2), 1.0)
@@ -236,7 +236,7 @@ def test_guided_on_a_white_gaussian_it_follows_the_exact_posterior(restore):
         torch.testing.assert_close(x, correct, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_of_modes(mixture):
+def test_the_modes_of_a_mixture_get_their_weights(mixture):
     n = 4000
     x = run(AncestralSampler(mixture, NoiseSchedule.geometric(10, 0.02, 200)), n, shape=(2,), generator=seed(4))
     upper = x.sum(1) > 0
@@ -244,13 +244,13 @@ def test_weights_of_modes(mixture):
     assert abs(float(x[upper].std()) / 0.5 - 1) < 0.05
 
 
-# -- Palette's ablation: what p does
+# -- Palette's comparison of losses: the power p
 
 
 def two_points(share, p):
-    """The score that the loss of power p has its minimum at, for data at 1, with that share, and at -1.
+    """The score that minimizes the loss of power p, for data at 1, with probability ``share``, and at -1.
 
-    At p = 2 it is the posterior's mean; at p = 1 its median, which is the likelier of the two points.
+    For p = 2 the denoised value is the mean of the posterior; for p = 1 it is its median, the likelier of the points.
     """
 
     def score(x, sigma):
@@ -272,7 +272,7 @@ def test_l1_is_less_diverse_than_l2(p, expected):
 # -- Interface
 
 
-def test_the_schedule_and_the_description():
+def test_default_schedule_and_repr():
     net = ScoreNet.ncsnv2(1, 8, width=2)
     assert AncestralSampler(net).schedule == net.schedule.respaced(100)
     assert str(AncestralSampler(net)) == "AncestralSampler(100 levels 50 -> 0.01, large variance, 100 network calls)"
@@ -285,7 +285,7 @@ def test_the_schedule_and_the_description():
     assert str(raw) == "AncestralSampler(12 levels 5 -> 0.1, small variance, 11 network calls)"
 
 
-def test_noise_once_a_step_before_the_score_and_what_is_yielded(world):
+def test_noise_is_taken_once_per_step_before_the_score_and_states_are_yielded(world):
     order = []
 
     def score(x, sigma):
@@ -333,15 +333,15 @@ def test_a_batch_equals_its_parts_with_the_same_noise():
     assert torch.equal(torch.where(hidden, 0, whole), torch.where(hidden, 0, condition))
 
 
-def test_nothing_observed_changes_nothing(world):
+def test_an_observation_of_nothing_changes_nothing(world):
     sampler = AncestralSampler(world, SHORT)
     nothing = Observation(Mask(torch.zeros(3, dtype=torch.bool)), torch.zeros(1, 3))
     plain = run(sampler, 5, shape=(3,), generator=seed(0))
     assert torch.equal(plain, run(sampler, 5, shape=(3,), observation=nothing, generator=seed(0)))
 
 
-def test_the_small_variance_is_the_predictor_alone_and_the_consistent_step(world):
-    """One step, three names: also the ancestral predictor, and consistent annealed sampling at 1 - r^2."""
+def test_small_variance_equals_the_ancestral_predictor_and_consistent_sampling(world):
+    """Equal samples with the ancestral predictor, and with consistent annealed sampling, whose step is 1 - r^2."""
     small = run(AncestralSampler(world, SHORT, variance="small"), 5, shape=(3,), generator=seed(0))
     predictor = PredictorCorrectorSampler(world, SHORT, predictor="ancestral", corrector_steps=0)
     consistent = AnnealedLangevinSampler(world, SHORT, consistent=True)
@@ -349,13 +349,13 @@ def test_the_small_variance_is_the_predictor_alone_and_the_consistent_step(world
         torch.testing.assert_close(run(sampler, 5, shape=(3,), generator=seed(0)), small, rtol=1e-5, atol=1e-5)
 
 
-def test_one_level_is_one_step_of_tweedie():
+def test_a_schedule_of_one_level_gives_one_step_of_tweedies_formula():
     sampler = AncestralSampler(lambda x, sigma: (1 - x) / sigma**2, NoiseSchedule([2.0]))
     assert len(sampler) == 1
     torch.testing.assert_close(run(sampler, 3, shape=(2,), generator=seed(0)), torch.ones(3, 2))
 
 
-def test_a_chain_that_leaves_the_finite_numbers_stops_and_names_the_level():
+def test_nan_in_the_state_raises_an_error_that_names_the_level():
     with pytest.raises(RuntimeError, match=r"NaN or infinite values from level 6 of 12 on, sigma 0\.5919"):
         run(AncestralSampler(lambda x, sigma: x * math.nan if sigma < 1 else -x, SHORT), 2, shape=(1,))
 
@@ -363,7 +363,9 @@ def test_a_chain_that_leaves_the_finite_numbers_stops_and_names_the_level():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"variance": "medium"}, ValueError, '"large" or "small", got'),
+        ({"variance": "medium"}, ValueError, '"large", "small" or "learned", got'),
+        ({"variance": "learned"}, ValueError, r"needs a network that predicts the variance \(predicts_variance\)"),
+        ({"clamp_denoised": True}, ValueError, "clamp_denoised=True needs a network with a value_range"),
         ({"levels": 1}, ValueError, "levels must be at least 2, got 1"),
         ({"levels": 2.5}, TypeError, "levels must be an integer, got 2.5"),
         ({"schedule": None}, ValueError, "no noise levels of its own: pass a schedule"),
@@ -372,6 +374,6 @@ def test_a_chain_that_leaves_the_finite_numbers_stops_and_names_the_level():
         ({"net": 3}, TypeError, r"called as net\(x, sigma\), got int"),
     ],
 )
-def test_bad_settings(arguments, error, message):
+def test_invalid_settings_raise(arguments, error, message):
     with pytest.raises(error, match=message):
         AncestralSampler(**{"net": point, "schedule": SHORT, **arguments})

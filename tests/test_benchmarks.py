@@ -40,7 +40,7 @@ def measure(module, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["ddpm-cifar10-32", "ncsnpp-celebahq-256", "ncsnv2"])
-def test_networks(measure, shape):
+def test_networks_benchmark_runs(measure, shape):
     rows = measure("networks", "--shape", shape)
     names = [next(iter(row.values())) for row in rows]
     ours = ['scorematch, "float32"', 'scorematch, "auto"']
@@ -50,37 +50,43 @@ def test_networks(measure, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_training(measure, module, monkeypatch, dtype):
+def test_training_benchmark_runs(measure, module, monkeypatch, dtype):
     monkeypatch.setattr(module("networks"), "native_dtype", lambda device: dtype)
     rows = measure("networks", "--shape", "unet", "--train")
     assert len(rows) == (3 if dtype == torch.bfloat16 else 2)
 
 
 @pytest.mark.slow
-def test_overhead(measure):
+def test_overhead_benchmark_runs(measure):
     assert [row["batch"] for row in measure("overhead")] == ["1", "2"]
 
 
 @pytest.mark.slow
-def test_picture(measure):
+def test_engine(measure):
+    bare, engine, decoded, cached = measure("engine")
+    assert bare["time"] == 1 and all(row["time"] > 0 and row["images/s"] > 0 for row in (engine, decoded, cached))
+
+
+@pytest.mark.slow
+def test_picture_benchmark_runs(measure):
     theirs, ours = measure("picture")
     assert theirs["ratio"] == theirs["per call"] == 1 and (theirs["calls"], ours["calls"]) == (1000, 18)
     assert ours["per call"] == pytest.approx(ours["ratio"] * 18 / 1000)
 
 
 @pytest.mark.slow
-def test_memory(measure):
+def test_memory_benchmark_runs(measure):
     rows = measure("memory")
-    assert all(row["MB"] > 100 for row in rows)  # torch alone takes more
+    assert all(row["MB"] > 100 for row in rows)  # torch alone needs more
 
 
 @pytest.mark.slow
-def test_imports(measure):
+def test_imports_benchmark_runs(measure):
     assert measure("imports")[0]["import"] == "scorematch"
 
 
-def test_ratios_are_of_neighbors(module):
-    """A machine that becomes slower during the measurement changes no ratio."""
+def test_ratios_compare_neighboring_measurements(module):
+    """The ratio does not change if the machine becomes slower during the measurement."""
     ratio = module("common").ratio
     assert ratio({"slow": [2, 4, 20], "fast": [1, 2, 10]}, "slow", "fast") == 2
 
@@ -93,7 +99,7 @@ def _result(kind, value):
     return {"machine": machine, "rows": [{"what": "first", "seconds": value}, {"what": "second", "seconds": 1234.5}]}
 
 
-def test_a_table_replaces_that_of_its_own_kind_alone(module):
+def test_a_table_replaces_only_the_table_of_the_same_benchmark_and_machine(module):
     replace = module("all").replace
     page = "# Speed\n\nText.\n\n## After\n\nThe end.\n"
     page = replace(page, "imports", _result("AVX2", 0.25))
@@ -113,7 +119,7 @@ def test_a_table_replaces_that_of_its_own_kind_alone(module):
     assert replace(again, "imports", _result("AVX2", 0.25)) == page
 
 
-def test_the_marked_tables_of_the_page_are_of_known_benchmarks(module):
+def test_the_tables_on_the_page_are_those_of_the_benchmarks(module):
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     found = re.findall(r"<!-- table: (\S+) kind: (\S+) -->\n.*?<!-- end -->", page, re.DOTALL)
     assert len(found) == len(set(found)) == page.count("<!-- table") == page.count("<!-- end") > 0

@@ -26,7 +26,7 @@ def _saved(net, path):
 
 
 def _unet(channels, schedule=None, **options):
-    """A small U-Net whose condition makes a difference: random weights, and norms over more than one channel."""
+    """A small U-Net whose output depends on its condition: random weights, and norms over several channels."""
     torch.manual_seed(0)
     schedule = NoiseSchedule([1.0, 0.1, 0.01]) if schedule is None else schedule
     net = ScoreNet.unet(channels, 8, widths=(4, 6), layers_per_block=1, schedule=schedule, **options)
@@ -41,7 +41,7 @@ def _commands():
 
 
 def _refused(options, capsys):
-    """The one line with which arguments are refused, by argparse or by the command."""
+    """The error line for wrong arguments, from argparse or from the command."""
     try:
         status = main([str(option) for option in options])
     except SystemExit as ended:
@@ -55,7 +55,7 @@ def _refused(options, capsys):
 # -- All commands
 
 
-def test_adding_a_command_is_adding_a_file(tmp_path, monkeypatch, capsys):
+def test_a_module_in_the_cli_package_adds_a_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "greet.py").write_text(
         "def add(commands):\n"
         "    parser = commands.add_parser('greet')\n"
@@ -70,7 +70,7 @@ def test_adding_a_command_is_adding_a_file(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "hello you\n"
 
 
-def test_every_module_but_the_shared_options_is_a_command():
+def test_every_module_except_options_is_a_command():
     modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__", "options"}
     assert set(_commands()) == modules >= {"sample", "restore", "models", "convert"}
 
@@ -86,7 +86,7 @@ def test_help_of_every_command_has_an_example(name, capsys):
 
 
 @pytest.mark.parametrize("name", _commands())
-def test_options_of_every_command_are_written_in_full(name, capsys):
+def test_options_cannot_be_abbreviated(name, capsys):
     assert _commands()[name].allow_abbrev is False
     with pytest.raises(SystemExit) as ended:
         main([name, "--hel"])
@@ -96,22 +96,22 @@ def test_options_of_every_command_are_written_in_full(name, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "the following arguments are required: COMMAND. Write python -m scorematch --help."),
+        ([], "the following arguments are required: COMMAND. See python -m scorematch --help."),
         (["draw"], "invalid choice: 'draw'"),
         (
             ["sample", "mnist"],
-            "the following arguments are required: picture. Write python -m scorematch sample --help",
+            "the following arguments are required: picture or --out FOLDER. See python -m scorematch sample --help",
         ),
-        (["sample", "mnist", "x.png", "--steps", "10"], "unrecognized arguments: --steps 10. Write .* sample --help"),
+        (["sample", "mnist", "x.png", "--steps", "10"], "unrecognized arguments: --steps 10. See .* sample --help"),
         (["sample", "mnist", "x.png", "-n", "few"], "argument -n: invalid int value: 'few'"),
         (["restore", "mnist", "x.png", "out"], "one of the arguments --mask --uncrop --gray --pool --jpeg is required"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_in_one_line(options, message, capsys):
+def test_wrong_arguments_give_an_error_of_one_line(options, message, capsys):
     assert re.search(message, _refused(options, capsys))
 
 
-def test_an_error_during_the_computation_has_status_1_and_names_debug(folder, tmp_path, capsys, monkeypatch):
+def test_an_error_during_the_computation_gives_status_1_and_mentions_debug(folder, tmp_path, capsys, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("the device\nhas failed.")
 
@@ -127,7 +127,7 @@ def test_debug_shows_the_traceback(options, capsys):
     assert error.startswith("Traceback") and error.endswith("ValueError: -n must be at least 1, got 0.\n")
 
 
-def test_interrupted(capsys, monkeypatch):
+def test_an_interrupted_command_gives_status_130(capsys, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
@@ -136,7 +136,7 @@ def test_interrupted(capsys, monkeypatch):
     assert capsys.readouterr().err == "scorematch: interrupted\n"
 
 
-def test_python_m_scorematch(monkeypatch, capsys):
+def test_python_m_scorematch_prints_the_version(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scorematch", "--version"])
     monkeypatch.delitem(sys.modules, "scorematch.__main__", raising=False)  # runpy warns if another test imported it
     with pytest.raises(SystemExit) as ended:
@@ -145,11 +145,15 @@ def test_python_m_scorematch(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == __version__
 
 
-def test_models_are_listed(capsys):
+def test_models_lists_all_cards(capsys):
     assert main(["models"]) == 0
     said = capsys.readouterr().out
     for card in cards.CARDS:
         assert (card.repository or "ships with the package") in said and card.quality in said
+    shipped = re.findall(r"ships with the package in (.*)$", said, re.MULTILINE)
+    assert len(shipped) == 2 and all(Path(folder, "README.md").is_file() for folder in shipped)
+    for checkpoint in cards.CHECKPOINTS:
+        assert checkpoint.address in said and checkpoint.quality in said and checkpoint.license in said
 
 
 # -- Devices
@@ -159,7 +163,7 @@ def test_models_are_listed(capsys):
     ("cuda", "mps", "device"),
     [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu"), (True, False, "cuda")],
 )
-def test_auto_is_the_first_of_cuda_mps_and_cpu(cuda, mps, device, monkeypatch):
+def test_device_auto_is_the_first_available_of_cuda_mps_and_cpu(cuda, mps, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 * cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -167,17 +171,17 @@ def test_auto_is_the_first_of_cuda_mps_and_cpu(cuda, mps, device, monkeypatch):
     assert find_device("cpu") == torch.device("cpu")
 
 
-def test_auto_is_the_default():
+def test_device_auto_is_the_default():
     assert _commands()["sample"].get_default("device") == _commands()["restore"].get_default("device") == "auto"
 
 
 @pytest.mark.parametrize("name", ["foo", "cuda:", "cuda:x", "gpu", "meta", "cpu:0", ""])
-def test_a_device_of_another_name(name, capsys):
+def test_an_unknown_device_name_gives_an_error(name, capsys):
     expected = f"scorematch: --device must be auto, cpu, cuda, cuda:N or mps, got {name!r}.\n"
     assert _refused(["sample", "mnist", "x.png", "--device", name], capsys) == expected
 
 
-def test_a_device_that_is_not_available(capsys, monkeypatch):
+def test_an_unavailable_device_gives_an_error(capsys, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "cuda:1"):
@@ -200,7 +204,7 @@ def _sample(folder, picture, *options):
     return main(["sample", folder, str(picture), "-n", "4", *chain, *options])
 
 
-def test_sample_writes_a_picture_and_says_what_it_did(folder, tmp_path, capsys):
+def test_sample_writes_a_picture_and_prints_the_sampler(folder, tmp_path, capsys):
     assert _sample(folder, tmp_path / "a.png", "--quiet") == 0
     said = capsys.readouterr()
     assert "3 levels 50 -> 0.01, 1 step" in said.out and str(tmp_path / "a.png") in said.out
@@ -209,7 +213,7 @@ def test_sample_writes_a_picture_and_says_what_it_did(folder, tmp_path, capsys):
         assert picture.size == (22, 22)
 
 
-def test_sample_says_beforehand_how_long_it_will_take(folder, tmp_path, capsys):
+def test_sample_prints_an_estimate_of_the_time(folder, tmp_path, capsys):
     assert _sample(folder, tmp_path / "a.png", "--quiet") == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"about \d+ s for 4 images", lines[1]) and "4 images in" in lines[2]
@@ -222,7 +226,7 @@ def test_sample_says_beforehand_how_long_it_will_take(folder, tmp_path, capsys):
     ]
 
 
-def test_the_seed_decides(folder, tmp_path):
+def test_the_seed_determines_the_picture(folder, tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         assert _sample(folder, tmp_path / f"{name}.png", "--seed", str(seed), "--quiet", "--no-exact-noise") == 0
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
@@ -255,7 +259,7 @@ def test_the_recommended_sampler_is_used(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(3 levels 1 -> 0.01")
 
 
-def test_another_number_of_levels_keeps_the_kind_of_sampling(tmp_path, capsys):
+def test_levels_keeps_the_recommended_kind_of_sampling(tmp_path, capsys):
     net = _unet(1, NoiseSchedule.geometric(1, 0.01, 20))
     net.sampler_settings = SamplerSettings(levels=15, step_size=4e-5, consistent=True)
     folder, out = _saved(net, tmp_path / "network"), str(tmp_path / "a.png")
@@ -269,12 +273,13 @@ def test_another_number_of_levels_keeps_the_kind_of_sampling(tmp_path, capsys):
         assert re.fullmatch(rf"AnnealedLangevinSampler\({expected}\)", said), said
 
 
-def test_sample_of_a_class(folder, tmp_path, capsys):
+def test_sample_draws_a_class(folder, tmp_path, capsys):
     classes = _saved(_unet(1, classes=3), tmp_path / "network")
     for name, label in [("a", "0"), ("b", "0"), ("c", "2")]:
         assert _sample(classes, tmp_path / f"{name}.png", "--quiet", "--class", label) == 0
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert a == b != c
+    assert _sample(_saved(_unet(1, classes=3, null_class=True), tmp_path / "null"), tmp_path / "0.png", "--quiet") == 0
     sample = ["sample", classes, tmp_path / "d.png"]
     assert "is class-conditional. Write --class K, with K from 0 to 2." in _refused(sample, capsys)
     for label in ("3", "-1"):
@@ -288,25 +293,25 @@ def test_sample_of_a_class(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nothing", "x.png"], "'nothing' is not the short name of a network; known are 'mnist', 'palette-mnist'"),
+        (["nothing", "x.png"], "'nothing' is not the short name of a network; the short names are 'mnist', 'palette"),
         (["mnist", "x.png", "-n", "0"], "scorematch: -n must be at least 1, got 0."),
         (["mnist", "x.png", "--columns", "0"], "scorematch: --columns must be at least 1, got 0."),
         (["mnist", "x.png", "--step-size", "1"], "stability limit"),
         (["palette-mnist", "x.png"], "palette-mnist restores images: it takes an image as its condition. Write python"),
     ],
 )
-def test_a_failure_is_one_line(options, message, capsys):
+def test_sample_gives_an_error_of_one_line(options, message, capsys):
     assert message in _refused(["sample", *options], capsys)
 
 
-def test_a_network_that_draws_no_pictures(tmp_path, capsys):
+def test_sample_with_a_network_that_draws_no_pictures_gives_an_error(tmp_path, capsys):
     folder = _saved(_unet(2), tmp_path / "network")
     error = _refused(["sample", folder, tmp_path / "a.png"], capsys)
     assert "1 or 3 channels, but the sample_shape of" in error and "is (2, 8, 8)" in error
 
 
 @pytest.mark.parametrize("value_range", [None, (-1, 1)])
-def test_a_network_of_data_in_another_range_is_refused(tmp_path, value_range, capsys):
+def test_sample_with_a_network_of_another_value_range_gives_an_error(tmp_path, value_range, capsys):
     net = ScoreNet.ncsnv2(1, 8, width=4)
     net.value_range = value_range
     net.save_pretrained(tmp_path / "network")
@@ -314,13 +319,13 @@ def test_a_network_of_data_in_another_range_is_refused(tmp_path, value_range, ca
     assert "must draw images in [0, 1], but the value_range of" in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_written_is_found_before_the_work(folder, capsys):
+def test_an_unknown_picture_format_gives_an_error_before_sampling(folder, capsys):
     assert main(["sample", folder, "picture.unknown"]) == 2
     said = capsys.readouterr()
     assert "such as .png" in said.err and "call" not in said.out
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_work(folder, tmp_path, capsys):
+def test_a_folder_without_write_access_gives_an_error_before_sampling(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["sample", folder, str(tmp_path / "file" / "picture.png")]) == 2
     said = capsys.readouterr()
@@ -353,14 +358,14 @@ def test_restore_writes_pictures_and_strips(folder, pictures, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == names
     restored, seen = read_image(out / "b-2.png", 1), read_image(pictures / "b.png", 1)
     assert restored.shape == (1, 12, 10)
-    assert torch.equal(restored[:, :8, 2:], seen)  # to the last bit
+    assert torch.equal(restored[:, :8, 2:], seen)  # bit for bit
     assert read_image(out / "b-strip.png", 1).shape == (1, 12 + 4, 3 * 12 + 2)
     said = capsys.readouterr()
     assert "about 1 s for 4 images" in said.out
     assert said.err == ""
 
 
-def test_restore_degrades_whole_pictures_first_and_shows_them_last(folder, pictures, tmp_path):
+def test_restore_with_degrade_shows_the_original_last(folder, pictures, tmp_path):
     seen = torch.arange(8).expand(8, 8) < 4
     save_image(seen[None].float(), tmp_path / "mask.png")
     out = tmp_path / "out"
@@ -371,19 +376,19 @@ def test_restore_degrades_whole_pictures_first_and_shows_them_last(folder, pictu
     strip = read_image(out / "a-strip.png", 1)
     assert strip.shape == (1, 12, 4 * 10 + 2)
     assert torch.equal(strip[:, 2:10, -10:-2], whole)
-    assert (strip[:, 2:10, 6:10] == 0).all()  # what was seen comes first, and it is half of it
+    assert (strip[:, 2:10, 6:10] == 0).all()  # the strip begins with what was observed, the left half
 
 
 @pytest.mark.parametrize("method", ["replace", "guide"])
 @pytest.mark.parametrize("options", [("--jpeg", "10"), ("--pool", "2"), ("--pool", "2", "--sigma", "0.1")])
-def test_restore_of_every_kind(folder, pictures, tmp_path, method, options):
+def test_restore_with_every_operator_and_method(folder, pictures, tmp_path, method, options):
     original = ("--original", str(pictures / "a.png")) if options[0] == "--jpeg" else ()
     assert _restore(folder, pictures / "a.png", tmp_path / "out", *options, "--method", method, *original) == 0
     height = 8 if options[0] == "--jpeg" else 16
     assert read_image(tmp_path / "out" / "a-1.png", 1).shape == (1, height, height)
 
 
-def test_restore_of_gray_pictures(tmp_path, pictures, capsys):
+def test_restore_colors_gray_pictures(tmp_path, pictures, capsys):
     rgb = _saved(ScoreNet.ncsnv2(3, 8, width=4), tmp_path / "rgb")
     assert _restore(rgb, pictures / "a.png", tmp_path / "out", "--gray") == 0
     assert read_image(tmp_path / "out" / "a-1.png", 3).shape == (3, 8, 8)
@@ -391,8 +396,8 @@ def test_restore_of_gray_pictures(tmp_path, pictures, capsys):
 
 
 @pytest.mark.parametrize("options", [("--gray",), ("--uncrop", "left=4"), ("--jpeg", "10")])
-def test_restore_with_a_network_that_was_trained_to(tmp_path, pictures, options):
-    """What it draws depends on what it is shown, not on the observation alone."""
+def test_restore_passes_the_degraded_image_to_a_conditional_network(tmp_path, pictures, options):
+    """The result depends on the condition, not only on the observation."""
     drawn = {}
     for name, shown in [("blind", 0), ("seeing", 1)]:
         net = _unet(3, condition_channels=3)
@@ -405,7 +410,7 @@ def test_restore_with_a_network_that_was_trained_to(tmp_path, pictures, options)
     assert not torch.equal(drawn["seeing"], drawn["blind"])
 
 
-def test_restore_of_a_class(tmp_path, pictures, capsys):
+def test_restore_passes_the_class_to_the_network(tmp_path, pictures, capsys):
     classes = _saved(_unet(1, classes=3), tmp_path / "network")
     for label in ("0", "2"):
         assert _restore(classes, pictures / "a.png", tmp_path / label, "--pool", "2", "--class", label) == 0
@@ -414,20 +419,20 @@ def test_restore_of_a_class(tmp_path, pictures, capsys):
     assert "is class-conditional. Write --class K" in _refused(arguments, capsys)
 
 
-def test_restore_says_how_much_of_the_image_counts_as_seen(folder, pictures, tmp_path, capsys):
+def test_restore_prints_the_observed_share_of_the_image(folder, pictures, tmp_path, capsys):
     mask = tmp_path / "mask.png"
     save_image((torch.arange(8).expand(1, 8, 8) < 2).float(), mask)
     for options, line in [
-        (("--mask", str(mask)), f"25 % of the image counts as seen: what is white in {mask}"),
-        (("--uncrop", "left=8"), "50 % of the image counts as seen"),
+        (("--mask", str(mask)), f"25 % of the image is observed: the white part of {mask}"),
+        (("--uncrop", "left=8"), "50 % of the image is observed"),
     ]:
         assert _restore(folder, pictures, tmp_path / options[0], *options) == 0
-        assert capsys.readouterr().out.splitlines().count(line) == 1  # for both pictures
+        assert capsys.readouterr().out.splitlines().count(line) == 1  # printed once for both pictures
     assert _restore(folder, pictures, tmp_path / "pool", "--pool", "2") == 0
-    assert "counts as seen" not in capsys.readouterr().out
+    assert "is observed" not in capsys.readouterr().out
 
 
-def test_restore_says_where_pictures_are_not_like_those_of_the_network(folder, pictures, tmp_path, capsys):
+def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pictures, tmp_path, capsys):
     assert _restore(folder, pictures, tmp_path / "same", "--jpeg", "10") == 0
     assert "pixels in" not in capsys.readouterr().out
     save_image(torch.rand(3, 8, 8), pictures / "c.png")
@@ -447,29 +452,33 @@ def test_restore_says_where_pictures_are_not_like_those_of_the_network(folder, p
         (["--jpeg", "0"], "quality must be an integer from 1 to 100, got 0"),
         (["--uncrop", "left"], "--uncrop must name sides and pixels, such as left=4,right=4, got 'left'"),
         (["--uncrop", "up=3"], "got 'up=3'"),
-        (["--pool", "2", "--original", "{pictures}/a.png"], "as many pictures as there are to restore, 2, got 1"),
+        (["--pool", "2", "--original", "{pictures}/a.png"], "one picture for each of the 2 pictures to restore, got 1"),
         (
             ["--pool", "2", "--original", "{pictures}"],
-            "the original has 8x8 pixels, but the restored picture has 16x16",
+            "the original must have the size of the restored picture, 16x16 pixels, got 8x8",
         ),
-        (["--mask", "{pictures}/a.png"], "a.png is no"),
+        (
+            ["--mask", "{pictures}/a.png"],
+            r"a mask must have only black and white pixels, but \d+ of the 64 pixels of .*a.png",
+        ),
         (["--mask", "{pictures}/../nothing.png"], "nothing.png"),
         (["--pool", "2", "--class", "1"], "--class is for class-conditional networks"),
     ],
 )
-def test_restore_says_what_is_wrong(folder, pictures, tmp_path, options, message, capsys):
+def test_restore_gives_an_error_of_one_line(folder, pictures, tmp_path, options, message, capsys):
     options = [option.format(pictures=pictures) for option in options]
     assert main(_restore_options(folder, pictures, tmp_path / "out", *options)) == 2
     said = capsys.readouterr()
     assert re.search(message, said.err), said.err
     assert said.err.count("\n") == 1
-    assert "network calls" not in said.out  # found before the work
+    assert "network calls" not in said.out  # the error comes before sampling
 
 
 @pytest.mark.parametrize("name", ["out9.png", "out.JPG"])
-def test_restore_refuses_a_folder_with_the_name_of_a_picture(folder, pictures, tmp_path, name, capsys):
+def test_restore_rejects_an_output_folder_with_a_picture_extension(folder, pictures, tmp_path, name, capsys):
     error = _refused(_restore_options(folder, pictures, tmp_path / name, "--pool", "2"), capsys)
-    assert f"{name} must be a folder, but its name is that of a picture. Write {tmp_path / Path(name).stem}." in error
+    assert f"the output must be a folder, got the name of a picture, {tmp_path / name}. Write " in error
+    assert error.endswith(f"Write {tmp_path / Path(name).stem}.\n")
     assert not (tmp_path / name).exists()
 
 
@@ -477,13 +486,13 @@ def test_restore_never_overwrites_a_picture(folder, pictures, capsys):
     save_image(torch.rand(1, 8, 8), pictures / "a-1.png")
     before = (pictures / "a-1.png").read_bytes()
     error = _refused(_restore_options(folder, pictures / "a.png", pictures, "--pool", "2"), capsys)
-    assert "a-1.png exists already and is not overwritten. Name another folder." in error
+    assert "a-1.png exists already and is not overwritten. Choose another folder." in error
     assert (pictures / "a-1.png").read_bytes() == before
     assert not (pictures / "a-strip.png").exists()
 
 
-def test_restore_refuses_two_pictures_of_one_name(folder, pictures, tmp_path, capsys):
+def test_restore_rejects_two_pictures_with_the_same_name(folder, pictures, tmp_path, capsys):
     save_image(torch.rand(1, 8, 8), pictures / "a.bmp")
     error = _refused(_restore_options(folder, pictures, tmp_path / "out", "--pool", "2"), capsys)
-    assert re.search(r"the restorations of .*a.bmp and .*a.png would have the same names", error)
+    assert re.search(r"the restorations of .*a.bmp and .*a.png would have the same file names. Rename one", error)
     assert not (tmp_path / "out").exists()

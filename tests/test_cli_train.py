@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
-from scorematch import ScoreNet, dsm_loss
+from scorematch import ScoreNet
 from scorematch.cli import main
 from scorematch.cli import train as command
 from scorematch.cli.options import image_count
-from scorematch.cli.train import _flop, _size
+from scorematch.cli.train import _size
+from scorematch.nets import Condition
 from scorematch.palette import MultiTask
-from scorematch.training import reconstruct
-from scorematch.training.recipes import RECIPES
+from scorematch.training import RECIPES, reconstruct
 from tests.helpers import python
 
 pytest.importorskip("accelerate")
@@ -35,7 +34,7 @@ def _pictures(folder, n, rng, size=(16, 16)):
 
 
 def _train(data, out, *options):
-    """The status of a short run of the smallest network."""
+    """Runs a short training of the smallest network; returns the exit status."""
     short = ("--recipe", "tiny", "--image-size", "8", "--images", "24", "--batch-size", "8")
     return main(["train", str(data), "--out", str(out), *short, "--device", "cpu", "--quiet", *options])
 
@@ -49,7 +48,7 @@ def _same(one, other):
 
 
 def _refused(arguments, capsys):
-    """The one line with which arguments are refused, by argparse or by the command."""
+    """The error line for wrong arguments, from argparse or from the command."""
     try:
         status = main([str(argument) for argument in arguments])
     except SystemExit as ended:
@@ -61,7 +60,7 @@ def _refused(arguments, capsys):
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
-    """A folder of twelve pictures, one that is broken and a text."""
+    """A folder with twelve pictures, a broken picture and a text file."""
     folder = _pictures(tmp_path_factory.mktemp("data") / "faces", 12, torch.Generator().manual_seed(0), (20, 16))
     (folder / "broken.jpg").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("no picture")
@@ -70,7 +69,7 @@ def faces(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(faces, tmp_path_factory):
-    """The folder of a run, and what was printed."""
+    """The folder of a run, and its output."""
     out, printed = tmp_path_factory.mktemp("runs") / "faces", io.StringIO()
     state = torch.get_rng_state()
     with contextlib.redirect_stdout(printed):
@@ -81,7 +80,7 @@ def run(faces, tmp_path_factory):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The arguments of ``train``, which computes nothing."""
+    """Replaces ``train`` by a function that only records its arguments; the list of these."""
     recorded = []
     monkeypatch.setattr(command, "train", lambda *arguments, **options: recorded.append((*arguments, options)))
     return recorded
@@ -90,7 +89,7 @@ def calls(monkeypatch):
 # -- From pictures to a network
 
 
-def test_what_is_printed(faces, run):
+def test_train_prints_data_network_and_time(faces, run):
     out, printed = run
     parameters = sum(parameter.numel() for parameter in RECIPES["tiny"].build(3).parameters())
     assert printed.startswith(
@@ -103,13 +102,13 @@ def test_what_is_printed(faces, run):
     assert printed.endswith(f"{out / 'report.md'}\n{out / 'network'}\n")
 
 
-def test_the_network_is_for_the_other_commands(run, tmp_path):
+def test_the_trained_network_can_be_loaded_and_sampled(run, tmp_path):
     net = ScoreNet.from_pretrained(run[0] / "network")
     assert net.sample_shape == (3, 8, 8) and net.sampler_settings.sampler == "ode"
     assert main(["sample", str(run[0] / "network"), str(tmp_path / "faces.png"), "-n", "2", "--quiet"]) == 0
 
 
-def test_the_same_command_continues_and_another_is_refused(faces, run, tmp_path, capsys):
+def test_the_same_command_continues_a_run_and_other_options_give_an_error(faces, run, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(run[0], out)
     shutil.rmtree(out / "checkpoints" / "000000024")  # as if it had been killed before its last step
@@ -118,11 +117,11 @@ def test_the_same_command_continues_and_another_is_refused(faces, run, tmp_path,
     assert "          continues at image 16\n" in capsys.readouterr().out
     assert _same(_weights(run[0]), _weights(out))
     assert _train(faces, out, *options, "--lr", "0.5") == 2
-    assert "holds a run with other settings: lr was 0.001 and is 0.5" in capsys.readouterr().err
+    assert "contains a run with other settings: lr was 0.001 and is 0.5" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_seed_decides_the_network(faces, tmp_path, calls):
+def test_the_seed_determines_the_initial_network(faces, tmp_path, calls):
     for seed in ("7", "7", "8"):
         assert _train(faces, tmp_path / "run", "--seed", seed) == 0
     a, b, c = (net.state_dict() for net, *_ in calls)
@@ -137,12 +136,14 @@ def test_a_dry_run_writes_nothing(faces, tmp_path, calls, capsys):
 
 
 @pytest.mark.slow
-def test_torchrun_runs_the_same_command_in_two_processes(faces, run, tmp_path):
+def test_torchrun_trains_the_same_network_in_two_processes(faces, tmp_path):
+    assert _train(faces, tmp_path / "one", "--precision", "float32") == 0
     short = ("--recipe", "tiny", "--image-size", "8", "--images", "24", "--batch-size", "8", "--quiet")
+    short += ("--precision", "float32")
     launched = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "scorematch", "train")
     done = python(*launched, faces, "--out", tmp_path / "run", *short, "--device", "cpu", timeout=300)
     assert done.stdout.count("data      12 images") == 1 and " s on 2 x cpu, " in done.stdout
-    whole, parted = _weights(run[0]), _weights(tmp_path / "run")
+    whole, parted = _weights(tmp_path / "one"), _weights(tmp_path / "run")
     for name, value in whole.items():
         torch.testing.assert_close(parted[name], value, rtol=1e-3, atol=1e-4)
 
@@ -150,7 +151,7 @@ def test_torchrun_runs_the_same_command_in_two_processes(faces, run, tmp_path):
 # -- Options
 
 
-def test_the_options_are_the_arguments_of_train(faces, tmp_path, calls):
+def test_options_are_passed_to_train(faces, tmp_path, calls):
     given = {"images": "16", "batch-size": "4", "microbatch": "2", "lr": "0.01", "warmup-images": "8"}
     every = {"log-every": "1k", "sample-every": "2k", "snapshot-every": "3k", "checkpoint-every": "4k"}
     options = itertools.chain.from_iterable((f"--{name}", value) for name, value in {**given, **every}.items())
@@ -163,7 +164,7 @@ def test_the_options_are_the_arguments_of_train(faces, tmp_path, calls):
     assert {**expected, **events, **rest}.items() <= found.items()
 
 
-def test_without_options_the_recipe_decides(faces, tmp_path, calls):
+def test_without_options_the_settings_are_those_of_the_recipe(faces, tmp_path, calls):
     arguments = ["train", str(faces), "--out", str(tmp_path / "run"), "--recipe", "ncsn-mnist", "--quiet"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "_announce", lambda *arguments: None)  # the network is large
@@ -173,14 +174,47 @@ def test_without_options_the_recipe_decides(faces, tmp_path, calls):
     assert RECIPES["ncsn-mnist"].options().items() <= found.items() and found["lr"] == 1e-3 and found["ema"] == ()
 
 
-def test_training_on_classes(tmp_path, rng, calls, capsys):
+def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, calls, capsys):
+    start = str(run[0] / "network")
+    arguments = ["train", str(faces), "--out", str(tmp_path / "run"), "--start", start, "--batch-size", "8", "--quiet"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    net, data, _, found = calls[0]
+    assert data.shape == net.sample_shape == (3, 8, 8) and found["start"] == start
+    assert _same(net.state_dict(), _weights(run[0])) and "images" not in found  # train's own defaults
+    printed = capsys.readouterr().out
+    assert f"network   {start}: " in printed and f"\n          begins with the weights of {start}\n" in printed
+    assert main([*arguments, "--image-size", "16", "--device", "cpu"]) == 0
+    assert calls[1][0].sample_shape == calls[1][1].shape == (3, 16, 16)
+    assert main([*arguments, "--channels", "1", "--device", "cpu"]) == 2
+    assert re.search(r"3 channels .* got x of shape \(8, 1, 8, 8\)", capsys.readouterr().err)
+
+
+def test_start_with_a_recipe_trains_the_network_of_the_recipe_from_given_weights(faces, run, tmp_path, calls, capsys):
+    start = str(run[0] / "network")
+    assert _train(faces, tmp_path / "run", "--start-from", start) == 0  # as under torchrun
+    net, *_, found = calls[0]
+    assert found["start"] == start and not _same(net.state_dict(), _weights(run[0]))  # train copies the weights
+    printed = capsys.readouterr().out
+    assert "network   tiny: " in printed and f"\n          begins with the weights of {start}\n" in printed
+
+
+def test_start_must_be_the_network_of_the_recipe(faces, run, tmp_path, capsys):
+    arguments = ["train", faces, "--out", tmp_path / "run", "--start", run[0] / "network", "--recipe", "ncsn-cifar10"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_announce", lambda *arguments: None)  # the network is large
+        said = _refused([*arguments, "--image-size", "8", "--batch-size", "8", "--quiet", "--device", "cpu"], capsys)
+    assert "is not the same network as net: " in said and "precondition is 'karras' there and 'ncsn' here" in said
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_labels_train_a_class_conditional_network(tmp_path, rng, calls, capsys):
     for name in ("cat", "dog"):
         _pictures(tmp_path / "pets" / name, 5, rng)
     assert _train(tmp_path / "pets", tmp_path / "run", "--labels") == 0
     assert "10 images of 3 x 8 x 8 of 2 classes" in capsys.readouterr().out
     assert _train(tmp_path / "pets", tmp_path / "run", "--labels", "--label-drop", "0") == 0
-    # With dropped labels the last class means that there is none.
-    assert [(net.conditioning.classes, options["label_drop"]) for net, *_, options in calls] == [(3, 0.1), (2, 0.0)]
+    found = [(net.conditioning, options["label_drop"]) for net, *_, options in calls]
+    assert found == [(Condition(classes=2, null_class=True), 0.1), (Condition(classes=2), 0.0)]
     assert calls[0][1].read([0, 9])[1].tolist() == [0, 1]
 
 
@@ -192,7 +226,7 @@ def test_gray_pictures_of_an_npz_file_that_are_not_square(tmp_path, rng, calls, 
     assert calls[0][0].sample_shape == calls[0][1].shape == (1, 8, 12)
 
 
-def test_decoded_pictures_are_kept_in_the_folder_of_the_run_or_elsewhere(faces, run, tmp_path, calls):
+def test_the_cache_is_in_the_folder_of_the_run_or_the_given_folder(faces, run, tmp_path, calls):
     assert len(list((run[0] / "cache").glob("*.npy"))) == 1
     assert _train(faces, tmp_path / "second", "--cache", str(tmp_path / "cache")) == 0
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 1
@@ -211,41 +245,23 @@ def test_a_recipe_with_a_task_trains_on_it(faces, tmp_path, monkeypatch, calls):
     assert net.conditioning.channels == 3 and isinstance(found["condition"], MultiTask)
 
 
-# -- The cost
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("network", [ScoreNet.ncsn, ScoreNet.ncsnv2])  # torch does not count attention on a CPU
-def test_the_cost_that_is_printed_is_that_of_a_step(network):
-    net = network(1, 8, width=4)
-    with FlopCounterMode(display=False) as counter:
-        dsm_loss(net, torch.rand(1, 1, 8, 8), sigma=0.5).backward()
-    net.zero_grad()
-    assert _flop(net) == counter.get_total_flops() > 0
-    assert all(parameter.grad is None and parameter.device.type == "cpu" for parameter in net.parameters())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"patch": 2, "condition_channels": 3}, {"classes": 5}])
-def test_the_cost_of_networks_with_conditions(options):
-    costs = [_flop(ScoreNet.unet(3, 16, widths=widths, **options)) for widths in ((8, 16), (16, 32))]
-    assert 3 * costs[0] < costs[1] < 4 * costs[0]  # convolutions cost the product of their channels
+# -- Counts
 
 
 @pytest.mark.parametrize(
     ("text", "number"), [("50000", 50_000), ("50k", 50_000), ("5M", 5_000_000), ("1.5M", 1_500_000)]
 )
-def test_counts(text, number):
+def test_counts_with_and_without_a_suffix(text, number):
     assert image_count(text) == number
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "5q", "5K", "1.0005k", "k", "1e6", " 5"])
-def test_counts_that_are_none(text):
+def test_invalid_counts_raise(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be a count such as 50000, 50k or 5M, got"):
         image_count(text)
 
 
-def test_sizes():
+def test_image_sizes():
     assert _size("64") == 64 and _size("48x64") == (48, 64)
     for text in ("", "x", "64x", "4x4x4", "-8"):
         with pytest.raises(argparse.ArgumentTypeError, match="must be a side such as 64, or height x width"):
@@ -262,29 +278,29 @@ def test_sizes():
         (("--images", "5q"), "argument --images: must be a count such as 50000, 50k or 5M, got '5q'"),
         (("--image-size", "big"), "argument --image-size: must be a side such as 64"),
         (("--label-drop", "0.2"), "--label-drop is for training on classes. Add --labels."),
-        (("--cache", "x", "--no-cache"), "--cache and --no-cache exclude each other"),
-        (("--device", "mps"), "--device mps: Accelerate chooses cpu"),
-        (("--batch-size", "13"), "the data have 12 images, fewer than batch_size=13"),
+        (("--cache", "x", "--no-cache"), "--cache and --no-cache cannot be combined. Leave out one."),
+        (("--device", "mps"), "--device mps is not available: Accelerate uses cpu"),
+        (("--batch-size", "13"), "at most the number of images of the data, 12, got 13"),
         (("--image-size", "10"), "height and width must be multiples of 4, got 10x10"),
-        (("--labels",), "labels are the names of subfolders"),
-        (("--crop", "celeba"), "needs pictures of at least 140 x 140 pixels"),
+        (("--labels",), "labels=True needs all images in subfolders"),
+        (("--crop", "celeba"), "needs images of at least 140 x 140 pixels"),
         (("--recipe", "ncsn-cifar10", "--image-size", "15"), "15x15"),
     ],
 )
-def test_arguments_that_are_refused(faces, tmp_path, options, message, capsys):
+def test_wrong_arguments_give_an_error_of_one_line(faces, tmp_path, options, message, capsys):
     arguments = ["train", faces, "--out", tmp_path / "run", "--recipe", "tiny", "--image-size", "8", "--quiet"]
     assert re.search(message, _refused([*arguments, "--batch-size", "8", *options], capsys))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_data_that_are_refused(tmp_path, rng, capsys):
+def test_unusable_data_give_an_error_of_one_line(tmp_path, rng, capsys):
     (tmp_path / "empty").mkdir()
-    assert "contains no pictures" in _refused(["train", tmp_path / "empty", "--out", tmp_path / "run"], capsys)
+    assert "contain no image files" in _refused(["train", tmp_path / "empty", "--out", tmp_path / "run"], capsys)
     missing = tmp_path / "nothing"
     assert "nothing does not exist" in _refused(["train", missing, "--out", tmp_path / "run"], capsys)
     mixed = _pictures(tmp_path / "mixed", 3, rng)
     Image.new("L", (16, 16)).save(mixed / "gray.png")
-    assert "mixes gray and color pictures" in _refused(["train", mixed, "--out", tmp_path / "run"], capsys)
+    assert "mixes gray and color images" in _refused(["train", mixed, "--out", tmp_path / "run"], capsys)
     broken = _pictures(tmp_path / "broken", 3, rng)
     (broken / "a.png").write_bytes(b"no picture")
     arguments = ["train", broken, "--out", tmp_path / "run", "--strict", "--quiet"]
@@ -297,7 +313,7 @@ def test_data_that_are_refused(tmp_path, rng, capsys):
 # -- Averages after the fact
 
 
-def test_ema_of_another_length(run, tmp_path, capsys):
+def test_ema_writes_an_average_of_another_length(run, tmp_path, capsys):
     for images, options in [(24, ()), (16, ("--images", "16"))]:
         out = tmp_path / str(images)
         assert main(["ema", str(run[0]), "--length", "0.08", "--out", str(out), *options]) == 0
@@ -306,7 +322,7 @@ def test_ema_of_another_length(run, tmp_path, capsys):
         assert _same(ScoreNet.from_pretrained(out).state_dict(), expected.state_dict())
 
 
-def test_ema_writes_into_the_folder_of_the_run(run, tmp_path, capsys):
+def test_ema_writes_to_the_folder_of_the_run_by_default(run, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(run[0] / "snapshots", out / "snapshots")
     assert main(["ema", str(out), "--length", "0.08"]) == 0
@@ -314,6 +330,6 @@ def test_ema_writes_into_the_folder_of_the_run(run, tmp_path, capsys):
     assert ScoreNet.from_pretrained(out / "ema-0.080").sample_shape == (3, 8, 8)
 
 
-def test_ema_of_what_is_no_run(tmp_path, capsys):
+def test_ema_of_a_folder_without_a_run_gives_an_error(tmp_path, capsys):
     assert "has no snapshots" in _refused(["ema", tmp_path, "--length", "0.08"], capsys)
     assert "at most 0.289, got 0.5" in _refused(["ema", tmp_path, "--length", "0.5"], capsys)

@@ -1,4 +1,4 @@
-"""CUDA against the CPU in float32: ``python -m pytest -m cuda``. Skipped where there is no CUDA device."""
+"""Results on CUDA compared with the CPU: ``python -m pytest -m cuda``. Skipped without a CUDA device."""
 
 import copy
 
@@ -39,6 +39,21 @@ NETS = {
     "attention": lambda: _unet("AttnDownBlock2D", "AttnUpBlock2D", attention_head_dim=None),
     "classes": lambda: _unet(num_class_embeds=5),
     "ncsnpp": lambda: _unet("AttnSkipDownBlock2D", "AttnSkipUpBlock2D", **FOURIER),
+    "NCSN++": lambda: ScoreNet.ncsnpp(3, 32, widths=(32, 64), layers_per_block=1, schedule=LEVELS),
+    "DDPM++": lambda: ScoreNet.ncsnpp(
+        3,
+        32,
+        widths=(32, 64),
+        layers_per_block=1,
+        embedding="positional",
+        resample_filter=(1, 1),
+        input_pyramid="residual",
+        output_pyramid="residual",
+        classes=5,
+        null_class=True,
+        schedule=LEVELS,
+        precondition="vp",
+    ),
     "condition": lambda: ScoreNet.unet(
         3, 32, widths=(32, 32), layers_per_block=1, condition_channels=3, schedule=LEVELS
     ),
@@ -77,7 +92,7 @@ def _near(found, expected, tolerance):
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 @torch.no_grad()
-def test_the_score_is_that_of_the_cpu(net, size):
+def test_scores_equal_those_of_the_cpu(net, size):
     x, condition = torch.rand(2, 3, size, size), _condition(net, 2, size)
     device = _on_cuda(net)
     for sigma in (0.05, torch.tensor([0.3, 5.0])):
@@ -99,7 +114,7 @@ def test_the_score_is_that_of_the_cpu(net, size):
         lambda net, **options: PredictorCorrectorSampler(net, **options),
     ],
 )
-def test_a_seed_draws_the_images_of_the_cpu(make):
+def test_samples_with_a_cpu_generator_equal_those_of_the_cpu(make):
     torch.manual_seed(0)
     net = NETS["unet"]().eval()
     expected = make(net, precision="float32").sample(2, generator=0, progress=False)
@@ -116,7 +131,7 @@ def test_a_seed_draws_the_images_of_the_cpu(make):
     [Mask(torch.arange(32) < 16), Uncrop(left=8), Grayscale(), AveragePool(4), JPEG(20), Grayscale() @ AveragePool(2)],
     ids=repr,
 )
-def test_restoration(operator, restore):
+def test_restored_images_equal_those_of_the_cpu(operator, restore):
     torch.manual_seed(0)
     net = NETS["unet"]().eval()
     y = operator.measure(torch.rand(1, 3, 32, 32))
@@ -129,7 +144,7 @@ def test_restoration(operator, restore):
     _near(drawn[1], drawn[0], 5e-2)
 
 
-def test_losses_and_gradients(net):
+def test_losses_and_gradients_equal_those_of_the_cpu(net):
     x, condition = torch.rand(4, 3, 32, 32), _condition(net, 4, 32)
     z, sigma = torch.randn(4, 3, 32, 32), torch.tensor([0.05, 0.5, 2.0, 8.0])
     device = _on_cuda(net)
@@ -151,7 +166,7 @@ def test_losses_and_gradients(net):
         torch.testing.assert_close(values[1], values[0], rtol=2e-2, atol=1e-2)
 
 
-def test_a_training_step_under_autocast(net):
+def test_training_step_under_autocast(net):
     device = _on_cuda(net).train()
     optimizer = torch.optim.AdamW(device.parameters(), fused=True)
     x = torch.rand(4, 3, 64, 64, device="cuda")
@@ -167,7 +182,7 @@ def test_a_training_step_under_autocast(net):
     assert any(not torch.equal(a, b) for a, b in zip(before, device.parameters(), strict=True))
 
 
-def test_likelihood():
+def test_likelihoods_equal_those_of_the_cpu():
     torch.manual_seed(0)
     net = ScoreNet.ncsnv2(1, 8, width=8, schedule=LEVELS).eval()
     x, schedule = torch.rand(3, 1, 8, 8), NoiseSchedule.karras(10, 0.05, 8)
@@ -179,7 +194,7 @@ def test_likelihood():
 
 
 @torch.no_grad()
-def test_compilation(net):
+def test_a_compiled_copy_computes_the_same_score(net):
     x, condition = torch.rand(2, 3, 32, 32), _condition(net, 2, 32)
     compiled = _on_cuda(net).inference_copy(compile=True)
     for sigma in (0.3, 2.0, 0.3):
@@ -192,7 +207,7 @@ def test_compilation(net):
         assert torch.equal(sampler.sample(2, generator=0, progress=False), first)
 
 
-def test_palettes_tasks():
+def test_palette_tasks_equal_those_of_the_cpu():
     tasks = [Colorization(), Inpainting(), Uncropping(), JPEGRestoration()]
     x = torch.rand(4, 3, 32, 32)
     for task in [*tasks, MultiTask(tasks)]:

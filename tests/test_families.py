@@ -1,4 +1,4 @@
-"""Laws of all families of networks: what each says about its networks is true of them."""
+"""Tests of all families: the properties that a family declares are those of its networks."""
 
 import copy
 import inspect
@@ -12,18 +12,18 @@ from scorematch.nets import FAMILIES, family_of
 from scorematch.nets.family import Condition
 from scorematch.precondition import ROWS
 from scorematch.schema import check
-from tests.networks import CHANNELS, CONDITIONS, LEVELS, NETS, SIZE, backbone, condition, images, network
+from tests.networks import CHANNELS, CONDITIONS, LEVELS, NETS, SIZE, condition, every_path, images, shared
 
 every_net = pytest.mark.parametrize("name", NETS)
 
 
 def _arguments(name, rng, position):
-    """What a backbone is called with, at a noise level."""
+    """The arguments of a backbone at a noise level."""
     beside = condition(name, 2, rng)
     return (images(2, rng), position, *([] if beside is None else [beside]))
 
 
-def test_every_family_has_networks_here():
+def test_every_family_is_tested_here():
     assert {family for family, _, _ in NETS.values()} == FAMILIES.keys()
 
 
@@ -31,20 +31,21 @@ def test_every_family_has_networks_here():
 def test_a_configuration_builds_a_network_of_its_family(name):
     family, precondition, architecture = NETS[name]
     check(architecture, FAMILIES[family].keys, "the configuration", closed=True)
-    made = backbone(name)
+    made = shared(name).backbone
     assert type(made) is FAMILIES[family].network
     assert family_of(made) is FAMILIES[family]
     assert precondition in FAMILIES[family].preconditions
 
 
-def test_the_keys_of_a_unet_are_its_arguments():
-    assert inspect.signature(FAMILIES["unet"].network).parameters.keys() == FAMILIES["unet"].keys.keys()
+@pytest.mark.parametrize("family", ["unet", "ncsnpp"])
+def test_the_keys_of_a_configuration_are_the_arguments_of_its_network(family):
+    assert inspect.signature(FAMILIES[family].network).parameters.keys() == FAMILIES[family].keys.keys()
 
 
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_network_is_used_with_the_rows_of_its_family_alone(family, row):
-    made = backbone(next(name for name, (other, _, _) in NETS.items() if other == family))
+def test_a_network_accepts_only_the_preconditioning_rows_of_its_family(family, row):
+    made = shared(next(name for name, (other, _, _) in NETS.items() if other == family)).backbone
     if row in FAMILIES[family].preconditions:
         assert ScoreNet(made, LEVELS, precondition=row).family is FAMILIES[family]
     else:
@@ -53,13 +54,15 @@ def test_a_network_is_used_with_the_rows_of_its_family_alone(family, row):
 
 
 @every_net
-def test_it_takes_the_condition_that_it_describes_and_no_other(name, rng):
-    net, x = network(name), images(2, rng)
+def test_a_network_accepts_only_the_condition_that_it_describes(name, rng):
+    net, x = shared(name), images(2, rng)
     assert net.conditioning == CONDITIONS.get(name, Condition())
     assert net(x, 0.3, condition(name, 2, rng)).shape == x.shape
     kinds = {"nothing": None, "classes": torch.tensor([0, 1]), "an image": images(2, rng)}
     takes = net.conditioning
     del kinds["classes" if takes.classes is not None else "an image" if takes.channels else "nothing"]
+    if takes.null_class:
+        del kinds["nothing"]
     for other in kinds.values():
         with pytest.raises((TypeError, ValueError), match="condition"):
             net(x, 0.3, other)
@@ -67,14 +70,27 @@ def test_it_takes_the_condition_that_it_describes_and_no_other(name, rng):
 
 @every_net
 @torch.no_grad()
-def test_the_image_convolutions_are_those_with_the_channels_of_the_image(name):
-    """Of the image itself, its pyramid, its patches, and an image beside it."""
-    made = backbone(name)
+def test_image_convolutions_are_those_with_the_channels_of_the_image(name):
+    """At the image itself, its pyramid and its patches, also with an image as a condition."""
+    made = shared(name).backbone
     convolutions = {path: module for path, module in made.named_modules() if isinstance(module, nn.Conv2d)}
     first, last = FAMILIES[NETS[name][0]].image_convolutions(made)
     assert first == {path for path, module in convolutions.items() if module.in_channels % CHANNELS == 0}
     assert last == {path for path, module in convolutions.items() if module.out_channels % CHANNELS == 0}
     assert first and last
+
+
+@pytest.mark.parametrize("name", [name for name in NETS if CONDITIONS.get(name, Condition()).null_class])
+@torch.no_grad()
+def test_the_null_class_is_the_condition_where_none_is_given(name, rng):
+    net, x = shared(name), images(2, rng)
+    null = net.conditioning.classes
+    for score in (net, net.inference_copy()):
+        expected = score(x, 0.3, torch.full((2,), null))
+        assert torch.equal(score(x, 0.3), expected) and torch.equal(score(x, 0.3, null), expected)
+        assert not torch.allclose(score(x, 0.3, 0), expected)
+        with pytest.raises(ValueError, match=f"from 0 to {null - 1}, or {null} for none, got class {null + 1}"):
+            score(x, 0.3, null + 1)
 
 
 def _outputs(made, arguments):
@@ -91,10 +107,13 @@ def _outputs(made, arguments):
 
 @every_net
 @torch.no_grad()
-def test_the_level_modules_are_those_that_do_not_see_the_image(name, rng):
-    made = backbone(name)
+def test_level_modules_are_those_whose_output_does_not_depend_on_the_image(name, rng):
+    made = shared(name).backbone
     level = torch.tensor([1.5, 3.0])
-    one, other = (_outputs(made, _arguments(name, rng, level)) for _ in range(2))
+    first, second = (_arguments(name, rng, level) for _ in range(2))
+    if CONDITIONS.get(name, Condition()).classes is not None:
+        second = (*second[:2], first[2])
+    one, other = _outputs(made, first), _outputs(made, second)
     modules = dict(made.named_modules())
     named = {path for path in FAMILIES[NETS[name][0]].level_modules(made) if path in one}
     assert named == {path for path in one if torch.equal(one[path], other[path])}
@@ -103,19 +122,19 @@ def test_the_level_modules_are_those_that_do_not_see_the_image(name, rng):
 
 @every_net
 @torch.no_grad()
-def test_the_width_counts_the_values_of_the_first_features(name, rng):
-    """Per pixel of the image, rounded up; batches are divided into parts by it."""
-    made = backbone(name)
+def test_width_is_the_number_of_values_of_the_first_features_per_pixel(name, rng):
+    """Rounded up. The inference copy derives from it how many images it processes at once."""
+    made = shared(name).backbone
     family = FAMILIES[NETS[name][0]]
     outputs = _outputs(made, _arguments(name, rng, torch.tensor([1.5, 3.0])))
     first = {path for path in family.image_convolutions(made)[0] if "." not in path} | ({"conv_in"} & outputs.keys())
     assert family.width(made) == max(-(-outputs[path][0].numel() // SIZE**2) for path in first)
 
 
-@every_net
+@every_path
 @torch.no_grad()
-def test_a_settled_copy_ignores_the_level_that_it_is_given(name, rng):
-    made = backbone(name)
+def test_a_settled_copy_uses_the_level_that_it_was_settled_at(name, rng):
+    made = shared(name).backbone
     settled = copy.deepcopy(made).requires_grad_(False)
     settle = FAMILIES[NETS[name][0]].settle(settled)
     arguments = _arguments(name, rng, torch.full((2,), 4.0))

@@ -1,6 +1,7 @@
 """The structure of the package: its public names, and imports that point one way."""
 
 import ast
+import functools
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -13,9 +14,10 @@ from tests.helpers import python
 
 PACKAGE = Path(scorematch.__file__).parent
 
-# A module or package may import from the layers above its own in this list, and a package from itself.
+# A module or package may import only from earlier layers of this list; a package may also import from itself.
 LAYERS = [
-    {"images", "observe", "precision", "randomness", "schema"},
+    {"files"},
+    {"charts", "images", "observe", "precision", "randomness", "schema"},
     {"noise"},
     {"protocol"},
     {"precondition"},
@@ -24,14 +26,16 @@ LAYERS = [
     {"pretrained"},
     {"score"},
     {"__init__", "convert"},
-    {"evaluation", "training"},
+    {"bulk"},
+    {"training"},
+    {"evaluation"},
     {"cli"},
     {"__main__"},
 ]
 
 
 def _part(path):
-    """The module or the package of a file."""
+    """The top-level module or package that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -40,12 +44,15 @@ def _name(path):
     return ".".join(["scorematch", *(parts if len(parts) == 1 else [part for part in parts if part != "__init__"])])
 
 
+_tree = functools.cache(ast.parse)
+
+
 def _parse(path):
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return _tree(path.read_text(encoding="utf-8"))
 
 
 def _nodes(node):
-    """All nodes, except those that are for type checkers alone."""
+    """All nodes, except those inside ``if TYPE_CHECKING``."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue
@@ -54,14 +61,14 @@ def _nodes(node):
 
 
 def _imports(path):
-    """The names of the modules that a file imports, at its top or in a function."""
+    """The names of the modules that a file imports, at module level or in a function."""
     for node in _nodes(_parse(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             folder = PACKAGE.joinpath(*node.module.split(".")[1:])
-            for alias in node.names:  # submodules, or names of the module itself
+            for alias in node.names:  # a name is a submodule, or a name in the module
                 inner = node.module.split(".")[0] == "scorematch" and (
                     (folder / alias.name).is_dir() or (folder / f"{alias.name}.py").is_file()
                 )
@@ -87,7 +94,7 @@ def test_imports_point_one_way():
     assert list(_upward()) == []
 
 
-def test_an_import_the_other_way_is_found(tmp_path, monkeypatch):
+def test_the_check_of_import_directions_can_fail(tmp_path, monkeypatch):
     for name in ("noise", "images"):
         (tmp_path / f"{name}.py").write_text("")
     (tmp_path / "score.py").write_text("from scorematch import noise\n")
@@ -99,7 +106,7 @@ def test_an_import_the_other_way_is_found(tmp_path, monkeypatch):
 
 
 def _circle():
-    """Modules that import each other, in functions or not; None if there are none."""
+    """Modules with circular imports, at module level or in functions; None if there are none."""
     graph = {_name(path): {name for name in _imports(path) if name != _name(path)} for path in PACKAGE.rglob("*.py")}
     try:
         TopologicalSorter(graph).prepare()
@@ -108,11 +115,11 @@ def _circle():
     return None
 
 
-def test_no_modules_import_each_other():
+def test_there_are_no_circular_imports():
     assert _circle() is None
 
 
-def test_a_circle_is_found(tmp_path, monkeypatch):
+def test_the_check_of_circular_imports_can_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     (tmp_path / "nets").mkdir()
     (tmp_path / "nets" / "__init__.py").write_text("from scorematch.nets import unet\n")
@@ -124,19 +131,20 @@ def test_a_circle_is_found(tmp_path, monkeypatch):
 
 
 def _asks_for_a_family(tree):
-    """Comparisons with the name of a family, and isinstance with the class of its networks."""
+    """Comparisons with the name of a family, and isinstance calls with the class of its networks."""
     classes = {family.network.__name__ for family in FAMILIES.values()}
     for node in ast.walk(tree):
-        words = {word.id for word in ast.walk(node) if isinstance(word, ast.Name)}
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance" and words & classes:
-            yield ast.unparse(node)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            words = {word.id for word in ast.walk(node) if isinstance(word, ast.Name)}
+            if words & classes:
+                yield ast.unparse(node)
         if isinstance(node, ast.Compare):
             values = {word.value for word in ast.walk(node) if isinstance(word, ast.Constant)}
             if "family" in ast.unparse(node) and values & FAMILIES.keys():
                 yield ast.unparse(node)
 
 
-def test_no_module_outside_nets_asks_for_a_family():
+def test_no_module_outside_nets_compares_families():
     found = {path: list(_asks_for_a_family(_parse(path))) for path in PACKAGE.rglob("*.py") if _part(path) != "nets"}
     assert {path.name: lines for path, lines in found.items() if lines} == {}
 
@@ -145,11 +153,11 @@ def test_no_module_outside_nets_asks_for_a_family():
     "line",
     ["isinstance(net.backbone, UNet)", "config['family'] == 'ncsn'", "self.family.name in ('unet', 'ncsnv2')"],
 )
-def test_a_question_for_a_family_is_found(line):
+def test_the_check_of_family_comparisons_can_fail(line):
     assert list(_asks_for_a_family(ast.parse(f"if {line}:\n    pass"))) == [line]
 
 
-def test_no_module_is_called_utils():
+def test_no_module_has_an_unspecific_name_such_as_utils():
     names = {"utils", "util", "helpers", "common", "misc"}
     assert [path for path in PACKAGE.rglob("*.py") if path.stem.strip("_") in names] == []
 
@@ -160,16 +168,31 @@ def test_the_public_names():
     assert all(hasattr(scorematch, name) for name in names)
 
 
-def test_no_public_function_takes_keywords_that_it_does_not_name():
+def test_no_public_function_has_a_keyword_catch_all():
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(_parse(path)):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 assert node.args.kwarg is None, f"{path.name}: {node.name}"
 
 
-def test_import_keeps_the_seed_and_loads_nothing_but_what_is_used():
-    """No optional library, and no submodule before ``scorematch.likelihood`` or the like is written."""
-    public = ("convert", "images", "likelihood", "loss", "observe", "palette", "precision", "precondition", "sampling")
+def test_import_draws_no_random_numbers_and_loads_only_what_is_used():
+    """Optional libraries are not imported, and submodules only at the first access to an attribute.
+
+    Without the optional libraries, all parts of the package can be imported.
+    """
+    public = (
+        "bulk",
+        "convert",
+        "guidance",
+        "images",
+        "likelihood",
+        "loss",
+        "observe",
+        "palette",
+        "precision",
+        "precondition",
+        "sampling",
+    )
     code = (
         "import torch; state = torch.get_rng_state()\n"
         "import sys, scorematch\n"
@@ -177,11 +200,14 @@ def test_import_keeps_the_seed_and_loads_nothing_but_what_is_used():
         "assert 'scorematch.likelihood' not in sys.modules\n"
         f"for name in {public}:\n"
         "    assert getattr(scorematch, name).__name__ == 'scorematch.' + name\n"
-        "assert not {'PIL', 'matplotlib', 'scipy', 'torchvision', 'huggingface_hub', 'yaml'} & set(sys.modules)\n"
+        "optional = 'accelerate', 'matplotlib', 'PIL', 'scipy', 'torch_fidelity', 'torchvision', 'yaml'\n"
+        "assert not {'huggingface_hub', *optional} & set(sys.modules)\n"
+        "sys.modules.update(dict.fromkeys(optional))\n"
+        "import scorematch.training, scorematch.evaluation, scorematch.cli\n"
     )
     python("-c", code)
 
 
-def test_a_name_that_does_not_exist_is_an_attribute_error():
+def test_an_unknown_attribute_of_the_package_raises():
     with pytest.raises(AttributeError, match="module 'scorematch' has no attribute 'nonsense'"):
         scorematch.nonsense  # noqa: B018

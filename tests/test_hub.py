@@ -1,4 +1,4 @@
-"""Networks from a server that speaks the Hub's protocol, through the real client, in processes of their own."""
+"""Loading from and uploading to a local server with the Hub's protocol, by the real client in separate processes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ DDPM = {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "n
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A small DDPM in the Hub's layout."""
+    """The files of a repository with a small DDPM, as on the Hub."""
     folder = tmp_path_factory.mktemp("ddpm")
     torch.manual_seed(0)
     ScoreNet.unet(3, 8, widths=(8, 16), layers_per_block=1, precondition="ddpm").save_pretrained(folder)
@@ -73,7 +73,7 @@ def client():
 
 @pytest.fixture
 def run(client, hub, tmp_path):
-    """Runs code as a user does, with the server for the Hub and an empty cache; returns what it printed."""
+    """A function that runs code with the server as the Hub and an empty cache, and returns the output."""
 
     def call(code, *, fails=False, **variables):
         code = "from scorematch import AnnealedLangevinSampler, ScoreNet\n" + code
@@ -84,11 +84,18 @@ def run(client, hub, tmp_path):
     return call
 
 
-SAVED = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "schedule.json"]
+SAVED = [
+    "README.md",
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "model_index.json",
+    "schedule.json",
+    "scheduler_config.json",
+]
 LOAD = "net = ScoreNet.from_pretrained('someone/ddpm')\n"
 
 
-def test_three_lines_fetch_only_what_is_needed_and_the_cache_serves_when_the_server_is_gone(hub, run):
+def test_only_needed_files_are_downloaded_and_then_loaded_from_the_cache(hub, run):
     code = LOAD + (
         "sampler = AnnealedLangevinSampler(net, net.schedule.respaced(3), steps_per_level=1)\n"
         "print(tuple(sampler.sample(2, progress=False).shape))"
@@ -102,14 +109,14 @@ def test_three_lines_fetch_only_what_is_needed_and_the_cache_serves_when_the_ser
     ]
     hub.requests.clear()
     assert run(code.replace("'someone/ddpm'", f"'someone/ddpm', revision='{COMMIT}'")) == "(2, 3, 8, 8)\n"
-    assert hub.requests == []  # a pinned commit needs none
+    assert hub.requests == []  # a commit in the cache needs no request
     hub.stop()
     assert run(code) == "(2, 3, 8, 8)\n"
     assert run(code, HF_HUB_OFFLINE="1") == "(2, 3, 8, 8)\n"
     assert run(code.replace("'someone/ddpm'", "'someone/ddpm', local_files_only=True")) == "(2, 3, 8, 8)\n"
 
 
-def test_pickled_weights_where_there_are_no_others(hub, run):
+def test_pickled_weights_are_downloaded_if_there_are_no_safetensors(hub, run):
     del hub.repositories["someone/ddpm"]["diffusion_pytorch_model.safetensors"]
     code = LOAD + "print(net.sample_shape)"
     assert run(code) == "(3, 8, 8)\n"
@@ -120,14 +127,14 @@ def test_pickled_weights_where_there_are_no_others(hub, run):
 
 
 @pytest.mark.slow
-def test_pickled_weights_beside_others_that_are_not_the_networks(hub, run):
+def test_pickled_weights_are_used_next_to_safetensors_of_another_network(hub, run):
     held = hub.repositories["someone/ddpm"]
     held["model.safetensors"] = held.pop("diffusion_pytorch_model.safetensors")
     assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
 
 
 @pytest.mark.slow
-def test_a_pipeline_another_cache_and_a_redirect_to_another_host(hub, run, files, tmp_path):
+def test_pipelines_cache_dir_and_redirects_to_another_host(hub, run, files, tmp_path):
     hub.redirect = True
     hub.repositories["someone/pipeline"] = _pipeline(files)
     code = "net = ScoreNet.from_pretrained('someone/pipeline', cache_dir='elsewhere')\nprint(net.sample_shape)"
@@ -138,7 +145,7 @@ def test_a_pipeline_another_cache_and_a_redirect_to_another_host(hub, run, files
 
 @pytest.mark.parametrize("family", ["ncsn", "unet"])
 def test_a_network_of_this_package_on_the_hub(family, hub, run, tmp_path):
-    """In either layout; that of diffusers has the noise levels in a file of their own."""
+    """In both layouts; in that of diffusers the noise levels are in a separate file."""
     net = ScoreNet.ncsn(1, 8, width=2)
     if family == "unet":
         net = ScoreNet.unet(1, 8, widths=(8, 8), layers_per_block=1, precondition="ddpm")
@@ -150,13 +157,13 @@ def test_a_network_of_this_package_on_the_hub(family, hub, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_connection_that_breaks_off(hub, run):
+def test_an_interrupted_download_is_resumed(hub, run):
     hub.cut.add("diffusion_pytorch_model.safetensors")
     assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
     assert not hub.cut
 
 
-def test_a_token(hub, run):
+def test_a_private_repository_needs_a_token(hub, run):
     hub.private["someone/ddpm"] = "secret"
     assert "log in (hf auth login) or pass token=" in run(LOAD, fails=True)
     code = "print(ScoreNet.from_pretrained('someone/ddpm', token='secret').sample_shape)"
@@ -165,8 +172,8 @@ def test_a_token(hub, run):
 
 @pytest.mark.parametrize("name", ["someone/ddpm", "cifar10"])
 @pytest.mark.parametrize("broken", ["silent", "unavailable", "stopped"])
-def test_without_the_hub_there_is_one_request_and_one_line(name, broken, hub, run):
-    """Of a branch as of the pinned commit on a card."""
+def test_an_unreachable_hub_gives_one_error_after_one_request(name, broken, hub, run):
+    """For a branch, and for the commit of a card."""
     if broken == "stopped":
         hub.stop()
     hub.silent, hub.status = broken == "silent", 503 if broken == "unavailable" else None
@@ -178,7 +185,7 @@ def test_without_the_hub_there_is_one_request_and_one_line(name, broken, hub, ru
 
 
 @pytest.mark.slow
-def test_a_broken_hub_is_asked_once_before_the_cache_is_used(hub, run):
+def test_with_an_unreachable_hub_the_cache_is_used_after_one_request(hub, run):
     run(LOAD)
     hub.requests.clear()
     hub.silent = True
@@ -215,7 +222,7 @@ def test_a_broken_hub_is_asked_once_before_the_cache_is_used(hub, run):
         ("ScoreNet.from_pretrained('someone/a..b')", "'someone/a..b' is not the name of a repository"),
     ],
 )
-def test_errors_say_what_to_do(code, message, hub, run):
+def test_loading_errors_have_clear_messages(code, message, hub, run):
     hub.repositories["someone/text"] = {"README.md": b"", "data.csv": b""}
     whole = hub.repositories["someone/ddpm"]
     configs = {name: whole[name] for name in ("config.json", "scheduler_config.json")}
@@ -230,7 +237,7 @@ def test_errors_say_what_to_do(code, message, hub, run):
 
 
 @pytest.mark.slow
-def test_a_short_name_is_the_commit_on_its_card_with_its_settings(hub, run, files):
+def test_a_short_name_loads_the_commit_of_its_card(hub, run, files):
     card = cards.find("cifar10")
     hub.commit = card.revision
     hub.repositories[card.repository] = dict(files)
@@ -247,7 +254,7 @@ def test_a_short_name_is_the_commit_on_its_card_with_its_settings(hub, run, file
 
 
 @pytest.mark.slow
-def test_a_card_corrects_what_a_repository_may_say_wrongly(hub, run, tmp_path):
+def test_a_card_corrects_the_noise_levels_of_a_repository(hub, run, tmp_path):
     torch.manual_seed(0)
     net = ScoreNet.unet(3, 8, widths=(8, 8), layers_per_block=1, precondition="ncsnpp")
     net.save_pretrained(tmp_path / "ve")
@@ -266,7 +273,7 @@ def test_a_card_corrects_what_a_repository_may_say_wrongly(hub, run, tmp_path):
     assert run("print(ScoreNet.from_pretrained('celebahq').schedule)") == "NoiseSchedule(2000 levels, 348 -> 0.01)\n"
 
 
-def test_a_damaged_download_is_named_with_what_to_delete(hub, run, tmp_path):
+def test_a_damaged_download_gives_an_error_that_says_what_to_delete(hub, run, tmp_path):
     run(LOAD)
     for name, message in [
         ("diffusion_pytorch_model.safetensors", "is not a complete safetensors file"),
@@ -282,7 +289,7 @@ def test_a_damaged_download_is_named_with_what_to_delete(hub, run, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits on the size of files")
-def test_a_disk_that_is_full(run):
+def test_a_full_disk_gives_a_clear_error(run):
     code = (
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -295,7 +302,7 @@ def test_a_disk_that_is_full(run):
     assert error.startswith("OSError: net could not be written") and "too large" in error
 
 
-def test_remote_code_is_neither_fetched_nor_run(hub, run):
+def test_remote_code_is_neither_downloaded_nor_run(hub, run):
     assert "remote code ran" not in run(LOAD)
     assert not any(file.endswith(".py") for file in hub.fetched())
 
@@ -313,7 +320,7 @@ def saved(tmp_path):
     return tmp_path / "saved"
 
 
-def test_a_network_goes_up_and_comes_back_bit_for_bit(hub, run, saved):
+def test_an_uploaded_network_is_downloaded_unchanged(hub, run, saved):
     hub.writer = "secret"
     said = run(_pushed(saved, ", license='mit', datasets=['cifar10']"), HF_TOKEN="secret")  # noqa: S106
     assert said == f"{hub.url}/me/net/commit/{hub.commit}\n"
@@ -328,7 +335,7 @@ def test_a_network_goes_up_and_comes_back_bit_for_bit(hub, run, saved):
     assert run(code) == "True True True\n"
 
 
-def test_the_card_of_an_uploaded_network_and_its_code(hub, run, saved):
+def test_the_model_card_of_an_upload_and_the_code_on_it(hub, run, saved):
     hub.writer = "secret"
     run(_pushed(saved, ", license='mit', datasets=['cifar10'], token='secret'"))
     card = hub.repositories["me/net"]["README.md"].decode()
@@ -343,7 +350,7 @@ def test_the_card_of_an_uploaded_network_and_its_code(hub, run, saved):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["class", "image", "flow"])
-def test_the_code_on_the_card_of_any_network_runs(hub, run, tmp_path, kind):
+def test_the_code_on_the_model_card_runs_for_every_kind_of_network(hub, run, tmp_path, kind):
     torch.manual_seed(0)
     options = {"class": {"classes": 5}, "image": {"condition_channels": 2}, "flow": {}}[kind]
     net = ScoreNet.unet(1, 8, widths=(8, 8), layers_per_block=1, **options)
@@ -377,7 +384,7 @@ def test_an_upload_replaces_a_pipeline(hub, run, saved, files):
     assert sorted(hub.repositories["me/net"]) == SAVED
 
 
-def test_an_upload_that_is_refused_says_what_to_do(hub, run, saved):
+def test_a_rejected_upload_gives_a_clear_error(hub, run, saved):
     hub.writer = "secret"
     error = run(_pushed(saved, ", token='another'"), fails=True)
     assert error.startswith("PermissionError: the Hub refused to write to me/net") and "hf auth login" in error

@@ -17,28 +17,31 @@ from scorematch.nets.layers import ConditionalInstanceNormPlus
 from scorematch.nets.unet import UNet
 from scorematch.sampling import SAMPLERS, SamplerSettings
 from tests.helpers import run, seed
-from tests.networks import LEVELS, NETS, SIZE, condition, images, network
+from tests.networks import LEVELS, NETS, SIZE, condition, every_net, every_path, images, network, shared
 
-# One of each way to compute; the others are slow tests.
-KINDS = {
-    *("ncsn", "ncsnv2, deeper", "unet", "unet, one head", "unet, heads", "unet, classes", "unet, pixels"),
-    *("unet, image and variance", "ncsnpp, attention"),
-}
-every_net = pytest.mark.parametrize(
-    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in NETS]
-)
+DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 2.5e-2)]  # and the tolerance for the score
 SHORT = NoiseSchedule([1.0, 0.3, 0.1])
 
 
 @pytest.fixture
 def native(monkeypatch):
-    """Sets the dtype that the processor is said to multiply fastest."""
+    """A function that sets the dtype that ``native_dtype`` returns."""
     return lambda dtype: monkeypatch.setattr("scorematch.nets.inference.native_dtype", lambda device: dtype)
+
+
+@functools.cache
+def _copy(name, dtype):
+    """The inference copy of the shared network in this dtype."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scorematch.nets.inference.native_dtype", lambda device: dtype)
+        made = shared(name).inference_copy()
+    assert made is not shared(name)
+    return made
 
 
 @pytest.fixture
 def rows(monkeypatch):
-    """A list that grows with each norm of an NCSN that selects its rows for a noise level."""
+    """A list with one entry for each time that a norm of NCSN has selected its rows for a noise level."""
     calls, select = [], ConditionalInstanceNormPlus.rows
     monkeypatch.setattr(ConditionalInstanceNormPlus, "rows", lambda *args: (calls.append(1), select(*args))[1])
     return calls
@@ -51,37 +54,53 @@ def _norms(net):
 # -- The same function
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2.5e-2)])
-@every_net
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@every_path
 @torch.no_grad()
-def test_it_is_the_same_function(name, dtype, tolerance, rng, native):
-    native(dtype)
-    net, x, beside = network(name), images(3, rng), condition(name, 3, rng)
-    fast = net.inference_copy()
-    assert fast is not net
-    for sigma in (0.3, torch.tensor(5.0), torch.tensor(0.01), torch.tensor([0.2, 0.02, 2.0])):
+def test_the_copy_computes_the_same_score(name, dtype, tolerance, rng):
+    net, fast = shared(name), _copy(name, dtype)
+    x, beside = images(2, rng), condition(name, 2, rng)
+    for sigma in (0.3, torch.tensor(5.0), torch.tensor([2.0, 0.01])):
         expected = net(x, sigma, beside)
-        for _ in range(2):  # computed, and remembered
+        for _ in range(2):  # the second call reuses what was computed for the level
             found = fast(x, sigma, beside)
             assert found.dtype == torch.float32
             assert (found - expected).norm() <= tolerance * expected.norm()
 
 
-@every_net
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("name", ["unet, image and variance", "DDPM++, variance"])
 @torch.no_grad()
-def test_denoise_is_tweedies_formula(name, rng):
-    net, x, beside = network(name), images(3, rng), condition(name, 3, rng)
-    for score in (net, net.inference_copy()):
+def test_the_copy_predicts_the_same_variance(name, dtype, tolerance, rng, monkeypatch):
+    """Also for a batch with several noise levels, and for one that is processed in parts."""
+    net, fast = shared(name), _copy(name, dtype)
+    x, beside = images(3, rng), condition(name, 3, rng)
+    for sigma in (0.3, torch.tensor([0.2, 0.02, 2.0])):
+        _, expected = net.score_and_variance(x, sigma, beside)
+        score, found = fast.score_and_variance(x, sigma, beside)
+        assert torch.equal(score, fast(x, sigma, beside))
+        assert found.shape == x.shape and (found - expected).norm() <= tolerance * expected.norm()
+    monkeypatch.setattr(inference, "_PART_VALUES", 1)
+    assert (fast.score_and_variance(x, sigma, beside)[1] - expected).norm() <= tolerance * expected.norm()
+    with pytest.raises(ValueError, match="this network predicts no variance"):
+        _copy("unet", dtype).score_and_variance(x, 0.3)
+
+
+@every_net({"ncsn", "unet, image and variance", "unet, ADM"})
+@torch.no_grad()
+def test_denoise_equals_tweedies_formula(name, rng):
+    net, x, beside = shared(name), images(3, rng), condition(name, 3, rng)
+    for score in (net, _copy(name, torch.float32)):
         for sigma in (0.3, torch.tensor(0.3), torch.tensor([0.2, 0.02, 2.0])):
             variance = torch.as_tensor(sigma) ** 2
             variance = variance.view(-1, 1, 1, 1) if variance.ndim else variance
             torch.testing.assert_close(score.denoise(x, sigma, beside), x + variance * score(x, sigma, beside))
 
 
-@every_net
-def test_the_network_is_untouched_and_the_copy_its_own(name, rng, native):
+@every_path
+def test_making_and_calling_a_copy_does_not_change_the_network(name, rng, native):
     native(torch.bfloat16)
-    net = network(name)
+    net = shared(name)
     before = {key: (value, value.clone(), value.stride()) for key, value in net.state_dict(keep_vars=True).items()}
     fast = net.inference_copy()
     with torch.no_grad():
@@ -94,10 +113,10 @@ def test_the_network_is_untouched_and_the_copy_its_own(name, rng, native):
 
 
 @pytest.mark.slow
-@every_net
+@pytest.mark.parametrize("name", NETS)
 @torch.no_grad()
-def test_it_does_not_follow_the_weights(name, rng):
-    """Also where each image has its own level: those are processed level by level."""
+def test_later_changes_of_the_weights_do_not_change_the_copy(name, rng):
+    """Also if each image has its own noise level; such batches are processed level by level."""
     net, x, beside, sigma = network(name), images(3, rng), condition(name, 3, rng), torch.tensor([0.3, 2.0, 0.3])
     fast = net.inference_copy()
     before = fast(x, sigma, beside)
@@ -108,7 +127,7 @@ def test_it_does_not_follow_the_weights(name, rng):
     assert (before - torch.cat(alone)).norm() <= 2e-2 * before.norm()
 
 
-def test_it_does_not_keep_the_network(rng):
+def test_the_copy_holds_no_reference_to_the_network(rng):
     net = network("ncsn")
     fast, gone = net.inference_copy(), weakref.ref(net)
     del net
@@ -118,9 +137,9 @@ def test_it_does_not_keep_the_network(rng):
 
 
 @pytest.mark.parametrize("name", ["ncsn", "ncsnpp, attention", "unet, classes", "unet, pixels"])
-def test_bfloat16_stays_inside(name):
-    """What touches the image or sigma, and every norm, keeps float32."""
-    net = network(name)
+def test_only_inner_layers_are_bfloat16(name):
+    """Norms, and the layers at the image and at sigma, stay in float32."""
+    net = shared(name)
     made, _ = inference.copy_for_inference(net.family, net.backbone, torch.bfloat16)
     dtypes = {key.rpartition(".")[0]: value.dtype for key, value in made.state_dict().items()}
     low = {path for path, dtype in dtypes.items() if dtype == torch.bfloat16}
@@ -132,43 +151,40 @@ def test_bfloat16_stays_inside(name):
     assert low == linear - first - last - net.family.level_modules(net.backbone)
 
 
+@every_path
 @torch.no_grad()
-def test_a_batch_in_parts_is_the_batch(rng, monkeypatch):
-    for name in NETS:
-        fast, x, beside = network(name).inference_copy(), images(3, rng), condition(name, 3, rng)
-        whole, sizes = fast(x, 0.3, beside), []
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                "scorematch.nets.inference.part_size", lambda width, x, sizes=sizes: sizes.append(len(x)) or 2
-            )
-            torch.testing.assert_close(fast(x, 0.3, beside), whole, rtol=1e-4, atol=1e-4)
-        assert sizes == [3]
+def test_a_batch_processed_in_parts_gives_the_same_result(name, rng, monkeypatch):
+    fast, x, beside = _copy(name, torch.float32), images(3, rng), condition(name, 3, rng)
+    whole, sizes = fast(x, 0.3, beside), []
+    monkeypatch.setattr("scorematch.nets.inference.part_size", lambda width, x: sizes.append(len(x)) or 2)
+    torch.testing.assert_close(fast(x, 0.3, beside), whole, rtol=1e-4, atol=1e-4)
+    assert sizes == [3]
 
 
-def test_parts_hold_two_million_values():
+def test_parts_have_at_most_two_million_values_on_a_cpu():
     assert inference.part_size(128, torch.empty(100, 3, 32, 32)) == 16
     assert inference.part_size(128, torch.empty(100, 3, 256, 256)) == 1
     assert inference.part_size(128, torch.empty(100, 3, 32, 32, device="meta")) == 100
 
 
-# In bfloat16 pooling of a random network finds its maximum at other pixels, and passes the gradient on to those.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.3)])
-@every_net
-def test_gradients_with_respect_to_the_image_flow_through(name, dtype, tolerance, rng, native):
-    native(dtype)
-    net, x, beside = network(name), images(2, rng, size=16).requires_grad_(), condition(name, 2, rng, size=16)
+# In bfloat16 the maxima of pooling can be at other pixels, which then get the gradient.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-3), pytest.param(torch.bfloat16, 0.3, marks=pytest.mark.slow)]
+)
+@every_path
+def test_gradients_of_the_copy_with_respect_to_the_image(name, dtype, tolerance, rng):
+    x, beside = images(1, rng, size=16).requires_grad_(), condition(name, 1, rng, size=16)
     found, right = (
-        torch.autograd.grad(score(x, 0.3, beside).square().sum(), x)[0] for score in (net.inference_copy(), net)
+        torch.autograd.grad(score(x, 0.3, beside).square().sum(), x)[0] for score in (_copy(name, dtype), shared(name))
     )
     assert (found - right).norm() <= tolerance * right.norm()
 
 
 @pytest.mark.parametrize("name", ["ncsn", "ncsnv2", "unet", "unet, classes"])
-def test_gradients_of_an_earlier_level(name, rng, native):
-    """As of two threads that share a copy: one asks for a gradient when the other has set the next level."""
-    native(torch.float32)
-    net, x, beside = network(name), images(2, rng).requires_grad_(), condition(name, 2, rng)
-    fast = net.inference_copy()
+def test_gradients_of_a_level_after_a_call_at_another_level(name, rng):
+    """For example with two threads: one computes a gradient after the other has called the copy at its level."""
+    net, fast = shared(name), _copy(name, torch.float32)
+    x, beside = images(2, rng).requires_grad_(), condition(name, 2, rng)
     earlier = fast(x, 0.3, beside).square().sum()
     fast(x, 2.0, beside)
     (found,) = torch.autograd.grad(earlier, x)
@@ -181,26 +197,26 @@ def test_gradients_of_an_earlier_level(name, rng, native):
 
 @torch.no_grad()
 def test_what_depends_on_sigma_is_computed_once_per_level(rng, rows):
-    net = network("ncsn")
+    net = shared("ncsn")
     norms, fast, x, sigma = _norms(net), net.inference_copy(), images(2, rng), torch.tensor(0.3)
     first = [fast(x, sigma) for _ in range(3)][-1]
     assert len(rows) == norms
-    assert torch.equal(fast(x, torch.tensor(0.3)), first)  # another tensor of the same value
+    assert torch.equal(fast(x, torch.tensor(0.3)), first)  # another tensor with the same value
     assert len(rows) == norms
     sigma.fill_(3.0)  # the same tensor with another value
     assert torch.equal(fast(x, sigma), fast(x, 3.0))
     assert len(rows) == 2 * norms
     assert fast(x.double(), 3.0).dtype == torch.float64
-    assert len(rows) == 3 * norms  # its coefficients are float64
+    assert len(rows) == 3 * norms  # computed again, because coefficients for float64 data are float64
     rows.clear()
     run(AnnealedLangevinSampler(net, SHORT, steps_per_level=4), 2)
-    assert len(rows) == 3 * norms  # the last denoising is at the last level
+    assert len(rows) == 3 * norms  # once for each level; the final denoising is at the last level
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_level_on_a_device_is_not_read(rows):
-    """To know whether it is the level before, the host would have to wait for the device."""
+def test_sigma_on_a_device_is_not_read(rows):
+    """Comparing it with the previous level would make the host wait for the device."""
     net = network("ncsn").to("meta")
     fast, x = net.inference_copy(), torch.empty(2, 5, SIZE, SIZE, device="meta")
     for count, sigma in enumerate([torch.tensor(0.3, device="meta")] * 3, 1):
@@ -213,8 +229,7 @@ def test_a_level_on_a_device_is_not_read(rows):
 
 @torch.no_grad()
 def test_an_interrupted_change_of_level_is_repeated(rng, monkeypatch):
-    net = network("ncsn")
-    fast, x = net.inference_copy(), images(2, rng)
+    fast, x = _copy("ncsn", torch.float32), images(2, rng)
     expected = fast(x, 3.0)
     fast(x, 0.3)
 
@@ -228,11 +243,10 @@ def test_an_interrupted_change_of_level_is_repeated(rng, monkeypatch):
     assert torch.equal(fast(x, 3.0), expected)
 
 
-def test_inference_mode(rng):
-    """What was computed for a level is not used for another, also where tensors have no versions."""
-    net = network("ncsn")
+def test_results_of_another_level_are_not_reused_in_inference_mode(rng):
+    """Tensors in inference mode have no version counters that would show a change in place."""
     with torch.inference_mode():
-        fast, x, sigma = net.inference_copy(), images(2, rng), torch.tensor(0.3)
+        fast, x, sigma = shared("ncsn").inference_copy(), images(2, rng), torch.tensor(0.3)
         fast(x, sigma)
         sigma.fill_(5.0)
         assert torch.equal(fast(x, sigma), fast(x, torch.tensor(5.0)))
@@ -240,8 +254,8 @@ def test_inference_mode(rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ncsn", "unet, image"])
-def test_threads_share_a_copy(name):
-    """Each gets the score of its own level."""
+def test_threads_can_share_a_copy(name):
+    """Each thread gets the score of its own noise level."""
     net = network(name)
     fast, levels = net.inference_copy(), (0.3, 2.0)
     x, beside = images(2, seed()), condition(name, 2, seed(1))
@@ -261,11 +275,11 @@ def test_threads_share_a_copy(name):
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
-# -- Networks that are called as they are
+# -- Networks without an inference copy
 
 
 class Hidden(nn.Conv2d):
-    """Of the user's making."""
+    """A layer of a class that the user has defined."""
 
 
 def _hooked(net):
@@ -303,7 +317,7 @@ def _widened(net):
         lambda net: net.backbone.begin_conv.half(),
     ],
 )
-def test_what_is_not_as_it_was_built_is_called_as_it_is(change):
+def test_inference_copy_of_a_modified_network_is_the_network_itself(change):
     net = network("ncsn")
     assert net.inference_copy() is not net
     change(net)
@@ -319,14 +333,14 @@ def _without_bias(attention):
 
 
 @pytest.mark.parametrize("change", [_low_rank, _without_bias])
-def test_adapters_made_of_torchs_own_layers(change):
+def test_inference_copy_of_a_network_with_adapters_is_the_network_itself(change):
     net = network("unet, one head")
     change(net.backbone.mid_block.attentions[0])
     assert net.inference_copy() is net
     assert run(AnnealedLangevinSampler(net, SHORT, steps_per_level=1), 2).shape == (2, 5, SIZE, SIZE)
 
 
-def test_a_network_that_was_copied_or_loaded_is_as_it_was_built(tmp_path):
+def test_copied_and_loaded_networks_have_an_inference_copy(tmp_path):
     made = (ScoreNet.ncsn(1, SIZE, width=4, schedule=LEVELS), ScoreNet.unet(1, SIZE, widths=(8, 8), schedule=LEVELS))
     for net in map(copy.deepcopy, made):
         assert net.inference_copy() is not net
@@ -335,7 +349,7 @@ def test_a_network_that_was_copied_or_loaded_is_as_it_was_built(tmp_path):
         assert again.inference_copy() is not again
 
 
-def test_subclasses_are_called_as_they_are():
+def test_inference_copy_of_a_subclass_is_the_network_itself():
     class Brighter(UNet):
         def forward(self, x, c_noise, condition=None):
             return super().forward(x, c_noise, condition) + 1
@@ -352,7 +366,7 @@ def test_subclasses_are_called_as_they_are():
         assert net.inference_copy() is net
 
 
-def test_the_users_own_are_called_as_they_are(world):
+def test_inference_copy_of_a_user_defined_network_is_the_network_itself(world):
     own = ScoreNet(nn.Sequential(nn.Linear(2, 2)), LEVELS)
     assert own.inference_copy() is own
     init = torch.randn(3, 3, generator=seed())
@@ -366,7 +380,7 @@ def test_the_users_own_are_called_as_they_are(world):
 # -- In the samplers
 
 
-def test_it_says_what_the_network_says():
+def test_the_copy_has_the_attributes_of_the_network():
     net = ScoreNet.ncsn(1, (SIZE, 12), width=2, schedule=LEVELS)
     net.sampler_settings = SamplerSettings(levels=4, consistent=True)
     fast = net.inference_copy()
@@ -384,8 +398,8 @@ def _one_block():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SAMPLERS)
-def test_every_sampler_accepts_it_in_place_of_the_network(kind, monkeypatch):
-    """With the same samples, and one copy for all of them."""
+def test_every_sampler_accepts_a_copy_in_place_of_the_network(kind, monkeypatch):
+    """The samples are equal, and no further copy is made."""
     net = ScoreNet.ncsn(1, SIZE, width=2, schedule=LEVELS)
     expected = run(SAMPLERS[kind](net, levels=4), 2, generator=0)
     fast = net.inference_copy()
@@ -394,30 +408,30 @@ def test_every_sampler_accepts_it_in_place_of_the_network(kind, monkeypatch):
     assert str(sampler) == str(SAMPLERS[kind](net, levels=4))
     for _ in range(2):
         assert torch.equal(run(sampler, 2, generator=0), expected)
-    with pytest.raises(ValueError, match="calls the network itself, but net is its inference copy"):
+    with pytest.raises(ValueError, match="needs the network itself, but net is an inference copy"):
         SAMPLERS[kind](fast, levels=4, precision="float32")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile
-def test_an_inference_copy_is_its_own():
-    net = network("unet")
+def test_the_inference_copy_of_a_copy_is_the_copy_itself(compiler):
+    net = shared("unet")
     fast = net.inference_copy()
     assert fast.inference_copy() is fast
     with pytest.raises(ValueError, match=r"is not compiled. Write net.inference_copy\(compile=True\)"):
         fast.inference_copy(compile=True)
-    compiled = net.inference_copy(compile=True)  # at its first call
+    compiled = net.inference_copy(compile=True)  # compilation would happen at the first call
     assert compiled.inference_copy() is compiled and compiled.inference_copy(compile=True) is compiled
 
 
 @pytest.mark.parametrize("name", ["ncsn", "unet", "ncsnpp"])
-def test_a_generator_leaves_the_global_seed_alone(name):
-    net = network(name)
+def test_sampling_with_a_seed_leaves_the_global_generator_alone(name):
+    net = shared(name)
     before = torch.get_rng_state()
     run(AnnealedLangevinSampler(net, SHORT, steps_per_level=1), 3, generator=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_one_copy_per_run_and_none_kept(monkeypatch):
+def test_a_sampler_makes_one_copy_per_run_and_does_not_keep_it(monkeypatch):
     made, original = [], inference.copy_for_inference
 
     def spy(*args, **kwargs):
@@ -435,8 +449,8 @@ def test_one_copy_per_run_and_none_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("levels", [6, pytest.param(30, marks=pytest.mark.slow)])
-def test_digits_are_the_same_to_the_eye(levels, native):
-    """Same seeds in bfloat16 and float32: each of the digits is the same digit, to a few gray levels."""
+def test_bfloat16_and_float32_give_nearly_the_same_digits(levels, native):
+    """With equal seeds the root mean square difference of each digit is below 0.05."""
     native(torch.bfloat16)
     net = ScoreNet.from_pretrained("mnist")
     found = [
@@ -451,7 +465,7 @@ def test_digits_are_the_same_to_the_eye(levels, native):
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Compiles with a backend that returns the function itself, and counts how often it was asked to."""
+    """Replaces the backend of torch.compile by one that returns the graph itself; a list of the compiled graphs."""
     graphs = []
 
     def backend(graph, inputs):
@@ -465,7 +479,7 @@ def compiler(monkeypatch):
 
 
 def _tiny():
-    """Compilation takes seconds even for small networks."""
+    """A network for tests of compilation, which takes seconds even for small networks."""
     torch.manual_seed(0)
     options = {"block_out_channels": (4,), "layers_per_block": 1, "norm_num_groups": 2, "add_attention": False}
     return ScoreNet(UNet(1, 1, num_class_embeds=3, **options, **_one_block()), LEVELS, sample_shape=(1, SIZE, SIZE))
@@ -476,7 +490,7 @@ def _tiny():
     "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ncsn", "unet, classes", "ncsnpp"))]
 )
 @torch.no_grad()
-def test_it_compiles_once_for_all_levels(name, rng, compiler):
+def test_a_copy_is_compiled_once_for_all_levels(name, rng, compiler):
     net = _tiny() if name == "tiny" else network(name)
     x, beside = torch.rand(2, *net.sample_shape, generator=rng), 1 if name == "tiny" else condition(name, 2, rng)
     plain, compiled = net.inference_copy(), net.inference_copy(compile=True)
@@ -501,7 +515,7 @@ def test_a_compiled_copy_is_compiled_once_for_many_runs(compiler):
 
 
 @torch.no_grad()
-def test_without_a_compiler_it_warns_and_runs(rng, monkeypatch):
+def test_without_a_compiler_there_is_a_warning_and_the_result_is_the_same(rng, monkeypatch):
     def broken(function, **options):
         def call(*args):
             raise RuntimeError("No working C++ compiler found\nlong story")
@@ -509,22 +523,22 @@ def test_without_a_compiler_it_warns_and_runs(rng, monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    net, x = network("ncsnv2"), images(2, rng)
+    net, x = shared("ncsnv2"), images(2, rng)
     fast = net.inference_copy(compile=True)
-    with pytest.warns(UserWarning, match=r"sampling continues without it: No working C\+\+ compiler found$"):
+    with pytest.warns(UserWarning, match=r"the network runs uncompiled: No working C\+\+ compiler found$"):
         found = fast(x, 0.3)
     assert torch.equal(found, net.inference_copy()(x, 0.3))
-    assert torch.equal(found, fast(x, 0.3))  # and it does not warn again
+    assert torch.equal(found, fast(x, 0.3))  # the second call does not warn
 
 
 @torch.no_grad()
-def test_bad_input_of_a_compiled_copy_is_called_bad(compiler):
-    fast = network("ncsnv2").inference_copy(compile=True)
-    with pytest.raises(ValueError, match=r"shape \(N, 5, H, W\), got \(2, 3, 8, 8\)"):
+def test_invalid_input_of_a_compiled_copy_raises_the_usual_error(compiler):
+    fast = shared("ncsnv2").inference_copy(compile=True)
+    with pytest.raises(ValueError, match=r"images \(N, 5, H, W\), got shape \(2, 3, 8, 8\)"):
         fast(torch.zeros(2, 3, SIZE, SIZE), 0.3)
 
 
 @pytest.mark.parametrize("settings", [{"net": lambda x, sigma: -x}, {"precision": "float32"}])
-def test_what_cannot_be_compiled(settings):
-    with pytest.raises(ValueError, match=r"compile=True is for a ScoreNet.*Pass torch.compile\(net\)"):
-        AnnealedLangevinSampler(**{"net": network("ncsnv2"), "schedule": LEVELS, **settings}, compile=True)
+def test_compile_raises_for_scores_that_cannot_be_compiled(settings):
+    with pytest.raises(ValueError, match=r"compile=True needs a ScoreNet.*pass torch.compile\(net\)"):
+        AnnealedLangevinSampler(**{"net": shared("ncsnv2"), "schedule": LEVELS, **settings}, compile=True)

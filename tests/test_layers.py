@@ -1,4 +1,4 @@
-"""Group norm is that of torch, in value and in every derivative, for a batch as a whole and in parts; activations."""
+"""Group norm equals that of torch in values and derivatives, for whole batches and batches in parts; activations."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from scorematch.nets.layers import ConditionalInstanceNormPlus, GroupNorm, Insta
 
 @pytest.fixture(autouse=True, params=["whole", "one by one"])
 def _parts(request, monkeypatch):
-    """Both ways through a batch."""
+    """Runs every test with whole batches and with batches in parts."""
     if request.param == "one by one":
         monkeypatch.setattr(group_norm, "_PART_VALUES", 1)
 
@@ -28,12 +28,12 @@ def _last(x):
     return x.to(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("size", [(6, 5), (40, 30)])  # below and above where torch's own forward is the fast one
+@pytest.mark.parametrize("size", [(6, 5), (40, 30)])  # a small and a large image, which use different code
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)]
 )
-def test_it_is_group_norm(size, groups, dtype, tolerance, rng):
+def test_values_and_gradients_equal_those_of_torchs_group_norm(size, groups, dtype, tolerance, rng):
     norm = _norm(groups, 8, dtype)
     x = (2 * torch.randn(3, 8, *size, generator=rng) + 5).to(dtype)
     g = torch.randn(3, 8, *size, generator=rng).to(dtype)
@@ -46,17 +46,17 @@ def test_it_is_group_norm(size, groups, dtype, tolerance, rng):
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-def test_a_large_mean_costs_no_digits(rng):
+def test_group_norm_is_accurate_for_data_with_a_large_mean(rng):
     x = torch.randn(2, 8, 6, 6, generator=rng) + 1000
     norm = _norm(4, 8, torch.float32)
     expected = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double())
-    torch.testing.assert_close(norm(_last(x)).double(), expected, rtol=0, atol=2e-3)  # x itself is rounded to 6e-5
+    torch.testing.assert_close(norm(_last(x)).double(), expected, rtol=0, atol=2e-3)  # the error of x itself is 6e-5
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("size", "rounded"), [((30, 40), 1), ((64, 70), 3)])  # large ones are rounded thrice
-def test_half_precision_loses_its_own_rounding_only(size, rounded, rng):
-    """Of bfloat16's eight bits one rounding loses up to 2^-8, and 2^-8 / sqrt(3) in the root mean square."""
+@pytest.mark.parametrize(("size", "rounded"), [((30, 40), 1), ((64, 70), 3)])  # large images are rounded three times
+def test_the_error_in_half_precision_is_that_of_its_roundings(size, rounded, rng):
+    """One rounding to the 8 bits of bfloat16 has a relative error of at most 2^-8, and 2^-8 / sqrt(3) on average."""
     norm = _norm(4, 8, torch.float32)
     x = (2 * torch.randn(3, 8, *size, generator=rng) + 1).bfloat16()
     level = torch.randn(1, 8, 1, 1, generator=rng)
@@ -66,9 +66,9 @@ def test_half_precision_loses_its_own_rounding_only(size, rounded, rng):
     assert error < rounded**0.5 * 2**-8 / 3**0.5
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of torch's own forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # a warning of torch's forward mode
 @pytest.mark.parametrize("size", [(2, 3), (32, 32)])
-def test_derivatives_of_both_orders_and_both_modes(size, rng):
+def test_first_and_second_derivatives_in_reverse_and_forward_mode(size, rng):
     norm = _norm(2, 4, torch.float64)
     x = _last(torch.randn(2, 4, *size, generator=rng, dtype=torch.float64))
 
@@ -99,7 +99,7 @@ def test_derivatives_of_both_orders_and_both_modes(size, rng):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("size", [(5, 5), (33, 33)])
-def test_the_gradient_of_a_directional_derivative(size, rng):
+def test_gradient_of_a_directional_derivative(size, rng):
     norm = _norm(2, 4, torch.float64)
     x, v = (torch.randn(3, 4, *size, generator=rng, dtype=torch.float64) for _ in range(2))
 
@@ -110,7 +110,7 @@ def test_the_gradient_of_a_directional_derivative(size, rng):
     torch.testing.assert_close(slope(lambda x: norm(x).sin().sum(), _last(x), _last(v)), right)
 
 
-def test_under_vmap(rng):
+def test_group_norm_under_vmap(rng):
     norm = _norm(2, 4, torch.float64)
     x = torch.randn(3, 2, 4, 5, 5, generator=rng, dtype=torch.float64)
     last = torch.stack([_last(one) for one in x])
@@ -119,7 +119,7 @@ def test_under_vmap(rng):
         torch.testing.assert_close(torch.vmap(norm)(each), expected)
 
 
-def test_gradients_in_batches(rng):
+def test_batched_gradients(rng):
     norm = _norm(2, 4, torch.float64)
     x = _last(torch.randn(3, 4, 5, 5, generator=rng, dtype=torch.float64)).requires_grad_()
     directions = torch.randn(5, 3, generator=rng, dtype=torch.float64)
@@ -150,7 +150,7 @@ NORMS = {
 
 
 def _called(norm, x, level, activation=None):
-    """A norm of any kind, with the level where it takes one."""
+    """Calls a norm of any kind, with the noise level if it takes one."""
     if isinstance(norm, GroupNorm):
         return norm(x, activation, level)
     return norm(x, torch.tensor(1.0, device=x.device), activation)
@@ -160,9 +160,9 @@ def _called(norm, x, level, activation=None):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NORMS)
-def test_the_activation_is_applied_to_nothing_of_the_callers(name, dtype, grad, activation, rng):
+def test_the_activation_does_not_modify_the_callers_tensors(name, dtype, grad, activation, rng):
     norm, level = NORMS[name](), torch.randn(2, 8, 1, 1, generator=rng).to(dtype)
-    sizes = [(6, 5), (64, 64)] if activation is F.silu else [(6, 5)]  # small images and large are processed differently
+    sizes = [(6, 5), (64, 64)] if activation is F.silu else [(6, 5)]  # small and large images use different code
     for size in sizes:
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, 8, *size, generator=rng).to(dtype).contiguous(memory_format=layout)
@@ -178,7 +178,7 @@ def test_the_activation_is_applied_to_nothing_of_the_callers(name, dtype, grad, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NORMS)
 def test_norms_run_on_devices_without_autocast(name, dtype):
-    """Such as meta, for which ``torch.is_autocast_enabled`` raises."""
+    """For example meta, for which ``torch.is_autocast_enabled`` raises an error."""
     x, level = (torch.empty(2, 8, *size, dtype=dtype, device="meta") for size in [(6, 5), (1, 1)])
     norm = NORMS[name]().to("meta")
     assert _called(norm, x, level, F.silu).dtype == dtype
@@ -186,8 +186,8 @@ def test_norms_run_on_devices_without_autocast(name, dtype):
         assert _called(norm, x, level, F.silu).dtype == dtype
 
 
-def test_autocast_keeps_the_norms_in_float32(rng):
-    """In training their input is not widened, which autograd would keep; statistics are float32 all the same."""
+def test_under_autocast_group_norm_computes_in_float32(rng):
+    """In training half-precision input is not converted to float32, which autograd would store; statistics are."""
     norm = _norm(4, 8, torch.float32)
     x = (torch.randn(3, 8, 6, 5, generator=rng) + 100).bfloat16()
     expected = F.group_norm(x.float(), 4, norm.weight, norm.bias, norm.eps)

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
+from scorematch.evaluation.exact import Gaussian
+from scorematch.evaluation.likelihood import data_likelihood
 from scorematch.likelihood import bits_per_dimension, log_likelihood
+from scorematch.training import open_images
 from tests.helpers import HostReads, NoFloat64, point, seed
 
 WIDE = NoiseSchedule.karras(50, 0.05, 200)
@@ -18,7 +21,7 @@ def likelihood(net, x, schedule=WIDE, **arguments):
 
 
 def _gaussian(world, x, schedule):
-    """What the flow of a Gaussian makes of N(0, sigma_max^2): each axis of the covariance is scaled."""
+    """The exact result for a Gaussian and the start N(0, sigma_max^2): the flow scales each axis of the covariance."""
     values, vectors = world.values.double(), world.vectors.double()
     along = (x.double() - world.mean) @ vectors
     scale = ((values + schedule.sigma_max**2) / (values + schedule.sigma_min**2)).sqrt()
@@ -27,7 +30,7 @@ def _gaussian(world, x, schedule):
     return normal.log_prob(there).sum(1) + scale.log().sum()
 
 
-def test_a_gaussian_is_the_closed_form_and_the_error_of_second_order(world):
+def test_likelihood_of_a_gaussian_has_its_closed_form_with_second_order_error(world):
     x = world.sample(100, seed(0)).double()
     exact = _gaussian(world, x, WIDE)
     errors = [
@@ -39,9 +42,9 @@ def test_a_gaussian_is_the_closed_form_and_the_error_of_second_order(world):
     assert errors[-1] < 3e-3  # nats
 
 
-def test_the_error_of_the_start_is_the_divergence_of_the_loudest_density(world):
-    """The flow keeps the Kullback-Leibler divergence of the data with noise of sigma_max from the normal start."""
-    schedule = NoiseSchedule.karras(5, 0.05, 200)
+def test_error_of_the_normal_start_is_its_kullback_leibler_divergence(world):
+    """It is the divergence of the data with noise of level sigma_max from the start, which the flow preserves."""
+    schedule = NoiseSchedule.karras(5, 0.05, 100)
     rng, n = seed(0), 4000
     x = world.sample(n, rng).double()
     x += schedule.sigma_min * torch.randn(n, 3, generator=rng, dtype=torch.float64)
@@ -53,30 +56,30 @@ def test_the_error_of_the_start_is_the_divergence_of_the_loudest_density(world):
     moment = float(world.mean.square().sum() / schedule.sigma_max**2 + excess.sum()) / 2
     divergence = moment - float(torch.log1p(excess).sum()) / 2
     assert abs(cost.mean() - divergence) < 5 * cost.std() / math.sqrt(n) + 3e-3
-    assert 0 < divergence < moment  # the bound that is stated
+    assert 0 < divergence < moment  # the documented bound
 
 
-def test_a_mixture_is_the_closed_form_and_has_mass_one(mixture):
-    """Of mean zero: then the error of the start is of second order in 1 / sigma_max at each point."""
-    mixture = type(mixture)([0.5, 0.5], [[1.5, 1.5], [-1.5, -1.5]], 0.5)
+def test_likelihood_of_a_mixture_has_its_closed_form_and_integrates_to_one(mixture):
+    """The mean is zero, so that the error of the normal start is of second order in 1 / sigma_max at each point."""
+    mixture = type(mixture)([0.5, 0.5], [[1.5, 1.5], [-1.5, -1.5]], 0.25)
     x = mixture.sample(300, seed(0)).double()
-    found = likelihood(mixture, x, NoiseSchedule.karras(100, 0.05, 400), probes=None)
-    # Of the start at most 4.75 z^2 / (2 * 100^2) = 0.004 at four deviations; the rest is for 400 levels.
+    found = likelihood(mixture, x, NoiseSchedule.karras(100, 0.05, 300), probes=None)
+    # The start has an error of at most 4.75 z^2 / (2 * 100^2) = 0.004 at four deviations; 300 levels have the rest.
     torch.testing.assert_close(found, mixture.log_density(x, 0.05), rtol=0, atol=1e-2)
-    axis = torch.linspace(-6, 6, 61, dtype=torch.float64)
-    mass = likelihood(mixture, torch.cartesian_prod(axis, axis), probes=None).exp().sum() * 0.2**2
+    axis = torch.linspace(-6, 6, 41, dtype=torch.float64)
+    mass = likelihood(mixture, torch.cartesian_prod(axis, axis), probes=None).exp().sum() * 0.3**2
     assert mass == pytest.approx(1, abs=2e-3)
 
 
-def test_data_at_a_point_are_exact_at_any_number_of_levels():
-    """Straight paths, and no trace: what is left is the prior's own formula."""
+def test_likelihood_for_data_at_a_point_is_exact_with_few_levels():
+    """The paths are straight, so the result is the density of N(0, sigma_min^2)."""
     x = torch.randn(20, 5, generator=seed(0), dtype=torch.float64)
     found = likelihood(point, x, NoiseSchedule([10.0, 3.0, 0.7]), probes=None)
     torch.testing.assert_close(found, torch.distributions.Normal(0.0, 0.7).log_prob(x).sum(1))
 
 
-def test_random_directions_agree_with_the_trace(world):
-    """Unbiased, with the spread that their number says: the off-diagonal of the Jacobian, integrated."""
+def test_random_directions_estimate_the_trace_without_bias(world):
+    """With four directions the standard deviation is half of that with one."""
     x = world.sample(1, seed(0)).double().expand(2000, 3)
     schedule = NoiseSchedule.karras(50, 0.05, 40)
     exact = likelihood(world, x[:1], schedule, probes=None)
@@ -89,7 +92,7 @@ def test_random_directions_agree_with_the_trace(world):
     assert spreads[0] / spreads[1] == pytest.approx(2, rel=5 * math.sqrt(1 / 2000))
 
 
-def test_on_a_diagonal_jacobian_one_direction_is_the_trace():
+def test_one_random_direction_gives_the_exact_trace_of_a_diagonal_jacobian():
     x = torch.randn(5, 7, generator=seed(0), dtype=torch.float64)
     one, exact = (
         likelihood(lambda x, sigma: -x / (1 + sigma**2), x, probes=probes, generator=seed(1)) for probes in (1, None)
@@ -99,45 +102,45 @@ def test_on_a_diagonal_jacobian_one_direction_is_the_trace():
 
 def test_images_do_not_depend_on_each_other(rng):
     torch.manual_seed(0)
-    net = ScoreNet.unet(1, 8, widths=(8, 8), schedule=NoiseSchedule.geometric(5, 0.05, 10))
+    net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=NoiseSchedule.geometric(5, 0.05, 10))
     torch.nn.init.normal_(net.backbone.conv_out.weight, std=0.1, generator=rng)
     x = torch.rand(3, 1, 8, 8, generator=rng)
-    schedule = NoiseSchedule.karras(5, 0.05, 6)
+    schedule = NoiseSchedule.karras(5, 0.05, 4)
     for function in (log_likelihood, bits_per_dimension):
         whole = function(net, x, schedule, generator=[seed(i) for i in range(3)], progress=False)
         parts = [function(net, x[i : i + 1], schedule, generator=[seed(i)], progress=False) for i in range(3)]
         torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-4, atol=1e-3)
 
 
-def test_a_network_is_left_as_it_was_and_so_is_the_global_seed(rng):
+def test_log_likelihood_changes_neither_network_nor_global_generator(rng):
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(5, 0.05, 4)).train()
     state, x = torch.get_rng_state(), torch.rand(2, 1, 8, 8, generator=rng)
     before = x.clone()
-    found = log_likelihood(net, x, generator=rng, progress=False)
+    found = log_likelihood(net, x, net.schedule, generator=rng, progress=False)
     assert net.training and not found.requires_grad and torch.isfinite(found).all()
     assert all(parameter.grad is None for parameter in net.parameters())
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(x, before)
 
 
-def test_bits_of_certainty_are_the_stated_floor():
-    """A score that is certain of black, at the level's own blur: log2(255 sigma sqrt(2 pi)), and the dequantization."""
+def test_bits_per_dimension_of_a_certain_score_are_the_documented_minimum():
+    """For black images and their exact score: log2(255 sigma sqrt(2 pi)) plus a term for the dequantization noise."""
     sigma = 0.02
     schedule = NoiseSchedule.karras(5, sigma, 10)
     images = torch.zeros(50, 1000, dtype=torch.float64)
     found = bits_per_dimension(point, images, schedule, probes=1, generator=seed(0), progress=False)
-    spread = 1 / (12 * 255**2) / (2 * sigma**2) / math.log(2)  # of u, in units of the blur
+    spread = 1 / (12 * 255**2) / (2 * sigma**2) / math.log(2)  # of the dequantization noise, relative to sigma
     assert float(found.mean()) == pytest.approx(math.log2(255 * sigma * math.sqrt(2 * math.pi)) + spread, abs=1e-4)
 
 
-def test_bits_of_a_wide_gaussian_are_its_entropy():
-    """On images that come from it; the cells are narrow, so quantization takes nothing away."""
+def test_bits_per_dimension_of_a_wide_gaussian_are_its_entropy():
+    """For images drawn from it. The gray levels are narrow, so that quantization does not matter."""
     deviation, n = 0.1, 200_000
-    z = torch.randn(n // 100, 100, generator=seed(0), dtype=torch.float64)
+    z = torch.randn(n // 100, 100, generator=seed(0))
     images = ((0.5 + deviation * z).clamp(0, 1) * 255).round() / 255
     found = bits_per_dimension(
         lambda x, sigma: -(x - 0.5) / (deviation**2 + sigma**2),
         images,
-        NoiseSchedule.karras(50, 0.002, 100),
+        NoiseSchedule.karras(20, 0.002, 80),
         generator=seed(1),
         progress=False,
     )
@@ -167,14 +170,14 @@ def test_bits_of_a_wide_gaussian_are_its_entropy():
         (bits_per_dimension, {"images": torch.full((2, 3), math.nan)}, ValueError, r"in \[0, 1\], got values from nan"),
     ],
 )
-def test_bad_arguments(function, arguments, error, message):
+def test_invalid_arguments_raise(function, arguments, error, message):
     with pytest.raises(error, match=message):
         function(**{"net": lambda x, sigma: -x, "schedule": WIDE, **arguments})
 
 
-def test_inference_mode_and_wrapped_networks_change_nothing(rng):
+def test_likelihood_is_equal_in_inference_mode_and_for_wrapped_networks(rng):
     torch.manual_seed(0)
-    net = ScoreNet.unet(1, 8, widths=(8, 8), schedule=NoiseSchedule.geometric(10, 0.01, 6)).eval()
+    net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=NoiseSchedule.geometric(10, 0.01, 6)).eval()
     torch.nn.init.normal_(net.backbone.conv_out.weight)
     few = NoiseSchedule.karras(10, 0.01, 4)
     x = torch.rand(2, 1, 8, 8, generator=rng)
@@ -185,17 +188,17 @@ def test_inference_mode_and_wrapped_networks_change_nothing(rng):
 
 
 @pytest.mark.parametrize("function", [log_likelihood, bits_per_dimension])
-def test_a_list_of_generators_has_one_for_each_image(function, world):
+def test_a_list_of_generators_of_the_wrong_length_raises(function, world):
     with pytest.raises(ValueError, match="one entry for each of the 3 samples, got 1"):
         function(world, torch.rand(3, 3), WIDE, generator=[seed(0)], progress=False)
 
 
 def test_an_int_is_a_seed(rng):
-    """One generator for the uniform numbers and then for the directions, in both."""
+    """The same generator draws the dequantization noise and then the directions."""
     x = torch.rand(2, 3, generator=rng)
     schedule = NoiseSchedule.karras(5, 0.05, 6)
 
-    def score(x, sigma):  # not diagonal, so that the directions matter
+    def score(x, sigma):  # its Jacobian is not diagonal, so that the result depends on the directions
         return -x - x.roll(1, 1) ** 2
 
     for function in (log_likelihood, bits_per_dimension):
@@ -205,8 +208,8 @@ def test_an_int_is_a_seed(rng):
         assert torch.equal(*found)
 
 
-def test_the_uniform_numbers_are_uniform_in_their_cells():
-    """Read from what the score is called with first: within half a step of the grid, and from end to end."""
+def test_dequantization_noise_is_uniform_within_one_gray_level():
+    """The noise in the first x that the score gets is within half a gray level, with the variance 1/12."""
     seen = []
 
     def score(x, sigma):
@@ -221,7 +224,7 @@ def test_the_uniform_numbers_are_uniform_in_their_cells():
     assert abs(float(u.square().mean()) - 1 / 12) < 5 * math.sqrt(1 / 180 / u.numel())
 
 
-def test_a_condition_is_passed_on():
+def test_the_condition_is_passed_to_the_score():
     conditions = []
 
     def score(x, sigma, *condition):
@@ -237,11 +240,148 @@ def test_a_condition_is_passed_on():
     assert not conditions[-1][0].is_inference()
 
 
-def test_no_value_is_read_and_no_float64_reaches_a_device():
-    """On the meta device, where values cannot be read; a float64 image stays float64 on the CPU only."""
+def test_likelihood_reads_no_value_and_sends_no_float64_to_a_device():
+    """Tested on the meta device, where values cannot be read. Only on the CPU float64 images stay float64."""
     with NoFloat64(), HostReads() as reads:
         for probes in (1, 2, None):
             x, schedule = torch.empty(2, 3, device="meta"), NoiseSchedule([5.0, 1.0, 0.1])
             found = likelihood(lambda x, sigma: -x, x, schedule, probes=probes, generator=0)
             assert found.shape == (2,) and found.dtype == torch.float32 and found.device.type == "meta"
     assert reads.count == 0
+
+
+# -- Of a data set ----------------------------------------------------------------------------------------------------
+
+NOISE = NoiseSchedule.karras(20, 0.002, 40)
+
+
+class Digits:
+    """A normal distribution of images around 0.5, rounded to 8 bits; its values are correlated."""
+
+    def __init__(self, shape=(1, 2, 2), n=100):
+        size = math.prod(shape)
+        root = torch.randn(size, size, generator=seed(1), dtype=torch.float64)
+        self.world = Gaussian(torch.full((size,), 0.5), 0.01 * root @ root.T / size + 0.003 * torch.eye(size), shape)
+        self.images = (self.world.sample(n, 2).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def bits(self, data=None, schedule=NOISE, **options):
+        options = {"checks": 20, "progress": False, **options}
+        return data_likelihood(self.world, self.images if data is None else data, schedule, **options)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Digits()
+
+
+def test_the_bits_of_a_gaussian_data_set_are_its_entropy_within_the_error(digits):
+    """The gray levels are narrow, so that quantization does not matter."""
+    found = digits.bits(checks=100)
+    nats = 0.5 * float((2 * math.pi * math.e * digits.world.values).log().sum())
+    expected = nats / (4 * math.log(2)) + math.log2(255)
+    assert abs(found.bits.value + 4 / 3 * found.change.value - expected) < 4 * found.bits.error
+    # The log-density of a normal distribution has the variance D / 2.
+    assert found.bits.error == pytest.approx(math.sqrt(0.5 / 4 / 100) / math.log(2), rel=0.3)
+    assert (found.n, found.checked, found.levels, found.dimension) == (100, 100, 40, 4)
+    assert found.nats.value == pytest.approx(found.bits.value * 4 * math.log(2))
+    assert str(found).startswith(f"{found.bits} bits per dimension over 100 images; the trace")
+
+
+def test_with_normal_noise_the_bits_are_the_entropy_of_the_noisy_data(digits):
+    schedule = NoiseSchedule.karras(20, 0.05, 40)
+    found = digits.bits(schedule=schedule, noise="normal", checks=100)
+    nats = 0.5 * float((2 * math.pi * math.e * (digits.world.values + 0.05**2)).log().sum())
+    expected = nats / (4 * math.log(2)) + math.log2(255)
+    assert abs(found.bits.value + 4 / 3 * found.change.value - expected) < 4 * found.bits.error
+    uniform = digits.bits(schedule=schedule)
+    assert (found.noise, uniform.noise) == ("normal", "uniform") and uniform.bits.value < found.bits.value - 0.05
+    # At a point the mean is the entropy of the noise, the smallest possible value.
+    dark = torch.zeros(50, 1, 10, 10, dtype=torch.uint8)
+    found = data_likelihood(point, dark, schedule, noise="normal", checks=2, progress=False)
+    floor = math.log2(255 * 0.05 * math.sqrt(2 * math.pi * math.e))
+    assert abs(found.bits.value - floor) < 5 * math.sqrt(0.5 / 5000) / math.log(2)
+
+
+def test_the_error_of_the_trace_is_that_of_the_mean(digits):
+    options = {"schedule": NoiseSchedule.karras(20, 0.002, 16), "batch_size": 100}
+    found, known = digits.bits(checks=100, **options), digits.bits(probes=None, checks=2, **options)
+    differences = found.per_image - known.per_image
+    assert torch.equal(found.indices, known.indices) and known.trace_error == 0
+    assert abs(float(differences.mean())) < 4 * found.trace_error
+    assert found.trace_error == pytest.approx(float(differences.std()) / math.sqrt(100), rel=0.3)
+    assert 0.3 < digits.bits(probes=4, checks=100, **options).trace_error / found.trace_error < 0.7
+
+
+def test_the_change_with_twice_the_levels_shows_the_error_of_the_steps(digits):
+    """The method is of second order: with the error e the change is -3/4 e."""
+    options = {"probes": None, "n": 10, "checks": 10}
+    coarse = digits.bits(schedule=NoiseSchedule.karras(20, 0.002, 31), **options)
+    fine = digits.bits(schedule=NoiseSchedule.karras(20, 0.002, 301), **options)
+    error = coarse.bits.value - fine.bits.value
+    assert coarse.change.value == pytest.approx(-0.75 * error, rel=0.1) and error < -0.01
+    assert abs(fine.change.value) < abs(coarse.change.value) / 50
+
+
+def test_bits_do_not_depend_on_the_order_the_batches_or_the_other_images(digits):
+    options = {"schedule": NoiseSchedule.karras(20, 0.002, 8), "checks": 2}
+    known = digits.bits(n=None, **options)
+    order = torch.randperm(100, generator=seed(5))
+    found = digits.bits(digits.images[order], batch_size=17, **options)
+    torch.testing.assert_close(
+        found.per_image[found.indices.argsort()], known.per_image[known.indices.argsort()][order], rtol=1e-5, atol=1e-5
+    )
+    few = digits.bits(n=10, **{**options, "checks": 20})
+    rows = [int((known.indices == i).nonzero()) for i in few.indices]
+    torch.testing.assert_close(few.per_image, known.per_image[rows], rtol=1e-5, atol=1e-5)
+    assert few.n == 10 == few.checked and digits.bits(n=10, seed=1, **options).bits != few.bits
+    assert digits.bits(n=10, **options).bits == few.bits
+
+
+def test_float_images_and_uint8_images_have_the_same_bits(digits):
+    found, expected = (digits.bits(data, n=10, checks=2) for data in (digits.images.float() / 255, digits.images))
+    torch.testing.assert_close(found.bits.value, expected.bits.value, rtol=1e-2, atol=0.2)
+    assert torch.equal(found.indices, expected.indices)
+
+
+def test_labels_are_passed_as_the_condition(digits):
+    seen = []
+
+    def score(x, sigma, condition):
+        seen.append(condition)
+        return digits.world(x, sigma)
+
+    labels = torch.arange(100) % 7
+    data = open_images((digits.images, labels), labels=True)
+    options = {"schedule": NoiseSchedule([1.0, 0.1]), "n": 5, "checks": 2, "progress": False}
+    found = data_likelihood(score, data, condition=lambda images, labels: labels, **options)
+    assert torch.equal(seen[0], labels[found.indices])
+    data_likelihood(score, data, condition=3, **options)
+    assert seen[-1] == 3
+
+
+def test_the_default_levels_are_those_of_log_likelihood():
+    world = Gaussian([0.5], 0.01, (1, 1, 1), schedule=NoiseSchedule.geometric(5, 0.05, 4))
+    found = data_likelihood(world, torch.zeros(2, 1, 1, 1, dtype=torch.uint8), checks=2, progress=False)
+    assert found.levels == 50 and math.isfinite(found.bits.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n": 1}, ValueError, "n must be from 2 to the number of images, 100, got 1"),
+        ({"n": 101}, ValueError, "n must be from 2 to the number of images, 100, got 101"),
+        ({"checks": 1}, ValueError, "checks must be at least 2, got 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"probes": 0}, ValueError, "or None for the exact trace, got 0"),
+        ({"noise": "none"}, ValueError, 'noise must be "uniform" or "normal", got \'none\''),
+        ({"schedule": None}, ValueError, "pass a schedule"),
+    ],
+)
+def test_invalid_arguments_of_data_likelihood_raise(digits, options, error, message):
+    with pytest.raises(error, match=message):
+        digits.bits(**options)
+
+
+def test_an_image_without_a_finite_likelihood_is_named(digits):
+    with pytest.raises(ValueError, match=r"likelihood: image \d+ has the values \[nan\], which are not finite"):
+        data_likelihood(lambda x, sigma: x * math.nan, digits.images, NOISE, n=2, progress=False)

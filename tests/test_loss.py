@@ -23,7 +23,7 @@ def zero(x, sigma):
 
 
 class Scaled(nn.Module):
-    """A known score times one learned number, which is right at 1."""
+    """A known score times one parameter, whose correct value is 1."""
 
     def __init__(self, score):
         super().__init__()
@@ -64,7 +64,7 @@ def test_published_values_of_points_and_single_images(name, published):
 
 def test_published_value_of_one_level(published):
     case = published("ncsn_loss")["single_sigma_dsm"]
-    # The baseline's loss is unweighted.
+    # The loss of the authors' baseline has no weight.
     loss = dsm_loss(
         lambda x, sigma: -(x - 0.5),
         case["samples"],
@@ -88,8 +88,8 @@ def test_published_value_of_the_sliced_loss(published):
     torch.testing.assert_close(loss, case["loss"], rtol=2e-5, atol=0)
 
 
-def test_gradients_are_those_of_the_formula(rng):
-    """Gradients through a conditional network, against the formula written out in double precision."""
+def test_gradients_equal_those_of_the_formula(rng):
+    """For a noise-conditional network, against the formula of the loss in double precision."""
     torch.manual_seed(0)
     net = ScoreNet.ncsn(3, 8, width=4).double()
     x = torch.rand(4, 3, 8, 8, generator=rng, dtype=torch.float64)
@@ -106,10 +106,10 @@ def test_gradients_are_those_of_the_formula(rng):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-# -- Laws
+# -- Properties of the loss
 
 
-def test_a_network_that_knows_nothing_scores_half_the_dimension(rng):
+def test_the_loss_of_a_zero_score_is_half_the_dimension(rng):
     x = torch.rand(2000, 3, 8, 8, generator=rng)
     losses = dsm_loss(zero, x, LEVELS, generator=rng, reduction="none")
     # Half a chi-square of D degrees: mean D/2, variance D/2.
@@ -118,7 +118,7 @@ def test_a_network_that_knows_nothing_scores_half_the_dimension(rng):
 
 
 @pytest.mark.parametrize("which", ["world", "mixture"])
-def test_loss_is_least_at_the_true_score(which, request, rng):
+def test_the_true_score_minimizes_the_loss(which, request, rng):
     world = request.getfixturevalue(which)
     x = world.sample(200_000, rng)
     z = torch.randn(x.shape, generator=rng)
@@ -131,7 +131,8 @@ def test_loss_is_least_at_the_true_score(which, request, rng):
     net = Scaled(world)
     losses = dsm_loss(net, x.double(), sigma=sigma, noise=z, reduction="none")
     (gradient,) = torch.autograd.grad(losses.mean(), net.factor)
-    # d/df of each loss is (sigma f s + z) . sigma s; its mean is zero within five standard errors.
+    # The derivative of each loss by the factor f is (sigma f s + z) . sigma s; at f = 1 its mean is zero, to five
+    # standard errors.
     levels = sigma[:, None].double()
     s = levels * world(x.double() + levels * z, sigma)
     deviation = ((s + z) * s).sum(1).std() / math.sqrt(len(x))
@@ -147,7 +148,7 @@ def test_true_score_has_the_closed_form_loss(world, rng):
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3])
-def test_p_norm_weights_by_sigma_to_the_p(p, world, rng):
+def test_the_loss_of_power_p_is_weighted_by_sigma_to_the_p(p, world, rng):
     x = world.sample(5, rng)
     z = torch.randn(x.shape, generator=rng)
     sigma = torch.tensor([0.1, 0.5, 1.0, 2.0, 3.0])
@@ -159,14 +160,14 @@ def test_p_norm_weights_by_sigma_to_the_p(p, world, rng):
     torch.testing.assert_close(weighted, expected / sigma**p * 3 * sigma, rtol=1e-5, atol=1e-6)
 
 
-def test_region_counts_inside_only_and_does_not_depend_on_the_area(rng):
+def test_the_loss_in_a_region_ignores_other_values_and_is_scaled_by_its_area(rng):
     x, z = torch.rand(3, 2, 4, 4, generator=rng), torch.randn(3, 2, 4, 4, generator=rng)
     arguments = {"sigma": 0.5, "noise": z, "reduction": "none"}
     full = dsm_loss(zero, x, **arguments)
     assert torch.equal(full, dsm_loss(zero, x, region=torch.ones(1, 1, 4, 4, dtype=torch.bool), **arguments))
     region = torch.zeros(3, 1, 4, 4, dtype=torch.bool)
     region[0, :, :2] = True
-    region[1, :, 1, 1] = True  # the third has none
+    region[1, :, 1, 1] = True  # the region of the third image is empty
     losses = dsm_loss(zero, x, region=region, **arguments)
     expected = torch.stack(
         [z[0, :, :2].square().sum() / 2 * 2, z[1, :, 1, 1].square().sum() / 2 * 16, torch.tensor(0.0)]
@@ -184,7 +185,7 @@ def test_data_of_any_shape(shape, batch):
     torch.testing.assert_close(dsm_loss(zero, x, sigma=0.3, noise=z), losses.mean())
 
 
-def test_seeds(world, rng):
+def test_a_seed_determines_the_loss_and_leaves_the_global_generator_alone(world, rng):
     x = world.sample(10, rng)
     before = x.clone()
     state = torch.get_rng_state()
@@ -221,7 +222,7 @@ def test_condition_is_passed_on_only_when_given(rng):
 def test_an_int_is_the_class_of_all_samples(rng):
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(6,), layers_per_block=1, classes=3, schedule=LEVELS)
-    for parameter in net.parameters():  # some are zero at first
+    for parameter in net.parameters():  # some parameters are initialized to zero
         nn.init.normal_(parameter, std=0.1)
     x, fixed = _batch(rng)
     losses = [dsm_loss(net, x, condition=condition, **fixed) for condition in (2, torch.full((4,), 2), 1)]
@@ -249,11 +250,11 @@ def test_the_networks_own_schedule_is_the_default(rng):
     assert not torch.equal(own, dsm_loss(net, x, NoiseSchedule([0.2]), generator=seed(0)))
 
 
-# -- Where it has to work
+# -- Autocast, compilation, function transforms and distributed training
 
 
 class _Small(nn.Module):
-    """A backbone of a user's own: two convolutions, and the noise level as a bias."""
+    """A user-defined backbone: two convolutions, with the noise level as a bias."""
 
     def __init__(self):
         super().__init__()
@@ -277,7 +278,7 @@ def _batch(rng):
     return x, {"sigma": torch.tensor([0.1, 0.5, 1.0, 3.0]), "noise": torch.randn(x.shape, generator=rng)}
 
 
-def test_under_autocast(rng):
+def test_dsm_loss_under_autocast(rng):
     net, (x, fixed) = _small(), _batch(rng)
     exact = dsm_loss(net, x, **fixed)
     with torch.autocast("cpu", torch.bfloat16):
@@ -292,15 +293,18 @@ NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
 INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="needs a C++ compiler")]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=INDUCTOR)],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_compiled(backend, rng):
+def test_dsm_loss_in_a_compiled_function(backend, rng):
     torch.manual_seed(0)
     net, (x, fixed) = ScoreNet(_Small(), LEVELS, sample_shape=(1, 8, 8)), _batch(rng)
     assert net.value_range == (0, 1)
     options = {"backend": backend, "fullgraph": True}
     loss_of = torch.compile(lambda x, sigma, noise: dsm_loss(net, x, sigma=sigma, noise=noise), **options)
-    compiled = loss_of(x, **fixed)  # the first batch of this network: its values are not read here
+    compiled = loss_of(x, **fixed)  # the network's first batch, whose values a compiled function does not read
     compiled.backward()
     gradients = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
@@ -311,8 +315,8 @@ def test_compiled(backend, rng):
         torch.testing.assert_close(p.grad, gradient, rtol=2e-3, atol=2e-3)
 
 
-def test_under_torch_func(rng):
-    """Gradients per image by vmap are those of one image at a time."""
+def test_per_image_gradients_by_torch_func(rng):
+    """With vmap, they equal the gradients of one image at a time."""
     net, (x, fixed) = _small(), _batch(rng)
     parameters = {name: p.detach() for name, p in net.named_parameters()}
 
@@ -330,7 +334,7 @@ def test_under_torch_func(rng):
             torch.testing.assert_close(found[name][i], gradient, rtol=1e-3, atol=1e-3)
 
 
-def test_gradient_accumulation(rng):
+def test_accumulated_gradients_equal_those_of_the_whole_batch(rng):
     net, (x, fixed) = _small(), _batch(rng)
     whole = torch.autograd.grad(dsm_loss(net, x, **fixed), list(net.parameters()))
     for half in (slice(0, 2), slice(2, 4)):
@@ -341,8 +345,8 @@ def test_gradient_accumulation(rng):
 
 
 @pytest.mark.slow
-def test_under_distributed_data_parallel(tmp_path):
-    """In a process of its own: a process group that is destroyed can wait for the interpreter forever."""
+def test_dsm_loss_under_distributed_data_parallel(tmp_path):
+    """Runs in a separate process, since destroying a process group can wait for the interpreter forever."""
     if not torch.distributed.is_available():
         pytest.skip("torch without distributed")
     code = f"""
@@ -360,8 +364,8 @@ def test_under_distributed_data_parallel(tmp_path):
         dsm_loss(parallel, x, **fixed).backward()
         for p, gradient in zip(net.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
-        dsm_loss(parallel, x).backward()  # its schedule is found
-        dsm_loss(parallel, 255 * x).backward()  # it was looked at as the network itself
+        dsm_loss(parallel, x).backward()  # uses the schedule of the wrapped network
+        dsm_loss(parallel, 255 * x).backward()  # no warning: not the first batch of the network
         print("done", flush=True)
     """
     done = python("-W", "error::UserWarning", "-c", textwrap.dedent(code), check=False)
@@ -372,7 +376,7 @@ def test_under_distributed_data_parallel(tmp_path):
 
 
 def _warned(net, x, **arguments):
-    """The warnings of a loss, as text."""
+    """The texts of the warnings that ``dsm_loss`` gives."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         dsm_loss(net, x, **arguments)
@@ -382,14 +386,14 @@ def _warned(net, x, **arguments):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.linspace(-1, 1, 128), "x has values from -1 to 1, but the network's value_range is (0.0, 1.0)."),
-        (torch.linspace(0, 255, 128), "x has values from 0 to 255, but the network's value_range is (0.0, 1.0)."),
-        (torch.full((128,), math.nan), "x has NaN, but the network's value_range is (0.0, 1.0)."),
-        (torch.full((128,), math.inf), "x has values from inf to inf, but"),
+        (torch.linspace(-1, 1, 128), "x must be in the network's value_range, (0.0, 1.0), got values from -1 to 1."),
+        (torch.linspace(0, 255, 128), "x must be in the network's value_range, (0.0, 1.0), got values from 0 to 255."),
+        (torch.full((128,), math.nan), "x must be in the network's value_range, (0.0, 1.0), got NaN."),
+        (torch.full((128,), math.inf), "x must be in the network's value_range, (0.0, 1.0), got values from inf to"),
     ],
 )
 @pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel], ids=["net", "wrapped"])
-def test_data_in_other_units_are_warned_of_once(x, message, wrap):
+def test_data_in_other_units_give_one_warning(x, message, wrap):
     net = wrap(_small())
     (warning,) = _warned(net, x.view(2, 1, 8, 8))
     assert warning.startswith(message)
@@ -407,7 +411,7 @@ def test_the_warning_names_the_line_of_the_caller():
     assert caught[0].filename == __file__
 
 
-def test_data_in_the_range_or_without_one_are_not_warned_of(rng):
+def test_data_in_the_value_range_or_without_one_give_no_warning(rng):
     x = torch.rand(2, 1, 8, 8, generator=rng)
     assert _warned(_small(), x * 1.15 - 0.075) == []  # as after a bicubic resize
     assert _warned(zero, 255 * x, schedule=LEVELS) == []
@@ -417,20 +421,20 @@ def test_data_in_the_range_or_without_one_are_not_warned_of(rng):
     assert points.value_range is None and _warned(points, 255 * x) == []
 
 
-def test_only_the_first_batch_is_looked_at(rng):
-    """Whatever the device, nothing is read after that; and a copy of the network is another network."""
+def test_only_the_first_batch_is_compared_with_the_value_range(rng):
+    """Later batches are not read. A copy of the network counts as another network."""
     net, x = _small(), torch.rand(2, 1, 8, 8, generator=rng)
     fixed = {"sigma": torch.full((2,), 0.5, device="cpu"), "noise": torch.zeros_like(x)}
     with HostReads() as first:
         dsm_loss(net, x, **fixed)
     with HostReads() as later:
         dsm_loss(net, 255 * x, **fixed)
-    assert first.count == later.count + 2  # the least and the greatest value
+    assert first.count == later.count + 2  # the smallest and the largest value
     assert len(_warned(copy.deepcopy(net), 255 * x)) == 1
 
 
-def test_values_that_cannot_be_read_are_looked_at_later(rng):
-    """Under vmap, under compile and on the meta device nothing is read, and the first batch that can be is."""
+def test_the_first_batch_with_readable_values_is_compared_with_the_value_range(rng):
+    """Under vmap and on the meta device values cannot be read; the comparison is made with a later batch."""
     net, x = _small(), torch.rand(2, 1, 8, 8, generator=rng)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -467,8 +471,8 @@ def test_no_float64_reaches_a_device():
 # -- Sliced score matching
 
 
-def test_sliced_loss_has_the_expectation_of_the_explicit_one(world, rng):
-    """E[v' J v + |s|^2 / 2] = tr J + |s|^2 / 2, for the exact score of a Gaussian -sum 1/(values + sigma^2) / 2."""
+def test_sliced_loss_has_the_expectation_of_explicit_score_matching(world, rng):
+    """E[v' J v + |s|^2 / 2] = tr J + |s|^2 / 2; for a Gaussian its mean is -sum_i 1 / (values_i + sigma^2) / 2."""
     x = world.sample(200_000, rng)
     sigma = 0.4
     losses = sliced_score_matching_loss(world, x, sigma=sigma, generator=rng, reduction="none")
@@ -476,7 +480,7 @@ def test_sliced_loss_has_the_expectation_of_the_explicit_one(world, rng):
     assert abs(losses.mean() - expected) < 5 * losses.std() / math.sqrt(len(x))
 
 
-def test_sliced_loss_is_least_at_the_true_score(mixture, rng):
+def test_the_true_score_minimizes_the_sliced_loss(mixture, rng):
     x = mixture.sample(100_000, rng)
     fixed = {"sigma": 0.3, "noise": torch.randn(x.shape, generator=rng), "projections": torch.randn(x.shape)}
 
@@ -486,9 +490,9 @@ def test_sliced_loss_is_least_at_the_true_score(mixture, rng):
     assert loss(1.0) < min(loss(0.9), loss(1.1))
 
 
-def test_sliced_loss_trains(rng):
+def test_sliced_loss_gives_every_parameter_a_gradient(rng):
     net, (x, fixed) = _small(), _batch(rng)
-    with torch.no_grad():  # a validation loop
+    with torch.no_grad():  # as in a validation loop
         value = sliced_score_matching_loss(net, x, **fixed, generator=rng)
     assert value.shape == ()
     loss = sliced_score_matching_loss(net, x, LEVELS, generator=rng)
@@ -503,7 +507,7 @@ def test_sliced_loss_trains(rng):
     ("arguments", "error", "message"),
     [
         ({}, ValueError, "pass a schedule, or sigma"),
-        ({"sigma": torch.tensor([1, 2])}, TypeError, "sigma is a noise level.*write schedule"),
+        ({"sigma": torch.tensor([1, 2])}, TypeError, "sigma must be a floating-point noise level.*Write schedule"),
         ({"sigma": 1.0, "generator": "0"}, TypeError, "torch.Generator or a seed, got '0'"),
         ({"sigma": 0.0}, ValueError, "sigma must be positive, got 0"),
         ({"sigma": -1.0}, ValueError, "sigma must be positive, got -1"),
@@ -517,12 +521,12 @@ def test_sliced_loss_trains(rng):
         ({"sigma": 1.0, "region": torch.ones(4, dtype=torch.bool)}, ValueError, "region must be broadcastable to x"),
     ],
 )
-def test_bad_input(arguments, error, message):
+def test_invalid_arguments_raise(arguments, error, message):
     with pytest.raises(error, match=message):
         dsm_loss(zero, torch.zeros(2, 3), **arguments)
 
 
-def test_bad_data_and_bad_networks():
+def test_invalid_data_and_network_outputs_raise():
     with pytest.raises(TypeError, match="Write x / 255"):
         dsm_loss(zero, torch.zeros(2, 3, dtype=torch.uint8), LEVELS)
     with pytest.raises(ValueError, match=r"a batch \(N, ...\) with at least one sample, got shape \(3,\)"):

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
-from tests.helpers import Mixture, NoFloat64, run, seed
+from scorematch.evaluation.exact import Mixture
+from tests.helpers import NoFloat64, run, seed
 
 schedules = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=30, unique=True).map(
-    # Levels closer than a part in 1e5 are one level in float32.
+    # Levels that differ by less than 1e-5 of their value can be equal in float32.
     lambda values: NoiseSchedule(_apart(sorted(values, reverse=True)))
 )
 
@@ -33,22 +34,22 @@ def _apart(values):
     ("sigma_max", "levels", "steps", "step_size"),
     [(50, 232, 5, 6.2e-6), (90, 500, 5, 3.3e-6), (190, 1086, 3, 1.8e-6), (348, 2311, 3, 0.9e-6)],
 )
-def test_technique_4_gives_the_published_steps(sigma_max, levels, steps, step_size):
+def test_technique_4_gives_the_published_step_sizes(sigma_max, levels, steps, step_size):
     found = NoiseSchedule.geometric(sigma_max, 0.01, levels).suggest_step_size(steps)
-    assert found == pytest.approx(step_size, abs=0.051e-6)  # the table has two digits
+    assert found == pytest.approx(step_size, abs=0.051e-6)  # the published table has two digits
 
 
 @pytest.mark.parametrize(
     ("sigma_max", "pixels", "half", "published"),
     [(50, 32, 219, 232), (90, 64, 472, 500), (140, 96, 745, 788), (190, 128, 1026, 1086), (348, 256, 2182, 2311)],
 )
-def test_technique_2_gives_the_published_counts(sigma_max, pixels, half, published):
+def test_technique_2_gives_the_published_numbers_of_levels(sigma_max, pixels, half, published):
     dimension = 3 * pixels**2
     assert NoiseSchedule.suggest_levels(sigma_max, 0.01, dimension) == half
     assert NoiseSchedule.suggest_levels(sigma_max, 0.01, dimension, C=0.567) == pytest.approx(published, abs=1)
 
 
-def test_published_settings_leave_the_stated_variances():
+def test_published_settings_have_the_documented_variances():
     cifar = NoiseSchedule.geometric(50, 0.01, 232)
     assert cifar.chain_variance(6.2e-6, 5) == pytest.approx(1.13, abs=0.005)
     assert NoiseSchedule.geometric(1, 0.01, 10).chain_variance(2e-5, 100) == pytest.approx(1.111, abs=0.001)
@@ -59,23 +60,23 @@ def test_published_settings_leave_the_stated_variances():
 
 @given(levels=st.integers(2, 400), sigma_max=st.floats(0.1, 400), steps=st.integers(1, 200), steer=st.floats(-0.5, 0.5))
 @settings(deadline=None)
-def test_technique_4_is_the_minimum(levels, sigma_max, steps, steer):
+def test_technique_4_minimizes_the_variance_after_a_level(levels, sigma_max, steps, steer):
     schedule = NoiseSchedule.geometric(sigma_max, 0.01, levels)
     best = schedule.suggest_step_size(steps)
     other = min(best * math.exp(steer), 1.9e-4)
     assert schedule.level_variance(best, steps) <= schedule.level_variance(other, steps) * (1 + 1e-9)
 
 
-def test_technique_4_at_one_step_is_its_closed_form():
+def test_technique_4_has_its_closed_form_for_one_step_per_level():
     schedule = NoiseSchedule.geometric(50, 0.01, 100)
     gamma = schedule[0] / schedule[1]
     assert schedule.suggest_step_size(1) == pytest.approx(1e-4 * (1 - gamma**-2), rel=1e-6)
-    # One step a level: the chain always ends with twice the variance.
+    # With one step per level the variance at the end is always twice that of the level.
     assert schedule.chain_variance(schedule.suggest_step_size(1), 1) == pytest.approx(2)
 
 
 @pytest.mark.parametrize(("levels", "steps", "a"), [(232, 5, 0.062), (50, 3, 0.3), (20, 10, 1.2), (700, 1, 0.05)])
-def test_variances_are_those_of_the_recursion(levels, steps, a):
+def test_level_and_chain_variance_follow_their_recursion(levels, steps, a):
     schedule = NoiseSchedule.geometric(50, 0.01, levels)
     gamma2 = (schedule[0] / schedule[1]) ** 2
 
@@ -91,20 +92,20 @@ def test_variances_are_those_of_the_recursion(levels, steps, a):
     assert schedule.chain_variance(a * 1e-4, steps) == pytest.approx(v)
 
 
-def test_a_chain_that_cannot_follow_its_schedule_has_infinite_variance():
+def test_chain_variance_is_infinite_if_steps_are_too_small_for_the_schedule():
     assert NoiseSchedule.geometric(50, 0.01, 10).chain_variance(1e-6, 1) == math.inf
 
 
-def test_the_step_of_one_level_is_a_fixed_fraction():
+def test_suggested_step_size_for_one_level_is_a_tenth_of_sigma_squared():
     assert NoiseSchedule([0.2]).suggest_step_size(7) == pytest.approx(0.1 * 0.04)
 
 
-def test_a_schedule_that_is_not_geometric_is_treated_as_one_of_its_mean_ratio():
+def test_step_size_of_an_uneven_schedule_is_that_of_the_geometric_one():
     uneven = NoiseSchedule([50, 1, 0.5, 0.01])
     assert uneven.suggest_step_size(5) == NoiseSchedule.geometric(50, 0.01, 4).suggest_step_size(5)
 
 
-# -- The value
+# -- The schedule as a value
 
 
 def test_geometric_has_exact_ends_and_a_constant_ratio():
@@ -115,7 +116,7 @@ def test_geometric_has_exact_ends_and_a_constant_ratio():
     assert schedule.sigmas.dtype == torch.float64
 
 
-def test_from_betas_is_a_ddpm_in_image_units():
+def test_from_betas_gives_the_levels_of_a_ddpm_for_images_in_0_1():
     betas = np.linspace(1e-4, 0.02, 1000)
     schedule = NoiseSchedule.from_betas(torch.from_numpy(betas))
     alpha_bar = np.cumprod(1 - betas)
@@ -124,7 +125,7 @@ def test_from_betas_is_a_ddpm_in_image_units():
     assert schedule.sigma_min == pytest.approx(0.005, rel=1e-3)
 
 
-def test_values_are_equal_immutable_printable_and_travel(tmp_path):
+def test_equality_hash_repr_copies_and_immutability(tmp_path):
     a = NoiseSchedule([1.0, 0.5, 0.1])
     assert (
         a
@@ -142,7 +143,7 @@ def test_values_are_equal_immutable_printable_and_travel(tmp_path):
     a.sigmas[0] = 7  # a copy
     assert a.sigma_max == 1.0
     assert (a[0], a[-1], list(a)) == (1.0, 0.1, [1.0, 0.5, 0.1])
-    a.position(torch.tensor(0.3))  # keeps a table, which makes no difference
+    a.position(torch.tensor(0.3))  # stores a table in the object, which does not affect equality
     assert copy.deepcopy(a) == copy.copy(a) == a == pickle.loads(pickle.dumps(a))  # noqa: S301
     assert hash(copy.deepcopy(a)) == hash(a) == hash(NoiseSchedule([1.0, 0.5, 0.1]))
 
@@ -155,9 +156,9 @@ def test_json_restores_a_schedule_exactly(schedule):
 
 @given(schedules, st.integers(2, 50))
 @settings(deadline=None)
-def test_respacing_keeps_the_range_and_the_shape(schedule, levels):
+def test_respacing_keeps_the_range_and_is_even_in_position(schedule, levels):
     if len(schedule) == 1:
-        with pytest.raises(ValueError, match="no range"):
+        with pytest.raises(ValueError, match=f"must be 1 for a schedule of one level, got {levels}"):
             schedule.respaced(levels)
         return
     respaced = schedule.respaced(levels)
@@ -172,9 +173,24 @@ def test_respacing_keeps_the_range_and_the_shape(schedule, levels):
     assert schedule.respaced(len(schedule)) == schedule
 
 
+@given(schedules, st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+@settings(deadline=None, max_examples=30)
+def test_a_range_has_its_ends_and_the_levels_between_them(schedule, a, b):
+    assert schedule.between() is schedule is schedule.between(schedule.sigma_max)
+    if len(schedule) == 1 or a == b:
+        return
+    low, high = (schedule.sigma_min ** (1 - share) * schedule.sigma_max**share for share in sorted((a, b)))
+    if not schedule.sigma_min < low < high < schedule.sigma_max:  # rounded to the same number
+        return
+    found = schedule.between(high, low)
+    assert (found.sigma_max, found.sigma_min) == (high, low)
+    assert set(found) - {high, low} == {sigma for sigma in schedule if low < sigma < high}
+    assert schedule.between(sigma_max=high).between(sigma_min=low) == found
+
+
 @given(schedules, st.sampled_from([torch.float32, torch.float64]))
 @settings(deadline=None)
-def test_every_level_has_its_own_position(schedule, dtype):
+def test_the_position_of_a_level_is_its_index(schedule, dtype):
     expected = torch.arange(len(schedule), dtype=dtype)
     assert torch.equal(schedule.position(schedule.sigmas.to(dtype)), expected)
 
@@ -211,13 +227,13 @@ def test_no_float64_reaches_a_device():
 # -- Training noise
 
 
-def test_training_levels_are_uniform_reproducible_and_leave_the_global_seed_alone(rng):
+def test_training_levels_are_uniform_and_reproducible(rng):
     schedule = NoiseSchedule([4.0, 2.0, 1.0, 0.5])
     state = torch.get_rng_state()
     drawn = schedule.sample(40_000, generator=rng)
     assert torch.equal(torch.get_rng_state(), state)
     assert drawn.dtype == torch.float32 and drawn.shape == (40_000,)
-    for sigma in schedule:  # each a binomial share of 1/4, five standard errors of 0.0022
+    for sigma in schedule:  # binomial with probability 1/4: five standard errors of 0.0022
         assert abs((drawn == sigma).float().mean() - 0.25) < 0.011
     assert torch.equal(drawn, schedule.sample(40_000, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(drawn, schedule.sample(40_000, generator=0))  # an int is a seed
@@ -240,7 +256,7 @@ def test_from_data_takes_the_largest_distance(rng):
     assert len(NoiseSchedule.from_data(images.numpy(), 0.01, C=0.567)) == 232
 
 
-def test_from_data_across_blocks(rng, monkeypatch):
+def test_from_data_compares_images_of_different_blocks(rng, monkeypatch):
     monkeypatch.setattr("scorematch.noise._DISTANCE_BLOCK", 7)
     points = torch.randn(40, 5, generator=rng)
     expected = max(float((a - b).norm()) for a in points.double() for b in points.double())
@@ -261,12 +277,12 @@ def test_from_data_compares_a_random_subset_of_many_images(rng):
         (torch.linspace(0, 255, 96).view(2, 3, 4, 4), "got values from 0 to 255.*images / 255.*value_range=None"),
     ],
 )
-def test_images_in_other_units_are_refused(images, message):
+def test_images_in_other_units_raise(images, message):
     with pytest.raises(ValueError, match=r"must have values in \[0, 1\], " + message):
         NoiseSchedule.from_data(images)
     own = (float(images.min()), float(images.max()))
     assert NoiseSchedule.from_data(images, value_range=own) == NoiseSchedule.from_data(images, value_range=None)
-    assert NoiseSchedule.from_data(images.flatten(1)).sigma_max > 1  # points have no range
+    assert NoiseSchedule.from_data(images.flatten(1)).sigma_max > 1  # data that are not images have no range
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         NoiseSchedule.from_data(images.flatten(1), value_range=(0, 1))
 
@@ -276,7 +292,7 @@ def test_images_that_overshoot_a_little_are_accepted(rng):
     assert NoiseSchedule.from_data(images).sigma_max > 1
 
 
-def test_nan_is_found_outside_of_the_subset_too(rng):
+def test_nan_outside_of_the_random_subset_raises(rng):
     images = torch.rand(50, 1, 4, 4, generator=rng)
     images[49, 0, 0, 0] = math.nan
     for _ in range(3):
@@ -289,22 +305,22 @@ def test_nan_is_found_outside_of_the_subset_too(rng):
 
 @pytest.mark.parametrize("dimension", [1, 2, 3, 5, 20, 64, 130])
 @pytest.mark.parametrize("overlap", [0.1, 0.5])
-def test_in_few_dimensions_the_ratio_is_limited(dimension, overlap):
+def test_the_ratio_of_levels_is_limited_in_few_dimensions(dimension, overlap):
     levels = NoiseSchedule.suggest_levels(5.59, 0.01, dimension, C=overlap)
     ratio = (5.59 / 0.01) ** (1 / (levels - 1))
     assert 0.96**-4 < ratio <= 0.95**-4
 
 
-def test_from_dimension_131_on_the_ratio_is_technique_2s():
-    """For C = 0.5 the two meet there: 5.59 -> 0.01 in 32 levels, as technique 2 alone gives."""
+def test_the_ratio_of_levels_is_that_of_technique_2_from_dimension_131_on():
+    """For C = 0.5 the limit and technique 2 agree there: 32 levels from 5.59 to 0.01."""
     counts = [NoiseSchedule.suggest_levels(5.59, 0.01, dimension) for dimension in (130, 131, 132, 140, 784)]
     assert counts == [32, 32, 32, 33, 81]
 
 
 @pytest.mark.parametrize("deviation", [0.05, 0.3, 2.0])
 @pytest.mark.parametrize("ratio", [0.95**-4, 1.1, 1.5])
-def test_an_euler_step_per_level_loses_the_stated_share_of_the_deviation(deviation, ratio):
-    """The reason for the limit: from far above the data's deviation to far below it, gamma^(-1/4) is left."""
+def test_one_euler_step_per_level_reduces_the_deviation_by_gamma_to_the_quarter(deviation, ratio):
+    """From sigma far above the deviation of the data to far below it. This is the reason for the limited ratio."""
     sigma = 1e3 * deviation
     found = math.hypot(deviation, sigma)
     while sigma > 1e-3 * deviation:
@@ -313,9 +329,9 @@ def test_an_euler_step_per_level_loses_the_stated_share_of_the_deviation(deviati
     assert found / math.hypot(deviation, sigma) == pytest.approx(ratio**-0.25, rel=1e-4)
 
 
-def test_annealed_langevin_dynamics_samples_two_modes_on_the_schedule_of_their_points():
-    """Two Gaussians of mean zero, 0.8 and 0.2; with the two levels that technique 2 alone gives, all goes wrong."""
-    world = Mixture([0.8, 0.2], [[1.0, 1.0], [-4.0, -4.0]], 0.5)
+def test_annealed_langevin_dynamics_samples_two_modes_with_the_schedule_from_data():
+    """Two Gaussians with weights 0.8 and 0.2. With the two levels that technique 2 alone gives, sampling fails."""
+    world = Mixture([0.8, 0.2], [[1.0, 1.0], [-4.0, -4.0]], 0.25)
     schedule = NoiseSchedule.from_data(world.sample(1000, seed(0)))
     assert len(schedule) > 30
     n = 2000
@@ -330,10 +346,10 @@ def test_annealed_langevin_dynamics_samples_two_modes_on_the_schedule_of_their_p
     assert float(wrong.std(0).mean()) > 2 * float(x.std(0).mean())
 
 
-def test_annealed_langevin_dynamics_samples_a_ring_on_the_schedule_of_its_points():
-    """With the sampler's own number of steps."""
+def test_annealed_langevin_dynamics_samples_a_ring_with_the_schedule_from_data():
+    """With the sampler's default number of steps."""
     angle = torch.arange(64) * 2 * math.pi / 64
-    ring = Mixture([1 / 64] * 64, (2 * torch.stack([angle.cos(), angle.sin()], 1)).tolist(), 0.1)
+    ring = Mixture([1 / 64] * 64, (2 * torch.stack([angle.cos(), angle.sin()], 1)).tolist(), 0.01)
     schedule = NoiseSchedule.from_data(ring.sample(500, seed(0)))
     n = 1000
     x = run(AnnealedLangevinSampler(ring, schedule), n, shape=(2,), generator=1)
@@ -359,12 +375,12 @@ def test_annealed_langevin_dynamics_samples_a_ring_on_the_schedule_of_its_points
         ([float("inf"), 1.0], "positive and finite, got inf"),
     ],
 )
-def test_levels_that_are_not_a_schedule(sigmas, message):
+def test_invalid_levels_raise(sigmas, message):
     with pytest.raises(ValueError, match=message):
         NoiseSchedule(sigmas)
 
 
-def test_words_are_not_sigmas():
+def test_a_string_in_place_of_sigmas_raises():
     with pytest.raises(TypeError, match="sigmas must be numbers"):
         NoiseSchedule("loud")
 
@@ -381,10 +397,18 @@ def test_words_are_not_sigmas():
         (lambda: NoiseSchedule.suggest_levels(50, 0.01, 0), ValueError, "dimension must be at least 1"),
         (lambda: NoiseSchedule.suggest_levels(50, 0.01, 3072, C=1.0), ValueError, "C must be between 0 and 0.997"),
         (lambda: NoiseSchedule([1.0, 0.1]).respaced(1), ValueError, "levels must be at least 2"),
+        (lambda: NoiseSchedule([1.0, 0.1]).between(2), ValueError, "sigma_max must be in the range .* 0.1 to 1, got 2"),
+        (
+            lambda: NoiseSchedule([1.0, 0.1]).between(None, 0.05),
+            ValueError,
+            "sigma_min must be in the range .*got 0.05",
+        ),
+        (lambda: NoiseSchedule([1.0, 0.1]).between(0.2, 0.2), ValueError, "sigma_max > sigma_min > 0"),
+        (lambda: NoiseSchedule([1.0, 0.1]).between(math.nan), ValueError, "sigma_max must be in the range"),
         (lambda: NoiseSchedule([1.0, 0.1]).sample(-1), ValueError, "n must be at least 1, got -1"),
         (lambda: NoiseSchedule([1.0, 0.1]).suggest_step_size(0), ValueError, "steps_per_level must be at least 1"),
         (lambda: NoiseSchedule([1.0, 0.1]).chain_variance(0.03, 3), ValueError, "between 0 and 2 sigma_min"),
-        (lambda: NoiseSchedule.from_dict({"levels": 3}), ValueError, r'written \{"sigmas": \[...\]\}, got .*levels'),
+        (lambda: NoiseSchedule.from_dict({"levels": 3}), ValueError, r'be a dict \{"sigmas": \[...\]\}, got .*levels'),
         (lambda: NoiseSchedule.from_data(torch.zeros(2, 3).long()), TypeError, "Write images / 255"),
         (lambda: NoiseSchedule.from_data(torch.zeros(1, 3)), ValueError, "at least two images"),
         (lambda: NoiseSchedule.from_data(torch.zeros(5, 3)), ValueError, "largest distance between two images is 0"),
@@ -396,12 +420,12 @@ def test_words_are_not_sigmas():
         (lambda: NoiseSchedule.from_data(torch.eye(3), generator=[1, 2]), TypeError, r"or a seed, got \[1, 2\]"),
     ],
 )
-def test_errors_say_what_to_write(call, error, message):
+def test_invalid_arguments_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
 
-def test_karras_is_linear_in_the_root():
+def test_karras_levels_are_linear_in_their_rho_th_root():
     schedule = NoiseSchedule.karras(80, 0.002, levels=18)
     assert (schedule.sigma_max, schedule.sigma_min, len(schedule)) == (80, 0.002, 18)
     steps = (schedule.sigmas ** (1 / 7)).diff()
@@ -411,6 +435,6 @@ def test_karras_is_linear_in_the_root():
 
 
 @pytest.mark.parametrize("rho", [0, -1, float("nan"), float("inf")])
-def test_karras_with_a_rho_that_is_not_positive(rho):
+def test_karras_raises_for_a_rho_that_is_not_positive_and_finite(rho):
     with pytest.raises(ValueError, match="rho must be positive and finite"):
         NoiseSchedule.karras(80, 0.002, levels=18, rho=rho)

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scorematch.evaluation.exact import operator_matrix
 from scorematch.observe import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
-from tests.helpers import HostReads, NoFloat64, matrix, seed
+from tests.helpers import HostReads, NoFloat64, seed
 
 SHAPE = (2, 3, 8, 12)
 
@@ -21,11 +22,11 @@ def blocks():
     return (random(1, 1, 4, 6) > 0.4).repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
-# Of each operator of the package at least one, and its gain.
+# At least one example of each operator of the package, with its gain.
 EXAMPLES = {
     "mask": [
         (Mask(random(3, 8, 12) > 0.5), 1),
-        (Mask(random(2, 1, 8, 12) > 0.5), 1),  # one for each image
+        (Mask(random(2, 1, 8, 12) > 0.5), 1),  # a mask for each image
     ],
     "uncrop": [(Uncrop(right=4), 1), (Uncrop(left=1, right=2, top=3, bottom=1), 1)],
     "grayscale": [(Grayscale(), 0.446966)],
@@ -55,16 +56,16 @@ ALL = [operator for operator, _ in OF_ALL]
 LINEAR = [(operator, gain) for operator, gain in OF_ALL if gain is not None]
 
 
-def test_the_examples_are_of_their_operators():
+def test_every_operator_has_examples_here():
     for name, kind in OPERATORS.items():
         assert all(type(operator) is kind for operator, _ in EXAMPLES[name]), name
 
 
-# -- What every operator promises
+# -- Properties of every operator
 
 
 @pytest.mark.parametrize("operator", ALL, ids=repr)
-def test_images_do_not_depend_on_each_other_and_nothing_is_drawn(operator):
+def test_images_are_measured_independently_and_without_random_numbers(operator):
     x = random(*SHAPE)
     before, state = x.clone(), torch.get_rng_state()
     y = operator.measure(x)
@@ -78,13 +79,13 @@ def test_images_do_not_depend_on_each_other_and_nothing_is_drawn(operator):
 
 
 @pytest.mark.parametrize("operator", ALL, ids=repr)
-def test_what_is_lifted_and_shown_are_images(operator):
+def test_lift_and_as_image_return_images_in_the_units_of_x(operator):
     x = random(*SHAPE)
     y = operator.measure(x)
     assert operator.lift(y).shape == operator.as_image(y).shape == x.shape
     gray = Grayscale().measure(x).expand(-1, 3, -1, -1)
     white = operator.as_image(operator.measure(torch.ones(SHAPE)))
-    assert white.max() == pytest.approx(1, abs=0.01 if operator.gain is None else 1e-6)  # in the units of x
+    assert white.max() == pytest.approx(1, abs=0.01 if operator.gain is None else 1e-6)  # white stays white
     if isinstance(operator, Grayscale):
         assert torch.equal(operator.as_image(y), gray)
     elif "Grayscale" not in repr(operator):
@@ -103,8 +104,8 @@ def test_an_observation_of_every_operator(operator):
 
 
 @pytest.mark.parametrize("operator", ALL, ids=repr)
-def test_nothing_is_read_from_the_device_for_rows_or_a_move(operator):
-    """What a mask hides is derived once, when the operator is made; a codec reads its images, and they alone."""
+def test_rows_and_to_read_no_values_from_the_device(operator):
+    """Properties of a mask are computed once, when the operator is created. JPEG reads its images and nothing else."""
     x = torch.rand(SHAPE, generator=seed())
     with HostReads() as reads:
         part = operator.rows(slice(0, 1)).to("cpu")
@@ -129,19 +130,19 @@ def test_the_lift_is_the_adjoint_over_the_gain(operator, gain):
     x = random(*SHAPE)
     y = random(*operator.measure(x).shape, number=1)
     measured, lifted = operator.measure(x), operator.lift(y)
-    # <A x, y> = <x, A^T y>, image by image
+    # <A x, y> = <x, A^T y> for each image
     inner = (measured * y).flatten(1).sum(1)
     torch.testing.assert_close(inner, operator.gain * (x * lifted).flatten(1).sum(1), rtol=1e-12, atol=1e-12)
-    # A A^T = c I on what is seen: A lift A = A
+    # A A^T = c I on the observed values, so A lift(A x) = A x
     torch.testing.assert_close(operator.measure(operator.lift(measured)), measured, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
-def test_the_gain_by_the_whole_matrix(operator, gain):
-    """A A^T of the operator written out, on what it observes, of one image."""
+def test_the_matrix_of_an_operator_times_its_transpose_is_the_gain(operator, gain):
+    """A A^T = c I on the observed values of one image, with the whole matrix A."""
     operator = operator.rows(slice(0, 1))
     shape = SHAPE[1:]
-    a = matrix(operator, shape)
+    a = operator_matrix(operator, shape)
     square = a @ a.T
     seen = square.diag() > 0
     torch.testing.assert_close(square, torch.diag(seen.double()) * operator.gain, rtol=1e-12, atol=1e-14)
@@ -151,8 +152,8 @@ def test_the_gain_by_the_whole_matrix(operator, gain):
 
 
 @pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
-def test_a_carried_mask_commutes_with_the_operator(operator, gain):
-    """A M x = M' A x, and where there is no M', A does mix what M keeps with what it hides."""
+def test_carry_mask_returns_a_mask_that_commutes_with_the_operator(operator, gain):
+    """A M x = M' A x. If ``carry_mask`` returns None, A mixes values that M keeps with values that it hides."""
     operator = operator.rows(slice(0, 1))
     x = random(1, *SHAPE[1:], number=2)
     masks = [random(1, 8, 12) > 0.5, random(3, 8, 12, number=1) > 0.5, blocks()[0], random(1, 1, 12) > 0.5]
@@ -166,17 +167,17 @@ def test_a_carried_mask_commutes_with_the_operator(operator, gain):
             assert different.any()
 
 
-def test_no_gain_where_an_operator_mixes_what_is_observed_with_what_is_not():
+def test_compositions_that_mix_observed_and_hidden_values_have_no_gain():
     half = torch.arange(8) < 3
     assert (AveragePool(2) @ Mask(half)).gain is None
     channels = torch.tensor([True, False, True])[:, None, None]
     assert (Grayscale() @ Mask(channels)).gain is None
     assert (JPEG(10) @ Grayscale()).gain is None
     assert JPEG(10).gain is None
-    assert (AveragePool(3) @ Mask(torch.rand(8, 8) > 0.5)).gain is None  # and measure says why it does not fit
+    assert (AveragePool(3) @ Mask(torch.rand(8, 8) > 0.5)).gain is None  # composing raises no error; measure does
 
 
-def test_what_is_measured():
+def test_measurements_of_every_operator():
     x = random(*SHAPE)
     mask = random(8, 12) > 0.5
     seen = Mask(mask).measure(x)
@@ -194,17 +195,17 @@ def test_what_is_measured():
 
 
 @pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
-def test_measuring_again_after_lifting_changes_nothing(operator, gain):
+def test_lift_after_measure_is_a_projection(operator, gain):
     x = random(*SHAPE)
     once = operator.lift(operator.measure(x))
     torch.testing.assert_close(operator.lift(operator.measure(once)), once, rtol=1e-12, atol=1e-12)
 
 
-# -- An operator of one's own
+# -- User-defined operators
 
 
 class EveryOther(Operator):
-    """Every other row is observed: an operator on public names, which follows masks."""
+    """An operator that observes every other row, with the public interface including ``carry_mask``."""
 
     gain = 1.0
 
@@ -221,7 +222,7 @@ class EveryOther(Operator):
 
 
 class Sharper(Operator):
-    """An operator for two images, with nothing but measure."""
+    """An operator for two images that defines only ``measure``."""
 
     def measure(self, x):
         return x.square()
@@ -230,7 +231,7 @@ class Sharper(Operator):
         return 2
 
 
-def test_a_new_operator_composes_with_masks():
+def test_user_defined_operators_compose_with_masks():
     seen = random(8, 12) > 0.5
     operator = Grayscale() @ EveryOther() @ Mask(seen)
     assert operator.gain == Grayscale.gain and torch.equal(operator.seen, seen[::2])
@@ -238,7 +239,7 @@ def test_a_new_operator_composes_with_masks():
     assert torch.equal(operator.measure(x), Grayscale().measure(torch.where(seen, x, 0)[..., ::2, :]))
     once = operator.lift(operator.measure(x))
     torch.testing.assert_close(operator.lift(operator.measure(once)), once, rtol=1e-12, atol=1e-12)
-    assert (Sharper() @ Mask(seen)).gain is None  # without carry_mask and gain
+    assert (Sharper() @ Mask(seen)).gain is None  # Sharper has neither carry_mask nor a gain
     assert (EveryOther() @ EveryOther()).gain == 1
 
 
@@ -246,12 +247,12 @@ def test_the_operator_and_y_must_agree_on_the_number_of_images():
     assert (
         len(Observation(Sharper(), torch.rand(1, 3, 8, 8))) == len(Observation(Sharper(), torch.rand(2, 1, 8, 8))) == 2
     )
-    with pytest.raises(ValueError, match="the operator is for 2 images, but y has 3"):
+    with pytest.raises(ValueError, match="y must have 2 images, as many as the operator, got 3"):
         Observation(Sharper(), torch.rand(3, 1, 8, 8))
 
 
 def test_the_gain_of_a_batch_of_masks_is_that_of_its_rows():
-    """Of two masks one can be pooled: as a batch they cannot, however the batch is divided."""
+    """If one of two masks does not fit the blocks of pooling, neither the batch nor any of its rows has a gain."""
     masks = torch.cat([blocks(), random(1, 1, 8, 12) > 0.5])
     together = AveragePool(2) @ Mask(masks)
     assert together.gain is None
@@ -263,7 +264,7 @@ def test_the_gain_of_a_batch_of_masks_is_that_of_its_rows():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_jpeg_is_the_codecs_own(channels, tmp_path):
+def test_jpeg_measurement_equals_that_of_pillow(channels, tmp_path):
     import numpy as np
     from PIL import Image
 
@@ -281,7 +282,7 @@ def test_jpeg_loses_less_at_a_higher_quality():
     assert errors[-1] < 1e-5 < 1e-3 < errors[0]
 
 
-def test_jpeg_keeps_images_apart_and_takes_any_range():
+def test_jpeg_compresses_images_separately_and_clamps_them():
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     together = JPEG(30).measure(x)
     assert torch.equal(together, torch.cat([JPEG(30).measure(image[None]) for image in x]))
@@ -311,7 +312,7 @@ def test_uncrop_of_any_size(n, height, width, borders):
     assert float(x.sum()) == pytest.approx(float(y.sum()), rel=1e-5)
 
 
-def test_operators_take_points_and_signals_too():
+def test_masks_accept_data_that_are_not_images():
     known = Mask(torch.tensor([True, False]))
     assert torch.equal(known.measure(torch.tensor([[1.0, 2.0]])), torch.tensor([[1.0, 0.0]]))
     assert len(Observation(known, torch.tensor([[1.0, math.nan]]))) == 1
@@ -326,7 +327,7 @@ def test_rows_of_a_batch_of_masks():
     assert Grayscale().rows(slice(1, 3)).measure(x).shape == (4, 1, 8, 12)
 
 
-def test_a_mask_keeps_no_hold_on_the_callers_tensor():
+def test_a_mask_copies_the_callers_tensor():
     seen = torch.ones(4, 4, dtype=torch.bool)
     mask = Mask(seen)
     seen[:] = False
@@ -354,7 +355,7 @@ def test_a_mask_keeps_no_hold_on_the_callers_tensor():
         ),
         (lambda: Mask(torch.ones(2, 1, 4, 4) > 0).measure(torch.rand(3, 1, 4, 4)), ValueError, "does not fit"),
         (lambda: Mask(torch.ones(2, 1, 4, 4) > 0).measure(torch.rand(1, 1, 4, 4)), ValueError, "does not fit"),
-        (lambda: Uncrop(left=4).measure(torch.rand(1, 1, 4, 4)), ValueError, "leave nothing of images of 4x4"),
+        (lambda: Uncrop(left=4).measure(torch.rand(1, 1, 4, 4)), ValueError, "larger than the borders .*got 4x4"),
         (
             lambda: Grayscale().measure(torch.rand(1, 1, 4, 4)),
             ValueError,
@@ -363,7 +364,7 @@ def test_a_mask_keeps_no_hold_on_the_callers_tensor():
         (
             lambda: AveragePool(3).measure(torch.rand(1, 1, 4, 4)),
             ValueError,
-            "images of 4x4 pixels do not divide into blocks of 3x3",
+            "height and width must be multiples of 3, got images of 4x4 pixels",
         ),
         (lambda: JPEG(5).measure(torch.rand(1, 4, 8, 8)), ValueError, r"got shape \(1, 4, 8, 8\)"),
         (
@@ -394,7 +395,7 @@ def test_a_mask_keeps_no_hold_on_the_callers_tensor():
         (
             lambda: Observation(Grayscale(), torch.full((1, 1, 4, 4), math.nan)),
             ValueError,
-            "NaN or infinite values where it is observed",
+            "y must be finite where it is observed, got NaN or infinite",
         ),
         (
             lambda: Observation(Mask(torch.ones(3, 4, 4) > 0), torch.rand(1, 1, 4, 4)),
@@ -404,12 +405,12 @@ def test_a_mask_keeps_no_hold_on_the_callers_tensor():
         (lambda: Observation(Mask(torch.ones(2, 1, 4, 4) > 0), torch.rand(3, 1, 4, 4)), ValueError, "does not fit y"),
     ],
 )
-def test_bad_input_is_one_clear_sentence(make, error, message):
+def test_invalid_arguments_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-def test_what_a_mask_hides_may_be_anything():
+def test_hidden_values_of_y_may_be_nan_or_infinite():
     y = torch.tensor([[[[0.5, math.nan], [math.inf, 0.25]]]])
     observation = Observation(Mask(torch.tensor([[True, False], [False, True]])), y)
     assert torch.equal(observation.operator.lift(y), torch.tensor([[[[0.5, 0.0], [0.0, 0.25]]]]))

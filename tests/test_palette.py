@@ -24,7 +24,7 @@ EVERY.append(MultiTask(EVERY))
 
 
 def holes(task, size, n, generator):
-    """At most n masks (n, H, W) of a task, fewer for large images, and the shares that they cover."""
+    """At most n masks (n, H, W) of a task, fewer for large images, and the share of the area that each covers."""
     n = min(n, 2**19 // (size[0] * size[1]))
     x = torch.zeros(n, 1, *size)
     condition, region = task(x, generator)
@@ -33,17 +33,17 @@ def holes(task, size, n, generator):
 
 
 def chi_square_is_plausible(counts, probabilities):
-    """Whether a chi-square with as many degrees is below mean + 4 deviations: p < 1e-3 for those used here."""
+    """Whether the chi-square statistic is below its mean plus four standard deviations (p > 1e-3 in these tests)."""
     expected = probabilities / probabilities.sum() * counts.sum()
     degrees = len(counts) - 1
     return float(((counts - expected) ** 2 / expected).sum()) < degrees + 4 * math.sqrt(2 * degrees)
 
 
-# -- What every task promises
+# -- Properties of every task
 
 
 @pytest.mark.parametrize("task", EVERY, ids=repr)
-def test_shapes_and_seeds_and_nothing_is_modified(task, rng):
+def test_tasks_return_the_documented_shapes_and_follow_the_seed(task, rng):
     x = torch.rand(16, 3, 24, 20, generator=rng, dtype=torch.float64)
     before, state = x.clone(), torch.get_rng_state()
     condition, region = task(x, seed(0))
@@ -52,7 +52,7 @@ def test_shapes_and_seeds_and_nothing_is_modified(task, rng):
     assert torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
     for again in (task(x, seed(0)), task(x, 0)):  # an int is a seed
         assert torch.equal(condition, again[0]) and torch.equal(region, again[1])
-    if not isinstance(task, Colorization):  # which draws nothing
+    if not isinstance(task, Colorization):  # it draws no random numbers
         assert not torch.equal(condition, task(x, seed(1))[0])
     torch.manual_seed(3)
     first = task(x)[0]
@@ -61,8 +61,8 @@ def test_shapes_and_seeds_and_nothing_is_modified(task, rng):
 
 
 @pytest.mark.parametrize("task", EVERY, ids=repr)
-def test_the_condition_is_the_image_outside_of_a_hole(task, rng):
-    """Or the region is everywhere, and the loss counts in all of the image."""
+def test_outside_of_a_hole_the_condition_is_the_image(task, rng):
+    """If there is no hole, the region is the whole image, and the condition differs from the image."""
     x = torch.rand(50, 3, 16, 16, generator=rng)
     condition, region = task(x, rng)
     hole = ~region.expand_as(x).flatten(1).all(1)
@@ -76,13 +76,13 @@ def test_parameters_are_drawn_for_each_image(task, rng):
     x = torch.rand(1, 3, 16, 16, generator=rng).expand(100, -1, -1, -1)
     condition, region = task(x, rng)
     everywhere = region.expand_as(x).flatten(1).all(1)[:, None, None, None]
-    shown = torch.where(region & ~everywhere, 0, condition)  # without the noise
+    shown = torch.where(region & ~everywhere, 0, condition)  # the part outside of the hole, which has no noise
     different = len(torch.unique(shown.flatten(1), dim=0))
     assert different == 1 if isinstance(task, Colorization) else different >= 5
 
 
 @pytest.mark.parametrize("task", EVERY, ids=repr)
-def test_a_training_step_on_every_task(task, rng):
+def test_every_task_gives_a_finite_loss_and_gradients(task, rng):
     torch.manual_seed(0)
     net = ScoreNet.unet(3, 8, widths=(4,), layers_per_block=1, condition_channels=3)
     x = torch.rand(2, 3, 8, 8, generator=rng)
@@ -93,7 +93,7 @@ def test_a_training_step_on_every_task(task, rng):
 
 
 def test_no_float64_reaches_a_device():
-    """Of the tasks that read no value; the others look at their masks, or run a codec."""
+    """For the tasks that read no values; the others read their masks, or run a codec."""
     x = torch.empty(2, 3, 16, 16, device="meta")
     for task in (Colorization(), Uncropping()):
         with NoFloat64():
@@ -101,8 +101,8 @@ def test_no_float64_reaches_a_device():
         assert condition.device.type == region.device.type == "meta" and condition.dtype == torch.float32
 
 
-def test_the_loss_takes_what_a_task_gives_and_the_sampler_too(rng):
-    """From a task to a network's loss, and to a sample that holds what was shown: the three lines of the module."""
+def test_outputs_of_a_task_are_arguments_of_the_loss_and_the_sampler(rng):
+    """As in the example of the module: a training loss, and a sample that keeps the values outside of the hole."""
     torch.manual_seed(0)
     net = ScoreNet.unet(
         3, 16, widths=(4, 8), layers_per_block=1, condition_channels=3, schedule=NoiseSchedule.geometric(5, 0.05, 6)
@@ -122,31 +122,31 @@ def test_the_loss_takes_what_a_task_gives_and_the_sampler_too(rng):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_uncropping_is_half_of_the_area_and_touches_the_border(size):
+def test_uncropping_hides_half_of_the_area_at_the_border(size):
     height, width = size
     masks, shares = holes(Uncropping(), size, 400, seed(0))
-    assert (shares - 0.5).abs().max() <= 0.5 / min(size)  # half a row of pixels
+    assert (shares - 0.5).abs().max() <= 0.5 / min(size)  # at most half a row of pixels
     top, bottom, left, right = masks[:, 0].all(1), masks[:, -1].all(1), masks[:, :, 0].all(1), masks[:, :, -1].all(1)
     sides = torch.stack([top, bottom, left, right])
     around = sides.all(0)
-    assert torch.equal(sides.sum(0), torch.where(around, 4, 1))  # one side or all four, never two
+    assert torch.equal(sides.sum(0), torch.where(around, 4, 1))  # the mask is at one side or at all four
     n = len(masks)
     assert abs(float(around.float().mean()) - 0.5) < 4 * 0.5 / math.sqrt(n)
     assert chi_square_is_plausible(sides[:, ~around].sum(1), torch.ones(4))
     kept = (~masks[around]).float()
     rows, columns = kept.amax(2), kept.amax(1)
-    assert torch.equal(kept, rows[:, :, None] * columns[:, None])  # what is kept is a box, in the middle
+    assert torch.equal(kept, rows[:, :, None] * columns[:, None])  # the visible part is a box in the middle
     for line in (rows, columns):
         assert (line - line.flip(1)).abs().sum(1).max() <= 2
     assert torch.equal(masks[top & ~around].sum((1, 2)).unique(), torch.tensor([height // 2 * width]))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_inpainting_is_never_empty_or_full_and_its_boxes_cover_10_to_40_percent(size):
+def test_inpainting_masks_are_never_empty_or_full(size):
     masks, shares = holes(Inpainting(), size, 4000, seed(1))
     assert (masks.any(2).any(1)).all() and not masks.all(2).all(1).any()
     assert shares.max() < 0.7
-    # 60 % of 0.14 and 40 % of 0.23; lines that are no thinner than a pixel add a little at 16 pixels.
+    # The mean is 0.6 x 0.14 + 0.4 x 0.23. At 16 pixels it is slightly larger, since lines are at least one pixel wide.
     assert abs(float(shares.mean()) - 0.178) < 4 * float(shares.std()) / math.sqrt(len(shares)) + 0.01
 
 
@@ -158,8 +158,8 @@ def test_no_mask_of_the_smallest_images_is_empty_or_full(monkeypatch):
     assert (masks.any(2).any(1)).all() and not masks.all(2).all(1).any()
 
 
-def test_strokes_are_60_percent_and_boxes_40(monkeypatch):
-    """By replacing one kind of hole: what is left is the other, and keeps its law."""
+def test_inpainting_masks_are_strokes_in_60_and_boxes_in_40_percent(monkeypatch):
+    """Strokes are replaced by empty masks; the rest are boxes, which cover 10 to 40 percent of the area."""
     from scorematch import palette
 
     n, size = 2000, (32, 32)
@@ -169,14 +169,14 @@ def test_strokes_are_60_percent_and_boxes_40(monkeypatch):
     boxes = shares[shares > 0]
     assert abs(len(boxes) / n - 0.4) < 4 * math.sqrt(0.24 / n)
     assert boxes.min() >= 0.1 and boxes.max() <= 0.4
-    assert boxes.quantile(0.05) < 0.14 and boxes.quantile(0.95) > 0.32  # and all the range between
+    assert boxes.quantile(0.05) < 0.14 and boxes.quantile(0.95) > 0.32  # the shares cover the range
     masks = masks[shares > 0]
     single = (masks == masks.any(2)[:, :, None] & masks.any(1)[:, None]).flatten(1).all(1)
-    assert 0.1 < float(single.float().mean()) < 0.35  # one box of one to five, a fifth, and overlaps
+    assert 0.1 < float(single.float().mean()) < 0.35  # a fifth of the masks have one box; overlapping boxes add some
 
 
-def test_strokes_are_of_the_same_kind_at_every_size(monkeypatch):
-    """14 % of the area at 256 pixels with Yu et al.'s numbers, and at 32; pixels of the smallest make them thicker."""
+def test_strokes_cover_14_percent_at_every_image_size(monkeypatch):
+    """As with the parameters of Yu et al. at 256 pixels."""
     from scorematch import palette
 
     monkeypatch.setattr(palette, "_boxes", palette._strokes)
@@ -185,8 +185,8 @@ def test_strokes_are_of_the_same_kind_at_every_size(monkeypatch):
         assert abs(float(shares.mean()) - 0.14) < 4 * float(shares.std()) / math.sqrt(len(shares)) + 0.005
 
 
-def test_strokes_run_to_every_side_alike(monkeypatch):
-    """The zigzag of Yu et al. runs to the right; it is flipped both ways. A lean of the masks would show it."""
+def test_strokes_have_no_preferred_direction(monkeypatch):
+    """The strokes of Yu et al. run to the right; here they are flipped at random, so the masks have a centered mean."""
     from scorematch import palette
 
     monkeypatch.setattr(palette, "_boxes", palette._strokes)
@@ -197,8 +197,8 @@ def test_strokes_run_to_every_side_alike(monkeypatch):
         assert abs(float(lean.mean())) < 4 * float(lean.std()) / math.sqrt(len(lean))
 
 
-def test_holes_are_filled_with_the_papers_noise(rng):
-    """Standard normal in [-1, 1]: around 1/2 with deviation 1/2 in [0, 1]."""
+def test_holes_are_filled_with_standard_normal_noise(rng):
+    """As in the paper, for images in [-1, 1]; for images in [0, 1] the mean and the standard deviation are 1/2."""
     x = torch.zeros(500, 3, 32, 32)
     condition, region = Uncropping()(x, rng)
     noise = condition[region.expand_as(x)]
@@ -208,13 +208,13 @@ def test_holes_are_filled_with_the_papers_noise(rng):
     own = fill(x, hole, seed(1))
     assert own.shape == x.shape and not own[..., 10:].any() and (own[..., :10] != 0).all()
     damaged = torch.where(hole, math.nan, x)
-    assert torch.equal(fill(damaged, hole, seed(1)), own)  # what is in the hole does not count
+    assert torch.equal(fill(damaged, hole, seed(1)), own)  # the values in the hole do not matter
 
 
 # -- Colors and codecs
 
 
-def test_the_condition_from_a_measurement_is_the_one_of_training(rng):
+def test_condition_of_a_measurement_equals_the_condition_in_training(rng):
     x = torch.rand(4, 3, 16, 24, generator=rng)
     hole = torch.rand(4, 1, 16, 24, generator=rng) > 0.5
     assert torch.equal(condition_of(Mask(~hole), Mask(~hole).measure(x), 1), fill(x, hole, seed(1)))
@@ -231,7 +231,7 @@ def test_the_condition_from_a_measurement_is_the_one_of_training(rng):
     assert torch.equal(condition_of(gray_and_small, gray), expected)
 
 
-def test_colorization_shows_the_luma_on_three_channels(rng):
+def test_the_condition_of_colorization_is_the_luma_on_three_channels(rng):
     x = torch.rand(5, 3, 16, 16, generator=rng)
     condition, region = Colorization()(x)
     assert torch.equal(condition, Grayscale().measure(x).expand(-1, 3, -1, -1))
@@ -239,8 +239,8 @@ def test_colorization_shows_the_luma_on_three_channels(rng):
 
 
 @pytest.mark.parametrize(("lowest", "highest"), [(5, 30), (10, 20)])
-def test_jpeg_qualities_come_as_exp_minus_a_tenth(lowest, highest, rng):
-    """Read from the images: each of a batch is the codec's at one quality, and qualities come as they should."""
+def test_probabilities_of_jpeg_qualities_decay_exponentially(lowest, highest, rng):
+    """The probability of a quality q is proportional to exp(-q / 10); q is identified from the compressed images."""
     x = torch.rand(1, 1, 16, 16, generator=rng)
     known = torch.stack([JPEG(quality).measure(x)[0] for quality in range(lowest, highest + 1)])
     assert len(torch.unique(known.flatten(1), dim=0)) == len(known)
@@ -251,7 +251,7 @@ def test_jpeg_qualities_come_as_exp_minus_a_tenth(lowest, highest, rng):
     counts = same.sum(0).float()
     assert chi_square_is_plausible(counts, torch.exp(-torch.arange(lowest, highest + 1) / 10))
     assert not chi_square_is_plausible(counts, torch.ones(len(counts)))
-    if (lowest, highest) == (5, 30):  # the paper's: half are 10 and lower
+    if (lowest, highest) == (5, 30):  # the range of the paper: half of the qualities are at most 10
         assert abs(float(counts[:6].sum()) / n - 0.49) < 4 * 0.5 / math.sqrt(n)
 
 
@@ -259,7 +259,7 @@ def test_jpeg_qualities_come_as_exp_minus_a_tenth(lowest, highest, rng):
 
 
 def constant(value, channels=1):
-    """A task of one's own: a function. It shows each image its own mean, less a value."""
+    """A user-defined task, a function: its condition is the mean over the channels, minus a value."""
 
     def task(x, generator):
         return x.mean(1, keepdim=True).repeat(1, channels, 1, 1) - value, torch.ones(1, 1, 1, 1, dtype=torch.bool)
@@ -268,19 +268,19 @@ def constant(value, channels=1):
 
 
 @pytest.mark.parametrize("weights", [None, [1, 2, 5]])
-def test_each_image_gets_one_task_as_often_as_it_weighs(weights, rng):
+def test_each_image_gets_one_task_with_the_probability_of_its_weight(weights, rng):
     n = 4000
     x = torch.arange(n)[:, None, None, None].expand(-1, 1, 8, 8).float()
     condition, region = MultiTask([constant(0.0), constant(0.25), constant(0.5)], weights)(x, rng)
     value = x - condition
     assert region.shape == x.shape and region.all()
-    assert torch.equal(value, value[:, :1, :1, :1].expand_as(value))  # every image is shown its own
+    assert torch.equal(value, value[:, :1, :1, :1].expand_as(value))  # by one task
     counts = torch.stack([(value[:, 0, 0, 0] == v).sum() for v in (0.0, 0.25, 0.5)])
     assert counts.sum() == n
     assert chi_square_is_plausible(counts, torch.tensor(weights or [1.0, 1.0, 1.0]))
 
 
-def test_mixtures_can_be_mixed(rng):
+def test_multitasks_can_be_nested(rng):
     masks = MultiTask([Inpainting(), Uncropping()])
     task = MultiTask([masks, JPEGRestoration(10, 10)], weights=[3, 1])
     assert repr(task) == (
@@ -294,12 +294,12 @@ def test_mixtures_can_be_mixed(rng):
     assert torch.equal(condition[~region], x[~region])
 
 
-# -- Palette's mathematics
+# -- Palette's loss, and the scores that minimize it
 
 
 @pytest.mark.parametrize("p", [1, 2])
-def test_the_loss_is_palettes(p, rng):
-    """|f(c, sqrt(gamma) x0 + sqrt(1 - gamma) e, gamma) - e|_p^p in [-1, 1] is p times dsm_loss; so is its gradient."""
+def test_dsm_loss_equals_palettes_loss(p, rng):
+    """|f(c, sqrt(gamma) x0 + sqrt(1 - gamma) e, gamma) - e|_p^p in [-1, 1] and its gradient are those of p dsm_loss."""
     weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
     def f(c, y, gamma):
@@ -311,7 +311,7 @@ def test_the_loss_is_palettes(p, rng):
     class Backbone(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.anchor = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))  # a network in double precision
+            self.anchor = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))  # float64 weights
 
         def forward(self, y, step, c):
             return f(c, y, gammas[len(gammas) - 1 - step.round().long()].view(-1, 1, 1, 1))
@@ -327,7 +327,7 @@ def test_the_loss_is_palettes(p, rng):
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
     (a,), (b,) = (torch.autograd.grad(loss.sum(), weight) for loss in (losses, expected))
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    # In a region it is the mean there, times all pixels, whatever its area.
+    # In a region the loss is the mean over the region, times the number of all pixels.
     region = torch.rand(5, 1, 4, 4, generator=rng) < 0.5
     inside = dsm_loss(net, x, sigma=schedule.sigmas[levels], noise=e, condition=c, p=p, region=region, reduction="none")
     each = (f(2 * c - 1, noisy, gamma) - e).abs().pow(p)
@@ -335,8 +335,8 @@ def test_the_loss_is_palettes(p, rng):
     torch.testing.assert_close(p * inside, 16 * means, rtol=1e-12, atol=1e-12)
 
 
-def test_pixels_outside_the_region_do_not_count(rng):
-    """A score of pixels on their own: what is outside of the hole may be anything, and be predicted anyhow."""
+def test_pixels_outside_the_region_do_not_change_the_loss(rng):
+    """For a score that treats each pixel separately."""
     x, z = torch.rand(3, 2, 6, 6, generator=rng), torch.randn(3, 2, 6, 6, generator=rng)
     _, region = Inpainting()(torch.zeros(3, 2, 8, 8), rng)
     region = region[..., 1:7, 1:7] | (torch.arange(6) == 2)
@@ -349,8 +349,8 @@ def test_pixels_outside_the_region_do_not_count(rng):
     assert not torch.equal(loss(x), loss(x + 0.1))
 
 
-def test_each_power_has_its_own_optimum():
-    """On two points the loss of power 2 is least at the posterior's mean, that of power 1 at its median."""
+def test_the_loss_of_power_2_prefers_the_mean_and_of_power_1_the_median():
+    """The mean and the median of the posterior, for data at two points."""
     n, sigma = 200_000, 1.0
     x = torch.where(torch.rand(n, 1, generator=seed(0)) < 0.7, 1.0, -1.0)
     z = torch.randn(n, 1, generator=seed(1))
@@ -369,10 +369,10 @@ def test_each_power_has_its_own_optimum():
         assert float(difference.mean()) > 5 * float(difference.std()) / math.sqrt(n)
 
 
-def test_conditional_score_matching_has_its_minimum_at_the_closed_form():
-    """Of (x0, c) jointly Gaussian, with x0 given c being N(B c, S). The score is linear, so the loss is a quadratic.
+def test_the_exact_conditional_score_minimizes_the_loss():
+    """For jointly Gaussian (x0, c), where x0 given c is N(B c, S). The score is linear, and so the loss is quadratic.
 
-    At the closed form its gradient is zero, and off it by a matrix it is larger by exactly the quadratic form.
+    At the exact score the gradient is zero; if matrices are added to it, the loss grows by their quadratic form.
     """
     n, sigma = 400_000, 0.6
     b = torch.tensor([[0.8, -0.3], [0.1, 0.5]], dtype=torch.float64)
@@ -392,12 +392,12 @@ def test_conditional_score_matching_has_its_minimum_at_the_closed_form():
     parameters = (-precision).requires_grad_(), (precision @ b).requires_grad_()
     optimum = losses(*parameters)
     for i, gradient in enumerate(torch.autograd.grad(optimum.mean(), parameters)):
-        # Entry (j, k) of the gradient is the mean of sigma r_j v_k, v being x or c.
+        # Entry (j, k) of the gradient is the mean of sigma r_j v_k, where v is x or c.
         r = sigma * sigma * ((x + sigma * z) @ parameters[0].T + c @ parameters[1].T + z / sigma).detach()
         v = (x + sigma * z) if i == 0 else c
         deviation = (r[:, :, None] * v[:, None]).std(0) / math.sqrt(n)
         assert (gradient.abs() < 5 * deviation).all()
-    # x = B c + e, e ~ N(0, S + sigma^2), c ~ N(0, 1): an error of the score E_x x + E_c c has this mean square.
+    # The mean square of an error E_x x + E_c c of the score, for x = B c + e, e ~ N(0, S + sigma^2) and c ~ N(0, 1).
     for factors in [(1.05, 1.0), (1.0, 0.95), (0.95, 1.05)]:
         on_x, on_c = (factor * one.detach() for factor, one in zip(factors, parameters, strict=True))
         e_x, e_c = on_x - parameters[0].detach(), on_c - parameters[1].detach()
@@ -411,10 +411,10 @@ TINTS = torch.tensor([[1.0, 0.101 / 0.587, 0.0], [0.0, 0.4 / 0.587, 0.0], [0.0, 
 SHARES = torch.tensor([0.5, 0.3, 0.2])
 
 
-def test_colors_of_equal_luma_come_in_their_shares(rng):
-    """Gray digits of three tints of luma 0.4 say nothing of the tint: the exact posterior score, sampled.
+def test_colorization_draws_colors_of_equal_luma_with_their_probabilities(rng):
+    """The gray image does not determine which of three tints of luma 0.4 it had. The score is that of the posterior.
 
-    The luma of the samples is right to a part in a thousand without an observation, and exactly right with one.
+    The luma of the samples is correct to 0.001 without an observation, and to rounding with one.
     """
     shapes = torch.rand(1, 1, 8, 8, generator=rng)
     images = shapes * TINTS[:, :, None, None]
@@ -422,7 +422,7 @@ def test_colors_of_equal_luma_come_in_their_shares(rng):
     torch.testing.assert_close(condition, condition[:1].expand_as(condition), atol=1e-6, rtol=0)
 
     def score(x, sigma, condition):
-        """Of x0 given the gray image: three points, condition * tint / luma."""
+        """The score given the gray image, for which x0 is one of three points, condition * tint / luma."""
         points = condition[:, None, :1] * TINTS[None, :, :, None, None] / 0.4
         logits = -(x[:, None] - points).square().sum((2, 3, 4)) / (2 * sigma**2) + SHARES.log()
         return ((logits.softmax(1)[..., None, None, None] * points).sum(1) - x) / sigma**2
@@ -432,7 +432,7 @@ def test_colors_of_equal_luma_come_in_their_shares(rng):
     shown = condition[:1].expand(n, -1, -1, -1)
     x = sampler.sample(shape=(3, 8, 8), condition=shown, generator=rng, progress=False)
     distance = (x[:, None] - images).flatten(2).norm(dim=2)
-    assert distance.min(1).values.max() < 0.05  # each is one of the three, whole
+    assert distance.min(1).values.max() < 0.05  # each sample is one of the three images
     counts = torch.bincount(distance.argmin(1), minlength=3)
     deviation = (SHARES * (1 - SHARES) / n).sqrt()
     assert ((counts / n - SHARES).abs() < 4 * deviation + 0.01).all()
@@ -465,7 +465,7 @@ def test_colors_of_equal_luma_come_in_their_shares(rng):
         ),
         (lambda: JPEGRestoration(0, 30), ValueError, "quality must be an integer from 1 to 100, got 0"),
         (lambda: JPEGRestoration(5, 300), ValueError, "got 300"),
-        (lambda: JPEGRestoration(30, 5), ValueError, "lowest must not be above highest, got 30 and 5"),
+        (lambda: JPEGRestoration(30, 5), ValueError, "lowest must be at most highest, got lowest=30 and highest=5"),
         (lambda: Inpainting()([torch.zeros(1, 1, 8, 8)]), TypeError, "x must be a tensor .*, got list"),
         (lambda: Inpainting()(torch.zeros(1, 1, 8, 8), "0"), TypeError, "torch.Generator or a seed, got '0'"),
         (lambda: MultiTask([]), ValueError, "at least one task"),
@@ -485,6 +485,6 @@ def test_colors_of_equal_luma_come_in_their_shares(rng):
         (lambda: fill(torch.zeros(1, 1, 8, 8), torch.ones(8, 8)), TypeError, "Write region > 0.5"),
     ],
 )
-def test_bad_input(call, error, message):
+def test_invalid_arguments_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()

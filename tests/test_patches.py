@@ -1,4 +1,4 @@
-"""U-Nets on patches: the same interface, a coarser grid inside."""
+"""U-Nets on patches of pixels, which compute on a coarser grid."""
 
 import json
 
@@ -23,7 +23,7 @@ KINDS = {
 
 
 def _net(kind, **options):
-    """A small network with random weights, none of them special."""
+    """A small network in which all weights are random."""
     torch.manual_seed(0)
     net = ScoreNet.unet(3, 16, widths=(8, 16), layers_per_block=1, schedule=SCHEDULE, **KINDS[kind], **options)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def _small(in_channels=3, out_channels=3, **options):
     return UNet(in_channels, out_channels, block_out_channels=(8, 16), norm_num_groups=4, **{**blocks, **options})
 
 
-def test_it_is_the_unet_of_the_patches(rng):
+def test_a_unet_with_patches_equals_a_unet_of_unshuffled_pixels(rng):
     torch.manual_seed(0)
     net, inner = _small(patch=2), _small(12, 12)
     inner.load_state_dict(net.state_dict())
@@ -51,7 +51,7 @@ def test_it_is_the_unet_of_the_patches(rng):
     assert torch.equal(net(x, c_noise), F.pixel_shuffle(inner(F.pixel_unshuffle(x, 2), c_noise), 2))
 
 
-def test_an_image_as_condition_becomes_patches_too(rng):
+def test_an_image_condition_is_divided_into_patches_too(rng):
     torch.manual_seed(0)
     net = _small(4, 1, patch=2, pixel_channels=4)
     x, beside = torch.rand(2, 1, 8, 8, generator=rng), torch.rand(2, 3, 8, 8, generator=rng)
@@ -60,11 +60,11 @@ def test_an_image_as_condition_becomes_patches_too(rng):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_network_is_the_prior_of_its_row(kind, rng):
+def test_a_new_network_is_the_exact_score_of_a_gaussian(kind, rng):
     net = ScoreNet.unet(3, 16, widths=(8, 16), layers_per_block=1, **KINDS[kind])
     x, condition = _inputs(kind, rng)
     s = 2 * 0.3
-    expected = -2 * (2 * x - 1) / (s**2 + 0.25)  # of Gaussian data of deviation 1/2 around the middle, in [-1, 1]
+    expected = -2 * (2 * x - 1) / (s**2 + 0.25)  # of N(0, 1/4) in the units of images in [-1, 1]
     torch.testing.assert_close(net(x, 0.3, condition), expected)
 
 
@@ -77,14 +77,14 @@ def test_gradient_reaches_every_parameter(kind, rng):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-def test_blocks_at_full_resolution_see_single_pixels(rng):
-    """They treat all pixels of a patch alike: where the patches answer nothing, a shift of x shifts the output."""
+def test_blocks_at_full_resolution_treat_all_pixels_alike(rng):
+    """If the output of the patches is zero, shifting x by one pixel shifts the output by one pixel."""
     torch.manual_seed(0)
     net = _small(patch=2, pixel_channels=8)
     for parameter in net.conv_out.parameters():
         torch.nn.init.zeros_(parameter)
     for norm in (net.pixel_block_in.norm1, net.pixel_block_in.norm2, net.pixel_block_out.norm1):
-        norm.forward = lambda h, *_: h  # the statistics of a norm are those of the whole image
+        norm.forward = lambda h, *_: h  # norms are left out, since their statistics depend on the whole image
     net.pixel_block_out.norm2.forward = net.pixel_norm_out.forward = lambda h, *_: h
     x, c_noise = torch.rand(1, 3, 24, 24, generator=rng), torch.zeros(1)
     shifted = net(x.roll(1, dims=3), c_noise)
@@ -95,7 +95,7 @@ def test_blocks_at_full_resolution_see_single_pixels(rng):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2.5e-2)])
 @torch.no_grad()
-def test_the_inference_copy_is_the_same_function(kind, dtype, tolerance, rng, monkeypatch):
+def test_the_inference_copy_computes_the_same_score(kind, dtype, tolerance, rng, monkeypatch):
     monkeypatch.setattr("scorematch.nets.inference.native_dtype", lambda device: dtype)
     net = _net(kind)
     fast = net.inference_copy()
@@ -106,7 +106,7 @@ def test_the_inference_copy_is_the_same_function(kind, dtype, tolerance, rng, mo
         assert (fast(x, sigma, condition) - expected).norm() <= tolerance * expected.norm()
 
 
-def test_the_convolutions_at_the_image_stay_in_float32(monkeypatch):
+def test_convolutions_at_the_image_stay_in_float32(monkeypatch):
     monkeypatch.setattr("scorematch.nets.inference.native_dtype", lambda device: torch.bfloat16)
     for kind, kept in [("2", {"conv_in", "conv_out"}), ("with pixels", {"pixel_in", "pixel_out"})]:
         weights = _net(kind).inference_copy()._backbone.named_parameters()
@@ -116,18 +116,18 @@ def test_the_convolutions_at_the_image_stay_in_float32(monkeypatch):
         assert not [name for name in low if "time" in name or "norm" in name]
 
 
-def test_the_parts_of_a_batch_are_counted_at_the_resolution_of_the_features():
+def test_parts_of_a_batch_depend_on_the_resolution_of_the_features():
     unet, x = FAMILIES["unet"], torch.empty(10_000, 3, 32, 32)
     sizes = {
         patch: part_size(unet.width(_small(patch=patch, pixel_channels=pixels)), x)
         for patch, pixels in [(1, 0), (2, 0), (4, 0)]
     }
-    assert sizes[2] == 4 * sizes[1] and sizes[4] == 8 * sizes[1]  # at least one channel at the image's resolution
+    assert sizes[2] == 4 * sizes[1] and sizes[4] == 8 * sizes[1]  # with patch 4 the width is rounded up to 1 per pixel
     assert part_size(unet.width(_small(patch=2, pixel_channels=16)), x) == sizes[1] / 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_saved_in_the_own_layout(kind, tmp_path, rng):
+def test_a_unet_with_patches_is_saved_in_the_layout_of_this_package(kind, tmp_path, rng):
     net = _net(kind)
     net.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -138,7 +138,7 @@ def test_it_is_saved_in_the_own_layout(kind, tmp_path, rng):
     assert loaded.config == net.config and loaded.conditioning == net.conditioning
 
 
-def test_no_diffusers_layout_even_where_the_row_is_diffusers(tmp_path):
+def test_a_ddpm_with_patches_is_not_saved_in_the_layout_of_diffusers(tmp_path):
     schedule = NoiseSchedule.from_betas([0.1, 0.2])
     names = []
     for patch in (1, 2):
@@ -148,38 +148,38 @@ def test_no_diffusers_layout_even_where_the_row_is_diffusers(tmp_path):
     assert "diffusion_pytorch_model.safetensors" in names[0] and "model.safetensors" in names[1]
 
 
-def test_sampling_from_it():
+def test_a_unet_with_patches_can_be_sampled():
     images = run(ODESampler(_net("with pixels"), levels=3), 2, generator=0)
     assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
 
 
-def test_a_configuration_without_patches_names_none():
+def test_the_configuration_without_patches_has_no_key_patch():
     assert "patch" not in ScoreNet.unet(1, 8, widths=(4, 4)).config
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pixel_channels": 8}, "pixel_channels must be a multiple of 4, in a network with patch above 1, got 8 with"),
-        ({"patch": 2, "pixel_channels": 6}, "pixel_channels must be a multiple of 4, .* got 6 with patch 2"),
+        ({"pixel_channels": 8}, "pixel_channels must be a multiple of 4, and 0 for patch=1, got 8 with"),
+        ({"patch": 2, "pixel_channels": 6}, "pixel_channels must be a multiple of 4, .* got 6 with patch=2"),
         (
             {"patch": 2, "down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2},
-            "patch above 1 is not supported with the blocks named Skip",
+            "patch must be 1 for blocks with Skip in their names, got 2",
         ),
     ],
 )
-def test_networks_that_are_refused(options, message):
+def test_unsupported_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         _small(**options)
 
 
-def test_the_size_of_images_is_a_multiple_of_the_patches(rng):
+def test_image_sizes_that_patches_do_not_divide_raise(rng):
     with pytest.raises(ValueError, match="height and width must be multiples of 8, got 12x16"):
         _net("4")(torch.rand(1, 3, 12, 16), 0.3)
 
 
 @pytest.mark.parametrize(("key", "value"), [("patch", 0), ("patch", "two"), ("pixel_channels", -4)])
-def test_a_configuration_with_bad_patches_is_refused(key, value, tmp_path):
+def test_a_configuration_with_invalid_patches_raises(key, value, tmp_path):
     _net("2").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))

@@ -1,18 +1,27 @@
-"""The recipes: what was published, and that it can be trained."""
+"""The recipes: what was published, that it can be trained, what it costs, and their page."""
 
 import inspect
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from scorematch import ScoreNet
+from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.cli import main
 from scorematch.palette import MultiTask
+from scorematch.precondition import ROWS, Preconditioning
+from scorematch.pretrained import score_sde
 from scorematch.sampling import recommended_sampler
-from scorematch.training import open_images, recipes, train
-from scorematch.training.recipes import RECIPES
-from scorematch.training.steps import Settings
+from scorematch.training import RECIPES, Settings, open_images, recipes, train
+from scorematch.training.recipes import training_flop
+from tests.published import ScoreSDE
 
-# Parameters, noise levels, steps, batch size, learning rate: as in the papers and in the configurations of their code.
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+
+# Parameters, noise levels, steps, batch size and learning rate of the papers and of the configurations of their code.
 PUBLISHED = {
     "ncsn-mnist": (7_638_657, (1, 0.01, 10), 200_000, 128, 1e-3),
     "ncsn-cifar10": (30_117_635, (1, 0.01, 10), 200_000, 128, 1e-3),
@@ -23,14 +32,21 @@ PUBLISHED = {
     "ncsnv2-bedroom": (83_445_379, (190, 0.01, 1086), 150_000, 128, 1e-4),
     "ncsnv2-ffhq": (94_132_611, (348, 0.01, 2311), 80_000, 32, 1e-4),
     "ddpm-cifar10": (35_746_307, (78.88, 0.005, 1000), 800_000, 128, 2e-4),
+    "ncsnpp-cifar10": (62_758_915, (50, 0.01, 1000), 1_300_000, 128, 2e-4),
+    "ddpmpp-cifar10": (61_804_419, (76.08, 0.00524, 1000), 1_300_000, 128, 2e-4),
+    "edm-cifar10": (55_733_891 - 9 * 128, (40, 0.001, 256), 390_625, 512, 1e-3),  # without augmentation's parameters
     "palette": (480_728_835, (75.6, 0.0005, 2000), 1_000_000, 1024, 1e-4),
 }
 
 
 def _meta(recipe, **options):
-    """The network without memory for its weights."""
+    """The network on the meta device, where weights need no memory."""
     with torch.device("meta"):
         return recipe.build(recipe.channels or 3, **options)
+
+
+def _parameters(recipe, **options):
+    return sum(parameter.numel() for parameter in _meta(recipe, **options).parameters())
 
 
 def test_every_recipe_is_in_the_table_of_the_module():
@@ -39,10 +55,10 @@ def test_every_recipe_is_in_the_table_of_the_module():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_values(name):
+def test_recipes_have_the_published_values(name):
     recipe, (parameters, (high, low, levels), steps, batch, lr) = RECIPES[name], PUBLISHED[name]
     net, settings = _meta(recipe), Settings(**recipe.options())
-    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+    assert _parameters(recipe) == parameters
     assert net.schedule.sigma_max == pytest.approx(high, rel=0.01)
     assert net.schedule.sigma_min == pytest.approx(low, rel=0.01) and len(net.schedule) == levels
     assert (settings.steps, settings.batch_size, settings.lr) == (steps, batch, lr)
@@ -50,7 +66,7 @@ def test_the_published_values(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_fits_the_engine(name):
+def test_every_recipe_has_valid_settings_and_a_sampler(name):
     recipe = RECIPES[name]
     assert recipe.source
     assert recipe.options().keys() <= inspect.signature(train).parameters.keys()
@@ -65,30 +81,153 @@ def test_every_recipe_fits_the_engine(name):
 
 
 @pytest.mark.parametrize("name", ["small-32", "small-64", "tiny"])
-def test_the_recipes_for_little_compute(name):
+def test_recipes_for_little_compute_are_small_unets_with_patches(name):
     recipe = RECIPES[name]
     net = _meta(recipe)
     assert net.precondition == "karras" and net.backbone.patch == 2
-    assert sum(parameter.numel() for parameter in _meta(recipe, classes=11).parameters()) < (
-        100_000 if name == "tiny" else 20_000_000
-    )
+    assert _parameters(recipe, classes=11) < (100_000 if name == "tiny" else 20_000_000)
     assert _meta(recipe, image_size=(48, 64)).sample_shape == (3, 48, 64)
 
 
-def test_classes_are_for_unets():
+def test_only_unets_accept_classes():
     assert RECIPES["tiny"].build(1, 8, classes=4).conditioning.classes == 4
     with pytest.raises(ValueError, match="the network of ncsnv2-celeba takes no classes"):
         RECIPES["ncsnv2-celeba"].build(3, classes=4)
 
 
-def test_the_tasks_of_palette():
+def test_the_palette_recipe_has_three_tasks():
     task = RECIPES["palette"].options()["condition"]
     assert isinstance(task, MultiTask)
     assert [type(each).__name__ for each in task.tasks] == ["JPEGRestoration", "Inpainting", "Colorization"]
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("ncsnpp-cifar10", "ve/cifar10_ncsnpp_continuous"), ("ddpmpp-cifar10", "vp/cifar10_ddpmpp_continuous")],
+)
+def test_networks_of_song_et_al_are_those_of_their_configurations(name, config):
+    options = score_sde._options(config)
+    recipe, net = RECIPES[name], _meta(RECIPES[name])
+    expected = score_sde._ncsnpp(options)
+    assert expected.pop("skip_rescale")  # the default
+    assert {key: net.config[key] for key in expected} == expected
+    with torch.device("meta"):
+        theirs = ScoreSDE({"data": options, "model": options})
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == PUBLISHED[name][0]
+    schedule, row = score_sde._noise(options, config)
+    torch.testing.assert_close(net.schedule.sigmas, schedule.sigmas, rtol=1e-12, atol=0)
+    assert net.precondition == row["precondition"]
+    assert {**ROWS[net.precondition].options, **net.precondition_options} == row.get("precondition_options", {})
+    assert recipe.sampler == score_sde._settings(options)
+    assert config in recipe.source
+
+
+def test_levels_of_song_et_al_are_those_of_uniform_times():
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    time = 1e-5 + u * (1 - 1e-5)
+    exploding = RECIPES["ncsnpp-cifar10"].training["levels"].quantile(u)
+    torch.testing.assert_close((exploding / 0.01).log() / math.log(5000), time, rtol=1e-9, atol=0)
+    preserving = RECIPES["ddpmpp-cifar10"].training["levels"].quantile(u)
+    row = Preconditioning("vp", NoiseSchedule([1.0]), (0, 1))
+    torch.testing.assert_close(row.coefficients(preserving).c_noise / 999, time, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "clip"),  # the published loss, divided by that of dsm_loss, and the largest norm of its gradient
+    [
+        ("ddpm-cifar10", 2 / 3072, 1),  # a mean
+        ("ncsnpp-cifar10", 1, 1),  # half of the sum
+        ("ddpmpp-cifar10", 2 / 3072, 1),  # a mean
+        ("edm-cifar10", 2, None),  # the sum
+    ],
+)
+def test_the_optimizer_is_that_of_the_published_loss(name, factor, clip):
+    settings = Settings(**RECIPES[name].options())
+    assert settings.eps * factor == pytest.approx(1e-8)
+    assert settings.clip is None if clip is None else settings.clip * 3072 / 2 * factor == pytest.approx(clip)
+
+
+def test_the_settings_of_edm():
+    recipe = RECIPES["edm-cifar10"]
+    settings = Settings(**recipe.options())
+    assert settings.total == 200_000_000 and settings.rate(5_000_000 - 512) == pytest.approx(5e-4)
+    assert settings.ema[0] ** (500_000 / 512) == pytest.approx(0.5)  # the half-life
+    assert recipe.network["dropout"] == 0.13 and "augmentation" in recipe.differs
+    sampler = recommended_sampler(_meta(recipe))
+    assert len(sampler) == 35 and sampler.schedule == NoiseSchedule.karras(40, 0.001, 18)
+    assert _meta(recipe, classes=10).conditioning.classes == 10
+
+
+# -- The cost
+
+
 @pytest.mark.slow
-def test_a_recipe_trains(tmp_path):
+@pytest.mark.parametrize("network", [ScoreNet.ncsn, ScoreNet.ncsnv2])  # torch does not count attention on a CPU
+def test_training_flop_equals_the_counted_operations_of_a_step(network):
+    net = network(1, 8, width=4)
+    with FlopCounterMode(display=False) as counter:
+        dsm_loss(net, torch.rand(1, 1, 8, 8), sigma=0.5).backward()
+    net.zero_grad()
+    assert training_flop(net) == counter.get_total_flops() > 0
+    assert all(parameter.grad is None and parameter.device.type == "cpu" for parameter in net.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"patch": 2, "condition_channels": 3}, {"classes": 5}])
+def test_the_cost_of_networks_with_conditions(options):
+    costs = [training_flop(ScoreNet.unet(3, 16, widths=widths, **options)) for widths in ((8, 16), (16, 32))]
+    assert 3 * costs[0] < costs[1] < 4 * costs[0]  # convolutions cost the product of their channels
+
+
+def test_the_cost_of_a_network_that_is_not_known():
+    net = ScoreNet(torch.nn.Conv2d(1, 1, 1), RECIPES["tiny"].schedule, sample_shape=(1, 8, 8))
+    with pytest.raises(ValueError, match="a backbone whose condition is known"):
+        training_flop(net)
+
+
+# -- The page
+
+
+def _cells(text, first):
+    """The rows of the table whose first column has that title, by their first cell."""
+    table = re.search(rf"^\| {first} +\|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_page_has_the_settings_of_every_recipe():
+    rows = _cells(PAGE.read_text(encoding="utf-8"), "recipe")
+    assert list(rows) == list(RECIPES)
+    for name, row in rows.items():
+        recipe, settings = RECIPES[name], Settings(**RECIPES[name].options())
+        numbers = [
+            PUBLISHED[name][0] if name in PUBLISHED else _parameters(recipe),
+            recipe.image_size,
+            settings.batch_size,
+            settings.lr,
+        ]
+        assert [float(cell.replace(",", "")) for cell in row[1:5]] == numbers
+        assert row[5] == (", ".join(f"{length:g}" for length in settings.ema) or "none")
+        assert row[6] == f"{settings.total:,}"
+        assert float(row[8]) == pytest.approx(float(row[7].replace(",", "")) * 1e9 * settings.total, rel=0.06)
+
+
+@pytest.mark.slow
+def test_the_page_has_the_table_that_is_printed(capsys):
+    assert main(["recipes"]) == 0
+    assert capsys.readouterr().out in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_page_has_the_source_of_every_recipe():
+    rows = _cells(PAGE.read_text(encoding="utf-8"), "recipe, its source")
+    assert list(rows) == list(RECIPES)
+    for name, (source, time, differs) in rows.items():
+        recipe = RECIPES[name]
+        assert (source, time, differs) == (recipe.source, recipe.published_time or "-", recipe.differs or "-")
+
+
+@pytest.mark.slow
+def test_a_recipe_can_be_trained(tmp_path):
     pytest.importorskip("accelerate")
     recipe = RECIPES["tiny"]
     data = open_images(torch.rand(16, 1, 8, 8))

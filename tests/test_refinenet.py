@@ -1,4 +1,4 @@
-"""The RefineNets of NCSN and NCSNv2 against the published networks, and instance normalization++."""
+"""The RefineNets of NCSN and NCSNv2 compared with the published networks, and instance normalization++."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ PUBLISHED = {  # name -> (channels, width, depth, levels)
         (3, 128, "deeper", 10, 84_183_811, 217),
     ],
 )
-def test_published_sizes(channels, width, depth, levels, parameters, tensors):
+def test_published_numbers_of_parameters_and_tensors(channels, width, depth, levels, parameters, tensors):
     with torch.device("meta"):
         net = RefineNet(channels, width, depth=depth, levels=levels)
     assert sum(p.numel() for p in net.parameters()) == parameters
@@ -39,7 +39,7 @@ def test_published_sizes(channels, width, depth, levels, parameters, tensors):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_weights_give_the_published_outputs(name, published):
-    """The authors' weights load by their own names; outputs agree for square, oblong, constant and single images."""
+    """The published weights are loaded by name; outputs agree for square, oblong, constant and single images."""
     fixture = published(name)
     channels, width, depth, levels = PUBLISHED[name]
     net = RefineNet(channels, width, depth=depth, levels=levels)
@@ -53,7 +53,7 @@ def test_published_weights_give_the_published_outputs(name, published):
         assert ((out - case["out"]).abs().amax((1, 2, 3)) <= limit).all()
 
 
-def test_names_of_the_deepest_network():
+def test_weight_names_of_the_deepest_network():
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in RefineNet(3, 4, depth="deepest").state_dict().items()}
     assert shapes["res31.0.conv2.conv.weight"] == (8, 8, 3, 3)
@@ -77,14 +77,14 @@ def test_gradient_reaches_every_parameter(levels, rng):
     height=st.integers(2, 7), width=st.integers(2, 7), batch=st.integers(1, 3), channels=st.sampled_from([1, 2, 3, 5])
 )
 @settings(deadline=None, max_examples=10)
-def test_any_size_that_halves(height, width, batch, channels):
+def test_images_of_any_size_that_can_be_halved(height, width, batch, channels):
     net = RefineNet(channels, 2, levels=3)
     x = torch.rand(batch, channels, 2 * height, 2 * width)
     assert net(x, torch.tensor(1.5)).shape == x.shape
 
 
 @pytest.mark.parametrize("levels", [None, 4])
-def test_images_of_a_batch_do_not_see_each_other(levels, rng):
+def test_images_of_a_batch_do_not_depend_on_each_other(levels, rng):
     net = RefineNet(1, 4, levels=levels).double()
     x = torch.rand(3, 1, 8, 8, generator=rng, dtype=torch.float64)
     position = torch.tensor([0.0, 1.5, 3.0]) if levels else None
@@ -95,14 +95,14 @@ def test_images_of_a_batch_do_not_see_each_other(levels, rng):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("family", ["ncsn", "ncsnv2"])
-def test_other_precisions(family, dtype, rng):
+def test_networks_of_other_precisions_are_accurate(family, dtype, rng):
     torch.manual_seed(0)
     net = getattr(ScoreNet, family)(1, 8, width=8)
     x = torch.rand(2, 1, 8, 8, generator=rng)
     exact = net.double()(x.double(), 0.5)
     approximate = net.to(dtype)(x.to(dtype), 0.5)
     assert approximate.dtype == dtype
-    tolerance = 1e-12 if dtype == torch.float64 else 60 * torch.finfo(dtype).eps  # 60 layers, each rounds
+    tolerance = 1e-12 if dtype == torch.float64 else 60 * torch.finfo(dtype).eps  # rounding in 60 layers
     assert (approximate - exact).abs().max() <= tolerance * exact.abs().max()
 
 
@@ -110,7 +110,7 @@ def test_other_precisions(family, dtype, rng):
 
 
 def _published_norm(x, gamma, alpha, beta):
-    """The formula of the papers' code, a channel at a time, in double precision."""
+    """The formula of the published code, for one channel at a time in double precision."""
     x, gamma, alpha, beta = x.double(), gamma.double(), alpha.double(), beta.double()
     out = torch.empty_like(x)
     for n in range(len(x)):
@@ -123,14 +123,14 @@ def _published_norm(x, gamma, alpha, beta):
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_norm_is_the_published_formula(offset, rng):
+def test_norm_equals_the_published_formula(offset, rng):
     norm = InstanceNormPlus(5)
     for parameter in norm.parameters():
         nn.init.normal_(parameter, 1, 0.5, generator=rng)
     x = torch.randn(3, 5, 7, 6, generator=rng) + offset
     x[1, 2] = 0.7 + offset  # a constant channel
     expected = _published_norm(x, *(p.detach().expand(3, 5) for p in (norm.gamma, norm.alpha, norm.beta)))
-    # A channel that is constant up to a last bit is amplified by 1/sqrt(1e-5) = 316, rounding of x included.
+    # In a constant channel, rounding errors of x are amplified by 1 / sqrt(1e-5) = 316.
     tolerance = 2e-6 + 316 * offset * torch.finfo(torch.float32).eps
     torch.testing.assert_close(norm(x).double(), expected, rtol=2e-6, atol=tolerance)
 
@@ -149,7 +149,7 @@ def test_conditional_norm_takes_a_row_per_image_and_interpolates(rng):
 
 @pytest.mark.parametrize("position", [0.0, 1.0, 2.0, 0.25, 1.5, [0.0, 2.0, 1.75]])
 def test_rows_are_selected_without_reading_the_position(position, rng):
-    """On CUDA the host would wait for it: indexing a table with a 0-d tensor does."""
+    """Reading it would make the host wait for CUDA, as indexing a table with a 0-d tensor does."""
     norm = ConditionalInstanceNormPlus(4, levels=3)
     table = nn.init.normal_(norm.embed.weight, generator=rng).detach()
     position = torch.tensor(position)
@@ -165,7 +165,7 @@ def test_rows_are_selected_without_reading_the_position(position, rng):
     assert reads.count == (position.ndim == 0)
 
 
-def test_norm_starts_as_published():
+def test_norm_is_initialized_as_published():
     torch.manual_seed(0)
     table = ConditionalInstanceNormPlus(500, levels=20).embed.weight.detach()
     assert (table[:, 1000:] == 0).all()
@@ -178,15 +178,15 @@ def test_norm_starts_as_published():
 @pytest.mark.parametrize(
     ("depth", "shape", "message"),
     [
-        ("standard", (1, 3, 9, 8), "multiples of 2 and at least 4, got 9x8. Crop or pad to a multiple of 2"),
+        ("standard", (1, 3, 9, 8), "multiples of 2 and at least 4, got 9x8. Crop or pad the images"),
         ("standard", (1, 3, 2, 8), "at least 4, got 2x8"),
         ("deeper", (1, 3, 16, 18), "multiples of 4 and at least 8, got 16x18"),
-        ("deepest", (1, 3, 20, 16), r"halves the image 3 time\(s\).*multiples of 8 and at least 16, got 20x16"),
-        ("standard", (1, 1, 8, 8), r"shape \(N, 3, H, W\), got \(1, 1, 8, 8\)"),
-        ("standard", (3, 8, 8), r"shape \(N, 3, H, W\), got \(3, 8, 8\)"),
+        ("deepest", (1, 3, 20, 16), "multiples of 8 and at least 16, got 20x16"),
+        ("standard", (1, 1, 8, 8), r"images \(N, 3, H, W\), got shape \(1, 1, 8, 8\)"),
+        ("standard", (3, 8, 8), r"images \(N, 3, H, W\), got shape \(3, 8, 8\)"),
     ],
 )
-def test_sizes_that_do_not_fit(depth, shape, message):
+def test_invalid_image_sizes_raise(depth, shape, message):
     with pytest.raises(ValueError, match=message):
         RefineNet(3, 2, depth=depth)(torch.rand(shape))
 
@@ -194,16 +194,16 @@ def test_sizes_that_do_not_fit(depth, shape, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"width": 1}, "width >= 2"),
+        ({"width": 1}, "width at least 2"),
         ({"width": 4, "depth": "deep"}, "depth must be one of 'standard', 'deeper', 'deepest', got 'deep'"),
         ({"width": 4, "levels": 0}, "levels must be at least 1"),
     ],
 )
-def test_arguments_of_no_network(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         RefineNet(3, **arguments)
 
 
 def test_a_conditional_network_needs_a_position():
-    with pytest.raises(ValueError, match="depend on the noise level: pass its position in the schedule"):
+    with pytest.raises(ValueError, match="depend on the noise level: pass position="):
         RefineNet(1, 2, levels=3)(torch.rand(1, 1, 8, 8))

@@ -1,4 +1,4 @@
-"""The samplers beside annealed Langevin dynamics, and what all samplers have in common."""
+"""Samplers other than annealed Langevin dynamics, and the properties that all samplers have in common."""
 
 import inspect
 import itertools
@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.guidance import autoguidance, classifier, classifier_free
+from scorematch.nets import Condition
 from scorematch.observe import Mask, Observation
+from scorematch.protocol import attribute
 from scorematch.sampling import (
     SAMPLERS,
     AncestralSampler,
@@ -21,7 +24,7 @@ from scorematch.sampling import (
 from tests.helpers import point, run, seed
 
 SHORT = NoiseSchedule.geometric(5, 0.1, 12)
-UNEVEN = NoiseSchedule([4.0, 3.0, 1.6, 1.1, 0.5, 0.4])  # no two ratios alike, the smallest 0.4545
+UNEVEN = NoiseSchedule([4.0, 3.0, 1.6, 1.1, 0.5, 0.4])  # all ratios differ; the smallest is 0.4545
 KINDS = {
     "langevin": lambda net, schedule=SHORT: AnnealedLangevinSampler(net, schedule, steps_per_level=3),
     "exact noise": lambda net, schedule=SHORT: AnnealedLangevinSampler(
@@ -35,14 +38,40 @@ KINDS = {
     ),
     "ancestral": lambda net, schedule=None: PredictorCorrectorSampler(net, schedule, corrector_steps=2),
     "predictor": lambda net, schedule=None: PredictorCorrectorSampler(net, schedule, corrector_steps=0),
+    "published": lambda net, schedule=None: PredictorCorrectorSampler(
+        net, schedule, predictor="reverse-diffusion", published=True
+    ),
+    "learned variance": lambda net, schedule=None: AncestralSampler(
+        Predicting(net), schedule, variance="learned", clamp_denoised=attribute(net, "value_range") is not None
+    ),
     "heun": lambda net, schedule=None: ODESampler(net, schedule),
+    "churn": lambda net, schedule=None: ODESampler(net, schedule, churn=3, churn_min=0.2, churn_noise=1.01),
     "dpm-solver++": lambda net, schedule=None: ODESampler(net, schedule, method="dpm-solver++"),
 }
+
+
+class Predicting:
+    """A score that also predicts the variance of ancestral sampling, with everything else of the score ``net``."""
+
+    predicts_variance = True
+
+    def __init__(self, net):
+        self.net = net
+
+    def __getattr__(self, name):
+        return attribute(vars(self)["net"], name)
+
+    def __call__(self, x, sigma, *condition):
+        return self.net(x, sigma, *condition)
+
+    def score_and_variance(self, x, sigma, *condition):
+        return self.net(x, sigma, *condition), torch.sigmoid(x)
+
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
-CHAINS = [kind for kind in KINDS if kind not in ("heun", "dpm-solver++")]  # those that draw noise
 
 
-def test_every_sampler_has_a_kind():
+def test_every_sampler_is_tested_here():
     assert {type(make(point, SHORT)) for make in KINDS.values()} == set(SAMPLERS.values())
 
 
@@ -50,7 +79,7 @@ def test_every_sampler_has_a_kind():
 
 
 @pytest.mark.parametrize("epsilon", ["6e-05", "0.0001", "0.00013"])
-def test_published_consistent_trajectories_replay(epsilon, published):
+def test_published_consistent_trajectories_are_reproduced(epsilon, published):
     fixture = published("cas_trajectory")
     mean, deviation = fixture["target"]["mu"], fixture["target"]["s"]
     case = fixture[f"consistent_eps_{epsilon}"]
@@ -70,7 +99,7 @@ def test_published_consistent_trajectories_replay(epsilon, published):
     assert [sigma for _, sigma in states] == [*list(sampler.schedule)[1:], 0.0]
 
 
-def test_the_published_inconsistent_trajectory_replays(published):
+def test_the_published_trajectory_without_consistent_sampling_is_reproduced(published):
     fixture = published("cas_trajectory")
     mean, deviation = fixture["target"]["mu"], fixture["target"]["s"]
     case = fixture["non_consistent_noise_first_False"]
@@ -89,8 +118,8 @@ def test_the_published_inconsistent_trajectory_replays(published):
 
 @pytest.mark.parametrize("schedule", [SHORT, UNEVEN], ids=["geometric", "uneven"])
 @pytest.mark.parametrize("where", [0.0, 0.3, 1.0])
-def test_on_a_point_every_level_begins_with_its_own_variance(schedule, where, rng):
-    """For every schedule and every legal step; to five standard errors."""
+def test_consistent_sampling_of_a_point_gives_every_level_its_variance(schedule, where, rng):
+    """For even and uneven schedules and for step sizes from the smallest to the largest, to five standard errors."""
     low, high = (1 + sign * min(b / a for a, b in itertools.pairwise(schedule)) for sign in (-1, 1))
     step_size = schedule.sigma_min**2 * (low + where * (high - low))
     sampler = AnnealedLangevinSampler(point, schedule, step_size=step_size, consistent=True, denoise=False)
@@ -101,7 +130,7 @@ def test_on_a_point_every_level_begins_with_its_own_variance(schedule, where, rn
         assert abs(x.var() / sigma**2 - 1) < 5 * math.sqrt(2 / n)
 
 
-def test_the_default_step_is_ancestral_sampling(world, rng):
+def test_the_default_consistent_step_equals_ancestral_sampling(world, rng):
     init, zs = 5 * torch.randn(4, 3, generator=rng), [torch.randn(4, 3, generator=rng) for _ in range(11)]
     consistent, ancestral = iter(zs), iter(zs)
     a = run(AnnealedLangevinSampler(world, SHORT, consistent=True), init=init, noise=lambda x: next(consistent))
@@ -109,7 +138,7 @@ def test_the_default_step_is_ancestral_sampling(world, rng):
     torch.testing.assert_close(a, run(sampler, init=init, noise=lambda x: next(ancestral)))
 
 
-def test_consistent_settings():
+def test_step_size_and_arguments_of_consistent_sampling():
     r = float((SHORT.sigmas[1:] / SHORT.sigmas[:-1]).min())
     sampler = AnnealedLangevinSampler(point, SHORT, consistent=True)
     assert sampler.step_size == pytest.approx(0.01 * (1 - r**2))
@@ -119,21 +148,21 @@ def test_consistent_settings():
     assert not sampler.exact_noise and sampler.steps_per_level == 1
     assert len(AnnealedLangevinSampler(point, NoiseSchedule([0.5]), consistent=True)) == 1
     for step_size in (0.01 * (1 - r) * 0.999, 0.01 * (1 + r) * 1.001):
-        with pytest.raises(ValueError, match=r"must lie between 0\.002993 and 0\.01701, sigma_min\^2 \(1 -\+ r\)"):
+        with pytest.raises(ValueError, match=r"between 0\.002993 and 0\.01701 for .*, sigma_min\^2 \(1 - r\) and"):
             AnnealedLangevinSampler(point, SHORT, step_size=step_size, consistent=True)
     for wrong in ({"steps_per_level": 2}, {"exact_noise": True}, {"exact_noise": False}):
         with pytest.raises(ValueError, match="leave out steps_per_level and exact_noise"):
             AnnealedLangevinSampler(point, SHORT, consistent=True, **wrong)
 
 
-def test_a_recommendation_counts_for_its_own_kind_of_noise_only():
+def test_recommended_step_sizes_are_not_used_for_another_kind_of_sampling():
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
     net.sampler_settings = SamplerSettings(levels=20, step_size=0.003, consistent=True)
     recommended = AnnealedLangevinSampler(net)
     assert recommended.consistent and recommended.step_size == 0.003 and len(recommended) == 20
     plain = AnnealedLangevinSampler(net, consistent=False)
     assert not plain.consistent and plain.step_size == plain.schedule.suggest_step_size(plain.steps_per_level)
-    for other in ({"steps_per_level": 2}, {"exact_noise": True}, {"exact_noise": False}):  # chosen against it
+    for other in ({"steps_per_level": 2}, {"exact_noise": True}, {"exact_noise": False}):  # not consistent
         chosen = AnnealedLangevinSampler(net, **other)
         assert not chosen.consistent and all(getattr(chosen, name) == value for name, value in other.items())
         assert chosen.step_size == chosen.schedule.suggest_step_size(chosen.steps_per_level)
@@ -149,8 +178,8 @@ def test_a_recommendation_counts_for_its_own_kind_of_noise_only():
 
 @pytest.mark.parametrize("corrector_steps", [0, 1, 3])
 @pytest.mark.parametrize("predictor", ["reverse-diffusion", "ancestral"])
-def test_the_variance_on_a_point_is_a_recursion_of_numbers(predictor, corrector_steps, rng):
-    """In 200 dimensions the norm of a score is its mean to a few percent, and so is the corrector's step."""
+def test_predictor_corrector_variances_for_a_point_follow_their_recursion(predictor, corrector_steps, rng):
+    """In 200 dimensions the norm of the score, and with it the corrector's step, is nearly the same for each sample."""
     snr, n, dimensions = 0.25, 400, 200
     sampler = PredictorCorrectorSampler(
         point, UNEVEN, predictor=predictor, corrector_steps=corrector_steps, snr=snr, denoise=False
@@ -167,43 +196,99 @@ def test_the_variance_on_a_point_is_a_recursion_of_numbers(predictor, corrector_
             expected.append(v)
     states = [x for x, _ in sampler.iterate(n, shape=(dimensions,), generator=rng, progress=False)]
     for x, variance in zip(states, expected, strict=True):
-        assert abs(x.var() / variance - 1) < 5 * math.sqrt(2 / (n * dimensions)) + 2e-3  # epsilon's own spread
+        assert abs(x.var() / variance - 1) < 5 * math.sqrt(2 / (n * dimensions)) + 2e-3  # and the spread of epsilon
     if predictor == "ancestral" and corrector_steps == 0:
         assert expected == pytest.approx([sigma**2 for sigma in list(UNEVEN)[1:]])
 
 
 @pytest.mark.parametrize("kind", ["consistent", "reverse-diffusion", "ancestral", "predictor", "small variance"])
-def test_noisy_samplers_reach_mean_and_covariance(world, kind, rng):
+def test_samples_of_a_gaussian_have_its_mean_and_covariance(world, kind, rng):
     n = 4000
     x = run(KINDS[kind](world, NoiseSchedule.geometric(10, 0.01, 300)), n, shape=(3,), generator=rng)
     deviations = world.covariance.diag().sqrt()
     assert ((x.mean(0) - world.mean).abs() < 5 * deviations / math.sqrt(n) + 0.01).all()
-    along = torch.cov((x @ world.vectors).T)
-    # Five standard errors, and five percent for 300 levels and for steps that follow the norm of three numbers.
+    along = torch.cov((x.double() @ world.vectors).T)
+    # Five standard errors, and five percent because there are only 300 levels, and because the corrector's step depends
+    # on the norm of only three numbers.
     roots = world.values.sqrt()
     error = (along - world.values.diag()).abs()
     assert (error < (5 * math.sqrt(2 / n) + 0.05) * roots[:, None] * roots).all()
 
 
-def test_an_image_is_corrected_by_its_own_norm(world, rng):
-    """A neighbor with a huge score changes nothing; the authors' programs average over the batch."""
+def test_the_corrector_step_of_an_image_does_not_depend_on_the_others(world, rng):
+    """Another image with a huge score has no effect. The authors' code averages norms over the batch instead."""
     sampler = PredictorCorrectorSampler(world, SHORT)
     init = torch.randn(1, 3, generator=rng)
     together = run(sampler, init=torch.cat([init, 1e4 * init]), generator=[seed(0), seed(1)])
     torch.testing.assert_close(together[:1], run(sampler, init=init, generator=[seed(0)]))
 
 
-def test_a_score_of_zero_is_corrected_by_the_greatest_step(rng):
+def _published(score, sigmas, x, noises, snr, corrector_steps, predictor):
+    """The authors' sampler for variance-exploding networks, in double precision and one image after another.
+
+    Song et al., 2021, arXiv:2011.13456: for each level Langevin steps with norms averaged over the batch (Alg. 4,
+    App. G), then the predictor (App. F, ancestral or reverse diffusion), at last without noise. Returns all states.
+    """
+    states, sigmas = [], [*sigmas, 0.0]
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    for sigma, lower in itertools.pairwise(sigmas):
+        for _ in range(corrector_steps):
+            g, z = score(x, sigma), next(noises)
+            ratio = mean([one.norm() for one in z]) / mean([one.norm() for one in g])
+            step = (snr * ratio) ** 2 * 2
+            x = torch.stack([x[i] + step * g[i] + (2 * step).sqrt() * z[i] for i in range(len(x))])
+            states.append(x)
+        x = x + (sigma**2 - lower**2) * score(x, sigma)
+        if lower:
+            kept = lower**2 / sigma**2 if predictor == "ancestral" else 1
+            x = x + math.sqrt(kept * (sigma**2 - lower**2)) * next(noises)
+        states.append(x)
+    return states
+
+
+@pytest.mark.parametrize("corrector_steps", [0, 1, 2])
+@pytest.mark.parametrize("predictor", ["reverse-diffusion", "ancestral"])
+def test_the_published_sampler_is_replayed_step_by_step(mixture, predictor, corrector_steps):
+    x = 4 * torch.randn(5, 2, generator=seed(0), dtype=torch.float64)
+    count = len(UNEVEN) * (1 + corrector_steps) - 1
+    noises = torch.randn(count, 5, 2, generator=seed(1), dtype=torch.float64)
+    expected = _published(mixture, UNEVEN, x, iter(noises), 0.2, corrector_steps, predictor)
+    sampler = PredictorCorrectorSampler(
+        mixture, UNEVEN, predictor=predictor, corrector_steps=corrector_steps, snr=0.2, published=True
+    )
+    recorded = iter(noises)
+    states = list(sampler.iterate(init=x.float(), noise=lambda x: next(recorded), progress=False))
+    assert next(recorded, None) is None and len(states) == len(expected) == len(sampler)
+    for (found, _), state in zip(states, expected, strict=True):
+        torch.testing.assert_close(found, state.float(), rtol=1e-4, atol=1e-4)
+    levels = [sigma for _, sigma in states]
+    assert levels == [*[level for level in UNEVEN for _ in range(1 + corrector_steps)][1:], 0.0]
+
+
+def test_samples_of_the_published_sampler_depend_on_each_other(world):
+    """The averages are over all samples of a call, also if they go through the network in several batches."""
+    sampler = PredictorCorrectorSampler(world, SHORT, published=True)
+    assert str(sampler) == (
+        "PredictorCorrectorSampler(12 levels 5 -> 0.1, ancestral, 1 published corrector step, snr 0.16, "
+        "24 network calls)"
+    )
+    init = torch.randn(3, 3, generator=seed(0))
+    together = run(sampler, init=init, generator=[0, 1, 2])
+    torch.testing.assert_close(run(sampler, init=init, generator=[0, 1, 2], batch_size=1), together)
+    assert not torch.allclose(run(sampler, init=init[:1], generator=[0]), together[:1], rtol=0.01)
+
+
+def test_a_score_of_zero_gives_the_largest_corrector_step(rng):
     sampler = PredictorCorrectorSampler(lambda x, sigma: torch.zeros_like(x), NoiseSchedule([2.0, 1.0]), denoise=False)
     x = run(sampler, init=torch.zeros(20_000, 1), generator=rng)
-    assert x.var() == pytest.approx(0.75 + 2, rel=5 * math.sqrt(2 / 20_000))  # (2^2 - 1^2) / 2^2, and twice 1^2
+    assert x.var() == pytest.approx(0.75 + 2, rel=5 * math.sqrt(2 / 20_000))  # (2^2 - 1^2) / 2^2 and 2 epsilon = 2
 
 
 # -- The probability flow
 
 
 def _flow(world, x, sigma, quieter):
-    """Where the flow of a Gaussian leads: along each axis of the covariance the deviation shrinks."""
+    """The exact flow of a Gaussian from sigma to ``quieter``: a scaling along each axis of the covariance."""
     along = (x.double() - world.mean) @ world.vectors.double()
     scale = ((world.values.double() + quieter**2) / (world.values.double() + sigma**2)).sqrt()
     return along * scale @ world.vectors.double().T + world.mean
@@ -211,8 +296,8 @@ def _flow(world, x, sigma, quieter):
 
 @pytest.mark.parametrize("method", ["heun", "dpm-solver++"])
 @pytest.mark.parametrize("make", [NoiseSchedule.karras, NoiseSchedule.geometric])
-def test_both_methods_are_of_second_order(world, method, make, rng):
-    """Half the step, a quarter of the error, against the closed form of the flow."""
+def test_ode_methods_are_of_second_order(world, method, make, rng):
+    """Halving the step divides the error by four, against the closed form of the flow."""
     init = world.mean + 5 * torch.randn(200, 3, generator=rng)
     exact = _flow(world, init, 5, 0.1)
     errors = []
@@ -225,14 +310,14 @@ def test_both_methods_are_of_second_order(world, method, make, rng):
 
 
 @pytest.mark.parametrize("method", ["heun", "dpm-solver++"])
-def test_a_straight_path_is_followed_exactly(method, rng):
-    """On data at a point the denoised image does not move, and x = sigma z."""
+def test_ode_methods_are_exact_for_a_point(method, rng):
+    """For data at zero the denoised image is constant, and the path x = sigma z is straight."""
     init = 5 * torch.randn(50, 4, generator=rng)
     for x, sigma in ODESampler(point, UNEVEN, method=method, denoise=False).iterate(init=init, progress=False):
         torch.testing.assert_close(x, init * (sigma / 4), rtol=1e-5, atol=1e-5)
 
 
-def test_the_flow_draws_only_the_start(world):
+def test_ode_sampler_does_not_use_the_noise_argument(world):
     def noise(x):
         raise AssertionError("no noise is drawn")
 
@@ -241,7 +326,7 @@ def test_the_flow_draws_only_the_start(world):
     assert torch.equal(run(sampler, init=init, noise=noise), run(sampler, init=init))
 
 
-def test_the_flows_schedule_is_karras():
+def test_the_default_schedule_of_the_ode_sampler_is_that_of_karras():
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
     assert ODESampler(net).schedule == NoiseSchedule.karras(10, 0.1, 18)
     assert ODESampler(net, levels=5).schedule == NoiseSchedule.karras(10, 0.1, 5)
@@ -249,11 +334,111 @@ def test_the_flows_schedule_is_karras():
     assert str(ODESampler(net, levels=5)) == "ODESampler(5 levels 10 -> 0.1, heun, 9 network calls)"
 
 
+# -- Churn
+
+
+def _stochastic(score, sigmas, x, noises, churn, low, high, factor):
+    """Algorithm 2 of Karras et al., 2022, arXiv:2206.00364, line by line; returns the state after each step."""
+    n, states = len(sigmas), []
+    for t, following in itertools.pairwise([*sigmas, 0.0]):
+        gamma = min(churn / n, math.sqrt(2) - 1) if low <= t <= high else 0
+        epsilon = factor * next(noises)
+        raised = t + gamma * t
+        noisy = x + math.sqrt(raised**2 - t**2) * epsilon
+        d = (noisy - (noisy + raised**2 * score(noisy, raised))) / raised
+        x = noisy + (following - raised) * d
+        if following != 0:
+            d_following = (x - (x + following**2 * score(x, following))) / following
+            x = noisy + (following - raised) * (0.5 * d + 0.5 * d_following)
+        states.append(x)
+    return states
+
+
+@pytest.mark.parametrize(
+    ("churn", "low", "high", "factor"),
+    [(1.5, 0.5, 3.0, 1.003), (40, 0.45, None, 1.0), (0.3, 0.41, 1.6, 1.2)],  # the second is limited to sqrt(2) - 1
+)
+def test_churn_follows_the_stochastic_sampler_of_karras_et_al(mixture, churn, low, high, factor):
+    x = 4 * torch.randn(5, 2, generator=seed(0), dtype=torch.float64)
+    noises = torch.randn(len(UNEVEN), 5, 2, generator=seed(1), dtype=torch.float64)
+    expected = _stochastic(mixture, UNEVEN, x, iter(noises), churn, low, high or math.inf, factor)
+    sampler = ODESampler(mixture, UNEVEN, churn=churn, churn_min=low, churn_max=high, churn_noise=factor)
+    recorded = iter(noises)
+    states = list(sampler.iterate(init=x.float(), noise=lambda x: next(recorded), progress=False))
+    assert len(list(recorded)) == 1  # the last step, to sigma = 0, draws none
+    for (found, _), state in zip(states, expected, strict=True):
+        torch.testing.assert_close(found, state.float(), rtol=1e-4, atol=1e-4)
+
+
+def _churned(world, schedule, churn, factor=1.0):
+    """The mean and the covariance of samples of a Gaussian with churn at all levels: every step is affine.
+
+    Heun's step scales the distance from the mean along each axis of the covariance.
+    """
+    v = world.values.double()
+    distance, variance = -(world.mean @ world.vectors).double(), schedule.sigma_max**2 * torch.ones_like(v)
+    for sigma, following in itertools.pairwise(schedule):
+        raised = sigma * (1 + min(churn / len(schedule), math.sqrt(2) - 1))
+        step = raised - following
+        euler = 1 - step * raised / (v + raised**2)
+        scale = 1 - step / 2 * (raised / (v + raised**2) + following * euler / (v + following**2))
+        variance = scale**2 * (variance + factor**2 * (raised**2 - sigma**2))
+        distance = scale * distance
+    tweedie = v / (v + schedule.sigma_min**2)
+    covariance = world.vectors.double() @ (tweedie**2 * variance).diag() @ world.vectors.double().T
+    return world.mean.double() + world.vectors.double() @ (tweedie * distance), covariance
+
+
+@pytest.mark.parametrize(("churn", "factor"), [(2.0, 1.0), (5.0, 1.1)])
+def test_samples_of_a_gaussian_with_churn_have_the_derived_mean_and_covariance(world, churn, factor):
+    n, schedule = 8000, NoiseSchedule.karras(10, 0.05, 9)
+    sampler = ODESampler(world, schedule, churn=churn, churn_noise=factor)
+    x = run(sampler, n, shape=(3,), generator=seed(0)).double()
+    mean, covariance = _churned(world, schedule, churn, factor)
+    deviation = covariance.diag().sqrt()
+    assert ((x.mean(0) - mean).abs() < 5 * deviation / math.sqrt(n)).all()
+    error = ((deviation[:, None] * deviation) ** 2 + covariance**2).sqrt() / math.sqrt(n)
+    assert ((torch.cov(x.T) - covariance).abs() < 5 * error).all()
+    assert not torch.allclose(covariance, _churned(world, schedule, 0.0)[1], rtol=0.02)
+
+
+def test_the_density_with_churn_is_that_of_the_data_with_an_error_of_second_order(world):
+    errors = []
+    for levels in (40, 80, 160, 320):
+        _, covariance = _churned(world, NoiseSchedule.karras(30, 0.001, levels), 10.0)
+        errors.append(float((covariance - world.covariance.double()).abs().max()))
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert orders[-1] == pytest.approx(2, abs=0.2) and errors[-1] < 2e-3, (errors, orders)
+
+
+def test_churn_outside_its_range_changes_nothing(world):
+    """Noise is drawn, so that the other steps do not depend on the range."""
+    init = 5 * torch.randn(4, 3, generator=seed(0))
+    plain = ODESampler(world, SHORT)
+    churned = ODESampler(world, SHORT, churn=5, churn_min=6)
+    assert not plain.draws_noise and churned.draws_noise
+    assert torch.equal(run(churned, init=init, generator=1), run(plain, init=init))
+    everywhere = ODESampler(world, SHORT, churn=5)
+    assert not torch.allclose(run(everywhere, init=init, generator=1), run(plain, init=init), atol=0.01)
+
+
+def test_an_observation_has_the_noise_of_the_state_with_churn():
+    """For data at zero the state is sigma z, with the noise z of the state; so is an observation of zero."""
+    sampler = ODESampler(point, SHORT, churn=6, denoise=False)
+    nothing = Observation(Mask(torch.tensor([True, False])), torch.zeros(1, 2))
+    for seen, free in zip(
+        sampler.iterate(6, shape=(2,), observation=nothing, generator=0, progress=False),
+        sampler.iterate(6, shape=(2,), generator=0, progress=False),
+        strict=True,
+    ):
+        torch.testing.assert_close(seen[0], free[0], rtol=1e-4, atol=1e-5)
+
+
 # -- What all samplers have in common
 
 
 @every_kind
-def test_calls_are_what_it_says(kind, capsys):
+def test_len_is_the_number_of_network_calls(kind, capsys):
     calls = []
 
     def score(x, sigma):
@@ -269,7 +454,7 @@ def test_calls_are_what_it_says(kind, capsys):
 
 
 @every_kind
-def test_noise_is_taken_once_a_step_before_the_score(kind, world, rng):
+def test_noise_is_taken_once_per_step_before_the_score(kind, world, rng):
     order = []
 
     def score(x, sigma):
@@ -283,14 +468,15 @@ def test_noise_is_taken_once_a_step_before_the_score(kind, world, rng):
     init, replay, state = torch.randn(4, 3, generator=rng), seed(7), torch.get_rng_state()
     sampler = KINDS[kind](score, SHORT)
     replayed = run(sampler, init=init, noise=noise)
-    deterministic = not sampler.draws_noise
-    assert order == (["score"] if deterministic else ["noise", "score"]) * (len(sampler) - 1) + ["score"]
+    step = ["noise"] * sampler.draws_noise + ["score"] * (2 if kind == "churn" else 1)
+    assert order == step * (order[:-1].count("score") // step.count("score")) + ["score"]
+    assert order.count("score") == len(sampler)
     assert torch.equal(replayed, run(sampler, init=init, generator=seed(7)))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@every_kind
-def test_batches_and_generators(kind, world):
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "published"])
+def test_with_a_generator_per_sample_samples_do_not_depend_on_batches(kind, world):
     sampler = KINDS[kind](world, SHORT)
     generators = [[seed(i) for i in range(5)] for _ in range(3)]
     together = run(sampler, shape=(3,), generator=generators[0])
@@ -301,7 +487,7 @@ def test_batches_and_generators(kind, world):
 
 
 @every_kind
-def test_yields_are_not_written_to_and_end_with_sample(kind, world):
+def test_yielded_states_are_not_modified_and_end_with_the_result_of_sample(kind, world):
     sampler = KINDS[kind](world, SHORT)
     init = torch.randn(3, 3, generator=seed(1))
     before = init.clone()
@@ -331,7 +517,7 @@ def test_any_shape_and_any_network(kind, rng):
 
 
 @every_kind
-def test_a_chain_that_leaves_the_finite_numbers_names_the_level(kind):
+def test_nan_in_the_state_raises_an_error_that_names_the_level(kind):
     def score(x, sigma):
         return x * math.nan if sigma < 1 else -x / sigma**2
 
@@ -347,7 +533,7 @@ def test_a_chain_that_leaves_the_finite_numbers_names_the_level(kind):
 
 @every_kind
 @pytest.mark.parametrize("restore", ["replace", "guide-jacobian"])
-def test_inference_mode_changes_nothing(kind, restore, world):
+def test_samples_are_equal_in_inference_mode(kind, restore, world):
     y = torch.tensor([[0.9, 0.0, 0.0]])
     observation = Observation(Mask(torch.tensor([True, False, False])), y)
     sampler = KINDS[kind](world, SHORT)
@@ -361,7 +547,7 @@ def test_inference_mode_changes_nothing(kind, restore, world):
 
 
 class Wrapped(torch.nn.Module):
-    """As DistributedDataParallel holds a network."""
+    """A wrapper that holds a network as DistributedDataParallel does."""
 
     def __init__(self, net):
         super().__init__()
@@ -372,16 +558,16 @@ class Wrapped(torch.nn.Module):
 
 
 @every_kind
-def test_a_wrapped_network_is_known_by_what_it_wraps(kind):
+def test_a_wrapped_network_is_sampled_like_the_network_itself(kind):
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 4, widths=(4,), layers_per_block=1, schedule=SHORT)
     samplers = [KINDS[kind](one, SHORT.respaced(4)) for one in (net, Wrapped(net))]
-    samplers[0].precision = "float32"  # what is wrapped is run as it is
+    samplers[0].precision = "float32"  # a wrapped network is called without an inference copy
     assert torch.equal(*(run(sampler, 2, generator=seed(0)) for sampler in samplers))
 
 
 @every_kind
-def test_what_was_seen_is_in_the_result_and_nothing_seen_changes_nothing(kind, world):
+def test_observed_values_are_in_the_result_and_an_empty_mask_changes_nothing(kind, world):
     seen = torch.tensor([True, False, False])
     y = torch.tensor([[0.9, 0.0, 0.0]])
     sampler = KINDS[kind](world, SHORT)
@@ -394,7 +580,7 @@ def test_what_was_seen_is_in_the_result_and_nothing_seen_changes_nothing(kind, w
 
 
 @pytest.mark.parametrize("kind", ["heun", "dpm-solver++"])
-def test_what_was_seen_enters_the_flow_with_the_starts_own_noise(kind, world, rng):
+def test_ode_sampler_adds_the_noise_of_the_start_to_the_observation(kind, world, rng):
     seen = torch.tensor([True, False, False])
     y = torch.tensor([[0.9, 0.0, 0.0]])
     init = 5 * torch.randn(6, 3, generator=rng)
@@ -410,15 +596,16 @@ def test_what_was_seen_enters_the_flow_with_the_starts_own_noise(kind, world, rn
 
 
 @pytest.mark.parametrize("kind", ["consistent", "reverse-diffusion", "ancestral", "predictor"])
-def test_what_was_seen_with_noise_has_its_posterior(kind, world, rng):
-    """The seen coordinate alone: N(m + k (y - m), (1 - k) v), with k = v / (v + sigma_y^2)."""
+def test_a_noisy_observation_gives_the_posterior(kind, world, rng):
+    """The observed coordinate is distributed as N(m + k (y - m), (1 - k) v), with k = v / (v + sigma_y^2)."""
     v, m, y, noise, n = 0.5, 0.3, 0.9, 0.3, 3000
     observation = Observation(Mask(torch.tensor([True, False, False])), torch.tensor([[y, 0.0, 0.0]]), sigma=noise)
     sampler = KINDS[kind](world, NoiseSchedule.geometric(10, 0.01, 200))
     x = run(sampler, n, shape=(3,), observation=observation, generator=rng)[:, 0]
     k = v / (v + noise**2)
     spread = (1 - k) * v
-    # Five standard errors and, for 200 levels and one draw that serves a step's two ends, two percent of y's noise.
+    # Five standard errors, and two percent of the noise of y because there are only 200 levels, and because a step and
+    # the replacement before it use the same noise.
     assert abs(x.mean() - (m + k * (y - m))) < 5 * math.sqrt(spread / n) + 0.02 * noise
     assert abs(x.var() / spread - 1) < 5 * math.sqrt(2 / n) + 0.04
 
@@ -433,6 +620,17 @@ def test_what_was_seen_with_noise_has_its_posterior(kind, world, rng):
         (lambda: ODESampler(point, SHORT, levels=1), "levels must be at least 2, got 1"),
         (lambda: ODESampler(point, levels=5), "no noise levels of its own: pass a schedule"),
         (lambda: ODESampler(ScoreNet.ncsnv2(1, 8, width=2), levels=1), "levels must be at least 2, got 1"),
+        (lambda: ODESampler(point, SHORT, churn=-1.0), "churn must be a number of at least 0, got -1.0"),
+        (lambda: ODESampler(point, SHORT, churn=math.inf), "churn must be a number of at least 0, got inf"),
+        (
+            lambda: ODESampler(point, SHORT, churn=1.0, method="dpm-solver++"),
+            r"Heun's method, got 1.0 with 'dpm-solver\+\+'. Write method=\"heun\"",
+        ),
+        (
+            lambda: ODESampler(point, SHORT, churn_min=2, churn_max=1),
+            "below churn_max, got churn_min=2 and churn_max=1",
+        ),
+        (lambda: ODESampler(point, SHORT, churn_noise=0), "churn_noise must be a number above 0, got 0"),
         (lambda: PredictorCorrectorSampler(point), "no noise levels of its own: pass a schedule"),
         (
             lambda: PredictorCorrectorSampler(point, SHORT, predictor="ode"),
@@ -443,16 +641,16 @@ def test_what_was_seen_with_noise_has_its_posterior(kind, world, rng):
         (lambda: PredictorCorrectorSampler(point, SHORT, snr=math.nan), "snr must lie between 0 and 1, got nan"),
     ],
 )
-def test_bad_settings(make, message):
+def test_invalid_settings_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-# -- The same arguments mean the same everywhere
+# -- Arguments with the same meaning for all samplers
 
 
 @pytest.mark.parametrize("make", SAMPLERS.values())
-def test_levels_respaces_the_schedule_and_the_default(make):
+def test_levels_respaces_the_given_and_the_default_schedule(make):
     assert make(point, SHORT, levels=5).schedule == SHORT.respaced(5)
     assert make(point, SHORT).schedule == make(point, SHORT, levels=None).schedule == SHORT
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT)
@@ -461,8 +659,20 @@ def test_levels_respaces_the_schedule_and_the_default(make):
     assert (sampler.schedule.sigma_max, sampler.schedule.sigma_min) == (SHORT.sigma_max, SHORT.sigma_min)
 
 
+@pytest.mark.parametrize("make", SAMPLERS.values())
+def test_sigma_max_and_sigma_min_limit_the_given_and_the_default_schedule(make):
+    assert make(point, SHORT, sigma_max=4, sigma_min=0.2).schedule == SHORT.between(4, 0.2)
+    assert make(point, SHORT, sigma_max=4, levels=5).schedule == SHORT.between(4).respaced(5)
+    net = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT)
+    limited = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT.between(4, 0.2))
+    assert make(net, sigma_max=4, sigma_min=0.2).schedule == make(limited).schedule
+    assert make(net, sigma_min=0.2, levels=4).schedule.sigma_min == 0.2
+    with pytest.raises(ValueError, match=r"sigma_max must be in the range of the schedule, 0\.1 to 5, got 6"):
+        make(net, sigma_max=6)
+
+
 @every_kind
-def test_a_class_for_all_samples_and_the_shape_of_a_score(kind):
+def test_an_int_condition_is_the_class_of_all_samples_and_score_shapes_are_checked(kind):
     def score(x, sigma, condition):
         assert condition.dtype == torch.int64 and condition.tolist() == [3] * len(x)
         return -x / sigma**2
@@ -481,20 +691,61 @@ def test_an_int_is_a_seed(kind, world):
     )
 
 
-@every_kind
-def test_an_inference_copy_stands_for_its_network(kind):
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "learned variance"])  # makes no copy itself
+def test_an_inference_copy_is_sampled_like_its_network(kind):
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 4, widths=(4,), layers_per_block=1, schedule=SHORT)
     copied, few = net.inference_copy(), SHORT.respaced(4)
     samplers = [KINDS[kind](one, few) for one in (net, copied)]
     assert str(samplers[0]) == str(samplers[1])
     assert torch.equal(*(run(sampler, 2, generator=0) for sampler in samplers))
-    with pytest.raises(ValueError, match="calls the network itself, but net is its inference copy"):
+    with pytest.raises(ValueError, match="needs the network itself, but net is an inference copy"):
         type(samplers[0])(copied, few, precision="float32")
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
     assert torch.equal(run(samplers[1], 2, generator=0), run(KINDS[kind](copied, few), 2, generator=0))
+
+
+@every_kind
+@pytest.mark.parametrize("guidance", ["classifier_free", "autoguidance", "classifier"])
+def test_a_guided_score_is_sampled_like_the_function_that_it_computes(kind, guidance, mixture):
+    """Also with an observation. A guided score gets its levels as floats, a function as tensors."""
+
+    def labeled(x, sigma, condition):
+        return torch.where((condition == 2)[:, None], mixture(x, sigma), -(x - condition[:, None]) / (1 + sigma**2))
+
+    def logits(x, sigma):
+        return torch.stack([x.sum(1), (x[:, 0] / (1 + sigma)).sin()], dim=1)
+
+    def derivative(x, sigma, condition):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            log = logits(x, sigma.expand(len(x))).log_softmax(1)[torch.arange(len(x)), condition]
+            return torch.autograd.grad(log.sum(), x)[0]
+
+    labeled.conditioning = Condition(classes=2, null_class=True)
+    guided, function = {
+        "classifier_free": (
+            classifier_free(labeled, 1.5),
+            lambda x, s, c: 1.5 * labeled(x, s, c) - 0.5 * labeled(x, s, torch.full_like(c, 2)),
+        ),
+        "autoguidance": (
+            autoguidance(labeled, lambda x, s, c: -x / (2 + s**2), 1.5),
+            lambda x, s, c: 1.5 * labeled(x, s, c) + 0.5 * x / (2 + s**2),
+        ),
+        "classifier": (
+            classifier(mixture, logits, 1.5),
+            lambda x, s, c: mixture(x, s) + 1.5 * derivative(x, s, c),
+        ),
+    }[guidance]
+    labels, init = torch.tensor([0, 1, 1]), 5 * torch.randn(3, 2, generator=seed(0))
+    observation = Observation(Mask(torch.tensor([True, False])), torch.tensor([[0.4, 0.0]]))
+    for given in ({}, {"observation": observation}):
+        samplers = [KINDS[kind](one, SHORT) for one in (guided, function)]
+        assert str(samplers[0]) == str(samplers[1])
+        found, expected = (run(one, init=init, condition=labels, generator=0, **given) for one in samplers)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 # -- Recommended settings
@@ -506,21 +757,25 @@ def test_an_inference_copy_stands_for_its_network(kind):
         SamplerSettings(levels=9, step_size=0.005, consistent=True),
         SamplerSettings(levels=9, steps_per_level=2, exact_noise=True),
         SamplerSettings("ode", levels=5, method="dpm-solver++"),
-        SamplerSettings("ancestral", variance="small"),
+        SamplerSettings("ode", churn=2.0, churn_min=0.2, churn_max=3.0, churn_noise=1.01, sigma_max=4.0),
+        SamplerSettings("ancestral", variance="small", clamp_denoised=True, sigma_max=4.0, sigma_min=0.2),
         SamplerSettings("predictor-corrector", levels=6, corrector_steps=2, snr=0.1),
     ],
     ids=str,
 )
-def test_a_network_is_sampled_as_its_settings_say(settings):
+def test_recommended_sampler_follows_the_settings(settings):
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT)
     net.sampler_settings = settings
     assert len(recommended_sampler(net, levels=7).schedule) == 7
     sampler = recommended_sampler(net)
     assert type(sampler) is SAMPLERS[settings.sampler]
     assert settings.levels in (None, len(sampler.schedule))
+    assert settings.sigma_max in (None, sampler.schedule.sigma_max)
+    assert settings.sigma_min in (None, sampler.schedule.sigma_min)
+    assert recommended_sampler(net, sigma_max=3.5, sigma_min=0.25).schedule[0] == 3.5
     assert all(getattr(sampler, name) == value for name, value in settings.options.items())
     assert SamplerSettings.from_dict(settings.to_dict()) == settings
-    if settings.sampler != "langevin":  # they are those of another sampler
+    if settings.sampler != "langevin":  # AnnealedLangevinSampler ignores settings of another sampler
         default = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT)
         assert str(AnnealedLangevinSampler(net)) == str(AnnealedLangevinSampler(default))
 
@@ -534,19 +789,23 @@ def test_a_network_is_sampled_as_its_settings_say(settings):
         ({"consistent": 1}, "consistent must be true or false or null, got 1"),
         ({"step_size": math.nan}, "step_size must be a number .*got nan"),
         ({"method": "heun"}, "method is not an option of the sampler 'langevin', whose options are consistent, "),
-        ({"sampler": "ode", "snr": 0.1}, "snr is not an option of the sampler 'ode', whose options are method"),
+        (
+            {"sampler": "ode", "snr": 0.1},
+            "snr is not an option of the sampler 'ode', whose options are churn, churn_max, ",
+        ),
+        ({"sigma_max": -1.0}, "sigma_max must be a number of at least 0 or null, got -1.0"),
     ],
 )
-def test_settings_that_are_none(values, message):
+def test_invalid_sampler_settings_raise(values, message):
     with pytest.raises(ValueError, match=f"sampler_settings.*{message}"):
         SamplerSettings(**values)
 
 
-def test_settings_are_typed():
+def test_unknown_keys_and_dicts_as_settings_raise():
     with pytest.raises(ValueError, match="unknown key, 'level'; known are sampler, levels"):
         SamplerSettings.from_dict({"sampler": "langevin", "level": 3})
     net = ScoreNet.ncsnv2(1, 8, width=2)
-    with pytest.raises(TypeError, match=r"must be a SamplerSettings, got dict. Write SamplerSettings\(levels="):
+    with pytest.raises(TypeError, match=r"None, got dict. Write scorematch.sampling.SamplerSettings\(levels="):
         net.sampler_settings = {"levels": 3}
 
 
@@ -559,29 +818,38 @@ def test_a_network_without_settings_is_sampled_consistently_in_at_most_250_calls
     assert sampler.step_size == pytest.approx(1e-4 * (1 - r**1.1))
 
 
-def test_another_number_of_levels_keeps_the_kind_and_the_noise():
-    """The noise per factor of sigma, p, stays that of the recommended settings."""
+def test_another_number_of_levels_keeps_the_kind_of_sampling_and_the_exponent():
+    """The exponent p, the amount of new noise per factor of sigma, stays that of the recommended settings."""
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
     r = 0.01 ** (1 / 19)
     net.sampler_settings = SamplerSettings(levels=20, step_size=0.01 * (1 - r**1.7), consistent=True)
     for sampler in (AnnealedLangevinSampler(net, levels=8), AnnealedLangevinSampler(net, net.schedule.respaced(8))):
         assert sampler.consistent and len(sampler) == 8
         assert sampler.step_size == pytest.approx(0.01 * (1 - 0.01 ** (1.7 / 7)))
-    for step_size in (0.01 * (1 - r**5), 0.012):  # at most the noise of ancestral sampling
+    for step_size in (0.01 * (1 - r**5), 0.012):  # p is limited to that of ancestral sampling, 2
         net.sampler_settings = SamplerSettings(levels=20, step_size=step_size, consistent=True)
         assert AnnealedLangevinSampler(net).step_size == step_size
         assert AnnealedLangevinSampler(net, levels=8).step_size == pytest.approx(0.01 * (1 - 0.01 ** (2 / 7)))
+    net.sampler_settings = SamplerSettings(
+        levels=20, step_size=0.04 * (1 - 0.025 ** (1.7 / 19)), consistent=True, sigma_max=8.0, sigma_min=0.2
+    )
+    sampler = recommended_sampler(net)
+    assert (sampler.schedule.sigma_max, sampler.schedule.sigma_min, len(sampler)) == (8.0, 0.2, 20)
+    assert sampler.step_size == net.sampler_settings.step_size
+    sampler = AnnealedLangevinSampler(net, sigma_max=4)
+    assert (sampler.schedule.sigma_max, sampler.schedule.sigma_min) == (4, 0.2)
+    assert sampler.step_size == pytest.approx(0.04 * (1 - 0.05 ** (1.7 / 19)), rel=0.02)  # the levels are not even
     net.sampler_settings = SamplerSettings(levels=20, steps_per_level=2, step_size=0.003, exact_noise=False)
     sampler = AnnealedLangevinSampler(net, levels=8)
     assert (sampler.consistent, sampler.steps_per_level, sampler.exact_noise) == (False, 2, False)
     assert sampler.step_size == sampler.schedule.suggest_step_size(2)
 
 
-# -- A sampler of one's own
+# -- User-defined samplers
 
 
 class Euler(Sampler):
-    """The simplest sampler on the public interface."""
+    """A sampler that uses only the public interface: Euler's method."""
 
     def __init__(self, net, schedule=None, *, churn=0.0, **options):
         super().__init__(net, schedule, **options)
@@ -594,9 +862,21 @@ class Euler(Sampler):
         return x + (sigma - following) * sigma * score + self.churn * z
 
 
-def test_a_sampler_of_ones_own(world):
+def test_a_user_defined_sampler(world):
     assert list(inspect.signature(Euler).parameters) == [
-        *("net", "schedule", "churn", "levels", "denoise", "clamp", "restore", "precision", "compile")
+        *(
+            "net",
+            "schedule",
+            "churn",
+            "levels",
+            "sigma_max",
+            "sigma_min",
+            "denoise",
+            "clamp",
+            "restore",
+            "precision",
+            "compile",
+        )
     ]
     sampler = Euler(world, SHORT, levels=200)
     assert str(sampler) == "Euler(200 levels 5 -> 0.1, 200 network calls)"

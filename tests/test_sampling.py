@@ -12,11 +12,11 @@ from tests.helpers import point, run, seed
 SHORT = NoiseSchedule.geometric(5, 0.1, 12)
 
 
-# -- The published trajectories, replayed with their recorded noise
+# -- The published trajectories, reproduced with their recorded noise
 
 
 @pytest.mark.parametrize("name", ["ncsn_v1", "ncsnv2_denoise", "ncsnv2_no_denoise"])
-def test_published_trajectories_replay(name, published):
+def test_published_trajectories_are_reproduced(name, published):
     fixture = published("ald_trajectory")
     mean, deviation = fixture["target"]["mu"], fixture["target"]["s"]
     case = fixture[name]
@@ -31,7 +31,7 @@ def test_published_trajectories_replay(name, published):
     )
     states = list(sampler.iterate(init=case["x0"], noise=lambda x: next(recorded), progress=False))
     assert next(recorded, None) is None  # once per step
-    if name == "ncsn_v1":  # recorded before each step; the last step is the one that the authors' code drops
+    if name == "ncsn_v1":  # states were recorded before each step; the authors' code does not return the last one
         expected = torch.cat([case["x_before_step"][1:], case["x_after_last_step"][None]])
     else:
         expected = case["returned_images"]
@@ -43,8 +43,8 @@ def test_published_trajectories_replay(name, published):
     assert [sigma for _, sigma in states] == levels + [0.0] * denoise
 
 
-def test_published_toy_replays_at_half_the_step(published):
-    """The toy code of 2019 writes a/2 and sqrt(a); its score takes sigma for the deviation of each mode."""
+def test_published_toy_trajectory_is_reproduced_with_half_the_step_size(published):
+    """The toy code of 2019 writes a/2 and sqrt(a); in its score each mode has the standard deviation sigma."""
     case = published("ald_trajectory")["toy_gmm"]
     means, weights = torch.tensor(case["gmm"]["means"]), torch.tensor(case["gmm"]["weights"])
 
@@ -66,43 +66,43 @@ def test_published_toy_replays_at_half_the_step(published):
     torch.testing.assert_close(found, case["annealed"]["x_final"], rtol=1e-4, atol=1e-4)
 
 
-# -- The law of what it draws
+# -- The distribution of the samples
 
 
 def _gaussian_chain(variance, schedule, steps, step_size, exact_noise):
-    """The variance that a chain on N(0, variance) ends with: every step is linear, so it is a recursion of numbers."""
-    a = step_size / schedule.sigma_min**2  # in units of sigma^2
+    """The variance of the samples for data N(0, variance). Every step is linear, so it follows a scalar recursion."""
+    a = step_size / schedule.sigma_min**2  # divided by sigma^2
     v = schedule.sigma_max**2
     for sigma in schedule:
         for _ in range(steps):
             shrink = 1 - a * sigma**2 / (variance + sigma**2)
             v = shrink**2 * v + sigma**2 * (2 * a - a**2 if exact_noise else 2 * a)
-    return v * (variance / (variance + schedule.sigma_min**2)) ** 2  # Tweedie
+    return v * (variance / (variance + schedule.sigma_min**2)) ** 2  # Tweedie's formula
 
 
 @pytest.mark.parametrize(
     ("levels", "steps", "exact_noise"),
     [(40, 3, False), (40, 3, True), (400, 5, True), pytest.param(400, 20, False, marks=pytest.mark.slow)],
 )
-def test_reaches_mean_and_covariance(world, levels, steps, exact_noise, rng):
+def test_samples_of_a_gaussian_have_the_derived_mean_and_covariance(world, levels, steps, exact_noise, rng):
     schedule = NoiseSchedule.geometric(10, 0.01, levels)
     sampler = AnnealedLangevinSampler(world, schedule, steps_per_level=steps, exact_noise=exact_noise)
     n = 2000
     x = run(sampler, n, shape=(3,), generator=rng)
     deviations = world.covariance.diag().sqrt()
     assert ((x.mean(0) - world.mean).abs() < 6 * deviations / math.sqrt(n)).all()
-    # Along the covariance's own axes the chain's variance is known exactly, bias included: five standard errors.
-    along = torch.cov((x @ world.vectors).T)
+    # Along the axes of the covariance the variance of the samples, bias included, is known: five standard errors.
+    along = torch.cov((x.double() @ world.vectors).T)
     expected = torch.tensor(
         [_gaussian_chain(float(v), schedule, steps, sampler.step_size, exact_noise) for v in world.values]
     )
     error = (along - expected.diag()).abs()
     assert (error < 5 * math.sqrt(2 / n) * expected.sqrt()[:, None] * expected.sqrt()).all()
-    if steps == 20:  # and with enough steps the bias is small: four percent
+    if steps == 20:  # with enough steps the bias is below four percent
         torch.testing.assert_close(expected, world.values, rtol=0.04, atol=0)
 
 
-def test_reaches_the_weights_of_the_modes(mixture, rng):
+def test_the_modes_of_a_mixture_get_their_weights(mixture, rng):
     schedule = NoiseSchedule.geometric(10, 0.02, 150)
     n = 2000
     x = run(AnnealedLangevinSampler(mixture, schedule, steps_per_level=12), n, shape=(2,), generator=rng)
@@ -113,8 +113,8 @@ def test_reaches_the_weights_of_the_modes(mixture, rng):
     assert (x[upper].std(0) / 0.5 - 1).abs().max() < 5 / math.sqrt(2 * 0.8 * n) + 0.02
 
 
-def test_plain_langevin_does_not_reach_them(mixture, rng):
-    """The paper's Figure 3: at one quiet level the modes keep the shares that the start gave them."""
+def test_langevin_dynamics_at_one_level_does_not_give_modes_their_weights(mixture, rng):
+    """Figure 3 of the 2019 paper: at one low noise level the modes keep the shares of the start."""
     sampler = AnnealedLangevinSampler(mixture, NoiseSchedule([0.1]), steps_per_level=300, step_size=0.005)
     start = torch.rand(4000, 2, generator=rng) * 8 - 4
     x = run(sampler, init=start, generator=rng)
@@ -122,8 +122,8 @@ def test_plain_langevin_does_not_reach_them(mixture, rng):
 
 
 @pytest.mark.parametrize(("steps", "a"), [(5, 0.062), (1, 0.2), (3, 0.3)])
-def test_variance_of_one_level_is_technique_4s(steps, a, rng):
-    """From the exact law of the level before, for data at a point; in the chain itself."""
+def test_variance_after_one_level_is_that_of_technique_4(steps, a, rng):
+    """For data at a point, in a chain that starts from the exact distribution at the level before."""
     schedule = NoiseSchedule([0.2, 0.15])
     n = 40_000
     sampler = AnnealedLangevinSampler(
@@ -136,7 +136,7 @@ def test_variance_of_one_level_is_technique_4s(steps, a, rng):
 
 
 @pytest.mark.parametrize(("levels", "steps", "a"), [(232, 5, 0.062), (100, 3, 0.2), (300, 1, 0.06)])
-def test_variance_of_a_whole_schedule_is_the_closed_form(levels, steps, a, rng):
+def test_variance_after_a_whole_schedule_has_its_closed_form(levels, steps, a, rng):
     schedule = NoiseSchedule.geometric(50, 0.01, levels)
     n = 20_000
     sampler = AnnealedLangevinSampler(point, schedule, steps_per_level=steps, step_size=a * 1e-4, denoise=False)
@@ -146,7 +146,7 @@ def test_variance_of_a_whole_schedule_is_the_closed_form(levels, steps, a, rng):
 
 
 @pytest.mark.parametrize("a", [0.1, 0.9, 1.7])
-def test_exact_noise_keeps_the_variance_at_any_step(a, rng):
+def test_exact_noise_keeps_the_variance_for_any_step_size(a, rng):
     n = 40_000
     for exact_noise, expected in [(True, 1.0), (False, 1 / (1 - a / 2))]:
         sampler = AnnealedLangevinSampler(
@@ -161,18 +161,18 @@ def test_exact_noise_keeps_the_variance_at_any_step(a, rng):
         assert abs(found - expected) < 5 * expected * math.sqrt(2 / n)
 
 
-def test_the_last_act_is_tweedies_step(rng):
+def test_sampling_ends_with_tweedies_formula(rng):
     sampler = AnnealedLangevinSampler(point, SHORT)
-    assert run(sampler, 50, shape=(2,), generator=rng).abs().max() < 1e-6  # the mean of data at zero is zero
+    assert run(sampler, 50, shape=(2,), generator=rng).abs().max() < 1e-6  # the mean of the data
     raw = AnnealedLangevinSampler(point, SHORT, denoise=False)
     assert run(raw, 50, shape=(2,), generator=rng).std() > 0.05
     assert len(sampler) == len(raw) + 1
 
 
-# -- Seeds and what is the caller's
+# -- Seeds, and tensors of the caller
 
 
-def test_same_seed_same_bits_and_the_global_seed_untouched(world):
+def test_a_seed_determines_every_bit_and_leaves_the_global_generator_alone(world):
     sampler = AnnealedLangevinSampler(world, SHORT)
     state = torch.get_rng_state()
     first = run(sampler, 4, shape=(3,), generator=seed(1))
@@ -185,7 +185,7 @@ def test_same_seed_same_bits_and_the_global_seed_untouched(world):
     assert torch.equal(second, run(sampler, 4, shape=(3,)))
 
 
-def test_a_list_of_generators_is_one_per_sample(world):
+def test_a_list_of_generators_makes_samples_independent_of_each_other(world):
     sampler = AnnealedLangevinSampler(world, SHORT)
     together = run(sampler, shape=(3,), generator=[seed(i) for i in range(4)])
     alone = [run(sampler, shape=(3,), generator=[seed(i)]) for i in range(4)]
@@ -193,7 +193,7 @@ def test_a_list_of_generators_is_one_per_sample(world):
     assert torch.equal(alone[2], run(sampler, 1, shape=(3,), generator=seed(2)))
 
 
-def test_the_callers_tensors_are_not_touched_and_yields_not_written_to(world, rng):
+def test_init_and_yielded_states_are_not_modified(world, rng):
     init = torch.randn(5, 3, generator=rng)
     before = init.clone()
     states, copies = [], []
@@ -204,15 +204,15 @@ def test_the_callers_tensors_are_not_touched_and_yields_not_written_to(world, rn
     assert all(torch.equal(a, b) for a, b in zip(states, copies, strict=True))
 
 
-def test_iterate_ends_with_sample(world):
+def test_iterate_ends_with_the_result_of_sample(world):
     sampler = AnnealedLangevinSampler(world, SHORT)
     *_, (last, sigma) = sampler.iterate(3, shape=(3,), generator=seed(0), progress=False)
     assert sigma == 0
     assert torch.equal(last, run(sampler, 3, shape=(3,), generator=seed(0)))
 
 
-def test_recorded_noise_stands_for_drawn_noise(world, rng):
-    """Same start, same noise: the same samples; nothing else is drawn in the chain, and the noise before the score."""
+def test_the_noise_argument_replaces_random_numbers(world, rng):
+    """Equal starts and noise give equal samples. No other numbers are drawn; the noise comes before the score."""
     init = torch.randn(4, 3, generator=rng)
     order = []
 
@@ -235,7 +235,7 @@ def test_recorded_noise_stands_for_drawn_noise(world, rng):
 # -- Batches
 
 
-def test_batches_bound_what_the_network_sees_and_change_nothing(world):
+def test_batch_size_limits_network_calls_and_does_not_change_samples(world):
     seen = []
 
     def score(x, sigma):
@@ -251,7 +251,7 @@ def test_batches_bound_what_the_network_sees_and_change_nothing(world):
     torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-6)
 
 
-def test_default_batches_hold_a_million_values():
+def test_default_batches_have_at_most_2_to_the_20_values():
     seen = []
 
     def score(x, sigma):
@@ -270,7 +270,7 @@ def test_a_batch_equals_its_parts_with_the_same_noise(rng):
     net = ScoreNet.ncsn(1, 8, width=4, schedule=SHORT)
     init = torch.randn(3, 1, 8, 8, generator=rng)
     noises = [torch.randn(3, 1, 8, 8, generator=rng) for _ in range(12)]
-    sampler = AnnealedLangevinSampler(net, SHORT, steps_per_level=1, exact_noise=True)
+    sampler = AnnealedLangevinSampler(net, SHORT, steps_per_level=1, exact_noise=True, precision="float32")
     together = iter(noises)
     whole = run(sampler, init=init, noise=lambda x: next(together))
     for i in range(3):
@@ -283,7 +283,7 @@ def test_a_batch_equals_its_parts_with_the_same_noise(rng):
 
 
 class Recorder(nn.Module):
-    """A backbone of zeros that notes how it was called."""
+    """A backbone that returns zeros and records how it was called."""
 
     def __init__(self):
         super().__init__()
@@ -296,7 +296,7 @@ class Recorder(nn.Module):
         return torch.zeros_like(x) * self.anchor
 
 
-def test_a_network_of_images_starts_around_one_half_and_ends_in_its_range(rng):
+def test_image_sampling_starts_around_one_half_and_ends_in_the_value_range(rng):
     net = ScoreNet(Recorder(), NoiseSchedule.geometric(2, 0.01, 40), sample_shape=(1, 20, 20))
     still = AnnealedLangevinSampler(net, steps_per_level=2, step_size=1e-9)
     first, _ = next(still.iterate(20, generator=rng, progress=False))
@@ -310,7 +310,7 @@ def test_a_network_of_images_starts_around_one_half_and_ends_in_its_range(rng):
     assert run(AnnealedLangevinSampler(points), 500, generator=rng).min() < -0.5
 
 
-def test_eval_mode_without_gradients_and_each_module_back_in_its_own():
+def test_network_calls_use_eval_mode_without_gradients_and_modes_are_restored():
     net = ScoreNet(Recorder(), SHORT, sample_shape=(1, 4, 4))
     net.train()
     net.backbone.inner.eval()
@@ -319,12 +319,12 @@ def test_eval_mode_without_gradients_and_each_module_back_in_its_own():
     assert net.training and net.backbone.training and not net.backbone.inner.training
     chain = AnnealedLangevinSampler(net).iterate(progress=False)
     x, _ = next(chain)
-    assert not x.requires_grad and torch.is_grad_enabled()  # the caller's mode holds between steps
+    assert not x.requires_grad and torch.is_grad_enabled()  # between steps the caller's mode applies
     chain.close()
     assert net.training
 
 
-def test_condition_goes_through_in_batches():
+def test_the_condition_is_divided_into_batches_like_the_state():
     net = ScoreNet(Recorder(), NoiseSchedule([0.5]), sample_shape=(1, 4, 4))
     sampler = AnnealedLangevinSampler(net, steps_per_level=1)
     assert len(run(sampler, condition=torch.tensor([5, 6, 7]), batch_size=2)) == 3
@@ -342,7 +342,7 @@ def test_networks_of_other_precisions(dtype):
     assert images.dtype == torch.float32 and torch.isfinite(images).all()
 
 
-def test_points_and_signals(rng):
+def test_samples_of_any_shape(rng):
     for shape in [(2,), (3, 17), ()]:
         x = run(AnnealedLangevinSampler(point, SHORT), 4, shape=shape, generator=rng)
         assert x.shape == (4, *shape)
@@ -351,7 +351,7 @@ def test_points_and_signals(rng):
 # -- Settings
 
 
-def test_the_networks_recommendation_counts_with_its_own_schedule_only():
+def test_the_recommended_step_size_is_used_with_the_recommended_schedule_only():
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
     net.sampler_settings = SamplerSettings(levels=20, steps_per_level=2, step_size=0.003, exact_noise=False)
     sampler = AnnealedLangevinSampler(net)
@@ -359,13 +359,13 @@ def test_the_networks_recommendation_counts_with_its_own_schedule_only():
     assert (sampler.steps_per_level, sampler.step_size, sampler.exact_noise) == (2, 0.003, False)
     assert AnnealedLangevinSampler(net, net.schedule.respaced(20)).step_size == 0.003
     assert AnnealedLangevinSampler(net, steps_per_level=7).steps_per_level == 7
-    other = AnnealedLangevinSampler(net, net.schedule)  # its kind is kept
+    other = AnnealedLangevinSampler(net, net.schedule)  # the kind of sampling is kept
     assert (other.steps_per_level, other.exact_noise) == (2, False)
     assert other.step_size == net.schedule.suggest_step_size(2)
 
 
-def test_a_recommended_schedule_has_no_wide_gaps():
-    """Fifty of a DDPM's levels, by their number, would end with two that are eight times apart."""
+def test_a_recommended_schedule_is_geometric_if_respacing_leaves_wide_gaps():
+    """The 1,000 levels of a DDPM, respaced to 50, would end with two levels whose ratio is eight."""
     schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
     net = ScoreNet.unet(1, 8, widths=(4,), schedule=schedule, precondition="ddpm")
     net.sampler_settings = SamplerSettings(levels=50, consistent=True)
@@ -375,18 +375,18 @@ def test_a_recommended_schedule_has_no_wide_gaps():
 
 
 @pytest.mark.parametrize("levels", [2, 5, 10, 50, 232, 1086])
-def test_settings_from_a_schedule_are_technique_4_with_a_bounded_chain(levels):
+def test_default_settings_of_a_callable_are_technique_4_with_bounded_variance(levels):
     schedule = NoiseSchedule.geometric(50, 0.01, levels)
     sampler = AnnealedLangevinSampler(point, schedule)
     steps = sampler.steps_per_level
     assert steps >= 3 and not sampler.exact_noise
     assert sampler.step_size == schedule.suggest_step_size(steps)
     assert schedule.chain_variance(sampler.step_size, steps) <= 1.2
-    if steps > 3:  # no more than needed
+    if steps > 3:  # the smallest number that is enough
         assert schedule.chain_variance(schedule.suggest_step_size(steps - 1), steps - 1) > 1.2
 
 
-def test_it_says_what_will_be_run():
+def test_repr_shows_the_settings_and_the_number_of_network_calls():
     sampler = AnnealedLangevinSampler(point, NoiseSchedule.geometric(50, 0.01, 50), steps_per_level=5, step_size=2.2e-5)
     assert str(sampler) == ("AnnealedLangevinSampler(50 levels 50 -> 0.01, 5 steps, step 2.2e-05, 251 network calls)")
     assert len(sampler) == 251
@@ -394,7 +394,7 @@ def test_it_says_what_will_be_run():
     assert str(one) == "AnnealedLangevinSampler(1 level 0.5, 1 step, step 0.025, exact noise, 1 network calls)"
 
 
-def test_the_bar_can_be_turned_off(capsys):
+def test_the_progress_bar_can_be_turned_off(capsys):
     sampler = AnnealedLangevinSampler(point, SHORT)
     sampler.sample(1, shape=(1,), progress=False)
     assert capsys.readouterr().err == ""
@@ -409,7 +409,7 @@ def test_the_bar_can_be_turned_off(capsys):
     ("arguments", "error", "message"),
     [
         ({"step_size": 0.02 + 1e-9}, ValueError, r"stability limit, 2 sigma_min\^2 = 0.02, got 0.02"),
-        ({"step_size": 0.5}, ValueError, "stability limit.*got 0.5; technique 4 suggests"),
+        ({"step_size": 0.5}, ValueError, "stability limit.*got 0.5; technique 4 of NCSNv2 suggests"),
         ({"step_size": 0.0}, ValueError, "between 0 and the stability limit"),
         ({"step_size": float("nan")}, ValueError, "between 0 and the stability limit"),
         ({"steps_per_level": 0}, ValueError, "steps_per_level must be an integer of at least 1, got 0"),
@@ -420,7 +420,7 @@ def test_the_bar_can_be_turned_off(capsys):
         ({"net": 3}, TypeError, r"called as net\(x, sigma\), got int"),
     ],
 )
-def test_bad_settings(arguments, error, message):
+def test_invalid_settings_raise(arguments, error, message):
     with pytest.raises(error, match=message):
         AnnealedLangevinSampler(**{"net": point, "schedule": SHORT, **arguments})
 
@@ -438,12 +438,12 @@ def test_bad_settings(arguments, error, message):
         ({"n": 2, "init": torch.zeros(3, 1)}, ValueError, "n has 2, init has 3"),
         ({"condition": torch.zeros(2), "init": torch.zeros(3, 1)}, ValueError, "init has 3, condition has 2"),
         ({"n": 2, "shape": (1,), "generator": [torch.Generator()]}, ValueError, "n has 2, generator has 1"),
-        ({"shape": (2,), "init": torch.zeros(3, 1)}, ValueError, r"is \(2,\), but that of init is \(1,\)"),
+        ({"shape": (2,), "init": torch.zeros(3, 1)}, ValueError, r"shape of one sample of init, \(1,\), got \(2,\)"),
         ({"init": torch.zeros(3, 1).long()}, TypeError, r"init must be floating point.*Write init.float\(\)"),
         ({"shape": (1,), "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
     ],
 )
-def test_bad_arguments_are_refused_before_the_first_step(arguments, error, message):
+def test_invalid_arguments_raise_before_the_first_step(arguments, error, message):
     sampler = AnnealedLangevinSampler(point, SHORT)
     with pytest.raises(error, match=message):
         run(sampler, **arguments)
@@ -451,13 +451,13 @@ def test_bad_arguments_are_refused_before_the_first_step(arguments, error, messa
         sampler.iterate(**arguments)
 
 
-def test_noise_of_another_shape(world):
+def test_noise_of_another_shape_raises(world):
     with pytest.raises(ValueError, match=r"noise must have the shape of x, \(2, 3\), got \(2, 1\)"):
         run(AnnealedLangevinSampler(world, SHORT), 2, shape=(3,), noise=lambda x: torch.zeros(2, 1))
 
 
 @pytest.mark.parametrize("denoise", [True, False])
-def test_a_state_that_leaves_the_finite_numbers_is_an_error_that_names_the_level(denoise):
+def test_nan_in_the_state_raises_an_error_that_names_the_level(denoise):
     calls = []
 
     def score(x, sigma):
@@ -467,7 +467,7 @@ def test_a_state_that_leaves_the_finite_numbers_is_an_error_that_names_the_level
     sampler = AnnealedLangevinSampler(score, SHORT, steps_per_level=8, denoise=denoise)
     with pytest.raises(RuntimeError, match=r"NaN or infinite values from level 5 of 12 on, sigma 0\.8447"):
         run(sampler, 2, shape=(1,))
-    assert 41 <= len(calls) <= 56  # it is looked at every 16 steps
+    assert 41 <= len(calls) <= 56  # the state is checked every 16 steps
     calls.clear()
     states = sampler.iterate(2, shape=(1,), progress=False)
     with pytest.raises(RuntimeError, match="from level 5 of 12 on"):

@@ -1,4 +1,4 @@
-"""ScoreNet: the preconditioning table, every form of its arguments, and what it refuses."""
+"""ScoreNet: the preconditioning table, all forms of the arguments, and errors for invalid ones."""
 
 import math
 
@@ -17,7 +17,7 @@ LEVELS = NoiseSchedule.geometric(10, 0.01, 30)
 
 
 class Backbone(nn.Module):
-    """A function as a backbone, with one parameter that says in which dtype it computes."""
+    """A function as a backbone, with one parameter whose dtype is that of the backbone."""
 
     def __init__(self, function, dtype=torch.float64):
         super().__init__()
@@ -32,7 +32,7 @@ def _wide(t):
     return t.view(-1, 1, 1, 1)
 
 
-# -- The preconditioning table: the backbone that is exact on Gaussian data gives the exact score in [0, 1] units.
+# -- The preconditioning table: the exact backbone for Gaussian data gives the exact score of images in [0, 1]
 
 MEAN, DEVIATION = 0.3, 0.2  # of the data, in [0, 1]
 
@@ -70,8 +70,8 @@ def test_exact_backbones_give_the_exact_score(row, function, rng):
     torch.testing.assert_close(net.denoise(x, 0.3), posterior, rtol=1e-9, atol=1e-9)
 
 
-def test_karras_without_a_range_leaves_the_units_alone(rng):
-    """A backbone of zeros is the exact score of N(0, 1/4) where the data have no range, of N(1/2, 1/16) for images."""
+def test_karras_without_a_value_range_does_not_rescale_the_data(rng):
+    """A backbone of zeros is the exact score of N(0, 1/4) without a value range, and of N(1/2, 1/16) for images."""
     x = torch.randn(5, 2, generator=rng)
     points = ScoreNet(Backbone(lambda x, c: 0 * x), LEVELS)
     torch.testing.assert_close(points(x, 0.3), -x / (0.25 + 0.09))
@@ -87,7 +87,7 @@ def test_karras_input_and_target_have_unit_variance(rng):
         return torch.zeros_like(x)
 
     net = ScoreNet(Backbone(function, torch.float32), LEVELS, sample_shape=(1, 32, 32))
-    clean = 0.5 + 0.25 * torch.randn(64, 1, 32, 32, generator=rng)  # deviation 1/2 in [-1, 1]
+    clean = 0.5 + 0.25 * torch.randn(64, 1, 32, 32, generator=rng)  # a standard deviation of 1/2 in [-1, 1]
     for sigma in (0.01, 0.2, 10.0):
         net(clean + sigma * torch.randn(clean.shape, generator=rng), sigma)
         assert abs(seen["x"].std() - 1) < 0.02
@@ -109,14 +109,14 @@ def test_karras_input_and_target_have_unit_variance(rng):
         ({"sample_shape": (3, 8, 8), "value_range": (0, 255)}, (0.0, 255.0)),
     ],
 )
-def test_only_images_have_a_range_by_default(arguments, expected):
+def test_only_images_have_a_value_range_by_default(arguments, expected):
     net = ScoreNet(Backbone(lambda x, c: x), LEVELS, **arguments)
     assert net.value_range == expected
     assert net.config["value_range"] == (None if expected is None else list(expected))
 
 
-def test_points_are_not_clamped(rng):
-    """The exact score of a ring of radius 2 with eight points."""
+def test_samples_of_points_are_not_clamped(rng):
+    """The score is the exact one of eight points on a circle of radius 2."""
     angles = torch.arange(8) * math.pi / 4
     ring = 2 * torch.stack([angles.cos(), angles.sin()], dim=1)
 
@@ -135,7 +135,7 @@ def test_points_are_not_clamped(rng):
 
 
 @pytest.mark.parametrize("family", ["ncsn", "ncsnv2"])
-def test_every_form_of_sigma_is_the_same(family, rng):
+def test_every_form_of_sigma_gives_the_same_score(family, rng):
     net = getattr(ScoreNet, family)(1, 8, width=4)
     x = torch.rand(3, 1, 8, 8, generator=rng)
     reference = net(x, 0.3)
@@ -149,7 +149,7 @@ def test_every_form_of_sigma_is_the_same(family, rng):
         assert (mixed[i] - alone).abs().max() <= 2e-5 * alone.abs().max()
 
 
-def test_ncsn_is_the_published_network_at_its_levels_and_between(published):
+def test_ncsn_gives_the_published_outputs_and_interpolates_between_levels(published):
     fixture = published("ncsn_mnist")
     net = ScoreNet.ncsn(1, 28, width=8, schedule=NoiseSchedule.geometric(1, 0.01, 10))
     net.backbone.load_state_dict(fixture["weights"])
@@ -158,14 +158,14 @@ def test_ncsn_is_the_published_network_at_its_levels_and_between(published):
         found = net(case["x"], fixture["sigmas"][case["labels"]])
         assert ((found - case["out"]).abs().amax() / case["out"].abs().amax()) <= 2e-5
         x = case["x"][:1]
-        torch.testing.assert_close(net(x, 5.0), net(x, 1.0))  # beyond the schedule: its end
+        torch.testing.assert_close(net(x, 5.0), net(x, 1.0))  # outside of the schedule the nearest level is used
         torch.testing.assert_close(net(x, 1e-4), net(x, 0.01))
         between = net(x, (net.schedule[3] * net.schedule[4]) ** 0.5)
         expected = net.backbone(x, torch.tensor([3.5]))
         assert (between - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
-def test_ncsnv2_is_the_published_network(published):
+def test_ncsnv2_gives_the_published_outputs(published):
     fixture = published("ncsnv2")
     net = ScoreNet.ncsnv2(3, 32, width=8)
     net.backbone.load_state_dict(fixture["weights"])
@@ -189,7 +189,7 @@ def test_published_defaults():
 # -- dtypes and conditions
 
 
-def test_result_follows_x_and_the_network_computes_in_its_own_dtype(rng):
+def test_the_result_has_the_dtype_of_x_and_the_backbone_gets_its_own_dtype(rng):
     seen = []
 
     def function(x, c_noise):
@@ -205,7 +205,7 @@ def test_result_follows_x_and_the_network_computes_in_its_own_dtype(rng):
             assert seen[-1] == (inner, noise, (2,))
 
 
-def test_a_condition_is_passed_on_only_when_given(rng):
+def test_the_condition_is_passed_to_the_backbone_only_if_given(rng):
     seen = []
 
     def function(x, c_noise, *condition):
@@ -243,23 +243,23 @@ def test_a_condition_is_passed_on_only_when_given(rng):
         (
             lambda net, x: net(x, torch.tensor(7)),
             TypeError,
-            r"a standard deviation in the units of x, got torch.int64. For level i of a schedule write schedule\[i\]",
+            r"a standard deviation in the units of x, got torch.int64. Write schedule\[i\] for level i of a schedule",
         ),
-        (lambda net, x: net(x, torch.tensor([7, 3])), TypeError, "sigma is a noise level, .*got torch.int64"),
-        (lambda net, x: net(x, np.int64(7)), TypeError, "sigma is a noise level, .*got torch.int64"),
+        (lambda net, x: net(x, torch.tensor([7, 3])), TypeError, "a floating-point noise level.*got torch.int64"),
+        (lambda net, x: net(x, np.int64(7)), TypeError, "a floating-point noise level.*got torch.int64"),
         (lambda net, x: net(x, 0.1, torch.tensor([1, 2])), TypeError, "takes no condition"),
         (lambda net, x: net(x[:, :, :7], 0.1), ValueError, "multiples of 2"),
     ],
 )
 @pytest.mark.parametrize("kind", ["network", "inference copy"])
-def test_bad_input_of_the_score(kind, call, error, message, rng):
+def test_invalid_arguments_of_a_network_raise(kind, call, error, message, rng):
     net = ScoreNet.ncsn(1, 8, width=2)
     with pytest.raises(error, match=message):
         call(net if kind == "network" else net.inference_copy(), torch.rand(2, 1, 8, 8, generator=rng))
 
 
 def test_values_that_cannot_be_read_are_not_checked(rng):
-    """Those inside torch.func.vmap, and those on another device than the CPU."""
+    """Values inside torch.func.vmap, and values on another device than the CPU."""
     net, x = ScoreNet.ncsnv2(1, 8, width=2), torch.rand(3, 1, 8, 8, generator=rng)
     sigma = torch.tensor([0.3, 0.1, 1.0])
     found = torch.func.vmap(lambda x, sigma: net(x[None], sigma)[0])(x, sigma)
@@ -287,7 +287,7 @@ def test_values_that_cannot_be_read_are_not_checked(rng):
         (
             lambda: ScoreNet(RefineNet(1, 2, levels=10), LEVELS, precondition="ncsn"),
             ValueError,
-            "rows for 10 noise levels, but the schedule has 30",
+            "parameters for 10 noise levels, but the schedule has 30",
         ),
         (lambda: ScoreNet(RefineNet(1, 2), LEVELS, precondition="ncsn"), ValueError, "does not fit this RefineNet"),
         (lambda: ScoreNet(RefineNet(1, 2, levels=30), LEVELS), ValueError, "does not fit this RefineNet"),
@@ -303,7 +303,7 @@ def test_values_that_cannot_be_read_are_not_checked(rng):
         ),
     ],
 )
-def test_parts_that_do_not_fit(call, error, message):
+def test_invalid_arguments_of_score_net_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -328,7 +328,7 @@ def _narrow(x, c_noise, *condition):
         ),
     ],
 )
-def test_an_output_of_another_shape_is_never_broadcast(function, message, rng):
+def test_an_output_of_another_shape_raises(function, message, rng):
     net = ScoreNet(Backbone(function, torch.float32), LEVELS, sample_shape=(3, 8, 8))
     with pytest.raises(ValueError, match=message):
         net(torch.rand(2, 3, 8, 8, generator=rng), 0.1)
@@ -336,17 +336,22 @@ def test_an_output_of_another_shape_is_never_broadcast(function, message, rng):
         run(AnnealedLangevinSampler(net, NoiseSchedule([1.0, 0.1])), 2)
 
 
-def test_an_output_that_is_no_tensor_is_refused(rng):
+def test_an_output_that_is_not_a_tensor_raises(rng):
     net = ScoreNet(Backbone(lambda x, c: (x,)), LEVELS)
     with pytest.raises(TypeError, match=r"tensor of the shape of x, got tuple.*ScoreNet.from_diffusers\(unet, sched"):
         net(torch.rand(2, 3, 8, 8, generator=rng), 0.1)
 
 
-def test_a_variance_is_left_out_where_the_network_predicts_one(rng):
+def test_the_predicted_variance_is_not_part_of_the_score(rng):
     x = torch.rand(2, 3, 8, 8, generator=rng)
-    plain = ScoreNet(Backbone(lambda x, c: x.sin()), LEVELS)
-    net = ScoreNet(Backbone(lambda x, c: torch.cat([x.sin(), x.exp()], dim=1)), LEVELS, predicts_variance=True)
+    both = Backbone(lambda x, c: torch.cat([x.sin(), x.exp()], dim=1))
+    plain = ScoreNet(Backbone(lambda x, c: x.sin()), LEVELS, precondition="ncsnv2")
+    net = ScoreNet(both, LEVELS, precondition="ncsnv2", predicts_variance=True)
     assert torch.equal(net(x, 0.1), plain(x, 0.1))
+    score, share = net.score_and_variance(x, 0.1)
+    assert torch.equal(score, net(x, 0.1)) and torch.equal(share, (1 + x.double().exp().float()) / 2)
+    with pytest.raises(ValueError, match=r"predicts no variance. Call net\(x, sigma\) for the score alone"):
+        plain.score_and_variance(x, 0.1)
     assert net.config["predicts_variance"] and not plain.config["predicts_variance"]
     wrong = ScoreNet(Backbone(lambda x, c: x), LEVELS, predicts_variance=True)
     with pytest.raises(
@@ -359,7 +364,7 @@ def test_a_variance_is_left_out_where_the_network_predicts_one(rng):
 
 
 @pytest.mark.parametrize("name", [card.name for card in cards.CARDS if card.repository is None])
-def test_loading_draws_nothing_from_the_global_generator(name):
+def test_loading_leaves_the_global_generator_alone(name):
     before = torch.get_rng_state()
     ScoreNet.from_pretrained(name)
     assert torch.equal(torch.get_rng_state(), before)
@@ -387,7 +392,7 @@ def _unet(channels, outputs, **options):
         (lambda: (nn.Identity(), {}), None),
     ],
 )
-def test_the_condition_of_a_network_is_known_without_a_sample_shape(make, expected, sample_shape):
+def test_conditioning_does_not_need_a_sample_shape(make, expected, sample_shape):
     backbone, arguments = make()
     net = ScoreNet(backbone, LEVELS, sample_shape=sample_shape, **arguments)
     assert net.conditioning == expected
@@ -448,7 +453,7 @@ def test_classes_inside_vmap_are_not_checked(rng):
     ],
 )
 @pytest.mark.parametrize("kind", ["network", "inference copy"])
-def test_classes_that_do_not_fit(kind, condition, error, message, rng):
+def test_invalid_classes_raise(kind, condition, error, message, rng):
     net = _of_classes()
     with pytest.raises(error, match=message):
         (net if kind == "network" else net.inference_copy())(torch.rand(2, 1, 8, 8, generator=rng), 0.1, condition)
@@ -465,7 +470,7 @@ def _conditional():
     return net
 
 
-def test_an_image_condition_is_seen_in_the_units_of_the_row(rng):
+def test_an_image_condition_is_scaled_as_the_preconditioning_row_says(rng):
     """In [-1, 1] beside a centered image, without noise and its scale; as it is beside one that is not."""
     seen = []
 
@@ -484,7 +489,7 @@ def test_an_image_condition_is_seen_in_the_units_of_the_row(rng):
     assert seen[-1].dtype == torch.float32
 
 
-def test_the_condition_of_an_image_is_its_own(rng):
+def test_images_of_a_batch_use_their_own_condition(rng):
     net = _conditional()
     x, image = torch.rand(2, 3, 8, 8, generator=rng), torch.rand(2, 1, 8, 8, generator=rng)
     other = torch.stack([image[0], 1 - image[1]])
@@ -517,7 +522,7 @@ def test_the_condition_of_an_image_is_its_own(rng):
             lambda: ScoreNet.unet(3, 8, widths=(4, 8)),
             torch.zeros(2, 1, 8, 8),
             TypeError,
-            r"takes no condition. ScoreNet.unet\(classes=...\) and ScoreNet.unet\(condition_channels=...\) build",
+            r"takes no condition. Leave it out; ScoreNet.unet\(classes=...\) and .*\(condition_channels=...\) build",
         ),
         (lambda: ScoreNet.unet(3, 8, widths=(4, 8)), 7, TypeError, "takes no condition"),
         (lambda: ScoreNet.unet(3, 8, widths=(4, 8)), "a", TypeError, "condition must be a tensor, .*got str"),
@@ -525,13 +530,13 @@ def test_the_condition_of_an_image_is_its_own(rng):
         (lambda: ScoreNet(Backbone(_narrow), LEVELS), "a", TypeError, "condition must be a tensor, .*got str"),
     ],
 )
-def test_conditions_that_do_not_fit(net, condition, error, message, rng):
+def test_invalid_conditions_raise(net, condition, error, message, rng):
     with pytest.raises(error, match=message):
         net()(torch.rand(2, 3, 8, 8, generator=rng), 0.1, condition)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 8, 8, 3)])
-def test_a_wrong_number_of_channels_is_called_that(shape, rng):
+def test_a_wrong_number_of_channels_gives_an_error_about_channels(shape, rng):
     """Without a word about conditions that the network does not take."""
     for net in (ScoreNet.unet(3, 8, widths=(4, 8)), ScoreNet.ncsn(3, 8, width=2)):
         with pytest.raises(ValueError, match=r"\(N, 3, H, W\)|3 channels in all") as caught:

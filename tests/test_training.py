@@ -1,11 +1,13 @@
-"""Training: what is drawn, the averages, the steps, and runs that are interrupted in every way."""
+"""Training: random numbers, averages of the weights, steps, and interrupted runs."""
 
 import copy
 import errno
+import functools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,18 +24,29 @@ from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.loss import sliced_score_matching_loss
+from scorematch.nets import Condition
 from scorematch.palette import Inpainting
 from scorematch.precondition import Preconditioning
 from scorematch.pretrained import load
 from scorematch.randomness import seed_of
-from scorematch.training import LogNormal, LogUniform, Settings, open_images, reconstruct, train, train_steps
+from scorematch.training import (
+    LogNormal,
+    LogUniform,
+    Mixture,
+    Settings,
+    UniformTime,
+    open_images,
+    reconstruct,
+    train,
+    train_steps,
+)
 from scorematch.training import checkpoint as checkpoints
 from scorematch.training.data import Order
 from scorematch.training.ema import LONGEST, Average, combination, exponent
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
-from scorematch.training.report import Curve, Losses, by_level, chart, read_examples, sample_interval
+from scorematch.training.report import Losses, by_level, read_examples, sample_interval
 from scorematch.training.steps import make_accelerator
-from tests.helpers import Gaussian, python, seed
+from tests.helpers import gaussian_images, python, seed
 
 FILES = ("weights.safetensors", "ema-0.050.safetensors", "ema-0.100.safetensors", "optimizer.safetensors")
 
@@ -53,7 +66,7 @@ class MLP(nn.Module):
 
 
 class Memory:
-    """Data in memory, which remember what was read."""
+    """Data in memory that record which images were read."""
 
     fingerprint = "memory"
 
@@ -72,7 +85,7 @@ class Memory:
 
 
 class Recorder:
-    """A loss that keeps what it is given."""
+    """A loss that records its arguments."""
 
     def __init__(self):
         self.calls = []
@@ -96,7 +109,7 @@ def image_net(**options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, attention=[False], **options)
-        for parameter in net.parameters():  # the published initialization, zero in places, hides mistakes
+        for parameter in net.parameters():  # zeros of the initialization could hide errors
             nn.init.normal_(parameter, std=0.1)
     return net
 
@@ -110,19 +123,19 @@ def images(n=32):
 
 
 def steps(net, data, **settings):
-    """The last step of a run."""
+    """Trains, and returns the last step."""
     *_, last = train_steps(net, data, Settings(**settings))
     return last
 
 
 def quick(net, data, out, **options):
-    """A run that writes no more than a test needs."""
+    """A run of 80 images that saves no samples or snapshots by default."""
     options = {"images": 80, "batch_size": 8, "sample_every": 10**6, "snapshot_every": 10**6, **options}
     return train(net, data, out, progress=False, **options)
 
 
 def content(out, files=FILES):
-    """The bytes of the last checkpoint and of the network of a run."""
+    """The name and the bytes of the last checkpoint of a run, and the bytes of its network."""
     last = sorted((out / "checkpoints").iterdir())[-1]
     found = {name: (last / name).read_bytes() for name in files}
     return last.name, found, (out / "network" / "model.safetensors").read_bytes()
@@ -135,15 +148,15 @@ def vector(module):
 # -- Seeds ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_depends_on_every_part():
+def test_seed_of_depends_on_every_part():
     seeds = {seed_of(*parts) for parts in [(0, "image", 1), (0, "image", 2), (1, "image", 1), (0, "order", 1), (0, 1)]}
     assert len(seeds) == 5
     assert seed_of("1") != seed_of(1) and seed_of("ab", "c") != seed_of("a", "bc")
     assert all(0 <= number < 2**63 for number in seeds)
-    assert seed_of(0, "image", 17) == 7152645166646223052  # on every machine, in every version
+    assert seed_of(0, "image", 17) == 7152645166646223052  # must be the same on every machine and in every version
 
 
-def test_a_seed_has_parts_that_are_written_alike_everywhere():
+def test_seed_of_raises_for_floats():
     with pytest.raises(TypeError, match="must be integers or strings"):
         seed_of(0, 1.5)
 
@@ -155,19 +168,19 @@ def test_uniforms_do_not_depend_on_batches_and_are_evenly_spread():
     u = uniforms(3, 0, 1000)
     assert torch.equal(torch.cat([uniforms(3, 0, 7), uniforms(3, 7, 1000)]), u)
     assert not torch.equal(uniforms(4, 0, 1000), u)
-    for start in (0, 10**12):  # the largest distance from a uniform distribution is 0.5 / n at best
+    for start in (0, 10**12):  # the largest deviation from even spacing is at least 0.5 / n
         sorted_u = uniforms(3, start, start + 128).sort().values
         even = (torch.arange(128) + 0.5) / 128
         assert (sorted_u - even).abs().max() < 3 / 128
         assert sorted_u.min() > 0 and sorted_u.max() < 1
 
 
-def test_log_normal_levels():
+def test_log_normal_levels_have_their_mean_and_deviation():
     log = LogNormal(-1.2, 0.7).quantile(uniforms(0, 0, 20_000)).log()
     assert log.mean() == pytest.approx(-1.2, abs=1e-3) and log.std() == pytest.approx(0.7, abs=1e-3)
 
 
-def test_log_uniform_levels():
+def test_log_uniform_levels_have_their_quantiles():
     sigma = LogUniform(0.01, 10).quantile(torch.tensor([0, 0.5, 1], dtype=torch.float64))
     torch.testing.assert_close(sigma, torch.tensor([0.01, math.sqrt(0.1), 10], dtype=torch.float64))
 
@@ -179,7 +192,24 @@ def test_the_levels_of_a_schedule_are_drawn_equally_often():
     assert sum(counts) == 1000 and max(counts) - min(counts) <= 3
 
 
-def test_the_default_levels_are_those_of_edm_or_the_networks_own():
+def test_a_mixture_of_levels_draws_equally_often_from_its_parts():
+    schedule = NoiseSchedule.geometric(10, 5, 4)
+    mixture = Mixture((schedule, LogNormal(-1.2, 0.7)))  # the parts do not overlap: log 5 is four deviations away
+    sigma = mixture.quantile(uniforms(0, 0, 20_000))
+    high = sigma[sigma > 4.9]
+    assert len(high) == pytest.approx(10_000, abs=10)
+    counts = [int(torch.isclose(high, torch.tensor(level, dtype=torch.float64)).sum()) for level in schedule]
+    assert sum(counts) == len(high) and max(counts) - min(counts) <= 10
+    low = sigma[sigma < 4.9].log()
+    assert low.mean() == pytest.approx(-1.2, abs=1e-3) and low.std() == pytest.approx(0.7, abs=1e-3)
+    u = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    assert (mixture.quantile(u).diff() >= 0).all()
+    one = Mixture((LogUniform(0.01, 10),))
+    torch.testing.assert_close(one.quantile(u), LogUniform(0.01, 10).quantile(u), rtol=1e-3, atol=0)
+    assert levels_for(image_net(), mixture) is mixture
+
+
+def test_default_levels_are_those_of_edm_or_of_the_schedule():
     assert levels_for(image_net(), None) == LogNormal(-1.2 - math.log(2), 1.2)  # images in [0, 1]
     assert levels_for(points_net(), None) == LogNormal(-1.2, 1.2)  # data without a range are not rescaled
     net = ScoreNet.ncsnv2(1, 8, width=8)
@@ -188,7 +218,7 @@ def test_the_default_levels_are_those_of_edm_or_the_networks_own():
 
 
 @pytest.mark.parametrize("precondition", ["karras", "ddpm", "ddpm_v", "ncsnv2", "ncsn"])
-def test_the_weight_backbone_is_the_inverse_of_c_out(precondition):
+def test_the_weighting_backbone_is_the_inverse_of_c_out(precondition):
     schedule = NoiseSchedule.geometric(1, 0.01, 10)
     net = ScoreNet(MLP(), schedule, precondition=precondition, sample_shape=(2,))
     sigma = torch.tensor([0.01, 0.3, 1.0])
@@ -198,9 +228,9 @@ def test_the_weight_backbone_is_the_inverse_of_c_out(precondition):
     assert (weighting_for(net, None, 2) is None) == (precondition == "ncsn")
 
 
-def test_a_network_that_predicts_nothing_has_a_loss_of_half_the_dimension():
-    net = ScoreNet.unet(1, 8, widths=(4,))  # begins as zero
-    x = (0.5 + 0.25 * torch.randn(4096, 1, 8, 8, generator=seed())).clamp(0, 1)  # of deviation 1/2 in [-1, 1]
+def test_a_new_network_has_a_loss_of_half_the_dimension():
+    net = ScoreNet.unet(1, 8, widths=(4,))  # its output is zero before training
+    x = (0.5 + 0.25 * torch.randn(4096, 1, 8, 8, generator=seed())).clamp(0, 1)  # deviation 1/2 in [-1, 1]
     sigma = LogNormal(-1.9, 1.2).quantile(uniforms(0, 0, 4096)).float()
     loss = dsm_loss(net, x, sigma=sigma, weighting=weighting_for(net, None, 2), generator=1)
     assert loss.item() == pytest.approx(32, rel=0.05)
@@ -209,13 +239,17 @@ def test_a_network_that_predicts_nothing_has_a_loss_of_half_the_dimension():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: LogNormal(0, 0), "a positive std"),
+        (lambda: LogNormal(0, 0), "std finite and positive"),
         (lambda: LogUniform(1, 1), "0 < low < high"),
+        (lambda: UniformTime(first=0), "first must be above 0 and below 1, got 0"),
+        (lambda: UniformTime(beta_min=30), "0 < beta_min <= beta_max, got beta_min=30 and beta_max=20"),
         (lambda: levels_for(points_net(), 0.5), "a NoiseSchedule or a distribution"),
+        (lambda: Mixture(()), "at least one distribution"),
+        (lambda: Mixture((LogUniform(1, 2), 0.5)), r"a NoiseSchedule or a distribution .*got 0\.5"),
         (lambda: weighting_for(points_net(), "snr", 2), "weighting must be one of 'sigma', 'backbone'"),
     ],
 )
-def test_wrong_levels_and_weights(wrong, message):
+def test_invalid_levels_and_weightings_raise(wrong, message):
     with pytest.raises((ValueError, TypeError), match=message):
         wrong()
 
@@ -224,7 +258,7 @@ def test_wrong_levels_and_weights(wrong, message):
 
 
 def profile(gamma, total):
-    """The share of each step in a power-function average."""
+    """The weight of each step in a power-function average."""
     t = torch.arange(total + 1, dtype=torch.float64)
     return (t[1:] ** (gamma + 1) - t[:-1] ** (gamma + 1)) / total ** (gamma + 1)
 
@@ -233,19 +267,19 @@ def profile(gamma, total):
 def test_an_average_has_its_closed_form(length):
     total = 60
     average = Average([torch.full((total,), 7.0, dtype=torch.float64)], length)
-    for step, weights in enumerate(torch.eye(total, dtype=torch.float64), 1):  # step t counts in entry t alone
+    for step, weights in enumerate(torch.eye(total, dtype=torch.float64), 1):  # step t is in entry t alone
         average.update([weights], step)
     torch.testing.assert_close(average.tensors[0], profile(exponent(length), total))
 
 
 @pytest.mark.parametrize("length", [0.05, 0.1, 0.2])
-def test_the_length_is_the_relative_deviation_of_the_profile(length):
+def test_the_length_of_an_average_is_its_relative_standard_deviation(length):
     shares, t = profile(exponent(length), 20_000), torch.arange(1, 20_001) / 20_000
     mean = (shares * t).sum()
     assert float((shares * (t - mean) ** 2).sum().sqrt()) == pytest.approx(length, rel=1e-3)
 
 
-def test_the_longest_average_is_the_mean():
+def test_the_longest_average_is_the_mean_and_exponents_are_the_published_ones():
     assert exponent(LONGEST) == pytest.approx(0, abs=1e-6)
     assert exponent(0.10) == pytest.approx(6.94, abs=0.01) and exponent(0.05) == pytest.approx(16.97, abs=0.01)
 
@@ -263,20 +297,20 @@ def test_an_exponential_average_has_its_closed_form():
 
 
 @pytest.mark.parametrize("length", [0.0, -0.1, 0.3, 0.89, 1.0, math.nan])
-def test_other_lengths_are_refused(length):
-    with pytest.raises(ValueError, match="ema must hold lengths above 0"):
+def test_invalid_lengths_of_averages_raise(length):
+    with pytest.raises(ValueError, match="ema must contain lengths above 0"):
         Average([], length)
     with pytest.raises(ValueError, match="the length of an average must be above 0"):
         exponent(length)
 
 
 def walk(total):
-    """Weights that move towards an end, with noise: (total, 50)."""
+    """Weights that converge, with noise: (total, 50)."""
     noise = torch.randn(total, 50, generator=seed(), dtype=torch.float64)
     return 1 - torch.exp(-torch.arange(total)[:, None] / total * 5) + 0.1 * noise.cumsum(0) / math.sqrt(total) + noise
 
 
-def test_a_combination_is_the_average_of_another_length():
+def test_a_combination_of_snapshots_is_an_average_of_another_length():
     total, every = 4000, 200
     weights = walk(total)
     snapshots = [(t, exponent(length)) for t in range(every, total + 1, every) for length in (0.05, 0.10)]
@@ -284,19 +318,19 @@ def test_a_combination_is_the_average_of_another_length():
     for length, tolerance in ((0.05, 1e-6), (0.07, 0.02), (0.15, 0.02)):
         shares, missed = combination(snapshots, (total, exponent(length)))
         found, exact = torch.tensor(shares, dtype=torch.float64) @ tracked, profile(exponent(length), total) @ weights
-        scale = (weights[-1] - exact).norm()  # of what averaging does
+        scale = (weights[-1] - exact).norm()  # the size of the effect of averaging
         assert (found - exact).norm() / scale < tolerance and missed < max(tolerance, 1e-6)
     assert combination(snapshots, (total, exponent(0.005)))[1] > 0.3
 
 
-def test_a_combination_ends_at_any_time():
+def test_a_combination_can_end_at_the_time_of_any_snapshot():
     snapshots = [(t, exponent(length)) for t in range(100, 1001, 100) for length in (0.05, 0.10)]
     shares, missed = combination(snapshots, (700, exponent(0.05)))
     assert missed < 1e-6
     np.testing.assert_allclose(shares, [t == 700 and gamma == exponent(0.05) for t, gamma in snapshots], atol=1e-6)
 
 
-def test_a_run_has_averages_of_any_length_afterwards(tmp_path):
+def test_reconstruct_gives_averages_of_any_length_after_a_run(tmp_path):
     options = {"images": 64 * 200, "batch_size": 64, "ema": (0.05, 0.10, 0.07), "log_every": 10**6, "lr": 1e-2}
     options |= {"checkpoint_every": 10**6, "sample_every": 10**6, "decay": "constant", "snapshot_every": 640}
     train(points_net(), points(), tmp_path, progress=False, **options)
@@ -309,13 +343,13 @@ def test_a_run_has_averages_of_any_length_afterwards(tmp_path):
     middle = ScoreNet.from_pretrained(tmp_path / "000006400-0.070", backbone=MLP())
     found = reconstruct(tmp_path, 0.07, images=6400, backbone=MLP())
     torch.testing.assert_close(vector(found), vector(middle), atol=2e-3, rtol=0)
-    with pytest.warns(UserWarning, match="determine an average of length 0.005 badly"):
+    with pytest.warns(UserWarning, match="give an inaccurate average of length 0.005"):
         reconstruct(tmp_path, 0.005, backbone=MLP())
-    with pytest.raises(ValueError, match="are of 640 to 12,800 images"):
+    with pytest.raises(ValueError, match="images must be from 640 to 12,800"):
         reconstruct(tmp_path, 0.07, images=30_000, backbone=MLP())
 
 
-def test_a_run_without_snapshots(tmp_path):
+def test_reconstruct_of_a_folder_without_snapshots_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no snapshots"):
         reconstruct(tmp_path, 0.1)
 
@@ -335,7 +369,7 @@ def test_averages_agree_with_ema_pytorch(tmp_path):
         checkpoint_dtype=torch.float32,
     )
     start = [parameter.detach().clone() for parameter in net.parameters()]
-    ours = [Average(start, length) for length in lengths]
+    ours, kept = [Average(start, length) for length in lengths], []
     for step in range(1, 1001):
         with torch.no_grad():
             for parameter in net.parameters():
@@ -345,6 +379,8 @@ def test_averages_agree_with_ema_pytorch(tmp_path):
             if step == 1:
                 average.tensors = [parameter.detach().clone() for parameter in net.parameters()]
             average.update(list(net.parameters()), step + 1)  # ema-pytorch counts the initial weights as a step
+            if step % 100 == 0:
+                kept.append(torch.cat([tensor.flatten() for tensor in average.tensors]).double())
     for average, their in zip(ours, theirs.ema_models, strict=True):
         for own, other in zip(average.tensors, their.ema_model.parameters(), strict=True):
             torch.testing.assert_close(own, other)
@@ -355,12 +391,15 @@ def test_averages_agree_with_ema_pytorch(tmp_path):
         end = torch.tensor([1000.0], dtype=torch.float64), torch.tensor([exponent(target)], dtype=torch.float64)
         expected = peer.post_hoc_ema.solve_weights(times, gammas, *end).flatten()
         torch.testing.assert_close(torch.tensor(shares, dtype=torch.float64), expected, atol=1e-4, rtol=1e-4)
+        found = torch.tensor(shares, dtype=torch.float64) @ torch.stack(kept)
+        synthesized = theirs.synthesize_ema_model(sigma_rel=target).ema_model
+        torch.testing.assert_close(found, vector(synthesized).double(), atol=1e-5, rtol=1e-5)
 
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_learning_rate_is_a_function_of_the_images_seen():
+def test_learning_rates_follow_their_formulas():
     settings = {"images": 10_000, "batch_size": 10, "lr": 2.0, "warmup_images": 1000}
 
     def rates(**changes):
@@ -379,12 +418,12 @@ def test_the_learning_rate_is_a_function_of_the_images_seen():
     assert seen == [expected.rate(images) for images in (0, 16, 32, 48)]
 
 
-def test_the_default_warm_up_is_at_most_a_twentieth():
+def test_the_default_warm_up_is_a_twentieth_or_5000_images():
     assert Settings(images=2000, batch_size=10, decay="constant").rate(40) == pytest.approx(0.5e-3)  # of 100 images
     assert Settings(images=10**7, batch_size=10, decay="constant").rate(2490) == pytest.approx(0.5e-3)  # of 5,000
 
 
-def test_images_are_rounded_up_to_batches():
+def test_the_number_of_images_is_rounded_up_to_whole_batches():
     settings = Settings(images=100, batch_size=32)
     assert (settings.steps, settings.total) == (4, 128)
     assert steps(points_net(), points(), images=100, batch_size=32).images == 128
@@ -399,17 +438,19 @@ def test_images_are_rounded_up_to_batches():
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"lr": 0}, "lr must be positive, got 0"),
         ({"clip": -1.0}, "clip must be positive"),
+        ({"p": 0.5}, r"p must be at least 1, got 0\.5"),
+        ({"p": math.nan}, "p must be at least 1, got nan"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
-        ({"betas": (0.9, 1.0)}, "betas must be two numbers from 0 to 1"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers, at least 0 and below 1"),
         ({"label_drop": 1.0}, "label_drop must be at least 0 and below 1"),
         ({"decay": "step"}, "decay must be one of 'cosine', 'linear'"),
         ({"precision": "float16"}, "precision must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
-        ({"ema": (0.05, 0.05)}, "ema must not hold a length twice"),
-        ({"ema": (0.5,)}, "ema must hold lengths above 0"),
-        ({"loss": dsm_loss, "p": 1}, "p and weighting belong to the denoising loss"),
+        ({"ema": (0.05, 0.05)}, "ema must not contain a length twice"),
+        ({"ema": (0.5,)}, "ema must contain lengths above 0"),
+        ({"loss": dsm_loss, "p": 1}, "p and weighting apply to the default loss only"),
     ],
 )
-def test_wrong_settings(arguments, message):
+def test_invalid_settings_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         Settings(**arguments)
 
@@ -425,7 +466,7 @@ def test_two_epochs_see_every_image_twice():
     assert data.seen == Order(60, 0)(0, 120).tolist()
 
 
-def test_what_is_drawn_depends_on_the_seed_and_the_image_alone():
+def test_random_numbers_depend_only_on_the_seed_and_the_image():
     def drawn(**settings):
         loss = Recorder()
         steps(image_net(), Memory(images()), images=48, loss=loss, **settings)
@@ -445,20 +486,20 @@ def test_what_is_drawn_depends_on_the_seed_and_the_image_alone():
     assert noise.mean().abs() < 0.1 and noise.std() == pytest.approx(1, abs=0.05) and len(noise.unique()) > 3000
 
 
-def test_images_are_not_flipped_unless_asked_to():
+def test_images_are_not_flipped_without_flip():
     loss = Recorder()
     steps(image_net(), Memory(images()), images=32, batch_size=8, flip=False, loss=loss)
     assert torch.equal(loss.all("x"), images()[Order(32, 0)(0, 32)])
 
 
-def test_8_bit_images_become_numbers_up_to_one():
+def test_8_bit_images_are_scaled_to_0_1():
     loss = Recorder()
     pixels = (255 * images()).to(torch.uint8)
     steps(image_net(), open_images(pixels), images=32, batch_size=8, flip=False, loss=loss)
     assert torch.equal(loss.all("x"), pixels[Order(32, 0)(0, 32)].float() / 255)
 
 
-def test_dropout_is_drawn_anew_for_each_microbatch_and_the_same_in_each_run():
+def test_dropout_differs_between_microbatches_and_is_equal_in_each_run():
     def outputs(start):
         torch.manual_seed(start)
         net = ScoreNet(nn.Sequential(), NoiseSchedule([1.0]), sample_shape=(64,), precondition="ncsn")
@@ -501,7 +542,7 @@ def test_a_run_does_not_depend_on_global_generators(tmp_path):
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 4])
-def test_accumulated_gradients_are_those_of_one_large_batch(microbatch):
+def test_accumulated_gradients_equal_those_of_the_whole_batch(microbatch):
     def run(**settings):
         return vector(steps(points_net(torch.float64), points(dtype=torch.float64), **settings).state.net)
 
@@ -521,16 +562,17 @@ def test_the_gradient_is_clipped():
     assert first_moment(clip=None) > 1e-2
 
 
-def test_a_step_tells_what_it_did():
+def test_a_step_has_the_losses_and_the_number_of_images():
     *_, last = train_steps(points_net(), points(), Settings(images=16, batch_size=8, microbatch=3))
     assert last.images == last.state.images == 16 and last.state.step == 2
     assert last.losses.shape == last.sigma.shape == (8,) and last.loss == last.losses.mean()
 
 
-def test_the_loss_is_that_of_dsm_loss():
+def test_the_loss_equals_dsm_loss():
     net = points_net()
     before = copy.deepcopy(net)
-    (step,) = train_steps(net, points(), Settings(images=8, batch_size=8, levels=LogUniform(0.1, 1), weighting="sigma"))
+    settings = Settings(images=8, batch_size=8, levels=LogUniform(0.1, 1), weighting="sigma", precision="float32")
+    (step,) = train_steps(net, points(), settings)
     generator = torch.Generator()
     noise = torch.empty(8, 2)
     for i, z in enumerate(noise):
@@ -544,13 +586,13 @@ def test_the_loss_is_that_of_dsm_loss():
     assert not torch.allclose(one.losses, expected)
 
 
-def test_other_losses():
+def test_a_loss_must_return_one_value_per_image():
     steps(points_net(), points(), images=16, batch_size=8, loss=partial(sliced_score_matching_loss, reduction="none"))
     with pytest.raises(ValueError, match=r"loss must return one value per image, \(8,\), got shape \(\)"):
         steps(points_net(), points(), images=16, batch_size=8, loss=dsm_loss)
 
 
-def test_averages_are_of_the_weights_after_each_step():
+def test_averages_are_averages_of_the_weights_after_each_step():
     weights = []
     for step in train_steps(points_net(torch.float64), points(dtype=torch.float64), Settings(images=96, batch_size=8)):
         weights.append(vector(step.state.net).clone())
@@ -558,18 +600,18 @@ def test_averages_are_of_the_weights_after_each_step():
         torch.testing.assert_close(found, shares @ torch.stack(weights))
 
 
-def test_averaged_networks():
+def test_state_average_returns_the_network_of_each_length():
     state = steps(points_net(), points(), images=64, batch_size=8, ema=(0.1, 0.2)).state
     assert torch.equal(vector(state.average()), vector(state.average(0.1)))
     assert not torch.equal(vector(state.average(0.1)), vector(state.average(0.2)))
     assert not state.average().training and not any(p.requires_grad for p in state.average().parameters())
-    with pytest.raises(ValueError, match=r"keeps the lengths 0\.1, 0\.2, got 0\.05"):
+    with pytest.raises(ValueError, match=r"one of settings\.ema, \(0\.1, 0\.2\), got 0\.05"):
         state.average(0.05)
     state = steps(points_net(), points(), images=64, batch_size=8, ema=()).state
     assert torch.equal(vector(state.average()), vector(state.net))
 
 
-def test_frozen_weights_stay():
+def test_frozen_weights_do_not_change():
     net = points_net()
     net.backbone.layers.requires_grad_(False)
     before = vector(net.backbone.layers)
@@ -597,7 +639,7 @@ def test_steps_continue_from_a_state():
         train_steps(points_net(), points(), Settings(batch_size=8), state=one)
 
 
-def test_no_thread_stays_behind():
+def test_reading_threads_end_with_the_iterator():
     def own():
         return [thread for thread in threading.enumerate() if thread.name.startswith("scorematch")]
 
@@ -614,7 +656,7 @@ def test_no_thread_stays_behind():
 # -- Conditions -------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_makes_the_condition():
+def test_a_task_creates_the_condition():
     loss = Recorder()
     net = image_net(condition_channels=1)
     settings = {"images": 32, "batch_size": 8, "microbatch": 4, "condition": Inpainting()}
@@ -630,26 +672,55 @@ def test_a_task_makes_the_condition():
     assert len({tuple(call["region"].flatten().tolist()) for call in loss.calls}) == 8
 
 
-def test_a_function_makes_the_condition():
+def test_a_function_creates_the_condition():
     loss = Recorder()
     half = lambda x, generator: x / 2  # noqa: E731
     steps(image_net(condition_channels=1), Memory(images()), images=16, batch_size=8, condition=half, loss=loss)
     assert torch.equal(loss.all("condition"), loss.all("x") / 2) and "region" not in loss.calls[0]
 
 
-def test_labels_and_dropped_labels():
+def test_labels_are_the_condition_and_some_are_dropped():
     labels = torch.arange(32) % 3
     loss = Recorder()
     steps(image_net(classes=3), Memory(images(), labels), images=32, batch_size=8, loss=loss)
     assert torch.equal(loss.all("condition"), labels[Order(32, 0)(0, 32)])
     loss = Recorder()
     settings = {"images": 320, "batch_size": 16, "label_drop": 0.25, "loss": loss}
-    steps(image_net(classes=4), Memory(images(), labels), **settings)
+    steps(image_net(classes=3, null_class=True), Memory(images(), labels), **settings)
     given, dropped = labels[Order(32, 0)(0, 320)], loss.all("condition") == 3
     assert torch.equal(loss.all("condition")[~dropped], given[~dropped])
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.08)
     kept = [torch.equal(x, own) for x, own in zip(loss.all("x"), images()[Order(32, 0)(0, 320)], strict=True)]
-    assert 0.3 < torch.tensor(kept)[dropped].float().mean() < 0.7  # flips are independent of that
+    assert 0.3 < torch.tensor(kept)[dropped].float().mean() < 0.7  # flips do not depend on dropped labels
+
+
+def test_a_user_defined_backbone_with_conditioning_is_trained_on_labels(tmp_path):
+    class Backbone(nn.Module):
+        def __init__(self, conditioning):
+            super().__init__()
+            self.conditioning = conditioning
+            self.label = nn.Embedding(4, 1)
+
+        def forward(self, x, c_noise, condition):
+            return x * self.label(condition)
+
+    def net(conditioning=Condition(classes=3, null_class=True)):  # noqa: B008
+        return ScoreNet(Backbone(conditioning), NoiseSchedule([1.0, 0.1]), sample_shape=(2,))
+
+    labels = torch.arange(64) % 3
+    loss = Recorder()
+    steps(net(), Memory(points().x, labels), images=64, batch_size=16, label_drop=0.25, loss=loss)
+    given, own = loss.all("condition"), labels[Order(64, 0)(0, 64)]
+    assert set(given.tolist()) == {0, 1, 2, 3} and torch.equal(given[given < 3], own[given < 3])
+    quick(net(), (points().x, labels), tmp_path, images=16)  # which opens the data with their labels
+    loaded = ScoreNet.from_pretrained(tmp_path / "network", backbone=net().backbone)
+    assert loaded.conditioning == Condition(classes=3, null_class=True)
+    x = points().x[:2]
+    assert not torch.equal(loaded(x, 0.5, condition=1), loaded(x, 0.5))
+    assert torch.equal(loaded(x, 0.5, condition=3), loaded(x, 0.5))
+    with pytest.raises(ValueError, match="takes classes as its condition, int64"):
+        loaded(x, 0.5, condition=4)
+    assert net("another package's").conditioning is None
 
 
 def check(net, data, **settings):
@@ -660,32 +731,32 @@ def check(net, data, **settings):
     ("wrong", "message"),
     [
         (lambda: check(MLP(), points()), "net must be a ScoreNet, got MLP"),
-        (lambda: check(points_net().half(), points()), "weights must be float32 to be trained, got torch.float16"),
+        (lambda: check(points_net().half(), points()), "weights must be float32 for training, got torch.float16"),
         (
             lambda: check(points_net(), Memory(torch.zeros(9, 3))),
-            r"samples of shape \(3,\), but the sample_shape .* \(2,\)",
+            r"samples of the network's sample_shape, \(2,\), got \(3,\)",
         ),
-        (lambda: check(points_net(), points(), batch_size=65), "64 images, fewer than batch_size=65"),
+        (lambda: check(points_net(), points(), batch_size=65), "at most the number of images of the data, 64, got 65"),
         (lambda: check(points_net(), points(), levels=3), "levels must be a NoiseSchedule or a distribution"),
         (lambda: check(points_net(), points(), weighting="x"), "weighting must be one of"),
         (
             lambda: check(image_net(), Memory(images()), condition=Inpainting()),
-            "an image, which the network does not take",
+            "take an image as their condition, which net does not",
         ),
         (lambda: check(image_net(condition_channels=3), Memory(images())), "an image of 3 channels as its condition"),
-        (lambda: check(image_net(), Memory(images()), label_drop=0.1), "label_drop needs a class-conditional network"),
+        (lambda: check(image_net(), Memory(images()), label_drop=0.1), "label_drop needs a network with a null class"),
         (lambda: check(image_net(classes=3), Memory(images())), "the data have no labels"),
         (
             lambda: check(image_net(classes=3), Memory(images(), torch.full((32,), 3))),
-            "knows the classes 0 to 2, got the label 3",
+            "labels must be classes of the network, from 0 to 2, got 3",
         ),
         (
             lambda: check(image_net(classes=3), Memory(images(), torch.full((32,), 2)), label_drop=0.1),
-            r"the last class of the network means that there is no label.*Build .*ScoreNet.unet\(classes=4\)",
+            r"needs a network with a null class, .* Write ScoreNet.unet\(classes=..., null_class=True\)",
         ),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_at_the_call(wrong, message):
+def test_invalid_arguments_raise_at_the_call(wrong, message):
     with pytest.raises((ValueError, TypeError), match=message):
         wrong()
 
@@ -693,11 +764,11 @@ def test_arguments_that_do_not_fit_are_refused_at_the_call(wrong, message):
 def test_labels_are_checked_in_every_batch():
     labels = torch.zeros(32, dtype=torch.int64)
     labels[17] = 5
-    with pytest.raises(ValueError, match="got the label 5"):
+    with pytest.raises(ValueError, match="from 0 to 2, got 5"):
         steps(image_net(classes=3), Memory(images(), labels), images=32, batch_size=8)
 
 
-def test_mixed_precision_belongs_to_the_engine():
+def test_an_accelerator_with_mixed_precision_raises():
     class Accelerator:
         mixed_precision, num_processes = "bf16", 1
 
@@ -705,20 +776,20 @@ def test_mixed_precision_belongs_to_the_engine():
         train_steps(points_net(), points(), accelerator=Accelerator())
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+def test_an_accelerator_without_the_launched_processes_raises(monkeypatch):
     accelerator = make_accelerator()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, but accelerator has 1"):
         make_accelerator(accelerator)
 
 
-def test_without_accelerate(monkeypatch):
+def test_without_accelerate_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ImportError, match=r'training needs Accelerate: pip install "scorematch\[train\]"'):
         train_steps(points_net(), points())
 
 
-def test_training_is_imported_without_accelerate():
+def test_training_can_be_imported_without_accelerate():
     python("-c", "import sys; sys.modules['accelerate'] = None; import scorematch.training")
 
 
@@ -727,7 +798,7 @@ def test_training_is_imported_without_accelerate():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A whole run, and the network that it returned."""
+    """The folder of a complete run, and the network that it returned."""
     out = tmp_path_factory.mktemp("run") / "faces"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -747,7 +818,7 @@ def run(tmp_path_factory):
     return out, net
 
 
-def test_the_files_of_a_run(run):
+def test_files_of_a_run(run):
     out, net = run
     names = {"checkpoints", "config.json", "log.jsonl", "network", "report", "report.md", "samples", "snapshots"}
     assert {path.name for path in out.iterdir()} == names
@@ -763,7 +834,7 @@ def test_the_files_of_a_run(run):
     torch.testing.assert_close(vector(half), vector(net), atol=1e-3, rtol=1e-3)
 
 
-def test_the_log_of_a_run(run):
+def test_log_of_a_run(run):
     lines = [json.loads(line) for line in (run[0] / "log.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     assert [line["images"] for line in logged] == [40, 80, 120, 160]
@@ -775,7 +846,7 @@ def test_the_log_of_a_run(run):
     assert [line["lr"] for line in logged] == [Settings(images=160, batch_size=8).rate(i) for i in (32, 72, 112, 152)]
 
 
-def test_the_report_of_a_run(run):
+def test_report_of_a_run(run):
     text = (run[0] / "report.md").read_text()
     for part in ("D/2 = 32", "(report/calibration.svg)", "(samples/000000160.png)", "| batch_size | 8 |", "1 - loss"):
         assert part in text
@@ -784,27 +855,27 @@ def test_the_report_of_a_run(run):
         assert svg.startswith("<svg") and svg.count("<polyline") > 5 and "nan" not in svg
 
 
-def test_the_configuration_of_a_run(run):
+def test_configuration_of_a_run(run):
     config = json.loads((run[0] / "config.json").read_text())
     assert config["settings"]["ema"] == [0.05, 0.1] and config["settings"]["batch_size"] == 8
     assert config["data"]["images"] == 32 and config["data"]["shape"] == [1, 8, 8] and config["data"]["fingerprint"]
     assert config["versions"]["torch"] == torch.__version__ and config["network"]["precondition"] == "karras"
 
 
-def test_a_complete_run_is_not_run_again(run):
+def test_a_complete_run_is_not_repeated(run):
     before = content(run[0])
     again = quick(image_net(dropout=0.2), images(), run[0], images=160)
     assert content(run[0]) == before and torch.equal(vector(again), vector(run[1]))
 
 
-def test_other_settings_are_refused_by_name(run):
+def test_other_settings_raise_an_error_that_names_them(run):
     with pytest.raises(ValueError, match=r"other settings: batch_size was 8 and is 16; lr was 0.001 and is 0.01; seed"):
         quick(image_net(dropout=0.2), images(), run[0], images=160, batch_size=16, lr=0.01, seed=1)
     with pytest.raises(ValueError, match=r"dropout was 0\.2 and is 0"):
         quick(image_net(), images(), run[0], images=160)
     with pytest.raises(ValueError, match="fingerprint was"):
         quick(image_net(dropout=0.2), images() / 2, run[0], images=160)
-    with pytest.raises(ValueError, match="an image, which the network does not take"):
+    with pytest.raises(ValueError, match="take an image as their condition, which net does not"):
         quick(image_net(dropout=0.2), images(), run[0], images=160, condition=Inpainting())
 
 
@@ -812,7 +883,7 @@ def test_settings_that_do_not_matter_may_change(run):
     quick(image_net(dropout=0.2), images(), run[0], images=160, microbatch=4, log_every=3, keep=1)
 
 
-def test_functions_in_the_configuration_have_names(tmp_path):
+def test_functions_are_stored_by_name_in_the_configuration(tmp_path):
     settings = {"loss": partial(dsm_loss, reduction="none"), "levels": NoiseSchedule([1.0, 0.5]), "images": 8}
     quick(points_net(), points(), tmp_path, **settings)
     stored = json.loads((tmp_path / "config.json").read_text())["settings"]
@@ -826,7 +897,7 @@ class Interrupted(Exception):  # noqa: N818
 
 
 def interrupt_at(image):
-    """A function for ``evaluate`` that stops the run at an image."""
+    """A function for ``evaluate`` that stops the run when this number of images has been seen."""
 
     def evaluate(net, images):
         if images == image:
@@ -837,7 +908,7 @@ def interrupt_at(image):
 
 
 def same_runs(one, other):
-    """Whether two runs have written the same, except for the time that they took."""
+    """Whether two runs have written the same files, except for times."""
     logs = [(out / "log.jsonl").read_text().splitlines() for out in (one, other)]
     logs = [[{**json.loads(line), "images_per_second": 0} for line in log] for log in logs]
     files = [
@@ -861,13 +932,13 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stops):
             net = points_net(dropout=0.3)
         with pytest.raises(Interrupted):
             quick(net, points(), tmp_path / "cut", evaluate=interrupt_at(stop), **options)
-        net = ScoreNet(MLP(dropout=0.3), net.schedule, sample_shape=(2,))  # other weights, which are not used
+        net = ScoreNet(MLP(dropout=0.3), net.schedule, sample_shape=(2,))  # other weights, not used
     quick(net, points(), tmp_path / "cut", evaluate=interrupt_at(None), **options)
     assert same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
 class Stopping(Inpainting):
-    """A task that stops the run at a call."""
+    """A task that stops the run at the call with this number."""
 
     def __init__(self, calls):
         self.calls = calls
@@ -897,18 +968,170 @@ def test_an_interrupted_run_of_images_ends_with_the_same_bits(tmp_path):
     assert same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_run_that_fails_at_once_begins_with_its_own_weights(tmp_path):
+def test_a_run_that_fails_at_once_has_saved_its_initial_weights(tmp_path):
     with pytest.raises(Interrupted):
         quick(points_net(), points(), tmp_path, sample_every=8, evaluate=interrupt_at(8))
     assert checkpoints.latest(tmp_path / "checkpoints").images == 0
     assert torch.equal(vector(ScoreNet.from_pretrained(tmp_path / "network", backbone=MLP())), vector(points_net()))
 
 
+@pytest.mark.parametrize("seconds", [0, 600])
+def test_checkpoints_by_time_do_not_change_the_result(tmp_path, monkeypatch, seconds):
+    """By default checkpoints are saved after a time: here after each step, or at the end only."""
+    monkeypatch.setattr("scorematch.training.run._CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr("scorematch.training.run.LOOK_EVERY", 3)  # losses are added at checkpoints and after 3 steps
+    options = {"images": 56, "log_every": 56}
+    quick(points_net(dropout=0.3), points(), tmp_path / "time", keep=100, **options)
+    saved = [int(path.name) for path in sorted((tmp_path / "time" / "checkpoints").iterdir())]
+    assert saved == (list(range(0, 57, 8)) if seconds == 0 else [0, 56])
+    quick(points_net(dropout=0.3), points(), tmp_path / "images", checkpoint_every=16, keep=1, **options)
+    for images in saved[:-1]:
+        shutil.rmtree(tmp_path / "time" / "checkpoints" / f"{images:09d}")
+    assert same_runs(tmp_path / "time", tmp_path / "images")
+
+
+# -- Starting with trained weights ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory, run):
+    """A run that started with the network of another run, with all of its checkpoints."""
+    out = tmp_path_factory.mktemp("fine") / "tuned"
+    net = image_net(dropout=0.2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(2)  # these weights are replaced
+    return out, quick(net, images(), out, start=run[0] / "network", images=24, checkpoint_every=8, keep=9)
+
+
+def test_a_run_with_start_equals_a_run_of_the_loaded_network(fine_tuned, run, tmp_path):
+    out, net = fine_tuned
+    trained = ScoreNet.from_pretrained(run[0] / "network")
+    shutil.copytree(out / "checkpoints" / "000000000", tmp_path / "000000000")
+    first = checkpoints.latest(tmp_path)
+    assert first.parts["optimizer"] == {}
+    for part in ("weights", "ema-0.050", "ema-0.100"):
+        assert all(torch.equal(first.parts[part][name], value) for name, value in trained.named_parameters())
+    same = quick(trained, images(), tmp_path / "same", images=24)  # the same with a network that was loaded before
+    assert torch.equal(vector(same), vector(net))
+
+
+def test_start_is_one_of_the_settings_of_a_run(fine_tuned, run, tmp_path):
+    out, net = fine_tuned
+    start = str(run[0] / "network")
+    assert json.loads((out / "config.json").read_text())["settings"]["start"] == start
+    assert f'| start | "{start}" |' in (out / "report.md").read_text()
+    for other in (None, run[0] / "snapshots" / "000000160-0.100"):
+        with pytest.raises(
+            ValueError, match=r"a run with other settings: start was '.*network' and is .*[e0]'?\. Pass"
+        ):
+            quick(image_net(dropout=0.2), images(), out, start=other, images=24)
+    again = quick(image_net(dropout=0.2), images(), out, start=start, images=24)
+    assert torch.equal(vector(again), vector(net))
+
+
+def test_an_interrupted_run_with_start_continues_without_the_start_network(tmp_path):
+    """The run continues from its checkpoint."""
+    trained = steps(points_net(), points(), images=16, batch_size=8).state.average()
+    trained.save_pretrained(tmp_path / "start")
+    options = {"start": tmp_path / "start", "images": 24, "sample_every": 8, "checkpoint_every": 8}
+    quick(points_net(), points(), tmp_path / "whole", evaluate=interrupt_at(None), **options)
+    with pytest.raises(Interrupted):
+        quick(points_net(), points(), tmp_path / "cut", evaluate=interrupt_at(16), **options)
+    shutil.rmtree(tmp_path / "start")
+    quick(points_net(), points(), tmp_path / "cut", evaluate=interrupt_at(None), **options)
+    assert same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_user_defined_network_can_start_with_trained_weights(tmp_path):
+    quick(points_net(), points(), tmp_path / "first", images=8)
+    trained = ScoreNet.from_pretrained(tmp_path / "first" / "network", backbone=MLP())
+    found = quick(points_net(), points(), tmp_path / "second", start=tmp_path / "first" / "network", images=8)
+    same = quick(trained, points(), tmp_path / "same", images=8)
+    assert torch.equal(vector(found), vector(same))
+    wide = ScoreNet(MLP(8), points_net().schedule, sample_shape=(2,))
+    with pytest.raises(ValueError, match="belong to a network of other sizes"):
+        quick(wide, points(), tmp_path / "third", start=tmp_path / "first" / "network", images=8)
+
+
+def test_start_with_another_network_raises_before_anything_is_written(run, tmp_path):
+    start = run[0] / "network"
+    with pytest.raises(
+        ValueError, match=r"not the same network as net: dropout is 0\.2 there and 0\.0 here; num_class"
+    ):
+        quick(image_net(classes=3), Memory(images(), torch.zeros(32).long()), tmp_path / "run", start=start)
+    net = image_net(dropout=0.2, schedule=NoiseSchedule([1.0, 0.1]))
+    with pytest.raises(
+        ValueError, match=r"schedule is .* there and .* here\. Pass net=ScoreNet\.from_pretrained\(start"
+    ):
+        quick(net, images(), tmp_path / "run", start=start)
+    with pytest.raises(FileNotFoundError):
+        quick(image_net(), images(), tmp_path / "run", start=tmp_path / "nothing")
+    assert not (tmp_path / "run").exists()
+
+
+def test_start_with_a_network_of_another_image_size(run, tmp_path):
+    net = image_net(dropout=0.2)
+    net.sample_shape = (1, 16, 16)
+    x = torch.rand(16, 1, 16, 16, generator=seed(2))
+    assert quick(net, x, tmp_path, start=run[0] / "network", images=8).sample_shape == (1, 16, 16)
+
+
+# -- Compilation ------------------------------------------------------------------------------------------------------
+
+NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
+INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="needs a C++ compiler")]
+
+
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
+def compiled(request, monkeypatch):
+    """Replaces the backend of torch.compile; a list of the shapes for which graphs were compiled."""
+    shapes, lookup = [], torch._dynamo.lookup_backend(request.param)
+
+    def backend(graph, inputs):
+        shapes.append(tuple(next(tensor.shape for tensor in inputs if tensor.shape[1:] == (2,))))
+        return lookup(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    yield shapes
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile
+def test_an_interrupted_compiled_run_ends_with_the_same_bits(compiled, tmp_path):
+    options = {"images": 48, "microbatch": 3, "compile": True, "sample_every": 8, "checkpoint_every": 16}
+
+    def run(out, stop):
+        torch._dynamo.reset()  # as in a new process
+        quick(points_net(dropout=0.3), points(), out, evaluate=interrupt_at(stop), **options)
+
+    run(tmp_path / "whole", None)
+    assert compiled == [(3, 2), (2, 2)]  # one graph per shape, whatever the order of the shapes
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", 24)
+    run(tmp_path / "cut", None)
+    assert same_runs(tmp_path / "whole", tmp_path / "cut") and len(compiled) == 6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_steps_are_close_to_steps_without_compilation(compiled):
+    settings = {"images": 48, "batch_size": 8, "precision": "float32", "lr": 1e-2}
+    state = steps(points_net(), points(), compile=True, **settings).state
+    assert compiled == [(8, 2)]
+    expected = steps(points_net(), points(), **settings).state
+    assert (vector(points_net()) - vector(expected.net)).abs().max() > 1e-2
+    torch.testing.assert_close(vector(state.net), vector(expected.net), atol=1e-4, rtol=1e-3)
+    state.average()(points().x, 0.5)  # the averaged network is not compiled
+    assert compiled == [(8, 2)]
+
+
 # -- Failures ---------------------------------------------------------------------------------------------------------
 
 
 def broken_after(image, value):
-    """A loss that is not finite for one image from a step on."""
+    """A loss that is not finite for one image of each batch after this number of images."""
 
     def loss(net, x, *, sigma, noise):
         losses = dsm_loss(net, x, sigma=sigma, noise=noise, reduction="none")
@@ -927,22 +1150,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     sigma = LogNormal(-1.2, 1.2).quantile(uniforms(0, 85, 86)).item()
     message = str(caught.value)
     assert f"the loss became {value} at step 11 (image 88), at noise level {sigma:.3g}" in message
-    assert "The last checkpoint" in message and "is of image 64" in message
+    assert "The last checkpoint" in message and "is at image 64" in message
     last = checkpoints.latest(tmp_path / "checkpoints")
     assert last.images == 64
     assert all(tensor.isfinite().all() for part in last.parts.values() for tensor in part.values())
 
 
-def test_a_loss_that_is_not_finite_is_seen_without_a_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_within_48_steps(tmp_path):
     settings = {"images": 8 * 200, "log_every": 10**6, "checkpoint_every": 10**6}
     loss = broken_after(80, math.nan)
-    with pytest.raises(RuntimeError, match=r"became nan at step 11 .*is of image 0"):
+    with pytest.raises(RuntimeError, match=r"became nan at step 11 .*is at image 0"):
         quick(points_net(), points(), tmp_path, loss=loss, **settings)
     assert loss.images <= 8 * 48
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    def loss(net, x, *, sigma, noise):  # finite, with a gradient that is not
+    def loss(net, x, *, sigma, noise):  # the loss is finite, but its gradient is not
         losses = dsm_loss(net, x, sigma=sigma, noise=noise, reduction="none")
         loss.calls += 1
         return losses + (net.backbone.last[1].bias * 0).abs().sqrt().sum() if loss.calls == 3 else losses
@@ -959,14 +1182,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     def full(path, content):
         nonlocal count
         count += path.name.startswith("optimizer")
-        if count == 3:  # after the files before it were written
+        if count == 3:  # after other files of the checkpoint were written
             path.write_bytes(content[: len(content) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, content)
 
     out, options = tmp_path / "full", {"checkpoint_every": 32}
     monkeypatch.setattr(checkpoints, "write_file", full)
-    with pytest.raises(OSError, match=r"the checkpoint at image 64 could not .*No space left.*at image 32 is whole"):
+    with pytest.raises(OSError, match=r"the checkpoint at image 64 could not .*No space left.*at image 32 is complete"):
         quick(points_net(dropout=0.2), points(), out, **options)
     monkeypatch.undo()
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["000000000", "000000032"]
@@ -975,7 +1198,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert same_runs(out, tmp_path / "other")
 
 
-def test_remains_of_an_interruption_are_removed(tmp_path):
+def test_temporary_files_of_an_interruption_are_removed(tmp_path):
     quick(points_net(), points(), tmp_path)
     before = content(tmp_path)
     remains = [tmp_path / "checkpoints" / ".writing-000000096-ab", tmp_path / "snapshots" / ".writing-1-0.050-cd"]
@@ -990,7 +1213,7 @@ def test_remains_of_an_interruption_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, damage):
     quick(points_net(), points(), tmp_path, checkpoint_every=40)
     before = content(tmp_path)
     file = tmp_path / "checkpoints" / "000000080" / "weights.safetensors"
@@ -1005,7 +1228,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     assert content(tmp_path) == before
 
 
-def test_a_damaged_checkpoint_does_not_displace_whole_ones(tmp_path):
+def test_damaged_checkpoints_do_not_count_among_those_to_keep(tmp_path):
     for images in (40, 80):
         checkpoints.write(tmp_path, images, {"weights": {"a": torch.full((2,), images)}}, {"step": 1}, keep=2)
     (tmp_path / "000000080" / "state.json").write_text("{")
@@ -1018,7 +1241,7 @@ def test_a_damaged_checkpoint_does_not_displace_whole_ones(tmp_path):
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
 )
-def test_signals_save_a_checkpoint(tmp_path, number, error):
+def test_sigterm_and_ctrl_c_save_a_checkpoint(tmp_path, number, error):
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
 
     def loss(net, x, *, sigma, noise):
@@ -1040,7 +1263,7 @@ def test_signals_save_a_checkpoint(tmp_path, number, error):
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
 
-def test_a_run_outside_the_main_thread(tmp_path):
+def test_a_run_outside_of_the_main_thread(tmp_path):
     errors = []
 
     def target():
@@ -1055,12 +1278,12 @@ def test_a_run_outside_the_main_thread(tmp_path):
     assert not errors and checkpoints.latest(tmp_path / "checkpoints").images == 80
 
 
-def test_pictures_that_fail_do_not_stop_the_run(tmp_path, monkeypatch):
+def test_an_error_while_sampling_pictures_does_not_stop_the_run(tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("the state has NaN")
 
     monkeypatch.setattr("scorematch.training.run.save_samples", fail)
-    with pytest.warns(UserWarning, match="there is no picture of samples at image 80: the state has NaN"):
+    with pytest.warns(UserWarning, match="the samples at image 80 are not saved: the state has NaN"):
         quick(image_net(), images(), tmp_path)
     assert (tmp_path / "report.md").exists()
 
@@ -1071,23 +1294,23 @@ def test_intervals_must_be_positive(tmp_path, name):
         train(points_net(), points(), tmp_path, batch_size=8, **{name: 0})
 
 
-def test_trackers_belong_to_the_own_accelerator(tmp_path):
-    with pytest.raises(ValueError, match="trackers are for the accelerator that train makes"):
+def test_trackers_with_an_accelerator_raise(tmp_path):
+    with pytest.raises(ValueError, match="trackers and accelerator cannot both be given"):
         train(points_net(), points(), tmp_path, trackers=["tensorboard"], accelerator=make_accelerator())
 
 
-def test_the_end_is_uploaded(tmp_path, monkeypatch):
+def test_the_trained_network_is_uploaded(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(ScoreNet, "push_to_hub", lambda net, name: pushed.append((name, vector(net))))
     net = quick(points_net(), points(), tmp_path, images=16, push_to_hub="me/points")
     assert pushed[0][0] == "me/points" and torch.equal(pushed[0][1], vector(net))
 
 
-# -- What a run shows -------------------------------------------------------------------------------------------------
+# -- Samples, report and log of a run ---------------------------------------------------------------------------------
 
 
-def test_the_exact_score_is_calibrated():
-    gaussian = Gaussian.images((1, 8, 8), seed=3)
+def test_calibration_of_the_exact_score():
+    gaussian = gaussian_images((1, 8, 8), seed=3)
     data = Memory(gaussian.sample(4096, seed(4)).float())
 
     class Exact(nn.Module):
@@ -1108,8 +1331,14 @@ def test_the_exact_score_is_calibrated():
     assert doubled[-1].norm == pytest.approx(4 * rows[-1].norm) and doubled[-1].loss > rows[-1].loss + 0.5
 
 
+def test_a_network_of_one_noise_level_saves_samples_and_a_report(tmp_path):
+    quick(image_net(schedule=NoiseSchedule([0.5])), images(), tmp_path, images=16)
+    assert (tmp_path / "samples" / "000000016.png").stat().st_size > 500
+    assert "| 0.5 |" in (tmp_path / "report.md").read_text()
+
+
 def lambda_net(net, factor):
-    """A network with a score of another length."""
+    """A network whose score is multiplied by a factor."""
     other = copy.deepcopy(net)
     other.backbone.register_forward_hook(lambda module, arguments, output: factor * output)
     return other
@@ -1117,30 +1346,21 @@ def lambda_net(net, factor):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["task", "labels"])
-def test_runs_with_conditions_are_shown(tmp_path, kind):
-    net = image_net(condition_channels=1) if kind == "task" else image_net(classes=3)
+def test_runs_with_conditions_save_samples_and_a_report(tmp_path, kind):
+    net = image_net(condition_channels=1) if kind == "task" else image_net(classes=3, null_class=True)
     data = Memory(images(), None if kind == "task" else torch.arange(32) % 2)
     options = {"condition": Inpainting()} if kind == "task" else {"label_drop": 0.1}
     quick(net, data, tmp_path, images=16, **options)
     assert (tmp_path / "samples" / "000000016.png").stat().st_size > 500 and (tmp_path / "report.md").exists()
 
 
-def test_a_chart_places_its_points():
-    svg = chart(
-        "title <1>", "sigma", [Curve("one", [0.01, 1, 100], [0, 0.5, 1]), Curve("b", [1], [math.nan])], log_x=True
-    )
-    assert "title &lt;1&gt;" in svg and 'points="60.0,340.0 320.0,200.0 580.0,60.0"' in svg and ">0.01<" in svg
-    assert chart("empty", "x", []).startswith("<svg")
-    assert chart("flat", "x", [Curve("one", [1, 2], [3, 3])]).count("<polyline") > 3
-
-
-def test_pictures_take_a_small_share_of_a_run():
+def test_the_default_sample_interval_limits_the_share_of_sampling():
     assert sample_interval(image_net(), 10**7) == 500_000
     assert sample_interval(image_net(), 1000) == 50 * (16 * 35 // 3)
 
 
 @pytest.mark.parametrize("count", [1, 3, 10, 232])
-def test_losses_are_told_apart_by_the_levels_of_any_schedule(count):
+def test_losses_are_logged_by_noise_level(count):
     schedule = NoiseSchedule([1.0]) if count == 1 else NoiseSchedule.geometric(1, 0.01, count)
     settings = Settings(images=128, batch_size=32, levels=schedule)
     losses = Losses(ScheduleLevels(schedule), make_accelerator())
@@ -1155,7 +1375,7 @@ def test_losses_are_told_apart_by_the_levels_of_any_schedule(count):
     assert losses.line()["loss_by_level"] == {}
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_with_another_configuration_raises(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is not the configuration of a training run"):
         quick(points_net(), points(), tmp_path)
@@ -1197,7 +1417,7 @@ def test_training_reaches_the_exact_score_of_a_mixture(mixture):
     x, z = mixture.sample(2000, seed(2)), torch.randn(2000, 2, generator=seed(3))
 
     def errors(net):
-        """The mean square of the error of the score, relative to that of the score, by level."""
+        """The mean square of the error divided by the mean square of the exact score, for each noise level."""
         rows = []
         for sigma in (0.3, 1.0, 3.0):
             noisy = x + sigma * z
@@ -1220,7 +1440,7 @@ def test_training_reaches_the_exact_score_of_a_mixture(mixture):
     assert floor[-100:].mean() > 0.3 and 0 < excess[-100:].mean() < 0.01 and excess[:10].mean() > 0.1
 
 
-# -- Processes of their own -------------------------------------------------------------------------------------------
+# -- Runs in separate processes ---------------------------------------------------------------------------------------
 
 KILLED = textwrap.dedent(
     """
@@ -1247,7 +1467,7 @@ KILLED = textwrap.dedent(
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
+def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(KILLED)
     python(script, tmp_path / "whole", timeout=300)
@@ -1275,7 +1495,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
         if code == 0:
             break
         assert code == -signal.SIGKILL
-    assert code == 0 and kills >= 10 and halves >= 3  # checkpoints that were half written
+    assert code == 0 and kills >= 10 and halves >= 3  # some checkpoints were incomplete when the process was killed
     assert content(tmp_path / "whole") == content(tmp_path / "killed")
     for path in (tmp_path / "whole" / "snapshots").rglob("model.safetensors"):
         assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes()
@@ -1317,7 +1537,7 @@ TWO = textwrap.dedent(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_the_same_network_as_one(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(TWO)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
@@ -1325,7 +1545,7 @@ def test_two_processes_train_as_one(tmp_path):
     python(*launch, tmp_path / "two", "go", timeout=300)
     stopped = python(*launch, tmp_path / "both", "stop", timeout=300, check=False)
     assert stopped.returncode != 0 and 160 < checkpoints.latest(tmp_path / "both" / "checkpoints").images < 320
-    python(script, tmp_path / "both", "go", timeout=300)  # begun by two processes, ended by one
+    python(script, tmp_path / "both", "go", timeout=300)  # started by two processes, finished by one
     one = checkpoints.latest(tmp_path / "one" / "checkpoints")
     for name in ("two", "both"):
         other = checkpoints.latest(tmp_path / name / "checkpoints")

@@ -1,5 +1,6 @@
-"""Training data: what is read, from which sources, and in which order."""
+"""Training data: sources, decoding, the cache and the order of images."""
 
+import math
 import sys
 import types
 
@@ -14,7 +15,7 @@ from scorematch.training.data import ImageData, Order, open_images
 
 
 def _colors(rng, height=8, width=8):
-    """Pixels (H, W, 3) of 8 bits."""
+    """Random 8-bit pixels (H, W, 3)."""
     return torch.randint(256, (height, width, 3), generator=rng, dtype=torch.uint8).numpy()
 
 
@@ -48,7 +49,7 @@ def test_a_folder_is_read_recursively_in_the_order_of_paths(pictures):
     assert torch.equal(_open(str(folder)).read(range(6))[0], pixels)
 
 
-def test_a_difficult_folder(tmp_path, rng):
+def test_a_folder_with_pictures_of_many_kinds_and_damaged_ones(tmp_path, rng):
     folder = tmp_path / "difficult"
     (folder / "z" / "er").mkdir(parents=True)
     colors = Image.fromarray(_colors(rng, 12, 10))
@@ -68,7 +69,7 @@ def test_a_difficult_folder(tmp_path, rng):
     (folder / "j.png").symlink_to(folder / "a-rgb.png")
     (folder / "k.png").symlink_to(folder / "nothing.png")
 
-    with pytest.warns(UserWarning, match=r"2 of the 10 pictures of .* left out: .*c-truncated.jpg, .*h-none.png"):
+    with pytest.warns(UserWarning, match=r"2 of the 10 images of .* left out: .*c-truncated.jpg, .*h-none.png"):
         data = _open(folder, channels=3, image_size=(12, 10))
     assert [name.rpartition("/")[2] for name in data.skipped] == ["c-truncated.jpg", "h-none.png"]
     images, _ = data.read(range(len(data)))
@@ -78,31 +79,31 @@ def test_a_difficult_folder(tmp_path, rng):
     assert (images[2] == 128).all()  # 0x80FF / 0xFFFF = 128.5 / 255, in all three channels
     palette = torch.from_numpy(np.array(colors.quantize(8).convert("RGB"))).permute(2, 0, 1)
     assert torch.equal(images[3], palette)
-    assert (images[4].float() - rgb.float()).abs().mean() < 60  # CMYK, and not its negative
+    assert (images[4].float() - rgb.float()).abs().mean() < 60  # CMYK is not read as its negative
     assert torch.equal(images[5], torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 12, 10))
 
 
-def test_a_damaged_picture_is_an_error_if_asked_for(pictures):
+def test_a_damaged_picture_raises_with_strict(pictures):
     folder, _ = pictures
     (folder / "d.png").write_bytes((folder / "d.png").read_bytes()[:100])
     for cache in (None, folder.parent / "cache"):
         with pytest.raises(OSError, match=r"d\.png cannot be read as an image"):
             _open(folder, strict=True, cache=cache)
-    with pytest.warns(UserWarning, match="1 of the 6 pictures"):
+    with pytest.warns(UserWarning, match="1 of the 6 images"):
         assert len(_open(folder, cache=folder.parent / "cache")) == 5
-    with pytest.raises(OSError, match=r"d\.png cannot be read as an image"):  # the cache knows it
+    with pytest.raises(OSError, match=r"d\.png cannot be read as an image"):  # also if the cache exists
         _open(folder, strict=True, cache=folder.parent / "cache")
 
 
-def test_only_damaged_pictures(tmp_path):
+def test_a_folder_with_only_damaged_pictures_raises(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"no picture")
     for options in ({}, {"image_size": 8, "channels": 3}):
-        with pytest.raises(OSError, match=r"none of the 2 pictures of .* can be read"):
+        with pytest.raises(OSError, match=r"none of the 2 images of .* can be read"):
             _open(tmp_path, **options)
 
 
-def test_the_header_may_be_whole_and_the_pixels_missing(pictures):
+def test_a_picture_with_a_complete_header_and_missing_pixels_is_left_out(pictures):
     folder, pixels = pictures
     whole = (folder / "a.png").read_bytes()
     (folder / "a.png").write_bytes(whole[: len(whole) - 60])
@@ -120,20 +121,20 @@ def test_labels_are_the_names_of_subfolders(tmp_path, rng, cached):
     damaged = tmp_path / "pictures" / "bee" / "e.png"
     damaged.parent.mkdir()
     damaged.write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match="1 of the 5 pictures"):
+    with pytest.warns(UserWarning, match="1 of the 5 images"):
         data = _open(tmp_path / "pictures", labels=True, cache=tmp_path / "cache" if cached else None)
     assert data.classes == ("ant", "bee", "cat", "dog")
     assert data.read([0, 1, 2, 3])[1].tolist() == [0, 2, 2, 3]
     assert data.read([3, 1])[1].dtype == torch.int64
     Image.fromarray(_colors(rng)).save(tmp_path / "pictures" / "loose.png")
-    with pytest.raises(ValueError, match=r"labels are the names of subfolders, but .*loose\.png is in none"):
+    with pytest.raises(ValueError, match=r"labels=True needs all images in subfolders.*got .*loose\.png\. Move it"):
         _open(tmp_path / "pictures", labels=True)
 
 
 # -- Size and channels
 
 
-def test_center_crop_and_resize_are_pillows(tmp_path, rng):
+def test_center_crop_and_resize_equal_those_of_pillow(tmp_path, rng):
     picture = Image.fromarray(_colors(rng, 20, 31))
     picture.save(tmp_path / "a.png")
     for size, box in [(8, (5, 0, 25, 20)), ((6, 12), (0, 2, 31, 18)), ((10, 5), (10, 0, 20, 20))]:
@@ -149,7 +150,7 @@ def test_center_crop_and_resize_are_pillows(tmp_path, rng):
     assert torch.equal(found, torch.from_numpy(np.array(stretched)).permute(2, 0, 1))
 
 
-def test_the_crop_of_celeba(tmp_path, rng):
+def test_the_celeba_crop_is_the_published_one(tmp_path, rng):
     picture = Image.fromarray(_colors(rng, 218, 178))
     picture.save(tmp_path / "a.png")
     middle = picture.crop((19, 39, 159, 179))  # 140 x 140
@@ -159,7 +160,7 @@ def test_the_crop_of_celeba(tmp_path, rng):
         assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
     assert _open(tmp_path, crop="celeba").shape == (3, 140, 140)
     Image.fromarray(_colors(rng, 64, 64)).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"needs pictures of at least 140 x 140 pixels, got 64 x 64. Write crop="):
+    with pytest.raises(ValueError, match=r"needs images of at least 140 x 140 pixels, got 64 x 64. Write crop="):
         _open(tmp_path, crop="celeba", image_size=64)
 
 
@@ -171,7 +172,7 @@ def test_pictures_of_different_sizes_need_an_image_size(pictures, rng):
     assert _open(folder, image_size=8).shape == (3, 8, 8)
 
 
-def test_a_photograph_on_its_side_counts_as_it_is_shown(tmp_path, rng):
+def test_exif_rotation_is_applied(tmp_path, rng):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(_colors(rng, 6, 10)).save(tmp_path / "a.png", exif=exif)
@@ -208,7 +209,7 @@ def test_gray_pictures_of_every_mode_have_one_channel(tmp_path, rng):
     [((4, 3, 6, 8), (3, 6, 8)), ((4, 6, 8, 3), (3, 6, 8)), ((4, 6, 8), (1, 6, 8)), ((4, 6, 8, 1), (1, 6, 8))],
 )
 @pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray])
-def test_arrays_of_pixels(shape, found, kind, rng):
+def test_arrays_of_pixels_with_channels_first_or_last(shape, found, kind, rng):
     array = torch.randint(256, shape, generator=rng, dtype=torch.uint8)
     data = _open(kind(array.numpy()))
     assert data.shape == found and len(data) == 4
@@ -216,17 +217,19 @@ def test_arrays_of_pixels(shape, found, kind, rng):
     assert torch.equal(data.read([0, 1, 2, 3])[0], expected)
 
 
-def test_floating_point_data_are_kept_as_they_are(rng):
+def test_floating_point_data_are_not_changed(rng):
     points = torch.randn(5, 2, generator=rng, dtype=torch.float64)
     data = _open(points)
     images, labels = data.read([3, 1])
     assert data.shape == (2,) and labels is None
     assert torch.equal(images, points[[3, 1]].float())
+    latents = torch.randn(2, 4, 4, 4, generator=rng)
+    assert torch.equal(_open(latents).read([0, 1])[0], latents)
     images = torch.rand(2, 3, 4, 4, generator=rng)
     assert torch.equal(_open(images, image_size=4, channels=3).read([0, 1])[0], images)
 
 
-def test_an_array_of_pixels_is_resized_as_a_picture(rng):
+def test_an_array_of_pixels_is_resized_like_a_picture(rng):
     pixels = torch.from_numpy(_colors(rng, 9, 6)).permute(2, 0, 1)[None]
     found = _open(pixels, image_size=4, channels=1)
     picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).convert("L").crop((0, 1, 6, 7))
@@ -235,7 +238,7 @@ def test_an_array_of_pixels_is_resized_as_a_picture(rng):
 
 
 @pytest.mark.parametrize("names", [("images", "labels"), ("x_train", "y_train"), ("arr_0", "arr_1"), ("mine", "own")])
-def test_npz_files_and_dicts(tmp_path, names, rng):
+def test_images_and_labels_of_npz_files_and_dicts(tmp_path, names, rng):
     arrays = dict(zip(names, (np.stack([_colors(rng) for _ in range(3)]), np.array([2, 0, 1])), strict=True))
     np.savez(tmp_path / "data.npz", **arrays)
     keys = {"image_key": "mine", "label_key": "own"} if names[0] == "mine" else {}
@@ -246,7 +249,7 @@ def test_npz_files_and_dicts(tmp_path, names, rng):
         assert torch.equal(images, torch.from_numpy(arrays[names[0]])[[0, 2]].permute(0, 3, 1, 2))
         assert labels.tolist() == [2, 1]
         assert _open(source, **keys).read([0])[1] is None
-    with pytest.raises(ValueError, match=r"the data have no images named 'nothing', but .* Pass image_key"):
+    with pytest.raises(ValueError, match=r"the data have no images named 'nothing'; the names are .* Pass image_key="):
         _open(arrays, image_key="nothing")
 
 
@@ -271,7 +274,7 @@ class _Dataset(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("kind", ["picture", "array", "tensor", "float"])
-def test_a_dataset(kind, rng):
+def test_datasets_of_pictures_arrays_and_tensors(kind, rng):
     pixels = [_colors(rng) for _ in range(3)]
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
     items = {
@@ -288,8 +291,8 @@ def test_a_dataset(kind, rng):
     assert torch.equal(alone.read([2, 0])[0], found) and alone.read([0])[1] is None
 
 
-def test_a_dataset_is_read_anew_in_each_epoch(rng):
-    """Its transforms may be random."""
+def test_a_dataset_is_read_again_at_each_access(rng):
+    """Transforms of a dataset may be random."""
 
     class Random(_Dataset):
         def __getitem__(self, i):
@@ -299,16 +302,16 @@ def test_a_dataset_is_read_anew_in_each_epoch(rng):
     assert not torch.equal(data.read([0])[0], data.read([0])[0])
 
 
-def test_the_labels_and_classes_of_torchvision(rng):
+def test_labels_and_classes_of_torchvision_datasets(rng):
     dataset = _Dataset([(Image.fromarray(_colors(rng, 9, 8)), 1), (Image.fromarray(_colors(rng, 8, 12)), 0)])
     dataset.targets, dataset.classes = [1, 0], ["cat", "dog"]
     data = _open(dataset, labels=True)
     assert data.classes == ("cat", "dog") and data.read([0])[1].tolist() == [1]
-    assert data.shape == (3, 8, 8)  # the square in the first picture; the others are cropped and resized to it
+    assert data.shape == (3, 8, 8)  # the first picture sets the size
     assert data.read([0, 1])[0].shape == (2, 3, 8, 8)
 
 
-ImageFeature = type("Image", (), {})  # a feature of ``datasets``, of which the name counts
+ImageFeature = type("Image", (), {})  # stands for datasets.Image, which is recognized by its name
 
 
 class ClassLabel:
@@ -317,7 +320,7 @@ class ClassLabel:
 
 
 class _Table:
-    """A data set of Hugging Face, as far as it is used."""
+    """The part of a Hugging Face dataset's interface that is used."""
 
     def __init__(self, columns, features=None):
         self.columns, self.features = columns, features
@@ -332,7 +335,7 @@ class _Table:
         )
 
 
-def test_a_data_set_of_hugging_face(rng):
+def test_hugging_face_datasets(rng):
     pixels = [_colors(rng) for _ in range(3)]
     pictures = [Image.fromarray(each) for each in pixels]
     features = {"id": object(), "photo": ImageFeature(), "kind": ClassLabel(["cat", "dog"])}
@@ -344,14 +347,14 @@ def test_a_data_set_of_hugging_face(rng):
         assert labels.tolist() == [1, 1] and data.classes == ("cat", "dog")
     plain = _open(_Table({"img": pixels, "fine_label": [0, 2, 1]}), labels=True)
     assert torch.equal(plain.read([0, 2])[0], images) and plain.classes == ("0", "1", "2")
-    with pytest.raises(ValueError, match=r"the data have no images, but 'a', 'b'\. Pass image_key"):
+    with pytest.raises(ValueError, match=r"the data have no images; the names are 'a', 'b'\. Pass image_key="):
         _open(_Table({"a": pixels, "b": pixels}))
     assert torch.equal(_open(_Table({"a": pixels, "b": pixels}), image_key="b").read([0, 2])[0], images)
-    with pytest.raises(ValueError, match="no split \"train\", but 'test'"):
+    with pytest.raises(ValueError, match="no split \"train\"; the splits are 'test'"):
         _open({"test": table})
 
 
-def test_a_name_is_a_data_set_of_the_hub(monkeypatch, rng):
+def test_a_name_loads_a_hugging_face_dataset(monkeypatch, rng):
     asked = []
     table = _Table({"image": [_colors(rng)]})
 
@@ -363,20 +366,20 @@ def test_a_name_is_a_data_set_of_the_hub(monkeypatch, rng):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert len(_open("owner/pictures")) == 1 and asked == [("owner/pictures", "train")]
-    with pytest.raises(FileNotFoundError, match="nobody/nothing is no file, no folder and no data set on the Hub"):
+    with pytest.raises(FileNotFoundError, match="nobody/nothing is not a file, a folder or a data set on the Hub"):
         _open("nobody/nothing")
     for path in ("./pictures", "/nothing/here", "a/b/c", "pictures/"):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             _open(path)
     assert len(asked) == 2
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"faces is no file and no folder here, .* pip install datasets"):
+    with pytest.raises(ImportError, match=r"faces is neither a file nor a folder, .* pip install datasets"):
         _open("faces")
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # datasets and what it uses give warnings of their own
-def test_a_real_data_set_of_hugging_face(rng):
+@pytest.mark.filterwarnings("default")  # the library and its dependencies give warnings
+def test_a_dataset_of_the_datasets_library(rng):
     datasets = pytest.importorskip("datasets")
     pixels = [_colors(rng) for _ in range(3)]
     features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
@@ -387,7 +390,7 @@ def test_a_real_data_set_of_hugging_face(rng):
         images, labels = data.read([0, 2])
         assert torch.equal(images, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)[[0, 2]])
         assert labels.tolist() == [1, 1] and data.classes == ("cat", "dog")
-    with pytest.raises(TypeError, match="a streamed data set has no length"):
+    with pytest.raises(TypeError, match="must have a length, got a streamed one"):
         _open(table.to_iterable_dataset())
 
 
@@ -398,20 +401,20 @@ def _read_all(data):
     return data.read(range(len(data)))[0]
 
 
-def test_a_cache_is_decoded_once(pictures, monkeypatch):
+def test_pictures_in_a_cache_are_decoded_once(pictures, monkeypatch):
     folder, pixels = pictures
     cache = folder.parent / "cache"
     first = _open(folder, cache=cache)
     assert torch.equal(_read_all(first), pixels)
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
-    monkeypatch.setattr("scorematch.training.sources._fit", None)  # a second decoding fails
+    monkeypatch.setattr("scorematch.training.sources._fit", None)  # decoding again would fail
     second = _open(folder, cache=cache)
     assert torch.equal(_read_all(second), pixels) and second.fingerprint == first.fingerprint
     assert isinstance(second._array, np.memmap)
-    assert np.array_equal(np.load(next(cache.glob("*.npy"))), pixels.numpy())  # a plain .npy file
+    assert np.array_equal(np.load(next(cache.glob("*.npy"))), pixels.numpy())  # the cache is an ordinary .npy file
 
 
-def test_a_cache_without_the_damaged_pictures(pictures):
+def test_a_cache_leaves_out_damaged_pictures(pictures):
     folder, pixels = pictures
     (folder / "c.bmp").write_bytes(b"no picture")
     for _ in range(2):
@@ -421,7 +424,7 @@ def test_a_cache_without_the_damaged_pictures(pictures):
         assert torch.equal(_read_all(data), pixels[[0, 1, 3, 4, 5]])
 
 
-def test_a_cache_is_written_again_for_other_pictures_and_arguments(pictures, rng):
+def test_other_pictures_or_arguments_write_a_new_cache(pictures, rng):
     folder, pixels = pictures
     cache = folder.parent / "cache"
     _open(folder, cache=cache)
@@ -435,7 +438,7 @@ def test_a_cache_is_written_again_for_other_pictures_and_arguments(pictures, rng
     assert len(list(cache.glob("*.npy"))) == 4
 
 
-def test_an_interrupted_cache_leaves_nothing(pictures, monkeypatch):
+def test_an_interrupted_cache_leaves_no_files(pictures, monkeypatch):
     folder, pixels = pictures
     cache = folder.parent / "cache"
 
@@ -449,18 +452,18 @@ def test_an_interrupted_cache_leaves_nothing(pictures, monkeypatch):
     assert list(cache.iterdir()) == []
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
-        with pytest.raises(OSError, match=r"cannot be written to .*cache: 0\.0 GB are needed, .* Name another folder"):
+        with pytest.raises(OSError, match=r"cannot be written to .*cache: 0\.0 GB are needed, .* Pass another folder"):
             _open(folder, cache=cache)
     assert torch.equal(_read_all(_open(folder, cache=cache)), pixels)
 
 
-def test_a_cache_that_cannot_be_written(pictures):
+def test_a_cache_that_cannot_be_written_raises(pictures):
     folder, _ = pictures
-    with pytest.raises(OSError, match=r"the decoded images cannot be written to .*a\.png: .* Name another folder"):
+    with pytest.raises(OSError, match=r"the decoded images cannot be written to .*a\.png: .* Pass another folder"):
         _open(folder, cache=folder / "a.png")
 
 
-def test_a_cached_dataset_is_decoded_once(tmp_path):
+def test_a_cached_dataset_is_read_once(tmp_path):
     reads = []
 
     class Counting(_Dataset):
@@ -475,7 +478,7 @@ def test_a_cached_dataset_is_decoded_once(tmp_path):
     assert images.dtype == torch.float32 and images[:, 0, 0, 0].tolist() == [0.75, 0.25]
 
 
-def test_pictures_beyond_the_memory_are_decoded_again(pictures, monkeypatch):
+def test_pictures_that_do_not_fit_into_memory_are_decoded_again(pictures, monkeypatch):
     folder, pixels = pictures
     monkeypatch.setattr(module, "_IN_MEMORY", 6 * 3 * 8 * 8 - 1)
     data = _open(folder)
@@ -520,7 +523,7 @@ def test_an_epoch_is_a_permutation():
     assert order(5, 5).tolist() == []
 
 
-def test_the_order_does_not_depend_on_how_it_is_asked_for():
+def test_the_order_does_not_depend_on_the_requested_range():
     whole = Order(7, seed=3)(0, 30)
     for size in (1, 4, 7, 30):
         order = Order(7, seed=3)
@@ -528,7 +531,7 @@ def test_the_order_does_not_depend_on_how_it_is_asked_for():
     assert torch.equal(Order(7, seed=3)(26, 30), whole[26:])
 
 
-def test_no_images_have_no_order():
+def test_an_order_of_no_images_raises():
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         Order(0, seed=0)
 
@@ -536,7 +539,7 @@ def test_no_images_have_no_order():
 # -- Bad input
 
 
-def test_opened_data_are_returned_themselves():
+def test_open_images_returns_opened_data_unchanged():
     data = _open(torch.zeros(3, 1, 2, 2, dtype=torch.uint8))
     assert isinstance(data, ImageData) and open_images(data) is data
 
@@ -546,11 +549,14 @@ def test_opened_data_are_returned_themselves():
     [
         (5, {}, TypeError, "data must be a folder, an .npz file, a tensor or an array, .* got int"),
         (torch.zeros(3, 1, 2, 2, dtype=torch.int64), {}, TypeError, "must be uint8, or floating point.* got int64"),
-        (torch.zeros(0, 1, 2, 2), {}, ValueError, r"N at least 1, got \(0, 1, 2, 2\)"),
-        (torch.zeros(5), {}, ValueError, r"N at least 1, got \(5,\)"),
+        (torch.zeros(0, 1, 2, 2), {}, ValueError, r"at least one sample, got shape \(0, 1, 2, 2\)"),
+        (torch.zeros(5), {}, ValueError, r"at least one sample, got shape \(5,\)"),
         (torch.zeros(3, 4, 8, 8, dtype=torch.uint8), {}, ValueError, r"gray or RGB images .* got shape \(3, 4, 8, 8\)"),
-        (torch.zeros(3, 1, 8, 8), {"image_size": 4}, ValueError, r"images of shape \(1, 8, 8\), but \(1, 4, 4\) is"),
-        (torch.zeros(3, 1, 8, 8), {"channels": 3}, ValueError, r"images of shape \(1, 8, 8\), but \(3, 8, 8\) is"),
+        (torch.full((3, 1, 8, 8), -1.0), {}, ValueError, r"values in \[0, 1\], got values from -1 to -1"),
+        (torch.full((3, 3, 8, 8), 255.0), {}, ValueError, r"in \[0, 1\], got values from 255 to 255\. Write .*/ 255"),
+        (torch.full((3, 1, 8, 8), math.nan), {}, ValueError, r"images must have values in \[0, 1\], got NaN"),
+        (torch.zeros(3, 1, 8, 8), {"image_size": 4}, ValueError, r"images of shape \(1, 4, 4\), got \(1, 8, 8\)"),
+        (torch.zeros(3, 1, 8, 8), {"channels": 3}, ValueError, r"images of shape \(3, 8, 8\), got \(1, 8, 8\)"),
         (torch.zeros(3, 2), {"labels": True}, ValueError, "the array has no labels. Pass a pair"),
         ((torch.zeros(3, 2), [0, 1]), {"labels": True}, ValueError, r"one per image, \(3,\), got shape \(2,\)"),
         ((torch.zeros(2, 2), [0, -1]), {"labels": True}, ValueError, "integers from 0, or strings"),
@@ -566,49 +572,49 @@ def test_opened_data_are_returned_themselves():
         (_Table({"image": []}), {}, ValueError, "the data set is empty"),
     ],
 )
-def test_data_that_are_refused(source, options, error, message):
+def test_invalid_data_raise(source, options, error, message):
     with pytest.raises(error, match=message):
         _open(source, **options)
 
 
-def test_an_item_of_another_shape_is_named():
+def test_an_item_of_another_shape_raises():
     data = _open(_Dataset([torch.zeros(1, 2, 2), torch.zeros(1, 3, 2)]))
-    with pytest.raises(ValueError, match=r"item 1 of the _Dataset has shape \(1, 3, 2\), but item 0 has \(1, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"the _Dataset must .*item 1 has \(1, 3, 2\) and item 0 has \(1, 2, 2\)"):
         data.read([0, 1])
 
 
-def test_a_dataset_without_a_length():
+def test_a_dataset_without_a_length_raises():
     class Endless(torch.utils.data.Dataset):
         def __getitem__(self, i):
             return torch.zeros(1, 2, 2)
 
-    with pytest.raises(TypeError, match="the Endless has no length and cannot be shuffled"):
+    with pytest.raises(TypeError, match="the Endless must have a length, so that it can be shuffled"):
         _open(Endless())
 
 
-def test_a_folder_without_pictures(tmp_path):
+def test_a_folder_without_pictures_raises(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing to see")
-    with pytest.raises(FileNotFoundError, match="contains no pictures, and neither do its subfolders"):
+    with pytest.raises(FileNotFoundError, match="and its subfolders contain no image files"):
         _open(tmp_path)
 
 
-def test_files_that_are_no_data(tmp_path):
+def test_files_of_other_kinds_raise(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing to see")
-    with pytest.raises(ValueError, match=r"notes\.txt is neither a folder of pictures nor an \.npz file"):
+    with pytest.raises(ValueError, match=r"must be a folder of images or an \.npz file, got the file .*notes\.txt"):
         _open(tmp_path / "notes.txt")
     (tmp_path / "data.npz").write_bytes(b"nothing to see")
     with pytest.raises(ValueError, match=r"data\.npz cannot be read as an \.npz file"):
         _open(tmp_path / "data.npz")
 
 
-def test_without_pillow(pictures, monkeypatch):
+def test_without_pillow_the_error_names_the_extra(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     for options in ({}, {"image_size": 8, "channels": 3}):
         with pytest.raises(ImportError, match=r"pip install \"scorematch"):
             _open(pictures[0], **options)
 
 
-def test_reading_draws_nothing_from_the_global_generators(pictures):
+def test_reading_leaves_the_global_generators_alone(pictures):
     state = torch.get_rng_state()
     data = _open(pictures[0])
     data.read(Order(len(data), seed=0)(0, 6))

@@ -1,6 +1,7 @@
-"""The U-Net against that of diffusers with the same random weights, and what diffusers cannot tell."""
+"""The U-Net compared with that of diffusers with the same random weights, and properties of its own."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
-from scorematch.nets.unet import Attention, UNet
+from scorematch.nets import FAMILIES
+from scorematch.nets.blocks import Attention
+from scorematch.nets.unet import UNet
 from scorematch.pretrained import fill
 from tests.helpers import run
 
@@ -36,7 +39,9 @@ OPTIONS = {
     },
     "NCSN++": {"time_embedding_type": "fourier", "mid_block_scale_factor": 2**0.5, "attention_head_dim": None},
     "classes": {"num_class_embeds": 5, "attn_norm_num_groups": 4},
+    "width of the embedding": {"time_embedding_dim": 20, "num_class_embeds": 2},
     "no attention in the middle": {"add_attention": False, "act_fn": "gelu", "center_input_sample": True},
+    "two layers": {"layers_per_block": 2},
 }
 
 # The configurations of the published networks, and their numbers of parameters.
@@ -96,7 +101,7 @@ PUBLISHED = {
 
 
 def _pair(config):
-    """diffusers' network and ours with the same random weights, none of them special (a norm of ones hides much)."""
+    """diffusers' network and ours with equal random weights. All weights are random, also those of the norms."""
     theirs = UNet2DModel(**config).eval()
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -107,7 +112,7 @@ def _pair(config):
                 p.copy_(torch.randn(p.shape, generator=rng) / p[0].numel() ** 0.5)
     ours = UNet(**{key: value for key, value in config.items() if key != "sample_size"}).eval()
     weights = dict(theirs.state_dict())
-    weights.pop("time_proj.W", None)  # a twin of time_proj.weight
+    weights.pop("time_proj.W", None)  # a duplicate of time_proj.weight
     ours.load_state_dict(weights)
     return theirs, ours
 
@@ -122,19 +127,19 @@ def _difference(config, size, batch=2):
     with torch.no_grad():
         expected = theirs(x, t, class_labels=classes).sample
         found = ours(x, t.log() if fourier else t, classes)
-    if fourier:  # diffusers divides by sigma inside, the table of preconditioning does it here
+    if fourier:  # in diffusers the network divides by sigma, here ScoreNet does
         found = found / t.view(-1, 1, 1, 1)
     return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("block", PAIRS)
-def test_every_kind_of_block_is_diffusers(block, option):
+def test_every_kind_of_block_equals_that_of_diffusers(block, option):
     config = {
         "sample_size": 8,
-        "block_out_channels": (32, 64),
+        "block_out_channels": (16, 32),
         "norm_num_groups": 8,
-        "layers_per_block": 2,
+        "layers_per_block": 1,
         "down_block_types": (block, block),
         "up_block_types": (PAIRS[block], PAIRS[block]),
         **OPTIONS[option],
@@ -142,7 +147,7 @@ def test_every_kind_of_block_is_diffusers(block, option):
     assert _difference(config, 8) < 1e-5
 
 
-def test_mixed_kinds_of_blocks_are_diffusers():
+def test_mixed_kinds_of_blocks_equal_those_of_diffusers():
     config = {
         "block_out_channels": (16, 32, 48),
         "norm_num_groups": 4,
@@ -154,7 +159,7 @@ def test_mixed_kinds_of_blocks_are_diffusers():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_configurations(name):
+def test_published_configurations_have_the_weights_of_diffusers(name):
     parameters, config = PUBLISHED[name]
     with torch.device("meta"):
         theirs, ours = UNet2DModel(**config), UNet(**config)
@@ -165,7 +170,7 @@ def test_published_configurations(name):
 
 @pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])  # of the published widths
 @pytest.mark.parametrize("name", ["google/ddpm-cifar10-32", "google/ncsnpp-celebahq-256"])
-def test_published_networks_are_diffusers(name, share):
+def test_published_networks_equal_those_of_diffusers(name, share):
     _, config = PUBLISHED[name]
     config = {**config, "block_out_channels": [width // share for width in config["block_out_channels"]]}
     assert _difference(config, 64 if "256" in name else 32, batch=1) < 1e-5
@@ -173,8 +178,8 @@ def test_published_networks_are_diffusers(name, share):
 
 @pytest.mark.parametrize("beside", [0, 2])
 @torch.no_grad()
-def test_ncsnpp_of_gray_images_is_diffusers(beside, rng):
-    """diffusers' Skip blocks take RGB: its network on gray images is one of one channel, with the weights summed up."""
+def test_ncsnpp_of_gray_images_equals_diffusers_with_summed_weights(beside, rng):
+    """diffusers' Skip blocks need RGB; for a gray image repeated three times, weights can be summed over channels."""
     blocks = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
     config = {**_NCSNPP, **blocks, "block_out_channels": (8, 16), "layers_per_block": 1, "add_attention": False}
     theirs, full = _pair(config)
@@ -206,11 +211,11 @@ def _ncsnpp(channels=3, **options):
 
 
 @torch.no_grad()
-def test_the_filter_is_no_weight_and_goes_where_the_network_goes(rng):
+def test_the_filter_is_not_stored_and_follows_device_and_dtype(rng):
     net, x, c_noise = _ncsnpp(), torch.rand(2, 3, 8, 8, generator=rng), torch.tensor([0.3, 1.0])
     assert not [name for name in net.state_dict() if "kernel" in name]
     kernels = {name: kernel for name, kernel in net.named_buffers() if name.endswith("kernel")}
-    assert len(kernels) == 2  # of the image and of the features
+    assert len(kernels) == 2  # one for the image and one for the features
     line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     assert all(torch.equal(kernel[0, 0], line.outer(line)) for kernel in kernels.values())
     expected = net(x, c_noise)
@@ -226,13 +231,122 @@ def test_the_filter_is_no_weight_and_goes_where_the_network_goes(rng):
     assert torch.equal(empty(x, c_noise), expected)
 
 
+# -- Options that diffusers lacks
+
+
+def _pair_of_scales(**options):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2}
+    config = {**blocks, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    net = UNet(**{**config, "attention_head_dim": 4, **options})
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape) / max(1, parameter[0].numel()) ** 0.5)
+    return net.eval()
+
+
+def _norms(net):
+    return {name: module for name, module in net.named_modules() if isinstance(module, nn.GroupNorm)}
+
+
+@torch.no_grad()
+def test_a_number_of_heads_is_a_width_of_heads(rng):
+    x, step = torch.randn(2, 3, 8, 8, generator=rng), torch.tensor([3.0, 5.5])
+    expected = _pair_of_scales(attention_head_dim=4)(x, step)
+    assert torch.equal(_pair_of_scales(attention_heads=[2, 4])(x, step), expected)
+    assert torch.equal(_pair_of_scales(attention_heads=[2, 4], attention_heads_up=[2, 4])(x, step), expected)
+    mixed = _pair_of_scales(attention_heads=[2, 8], attention_heads_up=[1, 4])
+    heads = {name: module.heads for name, module in mixed.named_modules() if isinstance(module, Attention)}
+    places = {"down_blocks.0": 2, "down_blocks.1": 8, "mid_block": 8, "up_blocks.0": 4, "up_blocks.1": 1}
+    for place, count in places.items():
+        assert {heads[name] for name in heads if name.startswith(place)} == {count}
+    weights = {name: tensor.shape for name, tensor in mixed.state_dict().items()}
+    assert weights == {name: tensor.shape for name, tensor in _pair_of_scales().state_dict().items()}
+
+
+@torch.no_grad()
+def test_a_factor_of_the_time_step(rng):
+    """As of a network with 4000 steps that was trained with those of 1000."""
+    x, step = torch.randn(2, 3, 8, 8, generator=rng), torch.tensor([3999.0, 50.5])
+    assert torch.equal(_pair_of_scales(time_factor=0.25)(x, step), _pair_of_scales()(x, step / 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Attn", "Resnet"])
+def test_a_quarter_of_the_channels_is_the_number_of_groups(kind, rng):
+    blocks = ("AttnDownBlock2D", "AttnUpBlock2D")
+    if kind == "Resnet":
+        blocks = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+    options = {"down_block_types": blocks[:1] * 2, "up_block_types": blocks[1:] * 2, "norm_num_groups": None}
+    for widths in ((8, 24), (128, 128)):
+        net = UNet(block_out_channels=widths, layers_per_block=1, attention_head_dim=4, **options).eval()
+        norms = _norms(net)
+        assert len(norms) > 15
+        assert all(norm.num_groups == min(norm.num_channels // 4, 32) for norm in norms.values())
+    fixed = UNet(
+        block_out_channels=widths, layers_per_block=1, attention_head_dim=4, **{**options, "norm_num_groups": 32}
+    ).eval()
+    fixed.load_state_dict(net.state_dict())
+    x, step = torch.randn(1, 3, 4, 4, generator=rng), torch.tensor([3.0])
+    assert torch.equal(net(x, step), fixed(x, step))
+
+
+@torch.no_grad()
+def test_the_sizes_of_the_embedding(rng):
+    """As of EDM's ADM, whose first scale may be wider than the network that its embedding is made for."""
+    net = _pair_of_scales(time_proj_dim=6, time_embedding_dim=10, num_class_embeds=3, null_class=True)
+    assert net.time_embedding.linear_1.weight.shape == (10, 6) and net.time_embedding.linear_2.weight.shape == (10, 10)
+    assert net.class_embedding.weight.shape == (4, 10)
+    assert net.down_blocks[0].resnets[0].time_emb_proj.in_features == 10
+    features = net.time_proj(torch.tensor([7.0]))[0]
+    expected = [f(7 * 10_000 ** (-i / 3)) for f in (math.cos, math.sin) for i in range(3)]
+    torch.testing.assert_close(features, torch.tensor(expected))
+    fourier = _pair_of_scales(time_embedding_type="fourier", time_proj_dim=6)
+    assert fourier.time_proj.weight.shape == (3,) and fourier.time_embedding.linear_1.in_features == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_heads": [2, 4]},
+        {"attention_heads_up": [2, 4]},
+        {"time_factor": 0.25},
+        {"time_proj_dim": 6},
+        {"num_class_embeds": 3, "null_class": True},
+        {"norm_num_groups": None},
+        {},
+        {"time_embedding_dim": 20},
+    ],
+    ids=str,
+)
+def test_the_layout_of_diffusers_is_for_what_diffusers_computes(options, tmp_path):
+    """With an option that it lacks the network is written in this package's own layout, which diffusers refuses."""
+    config = {
+        "block_out_channels": [8, 16],
+        "down_block_types": ["AttnDownBlock2D"] * 2,
+        "up_block_types": ["AttnUpBlock2D"] * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        **options,
+    }
+    family = FAMILIES["unet"]
+    own = bool(options.keys() - {"time_embedding_dim"})
+    assert family.diffusers_class(config, "ddpm") == (None if own else "UNet2DModel")
+    skips = {"down_block_types": ["SkipDownBlock2D"] * 2, "up_block_types": ["SkipUpBlock2D"] * 2}
+    if "norm_num_groups" in options:  # in these blocks diffusers has it too
+        assert family.diffusers_class({**config, **skips}, "ddpm") == "UNet2DModel"
+    defaults = {"attention_heads": None, "time_factor": 1.0, "null_class": False, "patch": 1}
+    assert family.diffusers_class({**defaults, **config}, "ddpm") == family.diffusers_class(config, "ddpm")
+
+
 # -- Attention
 
 
 @pytest.mark.parametrize(("head_width", "folds"), [(8, True), (4, False), (6, False)])
 @torch.no_grad()
-def test_folded_attention_is_attention(head_width, folds, rng):
-    """One head as wide as the features has two projections then; others stay as they are."""
+def test_folded_attention_computes_the_same(head_width, folds, rng):
+    """One head as wide as the features is folded to two projections; other attention layers do not change."""
     attention = Attention(8, head_width=head_width, groups=2, eps=1e-5)
     for parameter in attention.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=rng))
@@ -262,7 +376,7 @@ def test_gradient_reaches_every_parameter(rng):
         assert p.grad is not None, name
 
 
-def test_an_image_as_condition_is_put_beside_x(rng):
+def test_an_image_condition_is_concatenated_with_x(rng):
     net = UNet(
         4,
         1,
@@ -277,7 +391,7 @@ def test_an_image_as_condition_is_put_beside_x(rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_precisions(dtype, rng):
+def test_networks_of_other_precisions_are_accurate(dtype, rng):
     torch.manual_seed(0)
     net = UNet(
         1,
@@ -311,9 +425,14 @@ def test_other_precisions(dtype, rng):
         ({"downsample_type": "fir"}, "downsample_type 'fir' is not supported"),
         ({"upsample_type": "fir"}, "upsample_type 'fir' is not supported"),
         ({"act_fn": "tanh"}, "act_fn 'tanh' is not supported"),
+        ({"attention_heads": [3]}, r"attention_heads must have one entry .* width of the scale, \[8\], got \[3\]"),
+        ({"attention_heads": [1, 1]}, r"attention_heads must have one entry per scale .* got \[1, 1\]"),
+        ({"attention_heads_up": []}, r"attention_heads_up must have one entry per scale .* got \[\]"),
+        ({"null_class": True}, "null_class=True needs classes"),
+        ({"time_embedding_type": "fourier", "time_proj_dim": 5}, "time_proj_dim, must be even, got 5"),
     ],
 )
-def test_configurations_of_no_network(changes, message):
+def test_unsupported_options_raise(changes, message):
     config = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     with pytest.raises(ValueError, match=message):
         UNet(**{**config, "norm_num_groups": 4, **changes})
@@ -360,13 +479,13 @@ def _small(**changes):
         (_small, (1, 3, 8, 8), torch.zeros(1, 2, 8, 8), "takes no image as its condition"),
     ],
 )
-def test_bad_input(net, shape, condition, message):
+def test_invalid_input_raises(net, shape, condition, message):
     with pytest.raises(ValueError, match=message):
         net()(torch.zeros(shape), torch.zeros(shape[0]), condition)
 
 
-def test_a_network_of_diffusers_is_not_a_backbone(rng):
-    """Its output is not a tensor; the error names what to use instead, also through a sampler."""
+def test_a_network_of_diffusers_as_backbone_raises(rng):
+    """Its output is not a tensor. The error names ``ScoreNet.from_diffusers``, also if a sampler calls the network."""
     config = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     net = ScoreNet(
         UNet2DModel(sample_size=8, norm_num_groups=4, add_attention=False, **config),

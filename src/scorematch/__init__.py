@@ -14,7 +14,19 @@ __all__ = ["AnnealedLangevinSampler", "NoiseSchedule", "ScoreNet", "__version__"
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("convert", "images", "likelihood", "loss", "observe", "palette", "precision", "precondition", "sampling")
+_SUBMODULES = (
+    "bulk",
+    "convert",
+    "guidance",
+    "images",
+    "likelihood",
+    "loss",
+    "observe",
+    "palette",
+    "precision",
+    "precondition",
+    "sampling",
+)
 
 
 def __getattr__(name: str) -> Any:

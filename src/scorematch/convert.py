@@ -1,9 +1,9 @@
-"""Checkpoints of other projects, converted into folders of this package.
+"""Conversion of checkpoints of other projects into folders for ``ScoreNet.from_pretrained``.
 
-    python -m scorematch convert checkpoint_300000.pth FOLDER --config cifar10.yml
+    python -m scorematch convert checkpoint_24.pth FOLDER --config ve/cifar10_ncsnpp_continuous
 
-Each format has one file in ``scorematch.pretrained``, which recognizes its checkpoints and reads them. Nothing in a
-checkpoint is run.
+Each format has one module in ``scorematch.pretrained``, which recognizes and reads its checkpoints, and lists the names
+that their pickles may refer to. No code in a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -12,20 +12,41 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from scorematch.pretrained import Stored, ncsn
-from scorematch.pretrained.weights import read_pickle
+from scorematch.pretrained import Stored, edm, improved_diffusion, ncsn, score_sde
+from scorematch.pretrained.pickles import Globals, StoredTensor, read_pickle
+from scorematch.schema import quote
 from scorematch.score import ScoreNet
 
 
 class _Format(Protocol):
-    """What a file in ``scorematch.pretrained`` has for a format of checkpoints."""
+    """The interface of a module in ``scorematch.pretrained`` that reads a format of checkpoints."""
+
+    NAME: str
+    GLOBALS: Globals
 
     def recognizes(self, content: Any) -> bool: ...
 
-    def read(self, content: Any, path: Path, config: Path | None = None, *, raw: bool = False) -> Stored: ...
+    def read(
+        self, content: Any, path: Path, config: str | os.PathLike[str] | None = None, *, raw: bool = False
+    ) -> Stored: ...
 
 
-_FORMATS: tuple[_Format, ...] = (ncsn,)
+_FORMATS: tuple[_Format, ...] = (ncsn, score_sde, edm, improved_diffusion)
+_GLOBALS: Globals = {name: made for form in _FORMATS for name, made in form.GLOBALS.items()}
+# What a file is that has such a key, or is of such a type.
+_OTHERS = {
+    "conv_in.weight": "the weights of a U-Net of diffusers (load their folder with ScoreNet.from_pretrained)",
+    "state_dict": "a checkpoint of PyTorch Lightning",
+    "G_ema": "a pickle of StyleGAN",
+}
+_NAMES = {
+    list: "a list",
+    tuple: "a tuple",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    StoredTensor: "a tensor",
+}
 
 
 def convert(
@@ -35,32 +56,62 @@ def convert(
     config: str | os.PathLike[str] | None = None,
     raw: bool = False,
 ) -> ScoreNet:
-    """Converts a checkpoint of NCSN, NCSNv2 or adversarial consistent score matching.
+    """Converts a checkpoint of NCSN, NCSNv2, adversarial score matching, score_sde, EDM or improved-diffusion.
+
+    No code in the file is run. The result is a score in the units of this package, with the published noise levels and
+    sampler settings.
 
     Args:
-        checkpoint: the authors' file, ``checkpoint_<step>.pth``.
-        folder: for ``ScoreNet.from_pretrained``, created if it does not exist.
-        config: the config.yml that the network was trained with, for the noise levels, the image size and the sampler
-            settings. Without it an NCSN of 10 levels has the published ones, and a checkpoint that does not hold its
-            levels is refused.
-        raw: whether to take the weights themselves where there is a moving average of them.
+        checkpoint: the authors' file: ``checkpoint_<step>.pth`` (NCSN, NCSNv2, score_sde), ``.pkl`` (EDM), or ``.pt``
+            (improved-diffusion).
+        folder: the folder to write, for ``ScoreNet.from_pretrained``; created if it does not exist.
+        config: the configuration that the network was trained with. For score_sde and improved-diffusion it is
+            required: the name of a published one, such as "ve/cifar10_ncsnpp_continuous" or "cifar10_uncond_50M_500K",
+            or a JSON, YAML or text file with the authors' options (``scorematch.pretrained.options``). For NCSN and
+            NCSNv2 it is config.yml, which is required unless the checkpoint contains its noise levels or is an NCSN
+            with 10 levels. A file of EDM contains its options.
+        raw: whether to convert the raw weights if the checkpoint has a moving average of them.
 
     Returns:
         The network, in eval mode.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ImportError: for a config without PyYAML.
-        ValueError: for a file of another format, or options that are not supported.
+        FileNotFoundError: if a file is missing, or there is no published configuration with this name.
+        ImportError: if ``config`` is a YAML file and PyYAML is not installed.
+        ValueError: if the file is damaged, has an unknown format, refers to anything but tensors and plain values, or
+            needs an option that is not supported; or if the configuration is missing or does not fit.
     """
     path = Path(checkpoint)
-    content = read_pickle(path)
-    form = next((form for form in _FORMATS if form.recognizes(content)), None)
+    found = read_pickle(path, _GLOBALS)
+    form = next((form for form in _FORMATS if form.recognizes(found.content)), None)
     if form is None:
+        raise ValueError(f"{path} is {_kind(found.content)}, not a checkpoint of {_names()}.")
+    foreign = found.globals - form.GLOBALS.keys()
+    if foreign:
         raise ValueError(
-            f"{path} is not a checkpoint of NCSN or NCSNv2: expected a mapping that holds "
-            "begin_conv.weight, or a list that begins with one."
+            f"{path} refers to {min(foreign)!r}, which a checkpoint of {form.NAME} does not need; it was not loaded, "
+            "because a pickle can run code."
         )
-    net = ScoreNet._of(form.read(content, path, None if config is None else Path(config), raw=raw), None)
+    try:
+        stored = form.read(found.content, path, config, raw=raw)
+    except (LookupError, TypeError, RuntimeError, AttributeError) as error:  # of tensors with an unexpected shape
+        raise ValueError(f"{path} does not hold a network of {form.NAME}: {error}") from error
+    del found  # the file is closed when its tensors have been copied
+    net = ScoreNet._of(stored, None)
+    del stored
     net.save_pretrained(folder)
     return net
+
+
+def _kind(content: Any) -> str:
+    """What a file is whose content no format recognizes."""
+    if not isinstance(content, dict):
+        return _NAMES.get(type(content), "a pickle")
+    other = next((what for key, what in _OTHERS.items() if key in content), None)
+    return f"a mapping with the keys {quote(list(content))}" if other is None else other
+
+
+def _names() -> str:
+    """The formats, as a message lists them."""
+    *names, last = (form.NAME for form in _FORMATS)
+    return f"{', '.join(names)} or {last}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,25 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-# Values that are outside [0, 1] by less are rounded to 0 or 255 anyway.
+from scorematch.files import write_whole
+
+# The tolerance for values outside [0, 1], which are rounded to 0 or 255.
 _HALF_A_GRAY_LEVEL = 0.5 / 255
 
 
 def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
-    """Images side by side in one image, row by row, on a black background.
+    """Arranges images in a grid, row by row, on a black background.
 
     Args:
-        images: (N, C, H, W) in [0, 1].
-        columns: the number of images in a row; None makes the grid about square.
-        padding: width in pixels of the black border around each image.
+        images: (N, C, H, W) in [0, 1], N at least 1.
+        columns: the number of images in a row, at least 1; None is the square root of N, rounded up.
+        padding: the width in pixels of the black border around each image.
 
     Returns:
         One image (C, H', W') in [0, 1].
 
     Raises:
-        ValueError: for another shape, or fewer than one column.
+        ValueError: if the images have another shape, or ``columns`` is below 1.
 
     Example:
         >>> grid(torch.ones(6, 1, 28, 28), columns=3).shape
@@ -49,15 +50,63 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
     return torch.nn.functional.pad(whole, (padding, 0, padding, 0))
 
 
+def to_uint8(images: Tensor, name: str = "images") -> Tensor:
+    """Converts images to 8 bits: values in [0, 1] are rounded to 0, ..., 255. uint8 images are returned unchanged.
+
+    Args:
+        images: uint8, or floating point in [0, 1], of any shape, with at least one value; values outside by up to half
+            a gray level, 0.5 / 255, are clamped.
+        name: the name of the images in messages.
+
+    Raises:
+        TypeError: if the images have another dtype.
+        ValueError: if values are outside [0, 1], or NaN.
+
+    Example:
+        >>> to_uint8(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([  0, 128, 255], dtype=torch.uint8)
+    """
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise TypeError(f"{name} must be uint8, or floating point in [0, 1], got {images.dtype}.")
+    images = images.detach().float()
+    check_range(images, name)
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def check_range(images: Tensor, name: str = "images") -> None:
+    """Checks that floating-point images are in [0, 1], up to half a gray level.
+
+    Args:
+        images: floating point, of any shape, with at least one value.
+        name: the name of the images in messages.
+
+    Raises:
+        ValueError: if values are outside [0, 1], or NaN.
+    """
+    low, high = (float(value) for value in images.aminmax())
+    if math.isnan(low):
+        raise ValueError(f"{name} must have values in [0, 1], got NaN.")
+    if low < -_HALF_A_GRAY_LEVEL or high > 1 + _HALF_A_GRAY_LEVEL:
+        raise ValueError(
+            f"{name} must have values in [0, 1], got values from {low:.3g} to {high:.3g}. Write ({name} + 1) / 2 for "
+            f"images in [-1, 1], {name} / 255 for 8-bit values, or {name}.clamp(0, 1)."
+        )
+
+
 def check_picture(path: str | os.PathLike[str]) -> None:
-    """Raises what ``save_image`` would raise for this path, to be called before the image is computed.
+    """Checks that ``save_image`` can write to a path, so that an error is raised before the image is computed.
 
     Nothing is written, and no folder is created.
 
+    Args:
+        path: the path of the image file.
+
     Raises:
         ImportError: without Pillow.
-        ValueError: for a name without the extension of an image format.
-        OSError: for a folder that cannot be created or written to.
+        ValueError: if the name does not have the extension of an image format.
+        OSError: if the folder cannot be created or written to.
     """
     _format(path)
     folder = Path(path).absolute().parent
@@ -65,21 +114,23 @@ def check_picture(path: str | os.PathLike[str]) -> None:
     if not existing.is_dir():
         raise NotADirectoryError(f"{folder} cannot be written to: {existing} is not a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be written to: there is no permission to write in {existing}.")
+        raise PermissionError(f"{folder} cannot be written to: you have no write permission for {existing}.")
 
 
 def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
-    """Writes one image, gray or RGB, in the format of the file name's extension.
+    """Writes one image, gray or RGB, in the format given by the extension of the file name.
 
-    Values are rounded to 8 bits. Folders are created, and the file is complete or not there at all.
+    Values are rounded to 8 bits. Missing folders are created. The file is written atomically: after an error the path
+    is unchanged.
 
     Args:
-        image: (1, H, W) or (3, H, W), floating point, in [0, 1] up to half a gray level.
-        path: of the file, such as "digits.png".
+        image: (1, H, W) or (3, H, W), floating point, in [0, 1]; values outside by up to half a gray level, 0.5 / 255,
+            are clamped.
+        path: the path of the file, such as "digits.png".
 
     Raises:
         ImportError: without Pillow.
-        TypeError: for integer images.
+        TypeError: if the image is not a floating-point tensor.
         ValueError: for another shape, values outside [0, 1], NaN, or a name without the extension of an image format.
         OSError: if the file cannot be written.
     """
@@ -89,20 +140,17 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     _pillow("writing").fromarray(pixels).save(encoded, format=kind)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".saving-{uuid.uuid4().hex}")
-    try:
-        staged.write_bytes(encoded.getvalue())
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    write_whole(path, encoded.getvalue())
 
 
 def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
-    """The image file itself, or the image files of a folder sorted by name.
+    """Lists the image files at a path: the file itself, or the image files in a folder, sorted by name.
+
+    Subfolders are ignored.
 
     Raises:
         ImportError: without Pillow.
-        FileNotFoundError: for a path that does not exist, or a folder without image files.
+        FileNotFoundError: if the path does not exist, or the folder has no image files.
     """
     extensions = _pillow("reading").registered_extensions()
     path = Path(path)
@@ -120,17 +168,17 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
     """Reads an image from a file of any format that Pillow supports.
 
     Args:
-        path: of the file. The orientation in the EXIF data of a photograph is applied. Transparent pixels become black.
+        path: the path of the file. The EXIF orientation is applied. Transparent pixels become black.
         channels: 1 for luma, 3 for RGB.
 
     Returns:
-        The image (channels, H, W), float32 in [0, 1]. 16-bit gray keeps its precision; 16-bit colors are read with
-        8 bits.
+        The image (channels, H, W), float32 in [0, 1]. Gray images of 16 bits keep their precision; 16-bit colors are
+        read with 8 bits.
 
     Raises:
         ImportError: without Pillow.
-        ValueError: for another number of channels.
-        OSError: for a file that does not exist or is not an image, or pixel values whose range is not known.
+        ValueError: if ``channels`` is neither 1 nor 3.
+        OSError: if the file does not exist or is not an image, or the range of its pixel values is not known.
     """
     pillow = _pillow("reading")
     if channels not in (1, 3):
@@ -149,21 +197,23 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
 
 
 def open_picture(path: str | os.PathLike[str]) -> Any:
-    """A picture of Pillow, of which only the header is read.
+    """Opens an image file as a ``PIL.Image.Image``; only the header is read.
 
     Raises:
         ImportError: without Pillow.
-        OSError: for a file that does not exist or is not an image.
+        OSError: if the file does not exist or is not an image.
     """
     return _pillow("reading").open(path)
 
 
 def gray_or_rgb(picture: Any, channels: int) -> Any:
-    """A picture of Pillow as 8-bit gray (mode "L", ``channels`` = 1) or RGB (3), with the rules of ``read_image``.
+    """Converts a ``PIL.Image.Image`` to 8-bit gray (``channels`` = 1, mode "L") or RGB (``channels`` = 3).
+
+    Orientation, transparency and gray images of more than 8 bits are treated as in ``read_image``.
 
     Raises:
         ImportError: without Pillow.
-        OSError, ValueError: for a damaged file, or pixel values whose range is not known.
+        OSError, ValueError: if the file is damaged, or the range of its pixel values is not known.
     """
     pillow, image = _pillow("reading"), _upright(picture)
     if _is_deep(image):
@@ -175,25 +225,34 @@ def gray_or_rgb(picture: Any, channels: int) -> Any:
 
 
 def read_mask(path: str | os.PathLike[str]) -> Tensor:
-    """Reads a mask (H, W), bool, True where the image is white.
+    """Reads a mask from an image file with black and white pixels only.
+
+    Returns:
+        The mask (H, W), bool, True where the image is white.
 
     Raises:
         ImportError: without Pillow.
-        ValueError: for an image with other colors than black and white, such as a mask that was saved as JPEG.
-        OSError: for a file that does not exist or is not an image.
+        ValueError: if a pixel is neither black nor white, for example in a mask that was saved as JPEG.
+        OSError: if the file does not exist or is not an image.
     """
     mask = read_image(path, 1)[0]
     gray = int(((mask > 0) & (mask < 1)).sum())
     if gray:
         raise ValueError(
-            f"{os.fspath(path)} is not a mask: {gray} of its {mask.numel()} pixels are neither black nor white. Draw "
-            "it without soft edges, and save it as PNG."
+            f"a mask must have only black and white pixels, but {gray} of the {mask.numel()} pixels of "
+            f"{os.fspath(path)} have other colors. Draw it without soft edges, and save it as PNG."
         )
     return mask > 0
 
 
 def save_grid(images: Tensor, path: str | os.PathLike[str], columns: int | None = None) -> None:
-    """Writes images (N, C, H, W) in [0, 1] as one image; see ``grid`` and ``save_image``."""
+    """Writes images as a grid in one image file; errors are those of ``grid`` and ``save_image``.
+
+    Args:
+        images: (N, C, H, W) in [0, 1], C being 1 or 3.
+        path: the path of the file, such as "digits.png".
+        columns: the number of images in a row; None is the square root of N, rounded up.
+    """
     save_image(grid(images, columns), path)
 
 
@@ -210,9 +269,7 @@ def _format(path: str | os.PathLike[str]) -> str:
     pillow = _pillow("writing")
     kind = pillow.registered_extensions().get(Path(path).suffix.lower())
     if kind not in pillow.SAVE:
-        raise ValueError(
-            f"the name of an image file must have the extension of its format, such as .png, got {os.fspath(path)}."
-        )
+        raise ValueError(f"the path must end in the extension of an image format, such as .png, got {os.fspath(path)}.")
     return kind
 
 
@@ -225,41 +282,31 @@ def _to_8_bits(image: Tensor) -> np.ndarray:
         )
     if image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
         raise ValueError(f"image must be (1, H, W) or (3, H, W), got shape {tuple(image.shape)}.")
-    image = image.detach().float().cpu()
-    low, high = (float(value) for value in image.aminmax())
-    if math.isnan(low):
-        raise ValueError("image must have values in [0, 1], got NaN.")
-    if low < -_HALF_A_GRAY_LEVEL or high > 1 + _HALF_A_GRAY_LEVEL:
-        raise ValueError(
-            f"image must have values in [0, 1], got values from {low:.3g} to {high:.3g}. Write (image + 1) / 2 for "
-            "images in [-1, 1], image / 255 for 8-bit values, or image.clamp(0, 1)."
-        )
-    array = rearrange(image.clamp(0, 1).mul(255).round().to(torch.uint8), "c h w -> h w c").numpy()
+    array = rearrange(to_uint8(image, "image").cpu(), "c h w -> h w c").numpy()
     return array.squeeze(2) if array.shape[2] == 1 else array
 
 
 def _upright(picture: Any) -> Any:
-    """A picture, rotated as its EXIF data say."""
+    """The picture, rotated by its EXIF orientation."""
     from PIL import ImageOps
 
     return ImageOps.exif_transpose(picture)
 
 
 def _is_deep(picture: Any) -> bool:
-    """Whether a picture is gray with more than 8 bits, which ``convert("L")`` would clip to white."""
+    """Whether a picture is gray with more than 8 bits, which ``convert("L")`` would clip at 255."""
     return picture.mode.startswith(("I", "F"))
 
 
 def _deep_gray(image: Any) -> np.ndarray:
     """The pixels (H, W), float32 in [0, 1], of an image of one of Pillow's gray modes with more than 8 bits."""
     array = np.array(image).astype(np.float64)
-    # Mode "I" has 32 bits, but older versions of Pillow read files of 16 bits in it.
+    # Mode "I" has 32 bits, but older versions of Pillow use it for 16-bit files.
     largest = 1.0 if image.mode == "F" else 65535.0
-    if not (array.min() >= 0 and array.max() <= largest):  # written so that NaN is refused
+    if not (array.min() >= 0 and array.max() <= largest):  # also true for NaN
         raise ValueError(
-            f"its pixels have values from {array.min():g} to {array.max():g}, whose range is not known; expected 0 to "
-            f"{largest:g}"
+            f"its pixel values must be from 0 to {largest:g}, got values from {array.min():g} to {array.max():g}"
         )
-    if "transparency" in image.info:  # the gray value of transparent pixels
+    if "transparency" in image.info:  # the gray value that marks transparent pixels
         array[array == image.info["transparency"]] = 0
     return (array / largest).astype(np.float32)

@@ -1,37 +1,38 @@
-r"""Log-likelihood of data under a score, along the probability flow.
+r"""The log-likelihood of data under a score network, by integration of the probability flow.
 
-The flow :math:`dx/d\sigma = -\sigma s(x, \sigma)` carries the density of the data with noise of the lowest level to the
-highest level, where it is nearly normal. The change of volume along the path is known, so that
+The probability flow is the ODE :math:`dx/d\sigma = -\sigma s(x, \sigma)`. It transports the density of data with noise
+of the lowest level to the highest level, where the density is nearly normal. With the change of volume along the path,
 
 .. math:: \log p(x) = \log \mathcal{N}(x_{max};\, m, \sigma_{max}^2 I)
           + D \log\frac{\sigma_{max}}{\sigma_{min}}
           - \int_{\sigma_{min}}^{\sigma_{max}} \mathrm{tr}\, \frac{\partial D(x, \sigma)}{\partial x}\, d\log\sigma ,
 
-where D(x, sigma) is the denoised image :math:`x + \sigma^2 s` and m the middle of the network's value range. The path
-is computed with Heun's method in sigma, the integral of the trace with the trapezoidal rule in log sigma; both are of
-second order in the step. The trace is exact with D derivatives, which is affordable for points, or estimated with one
-derivative for each random direction v of signs, as :math:`\mathrm{E}\, v^\top (\partial D/\partial x)\, v`
-(Hutchinson). The directions are drawn anew at each level.
+where D is the number of values in x, D(x, sigma) the denoised image :math:`x + \sigma^2 s`, and m the middle of the
+network's value range. The path is computed with Heun's method in sigma, and the integral of the trace with the
+trapezoidal rule in log sigma; both are of second order in the step. The trace is either exact, from D derivatives,
+which is affordable for data of few dimensions, or estimated as
+:math:`\mathrm{E}\, v^\top (\partial D/\partial x)\, v` (Hutchinson), with one derivative for each random vector v of
+signs, 1 or -1. New vectors are drawn at each level.
 
-**What is measured.** The model's density at sigma_min: the density that the flow makes of the normal distribution at
-sigma_max. Any two scores can be compared by it. It describes the data *with noise* of level sigma_min, and it differs
-from the density that the score itself describes by the start alone, since data with noise of sigma_max are not quite
-normal. The mean over the data is too low for that reason by at most
-:math:`\mathrm{E}\lVert x_0 - m \rVert^2 / 2\sigma_{max}^2` nats: for MNIST and sigma_max 16.9 a third of a nat per
-image, 0.0006 bits per dimension.
+**What is measured.** The result is the density at sigma_min of the model, the distribution into which the flow
+transforms the normal distribution at sigma_max. Different networks can be compared by it. It is a density of data
+*with noise* of level sigma_min. Even for an exact score it differs from the density of the noisy data, since data with
+noise of level sigma_max are not exactly normal: the mean of log p over the data is then too low, by at most
+:math:`\mathrm{E}\lVert x_0 - m \rVert^2 / 2\sigma_{max}^2` nats. For MNIST and sigma_max = 16.9 that is a third of a
+nat per image, 0.0006 bits per dimension.
 
-**Bits per dimension.** An 8-bit image is a point of a grid of spacing 1/255. With a number drawn uniformly from each
-value's cell of the grid it has the density p, and
+**Bits per dimension.** The values of an 8-bit image are multiples of 1/255. With uniform noise of width 1/255 added to
+each value, images have a density p, and
 
 .. math:: -\log_2 P(\mathrm{image}) \le -\mathrm{E}_u \log_2 p\bigl(x + (u - \tfrac12)/255\bigr) + D \log_2 255,
           \qquad u \sim \mathcal{U}[0, 1]^D ,
 
-which is divided by D: the bits per value that a lossless code of the images would need. Since the density is blurred by
-sigma_min, a value that an exact score is certain of takes :math:`\log_2(255 \sigma_{min} \sqrt{2\pi})` bits, 2.7 at
-0.01 and 0.4 at 0.002. Where sigma_min is well above 1/255, a learned score has not been trained on images as clean as
-these: the result is still that of a density, but it depends on what the network does outside its training data, and it
-needs many levels. To compare networks, use :math:`-\log p` of images with noise of sigma_min: its mean is least for the
-true density and never below the entropy of the noise.
+The right side divided by D is the number of bits per value that a lossless code of the images needs. The density
+includes noise of level sigma_min; therefore even a value that an exact score predicts with certainty takes
+:math:`\log_2(255 \sigma_{min} \sqrt{2\pi})` bits, 2.7 at 0.01 and 0.4 at 0.002. If sigma_min is well above 1/255, the
+network was not trained on images as clean as these. The result is still valid for the model's density, but it depends
+on the network outside its training data, and it needs many levels. To compare networks, use :math:`-\log p` of images
+with noise of level sigma_min: its mean is smallest for the true density and never below the entropy of the noise.
 
 References:
     Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Eq. 39-40.
@@ -67,32 +68,34 @@ def log_likelihood(
     generator: Generator = None,
     progress: bool = True,
 ) -> Tensor:
-    """The logarithm of the density of data under a score's probability flow, in nats.
+    """Computes the log-density of data under the probability flow of a score network, in nats.
 
-    It takes two network calls per level, one of them with ``probes`` derivatives. The samples do not depend on each
-    other: a large set can be passed in parts.
+    It calls the network twice per level, once with ``probes`` backward passes. Samples are independent of each other,
+    so that a large data set can be passed in parts.
 
     Args:
-        net: a score, ``net(x, sigma)`` -> the shape of x, differentiable in x: a ScoreNet or any callable.
+        net: a score: a ScoreNet, or any callable ``net(x, sigma)`` that returns a tensor of x's shape and is
+            differentiable in x.
         x: the data (N, ...), floating point; images in [0, 1].
-        schedule: the levels of the integration, from the highest, where the density is taken to be normal, to the
-            lowest, at which the density of the data is measured; None is ``NoiseSchedule.karras`` with 50 levels over
-            the range of the network's own schedule.
+        schedule: the noise levels of the integration. At the highest the density is assumed to be normal; at the lowest
+            the density of x is computed. None is ``NoiseSchedule.karras`` with 50 levels over the range of the
+            network's own schedule.
 
         Rarely needed:
 
-        probes: random directions for the trace at each level; None takes all D axes, which is exact.
-        condition: passed to the network as its third argument, (N, ...), or an int, the class of all samples.
-        generator: the source of the directions, as for a sampler: a ``torch.Generator``, or a seed; None is torch's
-            global generator; a list holds one for each sample.
+        probes: the number of random vectors for the estimate of the trace at each level, at least 1; None computes the
+            exact trace with D derivatives.
+        condition: passed to the network as its third argument: a tensor (N, ...), or an int, the class of all samples.
+        generator: the source of the random vectors: a ``torch.Generator``, or a seed; None is torch's global generator.
+            A list holds one for each sample.
         progress: whether to show a progress bar.
 
     Returns:
-        log p (N,), per unit of x's volume, in x's dtype and float32 at least, without a gradient.
+        log p (N,), in x's dtype, but at least float32, without gradient.
 
     Raises:
-        TypeError: for data that are not a floating-point tensor.
-        ValueError: for a plain callable without schedule, data that are not a batch, or fewer than one probe.
+        TypeError: if x is not a floating-point tensor.
+        ValueError: if x is not a batch, ``probes`` is below 1, or the schedule is missing for a plain callable.
 
     Example:
         >>> from scorematch import NoiseSchedule
@@ -108,10 +111,10 @@ def log_likelihood(
     check_data(x)
     if probes is not None and (not isinstance(probes, int) or probes < 1):
         raise ValueError(f"probes must be an integer of at least 1, or None for the exact trace, got {probes!r}.")
-    schedule = _default_schedule(net) if schedule is None else schedule
+    schedule = default_schedule(net) if schedule is None else schedule
     generators = as_generator(generator)
     dimension = x[0].numel()
-    # Nothing can be differentiated in inference mode, nor a tensor that was made in it.
+    # Neither computations in inference mode nor tensors created in it can be differentiated.
     with torch.inference_mode(False), torch.no_grad(), evaluating(net):
         x = _without_history(x).to(torch.promote_types(x.dtype, torch.float32))
         condition = _without_history(condition) if isinstance(condition, Tensor) else condition
@@ -131,45 +134,85 @@ def bits_per_dimension(
     generator: Generator = None,
     progress: bool = True,
 ) -> Tensor:
-    r"""The bits per value that a lossless code of 8-bit images by a score's density needs.
+    r"""Computes the bits per dimension of 8-bit images: the bits per value of a lossless code with the model's density.
 
     .. math:: -\frac{1}{D} \log_2 p\bigl(x + (u - \tfrac12) / 255\bigr) + \log_2 255
 
-    with u uniform in [0, 1], drawn once per image. The mean over images, or over draws, is an upper bound of the bits
-    of the images themselves. The lowest noise level sets a floor; see the module.
+    where u is uniform in [0, 1), drawn once for each value of each image. In the mean over u this is an upper bound of
+    the bits per dimension of the discrete images. It cannot fall below a limit that the lowest noise level sets; see
+    the module docstring.
 
     Args:
-        net: a score of images in [0, 1].
+        net: a score, as for ``log_likelihood``, of images in [0, 1].
         images: (N, ...), floating point, multiples of 1/255 in [0, 1].
-        schedule: the levels, as for ``log_likelihood``; likewise the other arguments.
+        schedule: the noise levels of the integration, as for ``log_likelihood``.
 
         Rarely needed:
 
-        probes: random directions for the trace; None is exact.
-        condition: passed to the network.
-        generator: the source of u, then of the directions.
+        probes: the number of random vectors for the trace at each level; None computes the exact trace.
+        condition: passed to the network as its third argument, as for ``log_likelihood``.
+        generator: the source of u and of the random vectors, as for ``log_likelihood``.
         progress: whether to show a progress bar.
 
     Returns:
-        Bits per dimension (N,).
+        The bits per dimension (N,) of the images.
 
     Raises:
-        TypeError: for images that are not a floating-point tensor.
-        ValueError: for images outside [0, 1], or as ``log_likelihood``.
+        TypeError: if the images are not a floating-point tensor.
+        ValueError: if they are outside [0, 1], and as for ``log_likelihood``.
 
     References:
         Theis et al., 2016, arXiv:1511.01844, Sec. 3.1.
     """
+    generators = as_generator(generator)
+    x = dequantized(images, generators)
+    nats = log_likelihood(net, x, schedule, probes=probes, condition=condition, generator=generators, progress=progress)
+    return as_bits(nats, x[0].numel())
+
+
+def dequantized(images: Tensor, generator: Generator = None) -> Tensor:
+    """The images with uniform noise of width 1/255, the x + (u - 1/2)/255 of ``bits_per_dimension``.
+
+    Args:
+        images: (N, ...), floating point, multiples of 1/255 in [0, 1].
+        generator: the source of u, as for ``log_likelihood``.
+
+    Returns:
+        The noisy images (N, ...), in the dtype of the images, but at least float32.
+
+    Raises:
+        TypeError: if the images are not a floating-point tensor.
+        ValueError: if they are outside [0, 1].
+    """
     check_data(images, "images")
     low, high = (float(value) for value in images.detach().aminmax())
-    if not (low >= 0 and high <= 1):  # written so that NaN is refused
+    if not (low >= 0 and high <= 1):  # also true for NaN
         raise ValueError(f"images must be in [0, 1], got values from {low:.3g} to {high:.3g}.")
-    generators = as_generator(generator)
     images = images.detach().to(torch.promote_types(images.dtype, torch.float32))
-    u = uniform(images.shape, generators, images.device, images.dtype)
-    x = images + (u - 0.5) / 255
-    nats = log_likelihood(net, x, schedule, probes=probes, condition=condition, generator=generators, progress=progress)
-    return -nats / (x[0].numel() * math.log(2)) + math.log2(255)
+    u = uniform(images.shape, as_generator(generator), images.device, images.dtype)
+    return images + (u - 0.5) / 255
+
+
+def as_bits(log_density: Tensor, dimension: int) -> Tensor:
+    """The bits per dimension (N,) of 8-bit images from the log-density (N,) of ``dequantized`` images, in nats.
+
+    Args:
+        log_density: (N,), in nats.
+        dimension: D, the number of values in an image.
+    """
+    return -log_density / (dimension * math.log(2)) + math.log2(255)
+
+
+def default_schedule(net: Score) -> NoiseSchedule:
+    """The schedule of ``log_likelihood`` if none is given.
+
+    Raises:
+        ValueError: for a plain callable, which has no noise levels of its own.
+    """
+    own = schedule_of(net)
+    if own is None:
+        raise ValueError("a plain callable has no noise levels of its own: pass a schedule.")
+    return NoiseSchedule.karras(own.sigma_max, own.sigma_min, _LEVELS)
 
 
 # -- The flow ---------------------------------------------------------------------------------------------------------
@@ -177,7 +220,7 @@ def bits_per_dimension(
 
 @dataclass(frozen=True)
 class _Flow:
-    """What the integration needs of a score at a point of the path: the score, and the trace of D's Jacobian."""
+    """The quantities that are integrated: the score, and the trace of the denoised image's Jacobian."""
 
     net: Score
     condition: Tensor | int | None
@@ -185,7 +228,7 @@ class _Flow:
     generators: torch.Generator | Sequence[torch.Generator] | None
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The score of x at a noise level ()."""
+        """The score of x (N, ...) at the noise level sigma ()."""
         score = self.net(x, sigma) if self.condition is None else self.net(x, sigma, self.condition)
         return check_score(score, x)
 
@@ -203,7 +246,7 @@ class _Flow:
         return score.detach(), trace if self.probes is None else trace / self.probes
 
     def _directions(self, x: Tensor) -> Iterator[Tensor]:
-        """All axes, or as many random vectors of signs as there are probes; each of x's shape."""
+        """The unit vectors of all axes, or ``probes`` random vectors of signs; each of x's shape."""
         if self.probes is None:
             axes = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)
             yield from (axis.view(x[0].shape).expand_as(x) for axis in axes)
@@ -214,7 +257,7 @@ class _Flow:
 
 
 def _follow(flow: _Flow, x: Tensor, schedule: NoiseSchedule, progress: bool) -> tuple[Tensor, Tensor]:
-    """The end of the flow's path at the highest level, and the integral (N,) of the trace over log sigma."""
+    """The end of the path at the highest level, and the integral (N,) of the trace over log sigma."""
     sigmas = schedule.sigmas.flip(0).to(x.dtype).to(x.device)  # cast first: not every device has float64
     steps = list(itertools.pairwise(reversed(list(schedule))))
     integral = torch.zeros(len(x), dtype=x.dtype, device=x.device)
@@ -229,13 +272,6 @@ def _follow(flow: _Flow, x: Tensor, schedule: NoiseSchedule, progress: bool) -> 
     return x, integral
 
 
-def _default_schedule(net: Score) -> NoiseSchedule:
-    own = schedule_of(net)
-    if own is None:
-        raise ValueError("a plain callable has no noise levels of its own: pass a schedule.")
-    return NoiseSchedule.karras(own.sigma_max, own.sigma_min, _LEVELS)
-
-
 def _without_history(x: Tensor) -> Tensor:
-    """The tensor without its gradient, and as an ordinary tensor if it was made in inference mode."""
+    """The tensor detached from the graph, and as an ordinary tensor if it was created in inference mode."""
     return x.clone() if x.is_inference() else x.detach()

@@ -1,16 +1,16 @@
-r"""Losses that train a score network: denoising and sliced score matching.
+r"""Losses to train a score network: denoising and sliced score matching.
 
-Denoising score matching adds noise to the data and trains the network to predict the score of that noise. With
-:math:`\tilde x = x + \sigma z` and z standard normal, the loss is
+Denoising score matching adds Gaussian noise to the data and trains the network to predict :math:`-z / \sigma`, the
+score of the noisy data given the clean data. With :math:`\tilde x = x + \sigma z` and z standard normal, the loss is
 
 .. math:: \tfrac{1}{p} \sum_i \Bigl| s(\tilde x, \sigma)_i + \frac{z_i}{\sigma} \Bigr|^p \, \sigma^p .
 
-For p = 2 its minimum is at the score of the data convolved with noise of level sigma. A network whose output is zero
-has a loss of D/2, where D is the number of values in an image: 392 for MNIST, 1536 for CIFAR-10. The minimum is not
-zero, since noise of a low level cannot be told from the image.
+For p = 2 it is minimal at the score of the data convolved with noise of level sigma. A network whose output is zero
+has a mean loss of D/2, where D is the number of values in an image: 392 for MNIST, 1536 for CIFAR-10. The minimum is
+not zero, since the noise cannot be separated from the image exactly, least of all at low levels.
 
-Sliced score matching (Song et al. 2019) estimates the trace of the score's Jacobian along random directions. It needs
-no noise in the data, but a second derivative.
+Sliced score matching (Song et al. 2019) estimates the trace of the score's Jacobian along random directions. It does
+not need noisy data, but it needs second derivatives of the network.
 
 References:
     Vincent, 2011, A Connection Between Score Matching and Denoising Autoencoders.
@@ -55,23 +55,24 @@ def dsm_loss(
 
     .. math:: \tfrac{1}{p} \sum_i |r_i|^p \, w(\sigma), \qquad r = s(x + \sigma z, \sigma) + z / \sigma
 
-    The first batch of a network that has a value range is compared with that range, and a warning says if the data are
-    in other units. Later batches are not looked at, since a look waits for the device.
+    If the network has a ``value_range``, its first batch is compared with that range, with a warning for data in other
+    units. Later batches are not checked, since reading their values would synchronize with the device.
 
     Args:
-        net: a score, ``net(x, sigma)`` -> the shape of x, with ``sigma`` of shape (N,).
+        net: a score: a ScoreNet, or any callable ``net(x, sigma)`` that returns a tensor of x's shape. It is called
+            with ``sigma`` of shape (N,).
         x: clean data (N, ...), floating point; images in [0, 1].
-        schedule: the noise levels, from which each sample gets one, drawn uniformly; None is the network's own
+        schedule: the noise levels, one of which is drawn uniformly for each sample; None is the network's own
             schedule.
 
         Rarely needed:
 
-        sigma: the noise levels, a float, () or (N,), in the units of x, instead of drawn ones.
-        noise: the standard normal noise z, of x's shape, instead of drawn noise.
-        condition: passed to the network as its third argument, (N, ...), or an int, the class of all samples; None
-            calls the network with two arguments.
-        region: bool, broadcastable to x, True where the loss counts. The sum over it is scaled by D / its size, image
-            by image.
+        sigma: the noise levels to use instead of random ones: a float, () or (N,), positive, in the units of x.
+        noise: the standard normal noise z to use instead of random noise, of x's shape.
+        condition: passed to the network as its third argument: a tensor (N, ...), or an int, the class of all samples.
+            None calls the network with two arguments.
+        region: bool, broadcastable to x, True where the loss counts. For each image the sum over the region is
+            multiplied by D / (number of values in the region).
         p: the power, at least 1.
         weighting: a function of sigma (N,) that returns w (N,); None is sigma^p.
         reduction: "mean" over the batch, or "none" for one value per image.
@@ -79,12 +80,12 @@ def dsm_loss(
             numbers at each call; None is torch's global generator.
 
     Returns:
-        The loss: a scalar, or (N,) for ``reduction="none"``.
+        The loss: a scalar, or (N,) for ``reduction="none"``; float32, or float64 for float64 data.
 
     Raises:
-        TypeError: for data that are not a floating-point tensor, or a region that is not bool.
-        ValueError: for a plain callable without schedule and sigma, a sigma that is not positive, or shapes that do not
-            fit.
+        TypeError: if x is not a floating-point tensor, or region is not bool.
+        ValueError: if there are no noise levels (a plain callable without ``schedule`` and ``sigma``), sigma is not
+            positive, p is below 1, ``reduction`` is unknown, or the shapes do not fit.
 
     Example:
         >>> from scorematch import NoiseSchedule
@@ -96,17 +97,61 @@ def dsm_loss(
     if p < 1:
         raise ValueError(f"p must be at least 1, got {p!r}.")
     _check_reduction(reduction)
-    levels = per_image(sigma, x)
-    noisy = x + levels * noise
-    score = check_score(net(noisy, sigma) if condition is None else net(noisy, sigma, condition), x)
-    # The power is taken of sigma r = sigma s + z, which is of order one, while r itself grows as 1 / sigma.
-    residual = (levels * score + noise).abs().pow(p)
+    # |sigma r|^p with sigma r = sigma s + z, which is of order one, whereas r grows as 1 / sigma.
+    residual = (_scaled_score(net, x, sigma, noise, condition) + noise).abs().pow(p)
     if region is not None:
         residual = residual * _weights_in(region, x)
     loss = residual.flatten(1).sum(1) / p
     if weighting is not None:
         loss = loss * (weighting(sigma) / sigma**p)
     return loss.mean() if reduction == "mean" else loss
+
+
+def loss_and_norm(
+    net: Score,
+    x: Tensor,
+    *,
+    sigma: float | Tensor,
+    noise: Tensor | None = None,
+    condition: Tensor | int | None = None,
+    region: Tensor | None = None,
+    generator: torch.Generator | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The denoising loss of each image, and the squared norm of its score, in units that do not depend on sigma or D.
+
+    .. math:: L = \tfrac{1}{D} \lVert \sigma s + z \rVert^2, \qquad N = \tfrac{1}{D} \lVert \sigma s \rVert^2, \qquad
+              s = s(x + \sigma z, \sigma)
+
+    A network that returns zero has a mean L of 1. :math:`\sigma^2 L` is the mean square error of the denoised image.
+    For the exact score, :math:`\sigma s = -\mathrm{E}[z | x + \sigma z]`, and therefore
+    :math:`\mathrm{E} N = 1 - \mathrm{E} L` at every noise level. Where the two differ, the norm of the network's score
+    is wrong.
+
+    Args:
+        net: a score, as for ``dsm_loss``.
+        x: clean data (N, ...), floating point; images in [0, 1].
+        sigma: the noise level: a float, () or (N,), positive, in the units of x.
+        noise: the standard normal noise z to use instead of random noise, of x's shape.
+        condition: passed to the network as its third argument, as for ``dsm_loss``.
+        region: bool, broadcastable to x, True where the values count; D is then their number.
+        generator: the source of the noise, as for ``dsm_loss``.
+
+    Returns:
+        L (N,), which is ``dsm_loss`` divided by D/2, and N (N,).
+
+    Raises:
+        TypeError, ValueError: as ``dsm_loss``.
+
+    Example:
+        >>> x, z = torch.rand(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+        >>> loss_and_norm(lambda x, sigma: torch.zeros_like(x), x, sigma=0.5, noise=z)
+        (tensor([1.]), tensor([0.]))
+    """
+    x, sigma, noise, _ = _perturbation(net, x, None, sigma, noise, generator)
+    scaled = _scaled_score(net, x, sigma, noise, condition)
+    weights = 1.0 if region is None else _weights_in(region, x)
+    loss, norm = ((value.square() * weights).flatten(1).mean(1) for value in (scaled + noise, scaled))
+    return loss, norm
 
 
 def sliced_score_matching_loss(
@@ -121,21 +166,21 @@ def sliced_score_matching_loss(
     reduction: Reduction = "mean",
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
-    r"""The sliced score matching loss with reduced variance, at the noise levels of a schedule.
+    r"""The sliced score matching loss with reduced variance (SSM-VR), at the noise levels of a schedule.
 
     .. math:: \Bigl( v^\top \nabla_{\tilde x} \bigl( v^\top s(\tilde x, \sigma) \bigr)
               + \tfrac{1}{2} \lVert s(\tilde x, \sigma) \rVert^2 \Bigr) w(\sigma), \qquad \tilde x = x + \sigma z
 
     Args:
-        net: a score, differentiable twice.
+        net: a score, as for ``dsm_loss``, that is twice differentiable.
         x: clean data (N, ...), floating point.
         schedule: the noise levels, as for ``dsm_loss``.
-        sigma: the noise levels, instead of drawn ones.
-        noise: the noise z, instead of drawn noise.
-        projections: the directions v, of x's shape, instead of standard normal ones.
+        sigma: the noise levels to use instead of random ones: a float, () or (N,), positive.
+        noise: the standard normal noise z to use instead of random noise, of x's shape.
+        projections: the directions v to use instead of standard normal ones, of x's shape.
         weighting: a function of sigma (N,) that returns w (N,); None is sigma^2.
         reduction: "mean" over the batch, or "none" for one value per image.
-        generator: the source of what is drawn, as for ``dsm_loss``.
+        generator: the source of the noise levels, the noise and the directions, as for ``dsm_loss``.
 
     Returns:
         The loss: a scalar, or (N,) for ``reduction="none"``.
@@ -158,6 +203,14 @@ def sliced_score_matching_loss(
     return loss.mean() if reduction == "mean" else loss
 
 
+def _scaled_score(net: Score, x: Tensor, sigma: Tensor, noise: Tensor, condition: Tensor | int | None) -> Tensor:
+    """Sigma times the score of x with noise; sigma (N,)."""
+    levels = per_image(sigma, x)
+    noisy = x + levels * noise
+    score = net(noisy, sigma) if condition is None else net(noisy, sigma, condition)
+    return levels * check_score(score, x)
+
+
 # -- The noise --------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +222,10 @@ def _perturbation(
     noise: Tensor | None,
     generator: torch.Generator | int | None,
 ) -> tuple[Tensor, Tensor, Tensor, torch.Generator | None]:
-    """x, sigma (N,) and z in float32 at least, checked, and drawn where they are not given; and their generator."""
+    """Checks x, sigma and z and draws those that are not given; returns them and the generator.
+
+    x and z (N, ...) and sigma (N,) are float32, or float64 for float64 data.
+    """
     check_data(x)
     _warn_of_other_units(net, x)
     source = single_generator(generator)
@@ -197,7 +253,7 @@ def _check_reduction(reduction: str) -> None:
 
 
 def _weights_in(region: Tensor, x: Tensor) -> Tensor:
-    """The weight of each value: 0 outside the region, D / its size inside."""
+    """The weight of each value of x: 0 outside the region, D / (number of values in the region) inside."""
     if region.dtype != torch.bool:
         raise TypeError(f"region must be bool, True where the loss counts, got {region.dtype}. Write region > 0.5.")
     try:
@@ -212,7 +268,7 @@ def _weights_in(region: Tensor, x: Tensor) -> Tensor:
 
 # -- The units --------------------------------------------------------------------------------------------------------
 
-# Data in other units leave the range by much more than this share of it; interpolation of images overshoots by less.
+# The tolerance, as a fraction of the range. Data in other units exceed it; the overshoot of image resizing does not.
 _OVERSHOOT = 0.1
 
 _lock = threading.Lock()
@@ -220,7 +276,7 @@ _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _warn_of_other_units(net: Score, x: Tensor) -> None:
-    """Warns if the first batch of a network with a value range is outside that range, or has NaN."""
+    """Warns if the network has a value range and its first batch has NaN or values outside that range."""
     if torch.compiler.is_compiling() or not isinstance(net, nn.Module):
         return
     value_range = attribute(net, "value_range")
@@ -232,14 +288,14 @@ def _warn_of_other_units(net: Score, x: Tensor) -> None:
             return
         try:
             low, high = (float(value) for value in x.detach().aminmax())
-        except RuntimeError:  # inside torch.func.vmap, and on the meta device, values cannot be read
+        except RuntimeError:  # values cannot be read inside torch.func.vmap, and on the meta device
             return
         _looked_at.add(owner)
     margin = _OVERSHOOT * (value_range[1] - value_range[0])
-    if not (low >= value_range[0] - margin and high <= value_range[1] + margin):  # written so that NaN warns
+    if not (low >= value_range[0] - margin and high <= value_range[1] + margin):  # also true for NaN
         found = "NaN" if math.isnan(low) else f"values from {low:.3g} to {high:.3g}"
         warnings.warn(
-            f"x has {found}, but the network's value_range is {tuple(value_range)}. For images in [-1, 1] write "
-            "(x + 1) / 2, for 8-bit values x / 255; for data of another range pass value_range= to ScoreNet.",
+            f"x must be in the network's value_range, {tuple(value_range)}, got {found}. Write (x + 1) / 2 for images "
+            "in [-1, 1], x / 255 for 8-bit values, or pass value_range= to ScoreNet for data of another range.",
             stacklevel=4,
         )

@@ -1,29 +1,32 @@
-r"""Noise schedules: which noise levels there are, from the highest to the lowest, and how to choose them.
+r"""Noise schedules: the noise levels of a network or a sampler, from the highest to the lowest, and how to choose them.
 
 Noisy data are :math:`x_0 + \sigma z` with z standard normal, at levels
-:math:`\sigma_1 > \sigma_2 > \dots > \sigma_L > 0`. A score network learns all levels at once, and annealed Langevin
-dynamics visits them in order: at high levels it finds the modes of the data, at low levels it draws the details. Sigma
-has the units of the data; for images in [0, 1], 0.01 is 2.55 gray levels of 255.
+:math:`\sigma_1 > \sigma_2 > \dots > \sigma_L > 0`. One score network learns all levels, and annealed Langevin dynamics
+visits them in descending order: at high levels it finds the modes of the data, at low levels the details. Sigma has the
+units of the data; for images in [0, 1], 0.01 is 2.55 of 255 gray levels.
 
-Song & Ermon (2020) choose a schedule by these techniques:
+Song & Ermon (2020) choose the schedule, the network and the step size by these techniques:
 
 1. :math:`\sigma_1` is the largest distance between two training images (``from_data``).
-2. The ratio :math:`\gamma = \sigma_{i-1}/\sigma_i` makes neighboring levels overlap. The norm of noise of level i has
-   mean :math:`\sqrt{D}\,\sigma_i` and standard deviation :math:`\sigma_i/\sqrt{2}`, and gamma solves
-   :math:`\Phi(\sqrt{2D}(\gamma-1)+3\gamma) - \Phi(\sqrt{2D}(\gamma-1)-3\gamma) = C` (``suggest_levels``).
-3. The network divides its output by sigma (see ``scorematch.precondition``).
-4. The step size is the one for which the variance after a level is closest to the right one (``suggest_step_size``).
+2. The ratio :math:`\gamma = \sigma_{i-1}/\sigma_i` is chosen such that neighboring levels overlap. In D dimensions the
+   norm of noise of level i has mean :math:`\sqrt{D}\,\sigma_i` and standard deviation :math:`\sigma_i/\sqrt{2}`, and
+   gamma solves :math:`\Phi(\sqrt{2D}(\gamma-1)+3\gamma) - \Phi(\sqrt{2D}(\gamma-1)-3\gamma) = C`, where Phi is the
+   standard normal distribution function and C the overlap (``suggest_levels``).
+3. The output of the network is divided by sigma (see ``scorematch.precondition``).
+4. The step size brings the variance after each level as close to that level's as possible (``suggest_step_size``).
 
-Technique 2 is derived for images. In few dimensions noise of all levels overlaps, and the equation has a very large
-solution or none. What limits the ratio there is the step from one level to the next: on Gaussian data of any dimension
-and covariance, a sampler that takes one Euler step of the probability flow per level ends with a standard deviation
-that is too small by the factor :math:`\gamma^{-1/4}`. The ratio is therefore limited to :math:`0.95^{-4} \approx 1.23`,
-at which 5 % is lost. For C = 0.5 this changes nothing from D = 131 on, which is less than an image of 12 x 12 pixels.
+Technique 2 is derived for images. In few dimensions the noise of all levels overlaps, and the equation has a very large
+solution or none. There the error of the step from one level to the next limits the ratio: on Gaussian data of any
+dimension and covariance, a sampler that takes one Euler step of the probability flow per level ends with a standard
+deviation that is too small by the factor :math:`\gamma^{-1/4}`. The ratio is therefore limited to
+:math:`0.95^{-4} \approx 1.23`, at which the standard deviation is 5 % too small. For C = 0.5 the limit has no effect
+from D = 131 on, which is less than the number of pixels of a 12 x 12 image.
 
-The factor follows from data of variance :math:`s^2` and :math:`u = \sigma^2 / (s^2 + \sigma^2)`. An Euler step
-multiplies their deviation by :math:`1 - (1 - 1/\gamma) u`, and the exact flow by :math:`\sqrt{1 - (1 - 1/\gamma^2) u}`.
-The logarithm of the quotient is :math:`-\tfrac12 h^2 u (1 - u)` in :math:`h = \log \gamma`, and the sum over all levels
-:math:`-\tfrac{h}{2} \int u (1 - u)\, d\log\sigma = -\tfrac{h}{4}`.
+The factor is derived as follows. Let the data have variance :math:`s^2`, and let
+:math:`u = \sigma^2 / (s^2 + \sigma^2)`. An Euler step multiplies the standard deviation by
+:math:`1 - (1 - 1/\gamma) u`, and the exact flow by :math:`\sqrt{1 - (1 - 1/\gamma^2) u}`. To leading order in
+:math:`h = \log \gamma` the logarithm of their quotient is :math:`-\tfrac12 h^2 u (1 - u)`, and its sum over all levels
+is :math:`-\tfrac{h}{2} \int u (1 - u)\, d\log\sigma = -\tfrac{h}{4}`.
 
 References:
     Song & Ermon, 2020, Improved Techniques for Training Score-Based Generative Models, arXiv:2006.09011.
@@ -42,22 +45,25 @@ from torch import Tensor
 
 from scorematch.randomness import single_generator
 
-# A schedule of one level has no ratio from which technique 4 could find a step. At a tenth of sigma^2 the variance
-# after many steps is 1 / (1 - 0.1 / 2), five percent too large.
+# The step size in units of sigma^2 for a schedule of one level, for which technique 4 is not defined. The variance
+# after many steps is 1 / (1 - 0.1 / 2) times sigma^2, five percent too large.
 _SINGLE_LEVEL_STEP = 0.1
-_LARGEST_RATIO = 0.95**-4  # of neighboring levels in ``suggest_levels``; see the module
+_LARGEST_RATIO = 0.95**-4  # the limit of gamma in ``suggest_levels``; see the module docstring
 _DISTANCE_BLOCK = 2048  # images compared at a time in technique 1
-# Data in other units leave the range by much more than this share of it; interpolation of images overshoots by less.
+# The tolerance, as a fraction of the range. Data in other units exceed it; the overshoot of image resizing does not.
 _OVERSHOOT = 0.1
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class NoiseSchedule:
-    """Noise levels, from the highest to the lowest: an immutable value, equal to any schedule of the same levels.
+    """Noise levels, from the highest to the lowest. Schedules are immutable; two with the same levels are equal.
+
+    ``len(schedule)`` is the number of levels L, ``schedule[i]`` is level i as a float, 0 being the highest, and
+    iteration yields the levels as floats.
 
     Args:
         sigmas: the levels (L,), positive and strictly descending, in the units of the data; a sequence, an array or a
-            tensor. Kept in float64.
+            tensor. They are stored in float64.
 
     Raises:
         TypeError: if the levels are not numbers.
@@ -73,7 +79,7 @@ class NoiseSchedule:
     """
 
     _values: tuple[float, ...]
-    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(compare=False)  # copies of the levels on devices
+    _tables: dict[tuple[torch.device, torch.dtype], Tensor] = field(compare=False)  # cached copies of the levels
 
     def __init__(self, sigmas: Sequence[float] | np.ndarray | Tensor) -> None:
         if isinstance(sigmas, Tensor):
@@ -108,7 +114,7 @@ class NoiseSchedule:
             levels: the number of levels, at least 2.
 
         Raises:
-            ValueError: for a range that is empty or not positive, or fewer than 2 levels.
+            ValueError: unless sigma_max > sigma_min > 0, or for fewer than 2 levels.
 
         Example:
             >>> [round(sigma, 3) for sigma in NoiseSchedule.geometric(1, 0.01, levels=3)]
@@ -124,17 +130,17 @@ class NoiseSchedule:
     def karras(cls, sigma_max: float, sigma_min: float, levels: int, *, rho: float = 7) -> NoiseSchedule:
         r"""The schedule with equal steps in :math:`\sigma^{1/\rho}`: few high levels, many low ones.
 
-        At rho = 1 it is linear, and as rho grows it becomes geometric. 7 is the value for solvers of the probability
-        flow.
+        With rho = 1 it is linear in sigma, and for large rho it approaches the geometric schedule. Karras et al. use 7
+        for solvers of the probability flow.
 
         Args:
             sigma_max: the highest level, in the units of the data.
             sigma_min: the lowest level, positive, below ``sigma_max``.
             levels: the number of levels, at least 2.
-            rho: the exponent, positive; the larger, the more of the levels are low.
+            rho: the exponent, positive. The larger it is, the more levels are low.
 
         Raises:
-            ValueError: for a range that is empty or not positive, fewer than 2 levels, or a rho that is not positive.
+            ValueError: unless sigma_max > sigma_min > 0, for fewer than 2 levels, or for a rho that is not positive.
 
         Example:
             >>> [round(sigma, 3) for sigma in NoiseSchedule.karras(80, 0.002, levels=4)]
@@ -156,16 +162,16 @@ class NoiseSchedule:
     def from_betas(cls, betas: Sequence[float] | np.ndarray | Tensor) -> NoiseSchedule:
         r"""The noise levels of a DDPM, in the units of images in [0, 1].
 
-        A DDPM scales images of [-1, 1] by :math:`\sqrt{\bar\alpha_t}` and adds noise of variance
-        :math:`1 - \bar\alpha_t`, with :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)`. Relative to the scaled
-        image that is noise of standard deviation :math:`\sqrt{1/\bar\alpha_t - 1}`, and half of it for images in
+        A DDPM scales images in [-1, 1] by :math:`\sqrt{\bar\alpha_t}` and adds noise of variance
+        :math:`1 - \bar\alpha_t`, with :math:`\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)`. Divided by the scale, the
+        noise has the standard deviation :math:`\sqrt{1/\bar\alpha_t - 1}`, and half of it in the units of images in
         [0, 1].
 
         Args:
-            betas: the variances (T,) in the order of training, the first step first, each between 0 and 1.
+            betas: the variances (T,) of the diffusion steps t = 1 to T, each strictly between 0 and 1.
 
         Raises:
-            ValueError: if a beta is not strictly between 0 and 1.
+            ValueError: if a beta is not strictly between 0 and 1, or there is none.
 
         Example:
             >>> NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
@@ -177,7 +183,7 @@ class NoiseSchedule:
         values = betas.detach().cpu().double().numpy() if isinstance(betas, Tensor) else np.asarray(betas, np.float64)
         if values.ndim != 1 or values.size == 0 or not ((values > 0) & (values < 1)).all():
             raise ValueError("betas must be a one-dimensional sequence of numbers strictly between 0 and 1.")
-        # log1p and expm1 keep the digits of the first steps, where 1/alpha_bar - 1 is 1e-4.
+        # log1p and expm1 are accurate at the first steps, where 1/alpha_bar - 1 is 1e-4.
         log_alpha_bar = np.cumsum(np.log1p(-values))
         return cls(0.5 * np.sqrt(np.expm1(-log_alpha_bar))[::-1])
 
@@ -194,24 +200,25 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """A geometric schedule for a data set, by techniques 1 and 2 of NCSNv2.
 
-        The highest level is the largest distance between two images, and the number of levels follows from the
-        dimension. Distances take time quadratic in the number of images, so a random subset represents a large set.
+        The highest level is the largest Euclidean distance between two images, and the number of levels follows from
+        the dimension. Computing the distances takes time quadratic in the number of images; of a set larger than
+        ``max_images`` a random subset is used.
 
         Args:
             images: the data (N, ...), floating point; images in [0, 1]; at least two that differ.
-            sigma_min: the lowest level, in the units of the data.
-            C: the overlap of neighboring levels, between 0 and 0.997. The paper says about 0.5, which gives 219 levels
-                for CIFAR-10's range of 50 to 0.01; the authors' published 232 levels correspond to 0.567. In few
-                dimensions the ratio is limited in another way; see the module.
-            max_images: the largest number of images that are compared.
-            value_range: (low, high) of the data, which data in other units leave; None for data without a range. "auto"
-                is (0, 1) for images (N, C, H, W) and None otherwise.
+            sigma_min: the lowest level, in the units of the data, positive and below the largest distance.
+            C: the overlap of neighboring levels, between 0 and 0.997. The paper recommends about 0.5, which gives 219
+                levels for CIFAR-10's range of 50 to 0.01; the authors' published 232 levels correspond to 0.567. In few
+                dimensions another limit determines the ratio; see the module docstring.
+            max_images: the largest number of images that are compared, at least 2.
+            value_range: (low, high) of the data, to detect data in other units; None is for data without a fixed range.
+                "auto" is (0, 1) for images (N, C, H, W) and None otherwise.
             generator: the source of the subset: a ``torch.Generator``, or a seed; None is torch's global generator.
 
         Raises:
-            TypeError: for data that are not floating point.
-            ValueError: for fewer than two images, NaN or infinity, values outside the range by more than a tenth of it,
-                or images that are all equal.
+            TypeError: if the data are not floating point.
+            ValueError: for fewer than two images, NaN or infinity, values outside ``value_range`` by more than a tenth
+                of its width, or a largest distance that is not above ``sigma_min``.
 
         Example:
             >>> points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
@@ -230,7 +237,7 @@ class NoiseSchedule:
                 f"images must be floating point in [0, 1], got {data.dtype}. Write images / 255 for 8-bit images."
             )
         if data.ndim < 2 or len(data) < 2:
-            raise ValueError(f"a schedule needs at least two images (N, ...), got shape {tuple(data.shape)}.")
+            raise ValueError(f"images must be (N, ...) with at least two images, got shape {tuple(data.shape)}.")
         _check_count("max_images", max_images, at_least=2)
         if value_range == "auto":
             value_range = (0, 1) if data.ndim == 4 else None
@@ -271,7 +278,7 @@ class NoiseSchedule:
         """
         _check_range(sigma_max, sigma_min)
         _check_count("dimension", dimension)
-        top = math.erf(3 / math.sqrt(2))  # the C of two equal levels
+        top = math.erf(3 / math.sqrt(2))  # the overlap at gamma = 1
         if not 0 < C < top:
             raise ValueError(f"C must be between 0 and {top:.3f}, got {C!r}; the paper's value is about 0.5.")
 
@@ -283,7 +290,7 @@ class NoiseSchedule:
             return phi(shift + 3 * (1 + excess)) - phi(shift - 3 * (1 + excess))
 
         distance = math.log(sigma_max / sigma_min)
-        low, high = 0.0, _LARGEST_RATIO - 1  # of gamma - 1, at which the overlap is C
+        low, high = 0.0, _LARGEST_RATIO - 1  # bounds of the gamma - 1 at which the overlap is C
         if overlap(high) > C:
             return max(2, 1 + math.ceil(distance / math.log(_LARGEST_RATIO)))
         for _ in range(200):
@@ -292,13 +299,17 @@ class NoiseSchedule:
         return max(2, 1 + round(distance / math.log1p(high)))
 
     def respaced(self, levels: int) -> NoiseSchedule:
-        """The same range with another number of levels, along the shape of this schedule in log sigma.
+        """A schedule with another number of levels, interpolated linearly between the log sigma of these levels.
 
         Args:
-            levels: the number of levels, at least 2 (1 if this schedule has one level).
+            levels: the number of levels, at least 2; 1 if this schedule has one level.
+
+        Returns:
+            The schedule, whose highest and lowest level are those of this schedule.
 
         Raises:
-            ValueError: for fewer levels than that.
+            TypeError: if ``levels`` is not an integer.
+            ValueError: if it is too small, or above 1 for a schedule of one level.
 
         Example:
             >>> NoiseSchedule.geometric(50, 0.01, levels=232).respaced(50)
@@ -308,17 +319,46 @@ class NoiseSchedule:
         if levels == len(self):
             return self
         if len(self) == 1:
-            raise ValueError(f"a schedule of one level has no range for {levels} levels.")
+            raise ValueError(f"levels must be 1 for a schedule of one level, got {levels}.")
         positions = np.linspace(0, len(self) - 1, levels)
         sigmas = np.exp(np.interp(positions, np.arange(len(self)), np.log(self._values)))
         sigmas[0], sigmas[-1] = self.sigma_max, self.sigma_min
         return NoiseSchedule(sigmas)
 
+    def between(self, sigma_max: float | None = None, sigma_min: float | None = None) -> NoiseSchedule:
+        """The levels of this schedule in a range: the two ends of the range, and all levels between them.
+
+        Args:
+            sigma_max: the highest level, in the units of the data, within the range of this schedule; None is its
+                highest level.
+            sigma_min: the lowest level, within the range of this schedule, below ``sigma_max``; None is its lowest
+                level.
+
+        Raises:
+            ValueError: if a level is outside the range of this schedule, or ``sigma_min`` is not below ``sigma_max``.
+
+        Example:
+            >>> list(NoiseSchedule([8.0, 4.0, 2.0, 1.0]).between(5, 2))
+            [5.0, 4.0, 2.0]
+        """
+        high = self.sigma_max if sigma_max is None else sigma_max
+        low = self.sigma_min if sigma_min is None else sigma_min
+        if (high, low) == (self.sigma_max, self.sigma_min):
+            return self
+        for name, sigma in (("sigma_max", high), ("sigma_min", low)):
+            if not self.sigma_min <= sigma <= self.sigma_max:
+                raise ValueError(
+                    f"{name} must be in the range of the schedule, {self.sigma_min:.4g} to {self.sigma_max:.4g}, got "
+                    f"{sigma:.4g}. Pass a schedule for levels outside this range."
+                )
+        _check_range(high, low)
+        return NoiseSchedule([high, *(sigma for sigma in self._values if low < sigma < high), low])
+
     # -- The levels ---------------------------------------------------------------------------------------------------
 
     @property
     def sigmas(self) -> Tensor:
-        """The levels, (L,) float64 on the CPU, the highest first. A copy: the schedule itself does not change."""
+        """The levels, (L,) float64 on the CPU, the highest first. Changing this copy does not change the schedule."""
         return torch.tensor(self._values, dtype=torch.float64)
 
     @property
@@ -335,12 +375,12 @@ class NoiseSchedule:
         """The position of a noise level in the schedule: its fractional index, linear in log sigma.
 
         Args:
-            sigma: noise levels of any shape, positive; levels beyond the ends of the schedule are clamped to them.
+            sigma: noise levels of any shape, positive; levels outside the schedule are clamped to its ends.
 
         Returns:
-            The positions, of sigma's shape, in [0, L - 1], where 0 is the highest level. Float32, or float64 where
-            sigma is a float or a float64 tensor. A level of the schedule, rounded to sigma's precision, gives exactly
-            its index.
+            The positions, of sigma's shape, in [0, L - 1], where 0 is the highest level; float64 if sigma is a float or
+            a float64 tensor, float32 otherwise. For a level of the schedule, rounded to sigma's dtype, the position is
+            exactly its index.
 
         Example:
             >>> NoiseSchedule([1.0, 0.1, 0.01]).position(0.1)
@@ -353,10 +393,10 @@ class NoiseSchedule:
         table = self._table(sigma.device, dtype)
         if len(self) == 1:
             return torch.zeros_like(sigma)
-        # searchsorted needs ascending values, hence the signs. The logarithms are of ratios, which are exactly 1 at a
-        # level; a difference of two logarithms would not be exactly 0.
+        # searchsorted needs ascending values, hence the signs. At a level of the schedule sigma / above is exactly 1
+        # and its logarithm 0; a difference of two logarithms would not be exactly 0.
         lower = (torch.searchsorted(-table, -sigma.contiguous(), right=True) - 1).clamp(0, len(self) - 2)
-        above, below = table.take(lower), table.take(lower + 1)  # table[lower] would read a 0-d index on the host
+        above, below = table.take(lower), table.take(lower + 1)  # table[lower] would copy a 0-d index to the CPU
         return lower + (torch.log(sigma / above) / torch.log(below / above)).clamp(0, 1)
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -380,22 +420,22 @@ class NoiseSchedule:
         return f"NoiseSchedule({len(self)} levels, {self.sigma_max:.3g} -> {self.sigma_min:.3g})"
 
     def __reduce__(self) -> tuple[type[NoiseSchedule], tuple[tuple[float, ...]]]:
-        return NoiseSchedule, (self._values,)  # copies and pickles leave out the tables
+        return NoiseSchedule, (self._values,)  # without the tables
 
     def to_dict(self) -> dict[str, list[float]]:
-        """The levels as plain numbers for JSON, from which ``from_dict`` restores exactly this schedule."""
+        """The levels as a dict for JSON, ``{"sigmas": [...]}``, from which ``from_dict`` restores the same schedule."""
         return {"sigmas": list(self._values)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule that ``to_dict`` wrote.
+        """Restores a schedule from the result of ``to_dict``.
 
         Raises:
-            ValueError: if there are other keys, or the levels are not those of a schedule.
+            TypeError, ValueError: if the keys are not exactly "sigmas", or the levels are not those of a schedule.
         """
         if not isinstance(values, Mapping) or set(values) != {"sigmas"}:
             found = sorted(values) if isinstance(values, Mapping) else values
-            raise ValueError(f'a schedule must be written {{"sigmas": [...]}}, got {found!r}.')
+            raise ValueError(f'a schedule must be a dict {{"sigmas": [...]}}, got {found!r}.')
         return cls(values["sigmas"])
 
     # -- Training and sampling ----------------------------------------------------------------------------------------
@@ -403,19 +443,20 @@ class NoiseSchedule:
     def sample(
         self, n: int, *, generator: torch.Generator | int | None = None, device: torch.device | str | None = None
     ) -> Tensor:
-        """Noise levels for training, drawn uniformly from the levels of the schedule.
+        """Draws noise levels for training, uniformly from the levels of the schedule.
 
         Args:
-            n: the number of noise levels to draw.
+            n: the number of noise levels to draw, at least 1.
             generator: a ``torch.Generator``, or a seed; None is torch's global generator. The levels are drawn on the
                 generator's device and then moved.
-            device: of the result; None is the generator's device, or the CPU.
+            device: the device of the result; None is the generator's device, or the CPU without a generator.
 
         Returns:
             The levels (n,), float32, in the units of the data.
 
         Raises:
-            TypeError, ValueError: if n is not an integer of at least 1.
+            TypeError: if n is not an integer, or for an invalid generator.
+            ValueError: if n is below 1.
         """
         _check_count("n", n)
         generator = single_generator(generator)
@@ -427,17 +468,22 @@ class NoiseSchedule:
     def suggest_step_size(self, steps_per_level: int) -> float:
         r"""The step size of annealed Langevin dynamics, by technique 4 of NCSNv2.
 
-        With :math:`a = \epsilon/\sigma_L^2` and :math:`b = 2a/(1-(1-a)^2)`, the variance after T steps at a level is
-        :math:`(1-a)^{2T} (\gamma^2 - b) + b` in units of the level's own, if the chain enters the level with exactly
-        the variance of the level before. It is above one for every a, and epsilon is where it is smallest. A schedule
-        that is not geometric is treated as the geometric one of the same range and length. For a single level the step
-        is a fixed fraction, 0.1, of :math:`\sigma^2`.
+        Let :math:`a = \epsilon/\sigma_L^2` and :math:`b = 2a/(1-(1-a)^2)`. If a chain enters level i with the variance
+        :math:`\sigma_{i-1}^2`, its variance after T steps is :math:`(1-a)^{2T} (\gamma^2 - b) + b` times
+        :math:`\sigma_i^2`. This factor is above one for every a; the result is the epsilon at which it is smallest. A
+        schedule that is not geometric is replaced by the geometric one of the same range and length. For a single level
+        the step size is :math:`0.1\,\sigma^2`.
 
         Args:
             steps_per_level: T, at least 1.
 
         Returns:
-            epsilon, in units of sigma squared, in the convention ``x + a score + sqrt(2 a) z`` of Song & Ermon (2020).
+            epsilon, in units of sigma squared, in the convention of Song & Ermon (2020): a step at level i is
+            ``x + a score + sqrt(2 a) z`` with ``a = epsilon sigma_i^2 / sigma_L^2``.
+
+        Raises:
+            TypeError: if ``steps_per_level`` is not an integer.
+            ValueError: if it is below 1.
         """
         _check_count("steps_per_level", steps_per_level)
         if len(self) == 1:
@@ -446,14 +492,19 @@ class NoiseSchedule:
         return a * self.sigma_min**2
 
     def level_variance(self, step_size: float, steps_per_level: int) -> float:
-        r"""Technique 4's variance after one level, in units of the level's own :math:`\sigma_i^2`.
+        r"""The variance after the steps at level i by technique 4, in units of :math:`\sigma_i^2`; ideally it is 1.
 
-        :math:`q (\gamma^2 - b) + b` with :math:`q = (1-a)^{2T}`, for a chain that enters the level with exactly the
-        variance of the level before. One is right; ``chain_variance`` is the result of a whole schedule.
+        It is :math:`q (\gamma^2 - b) + b` with :math:`q = (1-a)^{2T}` (see ``suggest_step_size``), for a chain that
+        enters the level with the variance :math:`\sigma_{i-1}^2`. ``chain_variance`` is the variance at the end of a
+        long schedule.
 
         Args:
-            step_size: epsilon, below twice the square of the lowest level.
+            step_size: epsilon, between 0 and :math:`2 \sigma_L^2`.
             steps_per_level: T, at least 1.
+
+        Raises:
+            TypeError: if ``steps_per_level`` is not an integer.
+            ValueError: if it is below 1, or the step size is out of range.
         """
         _check_count("steps_per_level", steps_per_level)
         return self._level_variance(self._a(step_size), steps_per_level)
@@ -461,13 +512,18 @@ class NoiseSchedule:
     def chain_variance(self, step_size: float, steps_per_level: int) -> float:
         r"""The variance at the end of a long schedule, in units of :math:`\sigma_L^2`.
 
-        Each level inherits the excess of the one before. The fixed point of technique 4's recursion is
-        :math:`b (1-q) / (1 - q \gamma^2)` with :math:`q = (1-a)^{2T}`. It is infinite where the chain cannot follow the
-        schedule, :math:`q \gamma^2 \ge 1`. The published settings for CIFAR-10 give 1.13.
+        A chain enters each level with the excess variance of the level before. Over many levels the recursion of
+        technique 4 converges to :math:`b (1-q) / (1 - q \gamma^2)` with :math:`q = (1-a)^{2T}`. The result is infinite
+        if :math:`q \gamma^2 \ge 1`: the chain then cannot follow the schedule. The published settings for CIFAR-10 give
+        1.13.
 
         Args:
-            step_size: epsilon, below twice the square of the lowest level.
+            step_size: epsilon, between 0 and :math:`2 \sigma_L^2`.
             steps_per_level: T, at least 1.
+
+        Raises:
+            TypeError: if ``steps_per_level`` is not an integer.
+            ValueError: if it is below 1, or the step size is out of range.
         """
         _check_count("steps_per_level", steps_per_level)
         a = self._a(step_size)
@@ -485,7 +541,7 @@ class NoiseSchedule:
 
     @property
     def _ratio(self) -> float:
-        """gamma, the mean ratio of neighboring levels."""
+        """gamma, the geometric mean of the ratios of neighboring levels."""
         return (self.sigma_max / self.sigma_min) ** (1 / max(1, len(self) - 1))
 
     def _level_variance(self, a: float, steps: int) -> float:
@@ -508,7 +564,7 @@ def _check_count(name: str, value: int, *, at_least: int = 1) -> None:
 def _check_values(data: Tensor, value_range: tuple[float, float] | None) -> None:
     low, high = (float(value) for value in data.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("images contain NaN or infinity; a schedule needs finite data.")
+        raise ValueError("images must be finite, got NaN or infinity.")
     if value_range is None:
         return
     margin = _OVERSHOOT * (value_range[1] - value_range[0])
@@ -529,12 +585,12 @@ def _largest_distance(points: Tensor) -> float:
             k = int(distances.argmax())
             if float(distances.flatten()[k]) > best:
                 best, pair = float(distances.flatten()[k]), (i + k // distances.shape[1], j + k % distances.shape[1])
-    # cdist computes a matrix product and loses digits, so the distance of the pair is computed again.
+    # cdist uses a matrix product, which is less accurate: the distance of this pair is computed again in float64.
     return float(torch.linalg.vector_norm(points[pair[0]].cpu().double() - points[pair[1]].cpu().double()))
 
 
 def _minimize(function: Callable[[float], float], low: float, high: float) -> float:
-    """The argument of the minimum of a function that has one, by golden-section search."""
+    """The argument at which a function with a single minimum is minimal, by golden-section search."""
     golden = (math.sqrt(5) - 1) / 2
     left, right = high - golden * (high - low), low + golden * (high - low)
     f_left, f_right = function(left), function(right)

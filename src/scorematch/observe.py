@@ -1,26 +1,29 @@
-r"""Operators, which describe a degradation, and observations, which are what was measured.
+r"""Degradation operators, such as masks and downsampling, and observations, the measurements made with them.
 
-An operator A degrades an image, :math:`y = A x`. An observation is what was measured of an image,
-:math:`y = A x_0 + \sigma_y n` with n standard normal. The same operator constrains a sampler
-(``sampler.sample(observation=...)``) and makes the input of a conditional network (``scorematch.palette``).
+An operator A degrades an image, :math:`y = A x`. An observation is a measurement of an image,
+:math:`y = A x_0 + \sigma_y n` with n standard normal. The same operators constrain samplers
+(``sampler.sample(observation=...)``) and compute the condition of conditional networks (``scorematch.palette``).
 
-Masks, crops, BT.601 luma and average pooling have a gain c: :math:`A A^\top = c I` on the observed values. Such an
-operator needs no singular value decomposition. Its pseudo-inverse is :math:`A^\top / c`, which is ``lift``, and
-:math:`P = A^\top A / c`, ``lift`` of ``measure``, projects onto what was observed:
+Masks, crops, BT.601 luma and average pooling are linear operators with a gain c: :math:`A A^\top = c I` on the observed
+values. They need no singular value decomposition: the pseudo-inverse is :math:`A^\top / c`, the method ``lift``, and
+:math:`P = A^\top A / c`, ``lift`` of ``measure``, is the projection onto the observed part of the image.
 
 =================  ==========================  ====================
-operator           c                           y of x (N, C, H, W)
+operator           gain c                      shape of y, for x (N, C, H, W)
 =================  ==========================  ====================
 Mask               1                           (N, C, H, W)
-Uncrop             1                           smaller
+Uncrop             1                           (N, C, H', W'), smaller
 Grayscale          0.446966                    (N, 1, H, W)
 AveragePool(k)     1 / k^2                     (N, C, H/k, W/k)
-JPEG(quality)      none, it is not linear      (N, C, H, W)
-``A @ B``          the product, if it has one  A of B of x
+JPEG(quality)      none, not linear            (N, C, H, W)
+``A @ B``          product of the gains        that of A for B x
 =================  ==========================  ====================
 
-A new operator is a subclass of ``Operator`` with ``measure``; with ``lift`` and ``gain`` if it is linear and has a
-gain, and with ``carry_mask`` if it can follow a mask. ``OPERATORS`` lists those of the package.
+``A @ B`` applies B first. It has a gain if both operators have one and A does not mix values that B observes with
+values that it does not.
+
+To add an operator, subclass ``Operator`` and define ``measure``; also ``lift`` and ``gain`` if it is linear and has a
+gain, and ``carry_mask`` if it can be applied after a mask. ``OPERATORS`` lists the operators of the package.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, App. B.
@@ -44,11 +47,11 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class Operator(ABC):
-    """A degradation of images. It is deterministic, and y[i] depends on x[i] only.
+    """A deterministic degradation of images; image i of the result depends on image i of the input only.
 
     Attributes:
         gain: the c of A A^T = c I on the observed values, for a linear operator that has one; None otherwise.
-        seen: which values of y are observed, bool and broadcastable to y; None is all of them.
+        seen: which values of y are observed, bool and broadcastable to y; None if all are.
     """
 
     gain: float | None = None
@@ -56,27 +59,27 @@ class Operator(ABC):
 
     @abstractmethod
     def measure(self, x: Tensor) -> Tensor:
-        """The measurement y = A x of images (N, C, H, W). Value ranges are not checked."""
+        """The measurement y = A x of images (N, C, H, W). The range of the values is not checked."""
 
     def lift(self, y: Tensor) -> Tensor:
-        """An image made of y: A^T y / c for an operator with a gain; y itself for one whose measurement is an image."""
+        """An image from the measurement y: A^T y / c for an operator with a gain, and y itself by default."""
         return y
 
     def as_image(self, y: Tensor) -> Tensor:
-        """The measurement as an image to look at: its lift, except that luma becomes a gray RGB image."""
+        """The measurement as an image to look at: ``lift(y)``; for ``Grayscale`` a gray RGB image."""
         return self.lift(y)
 
     def carry_mask(self, seen: Tensor) -> Tensor | None:
-        """The mask of y that belongs to a mask of x: M' with A M x = M' A x, where M multiplies by ``seen``.
+        """Converts a mask of x to the mask of y: M' with A M x = M' A x, where M is multiplication by ``seen``.
 
-        It decides whether ``A @ Mask(seen)`` has a gain.
+        ``A @ Mask(seen)`` has a gain if such a mask exists.
 
         Args:
             seen: bool, broadcastable to x, True where x is observed.
 
         Returns:
-            The mask, bool and broadcastable to y; None if a value of y depends both on values that are observed and on
-            values that are not.
+            The mask of y, bool and broadcastable to y; None if a value of y depends on both observed and unobserved
+            values of x.
         """
         return None
 
@@ -85,26 +88,26 @@ class Operator(ABC):
         return _Composition(self, inner) if isinstance(inner, Operator) else NotImplemented
 
     def to(self, device: torch.device | str) -> Operator:
-        """The same operator with its tensors on a device."""
+        """The operator with its tensors on a device."""
         return self
 
     def rows(self, rows: slice) -> Operator:
-        """The operator for these images of a batch."""
+        """The operator for a slice of the batch: with one mask per image, the masks of those images."""
         return self
 
     def __len__(self) -> int:
-        """The number of images that the operator is for; 1 if it is for any number."""
+        """The batch size that the operator requires, or 1 if it can be applied to any batch."""
         return 1
 
 
 class Mask(Operator):
-    """Some values are observed, and the others are replaced by zero.
+    """Observes some values and replaces the others by zero.
 
     Args:
         seen: bool, True where the image is observed, broadcastable to (N, C, H, W).
 
     Raises:
-        TypeError: for a mask that is not bool.
+        TypeError: if the mask is not a bool tensor.
 
     Example:
         >>> left = torch.arange(28) < 14
@@ -129,7 +132,7 @@ class Mask(Operator):
         return len(self.seen) if self.seen.ndim == 4 else 1
 
     def measure(self, x: Tensor) -> Tensor:
-        """The image with zeros where it is not observed; the shape of x."""
+        """The images with zeros where they are not observed, of x's shape."""
         seen = self.seen.to(x.device)
         try:
             if torch.broadcast_shapes(seen.shape, x.shape) == x.shape:
@@ -139,7 +142,7 @@ class Mask(Operator):
         raise ValueError(f"a mask of shape {tuple(seen.shape)} does not fit images of shape {tuple(x.shape)}.")
 
     def lift(self, y: Tensor) -> Tensor:
-        """The observed values, and zeros elsewhere; of a batch of masks and one y, a batch."""
+        """The observed values of y, and zeros elsewhere. With one mask per image, a y of one image is repeated."""
         seen = self.seen.to(y.device)
         try:
             return torch.where(seen, y, 0)
@@ -153,25 +156,25 @@ class Mask(Operator):
         return seen
 
     def to(self, device: torch.device | str) -> Mask:
-        """The same mask on a device."""
+        """The mask on a device."""
         return Mask(self.seen.to(device))
 
     def rows(self, rows: slice) -> Mask:
-        """The masks of these images of a batch."""
+        """The masks for a slice of the batch."""
         return Mask(self.seen[rows]) if len(self) > 1 else self
 
 
 class Uncrop(Operator):
-    """The middle of the image is observed: y is the image without its borders, which are to be filled in.
+    """Observes the image without its borders, which are to be filled in.
 
     Args:
-        left: width in pixels of the border to the left of y.
-        right: of the border to the right.
-        top: height of the border above.
-        bottom: of the border below.
+        left: the width of the left border in pixels.
+        right: the width of the right border.
+        top: the height of the upper border.
+        bottom: the height of the lower border.
 
     Raises:
-        ValueError: for a border below 0.
+        ValueError: if a border is not an integer of at least 0.
 
     Example:
         >>> Uncrop(right=14).measure(torch.rand(1, 1, 28, 28)).shape
@@ -191,19 +194,21 @@ class Uncrop(Operator):
         return f"Uncrop({', '.join(f'{side}={border}' for side, border in sides if border)})"
 
     def measure(self, x: Tensor) -> Tensor:
-        """The image without the borders."""
+        """The images without their borders."""
         left, right, top, bottom = self.borders
         height, width = x.shape[-2] - top - bottom, x.shape[-1] - left - right
         if height < 1 or width < 1:
-            raise ValueError(f"the borders of {self!r} leave nothing of images of {x.shape[-2]}x{x.shape[-1]} pixels.")
+            raise ValueError(
+                f"the images must be larger than the borders of {self!r}, got {x.shape[-2]}x{x.shape[-1]} pixels."
+            )
         return x[..., top : top + height, left : left + width]
 
     def lift(self, y: Tensor) -> Tensor:
-        """The observed middle, with borders of zeros."""
+        """The observed part, padded with borders of zeros."""
         return torch.nn.functional.pad(y, self.borders)
 
     def carry_mask(self, seen: Tensor) -> Tensor | None:
-        """The mask without the borders."""
+        """The mask without the borders. An axis of size 1 is kept, since it is broadcast."""
         height, width = seen.shape[-2:] if seen.ndim > 1 else (1, seen.shape[-1])
         left, right, top, bottom = self.borders
         rows = slice(None) if height == 1 else slice(top, height - bottom)
@@ -212,7 +217,7 @@ class Uncrop(Operator):
 
 
 class Grayscale(Operator):
-    """Only the luma is observed, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601): (N, 3, H, W) -> (N, 1, H, W)."""
+    """Observes the luma of RGB images, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601): (N, 3, H, W) -> (N, 1, H, W)."""
 
     gain = sum(weight**2 for weight in _LUMA)
 
@@ -232,12 +237,12 @@ class Grayscale(Operator):
         return torch.cat([y * (weight / self.gain) for weight in _LUMA], 1)
 
     def as_image(self, y: Tensor) -> Tensor:
-        """The luma on three channels."""
+        """The luma repeated on three channels, (N, 3, H, W)."""
         self._check(y)
         return y.repeat(1, 3, 1, 1)
 
     def carry_mask(self, seen: Tensor) -> Tensor | None:
-        """The mask with one channel, if it is the same in all three."""
+        """The mask with one channel if it is equal in all three, else None."""
         if seen.ndim < 3 or seen.shape[-3] == 1:
             return seen
         first = seen[..., :1, :, :]
@@ -249,10 +254,13 @@ class Grayscale(Operator):
 
 
 class AveragePool(Operator):
-    """Only the mean of each block of pixels is observed: (N, C, H, W) -> (N, C, H / size, W / size).
+    """Observes the mean of each block of pixels: (N, C, H, W) -> (N, C, H / size, W / size).
 
     Args:
-        size: the side of a block in pixels, at least 1.
+        size: the side of a block in pixels, at least 1. It must divide the height and the width of the images.
+
+    Raises:
+        ValueError: if ``size`` is not an integer of at least 1.
     """
 
     def __init__(self, size: int) -> None:
@@ -268,16 +276,16 @@ class AveragePool(Operator):
         """The mean of each block."""
         if x.shape[-2] % self.size or x.shape[-1] % self.size:
             raise ValueError(
-                f"images of {x.shape[-2]}x{x.shape[-1]} pixels do not divide into blocks of {self.size}x{self.size}."
+                f"height and width must be multiples of {self.size}, got images of {x.shape[-2]}x{x.shape[-1]} pixels."
             )
         return reduce(x, "... (h a) (w b) -> ... h w", "mean", a=self.size, b=self.size)
 
     def lift(self, y: Tensor) -> Tensor:
-        """Each block filled with its mean."""
+        """An image in which every pixel of a block has the value of y."""
         return repeat(y, "... h w -> ... (h a) (w b)", a=self.size, b=self.size)
 
     def carry_mask(self, seen: Tensor) -> Tensor | None:
-        """The mask of the blocks, if it is constant in each block."""
+        """The mask of the blocks if it is constant within each block, else None."""
         seen = seen if seen.ndim > 1 else seen[None]
         a, b = (1 if side == 1 else self.size for side in seen.shape[-2:])
         if seen.shape[-2] % a or seen.shape[-1] % b:
@@ -287,15 +295,15 @@ class AveragePool(Operator):
 
 
 class JPEG(Operator):
-    """The image after compression by a real codec (Pillow, the extra ``images``), with its default 4:2:0 chroma.
+    """JPEG compression and decompression with Pillow (the extra ``images``) and its default chroma subsampling, 4:2:0.
 
     Values are clamped to [0, 1] and rounded to 8 bits. The result has no gradient.
 
     Args:
-        quality: from 1 to 100, in the codec's own scale.
+        quality: the JPEG quality, from 1 to 100.
 
     Raises:
-        ValueError: for another quality.
+        ValueError: if ``quality`` is not an integer from 1 to 100.
         ImportError: without Pillow.
     """
 
@@ -312,7 +320,7 @@ class JPEG(Operator):
         return f"JPEG({self.quality})"
 
     def measure(self, x: Tensor) -> Tensor:
-        """The images, encoded and decoded."""
+        """The images (N, 1 or 3, H, W) after encoding and decoding, of x's shape and dtype, in [0, 1]."""
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise ValueError(f"JPEG needs images (N, 1, H, W) or (N, 3, H, W), got shape {tuple(x.shape)}.")
         pixels = x.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -331,7 +339,7 @@ class JPEG(Operator):
 
 
 class _Composition(Operator):
-    """The inner operator, followed by the outer one."""
+    """``outer @ inner``: the inner operator, followed by the outer one."""
 
     def __init__(self, outer: Operator, inner: Operator) -> None:
         self.outer, self.inner = outer, inner
@@ -339,8 +347,7 @@ class _Composition(Operator):
             return
         seen = outer.seen
         if inner.seen is not None:
-            # The product of the gains is a gain only if the outer operator does not mix values that are observed with
-            # values that are not.
+            # The composition has a gain only if the outer operator does not mix observed and unobserved values.
             carried = outer.carry_mask(inner.seen)
             if carried is None:
                 return
@@ -371,12 +378,12 @@ class _Composition(Operator):
         return None if between is None else self.outer.carry_mask(between)
 
     def to(self, device: torch.device | str) -> Operator:
-        """The same operator on a device."""
+        """The operator on a device."""
         seen = None if self.seen is None else self.seen.to(device)
         return self._with(self.outer.to(device), self.inner.to(device), seen)
 
     def rows(self, rows: slice) -> Operator:
-        """The operator for these images of a batch."""
+        """The operator for a slice of the batch."""
         if len(self) == 1:
             return self
         each = self.seen is not None and self.seen.ndim == 4 and len(self.seen) > 1
@@ -384,13 +391,13 @@ class _Composition(Operator):
         return self._with(self.outer.rows(rows), self.inner.rows(rows), seen)
 
     def _with(self, outer: Operator, inner: Operator, seen: Tensor | None) -> Operator:
-        """A copy with other parts and the same gain. Deriving the gain again would read masks from the device."""
+        """A copy with other parts and the same gain. Computing the gain again would synchronize with the device."""
         new = copy.copy(self)
         new.outer, new.inner, new.seen = outer, inner, seen
         return new
 
 
-# The operators of the package, by a short name each. The tests of all operators find new ones here.
+# The operators of the package by name. The tests of all operators run for each entry.
 OPERATORS: dict[str, type[Operator]] = {
     "mask": Mask,
     "uncrop": Uncrop,
@@ -402,18 +409,17 @@ OPERATORS: dict[str, type[Operator]] = {
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    r"""What was measured of one image, or of each image of a batch: :math:`y = A x_0 + \sigma_y n`.
+    r"""A measurement of one image, or of each image of a batch: :math:`y = A x_0 + \sigma_y n`.
 
     Args:
-        operator: A.
-        y: the measurement (N, ...), floating point, of the shape that ``operator.measure`` returns; a batch of 1 is for
-            any number of samples. The values that a mask hides may be anything, also NaN.
-        sigma: the standard deviation of the noise in y, in the units of images in [0, 1]; 0 is no noise.
+        operator: the operator A.
+        y: the measurement (N, ...), floating point, of the shape that ``operator.measure`` returns; a batch of 1 is
+            used for any number of samples. Values that a mask hides are ignored and may be NaN.
+        sigma: the standard deviation sigma_y of the noise in y, in the units of images in [0, 1]; 0 is no noise.
 
     Raises:
-        TypeError: for an operator of another type, or a y that is not a floating-point tensor.
-        ValueError: for a sigma below 0, a y that does not fit the operator, or one that is not finite where it is
-            observed.
+        TypeError: if ``operator`` is not an ``Operator``, or y is not a floating-point tensor.
+        ValueError: if sigma is negative, y does not fit the operator, or y is not finite where it is observed.
 
     Example:
         >>> x = torch.rand(1, 3, 32, 32)
@@ -437,27 +443,29 @@ class Observation:
         if self.y.ndim < 2 or len(self.y) == 0:
             raise ValueError(f"y must be a batch (N, ...) with at least one image, got shape {tuple(self.y.shape)}.")
         if not (math.isfinite(self.sigma) and self.sigma >= 0):
-            raise ValueError(f"sigma, the deviation of the noise in y, must be at least 0, got {self.sigma!r}.")
+            raise ValueError(
+                f"sigma, the standard deviation of the noise in y, must be at least 0, got {self.sigma!r}."
+            )
         lifted = self.operator.lift(self.y)
         if not bool(torch.isfinite(lifted).all()):
-            raise ValueError("y has NaN or infinite values where it is observed.")
+            raise ValueError("y must be finite where it is observed, got NaN or infinite values.")
         measured = self.operator.measure(lifted)
         if measured.shape[1:] != self.y.shape[1:]:
             raise ValueError(
-                f"y must have shape {tuple(measured.shape[1:])} for each image, as {self.operator!r} returns, got "
+                f"y must have shape {tuple(measured.shape[1:])} for each image, the result of {self.operator!r}, got "
                 f"{tuple(self.y.shape[1:])}."
             )
         if len({len(self.operator), len(self.y)} - {1}) > 1:
-            raise ValueError(f"the operator is for {len(self.operator)} images, but y has {len(self.y)}.")
+            raise ValueError(f"y must have {len(self.operator)} images, as many as the operator, got {len(self.y)}.")
 
     def __repr__(self) -> str:
         noise = f", sigma {self.sigma:g}" if self.sigma else ""
         return f"Observation({self.operator!r}, y {'x'.join(map(str, self.y.shape))}{noise})"
 
     def __len__(self) -> int:
-        """The number of observed images; 1 is for any number of samples."""
+        """The number of observed images; one image is used for any number of samples."""
         return max(len(self.y), len(self.operator))
 
     def to(self, device: torch.device | str) -> Observation:
-        """The same observation on a device, with y in float32."""
+        """The observation on a device, with y in float32."""
         return Observation(self.operator.to(device), self.y.detach().to(torch.float32).to(device), self.sigma)

@@ -1,12 +1,12 @@
-r"""Palette's restoration tasks as training data: they make the condition of a network from clean images.
+r"""The restoration tasks of Palette, which compute training conditions from clean images.
 
-Palette (Saharia et al. 2022) restores images with a network that receives the degraded image as its condition, as extra
-channels beside the noisy image, :math:`s(x, \sigma, c)`. It is trained by denoising score matching on pairs of images.
-A task makes such a pair from a clean image: ``condition, region = task(x)`` are the degraded image c, and where the
-loss counts.
+Palette (Saharia et al. 2022) restores images with a network that receives the degraded image c as its condition,
+concatenated with the noisy image: :math:`s(x, \sigma, c)`. It is trained by denoising score matching on pairs of
+degraded and clean images. A task computes the degraded image from the clean image x, and the region in which the loss
+counts: ``condition, region = task(x)``.
 
 ===============  ========================  =====================================================  ================
-task             condition                 drawn for each image                                   region
+task             condition                 random for each image                                  region
 ===============  ========================  =====================================================  ================
 Colorization     luma, on three channels   nothing                                                everywhere
 Inpainting       x, noise in the hole      60 %: free-form strokes; 40 %: 1 to 5 boxes, 10 to     the hole
@@ -17,12 +17,11 @@ JPEGRestoration  x through the codec       quality Q, 5 to 30, as exp(-Q / 10)  
 MultiTask        that of one of its tasks  the task                                               that task's
 ===============  ========================  =====================================================  ================
 
-There is no channel for the mask and none for the task: the network infers both from the condition. A hole is filled
-with noise that is standard normal in the paper's units, images in [-1, 1]. For images in [0, 1] that is noise of mean
-1/2 and standard deviation 1/2 (``fill``). Sizes are relative to the image, so that the masks of 16 and of 256 pixels
-look alike, also for images that are not square.
+The condition has no channel for the mask or the task; the network infers both. The hole is filled with noise that is
+standard normal in the paper's units, images in [-1, 1]. For images in [0, 1] that is noise of mean 1/2 and standard
+deviation 1/2 (``fill``). The sizes of holes are relative to the size of the image, which need not be square.
 
-Training takes one more line, and so does sampling, where ``Observation`` keeps everything outside the hole exactly::
+Training and sampling take one more line each. ``Observation`` keeps everything outside the hole exactly::
 
     condition, region = task(x)
     loss = dsm_loss(net, x, condition=condition, region=region)
@@ -30,7 +29,7 @@ Training takes one more line, and so does sampling, where ``Observation`` keeps 
     observation = Observation(Mask(~region), x)
     restored = AncestralSampler(net).sample(condition=condition, observation=observation)
 
-``condition_of`` makes the condition from an image that was degraded elsewhere.
+``condition_of`` computes the condition from a measurement of an operator of ``scorematch.observe``.
 
 References:
     Saharia et al., 2022, Palette: Image-to-Image Diffusion Models, arXiv:2111.05826.
@@ -56,23 +55,23 @@ _SMALLEST_SIDE = 8
 
 
 class Task(ABC):
-    """A degradation whose parameters are drawn anew for each image: ``condition, region = task(x)``."""
+    """A degradation with random parameters for each image: ``condition, region = task(x)``."""
 
     def __call__(self, x: Tensor, generator: torch.Generator | int | None = None) -> tuple[Tensor, Tensor]:
         """Degrades images.
 
         Args:
-            x: clean images (N, C, H, W) in [0, 1], of at least 8 x 8 pixels. Not modified.
-            generator: the source of what is drawn, on its own device: a ``torch.Generator``, or a seed, which gives the
-                same numbers at each call; None is torch's global generator.
+            x: clean images (N, C, H, W) in [0, 1], floating point, of at least 8 x 8 pixels. They are not modified.
+            generator: the source of the random numbers, which are drawn on its device: a ``torch.Generator``, or a
+                seed, which gives the same numbers at each call; None is torch's global generator.
 
         Returns:
-            The condition (N, K, H, W), of x's dtype, where K is C for all tasks of this module; and the region, bool
-            and broadcastable to x, True where the loss counts. Both are on x's device.
+            A tuple (condition, region). The condition (N, K, H, W) has x's dtype; K is C for all tasks of this module.
+            The region is bool and broadcastable to x, True where the loss counts. Both are on x's device.
 
         Raises:
-            TypeError: for images that are not a floating-point tensor.
-            ValueError: for images of another shape, or with a number of channels that the task does not support.
+            TypeError: if x is not a floating-point tensor.
+            ValueError: if x has another shape, or a number of channels that the task does not support.
         """
         check_data(x)
         if x.ndim != 4 or min(x.shape[2:]) < _SMALLEST_SIDE:
@@ -87,11 +86,11 @@ class Task(ABC):
 
     @abstractmethod
     def _degrade(self, x: Tensor, draws: _Draws) -> tuple[Tensor, Tensor]:
-        """The condition and the region of images that have been checked."""
+        """The condition and the region for checked images."""
 
 
 class Colorization(Task):
-    """Color from gray: the condition is the luma of BT.601, repeated on three channels.
+    """Colorization of gray images: the condition is the BT.601 luma, repeated on three channels. It needs RGB images.
 
     Example:
         >>> condition, region = Colorization()(torch.rand(2, 3, 32, 32))
@@ -107,10 +106,11 @@ class Colorization(Task):
 
 
 class Inpainting(Task):
-    """A hole in the image: free-form strokes in 60 % of the images, boxes in 40 %.
+    """Inpainting of a hole: free-form strokes in 60 % of the images, boxes in 40 %.
 
-    Strokes are one to three thick lines with 4 to 11 corners, in the proportions of Yu et al. (2019). There are one to
-    five boxes, which cover 10 to 40 % of the area in all. No mask is empty, and none is full.
+    A hole of strokes consists of one to three thick lines with 4 to 11 corners, in the proportions of Yu et al. (2019).
+    A hole of boxes consists of one to five boxes, which together cover 10 to 40 % of the area. A hole is never empty
+    and never the whole image.
 
     Example:
         >>> condition, region = Inpainting()(torch.rand(2, 1, 28, 28))
@@ -126,10 +126,10 @@ class Inpainting(Task):
 
 
 class Uncropping(Task):
-    """Half of the image is missing: at one of its sides in half of the images, all around in the others.
+    """Completion of an image of which half is missing: at one side in half of the images, all around in the others.
 
-    At one side half of the rows or columns is missing, rounded down. All around, a box in the middle is left, which has
-    half of the area as closely as whole pixels allow.
+    At a random side, half of the rows or columns are missing, rounded down; or all around, where the remaining box in
+    the middle has half of the area, as closely as whole pixels allow.
 
     Example:
         >>> condition, region = Uncropping()(torch.rand(2, 1, 28, 28))
@@ -160,23 +160,24 @@ class Uncropping(Task):
 
 
 class JPEGRestoration(Task):
-    """The image after JPEG compression, with a quality Q drawn with a probability proportional to exp(-Q / 10).
+    """Restoration of JPEG-compressed images, whose quality Q has a probability proportional to exp(-Q / 10).
 
-    Low qualities are harder and therefore more frequent. It needs Pillow, the extra ``images``.
+    Images of low quality are harder to restore and therefore more frequent. The task needs Pillow, the extra
+    ``images``.
 
     Args:
-        lowest: the lowest quality, at least 1.
-        highest: the highest quality, at most 100.
+        lowest: the lowest quality, an integer of at least 1.
+        highest: the highest quality, an integer of at most 100.
 
     Raises:
-        ValueError: for other qualities.
+        ValueError: if the qualities are out of range, or ``lowest`` is above ``highest``.
         ImportError: without Pillow.
     """
 
     def __init__(self, lowest: int = 5, highest: int = 30) -> None:
         self.lowest, self.highest = (JPEG(quality).quality for quality in (lowest, highest))  # JPEG checks its quality
         if lowest > highest:
-            raise ValueError(f"lowest must not be above highest, got {lowest} and {highest}.")
+            raise ValueError(f"lowest must be at most highest, got lowest={lowest} and highest={highest}.")
 
     def __repr__(self) -> str:
         return f"JPEGRestoration({self.lowest}, {self.highest})"
@@ -195,7 +196,7 @@ class JPEGRestoration(Task):
 
 
 class MultiTask(Task):
-    """Each image gets one of several tasks, drawn at random, so that one network learns them all.
+    """A random one of several tasks for each image, so that one network learns them all.
 
     The paper's multi-task network is trained on ``MultiTask([JPEGRestoration(), Inpainting(), Colorization()])``.
 
@@ -205,8 +206,8 @@ class MultiTask(Task):
         weights: the relative frequency of each task, positive; None is equal frequencies.
 
     Raises:
-        TypeError: for a task that cannot be called.
-        ValueError: for no tasks, or weights that do not fit.
+        TypeError: if a task is not callable, or a class instead of an instance.
+        ValueError: if there is no task, or the weights are not one positive number for each task.
 
     Example:
         >>> task = MultiTask([Inpainting(), Colorization()], weights=[3, 1])
@@ -217,7 +218,7 @@ class MultiTask(Task):
     def __init__(self, tasks: Sequence[Degradation], weights: Sequence[float] | None = None) -> None:
         self.tasks = tuple(tasks)
         if not self.tasks:
-            raise ValueError("MultiTask needs at least one task.")
+            raise ValueError("tasks must have at least one task, got none.")
         for task in self.tasks:
             if not callable(task) or isinstance(task, type):
                 raise TypeError(f"a task must be callable as task(x, generator), such as Inpainting(), got {task!r}.")
@@ -250,7 +251,7 @@ class MultiTask(Task):
         return torch.cat(conditions)[order], torch.cat(regions)[order]
 
 
-# The tasks with default arguments, by a short name each. The tests of all tasks find new ones here.
+# The tasks with default arguments, by name. The tests of all tasks run for each entry.
 TASKS: dict[str, type[Task]] = {
     "colorization": Colorization,
     "inpainting": Inpainting,
@@ -260,18 +261,18 @@ TASKS: dict[str, type[Task]] = {
 
 
 def fill(x: Tensor, region: Tensor, generator: torch.Generator | int | None = None) -> Tensor:
-    """Images with noise in a hole: the condition that these tasks train a network on.
+    """Fills a hole in images with noise, as in the conditions of Inpainting and Uncropping.
 
     Args:
-        x: images (N, C, H, W) in [0, 1]. Their values in the region do not matter.
+        x: images (N, C, H, W) in [0, 1]. Their values in the hole are ignored.
         region: bool, broadcastable to x, True in the hole.
         generator: the source of the noise: a ``torch.Generator``, or a seed; None is torch's global generator.
 
     Returns:
-        The condition, of x's shape, with noise of mean 1/2 and standard deviation 1/2 in the hole.
+        The condition, of x's shape and dtype, with noise of mean 1/2 and standard deviation 1/2 in the hole.
 
     Raises:
-        TypeError: for a region that is not bool.
+        TypeError: if ``region`` is not bool.
     """
     if region.dtype != torch.bool:
         raise TypeError(f"region must be bool, True in the hole, got {region.dtype}. Write region > 0.5.")
@@ -279,18 +280,19 @@ def fill(x: Tensor, region: Tensor, generator: torch.Generator | int | None = No
 
 
 def condition_of(operator: Operator, y: Tensor, generator: torch.Generator | int | None = None) -> Tensor:
-    """Builds the condition of a network that was trained on these tasks from a measurement y.
+    """Computes the condition for a network that was trained on these tasks from a measurement y.
 
-    It is ``operator.as_image(y)``, with noise where an operator such as ``Mask`` or ``Uncrop`` observes nothing.
+    The condition is ``operator.as_image(y)``, with noise where an operator such as ``Mask`` or ``Uncrop`` observes
+    nothing.
 
     Args:
-        operator: the operator that gave y.
-        y: the measurement, ``operator.measure(x)``. For several samples of one image, repeat it: each sample then has
-            noise of its own.
+        operator: the operator with which y was measured.
+        y: the measurement, ``operator.measure(x)``. For several samples of one image, repeat y, so that each sample
+            gets its own noise.
         generator: the source of the noise: a ``torch.Generator``, or a seed; None is torch's global generator.
 
     Returns:
-        The condition (N, C, H, W).
+        The condition (N, C, H, W), of y's dtype.
 
     Example:
         >>> from scorematch.observe import Uncrop
@@ -301,7 +303,7 @@ def condition_of(operator: Operator, y: Tensor, generator: torch.Generator | int
 
 
 class _Draws:
-    """Random numbers on the generator's device, which for torch's global generators is the device of the images."""
+    """Random numbers, drawn on the generator's device, or on the images' device without a generator."""
 
     def __init__(self, generator: torch.Generator | None, device: torch.device) -> None:
         self.generator = generator
@@ -314,7 +316,7 @@ class _Draws:
         return torch.randn(shape, generator=self.generator, device=self.device)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """From low to high - 1."""
+        """Integers from low to high - 1."""
         return torch.randint(low, high, shape, generator=self.generator, device=self.device)
 
     def choices(self, weights: Tensor, n: int) -> Tensor:
@@ -333,14 +335,14 @@ def _filled(x: Tensor, hole: Tensor, draws: _Draws) -> tuple[Tensor, Tensor]:
 def _strokes(n: int, height: int, width: int, draws: _Draws) -> Tensor:
     """Masks (n, height, width) of thick lines with random corners, after Yu et al.
 
-    The sizes that they give for images of 256 pixels are scaled with the diagonal. A line runs to one side in a zigzag,
-    up and down; the side, and whether it goes up or down first, are drawn for each line.
+    Their sizes for images of 256 x 256 pixels are scaled by the length of the diagonal. Each line is a zigzag to the
+    left or to the right whose segments go up and down in turn; the side and the first direction are random.
     """
     diagonal = math.hypot(height, width)
     pixel = diagonal / math.hypot(256, 256)
     strokes = draws.integers(1, 4, n, 1)
     corners = draws.integers(4, 12, n, 3)
-    # Every point has the center of a pixel within sqrt(1/2), so that no line of this radius is empty.
+    # The center of a pixel is within sqrt(1/2) of every point, so that no line of this radius is empty.
     radius = (pixel * (12 + 28 * draws.uniform(n, 3)) / 2).clamp(min=math.sqrt(0.5))
     angle = 2 * math.pi * (1 / 5 + (2 * draws.uniform(n, 3, 10) - 1) / 15)
     angle[..., ::2] *= -1
@@ -358,23 +360,23 @@ def _strokes(n: int, height: int, width: int, draws: _Draws) -> Tensor:
         ax, ay = corner[..., None, None].unbind(2)
         dx, dy = (following - corner)[..., None, None].unbind(2)
         share = ((column - ax) * dx + (row - ay) * dy) / (dx * dx + dy * dy).clamp(min=1e-9)
-        share = share.clamp(0, 1)  # the point of the segment that is nearest to the pixel, as a share of its length
+        share = share.clamp(0, 1)  # position on the segment of the point nearest to the pixel: 0 is a, 1 its end
         distance = (column - ax - share * dx).square() + (row - ay - share * dy).square()
         lines |= (distance <= radius.square()[..., None, None]) & (i < corners - 1)[..., None, None]
         corner = following
     drawn = torch.arange(3, device=draws.device) < strokes
     mask = (lines & drawn[..., None, None]).any(1)
-    # Three long thick lines may cover a small image completely; one cannot.
+    # Three long thick lines may cover a small image completely, but one line cannot.
     return torch.where(mask.all(2).all(1)[:, None, None], lines[:, 0], mask)
 
 
 def _boxes(n: int, height: int, width: int, draws: _Draws) -> Tensor:
-    """Masks (n, height, width) of one to five boxes, which cover 10 to 40 % of the area in all."""
+    """Masks (n, height, width) of one to five boxes, which together cover 10 to 40 % of the area."""
     column = torch.arange(width, device=draws.device)
     row = torch.arange(height, device=draws.device)[:, None]
     mask = torch.zeros(n, height, width, dtype=torch.bool, device=draws.device)
     wrong = torch.arange(n, device=draws.device)
-    while len(wrong):  # boxes overlap and consist of whole pixels: those of another area are drawn again
+    while len(wrong):  # boxes overlap and have whole pixels: those whose area is out of range are drawn again
         n = len(wrong)
         share = (draws.uniform(n, 5) + 0.5) * (torch.arange(5, device=draws.device) < draws.integers(1, 6, n, 1))
         area = (0.1 + 0.3 * draws.uniform(n, 1)) * share / share.sum(1, keepdim=True)

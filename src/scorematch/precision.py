@@ -1,8 +1,7 @@
-"""The precision of computations: bfloat16 where a device multiplies it natively, and exact float32 where it is asked
-for.
+"""The precision of computations: bfloat16 on devices that support it natively, and full float32 precision on request.
 
-A processor with AVX512-BF16 or AMX, and a CUDA device of compute capability 8.0 or higher, multiplies bfloat16 faster
-than float32. Any other emulates it: on a CPU with AVX2 alone, a training step under autocast to bfloat16 took twelve
+A CPU with AVX512-BF16 or AMX, and a CUDA device of compute capability 8.0 or higher, multiplies bfloat16 faster than
+float32. Other devices emulate bfloat16: on a CPU with AVX2 only, a training step under autocast to bfloat16 took twelve
 times as long as in float32.
 """
 
@@ -19,10 +18,10 @@ Autocast = Literal["auto", "float32", "bfloat16"]
 
 
 def native_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 on a device that multiplies it faster than float32, else float32."""
+    """Returns bfloat16 for a device that multiplies it faster than float32, and float32 otherwise."""
     device = torch.device(device)
     if device.type == "cpu":
-        # Looked up by name: not every supported version of torch has both.
+        # By name, since not every supported version of torch has both functions.
         checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
         native = any(check is not None and check() for check in checks)
     else:
@@ -31,15 +30,18 @@ def native_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def autocast(device: torch.device | str, precision: Autocast = "auto") -> AbstractContextManager[object]:
-    """A context for the forward pass of a training step: autocast to bfloat16, or nothing.
+    """A context manager for the forward pass of a training step, in which operations autocast to bfloat16 if wanted.
 
     Args:
-        device: of the network.
-        precision: "auto" is autocast to bfloat16 where the device multiplies bfloat16 natively, and nothing elsewhere;
-            "bfloat16" is always autocast, "float32" never.
+        device: the device of the network.
+        precision: "bfloat16" enables autocast, "float32" does not; "auto" enables it if the device multiplies bfloat16
+            natively.
+
+    Returns:
+        ``torch.autocast`` to bfloat16, or a context manager that does nothing.
 
     Raises:
-        ValueError: for another precision.
+        ValueError: if ``precision`` is unknown.
 
     Example:
         >>> from scorematch import ScoreNet, dsm_loss
@@ -55,20 +57,20 @@ def autocast(device: torch.device | str, precision: Autocast = "auto") -> Abstra
     return nullcontext()
 
 
-# -- Exact float32 ----------------------------------------------------------------------------------------------------
+# -- Full float32 -----------------------------------------------------------------------------------------------------
 
 _lock = threading.Lock()
 _users = 0
-_flags: list[tuple[Any, str, Any]] = []  # those of the user, while they are replaced
+_flags: list[tuple[Any, str, Any]] = []  # the user's values while the flags are changed
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Products and convolutions of float32 in full precision, without TF32 or bfloat16.
+    """Within this context, float32 matrix products and convolutions use full precision, without TF32 or bfloat16.
 
-    By default, and after ``torch.set_float32_matmul_precision("high")``, torch computes convolutions, and products, on
-    CUDA in TF32, with 10 bits of mantissa. Torch's flags are global, so they also hold for other threads meanwhile; the
-    last thread to leave restores the user's flags.
+    On CUDA, torch computes float32 convolutions in TF32, with 10 bits of mantissa, by default, and matrix products too
+    after ``torch.set_float32_matmul_precision("high")``. Torch's flags are global: while the context is active, they
+    also apply to other threads. If several threads use it, the last one to leave restores the user's flags.
     """
     global _users
     with _lock:
@@ -88,7 +90,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def _exact() -> list[tuple[Any, str, Any]]:
-    """The flags of torch, and their values for full precision."""
+    """Torch's flags as (object, attribute name, value for full precision)."""
     backends: Any = torch.backends
     if hasattr(backends.cudnn, "conv"):  # torch 2.9 and later
         owners = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)

@@ -1,30 +1,51 @@
-r"""The preconditioning table: how the output of a network becomes a score. One formula, with a row for each family.
+r"""The preconditioning: one formula that computes the score from the output of a network, with a table of coefficients.
 
 .. math:: \nabla_x \log p_\sigma(x) \approx c_{skip}\, u + c_{out}\, F(c_{in}\, u, c_{noise})
 
-F is the backbone, and u the image in the units that the backbone was trained in. ``x`` and the score are in the units
-of the package, images in [0, 1]. For a backbone of images in [-1, 1], k is the ratio of the units (u = k (x - middle),
-k = 2 for images in [0, 1]) and s = k sigma; sigma_d = 1/2 is the standard deviation of image data in [-1, 1], and
-v = s^2 + sigma_d^2.
+F is the backbone, and u the noisy image in the units that the backbone was trained in. x, sigma and the score are in
+the units of images in [0, 1]. For a backbone that was trained on images in [-1, 1], u = k (x - middle), where k is the
+ratio of the units, 2 for images in [0, 1], and middle is the middle of the network's value range. In the table
+s = k sigma is the noise level in these units, sigma_d the standard deviation of the data in [-1, 1], and
+v = s^2 + sigma_d^2. Each row has a name, the argument ``precondition`` of ScoreNet.
 
-=======  ==========  ===============  =======================  ============  ===========================
-row      u           c_in             c_out                    c_skip        c_noise
-=======  ==========  ===============  =======================  ============  ===========================
-ncsn     x           1                1                        0             position in the schedule
-ncsnv2   x           1                1 / sigma                0             sigma
-ncsnpp   x           1                1 / sigma                0             log(sigma)
-ddpm     in [-1, 1]  1 / sqrt(1+s^2)  -k / s                   0             time step
-ddpm_v   in [-1, 1]  1 / sqrt(1+s^2)  -k / (s sqrt(1+s^2))     -k / (1+s^2)  time step
-ddpm_x0  in [-1, 1]  1 / sqrt(1+s^2)  k / s^2                  -k / s^2      time step
-karras   in [-1, 1]  1 / sqrt(v)      k sigma_d / (s sqrt(v))  -k / v        log(s) / 4
-=======  ==========  ===============  =======================  ============  ===========================
+============  ==========  =================  =======================  ============  ===========================
+row           u           c_in               c_out                    c_skip        c_noise
+============  ==========  =================  =======================  ============  ===========================
+ncsn          x           1                  1                        0             position in the schedule
+ncsnv2        x           1                  1 / sigma                0             sigma
+ncsnpp        x           1                  1 / sigma                0             log(sigma)
+ncsnpp_index  x           1                  1 / sigma                0             position in the schedule
+ddpm          in [-1, 1]  1 / sqrt(1+s^2)    -k / s                   0             time step
+ddpm_v        in [-1, 1]  1 / sqrt(1+s^2)    -k / (s sqrt(1+s^2))     -k / (1+s^2)  time step
+ddpm_x0       in [-1, 1]  1 / sqrt(1+s^2)    k / s^2                  -k / s^2      time step
+vp            in [-1, 1]  1 / sqrt(1+s^2)    -k / s                   0             time_scale t
+subvp         in [-1, 1]  2/(s+sqrt(4+s^2))  -k / s                   0             time_scale t
+karras        in [-1, 1]  1 / sqrt(v)        k sigma_d / (s sqrt(v))  -k / v        log(s) / 4
+============  ==========  =================  =======================  ============  ===========================
 
-The time step of a DDPM is the number of levels minus one minus the position in the schedule: 0 is the lowest level.
-Between two steps it is fractional. A DDPM takes images scaled to unit variance of signal and noise together, and
-predicts the noise, v, or the clean image. An image that is given as a condition is converted to the units of u, without
-noise and without c_in. The rows of NCSN's line take the image as it is: NCSN and NCSNv2 center it themselves. With
-"karras" a backbone that outputs zero is the exact score of Gaussian data of deviation sigma_d around the middle of the
-range, and the backbone's input and target have unit variance at every noise level.
+The position of a noise level in the schedule is its index, 0 for the highest level (``NoiseSchedule.position``). The
+time step of a DDPM is the number of levels minus one minus the position: 0 is the lowest level. Between two levels both
+are fractional. The input of a DDPM is scaled to a total variance of one, and the backbone predicts the noise ("ddpm"),
+v ("ddpm_v") or the clean image ("ddpm_x0"). An image as a condition is converted to the units of u, without c_in. The
+backbones of the rows "ncsn" to "ncsnpp_index" receive images in [0, 1]; NCSN, NCSNv2 and NCSN++ map them to [-1, 1]
+themselves. With "karras" the backbone's input and target have unit variance at every noise level, and a backbone that
+returns zero gives the exact score of Gaussian data around the middle of the range with standard deviation sigma_d.
+
+"vp" and "subvp" are the variance preserving diffusions of Song et al. (2021) in continuous time t, from 0 to 1. At time
+t the image is scaled by alpha, and the noise has the standard deviation sqrt(1 - alpha^2) for VP and 1 - alpha^2 for
+sub-VP, with
+
+.. math:: q = -2 \log \alpha = \beta_{min} t + (\beta_{max} - \beta_{min}) t^2 / 2.
+
+s is this standard deviation divided by alpha. Therefore :math:`q = \log(1 + s^2)` for VP and
+:math:`q = 2 \operatorname{arsinh}(s / 2)` for sub-VP. The time of a noise level is
+
+.. math:: t = \frac{2 q}{\beta_{min} + \sqrt{\beta_{min}^2 + 2 (\beta_{max} - \beta_{min}) q}},
+
+a form of the root of the quadratic equation that is accurate at low noise levels.
+
+Some rows have options with default values: "karras" has sigma_data = 0.5 (sigma_d above), and "vp" and "subvp" have
+beta_min = 0.1, beta_max = 20 and time_scale = 999.
 
 References:
     Song & Ermon, 2020, Improved Techniques for Training Score-Based Generative Models, arXiv:2006.09011 (1 / sigma).
@@ -36,8 +57,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -45,12 +66,18 @@ from torch import Tensor, nn
 
 from scorematch.noise import NoiseSchedule
 from scorematch.protocol import check_score, per_image
-
-_SIGMA_DATA = 0.5
+from scorematch.schema import Field, check
 
 
 class Coefficients(NamedTuple):
-    """The coefficients of the formula at given noise levels; each has the shape of sigma or is a number."""
+    """The coefficients of the formula at given noise levels.
+
+    Attributes:
+        c_in: the factor of the input, a tensor of sigma's shape or a number, and so are ``c_skip`` and ``c_out``.
+        c_skip: the factor of u in the score.
+        c_out: the factor of the backbone's output in the score.
+        c_noise: the second argument of the backbone, a tensor of sigma's shape.
+    """
 
     c_in: Tensor | float
     c_skip: Tensor | float
@@ -62,12 +89,14 @@ class Row(NamedTuple):
     """One row of the table.
 
     Attributes:
-        coefficients: called with noise levels in the units of x, the network's schedule, and k.
-        centered: whether u is x mapped from the network's value range to [-1, 1].
+        coefficients: a function of sigma in the units of x, the network's schedule, k, and the options as keywords.
+        centered: whether u is x mapped from the network's value range to [-1, 1]; otherwise u is x.
+        options: the default value of each option, a positive number, by name.
     """
 
-    coefficients: Callable[[Tensor, NoiseSchedule, float], Coefficients]
+    coefficients: Callable[..., Coefficients]
     centered: bool
+    options: Mapping[str, float] = {}
 
 
 def _ncsn(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
@@ -82,8 +111,12 @@ def _ncsnpp(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
     return Coefficients(1.0, 0.0, 1 / sigma, torch.log(sigma))
 
 
+def _ncsnpp_index(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
+    return Coefficients(1.0, 0.0, 1 / sigma, schedule.position(sigma))
+
+
 def _ddpm_input(sigma: Tensor, schedule: NoiseSchedule, k: float) -> tuple[Tensor, Tensor, Tensor]:
-    """s, c_in and the time step, which the rows of DDPMs share."""
+    """s, c_in and the time step of the rows "ddpm", "ddpm_v" and "ddpm_x0"."""
     s = k * sigma
     return s, (1 + s.square()).rsqrt(), len(schedule) - 1 - schedule.position(sigma)
 
@@ -103,59 +136,136 @@ def _ddpm_x0(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
     return Coefficients(c_in, -k / s.square(), k / s.square(), step)
 
 
-def _karras(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
+def _time(q: Tensor, beta_min: float, beta_max: float) -> Tensor:
+    """The time t at which -2 log(alpha) = q."""
+    return 2 * q / (beta_min + (beta_min**2 + 2 * (beta_max - beta_min) * q).sqrt())
+
+
+def _vp(
+    sigma: Tensor, schedule: NoiseSchedule, k: float, *, beta_min: float, beta_max: float, time_scale: float
+) -> Coefficients:
     s = k * sigma
-    variance = s.square() + _SIGMA_DATA**2
+    time = _time(torch.log1p(s.square()), beta_min, beta_max)
+    return Coefficients((1 + s.square()).rsqrt(), 0.0, -k / s, time_scale * time)
+
+
+def _subvp(
+    sigma: Tensor, schedule: NoiseSchedule, k: float, *, beta_min: float, beta_max: float, time_scale: float
+) -> Coefficients:
+    s = k * sigma
+    time = _time(2 * torch.asinh(s / 2), beta_min, beta_max)
+    return Coefficients(2 / (s + (4 + s.square()).sqrt()), 0.0, -k / s, time_scale * time)
+
+
+def _karras(sigma: Tensor, schedule: NoiseSchedule, k: float, *, sigma_data: float) -> Coefficients:
+    s = k * sigma
+    variance = s.square() + sigma_data**2
     return Coefficients(
         c_in=variance.rsqrt(),
         c_skip=-k / variance,
-        c_out=k * _SIGMA_DATA * variance.rsqrt() / s,
+        c_out=k * sigma_data * variance.rsqrt() / s,
         c_noise=torch.log(s) / 4,
     )
 
 
+_DIFFUSION = {"beta_min": 0.1, "beta_max": 20.0, "time_scale": 999.0}
 ROWS: dict[str, Row] = {
     "ncsn": Row(_ncsn, centered=False),
     "ncsnv2": Row(_ncsnv2, centered=False),
     "ncsnpp": Row(_ncsnpp, centered=False),
+    "ncsnpp_index": Row(_ncsnpp_index, centered=False),
     "ddpm": Row(_ddpm, centered=True),
     "ddpm_v": Row(_ddpm_v, centered=True),
     "ddpm_x0": Row(_ddpm_x0, centered=True),
-    "karras": Row(_karras, centered=True),
+    "vp": Row(_vp, centered=True, options=_DIFFUSION),
+    "subvp": Row(_subvp, centered=True, options=_DIFFUSION),
+    "karras": Row(_karras, centered=True, options={"sigma_data": 0.5}),
 }
+
+
+def check_options(row: str, options: Any, where: str) -> None:
+    """Checks the options of a row.
+
+    Args:
+        row: the name of the row.
+        options: the options that differ from the defaults, by name.
+        where: the name of the options in messages.
+
+    Raises:
+        ValueError: if the row does not have an option, a value is not a number from 1e-6 to 1e6, or beta_max is below
+            beta_min.
+    """
+    known = ROWS[row].options
+    if options and not known:
+        raise ValueError(f"{where}: the row {row!r} has no options, got {', '.join(map(repr, options))}.")
+    check(options, dict.fromkeys(known, Field(float, low=1e-6, high=1e6)), where, closed=True)
+    values = {**known, **options}
+    if "beta_max" in values and values["beta_max"] < values["beta_min"]:
+        raise ValueError(
+            f"{where}: beta_max must be at least beta_min, {values['beta_min']:g}, got {values['beta_max']:g}."
+        )
 
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """The row of one network, with the values that its coefficients depend on.
+    """The preconditioning of one network: a row of the table with the values that its coefficients depend on.
 
     Args:
         row: the name of the row.
         schedule: the noise levels that the backbone was trained on.
         value_range: (low, high) of the data, or None for data without a range.
-        predicts_variance: whether the backbone returns twice the channels of x. The second half is a variance, which
-            the score does not use (Nichol & Dhariwal, 2021, arXiv:2102.09672).
+        predicts_variance: whether the backbone returns twice as many channels as x has. The second half predicts the
+            variance of ancestral sampling (Nichol & Dhariwal, 2021, arXiv:2102.09672); the score does not use it.
+        options: the options of the row that differ from the defaults, by name.
     """
 
     row: str
     schedule: NoiseSchedule
     value_range: tuple[float, float] | None
     predicts_variance: bool = False
+    options: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def units(self) -> tuple[float, float]:
-        """The k and the middle of u = k (x - middle)."""
+        """(k, middle) of u = k (x - middle); (1, 0) if u is x."""
         if self.value_range is None or not ROWS[self.row].centered:
             return 1.0, 0.0
         low, high = self.value_range
         return 2 / (high - low), (low + high) / 2
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """The coefficients at noise levels () or (N,)."""
-        return ROWS[self.row].coefficients(sigma, self.schedule, self.units[0])
+        """The coefficients at noise levels sigma, () or (N,), in the units of x."""
+        row = ROWS[self.row]
+        return row.coefficients(sigma, self.schedule, self.units[0], **{**row.options, **self.options})
 
-    def score(self, backbone: nn.Module, x: Tensor, coefficients: Coefficients, condition: Tensor | None) -> Tensor:
-        """The score by the formula above, in float32 at least. Inside the backbone its own dtype is used."""
+    def outputs(
+        self,
+        backbone: nn.Module,
+        x: Tensor,
+        coefficients: Coefficients,
+        condition: Tensor | None,
+        *,
+        variance: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Computes the score by the formula of this module, and the share of the large variance if it is wanted.
+
+        The formula is evaluated in float32, or in float64 for float64 x; the backbone computes in its own dtype.
+
+        Args:
+            backbone: the backbone F.
+            x: noisy data (N, ...) in the units of the package.
+            coefficients: the result of ``coefficients``.
+            condition: the condition as a tensor, or None.
+            variance: whether to return the share too. The second half of the output is -1 for the small variance and 1
+                for the large one; the share is 0 and 1.
+
+        Returns:
+            ``(score,)`` or ``(score, share)``, each of x's shape and dtype.
+
+        Raises:
+            TypeError: if the backbone does not return a tensor.
+            ValueError: if it returns a tensor of another shape than expected.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
         c_in, c_skip, c_out, c_noise = coefficients
         k, middle = self.units
@@ -170,11 +280,13 @@ class Preconditioning:
             if condition.ndim == 4 and condition.is_floating_point():
                 condition = (k * (condition.to(dtype) - middle)).to(inner)
             arguments.append(condition)
-        output = self._prediction(backbone(*arguments), x)
-        return (per_image(c_skip, x) * u + per_image(c_out, x) * output.to(dtype)).to(x.dtype)
+        output = self._checked(backbone(*arguments), x)
+        channels = x.shape[1]
+        score = (per_image(c_skip, x) * u + per_image(c_out, x) * output[:, :channels].to(dtype)).to(x.dtype)
+        return (score, ((1 + output[:, channels:].to(dtype)) / 2).to(x.dtype)) if variance else (score,)
 
-    def _prediction(self, output: Any, x: Tensor) -> Tensor:
-        """The output of a backbone, without its variance, after a check of its shape."""
+    def _checked(self, output: Any, x: Tensor) -> Tensor:
+        """A backbone's output, after a check of its shape."""
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the backbone must return a tensor of the shape of x, got {type(output).__name__}. For a UNet2DModel "
@@ -182,7 +294,7 @@ class Preconditioning:
             )
         twice = output.shape == (len(x), 2 * x.shape[1], *x.shape[2:])
         if twice and self.predicts_variance:
-            return output[:, : x.shape[1]]
+            return output
         if twice or self.predicts_variance:
             hint = "Pass predicts_variance=True if the second half is a variance."
             if self.predicts_variance:

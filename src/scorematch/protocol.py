@@ -1,17 +1,19 @@
 """The interface of a score: a callable ``score(x, sigma)`` or ``score(x, sigma, condition)``.
 
 x is a batch (N, ...), sigma its noise level, () or (N,), and the result has the shape of x. Losses, samplers and
-likelihood take any such callable. A score may also have attributes: the noise levels that it was trained on
-(``schedule``), the range of its data (``value_range``) and the shape of one sample (``sample_shape``).
+``log_likelihood`` accept any such callable. A score may have attributes: ``schedule``, the noise levels that it was
+trained on; ``value_range``, the range of its data; and ``sample_shape``, the shape of one sample. Error messages call
+a score without a schedule a plain callable.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +27,19 @@ Score = Callable[..., Tensor]
 
 
 def attribute(score: object, name: str) -> Any:
-    """An attribute of a network or of the one inside DistributedDataParallel and similar wrappers; None without it."""
+    """An attribute of a network, or of the network inside DistributedDataParallel and similar wrappers, or None."""
     inner = getattr(score, "module", None) if isinstance(score, nn.Module) else None
     return getattr(score, name, getattr(inner, name, None))
 
 
 def schedule_of(score: object) -> NoiseSchedule | None:
-    """The noise levels that a network was trained on; None for a plain callable, which has none."""
+    """The noise levels that a network was trained on; None for a plain callable."""
     schedule = attribute(score, "schedule")
     return schedule if isinstance(schedule, NoiseSchedule) else None
 
 
 def middle_of(score: object) -> float:
-    """The middle of the range of a network's data, where every sampler starts; 0 for data without a range."""
+    """The middle of the network's value range, the mean of a sampler's initial noise; 0 for data without a range."""
     value_range = attribute(score, "value_range")
     return 0.0 if value_range is None else (value_range[0] + value_range[1]) / 2
 
@@ -49,8 +51,8 @@ def check_data(x: Any, name: str = "x") -> None:
     """Checks that x is a batch of floating-point data, (N, ...) with N at least 1.
 
     Raises:
-        TypeError: for something that is not a tensor, or an integer tensor.
-        ValueError: for a tensor without a batch axis, or an empty batch.
+        TypeError: if x is not a floating-point tensor.
+        ValueError: if x has fewer than two axes, or the batch is empty.
     """
     if not isinstance(x, Tensor):
         hint = "Write torch.as_tensor(x)."
@@ -66,26 +68,26 @@ def check_data(x: Any, name: str = "x") -> None:
 
 
 def as_sigma(sigma: float | Tensor, x: Tensor) -> Tensor:
-    """A noise level as a tensor () or (N,), on the device of x and in its dtype, or in float32 if that is wider.
+    """Converts a noise level to a tensor () or (N,) on the device of x, in x's dtype, but at least float32.
 
-    A level on the CPU is checked to be positive. One on another device is not, since the check would wait for that
-    device.
+    A level on the CPU must be positive. A level on another device is not checked, since reading it would synchronize
+    with that device.
 
     Raises:
-        TypeError: for an integer tensor.
-        ValueError: for another shape, or a level that is not positive.
+        TypeError: if sigma is an integer tensor.
+        ValueError: if sigma has another shape, or is not positive.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(sigma, Tensor):
         if isinstance(sigma, int | float):
             if not sigma > 0:
                 raise ValueError(f"sigma must be positive, got {sigma:g}.")
-            return torch.full((), sigma, dtype=dtype, device=x.device)  # a fill: nothing is copied from the host
+            return torch.full((), sigma, dtype=dtype, device=x.device)  # without a copy from the CPU
         sigma = torch.as_tensor(sigma)
     if not sigma.is_floating_point():
         raise TypeError(
-            f"sigma is a noise level, a standard deviation in the units of x, got {sigma.dtype}. For level i of a "
-            "schedule write schedule[i]."
+            "sigma must be a floating-point noise level, a standard deviation in the units of x, got "
+            f"{sigma.dtype}. Write schedule[i] for level i of a schedule."
         )
     if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(x)):
         raise ValueError(f"sigma must be a float, () or ({len(x)},) like the batch, got shape {tuple(sigma.shape)}.")
@@ -96,39 +98,127 @@ def as_sigma(sigma: float | Tensor, x: Tensor) -> Tensor:
 
 
 def first_where(values: Tensor, wrong: Callable[[Tensor], Tensor]) -> float | None:
-    """The first of the values for which ``wrong`` holds; None if there is none, or if values cannot be read.
+    """The first of the values for which ``wrong`` is true; None if there is none, or if the values are not read.
 
-    They are not read inside torch.compile and torch.func.vmap, nor on another device than the CPU, for which the host
-    would have to wait.
+    Values are not read inside torch.compile and torch.func.vmap, nor on another device than the CPU, where reading
+    would synchronize with the device.
     """
     if values.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     try:
         found = values[wrong(values)]
-    except RuntimeError:  # of torch.func.vmap, whose tensors cannot have a size that depends on their values
+    except RuntimeError:  # torch.func.vmap does not support results whose shape depends on values
         return None
     return found[0].item() if len(found) else None
 
 
 def check_score(score: Tensor, x: Tensor) -> Tensor:
-    """The score, after a check that it has the shape of x.
+    """Returns the score if it has the shape of x; a score is never broadcast.
 
     Raises:
-        ValueError: for another shape. A score is never broadcast.
+        ValueError: if it has another shape.
     """
     if score.shape != x.shape:
         raise ValueError(
-            f"the network returned shape {tuple(score.shape)} for x of shape {tuple(x.shape)}: a score has the shape "
-            "of x."
+            f"the network returned shape {tuple(score.shape)} for x of shape {tuple(x.shape)}, but a score must have "
+            "the shape of x."
         )
     return score
 
 
 def per_image(value: Tensor | float, x: Tensor) -> Tensor | float:
-    """A value that multiplies x (N, ...) sample by sample: a number or () unchanged, (N,) with as many axes as x."""
+    """Reshapes a value so that it broadcasts over x (N, ...): (N,) becomes (N, 1, ..., 1), a number or () stays."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     return value.view(-1, *[1] * (x.ndim - 1))
+
+
+# -- The denoised data -------------------------------------------------------------------------------------------------
+
+
+class Tweedie:
+    """A base class of scores, with the methods that follow from Tweedie's formula."""
+
+    def denoise(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+        r"""The denoised image, the mean of the clean data given x: :math:`x + \sigma^2 \nabla_x \log p_\sigma(x)`.
+
+        This is Tweedie's formula. Arguments and errors are those of the call ``net(x, sigma, condition)``. The result
+        has the shape and dtype of x.
+        """
+        score = cast(Score, self)(x, sigma, condition)
+        return (x + per_image(as_sigma(sigma, x).square(), x) * score).to(x.dtype)
+
+    def as_denoiser(self) -> Denoiser:
+        """The denoised image as a module, ``denoiser(x, sigma)``, as other packages expect it (azula, deepinv, sbi).
+
+        Returns:
+            A Denoiser that holds this score, not a copy of it.
+        """
+        return Denoiser(self)
+
+
+class NetworkScore(Tweedie, ABC):
+    """The base class of the scores of a network, alone or guided, which may predict the variance of a sampler too."""
+
+    predicts_variance: bool
+
+    def score_and_variance(
+        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""The score, and the variance that the network predicts for a step of ``AncestralSampler``, in one call.
+
+        Arguments and errors are those of the call ``net(x, sigma, condition)``.
+
+        Returns:
+            The score, and v, each with the shape and dtype of x. v is the share of the logarithm of the large variance:
+            :math:`\log \Sigma = v \log \Sigma_{large} + (1 - v) \log \Sigma_{small}`. It is not limited to [0, 1].
+
+        Raises:
+            ValueError: if the network predicts no variance.
+
+        References:
+            Nichol & Dhariwal, 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672, Eq. 15.
+        """
+        if not self.predicts_variance:
+            raise ValueError("this network predicts no variance. Call net(x, sigma) for the score alone.")
+        score, variance = self._outputs(x, sigma, condition, variance=True)
+        return score, variance
+
+    @abstractmethod
+    def _outputs(
+        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+    ) -> tuple[Tensor, ...]:
+        """The score, and the share of the large variance if ``variance`` is True."""
+
+
+class Denoiser(nn.Module):
+    r"""A score as a denoiser, :math:`D(x, \sigma) = x + \sigma^2 \nabla_x \log p_\sigma(x)`, for other packages.
+
+    Args:
+        score: a score with the method ``denoise``: a ScoreNet, its inference copy, or a guided score.
+
+    Example:
+        >>> from scorematch import ScoreNet
+        >>> denoiser = ScoreNet.from_pretrained("mnist").as_denoiser()
+        >>> denoiser(torch.rand(2, 1, 28, 28), torch.tensor([0.1, 0.5]).view(2, 1, 1, 1)).shape
+        torch.Size([2, 1, 28, 28])
+    """
+
+    def __init__(self, score: Tweedie) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+        """The denoised image, with the shape and dtype of x.
+
+        Args:
+            x: noisy data (N, ...), images in [0, 1] plus noise.
+            sigma: the noise level in the units of x: a float, or a tensor with one value or N values, of any shape.
+            condition: the condition of the score.
+        """
+        if isinstance(sigma, Tensor):
+            sigma = sigma.reshape(()) if sigma.numel() == 1 else sigma.flatten()
+        return self.score.denoise(x, sigma, condition)
 
 
 # -- Eval mode --------------------------------------------------------------------------------------------------------
@@ -139,9 +229,9 @@ _users: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = weak
 
 @contextmanager
 def evaluating(net: object) -> Iterator[None]:
-    """Puts a network into eval mode, and afterwards each of its modules back into the mode that it had.
+    """Within this context a network is in eval mode; afterwards the previous mode of each module is restored.
 
-    Several threads may use it at once for one network: the last one to leave restores the modes.
+    Several threads may use it for one network at the same time; the last one to leave restores the modes.
     """
     if not isinstance(net, nn.Module):
         yield

@@ -1,7 +1,7 @@
-"""Random numbers that depend on a generator alone.
+"""Random numbers that depend on the generator only, not on the device of the network.
 
-Whatever draws in this package takes a ``generator``. Numbers are drawn on the generator's own device and then moved, so
-that one seed gives the same numbers whatever device the network is on.
+Every function of this package that draws random numbers takes a ``generator``. Numbers are drawn on the generator's
+device and then moved, so that a seed gives the same numbers for a network on any device.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# None is torch's global generator; an int is a seed; a sequence holds one of either for each sample.
+# None is torch's global generator, an int a seed; a sequence holds a generator or a seed for each sample.
 Generator = torch.Generator | int | Sequence[torch.Generator | int] | None
 
 
 def as_generator(generator: Any) -> torch.Generator | tuple[torch.Generator, ...] | None:
-    """The generators that ``generator`` describes: a seed becomes a new generator on the CPU.
+    """Converts the argument ``generator`` of a function: each seed becomes a new generator on the CPU.
+
+    Returns:
+        A generator; a tuple of generators for a list or tuple; None for None.
 
     Raises:
-        TypeError: if it is not a ``torch.Generator``, an int, a sequence of these, or None.
+        TypeError: if it is not a ``torch.Generator``, an int, a list or tuple of these, or None.
     """
     if isinstance(generator, list | tuple):
         return tuple(_one(each) for each in generator)
@@ -29,7 +32,7 @@ def as_generator(generator: Any) -> torch.Generator | tuple[torch.Generator, ...
 
 
 def single_generator(generator: Any) -> torch.Generator | None:
-    """The generator that ``generator`` describes, for functions that do not draw sample by sample.
+    """As ``as_generator``, for functions that take one generator for all samples.
 
     Raises:
         TypeError: if it is not a ``torch.Generator``, an int or None.
@@ -48,16 +51,17 @@ def _one(generator: Any) -> torch.Generator:
 
 
 def seed_of(*parts: int | str) -> int:
-    """A seed, 63 bits, that depends on its parts alone: another one for any other parts.
+    """Derives a seed of 63 bits from integers and strings by hashing; other parts give another seed.
 
-    With it, random numbers are functions of what they are for, as in ``seed_of(seed, "image", 17)``, and not of what
-    was drawn before them.
+    Random numbers from a generator with such a seed depend on their purpose, as in ``seed_of(seed, "image", 17)``, and
+    not on the numbers drawn before. torch's generator of the CPU uses only the low 32 bits of its seed, so that among
+    many thousands of such generators two may be equal.
 
     Args:
-        parts: integers and strings; their order matters, and so does whether 1 or "1" is given.
+        parts: integers and strings. Their order and their type matter: 1 and "1" give different seeds.
 
     Raises:
-        TypeError: for a part of another type.
+        TypeError: if a part is neither an integer nor a string.
 
     Example:
         >>> seed_of(0, "image", 17) == seed_of(0, "image", 17), seed_of(0, "image", 17) == seed_of(0, "image", 18)
@@ -79,14 +83,14 @@ def standard_normal(
     """Standard normal noise, drawn on the generator's device and then moved to ``device``.
 
     Args:
-        shape: of the result.
-        generator: None is torch's global generator of the device; a sequence holds one generator for each entry of the
-            first axis.
-        device: of the result.
-        dtype: of the result.
+        shape: the shape of the result.
+        generator: a generator; None is torch's global generator of ``device``; a sequence holds one generator for each
+            entry of the first axis.
+        device: the device of the result.
+        dtype: the dtype of the result.
 
     Raises:
-        ValueError: if a sequence of generators has another length than the first axis.
+        ValueError: if the length of a sequence of generators is not ``shape[0]``.
     """
     return _draw(torch.randn, shape, generator, device, dtype)
 
@@ -97,7 +101,7 @@ def uniform(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Numbers that are uniform in [0, 1), drawn as ``standard_normal`` draws; arguments and errors are the same."""
+    """Uniform random numbers in [0, 1); arguments and errors are those of ``standard_normal``."""
     return _draw(torch.rand, shape, generator, device, dtype)
 
 
@@ -115,7 +119,7 @@ def _draw(
             )
         sources = {one.device for one in generator}
         source = sources.pop() if len(sources) == 1 else device
-        # All images of one source device move together, in one copy.
+        # If all generators are on one device, the samples are moved in a single copy.
         drawn = [_draw(function, shape[1:], one, source, dtype) for one in generator]
         return torch.stack(drawn).to(device)
     source = device if generator is None else generator.device

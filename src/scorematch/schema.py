@@ -1,13 +1,16 @@
-"""Schemas of configurations: which keys there are, of which type and range, checked before anything is built."""
+"""Schemas of configurations: the keys and the types and ranges of their values, checked before a network is built."""
 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_LONGEST = 60  # characters of a value that a message quotes
+_LONGEST = 60  # the largest number of characters of a value in a message
+_REPR = reprlib.Repr()  # which stops at the sixth level of nested values
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST
 _NAMES = {
     int: "an integer",
     float: "a number",
@@ -20,16 +23,18 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Field:
-    """What one key of a configuration may hold.
+    """The type and range of the value of one key.
+
+    ``str(field)`` describes them for messages, such as "an integer of at least 1".
 
     Args:
-        kind: int, float (which admits an int), str, bool, list or dict.
+        kind: int, float (ints are accepted), str, bool, list or dict.
         required: whether the key must be present.
         optional: whether the value may be null.
-        low: the least number, or the least length of a list.
-        high: the greatest number, or the greatest length of a list.
-        choices: the values that are known; None is any.
-        each: of a list, what each entry must be.
+        low: the smallest number, or the smallest length of a list.
+        high: the largest number, or the largest length of a list.
+        choices: the allowed values; None allows all.
+        each: the field of each entry of a list.
     """
 
     kind: type
@@ -58,7 +63,7 @@ class Field:
         return said + (" or null" if self.optional else "")
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is what this field may hold."""
+        """Whether a value has the type and range of this field."""
         if value is None:
             return self.optional
         if isinstance(value, bool) != (self.kind is bool):
@@ -79,16 +84,16 @@ class Field:
 
 
 def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool = False) -> None:
-    """Raises if a configuration does not fit its schema.
+    """Raises an error if a configuration does not fit its schema.
 
     Args:
-        values: the configuration.
-        fields: the schema, by key.
+        values: the configuration, a mapping.
+        fields: the schema, a ``Field`` for each key.
         where: the name of the configuration in messages, such as its path.
-        closed: whether other keys than those of the schema are an error.
+        closed: whether keys that are not in the schema are an error.
 
     Raises:
-        ValueError: with the configuration, the key, what was expected and what was found.
+        ValueError: if the configuration does not fit; the message names the key, the expected and the actual value.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be an object with keys, got {quote(values)}.")
@@ -107,9 +112,6 @@ def _number(bound: float) -> str:
 
 
 def quote(value: Any) -> str:
-    """A value as a message quotes it, shortened."""
-    try:
-        said = repr(value)
-    except RecursionError:
-        return "a deeply nested value"
+    """The ``repr`` of a value for messages, shortened to 60 characters."""
+    said = _REPR.repr(value)
     return said if len(said) <= _LONGEST else said[: _LONGEST - 3] + "..."

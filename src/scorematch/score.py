@@ -1,13 +1,14 @@
-r"""ScoreNet: a network used as a score, ``score(x, sigma)``.
+r"""ScoreNet: a neural network that is called as a score, ``net(x, sigma)``.
 
 The score of noisy data is :math:`\nabla_x \log p_\sigma(x)`, where :math:`p_\sigma` is the distribution of the data
 convolved with a Gaussian of standard deviation sigma. Tweedie's formula turns it into the denoised image, the mean of
 the clean images given x, :math:`\mathbb{E}[x_0 | x] = x + \sigma^2 \nabla_x \log p_\sigma(x)`.
 
-Each family of networks has units and conventions of its own. A ScoreNet holds the backbone, the noise levels that it
-was trained on and its row of the preconditioning table, and has one interface: images (N, C, H, W) in [0, 1], sigma in
-the same units, and a score. It returns a score, where k-diffusion and azula return the denoised image (``denoise``
-here).
+Each family of networks has its own units and conventions. A ScoreNet combines a backbone with the noise levels that it
+was trained on and with its preconditioning (``scorematch.precondition``), and has the same interface for all families:
+it takes noisy images (N, C, H, W) in the units of images in [0, 1] and sigma in the same units, and returns the score.
+Networks of k-diffusion and azula return the denoised image instead, which is ``net.denoise(x, sigma)`` here, and
+``net.as_denoiser()`` as a module.
 """
 
 from __future__ import annotations
@@ -15,50 +16,59 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
 from scorematch import pretrained
-from scorematch.nets import FAMILIES, Condition, family_of
+from scorematch.nets import FAMILIES, NCSNPP, Condition, family_of
+from scorematch.nets.blocks import ResidualBlock
 from scorematch.nets.family import as_condition
 from scorematch.nets.inference import InferenceScore, is_plain
+from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
 from scorematch.nets.refinenet import Depth
-from scorematch.nets.unet import ResidualBlock
 from scorematch.noise import NoiseSchedule
-from scorematch.precondition import ROWS, Preconditioning
-from scorematch.protocol import as_sigma, check_data, per_image
+from scorematch.precondition import ROWS, Preconditioning, check_options
+from scorematch.protocol import NetworkScore, as_sigma, check_data
 from scorematch.sampling.settings import SamplerSettings
 
 Size = int | tuple[int, int]
 Range = tuple[float, float]
 
 
-class ScoreNet(nn.Module):
-    """A backbone with its noise levels and its preconditioning, which together are a score of images.
+class ScoreNet(NetworkScore, nn.Module):
+    """A network that returns the score of noisy data: a backbone with its noise levels and its preconditioning.
 
-    ``ScoreNet.ncsn``, ``ScoreNet.ncsnv2`` and ``ScoreNet.unet`` build networks to train, ``ScoreNet.from_pretrained``
-    loads trained ones, and the constructor wraps a network of your own.
+    ``ScoreNet.ncsn``, ``ScoreNet.ncsnv2``, ``ScoreNet.unet`` and ``ScoreNet.ncsnpp`` build networks to train,
+    ``ScoreNet.from_pretrained`` loads trained ones, and the constructor wraps a network of your own.
 
     Args:
-        backbone: called as ``backbone(x, c_noise)``, or ``backbone(x, c_noise, condition)`` where a condition is given,
-            with x in the units of its row and ``c_noise`` (N,), float32 (float64 for a float64 network). It returns a
-            tensor of the shape of x.
-        schedule: the noise levels that it is trained on.
-        precondition: its row of the table in ``scorematch.precondition``: "karras", "ncsnv2", "ncsn", ...
-        sample_shape: the shape of one sample without the batch, (C, H, W) for images. Samplers draw this shape by
-            default; the network itself may take others.
-        value_range: (low, high) of the data, to which samplers clamp their result and which rows in [-1, 1] are mapped
-            from; None for data without a range. "auto" is (0, 1) where ``sample_shape`` is that of an image, (C, H, W),
-            and None otherwise.
-        predicts_variance: whether the backbone returns twice the channels of x. The second half is a variance, which
-            the score does not use.
+        backbone: a ``torch.nn.Module``, called as ``backbone(x, c_noise)``, or as ``backbone(x, c_noise, condition)``
+            if a condition is given. The preconditioning scales x and computes ``c_noise`` (N,) from sigma; it is
+            float32, or float64 for a float64 network. The backbone returns a tensor of the shape of x. If it has an
+            attribute ``conditioning``, a ``scorematch.nets.Condition``, conditions are checked, and ``train`` passes
+            the labels of the data: ``Condition(classes=10)``, or ``Condition(channels=3)`` for an image.
+        schedule: the noise levels that the backbone is trained on.
+        precondition: how x and sigma become the backbone's input, and its output the score: the name of a row of the
+            table in ``scorematch.precondition``, such as "karras", "ddpm", "ncsnv2" or "ncsn".
+        sample_shape: the shape of one sample without the batch axis, (C, H, W) for images. Samplers draw samples of
+            this shape by default; the network itself may take other shapes.
+        value_range: (low, high) of the data. Samplers clamp their samples to this range, and some preconditionings
+            (see the table) map it to [-1, 1]. None is for data without a fixed range. "auto" is (0, 1) if
+            ``sample_shape`` is the shape of an image, (C, H, W), and None otherwise.
+        predicts_variance: whether the backbone returns twice as many channels as x has. The second half predicts the
+            variance of ancestral sampling (``score_and_variance``); the score does not use it.
+        precondition_options: the options of the row that differ from their defaults, by name, such as
+            ``{"sigma_data": 0.25}`` for "karras"; None is the defaults.
 
     Attributes:
         sampler_settings: the SamplerSettings recommended for this network, or None; saved with the weights.
 
     Raises:
-        TypeError, ValueError: for parts that do not fit together.
+        TypeError: if the backbone is not a ``torch.nn.Module``, the schedule not a NoiseSchedule, or ``sample_shape``
+            not a tuple.
+        ValueError: if ``precondition`` or one of its options is unknown, ``value_range`` is not (low, high) with low <
+            high, or the backbone does not fit the schedule or the preconditioning.
 
     Example:
         >>> import torch
@@ -76,6 +86,7 @@ class ScoreNet(nn.Module):
         sample_shape: tuple[int, ...] | None = None,
         value_range: Range | Literal["auto"] | None = "auto",
         predicts_variance: bool = False,
+        precondition_options: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(backbone, nn.Module):
@@ -87,6 +98,8 @@ class ScoreNet(nn.Module):
             )
         if precondition not in ROWS:
             raise ValueError(f"precondition must be one of {', '.join(map(repr, ROWS))}, got {precondition!r}.")
+        precondition_options = dict(precondition_options or {})
+        check_options(precondition, precondition_options, "precondition_options")
         if sample_shape is not None and not isinstance(sample_shape, Sequence):
             raise TypeError(f"sample_shape must be a tuple such as (3, 32, 32), or None, got {sample_shape!r}.")
         if value_range == "auto":
@@ -99,7 +112,7 @@ class ScoreNet(nn.Module):
             self.family.check(backbone, levels=len(schedule), precondition=precondition)
         self.backbone = backbone
         self.schedule = schedule
-        self.precondition = precondition
+        self.precondition, self.precondition_options = precondition, precondition_options
         self.sample_shape = None if sample_shape is None else tuple(sample_shape)
         self.value_range: Range | None = None if value_range is None else (float(value_range[0]), float(value_range[1]))
         self.predicts_variance = predicts_variance
@@ -108,15 +121,15 @@ class ScoreNet(nn.Module):
 
     @property
     def sampler_settings(self) -> SamplerSettings | None:
-        """The settings recommended for this network, or None."""
+        """The sampler settings recommended for this network, or None."""
         return self._sampler_settings
 
     @sampler_settings.setter
     def sampler_settings(self, settings: SamplerSettings | None) -> None:
         if not isinstance(settings, SamplerSettings | None):
             raise TypeError(
-                f"sampler_settings must be a SamplerSettings, got {type(settings).__name__}. Write "
-                "SamplerSettings(levels=..., ...), of scorematch.sampling."
+                f"sampler_settings must be a SamplerSettings or None, got {type(settings).__name__}. Write "
+                "scorematch.sampling.SamplerSettings(levels=..., ...)."
             )
         self._sampler_settings = settings
 
@@ -132,15 +145,23 @@ class ScoreNet(nn.Module):
         depth: Depth = "standard",
         schedule: NoiseSchedule | None = None,
     ) -> ScoreNet:
-        """The network of NCSN: the noise level enters every norm, and the output is the score.
+        """Builds an NCSN: every normalization layer depends on the noise level, and the output is the score.
 
         Args:
-            channels: of the image.
-            image_size: (height, width) of a sample, or the side of a square one. The network takes any even size.
-            width: of the first features: 64 for the published MNIST network, 128 for CIFAR-10 and CelebA.
-            depth: how often the image is halved: "standard" once, "deeper" twice, "deepest" three times.
-            schedule: the noise levels; each has a row in the norms' tables, and between two levels the rows are
-                interpolated. None is the published schedule, 10 levels from 1 to 0.01.
+            channels: the number of channels of an image.
+            image_size: (height, width) of a sample in pixels, or the side of a square one. The network takes all sizes
+                that are multiples of 2, 4 or 8, for the depth "standard", "deeper" or "deepest".
+            width: the number of channels of the first feature map, at least 2: 64 in the published network for MNIST,
+                128 for CIFAR-10 and CelebA.
+            depth: how many times height and width are halved: "standard" once, "deeper" twice, "deepest" three times.
+            schedule: the noise levels. Each normalization layer has one set of parameters per level, and interpolates
+                linearly between two levels. None is the published schedule, 10 levels from 1 to 0.01.
+
+        Returns:
+            The network, with new weights drawn from torch's global generator.
+
+        Raises:
+            ValueError: if ``depth`` is unknown, or ``channels`` or ``width`` is too small.
 
         References:
             Song & Ermon, 2019, arXiv:1907.05600.
@@ -160,16 +181,23 @@ class ScoreNet(nn.Module):
         schedule: NoiseSchedule | None = None,
         precondition: Literal["ncsnv2", "karras"] = "ncsnv2",
     ) -> ScoreNet:
-        """The network of NCSNv2: it sees the noise level in the image alone, and its output is divided by sigma.
+        """Builds an NCSNv2: its layers do not receive the noise level; as published, its output is divided by sigma.
 
         Args:
-            channels: of the image.
-            image_size: (height, width) of a sample, or the side of a square one.
-            width: of the first features, 128 in the published networks.
-            depth: how often the image is halved: "standard" once (NCSNv2, 32 and 64 px), "deeper" twice
+            channels: the number of channels of an image.
+            image_size: (height, width) of a sample in pixels, or the side of a square one. The network takes all sizes
+                that are multiples of 2, 4 or 8, for the depth "standard", "deeper" or "deepest".
+            width: the number of channels of the first feature map, at least 2; 128 in the published networks.
+            depth: how many times height and width are halved: "standard" once (NCSNv2, 32 and 64 px), "deeper" twice
                 (NCSNv2Deeper, 96 and 128 px), "deepest" three times (NCSNv2Deepest, 256 px).
-            schedule: the noise levels; None is the published schedule of CIFAR-10, 232 levels from 50 to 0.01.
-            precondition: "ncsnv2" as published, or "karras", whose input has unit variance at every level.
+            schedule: the noise levels; None is the published schedule for CIFAR-10, 232 levels from 50 to 0.01.
+            precondition: "ncsnv2" as published, or "karras", which scales the input to unit variance at every level.
+
+        Returns:
+            The network, with new weights drawn from torch's global generator.
+
+        Raises:
+            ValueError: if ``depth`` or ``precondition`` is unknown, or ``channels`` or ``width`` is too small.
 
         References:
             Song & Ermon, 2020, arXiv:2006.09011.
@@ -191,37 +219,49 @@ class ScoreNet(nn.Module):
         attention: Sequence[bool] | None = None,
         condition_channels: int = 0,
         classes: int | None = None,
+        null_class: bool = False,
         dropout: float = 0.0,
         patch: int = 1,
         pixel_channels: int = 0,
         schedule: NoiseSchedule | None = None,
         precondition: str = "karras",
     ) -> ScoreNet:
-        """A U-Net like DDPM's, to be trained from scratch.
+        """Builds a U-Net with the architecture of DDPM, to be trained from scratch.
 
         Args:
-            channels: of the image.
-            image_size: (height, width) of a sample, or the side of a square one.
-            widths: of the features at each scale, from the image inward; the image is halved between two scales.
-            layers_per_block: residual blocks at each scale.
-            attention: at which scales there is self-attention; None is the lowest only.
-            condition_channels: of an image that is given as a condition, or 0. The network sees it beside x, in the
-                same units.
-            classes: the number of classes, for a class-conditional network, or None.
-            dropout: in the residual blocks.
-            patch: the side of the patches that the network works on, 1 for single pixels. A network on 2 x 2 patches
-                takes about a quarter of the time, and is saved in this package's own layout.
-            pixel_channels: width of two more residual blocks at full resolution, for a network on patches; 0 is none.
-            schedule: the noise levels; None is NCSNv2's schedule of CIFAR-10, 232 levels from 50 to 0.01.
-            precondition: a row of the table in ``scorematch.precondition``; "karras" trains best.
+            channels: the number of channels of an image.
+            image_size: (height, width) of a sample in pixels, or the side of a square one; both are multiples of
+                ``patch * 2 ** (len(widths) - 1)``.
+            widths: the number of feature channels at each scale, from full resolution down; height and width are halved
+                from one scale to the next.
+            layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more.
+            attention: one bool per scale, whether it has self-attention; None is at the lowest resolution only.
+            condition_channels: the number of channels of a conditioning image, which is concatenated with x and has the
+                same units; 0 for none.
+            classes: the number of classes of a class-conditional network; None for none.
+            null_class: whether there is one more class, with the index ``classes``, for samples without a class, as
+                needed for classifier-free guidance. It is used if no condition is given.
+            dropout: the dropout probability in the residual blocks.
+            patch: the side of the patches in pixels. With ``patch`` above 1 each patch becomes one position with more
+                channels; with 2 the network takes about a quarter of the time. Such a network is saved in this
+                package's own layout, which diffusers cannot read.
+            pixel_channels: the width of two more residual blocks at full resolution, a multiple of 4, for ``patch``
+                above 1; 0 for none.
+            schedule: the noise levels; None is NCSNv2's schedule for CIFAR-10, 232 levels from 50 to 0.01.
+            precondition: a row of the table in ``scorematch.precondition``; "karras" is the best one to train with.
+
+        Returns:
+            The network, with new weights drawn from torch's global generator. The last convolution is zero at first, so
+            that the backbone returns zero.
+
+        Raises:
+            ValueError: if both ``condition_channels`` and ``classes`` are given, ``attention`` and ``widths`` have
+                different lengths, or another option is out of range.
 
         References:
             Ho et al., 2020, arXiv:2006.11239; Karras et al., 2022, arXiv:2206.00364.
         """
-        if condition_channels and classes is not None:
-            raise ValueError(
-                "condition_channels and classes exclude each other: a network takes one condition, an image or a class."
-            )
+        _check_one_condition(condition_channels, classes)
         attention = [False] * (len(widths) - 1) + [True] if attention is None else attention
         if len(attention) != len(widths):
             raise ValueError(f"attention must have one entry per scale, {len(widths)}, got {len(attention)}.")
@@ -241,14 +281,115 @@ class ScoreNet(nn.Module):
         }
         if patch > 1 or pixel_channels:
             architecture |= {"patch": patch, "pixel_channels": pixel_channels}
+        if null_class:
+            architecture["null_class"] = True
         schedule = NoiseSchedule.geometric(50, 0.01, 232) if schedule is None else schedule
         net = cls._build(architecture, schedule, precondition, (channels, *_pair(image_size)))
-        for module in net.backbone.modules():  # each block starts as the identity, the network as zero (Ho et al. 2020)
+        for module in net.backbone.modules():  # blocks start as the identity, the output as zero (Ho et al. 2020)
             if isinstance(module, ResidualBlock):
                 nn.init.zeros_(module.conv2.weight)
         for name in FAMILIES["unet"].image_convolutions(net.backbone)[1]:
             for parameter in net.backbone.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
+        return net
+
+    @classmethod
+    def ncsnpp(
+        cls,
+        channels: int = 3,
+        image_size: Size = 32,
+        *,
+        widths: Sequence[int] = (128, 256, 256, 256),
+        layers_per_block: int = 4,
+        attention: Sequence[bool] | None = None,
+        condition_channels: int = 0,
+        classes: int | None = None,
+        null_class: bool = False,
+        dropout: float = 0.1,
+        embedding: TimeEmbedding = "fourier",
+        resample_filter: Sequence[int] = (1, 3, 3, 1),
+        input_pyramid: Pyramid = "residual",
+        output_pyramid: Pyramid = "none",
+        model_channels: int | None = None,
+        patch: int = 1,
+        schedule: NoiseSchedule | None = None,
+        precondition: str = "karras",
+        precondition_options: Mapping[str, float] | None = None,
+    ) -> ScoreNet:
+        """Builds an NCSN++ or DDPM++ to be trained from scratch.
+
+        The defaults are the NCSN++ of Song et al. for CIFAR-10 with the preconditioning of EDM. For their own training,
+        pass ``precondition="ncsnpp"``. DDPM++ has ``embedding="positional"``, ``resample_filter=(1, 1)`` and
+        ``input_pyramid="none"``; the networks for 256 pixels have ``input_pyramid="skip"``, ``output_pyramid="skip"``
+        and other widths. ``scorematch.nets.ncsnpp`` describes these parts.
+
+        Args:
+            channels: the number of channels of an image.
+            image_size: (height, width) of a sample in pixels, or the side of a square one. The network takes all sizes
+                that are multiples of ``patch * 2 ** (len(widths) - 1)``.
+            widths: the number of feature channels at each scale, from full resolution down; height and width are halved
+                from one scale to the next.
+            layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more.
+            attention: one bool per scale, whether it has self-attention; None is at the scale where the shorter side of
+                the features is 16, as published. The middle block always has attention.
+            condition_channels: the number of channels of a conditioning image, which is concatenated with x and has the
+                same units; 0 for none.
+            classes: the number of classes of a class-conditional network; None for none.
+            null_class: whether there is one more class, with the index ``classes``, for samples without a class, as
+                needed for classifier-free guidance. It is used if no condition is given.
+            dropout: the dropout probability in the residual blocks.
+            embedding: the embedding of the noise level: "fourier", or "positional" for a preconditioning whose c_noise
+                is a time step or an index.
+            resample_filter: the filter for resampling: (1, 3, 3, 1); or (1, 1), which is the mean of 2 x 2 pixels, and
+                repetition of pixels.
+            input_pyramid: the input pyramid, "residual", "skip" or "none".
+            output_pyramid: the output pyramid, "residual", "skip" or "none".
+            model_channels: the number of output channels of the first convolution, and a quarter of the width of the
+                embedding; None is ``widths[0]``. EDM's network for CIFAR-10 has 128, with three scales of 256.
+            patch: the side of the patches in pixels. With ``patch`` above 1 each patch becomes one position with more
+                channels; with 2 the network takes about a quarter of the time.
+            schedule: the noise levels; None is the published schedule for CIFAR-10, 1000 levels from 50 to 0.01.
+            precondition: a row of the table in ``scorematch.precondition``.
+            precondition_options: the options of the row, as for the constructor.
+
+        Returns:
+            The network, with new weights drawn from torch's global generator as in the authors' code. The last
+            convolution is zero at first, so that the backbone returns zero.
+
+        Raises:
+            ValueError: if both ``condition_channels`` and ``classes`` are given, ``attention`` and ``widths`` have
+                different lengths, or another option is out of range.
+
+        References:
+            Song et al., 2021, arXiv:2011.13456; Karras et al., 2022, arXiv:2206.00364.
+        """
+        _check_one_condition(condition_channels, classes)
+        height, width = _pair(image_size)
+        if attention is None:
+            attention = [min(height, width) == 16 * patch * 2**scale for scale in range(len(widths))]
+        architecture = {
+            "family": "ncsnpp",
+            "in_channels": channels + condition_channels,
+            "out_channels": channels,
+            "block_out_channels": list(widths),
+            "layers_per_block": layers_per_block,
+            "attention": list(attention),
+            "time_embedding_type": embedding,
+            "resample_filter": list(resample_filter),
+            "input_pyramid": input_pyramid,
+            "output_pyramid": output_pyramid,
+            "model_channels": widths[0] if model_channels is None else model_channels,
+            "dropout": dropout,
+            "num_class_embeds": classes,
+            "null_class": null_class,
+            # As published: images in [0, 1] are mapped to [-1, 1] by the rows, or else by the network.
+            "center_input_sample": precondition in ROWS and not ROWS[precondition].centered,
+            "patch": patch,
+        }
+        schedule = NoiseSchedule.geometric(50, 0.01, 1000) if schedule is None else schedule
+        shape = (channels, height, width)
+        net = cls._build(architecture, schedule, precondition, shape, precondition_options=precondition_options)
+        cast(NCSNPP, net.backbone).initialize()
         return net
 
     @classmethod
@@ -260,6 +401,7 @@ class ScoreNet(nn.Module):
         sample_shape: tuple[int, ...] | None,
         value_range: Range | None = (0, 1),
         predicts_variance: bool = False,
+        precondition_options: Mapping[str, float] | None = None,
         backbone: nn.Module | None = None,
     ) -> ScoreNet:
         if backbone is None:
@@ -272,6 +414,7 @@ class ScoreNet(nn.Module):
             sample_shape=sample_shape,
             value_range=value_range,
             predicts_variance=predicts_variance,
+            precondition_options=precondition_options,
         )
         net._architecture = dict(architecture)
         return net
@@ -283,59 +426,60 @@ class ScoreNet(nn.Module):
 
         Args:
             x: noisy data (N, ...), images in [0, 1] plus noise, floating point.
-            sigma: the noise level, a float, () or (N,), positive, in the units of x. Networks that are given the
-                position of sigma in the schedule, NCSN and DDPM, use the nearest level for sigma beyond its ends.
-            condition: for networks that take one: classes, int64 (N,), or an int, the class of all samples; or an image
-                (N, K, H, W) in the units of x, [0, 1]. It is mapped to [-1, 1] where x is.
+            sigma: the noise level, a float or a tensor () or (N,), positive, in the units of x. Networks that receive
+                the position of sigma in the schedule (NCSN, DDPM) clamp a sigma outside the schedule to its ends.
+            condition: for conditional networks: classes, int64 (N,), or an int, the class of all samples; or an image
+                (N, K, H, W) in [0, 1]. It is mapped to [-1, 1] if x is.
 
         Returns:
             The score, with the shape and dtype of x.
 
         Raises:
-            TypeError: for integer x, integer sigma, or a condition of a kind that the network does not take.
-            ValueError: for a sigma of another shape or not positive, a condition that is missing, a class that the
-                network does not know, images of a size that the network does not take, or a backbone that returns
-                another shape than that of x.
+            TypeError: if x or a tensor sigma has an integer dtype, or the network does not take this kind of condition.
+            ValueError: if sigma is not positive or has a wrong shape, the condition is missing or not in the range of
+                classes, the network does not support the size of the images, or the backbone returns a tensor of
+                another shape than x.
         """
+        return self._outputs(x, sigma, condition)[0]
+
+    def _outputs(
+        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+    ) -> tuple[Tensor, ...]:
         check_data(x)
         condition = as_condition(condition, x, self.conditioning)
         preconditioning = self._preconditioning
-        return preconditioning.score(self.backbone, x, preconditioning.coefficients(as_sigma(sigma, x)), condition)
+        coefficients = preconditioning.coefficients(as_sigma(sigma, x))
+        return preconditioning.outputs(self.backbone, x, coefficients, condition, variance=variance)
 
     @property
     def _preconditioning(self) -> Preconditioning:
-        return Preconditioning(self.precondition, self.schedule, self.value_range, self.predicts_variance)
+        options = self.precondition_options
+        return Preconditioning(self.precondition, self.schedule, self.value_range, self.predicts_variance, options)
 
     @property
     def conditioning(self) -> Condition | None:
-        """What the network takes as its condition; None for a backbone of another package, where it is not known."""
+        """The condition that the network takes; None for a backbone of your own without ``conditioning``."""
         if self.family is None:
-            return None
+            own = getattr(self.backbone, "conditioning", None)
+            return own if isinstance(own, Condition) else None
         return self.family.condition(self.backbone, predicts_variance=self.predicts_variance)
 
-    def denoise(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
-        r"""The denoised image, the mean of the clean data given x: :math:`x + \sigma^2 \nabla_x \log p_\sigma(x)`.
-
-        This is Tweedie's formula. Arguments and errors are those of the score.
-        """
-        score = self(x, sigma, condition)
-        return (x + per_image(as_sigma(sigma, x).square(), x) * score).to(x.dtype)
-
     def inference_copy(self, *, compile: bool = False) -> InferenceScore | ScoreNet:  # noqa: A002  (torch's word)
-        """A copy for inference: as fast as the device can, with samples that are statistically the same.
+        """Returns a copy that is optimized for inference; its samples are statistically the same.
 
-        Any sampler accepts it in place of the network. What differs is described in ``scorematch.nets.inference``: the
-        memory layout, bfloat16 inside the network where the processor has it natively, and what depends on sigma alone,
-        which is computed once per level. A network of your own, or one that is not float32 as it was built, is returned
-        itself.
+        Any sampler accepts it in place of the network. It uses a faster memory layout, bfloat16 inside the network
+        where the processor multiplies it natively, and computes what depends on sigma alone once per noise level
+        (``scorematch.nets.inference``). A network is returned itself if its backbone is your own, its weights are not
+        float32, or it was changed after it was built, for example by hooks or adapters.
 
         Args:
-            compile: whether to compile the copy at its first call, with ``torch.compile``, on CUDA with CUDA graphs.
-                Where that fails there is a warning, and the copy runs without. Pass the compiled copy to a sampler to
-                compile once and sample often.
+            compile: whether to compile the copy with ``torch.compile`` at its first call, with CUDA graphs on CUDA. If
+                compilation fails, the copy warns and runs uncompiled. Pass the compiled copy to a sampler to compile
+                once and sample often.
 
         Returns:
-            The score, called as this network. It does not follow later changes of the weights.
+            The copy, which is called in the same way as this network. Later changes of this network's weights do not
+            affect it.
         """
         if self.family is None or type(self) is not ScoreNet or not is_plain(self, self.backbone):
             return self
@@ -352,7 +496,10 @@ class ScoreNet(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What rebuilds this network without its weights, as a plain dict: the content of config.json."""
+        """The configuration as a plain dict: all that is needed to rebuild this network without its weights.
+
+        ``save_pretrained`` writes it to config.json.
+        """
         return {
             "format_version": pretrained.FORMAT_VERSION,
             **self._architecture,
@@ -360,6 +507,7 @@ class ScoreNet(nn.Module):
             "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
             "value_range": None if self.value_range is None else list(self.value_range),
             "predicts_variance": self.predicts_variance,
+            **({"precondition_options": self.precondition_options} if self.precondition_options else {}),
             "sampler_settings": None if self.sampler_settings is None else self.sampler_settings.to_dict(),
             "schedule": self.schedule.to_dict(),
         }
@@ -379,26 +527,27 @@ class ScoreNet(nn.Module):
 
         Args:
             name_or_folder: a short name ("mnist" and "palette-mnist" ship with the package; ``python -m scorematch
-                models`` lists all); or a folder, as a path or a string with a slash ("./cifar10"), written by
-                ``save_pretrained`` or a U-Net in the layout of diffusers, flat or a pipeline; or a repository of the
-                Hub, ``owner/name``, with either.
+                models`` lists all names); or a folder, given as a path or as a string with a slash ("./cifar10"); or a
+                repository of the Hub, ``owner/name``. Folders and repositories hold the files of ``save_pretrained``,
+                or a U-Net of diffusers, alone or in a pipeline.
 
             Rarely needed:
 
-            revision: of a repository, a branch, a tag or a commit; None is the commit on its card, or the main
-                branch. A commit that is in the cache needs no request.
-            token: for private and gated repositories; None is the token that is logged in.
-            cache_dir: where downloads are kept; None is the cache of huggingface_hub.
-            local_files_only: whether to look in the cache only.
-            backbone: for a saved network of your own, a module of the same class, which receives the weights.
+            revision: the branch, tag or commit of a repository. None is the commit that this package lists for the
+                network (``models``), or the main branch. A commit in the cache is loaded without a request.
+            token: an access token for private and gated repositories; None is the token of the current login.
+            cache_dir: the folder for downloads; None is the cache of huggingface_hub.
+            local_files_only: whether to load from the cache only, without requests.
+            backbone: for a saved network whose backbone is your own: a module of the same class, into which the weights
+                are loaded.
 
         Returns:
-            The network in eval mode, in float32 whatever is stored, on the CPU.
+            The network in eval mode, on the CPU, in float32 whatever the dtype of the stored weights.
 
         Raises:
             FileNotFoundError: if there is no such name, folder, repository or revision, or a file is missing in it.
-            PermissionError: if the repository is gated.
-            ValueError: if a file is damaged or of another format, or the weights do not fit the configuration.
+            PermissionError: if the repository is gated and the token has no access.
+            ValueError: if a file is damaged or has an unknown format, or the weights do not fit the configuration.
 
         Example:
             >>> ScoreNet.from_pretrained("mnist").sample_shape
@@ -419,8 +568,8 @@ class ScoreNet(nn.Module):
 
         Args:
             unet: a ``UNet2DModel``. Its weights are copied.
-            scheduler: the scheduler that it was trained with, such as a ``DDPMScheduler``: it says what the output
-                means and which noise levels there are.
+            scheduler: the scheduler that it was trained with, such as a ``DDPMScheduler``. It defines what the network
+                predicts, and the noise levels.
 
         Returns:
             The network in eval mode, in float32, on the CPU.
@@ -442,26 +591,32 @@ class ScoreNet(nn.Module):
             None if config["sample_shape"] is None else tuple(config["sample_shape"]),
             None if config["value_range"] is None else tuple(config["value_range"]),
             config["predicts_variance"],
+            config.get("precondition_options"),
             pretrained.build(stored, backbone),
         )
         settings = config["sampler_settings"]
         net.sampler_settings = None if settings is None else SamplerSettings.from_dict(settings)
         return net.float().eval()
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, diffusers: bool = False) -> None:
         """Writes config.json and the weights into a folder, for ``from_pretrained``.
 
-        The weights are stored in their own dtype. An existing folder keeps its other files, and its old network until
-        the new one is completely written. A U-Net that diffusers can run is written in the layout of diffusers, with
-        the weights in diffusion_pytorch_model.safetensors; every other network has them in model.safetensors.
+        The weights are stored in their own dtype. Other files in an existing folder are kept, and a network in it is
+        replaced only when the new one is completely written. A U-Net that diffusers can run is written in the layout of
+        diffusers, with the weights in diffusion_pytorch_model.safetensors; the weights of every other network are in
+        model.safetensors. ``DDPMPipeline.from_pretrained`` of diffusers also loads the folder of a U-Net with the
+        preconditioning of a DDPM ("ddpm", "ddpm_v" or "ddpm_x0"), without a condition. Its number of time steps is the
+        number of the network's noise levels.
 
         Args:
             folder: created if it does not exist.
+            diffusers: whether to raise an error if a ``DDPMPipeline`` cannot run the network.
 
         Raises:
+            ValueError: if ``diffusers`` is True and a ``DDPMPipeline`` cannot run the network; the message says why.
             OSError: if the folder cannot be written; it is then as it was.
         """
-        pretrained.save(folder, self.config, self.backbone.state_dict())
+        pretrained.save(folder, self.config, self.backbone.state_dict(), diffusers=diffusers)
 
     def push_to_hub(
         self,
@@ -476,28 +631,28 @@ class ScoreNet(nn.Module):
     ) -> str:
         """Uploads the network to the Hugging Face Hub, for ``from_pretrained(repo_id)``.
 
-        One commit holds what ``save_pretrained`` writes, and a model card where the repository has none yet. Weights of
-        another network in the repository are deleted by that commit; its other files stay.
+        One commit adds the files that ``save_pretrained`` writes, and a model card if the repository has none. It
+        deletes the weights of another network in the repository and keeps all other files.
 
         Args:
             repo_id: ``owner/name``; the repository is created if it does not exist.
-            license: for the card, as the Hub abbreviates it ("mit", "apache-2.0").
-            datasets: for the card, the names of the training data on the Hub.
+            license: the license in the model card, by its identifier on the Hub ("mit", "apache-2.0").
+            datasets: the names of the training data on the Hub, for the model card.
 
             Rarely needed:
 
             private: whether a new repository is private; None is the owner's default.
             revision: the branch, created if it does not exist; None is the main branch.
-            token: a token that may write; None is the one that is logged in.
-            commit_message: of the commit.
+            token: an access token with write permission; None is the token of the current login.
+            commit_message: the message of the commit.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
             ValueError: if ``repo_id`` is not ``owner/name``.
-            PermissionError: if the Hub refuses to write there.
-            OSError: if the upload fails otherwise.
+            PermissionError: if the token may not write to the repository.
+            OSError: if the upload fails for another reason.
         """
         return pretrained.push(
             repo_id,
@@ -510,6 +665,13 @@ class ScoreNet(nn.Module):
             revision=revision,
             token=token,
             commit_message=commit_message,
+        )
+
+
+def _check_one_condition(channels: int, classes: int | None) -> None:
+    if channels and classes is not None:
+        raise ValueError(
+            "condition_channels and classes cannot both be given: a network takes one condition, an image or a class."
         )
 
 

@@ -1,4 +1,4 @@
-"""``python -m scorematch convert``: turns a checkpoint of the papers' authors into a folder of this package."""
+"""``python -m scorematch convert``: converts a checkpoint of the papers' authors into a folder of this package."""
 
 from __future__ import annotations
 
@@ -12,15 +12,23 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "convert",
-        help="convert a checkpoint of NCSN, NCSNv2 or adversarial score matching",
-        description="Converts a checkpoint of NCSN, NCSNv2 or adversarial score matching into a folder that the other "
-        "commands\nand ScoreNet.from_pretrained load.",
-        epilog="Example:\n  python -m scorematch convert checkpoint_300000.pth ./cifar10 --config cifar10.yml",
+        help="convert a checkpoint of NCSN, NCSNv2, score_sde, EDM or improved-diffusion",
+        description="Converts a checkpoint of the authors of NCSN, NCSNv2, adversarial score matching, score_sde, EDM "
+        "or\nimproved-diffusion into a folder for the other commands and ScoreNet.from_pretrained. No code in the "
+        "checkpoint\nis run. The published files are listed by python -m scorematch models.",
+        epilog="Examples:\n"
+        "  python -m scorematch convert checkpoint_24.pth ./ncsnpp --config ve/cifar10_ncsnpp_continuous\n"
+        "  python -m scorematch convert edm-cifar10-32x32-uncond-vp.pkl ./edm\n"
+        "  python -m scorematch convert checkpoint_300000.pth ./cifar10 --config cifar10.yml",
     )
-    parser.add_argument("checkpoint", help="the authors' file, checkpoint_<step>.pth")
-    parser.add_argument("folder", help="where to write config.json and the weights")
-    parser.add_argument("--config", help="the config.yml that the network was trained with")
-    parser.add_argument("--raw", action="store_true", help="take the weights themselves, not their moving average")
+    parser.add_argument("checkpoint", help="the authors' file")
+    parser.add_argument("folder", help="the folder to write, with config.json and the weights")
+    parser.add_argument(
+        "--config",
+        help="the configuration that the network was trained with, if the checkpoint does not contain it: the name of "
+        "a published one, or a JSON, YAML or text file with the authors' options",
+    )
+    parser.add_argument("--raw", action="store_true", help="convert the raw weights, not their moving average")
     parser.set_defaults(run=_run)
 
 

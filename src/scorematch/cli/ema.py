@@ -1,4 +1,4 @@
-"""``python -m scorematch ema``: averages the weights of a run over any length, after the fact."""
+"""``python -m scorematch ema``: computes averages of the weights of another length, after the training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "ema",
         help="average the weights of a training run over another length",
-        description="Makes the averaged network of any length from the snapshots of a training run, without training "
-        "again.\nShort averages follow the training closely; long ones vary less.",
+        description="Computes the network whose weights are averaged over another length of the training, from the "
+        "snapshots\nof a run. Short averages are close to the latest weights; long averages have less noise.",
         epilog="Example:\n  python -m scorematch ema runs/faces --length 0.08",
     )
     parser.add_argument("run_folder", metavar="RUN", help="the folder that train wrote")
@@ -23,10 +23,13 @@ def add(commands: Commands) -> None:
         "--length",
         type=float,
         required=True,
-        help="the standard deviation of the weights' shares relative to the run (sigma_rel of EDM2), at most 0.289",
+        help="the length of the average, relative to the run: the standard deviation of its profile over the training "
+        "(sigma_rel of EDM2), above 0 and at most 0.289",
     )
     parser.add_argument(
-        "--images", type=image_count, help="the number of images that the average ends at (default: the last snapshot)"
+        "--images",
+        type=image_count,
+        help="where the average ends, in images seen by the run (default: the last snapshot)",
     )
     parser.add_argument("--out", type=Path, help="the folder to write (default: RUN/ema-LENGTH, such as ema-0.080)")
     parser.set_defaults(run=_run)

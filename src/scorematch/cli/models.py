@@ -1,4 +1,4 @@
-"""``python -m scorematch models``: lists the networks that have a name."""
+"""``python -m scorematch models``: lists the networks with a name, and the checkpoints that can be converted."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "models",
-        help="list the networks that can be loaded by name",
-        description="Lists the networks that can be loaded by name, with their license and what is known of their "
-        "quality.",
+        help="list the networks that can be loaded by name, and the checkpoints that can be converted",
+        description="Lists the networks that can be loaded by name, with their size, noise levels, license, sampler "
+        "settings\nand what is known about their quality, and the published checkpoints that can be converted.",
         epilog="Example:\n  python -m scorematch models",
     )
     parser.set_defaults(run=_run)

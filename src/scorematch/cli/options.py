@@ -1,23 +1,27 @@
-"""What several commands share: the device, the network, the sampler's options, and the estimate of the duration."""
+"""Options and functions that several commands share: device, network, sampler, and the estimate of the duration."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import time
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from scorematch.sampling import Sampler
+from scorematch.bulk import Classes, Rule
+from scorematch.evaluation import EXTRACTORS, as_extractor
+from scorematch.guidance import GuidedScore, classifier_free
+from scorematch.protocol import Score, attribute
+from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
 from scorematch.score import ScoreNet
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-# The options that are passed on to AnnealedLangevinSampler, by the names of its arguments.
-_SAMPLER = ("levels", "steps_per_level", "step_size", "exact_noise", "consistent")
 
 
 # -- Options ----------------------------------------------------------------------------------------------------------
@@ -38,41 +42,182 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of all commands that sample, except ``-n``, whose default they do not share."""
+    """Adds the options of all commands that sample, except ``-n`` and ``--class``, which differ between commands."""
     parser.add_argument(
-        "--class", dest="label", type=int, metavar="K", help="the class to draw, for a class-conditional network"
+        "--seed", type=int, default=0, help="the random seed; the same seed gives the same images (default: 0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
     add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     sampler = parser.add_argument_group(
-        "sampler", "Settings of annealed Langevin dynamics; by default those that are recommended for the network."
+        "sampler", "Settings of annealed Langevin dynamics (default: those that are recommended for the network)."
     )
     sampler.add_argument("--levels", type=int, help="the number of noise levels")
-    sampler.add_argument("--steps-per-level", type=int, metavar="STEPS", help="Langevin steps at each noise level")
-    sampler.add_argument("--step-size", type=float, metavar="EPSILON", help="the step size at the lowest noise level")
+    for end, word in (("max", "highest"), ("min", "lowest")):
+        sampler.add_argument(
+            f"--sigma-{end}", type=float, metavar="SIGMA", help=f"the {word} noise level, within the network's range"
+        )
+    sampler.add_argument(
+        "--steps-per-level", type=int, metavar="STEPS", help="the number of Langevin steps at each level"
+    )
+    sampler.add_argument(
+        "--step-size", type=float, metavar="EPSILON", help="the step size at the lowest level, below 2 sigma_min^2"
+    )
     sampler.add_argument(
         "--exact-noise",
         action=argparse.BooleanOptionalAction,
-        help="whether the noise of a step has variance 2a - a^2/sigma^2 instead of 2a",
+        help="whether the noise of a Langevin step of size a has variance 2a - a^2/sigma^2 instead of 2a; either "
+        "disables consistent sampling",
     )
     sampler.add_argument(
         "--consistent",
         action=argparse.BooleanOptionalAction,
-        help="whether to take one step from each level to the next, with the noise that is missing there",
+        help="consistent sampling: one step from each level to the next that adds exactly the missing noise",
     )
 
 
+def add_class(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--class``, one class for all images; ``find_class`` reads it."""
+    parser.add_argument(
+        "--class", dest="label", type=int, metavar="K", help="the class to draw, for a class-conditional network"
+    )
+
+
+def add_classes(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--class``, one class or a rule for the class of each image, and ``--classes``; see ``find_classes``."""
+    parser.add_argument(
+        "--class",
+        dest="label",
+        type=_class_or_rule,
+        metavar="K",
+        help="for a class-conditional network: the class to draw, or random or cycle for a class of each image",
+    )
+    parser.add_argument(
+        "--classes",
+        type=int,
+        metavar="COUNT",
+        help="the number of classes for --class random and cycle (default: all of the network)",
+    )
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--guidance``; ``guide`` reads it."""
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="classifier-free guidance, for a network with a null class, as train --labels makes: 0 is the network "
+        "without the class, 1 with the class, and above 1 is guidance",
+    )
+
+
+def add_samplers(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--sampler`` and the options of samplers that ``add_sampling`` does not add; see ``make_sampler``."""
+    group = parser.add_argument_group("other samplers")
+    group.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        help="the sampler (default: the recommended one, or the one to which a given option belongs)",
+    )
+    schema = SamplerSettings.SCHEMA
+    group.add_argument("--method", choices=schema["method"].choices, help="of ode (default: heun)")
+    group.add_argument(
+        "--churn", type=float, metavar="AMOUNT", help="of ode: how much new noise the steps add (default: none)"
+    )
+    group.add_argument("--churn-min", type=float, metavar="SIGMA", help="of ode: the lowest level that adds noise")
+    group.add_argument("--churn-max", type=float, metavar="SIGMA", help="of ode: the highest level that adds noise")
+    group.add_argument("--churn-noise", type=float, metavar="FACTOR", help="of ode: the factor of the added noise")
+    group.add_argument("--variance", choices=schema["variance"].choices, help="of ancestral (default: large)")
+    group.add_argument(
+        "--clamp-denoised",
+        action=argparse.BooleanOptionalAction,
+        help="of ancestral: clamp the denoised image at every step",
+    )
+    group.add_argument("--predictor", choices=schema["predictor"].choices, help="of predictor-corrector")
+    group.add_argument(
+        "--corrector-steps", type=int, metavar="STEPS", help="of predictor-corrector: Langevin steps at each level"
+    )
+    group.add_argument("--snr", type=float, help="of predictor-corrector: the signal-to-noise ratio of these steps")
+
+
+def add_reference(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of all commands that compare images with real ones; ``reference_options`` reads them."""
+    group = parser.add_argument_group("what is compared")
+    group.add_argument(
+        "--features",
+        nargs="+",
+        choices=EXTRACTORS,
+        metavar="NAME",
+        default=["inception"],
+        help="the extractor, or several: inception (FID; the default), dinov2, efficientnet-lite0 or pixels",
+    )
+    group.add_argument("--weights", type=Path, metavar="FILE", help="the weights of inception or dinov2, if downloaded")
+    group.add_argument(
+        "--held-out", metavar="DATA", help="real images that are not in the reference: the floor of every distance"
+    )
+    group.add_argument(
+        "--crop",
+        choices=("center", "celeba", "none"),
+        default="center",
+        help="of real images, before they are resized to those of the network: center, celeba (140x140 pixels in the "
+        "center) or none (default: center)",
+    )
+    group.add_argument(
+        "--batch-size", type=image_count, default=64, metavar="IMAGES", help="images per network call (default: 64)"
+    )
+    group.add_argument("--cache", type=Path, metavar="FOLDER", help="the folder for statistics of the reference")
+    group.add_argument("--no-cache", action="store_true", help="store no statistics of the reference")
+
+
+def reference_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The arguments of ``evaluate`` and ``tune`` that ``add_reference`` adds, except ``held_out``, by name.
+
+    Raises:
+        ImportError, OSError, ValueError: if an extractor cannot be made.
+    """
+    if args.weights is not None and len(args.features) > 1:
+        raise ValueError("--weights is for one extractor. Name one with --features.")
+    return {
+        "features": [as_extractor(name, weights=args.weights, device=device) for name in args.features],
+        "crop": None if args.crop == "none" else args.crop,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "cache": False if args.no_cache else True if args.cache is None else args.cache,
+        "device": device,
+        "progress": not args.quiet,
+    }
+
+
+def given_sampling(args: argparse.Namespace) -> list[str]:
+    """The options of samplers and classes that were given on the command line, as they are written."""
+    owned = (name for options in SamplerSettings.OPTIONS.values() for name in sorted(options))
+    names = {"sampler": "sampler", "label": "class", "classes": "classes"}
+    names |= {name: name.replace("_", "-") for name in (*SamplerSettings.NOISE, *owned)}
+    return [f"--{written}" for name, written in names.items() if getattr(args, name) is not None]
+
+
 def sampler_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampler's arguments that were given on the command line."""
-    return {name: value for name in _SAMPLER if (value := getattr(args, name)) is not None}
+    """The arguments of AnnealedLangevinSampler that were given on the command line, by name."""
+    return _given(args, [*SamplerSettings.NOISE, *SamplerSettings.OPTIONS["langevin"]])
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _class_or_rule(text: str) -> Classes:
+    """The ``type`` of ``--class``: 3, "random" or "cycle"."""
+    if text in get_args(Rule):
+        return text  # type: ignore[return-value]
+    if not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"must be a class such as 3, random or cycle, got {text!r}")
+    return int(text)
 
 
 def image_count(text: str) -> int:
-    """The ``type`` of options that count images: "50000", "50k" or "5M".
+    """The ``type`` of options that are a number of images, such as "50000", "50k" or "5M".
 
     Raises:
-        argparse.ArgumentTypeError: for anything else, or less than one image.
+        argparse.ArgumentTypeError: for any other text, or a number that is below 1 or not whole.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", text)
     number = 0.0 if match is None else float(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
@@ -81,14 +226,16 @@ def image_count(text: str) -> int:
     return round(number)
 
 
-# -- What they mean ---------------------------------------------------------------------------------------------------
+# -- Their values -----------------------------------------------------------------------------------------------------
 
 
 def find_device(name: str) -> torch.device:
-    """The device of ``--device``; "auto" is CUDA where there is a device, else MPS, else the CPU.
+    """The device of ``--device``; "auto" is CUDA if available, else MPS if available, else the CPU.
+
+    Processes that ``torchrun`` or ``accelerate launch`` started on one machine get different CUDA devices.
 
     Raises:
-        ValueError: for another name, or a device that this machine does not have.
+        ValueError: for an unknown name, or a device that this machine does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -99,16 +246,22 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: PyTorch finds no CUDA device. Leave out --device.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: the last CUDA device is cuda:{torch.cuda.device_count() - 1}.")
+    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: PyTorch finds no MPS device. Leave out --device.")
     return device
 
 
 def load(args: argparse.Namespace) -> tuple[ScoreNet, tuple[int, int, int], torch.device]:
-    """The network that is named, the shape (C, H, W) of its images, and the device of ``--device``, which it is on.
+    """Loads the network ``model`` to the device of ``--device``, after checking ``-n``.
+
+    Returns:
+        The network, the shape (C, H, W) of its images, and the device.
 
     Raises:
-        ValueError: for a bad ``-n`` or ``--device``, or a network that does not draw gray or RGB images.
+        ValueError: if ``-n`` is below 1, for a bad ``--device``, or if the network does not draw gray or RGB images in
+            [0, 1].
     """
     if args.n < 1:
         raise ValueError(f"-n must be at least 1, got {args.n}.")
@@ -128,50 +281,128 @@ def load(args: argparse.Namespace) -> tuple[ScoreNet, tuple[int, int, int], torc
     return net, (shape[0], shape[1], shape[2]), device
 
 
-def find_class(args: argparse.Namespace, net: ScoreNet) -> int | None:
-    """The class of ``--class``, or None for a network without classes.
+def check_folder_name(folder: Path) -> None:
+    """Checks that the name of a folder to write is not that of a picture.
 
     Raises:
-        ValueError: if the network needs a class and none is given, or the other way round, or it is out of range.
+        ValueError: if it is.
+    """
+    from PIL import Image  # installed, since the commands that call this read or write pictures
+
+    if folder.suffix.lower() in Image.registered_extensions():
+        raise ValueError(
+            f"the output must be a folder, got the name of a picture, {folder}. Write {folder.with_suffix('')}."
+        )
+
+
+def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
+    """The network, with the guidance of ``--guidance`` if it is given.
+
+    Raises:
+        ValueError: if the network has no null class, or the weight is not a finite number.
+    """
+    if args.guidance is None:
+        return net
+    if net.conditioning is None or not net.conditioning.null_class:
+        raise ValueError(
+            f"--guidance is for networks with a null class, as train --labels makes, and {args.model} has none. Leave "
+            "it out."
+        )
+    return classifier_free(net, args.guidance)
+
+
+def find_class(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> int | None:
+    """The class of ``--class``, or None for a network without classes, or with a null class.
+
+    Raises:
+        ValueError: if the network needs a class and none is given, if a class is given and the network takes none, or
+            if the class is out of range.
     """
     classes = None if net.conditioning is None else net.conditioning.classes
+    needed = classes is not None and net.conditioning is not None and not net.conditioning.null_class
     label: int | None = args.label
     if classes is None and label is not None:
         raise ValueError(f"--class is for class-conditional networks, and {args.model} is not one. Leave it out.")
-    if classes is not None and label is None:
+    if classes is not None and needed and label is None:
         raise ValueError(f"{args.model} is class-conditional. Write --class K, with K from 0 to {classes - 1}.")
     if classes is not None and label is not None and not 0 <= label < classes:
         raise ValueError(f"--class must be from 0 to {classes - 1} for {args.model}, got {label}.")
     return label
 
 
+def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Classes:
+    """The class or the rule of ``--class``, or None for a network without classes.
+
+    Raises:
+        ValueError: as ``find_class``, or for a bad ``--classes``.
+    """
+    if args.classes is not None and not isinstance(args.label, str):
+        raise ValueError("--classes is for --class random and --class cycle. Leave it out.")
+    classes = None if net.conditioning is None else net.conditioning.classes
+    if classes is None or not isinstance(args.label, str):
+        return find_class(args, net)
+    if args.classes is not None and not 1 <= args.classes <= classes:
+        raise ValueError(f"--classes must be from 1 to {classes} for {args.model}, got {args.classes}.")
+    return args.label  # type: ignore[return-value]
+
+
+def make_sampler(args: argparse.Namespace, net: Score) -> Sampler:
+    """The sampler of ``--sampler`` and of the options of samplers; by default the one recommended for the network.
+
+    Raises:
+        ValueError: for an option of another sampler, or a value that is out of range.
+    """
+    known = SamplerSettings.OPTIONS.items()
+    owners = {option: name for name, options in known for option in sorted(_given(args, options))}
+    noise = _given(args, SamplerSettings.NOISE)
+    if args.sampler is None and not owners:
+        return recommended_sampler(net, **noise)
+    name = next(iter(owners.values())) if args.sampler is None else args.sampler
+    for option, owner in owners.items():
+        if owner != name:
+            raise ValueError(f"--{option.replace('_', '-')} is an option of --sampler {owner}, not of {name}.")
+    given = _given(args, owners)
+    own: SamplerSettings | None = attribute(net, "sampler_settings")
+    # AnnealedLangevinSampler reads the network's own settings itself, and adapts them to other options.
+    if own is not None and own.sampler == name != "langevin":
+        given, noise = {**own.options, **given}, {**own.noise, **noise}
+    return recommended_sampler(net, SamplerSettings(name, **given), **noise)
+
+
 # -- How long it takes ------------------------------------------------------------------------------------------------
 
 
 def announce(
-    sampler: Sampler, n: int, shape: tuple[int, ...], device: torch.device, condition: Tensor | int | None
+    sampler: Sampler,
+    n: int,
+    shape: tuple[int, ...],
+    device: torch.device,
+    condition: Tensor | int | None,
+    processes: int = 1,
 ) -> None:
-    """Prints the sampler and an estimate of how long n images of that shape will take."""
+    """Prints the sampler and an estimate of the duration for n images of a shape (C, H, W), drawn by some processes."""
     print(sampler)
-    print(f"about {duration(_estimate(sampler, n, shape, device, condition))} for {count(n)}")
+    seconds = estimate(sampler, n, shape, device, condition) / processes
+    where = f" in {processes} processes" if processes > 1 else ""
+    print(f"about {duration(seconds)} for {count(n)}{where}", flush=True)
 
 
 def count(n: int) -> str:
-    """Such as "1 image" or "4 images"."""
+    """A number of images as text, such as "1 image" or "4 images"."""
     return f"{n} image{'s' if n > 1 else ''}"
 
 
 def duration(seconds: float) -> str:
-    """Such as "5 s", "2 min" or "3.0 h"."""
+    """A duration as text, such as "5 s", "2 min" or "3.0 h"."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _estimate(
+def estimate(
     sampler: Sampler, n: int, shape: tuple[int, ...], device: torch.device, condition: Tensor | int | None
 ) -> float:
-    """The seconds that n images will take, from the duration of one network call with a few of them."""
+    """The estimated seconds for n images, from the measured duration of one network call with a few images."""
     few = min(len(condition) if isinstance(condition, Tensor) else n, max(1, 2**16 // math.prod(shape)))
     x = torch.rand(few, *shape, device=device)
     given = condition[:few].to(device) if isinstance(condition, Tensor) else condition

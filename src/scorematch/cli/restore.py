@@ -9,7 +9,17 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from scorematch.cli.options import Commands, add_model, add_sampling, announce, find_class, load, sampler_options
+from scorematch.cli.options import (
+    Commands,
+    add_class,
+    add_model,
+    add_sampling,
+    announce,
+    check_folder_name,
+    find_class,
+    load,
+    sampler_options,
+)
 from scorematch.images import check_picture, grid, list_pictures, read_image, read_mask, save_image
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from scorematch.palette import condition_of
@@ -21,44 +31,51 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "restore",
-        help="fill holes, extend, colorize, enlarge or clean pictures with a trained network",
-        description="Restores damaged pictures with a trained network. For each picture several restorations are "
-        "written,\nand a strip of the picture and its restorations side by side.",
+        help="fill holes in pictures, extend, colorize, enlarge or clean them with a trained network",
+        description="Restores damaged pictures with a trained network. For each picture it writes several "
+        "restorations, and a strip\nthat shows the picture and its restorations side by side.",
         epilog="Examples:\n"
         "  python -m scorematch restore mnist damaged.png restored --mask seen.png\n"
         "  python -m scorematch restore palette-mnist gray-digits restored --gray\n"
         "  python -m scorematch restore mnist digits restored --pool 2 --degrade --method guide-jacobian",
     )
     add_model(parser)
-    parser.add_argument("pictures", help="a damaged picture, or a folder of them")
+    parser.add_argument("pictures", help="a damaged picture, or a folder of damaged pictures")
     parser.add_argument("folder", help="the folder to write to; existing files are never overwritten")
     group = parser.add_argument_group("damage", "What was done to the pictures; exactly one is required.")
     damage = group.add_mutually_exclusive_group(required=True)
-    damage.add_argument("--mask", help="parts are missing: a picture of the same size, white where the image was seen")
-    damage.add_argument("--uncrop", metavar="SIDES", help="borders are missing: pixels, such as left=4,right=4")
+    damage.add_argument(
+        "--mask", help="parts are missing: a picture of the same size, white where the image is observed"
+    )
+    damage.add_argument(
+        "--uncrop", metavar="SIDES", help="borders are missing: their widths in pixels, such as left=4,right=4"
+    )
     damage.add_argument("--gray", action="store_true", help="the colors are missing")
-    damage.add_argument("--pool", type=int, metavar="SIZE", help="blocks of SIZE x SIZE pixels were averaged")
-    damage.add_argument("--jpeg", type=int, metavar="QUALITY", help="they were stored as JPEG, quality 1 to 100")
+    damage.add_argument("--pool", type=int, metavar="SIZE", help="each block of SIZE x SIZE pixels was averaged to one")
+    damage.add_argument(
+        "--jpeg", type=int, metavar="QUALITY", help="they were compressed as JPEG of this quality, 1 to 100"
+    )
     parser.add_argument("-n", type=int, default=4, help="the number of restorations per picture (default: 4)")
     parser.add_argument(
         "--sigma",
         type=float,
         default=0.0,
-        help="the standard deviation of the noise in the pictures, pixels being in [0, 1] (default: 0)",
+        help="the standard deviation of the noise in the pictures, for pixel values in [0, 1] (default: 0)",
     )
     parser.add_argument(
         "--degrade",
         action="store_true",
-        help="the pictures are undamaged: damage them first, then restore and compare",
+        help="the pictures are undamaged: damage them first, then restore them and add the originals to the strips",
     )
-    parser.add_argument("--original", help="the undamaged picture, or a folder of them, to compare with")
+    parser.add_argument("--original", help="the undamaged picture, or a folder of them, to add to the strips")
     parser.add_argument(
         "--method",
         choices=get_args(Restore),
         default="replace",
-        help="how the restorations are made to agree with the picture (default: replace); guide-jacobian is more "
-        "accurate and takes about twice as long",
+        help="how the restorations are made to agree with the picture (default: replace, or guide with --jpeg); "
+        "guide-jacobian is more accurate and takes about twice as long",
     )
+    add_class(parser)
     add_sampling(parser)
     parser.set_defaults(run=_run)
 
@@ -68,7 +85,8 @@ def _run(args: argparse.Namespace) -> None:
     originals = None if args.original is None else list_pictures(args.original)
     if originals is not None and len(originals) != len(pictures):
         raise ValueError(
-            f"--original must name as many pictures as there are to restore, {len(pictures)}, got {len(originals)}."
+            f"--original must have one picture for each of the {len(pictures)} pictures to restore, got "
+            f"{len(originals)}."
         )
     _check_folder(folder, pictures, args.n)
     net, shape, device = load(args)
@@ -92,10 +110,9 @@ def _run(args: argparse.Namespace) -> None:
         seen = operator.as_image(y)
         if original is not None and original.shape != seen.shape:
             raise ValueError(
-                f"the original has {_size(original)} pixels, but the restored picture has {_size(seen)}: they must "
-                "agree."
+                f"the original must have the size of the restored picture, {_size(seen)} pixels, got {_size(original)}."
             )
-        # Of pictures that are alike one line is enough.
+        # The same line is printed only once.
         for line in (_describe_seen(args, operator, y), _describe_difference(args, picture, seen, shape)):
             if line is not None and line not in described:
                 print(line)
@@ -136,38 +153,33 @@ def _uncrop(text: str) -> Uncrop:
 
 def _check_folder(folder: Path, pictures: list[Path], n: int) -> None:
     """Raises if the results cannot be written without overwriting a file."""
-    from PIL import Image  # installed, since list_pictures needs it
-
-    if folder.suffix.lower() in Image.registered_extensions():
-        raise ValueError(
-            f"{folder} must be a folder, but its name is that of a picture. Write {folder.with_suffix('')}."
-        )
+    check_folder_name(folder)
     sources: dict[str, Path] = {}
     for picture in pictures:
         first = sources.setdefault(picture.stem, picture)
         if first != picture:
-            raise ValueError(f"the restorations of {first} and {picture} would have the same names: rename one.")
+            raise ValueError(f"the restorations of {first} and {picture} would have the same file names. Rename one.")
         for name in (*(f"{picture.stem}-{k + 1}.png" for k in range(n)), f"{picture.stem}-strip.png"):
             if (folder / name).exists():
-                raise ValueError(f"{folder / name} exists already and is not overwritten. Name another folder.")
+                raise ValueError(f"{folder / name} exists already and is not overwritten. Choose another folder.")
 
 
 # -- What is printed --------------------------------------------------------------------------------------------------
 
 
 def _describe_seen(args: argparse.Namespace, operator: Operator, y: Tensor) -> str | None:
-    """The share of the image that counts as seen, where a part of it is missing."""
+    """A line with the share of the image that is observed, for masks and missing borders; otherwise None."""
     if args.mask is None and args.uncrop is None:
         return None
     share = float((operator.lift(torch.ones_like(y)) != 0).float().mean())
-    where = "" if args.mask is None else f": what is white in {args.mask}"
-    return f"{100 * share:.0f} % of the image counts as seen{where}"
+    where = "" if args.mask is None else f": the white part of {args.mask}"
+    return f"{100 * share:.0f} % of the image is observed{where}"
 
 
 def _describe_difference(
     args: argparse.Namespace, picture: Path, seen: Tensor, shape: tuple[int, int, int]
 ) -> str | None:
-    """How the image to restore differs from those that the network draws, in size or color; None if it does not."""
+    """A line with the size and color of the image if they differ from those of the network's images, otherwise None."""
     color = "color" if shape[0] == 3 else "gray"
     own = f"{shape[1]}x{shape[2]} pixels in {color}"
     if not args.gray:

@@ -1,9 +1,8 @@
-"""``python -m scorematch train``: trains a network on pictures, and continues where it was interrupted."""
+"""``python -m scorematch train``: trains a network on pictures, and continues an interrupted run."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import re
 import time
@@ -13,18 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch.cli.options import Commands, duration, image_count
 from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
 from scorematch.score import ScoreNet
-from scorematch.training import ImageData, open_images, train
-from scorematch.training.recipes import RECIPES, Recipe
-from scorematch.training.steps import Settings, make_accelerator
+from scorematch.training import RECIPES, ImageData, Recipe, Settings, open_images, train
+from scorematch.training.recipes import training_flop
+from scorematch.training.steps import make_accelerator
 
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
+_DEFAULT = "small-64"
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 
 
@@ -33,21 +31,29 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "train",
         help="train a network on a folder of pictures",
-        description="Trains a network on pictures. The same command again continues a run that was interrupted, and "
-        "ends\nwith the same network. OUT/network is the latest averaged network, for the other commands.\n\n"
+        description="Trains a network on pictures. To continue an interrupted run, repeat the command; the result is "
+        "the same as\nwithout the interruption. OUT/network is the latest averaged network, for the other commands.\n\n"
         "DATA is a folder (all pictures in it and its subfolders), an .npz file, or a data set of the Hugging Face "
-        "Hub.\nCounts are images, such as 50000, 50k or 5M.",
+        "Hub.\nAll IMAGES are numbers of images, such as 50000, 50k or 5M.",
         epilog="Recipes:\n"
         + "".join(f"  {name:<16}{recipe.image_size} px; {recipe.source}\n" for name, recipe in RECIPES.items())
         + "\nExamples:\n"
         "  python -m scorematch train faces --out runs/faces\n"
         "  python -m scorematch train faces --out runs/trial --recipe tiny --images 20k\n"
+        "  python -m scorematch train cats --out runs/cats --start runs/faces/network\n"
         "  accelerate launch -m scorematch train faces --out runs/faces --images 50M --batch-size 512",
     )
     parser.add_argument("data", metavar="DATA", help="a folder of pictures, an .npz file, or owner/name on the Hub")
     parser.add_argument("--out", required=True, type=Path, help="the folder of the run, created if it does not exist")
     parser.add_argument(
-        "--recipe", choices=RECIPES, default="small-64", metavar="RECIPE", help="see below (default: small-64)"
+        "--recipe", choices=RECIPES, metavar="RECIPE", help=f"network and settings, see below (default: {_DEFAULT})"
+    )
+    parser.add_argument(
+        "--start",
+        "--start-from",  # torchrun takes --start for an abbreviation of its own --start-method
+        metavar="NAME_OR_FOLDER",
+        help="begin with the weights of a trained network; without --recipe, this network is trained. With torchrun "
+        "write --start-from",
     )
     parser.add_argument(
         "--images", type=image_count, help="the number of images that the run sees (default: the recipe's)"
@@ -55,71 +61,110 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--batch-size", type=image_count, help="images per step, over all devices (default: the recipe's)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of all random numbers (default: 0)")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),
         default="auto",
-        help="default: auto, the first of CUDA, MPS, CPU; CUDA_VISIBLE_DEVICES chooses among several",
+        help="default: auto, the first of CUDA, MPS, CPU; CUDA_VISIBLE_DEVICES selects one of several GPUs",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the data, the network and the estimated time, and stop"
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--image-size", type=_size, metavar="SIZE", help="64, or height x width as 48x64")
-    data.add_argument("--channels", type=int, choices=(1, 3), help="1 for gray, 3 for RGB (default: as the pictures)")
-    data.add_argument("--crop", choices=("center", "celeba", "none"), help="how pictures are cropped before resizing")
-    data.add_argument("--labels", action="store_true", help="train on classes, the names of the subfolders")
-    data.add_argument("--no-flip", action="store_true", help="do not mirror half of the pictures")
+    data.add_argument(
+        "--image-size",
+        type=_size,
+        metavar="SIZE",
+        help="in pixels: a side, or HEIGHTxWIDTH such as 48x64 (default: the recipe's)",
+    )
+    data.add_argument(
+        "--channels", type=int, choices=(1, 3), help="1 for gray, 3 for RGB (default: the recipe's, or the data's)"
+    )
+    data.add_argument(
+        "--crop",
+        choices=("center", "celeba", "none"),
+        help="before resizing: center, celeba (140x140 pixels in the center) or none (default: the recipe's)",
+    )
+    data.add_argument("--labels", action="store_true", help="train on classes: the subfolders, or the data's labels")
+    data.add_argument("--no-flip", action="store_true", help="do not mirror pictures (default: half of them)")
     data.add_argument("--strict", action="store_true", help="stop at a damaged picture instead of leaving it out")
     data.add_argument("--cache", type=Path, help="the folder for decoded pictures (default: OUT/cache)")
-    data.add_argument("--no-cache", action="store_true", help="decode the pictures in each epoch, if they are many")
-    data.add_argument("--image-key", metavar="KEY", help="the name of the images in an .npz file or a data set")
-    data.add_argument("--label-key", metavar="KEY", help="the name of the labels")
-    data.add_argument("--workers", type=image_count, help="threads that decode pictures (default: one per processor)")
+    data.add_argument("--no-cache", action="store_true", help="write no cache; above 1 GiB decode again in each epoch")
+    data.add_argument("--image-key", metavar="KEY", help="the key of the images in an .npz file or a data set")
+    data.add_argument("--label-key", metavar="KEY", help="the key of the labels")
+    data.add_argument("--workers", type=image_count, help="threads that decode pictures (default: one per CPU)")
 
-    training = parser.add_argument_group("training", "By default the recipe's.")
+    training = parser.add_argument_group("training", "By default the settings of the recipe.")
     training.add_argument("--lr", type=float, help="the highest learning rate")
-    training.add_argument("--warmup-images", type=image_count, metavar="IMAGES", help="while the learning rate rises")
-    training.add_argument("--label-drop", type=float, metavar="SHARE", help="of labels left out (default: 0.1)")
     training.add_argument(
-        "--microbatch", type=image_count, metavar="IMAGES", help="the most that a device computes at once"
+        "--warmup-images",
+        type=image_count,
+        metavar="IMAGES",
+        help="the number of images over which the learning rate rises",
     )
-    training.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="default: auto")
+    training.add_argument(
+        "--label-drop",
+        type=float,
+        metavar="SHARE",
+        help="the share of the labels that become 'no label' (default: 0.1)",
+    )
+    training.add_argument(
+        "--microbatch",
+        type=image_count,
+        metavar="IMAGES",
+        help="the most images that a device processes at once (default: all of its batch)",
+    )
+    training.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto (the default) is bfloat16 where the device supports it natively",
+    )
     training.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
 
     written = parser.add_argument_group("what is written")
     for name, what in [
-        ("log", "lines of the log"),
-        ("sample", "pictures of samples"),
-        ("snapshot", "snapshots"),
-        ("checkpoint", "checkpoints"),
+        ("log", "lines of the log (default: 1/1000 of the run)"),
+        ("sample", "pictures of samples (default: 1/20 of the run or more)"),
+        ("snapshot", "snapshots, from which ema computes averages (default: 1/20 of the run)"),
+        ("checkpoint", "checkpoints (default: as many as take ten minutes)"),
     ]:
         written.add_argument(f"--{name}-every", type=image_count, metavar="IMAGES", help=f"images between {what}")
     written.add_argument(
-        "--tracker", action="append", default=[], help="of Accelerate, such as tensorboard; repeatable"
+        "--tracker", action="append", default=[], help="a tracker of Accelerate, such as tensorboard; repeatable"
     )
-    written.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the network at the end")
+    written.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the averaged network at the end")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    recipe = RECIPES[args.recipe]
+    recipe = RECIPES[_DEFAULT if args.recipe is None else args.recipe]
     if args.label_drop is not None and not args.labels:
         raise ValueError("--label-drop is for training on classes. Add --labels.")
     if args.cache is not None and args.no_cache:
-        raise ValueError("--cache and --no-cache exclude each other.")
+        raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     accelerator = make_accelerator(cpu=args.device == "cpu", trackers=args.tracker, folder=args.out)
     device: torch.device = accelerator.device
     if args.device not in ("auto", device.type):
-        raise ValueError(f"--device {args.device}: Accelerate chooses {device.type} on this machine.")
+        raise ValueError(
+            f"--device {args.device} is not available: Accelerate uses {device.type} here. Leave out --device."
+        )
     with accelerator.main_process_first():  # the others find the cache
-        data = _open(args, recipe)
+        start = _start(args)
+        data = _open(args, recipe, start)
     label_drop = (_LABEL_DROP if args.label_drop is None else args.label_drop) if args.labels else 0.0
-    classes = None if data.classes is None else len(data.classes) + (label_drop > 0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        net = recipe.build(data.shape[0], (data.shape[1], data.shape[2]), classes=classes)
+    classes = None if data.classes is None else len(data.classes)
+    if start is not None and start.sample_shape is not None:
+        net = start
+        net.sample_shape = (start.sample_shape[0], *data.shape[1:])  # its convolutions take other sizes, too
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            size = data.shape[1], data.shape[2]
+            net = recipe.build(data.shape[0], size, classes=classes, null_class=label_drop > 0)
     options = {**recipe.options(), **_given(args), "label_drop": label_drop}
     settings = Settings(**options)
     if accelerator.is_main_process:
@@ -135,6 +180,7 @@ def _run(args: argparse.Namespace) -> None:
             net,
             data,
             args.out,
+            start=args.start,
             **options,
             **events,
             push_to_hub=args.push_to_hub,
@@ -149,14 +195,24 @@ def _run(args: argparse.Namespace) -> None:
         print(args.out / "network")
 
 
-def _open(args: argparse.Namespace, recipe: Recipe) -> ImageData:
+def _start(args: argparse.Namespace) -> ScoreNet | None:
+    """The network of ``--start``, or None if the recipe says which network is trained."""
+    return None if args.start is None or args.recipe is not None else ScoreNet.from_pretrained(args.start)
+
+
+def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> ImageData:
+    channels, *size = (recipe.channels, recipe.image_size, recipe.image_size)
+    if start is not None:
+        if start.sample_shape is None or len(start.sample_shape) != 3:
+            raise ValueError(f"--start must be a network of images (C, H, W), got samples {start.sample_shape}.")
+        channels, *size = start.sample_shape
     crop = recipe.crop if args.crop is None else None if args.crop == "none" else args.crop
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of damaged pictures, which are announced
+        warnings.simplefilter("ignore", UserWarning)  # about damaged pictures: _announce prints them
         data = open_images(
             args.data,
-            image_size=recipe.image_size if args.image_size is None else args.image_size,
-            channels=recipe.channels if args.channels is None else args.channels,
+            image_size=(size[0], size[1]) if args.image_size is None else args.image_size,
+            channels=channels if args.channels is None else args.channels,
             crop=crop,
             labels=args.labels,
             cache=None if args.no_cache or args.dry_run else args.out / "cache" if args.cache is None else args.cache,
@@ -200,7 +256,7 @@ def _announce(
     device: torch.device,
     processes: int,
 ) -> None:
-    """Prints the data, the network, its cost, and how long the run will take."""
+    """Prints the data, the network, its cost per image, and the estimated duration of the run."""
     size = " x ".join(map(str, data.shape))
     classes = "" if data.classes is None else f" of {len(data.classes)} classes"
     print(f"data      {len(data):,} images of {size}{classes} from {args.data}")
@@ -208,8 +264,10 @@ def _announce(
         few = ", ".join(data.skipped[:3]) + (", ..." if len(data.skipped) > 3 else "")
         print(f"          {len(data.skipped)} cannot be read and are left out: {few}")
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    flop = _flop(net)
-    print(f"network   {recipe.name}: {parameters:,} parameters, {flop / 1e9:.3g} GFLOP per image")
+    name = recipe.name if args.start is None or args.recipe is not None else args.start
+    print(f"network   {name}: {parameters:,} parameters, {training_flop(net) / 1e9:.3g} GFLOP per image")
+    if args.start is not None:
+        print(f"          begins with the weights of {args.start}")
     print(
         f"training  {settings.total:,} images in {settings.steps:,} steps of {settings.batch_size}, "
         f"{settings.total / len(data):.3g} epochs"
@@ -224,25 +282,8 @@ def _announce(
     print(f"out       {args.out}", flush=True)
 
 
-def _flop(net: ScoreNet) -> int:
-    """The floating-point operations of a training step per image, counted without computing anything."""
-    takes = net.conditioning
-    if net.sample_shape is None or takes is None:
-        raise ValueError("the network must be one of a recipe.")
-    named = itertools.chain(net.backbone.named_parameters(), net.backbone.named_buffers())
-    weights = {name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for name, tensor in named}
-    inputs = [torch.empty(1, *net.sample_shape, device="meta"), torch.empty(1, device="meta")]
-    if takes.channels:
-        inputs.append(torch.empty(1, takes.channels, *net.sample_shape[1:], device="meta"))
-    elif takes.classes is not None:
-        inputs.append(torch.empty(1, dtype=torch.int64, device="meta"))
-    with FlopCounterMode(display=False) as counter:
-        functional_call(net.backbone, weights, tuple(inputs)).sum().backward()
-    return counter.get_total_flops()
-
-
 def _seconds_per_image(net: ScoreNet, data: ImageData, settings: Settings, device: torch.device) -> float:
-    """The duration of the forward and the backward pass on one device, per image."""
+    """The measured seconds of the forward and the backward pass on one device, per image."""
     most = _TIMED_VALUES // math.prod(data.shape) if device.type == "cpu" else settings.batch_size
     few = max(1, min(most, settings.microbatch or settings.batch_size, len(data)))
     images, labels = data.read(range(few))

@@ -7,16 +7,17 @@ from typing import Any
 from torch import nn
 
 from scorematch.nets.family import Condition, Family
+from scorematch.nets.ncsnpp import NCSNPP, NCSNPP_FAMILY
 from scorematch.nets.refinenet import NCSN, NCSNV2, RefineNet
 from scorematch.nets.unet import UNET, UNet
 
-FAMILIES: dict[str, Family[Any]] = {family.name: family for family in (NCSN, NCSNV2, UNET)}
+FAMILIES: dict[str, Family[Any]] = {family.name: family for family in (NCSN, NCSNV2, UNET, NCSNPP_FAMILY)}
 
-__all__ = ["FAMILIES", "Condition", "Family", "RefineNet", "UNet", "family_of"]
+__all__ = ["FAMILIES", "NCSNPP", "Condition", "Family", "RefineNet", "UNet", "family_of"]
 
 
 def family_of(backbone: nn.Module) -> Family[Any] | None:
-    """The family of a backbone; None for another class, also for a subclass, which may compute something else."""
+    """The family of a backbone; None for any other class, including subclasses, whose output may be different."""
     for family in FAMILIES.values():
         if type(backbone) is family.network and family.accepts(backbone):
             return family

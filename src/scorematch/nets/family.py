@@ -1,8 +1,8 @@
-"""Families of networks: one object per family holds everything that depends on the family.
+"""Families of networks. All code that depends on the family of a network is in one ``Family`` object per family.
 
-It builds a network from a configuration, checks that a network fits its schedule and preconditioning, says what the
-network takes as its condition, and provides what an inference copy needs: which convolutions read or write the image,
-and what depends on the noise level alone. Nothing outside ``scorematch.nets`` asks which family a network belongs to.
+It builds a network from a configuration, checks that a network fits its schedule and preconditioning, describes the
+condition that the network takes, and provides what an inference copy needs: which convolutions read or write the image,
+and which modules depend on the noise level only. No code outside ``scorematch.nets`` may depend on the family.
 """
 
 from __future__ import annotations
@@ -21,27 +21,38 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Condition(NamedTuple):
-    """What a network takes as its condition: an image with so many channels, one of so many classes, or neither."""
+    """The condition that a network takes: an image, a class, or nothing.
+
+    Attributes:
+        channels: the number of channels of the image; 0 for no image.
+        classes: the number of classes; None for no class.
+        null_class: whether the network was also trained without a class. The additional class, whose index is
+            ``classes``, then means "no class", and is used if no condition is given.
+    """
 
     channels: int = 0
     classes: int | None = None
+    null_class: bool = False
 
 
 def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor | None:
-    """The condition as a tensor, after a check that it is of the kind that the network takes.
+    """Checks a condition and converts it to a tensor.
 
-    The size of an image is checked by the network. Classes on the CPU are checked to be known; those on another device
-    are not, since the check would wait for that device.
+    The size of an image is checked by the network. Classes on another device than the CPU are not checked, since
+    reading them would synchronize with that device.
 
     Args:
-        condition: int64 (N,), classes; an int, the class of all samples; float (N, K, H, W), an image; or None.
+        condition: classes, int64 (N,); or an int, the class of all samples; or an image, float (N, K, H, W); or None,
+            which is the null class of a network that has one.
         x: the samples (N, ...).
-        takes: what the network takes; None if it is not known.
+        takes: the condition that the network takes; None if it is not known, in which case nothing is checked.
+
+    Returns:
+        The condition as a tensor, or None.
 
     Raises:
-        TypeError: for a condition of another kind.
-        ValueError: for a condition that is missing or has another length than x, or a class that the network does not
-            know.
+        TypeError: if the network takes another type of condition.
+        ValueError: if the condition is missing, its length is not that of x, or a class is out of range.
     """
     if isinstance(condition, bool) or not isinstance(condition, Tensor | int | None):
         raise TypeError(
@@ -49,6 +60,7 @@ def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor |
             f"class, got {type(condition).__name__}."
         )
     if takes is not None:
+        condition = takes.classes if condition is None and takes.null_class else condition
         _check_condition(condition, len(x), takes)
     return torch.full((len(x),), condition, device=x.device) if isinstance(condition, int) else condition
 
@@ -57,13 +69,14 @@ def _check_condition(condition: Tensor | int | None, n: int, takes: Condition) -
     if takes == Condition():
         if condition is not None:
             raise TypeError(
-                "this network takes no condition. ScoreNet.unet(classes=...) and ScoreNet.unet(condition_channels=...) "
-                "build networks that take one."
+                "this network takes no condition. Leave it out; ScoreNet.unet(classes=...) and "
+                "ScoreNet.unet(condition_channels=...) build networks that take one."
             )
         return
     wanted = f"an image as its condition, float (N, {takes.channels}, H, W)"
     if takes.classes is not None:
-        wanted = f"classes as its condition, int64 (N,) from 0 to {takes.classes - 1}"
+        null = f", or {takes.classes} for none" if takes.null_class else ""
+        wanted = f"classes as its condition, int64 (N,) from 0 to {takes.classes - 1}{null}"
     if condition is None:
         raise ValueError(f"this network takes {wanted}: pass condition=.")
     given = torch.tensor(condition) if isinstance(condition, int) else condition
@@ -75,20 +88,20 @@ def _check_condition(condition: Tensor | int | None, n: int, takes: Condition) -
     if isinstance(condition, Tensor) and condition.shape[:1] != (n,):
         raise ValueError(f"the condition must have one entry for each of {n} samples, got shape {tuple(given.shape)}.")
     if takes.classes is not None:
-        classes = takes.classes
+        classes = takes.classes + takes.null_class
         wrong = first_where(given, lambda given: (given < 0) | (given >= classes))
         if wrong is not None:
             raise ValueError(f"this network takes {wanted}, got class {wrong}.")
 
 
 class Family(ABC, Generic[Network]):
-    """One family of networks.
+    """The interface of a family of networks.
 
     Attributes:
-        name: the value of ``family`` in a configuration.
-        network: the class of its backbones.
-        keys: the schema of its part of a configuration.
-        preconditions: the rows of the preconditioning table that its networks are used with.
+        name: the value of the key ``family`` in a configuration.
+        network: the class of the backbones.
+        keys: the schema of the keys of a configuration that describe the backbone.
+        preconditions: the rows of the preconditioning table that fit its networks.
     """
 
     name: ClassVar[str]
@@ -98,16 +111,16 @@ class Family(ABC, Generic[Network]):
 
     @abstractmethod
     def build(self, architecture: Mapping[str, Any], *, levels: int, precondition: str) -> Network:
-        """A network with new weights.
+        """Builds a backbone with new weights.
 
         Args:
             architecture: the values of ``keys``.
             levels: the number of levels of the network's schedule.
-            precondition: its row of the preconditioning table.
+            precondition: the row of the preconditioning table.
         """
 
     def accepts(self, backbone: Network) -> bool:
-        """Whether a backbone of the class ``network`` is of this family."""
+        """Whether a backbone of the class ``network`` belongs to this family."""
         return True
 
     def check(self, backbone: Network, *, levels: int, precondition: str) -> None:
@@ -115,10 +128,10 @@ class Family(ABC, Generic[Network]):
 
     @abstractmethod
     def condition(self, backbone: Network, *, predicts_variance: bool) -> Condition:
-        """What a network takes as its condition.
+        """The condition that a network takes.
 
         Args:
-            backbone: of the network.
+            backbone: the backbone of the network.
             predicts_variance: whether the second half of its output channels is a variance.
         """
 
@@ -131,33 +144,33 @@ class Family(ABC, Generic[Network]):
         """
         return None
 
-    # -- What the inference copy asks ---------------------------------------------------------------------------------
+    # -- For the inference copy ---------------------------------------------------------------------------------------
 
-    channels_last_on_cuda: ClassVar[bool] = True  # false where norms copy to the other layout there
+    channels_last_on_cuda: ClassVar[bool] = True  # False if its norms convert to the contiguous format on CUDA
 
     @abstractmethod
     def width(self, backbone: Network) -> int:
-        """The number of channels of the first features, at the resolution of the image."""
+        """The number of channels of the first feature map, at the resolution of the image."""
 
     @abstractmethod
     def image_convolutions(self, backbone: Network) -> tuple[set[str], set[str]]:
-        """The names of the convolutions that read the image, and of those that write it."""
+        """The names of the convolutions whose input is the image, and of those whose output is the result."""
 
     @abstractmethod
     def level_modules(self, backbone: Network) -> set[str]:
-        """The names of the modules whose input is the noise level or a class, not the image: they stay in float32."""
+        """The names of the modules whose input is the noise level or a class, not the image; they stay in float32."""
 
     @abstractmethod
     def settle(self, copy: Network) -> Callable[[Tensor], None]:
-        """Prepares a copy for use at one noise level at a time.
+        """Changes a copy of a backbone so that its noise level is set before it is called.
 
         Returns:
-            A function that sets the copy to a level, c_noise, () float32. The copy then computes its output for that
-            level and ignores the c_noise that it is called with.
+            A function that sets the noise level of the copy, c_noise, () float32. When the copy is called, it uses this
+            level and ignores the c_noise in its arguments.
         """
 
 
 def structure(net: nn.Module) -> dict[str, type | None]:
-    """The parts of a network: the class of each module, and the names of the parameters."""
+    """The structure of a network: the class of each module, and the names of the parameters."""
     kinds: dict[str, type | None] = {name: type(module) for name, module in net.named_modules()}
     return {**kinds, **dict.fromkeys(name for name, _ in net.named_parameters())}

@@ -1,16 +1,17 @@
-r"""Group normalization that is fast in channels_last on a CPU, forward and backward.
+r"""A fast group normalization for tensors in the channels_last memory format on a CPU.
 
-Convolutions are fastest in channels_last. In that layout torch's own group norm is slow in some cases on a CPU: its
-backward takes two to seven times as long as the formula below in a few passes, and its forward is slower where a group
-has few channels or the data are in half precision. ``group_norm_channels_last`` chooses between torch's forward kernel
-and passes over parts of the batch that fit the caches.
+Convolutions are fastest in channels_last. In that format torch's group norm on a CPU is slow in some cases: its
+backward pass takes two to seven times as long as the formula below, computed in a few passes over the data, and its
+forward pass is slower if a group has few channels or the data are in half precision. ``group_norm_channels_last``
+chooses between torch's forward kernel and its own implementation, which processes the batch in parts that fit into the
+CPU caches.
 
-torch's kernel computes the variance as a difference of two means. Where the mean of a group is 10 times its standard
-deviation the result is off by up to 1e-3, and at 100 times by a few percent. The formula below subtracts the mean
-first.
+torch's kernel computes the variance as a difference of two means. If the mean of a group is 10 times its standard
+deviation, the error of the result is up to 1e-3; at 100 times it is a few percent. The implementation here subtracts
+the mean first.
 
-With :math:`\hat x = (x - \mu) r`, r the inverse standard deviation of the group, g the gradient of the output and [.]
-the mean over a group, the gradient of the input is
+Let :math:`\hat x = (x - \mu) r`, where mu and r are the mean and the inverse standard deviation of the group, g the
+gradient of the output, and [.] the mean over a group. The gradient of the input is
 
 .. math:: r\,(\gamma g - [\gamma g] - \hat x\,[\gamma g \hat x]).
 
@@ -26,17 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Torch's forward kernel is fast for images of this many pixels; in float32 also for groups of this many channels, and
-# for tensors of at most this many values, where a few passes cost more in calls than in memory traffic.
+# Torch's forward kernel is used for at least this many pixels; in float32 also for at least this many channels per
+# group, and for at most this many values, where the overhead of several calls is larger than their memory traffic.
 _NATIVE_PIXELS = 1024
 _NATIVE_CHANNELS = 8
 _NATIVE_VALUES = 2**15
-# Values that each thread works on at once: a megabyte of float32.
+# The number of values in a part of the batch, for each thread: a megabyte of float32.
 _PART_VALUES = 2**18
 
 
 def group_norm_channels_last(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """Group normalization of x (N, C, H, W) in channels_last on a CPU; the result has x's dtype and layout."""
+    """Group normalization of x (N, C, H, W) in channels_last on a CPU; the result has x's dtype and memory format."""
     if not torch.is_grad_enabled() and _is_native(x, groups):
         return _native(x, weight, bias, groups, eps)[0]
     return _GroupNorm.apply(x, weight, bias, groups, eps)[0]  # type: ignore[no-untyped-call]
@@ -55,14 +56,14 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) ->
     if x.numel() > _NATIVE_VALUES:
         return torch.native_group_norm(x, weight, bias, *sizes)
     # In channels_last the kernel computes the variance as the mean of the squares minus the square of the mean, which
-    # loses digits where the mean is many standard deviations. In the other layout it does not; for small tensors the
-    # two copies are cheap.
+    # is inaccurate if the mean is many standard deviations. In the contiguous format it is accurate, and for small
+    # tensors the two copies are cheap.
     y, mean, rstd = torch.native_group_norm(x.contiguous(), weight, bias, *sizes)
     return y.contiguous(memory_format=torch.channels_last), mean, rstd
 
 
 def _by_parts(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The result of a function of batches, (N, ...) each, part by part so that each part stays in the caches."""
+    """Calls a function of tensors (N, ...) on parts of the batch that fit into the caches; concatenates the results."""
     part = max(1, _PART_VALUES * torch.get_num_threads() // tensors[0][0].numel())
     if part >= len(tensors[0]):
         return function(*tensors)
@@ -71,7 +72,7 @@ def _by_parts(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> 
 
 
 def _over_groups(means: Tensor, groups: int) -> Tensor:
-    """Means of channels (N, C) -> the means of their groups, (N, C) again."""
+    """Replaces the means of channels, (N, C), by the means of their groups, (N, C)."""
     n, channels = means.shape
     of_groups = means.reshape(n, groups, channels // groups).mean(-1, keepdim=True)
     return of_groups.expand(-1, -1, channels // groups).reshape(n, channels)
@@ -86,7 +87,7 @@ def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Group norm in a few passes over the tensor, and its derivatives in as many."""
+    """Group norm with forward and backward in a few passes over the tensor, and with forward-mode derivatives."""
 
     generate_vmap_rule = True
 
@@ -121,11 +122,11 @@ class _GroupNorm(torch.autograd.Function):
         gamma = weight.to(rstd.dtype)
 
         def gradients(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            if torch.is_grad_enabled():  # in a second derivative the statistics must depend on x
+            if torch.is_grad_enabled():  # for second derivatives the statistics must depend on x
                 mean, rstd, _ = _moments(x, ctx.groups, ctx.eps)
             g, wide = g.to(rstd.dtype), x.to(rstd.dtype)
             of_bias = g.mean((2, 3))
-            of_weight = ((g * wide).mean((2, 3)) - mean * of_bias) * rstd  # the mean of g times the normalized x
+            of_weight = ((g * wide).mean((2, 3)) - mean * of_bias) * rstd  # the mean of (g times normalized x)
             slope = -rstd.square() * _over_groups(gamma * of_weight, ctx.groups)
             shift = -rstd * _over_groups(gamma * of_bias, ctx.groups) - slope * mean
             of_x = torch.addcmul(shift[..., None, None], wide, slope[..., None, None])

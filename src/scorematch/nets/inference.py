@@ -1,23 +1,24 @@
-"""The inference copy: a network prepared to be called many times, at one noise level after another.
+"""The inference copy: a copy of a network that is optimized for many calls, with consecutive calls at the same level.
 
-It computes what its original computes, with six differences:
+It computes the same function as the network, with six differences:
 
-- weights are in channels_last, the layout in which convolutions are fastest (see below for CUDA);
-- where the processor multiplies bfloat16 natively, the weights between the first and the last convolution are bfloat16,
-  cast once. The convolutions that read or write the image, which at low noise levels needs more precision than bfloat16
-  offers, stay in float32, and so do the modules of the noise level and the statistics of norms;
-- what depends on the noise level alone is computed once per level, not once per call;
+- weights are in channels_last, the memory format in which convolutions are fastest (see below for CUDA);
+- if the processor multiplies bfloat16 natively, the weights between the first and the last convolution are converted to
+  bfloat16, once. The convolutions that read or write the image stay in float32, since images at low noise levels need
+  more precision than bfloat16 offers, and so do the modules for the noise level and the statistics of norms;
+- what depends only on the noise level is computed once per level, not at each call;
 - attention with one head has two projections instead of four (``Attention.fold``);
-- on a CPU a batch is processed in parts, small enough for the caches and for memory that the allocator keeps;
+- on a CPU a batch is processed in parts that are small enough for the caches and for the memory that the allocator
+  reuses;
 - it can be compiled.
 
-On CUDA torch's group norm works in the contiguous layout alone: data in channels_last are copied before each norm and
-again before the next convolution. Networks with group norms therefore keep the contiguous layout there, in which
-nothing of this package copies; cuDNN may still transform the input of a convolution for itself. Which is faster has not
-been measured on a GPU.
+On CUDA torch's group norm supports the contiguous format only: data in channels_last are copied before each norm and
+again before the next convolution. There, networks with group norms keep the contiguous format, in which this package
+copies nothing; cuDNN may still convert the input of a convolution internally. Which of the two is faster has not been
+measured on a GPU.
 
-Only networks of this package's own classes, exactly as they were built, are copied. One with hooks, adapters, another
-dtype, or that was compiled is called as it is.
+Only networks of this package's own classes, exactly as they were built, are copied. A network with hooks, adapters or
+another dtype, or one that was compiled, is used without a copy.
 """
 
 from __future__ import annotations
@@ -36,19 +37,20 @@ from scorematch.nets.family import as_condition, structure
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import native_dtype
 from scorematch.precondition import Coefficients, Preconditioning
-from scorematch.protocol import as_sigma, check_data, per_image
+from scorematch.protocol import NetworkScore, as_sigma, check_data
 
 if TYPE_CHECKING:
     from scorematch.sampling.settings import SamplerSettings
 
 _PART_VALUES = 2**21  # eight megabytes of float32
-# glibc keeps freed memory up to twice the largest block that was freed so far, if that had 32 MB at most. It begins
-# with so little that it returns the memory of each layer and gets it again for the next, page by page.
+# glibc keeps freed memory for reuse up to twice the size of the largest block freed so far, if that block had at most
+# 32 MB. The initial limit is so low that the memory of each layer is returned to the system and requested again, page
+# by page; a block of this size, allocated and freed once, raises the limit.
 _LARGEST_KEPT_BLOCK = 2**25 - 2**16
 
 
 def is_plain(net: nn.Module, backbone: nn.Module) -> bool:
-    """Whether a network with that backbone is float32 and as this package built it: nothing added, nothing replaced."""
+    """Whether a network with this backbone is float32 and unchanged since it was built: no hooks, no other modules."""
     return (
         {parameter.dtype for parameter in net.parameters()} == {torch.float32}
         and structure(backbone) == getattr(backbone, "built", None)
@@ -63,20 +65,24 @@ def is_plain(net: nn.Module, backbone: nn.Module) -> bool:
     )
 
 
-class InferenceScore:
-    """The score of a network, prepared for inference. It is called as the network is, and every sampler accepts it.
+class InferenceScore(NetworkScore):
+    """A copy of a ScoreNet that is optimized for inference, called in the same way and accepted by every sampler.
 
-    ``ScoreNet.inference_copy`` makes it. It holds its own copy of the weights and does not follow later changes of the
-    network. Several threads may call it; their calls run one after another.
+    It is created by ``ScoreNet.inference_copy``. It has its own copy of the weights, which later changes of the network
+    do not affect. Several threads may call it; the calls are executed one after another.
 
     Attributes:
         schedule: the noise levels that the network was trained on.
         value_range: (low, high) of the data, or None.
-        sample_shape: of one sample, or None.
-        sampler_settings: the settings recommended for the network, or None.
-        conditioning: what the network takes as its condition.
-        device: of the weights.
+        sample_shape: the shape of one sample, or None.
+        sampler_settings: the sampler settings recommended for the network, or None.
+        conditioning: the condition that the network takes.
+        predicts_variance: whether ``score_and_variance`` can be called.
+        device: the device of the weights.
+        is_inference_copy: True.
     """
+
+    is_inference_copy = True
 
     def __init__(
         self,
@@ -92,7 +98,8 @@ class InferenceScore:
         self.value_range = preconditioning.value_range
         self.sample_shape = sample_shape
         self.sampler_settings = sampler_settings
-        self.conditioning = family.condition(backbone, predicts_variance=preconditioning.predicts_variance)
+        self.predicts_variance = preconditioning.predicts_variance
+        self.conditioning = family.condition(backbone, predicts_variance=self.predicts_variance)
         self.device = next(backbone.parameters()).device
         self._preconditioning = preconditioning
         self._compiled = compile
@@ -103,46 +110,53 @@ class InferenceScore:
         self._coefficients: Coefficients
 
     def __call__(self, x: Tensor, sigma: float | Tensor, condition: Any = None) -> Tensor:
-        """The score of x (N, ...) at a noise level: a float, () or (N,).
+        """The score of x (N, ...) at a noise level sigma: a float, () or (N,).
 
-        A float, or a tensor on the CPU, is fastest: consecutive calls at the same level set the copy to it once. Levels
-        (N,) are processed one by one, each with all of its images.
+        Arguments, result and errors are those of the ScoreNet. sigma as a float or as a tensor on the CPU is fastest:
+        what depends on it is then computed once for consecutive calls at the same level. Different levels in sigma (N,)
+        are processed one after another, each with all of its images.
         """
+        return self._outputs(x, sigma, condition)[0]
+
+    def _outputs(
+        self, x: Tensor, sigma: float | Tensor, condition: Any, *, variance: bool = False
+    ) -> tuple[Tensor, ...]:
         check_data(x)
         condition = as_condition(condition, x, self.conditioning)
         level = as_sigma(sigma, x)
         if level.ndim:
-            scores = torch.empty_like(x)
+            outputs = tuple(torch.empty_like(x) for _ in range(1 + variance))
             for one in level.unique():
                 rows = level == one
-                scores[rows] = self(x[rows], one, None if condition is None else condition[rows])
-            return scores
+                beside = None if condition is None else condition[rows]
+                for output, part in zip(outputs, self._outputs(x[rows], one, beside, variance=variance), strict=True):
+                    output[rows] = part
+            return outputs
         on_host = not isinstance(sigma, Tensor) or sigma.device.type == "cpu"
         with self._lock:
             self._set(level, (float(sigma), level.dtype) if on_host else None)
             size = part_size(self._width, x)
             conditions = [None] * -(-len(x) // size) if condition is None else condition.split(size)
             parts = [
-                self._preconditioning.score(self._backbone, part, self._coefficients, beside)
+                self._preconditioning.outputs(self._backbone, part, self._coefficients, beside, variance=variance)
                 for part, beside in zip(x.split(size), conditions, strict=True)
             ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def inference_copy(self, *, compile: bool = False) -> InferenceScore:  # noqa: A002  (torch's word)
-        """This object, which is an inference copy already."""
+        """Returns this object, which is already an inference copy.
+
+        Raises:
+            ValueError: for ``compile=True`` if it was created without.
+        """
         if compile and not self._compiled:
             raise ValueError("this inference copy is not compiled. Write net.inference_copy(compile=True).")
         return self
 
-    def denoise(self, x: Tensor, sigma: float | Tensor, condition: Any = None) -> Tensor:
-        """The denoised image, as ``ScoreNet.denoise``."""
-        score = self(x, sigma, condition)
-        return (x + per_image(as_sigma(sigma, x).square(), x) * score).to(x.dtype)
-
     def _set(self, level: Tensor, key: tuple[float, torch.dtype] | None) -> None:
         if key is not None and key == self._level:
             return
-        self._level = None  # in case what follows is interrupted
+        self._level = None  # in case of an exception below
         with torch.no_grad():
             self._coefficients = self._preconditioning.coefficients(level)
             self._settle(self._coefficients.c_noise.to(torch.float32))
@@ -150,7 +164,7 @@ class InferenceScore:
 
 
 def part_size(width: int, x: Tensor) -> int:
-    """How many of the images x are processed at once: on a CPU those with 2^21 values in the first feature map."""
+    """The number of images of x to process at once: on a CPU the first feature map then has at most 2^21 values."""
     return len(x) if x.device.type != "cpu" else max(1, _PART_VALUES // (width * x.shape[2:].numel()))
 
 
@@ -161,17 +175,17 @@ def copy_for_inference(
     *,
     compile: bool = False,  # noqa: A002  (torch's word)
 ) -> tuple[nn.Module, Callable[[Tensor], None]]:
-    """The inference copy of a backbone, and the function that sets it to a noise level.
+    """Creates the inference copy of a backbone, and the function that sets its noise level.
 
     Args:
-        family: of the backbone.
-        backbone: a network that ``is_plain``. It is not modified.
-        dtype: of the weights between the first and the last convolution.
+        family: the family of the backbone.
+        backbone: a backbone for which ``is_plain`` is True. It is not modified.
+        dtype: the dtype of the weights between the first and the last convolution.
         compile: whether to compile the copy at its first call.
 
     Returns:
-        The copy, called as its original, and ``settle(c_noise)``, c_noise being () float32: until the next call of it,
-        the copy computes its output for that level.
+        A tuple (copy, settle). The copy is called in the same way as the backbone, but computes its output for the
+        noise level of the last call of ``settle(c_noise)``, where c_noise is a float32 tensor ().
     """
     made = copy.deepcopy(backbone).eval().requires_grad_(False)
     for module in made.modules():
@@ -179,7 +193,7 @@ def copy_for_inference(
             cast(Any, module).fold()
     device = next(made.parameters()).device
     if device.type == "cpu":
-        torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)  # and freed at once; its memory is never touched
+        torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)  # freed at once; its pages are never touched
     if device.type == "cpu" or (device.type == "cuda" and family.channels_last_on_cuda):
         for parameter in made.parameters():
             if parameter.ndim == 4:
@@ -213,18 +227,18 @@ def _lower(family: Family[Any], made: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _compile(made: nn.Module, device: torch.device) -> None:
-    """Compiles in place at the first call. Where compilation fails it warns, and the network runs without."""
+    """Compiles ``made.forward`` at its first call. If compilation fails, it warns and uses the uncompiled forward."""
     plain = made.forward
     compiled = torch.compile(plain, mode="reduce-overhead" if device.type == "cuda" else None)
 
     def first(*arguments: Any) -> Tensor:
         try:
             output = compiled(*arguments)
-        except Exception as error:  # of many kinds; for bad input the plain network raises its own error
+        except Exception as error:  # errors of many types; for invalid input ``plain`` below raises its own error
             made.forward = plain
             output = plain(*arguments)
             warnings.warn(
-                f"torch.compile failed, and sampling continues without it: {str(error).strip().splitlines()[0]}",
+                f"torch.compile failed; the network runs uncompiled: {str(error).strip().splitlines()[0]}",
                 stacklevel=2,
             )
         else:

@@ -1,17 +1,18 @@
-r"""The norms: instance normalization++ of the NCSN family, and group normalization.
+r"""The normalization layers: instance normalization++ of the NCSN family, and group normalization.
 
-Instance normalization removes each channel's mean, and with it every difference in brightness or color between
-channels. Instance normalization++ puts the means back in standardized form. With :math:`\mu_c, \sigma_c` the spatial
-mean and standard deviation of channel c of one image, m and v the mean and variance of :math:`\mu` over the channels,
+Instance normalization removes the mean of each channel, and with it all differences in brightness or color between
+channels. Instance normalization++ adds the means back in standardized form. Let :math:`\mu_c, \sigma_c` be the spatial
+mean and standard deviation of channel c of one image, and m and v the mean and variance of :math:`\mu` over the
+channels. The result is
 
 .. math:: \gamma_c \Bigl( \frac{x_c - \mu_c}{\sigma_c} + \alpha_c \frac{\mu_c - m}{\sqrt{v}} \Bigr) + \beta_c.
 
-The form is that of the published weights: alpha stands inside gamma, v is the unbiased variance, and both variances
-have 1e-5 added. (The paper writes alpha outside gamma; weights trained on one form do not work in the other.)
-Everything is computed within one image, so a network of these layers treats the images of a batch independently.
+This is the form that the published weights need: gamma multiplies alpha, v is the unbiased variance, and 1e-5 is added
+to both variances. (In the paper gamma does not multiply alpha; weights trained with one form do not work in the other.)
+The statistics are those of a single image, so the images of a batch are processed independently.
 
-Every norm takes the activation that follows it as an argument. Without autograd, half-precision input is normalized in
-float32 and rounded once, after the activation; the activation then works in place.
+Every layer takes the activation that follows it as an argument. Without autograd, half-precision input is normalized in
+float32 and rounded only once, after the activation, which is then computed in place.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, App. A.
@@ -35,22 +36,22 @@ _HAS_IN_PLACE = (F.silu, F.elu, F.mish, F.relu)
 
 
 def _autocast(x: Tensor) -> bool:
-    """Whether x is on a device type that has autocast, and autocast is on for it."""
+    """Whether autocast is enabled for the device type of x."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _widened(x: Tensor, parameter: Tensor) -> Tensor:
-    """The input in the dtype of the norm's parameter if that is wider, except in training under autocast.
+    """Converts the input to the dtype of the parameter if that is wider, except in training under autocast.
 
-    There autograd would keep the wide copy for the backward pass.
+    There autograd would keep the wider copy in memory for the backward pass.
     """
     training = torch.is_grad_enabled() and _autocast(x)
     return x.to(parameter.dtype) if x.element_size() < parameter.element_size() and not training else x
 
 
 def _activated(y: Tensor, activation: Activation | None, dtype: torch.dtype) -> Tensor:
-    """The activation of the result y of a norm, in place where that is possible: nothing else refers to y."""
+    """Applies the activation to the output y of a norm, in place if possible, since y has no other users."""
     if activation is None:
         return y.to(dtype)
     in_place = not torch.is_grad_enabled() and activation in _HAS_IN_PLACE
@@ -59,11 +60,11 @@ def _activated(y: Tensor, activation: Activation | None, dtype: torch.dtype) -> 
 
 def _instance_norm_plus(x: Tensor, gamma: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """The formula above for x (N, C, H, W) and parameters of shape (C,) or (N, C)."""
-    # Half precision has too few digits for sums over thousands of pixels: statistics are accumulated in float32.
+    # Half precision is too inaccurate for sums over thousands of pixels: statistics are accumulated in float32.
     stats = torch.promote_types(x.dtype, torch.float32)
     mean = x.mean((2, 3), dtype=stats)  # (N, C)
-    # The two-pass variance with its correction (Chan, Golub & LeVeque 1983). A constant channel is multiplied by
-    # 1/sqrt(1e-5) below, rounding errors included; the second mean removes the rounding error of the first.
+    # The corrected two-pass variance (Chan, Golub & LeVeque 1983). A constant channel is multiplied by 1/sqrt(1e-5)
+    # below, and so are its rounding errors; the second mean removes the rounding error of the first.
     x = x - mean.to(x.dtype)[..., None, None]
     rest = x.mean((2, 3), dtype=stats)
     var = x.square().mean((2, 3), dtype=stats) - rest.square()
@@ -75,14 +76,14 @@ def _instance_norm_plus(x: Tensor, gamma: Tensor, alpha: Tensor, beta: Tensor) -
 
 
 def _near_one(parameter: Tensor) -> Tensor:
-    """Initial values with mean 1 and standard deviation 0.02, as the authors'; on the meta device there are none."""
+    """Initializes with mean 1 and standard deviation 0.02, as the authors do; does nothing on the meta device."""
     return parameter if parameter.is_meta else parameter.normal_(1, 0.02)
 
 
 class InstanceNormPlus(nn.Module):
     """Instance normalization++ with one set of parameters, (N, C, H, W) -> the same shape.
 
-    The second argument of ``forward`` is ignored, so that this layer and the conditional one are called alike.
+    The second argument of ``forward`` is ignored; it exists so that the conditional layer is called in the same way.
     """
 
     def __init__(self, channels: int) -> None:
@@ -105,7 +106,7 @@ class ConditionalInstanceNormPlus(nn.Module):
     () or (N,), and may be fractional: between two levels the rows are interpolated linearly.
     """
 
-    settled: tuple[Tensor, ...] | None = None  # in an inference copy, the rows of its noise level
+    settled: tuple[Tensor, ...] | None = None  # in an inference copy, gamma, alpha and beta of its noise level
 
     def __init__(self, channels: int, levels: int) -> None:
         super().__init__()
@@ -124,26 +125,26 @@ class ConditionalInstanceNormPlus(nn.Module):
         lower = position.floor().long().clamp(0, len(table) - 1)
         upper = (lower + 1).clamp(max=len(table) - 1)
         fraction = (position - lower).to(table.dtype)[..., None]
-        # F.embedding selects rows on the device; indexing with a 0-d tensor would read its value on the host.
+        # F.embedding selects rows on the device; indexing with a 0-d tensor would copy its value to the CPU.
         return torch.lerp(F.embedding(lower, table), F.embedding(upper, table), fraction).chunk(3, dim=-1)
 
 
-# From this many pixels on, a float32 copy of half-precision data does not fit the caches. Such data are normalized in
-# half precision, which rounds them once more.
+# From this many pixels on, a float32 copy of half-precision data does not fit into the caches. Such data are normalized
+# in half precision, which rounds them once more.
 _LARGE_PIXELS = 4096
 
 
 class GroupNorm(nn.GroupNorm):
     """Group normalization, (N, C, H, W) -> the same shape: ``torch.nn.GroupNorm``, fast in channels_last on a CPU.
 
-    ``level`` (N, C, 1, 1) is added before the norm, ``activation`` is applied after it.
+    ``level`` (N, C, 1, 1) is added to the input, and ``activation`` is applied to the result.
     """
 
     def forward(  # noqa: D102
         self, x: Tensor, activation: Activation | None = None, level: Tensor | None = None
     ) -> Tensor:
         y = x if x.shape[2:].numel() >= _LARGE_PIXELS else _widened(x, self.weight)
-        if y is not x:  # y is a new tensor, and float32, in which torch's own kernel is fast at every size
+        if y is not x:  # y is a new tensor in float32, for which torch's own kernel is fast at every size
             y = y if level is None else y.add_(level)
             return _activated(super().forward(y), activation, x.dtype)
         y = y if level is None else y + level.to(y.dtype)
@@ -153,7 +154,7 @@ class GroupNorm(nn.GroupNorm):
         if y.device.type == "cpu" and channels_last:
             y = group_norm_channels_last(y, weight, bias, self.num_groups, self.eps)
         else:
-            if y.device.type != "cpu" and not _autocast(y):  # only the CPU's kernel takes mixed dtypes
+            if y.device.type != "cpu" and not _autocast(y):  # only the CPU kernel supports mixed dtypes
                 weight, bias = weight.to(y.dtype), bias.to(y.dtype)
             y = F.group_norm(y, self.num_groups, weight, bias, self.eps)
         return _activated(y, activation, x.dtype)

@@ -1,18 +1,18 @@
-r"""The RefineNets of NCSN and NCSNv2: one network in three depths, with or without the noise level in its norms.
+r"""The RefineNets of NCSN and NCSNv2, in three depths, with normalization layers that depend on the noise level or not.
 
-An encoder of pre-activation residual blocks computes features at several scales; a refine block per scale, from the
-deepest outward, merges them (RefineNet, Lin et al. 2017). After one to three halvings the encoder dilates its
-convolutions instead, so that the deepest features keep their resolution.
+An encoder of pre-activation residual blocks computes features at several scales; one refine block per scale, from the
+lowest resolution to the highest, merges them (RefineNet, Lin et al. 2017). After one to three halvings of height and
+width the encoder uses dilated convolutions instead, so that the deepest features keep their resolution.
 
 =================  ==========================  ============================
                    NCSN                        NCSNv2
 =================  ==========================  ============================
-norms              conditional, everywhere     plain, in the encoder only
+norms              conditional, everywhere     unconditional, encoder only
 chained pooling    average                     max
 output             the score                   sigma times the score
 =================  ==========================  ============================
 
-Submodules have the names of the published weights, oddities included: those names are the file format.
+Submodules have the names of the published weights, since these names are the file format.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, App. A.
@@ -37,17 +37,17 @@ MakeNorm = Callable[[int], nn.Module]
 
 
 class _Stage(NamedTuple):
-    """One scale of the network: an encoder stage and the refine block that merges its output."""
+    """One stage of the encoder."""
 
-    suffix: str  # of the submodule's name: res1, refine1
-    width: int  # in multiples of the base width
+    suffix: str  # of the names of the submodules: res1, refine1
+    width: int  # the number of channels, in multiples of the base width
     halve: bool = False
     dilation: int = 1
 
 
 class _Plan(NamedTuple):
-    encoder: tuple[_Stage, ...]  # from the image inward
-    refine: tuple[tuple[str, int], ...]  # (suffix, width of the output), from the deepest features outward
+    encoder: tuple[_Stage, ...]  # from the image to the deepest features
+    refine: tuple[tuple[str, int], ...]  # (suffix, width of the output), from the deepest features to the image
 
 
 _PLANS: dict[str, _Plan] = {
@@ -84,7 +84,7 @@ def _conv3x3(inputs: int, outputs: int, *, bias: bool = True, dilation: int = 1)
 
 
 class _ConvMeanPool(nn.Module):
-    """A convolution followed by the mean over 2x2 pixels."""
+    """A convolution followed by 2x2 average pooling."""
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _ConvMeanPool(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """norm, ELU, conv, norm, ELU, conv, added to a shortcut of the raw input."""
+    """norm, ELU, conv, norm, ELU, conv; the shortcut of the input is added to the result."""
 
     def __init__(
         self, inputs: int, outputs: int, norm: MakeNorm, *, first: bool, halve: bool = False, dilation: int = 1
@@ -112,7 +112,7 @@ class _ResidualBlock(nn.Module):
             self.shortcut = _ConvMeanPool(inputs, outputs, 1)
         else:
             self.conv2 = _conv3x3(inputs, outputs, dilation=dilation)
-            # The published networks have a convolution here even where the width does not change.
+            # The published networks have a convolution here even if the width does not change.
             self.shortcut = _conv3x3(inputs, outputs, dilation=dilation) if first and dilation > 1 else None
 
     def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
@@ -122,7 +122,7 @@ class _ResidualBlock(nn.Module):
 
 
 class _ResidualConvUnits(nn.Module):
-    """``blocks`` residual units of two [norm,] ELU, conv (RefineNet's RCU)."""
+    """A number of residual units, each of twice [norm,] ELU, conv (RefineNet's RCU)."""
 
     def __init__(self, width: int, blocks: int, norm: MakeNorm | None) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class _ResidualConvUnits(nn.Module):
 
 
 class _MultiResolutionFusion(nn.Module):
-    """[norm,] conv on each input, resized to the first one's size and added up (RefineNet's MSF)."""
+    """[norm,] conv on each input; the results are resized to the size of the first and summed (RefineNet's MSF)."""
 
     def __init__(self, inputs: Sequence[int], outputs: int, norm: MakeNorm | None) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class _MultiResolutionFusion(nn.Module):
 
 
 class _ChainedResidualPooling(nn.Module):
-    """ELU, then twice [norm,] 5x5 pooling, conv, each added to the sum (RefineNet's CRP)."""
+    """ELU, then twice in a chain [norm,] 5x5 pooling, conv; each result is added to the sum (RefineNet's CRP)."""
 
     def __init__(self, width: int, norm: MakeNorm | None) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class _ChainedResidualPooling(nn.Module):
 
 
 class _RefineBlock(nn.Module):
-    """Residual units on each input, fusion, chained pooling, residual units again."""
+    """Residual units on each input, multi-resolution fusion, chained residual pooling, residual units."""
 
     def __init__(self, inputs: Sequence[int], outputs: int, norm: MakeNorm | None, *, last: bool) -> None:
         super().__init__()
@@ -205,19 +205,22 @@ class _RefineBlock(nn.Module):
 
 
 class RefineNet(nn.Module):
-    """The network of NCSN (``levels`` given) and of NCSNv2 (``levels`` None).
+    """The network of NCSN (``levels`` is a number) and of NCSNv2 (``levels`` is None).
 
     Args:
-        channels: of the image.
-        width: channels of the first features; 64 and 128 in the published networks.
-        depth: "standard" halves the image once (NCSN, NCSNv2), "deeper" twice (NCSNv2Deeper), "deepest" three times
-            (NCSNv2Deepest).
+        channels: the number of channels of an image.
+        width: the number of channels of the first feature map, at least 2; 64 and 128 in the published networks.
+        depth: "standard" halves height and width once (NCSN, NCSNv2), "deeper" twice (NCSNv2Deeper), "deepest" three
+            times (NCSNv2Deepest).
         levels: the number of noise levels for which the norms have parameters, or None for norms that do not depend on
             the noise level.
         center: whether to map the input from [0, 1] to [-1, 1].
 
+    Attributes:
+        divisor: height and width must be multiples of this number: 2, 4 or 8.
+
     Raises:
-        ValueError: for a width below 2 (the variance over one channel does not exist) or an unknown depth.
+        ValueError: if ``depth`` is unknown, ``channels`` or ``levels`` is below 1, or ``width`` is below 2.
     """
 
     def __init__(
@@ -228,11 +231,11 @@ class RefineNet(nn.Module):
             raise ValueError(f"depth must be one of {', '.join(map(repr, _PLANS))}, got {depth!r}.")
         if channels < 1 or width < 2:
             raise ValueError(
-                f"a RefineNet needs channels >= 1, and width >= 2 for the variance over channels in its norms, got "
+                f"channels must be at least 1, and width at least 2 for the variance over channels in the norms, got "
                 f"channels={channels}, width={width}."
             )
         if levels is not None and levels < 1:
-            raise ValueError(f"levels must be at least 1, or None for norms without noise levels, got {levels}.")
+            raise ValueError(f"levels must be at least 1, or None for norms without noise level, got {levels}.")
         self.channels, self.levels, self.center = channels, levels, center
         plan = _PLANS[depth]
         self.divisor = 2 ** sum(stage.halve for stage in plan.encoder)
@@ -258,7 +261,7 @@ class RefineNet(nn.Module):
             skips.append(outputs)
             inputs = outputs
         self._refine: list[str] = []
-        below: list[int] = []  # width of what comes from the refine block before: nothing for the first
+        below: list[int] = []  # the width of the previous refine block's output; empty for the first block
         for suffix, multiple in plan.refine:
             outputs = multiple * width
             block = _RefineBlock([skips.pop(), *below], outputs, refine_norm, last=not skips)
@@ -270,11 +273,15 @@ class RefineNet(nn.Module):
         self.built = structure(self)
 
     def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
-        """The raw output, of x's shape.
+        """The raw output of the network, of x's shape.
 
         Args:
-            x: images (N, C, H, W), height and width multiples of ``divisor``.
-            position: index of the noise level, () or (N,), possibly fractional; used only where ``levels`` is given.
+            x: images (N, C, H, W); height and width are multiples of ``divisor`` and at least twice as large.
+            position: the position of the noise level in the schedule, () or (N,), possibly fractional; ignored if
+                ``levels`` is None.
+
+        Raises:
+            ValueError: if x has another shape, or the position is missing.
         """
         self._check(x, position)
         h = self.begin_conv(2 * x - 1 if self.center else x)
@@ -290,16 +297,16 @@ class RefineNet(nn.Module):
 
     def _check(self, x: Tensor, position: Tensor | None) -> None:
         if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"expected images of shape (N, {self.channels}, H, W), got {tuple(x.shape)}.")
+            raise ValueError(f"x must be images (N, {self.channels}, H, W), got shape {tuple(x.shape)}.")
         height, width = x.shape[2:]
         d = self.divisor
         if height % d or width % d or min(height, width) < 2 * d:
             raise ValueError(
-                f"this network halves the image {d.bit_length() - 1} time(s): height and width must be multiples of "
-                f"{d} and at least {2 * d}, got {height}x{width}. Crop or pad to a multiple of {d}."
+                f"height and width must be multiples of {d} and at least {2 * d}, got {height}x{width}. Crop or pad "
+                "the images."
             )
         if self.levels is not None and position is None:
-            raise ValueError("the norms of this network depend on the noise level: pass its position in the schedule.")
+            raise ValueError("the norms of this network depend on the noise level: pass position=.")
 
 
 # -- The families -----------------------------------------------------------------------------------------------------
@@ -331,13 +338,13 @@ class _RefineNetFamily(Family[RefineNet]):
     def check(self, backbone: RefineNet, *, levels: int, precondition: str) -> None:
         if precondition not in self.preconditions:
             raise ValueError(
-                f"precondition {precondition!r} does not fit this RefineNet: with norms that depend on the noise level "
-                'it must be "ncsn", with other norms "ncsnv2" or "karras".'
+                f"precondition {precondition!r} does not fit this RefineNet: it must be "
+                f"{' or '.join(map(repr, self.preconditions))}."
             )
         if backbone.levels is not None and backbone.levels != levels:
             raise ValueError(
-                f"the norms of the network have rows for {backbone.levels} noise levels, but the schedule has "
-                f"{levels}. Use the schedule that the network was trained on."
+                f"the norms of the network have parameters for {backbone.levels} noise levels, but the schedule has "
+                f"{levels}. Pass the schedule that the network was trained on."
             )
 
     def condition(self, backbone: RefineNet, *, predicts_variance: bool) -> Condition:
@@ -359,7 +366,7 @@ class _NCSN(_RefineNetFamily):
     preconditions = ("ncsn",)
 
     def settle(self, copy: RefineNet) -> Callable[[Tensor], None]:
-        """Each norm keeps the rows of the level."""
+        """Each norm stores its parameters for the level."""
         norms = [module for module in copy.modules() if isinstance(module, ConditionalInstanceNormPlus)]
 
         def settle(position: Tensor) -> None:

@@ -1,55 +1,72 @@
 r"""The U-Net of DDPM and of NCSN++, with the names and options of diffusers.
 
-At each scale there are residual blocks with group norm, and attention at some scales, on the way down to low
-resolution and again on the way up, where the features of the way down are concatenated. The noise level enters every
-residual block as a vector, made of
+The encoder ("the way down") halves the resolution from scale to scale, and the decoder ("the way up") doubles it again.
+Each scale has residual blocks with group norm, and some scales have attention. The features of the way down are
+concatenated with those of the way up. Every residual block receives an embedding of the noise level, which is computed
+from
 
 - sines and cosines of c_noise at geometric frequencies ("positional", DDPM: c_noise is the time step), or
-- sines and cosines at random frequencies, :math:`2 \pi w c_{noise}` ("fourier", NCSN++: c_noise is log sigma).
+- sines and cosines of :math:`2 \pi w c_{noise}` with random w ("fourier", NCSN++: c_noise is log sigma).
 
-The blocks named Skip are NCSN++'s: the image itself is downsampled beside the features and added to them at each
-scale, and the output image is summed over the scales on the way up. They resample with the filter (1, 3, 3, 1) and
-divide sums by :math:`\sqrt 2`.
+The blocks with Skip in their names are those of NCSN++: on the way down, downsampled versions of the image are added to
+the features at each scale; on the way up, the output is a sum of images over the scales. These blocks resample with the
+filter (1, 3, 3, 1) and divide sums by :math:`\sqrt 2`.
 
-With ``patch`` = p the network works on patches of p x p pixels, which become channels (space to depth) before the first
-convolution and pixels again after the last. A network on 2 x 2 patches takes about a quarter of the time. Nothing in it
-works at single pixels, which may leave grain in the pattern of the patches; ``pixel_channels`` adds one residual block
-at full resolution before the patches are made and one after they become pixels again. This is an addition of this
-package, and diffusers cannot run such a network.
+With ``patch`` = p, the pixels of each patch of p x p pixels are moved to channels (space to depth) before the first
+convolution, and back after the last. With p = 2 the network takes about a quarter of the time. It then has no layer at
+full resolution, which may cause a grain with the period of the patches. ``pixel_channels`` therefore adds a residual
+block at full resolution before the first step and one after the last. Patches are an addition of this package, and
+diffusers cannot run such a network.
 
-Submodules and configuration have the names of diffusers, which are the format of the weights on the Hugging Face Hub.
-Some choices look arbitrary (how a block counts its groups); they are fixed by the trained weights.
+Submodules and the keys of the configuration have the names of diffusers, since they are the format of the weights on
+the Hugging Face Hub. Some choices, such as the number of groups in a block, are determined by the published weights.
 
 References:
     Ho et al., 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239.
     Song et al., 2021, Score-Based Generative Modeling through Stochastic Differential Equations, arXiv:2011.13456.
-    Zhang, 2019, Making Convolutional Networks Shift-Invariant Again, arXiv:1904.11486 (the filter).
+    Nichol & Dhariwal, 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672.
+    Dhariwal & Nichol, 2021, Diffusion Models Beat GANs on Image Synthesis, arXiv:2105.05233.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from scorematch.nets.family import Condition, Family, structure
+from scorematch.nets.blocks import (
+    SQRT2,
+    Attention,
+    Embedding,
+    Filter,
+    Fourier,
+    ImageFamily,
+    ImageNetwork,
+    Positional,
+    ResidualBlock,
+    Settled,
+    Style,
+    fir_up,
+    mean_down,
+    nearest_up,
+    quarter_groups,
+    settle_projections,
+)
+from scorematch.nets.family import structure
 from scorematch.nets.layers import GroupNorm
 from scorematch.schema import Field
-
-_SQRT2 = math.sqrt(2)
 
 
 class _Kind(NamedTuple):
     """The properties of a kind of block."""
 
     attention: bool = False
-    skip: bool = False  # of NCSN++: the image is resampled beside the features
-    residual: bool = False  # resampled by a residual block instead of a convolution
+    skip: bool = False  # of NCSN++: the image is resampled in addition to the features
+    residual: bool = False  # features are resampled by a residual block instead of a convolution
 
 
 DOWN_BLOCKS = {
@@ -76,53 +93,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _quarter_groups(channels: int) -> int:
-    """NCSN++'s number of groups."""
-    return min(channels // 4, 32)
-
-
-# -- Resampling by two ------------------------------------------------------------------------------------------------
-
-
-class _FIRDown(nn.Module):
-    """The filter (1, 3, 3, 1) x (1, 3, 3, 1), normalized to a sum of one, at every other pixel."""
-
-    kernel: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("kernel", torch.empty(0), persistent=False)
-        self.reset_buffers(torch.get_default_device())
-
-    def reset_buffers(self, device: torch.device) -> None:
-        """Computes the kernel, which is not stored with the weights."""
-        line = (1, 3, 3, 1)
-        self.kernel = torch.tensor([[[[a * b / 64 for b in line] for a in line]]], device=device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
-        return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
-
-
-def _fir_up(x: Tensor) -> Tensor:
-    """Inserts zeros between the pixels, then applies that filter with a sum of four.
-
-    This is linear interpolation between pixels, with zeros beyond the border. A transposed convolution took up to
-    twenty times as long in bfloat16.
-    """
-    return F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2.0, mode="bilinear")[..., 2:-2, 2:-2]
-
-
-def _mean_down(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 2)
-
-
-def _nearest_up(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
 class _Downsample(nn.Module):
-    """A convolution of stride two. DDPM's (padding 0) pads on the right and below only."""
+    """A convolution of stride two. With ``padding`` = 0 it pads on the right and at the bottom only, as in DDPM."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -141,148 +113,59 @@ class _Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(_nearest_up(x))
+        return self.conv(nearest_up(x))
 
 
 # -- Blocks -----------------------------------------------------------------------------------------------------------
 
 
-class _Style(NamedTuple):
-    """The settings that all residual blocks of one network share."""
-
-    embedding: int  # width of the vector that represents the noise level
-    eps: float
-    dropout: float
-    activation: Callable[[Tensor], Tensor]
-    scale_shift: bool  # whether it scales and shifts the result of the second norm; if not, it is added before
-
-
-class ResidualBlock(nn.Module):
-    """norm, activation, conv, noise level, norm, activation, conv, added to the input; optionally resampled inside."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        style: _Style,
-        *,
-        groups: int,
-        groups_out: int | None = None,
-        scale: float = 1.0,
-        resample: Callable[[Tensor], Tensor] | None = None,
-        shortcut: bool | None = None,
-    ) -> None:
-        super().__init__()
-        self.style, self.scale, self.resample = style, scale, resample
-        self.norm1 = GroupNorm(groups, inputs, style.eps)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.time_emb_proj = nn.Linear(style.embedding, 2 * outputs if style.scale_shift else outputs)
-        self.norm2 = GroupNorm(groups if groups_out is None else groups_out, outputs, style.eps)
-        self.dropout = nn.Dropout(style.dropout)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        shortcut = inputs != outputs if shortcut is None else shortcut
-        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if shortcut else None
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
-        act = self.style.activation
-        h = self.norm1(x, act)
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = self.conv1(h)
-        level = self.time_emb_proj(embedding)[:, :, None, None]
-        if self.style.scale_shift:
-            scale, shift = level.chunk(2, dim=1)
-            h = act(self.norm2(h) * (1 + scale) + shift).to(h.dtype)
-        else:
-            h = self.norm2(h, act, level)
-        h = self.conv2(self.dropout(h))
-        if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x)
-        return x + h if self.scale == 1 else (x + h) / self.scale
-
-
-class Attention(nn.Module):
-    """Self-attention over the pixels, added to the input."""
-
-    def __init__(self, channels: int, *, head_width: int, groups: int | None, eps: float, scale: float = 1.0) -> None:
-        super().__init__()
-        self.heads, self.scale = channels // head_width, scale
-        inner = self.heads * head_width
-        self.group_norm = None if groups is None else GroupNorm(groups, channels, eps)
-        self.to_q = nn.Linear(channels, inner)
-        self.to_k = nn.Linear(channels, inner)
-        self.to_v = nn.Linear(channels, inner)
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        height, width = x.shape[2:]
-        h = rearrange(x if self.group_norm is None else self.group_norm(x), "n c h w -> n (h w) c")
-        q, k, v = (
-            rearrange(project(h), "n p (heads c) -> n heads p c", heads=self.heads)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        h = rearrange(F.scaled_dot_product_attention(q, k, v), "n heads p c -> n p (heads c)")
-        h = rearrange(self.to_out[0](h), "n (h w) c -> n c h w", h=height, w=width)
-        return x + h if self.scale == 1 else (x + h) / self.scale
-
-    def fold(self) -> None:
-        r"""With one head, takes the pixels themselves as keys and as values: two projections instead of four.
-
-        The product of query and key is
-        :math:`(W_q x_i + b_q)^\top (W_k x_j + b_k) = (W_k^\top W_q x_i + W_k^\top b_q)^\top x_j` plus a term that is
-        the same for all j, which the softmax removes. Its weights sum to one, so that :math:`W_v` can be applied after
-        the mean. The result is for inference: its weights are no longer those of the format.
-        """
-        q, k, v = self.to_q, self.to_k, self.to_v
-        if self.heads != 1 or q.weight.shape[0] != q.in_features:
-            return
-        out = cast(nn.Linear, self.to_out[0])
-        out.bias.copy_(out.bias + out.weight @ v.bias)
-        out.weight.copy_(out.weight @ v.weight)
-        q.bias.copy_(k.weight.T @ q.bias)
-        q.weight.copy_(k.weight.T @ q.weight)
-        self._modules.update(to_k=nn.Identity(), to_v=nn.Identity())
-
-
 class _Layout(NamedTuple):
-    """The other settings that the blocks of one network share."""
+    """The settings that all blocks of one network share."""
 
-    style: _Style
-    groups: int | None  # None: a quarter of the channels, 32 at most
-    head_width: int | None  # None: one head
+    style: Style
+    groups: int | None  # of group norms; None is a quarter of the channels, but at most 32
     padding: int
-    residual_resampling: tuple[bool, bool]  # by a residual block, on the way down and up, in blocks with attention
+    residual_resampling: tuple[bool, bool]  # whether blocks with attention resample by a residual block: down, up
     channels: tuple[int, int]  # of the network's input and output
 
     def groups_of(self, channels: int) -> int:
-        return _quarter_groups(channels) if self.groups is None else self.groups
+        return quarter_groups(channels) if self.groups is None else self.groups
 
-    def attention(self, channels: int, groups: int | None, scale: float = 1.0) -> Attention:
-        head_width = channels if self.head_width is None else self.head_width
+    def attention(self, channels: int, head_width: int, groups: int | None, scale: float = 1.0) -> Attention:
         return Attention(channels, head_width=head_width, groups=groups, eps=self.style.eps, scale=scale)
 
 
 class _DownBlock(nn.Module):
-    """Residual blocks, each optionally followed by attention, then halving; the outputs are kept for the way up."""
+    """Residual blocks, each optionally followed by attention, then downsampling; returns all outputs for the way up."""
 
-    def __init__(self, kind: _Kind, inputs: int, outputs: int, layers: int, layout: _Layout, *, halve: bool) -> None:
+    def __init__(
+        self,
+        kind: _Kind,
+        inputs: int,
+        outputs: int,
+        layers: int,
+        layout: _Layout,
+        *,
+        head_width: int,
+        halve: bool,
+    ) -> None:
         super().__init__()
         style = layout.style
-        scale = _SQRT2 if kind.skip else 1.0
+        scale = SQRT2 if kind.skip else 1.0
         self.resnets = nn.ModuleList()
         for i in range(layers):
             width = inputs if i == 0 else outputs
-            groups = (
-                (_quarter_groups(width), _quarter_groups(outputs)) if kind.skip else (layout.groups_of(width), None)
-            )
+            groups_of = quarter_groups if kind.skip else layout.groups_of
             self.resnets.append(
-                ResidualBlock(width, outputs, style, groups=groups[0], groups_out=groups[1], scale=scale)
+                ResidualBlock(
+                    width, outputs, style, groups=groups_of(width), groups_out=groups_of(outputs), scale=scale
+                )
             )
         self.attentions: nn.ModuleList | None = None
         if kind.attention:
             groups_of_attention = 32 if kind.skip else layout.groups_of(outputs)
             self.attentions = nn.ModuleList(
-                layout.attention(outputs, groups_of_attention, scale) for _ in range(layers)
+                layout.attention(outputs, head_width, groups_of_attention, scale) for _ in range(layers)
             )
         self.downsamplers: nn.ModuleList | None = None
         self.resnet_down: nn.Module | None = None
@@ -292,18 +175,18 @@ class _DownBlock(nn.Module):
                 outputs,
                 outputs,
                 style,
-                groups=_quarter_groups(outputs),
+                groups=quarter_groups(outputs),
                 scale=scale,
-                resample=_FIRDown(),
+                resample=Filter(),
                 shortcut=True,
             )
-            self.fir_down = _FIRDown()
+            self.fir_down = Filter()
             self.skip_conv = nn.Conv2d(layout.channels[0], outputs, 1)
         elif halve:
             sampler: nn.Module = _Downsample(outputs, layout.padding)
             if kind.residual or (kind.attention and layout.residual_resampling[0]):
                 groups_down = layout.groups_of(outputs)
-                sampler = ResidualBlock(outputs, outputs, style, groups=groups_down, resample=_mean_down)
+                sampler = ResidualBlock(outputs, outputs, style, groups=groups_down, resample=mean_down)
             self.downsamplers = nn.ModuleList([sampler])
 
     def forward(self, h: Tensor, embedding: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -327,7 +210,14 @@ class _MidBlock(nn.Module):
     """Residual block, attention, residual block, at the lowest resolution."""
 
     def __init__(
-        self, channels: int, layout: _Layout, *, scale: float, attention: bool, attention_groups: int | None
+        self,
+        channels: int,
+        layout: _Layout,
+        *,
+        scale: float,
+        attention: bool,
+        head_width: int,
+        attention_groups: int | None,
     ) -> None:
         super().__init__()
         groups = layout.groups_of(channels)
@@ -336,7 +226,9 @@ class _MidBlock(nn.Module):
         )
         if attention_groups is None and not layout.style.scale_shift:
             attention_groups = groups
-        self.attentions = nn.ModuleList([layout.attention(channels, attention_groups, scale)]) if attention else None
+        self.attentions: nn.ModuleList | None = None
+        if attention:
+            self.attentions = nn.ModuleList([layout.attention(channels, head_width, attention_groups, scale)])
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         h = self.resnets[0](h, embedding)
@@ -346,7 +238,7 @@ class _MidBlock(nn.Module):
 
 
 class _UpBlock(nn.Module):
-    """Residual blocks on the features and those kept on the way down, optionally with attention, then doubling."""
+    """Residual blocks on the features and the outputs of the way down, optionally attention, then upsampling."""
 
     def __init__(
         self,
@@ -356,42 +248,45 @@ class _UpBlock(nn.Module):
         outputs: int,
         layout: _Layout,
         *,
+        head_width: int,
         double: bool,
     ) -> None:
         super().__init__()
         style = layout.style
-        scale = _SQRT2 if kind.skip else 1.0
+        scale = SQRT2 if kind.skip else 1.0
         self.skip = kind.skip
         self.resnets = nn.ModuleList()
         for i, beside in enumerate(kept):
             below = inputs if i == 0 else outputs
-            groups, groups_out = layout.groups_of(below + beside), None
+            groups, groups_out = layout.groups_of(below + beside), layout.groups_of(outputs)
             if kind.skip:
-                # With attention the quarter is taken of the second summand only, as in the trained networks.
-                groups = min(below + beside // 4, 32) if kind.attention else _quarter_groups(below + beside)
-                groups_out = _quarter_groups(outputs)
+                # With attention only the second term is divided by four, as the trained networks require.
+                groups = min(below + beside // 4, 32) if kind.attention else quarter_groups(below + beside)
+                groups_out = quarter_groups(outputs)
             self.resnets.append(
                 ResidualBlock(below + beside, outputs, style, groups=groups, groups_out=groups_out, scale=scale)
             )
         self.attentions: nn.ModuleList | None = None
         if kind.attention:
             count, groups_of_attention = (1, 32) if kind.skip else (len(kept), layout.groups_of(outputs))
-            self.attentions = nn.ModuleList(layout.attention(outputs, groups_of_attention, scale) for _ in range(count))
+            self.attentions = nn.ModuleList(
+                layout.attention(outputs, head_width, groups_of_attention, scale) for _ in range(count)
+            )
         self.upsamplers: nn.ModuleList | None = None
         self.resnet_up: nn.Module | None = None
         self.skip_norm: nn.Module | None = None
         self.skip_conv: nn.Module | None = None
         if double and kind.skip:
-            groups = _quarter_groups(outputs)
+            groups = quarter_groups(outputs)
             self.resnet_up = ResidualBlock(
-                outputs, outputs, style, groups=groups, scale=scale, resample=_fir_up, shortcut=True
+                outputs, outputs, style, groups=groups, scale=scale, resample=fir_up, shortcut=True
             )
             self.skip_norm = GroupNorm(groups, outputs, style.eps)
             self.skip_conv = nn.Conv2d(outputs, layout.channels[1], 3, padding=1)
         elif double:
             sampler: nn.Module = _Upsample(outputs)
             if kind.residual or (kind.attention and layout.residual_resampling[1]):
-                sampler = ResidualBlock(outputs, outputs, style, groups=layout.groups_of(outputs), resample=_nearest_up)
+                sampler = ResidualBlock(outputs, outputs, style, groups=layout.groups_of(outputs), resample=nearest_up)
             self.upsamplers = nn.ModuleList([sampler])
 
     def forward(
@@ -406,7 +301,7 @@ class _UpBlock(nn.Module):
         if self.upsamplers is not None:
             h = self.upsamplers[0](h, embedding)
         if self.skip:
-            image = None if image is None else _fir_up(image)
+            image = None if image is None else fir_up(image)
             if self.resnet_up is not None and self.skip_norm is not None and self.skip_conv is not None:
                 picture = self.skip_conv(self.skip_norm(h, F.silu))
                 image = picture if image is None else image + picture
@@ -414,84 +309,61 @@ class _UpBlock(nn.Module):
         return h, image
 
 
-# -- The noise level --------------------------------------------------------------------------------------------------
-
-
-class _Positional(nn.Module):
-    """(N,) -> (N, width): cosines and sines of c_noise at frequencies from 1 down to 1/10,000."""
-
-    def __init__(self, width: int, *, cosines_first: bool, freq_shift: float) -> None:
-        super().__init__()
-        self.width, self.cosines_first, self.freq_shift = width, cosines_first, freq_shift
-
-    def forward(self, c_noise: Tensor) -> Tensor:
-        half = self.width // 2
-        exponent = torch.arange(half, dtype=c_noise.dtype, device=c_noise.device) / (half - self.freq_shift)
-        argument = c_noise[:, None] * torch.exp(-math.log(10_000) * exponent)
-        parts = [argument.cos(), argument.sin()] if self.cosines_first else [argument.sin(), argument.cos()]
-        return F.pad(torch.cat(parts, dim=1), (0, self.width % 2))
-
-
-class _Fourier(nn.Module):
-    """(N,) -> (N, 2 width): sines and cosines of c_noise at fixed random frequencies."""
-
-    def __init__(self, width: int, scale: float = 16.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width).normal_(0, scale), requires_grad=False)
-
-    def forward(self, c_noise: Tensor) -> Tensor:
-        # Arguments reach a thousand, where float32 rounds to 1e-4: the order of the products is that of training.
-        argument = c_noise[:, None] * self.weight.to(c_noise.dtype) * (2 * math.pi)
-        return torch.cat([argument.sin(), argument.cos()], dim=1)
-
-
-class _Embedding(nn.Module):
-    """Two linear layers, whose input is the sines and cosines of the noise level."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(inputs, outputs)
-        self.linear_2 = nn.Linear(outputs, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class UNet(nn.Module):
+class UNet(ImageNetwork):
     """The U-Net of DDPM and NCSN++. The arguments are the keys of a configuration on the Hub, with their defaults.
 
     Args:
-        in_channels: of the input, including those of an image condition.
-        out_channels: of the output.
-        block_out_channels: width at each scale, from the image inward.
-        down_block_types: the kind of block at each scale; see ``DOWN_BLOCKS``.
-        up_block_types: likewise on the way up, from the lowest resolution outward; see ``UP_BLOCKS``.
-        layers_per_block: residual blocks at each scale on the way down; one more on the way up.
-        attention_head_dim: width of an attention head; None is one head.
-        norm_num_groups: groups of the group norms; None is a quarter of the channels, 32 at most.
-        norm_eps: added to the variance in every norm.
+        in_channels: the number of channels of the input, including those of a conditioning image.
+        out_channels: the number of channels of the output.
+        block_out_channels: the number of feature channels (the width) at each scale, from full resolution down.
+        down_block_types: the type of the block at each scale on the way down, from full resolution down; a key of
+            ``DOWN_BLOCKS``.
+        up_block_types: the type of the block at each scale on the way up, from the lowest resolution up; a key of
+            ``UP_BLOCKS``.
+        layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more.
+        attention_head_dim: the width of an attention head; None is a single head. ``attention_heads`` overrides it.
+        norm_num_groups: the number of groups of the group norms; None is a quarter of the channels, but at most 32.
+        norm_eps: the eps that is added to the variance in every norm.
 
         Rarely needed:
 
-        time_embedding_type: "positional" or "fourier" (see above).
-        flip_sin_to_cos: whether the positional embedding begins with the cosines.
-        freq_shift: of the positional embedding's exponent, 1 in DDPM, 0 elsewhere.
-        downsample_padding: 1, or 0 for DDPM's padding on the right and below.
-        downsample_type: "conv" or "resnet", in blocks with attention.
-        upsample_type: likewise on the way up.
-        mid_block_scale_factor: what sums in the middle are divided by.
-        add_attention: whether there is attention in the middle.
-        attn_norm_num_groups: its groups, where they differ.
-        resnet_time_scale_shift: "default" adds the noise level, "scale_shift" lets it scale and shift the second norm.
+        time_embedding_type: "positional" or "fourier" (see the module docstring).
+        flip_sin_to_cos: whether the cosines come before the sines in the positional embedding.
+        freq_shift: the shift in the exponent of the positional embedding, 1 in DDPM, 0 elsewhere.
+        downsample_padding: the padding of strided convolutions: 1, or 0 to pad on the right and at the bottom only, as
+            in DDPM.
+        downsample_type: how blocks with attention downsample: "conv" or "resnet".
+        upsample_type: how blocks with attention upsample: "conv" or "resnet".
+        mid_block_scale_factor: the divisor of the sums in the middle block.
+        add_attention: whether the middle block has attention.
+        attn_norm_num_groups: the number of groups of the norm in the middle attention; None is that of the residual
+            blocks, or no norm if ``resnet_time_scale_shift`` is "scale_shift".
+        resnet_time_scale_shift: how the noise level enters a residual block: "default" adds it to the features,
+            "scale_shift" scales and shifts the result of the second norm.
         act_fn: the activation in the residual blocks; elsewhere it is SiLU.
-        dropout: in the residual blocks.
-        num_class_embeds: the number of classes, for a class-conditional network; the condition is then int64 (N,).
-        center_input_sample: whether the input is an image in [0, 1], which the network maps to [-1, 1].
-        patch: the side of the patches that the network works on, 1 for single pixels.
-        pixel_channels: width of the blocks at full resolution, with patches; a multiple of 4, or 0 for none.
+        dropout: the dropout probability in the residual blocks.
+        num_class_embeds: the number of classes of a class-conditional network, whose condition is int64 (N,).
+        center_input_sample: whether to map the input from [0, 1] to [-1, 1].
+        time_embedding_dim: the width of the embedding of the noise level; None is four times the first width.
+
+        Not in diffusers:
+
+        time_proj_dim: the number of sines and cosines of the noise level, even for "fourier"; None is the first width,
+            or twice the first width for "fourier".
+        time_factor: the factor of c_noise in the positional embedding; 1000 / T for a network that was trained with T
+            time steps rescaled to 1000.
+        attention_heads: the number of attention heads at each scale, from full resolution down. The middle block has as
+            many as the last scale.
+        attention_heads_up: the number of attention heads on the way up, also from full resolution down; None is
+            ``attention_heads``.
+        null_class: whether there is one more class, for samples without a class.
+        patch: the side of the patches in pixels, 1 for no patches.
+        pixel_channels: the width of the blocks at full resolution, if ``patch`` is above 1; a multiple of 4, or 0 for
+            none.
 
     Raises:
-        ValueError: for a kind of block or an option that is not supported, or lists of different lengths.
+        ValueError: if a type of block or an option is not supported, lists have different lengths, or a number of heads
+            does not divide the width.
     """
 
     def __init__(
@@ -520,11 +392,24 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         num_class_embeds: int | None = None,
         center_input_sample: bool = False,
+        time_embedding_dim: int | None = None,
+        time_proj_dim: int | None = None,
+        time_factor: float = 1.0,
+        attention_heads: Sequence[int] | None = None,
+        attention_heads_up: Sequence[int] | None = None,
+        null_class: bool = False,
         patch: int = 1,
         pixel_channels: int = 0,
     ) -> None:
-        super().__init__()
         widths = list(block_out_channels)
+        super().__init__(
+            in_channels,
+            out_channels,
+            divisor=patch * 2 ** (len(widths) - 1),
+            classes=num_class_embeds,
+            null_class=null_class,
+            center=center_input_sample,
+        )
         if not len(widths) == len(down_block_types) == len(up_block_types) > 0:
             raise ValueError(
                 f"block_out_channels, down_block_types and up_block_types must have one entry per scale, got "
@@ -539,21 +424,21 @@ class UNet(nn.Module):
         _known("act_fn", [act_fn], _ACTIVATIONS)
         kinds = [DOWN_BLOCKS[name] for name in down_block_types] + [UP_BLOCKS[name] for name in up_block_types]
         if patch > 1 and any(kind.skip for kind in kinds):
-            raise ValueError("patch above 1 is not supported with the blocks named Skip, which resample the image.")
+            raise ValueError(f"patch must be 1 for blocks with Skip in their names, got {patch}.")
         if pixel_channels and (patch == 1 or pixel_channels % 4):
             raise ValueError(
-                f"pixel_channels must be a multiple of 4, in a network with patch above 1, got {pixel_channels} with "
-                f"patch {patch}."
+                f"pixel_channels must be a multiple of 4, and 0 for patch=1, got {pixel_channels} with patch={patch}."
             )
-        self.in_channels, self.patch, self.center = in_channels, patch, center_input_sample
-        self.out_channels, self.classes = out_channels, num_class_embeds
-        self.divisor = patch * 2 ** (len(widths) - 1)
+        self.patch = patch
         self.activation = _ACTIVATIONS[act_fn]
-        embedding = 4 * widths[0]
+        head_widths = _head_widths("attention_heads", attention_heads, widths, attention_head_dim)
+        head_widths_up = head_widths
+        if attention_heads_up is not None:
+            head_widths_up = _head_widths("attention_heads_up", attention_heads_up, widths, None)
+        embedding = 4 * widths[0] if time_embedding_dim is None else time_embedding_dim
         layout = _Layout(
-            _Style(embedding, norm_eps, dropout, self.activation, resnet_time_scale_shift == "scale_shift"),
+            Style(embedding, norm_eps, dropout, self.activation, resnet_time_scale_shift == "scale_shift"),
             norm_num_groups,
-            attention_head_dim,
             downsample_padding,
             (downsample_type == "resnet", upsample_type == "resnet"),
             (in_channels, out_channels),
@@ -563,17 +448,20 @@ class UNet(nn.Module):
         if pixel_channels:
             self.pixel_in = nn.Conv2d(in_channels, pixel_channels, 3, padding=1)
             self.pixel_block_in = ResidualBlock(
-                pixel_channels, pixel_channels, layout.style, groups=_quarter_groups(pixel_channels)
+                pixel_channels, pixel_channels, layout.style, groups=quarter_groups(pixel_channels)
             )
         self.conv_in = nn.Conv2d((pixel_channels or in_channels) * patch**2, widths[0], 3, padding=1)
+        fourier = time_embedding_type == "fourier"
+        features = widths[0] * (2 if fourier else 1) if time_proj_dim is None else time_proj_dim
         self.time_proj: nn.Module
-        if time_embedding_type == "fourier":
-            self.time_proj = _Fourier(widths[0])
+        if fourier:
+            self.time_proj = Fourier(features)
         else:
-            self.time_proj = _Positional(widths[0], cosines_first=flip_sin_to_cos, freq_shift=freq_shift)
-        features = 2 * widths[0] if time_embedding_type == "fourier" else widths[0]
-        self.time_embedding = _Embedding(features, embedding)
-        self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, embedding)
+            self.time_proj = Positional(
+                features, cosines_first=flip_sin_to_cos, freq_shift=freq_shift, factor=time_factor
+            )
+        self.time_embedding = Embedding(features, embedding)
+        self.class_embedding = self.class_table(embedding)
 
         self.down_blocks = nn.ModuleList()
         kept = [widths[0]]  # widths of the features that are kept for the way up
@@ -581,7 +469,15 @@ class UNet(nn.Module):
         for i, (name, outputs) in enumerate(zip(down_block_types, widths, strict=True)):
             halve = i < len(widths) - 1
             self.down_blocks.append(
-                _DownBlock(DOWN_BLOCKS[name], inputs, outputs, layers_per_block, layout, halve=halve)
+                _DownBlock(
+                    DOWN_BLOCKS[name],
+                    inputs,
+                    outputs,
+                    layers_per_block,
+                    layout,
+                    head_width=head_widths[i],
+                    halve=halve,
+                )
             )
             kept += [outputs] * (layers_per_block + halve)
             inputs = outputs
@@ -590,18 +486,22 @@ class UNet(nn.Module):
             layout,
             scale=mid_block_scale_factor,
             attention=add_attention,
+            head_width=head_widths[-1],
             attention_groups=attn_norm_num_groups,
         )
         self.up_blocks = nn.ModuleList()
         for i, (name, outputs) in enumerate(zip(up_block_types, reversed(widths), strict=True)):
             beside = [kept.pop() for _ in range(layers_per_block + 1)]
             double = i < len(widths) - 1
-            self.up_blocks.append(_UpBlock(UP_BLOCKS[name], inputs, beside, outputs, layout, double=double))
+            head_width = head_widths_up[-1 - i]
+            self.up_blocks.append(
+                _UpBlock(UP_BLOCKS[name], inputs, beside, outputs, layout, head_width=head_width, double=double)
+            )
             inputs = outputs
         self.conv_norm_out = GroupNorm(layout.groups_of(widths[0]), widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], (pixel_channels or out_channels) * patch**2, 3, padding=1)
         if pixel_channels:
-            groups = _quarter_groups(2 * pixel_channels), _quarter_groups(pixel_channels)
+            groups = quarter_groups(2 * pixel_channels), quarter_groups(pixel_channels)
             self.pixel_block_out = ResidualBlock(
                 2 * pixel_channels, pixel_channels, layout.style, groups=groups[0], groups_out=groups[1]
             )
@@ -610,26 +510,23 @@ class UNet(nn.Module):
         self.built = structure(self)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The raw output, (N, out_channels, H, W).
+        """The raw output of the network, (N, out_channels, H, W).
 
         Args:
-            x: (N, in_channels, H, W) less the channels of an image condition; height and width multiples of
-                ``divisor``.
-            c_noise: (N,), the time step or log sigma, fractional or not.
+            x: (N, C, H, W), where C is ``in_channels`` minus the number of channels of a conditioning image; height and
+                width are multiples of ``divisor``.
+            c_noise: (N,), the time step or log sigma, possibly fractional.
             condition: classes, int64 (N,), for a network with ``num_class_embeds``; or an image, float (N, K, H, W),
                 which is concatenated with x.
+
+        Raises:
+            ValueError: if a shape does not fit the network.
         """
-        self._check(x, condition)
-        classes = None
-        if condition is not None and condition.is_floating_point():
-            x = torch.cat([x, condition.to(x.dtype)], dim=1)
-        elif condition is not None:
-            classes = condition
-        x = 2 * x - 1 if self.center else x
+        x, classes = self.inputs(x, condition)
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))
         if self.class_embedding is not None and classes is not None:
             embedding = embedding + self.class_embedding(classes)
-        embedding = self.activation(embedding)  # every residual block begins with this
+        embedding = self.activation(embedding)  # once, instead of in every residual block
         pixels: Tensor | None = None
         if self.pixel_in is not None:
             x = pixels = self.pixel_block_in(self.pixel_in(x), embedding)
@@ -651,42 +548,6 @@ class UNet(nn.Module):
         h = self.pixel_block_out(torch.cat([h, pixels], dim=1), embedding)
         return self.pixel_out(self.pixel_norm_out(h, F.silu))
 
-    def _check(self, x: Tensor, condition: Tensor | None) -> None:
-        image = condition if condition is not None and condition.is_floating_point() else None
-        classes = condition if image is None else None
-        if x.ndim != 4:
-            raise ValueError(f"x must be images (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}.")
-        beside = 0 if image is None or image.ndim != 4 else image.shape[1]
-        if image is not None and self.in_channels == x.shape[1]:
-            raise ValueError(
-                f"this network takes no image as its condition: all of its {self.in_channels} input channels are x's. "
-                "Build it with condition_channels=."
-            )
-        if x.shape[1] + beside != self.in_channels or (image is not None and not beside):
-            given = "" if image is None else f" and a condition of shape {tuple(image.shape)}"
-            raise ValueError(
-                f"the network takes {self.in_channels} channels in all, those of x (N, C, H, W) and of an image "
-                f"condition if it was built with one, got x of shape {tuple(x.shape)}{given}."
-            )
-        height, width = x.shape[2:]
-        if height % self.divisor or width % self.divisor:
-            raise ValueError(
-                f"height and width must be multiples of {self.divisor}, got {height}x{width}. Crop or pad the images."
-            )
-        if image is not None and image.shape != (len(x), beside, height, width):
-            raise ValueError(
-                f"the condition must be an image with x's batch and size, of shape {(len(x), beside, height, width)}, "
-                f"got {tuple(image.shape)}."
-            )
-        if (classes is None) != (self.class_embedding is None):
-            raise ValueError(
-                "this network takes classes as its condition: pass condition=, int64 (N,)."
-                if classes is None
-                else "this network takes no classes as its condition."
-            )
-        if classes is not None and classes.shape != x.shape[:1]:
-            raise ValueError(f"the classes must have shape {(len(x),)} like the batch, got {tuple(classes.shape)}.")
-
 
 def _known(what: str, names: Sequence[str], known: Any) -> None:
     for name in names:
@@ -694,24 +555,37 @@ def _known(what: str, names: Sequence[str], known: Any) -> None:
             raise ValueError(f"{what} {name!r} is not supported; known are {', '.join(map(repr, known))}.")
 
 
+def _head_widths(key: str, heads: Sequence[int] | None, widths: Sequence[int], head_width: int | None) -> list[int]:
+    """The width of an attention head at each scale, from the numbers of heads or from one width for all scales."""
+    if heads is None:
+        return [width if head_width is None else head_width for width in widths]
+    if len(heads) != len(widths) or any(width % count for width, count in zip(widths, heads, strict=True)):
+        raise ValueError(
+            f"{key} must have one entry per scale that divides the width of the scale, {widths}, got {list(heads)}."
+        )
+    return [width // count for width, count in zip(widths, heads, strict=True)]
+
+
 # -- The family -------------------------------------------------------------------------------------------------------
 
 _SIZE = Field(int, low=1, high=65_536)
+_HEADS = Field(list, optional=True, low=1, high=16, each=_SIZE)
+# The keys that diffusers does not have, with the values for which the network is the same as in diffusers.
+OWN_KEYS: Mapping[str, Any] = {
+    "time_proj_dim": None,
+    "time_factor": 1,
+    "attention_heads": None,
+    "attention_heads_up": None,
+    "null_class": False,
+    "patch": 1,
+    "pixel_channels": 0,
+}
 
 
-class _Settled(nn.Module):
-    """Replaces a module that depends on the noise level alone, and returns the output of that module for one level."""
-
-    value: Tensor
-
-    def forward(self, *_: Tensor) -> Tensor:
-        return self.value
-
-
-class _UNetFamily(Family[UNet]):
+class _UNetFamily(ImageFamily[UNet]):
     name = "unet"
     network = UNet
-    preconditions = ("karras", "ddpm", "ddpm_v", "ddpm_x0", "ncsnpp", "ncsnv2", "ncsn")
+    preconditions = ("karras", "ddpm", "ddpm_v", "ddpm_x0", "vp", "subvp", "ncsnpp", "ncsnpp_index", "ncsnv2", "ncsn")
     keys: ClassVar[Mapping[str, Field]] = {
         "in_channels": _SIZE,
         "out_channels": _SIZE,
@@ -736,6 +610,12 @@ class _UNetFamily(Family[UNet]):
         "dropout": Field(float, low=0, high=1),
         "num_class_embeds": Field(int, optional=True, low=1),
         "center_input_sample": Field(bool),
+        "time_embedding_dim": Field(int, optional=True, low=1, high=65_536),
+        "time_proj_dim": Field(int, optional=True, low=2, high=65_536),
+        "time_factor": Field(float, low=1e-6, high=1e6),
+        "attention_heads": _HEADS,
+        "attention_heads_up": _HEADS,
+        "null_class": Field(bool),
         "patch": Field(int, low=1, high=64),
         "pixel_channels": Field(int, low=0, high=65_536),
     }
@@ -743,21 +623,16 @@ class _UNetFamily(Family[UNet]):
     def build(self, architecture: Mapping[str, Any], *, levels: int, precondition: str) -> UNet:
         return UNet(**architecture)
 
-    def condition(self, backbone: UNet, *, predicts_variance: bool) -> Condition:
-        """An image in the input channels that are not x's; x has as many channels as the score."""
-        channels = backbone.out_channels // 2 if predicts_variance else backbone.out_channels
-        return Condition(max(0, backbone.in_channels - channels), backbone.classes)
-
     def diffusers_class(self, architecture: Mapping[str, Any], precondition: str) -> str | None:
-        """UNet2DModel, if its embedding of the noise level and the meaning of its output are those of the row."""
-        if architecture.get("patch", 1) > 1:
+        """UNet2DModel, if it supports the options, and c_noise and the meaning of the output fit the row."""
+        if any(architecture.get(key, value) != value for key, value in OWN_KEYS.items()):
+            return None
+        blocks = [*architecture.get("down_block_types", ()), *architecture.get("up_block_types", ())]
+        if architecture.get("norm_num_groups", 32) is None and not all("Skip" in name for name in blocks):
             return None
         fourier = architecture.get("time_embedding_type") == "fourier"
         rows = ("ncsnpp",) if fourier else ("ddpm", "ddpm_v", "ddpm_x0")
         return "UNet2DModel" if precondition in rows else None
-
-    # Torch's group norm copies to contiguous memory and back for channels_last data on CUDA.
-    channels_last_on_cuda = False
 
     def width(self, backbone: UNet) -> int:
         patches = math.ceil(backbone.conv_in.out_channels / backbone.patch**2)
@@ -770,27 +645,17 @@ class _UNetFamily(Family[UNet]):
         first = {"conv_in", *(name for name in skips if name.startswith("down_blocks"))}
         return first, {"conv_out", *(name for name in skips if name.startswith("up_blocks"))}
 
-    def level_modules(self, backbone: UNet) -> set[str]:
-        kinds = ("time_proj", "time_embedding", "class_embedding", "time_emb_proj")
-        return {name for name, _ in backbone.named_modules() if set(kinds) & set(name.split("."))}
-
     def settle(self, copy: UNet) -> Callable[[Tensor], None]:
         """The embedding of the level is computed once, and without classes also its projection in each block."""
         features, embed = copy.time_proj, copy.time_embedding
-        embedding = copy.time_proj = _Settled()
+        embedding = copy.time_proj = Settled()
         copy._modules["time_embedding"] = nn.Identity()
-        pairs = []
-        if copy.class_embedding is None:
-            for block in copy.modules():
-                if isinstance(block, ResidualBlock):
-                    settled = _Settled()
-                    pairs.append((block.time_emb_proj, settled))
-                    block._modules["time_emb_proj"] = settled
+        projections = settle_projections(copy) if copy.classes is None else None
 
         def settle(c_noise: Tensor) -> None:
             embedding.value = embed(features(c_noise[None]))
-            for projection, settled in pairs:
-                settled.value = projection(copy.activation(embedding.value))
+            if projections is not None:
+                projections(copy.activation(embedding.value))
 
         return settle
 

@@ -1,11 +1,11 @@
 """Trained networks on disk and on the Hugging Face Hub.
 
-``load`` takes a name, a folder or a repository, and returns a checked configuration with its weights; ``build`` makes
-the backbone from them; ``save`` and ``push`` write them. Each format of another project has one file, which translates
-it into this package's configuration.
+``load`` takes a name, a folder or a repository, and returns a checked configuration and the weights. ``build`` creates
+the backbone from them. ``save`` writes a network to a folder, and ``push`` uploads it to the Hub. Each file format of
+another project has its own module, which translates it to this package's configuration.
 
-No file can run code: JSON and safetensors hold plain values, and of a pickle only tensors, numbers, strings, lists and
-dicts are accepted.
+Loading never runs code from a file: JSON and safetensors hold plain values, and from a pickle only tensors, numbers,
+strings, lists and dicts are accepted.
 """
 
 from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, architecture

@@ -1,12 +1,13 @@
-"""The configuration of a network: its schema, and how it is read.
+"""The configuration of a network: its schema, and how to read it.
 
-``config.json`` of a folder of this package has the keys
+The ``config.json`` that this package writes has the keys
 
-- ``format_version``, the version of this format;
-- ``family``, with the keys of that family, which say how the backbone is built;
-- ``precondition``, ``sample_shape``, ``value_range`` and ``predicts_variance``, the arguments of ``ScoreNet``;
-- ``sampler_settings``, the recommended SamplerSettings, or null;
-- ``schedule``, the noise levels, or ``"schedule.json"``, the file beside it that holds them.
+- ``format_version``: the version of this format;
+- ``family``, and the keys of that family, which say how to build the backbone;
+- ``precondition``, ``sample_shape``, ``value_range`` and ``predicts_variance``: the arguments of ``ScoreNet``;
+- ``precondition_options``, likewise, if there are any;
+- ``sampler_settings``: the recommended SamplerSettings, or null;
+- ``schedule``: the noise levels, or ``"schedule.json"``, the name of the file in the same folder that holds them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from scorematch.nets import FAMILIES
 from scorematch.noise import NoiseSchedule
-from scorematch.precondition import ROWS
+from scorematch.precondition import ROWS, check_options
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.schema import Field, check, quote
 
@@ -28,7 +29,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 SCHEDULE_FILE = "schedule.json"
 
-_LARGEST = 1e30  # of numbers that become floats
+_LARGEST = 1e30  # the largest absolute value of a floating-point number
 _FAMILY = Field(str, required=True, choices=(*FAMILIES, "custom"))
 _COMMON: Mapping[str, Field] = {
     "sample_shape": Field(list, required=True, optional=True, low=1, each=Field(int, low=1, high=2**31)),
@@ -36,6 +37,7 @@ _COMMON: Mapping[str, Field] = {
         list, required=True, optional=True, low=2, high=2, each=Field(float, low=-_LARGEST, high=_LARGEST)
     ),
     "predicts_variance": Field(bool, required=True),
+    "precondition_options": Field(dict),
     "sampler_settings": Field(dict, required=True, optional=True),
     "schedule": Field(dict, required=True),
 }
@@ -50,7 +52,7 @@ class Stored(NamedTuple):
     Attributes:
         config: the checked configuration, with the keys of ``ScoreNet.config``.
         weights: the tensors of the backbone by name.
-        source: the folder or the file of both, as messages name it.
+        source: the folder or file that the network comes from, for error messages.
     """
 
     config: dict[str, Any]
@@ -59,14 +61,14 @@ class Stored(NamedTuple):
 
 
 def checked(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
-    """A configuration, after a check of every key.
+    """Checks a configuration, and returns a copy of it.
 
     Args:
-        config: with the keys of ``ScoreNet.config``; others are ignored.
-        where: its name in messages.
+        config: a mapping with the keys of ``ScoreNet.config``; other keys are kept without a check.
+        where: the name of the configuration in error messages.
 
     Raises:
-        ValueError: with the name and the key, for a value that is missing or wrong.
+        ValueError: if a key is missing or a value is invalid; the message names the key.
     """
     where = str(where)
     check(config, {"format_version": Field(int, required=True)}, where)
@@ -80,6 +82,7 @@ def checked(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     rows = tuple(ROWS) if family is None else family.preconditions
     check(config, {} if family is None else family.keys, where)
     check(config, {"precondition": Field(str, required=True, choices=rows), **_COMMON}, where)
+    check_options(config["precondition"], config.get("precondition_options", {}), f"{where}: precondition_options")
     if config["value_range"] is not None and not config["value_range"][0] < config["value_range"][1]:
         raise ValueError(f"{where}: value_range must be [low, high] with low < high, got {config['value_range']}.")
     check(config["schedule"], _SCHEDULE, f"{where}: schedule", closed=True)
@@ -93,18 +96,18 @@ def checked(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
 
 
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that says how the backbone is built: "family" and the keys of that family."""
+    """The part of a configuration that says how to build the backbone: "family" and the keys of that family."""
     family = FAMILIES.get(config["family"])
     keys = () if family is None else family.keys
     return {"family": config["family"], **{key: config[key] for key in keys if key in config}}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, an object with keys.
+    """The content of a JSON file that holds an object.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if it is not valid JSON, or holds something else.
+        ValueError: if it is not valid JSON, or holds another value than an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -115,19 +118,19 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}). {remedy(path)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must be an object with keys, got {quote(content)}.")
+        raise ValueError(f"{path} must hold a JSON object, got {quote(content)}.")
     return content
 
 
 def remedy(path: Path) -> str:
-    """What to do about a damaged file, as the end of a message. The Hub's cache consists of links to its files."""
+    """The end of a message about a damaged file: what to do. A symbolic link is a file in the Hub's cache."""
     if path.is_symlink():
         return f"Delete {path.resolve()} and load the network again to download it anew."
     return "Save or download it again."
 
 
 def missing(path: Path) -> FileNotFoundError:
-    """The error for a file that a network's folder lacks."""
+    """The error for a file that is missing in a network's folder."""
     found = ", ".join(sorted(each.name for each in path.parent.iterdir())) if path.parent.is_dir() else ""
     return FileNotFoundError(
         f"{path.parent} has no {path.name}; it holds {found or 'nothing'}. A network is a folder with "

@@ -1,16 +1,18 @@
-r"""U-Nets in the format of diffusers, in a folder or as live objects.
+r"""U-Nets in the format of diffusers, in a folder or as objects in memory.
 
 A flat folder has ``config.json`` and ``scheduler_config.json`` side by side; a pipeline has ``unet/config.json`` and
-``scheduler/scheduler_config.json``. The first says how the U-Net is built. The second says what its output means and on
-which noise levels it was trained:
+``scheduler/scheduler_config.json``. The first file says how to build the U-Net. The second says what its output means
+and on which noise levels it was trained:
 
 - the betas of a DDPM (linear, scaled_linear, squaredcos_cap_v2, sigmoid, or a list), for an output that is the noise,
   v or the clean image, in units of images in [-1, 1];
-- the noise levels of a variance exploding network, in units of images in [0, 1]: NCSN++, whose output is sigma times
-  the score and whose input is log sigma, or the NCSN of diffusers-ncsn, whose output is the score and whose input is
-  the index of the level.
+- the noise levels of a variance-exploding network, in units of images in [0, 1]. The network is NCSN++, whose output
+  is sigma times the score and whose time input is log sigma, or the NCSN of the project diffusers-ncsn, whose output is
+  the score and whose time input is the index of the level.
 
-diffusers itself is not imported.
+The other way round, ``pipeline`` returns the files that make a saved network a ``DDPMPipeline`` of diffusers.
+
+This module does not import diffusers.
 """
 
 from __future__ import annotations
@@ -27,28 +29,37 @@ import torch
 from torch import Tensor, nn
 
 from scorematch.nets import FAMILIES
+from scorematch.nets.unet import OWN_KEYS
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.cards import Card
-from scorematch.pretrained.configuration import CONFIG_FILE, FORMAT_VERSION, Stored, checked, read_json
+from scorematch.pretrained.configuration import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    Stored,
+    architecture,
+    checked,
+    read_json,
+)
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, read_weights
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.schema import Field, check
 
-# The network of diffusers, and that of diffusers-ncsn, which takes the index of the level.
+# The class of diffusers, and that of diffusers-ncsn, whose time input is the index of the level.
 _NCSN = "UNet2DModelForNCSN"
 CLASSES = ("UNet2DModel", _NCSN)
 SCHEDULER_FILE = "scheduler_config.json"
+INDEX_FILE = "model_index.json"
 
-# The keys of the U-Net that diffusers has as well.
-_UNET = {key: field for key, field in FAMILIES["unet"].keys.items() if key not in ("patch", "pixel_channels")}
+# The keys of the family "unet" that diffusers has as well.
+_UNET = {key: field for key, field in FAMILIES["unet"].keys.items() if key not in OWN_KEYS}
 _NETWORK: Mapping[str, Field] = {
     **_UNET,
     "sample_size": Field(list, optional=True, low=2, high=2, each=Field(int, low=1, high=65_536)),
 }
-# Options of diffusers' network that are not supported, with the value at which they are not used.
-_UNSUPPORTED = {"time_embedding_dim": None, "class_embed_type": None, "mid_block_type": "UNetMidBlock2D"}
+# Options of diffusers' U-Net that are not supported, with the value that leaves the option unused.
+_UNSUPPORTED = {"class_embed_type": None, "mid_block_type": "UNetMidBlock2D"}
 
-# What the output of a DDPM is, and its row of the preconditioning table.
+# What the output of a DDPM means (prediction_type) -> the row of the preconditioning table.
 _PREDICTIONS = {"epsilon": "ddpm", "v_prediction": "ddpm_v", "sample": "ddpm_x0"}
 _BETA = Field(float, low=0, high=1)
 _DDPM: Mapping[str, Field] = {
@@ -69,20 +80,24 @@ _VARIANCE_EXPLODING: Mapping[str, Field] = {
 }
 
 
-# -- Where the two configurations and the weights come from -----------------------------------------------------------
+# -- Reading the two configurations and the weights -------------------------------------------------------------------
 
 
 def read(home: Path, config: Mapping[str, Any], card: Card | None) -> Stored:
-    """The network of a folder.
+    """Reads the network of a folder.
 
     Args:
         home: the folder with the network's config.json, which is unet/ in a pipeline.
         config: the content of that file.
-        card: of the network, whose noise levels count where it is a correction.
+        card: the card of the network, or None. If ``card.correction`` is True, the noise levels are those of the card.
+
+    Returns:
+        The network, with its configuration translated to that of a ScoreNet.
 
     Raises:
         FileNotFoundError: if there are no weights.
-        ValueError: for a network or a scheduler that is not a score of pixels, or an option that is not supported.
+        ValueError: if the network is not a score of pixels, the scheduler's configuration is missing or not that of a
+            DDPM or a variance-exploding network, or an option is not supported.
     """
     pipeline = home.parent if home.name == "unet" else home
     _refuse_latents(home, pipeline)
@@ -104,11 +119,13 @@ def read(home: Path, config: Mapping[str, Any], card: Card | None) -> Stored:
 
 
 def from_diffusers(unet: nn.Module, scheduler: Any) -> Stored:
-    """The network of live objects, a UNet2DModel and its scheduler. The weights are those of the objects, not copies.
+    """Reads a network from objects in memory: a UNet2DModel and its scheduler.
+
+    The weights of a U-Net on the CPU are not copied; they share its memory.
 
     Raises:
-        TypeError: for objects that have no ``config``.
-        ValueError: for an option that is not supported.
+        TypeError: if an object has no ``config``.
+        ValueError: if the class of the U-Net or an option is not supported.
     """
     network, training = _config_of(unet, "unet", "UNet2DModel"), _config_of(scheduler, "scheduler", "DDPMScheduler")
     if network["_class_name"] not in CLASSES:
@@ -133,12 +150,12 @@ def _config_of(thing: Any, name: str, example: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists for tuples and arrays, as JSON has them."""
+    """Converts tuples and arrays to lists, as in JSON."""
     return value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
 
 
 def _refuse_latents(home: Path, pipeline: Path) -> None:
-    """Raises for the U-Net of a latent pipeline, which does not draw pixels."""
+    """Raises an error for a latent pipeline, whose U-Net does not draw pixels."""
     index = read_json(pipeline / "model_index.json") if (pipeline / "model_index.json").is_file() else {}
     for part in ("vae", "vqvae"):
         if part in index or (home != pipeline and (pipeline / part).is_dir()):
@@ -157,14 +174,15 @@ def _translate(
     where_scheduler: str,
     stored_levels: Tensor | None,
 ) -> dict[str, Any]:
-    """The configurations of a network and of its scheduler, as diffusers has them -> that of a ScoreNet.
+    """Translates diffusers' configurations of a network and its scheduler to the configuration of a ScoreNet.
 
     Args:
         network: the content of the network's config.json.
         scheduler: the content of scheduler_config.json.
-        where: the first one's name in messages.
-        where_scheduler: the second one's.
-        stored_levels: the noise levels among the weights, which count; None if there are none.
+        where: the name of the network's configuration in error messages.
+        where_scheduler: the name of the scheduler's configuration in error messages.
+        stored_levels: the noise levels that are stored with the weights, which replace those of the scheduler; None if
+            there are none.
     """
     for key, unused in _UNSUPPORTED.items():
         if network.get(key, unused) != unused:
@@ -172,7 +190,7 @@ def _translate(
     size = network.get("sample_size")
     size = [size, size] if isinstance(size, int) else size
     check({**network, "sample_size": size}, _NETWORK, where)
-    # A missing key stands for diffusers' default, which is the U-Net's here too.
+    # A missing key means diffusers' default, which is also the default of this package's U-Net.
     unet = {key: network[key] for key in _UNET if key in network}
     inputs, outputs = unet.get("in_channels", 3), unet.get("out_channels", 3)
     if outputs > inputs and outputs != 2 * inputs:
@@ -217,7 +235,7 @@ def _ddpm(network: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) 
     """The noise levels and the preconditioning of a DDPM."""
     if "beta_start" not in scheduler and scheduler.get("trained_betas") is None:
         raise ValueError(
-            f"{where} is not that of a DDPM: it has no beta_start and no trained_betas (_class_name "
+            f"{where} is not the configuration of a DDPM: it has no beta_start and no trained_betas (_class_name "
             f"{scheduler.get('_class_name')!r})."
         )
     check(scheduler, _DDPM, where)
@@ -225,7 +243,7 @@ def _ddpm(network: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) 
         raise ValueError(
             f"{where}: rescale_betas_zero_snr is not supported, since its highest noise level is infinite."
         )
-    # Until the end of 2022 diffusers wrote predict_epsilon.
+    # Until the end of 2022 diffusers wrote predict_epsilon instead of prediction_type.
     prediction = scheduler.get("prediction_type", "epsilon" if scheduler.get("predict_epsilon", True) else "sample")
     # In float32, as in diffusers' schedulers: at the lowest levels 1 - alpha_bar has a relative error of 1e-5, and the
     # network was trained with that error.
@@ -238,7 +256,7 @@ def _ddpm(network: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) 
 
 
 def _betas(scheduler: Mapping[str, Any]) -> Tensor:
-    """The variances of the steps of a DDPM, (T,) float32, the first step first."""
+    """The betas of a DDPM, (T,) float32, in the order of the time steps, from low to high noise."""
     if scheduler.get("trained_betas") is not None:
         return torch.tensor(scheduler["trained_betas"], dtype=torch.float32)
     start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
@@ -254,34 +272,85 @@ def _betas(scheduler: Mapping[str, Any]) -> Tensor:
 
 
 def _stored_schedule(levels: Tensor, configured: NoiseSchedule, where: str, where_scheduler: str) -> NoiseSchedule:
-    """The noise levels among the weights, with a warning where the scheduler has others."""
+    """The noise levels that are stored with the weights, with a warning if those of the scheduler differ."""
     try:
         schedule = NoiseSchedule(levels)
     except ValueError as error:
         raise ValueError(f"the weights beside {where} hold wrong noise levels: {error}") from error
     if len(schedule) == len(configured) and np.allclose(schedule.sigmas, configured.sigmas, rtol=1e-4):
-        return configured  # which is not rounded to float32
+        return configured  # its levels are not rounded to float32
     warnings.warn(
-        f"the weights hold the noise levels {schedule}, and {where_scheduler} has {configured}; those of the weights "
-        "are used.",
+        f"the weights hold the noise levels {schedule}, but {where_scheduler} has {configured}; the levels in the "
+        "weights are used.",
         stacklevel=7,
     )
     return schedule
 
 
 def _recommended(schedule: NoiseSchedule, precondition: str) -> SamplerSettings | None:
-    """Recommended settings: consistent sampling in 250 calls with the step 1 - r^p, in units of sigma^2.
+    """Recommended settings: consistent sampling with at most 250 network calls and the step size (1 - r^p) sigma^2.
 
-    r is the ratio of a level to the one before; p = 1 adds no noise, p = 2 as much as ancestral sampling.
-    docs/pretrained.md says how p was chosen: for a DDPM from published results of networks like it (Song et al., 2021,
-    Denoising Diffusion Implicit Models, arXiv:2010.02502, Table 1) and from small networks; for NCSN++ it is close to
-    the published step of variance exploding networks, 1.5 (1 - r) (Jolicoeur-Martineau et al., 2020, arXiv:2009.05475).
+    r is the ratio of a level to the one before. p = 1 adds no noise, and p = 2 adds as much as ancestral sampling.
+    docs/pretrained.md says how p was chosen. For a DDPM it is based on published results of similar networks (Song et
+    al., 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502, Table 1) and on small networks. For NCSN++ the
+    step is close to the published one of variance-exploding networks, 1.5 (1 - r) sigma^2 (Jolicoeur-Martineau et al.,
+    2020, arXiv:2009.05475).
     """
     if precondition == "ncsn" or len(schedule) < 2:
         return None
     levels, p = min(250, len(schedule)), 1.5 if precondition == "ncsnpp" else 1.1
     ratio = (schedule.sigma_min / schedule.sigma_max) ** (1 / (levels - 1))
     return SamplerSettings(levels=levels, step_size=(1 - ratio**p) * schedule.sigma_min**2, consistent=True)
+
+
+# -- Writing a pipeline -----------------------------------------------------------------------------------------------
+
+
+def obstacle(config: Mapping[str, Any]) -> str | None:
+    """Why a ``DDPMPipeline`` of diffusers cannot run a network; None if it can.
+
+    Args:
+        config: the configuration of the network, with the keys of ``ScoreNet.config``.
+    """
+    family, row = FAMILIES.get(config["family"]), config["precondition"]
+    if row not in _PREDICTIONS.values():
+        return f"its preconditioning is {row!r}, and not one of {', '.join(map(repr, _PREDICTIONS.values()))}"
+    if family is None or family.diffusers_class(architecture(config), row) is None:
+        return "UNet2DModel does not have its architecture"
+    if config.get("num_class_embeds") is not None or config.get("in_channels", 3) != config.get("out_channels", 3):
+        return "it takes a condition or predicts a variance"
+    if config["sample_shape"] is None or config["value_range"] is None:
+        return "it has no sample_shape or no value_range"
+    return None
+
+
+def pipeline(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    r"""The files, by name, that ``DDPMPipeline.from_pretrained`` needs in addition to the U-Net.
+
+    The betas of the scheduler are those of the network's noise levels. With s the level in units of images in [-1, 1],
+    :math:`\bar\alpha_t = 1 / (1 + s_t^2)`, and :math:`\beta_t = 1 - \bar\alpha_t / \bar\alpha_{t-1} =
+    (s_t^2 - s_{t-1}^2) / (1 + s_t^2)`, where :math:`s_0 = 0`.
+
+    Args:
+        config: the configuration of a network without an ``obstacle``.
+    """
+    low, high = config["value_range"]
+    squares = (2 / (high - low) * NoiseSchedule.from_dict(config["schedule"]).sigmas.flip(0)).square()
+    betas = torch.diff(squares, prepend=torch.zeros(1, dtype=squares.dtype)) / (1 + squares)
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": len(betas),
+        "trained_betas": betas.tolist(),
+        "prediction_type": next(kind for kind, row in _PREDICTIONS.items() if row == config["precondition"]),
+        "variance_type": "fixed_large",  # as Ho et al. 2020 chose for CIFAR-10, and the default of AncestralSampler
+        "clip_sample": True,
+    }
+    return {INDEX_FILE: index, SCHEDULER_FILE: scheduler}
 
 
 # -- Names of weights -------------------------------------------------------------------------------------------------
@@ -292,8 +361,9 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 def current_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a U-Net under their current names, without duplicates.
 
-    Attention was named query, key, value and proj_attn until 2023, and was sometimes kept as 1x1 convolutions;
-    ``time_proj.W`` duplicates ``time_proj.weight``, and ``downsamplers.0.op`` duplicates ``downsamplers.0.conv``.
+    Until 2023 the layers of attention were named query, key, value and proj_attn, and some were stored as 1x1
+    convolutions. ``time_proj.W`` duplicates ``time_proj.weight``, and ``downsamplers.0.op`` duplicates
+    ``downsamplers.0.conv``.
     """
     current = {}
     for name, tensor in weights.items():

@@ -1,10 +1,10 @@
-"""The Hugging Face Hub: downloading a network, and uploading one, through the client of huggingface_hub.
+"""Downloading networks from the Hugging Face Hub and uploading them, with the client of huggingface_hub.
 
-Of a repository only configurations and one copy of the weights are downloaded, safetensors if there are any. The client
-caches them, resumes a download that was interrupted, and reads tokens, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and
-``HF_HOME``. A pinned commit that is in the cache needs no request. Otherwise one request without retries, which waits
-``HF_HUB_ETAG_TIMEOUT`` seconds at most (10 by default), tells whether the Hub can be reached; if it cannot, the cache
-is used. huggingface_hub is imported when it is needed.
+Only the configurations and one copy of the weights of a repository are downloaded, in safetensors format if available.
+The client caches them, resumes interrupted downloads, and reads tokens, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and
+``HF_HOME``. A commit (40 hex digits) that is in the cache is loaded without a request. In other cases one request
+without retries, which waits at most ``HF_HUB_ETAG_TIMEOUT`` seconds (10 by default), finds out whether the Hub can be
+reached; if not, the cache is used. huggingface_hub is imported only when a function needs it.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def _weights(kind: str) -> list[str]:
     return [*names, *(f"unet/{name}" for name in names)]
 
 
-# Always the same patterns: the client records that a snapshot is complete for the patterns that it was asked for.
+# The patterns must not change between calls: the client records for which patterns a snapshot is complete.
 _SAFE = [*_CONFIGS, *_OWN, *_weights("safetensors")]
 _PICKLED = [*_CONFIGS, *_weights("bin")]
-# The files of a network in a repository, which an upload of another network replaces.
+# The files of a network in a repository, which are deleted when another network is uploaded.
 _NETWORK = [*_CONFIGS, *_OWN, "diffusion_pytorch_model*", "unet/diffusion_pytorch_model*"]
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name has the form of a repository's, ``owner/name``."""
+    """Whether a name has the form of a repository name, ``owner/name``."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
@@ -61,20 +61,21 @@ def fetch(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder of the cache that holds a repository's network, downloaded if need be.
+    """Downloads the network of a repository unless it is in the cache, and returns its folder in the cache.
 
     Args:
         repo_id: ``owner/name``.
         revision: a branch, a tag or a commit; None is the main branch.
-        token: for private and gated repositories; None is the token that is logged in.
-        cache_dir: None is the client's own.
-        local_files_only: whether to look in the cache only.
+        token: a token for private and gated repositories; None uses the token of ``hf auth login``, if there is one.
+        cache_dir: the folder of the cache; None is the client's default.
+        local_files_only: whether to use only the cache, without any request.
 
     Raises:
-        FileNotFoundError: if there is no such repository or revision, no network in it, or it is not in the cache and
-            the Hub cannot be reached.
+        FileNotFoundError: if the repository or the revision does not exist, if it holds no network, or if it is not in
+            the cache and the Hub cannot be reached.
         PermissionError: if the repository is gated.
-        OSError: if the download fails otherwise.
+        ValueError: if ``repo_id`` is not a valid name.
+        OSError: if the download fails for another reason.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -136,14 +137,14 @@ def _unreachable(api: HfApi, repo_id: str, revision: str | None) -> str | None:
         raise
     except Exception as error:  # no connection, a timeout, offline mode: the classes depend on the client's version
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-            return None  # an answer, which the download meets as well
+            return None  # the Hub answers; the download gets the same error
         return " ".join(f"{type(error).__name__}: {error}".split())
     return None
 
 
 @contextmanager
 def _errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Raises the client's errors of a download as errors of Python, with what to do about them."""
+    """Converts the client's errors during a download to built-in errors whose messages say what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -162,7 +163,7 @@ def _errors(repo_id: str, revision: str | None) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"there is no repository {repo_id!r} on the Hub, or it is private. Check the name, log in (hf auth login) "
-            f"or pass token=; a folder is written './{repo_id}'."
+            f"or pass token=; for a folder write './{repo_id}'."
         ) from error
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"{repo_id} has no revision {revision!r}. Pass a branch, a tag or a commit.") from error
@@ -175,13 +176,13 @@ def _errors(repo_id: str, revision: str | None) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"{error.strerror}: {repo_id} could not be written to the cache. Free some space, or pass another place, "
-            "cache_dir=...; the download then continues where it stopped.",
+            f"{error.strerror}: {repo_id} could not be written to the cache. Free some space and load it again, which "
+            "continues the download, or pass another folder as cache_dir=.",
         ) from error
 
 
 def _lacking(folder: Path) -> str | None:
-    """What a snapshot lacks of a network, or None."""
+    """The file of a network that is missing in a snapshot, or None."""
     if not any((folder / name).is_file() for name in (CONFIG_FILE, f"unet/{CONFIG_FILE}")):
         return f"{CONFIG_FILE} or unet/{CONFIG_FILE}"
     if not _has_weights(folder, "safetensors") and not _has_weights(folder, "bin"):
@@ -190,11 +191,11 @@ def _lacking(folder: Path) -> str | None:
 
 
 def _has_weights(folder: Path, kind: str) -> bool:
-    """Whether the network of a snapshot has weights of a kind."""
+    """Whether a snapshot has weights of a kind, "safetensors" or "bin"."""
     home = folder / "unet" if (folder / "unet" / CONFIG_FILE).is_file() else folder
     if any(home.glob(f"diffusion_pytorch_model*.{kind}")):
         return True
-    config = home / CONFIG_FILE  # beside a configuration of diffusers, model.safetensors is another network's
+    config = home / CONFIG_FILE  # next to a config.json of diffusers, model.safetensors belongs to another network
     own = config.is_file() and b'"format_version"' in config.read_bytes()
     return own and (home / f"model.{kind}").is_file()
 
@@ -209,20 +210,23 @@ def upload(
     token: str | bool | None = None,
     commit_message: str = "Upload a score network",
 ) -> str:
-    """Uploads a saved network in one commit, in place of the network of the repository; returns the commit's address.
+    """Uploads a saved network in one commit, which replaces the network of the repository.
 
     Args:
-        folder: that the network was saved into.
+        folder: the folder into which the network was saved.
         repo_id: ``owner/name``, created if it does not exist.
-        card: the text of README.md, for a repository that has none.
+        card: the text of README.md, used only if the repository has none.
         private: whether a new repository is private; None is the owner's default.
         revision: the branch, created if it does not exist; None is the main branch.
-        token: a token that may write; None is the one that is logged in.
-        commit_message: of the commit.
+        token: a token with write access; None uses the token of ``hf auth login``.
+        commit_message: the message of the commit.
+
+    Returns:
+        The URL of the commit.
 
     Raises:
-        PermissionError: if the Hub refuses.
-        OSError: if the upload fails otherwise.
+        PermissionError: if the Hub refuses the upload.
+        OSError: if the upload fails for another reason.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -232,7 +236,7 @@ def upload(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if not api.file_exists(repo_id, "README.md", revision=revision):  # a card that the owner wrote stays
+        if not api.file_exists(repo_id, "README.md", revision=revision):  # an existing card is kept
             (folder / "README.md").write_text(card, encoding="utf-8")
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -245,7 +249,7 @@ def upload(
         if error.response.status_code in (401, 403):
             raise PermissionError(
                 f"the Hub refused to write to {repo_id}. Check the owner's name, and log in (hf auth login) or pass "
-                "token=, with a token that may write."
+                "token=, with a token that has write access."
             ) from error
         raise OSError(f"uploading to {repo_id} failed: {error}") from error
     return str(commit.commit_url)

@@ -1,4 +1,4 @@
-"""Loading: from a name to a checked configuration and its weights, and from these to a backbone."""
+"""Loading a network: its checked configuration and weights by name, and the backbone that they describe."""
 
 from __future__ import annotations
 
@@ -33,7 +33,15 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Stored:
-    """The network of a name, a folder or a repository of the Hub; arguments and errors as ``from_pretrained``."""
+    """Loads the configuration and the weights of a network, with the arguments and errors of ``from_pretrained``.
+
+    Args:
+        name_or_folder: a short name, a folder, or a repository ``owner/name`` of the Hub.
+        revision: a branch, a tag or a commit of the repository; None is the commit on the card, or the main branch.
+        token: a token for private and gated repositories; None uses the token of ``hf auth login``, if there is one.
+        cache_dir: the folder of the cache; None is the client's default.
+        local_files_only: whether to use only the cache, without any request.
+    """
     folder, card = names.locate(
         name_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
@@ -53,9 +61,8 @@ def _read(folder: Path, card: Card | None) -> Stored:
         stored = diffusers.read(home, config, card)
     else:
         raise ValueError(
-            f"{path} has no format_version: it was not written by save_pretrained, and its _class_name, "
-            f"{config.get('_class_name')!r}, is not one of those of diffusers that are supported, "
-            f"{' and '.join(diffusers.CLASSES)}."
+            f"{path} has no format_version, so it was not written by save_pretrained, and its _class_name must be "
+            f"{' or '.join(diffusers.CLASSES)}, the supported classes of diffusers, got {config.get('_class_name')!r}."
         )
     if card is None or card.settings is None:
         return stored
@@ -73,16 +80,16 @@ def _read_own(home: Path, config: dict[str, Any]) -> Stored:
 
 
 def _home(folder: Path) -> Path:
-    """Where the network of a folder is: in the folder itself, or, for a pipeline, in its unet/."""
+    """The folder that holds the network: the folder itself, or its unet/ if the folder is a pipeline."""
     if not (folder / "unet" / CONFIG_FILE).is_file():
         return folder
     if (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} holds two networks, one in it and one in unet/. Pass the folder of one of them.")
+        raise ValueError(f"{folder} holds two networks, one in it and one in unet/. Move one into a folder of its own.")
     return folder / "unet"
 
 
 class _SkipNormal(TorchFunctionMode):
-    """Skips ``normal_``: on the meta device torch would import its compiler for it, which takes seconds."""
+    """Skips ``normal_``: for this call on the meta device, torch imports its compiler, which takes seconds."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -94,18 +101,22 @@ class _SkipNormal(TorchFunctionMode):
 
 
 def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
-    """The backbone of a stored network, with its weights, on the CPU.
+    """Builds the backbone of a stored network on the CPU, with its weights.
 
-    It is built on the meta device, so that nothing is drawn or initialized, and no memory is taken before the weights
-    are known to fit.
+    The backbone is first built on the meta device: no weights are initialized, no random numbers are drawn, and no
+    memory is allocated before the shapes of the weights are checked.
 
     Args:
         stored: the network.
-        backbone: for a network of the user's own class, an instance of it, which receives the weights.
+        backbone: for a network of the user's own class, an instance of this class, into which the weights are loaded.
+
+    Returns:
+        The backbone; ``backbone`` itself if it was given.
 
     Raises:
         TypeError: if ``backbone`` is not a module.
-        ValueError: if the configuration describes no network, or the weights do not fit it.
+        ValueError: if no network can be built from the configuration, the weights do not fit it, or ``backbone`` is
+            missing for a network of the user's own class or given for another.
     """
     if backbone is not None and not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone must be a torch.nn.Module, an instance of your class, got {backbone!r}.")
@@ -125,7 +136,7 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
                     precondition=stored.config["precondition"],
                 )
         except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"{stored.source} has a configuration of no network: {error}") from error
+            raise ValueError(f"no network can be built from the configuration of {stored.source}: {error}") from error
     assert backbone is not None  # noqa: S101  (for the type checker)
     fill(backbone, stored.weights, stored.source)
     return backbone

@@ -19,24 +19,25 @@ def model_card(
     license: str | None,  # noqa: A002  (the Hub's word)
     datasets: Sequence[str] | None,
 ) -> str:
-    """The text of the card: the metadata that the Hub reads, code that samples the network, and a table of facts.
+    """The text of the card: metadata for the Hub, code that samples the network, and a table of facts.
 
     Args:
         repo_id: ``owner/name``.
-        config: of the network.
-        weights: the number of its weights.
+        config: the configuration of the network, with the keys of ``ScoreNet.config``.
+        weights: the number of parameters.
         conditioning: what the network takes as its condition, or None if that is not known.
-        license: as the Hub abbreviates it, or None.
-        datasets: their names on the Hub, or None.
+        license: the license as the Hub abbreviates it, such as "mit", or None.
+        datasets: the names of the training data on the Hub, or None.
     """
     from huggingface_hub import ModelCardData
 
     shape, schedule = config["sample_shape"], NoiseSchedule.from_dict(config["schedule"])
     settings = config["sampler_settings"]
     is_image = shape is not None and len(shape) == 3
+    data_range = _range(config)
     takes_image = conditioning is not None and conditioning.channels > 0
     pipeline = "image-to-image" if takes_image else "unconditional-image-generation"
-    data = ModelCardData(
+    metadata = ModelCardData(
         library_name="scorematch",
         license=license,
         datasets=None if datasets is None else list(datasets),
@@ -45,13 +46,13 @@ def model_card(
     )
     recommended = "the defaults of the sampler" if settings is None else SamplerSettings.from_dict(settings)
     return f"""---
-{data.to_yaml()}
+{metadata.to_yaml()}
 ---
 
 # {repo_id.split("/")[-1]}
 
 A score network for [scorematch](https://pypi.org/project/scorematch): `net(x, sigma)` is the score of
-{"images in [0, 1]" if is_image else "data"} with noise of level sigma.
+{"images" if is_image else "data"}{f" in {data_range}" if data_range else ""} with noise of level sigma.
 
 ```python
 {_code(repo_id, config, conditioning)}
@@ -60,11 +61,17 @@ A score network for [scorematch](https://pypi.org/project/scorematch): `net(x, s
 | | |
 |---|---|
 | family | {config["family"]}, preconditioning "{config["precondition"]}" |
-| sample | {"any shape" if shape is None else "x".join(map(str, shape))} |
-| weights | {weights:,} |
+| sample shape | {"any" if shape is None else "x".join(map(str, shape))} |
+| parameters | {weights:,} |
 | noise levels | {len(schedule)}, {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g} |
 | sampler settings | {recommended} |
 """
+
+
+def _range(config: Mapping[str, Any]) -> str:
+    """The range of the data, such as "[0, 1]", or "" without one."""
+    ends = config["value_range"]
+    return "" if ends is None else f"[{ends[0]:g}, {ends[1]:g}]"
 
 
 def _code(repo_id: str, config: Mapping[str, Any], conditioning: Condition | None) -> str:
@@ -80,10 +87,10 @@ def _code(repo_id: str, config: Mapping[str, Any], conditioning: Condition | Non
         imports = "import torch\n"
         size = ", ".join(map(str, ["..."] if shape is None else shape[1:]))
         arguments += f", condition=torch.rand(4, {conditioning.channels}, {size})"
-        note = "  # your images, in [0, 1]"
+        note = f"  # your images, in {_range(config)}" if _range(config) else "  # your images"
     if shape is None:
         arguments += ", shape=..."
-        note = "  # the shape of one sample, without the batch"
+        note = "  # the shape of one sample, without the batch axis"
     return f"""{imports}from scorematch import ScoreNet
 from scorematch.sampling import recommended_sampler
 

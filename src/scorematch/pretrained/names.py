@@ -1,4 +1,4 @@
-"""From a name to the folder that holds the network."""
+"""Finding the folder of a network by its name."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import warnings
 from pathlib import Path
 
 from scorematch.pretrained import cards, hub
-
-_SHIPPED = Path(__file__).parent.parent / "weights"
 
 
 def locate(
@@ -19,15 +17,23 @@ def locate(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> tuple[Path, cards.Card | None]:
-    """The folder with a network of that name, downloaded from the Hub if need be, and its card, if it has one.
+    """Finds the folder of a network, and downloads it from the Hub if necessary.
 
-    A Path is a folder. A string without a slash is a short name. A string with a slash is the folder of that path, if
-    it exists, or else a repository of the Hub.
+    Args:
+        name_or_folder: a short name (a string without a slash), a folder (a ``Path``, or a string with a slash), or a
+            repository ``owner/name`` of the Hub. A string with a slash is a folder if that folder exists.
+        revision: a branch, a tag or a commit of the repository; None is the commit on the card, or the main branch.
+        token: a token for private and gated repositories; None uses the token of ``hf auth login``, if there is one.
+        cache_dir: the folder of the cache; None is the client's default.
+        local_files_only: whether to use only the cache, without any request.
+
+    Returns:
+        The folder, and the card of the network, or None if it has none.
 
     Raises:
-        TypeError: if it is neither a string nor a path.
-        FileNotFoundError: if there is no such name, folder or repository.
-        ValueError: if it is a file.
+        TypeError: if ``name_or_folder`` is neither a string nor a path.
+        FileNotFoundError: if there is no such name, folder or repository, or the Hub cannot be reached.
+        ValueError: if ``name_or_folder`` is a file.
     """
     if not isinstance(name_or_folder, str | os.PathLike):
         raise TypeError(f"the name of a network must be a string or a path, got {type(name_or_folder).__name__}.")
@@ -44,19 +50,19 @@ def locate(
         if path.is_dir():
             return path, None
         if not hub.is_repository(name):
-            raise FileNotFoundError(f"there is no folder {name!r}, and a repository of the Hub is written owner/name.")
+            raise FileNotFoundError(f"there is no folder {name!r}. For a repository of the Hub write owner/name.")
     elif card is None:
         known = ", ".join(repr(each.name) for each in cards.CARDS if each.name is not None)
-        hint = f"Write './{name}' for the folder of that name."
+        hint = f"Write './{name}' for the folder with this name."
         if not path.is_dir():
             hint = "Write './folder' for a folder, or 'owner/name' for a repository of the Hub."
-        raise FileNotFoundError(f"{name!r} is not the short name of a network; known are {known}. {hint}")
+        raise FileNotFoundError(f"{name!r} is not the short name of a network; the short names are {known}. {hint}")
     elif path.is_dir():
         warnings.warn(
-            f"{name!r} is the network of that name, not the folder; write './{name}' for the folder.", stacklevel=4
+            f"{name!r} loads the network with this name, not the folder; write './{name}' for the folder.", stacklevel=4
         )
     if card is not None and card.repository is None:
-        return _SHIPPED / str(card.name), card
+        return cards.SHIPPED / str(card.name), card
     if card is not None:
         name, revision = str(card.repository), card.revision if revision is None else revision
     folder = hub.fetch(name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
@@ -70,5 +76,5 @@ def _is_path(name: str) -> bool:
 
 def _about_a_file(path: Path) -> str:
     if path.suffix in (".json", ".safetensors"):
-        return f"{path} is a file of a network. Pass the folder that holds it, {str(path.parent)!r}."
+        return f"{path} is one file of a network. Pass the folder that holds it, {str(path.parent)!r}."
     return f"{path} is a checkpoint file. Convert it with python -m scorematch convert {path} FOLDER, and load FOLDER."

@@ -1,14 +1,14 @@
 """Checkpoints of ermongroup/ncsn, ermongroup/ncsnv2 and AlexiaJM/AdversarialConsistentScoreMatching.
 
-A checkpoint of NCSN is a list [weights, optimizer]. One of NCSNv2 or of adversarial consistent score matching continues
-with the epoch, the step and, where there is one, an exponential moving average of the weights, from which the published
-samples are drawn. The weights determine the family (only the norms of NCSN have a table of noise levels), the depth,
-the width and the channels. The noise levels are a buffer among the weights of NCSNv2; for other checkpoints they are in
-config.yml.
+A checkpoint of NCSN is a list [weights, optimizer]. In a checkpoint of NCSNv2 or of adversarial consistent score
+matching the list continues with the epoch, the step and, if there is one, an exponential moving average of the weights,
+with which the published samples were drawn. The weights determine the family (only the norms of NCSN have a table of
+noise levels), the depth, the width and the channels. The noise levels are a buffer among the weights of NCSNv2; for
+other checkpoints they are in config.yml.
 
-Two options of adversarial consistent score matching leave no trace in its files, ``--target dae`` and ``--std``: the
-networks trained with them are not scores, and cannot be told from those that are. Networks of ``--no_dilation`` and its
-U-Net are refused, since their weights have other names.
+Two options of adversarial consistent score matching, ``--target dae`` and ``--std``, are not recorded in its files.
+Networks that were trained with them are not scores, but cannot be distinguished from scores. Networks trained with
+``--no_dilation``, and the U-Net of this project, are rejected because their weights have other names.
 
 References:
     Song & Ermon, 2019, arXiv:1907.05600; Song & Ermon, 2020, arXiv:2006.09011;
@@ -17,6 +17,7 @@ References:
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -28,15 +29,19 @@ from torch import Tensor
 
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, checked
-from scorematch.pretrained.weights import as_weights
+from scorematch.pretrained.options import checked_options, read_options
+from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, check
+from scorematch.schema import Field
+
+NAME = "NCSN, NCSNv2, adversarial consistent score matching"
+GLOBALS: Globals = TENSORS
 
 _FIRST, _TABLE = "begin_conv.weight", "normalizer.embed.weight"
 _SIGMA = Field(float, low=0, high=1e30)
 _COUNT = Field(int, low=1, high=1_000_000)
 _FLAG = Field(bool)
-# The options of config.yml that are read, by section; others change nothing here.
+# The options of config.yml that are read, by section; other options are ignored.
 _OPTIONS: Mapping[str, Mapping[str, Field]] = {
     "model": {
         "sigma_begin": _SIGMA,
@@ -57,25 +62,29 @@ _OPTIONS: Mapping[str, Mapping[str, Field]] = {
 
 
 def recognizes(content: Any) -> bool:
-    """Whether the content of a checkpoint is of this format."""
+    """Whether the content of a checkpoint has this format."""
     return any(_name(key) == _FIRST for key in _parts(content)[0])
 
 
-def read(content: Any, path: Path, config: Path | None = None, *, raw: bool = False) -> Stored:
-    """The network of a checkpoint.
+def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None, *, raw: bool = False) -> Stored:
+    """Reads the network of a checkpoint.
 
     Args:
-        content: of the checkpoint.
-        path: of the checkpoint, for messages.
-        config: the config.yml beside it. Without it an NCSN of 10 levels has the published ones.
-        raw: whether to take the weights themselves where there is a moving average of them.
+        content: the content of the checkpoint.
+        path: the path of the checkpoint, for error messages.
+        config: the path of its config.yml. If None, an NCSN with 10 noise levels gets the published ones, 1 to 0.01.
+        raw: whether to read the weights of the last step even if there is a moving average of the weights.
+
+    Returns:
+        The network, with its configuration translated to that of a ScoreNet.
 
     Raises:
-        FileNotFoundError: if there is no such config.yml.
-        ImportError: for a config.yml without PyYAML.
-        ValueError: for weights or options that are not supported.
+        FileNotFoundError: if the file ``config`` does not exist.
+        ImportError: if PyYAML is needed to read ``config`` and is not installed.
+        ValueError: if the noise levels are not known, or the weights or options are not supported.
     """
-    options = _read_options(config)
+    config_path = None if config is None else Path(config)
+    options = _read_options(config_path)
     weights = _weights(content, path, raw=raw)
     width, channels = weights[_FIRST].shape[:2]
     depth = "standard"
@@ -83,10 +92,10 @@ def read(content: Any, path: Path, config: Path | None = None, *, raw: bool = Fa
         depth = "deepest" if "res31.0.conv1.weight" in weights else "deeper"
     conditional = _TABLE in weights
     levels = weights[_TABLE].shape[0] if conditional else None
-    schedule = _schedule(weights.pop("sigmas", None), levels, options["model"], path, config)
+    schedule = _schedule(weights.pop("sigmas", None), levels, options["model"], path, config_path)
     rescaled = bool(options["data"].get("rescaled"))
     if rescaled:
-        # Trained on images in [-1, 1]: noise of twice the level, and a score of half the size.
+        # The network was trained on images in [-1, 1], where noise levels are twice as large and scores half as large.
         schedule = NoiseSchedule(schedule.sigmas / 2)
         if conditional:
             weights |= {name: 2 * weights[name] for name in ("end_conv.weight", "end_conv.bias") if name in weights}
@@ -113,7 +122,7 @@ def read(content: Any, path: Path, config: Path | None = None, *, raw: bool = Fa
 
 
 def _parts(content: Any) -> tuple[Mapping[Any, Any], Mapping[Any, Any] | None]:
-    """The weights of a checkpoint, and their moving average, if there is one."""
+    """The weights of a checkpoint, and their moving average or None."""
     average = None
     if isinstance(content, list | tuple) and content:
         average = content[-1] if len(content) >= 5 and isinstance(content[-1], Mapping) else None
@@ -122,19 +131,19 @@ def _parts(content: Any) -> tuple[Mapping[Any, Any], Mapping[Any, Any] | None]:
 
 
 def _weights(content: Any, path: Path, *, raw: bool) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, under their names in the network."""
+    """The tensors of a checkpoint by their names in the network."""
     last, average = _parts(content)
     weights = {_name(name): tensor for name, tensor in last.items()}
     if average is not None and not raw:
         weights.update({_name(name): tensor for name, tensor in average.items()})
-    weights = as_weights(weights, path)
-    if weights[_FIRST].ndim != 4 or (_TABLE in weights and weights[_TABLE].ndim != 2):
+    loaded = load_tensors(weights, path)
+    if loaded[_FIRST].ndim != 4 or (_TABLE in loaded and loaded[_TABLE].ndim != 2):
         raise ValueError(f"{path} does not hold the weights of a network, a mapping of names to tensors.")
-    return weights
+    return loaded
 
 
 def _name(name: Any) -> str:
-    """The name of a tensor in the network, without those of the wrappers that it was trained in."""
+    """The name of a tensor without the prefix "module." of wrappers such as DataParallel."""
     return re.sub(r"^(module\.)+", "", str(name))
 
 
@@ -144,7 +153,7 @@ def _name(name: Any) -> str:
 def _schedule(
     stored: Tensor | None, levels: int | None, model: Mapping[str, Any], path: Path, config: Path | None
 ) -> NoiseSchedule:
-    """The noise levels: those of the buffer, or else of the configuration, or else the published ones of NCSN."""
+    """The noise levels: those of the buffer, or else those of the configuration, or else the published ones of NCSN."""
     begin, end, count = model.get("sigma_begin"), model.get("sigma_end"), model.get("num_classes", levels)
     configured = None
     if begin is not None and end is not None and count is not None:
@@ -166,8 +175,8 @@ def _schedule(
             len(configured) == len(schedule) and np.allclose(configured.sigmas, schedule.sigmas, rtol=1e-4)
         ):
             warnings.warn(
-                f"{path} holds the noise levels {schedule}, and {config} has {configured}; those of the checkpoint are "
-                "used.",
+                f"{path} holds the noise levels {schedule}, but {config} has {configured}; the levels in the "
+                "checkpoint are used.",
                 stacklevel=4,
             )
         return schedule
@@ -188,8 +197,8 @@ def _settings(sampling: Mapping[str, Any], schedule: NoiseSchedule, *, rescaled:
     steps, step_size = sampling.get("n_steps_each", sampling.get("nsigma")), sampling.get("step_lr")
     if steps is None or step_size is None:
         return None
-    size = step_size / (4 if rescaled else 1)  # in units of x: half the sigma is a quarter of the step
-    if sampling.get("consistent"):  # one step at each level of a schedule with so many times as many levels
+    size = step_size / (4 if rescaled else 1)  # in squared units of x, in which sigma is half as large
+    if sampling.get("consistent"):  # steps times as many levels, with one step each
         return SamplerSettings(levels=(len(schedule) - 1) * steps + 1, step_size=size, consistent=True)
     return SamplerSettings(levels=len(schedule), steps_per_level=steps, step_size=size, exact_noise=False)
 
@@ -198,55 +207,19 @@ def _settings(sampling: Mapping[str, Any], schedule: NoiseSchedule, *, rescaled:
 
 
 def _read_options(path: Path | None) -> dict[str, dict[str, Any]]:
-    """The options of a config.yml that are set, by section; empty sections without a file."""
+    """The options that a config.yml sets, by section; the sections are empty if there is no file."""
     if path is None:
         return {section: {} for section in _OPTIONS}
-    tree = _read_yaml(path)
-    options = {}
-    for section, fields in _OPTIONS.items():
-        given = tree.get(section)
-        values = {
-            key: _number(value, fields[key])
-            for key, value in (given if isinstance(given, Mapping) else {}).items()
-            if key in fields and value is not None
-        }
-        if section == "data" and values.get("logit_transform") is True:
-            raise ValueError(
-                f"{path}: logit_transform is not supported. The network was trained on logits of the pixels, and its "
-                "noise levels do not map to pixel units."
-            )
-        check(values, fields, f"{path}, section {section}")
-        options[section] = values
-    return options
-
-
-def _number(value: Any, field: Field) -> Any:
-    """A number that YAML 1.1 reads as a string, such as 5e-6, as a number."""
-    if field.kind is float and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError('reading config.yml needs PyYAML: pip install "scorematch[convert]".') from error
-
-    class Loader(yaml.SafeLoader):
-        """A safe loader that reads the one Python tag of the authors' files, a namespace, as a mapping."""
-
-    def namespace(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        return loader.construct_mapping(node, deep=True)
-
-    Loader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespace", namespace)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a configuration that can be read safely: {error}") from error
-    if not isinstance(content, Mapping) or not isinstance(content.get("model"), Mapping):
+    tree = read_options(path)
+    if not isinstance(tree.get("model"), dict):
         raise ValueError(f"{path} is not a configuration of NCSN: it has no section model.")
-    return content
+    data = tree.get("data")
+    if isinstance(data, dict) and data.get("logit_transform") is True:
+        raise ValueError(
+            f"{path}: logit_transform is not supported. The network was trained on logits of the pixels, and its "
+            "noise levels do not map to pixel units."
+        )
+    return {
+        section: checked_options(tree.get(section), fields, f"{path}, section {section}")
+        for section, fields in _OPTIONS.items()
+    }

@@ -1,4 +1,4 @@
-"""Samplers: methods that follow a score from noise to data."""
+"""Samplers, which turn noise into samples of the data with a score."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "recommended_sampler",
 ]
 
-# By the name that SamplerSettings has for each.
+# Keys are the values of SamplerSettings.sampler.
 SAMPLERS: dict[str, type[Sampler]] = {
     "langevin": AnnealedLangevinSampler,
     "ode": ODESampler,
@@ -33,24 +33,40 @@ SAMPLERS: dict[str, type[Sampler]] = {
 }
 
 
-def recommended_sampler(net: Score, settings: SamplerSettings | None = None, *, levels: int | None = None) -> Sampler:
-    """The sampler that settings describe.
+def recommended_sampler(
+    net: Score,
+    settings: SamplerSettings | None = None,
+    *,
+    levels: int | None = None,
+    sigma_max: float | None = None,
+    sigma_min: float | None = None,
+) -> Sampler:
+    """Creates the sampler that settings describe.
 
     Args:
-        net: a score.
-        settings: None are the network's own, ``net.sampler_settings``; without these, AnnealedLangevinSampler's
-            defaults.
-        levels: the number of noise levels, instead of that of the settings.
+        net: a score, usually a ScoreNet.
+        settings: the sampler and its options; None uses the network's own settings, ``net.sampler_settings``, or
+            AnnealedLangevinSampler with its defaults if the network has none.
+        levels: the number of noise levels, at least 2; None uses that of the settings.
+        sigma_max: the highest noise level, in units of x; None uses that of the settings.
+        sigma_min: the lowest noise level, in units of x; None uses that of the settings.
+
+    Returns:
+        A sampler of ``net``, of the class that ``settings.sampler`` names.
+
+    Raises:
+        ValueError: if the sampler rejects an option.
 
     Example:
         >>> from scorematch import ScoreNet
         >>> recommended_sampler(ScoreNet.from_pretrained("mnist"))
         AnnealedLangevinSampler(100 levels 16.9 -> 0.01, 1 step, step 5e-05, consistent, 100 network calls)
     """
-    settings = attribute(net, "sampler_settings") if settings is None else settings
-    if settings is None:
-        return AnnealedLangevinSampler(net, levels=levels)
-    given = settings is not attribute(net, "sampler_settings")
-    # AnnealedLangevinSampler finds the network's own settings itself, and adapts the step size to other levels.
-    options: dict[str, Any] = settings.options if given or settings.sampler != "langevin" else {}
-    return SAMPLERS[settings.sampler](net, levels=settings.levels if levels is None else levels, **options)
+    own: SamplerSettings | None = attribute(net, "sampler_settings")
+    settings = own if settings is None else settings
+    noise = {"levels": levels, "sigma_max": sigma_max, "sigma_min": sigma_min}
+    given: dict[str, Any] = {name: value for name, value in noise.items() if value is not None}
+    if settings is None or (settings is own and settings.sampler == "langevin"):
+        # It reads the network's own settings itself, and adapts the step size to other noise levels.
+        return AnnealedLangevinSampler(net, **given)
+    return SAMPLERS[settings.sampler](net, **{**settings.options, **settings.noise, **given})

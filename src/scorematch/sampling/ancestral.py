@@ -1,75 +1,93 @@
 r"""Ancestral sampling: one step from each noise level to the next, as DDPM and Palette do.
 
-Their chains use other coordinates. With :math:`\gamma_t = 1 / (1 + s_t^2)`, s being sigma in the units of images
-in [-1, 1], theirs is :math:`y_t = \sqrt{\gamma_t}\, x_t`, the network's answer is :math:`f = -s_t` times the score, and
-Palette's Algorithm 2,
+DDPM and Palette use scaled states. Let s be sigma in units of images in [-1, 1], and
+:math:`\gamma_t = 1 / (1 + s_t^2)`. Their state is :math:`y_t = \sqrt{\gamma_t}\, x_t`, and the output f of their
+network is :math:`-s_t` times the score. Palette's Algorithm 2,
 
 .. math:: y_{t-1} = \frac{1}{\sqrt{\alpha_t}} \Bigl( y_t - \frac{1 - \alpha_t}{\sqrt{1 - \gamma_t}} f \Bigr)
           + \sqrt{1 - \alpha_t}\, z, \qquad \alpha_t = \gamma_t / \gamma_{t-1} = \frac{1 + s_{t-1}^2}{1 + s_t^2},
 
-is, divided by :math:`\sqrt{\gamma_{t-1}}` and in the units of x, with D the denoised image,
+divided by :math:`\sqrt{\gamma_{t-1}}`, becomes in the units of x, with the denoised image D,
 
 .. math:: x \leftarrow x + (\sigma_t^2 - \sigma_{t-1}^2)\, \nabla \log p_{\sigma_t}(x) + \sqrt{v}\, z
           = D + \frac{\sigma_{t-1}^2}{\sigma_t^2} (x - D) + \sqrt{v}\, z.
 
-The mean is that of the next state given the denoised image. The noise is either of DDPM's two:
+The mean is that of the next state given the denoised image. DDPM has two fixed choices of the variance v:
 
-=======  ===================================================  ==================================================
-noise    v                                                    exact, whatever the steps, for data that are
-=======  ===================================================  ==================================================
-"large"  (sigma_t^2 - sigma_{t-1}^2) alpha_t                  of unit variance in the units of s
-"small"  (sigma_t^2 - sigma_{t-1}^2) sigma_{t-1}^2/sigma_t^2  a point
-=======  ===================================================  ==================================================
+========  ===================================================  ====================================================
+variance  v                                                    exact with any number of levels for data that are
+========  ===================================================  ====================================================
+"large"   (sigma_t^2 - sigma_{t-1}^2) alpha_t                  Gaussian, with unit variance in the units of s
+"small"   (sigma_t^2 - sigma_{t-1}^2) sigma_{t-1}^2/sigma_t^2  a single point
+========  ===================================================  ====================================================
 
-For small steps the two agree. With r the ratio of two levels, the large one leaves noise of variance
-:math:`r^2 + r^{-2} - 1` times that of the level where levels are low and few, 1.2 at r = 1.25; the small one is right
-there, but samples of a wide Gaussian come out too narrow. The small one is Song et al.'s ancestral predictor, without
-its corrector, and on a geometric schedule also the consistent step of ``AnnealedLangevinSampler`` with p = 2.
+For small steps the two agree. Let r be the ratio of two neighboring levels. At low levels, "large" leaves noise whose
+variance is :math:`r^2 + r^{-2} - 1` times that of the level, 1.2 at r = 1.25. There "small" is exact, but with it
+samples of a wide Gaussian are too narrow. "small" is the ancestral predictor of Song et al. (2021) without the
+corrector; on a geometric schedule it is also the consistent step of ``AnnealedLangevinSampler`` with p = 2.
+
+The networks of Nichol & Dhariwal (2021) predict the variance of each value ("learned"), between the two:
+
+.. math:: \log v = w \log v_{large} + (1 - w) \log v_{small},
+
+where w is the share that the network returns (``ScoreNet.score_and_variance``). As the two variances depend only on the
+two levels of a step, this holds for any levels. Those of a respaced process of the authors are a part of the network's
+levels, ``NoiseSchedule([net.schedule[i] for i in indices])``.
 
 References:
     Ho et al., 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Alg. 2 and Sec. 3.2.
+    Nichol & Dhariwal, 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672, Eq. 15.
     Saharia et al., 2022, Palette: Image-to-Image Diffusion Models, arXiv:2111.05826, Alg. 2.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from scorematch.noise import NoiseSchedule
 from scorematch.protocol import Score, attribute
-from scorematch.sampling.sampler import Sampler, SamplerOptions
+from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Variance = Literal["large", "small"]
+FixedVariance = Literal["large", "small"]
+Variance = Literal["large", "small", "learned"]
 _LEVELS = 100
 
 
 class AncestralSampler(Sampler):
-    """DDPM's and Palette's sampler, on any score: one network call per level.
+    """The ancestral sampler of DDPM and Palette for any score, with one network call per level.
+
+    The large variance is defined in units of images in [-1, 1]; the sampler converts them with the network's
+    ``value_range``. The data of a plain callable, or of a network without a value range, are assumed to be in these
+    units already, with a standard deviation of at most 1.
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
-        schedule: the noise levels that the chain descends; None is the network's own, respaced to 100 levels if it has
+        schedule: the noise levels, from high to low; None uses the network's own, respaced to 100 levels if it has
             more.
-        variance: of the noise, "large" or "small": the two of DDPM.
-        **options: ``levels``, ``denoise``, ``clamp``, ``restore``, ``precision`` and ``compile``, as for every
-            ``Sampler``.
-
-    The large variance refers to images in [-1, 1]; a network's ``value_range`` gives the factor. A plain callable, and
-    a network of data without a range, is taken to be in those units: of a standard deviation of at most one.
+        variance: the variance of the noise of a step: "large", "small", or "learned" for a network that predicts it;
+            see ``scorematch.sampling.ancestral``.
+        clamp_denoised: whether to clamp the denoised image to the network's value range at every step, as the authors
+            of DDPM and of improved-diffusion do.
+        **options: the options of every ``Sampler``: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, ``clamp``,
+            ``restore``, ``precision`` and ``compile``.
 
     Raises:
-        TypeError, ValueError: for a schedule that is missing, or an option that is not known.
+        TypeError: if an argument has the wrong type, or an option does not exist.
+        ValueError: if an option has an invalid value, a plain callable has no schedule, the network predicts no
+            variance for "learned", or it has no value range for ``clamp_denoised``.
 
     Example:
         >>> from scorematch import NoiseSchedule
-        >>> def score(x, sigma):  # of the standard normal distribution with noise
+        >>> def score(x, sigma):  # the score of a standard normal distribution with added noise
         ...     return -x / (1 + sigma**2)
         >>> AncestralSampler(score, NoiseSchedule.geometric(50, 0.01, 50))
         AncestralSampler(50 levels 50 -> 0.01, large variance, 50 network calls)
@@ -81,52 +99,85 @@ class AncestralSampler(Sampler):
         schedule: NoiseSchedule | None = None,
         *,
         variance: Variance = "large",
+        clamp_denoised: bool = False,
         **options: Unpack[SamplerOptions],
     ) -> None:
         super().__init__(net, schedule, **options)
-        if variance not in _VARIANCES:
-            raise ValueError(f'variance must be "large" or "small", got {variance!r}.')
+        if variance not in get_args(Variance):
+            raise ValueError(f'variance must be "large", "small" or "learned", got {variance!r}.')
+        if variance == "learned" and not attribute(net, "predicts_variance"):
+            raise ValueError(
+                'variance="learned" needs a network that predicts the variance (predicts_variance). Write "large" or '
+                '"small".'
+            )
+        self._range = attribute(net, "value_range")
+        if clamp_denoised and self._range is None:
+            raise ValueError("clamp_denoised=True needs a network with a value_range. Leave it out.")
         self.variance = variance
-        value_range = attribute(net, "value_range")
-        self._k = 1.0 if value_range is None else 2 / (value_range[1] - value_range[0])
+        self.clamp_denoised = clamp_denoised
+        self._k = 1.0 if self._range is None else 2 / (self._range[1] - self._range[0])
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
-        """The network's own levels, respaced to 100 if there are more."""
+        """The network's own levels, respaced to ``levels``, or by default to 100 if there are more."""
         return own.respaced(min(_LEVELS, len(own)) if levels is None else levels)
 
     def __len__(self) -> int:
         return len(self.schedule) - 1 + self.denoise
 
     def settings(self) -> list[str]:
-        """The variance."""
-        return [f"{self.variance} variance"]
+        """The variance, and whether the denoised image is clamped."""
+        return [f"{self.variance} variance", *(["clamped denoised images"] if self.clamp_denoised else [])]
 
-    def step(self, x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:
-        """The ancestral step to the next level."""
-        return ancestral_step(x, score, z, sigma, following, self.variance, self._k)
+    def steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
+        """Yields the state after each ancestral step, with its level."""
+        variance: FixedVariance | Tensor
+        for sigma, following in itertools.pairwise(self.schedule):
+            z = chain.noise(x)
+            x = chain.observe(x, sigma, z)
+            if self.variance == "learned":
+                score, variance = chain.score_and_variance(x, sigma)
+            else:
+                score, variance = chain.score(x, sigma), self.variance
+            if self.clamp_denoised:
+                score = (torch.add(x, score, alpha=sigma**2).clamp_(*self._range) - x) / sigma**2
+            x = ancestral_step(x, score, z, sigma, following, variance, self._k)
+            yield x, following
 
 
-# The share of sigma_t^2 - sigma_{t-1}^2 that is noise, at s_t and s_{t-1}.
-_VARIANCES = {
+# v / (sigma_t^2 - sigma_{t-1}^2) as a function of s_t and s_{t-1}.
+_VARIANCES: dict[FixedVariance, Callable[[float, float], float]] = {
     "large": lambda s, following: (1 + following**2) / (1 + s**2),
     "small": lambda s, following: (following / s) ** 2,
 }
 
 
 def ancestral_step(
-    x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float, variance: Variance = "large", k: float = 1.0
+    x: Tensor,
+    score: Tensor,
+    z: Tensor,
+    sigma: float,
+    following: float,
+    variance: FixedVariance | Tensor = "large",
+    k: float = 1.0,
 ) -> Tensor:
-    """One step from a noise level to the following, lower one.
+    """One step from a noise level to the next lower level.
 
     Args:
-        x: the state at ``sigma``.
-        score: of x, there.
+        x: the state (n, ...) at ``sigma``.
+        score: the score of x at ``sigma``, of x's shape.
         z: standard normal noise of x's shape.
-        sigma: the noise level, in the units of x.
-        following: the next one, from 0 to sigma.
-        variance: "large" or "small".
-        k: the ratio of the units of images in [-1, 1] to those of x: 2 for images in [0, 1].
+        sigma: the noise level of x, in the units of x.
+        following: the next level, from 0 to ``sigma``, in the units of x; above 0 if the variance is a tensor.
+        variance: "large", "small", or the share w of the large variance, a tensor of x's shape.
+        k: the factor that converts the units of x to those of images in [-1, 1]: 2 for images in [0, 1].
+
+    Returns:
+        The state at ``following``, of x's shape.
     """
     drift = sigma**2 - following**2
-    share = _VARIANCES[variance](k * sigma, k * following)
-    return torch.add(x, score, alpha=drift).add_(z, alpha=math.sqrt(drift * share))
+    mean = torch.add(x, score, alpha=drift)
+    values = {name: drift * share(k * sigma, k * following) for name, share in _VARIANCES.items()}
+    if isinstance(variance, Tensor):
+        ratio = torch.exp(variance * (math.log(values["large"] / values["small"]) / 2))
+        return mean.addcmul_(z, ratio, value=math.sqrt(values["small"]))
+    return mean.add_(z, alpha=math.sqrt(values[variance]))

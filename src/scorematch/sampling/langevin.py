@@ -1,30 +1,30 @@
 r"""Annealed Langevin dynamics: Langevin steps at each noise level in turn, from the highest to the lowest.
 
-At level i, T times,
+At level i, this step is taken T times:
 
 .. math:: x \leftarrow x + a_i\, s(x, \sigma_i) + \sqrt{2 a_i}\, z, \qquad a_i = \epsilon\, \sigma_i^2 / \sigma_L^2,
 
-so that the ratio of signal to noise of a step is the same at every level. This is the convention of Song & Ermon (2020)
-and of the code of both papers; the epsilon of the 2019 paper, which writes a/2 and sqrt(a), is twice this one.
+With this :math:`a_i` the signal-to-noise ratio of a step is the same at every level. Song & Ermon (2020) and the code
+of both papers use the same convention; the 2019 paper writes a/2 and sqrt(a), so its epsilon is twice this one.
 
-Relative to the denoised image :math:`\hat x = x + \sigma_i^2 s` a step shrinks the noise by :math:`1 - a_i/\sigma_i^2`
-and adds new noise. If the denoised image does not move, the variance converges to :math:`\sigma_i^2 / (1 - a_i / 2
-\sigma_i^2)`, somewhat too much. Noise of variance :math:`2 a_i - a_i^2/\sigma_i^2` (``exact_noise``) makes the step the
-exact transition of an Ornstein-Uhlenbeck process around the denoised image, whose variance is :math:`\sigma_i^2` for
-every step size.
+Relative to the denoised image :math:`\hat x = x + \sigma_i^2 s` a step multiplies the noise by
+:math:`1 - a_i/\sigma_i^2` and adds new noise. If the denoised image does not change, the variance converges to
+:math:`\sigma_i^2 / (1 - a_i / 2 \sigma_i^2)`, which is larger than :math:`\sigma_i^2`. With noise of variance
+:math:`2 a_i - a_i^2/\sigma_i^2` (``exact_noise``) the step is the exact transition of an Ornstein-Uhlenbeck process
+around the denoised image, whose variance is :math:`\sigma_i^2` for every step size.
 
-**Consistent annealed sampling** takes one step from each level to the next and arrives with exactly the noise of that
-level: the step leaves noise of deviation :math:`(1 - \eta)\,\sigma_i`, :math:`\eta = \epsilon/\sigma_L^2`, and adds
-the rest,
+**Consistent annealed sampling** takes one step from each level to the next, and the result has exactly the noise of the
+next level. With :math:`\eta = \epsilon/\sigma_L^2` the step reduces the noise to the standard deviation
+:math:`(1 - \eta)\,\sigma_i`, and adds what is missing to :math:`\sigma_{i+1}`:
 
 .. math:: x \leftarrow x + \eta \sigma_i^2\, s(x, \sigma_i) + \sqrt{\sigma_{i+1}^2 - (1 - \eta)^2 \sigma_i^2}\, z,
           \qquad i = 1 \dots L-1.
 
-The last level is left by Tweedie's formula, as in the authors' code. With r for :math:`\sigma_{i+1}/\sigma_i` the root
-is real for :math:`1 - r \le \eta \le 1 + r`. Write :math:`\eta = 1 - r^p`: at p = 1 no noise is added, and the step is
-an Euler step of the probability flow (DDIM); at p = 2 it is the step of ancestral sampling. The published settings are
-near p = 1.5. The exponent p is the amount of new noise per factor of sigma, and does not depend on the number of
-levels.
+At the last level Tweedie's formula gives the result, as in the authors' code. Let :math:`r = \sigma_{i+1}/\sigma_i`.
+The square root is real for :math:`1 - r \le \eta \le 1 + r`. Write :math:`\eta = 1 - r^p`. At p = 1 no noise is added,
+and the step is an Euler step of the probability flow (DDIM); at p = 2 it is the step of ancestral sampling. The
+published settings are near p = 1.5. The exponent p says how much new noise is added while sigma falls by a given
+factor; it does not depend on the number of levels.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, Alg. 1.
@@ -51,52 +51,56 @@ from scorematch.sampling.settings import SamplerSettings
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# The p of consistent sampling without settings. Each noisy step of a learned score adds its error: 1.1 was best on a
-# network of color images (docs/pretrained.md). A plain callable may be exact, and gets the step of ancestral sampling.
+# The exponent p of consistent sampling for networks without settings, and for plain callables. With a learned score,
+# each step that adds noise also adds an error: p = 1.1 was best for a network of color images (docs/pretrained.md). A
+# plain callable may be an exact score, and is sampled with the step of ancestral sampling, p = 2.
 _POWER_OF_NETWORKS, _POWER = 1.1, 2.0
-# A network without settings is sampled on at least and at most so many levels.
+# The smallest and the largest number of levels for a network without settings.
 _FEWEST_LEVELS, _MOST_LEVELS = 100, 250
-# Plain Langevin dynamics without settings: at least so many steps per level, and at most so much variance at the end of
-# the schedule, in units of what it should be.
+# Plain Langevin dynamics without settings: the smallest number of steps per level, and the largest variance at the end
+# of the schedule, in units of sigma_min^2.
 _FEWEST_STEPS = 3
 _LARGEST_VARIANCE = 1.2
 
 
 class AnnealedLangevinSampler(Sampler):
-    """Annealed Langevin dynamics on any score.
+    """Annealed Langevin dynamics for any score.
 
-    Arguments left as None use the network's recommended settings, ``net.sampler_settings``. Without these, a network is
-    sampled consistently, in at most 250 calls; a plain callable by the published algorithm, with the step size of
-    technique 4 of NCSNv2 and as few steps per level, 3 at least, as keep the variance at the end of the whole schedule
-    within 1.2 of what it should be. On another schedule than the recommended one, the kind of sampling is kept, and the
-    step size follows from the schedule.
+    Arguments left as None use the network's recommended settings, ``net.sampler_settings``. A network without settings
+    is sampled consistently with at most 250 network calls. A plain callable is sampled by the published algorithm: the
+    step size is that of technique 4 of NCSNv2 (Song & Ermon, 2020), and the number of steps per level is the smallest,
+    but at least 3, for which the variance at the end of the schedule is at most 1.2 sigma_min^2. If the schedule is not
+    the recommended one, the recommended kind of sampling is kept, and the step size is derived from the schedule.
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
-        schedule: the noise levels that the chain descends; None is the recommended schedule, in the range of the levels
-            that the network was trained on. They need not be those of training.
-        steps_per_level: Langevin steps at each level. More than one step disables consistent sampling.
-        step_size: epsilon, the step at the lowest level, in units of sigma squared, below 2 sigma_min^2.
+        schedule: the noise levels, from high to low; None uses the recommended number of levels in the range of the
+            levels that the network was trained on. They need not be the levels of training.
+        steps_per_level: Langevin steps at each level, at least 1. More than one step disables consistent sampling.
+        step_size: epsilon, the step size at the lowest level, in squared units of x, between 0 and 2 sigma_min^2.
 
         Rarely needed:
 
         exact_noise: whether the noise of a step has variance 2a - a^2/sigma^2 instead of 2a. True or False disables
-            consistent sampling.
-        consistent: whether to sample consistently: one step from each level to the next, with the noise that is missing
-            there. With r for the smallest ratio of a level to the one before, the step size then lies between
-            sigma_min^2 (1 - r) and sigma_min^2 (1 + r); by default it is sigma_min^2 (1 - r^p), with the p of the
-            recommended settings, at most 2, or 1.1 for a network without settings; for a plain callable p is 2, as in
-            ancestral sampling.
-        **options: ``levels``, ``denoise``, ``clamp``, ``restore``, ``precision`` and ``compile``, as for every
-            ``Sampler``.
+            consistent sampling. None uses the recommended settings, or else True for a network and False for a plain
+            callable.
+        consistent: whether to sample consistently: one step from each level to the next, which adds exactly the noise
+            that is missing to the next level. None uses the recommended settings, or else True for a network with more
+            than one level and False for a plain callable. Let r be the smallest ratio of a level to the one before. The
+            step size must lie between sigma_min^2 (1 - r) and sigma_min^2 (1 + r). Its default is
+            sigma_min^2 (1 - r^p), where p is derived from the recommended settings and at most 2; p is 1.1 for a
+            network without settings, and 2, as in ancestral sampling, for a plain callable.
+        **options: the options of every ``Sampler``: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, ``clamp``,
+            ``restore``, ``precision`` and ``compile``.
 
     Raises:
-        TypeError, ValueError: for a schedule that is missing, counts below 1, a step size at or beyond the stability
-            limit, arguments that contradict consistent sampling, or an option that is not known.
+        TypeError: if an argument has the wrong type, or an option does not exist.
+        ValueError: if an option has an invalid value, a plain callable has no schedule, the step size is outside its
+            range, or steps_per_level or exact_noise contradicts ``consistent=True``.
 
     Example:
         >>> from scorematch import NoiseSchedule
-        >>> def score(x, sigma):  # of the standard normal distribution with noise
+        >>> def score(x, sigma):  # the score of a standard normal distribution with added noise
         ...     return -x / (1 + sigma**2)
         >>> AnnealedLangevinSampler(score, NoiseSchedule.geometric(50, 0.01, 50))
         AnnealedLangevinSampler(50 levels 50 -> 0.01, 5 steps, step 1.8e-05, 251 network calls)
@@ -113,13 +117,18 @@ class AnnealedLangevinSampler(Sampler):
         consistent: bool | None = None,
         **options: Unpack[SamplerOptions],
     ) -> None:
-        own = schedule_of(net)
-        settings = _recommended_settings(net)
+        own, settings = schedule_of(net), _recommended_settings(net)
+        if own is not None and settings is not None:
+            own = own.between(settings.sigma_max, settings.sigma_min)
+            if schedule is None and options.get("sigma_max") is None:
+                options["sigma_max"] = own.sigma_max
+            if schedule is None and options.get("sigma_min") is None:
+                options["sigma_min"] = own.sigma_min
         if steps_per_level is not None and (not isinstance(steps_per_level, int) or steps_per_level < 1):
             raise ValueError(f"steps_per_level must be an integer of at least 1, got {steps_per_level!r}.")
         if consistent and (steps_per_level not in (None, 1) or exact_noise is not None):
             raise ValueError(
-                "consistent sampling takes one step per level, and its noise follows from the schedule: leave out "
+                "consistent=True takes one step per level and derives the noise from the schedule: leave out "
                 f"steps_per_level and exact_noise, got {steps_per_level!r} and {exact_noise!r}."
             )
         if consistent is None:
@@ -131,7 +140,7 @@ class AnnealedLangevinSampler(Sampler):
 
         recommended = own is not None and self.schedule == self.default_schedule(own, None)
         if settings is not None and bool(settings.consistent) != self.consistent:
-            settings = None  # they were found for the other kind of sampling
+            settings = None  # they are for the other kind of sampling
         measured = settings.step_size if settings is not None and recommended else None
         if self.consistent:
             self.steps_per_level = 1
@@ -150,7 +159,7 @@ class AnnealedLangevinSampler(Sampler):
         self.step_size = float(step_size)
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
-        """The recommended number of levels in the range of the network's own."""
+        """The recommended number of levels, or ``levels``, in the range of the network's own levels."""
         if levels is None and self._settings is not None:
             levels = self._settings.levels
         if levels is None and self.consistent:
@@ -158,10 +167,10 @@ class AnnealedLangevinSampler(Sampler):
         return own if levels is None or len(own) == 1 else _without_gaps(own, levels)
 
     def _consistent_eta(self, own: NoiseSchedule | None, settings: SamplerSettings | None) -> float:
-        """The step in units of sigma squared, 1 - r^p.
+        """The step size divided by sigma squared, 1 - r^p.
 
-        With recommended settings p is theirs, but at most 2: on another number of levels than they were measured on,
-        larger steps lost contrast (docs/samplers.md).
+        With recommended settings, p is derived from them but limited to 2: if the number of levels differs from theirs,
+        larger steps reduce the contrast (docs/samplers.md).
         """
         ratio, power = _smallest_ratio(self.schedule), _POWER if own is None else _POWER_OF_NETWORKS
         if own is not None and settings is not None and settings.step_size is not None:
@@ -182,16 +191,16 @@ class AnnealedLangevinSampler(Sampler):
     def step(self, x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:
         """The consistent step to the next level."""
         eta = self.step_size / self.schedule.sigma_min**2
-        missing = following**2 - ((1 - eta) * sigma) ** 2  # without noise it is slightly below 0 by rounding
+        missing = following**2 - ((1 - eta) * sigma) ** 2  # at p = 1 rounding can make it negative
         x = torch.add(x, score, alpha=eta * sigma**2, out=score)
         return x.add_(z, alpha=math.sqrt(max(0.0, missing)))
 
     def steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
-        """One step from level to level for consistent sampling, else Langevin steps at each level."""
+        """Consistent sampling takes one step from each level to the next; otherwise Langevin steps at each level."""
         return super().steps(x, chain) if self.consistent else self._langevin_steps(x, chain)
 
     def _langevin_steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
-        a = self.step_size / self.schedule.sigma_min**2  # in units of sigma^2, the same at every level
+        a = self.step_size / self.schedule.sigma_min**2  # divided by sigma^2, the same at every level
         deviation = math.sqrt(2 * a - a**2 if self.exact_noise else 2 * a)
         for sigma in self.schedule:
             for _ in range(self.steps_per_level):
@@ -202,13 +211,13 @@ class AnnealedLangevinSampler(Sampler):
 
 
 def _recommended_settings(net: object) -> SamplerSettings | None:
-    """The settings of a network, if they are for annealed Langevin dynamics."""
+    """The settings of a network if they are for annealed Langevin dynamics, else None."""
     settings = attribute(net, "sampler_settings")
     return settings if isinstance(settings, SamplerSettings) and settings.sampler == "langevin" else None
 
 
 def _smallest_ratio(schedule: NoiseSchedule) -> float:
-    """Of a level to the one before; 1 for a schedule of one level."""
+    """The smallest ratio of a level to the one before; 1 for a schedule of one level."""
     return min((low / high for high, low in itertools.pairwise(schedule)), default=1.0)
 
 
@@ -217,21 +226,22 @@ def _check_step(schedule: NoiseSchedule, step_size: float, steps: int, consisten
     if not 0 < step_size < limit:
         raise ValueError(
             f"step_size must lie between 0 and the stability limit, 2 sigma_min^2 = {limit:.4g}, got "
-            f"{step_size!r}; technique 4 suggests {schedule.suggest_step_size(steps):.3g}."
+            f"{step_size!r}; technique 4 of NCSNv2 suggests {schedule.suggest_step_size(steps):.3g}."
         )
     low, high = (schedule.sigma_min**2 * (1 + sign * _smallest_ratio(schedule)) for sign in (-1, 1))
     if consistent and not low * (1 - 1e-9) <= step_size <= high * (1 + 1e-9):
         raise ValueError(
-            f"on this schedule the step_size of consistent sampling must lie between {low:.4g} and {high:.4g}, "
-            "sigma_min^2 (1 -+ r) with r the smallest ratio of a level to the one before, got "
+            f"step_size must lie between {low:.4g} and {high:.4g} for consistent sampling on this schedule, "
+            "sigma_min^2 (1 - r) and sigma_min^2 (1 + r) with r the smallest ratio of a level to the one before, got "
             f"{step_size!r}. For plain Langevin steps pass steps_per_level or consistent=False."
         )
 
 
 def _without_gaps(own: NoiseSchedule, levels: int) -> NoiseSchedule:
-    """A network's own schedule on another number of levels, or the geometric one where that would leave wide gaps.
+    """A network's own schedule respaced to ``levels``, or a geometric schedule if respacing would leave wider gaps.
 
-    The lowest levels of a DDPM's thousand are far apart: of fifty, the last two would differ by a factor of eight.
+    The lowest of the 1,000 levels of a DDPM are far apart: respaced to 50 levels, the last two would differ by a factor
+    of eight.
     """
     respaced = own.respaced(levels)
     even = NoiseSchedule.geometric(own.sigma_max, own.sigma_min, levels)

@@ -1,14 +1,14 @@
-r"""The probability flow: the same densities as the noisy chain passes through, along smooth paths.
+r"""Sampling along the probability flow, an ordinary differential equation with the densities of the noisy data.
 
-With noise of level sigma on the data, the densities :math:`p_\sigma` are also those of the solutions of
+Let :math:`p_\sigma` be the density of the data with noise of level sigma. It is also the density of the solutions of
 
 .. math:: \frac{dx}{d\sigma} = -\sigma\, s(x, \sigma) = \frac{x - D(x, \sigma)}{\sigma},
           \qquad D(x, \sigma) = x + \sigma^2 s(x, \sigma),
 
-from high to low noise. Only the start is random, and a smooth path can be followed in few, large steps. Both methods
-are of second order: half the step, a quarter of the error.
+which is solved from high to low noise. Only the start is random, and the paths are smooth, so that few, large steps are
+enough. Both methods are of second order: halving the step divides the error by four.
 
-**Heun** (two calls per step) takes an Euler step, and repeats it with the mean of the slopes at its beginning and end.
+**Heun** (two calls per step) takes an Euler step, then repeats it with the mean of the slopes at its two ends.
 
 **DPM-Solver++(2M)** (one call per step) solves the linear part exactly. In :math:`\lambda = -\log\sigma`, with steps
 :math:`h_i = \lambda_{i+1} - \lambda_i`, D is extrapolated from the last two denoised images:
@@ -16,17 +16,32 @@ are of second order: half the step, a quarter of the error.
 .. math:: x_{i+1} = \frac{\sigma_{i+1}}{\sigma_i} x_i + \Bigl(1 - \frac{\sigma_{i+1}}{\sigma_i}\Bigr)
           \Bigl(D_i + \frac{h_i}{2 h_{i-1}} (D_i - D_{i-1})\Bigr),
 
-its first step without the correction. The step to sigma = 0 is the final denoising of all samplers, Tweedie's formula.
+The first step uses :math:`D_i` alone. The step to sigma = 0 is Tweedie's formula, the final denoising of all samplers.
 
-**With an observation.** A path of the flow keeps its noise: where the denoised image does not move, the state is
-:math:`D + \sigma z`, z being the noise of the start. What was observed is therefore put in with that z at every level,
-and the result still depends on the start alone. A chain that draws new noise at every step lets the hidden part adapt
-to the observed part; a flow does not, and restores less well. Where y is noisy, all paths receive y itself at its own
-noise level: each finds a value that agrees with it, but their spread is not that of the posterior.
+**Churn.** The stochastic sampler of Karras et al. adds noise before each step of Heun's method, and the step removes it
+together with the noise of the level:
+
+.. math:: \hat\sigma_i = (1 + \gamma)\, \sigma_i, \qquad
+          \hat x = x + S_{noise} \sqrt{\hat\sigma_i^2 - \sigma_i^2}\, z, \qquad
+          \gamma = \min(S_{churn} / N,\ \sqrt 2 - 1),
+
+at the levels from :math:`S_{min}` to :math:`S_{max}`, and gamma = 0 at all others; N is the number of levels. New noise
+corrects errors of earlier steps, as in Langevin dynamics. With the exact score and :math:`S_{noise} = 1` the density at
+each level remains :math:`p_\sigma`. A value slightly above 1 replaces noise that trained networks remove in excess. The
+last step, to sigma = 0, adds no noise.
+
+**With an observation.** A path of the flow keeps its noise: if the denoised image does not change, the state is
+:math:`D + \sigma z`, where z is the noise of the start. The observed part is therefore replaced at every level by the
+observation with this z as its noise, and the result still depends on the start alone. If a sampler draws new noise at
+every step, the hidden part can adapt to the observed part; in a flow it cannot, and restoration is worse. If y is
+noisy, the observed part of every path is y itself when sigma reaches the noise level of y. Each result then agrees with
+y, but the spread of the results is not that of the posterior. With churn, z is the noise of the state too: at each step
+it becomes :math:`(\sigma_i z + \sqrt{\hat\sigma_i^2 - \sigma_i^2}\, z_{new}) / \hat\sigma_i`.
 
 References:
     Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Eq. 13.
-    Karras et al., 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, Alg. 1.
+    Karras et al., 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, Alg. 1
+    and 2.
     Lu et al., 2022, DPM-Solver++, arXiv:2211.01095, Alg. 2.
 """
 
@@ -41,7 +56,7 @@ import torch
 from torch import Tensor
 
 from scorematch.noise import NoiseSchedule
-from scorematch.protocol import Score
+from scorematch.protocol import Score, middle_of
 from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
 
 if TYPE_CHECKING:
@@ -49,37 +64,46 @@ if TYPE_CHECKING:
 
 Method = Literal["heun", "dpm-solver++"]
 
-_LEVELS = 18  # as Karras et al. for CIFAR-10
+_LEVELS = 18  # as in Karras et al. for CIFAR-10
 
 
 class ODESampler(Sampler):
-    """The probability flow on any score: few calls, and a map from noise to data.
+    """Samples any score along the probability flow, with few network calls.
 
-    Only the start is random: ``noise=`` is never called, and the same ``init`` gives the same samples.
+    Without churn only the start is random: the ``noise`` argument of ``sample`` is not used, and the same ``init``
+    gives the same samples.
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
-        schedule: the levels between which the steps are taken; None is ``NoiseSchedule.karras`` from the highest to
-            the lowest of the network's own.
-        method: "heun", two network calls per step, or "dpm-solver++", one.
-        **options: ``levels`` (None is 18 levels where no schedule is given), ``denoise``, ``clamp``, ``restore``,
-            ``precision`` and ``compile``, as for every ``Sampler``.
+        schedule: the noise levels, from high to low; each step leads from one level to the next. None uses
+            ``NoiseSchedule.karras`` between the highest and the lowest level of the network.
+        method: "heun", with two network calls per step, or "dpm-solver++", with one.
+
+        Rarely needed:
+
+        churn: how much new noise all steps add, at least 0, for Heun's method: S_churn of Karras et al. A step adds
+            1 / N of it, where N is the number of levels; values above 0.41 N have the effect of 0.41 N.
+        churn_min: the lowest level at which noise is added, in the units of x: S_min.
+        churn_max: the highest level at which noise is added, in the units of x: S_max; None is the highest level. The
+            level is raised by up to 41 % before the step, possibly above the range of the network.
+        churn_noise: the factor of the added noise, above 0: S_noise.
+        **options: the options of every ``Sampler``: ``levels`` (18 by default, if no schedule is given), ``sigma_max``,
+            ``sigma_min``, ``denoise``, ``clamp``, ``restore``, ``precision`` and ``compile``.
 
     Raises:
-        TypeError, ValueError: for a schedule that is missing, or an option that is not known.
+        TypeError: if an argument has the wrong type, or an option does not exist.
+        ValueError: if an option has an invalid value, or a plain callable has no schedule.
 
     Example:
         >>> from scorematch import NoiseSchedule
-        >>> def score(x, sigma):  # of the standard normal distribution with noise
+        >>> def score(x, sigma):  # the score of a standard normal distribution with added noise
         ...     return -x / (1 + sigma**2)
         >>> ODESampler(score, NoiseSchedule.karras(50, 0.01, 18))
         ODESampler(18 levels 50 -> 0.01, heun, 35 network calls)
 
     References:
-        Karras et al., 2022, arXiv:2206.00364, Alg. 1. Lu et al., 2022, arXiv:2211.01095, Alg. 2.
+        Karras et al., 2022, arXiv:2206.00364, Alg. 1 and 2. Lu et al., 2022, arXiv:2211.01095, Alg. 2.
     """
-
-    draws_noise = False
 
     def __init__(
         self,
@@ -87,40 +111,87 @@ class ODESampler(Sampler):
         schedule: NoiseSchedule | None = None,
         *,
         method: Method = "heun",
+        churn: float = 0.0,
+        churn_min: float = 0.0,
+        churn_max: float | None = None,
+        churn_noise: float = 1.0,
         **options: Unpack[SamplerOptions],
     ) -> None:
         super().__init__(net, schedule, **options)
         if method not in _METHODS:
             raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
+        if not 0 <= churn < math.inf:
+            raise ValueError(f"churn must be a number of at least 0, got {churn!r}.")
+        if churn and method != "heun":
+            raise ValueError(f'churn is for Heun\'s method, got {churn!r} with {method!r}. Write method="heun".')
+        if not 0 <= churn_min < (math.inf if churn_max is None else churn_max):
+            raise ValueError(
+                f"churn_min must be at least 0 and below churn_max, got churn_min={churn_min!r} and "
+                f"churn_max={churn_max!r}."
+            )
+        if not 0 < churn_noise < math.inf:
+            raise ValueError(f"churn_noise must be a number above 0, got {churn_noise!r}.")
         self.method = method
+        self.churn, self.churn_noise = churn, churn_noise
+        self.churn_min, self.churn_max = churn_min, churn_max
+
+    @property
+    def draws_noise(self) -> bool:  # type: ignore[override]
+        """Whether there is churn."""
+        return self.churn > 0
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
-        """The levels of Karras et al., in the range of the network's own."""
+        """The levels of Karras et al. between the highest and the lowest level of the network."""
         return NoiseSchedule.karras(own.sigma_max, own.sigma_min, _LEVELS if levels is None else levels)
 
     def __len__(self) -> int:
         return (len(self.schedule) - 1) * _METHODS[self.method].calls + self.denoise
 
     def settings(self) -> list[str]:
-        """The method."""
-        return [self.method]
+        """The method, and the churn."""
+        if not self.churn:
+            return [self.method]
+        high = self.schedule.sigma_max if self.churn_max is None else self.churn_max
+        noise = [] if self.churn_noise == 1 else [f"noise {self.churn_noise:g}"]
+        return [self.method, f"churn {self.churn:g} at {high:.3g} -> {self.churn_min:.3g}", *noise]
 
     def steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
-        """The states of the method, one for each level."""
-        return _METHODS[self.method].steps(x, chain, self.schedule)
+        """Yields the state after each step of the method, with its level."""
+        return self._churned(x, chain) if self.churn else _METHODS[self.method].steps(x, chain, self.schedule)
+
+    def _churned(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
+        z = (x - middle_of(self.net)) / self.schedule.sigma_max  # the noise of the state
+        for sigma, following in itertools.pairwise(self.schedule):
+            new, higher = chain.noise(x), sigma * (1 + self._gamma(sigma))
+            added = math.sqrt(higher**2 - sigma**2)
+            x = torch.add(x, new, alpha=self.churn_noise * added)
+            z = (sigma * z).add_(new, alpha=added).div_(higher)
+            x = _heun_step(x, z, chain, higher, following)
+            yield x, following
+
+    def _gamma(self, sigma: float) -> float:
+        """The relative amount by which the noise of a level is raised."""
+        high = math.inf if self.churn_max is None else self.churn_max
+        return min(self.churn / len(self.schedule), math.sqrt(2) - 1) if self.churn_min <= sigma <= high else 0.0
+
+
+def _heun_step(x: Tensor, z: Tensor, chain: Chain, sigma: float, following: float) -> Tensor:
+    """The state at the level ``following``; z is the noise of an observation."""
+    x = chain.observe(x, sigma, z)
+    score = chain.score(x, sigma)
+    end = chain.observe(torch.add(x, score, alpha=(sigma - following) * sigma), following, z)
+    slope = sigma * score + following * chain.score(end, following)
+    return torch.add(x, slope, alpha=(sigma - following) / 2)
 
 
 def _heun(x: Tensor, chain: Chain, schedule: NoiseSchedule) -> Iterator[tuple[Tensor, float]]:
     for sigma, following in itertools.pairwise(schedule):
-        x, score, z = chain(x, sigma)
-        end = chain.observe(torch.add(x, score, alpha=(sigma - following) * sigma), following, z)
-        slope = sigma * score + following * chain.score(end, following)
-        x = torch.add(x, slope, alpha=(sigma - following) / 2)
+        x = _heun_step(x, chain.noise(x), chain, sigma, following)
         yield x, following
 
 
 def _dpm_solver(x: Tensor, chain: Chain, schedule: NoiseSchedule) -> Iterator[tuple[Tensor, float]]:
-    last: tuple[Tensor, float] | None = None  # the last denoised image, and the step in log sigma that followed
+    last: tuple[Tensor, float] | None = None  # the previous denoised image, and the step in log sigma from there
     for sigma, following in itertools.pairwise(schedule):
         x, score, _ = chain(x, sigma)
         denoised, h = torch.add(x, score, alpha=sigma**2), math.log(sigma / following)

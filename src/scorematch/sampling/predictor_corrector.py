@@ -1,26 +1,34 @@
-r"""Predictor-corrector sampling: a predictor step down to each level, and Langevin steps there as corrector.
+r"""Predictor-corrector sampling: a predictor step to each lower level, and Langevin steps there as the corrector.
 
-The **predictor** is a step of the reverse diffusion from a level to the next,
+The **predictor** is a step of the reverse diffusion from one level to the next,
 
 .. math:: x \leftarrow x + (\sigma_{i-1}^2 - \sigma_i^2)\, s(x, \sigma_{i-1}) + \sqrt{v_i}\, z, \qquad
           v_i = \sigma_{i-1}^2 - \sigma_i^2 \quad\text{or}\quad
           v_i = \sigma_i^2 (\sigma_{i-1}^2 - \sigma_i^2) / \sigma_{i-1}^2 ,
 
-the first discretizing the equation ("reverse-diffusion"), the second being the exact step where the denoised image does
-not move ("ancestral"). There the noise that is left has variance :math:`\sigma_i^2`, and that of the first is larger by
-a factor of :math:`1 + (1 - r^2)^2 / r^2`, r being the ratio of the two levels: one for a thousand levels, 1.1 for
-fifty.
+The first :math:`v_i` ("reverse-diffusion") discretizes the stochastic differential equation. The second ("ancestral")
+is exact if the denoised image does not change: the noise that is left has variance :math:`\sigma_i^2`. In this case the
+first leaves noise whose variance is larger by a factor of :math:`1 + (1 - r^2)^2 / r^2`, where r is the ratio of the
+two levels: about 1 for 1,000 levels, and 1.1 for 50.
 
-The **corrector** is Langevin's step at the level, of a size that gives the signal-to-noise ratio rho,
+The **corrector** is a Langevin step at the level, with a step size that gives the signal-to-noise ratio rho,
 
 .. math:: x \leftarrow x + \epsilon\, s(x, \sigma_i) + \sqrt{2\epsilon}\, z, \qquad
           \epsilon = 2 \rho^2 D / \lVert s(x, \sigma_i) \rVert^2 ,
 
-computed for each image. The mean of :math:`\lVert s \rVert^2 / D` is the mean curvature of the log-density, so the step
-is a fixed share of what the density allows; where noise dominates, it is :math:`2 \rho^2 \sigma_i^2`. D replaces
-:math:`\lVert z \rVert^2`, whose mean it is, as Song et al. advise for small batches; the authors' code averages both
-norms over the batch, so that an image depends on the others. The score of a single image of few values can be near zero
-by chance: epsilon is at most :math:`\sigma_i^2`.
+computed for each image; D is the number of values of an image. The mean of :math:`\lVert s \rVert^2 / D` is the mean
+curvature of the negative log-density, so the step size adapts to the density. Where noise dominates, it is
+:math:`2 \rho^2 \sigma_i^2`. D is the mean of :math:`\lVert z \rVert^2` and replaces it, as Song et al. advise for small
+batches. The score of an image with few values can be near zero by chance; epsilon is therefore limited to
+:math:`\sigma_i^2`.
+
+The **authors' code** (``published``) differs in two points. The corrector begins at the highest level, before the first
+predictor step. And its step size is the same for all images of a batch and has no limit,
+
+.. math:: \epsilon = 2 \rho^2 \bigl( \overline{\lVert z \rVert} / \overline{\lVert s(x, \sigma_i) \rVert} \bigr)^2 ,
+
+where the bars are means over the batch. The samples of one batch then depend on each other: a sample changes with the
+number of samples and with their seeds.
 
 References:
     Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Alg. 2 and 4, App. F and G.
@@ -48,24 +56,29 @@ Predictor = Literal["ancestral", "reverse-diffusion"]
 
 
 class PredictorCorrectorSampler(Sampler):
-    """A step of the reverse diffusion down to each level, and Langevin steps there, on any score.
+    """Predictor-corrector sampling for any score: a step to each lower level, and Langevin steps there.
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
-        schedule: the noise levels that the chain descends; None is the network's own.
-        predictor: the noise of the step down, "ancestral" or "reverse-diffusion".
-        corrector_steps: Langevin steps after each step down; with 0 there is only the predictor.
-        snr: the corrector's signal-to-noise ratio rho, between 0 and 1; Song et al. use 0.16 for CIFAR-10.
-        **options: ``levels``, ``denoise``, ``clamp``, ``restore``, ``precision`` and ``compile``, as for every
-            ``Sampler``.
+        schedule: the noise levels, from high to low; None uses the network's own.
+        predictor: the variance of the noise of a predictor step, "ancestral" or "reverse-diffusion"; see
+            ``scorematch.sampling.predictor_corrector``.
+        corrector_steps: Langevin steps after each predictor step; 0 disables the corrector.
+        snr: the corrector's signal-to-noise ratio rho, above 0 and below 1; Song et al. use 0.16 for CIFAR-10.
+        published: whether to take the corrector steps of the authors' code, with norms that are averaged over the n
+            samples of a call, and also at the highest level. It is off by default because the samples of one call then
+            depend on each other, even if each has its own generator. With ``predictor="reverse-diffusion"`` the sampler
+            is the one of the published results for variance-exploding networks.
+        **options: the options of every ``Sampler``: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, ``clamp``,
+            ``restore``, ``precision`` and ``compile``.
 
     Raises:
-        TypeError, ValueError: for a schedule that is missing, an option that is not known, a count below 0, or an snr
-            out of its range.
+        TypeError: if an argument has the wrong type, or an option does not exist.
+        ValueError: if an option has an invalid value, or a plain callable has no schedule.
 
     Example:
         >>> from scorematch import NoiseSchedule
-        >>> def score(x, sigma):  # of the standard normal distribution with noise
+        >>> def score(x, sigma):  # the score of a standard normal distribution with added noise
         ...     return -x / (1 + sigma**2)
         >>> PredictorCorrectorSampler(score, NoiseSchedule.geometric(50, 0.01, 100))
         PredictorCorrectorSampler(100 levels 50 -> 0.01, ancestral, 1 corrector step, snr 0.16, 199 network calls)
@@ -82,6 +95,7 @@ class PredictorCorrectorSampler(Sampler):
         predictor: Predictor = "ancestral",
         corrector_steps: int = 1,
         snr: float = 0.16,
+        published: bool = False,
         **options: Unpack[SamplerOptions],
     ) -> None:
         super().__init__(net, schedule, **options)
@@ -94,32 +108,45 @@ class PredictorCorrectorSampler(Sampler):
         self.predictor = predictor
         self.corrector_steps = corrector_steps
         self.snr = float(snr)
+        self.published = published
 
     def __len__(self) -> int:
-        return (len(self.schedule) - 1) * (1 + self.corrector_steps) + self.denoise
+        steps = len(self.schedule) - 1
+        return steps + (steps + self.published) * self.corrector_steps + self.denoise
 
     def settings(self) -> list[str]:
-        """The predictor, and the corrector's steps and ratio."""
-        steps = self.corrector_steps
-        corrector = [f"{steps} corrector step{'s' if steps > 1 else ''}", f"snr {self.snr:.3g}"] if steps else []
+        """The predictor, the number and the kind of corrector steps, and the signal-to-noise ratio."""
+        steps, kind = self.corrector_steps, "published " if self.published else ""
+        corrector = [f"{steps} {kind}corrector step{'s' if steps > 1 else ''}", f"snr {self.snr:.3g}"] if steps else []
         return [self.predictor, *corrector]
 
     def steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
-        """The state after each predictor step and each corrector step."""
+        """Yields the state after each predictor step and each corrector step, with its level."""
         predict = _PREDICTORS[self.predictor]
+        for _ in range(self.corrector_steps if self.published else 0):
+            x = self._correct(x, chain, self.schedule.sigma_max)
+            yield x, self.schedule.sigma_max
         for higher, sigma in itertools.pairwise(self.schedule):
             x, score, z = chain(x, higher)
             x = predict(x, score, z, higher, sigma)
             yield x, sigma
             for _ in range(self.corrector_steps):
-                z = chain.noise(x)
-                x = chain.observe(x, sigma, z)
-                score = chain.score(x, sigma)
-                # The mean of s^2 over an image; zero gives infinity, and so the largest step.
-                epsilon = (2 * self.snr**2 / score.reshape(len(x), -1).square().mean(1)).clamp(max=sigma**2)
-                score, z = chain.settle(x, score, z, sigma)
-                x = x + per_image(epsilon, x) * score + per_image((2 * epsilon).sqrt(), x) * z
+                x = self._correct(x, chain, sigma)
                 yield x, sigma
+
+    def _correct(self, x: Tensor, chain: Chain, sigma: float) -> Tensor:
+        """The state after one Langevin step at a level."""
+        z = chain.noise(x)
+        x = chain.observe(x, sigma, z)
+        score = chain.score(x, sigma)
+        if self.published:
+            noise_norm, score_norm = (values.reshape(len(x), -1).norm(dim=1).mean() for values in (z, score))
+            epsilon = 2 * (self.snr * noise_norm / score_norm) ** 2
+        else:
+            # Division by the mean square of the score over an image; if it is 0, the clamp gives the largest step.
+            epsilon = (2 * self.snr**2 / score.reshape(len(x), -1).square().mean(1)).clamp(max=sigma**2)
+        score, z = chain.settle(x, score, z, sigma)
+        return x + per_image(epsilon, x) * score + per_image((2 * epsilon).sqrt(), x) * z
 
 
 def _ancestral(x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:

@@ -1,31 +1,34 @@
-r"""Sampling an image that was measured in part, with a score that is not trained for it.
+r"""Sampling images that agree with an observation, with a score that was not trained for this.
 
-The observation is :math:`y = A x_0 + \sigma_y n`. Let D be the denoised image, :math:`x + \sigma^2 s(x, \sigma)`,
-:math:`P = A^\top A / c` the projection onto what was observed, :math:`y^+ = A^\top y / c`, and
-:math:`\varsigma = \sigma_y / \sqrt c` the noise of y in the image.
+The observation is :math:`y = A x_0 + \sigma_y n` with an operator A and standard normal noise n. Let D be the denoised
+image, :math:`x + \sigma^2 s(x, \sigma)`. If the operator has a gain c (:math:`A A^\top = c I`), let
+:math:`P = A^\top A / c` be the projection onto the observed part, :math:`y^+ = A^\top y / c`, and
+:math:`\varsigma = \sigma_y / \sqrt c` the noise level of :math:`y^+`.
 
-**Replacement** (an operator with a gain). The noise of y is treated as a part of the noise of the chain. While
-:math:`\sigma > \varsigma` the observed part of the state is replaced before each network call, and the step does not
+**Replacement** (for operators with a gain). The noise of y is treated as a part of the noise of the chain. While
+:math:`\sigma > \varsigma`, the observed part of the state is replaced before each network call, and the step does not
 change it:
 
 .. math:: x \leftarrow x - P x + y^+ + \sqrt{\sigma^2 - \varsigma^2}\, P z .
 
-Without noise in y and with a mask this is the inpainting of NCSN. At a lower level the observed part has the density
-:math:`p_\sigma(x)\, \mathcal{N}(y^+; x, \varsigma^2 - \sigma^2)`, and a Langevin step that stays at its level uses
+For a mask and a y without noise this is the inpainting of NCSN. At levels below :math:`\varsigma` the observed part has
+the density :math:`p_\sigma(x)\, \mathcal{N}(y^+; x, \varsigma^2 - \sigma^2)`, and a Langevin step that stays at its
+level uses
 
 .. math:: P \hat D = (1 - \sigma^2/\varsigma^2)\, P D + (\sigma^2/\varsigma^2)\, y^+,
           \qquad \text{with noise}\ \sqrt{1 - \sigma^2/\varsigma^2}\, P z,
 
 which is SNIPS for operators with a gain, without its singular value decomposition. A step to the next lower level needs
-no correction, since its state already contains what was observed.
+no correction, because its state already contains the observation.
 
-**Guidance** (any operator, also a JPEG codec). The denoised image is moved towards what was observed,
+**Guidance** (for any operator, including a JPEG codec). The denoised image is moved towards the observation,
 
 .. math:: \hat D = D + w\, G\, \mathrm{lift}(y - \mathrm{measure}(D)), \qquad w = \frac{r^2}{r^2 + \sigma_y^2 / c},
           \qquad r^2 = \frac{\sigma^2 v}{\sigma^2 + v},
 
-where v is the variance of the data, and G is 1 ("guide") or :math:`(\sigma^2 / r^2)\, \partial D^\top / \partial x`
-("guide-jacobian"), which takes a backward pass through the network. Both are exact for Gaussian data of covariance v I.
+where v is the variance of the data, c is 1 for an operator without a gain, and G is 1 ("guide") or
+:math:`(\sigma^2 / r^2)\, \partial D^\top / \partial x` ("guide-jacobian"), which needs a backward pass through the
+network. Both are exact for Gaussian data with covariance v I.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, Alg. 2.
@@ -49,10 +52,10 @@ Score = Callable[[Tensor, Any], Tensor]
 
 
 class Restoration:
-    """How a chain takes an observation into account. This base class is for no observation and changes nothing."""
+    """How a sampler uses an observation. This base class stands for no observation and changes nothing."""
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
-        """The score that the chain follows, at x, which is these rows of the state; sigma is a float or ()."""
+        """The score that the sampler uses at x, the ``rows`` of the state; sigma is a float or a tensor ()."""
         return score(x, sigma)
 
     def project(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ class Restoration:
         return score, z
 
     def finish(self, x: Tensor) -> Tensor:
-        """The result, with the observed part put back if it was observed without noise."""
+        """The result; if y has no noise, its observed part is replaced by the observation."""
         return x
 
 
@@ -83,14 +86,14 @@ class Replacement(Restoration):
         return self._operator.lift(self._operator.measure(x))
 
     def project(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
-        """The state with the observed part replaced by the observation, with noise of the level."""
+        """The state with its observed part replaced by the observation, with noise of level sigma."""
         if sigma <= self._sigma:
             return x
         noise = self._observed(z) * (sigma**2 - self._sigma**2) ** 0.5
         return x - self._observed(x) + self._y + noise
 
     def settle(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """Keeps the observed part; at levels below its noise, samples it from its posterior."""
+        """Keeps the observed part; at or below the noise level of y, samples it from its posterior."""
         if sigma > self._sigma:
             return score - self._observed(score), z - self._observed(z)
         share = (sigma / self._sigma) ** 2
@@ -98,17 +101,17 @@ class Replacement(Restoration):
         return score - share * self._observed(score) + pull, z - (1 - (1 - share) ** 0.5) * self._observed(z)
 
     def finish(self, x: Tensor) -> Tensor:
-        """The denoised image with the observed part replaced by the observation, if that has no noise."""
+        """The denoised image; if y has no noise, its observed part is replaced by the observation."""
         return x if self._sigma else x - self._observed(x) + self._y
 
 
 class Guidance(Restoration):
-    """Moves the denoised image towards what was observed.
+    """Moves the denoised image towards the observation.
 
     Args:
-        observation: with any operator.
+        observation: an observation with any operator.
         variance: v, the variance of the data.
-        jacobian: whether G is the transposed Jacobian of the denoised image.
+        jacobian: whether G contains the transposed Jacobian of the denoised image; otherwise G is 1.
     """
 
     def __init__(self, observation: Observation, variance: float, *, jacobian: bool) -> None:
@@ -118,7 +121,7 @@ class Guidance(Restoration):
         self._exact = Replacement(observation) if observation.operator.gain is not None else Restoration()
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
-        """The score of the moved denoised image."""
+        """The score that corresponds to the moved denoised image."""
         operator, y = self._observation.operator.rows(rows), self._observation.y
         y = y[rows] if len(y) > 1 else y
         level = sigma**2
@@ -135,12 +138,12 @@ class Guidance(Restoration):
         return follow + missing / level
 
     def finish(self, x: Tensor) -> Tensor:
-        """As replacement finishes, for an operator with a gain; else the denoised image unchanged."""
+        """As in ``Replacement`` if the operator has a gain; otherwise the denoised image unchanged."""
         return self._exact.finish(x)
 
 
 def restoration(observation: Observation | None, restore: Restore, variance: float) -> Restoration:
-    """The restoration with the name ``restore``; for an operator without a gain, "replace" is guidance."""
+    """Creates the method with the name ``restore``; for an operator without a gain, "replace" means "guide"."""
     if observation is None:
         return Restoration()
     if restore == "replace" and observation.operator.gain is not None:

@@ -1,14 +1,14 @@
-r"""The base class of all samplers: the start, noise, batches, observations, progress and the final denoising.
+r"""The base class of all samplers. It handles the start, noise, batches, observations, progress and final denoising.
 
-A sampler follows a score from noise of the highest level to data. A new sampler overrides ``__len__``, the number of
-network calls, and one of
+A sampler uses a score to turn noise of the highest level into samples of the data. A new sampler overrides ``__len__``,
+the number of network calls, and one of
 
-- ``step``: the state at the next lower level, from the state, its score and noise; or
-- ``steps``: a generator of states, for samplers with another structure than one call per level.
+- ``step``, which returns the state at the next lower level, from the state, its score and noise; or
+- ``steps``, a generator of states, for samplers that do not make exactly one network call per level.
 
-Everything else belongs to this class. The last act of every sampler is one step of Tweedie's formula at the lowest
-level, :math:`x + \sigma_L^2 s(x, \sigma_L)`. It removes the noise that the chain leaves by construction; invisible to
-the eye, it changed the FID of NCSNv2 on CIFAR-10 from 31.8 to 10.9.
+This class does everything else. Every sampler ends with one step of Tweedie's formula at the lowest level,
+:math:`x + \sigma_L^2 s(x, \sigma_L)`, which removes the noise of that level. This noise is not visible, but its removal
+changed the FID of NCSNv2 on CIFAR-10 from 31.8 to 10.9.
 
 References:
     Jolicoeur-Martineau et al., 2020, Adversarial Score Matching and Improved Sampling, arXiv:2009.05475.
@@ -24,13 +24,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scorematch.nets.inference import InferenceScore
 from scorematch.noise import NoiseSchedule
 from scorematch.observe import Observation
 from scorematch.precision import exact_float32
@@ -38,22 +37,22 @@ from scorematch.protocol import Score, attribute, check_score, evaluating, middl
 from scorematch.randomness import Generator, as_generator, standard_normal
 from scorematch.sampling.restoration import Restoration, Restore, restoration
 
-if TYPE_CHECKING:
-    pass
-
 Precision = Literal["auto", "float32"]
 Generators = torch.Generator | tuple[torch.Generator, ...] | None
 
-# Values of the data that go through the network at once: 1,337 MNIST digits, 341 CIFAR-10 images, 5 faces of 256 px.
+# The largest number of values in one network call by default: those of 1,337 MNIST digits, 341 CIFAR-10 images or 5 RGB
+# images of 256 x 256 pixels.
 _BATCH_VALUES = 2**20
-# Steps between two looks at whether the state is finite; a look waits for the device.
+# The number of steps between two checks that the state is finite. A check waits for the device.
 _LOOK_EVERY = 16
 
 
 class SamplerOptions(TypedDict, total=False):
-    """The options that all samplers share; see ``Sampler``."""
+    """The options of all samplers; see ``Sampler``."""
 
     levels: int | None
+    sigma_max: float | None
+    sigma_min: float | None
     denoise: bool
     clamp: bool
     restore: Restore
@@ -62,39 +61,44 @@ class SamplerOptions(TypedDict, total=False):
 
 
 class Sampler(ABC):
-    """The interface of every sampler: ``sample`` and ``iterate``.
+    """The base class of all samplers, with the methods ``sample`` and ``iterate``.
 
-    ``len(sampler)`` is the number of network calls that one image takes, and ``print(sampler)`` shows the settings.
+    ``len(sampler)`` is the number of network calls per image, and ``print(sampler)`` shows the settings.
 
     Args:
-        net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable. A callable
-            is given sigma as a tensor () on x's device.
-        schedule: the noise levels that the sampler descends; None is the sampler's default for the levels that the
-            network was trained on. They need not be those of training.
-        levels: the number of noise levels, to which the schedule is respaced; None keeps it.
+        net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable. A plain
+            callable receives sigma as a tensor of shape () on x's device.
+        schedule: the noise levels, from high to low; None uses the sampler's default for the levels that the network
+            was trained on. They need not be the levels of training.
+        levels: the number of noise levels, at least 2, to which the schedule is respaced; None keeps the number.
+        sigma_max: the highest noise level, in the units of x, within the range of the schedule; None keeps that of the
+            schedule. Without a schedule, the range is that of the network's levels.
+        sigma_min: the lowest noise level, below ``sigma_max``, in the same way.
 
         Rarely needed:
 
         denoise: whether to end with one step of Tweedie's formula at the lowest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
-        restore: how the samples are made to agree with an observation: "replace" (an operator without a gain is
-            guided), "guide" or "guide-jacobian", which takes about twice as long; see
+        restore: the method that makes samples agree with an observation: "replace" (for an operator without a gain the
+            same as "guide"), "guide", or "guide-jacobian", which takes about twice as long; see
             ``scorematch.sampling.restoration``.
-        precision: "auto" uses the network's inference copy, the fastest whose samples are statistically the same;
-            "float32" calls the network as it is, with TF32 turned off during the call, and does not take an inference
-            copy as net. Scores that have no inference copy are called as they are.
-        compile: whether to run the inference copy through ``torch.compile``, at each call of ``sample``. To compile
-            once, pass ``net.inference_copy(compile=True)`` as net.
+        precision: "auto" calls the network's inference copy, which is faster and gives statistically the same samples;
+            a score without an inference copy is called itself. "float32" calls the network itself, with TF32 turned off
+            during the call; net must then not be an inference copy.
+        compile: whether to compile the inference copy with ``torch.compile`` at each call of ``sample``. To compile it
+            only once, pass ``net.inference_copy(compile=True)`` as net.
 
     Raises:
-        TypeError, ValueError: for a schedule that is missing, an option that is not known, or compilation of a score
-            that has no inference copy.
+        TypeError: if net is not callable, or the schedule or levels have the wrong type.
+        ValueError: if an option has an invalid value, a plain callable has no schedule, ``sigma_max`` or ``sigma_min``
+            is outside the range of the schedule, or ``compile`` is True for a score that has no inference copy or with
+            precision "float32".
     """
 
-    draws_noise = True  # False: the noise of every step is that of the start, as on a path of the probability flow
+    draws_noise = True  # if False, every step uses the noise of the start, as the probability flow does
 
     def __init_subclass__(cls) -> None:
-        """Shows the shared options in the signature of a sampler that passes them on as ``**options``."""
+        """Adds the options of ``Sampler`` to the signature of a subclass that passes them on as ``**options``."""
         signature = inspect.signature(cls.__init__)
         own = list(signature.parameters.values())
         if own[-1].kind is inspect.Parameter.VAR_KEYWORD:
@@ -109,6 +113,8 @@ class Sampler(ABC):
         schedule: NoiseSchedule | None = None,
         *,
         levels: int | None = None,
+        sigma_max: float | None = None,
+        sigma_min: float | None = None,
         denoise: bool = True,
         clamp: bool = True,
         restore: Restore = "replace",
@@ -125,24 +131,25 @@ class Sampler(ABC):
                     "a plain callable has no noise levels of its own: pass a schedule, such as "
                     "NoiseSchedule.geometric(50, 0.01, 232)."
                 )
-            schedule = self.default_schedule(own, levels)
+            schedule = self.default_schedule(own.between(sigma_max, sigma_min), levels)
         elif not isinstance(schedule, NoiseSchedule):
             raise TypeError(
                 f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
             )
-        elif levels is not None:
-            schedule = schedule.respaced(levels)
+        else:
+            schedule = schedule.between(sigma_max, sigma_min)
+            schedule = schedule if levels is None else schedule.respaced(levels)
         if restore not in get_args(Restore):
             raise ValueError(f"restore must be one of {', '.join(map(repr, get_args(Restore)))}, got {restore!r}.")
         if precision not in get_args(Precision):
             raise ValueError(f'precision must be "auto" or "float32", got {precision!r}.')
         if compile and (precision == "float32" or not hasattr(type(net), "inference_copy")):
             raise ValueError(
-                'compile=True is for a ScoreNet at precision="auto". Pass torch.compile(net) for any other score.'
+                'compile=True needs a ScoreNet and precision="auto". For any other score, pass torch.compile(net).'
             )
-        if precision == "float32" and isinstance(net, InferenceScore):
+        if precision == "float32" and attribute(net, "is_inference_copy"):
             raise ValueError(
-                'precision="float32" calls the network itself, but net is its inference copy. Pass the network.'
+                'precision="float32" needs the network itself, but net is an inference copy. Pass the network.'
             )
         self.schedule = schedule
         self.denoise = denoise
@@ -154,20 +161,23 @@ class Sampler(ABC):
     # -- What a sampler defines ---------------------------------------------------------------------------------------
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
-        """The noise levels to descend where no schedule is given.
+        """The noise levels to use if no schedule is given.
 
         Args:
-            own: the levels that the network was trained on.
-            levels: the number of levels that was asked for, or None.
+            own: the levels that the network was trained on, in the range that the user asked for.
+            levels: the number of levels that the user asked for, or None.
+
+        Returns:
+            The schedule of the sampler.
         """
         return own if levels is None else own.respaced(levels)
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of network calls that one image takes."""
+        """The number of network calls per image."""
 
     def settings(self) -> list[str]:
-        """The settings that ``print(sampler)`` shows beside the schedule."""
+        """The settings that ``print(sampler)`` shows in addition to the schedule."""
         return []
 
     def step(self, x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:
@@ -175,7 +185,7 @@ class Sampler(ABC):
 
         Args:
             x: the state (n, ...) at ``sigma``. It must not be written to.
-            score: of x at ``sigma``. It may be overwritten, for example with the result.
+            score: the score of x at ``sigma``. It may be overwritten, for example with the result.
             z: standard normal noise of x's shape.
             sigma: the noise level of x.
             following: the next lower level.
@@ -191,7 +201,7 @@ class Sampler(ABC):
         The default calls ``step`` once for each pair of neighboring levels.
 
         Args:
-            x: the start (n, ...), float32.
+            x: the noise to start from (n, ...), float32.
             chain: the score, the noise and the observation of this run.
         """
         for sigma, following in itertools.pairwise(self.schedule):
@@ -224,32 +234,35 @@ class Sampler(ABC):
         """Draws samples.
 
         Args:
-            n: the number of samples; None is 1, or the length of ``init``, ``condition``, ``observation`` or the list
-                of generators.
-            shape: the shape of one sample, without the batch; None is that of ``init``, of the observed image, or the
-                network's own.
+            n: the number of samples; None uses the length of ``init``, ``condition``, ``observation`` or the list of
+                generators, or 1 if none of them has one.
+            shape: the shape of one sample, without the batch axis; None uses that of ``init``, of the observed images,
+                or ``net.sample_shape``.
 
             Rarely needed:
 
-            init: the noisy start (n, ...), instead of one drawn from N(m, sigma_max^2), m being the middle of the
-                network's value range, or 0. It is not modified.
-            condition: passed to the network as its third argument, (n, ...), or an int, the class of all samples.
-            observation: what was measured of the samples, which are then drawn to agree with it; of one image, for all
-                samples, or of n. The sampler's ``restore`` selects the method.
-            generator: the source of all random numbers: a ``torch.Generator``, or a seed; None is torch's global
-                generator. Numbers are drawn on its device. A list holds one for each sample, which then does not depend
-                on the others.
-            noise: a function of the state x that returns z, standard normal and of x's shape, instead of drawn noise.
-                It is called once per step, in order, before the score; never by a sampler that draws no noise.
-            batch_size: how many samples go through the network at once; None is as many as have 2^20 values together.
-                The result does not depend on it, except for the rounding of the network's own sums.
+            init: the noisy images to start from, (n, ...); None draws them from N(m, sigma_max^2), where m is the
+                middle of the network's value range, or 0 if it has none. It is not modified.
+            condition: the third argument of the network, (n, ...), or an int, the class of all samples.
+            observation: a measurement with which the samples have to agree, of one image for all samples, or of n
+                images. The sampler's ``restore`` selects the method.
+            generator: the source of all random numbers, a ``torch.Generator`` or an int seed; None is torch's global
+                generator. Numbers are drawn on its device. With a list of n generators each sample has its own, and
+                does not depend on the other samples.
+            noise: a function that takes the state x and returns the noise of a step, standard normal values of x's
+                shape, in place of random numbers. It is called once per step, before the score. Samplers that draw no
+                noise do not call it.
+            batch_size: the number of samples per network call; None is as many as have 2^20 values together, but at
+                least 1. The result depends on it only through rounding in the network.
             progress: whether to show a progress bar.
 
         Returns:
-            The samples (n, ...), float32, in the network's value range if it has one, on its device.
+            The samples (n, ...), float32, on the network's device, clamped to its value range if it has one and
+            ``clamp`` is True.
 
         Raises:
-            ValueError: for arguments that do not fit together, or if the shape of a sample is not known.
+            TypeError: if an argument has the wrong type.
+            ValueError: if the arguments contradict each other, or the shape of a sample is not known.
             RuntimeError: if the state has NaN or infinite values; the message names the level at which that began.
         """
         with _without_gradients():
@@ -271,13 +284,13 @@ class Sampler(ABC):
         batch_size: int | None = None,
         progress: bool = True,
     ) -> Iterator[tuple[Tensor, float]]:
-        """Yields the state after every step, to watch the chain or to stop it early.
+        """Yields the state after every step, to watch the sampler or to stop it early.
 
         Arguments and errors are those of ``sample``; the arguments are checked at the call, before the first step.
 
         Yields:
-            ``(x, sigma)`` after every step, and last, where the sampler denoises, the result of ``sample`` with sigma
-            0. A yielded tensor is never written to again.
+            ``(x, sigma)`` after every step: the state (n, ...) and its noise level. If ``denoise`` is True, the last
+            pair is the result of ``sample`` with sigma 0. A yielded tensor is never written to again.
         """
         with _without_gradients():
             x, run = self._start(n, shape, init, condition, observation, generator, batch_size)
@@ -291,8 +304,8 @@ class Sampler(ABC):
         with _without_gradients():
             net = self._inference_net()
         path = None if self.draws_noise else (x - middle_of(self.net)) / self.schedule.sigma_max
-        # A sampler runs with gradients off and the network in eval mode, but only within a step: between two steps of
-        # ``iterate`` the caller's own modes hold.
+        # Gradients are off and the network is in eval mode only within a step; between two steps of ``iterate`` the
+        # caller's modes apply.
         with tqdm(total=len(self), disable=not progress, desc="sampling", unit="call") as bar:
             chain = Chain(net, run, noise if path is None else lambda x: path, bar.update)
             finite = _FiniteCheck(self.schedule)
@@ -322,7 +335,7 @@ class Sampler(ABC):
             yield
 
     def _inference_net(self) -> Score:
-        """The network, or with precision "auto" its inference copy if it has one: made for one run, and not kept."""
+        """The network, or with precision "auto" its inference copy if it has one, made for one run and not kept."""
         if self.precision == "float32" or not hasattr(type(self.net), "inference_copy"):
             return self.net
         return self.net.inference_copy(compile=self.compile)  # type: ignore[attr-defined]
@@ -342,11 +355,11 @@ class Sampler(ABC):
         generator: Generator,
         batch_size: int | None,
     ) -> tuple[Tensor, _Run]:
-        """The start (n, ...), float32 and on the network's device, and the other arguments of the run."""
+        """The noise to start from (n, ...), float32 on the network's device, and the other arguments of the run."""
         if observation is not None and not isinstance(observation, Observation):
             raise TypeError(
                 f"observation must be an Observation, got {type(observation).__name__}. "
-                "Write Observation(operator, y), of scorematch.observe."
+                "Write scorematch.observe.Observation(operator, y)."
             )
         if not isinstance(condition, Tensor | int | None) or isinstance(condition, bool):
             raise TypeError(f"condition must be a tensor (n, ...) or an int, got {type(condition).__name__}.")
@@ -380,17 +393,20 @@ class Sampler(ABC):
     ) -> tuple[int, ...]:
         if init is not None and shape is not None and tuple(shape) != tuple(init.shape[1:]):
             raise ValueError(
-                f"shape, that of one sample without the batch, is {tuple(shape)}, but that of init is "
-                f"{tuple(init.shape[1:])}."
+                f"shape must be the shape of one sample of init, {tuple(init.shape[1:])}, got {tuple(shape)}. Leave it "
+                "out."
             )
         observed = None if observation is None else observation.operator.lift(observation.y).shape[1:]
         found = init.shape[1:] if init is not None else shape
         if found is None:
             found = attribute(self.net, "sample_shape") if observed is None else observed
         if found is None:
-            raise ValueError("the shape of a sample is not known: pass shape=, that of one sample without the batch.")
+            raise ValueError("the shape of a sample is not known: pass shape=, without the batch axis.")
         if observed is not None and tuple(observed) != tuple(found):
-            raise ValueError(f"{observation!r} is of images of shape {tuple(observed)}, not {tuple(found)}.")
+            raise ValueError(
+                f"the observation must be of images of shape {tuple(found)}, but {observation!r} is of images of shape "
+                f"{tuple(observed)}."
+            )
         return tuple(found)
 
     def _restoration(self, observation: Observation | None, device: torch.device) -> Restoration:
@@ -400,21 +416,21 @@ class Sampler(ABC):
         observation = observation.to(device)
         if self.clamp and value_range is not None and observation.sigma == 0:
             operator, y = observation.operator, observation.y
-            y = y if operator.gain is None else operator.measure(operator.lift(y))  # without the hidden values
+            y = y if operator.gain is None else operator.measure(operator.lift(y))  # only the observed values
             low, high = float(y.min()), float(y.max())
             if low < value_range[0] - 1e-6 or high > value_range[1] + 1e-6:
                 warnings.warn(
-                    f"y has sigma 0, no noise, but its values go from {low:.3g} to {high:.3g}, beyond the network's "
-                    f"range {value_range}, to which the result is clamped. Pass the noise level of y, "
-                    "Observation(operator, y, sigma=...), or sample with clamp=False.",
+                    f"y has no noise (sigma 0), but its values range from {low:.3g} to {high:.3g}, outside the "
+                    f"network's value_range {value_range}, to which the result is clamped. Pass the noise level of y, "
+                    "Observation(operator, y, sigma=...), or create the sampler with clamp=False.",
                     stacklevel=4,
                 )
-        # The standard deviation of image data about the middle of its range is a quarter of it, as in the row "karras".
+        # Image data are assumed to have a standard deviation of a quarter of their range, as in the row "karras".
         variance = 1.0 if value_range is None else ((value_range[1] - value_range[0]) / 4) ** 2
         return restoration(observation, self.restore, variance)
 
     def _device(self, init: Tensor | None, generators: Generators) -> torch.device:
-        """The network's device; for a plain callable that of the start, else of the generator."""
+        """The network's device; for a plain callable that of init, or else that of the generator, or else the CPU."""
         if isinstance(self.net, nn.Module):
             parameter = next(self.net.parameters(), None)
             if parameter is not None:
@@ -428,11 +444,11 @@ class Sampler(ABC):
         return torch.device("cpu") if one is None else one.device
 
 
-# -- What the steps of one run are given ------------------------------------------------------------------------------
+# -- What the steps of one run use ------------------------------------------------------------------------------------
 
 
 class _Run(NamedTuple):
-    """The checked arguments of one run, except the start, which is kept apart so that it can be freed early."""
+    """The checked arguments of one run, except the start, which is kept separately so that it can be freed early."""
 
     condition: Tensor | None
     restoration: Restoration
@@ -443,15 +459,15 @@ class _Run(NamedTuple):
 class Chain:
     """The score, the noise and the observation of one run, as ``Sampler.steps`` uses them.
 
-    Calling it does what most steps begin with: ``x, score, z = chain(x, sigma)`` draws the noise of the step, puts what
-    was observed into the state, and takes the score there.
+    Most steps begin with ``x, score, z = chain(x, sigma)``, which draws the noise of the step, replaces the observed
+    part of the state, and computes the score of the new state.
     """
 
     def __init__(self, net: Score, run: _Run, noise: Callable[[Tensor], Tensor], count: Callable[[], object]) -> None:
         self._net, self._run, self._noise, self._count = net, run, noise, count
         self._takes_floats = hasattr(type(net), "inference_copy")  # a network of this package
         self._sigmas: dict[float, Tensor] = {}
-        self._z: Tensor | None = None  # the noise of the last step, if it has not been used for an observation since
+        self._z: Tensor | None = None  # the noise of the last replacement, which ``denoised`` uses once
 
     def __call__(self, x: Tensor, sigma: float, *, stay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The state with the observation, its score, and the noise of the step.
@@ -459,8 +475,11 @@ class Chain:
         Args:
             x: the state (n, ...).
             sigma: its noise level.
-            stay: whether the step stays at its level, as those of Langevin dynamics do; with an observation its score
-                and noise are then those of the posterior.
+            stay: whether the step stays at its level, as in Langevin dynamics. With an observation the score and the
+                noise are then those of the posterior.
+
+        Returns:
+            Three tensors of x's shape: the state, its score, and standard normal noise.
         """
         z = self.noise(x)
         x = self.observe(x, sigma, z)
@@ -474,11 +493,11 @@ class Chain:
         z = self._noise(x)
         if z.shape != x.shape:
             raise ValueError(f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}.")
-        self._z = z.to(x)
-        return self._z
+        return z.to(x)
 
     def observe(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
-        """The state with what was observed put in, at the noise level sigma with the noise z."""
+        """The state with its observed part replaced by the observation, with noise sigma z."""
+        self._z = z
         return self._run.restoration.project(x, sigma, z)
 
     def settle(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -486,18 +505,41 @@ class Chain:
         return self._run.restoration.settle(x, score, z, sigma)
 
     def score(self, x: Tensor, sigma: float) -> Tensor:
-        """The score of x (n, ...) at a noise level: one network call for each sample. The result may be overwritten."""
+        """The score of x (n, ...) at a noise level, one network call per sample. The result may be overwritten."""
+        return self._scores(x, sigma, lambda part: self._of(part, self._net))
+
+    def score_and_variance(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """The score, and the variance that the network predicts in the same call; see ``ScoreNet.score_and_variance``.
+
+        With an observation the variance is that of the network without it.
+        """
+        variance = torch.empty_like(x)
+
+        def network(part: slice) -> Score:
+            both = self._of(part, attribute(self._net, "score_and_variance"))
+
+            def score(x: Tensor, sigma: Any) -> Tensor:
+                score, share = both(x, sigma)
+                variance[part] = check_score(share, x).detach()
+                return score
+
+            return score
+
+        return self._scores(x, sigma, network), variance
+
+    def _scores(self, x: Tensor, sigma: float, network: Callable[[slice], Score]) -> Tensor:
+        """The score of x, with the function of x and sigma that ``network`` returns for some of its rows."""
         run = self._run
         scores = torch.empty_like(x)
         level = sigma if self._takes_floats else self._tensor(sigma, x)
         for i in range(0, len(x), run.batch_size):
             part = slice(i, i + run.batch_size)
-            scores[part] = check_score(run.restoration.score(self._network(part), x[part], level, part), x[part])
+            scores[part] = check_score(run.restoration.score(network(part), x[part], level, part), x[part])
         self._count()
         return scores
 
     def denoised(self, x: Tensor, sigma: float) -> Tensor:
-        """One step of Tweedie's formula, on the state with what was observed at the last level."""
+        """The denoised image by Tweedie's formula, after the observed part of the state is replaced."""
         if self._z is not None:
             x = self.observe(x, sigma, self._z)
             self._z = None
@@ -509,21 +551,22 @@ class Chain:
             self._sigmas[sigma] = torch.full((), sigma, dtype=x.dtype, device=x.device)
         return self._sigmas[sigma]
 
-    def _network(self, part: slice) -> Callable[[Tensor, Any], Tensor]:
-        net, condition = self._net, self._run.condition
-        return net if condition is None else lambda x, sigma: net(x, sigma, condition[part])
+    def _of(self, part: slice, function: Callable[..., Any]) -> Callable[[Tensor, Any], Any]:
+        """A function of x, sigma and the condition as one of x and sigma, for some rows of the condition."""
+        condition = self._run.condition
+        return function if condition is None else lambda x, sigma: function(x, sigma, condition[part])
 
 
 class _FiniteCheck:
-    """Notices that a state has left the finite numbers, without waiting for the device at every step.
+    """Raises an error if a state has NaN or infinite values, without waiting for the device at every step.
 
-    The number of the first such step is recorded on the device, and read now and then.
+    The number of the first such step is recorded on the device, and read every ``_LOOK_EVERY`` steps.
     """
 
     def __init__(self, schedule: NoiseSchedule) -> None:
         self.schedule = schedule
-        self.sigmas: list[float] = []  # after each step
-        self.first: Tensor | None = None  # the first step with a value that is not finite, or a great number
+        self.sigmas: list[float] = []  # of the state after each step
+        self.first: Tensor | None = None  # the first step with NaN or infinity, or the largest int32
 
     def record(self, x: Tensor, sigma: float) -> None:
         step = len(self.sigmas)
@@ -551,7 +594,7 @@ def _count(
     observation: Observation | None,
     generators: Generators,
 ) -> int:
-    """The number of samples, on which all arguments must agree."""
+    """The number of samples; all arguments must agree on it."""
     counts = {
         "n": n,
         "init": None if init is None else len(init),
@@ -583,6 +626,6 @@ def _source(noise: Callable[[Tensor], Tensor] | None, generators: Generators) ->
 
 @contextmanager
 def _without_gradients() -> Iterator[None]:
-    """Gradients off; not inference mode, since "guide-jacobian" takes derivatives of its own."""
+    """Turns gradients off, and also inference mode, in which "guide-jacobian" could not compute derivatives."""
     with torch.inference_mode(False), torch.no_grad():
         yield

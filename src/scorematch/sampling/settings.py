@@ -1,13 +1,14 @@
-"""Sampler settings as a value: what was measured or published to sample a network well, stored with its weights."""
+"""Sampler settings: how to sample a network well, as measured or published. They are stored with its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from scorematch.schema import Field, check
 
+_LEVEL = Field(float, optional=True, low=0)
 _COUNT = Field(int, optional=True, low=1, high=1_000_000)
 _SCHEMA: Mapping[str, Field] = {
     "sampler": Field(str, required=True, choices=("langevin", "ode", "ancestral", "predictor-corrector")),
@@ -17,41 +18,55 @@ _SCHEMA: Mapping[str, Field] = {
     "exact_noise": Field(bool, optional=True),
     "consistent": Field(bool, optional=True),
     "method": Field(str, optional=True, choices=("heun", "dpm-solver++")),
-    "variance": Field(str, optional=True, choices=("large", "small")),
+    "churn": Field(float, optional=True, low=0),
+    "churn_min": _LEVEL,
+    "churn_max": _LEVEL,
+    "churn_noise": Field(float, optional=True, low=0),
+    "variance": Field(str, optional=True, choices=("large", "small", "learned")),
+    "clamp_denoised": Field(bool, optional=True),
     "predictor": Field(str, optional=True, choices=("ancestral", "reverse-diffusion")),
     "corrector_steps": Field(int, optional=True, low=0, high=1_000_000),
     "snr": Field(float, optional=True, low=0, high=1),
+    "sigma_max": _LEVEL,
+    "sigma_min": _LEVEL,
 }
 _OPTIONS = {
     "langevin": {"steps_per_level", "step_size", "exact_noise", "consistent"},
-    "ode": {"method"},
-    "ancestral": {"variance"},
+    "ode": {"method", "churn", "churn_min", "churn_max", "churn_noise"},
+    "ancestral": {"variance", "clamp_denoised"},
     "predictor-corrector": {"predictor", "corrector_steps", "snr"},
 }
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """Recommended settings of a network, with the names of the samplers' arguments.
+    """The recommended sampler of a network and its options, which have the names of the sampler's arguments.
 
-    Arguments left as None use the sampler's default.
+    Options left as None use the sampler's default.
 
     Args:
         sampler: "langevin" (AnnealedLangevinSampler), "ode" (ODESampler), "ancestral" (AncestralSampler) or
             "predictor-corrector" (PredictorCorrectorSampler).
-        levels: the number of noise levels.
-        steps_per_level: of annealed Langevin dynamics, and likewise the next three.
-        step_size: at the lowest level, in units of sigma squared.
-        exact_noise: whether the noise of a step has variance 2a - a^2/sigma^2.
-        consistent: whether to sample consistently.
-        method: of the probability flow, "heun" or "dpm-solver++".
-        variance: of ancestral sampling, "large" or "small".
-        predictor: of predictor-corrector sampling, "ancestral" or "reverse-diffusion".
-        corrector_steps: of predictor-corrector sampling.
-        snr: of predictor-corrector sampling.
+        levels: the number of noise levels, at least 2.
+        steps_per_level: option of "langevin": Langevin steps at each level, at least 1.
+        step_size: option of "langevin": the step size at the lowest level, in squared units of x.
+        exact_noise: option of "langevin": whether the noise of a step has variance 2a - a^2/sigma^2 instead of 2a.
+        consistent: option of "langevin": whether to use consistent annealed sampling.
+        method: option of "ode": "heun" or "dpm-solver++".
+        churn: option of "ode": how much new noise the steps add, at least 0.
+        churn_min: option of "ode": the lowest level at which noise is added, in units of x.
+        churn_max: option of "ode": the highest level at which noise is added, in units of x.
+        churn_noise: option of "ode": the factor of the added noise.
+        variance: option of "ancestral": "large", "small" or "learned".
+        clamp_denoised: option of "ancestral": whether to clamp the denoised image at every step.
+        predictor: option of "predictor-corrector": "ancestral" or "reverse-diffusion".
+        corrector_steps: option of "predictor-corrector": Langevin steps after each predictor step, at least 0.
+        snr: option of "predictor-corrector": the signal-to-noise ratio of the corrector, from 0 to 1.
+        sigma_max: option of all samplers: the highest noise level, in units of x; None is that of the network.
+        sigma_min: option of all samplers: the lowest noise level, in units of x; None is that of the network.
 
     Raises:
-        ValueError: for a value out of range, or an option of another sampler.
+        ValueError: if a value is out of range or of the wrong type, or an option belongs to another sampler.
 
     Example:
         >>> SamplerSettings(levels=100, step_size=5e-5, consistent=True).to_dict()
@@ -65,12 +80,21 @@ class SamplerSettings:
     exact_noise: bool | None = None
     consistent: bool | None = None
     method: str | None = None
+    churn: float | None = None
+    churn_min: float | None = None
+    churn_max: float | None = None
+    churn_noise: float | None = None
     variance: str | None = None
+    clamp_denoised: bool | None = None
     predictor: str | None = None
     corrector_steps: int | None = None
     snr: float | None = None
+    sigma_max: float | None = None
+    sigma_min: float | None = None
 
     SCHEMA: ClassVar[Mapping[str, Field]] = _SCHEMA
+    OPTIONS: ClassVar[Mapping[str, Set[str]]] = _OPTIONS
+    NOISE: ClassVar[tuple[str, ...]] = ("levels", "sigma_max", "sigma_min")  # options of all samplers
 
     def __post_init__(self) -> None:
         check(asdict(self), _SCHEMA, "sampler_settings")
@@ -84,20 +108,27 @@ class SamplerSettings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments of the sampler that are set, without the number of levels."""
-        skipped = ("sampler", "levels")
-        return {key: value for key, value in self.to_dict().items() if key not in skipped}
+        """The options of the sampler that are set, as keyword arguments; without those of all samplers."""
+        return {key: value for key, value in self.to_dict().items() if key not in ("sampler", *self.NOISE)}
+
+    @property
+    def noise(self) -> dict[str, Any]:
+        """The options of the noise levels that are set, as keyword arguments of every sampler."""
+        return {key: value for key, value in self.to_dict().items() if key in self.NOISE}
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values for JSON, without those that are None; ``from_dict`` restores them."""
+        """A dict of plain values for JSON, without those that are None; ``from_dict`` is the inverse."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplerSettings:
-        """The settings that ``to_dict`` wrote.
+        """Creates settings from a dict that ``to_dict`` returned.
+
+        Args:
+            values: at least "sampler", and the options that are set.
 
         Raises:
-            ValueError: for an unknown key, or a value out of range.
+            ValueError: if a key is unknown or missing, or a value is out of range.
         """
         check(values, _SCHEMA, "sampler_settings", closed=True)
         return cls(**values)

@@ -1,18 +1,19 @@
-"""Training data: ``open_images`` turns a folder, arrays or a data set into batches of tensors.
+"""Training data: ``open_images`` opens a folder, arrays or a data set as an ``ImageData``, from which batches are read.
 
 It accepts
 
-- a folder: all pictures in it and its subfolders, sorted by path;
-- a tensor or an array, alone or as a pair (images, labels), or a dict or an .npz file of these: images (N, C, H, W),
-  (N, H, W, C) or (N, H, W), or floating-point data of any shape (N, ...);
+- a folder: all image files in it and its subfolders, sorted by path;
+- a tensor or an array, alone or as a pair (images, labels), or a dict or an .npz file of arrays. Images are uint8 of
+  shape (N, C, H, W), (N, H, W, C) or (N, H, W); floating-point data may have any shape (N, ...), and images among them
+  are (N, C, H, W) in [0, 1];
 - a ``torch.utils.data.Dataset`` with a length, whose items are images or tuples (image, label);
 - a data set of Hugging Face's ``datasets``, or its name on the Hub.
 
-Pictures are cropped and resized with Pillow and kept as uint8, the precision that they have. Each picture is decoded
-once when the data are opened, so that damaged ones are known before the training starts. The decoded pictures are kept
-in memory, or in a memory-mapped file (``cache``), so that later epochs decode nothing.
+Image files are cropped and resized with Pillow and kept as uint8. Each file is decoded once when the data are opened,
+so that damaged files are found before the training starts. The decoded images are kept in memory, or in a memory-mapped
+file (``cache``), so that no later epoch decodes them again.
 
-Which image a training run sees when is a function of the seed and of the position in the run alone; see ``Order``.
+The order of the images in a training run depends on the seed only; see ``Order``.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ from tqdm.auto import tqdm
 from scorematch.randomness import seed_of
 from scorematch.training.sources import Array, Crop, Options, Source, UnfitError, find, ordered_map
 
-_IN_MEMORY = 2**30  # bytes of decoded pictures that are kept in memory without a cache
+_IN_MEMORY = 2**30  # the largest size in bytes of decoded images that are kept in memory without a cache
 
 
 class ImageData:
-    """Training data with random access, as ``open_images`` returns them.
+    """Training data with random access, created by ``open_images``. ``len(data)`` is the number of images.
 
     Attributes:
-        shape: of one image, (C, H, W), or of one sample of other data.
+        shape: the shape of one image, (C, H, W), or of one sample of other data.
         classes: the names of the classes, or None without labels.
-        skipped: the names of the pictures that cannot be read and are left out.
-        fingerprint: a hash that differs between different data. Of a folder it covers the paths and sizes of the files,
-            of arrays their values, of data sets their length, always with the shape of an image and the crop.
+        skipped: the names of the images that cannot be read and are left out.
+        fingerprint: a hash that identifies the data. It covers the shape of an image, the crop, and the paths and sizes
+            of the files of a folder, the values of arrays, or the length of a data set.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class ImageData:
         self.shape, self.classes, self.fingerprint = source.shape, source.classes, fingerprint
         self.skipped = tuple(map(source.name_of, broken))
         self._source, self._array = source, array
-        self._kept = np.setdiff1d(np.arange(len(source)), broken)  # the images of the source that can be read
+        self._kept = np.setdiff1d(np.arange(len(source)), broken)  # indices of the images that can be read
         self._labels = None if source.labels is None else torch.from_numpy(source.labels[self._kept])
         self._workers = workers
         self._pool: ThreadPoolExecutor | None = None
@@ -71,17 +72,17 @@ class ImageData:
         return f"ImageData({len(self):,} x {self.shape} from {self._source.name})"
 
     def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
-        """Reads images by their positions.
+        """Reads images by index.
 
         Args:
-            indices: n positions from 0 to ``len(self) - 1``; they may repeat.
+            indices: n indices from 0 to ``len(self) - 1``; they may repeat.
 
         Returns:
-            The images (n, C, H, W), uint8, or float32 in [0, 1] for floating-point sources; and their labels (n,),
-            int64, or None.
+            A tuple (images, labels): the images (n, C, H, W), uint8, or float32 for floating-point sources; the labels
+            (n,), int64, or None.
 
         Raises:
-            OSError: for a file that has become unreadable since the data were opened.
+            OSError: if a file has become unreadable since the data were opened.
         """
         rows = np.asarray(indices, dtype=np.int64)
         if self._array is not None:
@@ -94,16 +95,17 @@ class ImageData:
 
 
 class Order:
-    """The order in which a run sees its data: each epoch is a permutation of all images, drawn from the seed.
+    """The order of the images in a run: each epoch is a random permutation of all images that depends on the seed.
 
-    Image i of a run is the same whatever the batch size, the number of processes, and whether it was interrupted.
+    Image i of a run does not depend on the batch size, the number of processes, or interruptions. ``order(start,
+    stop)`` returns the indices in the data of the images start to stop - 1 of the run.
 
     Args:
-        length: the number of images in the data.
-        seed: of the run.
+        length: the number of images in the data, at least 1.
+        seed: the seed of the run.
 
     Raises:
-        ValueError: if there are no images.
+        ValueError: if ``length`` is below 1.
 
     Example:
         >>> order = Order(5, seed=0)
@@ -118,7 +120,7 @@ class Order:
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
     def __call__(self, start: int, stop: int) -> Tensor:
-        """The positions in the data of the images ``start`` to ``stop - 1`` of the run, int64 (stop - start,)."""
+        """The indices in the data of the images ``start`` to ``stop - 1`` of the run, int64 (stop - start,)."""
         parts = []
         while start < stop:
             epoch, first = divmod(start, self.length)
@@ -151,36 +153,40 @@ def open_images(
     """Opens training data.
 
     Args:
-        source: any of the kinds that this module lists. A string is a path if there is such a file or folder, else the
-            name of a data set on the Hub, of which the split "train" is taken. An ``ImageData`` is returned itself.
-        image_size: (height, width), or the side of a square. None is the size of the images, which must then agree;
-            pictures become square.
-        channels: 1 for gray, 3 for RGB. None is that of the images, which must then agree.
-        crop: "center" is the largest area in the middle with the proportions of ``image_size``; "celeba" the 140 x 140
-            pixels in the middle, for CelebA's aligned pictures; None is the whole picture, whatever its proportions.
-            What is cropped is resized with Pillow's antialiased bilinear filter.
-        labels: whether to read class labels: in a folder, the names of its subfolders.
-        cache: a folder for the decoded images, where later calls find them. None keeps up to 1 GiB of decoded pictures
-            in memory; a larger set is decoded again in each epoch, and so is a ``torch`` Dataset.
-        strict: whether a damaged picture is an error. Otherwise it is left out, and a warning names it.
+        source: a source as listed in the module docstring. A string is a path if such a file or folder exists, and the
+            name of a data set on the Hub otherwise, of which the split "train" is used. An ``ImageData`` is returned
+            unchanged.
+        image_size: (height, width) in pixels, or the side of a square. None keeps the size of the images, which must be
+            the same for all; images from files and data sets are then cropped to a square, unless ``crop`` is None.
+        channels: 1 for gray, 3 for RGB. None keeps the number of channels of the images, which must be the same for
+            all.
+        crop: "center" crops the largest area in the middle with the aspect ratio of ``image_size``; "celeba" crops the
+            140 x 140 pixels in the middle, for CelebA's aligned images; None does not crop, and may change the aspect
+            ratio. The result is resized with Pillow's antialiased bilinear filter.
+        labels: whether to read class labels. The classes of a folder are its subfolders.
+        cache: a folder for the decoded images, which later calls reuse. None keeps up to 1 GiB of decoded images in
+            memory; a larger data set is decoded again in each epoch, and so is a ``torch`` Dataset.
+        strict: whether a damaged image raises an error. Otherwise it is left out, with a warning.
 
         Rarely needed:
 
-        image_key: of a data set, a dict or an .npz file, the name of the images; None finds it.
-        label_key: likewise of the labels.
-        workers: the number of threads that decode; None is the number of processors.
-        progress: whether to show a progress bar while pictures are decoded.
+        image_key: the name of the images in a data set, a dict or an .npz file; None finds it by type or common names.
+        label_key: the name of the labels, likewise.
+        workers: the number of threads that decode images, at least 1; None is the number of processors.
+        progress: whether to show a progress bar while images are decoded.
 
     Returns:
         The data.
 
     Raises:
-        FileNotFoundError: for a path that does not exist, or a folder without pictures.
-        ImportError: without Pillow, for pictures; without ``datasets``, for a name.
-        TypeError: for a source of another kind.
-        ValueError: for pictures of different sizes without ``image_size``, gray and color pictures without
-            ``channels``, arrays of another shape, or labels that do not fit.
-        OSError: if no picture can be read; for a damaged picture with ``strict``; for a cache that cannot be written.
+        FileNotFoundError: if the path does not exist, or the folder has no image files.
+        ImportError: without Pillow, if images must be decoded or resized; without ``datasets``, for the name of a data
+            set.
+        TypeError: if the source has another type.
+        ValueError: if the images have different sizes and ``image_size`` is None, or gray and color images are mixed
+            and ``channels`` is None, or an array has another shape, or floating-point images in an array have values
+            outside [0, 1] or NaN, or the labels do not fit.
+        OSError: if no image can be read, an image is damaged and ``strict`` is True, or the cache cannot be written.
 
     Example:
         >>> data = open_images(torch.zeros(10, 3, 8, 8, dtype=torch.uint8))
@@ -208,7 +214,7 @@ def open_images(
     if broken:
         few = ", ".join(data.skipped[:3]) + (", ..." if len(broken) > 3 else "")
         warnings.warn(
-            f"{len(broken)} of the {len(found)} pictures of {found.name} cannot be read and are left out: {few}",
+            f"{len(broken)} of the {len(found)} images of {found.name} cannot be read and are left out: {few}",
             stacklevel=2,
         )
     return data
@@ -224,7 +230,10 @@ def _digest(*parts: object) -> str:
 def _decode(
     source: Source, fingerprint: str, cache: Path | None, strict: bool, workers: int, progress: bool
 ) -> tuple[np.ndarray | None, list[int]]:
-    """All images but the damaged ones: memory-mapped, in memory, or None if they are not kept; and the damaged ones."""
+    """Decodes all images, and returns the array of those that are not damaged and the indices of the damaged ones.
+
+    The array is in memory or memory-mapped; it is None if the images are not kept.
+    """
     if isinstance(source, Array):
         return source.array, []
     if cache is not None:
@@ -249,14 +258,14 @@ def _decode(
 
 
 def _decoded(source: Source, strict: bool, workers: int, progress: bool) -> Iterator[np.ndarray | None]:
-    """The pixels of each image, or None for one that is damaged."""
+    """The pixels of each image in order, or None for a damaged image."""
 
     def decode(i: int) -> np.ndarray | Exception:
         try:
             return source.pixels(i)
         except (UnfitError, ImportError):
             raise
-        except Exception as error:  # of many kinds: Pillow's decoders raise what they meet
+        except Exception as error:  # Pillow's decoders raise errors of many types
             if strict:
                 raise OSError(f"{source.name_of(i)} cannot be read as an image: {error}") from error
             return error
@@ -271,11 +280,11 @@ def _decoded(source: Source, strict: bool, workers: int, progress: bool) -> Iter
             found += 1
             yield image
     if not found:
-        raise OSError(f"none of the {len(source)} pictures of {source.name} can be read: {last}") from last
+        raise OSError(f"none of the {len(source)} images of {source.name} can be read: {last}") from last
 
 
 def _write(source: Source, pixels: Path, index: Path, strict: bool, workers: int, progress: bool) -> None:
-    """Writes the decoded images and the list of the damaged ones; both files are complete or not there at all."""
+    """Writes the decoded images and the indices of the damaged ones, each file atomically."""
     staged = pixels.with_name(f".writing-{uuid.uuid4().hex}")
     dtype: np.dtype[Any] = np.dtype(np.uint8)
     broken = []
@@ -287,7 +296,7 @@ def _write(source: Source, pixels: Path, index: Path, strict: bool, workers: int
         file = staged.open("wb")
     try:
         with file:
-            # Written and not memory-mapped: a full disk is then an error, and not the end of the process.
+            # Not memory-mapped: with a full disk, a write raises an error, but a memory map kills the process.
             file.write(_header(source, len(source), dtype))
             for i, image in enumerate(_decoded(source, strict, workers, progress)):
                 if image is None:
@@ -315,13 +324,12 @@ def _writing_to(cache: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"the decoded images cannot be written to {cache}: {error.strerror or error}. Name another folder for the "
-            "cache."
+            f"the decoded images cannot be written to {cache}: {error.strerror or error}. Pass another folder as cache."
         ) from error
 
 
 def _header(source: Source, n: int, dtype: np.dtype[Any]) -> bytes:
-    """The start of an .npy file. NumPy leaves room for n to grow, so that its length does not depend on n."""
+    """The header of an .npy file of n images. NumPy pads it, so that its length does not depend on n."""
     header = io.BytesIO()
     fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n, *source.shape)}
     np.lib.format.write_array_header_1_0(header, fields)

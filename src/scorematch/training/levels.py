@@ -1,28 +1,30 @@
-r"""Noise levels and weights of the training loss: which levels are drawn how often, and how much each counts.
+r"""The distribution of the noise levels in training, and the weighting of the loss by noise level.
 
 The loss at one level is :math:`w(\sigma)\, \tfrac{1}{p} \sum_i |s(x + \sigma z, \sigma)_i + z_i / \sigma|^p`. A
-distribution of levels is given by its quantile function: a number u between 0 and 1 becomes a noise level.
+distribution of levels is defined by its quantile function, which maps a number u between 0 and 1 to a noise level.
 
 ==================  ==============================================  =================================================
 levels              sigma                                           used by
 ==================  ==============================================  =================================================
-a NoiseSchedule     its levels, equally often                       NCSN, NCSNv2, DDPM
+a NoiseSchedule     its levels, equally probable                    NCSN, NCSNv2, DDPM
 ``LogUniform``      log sigma uniform between two ends              NCSN++ (continuous)
+``UniformTime``     the time of the VP diffusion uniform            DDPM++ (continuous)
 ``LogNormal``       log sigma normal                                EDM
+``Mixture``         several distributions, equally probable         the examples of this package
 ==================  ==============================================  =================================================
 
-Image i of a run has :math:`u_i = \operatorname{frac}(i / \varphi + u_0)`, phi being the golden ratio. Every stretch of
-this sequence is spread evenly over (0, 1), so that each batch covers all levels, whatever its size and wherever it
-begins, and the loss of a batch varies less than with independent levels.
+Image i of a run gets the level at :math:`u_i = \operatorname{frac}(i / \varphi + u_0)`, where phi is the golden ratio
+and u_0 depends on the seed. Consecutive numbers of this sequence are spread evenly over (0, 1). Each batch therefore
+covers all levels, and its loss varies less than with independent levels.
 
 ==============  ========================  ============================================================================
 weighting       w                         meaning
 ==============  ========================  ============================================================================
-"sigma"         :math:`\sigma^p`          the error of the noise counts the same at every level (NCSN, DDPM)
-"backbone"      :math:`1 / |c_{out}|^p`   the error of the backbone's output counts the same at every level (EDM)
+"sigma"         :math:`\sigma^p`          the error of the predicted noise, equally weighted at every level (NCSN, DDPM)
+"backbone"      :math:`1 / |c_{out}|^p`   the error of the backbone's output, equally weighted at every level (EDM)
 ==============  ========================  ============================================================================
 
-With both, a network that predicts nothing has a loss of about D/2 for p = 2, D being the number of values in an image.
+With both, for p = 2, the loss of an untrained network is about D/2, where D is the number of values in an image.
 
 References:
     Song & Ermon, 2019, arXiv:1907.05600, Eq. 6. Song et al., 2021, arXiv:2011.13456, App. C.
@@ -34,6 +36,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -47,16 +50,21 @@ from scorematch.score import ScoreNet
 
 Weighting = Literal["sigma", "backbone"]
 
+_POOLED = 2**14  # the number of levels with which a mixture represents each of its parts
+
 
 @runtime_checkable
 class Levels(Protocol):
     """A distribution of noise levels."""
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The noise levels, positive and in the units of x, below which the share u of all levels lies.
+        """The quantile function: the noise levels below which a fraction u of all levels lies.
 
         Args:
             u: float64 (n,), between 0 and 1.
+
+        Returns:
+            The noise levels (n,), positive, in the units of x.
         """
 
 
@@ -65,12 +73,12 @@ class LogNormal:
     """Levels whose logarithm is normally distributed.
 
     Args:
-        mean: of log sigma, with sigma in the units of x. EDM's -1.2 is for images in [-1, 1]; for images in [0, 1] it
-            is -1.2 - log 2.
-        std: of log sigma.
+        mean: the mean of log sigma, with sigma in the units of x. EDM's -1.2 is for images in [-1, 1], which is
+            -1.2 - log 2 for images in [0, 1].
+        std: the standard deviation of log sigma, positive.
 
     Raises:
-        ValueError: for values that are not finite, or a std that is not positive.
+        ValueError: if a value is not finite, or ``std`` is not positive.
 
     Example:
         >>> LogNormal(0, 1).quantile(torch.tensor([0.5], dtype=torch.float64))
@@ -82,7 +90,9 @@ class LogNormal:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
-            raise ValueError(f"a mean and a positive std were expected, got mean={self.mean!r} and std={self.std!r}.")
+            raise ValueError(
+                f"mean must be finite, and std finite and positive, got mean={self.mean!r} and std={self.std!r}."
+            )
 
     def quantile(self, u: Tensor) -> Tensor:
         """The noise levels at u."""
@@ -95,10 +105,10 @@ class LogUniform:
 
     Args:
         low: the lowest level, positive, in the units of x.
-        high: the highest level.
+        high: the highest level, above ``low``.
 
     Raises:
-        ValueError: for an empty range.
+        ValueError: unless 0 < low < high.
     """
 
     low: float
@@ -106,7 +116,7 @@ class LogUniform:
 
     def __post_init__(self) -> None:
         if not (0 < self.low < self.high < math.inf):
-            raise ValueError(f"0 < low < high was expected, got low={self.low!r} and high={self.high!r}.")
+            raise ValueError(f"low and high must satisfy 0 < low < high, got low={self.low!r} and high={self.high!r}.")
 
     def quantile(self, u: Tensor) -> Tensor:
         """The noise levels at u."""
@@ -114,11 +124,52 @@ class LogUniform:
 
 
 @dataclass(frozen=True)
-class ScheduleLevels:
-    """The levels of a schedule, equally often.
+class UniformTime:
+    r"""The levels of the variance preserving (VP) diffusion of Song et al. (2021) at uniform times t.
+
+    In the units of images in [0, 1],
+
+    .. math:: \sigma(t) = \tfrac12 \sqrt{e^q - 1}, \qquad
+              q = \beta_{min} t + (\beta_{max} - \beta_{min}) t^2 / 2 .
 
     Args:
-        schedule: the levels.
+        first: the earliest time, above 0 and below 1; the last is 1. The authors train from 1e-5 on.
+        beta_min: the rate of the diffusion at time 0, positive.
+        beta_max: the rate at time 1, at least ``beta_min``.
+
+    Raises:
+        ValueError: if a value is out of range.
+
+    Example:
+        >>> UniformTime().quantile(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        tensor([5.0025e-04, 7.6083e+01], dtype=torch.float64)
+    """
+
+    first: float = 1e-5
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.first < 1:
+            raise ValueError(f"first must be above 0 and below 1, got {self.first!r}.")
+        if not 0 < self.beta_min <= self.beta_max < math.inf:
+            raise ValueError(
+                f"beta_min and beta_max must satisfy 0 < beta_min <= beta_max, got beta_min={self.beta_min!r} and "
+                f"beta_max={self.beta_max!r}."
+            )
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The noise levels at u."""
+        t = self.first + u * (1 - self.first)
+        return (self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2).expm1().sqrt() / 2
+
+
+@dataclass(frozen=True)
+class ScheduleLevels:
+    """The levels of a schedule, equally probable.
+
+    Args:
+        schedule: the schedule.
     """
 
     schedule: NoiseSchedule
@@ -129,21 +180,64 @@ class ScheduleLevels:
         return ascending[(u * len(ascending)).long().clamp(max=len(ascending) - 1)]
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Levels of several distributions, which are equally probable.
+
+    For example, half of the levels from ``LogNormal`` concentrate the training on the levels from which a network
+    learns most, and the other half from a schedule covers all levels that annealed Langevin dynamics visits.
+
+    Args:
+        parts: the distributions. A NoiseSchedule stands for its levels, equally probable.
+
+    Raises:
+        TypeError: if a part is neither a distribution nor a NoiseSchedule.
+        ValueError: if there are no parts.
+
+    Example:
+        >>> half = Mixture((NoiseSchedule([3.0, 2.0]), NoiseSchedule([1.0])))
+        >>> half.quantile(torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64))
+        tensor([1., 1., 2., 3.], dtype=torch.float64)
+    """
+
+    parts: tuple[Levels | NoiseSchedule, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts must have at least one distribution of noise levels, got none.")
+        object.__setattr__(self, "parts", tuple(_distribution(part) for part in self.parts))
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The noise levels at u, with a resolution of 1 / 16384 in u for each part."""
+        return self._pool[(u * len(self._pool)).long().clamp(max=len(self._pool) - 1)]
+
+    @cached_property
+    def _pool(self) -> Tensor:
+        """Equally probable levels of all parts, ascending."""
+        u = (torch.arange(_POOLED, dtype=torch.float64) + 0.5) / _POOLED
+        return torch.cat([_distribution(part).quantile(u) for part in self.parts]).sort().values
+
+
 def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
-    """The distribution that ``levels`` describes.
+    """Converts the argument ``levels`` of ``train`` to a distribution.
 
     Args:
         net: the network to train.
-        levels: None is EDM's distribution for the row "karras", and the network's own schedule for every other row.
+        levels: a distribution or a NoiseSchedule. None is EDM's distribution for the preconditioning "karras", and the
+            network's own schedule for every other.
 
     Raises:
-        TypeError: for something else than a distribution or a schedule.
+        TypeError: if ``levels`` is neither a distribution nor a NoiseSchedule.
     """
     if levels is None:
         if net.precondition != "karras":
             return ScheduleLevels(net.schedule)
         # Karras et al. 2022, Table 1: the logarithm of sigma for images in [-1, 1].
         return LogNormal(-1.2 - math.log(_preconditioning(net).units[0]), 1.2)
+    return _distribution(levels)
+
+
+def _distribution(levels: Levels | NoiseSchedule) -> Levels:
     if isinstance(levels, NoiseSchedule):
         return ScheduleLevels(levels)
     if not isinstance(levels, Levels):
@@ -155,7 +249,7 @@ def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
 
 
 def uniforms(seed: int, start: int, stop: int) -> Tensor:
-    """The u of the images ``start`` to ``stop - 1`` of a run, float64 (stop - start,), strictly between 0 and 1."""
+    """The numbers u of the images ``start`` to ``stop - 1`` of a run: float64 (stop - start,), strictly in (0, 1)."""
     golden = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / phi
     offset = np.uint64(2 * seed_of(seed, "levels"))
     bits = np.arange(start, stop, dtype=np.uint64) * golden + offset  # modulo 2^64: exact for any index
@@ -165,16 +259,20 @@ def uniforms(seed: int, start: int, stop: int) -> Tensor:
 def weighting_for(
     net: ScoreNet, weighting: Weighting | Callable[[Tensor], Tensor] | None, p: float
 ) -> Callable[[Tensor], Tensor] | None:
-    """The weight of ``dsm_loss`` that ``weighting`` describes; None is sigma^p.
+    """Converts the argument ``weighting`` of ``train`` to the one of ``dsm_loss``.
 
     Args:
         net: the network to train.
-        weighting: None is "sigma" for the row "ncsn", whose backbone predicts the score itself, and "backbone" for
-            every other row.
+        weighting: "sigma" (w = sigma^p), "backbone" (w = 1 / abs(c_out)^p), or a function of sigma (N,), which is
+            returned unchanged. None is "sigma" for the preconditioning "ncsn", whose backbone predicts the score
+            itself, and "backbone" for every other.
         p: the power of the loss.
 
+    Returns:
+        A function of sigma (N,) that returns the weights (N,), or None for sigma^p.
+
     Raises:
-        ValueError: for an unknown name.
+        ValueError: if the name is unknown.
     """
     if weighting is None:
         weighting = "sigma" if net.precondition == "ncsn" else "backbone"
@@ -197,4 +295,5 @@ def weighting_for(
 
 
 def _preconditioning(net: ScoreNet) -> Preconditioning:
-    return Preconditioning(net.precondition, net.schedule, net.value_range, net.predicts_variance)
+    options = net.precondition_options
+    return Preconditioning(net.precondition, net.schedule, net.value_range, net.predicts_variance, options)

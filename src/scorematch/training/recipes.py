@@ -1,11 +1,11 @@
-"""Recipes: a network and the settings to train it with, as they were published, under one name each.
+"""Recipes: networks with the settings to train them, mostly from publications.
 
 ==================  ==========================================  =======================================================
-recipe              what it was published for                   network
+recipe              published for                               network
 ==================  ==========================================  =======================================================
 tiny                trials and tests                            U-Net on 2 x 2 patches, less than 100,000 parameters
-small-32            any pictures, little compute                U-Net on 2 x 2 patches, 16 million parameters
-small-64            any pictures, little compute                U-Net on 2 x 2 patches, 16 million parameters
+small-32            any images, little compute                  U-Net on 2 x 2 patches, 16 million parameters
+small-64            any images, little compute                  U-Net on 2 x 2 patches, 16 million parameters
 ncsn-mnist          MNIST                                       NCSN, width 64
 ncsn-cifar10        CIFAR-10                                    NCSN, width 128
 ncsn-celeba         CelebA, 32 px                               NCSN, width 128
@@ -15,34 +15,43 @@ ncsnv2-church       LSUN church, 96 px                          NCSNv2Deeper
 ncsnv2-bedroom      LSUN bedroom and tower, 128 px              NCSNv2Deeper
 ncsnv2-ffhq         FFHQ, 256 px                                NCSNv2Deepest
 ddpm-cifar10        CIFAR-10                                    DDPM's U-Net
+ncsnpp-cifar10      CIFAR-10                                    NCSN++, variance exploding, continuous levels
+ddpmpp-cifar10      CIFAR-10                                    DDPM++, variance preserving, continuous levels
+edm-cifar10         CIFAR-10                                    EDM's DDPM++
 palette             restoration, 256 px                         U-Net of ADM's widths
 ==================  ==========================================  =======================================================
 
-A recipe may be used for other pictures and sizes than those that it was published for; noise levels and learning rates
-are then those of the publication all the same. NCSN++ and DDPM++ are missing: their residual blocks, which rescale
-skip connections and resample with a filter, exist in this package in the variant of diffusers only.
+A recipe can be used for other images and sizes than those of the publication; the noise levels and the learning rate do
+not change with them.
 
 References:
     NCSN: Song & Ermon, 2019, arXiv:1907.05600, and github.com/ermongroup/ncsn, configs/anneal.yml.
     NCSNv2: Song & Ermon, 2020, arXiv:2006.09011, and github.com/ermongroup/ncsnv2, configs/.
     DDPM: Ho et al., 2020, arXiv:2006.11239, Appendix B.
     Palette: Saharia et al., 2022, arXiv:2111.05826, Appendix A.
-    EDM: Karras et al., 2022, arXiv:2206.00364, Table 1.
+    NCSN++, DDPM++: Song et al., 2021, arXiv:2011.13456, Appendices C, F and H, and
+        github.com/yang-song/score_sde_pytorch, configs/.
+    EDM: Karras et al., 2022, arXiv:2206.00364, Tables 1 and 7.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch.noise import NoiseSchedule
 from scorematch.palette import TASKS, MultiTask
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.score import ScoreNet
+from scorematch.training.levels import Levels, LogUniform, UniformTime
 from scorematch.training.sources import Crop
 
 
@@ -51,18 +60,19 @@ class Recipe:
     """A network and the settings to train it with.
 
     Attributes:
-        name: of the recipe.
-        source: where the values are from.
-        constructor: of the network, ``ScoreNet.ncsn``, ``ScoreNet.ncsnv2`` or ``ScoreNet.unet``.
-        network: its arguments, except the channels, the size and the schedule.
+        name: the name of the recipe.
+        source: the source of the values.
+        constructor: the constructor of the network, "ncsn", "ncsnv2", "unet" or "ncsnpp" of ScoreNet.
+        network: the arguments of the constructor, except the channels, the size and the schedule.
         schedule: the noise levels of the network.
-        image_size: the side of the square images.
-        channels: of the images, 1 or 3; None is that of the data.
-        crop: of the pictures, as in ``open_images``.
-        training: the arguments of ``train`` that differ from its defaults, except the condition.
-        tasks: the restoration tasks of ``scorematch.palette`` that make the condition, by name.
-        sampler: the published or measured settings to sample with.
-        differs: what differs from the publication.
+        image_size: the side of the square images in pixels.
+        channels: the number of channels of the images, 1 or 3; None is that of the data.
+        crop: the crop of the images, as in ``open_images``.
+        training: the arguments of ``train`` that differ from its defaults, except ``condition``.
+        tasks: the names of the tasks of ``scorematch.palette`` that compute the condition.
+        sampler: the published or measured settings for sampling.
+        differs: the differences from the publication.
+        published_time: the published training time.
 
     Example:
         >>> net = RECIPES["tiny"].build(channels=1)
@@ -72,7 +82,7 @@ class Recipe:
 
     name: str
     source: str
-    constructor: Literal["ncsn", "ncsnv2", "unet"]
+    constructor: Literal["ncsn", "ncsnv2", "unet", "ncsnpp"]
     network: Mapping[str, Any]
     schedule: NoiseSchedule
     image_size: int
@@ -82,41 +92,87 @@ class Recipe:
     crop: Crop = "center"
     tasks: tuple[str, ...] = ()
     differs: str = ""
+    published_time: str = ""
 
     def build(
-        self, channels: int = 3, image_size: int | tuple[int, int] | None = None, *, classes: int | None = None
+        self,
+        channels: int = 3,
+        image_size: int | tuple[int, int] | None = None,
+        *,
+        classes: int | None = None,
+        null_class: bool = False,
     ) -> ScoreNet:
-        """The network, with new weights drawn from torch's global generator.
+        """Builds the network.
 
         Args:
-            channels: of the images.
-            image_size: (height, width), or the side of a square; None is the recipe's.
-            classes: the number of classes, for a class-conditional U-Net.
+            channels: the number of channels of an image.
+            image_size: (height, width) in pixels, or the side of a square; None is the size of the recipe.
+            classes: the number of classes of a class-conditional network; None for none.
+            null_class: whether it also has a null class, for training with ``label_drop``.
+
+        Returns:
+            The network, with new weights drawn from torch's global generator, and its recommended sampler settings.
 
         Raises:
-            ValueError: for classes, if the network is not a U-Net.
+            ValueError: if ``classes`` is given and the network is an NCSN or NCSNv2.
         """
         make = getattr(ScoreNet, self.constructor)
         if classes is not None and "classes" not in inspect.signature(make).parameters:
-            raise ValueError(f"the network of {self.name} takes no classes. Choose a recipe with a U-Net.")
-        options = dict(self.network) if classes is None else {**self.network, "classes": classes}
+            raise ValueError(f"the network of {self.name} takes no classes. Choose a recipe with a U-Net or DDPM++.")
+        of_classes = {} if classes is None else {"classes": classes, "null_class": null_class}
+        options = {**self.network, **of_classes}
         size = self.image_size if image_size is None else image_size
         net: ScoreNet = make(channels, size, schedule=self.schedule, **options)
         net.sampler_settings = self.sampler
         return net
 
     def options(self) -> dict[str, Any]:
-        """The arguments of ``train`` that differ from its defaults, with the task that makes the condition.
+        """The arguments of ``train`` that differ from its defaults, including ``condition`` for recipes with tasks.
 
         Raises:
-            ImportError: without Pillow, for tasks that need it.
+            ImportError: if a task needs Pillow and it is not installed.
         """
         task = {"condition": MultiTask([TASKS[name]() for name in self.tasks])} if self.tasks else {}
         return {**self.training, **task}
 
 
+def training_flop(net: ScoreNet) -> int:
+    """The number of floating-point operations of a training step per image, where a multiply-add counts as two.
+
+    They are counted on the meta device, without any computation.
+
+    Args:
+        net: a network with a ``sample_shape`` and a known condition. It is not changed.
+
+    Raises:
+        ValueError: if the network has no ``sample_shape``, or its condition is not known.
+
+    Example:
+        >>> training_flop(ScoreNet.ncsnv2(1, 28, width=8))
+        177961728
+    """
+    takes = net.conditioning
+    if net.sample_shape is None or takes is None:
+        raise ValueError("the network must have a sample_shape, and a backbone whose condition is known.")
+    named = itertools.chain(net.backbone.named_parameters(), net.backbone.named_buffers())
+    weights = {name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for name, tensor in named}
+    inputs = [torch.empty(1, *net.sample_shape, device="meta"), torch.empty(1, device="meta")]
+    if takes.channels:
+        inputs.append(torch.empty(1, takes.channels, *net.sample_shape[1:], device="meta"))
+    elif takes.classes is not None:
+        inputs.append(torch.empty(1, dtype=torch.int64, device="meta"))
+    with FlopCounterMode(display=False) as counter:
+        functional_call(net.backbone, weights, tuple(inputs)).sum().backward()
+    return counter.get_total_flops()
+
+
 _ADAM = {"betas": (0.9, 0.999), "decay": "constant"}
-_AVERAGE = "the average of the weights forgets its start sooner, as in the later code of Song et al."
+# Adam's eps and the clipping of gradients depend on the scale of the loss. ``dsm_loss`` is half of the sum of the
+# squared errors, and ``clip`` is for the loss divided by D/2. Published losses are the mean (Ho et al., and VP of Song
+# et al.), the sum (Karras et al.) or half of the sum (VE of Song et al.).
+_HALF = 3 * 32 * 32 / 2  # D/2
+_DDPMPP = {"embedding": "positional", "resample_filter": (1, 1), "input_pyramid": "none"}
+_AVERAGE = "the decay of the average of the weights is smaller at first, as in the later code of Song et al."
 
 
 def _ncsn(data: str, width: int, size: int, channels: int, *, flip: bool, crop: Crop = "center") -> Recipe:
@@ -140,7 +196,7 @@ def _ncsn(data: str, width: int, size: int, channels: int, *, flip: bool, crop: 
             "flip": flip,
         },
         sampler=SamplerSettings(steps_per_level=100, step_size=2e-5),
-        differs="the pixels were dequantized, x 255/256 + u/256 with u uniform in [0, 1)",
+        differs="the publication dequantizes the images, x 255/256 + u/256 with u uniform in [0, 1)",
     )
 
 
@@ -151,6 +207,7 @@ def _ncsnv2(
     schedule: tuple[float, int],
     steps: int,
     sampler: tuple[int, float],
+    time: str,
     *,
     batch_size: int = 128,
     eps: float = 1e-8,
@@ -178,16 +235,58 @@ def _ncsnv2(
         },
         sampler=SamplerSettings(steps_per_level=sampler[0], step_size=sampler[1]),
         differs=_AVERAGE,
+        published_time=f"{time} (Appendix B)",
+    )
+
+
+def _continuous(
+    name: str,
+    config: str,
+    network: Mapping[str, Any],
+    schedule: NoiseSchedule,
+    levels: Levels,
+    sampler: SamplerSettings,
+    *,
+    ema: float,
+    eps: float,
+    clip: float,
+) -> Recipe:
+    """A network of Song et al. (2021) for CIFAR-10, trained in continuous time.
+
+    The average of the weights is that of their code, whose decay is smaller at first.
+    """
+    return Recipe(
+        name=name,
+        source=f"Song et al., 2021, arXiv:2011.13456; github.com/yang-song/score_sde_pytorch, configs/{config}.py",
+        constructor="ncsnpp",
+        network={"widths": (128, 256, 256, 256), "layers_per_block": 4, "dropout": 0.1, **network},
+        schedule=schedule,
+        image_size=32,
+        channels=3,
+        training={
+            **_ADAM,
+            "images": 1_300_000 * 128,
+            "batch_size": 128,
+            "lr": 2e-4,
+            "eps": eps,
+            "warmup_images": 5000 * 128,
+            "clip": clip,
+            "ema": (ema,),
+            "levels": levels,
+        },
+        sampler=sampler,
+        published_time="about 3 days on 4 V100 (issue 4 of the repository, for NCSN++ and sub-VP)",
     )
 
 
 def _small(name: str, size: int, widths: tuple[int, ...]) -> Recipe:
     """A U-Net on patches for little compute.
 
-    EDM's loss and levels (row "karras", log-normal levels: the defaults of ``train``) learn most from an image, and a
-    network on 2 x 2 patches takes the least time for it. In a trial on CIFAR-10 (470,000 parameters, 12,800 images) two
-    blocks of 8 channels at full resolution lowered the loss by 3 to 7 % at levels up to 0.05, where the pattern of the
-    patches would show. There is no regularization, since short runs see each image a few hundred times at most.
+    It is trained with EDM's loss and noise levels (preconditioning "karras" and log-normal levels, the defaults of
+    ``train``), with which a network learns most from each image. A network on 2 x 2 patches takes the least time per
+    image. In a trial on CIFAR-10 (470,000 parameters, 12,800 images) two blocks of 8 channels at full resolution
+    reduced the loss by 3 to 7 % at levels up to 0.05, where the pattern of the patches would be visible. There is no
+    regularization, since short runs see each image a few hundred times at most.
     """
     return Recipe(
         name=name,
@@ -217,11 +316,11 @@ _ALL = (
     _ncsn("mnist", 64, 28, 1, flip=False),
     _ncsn("cifar10", 128, 32, 3, flip=True),
     _ncsn("celeba", 128, 32, 3, flip=True, crop="celeba"),
-    _ncsnv2("cifar10", 32, "standard", (50, 232), 300_000, (5, 6.2e-6)),
-    _ncsnv2("celeba", 64, "standard", (90, 500), 210_000, (5, 3.3e-6), crop="celeba"),
-    _ncsnv2("church", 96, "deeper", (140, 788), 200_000, (4, 4.9e-6)),
-    _ncsnv2("bedroom", 128, "deeper", (190, 1086), 150_000, (3, 1.8e-6)),
-    _ncsnv2("ffhq", 256, "deepest", (348, 2311), 80_000, (3, 9e-7), batch_size=32, eps=1e-3),
+    _ncsnv2("cifar10", 32, "standard", (50, 232), 300_000, (5, 6.2e-6), "22 h on 2 V100"),
+    _ncsnv2("celeba", 64, "standard", (90, 500), 210_000, (5, 3.3e-6), "29 h on 4 V100", crop="celeba"),
+    _ncsnv2("church", 96, "deeper", (140, 788), 200_000, (4, 4.9e-6), "52 h on 8 V100"),
+    _ncsnv2("bedroom", 128, "deeper", (190, 1086), 150_000, (3, 1.8e-6), "52 h on 8 V100"),
+    _ncsnv2("ffhq", 256, "deepest", (348, 2311), 80_000, (3, 9e-7), "41 h on 8 V100", batch_size=32, eps=1e-3),
     Recipe(
         name="ddpm-cifar10",
         source="Ho et al., 2020, arXiv:2006.11239, Appendix B",
@@ -240,12 +339,66 @@ _ALL = (
             "images": 800_000 * 128,
             "batch_size": 128,
             "lr": 2e-4,
+            "eps": 1e-8 * _HALF,
             "warmup_images": 5000 * 128,
             "clip": 1.0,
             "ema": (0.9999,),
         },
         sampler=SamplerSettings(sampler="ancestral", levels=1000, variance="large"),
-        differs=f"{_AVERAGE}; features are downsampled with padding on all sides",
+        differs=f"{_AVERAGE}; the strided convolutions pad all sides",
+        published_time="10.6 h on a TPU v3-8 (Appendix B)",
+    ),
+    _continuous(
+        "ncsnpp-cifar10",
+        "ve/cifar10_ncsnpp_continuous",
+        {"precondition": "ncsnpp"},
+        NoiseSchedule.geometric(50, 0.01, 1000),
+        LogUniform(0.01 * (50 / 0.01) ** 1e-5, 50),  # uniform times from 1e-5 to 1
+        SamplerSettings("predictor-corrector", levels=1000, predictor="reverse-diffusion", corrector_steps=1, snr=0.16),
+        ema=0.999,
+        eps=1e-8,
+        clip=1 / _HALF,
+    ),
+    _continuous(
+        "ddpmpp-cifar10",
+        "vp/cifar10_ddpmpp_continuous",
+        {"precondition": "vp", **_DDPMPP},
+        NoiseSchedule(UniformTime(first=1e-3).quantile(torch.linspace(1, 0, 1000, dtype=torch.float64))),
+        UniformTime(),
+        SamplerSettings("predictor-corrector", levels=1000, predictor="reverse-diffusion", corrector_steps=0),
+        ema=0.9999,
+        eps=1e-8 * _HALF,
+        clip=1.0,
+    ),
+    Recipe(
+        name="edm-cifar10",
+        source="Karras et al., 2022, arXiv:2206.00364, Tables 1 and 7",
+        constructor="ncsnpp",
+        network={
+            "widths": (256, 256, 256),
+            "layers_per_block": 4,
+            "model_channels": 128,
+            "dropout": 0.13,
+            **_DDPMPP,
+        },
+        schedule=NoiseSchedule.geometric(40, 0.001, 256),  # 80 to 0.002 for images in [-1, 1]
+        image_size=32,
+        channels=3,
+        training={
+            **_ADAM,
+            "images": 200_000_000,
+            "batch_size": 512,
+            "lr": 1e-3,
+            "eps": 1e-8 / 2,
+            "warmup_images": 10_000_000,
+            "clip": None,
+            "ema": (0.5 ** (512 / 500_000),),  # a half-life of 500,000 images
+        },
+        sampler=SamplerSettings(sampler="ode", levels=18),
+        differs=(
+            "the images are mirrored, without the non-leaky augmentation that changed the FID from 2.05 to 1.97 "
+            f"(Table 2); {_AVERAGE}"
+        ),
     ),
     Recipe(
         name="palette",
@@ -272,8 +425,8 @@ _ALL = (
         tasks=("jpeg", "inpainting", "colorization"),
         sampler=SamplerSettings(sampler="ancestral", variance="large"),
         differs=(
-            f"{_AVERAGE}; the residual blocks and the attention are those of DDPM, with 481 million parameters against "
-            "552; noise levels are those of the schedule, and none between them"
+            f"{_AVERAGE}; the residual blocks and the attention are those of DDPM, with 481 million parameters instead "
+            "of 552 million; the noise levels of the schedule are used, without levels between them"
         ),
     ),
 )

@@ -1,15 +1,13 @@
-r"""What a run shows of itself: the loss by noise level, a log, pictures of samples, charts, and a report at the end.
+r"""The output of a training run: the log with the loss by noise level, images of samples, and a report with charts.
 
-**Calibration.** For the exact score the mean square of :math:`\sigma s`, divided by D, is one minus the loss divided by
-D/2, at every noise level: :math:`\mathbb{E} \lVert \sigma s + z \rVert^2 = D - \mathbb{E} \lVert \sigma s \rVert^2`,
-since :math:`s = -\mathbb{E}[z | x] / \sigma`. A network whose two curves differ has scores of the wrong length there.
-
-Charts are SVG files, which need no other library and are shown by browsers and by renderers of Markdown.
+**Calibration.** The exact score satisfies, at every noise level,
+:math:`\mathbb{E} \lVert \sigma s + z \rVert^2 = D - \mathbb{E} \lVert \sigma s \rVert^2`, since
+:math:`s = -\mathbb{E}[z | x] / \sigma`: the mean square of :math:`\sigma s`, divided by D, is one minus the loss
+divided by D/2. The report shows both as curves. Where they differ, the norm of the network's score is wrong.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,20 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scorematch.charts import Curve, chart
+from scorematch.files import write_whole
 from scorematch.images import save_grid
-from scorematch.protocol import per_image
+from scorematch.loss import loss_and_norm
 from scorematch.randomness import seed_of
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
 from scorematch.score import ScoreNet
-from scorematch.training.checkpoint import write_whole
 from scorematch.training.levels import Levels
 from scorematch.training.steps import Data, Settings, Step
 
-LOOK_EVERY = 16  # steps between two looks at the losses; a look waits for the device
+LOOK_EVERY = 16  # steps between two checks of the losses, which synchronize with the device
 
-_BINS = 8  # of the noise levels, equally probable
-_SAMPLES = 16  # in a picture
-_REPORT_IMAGES = 64  # on which the loss by level is computed, and at so many levels:
+_BINS = 8  # the number of equally probable intervals of noise levels in the log
+_SAMPLES = 16  # the number of samples in an image of samples
+_REPORT_IMAGES = 64  # the number of images and of noise levels for the loss by level in the report
 _REPORT_LEVELS = 16
 
 
@@ -42,17 +41,20 @@ _REPORT_LEVELS = 16
 
 
 class Losses:
-    """The losses since the last line of the log, by noise level, and a guard against NaN.
+    """Collects the losses since the last line of the log by noise level, and detects NaN and infinity.
 
-    Losses stay on the device and are looked at every ``LOOK_EVERY`` steps, over all processes together. All processes
-    see the same numbers at the same step, and so decide alike.
+    Losses stay on the device and are gathered from all processes every ``LOOK_EVERY`` steps. All processes receive the
+    same numbers at the same step, and therefore make the same decisions.
 
     Args:
-        levels: the distribution of the noise levels.
-        accelerator: gathers the losses of all processes.
+        levels: the distribution of the noise levels in training.
+        accelerator: the ``accelerate.Accelerator`` of the run.
 
     Attributes:
-        stopping: whether a process was asked to stop, as known at the last look.
+        sums: the sum of the losses in each interval of noise levels.
+        counts: the number of the losses in each interval.
+        stopping: whether any process had been asked to stop at the last call of ``look``.
+        late: whether a checkpoint was due in any process at the last call of ``look``.
     """
 
     def __init__(self, levels: Levels, accelerator: Any) -> None:
@@ -65,18 +67,19 @@ class Losses:
         self._waiting: list[tuple[int, int, Tensor, Tensor]] = []
         self._seen: tuple[list[tuple[int, int]], Callable[[], Tensor]] | None = None
         self.sums, self.counts = np.zeros(_BINS), np.zeros(_BINS)
-        self.stopping = False
+        self.stopping = self.late = False
 
     def add(self, step: Step) -> None:
-        """Takes in the losses of a step, without waiting for the device."""
+        """Adds the losses of a step, without synchronization with the device."""
         self._waiting.append((step.state.step, step.images, step.losses, step.sigma))
 
-    def look(self, stop: bool = False, *, wait: bool = False) -> None:
-        """Looks at the losses up to the look before this one, or up to now.
+    def look(self, stop: bool = False, late: bool = False, *, wait: bool = False) -> None:
+        """Evaluates the losses that were added before the previous call, and starts to copy the newer ones.
 
         Args:
             stop: whether this process was asked to stop.
-            wait: whether to look at all losses up to now, which waits for the device.
+            late: whether a checkpoint is due in this process.
+            wait: whether to evaluate the newer losses too, which synchronizes with the device.
 
         Raises:
             RuntimeError: if a loss was NaN or infinite; the message names the step and the noise level.
@@ -86,8 +89,8 @@ class Losses:
             steps = [(step, images) for step, images, _, _ in self._waiting]
             columns = [[losses, sigma] for _, _, losses, sigma in self._waiting]
             rows = torch.stack([torch.stack(column).float() for column in columns])  # (steps, 2, n)
-            flag = torch.full((1,), float(stop), device=rows.device)
-            packed = torch.cat([flag, rows.flatten()])
+            flags = torch.full((1,), float(stop + 2 * late), device=rows.device)
+            packed = torch.cat([flags, rows.flatten()])
             if self._accelerator.num_processes > 1:
                 packed = self._accelerator.gather(packed)
             self._seen = steps, _to_host(packed)
@@ -101,27 +104,29 @@ class Losses:
         steps, arrived = self._seen
         self._seen = None
         whole = arrived().view(self._accelerator.num_processes, -1).numpy()
-        self.stopping = self.stopping or bool(whole[:, 0].any())
-        rows = whole[:, 1:].reshape(len(whole), len(steps), 2, -1)
+        flags = whole[:, 0].astype(int)
+        self.stopping = self.stopping or bool((flags & 1).any())
+        self.late = bool((flags & 2).any())
+        rows = whole[:, 1:].reshape(len(whole), len(steps), 2, -1).swapaxes(0, 1)  # (steps, processes, 2, n)
         losses, sigma = rows[:, :, 0], rows[:, :, 1]
-        wrong = np.argwhere(~np.isfinite(losses.transpose(1, 0, 2)))  # in the order of the steps
+        wrong = np.argwhere(~np.isfinite(losses))
         if len(wrong):
             k, process, i = (int(index) for index in wrong[0])
             step, images = steps[k]
             raise RuntimeError(
-                f"the loss became {losses[process, k, i]} at step {step} (image {images:,}), at noise level "
-                f"{sigma[process, k, i]:.3g}."
+                f"the loss became {losses[k, process, i]} at step {step} (image {images:,}), at noise level "
+                f"{sigma[k, process, i]:.3g}."
             )
         place = self._place(sigma.ravel())
-        self.sums += np.bincount(place, losses.ravel(), _BINS)
+        self.sums += np.bincount(place, losses.ravel(), _BINS)  # float64: practically exact in any order
         self.counts += np.bincount(place, minlength=_BINS)
 
     def _place(self, sigma: np.ndarray) -> np.ndarray:
-        """The bins of noise levels; a schedule of few levels leaves some of them empty."""
+        """The index of the interval of each noise level; with a schedule of few levels some intervals are empty."""
         return np.searchsorted(self._edges, sigma, side="right")
 
     def line(self) -> dict[str, Any]:
-        """The mean loss, and by noise level, since the last line; begins anew."""
+        """The mean loss since the last line, over all noise levels and in each interval; resets the sums."""
         bins = zip(self._centers, self.sums, self.counts, strict=True)
         line = {
             "loss": float(self.sums.sum() / max(1, self.counts.sum())),
@@ -132,7 +137,7 @@ class Losses:
 
 
 def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begins to copy a tensor to the CPU; the function returns it when it has arrived."""
+    """Starts to copy a tensor to the CPU; the returned function waits for the copy and returns it."""
     if tensor.device.type != "cuda":
         return tensor.cpu
     copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -150,22 +155,22 @@ def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 class Log:
-    """A file of JSON lines, each with the number of images seen.
+    """A file of JSON lines, each with the number of images seen under the key "images".
 
     Args:
-        path: of the file.
+        path: the path of the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Adds a line."""
+        """Appends a line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
-        """All lines; one that an interruption has cut off is left out."""
+        """All lines. An incomplete line, left by an interruption, is ignored."""
         found = []
         for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
@@ -175,54 +180,60 @@ class Log:
         return found
 
     def cut(self, images: int) -> None:
-        """Removes what was logged after so many images, for a run that continues from there."""
+        """Removes the lines after the given number of images, for a run that continues from there."""
         kept = [json.dumps(line) + "\n" for line in self.lines() if line["images"] <= images]
-        write_whole(self.path, "".join(kept).encode())
+        write_whole(self.path, "".join(kept).encode(), durable=True)
 
 
 # -- Samples ----------------------------------------------------------------------------------------------------------
 
 
 def sample_interval(net: ScoreNet, images: int) -> int:
-    """The images between two pictures of samples: a twentieth of the run, or so many that pictures take 2 % of it.
+    """The default of ``sample_every``: a twentieth of the run, or more, so that sampling takes at most 2 % of the time.
 
     Args:
         net: the network.
-        images: of the run.
+        images: the number of images of the run.
     """
-    cost = _SAMPLES * len(_sampler(net)) // 3  # in images of training: a step takes as long as three network calls
+    cost = _SAMPLES * len(_sampler(net)) // 3  # in training images: a training step costs three network calls
     return max(1, images // 20, 50 * cost)
 
 
 def _sampler(net: ScoreNet) -> Sampler:
-    return ODESampler(net) if net.sampler_settings is None else recommended_sampler(net)
+    """The recommended sampler; without a recommendation ``ODESampler``, which needs at least two noise levels."""
+    return ODESampler(net) if net.sampler_settings is None and len(net.schedule) > 1 else recommended_sampler(net)
 
 
 class Examples(NamedTuple):
-    """The first samples of the data, for what a run shows of itself."""
+    """The first samples of the data, for images of samples and the report.
+
+    Attributes:
+        x: the samples (n, ...), floating point.
+        labels: their labels (n,), int64, or None.
+    """
 
     x: Tensor
     labels: Tensor | None
 
 
 def read_examples(data: Data) -> Examples:
-    """Reads as many samples as pictures and reports need."""
+    """Reads the first 64 samples of the data, or all if there are fewer."""
     x, labels = data.read(torch.arange(min(_REPORT_IMAGES, len(data))))
     return Examples(x.float() / 255 if x.dtype == torch.uint8 else x, labels)
 
 
 def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settings) -> None:
-    """Draws samples from fixed seeds, and writes them as one picture.
+    """Draws samples from fixed seeds and writes them to one image file.
 
-    A network with an image as its condition gets degraded examples; its picture shows condition, sample and original
-    side by side. The sampler is the network's recommended one, or, without a recommendation, the probability flow, in
-    35 network calls.
+    For a network with an image as its condition, the conditions are degraded examples, and the file shows condition,
+    sample and original side by side. The sampler is the one recommended for the network; without a recommendation it
+    is ``ODESampler``, with 35 network calls, or ``AnnealedLangevinSampler`` for a network of one noise level.
 
     Args:
         net: the network, in eval mode.
-        path: of the picture.
-        examples: of the data.
-        settings: of the run.
+        path: the path of the image file.
+        examples: the first samples of the data.
+        settings: the settings of the run.
 
     Raises:
         RuntimeError: if the samples have NaN or infinite values.
@@ -244,7 +255,7 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
 
 
 def _conditions(net: ScoreNet, examples: Examples, settings: Settings, n: int) -> tuple[Tensor | None, Tensor | None]:
-    """The condition and the region of the first n examples, on the network's device."""
+    """The condition and the region for the first n examples, on the network's device; None without them."""
     device = next(net.parameters()).device
     if settings.condition is not None:
         generator = torch.Generator(device).manual_seed(seed_of(settings.seed, "examples"))
@@ -259,12 +270,12 @@ def _conditions(net: ScoreNet, examples: Examples, settings: Settings, n: int) -
 
 @dataclass(frozen=True)
 class LevelRow:
-    """The network at one noise level.
+    """The evaluation of the network at one noise level.
 
     Attributes:
-        sigma: the level.
-        loss: of denoising score matching with weight sigma^2, divided by D/2: 1 for a network that returns zero.
-        norm: the mean square of sigma times the score, divided by D; 1 - loss for a network of the right length.
+        sigma: the noise level.
+        loss: the denoising score matching loss with weight sigma^2, divided by D/2; 1 for a network that returns zero.
+        norm: the mean squared norm of sigma times the score, divided by D; 1 - loss for the exact score.
     """
 
     sigma: float
@@ -274,104 +285,23 @@ class LevelRow:
 
 @torch.no_grad()
 def by_level(net: ScoreNet, examples: Examples, settings: Settings) -> list[LevelRow]:
-    """The loss and the norm of the score on training images, at noise levels over the range of the schedule.
+    """The loss and the norm of the score on training images, at 16 geometric levels over the range of the schedule.
 
     Args:
         net: the network, in eval mode.
-        examples: of the data.
-        settings: of the run.
+        examples: the first samples of the data.
+        settings: the settings of the run.
     """
     device = next(net.parameters()).device
     condition, region = _conditions(net, examples, settings, len(examples.x))
-    arguments = () if condition is None else (condition,)
     x = examples.x.to(device)
     generator = torch.Generator().manual_seed(seed_of(settings.seed, "report"))
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device)
-    weight = torch.ones_like(x) if region is None else region.expand_as(x).to(x.dtype)
-    weight = weight / per_image(weight.flatten(1).mean(1).clamp(min=1e-6), x)
     rows = []
     for sigma in np.geomspace(net.schedule.sigma_min, net.schedule.sigma_max, _REPORT_LEVELS).tolist():
-        scaled = sigma * net(x + sigma * noise, sigma, *arguments)
-        loss, norm = ((value.square() * weight).mean() for value in (scaled + noise, scaled))
-        rows.append(LevelRow(sigma, float(loss), float(norm)))
+        loss, norm = loss_and_norm(net, x, sigma=sigma, noise=noise, condition=condition, region=region)
+        rows.append(LevelRow(sigma, float(loss.mean()), float(norm.mean())))
     return rows
-
-
-# -- Charts -----------------------------------------------------------------------------------------------------------
-
-
-class Curve(NamedTuple):
-    """A line of a chart."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-
-
-_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
-_WIDTH, _HEIGHT, _MARGIN = 640, 400, 60
-
-
-def chart(title: str, x_label: str, curves: Sequence[Curve], *, log_x: bool = False) -> str:
-    """A chart of lines as the text of an SVG file.
-
-    Args:
-        title: above the chart; it also names the y axis.
-        x_label: below it.
-        curves: the lines; values that are not finite are left out.
-        log_x: whether the x axis is logarithmic.
-    """
-    kept = [
-        Curve(name, *zip(*points, strict=True))
-        for name, xs, ys in curves
-        if (points := [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y) and (x > 0 or not log_x)])
-    ]
-    xs = [math.log10(x) if log_x else x for curve in kept for x in curve.x] or [0, 1]
-    ys = [y for curve in kept for y in curve.y] or [0, 1]
-    x_ticks = range(math.floor(min(xs)), math.ceil(max(xs)) + 1) if log_x else _ticks(min(xs), max(xs))
-    y_ticks = _ticks(min(ys), max(ys))
-    (left, right), (bottom, top) = (min(x_ticks[0], *xs), max(x_ticks[-1], *xs)), (y_ticks[0], y_ticks[-1])
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - left) / ((right - left) or 1) * (_WIDTH - 2 * _MARGIN) + _MARGIN
-        return across, _HEIGHT - _MARGIN - (y - bottom) / ((top - bottom) or 1) * (_HEIGHT - 2 * _MARGIN)
-
-    parts = [_text(_WIDTH / 2, 24, title, "middle", 16), _text(_WIDTH / 2, _HEIGHT - 14, x_label, "middle")]
-    for tick in x_ticks:
-        x, y = place(tick, bottom)
-        parts.append(_line([(x, y), (x, place(tick, top)[1])], "#dddddd"))
-        parts.append(_text(x, y + 18, f"{10.0**tick if log_x else tick:g}", "middle"))
-    for tick in y_ticks:
-        x, y = place(left, tick)
-        parts.append(_line([(x, y), (place(right, tick)[0], y)], "#dddddd"))
-        parts.append(_text(x - 6, y + 4, f"{tick:g}", "end"))
-    for i, curve in enumerate(kept):
-        color = _COLORS[i % len(_COLORS)]
-        points = [place(math.log10(x) if log_x else x, y) for x, y in zip(curve.x, curve.y, strict=True)]
-        parts.append(_line(points, color, 2))
-        parts.append(_text(_WIDTH - _MARGIN, 40 + 14 * i, curve.name, "end", color=color))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif">'
-        f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
-    )
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from below low to above high, about five."""
-    span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / 5))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / 5)
-    return [round(i * step, 12) for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-def _line(points: Sequence[tuple[float, float]], color: str, width: float = 1) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str, size: int = 12, color: str = "black") -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{color}"'
-    return f"<text {place}>{html.escape(text)}</text>"
 
 
 # -- The report -------------------------------------------------------------------------------------------------------
@@ -381,11 +311,11 @@ def write_report(out: Path, net: ScoreNet, config: Mapping[str, Any], rows: Sequ
     """Writes report.md and its charts into the folder of a run.
 
     Args:
-        out: the folder.
+        out: the folder of the run.
         net: the averaged network.
         config: the content of the run's config.json.
-        rows: from ``by_level``.
-        seconds: that the training took.
+        rows: the result of ``by_level``.
+        seconds: the duration of the training.
     """
     folder = out / "report"
     folder.mkdir(exist_ok=True)

@@ -1,19 +1,19 @@
-"""A whole run: training with files, from which it continues after any interruption.
+"""``train``: a training run that writes its results and checkpoints to a folder, and continues after an interruption.
 
-The folder of a run holds
+The folder of a run contains
 
 ==================================  ===================================================================================
 config.json                         the settings, the versions and the fingerprint of the data
-checkpoints/000123456/              all that the run needs to continue, after so many images; the last two are kept
+checkpoints/000123456/              the state of the run after 123,456 images; the last two are kept
 network/                            the latest averaged network, for ``ScoreNet.from_pretrained``
 snapshots/000123456-0.050/          averaged networks in half precision, for ``from_pretrained`` and ``reconstruct``
 samples/000123456.png               samples from fixed seeds
-log.jsonl                           the loss, also by noise level, the learning rate, images per second
-report.md, report/                  a summary at the end, with charts
+log.jsonl                           the loss, the loss by noise level, the learning rate, and images per second
+report.md, report/                  a summary with charts, written at the end
 ==================================  ===================================================================================
 
-The same call again continues the run. Whether and when it was interrupted does not change its result by a bit, on the
-same devices and with the same number of processes and threads.
+The same call continues an interrupted run. On the same devices, with the same number of processes and threads, the
+result is bitwise the same as without interruption.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields
 from functools import partial
@@ -40,7 +40,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch import __version__
+from scorematch import __version__, pretrained
+from scorematch.files import write_whole
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast
 from scorematch.pretrained.configuration import read_json
@@ -75,8 +76,14 @@ from scorematch.training.steps import (
     train_steps,
 )
 
-# Settings that a run may change when it continues: they change the order of sums, or draws of the same distribution.
+# Settings that may change when a run continues: the distribution of its result does not depend on them.
 _FREE = {"microbatch", "compile"}
+# The keys in which the configurations of ``net`` and ``start`` may differ.
+_FREE_OF_START = {"sample_shape", "sampler_settings"}
+# The default time between two checkpoints. The lost time is least at sqrt(2 c m), where c is the time that a checkpoint
+# takes, and m the mean time between two interruptions (Young 1974, A First Order Approximation to the Optimum
+# Checkpoint Interval): ten minutes for two seconds, which a checkpoint of 16 million parameters takes, and one day.
+_CHECKPOINT_SECONDS = 600
 
 
 def train(
@@ -84,6 +91,7 @@ def train(
     data: Any,
     out: str | os.PathLike[str],
     *,
+    start: str | os.PathLike[str] | None = None,
     images: int = Settings.images,
     batch_size: int = Settings.batch_size,
     microbatch: int | None = None,
@@ -116,80 +124,96 @@ def train(
     progress: bool = True,
     accelerator: Any = None,
 ) -> ScoreNet:
-    """Trains a network on images, and continues where an earlier call was interrupted.
+    """Trains a network on images; a call with the same arguments continues an interrupted run in ``out``.
 
-    A call with the same arguments continues the run in ``out``. SIGTERM and Ctrl-C save a checkpoint before the program
-    leaves; after SIGKILL or a crash the run continues from the last checkpoint, and ends with the same bits.
+    On SIGTERM and Ctrl-C a checkpoint is saved before the program exits. After SIGKILL or a crash the run continues
+    from the last checkpoint, with the same result, bit by bit.
 
-    ``accelerate launch`` and ``torchrun`` run the same call on many devices; ``out`` is then on a disk that all nodes
-    see. torch's global generators are left as they are.
+    To train on several devices, start the same program with ``accelerate launch`` or ``torchrun``; all nodes must have
+    access to ``out``. The state of torch's global generators is not changed.
 
     Args:
         net: the network to train. Its weights are changed, and moved to the device of the accelerator.
-        data: training images: what ``open_images`` takes, or its result. Open large sets with its ``cache``.
+        data: the training data, as for ``open_images``, or its result. For large sets call ``open_images`` with a
+            ``cache``.
         out: the folder of the run, created if it does not exist.
-        images: how many images the run sees, counted with repetitions and rounded up to whole batches.
-        batch_size: images per step, over all processes together.
-        lr: the highest learning rate.
-        flip: whether to mirror half of the images. Write False where left and right differ, as for digits.
-        seed: of everything random. The initial weights belong to ``net``.
+        start: a trained network, a name or a folder as for ``ScoreNet.from_pretrained``. A new run begins with its
+            weights, and with a new optimizer. It must be the same network as ``net``, except for the size of the images
+            and the sampler settings. None begins with the weights of ``net``.
+        images: the length of the run in images, counted with repetitions and rounded up to whole batches.
+        batch_size: the number of images per step, over all processes together.
+        lr: the largest learning rate.
+        flip: whether to mirror each image left to right with probability 1/2. Write False for images whose mirror
+            images are not valid, such as digits.
+        seed: the seed of all random numbers, except those of the initial weights of ``net``.
 
         The optimizer:
 
-        microbatch: the largest number of images that a process computes at once; the gradients of a batch are
-            accumulated. None is all.
-        betas: of AdamW, as are ``eps`` and ``weight_decay``.
-        eps: added to the root of the second moment.
-        weight_decay: per step, times the learning rate.
-        warmup_images: over which the learning rate rises; None is 500 steps, and at most a twentieth of ``images``.
-        decay: of the learning rate: "cosine" and "linear" to zero, "constant", or "inverse-sqrt" (EDM2).
-        clip: the largest norm of the gradient, of the loss divided by D/2, which makes it independent of the size of
-            the images; None does not clip.
-        ema: the averages of the weights: lengths of power functions, relative to the run (EDM2), at most 0.289; or
-            decays per step of exponential averages, from 0.9 to 1. The first becomes ``network/``.
-        precision: "auto" computes in bfloat16 where the device multiplies it natively; "float32" or "bfloat16".
-        compile: whether to compile the backbone with ``torch.compile``.
+        microbatch: the largest number of images that a process computes at once; gradients are accumulated over a
+            batch. None is the whole batch.
+        betas: the decay rates of AdamW's first and second moments, each at least 0 and below 1.
+        eps: AdamW's eps, which is added to the root of the second moment.
+        weight_decay: AdamW's decoupled weight decay; each step multiplies the weights by 1 - lr * weight_decay.
+        warmup_images: the number of images over which the learning rate rises linearly; None is 500 steps, but at most
+            a twentieth of ``images``.
+        decay: the decay of the learning rate: "cosine" or "linear" to zero, "constant", or "inverse-sqrt" (EDM2).
+        clip: the largest norm of the gradient of the loss divided by D/2, where D is the number of values in an image;
+            larger gradients are scaled down. None does not clip.
+        ema: the averages of the weights: lengths of power function averages, relative to the run (EDM2), above 0 and at
+            most 0.289; or decays per step of exponential averages, from 0.9 to below 1. The first is saved as
+            ``network/``.
+        precision: "bfloat16" computes under autocast to bfloat16, "float32" does not; "auto" is "bfloat16" if the
+            device multiplies bfloat16 natively.
+        compile: whether to compile the backbone with ``torch.compile``. Losses with second derivatives, such as sliced
+            score matching, cannot be compiled.
 
         The loss:
 
         levels: the noise levels: a NoiseSchedule, whose levels are drawn equally often; ``LogNormal``,
-            ``LogUniform``, or any object with their method ``quantile``. None is EDM's log-normal distribution for the
-            row "karras", and the network's own schedule for every other.
-        weighting: "sigma" (sigma^p), "backbone" (1 / c_out^p), or a function of sigma (N,). None is "sigma" for the
-            row "ncsn" and "backbone" for every other.
-        p: the power of the error: 2, or 1 for the L1 loss.
+            ``LogUniform``, ``UniformTime``, or any object with their method ``quantile``. None is EDM's log-normal
+            distribution for the preconditioning "karras", and the network's own schedule for every other.
+        weighting: the weighting of the loss by noise level (``scorematch.training.levels``): "sigma" (sigma^p),
+            "backbone" (1 / abs(c_out)^p), or a function of sigma (N,). None is "sigma" for the preconditioning "ncsn"
+            and "backbone" for every other.
+        p: the power of the error, at least 1: 2, or 1 for the L1 loss.
         loss: a function that replaces the denoising loss. It is called as
-            ``loss(net, x, sigma=, noise=, condition=, region=)``, the last two only where there are any, and returns
-            one value per image (N,), as ``partial(sliced_score_matching_loss, reduction="none")`` does.
-        condition: a task that makes the condition from clean images, ``task(x, generator)`` -> the condition, or
-            (condition, region), such as those of ``scorematch.palette``. It must draw from the generator alone.
-        label_drop: the share of labels that are replaced by the last class of the network, which then means that there
-            is no label (classifier-free guidance). The network needs one class more than the data.
+            ``loss(net, x, sigma=, noise=, condition=, region=)``, where the last two are omitted if there are none, and
+            returns one value per image (N,), such as ``partial(sliced_score_matching_loss, reduction="none")``.
+        condition: a task that computes the condition from clean images, such as those of ``scorematch.palette``:
+            ``task(x, generator)`` returns the condition, or (condition, region). All its random numbers must be drawn
+            from the generator.
+        label_drop: the fraction of labels that are replaced by the null class of the network, at least 0 and below 1,
+            for classifier-free guidance (``scorematch.guidance``). Such a network is built with
+            ``ScoreNet.unet(classes=..., null_class=True)``.
 
-        What is written; all counts are images, and events happen at the end of the step that reaches them:
+        Output:
 
-        log_every: between lines of the log; None is a thousandth of ``images``.
-        sample_every: between pictures of samples, and calls of ``evaluate``; None is a twentieth, or more where the
-            pictures would take more than 2 % of the time.
-        snapshot_every: between snapshots, from which ``reconstruct`` makes averages of other lengths; None is a
-            twentieth.
-        checkpoint_every: between checkpoints; None is a fiftieth, the most that an interruption costs.
-        keep: how many checkpoints are kept; two, so that there is another one if the last is damaged.
-        evaluate: called as ``evaluate(averaged_net, images)`` on every process; returns numbers for the log.
-        trackers: names of trackers of Accelerate, such as "tensorboard", which also receive the log.
+        log_every: the interval of lines in the log; None is a thousandth of ``images``. All intervals are numbers of
+            images, and an action takes place at the end of the step that reaches its interval.
+        sample_every: the interval of sample images and of calls of ``evaluate``; None is a twentieth of ``images``, or
+            more, so that sampling takes at most 2 % of the time.
+        snapshot_every: the interval of snapshots, from which ``reconstruct`` computes averages of other lengths; None
+            is a twentieth of ``images``.
+        checkpoint_every: the interval of checkpoints, the most that an interruption can cost; None saves one after ten
+            minutes instead, whatever the number of images. The result does not depend on it.
+        keep: the number of checkpoints to keep; with two, one is left if the last is damaged.
+        evaluate: a function that is called as ``evaluate(averaged_net, images)`` on every process, and returns a
+            mapping of numbers for the log.
+        trackers: the names of trackers of Accelerate, such as "tensorboard", which also receive the log.
         push_to_hub: a repository ``owner/name`` of the Hugging Face Hub, to which the network is uploaded at the end.
         progress: whether to show a progress bar.
-        accelerator: an ``accelerate.Accelerator``; None makes one. ``Accelerator(cpu=True)`` trains on the CPU.
+        accelerator: an ``accelerate.Accelerator``; None creates one. ``Accelerator(cpu=True)`` trains on the CPU.
 
     Returns:
-        The averaged network in eval mode, as ``from_pretrained(out / "network")`` loads it.
+        The averaged network in eval mode, the same that is saved in ``out / "network"``.
 
     Raises:
         ImportError: without Accelerate.
-        TypeError, ValueError: for arguments that do not fit together, or other settings than those of the run in
-            ``out``.
+        FileNotFoundError: if there is no network ``start``.
+        TypeError, ValueError: if arguments do not fit together, the settings differ from those of the run in ``out``,
+            or the network ``start`` differs from ``net``.
         RuntimeError: if the loss becomes NaN or infinite; the message names the step and the noise level.
-        OSError: if a file cannot be written. The last checkpoint is then whole.
+        OSError: if a file cannot be written. The last checkpoint is not affected.
         SystemExit: after SIGTERM, with status 143. KeyboardInterrupt: after Ctrl-C.
 
     Example:
@@ -223,23 +247,21 @@ def train(
         seed=seed,
         compile=compile,
     )
-    every = {
-        # A thousand points make a chart. Twenty snapshots of two lengths determine averages of lengths from 0.03 to 0.2
-        # to 3 % of their profile. A fiftieth of the run is the most that an interruption costs.
+    every: dict[str, int | None] = {
+        # A thousand points are enough for a chart. With twenty snapshots of two lengths, the profiles of averages of
+        # lengths from 0.03 to 0.2 are reconstructed with an error of 3 %.
         "log": _count("log_every", max(1, images // 1000) if log_every is None else log_every),
         "samples": _count("sample_every", sample_interval(net, images) if sample_every is None else sample_every),
         "snapshot": _count("snapshot_every", max(1, images // 20) if snapshot_every is None else snapshot_every),
-        "checkpoint": _count(
-            "checkpoint_every", max(1, images // 50) if checkpoint_every is None else checkpoint_every
-        ),
+        "checkpoint": None if checkpoint_every is None else _count("checkpoint_every", checkpoint_every),
     }
     if trackers and accelerator is not None:
-        raise ValueError("trackers are for the accelerator that train makes. Write Accelerator(log_with=...).")
+        raise ValueError("trackers and accelerator cannot both be given. Write Accelerator(log_with=...).")
     accelerator = make_accelerator(accelerator, trackers=trackers, folder=out)
     if not hasattr(data, "read"):
         data = _open(net, data)
     check_arguments(net, data, settings, accelerator.num_processes)
-    run = _Run(Path(out), net, data, settings, every, _count("keep", keep), accelerator)
+    run = _Run(Path(out), net, data, settings, start, every, _count("keep", keep), accelerator)
     if trackers:
         accelerator.init_trackers("scorematch")
     with tqdm(
@@ -268,7 +290,7 @@ def _count(name: str, value: int) -> int:
 
 
 def _open(net: ScoreNet, data: Any) -> Any:
-    """The data of a network, with its size and its labels."""
+    """Opens data with the image size and number of channels of the network, and with labels if it has classes."""
     classes = None if net.conditioning is None else net.conditioning.classes
     shape = net.sample_shape
     if shape is None or len(shape) != 3 or shape[0] not in (1, 3):
@@ -288,31 +310,37 @@ class _Run:
         net: ScoreNet,
         data: Data,
         settings: Settings,
-        every: dict[str, int],
+        start: str | os.PathLike[str] | None,
+        every: dict[str, int | None],
         keep: int,
         accelerator: Any,
     ) -> None:
         self.out, self.net, self.data, self.settings = out, net, data, settings
         self.every, self.keep, self.accelerator = every, keep, accelerator
         self.main: bool = accelerator.is_main_process
-        self.examples = read_examples(data)  # before the thread of the loop reads
+        self.examples = read_examples(data)  # before the data are read in another thread
         self.log = Log(out / "log.jsonl")
         self.losses = Losses(levels_for(net, settings.levels), accelerator)
-        self.config = self._configure()
+        found = checkpoint.latest(out / "checkpoints")
+        if found is None and start is not None:
+            with accelerator.main_process_first():  # the other processes then find a download in the cache
+                _begin_with(net, start)
+        self.config = self._configure(start)
         self.state = prepare(net, settings, accelerator)
-        self.seconds, self.began = 0.0, time.perf_counter()  # of training, up to that moment
-        self.saved = 0  # the images of the last checkpoint
-        self._continue()
+        self.seconds, self.began = 0.0, time.perf_counter()  # training time until the time ``began``
+        self.saved = 0  # the number of images of the last checkpoint
+        self._continue(found)
 
     # -- Begin and end ------------------------------------------------------------------------------------------------
 
-    def _configure(self) -> dict[str, Any]:
-        """The content of config.json, written if there is none, and compared otherwise.
+    def _configure(self, start: str | os.PathLike[str] | None) -> dict[str, Any]:
+        """Writes config.json if it does not exist, and compares it with the settings otherwise; returns its content.
 
         Raises:
-            ValueError: if it is of a run with other settings.
+            ValueError: if the folder contains a run with other settings.
         """
         settings = {field.name: _described(getattr(self.settings, field.name)) for field in fields(self.settings)}
+        settings["start"] = None if start is None else os.fspath(start)
         data = {"images": len(self.data), "shape": list(self.data.shape), "fingerprint": self.data.fingerprint}
         config = {"settings": settings, "network": self.net.config, "data": data}
         config["versions"] = _versions(self.accelerator.device)
@@ -320,28 +348,26 @@ class _Run:
         if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                checkpoint.write_whole(path, text.encode())
+                write_whole(path, text.encode(), durable=True)
         self.accelerator.wait_for_everyone()
         before, now = read_json(path), json.loads(text)
         if not {"settings", "network", "data"} <= before.keys():
             raise ValueError(f"{path} is not the configuration of a training run. Pass another folder.")
         differing = [
-            f"{key} was {quote(before[part].get(key))} and is {quote(now[part].get(key))}"
+            f"{key} was {quote(one)} and is {quote(other)}"
             for part in ("settings", "network", "data")
-            for key in sorted({*before[part], *now[part]} - _FREE)
-            if before[part].get(key) != now[part].get(key)
+            for key, one, other in _differing(before[part], now[part], _FREE)
         ]
         if differing:
             raise ValueError(
-                f"{self.out} holds a run with other settings: {'; '.join(differing)}. Pass the settings of that run to "
-                "continue it, or another folder."
+                f"{self.out} contains a run with other settings: {'; '.join(differing)}. Pass the settings of that run "
+                "to continue it, or another folder."
             )
         return now
 
-    def _continue(self) -> None:
-        """Loads the last checkpoint, or writes the first, so that even the initial weights are those of one run."""
-        found = checkpoint.latest(self.out / "checkpoints")
-        self.accelerator.wait_for_everyone()  # all processes have looked before one writes
+    def _continue(self, found: checkpoint.Checkpoint | None) -> None:
+        """Loads the last checkpoint, or writes the first, so that a repeated run has the same initial weights."""
+        self.accelerator.wait_for_everyone()  # before one process writes, all have looked for checkpoints
         if found is not None:
             state = found.state
             self.state.load(found.parts, found.images, state["step"])
@@ -352,12 +378,12 @@ class _Run:
                 checkpoint.clean(self.out / name)
             self.log.cut(self.state.images)
             if found is not None:
-                self._save_network()  # an interruption may have come between the checkpoint and the network
+                self._save_network()  # in case of an interruption between the checkpoint and the network
         if found is None:
             self.save()
 
     def finish(self) -> ScoreNet:
-        """Writes the report, and returns the averaged network."""
+        """Writes the report and returns the averaged network."""
         averaged = self.state.average()
         if self.main:
             rows = by_level(averaged, self.examples, self.settings)
@@ -367,24 +393,26 @@ class _Run:
     # -- The loop -----------------------------------------------------------------------------------------------------
 
     def loop(self, evaluate: Callable[[ScoreNet, int], Mapping[str, float]] | None, bar: tqdm[NoReturn]) -> None:
-        """Trains to the end, or until the program is asked to stop.
+        """Trains until the end of the run or until a signal.
 
         Raises:
-            RuntimeError: if the loss or the weights are not finite.
-            SystemExit, KeyboardInterrupt: after a signal, when a checkpoint is written.
+            RuntimeError: if the loss or a weight is not finite.
+            SystemExit, KeyboardInterrupt: after a signal, once a checkpoint has been written.
         """
         steps = train_steps(self.net, self.data, self.settings, state=self.state, accelerator=self.accelerator)
         with _Stop() as stop, closing(steps):
             since = self.state.images, time.perf_counter()
             for step in steps:
                 self.losses.add(step)
-                # Processes may be asked to stop at different steps, and agree at their common looks.
-                stopping = stop.asked if self.accelerator.num_processes == 1 else self.losses.stopping
+                late = self.every["checkpoint"] is None and time.perf_counter() - self.began > _CHECKPOINT_SECONDS
+                # Signals and times differ between processes; they stop and save together after a common call of look.
+                alone = self.accelerator.num_processes == 1
+                stopping = stop.asked if alone else self.losses.stopping
                 due = self._due(step.images)
-                if stopping:
+                if stopping or (late if alone else self.losses.late):
                     due.add("checkpoint")
                 if due or step.state.step % LOOK_EVERY == 0:
-                    self._look(stop.asked, wait=bool(due))
+                    self._look(stop.asked, late, wait=bool(due))
                 if "log" in due:
                     now = step.images, time.perf_counter()
                     self._write_line(step, (now[0] - since[0]) / max(now[1] - since[1], 1e-9), bar)
@@ -397,22 +425,26 @@ class _Run:
                     self.save()
                 bar.update(self.settings.batch_size)
                 if stopping:
-                    self.accelerator.wait_for_everyone()  # the checkpoint is written
+                    self.accelerator.wait_for_everyone()  # until the checkpoint is written
                     stop.leave()
 
     def _due(self, images: int) -> set[str]:
-        """What is due at the end of the step that has reached so many images; everything at the end of the run."""
+        """The actions at the end of the step that reaches a number of images; all of them at the end of the run."""
         before, last = images - self.settings.batch_size, images == self.settings.total
-        return {name for name, every in self.every.items() if last or images // every > before // every}
+        return {
+            name
+            for name, every in self.every.items()
+            if last or (every is not None and images // every > before // every)
+        }
 
-    def _look(self, asked: bool, *, wait: bool) -> None:
+    def _look(self, asked: bool, late: bool, *, wait: bool) -> None:
         try:
-            self.losses.look(asked, wait=wait)
+            self.losses.look(asked, late, wait=wait)
             if wait:
                 check_weights(self.state)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{error} The last checkpoint in {self.out} is of image {self.saved:,}. Start again in another folder, "
+                f"{error} The last checkpoint in {self.out} is at image {self.saved:,}. Start again in another folder "
                 "with a lower lr."
             ) from error
 
@@ -437,8 +469,8 @@ class _Run:
             path = self.out / "samples" / f"{checkpoint.name_of(images)}.png"
             try:
                 save_samples(averaged, path, self.examples, self.settings)
-            except RuntimeError as error:  # of a network that is not trained enough: the run goes on
-                warnings.warn(f"there is no picture of samples at image {images:,}: {error}", stacklevel=2)
+            except RuntimeError as error:  # the network is not trained enough yet; the run continues
+                warnings.warn(f"the samples at image {images:,} are not saved: {error}", stacklevel=2)
         if evaluate is not None:
             with global_generators(self.accelerator.device):
                 self._record({"images": images, **evaluate(averaged, images)})
@@ -446,10 +478,10 @@ class _Run:
     # -- Files --------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes a checkpoint, and the averaged network."""
+        """Writes a checkpoint and the averaged network."""
         now = time.perf_counter()
         self.seconds, self.began = self.seconds + now - self.began, now
-        self.saved = self.state.images
+        self.saved, self.losses.late = self.state.images, False
         if not self.main:
             return
         values = {
@@ -475,10 +507,10 @@ class _Run:
 
 
 class _Stop:
-    """SIGTERM and Ctrl-C, kept until the step is finished; a second signal acts at once.
+    """Delays SIGTERM and Ctrl-C until the end of a step; a second signal takes effect immediately.
 
     Attributes:
-        asked: whether a signal came.
+        asked: whether a signal was received.
     """
 
     def __init__(self) -> None:
@@ -487,7 +519,7 @@ class _Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Stop:
-        if threading.current_thread() is threading.main_thread():  # others may not have handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers there only
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._handle)
         return self
@@ -496,7 +528,7 @@ class _Stop:
         self._restore()
 
     def leave(self) -> NoReturn:
-        """Leaves the program as the signal would."""
+        """Exits the program as the signal would."""
         self._restore()
         if self._number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -513,7 +545,11 @@ class _Stop:
 
 
 def check_weights(state: TrainingState) -> None:
-    """Raises RuntimeError if a weight is NaN or infinite."""
+    """Checks that all weights are finite.
+
+    Raises:
+        RuntimeError: if a weight is NaN or infinite; the message names it.
+    """
     largest = torch.stack([norm.float() for norm in torch._foreach_norm(list[Tensor](state.parameters), math.inf)])
     if not bool(largest.isfinite().all()):
         name = state.names[int((~largest.isfinite()).nonzero()[0])]
@@ -523,8 +559,37 @@ def check_weights(state: TrainingState) -> None:
 # -- The configuration ------------------------------------------------------------------------------------------------
 
 
+def _begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:
+    """Copies the weights of the trained network ``start`` to ``net``.
+
+    Raises:
+        FileNotFoundError: if there is no such network.
+        ValueError: if the configurations of the two networks differ.
+    """
+    stored = pretrained.load(start)
+    differing = [
+        f"{key} is {quote(one)} there and {quote(other)} here"
+        for key, one, other in _differing(stored.config, json.loads(json.dumps(net.config)), _FREE_OF_START)
+    ]
+    if differing:
+        raise ValueError(
+            f"start={os.fspath(start)!r} is not the same network as net: {'; '.join(differing)}. Pass "
+            "net=ScoreNet.from_pretrained(start)."
+        )
+    pretrained.fill(net.backbone, stored.weights, stored.source)
+
+
+def _differing(
+    one: Mapping[str, Any], other: Mapping[str, Any], free: Collection[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """The keys whose values differ, with both values; those in ``free`` may differ."""
+    for key in sorted({*one, *other} - set(free)):
+        if one.get(key) != other.get(key):
+            yield key, one.get(key), other.get(key)
+
+
 def _described(value: Any) -> Any:
-    """A setting as plain values for JSON, the same in every process."""
+    """Converts a setting to a JSON value that is the same in every process."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

@@ -1,4 +1,7 @@
-"""The sources of training data: folders, arrays, Datasets and data sets of Hugging Face, behind one interface."""
+"""The sources of training data, with one interface: folders, arrays, Datasets and data sets of Hugging Face.
+
+In this module a picture is a ``PIL.Image.Image``.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from scorematch.images import gray_or_rgb, open_picture
+from scorematch.images import check_range, gray_or_rgb, open_picture
 
 Crop = Literal["center", "celeba"] | None
 _A = TypeVar("_A")
 _T = TypeVar("_T")
 
-# The endings of the files in a folder that are pictures; all others are ignored.
+# The extensions of image files; other files in a folder are ignored.
 _ENDINGS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
-_CELEBA_SIDE = 140  # pixels, of CelebA's aligned pictures of 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
+_CELEBA_SIDE = 140  # pixels; the aligned images have 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
 _IMAGE_KEYS = ("image", "images", "img", "x", "x_train", "arr_0")
 _LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
 
@@ -36,7 +40,7 @@ _LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
 
 
 class Options(NamedTuple):
-    """What the data should be like."""
+    """The arguments of ``open_images`` that determine the images and labels."""
 
     size: tuple[int, int] | None
     channels: int | None
@@ -47,11 +51,11 @@ class Options(NamedTuple):
 
 
 class UnfitError(ValueError):
-    """A picture that is not damaged, but does not fit the arguments."""
+    """An image that is not damaged but does not fit the arguments of ``open_images``."""
 
 
 def _fit(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
-    """The pixels (C, H, W), uint8, of a picture of Pillow, cropped and resized."""
+    """Crops and resizes a picture; returns its pixels (C, H, W), uint8."""
     from PIL.Image import Resampling
 
     channels, height, width = shape
@@ -60,8 +64,8 @@ def _fit(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
     if crop == "celeba":
         if min(wide, tall) < _CELEBA_SIDE:
             raise UnfitError(
-                f'crop="celeba" needs pictures of at least {_CELEBA_SIDE} x {_CELEBA_SIDE} pixels, got {tall} x '
-                f'{wide}. Write crop="center" for pictures that were cropped before.'
+                f'crop="celeba" needs images of at least {_CELEBA_SIDE} x {_CELEBA_SIDE} pixels, got {tall} x {wide}. '
+                'Write crop="center" for images that are already cropped.'
             )
         inner = (_CELEBA_SIDE, _CELEBA_SIDE)
     elif crop == "center":
@@ -78,21 +82,21 @@ def _fit(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
 
 
 def _looks(picture: Any) -> tuple[int, tuple[int, int]]:
-    """The channels and the (height, width) that a picture has, from its header."""
+    """The number of channels, 1 or 3, and the (height, width) of a picture, from its header."""
     gray = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith(("I", "F"))
-    on_its_side = picture.getexif().get(0x0112, 1) >= 5  # the EXIF tag of the orientation
+    on_its_side = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap height and width
     return 1 if gray else 3, picture.size if on_its_side else picture.size[::-1]
 
 
 def _picture_of(image: Any) -> Any:
-    """A picture of Pillow, of such a picture or an array (H, W) or (H, W, 3) of 8 bits."""
+    """Converts an array (H, W), (H, W, 1) or (H, W, 3), uint8, to a picture; a picture is returned unchanged."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image)
     if array.dtype != np.uint8:
-        raise UnfitError(f"an array of pixels must be uint8, got {array.dtype}.")
+        raise UnfitError(f"an image must be a picture of Pillow or a uint8 array, got {array.dtype}.")
     return Image.fromarray(array.squeeze(2) if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
@@ -100,15 +104,15 @@ def _picture_of(image: Any) -> Any:
 
 
 class Source(ABC):
-    """Where images come from.
+    """The interface of all sources of images.
 
     Attributes:
-        name: in messages.
-        shape: of one image.
-        identity: what the fingerprint covers.
-        labels: int64 (N,), or None.
+        name: the name of the source in messages.
+        shape: the shape of one image.
+        identity: a JSON value that identifies the source, for the fingerprint.
+        labels: the labels, int64 (N,), or None.
         classes: the names of the classes, or None.
-        constant: whether an image has the same pixels whenever it is read, so that it can be decoded once and kept.
+        constant: whether an image has the same pixels each time it is read, so that it can be decoded once and kept.
     """
 
     name: str
@@ -123,14 +127,14 @@ class Source(ABC):
 
     @abstractmethod
     def pixels(self, i: int) -> np.ndarray:
-        """Image i. Any exception but ``UnfitError`` means that it is damaged."""
+        """The pixels of image i. Any exception other than ``UnfitError`` means that the image is damaged."""
 
     def name_of(self, i: int) -> str:
         """The name of image i in messages."""
         return f"item {i} of {self.name}"
 
     def state(self) -> object:
-        """What changes with the images while the fingerprint may not: the pixels of some of them."""
+        """A JSON value that changes if images change, even if ``identity`` does not: hashes of up to 16 images."""
         digests = []
         for i in sorted({round(k * (len(self) - 1) / 15) for k in range(16)}):
             try:
@@ -146,7 +150,10 @@ class Array(Source):
     def __init__(self, images: Any, labels: Any, options: Options, name: str) -> None:
         array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
         if array.ndim < 2 or array.size == 0:
-            raise ValueError(f"{name} must be images (N, C, H, W) or data (N, ...), N at least 1, got {array.shape}.")
+            raise ValueError(
+                f"{name} must be images (N, C, H, W) or data (N, ...) with at least one sample, got shape "
+                f"{array.shape}."
+            )
         if array.dtype == np.uint8:
             array = _channels_first(array, name)
             shape = (options.channels or array.shape[1], *(options.size or array.shape[2:]))
@@ -156,6 +163,8 @@ class Array(Source):
             raise TypeError(f"{name} must be uint8, or floating point in [0, 1], got {array.dtype}.")
         self.name, self.array = name, np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
         self.shape = _checked(self.array.shape[1:], options, name)
+        if self.array.dtype == np.float32 and len(self.shape) == 3 and self.shape[0] in (1, 3):
+            check_range(torch.from_numpy(self.array))
         self.identity = hashlib.blake2b(self.array.data, digest_size=16).hexdigest()
         if options.labels:
             if labels is None:
@@ -171,7 +180,7 @@ class Array(Source):
 
 
 def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
-    """Images (N, C, H, W), of (N, H, W) or (N, H, W, C) too."""
+    """Converts images (N, H, W), (N, H, W, C) or (N, C, H, W) to (N, C, H, W)."""
     if array.ndim == 3:
         return array[:, None]
     if array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
@@ -184,17 +193,17 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _checked(shape: tuple[int, ...], options: Options, name: str) -> tuple[int, ...]:
-    """The shape of an image that cannot be resized, after a check that it is the one that is wanted."""
+    """Returns the shape of floating-point data, which are not resized, if it fits the options."""
     if options.size is None and options.channels is None:
         return shape
     wanted = (options.channels or shape[0], *(options.size or shape[1:]))
     if shape != wanted:
-        raise ValueError(f"{name} has images of shape {shape}, but {wanted} is expected. Resize them, or use uint8.")
+        raise ValueError(f"{name} must have images of shape {wanted}, got {shape}. Resize them, or use uint8.")
     return shape
 
 
 def _classes(labels: Any, n: int, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Labels as int64 (n,) from 0, and the names of the classes."""
+    """Converts n labels to integers from 0, int64 (n,), and returns them and the names of the classes."""
     array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if array.shape == (n, 1):
         array = array[:, 0]
@@ -209,20 +218,20 @@ def _classes(labels: Any, n: int, name: str) -> tuple[np.ndarray, tuple[str, ...
 
 
 class _Pictures(Source):
-    """Pictures of Pillow, which may have any size and mode."""
+    """A source of pictures, which may have any size and mode."""
 
     crop: Crop
 
     @abstractmethod
     def open(self, i: int) -> Any:
-        """Picture i, of which only the header need be read."""
+        """Opens picture i; its pixels may be read later."""
 
     def pixels(self, i: int) -> np.ndarray:
         with self.open(i) as picture:
             return _fit(picture, self.shape, self.crop)
 
     def settle(self, options: Options, workers: int) -> None:
-        """Sets the crop, and the shape, from the pictures where the options leave it open."""
+        """Sets the crop and the shape; what the options do not give is taken from the pictures."""
         self.crop = options.crop
         channels, size = options.channels, options.size
         if size is None and options.crop == "celeba":
@@ -236,7 +245,7 @@ class _Pictures(Source):
         self.shape = (channels, *size)
 
     def _kinds_and_sizes(self, workers: int) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
-        """The channels and the sizes that occur, each with the first picture that has it."""
+        """All numbers of channels and all sizes in the source, each with the index of the first picture that has it."""
 
         def look(i: int) -> tuple[int, tuple[int, int]] | None:
             try:
@@ -244,7 +253,7 @@ class _Pictures(Source):
                     return _looks(picture)
             except ImportError:
                 raise
-            except Exception:  # a damaged picture; decoding reports it
+            except Exception:  # a damaged image, which is reported when it is decoded
                 return None
 
         kinds: dict[int, int] = {}
@@ -254,14 +263,14 @@ class _Pictures(Source):
                 kinds.setdefault(seen[0], i)
                 sizes.setdefault(seen[1], i)
         if not sizes:
-            raise OSError(f"none of the {len(self)} pictures of {self.name} can be read.")
+            raise OSError(f"none of the {len(self)} images of {self.name} can be read.")
         return kinds, sizes
 
     def _common_channels(self, kinds: dict[int, int]) -> int:
         if len(kinds) > 1:
             raise ValueError(
-                f"{self.name} mixes gray and color pictures: {self.name_of(kinds[1])} is gray, and "
-                f"{self.name_of(kinds[3])} is in color. Pass channels=3, or channels=1."
+                f"{self.name} mixes gray and color images: {self.name_of(kinds[1])} is gray, and "
+                f"{self.name_of(kinds[3])} is in color. Pass channels=3 or channels=1."
             )
         return next(iter(kinds))
 
@@ -269,26 +278,26 @@ class _Pictures(Source):
         if len(sizes) > 1:
             (one, i), (other, k) = itertools.islice(sizes.items(), 2)
             raise ValueError(
-                f"{self.name} has pictures of different sizes: {self.name_of(i)} has {one[0]} x {one[1]} pixels, and "
-                f"{self.name_of(k)} has {other[0]} x {other[1]}. Pass image_size."
+                f"{self.name} has images of different sizes: {self.name_of(i)} has {one[0]} x {one[1]} pixels, and "
+                f"{self.name_of(k)} has {other[0]} x {other[1]}. Pass image_size=."
             )
         return next(iter(sizes))
 
 
 class _Folder(_Pictures):
-    """The pictures of a folder and its subfolders."""
+    """The image files of a folder and its subfolders."""
 
     def __init__(self, folder: Path, options: Options, workers: int) -> None:
         self.name, self.folder, self.paths = str(folder), folder, _walk(folder)
         if not self.paths:
-            raise FileNotFoundError(f"{folder} contains no pictures, and neither do its subfolders.")
+            raise FileNotFoundError(f"{folder} and its subfolders contain no image files.")
         if options.labels:
             names = [path.parts[0] for path in self.paths]
             loose = next((path for path in self.paths if len(path.parts) == 1), None)
             if loose is not None:
                 raise ValueError(
-                    f"labels are the names of subfolders, but {folder / loose} is in none. Move it, or leave out "
-                    "labels."
+                    f"labels=True needs all images in subfolders, whose names are the classes, got {folder / loose}. "
+                    "Move it into a subfolder, or leave out labels."
                 )
             self.labels, self.classes = _classes(names, len(names), self.name)
         files = [(folder / path).stat() for path in self.paths]
@@ -310,7 +319,10 @@ class _Folder(_Pictures):
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The pictures below a folder, sorted, relative to it. Links are followed, but no folder is entered twice."""
+    """The paths of the image files in a folder and its subfolders, sorted and relative to the folder.
+
+    Symbolic links are followed, but no folder is visited twice.
+    """
     found, entered = [], set()
     for where, folders, files in os.walk(folder, followlinks=True):
         status = Path(where).stat()
@@ -330,7 +342,7 @@ class _Table(_Pictures):
     def __init__(self, table: Any, options: Options, workers: int) -> None:
         self.name, self.table = "the data set", table
         if not hasattr(table, "__len__"):
-            raise TypeError("a streamed data set has no length and cannot be shuffled. Load it without streaming.")
+            raise TypeError("the data set must have a length, got a streamed one. Load it without streaming=True.")
         if len(table) == 0:
             raise ValueError("the data set is empty.")
         features = getattr(table, "features", None) or {}
@@ -358,26 +370,27 @@ class _Table(_Pictures):
 def _choose(
     key: str | None, keys: Sequence[str], what: str, common: Sequence[str], kinds: Mapping[str, str], kind: str
 ) -> str:
-    """The key of the images or of the labels: the one that is given, has that kind, or has a common name."""
+    """The key of the images or of the labels: the given key, or the first of the given kind or with a common name."""
     found = [key] if key is not None else [each for each in keys if kinds.get(each) == kind]
     found = found or [each for each in common if each in keys]
     if not found and what == "image" and len(keys) == 1:
         found = list(keys)
     if not found or found[0] not in keys:
         given = "" if key is None else f" named {key!r}"
-        raise ValueError(f"the data have no {what}s{given}, but {', '.join(map(repr, keys))}. Pass {what}_key.")
+        names = ", ".join(map(repr, keys))
+        raise ValueError(f"the data have no {what}s{given}; the names are {names}. Pass {what}_key=.")
     return found[0]
 
 
 class _Items(Source):
-    """A ``torch`` Dataset: items that are images, or tuples (image, label). Its transforms may be random."""
+    """A ``torch`` Dataset, whose items are images or tuples (image, label). Its transforms may be random."""
 
     constant = False
 
     def __init__(self, dataset: Any, options: Options, workers: int) -> None:
         self.name, self.dataset, self.crop = f"the {type(dataset).__name__}", dataset, options.crop
         if not hasattr(dataset, "__len__"):
-            raise TypeError(f"{self.name} has no length and cannot be shuffled. Pass a Dataset with __len__.")
+            raise TypeError(f"{self.name} must have a length, so that it can be shuffled. Pass a Dataset with __len__.")
         if len(dataset) == 0:
             raise ValueError(f"{self.name} is empty.")
         first = self._image(0)
@@ -404,7 +417,10 @@ class _Items(Source):
             return _fit(image, self.shape, self.crop)
         values = _values(image)
         if values.shape != self.shape:
-            raise UnfitError(f"item {i} of {self.name} has shape {values.shape}, but item 0 has {self.shape}.")
+            raise UnfitError(
+                f"all items of {self.name} must have the same shape, but item {i} has {values.shape} and item 0 has "
+                f"{self.shape}."
+            )
         return values
 
     def _image(self, i: int) -> Any:
@@ -419,7 +435,7 @@ class _Items(Source):
 
 
 def _values(image: Any) -> np.ndarray:
-    """An array (C, H, W), uint8 or float32, of an item of a Dataset that is no picture of Pillow."""
+    """Converts an item of a Dataset, a tensor or an array, to an array (C, H, W), uint8 or float32."""
     array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
     if array.dtype == np.uint8:
         return np.ascontiguousarray(_channels_first(array[None], "an item of the Dataset")[0])
@@ -432,7 +448,7 @@ def _values(image: Any) -> np.ndarray:
 
 
 def find(source: Any, options: Options, workers: int) -> Source:
-    """The source of what ``open_images`` was given."""
+    """Creates the source for the argument of ``open_images``."""
     if isinstance(source, str | os.PathLike):
         source = _of_path(source)
         if isinstance(source, Path):
@@ -444,7 +460,10 @@ def find(source: Any, options: Options, workers: int) -> Source:
     if isinstance(source, Mapping):
         if all(hasattr(value, "column_names") for value in source.values()):  # the splits of a data set
             if "train" not in source:
-                raise ValueError(f'the data set has no split "train", but {", ".join(map(repr, source))}. Pass one.')
+                raise ValueError(
+                    f'the data set has no split "train"; the splits are {", ".join(map(repr, source))}. Pass one of '
+                    "them."
+                )
             return _Table(source["train"], options, workers)
         keys = list(source)
         key = _choose(options.image_key, keys, "image", _IMAGE_KEYS, {}, "")
@@ -461,13 +480,13 @@ def find(source: Any, options: Options, workers: int) -> Source:
 
 
 def _of_path(source: str | os.PathLike[str]) -> Any:
-    """A folder, the content of an .npz file, or the data set of a name."""
+    """The path of a folder, the content of an .npz file, or the data set with this name."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
         if path.suffix != ".npz":
-            raise ValueError(f"{path} is neither a folder of pictures nor an .npz file.")
+            raise ValueError(f"data must be a folder of images or an .npz file, got the file {path}.")
         try:
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
@@ -479,13 +498,13 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
         from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ImportError(
-            f"{source} is no file and no folder here, and reading data sets of the Hub needs the package datasets: "
+            f"{source} is neither a file nor a folder, and loading a data set from the Hub needs the package datasets: "
             "pip install datasets."
         ) from error
     try:
         return load_dataset(source, split="train")
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{source} is no file, no folder and no data set on the Hub: {error}") from error
+        raise FileNotFoundError(f"{source} is not a file, a folder or a data set on the Hub: {error}") from error
 
 
 # -- Threads ----------------------------------------------------------------------------------------------------------
@@ -494,13 +513,16 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
 def ordered_map(
     function: Callable[[_A], _T], arguments: Iterable[_A], workers: int, *, ahead: int | None = None
 ) -> Generator[_T, None, None]:
-    """``function`` of each argument, in order, computed by threads that are not far ahead.
+    """Like ``map``, but the function is called in threads, a limited number of results ahead.
 
     Args:
-        function: called in the threads.
-        arguments: taken one by one.
+        function: the function to call.
+        arguments: its arguments, read as they are needed.
         workers: the number of threads.
-        ahead: how many results are computed before they are asked for; None is 16 per thread.
+        ahead: the largest number of results that are computed in advance; None is 16 per thread.
+
+    Yields:
+        The results, in the order of the arguments.
     """
     ahead = 16 * workers if ahead is None else ahead
     waiting: deque[Future[_T]] = deque()

@@ -1,20 +1,20 @@
-r"""The steps of a training run, without files: a batch, its loss, the gradient, AdamW, and the averages of the weights.
+r"""The training loop, without files: batches, the loss, gradients, AdamW, and averages of the weights.
 
-A run sees ``images`` images, counted with repetitions. The learning rate and the averages are functions of that number,
-and everything random is a function of the seed and of the number i of an image in the run:
+The length of a run is a number of images, counted with repetitions. The learning rate and the averages depend on the
+number of images seen. All random numbers depend on the seed and on the number i of an image in the run:
 
 ===================================  ==================================================================================
-which image of the data it is        ``Order``: each epoch is a permutation
-its noise, flip and dropped label    a generator seeded for image i, on the CPU, so that every device sees the same
+index of image i in the data         ``Order``: each epoch is a permutation
+its noise, flip and dropped label    a generator seeded for image i, on the CPU, so that they are equal on all devices
 its noise level                      ``levels.uniforms``
 dropout, tasks of ``condition``      generators seeded for the first image of each microbatch, on the device
 ===================================  ==================================================================================
 
-There is thus no state of a generator to save: a run that was killed and continued draws what it would have drawn. With
-another number of processes or another microbatch, sums are in another order and the last row draws other numbers; all
-else is the same. torch's global generators are given back after each step as the caller left them.
+Therefore no state of a generator must be saved: a run that continues after an interruption draws the same numbers as
+without it. With another number of processes or another microbatch, sums are computed in another order and the numbers
+of the last row differ; the others are equal. The state of torch's global generators is restored after each step.
 
-Batches are prepared in a thread of their own, and nothing in a step waits for the device.
+Batches are prepared in a separate thread, and a step does not synchronize with the device.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ Decay = Literal["cosine", "linear", "constant", "inverse-sqrt"]
 Loss = Callable[..., Tensor]
 Task = Callable[[Tensor, torch.Generator], Tensor | tuple[Tensor, Tensor]]
 
-_BATCHES_AHEAD = 2  # prepared before they are asked for
-# The factor of the learning rate after a share of the run. "inverse-sqrt" is that of EDM2-S, constant for 70,000 of
-# 2^20 steps (Karras et al. 2024, Table 6).
+_BATCHES_AHEAD = 2  # the number of batches that are prepared in advance
+# The factor of the learning rate as a function of the completed fraction of the run. "inverse-sqrt" is that of EDM2-S,
+# which is constant for 70,000 of 2^20 steps (Karras et al. 2024, Table 6).
 _DECAYS: dict[Decay, Callable[[float], float]] = {
     "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
     "linear": lambda share: 1 - share,
@@ -57,11 +57,11 @@ _DECAYS: dict[Decay, Callable[[float], float]] = {
 
 
 class Data(Protocol):
-    """Training data, such as ``open_images`` returns.
+    """The interface of training data, which ``ImageData`` implements.
 
     Attributes:
-        shape: of one sample, (C, H, W) for images.
-        fingerprint: tells whether two runs use the same data.
+        shape: the shape of one sample, (C, H, W) for images.
+        fingerprint: a string that identifies the data.
     """
 
     shape: tuple[int, ...]
@@ -71,25 +71,30 @@ class Data(Protocol):
         """The number of samples."""
 
     def read(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The samples (n, ...), uint8 from 0 to 255 or floating point in the units of the network, and labels (n,).
+        """Reads samples by index. It is called from one thread at a time.
 
-        It is called from one thread at a time.
+        Args:
+            indices: int64 (n,), from 0 to ``len(self) - 1``.
+
+        Returns:
+            The samples (n, ...), uint8 from 0 to 255, or floating point in the units of the network; and their labels
+            (n,), int64, or None.
         """
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines the result of a run, beside the network and the data; ``train`` describes each.
+    """The settings of a run; the fields are the arguments of ``train`` of the same names, which are described there.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: if a value is out of range.
     """
 
-    # 40 to 100 epochs of the usual small sets. The FID of a network of 16 million parameters on CIFAR-10 was 16 after 5
-    # million images, 10 after 10 and 6 after 20 (mini_edm's published curves).
+    # 40 to 100 epochs of common small data sets. The FID of a network with 16 million parameters on CIFAR-10 was 16
+    # after 5 million images, 10 after 10 million and 6 after 20 million (mini_edm's published curves).
     images: int = 5_000_000
     batch_size: int = 128  # Ho et al. 2020 and Song et al. 2021 for CIFAR-10
-    microbatch: int | None = None  # all at once takes the least time
+    microbatch: int | None = None  # the whole batch at once is fastest
     lr: float = 1e-3  # Karras et al. 2022, Table 7, for CIFAR-10, with a batch of 512
     betas: tuple[float, float] = (0.9, 0.99)  # Karras et al. 2024, Section B: 0.99 rather than 0.999
     eps: float = 1e-8  # Kingma & Ba 2015
@@ -102,7 +107,7 @@ class Settings:
     weighting: Weighting | Callable[[Tensor], Tensor] | None = None  # the same
     p: float = 2  # the square of the error, whose minimum is the score
     loss: Loss | None = None
-    precision: Autocast = "auto"  # bfloat16 takes twelve times as long where it is emulated (scorematch.precision)
+    precision: Autocast = "auto"  # emulated bfloat16 takes twelve times as long (scorematch.precision)
     flip: bool = True  # Ho et al. 2020, Section B
     label_drop: float = 0.0  # Ho & Salimans 2022 use 0.1 for guidance
     condition: Task | None = None
@@ -117,14 +122,16 @@ class Settings:
             optional = name in ("microbatch", "warmup_images")
             if not (optional and value is None) and not (_is_integer(value) and value >= least):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-        for name in ("lr", "eps", "clip", "p"):
+        for name in ("lr", "eps", "clip"):
             value = getattr(self, name)
             if not (name == "clip" and value is None) and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value!r}.")
+        if not 1 <= self.p < math.inf:
+            raise ValueError(f"p must be at least 1, got {self.p!r}.")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers from 0 to 1, got {self.betas!r}.")
+            raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {self.betas!r}.")
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop must be at least 0 and below 1, got {self.label_drop!r}.")
         if self.decay not in get_args(Decay):
@@ -134,9 +141,9 @@ class Settings:
                 f"precision must be one of {', '.join(map(repr, get_args(Autocast)))}, got {self.precision!r}."
             )
         if len(set(self.ema)) < len(self.ema):
-            raise ValueError(f"ema must not hold a length twice, got {self.ema!r}.")
+            raise ValueError(f"ema must not contain a length twice, got {self.ema!r}.")
         if self.loss is not None and (self.p != 2 or self.weighting is not None):
-            raise ValueError("p and weighting belong to the denoising loss, which loss= replaces. Leave them out.")
+            raise ValueError("p and weighting apply to the default loss only. Leave them out, or leave out loss=.")
 
     @property
     def steps(self) -> int:
@@ -145,22 +152,22 @@ class Settings:
 
     @property
     def total(self) -> int:
-        """The number of images that all steps see."""
+        """The number of images of all steps: ``steps * batch_size``."""
         return self.steps * self.batch_size
 
     def rate(self, images: int) -> float:
-        """The learning rate of the step that begins after so many images."""
+        """The learning rate of the step that begins after a number of images."""
         warmup = min(self.images // 20, 500 * self.batch_size) if self.warmup_images is None else self.warmup_images
         share = images / self.total
         return self.lr * _DECAYS[self.decay](share) * min(1.0, (images + self.batch_size) / max(1, warmup))
 
 
 class TrainingState:
-    """What a run carries from step to step: the network, the optimizer, the averages, and the number of images seen.
+    """The state of a run after a step: the network, the optimizer, the averages, and the number of images seen.
 
     Args:
-        net: the network, on the device that it is trained on, in float32 or float64.
-        settings: of the run.
+        net: the network, in float32 or float64, on the device for the training.
+        settings: the settings of the run.
 
     Attributes:
         images: the number of images seen.
@@ -168,7 +175,7 @@ class TrainingState:
         averages: the averages of the weights, in the order of ``settings.ema``.
 
     Raises:
-        TypeError: for weights of half precision.
+        TypeError: if a weight is neither float32 nor float64.
     """
 
     def __init__(self, net: ScoreNet, settings: Settings) -> None:
@@ -176,8 +183,8 @@ class TrainingState:
         narrow = next((p.dtype for p in named.values() if p.dtype not in (torch.float32, torch.float64)), None)
         if narrow is not None:
             raise TypeError(
-                f"the weights must be float32 to be trained, got {narrow}. Write net.float(); precision= says what the "
-                "network computes in."
+                f"the weights must be float32 for training, got {narrow}. Write net.float(); precision= sets the dtype "
+                "of the computations."
             )
         self.net = net
         self.images = 0
@@ -198,14 +205,14 @@ class TrainingState:
         """A copy of the network with averaged weights, in eval mode.
 
         Args:
-            length: one of ``settings.ema``; None is the first, or the weights themselves if there is none.
+            length: one of ``settings.ema``; None is the first, or the current weights if there are no averages.
 
         Raises:
-            ValueError: for a length that the run does not keep.
+            ValueError: if ``length`` is not in ``settings.ema``.
         """
         kept = {average.length: average for average in self.averages}
         if length is not None and length not in kept:
-            raise ValueError(f"the run keeps the lengths {', '.join(map(repr, kept)) or 'none'}, got {length!r}.")
+            raise ValueError(f"length must be one of settings.ema, {tuple(kept)}, got {length!r}.")
         copied = copy.deepcopy(self.net).eval()
         if kept:
             chosen = self.averages[0] if length is None else kept[length]
@@ -214,7 +221,7 @@ class TrainingState:
         return copied.requires_grad_(False)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors of the state: "weights", "optimizer", and "ema-LENGTH" of each average."""
+        """All tensors of the state by name, in the groups "weights", "optimizer", and "ema-LENGTH" for each average."""
         moments = {
             f"{name}.{key}": value
             for name, parameter in zip(self.names, self.parameters, strict=True)
@@ -227,12 +234,12 @@ class TrainingState:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], images: int, step: int) -> None:
-        """Continues from tensors that ``tensors`` returned.
+        """Loads a state.
 
         Args:
-            tensors: all of them.
-            images: the number of images seen until then.
-            step: the number of steps until then.
+            tensors: the result of ``tensors``.
+            images: the number of images seen.
+            step: the number of steps taken.
         """
         self.net.load_state_dict(tensors["weights"])
         for average in self.averages:
@@ -242,7 +249,7 @@ class TrainingState:
         for name, parameter in zip(self.names, self.parameters, strict=True):
             found = {key: tensors["optimizer"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
             moments = {key: value.to(parameter.device) for key, value in found.items() if value is not None}
-            if moments:  # with the memory layout of the parameter, as the optimizer made them
+            if moments:  # in the memory format of the parameter, in which the optimizer creates them
                 self.optimizer.state[parameter] = {
                     key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
                     for key, value in moments.items()
@@ -251,14 +258,14 @@ class TrainingState:
 
 
 class Step(NamedTuple):
-    """What one step leaves; tensors are on the device, and reading one waits for it.
+    """The result of one step. Tensors are on the device; reading their values synchronizes with it.
 
     Attributes:
-        images: seen so far, over all processes.
-        losses: of each image of this process, (n,).
-        sigma: the noise levels of these images, (n,).
-        lr: the learning rate.
-        state: of the run.
+        images: the number of images seen so far, over all processes.
+        losses: the loss of each image of this process, (n,).
+        sigma: the noise levels of these images, (n,), in the units of the data.
+        lr: the learning rate of the step.
+        state: the state of the run.
     """
 
     images: int
@@ -281,24 +288,24 @@ def train_steps(
     state: TrainingState | None = None,
     accelerator: Any = None,
 ) -> Generator[Step, None, None]:
-    """Trains a network, and yields after each step, when the optimizer and the averages have moved.
+    """Trains a network, and yields after each step, once the weights and their averages are updated.
 
-    Nothing is written, nothing is printed, and no loss is looked at: a NaN does not stop the loop. To continue a run,
-    pass the state of its last step.
+    Nothing is written or printed, and losses are not checked: a NaN does not stop the loop. To continue a run, pass the
+    state of its last step.
 
     Args:
         net: the network. It is moved to the device, and its weights are changed.
-        data: from ``open_images``, or an object with the same ``shape``, ``fingerprint``, length and ``read``.
-        settings: None are the defaults.
-        state: of an earlier step of the same run; None begins a run.
-        accelerator: an ``accelerate.Accelerator``; None makes one.
+        data: the result of ``open_images``, or an object with the same ``shape``, ``fingerprint``, length and ``read``.
+        settings: the settings of the run; None is ``Settings()``.
+        state: the state of an earlier step of the same run; None starts a new run.
+        accelerator: an ``accelerate.Accelerator``; None creates one.
 
     Returns:
-        An iterator of ``Step``. The arguments are checked at the call.
+        An iterator of ``Step``. The arguments are checked at the call, before the first step.
 
     Raises:
         ImportError: without Accelerate.
-        TypeError, ValueError: for arguments that do not fit together.
+        TypeError, ValueError: if arguments do not fit together.
 
     Example:
         >>> from scorematch.training import open_images
@@ -326,25 +333,25 @@ def make_accelerator(
     trackers: Sequence[str] = (),
     folder: str | os.PathLike[str] | None = None,
 ) -> Any:
-    """An accelerator, checked: the given one, or a new one.
+    """Checks the given accelerator, or creates one.
 
     Args:
-        given: an ``accelerate.Accelerator``; None makes one.
-        cpu: whether a new one computes on the CPU even where there is a GPU.
-        trackers: of a new one, such as "tensorboard".
-        folder: where trackers write.
+        given: an ``accelerate.Accelerator``; None creates one.
+        cpu: whether a new accelerator uses the CPU even if there is a GPU.
+        trackers: the names of the trackers of a new accelerator, such as "tensorboard".
+        folder: the folder to which trackers write.
 
     Raises:
         ImportError: without Accelerate.
-        ValueError: for one with mixed precision, which ``precision=`` is for, or one that does not know of the other
-            processes that were launched.
+        ValueError: if the accelerator uses mixed precision, for which there is ``precision=``, or its number of
+            processes is not the number of launched processes.
     """
     if given is None:
         try:
             from accelerate import Accelerator
         except ImportError as error:
             raise ImportError('training needs Accelerate: pip install "scorematch[train]".') from error
-        # Processes without a GPU find each other only if the CPU was asked for.
+        # Without a GPU, Accelerate creates a process group only with cpu=True.
         cpu = cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
         given = Accelerator(mixed_precision="no", cpu=cpu, log_with=list(trackers) or None, project_dir=folder)
     if given.mixed_precision != "no":
@@ -353,7 +360,7 @@ def make_accelerator(
             "instead."
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != given.num_processes:  # each would train alone, and write to the same files
+    if launched != given.num_processes:  # each process would train on its own and write to the same files
         raise ValueError(
             f"{launched} processes were launched, but accelerator has {given.num_processes}. On a CPU write "
             "Accelerator(cpu=True)."
@@ -362,7 +369,11 @@ def make_accelerator(
 
 
 def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingState:
-    """The state of a new run: the network on its device, the same in all processes, in the fastest memory layout."""
+    """Creates the state of a new run.
+
+    The network is moved to the device and converted to the fastest memory format; all processes get the weights of the
+    first.
+    """
     net.to(accelerator.device)
     if accelerator.num_processes > 1:
         for tensor in net.state_dict().values():
@@ -372,7 +383,7 @@ def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingStat
     if _channels_last(net, accelerator.device):
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # of 4-d tensors
     if settings.compile:
-        net.backbone.compile()
+        net.backbone.compile(dynamic=False)  # one graph per shape, whichever shape came first in this process
     return TrainingState(net, settings)
 
 
@@ -380,18 +391,20 @@ def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingStat
 
 
 def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: int) -> None:
-    """Raises if the arguments do not fit together, before anything is computed."""
+    """Checks that the network, the data and the settings fit together.
+
+    Raises:
+        TypeError, ValueError: if they do not.
+    """
     if not isinstance(net, ScoreNet):
         raise TypeError(f"net must be a ScoreNet, got {type(net).__name__}. Write ScoreNet(backbone, schedule).")
     if net.sample_shape is not None and tuple(data.shape) != net.sample_shape:
         raise ValueError(
-            f"the data have samples of shape {tuple(data.shape)}, but the sample_shape of the network is "
-            f"{net.sample_shape}."
+            f"the data must have samples of the network's sample_shape, {net.sample_shape}, got {tuple(data.shape)}."
         )
     if len(data) < settings.batch_size:
         raise ValueError(
-            f"the data have {len(data)} images, fewer than batch_size={settings.batch_size}. Write a batch_size of at "
-            f"most {len(data)}."
+            f"batch_size must be at most the number of images of the data, {len(data)}, got {settings.batch_size}."
         )
     if settings.batch_size % processes:
         raise ValueError(
@@ -402,7 +415,8 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
     takes = net.conditioning
     if settings.condition is not None and takes is not None and takes.channels == 0:
         raise ValueError(
-            "condition makes an image, which the network does not take. Write ScoreNet.unet(condition_channels=)."
+            "condition= is for networks that take an image as their condition, which net does not. Write "
+            "ScoreNet.unet(condition_channels=...)."
         )
     if takes is not None and takes.channels > 0 and settings.condition is None:
         raise ValueError(
@@ -410,47 +424,45 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
             "scorematch.palette.Colorization()."
         )
     classes = _classes(net, settings)
-    if settings.label_drop > 0 and classes is None:
-        raise ValueError("label_drop needs a class-conditional network. Write ScoreNet.unet(classes=).")
+    if settings.label_drop > 0 and not (classes is not None and takes is not None and takes.null_class):
+        raise ValueError(
+            "label_drop needs a network with a null class, which replaces the dropped labels. Write "
+            "ScoreNet.unet(classes=..., null_class=True), or leave out label_drop."
+        )
     if classes is not None:
-        _check_labels(data.read(torch.arange(1))[1], classes, settings.label_drop)
+        _check_labels(data.read(torch.arange(1))[1], classes)
 
 
 def _classes(net: ScoreNet, settings: Settings) -> int | None:
-    """The number of classes of a network that is trained with labels, or None."""
+    """The number of classes of a network that is trained with labels, with the null class, or None."""
     takes = net.conditioning
-    return None if takes is None or settings.condition is not None else takes.classes
+    if takes is None or takes.classes is None or settings.condition is not None:
+        return None
+    return takes.classes + takes.null_class
 
 
-def _check_labels(labels: Tensor | None, classes: int, label_drop: float) -> None:
+def _check_labels(labels: Tensor | None, classes: int) -> None:
     if labels is None:
         raise ValueError("the network is class-conditional, but the data have no labels. Open them with labels=True.")
-    known = classes - (label_drop > 0)
-    wrong = labels[(labels < 0) | (labels >= known)]
-    if len(wrong) and label_drop > 0:
-        raise ValueError(
-            f"with label_drop the last class of the network means that there is no label, so that labels are from 0 to "
-            f"{known - 1}, got {int(wrong[0])}. Build the network with one class more, such as "
-            f"ScoreNet.unet(classes={classes + 1})."
-        )
+    wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
-        raise ValueError(f"the network knows the classes 0 to {known - 1}, got the label {int(wrong[0])}.")
+        raise ValueError(f"labels must be classes of the network, from 0 to {classes - 1}, got {int(wrong[0])}.")
 
 
 # -- The loop ---------------------------------------------------------------------------------------------------------
 
 
 class _Batch(NamedTuple):
-    """What one process computes in one step, on the CPU."""
+    """The batch of one process for one step, or a part of it."""
 
-    first: int  # the number of its first image in the run
+    first: int  # the number of the first image in the run
     x: Tensor
     noise: Tensor
     sigma: Tensor
     labels: Tensor | None
 
     def part(self, begin: int, end: int, device: torch.device, memory: torch.memory_format) -> _Batch:
-        """A microbatch, on the device."""
+        """The images begin to end - 1 of the batch, on the device."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor[begin:end].to(device, non_blocking=True)
@@ -518,7 +530,7 @@ def _steps(
 
 
 def _given(part: _Batch, settings: Settings) -> dict[str, Tensor]:
-    """The condition, and the region where the loss counts, of the images that have them."""
+    """The condition of the images and the region where the loss counts, as arguments of the loss, if there are any."""
     if settings.condition is None:
         return {} if part.labels is None else {"condition": part.labels}
     generator = torch.Generator(part.x.device).manual_seed(seed_of(settings.seed, "condition", part.first))
@@ -529,7 +541,7 @@ def _given(part: _Batch, settings: Settings) -> dict[str, Tensor]:
 def _batches(
     data: Data, settings: Settings, levels: Levels, classes: int | None, state: TrainingState, accelerator: Any
 ) -> Generator[_Batch, None, None]:
-    """The batches of this process from now to the end of the run, prepared in a thread."""
+    """The batches of this process until the end of the run, prepared in a thread."""
     local = settings.batch_size // accelerator.num_processes
     pinned = accelerator.device.type == "cuda"
     order, generator = Order(len(data), settings.seed), torch.Generator()
@@ -548,7 +560,7 @@ def _batches(
         if classes is None:
             labels = None
         else:
-            _check_labels(labels, classes, settings.label_drop)
+            _check_labels(labels, classes)
             labels = labels if labels is None else torch.where(drop < settings.label_drop, classes - 1, labels)
         sigma = levels.quantile(uniforms(settings.seed, first, first + local)).to(noise.dtype)
         if pinned:
@@ -564,7 +576,7 @@ def _batches(
 
 @contextmanager
 def global_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Lends torch's global generators, of the CPU and of the device: a function that seeds both."""
+    """Restores torch's global generators of the CPU and of the device on exit; yields a function that seeds both."""
     modules = [torch] if device.type == "cpu" else [torch, getattr(torch, device.type)]
     states = [module.get_rng_state() for module in modules]
 
@@ -581,7 +593,7 @@ def global_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
 
 
 def _channels_last(net: ScoreNet, device: torch.device) -> bool:
-    """Whether convolutions are faster with the channels last."""
+    """Whether to train in the channels_last memory format."""
     return device.type != "cuda" or net.family is None or net.family.channels_last_on_cuda
 
 

@@ -1,0 +1,170 @@
+"""``python -m scorematch evaluate``: measures the quality of samples, of images in a folder, or of restorations."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from scorematch.bulk import this_process
+from scorematch.cli.options import (
+    Commands,
+    add_classes,
+    add_reference,
+    add_samplers,
+    add_sampling,
+    announce,
+    find_classes,
+    find_device,
+    given_sampling,
+    image_count,
+    load,
+    make_sampler,
+    reference_options,
+)
+from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, evaluate, is_network
+from scorematch.evaluation.figures import MEASURES
+from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
+from scorematch.sampling.restoration import Restore
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure the quality of samples, images or restorations",
+        description="Compares samples of a network, or images, with real images: Fréchet distance (FID with the\n"
+        "features of inception), kernel distance, Inception Score, precision and recall, density and coverage, each\n"
+        "with its error, beside those of held-out images and of a Gaussian, a floor and a ceiling.\n\n"
+        "FOLDER/evaluation.md has the tables, evaluation.json all settings and figures, samples the samples: the same\n"
+        "command again continues after an interruption. torchrun and accelerate launch run it on many devices.\n\n"
+        "With --restore real images are degraded and restored, and the restorations are measured.",
+        epilog="Examples:\n"
+        "  python -m scorematch evaluate mnist mnist-train --held-out mnist-test --features efficientnet-lite0\n"
+        "  python -m scorematch evaluate ./cifar10 cifar10-train -n 50k --out runs/fid\n"
+        "  python -m scorematch evaluate samples/ photos/ --features inception dinov2\n"
+        "  python -m scorematch evaluate mnist --restore inpainting --data digits.npz --features pixels\n"
+        "  accelerate launch -m scorematch evaluate ./cifar10 cifar10-train -n 50k --out runs/fid",
+    )
+    parser.add_argument(
+        "what",
+        help="a network, by name or folder as for sample; a folder of images; an .npz file; or what sample wrote",
+    )
+    parser.add_argument(
+        "reference",
+        nargs="?",
+        help="the real images: a folder, an .npz file of images or of statistics, a data set owner/name on the Hub, or "
+        "mnist-train, mnist-test, fashion-mnist-train, fashion-mnist-test, cifar10-train, cifar10-test",
+    )
+    parser.add_argument(
+        "-n",
+        type=image_count,
+        help=f"the number of images (default: {DEFAULT_N:,} samples, {DEFAULT_N_RESTORED} restored images, else all)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the folder to write to (default: only print)")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=MEASURES,
+        metavar="METRIC",
+        help=f"some of {', '.join(MEASURES)} (default: all that can be measured, except classes)",
+    )
+    parser.add_argument("--no-gaussian", action="store_true", help="leave out the Gaussian of the reference")
+    restoration = parser.add_argument_group("restoration")
+    restoration.add_argument(
+        "--restore",
+        metavar="TASK",
+        help="colorization, inpainting, uncropping, jpeg-QUALITY such as jpeg-5, or pool-SIZE such as pool-4",
+    )
+    restoration.add_argument("--data", help="the images to degrade and to restore (default: the reference)")
+    restoration.add_argument("--draws", type=image_count, help="restorations of each image (default: 2)")
+    restoration.add_argument(
+        "--noise", type=float, help="the standard deviation of the noise in the degraded images (default: 0)"
+    )
+    restoration.add_argument(
+        "--restore-method",
+        choices=get_args(Restore),
+        help="for networks that were not trained to restore (default: replace)",
+    )
+    restoration.add_argument(
+        "--labels", action="store_true", help="measure the accuracy; the extractor must have these classes"
+    )
+    add_reference(parser)
+    add_classes(parser)
+    add_sampling(parser)
+    add_samplers(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    _check(args)
+    common = {"metrics": args.metrics, "out": args.out, "name": args.what}
+    sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
+    if not is_network(args.what):
+        common |= reference_options(args, find_device(args.device))
+        _show(args, evaluate(args.what, args.reference, n=args.n, **sets, **common))
+        return
+    n = args.n
+    args.model, args.n = args.what, n or (DEFAULT_N if args.restore is None else DEFAULT_N_RESTORED)  # for load
+    net, shape, device = load(args)
+    condition = None if args.restore is not None else find_classes(args, net)
+    common |= reference_options(args, device)
+    sampler, fast = make_sampler(args, net), make_sampler(args, net.inference_copy())
+    process, processes = this_process()
+    if args.restore is not None:
+        draws = 2 if args.draws is None else args.draws
+        channels = 0 if net.conditioning is None else net.conditioning.channels
+        if process == 0:
+            few = torch.zeros(min(args.n, 64), channels, *shape[1:]) if channels else None
+            announce(fast, args.n * draws, shape, device, few, processes)
+        sampler.restore = "replace" if args.restore_method is None else args.restore_method
+        result = evaluate_restoration(
+            sampler,
+            args.reference if args.data is None else args.data,
+            args.restore,
+            n=n,
+            draws=draws,
+            noise=0.0 if args.noise is None else args.noise,
+            labels=args.labels,
+            reference=None if args.data is None else args.reference,
+            **common,
+        )
+    else:
+        if process == 0:
+            announce(fast, args.n, shape, device, 0 if isinstance(condition, str) else condition, processes)
+        result = evaluate(
+            sampler, args.reference, n=args.n, condition=condition, classes=args.classes, **sets, **common
+        )
+    _show(args, result)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Checks that the options fit together."""
+    network = is_network(args.what)
+    foreign = [] if network else given_sampling(args)
+    if foreign:
+        raise ValueError(f"{foreign[0]} is for networks, but {args.what} has images. Leave it out.")
+    if args.restore is None:
+        for name in ("data", "draws", "noise", "restore_method", "labels"):
+            if getattr(args, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for --restore TASK. Leave it out.")
+        if args.reference is None:
+            args.parser.error("the following arguments are required: reference")
+    else:
+        if not network:
+            raise ValueError(f"--restore needs a network, but {args.what} has images.")
+        if args.data is None and args.reference is None:
+            args.parser.error("the following arguments are required: --data DATA")
+        if args.held_out is not None or args.no_gaussian or args.label is not None:
+            raise ValueError("--held-out, --no-gaussian and --class are not for --restore. Leave them out.")
+
+
+def _show(args: argparse.Namespace, result: Evaluation) -> None:
+    if this_process()[0] == 0:
+        print(result.table(), end="")
+        for name, reason in result.left_out.items():
+            print(f"not measured: {name}, which {reason}")
+        if args.out is not None:
+            print(args.out / "evaluation.md")

@@ -1,0 +1,95 @@
+"""``python -m scorematch tune``: measures sampler settings on a network, and stores the best with it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from scorematch.bulk import this_process
+from scorematch.cli.options import (
+    Commands,
+    add_classes,
+    add_device,
+    add_model,
+    add_reference,
+    check_folder_name,
+    duration,
+    estimate,
+    find_classes,
+    image_count,
+    load,
+    reference_options,
+)
+from scorematch.evaluation.tune import Criterion, settings_table, tune
+from scorematch.sampling import recommended_sampler
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "tune",
+        help="find the best sampler settings of a network",
+        description="Draws images with a table of sampler settings, compares them with real images, and writes the\n"
+        "network with the best settings into a folder, with the table in its README.md. The other commands then use\n"
+        "these settings. The same command again continues after an interruption.",
+        epilog="Examples:\n"
+        "  python -m scorematch tune ./cifar10 --reference cifar10-train --out ./cifar10-tuned\n"
+        "  python -m scorematch tune mnist --reference digits/ --features efficientnet-lite0 --calls 50 --out tuned",
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--reference", required=True, metavar="DATA", help="the real images, as for the command evaluate"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the folder to write to (default: only print)")
+    parser.add_argument(
+        "-n", type=image_count, default=1000, help="the number of images for each of the settings (default: 1,000)"
+    )
+    parser.add_argument(
+        "--calls", type=int, default=250, help="the largest number of network calls per image (default: 250)"
+    )
+    parser.add_argument(
+        "--by", choices=get_args(Criterion), default="frechet", help="the distance to minimize (default: frechet)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the random seed of all images (default: 0)")
+    add_device(parser)
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    add_reference(parser)
+    add_classes(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if len(args.features) > 1:
+        raise ValueError("--features must be one extractor: the best settings minimize one distance.")
+    if args.out is not None:
+        check_folder_name(args.out)
+    net, shape, device = load(args)
+    condition = find_classes(args, net)
+    options = reference_options(args, device)
+    settings = settings_table(net, args.calls)
+    if settings and this_process()[0] == 0:
+        samplers = [recommended_sampler(net, each) for each in settings]
+        fast = recommended_sampler(net.inference_copy(), settings[0])
+        calls = sum(map(len, samplers))
+        seconds = estimate(fast, args.n, shape, device, 0 if isinstance(condition, str) else condition)
+        seconds *= calls / len(fast) / this_process()[1]
+        print(f"{len(settings)} settings with {calls:,} network calls, about {duration(seconds)}", flush=True)
+    result = tune(
+        net,
+        args.reference,
+        settings=settings,
+        calls=args.calls,
+        n=args.n,
+        by=args.by,
+        held_out=args.held_out,
+        out=args.out,
+        condition=condition,
+        classes=args.classes,
+        **{**options, "features": options["features"][0]},
+    )
+    if this_process()[0] == 0:
+        print(result.to_markdown(), end="")
+        print(f"best: {result.best.settings}")
+        if args.out is not None:
+            print(args.out)

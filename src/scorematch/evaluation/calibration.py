@@ -1,0 +1,226 @@
+r"""Whether restored images are samples of the posterior: rank statistics and coverage where the posterior is known.
+
+A restoration method answers an observation :math:`y = A x_0 + \sigma_y n` with K draws. If they are samples of the
+posterior, then :math:`x_0` and the draws have the same distribution given y, and for any function f the rank of
+:math:`f(x_0)` among the K values of the draws is uniform over 0, ..., K. Consequently the interval between the i-th
+smallest and the i-th largest value contains :math:`f(x_0)` with the probability
+
+.. math:: 1 - \frac{2i}{K + 1}, \qquad i = 1, \dots, \lfloor K/2 \rfloor .
+
+Here f are projections :math:`\langle w_j, x \rangle` on fixed random directions, :math:`x_0` is drawn from a
+``Gaussian`` or a ``Mixture``, and the following is reported over many observations:
+
+- **coverage**: the share of intervals that contain the truth. Below the nominal value the draws are too alike or biased
+  (overconfident); above it, too different.
+- **spread**: the root of the mean ratio of the variance of the draws to that of the posterior; 1 for exact draws.
+- **shift**: the root mean square distance of the mean of the draws from the posterior mean, in deviations of the
+  posterior; what the finite number of draws contributes is subtracted. 0 for exact draws.
+- **p value**: of the chi-squared test that the ranks are uniform, the smallest over the directions, times their number
+  (Bonferroni). Below 0.01 the draws are not samples of the posterior; coverage, spread and shift say by how much. With
+  enough observations every approximate method is rejected.
+
+References:
+    Talts et al., 2018, Validating Bayesian Inference Algorithms with Simulation-Based Calibration, arXiv:1804.06788.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scorematch.charts import Curve, chart, table
+from scorematch.evaluation.exact import Mixture
+from scorematch.evaluation.figures import Figure, mean_figure
+from scorematch.observe import Observation, Operator
+from scorematch.randomness import seed_of
+from scorematch.sampling import AnnealedLangevinSampler, Sampler
+from scorematch.sampling.restoration import Restore
+
+_KNOWN = 1e-9  # the ratio of the posterior variance to the prior variance below which a direction counts as known
+_FEWEST_PER_RANK = 5  # observations per rank, below which the chi-squared distribution is not a good approximation
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The calibration of one restoration method.
+
+    Attributes:
+        name: the name of the method.
+        sampler: its description, ``str(sampler)``.
+        draws: K, the number of draws for each observation.
+        ranks: the ranks of the truth (observations, directions), int64, from 0 to K.
+        spread: the root of the mean ratio of variances, draws to posterior, and its standard error.
+        shift: the root mean square distance of the means in deviations of the posterior.
+    """
+
+    name: str
+    sampler: str
+    draws: int
+    ranks: Tensor
+    spread: Figure
+    shift: float
+
+    def coverage(self, i: int) -> tuple[float, Figure]:
+        """The coverage of the interval between the i-th smallest and the i-th largest draw.
+
+        Args:
+            i: from 1 to K // 2.
+
+        Returns:
+            The nominal coverage, 1 - 2 i / (K + 1); and the share of intervals that contain the truth, with its
+            standard error over observations.
+
+        Raises:
+            ValueError: if i is out of range.
+        """
+        if not 1 <= i <= self.draws // 2:
+            raise ValueError(f"i must be from 1 to {self.draws // 2} for {self.draws} draws, got {i}.")
+        inside = (self.ranks >= i) & (self.ranks <= self.draws - i)
+        return 1 - 2 * i / (self.draws + 1), mean_figure(inside.double().mean(1))
+
+    @property
+    def p_value(self) -> float:
+        """The p value of the test that the ranks are uniform, over all directions."""
+        expected = len(self.ranks) / (self.draws + 1)
+        counts = torch.stack([column.bincount(minlength=self.draws + 1) for column in self.ranks.T]).double()
+        statistic = ((counts - expected).square() / expected).sum(1)
+        half = torch.tensor(self.draws / 2, dtype=torch.float64)
+        smallest = float(torch.special.gammaincc(half, statistic / 2).min())
+        return min(1.0, len(counts) * smallest)
+
+
+def posterior_calibration(
+    exact: Mixture,
+    operator: Operator,
+    samplers: Mapping[str, Sampler] | None = None,
+    *,
+    sigma: float = 0.0,
+    observations: int = 200,
+    draws: int = 19,
+    directions: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Calibration]:
+    """Measures the calibration of restoration methods on a distribution whose posterior is known.
+
+    Args:
+        exact: a ``Gaussian`` or a ``Mixture``, with a schedule unless ``samplers`` is given. The truth is drawn from
+            it. For each observation a covariance (D, D) is decomposed, which is fast up to D of a few hundred.
+        operator: a linear operator, for any image.
+        samplers: samplers with an exact score, or with that of a network trained on samples of ``exact``, by name; each
+            with its ``restore`` and with ``clamp=False``. None is plain annealed Langevin dynamics with each method of
+            ``restore``.
+        sigma: the standard deviation of the noise in the observations.
+        observations: the number of observations, at least 5 (draws + 1).
+        draws: K, the number of draws for each observation, at least 2. With 19 the intervals have the nominal coverages
+            0.9, 0.8, ..., 0.1.
+        directions: the number of random directions.
+        seed: the seed of everything.
+        progress: whether to show a progress bar.
+
+    Returns:
+        One result for each sampler, after that of exact draws from the posterior, "posterior".
+
+    Raises:
+        ValueError: if there are too few observations or draws; if the operator is not linear, or is for given images
+            only; or if the observations determine the images completely.
+    """
+    if draws < 2 or directions < 1:
+        raise ValueError(f"draws must be at least 2 and directions at least 1, got {draws} and {directions}.")
+    fewest = _FEWEST_PER_RANK * (draws + 1)
+    if observations < fewest:
+        raise ValueError(f"the ranks of {draws} draws need at least {fewest} observations, got {observations}.")
+    if len(operator) > 1:
+        raise ValueError(f"the operator must be for any image, got one for {len(operator)} images.")
+    if samplers is None:
+        samplers = {
+            restore: AnnealedLangevinSampler(exact, restore=restore, consistent=False, clamp=False)
+            for restore in get_args(Restore)
+        }
+    truth = exact.sample(observations, seed_of(seed, "truth"))
+    y = operator.measure(truth)
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed_of(seed, "noise")))
+    y = y + sigma * noise.to(y.device)
+    w = torch.randn(truth[0].numel(), directions, generator=torch.Generator().manual_seed(seed_of(seed, "directions")))
+    check = _Check(exact, Observation(operator, y, sigma), truth, w, draws, seed)
+    found = [check("posterior", "exact draws", check.exact)]
+    repeated = Observation(operator, y.repeat_interleave(draws, 0), sigma)
+    for name, sampler in tqdm(samplers.items(), "methods", leave=False, disable=not progress):
+        generator = seed_of(seed, "draws", name)
+        x = sampler.sample(len(repeated), observation=repeated, generator=generator, progress=False)
+        found.append(check(name, str(sampler), check.along(x).view(observations, draws, directions)))
+    return found
+
+
+class _Check:
+    """Compares draws with the truth and with the posterior along the directions w (D, J).
+
+    Attributes:
+        exact: draws from the posteriors along the directions (observations, K, J).
+    """
+
+    def __init__(
+        self, exact: Mixture, observation: Observation, truth: Tensor, w: Tensor, draws: int, seed: int
+    ) -> None:
+        self._w, self._draws, self._seed = (w / w.norm(dim=0)).double(), draws, seed
+        self._truth = self.along(truth)
+        means, variances, own = [], [], []
+        for i in range(len(truth)):
+            posterior = exact.posterior(observation, i)
+            means.append(posterior.mean.cpu() @ self._w)
+            variances.append(self._variance_of(posterior))
+            own.append(self.along(posterior.sample(draws, seed_of(seed, "posterior", i), torch.float64)))
+        self._mean, self._variance, self.exact = torch.stack(means), torch.stack(variances), torch.stack(own)
+        if not (self._variance > _KNOWN * self._variance_of(exact)).all():
+            raise ValueError("the observations must leave a part of the images unknown, but they determine them.")
+
+    def along(self, x: Tensor) -> Tensor:
+        """The projections (n, J) of images (n, ...)."""
+        return x.cpu().double().flatten(1) @ self._w
+
+    def _variance_of(self, distribution: Mixture) -> Tensor:
+        """The variances (J,) of a distribution along the directions."""
+        return (distribution.covariance.cpu() @ self._w * self._w).sum(0)
+
+    def __call__(self, name: str, sampler: str, values: Tensor) -> Calibration:
+        below, equal = (compare(values, self._truth[:, None]).sum(1) for compare in (torch.lt, torch.eq))
+        generator = torch.Generator().manual_seed(seed_of(self._seed, "ties", name))
+        ranks = below + (torch.rand(equal.shape, generator=generator) * (equal + 1)).long()
+        apart = (values.mean(1) - self._mean) / self._variance.sqrt()
+        ratios = values.var(1) / self._variance
+        square = float((apart.square() - ratios / self._draws).mean())
+        ratio = mean_figure(ratios.mean(1))
+        spread = math.sqrt(ratio.value)
+        error = ratio.error / (2 * spread) if ratio.error is not None and spread else None
+        return Calibration(name, sampler, self._draws, ranks, Figure(spread, error), math.sqrt(max(0.0, square)))
+
+
+# -- Reports ----------------------------------------------------------------------------------------------------------
+
+
+def calibration_table(found: Sequence[Calibration]) -> str:
+    """A table in Markdown: the coverage of the intervals nearest to 50 % and 90 %, spread, shift and p value."""
+    rows, header = [], []
+    for each in found:
+        numbers = range(1, each.draws // 2 + 1)
+        chosen = [min(numbers, key=lambda i: abs(each.coverage(i)[0] - level)) for level in (0.5, 0.9)]
+        shares = [each.coverage(i) for i in chosen]
+        header = [f"coverage, nominal {nominal:.1%}" for nominal, _ in shares]
+        figures = [str(share) for _, share in shares]
+        rows.append([each.name, *figures, str(each.spread), f"{each.shift:.3f}", f"{each.p_value:.2g}"])
+    return table(["method", *header, "spread", "shift", "p value"], rows)
+
+
+def calibration_chart(found: Sequence[Calibration]) -> str:
+    """The coverage against the nominal coverage, as the text of an SVG file; exact draws are on the diagonal."""
+    curves = [Curve("nominal", [0.0, 1.0], [0.0, 1.0])]
+    for each in found:
+        points = [each.coverage(i) for i in range(each.draws // 2, 0, -1)]
+        curves.append(Curve(each.name, [nominal for nominal, _ in points], [share.value for _, share in points]))
+    return chart("coverage of central intervals of the draws", "nominal coverage", curves)

@@ -1,0 +1,263 @@
+r"""Diagnostics of a score by noise level: its error against a known score, its loss, and the calibration of its norm.
+
+**The error of a score.** If the exact score s* is known (see ``scorematch.evaluation.exact``), the denoising loss of a
+score s exceeds its minimum by the mean square of the error. If a loss of 1 is that of a network that returns zero,
+
+.. math:: E(\sigma) = \tfrac{1}{D} \mathrm{E} \lVert \sigma s - \sigma s^* \rVert^2 = L(\sigma) - L^*(\sigma),
+
+and :math:`\sigma^2 E` is the mean square difference of the denoised images. Divided by the mean square of
+:math:`\sigma s^*`, it is the relative error.
+
+**Loss and norm.** Without a known score, the loss L of real images shows at which levels a network is better or worse
+than another. The mean square N of :math:`\sigma s` shows whether the norm is right: for the exact score
+:math:`N + L = 1` at every level. A sum above 1 means a score that is too large, as of a network that overfits; below 1,
+one that is too small. The loss of training images below that of held-out images shows overfitting.
+
+References:
+    Song & Ermon, 2019, arXiv:1907.05600, Eq. 5-6. Vincent, 2011.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scorematch.charts import Curve, chart, table
+from scorematch.evaluation.accumulate import double
+from scorematch.evaluation.exact import Distribution
+from scorematch.evaluation.figures import Figure, mean_figure
+from scorematch.evaluation.per_image import Batch, Condition, choose, device_of, per_image
+from scorematch.loss import loss_and_norm
+from scorematch.noise import NoiseSchedule
+from scorematch.precision import exact_float32
+from scorematch.protocol import Score, check_score, evaluating, schedule_of
+from scorematch.randomness import as_generator, seed_of, standard_normal
+from scorematch.training.data import open_images
+
+_LEVELS = 16
+
+
+class ScoreError(NamedTuple):
+    """The error of a score at one noise level. All errors of the figures are standard errors over samples.
+
+    Attributes:
+        sigma: the noise level.
+        excess: E, the mean square of sigma times the error, divided by D; the excess of the loss over its minimum.
+        relative: E divided by the mean square of sigma times the known score.
+        denoised: the root mean square difference of the denoised images, in the units of x.
+    """
+
+    sigma: float
+    excess: Figure
+    relative: Figure
+    denoised: float
+
+
+class LevelLoss(NamedTuple):
+    """The loss of a network at one noise level. All errors of the figures are standard errors over images.
+
+    Attributes:
+        sigma: the noise level.
+        loss: the denoising loss divided by D/2; 1 for a network that returns zero.
+        norm: the mean square of sigma times the score; 1 - loss for the exact score.
+        calibration: loss + norm - 1, which is 0 for the exact score.
+        denoised: the root mean square error of the denoised images, in the units of x.
+    """
+
+    sigma: float
+    loss: Figure
+    norm: Figure
+    calibration: Figure
+    denoised: float
+
+
+# -- Against a known score --------------------------------------------------------------------------------------------
+
+
+def score_error(
+    score: Score,
+    exact: Distribution,
+    levels: NoiseSchedule | Iterable[float] | None = None,
+    *,
+    x: Tensor | None = None,
+    n: int = 1024,
+    condition: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[ScoreError]:
+    """Measures the error of a score against the known score of a distribution, at each noise level.
+
+    Both are evaluated at samples of the distribution with noise; the noise of a sample is the same at all levels. Under
+    ``torch.distributed`` every process must call it, and each computes a share.
+
+    Args:
+        score: a score: a ScoreNet, or any callable ``score(x, sigma)``.
+        exact: the distribution with the known score, such as ``Gaussian``, ``Mixture`` or ``Empirical``.
+        levels: the noise levels, descending or in any order; None is 16 geometric levels over the range of the score's
+            own schedule, or that of ``exact``.
+        x: clean samples (n, ...) at which the scores are compared; None draws n samples from the distribution.
+        n: the number of samples that are drawn, at least 2.
+        condition: the class of all samples, for a network with classes.
+        batch_size: the number of samples in a network call.
+        seed: the seed of the samples and of the noise.
+        progress: whether to show a progress bar.
+
+    Returns:
+        One row for each level.
+
+    Raises:
+        ValueError: if there are no levels, or fewer than two samples.
+
+    Example:
+        >>> from scorematch.evaluation.exact import Gaussian
+        >>> exact = Gaussian([0.0, 0.0], 1.0)  # sigma s* = -sigma x / (1 + sigma^2)
+        >>> [row] = score_error(lambda x, sigma: 1.1 * exact(x, sigma), exact, [1.0], n=100, progress=False)
+        >>> round(row.relative.value, 6)
+        0.01
+    """
+    sigmas = _sigmas(levels, score, exact)
+    drawn = exact.sample(n, seed_of(seed, "samples")) if x is None else x
+    if len(drawn) < 2:
+        raise ValueError(f"a standard error needs at least 2 samples, got {len(drawn)}.")
+    device = device_of(score)
+
+    def errors(batch: Batch) -> Tensor:
+        clean = batch.x.to(device)
+        z = standard_normal(clean.shape, as_generator(batch.seeds(seed, "noise")), device, clean.dtype)
+        columns = []
+        for sigma in sigmas:
+            noisy = clean + sigma * z
+            level = torch.full((len(clean),), sigma, dtype=clean.dtype, device=device)
+            known = exact(noisy, level)
+            found = score(noisy, level) if condition is None else score(noisy, level, condition)
+            apart = check_score(found, noisy) - known
+            columns += [double(sigma * each).square().flatten(1).mean(1) for each in (apart, known)]
+        return torch.stack(columns, 1)
+
+    with torch.no_grad(), evaluating(score), exact_float32():
+        values = per_image(
+            errors,
+            lambda rows: (drawn[rows].cpu(), None),
+            torch.arange(len(drawn)),
+            batch_size=batch_size,
+            title="score error",
+            progress=progress,
+        )
+    rows = []
+    for sigma, apart, known in zip(sigmas, values[:, ::2].T, values[:, 1::2].T, strict=True):
+        excess = mean_figure(apart)
+        rows.append(ScoreError(sigma, excess, _ratio(apart, known), sigma * math.sqrt(excess.value)))
+    return rows
+
+
+# -- Of real images ---------------------------------------------------------------------------------------------------
+
+
+def level_losses(
+    net: Score,
+    data: Any,
+    levels: NoiseSchedule | Iterable[float] | None = None,
+    *,
+    n: int | None = 1024,
+    condition: Condition = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[LevelLoss]:
+    """Measures the loss of a network, the norm of its score and the error of the denoised images, at each noise level.
+
+    The noise of an image depends on ``seed`` and on its content, and is the same at all levels. Under
+    ``torch.distributed`` every process must call it, and each computes a share.
+
+    Args:
+        net: a score: a ScoreNet, or any callable ``net(x, sigma)``.
+        data: an ``ImageData``, or what ``scorematch.training.open_images`` takes: a folder, arrays, a data set.
+        levels: the noise levels; None is 16 geometric levels over the range of the network's own schedule.
+        n: the largest number of images, at least 2, which are drawn at random; None is all.
+        condition: the condition of the images, as for ``data_likelihood``.
+        batch_size: the number of images in a network call.
+        seed: the seed of the choice of images and of the noise.
+        progress: whether to show a progress bar.
+
+    Returns:
+        One row for each level.
+
+    Raises:
+        OSError, TypeError: as ``open_images``.
+        ValueError: also if there are no levels, or n is out of range.
+    """
+    sigmas = _sigmas(levels, net)
+    images, device = open_images(data, progress=progress), device_of(net)
+
+    def losses(batch: Batch) -> Tensor:
+        clean = batch.x.to(device)
+        z = standard_normal(clean.shape, as_generator(batch.seeds(seed, "noise")), device, clean.dtype)
+        given = batch.condition(condition, device)
+        columns = [loss_and_norm(net, clean, sigma=sigma, noise=z, condition=given) for sigma in sigmas]
+        return torch.stack([value for pair in columns for value in pair], 1)
+
+    with torch.no_grad(), evaluating(net), exact_float32():
+        values = per_image(
+            losses,
+            images.read,
+            choose(len(images), n if n is None else min(n, len(images)), seed),
+            batch_size=batch_size,
+            title="loss by level",
+            progress=progress,
+        )
+    rows = []
+    for sigma, loss, norm in zip(sigmas, values[:, ::2].T, values[:, 1::2].T, strict=True):
+        mean = mean_figure(loss)
+        rows.append(
+            LevelLoss(sigma, mean, mean_figure(norm), mean_figure(loss + norm - 1), sigma * math.sqrt(mean.value))
+        )
+    return rows
+
+
+# -- Reports ----------------------------------------------------------------------------------------------------------
+
+
+def level_table(rows: Sequence[ScoreError] | Sequence[LevelLoss]) -> str:
+    """A table in Markdown of the result of ``score_error`` or ``level_losses``."""
+    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    return table(list(rows[0]._fields), cells)
+
+
+def level_chart(sets: dict[str, Sequence[ScoreError]] | dict[str, Sequence[LevelLoss]], figure: str) -> str:
+    """A chart of one figure against the noise level, as the text of an SVG file.
+
+    Args:
+        sets: named results of ``score_error`` or ``level_losses``, such as those of training and of held-out images.
+        figure: the name of the figure: "excess", "relative", "loss", "norm", "calibration" or "denoised".
+    """
+    curves = []
+    for name, rows in sets.items():
+        found = [getattr(row, figure) for row in rows]
+        curves.append(Curve(name, [row.sigma for row in rows], [getattr(each, "value", each) for each in found]))
+    log_y = figure in ("excess", "relative", "denoised")
+    return chart(f"{figure} by noise level", "sigma", curves, log_x=True, log_y=log_y)
+
+
+def _sigmas(levels: NoiseSchedule | Iterable[float] | None, *scores: object) -> list[float]:
+    """The noise levels, or 16 geometric ones over the range of the first score with a schedule."""
+    if levels is None:
+        own = next((found for score in scores if (found := schedule_of(score)) is not None), None)
+        if own is None:
+            raise ValueError("a plain callable has no noise levels of its own: pass levels.")
+        return np.geomspace(own.sigma_max, own.sigma_min, _LEVELS).tolist()
+    sigmas = [float(sigma) for sigma in levels]
+    if not sigmas or not all(0 < sigma < math.inf for sigma in sigmas):
+        raise ValueError(f"levels must have at least one noise level, all positive and finite, got {sigmas}.")
+    return sigmas
+
+
+def _ratio(a: Tensor, b: Tensor) -> Figure:
+    """The ratio of the means of values (n,) and (n,), and its standard error to first order."""
+    ratio = float(a.mean() / b.mean())
+    return Figure(ratio, float((a - ratio * b).std() / b.mean()) / math.sqrt(len(a)))

@@ -1,0 +1,184 @@
+r"""The bits per dimension of a data set under a network, with the errors of the figure.
+
+The bits per dimension of one image are those of ``scorematch.likelihood.bits_per_dimension``: a bound, which needs a
+random dequantization u of the image, an integral over noise levels, and random vectors v for the trace in it. The
+figure is the mean over images. It has three errors, which are reported separately:
+
+- **The choice of images.** The standard error over images, the deviation over images divided by the root of their
+  number. It contains the random errors of u and v.
+- **The estimate of the trace.** For some images the bits are computed again with the same u and other v. Half the mean
+  square of the differences is the variance of one estimate; its root divided by the root of the number of images is the
+  error of the mean. It falls with more ``probes``.
+- **The steps.** For the same images the bits are computed again with twice the steps between the same levels. The
+  integration is of second order: with infinitely many levels the bits change by about 4/3 of this change. If it is not
+  small compared with the standard error, use more levels.
+
+**Networks whose lowest level is well above 1/255.** Dequantized images have less noise than all images that such a
+network was trained on, and the figure depends on the network where it was not trained. With ``noise="normal"`` the
+images get normal noise of the lowest level instead, the images whose density the model describes. The figure is then
+the cross-entropy of the noisy images in the same units,
+:math:`-\tfrac{1}{D} \mathrm{E} \log_2 p(x + \sigma_{min} z) + \log_2 255`. Its minimum over models is that of the true
+density, and it is never below the entropy of the noise, :math:`\log_2(255\, \sigma_{min} \sqrt{2 \pi e})`. It is
+comparable only between networks with the same lowest level.
+
+References:
+    Song et al., 2021, arXiv:2011.13456, Eq. 39-40; Theis et al., 2016, arXiv:1511.01844, Sec. 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from scorematch.evaluation.figures import Figure, mean_figure
+from scorematch.evaluation.per_image import Batch, Condition, choose, device_of, per_image
+from scorematch.likelihood import as_bits, default_schedule, dequantized, log_likelihood
+from scorematch.noise import NoiseSchedule
+from scorematch.precision import exact_float32
+from scorematch.protocol import Score
+from scorematch.randomness import as_generator, standard_normal
+from scorematch.training.data import open_images
+
+Noise = Literal["uniform", "normal"]
+
+
+@dataclass(frozen=True, eq=False)
+class DataLikelihood:
+    """The bits per dimension of a data set.
+
+    Attributes:
+        bits: the mean bits per dimension, and its standard error over images.
+        noise: the noise of the images, "uniform" or "normal".
+        trace_error: the part of the standard error that comes from the estimate of the trace; 0 for the exact trace.
+        change: the mean change of the bits with twice the steps, and its standard error.
+        levels: the number of noise levels.
+        n: the number of images.
+        checked: the number of images for ``trace_error`` and ``change``.
+        dimension: D, the number of values in an image.
+        per_image: the bits per dimension of each image (n,), float64.
+        indices: the indices of these images in the data (n,).
+    """
+
+    bits: Figure
+    noise: Noise
+    trace_error: float
+    change: Figure
+    levels: int
+    n: int
+    checked: int
+    dimension: int
+    per_image: Tensor
+    indices: Tensor
+
+    @property
+    def nats(self) -> Figure:
+        """``bits`` times D log 2: the mean negative log-likelihood of an image in units of gray levels, in nats."""
+        return mean_figure(self.per_image * (self.dimension * math.log(2)))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bits} bits per dimension over {self.n:,} images; the trace contributes an error of "
+            f"{self.trace_error:.2g}, and twice the {self.levels} levels change the bits by {self.change}"
+        )
+
+
+def data_likelihood(
+    net: Score,
+    data: Any,
+    schedule: NoiseSchedule | None = None,
+    *,
+    n: int | None = None,
+    noise: Noise = "uniform",
+    probes: int | None = 1,
+    checks: int = 64,
+    condition: Condition = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> DataLikelihood:
+    """Measures the bits per dimension of a data set.
+
+    With L levels the network is called 2 L times for each of the n images, and 6 L times for each image of ``checks``,
+    half of the calls with a backward pass. The memory is that of one backward pass with ``batch_size`` images; it does
+    not depend on n. Under ``torch.distributed`` every process must call it, and each computes a share of the batches.
+
+    The random numbers of an image depend on ``seed`` and on the content of the image. The result depends neither on the
+    order of the data nor on the number of processes, and on the batch size only through rounding.
+
+    Args:
+        net: a score of images in [0, 1], differentiable in x: a ScoreNet, or any callable with a schedule.
+        data: an ``ImageData``, or what ``scorematch.training.open_images`` takes: a folder, arrays, an ``.npz`` file, a
+            data set. The values must be multiples of 1/255 in [0, 1].
+        schedule: the noise levels of the integration, as for ``log_likelihood``.
+        n: the number of images, at least 2, which are drawn at random; None is all.
+        noise: "uniform", the dequantization noise, for bits per dimension; "normal", noise of the lowest level of the
+            integration, for networks whose lowest level is well above 1/255. See the module docstring.
+        probes: the number of random vectors for the trace at each level; None computes the exact trace.
+        checks: the number of images for the error of the trace and the change with twice the levels, at least 2; at
+            most n are used.
+        condition: an int, the class of all images; or a function of a batch of images (b, ...) in [0, 1] and their
+            labels (b,), or None, that returns the condition (b, ...); write ``lambda images, labels: labels`` for a
+            network with classes and data opened with ``labels=True``.
+        batch_size: the number of images in a batch.
+        seed: the seed of the choice of images and of all random numbers.
+        progress: whether to show a progress bar.
+
+    Raises:
+        OSError, TypeError, ValueError: as ``open_images`` and ``log_likelihood``; also a ValueError if the likelihood
+            of an image is not finite, or n or ``checks`` is out of range.
+    """
+    if checks < 2:
+        raise ValueError(f"checks must be at least 2, got {checks}.")
+    if noise not in get_args(Noise):
+        raise ValueError(f'noise must be "uniform" or "normal", got {noise!r}.')
+    images = open_images(data, progress=progress)
+    schedule = default_schedule(net) if schedule is None else schedule
+    indices, device = choose(len(images), n, seed), device_of(net)
+    finer = schedule.respaced(2 * len(schedule) - 1)
+
+    def bits(batch: Batch, levels: NoiseSchedule, repeat: int) -> Tensor:
+        generators = batch.seeds(seed, "noise")
+        x = dequantized(batch.x, generators) if noise == "uniform" else _with_noise(batch.x, schedule, generators)
+        with exact_float32():
+            nats = log_likelihood(
+                net,
+                x.to(device),
+                levels,
+                probes=probes,
+                condition=batch.condition(condition, device),
+                generator=batch.seeds(seed, "trace", repeat),
+                progress=False,
+            )
+        return as_bits(nats, x[0].numel())[:, None]
+
+    def check(batch: Batch) -> Tensor:
+        repeated = [] if probes is None else [bits(batch, schedule, 1)]
+        return torch.cat([bits(batch, finer, 0), *repeated], 1)
+
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    own = per_image(lambda batch: bits(batch, schedule, 0), images.read, indices, title="likelihood", **options)[:, 0]
+    checked = per_image(check, images.read, indices[:checks], title="its errors", **options)
+    changes = checked - own[: len(checked), None]
+    variance = 0.0 if probes is None else float(changes[:, 1].square().mean()) / 2
+    return DataLikelihood(
+        bits=mean_figure(own),
+        noise=noise,
+        trace_error=math.sqrt(variance / len(own)),
+        change=mean_figure(changes[:, 0]),
+        levels=len(schedule),
+        n=len(own),
+        checked=len(checked),
+        dimension=math.prod(images.shape),
+        per_image=own,
+        indices=indices,
+    )
+
+
+def _with_noise(x: Tensor, schedule: NoiseSchedule, seeds: Sequence[int]) -> Tensor:
+    """Images with normal noise of the lowest level."""
+    return x + schedule.sigma_min * standard_normal(x.shape, as_generator(seeds), x.device, x.dtype)

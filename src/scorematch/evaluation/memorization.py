@@ -1,0 +1,318 @@
+r"""Memorization: how near the samples of a network are to its training images, compared with held-out images.
+
+For each sample x the nearest training images :math:`a_1, a_2, \dots` are found, in the Euclidean distance of pixels or
+of features. Three figures follow:
+
+- **Copies.** A sample counts as a copy of :math:`a_1` if :math:`\lVert x - a_1 \rVert < k \lVert x - a_2 \rVert` with
+  k = 1/3, or if the distance is zero. The ratio adapts to how dense the data are around x. The share of copies among
+  held-out images is the control: data sets have near-duplicates.
+- **The distribution of distances** to :math:`a_1`, for samples and for held-out images.
+- **The probability that a sample is nearer** to the training images than a held-out image, with ties counted as half.
+  It is 1/2 if samples have the distribution of the data, above 1/2 if they are too near, and below for samples that are
+  far from all data, such as noisy ones.
+
+In pixels, smooth images are near to many others; features and a look at the picture of neighbors guard against that.
+
+A network that was trained with flipped images can copy a flipped image. With ``flips`` the distance to a training image
+is the smaller one of the distances to the image and to its mirror image.
+
+References:
+    Song & Ermon, 2019, arXiv:1907.05600, App. C.5 (the figure of nearest neighbors).
+    Yoon et al., 2023, Diffusion Probabilistic Models Generalize when They Fail to Memorize (the ratio of 1/3).
+    Carlini et al., 2023, Extracting Training Data from Diffusion Models, arXiv:2301.13188 (relative distances).
+    Meehan et al., 2020, A Non-Parametric Test to Detect Data-Copying in Generative Models, arXiv:2004.05675 (comparison
+    with held-out images).
+    DeLong et al., 1988, Comparing the Areas under Two or More Correlated Receiver Operating Characteristic Curves (the
+    standard error).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scorematch.charts import Curve, chart, table
+from scorematch.evaluation.accumulate import check_features, double
+from scorematch.evaluation.features import Extractor, as_extractor
+from scorematch.evaluation.figures import Figure
+from scorematch.evaluation.metrics import squared_distances
+from scorematch.images import save_grid
+from scorematch.training.data import ImageData, open_images
+
+_BLOCK = 2048  # queries that are compared with a block of training images at a time
+_QUANTILES = (0.01, 0.1, 0.5, 0.9)
+
+
+class Neighbors(NamedTuple):
+    """The nearest training images of n images, the nearest first.
+
+    Attributes:
+        distances: (n, k), float64.
+        indices: the indices of the training images (n, k), int64. Among equally near images the choice is arbitrary.
+        flipped: whether the mirror image of the training image is the nearer one (n, k), bool.
+    """
+
+    distances: Tensor
+    indices: Tensor
+    flipped: Tensor
+
+    @property
+    def ratios(self) -> Tensor:
+        """The distance to the nearest training image divided by that to the second (n,); 0 if both are 0."""
+        return (self.distances[:, 0] / self.distances[:, 1]).nan_to_num(0.0)
+
+
+class Share(NamedTuple):
+    """A share of n images.
+
+    Attributes:
+        value: the share.
+        low, high: Wilson's interval with 95 % confidence.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, found: Tensor) -> Share:
+        """The share of True in (n,)."""
+        n, p, z2 = len(found), float(found.double().mean()), 1.959964**2
+        middle, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n**2)))
+        return cls(p, max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n)))
+
+    def __str__(self) -> str:
+        return f"{self.value:.2%} ({self.low:.2%} to {self.high:.2%})"
+
+
+class Nearest:
+    """Finds the k nearest neighbors of queries among features that arrive in batches.
+
+    Distances are computed in float64 in blocks of at most 2,048 queries. Between calls the memory is that of the
+    queries and of the neighbors found so far.
+
+    Args:
+        queries: (n, D), floating point.
+        k: the number of neighbors, at least 1.
+
+    Example:
+        >>> nearest = Nearest(torch.tensor([[0.0], [5.0]]), k=2)
+        >>> for batch in torch.tensor([[4.0], [1.0], [7.0]]).split(1):
+        ...     nearest.update(batch)
+        >>> nearest.compute().distances.tolist(), nearest.compute().indices.tolist()
+        ([[1.0, 4.0], [1.0, 2.0]], [[1, 0], [0, 2]])
+    """
+
+    def __init__(self, queries: Tensor, k: int) -> None:
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}.")
+        self._queries, self._k, self._n = check_features(queries, "queries"), k, 0
+        # The mean is subtracted, since small norms cancel less in a distance.
+        self._mean = double(self._queries).mean(0)
+        shape = (len(queries), k)
+        self._squares = self._mean.new_full(shape, math.inf)
+        self._indices = torch.zeros(shape, dtype=torch.int64, device=self._mean.device)
+        self._flipped = torch.zeros(shape, dtype=torch.bool, device=self._mean.device)
+
+    def update(self, features: Tensor, flipped: Tensor | None = None) -> None:
+        """Adds features, whose indices follow those of the features before.
+
+        Args:
+            features: (b, D), floating point.
+            flipped: the features of the mirror images (b, D), or None.
+
+        Raises:
+            TypeError, ValueError: if they are not finite floating-point features (b, D), or D is not that of the
+                queries.
+        """
+        both = [check_features(features)] + ([] if flipped is None else [check_features(flipped, "flipped")])
+        for given in both:
+            if given.shape[1] != self._queries.shape[1]:
+                raise ValueError(
+                    f"features must have {self._queries.shape[1]} dimensions, as the queries, got {given.shape[1]}."
+                )
+        centered = [double(given).to(self._mean.device) - self._mean for given in both]
+        numbers = torch.arange(self._n, self._n + len(features), device=self._mean.device)
+        for start in range(0, len(self._queries), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            queries = double(self._queries[rows]) - self._mean
+            squares, flips = torch.stack([squared_distances(queries, each) for each in centered]).min(0)
+            known = self._squares[rows], self._indices[rows], self._flipped[rows]
+            new = squares, numbers.expand(len(queries), -1), flips.bool()
+            every = [torch.cat(pair, 1) for pair in zip(known, new, strict=True)]
+            self._squares[rows], chosen = every[0].topk(self._k, 1, largest=False)
+            self._indices[rows], self._flipped[rows] = (each.gather(1, chosen) for each in every[1:])
+        self._n += len(features)
+
+    def compute(self) -> Neighbors:
+        """The nearest neighbors among all features so far.
+
+        Raises:
+            ValueError: if there are fewer than k features.
+        """
+        if self._n < self._k:
+            raise ValueError(f"the {self._k} nearest neighbors need at least {self._k} features, got {self._n}.")
+        return Neighbors(self._squares.sqrt().cpu(), self._indices.cpu(), self._flipped.cpu())
+
+
+@dataclass(frozen=True, eq=False)
+class Memorization:
+    """The nearest training images of samples and of held-out images.
+
+    Attributes:
+        extractor: the name of the extractor of the features.
+        training: the number of training images.
+        samples: the neighbors of the samples.
+        held_out: the neighbors of the held-out images; None without such images.
+    """
+
+    extractor: str
+    training: int
+    samples: Neighbors
+    held_out: Neighbors | None
+
+    def copies(self, ratio: float = 1 / 3) -> tuple[Share, Share | None]:
+        """The share of copies among the samples, and among the held-out images.
+
+        Args:
+            ratio: k, above 0 and at most 1; 1/2 and 1/4 are common too.
+        """
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio must be above 0 and at most 1, got {ratio!r}.")
+        samples, held_out = (None if of is None else Share.of(of.ratios < ratio) for of in self._sets())
+        assert samples is not None  # noqa: S101
+        return samples, held_out
+
+    def nearer(self) -> Figure | None:
+        """The probability that a sample is nearer to the training images than a held-out image, and its standard error.
+
+        None without held-out images.
+        """
+        if self.held_out is None:
+            return None
+        a, b = (of.distances[:, 0].contiguous() for of in (self.samples, self.held_out))
+        # For each sample the share of held-out images that are farther, and the reverse; ties count as half.
+        farther = 1 - _below(a, b)
+        value = float(farther.mean())
+        variance = sum(float(each.var()) / len(each) for each in (farther, _below(b, a)))
+        return Figure(value, math.sqrt(variance))
+
+    def table(self) -> str:
+        """The figures as a table in Markdown."""
+        rows = []
+        for name, of in zip(("samples", "held-out images"), self._sets(), strict=True):
+            if of is not None:
+                levels = torch.tensor(_QUANTILES, dtype=torch.float64)
+                quantiles = [f"{value:.4g}" for value in of.distances[:, 0].quantile(levels).tolist()]
+                shares = [str(Share.of(of.ratios < ratio)) for ratio in (1 / 2, 1 / 3, 1 / 4)]
+                rows.append([name, f"{len(of.distances):,}", *quantiles, *shares])
+        quantiles = [f"distance, {level:.0%} quantile" for level in _QUANTILES]
+        return table([self.extractor, "images", *quantiles, "copies, k = 1/2", "k = 1/3", "k = 1/4"], rows)
+
+    def chart(self) -> str:
+        """The distribution functions of the distance to the nearest training image, as the text of an SVG file."""
+        curves = []
+        for name, of in zip(("samples", "held-out images"), self._sets(), strict=True):
+            if of is not None:
+                share = torch.linspace(0, 1, 201, dtype=torch.float64)
+                curves.append(Curve(name, of.distances[:, 0].quantile(share).tolist(), share.tolist()))
+        title = "share of images that are nearer to the training images"
+        return chart(title, f"distance to the nearest training image ({self.extractor})", curves)
+
+    def save_picture(self, path: str | os.PathLike[str], samples: Any, training: Any, rows: int = 16) -> None:
+        """Writes a picture of the samples with the smallest ratios: one in each row, and then its nearest neighbors.
+
+        Args:
+            path: the path of the image file.
+            samples: the samples that were passed to ``memorization_of``.
+            training: the training images that were passed to it.
+            rows: the number of samples.
+
+        Raises:
+            ImportError, OSError, ValueError: as ``save_grid``.
+        """
+        drawn, known = open_images(samples, progress=False), open_images(training, progress=False)
+        chosen = self.samples.ratios.argsort()[:rows]
+        cells = [_pictures(drawn, chosen)[:, None]]
+        for indices, flipped in zip(self.samples.indices[chosen].T, self.samples.flipped[chosen].T, strict=True):
+            images = _pictures(known, indices)
+            cells.append(torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)[:, None])
+        save_grid(torch.cat(cells, 1).flatten(0, 1), path, columns=len(cells))
+
+    def _sets(self) -> tuple[Neighbors, Neighbors | None]:
+        return self.samples, self.held_out
+
+
+def memorization_of(
+    samples: Any,
+    training: Any,
+    held_out: Any = None,
+    *,
+    features: str | Extractor | Callable[[Tensor], Tensor] = "pixels",
+    neighbors: int = 8,
+    flips: bool = False,
+    batch_size: int = 1024,
+    progress: bool = True,
+) -> Memorization:
+    """Finds the nearest training images of samples, and of held-out images as the control.
+
+    The training images are read once, in batches. The memory is that of the features of all samples and held-out images
+    and of one batch.
+
+    Args:
+        samples: images of the network: an ``ImageData``, or what ``scorematch.training.open_images`` takes, such as a
+            folder or a tensor (N, C, H, W).
+        training: the training images, with at least ``neighbors`` images.
+        held_out: images of the same source that were not used in training; None for no control.
+        features: "pixels", another name of an extractor, an Extractor, or a function of images; see ``as_extractor``.
+        neighbors: the number of neighbors of each image, at least 2.
+        flips: whether the network was trained with mirror images too.
+        batch_size: the number of images that are read at once.
+        progress: whether to show a progress bar.
+
+    Raises:
+        OSError, TypeError: as ``open_images``.
+        ValueError: also if there are too few training images, or their features have another dimension.
+    """
+    if neighbors < 2:
+        raise ValueError(f"neighbors must be at least 2, got {neighbors}.")
+    extractor = as_extractor(features)
+    known = open_images(training, progress=progress)
+    given = [open_images(of, progress=progress) for of in (samples, held_out) if of is not None]
+    queries = [_features(of, extractor, batch_size, progress) for of in given]
+    nearest = Nearest(torch.cat(queries), neighbors)
+    for images in _batches(known, batch_size, "training images", progress):
+        nearest.update(extractor(images), extractor(images.flip(3)) if flips else None)
+    counts = [len(each) for each in queries]
+    parts = [Neighbors(*part) for part in zip(*(each.split(counts) for each in nearest.compute()), strict=True)]
+    return Memorization(extractor.name, len(known), parts[0], parts[1] if held_out is not None else None)
+
+
+def _features(data: ImageData, extractor: Extractor, batch_size: int, progress: bool) -> Tensor:
+    return torch.cat([extractor(images) for images in _batches(data, batch_size, "features", progress)])
+
+
+def _batches(data: ImageData, batch_size: int, title: str, progress: bool) -> Any:
+    starts = range(0, len(data), batch_size)
+    for start in tqdm(starts, title, unit="batch", leave=False, disable=not progress):
+        yield data.read(range(start, min(start + batch_size, len(data))))[0]
+
+
+def _pictures(data: ImageData, indices: Tensor) -> Tensor:
+    """Images (n, C, H, W) in [0, 1]."""
+    images, _ = data.read(indices)
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def _below(values: Tensor, others: Tensor) -> Tensor:
+    """For each value the share of the others that are below it; equal ones count as half."""
+    ordered = others.sort().values
+    below, upto = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (below + upto).double() / (2 * len(others))

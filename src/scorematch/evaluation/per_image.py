@@ -1,0 +1,116 @@
+"""Values of each image of a data set, computed in batches over all processes of ``torch.distributed``.
+
+The random numbers of an image depend on a seed and on the content of the image. Its values therefore depend neither on
+its place in the data nor on the other images or the number of processes, except through rounding in the network, which
+depends on the batch. Equal images get equal random numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from scorematch.evaluation.accumulate import Rows, double, processes
+from scorematch.protocol import attribute
+from scorematch.randomness import seed_of
+
+# An int is the class of all images; a function computes the condition from a batch of images and their labels.
+Condition = int | Callable[[Tensor, Tensor | None], Tensor] | None
+
+
+class Batch(NamedTuple):
+    """A batch of images.
+
+    Attributes:
+        x: the images (b, ...), floating point; images in [0, 1].
+        labels: their labels (b,), int64, or None.
+        keys: a hash of the content of each image.
+    """
+
+    x: Tensor
+    labels: Tensor | None
+    keys: list[str]
+
+    def seeds(self, *parts: int | str) -> list[int]:
+        """A seed for each image, from the given parts and the content of the image."""
+        return [seed_of(*parts, key) for key in self.keys]
+
+    def condition(self, condition: Condition, device: torch.device) -> Tensor | int | None:
+        """The condition of the batch, on a device."""
+        if not callable(condition):
+            return condition
+        return condition(self.x, self.labels).to(device)
+
+
+def per_image(
+    function: Callable[[Batch], Tensor],
+    read: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    indices: Tensor,
+    *,
+    batch_size: int,
+    title: str,
+    progress: bool,
+) -> Tensor:
+    """Computes values of images. Under ``torch.distributed`` every process must call it.
+
+    Batch b has the images ``indices[b * batch_size : (b + 1) * batch_size]``; process k of m computes the batches k,
+    k + m, k + 2 m, ... Only one batch is in memory at a time.
+
+    Args:
+        function: maps a batch of b images to its values (b, K).
+        read: reads the images and the labels with given indices. uint8 images are divided by 255.
+        indices: the indices of the images (n,).
+        batch_size: the number of images in a batch, at least 1.
+        title: the name of the progress bar.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The values (n, K), float64, on the CPU, in the order of the indices.
+
+    Raises:
+        ValueError: if a value is NaN or infinite; the message has the index of the image.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    rank = torch.distributed.get_rank() if processes() > 1 else 0
+    rows = Rows()
+    starts = range(rank * batch_size, len(indices), processes() * batch_size)
+    for start in tqdm(starts, title, unit="batch", leave=False, disable=not progress or rank > 0):
+        own = indices[start : start + batch_size]
+        images, labels = read(own)
+        keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in images]
+        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        values = double(function(Batch(x, labels, keys))).cpu()
+        wrong = ~values.isfinite().all(1)
+        if wrong.any():
+            i = int(wrong.int().argmax())
+            raise ValueError(f"{title}: image {int(own[i])} has the values {values[i].tolist()}, which are not finite.")
+        places = torch.arange(start, start + len(own), dtype=torch.float64)
+        rows.update(torch.cat([places[:, None], values], 1))
+    table = rows.gather()
+    return table[table[:, 0].argsort(), 1:]
+
+
+def choose(length: int, n: int | None, seed: int, *, at_least: int = 2) -> Tensor:
+    """The indices (n,) of the images to evaluate: n random ones, in random order, or all for None.
+
+    Raises:
+        ValueError: if there are fewer than n images, or n is below ``at_least``.
+    """
+    n = length if n is None else n
+    if not at_least <= n <= length:
+        raise ValueError(f"n must be from {at_least} to the number of images, {length}, got {n}.")
+    generator = torch.Generator().manual_seed(seed_of(seed, "images"))
+    return torch.randperm(length, generator=generator)[:n]
+
+
+def device_of(score: object) -> torch.device:
+    """The device of a network; that of an inference copy; the CPU for any other score."""
+    parameter = next(score.parameters(), None) if isinstance(score, nn.Module) else None
+    device = attribute(score, "device") if parameter is None else parameter.device
+    return device if isinstance(device, torch.device) else torch.device("cpu")

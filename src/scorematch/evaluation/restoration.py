@@ -1,0 +1,436 @@
+r"""The quality of restored images: Palette's metrics, for networks trained for restoration and for any other score.
+
+Clean images x are degraded to measurements :math:`y = A x + \sigma_y n`, and each is restored K times. The figures
+are, under the name "restoration",
+
+===================  ==================================================================================================
+rmse                 the root mean square difference between a restored image and the original
+rmse of the mean     that of the mean of the K restorations, for K above 1
+psnr                 the mean of :math:`-10 \log_{10}` of the mean square difference of an image, in dB, at most 100. A
+                     restoration that is sampled is sharper and has a lower PSNR than the mean of all solutions: the
+                     figure serves for orientation only
+diversity            the root mean square difference between two restorations of the same measurement
+consistency          the root mean square of the observed values of :math:`y - A \hat x`. It should be 0, or the noise
+                     level of y
+===================  ==================================================================================================
+
+and for each extractor, in addition to the metrics of ``MEASURES`` on one restoration of each image,
+
+===================  ==================================================================================================
+perceptual           the mean Euclidean distance between the features of a restoration and of the original (Palette's
+                     PD)
+feature diversity    the mean Euclidean distance between the features of two restorations of the same measurement
+accuracy             the share of restorations whose most probable class is the label (Palette's CA)
+agreement            the share of restorations whose most probable class is that of the original
+===================  ==================================================================================================
+
+Palette computes FID and IS with Inception-v3, PD with Inception-v1, and CA with a ResNet-50; here all come from the
+same extractor. Every error is the standard error over the images, where an image counts once however often it is
+restored.
+
+The random numbers of an image depend on the seed and on its pixels only.
+
+References:
+    Saharia et al., 2022, Palette: Image-to-Image Diffusion Models, arXiv:2111.05826, Sec. 3.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scorematch.bulk import identity, prepared, sampler_settings, this_process
+from scorematch.evaluation.accumulate import process_group
+from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, find_data, sampler_for, versions
+from scorematch.evaluation.features import Extracted
+from scorematch.evaluation.figures import Collection, Evaluator, Figure, Figures, OneOrMore, mean_figure
+from scorematch.evaluation.per_image import Batch, choose, device_of, per_image
+from scorematch.images import check_picture, save_grid
+from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
+from scorematch.palette import TASKS, condition_of
+from scorematch.protocol import attribute
+from scorematch.sampling import Sampler
+from scorematch.training.data import ImageData, open_images
+from scorematch.training.sources import Crop
+
+DEFAULT_N_RESTORED = 500  # images, if the number is not given
+RESTORATION = "restoration"
+RESTORED, DEGRADED, ORIGINAL = "restored", "degraded", "original"
+_DRAWN = ("inpainting", "uncropping")  # the tasks of Palette whose masks are drawn for each image
+_LEAST_ERROR = 1e-10  # the mean square error of 100 dB
+_ON_THE_PICTURE = 8
+
+Degradation = Callable[[Batch], Operator]
+
+
+def evaluate_restoration(
+    what: Any,
+    data: Any,
+    task: str | Operator,
+    *,
+    n: int | None = None,
+    draws: int = 2,
+    noise: float = 0.0,
+    features: OneOrMore = "inception",
+    metrics: Sequence[str] | None = None,
+    sampler: SamplerChoice = None,
+    labels: bool = False,
+    reference: Any = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    out: str | os.PathLike[str] | None = None,
+    crop: Crop = "center",
+    name: str | None = None,
+    cache: bool | str | os.PathLike[str] = True,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Degrades images, restores them, and measures the result.
+
+    A network that was trained for restoration gets the degraded image as its condition. For masks and crops the result
+    is made to agree with the observed pixels, as in the paper. Any other score restores the measurement as an
+    observation, by the method ``restore`` of the sampler.
+
+    Under ``torchrun`` or ``accelerate launch`` every process must call it; each restores a share of the images, and all
+    return the same result.
+
+    Args:
+        what: a network or any other score; the name or the folder of a network; or a ``Sampler``.
+        data: the clean images, as for ``evaluate``. For a network with a sample shape they are cropped and resized as
+            in training.
+        task: "colorization"; "inpainting" or "uncropping", with a random mask for each image as in Palette's training;
+            "jpeg-Q" for a quality Q, such as "jpeg-5"; "pool-K" for means of K x K pixels; or an operator of
+            ``scorematch.observe`` for one image.
+        n: the number of images, a random subset of the data; None is 500, or all if there are fewer.
+        draws: K, the number of restorations of each image, at least 1.
+        noise: the standard deviation of the noise in the measurements, in units of images in [0, 1].
+        features: the extractor, or several, as for ``evaluate``.
+        metrics: names from ``MEASURES``, as for ``evaluate``.
+        sampler: the sampler, as for ``evaluate``. To choose the method, pass for example
+            ``lambda net: AnnealedLangevinSampler(net, restore="guide-jacobian")``.
+        labels: whether to read class labels, for the accuracy. The extractor must have one logit for each class.
+        reference: the real images for the Fréchet distance and similar metrics, as for ``evaluate``; None is ``data``.
+        seed: the seed of masks, noise and restorations.
+        batch_size: the number of images that go through the network at once.
+        out: the folder to write to: evaluation.json, evaluation.md and restored.png with the degraded images, their
+            restorations and the originals. None writes nothing. An interrupted call begins again.
+
+        Rarely needed:
+
+        crop: how the images are cropped before they are resized, as for ``open_images``.
+        name: the name of the network for the title; None derives it from ``what``.
+        cache: the folder for the statistics of the reference, as for ``evaluate``.
+        device: the device of extractors that are given by name, and of networks that are loaded.
+        progress: whether to show progress bars.
+
+    Returns:
+        The figures of the sets "restored", "degraded" and "original".
+
+    Raises:
+        ImportError, OSError, TypeError, ValueError: if what is given does not exist, is damaged or does not fit
+            together.
+        RuntimeError: if a restored image has NaN or infinite values.
+    """
+    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
+        raise ValueError(f"draws must be an integer of at least 1, got {draws!r}.")
+    if not noise >= 0:
+        raise ValueError(f"noise must be at least 0, got {noise!r}.")
+    if name is None:
+        name = str(what) if isinstance(what, str | os.PathLike) else type(what).__name__
+    degradation, described = _degradation(task, seed)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_picture(folder / "restored.png")  # before the work
+    chosen_sampler = sampler_for(what, sampler, device)
+    device = device_of(chosen_sampler.net) if device is None else device
+    with process_group(device):
+        images = _open(data, chosen_sampler, labels, crop, progress)
+        chosen = choose(len(images), min(DEFAULT_N_RESTORED, len(images)) if n is None else n, seed)
+        evaluator = Evaluator(
+            images if reference is None else find_data(reference),
+            features=features,
+            metrics=metrics,
+            image_size=tuple(images.shape[1:]),  # type: ignore[arg-type]  # (H, W)
+            channels=images.shape[0],
+            crop=crop,
+            cache=cache,
+            device=device,
+            progress=progress,
+        )
+        left_out = evaluator.check(len(chosen), images.shape)
+        classes = images.classes if labels else None
+        run = _Restoring(chosen_sampler, evaluator, degradation, images.shape, classes, draws, noise, seed)
+        values = per_image(run, images.read, chosen, batch_size=batch_size, title="restoring", progress=progress)
+        figures = run.figures(values)
+        result = Evaluation(
+            name=f"{name}, {described}",
+            settings=json.loads(
+                json.dumps(
+                    {
+                        "images": {"n": len(chosen), "content": images.fingerprint, "labels": labels},
+                        "task": task if isinstance(task, str) else f"{task!r} {identity(task)}",
+                        "noise": noise,
+                        "draws": draws,
+                        "seed": seed,
+                        "batch_size": batch_size,
+                        **sampler_settings(chosen_sampler),
+                        **evaluator.settings(),
+                    }
+                )
+            ),
+            versions=versions(device),
+            sizes={column: len(chosen) for column in figures},
+            figures=figures,
+            left_out=left_out,
+        )
+        if folder is not None and this_process()[0] == 0:
+            result.save(folder)
+            save_grid(torch.cat(run.shown), folder / "restored.png", columns=draws + 2)
+    return result
+
+
+def _open(data: Any, sampler: Sampler, labels: bool, crop: Crop, progress: bool) -> ImageData:
+    """The clean images, with the size and the number of channels of the network."""
+    shape = attribute(sampler.net, "sample_shape")
+    size = (None, None) if shape is None or len(shape) != 3 else (tuple(shape[1:]), shape[0])
+    images = open_images(
+        find_data(data),
+        image_size=size[0],
+        channels=size[1],
+        crop=crop,
+        labels=labels,
+        strict=True,
+        progress=progress,
+    )
+    if len(images.shape) != 3 or images.shape[0] not in (1, 3):
+        raise ValueError(f"data must be images (C, H, W) with 1 or 3 channels, got {tuple(images.shape)}.")
+    if labels and images.classes is None:
+        raise ValueError("labels=True needs data with labels, but the ImageData was opened without them.")
+    return images
+
+
+# -- Degradations -----------------------------------------------------------------------------------------------------
+
+
+def _degradation(task: str | Operator, seed: int) -> tuple[Degradation, str]:
+    """The operator for each batch, and the name of the task."""
+    if isinstance(task, Operator):
+        if len(task) > 1:
+            raise ValueError(f"the operator must be for one image, got one mask for each of {len(task)} images.")
+        return lambda batch: task, repr(task)
+    if not isinstance(task, str):
+        raise TypeError(f"task must be a name or an operator of scorematch.observe, got {type(task).__name__}.")
+    if task in _DRAWN:
+        drawn = TASKS[task]()
+
+        def masks(batch: Batch) -> Operator:
+            each = zip(batch.x, batch.seeds(seed, "mask"), strict=True)
+            return Mask(~torch.cat([drawn(x[None], generator=number)[1] for x, number in each]))
+
+        return masks, task
+    match = re.fullmatch(r"(jpeg|pool)-(\d+)", task)
+    if match is None and task != "colorization":
+        raise ValueError(f"task must be colorization, inpainting, uncropping, jpeg-QUALITY or pool-SIZE, got {task!r}.")
+    fixed: Operator = Grayscale()
+    if match is not None:
+        fixed = JPEG(int(match[2])) if match[1] == "jpeg" else AveragePool(int(match[2]))
+    return lambda batch: fixed, task
+
+
+# -- The values of each image -----------------------------------------------------------------------------------------
+
+
+class _Restoring:
+    """Restores batches of images and measures them, as a function for ``per_image``."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        evaluator: Evaluator,
+        degradation: Degradation,
+        shape: Sequence[int],
+        classes: Sequence[str] | None,
+        draws: int,
+        noise: float,
+        seed: int,
+    ) -> None:
+        takes = attribute(sampler.net, "conditioning")
+        self._sampler, self._conditional = prepared(sampler), takes is not None and takes.channels > 0
+        self._evaluator, self._degradation = evaluator, degradation
+        self._classes, self._draws, self._noise, self._seed = classes, draws, noise, seed
+        self._restored, self._degraded = evaluator.collect(), evaluator.collect()
+        scores = [name for name in evaluator.metrics if name == "inception-score"]
+        self._originals = Collection(evaluator.extractors, evaluator.references, scores)
+        self.shown: list[Tensor] = []  # for the picture
+        # The set, the source and the name of each value, from black images: a process may have no batch.
+        x = torch.zeros(2, *shape)
+        probe = Batch(x, torch.zeros(2, dtype=torch.int64), ["", ""])
+        seen = [[extractor.extract(x)] for extractor in evaluator.extractors]
+        features = {RESTORED: [[one] * draws for (one,) in seen], DEGRADED: seen, ORIGINAL: seen}
+        operator = degradation(probe)
+        y = operator.measure(x)
+        self._names = list(self._values(probe, operator, y, [x] * draws, operator.as_image(y), features))
+        if classes is not None and not any(name == "accuracy" for _, _, name in self._names):
+            raise ValueError(
+                f"labels=True needs an extractor with one logit for each of the {len(classes)} classes of the data. "
+                "Leave it out, or pass a classifier of these classes as features."
+            )
+
+    def __call__(self, batch: Batch) -> Tensor:
+        x, operator = batch.x, self._degradation(batch)
+        y = operator.measure(x)
+        if self._noise:
+            y = y + self._noise * torch.stack([_normal(y, seed) for seed in batch.seeds(self._seed, "noise")])
+        restored = [self._restore(operator, y, batch, draw) for draw in range(self._draws)]
+        degraded = operator.as_image(y).clamp(0, 1)
+        if not self.shown:
+            rows = [images[:_ON_THE_PICTURE] for images in (degraded, *restored, x)]
+            self.shown = [torch.stack(rows, 1).flatten(0, 1)]
+        extractors = self._evaluator.extractors
+        others = [[extractor.extract(images) for extractor in extractors] for images in restored[1:]]
+        features = {
+            # The metrics of sets of images are those of the first restorations.
+            RESTORED: [list(found) for found in zip(self._restored.add(restored[0]), *others, strict=True)],
+            DEGRADED: [[found] for found in self._degraded.add(degraded)],
+            ORIGINAL: [[found] for found in self._originals.add(x)],
+        }
+        values = self._values(batch, operator, y, restored, degraded, features)
+        return torch.stack([each.double().cpu() for each in values.values()], 1)
+
+    def _values(
+        self,
+        batch: Batch,
+        operator: Operator,
+        y: Tensor,
+        restored: Sequence[Tensor],
+        degraded: Tensor,
+        features: Mapping[str, Sequence[Sequence[Extracted]]],
+    ) -> dict[tuple[str, str, str], Tensor]:
+        """The values of each image (n,) by set, source and name; ``features`` by set, extractor and draw."""
+        values = _in_pixels(restored, degraded, batch.x, operator, y)
+        for i, extractor in enumerate(self._evaluator.extractors):
+            seen = {column: found[i] for column, found in features.items()}
+            logits = seen[ORIGINAL][0].logits
+            fits = self._classes is not None and logits is not None and logits.shape[1] == len(self._classes)
+            found = _in_features(seen, batch.labels if fits else None)
+            values |= {(column, extractor.name, name): each for (column, name), each in found.items()}
+        return values
+
+    def _restore(self, operator: Operator, y: Tensor, batch: Batch, draw: int) -> Tensor:
+        condition = None
+        if self._conditional:
+            fills = batch.seeds(self._seed, "fill", draw)
+            condition = torch.cat(
+                [
+                    condition_of(operator.rows(slice(i, i + 1)), y[i : i + 1], generator=number)
+                    for i, number in enumerate(fills)
+                ]
+            )
+        # Palette changes only what is missing; colors and JPEG images are drawn as a whole.
+        observed = not self._conditional or operator.gain == 1
+        return self._sampler.sample(
+            len(batch.x),
+            shape=batch.x.shape[1:],
+            condition=condition,
+            observation=Observation(operator, y, self._noise) if observed else None,
+            generator=[number % 2**32 for number in batch.seeds(self._seed, "restoration", draw)],
+            batch_size=len(batch.x),
+            progress=False,
+        ).cpu()
+
+    def figures(self, values: Tensor) -> dict[str, Figures]:
+        """The figures of all processes, from the values of all images."""
+        found: dict[str, Figures] = {
+            RESTORED: self._restored.figures(),
+            DEGRADED: self._degraded.figures(strict=False),
+            ORIGINAL: self._originals.figures(strict=False),
+        }
+        result: dict[str, Figures] = {column: {RESTORATION: {}, **figures} for column, figures in found.items()}
+        for (column, source, name), each in zip(self._names, values.unbind(1), strict=True):
+            figure = mean_figure(each)
+            result[column][source][name] = _root(figure) if name in _ROOTS else figure
+        del result[ORIGINAL][RESTORATION]
+        return result
+
+
+# Their values are mean squares.
+_ROOTS = {"rmse", "rmse of the mean", "diversity", "consistency"}
+
+
+def _in_pixels(
+    restored: Sequence[Tensor], degraded: Tensor, x: Tensor, operator: Operator, y: Tensor
+) -> dict[tuple[str, str, str], Tensor]:
+    def over(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(values)).mean(0)
+
+    errors = [_mean_square(images - x) for images in restored]
+    values = {
+        (RESTORED, "rmse"): over(errors),
+        (RESTORED, "psnr"): over([_psnr(error) for error in errors]),
+        (DEGRADED, "rmse"): _mean_square(degraded - x),
+        (DEGRADED, "psnr"): _psnr(_mean_square(degraded - x)),
+    }
+    if len(restored) > 1:
+        values[RESTORED, "rmse of the mean"] = _mean_square(over(restored) - x)
+        values[RESTORED, "diversity"] = over([_mean_square(a - b) for a, b in combinations(restored, 2)])
+    seen = torch.ones_like(y) if operator.seen is None else operator.seen.expand_as(y).to(y)
+    apart = [((operator.measure(images) - y) * seen).square().flatten(1).sum(1) for images in restored]
+    values[RESTORED, "consistency"] = over(apart) / seen.flatten(1).sum(1).clamp(min=1)
+    return {(column, RESTORATION, name): each for (column, name), each in values.items()}
+
+
+def _in_features(seen: Mapping[str, Sequence[Extracted]], labels: Tensor | None) -> dict[tuple[str, str], Tensor]:
+    """The values of one extractor by set and figure."""
+    (original,) = seen[ORIGINAL]
+    values: dict[tuple[str, str], Tensor] = {}
+
+    def over(column: str, name: str, function: Callable[[Extracted], Tensor]) -> None:
+        values[column, name] = torch.stack([function(each).double().cpu() for each in seen[column]]).mean(0)
+
+    for column in (RESTORED, DEGRADED):
+        over(column, "perceptual", lambda each: (each.features - original.features).norm(dim=1))
+    if len(seen[RESTORED]) > 1:
+        pairs = combinations(seen[RESTORED], 2)
+        apart = [(a.features - b.features).norm(dim=1).double().cpu() for a, b in pairs]
+        values[RESTORED, "feature diversity"] = torch.stack(apart).mean(0)
+    if original.logits is not None:
+        classes = original.logits.argmax(1)
+        for column in (RESTORED, DEGRADED):
+            over(column, "agreement", lambda each: _best(each) == classes)
+        if labels is not None:
+            for column in (RESTORED, DEGRADED, ORIGINAL):
+                over(column, "accuracy", lambda each: _best(each).cpu() == labels)
+    return values
+
+
+def _best(seen: Extracted) -> Tensor:
+    assert seen.logits is not None  # noqa: S101  (as for the originals)
+    return seen.logits.argmax(1)
+
+
+def _mean_square(values: Tensor) -> Tensor:
+    return values.double().square().flatten(1).mean(1)
+
+
+def _psnr(mean_square: Tensor) -> Tensor:
+    return -10 * mean_square.clamp(min=_LEAST_ERROR).log10()
+
+
+def _root(figure: Figure) -> Figure:
+    """The root of a mean square, with its error by the delta method."""
+    root = math.sqrt(figure.value)
+    return Figure(root, None if figure.error is None or root == 0 else figure.error / (2 * root))
+
+
+def _normal(y: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(y.shape[1:], generator=generator)

@@ -1,0 +1,231 @@
+r"""The distance of a sampler's samples from a known distribution, against the number of network calls.
+
+With an exact score, what separates the samples from the distribution is the error of the sampler alone. Three distances
+are measured, for n samples with mean :math:`\hat m` and covariance :math:`\hat C`:
+
+==============  ========================================================================================================
+mean            :math:`\lVert \hat m - m \rVert / \sqrt{\mathrm{tr}\, C}`
+covariance      :math:`\lVert \hat C - C \rVert_F / \lVert C \rVert_F`
+energy          the root of the energy coefficient of the samples x and as many exact samples y, which is zero only for
+                equal distributions,
+                :math:`\bigl(2 \mathrm{E} \lVert x - y \rVert - \mathrm{E} \lVert x - x' \rVert - \mathrm{E} \lVert y -
+                y' \rVert\bigr) / 2 \mathrm{E} \lVert x - y \rVert`
+==============  ========================================================================================================
+
+With finitely many samples none of them is zero, even for an exact sampler. The *floor* is the distance of exact samples
+from the distribution: its mean and its standard deviation over repeated draws of n samples. A sampler whose distance is
+within a few deviations of the floor cannot be told from an exact one with n samples.
+
+References:
+    Székely & Rizzo, 2013, Energy Statistics: A Class of Statistics Based on Distances, Eq. 5-7.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scorematch.charts import Curve, chart, table
+from scorematch.evaluation.accumulate import Moments, double
+from scorematch.evaluation.exact import Distribution
+from scorematch.evaluation.metrics import squared_distances
+from scorematch.protocol import Score
+from scorematch.randomness import seed_of
+from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings
+
+_BLOCK = 2048  # samples on either side of a block of distances
+_TRIED = 10  # the number of levels with which a sampler is created to see whether it accepts a score
+
+Make = Callable[[Score, int], Sampler]
+
+
+class Distances(NamedTuple):
+    """The distances of samples from a distribution; see the module docstring."""
+
+    mean: float
+    covariance: float
+    energy: float
+
+
+class SamplerRow(NamedTuple):
+    """The distances of a sampler with a number of levels.
+
+    Attributes:
+        name: the name of the sampler in the table.
+        sampler: its description, ``str(sampler)``.
+        calls: the number of network calls.
+        distances: the distances of its samples.
+    """
+
+    name: str
+    sampler: str
+    calls: int
+    distances: Distances
+
+
+@dataclass(frozen=True)
+class SamplerDistances:
+    """The distances of samplers from a distribution.
+
+    Attributes:
+        rows: one row for each sampler and number of levels.
+        floor: the mean distances of exact samples.
+        deviation: the standard deviations of the distances of exact samples.
+        n: the number of samples.
+    """
+
+    rows: tuple[SamplerRow, ...]
+    floor: Distances
+    deviation: Distances
+    n: int
+
+    def table(self) -> str:
+        """The distances as a table in Markdown, with the floor as its last row."""
+        rows = [[row.name, str(row.calls), *(f"{value:.4f}" for value in row.distances)] for row in self.rows]
+        floor = [f"{a:.4f} ± {b:.4f}" for a, b in zip(self.floor, self.deviation, strict=True)]
+        return table(["sampler", "network calls", *Distances._fields], [*rows, ["exact samples", "", *floor]])
+
+    def chart(self, distance: str = "energy") -> str:
+        """One of the distances against the number of network calls, as the text of an SVG file.
+
+        Args:
+            distance: "mean", "covariance" or "energy".
+        """
+        curves = []
+        for name, rows in itertools.groupby(self.rows, lambda row: row.name):
+            points = [(float(row.calls), getattr(row.distances, distance)) for row in rows]
+            curves.append(Curve(name, *zip(*points, strict=True)))
+        floor, deviation = getattr(self.floor, distance), getattr(self.deviation, distance)
+        ends = [float(limit(row.calls for row in self.rows)) for limit in (min, max)]
+        curves.append(Curve("exact samples, plus two deviations", ends, [floor + 2 * deviation] * 2))
+        title = f"{distance} distance of {self.n:,} samples"
+        return chart(title, "network calls", curves, log_x=True, log_y=True, marks=True)
+
+
+def sampler_variants(net: Score) -> dict[str, Make]:
+    """All samplers of ``SAMPLERS`` by name, each with every value of its options that have named values.
+
+    Values that a sampler refuses for this score are left out, such as the variance "learned" for a score that predicts
+    no variance. "langevin" is consistent sampling, as for a network without settings; "langevin, plain" is the
+    published algorithm.
+
+    Args:
+        net: the score to sample.
+
+    Returns:
+        Functions of a score and a number of levels that create the samplers.
+
+    Raises:
+        ValueError: if a sampler refuses the score with every value, for example if it has no schedule.
+    """
+    result: dict[str, Make] = {}
+    for kind in SAMPLERS:
+        refused, before = None, len(result)
+        for name, options in _options(kind):
+            make = _maker(kind, options)
+            try:
+                make(net, _TRIED)
+            except ValueError as error:
+                refused = error
+            else:
+                result[name] = make
+        if refused is not None and len(result) == before:
+            raise refused
+    return result
+
+
+def _maker(kind: str, options: dict[str, Any]) -> Make:
+    return lambda net, levels: SAMPLERS[kind](net, levels=levels, clamp=False, **options)
+
+
+def _options(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The names and the options of the variants of a sampler."""
+    choices = {name: SamplerSettings.SCHEMA[name].choices for name in sorted(SamplerSettings.OPTIONS[kind])}
+    # A learned variance is for networks that predict it.
+    named = {name: [value for value in values if value != "learned"] for name, values in choices.items() if values}
+    for values in itertools.product(*named.values()):
+        yield ", ".join([kind, *map(str, values)]), dict(zip(named, values, strict=True))
+    if kind == "langevin":
+        yield "langevin, plain", {"consistent": False}
+
+
+def sampler_distances(
+    exact: Distribution,
+    samplers: Mapping[str, Make] | None = None,
+    *,
+    net: Score | None = None,
+    levels: Sequence[int] = (5, 10, 20, 50, 100),
+    n: int = 2000,
+    repeats: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> SamplerDistances:
+    """Measures the distance of samples from a known distribution, for samplers with several numbers of network calls.
+
+    The time of the distances is that of n^2 distances of samples, 3 times for each row and 2 ``repeats`` times for the
+    floor. All samples are in memory, and blocks of 2,048 x 2,048 distances.
+
+    Args:
+        exact: the distribution, with a schedule.
+        samplers: functions of a score and a number of levels that create samplers, by name; None is
+            ``sampler_variants(net)``.
+        net: the score to sample; None is the exact score. With a network that was trained on samples of the
+            distribution the distance contains the error of the network.
+        levels: the numbers of noise levels.
+        n: the number of samples, at least 2.
+        repeats: the number of draws of exact samples for the floor, at least 2.
+        seed: the seed of all samples.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: if n or ``repeats`` is below 2, or the score has no schedule.
+        RuntimeError: if a sampler diverges.
+    """
+    for name, value in (("n", n), ("repeats", repeats)):
+        if value < 2:
+            raise ValueError(f"{name} must be at least 2, got {value}.")
+    score = exact if net is None else net
+    measure = _Measure(exact, exact.sample(n, seed_of(seed, "reference")))
+    makers = sampler_variants(score) if samplers is None else samplers
+    made = [(name, make(score, count)) for name, make in makers.items() for count in levels]
+    rows = []
+    for name, sampler in tqdm(made, "samplers", leave=False, disable=not progress):
+        x = sampler.sample(n, shape=exact.sample_shape, generator=seed_of(seed, "sampler", name), progress=False)
+        rows.append(SamplerRow(name, str(sampler), len(sampler), measure(x)))
+    own = torch.tensor([measure(exact.sample(n, seed_of(seed, "floor", i))) for i in range(repeats)]).double()
+    floor, deviation = (Distances(*values.tolist()) for values in (own.mean(0), own.std(0)))
+    return SamplerDistances(tuple(rows), floor, deviation, n)
+
+
+class _Measure:
+    """The distances of samples from a distribution, with a fixed set of exact samples for the energy distance."""
+
+    def __init__(self, exact: Distribution, reference: Tensor) -> None:
+        self._mean, self._covariance = exact.mean.cpu(), exact.covariance.cpu()
+        self._reference = double(reference.cpu()).flatten(1) - self._mean
+        self._within = _mean_distance(self._reference, self._reference)
+
+    def __call__(self, x: Tensor) -> Distances:
+        x = double(x.cpu()).flatten(1) - self._mean
+        moments = Moments()
+        moments.update(x)
+        mean = float(moments.mean.norm()) / math.sqrt(float(self._covariance.trace()))
+        covariance = float((moments.covariance - self._covariance).norm() / self._covariance.norm())
+        between, own = _mean_distance(x, self._reference), _mean_distance(x, x)
+        return Distances(mean, covariance, math.sqrt(max(0.0, 1 - (own + self._within) / (2 * between))))
+
+
+def _mean_distance(a: Tensor, b: Tensor) -> float:
+    """The mean distance of the samples (N, D) from the samples (M, D)."""
+    total = 0.0
+    for rows in a.split(_BLOCK):
+        for columns in b.split(_BLOCK):
+            total += float(squared_distances(rows, columns).sqrt().sum())
+    return total / (len(a) * len(b))

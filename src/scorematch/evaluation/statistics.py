@@ -1,0 +1,290 @@
+"""Statistics of the features of a data set, in files: the mean, the covariance, and optionally the features.
+
+A file is an ``.npz`` without pickles, with the arrays
+
+==================  ==================================================================
+mu, sigma           the mean (D,) and the covariance (D, D), float64
+n                   the number of images
+extractor           the name of the extractor
+fingerprint         its fingerprint
+preprocessing       its preprocessing
+features            all features (n, D), optional
+==================  ==================================================================
+
+pytorch-fid can read these files, and files of pytorch-fid and ADM (guided-diffusion) with the arrays ``mu`` and
+``sigma`` can be read here. They do not name their extractor, which is Inception: they are read as statistics of the
+extractor that the caller passes. Files that name another extractor than the caller's are an error.
+
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scorematch.evaluation.accumulate import Moments, Rows, agreed, check_features, processes
+from scorematch.evaluation.features import Extractor
+from scorematch.files import write_whole
+from scorematch.training.data import ImageData, open_images
+
+_BLOCK = 1024  # images that are read at a time to hash them
+_ASYMMETRY = 1e-5  # the tolerance of a covariance, relative to its largest entry; files may hold float32
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """The mean and the covariance of the features of a data set, and the extractor that computed them.
+
+    Args:
+        mean: (D,), float64.
+        covariance: (D, D), float64.
+        n: the number of images; None if it is not known.
+        extractor: the name of the extractor.
+        fingerprint: the fingerprint of the extractor.
+        preprocessing: the preprocessing of the extractor.
+        features: all features (n, D), float32 or float64, which all metrics but the Fréchet distance need; or None.
+
+    Raises:
+        ValueError: if a shape is wrong, a value is not finite, or the covariance is not symmetric.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    n: int | None
+    extractor: str
+    fingerprint: str
+    preprocessing: str
+    features: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mean.ndim != 1 or self.covariance.shape != (len(self.mean), len(self.mean)):
+            raise ValueError(
+                f"the mean must be (D,) and the covariance (D, D), got {tuple(self.mean.shape)} and "
+                f"{tuple(self.covariance.shape)}."
+            )
+        if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
+            raise ValueError("the mean and the covariance must be finite, got NaN or infinity.")
+        if (self.covariance - self.covariance.T).abs().max() > _ASYMMETRY * self.covariance.abs().max():
+            raise ValueError("the covariance must be symmetric.")
+        if self.features is not None and self.features.shape != (self.n, len(self.mean)):
+            raise ValueError(
+                f"the features must be (n, D) = ({self.n}, {len(self.mean)}), got {tuple(self.features.shape)}."
+            )
+
+    @classmethod
+    def of(cls, features: Moments | Tensor, extractor: Extractor) -> Statistics:
+        """Computes the statistics of features.
+
+        Args:
+            features: the moments of the features; or all features (n, D), which the statistics then keep.
+            extractor: the extractor that computed the features.
+
+        Raises:
+            ValueError: if there are fewer than two features, or the extractor has no fingerprint.
+        """
+        kept = None
+        if isinstance(features, Tensor):
+            kept, moments = check_features(features).cpu(), Moments()
+            moments.update(features)
+        else:
+            moments = features
+        return cls(moments.mean.cpu(), moments.covariance.cpu(), moments.n, *_identity(extractor), features=kept)
+
+    def check(self, extractor: Extractor) -> None:
+        """Checks that an extractor computed the statistics.
+
+        Raises:
+            ValueError: if the name, the fingerprint or the preprocessing differs, or it has no fingerprint.
+        """
+        own = (self.extractor, self.fingerprint, self.preprocessing)
+        for what, mine, other in zip(("name", "fingerprint", "preprocessing"), own, _identity(extractor), strict=True):
+            if mine != other:
+                raise ValueError(
+                    f"the statistics were computed by the extractor {self.extractor} with the {what} {mine!r}, but the "
+                    f"extractor {extractor.name} has the {what} {other!r}. Use the same extractor for both."
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the statistics to an ``.npz`` file, atomically. Missing folders are created.
+
+        Raises:
+            ValueError: if the name does not end in .npz.
+            OSError: if the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise ValueError(f"the name of a file of statistics must end in .npz, got {path}.")
+        arrays: dict[str, Any] = {
+            "mu": self.mean.cpu().numpy(),
+            "sigma": self.covariance.cpu().numpy(),
+            "extractor": np.array(self.extractor),
+            "fingerprint": np.array(self.fingerprint),
+            "preprocessing": np.array(self.preprocessing),
+        }
+        if self.n is not None:
+            arrays["n"] = np.array(self.n)
+        if self.features is not None:
+            arrays["features"] = self.features.cpu().numpy()
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], extractor: Extractor) -> Statistics:
+        """Reads statistics from a file.
+
+        Args:
+            path: an ``.npz`` file of this package, of pytorch-fid or of ADM, or another with arrays ``mu`` and
+                ``sigma``.
+            extractor: the extractor that must have computed the statistics. A file that does not name its extractor
+                is read as statistics of this one, with ``n`` None.
+
+        Raises:
+            OSError: if the file does not exist or cannot be read.
+            ValueError: if it is not a file of statistics, or another extractor computed them.
+        """
+        path = Path(path)
+        names = ("mu", "sigma", "n", "extractor", "fingerprint", "preprocessing", "features")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in names if name in file}
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # TypeError: a single array
+            raise ValueError(f"{path} cannot be read as an .npz file of arrays: {error}") from error
+        absent = [name for name in ("mu", "sigma") if name not in arrays]
+        if absent:
+            raise ValueError(f"{path} is not a file of statistics: it has no array {' and no array '.join(absent)}.")
+        try:
+            result = cls(*_content(arrays, extractor))
+            result.check(extractor)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return result
+
+
+def _identity(extractor: Extractor) -> tuple[str, str, str]:
+    if extractor.fingerprint is None:
+        raise ValueError(
+            f"statistics in files need an extractor with a fingerprint, but {extractor.name} has none. Write "
+            "Extractor(function, name, fingerprint)."
+        )
+    return extractor.name, extractor.fingerprint, extractor.preprocessing
+
+
+def _content(arrays: dict[str, np.ndarray], extractor: Extractor) -> tuple[Any, ...]:
+    """The arguments of ``Statistics`` from the arrays of a file."""
+    for name in ("mu", "sigma", "features"):
+        if name in arrays and arrays[name].dtype not in (np.float32, np.float64):
+            raise ValueError(f"{name} must be float32 or float64, got {arrays[name].dtype}.")
+    mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
+    if "extractor" not in arrays:
+        return mean, covariance, None, *_identity(extractor)
+    for name, kinds in {"fingerprint": "U", "preprocessing": "U", "extractor": "U", "n": "iu"}.items():
+        if name in arrays and (arrays[name].ndim or arrays[name].dtype.kind not in kinds):
+            raise ValueError(f"{name} must be {'a string' if kinds == 'U' else 'an integer'}.")
+        if name not in arrays and name != "n":
+            raise ValueError(f"{name} is missing.")
+    n = int(arrays["n"]) if "n" in arrays else None
+    features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
+    identity = (str(arrays[name]) for name in ("extractor", "fingerprint", "preprocessing"))
+    return mean, covariance, n, *identity, features
+
+
+def is_statistics_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an ``.npz`` file of statistics, not of images: it has an array ``mu`` or ``sigma``."""
+    path = Path(path)
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return not {"mu.npy", "sigma.npy"}.isdisjoint(archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+# -- Of a data set ----------------------------------------------------------------------------------------------------
+
+
+def statistics_of(
+    data: Any,
+    extractor: Extractor,
+    *,
+    features: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> Statistics:
+    """Computes the statistics of a data set, or reads them from a cache.
+
+    Under ``torch.distributed`` every process must call it; each computes a share of the features.
+
+    Args:
+        data: an ``ImageData``, or what ``scorematch.training.open_images`` takes: a folder, arrays, an ``.npz`` file, a
+            data set. To choose the size or the number of channels, call ``open_images`` first.
+        extractor: the extractor, with a fingerprint.
+        features: whether to keep all features, which all metrics but the Fréchet distance need.
+        cache: a folder, such as ``cache_folder()``. If it has statistics of the same images by the same extractor,
+            they are read; otherwise they are written to it. None uses no cache.
+        batch_size: the number of images that are read at once.
+        progress: whether to show a progress bar.
+
+    Raises:
+        OSError, TypeError, ValueError: as ``open_images``; also a ValueError if there are fewer than two images.
+    """
+    images = open_images(data, progress=progress)
+    path = None if cache is None else Path(cache, f"{content_key(images, extractor, features)}.npz")
+    # The processes must agree: if one read the file while the others compute, these would wait for it.
+    if path is not None and agreed(path.is_file()):
+        return Statistics.load(path, extractor)
+    rank = torch.distributed.get_rank() if processes() > 1 else 0
+    found: Moments | Rows = Rows() if features else Moments()
+    starts = range(rank * batch_size, len(images), processes() * batch_size)
+    for start in tqdm(starts, "features", unit="batch", leave=False, disable=not progress or rank > 0):
+        batch, _ = images.read(range(start, min(start + batch_size, len(images))))
+        found.update(extractor(batch))
+    result = Statistics.of(found.gather() if isinstance(found, Rows) else found.reduce(), extractor)
+    if path is not None:
+        result.save(path)
+    return result
+
+
+def content_key(images: ImageData, extractor: Extractor, *parts: object) -> str:
+    """A hash of the content of a data set and of the extractor: the name of their statistics in a cache.
+
+    The hash covers the fingerprint of the data, which depends on the names and sizes of the files; all pixels, in
+    order; and the name, fingerprint and preprocessing of the extractor.
+
+    Args:
+        images: the data set; all images are read once.
+        extractor: the extractor, with a fingerprint.
+        parts: other values that the statistics depend on.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        ValueError: if the extractor has no fingerprint.
+    """
+    digest = hashlib.blake2b(repr((images.fingerprint, *_identity(extractor), *parts)).encode(), digest_size=16)
+    for start in range(0, len(images), _BLOCK):
+        batch, _ = images.read(range(start, min(start + _BLOCK, len(images))))
+        digest.update(f"{batch.dtype} {tuple(batch.shape)}".encode())
+        digest.update(batch.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """The default cache: ``$SCOREMATCH_CACHE``, else ``$XDG_CACHE_HOME/scorematch``, else ``~/.cache/scorematch``."""
+    named = os.environ.get("SCOREMATCH_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME")
+    return Path(named) if named else Path(home or Path.home() / ".cache") / "scorematch"

@@ -1,0 +1,370 @@
+r"""``tune``: measures sampler settings on a network, and stores the best ones with it.
+
+All settings draw images from the same seeds, so that their differences have smaller errors than their figures. The best
+settings are those with the smallest distance to the reference. Settings whose distances differ by less than the errors
+are equally good: choose the one with the fewest network calls, with ``calls=`` as the limit.
+
+The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, and a section
+with it in the card, ``README.md``. The same call continues an interrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scorematch.bulk import Classes, bulk_samples, sampler_settings, this_process
+from scorematch.charts import table
+from scorematch.evaluation.accumulate import process_group
+from scorematch.evaluation.evaluate import find_data, hash_of, open_for, read_batches
+from scorematch.evaluation.features import Extractor
+from scorematch.evaluation.figures import IMAGES, Evaluator, Figure, Figures
+from scorematch.evaluation.per_image import choose, device_of
+from scorematch.files import write_whole
+from scorematch.pretrained.model_card import model_card
+from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
+from scorematch.schema import Field, check
+from scorematch.score import ScoreNet
+from scorematch.training.sources import Crop
+
+Criterion = Literal["frechet", "kernel"]
+
+_FILE = "tune.json"
+_SCHEMA: Mapping[str, Field] = {
+    "format_version": Field(int, required=True, choices=(1,)),
+    "settings": Field(dict, required=True),
+    "rows": Field(list, required=True, each=Field(dict)),
+}
+_BEGIN, _END = "<!-- sampler settings, by scorematch tune -->", "<!-- end of sampler settings -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one sampler.
+
+    Attributes:
+        sampler: the sampler in words.
+        calls: the number of network calls per image.
+        seconds: the time of sampling and measuring.
+        figures: the figures of its images, as of ``Evaluator.measure``.
+        settings: its settings, if it was made from settings.
+    """
+
+    sampler: str
+    calls: int
+    seconds: float
+    figures: Figures
+    settings: SamplerSettings | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The result of ``tune``.
+
+    Attributes:
+        rows: one for each of the settings.
+        best: the row with the smallest distance.
+        held_out: the figures of held-out images, or None.
+        source: the name of the extractor.
+        by: the name of the distance.
+    """
+
+    rows: Sequence[Row]
+    best: Row
+    held_out: Figures | None
+    source: str
+    by: str
+
+    def to_markdown(self) -> str:
+        """The rows as a table in Markdown, the best one in bold."""
+        head = ["sampler settings", "calls", f"{self.by}, {self.source}", "std", "variation", "seconds"]
+        lines = []
+        for row in self.rows:
+            cells = [str(row.settings), str(row.calls), *self._cells(row.figures), f"{row.seconds:.0f}"]
+            lines.append([f"**{cell}**" for cell in cells] if row is self.best else cells)
+        if self.held_out is not None:
+            lines.append(["held-out images", "", *self._cells(self.held_out), ""])
+        return table(head, lines)
+
+    def _cells(self, figures: Figures) -> list[str]:
+        found = (figures[self.source][self.by], figures[IMAGES]["std"], figures[IMAGES]["variation"])
+        return [str(figure) for figure in found]
+
+
+def tune(
+    net: ScoreNet | str | os.PathLike[str],
+    reference: Any,
+    *,
+    settings: Sequence[SamplerSettings] | None = None,
+    calls: int = 250,
+    n: int = 1000,
+    features: str | Extractor = "inception",
+    by: Criterion = "frechet",
+    held_out: Any = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    out: str | os.PathLike[str] | None = None,
+    condition: Classes = None,
+    classes: int | None = None,
+    crop: Crop = "center",
+    cache: bool | str | os.PathLike[str] = True,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Tuning:
+    """Measures a table of sampler settings on a network, and stores the best with it.
+
+    Under ``torchrun`` or ``accelerate launch`` every process must call it.
+
+    Args:
+        net: the network, or its name or folder, as for ``ScoreNet.from_pretrained``. It is not changed.
+        reference: the real images, as for ``evaluate``.
+        settings: the settings to measure; None is ``settings_table(net, calls)``.
+        calls: the largest number of network calls per image; settings with more are left out.
+        n: the number of images for each of the settings.
+        features: the extractor: a name from ``EXTRACTORS``, or an ``Extractor``. For images unlike photographs, such as
+            digits, a classifier of their classes is best.
+        by: the distance that the best settings minimize: "frechet", or "kernel", which needs n of at least 1,000.
+        held_out: real images that are not in the reference, for comparison, as for ``evaluate``.
+        seed: the seed of all images.
+        batch_size: the number of images that go through the network at once.
+        out: the folder for the network with the best settings, and the table. It may be the folder of the network
+            itself. None writes nothing.
+
+        Rarely needed:
+
+        condition: for class-conditional networks: a class, "random" or "cycle", as for ``bulk_samples``.
+        classes: the number of classes for "random" and "cycle".
+        crop: how real images are cropped before they are resized, as for ``open_images``.
+        cache: the folder for the statistics of the reference, as for ``evaluate``.
+        device: the device of the network and of an extractor that is given by name; None is that of the network, or the
+            CPU.
+        progress: whether to show progress bars.
+
+    Returns:
+        The figures of all settings, and the best.
+
+    Raises:
+        ImportError, OSError, TypeError, ValueError: if what is given does not exist, is damaged or does not fit
+            together; or if ``out`` has a table that was measured with other settings.
+        RuntimeError: if a sample has NaN or infinite values.
+    """
+    if by not in ("frechet", "kernel"):
+        raise ValueError(f'by must be "frechet" or "kernel", got {by!r}.')
+    if isinstance(net, str | os.PathLike):
+        net = ScoreNet.from_pretrained(net).to("cpu" if device is None else device)
+    shape = net.sample_shape
+    if shape is None or len(shape) != 3:
+        raise ValueError(f"the network must draw images (C, H, W), but its sample_shape is {shape}.")
+    listed = settings_table(net, calls) if settings is None else list(settings)
+    samplers = {each: sampler for each in listed if len(sampler := recommended_sampler(net, each)) <= calls}
+    if not samplers:
+        raise ValueError(f"no settings have at most {calls} network calls per image.")
+    device = device_of(net) if device is None else device
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
+    with process_group(device):
+        evaluator = Evaluator(
+            find_data(reference),
+            features=features,
+            metrics=[by],
+            image_size=(shape[1], shape[2]),
+            channels=shape[0],
+            crop=crop,
+            cache=cache,
+            device=device,
+            progress=progress,
+        )
+        evaluator.check(n, shape)
+        context = {"n": n, **options, "network": sampler_settings(next(iter(samplers.values())))["network"]}
+        kept = _Table(None if out is None else Path(out), {**context, **evaluator.settings()})
+        for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process()[0] > 0):
+            if each not in kept.rows:
+                (row,) = compare([sampler], evaluator, n, **options, progress=progress)
+                kept.add(Row(row.sampler, row.calls, row.seconds, row.figures, each))
+        others = None
+        if held_out is not None:
+            data = open_for(held_out, shape, crop, progress)
+            chosen = choose(len(data), min(n, len(data)), seed)
+            others = evaluator.measure(read_batches(data, chosen, batch_size), strict=False)
+        source = evaluator.extractors[0].name
+        rows = [kept.rows[each] for each in samplers]
+        best = min(rows, key=lambda row: (row.figures[source][by].value, row.calls))
+        result = Tuning(rows, best, others, source, by)
+        if out is not None and this_process()[0] == 0:
+            _store(net, Path(out), result, n)
+    return result
+
+
+def compare(
+    samplers: Iterable[Sampler],
+    evaluator: Evaluator,
+    n: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    condition: Classes = None,
+    classes: int | None = None,
+    progress: bool = True,
+) -> Iterator[Row]:
+    """Measures images of several samplers, drawn from the same seeds.
+
+    Under ``torch.distributed`` every process must make the same call.
+
+    Args:
+        samplers: the samplers.
+        evaluator: the reference and the metrics.
+        n: the number of images of each sampler.
+        seed: the seed of all images.
+        batch_size: the number of images that go through a network at once.
+        condition: for class-conditional networks, as for ``bulk_samples``.
+        classes: the number of classes for "random" and "cycle".
+        progress: whether to show a progress bar.
+
+    Yields:
+        The figures of each sampler.
+    """
+    for sampler in samplers:
+        begin = time.perf_counter()
+        batches = bulk_samples(sampler, n, seed=seed, batch_size=batch_size, condition=condition, classes=classes)
+        figures = evaluator.measure(_drawn(batches, n, repr(sampler), progress))
+        yield Row(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
+
+
+def _drawn(batches: Iterable[Any], n: int, title: str, progress: bool) -> Iterator[Tensor]:
+    k, m = this_process()
+    with tqdm(total=n, desc=title, unit="img", leave=False, disable=not progress or k > 0) as bar:
+        for batch in batches:
+            yield batch.images
+            bar.update(min(m * len(batch.indices), n - bar.n))  # the other processes are about as fast
+
+
+def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
+    """Settings that are worth measuring on any network, with at most ``calls`` network calls per image.
+
+    The first are the network's own settings, if it has any. Then follow the probability flow, by both methods;
+    consistent sampling on several numbers of levels, with steps of 0.36 and 0.5 sigma^2 and of (1 - r^p) sigma^2, where
+    r is the ratio of a level to the one before; ancestral sampling with both variances; and predictor-corrector
+    sampling.
+
+    Args:
+        net: the network.
+        calls: the largest number of network calls per image.
+
+    Example:
+        >>> net = ScoreNet.from_pretrained("mnist")
+        >>> settings_table(net, calls=20)[0]
+        SamplerSettings(sampler='ode', levels=10, steps_per_level=None, ..., method='heun', ...)
+    """
+    listed = [] if net.sampler_settings is None else [net.sampler_settings]
+    listed += [SamplerSettings("ode", levels=levels, method="heun") for levels in (10, 18, 36)]
+    listed += [SamplerSettings("ode", levels=levels, method="dpm-solver++") for levels in (18, 36, 72)]
+    for levels in (50, 100, 250):
+        schedule = AnnealedLangevinSampler(net, levels=levels, consistent=True).schedule
+        ratio = min(float(low / high) for high, low in zip(schedule, list(schedule)[1:], strict=False))
+        steps = [1 - ratio**1.1, 1 - ratio**1.5, 1 - ratio**2, *(a for a in (0.36, 0.5) if a >= 1 - ratio)]
+        listed += [
+            SamplerSettings(levels=levels, step_size=float(f"{step * schedule.sigma_min**2:.5g}"), consistent=True)
+            for step in steps
+        ]
+    listed += [SamplerSettings("ancestral", levels=levels, variance="large") for levels in (50, 100)]
+    listed += [SamplerSettings("ancestral", levels=100, variance="small")]
+    listed += [SamplerSettings("predictor-corrector", levels=levels) for levels in (50, 100)]
+    return [each for each in dict.fromkeys(listed) if len(recommended_sampler(net, each)) <= calls]
+
+
+# -- The folder -------------------------------------------------------------------------------------------------------
+
+
+class _Table:
+    """The rows that are measured, in tune.json if there is a folder."""
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self._path = None if folder is None else folder / _FILE
+        self._settings = json.loads(json.dumps(settings))  # lists instead of tuples
+        self.rows: dict[SamplerSettings, Row] = {}
+        if self._path is not None and self._path.is_file():
+            try:
+                stored = json.loads(self._path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{self._path} is not valid JSON ({error}). Pass another folder.") from error
+            check(stored, _SCHEMA, str(self._path))
+            differing = [key for key, value in self._settings.items() if stored["settings"].get(key) != value]
+            if differing:
+                raise ValueError(
+                    f"{self._path} was measured with other settings: {', '.join(differing)}. Pass the same settings to "
+                    "continue, or another folder."
+                )
+            for row in stored["rows"]:
+                found = _read_row(row)
+                if found.settings is not None:
+                    self.rows[found.settings] = found
+
+    def add(self, row: Row) -> None:
+        """Adds a row, and writes all."""
+        assert row.settings is not None  # noqa: S101  (for the type checker)
+        self.rows[row.settings] = row
+        if self._path is not None and this_process()[0] == 0:
+            content = {
+                "format_version": 1,
+                "settings": self._settings,
+                "hash": hash_of(self._settings),
+                "rows": [_write_row(each) for each in self.rows.values()],
+            }
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _write_row(row: Row) -> dict[str, Any]:
+    figures = {
+        source: {name: figure._asdict() for name, figure in found.items()} for source, found in row.figures.items()
+    }
+    settings = None if row.settings is None else row.settings.to_dict()
+    return {
+        "settings": settings,
+        "sampler": row.sampler,
+        "calls": row.calls,
+        "seconds": row.seconds,
+        "figures": figures,
+    }
+
+
+def _read_row(row: Mapping[str, Any]) -> Row:
+    figures = {
+        source: {name: Figure(**figure) for name, figure in found.items()} for source, found in row["figures"].items()
+    }
+    return Row(row["sampler"], row["calls"], row["seconds"], figures, SamplerSettings.from_dict(row["settings"]))
+
+
+def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
+    """Saves the network with the best settings, and writes its card."""
+    own = net.sampler_settings
+    net.sampler_settings = result.best.settings
+    try:
+        net.save_pretrained(folder)
+        config = net.config
+    finally:
+        net.sampler_settings = own
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+    else:
+        name = str(folder) if os.sep in str(folder) else f"./{folder}"
+        weights = sum(parameter.numel() for parameter in net.parameters())
+        text = model_card(name, config, weights, conditioning=net.conditioning, license=None, datasets=None)
+    section = (
+        f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {n:,} images for each row, all from "
+        "the same seeds. The row in bold has the smallest distance; its settings are stored with the network.\n\n"
+        f"{result.to_markdown()}\n{_END}"
+    )
+    old = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+    text = old.sub(lambda _: section, text) if old.search(text) else f"{text.rstrip()}\n\n{section}\n"
+    write_whole(card, text.encode())

@@ -1,0 +1,365 @@
+r"""Guidance: a score that is computed from two scores, for any sampler.
+
+Let c be a class, and :math:`s(x, \sigma | c)` the score of its noisy images. Guidance moves samples to images that fit
+c better, at the cost of variety. The weight w = 1 is the network itself, or Bayes' rule for a classifier, and larger
+values guide. The table leaves out the noise level.
+
+================  ==========================================  =====================================
+function          score                                       density, up to a constant factor
+================  ==========================================  =====================================
+classifier_free   :math:`s(x) + w (s(x | c) - s(x))`          :math:`p(x)^{1-w} p(x | c)^w`
+autoguidance      :math:`s_0(x) + w (s_1(x) - s_0(x))`        :math:`p_0(x)^{1-w} p_1(x)^w`
+classifier        :math:`s(x) + w \nabla_x \log p(c | x)`     :math:`p(x) p(c | x)^w`
+================  ==========================================  =====================================
+
+- Classifier-free: one network is trained with and without the class. w = 0 is the network without a class, and w = 1
+  the network with the class. Ho & Salimans (2022) write 1 + w instead of w. One call of the network with a batch of 2N
+  computes both scores.
+- Autoguidance: :math:`s_1` is the network, and :math:`s_0` a weaker version of it, for example a smaller network for
+  the same task, or the same network after less training. w = 0 is the weaker network, and w = 1 the network.
+- Classifier: w = 0 is the network without the classifier. If the network takes no class, w = 1 is the score of the
+  class by Bayes' rule.
+
+Each density is that of noisy images at one noise level. For other weights than 0 and 1 the densities of the levels do
+not belong to the same clean images, so the samples do not have the density in the table at sigma = 0.
+
+Guidance is not useful at all noise levels: at high levels it reduces the variety, and at low levels it has little
+effect. ``interval`` limits it to a range of levels (Kynkäänniemi et al., 2024).
+
+References:
+    Ho & Salimans, 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598, Eq. 6.
+    Karras et al., 2024, Guiding a Diffusion Model with a Bad Version of Itself, arXiv:2406.02507.
+    Dhariwal & Nichol, 2021, Diffusion Models Beat GANs on Image Synthesis, arXiv:2105.05233, Sec. 4.
+    Kynkäänniemi et al., 2024, Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
+    Diffusion Models, arXiv:2404.07724.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from scorematch.nets.family import Condition, as_condition
+from scorematch.noise import NoiseSchedule
+from scorematch.protocol import NetworkScore, Score, as_sigma, attribute, check_data, check_score, per_image
+
+Interval = tuple[float, float]
+
+
+def classifier_free(net: Score, weight: float, *, interval: Interval | None = None) -> GuidedScore:
+    r"""Classifier-free guidance: :math:`s(x) + w\,(s(x | c) - s(x))`, with one call of a batch of 2N.
+
+    Args:
+        net: a score that takes a class and has a null class: a ScoreNet that was built with ``null_class=True`` and
+            trained with ``label_drop``, its inference copy, or any callable with an attribute ``conditioning``, such as
+            ``Condition(classes=10, null_class=True)`` of ``scorematch.nets``.
+        weight: w. 0 is the network without a class, 1 the network with the class; values above 1 are guidance. Ho &
+            Salimans call w - 1 the weight.
+        interval: (low, high), the range of noise levels with guidance, low < sigma <= high, in the units of x. At other
+            levels the score is that of the network with the class, with a batch of N. None is all levels.
+
+    Returns:
+        A score, ``score(x, sigma, condition)``, with classes as its condition, int64 (N,) or an int.
+
+    Raises:
+        TypeError: if net is not callable.
+        ValueError: if net has no null class, the weight is not a finite number, or the interval is not (low, high).
+
+    Example:
+        >>> from scorematch import NoiseSchedule, ScoreNet
+        >>> from scorematch.sampling import ODESampler
+        >>> net = ScoreNet.unet(1, 8, widths=(8, 8), classes=10, null_class=True)
+        >>> ODESampler(classifier_free(net, 2.0), levels=3).sample(4, condition=7, progress=False).shape
+        torch.Size([4, 1, 8, 8])
+
+    References:
+        Ho & Salimans, 2022, arXiv:2207.12598. Kynkäänniemi et al., 2024, arXiv:2404.07724.
+    """
+    takes = attribute(net, "conditioning")
+    if callable(net) and not (isinstance(takes, Condition) and takes.classes is not None and takes.null_class):
+        raise ValueError(
+            "classifier_free needs a network with a null class, which was trained with label_drop. Write "
+            "ScoreNet.unet(classes=..., null_class=True), or autoguidance(net, weaker, weight) with a network without "
+            "classes as the weaker one."
+        )
+    return _ClassifierFree(net, None, weight, interval)
+
+
+def autoguidance(net: Score, weaker: Score, weight: float, *, interval: Interval | None = None) -> GuidedScore:
+    r"""Autoguidance: :math:`s_0 + w\,(s_1 - s_0)`, where :math:`s_0` is a weaker version of the network :math:`s_1`.
+
+    Args:
+        net: a score, with or without a condition.
+        weaker: a score of the same data in the same units. It gets the condition too, unless it takes none; a network
+            without classes as the weaker version of one with classes gives classifier-free guidance with two networks.
+        weight: w. 0 is the weaker network, 1 the network; values above 1 are guidance.
+        interval: the range of noise levels with guidance, as for ``classifier_free``. At other levels the score is that
+            of net, without a call of ``weaker``.
+
+    Returns:
+        A score that is called in the same way as net.
+
+    Raises:
+        TypeError: if net or weaker is not callable.
+        ValueError: if the two networks have different value ranges or sample shapes, and as for ``classifier_free``.
+
+    References:
+        Karras et al., 2024, arXiv:2406.02507.
+    """
+    if not callable(weaker):
+        raise TypeError(f"weaker must be a score, called as weaker(x, sigma), got {type(weaker).__name__}.")
+    for name in ("value_range", "sample_shape"):
+        expected, found = attribute(net, name), attribute(weaker, name)
+        if None not in (expected, found) and tuple(expected) != tuple(found):
+            raise ValueError(
+                f"weaker must be a score of the data of net, whose {name} is {tuple(expected)}, got {tuple(found)}."
+            )
+    return _Autoguidance(net, weaker, weight, interval)
+
+
+def classifier(
+    net: Score, classifier: Callable[..., Tensor], weight: float, *, interval: Interval | None = None
+) -> GuidedScore:
+    r"""Classifier guidance: :math:`s(x) + w\,\nabla_x \log p(c | x, \sigma)`, with the gradient of a classifier.
+
+    Args:
+        net: a score. If it takes a class, as its attribute ``conditioning`` says, it gets the condition too.
+        classifier: a function that returns the logits of the classes (N, K), called as ``classifier(x, sigma)`` with x
+            (N, ...) and sigma (N,), in the units of net. It must be differentiable in x, and trained on noisy data.
+        weight: w. 0 is net; values above 1 sharpen the classifier.
+        interval: the range of noise levels with guidance, as for ``classifier_free``. At other levels the score is that
+            of net, without a call of the classifier.
+
+    Returns:
+        A score, ``score(x, sigma, condition)``, with classes as its condition, int64 (N,) or an int.
+
+    Raises:
+        TypeError: if net or classifier is not callable.
+        ValueError: if the weight is not a finite number, or the interval is not (low, high).
+
+    References:
+        Dhariwal & Nichol, 2021, arXiv:2105.05233, Alg. 1 and 2.
+    """
+    if not callable(classifier):
+        raise TypeError(
+            f"classifier must be a function, called as classifier(x, sigma), got {type(classifier).__name__}."
+        )
+    return _Classifier(net, classifier, weight, interval)
+
+
+class GuidedScore(NetworkScore, nn.Module):
+    """A score with guidance, which every sampler accepts; see ``scorematch.guidance``.
+
+    Its schedule, value range, sample shape and sampler settings are those of the network that it guides. Samplers call
+    the inference copies of its networks, as they do for a ScoreNet. If the network predicts the variance of ancestral
+    sampling, so does the guided score, with the value of the network for the class.
+
+    Attributes:
+        net: the score that is guided.
+        other: the weaker score or the classifier; None for classifier-free guidance.
+        weight: the weight w.
+        interval: (low, high), the range of noise levels with guidance, or None.
+        predicts_variance: whether ``score_and_variance`` can be called.
+    """
+
+    net: Score
+    other: Callable[..., Tensor] | None
+    _unguided: ClassVar[float] = 1.0  # the weight without guidance
+
+    def __init__(
+        self, net: Score, other: Callable[..., Tensor] | None, weight: float, interval: Interval | None
+    ) -> None:
+        super().__init__()
+        if not callable(net):
+            raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"weight must be a finite number, got {weight!r}.")
+        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+            raise ValueError(f"interval must be (low, high), noise levels with 0 <= low < high, got {interval!r}.")
+        self.net, self.other = net, other
+        self.predicts_variance = bool(attribute(net, "predicts_variance"))
+        self.weight = float(weight)
+        self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
+
+    def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+        """The score of x (N, ...) at a noise level sigma: a float, () or (N,).
+
+        Args:
+            x: noisy data (N, ...), images in [0, 1] plus noise.
+            sigma: the noise level in the units of x. With an interval, a float is fastest: a network that is not needed
+                at this level is not called.
+            condition: the condition, as for the network.
+
+        Returns:
+            The score, with the shape of x.
+        """
+        return self._outputs(x, sigma, condition)[0]
+
+    def inference_copy(self, *, compile: bool = False) -> GuidedScore:  # noqa: A002  (torch's word)
+        """Returns the same guidance of the inference copies of its networks.
+
+        Args:
+            compile: whether to compile the copies, as in ``ScoreNet.inference_copy``.
+
+        Raises:
+            ValueError: for ``compile=True`` if it holds no network that can be compiled.
+        """
+        parts = (self.net, self.other)
+        networks = [part for part in parts if hasattr(type(part), "inference_copy")]
+        if compile and not networks:
+            raise ValueError("compile=True needs a ScoreNet. For any other score, pass torch.compile(net).")
+        net, other = (part.inference_copy(compile=compile) if part in networks else part for part in parts)  # type: ignore[union-attr]
+        assert net is not None  # noqa: S101  (for the type checker)
+        return type(self)(net, other, self.weight, self.interval)
+
+    # -- What samplers read -------------------------------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> NoiseSchedule | None:
+        """The noise levels that the network was trained on; None for a plain callable."""
+        return attribute(self.net, "schedule")
+
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        """The range of the data, or None."""
+        return attribute(self.net, "value_range")
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """The shape of one sample, or None."""
+        return attribute(self.net, "sample_shape")
+
+    @property
+    def sampler_settings(self) -> Any:
+        """The SamplerSettings recommended for the network, or None."""
+        return attribute(self.net, "sampler_settings")
+
+    @property
+    def conditioning(self) -> Condition | None:
+        """The condition that the guided score takes; None if it is not known."""
+        takes = attribute(self.net, "conditioning")
+        return takes if isinstance(takes, Condition) else None
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of an inference copy; None if it is not known."""
+        return attribute(self.net, "device")
+
+    @property
+    def is_inference_copy(self) -> bool:
+        """Whether one of its networks is an inference copy."""
+        return any(attribute(part, "is_inference_copy") for part in (self.net, self.other))
+
+    def extra_repr(self) -> str:
+        """The weight and the interval, which ``print`` shows."""
+        return f"weight={self.weight:g}" + ("" if self.interval is None else f", interval={self.interval}")
+
+    # -- What the methods share ---------------------------------------------------------------------------------------
+
+    def _weight(self, sigma: float | Tensor, x: Tensor) -> float | Tensor:
+        """The weight at noise levels: a float, or for a tensor sigma with an interval a tensor that broadcasts to x."""
+        if self.interval is None:
+            return self.weight
+        low, high = self.interval
+        if not isinstance(sigma, Tensor):
+            return self.weight if low < sigma <= high else self._unguided
+        inside = (sigma > low) & (sigma <= high)  # compared where sigma is: no wait for the device
+        return per_image(torch.where(inside, self.weight, self._unguided).to(x.dtype).to(x.device), x)
+
+
+class _ClassifierFree(GuidedScore):
+    @property
+    def conditioning(self) -> Condition | None:
+        """A class. The null class is not accepted, since it would turn guidance off."""
+        takes = super().conditioning
+        return None if takes is None else takes._replace(null_class=False)
+
+    def _outputs(
+        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+    ) -> tuple[Tensor, ...]:
+        check_data(x)
+        takes = attribute(self.net, "conditioning")
+        labels = cast(Tensor, as_condition(condition, x, self.conditioning))
+        null = torch.full_like(labels, takes.classes)
+        weight = self._weight(sigma, x)
+        if isinstance(weight, float) and (weight == 1 or (weight == 0 and not variance)):
+            return _call(self.net, x, sigma, labels if weight else null, variance=variance)
+        if isinstance(sigma, Tensor) and sigma.ndim == 1:
+            sigma = torch.cat([sigma, sigma])
+        outputs = _call(self.net, torch.cat([x, x]), sigma, torch.cat([labels, null]), variance=variance)
+        conditional, unconditional = outputs[0].chunk(2)
+        return torch.lerp(unconditional, conditional, weight), *(share[: len(x)] for share in outputs[1:])
+
+
+class _Autoguidance(GuidedScore):
+    other: Score
+
+    def _outputs(
+        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+    ) -> tuple[Tensor, ...]:
+        check_data(x)
+        condition = as_condition(condition, x, self.conditioning)
+        beside = None if attribute(self.other, "conditioning") == Condition() else condition
+        weight = self._weight(sigma, x)
+        if isinstance(weight, float) and weight == 1:
+            return _call(self.net, x, sigma, condition, variance=variance)
+        weaker = _call(self.other, x, sigma, beside)
+        if isinstance(weight, float) and weight == 0 and not variance:
+            return weaker
+        score, *share = _call(self.net, x, sigma, condition, variance=variance)
+        return torch.lerp(weaker[0], score, weight), *share
+
+
+class _Classifier(GuidedScore):
+    other: Callable[..., Tensor]
+    _unguided = 0.0
+
+    @property
+    def conditioning(self) -> Condition | None:
+        """The classes of the network; None for a network without classes, since only the classifier knows them."""
+        takes = super().conditioning
+        return None if takes is None or takes.classes is None else takes._replace(null_class=False)
+
+    def _outputs(
+        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+    ) -> tuple[Tensor, ...]:
+        check_data(x)
+        takes = self.conditioning
+        labels = as_condition(condition, x, takes)
+        score, *share = _call(self.net, x, sigma, None if takes is None else labels, variance=variance)
+        weight = self._weight(sigma, x)
+        if not (isinstance(weight, float) and weight == 0):
+            score = score + weight * self._gradient(x, as_sigma(sigma, x).expand(len(x)), labels)
+        return score, *share
+
+    def _gradient(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """The gradient of log p(c | x, sigma) in x, itself differentiable if x is."""
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        with torch.inference_mode(False), torch.enable_grad():  # samplers turn gradients off
+            if not differentiable:
+                x = x.detach().clone().requires_grad_()  # a clone, since x may have been created in inference mode
+            logits = self.other(x, sigma)
+            if logits.ndim != 2 or len(logits) != len(x):
+                raise ValueError(
+                    f"classifier must return logits ({len(x)}, K), one row for each sample, got shape "
+                    f"{tuple(logits.shape)}."
+                )
+            labels = cast(Tensor, as_condition(labels, x, Condition(classes=logits.shape[1])))
+            logs = logits.log_softmax(1).gather(1, labels[:, None].long())
+            (gradient,) = torch.autograd.grad(logs.sum(), x, create_graph=differentiable)
+        return gradient
+
+
+def _call(
+    score: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | None, *, variance: bool = False
+) -> tuple[Tensor, ...]:
+    """The score of x, and the variance if it is wanted. A plain callable gets a tensor as its noise level."""
+    if not hasattr(type(score), "inference_copy"):
+        sigma = as_sigma(sigma, x)
+    arguments = (x, sigma) if condition is None else (x, sigma, condition)
+    outputs = attribute(score, "score_and_variance")(*arguments) if variance else (score(*arguments),)
+    return tuple(check_score(output, x) for output in outputs)

@@ -1,0 +1,473 @@
+r"""NCSN++ and DDPM++, the networks of Song et al. (2021), which EDM uses too.
+
+Like the U-Net of DDPM, they have residual blocks and attention on the way down to low resolution and on the way up. The
+differences are:
+
+- residual blocks resample the features, with the filter (1, 3, 3, 1) in NCSN++ or (1, 1) in DDPM++ (the mean of 2 x 2
+  pixels, and repetition);
+- the sums of residual blocks, of attention and of the "residual" pyramids below are divided by :math:`\sqrt 2`;
+- the number of groups of a group norm is a quarter of the number of channels, but at most 32;
+- on the way up there is one attention per scale, after the last residual block;
+- the first convolution may have fewer output channels than the first scale;
+- the embedding of the class is added to the sines and cosines of the noise level, before the linear layers.
+
+In addition there may be an input and an output pyramid. The input pyramid is added to the features at each lower scale:
+it is the downsampled image ("skip"), or a running sum of the image and the features ("residual"). The output pyramid is
+a sum of outputs over the scales on the way up, of images ("skip") or of features ("residual").
+
+==================================  ===========  ============  =============  ==============
+published networks                  embedding    filter        input pyramid  output pyramid
+==================================  ===========  ============  =============  ==============
+NCSN++, 32 px; EDM's ncsnpp         fourier (1)  (1, 3, 3, 1)  residual       none
+NCSN++, 256 and 1024 px             fourier      (1, 3, 3, 1)  skip           skip
+DDPM++; EDM's ddpmpp                positional   (1, 1)        none           none
+==================================  ===========  ============  =============  ==============
+
+(1) "positional" in the network that receives the index of the noise level (the row "ncsnpp_index").
+
+The authors number the modules of these networks, or name them after the resolution. Here they have the names of the
+corresponding modules in diffusers, such as ``down_blocks.0.resnets.0.conv1``, which do not depend on the resolution.
+
+References:
+    Song et al., 2021, Score-Based Generative Modeling through Stochastic Differential Equations, arXiv:2011.13456,
+        App. H.
+    Karras et al., 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, App. F.
+    Karras et al., 2020, Analyzing and Improving the Image Quality of StyleGAN, arXiv:1912.04958 (the pyramids).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scorematch.nets.blocks import (
+    SQRT2,
+    Attention,
+    Embedding,
+    Filter,
+    Fourier,
+    ImageFamily,
+    ImageNetwork,
+    Positional,
+    ResidualBlock,
+    Settled,
+    Style,
+    fir_up,
+    mean_down,
+    nearest_up,
+    quarter_groups,
+    settle_projections,
+)
+from scorematch.nets.family import structure
+from scorematch.nets.layers import GroupNorm
+from scorematch.schema import Field
+
+Pyramid = Literal["none", "skip", "residual"]
+TimeEmbedding = Literal["positional", "fourier"]
+
+_TIME_EMBEDDINGS = get_args(TimeEmbedding)
+_PYRAMIDS = get_args(Pyramid)
+_FILTERS = ([1, 1], [1, 3, 3, 1])
+_EPS = 1e-6
+
+
+class _Layout(NamedTuple):
+    """The settings that the blocks of one network share."""
+
+    style: Style
+    scale: float  # the divisor of sums
+    taps: tuple[int, ...]  # the values of the filter
+    pyramid: Pyramid  # the input pyramid for blocks on the way down, the output pyramid for blocks on the way up
+    pyramid_filter: bool
+
+    def block(self, inputs: int, outputs: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResidualBlock:
+        return ResidualBlock(
+            inputs,
+            outputs,
+            self.style,
+            groups=quarter_groups(inputs),
+            groups_out=quarter_groups(outputs),
+            scale=self.scale,
+            resample=resample,
+            shortcut=inputs != outputs or resample is not None,
+        )
+
+    def attention(self, channels: int) -> Attention:
+        return Attention(channels, head_width=channels, groups=quarter_groups(channels), eps=_EPS, scale=self.scale)
+
+    @property
+    def smooth(self) -> bool:
+        return self.taps != (1, 1)
+
+    def down(self) -> Callable[[Tensor], Tensor]:
+        return Filter(self.taps) if self.smooth else mean_down
+
+    def up(self) -> Callable[[Tensor], Tensor]:
+        return fir_up if self.smooth else nearest_up
+
+
+class _DownBlock(nn.Module):
+    """Residual blocks, each optionally followed by attention, then downsampling; returns all outputs for the way up."""
+
+    def __init__(
+        self, inputs: int, outputs: int, layers: int, layout: _Layout, *, attention: bool, halve: bool, image: int
+    ) -> None:
+        super().__init__()
+        self.pyramid, self.scale = layout.pyramid, layout.scale
+        self.resnets = nn.ModuleList(layout.block(outputs if i else inputs, outputs) for i in range(layers))
+        self.attentions = nn.ModuleList(layout.attention(outputs) for _ in range(layers)) if attention else None
+        self.resnet_down = layout.block(outputs, outputs, layout.down()) if halve else None
+        self.image_down: Callable[[Tensor], Tensor]
+        self.skip_conv: nn.Conv2d | None = None
+        if halve and self.pyramid == "skip":
+            self.image_down = layout.down()
+            self.skip_conv = nn.Conv2d(image, outputs, 1)
+        elif halve and self.pyramid == "residual":
+            self.image_down = nn.ZeroPad2d((0, 1, 0, 1))
+            if layout.pyramid_filter:  # padded for the filter and for the convolution of stride two
+                self.image_down = Filter(layout.taps, stride=1, padding=len(layout.taps) // 2)
+            self.skip_conv = nn.Conv2d(image, outputs, 3, stride=2)
+
+    def forward(self, h: Tensor, embedding: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        outputs = []
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(h, embedding)
+            h = h if self.attentions is None else self.attentions[i](h)
+            outputs.append(h)
+        if self.resnet_down is None:
+            return h, outputs, image
+        h = self.resnet_down(h, embedding)
+        if self.skip_conv is not None:
+            image = self.image_down(image)
+            h = self.skip_conv(image) + h
+            if self.pyramid == "residual":
+                h = image = h / self.scale
+        return h, [*outputs, h], image
+
+
+class _MidBlock(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    def __init__(self, channels: int, layout: _Layout) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(layout.block(channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([layout.attention(channels)])
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](h, embedding)), embedding)
+
+
+class _UpBlock(nn.Module):
+    """Residual blocks on the features and the outputs of the way down, optionally attention, then upsampling."""
+
+    def __init__(
+        self,
+        inputs: int,
+        kept: Sequence[int],
+        outputs: int,
+        layout: _Layout,
+        *,
+        attention: bool,
+        lowest: bool,
+        double: bool,
+        image: int,
+    ) -> None:
+        super().__init__()
+        self.scale, self.up, self.smooth = layout.scale, layout.up(), layout.smooth
+        self.resnets = nn.ModuleList(
+            layout.block((outputs if i else inputs) + beside, outputs) for i, beside in enumerate(kept)
+        )
+        self.attentions = nn.ModuleList([layout.attention(outputs)]) if attention else None
+        self.skip_norm: GroupNorm | None = None
+        self.skip_conv: nn.Conv2d | None = None
+        pyramid = layout.pyramid
+        if double and (pyramid == "skip" or (pyramid == "residual" and lowest)):
+            self.skip_norm = GroupNorm(quarter_groups(outputs), outputs, _EPS)
+            self.skip_conv = nn.Conv2d(outputs, image if pyramid == "skip" else outputs, 3, padding=1)
+        elif pyramid == "residual" and not lowest:
+            # The output of the filter has one more pixel on each side, so that the convolution needs no padding.
+            self.skip_conv = nn.Conv2d(inputs, outputs, 3, padding=0 if self.smooth else 1)
+        self.resnet_up = layout.block(outputs, outputs, layout.up()) if double else None
+
+    def forward(
+        self, h: Tensor, kept: list[Tensor], embedding: Tensor, picture: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        for resnet in self.resnets:
+            h = resnet(torch.cat([h, kept.pop()], dim=1), embedding)
+        h = h if self.attentions is None else self.attentions[0](h)
+        if self.skip_norm is not None and self.skip_conv is not None:
+            addend = self.skip_conv(self.skip_norm(h, F.silu))
+            picture = addend if picture is None else self.up(picture) + addend
+        elif self.skip_conv is not None and picture is not None:
+            picture = fir_up(picture, margin=1) if self.smooth else nearest_up(picture)
+            h = picture = (self.skip_conv(picture) + h) / self.scale
+        elif picture is not None:
+            picture = self.up(picture)
+        return h if self.resnet_up is None else self.resnet_up(h, embedding), picture
+
+
+class NCSNPP(ImageNetwork):
+    """NCSN++ and DDPM++. The arguments are the keys of a configuration.
+
+    Args:
+        in_channels: the number of channels of the input, including those of a conditioning image.
+        out_channels: the number of channels of the output.
+        block_out_channels: the number of feature channels at each scale, from full resolution down. Height and width
+            are halved from one scale to the next.
+        layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more.
+        attention: one bool per scale, whether it has attention; None is at no scale. The middle block always has
+            attention.
+        time_embedding_type: "fourier" or "positional": sines and cosines of c_noise at random or at geometric
+            frequencies.
+        resample_filter: the filter for resampling, (1, 3, 3, 1) or (1, 1).
+        input_pyramid: the input pyramid, "residual", "skip" or "none" (see the module docstring).
+        output_pyramid: the output pyramid, "residual", "skip" or "none".
+        dropout: the dropout probability in the residual blocks.
+        num_class_embeds: the number of classes of a class-conditional network, whose condition is int64 (N,).
+        null_class: whether there is one more class, for samples without a class.
+        center_input_sample: whether to map the input from [0, 1] to [-1, 1].
+
+        Rarely needed:
+
+        model_channels: the number of output channels of the first convolution; None is that of the first scale.
+        time_proj_dim: the number of sines and cosines of the noise level, even for "fourier"; None is
+            ``model_channels``, or twice that for "fourier".
+        time_embedding_dim: the width of the embedding of the noise level; None is four times ``model_channels``.
+        skip_rescale: whether sums are divided by the square root of two.
+        pyramid_filter: whether the "residual" input pyramid is filtered before each of its convolutions of stride two.
+            Networks of Song et al. with ``fir: false`` pad it on the right and below instead.
+        patch: the side of the patches in pixels, 1 for no patches.
+
+    Raises:
+        ValueError: if an option is not supported, or lists have different lengths.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        *,
+        block_out_channels: Sequence[int] = (128, 256, 256, 256),
+        layers_per_block: int = 4,
+        attention: Sequence[bool] | None = None,
+        time_embedding_type: TimeEmbedding = "fourier",
+        resample_filter: Sequence[int] = (1, 3, 3, 1),
+        input_pyramid: Pyramid = "residual",
+        output_pyramid: Pyramid = "none",
+        dropout: float = 0.0,
+        num_class_embeds: int | None = None,
+        null_class: bool = False,
+        center_input_sample: bool = False,
+        model_channels: int | None = None,
+        time_proj_dim: int | None = None,
+        time_embedding_dim: int | None = None,
+        skip_rescale: bool = True,
+        pyramid_filter: bool = True,
+        patch: int = 1,
+    ) -> None:
+        widths = list(block_out_channels)
+        attention = [False] * len(widths) if attention is None else list(attention)
+        super().__init__(
+            in_channels,
+            out_channels,
+            divisor=patch * 2 ** (len(widths) - 1),
+            classes=num_class_embeds,
+            null_class=null_class,
+            center=center_input_sample,
+        )
+        if not widths or len(attention) != len(widths):
+            raise ValueError(
+                "block_out_channels and attention must have one entry per scale, at least one, got "
+                f"{len(widths)} and {len(attention)}."
+            )
+        _known("time_embedding_type", time_embedding_type, _TIME_EMBEDDINGS)
+        _known("input_pyramid", input_pyramid, _PYRAMIDS)
+        _known("output_pyramid", output_pyramid, _PYRAMIDS)
+        _known("resample_filter", list(resample_filter), _FILTERS)
+        self.patch, self.input_pyramid, self.output_pyramid = patch, input_pyramid, output_pyramid
+        model_channels = widths[0] if model_channels is None else model_channels
+        embedding = 4 * model_channels if time_embedding_dim is None else time_embedding_dim
+        layout = _Layout(
+            Style(embedding, _EPS, dropout, F.silu, scale_shift=False),
+            SQRT2 if skip_rescale else 1.0,
+            tuple(resample_filter),
+            input_pyramid,
+            pyramid_filter,
+        )
+
+        self.time_proj: nn.Module
+        if time_embedding_type == "fourier":
+            features = 2 * model_channels if time_proj_dim is None else time_proj_dim
+            self.time_proj = Fourier(features)
+        else:
+            features = model_channels if time_proj_dim is None else time_proj_dim
+            self.time_proj = Positional(features, cosines_first=False, freq_shift=1)
+        self.class_embedding = self.class_table(features)
+        self.time_embedding = Embedding(features, embedding)
+
+        image = in_channels * patch**2  # channels of the input pyramid
+        self.conv_in = nn.Conv2d(image, model_channels, 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        kept = [model_channels]  # widths of the features that are kept for the way up
+        inputs = model_channels
+        for i, outputs in enumerate(widths):
+            halve = i < len(widths) - 1
+            self.down_blocks.append(
+                _DownBlock(inputs, outputs, layers_per_block, layout, attention=attention[i], halve=halve, image=image)
+            )
+            kept += [outputs] * (layers_per_block + halve)
+            inputs = outputs
+            image = outputs if input_pyramid == "residual" else image
+        self.mid_block = _MidBlock(inputs, layout)
+        layout = layout._replace(pyramid=output_pyramid)
+        self.up_blocks = nn.ModuleList()
+        for i, outputs in reversed(list(enumerate(widths))):
+            self.up_blocks.append(
+                _UpBlock(
+                    inputs,
+                    [kept.pop() for _ in range(layers_per_block + 1)],
+                    outputs,
+                    layout,
+                    attention=attention[i],
+                    lowest=i == len(widths) - 1,
+                    double=i > 0,
+                    image=out_channels * patch**2,
+                )
+            )
+            inputs = outputs
+        self.conv_norm_out = GroupNorm(quarter_groups(inputs), inputs, _EPS)
+        self.conv_out = nn.Conv2d(inputs, out_channels * patch**2, 3, padding=1)
+        self.built = structure(self)
+
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The raw output of the network, (N, out_channels, H, W).
+
+        Args:
+            x: (N, C, H, W), where C is ``in_channels`` minus the number of channels of a conditioning image; height and
+                width are multiples of ``divisor``.
+            c_noise: (N,), the c_noise of the preconditioning, such as log sigma or the time step.
+            condition: classes, int64 (N,), for a network with ``num_class_embeds``; or an image, float (N, K, H, W),
+                which is concatenated with x.
+
+        Raises:
+            ValueError: if a shape does not fit the network.
+        """
+        x, classes = self.inputs(x, condition)
+        embedding = self.time_proj(c_noise).to(x.dtype)
+        if self.class_embedding is not None and classes is not None:
+            embedding = embedding + self.class_embedding(classes)
+        embedding = F.silu(self.time_embedding(embedding))  # SiLU once, instead of in every residual block
+        x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
+        h, image = self.conv_in(x), x
+        kept = [h]
+        for block in self.down_blocks:
+            h, outputs, image = block(h, embedding, image)
+            kept += outputs
+        h = self.mid_block(h, embedding)
+        picture: Tensor | None = None
+        for block in self.up_blocks:
+            h, picture = block(h, kept, embedding, picture)
+        h = self.conv_out(self.conv_norm_out(h, F.silu))
+        if self.output_pyramid == "skip" and picture is not None:
+            h = h + picture
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Initializes the weights as in the authors' code.
+
+        They are uniform, with a variance of 2 / (inputs + outputs), or a tenth of it for queries, keys and values. The
+        last convolution of each block is zero, so that each block starts as the identity, up to the division of sums;
+        and so is the last convolution of the network.
+        """
+        last = NCSNPP_FAMILY.image_convolutions(self)[1]
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                small = name.endswith((".to_q", ".to_k", ".to_v"))
+                nn.init.xavier_uniform_(module.weight, gain=math.sqrt(0.1) if small else 1.0)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding):  # in EDM, a linear layer of one-hot vectors with a mean square of one
+                nn.init.xavier_uniform_(module.weight, gain=math.sqrt(module.num_embeddings))
+            if name in last or name.endswith((".conv2", ".to_out.0")):
+                nn.init.zeros_(module.weight)
+
+
+def _known(key: str, value: Any, known: Sequence[Any]) -> None:
+    if value not in known:
+        raise ValueError(f"{key} must be one of {', '.join(map(repr, known))}, got {value!r}.")
+
+
+# -- The family -------------------------------------------------------------------------------------------------------
+
+_SIZE = Field(int, low=1, high=65_536)
+_PYRAMID = Field(str, choices=_PYRAMIDS)
+
+
+class _NCSNPPFamily(ImageFamily[NCSNPP]):
+    name = "ncsnpp"
+    network = NCSNPP
+    preconditions = ("karras", "ncsnpp", "ncsnpp_index", "vp", "subvp", "ddpm", "ddpm_v", "ddpm_x0", "ncsnv2", "ncsn")
+    keys: ClassVar[Mapping[str, Field]] = {
+        "in_channels": _SIZE,
+        "out_channels": _SIZE,
+        "block_out_channels": Field(list, required=True, low=1, high=16, each=_SIZE),
+        "layers_per_block": Field(int, low=1, high=64),
+        "attention": Field(list, optional=True, low=1, high=16, each=Field(bool)),
+        "time_embedding_type": Field(str, choices=_TIME_EMBEDDINGS),
+        "resample_filter": Field(list, choices=_FILTERS),
+        "input_pyramid": _PYRAMID,
+        "output_pyramid": _PYRAMID,
+        "dropout": Field(float, low=0, high=1),
+        "num_class_embeds": Field(int, optional=True, low=1),
+        "null_class": Field(bool),
+        "center_input_sample": Field(bool),
+        "model_channels": Field(int, optional=True, low=1, high=65_536),
+        "time_proj_dim": Field(int, optional=True, low=2, high=65_536),
+        "time_embedding_dim": Field(int, optional=True, low=1, high=65_536),
+        "skip_rescale": Field(bool),
+        "pyramid_filter": Field(bool),
+        "patch": Field(int, low=1, high=64),
+    }
+
+    def build(self, architecture: Mapping[str, Any], *, levels: int, precondition: str) -> NCSNPP:
+        return NCSNPP(**architecture)
+
+    def width(self, backbone: NCSNPP) -> int:
+        return math.ceil(backbone.conv_in.out_channels / backbone.patch**2)
+
+    def image_convolutions(self, backbone: NCSNPP) -> tuple[set[str], set[str]]:
+        """The first and the last convolution, and those of pyramids whose levels are images."""
+        names = [name for name, _ in backbone.named_modules() if name.endswith("skip_conv")]
+        down = [name for name in names if name.startswith("down_blocks")]
+        up = [name for name in names if name.startswith("up_blocks")]
+        first = down if backbone.input_pyramid == "skip" else down[:1]
+        last = up if backbone.output_pyramid == "skip" else []
+        return {"conv_in", *first}, {"conv_out", *last}
+
+    def settle(self, copy: NCSNPP) -> Callable[[Tensor], None]:
+        """The sines and cosines are computed once per level, and without classes also all that depends on them."""
+        features, embed = copy.time_proj, copy.time_embedding
+        settled = copy.time_proj = Settled()
+        if copy.classes is not None:
+
+            def settle_features(c_noise: Tensor) -> None:
+                settled.value = features(c_noise[None])
+
+            return settle_features
+        copy._modules["time_embedding"] = nn.Identity()
+        projections = settle_projections(copy)
+
+        def settle(c_noise: Tensor) -> None:
+            settled.value = embed(features(c_noise[None]))
+            projections(F.silu(settled.value))
+
+        return settle
+
+
+NCSNPP_FAMILY = _NCSNPPFamily()

@@ -1,0 +1,290 @@
+r"""Checkpoints of openai/improved-diffusion.
+
+A checkpoint is a mapping of names to tensors, either averaged (``ema_<rate>_<step>.pt``) or not (``model<step>.pt``).
+It does not hold the options that the network was trained with. The keys of a configuration are the arguments of the
+authors' ``create_model_and_diffusion``, with their defaults; ``channel_mult`` and ``num_classes``, which the authors
+derive from ``image_size`` and ``class_cond``, may be given too.
+
+The noise levels are those of a DDPM with T steps. For ``linear``, its betas go from 0.1 / T to 20 / T. For ``cosine``,
+
+.. math:: \beta_i = \min\Bigl(1 - \frac{f((i + 1) / T)}{f(i / T)},\ 0.999\Bigr), \qquad
+          f(t) = \cos^2\Bigl(\frac{t + 0.008}{1.008} \frac{\pi}{2}\Bigr) .
+
+The authors' sampler is ancestral sampling with all steps, of which each clamps the denoised image. With ``learn_sigma``
+its variances are those that the network predicts.
+
+References:
+    Nichol & Dhariwal, 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672;
+    https://github.com/openai/improved-diffusion (MIT), whose published options are those of ``CONFIGURATIONS``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from scorematch.noise import NoiseSchedule
+from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, checked
+from scorematch.pretrained.options import checked_options, named_options
+from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
+from scorematch.sampling.settings import SamplerSettings
+from scorematch.schema import Field, quote
+
+NAME = "improved-diffusion"
+GLOBALS: Globals = TENSORS
+
+_COUNT = Field(int, low=1, high=65_536)
+_FLAG = Field(bool)
+_INTEGERS = Field(list, low=1, high=16, each=Field(int, low=1, high=65_536))
+_OPTIONS: Mapping[str, Field] = {
+    "image_size": _COUNT,
+    "num_channels": _COUNT,
+    "num_res_blocks": _COUNT,
+    "num_heads": _COUNT,
+    "num_heads_upsample": Field(int, low=-1, high=65_536),
+    "attention_resolutions": Field(list, high=16, each=Field(int, low=1, high=65_536)),
+    "dropout": Field(float, low=0, high=1),
+    "learn_sigma": _FLAG,
+    "sigma_small": _FLAG,
+    "class_cond": _FLAG,
+    "diffusion_steps": Field(int, low=2, high=1_000_000),
+    "noise_schedule": Field(str, choices=("linear", "cosine")),
+    "predict_xstart": _FLAG,
+    "rescale_timesteps": _FLAG,
+    "use_scale_shift_norm": _FLAG,
+    "channel_mult": _INTEGERS,
+    "num_classes": Field(int, low=1, high=10_000_000),
+}
+_DEFAULTS = {
+    "image_size": 64,
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "num_heads": 4,
+    "num_heads_upsample": -1,
+    "attention_resolutions": [16, 8],
+    "dropout": 0.0,
+    "learn_sigma": False,
+    "sigma_small": False,
+    "class_cond": False,
+    "diffusion_steps": 1000,
+    "noise_schedule": "linear",
+    "predict_xstart": False,
+    "rescale_timesteps": True,
+    "use_scale_shift_norm": True,
+    "num_classes": 1000,
+}
+_MULTIPLES = {32: [1, 2, 2, 2], 64: [1, 2, 3, 4], 256: [1, 1, 2, 2, 4, 4]}  # channel_mult by image_size
+
+
+def recognizes(content: Any) -> bool:
+    """Whether the content of a checkpoint has this format."""
+    return isinstance(content, dict) and {"time_embed.0.weight", "input_blocks.0.0.weight"} <= content.keys()
+
+
+def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None, *, raw: bool = False) -> Stored:
+    """Reads the network of a checkpoint.
+
+    Args:
+        content: the content of the checkpoint.
+        path: the path of the checkpoint, for error messages.
+        config: the name of a published checkpoint, such as "cifar10_uncond_50M_500K", or a file with the authors'
+            options.
+        raw: must be False; a file holds either the weights or their moving average.
+
+    Raises:
+        FileNotFoundError: if the file ``config`` does not exist.
+        ImportError: if PyYAML is needed to read ``config`` and is not installed.
+        ValueError: if there is no configuration, an option is not supported, or the weights do not fit it.
+    """
+    if raw:
+        raise ValueError(
+            f"{path} is a checkpoint of improved-diffusion, which holds one set of weights: leave out raw."
+        )
+    tensors = load_tensors(content, path)
+    first = tensors["input_blocks.0.0.weight"]
+    channels = first.shape[1] if first.ndim == 4 else 0
+    if channels != 3:
+        raise ValueError(
+            f"{path} holds a network of improved-diffusion with {channels} input channels instead of 3: networks that "
+            "enlarge an image are not supported."
+        )
+    if config is None:
+        raise ValueError(
+            f"{path} is a checkpoint of improved-diffusion, which does not hold its options: pass the name of a "
+            "published one, such as cifar10_uncond_50M_500K, or a file with the authors' options, as config."
+        )
+    options = _options(config)
+    weights = dict(_named(tensors, options, path))
+    size, heads = options["image_size"], [options["num_heads"]] * len(options["channel_mult"])
+    heads_up = heads if options["num_heads_upsample"] < 1 else [options["num_heads_upsample"]] * len(heads)
+    down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in _attention(options)]
+    steps = options["diffusion_steps"]
+    variance = "learned" if options["learn_sigma"] else "small" if options["sigma_small"] else "large"
+    settings = SamplerSettings("ancestral", levels=steps, variance=variance, clamp_denoised=True)
+    stored = {
+        "format_version": FORMAT_VERSION,
+        "family": "unet",
+        "in_channels": channels,
+        "out_channels": channels * (2 if options["learn_sigma"] else 1),
+        "block_out_channels": [options["num_channels"] * factor for factor in options["channel_mult"]],
+        "down_block_types": down,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        "layers_per_block": options["num_res_blocks"],
+        "attention_heads": heads,
+        "attention_heads_up": heads_up,
+        "norm_num_groups": 32,
+        "attn_norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "time_factor": 1000 / steps if options["rescale_timesteps"] else 1.0,
+        "resnet_time_scale_shift": "scale_shift" if options["use_scale_shift_norm"] else "default",
+        "dropout": options["dropout"],
+        "num_class_embeds": options["num_classes"] if options["class_cond"] else None,
+        "precondition": "ddpm_x0" if options["predict_xstart"] else "ddpm",
+        "sample_shape": [channels, size, size],
+        "value_range": [0.0, 1.0],
+        "predicts_variance": options["learn_sigma"],
+        "sampler_settings": settings.to_dict(),
+        "schedule": NoiseSchedule.from_betas(_betas(options["noise_schedule"], steps)).to_dict(),
+    }
+    return Stored(checked(stored, path), weights, path)
+
+
+# -- Options ----------------------------------------------------------------------------------------------------------
+
+
+def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options, with the authors' defaults, after a check that they describe a network that is supported."""
+    given = dict(named_options(config, CONFIGURATIONS))
+    for key in ("attention_resolutions", "channel_mult"):  # the authors write "16,8"
+        if isinstance(given.get(key), str | int):
+            given[key] = [int(word) if word.strip().isdecimal() else word for word in str(given[key]).split(",")]
+    options = {**_DEFAULTS, **checked_options(given, _OPTIONS, f"{config}")}
+    if "channel_mult" not in options:
+        if options["image_size"] not in _MULTIPLES:
+            raise ValueError(
+                f"{config}: image_size {options['image_size']} has no channel_mult of the authors: add channel_mult."
+            )
+        options["channel_mult"] = _MULTIPLES[options["image_size"]]
+    if options["channel_mult"][0] != 1:
+        raise ValueError(f"{config}: channel_mult must begin with 1, got {options['channel_mult']}.")
+    return options
+
+
+def _betas(kind: str, steps: int) -> np.ndarray:
+    """The variances of the steps, (steps,) float64, the first step first."""
+    if kind == "linear":
+        return np.linspace(0.1 / steps, 20 / steps, steps)
+    alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def _attention(options: Mapping[str, Any]) -> list[bool]:
+    """At which scales there is attention, from the image inward."""
+    factors = [options["image_size"] // resolution for resolution in options["attention_resolutions"]]
+    return [2**i in factors for i in range(len(options["channel_mult"]))]
+
+
+_LARGE = {"num_res_blocks": 3, "learn_sigma": True, "diffusion_steps": 4000, "noise_schedule": "cosine"}
+_CIFAR10 = {**_LARGE, "image_size": 32, "dropout": 0.3}
+_LSUN = {
+    "image_size": 256,
+    "num_heads": 1,
+    "attention_resolutions": [16],
+    "learn_sigma": True,
+    "use_scale_shift_norm": False,
+    "rescale_timesteps": False,
+}
+# By the name of the file, without .pt.
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "cifar10_uncond_50M_500K": _CIFAR10,
+    "cifar10_uncond_vlb_50M_500K": _CIFAR10,
+    "imagenet64_uncond_100M_1500K": _LARGE,
+    "imagenet64_uncond_vlb_100M_1500K": _LARGE,
+    "imagenet64_cond_270M_250K": {**_LARGE, "num_channels": 192, "class_cond": True, "rescale_timesteps": False},
+    "lsun_uncond_100M_1200K_bs128": _LSUN,
+    "lsun_uncond_100M_2400K_bs64": _LSUN,
+}
+
+
+# -- Weights ----------------------------------------------------------------------------------------------------------
+
+_RESIDUAL = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+
+
+def _places(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The names of the authors' modules, and of ours."""
+    attention, count = _attention(options), options["num_res_blocks"]
+    scales = len(attention)
+    yield "time_embed.0", "time_embedding.linear_1"
+    yield "time_embed.2", "time_embedding.linear_2"
+    yield "label_emb", "class_embedding"
+    yield "input_blocks.0.0", "conv_in"
+    number = 1
+    for i in range(scales):
+        for j in range(count):
+            yield f"input_blocks.{number}.0", f"down_blocks.{i}.resnets.{j}"
+            yield f"input_blocks.{number}.1", f"down_blocks.{i}.attentions.{j}"
+            number += 1
+        yield f"input_blocks.{number}.0.op", f"down_blocks.{i}.downsamplers.0.conv"
+        number += 1
+    yield "middle_block.0", "mid_block.resnets.0"
+    yield "middle_block.1", "mid_block.attentions.0"
+    yield "middle_block.2", "mid_block.resnets.1"
+    number = 0
+    for i in range(scales):
+        here = attention[scales - 1 - i]
+        for j in range(count + 1):
+            yield f"output_blocks.{number}.0", f"up_blocks.{i}.resnets.{j}"
+            if here:
+                yield f"output_blocks.{number}.1", f"up_blocks.{i}.attentions.{j}"
+            number += 1
+        yield f"output_blocks.{number - 1}.{1 + here}.conv", f"up_blocks.{i}.upsamplers.0.conv"
+    yield "out.0", "conv_norm_out"
+    yield "out.2", "conv_out"
+
+
+def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by their names in our network."""
+    places, heads = dict(_places(options)), options["num_heads"]
+    heads_up = heads if options["num_heads_upsample"] < 1 else options["num_heads_upsample"]
+    for name, tensor in weights.items():
+        module, _, leaf = name.rpartition(".")
+        if module in places:
+            yield f"{places[module]}.{leaf}", tensor
+            continue
+        match = re.fullmatch(r"(\w+\.\d+(?:\.\d+)?)\.(\w+(?:\.\d+)?)", module)
+        place, part = (None, "") if match is None else (places.get(match[1]), match[2])
+        if place is not None and part in _RESIDUAL:
+            yield f"{place}.{_RESIDUAL[part]}.{leaf}", tensor
+        elif place is not None and part == "norm":
+            yield f"{place}.group_norm.{leaf}", tensor
+        elif place is not None and part in ("qkv", "proj_out"):
+            matrix = tensor.flatten(1) if tensor.ndim == 3 else tensor  # a convolution along one axis
+            if part == "proj_out":
+                yield f"{place}.to_out.0.{leaf}", matrix
+                continue
+            count = heads_up if place.startswith("up_blocks") else heads
+            if len(matrix) % (3 * count):
+                raise ValueError(f"{path}: {name} of shape {tuple(tensor.shape)} does not have {count} heads.")
+            parts = matrix.reshape(count, 3, -1, *matrix.shape[1:])  # q, k and v of a head follow each other
+            yield from ((f"{place}.to_{key}.{leaf}", parts[:, i].flatten(0, 1)) for i, key in enumerate("qkv"))
+        else:
+            raise ValueError(
+                f"{path} holds the tensor {quote(name)}, which a network of improved-diffusion with these options does "
+                "not have."
+            )

@@ -1,0 +1,569 @@
+"""Pickles of tensors, read without running them.
+
+A pickle is a program: it may name any function of any library and call it. This module has an interpreter of its own
+for the part of that language in which tensors, numbers, strings, lists and dicts are written. A name that is not in the
+reader's table is refused, and a name in the table stands for a function of this package, never for the function of that
+name. Three containers are read:
+
+- the zip file of ``torch.save``, whose entries are stored or deflated;
+- the older file of ``torch.save``, a sequence of pickles followed by the numbers;
+- a plain pickle.
+
+A tensor is first a description (``StoredTensor``). Its shape is checked against its storage, and the storage against
+the file, before memory is taken. The file is mapped into memory, and ``load_tensors`` returns views of it, except for
+entries that are deflated. No step takes more time or memory than in proportion to the size of the file: integers are
+short, keys of dicts are strings or integers, and the number of operations is limited.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scorematch.pretrained.configuration import remedy
+from scorematch.schema import quote
+
+Globals = Mapping[str, Callable[..., Any] | torch.dtype]
+
+_OPERATIONS = 1_000_000  # of all pickles in a file; the largest of the published ones have about 150,000
+_LONGEST_INTEGER = 32  # bytes
+_LONGEST_LINE = 256  # bytes of the name of a module or of a function
+_INFLATION = 50  # how many times as large as the file its entries may be; those of trained weights are 1.1 times
+_DIMENSIONS = 16
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # which begin an older file of torch.save
+
+_OTHER_FILES = (  # what a file is that begins like this
+    (b"version https://git-lfs.", "is a Git LFS pointer, not the weights. Run git lfs pull, or download the file."),
+    (b"<!doctype html", "is a web page: the download failed. Open the address in a browser, and save the file."),
+    (b"<html", "is a web page: the download failed. Open the address in a browser, and save the file."),
+    (b"\x89hdf", "is an HDF5 file, not a checkpoint of PyTorch."),
+    (b"\x93numpy", "is an array of NumPy, not a checkpoint of PyTorch."),
+    (b"\x1f\x8b", "is compressed by gzip. Unpack it, and pass the file inside."),
+)
+
+
+class RefusedError(ValueError):
+    """What is wrong with a file, as the end of a sentence that begins with its name."""
+
+
+class Pickle(NamedTuple):
+    """The content of a file.
+
+    Attributes:
+        content: numbers, strings, lists, dicts, and what the functions of the table return; a tensor is a StoredTensor.
+        globals: the names in the table that the file refers to.
+    """
+
+    content: Any
+    globals: frozenset[str]
+
+
+def read_pickle(path: Path, known: Globals | None = None) -> Pickle:
+    """Reads a file that ``torch.save`` or ``pickle.dump`` wrote.
+
+    Args:
+        path: of the file.
+        known: the names that it may refer to, such as ``"collections.OrderedDict"``, and what each stands for; None is
+            ``TENSORS``.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is a file of another kind, is damaged, refers to another name, or describes more than it
+            holds.
+    """
+    with path.open("rb") as file:
+        start = file.read(24).lower()
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if start else b"")
+    for sign, what in _OTHER_FILES:
+        if start.startswith(sign):
+            raise ValueError(f"{path} {what}")
+    if len(start) > 1 and 0x80 < start[0] < 0x90 and 0xA0 <= start[1] < 0xC0:
+        raise ValueError(f"{path} is a MessagePack file, as JAX writes checkpoints, not a checkpoint of PyTorch.")
+    if start[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
+        raise ValueError(f"{path} is a safetensors file. Load its folder with ScoreNet.from_pretrained.")
+    machine = _Machine(data, TENSORS if known is None else known)
+    try:
+        return Pickle(_read(path, machine), frozenset(machine.used))
+    except RefusedError as error:
+        raise ValueError(f"{path} {error}") from error
+    except Exception as error:  # a damaged file raises at any place: EOFError, struct.error, BadZipFile, KeyError, ...
+        kind = f"{path.suffix[1:]} file" if path.suffix else "checkpoint"
+        raise ValueError(f"{path} ({len(data)} bytes) is not a complete {kind}. {remedy(path)}") from error
+
+
+def _read(path: Path, machine: _Machine) -> Any:
+    start = bytes(machine.data[:4])
+    if start == b"PK\x03\x04":
+        return _read_zip(path, machine)
+    if start[:1] != b"\x80":
+        if len(start) < 4:
+            raise EOFError
+        raise RefusedError("is not a checkpoint of PyTorch: it is neither a zip file of torch.save nor a pickle.")
+    storages: dict[str, Storage] = {}
+    machine.storage = lambda *identifier: _storage(storages, *identifier)
+    content = machine.run()
+    return _read_sequence(machine, storages) if content == _MAGIC else content
+
+
+# -- Tensors ----------------------------------------------------------------------------------------------------------
+
+
+class Storage:
+    """The numbers of one or more tensors.
+
+    Args:
+        dtype: of the numbers.
+        count: of the numbers.
+
+    Attributes:
+        read: returns their bytes.
+    """
+
+    def __init__(self, dtype: torch.dtype, count: int) -> None:
+        self.dtype, self.count, self.size = dtype, count, count * dtype.itemsize
+        self.read: Callable[[], memoryview] | None = None
+        self._values: Tensor | None = None
+
+    def values(self) -> Tensor:
+        """All numbers, (count,)."""
+        if self._values is None:
+            if self.read is None:
+                raise RefusedError("lacks the numbers of a tensor.")
+            self._values = torch.frombuffer(self.read(), dtype=self.dtype, count=self.count)
+        return self._values
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as a file describes it: a part of a storage."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def load(self) -> Tensor:
+        """The tensor.
+
+        Raises:
+            RefusedError: if its numbers are damaged.
+        """
+        if 0 in self.shape:
+            return torch.empty(self.shape, dtype=self.storage.dtype)
+        return self.storage.values().as_strided(self.shape, self.stride, self.offset)
+
+
+def load_tensors(stored: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, views of the file where it holds their numbers as they are.
+
+    Args:
+        stored: what the file describes, a dict of StoredTensors by name.
+        path: of the file, for messages.
+
+    Raises:
+        ValueError: if ``stored`` is something else, the tensors together are larger than what is stored, or a storage
+            is damaged.
+    """
+    if not isinstance(stored, dict) or not all(isinstance(tensor, StoredTensor) for tensor in stored.values()):
+        raise ValueError(f"{path} does not hold the weights of a network, a mapping of names to tensors.")
+    storages = {id(tensor.storage): tensor.storage for tensor in stored.values()}
+    size = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in stored.values())
+    limit = 2 * sum(storage.size for storage in storages.values())  # weights that are tied are stored once
+    if size > limit:
+        raise ValueError(f"{path} describes {size:,} bytes of tensors, and holds {limit // 2:,} bytes for them.")
+    try:
+        return {str(name): tensor.load() for name, tensor in stored.items()}
+    except RefusedError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+def _storage(
+    storages: dict[str, Storage], kind: Any, dtype: Any, key: Any, device: Any, count: Any, view: Any = None
+) -> Storage:
+    """The storage of a persistent id."""
+    if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or view is not None:
+        raise RefusedError("holds a storage of an unknown kind.")
+    storage = storages.setdefault(key, Storage(dtype, _size(count)))
+    if (storage.dtype, storage.count) != (dtype, count):
+        raise RefusedError(f"describes the storage {quote(key)} in two ways.")
+    return storage
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**48:
+        raise RefusedError(f"holds a tensor of an impossible size, {quote(value)}.")
+    return value
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+    """Stands for ``torch._utils._rebuild_tensor_v2``."""
+    if not isinstance(storage, Storage) or not len(shape) == len(stride) <= _DIMENSIONS:
+        raise RefusedError("holds a tensor of an unknown kind.")
+    tensor = StoredTensor(storage, _size(offset), tuple(map(_size, shape)), tuple(map(_size, stride)))
+    last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
+    # The second condition is for strides of zero, which repeat numbers.
+    if 0 not in tensor.shape and (last >= storage.count or math.prod(tensor.shape) > storage.count):
+        raise RefusedError(
+            f"holds a tensor of shape {quote(tensor.shape)}, strides {quote(tensor.stride)} and offset {offset} that "
+            f"does not fit into its storage of {storage.count:,} numbers."
+        )
+    return tensor
+
+
+def _parameter(tensor: Any, *_: Any) -> StoredTensor:
+    """Stands for ``torch._utils._rebuild_parameter``."""
+    if not isinstance(tensor, StoredTensor):
+        raise RefusedError("holds a parameter that is not a tensor.")
+    return tensor
+
+
+def _dictionary() -> dict[Any, Any]:
+    """Stands for ``collections.OrderedDict``."""
+    return {}
+
+
+_DTYPES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+}
+_STORAGES: Globals = {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()}
+
+# The names that a mapping of names to tensors consists of.
+TENSORS: Globals = {
+    **_STORAGES,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "collections.OrderedDict": _dictionary,
+}
+
+
+# -- Numbers of NumPy -------------------------------------------------------------------------------------------------
+
+
+class _NumberType:
+    """Stands for ``numpy.dtype``, of float64 or float32."""
+
+    def __init__(self, code: str) -> None:
+        self.format, self.order = {"f8": "d", "f4": "f"}[code], "<"
+
+    def set_state(self, state: Any) -> None:
+        self.order = {"<": "<", "=": "<", ">": ">"}[state[1]]
+
+
+def _number_type(code: str, *_: Any) -> _NumberType:
+    return _NumberType(code)
+
+
+def _number(kind: Any, value: Any) -> float:
+    """Stands for ``numpy.core.multiarray.scalar``."""
+    if not isinstance(kind, _NumberType):
+        raise RefusedError("holds a number of an unknown kind.")
+    return float(struct.unpack(kind.order + kind.format, value)[0])
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Stands for ``_codecs.encode``, by which protocol 2 writes the bytes of a number."""
+    if encoding != "latin1" or len(text) > 16:
+        raise RefusedError("holds bytes that are not those of a number.")
+    return text.encode(encoding)
+
+
+# The names that a number of NumPy, such as a learning rate, consists of.
+NUMBERS: Globals = {
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,  # of NumPy 2
+    "numpy.dtype": _number_type,
+    "_codecs.encode": _encode,
+}
+
+
+# -- Containers of torch.save -----------------------------------------------------------------------------------------
+
+
+def _read_zip(path: Path, machine: _Machine) -> Any:
+    data = machine.data
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+    if sum(entry.file_size for entry in archive.infolist()) > _INFLATION * len(data):
+        raise RefusedError(f"unpacks to more than {_INFLATION} times its size, which trained weights do not.")
+    root = next((name[:-8] for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+    if root is None:
+        what = "an archive of NumPy" if any(name.endswith(".npy") for name in entries) else "a zip file"
+        raise RefusedError(f"is {what}, not a checkpoint of PyTorch.")
+    if f"{root}constants.pkl" in entries:
+        raise RefusedError("is a program of TorchScript, not a checkpoint.")
+    if f"{root}byteorder" in entries:
+        _check_order(bytes(_entry(data, entries[f"{root}byteorder"])) == b"little")
+    storages: dict[str, Storage] = {}
+
+    def storage(*identifier: Any) -> Storage:
+        found = _storage(storages, *identifier)
+        entry = entries[f"{root}data/{identifier[2]}"]
+        if entry.file_size != found.size:
+            raise RefusedError(f"holds {entry.file_size:,} bytes for {found.count:,} numbers of {found.dtype}.")
+        found.read = lambda: _entry(data, entry)
+        return found
+
+    machine.storage = storage
+    machine.data = _entry(data, entries[f"{root}data.pkl"])
+    return machine.run()
+
+
+def _entry(data: memoryview, entry: zipfile.ZipInfo) -> memoryview:
+    """The content of an entry of a zip file: a part of the file if it is stored, and inflated if it is deflated.
+
+    Raises:
+        RefusedError: if it is encrypted, compressed in another way, or damaged.
+    """
+    if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise RefusedError(
+            f"holds the entry {quote(entry.filename)}, which is encrypted or compressed in an unknown way."
+        )
+    part = memoryview(b"")
+    try:
+        name, extra = struct.unpack_from("<26x2H", data, entry.header_offset)
+        start = entry.header_offset + 30 + name + extra
+        part = data[start : start + entry.compress_size]
+        if entry.compress_type == zipfile.ZIP_DEFLATED:
+            inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(part, max(1, entry.file_size))
+            part = memoryview(bytearray(inflated))  # writable, since torch warns of other memory
+    except (struct.error, zlib.error):
+        pass  # and the sizes differ
+    if len(part) != entry.file_size or zlib.crc32(part) != entry.CRC:
+        raise RefusedError(f"is damaged: its entry {quote(entry.filename)} does not have the checksum that is stored.")
+    return part
+
+
+def _read_sequence(machine: _Machine, storages: Mapping[str, Storage]) -> Any:
+    """The content of an older file of ``torch.save``, after the magic number."""
+    protocol, system = machine.run(), machine.run()
+    if protocol != _PROTOCOL or not isinstance(system, dict):
+        raise RefusedError("was written in an unknown version of the format of torch.save.")
+    _check_order(system.get("little_endian") is True)
+    content = machine.run()
+    for key in machine.run():
+        storage = storages[key]
+        (count,) = struct.unpack("<q", machine.take(8))
+        if count != storage.count:
+            raise RefusedError(f"holds {count:,} numbers for a storage of {storage.count:,}.")
+        values = machine.take(storage.size)
+        storage.read = lambda values=values: values
+    return content
+
+
+def _check_order(little: bool) -> None:
+    if little != (sys.byteorder == "little"):
+        raise RefusedError("was written on a machine with another order of bytes.")
+
+
+def storage_of_bytes(machine: _Machine, data: Any) -> Storage:
+    """Stands for ``torch.storage._load_from_bytes``, whose argument is one storage as an older file of ``torch.save``.
+
+    Raises:
+        RefusedError: if the bytes hold anything else.
+    """
+    storages: dict[str, Storage] = {}
+    inner = _Machine(memoryview(data), _STORAGES, operations=machine.operations)
+    inner.storage = lambda *identifier: _storage(storages, *identifier)
+    content = _read_sequence(inner, storages) if inner.run() == _MAGIC else None
+    machine.operations = inner.operations
+    if not isinstance(content, Storage):
+        raise RefusedError("holds something else than numbers in the bytes of a storage.")
+    return content
+
+
+# -- The interpreter --------------------------------------------------------------------------------------------------
+
+_MARK = object()  # on the stack, where a list of values begins
+_CONSTANTS = {b"(": _MARK, b"N": None, b"\x88": True, b"\x89": False}
+_EMPTY: dict[bytes, Callable[[], Any]] = {b")": tuple, b"]": list, b"}": dict, b"\x8f": set}
+_NUMBERS = {b"K": "<B", b"M": "<H", b"J": "<i", b"G": ">d"}
+_TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
+# By the format of the length that precedes it, or of the place in the memo:
+_INTEGERS = {b"\x8a": "<B", b"\x8b": "<I"}
+_TEXTS = {b"\x8c": "<B", b"X": "<I", b"\x8d": "<Q"}
+_TEXTS_OF_PYTHON_2 = {b"U": "<B", b"T": "<I"}
+_BYTES = {b"C": "<B", b"B": "<I", b"\x8e": "<Q"}
+_GET = {b"h": "<B", b"j": "<I"}
+_PUT = {b"q": "<B", b"r": "<I"}
+
+
+class _Machine:
+    """An interpreter of pickles, of protocol 2 and later, that consist of plain values and known names.
+
+    Args:
+        data: one pickle after the other, and perhaps other values.
+        known: what each name stands for.
+        operations: that were carried out before, of the number that is allowed.
+
+    Attributes:
+        storage: returns the storage of a persistent id.
+        used: the names that occurred.
+    """
+
+    def __init__(self, data: memoryview, known: Globals, operations: int = 0) -> None:
+        self.data, self.known, self.operations = data, known, operations
+        self.storage: Callable[..., Storage] | None = None
+        self.used: set[str] = set()
+        self.position = 0
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def take(self, count: int) -> memoryview:
+        """The next bytes."""
+        part = self.data[self.position : self.position + count]
+        if len(part) < count:
+            raise EOFError
+        self.position += count
+        return part
+
+    def run(self) -> Any:
+        """The value of the next pickle."""
+        self.stack, self.memo = [], {}
+        while (code := bytes(self.take(1))) != b".":
+            self.operations += 1
+            if self.operations > _OPERATIONS:
+                raise RefusedError(
+                    f"holds a pickle of more than {_OPERATIONS:,} operations, which weights do not need."
+                )
+            self._push(code)
+        (value,) = self.stack
+        return value
+
+    def _push(self, code: bytes) -> None:
+        """Carries out an operation, if it adds a value to the stack."""
+        stack = self.stack
+        if code in _GET:
+            stack.append(self.memo[self._number(_GET[code])])
+        elif code in _CONSTANTS:
+            stack.append(_CONSTANTS[code])
+        elif code in _NUMBERS:
+            stack.append(self._number(_NUMBERS[code]))
+        elif code in _EMPTY:
+            stack.append(_EMPTY[code]())
+        elif code in _TEXTS:
+            stack.append(str(self.take(self._number(_TEXTS[code])), "utf-8", "surrogatepass"))
+        elif code in _BYTES:
+            stack.append(self.take(self._number(_BYTES[code])))
+        elif code in _INTEGERS:
+            count = self._number(_INTEGERS[code])
+            if count > _LONGEST_INTEGER:
+                raise RefusedError(f"holds an integer of {count:,} bytes.")
+            stack.append(int.from_bytes(self.take(count), "little", signed=True))
+        elif code in _TEXTS_OF_PYTHON_2:
+            stack.append(str(self.take(self._number(_TEXTS_OF_PYTHON_2[code])), "latin1"))
+        elif code == b"c":
+            module, name = self._line(), self._line()
+            stack.append(self._named(module, name))
+        else:
+            self._change(code)
+
+    def _change(self, code: bytes) -> None:
+        """Carries out an operation on values of the stack."""
+        stack = self.stack
+        if code == b"\x94":
+            self.memo[len(self.memo)] = stack[-1]
+        elif code in _PUT:
+            self.memo[self._number(_PUT[code])] = stack[-1]
+        elif code in _TUPLES:
+            stack[-_TUPLES[code] :] = [tuple(stack[-_TUPLES[code] :])]
+        elif code == b"t":
+            stack.append(tuple(self._marked()))
+        elif code == b"a":
+            value = stack.pop()
+            _of(list, stack[-1]).append(value)
+        elif code == b"e":
+            values = self._marked()
+            _of(list, stack[-1]).extend(values)
+        elif code == b"s":
+            value, key = stack.pop(), stack.pop()
+            _of(dict, stack[-1])[_key(key)] = value
+        elif code == b"u":
+            values = self._marked()
+            _of(dict, stack[-1]).update(zip(map(_key, values[::2]), values[1::2], strict=True))
+        elif code == b"\x90":
+            values = self._marked()
+            _of(set, stack[-1]).update(map(_key, values))
+        elif code == b"0":
+            stack.pop()
+        elif code == b"\x93":
+            name, module = stack.pop(), stack.pop()
+            stack.append(self._named(module, name))
+        elif code in (b"R", b"\x81"):
+            arguments, function = _of(tuple, stack.pop()), _of(FunctionType, stack.pop())
+            stack.append(function(self, *arguments) if function is storage_of_bytes else function(*arguments))
+        elif code == b"b":
+            state = stack.pop()
+            if not isinstance(stack[-1], dict):  # the attributes of an OrderedDict are versions of modules
+                stack[-1].set_state(state)
+        elif code == b"Q" and self.storage is not None:
+            stack.append(self.storage(*_of(tuple, stack.pop())))
+        elif code == b"\x80":
+            protocol = self._number("<B")
+            if not 2 <= protocol <= 5:
+                raise RefusedError(f"holds a pickle of protocol {protocol}, which is not supported.")
+        elif code == b"\x95":
+            self._number("<Q")  # the length of a frame, which helps to read ahead
+        else:
+            raise RefusedError(
+                f"holds a pickle with the operation {code!r}, which weights do not need; it was not loaded."
+            )
+
+    def _number(self, form: str) -> Any:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def _line(self) -> str:
+        line, end, _ = bytes(self.data[self.position : self.position + _LONGEST_LINE]).partition(b"\n")
+        if not end:
+            raise EOFError
+        self.position += len(line) + 1
+        return str(line, "utf-8")
+
+    def _marked(self) -> list[Any]:
+        """Takes the values after the last mark, and the mark, from the stack."""
+        stack, i = self.stack, len(self.stack) - 1
+        while stack[i] is not _MARK:  # an IndexError where there is none
+            i -= 1
+        values = stack[i + 1 :]
+        del stack[i:]
+        return values
+
+    def _named(self, module: Any, name: Any) -> Any:
+        full = f"{_of(str, module)}.{_of(str, name)}"
+        if full not in self.known:
+            raise RefusedError(
+                f"refers to {quote(full)}, which weights do not need; it was not loaded, because a pickle can run code."
+            )
+        self.used.add(full)
+        return self.known[full]
+
+
+def _of(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise RefusedError(f"holds a pickle with {type(value).__name__} in place of {kind.__name__}.")
+    return value
+
+
+def _key(key: Any) -> Any:
+    """A key that takes little time to compare."""
+    if not isinstance(key, str | int | None) or (isinstance(key, int) and abs(key) >= 2**63):
+        raise RefusedError("holds a dict with a key that is neither a string nor an integer.")
+    return key

@@ -1,0 +1,467 @@
+r"""Checkpoints of yang-song/score_sde_pytorch: NCSN++, DDPM++ and DDPM, trained with three stochastic equations.
+
+A checkpoint is a dict of the optimizer, the weights (``model``), their moving average (``ema``) and the step. The
+average is a list in the order of the weights that are trained: all but the noise levels and the frequencies of Fourier
+features. The samples of the paper are drawn with the average.
+
+The file does not hold the configuration, and the weights alone do not say what their output means. With
+:math:`q = \tfrac12 (\beta_{max} - \beta_{min}) t^2 + \beta_{min} t` the noise levels, in units of images in [0, 1], are
+
+========================  ==================================================  =============
+equation                  noise levels                                        row
+========================  ==================================================  =============
+VE (``vesde``)            geometric from sigma_max to sigma_min               ncsnpp
+VE, discrete              the same                                            ncsnpp_index
+VP (``vpsde``)            :math:`\tfrac12 \sqrt{e^q - 1}`                     vp
+VP, discrete              those of a DDPM with betas from beta_min / N        ddpm
+                          to beta_max / N
+sub-VP (``subvpsde``)     :math:`\sinh(q / 2)`                                subvp
+========================  ==================================================  =============
+
+References:
+    Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456;
+    https://github.com/yang-song/score_sde_pytorch (Apache-2.0), whose configurations are those of ``CONFIGURATIONS``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scorematch.noise import NoiseSchedule
+from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, checked
+from scorematch.pretrained.options import checked_options, named_options
+from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, StoredTensor, load_tensors
+from scorematch.sampling.settings import SamplerSettings
+from scorematch.schema import Field, quote
+
+NAME = "score_sde"
+GLOBALS: Globals = {**TENSORS, **NUMBERS}
+
+_FLAG = Field(bool, required=True)
+_COUNT = Field(int, required=True, low=1, high=65_536)
+_POSITIVE = Field(float, required=True, low=0, high=1e30)
+_INTEGERS = Field(list, required=True, low=1, high=16, each=Field(int, low=1, high=65_536))
+_SECTIONS: Mapping[str, Mapping[str, Field]] = {
+    "training": {"sde": Field(str, required=True, choices=("vesde", "vpsde", "subvpsde")), "continuous": _FLAG},
+    "data": {"image_size": _COUNT, "num_channels": _COUNT, "centered": _FLAG},
+    "model": {
+        "name": Field(str, required=True, choices=("ncsnpp", "ddpm")),
+        "nf": _COUNT,
+        "ch_mult": _INTEGERS,
+        "num_res_blocks": _COUNT,
+        "attn_resolutions": Field(list, required=True, high=16, each=Field(int, low=1)),
+        "scale_by_sigma": _FLAG,
+        "num_scales": Field(int, required=True, low=2, high=1_000_000),
+        "dropout": Field(float, low=0, high=1),
+        # The values that are not listed have no published network.
+        "conditional": Field(bool, choices=(True,)),
+        "nonlinearity": Field(str, choices=("swish",)),
+        "resamp_with_conv": Field(bool, choices=(True,)),
+    },
+    "sampling": {
+        "predictor": Field(str),
+        "corrector": Field(str),
+        "n_steps_each": Field(int, low=1, high=1_000_000),
+        "snr": Field(float, low=0, high=1),
+    },
+}
+_SDE: Mapping[bool, Mapping[str, Field]] = {  # by whether it is variance exploding
+    True: {"sigma_min": _POSITIVE, "sigma_max": _POSITIVE},
+    False: {"beta_min": _POSITIVE, "beta_max": _POSITIVE},
+}
+_NCSNPP: Mapping[str, Field] = {
+    "fir": _FLAG,
+    "fir_kernel": Field(list, choices=([1, 3, 3, 1],)),
+    "skip_rescale": _FLAG,
+    "embedding_type": Field(str, required=True, choices=("fourier", "positional")),
+    "progressive": Field(str, required=True, choices=("none", "output_skip", "residual")),
+    "progressive_input": Field(str, required=True, choices=("none", "input_skip", "residual")),
+    "progressive_combine": Field(str, choices=("sum",)),
+    "resblock_type": Field(str, choices=("biggan",)),
+}
+_PYRAMIDS = {"none": "none", "output_skip": "skip", "input_skip": "skip", "residual": "residual"}
+_TIME_SCALE = 999.0  # of the time in [0, 1] of a continuous network
+_EARLIEST = 1e-3  # the time at which the authors' samplers of VP and sub-VP end
+
+
+def recognizes(content: Any) -> bool:
+    """Whether the content of a checkpoint has this format."""
+    model = content.get("model") if isinstance(content, dict) else None
+    return isinstance(model, dict) and any("all_modules.0." in str(name) for name in model)
+
+
+def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None, *, raw: bool = False) -> Stored:
+    """Reads the network of a checkpoint.
+
+    Args:
+        content: the content of the checkpoint.
+        path: the path of the checkpoint, for error messages.
+        config: the name of a published configuration, such as "ve/cifar10_ncsnpp_continuous", or a file with the
+            authors' options.
+        raw: whether to read the weights of the last step instead of their moving average.
+
+    Raises:
+        FileNotFoundError: if the file ``config`` does not exist.
+        ImportError: if PyYAML is needed to read ``config`` and is not installed.
+        ValueError: if there is no configuration, an option is not supported, or the weights do not fit it.
+    """
+    if config is None:
+        raise ValueError(
+            f"{path} is a checkpoint of score_sde, which does not hold its configuration: pass the name of a published "
+            "one, such as ve/cifar10_ncsnpp_continuous, or a file with the authors' options, as config."
+        )
+    options = _options(config)
+    weights = _named(load_tensors(_weights(content, path, raw=raw), path), options, path)
+    schedule, precondition = _noise(options, f"{config}")
+    settings = _settings(options)
+    size, channels = options["image_size"], options["num_channels"]
+    stored = {
+        "format_version": FORMAT_VERSION,
+        **(_ncsnpp(options) if options["name"] == "ncsnpp" else _ddpm(options)),
+        **precondition,
+        "sample_shape": [channels, size, size],
+        "value_range": [0.0, 1.0],
+        "predicts_variance": False,
+        "sampler_settings": None if settings is None else settings.to_dict(),
+        "schedule": schedule.to_dict(),
+    }
+    return Stored(checked(stored, path), weights, path)
+
+
+# -- Options ----------------------------------------------------------------------------------------------------------
+
+
+def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
+    """The options of all sections, after a check that they describe a network that is supported."""
+    given = named_options(config, CONFIGURATIONS)
+    options: dict[str, Any] = {}
+    for section, fields in _SECTIONS.items():
+        options |= checked_options(given.get(section), fields, f"{config}, section {section}")
+    model = {**_SDE[options["sde"] == "vesde"], **(_NCSNPP if options["name"] == "ncsnpp" else {})}
+    options |= checked_options(given.get("model"), model, f"{config}, section model")
+    if options["name"] == "ddpm":
+        options["embedding_type"] = "positional"  # whatever the file has
+    exploding, continuous = options["sde"] == "vesde", options["continuous"] or options["sde"] == "subvpsde"
+    expected = {
+        "centered": not exploding,
+        "scale_by_sigma": exploding,
+        "embedding_type": "fourier" if exploding and continuous else "positional",
+    }
+    for key, value in expected.items():
+        if options[key] != value:
+            kind = f"{'continuous' if continuous else 'discrete'} {options['sde']}"
+            raise ValueError(f"{config}: {key} must be {value!r} in a network of a {kind}, got {options[key]!r}.")
+    if options["name"] == "ddpm" and options["ch_mult"][0] != 1:
+        raise ValueError(f"{config}: ch_mult must begin with 1 in a network named ddpm, got {options['ch_mult']}.")
+    if options.get("progressive_input") == "residual" and not options["fir"]:
+        raise ValueError(f"{config}: progressive_input 'residual' is supported with fir true only.")
+    return {**options, "exploding": exploding, "continuous": continuous}
+
+
+def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[str, Any]]:
+    """The noise levels, and the part of the configuration that says what the output means."""
+    count = options["num_scales"]
+    try:
+        if options["exploding"]:
+            schedule = NoiseSchedule.geometric(options["sigma_max"], options["sigma_min"], count)
+            return schedule, {"precondition": "ncsnpp" if options["continuous"] else "ncsnpp_index"}
+        low, high = options["beta_min"], options["beta_max"]
+        if not options["continuous"]:
+            return NoiseSchedule.from_betas(np.linspace(low / count, high / count, count)), {"precondition": "ddpm"}
+        t = np.linspace(1, _EARLIEST, count)
+        q = (high - low) * t**2 / 2 + low * t
+        row = {"vpsde": "vp", "subvpsde": "subvp"}[options["sde"]]
+        schedule = NoiseSchedule(np.sqrt(np.expm1(q)) / 2 if row == "vp" else np.sinh(q / 2))
+    except ValueError as error:
+        raise ValueError(f"{where}, section model: the options give no noise levels: {error}") from error
+    scale = {"beta_min": low, "beta_max": high, "time_scale": _TIME_SCALE}
+    return schedule, {"precondition": row, "precondition_options": scale}
+
+
+def _settings(options: Mapping[str, Any]) -> SamplerSettings | None:
+    r"""The authors' sampler, if the options name one that there is here.
+
+    Relative to the scaled image, a step of the reverse equation of VP or sub-VP adds noise of variance
+    :math:`\sigma_{i-1}^2 - \sigma_i^2`, to first order in its size, and so does Euler-Maruyama's.
+    """
+    predictor, corrector = options.get("predictor"), options.get("corrector", "none")
+    levels = options["num_scales"]
+    if predictor == "ancestral_sampling" and corrector == "none":
+        return SamplerSettings("ancestral", levels=levels, variance="small" if options["exploding"] else "large")
+    names = {"reverse_diffusion": "reverse-diffusion", "euler_maruyama": "reverse-diffusion"}
+    names["ancestral_sampling"] = "ancestral"
+    if predictor not in names or corrector not in ("none", "langevin"):
+        return None
+    correction: dict[str, Any] = {"corrector_steps": 0}
+    if corrector == "langevin":
+        correction = {"corrector_steps": options.get("n_steps_each", 1), "snr": options.get("snr")}
+    return SamplerSettings("predictor-corrector", levels=levels, predictor=names[predictor], **correction)
+
+
+def _attention(options: Mapping[str, Any]) -> list[bool]:
+    """At which scales there is attention, from the image inward."""
+    return [options["image_size"] // 2**i in options["attn_resolutions"] for i in range(len(options["ch_mult"]))]
+
+
+def _ncsnpp(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of NCSN++ and DDPM++."""
+    return {
+        "family": "ncsnpp",
+        "in_channels": options["num_channels"],
+        "out_channels": options["num_channels"],
+        "model_channels": options["nf"],
+        "block_out_channels": [options["nf"] * factor for factor in options["ch_mult"]],
+        "layers_per_block": options["num_res_blocks"],
+        "attention": _attention(options),
+        "time_embedding_type": options["embedding_type"],
+        "resample_filter": [1, 3, 3, 1] if options["fir"] else [1, 1],
+        "input_pyramid": _PYRAMIDS[options["progressive_input"]],
+        "output_pyramid": _PYRAMIDS[options["progressive"]],
+        "skip_rescale": options["skip_rescale"],
+        "dropout": options.get("dropout", 0.0),
+        "center_input_sample": not options["centered"],
+    }
+
+
+def _ddpm(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the U-Net for DDPM."""
+    down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in _attention(options)]
+    return {
+        "family": "unet",
+        "in_channels": options["num_channels"],
+        "out_channels": options["num_channels"],
+        "block_out_channels": [options["nf"] * factor for factor in options["ch_mult"]],
+        "down_block_types": down,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        "layers_per_block": options["num_res_blocks"],
+        "attention_head_dim": None,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-6,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "downsample_padding": 0,
+        "dropout": options.get("dropout", 0.0),
+        "center_input_sample": not options["centered"],
+    }
+
+
+# -- Weights ----------------------------------------------------------------------------------------------------------
+
+_NOT_TRAINED = r"sigmas|all_modules\.\d+\.W"  # the noise levels, and the frequencies of Fourier features
+
+
+def _weights(content: Mapping[str, Any], path: Path, *, raw: bool) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint by the authors' names, without the noise levels."""
+    model = {re.sub(r"^(module\.)+", "", str(name)): tensor for name, tensor in content["model"].items()}
+    if not raw:
+        average = content.get("ema")
+        values = average.get("shadow_params") if isinstance(average, dict) else None
+        trained = [name for name in model if not re.fullmatch(_NOT_TRAINED, name)]
+        if not isinstance(values, list):
+            raise ValueError(f"{path} holds no moving average of the weights: pass raw=True (--raw) for the weights.")
+        shapes = [
+            [getattr(tensor, "shape", None) for tensor in tensors] for tensors in (values, map(model.get, trained))
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{path} holds a moving average of other weights than its own.")
+        model |= dict(zip(trained, values, strict=True))
+    return {name: tensor for name, tensor in model.items() if name != "sigmas"}
+
+
+_RESIDUAL = {
+    "GroupNorm_0": "norm1",
+    "Conv_0": "conv1",
+    "Dense_0": "time_emb_proj",
+    "GroupNorm_1": "norm2",
+    "Conv_1": "conv2",
+    "Conv_2": "conv_shortcut",
+    "NIN_0": "conv_shortcut",
+}
+_ATTENTION = {"GroupNorm_0": "group_norm", "NIN_0": "to_q", "NIN_1": "to_k", "NIN_2": "to_v", "NIN_3": "to_out.0"}
+_INNER = {"Conv_0": "", "Conv2d_0": ""}  # of a module that resamples, or adds a pyramid
+_LEAVES = {"weight": "weight", "bias": "bias", "W": "weight", "b": "bias"}
+
+
+def _modules(options: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """The modules with weights in the authors' order: the name in our network, and the names of the parts."""
+    plain, attention = {"": ""}, _attention(options)
+    scales, count = len(attention), options["num_res_blocks"]
+    skips, skips_in = options.get("progressive", "none"), options.get("progressive_input", "none")
+    down, up, resampling, attention_up = "resnet_down", "resnet_up", _RESIDUAL, 0
+    if options["name"] == "ddpm":
+        down, up, resampling, attention_up = "downsamplers.0.conv", "upsamplers.0.conv", _INNER, count
+    if options["embedding_type"] == "fourier":
+        yield "time_proj", plain
+    yield "time_embedding.linear_1", plain
+    yield "time_embedding.linear_2", plain
+    yield "conv_in", plain
+    for i in range(scales):
+        for j in range(count):
+            yield f"down_blocks.{i}.resnets.{j}", _RESIDUAL
+            if attention[i]:
+                yield f"down_blocks.{i}.attentions.{j}", _ATTENTION
+        if i < scales - 1:
+            yield f"down_blocks.{i}.{down}", resampling
+            if skips_in != "none":
+                yield f"down_blocks.{i}.skip_conv", _INNER
+    yield "mid_block.resnets.0", _RESIDUAL
+    yield "mid_block.attentions.0", _ATTENTION
+    yield "mid_block.resnets.1", _RESIDUAL
+    for i in range(scales):
+        last = i == scales - 1
+        for j in range(count + 1):
+            yield f"up_blocks.{i}.resnets.{j}", _RESIDUAL
+        if attention[scales - 1 - i]:
+            yield f"up_blocks.{i}.attentions.{attention_up}", _ATTENTION
+        if (skips == "output_skip" and not last) or (skips == "residual" and i == 0):
+            yield f"up_blocks.{i}.skip_norm", plain
+            yield f"up_blocks.{i}.skip_conv", plain
+        elif skips == "residual":
+            yield f"up_blocks.{i}.skip_conv", _INNER
+        if not last:
+            yield f"up_blocks.{i}.{up}", resampling
+    yield "conv_norm_out", plain
+    yield "conv_out", plain
+
+
+def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors by their names in our network."""
+    parts: dict[int, dict[tuple[str, str], Tensor]] = {}
+    for name, tensor in weights.items():
+        match = re.fullmatch(r"all_modules\.(\d{1,6})\.(?:(\w+)\.)?(\w+)", name)
+        if match is None or match[3] not in _LEAVES:
+            raise ValueError(f"{path} holds the tensor {quote(name)}, which no network of score_sde has.")
+        parts.setdefault(int(match[1]), {})[match[2] or "", match[3]] = tensor
+    modules = list(_modules(options))
+    if len(parts) != len(modules):
+        raise ValueError(
+            f"{path} holds the weights of {len(parts)} modules, and a network of its configuration has {len(modules)}: "
+            "it was trained with another configuration."
+        )
+    named = {}
+    for (target, table), index in zip(modules, sorted(parts), strict=True):
+        for (part, leaf), tensor in parts[index].items():
+            if part not in table:
+                raise ValueError(
+                    f"{path} holds {part or leaf} as a part of all_modules.{index}, which is {target} in a network of "
+                    "its configuration: it was trained with another configuration."
+                )
+            name = ".".join(filter(None, (target, table[part], _LEAVES[leaf])))
+            named[name] = tensor.T if leaf == "W" and tensor.ndim == 2 else tensor  # (in, out) to (out, in)
+            if name.endswith("conv_shortcut.weight") and leaf == "W":
+                named[name] = named[name][..., None, None]
+    if options["name"] == "ddpm":
+        _add_attention(named, len(options["ch_mult"]), options["num_res_blocks"])
+    return named
+
+
+def _add_attention(weights: dict[str, Tensor], scales: int, count: int) -> None:
+    """Adds attention without effect: on the way up the authors have one per scale, and the U-Net one per block."""
+    for i in range(scales):
+        last = f"up_blocks.{i}.attentions.{count}."
+        parts = {name.removeprefix(last): tensor for name, tensor in weights.items() if name.startswith(last)}
+        for part, tensor in parts.items():
+            for j in range(count):
+                zero = part.startswith("to_out")
+                weights[f"up_blocks.{i}.attentions.{j}.{part}"] = torch.zeros_like(tensor) if zero else tensor
+
+
+# -- The published configurations -------------------------------------------------------------------------------------
+
+
+def _configuration(
+    sde: str, data: Mapping[str, Any], model: Mapping[str, Any], sampling: Mapping[str, Any], *, continuous: bool = True
+) -> dict[str, dict[str, Any]]:
+    exploding = sde == "vesde"
+    levels = {"num_scales": 1000, "sigma_min": 0.01, "sigma_max": 50, "beta_min": 0.1, "beta_max": 20.0}
+    shared = {"conditional": True, "nonlinearity": "swish", "resamp_with_conv": True, "scale_by_sigma": exploding}
+    return {
+        "training": {"sde": sde, "continuous": continuous},
+        "data": {"num_channels": 3, "centered": not exploding, **data},
+        "model": {**levels, **shared, **model},
+        "sampling": {"n_steps_each": 1, **sampling},
+    }
+
+
+_CIFAR10, _LARGE = {"image_size": 32}, {"image_size": 256}
+_DDPM = {"name": "ddpm", "nf": 128, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 2, "attn_resolutions": [16]}
+_DDPM_256 = {**_DDPM, "ch_mult": [1, 1, 2, 2, 4, 4], "dropout": 0.0}
+_DDPMPP = {
+    **_DDPM,
+    "name": "ncsnpp",
+    "num_res_blocks": 4,
+    "dropout": 0.1,
+    "fir": False,
+    "fir_kernel": [1, 3, 3, 1],
+    "skip_rescale": True,
+    "embedding_type": "positional",
+    "progressive": "none",
+    "progressive_input": "none",
+    "progressive_combine": "sum",
+    "resblock_type": "biggan",
+}
+_RESIDUAL_INPUT = {**_DDPMPP, "fir": True, "progressive_input": "residual"}
+_FOURIER = {**_RESIDUAL_INPUT, "embedding_type": "fourier"}
+_SKIP = {
+    **_FOURIER,
+    "ch_mult": [1, 1, 2, 2, 2, 2, 2],
+    "num_res_blocks": 2,
+    "dropout": 0.0,
+    "num_scales": 2000,
+    "progressive": "output_skip",
+    "progressive_input": "input_skip",
+}
+_SKIP_1024 = {**_SKIP, "nf": 16, "ch_mult": [1, 2, 4, 8, 16, 32, 32, 32], "num_res_blocks": 1, "sigma_max": 1348}
+_DEEP = {"num_res_blocks": 8}
+_ANCESTRAL = {"predictor": "ancestral_sampling", "corrector": "none"}
+_EULER = {"predictor": "euler_maruyama", "corrector": "none"}
+
+
+def _langevin(snr: float) -> dict[str, Any]:
+    return {"predictor": "reverse_diffusion", "corrector": "langevin", "snr": snr}
+
+
+def _exploding(sigma_max: float) -> dict[str, dict[str, Any]]:
+    return _configuration("vesde", _LARGE, {**_SKIP, "sigma_max": sigma_max}, _langevin(0.075))
+
+
+# By the path in the authors' folder of checkpoints, and by that in their folder configs where it differs.
+CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "ve/cifar10_ncsnpp": _configuration("vesde", _CIFAR10, _RESIDUAL_INPUT, _langevin(0.16), continuous=False),
+    "ve/cifar10_ncsnpp_continuous": _configuration("vesde", _CIFAR10, _FOURIER, _langevin(0.16)),
+    "ve/cifar10_ncsnpp_deep_continuous": _configuration("vesde", _CIFAR10, {**_FOURIER, **_DEEP}, _langevin(0.16)),
+    "ve/bedroom_ncsnpp_continuous": _exploding(378),
+    "ve/church_ncsnpp_continuous": _exploding(380),
+    "ve/ffhq_256_ncsnpp_continuous": _exploding(348),
+    "ve/celebahq_256_ncsnpp_continuous": _exploding(348),
+    "ve/ffhq_1024_ncsnpp_continuous": _configuration("vesde", {"image_size": 1024}, _SKIP_1024, _langevin(0.15)),
+    "vp/cifar10_ddpm": _configuration("vpsde", _CIFAR10, _DDPM, _ANCESTRAL, continuous=False),
+    "vp/cifar10_ddpm_continuous": _configuration("vpsde", _CIFAR10, _DDPM, _EULER),
+    "vp/cifar10_ddpmpp": _configuration("vpsde", _CIFAR10, _DDPMPP, _ANCESTRAL, continuous=False),
+    "vp/cifar10_ddpmpp_continuous": _configuration("vpsde", _CIFAR10, _DDPMPP, _EULER),
+    "vp/cifar10_ddpmpp_deep_continuous": _configuration("vpsde", _CIFAR10, {**_DDPMPP, **_DEEP}, _EULER),
+    "vp/cifar10_ncsnpp_continuous": _configuration("vpsde", _CIFAR10, _RESIDUAL_INPUT, _EULER),
+    "vp/cifar10_ncsnpp_deep_continuous": _configuration("vpsde", _CIFAR10, {**_RESIDUAL_INPUT, **_DEEP}, _EULER),
+    "vp/ddpm/bedroom": _configuration("vpsde", _LARGE, _DDPM_256, _ANCESTRAL, continuous=False),
+    "subvp/cifar10_ddpm_continuous": _configuration("subvpsde", _CIFAR10, _DDPM, _EULER),
+    "subvp/cifar10_ddpmpp_continuous": _configuration("subvpsde", _CIFAR10, _DDPMPP, _EULER),
+    "subvp/cifar10_ddpmpp_deep_continuous": _configuration("subvpsde", _CIFAR10, {**_DDPMPP, **_DEEP}, _EULER),
+    "subvp/cifar10_ncsnpp_continuous": _configuration("subvpsde", _CIFAR10, _RESIDUAL_INPUT, _EULER),
+    "subvp/cifar10_ncsnpp_deep_continuous": _configuration("subvpsde", _CIFAR10, {**_RESIDUAL_INPUT, **_DEEP}, _EULER),
+}
+CONFIGURATIONS |= {
+    "ve/ffhq_ncsnpp_continuous": CONFIGURATIONS["ve/ffhq_1024_ncsnpp_continuous"],
+    "ve/celebahq_ncsnpp_continuous": CONFIGURATIONS["ve/ffhq_1024_ncsnpp_continuous"],
+    "vp/ddpm/cifar10": CONFIGURATIONS["vp/cifar10_ddpm"],
+    "vp/ddpm/cifar10_continuous": CONFIGURATIONS["vp/cifar10_ddpm_continuous"],
+    "vp/ddpm/church": CONFIGURATIONS["vp/ddpm/bedroom"],
+    "vp/ddpm/celebahq": CONFIGURATIONS["vp/ddpm/bedroom"],
+}

@@ -1,0 +1,756 @@
+"""Many samples: image i is a function of the seed and of i, in memory, in files, and after any interruption."""
+
+import copy
+import errno
+import functools
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scorematch import NoiseSchedule, ScoreNet, bulk, files
+from scorematch.bulk import (
+    SampleFolder,
+    bulk_samples,
+    image_classes,
+    read_samples,
+    sample_to,
+    settings_of,
+    stored_samples,
+    stored_settings,
+    this_process,
+)
+from scorematch.images import read_image
+from scorematch.nets.family import Condition
+from scorematch.sampling import AnnealedLangevinSampler, ODESampler, SamplerSettings
+from tests.helpers import python, seed
+
+SCHEDULE = NoiseSchedule([1.0, 0.1, 0.01])
+
+
+class Levels:
+    """The exact score of images of one gray level: 0.5, or one for each of four classes. It records its batches."""
+
+    schedule, sample_shape, value_range = SCHEDULE, (1, 3, 4), (0, 1)
+
+    def __init__(self, classes=None):
+        self.conditioning = Condition(classes=classes)
+        self._batches = []
+
+    def __call__(self, x, sigma, condition=None):
+        self._batches.append(len(x))
+        level = 0.5 if condition is None else (condition.view(-1, 1, 1, 1) + 1) / 5
+        return (level - x) / (1e-3 + sigma**2)
+
+    def drawn(self):
+        """The sizes of the batches since the last call. ODESampler makes five calls for each."""
+        batches, self._batches = self._batches[::5], []
+        return batches
+
+
+@pytest.fixture
+def levels():
+    return Levels()
+
+
+@pytest.fixture(scope="module")
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, schedule=SCHEDULE)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.normal_(std=0.2)
+    return made
+
+
+def _ode(net, **options):
+    """Five network calls for a batch."""
+    return ODESampler(net, SCHEDULE, **options)
+
+
+def _all(sampler, n, **options):
+    """All images of a job."""
+    return torch.cat([batch.images for batch in bulk_samples(sampler, n, **options)])
+
+
+def _fill(net, folder, n, **options):
+    return sample_to(_ode(net), folder, n, **{"batch_size": 4, "progress": False, **options})
+
+
+def _content(folder):
+    """The files of a folder; of .npz files the arrays, since they may be compressed otherwise."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                found[path.name] = {name: arrays[name].tobytes() for name in arrays}
+        elif path.suffix in (".png", ".csv"):
+            found[path.name] = path.read_bytes()
+    return found
+
+
+# -- Image i is a function of the seed and of i
+
+
+def test_indices_cover_all_images_in_batches_that_begin_at_multiples(levels):
+    sampler = _ode(levels)
+
+    def indices(*arguments, **options):
+        return [batch.indices for batch in bulk_samples(sampler, *arguments, batch_size=4, **options)]
+
+    assert indices(10) == [range(0, 4), range(4, 8), range(8, 10)]
+    assert indices(5, first=6) == [range(6, 8), range(8, 11)]
+    assert indices(17, share=(1, 3)) == [range(4, 8), range(16, 17)]
+    assert indices(3, share=(2, 3)) == []
+    assert levels.drawn() == [4, 4, 2, 2, 3, 4, 1]  # each batch goes through the network at once
+
+
+def test_images_are_the_same_in_all_batches_within_rounding(net):
+    sampler = _ode(net, precision="float32")
+    one = _all(sampler, 6, batch_size=1)
+    assert one.std() > 0.1 and len(torch.unique(one)) > 100  # they are not just black and white
+    for options in ({"batch_size": 4}, {"batch_size": 6}, {"batch_size": 64}):
+        torch.testing.assert_close(_all(sampler, 6, **options), one, atol=1e-5, rtol=0)
+    torch.testing.assert_close(_all(sampler, 4, first=2, batch_size=3), one[2:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [ODESampler, AnnealedLangevinSampler])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_draws_the_same_bits(net, kind, processes):
+    sampler = kind(net, SCHEDULE)
+    whole = _all(sampler, 11, batch_size=2)
+    parts = torch.full_like(whole, torch.nan)
+    for k in range(processes):
+        for indices, images, _ in bulk_samples(sampler, 11, batch_size=2, share=(k, processes)):
+            parts[list(indices)] = images
+    assert torch.equal(parts, whole)
+    assert torch.equal(_all(sampler, 6, batch_size=2), whole[:6])  # and the number of images does not matter
+    assert torch.equal(_all(sampler, 4, batch_size=2, first=4), whole[4:8])
+
+
+def test_the_seed_decides(levels):
+    sampler = AnnealedLangevinSampler(levels, SCHEDULE)
+    state = torch.get_rng_state()
+    a, b, c = (_all(sampler, 5, seed=number) for number in (7, 7, 8))
+    assert torch.equal(a, b) and not (a == c).all(dim=(1, 2, 3)).any()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_generators_of_many_images_differ():
+    """torch's generators on the CPU use 32 bits of a seed. Of 60,000 random ones, two would agree in one case of 3."""
+    assert torch.equal(torch.rand(4, generator=seed(5)), torch.rand(4, generator=seed(5 + 2**32)))
+    used = {0: set(), 1: set()}
+
+    class Recording(ODESampler):
+        def sample(self, n, *, generator, **options):
+            used[number].update(each % 2**32 for each in generator)
+            return torch.zeros(n, 1, 1, 1)
+
+    for number in used:
+        assert sum(len(images) for _, images, _ in bulk_samples(Recording(Levels()), 60_000, seed=number)) == 60_000
+        assert len(used[number]) == 60_000
+    assert not used[0] & used[1]
+
+
+def test_a_job_of_any_size_begins_at_once(levels):
+    assert next(bulk_samples(_ode(levels), 2**32, batch_size=2)).indices == range(2)
+
+
+def test_an_inference_copy_is_made_once(net, monkeypatch):
+    made = []
+    copy = ScoreNet.inference_copy
+    monkeypatch.setattr(ScoreNet, "inference_copy", lambda self, **options: made.append(1) or copy(self, **options))
+    sampler = _ode(net)
+    images = _all(sampler, 4, batch_size=1)
+    assert made == [1] and sampler.net is net
+    assert torch.equal(images, _all(_ode(net.inference_copy()), 4, batch_size=1))
+
+
+def test_samples_of_any_shape():
+    sampler = ODESampler(lambda x, sigma: -x / (1 + sigma**2), SCHEDULE)
+    assert _all(sampler, 3, shape=(2,)).shape == (3, 2)
+    with pytest.raises(ValueError, match=r"the shape of a sample is not known: pass shape="):
+        bulk_samples(sampler, 3)
+
+
+@pytest.mark.cuda
+def test_images_on_cuda_are_those_on_the_cpu(net, tmp_path):
+    other = copy.deepcopy(net).to("cuda")
+    for batch in bulk_samples(_ode(other, precision="float32"), 5, batch_size=4):
+        assert batch.images.device.type == "cuda"
+    host, device = (_all(_ode(one, precision="float32"), 5, batch_size=4).cpu() for one in (net, other))
+    torch.testing.assert_close(device, host, atol=1e-3, rtol=0)
+    sample_to(_ode(net), tmp_path, 3, progress=False)
+    with pytest.warns(UserWarning, match="changes rounding: device was cpu and is NVIDIA"):
+        sample_to(_ode(other), tmp_path, 5, progress=False)
+
+
+# -- Classes
+
+
+def test_classes_by_number():
+    assert image_classes(range(3), 2, None, 0).tolist() == [2, 2, 2]
+    assert image_classes(range(3, 9), "cycle", 4, 0).tolist() == [3, 0, 1, 2, 3, 0]
+    drawn = image_classes(range(4000), "random", 4, 0)
+    assert torch.equal(drawn[1000:1003], image_classes(range(1000, 1003), "random", 4, 0))
+    assert not torch.equal(drawn, image_classes(range(4000), "random", 4, 1))
+    counts = torch.bincount(drawn, minlength=4)
+    # Each count is binomial with a standard error of (4000 * 1/4 * 3/4)^(1/2) = 27.
+    assert counts.sum() == 4000 and ((counts - 1000).abs() < 4 * 27).all()
+    pairs = torch.bincount(4 * drawn[:-1] + drawn[1:], minlength=16)  # neighbors: 250 each, standard error 15
+    assert ((pairs - 250).abs() < 5 * 15).all()
+    with pytest.raises(ValueError, match=r"condition='random' needs the number of classes: pass classes="):
+        image_classes(range(3), "random", None, 0)
+
+
+@pytest.mark.parametrize("condition", [3, "cycle", "random"])
+def test_the_network_gets_the_class_of_each_image(condition):
+    sampler = _ode(Levels(classes=4))
+    whole = torch.cat([batch.classes for batch in bulk_samples(sampler, 9, condition=condition)])
+    assert torch.equal(whole, image_classes(range(9), condition, 4, 0))
+    for batch in bulk_samples(sampler, 9, batch_size=2, condition=condition, share=(1, 2)):
+        assert batch.classes.tolist() == whole[list(batch.indices)].tolist()
+        assert torch.equal((5 * batch.images.mean(dim=(1, 2, 3)) - 1).round().long(), batch.classes)
+
+
+def test_the_last_class_may_mean_that_there_is_none():
+    batch = next(bulk_samples(_ode(Levels(classes=4)), 50, condition="random", classes=3))
+    assert set(batch.classes.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "error", "message"),
+    [
+        (None, {"condition": "random"}, ValueError, "condition='random' needs the number of classes: pass classes="),
+        (None, {"condition": 1}, TypeError, "takes no condition"),
+        (4, {}, ValueError, "pass condition="),
+        (4, {"condition": 4}, ValueError, "from 0 to 3"),
+        (4, {"condition": "cycle", "classes": 5}, ValueError, "from 0 to 3"),
+        (4, {"condition": "cycle", "classes": 0}, ValueError, "classes must be an integer of at least 1, got 0"),
+        (4, {"condition": 1, "classes": 3}, ValueError, 'classes= is for condition="random" and condition="cycle"'),
+        (4, {"condition": "all"}, TypeError, 'condition must be a class, "random", "cycle" or None, got \'all\''),
+        (4, {"condition": True}, TypeError, "got True"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, classes, options, error, message):
+    for call in (bulk_samples, functools.partial(sample_to, folder=tmp_path / "out")):
+        with pytest.raises(error, match=message):
+            call(_ode(Levels(classes)), n=3, **options)
+    assert not (tmp_path / "out").exists()
+
+
+# -- Files
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_of_pictures(tmp_path, channels):
+    levels = Levels()
+    levels.sample_shape = (channels, 3, 4)
+    folder = _fill(levels, tmp_path / "out", 6, about={"command": "sample"})
+    assert folder == tmp_path / "out" / "images"
+    assert sorted(path.name for path in folder.iterdir()) == [f"00000{i}.png" for i in range(6)]
+    images = _all(_ode(levels), 6, batch_size=4)
+    for i, image in enumerate(images):
+        assert torch.equal(read_image(folder / f"00000{i}.png", channels), (image * 255).round() / 255)
+    assert torch.equal(read_samples(tmp_path / "out", 5), (images[:5] * 255).round() / 255)
+    content = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert content["n"] == 6 and content["about"] == {"command": "sample"}
+    assert content["settings"]["sampler"]["schedule"] == [1.0, 0.1, 0.01]
+    assert content["settings"]["sampler"]["method"] == "heun"
+    assert content["versions"]["torch"] == torch.__version__
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images", "samples.json"]
+
+
+@pytest.mark.parametrize(("classes", "condition"), [(None, None), (4, "random")])
+def test_arrays_hold_what_pictures_show(tmp_path, classes, condition):
+    for name in ("png", "npz"):
+        _fill(Levels(classes), tmp_path / name, 10, condition=condition, format=name)
+    paths = sorted((tmp_path / "npz" / "images").iterdir())
+    assert [path.name for path in paths] == ["000000.npz", "000004.npz", "000008.npz"]
+    arrays = [np.load(path) for path in paths]
+    pixels = np.concatenate([one["arr_0"] for one in arrays])
+    assert pixels.shape == (10, 3, 4, 1) and pixels.dtype == np.uint8
+    for i in range(10):
+        with Image.open(tmp_path / "png" / "images" / f"00000{i}.png") as picture:
+            assert np.array_equal(np.array(picture), pixels[i, :, :, 0])
+    assert torch.equal(read_samples(tmp_path / "npz", 7), read_samples(tmp_path / "png", 7))
+    if condition is None:
+        assert all(one.files == ["arr_0"] for one in arrays)
+        assert not (tmp_path / "png" / "labels.csv").exists()
+    else:
+        labels = np.concatenate([one["arr_1"] for one in arrays]).tolist()
+        assert labels == image_classes(range(10), "random", 4, 0).tolist()
+        lines = (tmp_path / "png" / "labels.csv").read_text().splitlines()
+        assert lines == ["file,class", *(f"00000{i}.png,{label}" for i, label in enumerate(labels))]
+
+
+def test_arrays_need_no_pillow(tmp_path, levels, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    _fill(levels, tmp_path / "arrays", 3, format="npz")
+    with pytest.raises(ImportError, match=r'Pillow: pip install "scorematch\[images\]"'):
+        _fill(levels, tmp_path / "pictures", 3)
+    assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("name", ["png", "npz"])
+def test_only_missing_batches_are_drawn(tmp_path, levels, name):
+    out = tmp_path / "out"
+    folder = _fill(levels, out, 10, format=name)
+    assert levels.drawn() == [4, 4, 2]
+    before = _content(out)
+    _fill(levels, out, 10, format=name)
+    assert levels.drawn() == []
+    paths = sorted(folder.iterdir())
+    paths[-1].unlink()  # of the last batch
+    assert SampleFolder(_ode(levels), out, 10, batch_size=4, format=name).missing == 2
+    _fill(levels, out, 10, format=name)
+    assert levels.drawn() == [2] and _content(out) == before
+    paths[0].write_bytes(b"")  # as after a power failure
+    _fill(levels, out, 10, format=name)
+    assert levels.drawn() == [4] and _content(out) == before
+
+
+def test_damaged_arrays_are_drawn_again(tmp_path, levels):
+    folder = _fill(levels, tmp_path / "out", 10, format="npz")
+    before = _content(tmp_path / "out")
+    path = folder / "000004.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    _fill(levels, tmp_path / "out", 10, format="npz")
+    assert _content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["png", "npz"])
+@pytest.mark.parametrize("kind", [ODESampler, AnnealedLangevinSampler])
+def test_more_images_are_added_with_the_same_bits(tmp_path, net, name, kind):
+    options = {"batch_size": 4, "format": name, "progress": False}
+    for n in (2, 6, 13):
+        sample_to(kind(net, SCHEDULE), tmp_path / "grown", n, **options)
+    sample_to(kind(net, SCHEDULE), tmp_path / "whole", 13, **options)
+    assert _content(tmp_path / "grown") == _content(tmp_path / "whole")
+    assert json.loads((tmp_path / "grown" / "samples.json").read_text())["n"] == 13
+    with pytest.raises(ValueError, match=r"has 13 samples, more than n=6. Pass n=13 or more, or another folder"):
+        sample_to(kind(net, SCHEDULE), tmp_path / "grown", 6, **options)
+
+
+def test_labels_grow_too(tmp_path):
+    for n in (3, 6):
+        _fill(Levels(4), tmp_path, n, condition="cycle")
+    assert (tmp_path / "labels.csv").read_text().splitlines()[-1] == "000005.png,1"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"batch_size": 5}, "batch_size was 4 and is 5"),
+        ({"format": "npz"}, "format was 'png' and is 'npz'"),
+        ({"condition": "random"}, "condition was 'cycle' and is 'random'"),
+        ({"condition": 1}, "classes was 4 and is None; condition was 'cycle' and is 1"),
+        ({"classes": 3}, "classes was 4 and is 3"),
+        ({"shape": (1, 4, 4)}, r"shape was \[1, 3, 4\] and is \[1, 4, 4\]"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, options, message):
+    levels = Levels(4)
+    _fill(levels, tmp_path, 2, condition="cycle")
+    before = _content(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path} has samples with other settings: {message}. Pass those"):
+        _fill(levels, tmp_path, 2, **{"condition": "cycle", **options})
+    assert _content(tmp_path) == before
+
+
+def test_another_sampler_network_or_version_is_refused(tmp_path, net, monkeypatch):
+    options = {"batch_size": 4, "progress": False}
+    sample_to(_ode(net), tmp_path, 2, **options)
+    for sampler, message in [
+        (_ode(net, method="dpm-solver++"), "sampler.method was 'heun' and is 'dpm-solver\\+\\+'"),
+        (ODESampler(net, levels=4), r"sampler.schedule was \[1.0, .*\] and is"),
+        (_ode(net, denoise=False), "sampler.denoise was True and is False"),
+        (AnnealedLangevinSampler(net, SCHEDULE), "sampler.name was 'ODESampler' and is 'AnnealedLangevinSampler'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sample_to(sampler, tmp_path, 2, **options)
+    sample_to(_ode(net), tmp_path, 2, **options)
+    with torch.no_grad():
+        parameter = next(net.parameters())
+        parameter += 1
+    with pytest.raises(ValueError, match=r"network was 'ScoreNet .*' and is 'ScoreNet "):
+        sample_to(_ode(net), tmp_path, 2, **options)
+    with torch.no_grad():
+        parameter -= 1
+    monkeypatch.setattr(bulk, "__version__", "0.0.1")
+    with pytest.raises(ValueError, match=r"scorematch was .* and is '0.0.1'"):
+        sample_to(_ode(net), tmp_path, 2, **options)
+
+
+def test_another_version_of_torch_is_a_warning(tmp_path, levels):
+    _fill(levels, tmp_path, 2)
+    path = tmp_path / "samples.json"
+    content = json.loads(path.read_text())
+    content["versions"]["torch"] = "2.0"
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"changes rounding: torch was 2.0 and is \d") as caught:
+        _fill(levels, tmp_path, 2)
+    assert len(caught) == 1
+
+
+def test_before_the_first_image_settings_may_change(tmp_path, levels):
+    class Broken(Levels):
+        def __call__(self, x, sigma, condition=None):
+            return x * torch.nan
+
+    with pytest.raises(RuntimeError, match="NaN"):
+        _fill(Broken(), tmp_path, 2)
+    assert (tmp_path / "samples.json").exists()
+    _fill(levels, tmp_path, 2, seed=1)
+    assert read_samples(tmp_path, 2).shape == (2, 1, 3, 4)
+
+
+def test_other_files_are_never_touched(tmp_path, levels):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"has other files, such as notes.txt. Pass a new or an empty folder"):
+        _fill(levels, tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(NotADirectoryError, match=r"notes.txt is a file. Pass a folder"):
+        _fill(levels, tmp_path / "notes.txt", 2)
+
+
+def test_metadata_that_is_damaged(tmp_path, levels):
+    _fill(levels, tmp_path, 2)
+    path = tmp_path / "samples.json"
+    content = json.loads(path.read_text())
+    for damaged, message in [
+        ("{", "samples.json is not valid JSON"),
+        ("[]", "samples.json must be an object"),
+        (json.dumps({**content, "n": 0}), "samples.json: n must be an integer of at least 1, got 0"),
+        (json.dumps({**content, "format_version": 2}), "samples.json: format_version must be one of 1, got 2"),
+        (json.dumps({**content, "settings": {}}), "samples.json: settings lacks batch_size, format, shape"),
+    ]:
+        path.write_text(damaged)
+        for call in (lambda: _fill(levels, tmp_path, 2), lambda: read_samples(tmp_path, 1)):
+            with pytest.raises(ValueError, match=message):
+                call()
+    path.write_text(json.dumps({**content, "settings": {**content["settings"], "sampler": "ode"}}))
+    with pytest.raises(ValueError, match=r"sampler was 'ode' and is None; .*sampler.name was None and is 'ODESampler'"):
+        _fill(levels, tmp_path, 2)
+
+
+def test_read_samples_of_another_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no samples.json. Pass a folder that sample_to wrote"):
+        read_samples(tmp_path, 1)
+
+
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_stored_samples_are_read_batch_by_batch(levels, tmp_path, kind):
+    _fill(levels, tmp_path, 10, format=kind)
+    batches = list(stored_samples(tmp_path))
+    assert [batch.indices for batch in batches] == [range(0, 4), range(4, 8), range(8, 10)]
+    assert torch.equal(torch.cat([batch.images for batch in batches]), read_samples(tmp_path, 10))
+    assert [batch.indices for batch in stored_samples(tmp_path, 6)] == [range(0, 4), range(4, 6)]
+    (batch,) = stored_samples(tmp_path, 9, share=(2, 3))
+    assert batch.indices == range(8, 9) and torch.equal(batch.images, read_samples(tmp_path, 9)[8:])
+    with pytest.raises(ValueError, match="has 10 samples, fewer than n=11"):
+        stored_samples(tmp_path, 11)
+    settings = stored_settings(tmp_path)["settings"]
+    expected = settings_of(_ode(levels), batch_size=4)
+    assert settings == {**json.loads(json.dumps(expected)), "format": kind}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n": 0}, ValueError, "n must be an integer of at least 1, got 0"),
+        ({"n": 2**32 + 1}, ValueError, r"must be at most 2\^32"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
+        ({"share": (2, 2)}, ValueError, r"share must be \(k, m\) with 0 <= k < m, got \(2, 2\)"),
+        ({"sampler": Levels()}, TypeError, "sampler must be a Sampler, got Levels"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, error, message):
+    arguments = {"sampler": _ode(Levels()), "n": 2, **options}
+    for call in (bulk_samples, functools.partial(sample_to, folder=tmp_path / "out")):
+        with pytest.raises(error, match=message):
+            call(**arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_arguments_of_one_function(tmp_path, levels):
+    with pytest.raises(ValueError, match="first must be an integer of at least 0, got -1"):
+        bulk_samples(_ode(levels), 2, first=-1)
+    for options, message in [
+        ({"format": "gif"}, 'format must be "png" or "npz", got \'gif\''),
+        ({"shape": (2, 4, 4)}, r"images \(C, H, W\) with 1 or 3 channels, but their shape is \(2, 4, 4\)"),
+        ({"shape": (4,)}, r"their shape is \(4,\). Use bulk_samples"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _fill(levels, tmp_path / "out", 2, **options)
+    levels.value_range = (-1, 1)
+    with pytest.raises(ValueError, match=r"images in \[0, 1\], but the network's value_range is \(-1, 1\)"):
+        _fill(levels, tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()
+
+
+# -- Processes
+
+
+def test_processes_are_those_of_the_launcher(monkeypatch, levels):
+    assert this_process() == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    assert this_process() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert this_process() == (1, 3)
+    assert [batch.indices for batch in bulk_samples(_ode(levels), 9, batch_size=2)] == [range(2, 4), range(8, 9)]
+
+
+@pytest.mark.parametrize("name", ["png", "npz"])
+def test_shares_make_the_same_folder(tmp_path, levels, name):
+    options = {"format": name, "condition": None}
+    _fill(levels, tmp_path / "one", 10, **options)
+    for k in (1, 2, 0):
+        _fill(levels, tmp_path / "three", 10, share=(k, 3), **options)
+    assert _content(tmp_path / "three") == _content(tmp_path / "one")
+    assert levels.drawn() == [4, 4, 2, 4, 2, 4]
+
+
+def test_a_process_waits_at_the_end_until_all_images_are_there(tmp_path, levels, monkeypatch):
+    _fill(levels, tmp_path / "one", 10)
+    monkeypatch.setattr(bulk, "_LOOK_SECONDS", 0.001)
+    looked = threading.Event()
+    monkeypatch.setattr(bulk.time, "sleep", lambda seconds: looked.set() or threading.Event().wait(seconds))
+    other = threading.Thread(
+        target=lambda: looked.wait(20) and _fill(Levels(), tmp_path / "two", 10, share=(1, 2)), daemon=True
+    )
+    other.start()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _fill(levels, tmp_path / "two", 10)
+    assert _content(tmp_path / "two") == _content(tmp_path / "one") and looked.is_set()
+    other.join(20)
+    assert not other.is_alive()
+
+
+def test_the_bar_counts_the_images_of_all_processes(tmp_path, levels, capsys):
+    _fill(levels, tmp_path, 10, share=(1, 3))
+    _fill(levels, tmp_path, 10, share=(2, 3), progress=True)
+    assert capsys.readouterr().err == ""  # only the first process shows a bar
+    _fill(levels, tmp_path, 10, share=(0, 3), progress=True)
+    assert "sampling: 100%" in (shown := capsys.readouterr().err) and "10/10" in shown
+
+
+# -- Interruptions
+
+
+@pytest.mark.parametrize("name", ["png", "npz"])
+def test_a_full_disk_leaves_whole_files(tmp_path, levels, monkeypatch, name):
+    """The disk is full between writing a file and renaming it."""
+    _fill(levels, tmp_path / "whole", 10, format=name)
+    replace, left = os.replace, itertools.count(2 if name == "npz" else 7, -1)
+
+    def full(source, target):
+        if Path(target).suffix != ".json" and next(left) == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full)
+        first = 8 if name == "npz" else 4
+        message = rf"the images from {first} on could not be written to .* \(No space left on device\); the files that"
+        with pytest.raises(OSError, match=message) as caught:
+            _fill(levels, tmp_path / "out", 10, format=name)
+    assert caught.value.errno == errno.ENOSPC
+    whole, found = _content(tmp_path / "whole"), _content(tmp_path / "out")
+    assert found.items() < whole.items() and len(found) == (2 if name == "npz" else 7)
+    assert not list((tmp_path / "out").rglob(".*"))
+    _fill(levels, tmp_path / "out", 10, format=name)
+    assert _content(tmp_path / "out") == whole
+
+
+def test_what_was_half_written_is_never_taken_for_an_image(tmp_path, levels):
+    folder = _fill(levels, tmp_path, 6)
+    path = folder / "000005.png"
+    path.rename(folder / ".saving-half")  # as if the process had been killed before the file had its name
+    levels.drawn()
+    _fill(levels, tmp_path, 6)
+    assert levels.drawn() == [2] and path.exists()
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("interruption", ["SIGTERM", "SIGINT"])
+def test_signals_leave_whole_files(tmp_path, interruption):
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+
+    class Interrupted(Levels):
+        def __call__(self, x, sigma, condition=None):
+            if len(self._batches) == 7:  # in the second batch
+                os.kill(os.getpid(), getattr(signal, interruption))
+            return super().__call__(x, sigma, condition)
+
+    with pytest.raises(SystemExit if interruption == "SIGTERM" else KeyboardInterrupt) as caught:
+        _fill(Interrupted(), tmp_path, 10)
+    assert interruption == "SIGINT" or caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert sorted(_content(tmp_path)) == [f"00000{i}.png" for i in range(4)]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_handler_of_the_user_stays(tmp_path, levels):
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        with bulk._exit_after_sigterm():
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -- What a network is
+
+
+def test_the_identity_of_a_score_follows_what_it_computes(net):
+    identity = bulk.identity
+    assert identity(net) == identity(copy.deepcopy(net))
+    copied = net.inference_copy()
+    assert identity(copied) == identity(net.inference_copy()) != identity(net)
+    copied(torch.rand(1, 1, 8, 8), 0.5)  # its state does not matter
+    assert identity(copied) == identity(net.inference_copy())
+    settings, net.sampler_settings = net.sampler_settings, SamplerSettings("ode", levels=7)
+    try:
+        recommended = identity(net)
+    finally:
+        net.sampler_settings = settings
+    assert recommended == identity(net)
+
+
+class Guided:
+    """A score made of another, as guidance makes them."""
+
+    def __init__(self, net, weight):
+        self.net, self.weight, self._cache = net, weight, object()
+
+    def __call__(self, x, sigma):
+        return self.weight * self.net(x, sigma)
+
+
+def test_the_identity_of_scores_made_of_scores(net):
+    identity = bulk.identity
+    other = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, schedule=SCHEDULE)
+    found = [
+        identity(value)
+        for value in (
+            Guided(net, 1.0),
+            Guided(net, 2.0),
+            Guided(other, 1.0),
+            functools.partial(Guided.__call__, net),
+            functools.partial(Guided.__call__, other),
+            Guided.__call__,
+            torch.tensor([1.0]),
+            torch.tensor(1.0),
+            torch.tensor([1.0], dtype=torch.float64),
+            {"a": [1, 2]},
+            {"a": [[1], 2]},
+            object,
+            1j,
+        )
+    ]
+    assert len(set(found)) == len(found)
+    assert identity(Guided(net, 1.0)) == found[0] and found[0].startswith("Guided ")
+    assert identity(object()) == identity(object())  # without the address
+
+
+# -- Processes that are killed
+
+JOB = textwrap.dedent(
+    """
+    import sys, time
+    import torch
+    torch.set_num_threads(1)
+    from scorematch import NoiseSchedule, ScoreNet, bulk, files
+    from scorematch.sampling import AnnealedLangevinSampler
+
+    if sys.argv[2] == "announce":
+        write = files.os.replace
+
+        def announced(source, target):
+            print("writing", flush=True)
+            write(source, target)
+
+        files.os.replace = announced
+    torch.manual_seed(0)
+    net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, schedule=NoiseSchedule([1.0, 0.3, 0.1]), classes=3)
+    sampler = AnnealedLangevinSampler(net)
+    bulk.sample_to(sampler, sys.argv[1], 150, batch_size=8, condition="random", format=sys.argv[3], progress=False)
+    print(bulk.this_process())
+    """
+)
+
+
+@pytest.fixture
+def job(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    return script
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["png", "npz"])
+def test_a_job_that_is_killed_ends_with_the_same_bits(tmp_path, job, name):
+    python(job, tmp_path / "whole", "quiet", name)
+    chance = random.Random(0)  # noqa: S311
+    kills = halves = 0
+    for _ in range(100):
+        process = subprocess.Popen(
+            [sys.executable, str(job), str(tmp_path / "killed"), "announce", name], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            writes = chance.randrange(1, 40 if name == "png" else 6)
+            for line in process.stdout:
+                writes -= line.startswith("writing")
+                if writes <= 0:
+                    break
+            if writes <= 0 and kills < 8:
+                time.sleep(chance.random() * 0.001)
+                process.kill()
+        finally:
+            process.stdout.close()
+            code = process.wait(timeout=100)
+        kills += code == -signal.SIGKILL
+        halves += code != 0 and any((tmp_path / "killed" / "images").glob(".saving-*"))
+        if code == 0:
+            break
+    assert code == 0 and kills >= 4 and (halves or name == "npz")
+    assert _content(tmp_path / "killed") == _content(tmp_path / "whole")
+    assert not list((tmp_path / "killed").rglob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        # Without a GPU the flag is needed: accelerate launch starts one process then, or leaves them to MPI.
+        ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_processes_write_what_one_writes(tmp_path, job, launcher):
+    if launcher[0].startswith("accelerate"):
+        pytest.importorskip("accelerate")
+    python(job, tmp_path / "one", "quiet", "png")
+    done = python("-m", *launcher, job, tmp_path / "two", "quiet", "png")
+    assert sorted(done.stdout.split("\n")) == ["", "(0, 2)", "(1, 2)"]
+    assert _content(tmp_path / "two") == _content(tmp_path / "one")

@@ -1,0 +1,176 @@
+"""The commands evaluate and tune."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from scorematch import NoiseSchedule, ScoreNet
+from scorematch.cli import main
+from scorematch.evaluation import MEASURES, evaluate
+from scorematch.sampling import SamplerSettings
+from tests.helpers import seed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A network, and two files of images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, schedule=NoiseSchedule.geometric(1, 0.01, 9))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.normal_(std=0.2)
+    net.sampler_settings = SamplerSettings("ode", levels=3)
+    path = tmp_path_factory.mktemp("all")
+    net.save_pretrained(path / "network")
+    for name, number in [("real", 0), ("more", 1)]:
+        images = torch.randint(0, 256, (30, 8, 8), generator=seed(number), dtype=torch.uint8)
+        np.savez(path / f"{name}.npz", images=images.numpy(), labels=np.arange(30) % 64)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCOREMATCH_CACHE", str(tmp_path / "cache"))
+
+
+def _run(*arguments):
+    return main([*map(str, arguments), "--device", "cpu", "--quiet"])
+
+
+def _refused(arguments, capsys):
+    """The one line with which arguments are refused, by argparse or by the command."""
+    try:
+        status = _run(*arguments)
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr()
+    assert status == 2 and said.err.startswith("scorematch: ") and said.err.count("\n") == 1
+    return said.err
+
+
+# -- evaluate
+
+
+def test_evaluate_a_network(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ("-n", 6, "--features", "pixels", "--metrics", "precision-recall", "--seed", 3, "--levels", 2)
+    held_out = ("--held-out", folder / "more.npz", "--out", out)
+    assert _run("evaluate", folder / "network", folder / "real.npz", *options, *held_out) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0].startswith("ODESampler(2 levels") and lines[1] == "about 1 s for 6 images" and said.err == ""
+    assert lines[2] == "|  | samples | held-out images | Gaussian | reference |"
+    assert lines[3:5] == ["| --- | --- | --- | --- | --- |", "| number of images | 6 | 6 | 6 | 30 |"]
+    assert any(line.startswith("| recall ↑ | ") for line in lines) and lines[-1] == str(out / "evaluation.md")
+    stored = json.loads((out / "evaluation.json").read_text())
+    expected = evaluate(
+        folder / "network",
+        folder / "real.npz",
+        n=6,
+        features="pixels",
+        metrics=["precision-recall"],
+        seed=3,
+        sampler=SamplerSettings("ode", levels=2),
+        held_out=folder / "more.npz",
+        progress=False,
+    )
+    assert stored["settings"] == expected.settings and stored["name"] == str(folder / "network")
+    assert stored["figures"] == json.loads(expected.to_json())["figures"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_evaluate_images(folder, capsys):
+    options = ("--features", "pixels", "--no-gaussian", "--no-cache")
+    with pytest.warns(UserWarning, match="is singular"):
+        assert _run("evaluate", folder / "more.npz", folder / "real.npz", *options) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("|  | samples | reference |\n") and "| number of images | 30 | 30 |" in said
+    assert "not measured: kernel of pixels, which needs 1,000 images in each set, and there are 30\n" in said
+
+
+def test_evaluate_restorations(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ("--features", "pixels", "--metrics", "precision-recall", "--draws", 3, "--noise", 0.1, "--out", out)
+    method = ("--restore-method", "guide", "--sampler", "ode", "--levels", 2)
+    data = ("--data", folder / "more.npz", "-n", 4)
+    assert _run("evaluate", folder / "network", "--restore", "pool-4", *data, *options, *method) == 0
+    said = capsys.readouterr().out
+    assert "about 1 s for 12 images" in said and "|  | restored | degraded | original |" in said
+    settings = json.loads((out / "evaluation.json").read_text())["settings"]
+    assert (settings["task"], settings["draws"], settings["noise"]) == ("pool-4", 3, 0.1)
+    assert (
+        settings["sampler"]["restore"] == "guide" and settings["reference"]["content"] == settings["images"]["content"]
+    )
+    assert (out / "restored.png").exists()
+    # With a reference and --data, the distances are to the reference; without --data the reference is restored.
+    for arguments in [(folder / "real.npz", *data), (folder / "real.npz", "-n", 4)]:
+        assert _run("evaluate", folder / "network", *arguments, "--restore", "pool-4", *options, *method) == 0
+        settings = json.loads((out / "evaluation.json").read_text())["settings"]
+        same = settings["reference"]["content"] == settings["images"]["content"]
+        assert same == ("--data" not in arguments)
+
+
+def test_evaluate_refuses(folder, capsys):
+    network, real = folder / "network", folder / "real.npz"
+    for arguments, message in [
+        ((network,), "the following arguments are required: reference"),
+        ((network, "--restore", "pool-4"), "the following arguments are required: --data DATA"),
+        ((network, real, "--features", "fid"), "invalid choice: 'fid'"),
+        ((network, real, "--metrics", "fid"), "invalid choice: 'fid'"),
+        ((network, real, "-n", 0), "must be a count such as 50000"),
+        ((network, real, "-n", 1, "--features", "pixels"), "at least 2 images, got 1"),
+        ((network, folder / "nothing", "--features", "pixels"), "nothing does not exist"),
+        ((network, real, "--features", "pixels", "--weights", "a"), "'pixels' takes no file of weights"),
+        ((network, real, "--features", "pixels", "inception", "--weights", "a"), "--weights is for one extractor"),
+        ((network, real, "--features", "inception", "--weights", folder / "a"), "a does not exist. Fetch https://"),
+        ((network, real, "--draws", 2), "--draws is for --restore TASK"),
+        ((network, real, "--restore-method", "guide"), "--restore-method is for --restore TASK"),
+        ((network, real, "--labels"), "--labels is for --restore TASK"),
+        ((real, real, "--levels", 3), "--levels is for networks, but"),
+        ((real, real, "--class", 3), "--class is for networks, but"),
+        ((real, "--restore", "pool-4", "--data", real), "--restore needs a network, but"),
+        ((network, real, "--restore", "pool-4", "--held-out", real), "are not for --restore"),
+        ((network, real, "--restore", "blur", "--features", "pixels"), "task must be colorization, inpainting"),
+        ((network, real, "--class", 3, "--features", "pixels"), "--class is for class-conditional networks"),
+        (("nothing", real), "'nothing' is not the short name of a network"),
+        ((network, real, "--features", "pixels", "--metrics", "kernel", "-n", 6), "'kernel' needs 1,000 images"),
+    ]:
+        assert message in _refused(["evaluate", *arguments], capsys), arguments
+
+
+def test_the_help_lists_all_metrics(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
+    assert all(name in said.replace("- ", "-") for name in MEASURES)
+
+
+# -- tune
+
+
+def test_tune_stores_the_best_settings(folder, tmp_path, capsys):
+    out = tmp_path / "tuned"
+    options = ("--reference", folder / "real.npz", "--features", "pixels", "-n", 4, "--calls", 19, "--out", out)
+    with pytest.warns(UserWarning, match="is singular"):
+        assert _run("tune", folder / "network", *options, "--held-out", folder / "more.npz") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("3 settings with 42 network calls, about ")  # the network's own, and two more
+    assert lines[1].startswith("| sampler settings | calls | frechet, pixels |") and lines[-1] == str(out)
+    best = ScoreNet.from_pretrained(out).sampler_settings
+    assert lines[-2] == f"best: {best}" and f"| **{best}** |" in "\n".join(lines)
+
+
+def test_tune_refuses(folder, capsys):
+    network, reference = folder / "network", ("--reference", folder / "real.npz")
+    for arguments, message in [
+        ((network,), "the following arguments are required: --reference"),
+        ((network, *reference, "--features", "pixels", "inception"), "--features must be one extractor"),
+        ((network, *reference, "--by", "precision"), "invalid choice: 'precision'"),
+        ((network, *reference, "--out", "a.png"), "must be a folder, got the name of a picture"),
+        ((network, *reference, "--features", "pixels", "--calls", 1), "no settings have at most 1 network calls"),
+        (("nothing", *reference), "'nothing' is not the short name of a network"),
+    ]:
+        assert message in _refused(["tune", *arguments], capsys), arguments

@@ -1,0 +1,259 @@
+"""The command sample: many images into a folder, and all samplers. One picture is tested in test_cli.py."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scorematch import NoiseSchedule, ScoreNet
+from scorematch.bulk import read_samples
+from scorematch.cli import main
+from scorematch.cli.options import find_device
+from scorematch.images import grid, read_image
+from scorematch.sampling import SAMPLERS, SamplerSettings
+from tests.helpers import python
+
+
+def _saved(folder, settings=None, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = ScoreNet.unet(
+            1, 8, widths=(4, 6), layers_per_block=1, schedule=NoiseSchedule.geometric(1, 0.01, 9), **options
+        )
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.normal_(std=0.2)
+    net.sampler_settings = settings
+    net.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return _saved(tmp_path_factory.mktemp("network"), SamplerSettings("ode", levels=3))
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    return _saved(tmp_path_factory.mktemp("classes"), SamplerSettings("ode", levels=3), classes=3)
+
+
+def _sample(*arguments):
+    return main(["sample", *map(str, arguments), "--device", "cpu", "--quiet"])
+
+
+def _refused(arguments, capsys):
+    """The one line with which arguments are refused, by argparse or by the command."""
+    try:
+        status = _sample(*arguments)
+    except SystemExit as ended:
+        status = ended.code
+    said = capsys.readouterr()
+    assert status == 2 and "call" not in said.out
+    assert said.err.startswith("scorematch: ") and said.err.count("\n") == 1
+    return said.err
+
+
+def _pictures(out):
+    return {path.name: path.read_bytes() for path in (out / "images").iterdir()}
+
+
+# -- A folder
+
+
+def test_a_folder_of_images(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert _sample(folder, "--out", out, "-n", 5, "--batch-size", 2) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0].startswith("ODESampler(3 levels 1 -> 0.01") and re.fullmatch(r"about \d+ s for 5 images", lines[1])
+    assert re.fullmatch(r"5 images in [\d.]+ s", lines[2]) and lines[3:] == [str(out / "sheet.png"), str(out)]
+    assert said.err == ""
+    assert sorted(path.name for path in out.iterdir()) == ["images", "samples.json", "sheet.png"]
+    assert sorted(_pictures(out)) == [f"00000{i}.png" for i in range(5)]
+    sheet = read_image(out / "sheet.png", 1)
+    torch.testing.assert_close(sheet, grid(read_samples(out, 5)))
+    about = json.loads((out / "samples.json").read_text())["about"]
+    command = f"python -m scorematch sample {folder} --out {out} -n 5 --batch-size 2 --device cpu --quiet"
+    assert about == {"network": folder, "command": command}
+
+
+def test_the_same_command_continues_and_a_larger_n_adds_images(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert _sample(folder, "--out", out, "-n", 4, "--batch-size", 2) == 0
+    before = _pictures(out)
+    (out / "images" / "000002.png").unlink()
+    capsys.readouterr()
+    assert _sample(folder, "--out", out, "-n", 4, "--batch-size", 2) == 0
+    assert capsys.readouterr().out.startswith("2 of 4 images are there\nODESampler(")
+    assert _pictures(out) == before
+    assert _sample(folder, "--out", out, "-n", 4, "--batch-size", 2) == 0
+    assert capsys.readouterr().out == f"4 of 4 images are there\n{out / 'sheet.png'}\n{out}\n"
+    assert _sample(folder, "--out", out, "-n", 6, "--batch-size", 2) == 0
+    assert len(_pictures(out)) == 6 and before.items() < _pictures(out).items()
+    capsys.readouterr()
+    error = _refused([folder, "--out", out, "-n", 6, "--batch-size", 2, "--seed", 1], capsys)
+    assert "has samples with other settings: seed was 0 and is 1" in error
+
+
+def test_arrays(folder, tmp_path):
+    for options, name in [(["--npz"], "arrays"), ([], "pictures")]:
+        assert _sample(folder, "--out", tmp_path / name, "-n", 3, "--columns", 3, *options) == 0
+    with np.load(tmp_path / "arrays" / "images" / "000000.npz") as arrays:
+        assert arrays.files == ["arr_0"] and arrays["arr_0"].shape == (3, 8, 8, 1)
+    sheets = [(tmp_path / name / "sheet.png").read_bytes() for name in ("arrays", "pictures")]
+    assert sheets[0] == sheets[1]
+    with Image.open(tmp_path / "arrays" / "sheet.png") as sheet:
+        assert sheet.size == (32, 12)
+
+
+def test_the_sheet_shows_the_first_images_of_many(folder, tmp_path):
+    assert _sample(folder, "--out", tmp_path / "out", "-n", 70, "--npz", "--levels", 2) == 0
+    assert read_image(tmp_path / "out" / "sheet.png", 1).shape == (1, 82, 82)  # 8 x 8 images
+
+
+def test_classes_of_a_folder(classes, tmp_path):
+    for label in ("1", "cycle", "random"):
+        assert _sample(classes, "--out", tmp_path / label, "-n", 6, "--class", label) == 0
+    rows = [line.split(",")[1] for line in (tmp_path / "cycle" / "labels.csv").read_text().splitlines()[1:]]
+    assert rows == ["0", "1", "2", "0", "1", "2"]
+    fixed, cycle = _pictures(tmp_path / "1"), _pictures(tmp_path / "cycle")
+    assert [name for name in fixed if fixed[name] == cycle[name]] == ["000001.png", "000004.png"]
+    assert _sample(classes, "--out", tmp_path / "two", "-n", 6, "--class", "cycle", "--classes", 2) == 0
+    assert (tmp_path / "two" / "labels.csv").read_text().splitlines()[3] == "000002.png,0"
+
+
+def test_classes_of_a_sheet(classes, tmp_path):
+    for label in ("0", "cycle"):
+        assert _sample(classes, tmp_path / f"{label}.png", "-n", 3, "--class", label) == 0
+    one, cycle = (read_image(tmp_path / f"{label}.png", 1) for label in ("0", "cycle"))
+    assert torch.equal(one[:, 2:10, 2:10], cycle[:, 2:10, 2:10]) and not torch.equal(one, cycle)
+
+
+def test_guidance(tmp_path, capsys):
+    """A weight of 1 is the network with the class; each weight has its own samples."""
+    net = _saved(tmp_path / "net", SamplerSettings("ode", levels=3), classes=3, null_class=True)
+    for name, given in {"none": (), "1": ("--guidance", 1), "3": ("--guidance", 3)}.items():
+        assert _sample(net, "--out", tmp_path / name, "-n", 3, "--class", "cycle", *given) == 0
+        assert _sample(net, tmp_path / f"{name}.png", "-n", 3, "--class", 1, *given) == 0
+    none, one, three = (_pictures(tmp_path / name) for name in ("none", "1", "3"))
+    assert none == one and all(one[name] != three[name] for name in one)
+    sheets = [read_image(tmp_path / f"{name}.png", 1) for name in ("none", "1", "3")]
+    assert torch.equal(sheets[0], sheets[1]) and not torch.equal(sheets[1], sheets[2])
+    capsys.readouterr()
+    assert "samples with other settings: network was" in _refused(
+        [net, "--out", tmp_path / "3", "-n", 3, "--class", "cycle", "--guidance", 4], capsys
+    )
+    said = _refused([net, tmp_path / "a.png", "--guidance", 3], capsys)
+    assert "is class-conditional. Write --class K, with K from 0 to 2" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}"], "the following arguments are required: picture or --out FOLDER"),
+        (["{folder}", "a.png", "--out", "b"], "a.png and --out b exclude each other: name a picture or a folder."),
+        (["{folder}", "--out", "a.png"], "the output must be a folder, got the name of a picture, a.png. Write a."),
+        (["{folder}", "a.png", "--npz"], "--batch-size and --npz are for --out FOLDER. Leave them out."),
+        (["{folder}", "a.png", "--batch-size", "4"], "--batch-size and --npz are for --out FOLDER."),
+        (["{folder}", "--out", "b", "--batch-size", "0"], "--batch-size must be at least 1, got 0."),
+        (["{folder}", "--out", "b", "--class", "cycle"], "--class is for class-conditional networks"),
+        (["{folder}", "--out", "b", "--classes", "3"], "--classes is for --class random and --class cycle."),
+        (["{classes}", "--out", "b"], "is class-conditional. Write --class K"),
+        (["{classes}", "--out", "b", "--class", "one"], "must be a class such as 3, random or cycle, got 'one'"),
+        (["{classes}", "--out", "b", "--class", "3"], "--class must be from 0 to 2"),
+        (["{classes}", "--out", "b", "--class", "cycle", "--classes", "4"], "--classes must be from 1 to 3"),
+        (["{classes}", "a.png", "--class", "1", "--guidance", "2"], "--guidance is for networks with a null class"),
+        (["{folder}", "--out", "b", "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
+        (["{folder}", "--out", "b", "--sampler", "ode", "--snr", "1"], "--snr is an option of --sampler predictor-"),
+        (["{folder}", "a.png", "--snr", "0.1", "--method", "heun"], "is an option of --sampler"),
+        (["{folder}", "a.png", "--snr", "2"], "snr must be a number of at least 0 and at most 1"),
+    ],
+)
+def test_arguments_that_do_not_fit(folder, classes, tmp_path, monkeypatch, arguments, message, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [argument.format(folder=folder, classes=classes) for argument in arguments]
+    assert message in _refused(arguments, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_other_files_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert "has other files, such as mine.txt" in _refused([folder, "--out", tmp_path], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# -- Samplers
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "ODESampler(3 levels 1 -> 0.01, heun, 5 network calls)"),
+        (["--levels", "4"], "ODESampler(4 levels 1 -> 0.01, heun, 7 network calls)"),
+        (["--method", "dpm-solver++"], "ODESampler(3 levels 1 -> 0.01, dpm-solver++, 3 network calls)"),
+        (["--sigma-max", "0.5", "--sigma-min", "0.02"], "ODESampler(3 levels 0.5 -> 0.02, heun, 5 network calls)"),
+        (
+            ["--churn", "2", "--churn-min", "0.05", "--churn-max", "0.5", "--churn-noise", "1.003"],
+            "ODESampler(3 levels 1 -> 0.01, heun, churn 2 at 0.5 -> 0.05, noise 1.003, 5 network calls)",
+        ),
+        (
+            ["--clamp-denoised", "--levels", "3", "--sigma-min", "0.1"],
+            "AncestralSampler(3 levels 1 -> 0.1, large variance, clamped denoised images",
+        ),
+        (["--sampler", "langevin", "--levels", "3"], "AnnealedLangevinSampler(3 levels"),
+        (["--steps-per-level", "2", "--levels", "3"], "AnnealedLangevinSampler(3 levels 1 -> 0.01, 2 steps"),
+        (["--sampler", "ancestral", "--levels", "3"], "AncestralSampler(3 levels 1 -> 0.01, large variance"),
+        (["--variance", "small", "--levels", "3"], "AncestralSampler(3 levels 1 -> 0.01, small variance"),
+        (["--sampler", "predictor-corrector"], "PredictorCorrectorSampler(9 levels"),
+        (
+            ["--predictor", "ancestral", "--corrector-steps", "0", "--snr", "0.1"],
+            "PredictorCorrectorSampler(9 levels 1 -> 0.01, ancestral",
+        ),
+    ],
+)
+def test_every_sampler_has_its_options(folder, tmp_path, options, expected, capsys):
+    assert _sample(folder, tmp_path / "a.png", "-n", 1, *options) == 0
+    assert capsys.readouterr().out.startswith(expected)
+
+
+def test_every_sampler_is_an_option(folder, tmp_path, capsys):
+    for name, sampler in SAMPLERS.items():
+        assert _sample(folder, tmp_path / "a.png", "-n", 1, "--levels", 3, "--sampler", name) == 0
+        assert capsys.readouterr().out.startswith(f"{sampler.__name__}(3 levels")
+
+
+def test_a_command_line_option_for_every_option_of_a_sampler(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    said = capsys.readouterr().out
+    for options in (SamplerSettings.NOISE, *SamplerSettings.OPTIONS.values()):
+        for option in options:
+            assert f"--{option.replace('_', '-')}" in said
+
+
+# -- Processes
+
+
+def test_processes_of_a_launcher_have_devices_of_their_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device("auto") == torch.device("cuda")
+    for rank, device in [("0", "cuda:0"), ("1", "cuda:1"), ("3", "cuda:1")]:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert find_device("auto") == find_device("cuda") == torch.device(device)
+        assert find_device("cuda:0") == torch.device("cuda:0") and find_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_same_command_in_two_processes(folder, tmp_path):
+    assert _sample(folder, "--out", tmp_path / "one", "-n", 9, "--batch-size", 2) == 0
+    launched = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "scorematch", "sample")
+    options = ("--out", tmp_path / "two", "-n", 9, "--batch-size", 2, "--device", "cpu", "--quiet")
+    done = python(*launched, folder, *options)
+    assert done.stdout.count("about 1 s for 9 images in 2 processes\n") == 1
+    assert _pictures(tmp_path / "two") == _pictures(tmp_path / "one")
+    assert (tmp_path / "two" / "sheet.png").read_bytes() == (tmp_path / "one" / "sheet.png").read_bytes()

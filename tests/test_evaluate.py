@@ -1,0 +1,614 @@
+"""``evaluate``: figures are those of the metrics, for every kind of input, in one process or two."""
+
+import importlib
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scorematch import NoiseSchedule, ScoreNet
+from scorematch.bulk import bulk_samples, sample_to
+from scorematch.evaluation import (
+    MEASURES,
+    METRICS,
+    Evaluator,
+    Extractor,
+    Figure,
+    Statistics,
+    density_coverage,
+    evaluate,
+    figures,
+    frechet_distance,
+    frechet_extrapolation,
+    gaussian_images,
+    image_figures,
+    inception_score,
+    kernel_distance,
+    pixels,
+    precision_recall,
+    values,
+)
+from scorematch.evaluation.evaluate import REFERENCES, is_network
+from scorematch.sampling import AnnealedLangevinSampler, ODESampler, SamplerSettings
+from scorematch.training import open_images
+from tests.helpers import python, seed
+
+SIZE = 3
+
+
+def images(n, number=0, channels=1, size=SIZE, dtype=torch.uint8):
+    """Random images, darker at the bottom."""
+    x = torch.randint(0, 256, (n, channels, size, size), generator=seed(number)) * torch.linspace(1, 0.2, size)[:, None]
+    return x.to(torch.uint8) if dtype == torch.uint8 else (x.to(torch.uint8) / 255).to(dtype)
+
+
+def run(what, reference, **options):
+    return evaluate(what, reference, **{"features": "pixels", "cache": False, "progress": False, **options})
+
+
+def found(result, column="samples", source="pixels"):
+    """The values of the figures of one set of images."""
+    return {name: figure.value for name, figure in result.figures[column][source].items()}
+
+
+def agree(one, other):
+    """Whether figures agree but for the rounding of decompositions, whose bits may change from call to call."""
+    assert one.keys() == other.keys()
+    for source, measured in one.items():
+        assert measured.keys() == other[source].keys()
+        for name, (value, error) in measured.items():
+            assert other[source][name].value == pytest.approx(value, rel=1e-9, abs=1e-12), (source, name)
+            assert other[source][name].error == (None if error is None else pytest.approx(error, rel=1e-6)), name
+    return True
+
+
+def write(folder, x):
+    folder.mkdir(parents=True)
+    for i, image in enumerate(x):
+        Image.fromarray(image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()).save(
+            folder / f"{i:03d}.png"
+        )
+    return folder
+
+
+def classes_of(x):
+    """Features and logits of three classes."""
+    x = x.float() / 255
+    return x.flatten(1)[:, :4], torch.stack([x.mean((1, 2, 3)), x.amax((1, 2, 3)), x[:, 0, 0, 0]], 1) * 4
+
+
+CLASSES = Extractor(classes_of, "classes of x", "1")
+
+
+@pytest.fixture(scope="module")
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, schedule=NoiseSchedule([1.0, 0.1, 0.01]))
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.normal_(std=0.2)
+    made.sampler_settings = SamplerSettings("ode", levels=3)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(net, tmp_path_factory):
+    path = tmp_path_factory.mktemp("network")
+    net.save_pretrained(path)
+    return path
+
+
+# -- The figures
+
+
+def test_figures_are_those_of_the_metrics(monkeypatch):
+    monkeypatch.setattr(figures, "_SUBSETS", 3)
+    monkeypatch.setattr(figures, "_SUBSET_SIZE", 50)
+    real, generated = images(120), images(110, 1)
+    result = run(generated, real, features=[pixels(), CLASSES], metrics=list(MEASURES), gaussian=False)
+    assert result.sizes == {"samples": 110, "reference": 120}
+    assert set(result.left_out) == {"inception-score of pixels", "classes of pixels"}
+    for extractor in (pixels(), CLASSES):
+        a, b = extractor(real), extractor(generated)
+        measured = found(result, source=extractor.name)
+        assert measured["frechet"] == pytest.approx(frechet_distance(a, b), rel=1e-9)
+        assert measured["frechet-infinity"] == pytest.approx(frechet_extrapolation(b, a).value, rel=1e-9)
+        assert measured["kernel"] == pytest.approx(kernel_distance(b, a, subsets=3, subset_size=50).value, rel=1e-9)
+        assert set(measured) >= {"precision", "recall", "density", "coverage"}
+    logits = CLASSES.extract(generated).logits
+    measured = result.figures["samples"]["classes of x"]
+    assert measured["inception-score"] == pytest.approx(inception_score(logits))
+    confident = (logits.softmax(1).amax(1) > 0.9).double()
+    assert measured["confident"] == pytest.approx(
+        (float(confident.mean()), float(confident.std(correction=0)) / 110**0.5)
+    )
+    rarest = min(float((logits.argmax(1) == k).double().mean()) for k in range(3))
+    assert measured["rarest"].value == pytest.approx(rarest)
+
+
+def test_the_default_pixels_lack_logits_and_images():
+    with pytest.raises(ValueError, match="the metric 'inception-score' needs an extractor with logits of classes"):
+        run(images(40), images(40), metrics=["inception-score"])
+    with pytest.raises(ValueError, match=r"'kernel' needs 1,000 images in each set, and there are 40"):
+        run(images(40), images(2000), metrics=["frechet", "kernel"])
+    with pytest.raises(ValueError, match="'precision-recall' needs more than 3 images in each set, and there are 3"):
+        run(images(40), images(3), metrics=["precision-recall"])
+    with pytest.raises(
+        ValueError, match=r"'frechet-infinity' needs at least 2 \(D \+ 1\) = 20 images, and there are 19"
+    ):
+        run(images(19), images(30), metrics=["frechet-infinity"])
+    with pytest.raises(ValueError, match="'inception-score' needs 10 images per class, 30, and there are 29"):
+        run(images(29), images(30), features=CLASSES, metrics=["inception-score"])
+    result = run(images(40), images(40))
+    assert set(result.left_out) == {"kernel of pixels", "inception-score of pixels"}
+    assert set(found(result)) == {"frechet", "frechet-infinity", "precision", "recall", "density", "coverage"}
+    with pytest.raises(ValueError, match=r"metrics must be some of 'frechet', .* got 'fid'"):
+        run(images(40), images(40), metrics=["fid"])
+
+
+def test_balls_compare_equally_many_images():
+    """The larger set is cut, so that the sizes do not favor one of the figures."""
+    real, generated = images(60), images(30, 1)
+    few, many = found(run(generated, real)), found(run(real, generated))
+    features = pixels()(real), pixels()(generated)
+    assert few["precision"] != precision_recall(*features)[0] or few["recall"] != precision_recall(*features)[1]
+    assert few["precision"] == pytest.approx(many["recall"]) and few["recall"] == pytest.approx(many["precision"])
+    whole = found(run(images(60, 1), real))
+    expected = (
+        *precision_recall(features[0], pixels()(images(60, 1))),
+        *density_coverage(features[0], pixels()(images(60, 1))),
+    )
+    assert [whole[name] for name in ("precision", "recall", "density", "coverage")] == pytest.approx(expected)
+
+
+def test_every_metric_of_features_has_a_name_here():
+    assert set(MEASURES) == {*METRICS, "classes"}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_figures_of_pixels(channels):
+    x = images(50, channels=channels, dtype=torch.float64)
+    found = image_figures(x.split(20))
+    assert found["mean"].value == pytest.approx(float(x.mean()))
+    assert found["mean"].error == pytest.approx(float(x.mean((1, 2, 3)).std() / 50**0.5))
+    assert found["std"].value == pytest.approx(float(x.std(correction=0)))
+    steps = float(x.diff(dim=2).abs().mean()), float(x.diff(dim=3).abs().mean())
+    assert found["variation"].value == pytest.approx(sum(steps) / 2)
+    assert ("saturation" in found) == (channels == 3)
+    if channels == 3:
+        assert found["saturation"].value == pytest.approx(float((x.amax(1) - x.amin(1)).mean()))
+    # The error of the deviation, by leaving out one image at a time.
+    apart = torch.stack([torch.cat([x[:i], x[i + 1 :]]).std(correction=0) for i in range(50)])
+    jackknife = float((49 * apart.var(correction=0)).sqrt())
+    assert found["std"].error == pytest.approx(jackknife, rel=0.05)
+    assert image_figures([images(1)])["mean"].error is None
+    assert image_figures([torch.zeros(3, 1, 2, 2)])["std"] == (0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [
+        ((12.3456, 0.789), "12.35 ± 0.79"),
+        ((12.3456, 23.4), "12 ± 23"),
+        ((0.5, 0.0004), "0.50000 ± 0.00040"),
+        ((12.3456, None), "12.35"),
+        ((1.0, 0.0), "1"),
+        ((1.0, float("nan")), "1"),
+    ],
+)
+def test_figures_are_rounded_to_their_errors(figure, text):
+    assert str(Figure(*figure)) == text
+
+
+# -- What is evaluated
+
+
+def test_arrays_files_and_folders_agree(tmp_path):
+    real, generated = images(40, channels=3, size=4), images(30, 1, channels=3, size=4)
+    np.savez(tmp_path / "generated.npz", images=generated.permute(0, 2, 3, 1).numpy())
+    kinds = [
+        generated,
+        generated.numpy(),
+        generated.float() / 255,
+        generated.double() / 255 + 0.001,  # rounds to the same gray levels
+        write(tmp_path / "generated", generated),
+        tmp_path / "generated.npz",
+        open_images(generated),
+    ]
+    options = {"gaussian": False, "metrics": ["precision-recall", "density-coverage"]}
+    results = [run(kind, real, **options) for kind in kinds]
+    for result in results:
+        assert result.figures == results[0].figures
+    assert run(generated, write(tmp_path / "real", real), **options).figures == results[0].figures
+
+
+def test_the_order_of_images_does_not_matter(monkeypatch):
+    monkeypatch.setattr(figures, "_SUBSETS", 3)
+    monkeypatch.setattr(figures, "_SUBSET_SIZE", 50)
+    real, generated = images(100), images(101, 1)
+    options = {"features": [pixels(), CLASSES], "metrics": list(MEASURES), "gaussian": False}
+    one = run(generated, real, **options)
+    other = run(generated.flip(0), real[torch.randperm(100, generator=seed(2))], batch_size=9, **options)
+    assert all(agree(measured, other.figures[column]) for column, measured in one.figures.items())
+
+
+def test_a_random_subset_of_images():
+    real, generated = images(50), images(40, 1)
+    options = {"n": 20, "gaussian": False, "metrics": ["precision-recall"]}
+    few, same, other = (run(generated, real, seed=number, **options) for number in (0, 0, 1))
+    assert few.sizes["samples"] == 20 and found(few) == found(same) != found(other)
+    assert few.hash == same.hash != other.hash
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("mnist", True),
+        ("owner/name", True),
+        ("nothing.npz", True),  # so that the error is that of networks
+        (lambda x, sigma: x, True),
+        (torch.zeros(2, 1, 2, 2), False),
+        ((np.zeros(2), np.zeros(2)), False),
+    ],
+)
+def test_networks_are_told_from_images(what, expected):
+    assert is_network(what) is expected
+
+
+def test_folders_of_networks_are_told_from_images(folder, tmp_path, net):
+    write(tmp_path / "images", images(2))
+    assert is_network(folder) and not is_network(tmp_path / "images") and not is_network(str(tmp_path / "images"))
+    assert is_network(net) and is_network(ODESampler(net))
+
+
+# -- Samples of a network
+
+
+def test_samples_are_those_of_bulk_sampling(net, folder, tmp_path):
+    real, sampler = images(30, size=8), ODESampler(net, levels=2)
+    samples = torch.cat([batch.images for batch in bulk_samples(sampler, 5, seed=5, batch_size=4)])
+    expected = run(samples, real, metrics=["precision-recall"]).figures["samples"]
+    options = {"n": 5, "seed": 5, "batch_size": 4, "metrics": ["precision-recall"]}
+    assert run(sampler, real, **options).figures["samples"] == expected
+    assert run(str(folder), real, sampler=SamplerSettings("ode", levels=2), **options).figures["samples"] == expected
+    sample_to(sampler, tmp_path / "pictures", 5, seed=5, batch_size=4, progress=False)
+    for what in (tmp_path / "pictures", tmp_path / "pictures" / "images"):
+        assert run(what, real, metrics=["precision-recall"]).figures["samples"] == expected
+    assert run(tmp_path / "pictures", real, n=4, metrics=[]).sizes["samples"] == 4
+
+
+def test_the_sampler_is_the_recommended_one_or_a_chosen_one(net):
+    real, options = images(30, size=8), {"n": 4, "metrics": []}
+    assert run(net, real, **options).settings["images"]["sampler"]["schedule"] == list(
+        ODESampler(net, levels=3).schedule
+    )
+    chosen = run(net, real, sampler=SamplerSettings("ode", levels=2, method="dpm-solver++"), **options)
+    same = run(net, real, sampler=lambda net: ODESampler(net, levels=2, method="dpm-solver++"), **options)
+    assert chosen == same and chosen.settings["images"]["sampler"]["method"] == "dpm-solver++"
+
+
+def test_an_interrupted_evaluation_continues_and_other_metrics_draw_nothing(net, tmp_path, monkeypatch):
+    real, out = images(30, size=8), tmp_path / "out"
+    options = {"n": 10, "batch_size": 4, "out": out}
+    with pytest.warns(UserWarning, match="is singular"):
+        one = run(net, real, metrics=["frechet"], **options)
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "evaluation.md", "samples", "samples.png"]
+    batches = sorted((out / "samples" / "images").iterdir())
+    assert [path.name for path in batches] == ["000000.npz", "000004.npz", "000008.npz"]
+    batches[1].unlink()
+    with pytest.warns(UserWarning, match="is singular"):
+        again = run(net, real, metrics=["frechet"], **options)
+    assert agree(again.figures["samples"], one.figures["samples"]) and again.settings == one.settings
+    monkeypatch.setattr(ODESampler, "sample", None)
+    other = run(net, real, metrics=["precision-recall"], features=CLASSES, **options)
+    assert other.figures["samples"]["images"] == one.figures["samples"]["images"]
+    with pytest.raises(ValueError, match="has samples with other settings: seed was 0 and is 1"):
+        run(net, real, metrics=[], seed=1, **options)
+
+
+def test_files(net, tmp_path):
+    real, out = images(30, size=8), tmp_path / "out"
+    result = run(net, real, n=6, out=out, held_out=images(5, 1, size=8), metrics=["density-coverage"], name="tiny")
+    stored = json.loads((out / "evaluation.json").read_text())
+    assert stored["hash"] == result.hash and stored["name"] == "tiny" and stored["settings"] == result.settings
+    assert stored["sizes"] == {"samples": 6, "held-out": 5, "gaussian": 6, "reference": 30}
+    value, error = result.figures["samples"]["pixels"]["coverage"]
+    assert stored["figures"]["samples"]["pixels"]["coverage"] == {"value": value, "error": error}
+    assert "density" not in result.figures["held-out"]["pixels"]  # more than 5 images are needed
+    settings = stored["settings"]
+    assert (
+        settings["images"]["network"].startswith("ScoreNet ") and settings["images"]["sampler"]["name"] == "ODESampler"
+    )
+    assert settings["metrics"] == {"density-coverage": {"k": 5}} and settings["reference"]["n"] == 30
+    assert settings["features"][0]["name"] == "pixels" and stored["versions"]["torch"] == torch.__version__
+    page = (out / "evaluation.md").read_text()
+    assert page.startswith("# Evaluation of tiny\n\n|  | samples | held-out images | Gaussian | reference |")
+    assert f"| coverage ↑ | {Figure(value, error)} |  |" in page and f"hash is {result.hash}" in page
+    assert "- coverage: standard error of a share" in page
+    with Image.open(out / "samples.png") as picture:
+        assert picture.size == (3 * 10 + 2, 2 * 10 + 2)
+
+
+def test_the_reference_is_resized_to_a_network_but_not_to_images(net, tmp_path):
+    real = write(tmp_path / "real", images(8, channels=3, size=20))
+    assert run(net, real, n=6, metrics=[]).settings["reference"]["shape"] == [1, 8, 8]
+    with pytest.raises(
+        ValueError, match=r"the size of those to evaluate, 3 x 3 pixels \(gray\), got 20 x 20 pixels \(color"
+    ):
+        run(images(6), real)
+    assert run(images(6), open_images(real, image_size=3, channels=1), metrics=[]).sizes["reference"] == 8
+    with pytest.raises(ValueError, match=r"the held-out images must have the shape \(1, 8, 8\), got \(1, 3, 3\)"):
+        run(net, real, n=6, metrics=[], held_out=open_images(images(6)))
+
+
+def test_networks_that_cannot_be_evaluated(net):
+    palette = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, condition_channels=1)
+    with pytest.raises(ValueError, match=r"takes an image as its condition\. Use evaluate_restoration"):
+        run(palette, images(4, size=8))
+    with pytest.raises(ValueError, match="what is a sampler itself: leave out sampler="):
+        run(ODESampler(net), images(4, size=8), sampler=ODESampler)
+    with pytest.raises(TypeError, match="sampler must return a Sampler, got int"):
+        run(net, images(4, size=8), sampler=lambda net: 1)
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        run(net, images(4, size=8), n=1)
+    with pytest.raises(ValueError, match="sampler, condition and classes are for networks"):
+        run(images(4), images(4), sampler=ODESampler)
+    with pytest.raises(ValueError, match=r"must be \(C, H, W\) with 1 or 3 channels, but function has \(2,\)"):
+        run(lambda x, sigma: -x, images(4), sampler=lambda net: _Points(net))
+
+
+class _Points(ODESampler):
+    def __init__(self, net):
+        super().__init__(net, NoiseSchedule([1.0, 0.1]))
+        self.net = SimpleNamespace(sample_shape=(2,))
+
+
+def test_classes_of_samples(net, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        conditional = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, classes=3, schedule=net.schedule)
+    sampler = ODESampler(conditional, levels=2)
+    result = run(sampler, images(9, size=8), n=6, metrics=[], condition="cycle")
+    expected = torch.cat([batch.images for batch in bulk_samples(sampler, 6, condition="cycle")])
+    assert result.figures["samples"]["images"] == image_figures([expected])
+
+
+# -- The floor and the ceiling
+
+
+def test_images_of_the_gaussian_have_the_mean_and_the_covariance_of_the_data():
+    x = 0.5 + 0.05 * torch.randn(5, 1, 2, 2, generator=seed(0), dtype=torch.float32)
+    data = open_images(x)
+    n = 4000
+    drawn = torch.cat(list(gaussian_images(data, n, seed=1, batch_size=500))).flatten(1).double()
+    rounded = (x * 255).round().double().flatten(1) / 255
+    covariance = torch.cov(rounded.T)
+    deviation = covariance.diagonal().sqrt()
+    assert ((drawn.mean(0) - rounded.mean(0)).abs() < 4 * deviation / n**0.5).all()
+    error = ((covariance**2 + covariance.diagonal()[:, None] * covariance.diagonal()) / n).sqrt()
+    assert ((torch.cov(drawn.T) - covariance).abs() < 4 * error).all()
+
+
+def test_an_image_of_the_gaussian_depends_on_its_number_only(monkeypatch):
+    module = importlib.import_module("scorematch.evaluation.evaluate")  # its name is also that of the function
+    data = open_images(images(30))
+    one = torch.cat(list(gaussian_images(data, 9)))
+    few = torch.cat(list(gaussian_images(data, 5, batch_size=2)))
+    torch.testing.assert_close(few, one[:5], rtol=0, atol=1e-6)
+    assert not torch.equal(torch.cat(list(gaussian_images(data, 9, seed=1))), one)
+    monkeypatch.setattr(module, "_VALUES", 1)  # one batch in a pass over the data
+    assert torch.equal(torch.cat(list(gaussian_images(data, 5, batch_size=2))), few)
+
+
+def test_held_out_images_and_the_gaussian_are_measured_beside_the_samples():
+    real, more, generated = images(60), images(100, 3), images(40, 1)
+    result = run(generated, real, held_out=more, metrics=["frechet"], seed=4)
+    assert result.sizes == {"samples": 40, "held-out": 40, "gaussian": 40, "reference": 60}
+    drawn = torch.cat(list(gaussian_images(open_images(real), 40, seed=4)))
+    assert found(result, "gaussian")["frechet"] == pytest.approx(frechet_distance(pixels()(real), pixels()(drawn)))
+    assert result.figures["reference"] == {"images": image_figures([real])}
+    with pytest.raises(ValueError, match="held_out is the reference"):
+        run(generated, real, held_out=real)
+    other = run(generated, real, held_out=more, metrics=["frechet"], seed=5, gaussian=False)
+    assert found(other, "held-out") != found(result, "held-out") and "gaussian" not in other.figures
+    assert agree(other.figures["samples"], result.figures["samples"])
+
+
+# -- References
+
+
+def test_statistics_as_the_reference(tmp_path):
+    real, generated = images(60), images(40, 1)
+    expected = run(generated, real, gaussian=False)
+    whole, plain = tmp_path / "whole.npz", tmp_path / "plain.npz"
+    features = pixels()(real)
+    Statistics.of(features, pixels()).save(whole)
+    np.savez(plain, mu=features.double().mean(0).numpy(), sigma=torch.cov(features.double().T).numpy())
+    for reference in (whole, Statistics.load(whole, pixels())):
+        assert agree(run(generated, reference).figures["samples"], expected.figures["samples"])
+    result = run(generated, str(plain))
+    assert set(found(result)) == {"frechet", "frechet-infinity"}
+    assert found(result)["frechet"] == pytest.approx(found(expected)["frechet"])
+    assert "only their statistics" in result.left_out["Gaussian"]
+    assert "needs the features of the reference" in result.left_out["precision-recall of pixels"]
+    assert result.settings["reference"]["n"] is None
+    with pytest.raises(ValueError, match="'kernel' needs the features of the reference"):
+        run(generated, plain, metrics=["kernel"])
+    with pytest.raises(ValueError, match=r"have 16 dimensions for images of 4 x 4 pixels \(gray\), but .* have 9"):
+        run(images(40, size=4), plain)
+    with pytest.raises(ValueError, match="computed by the extractor pixels"):
+        run(generated, whole, features=CLASSES)
+
+
+class _Module(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1).float())
+
+
+def test_only_features_with_a_fingerprint_are_cached(tmp_path):
+    real, generated = images(60), images(40, 1)
+    cache = tmp_path / "cache"
+    plain = lambda x: x.flatten(1)[:, :3].float()  # noqa: E731
+    first = run(generated, real, features=plain, cache=cache)
+    assert not cache.exists() and first.settings["features"][0]["fingerprint"] is None
+    calls = []
+    watched = Extractor(lambda x: calls.append(len(x)) or plain(x), "watched", "1")
+    one = run(generated, real, features=watched, cache=cache, gaussian=False)
+    assert len(list(cache.iterdir())) == 1 and sum(calls) == 60 + 40 + 1  # one black image finds the dimension
+    calls.clear()
+    again = run(generated, real, features=watched, cache=cache, gaussian=False)
+    assert again.hash == one.hash and agree(again.figures["samples"], one.figures["samples"])
+    assert sum(calls) == 40 + 1
+    network = _Module(9, 4)
+    run(generated, real, features=network, cache=cache)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_default_cache_is_that_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCOREMATCH_CACHE", str(tmp_path / "cache"))
+    run(images(9), images(9), cache=True, metrics=[])
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+class _Table:
+    """As much of a data set of the package datasets as is read."""
+
+    column_names = ("image", "label")
+
+    def __init__(self, x):
+        self.features, self._x = {}, x
+
+    def __len__(self):
+        return len(self._x)
+
+    def __getitem__(self, i):
+        return {"image": Image.fromarray(self._x[i, 0].numpy())}
+
+
+def test_short_names_of_references(monkeypatch):
+    loaded = []
+
+    def load_dataset(name, split):
+        loaded.append((name, split))
+        return _Table(images(30, 3 if split == "test" else 0))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    result = run(images(20, 1), "mnist-train", held_out="mnist-test", metrics=[])
+    assert loaded == [("ylecun/mnist", "train"), ("ylecun/mnist", "test")]
+    assert result.figures["reference"]["images"] == image_figures([images(30)])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"cifar10-train is loaded from the Hugging Face Hub.*pip install datasets"):
+        run(images(20, 1), "cifar10-train")
+    assert {name.rpartition("-")[2] for name in REFERENCES} == {"train", "test"}
+
+
+def test_a_reference_that_cannot_be_loaded(monkeypatch):
+    def load_dataset(name, split):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(
+        FileNotFoundError, match=r"mnist-test cannot be loaded from the Hub \(ylecun/mnist\): no network"
+    ):
+        run(images(20, 1), "mnist-test")
+
+
+# -- Bad input
+
+
+def test_damaged_images_are_an_error(tmp_path):
+    folder = write(tmp_path / "images", images(5))
+    (folder / "002.png").write_bytes((folder / "002.png").read_bytes()[:50])
+    for arguments in [(folder, images(5)), (images(5), folder)]:
+        with pytest.raises(OSError, match=r"002\.png cannot be read as an image"):
+            run(*arguments, metrics=[])
+    with pytest.raises(OSError, match=r"002\.png cannot be read as an image"):
+        run(images(5), images(5), held_out=folder, metrics=[])
+
+
+def test_folders_without_images_and_of_several_sizes(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for arguments in [(tmp_path / "empty", images(5)), (images(5), tmp_path / "empty")]:
+        with pytest.raises(FileNotFoundError, match="empty and its subfolders contain no image files"):
+            run(*arguments)
+    folder = write(tmp_path / "images", images(5))
+    write(tmp_path / "other", images(1, size=4))
+    shutil.move(tmp_path / "other" / "000.png", folder / "other.png")
+    with pytest.raises(ValueError, match="images of different sizes"):
+        run(folder, images(5))
+
+
+def test_one_image_is_not_enough():
+    with pytest.raises(ValueError, match="n must be from 2 to the number of images, 1, got 1"):
+        run(images(1), images(5))
+    with pytest.raises(ValueError, match="needs at least 2 features, got 1"):
+        run(images(5), images(1))
+    with pytest.raises(ValueError, match="n must be from 2 to the number of images, 5, got 6"):
+        run(images(5), images(5), n=6)
+
+
+def test_features_with_nan():
+    broken = Extractor(lambda x: torch.where(x.flatten(1) == 7, float("nan"), x.flatten(1).float()), "broken", "1")
+    x = images(5)
+    x[3, 0, 0, 0] = 7
+    with pytest.raises(ValueError, match="features must be finite, but 1 of the 5 rows hold NaN"):
+        run(x, images(5, 1).clamp(min=8), features=broken)
+
+
+def test_features_need_different_names():
+    with pytest.raises(ValueError, match="extractors with different names, got pixels, pixels"):
+        run(images(5), images(5), features=["pixels", "pixels"])
+    with pytest.raises(ValueError, match="extractors with different names, got none"):
+        run(images(5), images(5), features=[])
+    with pytest.raises(ValueError, match=r"features must be one of .* got 'fid'"):
+        run(images(5), images(5), features="fid")
+
+
+def test_an_evaluator_measures_many_sets():
+    evaluator = Evaluator(images(60), features="pixels", metrics=["frechet"], cache=False, progress=False)
+    for number in (1, 2):
+        x = images(40, number)
+        measured = evaluator.measure([x])
+        assert agree(measured, run(x, images(60), metrics=["frechet"]).figures["samples"])
+        plain = values(measured)
+        assert (
+            plain["frechet"] == measured["pixels"]["frechet"].value and plain["std"] == measured["images"]["std"].value
+        )
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        evaluator.measure([images(1)])
+    two = Evaluator(images(60), features=["pixels", CLASSES], metrics=["frechet"], cache=False, progress=False)
+    assert {"pixels frechet", "classes of x frechet", "images std"} <= values(two.measure([images(20)])).keys()
+
+
+def test_nothing_is_drawn_from_the_global_generator(net):
+    state = torch.get_rng_state()
+    run(AnnealedLangevinSampler(net, levels=3), images(20, size=8), n=6, held_out=images(9, 1, size=8), metrics=[])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(folder, tmp_path):
+    np.savez(tmp_path / "real.npz", images=images(1040, size=8)[:, 0].numpy())
+    np.savez(tmp_path / "more.npz", images=images(1040, 1, size=8)[:, 0].numpy())
+    options = ("-n", 1030, "--features", "pixels", "--held-out", tmp_path / "more.npz", "--batch-size", 100, "--quiet")
+    command = ("scorematch", "evaluate", folder, tmp_path / "real.npz", *options, "--device", "cpu")
+    for name, launched in [
+        ("one", ("-m",)),
+        ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")),
+    ]:
+        python(*launched, *command, "--out", tmp_path / name, "--cache", tmp_path / f"cache-{name}", timeout=300)
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
+    assert one["settings"] == two["settings"] and one["sizes"] == two["sizes"]
+    assert one["figures"]["samples"]["pixels"].keys() >= {"frechet", "frechet-infinity", "kernel", "recall", "density"}
+    for column, sources in one["figures"].items():
+        first, second = (
+            {source: {name: Figure(**each) for name, each in measured.items()} for source, measured in found.items()}
+            for found in (sources, two["figures"][column])
+        )
+        assert agree(first, second), column

@@ -1,0 +1,242 @@
+"""Distributions with known scores: derivatives of their densities, torch's densities, and Bayes' rule."""
+
+import math
+
+import pytest
+import torch
+from torch import distributions
+
+from scorematch import AnnealedLangevinSampler, NoiseSchedule
+from scorematch.evaluation import exact as module
+from scorematch.evaluation.exact import Empirical, Gaussian, Mixture, operator_matrix
+from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.sampling import ODESampler
+from tests.helpers import gaussian_images, run, seed
+
+SHAPE = (3, 4, 4)
+LEVELS = NoiseSchedule.geometric(5, 0.1, 10)
+
+
+def normal(*shape, number=0):
+    return torch.randn(*shape, generator=seed(number), dtype=torch.float64)
+
+
+def mixture(shape=SHAPE, components=3):
+    size = math.prod(shape)
+    root = 0.3 * normal(size, size) / size**0.5
+    weights = torch.arange(1.0, components + 1)
+    return Mixture(weights, normal(components, size, number=1), root @ root.T + 0.02 * torch.eye(size), shape)
+
+
+WORLDS = {
+    "gaussian": gaussian_images(SHAPE),
+    "mixture": mixture(),
+    "empirical": Empirical(normal(20, *SHAPE), 0.5),
+    "data": Empirical(normal(20, *SHAPE)),
+}
+every_world = pytest.mark.parametrize("name", WORLDS)
+
+
+@every_world
+@pytest.mark.parametrize("sigma", [0.3, 2.0])
+def test_the_score_is_the_gradient_of_the_log_density(name, sigma):
+    world = WORLDS[name]
+    x = (world.sample(5, 1, torch.float64) + sigma * normal(5, *SHAPE, number=2)).requires_grad_()
+    (gradient,) = torch.autograd.grad(world.log_density(x, sigma).sum(), x)
+    torch.testing.assert_close(world(x, sigma), gradient, rtol=1e-9, atol=1e-9)
+
+
+@every_world
+def test_each_sample_has_its_own_level(name, rng):
+    world, sigma = WORLDS[name], torch.tensor([0.2, 1.0, 7.0], dtype=torch.float64)
+    x = normal(3, *SHAPE)
+    expected = torch.cat([world(x[i : i + 1], float(sigma[i])) for i in range(3)])
+    torch.testing.assert_close(world(x, sigma), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_densities_are_those_of_torch():
+    world, x = WORLDS["mixture"], normal(5, *SHAPE, number=3)
+    covariance = world._within + 0.5**2 * torch.eye(48)
+    parts = distributions.MultivariateNormal(world.means, covariance)
+    known = distributions.MixtureSameFamily(distributions.Categorical(world.weights), parts)
+    torch.testing.assert_close(world.log_density(x, 0.5), known.log_prob(x.flatten(1)), rtol=1e-9, atol=1e-9)
+    gaussian = WORLDS["gaussian"]
+    known = distributions.MultivariateNormal(gaussian.mean, gaussian.covariance)
+    torch.testing.assert_close(gaussian.log_density(x), known.log_prob(x.flatten(1)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, 0.4])
+def test_an_empirical_distribution_is_a_mixture_of_its_data(bandwidth, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 3)
+    data = normal(10, *SHAPE)
+    found = Empirical(data, bandwidth)
+    known = Mixture([0.1] * 10, data.flatten(1), bandwidth**2, SHAPE)
+    x, sigma = normal(4, *SHAPE, number=1), torch.tensor([0.1, 0.5, 2, 9], dtype=torch.float64)
+    torch.testing.assert_close(found(x, sigma), known(x, sigma), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.log_density(x, 0.3), known.log_density(x, 0.3), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.mean, known.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.covariance, known.covariance, rtol=1e-12, atol=1e-12)
+    assert len(found) == 10 and found.sample_shape == SHAPE
+
+
+def test_low_noise_leads_to_the_nearest_image_with_float32_inputs():
+    """Differences of squares would lose all digits in float32: the exponents are around 1e7."""
+    data = torch.randint(256, (50, 1, 8, 8), generator=seed(), dtype=torch.uint8)
+    world, x = Empirical(data), data[7:9].float() / 255 + 1e-3 * torch.randn(2, 1, 8, 8, generator=seed(1))
+    torch.testing.assert_close(x + 1e-3**2 * world(x, 1e-3), data[7:9].float() / 255, rtol=0, atol=1e-6)
+
+
+def test_results_have_the_dtype_of_x():
+    for world in WORLDS.values():
+        x = normal(2, *SHAPE).float()
+        assert world(x, 0.5).dtype == torch.float32 == world.log_density(x, 0.5).dtype == world.sample(2).dtype
+        torch.testing.assert_close(world(x, 0.5), world(x.double(), 0.5).float(), rtol=1e-5, atol=1e-5)
+
+
+@every_world
+def test_samples_have_the_mean_and_the_covariance(name):
+    world, n = WORLDS[name], 20_000
+    x = world.sample(n, 5, torch.float64).flatten(1)
+    deviations = world.covariance.diag().sqrt()
+    assert ((x.mean(0) - world.mean).abs() < 5 * deviations / n**0.5).all()
+    # The variance of a product of two normal values is at most 2; mixtures and data are lighter in their tails.
+    error = (torch.cov(x.T) - world.covariance).abs() / (deviations[:, None] * deviations)
+    assert error.max() < 6 * (2 / n) ** 0.5
+
+
+def test_samples_depend_on_the_seed_only():
+    for world in WORLDS.values():
+        state = torch.get_rng_state()
+        assert torch.equal(world.sample(3, 1), world.sample(3, seed(1)))
+        assert not torch.equal(world.sample(3, 1), world.sample(3, 2))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert world.sample(3).shape == (3, *SHAPE)
+
+
+def test_a_gaussian_like_a_data_set():
+    data = normal(100, *SHAPE)
+    fitted = Gaussian.like(Empirical(data, schedule=LEVELS, value_range=(0, 1)))
+    torch.testing.assert_close(fitted.mean, data.flatten(1).mean(0))
+    torch.testing.assert_close(fitted.covariance, torch.cov(data.flatten(1).T, correction=0))
+    assert (fitted.sample_shape, fitted.schedule, fitted.value_range) == (SHAPE, LEVELS, (0, 1))
+
+
+# -- Posteriors
+
+
+OPERATORS = {
+    "mask": Mask(torch.rand(4, 4, generator=seed(5)) > 0.4),
+    "uncrop": Uncrop(right=2),
+    "gray": Grayscale(),
+    "pool of gray": AveragePool(2) @ Grayscale(),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("name", ["gaussian", "mixture"])
+def test_posteriors_obey_the_rule_of_bayes(name, operator):
+    """The log-density of the posterior is that of the prior plus the log-likelihood, up to a constant."""
+    world, operator, sigma = WORLDS[name], OPERATORS[operator], 0.4
+    truth = world.sample(3, 1, torch.float64)
+    y = operator.measure(truth)
+    y = y + sigma * normal(*y.shape)
+    x = truth[:1] + normal(6, *SHAPE, number=2)
+    misfit = operator.measure(operator.lift(y[1:2])) - operator.measure(x)
+    expected = world.log_density(x) - misfit.square().flatten(1).sum(1) / (2 * sigma**2)
+    posterior = world.posterior(Observation(operator, y, sigma), 1)
+    difference = posterior.log_density(x) - expected
+    torch.testing.assert_close(difference, difference.mean().expand(6), rtol=1e-8, atol=1e-8)
+    assert posterior.sample_shape == SHAPE and isinstance(posterior, type(world))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("name", ["gaussian", "mixture"])
+def test_posteriors_of_an_observation_without_noise_agree_with_it(name, operator):
+    world, operator = WORLDS[name], OPERATORS[operator]
+    y = operator.measure(world.sample(1, 1, torch.float64))
+    x = world.posterior(Observation(operator, y)).sample(50, 2, torch.float64)
+    torch.testing.assert_close(operator.measure(x), y.expand(50, -1, -1, -1), rtol=0, atol=1e-6)
+    assert x.std(0).max() > 0.1
+
+
+def test_the_weights_of_a_posterior_are_those_of_the_likely_components():
+    world = Mixture([0.5, 0.5], [[-1.0] * 4, [1.0] * 4], 0.1, (1, 2, 2))
+    half = Mask(torch.tensor([True, False]))
+    y = half.measure(torch.full((1, 1, 2, 2), 1.0))
+    posterior = world.posterior(Observation(half, y, 0.5))
+    # Two values of variance 0.1 + 0.25 are observed, at distances 0 and 2 from the means.
+    odds = math.exp(-2 * 2**2 / (2 * 0.35))
+    torch.testing.assert_close(posterior.weights, torch.tensor([odds, 1.0], dtype=torch.float64) / (1 + odds))
+    far = world.posterior(Observation(half, 100 * y, 0.5))
+    assert torch.isfinite(far.sample(5, 0)).all() and far.weights[1] == 1
+
+
+def test_values_that_a_mask_hides_have_no_influence():
+    world, left = WORLDS["mixture"], Mask(torch.arange(4) < 2)
+    y = left.measure(world.sample(1, 0))
+    hidden = torch.where(left.seen, y, math.nan)
+    a, b = (world.posterior(Observation(left, each, 0.1)) for each in (y, hidden))
+    assert torch.equal(a.means, b.means) and torch.equal(a.weights, b.weights)
+
+
+def test_each_image_of_an_observation_may_have_its_own_mask():
+    world, masks = WORLDS["gaussian"], Mask(torch.rand(3, 1, 4, 4, generator=seed(1)) > 0.5)
+    x = world.sample(3, 0)
+    observation = Observation(masks, masks.measure(x), 0.1)
+    alone = Observation(Mask(masks.seen[2]), observation.y[2:], 0.1)
+    torch.testing.assert_close(world.posterior(observation, 2).mean, world.posterior(alone).mean)
+
+
+# -- As scores of samplers
+
+
+def test_samplers_use_the_schedule_and_the_shape_of_a_distribution():
+    world = Gaussian(torch.zeros(48), 1.0, SHAPE, schedule=LEVELS)
+    sampler = AnnealedLangevinSampler(world, levels=5)
+    assert len(sampler.schedule) == 5 and run(sampler, 2).shape == (2, *SHAPE)
+    clamped = Gaussian(torch.full((48,), 0.5), 1.0, SHAPE, schedule=LEVELS, value_range=(0, 1))
+    x = run(AnnealedLangevinSampler(clamped), 2, generator=0)
+    assert (x.min(), x.max()) == (0, 1)
+
+
+def test_sampling_with_the_score_of_a_data_set_returns_its_images():
+    data = torch.rand(5, *SHAPE, generator=seed())
+    x = run(ODESampler(Empirical(data, schedule=NoiseSchedule.geometric(5, 0.01, 10))), 20, generator=0)
+    nearest = torch.cdist(x.flatten(1), data.flatten(1)).min(1)
+    assert nearest.values.max() < 1e-3 and len(nearest.indices.unique()) > 1
+
+
+# -- Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: Gaussian([0.0, 0.0], 1.0)(torch.zeros(2, 3), 1.0),
+            ValueError,
+            r"x must be \(N, 2\), got shape \(2, 3",
+        ),
+        (lambda: Gaussian([0.0], 1.0)(torch.zeros(2, 1), 0.0), ValueError, "sigma must be positive, got 0"),
+        (
+            lambda: Gaussian([0.0, 0.0], [[1.0]]),
+            ValueError,
+            r"covariance must be \(2, 2\) or a number, got shape \(1, 1",
+        ),
+        (lambda: Gaussian([0.0, 0.0], [[1.0, 0.5], [0.0, 1.0]]), ValueError, "covariance must be symmetric"),
+        (lambda: Gaussian([0.0, 0.0], [[1.0, 2.0], [2.0, 1.0]]), ValueError, "no negative eigenvalues, got .* -1 to 3"),
+        (lambda: Gaussian([0.0], math.nan), ValueError, "covariance must be symmetric and finite"),
+        (lambda: Gaussian([0.0, 0.0], 1.0, (3,)), ValueError, r"sample_shape must have 2 values.*got \(3,\)"),
+        (lambda: Mixture([1.0], [0.0], 1.0), ValueError, r"means must be \(K, D\), got shape \(1,\)"),
+        (lambda: Mixture([1.0], [[0.0], [1.0]], 1.0), ValueError, "weights must be 2 positive numbers"),
+        (lambda: Mixture([1.0, 0.0], [[0.0], [1.0]], 1.0), ValueError, "weights must be 2 positive numbers"),
+        (lambda: Empirical(torch.zeros(2, 3).long()), TypeError, "floating point or uint8, got torch.int64"),
+        (lambda: Empirical([[0.0]]), TypeError, "got list"),
+        (lambda: Empirical(torch.zeros(3)), ValueError, r"data must be a batch .*got shape \(3,\)"),
+        (lambda: Empirical(torch.zeros(2, 3), -1.0), ValueError, "bandwidth must be at least 0, got -1"),
+        (lambda: operator_matrix(JPEG(50), SHAPE), ValueError, r"must be linear and have a gain, got JPEG\(50\)"),
+    ],
+)
+def test_invalid_arguments_raise(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

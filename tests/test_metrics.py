@@ -1,0 +1,620 @@
+"""Metrics of features: closed forms, brute force, torch-fidelity, and laws of all accumulators."""
+
+import itertools
+import math
+import textwrap
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from scorematch.evaluation import (
+    METRICS,
+    DensityCoverage,
+    FrechetDistance,
+    KernelDistance,
+    Moments,
+    Statistics,
+    density_coverage,
+    frechet_distance,
+    frechet_estimate,
+    frechet_extrapolation,
+    inception_score,
+    kernel_distance,
+    metrics,
+    precision_recall,
+)
+from scorematch.evaluation.accumulate import Rows
+from tests.helpers import python, seed
+
+exact = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+
+
+def normal(n, dimension, number=0, dtype=torch.float64):
+    return torch.randn(n, dimension, generator=seed(number), dtype=dtype)
+
+
+def gaussian(mean, covariance, n=None):
+    """Statistics of a normal distribution."""
+    mean, covariance = (torch.as_tensor(value, dtype=torch.float64) for value in (mean, covariance))
+    return Statistics(mean, covariance, n, "exact", "1", "none")
+
+
+def covariance(dimension, number=0):
+    root = normal(dimension, dimension, number)
+    return root @ root.T / dimension + 0.1 * torch.eye(dimension, dtype=torch.float64)
+
+
+def moments_of(*batches):
+    moments = Moments()
+    for batch in batches:
+        moments.update(batch)
+    return moments
+
+
+# -- Moments ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[50], [1] * 50, [20, 29, 1]])
+def test_moments_are_those_of_all_features_at_once(sizes):
+    features = normal(50, 4) @ normal(4, 4, 1) + torch.tensor([0.0, 1.0, 1e3, 1e6])
+    moments = moments_of(*features.split(sizes))
+    assert moments.n == 50
+    torch.testing.assert_close(moments.mean, features.mean(0), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(moments.covariance, torch.cov(features.T), rtol=1e-9, atol=1e-9)
+
+
+def test_a_large_mean_costs_the_covariance_no_digits():
+    """Sums of squares would lose all of them. The mean, and thereby each deviation, is rounded to 1e-8."""
+    features = torch.arange(1000.0, dtype=torch.float64)[:, None] % 2 + 1e8
+    moments = moments_of(*features.split(7))
+    assert moments.covariance.item() == pytest.approx(0.25 * 1000 / 999, rel=1e-7)
+
+
+def test_moments_are_in_float64_and_in_blocks(monkeypatch):
+    from scorematch.evaluation import accumulate
+
+    features = torch.full((1000, 2), 0.1, dtype=torch.float32)
+    features[::2] = 16777217.0
+    whole = moments_of(features)
+    assert whole.mean.dtype == torch.float64
+    exact(whole.mean, features.double().mean(0))
+    monkeypatch.setattr(accumulate, "_BLOCK", 3)
+    parts = moments_of(features)
+    exact(parts.mean, whole.mean)
+    exact(parts.covariance, whole.covariance)
+
+
+def test_moments_merge_without_sharing_memory():
+    a, b = normal(10, 3), normal(7, 3, 1)
+    both, other = moments_of(a), moments_of(b)
+    both.merge(other)
+    both.merge(Moments())
+    before = other.mean.clone()
+    empty = Moments()
+    empty.merge(other)
+    empty.update(a)
+    assert torch.equal(other.mean, before) and other.n == 7
+    for merged in (both, empty):
+        assert merged.n == 17
+        exact(merged.mean, torch.cat([a, b]).mean(0))
+        exact(merged.covariance, torch.cov(torch.cat([a, b]).T))
+    copy = both.reduce()
+    both.update(a)
+    assert copy.n == 17
+
+
+def test_moments_need_features():
+    with pytest.raises(ValueError, match="there are no features yet: call update"):
+        Moments().mean  # noqa: B018
+    with pytest.raises(ValueError, match="needs at least 2 features, got 1"):
+        moments_of(normal(1, 3)).covariance  # noqa: B018
+    with pytest.raises(ValueError, match="features have 4 dimensions, but those before have 3"):
+        moments_of(normal(2, 3), normal(2, 4))
+    with pytest.raises(ValueError, match="there are no features yet: call update"):
+        Rows().gather()
+
+
+def test_rows_keep_the_wider_dtype():
+    rows = Rows()
+    rows.update(torch.ones(2, 3, dtype=torch.float16))
+    assert rows.gather().dtype == torch.float32
+    rows.update(torch.full((1, 3), 0.1, dtype=torch.float64))
+    assert rows.gather().dtype == torch.float64 and rows.gather()[2, 0] == 0.1 and len(rows) == 3
+
+
+# -- Fréchet distance -------------------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_gaussians_with_the_same_axes():
+    axes = torch.linalg.qr(normal(5, 5)).Q
+    a, b = torch.rand(2, 5, generator=seed(1), dtype=torch.float64)
+    first = gaussian(torch.zeros(5), axes * a @ axes.T)
+    second = gaussian(torch.arange(5), axes * b @ axes.T)
+    expected = 30 + (a.sqrt() - b.sqrt()).square().sum()
+    assert frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-13)
+    assert frechet_distance(second, first) == pytest.approx(float(expected), rel=1e-13)
+
+
+def test_frechet_distance_in_two_dimensions():
+    """The root of a 2 x 2 matrix M has the trace sqrt(tr M + 2 sqrt(det M))."""
+    a, b = covariance(2), covariance(2, 1)
+    product = a @ b
+    root = (product.trace() + 2 * product.det().sqrt()).sqrt()
+    expected = a.trace() + b.trace() - 2 * root
+    found = frechet_distance(gaussian([0, 0], a), gaussian([0, 0], b))
+    assert found == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_frechet_distance_of_features_is_that_of_their_moments(dtype):
+    a, b = normal(40, 6, dtype=dtype), 2 * normal(50, 6, 1, dtype) + 1
+    whole = frechet_distance(a, b)
+    assert frechet_distance(moments_of(*a.split(7)), b) == pytest.approx(whole, rel=1e-12)
+    assert frechet_distance(a, gaussian(b.double().mean(0), torch.cov(b.double().T))) == pytest.approx(whole, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:the covariance of:UserWarning")
+@pytest.mark.parametrize("n", [2, 5, 30])
+def test_frechet_distance_with_fewer_features_than_dimensions(n):
+    """Then the trace is that of the singular values of one set of centered features times the other, without roots."""
+    a, b = 3 * normal(n, 20), normal(9, 20, 1) + 0.5
+    x, y = ((each - each.mean(0)) / math.sqrt(len(each) - 1) for each in (a, b))
+    common = torch.linalg.svdvals(x @ y.T).sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * common
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-12)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-11)
+    assert frechet_distance(a, a) >= 0
+
+
+@pytest.mark.filterwarnings("ignore:the covariance of:UserWarning")
+def test_frechet_distance_of_sets_in_orthogonal_planes_and_of_points():
+    a, b = torch.zeros(2, 9, 4, dtype=torch.float64)
+    a[:, :2], b[:, 2:] = normal(9, 2), normal(9, 2, 1)
+    expected = (a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-13)
+    assert frechet_distance(torch.zeros(3, 2), torch.ones(3, 2)) == 2  # both covariances are zero
+
+
+def test_frechet_distance_equals_torch_fidelity():
+    fidelity = pytest.importorskip("torch_fidelity.metric_fid")
+    a, b = normal(200, 30) @ normal(30, 30, 2), normal(150, 30, 1) + 0.3
+    statistics = [fidelity.fid_features_to_statistics(each) for each in (a, b)]
+    theirs = fidelity.fid_statistics_to_metric(*statistics, False)[fidelity.KEY_METRIC_FID]
+    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-10)
+
+
+def test_a_singular_covariance_is_told():
+    with pytest.warns(UserWarning, match="the covariance of 4 features of 4 dimensions is singular"):
+        frechet_distance(normal(4, 4), normal(5, 4))
+    frechet_distance(normal(5, 4), gaussian(torch.zeros(4), torch.eye(4)))  # of unknown n
+
+
+def test_frechet_distance_refuses():
+    with pytest.raises(ValueError, match="needs at least 2 features, got 1"):
+        frechet_distance(normal(1, 3), normal(9, 3))
+    with pytest.raises(ValueError, match="the same dimension, got 3 and 4"):
+        frechet_distance(normal(9, 3), normal(9, 4))
+    with pytest.raises(TypeError, match=r"must be a tensor .N, D., Moments or Statistics, got ndarray"):
+        frechet_distance(np.ones((9, 3)), normal(9, 3))
+    with pytest.raises(ValueError, match="must have no negative eigenvalues, but its eigenvalues are from -1 to 2"):
+        frechet_distance(gaussian([0, 0], [[2, 0], [0, -1]]), normal(9, 2))
+
+
+# -- Extrapolation ----------------------------------------------------------------------------------------------------
+
+
+def test_the_standard_error_in_one_dimension():
+    """d = (m - m_r)^2 + (s - s_r)^2; the mean and the variance of n features determine its first-order change."""
+    features, reference = normal(400, 1) * 2 + 1, gaussian([0.0], [[0.25]])
+    found = frechet_estimate(features, reference)
+    assert found.value == pytest.approx(frechet_distance(features, reference), rel=1e-12)
+    x = features - features.mean()
+    s = x.std()
+    change = 2 * features.mean() * x + (1 - 0.5 / s) * x**2  # s_r = 0.5
+    assert found.deviation == pytest.approx(float(change.std() / 20), rel=1e-9)
+
+
+def test_the_standard_error_is_the_spread_over_many_sets():
+    root, reference = normal(4, 4), normal(3000, 4, 1)
+    found = [frechet_estimate(normal(300, 4, 10 + i) @ root + 0.3, reference) for i in range(200)]
+    spread = torch.tensor([each.value for each in found]).std()
+    assert np.mean([each.deviation for each in found]) == pytest.approx(float(spread), rel=0.2)  # 4 errors of a spread
+    assert found[0].value == pytest.approx(frechet_distance(normal(300, 4, 10) @ root + 0.3, reference), rel=1e-12)
+
+
+def test_the_standard_error_warns_and_refuses_as_the_distance():
+    with pytest.warns(UserWarning, match="covariance of 4 features of 4 dimensions is singular"):
+        assert math.isfinite(frechet_estimate(normal(4, 4), normal(40, 4)).deviation)
+    with pytest.raises(ValueError, match="same dimension, got 3 and 4"):
+        frechet_estimate(normal(9, 3), normal(9, 4))
+
+
+def test_the_gaussian_of_statistics_is_computed_once(monkeypatch):
+    reference = gaussian(torch.zeros(3), covariance(3))
+    expected = frechet_distance(normal(30, 3), reference)
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(1) or eigh(matrix))
+    assert frechet_distance(normal(30, 3), reference) == expected and len(calls) == 1
+
+
+def test_random_rows_do_not_depend_on_the_order():
+    features = normal(30, 3)
+    found = metrics.random_rows(features, 10)
+    assert found.shape == (10, 3) and len(torch.unique(found, dim=0)) == 10
+    assert torch.equal(metrics.random_rows(features.flip(0), 10), found)
+    assert not torch.equal(metrics.random_rows(features, 10, 1), found)
+
+
+def test_extrapolation_removes_the_bias():
+    """From n features of N(0, I), the distance to N(0, I) has the mean (D + D (D + 1) / 4) / n to first order.
+
+    The first term is that of the mean. The roots of the eigenvalues of S differ from 1 by half as much as the
+    eigenvalues, so that the second is E |S - I|² / 4, with the variance 2 / n of its diagonal and 1 / n beside it.
+    """
+    dimension, n, repetitions = 4, 600, 200
+    exact = gaussian(torch.zeros(dimension), torch.eye(dimension))
+    found = [
+        frechet_extrapolation(normal(n, dimension, number), exact, sizes=[60, 80, 120, 240], generator=number)
+        for number in range(repetitions)
+    ]
+    assert all(each.sizes == (60, 80, 120, 240, n) for each in found)
+    bias = dimension + dimension * (dimension + 1) / 4
+    for values, expected, least in (
+        ([each.slope for each in found], bias, bias / 3),
+        ([each.value for each in found], 0, bias / n / 2),
+        ([each.distances[-1] for each in found], bias / n, bias / n / 3),
+    ):
+        error = np.std(values) / math.sqrt(repetitions)
+        assert abs(np.mean(values) - expected) < 4 * error and error < least / 3
+
+
+def test_extrapolation_is_a_line_through_the_distances():
+    features, reference = normal(100, 3), normal(80, 3, 1)
+    found = frechet_extrapolation(features, reference)
+    assert found.sizes[0] == 10 and found.sizes[-1] == 100 and len(found.sizes) == 15
+    assert found.distances[-1] == pytest.approx(frechet_distance(features, reference), rel=1e-12)
+    slope, value = np.polyfit(1 / np.array(found.sizes), found.distances, 1)
+    assert (found.value, found.slope) == pytest.approx((value, slope), rel=1e-9)
+    assert frechet_extrapolation(features, reference) == found
+    assert frechet_extrapolation(features, reference, generator=1) != found
+
+
+def test_extrapolation_refuses():
+    features, reference = normal(40, 20), normal(30, 20, 1)
+    with pytest.raises(ValueError, match=r"at least 2 \(D \+ 1\) = 42 features of 20 dimensions, got 40"):
+        frechet_extrapolation(features, reference)
+    for sizes in ([20, 30], [30, 41], [40], []):
+        with pytest.raises(ValueError, match="above the dimension 20 and at most the number of features, 40"):
+            frechet_extrapolation(features, reference, sizes=sizes)
+
+
+# -- Kernel distance --------------------------------------------------------------------------------------------------
+
+
+def brute_discrepancy(x, y):
+    def kernel(u, v):
+        return (sum(i * j for i, j in zip(u, v, strict=True)) / len(u) + 1) ** 3
+
+    x, y = x.tolist(), y.tolist()
+    within = [
+        sum(kernel(u, v) for u, v in itertools.permutations(each, 2)) / (len(each) * (len(each) - 1)) for each in (x, y)
+    ]
+    between = sum(kernel(u, v) for u in x for v in y) / (len(x) * len(y))
+    return sum(within) - 2 * between
+
+
+def test_kernel_distance_of_whole_sets():
+    a, b = normal(12, 3), 2 * normal(12, 3, 1) + 1
+    found = kernel_distance(a, b, subset_size=12, subsets=3)
+    assert found.value == pytest.approx(brute_discrepancy(a, b), rel=1e-12)
+    assert found.deviation == pytest.approx(0, abs=1e-12)
+    assert kernel_distance(b, a, subset_size=12, subsets=1).value == pytest.approx(found.value, rel=1e-12)
+    fidelity = pytest.importorskip("torch_fidelity.metric_kid")
+    theirs = fidelity.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=12, verbose=False)
+    assert found.value == pytest.approx(theirs[fidelity.KEY_METRIC_KID_MEAN], rel=1e-12)
+
+
+def test_kernel_distance_of_subsets():
+    """With subsets of two features of either set, all possible values are known, and so are their mean and spread."""
+    a, b = normal(4, 2), normal(5, 2, 1) + 1
+    values = [
+        brute_discrepancy(a[list(i)], b[list(k)])
+        for i in itertools.combinations(range(4), 2)
+        for k in itertools.combinations(range(5), 2)
+    ]
+    found = kernel_distance(a, b, subset_size=2, subsets=2000)
+    spread = np.std(values)
+    assert abs(found.value - np.mean(values)) < 4 * spread / math.sqrt(2000)
+    assert found.deviation == pytest.approx(spread, rel=0.1)
+
+
+def test_kernel_distance_is_unbiased():
+    """The mean over pairs of sets of one distribution is 0 within its error."""
+    values = [
+        kernel_distance(normal(10, 2, 2 * i), normal(10, 2, 2 * i + 1), subset_size=10, subsets=1).value
+        for i in range(200)
+    ]
+    assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(200) < 0.5
+    assert min(values) < 0
+
+
+def test_kernel_distance_refuses():
+    a = normal(20, 3)
+    with pytest.raises(ValueError, match=r"at least subset_size = 1,000 features in each set, got 20 and 20\. Write"):
+        kernel_distance(a, a)
+    with pytest.raises(ValueError, match="subset_size must be at least 2, got 1"):
+        kernel_distance(a, a, subset_size=1)
+    with pytest.raises(ValueError, match="subsets must be at least 1, got 0"):
+        kernel_distance(a, a, subset_size=2, subsets=0)
+    with pytest.raises(ValueError, match="a and b must have the same dimension, got 3 and 2"):
+        kernel_distance(a, a[:, :2], subset_size=2)
+
+
+# -- Inception Score --------------------------------------------------------------------------------------------------
+
+
+def test_inception_score_of_equal_and_of_certain_predictions():
+    assert inception_score(torch.zeros(40, 4), splits=2) == pytest.approx((1, 0), abs=1e-14)
+    certain = torch.eye(5, dtype=torch.float64).repeat(8, 1) * 1000
+    assert inception_score(certain, splits=1) == pytest.approx((5, 0), rel=1e-12)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_inception_score_equals_torch_fidelity(splits):
+    fidelity = pytest.importorskip("torch_fidelity.metric_isc")
+    logits = 3 * normal(100, 6)
+    found = inception_score(logits, splits=splits, generator=7)
+    order = metrics._canonical(logits)[torch.randperm(100, generator=seed(7))]  # theirs is another random order
+    theirs = fidelity.isc_features_to_metric(logits[order], splits=splits, shuffle=False)
+    assert found == pytest.approx(tuple(theirs.values()), rel=1e-12, abs=1e-13)
+    assert found.value > 1.5 and (splits == 1 or found.deviation > 0.01)
+
+
+def test_inception_score_needs_images():
+    with pytest.raises(ValueError, match="at least 2 images in each of the 10 splits, 20 in all, got 19"):
+        inception_score(normal(19, 3))
+    with pytest.warns(
+        UserWarning, match=r"4 images per split is at most 4 and biased .* for 5 classes. Use at least 50 "
+    ):
+        inception_score(normal(40, 5))
+    with pytest.raises(ValueError, match="splits must be at least 1, got 0"):
+        inception_score(normal(19, 3), splits=0)
+
+
+# -- Balls ------------------------------------------------------------------------------------------------------------
+
+
+def brute_balls(real, generated, k):
+    """Precision, recall, density and coverage."""
+    between = torch.cdist(real, generated, compute_mode="donot_use_mm_for_euclid_dist")
+    reach, own = (
+        torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").sort(1).values[:, k] for x in (real, generated)
+    )
+    inside = between <= reach[:, None]
+    return (
+        float(inside.any(0).double().mean()),
+        float((between <= own).any(1).double().mean()),
+        float(inside.double().sum(0).mean()) / k,
+        float(inside.any(1).double().mean()),
+    )
+
+
+@pytest.mark.parametrize("block", [2048, 16, 7])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_balls_equal_brute_force(k, block, monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK", block)
+    real, generated = normal(40, 3), normal(32, 3, 1) + torch.tensor([2, 0, 0])
+    shapes = []
+    distances = metrics.squared_distances
+
+    def watched(a, b):
+        shapes.append((len(a), len(b)))
+        return distances(a, b)
+
+    monkeypatch.setattr(metrics, "squared_distances", watched)
+    found = *precision_recall(real, generated, k=k), *density_coverage(real, generated, k=k)
+    assert found == pytest.approx(brute_balls(real, generated, k), rel=1e-12)
+    assert 0.2 < found[0] < 1 and 0.2 < found[1] < 1
+    assert max(map(max, shapes)) <= block  # the memory is bounded
+
+
+def test_precision_and_recall_equal_torch_fidelity():
+    fidelity = pytest.importorskip("torch_fidelity.metric_prc")
+    real, generated = normal(60, 4), 1.2 * normal(50, 4, 1)
+    theirs = fidelity.prc_features_to_metric(generated, real, verbose=False)
+    expected = theirs[fidelity.KEY_METRIC_PRECISION], theirs[fidelity.KEY_METRIC_RECALL]
+    assert precision_recall(real, generated) == pytest.approx(expected, rel=1e-6)  # theirs are float32 means
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [0, 1e4])
+def test_balls_of_equal_distant_and_repeated_features(dtype, shift):
+    real = normal(50, 300, dtype=dtype) + shift
+    assert precision_recall(real, real.flip(0)) == (1, 1)
+    assert density_coverage(real, real.flip(0))[1] == 1
+    assert precision_recall(real, real + 100) == density_coverage(real, real + 100) == (0, 0)
+    # A collapsed generator: all balls of its own have radius 0, and only one real feature is at their place.
+    collapsed = real[:1].expand(20, -1)
+    assert precision_recall(real, collapsed) == (1, 1 / 50)
+    # Twice each feature, exactly: each ball of k = 1 reaches to the copy.
+    twice = torch.cat([real, real])
+    assert density_coverage(twice, real, k=1) == (2, 1)
+
+
+def test_coverage_and_density_of_equal_distributions():
+    """Density is 1 on average, and coverage 1 - prod (n - i) / (n + m - i) (Naeem et al., Lemma 2)."""
+    n, m, k = 30, 20, 3
+    found = np.array([density_coverage(normal(n, 2, 2 * i), normal(m, 2, 2 * i + 1), k=k) for i in range(150)])
+    expected = 1, 1 - math.prod((n - i) / (n + m - i) for i in range(1, k + 1))
+    error = found.std(0) / math.sqrt(len(found))
+    assert (abs(found.mean(0) - expected) < 4 * error).all() and (error < 0.03).all()
+
+
+def test_balls_need_neighbors():
+    a = normal(3, 2)
+    with pytest.raises(ValueError, match=r"real must have more than k = 3 features, .* got 3"):
+        precision_recall(a, normal(9, 2))
+    with pytest.raises(ValueError, match="generated must have more than k = 3 features"):
+        precision_recall(normal(9, 2), a)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        density_coverage(a, a, k=0)
+    assert density_coverage(normal(9, 2), a)[0] > 0  # its generated features need no neighbors
+
+
+# -- All accumulators -------------------------------------------------------------------------------------------------
+
+OPTIONS = {"kernel": {"subsets": 5, "subset_size": 20}, "inception-score": {"splits": 2}}
+DIMENSION = 3
+accumulators = pytest.mark.parametrize("name", METRICS)
+
+
+def make(name):
+    kind = METRICS[name]
+    references = [normal(50, DIMENSION, 1) + 0.2] if kind.takes == "features" else []
+    return kind(*references, **OPTIONS.get(name, {}))
+
+
+def value(metric, *batches):
+    for batch in batches:
+        metric.update(batch)
+    return flat(metric.compute())
+
+
+def flat(result):
+    """The numbers of a result, which is a number or a tuple of results."""
+    return [x for each in result for x in flat(each)] if isinstance(result, tuple) else [result]
+
+
+@accumulators
+def test_batches_and_their_order_do_not_matter(name):
+    features = normal(64, DIMENSION)
+    whole = value(make(name), features)
+    assert value(make(name), *features.split([1, 40, 23])) == pytest.approx(whole, rel=1e-10)
+    shuffled = features[torch.randperm(64, generator=seed(2))]
+    assert value(make(name), *shuffled.split(9)) == pytest.approx(whole, rel=1e-10)
+    assert value(make(name), features.float()) == pytest.approx(whole, rel=1e-4)
+    assert value(make(name), 3 * features + 1) != pytest.approx(whole, rel=1e-2)
+
+
+@accumulators
+def test_merged_accumulators_equal_one(name):
+    features = normal(64, DIMENSION)
+    first, second, empty = make(name), make(name), make(name)
+    first.update(features[:20])
+    second.update(features[20:])
+    first.merge(empty)
+    first.merge(second)
+    assert flat(first.compute()) == pytest.approx(value(make(name), features), rel=1e-10)
+    assert flat(first.compute()) == flat(first.compute())
+    more = normal(10, DIMENSION, 3)
+    assert value(first, more) == pytest.approx(value(make(name), features, more), rel=1e-10)
+
+
+@accumulators
+def test_accumulators_refuse(name):
+    metric = make(name)
+    with pytest.raises(ValueError, match=r"there are no features yet: call update|needs at least 2 features, got 0"):
+        metric.compute()
+    metric.update(normal(8, DIMENSION))
+    with pytest.raises(ValueError, match="features have 7 dimensions, but those before have 3"):
+        metric.update(normal(8, 7))
+    wrong = normal(8, DIMENSION)
+    wrong[3, 1], wrong[5, 0] = math.nan, math.inf
+    with pytest.raises(ValueError, match="2 of the 8 rows hold NaN or infinity, the first at row 3"):
+        metric.update(wrong)
+    with pytest.raises(TypeError, match=r"must be floating point, got torch.uint8"):
+        metric.update(torch.zeros(8, DIMENSION, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"must be \(N, D\), one row per image, .* got shape \(8, 3, 1\)"):
+        metric.update(normal(8, DIMENSION)[..., None])
+    with pytest.raises(ValueError, match="with N and D at least 1"):
+        metric.update(normal(0, DIMENSION))
+    with pytest.raises(TypeError, match=r"must be a tensor .N, D., got list"):
+        metric.update([1.0])
+    other = make("kernel" if name == "frechet" else "frechet")
+    with pytest.raises(TypeError, match=f"other must be a {type(metric).__name__} too, got {type(other).__name__}"):
+        metric.merge(other)
+
+
+@accumulators
+def test_one_image_is_not_enough(name):
+    metric = make(name)
+    metric.update(normal(1, DIMENSION))
+    if name == "density-coverage":  # it is defined for one generated image
+        assert metric.compute()[1] <= 1
+        return
+    with pytest.raises(ValueError, match=r"at least 2|at least subset_size = 20|more than k = 3|2 .D . 1. = 8"):
+        metric.compute()
+
+
+def test_references_with_features():
+    features = normal(30, 3)
+    held = Statistics(features.mean(0), torch.cov(features.T), 30, "exact", "1", "none", features=features)
+    a = normal(30, 3, 1)
+    assert precision_recall(held, a) == precision_recall(features, a)
+    metric = KernelDistance(held, subset_size=10)
+    metric.update(a)
+    assert metric.compute() == kernel_distance(a, features, subset_size=10)
+    metric = DensityCoverage(gaussian(features.mean(0), torch.cov(features.T)))
+    metric.update(a)
+    with pytest.raises(ValueError, match="real must be features, but the statistics have none"):
+        metric.compute()
+
+
+def test_nothing_is_drawn_from_the_global_generator():
+    before = torch.get_rng_state()
+    for name in METRICS:
+        value(make(name), normal(64, DIMENSION))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_gradients_are_not_kept():
+    features = normal(9, 2).requires_grad_()
+    metric = FrechetDistance(normal(9, 2, 1))
+    metric.update(features)
+    assert not metric._seen.mean.requires_grad
+
+
+PROCESSES = """
+    import os, sys, torch, torch.distributed as dist
+    torch.set_num_threads(1)
+    from scorematch.evaluation import METRICS
+    from tests.test_metrics import DIMENSION, flat, make, normal
+
+    rank = 0 if os.fork() else 1  # before there are threads
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", world_size=2, rank=rank)
+    features = normal(64, DIMENSION)
+    shares = {"uneven": [features[:20], features[20:]], "one without": [features, None]}
+    for title, share in shares.items():
+        for name in METRICS:
+            metric = make(name)
+            if share[rank] is not None:
+                metric.update(share[rank])
+            with open(sys.argv[2], "a") as file:
+                file.write(f"{title}|{name}|{flat(metric.compute())}\\n")
+    metric = make("frechet")
+    metric.update(normal(5, DIMENSION + rank))
+    try:
+        metric.compute()
+    except ValueError as error:
+        assert "features have 3 dimensions on one process, but 4 on another" in str(error)
+    else:
+        raise AssertionError
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank == 0:
+        assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.distributed, "init_process_group"), reason="torch.distributed is not built")
+def test_two_processes_equal_one(tmp_path):
+    python("-c", textwrap.dedent(PROCESSES), tmp_path / "store", tmp_path / "results", timeout=120)
+    lines = [line.split("|") for line in (tmp_path / "results").read_text().splitlines()]
+    assert len(lines) == 2 * 2 * len(METRICS)
+    features = normal(64, DIMENSION)
+    for title, name, result in lines:
+        found = [float(x.strip("() ")) for x in result.strip("[]").split(",")]
+        assert found == pytest.approx(value(make(name), features), rel=1e-10), title

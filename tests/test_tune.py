@@ -1,0 +1,163 @@
+"""``tune``: the best of a table of sampler settings is found and stored, and a stopped call continues."""
+
+import json
+
+import pytest
+import torch
+
+from scorematch import NoiseSchedule, ScoreNet
+from scorematch.bulk import bulk_samples
+from scorematch.evaluation import Evaluator, compare, frechet_distance, pixels, settings_table, tune
+from scorematch.sampling import ODESampler, SamplerSettings, recommended_sampler
+from tests.helpers import seed
+
+SETTINGS = [
+    SamplerSettings("ode", levels=3),
+    SamplerSettings("ode", levels=2, method="dpm-solver++"),
+    SamplerSettings("ancestral", levels=3),
+    SamplerSettings(levels=40),
+]
+REAL = torch.rand(30, 1, 8, 8, generator=seed(0))
+
+
+@pytest.fixture(scope="module")
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, schedule=NoiseSchedule.geometric(1, 0.01, 9))
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.normal_(std=0.2)
+    return made
+
+
+def mean_color(images):
+    return images.flatten(1)[:, :3].float() / 255
+
+
+def run(net, reference=REAL, **options):
+    options = {"features": mean_color, "settings": SETTINGS, "calls": 30, "n": 6, "cache": False, **options}
+    return tune(net, reference, progress=False, **options)
+
+
+def test_the_best_settings_have_the_smallest_distance(net):
+    result = run(net)
+    assert [row.settings for row in result.rows] == SETTINGS[:3]  # the last takes 40 calls
+    for row in result.rows:
+        sampler = recommended_sampler(net, row.settings)
+        samples = torch.cat([batch.images for batch in bulk_samples(sampler, 6)])
+        expected = frechet_distance(mean_color((samples * 255).round()), mean_color((REAL * 255).round()))
+        assert row.figures[result.source]["frechet"].value == pytest.approx(expected, rel=1e-6)
+        assert (row.calls, row.sampler) == (len(sampler), str(sampler))
+    assert result.best is min(result.rows, key=lambda row: row.figures[result.source]["frechet"].value)
+    assert net.sampler_settings is None
+
+
+def test_the_table(net):
+    result = run(net, held_out=REAL.flip(0))
+    lines = result.to_markdown().splitlines()
+    assert lines[0] == f"| sampler settings | calls | frechet, {result.source} | std | variation | seconds |"
+    assert [line.startswith("| **") for line in lines[2:5]] == [row is result.best for row in result.rows]
+    figure = result.rows[0].figures["images"]["std"]
+    assert (
+        "sampler ode, levels 3" in lines[2] and str(figure) in lines[2] and lines[5].startswith("| held-out images |")
+    )
+
+
+def test_a_folder_with_the_network_and_its_card(net, tmp_path):
+    out = tmp_path / "tuned"
+    first = run(net, out=out, settings=SETTINGS[:2])
+    stored = ScoreNet.from_pretrained(out)
+    assert stored.sampler_settings == first.best.settings
+    assert all(torch.equal(a, b) for a, b in zip(stored.parameters(), net.parameters(), strict=True))
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: scorematch") and first.to_markdown() in card
+    assert f"| sampler settings | {first.best.settings} |" in card
+    (out / "README.md").write_text("# Mine\n\n" + card + "\nThe end.\n")
+    second = run(net, out=out)
+    card = (out / "README.md").read_text()
+    assert card.startswith("# Mine") and card.endswith("The end.\n")
+    assert (
+        second.to_markdown() in card
+        and card.count("## Sampler settings") == card.count("| sampler settings | calls |") == 1
+    )
+
+
+def test_rows_are_measured_once(net, tmp_path, monkeypatch):
+    first = run(net, out=tmp_path, settings=SETTINGS[:2])
+    drawn = []
+    sample = ODESampler.sample
+    monkeypatch.setattr(ODESampler, "sample", lambda self, *a, **b: drawn.append(self) or sample(self, *a, **b))
+    second = run(net, out=tmp_path)
+    assert drawn == [] and second.rows[:2] == first.rows and len(second.rows) == 3
+    assert len(json.loads((tmp_path / "tune.json").read_text())["rows"]) == 3
+    for options in ({"seed": 1}, {"n": 7}, {"reference": REAL[:20]}):
+        with pytest.raises(ValueError, match=f"measured with other settings: {next(iter(options))}. Pass the same"):
+            run(net, out=tmp_path, **options)
+    (tmp_path / "tune.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tune\.json is not valid JSON"):
+        run(net, out=tmp_path)
+    (tmp_path / "tune.json").write_text('{"format_version": 1, "rows": []}')
+    with pytest.raises(ValueError, match=r"tune\.json lacks settings"):
+        run(net, out=tmp_path)
+
+
+def test_a_network_in_its_own_folder(net, tmp_path):
+    net.save_pretrained(tmp_path)
+    result = run(tmp_path, out=tmp_path, settings=SETTINGS[:1])
+    assert ScoreNet.from_pretrained(tmp_path).sampler_settings == result.best.settings == SETTINGS[0]
+
+
+def test_the_default_table(net):
+    listed = settings_table(net, calls=100)
+    samplers = [recommended_sampler(net, settings) for settings in listed]
+    assert max(map(len, samplers)) <= 100 and len(set(listed)) == len(listed) > 10
+    assert {settings.sampler for settings in listed} == {"ode", "langevin", "ancestral", "predictor-corrector"}
+    assert len(settings_table(net)) > len(listed)
+    own = SamplerSettings("ode", levels=7)
+    net.sampler_settings = own
+    assert settings_table(net, calls=100) == [own, *listed]
+    net.sampler_settings = None
+
+
+def test_one_step_of_consistent_sampling_in_the_table_is_that_of_ancestral_sampling(net):
+    """With p = 2 the step is 1 - r^2."""
+    steps = {each.step_size for each in settings_table(net) if each.levels == 100 and each.sampler == "langevin"}
+    ratio = (0.01 / 1) ** (1 / 99)
+    assert min(abs(step - (1 - ratio**2) * 0.01**2) for step in steps) < 1e-8
+
+
+def test_compare_measures_samplers(net):
+    evaluator = Evaluator(REAL, features="pixels", metrics=["precision-recall"], cache=False, progress=False)
+    samplers = [ODESampler(net, levels=levels) for levels in (2, 3)]
+    rows = list(compare(samplers, evaluator, 5, progress=False))
+    assert [row.calls for row in rows] == [3, 5] and all(row.settings is None for row in rows)
+    for row, sampler in zip(rows, samplers, strict=True):
+        images = [batch.images for batch in bulk_samples(sampler, 5)]
+        assert row.figures == evaluator.measure(images)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "fid"}, 'by must be "frechet" or "kernel", got \'fid\''),
+        ({"by": "kernel"}, "'kernel' needs 1,000 images in each set, and there are 6"),
+        ({"calls": 1}, "no settings have at most 1 network calls"),
+        ({"n": 1}, "at least 2 images, got 1"),
+    ],
+)
+def test_wrong_arguments_are_named(net, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(net, **options)
+
+
+def test_a_network_without_a_sample_shape():
+    net = ScoreNet(torch.nn.Identity(), NoiseSchedule([1.0, 0.1]), precondition="karras")
+    with pytest.raises(ValueError, match=r"must draw images \(C, H, W\), but its sample_shape is None"):
+        run(net)
+
+
+def test_pixels_are_an_extractor_by_name(net):
+    with pytest.warns(UserWarning, match="is singular"):
+        result = run(net, features="pixels", settings=SETTINGS[:1])
+    assert result.source == pixels().name
