@@ -9,13 +9,14 @@ The functions here import torch themselves, because a third process, which only 
 import gc
 import os
 
-gc.disable()  # while modules are imported and tests are collected: that makes millions of objects and little garbage
 os.environ["OMP_NUM_THREADS"] = "1"  # must be set before torch is imported; processes that tests start inherit it
 os.environ["MPLBACKEND"] = "Agg"  # plots open no windows
 
 from pathlib import Path
 
 import pytest
+
+gc.disable()  # while modules are imported and tests are collected: that makes millions of objects and little garbage
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SECONDS = {"slow": 600, "cuda": 300, "network": 600}  # per test; other tests have the limit of pyproject.toml

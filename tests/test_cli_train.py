@@ -78,6 +78,12 @@ def run(faces, tmp_path_factory):
     return out, printed.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def _no_count_of_operations(monkeypatch):
+    """Only ``run`` counts the operations of a training step, which takes longer than a short run."""
+    monkeypatch.setattr(command, "training_flop", lambda net: 1e9)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Replaces ``train`` by a function that only records its arguments; the list of these."""

@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW_PAGES = {
     "README",
     "evaluation",
+    "extending",
     "index",
     "palette",
     "recipes",

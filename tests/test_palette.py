@@ -238,7 +238,7 @@ def test_the_condition_of_colorization_is_the_luma_on_three_channels(rng):
     assert region.all()
 
 
-@pytest.mark.parametrize(("lowest", "highest"), [(5, 30), (10, 20)])
+@pytest.mark.parametrize(("lowest", "highest"), [(5, 30), pytest.param(10, 20, marks=pytest.mark.slow)])
 def test_probabilities_of_jpeg_qualities_decay_exponentially(lowest, highest, rng):
     """The probability of a quality q is proportional to exp(-q / 10); q is identified from the compressed images."""
     x = torch.rand(1, 1, 16, 16, generator=rng)

@@ -1,5 +1,7 @@
 """Samplers other than annealed Langevin dynamics, and the properties that all samplers have in common."""
 
+import copy
+import functools
 import inspect
 import itertools
 import math
@@ -69,6 +71,13 @@ class Predicting:
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@functools.cache
+def _tiny():
+    """A network that no test changes."""
+    torch.manual_seed(0)
+    return ScoreNet.unet(1, 4, widths=(4,), layers_per_block=1, schedule=SHORT)
 
 
 def test_every_sampler_is_tested_here():
@@ -502,17 +511,20 @@ def test_yielded_states_are_not_modified_and_end_with_the_result_of_sample(kind,
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[-2:] == [SHORT.sigma_min, 0]
 
 
+@functools.cache
+def _networks():
+    """Inference copies of one network of each of two families."""
+    torch.manual_seed(0)
+    refinenet = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT)
+    return [net.inference_copy() for net in (refinenet, ScoreNet.unet(1, 8, widths=(4, 4), layers_per_block=1))]
+
+
 @every_kind
 def test_any_shape_and_any_network(kind, rng):
     for shape in [(), (2,), (3, 17)]:
         assert run(KINDS[kind](point, SHORT), 4, shape=shape, generator=rng).shape == (4, *shape)
-    torch.manual_seed(0)
-    nets = [
-        ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT),
-        ScoreNet.unet(1, 8, widths=(4, 4), layers_per_block=1, schedule=SHORT),
-    ]
-    for net in nets:
-        images = run(KINDS[kind](net, SHORT.respaced(4)), 2, generator=rng)
+    for net in _networks():
+        images = run(KINDS[kind](net, SHORT.respaced(3)), 2, generator=rng)
         assert images.shape == (2, 1, 8, 8) and images.min() >= 0 and images.max() <= 1
 
 
@@ -536,7 +548,7 @@ def test_nan_in_the_state_raises_an_error_that_names_the_level(kind):
 def test_samples_are_equal_in_inference_mode(kind, restore, world):
     y = torch.tensor([[0.9, 0.0, 0.0]])
     observation = Observation(Mask(torch.tensor([True, False, False])), y)
-    sampler = KINDS[kind](world, SHORT)
+    sampler = KINDS[kind](world, SHORT.respaced(5))
     sampler.restore = restore
     init = torch.randn(4, 3, generator=seed(1))
     expected = run(sampler, observation=observation, init=init, generator=seed(0))
@@ -559,9 +571,7 @@ class Wrapped(torch.nn.Module):
 
 @every_kind
 def test_a_wrapped_network_is_sampled_like_the_network_itself(kind):
-    torch.manual_seed(0)
-    net = ScoreNet.unet(1, 4, widths=(4,), layers_per_block=1, schedule=SHORT)
-    samplers = [KINDS[kind](one, SHORT.respaced(4)) for one in (net, Wrapped(net))]
+    samplers = [KINDS[kind](one, SHORT.respaced(3)) for one in (_tiny(), Wrapped(_tiny()))]
     samplers[0].precision = "float32"  # a wrapped network is called without an inference copy
     assert torch.equal(*(run(sampler, 2, generator=seed(0)) for sampler in samplers))
 
@@ -693,18 +703,18 @@ def test_an_int_is_a_seed(kind, world):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "learned variance"])  # makes no copy itself
 def test_an_inference_copy_is_sampled_like_its_network(kind):
-    torch.manual_seed(0)
-    net = ScoreNet.unet(1, 4, widths=(4,), layers_per_block=1, schedule=SHORT)
-    copied, few = net.inference_copy(), SHORT.respaced(4)
+    net = copy.deepcopy(_tiny())
+    copied, few = net.inference_copy(), SHORT.respaced(3)
     samplers = [KINDS[kind](one, few) for one in (net, copied)]
     assert str(samplers[0]) == str(samplers[1])
-    assert torch.equal(*(run(sampler, 2, generator=0) for sampler in samplers))
+    expected, found = (run(sampler, 2, generator=0) for sampler in samplers)
+    assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="needs the network itself, but net is an inference copy"):
         type(samplers[0])(copied, few, precision="float32")
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
-    assert torch.equal(run(samplers[1], 2, generator=0), run(KINDS[kind](copied, few), 2, generator=0))
+    assert torch.equal(run(samplers[1], 2, generator=0), expected)  # the copy has its own weights
 
 
 @every_kind
@@ -742,7 +752,7 @@ def test_a_guided_score_is_sampled_like_the_function_that_it_computes(kind, guid
     labels, init = torch.tensor([0, 1, 1]), 5 * torch.randn(3, 2, generator=seed(0))
     observation = Observation(Mask(torch.tensor([True, False])), torch.tensor([[0.4, 0.0]]))
     for given in ({}, {"observation": observation}):
-        samplers = [KINDS[kind](one, SHORT) for one in (guided, function)]
+        samplers = [KINDS[kind](one, SHORT.respaced(5)) for one in (guided, function)]
         assert str(samplers[0]) == str(samplers[1])
         found, expected = (run(one, init=init, condition=labels, generator=0, **given) for one in samplers)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -82,7 +82,12 @@ def _gaussian_chain(variance, schedule, steps, step_size, exact_noise):
 
 @pytest.mark.parametrize(
     ("levels", "steps", "exact_noise"),
-    [(40, 3, False), (40, 3, True), (400, 5, True), pytest.param(400, 20, False, marks=pytest.mark.slow)],
+    [
+        (40, 3, False),
+        (40, 3, True),
+        pytest.param(400, 5, True, marks=pytest.mark.slow),
+        pytest.param(400, 20, False, marks=pytest.mark.slow),
+    ],
 )
 def test_samples_of_a_gaussian_have_the_derived_mean_and_covariance(world, levels, steps, exact_noise, rng):
     schedule = NoiseSchedule.geometric(10, 0.01, levels)
@@ -269,8 +274,9 @@ def test_a_batch_equals_its_parts_with_the_same_noise(rng):
     torch.manual_seed(0)
     net = ScoreNet.ncsn(1, 8, width=4, schedule=SHORT)
     init = torch.randn(3, 1, 8, 8, generator=rng)
-    noises = [torch.randn(3, 1, 8, 8, generator=rng) for _ in range(12)]
-    sampler = AnnealedLangevinSampler(net, SHORT, steps_per_level=1, exact_noise=True, precision="float32")
+    noises = [torch.randn(3, 1, 8, 8, generator=rng) for _ in range(4)]
+    options = {"levels": 4, "steps_per_level": 1, "exact_noise": True, "precision": "float32"}
+    sampler = AnnealedLangevinSampler(net, **options)
     together = iter(noises)
     whole = run(sampler, init=init, noise=lambda x: next(together))
     for i in range(3):

@@ -1,5 +1,6 @@
 """ScoreNet: the preconditioning table, all forms of the arguments, and errors for invalid ones."""
 
+import functools
 import math
 
 import numpy as np
@@ -223,6 +224,15 @@ def test_the_condition_is_passed_to_the_backbone_only_if_given(rng):
 # -- Bad input
 
 
+def _with_copy(net):
+    return {"network": net, "inference copy": net.inference_copy()}
+
+
+@functools.cache
+def _of_levels():
+    return _with_copy(ScoreNet.ncsn(1, 8, width=2))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -253,9 +263,8 @@ def test_the_condition_is_passed_to_the_backbone_only_if_given(rng):
 )
 @pytest.mark.parametrize("kind", ["network", "inference copy"])
 def test_invalid_arguments_of_a_network_raise(kind, call, error, message, rng):
-    net = ScoreNet.ncsn(1, 8, width=2)
     with pytest.raises(error, match=message):
-        call(net if kind == "network" else net.inference_copy(), torch.rand(2, 1, 8, 8, generator=rng))
+        call(_of_levels()[kind], torch.rand(2, 1, 8, 8, generator=rng))
 
 
 def test_values_that_cannot_be_read_are_not_checked(rng):
@@ -403,19 +412,19 @@ def test_conditioning_does_not_need_a_sample_shape(make, expected, sample_shape)
 # -- Classes as a condition
 
 
-def _of_classes(classes=10):
+@functools.cache
+def _of_classes():
     torch.manual_seed(0)
-    net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, classes=classes, schedule=LEVELS)
+    net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, classes=10, schedule=LEVELS)
     for parameter in net.parameters():  # the zeros of the beginning would hide what the network sees
         nn.init.normal_(parameter, std=0.3)
-    return net
+    return _with_copy(net)
 
 
 @pytest.mark.parametrize("kind", ["network", "inference copy"])
 @torch.no_grad()
 def test_an_int_is_the_class_of_all_samples(kind, rng):
-    net, x = _of_classes(), torch.rand(3, 1, 8, 8, generator=rng)
-    net = net if kind == "network" else net.inference_copy()
+    net, x = _of_classes()[kind], torch.rand(3, 1, 8, 8, generator=rng)
     assert torch.equal(net(x, 0.2, 7), net(x, 0.2, torch.tensor([7, 7, 7])))
     assert torch.equal(net.denoise(x, 0.2, condition=7), net.denoise(x, 0.2, condition=torch.tensor([7, 7, 7])))
     assert torch.equal(net(x, 0.2, torch.tensor([1, 2, 3]).int()), net(x, 0.2, torch.tensor([1, 2, 3])))
@@ -454,9 +463,8 @@ def test_classes_inside_vmap_are_not_checked(rng):
 )
 @pytest.mark.parametrize("kind", ["network", "inference copy"])
 def test_invalid_classes_raise(kind, condition, error, message, rng):
-    net = _of_classes()
     with pytest.raises(error, match=message):
-        (net if kind == "network" else net.inference_copy())(torch.rand(2, 1, 8, 8, generator=rng), 0.1, condition)
+        _of_classes()[kind](torch.rand(2, 1, 8, 8, generator=rng), 0.1, condition)
 
 
 # -- An image as a condition

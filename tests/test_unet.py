@@ -137,7 +137,7 @@ def _difference(config, size, batch=2):
 def test_every_kind_of_block_equals_that_of_diffusers(block, option):
     config = {
         "sample_size": 8,
-        "block_out_channels": (16, 32),
+        "block_out_channels": (32, 64),
         "norm_num_groups": 8,
         "layers_per_block": 1,
         "down_block_types": (block, block),
