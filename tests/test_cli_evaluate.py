@@ -1,6 +1,7 @@
 """The commands evaluate and tune."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -115,6 +116,7 @@ def test_evaluate_restorations(folder, tmp_path, capsys):
 
 def test_evaluate_refuses(folder, capsys):
     network, real = folder / "network", folder / "real.npz"
+    extra = "a does not exist. Fetch https://" if find_spec("torch_fidelity") else "need torch_fidelity: pip install"
     for arguments, message in [
         ((network,), "the following arguments are required: reference"),
         ((network, "--restore", "pool-4"), "the following arguments are required: --data DATA"),
@@ -125,7 +127,7 @@ def test_evaluate_refuses(folder, capsys):
         ((network, folder / "nothing", "--features", "pixels"), "nothing does not exist"),
         ((network, real, "--features", "pixels", "--weights", "a"), "'pixels' takes no file of weights"),
         ((network, real, "--features", "pixels", "inception", "--weights", "a"), "--weights is for one extractor"),
-        ((network, real, "--features", "inception", "--weights", folder / "a"), "a does not exist. Fetch https://"),
+        ((network, real, "--features", "inception", "--weights", folder / "a"), extra),
         ((network, real, "--draws", 2), "--draws is for --restore TASK"),
         ((network, real, "--restore-method", "guide"), "--restore-method is for --restore TASK"),
         ((network, real, "--labels"), "--labels is for --restore TASK"),

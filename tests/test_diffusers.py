@@ -66,9 +66,16 @@ def _noise(out, x_t, a, prediction):
     }[prediction]
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """The folder of a network, which no test changes."""
+    return _save(_theirs(), tmp_path_factory.mktemp("original") / "ddpm", DDPM)
+
+
 @pytest.fixture
-def ddpm(tmp_path):
-    return _save(_theirs(), tmp_path / "ddpm", DDPM)
+def ddpm(original, tmp_path):
+    """A copy of the folder, which tests may change."""
+    return shutil.copytree(original, tmp_path / "ddpm")
 
 
 # -- Scores from networks of diffusers

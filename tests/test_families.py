@@ -53,7 +53,7 @@ def test_a_network_accepts_only_the_preconditioning_rows_of_its_family(family, r
             ScoreNet(made, LEVELS, precondition=row)
 
 
-@every_net
+@every_path
 def test_a_network_accepts_only_the_condition_that_it_describes(name, rng):
     net, x = shared(name), images(2, rng)
     assert net.conditioning == CONDITIONS.get(name, Condition())
@@ -105,7 +105,7 @@ def _outputs(made, arguments):
     return found
 
 
-@every_net
+@every_path
 @torch.no_grad()
 def test_level_modules_are_those_whose_output_does_not_depend_on_the_image(name, rng):
     made = shared(name).backbone
@@ -120,7 +120,7 @@ def test_level_modules_are_those_whose_output_does_not_depend_on_the_image(name,
     assert all(isinstance(modules[path], nn.Linear) for path in named)
 
 
-@every_net
+@every_path
 @torch.no_grad()
 def test_width_is_the_number_of_values_of_the_first_features_per_pixel(name, rng):
     """Rounded up. The inference copy derives from it how many images it processes at once."""

@@ -233,14 +233,12 @@ class Classifier(nn.Module):
         return self.layers(x) / (1 + sigma[:, None])
 
 
-def _guided(**interval):
-    torch.manual_seed(0)
-    net, weaker = _net(), _net(1, widths=(4,))
-    return {
-        "classifier_free": classifier_free(net, 2, **interval),
-        "autoguidance": autoguidance(net, weaker, 2, **interval),
-        "classifier": classifier(_net(classes=None, null_class=False), Classifier().eval(), 2, **interval),
-    }
+def _guided(kind, **interval):
+    if kind == "classifier_free":
+        return classifier_free(_net(), 2, **interval)
+    if kind == "autoguidance":
+        return autoguidance(_net(), _net(1, widths=(4,)), 2, **interval)
+    return classifier(_net(classes=None, null_class=False), Classifier().eval(), 2, **interval)
 
 
 every_kind = pytest.mark.parametrize("kind", ["classifier_free", "autoguidance", "classifier"])
@@ -249,7 +247,7 @@ every_kind = pytest.mark.parametrize("kind", ["classifier_free", "autoguidance",
 @every_kind
 @torch.no_grad()
 def test_a_guided_network_and_its_inference_copy(kind, rng):
-    guided = _guided()[kind]
+    guided = _guided(kind)
     net, x, labels = guided.net, torch.rand(5, 1, 8, 8, generator=rng), torch.tensor([0, 2, 1, 1, 0])
     copy = guided.inference_copy()
     assert type(copy) is type(guided) and type(copy.net) is InferenceScore and copy.is_inference_copy
@@ -276,7 +274,7 @@ def test_a_guided_network_and_its_inference_copy(kind, rng):
 
 @every_kind
 def test_a_guided_network_is_sampled_like_the_function_that_it_computes(kind):
-    guided = _guided()[kind]
+    guided = _guided(kind)
     sampler = ODESampler(guided, levels=4, precision="float32")
     images = run(sampler, 3, condition=1, generator=0)
     plain = ODESampler(lambda *arguments: guided(*arguments), sampler.schedule, clamp=False)
@@ -292,7 +290,7 @@ def test_a_guided_network_is_sampled_like_the_function_that_it_computes(kind):
 
 @every_kind
 def test_sampling_is_in_eval_mode_and_restores_the_modes(kind):
-    guided = _guided()[kind]
+    guided = _guided(kind)
     expected = run(AncestralSampler(guided, levels=3, precision="float32"), 2, condition=0, generator=0)
     guided.train()
     for module in guided.modules():
@@ -306,7 +304,7 @@ def test_sampling_is_in_eval_mode_and_restores_the_modes(kind):
 
 @every_kind
 def test_recommended_settings_and_batches_of_many_images(kind):
-    guided = _guided()[kind]
+    guided = _guided(kind)
     guided.net.sampler_settings = SamplerSettings("ode", levels=3)
     sampler = recommended_sampler(guided)
     assert str(sampler) == str(recommended_sampler(guided.net)) and len(sampler) == 5
@@ -375,7 +373,7 @@ def test_the_likelihood_under_bayes_rule_is_that_of_the_class():
 @torch.no_grad()
 def test_guidance_reads_no_value_of_a_device_and_needs_no_float64(kind):
     """Tensors on the meta device have no values: reading one raises an error."""
-    guided = _guided(interval=(0.1, 1.0))[kind].to("meta")
+    guided = _guided(kind, interval=(0.1, 1.0)).to("meta")
     x, labels = torch.empty(4, 1, 8, 8, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
     with NoFloat64():
         assert guided.inference_copy()(x, 0.3, labels).shape == x.shape

@@ -315,8 +315,8 @@ def test_the_error_of_the_trace_is_that_of_the_mean(digits):
 def test_the_change_with_twice_the_levels_shows_the_error_of_the_steps(digits):
     """The method is of second order: with the error e the change is -3/4 e."""
     options = {"probes": None, "n": 10, "checks": 10}
-    coarse = digits.bits(schedule=NoiseSchedule.karras(20, 0.002, 31), **options)
-    fine = digits.bits(schedule=NoiseSchedule.karras(20, 0.002, 301), **options)
+    coarse = digits.bits(schedule=NoiseSchedule.karras(20, 0.002, 21), **options)
+    fine = digits.bits(schedule=NoiseSchedule.karras(20, 0.002, 201), **options)
     error = coarse.bits.value - fine.bits.value
     assert coarse.change.value == pytest.approx(-0.75 * error, rel=0.1) and error < -0.01
     assert abs(fine.change.value) < abs(coarse.change.value) / 50

@@ -128,7 +128,15 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+# Of the two families with all rows, each is tested with half of them; the other pairs are slow tests.
+ROWS = list(FAMILIES["unet"].preconditions)
+SLOW = {*(f"unet, {row}" for row in ROWS[::2]), *(f"ncsnpp, {row}" for row in ROWS[1::2])}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NETWORKS],
+)
 def saved(request, tmp_path_factory):
     """A network and the folder into which it was saved."""
     net, folder = NETWORKS[request.param]().eval(), tmp_path_factory.mktemp("saved") / "a" / "b"

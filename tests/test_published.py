@@ -151,7 +151,13 @@ def _write_score_sde(config, folder, **options):
     return average, net
 
 
-@pytest.mark.parametrize("name", SCORE_SDE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        _slow(name) if name in ("ncsnpp, no attention", "ddpmpp, VP, other betas", "ncsnpp, sub-VP") else name
+        for name in SCORE_SDE
+    ],
+)
 @torch.no_grad()
 def test_a_checkpoint_of_score_sde_gives_the_scores_of_its_authors(name, tmp_path):
     config = SCORE_SDE[name]
@@ -250,7 +256,7 @@ def _expected_of_edm(net, x, sigma, classes):
     return 2 * (_image((c_skip - 1) / s**2) * y + _image(c_out / s**2) * output)
 
 
-@pytest.mark.parametrize("name", EDM)
+@pytest.mark.parametrize("name", [_slow(name) if name in ("ddpmpp, other data", "adm") else name for name in EDM])
 @torch.no_grad()
 def test_a_file_of_edm_gives_the_scores_of_its_authors(name, tmp_path):
     net = _edm(name)
@@ -426,10 +432,19 @@ def test_learned_variances_lie_between_the_two_of_ddpm():
 # -- Options
 
 
+QUICK = {
+    "ve/cifar10_ncsnpp_deep_continuous",
+    "ve/ffhq_1024_ncsnpp_continuous",
+    "vp/cifar10_ddpmpp_deep_continuous",
+    "vp/ddpm/bedroom",
+    "subvp/cifar10_ncsnpp_deep_continuous",
+}
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        name if name.endswith(("deep_continuous", "ffhq_1024_ncsnpp_continuous", "ddpm/bedroom")) else _slow(name)
+        name if name in QUICK else _slow(name)
         for name in score_sde.CONFIGURATIONS
         if "cifar10" not in name or "_deep" in name
     ],

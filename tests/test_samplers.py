@@ -71,6 +71,14 @@ class Predicting:
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+# For costly tests: every sampler with every option that adds a computation of its own.
+QUICK = {
+    *("langevin", "consistent", "small variance", "learned variance", "ancestral", "published"),
+    *("heun", "churn", "dpm-solver++"),
+}
+quick_kinds = pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 
 
 @functools.cache
@@ -519,7 +527,7 @@ def _networks():
     return [net.inference_copy() for net in (refinenet, ScoreNet.unet(1, 8, widths=(4, 4), layers_per_block=1))]
 
 
-@every_kind
+@quick_kinds
 def test_any_shape_and_any_network(kind, rng):
     for shape in [(), (2,), (3, 17)]:
         assert run(KINDS[kind](point, SHORT), 4, shape=shape, generator=rng).shape == (4, *shape)
@@ -543,7 +551,7 @@ def test_nan_in_the_state_raises_an_error_that_names_the_level(kind):
         run(KINDS[kind](last, SHORT), 2, shape=(3,))
 
 
-@every_kind
+@quick_kinds
 @pytest.mark.parametrize("restore", ["replace", "guide-jacobian"])
 def test_samples_are_equal_in_inference_mode(kind, restore, world):
     y = torch.tensor([[0.9, 0.0, 0.0]])
@@ -569,7 +577,7 @@ class Wrapped(torch.nn.Module):
         return self.module(x, sigma)
 
 
-@every_kind
+@quick_kinds
 def test_a_wrapped_network_is_sampled_like_the_network_itself(kind):
     samplers = [KINDS[kind](one, SHORT.respaced(3)) for one in (_tiny(), Wrapped(_tiny()))]
     samplers[0].precision = "float32"  # a wrapped network is called without an inference copy
@@ -701,7 +709,14 @@ def test_an_int_is_a_seed(kind, world):
     )
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "learned variance"])  # makes no copy itself
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+        if kind != "learned variance"  # makes no copy itself
+    ],
+)
 def test_an_inference_copy_is_sampled_like_its_network(kind):
     net = copy.deepcopy(_tiny())
     copied, few = net.inference_copy(), SHORT.respaced(3)
@@ -717,7 +732,7 @@ def test_an_inference_copy_is_sampled_like_its_network(kind):
     assert torch.equal(run(samplers[1], 2, generator=0), expected)  # the copy has its own weights
 
 
-@every_kind
+@quick_kinds
 @pytest.mark.parametrize("guidance", ["classifier_free", "autoguidance", "classifier"])
 def test_a_guided_score_is_sampled_like_the_function_that_it_computes(kind, guidance, mixture):
     """Also with an observation. A guided score gets its levels as floats, a function as tensors."""

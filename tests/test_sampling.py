@@ -99,7 +99,8 @@ def test_samples_of_a_gaussian_have_the_derived_mean_and_covariance(world, level
     # Along the axes of the covariance the variance of the samples, bias included, is known: five standard errors.
     along = torch.cov((x.double() @ world.vectors).T)
     expected = torch.tensor(
-        [_gaussian_chain(float(v), schedule, steps, sampler.step_size, exact_noise) for v in world.values]
+        [_gaussian_chain(float(v), schedule, steps, sampler.step_size, exact_noise) for v in world.values],
+        dtype=torch.float64,
     )
     error = (along - expected.diag()).abs()
     assert (error < 5 * math.sqrt(2 / n) * expected.sqrt()[:, None] * expected.sqrt()).all()

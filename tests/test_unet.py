@@ -1,6 +1,7 @@
 """The U-Net compared with that of diffusers with the same random weights, and properties of its own."""
 
 import copy
+import itertools
 import math
 import warnings
 
@@ -132,8 +133,18 @@ def _difference(config, size, batch=2):
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("block", PAIRS)
+# Every option with a block with and without skips; the other pairs are slow tests.
+QUICK = {"AttnDownBlock2D": OPTIONS, "AttnSkipDownBlock2D": OPTIONS}
+FEW = ("plain", "DDPM", "NCSN++", "two layers")
+
+
+@pytest.mark.parametrize(
+    ("block", "option"),
+    [
+        (block, option) if option in QUICK.get(block, FEW) else pytest.param(block, option, marks=pytest.mark.slow)
+        for block, option in itertools.product(PAIRS, OPTIONS)
+    ],
+)
 def test_every_kind_of_block_equals_that_of_diffusers(block, option):
     config = {
         "sample_size": 8,
