@@ -6,6 +6,7 @@ tests are small: with several threads per process, tests take many times as long
 The functions here import torch themselves, because a third process, which only starts the two, does not need it.
 """
 
+import functools
 import gc
 import os
 
@@ -51,6 +52,14 @@ def pytest_runtestloop():
     gc.enable()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_synchronization_with_the_disk():
+    """Turns off fsync, which takes milliseconds per file on some disks and matters only when the power fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def world():
     from scorematch.evaluation.exact import Gaussian
@@ -74,6 +83,9 @@ def rng():
 
 @pytest.fixture(scope="session")
 def published():
+    """A function that loads a fixture by its name; every call returns new dicts and lists with the same tensors."""
     import torch
+    from torch.utils._pytree import tree_map
 
-    return lambda name: torch.load(FIXTURES / f"{name}.pt", weights_only=True)
+    load = functools.cache(lambda name: torch.load(FIXTURES / f"{name}.pt", weights_only=True))
+    return lambda name: tree_map(lambda leaf: leaf, load(name))

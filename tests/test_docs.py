@@ -172,7 +172,10 @@ def test_pages_are_in_the_table_of_contents(page):
     assert page.stem in {"README", "index"} or re.search(rf"^{page.stem}$", index, re.MULTILINE)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    "module",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "scorematch.training.run" else name for name in MODULES],
+)
 def test_doctests(module):
     with torch.random.fork_rng():
         torch.manual_seed(0)

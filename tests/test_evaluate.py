@@ -351,7 +351,7 @@ def test_networks_that_cannot_be_evaluated(net):
     palette = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, condition_channels=1)
     with pytest.raises(ValueError, match=r"takes an image as its condition\. Use evaluate_restoration"):
         run(palette, images(4, size=8))
-    with pytest.raises(ValueError, match="what is a sampler itself: leave out sampler="):
+    with pytest.raises(ValueError, match="`what` is a sampler, so sampler= must be None"):
         run(ODESampler(net), images(4, size=8), sampler=ODESampler)
     with pytest.raises(TypeError, match="sampler must return a Sampler, got int"):
         run(net, images(4, size=8), sampler=lambda net: 1)

@@ -238,14 +238,14 @@ def _name(full):
         (_pickle(_text("os"), _text("system"), b"\x93", b")", b"R"), "refers to 'os.system'"),
         (_pickle(_text("os.path"), _text("x" * 10_000), b"\x93"), "refers to 'os.path.xxxx.*xx'"),
         (_pickle(_text("os"), _text("a\nb"), b"\x93"), r"refers to 'os.a\\nb'"),
-        (_pickle(_name("torch.FloatStorage"), b")", b"R"), "with dtype in place of function"),
-        (_pickle(_text("os"), b")", b"R"), "with str in place of function"),
-        (_pickle(_name("collections.OrderedDict"), b"]", b"R"), "with list in place of tuple"),
+        (_pickle(_name("torch.FloatStorage"), b")", b"R"), "expected function, got dtype"),
+        (_pickle(_text("os"), b")", b"R"), "expected function, got str"),
+        (_pickle(_name("collections.OrderedDict"), b"]", b"R"), "expected tuple, got list"),
         (_pickle(_name("collections.OrderedDict"), b"K\x01\x85", b"R"), "is not a complete"),
-        (_pickle(b"]", b"K\x01", b"K\x02", b"s"), "with list in place of dict"),
-        (_pickle(b"}", b"K\x01", b"a"), "with dict in place of list"),
-        (_pickle(b"}", b"(K\x01\x85K\x02u"), "a dict with a key that is neither a string nor an integer"),
-        (_pickle(b"}", b"(\x8a\x20" + b"\x7f" * 32 + b"K\x02u"), "a dict with a key that is neither a string nor an"),
+        (_pickle(b"]", b"K\x01", b"K\x02", b"s"), "expected dict, got list"),
+        (_pickle(b"}", b"K\x01", b"a"), "expected list, got dict"),
+        (_pickle(b"}", b"(K\x01\x85K\x02u"), "a dict with a key that is not a string, None, or an integer"),
+        (_pickle(b"}", b"(\x8a\x20" + b"\x7f" * 32 + b"K\x02u"), "a dict with a key that is not a string, None, or an"),
         (_pickle(b"}", b"(K\x01u"), "is not a complete"),
         (_pickle(b"\x8a\x40" + b"\x7f" * 64), "holds an integer of 64 bytes"),
         (_pickle(b"\x8b\xff\xff\xff\x7f"), "holds an integer of 2,147,483,647 bytes"),
@@ -257,7 +257,7 @@ def _name(full):
         (_pickle(b"]e"), "is not a complete"),
         (_pickle(), "is not a complete"),
         (_pickle(b"NN"), "is not a complete"),
-        (_pickle(_text("storage"), b"Q"), "with str in place of tuple"),
+        (_pickle(_text("storage"), b"Q"), "expected tuple, got str"),
         (_pickle(b"]b"), "is not a complete"),
         (_pickle(b"N]b"), "is not a complete"),
     ],
@@ -368,11 +368,11 @@ def test_only_numbers_are_read_from_the_bytes_of_a_storage(nested, tmp_path, cap
     torch.save(nested, inner, _use_new_zipfile_serialization=False)
     outer = {"ema": _tensor(Call(torch.storage._load_from_bytes, inner.getvalue()), 0, (1,), (1,))}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(outer, protocol=4))
-    message = "refers to '__builtin__.print'" if isinstance(nested, Call) else "something else than numbers in the byt"
+    message = "refers to '__builtin__.print'" if isinstance(nested, Call) else "whose bytes are not numbers"
     _refused(tmp_path / "a.pkl", message, BYTES)
     plain = {"ema": _tensor(Call(torch.storage._load_from_bytes, pickle.dumps(nested)), 0, (1,), (1,))}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(plain, protocol=4))
-    _refused(tmp_path / "a.pkl", "something else than numbers|refers to 'builtins.print'", BYTES)
+    _refused(tmp_path / "a.pkl", "whose bytes are not numbers|refers to 'builtins.print'", BYTES)
     assert "this code ran" not in capsys.readouterr().out
 
 

@@ -565,7 +565,7 @@ def test_published_options_of_improved_diffusion():
     [
         ("model.nf 8", "a.txt", r"a\.txt, line 1: an option is written section\.key = value, or --key value \(an equ"),
         ("\nmodel.nf = open('x')", "a.txt", r"a\.txt, line 2: an option is written"),
-        ("model = 3\nmodel.nf = 8", "a.txt", r"line 2: .*model is an option and a section"),
+        ("model = 3\nmodel.nf = 8", "a.txt", r"line 2: .*model is used both as an option and as a section"),
         ("--image_size", "a.txt", r"line 1: .*a value is missing"),
         (
             "import ml_collections",
@@ -668,7 +668,7 @@ def test_what_a_file_does_not_contain_is_asked_for(tmp_path):
             tmp_path / "net.pkl",
             {"raw": True},
             ValueError,
-            "holds the moving average of the weights alone: leave out raw",
+            "contains only the moving average of the weights: leave out raw",
         ),
     ]:
         with pytest.raises(error, match=message) as caught:
@@ -711,9 +711,9 @@ def test_a_moving_average_of_other_weights_is_refused(tmp_path):
     shadow = [parameter.detach() for parameter in net.parameters() if parameter.requires_grad]
     for ema, message in [
         (None, "holds no moving average of the weights: pass raw=True"),
-        ({"shadow_params": shadow[:-1]}, "holds a moving average of other weights than its own"),
-        ({"shadow_params": shadow[::-1]}, "holds a moving average of other weights than its own"),
-        ({"shadow_params": [*shadow[:-1], 3]}, "holds a moving average of other weights than its own"),
+        ({"shadow_params": shadow[:-1]}, "holds a moving average whose shapes differ from those of its weights"),
+        ({"shadow_params": shadow[::-1]}, "holds a moving average whose shapes differ from those of its weights"),
+        ({"shadow_params": [*shadow[:-1], 3]}, "holds a moving average whose shapes differ from those of its weights"),
     ]:
         torch.save({"model": model, "ema": ema}, path)
         with pytest.raises(ValueError, match=rf"a\.pth {message}"):
@@ -792,12 +792,12 @@ def _attention_of_two_heads(net):
         ),
         (lambda net: net.model.enc.__delitem__("8x8_conv"), "lacks the weight of enc.8x8_conv"),
         (lambda net: net.model.enc.add_module("8x8_more", theirs.Linear(2, 2)), "holds the tensor 'model.enc.8x8_more"),
-        (lambda net: net.model.enc.add_module("8x8_more", net.model.map_layer0), "something else than a new module at"),
+        (lambda net: net.model.enc.add_module("8x8_more", net.model.map_layer0), "has no module at"),
         (
             lambda net: net.model.enc.add_module("x" * 300, theirs.Linear(2, 2)),
             "holds a part with a name of more than 200",
         ),
-        (lambda net: net.model.add_module("self", net), "something else than a new module at 'model.self'"),
+        (lambda net: net.model.add_module("self", net), "has no module at 'model.self', or the same module twice"),
         (
             lambda net: setattr(net.model.map_layer1, "weight", nn.Parameter(torch.zeros(3))),
             "belong to a network of othe",

@@ -218,7 +218,13 @@ def test_predictor_corrector_variances_for_a_point_follow_their_recursion(predic
         assert expected == pytest.approx([sigma**2 for sigma in list(UNEVEN)[1:]])
 
 
-@pytest.mark.parametrize("kind", ["consistent", "reverse-diffusion", "ancestral", "predictor", "small variance"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("consistent", "reverse-diffusion", "ancestral"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("predictor", "small variance")),
+    ],
+)
 def test_samples_of_a_gaussian_have_its_mean_and_covariance(world, kind, rng):
     n = 4000
     x = run(KINDS[kind](world, NoiseSchedule.geometric(10, 0.01, 300)), n, shape=(3,), generator=rng)
@@ -613,7 +619,9 @@ def test_ode_sampler_adds_the_noise_of_the_start_to_the_observation(kind, world,
         torch.testing.assert_close(x[:, 0], 0.9 + sigma * init[:, 0] / 5)
 
 
-@pytest.mark.parametrize("kind", ["consistent", "reverse-diffusion", "ancestral", "predictor"])
+@pytest.mark.parametrize(
+    "kind", ["consistent", "reverse-diffusion", "ancestral", pytest.param("predictor", marks=pytest.mark.slow)]
+)
 def test_a_noisy_observation_gives_the_posterior(kind, world, rng):
     """The observed coordinate is distributed as N(m + k (y - m), (1 - k) v), with k = v / (v + sigma_y^2)."""
     v, m, y, noise, n = 0.5, 0.3, 0.9, 0.3, 3000

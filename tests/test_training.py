@@ -921,20 +921,29 @@ def same_runs(one, other):
     return logs[0] == logs[1] and files[0] == files[1]
 
 
+EVENTS = {"checkpoint_every": 24, "log_every": 40, "sample_every": 8, "snapshot_every": 40}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run without an interruption."""
+    out = tmp_path_factory.mktemp("whole")
+    quick(points_net(dropout=0.3), points(), out, evaluate=interrupt_at(None), **EVENTS)
+    return out
+
+
 @pytest.mark.parametrize(
     "stops", [[8], [24], [32, 56, 72, 72], pytest.param([*range(8, 88, 8)], marks=pytest.mark.slow)]
 )
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, stops):
-    options = {"checkpoint_every": 24, "log_every": 40, "sample_every": 8, "snapshot_every": 40}
-    quick(points_net(dropout=0.3), points(), tmp_path / "whole", evaluate=interrupt_at(None), **options)
+def test_an_interrupted_run_ends_with_the_same_bits(whole, tmp_path, stops):
     for stop in stops:
         if checkpoints.latest(tmp_path / "cut" / "checkpoints") is None:
             net = points_net(dropout=0.3)
         with pytest.raises(Interrupted):
-            quick(net, points(), tmp_path / "cut", evaluate=interrupt_at(stop), **options)
+            quick(net, points(), tmp_path / "cut", evaluate=interrupt_at(stop), **EVENTS)
         net = ScoreNet(MLP(dropout=0.3), net.schedule, sample_shape=(2,))  # other weights, not used
-    quick(net, points(), tmp_path / "cut", evaluate=interrupt_at(None), **options)
-    assert same_runs(tmp_path / "whole", tmp_path / "cut")
+    quick(net, points(), tmp_path / "cut", evaluate=interrupt_at(None), **EVENTS)
+    assert same_runs(whole, tmp_path / "cut")
 
 
 class Stopping(Inpainting):
@@ -1432,10 +1441,10 @@ def test_training_reaches_the_exact_score_of_a_mixture(mixture):
         return torch.stack(rows)
 
     loss, losses, seen = Recorder(), [], [errors(net)]
-    settings = {"images": 128 * 400, "batch_size": 128, "lr": 1e-2, "levels": LogUniform(0.1, 10), "ema": (0.1,)}
-    for step in train_steps(net, Memory(mixture.sample(128 * 400, seed(1))), Settings(**settings, loss=loss)):
+    settings = {"images": 128 * 300, "batch_size": 128, "lr": 1e-2, "levels": LogUniform(0.1, 10), "ema": (0.1,)}
+    for step in train_steps(net, Memory(mixture.sample(128 * 300, seed(1))), Settings(**settings, loss=loss)):
         losses.append(step.loss)
-        if step.images in (128 * 40, 128 * 400):
+        if step.images in (128 * 30, 128 * 300):
             seen.append(errors(step.state.average()))
     start, early, late = seen
     assert (early < start / 2).all() and (late < early / 2).all()

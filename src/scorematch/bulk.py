@@ -9,15 +9,15 @@ bitwise the same; with another batch size the results of the network are rounded
 A folder of samples contains
 
 =====================  ================================================================================================
-samples.json           the settings, with which the same job continues; the versions, and the command
+samples.json           the settings, which an interrupted job needs to continue; the versions; the command
 images/000123.png      one file per image, or
 images/000128.npz      one file per batch, named by its first image: ``arr_0``, uint8 (B, H, W, C), and with classes
                        ``arr_1``, int64 (B,), as in the sample files of guided-diffusion (Dhariwal & Nichol, 2021)
 labels.csv             the class of each PNG file, for class-conditional networks
 =====================  ================================================================================================
 
-``images`` has no other files and no subfolders, so that evaluation programs can read it. Files are written atomically,
-under a temporary name that is then changed.
+``images`` has no other files and no subfolders, so that evaluation programs can read it. Files are written atomically:
+each is written under a temporary name and then renamed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _SETTINGS: Mapping[str, Field] = {
     "shape": Field(list, required=True, low=3, high=3, each=Field(int, low=1)),
 }
 SEEDS = 2**32  # A torch.Generator on a CPU uses the lowest 32 bits of its seed only.
-_LOOK_SECONDS = 0.2  # between two looks at the files of other processes
+_LOOK_SECONDS = 0.2  # between two checks of the files of other processes
 
 
 class Batch(NamedTuple):
@@ -247,16 +247,16 @@ def settings_of(
     classes: int | None = None,
     shape: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines the images of ``bulk_samples``, as plain values for JSON; the network as a hash.
+    """Returns everything that determines the images of ``bulk_samples``, as plain values for JSON.
 
-    Arguments and errors are those of ``bulk_samples``.
+    The network is represented by a hash. Arguments and errors are those of ``bulk_samples``.
     """
     return _Job(sampler, seed, batch_size, condition, classes, shape).settings()
 
 
 def sampler_settings(sampler: Sampler) -> dict[str, Any]:
-    """The network of a sampler as a hash, and its options, as plain values for JSON: "network" and "sampler"."""
-    # What begins with an underscore follows from the rest.
+    """Returns a hash of the network ("network") and the options of a sampler ("sampler"), as values for JSON."""
+    # Attributes that begin with an underscore are derived from the others.
     options = {key: value for key, value in vars(sampler).items() if key[0] != "_" and key != "net"}
     described = {"name": type(sampler).__name__, **{key: _plain(value) for key, value in options.items()}}
     return {"network": identity(sampler.net), "sampler": described}
@@ -368,7 +368,7 @@ class _Job:
         self.number_of_classes = self._check_classes(classes)
 
     def _check_classes(self, classes: int | None) -> int | None:
-        """The number of classes of a rule, after checks of the condition."""
+        """Checks the condition, and returns the number of classes for "random" and "cycle", otherwise None."""
         condition = self.condition
         takes = attribute(self.sampler.net, "conditioning")
         if condition is not None and (
@@ -391,7 +391,7 @@ class _Job:
         return classes
 
     def draw(self, ranges: Iterable[range]) -> Iterator[Batch]:
-        """Yields the batch of each range of images; a range is asked for when its batch is due."""
+        """Yields the batch of each range of images. Each range is requested just before its batch is drawn."""
         sampler = prepared(self.sampler)
         first = seed_of(self.seed, "image")
         for indices in ranges:
@@ -494,7 +494,7 @@ class SampleFolder:
         self.missing = sum(len(indices) for indices in self._ranges(0, 1) if not self._files.exist(indices))
 
     def fill(self, *, share: Share | None = None, progress: bool = True) -> Path:
-        """Draws what is missing; arguments, result and errors as for ``sample_to``."""
+        """Draws the missing images; arguments, result and errors as for ``sample_to``."""
         k, m = _checked_share(share)
         self._begin(main=k == 0)
         count = _Count(self._ranges, self._files.exist, m)
@@ -545,13 +545,13 @@ class SampleFolder:
         return json.loads(json.dumps(content))  # lists instead of tuples, as it is read
 
     def _check_folder(self) -> dict[str, Any] | None:
-        """The metadata of the samples that are there, or None if there are no samples yet.
+        """Returns the metadata of the existing samples, or None if there are no samples yet.
 
         Raises:
-            ValueError: if the folder has other files, samples of other settings, or more of them.
+            ValueError: if the folder has other files, samples with other settings, or more than n samples.
         """
         folder = self._folder
-        # Other processes may be ahead: they write samples.json first. Looking for it last finds it.
+        # Other processes may be writing to the folder. They write samples.json first, so it is read last.
         found = [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
         begun = _IMAGES in found and any(path.name[0] != "." for path in (folder / _IMAGES).iterdir())
         stored = _read_metadata(folder)
@@ -581,7 +581,7 @@ class SampleFolder:
         return stored
 
     def _begin(self, *, main: bool) -> None:
-        """Writes everything but the images. All processes do so, and write the same; none waits for another."""
+        """Writes all files except the images. All processes write the same samples.json, and none waits."""
         now, before = self._metadata(), self._stored
         if main and before is not None:
             changed = [
@@ -625,7 +625,7 @@ def _read_metadata(folder: Path) -> dict[str, Any] | None:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without nesting; an option of the sampler is called ``sampler.option``."""
+    """Flattens settings; the key of an option of the sampler is ``sampler.option``."""
     flat = {key: value for key, value in settings.items() if key != "sampler"}
     sampler = settings.get("sampler")
     if isinstance(sampler, Mapping):
@@ -634,10 +634,10 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Count:
-    """Counts the images of all processes that are there.
+    """Counts the existing images of all processes.
 
-    Each process draws its batches in ascending order. It is therefore enough to look for the first batch of each that
-    was missing at the last look.
+    Each process draws its batches in ascending order. It is therefore enough to check, for each process, the first
+    batch that was missing at the last check.
     """
 
     def __init__(
@@ -663,12 +663,12 @@ class _Count:
 
 @contextmanager
 def _exit_after_sigterm() -> Iterator[None]:
-    """Ends the program after SIGTERM as Ctrl-C does, by an exception, so that no unfinished file remains."""
+    """Makes SIGTERM end the program by an exception, as Ctrl-C does, so that no unfinished file remains."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
-    # Other threads may not have handlers; and a handler of the user's stays.
+    # Only the main thread can set a handler, and a handler that the user has set is kept.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -691,16 +691,16 @@ class _Files(Protocol):
     def __init__(self, folder: Path) -> None: ...
 
     def check(self) -> None:
-        """Raises what ``write`` would raise for this folder, before anything is computed."""
+        """Raises the errors that ``write`` would raise for this folder, before anything is computed."""
 
     def exist(self, indices: range) -> bool:
-        """Whether all images of a batch are there."""
+        """Whether all images of a batch exist."""
 
     def write(self, batch: Batch) -> None:
-        """Writes a batch; ``exist`` is true of it only when all is written."""
+        """Writes a batch. ``exist`` returns True only after the whole batch is written."""
 
     def read(self, indices: range, channels: int) -> Tensor:
-        """The images of a batch, or the first of them (len(indices), C, H, W), float32 in [0, 1]."""
+        """Reads the images of a batch, or the first of them: (len(indices), C, H, W), float32 in [0, 1]."""
 
 
 class _Pictures:
@@ -766,7 +766,7 @@ _FORMATS: Mapping[str, type[_Files]] = {"png": _Pictures, "npz": _Arrays}
 
 
 def _is_filled(path: Path) -> bool:
-    """Whether there is a file that is not empty, as one may be that was renamed just before a power failure."""
+    """Whether a file exists and is not empty. A file that was renamed just before a power failure may be empty."""
     try:
         return path.stat().st_size > 0
     except FileNotFoundError:
@@ -786,7 +786,7 @@ def _plain(value: Any) -> Any:
 
 
 def identity(value: Any) -> str:
-    """The name of a score and a hash of its configuration and weights; of a plain function the name counts alone."""
+    """The type of a score and a hash of its configuration and weights; for a plain function, a hash of its name."""
     digest = hashlib.blake2b(digest_size=16)
     for part in _parts(value):
         digest.update(part)

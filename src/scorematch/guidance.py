@@ -20,8 +20,9 @@ classifier        :math:`s(x) + w \nabla_x \log p(c | x)`     :math:`p(x) p(c | 
 - Classifier: w = 0 is the network without the classifier. If the network takes no class, w = 1 is the score of the
   class by Bayes' rule.
 
-Each density is that of noisy images at one noise level. For other weights than 0 and 1 the densities of the levels do
-not belong to the same clean images, so the samples do not have the density in the table at sigma = 0.
+Each density is that of noisy images at one noise level. For weights other than 0 and 1, the densities at different
+levels do not belong to one distribution of clean images, so the samples do not have the density in the table at
+sigma = 0.
 
 Guidance is not useful at all noise levels: at high levels it reduces the variety, and at low levels it has little
 effect. ``interval`` limits it to a range of levels (Kynkäänniemi et al., 2024).
@@ -51,7 +52,7 @@ Interval = tuple[float, float]
 
 
 def classifier_free(net: Score, weight: float, *, interval: Interval | None = None) -> GuidedScore:
-    r"""Classifier-free guidance: :math:`s(x) + w\,(s(x | c) - s(x))`, with one call of a batch of 2N.
+    r"""Classifier-free guidance: :math:`s(x) + w\,(s(x | c) - s(x))`, with one network call on a batch of 2N.
 
     Args:
         net: a score that takes a class and has a null class: a ScoreNet that was built with ``null_class=True`` and
@@ -267,7 +268,7 @@ class GuidedScore(NetworkScore, nn.Module):
         low, high = self.interval
         if not isinstance(sigma, Tensor):
             return self.weight if low < sigma <= high else self._unguided
-        inside = (sigma > low) & (sigma <= high)  # compared where sigma is: no wait for the device
+        inside = (sigma > low) & (sigma <= high)  # compared on the device of sigma, without waiting for it
         return per_image(torch.where(inside, self.weight, self._unguided).to(x.dtype).to(x.device), x)
 
 
@@ -357,7 +358,7 @@ class _Classifier(GuidedScore):
 def _call(
     score: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | None, *, variance: bool = False
 ) -> tuple[Tensor, ...]:
-    """The score of x, and the variance if it is wanted. A plain callable gets a tensor as its noise level."""
+    """The score of x, and the variance if ``variance`` is True. A plain callable gets a tensor as its noise level."""
     if not hasattr(type(score), "inference_copy"):
         sigma = as_sigma(sigma, x)
     arguments = (x, sigma) if condition is None else (x, sigma, condition)

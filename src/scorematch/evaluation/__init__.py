@@ -1,21 +1,22 @@
 """Evaluation of generated images: features, metrics of features, and statistics of data sets in files.
 
 ``evaluate`` measures a network or a folder of images, ``evaluate_restoration`` restored images, and ``tune`` sampler
-settings. They are made of the parts below.
+settings. They are built from the parts below.
 
-Features of images come from an ``Extractor``. Metrics are functions of features, and classes of the same names that
-take features in batches and add up the processes of ``torch.distributed``::
+An ``Extractor`` computes features of images. Each metric is a function of features, and a class of the same name that
+accepts features in batches and combines the processes of ``torch.distributed``::
 
-    extractor = as_extractor("inception")                     # the extra evaluate
+    extractor = as_extractor("inception")                     # needs the extra evaluate
     reference = statistics_of("faces/", extractor)
     distance = FrechetDistance(reference)
     for images in batches:                                    # (N, C, H, W), in [0, 1] or uint8
         distance.update(extractor(images))
     print(distance.compute())
 
-``data_likelihood`` measures the bits per dimension of a data set, and ``memorization_of`` how near samples are to the
-training images. Diagnostics say where a network or a sampler errs: ``level_losses`` by noise level; and with the known
-scores of ``scorematch.evaluation.exact``, ``score_error``, ``sampler_distances`` and ``posterior_calibration``.
+``data_likelihood`` measures the bits per dimension of a data set, and ``memorization_of`` how close samples are to the
+training images. Diagnostics show the errors of a network or a sampler. ``level_losses`` measures the loss at each noise
+level. ``score_error``, ``sampler_distances`` and ``posterior_calibration`` use distributions with exact scores, from
+``scorematch.evaluation.exact``.
 """
 
 from scorematch.evaluation.accumulate import Moments

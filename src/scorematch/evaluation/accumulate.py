@@ -1,4 +1,4 @@
-r"""Accumulators of features over batches and processes: ``Moments`` keeps their moments, ``Rows`` all of them.
+r"""Accumulators of features over batches and processes: ``Moments`` keeps the mean and covariance, ``Rows`` all.
 
 The mean and the scatter matrix :math:`M = \sum_i (f_i - \bar f)(f_i - \bar f)^\top` of the union of two sets follow
 from those of the sets. With :math:`\delta = \bar f_b - \bar f_a`,
@@ -9,7 +9,7 @@ from those of the sets. With :math:`\delta = \bar f_b - \bar f_a`,
 No large sums of squares are subtracted, so a large mean does not reduce the precision of the covariance. Over
 processes p the formula is :math:`M = \sum_p M_p + n_p (\bar f_p - \bar f)(\bar f_p - \bar f)^\top`.
 
-All sums are in float64, on the device of the features, or on the CPU where the device has no float64.
+All sums are in float64, on the device of the features, or on the CPU if the device does not support float64.
 
 References:
     Chan, Golub and LeVeque, 1979, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, Eq. 2.1.
@@ -36,7 +36,7 @@ def check_features(features: Any, name: str = "features") -> Tensor:
 
     Raises:
         TypeError: if they are not a floating-point tensor.
-        ValueError: if they have another shape, are empty, or hold NaN or infinity.
+        ValueError: if they are not (N, D), are empty, or contain NaN or infinity.
     """
     if not isinstance(features, Tensor):
         raise TypeError(f"{name} must be a tensor (N, D), got {type(features).__name__}. Write torch.as_tensor(...).")
@@ -135,7 +135,7 @@ class Moments:
         """The mean (D,), float64.
 
         Raises:
-            ValueError: without features.
+            ValueError: if there are no features yet.
         """
         if self._mean is None:
             raise ValueError("there are no features yet: call update.")
@@ -143,10 +143,10 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """The covariance (D, D), float64, the scatter divided by n - 1.
+        """The covariance (D, D), float64: the scatter matrix divided by n - 1.
 
         Raises:
-            ValueError: for fewer than two features.
+            ValueError: if there are fewer than two features.
         """
         if self._scatter is None or self.n < 2:
             raise ValueError(f"a covariance needs at least 2 features, got {self.n}.")
@@ -166,7 +166,7 @@ class Moments:
 
 
 class Rows:
-    """All features, which arrive in batches.
+    """Collects features that arrive in batches.
 
     They are kept on their device, in float32 or float64: 50,000 features of dimension 2,048 take 410 MB.
     """
@@ -207,7 +207,7 @@ class Rows:
         """
         own = self._parts[0] if self._parts else torch.empty(0, 0)
         if len(self._parts) > 1:
-            # The parts are dropped as soon as they are joined: only one copy stays.
+            # The joined tensor replaces the parts, so only one copy is kept.
             own = torch.cat([part.to(own.device) for part in self._parts])  # in the widest dtype
             self._parts = [own]
         if processes() > 1:
@@ -285,7 +285,7 @@ def _communicating(device: torch.device) -> torch.device:
 
 
 def _over_processes(value: Tensor, operation: str = "sum") -> Tensor:
-    """The sum, the least or the greatest of a tensor over all processes."""
+    """The elementwise sum, minimum or maximum of a tensor over all processes: "sum", "min" or "max"."""
     result = value.to(_communicating(value.device), copy=True)
     dist.all_reduce(result, getattr(dist.ReduceOp, operation.upper()))
     return result.to(value.device)

@@ -13,11 +13,11 @@ Here f are projections :math:`\langle w_j, x \rangle` on fixed random directions
 - **coverage**: the share of intervals that contain the truth. Below the nominal value the draws are too alike or biased
   (overconfident); above it, too different.
 - **spread**: the root of the mean ratio of the variance of the draws to that of the posterior; 1 for exact draws.
-- **shift**: the root mean square distance of the mean of the draws from the posterior mean, in deviations of the
-  posterior; what the finite number of draws contributes is subtracted. 0 for exact draws.
+- **shift**: the root mean square distance of the mean of the draws from the posterior mean, in standard deviations of
+  the posterior, without the part that comes from the finite number of draws. 0 for exact draws.
 - **p value**: of the chi-squared test that the ranks are uniform, the smallest over the directions, times their number
-  (Bonferroni). Below 0.01 the draws are not samples of the posterior; coverage, spread and shift say by how much. With
-  enough observations every approximate method is rejected.
+  (Bonferroni). Below 0.01 the draws are not samples of the posterior; coverage, spread and shift show the size of the
+  error. With enough observations every approximate method is rejected.
 
 References:
     Talts et al., 2018, Validating Bayesian Inference Algorithms with Simulation-Based Calibration, arXiv:1804.06788.
@@ -56,7 +56,7 @@ class Calibration:
         draws: K, the number of draws for each observation.
         ranks: the ranks of the truth (observations, directions), int64, from 0 to K.
         spread: the root of the mean ratio of variances, draws to posterior, and its standard error.
-        shift: the root mean square distance of the means in deviations of the posterior.
+        shift: the root mean square distance of the means, in standard deviations of the posterior.
     """
 
     name: str
@@ -112,7 +112,7 @@ def posterior_calibration(
     Args:
         exact: a ``Gaussian`` or a ``Mixture``, with a schedule unless ``samplers`` is given. The truth is drawn from
             it. For each observation a covariance (D, D) is decomposed, which is fast up to D of a few hundred.
-        operator: a linear operator, for any image.
+        operator: a linear operator that can be applied to any batch of images, without one mask per image.
         samplers: samplers with an exact score, or with that of a network trained on samples of ``exact``, by name; each
             with its ``restore`` and with ``clamp=False``. None is plain annealed Langevin dynamics with each method of
             ``restore``.
@@ -121,15 +121,15 @@ def posterior_calibration(
         draws: K, the number of draws for each observation, at least 2. With 19 the intervals have the nominal coverages
             0.9, 0.8, ..., 0.1.
         directions: the number of random directions.
-        seed: the seed of everything.
+        seed: the seed of all random numbers.
         progress: whether to show a progress bar.
 
     Returns:
         One result for each sampler, after that of exact draws from the posterior, "posterior".
 
     Raises:
-        ValueError: if there are too few observations or draws; if the operator is not linear, or is for given images
-            only; or if the observations determine the images completely.
+        ValueError: if there are too few observations, draws or directions; if the operator is not linear, or has one
+            mask per image; or if the observations determine the images completely.
     """
     if draws < 2 or directions < 1:
         raise ValueError(f"draws must be at least 2 and directions at least 1, got {draws} and {directions}.")

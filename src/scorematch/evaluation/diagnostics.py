@@ -10,8 +10,8 @@ and :math:`\sigma^2 E` is the mean square difference of the denoised images. Div
 
 **Loss and norm.** Without a known score, the loss L of real images shows at which levels a network is better or worse
 than another. The mean square N of :math:`\sigma s` shows whether the norm is right: for the exact score
-:math:`N + L = 1` at every level. A sum above 1 means a score that is too large, as of a network that overfits; below 1,
-one that is too small. The loss of training images below that of held-out images shows overfitting.
+:math:`N + L = 1` at every level. A sum above 1 means that the score is too large, as it is for a network that overfits.
+A sum below 1 means that it is too small. A loss of training images below that of held-out images shows overfitting.
 
 References:
     Song & Ermon, 2019, arXiv:1907.05600, Eq. 5-6. Vincent, 2011.
@@ -43,7 +43,7 @@ _LEVELS = 16
 
 
 class ScoreError(NamedTuple):
-    """The error of a score at one noise level. All errors of the figures are standard errors over samples.
+    """The error of a score at one noise level. The errors are standard errors over the samples.
 
     Attributes:
         sigma: the noise level.
@@ -59,7 +59,7 @@ class ScoreError(NamedTuple):
 
 
 class LevelLoss(NamedTuple):
-    """The loss of a network at one noise level. All errors of the figures are standard errors over images.
+    """The loss of a network at one noise level. The errors are standard errors over the images.
 
     Attributes:
         sigma: the noise level.
@@ -190,7 +190,7 @@ def level_losses(
 
     Raises:
         OSError, TypeError: as ``open_images``.
-        ValueError: also if there are no levels, or n is out of range.
+        ValueError: as ``open_images``; also if there are no levels, or n is below 2.
     """
     sigmas = _sigmas(levels, net)
     images, device = open_images(data, progress=progress), device_of(net)

@@ -1,4 +1,4 @@
-r"""``evaluate``: the figures of a network or of a set of images, beside a floor and a ceiling, in files.
+r"""``evaluate``: measures a network or a set of images, with a floor and a ceiling, and writes the figures to files.
 
 A distance alone says little. It is therefore measured for up to three sets of images with the same number n:
 
@@ -6,8 +6,8 @@ A distance alone says little. It is therefore measured for up to three sets of i
 - held-out images of the data, which are not in the reference: the floor that a perfect network would reach;
 - images from the Gaussian with the mean and the covariance of the reference: a ceiling, which any network should beat.
 
-The Gaussian needs no covariance matrix. For images :math:`x_1, \dots, x_N` with the mean :math:`\bar x` and independent
-standard normal numbers :math:`w_j`,
+Samples of the Gaussian need no covariance matrix. For images :math:`x_1, \dots, x_N` with the mean :math:`\bar x` and
+independent standard normal numbers :math:`w_j`,
 
 .. math:: \bar x + \frac{1}{\sqrt{N - 1}} \sum_{j=1}^N w_j\, (x_j - \bar x)
 
@@ -107,10 +107,10 @@ class Evaluation:
         name: what was evaluated, for the title.
         settings: everything that determines the figures, as plain values for JSON.
         versions: the versions of the packages and the device, which change the rounding.
-        sizes: for each set, "samples", "held-out", "gaussian" and "reference", the number of images.
-        figures: for each set the figures: by the name of the extractor, or "images", and by their own name. The
-            reference has those of its pixels only.
-        left_out: what was not measured, and why.
+        sizes: the number of images in each set: "samples", "held-out", "gaussian" and "reference".
+        figures: ``figures[set][source][name]``, where the source is the name of an extractor, or "images" for figures
+            of the pixels themselves. The reference has the source "images" only.
+        left_out: the names of the figures that were not measured, each with the reason.
     """
 
     name: str
@@ -187,7 +187,7 @@ def hash_of(settings: Mapping[str, Any]) -> str:
 
 
 def _errors(figures: Mapping[str, Figures]) -> dict[str, str]:
-    """What the errors of the figures are."""
+    """Returns a description of the error of each figure."""
     known = {name: said for measure in MEASURES.values() for name, said in measure.errors.items() if said is not None}
     present = dict.fromkeys(name for found in figures.values() for each in found.values() for name in each)
     return {name: known[name] for name in present if name in known} | {"others": "standard error over the images"}
@@ -232,11 +232,11 @@ def evaluate(
     Args:
         what: a network or any other score; the name or the folder of a network, as for ``ScoreNet.from_pretrained``; a
             ``Sampler``; or images: a folder, an ``.npz`` file, arrays, or a folder that ``sample_to`` wrote.
-        reference: the real images, of which all are used: a folder, an ``.npz`` file, arrays, a data set or its name on
+        reference: the real images, all of which are used: a folder, an ``.npz`` file, arrays, a data set or its name on
             the Hub, one of the short names in ``REFERENCES``, or statistics (an object or a file). For samples of a
             network they are cropped and resized as in training; images must have the size of the reference.
         n: the number of samples, at least 2; None is 5,000 samples of a network, or all images. Published figures use
-            50,000. Of a larger set of images a random subset is measured.
+            50,000. If a set has more images than n, a random subset is measured.
         features: the extractor, or several of them: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of
             images.
         metrics: names from ``MEASURES``; None is everything that can be measured, except "classes".
@@ -265,8 +265,8 @@ def evaluate(
         The figures, settings and versions. Its methods ``to_markdown`` and ``save`` write them.
 
     Raises:
-        ImportError, OSError, TypeError, ValueError: if what is given does not exist, is damaged or does not fit
-            together, or a metric that is named cannot be measured.
+        ImportError, OSError, TypeError, ValueError: if an input does not exist, is damaged or does not fit the others,
+            or one of ``metrics`` cannot be measured.
         RuntimeError: if a sample has NaN or infinite values.
 
     Example:
@@ -279,7 +279,7 @@ def evaluate(
         raise ValueError("held_out is the reference. Pass real images that are not in it.")
     folder = None if out is None else Path(out)
     if folder is not None:
-        check_picture(folder / "samples.png")  # before the work
+        check_picture(folder / "samples.png")  # fails early
     options = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
     subject = _subject(what, n, sampler, options, folder, device, progress)
     device = subject.device if device is None else device
@@ -340,10 +340,10 @@ class _Subject(NamedTuple):
         name: their name.
         n: their number.
         shape: the shape of one, (C, H, W).
-        is_network: whether a network draws or drew them, so that the reference is resized to them.
+        is_network: whether they are samples of a network; the reference is then resized to their shape.
         batches: yields the batches of this process.
-        first: reads the first images, when they have been drawn: (n, C, H, W), float32 in [0, 1].
-        settings: everything that determines them.
+        first: returns the first n images (n, C, H, W), float32 in [0, 1]; called after all have been drawn.
+        settings: everything that determines the images, as plain values for JSON.
         device: the device of the network.
     """
 
@@ -392,7 +392,7 @@ def is_network(what: Any) -> bool:
 
 
 def sampler_for(what: Any, sampler: SamplerChoice, device: torch.device | str | None = None) -> Sampler:
-    """The sampler of a network, of its name or folder, or of a score; a ``Sampler`` is returned itself.
+    """Returns the sampler of a network (or of its name or folder) or a score; a ``Sampler`` is returned unchanged.
 
     Args:
         what: a network as for ``evaluate``.
@@ -400,12 +400,12 @@ def sampler_for(what: Any, sampler: SamplerChoice, device: torch.device | str | 
         device: the device of a network that is loaded; None is the CPU.
 
     Raises:
-        TypeError, ValueError: if the sampler is something else.
+        TypeError, ValueError: if ``sampler`` does not return a Sampler, or is given although ``what`` is a Sampler.
         OSError: if there is no such network.
     """
     if isinstance(what, Sampler):
         if sampler is not None:
-            raise ValueError("what is a sampler itself: leave out sampler=.")
+            raise ValueError("`what` is a sampler, so sampler= must be None: leave it out.")
         return what
     net = what
     if isinstance(what, str | os.PathLike):
@@ -500,7 +500,7 @@ def _shown(batches: Iterable[Tensor], n: int, batch_size: int, column: str, prog
     with tqdm(total=n, desc=_COLUMNS[column], unit="img", leave=False, disable=not progress or k > 0) as bar:
         for images in batches:
             yield images
-            bar.update(min(m * batch_size, n - bar.n))  # the other processes are about as fast
+            bar.update(min(m * batch_size, n - bar.n))  # assumes that the other processes are as fast
 
 
 # -- Real images and the Gaussian -------------------------------------------------------------------------------------
@@ -524,7 +524,7 @@ def _are_same(one: Any, other: Any) -> bool:
 
 
 def find_data(source: Any) -> Any:
-    """The data set with a short name; any other source unchanged."""
+    """Loads the data set with a short name from ``REFERENCES``; returns any other source unchanged."""
     if not isinstance(source, str) or source not in REFERENCES or Path(source).exists():
         return source
     repository, split = REFERENCES[source]
@@ -553,7 +553,7 @@ def open_for(source: Any, shape: Sequence[int], crop: Crop = "center", progress:
 
 
 def read_batches(data: ImageData, chosen: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """The chosen images of this process, in batches."""
+    """Yields the share of this process of the chosen images, in batches."""
     k, m = this_process()
     return (data.read(rows)[0] for rows in chosen.split(batch_size)[k::m])
 

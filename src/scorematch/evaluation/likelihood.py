@@ -1,4 +1,4 @@
-r"""The bits per dimension of a data set under a network, with the errors of the figure.
+r"""The bits per dimension of a data set under a network, with their errors.
 
 The bits per dimension of one image are those of ``scorematch.likelihood.bits_per_dimension``: a bound, which needs a
 random dequantization u of the image, an integral over noise levels, and random vectors v for the trace in it. The
@@ -14,9 +14,9 @@ figure is the mean over images. It has three errors, which are reported separate
   small compared with the standard error, use more levels.
 
 **Networks whose lowest level is well above 1/255.** Dequantized images have less noise than all images that such a
-network was trained on, and the figure depends on the network where it was not trained. With ``noise="normal"`` the
-images get normal noise of the lowest level instead, the images whose density the model describes. The figure is then
-the cross-entropy of the noisy images in the same units,
+network was trained on, so the figure depends on its output for images unlike those of training. With
+``noise="normal"`` the images get normal noise of the lowest level instead: the model describes the density of such
+images. The figure is then the cross-entropy of the noisy images in the same units,
 :math:`-\tfrac{1}{D} \mathrm{E} \log_2 p(x + \sigma_{min} z) + \log_2 255`. Its minimum over models is that of the true
 density, and it is never below the entropy of the noise, :math:`\log_2(255\, \sigma_{min} \sqrt{2 \pi e})`. It is
 comparable only between networks with the same lowest level.
@@ -127,6 +127,9 @@ def data_likelihood(
         batch_size: the number of images in a batch.
         seed: the seed of the choice of images and of all random numbers.
         progress: whether to show a progress bar.
+
+    Returns:
+        The mean bits per dimension with the three errors, and the bits of each image.
 
     Raises:
         OSError, TypeError, ValueError: as ``open_images`` and ``log_likelihood``; also a ValueError if the likelihood

@@ -1,17 +1,17 @@
-r"""Memorization: how near the samples of a network are to its training images, compared with held-out images.
+r"""Memorization: how close the samples of a network are to its training images, compared with held-out images.
 
 For each sample x the nearest training images :math:`a_1, a_2, \dots` are found, in the Euclidean distance of pixels or
 of features. Three figures follow:
 
 - **Copies.** A sample counts as a copy of :math:`a_1` if :math:`\lVert x - a_1 \rVert < k \lVert x - a_2 \rVert` with
-  k = 1/3, or if the distance is zero. The ratio adapts to how dense the data are around x. The share of copies among
+  k = 1/3, or if the distance is zero. The ratio adapts to the density of the data around x. The share of copies among
   held-out images is the control: data sets have near-duplicates.
 - **The distribution of distances** to :math:`a_1`, for samples and for held-out images.
 - **The probability that a sample is nearer** to the training images than a held-out image, with ties counted as half.
-  It is 1/2 if samples have the distribution of the data, above 1/2 if they are too near, and below for samples that are
-  far from all data, such as noisy ones.
+  It is 1/2 if samples have the distribution of the data, above 1/2 if they are too close, and below 1/2 if they are far
+  from all data, as noisy samples are.
 
-In pixels, smooth images are near to many others; features and a look at the picture of neighbors guard against that.
+In pixels, smooth images are close to many others. Measure in features too, and look at the picture of neighbors.
 
 A network that was trained with flipped images can copy a flipped image. With ``flips`` the distance to a training image
 is the smaller one of the distances to the image and to its mirror image.
@@ -114,7 +114,7 @@ class Nearest:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
         self._queries, self._k, self._n = check_features(queries, "queries"), k, 0
-        # The mean is subtracted, since small norms cancel less in a distance.
+        # The mean is subtracted, since smaller norms lose fewer digits to cancellation.
         self._mean = double(self._queries).mean(0)
         shape = (len(queries), k)
         self._squares = self._mean.new_full(shape, math.inf)
@@ -122,7 +122,7 @@ class Nearest:
         self._flipped = torch.zeros(shape, dtype=torch.bool, device=self._mean.device)
 
     def update(self, features: Tensor, flipped: Tensor | None = None) -> None:
-        """Adds features, whose indices follow those of the features before.
+        """Adds features. Their indices continue those of the earlier features.
 
         Args:
             features: (b, D), floating point.
@@ -277,9 +277,13 @@ def memorization_of(
         batch_size: the number of images that are read at once.
         progress: whether to show a progress bar.
 
+    Returns:
+        The nearest training images of each sample and of each held-out image.
+
     Raises:
         OSError, TypeError: as ``open_images``.
-        ValueError: also if there are too few training images, or their features have another dimension.
+        ValueError: as ``open_images``; also if there are too few training images, or their features have another
+            dimension than those of the samples.
     """
     if neighbors < 2:
         raise ValueError(f"neighbors must be at least 2, got {neighbors}.")

@@ -65,14 +65,19 @@ T = TypeVar("T")
 Normal = Tensor | Moments | Statistics
 Features = Tensor | Statistics
 
-_BLOCK = 2048  # features on either side of a block of distances
+_BLOCK = 2048  # the number of features on each side of a block of distances
 _SIZES = 15  # of subsets, for the extrapolation
 _NEGATIVE = 1e-4  # the tolerance for negative eigenvalues of a covariance, relative to the largest
 _known: weakref.WeakKeyDictionary[Statistics, _Gaussian] = weakref.WeakKeyDictionary()
 
 
 class Estimate(NamedTuple):
-    """A value, and its standard deviation over subsets or splits, or its standard error."""
+    """A value and its error.
+
+    Attributes:
+        value: the value.
+        deviation: its standard deviation over subsets or splits, or its standard error; the function says which.
+    """
 
     value: float
     deviation: float
@@ -131,7 +136,7 @@ def frechet_distance(a: Normal, b: Normal) -> float:
 def frechet_estimate(features: Tensor, reference: Normal) -> Estimate:
     r"""The squared Fréchet distance to a reference, and its standard error over the generated images.
 
-    The standard error is that of the delta method. Let T be the map that transports the Gaussian of the features to
+    The standard error is computed by the delta method. Let T be the map that transports the Gaussian of the features to
     that of the reference, and :math:`x_i = f_i - m`. To first order, image i changes the distance by
     :math:`\psi_i / n`,
 
@@ -262,7 +267,7 @@ class _Gaussian:
         return self.factor @ other.factor.T
 
     def distance(self, other: _Gaussian, singular_values: Tensor | None = None) -> float:
-        """The squared Fréchet distance; the singular values are those of ``common``, if they are known."""
+        """The squared Fréchet distance. The singular values of ``common`` are computed unless they are passed."""
         if singular_values is None:
             singular_values = torch.linalg.svdvals(self.common(other))
         apart = float((self.mean - other.mean).square().sum())
@@ -270,7 +275,7 @@ class _Gaussian:
 
 
 def _gaussian(source: Normal) -> _Gaussian:
-    """The Gaussian of a source; that of ``Statistics``, with which many sets are compared, is computed once."""
+    """Returns the Gaussian of a source. That of ``Statistics``, which is often used again, is computed once."""
     if not isinstance(source, Statistics):
         return _Gaussian(source)
     if source not in _known:
@@ -484,7 +489,7 @@ def _squared_radii(features: Tensor, k: int, mean: Tensor) -> Tensor:
 def _blocks(a: Tensor, b: Tensor, mean: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields the squared distances of all pairs in blocks: the slices of a and of b, and their distances.
 
-    The mean is subtracted from both sets, since small norms cancel less in a distance.
+    The mean is subtracted from both sets, since smaller norms lose fewer digits to cancellation.
     """
     for rows in _slices(len(a)):
         x = double(a[rows]) - mean
@@ -538,7 +543,7 @@ def _enough(k: int, **counts: int) -> None:
 
 
 def random_rows(features: Tensor, size: int, generator: torch.Generator | int | None = 0) -> Tensor:
-    """Draws ``size`` different rows of features (N, D), in random order; which ones does not depend on their order.
+    """Draws ``size`` different rows of features (N, D) in random order. The result does not depend on their order.
 
     Args:
         features: features (N, D).

@@ -25,8 +25,8 @@ agreement            the share of restorations whose most probable class is that
 ===================  ==================================================================================================
 
 Palette computes FID and IS with Inception-v3, PD with Inception-v1, and CA with a ResNet-50; here all come from the
-same extractor. Every error is the standard error over the images, where an image counts once however often it is
-restored.
+same extractor. Every error is the standard error over the images; the values of the K restorations of an image are
+averaged first.
 
 The random numbers of an image depend on the seed and on its pixels only.
 
@@ -122,7 +122,7 @@ def evaluate_restoration(
         seed: the seed of masks, noise and restorations.
         batch_size: the number of images that go through the network at once.
         out: the folder to write to: evaluation.json, evaluation.md and restored.png with the degraded images, their
-            restorations and the originals. None writes nothing. An interrupted call begins again.
+            restorations and the originals. None writes nothing. An interrupted call starts again from the beginning.
 
         Rarely needed:
 
@@ -136,8 +136,7 @@ def evaluate_restoration(
         The figures of the sets "restored", "degraded" and "original".
 
     Raises:
-        ImportError, OSError, TypeError, ValueError: if what is given does not exist, is damaged or does not fit
-            together.
+        ImportError, OSError, TypeError, ValueError: if an input does not exist, is damaged or does not fit the others.
         RuntimeError: if a restored image has NaN or infinite values.
     """
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
@@ -149,7 +148,7 @@ def evaluate_restoration(
     degradation, described = _degradation(task, seed)
     folder = None if out is None else Path(out)
     if folder is not None:
-        check_picture(folder / "restored.png")  # before the work
+        check_picture(folder / "restored.png")  # fails early
     chosen_sampler = sampler_for(what, sampler, device)
     device = device_of(chosen_sampler.net) if device is None else device
     with process_group(device):
@@ -335,7 +334,7 @@ class _Restoring:
                     for i, number in enumerate(fills)
                 ]
             )
-        # Palette changes only what is missing; colors and JPEG images are drawn as a whole.
+        # As in Palette, the observed pixels of masks and crops are kept; other tasks draw the whole image.
         observed = not self._conditional or operator.gain == 1
         return self._sampler.sample(
             len(batch.x),
@@ -362,7 +361,7 @@ class _Restoring:
         return result
 
 
-# Their values are mean squares.
+# The figures whose value for an image is a mean square; the root is taken after averaging over the images.
 _ROOTS = {"rmse", "rmse of the mean", "diversity", "consistency"}
 
 

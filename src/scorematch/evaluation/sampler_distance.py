@@ -1,6 +1,6 @@
 r"""The distance of a sampler's samples from a known distribution, against the number of network calls.
 
-With an exact score, what separates the samples from the distribution is the error of the sampler alone. Three distances
+With an exact score, the samples differ from the distribution only by the error of the sampler. Three distances
 are measured, for n samples with mean :math:`\hat m` and covariance :math:`\hat C`:
 
 ==============  ========================================================================================================
@@ -14,7 +14,7 @@ energy          the root of the energy coefficient of the samples x and as many 
 
 With finitely many samples none of them is zero, even for an exact sampler. The *floor* is the distance of exact samples
 from the distribution: its mean and its standard deviation over repeated draws of n samples. A sampler whose distance is
-within a few deviations of the floor cannot be told from an exact one with n samples.
+within a few deviations of the floor cannot be distinguished from an exact one with n samples.
 
 References:
     Székely & Rizzo, 2013, Energy Statistics: A Class of Statistics Based on Distances, Eq. 5-7.
@@ -40,7 +40,7 @@ from scorematch.protocol import Score
 from scorematch.randomness import seed_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings
 
-_BLOCK = 2048  # samples on either side of a block of distances
+_BLOCK = 2048  # the number of samples on each side of a block of distances
 _TRIED = 10  # the number of levels with which a sampler is created to see whether it accepts a score
 
 Make = Callable[[Score, int], Sampler]
@@ -169,8 +169,8 @@ def sampler_distances(
 ) -> SamplerDistances:
     """Measures the distance of samples from a known distribution, for samplers with several numbers of network calls.
 
-    The time of the distances is that of n^2 distances of samples, 3 times for each row and 2 ``repeats`` times for the
-    floor. All samples are in memory, and blocks of 2,048 x 2,048 distances.
+    The energy distance computes n^2 distances between samples 2 times for each row, and 2 ``repeats`` times for the
+    floor. The memory is that of all samples and of a block of 2,048 x 2,048 distances.
 
     Args:
         exact: the distribution, with a schedule.
@@ -183,6 +183,9 @@ def sampler_distances(
         repeats: the number of draws of exact samples for the floor, at least 2.
         seed: the seed of all samples.
         progress: whether to show a progress bar.
+
+    Returns:
+        The distances of each sampler with each number of levels, and those of exact samples.
 
     Raises:
         ValueError: if n or ``repeats`` is below 2, or the score has no schedule.

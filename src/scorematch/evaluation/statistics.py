@@ -52,7 +52,7 @@ class Statistics:
         extractor: the name of the extractor.
         fingerprint: the fingerprint of the extractor.
         preprocessing: the preprocessing of the extractor.
-        features: all features (n, D), float32 or float64, which all metrics but the Fréchet distance need; or None.
+        features: all features (n, D), float32 or float64, which all metrics except the Fréchet distance need; or None.
 
     Raises:
         ValueError: if a shape is wrong, a value is not finite, or the covariance is not symmetric.
@@ -232,18 +232,21 @@ def statistics_of(
         data: an ``ImageData``, or what ``scorematch.training.open_images`` takes: a folder, arrays, an ``.npz`` file, a
             data set. To choose the size or the number of channels, call ``open_images`` first.
         extractor: the extractor, with a fingerprint.
-        features: whether to keep all features, which all metrics but the Fréchet distance need.
+        features: whether to keep all features, which all metrics except the Fréchet distance need.
         cache: a folder, such as ``cache_folder()``. If it has statistics of the same images by the same extractor,
             they are read; otherwise they are written to it. None uses no cache.
         batch_size: the number of images that are read at once.
         progress: whether to show a progress bar.
+
+    Returns:
+        The statistics of all images.
 
     Raises:
         OSError, TypeError, ValueError: as ``open_images``; also a ValueError if there are fewer than two images.
     """
     images = open_images(data, progress=progress)
     path = None if cache is None else Path(cache, f"{content_key(images, extractor, features)}.npz")
-    # The processes must agree: if one read the file while the others compute, these would wait for it.
+    # All processes must make the same choice: if one reads the file, the others would wait for it in a collective call.
     if path is not None and agreed(path.is_file()):
         return Statistics.load(path, extractor)
     rank = torch.distributed.get_rank() if processes() > 1 else 0

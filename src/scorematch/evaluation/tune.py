@@ -2,7 +2,7 @@ r"""``tune``: measures sampler settings on a network, and stores the best ones w
 
 All settings draw images from the same seeds, so that their differences have smaller errors than their figures. The best
 settings are those with the smallest distance to the reference. Settings whose distances differ by less than the errors
-are equally good: choose the one with the fewest network calls, with ``calls=`` as the limit.
+are equally good: choose the one with the fewest network calls. ``calls=`` limits their number.
 
 The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, and a section
 with it in the card, ``README.md``. The same call continues an interrupted one.
@@ -57,7 +57,7 @@ class Row:
         calls: the number of network calls per image.
         seconds: the time of sampling and measuring.
         figures: the figures of its images, as of ``Evaluator.measure``.
-        settings: its settings, if it was made from settings.
+        settings: its settings, or None if the sampler was not created from settings.
     """
 
     sampler: str
@@ -154,8 +154,8 @@ def tune(
         The figures of all settings, and the best.
 
     Raises:
-        ImportError, OSError, TypeError, ValueError: if what is given does not exist, is damaged or does not fit
-            together; or if ``out`` has a table that was measured with other settings.
+        ImportError, OSError, TypeError, ValueError: if an input does not exist, is damaged or does not fit the others;
+            or if ``out`` has a table that was measured with other settings.
         RuntimeError: if a sample has NaN or infinite values.
     """
     if by not in ("frechet", "kernel"):
@@ -244,7 +244,7 @@ def _drawn(batches: Iterable[Any], n: int, title: str, progress: bool) -> Iterat
     with tqdm(total=n, desc=title, unit="img", leave=False, disable=not progress or k > 0) as bar:
         for batch in batches:
             yield batch.images
-            bar.update(min(m * len(batch.indices), n - bar.n))  # the other processes are about as fast
+            bar.update(min(m * len(batch.indices), n - bar.n))  # assumes that the other processes are as fast
 
 
 def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
@@ -285,7 +285,7 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
 
 
 class _Table:
-    """The rows that are measured, in tune.json if there is a folder."""
+    """The measured rows, which are also stored in tune.json if a folder is given."""
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
         self._path = None if folder is None else folder / _FILE
@@ -309,7 +309,7 @@ class _Table:
                     self.rows[found.settings] = found
 
     def add(self, row: Row) -> None:
-        """Adds a row, and writes all."""
+        """Adds a row, and writes all rows to tune.json."""
         assert row.settings is not None  # noqa: S101  (for the type checker)
         self.rows[row.settings] = row
         if self._path is not None and this_process()[0] == 0:

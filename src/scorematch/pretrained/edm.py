@@ -1,9 +1,10 @@
-r"""Networks of NVlabs/edm: EDM's own, and those of score_sde and of guided diffusion in its format.
+r"""Networks of NVlabs/edm: EDM's own, and networks of score_sde and guided diffusion in the same format.
 
-A file is a pickle of a dict with the moving average of a network under ``ema``. The network is written as nested
-records of the name of a class, its attributes, and the source text of its module, which the authors' loader executes.
-Here a record keeps the name and the attributes. The architecture is read from the names and shapes of the weights and
-from the attributes of the modules.
+A file is a pickle of a dict, whose entry ``ema`` is the moving average of a network. The network consists of nested
+records. Each has the name of a class, its attributes, and the source code of its Python module, which the authors'
+loader executes. This reader executes nothing: it uses the names and the attributes only. It derives the architecture
+from the names and shapes of the weights and from the attributes of the modules. In the table, ``row`` is the row of the
+table in ``scorematch.precondition``.
 
 ===============  ========  =====================================================================================
 class            row       noise levels, in units of images in [0, 1]
@@ -15,10 +16,10 @@ iDDPMPrecond     ddpm      half of its table ``u``, without the zero at its end
 ===============  ========  =====================================================================================
 
 The sampler settings are the published ones: Heun's method between the levels of Karras et al. with rho = 7, from 40 to
-0.001 or to the ends of a narrower range; and for EDM's network of ImageNet the churn with which its FID was measured.
-For iDDPMPrecond the authors round each level to the nearest one in ``u``; here a level between two of them has a
-fractional time step. The part of a network for augmented images, ``map_augment``, is not used in sampling and is left
-out.
+0.001 or to the ends of a narrower range. For EDM's ImageNet network they include the churn with which its FID was
+measured. For iDDPMPrecond the authors round each level to the nearest one in ``u``; here a level between two of them
+has a fractional time step. The part of a network for augmented images, ``map_augment``, is not used in sampling and is
+left out.
 
 References:
     Karras et al., 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, Table 5.
@@ -49,7 +50,7 @@ _CLASSES = {
     *_PRECONDITIONED,
     *_NETWORKS,
     *("UNetBlock", "Conv2d", "Linear", "GroupNorm", "PositionalEmbedding", "FourierEmbedding"),
-    *("EDMLoss", "VPLoss", "VELoss", "AugmentPipe"),  # beside the network, and not used
+    *("EDMLoss", "VPLoss", "VELoss", "AugmentPipe"),  # stored next to the network, and not used
 }
 
 
@@ -72,7 +73,7 @@ class _Module:
 
 
 def _object(description: Any) -> _Module:
-    """Stands for ``torch_utils.persistence._reconstruct_persistent_obj``; the source text is left alone."""
+    """Stands for ``torch_utils.persistence._reconstruct_persistent_obj``; the source code is ignored."""
     kind = description["class_name"]
     if description["type"] != "class" or not isinstance(kind, str) or kind not in _CLASSES:
         raise RefusedError(f"holds an object of the class {quote(kind)}, which no network of EDM has.")
@@ -105,16 +106,16 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         content: the content of the file.
         path: the path of the file, for error messages.
         config: must be None; the file holds the options.
-        raw: must be False; the file holds the moving average alone.
+        raw: must be False; the file contains only the moving average of the weights.
 
     Raises:
-        ValueError: for another argument, or a network that is not supported.
+        ValueError: if ``config`` or ``raw`` is given, or the network is not supported.
     """
     if config is not None:
         raise ValueError(f"{path} is a file of EDM, which holds its own options: leave out config.")
     if raw:
         raise ValueError(
-            f"{path} is a file of EDM, which holds the moving average of the weights alone: leave out raw."
+            f"{path} is a file of EDM, which contains only the moving average of the weights: leave out raw."
         )
     return _Reader(content["ema"], path).stored()
 
@@ -127,20 +128,20 @@ _FLAG = Field(bool, required=True)
 _FILTERS = ([1, 1], [1, 3, 3, 1])
 _BLOCK = {"norm0": "norm1", "conv0": "conv1", "affine": "time_emb_proj", "norm1": "norm2", "conv1": "conv2"}
 _BLOCK |= {"skip": "conv_shortcut"}
-_LOWEST, _HIGHEST = 0.002, 80.0  # of the published sampler, in units of images in [-1, 1]
-# S_churn, S_min, S_max and S_noise of the network of ImageNet; the levels are 0.05 and 50 in their units.
+_LOWEST, _HIGHEST = 0.002, 80.0  # the noise levels of the published sampler, for images in [-1, 1]
+# S_churn, S_min, S_max and S_noise of the ImageNet network; S_min and S_max are 0.05 and 50 in the authors' units.
 _CHURN: dict[str, Any] = {"churn": 40.0, "churn_min": 0.025, "churn_max": 25.0, "churn_noise": 1.003}
 _LONGEST_NAME = 200  # of a parameter or module
-_LEVELS = 256  # of the schedule of a network for any noise level
+_LEVELS = 256  # in the schedule of a network that accepts any noise level
 
 
 class _Reader:
-    """The translation of one network.
+    """Translates one network to our configuration and names.
 
     Attributes:
-        modules: by name, from ``model`` inward; that of the whole is "".
-        tensors: by name.
-        sizes: the resolutions of the scales.
+        modules: the modules by their full names; the outermost module has the name "".
+        tensors: the parameters and buffers by their full names, without those of ``map_augment``.
+        sizes: the resolutions of the scales in pixels, from high to low.
         blocks: the number of residual blocks per scale, on the way down.
         song: whether the network is a SongUNet; it is a DhariwalUNet otherwise.
     """
@@ -175,13 +176,13 @@ class _Reader:
         while pending:
             name, module = pending.pop()
             if not isinstance(module, _Module) or id(module) in seen:
-                raise ValueError(f"{self.path} holds something else than a new module at {quote(name)}.")
+                raise ValueError(f"{self.path} has no module at {quote(name)}, or the same module twice.")
             seen.add(id(module))
             yield name, module
             pending += self._parts(name, module, "_modules")
 
     def _parts(self, name: str, module: _Module, kind: str) -> Iterator[tuple[str, Any]]:
-        """The parameters, buffers or modules of a module by their full names, without those that are None."""
+        """Yields the parameters, buffers or modules of a module by their full names, except those that are None."""
         parts = module.state.get(kind)
         for key, part in (parts if isinstance(parts, dict) else {}).items():
             if not isinstance(key, str) or len(name) + len(key) > _LONGEST_NAME:
@@ -190,7 +191,7 @@ class _Reader:
                 yield f"{name}.{key}" if name else key, part
 
     def _at(self, scale: int) -> str:
-        """How the names of modules at a scale begin."""
+        """The resolution of a scale as in the names of modules, such as ``32x32``."""
         return f"{self.resolution >> scale}x{self.resolution >> scale}"
 
     def _attribute(self, name: str, key: str, field: Field) -> Any:
@@ -199,7 +200,7 @@ class _Reader:
         return state[key]
 
     def _common(self, kind: str, key: str, field: Field, expected: Any = None) -> Any:
-        """The value that an attribute has in all modules of a class."""
+        """Returns the value of an attribute that must be the same in all modules of a class."""
         values = {self._attribute(name, key, field) for name, module in self.modules.items() if module.kind == kind}
         if len(values) != 1 or (expected is not None and values != {expected}):
             wanted = "the same value in all" if expected is None else f"{expected} in all"
@@ -215,7 +216,7 @@ class _Reader:
         return tuple(self.tensors[f"model.{name}.weight"].shape)
 
     def stored(self) -> Stored:
-        """The network in our configuration, with our names."""
+        """Returns our configuration of the network, and its weights with our names."""
         classes = self._classes()
         schedule, precondition = self._noise()
         config = {
@@ -244,14 +245,14 @@ class _Reader:
             "ode",
             levels=18 if self.resolution <= 32 else 256 if imagenet else 40,
             method="heun",
-            # The other rows have a schedule within this range.
+            # None keeps the ends of a schedule within this range.
             sigma_max=_HIGHEST / 2 if schedule.sigma_max > _HIGHEST / 2 else None,
             sigma_min=_LOWEST / 2 if schedule.sigma_min < _LOWEST / 2 else None,
             **(_CHURN if imagenet and self.root.kind == "EDMPrecond" else {}),
         )
 
     def _noise(self) -> tuple[NoiseSchedule, dict[str, Any]]:
-        """The noise levels, and the part of the configuration that says what the output means."""
+        """Returns the noise levels, and the part of the configuration that interprets the output."""
         kind = self.root.kind
         if kind == "iDDPMPrecond":
             steps = self._attribute("", "M", _COUNT)
@@ -277,7 +278,7 @@ class _Reader:
         return schedule, {"precondition": "vp", "precondition_options": options}
 
     def _shared(self) -> dict[str, Any]:
-        """The part of the configuration that both networks have, after a check of what they do not share."""
+        """Returns the options that both architectures have, after checking the attributes in which they differ."""
         self._common("UNetBlock", "adaptive_scale", _FLAG, not self.song)
         self._common("GroupNorm", "eps", _NUMBER, 1e-6 if self.song else 1e-5)
         for name, module in self.modules.items():
@@ -365,7 +366,7 @@ class _Reader:
         }
 
     def _filter(self) -> list[int]:
-        """The filter of resampling, of which each module that resamples has a copy."""
+        """The resampling filter; each module that resamples has a copy of it."""
         copies = [tensor for name, tensor in self.tensors.items() if name.endswith(".resample_filter")]
         for line in _FILTERS:
             values = torch.tensor(line, dtype=torch.float64)
@@ -400,7 +401,7 @@ class _Reader:
                 matrix = tensor.flatten(1) if tensor.ndim == 4 else tensor
                 if part == "proj":
                     yield f"{attention}.to_out.0.{leaf}", matrix
-                else:  # the three are interleaved
+                else:  # the rows of q, k and v are interleaved
                     yield from ((f"{attention}.to_{key}.{leaf}", matrix[i::3]) for i, key in enumerate("qkv"))
             else:
                 raise ValueError(f"{self.path} holds the tensor {quote(name)}, which no {self.model.kind} has.")
@@ -408,7 +409,7 @@ class _Reader:
             yield "class_embedding.weight", self._class_embedding()
 
     def _places(self) -> Iterator[tuple[str, tuple[str, str]]]:
-        """The names in our network of a module, and of the attention in it."""
+        """Yields the authors' name of each module, and our names of the module and of the attention in it."""
         for name, place in (("map_layer0", "linear_1"), ("map_layer1", "linear_2")):
             yield name, (f"time_embedding.{place}", "")
         yield f"enc.{self._at(0)}_conv", ("conv_in", "")

@@ -10,8 +10,8 @@ The noise levels are those of a DDPM with T steps. For ``linear``, its betas go 
 .. math:: \beta_i = \min\Bigl(1 - \frac{f((i + 1) / T)}{f(i / T)},\ 0.999\Bigr), \qquad
           f(t) = \cos^2\Bigl(\frac{t + 0.008}{1.008} \frac{\pi}{2}\Bigr) .
 
-The authors' sampler is ancestral sampling with all steps, of which each clamps the denoised image. With ``learn_sigma``
-its variances are those that the network predicts.
+The authors' sampler is ancestral sampling with all T steps. Each step clamps the denoised image. With ``learn_sigma``
+the network predicts the variances of the steps.
 
 References:
     Nichol & Dhariwal, 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672;
@@ -161,7 +161,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
 
 
 def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
-    """The options, with the authors' defaults, after a check that they describe a network that is supported."""
+    """Returns the options with the authors' defaults, after checking that they describe a supported network."""
     given = dict(named_options(config, CONFIGURATIONS))
     for key in ("attention_resolutions", "channel_mult"):  # the authors write "16,8"
         if isinstance(given.get(key), str | int):
@@ -170,7 +170,7 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
     if "channel_mult" not in options:
         if options["image_size"] not in _MULTIPLES:
             raise ValueError(
-                f"{config}: image_size {options['image_size']} has no channel_mult of the authors: add channel_mult."
+                f"{config}: image_size {options['image_size']} has no default channel_mult: add channel_mult."
             )
         options["channel_mult"] = _MULTIPLES[options["image_size"]]
     if options["channel_mult"][0] != 1:
@@ -187,7 +187,7 @@ def _betas(kind: str, steps: int) -> np.ndarray:
 
 
 def _attention(options: Mapping[str, Any]) -> list[bool]:
-    """At which scales there is attention, from the image inward."""
+    """Whether each scale has attention, from the resolution of the image downward."""
     factors = [options["image_size"] // resolution for resolution in options["attention_resolutions"]]
     return [2**i in factors for i in range(len(options["channel_mult"]))]
 
@@ -227,7 +227,7 @@ _RESIDUAL = {
 
 
 def _places(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The names of the authors' modules, and of ours."""
+    """Yields the authors' name and our name of each module."""
     attention, count = _attention(options), options["num_res_blocks"]
     scales = len(attention)
     yield "time_embed.0", "time_embedding.linear_1"
@@ -259,7 +259,7 @@ def _places(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors by their names in our network."""
+    """Yields the tensors with their names in our network."""
     places, heads = dict(_places(options)), options["num_heads"]
     heads_up = heads if options["num_heads_upsample"] < 1 else options["num_heads_upsample"]
     for name, tensor in weights.items():
@@ -274,7 +274,7 @@ def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
         elif place is not None and part == "norm":
             yield f"{place}.group_norm.{leaf}", tensor
         elif place is not None and part in ("qkv", "proj_out"):
-            matrix = tensor.flatten(1) if tensor.ndim == 3 else tensor  # a convolution along one axis
+            matrix = tensor.flatten(1) if tensor.ndim == 3 else tensor  # the weight of a 1-D convolution
             if part == "proj_out":
                 yield f"{place}.to_out.0.{leaf}", matrix
                 continue

@@ -1,4 +1,4 @@
-"""The options that a network of another project was trained with, from a file."""
+"""Reads the training options of a network of another project from a file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from scorematch.schema import Field, check
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The options in a file.
+    """Reads the options in a file.
 
     Args:
-        path: of a JSON file (``.json``), a YAML file (``.yml``, ``.yaml``), or a text file of another name. A text file
-            has one option per line, ``section.key = value``, with Python's notation for numbers, strings, lists and
-            tuples and ``#`` before comments; or options of a command, ``--key value``.
+        path: the path of a JSON file (``.json``), a YAML file (``.yml``, ``.yaml``), or a text file with any other
+            suffix except ``.py``. A line of a text file contains one option, ``section.key = value``, or command-line
+            options, ``--key value``. Values are numbers, strings, lists and tuples in Python's notation, and comments
+            begin with ``#``.
 
     Returns:
-        The options by key, those of a section as a dict.
+        A dict of the options by key. The options of a section are a nested dict.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ImportError: if the file is in YAML and PyYAML is not installed.
-        ValueError: if the file cannot be read safely.
+        ValueError: if the file is a Python program, or cannot be read safely.
     """
     if path.suffix == ".json":
         return read_json(path)
@@ -43,14 +44,14 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def named_options(config: str | os.PathLike[str], known: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The options of a published configuration, or in a file.
+    """Returns the options of a published configuration, or reads them from a file.
 
     Args:
         config: the name of the configuration, or the path of the file.
         known: the published configurations by name.
 
     Raises:
-        FileNotFoundError: if it is neither.
+        FileNotFoundError: if ``config`` is neither a known name nor a file.
         ImportError, ValueError: as for ``read_options``.
     """
     if isinstance(config, str) and config in known:
@@ -63,16 +64,16 @@ def named_options(config: str | os.PathLike[str], known: Mapping[str, Mapping[st
 
 
 def checked_options(given: Any, fields: Mapping[str, Field], where: str) -> dict[str, Any]:
-    """The options of a schema, after a check of each.
+    """Returns the options that a schema defines, after checking each of them.
 
     Args:
-        given: a dict of options, or something else for none. Those that the schema lacks are left out, and so are those
-            that are None.
+        given: a dict of options; any other value counts as an empty dict. Options that are None or not in the schema
+            are ignored.
         fields: the schema, by key.
-        where: the name of the options in messages.
+        where: what the options are called in error messages.
 
     Raises:
-        ValueError: for a value that is missing or wrong.
+        ValueError: if a required option is missing, or a value is not valid.
     """
     given = given if isinstance(given, dict) else {}
     options = {key: _number(given[key], field) for key, field in fields.items() if given.get(key) is not None}
@@ -97,7 +98,7 @@ def _read_yaml(path: Path) -> Any:
         raise ImportError(f'reading {path.name} needs PyYAML: pip install "scorematch[convert]".') from error
 
     class Loader(yaml.SafeLoader):
-        """A safe loader that reads the Python tags of the authors' files, a namespace and a tuple, as plain values."""
+        """A safe loader that reads two Python tags of the authors' files: namespaces as dicts, tuples as lists."""
 
     def namespace(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
         return loader.construct_mapping(node, deep=True)
@@ -144,12 +145,12 @@ def _set(options: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[keys[0] == "config" : -1]:
         options = options.setdefault(key, {})
         if not isinstance(options, dict):
-            raise ValueError(f"{key} is an option and a section")
+            raise ValueError(f"{key} is used both as an option and as a section")
     options[keys[-1]] = list(value) if isinstance(value, tuple) else value
 
 
 def _value(word: str) -> Any:
-    """A word of a command as a number or a flag, if it is one."""
+    """Converts a command-line value to a number or a bool if it is one."""
     try:
         value = ast.literal_eval(word)
     except (ValueError, SyntaxError):

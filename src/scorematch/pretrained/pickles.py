@@ -1,18 +1,18 @@
-"""Pickles of tensors, read without running them.
+"""Reads pickles of tensors without executing them.
 
-A pickle is a program: it may name any function of any library and call it. This module has an interpreter of its own
-for the part of that language in which tensors, numbers, strings, lists and dicts are written. A name that is not in the
-reader's table is refused, and a name in the table stands for a function of this package, never for the function of that
-name. Three containers are read:
+A pickle is a program: it can import and call any function of any library. This module interprets only the part of the
+pickle language that describes tensors, numbers, strings, lists and dicts. A name that is not in the table of known
+names is an error. A name in the table is replaced by a function or dtype of this package; the function of that name is
+never called. Three containers are supported:
 
-- the zip file of ``torch.save``, whose entries are stored or deflated;
-- the older file of ``torch.save``, a sequence of pickles followed by the numbers;
+- the zip file of ``torch.save``, whose entries are uncompressed or compressed with deflate;
+- the older format of ``torch.save``, a sequence of pickles followed by the numbers;
 - a plain pickle.
 
-A tensor is first a description (``StoredTensor``). Its shape is checked against its storage, and the storage against
-the file, before memory is taken. The file is mapped into memory, and ``load_tensors`` returns views of it, except for
-entries that are deflated. No step takes more time or memory than in proportion to the size of the file: integers are
-short, keys of dicts are strings or integers, and the number of operations is limited.
+A tensor is first read as a description (``StoredTensor``). Its shape is checked against its storage, and the storage
+against the file, before memory is allocated. The file is memory-mapped, and ``load_tensors`` returns views of it,
+except for compressed entries. Time and memory are at most proportional to the size of the file: the length of integers
+and the number of operations are limited, and keys of dicts are strings or integers.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from scorematch.schema import quote
 
 Globals = Mapping[str, Callable[..., Any] | torch.dtype]
 
-_OPERATIONS = 1_000_000  # of all pickles in a file; the largest of the published ones have about 150,000
+_OPERATIONS = 1_000_000  # of all pickles in a file together; the largest published files need about 150,000
 _LONGEST_INTEGER = 32  # bytes
 _LONGEST_LINE = 256  # bytes of the name of a module or of a function
-_INFLATION = 50  # how many times as large as the file its entries may be; those of trained weights are 1.1 times
+_INFLATION = 50  # the largest ratio of unpacked size to file size; trained weights have about 1.1
 _DIMENSIONS = 16
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # which begin an older file of torch.save
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the start of an older file of torch.save
 
-_OTHER_FILES = (  # what a file is that begins like this
+_OTHER_FILES = (  # the first bytes of a file, and the rest of the error message
     (b"version https://git-lfs.", "is a Git LFS pointer, not the weights. Run git lfs pull, or download the file."),
     (b"<!doctype html", "is a web page: the download failed. Open the address in a browser, and save the file."),
     (b"<html", "is a web page: the download failed. Open the address in a browser, and save the file."),
@@ -54,7 +54,7 @@ _OTHER_FILES = (  # what a file is that begins like this
 
 
 class RefusedError(ValueError):
-    """What is wrong with a file, as the end of a sentence that begins with its name."""
+    """Raised for a file that cannot be read; the message is the end of a sentence that begins with the path."""
 
 
 class Pickle(NamedTuple):
@@ -62,7 +62,7 @@ class Pickle(NamedTuple):
 
     Attributes:
         content: numbers, strings, lists, dicts, and what the functions of the table return; a tensor is a StoredTensor.
-        globals: the names in the table that the file refers to.
+        globals: the known names that the file refers to.
     """
 
     content: Any
@@ -73,14 +73,17 @@ def read_pickle(path: Path, known: Globals | None = None) -> Pickle:
     """Reads a file that ``torch.save`` or ``pickle.dump`` wrote.
 
     Args:
-        path: of the file.
-        known: the names that it may refer to, such as ``"collections.OrderedDict"``, and what each stands for; None is
-            ``TENSORS``.
+        path: the path of the file.
+        known: the names that the file may refer to, such as ``"collections.OrderedDict"``, each with the function or
+            dtype of this package that replaces it; None is ``TENSORS``.
+
+    Returns:
+        The content of the file, and the known names that it refers to.
 
     Raises:
         OSError: if the file cannot be opened.
-        ValueError: if it is a file of another kind, is damaged, refers to another name, or describes more than it
-            holds.
+        ValueError: if the file has another format, is damaged, refers to an unknown name, or describes more data than
+            it contains.
     """
     with path.open("rb") as file:
         start = file.read(24).lower()
@@ -123,11 +126,11 @@ class Storage:
     """The numbers of one or more tensors.
 
     Args:
-        dtype: of the numbers.
-        count: of the numbers.
+        dtype: the dtype of the numbers.
+        count: how many numbers there are.
 
     Attributes:
-        read: returns their bytes.
+        read: a function that returns the bytes of the numbers; None until they are found in the file.
     """
 
     def __init__(self, dtype: torch.dtype, count: int) -> None:
@@ -164,21 +167,21 @@ class StoredTensor(NamedTuple):
 
 
 def load_tensors(stored: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, views of the file where it holds their numbers as they are.
+    """Returns the tensors of a file by name. They are views of the file, except for compressed entries.
 
     Args:
-        stored: what the file describes, a dict of StoredTensors by name.
-        path: of the file, for messages.
+        stored: the tensors as the file describes them, a dict from names to StoredTensors.
+        path: the path of the file, for error messages.
 
     Raises:
-        ValueError: if ``stored`` is something else, the tensors together are larger than what is stored, or a storage
-            is damaged.
+        ValueError: if ``stored`` is not such a dict, the tensors together have more than twice the bytes of their
+            storages, or a storage is damaged.
     """
     if not isinstance(stored, dict) or not all(isinstance(tensor, StoredTensor) for tensor in stored.values()):
         raise ValueError(f"{path} does not hold the weights of a network, a mapping of names to tensors.")
     storages = {id(tensor.storage): tensor.storage for tensor in stored.values()}
     size = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in stored.values())
-    limit = 2 * sum(storage.size for storage in storages.values())  # weights that are tied are stored once
+    limit = 2 * sum(storage.size for storage in storages.values())  # tied weights are stored once
     if size > limit:
         raise ValueError(f"{path} describes {size:,} bytes of tensors, and holds {limit // 2:,} bytes for them.")
     try:
@@ -190,12 +193,12 @@ def load_tensors(stored: Any, path: Path) -> dict[str, Tensor]:
 def _storage(
     storages: dict[str, Storage], kind: Any, dtype: Any, key: Any, device: Any, count: Any, view: Any = None
 ) -> Storage:
-    """The storage of a persistent id."""
+    """Returns the storage that a persistent id describes."""
     if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or view is not None:
         raise RefusedError("holds a storage of an unknown kind.")
     storage = storages.setdefault(key, Storage(dtype, _size(count)))
     if (storage.dtype, storage.count) != (dtype, count):
-        raise RefusedError(f"describes the storage {quote(key)} in two ways.")
+        raise RefusedError(f"describes the storage {quote(key)} with two different dtypes or sizes.")
     return storage
 
 
@@ -211,7 +214,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Stor
         raise RefusedError("holds a tensor of an unknown kind.")
     tensor = StoredTensor(storage, _size(offset), tuple(map(_size, shape)), tuple(map(_size, stride)))
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
-    # The second condition is for strides of zero, which repeat numbers.
+    # The second condition rejects strides of zero, which repeat numbers.
     if 0 not in tensor.shape and (last >= storage.count or math.prod(tensor.shape) > storage.count):
         raise RefusedError(
             f"holds a tensor of shape {quote(tensor.shape)}, strides {quote(tensor.stride)} and offset {offset} that "
@@ -246,7 +249,7 @@ _DTYPES = {
 }
 _STORAGES: Globals = {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()}
 
-# The names that a mapping of names to tensors consists of.
+# The names that occur in the pickle of a mapping from names to tensors.
 TENSORS: Globals = {
     **_STORAGES,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -280,13 +283,13 @@ def _number(kind: Any, value: Any) -> float:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Stands for ``_codecs.encode``, by which protocol 2 writes the bytes of a number."""
+    """Stands for ``_codecs.encode``, with which protocol 2 writes the bytes of a number."""
     if encoding != "latin1" or len(text) > 16:
         raise RefusedError("holds bytes that are not those of a number.")
     return text.encode(encoding)
 
 
-# The names that a number of NumPy, such as a learning rate, consists of.
+# The names that occur in the pickle of a NumPy number, such as a learning rate.
 NUMBERS: Globals = {
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,  # of NumPy 2
@@ -328,10 +331,10 @@ def _read_zip(path: Path, machine: _Machine) -> Any:
 
 
 def _entry(data: memoryview, entry: zipfile.ZipInfo) -> memoryview:
-    """The content of an entry of a zip file: a part of the file if it is stored, and inflated if it is deflated.
+    """Returns the content of an entry of a zip file: a view of the file, or a decompressed copy.
 
     Raises:
-        RefusedError: if it is encrypted, compressed in another way, or damaged.
+        RefusedError: if the entry is encrypted, compressed by another method than deflate, or damaged.
     """
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise RefusedError(
@@ -344,9 +347,9 @@ def _entry(data: memoryview, entry: zipfile.ZipInfo) -> memoryview:
         part = data[start : start + entry.compress_size]
         if entry.compress_type == zipfile.ZIP_DEFLATED:
             inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(part, max(1, entry.file_size))
-            part = memoryview(bytearray(inflated))  # writable, since torch warns of other memory
+            part = memoryview(bytearray(inflated))  # writable, since torch warns about read-only memory
     except (struct.error, zlib.error):
-        pass  # and the sizes differ
+        pass  # the next check then fails
     if len(part) != entry.file_size or zlib.crc32(part) != entry.CRC:
         raise RefusedError(f"is damaged: its entry {quote(entry.filename)} does not have the checksum that is stored.")
     return part
@@ -375,7 +378,7 @@ def _check_order(little: bool) -> None:
 
 
 def storage_of_bytes(machine: _Machine, data: Any) -> Storage:
-    """Stands for ``torch.storage._load_from_bytes``, whose argument is one storage as an older file of ``torch.save``.
+    """Stands for ``torch.storage._load_from_bytes``, whose argument is a storage in the older ``torch.save`` format.
 
     Raises:
         RefusedError: if the bytes hold anything else.
@@ -386,18 +389,18 @@ def storage_of_bytes(machine: _Machine, data: Any) -> Storage:
     content = _read_sequence(inner, storages) if inner.run() == _MAGIC else None
     machine.operations = inner.operations
     if not isinstance(content, Storage):
-        raise RefusedError("holds something else than numbers in the bytes of a storage.")
+        raise RefusedError("holds a storage whose bytes are not numbers as torch.save writes them.")
     return content
 
 
 # -- The interpreter --------------------------------------------------------------------------------------------------
 
-_MARK = object()  # on the stack, where a list of values begins
+_MARK = object()  # marks the start of a list of values on the stack
 _CONSTANTS = {b"(": _MARK, b"N": None, b"\x88": True, b"\x89": False}
 _EMPTY: dict[bytes, Callable[[], Any]] = {b")": tuple, b"]": list, b"}": dict, b"\x8f": set}
 _NUMBERS = {b"K": "<B", b"M": "<H", b"J": "<i", b"G": ">d"}
 _TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
-# By the format of the length that precedes it, or of the place in the memo:
+# Operations, each with the struct format of the length that follows, or of the index into the memo:
 _INTEGERS = {b"\x8a": "<B", b"\x8b": "<I"}
 _TEXTS = {b"\x8c": "<B", b"X": "<I", b"\x8d": "<Q"}
 _TEXTS_OF_PYTHON_2 = {b"U": "<B", b"T": "<I"}
@@ -407,16 +410,16 @@ _PUT = {b"q": "<B", b"r": "<I"}
 
 
 class _Machine:
-    """An interpreter of pickles, of protocol 2 and later, that consist of plain values and known names.
+    """An interpreter of pickles of protocols 2 to 5 that contain only plain values and known names.
 
     Args:
-        data: one pickle after the other, and perhaps other values.
-        known: what each name stands for.
-        operations: that were carried out before, of the number that is allowed.
+        data: one or more pickles in sequence, which other data may follow.
+        known: the known names, each with the function or dtype that replaces it.
+        operations: the number of earlier operations that count toward the limit.
 
     Attributes:
-        storage: returns the storage of a persistent id.
-        used: the names that occurred.
+        storage: a function that returns the storage of a persistent id; None does not allow persistent ids.
+        used: the known names that occurred so far.
     """
 
     def __init__(self, data: memoryview, known: Globals, operations: int = 0) -> None:
@@ -428,7 +431,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def take(self, count: int) -> memoryview:
-        """The next bytes."""
+        """Reads the next ``count`` bytes."""
         part = self.data[self.position : self.position + count]
         if len(part) < count:
             raise EOFError
@@ -436,7 +439,7 @@ class _Machine:
         return part
 
     def run(self) -> Any:
-        """The value of the next pickle."""
+        """Reads the next pickle and returns its value."""
         self.stack, self.memo = [], {}
         while (code := bytes(self.take(1))) != b".":
             self.operations += 1
@@ -449,7 +452,7 @@ class _Machine:
         return value
 
     def _push(self, code: bytes) -> None:
-        """Carries out an operation, if it adds a value to the stack."""
+        """Carries out an operation that adds a value to the stack, and passes all others to ``_change``."""
         stack = self.stack
         if code in _GET:
             stack.append(self.memo[self._number(_GET[code])])
@@ -521,7 +524,7 @@ class _Machine:
             if not 2 <= protocol <= 5:
                 raise RefusedError(f"holds a pickle of protocol {protocol}, which is not supported.")
         elif code == b"\x95":
-            self._number("<Q")  # the length of a frame, which helps to read ahead
+            self._number("<Q")  # the length of a frame, which is not needed
         else:
             raise RefusedError(
                 f"holds a pickle with the operation {code!r}, which weights do not need; it was not loaded."
@@ -540,7 +543,7 @@ class _Machine:
     def _marked(self) -> list[Any]:
         """Takes the values after the last mark, and the mark, from the stack."""
         stack, i = self.stack, len(self.stack) - 1
-        while stack[i] is not _MARK:  # an IndexError where there is none
+        while stack[i] is not _MARK:  # IndexError if there is no mark
             i -= 1
         values = stack[i + 1 :]
         del stack[i:]
@@ -558,12 +561,12 @@ class _Machine:
 
 def _of(kind: type, value: Any) -> Any:
     if type(value) is not kind:
-        raise RefusedError(f"holds a pickle with {type(value).__name__} in place of {kind.__name__}.")
+        raise RefusedError(f"holds a damaged pickle: expected {kind.__name__}, got {type(value).__name__}.")
     return value
 
 
 def _key(key: Any) -> Any:
-    """A key that takes little time to compare."""
+    """Returns a key of a dict after checking that it is a string, an integer below 2^63 in size, or None."""
     if not isinstance(key, str | int | None) or (isinstance(key, int) and abs(key) >= 2**63):
-        raise RefusedError("holds a dict with a key that is neither a string nor an integer.")
+        raise RefusedError("holds a dict with a key that is not a string, None, or an integer below 2^63.")
     return key

@@ -1,10 +1,11 @@
-r"""Checkpoints of yang-song/score_sde_pytorch: NCSN++, DDPM++ and DDPM, trained with three stochastic equations.
+r"""Checkpoints of yang-song/score_sde_pytorch: NCSN++, DDPM++ and DDPM, trained with one of three SDEs.
 
 A checkpoint is a dict of the optimizer, the weights (``model``), their moving average (``ema``) and the step. The
-average is a list in the order of the weights that are trained: all but the noise levels and the frequencies of Fourier
-features. The samples of the paper are drawn with the average.
+average is a list in the order of the trained weights, which are all weights except the noise levels and the frequencies
+of Fourier features. The samples of the paper are drawn with the average.
 
-The file does not hold the configuration, and the weights alone do not say what their output means. With
+The file does not contain the configuration, without which the output of the network cannot be interpreted. The table
+lists the noise levels, and the row of the table in ``scorematch.precondition`` that interprets the output. With
 :math:`q = \tfrac12 (\beta_{max} - \beta_{min}) t^2 + \beta_{min} t` the noise levels, in units of images in [0, 1], are
 
 ========================  ==================================================  =============
@@ -61,7 +62,7 @@ _SECTIONS: Mapping[str, Mapping[str, Field]] = {
         "scale_by_sigma": _FLAG,
         "num_scales": Field(int, required=True, low=2, high=1_000_000),
         "dropout": Field(float, low=0, high=1),
-        # The values that are not listed have no published network.
+        # No published network uses other values.
         "conditional": Field(bool, choices=(True,)),
         "nonlinearity": Field(str, choices=("swish",)),
         "resamp_with_conv": Field(bool, choices=(True,)),
@@ -88,7 +89,7 @@ _NCSNPP: Mapping[str, Field] = {
     "resblock_type": Field(str, choices=("biggan",)),
 }
 _PYRAMIDS = {"none": "none", "output_skip": "skip", "input_skip": "skip", "residual": "residual"}
-_TIME_SCALE = 999.0  # of the time in [0, 1] of a continuous network
+_TIME_SCALE = 999.0  # the factor of the time in [0, 1] of a continuous network
 _EARLIEST = 1e-3  # the time at which the authors' samplers of VP and sub-VP end
 
 
@@ -140,7 +141,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
 
 
 def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
-    """The options of all sections, after a check that they describe a network that is supported."""
+    """Returns the options of all sections, after checking that they describe a supported network."""
     given = named_options(config, CONFIGURATIONS)
     options: dict[str, Any] = {}
     for section, fields in _SECTIONS.items():
@@ -148,7 +149,7 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
     model = {**_SDE[options["sde"] == "vesde"], **(_NCSNPP if options["name"] == "ncsnpp" else {})}
     options |= checked_options(given.get("model"), model, f"{config}, section model")
     if options["name"] == "ddpm":
-        options["embedding_type"] = "positional"  # whatever the file has
+        options["embedding_type"] = "positional"  # the value in the file is ignored
     exploding, continuous = options["sde"] == "vesde", options["continuous"] or options["sde"] == "subvpsde"
     expected = {
         "centered": not exploding,
@@ -167,7 +168,7 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[str, Any]]:
-    """The noise levels, and the part of the configuration that says what the output means."""
+    """Returns the noise levels, and the part of the configuration that interprets the output."""
     count = options["num_scales"]
     try:
         if options["exploding"]:
@@ -187,10 +188,10 @@ def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[
 
 
 def _settings(options: Mapping[str, Any]) -> SamplerSettings | None:
-    r"""The authors' sampler, if the options name one that there is here.
+    r"""Returns the settings of the authors' sampler, or None if the options name none that is supported.
 
-    Relative to the scaled image, a step of the reverse equation of VP or sub-VP adds noise of variance
-    :math:`\sigma_{i-1}^2 - \sigma_i^2`, to first order in its size, and so does Euler-Maruyama's.
+    A step of the reverse SDE of VP or sub-VP adds noise of variance :math:`\sigma_{i-1}^2 - \sigma_i^2`, relative to
+    the scaled image and to first order in the size of the step. A step of Euler-Maruyama does the same.
     """
     predictor, corrector = options.get("predictor"), options.get("corrector", "none")
     levels = options["num_scales"]
@@ -207,7 +208,7 @@ def _settings(options: Mapping[str, Any]) -> SamplerSettings | None:
 
 
 def _attention(options: Mapping[str, Any]) -> list[bool]:
-    """At which scales there is attention, from the image inward."""
+    """Whether each scale has attention, from the resolution of the image downward."""
     return [options["image_size"] // 2**i in options["attn_resolutions"] for i in range(len(options["ch_mult"]))]
 
 
@@ -266,12 +267,14 @@ def _weights(content: Mapping[str, Any], path: Path, *, raw: bool) -> dict[str, 
         values = average.get("shadow_params") if isinstance(average, dict) else None
         trained = [name for name in model if not re.fullmatch(_NOT_TRAINED, name)]
         if not isinstance(values, list):
-            raise ValueError(f"{path} holds no moving average of the weights: pass raw=True (--raw) for the weights.")
+            raise ValueError(
+                f"{path} holds no moving average of the weights: pass raw=True (--raw) to read those of the last step."
+            )
         shapes = [
             [getattr(tensor, "shape", None) for tensor in tensors] for tensors in (values, map(model.get, trained))
         ]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{path} holds a moving average of other weights than its own.")
+            raise ValueError(f"{path} holds a moving average whose shapes differ from those of its weights.")
         model |= dict(zip(trained, values, strict=True))
     return {name: tensor for name, tensor in model.items() if name != "sigmas"}
 
@@ -286,12 +289,12 @@ _RESIDUAL = {
     "NIN_0": "conv_shortcut",
 }
 _ATTENTION = {"GroupNorm_0": "group_norm", "NIN_0": "to_q", "NIN_1": "to_k", "NIN_2": "to_v", "NIN_3": "to_out.0"}
-_INNER = {"Conv_0": "", "Conv2d_0": ""}  # of a module that resamples, or adds a pyramid
+_INNER = {"Conv_0": "", "Conv2d_0": ""}  # the convolution of a module that resamples or adds a pyramid
 _LEAVES = {"weight": "weight", "bias": "bias", "W": "weight", "b": "bias"}
 
 
 def _modules(options: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """The modules with weights in the authors' order: the name in our network, and the names of the parts."""
+    """Yields the modules with weights in the authors' order: our name of the module, and of each of its parts."""
     plain, attention = {"": ""}, _attention(options)
     scales, count = len(attention), options["num_res_blocks"]
     skips, skips_in = options.get("progressive", "none"), options.get("progressive_input", "none")
@@ -364,7 +367,7 @@ def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
 
 
 def _add_attention(weights: dict[str, Tensor], scales: int, count: int) -> None:
-    """Adds attention without effect: on the way up the authors have one per scale, and the U-Net one per block."""
+    """Adds attention modules without effect: upward, the authors have one per scale, and our U-Net one per block."""
     for i in range(scales):
         last = f"up_blocks.{i}.attentions.{count}."
         parts = {name.removeprefix(last): tensor for name, tensor in weights.items() if name.startswith(last)}
