@@ -3,6 +3,7 @@
 import copy
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -1458,16 +1459,22 @@ def test_training_reaches_the_exact_score_of_a_mixture(mixture):
 
 KILLED = textwrap.dedent(
     """
-    import os, sys
+    import os, signal, sys
     import torch
     torch.set_num_threads(1)
     from scorematch import ScoreNet
     from scorematch.training import checkpoint, train
 
-    write = checkpoint.write_file
+    # The number of files until the process kills itself in the middle of a file; 0 for never.
+    write, remaining = checkpoint.write_file, int(sys.argv[2])
 
     def announced(path, content):
+        global remaining
         print("writing", path.name, flush=True)
+        remaining -= 1
+        if remaining == 0:
+            write(path, content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
         write(path, content)
 
     checkpoint.write_file = announced
@@ -1484,32 +1491,27 @@ KILLED = textwrap.dedent(
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(KILLED)
-    python(script, tmp_path / "whole", timeout=300)
+    python(script, tmp_path / "whole", 0, timeout=300)
     chance = random.Random(0)  # noqa: S311
-    kills = halves = 0
-    for attempt in range(200):
+    for _ in range(6):  # in the middle of a file of a checkpoint
+        done = python(script, tmp_path / "killed", chance.randint(1, 30), timeout=300, check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert any((tmp_path / "killed").glob("checkpoints/.writing-*"))
+    kills = 0
+    for _ in range(6):  # at any moment
         process = subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True
+            [sys.executable, str(script), str(tmp_path / "killed"), "0"], stdout=subprocess.PIPE, text=True
         )
         try:
-            # Half of the kills come while a file of a checkpoint is written, half at any moment; some before the first.
-            writes = chance.randrange(1, 60)
-            for line in process.stdout:
-                writes -= line.startswith("writing")
-                if writes <= 0 and (attempt % 2 == 1 or line.startswith("writing optimizer")):
-                    break
-            if writes <= 0 and kills < 12:
-                time.sleep(chance.random() * (0.002 if attempt % 2 == 0 else 0.2))
-                process.kill()
+            for _ in itertools.islice(process.stdout, chance.randint(0, 20)):
+                pass
+            time.sleep(chance.random() * 0.05)
+            process.kill()
         finally:
             process.stdout.close()
-            code = process.wait(timeout=300)
-        kills += code == -signal.SIGKILL
-        halves += code != 0 and any((tmp_path / "killed").glob("checkpoints/.writing-*"))
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-    assert code == 0 and kills >= 10 and halves >= 3  # some checkpoints were incomplete when the process was killed
+            kills += process.wait(timeout=300) == -signal.SIGKILL
+    assert kills >= 4
+    python(script, tmp_path / "killed", 0, timeout=300)
     assert content(tmp_path / "whole") == content(tmp_path / "killed")
     for path in (tmp_path / "whole" / "snapshots").rglob("model.safetensors"):
         assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes()
