@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from fnmatch import fnmatch
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
@@ -25,6 +26,13 @@ class Hub:
         self.cut = set()  # files whose first download ends in the middle
         self.silent = False  # whether the server closes every connection without an answer
         self.status = None  # the status of every answer, if not None
+        self.busy = {}  # status -> the number of requests of files that are answered with it before the server works
+        self.flaky = None  # a random.Random; about half of the downloads of files then end in the middle
+        self.hanging = False  # whether the server accepts connections and never answers
+        self.circular = False  # whether files are redirected to each other in a circle
+        self.swapped = {}  # file -> the content that is sent in its place
+        self.lengths = {}  # file -> what is added to the length that is announced for its content
+        self.before = self.after = None  # functions that are called before and after each answer
         self.redirect = False  # whether large files come from another host name, as on the Hub
         self.requests = []
         self.writer = None  # the token with write access
@@ -39,18 +47,20 @@ class Hub:
                 pass
 
             def do_HEAD(self):
-                hub.answer(self, body=False)
+                hub.handle(self, partial(hub.answer, body=False))
 
             def do_GET(self):
-                hub.answer(self, body=True)
+                hub.handle(self, partial(hub.answer, body=True))
 
             def do_POST(self):
-                hub.receive(self)
+                hub.handle(self, hub.receive)
 
             def do_PUT(self):
-                hub.receive(self)
+                hub.handle(self, hub.receive)
 
+        self.stopped = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.handle_error = lambda *arguments: None  # of clients that close the connection
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)  # seconds per poll
         self.thread.start()
         self.port = self.server.server_address[1]
@@ -58,6 +68,7 @@ class Hub:
 
     def stop(self):
         if self.server is not None:
+            self.stopped.set()
             self.server.shutdown()
             self.server.server_close()
             self.thread.join()
@@ -70,6 +81,20 @@ class Hub:
         )
 
     # -- Answers
+
+    def handle(self, request, respond):
+        """Answers a request with ``respond``, or fails as the tests want."""
+        if self.before is not None:
+            self.before()
+        if self.hanging:
+            self.stopped.wait()
+        for status in [status for status, left in self.busy.items() if left > 0 and "/resolve/" in request.path]:
+            self.busy[status] -= 1
+            return self._error(request, status, "Busy")
+        respond(request)
+        if self.after is not None:
+            self.after()
+        return None
 
     def answer(self, request, *, body):
         path = unquote(request.path.split("?")[0])
@@ -188,6 +213,9 @@ class Hub:
         if file not in files:
             return self._error(request, 404, "EntryNotFound")
         data = files[file]
+        if self.circular:
+            location = f"/{name}/resolve/main/{file}?again={len(self.requests)}"
+            return self._content(request, b"", body, {"Location": location}, status=307)
         large = _mode(file) == "lfs"
         digest = hashlib.sha256(data).hexdigest() if large else _git_hash(data)
         headers = {"ETag": f'"{digest}"', "X-Repo-Commit": self.commit}
@@ -195,9 +223,11 @@ class Hub:
             headers = {"X-Repo-Commit": self.commit, "X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data))}
             headers["Location"] = f"http://localhost:{self.port}/elsewhere/{name}/{file}"
             return self._content(request, b"", body, headers, status=302)
-        return self._content(request, data, body, headers, cut=file)
+        if body:
+            data = self.swapped.get(file, data)
+        return self._content(request, data, body, headers, file=file)
 
-    def _content(self, request, data, body, headers, *, status=200, cut=None):
+    def _content(self, request, data, body, headers, *, status=200, file=None):
         begin = 0
         match = (request.headers.get("Range") or "").removeprefix("bytes=").split("-")[0]
         if match and body:
@@ -206,13 +236,15 @@ class Hub:
         request.send_response(status)
         for key, value in {"Accept-Ranges": "bytes", **headers}.items():
             request.send_header(key, value)
-        request.send_header("Content-Length", str(len(data) - begin))
+        request.send_header("Content-Length", str(len(data) - begin + (self.lengths.get(file, 0) if body else 0)))
         request.end_headers()
         if not body:
             return
-        if cut in self.cut:
-            self.cut.discard(cut)
-            request.wfile.write(data[begin : begin + (len(data) - begin) // 2])
+        flaky = self.flaky is not None and file is not None and self.flaky.random() < 0.5
+        if file in self.cut or flaky or file in self.lengths:
+            self.cut.discard(file)
+            end = len(data) if file in self.lengths else begin + max(1, (len(data) - begin) // 2)
+            request.wfile.write(data[begin:end])
             request.wfile.flush()
             request.close_connection = True
             request.connection.close()
@@ -228,33 +260,40 @@ class Hub:
         request.end_headers()
 
 
-# For every line of input this program forks a process that runs the code in it, and prints the exit status.
+# For every line of input this program forks processes that run the pieces of code in it, all at the same time, and
+# prints their exit statuses. A process that takes longer than the given number of seconds is ended by a signal.
 _LOOP = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 import huggingface_hub.hf_api
 import scorematch
+names = {"__name__": "__main__"}
+exec(sys.argv[1], names)
 for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
     del sys.modules[name]
 for line in sys.stdin:
     call = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.environ.clear()
-        os.environ.update(call["environment"])
-        os.chdir(call["folder"])
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(call[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        status = 1
-        try:
-            exec(call["code"], {"__name__": "__main__"})
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    children = []
+    for code, out, error in zip(call["codes"], call["stdout"], call["stderr"]):
+        child = os.fork()
+        children.append(child)
+        if child == 0:
+            signal.alarm(call["seconds"])
+            os.environ.clear()
+            os.environ.update(call["environment"])
+            os.chdir(call["folder"])
+            for number, name in ((1, out), (2, error)):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            status = 1
+            try:
+                exec(code, dict(names))
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 """
 
 
@@ -263,32 +302,39 @@ class Client:
 
     The processes are forked from one that has already imported the package and what huggingface_hub imports, which
     saves most of the start time.
+
+    Args:
+        first: more code that this process runs first, such as imports; all other code sees its names.
     """
 
-    def __init__(self):
+    def __init__(self, first=""):
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _LOOP],
+            [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _LOOP, first],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, code, folder, environment):
+    def run(self, code, folder, environment, *, seconds=60):
         """Runs code in a folder; returns its exit status, its output and its errors."""
-        outputs = {name: folder / f".{name}" for name in ("stdout", "stderr")}
-        call = {"code": code, "folder": str(folder), "environment": environment}
-        call |= {name: str(path) for name, path in outputs.items()}
+        return self.run_together([code], folder, environment, seconds=seconds)[0]
+
+    def run_together(self, codes, folder, environment, *, seconds=60):
+        """Runs pieces of code at the same time, each in its own process; returns the results of ``run``."""
+        outputs = {name: [folder / f".{name}{i}" for i in range(len(codes))] for name in ("stdout", "stderr")}
+        call = {"codes": codes, "folder": str(folder), "environment": environment, "seconds": seconds}
+        call |= {name: [str(path) for path in paths] for name, paths in outputs.items()}
         self.process.stdin.write(json.dumps(call) + "\n")
         self.process.stdin.flush()
-        status = int(self.process.stdout.readline())
-        said = [path.read_text() for path in outputs.values()]
-        for path in outputs.values():
+        statuses = [int(status) for status in self.process.stdout.readline().split()]
+        said = [[path.read_text() for path in paths] for paths in outputs.values()]
+        for path in (path for paths in outputs.values() for path in paths):
             path.unlink()
-        return status, *said
+        return list(zip(statuses, *said, strict=True))
 
     def stop(self):
         self.process.stdin.close()
-        self.process.wait()
+        self.process.wait(timeout=60)
         self.process.stdout.close()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.nets import FAMILIES
+from scorematch.nets import FAMILIES, UNet
 from scorematch.nets.family import Condition
 
 LEVELS = NoiseSchedule.geometric(10, 0.01, 6)
@@ -162,3 +162,39 @@ def condition(name, n, rng, size=SIZE):
     if takes.classes is not None:
         return torch.randint(takes.classes + takes.null_class, (n,), generator=rng)
     return images(n, rng, takes.channels, size) if takes.channels else None
+
+
+# -- Wider networks, for tests of devices
+
+WIDE_LEVELS = NoiseSchedule.geometric(10, 0.01, 12)
+FOURIER = {"time_embedding_type": "fourier", "precondition": "ncsnpp", "norm_num_groups": None}
+
+
+def wide_unet(kind="DownBlock2D", precondition="karras", *, image=0, **options):
+    """A U-Net for color images, which takes an image with ``image`` channels as its condition."""
+    backbone = UNet(
+        3 + image,
+        3,
+        block_out_channels=(32, 64),
+        down_block_types=(kind,) * 2,
+        up_block_types=(kind.replace("Down", "Up"),) * 2,
+        **{"norm_num_groups": 8, **options},
+    )
+    return ScoreNet(backbone, WIDE_LEVELS, precondition=precondition, sample_shape=(3, 32, 32))
+
+
+def wide_ncsnpp(**options):
+    return ScoreNet.ncsnpp(3, 32, widths=(32, 64), layers_per_block=1, schedule=WIDE_LEVELS, **options)
+
+
+def wide_ddpmpp(pyramid):
+    """A DDPM++ with five classes and a null class, which has input and output pyramids of this kind."""
+    return wide_ncsnpp(
+        embedding="positional",
+        resample_filter=(1, 1),
+        input_pyramid=pyramid,
+        output_pyramid=pyramid,
+        classes=5,
+        null_class=True,
+        precondition="vp",
+    )

@@ -81,6 +81,13 @@ def test_memory_benchmark_runs(measure):
 
 
 @pytest.mark.slow
+def test_memory_benchmark_of_long_runs_runs(measure):
+    rows = measure("memory", "--long")
+    assert [row["run"] for row in rows] == ["1,000 images in a stream", "10 calls of sample", "10 training steps"]
+    assert all(100 < row["MB after a tenth"] <= row["MB at the end"] for row in rows)
+
+
+@pytest.mark.slow
 def test_imports_benchmark_runs(measure):
     assert measure("imports")[0]["import"] == "scorematch"
 

@@ -21,19 +21,14 @@ import torch
 from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet, bulk, files
-from scorematch.bulk import (
-    SampleFolder,
-    bulk_samples,
-    image_classes,
-    read_samples,
-    sample_to,
-    settings_of,
-    stored_samples,
-    stored_settings,
-    this_process,
-)
+from scorematch.bulk import bulk_samples, hashing, read_samples, sample_to, stored_samples, stored_settings
+from scorematch.bulk.batches import this_process
+from scorematch.bulk.classes import image_classes
+from scorematch.bulk.folder import SampleFolder
+from scorematch.bulk.job import Job
 from scorematch.images import read_image
 from scorematch.nets.family import Condition
+from scorematch.protocol import NetworkScore
 from scorematch.sampling import AnnealedLangevinSampler, ODESampler, SamplerSettings
 from tests.helpers import python, seed
 
@@ -315,7 +310,7 @@ def test_only_missing_batches_are_drawn(tmp_path, levels, name):
     assert levels.drawn() == []
     paths = sorted(folder.iterdir())
     paths[-1].unlink()  # of the last batch
-    assert SampleFolder(_ode(levels), out, 10, batch_size=4, format=name).missing == 2
+    assert SampleFolder(Job(_ode(levels), batch_size=4), out, 10, format=name).missing == 2
     _fill(levels, out, 10, format=name)
     assert levels.drawn() == [2] and _content(out) == before
     paths[0].write_bytes(b"")  # as after a power failure
@@ -392,7 +387,7 @@ def test_another_sampler_network_or_version_is_refused(tmp_path, net, monkeypatc
         sample_to(_ode(net), tmp_path, 2, **options)
     with torch.no_grad():
         parameter -= 1
-    monkeypatch.setattr(bulk, "__version__", "0.0.1")
+    monkeypatch.setattr("scorematch.bulk.job.__version__", "0.0.1")
     with pytest.raises(ValueError, match=r"scorematch was .* and is '0.0.1'"):
         sample_to(_ode(net), tmp_path, 2, **options)
 
@@ -435,8 +430,8 @@ def test_metadata_that_is_damaged(tmp_path, levels):
     content = json.loads(path.read_text())
     for damaged, message in [
         ("{", "samples.json is not valid JSON"),
-        ("[]", "samples.json must be an object"),
-        (json.dumps({**content, "n": 0}), "samples.json: n must be an integer of at least 1, got 0"),
+        ("[]", "samples.json must hold a JSON object, got"),
+        (json.dumps({**content, "n": 0}), "samples.json: n must be an integer of at least 1 and at most .*, got 0"),
         (json.dumps({**content, "format_version": 2}), "samples.json: format_version must be one of 1, got 2"),
         (json.dumps({**content, "settings": {}}), "samples.json: settings lacks batch_size, format, shape"),
     ]:
@@ -466,7 +461,7 @@ def test_stored_samples_are_read_batch_by_batch(levels, tmp_path, kind):
     with pytest.raises(ValueError, match="has 10 samples, fewer than n=11"):
         stored_samples(tmp_path, 11)
     settings = stored_settings(tmp_path)["settings"]
-    expected = settings_of(_ode(levels), batch_size=4)
+    expected = Job(_ode(levels), batch_size=4).settings()
     assert settings == {**json.loads(json.dumps(expected)), "format": kind}
 
 
@@ -529,9 +524,9 @@ def test_shares_make_the_same_folder(tmp_path, levels, name):
 
 def test_a_process_waits_at_the_end_until_all_images_are_there(tmp_path, levels, monkeypatch):
     _fill(levels, tmp_path / "one", 10)
-    monkeypatch.setattr(bulk, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(bulk.folder, "_LOOK_SECONDS", 0.001)
     looked = threading.Event()
-    monkeypatch.setattr(bulk.time, "sleep", lambda seconds: looked.set() or threading.Event().wait(seconds))
+    monkeypatch.setattr(bulk.folder.time, "sleep", lambda seconds: looked.set() or threading.Event().wait(seconds))
     other = threading.Thread(
         target=lambda: looked.wait(20) and _fill(Levels(), tmp_path / "two", 10, share=(1, 2)), daemon=True
     )
@@ -613,7 +608,7 @@ def test_a_handler_of_the_user_stays(tmp_path, levels):
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         mine = signal.getsignal(signal.SIGTERM)
-        with bulk._exit_after_sigterm():
+        with bulk.folder._exit_after_sigterm():
             assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -623,7 +618,7 @@ def test_a_handler_of_the_user_stays(tmp_path, levels):
 
 
 def test_the_identity_of_a_score_follows_what_it_computes(net):
-    identity = bulk.identity
+    identity = hashing.identity
     assert identity(net) == identity(copy.deepcopy(net))
     copied = net.inference_copy()
     assert identity(copied) == identity(net.inference_copy()) != identity(net)
@@ -648,7 +643,7 @@ class Guided:
 
 
 def test_the_identity_of_scores_made_of_scores(net):
-    identity = bulk.identity
+    identity = hashing.identity
     other = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, schedule=SCHEDULE)
     found = [
         identity(value)
@@ -671,6 +666,25 @@ def test_the_identity_of_scores_made_of_scores(net):
     assert len(set(found)) == len(found)
     assert identity(Guided(net, 1.0)) == found[0] and found[0].startswith("Guided ")
     assert identity(object()) == identity(object())  # without the address
+
+
+def test_the_identity_of_a_new_kind_of_score_follows_its_definition():
+    class Scaled(NetworkScore):
+        def __init__(self, net, factor):
+            self._net, self._factor, self.calls = net, factor, 0
+
+        def _outputs(self, x, sigma, condition, *, variance=False):
+            self.calls += 1
+            return (self._factor * self._net(x, sigma),)
+
+        def definition(self):
+            return [self._net, self._factor]
+
+    score = Scaled(Levels(), 2.0)
+    before = hashing.identity(score)
+    score._outputs(torch.rand(1, 1, 3, 4), 0.5, None)
+    assert score.calls == 1 and hashing.identity(score) == before == hashing.identity(Scaled(Levels(), 2.0))
+    assert hashing.identity(Scaled(Levels(), 3.0)) != before
 
 
 # -- Processes that are killed

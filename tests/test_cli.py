@@ -1,6 +1,10 @@
+import importlib
+import os
 import re
 import runpy
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -72,7 +76,9 @@ def test_a_module_in_the_cli_package_adds_a_command(tmp_path, monkeypatch, capsy
 
 def test_every_module_except_options_is_a_command():
     modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__", "options"}
-    assert set(_commands()) == modules >= {"sample", "restore", "models", "convert"}
+    assert (
+        set(_commands()) == modules >= {"sample", "restore", "train", "evaluate", "convert", "info", "models", "push"}
+    )
 
 
 @pytest.mark.parametrize("name", _commands())
@@ -103,7 +109,10 @@ def test_options_cannot_be_abbreviated(name, capsys):
             "the following arguments are required: picture or --out FOLDER. See python -m scorematch sample --help",
         ),
         (["sample", "mnist", "x.png", "--steps", "10"], "unrecognized arguments: --steps 10. See .* sample --help"),
-        (["sample", "mnist", "x.png", "-n", "few"], "argument -n: invalid int value: 'few'"),
+        (["sample", "mnist", "x.png", "-n", "few"], "argument -n: must be a whole number of at least 1, such as 64, "),
+        (["sample", "mnist", "x.png", "-n", "0"], "got '0'. See .* sample --help"),
+        (["sample", "mnist", "x.png", "--columns", "0"], "argument --columns: must be a whole number of at least 1"),
+        (["sample", "mnist", "x.png", "--batch-size", "-1"], "argument --batch-size: must be a whole number"),
         (["restore", "mnist", "x.png", "out"], "one of the arguments --mask --uncrop --gray --pool --jpeg is required"),
     ],
 )
@@ -122,9 +131,9 @@ def test_an_error_during_the_computation_gives_status_1_and_mentions_debug(folde
 
 @pytest.mark.parametrize("options", [["--debug", "sample"], ["sample", "--debug"]])
 def test_debug_shows_the_traceback(options, capsys):
-    assert main([*options, "mnist", "x.png", "-n", "0"]) == 2
+    assert main([*options, "mnist", "x.png", "--npz"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("Traceback") and error.endswith("ValueError: -n must be at least 1, got 0.\n")
+    assert error.startswith("Traceback") and error.endswith("ValueError: --npz is for --out FOLDER. Leave it out.\n")
 
 
 def test_an_interrupted_command_gives_status_130(capsys, monkeypatch):
@@ -134,6 +143,63 @@ def test_an_interrupted_command_gives_status_130(capsys, monkeypatch):
     monkeypatch.setattr(cli.models, "table", interrupt)
     assert main(["models"]) == 130
     assert capsys.readouterr().err == "scorematch: interrupted\n"
+
+
+@pytest.mark.parametrize(("error", "message"), [(KeyError("x"), "KeyError: 'x'."), (MemoryError(), "MemoryError.")])
+def test_an_error_of_another_kind_is_named(error, message, capsys, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli.models, "table", fail)
+    assert main(["models"]) == 1
+    assert capsys.readouterr().err == f"scorematch: {message} Add --debug for the traceback.\n"
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(cli.models, "table", lambda: warnings.warn("something\nis odd.", stacklevel=1))
+    shown = warnings.showwarning
+    assert main(["models"]) == 0
+    assert capsys.readouterr().err == "scorematch: warning: something is odd.\n"
+    assert warnings.showwarning is shown
+
+
+@pytest.mark.slow
+def test_output_that_is_not_read_to_the_end_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "scorematch", "models"]
+    with open(write, "wb") as output:  # noqa: PTH123  (a descriptor)
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("first", "program"),
+    [
+        ("/usr/bin/scorematch", "scorematch"),
+        ("C:/Scripts/scorematch.exe", "scorematch"),
+        ("/usr/lib/python3/scorematch/__main__.py", "python -m scorematch"),
+    ],
+)
+def test_help_and_messages_name_the_program_as_it_was_called(first, program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [first])
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: {program} sample ") and f"\n  {program} sample mnist digits.png\n" in said
+    assert _refused(["sample", "mnist"], capsys).endswith(f". See {program} sample --help.\n")
+    assert _refused(["sample", "palette-mnist", "x.png"], capsys).endswith(f"Write {program} restore.\n")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"\n  {program} sample mnist digits.png\n" in capsys.readouterr().out
+
+
+def test_the_script_scorematch_runs_main():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    scripts = re.search(r"^\[project\.scripts\]\n(.*?)\n\n", text, re.DOTALL | re.MULTILINE)[1]
+    name, module, function = re.fullmatch(r'(\w+) = "([\w.]+):(\w+)"', scripts).groups()
+    assert name == "scorematch" and getattr(importlib.import_module(module), function) is main
 
 
 def test_python_m_scorematch_prints_the_version(monkeypatch, capsys):
@@ -241,21 +307,36 @@ def test_one_image_has_no_border(folder, tmp_path, capsys):
     assert one.shape == (1, 8, 8) and four.shape == (1, 12, 42)
 
 
-def test_an_existing_picture_is_overwritten(folder, tmp_path):
-    save_image(torch.zeros(1, 3, 3), tmp_path / "a.png")
-    assert _sample(folder, tmp_path / "a.png", "--quiet") == 0
-    assert read_image(tmp_path / "a.png", 1).shape == (1, 22, 22)
+def test_an_existing_picture_is_overwritten_only_with_the_option(folder, tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    save_image(torch.zeros(1, 3, 3), picture)
+    before = picture.read_bytes()
+    assert _sample(folder, picture, "--quiet") == 2
+    said = capsys.readouterr()
+    expected = f"scorematch: {picture} exists already. Choose another name, or add --overwrite to replace it.\n"
+    assert said.err == expected and said.out == ""  # the error comes before sampling
+    assert picture.read_bytes() == before
+    assert _sample(folder, picture, "--quiet", "--overwrite") == 0
+    assert read_image(picture, 1).shape == (1, 22, 22)
 
 
 def test_the_recommended_sampler_is_used(tmp_path, capsys):
     net = _unet(1, NoiseSchedule.geometric(1, 0.01, 20))
     net.sampler_settings = SamplerSettings(sampler="ode", levels=4)
-    folder, out = _saved(net, tmp_path / "network"), str(tmp_path / "a.png")
-    assert main(["sample", folder, out, "-n", "1", "--quiet"]) == 0
+    command = [
+        "sample",
+        _saved(net, tmp_path / "network"),
+        str(tmp_path / "a.png"),
+        "-n",
+        "1",
+        "--quiet",
+        "--overwrite",
+    ]
+    assert main(command) == 0
     assert capsys.readouterr().out.startswith("ODESampler(4 levels 1 -> 0.01")
-    assert main(["sample", folder, out, "-n", "1", "--quiet", "--levels", "3"]) == 0
+    assert main([*command, "--levels", "3"]) == 0
     assert capsys.readouterr().out.startswith("ODESampler(3 levels 1 -> 0.01")
-    assert main(["sample", folder, out, "-n", "1", "--quiet", "--levels", "3", "--steps-per-level", "1"]) == 0
+    assert main([*command, "--levels", "3", "--steps-per-level", "1"]) == 0
     assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(3 levels 1 -> 0.01")
 
 
@@ -268,7 +349,7 @@ def test_levels_keeps_the_recommended_kind_of_sampling(tmp_path, capsys):
         (["--levels", "10"], r"10 levels 1 -> 0.01, 1 step, step \S+, consistent, 10 network calls"),
         (["--no-consistent", "--levels", "3", "--steps-per-level", "2"], "3 levels .*, 2 steps, .*, 7 network calls"),
     ]:
-        assert main(["sample", folder, out, "-n", "1", "--quiet", *options]) == 0
+        assert main(["sample", folder, out, "-n", "1", "--quiet", "--overwrite", *options]) == 0
         said = capsys.readouterr().out.splitlines()[0]
         assert re.fullmatch(rf"AnnealedLangevinSampler\({expected}\)", said), said
 
@@ -294,8 +375,6 @@ def test_sample_draws_a_class(folder, tmp_path, capsys):
     ("options", "message"),
     [
         (["nothing", "x.png"], "'nothing' is not the short name of a network; the short names are 'mnist', 'palette"),
-        (["mnist", "x.png", "-n", "0"], "scorematch: -n must be at least 1, got 0."),
-        (["mnist", "x.png", "--columns", "0"], "scorematch: --columns must be at least 1, got 0."),
         (["mnist", "x.png", "--step-size", "1"], "stability limit"),
         (["palette-mnist", "x.png"], "palette-mnist restores images: it takes an image as its condition. Write python"),
     ],
@@ -419,6 +498,44 @@ def test_restore_passes_the_class_to_the_network(tmp_path, pictures, capsys):
     assert "is class-conditional. Write --class K" in _refused(arguments, capsys)
 
 
+def test_restore_does_not_depend_on_the_other_pictures(folder, pictures, tmp_path):
+    """Pictures of the same size are restored together; each restoration has a generator of its own."""
+    save_image(torch.rand(1, 8, 12), pictures / "c.png")
+    options = ("--pool", "2", "--degrade", "--sigma", "0.1")
+    assert _restore(folder, pictures, tmp_path / "all", *options) == 0
+    assert _restore(folder, pictures / "b.png", tmp_path / "b", *options, "--batch-size", "1", "-n", "3") == 0
+    assert len(list((tmp_path / "all").iterdir())) == 9 and len(list((tmp_path / "b").iterdir())) == 4
+    for name in (
+        "b-1.png",
+        "b-2.png",
+    ):  # a larger -n adds restorations; the network rounds differently in other batches
+        together, alone = (read_image(tmp_path / out / name, 1) for out in ("all", "b"))
+        torch.testing.assert_close(together, alone, rtol=0, atol=1.01 / 255)
+    drawn = [read_image(tmp_path / "all" / f"{name}.png", 1) for name in ("a-1", "a-2", "b-1")]
+    assert not any(torch.equal(drawn[i], drawn[j]) for i, j in ((0, 1), (0, 2)))
+    assert read_image(tmp_path / "all" / "c-1.png", 1).shape == (1, 8, 12)
+
+
+@pytest.mark.parametrize("option", [(), ("--invert",)])
+def test_restore_observes_the_white_or_the_black_part_of_the_mask(folder, pictures, tmp_path, option, capsys):
+    white = torch.arange(8).expand(1, 8, 8) < 2
+    save_image(white.float(), tmp_path / "mask.png")
+    assert _restore(folder, pictures / "a.png", tmp_path / "out", "--mask", str(tmp_path / "mask.png"), *option) == 0
+    seen = ~white if option else white
+    whole, restored = read_image(pictures / "a.png", 1), read_image(tmp_path / "out" / "a-1.png", 1)
+    assert torch.equal(restored[seen], whole[seen]) and not torch.equal(restored[~seen], whole[~seen])
+    share, part = ("75", "black") if option else ("25", "white")
+    assert f"{share} % of the image is observed: the {part} part of " in capsys.readouterr().out
+
+
+def test_restore_reads_all_pictures_before_it_restores_the_first(folder, pictures, tmp_path, capsys):
+    (pictures / "c.png").write_text("not a picture")
+    assert main(_restore_options(folder, pictures, tmp_path / "out", "--pool", "2")) == 2
+    said = capsys.readouterr()
+    assert "c.png cannot be read as an image" in said.err and "network calls" not in said.out
+    assert not (tmp_path / "out").exists()
+
+
 def test_restore_prints_the_observed_share_of_the_image(folder, pictures, tmp_path, capsys):
     mask = tmp_path / "mask.png"
     save_image((torch.arange(8).expand(1, 8, 8) < 2).float(), mask)
@@ -463,6 +580,7 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
         ),
         (["--mask", "{pictures}/../nothing.png"], "nothing.png"),
         (["--pool", "2", "--class", "1"], "--class is for class-conditional networks"),
+        (["--pool", "2", "--invert"], "--invert is for --mask. Leave it out."),
     ],
 )
 def test_restore_gives_an_error_of_one_line(folder, pictures, tmp_path, options, message, capsys):
@@ -482,13 +600,15 @@ def test_restore_rejects_an_output_folder_with_a_picture_extension(folder, pictu
     assert not (tmp_path / name).exists()
 
 
-def test_restore_never_overwrites_a_picture(folder, pictures, capsys):
+def test_restore_overwrites_a_picture_only_with_the_option(folder, pictures, capsys):
     save_image(torch.rand(1, 8, 8), pictures / "a-1.png")
     before = (pictures / "a-1.png").read_bytes()
     error = _refused(_restore_options(folder, pictures / "a.png", pictures, "--pool", "2"), capsys)
-    assert "a-1.png exists already and is not overwritten. Choose another folder." in error
+    assert "a-1.png exists already. Choose another name, or add --overwrite to replace it." in error
     assert (pictures / "a-1.png").read_bytes() == before
     assert not (pictures / "a-strip.png").exists()
+    assert _restore(folder, pictures / "a.png", pictures, "--pool", "2", "--overwrite") == 0
+    assert (pictures / "a-1.png").read_bytes() != before and (pictures / "a-strip.png").exists()
 
 
 def test_restore_rejects_two_pictures_with_the_same_name(folder, pictures, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The command sample: many images into a folder, and all samplers. One picture is tested in test_cli.py."""
+"""The command sample: one file per image, animations, folders, and all samplers. Pictures are tested in test_cli.py."""
 
 import json
 import re
@@ -61,6 +61,87 @@ def _pictures(out):
     return {path.name: path.read_bytes() for path in (out / "images").iterdir()}
 
 
+# -- One file per image, and animations
+
+
+def test_the_images_of_a_seed_are_the_same_in_every_output(folder, tmp_path, capsys):
+    chain = ("--levels", 2, "--seed", 3)
+    assert _sample(folder, "--out", tmp_path / "out", "-n", 4, *chain) == 0
+    capsys.readouterr()
+    assert _sample(folder, f"{tmp_path}/new/", "-n", 4, *chain) == 0
+    first, last = (tmp_path / "new" / f"00000{i}.png" for i in (0, 3))
+    assert capsys.readouterr().out.splitlines()[3:] == [str(first), "...", str(last)]
+    assert _sample(folder, tmp_path / "few-%02d" / "x.png", "-n", 2, *chain, "--batch-size", 1) == 0
+    assert _sample(folder, tmp_path / "one.png", "-n", 1, *chain) == 0
+    assert _sample(folder, tmp_path / "sheet.png", "-n", 4, *chain) == 0
+    expected = [read_image(tmp_path / "out" / "images" / f"00000{i}.png", 1) for i in range(4)]
+    found = [(i, tmp_path / "new" / f"00000{i}.png") for i in range(4)]
+    found += [(i, tmp_path / f"few-0{i}" / "x.png") for i in range(2)]
+    for i, path in [*found, (0, tmp_path / "one.png")]:  # the network rounds differently in other batches
+        torch.testing.assert_close(read_image(path, 1), expected[i], rtol=0, atol=1.01 / 255)
+    sheet = read_image(tmp_path / "sheet.png", 1)
+    torch.testing.assert_close(sheet, grid(torch.stack(expected)), rtol=0, atol=1.01 / 255)
+    assert not torch.equal(expected[0], expected[1])
+
+
+def test_an_existing_folder_gets_one_file_per_image(folder, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert _sample(folder, tmp_path, "-n", 2, "--levels", 2) == 0
+    capsys.readouterr()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.png", "000001.png", "mine.txt"]
+    assert "000000.png exists already" in _refused([folder, tmp_path, "-n", 2], capsys)
+    (tmp_path / "000001.png").unlink()
+    (tmp_path / "000001.png").mkdir()
+    said = _refused([folder, tmp_path, "-n", 2, "--overwrite"], capsys)
+    assert "000001.png is a folder and cannot be replaced by a file. Choose another name." in said
+
+
+def _animation(path):
+    """The frames (T, H, W) of an animation, and their durations in milliseconds."""
+    with Image.open(path) as file:
+        frames, durations = [], []
+        for i in range(file.n_frames):
+            file.seek(i)
+            frames.append(torch.from_numpy(np.array(file.convert("L"))))
+            durations.append(file.info["duration"])
+        assert file.info["loop"] == 0
+    return torch.stack(frames), durations
+
+
+def test_an_animation_shows_the_way_from_noise_to_the_images(folder, tmp_path, capsys):
+    chain = ("-n", 4, "--sampler", "ancestral")
+    assert _sample(folder, tmp_path / "a.png", *chain, "--levels", 9, "--gif") == 0
+    assert capsys.readouterr().out.splitlines()[3:] == [str(tmp_path / "a.png"), str(tmp_path / "a.gif")]
+    frames, durations = _animation(tmp_path / "a.gif")
+    assert len(frames) == 9 and durations == [380] * 8 + [2000]  # eight steps, and the denoised images
+    assert torch.equal(frames[-1].float() / 255, read_image(tmp_path / "a.png", 1)[0])
+    noisy = frames[0, 2:-2, 2:-2].float() / 255
+    assert noisy.min() >= 0 and noisy.std() > 0.15 and not torch.equal(frames[0], frames[-1])
+    assert _sample(folder, tmp_path / "b.gif", *chain, "--levels", 9, "--gif") == 0  # without a still picture
+    assert torch.equal(_animation(tmp_path / "b.gif")[0], frames)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "a.png", "b.gif"]
+    capsys.readouterr()
+    assert "a.gif exists already" in _refused([folder, tmp_path / "a.jpg", "--gif"], capsys)
+    assert _sample(folder, tmp_path / "one.png", "-n", 1, "--levels", 3, "--gif") == 0
+    assert _animation(tmp_path / "one.gif")[0].shape[1:] == (8, 8)  # one image has no border
+
+
+def test_an_animation_of_many_steps_has_at_most_60_frames(folder, tmp_path):
+    assert _sample(folder, tmp_path / "a.png", "-n", 1, "--sampler", "ancestral", "--levels", 62, "--gif") == 0
+    frames, _ = _animation(tmp_path / "a.gif")
+    assert 30 <= len(frames) <= 60
+    assert torch.equal(frames[-1].float() / 255, read_image(tmp_path / "a.png", 1)[0])
+
+
+def test_an_animation_in_a_folder(folder, tmp_path, capsys):
+    assert _sample(folder, "--out", tmp_path, "-n", 3, "--levels", 3, "--gif") == 0
+    lines = [str(tmp_path / name) for name in ("sheet.png", "sheet.gif")]
+    assert capsys.readouterr().out.splitlines()[3:] == [*lines, str(tmp_path)]
+    frames, _ = _animation(tmp_path / "sheet.gif")
+    sheet = read_image(tmp_path / "sheet.png", 1)[0]
+    torch.testing.assert_close(frames[-1].float() / 255, sheet, rtol=0, atol=1.01 / 255)
+
+
 # -- A folder
 
 
@@ -77,7 +158,7 @@ def test_a_folder_of_images(folder, tmp_path, capsys):
     sheet = read_image(out / "sheet.png", 1)
     torch.testing.assert_close(sheet, grid(read_samples(out, 5)))
     about = json.loads((out / "samples.json").read_text())["about"]
-    command = f"python -m scorematch sample {folder} --out {out} -n 5 --batch-size 2 --device cpu --quiet"
+    command = f"scorematch sample {folder} --out {out} -n 5 --batch-size 2 --device cpu --quiet"
     assert about == {"network": folder, "command": command}
 
 
@@ -157,9 +238,11 @@ def test_guidance(tmp_path, capsys):
         (["{folder}"], "the following arguments are required: picture or --out FOLDER"),
         (["{folder}", "a.png", "--out", "b"], "a.png and --out b exclude each other: name a picture or a folder."),
         (["{folder}", "--out", "a.png"], "the output must be a folder, got the name of a picture, a.png. Write a."),
-        (["{folder}", "a.png", "--npz"], "--batch-size and --npz are for --out FOLDER. Leave them out."),
-        (["{folder}", "a.png", "--batch-size", "4"], "--batch-size and --npz are for --out FOLDER."),
-        (["{folder}", "--out", "b", "--batch-size", "0"], "--batch-size must be at least 1, got 0."),
+        (["{folder}", "a.png/"], "the output must be a folder, got the name of a picture, a.png. Write a."),
+        (["{folder}", "a.png", "--npz"], "--npz is for --out FOLDER. Leave it out."),
+        (["{folder}", "--out", "b", "--overwrite"], "--overwrite is for a picture, and --out continues in its folder."),
+        (["{folder}", "b/", "--gif"], "--gif is for one picture of all images. Leave it out, or name a file such as "),
+        (["{folder}", "b%d.png", "--columns", "2"], "--columns is for one picture of all images. Leave it out, or "),
         (["{folder}", "--out", "b", "--class", "cycle"], "--class is for class-conditional networks"),
         (["{folder}", "--out", "b", "--classes", "3"], "--classes is for --class random and --class cycle."),
         (["{classes}", "--out", "b"], "is class-conditional. Write --class K"),
@@ -222,7 +305,7 @@ def test_every_sampler_has_its_options(folder, tmp_path, options, expected, caps
 
 def test_every_sampler_is_an_option(folder, tmp_path, capsys):
     for name, sampler in SAMPLERS.items():
-        assert _sample(folder, tmp_path / "a.png", "-n", 1, "--levels", 3, "--sampler", name) == 0
+        assert _sample(folder, tmp_path / f"{name}.png", "-n", 1, "--levels", 3, "--sampler", name) == 0
         assert capsys.readouterr().out.startswith(f"{sampler.__name__}(3 levels")
 
 

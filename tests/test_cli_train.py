@@ -263,7 +263,9 @@ def test_counts_with_and_without_a_suffix(text, number):
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "5q", "5K", "1.0005k", "k", "1e6", " 5"])
 def test_invalid_counts_raise(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a count such as 50000, 50k or 5M, got"):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match="must be a whole number of at least 1, such as 64, 50k or 5M, got"
+    ):
         image_count(text)
 
 
@@ -281,7 +283,10 @@ def test_image_sizes():
     ("options", "message"),
     [
         (("--recipe", "huge"), "argument --recipe: invalid choice: 'huge'"),
-        (("--images", "5q"), "argument --images: must be a count such as 50000, 50k or 5M, got '5q'"),
+        (
+            ("--images", "5q"),
+            "argument --images: must be a whole number of at least 1, such as 64, 50k or 5M, got '5q'",
+        ),
         (("--image-size", "big"), "argument --image-size: must be a side such as 64"),
         (("--label-drop", "0.2"), "--label-drop is for training on classes. Add --labels."),
         (("--cache", "x", "--no-cache"), "--cache and --no-cache cannot be combined. Leave out one."),

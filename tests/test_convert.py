@@ -189,7 +189,7 @@ def test_convert_command(files, tmp_path, capsys):
     assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--config", str(config)]) == 0
     assert "117,323 parameters, NoiseSchedule(232 levels, 50 -> 0.01)" in capsys.readouterr().out
     _agrees(ScoreNet.from_pretrained(tmp_path / "out"), fixture)
-    assert main(["convert", str(tmp_path / "nothing.pth"), str(tmp_path / "out")]) != 0
+    assert main(["convert", str(tmp_path / "nothing.pth"), str(tmp_path / "other")]) != 0
     error = capsys.readouterr().err
     assert "nothing.pth" in error and error.count("\n") == 1
 

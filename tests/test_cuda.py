@@ -8,52 +8,26 @@ import torch
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.likelihood import log_likelihood
 from scorematch.loss import sliced_score_matching_loss
-from scorematch.nets.unet import UNet
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
 from scorematch.palette import Colorization, Inpainting, JPEGRestoration, MultiTask, Uncropping
 from scorematch.precision import exact_float32
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
+from tests.networks import FOURIER, wide_ddpmpp, wide_ncsnpp, wide_unet
+from tests.networks import WIDE_LEVELS as LEVELS
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-LEVELS = NoiseSchedule.geometric(10, 0.01, 12)
-
-
-def _unet(down="DownBlock2D", up="UpBlock2D", precondition="karras", **options):
-    backbone = UNet(
-        block_out_channels=(32, 64),
-        down_block_types=(down,) * 2,
-        up_block_types=(up,) * 2,
-        **{"norm_num_groups": 8, **options},
-    )
-    return ScoreNet(backbone, LEVELS, precondition=precondition, sample_shape=(3, 32, 32))
-
-
-FOURIER = {"time_embedding_type": "fourier", "precondition": "ncsnpp", "norm_num_groups": None}
 NETS = {
     "ncsn": lambda: ScoreNet.ncsn(3, 32, width=16, schedule=LEVELS),
     "ncsnv2": lambda: ScoreNet.ncsnv2(3, 32, width=16, depth="deeper", schedule=LEVELS),
-    "unet": lambda: _unet(),
-    "attention": lambda: _unet("AttnDownBlock2D", "AttnUpBlock2D", attention_head_dim=None),
-    "classes": lambda: _unet(num_class_embeds=5),
-    "ncsnpp": lambda: _unet("AttnSkipDownBlock2D", "AttnSkipUpBlock2D", **FOURIER),
-    "NCSN++": lambda: ScoreNet.ncsnpp(3, 32, widths=(32, 64), layers_per_block=1, schedule=LEVELS),
-    "DDPM++": lambda: ScoreNet.ncsnpp(
-        3,
-        32,
-        widths=(32, 64),
-        layers_per_block=1,
-        embedding="positional",
-        resample_filter=(1, 1),
-        input_pyramid="residual",
-        output_pyramid="residual",
-        classes=5,
-        null_class=True,
-        schedule=LEVELS,
-        precondition="vp",
-    ),
+    "unet": wide_unet,
+    "attention": lambda: wide_unet("AttnDownBlock2D", attention_head_dim=None),
+    "classes": lambda: wide_unet(num_class_embeds=5),
+    "ncsnpp": lambda: wide_unet("AttnSkipDownBlock2D", **FOURIER),
+    "NCSN++": wide_ncsnpp,
+    "DDPM++": lambda: wide_ddpmpp("residual"),
     "condition": lambda: ScoreNet.unet(
         3, 32, widths=(32, 32), layers_per_block=1, condition_channels=3, schedule=LEVELS
     ),

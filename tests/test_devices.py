@@ -4,6 +4,7 @@ Tensors on the meta device have no values, and reading one raises an error. The 
 The tests check its requirements: all arguments of a kernel have one dtype, and the host rarely waits for a value.
 """
 
+import functools
 import itertools
 import threading
 
@@ -15,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.nets.unet import UNet
 from scorematch.observe import Grayscale, Mask, Observation
 from scorematch.precision import exact_float32
 from scorematch.sampling import SAMPLERS, AncestralSampler, ODESampler, PredictorCorrectorSampler
 from scorematch.sampling.sampler import _FiniteCheck
 from tests.helpers import HostReads, NoFloat64
+from tests.networks import FOURIER, wide_ddpmpp, wide_ncsnpp, wide_unet
+from tests.networks import WIDE_LEVELS as LEVELS
 
-LEVELS = NoiseSchedule.geometric(10, 0.01, 12)
 KERNELS = ("group_norm", "convolution", "addmm", "mm", "bmm", "baddbmm", "linear", "scaled_dot_product", "layer_norm")
 
 
@@ -47,43 +48,22 @@ class OneDtype(TorchDispatchMode):
 # -- All arguments of a kernel have one dtype --------------------------------------------------------------------------
 
 
-def _unet(down="DownBlock2D", up="UpBlock2D", precondition="karras", image=0, **options):
-    options = {"norm_num_groups": 8, "layers_per_block": 1, **options}
-    backbone = UNet(
-        3 + image, 3, block_out_channels=(32, 64), down_block_types=(down,) * 2, up_block_types=(up,) * 2, **options
-    )
-    return ScoreNet(backbone, LEVELS, precondition=precondition, sample_shape=(3, 32, 32))
-
-
-FOURIER = {"time_embedding_type": "fourier", "precondition": "ncsnpp", "norm_num_groups": None}
+_unet = functools.partial(wide_unet, layers_per_block=1)
 NETS = {
     "ncsn": lambda: ScoreNet.ncsn(3, 32, width=16, schedule=LEVELS),
     "ncsnv2": lambda: ScoreNet.ncsnv2(3, 32, width=16, schedule=LEVELS),
     "ncsnv2 deepest": lambda: ScoreNet.ncsnv2(3, 32, width=16, depth="deepest", schedule=LEVELS),
     "unet": lambda: _unet(add_attention=False),
-    "unet, attention": lambda: _unet("AttnDownBlock2D", "AttnUpBlock2D", attention_head_dim=8),
-    "unet, one head": lambda: _unet("AttnDownBlock2D", "AttnUpBlock2D", attention_head_dim=None),
+    "unet, attention": lambda: _unet("AttnDownBlock2D", attention_head_dim=8),
+    "unet, one head": lambda: _unet("AttnDownBlock2D", attention_head_dim=None),
     "unet, scale and shift": lambda: _unet(resnet_time_scale_shift="scale_shift", act_fn="gelu"),
     "unet, image": lambda: _unet(image=2),
     "unet, classes": lambda: _unet(num_class_embeds=5),
-    "ncsnpp": lambda: _unet("SkipDownBlock2D", "SkipUpBlock2D", add_attention=False, **FOURIER),
-    "ncsnpp, attention": lambda: _unet("AttnSkipDownBlock2D", "AttnSkipUpBlock2D", **FOURIER),
-    "ncsnpp, image": lambda: _unet("SkipDownBlock2D", "SkipUpBlock2D", image=3, **FOURIER),
-    "NCSN++": lambda: ScoreNet.ncsnpp(3, 32, widths=(32, 64), layers_per_block=1, schedule=LEVELS),
-    "DDPM++, classes": lambda: ScoreNet.ncsnpp(
-        3,
-        32,
-        widths=(32, 64),
-        layers_per_block=1,
-        embedding="positional",
-        resample_filter=(1, 1),
-        input_pyramid="skip",
-        output_pyramid="skip",
-        classes=5,
-        null_class=True,
-        schedule=LEVELS,
-        precondition="vp",
-    ),
+    "ncsnpp": lambda: _unet("SkipDownBlock2D", add_attention=False, **FOURIER),
+    "ncsnpp, attention": lambda: _unet("AttnSkipDownBlock2D", **FOURIER),
+    "ncsnpp, image": lambda: _unet("SkipDownBlock2D", image=3, **FOURIER),
+    "NCSN++": wide_ncsnpp,
+    "DDPM++, classes": lambda: wide_ddpmpp("skip"),
 }
 
 

@@ -610,7 +610,7 @@ def test_a_missing_scheduler_raises(ddpm):
         (
             {"sample_size": "8"},
             {},
-            r"sample_size must be a list with at least 2 and at most 2 entries, .*got '8'",
+            r"sample_size must be a list with exactly 2 entries, .*got '8'",
         ),
         ({"in_channels": 0}, {}, "in_channels must be an integer of at least 1"),
         ({"norm_eps": "x"}, {}, r"/config\.json: norm_eps must be a number of at least 0 and at most 1, got 'x'"),

@@ -2,26 +2,31 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
+import runpy
 import shlex
-import sys
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import FunctionType
 
+import numpy as np
 import pytest
 import torch
 
 import scorematch
-from scorematch import cli
-from scorematch.charts import Curve, chart
-from scorematch.pretrained import cards
+from scorematch import ScoreNet, cli
+from scorematch.nets import FAMILIES
+from scorematch.pretrained import cards, configuration
+from scorematch.sampling import ODESampler
+from scorematch.schema import Field
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Their code draws many images, or trains.
 SLOW_PAGES = {
     "README",
+    "classes",
     "evaluation",
     "extending",
     "guidance",
@@ -30,6 +35,7 @@ SLOW_PAGES = {
     "recipes",
     "restoration",
     "samplers",
+    "scale",
     "schedules",
     "speed",
     "start",
@@ -64,41 +70,84 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
             exec(compile(block, str(page), "exec"), names)  # noqa: S102
 
 
-def test_the_block_for_lightning_runs(tmp_path, monkeypatch):
-    """With the documented order of hooks in place of Lightning, which is not installed."""
+# -- Notebooks ---------------------------------------------------------------------------------------------------------
 
-    class Module(torch.nn.Module):
-        def log(self, name, value):
-            assert torch.isfinite(value)
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+# The values of the cell "sizes" in the tests.
+SMOKE = {
+    "digits": {"IMAGES": 128, "SAMPLES": 8},
+    "own-data": {"SIZE": 16, "PICTURES": 40, "IMAGES": 64, "SAMPLES": 32},
+    "restoration": {"LEVELS": 3, "COUNT": 2},
+    "toy": {"STEPS": 5, "POINTS": 50, "STEPS_PER_LEVEL": 2},
+}
 
-    class Trainer:
-        def __init__(self, *, max_epochs, gradient_clip_val):
-            self.epochs, self.norm = max_epochs, gradient_clip_val
 
-        def fit(self, module, loader):
-            optimizer = module.configure_optimizers()
-            for _ in range(self.epochs):
-                for i, batch in enumerate(loader):
-                    optimizer.zero_grad()
-                    loss = module.training_step(batch, i)
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(module.parameters(), self.norm)
-                    optimizer.step()
-                    module.on_train_batch_end(loss, batch, i)
+def _cells(path, kind="code"):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == kind]
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(path, tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "lightning", SimpleNamespace(LightningModule=Module, Trainer=Trainer))
-    page = ROOT / "docs" / "training.md"
-    (plain,) = (block for block in _blocks(page, "python") if "averaged = AveragedModel" in block)
-    (block,) = _blocks(page, "py")
-    names = {}
+    monkeypatch.setenv("SCOREMATCH_CACHE", str(tmp_path / "cache"))
+    if path.stem == "digits":  # the tests have no data set: digits of the shipped network take its place
+        digits = ODESampler(ScoreNet.from_pretrained("mnist"), levels=3).sample(80, generator=0, progress=False)
+        np.savez("mnist.npz", images=(255 * digits[:, 0]).byte().numpy(), labels=np.arange(80) % 10)
+    names = {"__name__": path.stem}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        exec(plain + block, names)  # noqa: S102
-    trained = names["ScoreNet"].from_pretrained("runs/lightning")
-    expected = names["training"].averaged
-    assert int(expected.n_averaged) == 2
-    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), expected.module.parameters(), strict=True))
+        for cell in _cells(path):
+            exec(compile("".join(cell["source"]), str(path), "exec"), names)  # noqa: S102
+            if "sizes" in cell["metadata"].get("tags", ()):
+                assert SMOKE[path.stem].keys() <= names.keys()
+                names |= SMOKE[path.stem]
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_have_the_outputs_of_one_execution(path):
+    cells = _cells(path)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(output["output_type"] != "error" for cell in cells for output in cell["outputs"])
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"])
+    assert path.stat().st_size < 400_000
+    assert [cell["metadata"].get("tags") for cell in cells].index(["sizes"]) == 0
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_targets_of_links_in_notebooks_exist(path):
+    text = "".join("".join(cell["source"]) for cell in _cells(path, "markdown"))
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")]
+    assert links and all((path.parent / link).exists() for link in links)
+
+
+# -- Pages -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_family_of_the_page_about_extending_works_in_the_package(tmp_path, monkeypatch):
+    """As the file nets/plain.py, with its line in the registry."""
+    (block,) = (block for block in _blocks(ROOT / "docs" / "extending.md", "py") if "Family[Plain]" in block)
+    names = {"__name__": "scorematch.nets.plain"}
+    exec(block, names)  # noqa: S102
+    monkeypatch.setitem(FAMILIES, "plain", names["PlainFamily"]())
+    monkeypatch.setattr(configuration, "_FAMILY", Field(str, required=True, choices=tuple(FAMILIES)))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        architecture = {"family": "plain", "channels": 1, "width": 4}
+        net = ScoreNet._build(architecture, scorematch.NoiseSchedule.geometric(9, 0.01, 5), "karras", (1, 8, 8))
+        x = torch.rand(3, 1, 8, 8)
+    net.save_pretrained(tmp_path)
+    same = ScoreNet.from_pretrained(tmp_path)
+    assert same.config == net.config and same.family.name == "plain"
+    with torch.no_grad():
+        expected = net.denoise(x, 0.3)
+        assert torch.equal(same.denoise(x, 0.3), expected)
+        monkeypatch.setattr("scorematch.nets.inference.native_dtype", lambda device: torch.float32)
+        torch.testing.assert_close(x + 0.09 * net.inference_copy()(x, 0.3), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -113,21 +162,23 @@ def test_the_lines_for_users_of_other_libraries_run(tmp_path, monkeypatch):
         (block,) = _blocks(page, "python")
         exec(block, names)  # noqa: S102
         for line in lines:
-            if line.startswith("python -m scorematch "):
-                cli._parser().parse_args(shlex.split(line)[3:])
+            if line.startswith("scorematch "):
+                cli._parser().parse_args(shlex.split(line)[1:])
             elif "from_pretrained" not in line and "from_diffusers" not in line:  # these need the Hub and diffusers
                 exec(line, names)  # noqa: S102
     assert len(lines) >= 50
 
 
-def test_the_figure_of_the_page_about_schedules_is_that_of_its_code(tmp_path, monkeypatch):
+@pytest.mark.parametrize("picture", ["technique1", "technique2", "technique4"])
+def test_figures_of_the_page_about_schedules_are_those_of_its_code(picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = _blocks(ROOT / "docs" / "schedules.md", "python")
-    (figure,) = (block for block in blocks if "steps.svg" in block)
-    names = {"schedule": scorematch.NoiseSchedule.geometric(50, 0.01, levels=232), "Curve": Curve, "chart": chart}
-    exec(figure, names)  # noqa: S102
-    committed = ROOT / "docs" / "images" / "steps.svg"
-    assert Path("steps.svg").read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")
+    imports = next(block for block in blocks if "from scorematch.charts" in block).partition("data =")[0]
+    (figure,) = (block for block in blocks if f"{picture}.svg" in block)
+    names = {}
+    exec(imports + "schedule = NoiseSchedule.geometric(50, 0.01, levels=232)\n" + figure, names)  # noqa: S102
+    committed = ROOT / "docs" / "images" / f"{picture}.svg"
+    assert Path(f"{picture}.svg").read_text(encoding="utf-8") == committed.read_text(encoding="utf-8")
 
 
 def _documented():
@@ -218,14 +269,30 @@ def test_targets_of_links_exist(page):
             assert (page.parent / target).exists(), target
 
 
-def test_every_card_is_on_the_page_of_trained_networks():
-    page = (ROOT / "docs" / "pretrained.md").read_text(encoding="utf-8")
-    for card in cards.CARDS:
-        levels = f"{card.levels}, {card.sigmas[0]:g} -> {card.sigmas[1]:g}"
-        row = next(line for line in page.splitlines() if levels in line and f"`{card.repository or card.name}`" in line)
-        assert "x".join(map(str, card.shape)) in row
-        assert card.license in row
-        assert card.revision is None or card.revision[:12] in row
+def test_the_page_of_trained_networks_has_every_card():
+    """The build puts the parts that docs/networks.py makes in place of their marks."""
+    parts = runpy.run_path(str(ROOT / "docs" / "networks.py"))["PARTS"]
+    for page, expected in [("pretrained", ["table", "grids"]), ("networks", ["cards"])]:
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        assert re.findall(r"^<!-- networks: (\w+) -->$", text, re.MULTILINE) == expected
+    _, _, *rows = parts["table"]().splitlines()
+    for card, row in zip(cards.CARDS, rows, strict=True):
+        cells = row.strip("|").split("|")
+        assert len(cells) == 6 and all(text in row for text in (card.license, card.data, f"{card.parameters:,}"))
+        assert f"{card.levels}, {card.sigmas[0]:g} -> {card.sigmas[1]:g}" in row
+        assert "x".join(map(str, card.shape)) in row and (card.revision or "")[:12] in row
+        assert f"`{card.name or card.repository}`" in row
+    shipped = [card.name for card in cards.CARDS if card.repository is None]
+    assert shipped == [folder.name for folder in sorted(cards.SHIPPED.iterdir()) if folder.is_dir()]
+    for name in shipped:
+        assert f"### {name}\n" in parts["grids"]()
+        assert f"../src/scorematch/weights/{name}/README.md" in parts["cards"]()
+
+
+@pytest.mark.parametrize("name", [card.name for card in cards.CARDS if card.repository is None])
+def test_every_network_that_ships_has_a_picture(name):
+    """Made, for example, by ``sample NAME docs/images/networks/NAME.png -n 64 --columns 16``."""
+    assert (ROOT / "docs" / "images" / "networks" / f"{name}.png").exists()
 
 
 def test_every_published_checkpoint_is_on_the_page_of_trained_networks():

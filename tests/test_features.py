@@ -135,6 +135,11 @@ def test_results_are_checked(result, message):
         Extractor(lambda images: result, "function")(pictures())
 
 
+def test_an_extractor_without_classes_has_no_logits():
+    with pytest.raises(ValueError, match=r"the extractor returns no logits of classes\. Pass one that"):
+        MEANS.extract(pictures()).class_logits  # noqa: B018
+
+
 def test_precision_is_float32_within_autocast():
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).requires_grad_(False)
     extractor = Extractor(lambda images: network(images.float() / 255), "linear")

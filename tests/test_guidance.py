@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
-from scorematch.bulk import bulk_samples, identity
+from scorematch.bulk import bulk_samples
+from scorematch.bulk.hashing import identity
 from scorematch.evaluation.exact import Mixture
 from scorematch.guidance import autoguidance, classifier, classifier_free
 from scorematch.likelihood import log_likelihood

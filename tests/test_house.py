@@ -17,8 +17,8 @@ PACKAGE = Path(scorematch.__file__).parent
 # A module or package may import only from earlier layers of this list; a package may also import from itself.
 LAYERS = [
     {"files"},
-    {"charts", "images", "observe", "precision", "randomness", "schema"},
-    {"noise"},
+    {"charts", "observe", "precision", "randomness", "schema"},
+    {"arrays", "images", "noise"},
     {"protocol"},
     {"precondition"},
     {"nets"},
@@ -29,6 +29,7 @@ LAYERS = [
     {"bulk"},
     {"training"},
     {"evaluation"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 ]
@@ -200,7 +201,7 @@ def test_import_draws_no_random_numbers_and_loads_only_what_is_used():
         "assert 'scorematch.likelihood' not in sys.modules\n"
         f"for name in {public}:\n"
         "    assert getattr(scorematch, name).__name__ == 'scorematch.' + name\n"
-        "optional = 'accelerate', 'matplotlib', 'PIL', 'scipy', 'torch_fidelity', 'torchvision', 'yaml'\n"
+        "optional = 'accelerate', 'gradio', 'matplotlib', 'PIL', 'scipy', 'torch_fidelity', 'torchvision', 'yaml'\n"
         "assert not {'huggingface_hub', *optional} & set(sys.modules)\n"
         "sys.modules.update(dict.fromkeys(optional))\n"
         "import scorematch.training, scorematch.evaluation, scorematch.cli\n"

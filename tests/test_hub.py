@@ -1,11 +1,16 @@
 """Loading from and uploading to a local server with the Hub's protocol, by the real client in separate processes."""
 
+import hashlib
+import itertools
 import json
 import os
+import random
 import re
+import signal
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -77,6 +82,7 @@ def run(client, hub, tmp_path):
 
     def call(code, *, fails=False, **variables):
         code = "from scorematch import AnnealedLangevinSampler, ScoreNet\n" + code
+        variables = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5", **variables}
         status, out, error = client.run(code, tmp_path, {**environment(hub.url, tmp_path / "home"), **variables})
         assert (status != 0) == fails, error
         return error.strip().splitlines()[-1] if fails else out
@@ -404,3 +410,203 @@ def test_a_rejected_upload_gives_a_clear_error(hub, run, saved):
     assert "me/net" not in hub.repositories
     error = run(_pushed(saved).replace("me/net", "net"), fails=True)
     assert error == "ValueError: repo_id must be owner/name, got 'net'."
+
+
+# -- A Hub that does not work as it should
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+AGAIN = " Load it again to continue the download."
+
+
+def _faults(files):
+    """What is wrong -> the attributes of the server, and the error."""
+    return {
+        "the content is that of another file": (
+            {"swapped": {WEIGHTS: files["config.json"]}},
+            f"OSError: downloading someone/ddpm failed: Consistency check failed: .*{AGAIN}",
+        ),
+        "the content has the right length only": (
+            {"swapped": {WEIGHTS: bytes(len(files[WEIGHTS]))}},
+            f"OSError: downloading someone/ddpm failed: the content of {WEIGHTS} was damaged on the way, and was "
+            f"deleted.{AGAIN}",
+        ),
+        "the content is shorter than announced": (
+            {"lengths": {WEIGHTS: 100}},
+            f"OSError: downloading someone/ddpm failed: RemoteProtocolError: peer closed connection .*{AGAIN}",
+        ),
+        "the content is longer than announced": (
+            {"lengths": {WEIGHTS: -100}},
+            f"OSError: downloading someone/ddpm failed: Consistency check failed: .*{AGAIN}",
+        ),
+        "redirects in a circle": (
+            {"circular": True},
+            f"OSError: downloading someone/ddpm failed: TooManyRedirects: .*{AGAIN}",
+        ),
+        "too many requests": (
+            {"status": 429},
+            f"OSError: downloading someone/ddpm failed: HfHubHTTPError: 429 Too Many Requests .*{AGAIN}",
+        ),
+        "no answer": ({"hanging": True}, "FileNotFoundError: .* the Hub cannot be reached .*timed out"),
+        "a commit that is a path": (
+            {"commit": "../../evil"},
+            f"OSError: downloading someone/ddpm failed: the Hub names the commit '../../evil', which is not .*{AGAIN}",
+        ),
+    }
+
+
+QUICK = ("the content has the right length only", "redirects in a circle", "no answer")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in _faults(dict.fromkeys((WEIGHTS, "config.json"), b""))
+    ],
+)
+def test_a_hub_with_a_fault_gives_a_clear_error_and_the_next_call_succeeds(fault, hub, run, files):
+    attributes, message = _faults(files)[fault]
+    before = {name: getattr(hub, name) for name in attributes}
+    vars(hub).update(attributes)
+    error = run(LOAD, fails=True, HF_HUB_ETAG_TIMEOUT="1")
+    assert re.fullmatch(message + ".*", error), error
+    vars(hub).update(before)
+    hub.stopped.set()
+    assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [429, 503])
+def test_the_client_repeats_requests_that_a_busy_hub_refused(status, hub, run):
+    hub.busy = {status: 3}
+    assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
+    assert hub.busy == {status: 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_connections_that_end_at_random_moments_are_resumed(seed, hub, run):
+    hub.flaky = random.Random(seed)  # noqa: S311
+    assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "diffusion_pytorch_model-a/../../../../evil-of-2.safetensors",
+            "ValueError: someone/ddpm cannot be downloaded: ",
+        ),
+        pytest.param("../../../../diffusion_pytorch_model.safetensors", None, marks=pytest.mark.slow),
+        pytest.param("/evil/config.json", None, marks=pytest.mark.slow),
+    ],
+)
+def test_names_of_files_do_not_leave_the_cache(name, message, hub, run, files, tmp_path):
+    """A file whose name is none of a network's is not requested."""
+    hub.repositories["someone/ddpm"][name] = files[WEIGHTS]
+    said = run(LOAD, fails=message is not None)
+    assert message is None or said.startswith(message)
+    assert name not in hub.fetched()
+    cache = tmp_path / "home" / "hub" / "models--someone--ddpm"
+    found = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix == ".safetensors"]
+    assert all(path.is_relative_to(cache) and path.resolve().is_relative_to(cache.resolve()) for path in found)
+    assert message is not None or len(found) == 1
+
+
+@pytest.mark.slow
+def test_an_index_does_not_lead_out_of_the_folder(hub, run, files):
+    """Of a path in an index only the name is used, so a file elsewhere is not read."""
+    held = hub.repositories["someone/ddpm"]
+    part = "diffusion_pytorch_model-00001-of-00001.safetensors"
+    held[part] = held.pop(WEIGHTS)
+    names = list(safetensors.torch.load(held[part]))
+    for path, works in ((f"../../../{part}", True), ("../../../../../.stdout0", False), ("/etc/passwd", False)):
+        held[f"{WEIGHTS}.index.json"] = json.dumps({"weight_map": dict.fromkeys(names, path)}).encode()
+        hub.commit = hashlib.sha1(path.encode(), usedforsecurity=False).hexdigest()
+        said = run(LOAD + "print(net.sample_shape)", fails=not works)
+        assert said == "(3, 8, 8)\n" if works else f"has no {path.split('/')[-1]}" in said
+
+
+@pytest.mark.parametrize("name", ["someone/..", "../someone", "someone/../../ddpm", "-/ddpm"])
+def test_names_of_repositories_do_not_leave_the_cache(name, hub, run):
+    error = run(f"ScoreNet.from_pretrained({name!r})", fails=True)
+    assert re.match("ValueError: .* is not the name of a repository|FileNotFoundError: there is no folder", error)
+    assert hub.requests == []
+
+
+def test_a_refused_network_is_not_downloaded(hub, run):
+    """Its configuration is enough to refuse it."""
+    held = hub.repositories["someone/ddpm"]
+    config = json.loads(held["config.json"])
+    held["config.json"] = json.dumps({**config, "_class_name": "UNet2DConditionModel"}).encode()
+    assert "its _class_name must be UNet2DModel" in run(LOAD, fails=True)
+    held["config.json"] = json.dumps({**config, "mid_block_type": "Other"}).encode()
+    hub.commit = hub.commit[::-1]
+    assert "mid_block_type 'Other' is not supported" in run(LOAD, fails=True)
+    assert hub.fetched() == ["config.json", "model_index.json", "scheduler_config.json"]
+
+
+@pytest.mark.parametrize("token", ["hf_secret ", "hf_secret\nX-Header: 1", "hf_s\u00e9cret"])
+def test_a_token_that_cannot_be_sent_is_not_in_the_error(token, hub, run):
+    errors = run(
+        _errors_of(
+            f"ScoreNet.from_pretrained('someone/ddpm', token={token!r})",
+            f"ScoreNet.ncsn(1, 8, width=2).push_to_hub('me/net', token={token!r})",
+        )
+    )
+    assert errors == 2 * (
+        "ValueError: token must be the string of an access token, without spaces, line breaks and other special "
+        "characters. Copy it again.\n"
+    )
+    assert hub.requests == []
+
+
+@pytest.mark.slow
+def test_tokens_are_not_written(hub, run, saved, tmp_path):
+    """Neither in errors nor in the cache, the card or the files of a network."""
+    hub.writer, hub.private["someone/ddpm"] = "hf_secret", "hf_secret"
+    hub.gated.add("someone/gated")
+    hub.repositories["someone/gated"] = {}
+    code = (
+        "import logging\nlogging.basicConfig(level=logging.DEBUG)\n"
+        "net = ScoreNet.from_pretrained('someone/ddpm', token='hf_secret')\n"
+        "net.push_to_hub('me/net', token='hf_secret')\nnet.save_pretrained('again')\n"
+    )
+    said = run(code + "import sys\nsys.stderr.flush()\nprint(open('.stderr0').read())")
+    said += run(_errors_of("ScoreNet.from_pretrained('someone/gated', token='hf_secret')"))
+    said += run("net = ScoreNet.ncsn(1, 8, width=2)\nnet.push_to_hub('me/net', token='hf_secrets')", fails=True)
+    assert "api/models/someone/ddpm" in said and "hf_secret" not in said  # the requests are in the log
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10 and not [path for path in files if b"hf_secret" in path.read_bytes()]
+    assert not [file for file, content in hub.repositories["me/net"].items() if b"hf_secret" in content]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_upload_that_is_killed_at_any_request_leaves_a_whole_network(moment, hub, client, tmp_path, saved):
+    """The repository has the old network or the new one, and the next upload completes the work."""
+    ScoreNet.ncsn(1, 8, width=2).save_pretrained(tmp_path / "old")
+    ScoreNet.from_pretrained(saved).save_pretrained(tmp_path / "new")
+    old, new = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("old", "new"))
+    hub.writer = "secret"
+    code = "import os\nopen('pid', 'w').write(str(os.getpid()))\nfrom scorematch import ScoreNet\n"
+    code += _pushed(saved, ", token='secret'")
+    states = []
+    for k in range(1, 30):
+
+        def kill(requests=itertools.count(1), last=k):  # noqa: B008  (a new counter for each k)
+            if next(requests) == last:
+                os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+        hub.repositories["me/net"] = dict(old)
+        setattr(hub, moment, kill)
+        status, _, error = client.run(code, tmp_path, environment(hub.url, tmp_path / "home"))
+        setattr(hub, moment, None)
+        assert status in (0, -signal.SIGKILL), error
+        held = {file: content for file, content in hub.repositories["me/net"].items() if file != "README.md"}
+        states.append("old" if held == old else "new" if held == new else "damaged")
+        if status == 0:
+            break
+    assert status == 0 and len(states) > 4
+    assert states == sorted(states, reverse=True) and set(states) == {"old", "new"}

@@ -8,7 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from scorematch.images import check_picture, grid, list_pictures, read_image, read_mask, save_grid, save_image
+from scorematch.images import (
+    check_picture,
+    grid,
+    list_pictures,
+    open_picture,
+    read_image,
+    read_mask,
+    save_animation,
+    save_grid,
+    save_image,
+)
 
 
 def test_grid_places_images_row_by_row():
@@ -204,7 +214,9 @@ def test_color_and_transparent_pictures_of_16_bits_are_read_with_8_bits(tmp_path
 def test_pictures_of_every_mode_of_at_most_8_bits_are_read(mode, tmp_path):
     name = "image.tif" if mode in ("CMYK", "YCbCr", "PA") else "image.png"
     white = Image.new("RGB", (3, 2), "white")
-    (white.convert("P").convert(mode) if mode == "PA" else white.convert(mode)).save(tmp_path / name)
+    image = white.convert("P").convert(mode) if mode == "PA" else white.convert(mode)
+    # Pillow 12.3 cannot read the uncompressed YCbCr that it writes.
+    image.save(tmp_path / name, compression="tiff_lzw" if mode == "YCbCr" else None)
     for channels in (1, 3):
         image = read_image(tmp_path / name, channels)
         torch.testing.assert_close(image, torch.ones(channels, 2, 3), rtol=0, atol=0.01)
@@ -263,3 +275,56 @@ def test_a_file_that_is_not_an_image_raises(tmp_path):
         read_image(tmp_path / "missing.png", 3)
     with pytest.raises(ValueError, match="channels must be 1 or 3, got 4"):
         read_image(tmp_path / "broken.png", 4)
+
+
+def test_a_picture_of_more_pixels_than_its_file_can_hold_raises(tmp_path):
+    """A GIF of few bytes with a screen of 36 million pixels."""
+    path = tmp_path / "a.gif"
+    Image.new("L", (4, 4)).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:6] + struct.pack("<HH", 6000, 6000) + data[10:])
+    with pytest.raises(
+        OSError, match=r"a\.gif cannot be read as an image: it has 6000 x 6000 pixels in a file of \d+ by"
+    ):
+        read_image(path, 1)
+    flat = tmp_path / "flat.png"
+    Image.new("1", (3000, 3000)).save(flat)  # a mask without edges is no bomb
+    with open_picture(flat) as picture:
+        assert picture.size == (3000, 3000)
+
+
+# -- Animations
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_animation_has_all_images_and_holds_the_last(tmp_path, channels):
+    images = [torch.full((channels, 4, 6), value / 255) for value in (0, 100, 200, 255)]
+    path = tmp_path / "new" / "a.gif"
+    save_animation([*images[:-1], (images[-1] * 255).to(torch.uint8)], path, seconds=0.36, hold=1.5)
+    with Image.open(path) as file:
+        assert (file.n_frames, file.size, file.info["loop"]) == (4, (6, 4), 0)
+        for i, duration in enumerate((120, 120, 120, 1500)):
+            file.seek(i)
+            assert file.info["duration"] == duration
+            assert np.array_equal(np.array(file.convert("RGB"))[..., 0] / np.float32(255), images[i][0].numpy())
+    assert [file.name for file in path.parent.iterdir()] == ["a.gif"]
+
+
+def test_the_images_of_an_animation_are_shown_for_at_least_20_milliseconds(tmp_path):
+    save_animation([torch.full((1, 2, 2), i / 9) for i in range(10)], tmp_path / "a.gif", seconds=0.01)
+    with Image.open(tmp_path / "a.gif") as file:
+        assert file.n_frames == 10 and file.info["duration"] == 20
+
+
+def test_an_animation_that_cannot_be_written_raises(tmp_path):
+    image = torch.zeros(1, 4, 4)
+    for frames, name, message in [
+        ([], "a.gif", r"at least one image, all of the same shape, got shapes \[\]"),
+        ([image, torch.zeros(1, 4, 5)], "a.gif", r"all of the same shape, got shapes \[\(1, 4, 4\), \(1, 4, 5\)\]"),
+        ([image], "a.png", r"the path of an animation must end in \.gif, got .*a\.png"),
+        ([image + 2], "a.gif", r"image must have values in \[0, 1\]"),
+        ([torch.zeros(2, 4, 4)], "a.gif", r"image must be \(1, H, W\) or \(3, H, W\), got shape \(2, 4, 4\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            save_animation(frames, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import functools
 import gc
 import itertools
 import threading
+import types
 import weakref
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.nets import inference
+from scorematch.nets.family import structure
 from scorematch.nets.layers import ConditionalInstanceNormPlus
 from scorematch.nets.unet import UNet
 from scorematch.sampling import SAMPLERS, SamplerSettings
@@ -110,6 +112,21 @@ def test_making_and_calling_a_copy_does_not_change_the_network(name, rng, native
     for key, (value, copied, stride) in before.items():
         assert after[key] is value and torch.equal(value, copied) and value.stride() == stride
         assert value.requires_grad == (key != "backbone.time_proj.weight")
+
+
+@every_path
+def test_a_clone_shares_only_immutable_objects_with_the_network(name):
+    immutable = (int, float, str, tuple, types.FunctionType, types.BuiltinFunctionType, types.NoneType)
+    net = shared(name).backbone
+    clone = inference._clone(net, channels_last=True)
+    assert structure(clone) == structure(net)
+    for module, cloned in zip(net.modules(), clone.modules(), strict=True):
+        assert cloned is not module and vars(cloned).keys() == vars(module).keys()
+        for key, value in vars(module).items():
+            assert vars(cloned)[key] is not value or isinstance(value, immutable), key
+    before, after = ([*one.parameters(), *one.buffers()] for one in (net, clone))
+    for tensor, cloned in zip(before, after, strict=True):
+        assert torch.equal(tensor, cloned) and tensor.data_ptr() != cloned.data_ptr() and not cloned.requires_grad
 
 
 @pytest.mark.slow

@@ -476,7 +476,7 @@ def test_options_that_are_refused(options, message):
     ("key", "value", "message"),
     [
         ("resample_filter", [1, 2, 1], r"resample_filter must be one of \[1, 1\], \[1, 3, 3, 1\], got \[1, 2, 1\]"),
-        ("attention", [1, 0], "attention must be a list .* each true or false or null, got"),
+        ("attention", [1, 0], "attention must be a list .* each true or false, or null, got"),
         ("block_out_channels", ..., "lacks block_out_channels"),
         (
             "precondition_options",

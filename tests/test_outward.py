@@ -139,7 +139,8 @@ def test_a_denoiser_takes_noise_levels_of_any_shape(rng):
 def test_samplers_of_azula_draw_the_samples_of_this_package(monkeypatch):
     """The adapter in docs/extending.md. With azula 0.11.1, which the tests do not require."""
     azula = pytest.importorskip("azula.sample")
-    (block,) = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    (block,) = (block for block in blocks if "azula" in block)
     levels = NoiseSchedule.geometric(10, 0.1, 11)
     net = _net(1, 16, classes=8, precondition="karras", schedule=levels)
     names = {"net": net, "torch": torch}

@@ -288,7 +288,7 @@ def test_a_value_that_holds_another_many_times_is_quoted_quickly(tmp_path):
         _name("torch._utils._rebuild_tensor_v2"), b"(", _name("torch.FloatStorage"), nested, b"NN", b"t", b"R"
     )
     (tmp_path / "a.pkl").write_bytes(data)
-    _refused(tmp_path / "a.pkl", "is not a complete|holds a tensor of an unknown kind")
+    _refused(tmp_path / "a.pkl", "is not a complete|holds a tensor of an unsupported kind")
     (tmp_path / "a.pkl").write_bytes(doubled)
     content = read_pickle(tmp_path / "a.pkl").content
     assert len(quote(content)) <= 60
@@ -333,8 +333,8 @@ def _tensor(storage, offset, size, stride):
         (0, (2**60, 0), (1, 1), "of an impossible size"),
         (0, (2.5,), (1,), "of an impossible size, 2.5"),
         (0, (True,), (1,), "of an impossible size, True"),
-        (0, (1,) * 17, (1,) * 17, "holds a tensor of an unknown kind"),
-        (0, (1, 2), (1,), "holds a tensor of an unknown kind"),
+        (0, (1,) * 17, (1,) * 17, "holds a tensor of an unsupported kind"),
+        (0, (1, 2), (1,), "holds a tensor of an unsupported kind"),
         (0, 3, (1,), "is not a complete"),
     ],
 )
@@ -344,8 +344,16 @@ def test_a_tensor_that_leaves_its_storage_is_refused(offset, size, stride, messa
     _refused(path, message, BYTES)
 
 
+def test_numbers_of_other_types_are_refused(write, tmp_path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "a.pt")
+    message = "holds numbers of an unsupported kind; supported are float64, float32, float16, bfloat16, int64, int32"
+    _refused(tmp_path / "a.pt", message, {**BYTES, "torch.FloatStorage": pickles._dictionary})
+    for value, wanted in ((np.int64(3), "'i8'"), (np.bool_(True), "'b1'")):
+        _refused(write({"a": value}), f"holds a number of NumPy of the type {wanted}; supported are 'f8' and 'f4'", ALL)
+
+
 def test_a_tensor_of_something_else_is_refused(write):
-    _refused(write(_tensor([1.0, 2.0], 0, (2,), (1,))), "holds a tensor of an unknown kind", BYTES)
+    _refused(write(_tensor([1.0, 2.0], 0, (2,), (1,))), "holds a tensor of an unsupported kind", BYTES)
     _refused(write(Call(torch._utils._rebuild_parameter, 3, True, None)), "a parameter that is not a tensor", BYTES)
 
 
@@ -440,7 +448,7 @@ def test_entries_in_another_form_are_refused(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"weight": torch.zeros(10)}, path)
     _rewrite(path, zipfile.ZIP_BZIP2)
-    _refused(path, "is encrypted or compressed in an unknown way")
+    _refused(path, "is encrypted or compressed in an unsupported way; supported are entries that are stored")
     torch.save({"weight": torch.zeros(10)}, path)
     _rewrite(path, edit=lambda name, data: b"big" if name.endswith("byteorder") else data)
     _refused(path, "was written on a machine with another order of bytes")

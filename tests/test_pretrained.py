@@ -419,55 +419,12 @@ class Interruption(BaseException):
     pass
 
 
-def _interrupt(monkeypatch, number):
-    """Interrupts the move of a file with this number: before it, or after it for a negative number."""
-    moves, move = [], os.replace
-
-    def replace(source, target):
-        moves.append(target)
-        if len(moves) == number:
-            raise Interruption
-        move(source, target)
-        if len(moves) == -number:
-            raise Interruption
-
-    monkeypatch.setattr(os, "replace", replace)
-    return moves
-
-
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("move", [1, 2, 3, 4, 5])
-def test_an_interrupted_save_leaves_the_old_network(move, after, folder, monkeypatch):
-    """The layouts of the old and the new network have different files."""
-    (folder / "notes.txt").write_text("mine")
-    before = _files(folder)
-    _interrupt(monkeypatch, -move if after else move)
-    with pytest.raises(Interruption):
-        _unet(precondition="ddpm").save_pretrained(folder)
-    monkeypatch.undo()
-    assert _files(folder) == before
-    _unet(precondition="ddpm").save_pretrained(folder)  # now in the other direction
-    before = _files(folder)
-    _interrupt(monkeypatch, -move if after else move)
-    with pytest.raises(Interruption):
-        _net().save_pretrained(folder)
-    assert _files(folder) == before
-
-
 def test_an_interruption_during_the_writing_of_weights_leaves_the_old_network(folder, monkeypatch):
     before = _files(folder)
     monkeypatch.setattr(saving, "save_file", lambda *a, **k: (_ for _ in ()).throw(Interruption))
     with pytest.raises(Interruption):
         _net(seed=1, width=6).save_pretrained(folder)
     assert _files(folder) == before
-
-
-@pytest.mark.parametrize("move", [1, 2, -1, -2])
-def test_an_interrupted_first_save_leaves_no_files(move, tmp_path, monkeypatch):
-    _interrupt(monkeypatch, move)
-    with pytest.raises(Interruption):
-        _net().save_pretrained(tmp_path / "new")
-    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_full_disk_leaves_no_files(tmp_path, monkeypatch):
@@ -577,7 +534,7 @@ def test_truncated_weights_raise(keep, folder):
         ({"precondition": "ncsn"}, "precondition must be one of 'ncsnv2', 'karras', got 'ncsn'"),
         ({"sample_shape": [1, 0, 3]}, r"sample_shape must be a list .* got \[1, 0, 3\]"),
         ({"sample_shape": 8}, "sample_shape must be a list"),
-        ({"value_range": [0.0]}, r"value_range must be a list with at least 2 and at most 2 entries.* got \[0\.0\]"),
+        ({"value_range": [0.0]}, r"value_range must be a list with exactly 2 entries.* got \[0\.0\]"),
         ({"value_range": [1.0, 0.0]}, r"value_range must be \[low, high\] with low < high"),
         ({"value_range": [0.0, 10**400]}, "value_range must be a list"),
         ({"schedule": {"sigmas": [0.1, 1.0]}}, "config.json: .*desc"),
@@ -609,10 +566,10 @@ def test_invalid_configurations_raise(changes, message, folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm_num_groups": 3}, "no network can be built from the configuration of .*: .*divisible"),
+        ({"norm_num_groups": 3}, "no network can be built from the configuration of .*: .* must divide its 8 channels"),
         ({"down_block_types": ["DownBlock2D"]}, "must have one entry per scale, got 2, 1 and 2"),
-        ({"num_class_embeds": 10**30}, "no network can be built from the configuration of "),
-        ({"num_class_embeds": 10**12}, r"lacks 1 tensor\(s\) that the network needs: class_embedding.weight"),
+        ({"num_class_embeds": 10**30}, "num_class_embeds must be an integer of at least 1 and at most 10,000,000"),
+        ({"num_class_embeds": 10**7}, r"lacks 1 tensor\(s\) that the network needs: class_embedding.weight"),
         ({"block_out_channels": [65536] * 2, "norm_num_groups": 32}, "other sizes: conv_in.weight"),
         ({"act_fn": "tanh"}, "config.json: act_fn must be one of 'silu', .*got 'tanh'"),
     ],

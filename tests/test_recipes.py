@@ -16,7 +16,7 @@ from scorematch.precondition import ROWS, Preconditioning
 from scorematch.pretrained import score_sde
 from scorematch.sampling import recommended_sampler
 from scorematch.training import RECIPES, Settings, open_images, recipes, train
-from scorematch.training.recipes import training_flop
+from scorematch.training.recipes import sampling_flop, training_flop
 from tests.published import ScoreSDE
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
@@ -163,12 +163,15 @@ def test_the_settings_of_edm():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", [ScoreNet.ncsn, ScoreNet.ncsnv2])  # torch does not count attention on a CPU
-def test_training_flop_equals_the_counted_operations_of_a_step(network):
+def test_the_costs_equal_the_counted_operations_of_a_step_and_of_a_call(network):
     net = network(1, 8, width=4)
     with FlopCounterMode(display=False) as counter:
         dsm_loss(net, torch.rand(1, 1, 8, 8), sigma=0.5).backward()
     net.zero_grad()
     assert training_flop(net) == counter.get_total_flops() > 0
+    with FlopCounterMode(display=False) as counter:
+        net(torch.rand(1, 1, 8, 8), 0.5)
+    assert sampling_flop(net) == counter.get_total_flops() > 0
     assert all(parameter.grad is None and parameter.device.type == "cpu" for parameter in net.parameters())
 
 

@@ -1224,13 +1224,14 @@ def test_temporary_files_of_an_interruption_are_removed(tmp_path):
     assert not list(tmp_path.rglob(".*")) and content(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing", "state"])
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, damage):
     quick(points_net(), points(), tmp_path, checkpoint_every=40)
     before = content(tmp_path)
     file = tmp_path / "checkpoints" / "000000080" / "weights.safetensors"
-    data = file.read_bytes()
+    data, state = file.read_bytes(), file.with_name("state.json")
     {
+        "state": lambda: state.write_text(state.read_text().replace('"step": ', '"step": 1')),
         "changed": lambda: file.write_bytes(data[:-1] + bytes([data[-1] ^ 1])),
         "cut": lambda: file.write_bytes(data[:-100]),
         "missing": file.unlink,

@@ -97,7 +97,7 @@ def convert(
     except (LookupError, TypeError, RuntimeError, AttributeError) as error:  # of tensors with an unexpected shape
         raise ValueError(f"{path} does not hold a network of {form.NAME}: {error}") from error
     del found  # the file is closed when its tensors have been copied
-    net = ScoreNet._of(stored, None)
+    net = ScoreNet.from_stored(stored)
     del stored
     net.save_pretrained(folder)
     return net

@@ -1,13 +1,19 @@
-"""Atomic writes of files."""
+"""Atomic writes of files, and of several files of a folder together."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-# The prefix of the names of temporary files, which an interruption may leave behind.
+# The prefix of the names of temporary files and folders, which an interruption may leave behind.
 UNFINISHED = ".saving-"
+# The folder with the previous files while ``new_files`` replaces them.
+_PREVIOUS = ".previous"
 
 
 def write_whole(path: Path, content: bytes, *, durable: bool = False) -> None:
@@ -27,8 +33,21 @@ def write_whole(path: Path, content: bytes, *, durable: bool = False) -> None:
         if durable:
             synchronize(staged)
         os.replace(staged, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # with the name of the file
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+
+
+def clean(folder: Path) -> None:
+    """Deletes the temporary files of ``write_whole`` in a folder that processes left when they were killed.
+
+    No other process may be writing to the folder.
+    """
+    for remains in folder.glob(f"{UNFINISHED}*"):
+        if not remains.is_dir():
+            remains.unlink(missing_ok=True)
 
 
 def synchronize(path: Path) -> None:
@@ -40,3 +59,116 @@ def synchronize(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# -- Several files together -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_files(folder: Path, replaced: Callable[[Path], Iterable[Path]]) -> Iterator[Path]:
+    """A temporary folder to write files into, which at the end replace files of ``folder`` all together.
+
+    Before the first file is replaced, the folder gets a subfolder ``.previous`` with hard links to the old files. It is
+    removed after the last file. ``reading`` uses this subfolder if it exists. A process that is killed at any moment
+    therefore leaves either all the old files or all the new files for ``reading``. If there is an error or a
+    KeyboardInterrupt, the old files are put back.
+
+    The folder is locked. Other calls, and calls of ``reading``, wait until the end. What earlier calls of processes
+    that were killed left behind is deleted. There are no locks on Windows and on some network file systems.
+
+    Args:
+        folder: an existing folder.
+        replaced: returns those files of a folder that the new files replace, under the same or other names.
+
+    Yields:
+        The temporary folder, in ``folder``.
+
+    Raises:
+        OSError: if the files cannot be written; those of ``folder`` are then unchanged.
+    """
+    with _locked(folder) as alone:
+        if alone:  # the temporary folders are not those of other processes that are running
+            for remains in folder.glob(f"{UNFINISHED}*/"):
+                shutil.rmtree(remains, ignore_errors=True)
+        staged = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
+        try:
+            new = staged / "new"
+            new.mkdir()
+            yield new
+            for path in new.iterdir():
+                synchronize(path)
+            _replace(folder, new, replaced)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[Path]:
+    """The folder from which the files of a folder are read, which is a subfolder after an interrupted replacement.
+
+    Until the end, ``new_files`` replaces no files of the folder.
+    """
+    with _locked(folder, shared=True):
+        previous = folder / _PREVIOUS
+        yield previous if previous.is_dir() else folder
+
+
+def _replace(folder: Path, new: Path, replaced: Callable[[Path], Iterable[Path]]) -> None:
+    """Moves the files of ``new`` to ``folder``, and deletes the others that are replaced; either all or none."""
+    previous, old = folder / _PREVIOUS, new.with_name("old")
+    if not previous.is_dir():  # it exists if a process was killed here; it then has the old files
+        old.mkdir()
+        for path in replaced(folder):
+            _link(path, old / path.name)
+        old.rename(previous)
+    try:
+        names = {path.name for path in new.iterdir()}
+        for name in names:
+            os.replace(new / name, folder / name)
+        _delete(replaced(folder), names)
+    except BaseException:  # Ctrl-C too
+        names = {path.name for path in previous.iterdir()}
+        again = new.with_name("again")
+        again.mkdir()
+        for name in names:
+            _link(previous / name, again / name)
+            os.replace(again / name, folder / name)
+        _delete(replaced(folder), names)
+        previous.rename(old)
+        raise
+    previous.rename(old)
+
+
+def _delete(paths: Iterable[Path], kept: set[str]) -> None:
+    for path in paths:
+        if path.name not in kept:
+            path.unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Makes a hard link, or a copy on a file system without hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def _locked(folder: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Locks a folder for this process, or ``shared`` with others, and yields whether that was possible."""
+    if os.name == "nt":
+        yield False
+        return
+    import fcntl
+
+    with ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            # Closing would not be enough: a process that is forked meanwhile has the descriptor too.
+            stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
+            held = True
+        except OSError:  # a file system without locks, or a folder that cannot be listed
+            held = False
+        yield held

@@ -209,13 +209,20 @@ class GuidedScore(NetworkScore, nn.Module):
         Raises:
             ValueError: for ``compile=True`` if it holds no network that can be compiled.
         """
-        parts = (self.net, self.other)
-        networks = [part for part in parts if hasattr(type(part), "inference_copy")]
-        if compile and not networks:
+
+        def has_copy(part: object) -> bool:
+            return hasattr(type(part), "inference_copy")
+
+        def copied(part: Any) -> Any:
+            return part.inference_copy(compile=compile) if has_copy(part) else part
+
+        if compile and not (has_copy(self.net) or has_copy(self.other)):
             raise ValueError("compile=True needs a ScoreNet. For any other score, pass torch.compile(net).")
-        net, other = (part.inference_copy(compile=compile) if part in networks else part for part in parts)  # type: ignore[union-attr]
-        assert net is not None  # noqa: S101  (for the type checker)
-        return type(self)(net, other, self.weight, self.interval)
+        return type(self)(copied(self.net), copied(self.other), self.weight, self.interval)
+
+    def definition(self) -> list[Any]:
+        """Its scores, the weight and the interval."""
+        return [self.net, self.other, self.weight, self.interval]
 
     # -- What samplers read -------------------------------------------------------------------------------------------
 

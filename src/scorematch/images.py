@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from einops import rearrange
 from torch import Tensor
 
 from scorematch.files import write_whole
+from scorematch.schema import reason
 
 # The tolerance for values outside [0, 1], which are rounded to 0 or 255.
 _HALF_A_GRAY_LEVEL = 0.5 / 255
+# More pixels per byte than deflate can compress black and white pixels to, for images that are not small.
+_PIXELS_PER_BYTE, _MANY_PIXELS = 8000, 2**23
+_DAMAGED = (OSError, ValueError, SyntaxError)  # what Pillow raises for a damaged file
 
 
 def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
@@ -184,16 +189,16 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}.")
     try:
-        with pillow.open(path) as file:
+        with open_picture(path) as file:
             if _is_deep(file):
                 gray = torch.from_numpy(_deep_gray(_upright(file)))
                 return gray.expand(channels, *gray.shape).clone()
             array = np.array(gray_or_rgb(file, channels))
-    except (OSError, ValueError, pillow.DecompressionBombError) as error:
+    except (*_DAMAGED, pillow.DecompressionBombError) as error:
         if getattr(error, "filename", None) is not None:  # the file does not exist or may not be read
             raise
-        raise OSError(f"{os.fspath(path)} cannot be read as an image: {error}") from error
-    return rearrange(torch.from_numpy(array), "h w ... -> (...) h w").float() / 255
+        raise OSError(f"{os.fspath(path)} cannot be read as an image: {reason(error)}.") from error
+    return rearrange(torch.from_numpy(array), "h w ... -> (...) h w").float().div_(255)
 
 
 def open_picture(path: str | os.PathLike[str]) -> Any:
@@ -202,8 +207,15 @@ def open_picture(path: str | os.PathLike[str]) -> Any:
     Raises:
         ImportError: without Pillow.
         OSError: if the file does not exist or is not an image.
+        ValueError: if it has more than 2^23 pixels, and more than 8,000 pixels per byte of the file.
     """
-    return _pillow("reading").open(path)
+    picture = _pillow("reading").open(path)
+    width, height = picture.size
+    size = Path(path).stat().st_size
+    if width * height > max(_MANY_PIXELS, _PIXELS_PER_BYTE * size):
+        picture.close()
+        raise ValueError(f"it has {width} x {height} pixels in a file of {size} bytes, as a decompression bomb")
+    return picture
 
 
 def gray_or_rgb(picture: Any, channels: int) -> Any:
@@ -256,6 +268,43 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], columns: int | None 
     save_image(grid(images, columns), path)
 
 
+def save_animation(
+    frames: Sequence[Tensor], path: str | os.PathLike[str], *, seconds: float = 3.0, hold: float = 2.0
+) -> None:
+    """Writes images as an animated GIF, which repeats and shows the last image for a longer time.
+
+    GIF has 256 colors per image: gray images are exact, colors are approximate. The file is written atomically, as by
+    ``save_image``.
+
+    Args:
+        frames: at least one image, all of the same shape (1, H, W) or (3, H, W), uint8, or floating point in [0, 1].
+        path: the path of the file, such as "digits.gif".
+        seconds: the duration of all images before the last one, shown for equal times of at least 0.02 seconds.
+        hold: the duration of the last image in seconds.
+
+    Raises:
+        ImportError: without Pillow.
+        TypeError: if the images have another dtype.
+        ValueError: for no images, images of several shapes or values outside [0, 1], or a name that does not end in
+            .gif.
+        OSError: if the file cannot be written.
+    """
+    if _format(path) != "GIF":
+        raise ValueError(f"the path of an animation must end in .gif, got {os.fspath(path)}.")
+    shapes = sorted({tuple(frame.shape) for frame in frames})
+    if len(shapes) != 1:
+        raise ValueError(f"frames must be at least one image, all of the same shape, got shapes {shapes}.")
+    first, *others = [_pillow("writing").fromarray(_pixels(frame)) for frame in frames]
+    # In milliseconds. GIF has units of 10 milliseconds, and browsers show frames of 10 more slowly.
+    each = max(20, 10 * round(100 * seconds / max(1, len(others))))
+    durations = [each] * len(others) + [round(1000 * hold)]
+    encoded = io.BytesIO()
+    first.save(encoded, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, encoded.getvalue())
+
+
 def _pillow(doing: str) -> Any:
     try:
         from PIL import Image
@@ -280,6 +329,11 @@ def _to_8_bits(image: Tensor) -> np.ndarray:
         raise TypeError(
             f"image must be a floating-point tensor in [0, 1], got {kind}. Write image / 255 for 8-bit images."
         )
+    return _pixels(image)
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """The pixels (H, W) or (H, W, 3), uint8, of an image (C, H, W) that is uint8, or floating point in [0, 1]."""
     if image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
         raise ValueError(f"image must be (1, H, W) or (3, H, W), got shape {tuple(image.shape)}.")
     array = rearrange(to_uint8(image, "image").cpu(), "c h w -> h w c").numpy()
@@ -300,7 +354,8 @@ def _is_deep(picture: Any) -> bool:
 
 def _deep_gray(image: Any) -> np.ndarray:
     """The pixels (H, W), float32 in [0, 1], of an image of one of Pillow's gray modes with more than 8 bits."""
-    array = np.array(image).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of NaN, which is an error below
+        array = np.array(image).astype(np.float64)
     # Mode "I" has 32 bits, but older versions of Pillow use it for 16-bit files.
     largest = 1.0 if image.mode == "F" else 65535.0
     if not (array.min() >= 0 and array.max() <= largest):  # also true for NaN

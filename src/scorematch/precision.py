@@ -29,6 +29,11 @@ def native_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or the type of any other device. On another device results may be rounded differently."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def autocast(device: torch.device | str, precision: Autocast = "auto") -> AbstractContextManager[object]:
     """A context manager for the forward pass of a training step, in which operations autocast to bfloat16 if wanted.
 

@@ -44,6 +44,13 @@ def middle_of(score: object) -> float:
     return 0.0 if value_range is None else (value_range[0] + value_range[1]) / 2
 
 
+def device_of(score: object, otherwise: torch.device | str = "cpu") -> torch.device:
+    """The device of a network, also that of an inference copy; ``otherwise`` for any other score."""
+    parameter = next(score.parameters(), None) if isinstance(score, nn.Module) else None
+    device = attribute(score, "device") if parameter is None else parameter.device
+    return device if isinstance(device, torch.device) else torch.device(otherwise)
+
+
 # -- Checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +190,13 @@ class NetworkScore(Tweedie, ABC):
             raise ValueError("this network predicts no variance. Call net(x, sigma) for the score alone.")
         score, variance = self._outputs(x, sigma, condition, variance=True)
         return score, variance
+
+    @abstractmethod
+    def definition(self) -> list[Any]:
+        """Everything that determines the score: numbers, strings, tensors, modules, scores, and lists or dicts of them.
+
+        The hash of a network in the settings of bulk sampling and evaluation is computed from it.
+        """
 
     @abstractmethod
     def _outputs(

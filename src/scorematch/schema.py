@@ -1,14 +1,20 @@
-"""Schemas of configurations: the keys and the types and ranges of their values, checked before a network is built."""
+"""JSON files and their schemas: the keys, and the types and ranges of their values, checked before they are used."""
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _LONGEST = 60  # the largest number of characters of a value in a message
+_LONGEST_REASON = 240  # the same for the message of another library
+_LARGEST_FILE = 32 * 2**20  # bytes; a configuration with a million noise levels has 20 MB
+_DEEPEST = 32  # levels of nested lists and objects
 _REPR = reprlib.Repr()  # which stops at the sixth level of nested values
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST
 _NAMES = {
@@ -51,16 +57,17 @@ class Field:
         else:
             said = _NAMES[self.kind]
             bounds = []
-            if self.low is not None:
-                bounds.append(f"at least {_number(self.low)}")
-            if self.high is not None:
-                bounds.append(f"at most {_number(self.high)}")
+            if self.low is not None and self.low == self.high:
+                bounds.append(f"exactly {_number(self.low)}")
+            else:
+                bounds += [] if self.low is None else [f"at least {_number(self.low)}"]
+                bounds += [] if self.high is None else [f"at most {_number(self.high)}"]
             if bounds:
                 said += (" with " if self.kind is list else " of ") + " and ".join(bounds)
                 said += " entries" if self.kind is list else ""
             if self.each is not None:
                 said += f", each {self.each}"
-        return said + (" or null" if self.optional else "")
+        return said + (("" if self.each is None else ",") + " or null" if self.optional else "")
 
     def fits(self, value: Any) -> bool:
         """Whether a value has the type and range of this field."""
@@ -73,6 +80,8 @@ class Field:
             return False
         if isinstance(value, float) and not math.isfinite(value):
             return False
+        if self.kind is float and isinstance(value, int) and abs(value) > sys.float_info.max:
+            return False
         if self.choices is not None:
             return value in self.choices
         size: Any = len(value) if isinstance(value, list | tuple) else value
@@ -81,6 +90,47 @@ class Field:
         if self.high is not None and size > self.high:
             return False
         return not isinstance(value, list | tuple) or self.each is None or all(map(self.each.fits, value))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Args:
+        path: the path of the file.
+
+    Returns:
+        The object. Of keys that occur several times, the last one counts.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it has more than 32 MiB, is not valid JSON, is nested more than 32 levels deep, or holds another
+            value than an object.
+    """
+    with path.open("rb") as file:
+        content = file.read(_LARGEST_FILE + 1)
+    if len(content) > _LARGEST_FILE:
+        raise ValueError(f"{path} has more than {_LARGEST_FILE:,} bytes, which is too large for a JSON file.")
+    try:
+        value = json.loads(content.decode())
+        deep = _depth_exceeds(value, _DEEPEST)
+    except RecursionError:
+        value, deep = None, True
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({reason(error)}).") from error
+    if deep:
+        raise ValueError(f"{path} is nested too deeply: at most {_DEEPEST} levels of lists and objects are read.")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {quote(value)}.")
+    return value
+
+
+def _depth_exceeds(value: Any, depth: int) -> bool:
+    """Whether a value has more than ``depth`` levels of nested lists and dicts."""
+    level = [value]
+    for _ in range(depth):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [each for values in inner for each in values if isinstance(each, dict | list)]
+    return bool(level)
 
 
 def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool = False) -> None:
@@ -113,5 +163,23 @@ def _number(bound: float) -> str:
 
 def quote(value: Any) -> str:
     """The ``repr`` of a value for messages, shortened to 60 characters."""
-    said = _REPR.repr(value)
-    return said if len(said) <= _LONGEST else said[: _LONGEST - 3] + "..."
+    try:
+        said = _REPR.repr(value)
+    except ValueError:  # Python does not write integers of more than 4,300 digits
+        said = "a number of thousands of digits"
+    return _shortened(said, _LONGEST)
+
+
+def plain(name: str) -> str:
+    """A name from a file for messages: as it is, or quoted if it is long or has characters that cannot be printed."""
+    return name if name.isprintable() and len(name) <= _LONGEST else quote(name)
+
+
+def reason(error: Exception | str) -> str:
+    """An error of another library, or its text, for a longer message: one line of at most 240 characters."""
+    said = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
+    return _shortened(said.rstrip("."), _LONGEST_REASON)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."

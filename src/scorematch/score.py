@@ -21,8 +21,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from scorematch import pretrained
-from scorematch.nets import FAMILIES, NCSNPP, Condition, family_of
-from scorematch.nets.blocks import ResidualBlock
+from scorematch.nets import FAMILIES, NCSNPP, Condition, UNet, family_of
 from scorematch.nets.family import as_condition
 from scorematch.nets.inference import InferenceScore, is_plain
 from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
@@ -285,12 +284,7 @@ class ScoreNet(NetworkScore, nn.Module):
             architecture["null_class"] = True
         schedule = NoiseSchedule.geometric(50, 0.01, 232) if schedule is None else schedule
         net = cls._build(architecture, schedule, precondition, (channels, *_pair(image_size)))
-        for module in net.backbone.modules():  # blocks start as the identity, the output as zero (Ho et al. 2020)
-            if isinstance(module, ResidualBlock):
-                nn.init.zeros_(module.conv2.weight)
-        for name in FAMILIES["unet"].image_convolutions(net.backbone)[1]:
-            for parameter in net.backbone.get_submodule(name).parameters():
-                nn.init.zeros_(parameter)
+        cast(UNet, net.backbone).initialize()
         return net
 
     @classmethod
@@ -512,6 +506,11 @@ class ScoreNet(NetworkScore, nn.Module):
             "schedule": self.schedule.to_dict(),
         }
 
+    def definition(self) -> list[Any]:
+        """The configuration, without the sampler settings, and the weights."""
+        config = {key: value for key, value in self.config.items() if key != "sampler_settings"}
+        return [config, dict(self.state_dict())]
+
     @classmethod
     def from_pretrained(
         cls,
@@ -560,7 +559,7 @@ class ScoreNet(NetworkScore, nn.Module):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        return cls._of(stored, backbone)
+        return cls.from_stored(stored, backbone)
 
     @classmethod
     def from_diffusers(cls, unet: nn.Module, scheduler: Any) -> ScoreNet:
@@ -578,11 +577,23 @@ class ScoreNet(NetworkScore, nn.Module):
             TypeError: for objects that have no ``config``.
             ValueError: for an option that is not supported.
         """
-        return cls._of(pretrained.from_diffusers(unet, scheduler), None)
+        return cls.from_stored(pretrained.from_diffusers(unet, scheduler))
 
     @classmethod
-    def _of(cls, stored: pretrained.Stored, backbone: nn.Module | None) -> ScoreNet:
-        """The network of a checked configuration and its weights."""
+    def from_stored(cls, stored: pretrained.Stored, backbone: nn.Module | None = None) -> ScoreNet:
+        """Builds the network of a checked configuration and its weights, which the readers of file formats return.
+
+        Args:
+            stored: the configuration and the weights. The weights are moved out of it into the network.
+            backbone: for a backbone that is your own: a module of the same class, into which the weights are loaded.
+
+        Returns:
+            The network in eval mode, in float32, on the CPU; on the meta device if there are no weights.
+
+        Raises:
+            TypeError: if ``backbone`` is not a ``torch.nn.Module``.
+            ValueError: if the weights do not fit the configuration, or ``backbone`` is missing or not needed.
+        """
         config = stored.config
         net = cls._build(
             pretrained.architecture(config),
@@ -602,11 +613,15 @@ class ScoreNet(NetworkScore, nn.Module):
         """Writes config.json and the weights into a folder, for ``from_pretrained``.
 
         The weights are stored in their own dtype. Other files in an existing folder are kept, and a network in it is
-        replaced only when the new one is completely written. A U-Net that diffusers can run is written in the layout of
-        diffusers, with the weights in diffusion_pytorch_model.safetensors; the weights of every other network are in
-        model.safetensors. ``DDPMPipeline.from_pretrained`` of diffusers also loads the folder of a U-Net with the
-        preconditioning of a DDPM ("ddpm", "ddpm_v" or "ddpm_x0"), without a condition. Its number of time steps is the
-        number of the network's noise levels.
+        replaced only when the new one is completely written. If the process is killed, at whatever moment,
+        ``from_pretrained`` loads either the previous network or the new one, and the next call deletes what remains.
+        Except on Windows, other processes may load from the folder and save to it at the same time.
+
+        A U-Net that diffusers can run is written in the layout of diffusers, with the weights in
+        diffusion_pytorch_model.safetensors; the weights of every other network are in model.safetensors.
+        ``DDPMPipeline.from_pretrained`` of diffusers also loads the folder of a U-Net with the preconditioning of a
+        DDPM ("ddpm", "ddpm_v" or "ddpm_x0"), without a condition. Its number of time steps is the number of the
+        network's noise levels.
 
         Args:
             folder: created if it does not exist.
@@ -654,13 +669,14 @@ class ScoreNet(NetworkScore, nn.Module):
             PermissionError: if the token may not write to the repository.
             OSError: if the upload fails for another reason.
         """
-        return pretrained.push(
+        weights = sum(tensor.numel() for tensor in self.backbone.state_dict().values())
+        card = pretrained.model_card(
+            repo_id, self.config, weights, conditioning=self.conditioning, license=license, datasets=datasets
+        )
+        return pretrained.upload(
+            self.save_pretrained,
             repo_id,
-            self.config,
-            self.backbone.state_dict(),
-            conditioning=self.conditioning,
-            license=license,
-            datasets=datasets,
+            card,
             private=private,
             revision=revision,
             token=token,

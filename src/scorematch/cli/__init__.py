@@ -1,20 +1,27 @@
-"""The command line, ``python -m scorematch COMMAND``: each command is one module of this package.
+"""The command line, ``scorematch`` or ``python -m scorematch``: each command is one module of this package.
 
 To add a command, add a module with a function ``add(commands)``. It registers a parser with ``commands.add_parser`` and
 sets its default ``run``, a function that takes the parsed arguments. ``options`` has the options and functions that
-several commands share.
+several commands share. In the texts of a parser, ``%(prog)s`` is the command as the user typed it, such as
+``scorematch sample``; messages have ``args.program``, which is ``scorematch`` or ``python -m scorematch``.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 import traceback
-from typing import Any, NoReturn
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from scorematch import __version__
+
+# Errors of the input, with exit status 2. All others have exit status 1.
+_BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,37 +48,59 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments, without the name of the program; None uses ``sys.argv[1:]``.
 
     Returns:
-        The exit status: 0 for success, 2 for bad input, 1 for an error during the computation, 130 after Ctrl-C. An
-        error prints one line to stderr, or with ``--debug`` the traceback.
+        The exit status: 0 for success, 2 for bad input, 1 for an error during the computation, 130 after Ctrl-C, 141 if
+        the output is closed early. An error prints one line to stderr, or with ``--debug`` the traceback.
 
     Raises:
         SystemExit: from argparse, with status 2 for invalid arguments, or 0 after ``--help`` and ``--version``.
     """
-    args, unknown = _parser().parse_known_args(argv)
-    args.argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    args.argv, args.program = sys.argv[1:] if argv is None else argv, parser.prog
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        args.run(args)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        unexpected = isinstance(error, RuntimeError)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            args.run(args)
+            sys.stdout.flush()
+    except BrokenPipeError:  # for example of "scorematch models | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes the rest at its end
+        return 141
+    except Exception as error:
         if args.debug:
             traceback.print_exc()
         else:
-            hint = " Add --debug for the traceback." if unexpected else ""
-            print(f"scorematch: {' '.join(str(error).split())}{hint}", file=sys.stderr)
-        return 1 if unexpected else 2
+            message = " ".join(str(error).split())
+            if not isinstance(error, (*_BAD_INPUT, RuntimeError)):  # their messages are sentences
+                message = ": ".join(filter(None, (type(error).__name__, message)))
+            if not isinstance(error, _BAD_INPUT):
+                message = f"{message.removesuffix('.')}. Add --debug for the traceback."
+            print(f"scorematch: {message}", file=sys.stderr)
+        return 2 if isinstance(error, _BAD_INPUT) else 1
     except KeyboardInterrupt:
         print("scorematch: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Prints a warning in one line, without the line of code that raised it."""
+    print(f"scorematch: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m scorematch",
-        description="Score-based image generation. Each command has its own help: python -m scorematch COMMAND --help.",
-        epilog="Example:\n  python -m scorematch sample mnist digits.png",
+        prog="scorematch" if Path(sys.argv[0]).stem == "scorematch" else "python -m scorematch",
+        description="Score-based image generation. Each command has its own help: %(prog)s COMMAND --help.",
+        epilog="Example:\n  %(prog)s sample mnist digits.png",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(debug=False)

@@ -1,10 +1,11 @@
-"""``python -m scorematch convert``: converts a checkpoint of the papers' authors into a folder of this package."""
+"""``scorematch convert``: converts a checkpoint of the papers' authors into a folder of this package."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from scorematch.cli.options import Commands
+from scorematch.cli.options import Commands, add_overwrite, check_new_network
 from scorematch.convert import convert
 
 
@@ -15,24 +16,26 @@ def add(commands: Commands) -> None:
         help="convert a checkpoint of NCSN, NCSNv2, score_sde, EDM or improved-diffusion",
         description="Converts a checkpoint of the authors of NCSN, NCSNv2, adversarial score matching, score_sde, EDM "
         "or\nimproved-diffusion into a folder for the other commands and ScoreNet.from_pretrained. No code in the "
-        "checkpoint\nis run. The published files are listed by python -m scorematch models.",
+        "checkpoint\nis run. The published files are listed by the command models.",
         epilog="Examples:\n"
-        "  python -m scorematch convert checkpoint_24.pth ./ncsnpp --config ve/cifar10_ncsnpp_continuous\n"
-        "  python -m scorematch convert edm-cifar10-32x32-uncond-vp.pkl ./edm\n"
-        "  python -m scorematch convert checkpoint_300000.pth ./cifar10 --config cifar10.yml",
+        "  %(prog)s checkpoint_24.pth ./ncsnpp --config ve/cifar10_ncsnpp_continuous\n"
+        "  %(prog)s edm-cifar10-32x32-uncond-vp.pkl ./edm\n"
+        "  %(prog)s checkpoint_300000.pth ./cifar10 --config cifar10.yml",
     )
     parser.add_argument("checkpoint", help="the authors' file")
-    parser.add_argument("folder", help="the folder to write, with config.json and the weights")
+    parser.add_argument("folder", type=Path, help="the folder to write, with config.json and the weights")
     parser.add_argument(
         "--config",
         help="the configuration that the network was trained with, if the checkpoint does not contain it: the name of "
         "a published one, or a JSON, YAML or text file with the authors' options",
     )
     parser.add_argument("--raw", action="store_true", help="convert the raw weights, not their moving average")
+    add_overwrite(parser, "a network in the folder")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
+    check_new_network(args.folder, args.overwrite)
     net = convert(args.checkpoint, args.folder, config=args.config, raw=args.raw)
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {net.schedule}")
     print(args.folder)

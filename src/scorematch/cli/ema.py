@@ -1,11 +1,11 @@
-"""``python -m scorematch ema``: computes averages of the weights of another length, after the training."""
+"""``scorematch ema``: computes averages of the weights of another length, after the training."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from scorematch.cli.options import Commands, image_count
+from scorematch.cli.options import Commands, add_overwrite, check_new_network, image_count
 from scorematch.training import reconstruct
 
 
@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
         help="average the weights of a training run over another length",
         description="Computes the network whose weights are averaged over another length of the training, from the "
         "snapshots\nof a run. Short averages are close to the latest weights; long averages have less noise.",
-        epilog="Example:\n  python -m scorematch ema runs/faces --length 0.08",
+        epilog="Example:\n  %(prog)s runs/faces --length 0.08",
     )
     parser.add_argument("run_folder", metavar="RUN", help="the folder that train wrote")
     parser.add_argument(
@@ -32,11 +32,13 @@ def add(commands: Commands) -> None:
         help="where the average ends, in images seen by the run (default: the last snapshot)",
     )
     parser.add_argument("--out", type=Path, help="the folder to write (default: RUN/ema-LENGTH, such as ema-0.080)")
+    add_overwrite(parser, "a network in the folder")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    net = reconstruct(args.run_folder, args.length, images=args.images)
     out = Path(args.run_folder, f"ema-{args.length:.3f}") if args.out is None else args.out
+    check_new_network(out, args.overwrite)
+    net = reconstruct(args.run_folder, args.length, images=args.images)
     net.save_pretrained(out)
     print(out)

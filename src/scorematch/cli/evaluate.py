@@ -1,4 +1,4 @@
-"""``python -m scorematch evaluate``: measures the quality of samples, of images in a folder, or of restorations."""
+"""``scorematch evaluate``: measures the quality of samples, of images in a folder, or of restorations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import get_args
 
 import torch
 
-from scorematch.bulk import this_process
+from scorematch.bulk.batches import this_process
 from scorematch.cli.options import (
     Commands,
     add_classes,
@@ -16,6 +16,7 @@ from scorematch.cli.options import (
     add_samplers,
     add_sampling,
     announce,
+    estimate,
     find_classes,
     find_device,
     given_sampling,
@@ -27,6 +28,7 @@ from scorematch.cli.options import (
 from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
 from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
+from scorematch.protocol import device_of
 from scorematch.sampling.restoration import Restore
 
 
@@ -42,14 +44,15 @@ def add(commands: Commands) -> None:
         "command again continues after an interruption. torchrun and accelerate launch run it on many devices.\n\n"
         "With --restore real images are degraded and restored, and the restorations are measured.",
         epilog="Examples:\n"
-        "  python -m scorematch evaluate mnist mnist-train --held-out mnist-test --features efficientnet-lite0\n"
-        "  python -m scorematch evaluate ./cifar10 cifar10-train -n 50k --out runs/fid\n"
-        "  python -m scorematch evaluate samples/ photos/ --features inception dinov2\n"
-        "  python -m scorematch evaluate mnist --restore inpainting --data digits.npz --features pixels\n"
+        "  %(prog)s mnist mnist-train --held-out mnist-test --features efficientnet-lite0\n"
+        "  %(prog)s ./cifar10 cifar10-train -n 50k --out runs/fid\n"
+        "  %(prog)s samples/ photos/ --features inception dinov2\n"
+        "  %(prog)s mnist --restore inpainting --data digits.npz --features pixels\n"
         "  accelerate launch -m scorematch evaluate ./cifar10 cifar10-train -n 50k --out runs/fid",
     )
     parser.add_argument(
-        "what",
+        "model",
+        metavar="what",
         help="a network, by name or folder as for sample; a folder of images; an .npz file; or what sample wrote",
     )
     parser.add_argument(
@@ -100,31 +103,31 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     _check(args)
-    common = {"metrics": args.metrics, "out": args.out, "name": args.what}
+    common = {"metrics": args.metrics, "out": args.out, "name": args.model}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
-    if not is_network(args.what):
+    if not is_network(args.model):
         common |= reference_options(args, find_device(args.device))
-        _show(args, evaluate(args.what, args.reference, n=args.n, **sets, **common))
+        _show(args, evaluate(args.model, args.reference, n=args.n, **sets, **common))
         return
-    n = args.n
-    args.model, args.n = args.what, n or (DEFAULT_N if args.restore is None else DEFAULT_N_RESTORED)  # for load
-    net, shape, device = load(args)
+    net = load(args)
     condition = None if args.restore is not None else find_classes(args, net)
-    common |= reference_options(args, device)
+    common |= reference_options(args, device_of(net))
     sampler, fast = make_sampler(args, net), make_sampler(args, net.inference_copy())
     process, processes = this_process()
     if args.restore is not None:
         draws = 2 if args.draws is None else args.draws
-        channels = 0 if net.conditioning is None else net.conditioning.channels
         if process == 0:
-            few = torch.zeros(min(args.n, 64), channels, *shape[1:]) if channels else None
-            announce(fast, args.n * draws, shape, device, few, processes)
+            drawn = draws * (DEFAULT_N_RESTORED if args.n is None else args.n)
+            channels = 0 if net.conditioning is None else net.conditioning.channels
+            _, *size = net.sample_shape or ()
+            few = torch.zeros(min(drawn, 64), channels, *size) if channels else None
+            announce(fast, estimate(fast, drawn, few), drawn, processes)
         sampler.restore = "replace" if args.restore_method is None else args.restore_method
         result = evaluate_restoration(
             sampler,
             args.reference if args.data is None else args.data,
             args.restore,
-            n=n,
+            n=args.n,
             draws=draws,
             noise=0.0 if args.noise is None else args.noise,
             labels=args.labels,
@@ -132,20 +135,19 @@ def _run(args: argparse.Namespace) -> None:
             **common,
         )
     else:
+        n = DEFAULT_N if args.n is None else args.n
         if process == 0:
-            announce(fast, args.n, shape, device, 0 if isinstance(condition, str) else condition, processes)
-        result = evaluate(
-            sampler, args.reference, n=args.n, condition=condition, classes=args.classes, **sets, **common
-        )
+            announce(fast, estimate(fast, n, condition), n, processes)
+        result = evaluate(sampler, args.reference, n=n, condition=condition, classes=args.classes, **sets, **common)
     _show(args, result)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Checks that the options fit together."""
-    network = is_network(args.what)
+    network = is_network(args.model)
     foreign = [] if network else given_sampling(args)
     if foreign:
-        raise ValueError(f"{foreign[0]} is for networks, but {args.what} has images. Leave it out.")
+        raise ValueError(f"{foreign[0]} is for networks, but {args.model} has images. Leave it out.")
     if args.restore is None:
         for name in ("data", "draws", "noise", "restore_method", "labels"):
             if getattr(args, name):
@@ -154,7 +156,7 @@ def _check(args: argparse.Namespace) -> None:
             args.parser.error("the following arguments are required: reference")
     else:
         if not network:
-            raise ValueError(f"--restore needs a network, but {args.what} has images.")
+            raise ValueError(f"--restore needs a network, but {args.model} has images.")
         if args.data is None and args.reference is None:
             args.parser.error("the following arguments are required: --data DATA")
         if args.held_out is not None or args.no_gaussian or args.label is not None:

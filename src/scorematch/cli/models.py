@@ -1,4 +1,4 @@
-"""``python -m scorematch models``: lists the networks with a name, and the checkpoints that can be converted."""
+"""``scorematch models``: lists the networks with a name, and the checkpoints that can be converted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add(commands: Commands) -> None:
         help="list the networks that can be loaded by name, and the checkpoints that can be converted",
         description="Lists the networks that can be loaded by name, with their size, noise levels, license, sampler "
         "settings\nand what is known about their quality, and the published checkpoints that can be converted.",
-        epilog="Example:\n  python -m scorematch models",
+        epilog="Example:\n  %(prog)s",
     )
     parser.set_defaults(run=_run)
 

@@ -14,10 +14,11 @@ from typing import Any, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from scorematch.bulk import Classes, Rule
+from scorematch.bulk.classes import Classes, Rule
 from scorematch.evaluation import EXTRACTORS, as_extractor
 from scorematch.guidance import GuidedScore, classifier_free
-from scorematch.protocol import Score, attribute
+from scorematch.pretrained.configuration import CONFIG_FILE
+from scorematch.protocol import Score, attribute, device_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
 from scorematch.score import ScoreNet
 
@@ -39,6 +40,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", help="a name, such as mnist or owner/name on the Hugging Face Hub, or a folder, such as ./cifar10"
     )
+
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds ``--overwrite``; ``what`` says what it replaces. ``check_new`` and ``check_new_network`` take its value."""
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +228,7 @@ def image_count(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", text)
     number = 0.0 if match is None else float(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
     if number < 1 or number != round(number):
-        raise argparse.ArgumentTypeError(f"must be a count such as 50000, 50k or 5M, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, such as 64, 50k or 5M, got {text!r}")
     return round(number)
 
 
@@ -253,18 +259,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load(args: argparse.Namespace) -> tuple[ScoreNet, tuple[int, int, int], torch.device]:
-    """Loads the network ``model`` to the device of ``--device``, after checking ``-n``.
-
-    Returns:
-        The network, the shape (C, H, W) of its images, and the device.
+def load(args: argparse.Namespace) -> ScoreNet:
+    """Loads the network ``model`` to the device of ``--device``.
 
     Raises:
-        ValueError: if ``-n`` is below 1, for a bad ``--device``, or if the network does not draw gray or RGB images in
-            [0, 1].
+        ValueError: for a bad ``--device``, or if the network does not draw gray or RGB images in [0, 1].
     """
-    if args.n < 1:
-        raise ValueError(f"-n must be at least 1, got {args.n}.")
     device = find_device(args.device)
     net = ScoreNet.from_pretrained(args.model).to(device)
     shape = net.sample_shape
@@ -278,7 +278,33 @@ def load(args: argparse.Namespace) -> tuple[ScoreNet, tuple[int, int, int], torc
             f"the network must draw images in [0, 1], but the value_range of {args.model} is {net.value_range}. Sample "
             "from it in Python."
         )
-    return net, (shape[0], shape[1], shape[2]), device
+    return net
+
+
+def check_new(paths: Iterable[Path], overwrite: bool) -> None:
+    """Checks that the files that a command writes do not exist, or that ``overwrite`` is True.
+
+    Raises:
+        FileExistsError: if one exists.
+        IsADirectoryError: if ``overwrite`` is True and one is a folder.
+    """
+    for path in paths:
+        if overwrite and path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder and cannot be replaced by a file. Choose another name.")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists already. Choose another name, or add --overwrite to replace it.")
+
+
+def check_new_network(folder: Path, overwrite: bool) -> None:
+    """Checks that a folder has no network, or that ``overwrite`` is True.
+
+    Raises:
+        FileExistsError: if it has one.
+    """
+    if (folder / CONFIG_FILE).exists() and not overwrite:
+        raise FileExistsError(
+            f"{folder} has a network already. Choose another folder, or add --overwrite to replace the network."
+        )
 
 
 def check_folder_name(folder: Path) -> None:
@@ -372,19 +398,18 @@ def make_sampler(args: argparse.Namespace, net: Score) -> Sampler:
 # -- How long it takes ------------------------------------------------------------------------------------------------
 
 
-def announce(
-    sampler: Sampler,
-    n: int,
-    shape: tuple[int, ...],
-    device: torch.device,
-    condition: Tensor | int | None,
-    processes: int = 1,
-) -> None:
-    """Prints the sampler and an estimate of the duration for n images of a shape (C, H, W), drawn by some processes."""
+def announce(sampler: Sampler, seconds: float, n: int, processes: int = 1) -> None:
+    """Prints the sampler and the estimated duration for n images, of which each process draws an equal share.
+
+    Args:
+        sampler: the sampler.
+        seconds: the estimated seconds in one process, from ``estimate``.
+        n: the number of images.
+        processes: the number of processes.
+    """
     print(sampler)
-    seconds = estimate(sampler, n, shape, device, condition) / processes
     where = f" in {processes} processes" if processes > 1 else ""
-    print(f"about {duration(seconds)} for {count(n)}{where}", flush=True)
+    print(f"about {duration(seconds / processes)} for {count(n)}{where}", flush=True)
 
 
 def count(n: int) -> str:
@@ -400,12 +425,25 @@ def duration(seconds: float) -> str:
 
 
 def estimate(
-    sampler: Sampler, n: int, shape: tuple[int, ...], device: torch.device, condition: Tensor | int | None
+    sampler: Sampler,
+    n: int,
+    condition: Tensor | Classes = None,
+    shape: tuple[int, ...] | None = None,
 ) -> float:
-    """The estimated seconds for n images, from the measured duration of one network call with a few images."""
+    """Estimates the seconds for n images, from the measured duration of one network call with a few images.
+
+    Args:
+        sampler: the sampler, preferably of an inference copy, which is then made only once.
+        n: the number of images.
+        condition: a condition for each image, or the class or the rule of ``--class``.
+        shape: the shape (C, H, W) of an image; None is that of the network.
+    """
+    shape = attribute(sampler.net, "sample_shape") if shape is None else shape
+    device = device_of(sampler.net)
     few = min(len(condition) if isinstance(condition, Tensor) else n, max(1, 2**16 // math.prod(shape)))
     x = torch.rand(few, *shape, device=device)
     given = condition[:few].to(device) if isinstance(condition, Tensor) else condition
+    given = 0 if isinstance(given, str) else given  # one class takes as long as another
     arguments = () if given is None else (given,)
     with torch.no_grad():
         sampler.net(x, 1.0, *arguments).sum().item()  # the first call prepares the kernels

@@ -1,4 +1,4 @@
-"""``python -m scorematch recipes``: lists the recipes of ``train``, with what they cost."""
+"""``scorematch recipes``: lists the recipes of ``train``, with what they cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
         description="Lists the recipes of the command train, with what they cost: the floating-point operations of a "
         "training\nstep per image, and of the whole run. Averages are lengths relative to the run up to 0.289, and "
         "decays per step\nabove. train --help names the sources.",
-        epilog="Example:\n  python -m scorematch recipes",
+        epilog="Example:\n  %(prog)s",
     )
     parser.set_defaults(run=_run)
 

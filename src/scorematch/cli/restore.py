@@ -1,8 +1,9 @@
-"""``python -m scorematch restore``: restores damaged pictures with a trained network."""
+"""``scorematch restore``: restores damaged pictures with a trained network."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -13,18 +14,26 @@ from scorematch.cli.options import (
     Commands,
     add_class,
     add_model,
+    add_overwrite,
     add_sampling,
     announce,
     check_folder_name,
+    check_new,
+    estimate,
     find_class,
+    image_count,
     load,
     sampler_options,
 )
 from scorematch.images import check_picture, grid, list_pictures, read_image, read_mask, save_image
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from scorematch.palette import condition_of
+from scorematch.protocol import Score, attribute
+from scorematch.randomness import seed_of
 from scorematch.sampling import AnnealedLangevinSampler
 from scorematch.sampling.restoration import Restore
+
+_TOGETHER = 64  # restorations that are in memory at once, unless more of one picture are wanted
 
 
 def add(commands: Commands) -> None:
@@ -35,13 +44,13 @@ def add(commands: Commands) -> None:
         description="Restores damaged pictures with a trained network. For each picture it writes several "
         "restorations, and a strip\nthat shows the picture and its restorations side by side.",
         epilog="Examples:\n"
-        "  python -m scorematch restore mnist damaged.png restored --mask seen.png\n"
-        "  python -m scorematch restore palette-mnist gray-digits restored --gray\n"
-        "  python -m scorematch restore mnist digits restored --pool 2 --degrade --method guide-jacobian",
+        "  %(prog)s mnist damaged.png restored --mask seen.png\n"
+        "  %(prog)s palette-mnist gray-digits restored --gray\n"
+        "  %(prog)s mnist digits restored --pool 2 --degrade --method guide-jacobian",
     )
     add_model(parser)
     parser.add_argument("pictures", help="a damaged picture, or a folder of damaged pictures")
-    parser.add_argument("folder", help="the folder to write to; existing files are never overwritten")
+    parser.add_argument("folder", help="the folder to write to")
     group = parser.add_argument_group("damage", "What was done to the pictures; exactly one is required.")
     damage = group.add_mutually_exclusive_group(required=True)
     damage.add_argument(
@@ -55,7 +64,10 @@ def add(commands: Commands) -> None:
     damage.add_argument(
         "--jpeg", type=int, metavar="QUALITY", help="they were compressed as JPEG of this quality, 1 to 100"
     )
-    parser.add_argument("-n", type=int, default=4, help="the number of restorations per picture (default: 4)")
+    parser.add_argument(
+        "--invert", action="store_true", help="for --mask: white is missing instead of observed, as in diffusers"
+    )
+    parser.add_argument("-n", type=image_count, default=4, help="the number of restorations per picture (default: 4)")
     parser.add_argument(
         "--sigma",
         type=float,
@@ -75,59 +87,130 @@ def add(commands: Commands) -> None:
         help="how the restorations are made to agree with the picture (default: replace, or guide with --jpeg); "
         "guide-jacobian is more accurate and takes about twice as long",
     )
+    parser.add_argument(
+        "--batch-size",
+        type=image_count,
+        metavar="IMAGES",
+        help="restorations per network call; pictures of the same size are restored together (default: as many as have "
+        "about a million values)",
+    )
+    add_overwrite(parser, "files that exist already")
     add_class(parser)
     add_sampling(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    operator, pictures, folder = _operator(args), list_pictures(args.pictures), Path(args.folder)
+    if args.invert and args.mask is None:
+        raise ValueError("--invert is for --mask. Leave it out.")
+    operator, paths, folder = _operator(args), list_pictures(args.pictures), Path(args.folder)
     originals = None if args.original is None else list_pictures(args.original)
-    if originals is not None and len(originals) != len(pictures):
+    if originals is not None and len(originals) != len(paths):
         raise ValueError(
-            f"--original must have one picture for each of the {len(pictures)} pictures to restore, got "
-            f"{len(originals)}."
+            f"--original must have one picture for each of the {len(paths)} pictures to restore, got {len(originals)}."
         )
-    _check_folder(folder, pictures, args.n)
-    net, shape, device = load(args)
-    channels = shape[0]
+    _check_folder(args, folder, paths)
+    net = load(args)
+    channels, *size = net.sample_shape or ()
     if args.gray and channels != 3:
         raise ValueError(f"--gray needs a network that draws RGB images, and {args.model} draws gray ones.")
     label = find_class(args, net)
     sampler = AnnealedLangevinSampler(net.inference_copy(), restore=args.method, **sampler_options(args))
-    conditional = net.conditioning is not None and net.conditioning.channels > 0  # a network like Palette's
     check_picture(folder / "strip.png")  # before the work
-    # A generator on the CPU draws the same numbers for every device.
-    generator = torch.Generator().manual_seed(args.seed)
+    # All pictures are read before the first is restored, so that errors come first, and again when they are restored,
+    # so that only those of one batch are in memory.
+    sources = list(zip(paths, [None] * len(paths) if originals is None else originals, strict=True))
+    groups: dict[tuple[int, ...], list[tuple[Path, Path | None]]] = {}
     described: set[str] = set()
-    for i, picture in enumerate(pictures):
-        y = read_image(picture, 1 if args.gray and not args.degrade else channels)[None]
-        original = None if originals is None else read_image(originals[i], channels)[None]
-        if args.degrade:
-            original, y = y, operator.measure(y)
-            y = y + args.sigma * torch.randn(y.shape, generator=generator)
-        observation = Observation(operator, y, args.sigma)
-        seen = operator.as_image(y)
-        if original is not None and original.shape != seen.shape:
-            raise ValueError(
-                f"the original must have the size of the restored picture, {_size(seen)} pixels, got {_size(original)}."
-            )
+    for path, original in sources:
+        picture = _Picture(args, operator, channels, path, original)
         # The same line is printed only once.
-        for line in (_describe_seen(args, operator, y), _describe_difference(args, picture, seen, shape)):
+        for line in (_describe_seen(args, operator, picture.y), _describe_difference(args, picture, [channels, *size])):
             if line is not None and line not in described:
                 print(line)
                 described.add(line)
-        condition = condition_of(operator, y.expand(args.n, -1, -1, -1), generator) if conditional else label
-        if i == 0:
-            announce(sampler, args.n * len(pictures), (channels, *seen.shape[2:]), device, condition)
-        images = sampler.sample(
-            args.n, condition=condition, observation=observation, generator=generator, progress=not args.quiet
-        ).cpu()
-        for k, image in enumerate(images, 1):
-            save_image(image, folder / f"{picture.stem}-{k}.png")
-        strip = [seen.clamp(0, 1), images] if original is None else [seen.clamp(0, 1), images, original]
-        save_image(grid(torch.cat(strip), columns=sum(map(len, strip))), folder / f"{picture.stem}-strip.png")
-        print(folder / f"{picture.stem}-strip.png")
+        groups.setdefault(picture.seen.shape[1:], []).append((path, original))
+    seconds = 0.0
+    for shape, group in groups.items():
+        n = args.n * len(group)
+        few = torch.zeros(min(n, _TOGETHER), *shape) if _takes_image(net) else label
+        seconds += estimate(sampler, n, few, shape)
+    announce(sampler, seconds, args.n * len(paths))
+    at_once = max(1, (_TOGETHER if args.batch_size is None else args.batch_size) // args.n)
+    for group in groups.values():
+        for i in range(0, len(group), at_once):
+            batch = [_Picture(args, operator, channels, *source) for source in group[i : i + at_once]]
+            _restore(args, sampler, operator, batch, label)
+
+
+class _Picture:
+    """A picture to restore.
+
+    Attributes:
+        path: the file.
+        y: the measurement (1, ...).
+        seen: the measurement as an image (1, C, H, W).
+        original: the undamaged image (1, C, H, W), or None if it is not known.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, operator: Operator, channels: int, path: Path, original: Path | None
+    ) -> None:
+        self.path = path
+        self.y = read_image(path, 1 if args.gray and not args.degrade else channels)[None]
+        self.original = None if original is None else read_image(original, channels)[None]
+        if args.degrade:
+            self.original, self.y = self.y, operator.measure(self.y)
+            generator = torch.Generator().manual_seed(seed_of(args.seed, "noise", path.stem))
+            self.y = self.y + args.sigma * torch.randn(self.y.shape, generator=generator)
+        Observation(operator, self.y, args.sigma)  # raises if they do not fit together
+        self.seen = operator.as_image(self.y)
+        if self.original is not None and self.original.shape != self.seen.shape:
+            raise ValueError(
+                f"the original must have the size of the restored picture, {_size(self.seen)} pixels, got "
+                f"{_size(self.original)}."
+            )
+
+
+def _restore(
+    args: argparse.Namespace,
+    sampler: AnnealedLangevinSampler,
+    operator: Operator,
+    pictures: list[_Picture],
+    label: int | None,
+) -> None:
+    """Restores pictures of one size in one call of the sampler, and writes the results.
+
+    Each restoration has its own generator, and does not depend on the other pictures.
+    """
+    folder, y = Path(args.folder), torch.cat([picture.y for picture in pictures]).repeat_interleave(args.n, 0)
+    seeds = [seed_of(args.seed, "restoration", picture.path.stem, k) for picture in pictures for k in range(args.n)]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    condition: Tensor | int | None = label
+    if _takes_image(sampler.net):
+        pairs = zip(y.split(1), generators, strict=True)
+        condition = torch.cat([condition_of(operator, one, generator) for one, generator in pairs])
+    images = sampler.sample(
+        condition=condition,
+        observation=Observation(operator, y, args.sigma),
+        generator=generators,
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+    ).cpu()
+    for picture, restored in zip(pictures, images.split(args.n), strict=True):
+        for k, image in enumerate(restored, 1):
+            save_image(image, folder / f"{picture.path.stem}-{k}.png")
+        strip = [picture.seen.clamp(0, 1), restored]
+        if picture.original is not None:
+            strip.append(picture.original)
+        save_image(grid(torch.cat(strip), columns=sum(map(len, strip))), folder / f"{picture.path.stem}-strip.png")
+        print(folder / f"{picture.path.stem}-strip.png")
+
+
+def _takes_image(net: Score) -> bool:
+    """Whether the condition of a network is the degraded image, as for Palette's networks."""
+    takes = attribute(net, "conditioning")
+    return takes is not None and takes.channels > 0
 
 
 # -- Options ----------------------------------------------------------------------------------------------------------
@@ -135,7 +218,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _operator(args: argparse.Namespace) -> Operator:
     if args.mask is not None:
-        return Mask(read_mask(args.mask))
+        white = read_mask(args.mask)
+        return Mask(~white if args.invert else white)
     if args.uncrop is not None:
         return _uncrop(args.uncrop)
     if args.gray:
@@ -151,17 +235,16 @@ def _uncrop(text: str) -> Uncrop:
     return Uncrop(**{side: int(pixels) for side, pixels in borders.items()})
 
 
-def _check_folder(folder: Path, pictures: list[Path], n: int) -> None:
-    """Raises if the results cannot be written without overwriting a file."""
+def _check_folder(args: argparse.Namespace, folder: Path, pictures: list[Path]) -> None:
+    """Raises if results would have the same name as another or as an existing file."""
     check_folder_name(folder)
     sources: dict[str, Path] = {}
     for picture in pictures:
         first = sources.setdefault(picture.stem, picture)
         if first != picture:
             raise ValueError(f"the restorations of {first} and {picture} would have the same file names. Rename one.")
-        for name in (*(f"{picture.stem}-{k + 1}.png" for k in range(n)), f"{picture.stem}-strip.png"):
-            if (folder / name).exists():
-                raise ValueError(f"{folder / name} exists already and is not overwritten. Choose another folder.")
+        results = [*range(1, args.n + 1), "strip"]
+        check_new((folder / f"{picture.stem}-{name}.png" for name in results), args.overwrite)
 
 
 # -- What is printed --------------------------------------------------------------------------------------------------
@@ -172,20 +255,18 @@ def _describe_seen(args: argparse.Namespace, operator: Operator, y: Tensor) -> s
     if args.mask is None and args.uncrop is None:
         return None
     share = float((operator.lift(torch.ones_like(y)) != 0).float().mean())
-    where = "" if args.mask is None else f": the white part of {args.mask}"
+    where = "" if args.mask is None else f": the {'black' if args.invert else 'white'} part of {args.mask}"
     return f"{100 * share:.0f} % of the image is observed{where}"
 
 
-def _describe_difference(
-    args: argparse.Namespace, picture: Path, seen: Tensor, shape: tuple[int, int, int]
-) -> str | None:
+def _describe_difference(args: argparse.Namespace, picture: _Picture, shape: Sequence[int]) -> str | None:
     """A line with the size and color of the image if they differ from those of the network's images, otherwise None."""
     color = "color" if shape[0] == 3 else "gray"
     own = f"{shape[1]}x{shape[2]} pixels in {color}"
     if not args.gray:
-        rgb = read_image(picture, 3)
+        rgb = read_image(picture.path, 3)
         color = "gray" if torch.equal(rgb, rgb[:1].expand_as(rgb)) else "color"
-    found = f"{_size(seen)} pixels in {color}"
+    found = f"{_size(picture.seen)} pixels in {color}"
     return None if found == own else f"the image to restore has {found}; {args.model} draws {own}"
 
 

@@ -1,37 +1,48 @@
-"""``python -m scorematch sample``: draws images with a trained network."""
+"""``scorematch sample``: draws images with a trained network."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import re
 import shlex
 import time
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from scorematch.bulk import Classes, SampleFolder, image_classes, read_samples, this_process
+from scorematch.bulk import read_samples
+from scorematch.bulk.batches import this_process
+from scorematch.bulk.folder import SampleFolder
+from scorematch.bulk.job import Job, prepared
 from scorematch.cli.options import (
     Commands,
     add_classes,
     add_guidance,
     add_model,
+    add_overwrite,
     add_samplers,
     add_sampling,
     announce,
     check_folder_name,
+    check_new,
     count,
+    estimate,
     find_classes,
     guide,
+    image_count,
     load,
     make_sampler,
 )
-from scorematch.guidance import GuidedScore
-from scorematch.images import check_picture, save_grid, save_image
-from scorematch.score import ScoreNet
+from scorematch.images import check_picture, grid, save_animation, save_grid, save_image, to_uint8
+from scorematch.protocol import middle_of
+from scorematch.sampling import Sampler
 
-_BATCH_SIZE = 64
+_BATCH_SIZE = 64  # of a folder
 _ON_THE_SHEET = 64
+_FRAMES = 30  # of an animation, at least, if the sampler has as many steps, and at most twice as many
+_DEVIATION = 0.25  # the standard deviation of images in [0, 1] that the preconditioning "karras" assumes
 
 
 def add(commands: Commands) -> None:
@@ -39,36 +50,52 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "sample",
         help="draw images with a trained network",
-        description="Draws images with a trained network, as one picture or into a folder.\n\n"
-        "FOLDER/images gets one PNG file per image, or .npz files; image i depends on the seed and on i only. The\n"
-        "same command again continues after an interruption, and a larger -n adds images. FOLDER/samples.json has the\n"
-        "settings, FOLDER/sheet.png the first images. torchrun and accelerate launch run the command on many devices.",
+        description="Draws images with a trained network: as one picture, as one file per image, or into a folder that "
+        "can\nhold any number of images. Image i depends on the seed and on i only.\n\n"
+        "With --out FOLDER, FOLDER/images gets one PNG file per image, or .npz files. The same command again\n"
+        "continues after an interruption, and a larger -n adds images. FOLDER/samples.json has the settings and the\n"
+        "command, FOLDER/sheet.png the first images. torchrun and accelerate launch run the command on many devices.",
         epilog="Examples:\n"
-        "  python -m scorematch sample mnist digits.png\n"
-        "  python -m scorematch sample mnist digit.png -n 1 --seed 7\n"
-        "  python -m scorematch sample mnist digits.png --sampler ode --levels 18\n"
-        "  python -m scorematch sample mnist --out digits -n 50000\n"
-        "  accelerate launch -m scorematch sample mnist --out digits -n 50000",
+        "  %(prog)s mnist digits.png\n"
+        "  %(prog)s mnist digit.png -n 1 --seed 7\n"
+        "  %(prog)s mnist digits.png --gif\n"
+        "  %(prog)s mnist digits.png --sampler ode --levels 18\n"
+        "  %(prog)s mnist digits/%%03d.png -n 10\n"
+        "  %(prog)s mnist --out digits -n 50k\n"
+        "  accelerate launch -m scorematch sample mnist --out digits -n 50k",
     )
     add_model(parser)
     parser.add_argument(
-        "picture", nargs="?", help="the file to write, such as digits.png; an existing one is overwritten"
+        "picture",
+        nargs="?",
+        help="the file to write, such as digits.png; or, for one file per image, a pattern such as digits/%%03d.png or "
+        "a folder, which exists or is written with a slash at the end",
     )
     parser.add_argument(
         "-n",
-        type=int,
+        type=image_count,
         default=64,
-        help="the number of images; one is written without a border, several as a grid (default: 64)",
+        help="the number of images; in one file, one image has no border, and several are a grid (default: 64)",
     )
-    parser.add_argument("--columns", type=int, help="images per row of the grid (default: about as many as rows)")
-    many = parser.add_argument_group("many images")
-    many.add_argument("--out", type=Path, metavar="FOLDER", help="write into a folder instead of one picture")
-    many.add_argument(
+    parser.add_argument(
+        "--columns", type=image_count, help="images per row of the grid (default: about as many as rows)"
+    )
+    parser.add_argument(
+        "--gif",
+        action="store_true",
+        help="also write the way from noise to the images as an animation: digits.gif beside digits.png, or sheet.gif "
+        "in the folder of --out. With increasing noise its contrast is reduced, so that the noise remains visible",
+    )
+    add_overwrite(parser, "files that exist already")
+    parser.add_argument(
         "--batch-size",
-        type=int,
+        type=image_count,
         metavar="IMAGES",
-        help=f"how many images each process draws at once (default: {_BATCH_SIZE})",
+        help=f"images per network call of a process (default: {_BATCH_SIZE} with --out, otherwise as many as have "
+        "about a million values)",
     )
+    many = parser.add_argument_group("many images")
+    many.add_argument("--out", type=Path, metavar="FOLDER", help="write into a folder instead of a picture")
     many.add_argument(
         "--npz", action="store_true", help="write one .npz file per batch, with the pixels (N, H, W, C) as arr_0"
     )
@@ -84,90 +111,117 @@ def _run(args: argparse.Namespace) -> None:
         args.parser.error("the following arguments are required: picture or --out FOLDER")
     if args.picture is not None and args.out is not None:
         raise ValueError(f"{args.picture} and --out {args.out} exclude each other: name a picture or a folder.")
-    if args.out is None and (args.npz or args.batch_size is not None):
-        raise ValueError("--batch-size and --npz are for --out FOLDER. Leave them out.")
-    if args.columns is not None and args.columns < 1:
-        raise ValueError(f"--columns must be at least 1, got {args.columns}.")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}.")
-    loaded, shape, device = load(args)
-    net = guide(args, loaded)
+    if args.out is None and args.npz:
+        raise ValueError("--npz is for --out FOLDER. Leave it out.")
+    if args.out is not None and args.overwrite:
+        raise ValueError("--overwrite is for a picture, and --out continues in its folder. Leave it out.")
+    net = guide(args, load(args))
     if net.conditioning is not None and net.conditioning.channels:
         raise ValueError(
-            f"{args.model} restores images: it takes an image as its condition. Write python -m scorematch restore."
+            f"{args.model} restores images: it takes an image as its condition. Write {args.program} restore."
         )
-    condition = find_classes(args, net)
+    job = Job(
+        make_sampler(args, net),
+        seed=args.seed,
+        batch_size=_BATCH_SIZE if args.batch_size is None else args.batch_size,
+        condition=find_classes(args, net),
+        classes=args.classes,
+    )
     if args.out is None:
-        _draw_picture(args, net, shape, device, condition)
+        _draw(args, job)
     else:
-        _fill_folder(args, net, shape, device, condition)
+        _fill(args, job)
 
 
-def _draw_picture(
-    args: argparse.Namespace,
-    net: ScoreNet | GuidedScore,
-    shape: tuple[int, ...],
-    device: torch.device,
-    condition: Classes,
-) -> None:
-    sampler = make_sampler(args, net.inference_copy())
-    classes = _classes(args, net, condition, args.n)
-    check_picture(args.picture)  # before the work
-    announce(sampler, args.n, shape, device, classes)
-    # A generator on the CPU draws the same numbers for every device.
-    generator = torch.Generator().manual_seed(args.seed)
+def _draw(args: argparse.Namespace, job: Job) -> None:
+    """Draws one picture of all images, or one of each image."""
+    pictures = _pictures(args.picture, args.n)
+    if len(pictures) > 1 and (args.gif or args.columns is not None):
+        option = "--gif" if args.gif else "--columns"
+        raise ValueError(f"{option} is for one picture of all images. Leave it out, or name a file such as digits.png.")
+    animation = pictures[0].with_suffix(".gif") if args.gif else None
+    files = pictures if animation is None or animation in pictures else [*pictures, animation]
+    check_picture(files[0])  # before the work
+    check_new(files, args.overwrite)
+    sampler = prepared(job.sampler)
+    announce(sampler, estimate(sampler, args.n, job.condition), args.n)
     begin = time.perf_counter()
-    images = sampler.sample(args.n, condition=classes, generator=generator, progress=not args.quiet)
+    images = _sample(args, sampler, job, args.n, animation)
     print(f"{count(args.n)} in {time.perf_counter() - begin:.1f} s")
-    if args.n == 1:
-        save_image(images[0], args.picture)
-    else:
-        save_grid(images, args.picture, args.columns)
-    print(args.picture)
+    if len(pictures) == len(images):
+        for image, picture in zip(images, pictures, strict=True):
+            if picture != animation:
+                save_image(image, picture)
+    elif pictures[0] != animation:
+        save_grid(images, pictures[0], args.columns)
+    print(*files if len(files) < 4 else (files[0], "...", files[-1]), sep="\n")
 
 
-def _fill_folder(
-    args: argparse.Namespace,
-    net: ScoreNet | GuidedScore,
-    shape: tuple[int, ...],
-    device: torch.device,
-    condition: Classes,
-) -> None:
+def _pictures(name: str, n: int) -> list[Path]:
+    """The files of n images: one for all of them, or one for each if the name is a folder or a pattern."""
+    pattern = re.compile(r"%(0?\d?)d")
+    if name.endswith(("/", os.sep)) or Path(name).is_dir():
+        check_folder_name(Path(name))
+        return [Path(name, f"{i:06d}.png") for i in range(n)]  # as in the folder of --out
+    if pattern.search(name):
+        return [Path(pattern.sub(lambda found: f"{i:{found[1]}d}", name)) for i in range(n)]  # noqa: B023
+    return [Path(name)]
+
+
+def _fill(args: argparse.Namespace, job: Job) -> None:
+    """Draws the missing images of a folder."""
     process, processes = this_process()
     sheet = args.out / "sheet.png"
     check_picture(sheet)  # before the work
     check_folder_name(args.out)
-    samples = SampleFolder(
-        make_sampler(args, net),
-        args.out,
-        args.n,
-        seed=args.seed,
-        batch_size=_BATCH_SIZE if args.batch_size is None else args.batch_size,
-        condition=condition,
-        classes=args.classes,
-        format="npz" if args.npz else "png",
-        about={"network": args.model, "command": shlex.join(["python", "-m", "scorematch", *map(str, args.argv)])},
-    )
+    about = {"network": args.model, "command": shlex.join(["scorematch", *map(str, args.argv)])}
+    samples = SampleFolder(job, args.out, args.n, format="npz" if args.npz else "png", about=about)
+    sampler = prepared(job.sampler)
     if process == 0:
         if samples.missing < args.n:
             print(f"{args.n - samples.missing} of {count(args.n)} are there")
         if samples.missing:
-            few = _classes(args, net, condition, min(samples.missing, _BATCH_SIZE))
-            fast = make_sampler(args, net.inference_copy())
-            announce(fast, samples.missing, shape, device, few, processes)
+            announce(sampler, estimate(sampler, samples.missing, job.condition), samples.missing, processes)
     begin = time.perf_counter()
     samples.fill(progress=not args.quiet)
-    if process == 0:
-        if samples.missing:
-            print(f"{count(samples.missing)} in {time.perf_counter() - begin:.1f} s")
-        save_grid(read_samples(args.out, min(args.n, _ON_THE_SHEET)), sheet, args.columns)
-        print(sheet)
-        print(args.out)
+    if process > 0:
+        return
+    if samples.missing:
+        print(f"{count(samples.missing)} in {time.perf_counter() - begin:.1f} s")
+    shown = min(args.n, _ON_THE_SHEET)
+    save_grid(read_samples(args.out, shown), sheet, args.columns)
+    print(sheet)
+    if args.gif:
+        animation = sheet.with_suffix(".gif")
+        _sample(args, sampler, job, shown, animation)
+        print(animation)
+    print(args.out)
 
 
-def _classes(args: argparse.Namespace, net: ScoreNet | GuidedScore, condition: Classes, n: int) -> Tensor | int | None:
-    """The classes of the first n images."""
-    if not isinstance(condition, str):
-        return condition
-    known = None if net.conditioning is None else net.conditioning.classes
-    return image_classes(range(n), condition, known if args.classes is None else args.classes, args.seed)
+def _sample(args: argparse.Namespace, sampler: Sampler, job: Job, n: int, animation: Path | None) -> Tensor:
+    """Draws the first n images of a job, (n, C, H, W), and writes their animation if it has a path."""
+    states = sampler.iterate(
+        n,
+        condition=job.classes_of(range(n)),
+        generator=job.seeds_of(range(n)),
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+    )
+    frames: list[Tensor] = []
+    every = 1
+    for i, (x, sigma) in enumerate(states):
+        if animation is not None and (i % every == 0 or sigma == 0):
+            if len(frames) == 2 * _FRAMES:  # the number of steps is not known before
+                frames, every = frames[::2], 2 * every
+            frames.append(_frame(sampler, x, sigma, args.columns))
+    if animation is not None:
+        save_animation(frames, animation)
+    return x
+
+
+def _frame(sampler: Sampler, x: Tensor, sigma: float, columns: int | None) -> Tensor:
+    """A state as a grid, uint8 (C, H, W). Its contrast is reduced so that the noise fits into the range of images."""
+    middle = middle_of(sampler.net)
+    contrast = _DEVIATION / math.hypot(_DEVIATION, sigma)
+    images = (middle + contrast * (x - middle)).clamp(0, 1)
+    return to_uint8(images[0] if len(images) == 1 else grid(images, columns)).cpu()

@@ -1,4 +1,4 @@
-"""``python -m scorematch train``: trains a network on pictures, and continues an interrupted run."""
+"""``scorematch train``: trains a network on pictures, and continues an interrupted run."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def add(commands: Commands) -> None:
         epilog="Recipes:\n"
         + "".join(f"  {name:<16}{recipe.image_size} px; {recipe.source}\n" for name, recipe in RECIPES.items())
         + "\nExamples:\n"
-        "  python -m scorematch train faces --out runs/faces\n"
-        "  python -m scorematch train faces --out runs/trial --recipe tiny --images 20k\n"
-        "  python -m scorematch train cats --out runs/cats --start runs/faces/network\n"
+        "  %(prog)s faces --out runs/faces\n"
+        "  %(prog)s faces --out runs/trial --recipe tiny --images 20k\n"
+        "  %(prog)s cats --out runs/cats --start runs/faces/network\n"
         "  accelerate launch -m scorematch train faces --out runs/faces --images 50M --batch-size 512",
     )
     parser.add_argument("data", metavar="DATA", help="a folder of pictures, an .npz file, or owner/name on the Hub")

@@ -1,4 +1,4 @@
-"""``python -m scorematch tune``: measures sampler settings on a network, and stores the best with it."""
+"""``scorematch tune``: measures sampler settings on a network, and stores the best with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from scorematch.bulk import this_process
+from scorematch.bulk.batches import this_process
 from scorematch.cli.options import (
     Commands,
     add_classes,
@@ -22,6 +22,7 @@ from scorematch.cli.options import (
     reference_options,
 )
 from scorematch.evaluation.tune import Criterion, settings_table, tune
+from scorematch.protocol import device_of
 from scorematch.sampling import recommended_sampler
 
 
@@ -34,8 +35,8 @@ def add(commands: Commands) -> None:
         "network with the best settings into a folder, with the table in its README.md. The other commands then use\n"
         "these settings. The same command again continues after an interruption.",
         epilog="Examples:\n"
-        "  python -m scorematch tune ./cifar10 --reference cifar10-train --out ./cifar10-tuned\n"
-        "  python -m scorematch tune mnist --reference digits/ --features efficientnet-lite0 --calls 50 --out tuned",
+        "  %(prog)s ./cifar10 --reference cifar10-train --out ./cifar10-tuned\n"
+        "  %(prog)s mnist --reference digits/ --features efficientnet-lite0 --calls 50 --out tuned",
     )
     add_model(parser)
     parser.add_argument(
@@ -64,16 +65,15 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--features must be one extractor: the best settings minimize one distance.")
     if args.out is not None:
         check_folder_name(args.out)
-    net, shape, device = load(args)
+    net = load(args)
     condition = find_classes(args, net)
-    options = reference_options(args, device)
+    options = reference_options(args, device_of(net))
     settings = settings_table(net, args.calls)
     if settings and this_process()[0] == 0:
         samplers = [recommended_sampler(net, each) for each in settings]
         fast = recommended_sampler(net.inference_copy(), settings[0])
         calls = sum(map(len, samplers))
-        seconds = estimate(fast, args.n, shape, device, 0 if isinstance(condition, str) else condition)
-        seconds *= calls / len(fast) / this_process()[1]
+        seconds = estimate(fast, args.n, condition) * calls / len(fast) / this_process()[1]
         print(f"{len(settings)} settings with {calls:,} network calls, about {duration(seconds)}", flush=True)
     result = tune(
         net,

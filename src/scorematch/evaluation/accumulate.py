@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scorematch.bulk import this_process
+from scorematch.bulk.batches import this_process
 
 _BLOCK = 8192  # features that are converted to float64 at a time
 

@@ -31,11 +31,11 @@ from scorematch.charts import Curve, chart, table
 from scorematch.evaluation.accumulate import double
 from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.figures import Figure, mean_figure
-from scorematch.evaluation.per_image import Batch, Condition, choose, device_of, per_image
+from scorematch.evaluation.per_image import Batch, Condition, choose, per_image
 from scorematch.loss import loss_and_norm
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import exact_float32
-from scorematch.protocol import Score, check_score, evaluating, schedule_of
+from scorematch.protocol import Score, check_score, device_of, evaluating, schedule_of
 from scorematch.randomness import as_generator, seed_of, standard_normal
 from scorematch.training.data import open_images
 

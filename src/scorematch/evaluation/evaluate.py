@@ -43,25 +43,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch import __version__
-from scorematch.bulk import (
-    SEEDS,
-    Classes,
-    SampleFolder,
-    bulk_samples,
-    read_samples,
-    settings_of,
-    stored_samples,
-    stored_settings,
-    this_process,
-)
+from scorematch.bulk import read_samples, stored_samples, stored_settings
+from scorematch.bulk.batches import this_process
+from scorematch.bulk.classes import Classes
+from scorematch.bulk.folder import SampleFolder
+from scorematch.bulk.job import SEEDS, Job
 from scorematch.charts import table
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, image_figures
-from scorematch.evaluation.per_image import choose, device_of
-from scorematch.files import write_whole
+from scorematch.evaluation.per_image import choose
+from scorematch.files import clean, write_whole
 from scorematch.images import check_picture, save_grid, to_uint8
+from scorematch.precision import device_name
 from scorematch.pretrained import cards
-from scorematch.protocol import attribute
+from scorematch.protocol import attribute, device_of
 from scorematch.randomness import seed_of
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
 from scorematch.score import ScoreNet
@@ -195,9 +190,8 @@ def _errors(figures: Mapping[str, Figures]) -> dict[str, str]:
 
 def versions(device: torch.device | str) -> dict[str, str]:
     """The versions of Python and of the packages, and the device."""
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"scorematch": __version__, "torch": torch.__version__, "Python": platform.python_version(), "device": name}
+    packages = {"scorematch": __version__, "torch": torch.__version__, "Python": platform.python_version()}
+    return {**packages, "device": device_name(torch.device(device))}
 
 
 # -- What users call --------------------------------------------------------------------------------------------------
@@ -327,6 +321,7 @@ def evaluate(
         if folder is not None and this_process()[0] == 0:
             result.save(folder)
             save_grid(subject.first(min(subject.n, _ON_THE_PICTURE)), folder / "samples.png")
+            clean(folder)
     return result
 
 
@@ -424,19 +419,19 @@ def _of_sampler(
     takes = attribute(sampler.net, "conditioning")
     if takes is not None and takes.channels:
         raise ValueError(f"{name} restores images: it takes an image as its condition. Use evaluate_restoration.")
-    settings = settings_of(sampler, **options)
-    shape = _checked_shape(settings["shape"], name)
+    job = Job(sampler, **options)
+    shape = _checked_shape(job.shape, name)
     if out is None:
 
         def batches() -> Iterator[Tensor]:
-            return (batch.images for batch in bulk_samples(sampler, n, **options))
+            return (batch.images for batch in job.samples(n))
 
         def first(few: int) -> Tensor:
-            return torch.cat([batch.images for batch in bulk_samples(sampler, few, share=(0, 1), **options)])
+            return torch.cat([batch.images for batch in job.samples(few, share=(0, 1))])
 
     else:
         samples = out / "samples"
-        folder = SampleFolder(sampler, samples, n, format="npz", about={"network": name}, **options)
+        folder = SampleFolder(job, samples, n, format="npz", about={"network": name})
 
         def batches() -> Iterator[Tensor]:
             folder.fill(progress=progress)
@@ -445,7 +440,7 @@ def _of_sampler(
         def first(few: int) -> Tensor:
             return read_samples(samples, few)
 
-    return _Subject(name, n, shape, True, batches, first, {"n": n, **settings}, device_of(sampler.net))
+    return _Subject(name, n, shape, True, batches, first, {"n": n, **job.settings()}, device_of(sampler.net))
 
 
 def _samples_in(path: Path) -> dict[str, Any] | None:
@@ -529,7 +524,7 @@ def find_data(source: Any) -> Any:
         return source
     repository, split = REFERENCES[source]
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+        from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
             f"{source} is loaded from the Hugging Face Hub, which needs the package datasets: pip install datasets."

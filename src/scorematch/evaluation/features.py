@@ -61,6 +61,17 @@ class Extracted(NamedTuple):
     features: Tensor
     logits: Tensor | None
 
+    @property
+    def class_logits(self) -> Tensor:
+        """The logits.
+
+        Raises:
+            ValueError: if there are no classes.
+        """
+        if self.logits is None:
+            raise ValueError("the extractor returns no logits of classes. Pass one that does, such as inception().")
+        return self.logits
+
 
 @dataclass(frozen=True)
 class Extractor:

@@ -54,6 +54,7 @@ from scorematch.evaluation.metrics import (
     kernel_distance,
     precision_recall,
     random_rows,
+    rows_of,
 )
 from scorematch.evaluation.statistics import Statistics, cache_folder, is_statistics_file, statistics_of
 from scorematch.images import to_uint8
@@ -145,8 +146,7 @@ def _kernel(seen: Extracted, reference: Statistics) -> dict[str, Figure]:
 
 
 def _inception_score(seen: Extracted, reference: Statistics) -> dict[str, Figure]:
-    assert seen.logits is not None  # noqa: S101  (checked by lacks)
-    return {"inception-score": _figure(inception_score(seen.logits, splits=_SPLITS))}
+    return {"inception-score": _figure(inception_score(seen.class_logits, splits=_SPLITS))}
 
 
 def _figure(found: Estimate) -> Figure:
@@ -166,19 +166,17 @@ def _density_coverage(seen: Extracted, reference: Statistics) -> dict[str, Figur
 
 
 def _equally_many(seen: Extracted, reference: Statistics) -> tuple[Tensor, Tensor]:
-    assert reference.features is not None  # noqa: S101  (checked by lacks)
-    n = min(len(reference.features), len(seen.features))
-    real, generated = (
-        features if len(features) == n else random_rows(features, n) for features in (reference.features, seen.features)
-    )
+    sets = rows_of(reference, "reference"), seen.features
+    n = min(map(len, sets))
+    real, generated = (features if len(features) == n else random_rows(features, n) for features in sets)
     return real.to(generated.device), generated
 
 
 def _classes(seen: Extracted, reference: Statistics) -> dict[str, Figure]:
-    assert seen.logits is not None  # noqa: S101  (checked by lacks)
-    probabilities, classes = seen.logits.softmax(1).max(1)
+    logits = seen.class_logits
+    probabilities, classes = logits.softmax(1).max(1)
     n = len(classes)
-    rarest = int(torch.bincount(classes, minlength=seen.logits.shape[1]).min())
+    rarest = int(torch.bincount(classes, minlength=logits.shape[1]).min())
     confident = int((probabilities > _CONFIDENT).sum())
     return {"confident": _share(confident / n, n), "rarest": _share(rarest / n, n)}
 

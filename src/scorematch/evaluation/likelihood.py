@@ -36,11 +36,11 @@ import torch
 from torch import Tensor
 
 from scorematch.evaluation.figures import Figure, mean_figure
-from scorematch.evaluation.per_image import Batch, Condition, choose, device_of, per_image
+from scorematch.evaluation.per_image import Batch, Condition, choose, per_image
 from scorematch.likelihood import as_bits, default_schedule, dequantized, log_likelihood
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import exact_float32
-from scorematch.protocol import Score
+from scorematch.protocol import Score, device_of
 from scorematch.randomness import as_generator, standard_normal
 from scorematch.training.data import open_images
 

@@ -186,9 +186,8 @@ class Memorization:
         """
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {ratio!r}.")
-        samples, held_out = (None if of is None else Share.of(of.ratios < ratio) for of in self._sets())
-        assert samples is not None  # noqa: S101
-        return samples, held_out
+        held_out = None if self.held_out is None else Share.of(self.held_out.ratios < ratio)
+        return Share.of(self.samples.ratios < ratio), held_out
 
     def nearer(self) -> Figure | None:
         """The probability that a sample is nearer to the training images than a held-out image, and its standard error.

@@ -513,7 +513,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _pair(first: Features, second: Features, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
     """Checks two sets of features, and moves the second to the device of the first."""
-    a, b = _rows(first, names[0]), _rows(second, names[1])
+    a, b = rows_of(first, names[0]), rows_of(second, names[1])
     if a.shape[1] != b.shape[1]:
         raise ValueError(
             f"{names[0]} and {names[1]} must have the same dimension, got {a.shape[1]} and {b.shape[1]}. Use one "
@@ -522,7 +522,13 @@ def _pair(first: Features, second: Features, names: tuple[str, str]) -> tuple[Te
     return a, b.to(a.device)
 
 
-def _rows(features: Features, name: str) -> Tensor:
+def rows_of(features: Features, name: str) -> Tensor:
+    """Checks features (N, D), or takes them from statistics.
+
+    Raises:
+        TypeError: if they are not a floating-point tensor.
+        ValueError: if they are not finite, (N, D) and not empty, or the statistics have none.
+    """
     if isinstance(features, Statistics):
         if features.features is None:
             raise ValueError(f"{name} must be features, but the statistics have none. Compute them with features=True.")

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.evaluation.accumulate import Rows, double, processes
-from scorematch.protocol import attribute
 from scorematch.randomness import seed_of
 
 # An int is the class of all images; a function computes the condition from a batch of images and their labels.
@@ -107,10 +106,3 @@ def choose(length: int, n: int | None, seed: int, *, at_least: int = 2) -> Tenso
         raise ValueError(f"n must be from {at_least} to the number of images, {length}, got {n}.")
     generator = torch.Generator().manual_seed(seed_of(seed, "images"))
     return torch.randperm(length, generator=generator)[:n]
-
-
-def device_of(score: object) -> torch.device:
-    """The device of a network; that of an inference copy; the CPU for any other score."""
-    parameter = next(score.parameters(), None) if isinstance(score, nn.Module) else None
-    device = attribute(score, "device") if parameter is None else parameter.device
-    return device if isinstance(device, torch.device) else torch.device("cpu")

@@ -48,16 +48,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch.bulk import identity, prepared, sampler_settings, this_process
+from scorematch.bulk.batches import this_process
+from scorematch.bulk.hashing import identity, sampler_settings
+from scorematch.bulk.job import prepared
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, find_data, sampler_for, versions
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.figures import Collection, Evaluator, Figure, Figures, OneOrMore, mean_figure
-from scorematch.evaluation.per_image import Batch, choose, device_of, per_image
+from scorematch.evaluation.per_image import Batch, choose, per_image
 from scorematch.images import check_picture, save_grid
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import TASKS, condition_of
-from scorematch.protocol import attribute
+from scorematch.protocol import attribute, device_of
 from scorematch.sampling import Sampler
 from scorematch.training.data import ImageData, open_images
 from scorematch.training.sources import Crop
@@ -412,8 +414,7 @@ def _in_features(seen: Mapping[str, Sequence[Extracted]], labels: Tensor | None)
 
 
 def _best(seen: Extracted) -> Tensor:
-    assert seen.logits is not None  # noqa: S101  (as for the originals)
-    return seen.logits.argmax(1)
+    return seen.class_logits.argmax(1)
 
 
 def _mean_square(values: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scorematch.arrays import read_arrays
 from scorematch.evaluation.accumulate import Moments, Rows, agreed, check_features, processes
 from scorematch.evaluation.features import Extractor
 from scorematch.files import write_whole
+from scorematch.schema import plain
 from scorematch.training.data import ImageData, open_images
 
 _BLOCK = 1024  # images that are read at a time to hash them
@@ -67,9 +70,9 @@ class Statistics:
     features: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.mean.ndim != 1 or self.covariance.shape != (len(self.mean), len(self.mean)):
+        if self.mean.ndim != 1 or not len(self.mean) or self.covariance.shape != (len(self.mean), len(self.mean)):
             raise ValueError(
-                f"the mean must be (D,) and the covariance (D, D), got {tuple(self.mean.shape)} and "
+                f"the mean must be (D,) and the covariance (D, D), D at least 1, got {tuple(self.mean.shape)} and "
                 f"{tuple(self.covariance.shape)}."
             )
         if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
@@ -110,8 +113,9 @@ class Statistics:
         for what, mine, other in zip(("name", "fingerprint", "preprocessing"), own, _identity(extractor), strict=True):
             if mine != other:
                 raise ValueError(
-                    f"the statistics were computed by the extractor {self.extractor} with the {what} {mine!r}, but the "
-                    f"extractor {extractor.name} has the {what} {other!r}. Use the same extractor for both."
+                    f"the statistics were computed by the extractor {plain(self.extractor)} with the {what} "
+                    f"{mine[:200]!r}, but the extractor {extractor.name} has the {what} {other!r}. "
+                    "Use the same extractor for both."
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -156,11 +160,7 @@ class Statistics:
         """
         path = Path(path)
         names = ("mu", "sigma", "n", "extractor", "fingerprint", "preprocessing", "features")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in names if name in file}
-        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # TypeError: a single array
-            raise ValueError(f"{path} cannot be read as an .npz file of arrays: {error}") from error
+        arrays = read_arrays(path, names)
         absent = [name for name in ("mu", "sigma") if name not in arrays]
         if absent:
             raise ValueError(f"{path} is not a file of statistics: it has no array {' and no array '.join(absent)}.")
@@ -191,10 +191,13 @@ def _content(arrays: dict[str, np.ndarray], extractor: Extractor) -> tuple[Any, 
         return mean, covariance, None, *_identity(extractor)
     for name, kinds in {"fingerprint": "U", "preprocessing": "U", "extractor": "U", "n": "iu"}.items():
         if name in arrays and (arrays[name].ndim or arrays[name].dtype.kind not in kinds):
-            raise ValueError(f"{name} must be {'a string' if kinds == 'U' else 'an integer'}.")
+            found = f"{arrays[name].dtype} of shape {arrays[name].shape}"
+            raise ValueError(f"{name} must be {'a string' if kinds == 'U' else 'an integer'}, got {found}.")
         if name not in arrays and name != "n":
             raise ValueError(f"{name} is missing.")
     n = int(arrays["n"]) if "n" in arrays else None
+    if n is not None and n < 2:
+        raise ValueError(f"n must be at least 2, got {n}.")
     features = torch.from_numpy(arrays["features"]) if "features" in arrays else None
     identity = (str(arrays[name]) for name in ("extractor", "fingerprint", "preprocessing"))
     return mean, covariance, n, *identity, features
@@ -208,7 +211,7 @@ def is_statistics_file(path: str | os.PathLike[str]) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return not {"mu.npy", "sigma.npy"}.isdisjoint(archive.namelist())
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, struct.error, OSError, ValueError):  # damaged, which is reported when it is read
         return False
 
 

@@ -23,15 +23,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.bulk import Classes, bulk_samples, sampler_settings, this_process
+from scorematch.bulk import bulk_samples
+from scorematch.bulk.batches import this_process
+from scorematch.bulk.classes import Classes
+from scorematch.bulk.hashing import sampler_settings
 from scorematch.charts import table
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.evaluate import find_data, hash_of, open_for, read_batches
 from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.figures import IMAGES, Evaluator, Figure, Figures
-from scorematch.evaluation.per_image import choose, device_of
+from scorematch.evaluation.per_image import choose
 from scorematch.files import write_whole
 from scorematch.pretrained.model_card import model_card
+from scorematch.protocol import device_of
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
 from scorematch.schema import Field, check
 from scorematch.score import ScoreNet
@@ -290,7 +294,7 @@ class _Table:
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
         self._path = None if folder is None else folder / _FILE
         self._settings = json.loads(json.dumps(settings))  # lists instead of tuples
-        self.rows: dict[SamplerSettings, Row] = {}
+        self.rows: dict[SamplerSettings | None, Row] = {}
         if self._path is not None and self._path.is_file():
             try:
                 stored = json.loads(self._path.read_text(encoding="utf-8"))
@@ -305,12 +309,10 @@ class _Table:
                 )
             for row in stored["rows"]:
                 found = _read_row(row)
-                if found.settings is not None:
-                    self.rows[found.settings] = found
+                self.rows[found.settings] = found
 
     def add(self, row: Row) -> None:
         """Adds a row, and writes all rows to tune.json."""
-        assert row.settings is not None  # noqa: S101  (for the type checker)
         self.rows[row.settings] = row
         if self._path is not None and this_process()[0] == 0:
             content = {

@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -150,6 +150,10 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, *, head_width: int, groups: int | None, eps: float, scale: float = 1.0) -> None:
         super().__init__()
+        if head_width > channels:
+            raise ValueError(
+                f"attention_head_dim must be at most {channels}, the width of the scale, got {head_width}."
+            )
         self.heads, self.scale = channels // head_width, scale
         inner = self.heads * head_width
         self.group_norm = None if groups is None else GroupNorm(groups, channels, eps)
@@ -186,6 +190,21 @@ class Attention(nn.Module):
         q.bias.copy_(k.weight.T @ q.bias)
         q.weight.copy_(k.weight.T @ q.weight)
         self._modules.update(to_k=nn.Identity(), to_v=nn.Identity())
+
+
+class MiddleBlock(nn.Module):
+    """Residual block, attention or nothing, residual block, at the lowest resolution."""
+
+    def __init__(self, resnets: Sequence[ResidualBlock], attention: Attention | None) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = None if attention is None else nn.ModuleList([attention])
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
+        h = self.resnets[0](h, embedding)
+        if self.attentions is not None:
+            h = self.attentions[0](h)
+        return self.resnets[1](h, embedding)
 
 
 # -- The noise level --------------------------------------------------------------------------------------------------
@@ -266,16 +285,22 @@ def settle_projections(copy: nn.Module) -> Callable[[Tensor], None]:
     return settle
 
 
-# -- Inputs and conditions --------------------------------------------------------------------------------------------
+# -- The network ------------------------------------------------------------------------------------------------------
 
 
 class ImageNetwork(nn.Module):
-    """The base class of networks for images, whose condition is an image, a class, or nothing.
+    """The base class of the U-Nets, whose condition is an image, a class, or nothing.
+
+    A subclass defines the modules below. A block on the way down is called as ``block(h, embedding, image)``, and
+    returns its output, the features that are kept for the way up, and the image for the next block. A block on the way
+    up is called as ``block(h, kept, embedding, picture)``. It removes features from ``kept``, and returns its output
+    and the picture, which is the sum over the scales of an output pyramid, or None.
 
     Args:
         in_channels: the number of channels of the input, including those of a conditioning image.
         out_channels: the number of channels of the output.
-        divisor: the number of which height and width must be multiples.
+        scales: the number of scales. Height and width must be multiples of ``patch * 2 ** (scales - 1)``, ``divisor``.
+        patch: the side of the patches in pixels, 1 for no patches.
         classes: the number of classes, or None.
         null_class: whether there is one more class, with the index ``classes``, for samples without a class.
         center: whether to map the input from [0, 1] to [-1, 1].
@@ -284,12 +309,20 @@ class ImageNetwork(nn.Module):
         ValueError: if ``null_class`` is True without classes.
     """
 
+    conv_in: nn.Conv2d
+    down_blocks: nn.ModuleList
+    mid_block: MiddleBlock
+    up_blocks: nn.ModuleList
+    conv_norm_out: GroupNorm
+    conv_out: nn.Conv2d
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         *,
-        divisor: int,
+        scales: int,
+        patch: int,
         classes: int | None,
         null_class: bool,
         center: bool,
@@ -297,7 +330,8 @@ class ImageNetwork(nn.Module):
         super().__init__()
         if null_class and classes is None:
             raise ValueError("null_class=True needs classes: pass num_class_embeds, or leave it out.")
-        self.in_channels, self.out_channels, self.divisor = in_channels, out_channels, divisor
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.patch, self.divisor = patch, patch * 2 ** (scales - 1)
         self.classes, self.null_class, self.center = classes, null_class, center
 
     def class_table(self, width: int) -> nn.Embedding | None:
@@ -319,6 +353,28 @@ class ImageNetwork(nn.Module):
         self._check(x, image, classes)
         x = x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)
         return 2 * x - 1 if self.center else x, classes
+
+    def down_and_up(self, x: Tensor, embedding: Tensor, *, add_picture: bool) -> Tensor:
+        """The way down and the way up, from the first to the last convolution.
+
+        Args:
+            x: the input (N, C, H, W).
+            embedding: the embedding of the noise level (N, E) or (1, E), after its activation.
+            add_picture: whether the picture of the last block is added to the output.
+        """
+        x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
+        h, image = self.conv_in(x), x
+        kept = [h]
+        for block in self.down_blocks:
+            h, outputs, image = block(h, embedding, image)
+            kept += outputs
+        h = self.mid_block(h, embedding)
+        picture: Tensor | None = None
+        for block in self.up_blocks:
+            h, picture = block(h, kept, embedding, picture)
+        h = self.conv_out(self.conv_norm_out(h, F.silu))
+        h = h + picture if add_picture and picture is not None else h
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
     def _check(self, x: Tensor, image: Tensor | None, classes: Tensor | None) -> None:
         if x.ndim != 4:

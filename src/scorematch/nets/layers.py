@@ -138,7 +138,17 @@ class GroupNorm(nn.GroupNorm):
     """Group normalization, (N, C, H, W) -> the same shape: ``torch.nn.GroupNorm``, fast in channels_last on a CPU.
 
     ``level`` (N, C, 1, 1) is added to the input, and ``activation`` is applied to the result.
+
+    Raises:
+        ValueError: if the number of groups does not divide the number of channels.
     """
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
+        if groups < 1 or channels % groups:
+            raise ValueError(
+                f"the number of groups of a norm must divide its {channels} channels, got {groups} groups."
+            )
+        super().__init__(groups, channels, eps)
 
     def forward(  # noqa: D102
         self, x: Tensor, activation: Activation | None = None, level: Tensor | None = None

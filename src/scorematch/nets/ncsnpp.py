@@ -53,6 +53,7 @@ from scorematch.nets.blocks import (
     Fourier,
     ImageFamily,
     ImageNetwork,
+    MiddleBlock,
     Positional,
     ResidualBlock,
     Settled,
@@ -148,18 +149,6 @@ class _DownBlock(nn.Module):
             if self.pyramid == "residual":
                 h = image = h / self.scale
         return h, [*outputs, h], image
-
-
-class _MidBlock(nn.Module):
-    """Residual block, attention, residual block, at the lowest resolution."""
-
-    def __init__(self, channels: int, layout: _Layout) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(layout.block(channels, channels) for _ in range(2))
-        self.attentions = nn.ModuleList([layout.attention(channels)])
-
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](h, embedding)), embedding)
 
 
 class _UpBlock(nn.Module):
@@ -275,7 +264,8 @@ class NCSNPP(ImageNetwork):
         super().__init__(
             in_channels,
             out_channels,
-            divisor=patch * 2 ** (len(widths) - 1),
+            scales=len(widths),
+            patch=patch,
             classes=num_class_embeds,
             null_class=null_class,
             center=center_input_sample,
@@ -289,7 +279,7 @@ class NCSNPP(ImageNetwork):
         _known("input_pyramid", input_pyramid, _PYRAMIDS)
         _known("output_pyramid", output_pyramid, _PYRAMIDS)
         _known("resample_filter", list(resample_filter), _FILTERS)
-        self.patch, self.input_pyramid, self.output_pyramid = patch, input_pyramid, output_pyramid
+        self.input_pyramid, self.output_pyramid = input_pyramid, output_pyramid
         model_channels = widths[0] if model_channels is None else model_channels
         embedding = 4 * model_channels if time_embedding_dim is None else time_embedding_dim
         layout = _Layout(
@@ -323,7 +313,7 @@ class NCSNPP(ImageNetwork):
             kept += [outputs] * (layers_per_block + halve)
             inputs = outputs
             image = outputs if input_pyramid == "residual" else image
-        self.mid_block = _MidBlock(inputs, layout)
+        self.mid_block = MiddleBlock([layout.block(inputs, inputs) for _ in range(2)], layout.attention(inputs))
         layout = layout._replace(pyramid=output_pyramid)
         self.up_blocks = nn.ModuleList()
         for i, outputs in reversed(list(enumerate(widths))):
@@ -362,20 +352,7 @@ class NCSNPP(ImageNetwork):
         if self.class_embedding is not None and classes is not None:
             embedding = embedding + self.class_embedding(classes)
         embedding = F.silu(self.time_embedding(embedding))  # SiLU once, instead of in every residual block
-        x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
-        h, image = self.conv_in(x), x
-        kept = [h]
-        for block in self.down_blocks:
-            h, outputs, image = block(h, embedding, image)
-            kept += outputs
-        h = self.mid_block(h, embedding)
-        picture: Tensor | None = None
-        for block in self.up_blocks:
-            h, picture = block(h, kept, embedding, picture)
-        h = self.conv_out(self.conv_norm_out(h, F.silu))
-        if self.output_pyramid == "skip" and picture is not None:
-            h = h + picture
-        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+        return self.down_and_up(x, embedding, add_picture=self.output_pyramid == "skip")
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -424,7 +401,7 @@ class _NCSNPPFamily(ImageFamily[NCSNPP]):
         "input_pyramid": _PYRAMID,
         "output_pyramid": _PYRAMID,
         "dropout": Field(float, low=0, high=1),
-        "num_class_embeds": Field(int, optional=True, low=1),
+        "num_class_embeds": Field(int, optional=True, low=1, high=10_000_000),
         "null_class": Field(bool),
         "center_input_sample": Field(bool),
         "model_channels": Field(int, optional=True, low=1, high=65_536),

@@ -156,15 +156,16 @@ class _MultiResolutionFusion(nn.Module):
         self.norms = None if norm is None else nn.ModuleList(norm(width) for width in inputs)
 
     def forward(self, xs: Sequence[Tensor], position: Tensor | None) -> Tensor:
-        size = xs[0].shape[2:]
-        total: Tensor | None = None
-        for i, (x, conv) in enumerate(zip(xs, self.convs, strict=True)):
-            h = conv(x if self.norms is None else self.norms[i](x, position))
-            if h.shape[2:] != size:
-                h = F.interpolate(h, size=size, mode="bilinear", align_corners=True)
-            total = h if total is None else total + h
-        assert total is not None  # noqa: S101  (there are always two inputs)
+        total = self._convolved(0, xs[0], position)
+        for i, x in enumerate(xs[1:], start=1):
+            h = self._convolved(i, x, position)
+            if h.shape[2:] != total.shape[2:]:
+                h = F.interpolate(h, size=total.shape[2:], mode="bilinear", align_corners=True)
+            total = total + h
         return total
+
+    def _convolved(self, i: int, x: Tensor, position: Tensor | None) -> Tensor:
+        return self.convs[i](x if self.norms is None else self.norms[i](x, position))
 
 
 class _ChainedResidualPooling(nn.Module):

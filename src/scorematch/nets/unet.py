@@ -46,6 +46,7 @@ from scorematch.nets.blocks import (
     Fourier,
     ImageFamily,
     ImageNetwork,
+    MiddleBlock,
     Positional,
     ResidualBlock,
     Settled,
@@ -204,37 +205,6 @@ class _DownBlock(nn.Module):
             h = self.skip_conv(image) + self.resnet_down(h, embedding)
             outputs.append(h)
         return h, outputs, image
-
-
-class _MidBlock(nn.Module):
-    """Residual block, attention, residual block, at the lowest resolution."""
-
-    def __init__(
-        self,
-        channels: int,
-        layout: _Layout,
-        *,
-        scale: float,
-        attention: bool,
-        head_width: int,
-        attention_groups: int | None,
-    ) -> None:
-        super().__init__()
-        groups = layout.groups_of(channels)
-        self.resnets = nn.ModuleList(
-            ResidualBlock(channels, channels, layout.style, groups=groups, scale=scale) for _ in range(2)
-        )
-        if attention_groups is None and not layout.style.scale_shift:
-            attention_groups = groups
-        self.attentions: nn.ModuleList | None = None
-        if attention:
-            self.attentions = nn.ModuleList([layout.attention(channels, head_width, attention_groups, scale)])
-
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        h = self.resnets[0](h, embedding)
-        if self.attentions is not None:
-            h = self.attentions[0](h)
-        return self.resnets[1](h, embedding)
 
 
 class _UpBlock(nn.Module):
@@ -405,7 +375,8 @@ class UNet(ImageNetwork):
         super().__init__(
             in_channels,
             out_channels,
-            divisor=patch * 2 ** (len(widths) - 1),
+            scales=len(widths),
+            patch=patch,
             classes=num_class_embeds,
             null_class=null_class,
             center=center_input_sample,
@@ -429,7 +400,6 @@ class UNet(ImageNetwork):
             raise ValueError(
                 f"pixel_channels must be a multiple of 4, and 0 for patch=1, got {pixel_channels} with patch={patch}."
             )
-        self.patch = patch
         self.activation = _ACTIVATIONS[act_fn]
         head_widths = _head_widths("attention_heads", attention_heads, widths, attention_head_dim)
         head_widths_up = head_widths
@@ -481,14 +451,13 @@ class UNet(ImageNetwork):
             )
             kept += [outputs] * (layers_per_block + halve)
             inputs = outputs
-        self.mid_block = _MidBlock(
-            widths[-1],
-            layout,
-            scale=mid_block_scale_factor,
-            attention=add_attention,
-            head_width=head_widths[-1],
-            attention_groups=attn_norm_num_groups,
-        )
+        groups = layout.groups_of(inputs)
+        if attn_norm_num_groups is None and not layout.style.scale_shift:
+            attn_norm_num_groups = groups
+        scale = mid_block_scale_factor
+        resnets = [ResidualBlock(inputs, inputs, layout.style, groups=groups, scale=scale) for _ in range(2)]
+        attention = layout.attention(inputs, head_widths[-1], attn_norm_num_groups, scale) if add_attention else None
+        self.mid_block = MiddleBlock(resnets, attention)
         self.up_blocks = nn.ModuleList()
         for i, (name, outputs) in enumerate(zip(up_block_types, reversed(widths), strict=True)):
             beside = [kept.pop() for _ in range(layers_per_block + 1)]
@@ -501,11 +470,11 @@ class UNet(ImageNetwork):
         self.conv_norm_out = GroupNorm(layout.groups_of(widths[0]), widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], (pixel_channels or out_channels) * patch**2, 3, padding=1)
         if pixel_channels:
-            groups = quarter_groups(2 * pixel_channels), quarter_groups(pixel_channels)
+            groups, groups_out = quarter_groups(2 * pixel_channels), quarter_groups(pixel_channels)
             self.pixel_block_out = ResidualBlock(
-                2 * pixel_channels, pixel_channels, layout.style, groups=groups[0], groups_out=groups[1]
+                2 * pixel_channels, pixel_channels, layout.style, groups=groups, groups_out=groups_out
             )
-            self.pixel_norm_out = GroupNorm(groups[1], pixel_channels, norm_eps)
+            self.pixel_norm_out = GroupNorm(groups_out, pixel_channels, norm_eps)
             self.pixel_out = nn.Conv2d(pixel_channels, out_channels, 3, padding=1)
         self.built = structure(self)
 
@@ -530,23 +499,24 @@ class UNet(ImageNetwork):
         pixels: Tensor | None = None
         if self.pixel_in is not None:
             x = pixels = self.pixel_block_in(self.pixel_in(x), embedding)
-        x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
-        h, image = self.conv_in(x), x
-        kept = [h]
-        for block in self.down_blocks:
-            h, outputs, image = block(h, embedding, image)
-            kept += outputs
-        h = self.mid_block(h, embedding)
-        picture: Tensor | None = None
-        for block in self.up_blocks:
-            h, picture = block(h, kept, embedding, picture)
-        h = self.conv_out(self.conv_norm_out(h, F.silu))
-        h = h if picture is None else h + picture
-        h = F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+        h = self.down_and_up(x, embedding, add_picture=True)
         if pixels is None:
             return h
         h = self.pixel_block_out(torch.cat([h, pixels], dim=1), embedding)
         return self.pixel_out(self.pixel_norm_out(h, F.silu))
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Sets weights to zero as in DDPM, so that each residual block starts as the identity, and the output as zero.
+
+        All other weights keep their initial values.
+        """
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                nn.init.zeros_(module.conv2.weight)
+        for name in UNET.image_convolutions(self)[1]:
+            for parameter in self.get_submodule(name).parameters():
+                nn.init.zeros_(parameter)
 
 
 def _known(what: str, names: Sequence[str], known: Any) -> None:
@@ -608,7 +578,7 @@ class _UNetFamily(ImageFamily[UNet]):
         "resnet_time_scale_shift": Field(str, choices=("default", "scale_shift")),
         "act_fn": Field(str, choices=tuple(_ACTIVATIONS)),
         "dropout": Field(float, low=0, high=1),
-        "num_class_embeds": Field(int, optional=True, low=1),
+        "num_class_embeds": Field(int, optional=True, low=1, high=10_000_000),
         "center_input_sample": Field(bool),
         "time_embedding_dim": Field(int, optional=True, low=1, high=65_536),
         "time_proj_dim": Field(int, optional=True, low=2, high=65_536),

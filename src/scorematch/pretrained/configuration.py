@@ -12,7 +12,6 @@ The ``config.json`` that this package writes has the keys
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +22,17 @@ from scorematch.nets import FAMILIES
 from scorematch.noise import NoiseSchedule
 from scorematch.precondition import ROWS, check_options
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, check, quote
+from scorematch.schema import Field, check, plain, read_object
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 SCHEDULE_FILE = "schedule.json"
 
+_LISTED = 8  # the largest number of file names in a message
 _LARGEST = 1e30  # the largest absolute value of a floating-point number
 _FAMILY = Field(str, required=True, choices=(*FAMILIES, "custom"))
 _COMMON: Mapping[str, Field] = {
-    "sample_shape": Field(list, required=True, optional=True, low=1, each=Field(int, low=1, high=2**31)),
+    "sample_shape": Field(list, required=True, optional=True, low=1, high=16, each=Field(int, low=1, high=2**31)),
     "value_range": Field(
         list, required=True, optional=True, low=2, high=2, each=Field(float, low=-_LARGEST, high=_LARGEST)
     ),
@@ -53,11 +53,13 @@ class Stored(NamedTuple):
         config: the checked configuration, with the keys of ``ScoreNet.config``.
         weights: the tensors of the backbone by name.
         source: the folder or file that the network comes from, for error messages.
+        has_weights: False if only the configuration was read; ``weights`` is then empty.
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     source: Path | str
+    has_weights: bool = True
 
 
 def checked(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
@@ -107,19 +109,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if it is not valid JSON, or holds another value than an object.
+        ValueError: if it is too large, not valid JSON or nested too deeply, or holds another value than an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except FileNotFoundError as error:
         raise missing(path) from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply for a configuration.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). {remedy(path)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {quote(content)}.")
-    return content
+        raise ValueError(f"{error} {remedy(path)}") from error
 
 
 def remedy(path: Path) -> str:
@@ -131,8 +128,9 @@ def remedy(path: Path) -> str:
 
 def missing(path: Path) -> FileNotFoundError:
     """The error for a file that is missing in a network's folder."""
-    found = ", ".join(sorted(each.name for each in path.parent.iterdir())) if path.parent.is_dir() else ""
+    names = sorted(plain(each.name) for each in path.parent.iterdir()) if path.parent.is_dir() else []
+    found = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
     return FileNotFoundError(
-        f"{path.parent} has no {path.name}; it holds {found or 'nothing'}. A network is a folder with "
+        f"{path.parent} has no {plain(path.name)}; it holds {found or 'nothing'}. A network is a folder with "
         f"{CONFIG_FILE} and its weights."
     )

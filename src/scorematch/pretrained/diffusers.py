@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,15 @@ _VARIANCE_EXPLODING: Mapping[str, Field] = {
 # -- Reading the two configurations and the weights -------------------------------------------------------------------
 
 
-def read(home: Path, config: Mapping[str, Any], card: Card | None) -> Stored:
+def read(home: Path, config: Mapping[str, Any], card: Card | None, complete: Callable[[], None] | None) -> Stored:
     """Reads the network of a folder.
 
     Args:
         home: the folder with the network's config.json, which is unet/ in a pipeline.
         config: the content of that file.
         card: the card of the network, or None. If ``card.correction`` is True, the noise levels are those of the card.
+        complete: called when the configurations have been checked and before the weights are read, to download them;
+            None reads no weights, nor the noise levels that some networks store with them.
 
     Returns:
         The network, with its configuration translated to that of a ScoreNet.
@@ -112,9 +114,15 @@ def read(home: Path, config: Mapping[str, Any], card: Card | None) -> Stored:
     if card is not None and card.correction:
         corrected = {"sigma_max": card.sigmas[0], "sigma_min": card.sigmas[1], "num_train_timesteps": card.levels}
         scheduler = {**scheduler, **corrected}
+    where = str(home / CONFIG_FILE), str(path)
+    translated = _translate(config, scheduler, *where, None)
+    if complete is None:
+        return Stored(translated, {}, home, has_weights=False)
+    complete()
     weights = current_names(read_weights(home, DIFFUSERS_WEIGHTS_FILES))
     stored_levels = weights.pop("sigmas", None)
-    translated = _translate(config, scheduler, str(home / CONFIG_FILE), str(path), stored_levels)
+    if stored_levels is not None:
+        translated = _translate(config, scheduler, *where, stored_levels)
     return Stored(translated, weights, home)
 
 

@@ -152,7 +152,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         "value_range": [0.0, 1.0],
         "predicts_variance": options["learn_sigma"],
         "sampler_settings": settings.to_dict(),
-        "schedule": NoiseSchedule.from_betas(_betas(options["noise_schedule"], steps)).to_dict(),
+        "schedule": _schedule(options, config).to_dict(),
     }
     return Stored(checked(stored, path), weights, path)
 
@@ -176,6 +176,17 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
     if options["channel_mult"][0] != 1:
         raise ValueError(f"{config}: channel_mult must begin with 1, got {options['channel_mult']}.")
     return options
+
+
+def _schedule(options: Mapping[str, Any], config: str | os.PathLike[str]) -> NoiseSchedule:
+    """The noise levels."""
+    try:
+        return NoiseSchedule.from_betas(_betas(options["noise_schedule"], options["diffusion_steps"]))
+    except ValueError as error:
+        raise ValueError(
+            f"{config}: noise_schedule and diffusion_steps give no noise levels, since a variance of a step is not "
+            f"between 0 and 1: linear needs more than 20 steps, got {options['diffusion_steps']}."
+        ) from error
 
 
 def _betas(kind: str, steps: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from scorematch.files import reading
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import diffusers, names
 from scorematch.pretrained.cards import Card
@@ -23,6 +24,7 @@ from scorematch.pretrained.configuration import (
     read_json,
 )
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, WEIGHTS_FILE, fill, read_weights
+from scorematch.schema import quote, reason
 
 
 def load(
@@ -32,6 +34,7 @@ def load(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    weights: bool = True,
 ) -> Stored:
     """Loads the configuration and the weights of a network, with the arguments and errors of ``from_pretrained``.
 
@@ -41,42 +44,45 @@ def load(
         token: a token for private and gated repositories; None uses the token of ``hf auth login``, if there is one.
         cache_dir: the folder of the cache; None is the client's default.
         local_files_only: whether to use only the cache, without any request.
+        weights: whether to read the weights; otherwise only the configuration of a repository is downloaded.
     """
-    folder, card = names.locate(
+    place = names.locate(
         name_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    try:
-        return _read(folder, card)
-    except RecursionError as error:
-        raise ValueError(f"{folder} has a configuration that is nested too deeply.") from error
+    with reading(_home(place.folder)) as home:
+        return _read(home, place.card, place.complete if weights else None)
 
 
-def _read(folder: Path, card: Card | None) -> Stored:
-    home = _home(folder)
+def _read(home: Path, card: Card | None, complete: Callable[[], None] | None) -> Stored:
     path = home / CONFIG_FILE
     config = read_json(path)
     if "format_version" in config:
-        stored = _read_own(home, config)
+        stored = _read_own(home, config, complete)
     elif config.get("_class_name") in diffusers.CLASSES:
-        stored = diffusers.read(home, config, card)
+        stored = diffusers.read(home, config, card, complete)
     else:
         raise ValueError(
             f"{path} has no format_version, so it was not written by save_pretrained, and its _class_name must be "
-            f"{' or '.join(diffusers.CLASSES)}, the supported classes of diffusers, got {config.get('_class_name')!r}."
+            f"{' or '.join(diffusers.CLASSES)}, the supported classes of diffusers, got "
+            f"{quote(config.get('_class_name'))}."
         )
     if card is None or card.settings is None:
         return stored
     return stored._replace(config={**stored.config, "sampler_settings": card.settings.to_dict()})
 
 
-def _read_own(home: Path, config: dict[str, Any]) -> Stored:
+def _read_own(home: Path, config: dict[str, Any], complete: Callable[[], None] | None) -> Stored:
     """A network that ``save_pretrained`` wrote, in either layout."""
     if config.get("schedule") == SCHEDULE_FILE:
         config["schedule"] = read_json(home / SCHEDULE_FILE)
     files = (WEIGHTS_FILE, *DIFFUSERS_WEIGHTS_FILES)
     if "_class_name" in config:
         files = (*DIFFUSERS_WEIGHTS_FILES, WEIGHTS_FILE)
-    return Stored(checked(config, home / CONFIG_FILE), read_weights(home, files), home)
+    config = checked(config, home / CONFIG_FILE)
+    if complete is None:
+        return Stored(config, {}, home, has_weights=False)
+    complete()
+    return Stored(config, read_weights(home, files), home)
 
 
 def _home(folder: Path) -> Path:
@@ -101,7 +107,7 @@ class _SkipNormal(TorchFunctionMode):
 
 
 def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
-    """Builds the backbone of a stored network on the CPU, with its weights.
+    """Builds the backbone of a stored network on the CPU, with its weights; on the meta device without them.
 
     The backbone is first built on the meta device: no weights are initialized, no random numbers are drawn, and no
     memory is allocated before the shapes of the weights are checked.
@@ -121,11 +127,12 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
     if backbone is not None and not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone must be a torch.nn.Module, an instance of your class, got {backbone!r}.")
     family = FAMILIES.get(stored.config["family"])
-    if family is None and backbone is None:
-        raise ValueError(f"{stored.source} holds a network of your own class: pass an instance of it as backbone=.")
-    if family is not None and backbone is not None:
+    if family is None:
+        if backbone is None:
+            raise ValueError(f"{stored.source} holds a network of your own class: pass an instance of it as backbone=.")
+    elif backbone is not None:
         raise ValueError(f"{stored.source} holds a network of the family {family.name!r}: leave out backbone=.")
-    if family is not None:
+    else:
         values = architecture(stored.config)
         del values["family"]
         try:
@@ -136,7 +143,9 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
                     precondition=stored.config["precondition"],
                 )
         except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"no network can be built from the configuration of {stored.source}: {error}") from error
-    assert backbone is not None  # noqa: S101  (for the type checker)
-    fill(backbone, stored.weights, stored.source)
+            raise ValueError(
+                f"no network can be built from the configuration of {stored.source}: {reason(error)}."
+            ) from error
+    if stored.has_weights:
+        fill(backbone, stored.weights, stored.source)
     return backbone

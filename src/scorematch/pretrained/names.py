@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from scorematch.pretrained import cards, hub
+
+
+class Place(NamedTuple):
+    """Where a network is.
+
+    Attributes:
+        folder: the folder. That of a repository has only the configurations at first.
+        card: the card of the network, or None if it has none.
+        complete: downloads the weights of a repository into the folder; does nothing for other networks.
+    """
+
+    folder: Path
+    card: cards.Card | None
+    complete: Callable[[], None] = lambda: None
 
 
 def locate(
@@ -16,8 +32,8 @@ def locate(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-) -> tuple[Path, cards.Card | None]:
-    """Finds the folder of a network, and downloads it from the Hub if necessary.
+) -> Place:
+    """Finds the folder of a network, and downloads its configurations from the Hub if necessary.
 
     Args:
         name_or_folder: a short name (a string without a slash), a folder (a ``Path``, or a string with a slash), or a
@@ -26,9 +42,6 @@ def locate(
         token: a token for private and gated repositories; None uses the token of ``hf auth login``, if there is one.
         cache_dir: the folder of the cache; None is the client's default.
         local_files_only: whether to use only the cache, without any request.
-
-    Returns:
-        The folder, and the card of the network, or None if it has none.
 
     Raises:
         TypeError: if ``name_or_folder`` is neither a string nor a path.
@@ -44,11 +57,11 @@ def locate(
     if not isinstance(name_or_folder, str):
         if not path.is_dir():
             raise FileNotFoundError(f"there is no folder {path}.")
-        return path, None
+        return Place(path, None)
     name = name_or_folder
     if _is_path(name):
         if path.is_dir():
-            return path, None
+            return Place(path, None)
         if not hub.is_repository(name):
             raise FileNotFoundError(f"there is no folder {name!r}. For a repository of the Hub write owner/name.")
     elif card is None:
@@ -62,11 +75,13 @@ def locate(
             f"{name!r} loads the network with this name, not the folder; write './{name}' for the folder.", stacklevel=4
         )
     if card is not None and card.repository is None:
-        return cards.SHIPPED / str(card.name), card
+        return Place(cards.SHIPPED / str(card.name), card)
     if card is not None:
         name, revision = str(card.repository), card.revision if revision is None else revision
-    folder = hub.fetch(name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    return folder, card
+    repository = hub.Repository(
+        name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    return Place(repository.configurations(), card, repository.weights)
 
 
 def _is_path(name: str) -> bool:

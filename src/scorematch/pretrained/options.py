@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from scorematch.pretrained.configuration import read_json
-from scorematch.schema import Field, check
+from scorematch.schema import Field, check, reason
+
+_LARGEST_FILE = 2**18  # bytes of a YAML or text file; those of the authors have fewer than 10,000
 
 
 def read_options(path: Path) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def read_options(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if the file does not exist.
         ImportError: if the file is in YAML and PyYAML is not installed.
-        ValueError: if the file is a Python program, or cannot be read safely.
+        ValueError: if the file is a Python program, cannot be read safely, or is larger than 256 KiB (YAML and text).
     """
     if path.suffix == ".json":
         return read_json(path)
@@ -37,6 +39,9 @@ def read_options(path: Path) -> dict[str, Any]:
             f"{path} is a Python program, which is not run: write its options as lines like model.nf = 128 into a text "
             "file, without imports, and pass that file."
         )
+    size = path.stat().st_size
+    if size > _LARGEST_FILE:
+        raise ValueError(f"{path} has {size:,} bytes, and a file of options has at most {_LARGEST_FILE:,}.")
     content = _read_yaml(path) if path.suffix in (".yml", ".yaml") else _read_text(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a configuration: it must hold options by key.")
@@ -100,6 +105,9 @@ def _read_yaml(path: Path) -> Any:
     class Loader(yaml.SafeLoader):
         """A safe loader that reads two Python tags of the authors' files: namespaces as dicts, tuples as lists."""
 
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            """Merges no mappings: ``<<`` is an error, since nested merges take exponential time."""
+
     def namespace(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
         return loader.construct_mapping(node, deep=True)
 
@@ -111,7 +119,9 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a configuration that can be read safely: {error}") from error
+        where = getattr(error, "problem_mark", None)
+        said = reason(error) if where is None else f"{reason(getattr(error, 'problem', ''))} in line {where.line + 1}"
+        raise ValueError(f"{path} is not a configuration that can be read safely: {said}.") from error
 
 
 def _read_text(path: Path) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def _read_text(path: Path) -> dict[str, Any]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except ValueError as error:
-        raise ValueError(f"{path} is not a text file with options ({error}).") from error
+        raise ValueError(f"{path} is not a text file with options ({reason(error)}).") from error
     for number, line in enumerate(lines, 1):
         try:
             words = shlex.split(line, comments=True)
@@ -134,7 +144,7 @@ def _read_text(path: Path) -> dict[str, Any]:
                 _set(options, key.split("."), ast.literal_eval(value.strip()))
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}: an option is written section.key = value, or --key value ({error})."
+                f"{path}, line {number}: an option is written section.key = value, or --key value ({reason(error)})."
             ) from error
     return options
 

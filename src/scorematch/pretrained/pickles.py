@@ -195,7 +195,8 @@ def _storage(
 ) -> Storage:
     """Returns the storage that a persistent id describes."""
     if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or view is not None:
-        raise RefusedError("holds a storage of an unknown kind.")
+        kinds = ", ".join(str(each).removeprefix("torch.") for each in _DTYPES.values())
+        raise RefusedError(f"holds numbers of an unsupported kind; supported are {kinds}, as torch.save writes them.")
     storage = storages.setdefault(key, Storage(dtype, _size(count)))
     if (storage.dtype, storage.count) != (dtype, count):
         raise RefusedError(f"describes the storage {quote(key)} with two different dtypes or sizes.")
@@ -211,7 +212,10 @@ def _size(value: Any) -> int:
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
     """Stands for ``torch._utils._rebuild_tensor_v2``."""
     if not isinstance(storage, Storage) or not len(shape) == len(stride) <= _DIMENSIONS:
-        raise RefusedError("holds a tensor of an unknown kind.")
+        raise RefusedError(
+            f"holds a tensor of an unsupported kind; supported are tensors of at most {_DIMENSIONS} dimensions, with a "
+            "stride for each, whose numbers are in a storage."
+        )
     tensor = StoredTensor(storage, _size(offset), tuple(map(_size, shape)), tuple(map(_size, stride)))
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
     # The second condition rejects strides of zero, which repeat numbers.
@@ -264,21 +268,25 @@ TENSORS: Globals = {
 class _NumberType:
     """Stands for ``numpy.dtype``, of float64 or float32."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: Any) -> None:
+        if code not in ("f8", "f4"):
+            raise RefusedError(f"holds a number of NumPy of the type {quote(code)}; supported are 'f8' and 'f4'.")
         self.format, self.order = {"f8": "d", "f4": "f"}[code], "<"
 
     def set_state(self, state: Any) -> None:
         self.order = {"<": "<", "=": "<", ">": ">"}[state[1]]
 
 
-def _number_type(code: str, *_: Any) -> _NumberType:
+def _number_type(code: Any, *_: Any) -> _NumberType:
     return _NumberType(code)
 
 
 def _number(kind: Any, value: Any) -> float:
     """Stands for ``numpy.core.multiarray.scalar``."""
     if not isinstance(kind, _NumberType):
-        raise RefusedError("holds a number of an unknown kind.")
+        raise RefusedError(
+            f"holds a number of NumPy with {quote(kind)} as its type; supported are float64 and float32."
+        )
     return float(struct.unpack(kind.order + kind.format, value)[0])
 
 
@@ -338,7 +346,8 @@ def _entry(data: memoryview, entry: zipfile.ZipInfo) -> memoryview:
     """
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise RefusedError(
-            f"holds the entry {quote(entry.filename)}, which is encrypted or compressed in an unknown way."
+            f"holds the entry {quote(entry.filename)}, which is encrypted or compressed in an unsupported way; "
+            "supported are entries that are stored, or compressed by deflate."
         )
     part = memoryview(b"")
     try:
@@ -359,7 +368,9 @@ def _read_sequence(machine: _Machine, storages: Mapping[str, Storage]) -> Any:
     """The content of an older file of ``torch.save``, after the magic number."""
     protocol, system = machine.run(), machine.run()
     if protocol != _PROTOCOL or not isinstance(system, dict):
-        raise RefusedError("was written in an unknown version of the format of torch.save.")
+        raise RefusedError(
+            f"was written in another version of the older format of torch.save; supported is version {_PROTOCOL}."
+        )
     _check_order(system.get("little_endian") is True)
     content = machine.run()
     for key in machine.run():

@@ -1,4 +1,4 @@
-"""Saving networks to folders and to the Hugging Face Hub.
+"""Saving networks to folders.
 
 A U-Net that diffusers can run with the same result is saved in the layout of diffusers, every other network in this
 package's own layout:
@@ -22,8 +22,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scorematch.nets import FAMILIES, Condition
+from scorematch.files import new_files
+from scorematch.nets import FAMILIES
 from scorematch.pretrained import diffusers as pipelines
-from scorematch.pretrained import hub
 from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, architecture, checked
-from scorematch.pretrained.model_card import model_card
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILE, WEIGHTS_FILE
 
 
@@ -47,7 +45,11 @@ def save(
     *,
     diffusers: bool = False,
 ) -> None:
-    """Saves a network to a folder. If saving is interrupted, the previous network in the folder remains.
+    """Saves a network to a folder.
+
+    If there is an error or a KeyboardInterrupt, the folder is as it was. If the process is killed, at whatever moment,
+    the folder has the previous network or the new one for ``load``, and the next call deletes what remains
+    (``scorematch.files.new_files``). Several processes may save to one folder; the network of the last one remains.
 
     Args:
         folder: created if it does not exist. Files in it that do not belong to a network are kept.
@@ -68,19 +70,17 @@ def save(
     if (folder / "unet" / CONFIG_FILE).is_file():
         raise FileExistsError(f"{folder} holds another network in unet/. Save into another folder.")
     texts, weights_file = _layout(config, diffusers)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        new, old = Path(temporary, "new"), Path(temporary, "old")
-        new.mkdir()
-        old.mkdir()
-        for name, text in texts.items():
-            (new / name).write_text(text, encoding="utf-8")
-        try:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_files(folder, _network_files) as new:
+            for name, text in texts.items():
+                (new / name).write_text(text, encoding="utf-8")
             save_file(_separate(state_dict), new / weights_file, metadata={"format": "pt"})
-        except SafetensorError as error:  # if the disk is full, for example
-            raise OSError(f"{folder} could not be written: {error}") from error
-        shutil.copymode(new / CONFIG_FILE, new / weights_file)  # safetensors makes the file readable only by its owner
-        _replace(folder, new, old)
+            shutil.copymode(new / CONFIG_FILE, new / weights_file)  # safetensors gives only the owner access
+    except (SafetensorError, OSError) as error:  # safetensors has its own error if the disk is full
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+        message = f"{folder} could not be written: {reason or error}"
+        raise (OSError(message) if number is None else OSError(number, message)) from error
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,22 +126,6 @@ def _json(content: Any) -> str:
         raise TypeError(f"the configuration must hold only numbers, strings, lists and dicts ({error}).") from error
 
 
-def _replace(folder: Path, new: Path, old: Path) -> None:
-    """Moves the network of ``folder`` to ``old``, and that of ``new`` to ``folder``; either all files move or none."""
-    moves = [(path, old / path.name) for path in _network_files(folder)]
-    moves += [(path, folder / path.name) for path in new.iterdir()]
-    begun = []
-    try:
-        for source, target in moves:
-            begun.append((source, target))
-            os.replace(source, target)
-    except BaseException:  # Ctrl-C too
-        for source, target in reversed(begun):
-            if not source.exists():
-                os.replace(target, source)
-        raise
-
-
 def _network_files(folder: Path) -> Iterator[Path]:
     """The files of a folder that belong to its network."""
     named = {CONFIG_FILE, SCHEDULE_FILE, WEIGHTS_FILE, pipelines.SCHEDULER_FILE, pipelines.INDEX_FILE}
@@ -151,50 +135,3 @@ def _network_files(folder: Path) -> Iterator[Path]:
         for path in folder.iterdir()
         if path.is_file() and (path.name in named or re.fullmatch(diffusers, path.name))
     )
-
-
-def push(
-    repo_id: str,
-    config: Mapping[str, Any],
-    state_dict: Mapping[str, Tensor],
-    *,
-    conditioning: Condition | None = None,
-    license: str | None = None,  # noqa: A002  (the Hub's word)
-    datasets: Sequence[str] | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    commit_message: str = "Upload a score network",
-) -> str:
-    """Uploads a network to the Hub, with the arguments and errors of ``ScoreNet.push_to_hub``.
-
-    Args:
-        repo_id: ``owner/name``, created if it does not exist.
-        config: the configuration, with the keys of ``ScoreNet.config``.
-        state_dict: the weights of the backbone by name.
-        conditioning: what the network takes as its condition, for the code on the model card.
-        license: the license for a new model card, as the Hub abbreviates it, such as "mit".
-        datasets: the names of the training data on the Hub, for a new model card.
-        private: whether a new repository is private; None is the owner's default.
-        revision: the branch, created if it does not exist; None is the main branch.
-        token: a token with write access; None uses the token of ``hf auth login``.
-        commit_message: the message of the commit.
-
-    Returns:
-        The URL of the commit.
-    """
-    if not hub.is_repository(repo_id):
-        raise ValueError(f"repo_id must be owner/name, got {repo_id!r}.")
-    count = sum(tensor.numel() for tensor in state_dict.values())
-    card = model_card(repo_id, config, count, conditioning=conditioning, license=license, datasets=datasets)
-    with tempfile.TemporaryDirectory() as folder:
-        save(folder, config, state_dict)
-        return hub.upload(
-            Path(folder),
-            repo_id,
-            card,
-            private=private,
-            revision=revision,
-            token=token,
-            commit_message=commit_message,
-        )

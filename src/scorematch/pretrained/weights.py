@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from scorematch.pretrained.configuration import missing, read_json, remedy
 from scorematch.pretrained.pickles import load_tensors, read_pickle
+from scorematch.schema import plain, quote, reason
 
+_LISTED = 3  # the largest number of tensors in a message
 WEIGHTS_FILE = "model.safetensors"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # The files of diffusers that hold weights, in order of preference. An index lists the parts of weights that are split.
@@ -44,15 +47,19 @@ def read_weights(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
 def _read(path: Path) -> dict[str, Tensor]:
     if path.name.endswith(".index.json"):
         parts = read_json(path).get("weight_map")
-        if not isinstance(parts, dict) or not all(isinstance(name, str) and Path(name).name for name in parts.values()):
-            raise ValueError(f"{path}: weight_map must be an object that names the file of each tensor. {remedy(path)}")
+        wrong = [name for name in parts.values() if not _is_name(name)] if isinstance(parts, dict) else [parts]
+        if not isinstance(parts, dict) or wrong:
+            raise ValueError(
+                f"{path}: weight_map must be an object that names the file of each tensor, got {quote(wrong[0])}. "
+                f"{remedy(path)}"
+            )
         weights: dict[str, Tensor] = {}
         for name in sorted({Path(name).name for name in parts.values()}):  # only files in the folder of the index
             part = path.parent / name
             if not part.is_file():
                 raise missing(part)
             if part.suffix == ".json":
-                raise ValueError(f"{path}: weight_map must name files of tensors, got {name!r}.")
+                raise ValueError(f"{path}: weight_map must name files of tensors, got {quote(name)}.")
             weights.update(_read(part))
         return weights
     if path.suffix != ".safetensors":
@@ -65,8 +72,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         size = path.stat().st_size
         raise ValueError(
-            f"{path} ({size} bytes) is not a complete safetensors file ({error}). {remedy(path)}"
+            f"{path} ({size} bytes) is not a complete safetensors file ({reason(error)}). {remedy(path)}"
         ) from error
+
+
+def _is_name(name: Any) -> bool:
+    """Whether a value is the path of a file that can exist."""
+    return isinstance(name, str) and name.isprintable() and 0 < len(Path(name).name) <= 200
 
 
 # -- Backbones --------------------------------------------------------------------------------------------------------
@@ -88,18 +100,22 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], source: Path | str)
     expected = backbone.state_dict()
     lacking, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if lacking:
-        raise ValueError(f"{source} lacks {len(lacking)} tensor(s) that the network needs: {_first(lacking)}.")
+        raise ValueError(
+            f"{source} lacks {len(lacking)} tensor(s) that the network needs: {_first(map(plain, lacking))}."
+        )
     if unknown:
-        raise ValueError(f"{source} holds {len(unknown)} tensor(s) that the network lacks: {_first(unknown)}.")
+        raise ValueError(
+            f"{source} holds {len(unknown)} tensor(s) that the network lacks: {_first(map(plain, unknown))}."
+        )
     wrong = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        f"{plain(name)} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if weights[name].shape != tensor.shape
     ]
     if wrong:
         raise ValueError(f"the weights in {source} belong to a network of other sizes: {_first(wrong)}.")
     wrong = [
-        f"{name} {weights[name].dtype} instead of {tensor.dtype}"
+        f"{plain(name)} {weights[name].dtype} instead of {tensor.dtype}"
         for name, tensor in expected.items()
         if weights[name].is_floating_point() != tensor.is_floating_point()
     ]
@@ -120,5 +136,6 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], source: Path | str)
             reset(torch.device("cpu"))
 
 
-def _first(words: list[str]) -> str:
-    return ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
+def _first(found: Iterable[str]) -> str:
+    words = list(found)
+    return ", ".join(words[:_LISTED]) + (", ..." if len(words) > _LISTED else "")

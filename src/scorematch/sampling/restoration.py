@@ -72,11 +72,9 @@ class Restoration:
 
 
 class Replacement(Restoration):
-    """Noise-aware replacement, for an operator with a gain."""
+    """Noise-aware replacement, for an operator with this gain."""
 
-    def __init__(self, observation: Observation) -> None:
-        gain = observation.operator.gain
-        assert gain is not None  # noqa: S101  (checked by restoration())
+    def __init__(self, observation: Observation, gain: float) -> None:
         self._operator = observation.operator
         self._y = self._operator.lift(observation.y)
         self._sigma = observation.sigma / gain**0.5
@@ -118,7 +116,8 @@ class Guidance(Restoration):
         self._observation = observation
         self._variance = variance
         self._jacobian = jacobian
-        self._exact = Replacement(observation) if observation.operator.gain is not None else Restoration()
+        gain = observation.operator.gain
+        self._exact = Restoration() if gain is None else Replacement(observation, gain)
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score that corresponds to the moved denoised image."""
@@ -146,6 +145,7 @@ def restoration(observation: Observation | None, restore: Restore, variance: flo
     """Creates the method with the name ``restore``; for an operator without a gain, "replace" means "guide"."""
     if observation is None:
         return Restoration()
-    if restore == "replace" and observation.operator.gain is not None:
-        return Replacement(observation)
+    gain = observation.operator.gain
+    if restore == "replace" and gain is not None:
+        return Replacement(observation, gain)
     return Guidance(observation, variance, jacobian=restore == "guide-jacobian")

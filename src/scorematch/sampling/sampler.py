@@ -27,13 +27,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.noise import NoiseSchedule
 from scorematch.observe import Observation
 from scorematch.precision import exact_float32
-from scorematch.protocol import Score, attribute, check_score, evaluating, middle_of, schedule_of
+from scorematch.protocol import Score, attribute, check_score, device_of, evaluating, middle_of, schedule_of
 from scorematch.randomness import Generator, as_generator, standard_normal
 from scorematch.sampling.restoration import Restoration, Restore, restoration
 
@@ -431,17 +431,9 @@ class Sampler(ABC):
 
     def _device(self, init: Tensor | None, generators: Generators) -> torch.device:
         """The network's device; for a plain callable that of init, or else that of the generator, or else the CPU."""
-        if isinstance(self.net, nn.Module):
-            parameter = next(self.net.parameters(), None)
-            if parameter is not None:
-                return parameter.device
-        device = getattr(self.net, "device", None)
-        if isinstance(device, torch.device):
-            return device
-        if init is not None:
-            return init.device
         one = generators[0] if isinstance(generators, tuple) else generators
-        return torch.device("cpu") if one is None else one.device
+        source = one if init is None else init
+        return device_of(self.net, "cpu" if source is None else source.device)
 
 
 # -- What the steps of one run use ------------------------------------------------------------------------------------

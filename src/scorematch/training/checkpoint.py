@@ -3,7 +3,7 @@
 A checkpoint is a folder with safetensors files and ``state.json``; its name is the number of images seen. It is written
 under a temporary name, synchronized to the disk (fsync), and renamed. An interruption or an error does not affect the
 earlier checkpoints; the incomplete folder is deleted when the run is started again. state.json contains a hash of each
-file. If the files of the newest checkpoint do not match their hashes, the checkpoint before is used.
+file and of its own values. If the newest checkpoint does not match its hashes, the checkpoint before is used.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from scorematch.files import UNFINISHED, synchronize
+from scorematch.schema import Field, check, read_object, reason
 
 _STATE = "state.json"
+_FIELDS: Mapping[str, Field] = {
+    "images": Field(int, required=True, low=0, high=2**62),
+    "files": Field(dict, required=True),
+    "hash": Field(str, required=True),
+}
 _UNFINISHED = ".writing-"  # the prefix of the names of temporary folders
 
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -64,7 +71,8 @@ def write(folder: Path, images: int, parts: Parts, state: Mapping[str, Any], *, 
                 content = save({key: _plain(tensor) for key, tensor in tensors.items()}, metadata={"format": "pt"})
                 hashes[f"{part}.safetensors"] = _hash(content)
                 write_file(staged / f"{part}.safetensors", content)
-            text = json.dumps({**state, "images": images, "files": hashes}, indent=2)
+            values = {**state, "images": images, "files": hashes}
+            text = json.dumps({**values, "hash": _hash_of_values(values)}, indent=2)
             write_file(staged / _STATE, text.encode())
     except OSError as error:
         older = _numbers(folder)
@@ -74,9 +82,15 @@ def write(folder: Path, images: int, parts: Parts, state: Mapping[str, Any], *, 
             f"the checkpoint at image {images:,} could not be written to {folder} ({error.strerror or error}); {last}. "
             "Free some space and run the same command again",
         ) from error
-    numbers = _numbers(folder)
-    newer = [number for number in numbers if number > images]  # damaged: the run continued from an earlier checkpoint
-    for number in newer + [number for number in numbers if number <= images][:-keep]:
+    for number in _numbers(folder):
+        if number > images:  # damaged: the run continued from an earlier checkpoint
+            shutil.rmtree(folder / name_of(number))
+    prune(folder, images, keep=keep)
+
+
+def prune(folder: Path, images: int, *, keep: int) -> None:
+    """Deletes all but the ``keep`` newest ones of the checkpoints up to a number of images."""
+    for number in [number for number in _numbers(folder) if number <= images][:-keep]:
         shutil.rmtree(folder / name_of(number))
 
 
@@ -89,7 +103,10 @@ def latest(folder: Path) -> Checkpoint | None:
     for images in reversed(_numbers(folder)):
         path = folder / name_of(images)
         try:
-            state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+            state = read_object(path / _STATE)
+            check(state, _FIELDS, _STATE)
+            if state.pop("hash") != _hash_of_values(state):
+                raise ValueError(f"{_STATE} was changed after it was written")
             parts = {}
             for name, expected in state.pop("files").items():
                 content = (path / name).read_bytes()
@@ -97,9 +114,10 @@ def latest(folder: Path) -> Checkpoint | None:
                     raise ValueError(f"{name} was changed after it was written")
                 parts[name.removesuffix(".safetensors")] = load(content)
             return Checkpoint(state.pop("images"), parts, state)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             warnings.warn(
-                f"the checkpoint {path} is damaged ({error}); the checkpoint before it is used instead.", stacklevel=2
+                f"the checkpoint {path} is damaged ({reason(error)}); the checkpoint before it is used instead.",
+                stacklevel=2,
             )
     return None
 
@@ -142,6 +160,11 @@ def write_file(path: Path, content: bytes) -> None:
 def _plain(tensor: Tensor) -> Tensor:
     """A contiguous copy on the CPU that shares no memory with other tensors, as safetensors requires."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
+
+
+def _hash_of_values(values: Mapping[str, Any]) -> str:
+    """A hash of the values of state.json, which does not depend on their order."""
+    return _hash(json.dumps(values, sort_keys=True).encode())
 
 
 def _hash(content: bytes) -> str:

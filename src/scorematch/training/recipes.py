@@ -142,7 +142,7 @@ def training_flop(net: ScoreNet) -> int:
     They are counted on the meta device, without any computation.
 
     Args:
-        net: a network with a ``sample_shape`` and a known condition. It is not changed.
+        net: a network with a ``sample_shape`` and a known condition, on any device. It is not changed.
 
     Raises:
         ValueError: if the network has no ``sample_shape``, or its condition is not known.
@@ -151,6 +151,20 @@ def training_flop(net: ScoreNet) -> int:
         >>> training_flop(ScoreNet.ncsnv2(1, 28, width=8))
         177961728
     """
+    return _flop(net, backward=True)
+
+
+def sampling_flop(net: ScoreNet) -> int:
+    """The number of floating-point operations of a network call per image; see ``training_flop``.
+
+    Example:
+        >>> sampling_flop(ScoreNet.ncsnv2(1, 28, width=8))
+        59358208
+    """
+    return _flop(net, backward=False)
+
+
+def _flop(net: ScoreNet, *, backward: bool) -> int:
     takes = net.conditioning
     if net.sample_shape is None or takes is None:
         raise ValueError("the network must have a sample_shape, and a backbone whose condition is known.")
@@ -162,7 +176,9 @@ def training_flop(net: ScoreNet) -> int:
     elif takes.classes is not None:
         inputs.append(torch.empty(1, dtype=torch.int64, device="meta"))
     with FlopCounterMode(display=False) as counter:
-        functional_call(net.backbone, weights, tuple(inputs)).sum().backward()
+        output = functional_call(net.backbone, weights, tuple(inputs))
+        if backward:
+            output.sum().backward()
     return counter.get_total_flops()
 
 

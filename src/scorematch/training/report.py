@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,17 +167,22 @@ class Log:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends a line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(self.path)) from error  # with the name of the file
 
     def lines(self) -> list[dict[str, Any]]:
-        """All lines. An incomplete line, left by an interruption, is ignored."""
+        """All lines. Incomplete lines, which an interruption leaves, and lines of another kind are ignored."""
         found = []
         for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
-                found.append(json.loads(text))
-            except ValueError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(line, dict) and isinstance(line.get("images"), int):
+                found.append(line)
         return found
 
     def cut(self, images: int) -> None:

@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 from scorematch import __version__, pretrained
 from scorematch.files import write_whole
 from scorematch.noise import NoiseSchedule
-from scorematch.precision import Autocast
+from scorematch.precision import Autocast, device_name
 from scorematch.pretrained.configuration import read_json
 from scorematch.schema import quote
 from scorematch.score import ScoreNet
@@ -377,8 +377,9 @@ class _Run:
             for name in ("", "checkpoints", "network", SNAPSHOTS, "samples", "report"):
                 checkpoint.clean(self.out / name)
             self.log.cut(self.state.images)
-            if found is not None:
-                self._save_network()  # in case of an interruption between the checkpoint and the network
+            if found is not None:  # in case of an interruption after the checkpoint was written
+                checkpoint.prune(self.out / "checkpoints", found.images, keep=self.keep)
+                self._save_network()
         if found is None:
             self.save()
 
@@ -610,7 +611,7 @@ def _versions(device: torch.device) -> dict[str, str]:
         "scorematch": __version__,
         **{name: metadata.version(name) for name in names},
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -20,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scorematch.arrays import read_arrays
 from scorematch.images import check_range, gray_or_rgb, open_picture
+from scorematch.schema import plain
 
 Crop = Literal["center", "celeba"] | None
 _A = TypeVar("_A")
@@ -32,6 +35,7 @@ _ENDINGS = (
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
 _CELEBA_SIDE = 140  # pixels; the aligned images have 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
+_CLASSES = 1_000_000  # the largest number of classes
 _IMAGE_KEYS = ("image", "images", "img", "x", "x_train", "arr_0")
 _LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
 
@@ -161,10 +165,14 @@ class Array(Source):
                 array = np.stack([_fit(_picture_of(each), shape, options.crop) for each in array.transpose(0, 2, 3, 1)])
         elif not np.issubdtype(array.dtype, np.floating):
             raise TypeError(f"{name} must be uint8, or floating point in [0, 1], got {array.dtype}.")
-        self.name, self.array = name, np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
+        with np.errstate(over="ignore"):  # of float64, which become infinite and are reported below
+            array = np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
+        self.name, self.array = name, array
         self.shape = _checked(self.array.shape[1:], options, name)
         if self.array.dtype == np.float32 and len(self.shape) == 3 and self.shape[0] in (1, 3):
             check_range(torch.from_numpy(self.array))
+        elif self.array.dtype == np.float32 and not all(map(math.isfinite, torch.from_numpy(self.array).aminmax())):
+            raise ValueError(f"{name} must be finite, got NaN or infinity.")
         self.identity = hashlib.blake2b(self.array.data, digest_size=16).hexdigest()
         if options.labels:
             if labels is None:
@@ -214,6 +222,10 @@ def _classes(labels: Any, n: int, name: str) -> tuple[np.ndarray, tuple[str, ...
         return numbers.astype(np.int64), tuple(map(str, names))
     if array.dtype.kind not in "iub" or array.min() < 0:
         raise ValueError(f"the labels of {name} must be integers from 0, or strings, got {array.dtype}.")
+    if array.max() >= _CLASSES:
+        raise ValueError(
+            f"the labels of {name} must be below {_CLASSES:,}, got {array.max():,}. Number the classes from 0."
+        )
     return array.astype(np.int64), tuple(map(str, range(int(array.max()) + 1)))
 
 
@@ -377,7 +389,7 @@ def _choose(
         found = list(keys)
     if not found or found[0] not in keys:
         given = "" if key is None else f" named {key!r}"
-        names = ", ".join(map(repr, keys))
+        names = ", ".join(map(repr, map(plain, keys[:10]))) + (", ..." if len(keys) > 10 else "")
         raise ValueError(f"the data have no {what}s{given}; the names are {names}. Pass {what}_key=.")
     return found[0]
 
@@ -450,9 +462,14 @@ def _values(image: Any) -> np.ndarray:
 def find(source: Any, options: Options, workers: int) -> Source:
     """Creates the source for the argument of ``open_images``."""
     if isinstance(source, str | os.PathLike):
-        source = _of_path(source)
+        path, source = source, _of_path(source)
         if isinstance(source, Path):
             return _Folder(source, options, workers)
+        if isinstance(source, dict):
+            try:
+                return find(source, options, workers)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{os.fspath(path)}: {error}") from error
     if isinstance(source, Tensor | np.ndarray):
         return Array(source, None, options, "the array")
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Tensor | np.ndarray):
@@ -487,15 +504,11 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
     if path.is_file():
         if path.suffix != ".npz":
             raise ValueError(f"data must be a folder of images or an .npz file, got the file {path}.")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read as an .npz file of arrays: {error}") from error
+        return read_arrays(path)
     if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
         raise FileNotFoundError(f"{path} does not exist.")
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+        from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
             f"{source} is neither a file nor a folder, and loading a data set from the Hub needs the package datasets: "

@@ -1,0 +1,296 @@
+"""Sampling into a folder: only missing batches are drawn, and every existing file is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from tqdm.auto import tqdm
+
+from scorematch.bulk.batches import Batch, Share, check_count, checked_share, ranges
+from scorematch.bulk.classes import Classes
+from scorematch.bulk.formats import FORMATS, Format, stem
+from scorematch.bulk.job import SEEDS, Job
+from scorematch.bulk.stored import IMAGES, LABELS_FILE, METADATA_FILE, read_metadata
+from scorematch.files import clean, write_whole
+from scorematch.precision import device_name
+from scorematch.protocol import attribute, device_of
+from scorematch.sampling import Sampler
+from scorematch.schema import quote
+
+_LOOK_SECONDS = 0.2  # between two checks of the files of other processes
+
+
+def sample_to(
+    sampler: Sampler,
+    folder: str | os.PathLike[str],
+    n: int,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    condition: Classes = None,
+    classes: int | None = None,
+    shape: Sequence[int] | None = None,
+    format: Format = "png",  # noqa: A002  (Pillow's word)
+    about: Mapping[str, str] | None = None,
+    share: Share | None = None,
+    progress: bool = True,
+) -> Path:
+    """Draws many samples into a folder; a call with the same arguments continues an interrupted one.
+
+    Only missing batches are drawn, and a call with a larger ``n`` adds images. The files are the same as after a single
+    uninterrupted call; for that an incomplete last batch is drawn again. Under ``torchrun`` or ``accelerate launch``
+    each process draws its own share of the batches into the same folder, which must be on a disk that all processes
+    share. At the end each process waits until all images exist.
+
+    Args:
+        sampler: the sampler. Its network must draw images (C, H, W) in [0, 1] with 1 or 3 channels.
+        folder: the folder to write, new, empty, or with samples of the same settings; see ``scorematch.bulk``.
+        n: the number of images, over all processes together.
+        seed: the seed of all images.
+        batch_size: the number of images that go through the network at once.
+        condition: the class of all images, "random" or "cycle", as for ``bulk_samples``.
+        classes: the number of classes for "random" and "cycle", as for ``bulk_samples``.
+        shape: the shape of one sample, for a score without ``sample_shape``.
+        format: "png", one file per image, or "npz", one file per batch.
+        about: remarks to store in samples.json, such as the command and the name of the network.
+        share: (k, m), the share k of m equal shares, for processes that are started at different times; a call then
+            returns as soon as its own share is drawn. None is the share of this process.
+        progress: whether the first process shows a progress bar. It counts the images of all processes.
+
+    Returns:
+        The folder with the image files, ``folder / "images"``.
+
+    Raises:
+        ImportError: if ``format`` is "png" and Pillow is not installed.
+        TypeError, ValueError: if arguments do not fit together, or the folder contains other files or samples with
+            other settings.
+        RuntimeError: if an image has NaN or infinite values.
+        OSError: if a file cannot be written. All existing files are complete.
+        SystemExit: after SIGTERM, with status 143. All existing files are complete.
+    """
+    job = Job(sampler, seed=seed, batch_size=batch_size, condition=condition, classes=classes, shape=shape)
+    return SampleFolder(job, folder, n, format=format, about=about).fill(share=share, progress=progress)
+
+
+class SampleFolder:
+    """A folder of samples, possibly incomplete, for ``sample_to``.
+
+    The arguments of ``Job`` and of this class are those of ``sample_to``, as are the errors. They are checked at once;
+    nothing is written before ``fill``.
+
+    Attributes:
+        missing: the number of images that ``fill`` has to draw, over all processes together.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: str | os.PathLike[str],
+        n: int,
+        *,
+        format: Format = "png",  # noqa: A002  (Pillow's word)
+        about: Mapping[str, str] | None = None,
+    ) -> None:
+        check_count("n", n)
+        if n > SEEDS:
+            raise ValueError(f"n must be at most 2^32, got {n}.")
+        if format not in FORMATS:
+            raise ValueError(f'format must be "png" or "npz", got {format!r}.')
+        value_range = attribute(job.sampler.net, "value_range")
+        if len(job.shape) != 3 or job.shape[0] not in (1, 3):
+            raise ValueError(
+                f"the samples must be images (C, H, W) with 1 or 3 channels, but their shape is {job.shape}. Use "
+                "bulk_samples."
+            )
+        if value_range is not None and tuple(value_range) != (0, 1):
+            raise ValueError(
+                f"the samples must be images in [0, 1], but the network's value_range is {value_range}. Use "
+                "bulk_samples."
+            )
+        self._job, self._folder, self._n, self._format = job, Path(folder), n, format
+        if self._folder.exists() and not self._folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file. Pass a folder.")
+        self._files = FORMATS[format](self._folder / IMAGES)
+        self._files.check()
+        self._about = dict(about or {})
+        self._stored = self._check_folder()
+        self.missing = sum(len(indices) for indices in self._ranges((0, 1)) if not self._files.exist(indices))
+
+    def fill(self, *, share: Share | None = None, progress: bool = True) -> Path:
+        """Draws the missing images; arguments, result and errors as for ``sample_to``."""
+        k, m = checked_share(share)
+        self._begin(main=k == 0)
+        count = _Count([self._ranges((process, m)) for process in range(m)], self._files.exist)
+        with (
+            _exit_after_sigterm(),
+            tqdm(total=self._n, initial=count.new(), desc="sampling", unit="img", disable=not progress or k > 0) as bar,
+        ):
+            missing = (indices for indices in self._ranges((k, m)) if not self._files.exist(indices))
+            for batch in self._job.draw(missing):
+                self._write(batch)
+                bar.update(count.new())
+            self._check_written((k, m))
+            while share is None and not count.complete:
+                time.sleep(_LOOK_SECONDS)
+                bar.update(count.new())
+        if count.complete:
+            for folder in (self._folder, self._folder / IMAGES):
+                clean(folder)
+        return self._folder / IMAGES
+
+    def _ranges(self, share: Share) -> Iterator[range]:
+        return ranges(self._n, self._job.batch_size, share)
+
+    def _write(self, batch: Batch) -> None:
+        try:
+            self._files.write(batch)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the images from {batch.indices.start} on could not be written to {self._folder} "
+                f"({error.strerror or error}); the files that are there are complete. Free some space and run the same "
+                "command again",
+            ) from error
+
+    def _check_written(self, share: Share) -> None:
+        """Checks that the images of this process still exist. No process would draw them again."""
+        lost = next((indices for indices in self._ranges(share) if not self._files.exist(indices)), None)
+        if lost is not None:
+            raise FileNotFoundError(
+                f"the images from {lost.start} on were written to {self._folder} and have been removed since. Run the "
+                "same command again, in a new folder if other files are missing too."
+            )
+
+    # -- samples.json -------------------------------------------------------------------------------------------------
+
+    def _metadata(self) -> dict[str, Any]:
+        content = {
+            "format_version": 1,
+            "n": self._n,
+            "settings": {**self._job.settings(), "format": self._format},
+            "versions": {"torch": torch.__version__, "device": device_name(device_of(self._job.sampler.net))},
+            "about": self._about,
+        }
+        return json.loads(json.dumps(content))  # lists instead of tuples, as it is read
+
+    def _check_folder(self) -> dict[str, Any] | None:
+        """Returns the metadata of the existing samples, or None if there are no samples yet.
+
+        Raises:
+            ValueError: if the folder has other files, samples with other settings, or more than n samples.
+        """
+        folder = self._folder
+        # Other processes may be writing to the folder. They write samples.json first, so it is read last.
+        found = [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
+        begun = IMAGES in found and any(path.name[0] != "." for path in (folder / IMAGES).iterdir())
+        stored = read_metadata(folder)
+        if stored is None:
+            if found:
+                raise ValueError(f"{folder} has other files, such as {min(found)}. Pass a new or an empty folder.")
+            return None
+        if not begun:
+            return None
+        before, after = _flat(stored["settings"]), _flat(self._metadata()["settings"])
+        differing = [
+            f"{key} was {quote(before.get(key))} and is {quote(after.get(key))}"
+            for key in sorted({*before, *after})
+            if before.get(key) != after.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{folder} has samples with other settings: {'; '.join(differing)}. Pass those settings to continue, "
+                "or another folder."
+            )
+        if stored["n"] > self._n:
+            raise ValueError(
+                f"{folder} has {stored['n']} samples, more than n={self._n}. Pass n={stored['n']} or more, or another "
+                "folder."
+            )
+        return stored
+
+    def _begin(self, *, main: bool) -> None:
+        """Writes all files except the images. All processes write the same samples.json, and none waits."""
+        now, before = self._metadata(), self._stored
+        if main and before is not None:
+            changed = [
+                f"{key} was {before['versions'].get(key)} and is {value}"
+                for key, value in now["versions"].items()
+                if before["versions"].get(key) != value
+            ]
+            if changed:
+                warnings.warn(
+                    f"{self._folder} continues with another version or device, which changes rounding: "
+                    f"{'; '.join(changed)}.",
+                    stacklevel=4,
+                )
+        if before is None or before["n"] < self._n:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._folder / METADATA_FILE, (json.dumps(now, indent=2) + "\n").encode())
+        (self._folder / IMAGES).mkdir(exist_ok=True)
+        if main and self._format == "png" and (classes := self._job.classes_of(range(self._n))) is not None:
+            rows = (f"{stem(i)}.png,{one}\n" for i, one in enumerate(classes.tolist()))
+            write_whole(self._folder / LABELS_FILE, "".join(["file,class\n", *rows]).encode())
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flattens settings; the key of an option of the sampler is ``sampler.option``."""
+    flat = {key: value for key, value in settings.items() if key != "sampler"}
+    sampler = settings.get("sampler")
+    if isinstance(sampler, Mapping):
+        return {**flat, **{f"sampler.{key}": value for key, value in sampler.items()}}
+    return {**flat, "sampler": sampler}
+
+
+class _Count:
+    """Counts the existing images of all processes.
+
+    Each process draws its batches in ascending order. It is therefore enough to check, for each process, the first
+    batch that was missing at the last check.
+    """
+
+    def __init__(self, batches: Sequence[Iterator[range]], exist: Callable[[range], bool]) -> None:
+        self._exist = exist
+        self._remaining = batches
+        self._due = [next(own, None) for own in batches]
+
+    @property
+    def complete(self) -> bool:
+        return not any(self._due)
+
+    def new(self) -> int:
+        """The number of images that were found since the last call."""
+        found = 0
+        for k, own in enumerate(self._remaining):
+            while (due := self._due[k]) is not None and self._exist(due):
+                found += len(due)
+                self._due[k] = next(own, None)
+        return found
+
+
+@contextmanager
+def _exit_after_sigterm() -> Iterator[None]:
+    """Makes SIGTERM end the program by an exception, as Ctrl-C does, so that no unfinished file remains."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    # Only the main thread can set a handler, and a handler that the user has set is kept.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,59 @@
+"""``python -m scorematch demo``: a page in the browser on which a network draws and restores images."""
+
+from __future__ import annotations
+
+import argparse
+
+from scorematch.cli.options import Commands, add_device, load
+from scorematch.demo.page import build, import_gradio, serve
+from scorematch.demo.restorer import Restorer
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "demo",
+        help="draw and restore images in the browser",
+        description="Opens a page in the browser on which a network draws images and restores pictures, step by step. "
+        "It needs the\nextra demo. The page is served at this computer's own address, and only to this computer, until "
+        "Ctrl-C.",
+        epilog="Examples:\n"
+        "  python -m scorematch demo\n"
+        "  python -m scorematch demo google/ddpm-cifar10-32 --device cuda\n"
+        "  python -m scorematch demo ./my-network --port 8000 --no-browser",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="mnist",
+        help="a name, such as mnist or owner/name on the Hugging Face Hub, or a folder, such as ./cifar10 "
+        "(default: mnist)",
+    )
+    add_device(parser)
+    parser.add_argument("--port", type=_port, help="the port (default: the first free one from 7860)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="the address to listen at; 0.0.0.0 lets other computers in (default: 127.0.0.1, this computer only)",
+    )
+    parser.add_argument(
+        "--share", action="store_true", help="publish the page on the internet, through a server of gradio.live"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
+    parser.set_defaults(run=_run)
+
+
+def _port(text: str) -> int:
+    """The ``type`` of ``--port``."""
+    if not (text.isdecimal() and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"must be a port from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def _run(args: argparse.Namespace) -> None:
+    import_gradio()  # before the network is loaded
+    net = load(args)
+    restorer = Restorer(net)
+    page = build(restorer, args.model)
+    serve(page, restorer, host=args.host, port=args.port, share=args.share, browser=not args.no_browser)

@@ -1,0 +1,119 @@
+"""``scorematch info``: describes a network, from its configuration."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from scorematch import pretrained
+from scorematch.cli.options import Commands, add_model
+from scorematch.noise import NoiseSchedule
+from scorematch.pretrained import cards
+from scorematch.sampling import SamplerSettings, recommended_sampler
+from scorematch.score import ScoreNet
+from scorematch.training.recipes import sampling_flop
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "info",
+        help="describe a network",
+        description="Describes a network: what it draws, its noise levels, its size, what a network call costs, its "
+        "sampler\nsettings, its license and where its weights come from. Of a repository on the Hub, only the "
+        "configuration\nis downloaded.",
+        epilog="Examples:\n  %(prog)s mnist\n  %(prog)s google/ddpm-cifar10-32\n  %(prog)s runs/faces/network",
+    )
+    add_model(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    stored = pretrained.load(args.model, weights=False)
+    config, source = stored.config, Path(stored.source)
+    is_folder = Path(args.model) in (source, source.parent)  # the network of a pipeline is in unet/
+    card = None if is_folder else cards.find(args.model)
+    # The code of a network of the user's own class is not known.
+    net = None if config["family"] == "custom" else ScoreNet.from_stored(stored)
+    lines = {
+        "network": args.model,
+        "weights": _origin(source, card, is_folder=is_folder, name=args.model),
+        "license": _license(source, is_folder=is_folder, name=args.model) if card is None else card.license,
+        **({} if card is None else {"data": card.data, "quality": card.quality}),
+        "family": f'{config["family"]}, preconditioning "{config["precondition"]}"',
+        "parameters": "unknown" if net is None else f"{sum(each.numel() for each in net.parameters()):,}",
+        "computation": _cost(net),
+        "images": _images(config),
+        "condition": _condition(net),
+        "noise levels": _levels(config),
+        "sampler": _sampler(net, config),
+        **({} if card is None else {"": card.settings_source}),
+    }
+    for name, text in lines.items():
+        print(f"{name:<13}{text}")
+
+
+def _commit(source: Path) -> str:
+    """The commit of a folder in the client's cache, whose name it is."""
+    return source.parent.name if source.name == "unet" else source.name
+
+
+def _origin(source: Path, card: cards.Card | None, *, is_folder: bool, name: str) -> str:
+    if is_folder:
+        return f"the folder {source}"
+    if card is not None and card.repository is None:
+        return f"part of the package, in {source}"
+    repository = name if card is None else card.repository
+    return f"https://huggingface.co/{repository}, commit {_commit(source)[:12]}"
+
+
+def _license(source: Path, *, is_folder: bool, name: str) -> str:
+    """The license in the metadata of a README.md."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    text = ""
+    with suppress(HfHubHTTPError, OSError, ValueError):  # there is none, or the Hub cannot be reached
+        readme = source / "README.md" if is_folder else hf_hub_download(name, "README.md", revision=_commit(source))
+        text = Path(readme).read_text(encoding="utf-8")
+    metadata = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
+    found = None if metadata is None else re.search(r"^license: *(\S.*)$", metadata[1], re.MULTILINE)
+    return "not stated" if found is None else found[1]
+
+
+def _cost(net: ScoreNet | None) -> str:
+    if net is None or net.sample_shape is None:
+        return "unknown"
+    flop = sampling_flop(net)
+    return f"{flop / 1e9:.3g} GFLOP per network call and image"
+
+
+def _images(config: dict[str, Any]) -> str:
+    shape, ends = config["sample_shape"], config["value_range"]
+    size = "of any shape" if shape is None else "x".join(map(str, shape))
+    return f"{size}, {'values of any size' if ends is None else f'values in [{ends[0]:g}, {ends[1]:g}]'}"
+
+
+def _condition(net: ScoreNet | None) -> str:
+    takes = None if net is None else net.conditioning
+    if takes is None:
+        return "unknown"
+    if takes.channels:
+        return f"an image with {takes.channels} channels, such as the degraded image for the command restore"
+    if takes.classes is None:
+        return "none"
+    return f"{takes.classes} classes, 0 to {takes.classes - 1}" + (", or no class" if takes.null_class else "")
+
+
+def _levels(config: dict[str, Any]) -> str:
+    schedule = NoiseSchedule.from_dict(config["schedule"])
+    return f"{len(schedule)}, sigma from {schedule.sigma_max:.6g} to {schedule.sigma_min:.6g}"
+
+
+def _sampler(net: ScoreNet | None, config: dict[str, Any]) -> str:
+    if net is not None:
+        return str(recommended_sampler(net))
+    return "the defaults" if config["sampler_settings"] is None else str(SamplerSettings(**config["sampler_settings"]))

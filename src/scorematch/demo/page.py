@@ -1,0 +1,406 @@
+"""The page of the demo: its layout in Gradio, and the values that it exchanges with the browser."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import html
+import io
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypedDict, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scorematch.demo.restorer import Choices, Frame, Restorer
+from scorematch.images import to_uint8
+from scorematch.sampling import SAMPLERS
+from scorematch.sampling.restoration import Restore
+
+FOLDER = Path(__file__).parent
+_PREFIX = "data:image/png;base64,"
+_COLUMNS = 8  # frames of the chain that are shown in a row
+_THUMBNAIL = 64  # the largest side in pixels of a frame in that row
+_MANY_CALLS = 250  # the upper end of the slider, unless the network's own sampler needs more
+_TASKS = {
+    "fill": "Fill in the painted part",
+    "color": "Colorize a gray copy",
+    "pool": "Enlarge a small copy",
+    "jpeg": "Repair a JPEG copy",
+}
+_METHODS = {
+    "replace": "replace: keep the known pixels",
+    "guide": "guide: pull towards the known pixels",
+    "guide-jacobian": "guide-jacobian: as guide, more accurate, twice as slow",
+}
+
+
+class Canvas(TypedDict):
+    """What the browser sends: the picture as a data URL of a PNG, and a "1" for each missing pixel, else "0"."""
+
+    picture: str
+    hole: str
+
+
+# -- Values of the page -----------------------------------------------------------------------------------------------
+
+
+def png(image: Tensor) -> str:
+    """An image (C, H, W) in [0, 1], C being 1 or 3, as the data URL of a PNG with 8 bits."""
+    from PIL import Image
+
+    pixels = to_uint8(image).movedim(0, -1).cpu().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+    return _PREFIX + base64.b64encode(file.getvalue()).decode()
+
+
+def canvas(image: Tensor) -> Canvas:
+    """The value of a canvas with an image (C, H, W) in [0, 1], on which nothing is painted."""
+    return {"picture": png(image), "hole": "0" * image[0].numel()}
+
+
+def read_canvas(value: Any, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Reads the value of a canvas, which comes from the browser and may be anything.
+
+    Args:
+        value: a ``Canvas``.
+        shape: the shape (C, H, W) of the picture.
+
+    Returns:
+        The picture (C, H, W), float32 in [0, 1], and the hole (H, W), bool, True where a pixel is missing.
+
+    Raises:
+        ValueError: if it is not a PNG of this size with a mask of the same size.
+    """
+    from PIL import Image
+
+    channels, height, width = shape
+    wrong = ValueError(f"the canvas must have a picture of {height}x{width} pixels. Draw or upload one.")
+    if not isinstance(value, dict):
+        raise wrong
+    url, painted = value.get("picture"), value.get("hole")
+    if not (isinstance(url, str) and url.startswith(_PREFIX) and isinstance(painted, str)):
+        raise wrong
+    if len(painted) != height * width or not set(painted) <= {"0", "1"}:
+        raise wrong
+    try:
+        content = base64.b64decode(url.removeprefix(_PREFIX), validate=True)
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as file:
+            if file.size != (width, height):
+                raise wrong
+            pixels = np.array(file.convert("L" if channels == 1 else "RGB"))
+    except (OSError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
+        raise wrong from error
+    picture = torch.from_numpy(pixels.reshape(height, width, channels)).movedim(-1, 0).float() / 255
+    hole = torch.from_numpy(np.array([int(pixel) for pixel in painted], dtype=bool)).reshape(height, width)
+    return picture, hole
+
+
+def results(frames: list[Frame], given: Tensor | None = None) -> str:
+    """The HTML of a chain so far: the images of its last frame, and the first image of some of its frames.
+
+    Args:
+        frames: the frames so far, at least one.
+        given: the degraded picture (C, H, W) in [0, 1] that is restored, or None if an image is drawn.
+    """
+    last = frames[-1]
+    done = last.sigma == 0
+    title, name = ("Drawing", "drawn") if given is None else ("Restorations", "restored")
+    images = [] if given is None else [_figure(given, "given")]
+    for i, image in enumerate(last.denoised, 1):
+        images.append(_figure(image, "" if given is None else str(i), f"{name}-{i}.png" if done else None))
+    status = "Click an image to download it." if done else f"Noise level {last.sigma:.3g}."
+    of_first = " of image 1" if len(last.denoised) > 1 else ""
+    chosen = _evenly(frames)
+    noisy = [_figure(_thumbnail(frame.noisy[0])) for frame in chosen]
+    denoised = [_figure(_thumbnail(frame.denoised[0])) for frame in chosen]
+    spaces = ["<span></span>"] * (_COLUMNS - len(chosen))
+    smooth = "smooth" if max(last.denoised.shape[-2:]) > 2 * _THUMBNAIL else ""
+    return (
+        f"<section class='{smooth}'><h2>{title}</h2><p>{last.call} of {last.calls} network calls. {status}</p>"
+        f"<div class='bar'><div style='width: {100 * last.call / last.calls:.0f}%'></div></div>"
+        f"<div class='images' data-done='{int(done)}'>{''.join(images)}</div></section>"
+        f"<section class='{smooth}'><h2>From noise to image</h2>"
+        f"<p>The chain{of_first}. Above: the noisy image. Below: the network's estimate of the image without noise.</p>"
+        f"<div class='chain'>{''.join(noisy + spaces + denoised)}</div></section>"
+    )
+
+
+def _evenly(frames: list[Frame]) -> list[Frame]:
+    """The frames, of those so far, that are nearest to equal distances in the whole chain, at most ``_COLUMNS``."""
+    chosen = set()
+    for i in range(_COLUMNS):
+        here = (k for k, frame in enumerate(frames) if frame.call * (_COLUMNS - 1) >= i * frame.calls)
+        chosen |= set(list(here)[:1])
+    return [frames[k] for k in sorted(chosen)]
+
+
+def _figure(image: Tensor, caption: str = "", download: str | None = None) -> str:
+    """The HTML of one image, with a link to download it if a file name is given."""
+    url = png(image)
+    shown = f"<img src='{url}' alt='{html.escape(caption)}'>"
+    if download is not None:
+        shown = f"<a href='{url}' download='{download}'>{shown}</a>"
+    return f"<figure>{shown}{f'<figcaption>{html.escape(caption)}</figcaption>' if caption else ''}</figure>"
+
+
+def _thumbnail(image: Tensor) -> Tensor:
+    """The image, reduced if it is large."""
+    scale = _THUMBNAIL / max(image.shape[-2:])
+    if scale >= 1:
+        return image
+    return torch.nn.functional.interpolate(image[None], scale_factor=scale, mode="area")[0]
+
+
+# -- What the buttons do ----------------------------------------------------------------------------------------------
+
+
+class Events:
+    """The functions behind the buttons, on values of the page. Errors are exceptions with one sentence for the user."""
+
+    def __init__(self, restorer: Restorer) -> None:
+        self.restorer = restorer
+
+    def draw(self, count: int, sampler: str, calls: int, label: int) -> Iterator[tuple[Canvas, str, int]]:
+        """Draws an image. Yields the canvas, the results, and the number of drawn images, which is the next seed.
+
+        Args:
+            count: the number of images drawn before.
+            sampler: a key of ``SAMPLERS``.
+            calls: the number of network calls.
+            label: the class, or -1 for none.
+        """
+        choices = Choices(sampler, int(calls), seed=count, label=_label(label))
+        frames: list[Frame] = []
+        for frame in self.restorer.draw(choices):
+            frames.append(frame)
+            yield canvas(frame.denoised[0]), results(frames), count + 1
+
+    def restore(
+        self,
+        value: Any,
+        task: str,
+        block: int,
+        quality: int,
+        n: int,
+        sampler: str,
+        calls: int,
+        method: Restore,
+        seed: int | None,
+        label: int,
+    ) -> Iterator[str]:
+        """Restores the picture on the canvas. Yields the results.
+
+        Args:
+            value: the value of the canvas.
+            task: the degradation; see ``Restorer.operator``.
+            block: the side of a block in pixels, for the task "pool".
+            quality: the JPEG quality, for the task "jpeg".
+            n: the number of restorations.
+            sampler: a key of ``SAMPLERS``.
+            calls: the number of network calls.
+            method: the method of restoration.
+            seed: the random seed; None is an error.
+            label: the class, or -1 for none.
+        """
+        if seed is None:
+            raise ValueError("the seed is missing: write a whole number, such as 0.")
+        picture, hole = read_canvas(value, self.restorer.shape)
+        operator = self.restorer.operator(task, hole, block=block, quality=int(quality))
+        given = operator.as_image(operator.measure(picture[None]))[0].clamp(0, 1)
+        if task == "fill":
+            given = torch.where(hole, 0.5, given)
+        choices = Choices(sampler, int(calls), method, int(seed), _label(label))
+        frames: list[Frame] = []
+        for frame in self.restorer.restore(picture, operator, int(n), choices):
+            frames.append(frame)
+            yield results(frames, given)
+
+    def upload(self, path: str) -> Canvas:
+        """Puts a picture of the user on the canvas."""
+        return canvas(self.restorer.read(path))
+
+    def invert(self, value: Any) -> Canvas:
+        """Makes the picture on the canvas a negative; what is painted remains."""
+        picture, _ = read_canvas(value, self.restorer.shape)
+        return {"picture": png(1 - picture), "hole": value["hole"]}
+
+
+def _label(label: int) -> int | None:
+    return None if label < 0 else int(label)
+
+
+# -- Gradio -----------------------------------------------------------------------------------------------------------
+
+
+def import_gradio() -> Any:
+    """Imports Gradio, with its telemetry turned off.
+
+    Raises:
+        ImportError: without Gradio.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it is read at the import
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError('the demo needs Gradio: pip install "scorematch[demo]".') from error
+    return gradio
+
+
+def _template(height: int, width: int) -> str:
+    """The HTML of the canvas for pictures of a size in pixels."""
+    side = min(height, width)
+    template = (FOLDER / "canvas.html").read_text("utf-8")
+    return template.format(width=width, height=height, largest=max(2, side // 3), size=max(1, side // 8))
+
+
+def build(restorer: Restorer, name: str) -> Any:
+    """Builds the page.
+
+    Args:
+        restorer: the network.
+        name: its name, for the title.
+
+    Returns:
+        A ``gradio.Blocks``.
+
+    Raises:
+        ImportError: without Gradio.
+    """
+    gr = import_gradio()
+    events, (channels, height, width) = Events(restorer), restorer.shape
+
+    def reported(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        """The function with its errors shown as messages on the page."""
+
+        def run(*values: Any) -> Iterator[Any]:
+            try:
+                yield from function(*values)
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
+                message = html.escape(" ".join(str(error).split()))
+                raise gr.Error(message[:1].upper() + message[1:], print_exception=False) from error
+
+        return run
+
+    def once(function: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+        """A function as a generator of its result."""
+
+        def run(*values: Any) -> Iterator[Any]:
+            yield function(*values)
+
+        return run
+
+    blank = torch.zeros(restorer.shape)
+    what = "draws and restores" if restorer.draws else "restores"
+    color = "gray" if channels == 1 else "color"
+    with gr.Blocks(title=f"scorematch: {name}", analytics_enabled=False) as page:
+        gr.HTML(
+            f"<h1>{html.escape(name)}</h1><p>A score network that {what} {color} images of {height}x{width} pixels. "
+            "Paint over a part of the picture: it is then missing, and the network fills it in.</p>",
+            elem_id="about",
+        )
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                painted = gr.HTML(
+                    canvas(blank),
+                    html_template=_template(height, width),
+                    js_on_load=(FOLDER / "canvas.js").read_text("utf-8"),
+                    apply_default_css=False,
+                    elem_id="canvas",
+                )
+                with gr.Row():
+                    go = gr.Button("Restore", variant="primary", scale=3, min_width=120, elem_id="restore")
+                    stop = gr.Button("Stop", min_width=60)
+                with gr.Row():
+                    new = gr.Button("New image", visible=restorer.draws, size="sm", min_width=80, elem_id="new")
+                    file = gr.UploadButton("Upload", file_types=["image"], type="filepath", size="sm", min_width=80)
+                    negative = gr.Button("Invert", size="sm", min_width=80, elem_id="invert")
+                tasks = [(_TASKS[task], task) for task in restorer.tasks]
+                task = gr.Radio(tasks, value="fill", label="Task", elem_id="task")
+                sizes = [(f"{size}x{size} pixels", size) for size in restorer.blocks or (1,)]
+                size = 4 if 4 in restorer.blocks else sizes[0][1]
+                block = gr.Radio(sizes, value=size, label="Block", visible=False)
+                quality = gr.Slider(1, 50, 5, step=1, label="JPEG quality", visible=False)
+                n = gr.Slider(1, 8, 4, step=1, label="Restorations", elem_id="restorations")
+                classes = [] if restorer.needs_class else [("any", -1)]
+                classes += [(str(k), k) for k in range(restorer.classes or 0)]
+                label = gr.Dropdown(classes, value=classes[0][1], label="Class", visible=restorer.classes is not None)
+                with gr.Accordion("Sampler", open=False):
+                    sampler = gr.Dropdown(list(SAMPLERS), value=restorer.sampler, label="Sampler")
+                    most = max(_MANY_CALLS, restorer.calls)
+                    calls = gr.Slider(2, most, restorer.calls, step=1, label="Network calls", elem_id="calls")
+                    methods = [(_METHODS[method], method) for method in get_args(Restore)]
+                    method = gr.Dropdown(methods, value="replace", label="Method of restoration")
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
+            with gr.Column(scale=3, min_width=320):
+                hint = "Paint over a part of the picture, and click Restore."
+                hint = hint if restorer.draws else f"Upload a picture. {hint}"
+                shown = gr.HTML(f"<p class='hint'>{hint}</p>", apply_default_css=False, elem_id="results")
+        count = gr.State(0)
+
+        chains: Any = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "hidden"}
+        private: Any = {"api_visibility": "private"}
+        drawing: Any = [count, sampler, calls, label], [painted, shown, count]
+        draw = new.click(reported(events.draw), *drawing, **chains, **private)
+        values = [painted, task, block, quality, n, sampler, calls, method, seed, label]
+        restore = go.click(reported(events.restore), values, shown, **chains, **private)
+        running = [draw, restore]
+        if restorer.draws:
+            running.append(page.load(reported(events.draw), *drawing, **chains, **private))
+        stop.click(None, cancels=running, **private)
+        file.upload(reported(once(events.upload)), file, painted, **private)
+        negative.click(reported(once(events.invert)), painted, painted, **private)
+        for part, of in ((block, "pool"), (quality, "jpeg")):
+            task.change(
+                lambda task, of=of: gr.update(visible=task == of), task, part, show_progress="hidden", **private
+            )
+    page.queue(default_concurrency_limit=1)
+    return page
+
+
+def serve(page: Any, restorer: Restorer, *, host: str, port: int | None, share: bool, browser: bool) -> None:
+    """Serves a page until an interruption.
+
+    Args:
+        page: the result of ``build``.
+        restorer: the network; its chains end with the server.
+        host: the address to listen at.
+        port: the port; None is the first free one from 7860.
+        share: whether to publish the page at gradio.live for some days.
+        browser: whether to open it in the browser.
+
+    Raises:
+        OSError: if the port is not free.
+        KeyboardInterrupt: after Ctrl-C, when the server has ended.
+    """
+    gr = import_gradio()
+    try:
+        _, url, public = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            inbrowser=browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            enable_monitoring=False,
+            max_file_size="20mb",
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            css_paths=FOLDER / "style.css",
+        )
+    except OSError as error:
+        ports = "the ports from 7860 are" if port is None else f"port {port} is"
+        raise OSError(f"{ports} not free at {host}. Write --port with another one.") from error
+    try:
+        print(f"{public or url}\nPress Ctrl-C to end.", flush=True)
+        threading.Event().wait()
+    finally:
+        restorer.stopped.set()
+        page.close(verbose=False)

@@ -1,0 +1,258 @@
+"""Drawing and restoring with one network, step by step: the computations of the demo, without its page."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scorematch.images import gray_or_rgb, open_picture
+from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
+from scorematch.palette import condition_of
+from scorematch.protocol import device_of
+from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
+from scorematch.sampling.restoration import Restore
+from scorematch.score import ScoreNet
+from scorematch.training import open_images
+
+FRAMES = 24  # the largest number of frames that are shown of a chain
+BLOCKS = (2, 4, 7, 8, 16)  # the sizes of blocks that "pool" offers, where they divide the size of the image
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A chain of n images after some of its network calls.
+
+    Attributes:
+        call: the number of network calls so far.
+        calls: the number of network calls of the whole chain.
+        sigma: the noise level, in units of images in [0, 1]; 0 at the end.
+        noisy: the states (n, C, H, W), scaled so that noise and image together have the contrast of an image.
+        denoised: the denoised images (n, C, H, W); at the end, the results.
+    """
+
+    call: int
+    calls: int
+    sigma: float
+    noisy: Tensor
+    denoised: Tensor
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user chooses for a chain.
+
+    Attributes:
+        sampler: a key of ``SAMPLERS``.
+        calls: the number of network calls; the sampler uses as many as it can up to this number.
+        method: the method of restoration; see ``scorematch.sampling.restoration``.
+        seed: the random seed.
+        label: the class to draw, or None.
+    """
+
+    sampler: str
+    calls: int
+    method: Restore = "replace"
+    seed: int = 0
+    label: int | None = None
+
+
+class Restorer:
+    """A network with everything that the demo offers for it.
+
+    Args:
+        net: a network that draws gray or RGB images in [0, 1].
+
+    Attributes:
+        shape: the shape (C, H, W) of its images.
+        draws: whether it draws images without being given one; a network like Palette's does not.
+        classes: the number of classes of a class-conditional network, or None.
+        needs_class: whether a class must be chosen.
+        sampler: the key in ``SAMPLERS`` of the recommended sampler.
+        calls: the number of network calls of the recommended sampler.
+        tasks: the names of the tasks that it can solve, as ``operator`` takes them.
+        blocks: the sizes of blocks that divide the size of its images.
+        stopped: set it to end all chains, each after its current step.
+    """
+
+    def __init__(self, net: ScoreNet) -> None:
+        self.net = net.inference_copy()
+        self.stopped = threading.Event()
+        assert net.sample_shape is not None  # noqa: S101  (the command checks it)
+        channels, height, width = net.sample_shape
+        self.shape = (channels, height, width)
+        takes = net.conditioning
+        self.draws = takes is None or not takes.channels
+        self.classes = None if takes is None else takes.classes
+        self.needs_class = takes is not None and takes.classes is not None and not takes.null_class
+        settings = net.sampler_settings
+        self.sampler = "langevin" if settings is None else settings.sampler
+        self.calls = len(recommended_sampler(self.net))
+        # Networks with an image as their condition are not trained to enlarge.
+        self.blocks = tuple(size for size in BLOCKS if not (height % size or width % size)) if self.draws else ()
+        self.tasks = ("fill", *(("color",) if channels == 3 else ()), *(("pool",) if self.blocks else ()), "jpeg")
+
+    def read(self, path: str) -> Tensor:
+        """Reads a picture from a file, crops it in the middle and resizes it to the size of the network's images.
+
+        Returns:
+            The picture (C, H, W), float32 in [0, 1].
+
+        Raises:
+            OSError: if the file is not an image.
+        """
+        channels, height, width = self.shape
+        try:
+            with open_picture(path) as file:
+                pixels = np.array(gray_or_rgb(file, channels))
+        except (OSError, ValueError) as error:
+            raise OSError("the file cannot be read as an image. Upload a PNG or JPEG file.") from error
+        pixels = pixels.reshape(1, *pixels.shape[:2], channels)
+        data = open_images(pixels, image_size=(height, width), channels=channels, progress=False)
+        return data.read([0])[0][0].float() / 255
+
+    def operator(self, task: str, hole: Tensor, *, block: int, quality: int) -> Operator:
+        """The degradation of a task.
+
+        Args:
+            task: "fill" (pixels are missing), "color" (colors are missing), "pool" (only the mean of each block is
+                known) or "jpeg" (the picture was compressed).
+            hole: bool (H, W), True where pixels are missing; for "fill".
+            block: the side of a block in pixels; for "pool".
+            quality: the JPEG quality, from 1 to 100; for "jpeg".
+
+        Raises:
+            ValueError: for a task that the network does not have, a hole without pixels, or a bad block or quality.
+        """
+        if task not in self.tasks:
+            raise ValueError(f"task must be one of {', '.join(map(repr, self.tasks))}, got {task!r}.")
+        if task == "fill":
+            if not bool(hole.any()):
+                raise ValueError("nothing is missing: paint over a part of the picture first.")
+            return Mask(~hole)
+        if task == "color":
+            return Grayscale()
+        return AveragePool(block) if task == "pool" else JPEG(quality)
+
+    def make_sampler(self, choices: Choices, net: Any = None) -> Sampler:
+        """The sampler with the largest number of noise levels that needs at most the chosen number of network calls.
+
+        Args:
+            choices: the sampler and the number of network calls.
+            net: the score that it samples; None is the network.
+
+        Raises:
+            ValueError: if the sampler needs more network calls, even with two noise levels.
+        """
+        net = self.net if net is None else net
+
+        def sampler(levels: int) -> Sampler:
+            own: SamplerSettings | None = self.net.sampler_settings
+            known = own is not None and own.sampler == choices.sampler != "langevin"  # Langevin reads them itself
+            given: dict[str, Any] = {**own.options, **own.noise} if own is not None and known else {}
+            return SAMPLERS[choices.sampler](net, **{**given, "levels": levels, "restore": choices.method})
+
+        possible = bisect_right(range(2, choices.calls + 1), choices.calls, key=lambda levels: len(sampler(levels)))
+        if not possible:
+            raise ValueError(
+                f"this sampler needs at least {len(sampler(2))} network calls, got {choices.calls}. Choose more."
+            )
+        return sampler(possible + 1)
+
+    def draw(self, choices: Choices) -> Iterator[Frame]:
+        """Draws one image.
+
+        Yields:
+            At most about ``FRAMES`` frames of the chain; the last one has the result.
+
+        Raises:
+            ValueError: for bad choices, or a network that does not draw images.
+        """
+        if not self.draws:
+            raise ValueError("this network restores pictures and does not draw them. Upload a picture.")
+        return self._chain(1, choices, torch.Generator().manual_seed(choices.seed), choices.label, None)
+
+    def restore(self, picture: Tensor, operator: Operator, n: int, choices: Choices) -> Iterator[Frame]:
+        """Restores a picture from what an operator leaves of it.
+
+        Args:
+            picture: the undamaged picture (C, H, W) in [0, 1]. The network sees only ``operator.measure`` of it.
+            operator: the degradation.
+            n: the number of restorations.
+            choices: the sampler and its options.
+
+        Yields:
+            At most about ``FRAMES`` frames of the chain; the last one has the results.
+
+        Raises:
+            ValueError: for bad choices.
+        """
+        y = operator.measure(picture[None])
+        generator = torch.Generator().manual_seed(choices.seed)
+        condition = choices.label if self.draws else condition_of(operator, y.expand(n, -1, -1, -1), generator)
+        return self._chain(n, choices, generator, condition, Observation(operator, y))
+
+    def _chain(
+        self,
+        n: int,
+        choices: Choices,
+        generator: torch.Generator,
+        condition: Tensor | int | None,
+        observation: Observation | None,
+    ) -> Iterator[Frame]:
+        watched = _Watched(self.net)
+        sampler = self.make_sampler(choices, watched)
+        # With one batch, each call has all images.
+        states = sampler.iterate(
+            n, condition=condition, observation=observation, generator=generator, batch_size=n, progress=False
+        )
+        return self._frames(states, watched, len(sampler))
+
+    def _frames(self, states: Iterator[tuple[Tensor, float]], watched: _Watched, calls: int) -> Iterator[Frame]:
+        """The frames of a chain, from the states that a sampler yields."""
+        shown = -1
+        for x, sigma in states:
+            if self.stopped.is_set():
+                return
+            due = watched.calls * FRAMES // calls
+            if due > shown or sigma == 0:
+                shown = due
+                contrast = (1 + (4 * sigma) ** 2) ** -0.5  # images have a standard deviation of about 1/4
+                noisy, denoised = (0.5 + contrast * (x - 0.5), watched.denoised) if sigma else (x, x)
+                yield Frame(watched.calls, calls, sigma, noisy.clamp(0, 1).cpu(), denoised.clamp(0, 1).cpu())
+
+
+class _Watched:
+    """A score that counts its calls and keeps the denoised images of the last one. Its attributes are those of net."""
+
+    def __init__(self, net: Any) -> None:
+        self.net = net
+        self.device = device_of(net)
+        self.calls = 0
+        self.denoised = torch.empty(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)
+
+    def __call__(self, x: Tensor, sigma: Any, condition: Tensor | None = None) -> Tensor:
+        score: Tensor = self.net(x, sigma, condition)
+        return self._seen(x, sigma, score)
+
+    def inference_copy(self, *, compile: bool = False) -> _Watched:  # noqa: A002  (torch's word)
+        """Returns this object. By this method samplers recognize a network of this package."""
+        return self
+
+    def score_and_variance(self, x: Tensor, sigma: Any, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        score, variance = self.net.score_and_variance(x, sigma, condition)
+        return self._seen(x, sigma, score), variance
+
+    def _seen(self, x: Tensor, sigma: Any, score: Tensor) -> Tensor:
+        self.calls += 1
+        self.denoised = (x + sigma**2 * score).detach()
+        return score

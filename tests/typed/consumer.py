@@ -1,0 +1,433 @@
+"""Code of a user that has every public name of the package, for a type checker in strict mode; it is never run."""
+
+# pyright: strict
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_type
+
+import scorematch
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.bulk import Batch, bulk_samples, read_samples, sample_to, stored_samples, stored_settings
+from scorematch.charts import Curve, chart, table
+from scorematch.convert import convert
+from scorematch.evaluation import (
+    EXTRACTORS,
+    MEASURES,
+    METRICS,
+    REFERENCES,
+    Accumulator,
+    Calibration,
+    DataLikelihood,
+    DensityCoverage,
+    Estimate,
+    Evaluation,
+    Evaluator,
+    Extracted,
+    Extractor,
+    Extrapolation,
+    Figure,
+    FrechetDistance,
+    FrechetExtrapolation,
+    InceptionScore,
+    KernelDistance,
+    LevelLoss,
+    Memorization,
+    Moments,
+    Nearest,
+    Neighbors,
+    PrecisionRecall,
+    Row,
+    SamplerDistances,
+    ScoreError,
+    Statistics,
+    Tuning,
+    as_extractor,
+    cache_folder,
+    calibration_chart,
+    calibration_table,
+    compare,
+    content_key,
+    data_likelihood,
+    density_coverage,
+    dinov2,
+    efficientnet_lite0,
+    evaluate,
+    evaluate_restoration,
+    exact,
+    frechet_distance,
+    frechet_estimate,
+    frechet_extrapolation,
+    gaussian_images,
+    image_figures,
+    inception,
+    inception_score,
+    kernel_distance,
+    level_chart,
+    level_losses,
+    level_table,
+    memorization_of,
+    pixels,
+    posterior_calibration,
+    precision_recall,
+    sampler_distances,
+    sampler_variants,
+    score_error,
+    settings_table,
+    statistics_of,
+    tune,
+    values,
+)
+from scorematch.guidance import GuidedScore, autoguidance, classifier, classifier_free
+from scorematch.images import (
+    grid,
+    list_pictures,
+    read_image,
+    read_mask,
+    save_animation,
+    save_grid,
+    save_image,
+    to_uint8,
+)
+from scorematch.likelihood import as_bits, bits_per_dimension, default_schedule, dequantized, log_likelihood
+from scorematch.loss import sliced_score_matching_loss
+from scorematch.nets import FAMILIES, NCSNPP, Condition, Family, RefineNet, UNet, family_of
+from scorematch.nets.inference import InferenceScore
+from scorematch.observe import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.palette import (
+    TASKS,
+    Colorization,
+    Inpainting,
+    JPEGRestoration,
+    MultiTask,
+    Task,
+    Uncropping,
+    condition_of,
+    fill,
+)
+from scorematch.precision import autocast, exact_float32, native_dtype
+from scorematch.precondition import ROWS, Coefficients, Preconditioning
+from scorematch.precondition import Row as PreconditioningRow
+from scorematch.pretrained import (
+    FORMAT_VERSION,
+    Stored,
+    architecture,
+    build,
+    from_diffusers,
+    load,
+    model_card,
+    save,
+    upload,
+)
+from scorematch.pretrained import fill as fill_weights
+from scorematch.pretrained.cards import CARDS, CHECKPOINTS, Card, Checkpoint, find
+from scorematch.protocol import Denoiser, NetworkScore, Tweedie
+from scorematch.sampling import (
+    SAMPLERS,
+    AncestralSampler,
+    Chain,
+    ODESampler,
+    PredictorCorrectorSampler,
+    Sampler,
+    SamplerSettings,
+    recommended_sampler,
+)
+from scorematch.sampling.ancestral import Variance
+from scorematch.schema import Field
+from scorematch.training import (
+    RECIPES,
+    ImageData,
+    LogNormal,
+    LogUniform,
+    Mixture,
+    Recipe,
+    Settings,
+    Step,
+    TrainingState,
+    UniformTime,
+    levels_for,
+    open_images,
+    reconstruct,
+    train,
+    train_steps,
+    weighting_for,
+)
+
+
+class Backbone(nn.Module):
+    """A network of one's own."""
+
+    conditioning = Condition(classes=10)
+
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor) -> Tensor:
+        return x * c_noise.view(-1, 1, 1, 1) * condition.view(-1, 1, 1, 1)
+
+
+class Euler(Sampler):
+    """A sampler of one's own."""
+
+    def __len__(self) -> int:
+        return len(self.schedule) - 1 + self.denoise
+
+    def settings(self) -> list[str]:
+        return [f"{len(self.schedule)} levels"]
+
+    def steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
+        for sigma in self.schedule:
+            x, score, z = chain(x, sigma)
+            yield x + sigma * score + z, sigma
+
+
+class Negative(Operator):
+    """An operator of one's own."""
+
+    gain = 1.0
+
+    def measure(self, x: Tensor) -> Tensor:
+        return 1 - x
+
+    def lift(self, y: Tensor) -> Tensor:
+        return 1 - y
+
+
+def networks(folder: Path, x: Tensor, sigma: Tensor) -> ScoreNet:
+    schedule = NoiseSchedule.geometric(10, 0.01, levels=50)
+    for other in (NoiseSchedule.karras(10, 0.01, 18), NoiseSchedule.from_betas(np.ones(3)), NoiseSchedule.from_data(x)):
+        assert_type(other.sigma_max, float)
+    assert_type(schedule.sigmas, Tensor)
+    assert_type(schedule[0], float)
+    assert_type(list(schedule), list[float])
+    assert_type(schedule.sample(3, generator=0), Tensor)
+    assert_type(schedule.respaced(10).between(5, 0.1).to_dict(), dict[str, list[float]])
+    net = ScoreNet(Backbone(), schedule, precondition="ddpm", sample_shape=(3, 8, 8), value_range=(0, 1))
+    assert_type(ScoreNet.ncsn(3, 32), ScoreNet)
+    assert_type(ScoreNet.ncsnv2(3, (32, 48), depth="deeper"), ScoreNet)
+    assert_type(ScoreNet.unet(3, 32, widths=(8, 16), classes=10), ScoreNet)
+    assert_type(ScoreNet.ncsnpp(3, 32, widths=[8, 16]), ScoreNet)
+    assert_type(net.forward(x, 0.1), Tensor)
+    assert_type(net.denoise(x, sigma, 3), Tensor)
+    assert_type(net.score_and_variance(x, sigma), tuple[Tensor, Tensor])
+    assert_type(net.as_denoiser(), Denoiser)
+    assert_type(net.inference_copy(compile=True), InferenceScore | ScoreNet)
+    assert_type(net.sampler_settings, SamplerSettings | None)
+    net.sampler_settings = SamplerSettings(levels=100, consistent=True)
+    assert_type(net.config, dict[str, Any])
+    assert_type(net.conditioning, Condition | None)
+    net.save_pretrained(folder, diffusers=False)
+    assert_type(net.push_to_hub("owner/name", license="mit"), str)
+    assert_type(ScoreNet.from_diffusers(nn.Identity(), object()), ScoreNet)
+    assert_type(scorematch.__version__, str)
+    return ScoreNet.from_pretrained("mnist", local_files_only=True)
+
+
+def parts(net: ScoreNet, x: Tensor, sigma: Tensor) -> None:
+    scores: Sequence[NetworkScore | Tweedie] = [net]
+    assert_type(scores[0].denoise(x, 0.1), Tensor)
+    families: Mapping[str, Family[Any]] = FAMILIES
+    assert_type(family_of(net.backbone), Family[Any] | None)
+    assert_type(Field(int, low=1).fits(3), bool)
+    assert_type(families["unet"].condition(net.backbone, predicts_variance=False), Condition)
+    backbones: Sequence[nn.Module] = [RefineNet(3, 8), UNet(), NCSNPP()]
+    rows: Mapping[str, PreconditioningRow] = ROWS
+    row = Preconditioning("karras", net.schedule, (0, 1))
+    found: Coefficients = row.coefficients(sigma)
+    assert_type(found.c_noise, Tensor)
+    assert_type(row.outputs(backbones[0], x, found, None), tuple[Tensor, ...])
+    assert_type(rows["karras"].centered, bool)
+
+
+def files(folder: Path, net: ScoreNet) -> None:
+    stored: Stored = load("mnist")
+    assert_type(stored.weights, dict[str, Tensor])
+    backbone = build(stored)
+    fill_weights(backbone, stored.weights, stored.source)
+    save(folder, net.config, backbone.state_dict())
+    assert_type(architecture(stored.config), dict[str, Any])
+    assert_type(from_diffusers(nn.Identity(), object()), Stored)
+    card = model_card("owner/name", net.config, 10, conditioning=None, license=None, datasets=None)
+
+    def write(path: Path) -> None:
+        net.save_pretrained(path)
+
+    upload(write, "owner/name", card, private=None, revision=None, token=None, commit_message="Upload")
+    assert_type(convert("a.pth", folder, config="a.yml"), ScoreNet)
+    version: int = FORMAT_VERSION
+    cards: Sequence[Card] = CARDS
+    checkpoints: Sequence[Checkpoint] = CHECKPOINTS
+    assert_type(find(cards[0].license + checkpoints[0].license), Card | None)
+    print(version)
+
+
+def score(x: Tensor, sigma: float | Tensor) -> Tensor:
+    return -x / (1 + sigma**2)
+
+
+def losses(net: ScoreNet, x: Tensor) -> Tensor:
+    loss = dsm_loss(net, x, condition=3, weighting=torch.square, reduction="none", generator=0)
+    assert_type(sliced_score_matching_loss(score, x, net.schedule, sigma=0.1), Tensor)
+    with autocast("cpu"), exact_float32():
+        assert_type(native_dtype("cpu"), torch.dtype)
+    return loss
+
+
+def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
+    variance: Variance = "small"
+    all_samplers: list[Sampler] = [
+        AnnealedLangevinSampler(net, step_size=1e-5, precision="float32"),
+        AncestralSampler(net, variance=variance),
+        ODESampler(net, levels=18, method="dpm-solver++"),
+        PredictorCorrectorSampler(net, predictor="reverse-diffusion"),
+        Euler(net, levels=10),
+        recommended_sampler(net),
+        recommended_sampler(score, SamplerSettings(sampler="ode", levels=18)),
+    ]
+    kinds: Mapping[str, type[Sampler]] = SAMPLERS
+    for sampler in all_samplers:
+        assert_type(sampler.sample(4, condition=3, generator=[0, 1, 2, 3], progress=False), Tensor)
+        for state, sigma in sampler.iterate(init=x, generator=torch.Generator()):
+            assert_type(state, Tensor)
+            assert_type(sigma, float)
+    guided: list[GuidedScore] = [
+        classifier_free(net, 2, interval=(0.1, 1)),
+        autoguidance(net, net, 2),
+        classifier(net, score, 2),
+    ]
+    assert_type(guided[0].forward(x, 0.1, 3), Tensor)
+    assert_type(sample_to(ODESampler(net), folder, 1000, seed=1), Path)
+    for batch in (*bulk_samples(ODESampler(net), 100), *stored_samples(folder)):
+        assert_type(batch, Batch)
+        assert_type(batch.images, Tensor)
+    assert_type(read_samples(folder, 10), Tensor)
+    assert_type(stored_settings(folder), dict[str, Any])
+    print(kinds.keys())
+
+
+def restoration(net: ScoreNet, x: Tensor, seen: Tensor) -> None:
+    operators: list[Operator] = [Mask(seen), Uncrop(left=3), Grayscale(), AveragePool(2), JPEG(10), Negative()]
+    operators.append(AveragePool(2) @ Grayscale())
+    kinds: Mapping[str, type[Operator]] = OPERATORS
+    for operator in operators:
+        y = operator.measure(x)
+        assert_type(ODESampler(net, restore="guide").sample(2, observation=Observation(operator, y, sigma=0.1)), Tensor)
+        assert_type(condition_of(operator, y, generator=0), Tensor)
+    tasks: list[Task] = [Inpainting(), Uncropping(), Colorization(), JPEGRestoration(5, 30)]
+    assert_type(fill(x, seen), Tensor)
+    task_kinds: Mapping[str, type[Task]] = TASKS
+    tasks.append(MultiTask([Inpainting(), Colorization()], weights=[1, 2]))
+    print(kinds.keys(), task_kinds.keys(), tasks)
+
+
+def likelihood(net: ScoreNet, x: Tensor) -> Tensor:
+    assert_type(bits_per_dimension(net, x, probes=None), Tensor)
+    assert_type(default_schedule(net), NoiseSchedule)
+    return as_bits(log_likelihood(net, dequantized(x), progress=False), 784)
+
+
+def pictures(folder: Path) -> None:
+    images = torch.stack([read_image(path, 3) for path in list_pictures(folder)])
+    save_grid(images, folder / "grid.png", columns=8)
+    save_image(grid(images), folder / "one.png")
+    save_animation([images, images], folder / "chain.gif")
+    assert_type(read_mask(folder / "mask.png"), Tensor)
+    assert_type(to_uint8(images), Tensor)
+    assert_type(chart("title", "x", [Curve("y", [1, 2], [3, 4])], log_x=True), str)
+    assert_type(table(["a"], [["1"]]), str)
+
+
+def training(net: ScoreNet, folder: Path) -> ScoreNet:
+    data: ImageData = open_images(folder, image_size=64, labels=True)
+    images, labels = data.read([0, 1])
+    assert_type(images, Tensor)
+    assert_type(labels, Tensor | None)
+    levels = Mixture((LogNormal(-1, 1), LogUniform(0.01, 50), UniformTime(), net.schedule))
+    u = torch.rand(3, dtype=torch.float64)
+    assert_type(levels_for(net, levels).quantile(u), Tensor)
+    weighting: Callable[[Tensor], Tensor] | None = weighting_for(net, "backbone", p=2)
+    step: Step | None = None
+    state: TrainingState | None = None
+    for step in train_steps(net, data, Settings(images=1000, levels=levels, weighting=weighting)):
+        assert_type(step.loss, Tensor)
+        state = step.state
+    if step is not None and state is not None:
+        assert_type(state.average(0.1), ScoreNet)
+    recipe: Recipe = RECIPES["small-64"]
+    assert_type(recipe.build(3, 64), ScoreNet)
+    assert_type(reconstruct(folder, 0.08), ScoreNet)
+    return train(net, data, folder, images=1000, condition=Colorization(), progress=False)
+
+
+def evaluation(net: ScoreNet, folder: Path) -> None:
+    result: Evaluation = evaluate(net, folder, n=1000, features="pixels", metrics=["fid"])
+    assert_type(result.table(), str)
+    restored: Evaluation = evaluate_restoration(net, folder, Grayscale(), n=100)
+    restored.save(folder)
+    tuned: Tuning = tune(net, folder, settings=settings_table(net))
+    row: Row = tuned.best
+    assert_type(row.seconds, float)
+    evaluator = Evaluator(folder, features=["pixels"], device="cpu")
+    for row in compare([ODESampler(net)], evaluator, 100):
+        assert_type(values(row.figures), dict[str, float])
+    data = open_images(folder)
+    for images in gaussian_images(data, 10):
+        figures: dict[str, Figure] = image_figures([images])
+        assert_type(figures["mean"].error, float | None)
+    print(REFERENCES, MEASURES, METRICS, EXTRACTORS.keys())
+
+
+def features(folder: Path, images: Tensor) -> None:
+    extractors: list[Extractor] = [inception(), dinov2(size="b"), efficientnet_lite0(), pixels()]
+    extractors.append(as_extractor("pixels"))
+    extracted: Extracted = extractors[0].extract(images)
+    statistics: Statistics = statistics_of(folder, extractors[0], features=True)
+    statistics.save(folder / "statistics.npz")
+    moments = Moments()
+    moments.update(extracted.features)
+    assert_type(Statistics.of(moments, extractors[0]).mean, Tensor)
+    assert_type(cache_folder(), Path)
+    assert_type(content_key(open_images(folder), extractors[0], 3), str)
+    assert_type(frechet_distance(moments, statistics), float)
+    estimates: list[Estimate] = [
+        frechet_estimate(extracted.features, statistics),
+        kernel_distance(extracted.features, extracted.features),
+        inception_score(extracted.class_logits),
+    ]
+    extrapolation: Extrapolation = frechet_extrapolation(extracted.features, statistics)
+    assert_type(estimates[0].value + extrapolation.slope, float)
+    assert_type(precision_recall(extracted.features, extracted.features), tuple[float, float])
+    assert_type(density_coverage(extracted.features, extracted.features), tuple[float, float])
+    accumulator: Accumulator[float] = FrechetDistance(statistics)
+    accumulator.update(extracted.features)
+    assert_type(accumulator.compute(), float)
+    assert_type(FrechetExtrapolation(statistics).compute(), Extrapolation)
+    assert_type(KernelDistance(extracted.features).compute(), Estimate)
+    assert_type(InceptionScore().compute(), Estimate)
+    assert_type(PrecisionRecall(extracted.features).compute(), tuple[float, float])
+    assert_type(DensityCoverage(extracted.features).compute(), tuple[float, float])
+    nearest = Nearest(extracted.features, k=3)
+    nearest.update(extracted.features)
+    neighbors: Neighbors = nearest.compute()
+    memorization: Memorization = memorization_of(images, folder)
+    assert_type(neighbors.ratios, Tensor)
+    assert_type(memorization.chart(), str)
+
+
+def diagnostics(net: ScoreNet, x: Tensor) -> None:
+    mixture = exact.Mixture([0.5, 0.5], [[0.0, 1.0], [1.0, 0.0]], 0.25)
+    worlds: list[exact.Distribution] = [mixture, exact.Gaussian([0.0], 1.0), exact.Empirical(x, 0.1)]
+    assert_type(worlds[0].sample(3, generator=0), Tensor)
+    assert_type(worlds[0].log_density(x), Tensor)
+    assert_type(exact.operator_matrix(Grayscale(), (3, 8, 8)), Tensor)
+    bits: DataLikelihood = data_likelihood(net, x)
+    assert_type(bits.nats.value, float)
+    level: list[LevelLoss] = level_losses(net, x)
+    error: list[ScoreError] = score_error(mixture, mixture)
+    assert_type(level_table(level) + level_chart({"error": error}, "relative"), str)
+    distances: SamplerDistances = sampler_distances(mixture, sampler_variants(net))
+    assert_type(distances.table(), str)
+    calibration: list[Calibration] = posterior_calibration(mixture, Mask(x > 0))
+    assert_type(calibration_table(calibration) + calibration_chart(calibration), str)
