@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import scorematch
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
+sys.path.insert(0, str(DOCS))
+
+import networks  # noqa: E402
 
 project = "scorematch"
 author = "The scorematch developers"
@@ -23,7 +27,7 @@ copyright = f"2026, {author}"  # noqa: A001, the name that Sphinx reads
 version = release = scorematch.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
@@ -32,6 +36,8 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are stored with their outputs, some of which take half an hour
+nb_merge_streams = True
 highlight_language = "text"  # of indented blocks, which are commands and formulas
 
 # -- API ---------------------------------------------------------------------------------------------------------------
@@ -90,14 +96,23 @@ def find_public_name(
     return nodes.reference("", "", text, internal=True, refuri=uri)
 
 
+# -- Parts of pages that are made from the cards of networks -----------------------------------------------------------
+
+_PART = re.compile(r"^<!-- networks: (\w+) -->$", re.MULTILINE)
+
+
+def insert_parts(app: Sphinx, page: str, source: list[str]) -> None:
+    """Puts the parts of docs/networks.py in place of their marks."""
+    source[0] = _PART.sub(lambda mark: networks.PARTS[mark[1]](), source[0])
+
+
 # -- Files of the repository that pages link to ------------------------------------------------------------------------
 
-# These have a page of their own, which includes them.
+# These are included in pages.
 PAGES = {
-    "CHANGELOG.md": "changelog",
-    "CONTRIBUTING.md": "contributing",
-    "src/scorematch/weights/mnist/README.md": "networks/mnist",
-    "src/scorematch/weights/palette-mnist/README.md": "networks/palette-mnist",
+    "CHANGELOG.md": "changelog.html",
+    "CONTRIBUTING.md": "contributing.html",
+    **{f"src/scorematch/weights/{card.name}/README.md": f"networks.html#{card.name}" for card in networks.shipped()},
 }
 
 
@@ -122,7 +137,7 @@ class SourceLinks(SphinxTransform):
         here = self.env.docname
         if name not in PAGES:
             self.env.metadata[here].setdefault("sources", set()).add(name)
-        uri = "../" * here.count("/") + PAGES.get(name, f"source/{name}") + ".html"
+        uri = "../" * here.count("/") + PAGES.get(name, f"source/{name}.html")
         node.replace_self(nodes.reference("", "", *node.children, refuri=uri))
 
 
@@ -161,7 +176,10 @@ def _summary(env: BuildEnvironment, page: str) -> str:
 
 
 def write_llms_txt(app: Sphinx, error: Exception | None) -> None:
-    """Writes llms.txt (https://llmstxt.org): the title, the source and the first paragraph of each page."""
+    """Writes llms.txt (https://llmstxt.org): the title, the address and the first paragraph of each page.
+
+    The address is that of the source in Markdown, except for pages whose text is made by directives or from cards.
+    """
     if error or app.builder.name != "html":
         return
     env, parts = app.env, []
@@ -169,7 +187,10 @@ def write_llms_txt(app: Sphinx, error: Exception | None) -> None:
         parts.append(f"\n## {toctree['caption']}\n")
         pages = [page for _, top in toctree["entries"] for page in (top, *env.toctree_includes.get(top, []))]
         for page in pages:
-            address = f"{page}.html" if page.startswith("api/") else f"_sources/{page}.md.txt"
+            source = Path(env.doc2path(page))
+            text = source.read_text(encoding="utf-8")
+            plain = source.suffix == ".md" and "```{" not in text and not _PART.search(text)
+            address = f"_sources/{page}.md.txt" if plain else f"{page}.html"
             parts.append(f"- [{env.titles[page].astext()}]({html_baseurl}{address}): {_summary(env, page)}")
     text = "\n".join([f"# {project}\n", f"> {_summary(env, 'index')}", *parts, ""])
     (Path(app.outdir) / "llms.txt").write_text(text, encoding="utf-8")
@@ -177,6 +198,7 @@ def write_llms_txt(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """Registers the functions above."""
+    app.connect("source-read", insert_parts)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon, which has 500
     app.connect("missing-reference", find_public_name)
     app.connect("doctree-resolved", name_pages)
