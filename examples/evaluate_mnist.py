@@ -6,8 +6,8 @@
 The program is ``scorematch.evaluation.evaluate`` with the classifier of ``digit_classifier.py`` as the extractor. It
 prints the Fréchet distance to the 60,000 training digits, the share of samples about which the classifier is confident,
 the share of the rarest digit, and figures of the pixels, each beside those of as many test digits and of a Gaussian;
-then the shares of all digits. The folder ``--out`` has the tables and the samples, and the same command again draws
-nothing.
+then the shares of all digits. A network with classes draws a random class for each sample. The folder ``--out`` has the
+tables and the samples, and the same command again draws nothing.
 """
 
 import argparse
@@ -18,8 +18,10 @@ import torch
 from digit_classifier import add_options, classify, load_classifier
 from mnist import load_digits
 
+from scorematch import ScoreNet
 from scorematch.bulk import read_samples
 from scorematch.evaluation import evaluate
+from scorematch.guidance import classifier_free
 from scorematch.images import to_uint8
 
 
@@ -28,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--n", type=int, default=1000, help="number of samples")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, help="weight of classifier-free guidance, for a network with classes")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate_mnist"), help="folder for tables and samples")
     args = parser.parse_args(argv)
 
@@ -35,10 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     test, labels = load_digits(args.data, "test")
     right = (classify(classifier, test) == labels).float().mean()
     print(f"the classifier's accuracy on the test digits is {right:.2%}")
+    net = ScoreNet.from_pretrained(args.model)
+    has_classes = net.conditioning is not None and net.conditioning.classes is not None
     result = evaluate(
-        args.model,
+        net if args.guidance is None else classifier_free(net, args.guidance),
         load_digits(args.data, "train")[0],
         n=args.n,
+        condition="random" if has_classes else None,
         features=classifier,
         metrics=["frechet", "classes"],
         held_out=test,

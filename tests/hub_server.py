@@ -26,9 +26,9 @@ class Hub:
         self.cut = set()  # files whose first download ends in the middle
         self.silent = False  # whether the server closes every connection without an answer
         self.status = None  # the status of every answer, if not None
-        self.busy = {}  # status -> the number of requests of files that are answered with it before the server works
+        self.busy = {}  # part of "METHOD path" -> the statuses of the answers to the next such requests
         self.flaky = None  # a random.Random; about half of the downloads of files then end in the middle
-        self.hanging = False  # whether the server accepts connections and never answers
+        self.hanging = None  # part of "METHOD path" of the requests that are never answered, if not None
         self.circular = False  # whether files are redirected to each other in a circle
         self.swapped = {}  # file -> the content that is sent in its place
         self.lengths = {}  # file -> what is added to the length that is announced for its content
@@ -86,11 +86,12 @@ class Hub:
         """Answers a request with ``respond``, or fails as the tests want."""
         if self.before is not None:
             self.before()
-        if self.hanging:
+        line = f"{request.command} {request.path}"
+        if self.hanging is not None and self.hanging in line:
             self.stopped.wait()
-        for status in [status for status, left in self.busy.items() if left > 0 and "/resolve/" in request.path]:
-            self.busy[status] -= 1
-            return self._error(request, status, "Busy")
+        statuses = next((statuses for part, statuses in self.busy.items() if part in line and statuses), None)
+        if statuses is not None:
+            return self._error(request, statuses.pop(0), "Busy")
         respond(request)
         if self.after is not None:
             self.after()

@@ -2,6 +2,7 @@ import importlib
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -82,13 +83,14 @@ def test_every_module_except_options_is_a_command():
 
 
 @pytest.mark.parametrize("name", _commands())
-def test_help_of_every_command_has_an_example(name, capsys):
+def test_help_of_every_command_has_examples_with_the_program_as_it_was_called(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/scorematch"])
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
     said = capsys.readouterr().out
-    assert re.search(rf"Examples?:\n  python -m scorematch {name}", said)
-    assert "--debug" in said
+    assert re.search(rf"Examples?:\n  scorematch {name}", said)
+    assert "--debug" in said and "python -m scorematch" not in said
 
 
 @pytest.mark.parametrize("name", _commands())
@@ -112,6 +114,13 @@ def test_options_cannot_be_abbreviated(name, capsys):
         (["sample", "mnist", "x.png", "-n", "few"], "argument -n: must be a whole number of at least 1, such as 64, "),
         (["sample", "mnist", "x.png", "-n", "0"], "got '0'. See .* sample --help"),
         (["sample", "mnist", "x.png", "--columns", "0"], "argument --columns: must be a whole number of at least 1"),
+        (
+            ["sample", "mnist", "x.png", "--churn", "-1"],
+            "argument --churn: must be a number of at least 0, such as 0.5",
+        ),
+        (["sample", "mnist", "x.png", "--step-size", "nan"], "argument --step-size: must be a number of at least 0"),
+        (["sample", "mnist", "x.png", "--sigma-max", "inf"], "argument --sigma-max: .*, got 'inf'"),
+        (["sample", "mnist", "x.png", "--snr", "low"], "argument --snr: .*, got 'low'"),
         (["sample", "mnist", "x.png", "--batch-size", "-1"], "argument --batch-size: must be a whole number"),
         (["restore", "mnist", "x.png", "out"], "one of the arguments --mask --uncrop --gray --pool --jpeg is required"),
     ],
@@ -143,6 +152,24 @@ def test_an_interrupted_command_gives_status_130(capsys, monkeypatch):
     monkeypatch.setattr(cli.models, "table", interrupt)
     assert main(["models"]) == 130
     assert capsys.readouterr().err == "scorematch: interrupted\n"
+
+
+def test_a_second_interruption_at_the_end_of_the_program_is_ignored(capsys, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    handlers = []
+    monkeypatch.setattr(cli.models, "table", interrupt)
+    monkeypatch.setattr(cli.signal, "signal", lambda *arguments: handlers.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["scorematch", "models"])
+    assert main() == 130
+    assert handlers == [(signal.SIGINT, signal.SIG_IGN)]
+
+
+def test_an_error_of_the_operating_system_names_the_file(tmp_path, capsys):
+    missing = tmp_path / "missing.pth"
+    error = _refused(["convert", missing, tmp_path / "network"], capsys)
+    assert error == f"scorematch: {missing}: No such file or directory\n"
 
 
 @pytest.mark.parametrize(("error", "message"), [(KeyError("x"), "KeyError: 'x'."), (MemoryError(), "MemoryError.")])
@@ -217,7 +244,8 @@ def test_models_lists_all_cards(capsys):
     for card in cards.CARDS:
         assert (card.repository or "ships with the package") in said and card.quality in said
     shipped = re.findall(r"ships with the package in (.*)$", said, re.MULTILINE)
-    assert len(shipped) == 2 and all(Path(folder, "README.md").is_file() for folder in shipped)
+    assert len(shipped) == sum(card.repository is None for card in cards.CARDS)
+    assert all(Path(folder, "README.md").is_file() for folder in shipped)
     for checkpoint in cards.CHECKPOINTS:
         assert checkpoint.address in said and checkpoint.quality in said and checkpoint.license in said
 
@@ -283,13 +311,8 @@ def test_sample_prints_an_estimate_of_the_time(folder, tmp_path, capsys):
     assert _sample(folder, tmp_path / "a.png", "--quiet") == 0
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"about \d+ s for 4 images", lines[1]) and "4 images in" in lines[2]
-    assert [duration(seconds) for seconds in (0.2, 89, 91, 5000, 36_000)] == [
-        "1 s",
-        "89 s",
-        "2 min",
-        "83 min",
-        "10.0 h",
-    ]
+    expected = {0.2: "1 s", 89: "89 s", 91: "2 min", 5000: "83 min", 36_000: "10.0 h", 1e9: "11,574 days"}
+    assert {seconds: duration(seconds) for seconds in expected} == expected
 
 
 def test_the_seed_determines_the_picture(folder, tmp_path):
@@ -374,7 +397,7 @@ def test_sample_draws_a_class(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nothing", "x.png"], "'nothing' is not the short name of a network; the short names are 'mnist', 'palette"),
+        (["nothing", "x.png"], "'nothing' is not the short name of a network; the short names are 'mnist', "),
         (["mnist", "x.png", "--step-size", "1"], "stability limit"),
         (["palette-mnist", "x.png"], "palette-mnist restores images: it takes an image as its condition. Write python"),
     ],
@@ -387,6 +410,20 @@ def test_sample_with_a_network_that_draws_no_pictures_gives_an_error(tmp_path, c
     folder = _saved(_unet(2), tmp_path / "network")
     error = _refused(["sample", folder, tmp_path / "a.png"], capsys)
     assert "1 or 3 channels, but the sample_shape of" in error and "is (2, 8, 8)" in error
+
+
+def test_a_checkpoint_without_the_size_of_its_images_is_converted_but_not_sampled(tmp_path, capsys):
+    torch.manual_seed(0)
+    net = ScoreNet.ncsn(1, width=4, image_size=8)
+    torch.save([net.backbone.state_dict(), {}], tmp_path / "checkpoint.pth")
+    assert main(["convert", str(tmp_path / "checkpoint.pth"), str(tmp_path / "out")]) == 0
+    line = "The checkpoint does not contain the size of the images. The other commands need it: add --config."
+    assert line in capsys.readouterr().out.splitlines()
+    error = _refused(["sample", tmp_path / "out", tmp_path / "a.png"], capsys)
+    assert error == (
+        f"scorematch: the size of the images of {tmp_path / 'out'} is not stored with it. Convert the checkpoint with "
+        "--config, or sample from the network in Python with shape=.\n"
+    )
 
 
 @pytest.mark.parametrize("value_range", [None, (-1, 1)])
@@ -569,10 +606,11 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
         (["--jpeg", "0"], "quality must be an integer from 1 to 100, got 0"),
         (["--uncrop", "left"], "--uncrop must name sides and pixels, such as left=4,right=4, got 'left'"),
         (["--uncrop", "up=3"], "got 'up=3'"),
-        (["--pool", "2", "--original", "{pictures}/a.png"], "one picture for each of the 2 pictures to restore, got 1"),
+        (["--pool", "2", "--original", "{pictures}/a.png"], "as many pictures as there are to restore, 2, got 1."),
+        (["--pool", "2", "--original", "{pictures}", "--degrade"], "--original and --degrade exclude each other"),
         (
             ["--pool", "2", "--original", "{pictures}"],
-            "the original must have the size of the restored picture, 16x16 pixels, got 8x8",
+            "/a.png: the original must have the size of the restored picture, 16x16 pixels, got 8x8",
         ),
         (
             ["--mask", "{pictures}/a.png"],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from importlib.util import find_spec
 
 import numpy as np
@@ -152,7 +153,33 @@ def test_the_help_lists_all_metrics(capsys):
     assert all(name in said.replace("- ", "-") for name in MEASURES)
 
 
+@pytest.mark.parametrize("name", ["evaluation.md", "samples.png"])
+def test_evaluate_keeps_files_that_it_did_not_write(folder, tmp_path, name, capsys):
+    (tmp_path / name).write_text("mine")
+    said = _refused(["evaluate", folder / "network", folder / "real.npz", "--out", tmp_path], capsys)
+    assert said == f"scorematch: {tmp_path / name} exists already and would be replaced. Choose another folder.\n"
+    assert (tmp_path / name).read_text() == "mine"
+
+
 # -- tune
+
+
+def test_tune_keeps_a_network_that_it_did_not_write(folder, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text("mine")
+    arguments = ["tune", folder / "network", "--reference", folder / "real.npz", "--out", tmp_path]
+    said = _refused(arguments, capsys)
+    assert said == f"scorematch: {path} exists already and would be replaced. Choose another folder.\n"
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("default:.* is singular:UserWarning")
+def test_tune_writes_into_the_folder_of_the_network(folder, tmp_path):
+    shutil.copytree(folder / "network", tmp_path / "network")
+    options = ("--reference", folder / "real.npz", "--features", "pixels", "-n", 4, "--calls", 5)
+    for _ in range(2):  # it also continues there
+        assert _run("tune", tmp_path / "network", *options, "--out", f"{tmp_path}/./network") == 0
+    assert (tmp_path / "network" / "README.md").is_file()
 
 
 @pytest.mark.filterwarnings("default:.* is singular:UserWarning")

@@ -143,7 +143,8 @@ def test_info_about_a_network_of_the_users_own_class(tmp_path, capsys):
     net.save_pretrained(tmp_path)
     assert main(["info", str(tmp_path)]) == 0
     said = _lines(capsys)
-    assert [said[name] for name in ("parameters", "computation", "condition")] == ["unknown"] * 3
+    assert said["class"] == "your own; ScoreNet.from_pretrained needs it as backbone=YourClass()"
+    assert {"parameters", "computation", "condition"}.isdisjoint(said)
     assert said["images"] == "2, values of any size" and said["sampler"] == "sampler ode, levels 2"
 
 
@@ -218,6 +219,15 @@ def test_push_refuses_what_is_no_network_before_it_contacts_the_hub(no_token, fo
     weights = next(folder.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-8])
     assert "is not a complete safetensors file" in _refused(["push", folder, "me/net"], capsys)
+
+
+@pytest.mark.parametrize("command", [("push", "me/net"), ("sample", "x.png")])
+def test_a_network_of_the_users_own_class_is_left_to_python(command, tmp_path, capsys):
+    ScoreNet(nn.Identity(), NoiseSchedule([1.0, 0.1]), sample_shape=(1, 8, 8)).save_pretrained(tmp_path)
+    assert _refused([command[0], tmp_path, *command[1:]], capsys) == (
+        f"scorematch: {tmp_path} has a network of your own class, whose code is not stored. Load it in Python: "
+        f'ScoreNet.from_pretrained("{tmp_path}", backbone=YourClass()).\n'
+    )
 
 
 def test_push_without_a_token_says_how_to_log_in(no_token, folder, capsys):

@@ -251,6 +251,36 @@ def test_a_recipe_with_a_task_trains_on_it(faces, tmp_path, monkeypatch, calls):
     assert net.conditioning.channels == 3 and isinstance(found["condition"], MultiTask)
 
 
+# -- Networks to begin with
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        ({"classes": 2}, (), "is class-conditional. Add --labels."),
+        ({"classes": 2}, ("--labels",), "has no null class, for which labels are dropped. Add --label-drop 0."),
+        ({}, ("--labels",), "--labels is for networks with classes, and .* has none. Leave it out."),
+        ({"condition_channels": 3}, (), "restores images. Add the recipe that it was trained with, such as --recipe"),
+    ],
+)
+def test_a_network_to_begin_with_takes_the_condition_of_the_data(faces, tmp_path, network, options, message, capsys):
+    ScoreNet.unet(3, 8, widths=(4,), layers_per_block=1, **network).save_pretrained(tmp_path / "network")
+    arguments = ["train", faces, "--out", tmp_path / "run", "--start", tmp_path / "network", "--device", "cpu"]
+    assert re.search(message, _refused([*arguments, *options], capsys))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_data_have_the_classes_of_the_network_to_begin_with(tmp_path, rng, n, capsys):
+    net = ScoreNet.unet(3, 8, widths=(4,), layers_per_block=1, classes=2, null_class=True)
+    net.save_pretrained(tmp_path / "network")
+    for name in ("cat", "cow", "dog")[:n]:
+        _pictures(tmp_path / "pets" / name, 2, rng)
+    arguments = ["train", tmp_path / "pets", "--out", tmp_path / "run", "--start", tmp_path / "network", "--labels"]
+    said = _refused([*arguments, "--device", "cpu", "--quiet"], capsys)
+    assert said == f"scorematch: the data must have as many classes as {tmp_path / 'network'}, 2, got {n}.\n"
+
+
 # -- Counts
 
 
@@ -302,6 +332,19 @@ def test_wrong_arguments_give_an_error_of_one_line(faces, tmp_path, options, mes
     arguments = ["train", faces, "--out", tmp_path / "run", "--recipe", "tiny", "--image-size", "8", "--quiet"]
     assert re.search(message, _refused([*arguments, "--batch-size", "8", *options], capsys))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["report.md", "network", "log.jsonl"])
+def test_files_that_train_did_not_write_are_kept(faces, tmp_path, name, capsys):
+    (tmp_path / name).write_text("mine")
+    said = _refused(["train", faces, "--out", tmp_path], capsys)
+    assert said == f"scorematch: {tmp_path / name} exists already and would be replaced. Choose another folder.\n"
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
+def test_settings_are_checked_before_the_data_are_read(faces, tmp_path, capsys):
+    assert "lr must be positive, got -1.0." in _refused(["train", faces, "--out", tmp_path / "run", "--lr", -1], capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_unusable_data_give_an_error_of_one_line(tmp_path, rng, capsys):

@@ -81,7 +81,8 @@ def run(client, hub, tmp_path):
     """A function that runs code with the server as the Hub and an empty cache, and returns the output."""
 
     def call(code, *, fails=False, **variables):
-        code = "from scorematch import AnnealedLangevinSampler, ScoreNet\n" + code
+        first = "import scorematch.pretrained.hub\nscorematch.pretrained.hub._WAITS = (0.01, 0.02, 0.04)\n"
+        code = f"{first}from scorematch import AnnealedLangevinSampler, ScoreNet\n{code}"
         variables = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5", **variables}
         status, out, error = client.run(code, tmp_path, {**environment(hub.url, tmp_path / "home"), **variables})
         assert (status != 0) == fails, error
@@ -188,8 +189,8 @@ def test_a_private_repository_needs_a_token(hub, run):
 
 
 @pytest.mark.parametrize("broken", ["silent", "unavailable", "stopped"])
-def test_an_unreachable_hub_gives_one_error_after_one_request(broken, hub, run):
-    """For a branch, and for the commit of a card."""
+def test_an_unreachable_hub_gives_one_error(broken, hub, run):
+    """For a branch, and for the commit of a card. A request is repeated only if the Hub answers that it is busy."""
     if broken == "stopped":
         hub.stop()
     hub.silent, hub.status = broken == "silent", 503 if broken == "unavailable" else None
@@ -199,7 +200,7 @@ def test_an_unreachable_hub_gives_one_error_after_one_request(broken, hub, run):
             f"FileNotFoundError: {repository} is not in the cache, or not completely, and the Hub cannot be reached ("
         )
         assert f"ScoreNet.from_pretrained('{repository}') while online" in error
-    assert len(hub.requests) == (0 if broken == "stopped" else 2)
+    assert len(hub.requests) == {"stopped": 0, "silent": 2, "unavailable": 8}[broken]
 
 
 @pytest.mark.slow
@@ -445,9 +446,13 @@ def _faults(files):
         ),
         "too many requests": (
             {"status": 429},
-            f"OSError: downloading someone/ddpm failed: HfHubHTTPError: 429 Too Many Requests .*{AGAIN}",
+            f"OSError: downloading someone/ddpm failed: 429 Too Many Requests .*{AGAIN}",
         ),
-        "no answer": ({"hanging": True}, "FileNotFoundError: .* the Hub cannot be reached .*timed out"),
+        "no answer": ({"hanging": ""}, "FileNotFoundError: .* the Hub cannot be reached .*timed out"),
+        "no answer to the request of a file": (
+            {"hanging": f"GET /someone/ddpm/resolve/{COMMIT}/{WEIGHTS}"},
+            f"OSError: downloading someone/ddpm failed: ReadTimeout: .*{AGAIN}",
+        ),
         "a commit that is a path": (
             {"commit": "../../evil"},
             f"OSError: downloading someone/ddpm failed: the Hub names the commit '../../evil', which is not .*{AGAIN}",
@@ -469,19 +474,52 @@ def test_a_hub_with_a_fault_gives_a_clear_error_and_the_next_call_succeeds(fault
     attributes, message = _faults(files)[fault]
     before = {name: getattr(hub, name) for name in attributes}
     vars(hub).update(attributes)
-    error = run(LOAD, fails=True, HF_HUB_ETAG_TIMEOUT="1")
+    error = run(LOAD, fails=True, HF_HUB_ETAG_TIMEOUT="1", HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert re.fullmatch(message + ".*", error), error
     vars(hub).update(before)
     hub.stopped.set()
     assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("status", [429, 503])
-def test_the_client_repeats_requests_that_a_busy_hub_refused(status, hub, run):
-    hub.busy = {status: 3}
+@pytest.mark.parametrize(
+    "request_",
+    ["GET /api/", *(pytest.param(f"{word} /someone/ddpm/", marks=pytest.mark.slow) for word in ("HEAD", "GET"))],
+)
+def test_requests_that_a_busy_hub_refuses_are_repeated(request_, hub, run):
+    hub.busy = {request_: [429, 503]}
     assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
-    assert hub.busy == {status: 0}
+    assert hub.busy == {request_: []}
+
+
+@pytest.mark.slow
+def test_a_busy_hub_does_not_delay_what_is_in_the_cache(hub, run):
+    """One request is made. A download that was interrupted is completed."""
+    run(LOAD)
+    hub.requests.clear()
+    hub.busy = {"GET /api/": [503, 503]}
+    assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
+    assert hub.busy == {"GET /api/": [503]} and not hub.requests
+    held = hub.repositories["someone/ddpm"]
+    held[WEIGHTS] = safetensors.torch.save({k: 2 * v for k, v in safetensors.torch.load(held[WEIGHTS]).items()})
+    hub.busy, hub.commit, hub.swapped = {}, hub.commit[::-1], {WEIGHTS: bytes(len(held[WEIGHTS]))}
+    run(LOAD, fails=True)
+    hub.swapped, hub.busy = {}, {"GET /api/": [503, 503]}
+    assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
+    assert hub.busy == {"GET /api/": []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [["config.json"], ["config.json", "scheduler_config.json", f"{WEIGHTS}.index.json"]])
+def test_what_another_program_has_left_out_of_the_cache_is_downloaded(cached, hub, run):
+    """For a commit, which is loaded without a request if all its files are in the cache."""
+    held, part = hub.repositories["someone/ddpm"], "diffusion_pytorch_model-00001-of-00001.safetensors"
+    held[part] = held.pop(WEIGHTS)
+    names = list(safetensors.torch.load(held[part]))
+    held[f"{WEIGHTS}.index.json"] = json.dumps({"weight_map": dict.fromkeys(names, part)}).encode()
+    code = "from huggingface_hub import hf_hub_download\n"
+    code += "".join(f"hf_hub_download('someone/ddpm', '{name}', revision='{COMMIT}')\n" for name in cached)
+    code += f"print(ScoreNet.from_pretrained('someone/ddpm', revision='{COMMIT}').sample_shape)"
+    assert run(code) == "(3, 8, 8)\n"
 
 
 @pytest.mark.slow
@@ -504,7 +542,11 @@ def test_connections_that_end_at_random_moments_are_resumed(seed, hub, run):
 )
 def test_names_of_files_do_not_leave_the_cache(name, message, hub, run, files, tmp_path):
     """A file whose name is none of a network's is not requested."""
-    hub.repositories["someone/ddpm"][name] = files[WEIGHTS]
+    held = hub.repositories["someone/ddpm"]
+    held[name] = files[WEIGHTS]
+    if message is not None:  # the pattern of the parts of an index fits this name
+        held[f"{WEIGHTS}.index.json"] = b"{}"
+        del held[WEIGHTS]
     said = run(LOAD, fails=message is not None)
     assert message is None or said.startswith(message)
     assert name not in hub.fetched()

@@ -286,7 +286,8 @@ def test_a_copied_folder_can_be_loaded(folder, tmp_path):
 
 def test_shipped_networks_are_loaded_by_name_and_match_their_cards():
     shipped = [card for card in cards.CARDS if card.repository is None]
-    assert [card.name for card in shipped] == ["mnist", "palette-mnist"]
+    assert [card.name for card in shipped] == ["mnist", "mnist-classes", "celeba-small", "palette-mnist"]
+    sizes = {"palette-mnist": 3_000_000, "celeba-small": 16_000_000}
     for card in shipped:
         net = ScoreNet.from_pretrained(card.name)
         assert (len(net.schedule), net.sample_shape) == (card.levels, card.shape)
@@ -294,7 +295,7 @@ def test_shipped_networks_are_loaded_by_name_and_match_their_cards():
         assert (round(net.schedule.sigma_max, 1), net.schedule.sigma_min) == card.sigmas
         folder = names.locate(card.name)[0]
         assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", WEIGHTS}
-        assert (folder / WEIGHTS).stat().st_size <= (3_000_000 if card.name == "palette-mnist" else 6_000_000)
+        assert (folder / WEIGHTS).stat().st_size <= sizes.get(card.name, 6_000_000)
         assert net.sampler_settings == card.settings
         assert load(folder).config == net.config  # the configuration in the folder agrees with the card
 
@@ -375,7 +376,7 @@ def test_a_folder_name_without_a_slash_raises(here):
 
 def test_an_unknown_name_gives_an_error_with_the_short_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    known = "'mnist', 'palette-mnist', 'cifar10', 'celebahq'"
+    known = "'mnist', 'mnist-classes', 'celeba-small', 'palette-mnist', 'cifar10', 'celebahq'"
     with pytest.raises(
         FileNotFoundError, match=rf"'imagenet' is not the short name of a network; the short names are {known}\. Write"
     ):
@@ -566,7 +567,7 @@ def test_invalid_configurations_raise(changes, message, folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm_num_groups": 3}, "no network can be built from the configuration of .*: .* must divide its 8 channels"),
+        ({"norm_num_groups": 3}, r"config\.json: .* norm_num_groups, must divide its 8 channels, got 3"),
         ({"down_block_types": ["DownBlock2D"]}, "must have one entry per scale, got 2, 1 and 2"),
         ({"num_class_embeds": 10**30}, "num_class_embeds must be an integer of at least 1 and at most 10,000,000"),
         ({"num_class_embeds": 10**7}, r"lacks 1 tensor\(s\) that the network needs: class_embedding.weight"),

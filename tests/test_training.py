@@ -46,7 +46,7 @@ from scorematch.training import checkpoint as checkpoints
 from scorematch.training.data import Order
 from scorematch.training.ema import LONGEST, Average, combination, exponent
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
-from scorematch.training.report import Losses, by_level, read_examples, sample_interval
+from scorematch.training.report import Log, Losses, by_level, read_examples, sample_interval
 from scorematch.training.steps import make_accelerator
 from tests.helpers import gaussian_images, python, seed
 
@@ -1241,6 +1241,21 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, damage):
     assert content(tmp_path) == before
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
+    quick(points_net(), points(), tmp_path, checkpoint_every=40)
+    for state in (tmp_path / "checkpoints").glob("*/state.json"):
+        state.write_text("{}")
+    before = content(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="000000080 is damaged"),
+        pytest.raises(
+            ValueError, match="000000040 is damaged .* there is no earlier one. Delete .*checkpoints to begin"
+        ),
+    ):
+        quick(points_net(), points(), tmp_path, checkpoint_every=40)
+    assert content(tmp_path) == before
+
+
 def test_damaged_checkpoints_do_not_count_among_those_to_keep(tmp_path):
     for images in (40, 80):
         checkpoints.write(tmp_path, images, {"weights": {"a": torch.full((2,), images)}}, {"step": 1}, keep=2)
@@ -1393,11 +1408,57 @@ def test_losses_are_logged_by_noise_level(count):
 
 def test_a_folder_with_another_configuration_raises(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not the configuration of a training run"):
+    with pytest.raises(ValueError, match=r"config\.json lacks settings, network, data\. Pass another folder"):
+        quick(points_net(), points(), tmp_path)
+    (tmp_path / "config.json").write_text('{"settings": [], "network": {}, "data": {}}')
+    with pytest.raises(ValueError, match=r"config\.json: settings must be an object, got \[\]\. Pass another folder"):
         quick(points_net(), points(), tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
         quick(points_net(), points(), tmp_path)
+
+
+def _sign(path, changes):
+    """Changes values of state.json of a checkpoint, and gives all files the right hashes."""
+    state = {**json.loads((path / "state.json").read_text()), **changes}
+    state["files"] = {name: checkpoints._hash((path / name).read_bytes()) for name in state["files"]}
+    state.pop("hash")
+    (path / "state.json").write_text(json.dumps({**state, "hash": checkpoints._hash_of_values(state)}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": "3"}, "step must be an integer of at least 0"),
+        ({"loss_sums": [1.0]}, "loss_sums must be a list with exactly 8 entries"),
+        ({"images": 8}, "belongs to another checkpoint"),
+    ],
+)
+def test_a_checkpoint_with_wrong_values_is_not_used(changes, message, tmp_path):
+    """Although its hashes are right."""
+    quick(points_net(), points(), tmp_path, checkpoint_every=40)
+    name, files, _ = content(tmp_path)
+    _sign(tmp_path / "checkpoints" / name, changes)
+    with pytest.warns(UserWarning, match=f"{name} is damaged .*{message}.* the checkpoint before it is used"):
+        quick(points_net(), points(), tmp_path, checkpoint_every=40)
+    assert content(tmp_path)[1]["weights.safetensors"] == files["weights.safetensors"]
+
+
+def test_a_checkpoint_with_the_tensors_of_another_network_raises(tmp_path):
+    quick(points_net(), points(), tmp_path)
+    path = tmp_path / "checkpoints" / content(tmp_path)[0]
+    (path / "weights.safetensors").write_bytes((path / "optimizer.safetensors").read_bytes())
+    _sign(path, {})
+    with pytest.raises(ValueError, match=f"the tensors of the checkpoint .*{path.name} are not those of this network"):
+        quick(points_net(), points(), tmp_path)
+
+
+def test_lines_of_the_log_with_wrong_values_are_ignored(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    log.write({"images": 8, "loss": 0.5})
+    wrong = [b'{"images": "8"}', b'{"images": 8, "loss": "x"}', b'{"images": true}', b"\xff", b"[" * 50_000, b"[1]"]
+    log.path.write_bytes(log.path.read_bytes() + b"\n".join(wrong) + b"\n")
+    assert log.lines() == [{"images": 8, "loss": 0.5}]
 
 
 def test_trackers_receive_the_log(tmp_path):

@@ -1,6 +1,7 @@
 """Training data: sources, decoding, the cache and the order of images."""
 
 import math
+import os
 import sys
 import types
 
@@ -455,6 +456,40 @@ def test_an_interrupted_cache_leaves_no_files(pictures, monkeypatch):
         with pytest.raises(OSError, match=r"cannot be written to .*cache: 0\.0 GB are needed, .* Pass another folder"):
             _open(folder, cache=cache)
     assert torch.equal(_read_all(_open(folder, cache=cache)), pixels)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".json", b"{"),
+        (".json", b'{"broken": ["x"]}'),
+        (".json", b'{"broken": [99]}'),
+        (".json", b'{"broken": [0]}'),
+        (".npy", b""),
+        (".npy", b"\x93NUMPY"),
+    ],
+)
+def test_a_damaged_cache_is_written_again(suffix, content, pictures):
+    """A folder that an interrupted call has left is deleted."""
+    folder, pixels = pictures
+    cache = folder.parent / "cache"
+    _open(folder, cache=cache)
+    next(cache.glob(f"*{suffix}")).write_bytes(content)
+    (cache / ".saving-x" / "new").mkdir(parents=True)
+    assert torch.equal(_read_all(_open(folder, cache=cache)), pixels)
+    assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
+    assert torch.equal(_read_all(_open(folder, cache=cache)), pixels)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no locks")
+def test_a_cache_that_another_process_has_just_written_is_used(pictures, monkeypatch):
+    """It is looked for again when the other process has unlocked the folder."""
+    folder, pixels = pictures
+    cache, stored, calls = folder.parent / "cache", module._stored, []
+    _open(folder, cache=cache)
+    monkeypatch.setattr(module, "_stored", lambda *arguments: stored(*arguments) if calls else calls.append(1))
+    monkeypatch.setattr(module, "_decoded", None)  # nothing is decoded
+    assert torch.equal(_read_all(_open(folder, cache=cache)), pixels) and calls
 
 
 def test_a_cache_that_cannot_be_written_raises(pictures):

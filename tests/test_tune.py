@@ -102,6 +102,34 @@ def test_rows_are_measured_once(net, tmp_path, monkeypatch):
         run(net, out=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row.pop("calls"), r"lacks calls"),
+        (lambda row: row.update(seconds="1"), r"seconds must be a number of at least 0, got '1'"),
+        (lambda row: row["figures"].pop("images"), r"figures lacks images"),
+        (lambda row: row["figures"]["images"].pop("std"), r"figures: images lacks std"),
+        (lambda row: row["figures"]["images"].update(std={"value": None, "error": 1}), r".*std: value must be a"),
+        (lambda row: row["settings"].update(levels=0), r"sampler_settings: levels must be"),
+    ],
+)
+def test_a_damaged_row_raises(net, tmp_path, change, message):
+    run(net, out=tmp_path, settings=SETTINGS[:1])
+    path = tmp_path / "tune.json"
+    stored = json.loads(path.read_text())
+    change(stored["rows"][0])
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=rf"tune\.json: rows\[0\]:? {message}"):
+        run(net, out=tmp_path, settings=SETTINGS[:1])
+
+
+def test_a_card_in_another_encoding_is_kept(net, tmp_path):
+    (tmp_path / "README.md").write_bytes(b"# caf\xe9\n")
+    (tmp_path / ".saving-x").write_bytes(b"")  # of an interrupted call
+    run(net, out=tmp_path, settings=SETTINGS[:1])
+    assert (tmp_path / "README.md").read_bytes().startswith(b"# caf\xe9\n") and not list(tmp_path.glob(".*"))
+
+
 def test_a_network_in_its_own_folder(net, tmp_path):
     net.save_pretrained(tmp_path)
     result = run(tmp_path, out=tmp_path, settings=SETTINGS[:1])

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from scorematch.pretrained import Stored, edm, improved_diffusion, ncsn, score_sde
 from scorematch.pretrained.pickles import Globals, StoredTensor, read_pickle
-from scorematch.schema import quote
+from scorematch.schema import quote, reason
 from scorematch.score import ScoreNet
 
 
@@ -95,7 +95,7 @@ def convert(
     try:
         stored = form.read(found.content, path, config, raw=raw)
     except (LookupError, TypeError, RuntimeError, AttributeError) as error:  # of tensors with an unexpected shape
-        raise ValueError(f"{path} does not hold a network of {form.NAME}: {error}") from error
+        raise ValueError(f"{path} does not hold a network of {form.NAME}: {reason(error)}.") from error
     del found  # the file is closed when its tensors have been copied
     net = ScoreNet.from_stored(stored)
     del stored

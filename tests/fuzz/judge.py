@@ -119,7 +119,7 @@ def run(kind, seed, folder, *, timed=True):
         The Outcome.
     """
     case, rng = KINDS[kind], random.Random(f"{kind}:{seed}")  # noqa: S311
-    files = damage(rng.choice(case.files()), case.damaged, rng)
+    files = damage(case, rng)
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -18,11 +19,11 @@ from safetensors.torch import save
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.bulk import read_samples, sample_to
 from scorematch.convert import convert
-from scorematch.evaluation import Extractor, Statistics
+from scorematch.evaluation import Extractor, Statistics, tune
 from scorematch.images import read_image, read_mask
 from scorematch.nets import FAMILIES
-from scorematch.sampling import ODESampler
-from scorematch.training import checkpoint
+from scorematch.sampling import ODESampler, SamplerSettings
+from scorematch.training import checkpoint, train
 from scorematch.training.data import open_images
 from tests import published as theirs
 from tests.fuzz import mutators
@@ -52,16 +53,18 @@ class Kind(NamedTuple):
         files: a function that returns undamaged files to choose from.
         damaged: the patterns of the names of the files that are damaged.
         read: a function that reads the files of a folder, and may write to its subfolder ``out``.
+        sign: a function that corrects the hashes in damaged files, which is called for half of the cases; or None.
     """
 
     files: Callable[[], list[Files]]
     damaged: tuple[str, ...]
     read: Callable[[Path], object]
+    sign: Callable[[Files], None] | None = None
 
 
-def damage(files, patterns, rng):
-    """A copy of the files, of which one is damaged."""
-    files = dict(files)
+def damage(case, rng):
+    """Undamaged files of a kind, of which one is then damaged."""
+    files, patterns = dict(rng.choice(case.files())), case.damaged
     name = rng.choice([name for name in files if any(fnmatch(name, pattern) for pattern in patterns)])
     content, kind = files[name], rng.random()
     if isinstance(content, Saved):
@@ -74,6 +77,8 @@ def damage(files, patterns, rng):
         files[name] = rng.choice([bytes(other) for other in files.values()])
     else:
         files[name] = _mutator(name, content, rng)(content, rng)
+    if case.sign is not None and rng.random() < 0.5:
+        case.sign(files)
     return files
 
 
@@ -432,21 +437,84 @@ def samples():
     return [_folder(functools.partial(write, kind)) for kind in ("png", "npz")]
 
 
+class _Linear(torch.nn.Module):
+    """A network of samples with two values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, x, c_noise):
+        return self.layer(x)
+
+
+def _train(out):
+    torch.manual_seed(0)
+    net = ScoreNet(_Linear(), NoiseSchedule([2.0, 0.2]), sample_shape=(2,))
+    options = {"checkpoint_every": 4, "log_every": 4, "sample_every": 99, "snapshot_every": 99}
+    return train(net, torch.zeros(4, 2), out, images=8, batch_size=4, progress=False, **options)
+
+
 @functools.cache
-def states():
-    """Folders of the checkpoints of a training run."""
-    parts = {
-        "weights": {"a": torch.zeros(2)},
-        "optimizer": {"a.step": torch.tensor(3.0)},
-        "ema-0.050": {"a": torch.ones(2)},
-    }
-    state = {"step": 3, "seconds": 1.5, "processes": 1, "loss_sums": [1.0, 2.0], "loss_counts": [1.0, 0.0]}
+def runs():
+    """The folder of a finished training run, with two checkpoints."""
+    return [_folder(lambda folder: _train(folder / "out"))]
 
-    def write(folder):
-        for images in (100, 200):
-            checkpoint.write(folder, images, parts, state, keep=2)
 
-    return [_folder(write)]
+def sign(files):
+    """Writes the right hashes into the state.json of every checkpoint."""
+    for name in [name for name in files if name.endswith("/state.json")]:
+        try:
+            state = json.loads(files[name])
+            beside = {each: name.replace("state.json", each) for each in state["files"]}
+            state["files"] = {each: checkpoint._hash(files[path]) for each, path in beside.items() if path in files}
+            del state["hash"]
+            files[name] = _text({**state, "hash": checkpoint._hash_of_values(state)})
+        except (ValueError, LookupError, TypeError, RecursionError):  # its damage is of another kind
+            pass
+
+
+class _Images(torch.utils.data.Dataset):
+    """Images of which one cannot be read."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        if i == 1:
+            raise OSError("damaged")
+        return np.full((1, 2, 2), i, np.uint8)
+
+
+def _open_cached(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an image is left out
+        data = open_images(_Images(), cache=folder / "out", workers=1, progress=False)
+    images, _ = data.read([0, 1])
+    assert images.shape == (2, 1, 2, 2)
+
+
+@functools.cache
+def caches():
+    """Caches of decoded training images."""
+    return [_folder(_open_cached)]
+
+
+_TUNED = [SamplerSettings("ode", levels=2), SamplerSettings("ancestral", levels=2, variance="small")]
+
+
+def _tune(folder):
+    torch.manual_seed(0)
+    net = ScoreNet.ncsn(1, 4, width=2, schedule=NoiseSchedule([1.0, 0.1]))
+    reference = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    options = {"features": lambda images: images.flatten(1)[:, :2].float(), "settings": _TUNED, "n": 3, "cache": False}
+    return tune(net, reference, out=folder / "out", progress=False, **options)
+
+
+@functools.cache
+def tunings():
+    """Folders of ``tune``."""
+    return [_folder(_tune)]
 
 
 def _encoded(image, kind, **keywords):
@@ -566,7 +634,9 @@ KINDS = {
     "checkpoint": Kind(checkpoints, ("checkpoint.pth",), _convert),
     "options": Kind(options, ("options.*",), _convert),
     "samples": Kind(samples, ("*",), lambda folder: read_samples(folder, 2)),
-    "state": Kind(states, ("*",), checkpoint.latest),
+    "run": Kind(runs, ("out/config.json", "out/log.jsonl", "out/checkpoints/*"), lambda f: _train(f / "out"), sign),
+    "cache": Kind(caches, ("*",), _open_cached),
+    "tune": Kind(tunings, ("out/tune.json",), _tune),
     "picture": Kind(pictures, ("*",), _read_picture),
     "pictures": Kind(pictures, ("*",), _open_pictures),
     "mask": Kind(masks, ("*",), lambda folder: read_mask(_only(folder))),

@@ -3,6 +3,7 @@
 Every function takes the random generator of the case, which alone determines the damage.
 """
 
+import copy
 import io
 import json
 import struct
@@ -70,7 +71,12 @@ def _changed(value, rng, strings, pool):
         return rng.choice(
             [value[:i], value[i:], [*value, value[i]], value[::-1], value * 30, [*value, None], value[i], [value]]
         )
-    return rng.choice(pool)
+    return _any(pool, rng)
+
+
+def _any(pool, rng):
+    """A copy of any value of the pool: a later change of it must not change the pool."""
+    return copy.deepcopy(rng.choice(pool))
 
 
 def change_tree(tree, rng, pool=POOL):
@@ -87,9 +93,9 @@ def change_tree(tree, rng, pool=POOL):
         elif kind < 0.8:
             del container[key]
         elif isinstance(container, list):
-            container.insert(key, rng.choice(pool))
+            container.insert(key, _any(pool, rng))
         elif kind < 0.87:
-            container[Again(key)] = rng.choice(pool)
+            container[Again(key)] = _any(pool, rng)
         elif kind < 0.94:
             container[rng.choice([f"{key}x", *_WORDS[:4], *strings])] = container.pop(key)
         else:

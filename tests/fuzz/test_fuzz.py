@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import subprocess
 import warnings
 from pathlib import Path
@@ -13,8 +14,8 @@ from tests.fuzz import mutators
 from tests.fuzz.judge import judge, run
 from tests.fuzz.kinds import KINDS
 
-CASES = 34  # of each kind
-BLOCK = 17
+CASES = 30  # of each kind, more than 500 together
+BLOCK = 15
 
 
 @pytest.mark.parametrize("start", range(0, CASES, BLOCK))
@@ -88,6 +89,15 @@ def _take_memory(folder):
 def test_the_judge_finds_what_is_not_allowed(read, fault, tmp_path):
     faults = judge(read, tmp_path, timed=False).faults
     assert faults == [] if fault is None else any(fault in found for found in faults), faults
+
+
+def test_damage_does_not_change_the_values_that_later_cases_draw():
+    before = repr(mutators.POOL)
+    for number in range(300):
+        tree = {"a": [1, {"b": "x"}], "c": {"d": 1}}
+        mutators.change_tree(tree, random.Random(number))  # noqa: S311
+        mutators.change_tree(tree, random.Random(number + 1))  # noqa: S311
+    assert repr(mutators.POOL) == before
 
 
 def test_keys_can_be_written_twice():

@@ -51,7 +51,7 @@ def sample_to(
     Only missing batches are drawn, and a call with a larger ``n`` adds images. The files are the same as after a single
     uninterrupted call; for that an incomplete last batch is drawn again. Under ``torchrun`` or ``accelerate launch``
     each process draws its own share of the batches into the same folder, which must be on a disk that all processes
-    share. At the end each process waits until all images exist.
+    share. At the end each process waits until all images exist; if one of them dies, these programs end the others.
 
     Args:
         sampler: the sampler. Its network must draw images (C, H, W) in [0, 1] with 1 or 3 channels.

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 import traceback
 import warnings
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         else:
-            message = " ".join(str(error).split())
+            message = " ".join(_text(error).split())
             if not isinstance(error, (*_BAD_INPUT, RuntimeError)):  # their messages are sentences
                 message = ": ".join(filter(None, (type(error).__name__, message)))
             if not isinstance(error, _BAD_INPUT):
@@ -79,9 +80,18 @@ def main(argv: list[str] | None = None) -> int:
             print(f"scorematch: {message}", file=sys.stderr)
         return 2 if isinstance(error, _BAD_INPUT) else 1
     except KeyboardInterrupt:
+        if argv is None:  # the program ends now, and a second Ctrl-C would show a traceback of its last functions
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("scorematch: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _text(error: Exception) -> str:
+    """The message of an error; one of the operating system is written as "name: No such file or directory"."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _show_warning(
@@ -100,7 +110,10 @@ def _parser() -> Parser:
     parser = Parser(
         prog="scorematch" if Path(sys.argv[0]).stem == "scorematch" else "python -m scorematch",
         description="Score-based image generation. Each command has its own help: %(prog)s COMMAND --help.",
-        epilog="Example:\n  %(prog)s sample mnist digits.png",
+        epilog="Examples:\n"
+        "  %(prog)s sample mnist digits.png\n"
+        "  %(prog)s train faces --out runs/faces\n"
+        "  %(prog)s restore runs/faces/network damaged.png restored --mask seen.png",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(debug=False)

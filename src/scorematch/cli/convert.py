@@ -38,4 +38,6 @@ def _run(args: argparse.Namespace) -> None:
     check_new_network(args.folder, args.overwrite)
     net = convert(args.checkpoint, args.folder, config=args.config, raw=args.raw)
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {net.schedule}")
+    if net.sample_shape is None:
+        print("The checkpoint does not contain the size of the images. The other commands need it: add --config.")
     print(args.folder)

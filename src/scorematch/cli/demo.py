@@ -1,4 +1,4 @@
-"""``python -m scorematch demo``: a page in the browser on which a network draws and restores images."""
+"""``scorematch demo``: a page in the browser on which a network draws and restores images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ def add(commands: Commands) -> None:
         "demo",
         help="draw and restore images in the browser",
         description="Opens a page in the browser on which a network draws images and restores pictures, step by step. "
-        "It needs the\nextra demo. The page is served at this computer's own address, and only to this computer, until "
-        "Ctrl-C.",
+        "It needs the\nextra demo. Without --host and --share, only this computer can open the page. Ctrl-C ends it.",
         epilog="Examples:\n"
-        "  python -m scorematch demo\n"
-        "  python -m scorematch demo google/ddpm-cifar10-32 --device cuda\n"
-        "  python -m scorematch demo ./my-network --port 8000 --no-browser",
+        "  %(prog)s\n"
+        "  %(prog)s google/ddpm-cifar10-32 --device cuda\n"
+        "  %(prog)s ./my-network --port 8000 --no-browser",
     )
     parser.add_argument(
         "model",

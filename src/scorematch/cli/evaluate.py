@@ -15,7 +15,10 @@ from scorematch.cli.options import (
     add_reference,
     add_samplers,
     add_sampling,
+    amount,
     announce,
+    check_folder_name,
+    check_own,
     estimate,
     find_classes,
     find_device,
@@ -84,7 +87,7 @@ def add(commands: Commands) -> None:
     restoration.add_argument("--data", help="the images to degrade and to restore (default: the reference)")
     restoration.add_argument("--draws", type=image_count, help="restorations of each image (default: 2)")
     restoration.add_argument(
-        "--noise", type=float, help="the standard deviation of the noise in the degraded images (default: 0)"
+        "--noise", type=amount, help="the standard deviation of the noise in the degraded images (default: 0)"
     )
     restoration.add_argument(
         "--restore-method",
@@ -103,6 +106,9 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     _check(args)
+    if args.out is not None:
+        check_folder_name(args.out)
+        check_own(args.out, "evaluation.json", ("evaluation.md", "samples.png", "restored.png"))
     common = {"metrics": args.metrics, "out": args.out, "name": args.model}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
     if not is_network(args.model):

@@ -36,24 +36,27 @@ def _run(args: argparse.Namespace) -> None:
     config, source = stored.config, Path(stored.source)
     is_folder = Path(args.model) in (source, source.parent)  # the network of a pipeline is in unet/
     card = None if is_folder else cards.find(args.model)
-    # The code of a network of the user's own class is not known.
+    # The code of a network of the user's own class is not stored.
     net = None if config["family"] == "custom" else ScoreNet.from_stored(stored)
     lines = {
         "network": args.model,
         "weights": _origin(source, card, is_folder=is_folder, name=args.model),
         "license": _license(source, is_folder=is_folder, name=args.model) if card is None else card.license,
-        **({} if card is None else {"data": card.data, "quality": card.quality}),
+        "data": None if card is None else card.data,
+        "quality": None if card is None else card.quality,
         "family": f'{config["family"]}, preconditioning "{config["precondition"]}"',
-        "parameters": "unknown" if net is None else f"{sum(each.numel() for each in net.parameters()):,}",
-        "computation": _cost(net),
+        "class": "your own; ScoreNet.from_pretrained needs it as backbone=YourClass()" if net is None else None,
+        "parameters": None if net is None else f"{sum(each.numel() for each in net.parameters()):,}",
+        "computation": None if net is None else _cost(net),
         "images": _images(config),
-        "condition": _condition(net),
+        "condition": None if net is None else _condition(net),
         "noise levels": _levels(config),
         "sampler": _sampler(net, config),
-        **({} if card is None else {"": card.settings_source}),
+        "": None if card is None else card.settings_source,
     }
     for name, text in lines.items():
-        print(f"{name:<13}{text}")
+        if text is not None:  # it is known
+            print(f"{name:<13}{text}")
 
 
 def _commit(source: Path) -> str:
@@ -84,11 +87,8 @@ def _license(source: Path, *, is_folder: bool, name: str) -> str:
     return "not stated" if found is None else found[1]
 
 
-def _cost(net: ScoreNet | None) -> str:
-    if net is None or net.sample_shape is None:
-        return "unknown"
-    flop = sampling_flop(net)
-    return f"{flop / 1e9:.3g} GFLOP per network call and image"
+def _cost(net: ScoreNet) -> str | None:
+    return None if net.sample_shape is None else f"{sampling_flop(net) / 1e9:.3g} GFLOP per network call and image"
 
 
 def _images(config: dict[str, Any]) -> str:
@@ -97,10 +97,10 @@ def _images(config: dict[str, Any]) -> str:
     return f"{size}, {'values of any size' if ends is None else f'values in [{ends[0]:g}, {ends[1]:g}]'}"
 
 
-def _condition(net: ScoreNet | None) -> str:
-    takes = None if net is None else net.conditioning
+def _condition(net: ScoreNet) -> str | None:
+    takes = net.conditioning
     if takes is None:
-        return "unknown"
+        return None
     if takes.channels:
         return f"an image with {takes.channels} channels, such as the degraded image for the command restore"
     if takes.classes is None:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from scorematch import pretrained
 from scorematch.bulk.classes import Classes, Rule
 from scorematch.evaluation import EXTRACTORS, as_extractor
 from scorematch.guidance import GuidedScore, classifier_free
@@ -21,6 +22,8 @@ from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.protocol import Score, attribute, device_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
 from scorematch.score import ScoreNet
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff"}
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -54,27 +57,28 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
-    sampler = parser.add_argument_group(
-        "sampler", "Settings of annealed Langevin dynamics (default: those that are recommended for the network)."
-    )
-    sampler.add_argument("--levels", type=int, help="the number of noise levels")
+    noise = parser.add_argument_group("noise levels", "Default: those that are recommended for the network.")
+    noise.add_argument("--levels", type=int, help="the number of noise levels")
     for end, word in (("max", "highest"), ("min", "lowest")):
-        sampler.add_argument(
-            f"--sigma-{end}", type=float, metavar="SIGMA", help=f"the {word} noise level, within the network's range"
+        noise.add_argument(
+            f"--sigma-{end}", type=amount, metavar="SIGMA", help=f"the {word} noise level, within the network's range"
         )
-    sampler.add_argument(
+    langevin = parser.add_argument_group(
+        "annealed Langevin dynamics", "Default: the settings that are recommended for the network."
+    )
+    langevin.add_argument(
         "--steps-per-level", type=int, metavar="STEPS", help="the number of Langevin steps at each level"
     )
-    sampler.add_argument(
-        "--step-size", type=float, metavar="EPSILON", help="the step size at the lowest level, below 2 sigma_min^2"
+    langevin.add_argument(
+        "--step-size", type=amount, metavar="EPSILON", help="the step size at the lowest level, below 2 sigma_min^2"
     )
-    sampler.add_argument(
+    langevin.add_argument(
         "--exact-noise",
         action=argparse.BooleanOptionalAction,
-        help="whether the noise of a Langevin step of size a has variance 2a - a^2/sigma^2 instead of 2a; either "
-        "disables consistent sampling",
+        help="whether the noise of a Langevin step of size a has variance 2a - a^2/sigma^2 instead of 2a; each of the "
+        "two options turns off consistent sampling",
     )
-    sampler.add_argument(
+    langevin.add_argument(
         "--consistent",
         action=argparse.BooleanOptionalAction,
         help="consistent sampling: one step from each level to the next that adds exactly the missing noise",
@@ -127,11 +131,11 @@ def add_samplers(parser: argparse.ArgumentParser) -> None:
     schema = SamplerSettings.SCHEMA
     group.add_argument("--method", choices=schema["method"].choices, help="of ode (default: heun)")
     group.add_argument(
-        "--churn", type=float, metavar="AMOUNT", help="of ode: how much new noise the steps add (default: none)"
+        "--churn", type=amount, metavar="AMOUNT", help="of ode: how much new noise the steps add (default: none)"
     )
-    group.add_argument("--churn-min", type=float, metavar="SIGMA", help="of ode: the lowest level that adds noise")
-    group.add_argument("--churn-max", type=float, metavar="SIGMA", help="of ode: the highest level that adds noise")
-    group.add_argument("--churn-noise", type=float, metavar="FACTOR", help="of ode: the factor of the added noise")
+    group.add_argument("--churn-min", type=amount, metavar="SIGMA", help="of ode: the lowest level that adds noise")
+    group.add_argument("--churn-max", type=amount, metavar="SIGMA", help="of ode: the highest level that adds noise")
+    group.add_argument("--churn-noise", type=amount, metavar="FACTOR", help="of ode: the factor of the added noise")
     group.add_argument("--variance", choices=schema["variance"].choices, help="of ancestral (default: large)")
     group.add_argument(
         "--clamp-denoised",
@@ -142,7 +146,7 @@ def add_samplers(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--corrector-steps", type=int, metavar="STEPS", help="of predictor-corrector: Langevin steps at each level"
     )
-    group.add_argument("--snr", type=float, help="of predictor-corrector: the signal-to-noise ratio of these steps")
+    group.add_argument("--snr", type=amount, help="of predictor-corrector: the signal-to-noise ratio of these steps")
 
 
 def add_reference(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +223,21 @@ def _class_or_rule(text: str) -> Classes:
     return int(text)
 
 
+def amount(text: str) -> float:
+    """The ``type`` of options that are a finite number of at least 0, such as "0.5".
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, such as 0.5, got {text!r}")
+    return number
+
+
 def image_count(text: str) -> int:
     """The ``type`` of options that are a number of images, such as "50000", "50k" or "5M".
 
@@ -259,16 +278,37 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def load_network(name: str | os.PathLike[str]) -> ScoreNet:
+    """Loads any network of the package by its name, or from a folder.
+
+    Raises:
+        OSError, ValueError: as ``ScoreNet.from_pretrained``, or if the network is of the user's own class.
+    """
+    stored = pretrained.load(name)
+    if stored.config["family"] == "custom":
+        raise ValueError(
+            f"{name} has a network of your own class, whose code is not stored. Load it in Python: "
+            f'ScoreNet.from_pretrained("{name}", backbone=YourClass()).'
+        )
+    return ScoreNet.from_stored(stored)
+
+
 def load(args: argparse.Namespace) -> ScoreNet:
     """Loads the network ``model`` to the device of ``--device``.
 
     Raises:
-        ValueError: for a bad ``--device``, or if the network does not draw gray or RGB images in [0, 1].
+        ValueError: for a bad ``--device``, or if the network does not draw gray or RGB images in [0, 1], or the size of
+            its images is not known.
     """
     device = find_device(args.device)
-    net = ScoreNet.from_pretrained(args.model).to(device)
+    net = load_network(args.model).to(device)
     shape = net.sample_shape
-    if shape is None or len(shape) != 3 or shape[0] not in (1, 3):
+    if shape is None:
+        raise ValueError(
+            f"the size of the images of {args.model} is not stored with it. Convert the checkpoint with --config, or "
+            "sample from the network in Python with shape=."
+        )
+    if len(shape) != 3 or shape[0] not in (1, 3):
         raise ValueError(
             f"the network must draw images (C, H, W) with 1 or 3 channels, but the sample_shape of {args.model} is "
             f"{shape}."
@@ -295,6 +335,22 @@ def check_new(paths: Iterable[Path], overwrite: bool) -> None:
             raise FileExistsError(f"{path} exists already. Choose another name, or add --overwrite to replace it.")
 
 
+def check_own(folder: Path, record: str, names: Iterable[str]) -> None:
+    """Checks that a folder has no files with the names of results, unless the same command wrote them.
+
+    Args:
+        folder: the folder to write.
+        record: the file that the command writes, by which its folders are recognized.
+        names: the names of the results.
+
+    Raises:
+        FileExistsError: if the folder has such a file and not the record.
+    """
+    foreign = [] if (folder / record).exists() else [folder / name for name in names if (folder / name).exists()]
+    if foreign:
+        raise FileExistsError(f"{foreign[0]} exists already and would be replaced. Choose another folder.")
+
+
 def check_new_network(folder: Path, overwrite: bool) -> None:
     """Checks that a folder has no network, or that ``overwrite`` is True.
 
@@ -313,9 +369,7 @@ def check_folder_name(folder: Path) -> None:
     Raises:
         ValueError: if it is.
     """
-    from PIL import Image  # installed, since the commands that call this read or write pictures
-
-    if folder.suffix.lower() in Image.registered_extensions():
+    if folder.suffix.lower() in _PICTURES:
         raise ValueError(
             f"the output must be a folder, got the name of a picture, {folder}. Write {folder.with_suffix('')}."
         )
@@ -413,15 +467,17 @@ def announce(sampler: Sampler, seconds: float, n: int, processes: int = 1) -> No
 
 
 def count(n: int) -> str:
-    """A number of images as text, such as "1 image" or "4 images"."""
-    return f"{n} image{'s' if n > 1 else ''}"
+    """A number of images as text, such as "1 image" or "5,000 images"."""
+    return f"{n:,} image{'s' if n > 1 else ''}"
 
 
 def duration(seconds: float) -> str:
-    """A duration as text, such as "5 s", "2 min" or "3.0 h"."""
+    """A duration as text, such as "5 s", "2 min", "3.0 h" or "4 days"."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{round(seconds / 86_400):,} days"
 
 
 def estimate(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from scorematch.cli.options import Commands
+from scorematch.cli.options import Commands, load_network
 from scorematch.pretrained.hub import is_repository
-from scorematch.score import ScoreNet
 
 
 def add(commands: Commands) -> None:
@@ -35,7 +34,7 @@ def _run(args: argparse.Namespace) -> None:
     if not is_repository(args.repository):
         raise ValueError(f"the repository must be owner/name, got {args.repository!r}.")
     run = args.folder / "network"
-    net = ScoreNet.from_pretrained(run if run.is_dir() else args.folder)
+    net = load_network(run if run.is_dir() else args.folder)
     if get_token() is None:
         raise PermissionError(
             "you are not logged in to the Hugging Face Hub. Run hf auth login, or set the environment variable "

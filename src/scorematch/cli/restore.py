@@ -16,6 +16,7 @@ from scorematch.cli.options import (
     add_model,
     add_overwrite,
     add_sampling,
+    amount,
     announce,
     check_folder_name,
     check_new,
@@ -70,7 +71,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("-n", type=image_count, default=4, help="the number of restorations per picture (default: 4)")
     parser.add_argument(
         "--sigma",
-        type=float,
+        type=amount,
         default=0.0,
         help="the standard deviation of the noise in the pictures, for pixel values in [0, 1] (default: 0)",
     )
@@ -103,11 +104,13 @@ def add(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> None:
     if args.invert and args.mask is None:
         raise ValueError("--invert is for --mask. Leave it out.")
+    if args.original is not None and args.degrade:
+        raise ValueError("--original and --degrade exclude each other: with --degrade, the pictures are the originals.")
     operator, paths, folder = _operator(args), list_pictures(args.pictures), Path(args.folder)
     originals = None if args.original is None else list_pictures(args.original)
     if originals is not None and len(originals) != len(paths):
         raise ValueError(
-            f"--original must have one picture for each of the {len(paths)} pictures to restore, got {len(originals)}."
+            f"--original must have as many pictures as there are to restore, {len(paths)}, got {len(originals)}."
         )
     _check_folder(args, folder, paths)
     net = load(args)
@@ -123,7 +126,10 @@ def _run(args: argparse.Namespace) -> None:
     groups: dict[tuple[int, ...], list[tuple[Path, Path | None]]] = {}
     described: set[str] = set()
     for path, original in sources:
-        picture = _Picture(args, operator, channels, path, original)
+        try:
+            picture = _Picture(args, operator, channels, path, original)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         # The same line is printed only once.
         for line in (_describe_seen(args, operator, picture.y), _describe_difference(args, picture, [channels, *size])):
             if line is not None and line not in described:

@@ -159,7 +159,7 @@ def _draw(args: argparse.Namespace, job: Job) -> None:
 
 def _pictures(name: str, n: int) -> list[Path]:
     """The files of n images: one for all of them, or one for each if the name is a folder or a pattern."""
-    pattern = re.compile(r"%(0?\d?)d")
+    pattern = re.compile(r"%(0?\d{0,2})d")
     if name.endswith(("/", os.sep)) or Path(name).is_dir():
         check_folder_name(Path(name))
         return [Path(name, f"{i:06d}.png") for i in range(n)]  # as in the folder of --out

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch.cli.options import Commands, duration, image_count
+from scorematch.cli.options import Commands, check_folder_name, check_own, duration, image_count, load_network
 from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
 from scorematch.score import ScoreNet
@@ -23,6 +23,7 @@ from scorematch.training.steps import make_accelerator
 
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
+_RESULTS = ("checkpoints", "network", "snapshots", "samples", "log.jsonl", "report.md", "report")
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 
 
@@ -146,6 +147,11 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--label-drop is for training on classes. Add --labels.")
     if args.cache is not None and args.no_cache:
         raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
+    check_folder_name(args.out)
+    check_own(args.out, "config.json", _RESULTS)
+    label_drop = (_LABEL_DROP if args.label_drop is None else args.label_drop) if args.labels else 0.0
+    options = {**recipe.options(), **_given(args), "label_drop": label_drop}
+    settings = Settings(**options)
     accelerator = make_accelerator(cpu=args.device == "cpu", trackers=args.tracker, folder=args.out)
     device: torch.device = accelerator.device
     if args.device not in ("auto", device.type):
@@ -155,9 +161,11 @@ def _run(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():  # the others find the cache
         start = _start(args)
         data = _open(args, recipe, start)
-    label_drop = (_LABEL_DROP if args.label_drop is None else args.label_drop) if args.labels else 0.0
     classes = None if data.classes is None else len(data.classes)
     if start is not None and start.sample_shape is not None:
+        known = None if start.conditioning is None else start.conditioning.classes
+        if classes != known:
+            raise ValueError(f"the data must have as many classes as {args.start}, {known}, got {classes}.")
         net = start
         net.sample_shape = (start.sample_shape[0], *data.shape[1:])  # its convolutions take other sizes, too
     else:
@@ -165,8 +173,6 @@ def _run(args: argparse.Namespace) -> None:
             torch.manual_seed(args.seed)
             size = data.shape[1], data.shape[2]
             net = recipe.build(data.shape[0], size, classes=classes, null_class=label_drop > 0)
-    options = {**recipe.options(), **_given(args), "label_drop": label_drop}
-    settings = Settings(**options)
     if accelerator.is_main_process:
         net.to(device)
         _announce(args, recipe, data, net, settings, device, accelerator.num_processes)
@@ -197,7 +203,23 @@ def _run(args: argparse.Namespace) -> None:
 
 def _start(args: argparse.Namespace) -> ScoreNet | None:
     """The network of ``--start``, or None if the recipe says which network is trained."""
-    return None if args.start is None or args.recipe is not None else ScoreNet.from_pretrained(args.start)
+    return None if args.start is None or args.recipe is not None else load_network(args.start)
+
+
+def _check_condition(args: argparse.Namespace, start: ScoreNet) -> None:
+    """Checks that the network of ``--start`` takes the classes of ``--labels``, or no condition."""
+    takes = start.conditioning
+    assert takes is not None  # noqa: S101  (it is known for all networks of the package)
+    if takes.channels:
+        raise ValueError(
+            f"{args.start} restores images. Add the recipe that it was trained with, such as --recipe palette."
+        )
+    if takes.classes is not None and not args.labels:
+        raise ValueError(f"{args.start} is class-conditional. Add --labels.")
+    if takes.classes is None and args.labels:
+        raise ValueError(f"--labels is for networks with classes, and {args.start} has none. Leave it out.")
+    if takes.classes is not None and not takes.null_class and args.label_drop != 0:
+        raise ValueError(f"{args.start} has no null class, for which labels are dropped. Add --label-drop 0.")
 
 
 def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> ImageData:
@@ -205,6 +227,7 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> I
     if start is not None:
         if start.sample_shape is None or len(start.sample_shape) != 3:
             raise ValueError(f"--start must be a network of images (C, H, W), got samples {start.sample_shape}.")
+        _check_condition(args, start)
         channels, *size = start.sample_shape
     crop = recipe.crop if args.crop is None else None if args.crop == "none" else args.crop
     with warnings.catch_warnings():
@@ -270,7 +293,7 @@ def _announce(
         print(f"          begins with the weights of {args.start}")
     print(
         f"training  {settings.total:,} images in {settings.steps:,} steps of {settings.batch_size}, "
-        f"{settings.total / len(data):.3g} epochs"
+        f"{_epochs(settings.total / len(data))} epochs"
     )
     done = max((int(path.name) for path in (args.out / "checkpoints").glob("[0-9]*")), default=0)
     if done:
@@ -280,6 +303,10 @@ def _announce(
     remaining = max(0, settings.total - done) * seconds / processes
     print(f"time      about {duration(remaining)} on {where}, {processes / seconds:.3g} images/s")
     print(f"out       {args.out}", flush=True)
+
+
+def _epochs(number: float) -> str:
+    return f"{number:.3g}" if number < 100 else f"{number:,.0f}"
 
 
 def _seconds_per_image(net: ScoreNet, data: ImageData, settings: Settings, device: torch.device) -> float:

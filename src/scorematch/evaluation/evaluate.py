@@ -31,7 +31,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +41,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch import __version__
 from scorematch.bulk import read_samples, stored_samples, stored_settings
 from scorematch.bulk.batches import this_process
 from scorematch.bulk.classes import Classes
@@ -54,13 +52,13 @@ from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, 
 from scorematch.evaluation.per_image import choose
 from scorematch.files import clean, write_whole
 from scorematch.images import check_picture, save_grid, to_uint8
-from scorematch.precision import device_name
 from scorematch.pretrained import cards
 from scorematch.protocol import attribute, device_of
 from scorematch.randomness import seed_of
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
 from scorematch.score import ScoreNet
 from scorematch.training.data import ImageData, open_images
+from scorematch.training.report import versions
 from scorematch.training.sources import Crop
 
 SamplerChoice: TypeAlias = "SamplerSettings | Callable[[Any], Sampler] | None"
@@ -186,12 +184,6 @@ def _errors(figures: Mapping[str, Figures]) -> dict[str, str]:
     known = {name: said for measure in MEASURES.values() for name, said in measure.errors.items() if said is not None}
     present = dict.fromkeys(name for found in figures.values() for each in found.values() for name in each)
     return {name: known[name] for name in present if name in known} | {"others": "standard error over the images"}
-
-
-def versions(device: torch.device | str) -> dict[str, str]:
-    """The versions of Python and of the packages, and the device."""
-    packages = {"scorematch": __version__, "torch": torch.__version__, "Python": platform.python_version()}
-    return {**packages, "device": device_name(torch.device(device))}
 
 
 # -- What users call --------------------------------------------------------------------------------------------------

@@ -52,16 +52,18 @@ from scorematch.bulk.batches import this_process
 from scorematch.bulk.hashing import identity, sampler_settings
 from scorematch.bulk.job import prepared
 from scorematch.evaluation.accumulate import process_group
-from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, find_data, sampler_for, versions
+from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, find_data, sampler_for
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.figures import Collection, Evaluator, Figure, Figures, OneOrMore, mean_figure
 from scorematch.evaluation.per_image import Batch, choose, per_image
+from scorematch.files import clean
 from scorematch.images import check_picture, save_grid
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import TASKS, condition_of
 from scorematch.protocol import attribute, device_of
 from scorematch.sampling import Sampler
 from scorematch.training.data import ImageData, open_images
+from scorematch.training.report import versions
 from scorematch.training.sources import Crop
 
 DEFAULT_N_RESTORED = 500  # images, if the number is not given
@@ -196,6 +198,7 @@ def evaluate_restoration(
         if folder is not None and this_process()[0] == 0:
             result.save(folder)
             save_grid(torch.cat(run.shown), folder / "restored.png", columns=draws + 2)
+            clean(folder)
     return result
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,11 +33,11 @@ from scorematch.evaluation.evaluate import find_data, hash_of, open_for, read_ba
 from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.figures import IMAGES, Evaluator, Figure, Figures
 from scorematch.evaluation.per_image import choose
-from scorematch.files import write_whole
+from scorematch.files import clean, write_whole
 from scorematch.pretrained.model_card import model_card
 from scorematch.protocol import device_of
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
-from scorematch.schema import Field, check
+from scorematch.schema import Field, check, plain, read_object
 from scorematch.score import ScoreNet
 from scorematch.training.sources import Crop
 
@@ -48,6 +48,17 @@ _SCHEMA: Mapping[str, Field] = {
     "format_version": Field(int, required=True, choices=(1,)),
     "settings": Field(dict, required=True),
     "rows": Field(list, required=True, each=Field(dict)),
+}
+_ROW: Mapping[str, Field] = {
+    "settings": Field(dict, required=True),
+    "sampler": Field(str, required=True),
+    "calls": Field(int, required=True, low=1, high=2**31),
+    "seconds": Field(float, required=True, low=0),
+    "figures": Field(dict, required=True),
+}
+_FIGURE: Mapping[str, Field] = {
+    "value": Field(float, required=True),
+    "error": Field(float, required=True, optional=True),
 }
 _BEGIN, _END = "<!-- sampler settings, by scorematch tune -->", "<!-- end of sampler settings -->"
 
@@ -189,7 +200,9 @@ def tune(
         )
         evaluator.check(n, shape)
         context = {"n": n, **options, "network": sampler_settings(next(iter(samplers.values())))["network"]}
-        kept = _Table(None if out is None else Path(out), {**context, **evaluator.settings()})
+        source = evaluator.extractors[0].name
+        figures = {source: (by,), IMAGES: ("std", "variation")}
+        kept = _Table(None if out is None else Path(out), {**context, **evaluator.settings()}, figures)
         for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process()[0] > 0):
             if each not in kept.rows:
                 (row,) = compare([sampler], evaluator, n, **options, progress=progress)
@@ -199,12 +212,12 @@ def tune(
             data = open_for(held_out, shape, crop, progress)
             chosen = choose(len(data), min(n, len(data)), seed)
             others = evaluator.measure(read_batches(data, chosen, batch_size), strict=False)
-        source = evaluator.extractors[0].name
         rows = [kept.rows[each] for each in samplers]
         best = min(rows, key=lambda row: (row.figures[source][by].value, row.calls))
         result = Tuning(rows, best, others, source, by)
         if out is not None and this_process()[0] == 0:
             _store(net, Path(out), result, n)
+            clean(Path(out))
     return result
 
 
@@ -289,26 +302,34 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
 
 
 class _Table:
-    """The measured rows, which are also stored in tune.json if a folder is given."""
+    """The measured rows, which are also stored in tune.json if a folder is given.
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+    Args:
+        folder: the folder, or None.
+        settings: everything that determines the figures.
+        figures: the names of the figures that a row must have, by their source.
+    """
+
+    def __init__(
+        self, folder: Path | None, settings: Mapping[str, Any], figures: Mapping[str, Collection[str]]
+    ) -> None:
         self._path = None if folder is None else folder / _FILE
         self._settings = json.loads(json.dumps(settings))  # lists instead of tuples
         self.rows: dict[SamplerSettings | None, Row] = {}
         if self._path is not None and self._path.is_file():
             try:
-                stored = json.loads(self._path.read_text(encoding="utf-8"))
+                stored = read_object(self._path)
+                check(stored, _SCHEMA, str(self._path))
             except ValueError as error:
-                raise ValueError(f"{self._path} is not valid JSON ({error}). Pass another folder.") from error
-            check(stored, _SCHEMA, str(self._path))
+                raise ValueError(f"{error} Pass another folder.") from error
             differing = [key for key, value in self._settings.items() if stored["settings"].get(key) != value]
             if differing:
                 raise ValueError(
                     f"{self._path} was measured with other settings: {', '.join(differing)}. Pass the same settings to "
                     "continue, or another folder."
                 )
-            for row in stored["rows"]:
-                found = _read_row(row)
+            for i, row in enumerate(stored["rows"]):
+                found = _read_row(row, figures, f"{self._path}: rows[{i}]")
                 self.rows[found.settings] = found
 
     def add(self, row: Row) -> None:
@@ -339,11 +360,21 @@ def _write_row(row: Row) -> dict[str, Any]:
     }
 
 
-def _read_row(row: Mapping[str, Any]) -> Row:
-    figures = {
-        source: {name: Figure(**figure) for name, figure in found.items()} for source, found in row["figures"].items()
-    }
-    return Row(row["sampler"], row["calls"], row["seconds"], figures, SamplerSettings.from_dict(row["settings"]))
+def _read_row(row: Mapping[str, Any], needed: Mapping[str, Collection[str]], where: str) -> Row:
+    check(row, _ROW, where)
+    check(row["figures"], dict.fromkeys(needed, Field(dict, required=True)), f"{where}: figures")
+    figures: Figures = {}
+    for source, found in row["figures"].items():
+        place = f"{where}: figures: {plain(source)}"
+        check(found, dict.fromkeys(needed.get(source, ()), Field(dict, required=True)), place)
+        for name, figure in found.items():
+            check(figure, _FIGURE, f"{place}: {plain(name)}", closed=True)
+        figures[source] = {name: Figure(**figure) for name, figure in found.items()}
+    try:
+        settings = SamplerSettings.from_dict(row["settings"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return Row(row["sampler"], row["calls"], row["seconds"], figures, settings)
 
 
 def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
@@ -357,7 +388,7 @@ def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
         net.sampler_settings = own
     card = folder / "README.md"
     if card.is_file():
-        text = card.read_text(encoding="utf-8")
+        text = card.read_text(encoding="utf-8", errors="surrogateescape")  # keeps bytes in another encoding
     else:
         name = str(folder) if os.sep in str(folder) else f"./{folder}"
         weights = sum(parameter.numel() for parameter in net.parameters())
@@ -369,4 +400,4 @@ def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
     )
     old = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     text = old.sub(lambda _: section, text) if old.search(text) else f"{text.rstrip()}\n\n{section}\n"
-    write_whole(card, text.encode())
+    write_whole(card, text.encode(errors="surrogateescape"))

@@ -146,7 +146,7 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
         if groups < 1 or channels % groups:
             raise ValueError(
-                f"the number of groups of a norm must divide its {channels} channels, got {groups} groups."
+                f"the number of groups of a norm, norm_num_groups, must divide its {channels} channels, got {groups}."
             )
         super().__init__(groups, channels, eps)
 

@@ -79,6 +79,40 @@ CARDS = (
         ),
     ),
     Card(
+        name="mnist-classes",
+        repository=None,
+        revision=None,
+        license="MIT",
+        shape=(1, 28, 28),
+        data="MNIST, 60,000 handwritten digits with their classes",
+        sigmas=(17.0, 0.005),
+        levels=256,
+        parameters=1_939_265,
+        settings=SamplerSettings(sampler="ode", levels=18),
+        settings_source="those of Karras et al., 2022 (18 levels, Heun's method); others were not measured",
+        quality=(
+            "with guidance of weight 1.5 (70 network calls) a classifier with an accuracy of 99.3 % is more than 90 % sure "
+            "of the digit for 98.3 % of 1,000 samples and 98.5 % of test digits; without guidance for 92.4 %"
+        ),
+    ),
+    Card(
+        name="celeba-small",
+        repository=None,
+        revision=None,
+        license="research only, as CelebA",
+        shape=(3, 64, 64),
+        data="CelebA, 14,283 aligned faces, 64x64",
+        sigmas=(40.0, 0.002),
+        levels=256,
+        parameters=6_020_739,
+        settings=SamplerSettings(levels=100, consistent=True),
+        settings_source="measured on these weights; see the network's README",
+        quality=(
+            "recognizable faces with smeared details; Fréchet distance to 5,000 training images in EfficientNet-Lite0 "
+            "features 71.8 with 300 samples; 26.0 for held-out images"
+        ),
+    ),
+    Card(
         name="palette-mnist",
         repository=None,
         revision=None,

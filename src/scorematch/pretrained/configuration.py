@@ -12,7 +12,7 @@ The ``config.json`` that this package writes has the keys
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,9 +128,15 @@ def remedy(path: Path) -> str:
 
 def missing(path: Path) -> FileNotFoundError:
     """The error for a file that is missing in a network's folder."""
-    names = sorted(plain(each.name) for each in path.parent.iterdir()) if path.parent.is_dir() else []
-    found = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+    names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     return FileNotFoundError(
-        f"{path.parent} has no {plain(path.name)}; it holds {found or 'nothing'}. A network is a folder with "
-        f"{CONFIG_FILE} and its weights."
+        f"{path.parent} has no {plain(path.name)}; it holds {listed(names)}. A network is a folder with {CONFIG_FILE} "
+        "and its weights."
     )
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names of files in a message: the first eight in alphabetical order, and the number of the others."""
+    words = [plain(name) for name in sorted(names)]
+    more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
+    return ", ".join(words[:_LISTED]) + more if words else "nothing"

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,17 @@ _VARIANCE_EXPLODING: Mapping[str, Field] = {
 # -- Reading the two configurations and the weights -------------------------------------------------------------------
 
 
-def read(home: Path, config: Mapping[str, Any], card: Card | None, complete: Callable[[], None] | None) -> Stored:
+def read(
+    home: Path, config: Mapping[str, Any], card: Card | None, complete: Callable[[Sequence[str]], None] | None
+) -> Stored:
     """Reads the network of a folder.
 
     Args:
         home: the folder with the network's config.json, which is unet/ in a pipeline.
         config: the content of that file.
         card: the card of the network, or None. If ``card.correction`` is True, the noise levels are those of the card.
-        complete: called when the configurations have been checked and before the weights are read, to download them;
-            None reads no weights, nor the noise levels that some networks store with them.
+        complete: downloads the first of the named files of weights that exists; called when the configurations have
+            been checked. None reads no weights, nor the noise levels that some networks store with them.
 
     Returns:
         The network, with its configuration translated to that of a ScoreNet.
@@ -118,7 +120,7 @@ def read(home: Path, config: Mapping[str, Any], card: Card | None, complete: Cal
     translated = _translate(config, scheduler, *where, None)
     if complete is None:
         return Stored(translated, {}, home, has_weights=False)
-    complete()
+    complete(DIFFUSERS_WEIGHTS_FILES)
     weights = current_names(read_weights(home, DIFFUSERS_WEIGHTS_FILES))
     stored_levels = weights.pop("sigmas", None)
     if stored_levels is not None:

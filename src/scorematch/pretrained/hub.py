@@ -2,11 +2,13 @@
 
 Only the configurations and one copy of the weights of a repository are downloaded, in safetensors format if available.
 The configurations are downloaded first, so that a network that is not supported is refused before its weights are
-downloaded. The client caches the files, resumes interrupted downloads, repeats failed requests, and reads tokens,
-``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and ``HF_HOME``. A commit (40 hex digits) that is in the cache is loaded without a
-request. In other cases one request without retries, which waits at most ``HF_HUB_ETAG_TIMEOUT`` seconds (10 by
-default), finds out whether the Hub can be reached; if not, the cache is used. huggingface_hub is imported only when a
-function needs it.
+downloaded. The client caches the files, resumes interrupted downloads, and reads tokens, ``HF_ENDPOINT``,
+``HF_HUB_OFFLINE`` and ``HF_HOME``. A commit (40 hex digits) that is in the cache is loaded without a request.
+
+In other cases the first request asks for the commit and the names of the files. If it fails, the cache is used. If the
+network is not in the cache and the Hub is busy (status 429 or 5xx), the request is repeated after 1, 2 and 4 seconds.
+Each request has a time limit: ``HF_HUB_ETAG_TIMEOUT`` and ``HF_HUB_DOWNLOAD_TIMEOUT`` seconds, 10 by default, before
+the client repeats it. huggingface_hub is imported only when a function needs it.
 """
 
 from __future__ import annotations
@@ -16,43 +18,33 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE
+from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, listed
 from scorematch.pretrained.weights import WEIGHTS_FILE
+from scorematch.schema import reason
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
-_CONFIGS = [
-    CONFIG_FILE,
+_CONFIGS = (
     SCHEDULE_FILE,
     "scheduler_config.json",
     "model_index.json",
-    f"unet/{CONFIG_FILE}",
     f"unet/{SCHEDULE_FILE}",
     "scheduler/scheduler_config.json",
-]
-_OWN = [WEIGHTS_FILE, f"unet/{WEIGHTS_FILE}"]
-
-
-def _weights(kind: str) -> list[str]:
-    names = [f"diffusion_pytorch_model.{kind}", f"diffusion_pytorch_model.{kind}.index.json"]
-    names.append(f"diffusion_pytorch_model-*-of-*.{kind}")
-    return [*names, *(f"unet/{name}" for name in names)]
-
-
-# The patterns must not change between calls: the client records for which patterns a snapshot is complete.
-_SAFE = [*_CONFIGS, *_OWN, *_weights("safetensors")]
-_PICKLED = [*_CONFIGS, *_weights("bin")]
+    CONFIG_FILE,  # downloaded last, so that the others are there as well
+    f"unet/{CONFIG_FILE}",
+)
+_WEIGHTS = (WEIGHTS_FILE, "diffusion_pytorch_model*")
 # The files of a network in a repository, which are deleted when another network is uploaded.
-_NETWORK = [*_CONFIGS, *_OWN, "diffusion_pytorch_model*", "unet/diffusion_pytorch_model*"]
-
-
+_NETWORK = [*_CONFIGS, *_WEIGHTS, *(f"unet/{name}" for name in _WEIGHTS)]
 _COMMIT = re.compile("[0-9a-f]{40}")
+_BUSY = (429, 500, 502, 503, 504)  # the statuses of answers after which a request is repeated
+_WAITS = (1.0, 2.0, 4.0)  # seconds before each repetition
+_T = TypeVar("_T")
 
 
 def is_repository(name: str) -> bool:
@@ -93,83 +85,128 @@ class Repository:
     ) -> None:
         _check_token(token)
         self._repo_id, self._revision, self._token = repo_id, revision, token
-        self._cache_dir, self._offline = cache_dir, local_files_only
-        self._why_offline: str | None = "local_files_only is set" if local_files_only else None
+        self._cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self._commit = revision if revision is not None and _COMMIT.fullmatch(revision) else None
-        self._reached = False  # whether the Hub has answered
+        self._names: Sequence[str] | None = None  # the files of the repository, once the Hub has answered
+        self._offline, self._why_offline = local_files_only, "local_files_only is set"
 
     def configurations(self) -> Path:
         """Downloads the configurations, and returns their folder in the cache."""
-        folder = self._fetch(lambda offline: self._download(_CONFIGS, offline), _lacking_configuration)
-        self._commit = folder.name  # the weights are those of the same commit
-        return folder
-
-    def weights(self) -> None:
-        """Downloads the weights into the folder of the configurations, which were downloaded before."""
-
-        def download(offline: bool) -> Path:
-            folder = self._download(_SAFE, offline)
-            if not _has_weights(folder, "safetensors"):
-                self._download(_PICKLED, offline)
-            if not offline:
-                _verify(folder)
+        with _errors(self._repo_id, self._revision):
+            folder = self._cached()
+            if folder is None or self._commit is None or not _has_configurations(folder):
+                names = self._ask(optional=folder is not None)
+                if names is not None:
+                    folder = self._download_configurations(names)
+            if folder is None:
+                raise self._not_in_the_cache()
+            self._commit = folder.name  # the weights are those of the same commit
             return folder
 
-        self._fetch(download, _lacking_weights)
-
-    def _download(self, patterns: list[str], offline: bool) -> Path:
-        from huggingface_hub import snapshot_download
-
-        return Path(
-            snapshot_download(
-                self._repo_id,
-                revision=self._commit or self._revision,
-                token=self._token,
-                cache_dir=None if self._cache_dir is None else Path(self._cache_dir),
-                local_files_only=offline,
-                allow_patterns=patterns,
-            )
-        )
-
-    def _fetch(self, download: Callable[[bool], Path], lacking: Callable[[Path], str | None]) -> Path:
-        """Calls ``download(offline)``: offline if the files are in the cache or the Hub cannot be reached.
+    def weights(self, files: Iterable[str]) -> None:
+        """Downloads the first file of weights that exists into the folder of the configurations.
 
         Args:
-            download: returns the folder of the files.
-            lacking: returns the name of the file that the folder lacks, or None.
+            files: the names of the files, in order of preference, in the folder that holds the config.json of the
+                network. Of an index, the parts are downloaded too.
         """
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
+        files = tuple(files)
         with _errors(self._repo_id, self._revision):
-            if not self._offline:
-                if self._commit is not None:
-                    with suppress(LocalEntryNotFoundError):
-                        folder = download(True)
-                        if lacking(folder) is None:
-                            return folder
-                if not self._reached:
-                    why = _unreachable(HfApi(token=self._token), self._repo_id, self._revision)
-                    self._reached, self._offline = why is None, why is not None
-                    self._why_offline = f"the Hub cannot be reached ({why})"
-            try:
-                folder = download(self._offline)
-            except LocalEntryNotFoundError as error:
-                if not self._offline:
-                    raise
-                raise FileNotFoundError(
-                    f"{self._repo_id} is not in the cache, or not completely, and {self._why_offline}. Download it "
-                    f"first, with ScoreNet.from_pretrained({self._repo_id!r}) while online."
-                ) from error
-            missing = lacking(folder)
-            if missing is not None:
-                if self._offline:
-                    found = [path.name for path in folder.glob("*")]
-                else:
-                    found = HfApi(token=self._token).list_repo_files(self._repo_id, revision=self._revision)
-                held = ", ".join(sorted(found)) or "nothing"
-                raise FileNotFoundError(f"{self._repo_id} holds no network: expected {missing}, found {held}.")
+            folder = self._cached()
+            if folder is None:  # it was deleted meanwhile
+                raise self._not_in_the_cache()
+            home = "unet/" if (folder / "unet" / CONFIG_FILE).is_file() else ""
+            if _has_weights(folder / home, files):
+                return
+            names = self._ask()
+            if names is None:
+                raise self._not_in_the_cache()
+            chosen = next((home + name for name in files if home + name in names), None)
+            if chosen is None:
+                raise self._no_network(f"{', '.join(files[:-1])} or {files[-1]}, beside its {CONFIG_FILE}", names)
+            parts = [name for name in names if fnmatch(name, home + _parts(chosen.removeprefix(home)))]
+            for name in [*parts, chosen]:
+                _verify(self._download(name, self._commit))
+
+    def _download_configurations(self, names: Sequence[str]) -> Path:
+        """Downloads the configurations among the files of the repository, and returns their folder."""
+        chosen = [name for name in _CONFIGS if name in names]
+        if not chosen or Path(chosen[-1]).name != CONFIG_FILE:
+            raise self._no_network(f"{CONFIG_FILE} or unet/{CONFIG_FILE}", names)
+        for name in chosen[:-1]:
+            self._download(name, self._commit)
+        # With the name of a branch, the client records its commit, with which the network is found in the cache later.
+        path = self._download(chosen[-1], self._revision)
+        folder = path.parents[chosen[-1].count("/")]
+        if folder.name != self._commit:
+            raise OSError(f"{self._repo_id} has changed during the download")
         return folder
+
+    def _cached(self) -> Path | None:
+        """The folder of the revision in the cache, or None if it has no configuration of a network."""
+        from huggingface_hub import try_to_load_from_cache
+
+        for name in (CONFIG_FILE, f"unet/{CONFIG_FILE}"):
+            found = try_to_load_from_cache(self._repo_id, name, self._cache_dir, self._commit or self._revision)
+            if isinstance(found, str):
+                return Path(found).parents[name.count("/")]
+        return None
+
+    def _download(self, name: str, revision: str | None) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        def download() -> str:
+            return hf_hub_download(self._repo_id, name, revision=revision, token=self._token, cache_dir=self._cache_dir)
+
+        return Path(_repeated(download, _WAITS))
+
+    def _ask(self, *, optional: bool = False) -> Sequence[str] | None:
+        """Asks the Hub for the commit of the revision and for the names of the files, until it has answered once.
+
+        Args:
+            optional: whether the files in the cache can be used if the request fails.
+
+        Returns:
+            The names of the files; None if the Hub cannot be reached or must not be asked, or if the request failed and
+            is optional.
+        """
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalTokenNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        if self._names is not None or self._offline:
+            return self._names
+        api, seconds = HfApi(token=self._token), constants.HF_HUB_ETAG_TIMEOUT
+        revision = self._commit or self._revision
+        try:
+            info = _repeated(
+                lambda: api.model_info(self._repo_id, revision=revision, timeout=seconds), () if optional else _WAITS
+            )
+        except (HFValidationError, LocalTokenNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception as error:  # no connection, a timeout, offline mode: the classes depend on the client's version
+            if not optional and isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            self._why_offline = f"the Hub cannot be reached ({_line(error)})"
+            return None
+        if info.sha is None or _COMMIT.fullmatch(info.sha) is None:  # it becomes the name of a folder
+            raise OSError(f"the Hub names the commit {info.sha!r}, which is not a hash")
+        self._commit = info.sha
+        self._names = [file.rfilename for file in info.siblings or ()]
+        return self._names
+
+    def _not_in_the_cache(self) -> FileNotFoundError:
+        return FileNotFoundError(
+            f"{self._repo_id} is not in the cache, or not completely, and {self._why_offline}. Download it first, with "
+            f"ScoreNet.from_pretrained({self._repo_id!r}) while online."
+        )
+
+    def _no_network(self, expected: str, names: Sequence[str]) -> FileNotFoundError:
+        return FileNotFoundError(f"{self._repo_id} holds no network: expected {expected}, found {listed(names)}.")
 
 
 def _check_token(token: str | bool | None) -> None:
@@ -181,27 +218,23 @@ def _check_token(token: str | bool | None) -> None:
         )
 
 
-def _unreachable(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """Why the Hub cannot be reached, from one request without retries; None if it answers."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+def _repeated(request: Callable[[], _T], waits: Sequence[float]) -> _T:
+    """Makes a request, and repeats it after each of the waits, in seconds, if the Hub is busy."""
+    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        commit = api.model_info(repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
-    except (HFValidationError, LocalTokenNotFoundError):
-        raise
-    except Exception as error:  # no connection, a timeout, offline mode: the classes depend on the client's version
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
-            return None  # the Hub answers; the download gets the same error
-        return _line(error)
-    if commit is None or _COMMIT.fullmatch(commit) is None:  # it becomes the name of a folder
-        raise OSError(f"the Hub names the commit {commit!r}, which is not a hash")
-    return None
+    for wait in waits:
+        try:
+            return request()
+        except HfHubHTTPError as error:
+            if error.response.status_code not in _BUSY:
+                raise
+        time.sleep(wait)
+    return request()
 
 
 def _line(error: BaseException) -> str:
     """An error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return reason(f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -215,8 +248,8 @@ def _errors(repo_id: str, revision: str | None) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    def failed(reason: str) -> OSError:
-        return OSError(f"downloading {repo_id} failed: {reason.rstrip('.')}. Load it again to continue the download.")
+    def failed(why: str) -> OSError:
+        return OSError(f"downloading {repo_id} failed: {reason(why)}. Load it again to continue the download.")
 
     try:
         yield
@@ -250,54 +283,53 @@ def _errors(repo_id: str, revision: str | None) -> Iterator[None]:
         raise failed(str(error).split("\n")[0]) from error  # without the client's advice, which mentions its options
     except Exception as error:  # the classes depend on the client's version
         if isinstance(error, ValueError):  # the name of a file is a path out of the cache, for example
-            raise ValueError(f"{repo_id} cannot be downloaded: {error}") from error
+            raise ValueError(f"{repo_id} cannot be downloaded: {reason(error)}.") from error
         raise failed(_line(error)) from error
 
 
-def _verify(folder: Path) -> None:
-    """Checks the SHA-256 of large files, which is the name of their files in the cache. Wrong files are deleted.
+def _verify(path: Path) -> None:
+    """Checks the SHA-256 of a large file, which is the name of its file in the cache. A wrong file is deleted.
 
-    The client only checks their sizes.
+    The client only checks its size.
 
     Raises:
-        OSError: if a file has another content.
+        OSError: if the file has another content.
     """
-    for path in folder.rglob("*"):
-        blob = path.resolve()
-        if not path.is_symlink() or re.fullmatch("[0-9a-f]{64}", blob.name) is None:
-            continue
-        digest = hashlib.sha256()
-        with blob.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        if digest.hexdigest() != blob.name:
-            blob.unlink()
-            path.unlink()
-            raise OSError(f"the content of {path.name} was damaged on the way, and was deleted.")
+    blob = path.resolve()
+    if not path.is_symlink() or re.fullmatch("[0-9a-f]{64}", blob.name) is None:
+        return
+    digest = hashlib.sha256()
+    with blob.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    if digest.hexdigest() != blob.name:
+        blob.unlink()
+        path.unlink()
+        raise OSError(f"the content of {path.name} was damaged on the way, and was deleted.")
 
 
-def _lacking_configuration(folder: Path) -> str | None:
-    """The configuration that is missing in a snapshot, or None."""
-    if any((folder / name).is_file() for name in (CONFIG_FILE, f"unet/{CONFIG_FILE}")):
-        return None
-    return f"{CONFIG_FILE} or unet/{CONFIG_FILE}"
-
-
-def _lacking_weights(folder: Path) -> str | None:
-    """The weights that are missing in a snapshot, or None."""
-    if _has_weights(folder, "safetensors") or _has_weights(folder, "bin"):
-        return None
-    return "diffusion_pytorch_model.safetensors, or .bin, or model.safetensors, beside its config.json"
-
-
-def _has_weights(folder: Path, kind: str) -> bool:
-    """Whether a snapshot has weights of a kind, "safetensors" or "bin"."""
+def _has_configurations(folder: Path) -> bool:
+    """Whether a folder of the cache has all configurations; other programs download only some of them."""
     home = folder / "unet" if (folder / "unet" / CONFIG_FILE).is_file() else folder
-    if any(home.glob(f"diffusion_pytorch_model*.{kind}")):
-        return True
-    config = home / CONFIG_FILE  # next to a config.json of diffusers, model.safetensors belongs to another network
-    own = config.is_file() and b'"format_version"' in config.read_bytes()
-    return own and (home / f"model.{kind}").is_file()
+    config = (home / CONFIG_FILE).read_bytes()
+    if b'"format_version"' in config:  # written by this package
+        return SCHEDULE_FILE.encode() not in config or (home / SCHEDULE_FILE).is_file()
+    return any(folder.rglob("scheduler_config.json"))
+
+
+def _has_weights(home: Path, files: Iterable[str]) -> bool:
+    """Whether the first of the files that is in a folder is complete: an index with all of its parts."""
+    name = next((name for name in files if (home / name).is_file()), None)
+    if name is None or not name.endswith(".index.json"):
+        return name is not None
+    parts = [path.stem for path in home.glob(_parts(name))]
+    return bool(parts) and all(part.endswith(f"-of-{len(parts):05d}") for part in parts)
+
+
+def _parts(index: str) -> str:
+    """The pattern of the names of the parts of split weights, from the name of their index; empty for other files."""
+    match = re.fullmatch(r"(.*)\.(\w+)\.index\.json", index)
+    return "" if match is None else f"{match[1]}-*-of-*.{match[2]}"
 
 
 def upload(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def load(
         return _read(home, place.card, place.complete if weights else None)
 
 
-def _read(home: Path, card: Card | None, complete: Callable[[], None] | None) -> Stored:
+def _read(home: Path, card: Card | None, complete: Callable[[Sequence[str]], None] | None) -> Stored:
     path = home / CONFIG_FILE
     config = read_json(path)
     if "format_version" in config:
@@ -71,7 +71,7 @@ def _read(home: Path, card: Card | None, complete: Callable[[], None] | None) ->
     return stored._replace(config={**stored.config, "sampler_settings": card.settings.to_dict()})
 
 
-def _read_own(home: Path, config: dict[str, Any], complete: Callable[[], None] | None) -> Stored:
+def _read_own(home: Path, config: dict[str, Any], complete: Callable[[Sequence[str]], None] | None) -> Stored:
     """A network that ``save_pretrained`` wrote, in either layout."""
     if config.get("schedule") == SCHEDULE_FILE:
         config["schedule"] = read_json(home / SCHEDULE_FILE)
@@ -81,7 +81,7 @@ def _read_own(home: Path, config: dict[str, Any], complete: Callable[[], None] |
     config = checked(config, home / CONFIG_FILE)
     if complete is None:
         return Stored(config, {}, home, has_weights=False)
-    complete()
+    complete(files)
     return Stored(config, read_weights(home, files), home)
 
 
@@ -135,6 +135,7 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
     else:
         values = architecture(stored.config)
         del values["family"]
+        where = Path(stored.source, CONFIG_FILE) if Path(stored.source).is_dir() else stored.source
         try:
             with torch.device("meta"), _SkipNormal():
                 backbone = family.build(
@@ -142,10 +143,8 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
                     levels=len(stored.config["schedule"]["sigmas"]),
                     precondition=stored.config["precondition"],
                 )
-        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(
-                f"no network can be built from the configuration of {stored.source}: {reason(error)}."
-            ) from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {reason(error)}.") from error
     if stored.has_weights:
         fill(backbone, stored.weights, stored.source)
     return backbone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +17,13 @@ class Place(NamedTuple):
     Attributes:
         folder: the folder. That of a repository has only the configurations at first.
         card: the card of the network, or None if it has none.
-        complete: downloads the weights of a repository into the folder; does nothing for other networks.
+        complete: downloads the first of the named files of weights that a repository has; does nothing for other
+            networks.
     """
 
     folder: Path
     card: cards.Card | None
-    complete: Callable[[], None] = lambda: None
+    complete: Callable[[Sequence[str]], None] = lambda files: None
 
 
 def locate(

@@ -43,6 +43,12 @@ _INFLATION = 50  # the largest ratio of unpacked size to file size; trained weig
 _DIMENSIONS = 16
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the start of an older file of torch.save
 
+# The exceptions that operations of a damaged pickle and entries of a damaged zip file raise.
+_DAMAGED = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    *(EOFError, OSError, struct.error, zipfile.BadZipFile),
+)
+
 _OTHER_FILES = (  # the first bytes of a file, and the rest of the error message
     (b"version https://git-lfs.", "is a Git LFS pointer, not the weights. Run git lfs pull, or download the file."),
     (b"<!doctype html", "is a web page: the download failed. Open the address in a browser, and save the file."),
@@ -100,7 +106,7 @@ def read_pickle(path: Path, known: Globals | None = None) -> Pickle:
         return Pickle(_read(path, machine), frozenset(machine.used))
     except RefusedError as error:
         raise ValueError(f"{path} {error}") from error
-    except Exception as error:  # a damaged file raises at any place: EOFError, struct.error, BadZipFile, KeyError, ...
+    except _DAMAGED as error:
         kind = f"{path.suffix[1:]} file" if path.suffix else "checkpoint"
         raise ValueError(f"{path} ({len(data)} bytes) is not a complete {kind}. {remedy(path)}") from error
 

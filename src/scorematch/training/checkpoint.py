@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from scorematch.files import UNFINISHED, synchronize
-from scorematch.schema import Field, check, read_object, reason
+from scorematch.schema import Field, check, plain, read_object, reason
 
 _STATE = "state.json"
 _FIELDS: Mapping[str, Field] = {
@@ -94,31 +94,44 @@ def prune(folder: Path, images: int, *, keep: int) -> None:
         shutil.rmtree(folder / name_of(number))
 
 
-def latest(folder: Path) -> Checkpoint | None:
+def latest(folder: Path, fields: Mapping[str, Field] | None = None) -> Checkpoint | None:
     """The newest checkpoint that is not damaged, or None if there is none.
+
+    Args:
+        folder: the folder of all checkpoints of the run.
+        fields: the schema of the other values in state.json; None does not check them.
 
     Warns:
         UserWarning: if a newer checkpoint is damaged.
+
+    Raises:
+        ValueError: if all checkpoints are damaged.
     """
+    damaged = ""
     for images in reversed(_numbers(folder)):
         path = folder / name_of(images)
         try:
             state = read_object(path / _STATE)
-            check(state, _FIELDS, _STATE)
+            check(state, {**_FIELDS, **(fields or {})}, _STATE)
             if state.pop("hash") != _hash_of_values(state):
                 raise ValueError(f"{_STATE} was changed after it was written")
+            if state.pop("images") != images:
+                raise ValueError(f"{_STATE} belongs to another checkpoint")
             parts = {}
             for name, expected in state.pop("files").items():
+                if Path(name).name != name:
+                    raise ValueError(f"{plain(name)} is not the name of a file")
                 content = (path / name).read_bytes()
                 if _hash(content) != expected:
                     raise ValueError(f"{name} was changed after it was written")
                 parts[name.removesuffix(".safetensors")] = load(content)
-            return Checkpoint(state.pop("images"), parts, state)
+            return Checkpoint(images, parts, state)
         except (OSError, ValueError, SafetensorError) as error:
-            warnings.warn(
-                f"the checkpoint {path} is damaged ({reason(error)}); the checkpoint before it is used instead.",
-                stacklevel=2,
-            )
+            damaged = f"the checkpoint {path} is damaged ({reason(error)})"
+            if images > min(_numbers(folder)):
+                warnings.warn(f"{damaged}; the checkpoint before it is used instead.", stacklevel=2)
+    if damaged:
+        raise ValueError(f"{damaged}, and there is no earlier one. Delete {folder} to begin the run again.")
     return None
 
 

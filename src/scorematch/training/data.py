@@ -24,11 +24,10 @@ import json
 import math
 import os
 import shutil
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scorematch.files import new_files
 from scorematch.randomness import seed_of
+from scorematch.schema import Field, check, read_object
 from scorematch.training.sources import Array, Crop, Options, Source, UnfitError, find, ordered_map
 
 _IN_MEMORY = 2**30  # the largest size in bytes of decoded images that are kept in memory without a cache
+_LONGEST_HEADER = 4096  # bytes
 
 
 class ImageData:
@@ -164,8 +166,9 @@ def open_images(
             140 x 140 pixels in the middle, for CelebA's aligned images; None does not crop, and may change the aspect
             ratio. The result is resized with Pillow's antialiased bilinear filter.
         labels: whether to read class labels. The classes of a folder are its subfolders.
-        cache: a folder for the decoded images, which later calls reuse. None keeps up to 1 GiB of decoded images in
-            memory; a larger data set is decoded again in each epoch, and so is a ``torch`` Dataset.
+        cache: a folder for the decoded images, which later calls reuse. One process at a time writes to it, and others
+            wait. None keeps up to 1 GiB of decoded images in memory; a larger data set is decoded again in each epoch,
+            and so is a ``torch`` Dataset.
         strict: whether a damaged image raises an error. Otherwise it is left out, with a warning.
 
         Rarely needed:
@@ -238,13 +241,11 @@ def _decode(
         return source.array, []
     if cache is not None:
         key = _digest(fingerprint, source.state())
-        pixels, index = cache / f"{key}.npy", cache / f"{key}.json"  # the index is written last
-        if not (pixels.is_file() and index.is_file()):
-            _write(source, pixels, index, strict, workers, progress)
-        broken = json.loads(index.read_text(encoding="utf-8"))["broken"]
-        if broken and strict:
-            raise OSError(f"{source.name_of(broken[0])} cannot be read as an image.")
-        return np.load(pixels, mmap_mode="r"), broken
+        pixels, index = cache / f"{key}.npy", cache / f"{key}.json"
+        found = _stored(source, pixels, index) or _write(source, pixels, index, strict, workers, progress)
+        if found[1] and strict:
+            raise OSError(f"{source.name_of(found[1][0])} cannot be read as an image.")
+        return found
     if not source.constant:
         return None, []
     fits = len(source) * math.prod(source.shape) <= _IN_MEMORY
@@ -283,39 +284,59 @@ def _decoded(source: Source, strict: bool, workers: int, progress: bool) -> Iter
         raise OSError(f"none of the {len(source)} images of {source.name} can be read: {last}") from last
 
 
-def _write(source: Source, pixels: Path, index: Path, strict: bool, workers: int, progress: bool) -> None:
-    """Writes the decoded images and the indices of the damaged ones, each file atomically."""
-    staged = pixels.with_name(f".writing-{uuid.uuid4().hex}")
-    dtype: np.dtype[Any] = np.dtype(np.uint8)
-    broken = []
-    with _writing_to(pixels.parent):
-        pixels.parent.mkdir(parents=True, exist_ok=True)
-        needed, free = len(source) * math.prod(source.shape), shutil.disk_usage(pixels.parent).free
-        if needed > free:
-            raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
-        file = staged.open("wb")
+def _stored(source: Source, pixels: Path, index: Path) -> tuple[np.ndarray, list[int]] | None:
+    """The decoded images in the cache and the indices of the damaged ones; None if they are missing or incomplete."""
     try:
-        with file:
-            # Not memory-mapped: with a full disk, a write raises an error, but a memory map kills the process.
-            file.write(_header(source, len(source), dtype))
-            for i, image in enumerate(_decoded(source, strict, workers, progress)):
-                if image is None:
-                    broken.append(i)
-                    continue
-                dtype = image.dtype
-                with _writing_to(pixels.parent):
-                    file.write(image.tobytes())
-            with _writing_to(pixels.parent):
-                file.seek(0)
-                file.write(_header(source, len(source) - len(broken), dtype))
-                file.flush()
-                os.fsync(file.fileno())
-        with _writing_to(pixels.parent):
-            os.replace(staged, pixels)
-            staged.write_text(json.dumps({"broken": broken}), encoding="utf-8")
-            os.replace(staged, index)
-    finally:
-        staged.unlink(missing_ok=True)
+        stored = read_object(index)
+        check(stored, {"broken": Field(list, required=True, each=Field(int, low=0, high=len(source) - 1))}, str(index))
+        broken = sorted(set(stored["broken"]))
+        shape = len(source) - len(broken), *source.shape
+        with pixels.open("rb") as file:
+            start = file.read(_LONGEST_HEADER)
+        for dtype in (np.dtype(np.uint8), np.dtype(np.float32)):
+            header = _header(shape, dtype)
+            size = len(header) + math.prod(shape) * dtype.itemsize
+            if start.startswith(header) and pixels.stat().st_size == size:
+                return np.memmap(pixels, dtype, "r", len(header), shape), broken
+    except (OSError, ValueError):  # they are decoded again
+        pass
+    return None
+
+
+def _write(
+    source: Source, pixels: Path, index: Path, strict: bool, workers: int, progress: bool
+) -> tuple[np.ndarray, list[int]]:
+    """Writes the decoded images and the indices of the damaged ones to the cache, and returns them.
+
+    If another process is writing to the cache, this one waits, and then uses what the other has written.
+    """
+    cache, broken, dtype = pixels.parent, [], np.dtype(np.uint8)
+    with ExitStack() as stack:
+        with _writing_to(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            new = stack.enter_context(new_files(cache, lambda folder: ()))
+            found = _stored(source, pixels, index)
+            if found is not None:
+                return found
+            needed, free = len(source) * math.prod(source.shape), shutil.disk_usage(cache).free
+            if needed > free:
+                raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
+            file = stack.enter_context((new / pixels.name).open("wb"))
+            file.write(_header((len(source), *source.shape), dtype))
+        # Not memory-mapped: with a full disk, a write raises an error, but a memory map kills the process.
+        for i, image in enumerate(_decoded(source, strict, workers, progress)):
+            if image is None:
+                broken.append(i)
+                continue
+            dtype = image.dtype
+            with _writing_to(cache):
+                file.write(image.tobytes())
+        with _writing_to(cache):
+            file.seek(0)
+            file.write(_header((len(source) - len(broken), *source.shape), dtype))
+            file.flush()
+            (new / index.name).write_text(json.dumps({"broken": broken}), encoding="utf-8")
+    return np.load(pixels, mmap_mode="r"), broken
 
 
 @contextmanager
@@ -328,9 +349,9 @@ def _writing_to(cache: Path) -> Iterator[None]:
         ) from error
 
 
-def _header(source: Source, n: int, dtype: np.dtype[Any]) -> bytes:
-    """The header of an .npy file of n images. NumPy pads it, so that its length does not depend on n."""
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    """The header of an .npy file. NumPy pads it, so that its length does not depend on the number of images."""
     header = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n, *source.shape)}
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, fields)
     return header.getvalue()

@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,22 +23,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scorematch import __version__
 from scorematch.charts import Curve, chart
 from scorematch.files import write_whole
 from scorematch.images import save_grid
 from scorematch.loss import loss_and_norm
+from scorematch.precision import device_name
 from scorematch.randomness import seed_of
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
+from scorematch.schema import Field, check
 from scorematch.score import ScoreNet
 from scorematch.training.levels import Levels
 from scorematch.training.steps import Data, Settings, Step
 
 LOOK_EVERY = 16  # steps between two checks of the losses, which synchronize with the device
+BINS = 8  # the number of equally probable intervals of noise levels in the log
 
-_BINS = 8  # the number of equally probable intervals of noise levels in the log
 _SAMPLES = 16  # the number of samples in an image of samples
 _REPORT_IMAGES = 64  # the number of images and of noise levels for the loss by level in the report
 _REPORT_LEVELS = 16
+_LINE: Mapping[str, Field] = {  # the values of a line of the log that are read again
+    "images": Field(int, required=True, low=0, high=2**62),
+    "loss": Field(float),
+    "D/2": Field(float),
+}
 
 
 # -- The losses of a run ----------------------------------------------------------------------------------------------
@@ -59,15 +70,15 @@ class Losses:
     """
 
     def __init__(self, levels: Levels, accelerator: Any) -> None:
-        edges = torch.arange(1, _BINS, dtype=torch.float64) / _BINS
+        edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
         self._edges = levels.quantile(edges).float().numpy()
         every = levels.quantile((torch.arange(1024, dtype=torch.float64) + 0.5) / 1024).float().numpy()
         places = self._place(every)
-        self._centers = [np.median(every[places == i]) if (places == i).any() else 0.0 for i in range(_BINS)]
+        self._centers = [np.median(every[places == i]) if (places == i).any() else 0.0 for i in range(BINS)]
         self._accelerator = accelerator
         self._waiting: list[tuple[int, int, Tensor, Tensor]] = []
         self._seen: tuple[list[tuple[int, int]], Callable[[], Tensor]] | None = None
-        self.sums, self.counts = np.zeros(_BINS), np.zeros(_BINS)
+        self.sums, self.counts = np.zeros(BINS), np.zeros(BINS)
         self.stopping = self.late = False
 
     def add(self, step: Step) -> None:
@@ -119,8 +130,8 @@ class Losses:
                 f"{sigma[k, process, i]:.3g}."
             )
         place = self._place(sigma.ravel())
-        self.sums += np.bincount(place, losses.ravel(), _BINS)  # float64: practically exact in any order
-        self.counts += np.bincount(place, minlength=_BINS)
+        self.sums += np.bincount(place, losses.ravel(), BINS)  # float64: practically exact in any order
+        self.counts += np.bincount(place, minlength=BINS)
 
     def _place(self, sigma: np.ndarray) -> np.ndarray:
         """The index of the interval of each noise level; with a schedule of few levels some intervals are empty."""
@@ -133,7 +144,7 @@ class Losses:
             "loss": float(self.sums.sum() / max(1, self.counts.sum())),
             "loss_by_level": {f"{center:.4g}": float(total / count) for center, total, count in bins if count},
         }
-        self.sums, self.counts = np.zeros(_BINS), np.zeros(_BINS)
+        self.sums, self.counts = np.zeros(BINS), np.zeros(BINS)
         return line
 
 
@@ -176,12 +187,10 @@ class Log:
     def lines(self) -> list[dict[str, Any]]:
         """All lines. Incomplete lines, which an interruption leaves, and lines of another kind are ignored."""
         found = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
-            try:
+        for text in self.path.read_bytes().splitlines() if self.path.exists() else ():
+            with suppress(ValueError, RecursionError):
                 line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict) and isinstance(line.get("images"), int):
+                check(line, _LINE, "the line")
                 found.append(line)
         return found
 
@@ -355,6 +364,21 @@ def write_report(out: Path, net: ScoreNet, config: Mapping[str, Any], rows: Sequ
     for name, text in charts.items():
         write_whole(folder / f"{name}.svg", text.encode())
     write_whole(out / "report.md", _report(out, net, config, rows, lines, seconds).encode())
+
+
+def versions(device: torch.device | str, *packages: str) -> dict[str, str]:
+    """The versions of Python and of packages, and the device, on all of which the rounding of results depends.
+
+    Args:
+        device: the device.
+        packages: the names of packages besides scorematch and torch.
+    """
+    return {
+        "scorematch": __version__,
+        "Python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", *packages)},
+        "device": device_name(torch.device(device)),
+    }
 
 
 def _columns(lines: Sequence[Mapping[str, Any]], *names: str) -> list[list[float]]:

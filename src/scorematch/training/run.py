@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import signal
 import threading
@@ -31,7 +30,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from types import FrameType, FunctionType
 from typing import Any, NoReturn
@@ -40,18 +38,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch import __version__, pretrained
+from scorematch import pretrained
 from scorematch.files import write_whole
 from scorematch.noise import NoiseSchedule
-from scorematch.precision import Autocast, device_name
-from scorematch.pretrained.configuration import read_json
-from scorematch.schema import quote
+from scorematch.precision import Autocast
+from scorematch.schema import Field, check, quote, read_object, reason
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
 from scorematch.training.data import open_images
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import Levels, Weighting, levels_for
 from scorematch.training.report import (
+    BINS,
     LOOK_EVERY,
     Log,
     Losses,
@@ -59,6 +57,7 @@ from scorematch.training.report import (
     read_examples,
     sample_interval,
     save_samples,
+    versions,
     write_report,
 )
 from scorematch.training.steps import (
@@ -78,6 +77,15 @@ from scorematch.training.steps import (
 
 # Settings that may change when a run continues: the distribution of its result does not depend on them.
 _FREE = {"microbatch", "compile"}
+# The parts of config.json that must not change.
+_CONFIG = dict.fromkeys(("settings", "network", "data"), Field(dict, required=True))
+# The values of a checkpoint.
+_STATE: Mapping[str, Field] = {
+    "step": Field(int, required=True, low=0, high=2**62),
+    "seconds": Field(float, required=True, low=0),
+    "loss_sums": Field(list, required=True, low=BINS, high=BINS, each=Field(float)),
+    "loss_counts": Field(list, required=True, low=BINS, high=BINS, each=Field(float, low=0)),
+}
 # The keys in which the configurations of ``net`` and ``start`` may differ.
 _FREE_OF_START = {"sample_shape", "sampler_settings"}
 # The default time between two checkpoints. The lost time is least at sqrt(2 c m), where c is the time that a checkpoint
@@ -211,7 +219,7 @@ def train(
         ImportError: without Accelerate.
         FileNotFoundError: if there is no network ``start``.
         TypeError, ValueError: if arguments do not fit together, the settings differ from those of the run in ``out``,
-            or the network ``start`` differs from ``net``.
+            its files are damaged, or the network ``start`` differs from ``net``.
         RuntimeError: if the loss becomes NaN or infinite; the message names the step and the noise level.
         OSError: if a file cannot be written. The last checkpoint is not affected.
         SystemExit: after SIGTERM, with status 143. KeyboardInterrupt: after Ctrl-C.
@@ -321,7 +329,7 @@ class _Run:
         self.examples = read_examples(data)  # before the data are read in another thread
         self.log = Log(out / "log.jsonl")
         self.losses = Losses(levels_for(net, settings.levels), accelerator)
-        found = checkpoint.latest(out / "checkpoints")
+        found = checkpoint.latest(out / "checkpoints", _STATE)
         if found is None and start is not None:
             with accelerator.main_process_first():  # the other processes then find a download in the cache
                 _begin_with(net, start)
@@ -343,19 +351,21 @@ class _Run:
         settings["start"] = None if start is None else os.fspath(start)
         data = {"images": len(self.data), "shape": list(self.data.shape), "fingerprint": self.data.fingerprint}
         config = {"settings": settings, "network": self.net.config, "data": data}
-        config["versions"] = _versions(self.accelerator.device)
+        config["versions"] = versions(self.accelerator.device, "accelerate", "safetensors", "numpy")
         path, text = self.out / "config.json", json.dumps(config, indent=2) + "\n"
         if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 write_whole(path, text.encode(), durable=True)
         self.accelerator.wait_for_everyone()
-        before, now = read_json(path), json.loads(text)
-        if not {"settings", "network", "data"} <= before.keys():
-            raise ValueError(f"{path} is not the configuration of a training run. Pass another folder.")
+        try:
+            before, now = read_object(path), json.loads(text)
+            check(before, _CONFIG, str(path))
+        except ValueError as error:
+            raise ValueError(f"{error} Pass another folder.") from error
         differing = [
             f"{key} was {quote(one)} and is {quote(other)}"
-            for part in ("settings", "network", "data")
+            for part in _CONFIG
             for key, one, other in _differing(before[part], now[part], _FREE)
         ]
         if differing:
@@ -370,7 +380,14 @@ class _Run:
         self.accelerator.wait_for_everyone()  # before one process writes, all have looked for checkpoints
         if found is not None:
             state = found.state
-            self.state.load(found.parts, found.images, state["step"])
+            try:
+                self.state.load(found.parts, found.images, state["step"])
+            except (LookupError, RuntimeError) as error:  # a name is missing, or a tensor has another shape
+                path = self.out / "checkpoints" / checkpoint.name_of(found.images)
+                raise ValueError(
+                    f"the tensors of the checkpoint {path} are not those of this network and these settings "
+                    f"({reason(f'{type(error).__name__}: {error}')}). Pass another folder."
+                ) from error
             self.losses.sums[:], self.losses.counts[:] = state["loss_sums"], state["loss_counts"]
             self.seconds, self.saved = state["seconds"], found.images
         if self.main:
@@ -603,16 +620,6 @@ def _described(value: Any) -> Any:
     if isinstance(value, FunctionType | type):
         return f"{value.__module__}.{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    names = ("accelerate", "torch", "safetensors", "numpy")
-    return {
-        "scorematch": __version__,
-        **{name: metadata.version(name) for name in names},
-        "python": platform.python_version(),
-        "device": device_name(device),
-    }
 
 
 def _is_image(shape: Sequence[int]) -> bool:
