@@ -1249,7 +1249,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
     with (
         pytest.warns(UserWarning, match="000000080 is damaged"),
         pytest.raises(
-            ValueError, match="000000040 is damaged .* there is no earlier one. Delete .*checkpoints to begin"
+            ValueError, match=r"000000040 is damaged .* there is no earlier one\. Delete .*checkpoints to begin"
         ),
     ):
         quick(points_net(), points(), tmp_path, checkpoint_every=40)

@@ -91,8 +91,8 @@ CARDS = (
         settings=SamplerSettings(sampler="ode", levels=18),
         settings_source="those of Karras et al., 2022 (18 levels, Heun's method); others were not measured",
         quality=(
-            "with guidance of weight 1.5 (70 network calls) a classifier with an accuracy of 99.3 % is more than 90 % sure "
-            "of the digit for 98.3 % of 1,000 samples and 98.5 % of test digits; without guidance for 92.4 %"
+            "with guidance of weight 1.5 (70 network calls) a classifier with an accuracy of 99.3 % is more than 90 % "
+            "sure of the digit for 98.3 % of 1,000 samples and 98.5 % of test digits; without guidance for 92.4 %"
         ),
     ),
     Card(
