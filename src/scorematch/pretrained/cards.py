@@ -109,7 +109,7 @@ CARDS = (
         settings_source="measured on these weights; see the network's README",
         quality=(
             "recognizable faces with smeared details; Fréchet distance to 5,000 training images in EfficientNet-Lite0 "
-            "features 71.8 with 300 samples; 26.0 for held-out images"
+            "features 61.5 with 1,500 samples; 13.2 for held-out images, 132 for a Gaussian of the same covariance"
         ),
     ),
     Card(
