@@ -694,7 +694,9 @@ JOB = textwrap.dedent(
     import os, signal, sys
     import torch
     torch.set_num_threads(1)
-    from scorematch import NoiseSchedule, ScoreNet, bulk, files
+    from scorematch import NoiseSchedule, ScoreNet, files
+    from scorematch.bulk import sample_to
+    from scorematch.bulk.batches import this_process
     from scorematch.sampling import AnnealedLangevinSampler
 
     if sys.argv[2] != "quiet":  # the number of writes until the process kills itself between write and rename, or 0
@@ -712,8 +714,8 @@ JOB = textwrap.dedent(
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, schedule=NoiseSchedule([1.0, 0.3, 0.1]), classes=3)
     sampler = AnnealedLangevinSampler(net)
-    bulk.sample_to(sampler, sys.argv[1], 150, batch_size=8, condition="random", format=sys.argv[3], progress=False)
-    print(bulk.this_process())
+    sample_to(sampler, sys.argv[1], 150, batch_size=8, condition="random", format=sys.argv[3], progress=False)
+    print(this_process())
     """
 )
 
