@@ -86,6 +86,24 @@ def test_evaluate_a_network(folder, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("default:.* is singular:UserWarning")
+def test_evaluate_with_guidance(folder, tmp_path):
+    """A weight of 1 is the network with the class; another weight draws other samples of the same seeds."""
+    net = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, classes=3, null_class=True)
+    with torch.no_grad():
+        for number, parameter in enumerate(net.parameters()):
+            parameter.normal_(std=0.2, generator=seed(number))
+    net.sampler_settings = SamplerSettings("ode", levels=3)
+    net.save_pretrained(tmp_path / "network")
+    options = ("-n", 4, "--features", "pixels", "--metrics", "precision-recall", "--class", "cycle", "--no-cache")
+    found = {}
+    for name, given in {"none": (), "1": ("--guidance", 1), "3": ("--guidance", 3)}.items():
+        out = tmp_path / name
+        assert _run("evaluate", tmp_path / "network", folder / "real.npz", *options, "--out", out, *given) == 0
+        found[name] = json.loads((out / "evaluation.json").read_text())["figures"]["samples"]["images"]
+    assert found["none"] == found["1"] != found["3"]
+
+
+@pytest.mark.filterwarnings("default:.* is singular:UserWarning")
 def test_evaluate_images(folder, capsys):
     options = ("--features", "pixels", "--no-gaussian", "--no-cache")
     assert _run("evaluate", folder / "more.npz", folder / "real.npz", *options) == 0
@@ -136,6 +154,9 @@ def test_evaluate_refuses(folder, capsys):
         ((network, real, "--labels"), "--labels is for --restore TASK"),
         ((real, real, "--levels", 3), "--levels is for networks, but"),
         ((real, real, "--class", 3), "--class is for networks, but"),
+        ((real, real, "--guidance", 3), "--guidance is for networks, but"),
+        ((network, real, "--guidance", 3), "--guidance is for networks with a null class"),
+        ((network, real, "--restore", "pool-4", "--guidance", 3), "--class and --guidance are not for --restore"),
         ((real, "--restore", "pool-4", "--data", real), "--restore needs a network, but"),
         ((network, real, "--restore", "pool-4", "--held-out", real), "are not for --restore"),
         ((network, real, "--restore", "blur", "--features", "pixels"), "task must be colorization, inpainting"),

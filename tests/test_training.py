@@ -1087,6 +1087,38 @@ def test_start_with_a_network_of_another_image_size(run, tmp_path):
     assert quick(net, x, tmp_path, start=run[0] / "network", images=8).sample_shape == (1, 16, 16)
 
 
+@pytest.mark.parametrize("options", [{}, {"patch": 2}, {"patch": 2, "pixel_channels": 4}], ids=str)
+def test_a_conditional_network_starts_as_the_unconditional_one(tmp_path, options):
+    """The outputs are equal at first, whatever the condition; after one step they depend on it."""
+    first = image_net(**options)
+    first.save_pretrained(tmp_path / "first")
+    net = image_net(condition_channels=1, **options)
+    x, sigma, dark = torch.rand(2, 1, 8, 8, generator=seed(3)), torch.tensor([0.1, 1.0]), torch.zeros(2, 1, 8, 8)
+    assert not torch.allclose(net(x, sigma, dark), first(x, sigma))
+    out = tmp_path / "run"
+    trained = quick(net, images(), out, start=tmp_path / "first", images=8, condition=Inpainting(), keep=9)
+    shutil.copytree(out / "checkpoints" / "000000000", tmp_path / "checkpoints" / "000000000")
+    with torch.no_grad():
+        for name, value in checkpoints.latest(tmp_path / "checkpoints").parts["weights"].items():
+            net.get_parameter(name).copy_(value)
+    for condition in (dark, torch.rand(2, 1, 8, 8, generator=seed(4))):
+        torch.testing.assert_close(net(x, sigma, condition), first(x, sigma))
+    assert not torch.allclose(trained(x, sigma, dark), trained(x, sigma, dark + 1))
+
+
+def test_a_network_does_not_start_with_one_that_has_more_inputs(tmp_path):
+    def twice(x, generator):
+        condition, region = Inpainting()(x, generator)
+        return torch.cat([condition, condition], dim=1), region
+
+    image_net(condition_channels=1).save_pretrained(tmp_path / "first")
+    for channels, task in [(0, None), (2, twice)]:
+        message = rf"not the same network as net: in_channels is 2 there and {1 + channels} here\. Pass"
+        net = image_net(condition_channels=channels)
+        with pytest.raises(ValueError, match=message):
+            quick(net, images(), tmp_path / "run", start=tmp_path / "first", condition=task)
+
+
 # -- Compilation ------------------------------------------------------------------------------------------------------
 
 NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None

@@ -12,6 +12,7 @@ from scorematch.bulk.batches import this_process
 from scorematch.cli.options import (
     Commands,
     add_classes,
+    add_guidance,
     add_reference,
     add_samplers,
     add_sampling,
@@ -23,6 +24,7 @@ from scorematch.cli.options import (
     find_classes,
     find_device,
     given_sampling,
+    guide,
     image_count,
     load,
     make_sampler,
@@ -99,6 +101,7 @@ def add(commands: Commands) -> None:
     )
     add_reference(parser)
     add_classes(parser)
+    add_guidance(parser)
     add_sampling(parser)
     add_samplers(parser)
     parser.set_defaults(run=_run)
@@ -115,7 +118,7 @@ def _run(args: argparse.Namespace) -> None:
         common |= reference_options(args, find_device(args.device))
         _show(args, evaluate(args.model, args.reference, n=args.n, **sets, **common))
         return
-    net = load(args)
+    net = guide(args, load(args))
     condition = None if args.restore is not None else find_classes(args, net)
     common |= reference_options(args, device_of(net))
     sampler, fast = make_sampler(args, net), make_sampler(args, net.inference_copy())
@@ -165,8 +168,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--restore needs a network, but {args.model} has images.")
         if args.data is None and args.reference is None:
             args.parser.error("the following arguments are required: --data DATA")
-        if args.held_out is not None or args.no_gaussian or args.label is not None:
-            raise ValueError("--held-out, --no-gaussian and --class are not for --restore. Leave them out.")
+        if args.held_out is not None or args.no_gaussian or args.label is not None or args.guidance is not None:
+            raise ValueError("--held-out, --no-gaussian, --class and --guidance are not for --restore. Leave them out.")
 
 
 def _show(args: argparse.Namespace, result: Evaluation) -> None:

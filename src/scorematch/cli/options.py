@@ -198,9 +198,9 @@ def reference_options(args: argparse.Namespace, device: torch.device) -> dict[st
 
 
 def given_sampling(args: argparse.Namespace) -> list[str]:
-    """The options of samplers and classes that were given on the command line, as they are written."""
+    """The options of samplers, classes and guidance that were given on the command line, as they are written."""
     owned = (name for options in SamplerSettings.OPTIONS.values() for name in sorted(options))
-    names = {"sampler": "sampler", "label": "class", "classes": "classes"}
+    names = {"sampler": "sampler", "label": "class", "classes": "classes", "guidance": "guidance"}
     names |= {name: name.replace("_", "-") for name in (*SamplerSettings.NOISE, *owned)}
     return [f"--{written}" for name, written in names.items() if getattr(args, name) is not None]
 
