@@ -10,6 +10,7 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.evaluation.exact import Gaussian, operator_matrix
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
 from scorematch.palette import condition_of
+from scorematch.sampling import ODESampler
 from scorematch.sampling.restoration import Guidance, Replacement
 from tests.helpers import gaussian_images, run, seed
 
@@ -190,6 +191,37 @@ def test_guidance_equals_the_exact_conditional_score_of_white_data(name, sigma_y
         joint = torch.linalg.pinv(torch.cat([top, bottom]), rtol=1e-12, hermitian=True)
         difference = torch.cat([x.flatten(1) - world.mean, (y - a @ world.mean).expand(2, -1)], 1)
         torch.testing.assert_close(score.flatten(1), -(difference @ joint)[:, :size], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma_y", [0.0, 0.2])
+def test_guide_jacobian_moves_strong_directions_at_most_twice_as_far_as_the_exact_score(sigma_y):
+    """The observed direction has the variance 50 v, as the brightness of a large image has; ΠGDM moves it 50 times."""
+    values, sigma = torch.tensor([50.0, 1.0], dtype=torch.float64), 30.0
+    seen = Observation(Mask(torch.tensor([True, False])), torch.tensor([[3.0, 0.0]]).double(), sigma_y)
+    x = torch.tensor([[5.0, -20.0]], dtype=torch.float64)
+    free = -x / (values + sigma**2)
+    found = Guidance(seen, 1.0, jacobian=True).score(lambda x, s: -x / (values + s**2), x, sigma, slice(0, 1))
+    # The posterior of x0 given x has the variance c; that of y given x has c + sigma_y^2.
+    c = sigma**2 * values[0] / (values[0] + sigma**2)
+    denoised = x[0, 0] * c / sigma**2
+    exact = c / sigma**2 * (3.0 - denoised) / (c + sigma_y**2)
+    ratio = (found - free)[0, 0] / exact
+    torch.testing.assert_close(ratio, (c + sigma_y**2) / (c / 2 + sigma_y**2))
+    assert found[0, 1] == free[0, 1]
+
+
+def test_guide_jacobian_does_not_diverge_for_data_with_one_strong_direction():
+    """Images that are gray, with little noise: the missing half becomes the shade of the half that is seen."""
+    shape = (3, 16, 16)
+    size = math.prod(shape)
+    one = torch.ones(size, dtype=torch.float64)
+    world = Gaussian(one / 2, 0.1 * torch.outer(one, one) + 1e-4 * torch.eye(size, dtype=torch.float64), shape)
+    shades = torch.tensor([0.2, 0.9]).view(2, 1, 1, 1).expand(2, *shape)
+    seen = Uncrop(right=8)
+    for sampler in (AnnealedLangevinSampler, ODESampler):
+        chain = sampler(world, NoiseSchedule.geometric(40, 0.01, 18), restore="guide-jacobian")
+        x = run(chain, 2, observation=Observation(seen, seen.measure(shades)), generator=0)
+        assert (x - shades).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("restore", ["guide", "guide-jacobian"])
