@@ -1406,6 +1406,17 @@ def lambda_net(net, factor):
     return other
 
 
+def test_the_classes_take_turns_in_the_samples_of_a_run(tmp_path):
+    """Whatever the classes of the first images: data are often ordered by class."""
+    for label in (0, 2):
+        net = image_net(classes=3)
+        labels = torch.arange(32) % 3
+        labels[:16] = label
+        quick(net, Memory(images(), labels), tmp_path / str(label), images=8, lr=1e-12, sample_every=8)
+    zero, two = ((tmp_path / name / "samples" / "000000008.png").read_bytes() for name in ("0", "2"))
+    assert zero == two
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["task", "labels"])
 def test_runs_with_conditions_save_samples_and_a_report(tmp_path, kind):

@@ -525,8 +525,8 @@ class ScoreNet(NetworkScore, nn.Module):
         """Loads a trained network by its name, from a folder, or from a repository of the Hugging Face Hub.
 
         Args:
-            name_or_folder: a short name ("mnist" and "palette-mnist" ship with the package; ``python -m scorematch
-                models`` lists all names); or a folder, given as a path or as a string with a slash ("./cifar10"); or a
+            name_or_folder: a short name (networks such as "mnist" and "cifar10-small" ship with the package; ``python
+                -m scorematch models`` lists all names); or a folder, given as a path or as a string with a slash ("./cifar10"); or a
                 repository of the Hub, ``owner/name``. Folders and repositories hold the files of ``save_pretrained``,
                 or a U-Net of diffusers, alone or in a pipeline.
 

@@ -241,8 +241,9 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
     """Draws samples from fixed seeds and writes them to one image file.
 
     For a network with an image as its condition, the conditions are degraded examples, and the file shows condition,
-    sample and original side by side. The sampler is the one recommended for the network; without a recommendation it
-    is ``ODESampler``, with 35 network calls, or ``AnnealedLangevinSampler`` for a network of one noise level.
+    sample and original side by side. For a class-conditional network the classes take turns. The
+    sampler is the one recommended for the network; without a recommendation it is ``ODESampler``, with 35 network
+    calls, or ``AnnealedLangevinSampler`` for a network of one noise level.
 
     Args:
         net: the network, in eval mode.
@@ -255,6 +256,9 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
     """
     x = examples.x[:_SAMPLES]
     condition, _ = _conditions(net, examples, settings, len(x))
+    if condition is not None and not condition.is_floating_point():
+        assert net.conditioning is not None and net.conditioning.classes is not None  # noqa: S101  (they are classes)
+        condition = torch.arange(len(x), device=condition.device) % net.conditioning.classes
     images = _sampler(net).sample(
         len(x),
         shape=x.shape[1:],
