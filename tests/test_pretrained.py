@@ -286,8 +286,10 @@ def test_a_copied_folder_can_be_loaded(folder, tmp_path):
 
 def test_shipped_networks_are_loaded_by_name_and_match_their_cards():
     shipped = [card for card in cards.CARDS if card.repository is None]
-    assert [card.name for card in shipped] == ["mnist", "mnist-classes", "celeba-small", "palette-mnist"]
-    sizes = {"palette-mnist": 3_000_000, "celeba-small": 16_000_000}
+    known = ["mnist", "mnist-classes", "cifar10-small", "celeba-small", "palette-mnist", "palette-celeba"]
+    assert [card.name for card in shipped] == known
+    color = dict.fromkeys(["cifar10-small", "celeba-small", "palette-celeba"], 16_000_000)
+    sizes = {"palette-mnist": 3_000_000, **color}
     for card in shipped:
         net = ScoreNet.from_pretrained(card.name)
         assert (len(net.schedule), net.sample_shape) == (card.levels, card.shape)
@@ -376,7 +378,10 @@ def test_a_folder_name_without_a_slash_raises(here):
 
 def test_an_unknown_name_gives_an_error_with_the_short_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    known = "'mnist', 'mnist-classes', 'celeba-small', 'palette-mnist', 'cifar10', 'celebahq'"
+    known = (
+        "'mnist', 'mnist-classes', 'cifar10-small', 'celeba-small', 'palette-mnist', 'palette-celeba', 'cifar10', "
+        "'celebahq'"
+    )
     with pytest.raises(
         FileNotFoundError, match=rf"'imagenet' is not the short name of a network; the short names are {known}\. Write"
     ):

@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
         "restorations, and a strip\nthat shows the picture and its restorations side by side.",
         epilog="Examples:\n"
         "  %(prog)s mnist damaged.png restored --mask seen.png\n"
-        "  %(prog)s palette-mnist gray-digits restored --gray\n"
+        "  %(prog)s palette-celeba gray-faces restored --gray\n"
         "  %(prog)s mnist digits restored --pool 2 --degrade --method guide-jacobian",
     )
     add_model(parser)
