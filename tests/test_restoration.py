@@ -10,7 +10,7 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.evaluation.exact import Gaussian, operator_matrix
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
 from scorematch.palette import condition_of
-from scorematch.sampling import ODESampler
+from scorematch.sampling import AncestralSampler, ODESampler
 from scorematch.sampling.restoration import Guidance, Replacement
 from tests.helpers import gaussian_images, run, seed
 
@@ -265,6 +265,25 @@ def test_the_noise_of_y_is_not_copied_into_the_result(digits, sigma, low, high):
     observation = Observation(left, left.measure(noisy), sigma)
     x = digit_sampler(clamp=False).sample(observation=observation, generator=seed(2), progress=False)
     assert low <= float((x - noisy)[..., :14].square().mean().sqrt()) <= high
+
+
+@pytest.mark.slow
+def test_palette_celeba_colors_and_completes_faces():
+    """Colors appear and agree with the luma; the visible half of a face is kept, and the other half fits to it."""
+    faces = ODESampler(ScoreNet.from_pretrained("celeba-small"), levels=10).sample(4, generator=0, progress=False)
+    sampler = AncestralSampler(ScoreNet.from_pretrained("palette-celeba"), levels=12, variance="small")
+    luma = Grayscale().measure(faces)
+    gray = luma.expand(-1, 3, -1, -1)
+    colored = sampler.sample(4, condition=gray, generator=1, progress=False)
+    saturation = (colored.amax(1) - colored.amin(1)).mean()
+    assert saturation > 0.05 and (Grayscale().measure(colored) - luma).square().mean().sqrt() < luma.std() / 2
+    half = Uncrop(right=32)
+    seen = Observation(half, half.measure(faces))
+    whole = sampler.sample(4, condition=condition_of(half, seen.y, 2), observation=seen, generator=3, progress=False)
+    assert torch.equal(whole[..., :32], faces[..., :32])
+    # A result that ignores the visible half is as far from the original as another face.
+    other = (faces.roll(1, 0) - faces)[..., 32:].square().mean().sqrt()
+    assert (whole - faces)[..., 32:].square().mean().sqrt() < 0.8 * other
 
 
 def test_palette_mnist_colors_digits_in_its_three_colors(digits):

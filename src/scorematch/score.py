@@ -526,9 +526,9 @@ class ScoreNet(NetworkScore, nn.Module):
 
         Args:
             name_or_folder: a short name (networks such as "mnist" and "cifar10-small" ship with the package; ``python
-                -m scorematch models`` lists all names); or a folder, given as a path or as a string with a slash ("./cifar10"); or a
-                repository of the Hub, ``owner/name``. Folders and repositories hold the files of ``save_pretrained``,
-                or a U-Net of diffusers, alone or in a pipeline.
+                -m scorematch models`` lists all names); or a folder, given as a path or as a string with a slash
+                ("./cifar10"); or a repository of the Hub, ``owner/name``. Folders and repositories hold the files of
+                ``save_pretrained``, or a U-Net of diffusers, alone or in a pipeline.
 
             Rarely needed:
 

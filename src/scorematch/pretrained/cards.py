@@ -108,9 +108,9 @@ CARDS = (
         settings=SamplerSettings(sampler="ode", levels=18, method="dpm-solver++"),
         settings_source="measured on these weights; see the network's README",
         quality=(
-            "ships, cars and horses can be recognized, birds and frogs hardly; Fréchet distance to 5,000 training images "
-            "in EfficientNet-Lite0 features 65.9 with 1,500 samples and guidance of weight 2.5, 76.5 without; 18.1 for "
-            "test images, 234 for a Gaussian of the same covariance"
+            "ships, trucks and horses can be recognized, birds and frogs hardly; Fréchet distance to 5,000 training "
+            "images in EfficientNet-Lite0 features 65.9 with 1,500 samples and guidance of weight 2.5, 76.5 without; "
+            "18.1 for test images, 234 for a Gaussian of the same covariance"
         ),
     ),
     Card(

@@ -256,9 +256,9 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
     """
     x = examples.x[:_SAMPLES]
     condition, _ = _conditions(net, examples, settings, len(x))
-    if condition is not None and not condition.is_floating_point():
-        assert net.conditioning is not None and net.conditioning.classes is not None  # noqa: S101  (they are classes)
-        condition = torch.arange(len(x), device=condition.device) % net.conditioning.classes
+    classes = None if net.conditioning is None else net.conditioning.classes
+    if condition is not None and classes is not None:
+        condition = torch.arange(len(x), device=condition.device) % classes
     images = _sampler(net).sample(
         len(x),
         shape=x.shape[1:],
