@@ -230,6 +230,8 @@ def test_guidance(tmp_path, capsys):
     )
     said = _refused([net, tmp_path / "a.png", "--guidance", 3], capsys)
     assert "is class-conditional. Write --class K, with K from 0 to 2" in said
+    said = _refused([net, tmp_path / "a.png", "--class", 1, "--guidance", "nan"], capsys)
+    assert "--guidance must be a finite number such as 1.5, got nan." in said
 
 
 @pytest.mark.parametrize(

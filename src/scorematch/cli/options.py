@@ -388,6 +388,8 @@ def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
             f"--guidance is for networks with a null class, as train --labels makes, and {args.model} has none. Leave "
             "it out."
         )
+    if not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance must be a finite number such as 1.5, got {args.guidance}.")
     return classifier_free(net, args.guidance)
 
 

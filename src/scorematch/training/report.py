@@ -241,9 +241,9 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
     """Draws samples from fixed seeds and writes them to one image file.
 
     For a network with an image as its condition, the conditions are degraded examples, and the file shows condition,
-    sample and original side by side. For a class-conditional network the classes take turns. The
-    sampler is the one recommended for the network; without a recommendation it is ``ODESampler``, with 35 network
-    calls, or ``AnnealedLangevinSampler`` for a network of one noise level.
+    sample and original side by side. For a class-conditional network the classes take turns. The sampler
+    is the one recommended for the network; without a recommendation it is ``ODESampler``, with 35 network calls, or
+    ``AnnealedLangevinSampler`` for a network of one noise level.
 
     Args:
         net: the network, in eval mode.

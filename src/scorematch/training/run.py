@@ -590,8 +590,9 @@ def _begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:
     """
     stored = pretrained.load(start)
     config = json.loads(json.dumps(net.config))
-    adds_condition = _takes_image(config) and not _takes_image(stored.config)
-    free = _FREE_OF_START | {"in_channels"} if adds_condition else _FREE_OF_START
+    added = 0 if net.conditioning is None else net.conditioning.channels
+    widens = added > 0 and stored.config.get("in_channels") == config["in_channels"] - added
+    free = _FREE_OF_START | {"in_channels"} if widens else _FREE_OF_START
     differing = [
         f"{key} is {quote(one)} there and {quote(other)} here"
         for key, one, other in _differing(stored.config, config, free)
@@ -601,13 +602,8 @@ def _begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:
             f"start={os.fspath(start)!r} is not the same network as net: {'; '.join(differing)}. Pass "
             "net=ScoreNet.from_pretrained(start)."
         )
-    weights = _widened(stored.weights, net.backbone.state_dict()) if adds_condition else stored.weights
+    weights = _widened(stored.weights, net.backbone.state_dict()) if widens else stored.weights
     pretrained.fill(net.backbone, weights, stored.source)
-
-
-def _takes_image(config: Mapping[str, Any]) -> bool:
-    """Whether a network with this configuration takes a conditioning image."""
-    return bool(config.get("in_channels", 0) > config.get("out_channels", math.inf))
 
 
 def _widened(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
