@@ -499,7 +499,7 @@ def test_restore_with_degrade_shows_the_original_last(folder, pictures, tmp_path
 @pytest.mark.parametrize("options", [("--jpeg", "10"), ("--pool", "2"), ("--pool", "2", "--sigma", "0.1")])
 def test_restore_with_every_operator_and_method(folder, pictures, tmp_path, method, options):
     original = ("--original", str(pictures / "a.png")) if options[0] == "--jpeg" else ()
-    assert _restore(folder, pictures / "a.png", tmp_path / "out", *options, "--method", method, *original) == 0
+    assert _restore(folder, pictures / "a.png", tmp_path / "out", *options, "--restore-method", method, *original) == 0
     height = 8 if options[0] == "--jpeg" else 16
     assert read_image(tmp_path / "out" / "a-1.png", 1).shape == (1, height, height)
 
@@ -524,6 +524,25 @@ def test_restore_passes_the_degraded_image_to_a_conditional_network(tmp_path, pi
         drawn[name] = read_image(tmp_path / f"{name}-out" / "a-1.png", 3)
     assert drawn["seeing"].shape == (3, 8, 12 if options[0] == "--uncrop" else 8)
     assert not torch.equal(drawn["seeing"], drawn["blind"])
+
+
+def test_restore_uses_the_sampler_that_suits_the_network(tmp_path, pictures, capsys):
+    """The recommended one if the network was trained to restore, otherwise annealed Langevin dynamics, or --sampler."""
+    conditional, plain = _unet(3, condition_channels=3), _unet(3)
+    conditional.sampler_settings = SamplerSettings("ancestral", levels=2, variance="small")
+    plain.sampler_settings = SamplerSettings("ode", levels=2)
+    for network, options, expected in [
+        (conditional, (), "AncestralSampler(2 levels 1 -> 0.01, small variance"),
+        (conditional, ("--variance", "large"), "AncestralSampler(2 levels 1 -> 0.01, large variance"),
+        (plain, (), "AnnealedLangevinSampler("),
+        (plain, ("--levels", "3"), "AnnealedLangevinSampler(3 levels"),
+        (plain, ("--sampler", "ode"), "ODESampler(2 levels"),
+        (plain, ("--variance", "small"), "AncestralSampler("),
+    ]:
+        common = ("--gray", "-n", "1", "--device", "cpu", "--quiet", "--overwrite")
+        folder = _saved(network, tmp_path / "network")
+        assert main(["restore", folder, str(pictures / "a.png"), str(tmp_path / "out"), *common, *options]) == 0
+        assert expected in capsys.readouterr().out, options
 
 
 def test_restore_passes_the_class_to_the_network(tmp_path, pictures, capsys):

@@ -94,7 +94,7 @@ def add(commands: Commands) -> None:
     restoration.add_argument(
         "--restore-method",
         choices=get_args(Restore),
-        help="for networks that were not trained to restore (default: replace)",
+        help="how the restorations are made to agree with the degraded images (default: replace)",
     )
     restoration.add_argument(
         "--labels", action="store_true", help="measure the accuracy; the extractor must have these classes"

@@ -120,13 +120,13 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_samplers(parser: argparse.ArgumentParser) -> None:
+def add_samplers(parser: argparse.ArgumentParser, default: str = "the recommended one") -> None:
     """Adds ``--sampler`` and the options of samplers that ``add_sampling`` does not add; see ``make_sampler``."""
     group = parser.add_argument_group("other samplers")
     group.add_argument(
         "--sampler",
         choices=SAMPLERS,
-        help="the sampler (default: the recommended one, or the one to which a given option belongs)",
+        help=f"the sampler (default: the one to which a given option belongs, or {default})",
     )
     schema = SamplerSettings.SCHEMA
     group.add_argument("--method", choices=schema["method"].choices, help="of ode (default: heun)")
@@ -203,11 +203,6 @@ def given_sampling(args: argparse.Namespace) -> list[str]:
     names = {"sampler": "sampler", "label": "class", "classes": "classes", "guidance": "guidance"}
     names |= {name: name.replace("_", "-") for name in (*SamplerSettings.NOISE, *owned)}
     return [f"--{written}" for name, written in names.items() if getattr(args, name) is not None]
-
-
-def sampler_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of AnnealedLangevinSampler that were given on the command line, by name."""
-    return _given(args, [*SamplerSettings.NOISE, *SamplerSettings.OPTIONS["langevin"]])
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -428,8 +423,14 @@ def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Class
     return args.label  # type: ignore[return-value]
 
 
-def make_sampler(args: argparse.Namespace, net: Score) -> Sampler:
-    """The sampler of ``--sampler`` and of the options of samplers; by default the one recommended for the network.
+def make_sampler(args: argparse.Namespace, net: Score, default: str | None = None) -> Sampler:
+    """The sampler of ``--sampler`` and of the options of samplers.
+
+    Args:
+        args: the parsed command line.
+        net: the score that it samples.
+        default: the key in ``SAMPLERS`` of the sampler if no option names one; None is the one recommended for the
+            network.
 
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
@@ -437,9 +438,9 @@ def make_sampler(args: argparse.Namespace, net: Score) -> Sampler:
     known = SamplerSettings.OPTIONS.items()
     owners = {option: name for name, options in known for option in sorted(_given(args, options))}
     noise = _given(args, SamplerSettings.NOISE)
-    if args.sampler is None and not owners:
+    name = next(iter(owners.values()), default) if args.sampler is None else args.sampler
+    if name is None:
         return recommended_sampler(net, **noise)
-    name = next(iter(owners.values())) if args.sampler is None else args.sampler
     for option, owner in owners.items():
         if owner != name:
             raise ValueError(f"--{option.replace('_', '-')} is an option of --sampler {owner}, not of {name}.")

@@ -15,6 +15,7 @@ from scorematch.cli.options import (
     add_class,
     add_model,
     add_overwrite,
+    add_samplers,
     add_sampling,
     amount,
     announce,
@@ -24,14 +25,14 @@ from scorematch.cli.options import (
     find_class,
     image_count,
     load,
-    sampler_options,
+    make_sampler,
 )
 from scorematch.images import check_picture, grid, list_pictures, read_image, read_mask, save_image
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from scorematch.palette import condition_of
 from scorematch.protocol import Score, attribute
 from scorematch.randomness import seed_of
-from scorematch.sampling import AnnealedLangevinSampler
+from scorematch.sampling import Sampler
 from scorematch.sampling.restoration import Restore
 
 _TOGETHER = 64  # restorations that are in memory at once, unless more of one picture are wanted
@@ -47,7 +48,7 @@ def add(commands: Commands) -> None:
         epilog="Examples:\n"
         "  %(prog)s mnist damaged.png restored --mask seen.png\n"
         "  %(prog)s palette-celeba gray-faces restored --gray\n"
-        "  %(prog)s mnist digits restored --pool 2 --degrade --method guide-jacobian",
+        "  %(prog)s mnist digits restored --pool 2 --degrade --restore-method guide-jacobian",
     )
     add_model(parser)
     parser.add_argument("pictures", help="a damaged picture, or a folder of damaged pictures")
@@ -82,7 +83,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--original", help="the undamaged picture, or a folder of them, to add to the strips")
     parser.add_argument(
-        "--method",
+        "--restore-method",
         choices=get_args(Restore),
         default="replace",
         help="how the restorations are made to agree with the picture (default: replace, or guide with --jpeg); "
@@ -98,6 +99,7 @@ def add(commands: Commands) -> None:
     add_overwrite(parser, "files that exist already")
     add_class(parser)
     add_sampling(parser)
+    add_samplers(parser, "the recommended one of a network that was trained to restore, and langevin for any other")
     parser.set_defaults(run=_run)
 
 
@@ -118,7 +120,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.gray and channels != 3:
         raise ValueError(f"--gray needs a network that draws RGB images, and {args.model} draws gray ones.")
     label = find_class(args, net)
-    sampler = AnnealedLangevinSampler(net.inference_copy(), restore=args.method, **sampler_options(args))
+    # The recommended sampler of a network that draws images may be that of an ODE, which restores less well.
+    sampler = make_sampler(args, net.inference_copy(), None if _takes_image(net) else "langevin")
+    sampler.restore = args.restore_method
     check_picture(folder / "strip.png")  # before the work
     # All pictures are read before the first is restored, so that errors come first, and again when they are restored,
     # so that only those of one batch are in memory.
@@ -180,7 +184,7 @@ class _Picture:
 
 def _restore(
     args: argparse.Namespace,
-    sampler: AnnealedLangevinSampler,
+    sampler: Sampler,
     operator: Operator,
     pictures: list[_Picture],
     label: int | None,

@@ -100,9 +100,10 @@ def evaluate_restoration(
 ) -> Evaluation:
     """Degrades images, restores them, and measures the result.
 
-    A network that was trained for restoration gets the degraded image as its condition. For masks and crops the result
-    is made to agree with the observed pixels, as in the paper. Any other score restores the measurement as an
-    observation, by the method ``restore`` of the sampler.
+    The restorations are made to agree with the measurement by the method ``restore`` of the sampler, as those of the
+    command ``scorematch restore`` are. A network that was trained for restoration also gets the degraded image as its
+    condition. The paper does both for masks and crops, and uses the condition alone for the other tasks; with both,
+    restorations are closer to the originals (docs/palette.md).
 
     Under ``torchrun`` or ``accelerate launch`` every process must call it; each restores a share of the images, and all
     return the same result.
@@ -339,13 +340,11 @@ class _Restoring:
                     for i, number in enumerate(fills)
                 ]
             )
-        # As in Palette, the observed pixels of masks and crops are kept; other tasks draw the whole image.
-        observed = not self._conditional or operator.gain == 1
         return self._sampler.sample(
             len(batch.x),
             shape=batch.x.shape[1:],
             condition=condition,
-            observation=Observation(operator, y, self._noise) if observed else None,
+            observation=Observation(operator, y, self._noise),
             generator=[number % 2**32 for number in batch.seeds(self._seed, "restoration", draw)],
             batch_size=len(batch.x),
             progress=False,
