@@ -182,10 +182,11 @@ def test_the_consistency_counts_observed_values_only():
 # -- Networks of Palette's kind
 
 
-@pytest.mark.parametrize("task", ["colorization", "jpeg-20"])
-def test_a_network_gets_the_degraded_image(task):
+@pytest.mark.parametrize(("task", "tolerance"), [("colorization", 1e-4), ("jpeg-20", 5e-3)])
+def test_a_network_gets_the_degraded_image(task, tolerance):
+    """It copies its condition, which the observation changes only by the rounding of a second compression."""
     result = run(Copy(), task)
-    assert found(result)["rmse"] == pytest.approx(found(result, "degraded")["rmse"], rel=1e-2)
+    assert found(result)["rmse"] == pytest.approx(found(result, "degraded")["rmse"], rel=tolerance)
     assert found(result)["consistency"] < 0.05
 
 
