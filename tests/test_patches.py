@@ -160,8 +160,9 @@ def test_the_configuration_without_patches_has_no_key_patch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pixel_channels": 8}, "pixel_channels must be a multiple of 4, and 0 for patch=1, got 8 with"),
-        ({"patch": 2, "pixel_channels": 6}, "pixel_channels must be a multiple of 4, .* got 6 with patch=2"),
+        ({"pixel_channels": 8}, "pixel_channels must be a multiple of 4 .* and 0 for patch=1, got 8 with"),
+        ({"patch": 2, "pixel_channels": 6}, "pixel_channels must be a multiple of 4 up to 64, .* got 6 with patch=2"),
+        ({"patch": 2, "pixel_channels": 68}, "a multiple of 32 above, .* got 68 with patch=2"),
         (
             {"patch": 2, "down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2},
             "patch must be 1 for blocks with Skip in their names, got 2",

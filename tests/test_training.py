@@ -110,7 +110,7 @@ def points_net(dtype=torch.float32, dropout=0.0):
 def image_net(**options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, attention=[False], **options)
+        net = ScoreNet.unet(1, 8, **{"widths": (4,), "layers_per_block": 1, "attention": [False], **options})
         for parameter in net.parameters():  # zeros of the initialization could hide errors
             nn.init.normal_(parameter, std=0.1)
     net.sampler_settings = SamplerSettings("ode", levels=4)  # for the samples of a run
@@ -1087,36 +1087,87 @@ def test_start_with_a_network_of_another_image_size(run, tmp_path):
     assert quick(net, x, tmp_path, start=run[0] / "network", images=8).sample_shape == (1, 16, 16)
 
 
+def begin(net, data, out, start, condition=None):
+    """Trains ``net`` for eight steps, gives it the weights that the run began with, and returns the result."""
+    trained = quick(net, data, out, start=start, images=64, keep=9, condition=condition)
+    first = out.parent / "first"
+    shutil.copytree(out / "checkpoints" / "000000000", first / "000000000")
+    with torch.no_grad():
+        for name, value in checkpoints.latest(first).parts["weights"].items():
+            net.get_parameter(name).copy_(value)
+    return trained
+
+
 @pytest.mark.parametrize("options", [{}, {"patch": 2}, {"patch": 2, "pixel_channels": 4}], ids=str)
 def test_a_conditional_network_starts_as_the_unconditional_one(tmp_path, options):
     """The outputs are equal at first, whatever the condition; after one step they depend on it."""
     first = image_net(**options)
-    first.save_pretrained(tmp_path / "first")
+    first.save_pretrained(tmp_path / "start")
     net = image_net(condition_channels=1, **options)
     x, sigma, dark = torch.rand(2, 1, 8, 8, generator=seed(3)), torch.tensor([0.1, 1.0]), torch.zeros(2, 1, 8, 8)
     assert not torch.allclose(net(x, sigma, dark), first(x, sigma))
-    out = tmp_path / "run"
-    trained = quick(net, images(), out, start=tmp_path / "first", images=8, condition=Inpainting(), keep=9)
-    shutil.copytree(out / "checkpoints" / "000000000", tmp_path / "checkpoints" / "000000000")
-    with torch.no_grad():
-        for name, value in checkpoints.latest(tmp_path / "checkpoints").parts["weights"].items():
-            net.get_parameter(name).copy_(value)
+    trained = begin(net, images(), tmp_path / "run", tmp_path / "start", Inpainting())
     for condition in (dark, torch.rand(2, 1, 8, 8, generator=seed(4))):
         torch.testing.assert_close(net(x, sigma, condition), first(x, sigma))
     assert not torch.allclose(trained(x, sigma, dark), trained(x, sigma, dark + 1))
 
 
-def test_a_network_does_not_start_with_one_that_has_more_inputs(tmp_path):
-    def twice(x, generator):
-        condition, region = Inpainting()(x, generator)
-        return torch.cat([condition, condition], dim=1), region
+GROWTH = {
+    "layers": ({}, {"layers_per_block": 3}),
+    "layers, attention": ({"attention": [False, True]}, {"layers_per_block": 2}),
+    "attention": ({}, {"attention": [True, True]}),
+    "pixels": ({"patch": 2, "pixel_channels": 4}, {"pixel_channels": 64}),
+    "condition, pixels": ({"patch": 2, "pixel_channels": 8}, {"pixel_channels": 12, "condition_channels": 2}),
+    "more conditions": ({"condition_channels": 1}, {"condition_channels": 2, "layers_per_block": 2}),
+    "classes, everything": (
+        {"patch": 2, "pixel_channels": 8, "classes": 3},
+        {"pixel_channels": 16, "layers_per_block": 2, "attention": [True, True]},
+    ),
+}
 
-    image_net(condition_channels=1).save_pretrained(tmp_path / "first")
-    for channels, task in [(0, None), (2, twice)]:
-        message = rf"not the same network as net: in_channels is 2 there and {1 + channels} here\. Pass"
-        net = image_net(condition_channels=channels)
-        with pytest.raises(ValueError, match=message):
-            quick(net, images(), tmp_path / "run", start=tmp_path / "first", condition=task)
+
+@pytest.mark.parametrize(("options", "more"), GROWTH.values(), ids=GROWTH)
+def test_a_larger_network_starts_as_the_smaller_one(tmp_path, options, more):
+    """The outputs are equal at first, and training changes all of the additional weights."""
+    options = {"widths": (4, 8), "attention": [False, False], "layers_per_block": 1, **options}
+    first, net = image_net(**options), image_net(**{**options, **more})
+    first.save_pretrained(tmp_path / "start")
+    assert len(vector(net)) > len(vector(first))
+
+    def given(net):
+        channels, classes = net.conditioning.channels, net.conditioning.classes
+        if classes is not None:
+            return torch.tensor([0, 2])
+        return torch.rand(2, 2, 8, 8, generator=seed(4))[:, :channels] if channels else None
+
+    def task(x, generator):
+        return torch.rand(len(x), net.conditioning.channels, 8, 8, generator=seed(4)), None
+
+    x, sigma = torch.rand(2, 1, 8, 8, generator=seed(3)), torch.tensor([0.1, 1.0])
+    assert not torch.allclose(net(x, sigma, given(net)), first(x, sigma, given(first)))
+    data = Memory(images(), torch.arange(32) % 3) if net.conditioning.classes else images()
+    trained = begin(net, data, tmp_path / "run", tmp_path / "start", task if net.conditioning.channels else None)
+    torch.testing.assert_close(net(x, sigma, given(net)), first(x, sigma, given(first)))
+    at_first = dict(net.named_parameters())
+    assert not [name for name, value in trained.named_parameters() if torch.equal(value, at_first[name])]
+
+
+def test_a_network_does_not_start_with_a_larger_one(tmp_path):
+    """Neither with one of other widths, nor with more channels at full resolution than keep the groups of the norms."""
+    large = {"condition_channels": 2, "layers_per_block": 2, "patch": 2, "pixel_channels": 8, "attention": [True]}
+    cases = {
+        "in_channels is 3 there and 2 here": {"condition_channels": 1},
+        "layers_per_block is 2 there and 1 here": {"layers_per_block": 1},
+        "pixel_channels is 8 there and 4 here": {"pixel_channels": 4},
+        "pixel_channels is 8 there and 96 here": {"pixel_channels": 96},
+        r"down_block_types is \['AttnDownBlock2D'\] there and \['DownBlock2D'\] here": {"attention": [False]},
+        r"block_out_channels is \[4\] there and \[8\] here": {"widths": (8,)},
+    }
+    image_net(**large).save_pretrained(tmp_path / "start")
+    for message, options in cases.items():
+        net = image_net(**{**large, **options})
+        with pytest.raises(ValueError, match=f"not the same network as net: {message}.* Pass"):
+            quick(net, images(), tmp_path / "run", start=tmp_path / "start", condition=Inpainting())
 
 
 # -- Compilation ------------------------------------------------------------------------------------------------------

@@ -244,8 +244,8 @@ class ScoreNet(NetworkScore, nn.Module):
             patch: the side of the patches in pixels. With ``patch`` above 1 each patch becomes one position with more
                 channels; with 2 the network takes about a quarter of the time. Such a network is saved in this
                 package's own layout, which diffusers cannot read.
-            pixel_channels: the width of two more residual blocks at full resolution, a multiple of 4, for ``patch``
-                above 1; 0 for none.
+            pixel_channels: the width of two more residual blocks at full resolution, for ``patch`` above 1: a multiple
+                of 4 up to 64, or a multiple of 32; 0 for none.
             schedule: the noise levels; None is NCSNv2's schedule for CIFAR-10, 232 levels from 50 to 0.01.
             precondition: a row of the table in ``scorematch.precondition``; "karras" is the best one to train with.
 

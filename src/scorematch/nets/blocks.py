@@ -12,8 +12,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -411,6 +411,11 @@ class ImageNetwork(nn.Module):
             raise ValueError(f"the classes must have shape {(len(x),)} like the batch, got {tuple(classes.shape)}.")
 
 
+def is_larger(key: str, small: Mapping[str, Any], large: Mapping[str, Any]) -> bool:
+    """Whether both configurations have a number for the key, and the second one is larger."""
+    return bool(small.get(key, math.inf) < large.get(key, 0))
+
+
 Images = TypeVar("Images", bound=ImageNetwork)
 
 
@@ -429,3 +434,7 @@ class ImageFamily(Family[Images]):
         """The embeddings of the noise level and of the classes, and their projections in the residual blocks."""
         kinds = ("time_proj", "time_embedding", "class_embedding", "time_emb_proj")
         return {name for name, _ in backbone.named_modules() if set(kinds) & set(name.split("."))}
+
+    def growth(self, small: Mapping[str, Any], large: Mapping[str, Any]) -> set[str]:
+        """A network may take a conditioning image, or one with more channels."""
+        return {key for key in ("in_channels",) if is_larger(key, small, large)}

@@ -144,6 +144,29 @@ class Family(ABC, Generic[Network]):
         """
         return None
 
+    # -- For a network that begins with the weights of a smaller one ---------------------------------------------------
+
+    def growth(self, small: Mapping[str, Any], large: Mapping[str, Any]) -> set[str]:
+        """The keys in which a network is larger than another one, but can begin with its weights.
+
+        Args:
+            small: the architecture of the smaller network, the keys of its configuration.
+            large: that of the larger network.
+        """
+        return set()
+
+    def grow(self, small: Network, large: Network) -> dict[str, Tensor]:
+        """The weights with which a larger network computes the same function as a smaller one.
+
+        Args:
+            small: the smaller backbone.
+            large: the larger one, with new weights. Its additional input channels are the last ones.
+        """
+        grown = {name: weight.clone() for name, weight in large.state_dict().items()}
+        for name, weight in small.state_dict().items():
+            place(grown[name], weight)
+        return grown
+
     # -- For the inference copy ---------------------------------------------------------------------------------------
 
     channels_last_on_cuda: ClassVar[bool] = True  # False if its norms convert to the contiguous format on CUDA
@@ -174,3 +197,22 @@ def structure(net: nn.Module) -> dict[str, type | None]:
     """The structure of a network: the class of each module, and the names of the parameters."""
     kinds: dict[str, type | None] = {name: type(module) for name, module in net.named_modules()}
     return {**kinds, **dict.fromkeys(name for name, _ in net.named_parameters())}
+
+
+def place(weight: Tensor, smaller: Tensor, *, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
+    """Writes the weight of a layer into that of a larger layer, whose additional inputs get the weight zero.
+
+    Weights from all inputs to additional outputs are not changed.
+
+    Args:
+        weight: the weight or bias of the larger layer (outputs, inputs, ...) or (outputs,), which is changed.
+        smaller: that of the smaller layer.
+        outputs: the indices of the smaller layer's outputs in the larger one; None is the first ones.
+        inputs: the indices of its inputs, likewise.
+    """
+    rows = slice(len(smaller)) if outputs is None else outputs
+    values = smaller.to(weight.dtype)
+    if smaller.ndim > 1:
+        values = weight.new_zeros(len(smaller), *weight.shape[1:])
+        values[:, slice(smaller.shape[1]) if inputs is None else inputs] = smaller.to(weight.dtype)
+    weight[rows] = values

@@ -31,8 +31,9 @@ References:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +53,13 @@ from scorematch.nets.blocks import (
     Settled,
     Style,
     fir_up,
+    is_larger,
     mean_down,
     nearest_up,
     quarter_groups,
     settle_projections,
 )
-from scorematch.nets.family import structure
+from scorematch.nets.family import place, structure
 from scorematch.nets.layers import GroupNorm
 from scorematch.schema import Field
 
@@ -396,9 +398,10 @@ class UNet(ImageNetwork):
         kinds = [DOWN_BLOCKS[name] for name in down_block_types] + [UP_BLOCKS[name] for name in up_block_types]
         if patch > 1 and any(kind.skip for kind in kinds):
             raise ValueError(f"patch must be 1 for blocks with Skip in their names, got {patch}.")
-        if pixel_channels and (patch == 1 or pixel_channels % 4):
+        if pixel_channels and (patch == 1 or pixel_channels % (4 if pixel_channels <= 64 else 32)):
             raise ValueError(
-                f"pixel_channels must be a multiple of 4, and 0 for patch=1, got {pixel_channels} with patch={patch}."
+                "pixel_channels must be a multiple of 4 up to 64, a multiple of 32 above, and 0 for patch=1, got "
+                f"{pixel_channels} with patch={patch}."
             )
         self.activation = _ACTIVATIONS[act_fn]
         head_widths = _head_widths("attention_heads", attention_heads, widths, attention_head_dim)
@@ -614,6 +617,53 @@ class _UNetFamily(ImageFamily[UNet]):
         skips = [name for name, _ in backbone.named_modules() if name.endswith("skip_conv")]
         first = {"conv_in", *(name for name in skips if name.startswith("down_blocks"))}
         return first, {"conv_out", *(name for name in skips if name.startswith("up_blocks"))}
+
+    def growth(self, small: Mapping[str, Any], large: Mapping[str, Any]) -> set[str]:
+        """More layers, attention at more scales, and more channels at full resolution are possible too."""
+        keys = super().growth(small, large)
+        blocks = ("down_block_types", "up_block_types")
+        kinds = [kind for key in blocks for kind in large.get(key, ())]
+        resampling = (large.get("downsample_type"), large.get("upsample_type"))
+        if any("Skip" in kind for kind in kinds) or "resnet" in resampling:
+            return keys  # additional layers of these networks cannot be the identity
+        if is_larger("layers_per_block", small, large):
+            keys.add("layers_per_block")
+        for key in blocks:
+            pairs = zip(small.get(key, ()), large.get(key, ()), strict=False)
+            if all(new in (old, f"Attn{old}") for old, new in pairs):
+                keys.add(key)
+        # Up to 64 channels, all groups of the norms at full resolution have four channels.
+        if is_larger("pixel_channels", small, large) and small["pixel_channels"] > 0 and large["pixel_channels"] <= 64:
+            keys.add("pixel_channels")
+        return keys
+
+    def grow(self, small: UNet, large: UNet) -> dict[str, Tensor]:
+        """Additional residual blocks and attention are the identity at first (Chen et al., 2016, arXiv:1511.05641).
+
+        The last block of a scale on the way up stays the last one, since it takes the output of the scale above.
+        """
+        grown = {name: weight.clone() for name, weight in large.state_dict().items()}
+        for name, module in large.named_modules():
+            if isinstance(module, ResidualBlock | Attention):
+                output = f"{name}.conv2" if isinstance(module, ResidualBlock) else f"{name}.to_out.0"
+                nn.init.zeros_(grown[f"{output}.weight"])
+                nn.init.zeros_(grown[f"{output}.bias"])
+            if isinstance(module, ResidualBlock) and module.conv_shortcut is not None:
+                nn.init.dirac_(grown[f"{name}.conv_shortcut.weight"])
+                nn.init.zeros_(grown[f"{name}.conv_shortcut.bias"])
+        both: Tensor | None = (
+            None  # inputs of pixel_block_out: the channels of the way up, then those of pixel_block_in
+        )
+        if small.pixel_in is not None:
+            channels = torch.arange(small.pixel_out.in_channels)
+            both = torch.cat([channels, large.pixel_out.in_channels + channels])
+        layers, more = (len(cast(_UpBlock, net.up_blocks[0]).resnets) for net in (small, large))
+        last = re.compile(rf"^(up_blocks\.\d+\.(?:resnets|attentions)\.){layers - 1}\.")
+        for name, weight in small.state_dict().items():
+            inputs = both if name in ("pixel_block_out.conv1.weight", "pixel_block_out.conv_shortcut.weight") else None
+            outputs = both if name.startswith("pixel_block_out.norm1.") else None
+            place(grown[last.sub(rf"\g<1>{more - 1}.", name)], weight, outputs=outputs, inputs=inputs)
+        return grown
 
     def settle(self, copy: UNet) -> Callable[[Tensor], None]:
         """The embedding of the level is computed once, and without classes also its projection in each block."""

@@ -147,8 +147,10 @@ def train(
         out: the folder of the run, created if it does not exist.
         start: a trained network, a name or a folder as for ``ScoreNet.from_pretrained``. A new run begins with its
             weights, and with a new optimizer. It must be the same network as ``net``, except for the size of the images
-            and the sampler settings; and ``net`` may take a conditioning image that ``start`` does not take, which
-            has no influence at first. None begins with the weights of ``net``.
+            and the sampler settings; or ``net`` is larger, and both have the same output at first (Chen et al., 2016,
+            arXiv:1511.05641): it may take a conditioning image or more channels of it, and a U-Net of DDPM may have
+            more ``layers_per_block``, ``attention`` at more scales, and up to 64 ``pixel_channels`` instead of fewer.
+            None begins with the weights of ``net``.
         images: the length of the run in images, counted with repetitions and rounded up to whole batches.
         batch_size: the number of images per step, over all processes together.
         lr: the largest learning rate.
@@ -581,43 +583,30 @@ def check_weights(state: TrainingState) -> None:
 def _begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:
     """Copies the weights of the trained network ``start`` to ``net``.
 
-    If ``start`` takes no conditioning image and ``net`` does, the weights of the additional input channels are zero, so
-    that both networks have the same output at first.
+    If ``net`` is larger, the additional weights are such that both networks have the same output at first.
 
     Raises:
         FileNotFoundError: if there is no such network.
-        ValueError: if the configurations of the two networks differ.
+        ValueError: if ``net`` is another network, and not a larger one that can begin with these weights.
     """
     stored = pretrained.load(start)
     config = json.loads(json.dumps(net.config))
-    added = 0 if net.conditioning is None else net.conditioning.channels
-    widens = added > 0 and stored.config.get("in_channels") == config["in_channels"] - added
-    free = _FREE_OF_START | {"in_channels"} if widens else _FREE_OF_START
+    grows: set[str] = set()
+    if net.family is not None and stored.config["family"] == config["family"]:
+        grows = net.family.growth(stored.config, config)
     differing = [
         f"{key} is {quote(one)} there and {quote(other)} here"
-        for key, one, other in _differing(stored.config, config, free)
+        for key, one, other in _differing(stored.config, config, _FREE_OF_START | grows)
     ]
     if differing:
         raise ValueError(
             f"start={os.fspath(start)!r} is not the same network as net: {'; '.join(differing)}. Pass "
             "net=ScoreNet.from_pretrained(start)."
         )
-    weights = _widened(stored.weights, net.backbone.state_dict()) if widens else stored.weights
+    weights = stored.weights
+    if net.family is not None and grows:
+        weights = net.family.grow(ScoreNet.from_pretrained(start).backbone, net.backbone)
     pretrained.fill(net.backbone, weights, stored.source)
-
-
-def _widened(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, with zeros for the additional input channels of convolutions.
-
-    The conditioning image is concatenated after x, and patches keep that order, so that the additional channels are the
-    last ones.
-    """
-    widened = dict(weights)
-    for name in weights.keys() & expected.keys():
-        weight, more = weights[name], expected[name].shape[1:2].numel() - weights[name].shape[1:2].numel()
-        if weight.ndim == 4 and more > 0:
-            widened[name] = torch.cat([weight, weight.new_zeros(weight.shape[0], more, *weight.shape[2:])], dim=1)
-    return widened
 
 
 def _differing(
