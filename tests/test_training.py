@@ -817,6 +817,11 @@ def run(tmp_path_factory):
     return out, net
 
 
+def test_the_folder_of_a_run_is_not_its_network(run):
+    with pytest.raises(ValueError, match=r"faces is the folder of a training run\. Its network is in .*network: pass"):
+        ScoreNet.from_pretrained(run[0])
+
+
 def test_files_of_a_run(run):
     out, net = run
     names = {"checkpoints", "config.json", "log.jsonl", "network", "report", "report.md", "samples", "snapshots"}

@@ -60,6 +60,10 @@ def _read(home: Path, card: Card | None, complete: Callable[[Sequence[str]], Non
         stored = _read_own(home, config, complete)
     elif config.get("_class_name") in diffusers.CLASSES:
         stored = diffusers.read(home, config, card, complete)
+    elif (home / "network" / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{home} is the folder of a training run. Its network is in {home / 'network'}: pass that folder."
+        )
     else:
         raise ValueError(
             f"{path} has no format_version, so it was not written by save_pretrained, and its _class_name must be "
