@@ -613,7 +613,7 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
     lines = capsys.readouterr().out.splitlines()
     differences = [line for line in lines if "pixels in" in line]
     assert differences == [
-        f"the image to restore has 16x16 pixels in {color}; {folder} draws 8x8 pixels in gray"
+        f"the image to restore has 16x16 pixels in {color}; images of {folder} have 8x8 pixels in gray"
         for color in ("gray", "color")  # once for a.png and b.png, once for c.png
     ]
 

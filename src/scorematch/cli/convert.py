@@ -29,7 +29,9 @@ def add(commands: Commands) -> None:
         help="the configuration that the network was trained with, if the checkpoint does not contain it: the name of "
         "a published one, or a JSON, YAML or text file with the authors' options",
     )
-    parser.add_argument("--raw", action="store_true", help="convert the raw weights, not their moving average")
+    parser.add_argument(
+        "--raw", action="store_true", help="convert the weights of the last step, not their moving average"
+    )
     add_overwrite(parser, "a network in the folder")
     parser.set_defaults(run=_run)
 

@@ -99,7 +99,8 @@ def add_classes(parser: argparse.ArgumentParser) -> None:
         dest="label",
         type=_class_or_rule,
         metavar="K",
-        help="for a class-conditional network: the class to draw, or random or cycle for a class of each image",
+        help="for a class-conditional network: the class to draw; random draws a class for each image, and cycle takes "
+        "all classes in turn",
     )
     parser.add_argument(
         "--classes",

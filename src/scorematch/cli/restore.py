@@ -277,7 +277,7 @@ def _describe_difference(args: argparse.Namespace, picture: _Picture, shape: Seq
         rgb = read_image(picture.path, 3)
         color = "gray" if torch.equal(rgb, rgb[:1].expand_as(rgb)) else "color"
     found = f"{_size(picture.seen)} pixels in {color}"
-    return None if found == own else f"the image to restore has {found}; {args.model} draws {own}"
+    return None if found == own else f"the image to restore has {found}; images of {args.model} have {own}"
 
 
 def _size(images: Tensor) -> str:

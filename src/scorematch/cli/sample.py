@@ -75,7 +75,7 @@ def add(commands: Commands) -> None:
         "-n",
         type=image_count,
         default=64,
-        help="the number of images; in one file, one image has no border, and several are a grid (default: 64)",
+        help="the number of images; several images in one file form a grid (default: 64)",
     )
     parser.add_argument(
         "--columns", type=image_count, help="images per row of the grid (default: about as many as rows)"
@@ -83,8 +83,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--gif",
         action="store_true",
-        help="also write the way from noise to the images as an animation: digits.gif beside digits.png, or sheet.gif "
-        "in the folder of --out. With increasing noise its contrast is reduced, so that the noise remains visible",
+        help="also write an animation of the way from noise to the images: digits.gif beside digits.png, or sheet.gif "
+        "in the folder of --out. The contrast is reduced at high noise levels, so that the noise remains visible",
     )
     add_overwrite(parser, "files that exist already")
     parser.add_argument(

@@ -110,7 +110,7 @@ def add(commands: Commands) -> None:
         "--label-drop",
         type=float,
         metavar="SHARE",
-        help="the share of the labels that become 'no label' (default: 0.1)",
+        help="the share of the labels that are replaced by the null class (default: 0.1)",
     )
     training.add_argument(
         "--microbatch",
