@@ -26,6 +26,7 @@ from scorematch.bulk.batches import this_process
 from scorematch.bulk.classes import image_classes
 from scorematch.bulk.folder import SampleFolder
 from scorematch.bulk.job import Job
+from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
 from scorematch.images import read_image
 from scorematch.nets.family import Condition
 from scorematch.protocol import NetworkScore
@@ -666,6 +667,36 @@ def test_the_identity_of_scores_made_of_scores(net):
     assert len(set(found)) == len(found)
     assert identity(Guided(net, 1.0)) == found[0] and found[0].startswith("Guided ")
     assert identity(object()) == identity(object())  # without the address
+
+
+def test_the_identity_covers_what_exact_scores_methods_and_arrays_compute():
+    """Also values that an object keeps in private attributes, and the middle of large arrays."""
+
+    class Model:
+        def __init__(self, values):
+            self.values = values
+
+        def score(self, x, sigma):
+            return self.values * x
+
+    far, near = np.zeros(5000), np.zeros(5000)
+    far[2000] = 1.0
+    make = [
+        lambda: Empirical(torch.zeros(4, 1, 2, 2)),
+        lambda: Empirical(torch.ones(4, 1, 2, 2)),
+        lambda: Empirical(torch.ones(4, 1, 2, 2), 0.1),
+        lambda: Mixture([0.5, 0.5], [[-1.0], [1.0]], 0.01),
+        lambda: Mixture([0.5, 0.5], [[-1.0], [1.0]], 1.0),
+        lambda: Gaussian([0.0, 1.0], 1.0),
+        lambda: Gaussian([0.0, 1.0], 1.0, schedule=NoiseSchedule([1.0, 0.1])),
+        lambda: Model(near).score,
+        lambda: Model(far).score,
+        lambda: Model(far.astype(np.float32)).score,
+    ]
+    found = [hashing.identity(each()) for each in make]
+    assert len(set(found)) == len(found)
+    assert found == [hashing.identity(each()) for each in make]
+    assert found[0] != hashing.identity(Empirical(torch.zeros(4, 1, 2, 2)).log_density)
 
 
 def test_the_identity_of_a_new_kind_of_score_follows_its_definition():

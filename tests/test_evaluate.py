@@ -34,6 +34,7 @@ from scorematch.evaluation import (
     values,
 )
 from scorematch.evaluation.evaluate import REFERENCES, is_network
+from scorematch.images import save_image
 from scorematch.sampling import AnnealedLangevinSampler, ODESampler, SamplerSettings
 from scorematch.training import open_images
 from tests.helpers import python, seed
@@ -449,6 +450,32 @@ def test_statistics_as_the_reference(tmp_path):
 class _Module(torch.nn.Linear):
     def forward(self, x):
         return super().forward(x.flatten(1).float())
+
+
+def test_damaged_statistics_in_the_cache_are_computed_again(tmp_path):
+    real, generated = images(60), images(40, 1)
+    one = run(generated, real, cache=tmp_path, gaussian=False)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-200]):
+        file.write_bytes(damaged)
+        again = run(generated, real, cache=tmp_path, gaussian=False)
+        assert again.hash == one.hash and agree(again.figures["samples"], one.figures["samples"])
+        assert file.read_bytes() != damaged
+
+
+def test_results_do_not_lie_in_the_folder_of_the_data(tmp_path):
+    """The picture of the samples would become a real image of the next evaluation."""
+    faces = tmp_path / "faces"
+    faces.mkdir()
+    for i, image in enumerate(images(4, size=8) / 255):
+        save_image(image, faces / f"{i}.png")
+    for out in (faces, faces / "result", tmp_path / "other" / ".." / "faces" / "result"):
+        for options in ({"reference": faces}, {"reference": images(4, size=8), "held_out": faces}):
+            with pytest.raises(ValueError, match=r"lies in the folder of the data, .*faces, .*Write to another folder"):
+                run(images(4, 1, size=8), out=out, **options)
+    assert len(list(faces.iterdir())) == 4
+    run(images(4, 1, size=8), faces, out=tmp_path / "result", metrics=[])
 
 
 def test_only_features_with_a_fingerprint_are_cached(tmp_path):

@@ -187,6 +187,25 @@ def test_likelihood_is_equal_in_inference_mode_and_for_wrapped_networks(rng):
     assert torch.equal(likelihood(torch.nn.DataParallel(net), x, few, generator=seed(0)), expected)
 
 
+def test_likelihood_is_the_same_under_autocast(rng):
+    torch.manual_seed(0)
+    net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=NoiseSchedule.geometric(10, 0.01, 6)).eval()
+    torch.nn.init.normal_(net.backbone.conv_out.weight)
+    few, x = NoiseSchedule.karras(10, 0.01, 4), torch.rand(2, 1, 8, 8, generator=rng)
+    expected = likelihood(net, x, few, generator=seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(likelihood(net, x, few, generator=seed(0)), expected)
+
+
+def test_a_score_without_gradients_or_with_one_level_raises():
+    """The trace would be wrong without any sign of it."""
+    with pytest.raises(ValueError, match="score must be differentiable in x, but it was computed without gradients"):
+        likelihood(torch.no_grad()(lambda x, sigma: -x), torch.zeros(2, 3))
+    net = ScoreNet.unet(1, 8, widths=(8,), schedule=NoiseSchedule([0.5]))
+    with pytest.raises(ValueError, match=r"one noise level, 0\.5, but the flow needs a range of levels"):
+        log_likelihood(net, torch.zeros(2, 1, 8, 8), progress=False)
+
+
 @pytest.mark.parametrize("function", [log_likelihood, bits_per_dimension])
 def test_a_list_of_generators_of_the_wrong_length_raises(function, world):
     with pytest.raises(ValueError, match="one entry for each of the 3 samples, got 1"):

@@ -500,6 +500,33 @@ def test_sliced_loss_gives_every_parameter_a_gradient(rng):
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
 
 
+@pytest.mark.parametrize("options", [{"classes": 3}, {"condition_channels": 1}, {}], ids=str)
+def test_sliced_loss_of_a_network_with_attention_and_a_condition(rng, options):
+    """The gradient is that of finite differences of the loss, in float64."""
+    net = ScoreNet.unet(1, 8, widths=(4,), **options).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.2, generator=rng)
+    x, z, v = (torch.randn(2, 1, 8, 8, generator=rng).double() for _ in range(3))
+    net.value_range = None
+    condition = {"classes": torch.tensor([0, 2]), "condition_channels": z}.get(next(iter(options), ""))
+
+    def loss():
+        return sliced_score_matching_loss(net, x, sigma=0.5, noise=z, projections=v, condition=condition)
+
+    loss().backward()
+    weight = net.backbone.mid_block.attentions[0].to_q.weight
+    along = torch.randn(weight.shape, generator=rng).double()
+    values = []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            weight += step * along
+            values.append(loss().item())
+            weight -= step * along
+    assert weight.grad.abs().max() > 0
+    assert (weight.grad * along).sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
+
+
 # -- Bad input
 
 
@@ -516,6 +543,7 @@ def test_sliced_loss_gives_every_parameter_a_gradient(rng):
         ({"sigma": torch.ones(3)}, ValueError, r"or \(2,\) like the batch, got shape \(3,\)"),
         ({"sigma": 1.0, "noise": torch.zeros(2, 4)}, ValueError, r"noise must have the shape of x, \(2, 3\)"),
         ({"sigma": 1.0, "p": 0}, ValueError, "p must be at least 1, got 0"),
+        ({"sigma": 1.0, "p": float("nan")}, ValueError, "p must be at least 1, got nan"),
         ({"sigma": 1.0, "reduction": "sum"}, ValueError, '"mean" or "none", got'),
         ({"sigma": 1.0, "region": torch.ones(2, 3)}, TypeError, "region must be bool.*Write region > 0.5"),
         ({"sigma": 1.0, "region": torch.ones(4, dtype=torch.bool)}, ValueError, "region must be broadcastable to x"),
@@ -531,6 +559,12 @@ def test_invalid_data_and_network_outputs_raise():
         dsm_loss(zero, torch.zeros(2, 3, dtype=torch.uint8), LEVELS)
     with pytest.raises(ValueError, match=r"a batch \(N, ...\) with at least one sample, got shape \(3,\)"):
         dsm_loss(zero, torch.zeros(3), LEVELS)
+    for output, name in (((torch.zeros(2, 3),), "tuple"), (None, "NoneType")):
+        message = rf"returned {name}, but a score must be a tensor of the shape of x, \(2, 3\)"
+        with pytest.raises(TypeError, match=message):
+            dsm_loss(lambda x, sigma, output=output: output, torch.zeros(2, 3), LEVELS)
+    with pytest.raises(ValueError, match="score must be differentiable in x"):
+        sliced_score_matching_loss(lambda x, sigma: -x.detach(), torch.zeros(2, 3), LEVELS)
     with pytest.raises(ValueError, match=r"returned shape \(2,\) for x of shape \(2, 3\)"):
         dsm_loss(lambda x, sigma: x[:, 0], torch.zeros(2, 3), LEVELS)
     with pytest.raises(ValueError, match=r"returned shape \(2, 1\) for x of shape \(2, 3\)"):  # not broadcast

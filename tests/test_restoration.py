@@ -435,6 +435,28 @@ def test_images_of_another_size_than_the_networks_and_not_square():
     assert torch.equal(observation.operator.measure(x), observation.y.expand(2, -1, -1, -1))
 
 
+def test_guide_jacobian_needs_a_score_that_is_differentiable():
+    sampler = AnnealedLangevinSampler(
+        torch.no_grad()(lambda x, sigma: -x), NoiseSchedule([0.3, 0.2]), steps_per_level=1, restore="guide-jacobian"
+    )
+    with pytest.raises(ValueError, match=r"score must be differentiable in x, but it was computed without gradients"):
+        sampler.sample(1, observation=Observation(Mask(torch.arange(8) < 4), torch.rand(1, 1, 8, 8)), progress=False)
+
+
+def test_guidance_with_classes_that_were_made_in_inference_mode():
+    net = ScoreNet.unet(1, 8, widths=(4,), classes=3)
+    observation = Observation(Mask(torch.arange(8) < 4), torch.rand(2, 1, 8, 8))
+    options = {"restore": "guide-jacobian", "precision": "float32", "steps_per_level": 1}
+    sampler = AnnealedLangevinSampler(net, NoiseSchedule([0.3, 0.2]), **options)
+    with torch.inference_mode():
+        classes = torch.tensor([0, 2])
+    x, y = (
+        sampler.sample(2, condition=condition, observation=observation, generator=0, progress=False)
+        for condition in (classes, torch.tensor([0, 2]))
+    )
+    assert torch.equal(x, y)
+
+
 def test_guidance_leaves_no_gradients_and_keeps_the_callers_grad_mode():
     net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
     sampler = AnnealedLangevinSampler(net, NoiseSchedule([0.3, 0.2]), steps_per_level=1, restore="guide-jacobian")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
-from scorematch.sampling import SamplerSettings
+from scorematch.sampling import AncestralSampler, ODESampler, SamplerSettings
 from tests.helpers import point, run, seed
 
 SHORT = NoiseSchedule.geometric(5, 0.1, 12)
@@ -463,6 +463,28 @@ def test_noise_of_another_shape_raises(world):
         run(AnnealedLangevinSampler(world, SHORT), 2, shape=(3,), noise=lambda x: torch.zeros(2, 1))
 
 
+@pytest.mark.parametrize("kind", [AnnealedLangevinSampler, ODESampler, AncestralSampler])
+def test_a_network_with_one_noise_level(kind):
+    """One level is the default, and another number is an error."""
+    net = ScoreNet.unet(1, 8, widths=(4,), schedule=NoiseSchedule([0.5]))
+    sampler = kind(net)
+    assert len(sampler.schedule) == 1
+    assert sampler.sample(2, generator=0, progress=False).shape == (2, 1, 8, 8)
+    assert len(kind(net, levels=1)) == len(sampler)
+    with pytest.raises(ValueError, match="levels must be 1 for a schedule of one level, got 5"):
+        kind(net, levels=5)
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_samples_are_the_same_under_autocast(precision):
+    net = ScoreNet.unet(1, 8, widths=(4,), schedule=SHORT)
+    torch.nn.init.normal_(net.backbone.conv_out.weight)
+    sampler = AnnealedLangevinSampler(net, precision=precision)
+    expected = sampler.sample(2, generator=0, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampler.sample(2, generator=0, progress=False), expected)
+
+
 @pytest.mark.parametrize("denoise", [True, False])
 def test_nan_in_the_state_raises_an_error_that_names_the_level(denoise):
     calls = []
@@ -472,7 +494,10 @@ def test_nan_in_the_state_raises_an_error_that_names_the_level(denoise):
         return x * math.nan if sigma < 1 else -x
 
     sampler = AnnealedLangevinSampler(score, SHORT, steps_per_level=8, denoise=denoise)
-    with pytest.raises(RuntimeError, match=r"NaN or infinite values from level 5 of 12 on, sigma 0\.8447"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"NaN or infinite values from level 5 of 12 on, sigma 0\.8447, after the step from sigma 1\.",
+    ):
         run(sampler, 2, shape=(1,))
     assert 41 <= len(calls) <= 56  # the state is checked every 16 steps
     calls.clear()

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.images import save_image
 from scorematch.loss import sliced_score_matching_loss
 from scorematch.nets import Condition
 from scorematch.palette import Inpainting
@@ -350,6 +351,26 @@ def test_reconstruct_gives_averages_of_any_length_after_a_run(tmp_path):
         reconstruct(tmp_path, 0.005, backbone=MLP())
     with pytest.raises(ValueError, match="images must be from 320 to 6,400"):
         reconstruct(tmp_path, 0.07, images=30_000, backbone=MLP())
+
+
+@pytest.mark.parametrize("ema", [(0.2504, 0.2496), (0.0125,), (0.0004,)], ids=str)
+def test_lengths_with_many_digits(tmp_path, ema):
+    """Files have the whole length in their names: averages are neither confused nor reconstructed for another length.
+
+    The length 0.0004 is that of the last step alone.
+    """
+    options = {"images": 320, "ema": ema, "snapshot_every": 80, "checkpoint_every": 80}
+    whole = quick(points_net(), points(), tmp_path / "whole", **options)
+    assert len(list((tmp_path / "whole" / "snapshots").iterdir())) == 4 * len(ema)
+    quick(points_net(), points(), tmp_path / "cut", **options)
+    for folder in (tmp_path / "cut" / "checkpoints").iterdir():
+        if int(folder.name) == 320:
+            shutil.rmtree(folder)
+    assert torch.equal(vector(quick(points_net(), points(), tmp_path / "cut", **options)), vector(whole))
+    for length in ema:
+        found = reconstruct(tmp_path / "whole", length, backbone=MLP())
+        stored = ScoreNet.from_pretrained(tmp_path / "whole" / "snapshots" / f"000000320-{length}", backbone=MLP())
+        torch.testing.assert_close(vector(found), vector(stored), atol=1e-6, rtol=0)
 
 
 def test_reconstruct_of_a_folder_without_snapshots_raises(tmp_path):
@@ -815,6 +836,40 @@ def run(tmp_path_factory):
             progress=False,
         )
     return out, net
+
+
+def test_a_run_does_not_write_into_the_folder_of_its_data(tmp_path):
+    """Its pictures of samples would become data, and the same call would not continue the run."""
+    faces = tmp_path / "faces"
+    faces.mkdir()
+    for i, image in enumerate(images(4)):
+        save_image(image, faces / f"{i}.png")
+    for out in (faces / "run", faces):
+        with pytest.raises(ValueError, match=r"lies in the folder of the data, .*faces, .*Write to another folder"):
+            quick(image_net(), faces, out)
+    assert len(list(faces.iterdir())) == 4
+
+
+def test_the_repository_of_the_result_is_checked_before_the_training(tmp_path):
+    with pytest.raises(ValueError, match="the repository must be owner/name, got 'faces'"):
+        quick(image_net(), images(), tmp_path / "run", push_to_hub="faces")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_results_of_evaluate_are_numbers_in_the_log(tmp_path):
+    given = {"tensor": torch.tensor(0.5), "array": np.float32(2), "number": 3}
+    quick(points_net(), points(), tmp_path / "run", images=16, sample_every=16, evaluate=lambda net, images: given)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {"images": 16, "tensor": 0.5, "array": 2.0, "number": 3.0} in lines
+    wrong = {
+        "evaluate must return a mapping of names to numbers, got NoneType": None,
+        "evaluate must return numbers: ": {"all": torch.zeros(2)},
+        "evaluate must not return 'images', 'loss', which train logs": {"loss": 1.0, "images": 2},
+    }
+    for i, (message, found) in enumerate(wrong.items()):
+        options = {"images": 16, "sample_every": 16, "evaluate": lambda net, images, found=found: found}
+        with pytest.raises((TypeError, ValueError), match=message):
+            quick(points_net(), points(), tmp_path / str(i), **options)
 
 
 def test_the_folder_of_a_run_is_not_its_network(run):

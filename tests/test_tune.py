@@ -189,3 +189,8 @@ def test_pixels_are_an_extractor_by_name(net):
     with pytest.warns(UserWarning, match="is singular"):
         result = run(net, features="pixels", settings=SETTINGS[:1])
     assert result.source == pixels().name
+
+
+def test_a_network_with_one_noise_level_has_no_settings_to_compare():
+    with pytest.raises(ValueError, match="has one noise level, so there are no settings to compare"):
+        settings_table(ScoreNet.unet(1, 8, widths=(4,), schedule=NoiseSchedule([0.5])))

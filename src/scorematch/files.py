@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # The prefix of the names of temporary files and folders, which an interruption may leave behind.
 UNFINISHED = ".saving-"
@@ -38,6 +39,26 @@ def write_whole(path: Path, content: bytes, *, durable: bool = False) -> None:
     finally:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
+
+
+def check_outside(out: str | os.PathLike[str], *sources: Any) -> None:
+    """Checks that a folder of results does not lie in a folder of data, whose images the results would join.
+
+    Args:
+        out: the folder of the results.
+        sources: data; all but paths of folders are ignored.
+
+    Raises:
+        ValueError: if ``out`` is one of these folders, or lies in one.
+    """
+    for source in sources:
+        if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+            folder = Path(source).resolve()
+            if Path(out).resolve().is_relative_to(folder):
+                raise ValueError(
+                    f"{os.fspath(out)} lies in the folder of the data, {os.fspath(source)}, so that the pictures in it "
+                    "would become data. Write to another folder."
+                )
 
 
 def clean(folder: Path) -> None:

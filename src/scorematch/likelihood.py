@@ -52,7 +52,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.noise import NoiseSchedule
-from scorematch.protocol import Score, check_data, check_score, evaluating, middle_of, schedule_of
+from scorematch.precision import without_autocast
+from scorematch.protocol import (
+    Score,
+    check_data,
+    check_differentiable,
+    check_score,
+    evaluating,
+    middle_of,
+    schedule_of,
+)
 from scorematch.randomness import Generator, as_generator, standard_normal, uniform
 
 _LEVELS = 50
@@ -115,7 +124,7 @@ def log_likelihood(
     generators = as_generator(generator)
     dimension = x[0].numel()
     # Neither computations in inference mode nor tensors created in it can be differentiated.
-    with torch.inference_mode(False), torch.no_grad(), evaluating(net):
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(), evaluating(net):
         x = _without_history(x).to(torch.promote_types(x.dtype, torch.float32))
         condition = _without_history(condition) if isinstance(condition, Tensor) else condition
         end, integral = _follow(_Flow(net, condition, probes, generators), x, schedule, progress)
@@ -207,11 +216,13 @@ def default_schedule(net: Score) -> NoiseSchedule:
     """The schedule of ``log_likelihood`` if none is given.
 
     Raises:
-        ValueError: for a plain callable, which has no noise levels of its own.
+        ValueError: for a plain callable, which has no noise levels of its own, and for a network with one level.
     """
     own = schedule_of(net)
     if own is None:
         raise ValueError("a plain callable has no noise levels of its own: pass a schedule.")
+    if len(own) == 1:
+        raise ValueError(f"the network has one noise level, {own.sigma_max:g}, but the flow needs a range of levels.")
     return NoiseSchedule.karras(own.sigma_max, own.sigma_min, _LEVELS)
 
 
@@ -237,6 +248,7 @@ class _Flow:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             score = self.score(x, sigma)
+            check_differentiable(score)
             denoised = x + sigma.square() * score
             count = x[0].numel() if self.probes is None else self.probes
             trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)

@@ -29,9 +29,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scorematch.noise import NoiseSchedule
-from scorematch.protocol import Score, as_sigma, attribute, check_data, check_score, per_image, schedule_of
+from scorematch.protocol import (
+    Score,
+    as_sigma,
+    attribute,
+    check_data,
+    check_differentiable,
+    check_score,
+    per_image,
+    schedule_of,
+)
 from scorematch.randomness import single_generator, standard_normal
 
 Reduction = Literal["mean", "none"]
@@ -94,7 +104,7 @@ def dsm_loss(
         tensor(24.)
     """
     x, sigma, noise, _ = _perturbation(net, x, schedule, sigma, noise, generator)
-    if p < 1:
+    if not p >= 1:  # also true for NaN
         raise ValueError(f"p must be at least 1, got {p!r}.")
     _check_reduction(reduction)
     # |sigma r|^p with sigma r = sigma s + z, which is of order one, whereas r grows as 1 / sigma.
@@ -163,6 +173,7 @@ def sliced_score_matching_loss(
     noise: Tensor | None = None,
     projections: Tensor | None = None,
     weighting: Callable[[Tensor], Tensor] | None = None,
+    condition: Tensor | int | None = None,
     reduction: Reduction = "mean",
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
@@ -179,6 +190,7 @@ def sliced_score_matching_loss(
         noise: the standard normal noise z to use instead of random noise, of x's shape.
         projections: the directions v to use instead of standard normal ones, of x's shape.
         weighting: a function of sigma (N,) that returns w (N,); None is sigma^2.
+        condition: the condition of the network, as for ``dsm_loss``.
         reduction: "mean" over the batch, or "none" for one value per image.
         generator: the source of the noise levels, the noise and the directions, as for ``dsm_loss``.
 
@@ -194,9 +206,11 @@ def sliced_score_matching_loss(
         v = standard_normal(x.shape, source, x.device, x.dtype)
     else:
         v = _like("projections", projections, x)
-    with torch.enable_grad():
+    # The faster kernels of attention have no second derivative.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         noisy = (x + per_image(sigma, x) * noise).detach().requires_grad_()
-        score = check_score(net(noisy, sigma), x)
+        score = check_score(net(noisy, sigma) if condition is None else net(noisy, sigma, condition), x)
+        check_differentiable(score)
         (gradient,) = torch.autograd.grad((v * score).sum(), noisy, create_graph=True)
     loss = (v * gradient).flatten(1).sum(1) + score.square().flatten(1).sum(1) / 2
     loss = loss * (sigma**2 if weighting is None else weighting(sigma))

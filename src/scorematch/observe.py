@@ -123,7 +123,7 @@ class Mask(Operator):
             raise TypeError(
                 f"a mask must be a bool tensor, True where the image is observed, got {kind}. Write mask > 0.5."
             )
-        self.seen: Tensor = seen.detach().clone()
+        self.seen: Tensor = torch.atleast_1d(seen.detach().clone())
 
     def __repr__(self) -> str:
         return f"Mask({'x'.join(map(str, self.seen.shape))}, {float(self.seen.float().mean()):.0%} seen)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -62,6 +62,16 @@ def autocast(device: torch.device | str, precision: Autocast = "auto") -> Abstra
     return nullcontext()
 
 
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Within this context, autocast is turned off on all devices on which it is on, for this thread."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 # -- Full float32 -----------------------------------------------------------------------------------------------------
 
 _lock = threading.Lock()
@@ -72,6 +82,8 @@ _flags: list[tuple[Any, str, Any]] = []  # the user's values while the flags are
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Within this context, float32 matrix products and convolutions use full precision, without TF32 or bfloat16.
+
+    Autocast is turned off too, for this thread.
 
     On CUDA, torch computes float32 convolutions in TF32, with 10 bits of mantissa, by default, and matrix products too
     after ``torch.set_float32_matmul_precision("high")``. Torch's flags are global: while the context is active, they
@@ -85,7 +97,8 @@ def exact_float32() -> Iterator[None]:
                 setattr(owner, name, value)
         _users += 1
     try:
-        yield
+        with without_autocast():
+            yield
     finally:
         with _lock:
             _users -= 1

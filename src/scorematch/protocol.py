@@ -123,14 +123,29 @@ def check_score(score: Tensor, x: Tensor) -> Tensor:
     """Returns the score if it has the shape of x; a score is never broadcast.
 
     Raises:
+        TypeError: if it is not a tensor.
         ValueError: if it has another shape.
     """
+    if not isinstance(score, Tensor):
+        raise TypeError(
+            f"the network returned {type(score).__name__}, but a score must be a tensor of the shape of x, "
+            f"{tuple(x.shape)}."
+        )
     if score.shape != x.shape:
         raise ValueError(
             f"the network returned shape {tuple(score.shape)} for x of shape {tuple(x.shape)}, but a score must have "
             "the shape of x."
         )
     return score
+
+
+def check_differentiable(score: Tensor) -> None:
+    """Raises ValueError if a score, which was computed with gradients enabled, does not depend on x for autograd."""
+    if not score.requires_grad:
+        raise ValueError(
+            "the score must be differentiable in x, but it was computed without gradients. Remove torch.no_grad() and "
+            "detach() from the function that computes it."
+        )
 
 
 def per_image(value: Tensor | float, x: Tensor) -> Tensor | float:

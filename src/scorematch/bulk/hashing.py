@@ -7,14 +7,14 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from scorematch.noise import NoiseSchedule
-from scorematch.protocol import NetworkScore
 from scorematch.sampling import Sampler
 
 
@@ -39,7 +39,8 @@ def identity(value: Any) -> str:
     """The type of a score and a hash of its configuration and weights; for a plain function, a hash of its name.
 
     The scores of this package define by their method ``definition`` what is hashed. Of any other object its attributes
-    are hashed, except those that begin with an underscore, and of any other module its ``config`` and its weights.
+    are hashed, except those that begin with an underscore, of any other module its ``config`` and its weights, and of a
+    method the object that it belongs to.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in _parts(value):
@@ -54,6 +55,10 @@ def _parts(value: Any) -> Iterator[Any]:
         yield f"{value.dtype} {tuple(value.shape)}".encode()
         yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         return
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield f"{value.dtype.str} {value.shape}".encode()
+        yield value.tobytes()
+        return
     if isinstance(value, type | FunctionType | BuiltinFunctionType):
         yield f"{value.__module__}.{value.__qualname__}".encode()
         return
@@ -66,8 +71,10 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from itertools.chain.from_iterable(_parts(entry) for entry in value)
     elif isinstance(value, functools.partial):
         yield from _parts([value.func, value.args, value.keywords])
-    elif isinstance(value, NetworkScore):
-        yield from _parts(value.definition())
+    elif isinstance(value, MethodType):
+        yield from _parts([value.__func__, value.__self__])
+    elif callable(definition := getattr(value, "definition", None)):
+        yield from _parts(definition())
     elif isinstance(value, nn.Module):
         yield from _parts([dict(getattr(value, "config", {})), dict(value.state_dict())])
     elif hasattr(value, "__dict__"):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from scorematch.cli.options import Commands, load_network
-from scorematch.pretrained.hub import is_repository
+from scorematch.pretrained.hub import check_repository
 
 
 def add(commands: Commands) -> None:
@@ -31,8 +31,7 @@ def add(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> None:
     from huggingface_hub import get_token
 
-    if not is_repository(args.repository):
-        raise ValueError(f"the repository must be owner/name, got {args.repository!r}.")
+    check_repository(args.repository)
     run = args.folder / "network"
     net = load_network(run if run.is_dir() else args.folder)
     if get_token() is None:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from scorematch.cli.options import Commands, check_folder_name, check_own, duration, image_count, load_network
+from scorematch.files import check_outside
 from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
+from scorematch.pretrained.hub import check_repository
 from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, ImageData, Recipe, Settings, open_images, train
 from scorematch.training.recipes import training_flop
@@ -148,6 +150,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.cache is not None and args.no_cache:
         raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     check_folder_name(args.out)
+    check_outside(args.out, args.data)
+    if args.push_to_hub is not None:
+        check_repository(args.push_to_hub)
     check_own(args.out, "config.json", _RESULTS)
     label_drop = (_LABEL_DROP if args.label_drop is None else args.label_drop) if args.labels else 0.0
     options = {**recipe.options(), **_given(args), "label_drop": label_drop}

@@ -50,7 +50,7 @@ from scorematch.charts import table
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, image_figures
 from scorematch.evaluation.per_image import choose
-from scorematch.files import clean, write_whole
+from scorematch.files import check_outside, clean, write_whole
 from scorematch.images import check_picture, save_grid, to_uint8
 from scorematch.pretrained import cards
 from scorematch.protocol import attribute, device_of
@@ -265,6 +265,7 @@ def evaluate(
         raise ValueError("held_out is the reference. Pass real images that are not in it.")
     folder = None if out is None else Path(out)
     if folder is not None:
+        check_outside(folder, reference, held_out)
         check_picture(folder / "samples.png")  # fails early
     options = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
     subject = _subject(what, n, sampler, options, folder, device, progress)

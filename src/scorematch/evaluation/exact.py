@@ -33,6 +33,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,10 @@ class Distribution(ABC):
         """
         flat, level = self._flat(x), as_sigma(sigma, x).to(self.mean.device).double()
         return self._score(flat, level.view(-1, 1).square()).view(x.shape).to(x)
+
+    def definition(self) -> list[Any]:
+        """Everything that determines the score, as for ``NetworkScore``; a subclass adds its own values."""
+        return [self.sample_shape, self.schedule, self.value_range]
 
     def log_density(self, x: Tensor, sigma: float = 0.0) -> Tensor:
         """The log-density (N,) of the distribution with noise of level sigma, in nats, at x (N, ...).
@@ -185,6 +190,10 @@ class Mixture(Distribution):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self.weights)} components, {self.sample_shape})"
+
+    def definition(self) -> list[Any]:
+        """The shape, the schedule and the range, and the weights, means and covariance."""
+        return [*super().definition(), self.weights, self.means, self._within]
 
     @property
     def mean(self) -> Tensor:
@@ -353,6 +362,10 @@ class Empirical(Distribution):
 
     def __repr__(self) -> str:
         return f"Empirical({len(self)} x {self.sample_shape}, bandwidth {self.bandwidth:g})"
+
+    def definition(self) -> list[Any]:
+        """The shape, the schedule and the range, and the data and the bandwidth."""
+        return [*super().definition(), self._data, self.bandwidth]
 
     def __len__(self) -> int:
         """The number of samples in the data set."""

@@ -331,7 +331,8 @@ def kernel_distance(
     if subset_size > least:
         raise ValueError(
             f"the kernel distance needs at least subset_size = {subset_size:,} features in each set, got "
-            f"{len(first):,} and {len(second):,}. Write subset_size={least} or less."
+            f"{len(first):,} and {len(second):,}. "
+            + ("Pass more images." if least < 2 else f"Write subset_size={least} or less.")
         )
     drawing = single_generator(generator)
     orders = [(each, _canonical(each)) for each in (first, second)]

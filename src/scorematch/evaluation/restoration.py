@@ -56,7 +56,7 @@ from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, find_data,
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.figures import Collection, Evaluator, Figure, Figures, OneOrMore, mean_figure
 from scorematch.evaluation.per_image import Batch, choose, per_image
-from scorematch.files import clean
+from scorematch.files import check_outside, clean
 from scorematch.images import check_picture, save_grid
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import TASKS, condition_of
@@ -153,6 +153,7 @@ def evaluate_restoration(
     degradation, described = _degradation(task, seed)
     folder = None if out is None else Path(out)
     if folder is not None:
+        check_outside(folder, data)
         check_picture(folder / "restored.png")  # fails early
     chosen_sampler = sampler_for(what, sampler, device)
     device = device_of(chosen_sampler.net) if device is None else device

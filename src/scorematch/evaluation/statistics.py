@@ -26,7 +26,7 @@ import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -250,8 +250,9 @@ def statistics_of(
     images = open_images(data, progress=progress)
     path = None if cache is None else Path(cache, f"{content_key(images, extractor, features)}.npz")
     # All processes must make the same choice: if one reads the file, the others would wait for it in a collective call.
-    if path is not None and agreed(path.is_file()):
-        return Statistics.load(path, extractor)
+    stored = None if path is None else _stored(path, extractor)
+    if agreed(stored is not None):
+        return cast(Statistics, stored)
     rank = torch.distributed.get_rank() if processes() > 1 else 0
     found: Moments | Rows = Rows() if features else Moments()
     starts = range(rank * batch_size, len(images), processes() * batch_size)
@@ -262,6 +263,14 @@ def statistics_of(
     if path is not None:
         result.save(path)
     return result
+
+
+def _stored(path: Path, extractor: Extractor) -> Statistics | None:
+    """The statistics in a file of the cache; None if there is no such file, or it is damaged."""
+    try:
+        return Statistics.load(path, extractor)
+    except (OSError, ValueError):
+        return None
 
 
 def content_key(images: ImageData, extractor: Extractor, *parts: object) -> str:

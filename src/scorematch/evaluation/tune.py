@@ -276,11 +276,16 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
         net: the network.
         calls: the largest number of network calls per image.
 
+    Raises:
+        ValueError: if the network has one noise level.
+
     Example:
         >>> net = ScoreNet.from_pretrained("mnist")
         >>> settings_table(net, calls=20)[0]
         SamplerSettings(sampler='ode', levels=10, steps_per_level=None, ..., method='heun', ...)
     """
+    if len(net.schedule) == 1:
+        raise ValueError("the network has one noise level, so there are no settings to compare.")
     listed = [] if net.sampler_settings is None else [net.sampler_settings]
     listed += [SamplerSettings("ode", levels=levels, method="heun") for levels in (10, 18, 36)]
     listed += [SamplerSettings("ode", levels=levels, method="dpm-solver++") for levels in (18, 36, 72)]

@@ -52,6 +52,12 @@ def is_repository(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
+def check_repository(name: str) -> None:
+    """Raises ValueError if a name does not have the form of a repository name."""
+    if not is_repository(name):
+        raise ValueError(f"the repository must be owner/name, got {name!r}.")
+
+
 class Repository:
     """The network of a repository on the Hub. Its files are downloaded unless they are in the cache.
 
@@ -358,8 +364,7 @@ def upload(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not is_repository(repo_id):
-        raise ValueError(f"repo_id must be owner/name, got {repo_id!r}.")
+    check_repository(repo_id)
     _check_token(token)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:

@@ -160,11 +160,13 @@ class AnnealedLangevinSampler(Sampler):
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
         """The recommended number of levels, or ``levels``, in the range of the network's own levels."""
+        if len(own) == 1:
+            return own.respaced(1 if levels is None else levels)
         if levels is None and self._settings is not None:
             levels = self._settings.levels
         if levels is None and self.consistent:
             levels = min(_MOST_LEVELS, max(_FEWEST_LEVELS, len(own)))
-        return own if levels is None or len(own) == 1 else _without_gaps(own, levels)
+        return own if levels is None else _without_gaps(own, levels)
 
     def _consistent_eta(self, own: NoiseSchedule | None, settings: SamplerSettings | None) -> float:
         """The step size divided by sigma squared, 1 - r^p.

@@ -142,6 +142,8 @@ class ODESampler(Sampler):
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
         """The levels of Karras et al. between the highest and the lowest level of the network."""
+        if len(own) == 1:
+            return own.respaced(1 if levels is None else levels)
         return NoiseSchedule.karras(own.sigma_max, own.sigma_min, _LEVELS if levels is None else levels)
 
     def __len__(self) -> int:

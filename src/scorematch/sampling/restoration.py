@@ -55,7 +55,7 @@ import torch
 from torch import Tensor
 
 from scorematch.observe import Observation
-from scorematch.protocol import per_image
+from scorematch.protocol import check_differentiable, per_image
 
 Restore = Literal["replace", "guide", "guide-jacobian"]
 Score = Callable[[Tensor, Any], Tensor]
@@ -138,6 +138,8 @@ class Guidance(Restoration):
         with torch.set_grad_enabled(self._jacobian):
             x = x.detach().requires_grad_(self._jacobian)
             follow = score(x, sigma)
+            if self._jacobian:
+                check_differentiable(follow)
             denoised = x + level * follow
         missing = operator.lift(y - operator.measure(denoised.detach()))
         noise = self._observation.sigma**2 / (operator.gain or 1.0)

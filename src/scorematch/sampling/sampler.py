@@ -23,7 +23,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from scorematch.noise import NoiseSchedule
 from scorematch.observe import Observation
-from scorematch.precision import exact_float32
+from scorematch.precision import exact_float32, without_autocast
 from scorematch.protocol import Score, attribute, check_score, device_of, evaluating, middle_of, schedule_of
 from scorematch.randomness import Generator, as_generator, standard_normal
 from scorematch.sampling.restoration import Restoration, Restore, restoration
@@ -301,7 +301,7 @@ class Sampler(ABC):
     def _run(
         self, x: Tensor, run: _Run, noise: Callable[[Tensor], Tensor], progress: bool
     ) -> Iterator[tuple[Tensor, float]]:
-        with _without_gradients():
+        with _without_gradients(), without_autocast():
             net = self._inference_net()
         path = None if self.draws_noise else (x - middle_of(self.net)) / self.schedule.sigma_max
         # Gradients are off and the network is in eval mode only within a step; between two steps of ``iterate`` the
@@ -330,7 +330,7 @@ class Sampler(ABC):
 
     @contextmanager
     def _computing(self, net: Score) -> Iterator[None]:
-        exact = exact_float32() if self.precision == "float32" else nullcontext()
+        exact = exact_float32() if self.precision == "float32" else without_autocast()
         with _without_gradients(), evaluating(net), exact:
             yield
 
@@ -380,6 +380,8 @@ class Sampler(ABC):
             x = middle_of(self.net) + self.schedule.sigma_max * noise
         if isinstance(condition, int):
             condition = torch.full((n,), condition)
+        elif condition is not None and condition.is_inference():
+            condition = condition.clone()  # a tensor of inference mode cannot be differentiated through
         values = max(1, math.prod(sample_shape))
         return x, _Run(
             None if condition is None else condition.to(device),
@@ -571,11 +573,12 @@ class _FiniteCheck:
     def look(self) -> None:
         first = torch.iinfo(torch.int32).max if self.first is None else int(self.first)
         if first < len(self.sigmas):
-            sigma = self.sigmas[first]
+            before, sigma = self.sigmas[first - 1] if first else self.schedule.sigma_max, self.sigmas[first]
             level = min(range(len(self.schedule)), key=lambda i: abs(self.schedule[i] - sigma))
+            step = f"after the step from sigma {before:.4g}" if before != sigma else "after a step at this level"
             raise RuntimeError(
                 f"the state has NaN or infinite values from level {level} of {len(self.schedule)} on, sigma "
-                f"{sigma:.4g}: the score is wrong there, or the step is too large for it."
+                f"{sigma:.4g}, {step}: the score is wrong there, or the step is too large for it."
             )
 
 

@@ -129,8 +129,8 @@ def check_length(length: float) -> float:
 
 
 def name_of(length: float) -> str:
-    """A length as text for file names, with three digits, "0.050"; a decay with all digits, "0.9999"."""
-    return f"{length:.3f}" if length <= LONGEST else repr(length)
+    """A length as text for file names, with at least three digits, "0.050" or "0.0125"; a decay as it is, "0.9999"."""
+    return np.format_float_positional(length, min_digits=3) if length <= LONGEST else repr(length)
 
 
 # -- Reconstruction ---------------------------------------------------------------------------------------------------

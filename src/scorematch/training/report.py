@@ -39,6 +39,9 @@ from scorematch.training.steps import Data, Settings, Step
 LOOK_EVERY = 16  # steps between two checks of the losses, which synchronize with the device
 BINS = 8  # the number of equally probable intervals of noise levels in the log
 
+# The names that the training itself writes into the log.
+FIELDS = frozenset({"images", "lr", "images_per_second", "loss", "loss_by_level", "D/2"})
+
 _SAMPLES = 16  # the number of samples in an image of samples
 _REPORT_IMAGES = 64  # the number of images and of noise levels for the loss by level in the report
 _REPORT_LEVELS = 16

@@ -39,9 +39,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch import pretrained
-from scorematch.files import write_whole
+from scorematch.files import check_outside, write_whole
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast
+from scorematch.pretrained.hub import check_repository
 from scorematch.schema import Field, check, quote, read_object, reason
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
@@ -50,6 +51,7 @@ from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import Levels, Weighting, levels_for
 from scorematch.training.report import (
     BINS,
+    FIELDS,
     LOOK_EVERY,
     Log,
     Losses,
@@ -268,6 +270,9 @@ def train(
     }
     if trackers and accelerator is not None:
         raise ValueError("trackers and accelerator cannot both be given. Write Accelerator(log_with=...).")
+    check_outside(out, data)
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     accelerator = make_accelerator(accelerator, trackers=trackers, folder=out)
     if not hasattr(data, "read"):
         data = _open(net, data)
@@ -494,7 +499,8 @@ class _Run:
                 warnings.warn(f"the samples at image {images:,} are not saved: {error}", stacklevel=2)
         if evaluate is not None:
             with global_generators(self.accelerator.device):
-                self._record({"images": images, **evaluate(averaged, images)})
+                found = evaluate(averaged, images)
+            self._record({"images": images, **_figures(found)})
 
     # -- Files --------------------------------------------------------------------------------------------------------
 
@@ -575,6 +581,19 @@ def check_weights(state: TrainingState) -> None:
     if not bool(largest.isfinite().all()):
         name = state.names[int((~largest.isfinite()).nonzero()[0])]
         raise RuntimeError(f"the weight {name} is NaN or infinite at step {state.step} (image {state.images:,}).")
+
+
+def _figures(found: Any) -> dict[str, float]:
+    """The result of the argument ``evaluate``, with numbers for the log."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"evaluate must return a mapping of names to numbers, got {type(found).__name__}.")
+    taken = sorted(FIELDS & found.keys())
+    if taken:
+        raise ValueError(f"evaluate must not return {', '.join(map(repr, taken))}, which train logs. Rename it.")
+    try:
+        return {str(name): float(value) for name, value in found.items()}
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several values
+        raise TypeError(f"evaluate must return numbers: {error}") from error
 
 
 # -- The configuration ------------------------------------------------------------------------------------------------

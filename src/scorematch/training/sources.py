@@ -152,7 +152,7 @@ class Array(Source):
     """Images in memory."""
 
     def __init__(self, images: Any, labels: Any, options: Options, name: str) -> None:
-        array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+        array = _numpy(images)
         if array.ndim < 2 or array.size == 0:
             raise ValueError(
                 f"{name} must be images (N, C, H, W) or data (N, ...) with at least one sample, got shape "
@@ -187,6 +187,15 @@ class Array(Source):
         return self.array[i]
 
 
+def _numpy(values: Any) -> np.ndarray:
+    """Values as an array; bfloat16, which NumPy does not have, becomes float32."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values
+        return np.asarray(values.numpy())
+    return np.asarray(values)
+
+
 def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
     """Converts images (N, H, W), (N, H, W, C) or (N, C, H, W) to (N, C, H, W)."""
     if array.ndim == 3:
@@ -212,7 +221,7 @@ def _checked(shape: tuple[int, ...], options: Options, name: str) -> tuple[int, 
 
 def _classes(labels: Any, n: int, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Converts n labels to integers from 0, int64 (n,), and returns them and the names of the classes."""
-    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    array = _numpy(labels)
     if array.shape == (n, 1):
         array = array[:, 0]
     if array.shape != (n,):
@@ -220,8 +229,10 @@ def _classes(labels: Any, n: int, name: str) -> tuple[np.ndarray, tuple[str, ...
     if array.dtype.kind in "US":
         names, numbers = np.unique(array, return_inverse=True)
         return numbers.astype(np.int64), tuple(map(str, names))
-    if array.dtype.kind not in "iub" or array.min() < 0:
+    if array.dtype.kind not in "iub":
         raise ValueError(f"the labels of {name} must be integers from 0, or strings, got {array.dtype}.")
+    if array.min() < 0:
+        raise ValueError(f"the labels of {name} must be integers from 0, got {array.min()}. Number the classes from 0.")
     if array.max() >= _CLASSES:
         raise ValueError(
             f"the labels of {name} must be below {_CLASSES:,}, got {array.max():,}. Number the classes from 0."
@@ -448,7 +459,7 @@ class _Items(Source):
 
 def _values(image: Any) -> np.ndarray:
     """Converts an item of a Dataset, a tensor or an array, to an array (C, H, W), uint8 or float32."""
-    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
+    array = _numpy(image)
     if array.dtype == np.uint8:
         return np.ascontiguousarray(_channels_first(array[None], "an item of the Dataset")[0])
     if not np.issubdtype(array.dtype, np.floating):
@@ -475,6 +486,8 @@ def find(source: Any, options: Options, workers: int) -> Source:
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Tensor | np.ndarray):
         return Array(*source, options, "the array")
     if isinstance(source, Mapping):
+        if not source:
+            raise ValueError("the mapping or .npz file of the data is empty. It must have an array of images.")
         if all(hasattr(value, "column_names") for value in source.values()):  # the splits of a data set
             if "train" not in source:
                 raise ValueError(
