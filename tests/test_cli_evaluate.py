@@ -155,7 +155,7 @@ def test_evaluate_refuses(folder, capsys):
         ((real, real, "--levels", 3), "--levels is for networks, but"),
         ((real, real, "--class", 3), "--class is for networks, but"),
         ((real, real, "--guidance", 3), "--guidance is for networks, but"),
-        ((network, real, "--guidance", 3), "--guidance is for networks with a null class"),
+        ((network, real, "--guidance", 3), "--guidance needs a network with a null class"),
         ((network, real, "--restore", "pool-4", "--guidance", 3), "--class and --guidance are not for --restore"),
         ((real, "--restore", "pool-4", "--data", real), "--restore needs a network, but"),
         ((network, real, "--restore", "pool-4", "--held-out", real), "are not for --restore"),

@@ -251,7 +251,7 @@ def test_guidance(tmp_path, capsys):
         (["{classes}", "--out", "b", "--class", "one"], "must be a class such as 3, random or cycle, got 'one'"),
         (["{classes}", "--out", "b", "--class", "3"], "--class must be from 0 to 2"),
         (["{classes}", "--out", "b", "--class", "cycle", "--classes", "4"], "--classes must be from 1 to 3"),
-        (["{classes}", "a.png", "--class", "1", "--guidance", "2"], "--guidance is for networks with a null class"),
+        (["{classes}", "a.png", "--class", "1", "--guidance", "2"], "--guidance needs a network with a null class"),
         (["{folder}", "--out", "b", "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
         (["{folder}", "--out", "b", "--sampler", "ode", "--snr", "1"], "--snr is an option of --sampler predictor-"),
         (["{folder}", "a.png", "--snr", "0.1", "--method", "heun"], "is an option of --sampler"),

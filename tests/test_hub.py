@@ -303,7 +303,9 @@ def test_a_damaged_download_gives_an_error_that_says_what_to_delete(hub, run, tm
         blob = path.resolve()
         blob.write_bytes(blob.read_bytes()[:100])
         error = run(LOAD, fails=True)
-        assert message in error and error.endswith(f"Delete {blob} and load the network again to download it anew.")
+        assert message in error and error.endswith(
+            f"Delete {blob} and load the network again, which downloads it again."
+        )
         blob.unlink()
     assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
 
@@ -410,7 +412,7 @@ def test_a_rejected_upload_gives_a_clear_error(hub, run, saved):
     assert error.startswith("PermissionError: the Hub refused to write to me/net") and "hf auth login" in error
     assert "me/net" not in hub.repositories
     error = run(_pushed(saved).replace("me/net", "net"), fails=True)
-    assert error == "ValueError: repo_id must be owner/name, got 'net'."
+    assert error == "ValueError: the repository must be owner/name, got 'net'."
 
 
 # -- A Hub that does not work as it should

@@ -481,7 +481,7 @@ def test_options_that_are_refused(options, message):
         (
             "precondition_options",
             {"sigma": 1.0},
-            "precondition_options has an unknown key, 'sigma'; known are sigma_data",
+            "precondition_options has an unknown key, 'sigma'; the known keys are sigma_data",
         ),
         ("precondition_options", {"sigma_data": 0.0}, "precondition_options: sigma_data must be a number of at least"),
         ("precondition_options", 3, "precondition_options must be an object"),

@@ -184,8 +184,8 @@ def test_options_travel_and_weigh(tmp_path):
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        ("ncsnpp", {"sigma_data": 1.0}, "the row 'ncsnpp' has no options, got 'sigma_data'"),
-        ("karras", {"beta_min": 1.0}, "has an unknown key, 'beta_min'; known are sigma_data"),
+        ("ncsnpp", {"sigma_data": 1.0}, "the preconditioning 'ncsnpp' has no options, got 'sigma_data'"),
+        ("karras", {"beta_min": 1.0}, "has an unknown key, 'beta_min'; the known keys are sigma_data"),
         ("karras", {"sigma_data": -1}, "sigma_data must be a number of at least"),
         ("karras", {"sigma_data": math.nan}, "sigma_data must be a number of at least"),
         ("vp", {"beta_max": 0.05}, "beta_max must be at least beta_min, 0.1, got 0.05"),

@@ -547,7 +547,7 @@ def test_truncated_weights_raise(keep, folder):
         ({"schedule": {"sigmas": []}}, "config.json: schedule: sigmas must be a list with at least 1"),
         ({"schedule": {"sigmas": ["1"]}}, "schedule: sigmas must be a list"),
         ({"schedule": {"sigmas": [10**400]}}, "schedule: sigmas must be a list"),
-        ({"schedule": {"sigmas": [1.0], "more": 1}}, "schedule has an unknown key, 'more'; known are sigmas"),
+        ({"schedule": {"sigmas": [1.0], "more": 1}}, "schedule has an unknown key, 'more'; the known keys are sigmas"),
         ({"schedule": "elsewhere.json"}, "schedule must be an object, got 'elsewhere.json'"),
         ({"sampler_settings": {"levels": 3}}, "config.json: sampler_settings lacks sampler"),
         ({"sampler_settings": {"sampler": "ode", "levels": 1}}, "sampler_settings: levels must be an integer"),

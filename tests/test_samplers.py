@@ -835,7 +835,7 @@ def test_invalid_sampler_settings_raise(values, message):
 
 
 def test_unknown_keys_and_dicts_as_settings_raise():
-    with pytest.raises(ValueError, match="unknown key, 'level'; known are sampler, levels"):
+    with pytest.raises(ValueError, match="unknown key, 'level'; the known keys are sampler, levels"):
         SamplerSettings.from_dict({"sampler": "langevin", "level": 3})
     net = ScoreNet.ncsnv2(1, 8, width=2)
     with pytest.raises(TypeError, match=r"None, got dict. Write scorematch.sampling.SamplerSettings\(levels="):

@@ -70,7 +70,8 @@ def convert(
             or a JSON, YAML or text file with the authors' options (``scorematch.pretrained.options``). For NCSN and
             NCSNv2 it is config.yml, which is required unless the checkpoint contains its noise levels or is an NCSN
             with 10 levels. A file of EDM contains its options.
-        raw: whether to convert the raw weights if the checkpoint has a moving average of them.
+        raw: whether to convert the weights of the last step instead of their moving average. For EDM and
+            improved-diffusion True is an error.
 
     Returns:
         The network, in eval mode.

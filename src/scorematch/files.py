@@ -56,8 +56,8 @@ def check_outside(out: str | os.PathLike[str], *sources: Any) -> None:
             folder = Path(source).resolve()
             if Path(out).resolve().is_relative_to(folder):
                 raise ValueError(
-                    f"{os.fspath(out)} lies in the folder of the data, {os.fspath(source)}, so that the pictures in it "
-                    "would become data. Write to another folder."
+                    f"the output folder {os.fspath(out)} is inside the data folder {os.fspath(source)}, so its images "
+                    "would be read as data. Write to another folder."
                 )
 
 

@@ -1,8 +1,8 @@
 r"""Guidance: a score that is computed from two scores, for any sampler.
 
 Let c be a class, and :math:`s(x, \sigma | c)` the score of its noisy images. Guidance moves samples to images that fit
-c better, at the cost of variety. The weight w = 1 is the network itself, or Bayes' rule for a classifier, and larger
-values guide. The table leaves out the noise level.
+c better, at the cost of variety. At weight w = 1 there is no guidance (for a classifier, w = 1 is Bayes' rule); larger
+weights guide more strongly. The table omits the noise level.
 
 ================  ==========================================  =====================================
 function          score                                       density, up to a constant factor
@@ -24,7 +24,7 @@ Each density is that of noisy images at one noise level. For weights other than 
 levels do not belong to one distribution of clean images, so the samples do not have the density in the table at
 sigma = 0.
 
-Guidance is not useful at all noise levels: at high levels it reduces the variety, and at low levels it has little
+Guidance helps mainly at medium noise levels: at high levels it reduces the variety, and at low levels it has little
 effect. ``interval`` limits it to a range of levels (Kynkäänniemi et al., 2024).
 
 References:
@@ -193,7 +193,7 @@ class GuidedScore(NetworkScore, nn.Module):
             x: noisy data (N, ...), images in [0, 1] plus noise.
             sigma: the noise level in the units of x. With an interval, a float is fastest: a network that is not needed
                 at this level is not called.
-            condition: the condition, as for the network.
+            condition: the condition of the network; for classifier guidance the classes, int64 (N,) or an int.
 
         Returns:
             The score, with the shape of x.

@@ -207,14 +207,21 @@ def open_picture(path: str | os.PathLike[str]) -> Any:
     Raises:
         ImportError: without Pillow.
         OSError: if the file does not exist or is not an image.
-        ValueError: if it has more than 2^23 pixels, and more than 8,000 pixels per byte of the file.
+        ValueError: if it has more than 2^23 pixels, and more than 8,000 pixels per byte of the file; or more than
+            Pillow allows.
     """
-    picture = _pillow("reading").open(path)
+    pillow = _pillow("reading")
+    try:
+        picture = pillow.open(path)
+    except pillow.DecompressionBombError as error:
+        raise ValueError(f"it has too many pixels: {error}") from error
     width, height = picture.size
     size = Path(path).stat().st_size
     if width * height > max(_MANY_PIXELS, _PIXELS_PER_BYTE * size):
         picture.close()
-        raise ValueError(f"it has {width} x {height} pixels in a file of {size} bytes, as a decompression bomb")
+        raise ValueError(
+            f"it has {height} x {width} pixels, too many for a file of {size} bytes: it may be a decompression bomb"
+        )
     return picture
 
 

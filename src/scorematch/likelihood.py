@@ -104,7 +104,8 @@ def log_likelihood(
 
     Raises:
         TypeError: if x is not a floating-point tensor.
-        ValueError: if x is not a batch, ``probes`` is below 1, or the schedule is missing for a plain callable.
+        ValueError: if x is not a batch, ``probes`` is below 1, the schedule is missing for a plain callable or a
+            network with one noise level, or the score is not differentiable in x.
 
     Example:
         >>> from scorematch import NoiseSchedule

@@ -59,10 +59,18 @@ class Operator(ABC):
 
     @abstractmethod
     def measure(self, x: Tensor) -> Tensor:
-        """The measurement y = A x of images (N, C, H, W). The range of the values is not checked."""
+        """The measurement y = A x of images (N, C, H, W). The range of the values is not checked.
+
+        Raises:
+            ValueError: if the shape of x does not fit the operator.
+        """
 
     def lift(self, y: Tensor) -> Tensor:
-        """An image from the measurement y: A^T y / c for an operator with a gain, and y itself by default."""
+        """An image from the measurement y: A^T y / c for an operator with a gain, and y itself by default.
+
+        Raises:
+            ValueError: if the shape of y does not fit the operator.
+        """
         return y
 
     def as_image(self, y: Tensor) -> Tensor:

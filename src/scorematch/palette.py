@@ -128,8 +128,8 @@ class Inpainting(Task):
 class Uncropping(Task):
     """Completion of an image of which half is missing: at one side in half of the images, all around in the others.
 
-    At a random side, half of the rows or columns are missing, rounded down; or all around, where the remaining box in
-    the middle has half of the area, as closely as whole pixels allow.
+    In half of the images, half of the rows or columns at a random side are missing, rounded down. In the others a box
+    in the middle remains, with half of the area as closely as whole pixels allow.
 
     Example:
         >>> condition, region = Uncropping()(torch.rand(2, 1, 28, 28))
@@ -280,7 +280,7 @@ def fill(x: Tensor, region: Tensor, generator: torch.Generator | int | None = No
 
 
 def condition_of(operator: Operator, y: Tensor, generator: torch.Generator | int | None = None) -> Tensor:
-    """Computes the condition for a network that was trained on these tasks from a measurement y.
+    """Computes, from a measurement y, the condition of a network that was trained on these tasks.
 
     The condition is ``operator.as_image(y)``, with noise where an operator such as ``Mask`` or ``Uncrop`` observes
     nothing.

@@ -197,7 +197,7 @@ def check_options(row: str, options: Any, where: str) -> None:
     """
     known = ROWS[row].options
     if options and not known:
-        raise ValueError(f"{where}: the row {row!r} has no options, got {', '.join(map(repr, options))}.")
+        raise ValueError(f"{where}: the preconditioning {row!r} has no options, got {', '.join(map(repr, options))}.")
     check(options, dict.fromkeys(known, Field(float, low=1e-6, high=1e6)), where, closed=True)
     values = {**known, **options}
     if "beta_max" in values and values["beta_max"] < values["beta_min"]:

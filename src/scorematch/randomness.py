@@ -46,7 +46,8 @@ def _one(generator: Any) -> torch.Generator:
     if isinstance(generator, int) and not isinstance(generator, bool):
         return torch.Generator().manual_seed(generator)
     raise TypeError(
-        f"generator must be a torch.Generator or a seed, got {generator!r}. Write torch.Generator().manual_seed(0)."
+        f"generator must be a torch.Generator or a seed, got {generator!r}. Write torch.Generator().manual_seed(0), or "
+        "int(seed)."
     )
 
 

@@ -151,7 +151,7 @@ def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool 
     if absent:
         raise ValueError(f"{where} lacks {', '.join(absent)}.")
     if closed and (unknown := [key for key in values if key not in fields]):
-        raise ValueError(f"{where} has an unknown key, {quote(unknown[0])}; known are {', '.join(fields)}.")
+        raise ValueError(f"{where} has an unknown key, {quote(unknown[0])}; the known keys are {', '.join(fields)}.")
     for key, field in fields.items():
         if key in values and not field.fits(values[key]):
             raise ValueError(f"{where}: {key} must be {field}, got {quote(values[key])}.")

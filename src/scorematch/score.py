@@ -149,7 +149,8 @@ class ScoreNet(NetworkScore, nn.Module):
         Args:
             channels: the number of channels of an image.
             image_size: (height, width) of a sample in pixels, or the side of a square one. The network takes all sizes
-                that are multiples of 2, 4 or 8, for the depth "standard", "deeper" or "deepest".
+                that are multiples of 2, 4 or 8, and at least twice as large, for the depth "standard", "deeper" or
+                "deepest".
             width: the number of channels of the first feature map, at least 2: 64 in the published network for MNIST,
                 128 for CIFAR-10 and CelebA.
             depth: how many times height and width are halved: "standard" once, "deeper" twice, "deepest" three times.
@@ -185,7 +186,8 @@ class ScoreNet(NetworkScore, nn.Module):
         Args:
             channels: the number of channels of an image.
             image_size: (height, width) of a sample in pixels, or the side of a square one. The network takes all sizes
-                that are multiples of 2, 4 or 8, for the depth "standard", "deeper" or "deepest".
+                that are multiples of 2, 4 or 8, and at least twice as large, for the depth "standard", "deeper" or
+                "deepest".
             width: the number of channels of the first feature map, at least 2; 128 in the published networks.
             depth: how many times height and width are halved: "standard" once (NCSNv2, 32 and 64 px), "deeper" twice
                 (NCSNv2Deeper, 96 and 128 px), "deepest" three times (NCSNv2Deepest, 256 px).
@@ -234,7 +236,8 @@ class ScoreNet(NetworkScore, nn.Module):
             widths: the number of feature channels at each scale, from full resolution down; height and width are halved
                 from one scale to the next.
             layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more.
-            attention: one bool per scale, whether it has self-attention; None is at the lowest resolution only.
+            attention: one bool per scale, True for self-attention at this scale; None gives it to the lowest resolution
+                only.
             condition_channels: the number of channels of a conditioning image, which is concatenated with x and has the
                 same units; 0 for none.
             classes: the number of classes of a class-conditional network; None for none.
@@ -324,8 +327,8 @@ class ScoreNet(NetworkScore, nn.Module):
             widths: the number of feature channels at each scale, from full resolution down; height and width are halved
                 from one scale to the next.
             layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more.
-            attention: one bool per scale, whether it has self-attention; None is at the scale where the shorter side of
-                the features is 16, as published. The middle block always has attention.
+            attention: one bool per scale, True for self-attention at this scale; None gives it to the scale whose
+                features have a shorter side of 16, as published. The middle block always has attention.
             condition_channels: the number of channels of a conditioning image, which is concatenated with x and has the
                 same units; 0 for none.
             classes: the number of classes of a class-conditional network; None for none.
@@ -544,9 +547,12 @@ class ScoreNet(NetworkScore, nn.Module):
             The network in eval mode, on the CPU, in float32 whatever the dtype of the stored weights.
 
         Raises:
-            FileNotFoundError: if there is no such name, folder, repository or revision, or a file is missing in it.
+            FileNotFoundError: if there is no such name, folder, repository or revision, or a file is missing in it; or
+                the Hub cannot be reached and the network is not in the cache.
             PermissionError: if the repository is gated and the token has no access.
-            ValueError: if a file is damaged or has an unknown format, or the weights do not fit the configuration.
+            ValueError: if a file is damaged or has an unknown format, the weights do not fit the configuration, or
+                ``backbone`` is missing or not needed.
+            OSError: if the download fails for another reason.
 
         Example:
             >>> ScoreNet.from_pretrained("mnist").sample_shape
@@ -613,9 +619,9 @@ class ScoreNet(NetworkScore, nn.Module):
         """Writes config.json and the weights into a folder, for ``from_pretrained``.
 
         The weights are stored in their own dtype. Other files in an existing folder are kept, and a network in it is
-        replaced only when the new one is completely written. If the process is killed, at whatever moment,
-        ``from_pretrained`` loads either the previous network or the new one, and the next call deletes what remains.
-        Except on Windows, other processes may load from the folder and save to it at the same time.
+        replaced only when the new one is completely written. If the process is killed at any time,
+        ``from_pretrained`` loads either the previous network or the new one, and the next call deletes incomplete
+        files. Except on Windows, other processes may load from the folder and save to it at the same time.
 
         A U-Net that diffusers can run is written in the layout of diffusers, with the weights in
         diffusion_pytorch_model.safetensors; the weights of every other network are in model.safetensors.

@@ -159,8 +159,8 @@ class SampleFolder:
             raise OSError(
                 error.errno,
                 f"the images from {batch.indices.start} on could not be written to {self._folder} "
-                f"({error.strerror or error}); the files that are there are complete. Free some space and run the same "
-                "command again",
+                f"({error.strerror or error}); the files that are there are complete. Correct the cause, such as a "
+                "full disk, and start again with the same arguments",
             ) from error
 
     def _check_written(self, share: Share) -> None:
@@ -168,8 +168,8 @@ class SampleFolder:
         lost = next((indices for indices in self._ranges(share) if not self._files.exist(indices)), None)
         if lost is not None:
             raise FileNotFoundError(
-                f"the images from {lost.start} on were written to {self._folder} and have been removed since. Run the "
-                "same command again, in a new folder if other files are missing too."
+                f"the images from {lost.start} on were written to {self._folder} and have been removed since. Start "
+                "again with the same arguments, in a new folder if other files are missing too."
             )
 
     # -- samples.json -------------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     langevin.add_argument(
         "--exact-noise",
         action=argparse.BooleanOptionalAction,
-        help="whether the noise of a Langevin step of size a has variance 2a - a^2/sigma^2 instead of 2a; each of the "
-        "two options turns off consistent sampling",
+        help="whether the noise of a Langevin step of size a has variance 2a - a^2/sigma^2 instead of 2a; both "
+        "--exact-noise and --no-exact-noise turn off consistent sampling",
     )
     langevin.add_argument(
         "--consistent",
@@ -116,8 +116,8 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         metavar="W",
-        help="classifier-free guidance, for a network with a null class, as train --labels makes: 0 is the network "
-        "without the class, 1 with the class, and above 1 is guidance",
+        help="classifier-free guidance, for a network with a null class, such as one trained with train --labels: "
+        "0 is the network without the class, 1 with the class, and above 1 is guidance",
     )
 
 
@@ -381,8 +381,8 @@ def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
         return net
     if net.conditioning is None or not net.conditioning.null_class:
         raise ValueError(
-            f"--guidance is for networks with a null class, as train --labels makes, and {args.model} has none. Leave "
-            "it out."
+            f"--guidance needs a network with a null class, such as one trained with train --labels, but {args.model} "
+            "has none. Leave out --guidance."
         )
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance must be a finite number such as 1.5, got {args.guidance}.")

@@ -23,8 +23,8 @@ def add(commands: Commands) -> None:
         "recipes",
         help="list the recipes for training",
         description="Lists the recipes of the command train, with what they cost: the floating-point operations of a "
-        "training\nstep per image, and of the whole run. Averages are lengths relative to the run up to 0.289, and "
-        "decays per step\nabove. train --help names the sources.",
+        "training\nstep per image, and of the whole run. In the column averages, a value up to 0.289 is a "
+        "length relative to\nthe run, and a larger value is a decay per step. train --help names the sources.",
         epilog="Example:\n  %(prog)s",
     )
     parser.set_defaults(run=_run)

@@ -222,7 +222,8 @@ def evaluate(
             the Hub, one of the short names in ``REFERENCES``, or statistics (an object or a file). For samples of a
             network they are cropped and resized as in training; images must have the size of the reference.
         n: the number of samples, at least 2; None is 5,000 samples of a network, or all images. Published figures use
-            50,000. If a set has more images than n, a random subset is measured.
+            50,000. If a set of images has more than n, a random subset is measured; of a folder that ``sample_to``
+            wrote, the first n images are.
         features: the extractor, or several of them: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of
             images.
         metrics: names from ``MEASURES``; None is everything that can be measured, except "classes".
@@ -360,7 +361,8 @@ def _subject(
         return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress)
     if sampler is not None or options["condition"] is not None or options["classes"] is not None:
         raise ValueError(
-            "sampler, condition and classes are for networks, but what is a set of images. Leave them out."
+            "sampler, condition and classes apply to networks, but the argument `what` is a set of images. Leave them "
+            "out."
         )
     if isinstance(what, str | os.PathLike) and (stored := _samples_in(Path(what))) is not None:
         return _of_samples(name, Path(what), stored, n)

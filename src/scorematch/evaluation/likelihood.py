@@ -165,7 +165,7 @@ def data_likelihood(
 
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     own = per_image(lambda batch: bits(batch, schedule, 0), images.read, indices, title="likelihood", **options)[:, 0]
-    checked = per_image(check, images.read, indices[:checks], title="its errors", **options)
+    checked = per_image(check, images.read, indices[:checks], title="errors of the likelihood", **options)
     changes = checked - own[: len(checked), None]
     variance = 0.0 if probes is None else float(changes[:, 1].square().mean()) / 2
     return DataLikelihood(

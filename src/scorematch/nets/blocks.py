@@ -329,7 +329,7 @@ class ImageNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if null_class and classes is None:
-            raise ValueError("null_class=True needs classes: pass num_class_embeds, or leave it out.")
+            raise ValueError("null_class=True needs classes: pass the number of classes, or leave out null_class.")
         self.in_channels, self.out_channels = in_channels, out_channels
         self.patch, self.divisor = patch, patch * 2 ** (scales - 1)
         self.classes, self.null_class, self.center = classes, null_class, center

@@ -14,8 +14,7 @@ It computes the same function as the network, with six differences:
 
 On CUDA torch's group norm supports the contiguous format only: data in channels_last are copied before each norm and
 again before the next convolution. There, networks with group norms keep the contiguous format, in which this package
-copies nothing; cuDNN may still convert the input of a convolution internally. Which of the two is faster has not been
-measured on a GPU.
+copies nothing; cuDNN may still convert the input of a convolution internally.
 
 Only networks of this package's own classes, exactly as they were built, are copied. A network with hooks, adapters or
 another dtype, or one that was compiled, is used without a copy.

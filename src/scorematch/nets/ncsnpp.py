@@ -209,8 +209,8 @@ class NCSNPP(ImageNetwork):
         block_out_channels: the number of feature channels at each scale, from full resolution down. Height and width
             are halved from one scale to the next.
         layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more.
-        attention: one bool per scale, whether it has attention; None is at no scale. The middle block always has
-            attention.
+        attention: one bool per scale, True for attention at this scale; None gives it to no scale. The middle block
+            always has attention.
         time_embedding_type: "fourier" or "positional": sines and cosines of c_noise at random or at geometric
             frequencies.
         resample_filter: the filter for resampling, (1, 3, 3, 1) or (1, 1).

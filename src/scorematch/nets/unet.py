@@ -525,7 +525,7 @@ class UNet(ImageNetwork):
 def _known(what: str, names: Sequence[str], known: Any) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"{what} {name!r} is not supported; known are {', '.join(map(repr, known))}.")
+            raise ValueError(f"{what} must be one of {', '.join(map(repr, known))}, got {name!r}.")
 
 
 def _head_widths(key: str, heads: Sequence[int] | None, widths: Sequence[int], head_width: int | None) -> list[int]:

@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def remedy(path: Path) -> str:
     """The end of a message about a damaged file: what to do. A symbolic link is a file in the Hub's cache."""
     if path.is_symlink():
-        return f"Delete {path.resolve()} and load the network again to download it anew."
+        return f"Delete {path.resolve()} and load the network again, which downloads it again."
     return "Save or download it again."
 
 

@@ -47,8 +47,8 @@ def save(
 ) -> None:
     """Saves a network to a folder.
 
-    If there is an error or a KeyboardInterrupt, the folder is as it was. If the process is killed, at whatever moment,
-    the folder has the previous network or the new one for ``load``, and the next call deletes what remains
+    If there is an error or a KeyboardInterrupt, the folder is as it was. If the process is killed at any time,
+    the folder has the previous network or the new one for ``load``, and the next call deletes incomplete files
     (``scorematch.files.new_files``). Several processes may save to one folder; the network of the last one remains.
 
     Args:

@@ -48,14 +48,14 @@ def recommended_sampler(
         settings: the sampler and its options; None uses the network's own settings, ``net.sampler_settings``, or
             AnnealedLangevinSampler with its defaults if the network has none.
         levels: the number of noise levels, at least 2; None uses that of the settings.
-        sigma_max: the highest noise level, in units of x; None uses that of the settings.
-        sigma_min: the lowest noise level, in units of x; None uses that of the settings.
+        sigma_max: the highest noise level, in the units of x; None uses that of the settings.
+        sigma_min: the lowest noise level, in the units of x; None uses that of the settings.
 
     Returns:
         A sampler of ``net``, of the class that ``settings.sampler`` names.
 
     Raises:
-        ValueError: if the sampler rejects an option.
+        ValueError: if the sampler rejects an option, or ``net`` is a plain callable, which has no noise levels.
 
     Example:
         >>> from scorematch import ScoreNet

@@ -31,8 +31,8 @@ The networks of Nichol & Dhariwal (2021) predict the variance of each value ("le
 .. math:: \log v = w \log v_{large} + (1 - w) \log v_{small},
 
 where w is the share that the network returns (``ScoreNet.score_and_variance``). As the two variances depend only on the
-two levels of a step, this holds for any levels. Those of a respaced process of the authors are a part of the network's
-levels, ``NoiseSchedule([net.schedule[i] for i in indices])``.
+two levels of a step, this holds for any levels. The authors sample with fewer steps on a subset of the time steps.
+Here this is a subset of the network's levels, ``NoiseSchedule([net.schedule[i] for i in indices])``.
 
 References:
     Ho et al., 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239, Alg. 2 and Sec. 3.2.

@@ -1,4 +1,4 @@
-"""Sampler settings: how to sample a network well, as measured or published. They are stored with its weights."""
+"""The recommended sampler of a network with its options, measured or published, which is stored with its weights."""
 
 from __future__ import annotations
 
@@ -49,21 +49,22 @@ class SamplerSettings:
             "predictor-corrector" (PredictorCorrectorSampler).
         levels: the number of noise levels, at least 2.
         steps_per_level: option of "langevin": Langevin steps at each level, at least 1.
-        step_size: option of "langevin": the step size at the lowest level, in squared units of x.
+        step_size: option of "langevin": the step size at the lowest level, in squared units of x, above 0 and
+            below 2 sigma_min^2.
         exact_noise: option of "langevin": whether the noise of a step has variance 2a - a^2/sigma^2 instead of 2a.
         consistent: option of "langevin": whether to use consistent annealed sampling.
         method: option of "ode": "heun" or "dpm-solver++".
         churn: option of "ode": how much new noise the steps add, at least 0.
-        churn_min: option of "ode": the lowest level at which noise is added, in units of x.
-        churn_max: option of "ode": the highest level at which noise is added, in units of x.
-        churn_noise: option of "ode": the factor of the added noise.
+        churn_min: option of "ode": the lowest level at which noise is added, in the units of x.
+        churn_max: option of "ode": the highest level at which noise is added, in the units of x.
+        churn_noise: option of "ode": the factor of the added noise, above 0.
         variance: option of "ancestral": "large", "small" or "learned".
         clamp_denoised: option of "ancestral": whether to clamp the denoised image at every step.
         predictor: option of "predictor-corrector": "ancestral" or "reverse-diffusion".
         corrector_steps: option of "predictor-corrector": Langevin steps after each predictor step, at least 0.
-        snr: option of "predictor-corrector": the signal-to-noise ratio of the corrector, from 0 to 1.
-        sigma_max: option of all samplers: the highest noise level, in units of x; None is that of the network.
-        sigma_min: option of all samplers: the lowest noise level, in units of x; None is that of the network.
+        snr: option of "predictor-corrector": the signal-to-noise ratio of the corrector, above 0 and below 1.
+        sigma_max: option of all samplers: the highest noise level, in the units of x; None is that of the network.
+        sigma_min: option of all samplers: the lowest noise level, in the units of x; None is that of the network.
 
     Raises:
         ValueError: if a value is out of range or of the wrong type, or an option belongs to another sampler.

@@ -80,7 +80,7 @@ def write(folder: Path, images: int, parts: Parts, state: Mapping[str, Any], *, 
         raise OSError(
             error.errno,
             f"the checkpoint at image {images:,} could not be written to {folder} ({error.strerror or error}); {last}. "
-            "Free some space and run the same command again",
+            "Correct the cause, such as a full disk, and start again with the same arguments",
         ) from error
     for number in _numbers(folder):
         if number > images:  # damaged: the run continued from an earlier checkpoint

@@ -122,8 +122,8 @@ def check_length(length: float) -> float:
     """
     if not (0 < length <= LONGEST or _SHORTEST_DECAY <= length < 1):
         raise ValueError(
-            f"ema must contain lengths above 0 and at most {LONGEST:.3f}, or decays per step from {_SHORTEST_DECAY} to "
-            f"1, got {length!r}."
+            f"ema must contain lengths above 0 and at most {LONGEST:.3f}, or decays per step of at least "
+            f"{_SHORTEST_DECAY} and below 1, got {length!r}."
         )
     return float(length)
 

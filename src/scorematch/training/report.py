@@ -349,7 +349,7 @@ def write_report(out: Path, net: ScoreNet, config: Mapping[str, Any], rows: Sequ
             "images",
             [
                 Curve("training", *_columns(lines, "images", "loss")),
-                Curve("a network that predicts nothing", *_columns(compared, "images", "D/2")),
+                Curve("a network that returns zero (D/2)", *_columns(compared, "images", "D/2")),
             ],
         ),
         "levels": chart(
@@ -406,7 +406,7 @@ def _report(
     text = [
         f"# {out.name}",
         "",
-        f"- Network: {count:,} parameters, row {net.precondition!r}, {net.schedule}",
+        f"- Network: {count:,} parameters, preconditioning {net.precondition!r}, {net.schedule}",
         f"- Data: {data['images']:,} samples of shape {tuple(data['shape'])}, fingerprint {data['fingerprint']}",
         f"- Training: {lines[-1]['images'] if lines else 0:,} images in {seconds / 3600:.2f} h",
         f"- Last training loss: {lines[-1]['loss']:.4g} (D/2 = {math.prod(data['shape']) / 2:g})" if lines else "",
