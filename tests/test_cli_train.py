@@ -285,7 +285,7 @@ def test_the_data_have_the_classes_of_the_network_to_begin_with(tmp_path, rng, n
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("50000", 50_000), ("50k", 50_000), ("5M", 5_000_000), ("1.5M", 1_500_000)]
+    ("text", "number"), [("50000", 50_000), ("50k", 50_000), ("5M", 5_000_000), ("4.1M", 4_100_000), ("2.01k", 2_010)]
 )
 def test_counts_with_and_without_a_suffix(text, number):
     assert image_count(text) == number

@@ -238,6 +238,8 @@ def test_pictures_of_a_folder_are_listed_by_name(tmp_path):
     for name in ("b.png", "a.jpg"):
         save_image(torch.zeros(1, 4, 4), tmp_path / name)
     (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "._a.jpg").write_text("metadata of a file system")
+    (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_pictures(tmp_path)] == ["a.jpg", "b.png"]
     assert list_pictures(tmp_path / "b.png") == [tmp_path / "b.png"]
     (tmp_path / "empty").mkdir()

@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import itertools
+import pickle
 import threading
 import types
 import weakref
@@ -556,3 +557,30 @@ def test_invalid_input_of_a_compiled_copy_raises_the_usual_error(compiler):
 def test_compile_raises_for_scores_that_cannot_be_compiled(settings):
     with pytest.raises(ValueError, match=r"compile=True needs a ScoreNet.*pass torch.compile\(net\)"):
         AnnealedLangevinSampler(**{"net": shared("ncsnv2"), "schedule": LEVELS, **settings}, compile=True)
+
+
+# -- Modes and copies
+
+
+@every_path
+def test_an_inference_copy_works_in_all_modes_of_torch(name, rng):
+    """What it keeps from a call in inference mode is used outside, and autocast of the caller does not apply."""
+    made = shared(name).inference_copy()
+    x, beside = images(2, rng), condition(name, 2, rng)
+    expected = shared(name).inference_copy()(x, 0.3, beside)
+    with torch.inference_mode():
+        made(x, 0.3, beside)
+    x = x.clone().requires_grad_()
+    made(x, 0.3, beside).sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(made(x.detach(), 0.3, beside), expected)
+
+
+def test_copies_of_an_inference_copy():
+    made = shared("ncsnv2").inference_copy()
+    sampler = AnnealedLangevinSampler(made, SHORT)
+    assert copy.deepcopy(made) is made and copy.deepcopy(sampler).net is made
+    with pytest.raises(TypeError, match=r"cannot be pickled\. Pickle the network, and call inference_copy"):
+        pickle.dumps(made)

@@ -469,6 +469,43 @@ def test_a_folder_never_holds_two_networks(tmp_path):
         _net().save_pretrained(tmp_path)
 
 
+def test_a_network_is_not_saved_into_the_folder_of_a_run(tmp_path):
+    """It would replace the configuration of the run."""
+    (tmp_path / "config.json").write_text("{}")
+    _net().save_pretrained(tmp_path / "network")
+    with pytest.raises(FileExistsError, match=r"folder of a training run, whose network is in network/\. Save into"):
+        _net().save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_a_compiled_network_is_saved_and_a_wrapped_one_is_not(tmp_path):
+    """A network that cannot be loaded does not replace another one."""
+    net = _net()
+    whole = net.backbone
+    net.backbone = torch.compile(whole, backend="eager")
+    net.save_pretrained(tmp_path)
+    expected = _files(tmp_path)
+    found = ScoreNet.from_pretrained(tmp_path).backbone.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())
+    net.backbone = nn.DataParallel(whole)
+    with pytest.raises(ValueError, match=r"do not fit its configuration, for example .* without wrappers and"):
+        net.save_pretrained(tmp_path)
+    net.backbone = whole
+    torch.nn.utils.parametrizations.weight_norm(next(m for m in whole.modules() if isinstance(m, nn.Conv2d)))
+    with pytest.raises(ValueError, match=r"do not fit its configuration, for example .*original0'. Set net"):
+        net.save_pretrained(tmp_path)
+    assert _files(tmp_path) == expected
+
+
+def test_one_data_set_on_a_model_card():
+    net = _net()
+    cards = [
+        model_card("me/net", net.config, 1, conditioning=net.conditioning, license="mit", datasets=datasets)
+        for datasets in ("cifar10", ["cifar10"])
+    ]
+    assert cards[0] == cards[1] and "- cifar10" in cards[0]
+
+
 def test_saving_to_the_path_of_a_file_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="saved into a folder"):

@@ -209,6 +209,7 @@ EDM = {
         theirs.DhariwalUNet,
         {"heads": 4, "channel_mult": (1, 2, 2), "classes": 5, "attn_resolutions": (8, 2), "num_blocks": 2},
     ),
+    "adm, VE": ("VEPrecond", theirs.DhariwalUNet, {"heads": 8, "channel_mult": (1, 2)}),
     "adm, iDDPM": ("iDDPMPrecond", theirs.DhariwalUNet, {"heads": 8, "classes": 3, "outputs": 6}),
 }
 _LADDER = torch.logspace(3, -2, 51, dtype=torch.float64)
@@ -307,6 +308,7 @@ IMPROVED = {
     "cosine": _improved(noise_schedule="cosine", learn_sigma=True, num_heads=4, attention_resolutions=[8, 4]),
     "rescaled": _improved(rescale_timesteps=True, num_heads=4, num_heads_upsample=2, num_res_blocks=2),
     "classes": _improved(num_classes=3, use_scale_shift_norm=False),
+    "heads that do not divide all widths": _improved(num_heads=3, channel_mult=[1, 3]),
     "clean image": _improved(predict_xstart=True, attention_resolutions=[], channel_mult=[1, 1, 2]),
 }
 
@@ -548,6 +550,24 @@ def test_a_configuration_in_any_notation(tmp_path):
     assert (
         found["attention_resolutions"] == [16, 8] and found["channel_mult"] == [1, 2, 2, 2] and found["num_heads"] == 4
     )
+
+
+def test_flags_of_improved_diffusion_as_variables_of_a_shell(tmp_path):
+    model, steps = "--image_size 32 --num_channels 64 --batch_size 128", "--noise_schedule cosine --diffusion_steps 50"
+    (tmp_path / "a.txt").write_text(f'MODEL_FLAGS="{model}"\nDIFFUSION_FLAGS="{steps}"  # as trained\n')
+    (tmp_path / "b.txt").write_text(f"{model}\n{steps}\n")
+    found = improved_diffusion._options(tmp_path / "a.txt")
+    assert found == improved_diffusion._options(tmp_path / "b.txt")
+    assert (found["num_channels"], found["noise_schedule"], found["diffusion_steps"]) == (64, "cosine", 50)
+
+
+@pytest.mark.parametrize(
+    "line", ["--noise-schedule cosine", "num_head_channels = 64", 'FLAGS="--resblock_updown True"']
+)
+def test_unknown_options_of_improved_diffusion_raise(tmp_path, line):
+    (tmp_path / "options.txt").write_text(f"--image_size 32\n{line}\n")
+    with pytest.raises(ValueError, match=r"(noise-schedule|num_head_channels|resblock_updown) is not an option of imp"):
+        improved_diffusion._options(tmp_path / "options.txt")
 
 
 def test_published_options_of_improved_diffusion():

@@ -1,5 +1,7 @@
 """The RefineNets of NCSN and NCSNv2 compared with the published networks, and instance normalization++."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,6 +122,16 @@ def _published_norm(x, gamma, alpha, beta):
             h = (x[n, c] - means[c]) / (x[n, c].var(correction=0) + 1e-5).sqrt()
             out[n, c] = gamma[n, c] * (h + alpha[n, c] * back[c]) + beta[n, c]
     return out
+
+
+def test_norm_in_float16_of_large_features(rng):
+    """Features of trained networks exceed 256, whose square is above the largest float16."""
+    norm = InstanceNormPlus(5)
+    x = 1000 * torch.randn(3, 5, 7, 6, generator=rng)
+    expected = _published_norm(x.half(), *(p.detach().expand(3, 5) for p in (norm.gamma, norm.alpha, norm.beta)))
+    for found in (norm(x.half()), copy.deepcopy(norm).half()(x.half())):
+        assert found.dtype == torch.float16
+        assert (found - expected).abs().max() < 4 * torch.finfo(torch.float16).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])

@@ -594,7 +594,12 @@ def test_open_images_returns_opened_data_unchanged():
         (torch.zeros(3, 1, 8, 8), {"channels": 3}, ValueError, r"images of shape \(3, 8, 8\), got \(1, 8, 8\)"),
         (torch.zeros(3, 2), {"labels": True}, ValueError, "the array has no labels. Pass a pair"),
         ((torch.zeros(3, 2), [0, 1]), {"labels": True}, ValueError, r"one per image, \(3,\), got shape \(2,\)"),
-        ((torch.zeros(2, 2), [0, -1]), {"labels": True}, ValueError, "must be integers from 0, got -1. Number the classes from 0"),
+        (
+            (torch.zeros(2, 2), [0, -1]),
+            {"labels": True},
+            ValueError,
+            "must be integers from 0, got -1. Number the classes from 0",
+        ),
         ((torch.zeros(2, 2), [0.5, 1]), {"labels": True}, ValueError, "integers from 0, or strings, got float64"),
         (torch.zeros(3, 2), {"crop": "left"}, ValueError, 'crop must be "center", "celeba" or None, got \'left\''),
         (torch.zeros(3, 2), {"channels": 2}, ValueError, "channels must be 1, 3 or None, got 2"),

@@ -163,7 +163,11 @@ def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither an image file nor a folder.")
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in extensions)
+    found = sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix.lower() in extensions and not file.name.startswith(".") and file.is_file()
+    )
     if not found:
         raise FileNotFoundError(f"{path} contains no image files.")
     return found

@@ -634,10 +634,13 @@ class ScoreNet(NetworkScore, nn.Module):
             diffusers: whether to raise an error if a ``DDPMPipeline`` cannot run the network.
 
         Raises:
-            ValueError: if ``diffusers`` is True and a ``DDPMPipeline`` cannot run the network; the message says why.
+            ValueError: if ``diffusers`` is True and a ``DDPMPipeline`` cannot run the network; the message says why. Or
+                if the backbone was wrapped or parametrized, so that the network could not be loaded.
+            FileExistsError: if the folder holds another network in unet/, or is the folder of a training run.
             OSError: if the folder cannot be written; it is then as it was.
         """
-        pretrained.save(folder, self.config, self.backbone.state_dict(), diffusers=diffusers)
+        backbone = getattr(self.backbone, "_orig_mod", self.backbone)  # without torch.compile
+        pretrained.save(folder, self.config, backbone.state_dict(), diffusers=diffusers)
 
     def push_to_hub(
         self,

@@ -76,7 +76,7 @@ def _parts(value: Any) -> Iterator[Any]:
     elif callable(definition := getattr(value, "definition", None)):
         yield from _parts(definition())
     elif isinstance(value, nn.Module):
-        yield from _parts([dict(getattr(value, "config", {})), dict(value.state_dict())])
+        yield from _parts([getattr(value, "config", None), dict(value.state_dict())])
     elif hasattr(value, "__dict__"):
         yield from _parts({key: entry for key, entry in vars(value).items() if key[0] != "_"})
     else:

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -241,7 +242,7 @@ def image_count(text: str) -> int:
         argparse.ArgumentTypeError: for any other text, or a number that is below 1 or not whole.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", text)
-    number = 0.0 if match is None else float(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
+    number = Decimal(0) if match is None else Decimal(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
     if number < 1 or number != round(number):
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, such as 64, 50k or 5M, got {text!r}")
     return round(number)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from scorematch.nets import Family
 from scorematch.nets.family import as_condition, structure
 from scorematch.noise import NoiseSchedule
-from scorematch.precision import native_dtype
+from scorematch.precision import native_dtype, without_autocast
 from scorematch.precondition import Coefficients, Preconditioning
 from scorematch.protocol import NetworkScore, as_sigma, check_data
 
@@ -131,7 +131,7 @@ class InferenceScore(NetworkScore):
                     output[rows] = part
             return outputs
         on_host = not isinstance(sigma, Tensor) or sigma.device.type == "cpu"
-        with self._lock:
+        with self._lock, without_autocast():
             self._set(level, (float(sigma), level.dtype) if on_host else None)
             size = part_size(self._width, x)
             conditions = [None] * -(-len(x) // size) if condition is None else condition.split(size)
@@ -151,6 +151,14 @@ class InferenceScore(NetworkScore):
             raise ValueError("this inference copy is not compiled. Write net.inference_copy(compile=True).")
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> InferenceScore:
+        """Returns this object, whose weights never change."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Raises TypeError: an inference copy depends on the processor."""
+        raise TypeError("an inference copy cannot be pickled. Pickle the network, and call inference_copy() again.")
+
     def definition(self) -> list[Any]:
         """The preconditioning and the copy of the backbone."""
         return [self._preconditioning, self._backbone]
@@ -159,7 +167,7 @@ class InferenceScore(NetworkScore):
         if key is not None and key == self._level:
             return
         self._level = None  # in case of an exception below
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is kept can be used in any mode
             self._coefficients = self._preconditioning.coefficients(level)
             self._settle(self._coefficients.c_noise.to(torch.float32))
         self._level = key

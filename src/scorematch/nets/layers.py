@@ -67,7 +67,8 @@ def _instance_norm_plus(x: Tensor, gamma: Tensor, alpha: Tensor, beta: Tensor) -
     # below, and so are its rounding errors; the second mean removes the rounding error of the first.
     x = x - mean.to(x.dtype)[..., None, None]
     rest = x.mean((2, 3), dtype=stats)
-    var = x.square().mean((2, 3), dtype=stats) - rest.square()
+    squares = x.to(stats).square() if x.dtype == torch.float16 else x.square()  # float16 overflows from 256^2 on
+    var = squares.mean((2, 3), dtype=stats) - rest.square()
     mean = mean + rest
     v, m = torch.var_mean(mean, dim=1, keepdim=True)  # (N, 1)
     scale = gamma * torch.rsqrt(var + _EPS)

@@ -640,7 +640,8 @@ class _UNetFamily(ImageFamily[UNet]):
     def grow(self, small: UNet, large: UNet) -> dict[str, Tensor]:
         """Additional residual blocks and attention are the identity at first (Chen et al., 2016, arXiv:1511.05641).
 
-        The last block of a scale on the way up stays the last one, since it takes the output of the scale above.
+        On the way up they lie between the first and the second block of a scale, so that each of the other blocks takes
+        the features of the same block on the way down as before.
         """
         grown = {name: weight.clone() for name, weight in large.state_dict().items()}
         for name, module in large.named_modules():
@@ -651,18 +652,17 @@ class _UNetFamily(ImageFamily[UNet]):
             if isinstance(module, ResidualBlock) and module.conv_shortcut is not None:
                 nn.init.dirac_(grown[f"{name}.conv_shortcut.weight"])
                 nn.init.zeros_(grown[f"{name}.conv_shortcut.bias"])
-        both: Tensor | None = (
-            None  # inputs of pixel_block_out: the channels of the way up, then those of pixel_block_in
-        )
+        both: Tensor | None = None  # of pixel_block_out: the channels of the way up, then those of pixel_block_in
         if small.pixel_in is not None:
             channels = torch.arange(small.pixel_out.in_channels)
             both = torch.cat([channels, large.pixel_out.in_channels + channels])
         layers, more = (len(cast(_UpBlock, net.up_blocks[0]).resnets) for net in (small, large))
-        last = re.compile(rf"^(up_blocks\.\d+\.(?:resnets|attentions)\.){layers - 1}\.")
+        later = re.compile(r"^(up_blocks\.\d+\.(?:resnets|attentions)\.)([1-9]\d*)(?=\.)")
         for name, weight in small.state_dict().items():
+            to = later.sub(lambda found: f"{found[1]}{int(found[2]) + more - layers}", name)
             inputs = both if name in ("pixel_block_out.conv1.weight", "pixel_block_out.conv_shortcut.weight") else None
             outputs = both if name.startswith("pixel_block_out.norm1.") else None
-            place(grown[last.sub(rf"\g<1>{more - 1}.", name)], weight, outputs=outputs, inputs=inputs)
+            place(grown[to], weight, outputs=outputs, inputs=inputs)
         return grown
 
     def settle(self, copy: UNet) -> Callable[[Tensor], None]:

@@ -295,6 +295,7 @@ class _Reader:
             "time_proj_dim": self._shape("map_layer0")[1],
             "time_embedding_dim": self._shape("map_layer0")[0],
             "dropout": self._common("UNetBlock", "dropout", _NUMBER),
+            "center_input_sample": self.root.kind == "VEPrecond",
         }
 
     def _attention(self) -> list[int | None]:
@@ -335,7 +336,6 @@ class _Reader:
             "input_pyramid": "residual" if "residual" in inputs else "skip" if "skip" in inputs else "none",
             "output_pyramid": "skip" if output else "none",
             "skip_rescale": scale != 1,
-            "center_input_sample": self.root.kind == "VEPrecond",
         }
 
     def _unet(self) -> dict[str, Any]:

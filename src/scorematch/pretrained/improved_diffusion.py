@@ -61,6 +61,13 @@ _OPTIONS: Mapping[str, Field] = {
     "channel_mult": _INTEGERS,
     "num_classes": Field(int, low=1, high=10_000_000),
 }
+# Options of the authors' programs that do not change the network or its noise levels.
+_OTHER = {
+    *("batch_size", "microbatch", "lr", "lr_anneal_steps", "weight_decay", "ema_rate", "use_fp16", "fp16_scale_growth"),
+    *("data_dir", "log_interval", "save_interval", "resume_checkpoint", "model_path", "use_checkpoint"),
+    *("schedule_sampler", "use_kl", "rescale_learned_sigmas"),
+    *("num_samples", "clip_denoised", "use_ddim", "timestep_respacing"),
+}
 _DEFAULTS = {
     "image_size": 64,
     "num_channels": 128,
@@ -121,9 +128,11 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         )
     options = _options(config)
     weights = dict(_named(tensors, options, path))
-    size, heads = options["image_size"], [options["num_heads"]] * len(options["channel_mult"])
-    heads_up = heads if options["num_heads_upsample"] < 1 else [options["num_heads_upsample"]] * len(heads)
-    down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in _attention(options)]
+    size, attention = options["image_size"], _attention(options)
+    attended = [*attention[:-1], True]  # the middle has attention, with the number of heads of the last scale
+    up = options["num_heads"] if options["num_heads_upsample"] < 1 else options["num_heads_upsample"]
+    heads, heads_up = ([count if here else 1 for here in attended] for count in (options["num_heads"], up))
+    down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
     steps = options["diffusion_steps"]
     variance = "learned" if options["learn_sigma"] else "small" if options["sigma_small"] else "large"
     settings = SamplerSettings("ancestral", levels=steps, variance=variance, clamp_denoised=True)
@@ -166,6 +175,12 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
     for key in ("attention_resolutions", "channel_mult"):  # the authors write "16,8"
         if isinstance(given.get(key), str | int):
             given[key] = [int(word) if word.strip().isdecimal() else word for word in str(given[key]).split(",")]
+    unknown = sorted(given.keys() - _OPTIONS.keys() - _OTHER)
+    if unknown:
+        raise ValueError(
+            f"{config}: {', '.join(unknown)} is not an option of improved-diffusion that is supported. The options are "
+            f"{', '.join(_OPTIONS)}."
+        )
     options = {**_DEFAULTS, **checked_options(given, _OPTIONS, f"{config}")}
     if "channel_mult" not in options:
         if options["image_size"] not in _MULTIPLES:

@@ -40,7 +40,7 @@ def model_card(
     metadata = ModelCardData(
         library_name="scorematch",
         license=license,
-        datasets=None if datasets is None else list(datasets),
+        datasets=[datasets] if isinstance(datasets, str) else None if datasets is None else list(datasets),
         pipeline_tag=pipeline if is_image else None,
         tags=["score-matching", "langevin-dynamics"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,6 +134,9 @@ def _read_text(path: Path) -> dict[str, Any]:
     for number, line in enumerate(lines, 1):
         try:
             words = shlex.split(line, comments=True)
+            variable = re.fullmatch(r"\w+=(--.*)", words[0]) if len(words) == 1 else None
+            if variable is not None:  # a variable of a shell, MODEL_FLAGS="--image_size 64 ..."
+                words = shlex.split(variable[1])
             if words and words[0].startswith("--"):
                 if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
                     raise ValueError("a value is missing")

@@ -34,7 +34,8 @@ from torch import Tensor
 from scorematch.files import new_files
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import diffusers as pipelines
-from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, architecture, checked
+from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, Stored, architecture, checked
+from scorematch.pretrained.loading import build
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILE, WEIGHTS_FILE
 
 
@@ -61,7 +62,8 @@ def save(
         TypeError, ValueError: if the configuration is invalid and could not be loaded.
         ValueError: if ``diffusers`` is True and a ``DDPMPipeline`` cannot run the network.
         NotADirectoryError: if ``folder`` is a file.
-        FileExistsError: if ``folder`` holds another network in unet/.
+        ValueError: if the weights do not have the names and shapes that the configuration requires.
+        FileExistsError: if ``folder`` holds another network in unet/, or is the folder of a training run.
         OSError: if the folder cannot be written.
     """
     folder = Path(folder)
@@ -69,7 +71,12 @@ def save(
         raise NotADirectoryError(f"{folder} is a file; a network is saved into a folder.")
     if (folder / "unet" / CONFIG_FILE).is_file():
         raise FileExistsError(f"{folder} holds another network in unet/. Save into another folder.")
+    if (folder / "network" / CONFIG_FILE).is_file():
+        raise FileExistsError(
+            f"{folder} is the folder of a training run, whose network is in network/. Save into another folder."
+        )
     texts, weights_file = _layout(config, diffusers)
+    _check_names(config, state_dict)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with new_files(folder, _network_files) as new:
@@ -81,6 +88,20 @@ def save(
         number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
         message = f"{folder} could not be written: {reason or error}"
         raise (OSError(message) if number is None else OSError(number, message)) from error
+
+
+def _check_names(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
+    """Checks that a network could be loaded; wrappers and parametrizations change the names of the weights."""
+    if config["family"] not in FAMILIES:
+        return
+    expected = build(Stored(dict(config), {}, Path(), has_weights=False)).state_dict()
+    wrong = expected.keys() ^ state_dict.keys()
+    wrong |= {name for name in expected.keys() - wrong if expected[name].shape != state_dict[name].shape}
+    if wrong:
+        raise ValueError(
+            f"the weights of the backbone do not fit its configuration, for example {min(wrong)!r}. Set net.backbone "
+            "to the original network, without wrappers and parametrizations."
+        )
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
