@@ -679,6 +679,11 @@ def test_the_identity_covers_what_exact_scores_methods_and_arrays_compute():
         def score(self, x, sigma):
             return self.values * x
 
+    class Shifted(Gaussian):
+        def __init__(self, shift):
+            super().__init__([0.0, 1.0], 1.0)
+            self.shift = shift
+
     far, near = np.zeros(5000), np.zeros(5000)
     far[2000] = 1.0
     make = [
@@ -689,6 +694,8 @@ def test_the_identity_covers_what_exact_scores_methods_and_arrays_compute():
         lambda: Mixture([0.5, 0.5], [[-1.0], [1.0]], 1.0),
         lambda: Gaussian([0.0, 1.0], 1.0),
         lambda: Gaussian([0.0, 1.0], 1.0, schedule=NoiseSchedule([1.0, 0.1])),
+        lambda: Shifted(1.0),
+        lambda: Shifted(2.0),
         lambda: Model(near).score,
         lambda: Model(far).score,
         lambda: Model(far.astype(np.float32)).score,

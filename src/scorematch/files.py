@@ -52,8 +52,8 @@ def check_outside(out: str | os.PathLike[str], *sources: Any) -> None:
         ValueError: if ``out`` is one of these folders, or lies in one.
     """
     for source in sources:
-        if isinstance(source, str | os.PathLike) and Path(source).is_dir():
-            folder = Path(source).resolve()
+        if isinstance(source, str | os.PathLike) and Path(source).expanduser().is_dir():
+            folder = Path(source).expanduser().resolve()
             if Path(out).resolve().is_relative_to(folder):
                 raise ValueError(
                     f"the output folder {os.fspath(out)} is inside the data folder {os.fspath(source)}, so its images "

@@ -67,7 +67,7 @@ def without_autocast() -> Iterator[None]:
     """Within this context, autocast is turned off on all devices on which it is on, for this thread."""
     with ExitStack() as stack:
         for kind in ("cpu", "cuda", "mps"):
-            if torch.is_autocast_enabled(kind):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 

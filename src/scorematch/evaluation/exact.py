@@ -104,8 +104,11 @@ class Distribution(ABC):
         return self._score(flat, level.view(-1, 1).square()).view(x.shape).to(x)
 
     def definition(self) -> list[Any]:
-        """Everything that determines the score, as for ``NetworkScore``; a subclass adds its own values."""
-        return [self.sample_shape, self.schedule, self.value_range]
+        """Everything that determines the score, as for ``NetworkScore``.
+
+        These are the public attributes; a subclass with other values in private attributes adds them.
+        """
+        return [{key: value for key, value in vars(self).items() if key[0] != "_"}]
 
     def log_density(self, x: Tensor, sigma: float = 0.0) -> Tensor:
         """The log-density (N,) of the distribution with noise of level sigma, in nats, at x (N, ...).
@@ -192,8 +195,8 @@ class Mixture(Distribution):
         return f"{type(self).__name__}({len(self.weights)} components, {self.sample_shape})"
 
     def definition(self) -> list[Any]:
-        """The shape, the schedule and the range, and the weights, means and covariance."""
-        return [*super().definition(), self.weights, self.means, self._within]
+        """The public attributes and the covariance of the components."""
+        return [*super().definition(), self._within]
 
     @property
     def mean(self) -> Tensor:
@@ -364,8 +367,8 @@ class Empirical(Distribution):
         return f"Empirical({len(self)} x {self.sample_shape}, bandwidth {self.bandwidth:g})"
 
     def definition(self) -> list[Any]:
-        """The shape, the schedule and the range, and the data and the bandwidth."""
-        return [*super().definition(), self._data, self.bandwidth]
+        """The public attributes and the data."""
+        return [*super().definition(), self._data]
 
     def __len__(self) -> int:
         """The number of samples in the data set."""

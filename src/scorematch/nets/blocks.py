@@ -437,4 +437,4 @@ class ImageFamily(Family[Images]):
 
     def growth(self, small: Mapping[str, Any], large: Mapping[str, Any]) -> set[str]:
         """A network may take a conditioning image, or one with more channels."""
-        return {key for key in ("in_channels",) if is_larger(key, small, large)}
+        return {"in_channels"} if is_larger("in_channels", small, large) else set()

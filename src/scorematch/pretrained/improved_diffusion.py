@@ -178,7 +178,7 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
     unknown = sorted(given.keys() - _OPTIONS.keys() - _OTHER)
     if unknown:
         raise ValueError(
-            f"{config}: {', '.join(unknown)} is not an option of improved-diffusion that is supported. The options are "
+            f"{config}: {unknown[0]} is not an option of improved-diffusion, or it is not supported. The options are "
             f"{', '.join(_OPTIONS)}."
         )
     options = {**_DEFAULTS, **checked_options(given, _OPTIONS, f"{config}")}
