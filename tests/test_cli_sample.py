@@ -217,11 +217,14 @@ def test_classes_of_a_sheet(classes, tmp_path):
 def test_guidance(tmp_path, capsys):
     """A weight of 1 is the network with the class; each weight has its own samples."""
     net = _saved(tmp_path / "net", SamplerSettings("ode", levels=3), classes=3, null_class=True)
-    for name, given in {"none": (), "1": ("--guidance", 1), "3": ("--guidance", 3)}.items():
+    rows = {"none": (), "1": ("--guidance", 1), "3": ("--guidance", 3)}
+    rows |= {name: ("--guidance", 3, "--guidance-interval", *name.split()) for name in ("0 99", "0.1 1", "98 99")}
+    for name, given in rows.items():
         assert _sample(net, "--out", tmp_path / name, "-n", 3, "--class", "cycle", *given) == 0
         assert _sample(net, tmp_path / f"{name}.png", "-n", 3, "--class", 1, *given) == 0
-    none, one, three = (_pictures(tmp_path / name) for name in ("none", "1", "3"))
-    assert none == one and all(one[name] != three[name] for name in one)
+    none, one, three, everywhere, inside, nowhere = (_pictures(tmp_path / name) for name in rows)
+    assert none == one == nowhere and three == everywhere
+    assert all(one[name] != three[name] != inside[name] != one[name] for name in one)
     sheets = [read_image(tmp_path / f"{name}.png", 1) for name in ("none", "1", "3")]
     assert torch.equal(sheets[0], sheets[1]) and not torch.equal(sheets[1], sheets[2])
     capsys.readouterr()
@@ -232,6 +235,10 @@ def test_guidance(tmp_path, capsys):
     assert "is class-conditional. Write --class K, with K from 0 to 2" in said
     said = _refused([net, tmp_path / "a.png", "--class", 1, "--guidance", "nan"], capsys)
     assert "--guidance must be a finite number such as 1.5, got nan." in said
+    empty = [net, tmp_path / "a.png", "--class", 1, "--guidance", 3, "--guidance-interval", 1, 0.1]
+    assert "--guidance-interval must be LOW HIGH with LOW < HIGH, got 1 0.1." in _refused(empty, capsys)
+    alone = [net, tmp_path / "a.png", "--class", 1, "--guidance-interval", 0.1, 1]
+    assert "--guidance-interval needs the weight of the guidance. Add --guidance W." in _refused(alone, capsys)
 
 
 @pytest.mark.parametrize(

@@ -112,13 +112,20 @@ def add_classes(parser: argparse.ArgumentParser) -> None:
 
 
 def add_guidance(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--guidance``; ``guide`` reads it."""
+    """Adds ``--guidance`` and ``--guidance-interval``; ``guide`` reads them."""
     parser.add_argument(
         "--guidance",
         type=float,
         metavar="W",
         help="classifier-free guidance, for a network with a null class, such as one trained with train --labels: "
         "0 is the network without the class, 1 with the class, and above 1 is guidance",
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=amount,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="the noise levels with guidance, LOW < sigma <= HIGH for images in [0, 1] (default: all)",
     )
 
 
@@ -202,8 +209,9 @@ def reference_options(args: argparse.Namespace, device: torch.device) -> dict[st
 def given_sampling(args: argparse.Namespace) -> list[str]:
     """The options of samplers, classes and guidance that were given on the command line, as they are written."""
     owned = (name for options in SamplerSettings.OPTIONS.values() for name in sorted(options))
-    names = {"sampler": "sampler", "label": "class", "classes": "classes", "guidance": "guidance"}
-    names |= {name: name.replace("_", "-") for name in (*SamplerSettings.NOISE, *owned)}
+    names = {"sampler": "sampler", "label": "class"}
+    rest = ("classes", "guidance", "guidance_interval", *SamplerSettings.NOISE, *owned)
+    names |= {name: name.replace("_", "-") for name in rest}
     return [f"--{written}" for name, written in names.items() if getattr(args, name) is not None]
 
 
@@ -376,9 +384,12 @@ def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
     """The network, with the guidance of ``--guidance`` if it is given.
 
     Raises:
-        ValueError: if the network has no null class, or the weight is not a finite number.
+        ValueError: if the network has no null class, the weight is not a finite number, or the interval is empty or
+            given without a weight.
     """
     if args.guidance is None:
+        if args.guidance_interval is not None:
+            raise ValueError("--guidance-interval needs the weight of the guidance. Add --guidance W.")
         return net
     if net.conditioning is None or not net.conditioning.null_class:
         raise ValueError(
@@ -387,7 +398,10 @@ def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
         )
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance must be a finite number such as 1.5, got {args.guidance}.")
-    return classifier_free(net, args.guidance)
+    interval = args.guidance_interval
+    if interval is not None and not interval[0] < interval[1]:
+        raise ValueError(f"--guidance-interval must be LOW HIGH with LOW < HIGH, got {interval[0]:g} {interval[1]:g}.")
+    return classifier_free(net, args.guidance, interval=interval)
 
 
 def find_class(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> int | None:
