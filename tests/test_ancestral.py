@@ -285,6 +285,27 @@ def test_default_schedule_and_repr():
     assert str(raw) == "AncestralSampler(12 levels 5 -> 0.1, small variance, 11 network calls)"
 
 
+@pytest.mark.parametrize("levels", [None, 30])
+@pytest.mark.parametrize("variance", ["large", "small"])
+def test_the_low_levels_of_a_ddpm_leave_no_noise(levels, variance):
+    """Respaced to 100 or 30, the last two of 1,000 levels would differ by a factor of 5 or 13: too much noise."""
+    std = 0.02
+
+    def score(x, sigma):
+        return (0.5 - x) / (std**2 + sigma**2)
+
+    score.schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
+    score.value_range = (0.0, 1.0)
+    sampler = AncestralSampler(score, levels=levels, variance=variance)
+    assert len(sampler) == (levels or 100)
+    x = run(sampler, 4000, shape=(2,), generator=seed(0))
+    # With constant ratios of the levels, the variance of the last state is that of a chain of 100 or 30 steps.
+    assert float(x.std()) == pytest.approx(std, rel=0.1 if levels is None else 0.25)
+    whole = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
+    assert AncestralSampler(score, levels=1000).schedule == whole
+    assert PredictorCorrectorSampler(score, levels=levels).schedule == (sampler.schedule if levels else whole)
+
+
 def test_noise_is_taken_once_per_step_before_the_score_and_states_are_yielded(world):
     order = []
 

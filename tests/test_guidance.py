@@ -212,6 +212,23 @@ def test_plain_callables_get_a_tensor_as_their_level():
         guided(_points(), 0.3, 1)
 
 
+def test_scores_of_several_dtypes():
+    def score(x, sigma):
+        return -x
+
+    x = _points()
+    for dtype in (torch.float64, torch.bfloat16):
+        for net, weaker in ((score, lambda x, sigma: -x.to(dtype)), (lambda x, sigma: -x.to(dtype), score)):  # noqa: B023
+            found = autoguidance(net, weaker, 2, interval=(0.1, 1))(x, 0.3)
+            assert found.dtype == x.dtype
+            torch.testing.assert_close(found, -x, rtol=2e-2, atol=1e-6)
+
+
+def test_the_classifier_must_be_differentiable():
+    with pytest.raises(ValueError, match="the classifier must be differentiable in x"):
+        classifier(lambda x, sigma: -x, lambda x, sigma: x.detach(), 2)(_points(), 0.3, 1)
+
+
 # -- Networks and samplers
 
 
@@ -435,6 +452,7 @@ def test_a_guided_score_has_the_variance_of_the_network_for_the_class(guidance, 
         (lambda: classifier_free(3, 2), TypeError, r"net must be a score, called as net\(x, sigma\), got int"),
         (lambda: classifier_free(_net(), "2"), ValueError, "weight must be a finite number, got '2'"),
         (lambda: classifier_free(_net(), float("nan")), ValueError, "weight must be a finite number, got nan"),
+        (lambda: classifier_free(_net(), 2, interval=3), ValueError, "with 0 <= low < high, got 3"),
         (lambda: classifier_free(_net(), 2, interval=(1, 0.1)), ValueError, r"0 <= low < high, got \(1, 0.1\)"),
         (lambda: autoguidance(_net(), None, 2), TypeError, r"weaker must be a score, .* got NoneType"),
         (lambda: classifier(_net(), torch.zeros(3), 2), TypeError, r"classifier must be a function, .* got Tensor"),

@@ -243,6 +243,12 @@ def test_dequantization_noise_is_uniform_within_one_gray_level():
     assert abs(float(u.square().mean()) - 1 / 12) < 5 * math.sqrt(1 / 180 / u.numel())
 
 
+def test_bits_need_a_score_of_images_from_0_to_1():
+    score = Gaussian([0.0] * 16, 1.0, (1, 4, 4), schedule=NoiseSchedule([10.0, 0.1]), value_range=(-1, 1))
+    with pytest.raises(ValueError, match=r"of images in \[0, 1\], but its value_range is \(-1, 1\)"):
+        bits_per_dimension(score, torch.rand(2, 1, 4, 4))
+
+
 def test_the_condition_is_passed_to_the_score():
     conditions = []
 
@@ -253,7 +259,8 @@ def test_the_condition_is_passed_to_the_score():
     x, schedule = torch.rand(2, 3), NoiseSchedule([1.0, 0.1])
     for condition in (None, 7, torch.arange(2)):
         likelihood(score, x, schedule, condition=condition)
-    assert conditions[0] == () and conditions[3] == (7,) and torch.equal(conditions[6][0], torch.arange(2))
+    assert conditions[0] == () and torch.equal(conditions[3][0], torch.tensor([7, 7]))
+    assert torch.equal(conditions[6][0], torch.arange(2))
     with torch.inference_mode():
         likelihood(score, x + 0, schedule, condition=torch.zeros(2, 3))
     assert not conditions[-1][0].is_inference()
@@ -375,7 +382,7 @@ def test_labels_are_passed_as_the_condition(digits):
     found = data_likelihood(score, data, condition=lambda images, labels: labels, **options)
     assert torch.equal(seen[0], labels[found.indices])
     data_likelihood(score, data, condition=3, **options)
-    assert seen[-1] == 3
+    assert torch.equal(seen[-1], torch.full_like(seen[-1], 3))
 
 
 def test_the_default_levels_are_those_of_log_likelihood():

@@ -5,6 +5,7 @@ import textwrap
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -216,7 +217,7 @@ def test_condition_is_passed_on_only_when_given(rng):
     dsm_loss(net, x, LEVELS, condition=3)
     assert seen[0] == ((4,), ())
     assert seen[1][1][0] is label
-    assert seen[2][1] == (3,)
+    assert torch.equal(seen[2][1][0], torch.full((4,), 3))
 
 
 def test_an_int_is_the_class_of_all_samples(rng):
@@ -225,8 +226,19 @@ def test_an_int_is_the_class_of_all_samples(rng):
     for parameter in net.parameters():  # some parameters are initialized to zero
         nn.init.normal_(parameter, std=0.1)
     x, fixed = _batch(rng)
-    losses = [dsm_loss(net, x, condition=condition, **fixed) for condition in (2, torch.full((4,), 2), 1)]
-    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+    classes = (torch.full((4,), 2), 2, np.int64(2), torch.tensor(2), 1)
+    losses = [dsm_loss(net, x, condition=condition, **fixed) for condition in classes]
+    assert losses[0] == losses[1] == losses[2] == losses[3] != losses[4]
+
+
+@pytest.mark.parametrize("loss", [dsm_loss, sliced_score_matching_loss])
+def test_a_weight_is_a_number_for_each_noise_level(loss, rng):
+    x = torch.rand(4, 3, generator=rng)
+    given = {"sigma": torch.tensor([0.1, 0.2, 0.3, 0.4]), "generator": 0, "reduction": "none"}
+    ones = loss(lambda x, sigma: -x, x, weighting=torch.ones_like, **given)
+    assert torch.equal(loss(lambda x, sigma: -x, x, weighting=lambda sigma: 1.0, **given), ones)
+    with pytest.raises(ValueError, match=r"must return a number for each noise level, \(4,\), got shape \(4, 1\)"):
+        loss(lambda x, sigma: -x, x, weighting=lambda sigma: sigma[:, None], **given)
 
 
 def test_half_precision_data_is_perturbed_in_float32(rng):

@@ -340,6 +340,7 @@ def test_a_mask_copies_the_callers_tensor():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (lambda: Mask([[True]]), TypeError, r"must be a bool tensor, .* got list. Write torch.as_tensor\(mask\) > 0.5"),
         (lambda: Mask(torch.rand(4, 4)), TypeError, "must be a bool tensor, .* got torch.float32. Write mask > 0.5"),
         (lambda: Mask([True]), TypeError, "got list"),
         (lambda: Uncrop(left=-1), ValueError, "integer number of pixels, at least 0, got -1"),

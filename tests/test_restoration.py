@@ -503,3 +503,18 @@ def test_clamping_y_to_the_value_range_gives_a_warning(recwarn):
     hidden = torch.where(torch.arange(8) < 4, 0.5, 7.0).expand(1, 1, 8, 8)
     AnnealedLangevinSampler(net, schedule).sample(observation=Observation(left, hidden), progress=False)
     assert len(recwarn) == 0
+
+
+def test_jpeg_needs_images_from_0_to_1():
+    """JPEG clamps negative values, so that a guided network of another range would be led astray without notice."""
+
+    def score(x, sigma):
+        return -x / (0.25 + sigma**2)
+
+    score.value_range = (-1.0, 1.0)
+    for operator in (JPEG(10), JPEG(10) @ Grayscale(), AveragePool(2) @ JPEG(10)):
+        observation = Observation(operator, operator.measure(torch.rand(1, 3, 16, 16)))
+        with pytest.raises(
+            ValueError, match=r"is for images in \(0, 1\), but the network's value_range is \(-1.0, 1.0\)"
+        ):
+            ODESampler(score, LEVELS, restore="guide").sample(2, observation=observation, progress=False)

@@ -434,6 +434,17 @@ def test_the_density_with_churn_is_that_of_the_data_with_an_error_of_second_orde
     assert orders[-1] == pytest.approx(2, abs=0.2) and errors[-1] < 2e-3, (errors, orders)
 
 
+def test_dpm_solver_after_a_very_short_step(mixture):
+    """The extrapolation from two denoised images that are nearly equal would amplify rounding errors."""
+    levels = list(NoiseSchedule.karras(80, 0.01, 18))
+    x = torch.randn(500, 2, generator=seed(3))
+    ends = []
+    for schedule in (levels[8:], [levels[8] * (1 + 1e-6), *levels[8:]]):
+        sampler = ODESampler(mixture, NoiseSchedule(schedule), method="dpm-solver++")
+        ends.append(run(sampler, init=schedule[0] * x))
+    assert (ends[0] - ends[1]).abs().max() < 1e-3 * ends[0].abs().max()
+
+
 def test_churn_outside_its_range_changes_nothing(world):
     """Noise is drawn, so that the other steps do not depend on the range."""
     init = 5 * torch.randn(4, 3, generator=seed(0))
@@ -646,6 +657,10 @@ def test_a_noisy_observation_gives_the_posterior(kind, world, rng):
         (lambda: ODESampler(point, SHORT, levels=1), "levels must be at least 2, got 1"),
         (lambda: ODESampler(point, levels=5), "no noise levels of its own: pass a schedule"),
         (lambda: ODESampler(ScoreNet.ncsnv2(1, 8, width=2), levels=1), "levels must be at least 2, got 1"),
+        (
+            lambda: ODESampler(point, SHORT, churn_noise=1.5),
+            "churn_noise need churn above 0. Pass churn, or leave them",
+        ),
         (lambda: ODESampler(point, SHORT, churn=-1.0), "churn must be a number of at least 0, got -1.0"),
         (lambda: ODESampler(point, SHORT, churn=math.inf), "churn must be a number of at least 0, got inf"),
         (

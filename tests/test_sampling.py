@@ -447,7 +447,12 @@ def test_invalid_settings_raise(arguments, error, message):
         ({"n": 2, "shape": (1,), "generator": [torch.Generator()]}, ValueError, "n has 2, generator has 1"),
         ({"shape": (2,), "init": torch.zeros(3, 1)}, ValueError, r"shape of one sample of init, \(1,\), got \(2,\)"),
         ({"init": torch.zeros(3, 1).long()}, TypeError, r"init must be floating point.*Write init.float\(\)"),
-        ({"shape": (1,), "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"shape": (1,), "batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
+        ({"shape": (1,), "batch_size": 2.5}, ValueError, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"n": True, "shape": (1,)}, TypeError, "n must be an integer, got True"),
+        ({"shape": 4}, TypeError, r"shape must be the shape of one sample, such as \(4,\), got 4"),
+        ({"init": torch.tensor(4.0)}, ValueError, r"init must be a batch \(n, ...\), got shape \(\)"),
+        ({"init": torch.tensor([[math.nan]])}, ValueError, "init must be finite, got NaN or infinite values"),
     ],
 )
 def test_invalid_arguments_raise_before_the_first_step(arguments, error, message):
@@ -456,6 +461,16 @@ def test_invalid_arguments_raise_before_the_first_step(arguments, error, message
         run(sampler, **arguments)
     with pytest.raises(error, match=message):
         sampler.iterate(**arguments)
+
+
+def test_integers_of_numpy_and_of_torch(world):
+    def score(x, sigma, condition):
+        assert torch.equal(condition, torch.full((3,), 5))
+        return world(x, sigma)
+
+    sampler = ODESampler(score, SHORT)
+    for n, condition in ((3, 5), (np.int64(3), np.int64(5)), (3, torch.tensor(5)), (3, torch.full((3,), 5))):
+        assert run(sampler, n, shape=(3,), condition=condition).shape == (3, 3)
 
 
 def test_noise_of_another_shape_raises(world):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from scorematch import schema
+from scorematch.sampling import SamplerSettings
 from scorematch.schema import Field, check, plain, quote, read_object, reason
 
 
@@ -58,6 +59,14 @@ def test_numbers_must_fit_into_a_float():
     assert field.fits(10**308) and not field.fits(10**309) and not field.fits(float("inf")) and field.fits(1)
     with pytest.raises(ValueError, match=r"a: step must be a number of at least 0, got 1000000.*\.\.\.0000"):
         check({"step": 10**400}, {"step": field}, "a")
+
+
+def test_numbers_above_a_bound():
+    field = Field(float, above=0, high=1)
+    assert field.fits(1) and field.fits(1e-300) and not field.fits(0) and not field.fits(-1.0)
+    assert str(field) == "a number of more than 0 and at most 1"
+    with pytest.raises(ValueError, match="step_size must be a number of more than 0 or null, got 0"):
+        SamplerSettings(step_size=0.0)
 
 
 def test_values_in_messages_are_short():

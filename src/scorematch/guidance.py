@@ -38,7 +38,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -46,7 +46,16 @@ from torch import Tensor, nn
 
 from scorematch.nets.family import Condition, as_condition
 from scorematch.noise import NoiseSchedule
-from scorematch.protocol import NetworkScore, Score, as_sigma, attribute, check_data, check_score, per_image
+from scorematch.protocol import (
+    NetworkScore,
+    Score,
+    as_sigma,
+    attribute,
+    check_data,
+    check_differentiable,
+    check_score,
+    per_image,
+)
 
 Interval = tuple[float, float]
 
@@ -179,7 +188,8 @@ class GuidedScore(NetworkScore, nn.Module):
             raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
         if not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"weight must be a finite number, got {weight!r}.")
-        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
+        pair = isinstance(interval, Sequence) and len(interval) == 2
+        if interval is not None and not (pair and 0 <= interval[0] < interval[1]):
             raise ValueError(f"interval must be (low, high), noise levels with 0 <= low < high, got {interval!r}.")
         self.net, self.other = net, other
         self.predicts_variance = bool(attribute(net, "predicts_variance"))
@@ -351,6 +361,7 @@ class _Classifier(GuidedScore):
             if not differentiable:
                 x = x.detach().clone().requires_grad_()  # a clone, since x may have been created in inference mode
             logits = self.other(x, sigma)
+            check_differentiable(logits, "the classifier")
             if logits.ndim != 2 or len(logits) != len(x):
                 raise ValueError(
                     f"classifier must return logits ({len(x)}, K), one row for each sample, got shape "
@@ -370,4 +381,4 @@ def _call(
         sigma = as_sigma(sigma, x)
     arguments = (x, sigma) if condition is None else (x, sigma, condition)
     outputs = attribute(score, "score_and_variance")(*arguments) if variance else (score(*arguments),)
-    return tuple(check_score(output, x) for output in outputs)
+    return tuple(check_score(output, x).to(x.dtype) for output in outputs)

@@ -46,17 +46,21 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scorematch.nets.family import class_of_each
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import without_autocast
 from scorematch.protocol import (
     Score,
+    attribute,
     check_data,
     check_differentiable,
+    check_schedule,
     check_score,
     evaluating,
     middle_of,
@@ -122,11 +126,13 @@ def log_likelihood(
     if probes is not None and (not isinstance(probes, int) or probes < 1):
         raise ValueError(f"probes must be an integer of at least 1, or None for the exact trace, got {probes!r}.")
     schedule = default_schedule(net) if schedule is None else schedule
+    check_schedule(schedule)
     generators = as_generator(generator)
     dimension = x[0].numel()
     # Neither computations in inference mode nor tensors created in it can be differentiated.
     with torch.inference_mode(False), torch.no_grad(), without_autocast(), evaluating(net):
         x = _without_history(x).to(torch.promote_types(x.dtype, torch.float32))
+        condition = class_of_each(condition, x)
         condition = _without_history(condition) if isinstance(condition, Tensor) else condition
         end, integral = _follow(_Flow(net, condition, probes, generators), x, schedule, progress)
         squares = ((end - middle_of(net)) / schedule.sigma_max).square().flatten(1).sum(1)
@@ -169,11 +175,14 @@ def bits_per_dimension(
 
     Raises:
         TypeError: if the images are not a floating-point tensor.
-        ValueError: if they are outside [0, 1], and as for ``log_likelihood``.
+        ValueError: if they are outside [0, 1], or the network has another value range; and as for ``log_likelihood``.
 
     References:
         Theis et al., 2016, arXiv:1511.01844, Sec. 3.1.
     """
+    value_range = attribute(net, "value_range")
+    if value_range is not None and tuple(value_range) != (0, 1):
+        raise ValueError(f"net must be a score of images in [0, 1], but its value_range is {tuple(value_range)}.")
     generators = as_generator(generator)
     x = dequantized(images, generators)
     nats = log_likelihood(net, x, schedule, probes=probes, condition=condition, generator=generators, progress=progress)
@@ -235,7 +244,7 @@ class _Flow:
     """The quantities that are integrated: the score, and the trace of the denoised image's Jacobian."""
 
     net: Score
-    condition: Tensor | int | None
+    condition: Any
     probes: int | None
     generators: torch.Generator | Sequence[torch.Generator] | None
 

@@ -31,13 +31,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from scorematch.nets.family import class_of_each
 from scorematch.noise import NoiseSchedule
 from scorematch.protocol import (
     Score,
+    as_region,
     as_sigma,
     attribute,
     check_data,
     check_differentiable,
+    check_schedule,
     check_score,
     per_image,
     schedule_of,
@@ -113,7 +116,7 @@ def dsm_loss(
         residual = residual * _weights_in(region, x)
     loss = residual.flatten(1).sum(1) / p
     if weighting is not None:
-        loss = loss * (weighting(sigma) / sigma**p)
+        loss = loss * (_weights_at(sigma, weighting) / sigma**p)
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -209,18 +212,29 @@ def sliced_score_matching_loss(
     # The faster kernels of attention have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         noisy = (x + per_image(sigma, x) * noise).detach().requires_grad_()
+        condition = class_of_each(condition, x)
         score = check_score(net(noisy, sigma) if condition is None else net(noisy, sigma, condition), x)
         check_differentiable(score)
         (gradient,) = torch.autograd.grad((v * score).sum(), noisy, create_graph=True)
     loss = (v * gradient).flatten(1).sum(1) + score.square().flatten(1).sum(1) / 2
-    loss = loss * (sigma**2 if weighting is None else weighting(sigma))
+    loss = loss * (sigma**2 if weighting is None else _weights_at(sigma, weighting))
     return loss.mean() if reduction == "mean" else loss
+
+
+def _weights_at(sigma: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
+    weights = torch.as_tensor(weighting(sigma))
+    if weights.shape not in (torch.Size(), sigma.shape):
+        raise ValueError(
+            f"weighting must return a number for each noise level, ({len(sigma)},), got shape {tuple(weights.shape)}."
+        )
+    return weights
 
 
 def _scaled_score(net: Score, x: Tensor, sigma: Tensor, noise: Tensor, condition: Tensor | int | None) -> Tensor:
     """Sigma times the score of x with noise; sigma (N,)."""
     levels = per_image(sigma, x)
     noisy = x + levels * noise
+    condition = class_of_each(condition, x)
     score = net(noisy, sigma) if condition is None else net(noisy, sigma, condition)
     return levels * check_score(score, x)
 
@@ -248,6 +262,7 @@ def _perturbation(
         schedule = schedule_of(net) if schedule is None else schedule
         if schedule is None:
             raise ValueError("a plain callable has no noise levels of its own: pass a schedule, or sigma.")
+        check_schedule(schedule)
         sigma = schedule.sample(len(x), generator=source, device=x.device).to(x.dtype)
     else:
         sigma = as_sigma(sigma, x).expand(len(x))
@@ -268,14 +283,7 @@ def _check_reduction(reduction: str) -> None:
 
 def _weights_in(region: Tensor, x: Tensor) -> Tensor:
     """The weight of each value of x: 0 outside the region, D / (number of values in the region) inside."""
-    if region.dtype != torch.bool:
-        raise TypeError(f"region must be bool, True where the loss counts, got {region.dtype}. Write region > 0.5.")
-    try:
-        region = region.to(x.device).expand(x.shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"region must be broadcastable to x, {tuple(x.shape)}, got shape {tuple(region.shape)}."
-        ) from error
+    region = as_region(region, x, "where the loss counts")
     size = region.flatten(1).sum(1).clamp(min=1)  # at least 1, so that an empty region gives zero and not NaN
     return region * per_image(x[0].numel() / size.to(x.dtype), x)
 

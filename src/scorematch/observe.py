@@ -52,10 +52,12 @@ class Operator(ABC):
     Attributes:
         gain: the c of A A^T = c I on the observed values, for a linear operator that has one; None otherwise.
         seen: which values of y are observed, bool and broadcastable to y; None if all are.
+        value_range: the range of the images that the operator is for, such as (0, 1); None if it is for any.
     """
 
     gain: float | None = None
     seen: Tensor | None = None
+    value_range: tuple[float, float] | None = None
 
     @abstractmethod
     def measure(self, x: Tensor) -> Tensor:
@@ -127,9 +129,10 @@ class Mask(Operator):
 
     def __init__(self, seen: Tensor) -> None:
         if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
-            kind = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
+            tensor = isinstance(seen, Tensor)
+            kind, hint = (seen.dtype, "mask > 0.5") if tensor else (type(seen).__name__, "torch.as_tensor(mask) > 0.5")
             raise TypeError(
-                f"a mask must be a bool tensor, True where the image is observed, got {kind}. Write mask > 0.5."
+                f"a mask must be a bool tensor, True where the image is observed, got {kind}. Write {hint}."
             )
         self.seen: Tensor = torch.atleast_1d(seen.detach().clone())
 
@@ -315,6 +318,8 @@ class JPEG(Operator):
         ImportError: without Pillow.
     """
 
+    value_range = (0, 1)
+
     def __init__(self, quality: int) -> None:
         if not isinstance(quality, int) or isinstance(quality, bool) or not 1 <= quality <= 100:
             raise ValueError(f"quality must be an integer from 1 to 100, got {quality!r}.")
@@ -351,6 +356,7 @@ class _Composition(Operator):
 
     def __init__(self, outer: Operator, inner: Operator) -> None:
         self.outer, self.inner = outer, inner
+        self.value_range = outer.value_range or inner.value_range
         if outer.gain is None or inner.gain is None:
             return
         seen = outer.seen
@@ -423,7 +429,8 @@ class Observation:
         operator: the operator A.
         y: the measurement (N, ...), floating point, of the shape that ``operator.measure`` returns; a batch of 1 is
             used for any number of samples. Values that a mask hides are ignored and may be NaN.
-        sigma: the standard deviation sigma_y of the noise in y, in the units of images in [0, 1]; 0 is no noise.
+        sigma: the standard deviation sigma_y of the noise in y, in the units of y, such as those of images in [0, 1];
+            0 is no noise.
 
     Raises:
         TypeError: if ``operator`` is not an ``Operator``, or y is not a floating-point tensor.

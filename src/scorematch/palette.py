@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from scorematch.observe import JPEG, Grayscale, Operator
-from scorematch.protocol import check_data
+from scorematch.protocol import as_region, check_data
 from scorematch.randomness import single_generator
 
 Degradation = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor]]
@@ -216,6 +216,8 @@ class MultiTask(Task):
     """
 
     def __init__(self, tasks: Sequence[Degradation], weights: Sequence[float] | None = None) -> None:
+        if not isinstance(tasks, Sequence):
+            raise TypeError(f"tasks must be a list of tasks, got {tasks!r}. Write MultiTask([{tasks!r}]).")
         self.tasks = tuple(tasks)
         if not self.tasks:
             raise ValueError("tasks must have at least one task, got none.")
@@ -273,9 +275,9 @@ def fill(x: Tensor, region: Tensor, generator: torch.Generator | int | None = No
 
     Raises:
         TypeError: if ``region`` is not bool.
+        ValueError: if it is not broadcastable to x.
     """
-    if region.dtype != torch.bool:
-        raise TypeError(f"region must be bool, True in the hole, got {region.dtype}. Write region > 0.5.")
+    region = as_region(region, x, "in the hole")
     return _filled(x, region, _Draws(single_generator(generator), x.device))[0]
 
 

@@ -38,6 +38,14 @@ def schedule_of(score: object) -> NoiseSchedule | None:
     return schedule if isinstance(schedule, NoiseSchedule) else None
 
 
+def check_schedule(schedule: object) -> None:
+    """Raises TypeError if an object is not a NoiseSchedule."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(
+            f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
+        )
+
+
 def middle_of(score: object) -> float:
     """The middle of the network's value range, the mean of a sampler's initial noise; 0 for data without a range."""
     value_range = attribute(score, "value_range")
@@ -139,11 +147,28 @@ def check_score(score: Tensor, x: Tensor) -> Tensor:
     return score
 
 
-def check_differentiable(score: Tensor) -> None:
+def as_region(region: Tensor, x: Tensor, meaning: str) -> Tensor:
+    """Expands a region, bool, to the shape of x and moves it to its device; ``meaning`` says where it is True.
+
+    Raises:
+        TypeError: if the region is not bool.
+        ValueError: if it is not broadcastable to x.
+    """
+    if region.dtype != torch.bool:
+        raise TypeError(f"region must be bool, True {meaning}, got {region.dtype}. Write region > 0.5.")
+    try:
+        return region.to(x.device).expand(x.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"region must be broadcastable to x, {tuple(x.shape)}, got shape {tuple(region.shape)}."
+        ) from error
+
+
+def check_differentiable(score: Tensor, name: str = "the score") -> None:
     """Raises ValueError if a score, which was computed with gradients enabled, does not depend on x for autograd."""
     if not score.requires_grad:
         raise ValueError(
-            "the score must be differentiable in x, but it was computed without gradients. Remove torch.no_grad() and "
+            f"{name} must be differentiable in x, but it was computed without gradients. Remove torch.no_grad() and "
             "detach() from the function that computes it."
         )
 

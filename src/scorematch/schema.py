@@ -39,6 +39,7 @@ class Field:
         optional: whether the value may be null.
         low: the smallest number, or the smallest length of a list.
         high: the largest number, or the largest length of a list.
+        above: a number that the value must exceed.
         choices: the allowed values; None allows all.
         each: the field of each entry of a list.
     """
@@ -48,6 +49,7 @@ class Field:
     optional: bool = False
     low: float | None = None
     high: float | None = None
+    above: float | None = None
     choices: Collection[Any] | None = None
     each: Field | None = None
 
@@ -60,6 +62,7 @@ class Field:
             if self.low is not None and self.low == self.high:
                 bounds.append(f"exactly {_number(self.low)}")
             else:
+                bounds += [] if self.above is None else [f"more than {_number(self.above)}"]
                 bounds += [] if self.low is None else [f"at least {_number(self.low)}"]
                 bounds += [] if self.high is None else [f"at most {_number(self.high)}"]
             if bounds:
@@ -86,6 +89,8 @@ class Field:
             return value in self.choices
         size: Any = len(value) if isinstance(value, list | tuple) else value
         if self.low is not None and size < self.low:
+            return False
+        if self.above is not None and size <= self.above:
             return False
         if self.high is not None and size > self.high:
             return False

@@ -28,7 +28,7 @@ from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
 from scorematch.nets.refinenet import Depth
 from scorematch.noise import NoiseSchedule
 from scorematch.precondition import ROWS, Preconditioning, check_options
-from scorematch.protocol import NetworkScore, as_sigma, check_data
+from scorematch.protocol import NetworkScore, as_sigma, check_data, check_schedule
 from scorematch.sampling.settings import SamplerSettings
 
 Size = int | tuple[int, int]
@@ -91,10 +91,7 @@ class ScoreNet(NetworkScore, nn.Module):
         if not isinstance(backbone, nn.Module):
             hint = "Pass an instance, YourModule()." if isinstance(backbone, type) else "Wrap it in a torch.nn.Module."
             raise TypeError(f"backbone must be a torch.nn.Module, got {backbone!r}. {hint}")
-        if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(
-                f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
-            )
+        check_schedule(schedule)
         if precondition not in ROWS:
             raise ValueError(f"precondition must be one of {', '.join(map(repr, ROWS))}, got {precondition!r}.")
         precondition_options = dict(precondition_options or {})

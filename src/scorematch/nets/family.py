@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -35,6 +36,19 @@ class Condition(NamedTuple):
     null_class: bool = False
 
 
+def as_class(condition: Any) -> Any:
+    """A condition that is an integer of NumPy, or an integer tensor (), as an int; any other unchanged."""
+    one = isinstance(condition, Tensor) and condition.ndim == 0 and condition.dtype in (torch.int64, torch.int32)
+    number = isinstance(condition, Integral) and not isinstance(condition, bool)
+    return int(condition) if one or number else condition
+
+
+def class_of_each(condition: Any, x: Tensor) -> Any:
+    """A condition that is one class for all samples x (N, ...) as a tensor (N,); any other unchanged."""
+    condition = as_class(condition)
+    return torch.full((len(x),), condition, device=x.device) if type(condition) is int else condition
+
+
 def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor | None:
     """Checks a condition and converts it to a tensor.
 
@@ -54,6 +68,7 @@ def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor |
         TypeError: if the network takes another type of condition.
         ValueError: if the condition is missing, its length is not that of x, or a class is out of range.
     """
+    condition = as_class(condition)
     if isinstance(condition, bool) or not isinstance(condition, Tensor | int | None):
         raise TypeError(
             "condition must be a tensor, int64 (N,) for classes or float (N, K, H, W) for an image, or an int for one "
@@ -62,7 +77,7 @@ def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor |
     if takes is not None:
         condition = takes.classes if condition is None and takes.null_class else condition
         _check_condition(condition, len(x), takes)
-    return torch.full((len(x),), condition, device=x.device) if isinstance(condition, int) else condition
+    return class_of_each(condition, x)
 
 
 def _check_condition(condition: Tensor | int | None, n: int, takes: Condition) -> None:

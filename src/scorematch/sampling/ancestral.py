@@ -102,6 +102,7 @@ class AncestralSampler(Sampler):
         clamp_denoised: bool = False,
         **options: Unpack[SamplerOptions],
     ) -> None:
+        self.variance = variance
         super().__init__(net, schedule, **options)
         if variance not in get_args(Variance):
             raise ValueError(f'variance must be "large", "small" or "learned", got {variance!r}.')
@@ -113,13 +114,17 @@ class AncestralSampler(Sampler):
         self._range = attribute(net, "value_range")
         if clamp_denoised and self._range is None:
             raise ValueError("clamp_denoised=True needs a network with a value_range. Leave it out.")
-        self.variance = variance
         self.clamp_denoised = clamp_denoised
         self._k = 1.0 if self._range is None else 2 / (self._range[1] - self._range[0])
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
-        """The network's own levels, respaced to ``levels``, or by default to 100 if there are more."""
-        return own.respaced(min(_LEVELS, len(own)) if levels is None else levels)
+        """The network's own levels, respaced to ``levels``, or by default to 100 if there are more.
+
+        If this leaves wide gaps between low levels, as for a DDPM, it is a geometric schedule, except for the learned
+        variance, which belongs to the network's own levels.
+        """
+        levels = min(_LEVELS, len(own)) if levels is None else levels
+        return own.respaced(levels) if self.variance == "learned" else super().default_schedule(own, levels)
 
     def __len__(self) -> int:
         return len(self.schedule) - 1 + self.denoise

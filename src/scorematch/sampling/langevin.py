@@ -35,7 +35,6 @@ References:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -45,7 +44,7 @@ from torch import Tensor
 
 from scorematch.noise import NoiseSchedule
 from scorematch.protocol import Score, attribute, schedule_of
-from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
+from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions, smallest_ratio, without_gaps
 from scorematch.sampling.settings import SamplerSettings
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ class AnnealedLangevinSampler(Sampler):
             levels = self._settings.levels
         if levels is None and self.consistent:
             levels = min(_MOST_LEVELS, max(_FEWEST_LEVELS, len(own)))
-        return own if levels is None else _without_gaps(own, levels)
+        return own if levels is None else without_gaps(own, levels)
 
     def _consistent_eta(self, own: NoiseSchedule | None, settings: SamplerSettings | None) -> float:
         """The step size divided by sigma squared, 1 - r^p.
@@ -174,11 +173,11 @@ class AnnealedLangevinSampler(Sampler):
         With recommended settings, p is derived from them but limited to 2: if the number of levels differs from theirs,
         larger steps reduce the contrast (docs/samplers.md).
         """
-        ratio, power = _smallest_ratio(self.schedule), _POWER if own is None else _POWER_OF_NETWORKS
+        ratio, power = smallest_ratio(self.schedule), _POWER if own is None else _POWER_OF_NETWORKS
         if own is not None and settings is not None and settings.step_size is not None:
             intended = self.default_schedule(own, None)
             left = 1 - settings.step_size / intended.sigma_min**2
-            power = min(_POWER, math.log(left) / math.log(_smallest_ratio(intended))) if 0 < left < 1 else _POWER
+            power = min(_POWER, math.log(left) / math.log(smallest_ratio(intended))) if 0 < left < 1 else _POWER
         return 1 - ratio**power if ratio < 1 else 0.5
 
     def __len__(self) -> int:
@@ -218,11 +217,6 @@ def _recommended_settings(net: object) -> SamplerSettings | None:
     return settings if isinstance(settings, SamplerSettings) and settings.sampler == "langevin" else None
 
 
-def _smallest_ratio(schedule: NoiseSchedule) -> float:
-    """The smallest ratio of a level to the one before; 1 for a schedule of one level."""
-    return min((low / high for high, low in itertools.pairwise(schedule)), default=1.0)
-
-
 def _check_step(schedule: NoiseSchedule, step_size: float, steps: int, consistent: bool) -> None:
     limit = 2 * schedule.sigma_min**2
     if not 0 < step_size < limit:
@@ -230,24 +224,13 @@ def _check_step(schedule: NoiseSchedule, step_size: float, steps: int, consisten
             f"step_size must lie between 0 and the stability limit, 2 sigma_min^2 = {limit:.4g}, got "
             f"{step_size!r}; technique 4 of NCSNv2 suggests {schedule.suggest_step_size(steps):.3g}."
         )
-    low, high = (schedule.sigma_min**2 * (1 + sign * _smallest_ratio(schedule)) for sign in (-1, 1))
+    low, high = (schedule.sigma_min**2 * (1 + sign * smallest_ratio(schedule)) for sign in (-1, 1))
     if consistent and not low * (1 - 1e-9) <= step_size <= high * (1 + 1e-9):
         raise ValueError(
             f"step_size must lie between {low:.4g} and {high:.4g} for consistent sampling on this schedule, "
             "sigma_min^2 (1 - r) and sigma_min^2 (1 + r) with r the smallest ratio of a level to the one before, got "
             f"{step_size!r}. For plain Langevin steps pass steps_per_level or consistent=False."
         )
-
-
-def _without_gaps(own: NoiseSchedule, levels: int) -> NoiseSchedule:
-    """A network's own schedule respaced to ``levels``, or a geometric schedule if respacing would leave wider gaps.
-
-    The lowest of the 1,000 levels of a DDPM are far apart: respaced to 50 levels, the last two would differ by a factor
-    of eight.
-    """
-    respaced = own.respaced(levels)
-    even = NoiseSchedule.geometric(own.sigma_max, own.sigma_min, levels)
-    return even if _smallest_ratio(respaced) < 0.9999 * _smallest_ratio(even) else respaced
 
 
 def _derived_steps(schedule: NoiseSchedule) -> int:

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 Method = Literal["heun", "dpm-solver++"]
 
 _LEVELS = 18  # as in Karras et al. for CIFAR-10
+_LONGEST_STEP = 10  # of DPM-Solver++ with second order, relative to the step before
 
 
 class ODESampler(Sampler):
@@ -131,6 +132,8 @@ class ODESampler(Sampler):
             )
         if not 0 < churn_noise < math.inf:
             raise ValueError(f"churn_noise must be a number above 0, got {churn_noise!r}.")
+        if churn == 0 and (churn_min, churn_max, churn_noise) != (0, None, 1):
+            raise ValueError("churn_min, churn_max and churn_noise need churn above 0. Pass churn, or leave them out.")
         self.method = method
         self.churn, self.churn_noise = churn, churn_noise
         self.churn_min, self.churn_max = churn_min, churn_max
@@ -197,7 +200,11 @@ def _dpm_solver(x: Tensor, chain: Chain, schedule: NoiseSchedule) -> Iterator[tu
     for sigma, following in itertools.pairwise(schedule):
         x, score, _ = chain(x, sigma)
         denoised, h = torch.add(x, score, alpha=sigma**2), math.log(sigma / following)
-        target = denoised if last is None else denoised + (denoised - last[0]) * (h / (2 * last[1]))
+        # After a very short step the extrapolation would amplify rounding errors.
+        if last is None or h > _LONGEST_STEP * last[1]:
+            target = denoised
+        else:
+            target = denoised + (denoised - last[0]) * (h / (2 * last[1]))
         x = torch.lerp(target, x, following / sigma)
         last = denoised, h
         yield x, following

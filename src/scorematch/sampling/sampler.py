@@ -24,16 +24,27 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scorematch.nets.family import as_class, class_of_each
 from scorematch.noise import NoiseSchedule
 from scorematch.observe import Observation
 from scorematch.precision import exact_float32, without_autocast
-from scorematch.protocol import Score, attribute, check_score, device_of, evaluating, middle_of, schedule_of
+from scorematch.protocol import (
+    Score,
+    attribute,
+    check_schedule,
+    check_score,
+    device_of,
+    evaluating,
+    middle_of,
+    schedule_of,
+)
 from scorematch.randomness import Generator, as_generator, standard_normal
 from scorematch.sampling.restoration import Restoration, Restore, restoration
 
@@ -132,11 +143,8 @@ class Sampler(ABC):
                     "NoiseSchedule.geometric(50, 0.01, 232)."
                 )
             schedule = self.default_schedule(own.between(sigma_max, sigma_min), levels)
-        elif not isinstance(schedule, NoiseSchedule):
-            raise TypeError(
-                f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
-            )
         else:
+            check_schedule(schedule)
             schedule = schedule.between(sigma_max, sigma_min)
             schedule = schedule if levels is None else schedule.respaced(levels)
         if restore not in get_args(Restore):
@@ -170,7 +178,7 @@ class Sampler(ABC):
         Returns:
             The schedule of the sampler.
         """
-        return own if levels is None else own.respaced(levels)
+        return own if levels in (None, len(own)) else without_gaps(own, levels)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -361,16 +369,23 @@ class Sampler(ABC):
                 f"observation must be an Observation, got {type(observation).__name__}. "
                 "Write scorematch.observe.Observation(operator, y)."
             )
+        condition = as_class(condition)
         if not isinstance(condition, Tensor | int | None) or isinstance(condition, bool):
             raise TypeError(f"condition must be a tensor (n, ...) or an int, got {type(condition).__name__}.")
         if init is not None and not isinstance(init, Tensor):
             raise TypeError(f"init must be a tensor (n, ...), got {type(init).__name__}. Write torch.as_tensor(init).")
         if init is not None and not init.is_floating_point():
             raise TypeError(f"init must be floating point, got {init.dtype}. Write init.float().")
+        if init is not None and init.ndim < 2:
+            raise ValueError(f"init must be a batch (n, ...), got shape {tuple(init.shape)}.")
+        if init is not None and not bool(torch.isfinite(init).all()):
+            raise ValueError("init must be finite, got NaN or infinite values.")
         generators = as_generator(generator)
         n = _count(n, init, condition, observation, generators)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+        if isinstance(shape, int):
+            raise TypeError(f"shape must be the shape of one sample, such as ({shape},), got {shape!r}.")
         sample_shape = self._sample_shape(shape, init, observation)
         device = self._device(init, generators)
         if init is not None:
@@ -378,13 +393,12 @@ class Sampler(ABC):
         else:
             noise = standard_normal((n, *sample_shape), generators, device)
             x = middle_of(self.net) + self.schedule.sigma_max * noise
-        if isinstance(condition, int):
-            condition = torch.full((n,), condition)
-        elif condition is not None and condition.is_inference():
-            condition = condition.clone()  # a tensor of inference mode cannot be differentiated through
+        classes: Tensor | None = class_of_each(condition, x)
+        if classes is not None and classes.is_inference():
+            classes = classes.clone()  # a tensor of inference mode cannot be differentiated through
         values = max(1, math.prod(sample_shape))
         return x, _Run(
-            None if condition is None else condition.to(device),
+            None if classes is None else classes.to(device),
             self._restoration(observation, device),
             max(1, _BATCH_VALUES // values) if batch_size is None else batch_size,
             generators,
@@ -416,6 +430,12 @@ class Sampler(ABC):
         if observation is None:
             return Restoration()
         observation = observation.to(device)
+        needed = observation.operator.value_range
+        if needed is not None and value_range is not None and tuple(value_range) != needed:
+            raise ValueError(
+                f"{observation.operator!r} is for images in {needed}, but the network's value_range is "
+                f"{tuple(value_range)}."
+            )
         if self.clamp and value_range is not None and observation.sigma == 0:
             operator, y = observation.operator, observation.y
             y = y if operator.gain is None else operator.measure(operator.lift(y))  # only the observed values
@@ -436,6 +456,27 @@ class Sampler(ABC):
         one = generators[0] if isinstance(generators, tuple) else generators
         source = one if init is None else init
         return device_of(self.net, "cpu" if source is None else source.device)
+
+
+# -- Noise levels -----------------------------------------------------------------------------------------------------
+
+
+def smallest_ratio(schedule: NoiseSchedule) -> float:
+    """The smallest ratio of a level to the one before; 1 for a schedule of one level."""
+    return min((low / high for high, low in itertools.pairwise(schedule)), default=1.0)
+
+
+def without_gaps(own: NoiseSchedule, levels: int) -> NoiseSchedule:
+    """A network's own schedule respaced to ``levels``, or a geometric schedule if respacing would leave wider gaps.
+
+    The lowest of the 1,000 levels of a DDPM are far apart: respaced to 50 levels, the last two would differ by a factor
+    of eight. A sampler that adds noise would then leave too much of it.
+    """
+    respaced = own.respaced(levels)
+    if len(respaced) == 1:
+        return respaced
+    even = NoiseSchedule.geometric(own.sigma_max, own.sigma_min, levels)
+    return even if smallest_ratio(respaced) < 0.9999 * smallest_ratio(even) else respaced
 
 
 # -- What the steps of one run use ------------------------------------------------------------------------------------
@@ -602,11 +643,11 @@ def _count(
         listed = ", ".join(f"{name} has {count}" for name, count in given.items())
         raise ValueError(f"the arguments disagree on the number of samples: {listed}.")
     n = next(iter(given.values()), 1)
-    if not isinstance(n, int):
+    if not isinstance(n, Integral) or isinstance(n, bool):
         raise TypeError(f"n must be an integer, got {n!r}.")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}.")
-    return n
+    return int(n)
 
 
 def _source(noise: Callable[[Tensor], Tensor] | None, generators: Generators) -> Callable[[Tensor], Tensor]:
