@@ -40,7 +40,7 @@ def lines(net: ScoreNet, counts: list[int] | None) -> Iterator[tuple[str, Sample
     for n in counts or (10, 18, 36):
         yield "Heun", ODESampler(net, levels=n)
     for n in counts or (18, 36, 72):
-        yield "DPM-Solver++(2M)", ODESampler(net, levels=n, method="dpm-solver++")
+        yield "DPM-Solver++", ODESampler(net, levels=n, method="dpm-solver++")
     rules: dict[str, Callable[[float], float]] = {  # the step, given the ratio of neighboring levels
         "1 - r^1.5": lambda r: 1 - r**1.5,
         "1 - r^2": lambda r: 1 - r**2,
@@ -55,9 +55,9 @@ def lines(net: ScoreNet, counts: list[int] | None) -> Iterator[tuple[str, Sample
     for n in counts or (50, 100):
         yield "ancestral, large variance", AncestralSampler(net, levels=n)
     for schedule in schedules(25, 50, 100):
-        yield "corrected reverse step", PredictorCorrectorSampler(net, schedule, predictor="reverse-diffusion")
+        yield "predictor-corrector, reverse diffusion", PredictorCorrectorSampler(net, schedule, predictor="reverse-diffusion")
     for schedule in schedules(25, 50, 100):
-        yield "corrected ancestral step", PredictorCorrectorSampler(net, schedule)
+        yield "predictor-corrector, ancestral", PredictorCorrectorSampler(net, schedule)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -232,7 +232,7 @@ def test_guidance(tmp_path, capsys):
         [net, "--out", tmp_path / "3", "-n", 3, "--class", "cycle", "--guidance", 4], capsys
     )
     said = _refused([net, tmp_path / "a.png", "--guidance", 3], capsys)
-    assert "is class-conditional. Write --class K, with K from 0 to 2" in said
+    assert "--guidance needs a class. Add --class K, with K from 0 to 2." in said
     said = _refused([net, tmp_path / "a.png", "--class", 1, "--guidance", "nan"], capsys)
     assert "--guidance must be a finite number such as 1.5, got nan." in said
     empty = [net, tmp_path / "a.png", "--class", 1, "--guidance", 3, "--guidance-interval", 1, 0.1]

@@ -412,6 +412,8 @@ def find_class(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> int | N
             if the class is out of range.
     """
     classes = None if net.conditioning is None else net.conditioning.classes
+    if isinstance(net, GuidedScore) and args.label is None:
+        raise ValueError(f"--guidance needs a class. Add --class K, with K from 0 to {(classes or 1) - 1}.")
     needed = classes is not None and net.conditioning is not None and not net.conditioning.null_class
     label: int | None = args.label
     if classes is None and label is not None:
