@@ -55,7 +55,10 @@ def lines(net: ScoreNet, counts: list[int] | None) -> Iterator[tuple[str, Sample
     for n in counts or (50, 100):
         yield "ancestral, large variance", AncestralSampler(net, levels=n)
     for schedule in schedules(25, 50, 100):
-        yield "predictor-corrector, reverse diffusion", PredictorCorrectorSampler(net, schedule, predictor="reverse-diffusion")
+        yield (
+            "predictor-corrector, reverse diffusion",
+            PredictorCorrectorSampler(net, schedule, predictor="reverse-diffusion"),
+        )
     for schedule in schedules(25, 50, 100):
         yield "predictor-corrector, ancestral", PredictorCorrectorSampler(net, schedule)
 
