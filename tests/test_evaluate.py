@@ -447,9 +447,13 @@ def test_statistics_as_the_reference(tmp_path):
         run(generated, whole, features=CLASSES)
 
 
-class _Module(torch.nn.Linear):
+class _Module(torch.nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
     def forward(self, x):
-        return super().forward(x.flatten(1).float())
+        return self.pool(x.float()).flatten(1)
 
 
 def test_damaged_statistics_in_the_cache_are_computed_again(tmp_path):
@@ -477,8 +481,26 @@ def test_results_do_not_lie_in_the_folder_of_the_data(tmp_path):
                 match=r"output folder .*faces.* is inside the data folder .*faces, .*Write to another folder",
             ):
                 run(images(4, 1, size=8), out=out, **options)
+    with pytest.raises(ValueError, match=r"output folder .*faces is inside the data folder"):
+        run(faces, images(4, size=8), out=faces)
     assert len(list(faces.iterdir())) == 4
     run(images(4, 1, size=8), faces, out=tmp_path / "result", metrics=[])
+
+
+def test_files_of_the_user_are_not_replaced(tmp_path):
+    options = {"out": tmp_path, "metrics": []}
+    (tmp_path / "samples.png").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"samples\.png exists already and would be replaced"):
+        run(images(4, 1), images(4), **options)
+    (tmp_path / "samples.png").unlink()
+    for _ in range(2):  # an evaluation replaces its own files
+        run(images(4, 1), images(4), **options)
+
+
+def test_a_folder_of_samples_may_have_their_evaluation(net, tmp_path):
+    sample_to(ODESampler(net, levels=2), tmp_path, 3, progress=False)
+    run(tmp_path, images(4, size=8), out=tmp_path, metrics=[])
+    assert (tmp_path / "evaluation.md").is_file()
 
 
 def test_only_features_with_a_fingerprint_are_cached(tmp_path):
@@ -495,9 +517,14 @@ def test_only_features_with_a_fingerprint_are_cached(tmp_path):
     again = run(generated, real, features=watched, cache=cache, gaussian=False)
     assert again.hash == one.hash and agree(again.figures["samples"], one.figures["samples"])
     assert sum(calls) == 40 + 1
-    network = _Module(9, 4)
-    run(generated, real, features=network, cache=cache)
-    assert len(list(cache.iterdir())) == 2
+    # Two modules with equal weights, here none, may compute different features.
+    options = {"metrics": ["frechet"], "cache": cache, "gaussian": False}
+    for pool in (torch.nn.AvgPool2d(2), torch.nn.MaxPool2d(2)):
+        a, b = (pool(x.float()).flatten(1) for x in (real, generated))
+        assert found(run(generated, real, features=_Module(pool), **options), source="_Module")[
+            "frechet"
+        ] == pytest.approx(frechet_distance(a, b))
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_the_default_cache_is_that_of_the_user(tmp_path, monkeypatch):
@@ -519,6 +546,15 @@ class _Table:
 
     def __getitem__(self, i):
         return {"image": Image.fromarray(self._x[i, 0].numpy())}
+
+
+def test_the_settings_identify_data_sets_by_their_pixels():
+    """Also data sets of equal length, as evaluated images, as the reference and as held-out images."""
+    hashes = set()
+    for numbers in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        what, reference, held_out = (_Table(images(20, number)) for number in numbers)
+        hashes.add(run(what, reference, held_out=held_out, metrics=[], gaussian=False).hash)
+    assert len(hashes) == 4
 
 
 def test_short_names_of_references(monkeypatch):

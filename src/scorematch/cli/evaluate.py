@@ -19,7 +19,6 @@ from scorematch.cli.options import (
     amount,
     announce,
     check_folder_name,
-    check_own,
     estimate,
     find_classes,
     find_device,
@@ -30,7 +29,7 @@ from scorematch.cli.options import (
     make_sampler,
     reference_options,
 )
-from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, evaluate, is_network
+from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
 from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
 from scorematch.protocol import device_of
@@ -111,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
     _check(args)
     if args.out is not None:
         check_folder_name(args.out)
-        check_own(args.out, "evaluation.json", ("evaluation.md", "samples.png", "restored.png"))
+        check_results(args.out)  # before the network is loaded
     common = {"metrics": args.metrics, "out": args.out, "name": args.model}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
     if not is_network(args.model):

@@ -340,22 +340,6 @@ def check_new(paths: Iterable[Path], overwrite: bool) -> None:
             raise FileExistsError(f"{path} exists already. Choose another name, or add --overwrite to replace it.")
 
 
-def check_own(folder: Path, record: str, names: Iterable[str]) -> None:
-    """Checks that a folder has no files with the names of results, unless the same command wrote them.
-
-    Args:
-        folder: the folder to write.
-        record: the file that the command writes, by which its folders are recognized.
-        names: the names of the results.
-
-    Raises:
-        FileExistsError: if the folder has such a file and not the record.
-    """
-    foreign = [] if (folder / record).exists() else [folder / name for name in names if (folder / name).exists()]
-    if foreign:
-        raise FileExistsError(f"{foreign[0]} exists already and would be replaced. Choose another folder.")
-
-
 def check_new_network(folder: Path, overwrite: bool) -> None:
     """Checks that a folder has no network, or that ``overwrite`` is True.
 

@@ -50,7 +50,7 @@ from scorematch.charts import table
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, image_figures
 from scorematch.evaluation.per_image import choose
-from scorematch.files import check_outside, clean, write_whole
+from scorematch.files import check_outside, check_own, clean, write_whole
 from scorematch.images import check_picture, save_grid, to_uint8
 from scorematch.pretrained import cards
 from scorematch.protocol import attribute, device_of
@@ -179,6 +179,11 @@ def hash_of(settings: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+def check_results(folder: Path) -> None:
+    """Checks that the files that an evaluation writes replace only those of an earlier one; see ``check_own``."""
+    check_own(folder, "evaluation.json", ("evaluation.md", "samples.png", "restored.png"))
+
+
 def _errors(figures: Mapping[str, Figures]) -> dict[str, str]:
     """Returns a description of the error of each figure."""
     known = {name: said for measure in MEASURES.values() for name, said in measure.errors.items() if said is not None}
@@ -235,7 +240,8 @@ def evaluate(
             leaves out this column.
         gaussian: whether to measure images from the Gaussian of the reference. It takes about 2 n N D operations for N
             images of D values.
-        out: the folder to write to; None writes nothing, and keeps no samples.
+        out: the folder to write to; None writes nothing, and keeps no samples. Samples in it are used again if they are
+            those of the same score; an object with private state should define ``definition()``, as for ``sample_to``.
 
         Rarely needed:
 
@@ -253,7 +259,7 @@ def evaluate(
 
     Raises:
         ImportError, OSError, TypeError, ValueError: if an input does not exist, is damaged or does not fit the others,
-            or one of ``metrics`` cannot be measured.
+            one of ``metrics`` cannot be measured, or a file in ``out`` that is not of an evaluation would be replaced.
         RuntimeError: if a sample has NaN or infinite values.
 
     Example:
@@ -264,9 +270,11 @@ def evaluate(
     """
     if held_out is not None and _are_same(held_out, reference):
         raise ValueError("held_out is the reference. Pass real images that are not in it.")
-    folder = None if out is None else Path(out)
+    folder = None if out is None else Path(out).expanduser()
     if folder is not None:
-        check_outside(folder, reference, held_out)
+        written = is_network(what) or (isinstance(what, str | os.PathLike) and _samples_in(Path(what)) is not None)
+        check_outside(folder, reference, held_out, None if written else what)
+        check_results(folder)
         check_picture(folder / "samples.png")  # fails early
     options = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
     subject = _subject(what, n, sampler, options, folder, device, progress)
@@ -290,7 +298,7 @@ def evaluate(
             others = open_for(held_out, subject.shape, crop, progress)
             chosen = choose(len(others), min(subject.n, len(others)), seed).sort().values
             sets[HELD_OUT] = len(chosen), lambda: read_batches(others, chosen, batch_size)
-            settings["held_out"] = {"n": len(chosen), "content": others.fingerprint, "seed": seed}
+            settings["held_out"] = {"n": len(chosen), "content": others.content, "seed": seed}
         if gaussian and data is not None:
             sets[GAUSSIAN] = subject.n, partial(gaussian_images, data, subject.n, seed=seed, batch_size=batch_size)
             settings["gaussian"] = {"seed": seed}
@@ -463,7 +471,7 @@ def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None) 
 def _of_images(name: str, data: ImageData, n: int | None, options: dict[str, Any]) -> _Subject:
     n, seed = len(data) if n is None else n, options["seed"]
     chosen = choose(len(data), n, seed).sort().values  # all images in their order
-    settings = {"n": n, "shape": list(data.shape), "content": data.fingerprint, "seed": seed if n < len(data) else None}
+    settings = {"n": n, "shape": list(data.shape), "content": data.content, "seed": seed if n < len(data) else None}
     return _Subject(
         name,
         n,

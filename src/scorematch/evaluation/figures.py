@@ -426,7 +426,7 @@ class Evaluator:
         crop: how the images of the reference are cropped, as for ``open_images``.
         batch_size: the number of images of the reference that are read at once.
         cache: the folder for the statistics of the reference; True is ``cache_folder()``, False uses no cache. The
-            features of a plain function are not cached.
+            features of a function without a fingerprint, such as an ``nn.Module``, are not cached.
         device: the device of extractors that are given by name.
         progress: whether to show a progress bar.
 
@@ -559,7 +559,7 @@ class Evaluator:
             "reference": {
                 "n": self.references[0].n,
                 "shape": None if self.data is None else list(self.data.shape),
-                "content": _digest(self.references[0]) if self.data is None else self.data.fingerprint,
+                "content": _digest(self.references[0]) if self.data is None else self.data.content,
             },
             "features": [
                 {"name": each.name, "fingerprint": each.fingerprint, "preprocessing": each.preprocessing}

@@ -52,7 +52,7 @@ from scorematch.bulk.batches import this_process
 from scorematch.bulk.hashing import identity, sampler_settings
 from scorematch.bulk.job import prepared
 from scorematch.evaluation.accumulate import process_group
-from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, find_data, sampler_for
+from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, check_results, find_data, sampler_for
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.figures import Collection, Evaluator, Figure, Figures, OneOrMore, mean_figure
 from scorematch.evaluation.per_image import Batch, choose, per_image
@@ -141,7 +141,8 @@ def evaluate_restoration(
         The figures of the sets "restored", "degraded" and "original".
 
     Raises:
-        ImportError, OSError, TypeError, ValueError: if an input does not exist, is damaged or does not fit the others.
+        ImportError, OSError, TypeError, ValueError: if an input does not exist, is damaged or does not fit the others,
+            or a file in ``out`` that is not of an evaluation would be replaced.
         RuntimeError: if a restored image has NaN or infinite values.
     """
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
@@ -151,9 +152,10 @@ def evaluate_restoration(
     if name is None:
         name = str(what) if isinstance(what, str | os.PathLike) else type(what).__name__
     degradation, described = _degradation(task, seed)
-    folder = None if out is None else Path(out)
+    folder = None if out is None else Path(out).expanduser()
     if folder is not None:
-        check_outside(folder, data)
+        check_outside(folder, data, reference)
+        check_results(folder)
         check_picture(folder / "restored.png")  # fails early
     chosen_sampler = sampler_for(what, sampler, device)
     device = device_of(chosen_sampler.net) if device is None else device
@@ -181,7 +183,7 @@ def evaluate_restoration(
             settings=json.loads(
                 json.dumps(
                     {
-                        "images": {"n": len(chosen), "content": images.fingerprint, "labels": labels},
+                        "images": {"n": len(chosen), "content": images.content, "labels": labels},
                         "task": task if isinstance(task, str) else f"{task!r} {identity(task)}",
                         "noise": noise,
                         "draws": draws,

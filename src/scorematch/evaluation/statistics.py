@@ -40,7 +40,6 @@ from scorematch.files import write_whole
 from scorematch.schema import plain
 from scorematch.training.data import ImageData, open_images
 
-_BLOCK = 1024  # images that are read at a time to hash them
 _ASYMMETRY = 1e-5  # the tolerance of a covariance, relative to its largest entry; files may hold float32
 
 
@@ -280,7 +279,7 @@ def content_key(images: ImageData, extractor: Extractor, *parts: object) -> str:
     order; and the name, fingerprint and preprocessing of the extractor.
 
     Args:
-        images: the data set; all images are read once.
+        images: the data set; all images are read when it is first hashed.
         extractor: the extractor, with a fingerprint.
         parts: other values that the statistics depend on.
 
@@ -290,12 +289,8 @@ def content_key(images: ImageData, extractor: Extractor, *parts: object) -> str:
     Raises:
         ValueError: if the extractor has no fingerprint.
     """
-    digest = hashlib.blake2b(repr((images.fingerprint, *_identity(extractor), *parts)).encode(), digest_size=16)
-    for start in range(0, len(images), _BLOCK):
-        batch, _ = images.read(range(start, min(start + _BLOCK, len(images))))
-        digest.update(f"{batch.dtype} {tuple(batch.shape)}".encode())
-        digest.update(batch.contiguous().numpy().data)
-    return digest.hexdigest()
+    extracted = _identity(extractor)
+    return hashlib.blake2b(repr((images.content, *extracted, *parts)).encode(), digest_size=16).hexdigest()
 
 
 def cache_folder() -> Path:
