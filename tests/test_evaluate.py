@@ -153,6 +153,14 @@ def test_the_default_pixels_lack_logits_and_images():
         run(images(40), images(40), metrics=["fid"])
 
 
+def test_kernel_distances_of_whole_sets_have_no_error(monkeypatch):
+    monkeypatch.setattr(figures, "_SUBSET_SIZE", 50)
+    real, generated = images(50), images(50, 1)
+    figure = run(generated, real, metrics=["kernel"], gaussian=False).figures["samples"]["pixels"]["kernel"]
+    expected = kernel_distance(pixels()(generated), pixels()(real), subset_size=50)
+    assert expected.deviation == 0 and figure == (pytest.approx(expected.value), None)
+
+
 def test_balls_compare_equally_many_images():
     """The larger set is cut, so that the sizes do not favor one of the figures."""
     real, generated = images(60), images(30, 1)
@@ -501,6 +509,13 @@ def test_a_folder_of_samples_may_have_their_evaluation(net, tmp_path):
     sample_to(ODESampler(net, levels=2), tmp_path, 3, progress=False)
     run(tmp_path, images(4, size=8), out=tmp_path, metrics=[])
     assert (tmp_path / "evaluation.md").is_file()
+
+
+def test_a_cache_that_cannot_be_written_is_not_used(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.warns(UserWarning, match=r"The statistics are not cached in .*file: File exists\."):
+        one = run(images(9, 1), images(9), metrics=["precision-recall"], cache=tmp_path / "file")
+    assert one.figures == run(images(9, 1), images(9), metrics=["precision-recall"]).figures
 
 
 def test_only_features_with_a_fingerprint_are_cached(tmp_path):

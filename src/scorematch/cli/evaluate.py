@@ -31,7 +31,7 @@ from scorematch.cli.options import (
 )
 from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
-from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
+from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration, takes_image
 from scorematch.protocol import device_of
 from scorematch.sampling.restoration import Restore
 
@@ -120,7 +120,8 @@ def _run(args: argparse.Namespace) -> None:
     net = guide(args, load(args))
     condition = None if args.restore is not None else find_classes(args, net)
     common |= reference_options(args, device_of(net))
-    sampler, fast = make_sampler(args, net), make_sampler(args, net.inference_copy())
+    default = None if args.restore is None or takes_image(net) else "langevin"  # as for the command restore
+    sampler, fast = (make_sampler(args, each, default) for each in (net, net.inference_copy()))
     process, processes = this_process()
     if args.restore is not None:
         draws = 2 if args.draws is None else args.draws
@@ -158,7 +159,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{foreign[0]} is for networks, but {args.model} has images. Leave it out.")
     if args.restore is None:
         for name in ("data", "draws", "noise", "restore_method", "labels"):
-            if getattr(args, name):
+            if getattr(args, name) not in (None, False) or (name == "noise" and args.noise is not None):
                 raise ValueError(f"--{name.replace('_', '-')} is for --restore TASK. Leave it out.")
         if args.reference is None:
             args.parser.error("the following arguments are required: reference")
@@ -169,6 +170,8 @@ def _check(args: argparse.Namespace) -> None:
             args.parser.error("the following arguments are required: --data DATA")
         if args.held_out is not None or args.no_gaussian or args.label is not None or args.guidance is not None:
             raise ValueError("--held-out, --no-gaussian, --class and --guidance are not for --restore. Leave them out.")
+        if args.classes is not None:
+            raise ValueError("--classes is not for --restore. Leave it out.")
 
 
 def _show(args: argparse.Namespace, result: Evaluation) -> None:

@@ -60,8 +60,8 @@ from scorematch.files import check_outside, clean
 from scorematch.images import check_picture, save_grid
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import TASKS, condition_of
-from scorematch.protocol import attribute, device_of
-from scorematch.sampling import Sampler
+from scorematch.protocol import Score, attribute, device_of
+from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
 from scorematch.training.data import ImageData, open_images
 from scorematch.training.report import versions
 from scorematch.training.sources import Crop
@@ -120,8 +120,9 @@ def evaluate_restoration(
         noise: the standard deviation of the noise in the measurements, in units of images in [0, 1].
         features: the extractor, or several, as for ``evaluate``.
         metrics: names from ``MEASURES``, as for ``evaluate``.
-        sampler: the sampler, as for ``evaluate``. To choose the method, pass for example
-            ``lambda net: AnnealedLangevinSampler(net, restore="guide-jacobian")``.
+        sampler: the sampler, as for ``evaluate``; None is the recommended one of a network that was trained to restore,
+            and annealed Langevin dynamics for any other, as for the command ``scorematch restore``. To choose the
+            method, pass for example ``lambda net: AnnealedLangevinSampler(net, restore="guide-jacobian")``.
         labels: whether to read class labels, for the accuracy. The extractor must have one logit for each class.
         reference: the real images for the Fréchet distance and similar metrics, as for ``evaluate``; None is ``data``.
         seed: the seed of masks, noise and restorations.
@@ -157,6 +158,8 @@ def evaluate_restoration(
         check_outside(folder, data, reference)
         check_results(folder)
         check_picture(folder / "restored.png")  # fails early
+    if sampler is None and not isinstance(what, Sampler):
+        sampler = _recommended
     chosen_sampler = sampler_for(what, sampler, device)
     device = device_of(chosen_sampler.net) if device is None else device
     with process_group(device):
@@ -204,6 +207,17 @@ def evaluate_restoration(
             save_grid(torch.cat(run.shown), folder / "restored.png", columns=draws + 2)
             clean(folder)
     return result
+
+
+def takes_image(net: Score) -> bool:
+    """Whether the condition of a network is the degraded image, as for Palette's networks."""
+    takes = attribute(net, "conditioning")
+    return takes is not None and takes.channels > 0
+
+
+def _recommended(net: Score) -> Sampler:
+    # The recommended sampler of a network that draws images may be that of an ODE, which restores less well.
+    return recommended_sampler(net, None if takes_image(net) else SamplerSettings("langevin"))
 
 
 def _open(data: Any, sampler: Sampler, labels: bool, crop: Crop, progress: bool) -> ImageData:
@@ -271,8 +285,7 @@ class _Restoring:
         noise: float,
         seed: int,
     ) -> None:
-        takes = attribute(sampler.net, "conditioning")
-        self._sampler, self._conditional = prepared(sampler), takes is not None and takes.channels > 0
+        self._sampler, self._conditional = prepared(sampler), takes_image(sampler.net)
         self._evaluator, self._degradation = evaluator, degradation
         self._classes, self._draws, self._noise, self._seed = classes, draws, noise, seed
         self._restored, self._degraded = evaluator.collect(), evaluator.collect()
@@ -281,7 +294,7 @@ class _Restoring:
         self.shown: list[Tensor] = []  # for the picture
         # The set, the source and the name of each value, from black images: a process may have no batch.
         x = torch.zeros(2, *shape)
-        probe = Batch(x, torch.zeros(2, dtype=torch.int64), ["", ""])
+        probe = Batch(x, torch.zeros(2, dtype=torch.int64), ["", ""], torch.arange(2))
         seen = [[extractor.extract(x)] for extractor in evaluator.extractors]
         features = {RESTORED: [[one] * draws for (one,) in seen], DEGRADED: seen, ORIGINAL: seen}
         operator = degradation(probe)

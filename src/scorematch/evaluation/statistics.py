@@ -23,6 +23,7 @@ import hashlib
 import io
 import os
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +237,7 @@ def statistics_of(
         extractor: the extractor, with a fingerprint.
         features: whether to keep all features, which all metrics except the Fréchet distance need.
         cache: a folder, such as ``cache_folder()``. If it has statistics of the same images by the same extractor,
-            they are read; otherwise they are written to it. None uses no cache.
+            they are read; otherwise they are written to it, with a warning if that fails. None uses no cache.
         batch_size: the number of images that are read at once.
         progress: whether to show a progress bar.
 
@@ -260,7 +261,10 @@ def statistics_of(
         found.update(extractor(batch))
     result = Statistics.of(found.gather() if isinstance(found, Rows) else found.reduce(), extractor)
     if path is not None:
-        result.save(path)
+        try:
+            result.save(path)
+        except OSError as error:
+            warnings.warn(f"The statistics are not cached in {path.parent}: {error.strerror or error}.", stacklevel=2)
     return result
 
 

@@ -239,7 +239,7 @@ def compare(
 ) -> Iterator[Row]:
     """Measures images of several samplers, drawn from the same seeds.
 
-    Under ``torch.distributed`` every process must make the same call.
+    Under ``torchrun`` or ``accelerate launch`` every process must make the same call.
 
     Args:
         samplers: the samplers.
@@ -257,7 +257,8 @@ def compare(
     for sampler in samplers:
         begin = time.perf_counter()
         batches = bulk_samples(sampler, n, seed=seed, batch_size=batch_size, condition=condition, classes=classes)
-        figures = evaluator.measure(_drawn(batches, n, repr(sampler), progress))
+        with process_group(device_of(sampler.net)):
+            figures = evaluator.measure(_drawn(batches, n, repr(sampler), progress))
         yield Row(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
 
 
