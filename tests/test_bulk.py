@@ -466,6 +466,16 @@ def test_stored_samples_are_read_batch_by_batch(levels, tmp_path, kind):
     assert settings == {**json.loads(json.dumps(expected)), "format": kind}
 
 
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_a_folder_that_is_not_complete(levels, tmp_path, kind):
+    """samples.json has the larger n before the images exist."""
+    _fill(levels, tmp_path, 6, format=kind)
+    SampleFolder(Job(_ode(levels), batch_size=4), tmp_path, 11, format=kind)._begin(main=True)
+    with pytest.raises(FileNotFoundError, match=r"not complete: 6 of the first 11 images exist\. Repeat the command"):
+        stored_samples(tmp_path)
+    assert read_samples(tmp_path, 5).shape == (5, 1, 3, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

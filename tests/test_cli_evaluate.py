@@ -140,6 +140,8 @@ def test_restorations_use_annealed_langevin_dynamics(folder, tmp_path, capsys):
     options = ("--data", folder / "more.npz", "-n", 5, "--features", "pixels", "--metrics", "precision-recall")
     assert _run("evaluate", folder / "network", "--restore", "pool-4", *options, "--out", tmp_path) == 0
     assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(")
+    assert _run("evaluate", folder / "network", "--restore", "pool-4", *options[:2], *options[4:], "--levels", 2) == 0
+    assert re.search(r"at most \d+ s for 1,000 images", capsys.readouterr().out)  # there are 30
     expected = evaluate_restoration(
         folder / "network",
         folder / "more.npz",
@@ -181,6 +183,7 @@ def test_evaluate_refuses(folder, capsys):
         ((network, real, "--restore", "pool-4", "--held-out", real), "are not for --restore"),
         ((network, real, "--restore", "blur", "--features", "pixels"), "task must be colorization, inpainting"),
         ((network, real, "--class", 3, "--features", "pixels"), "--class is for class-conditional networks"),
+        (("nothing.npz", real, "--features", "pixels"), "nothing.npz does not exist"),
         (("nothing", real), "'nothing' is not the short name of a network"),
         ((network, real, "--features", "pixels", "--metrics", "kernel", "-n", 6), "'kernel' needs 1,000 images"),
     ]:

@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -260,7 +261,8 @@ def test_a_random_subset_of_images():
     [
         ("mnist", True),
         ("owner/name", True),
-        ("nothing.npz", True),  # so that the error is that of networks
+        ("nothing.npz", False),  # so that the error is that of files
+        ("nothing.PNG", False),
         (lambda x, sigma: x, True),
         (torch.zeros(2, 1, 2, 2), False),
         ((np.zeros(2), np.zeros(2)), False),
@@ -340,6 +342,7 @@ def test_files(net, tmp_path):
     assert page.startswith("# Evaluation of tiny\n\n|  | samples | held-out images | Gaussian | reference |")
     assert f"| coverage ↑ | {Figure(value, error)} |  |" in page and f"hash is {result.hash}" in page
     assert "- coverage: standard error of a share" in page
+    assert stored["sampler"] == result.sampler == str(ODESampler(net, levels=3)) and f"\n- {result.sampler}\n" in page
     with Image.open(out / "samples.png") as picture:
         assert picture.size == (3 * 10 + 2, 2 * 10 + 2)
 
@@ -422,8 +425,9 @@ def test_held_out_images_and_the_gaussian_are_measured_beside_the_samples():
     drawn = torch.cat(list(gaussian_images(open_images(real), 40, seed=4)))
     assert found(result, "gaussian")["frechet"] == pytest.approx(frechet_distance(pixels()(real), pixels()(drawn)))
     assert result.figures["reference"] == {"images": image_figures([real])}
-    with pytest.raises(ValueError, match="held_out is the reference"):
-        run(generated, real, held_out=real)
+    for same in [(real, real), ("~/real", Path.home() / "other" / ".." / "real")]:
+        with pytest.raises(ValueError, match="held_out is the reference"):
+            run(generated, same[0], held_out=same[1])
     other = run(generated, real, held_out=more, metrics=["frechet"], seed=5, gaussian=False)
     assert found(other, "held-out") != found(result, "held-out") and "gaussian" not in other.figures
     assert agree(other.figures["samples"], result.figures["samples"])
@@ -623,6 +627,30 @@ def test_folders_without_images_and_of_several_sizes(tmp_path):
     shutil.move(tmp_path / "other" / "000.png", folder / "other.png")
     with pytest.raises(ValueError, match="images of different sizes"):
         run(folder, images(5))
+
+
+def test_files_that_do_not_exist_are_named():
+    for name in ("nothing.npz", "folder/nothing.png"):
+        with pytest.raises(FileNotFoundError, match=f"^{name} does not exist"):
+            run(name, images(5))
+
+
+def test_home_folders(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    net.save_pretrained("~/net")
+    sample_to(ODESampler(net, levels=2), "~/samples", 4, progress=False)
+    Statistics.of(pixels()(images(40, size=8)), pixels()).save("~/real.npz")
+    options = {"n": 4, "metrics": "precision-recall"}
+    for what in ("~/net", "~/samples"):
+        run(what, "~/real.npz", out="~/out", **options)
+        shutil.rmtree(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "real.npz", "samples"]
+
+
+def test_numbers_of_numpy_and_one_metric():
+    result = run(images(20, 1), images(20), n=np.int64(10), metrics="precision-recall", gaussian=False)
+    assert result.sizes["samples"] == 10 and set(found(result)) == {"precision", "recall"}
 
 
 def test_one_image_is_not_enough():

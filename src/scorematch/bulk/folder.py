@@ -122,7 +122,7 @@ class SampleFolder:
                 f"the samples must be images in [0, 1], but the network's value_range is {value_range}. Use "
                 "bulk_samples."
             )
-        self._job, self._folder, self._n, self._format = job, Path(folder), n, format
+        self._job, self._folder, self._n, self._format = job, Path(folder).expanduser(), n, format
         if self._folder.exists() and not self._folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file. Pass a folder.")
         self._files = FORMATS[format](self._folder / IMAGES)

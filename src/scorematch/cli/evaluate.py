@@ -130,7 +130,7 @@ def _run(args: argparse.Namespace) -> None:
             channels = 0 if net.conditioning is None else net.conditioning.channels
             _, *size = net.sample_shape or ()
             few = torch.zeros(min(drawn, 64), channels, *size) if channels else None
-            announce(fast, estimate(fast, drawn, few), drawn, processes)
+            announce(fast, estimate(fast, drawn, few), drawn, processes, most=args.n is None)
         sampler.restore = "replace" if args.restore_method is None else args.restore_method
         result = evaluate_restoration(
             sampler,

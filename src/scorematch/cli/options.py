@@ -455,7 +455,7 @@ def make_sampler(args: argparse.Namespace, net: Score, default: str | None = Non
 # -- How long it takes ------------------------------------------------------------------------------------------------
 
 
-def announce(sampler: Sampler, seconds: float, n: int, processes: int = 1) -> None:
+def announce(sampler: Sampler, seconds: float, n: int, processes: int = 1, *, most: bool = False) -> None:
     """Prints the sampler and the estimated duration for n images, of which each process draws an equal share.
 
     Args:
@@ -463,10 +463,11 @@ def announce(sampler: Sampler, seconds: float, n: int, processes: int = 1) -> No
         seconds: the estimated seconds in one process, from ``estimate``.
         n: the number of images.
         processes: the number of processes.
+        most: whether n is only the largest number of images.
     """
     print(sampler)
     where = f" in {processes} processes" if processes > 1 else ""
-    print(f"about {duration(seconds / processes)} for {count(n)}{where}", flush=True)
+    print(f"{'at most' if most else 'about'} {duration(seconds / processes)} for {count(n)}{where}", flush=True)
 
 
 def count(n: int) -> str:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, image_figures
 from scorematch.evaluation.per_image import choose
 from scorematch.files import check_outside, check_own, clean, write_whole
-from scorematch.images import check_picture, save_grid, to_uint8
+from scorematch.images import ENDINGS, check_picture, save_grid, to_uint8
 from scorematch.pretrained import cards
 from scorematch.protocol import attribute, device_of
 from scorematch.randomness import seed_of
@@ -104,6 +105,7 @@ class Evaluation:
         figures: ``figures[set][source][name]``, where the source is the name of an extractor, or "images" for figures
             of the pixels themselves. The reference has the source "images" only.
         left_out: the names of the figures that were not measured, each with the reason.
+        sampler: the sampler and its number of network calls in words; None for images that were drawn before.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Evaluation:
     sizes: Mapping[str, int]
     figures: Mapping[str, Figures]
     left_out: Mapping[str, str]
+    sampler: str | None = None
 
     @property
     def hash(self) -> str:
@@ -125,6 +128,7 @@ class Evaluation:
             "name": self.name,
             "settings": self.settings,
             "hash": self.hash,
+            "sampler": self.sampler,
             "versions": self.versions,
             "sizes": self.sizes,
             "figures": {
@@ -159,6 +163,7 @@ class Evaluation:
             lines += ["", "Not measured:", ""]
             lines += [f"- {name}: {reason}" for name, reason in self.left_out.items()]
         lines += ["", f"All settings are in evaluation.json; their hash is {self.hash}.", ""]
+        lines += [] if self.sampler is None else [f"- {self.sampler}"]
         lines += [f"- {each['name']}: {each['preprocessing']}" for each in self.settings["features"]]
         lines += ["- " + ", ".join(f"{name} {version}" for name, version in self.versions.items()), ""]
         return "\n".join(lines)
@@ -231,7 +236,7 @@ def evaluate(
             wrote, the first n images are.
         features: the extractor, or several of them: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of
             images.
-        metrics: names from ``MEASURES``; None is everything that can be measured, except "classes".
+        metrics: a name from ``MEASURES``, or several; None is everything that can be measured, except "classes".
         sampler: ``SamplerSettings``, or a function of the network that returns a ``Sampler``; None is the sampler that
             is recommended for the network.
         seed: the seed of the samples and of random subsets.
@@ -268,6 +273,7 @@ def evaluate(
         >>> {name: str(found["images"]["mean"]) for name, found in result.figures.items()}
         {'samples': '0.4953 ± 0.0089', 'gaussian': '0.4830 ± 0.0077', 'reference': '0.4937 ± 0.0058'}
     """
+    n = None if n is None else operator.index(n)  # of NumPy too
     if held_out is not None and _are_same(held_out, reference):
         raise ValueError("held_out is the reference. Pass real images that are not in it.")
     folder = None if out is None else Path(out).expanduser()
@@ -319,6 +325,7 @@ def evaluate(
             sizes=sizes,
             figures=figures,
             left_out=left_out,
+            sampler=subject.sampler,
         )
         if folder is not None and this_process()[0] == 0:
             result.save(folder)
@@ -342,6 +349,7 @@ class _Subject(NamedTuple):
         first: returns the first n images (n, C, H, W), float32 in [0, 1]; called after all have been drawn.
         settings: everything that determines the images, as plain values for JSON.
         device: the device of the network.
+        sampler: the sampler in words, or None.
     """
 
     name: str
@@ -352,6 +360,7 @@ class _Subject(NamedTuple):
     first: Callable[[int], Tensor]
     settings: dict[str, Any]
     device: torch.device
+    sampler: str | None = None
 
 
 def _subject(
@@ -380,12 +389,12 @@ def _subject(
 def is_network(what: Any) -> bool:
     """Whether ``what`` is a network, the name or the folder of one, a score or a sampler, and not a set of images."""
     if isinstance(what, str | os.PathLike):
-        path = Path(what)
+        path = Path(what).expanduser()
         if isinstance(what, str) and cards.find(what) is not None:
             return True
         if path.is_dir():
             return any((path / name).is_file() for name in ("config.json", "model_index.json", "unet/config.json"))
-        return not path.is_file() or path.suffix != ".npz"
+        return path.suffix.lower() not in (".npz", *ENDINGS)
     return isinstance(what, Sampler) or callable(what)
 
 
@@ -443,7 +452,8 @@ def _of_sampler(
         def first(few: int) -> Tensor:
             return read_samples(samples, few)
 
-    return _Subject(name, n, shape, True, batches, first, {"n": n, **job.settings()}, device_of(sampler.net))
+    settings = {"n": n, **job.settings()}
+    return _Subject(name, n, shape, True, batches, first, settings, device_of(sampler.net), str(sampler))
 
 
 def _samples_in(path: Path) -> dict[str, Any] | None:
@@ -518,7 +528,7 @@ REFERENCES: Mapping[str, tuple[str, str]] = {
 def _are_same(one: Any, other: Any) -> bool:
     """Whether two sources are the same object, or the same path or name."""
     paths = isinstance(one, str | os.PathLike) and isinstance(other, str | os.PathLike)
-    return one is other or (paths and Path(one) == Path(other))
+    return one is other or (paths and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
 def find_data(source: Any) -> Any:

@@ -430,7 +430,7 @@ class Evaluator:
             folder, arrays, an ``.npz`` file or the name of a data set; or ``Statistics``, or a file of statistics. A
             damaged image is an error.
         features: an extractor, or several: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of images.
-        metrics: names from ``MEASURES``; None is all that can be measured, except "classes".
+        metrics: a name from ``MEASURES``, or several; None is all that can be measured, except "classes".
         image_size: (height, width) in pixels to which the images of the reference are cropped and resized, as for
             ``open_images``; None keeps their size.
         channels: 1 for gray, 3 for RGB; None keeps the number of channels of the reference.
@@ -472,6 +472,7 @@ class Evaluator:
         device: torch.device | str = "cpu",
         progress: bool = True,
     ) -> None:
+        metrics = [metrics] if isinstance(metrics, str) else metrics
         for name in metrics or ():
             if name not in MEASURES:
                 raise ValueError(f"metrics must be some of {', '.join(map(repr, MEASURES))}, got {name!r}.")

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -146,6 +147,7 @@ def evaluate_restoration(
             or a file in ``out`` that is not of an evaluation would be replaced.
         RuntimeError: if a restored image has NaN or infinite values.
     """
+    n = None if n is None else operator.index(n)  # of NumPy too
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
         raise ValueError(f"draws must be an integer of at least 1, got {draws!r}.")
     if not noise >= 0:
@@ -201,6 +203,7 @@ def evaluate_restoration(
             sizes={column: len(chosen) for column in figures},
             figures=figures,
             left_out=left_out,
+            sampler=str(chosen_sampler),
         )
         if folder is not None and this_process()[0] == 0:
             result.save(folder)

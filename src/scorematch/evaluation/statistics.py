@@ -125,7 +125,7 @@ class Statistics:
             ValueError: if the name does not end in .npz.
             OSError: if the file cannot be written.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.suffix != ".npz":
             raise ValueError(f"the name of a file of statistics must end in .npz, got {path}.")
         arrays: dict[str, Any] = {
@@ -158,7 +158,7 @@ class Statistics:
             OSError: if the file does not exist or cannot be read.
             ValueError: if it is not a file of statistics, or another extractor computed them.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         names = ("mu", "sigma", "n", "extractor", "fingerprint", "preprocessing", "features")
         arrays = read_arrays(path, names)
         absent = [name for name in ("mu", "sigma") if name not in arrays]
@@ -205,7 +205,7 @@ def _content(arrays: dict[str, np.ndarray], extractor: Extractor) -> tuple[Any, 
 
 def is_statistics_file(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an ``.npz`` file of statistics, not of images: it has an array ``mu`` or ``sigma``."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != ".npz" or not path.is_file():
         return False
     try:
@@ -248,7 +248,7 @@ def statistics_of(
         OSError, TypeError, ValueError: as ``open_images``; also a ValueError if there are fewer than two images.
     """
     images = open_images(data, progress=progress)
-    path = None if cache is None else Path(cache, f"{content_key(images, extractor, features)}.npz")
+    path = None if cache is None else Path(cache, f"{content_key(images, extractor, features)}.npz").expanduser()
     # All processes must make the same choice: if one reads the file, the others would wait for it in a collective call.
     stored = None if path is None else _stored(path, extractor)
     if agreed(stored is not None):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import os
 import re
 import time
@@ -175,6 +176,7 @@ def tune(
             or if ``out`` has another network, or a table that was measured with other settings.
         RuntimeError: if a sample has NaN or infinite values.
     """
+    n = operator.index(n)
     if by not in ("frechet", "kernel"):
         raise ValueError(f'by must be "frechet" or "kernel", got {by!r}.')
     if isinstance(net, str | os.PathLike):
