@@ -30,7 +30,7 @@ from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
 from scorematch.images import read_image
 from scorematch.nets.family import Condition
 from scorematch.protocol import NetworkScore
-from scorematch.sampling import AnnealedLangevinSampler, ODESampler, SamplerSettings
+from scorematch.sampling import SAMPLERS, AnnealedLangevinSampler, ODESampler, SamplerSettings
 from tests.helpers import python, seed
 
 SCHEDULE = NoiseSchedule([1.0, 0.1, 0.01])
@@ -466,6 +466,16 @@ def test_stored_samples_are_read_batch_by_batch(levels, tmp_path, kind):
     assert settings == {**json.loads(json.dumps(expected)), "format": kind}
 
 
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_a_folder_that_is_not_complete(levels, tmp_path, kind):
+    """samples.json has the larger n before the images exist."""
+    _fill(levels, tmp_path, 6, format=kind)
+    SampleFolder(Job(_ode(levels), batch_size=4), tmp_path, 11, format=kind)._begin(main=True)
+    with pytest.raises(FileNotFoundError, match=r"not complete: 6 of the first 11 images exist\. Repeat the command"):
+        stored_samples(tmp_path)
+    assert read_samples(tmp_path, 5).shape == (5, 1, 3, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -704,6 +714,60 @@ def test_the_identity_covers_what_exact_scores_methods_and_arrays_compute():
     assert len(set(found)) == len(found)
     assert found == [hashing.identity(each()) for each in make]
     assert found[0] != hashing.identity(Empirical(torch.zeros(4, 1, 2, 2)).log_density)
+
+
+def scaled(factor, shift=0.0, *, power=1):
+    """A function whose results depend on its code, its defaults and the variables of this function."""
+    helper = functools.lru_cache(lambda: factor)
+
+    def score(x, sigma, shift=shift, *, power=power):
+        if power not in {"a", "b"} and factor:
+            return -((factor * x + shift) ** power) / sigma
+        return score(x, sigma), helper()
+
+    return score
+
+
+def test_the_identity_of_a_function_follows_its_code_its_defaults_and_its_variables():
+    make = [
+        lambda: scaled(0.2),
+        lambda: scaled(0.8),
+        lambda: scaled(0.2, 1.0),
+        lambda: scaled(0.2, power=2),
+        lambda: scaled(torch.zeros(2)),
+        lambda: scaled(scaled(0.2)),
+        lambda: scaled({1: torch, "a": 2}),
+        lambda: lambda x, sigma: -x,
+        lambda: lambda x, sigma: -2 * x,
+        lambda: lambda x, sigma: [x for _ in range(1)],
+        lambda: lambda x, sigma: [x for _ in range(2)],
+        lambda: lambda x, sigma: torch.sin(x),
+        lambda: lambda x, sigma: torch.cos(x),
+    ]
+    found = [hashing.identity(each()) for each in make]
+    assert len(set(found)) == len(found)
+    assert found == [hashing.identity(each()) for each in make]
+    assert hashing.identity({0, 8}) == hashing.identity({8, 0})  # their order differs
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_use_changes_no_identity(net, kind):
+    for score in (net, net.inference_copy(), Levels(), Gaussian([0.0, 1.0], 1.0, schedule=SCHEDULE)):
+        sampler = SAMPLERS[kind](score, levels=3)
+        before = hashing.sampler_settings(sampler)
+        sampler.sample(2, shape=getattr(score, "sample_shape", None) or (1, 3, 4), generator=0, progress=False)
+        assert hashing.sampler_settings(sampler) == before
+
+
+def test_a_folder_of_another_function_is_refused(tmp_path):
+    def make(level):
+        return ODESampler(lambda x, sigma: (level - x) / (1e-3 + sigma**2), SCHEDULE)
+
+    options = {"shape": (1, 2, 2), "format": "npz", "progress": False}
+    sample_to(make(0.2), tmp_path, 2, **options)
+    with pytest.raises(ValueError, match="has samples with other settings: network was"):
+        sample_to(make(0.8), tmp_path, 4, **options)
+    sample_to(make(0.2), tmp_path, 4, **options)
 
 
 def test_the_identity_of_a_new_kind_of_score_follows_its_definition():

@@ -11,7 +11,7 @@ import torch
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
-from scorematch.evaluation import MEASURES, evaluate
+from scorematch.evaluation import MEASURES, evaluate, evaluate_restoration
 from scorematch.sampling import SamplerSettings
 from tests.helpers import seed
 
@@ -135,6 +135,26 @@ def test_evaluate_restorations(folder, tmp_path, capsys):
         assert same == ("--data" not in arguments)
 
 
+def test_restorations_use_annealed_langevin_dynamics(folder, tmp_path, capsys):
+    """As the command restore does, although the recommended sampler of the network is ode."""
+    options = ("--data", folder / "more.npz", "-n", 5, "--features", "pixels", "--metrics", "precision-recall")
+    assert _run("evaluate", folder / "network", "--restore", "pool-4", *options, "--out", tmp_path) == 0
+    assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(")
+    assert _run("evaluate", folder / "network", "--restore", "pool-4", *options[:2], *options[4:], "--levels", 2) == 0
+    assert re.search(r"at most \d+ s for 1,000 images", capsys.readouterr().out)  # there are 30
+    expected = evaluate_restoration(
+        folder / "network",
+        folder / "more.npz",
+        "pool-4",
+        n=5,
+        features="pixels",
+        metrics=["precision-recall"],
+        progress=False,
+    )
+    assert json.loads((tmp_path / "evaluation.json").read_text())["settings"] == expected.settings
+    assert expected.settings["sampler"]["name"] == "AnnealedLangevinSampler"
+
+
 def test_evaluate_refuses(folder, capsys):
     network, real = folder / "network", folder / "real.npz"
     extra = "a does not exist. Fetch https://" if find_spec("torch_fidelity") else "need torch_fidelity: pip install"
@@ -150,6 +170,7 @@ def test_evaluate_refuses(folder, capsys):
         ((network, real, "--features", "pixels", "inception", "--weights", "a"), "--weights is for one extractor"),
         ((network, real, "--features", "inception", "--weights", folder / "a"), extra),
         ((network, real, "--draws", 2), "--draws is for --restore TASK"),
+        ((network, real, "--noise", 0), "--noise is for --restore TASK"),
         ((network, real, "--restore-method", "guide"), "--restore-method is for --restore TASK"),
         ((network, real, "--labels"), "--labels is for --restore TASK"),
         ((real, real, "--levels", 3), "--levels is for networks, but"),
@@ -157,10 +178,12 @@ def test_evaluate_refuses(folder, capsys):
         ((real, real, "--guidance", 3), "--guidance is for networks, but"),
         ((network, real, "--guidance", 3), "--guidance needs a network with a null class"),
         ((network, real, "--restore", "pool-4", "--guidance", 3), "--class and --guidance are not for --restore"),
+        ((network, real, "--restore", "pool-4", "--classes", 3), "--classes is not for --restore"),
         ((real, "--restore", "pool-4", "--data", real), "--restore needs a network, but"),
         ((network, real, "--restore", "pool-4", "--held-out", real), "are not for --restore"),
         ((network, real, "--restore", "blur", "--features", "pixels"), "task must be colorization, inpainting"),
         ((network, real, "--class", 3, "--features", "pixels"), "--class is for class-conditional networks"),
+        (("nothing.npz", real, "--features", "pixels"), "nothing.npz does not exist"),
         (("nothing", real), "'nothing' is not the short name of a network"),
         ((network, real, "--features", "pixels", "--metrics", "kernel", "-n", 6), "'kernel' needs 1,000 images"),
     ]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.evaluation import Evaluator, compare, sampler_distance, values
 from scorematch.evaluation import calibration as calibrations
-from scorematch.evaluation import sampler_distance
 from scorematch.evaluation.calibration import calibration_chart, calibration_table, posterior_calibration
 from scorematch.evaluation.diagnostics import level_chart, level_losses, level_table, score_error
 from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
@@ -18,7 +18,7 @@ from scorematch.evaluation.per_image import per_image
 from scorematch.evaluation.sampler_distance import sampler_distances, sampler_variants
 from scorematch.loss import loss_and_norm
 from scorematch.observe import JPEG, Mask, Observation, Uncrop
-from scorematch.sampling import SAMPLERS
+from scorematch.sampling import SAMPLERS, ODESampler
 from scorematch.sampling.restoration import Restore
 from tests.helpers import gaussian_images, python, seed
 
@@ -75,6 +75,13 @@ def test_the_error_of_the_relative_error_is_that_of_a_ratio(images):
     share = 0.5**2 / (world.values + 0.5**2)
     spread = float((2 * share.square().sum()).sqrt() / share.sum()) / math.sqrt(300)
     assert row.relative.error == pytest.approx(spread * row.relative.value, rel=0.3)
+
+
+def test_equal_samples_have_different_noise():
+    """The samples of an Empirical repeat; of one image, the error is that of independent noise."""
+    world = Empirical(torch.tensor([[1.0, 2.0]]))
+    (row,) = score_error(times(1.1, world), world, [1.0], n=400, progress=False)
+    assert near(row.excess, 0.01) and row.excess.error == pytest.approx(0.01 / math.sqrt(400), rel=0.3)
 
 
 def test_the_error_is_the_excess_of_the_loss(images):
@@ -473,6 +480,45 @@ def measured():
         *(value for row in level_losses(world, data, [1.0], **options) for value in row.loss + row.norm),
         *(value for row in score_error(times(1.1, world), world, [1.0], n=2, **options) for value in row.excess),
     ]
+
+
+LAUNCHED = """
+    import os, sys
+    sys.path.insert(0, os.getcwd())
+    from tests.test_diagnostics import compared, measured
+
+    found = measured() + compared()
+    with open(sys.argv[1] + os.environ["RANK"], "w") as file:
+        file.write(repr(found))
+"""
+
+
+def compared():
+    """The figures of two samplers."""
+    world = Gaussian([0.5] * 4, 0.05, (1, 2, 2), schedule=LEVELS, value_range=(0, 1))
+    evaluator = Evaluator(torch.rand(9, 1, 2, 2, generator=seed()), features="pixels", cache=False, progress=False)
+    samplers = [ODESampler(world, levels=levels) for levels in (3, 5)]
+    rows = compare(samplers, evaluator, 11, batch_size=3, progress=False)
+    return [value for row in rows for value in values(row.figures).values()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.distributed, "init_process_group"), reason="torch.distributed is not built")
+def test_processes_that_torchrun_starts_equal_one(tmp_path):
+    (tmp_path / "script.py").write_text(textwrap.dedent(LAUNCHED))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    python(*launch, tmp_path / "script.py", tmp_path / "result", timeout=120)
+    for rank in (0, 1):
+        found = [float(value) for value in (tmp_path / f"result{rank}").read_text().strip("[]").split(", ")]
+        assert found == pytest.approx(measured() + compared(), rel=1e-9, abs=1e-12)
+
+
+def test_processes_without_a_process_group_raise(monkeypatch):
+    evaluator = Evaluator(torch.rand(9, 1, 2, 2, generator=seed()), features="pixels", cache=False, progress=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"2 processes were started, and must form a process group .*Call torch\."):
+        evaluator.measure([torch.rand(9, 1, 2, 2)])
 
 
 @pytest.mark.slow

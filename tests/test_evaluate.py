@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -153,6 +154,14 @@ def test_the_default_pixels_lack_logits_and_images():
         run(images(40), images(40), metrics=["fid"])
 
 
+def test_kernel_distances_of_whole_sets_have_no_error(monkeypatch):
+    monkeypatch.setattr(figures, "_SUBSET_SIZE", 50)
+    real, generated = images(50), images(50, 1)
+    figure = run(generated, real, metrics=["kernel"], gaussian=False).figures["samples"]["pixels"]["kernel"]
+    expected = kernel_distance(pixels()(generated), pixels()(real), subset_size=50)
+    assert expected.deviation == 0 and figure == (pytest.approx(expected.value), None)
+
+
 def test_balls_compare_equally_many_images():
     """The larger set is cut, so that the sizes do not favor one of the figures."""
     real, generated = images(60), images(30, 1)
@@ -252,7 +261,8 @@ def test_a_random_subset_of_images():
     [
         ("mnist", True),
         ("owner/name", True),
-        ("nothing.npz", True),  # so that the error is that of networks
+        ("nothing.npz", False),  # so that the error is that of files
+        ("nothing.PNG", False),
         (lambda x, sigma: x, True),
         (torch.zeros(2, 1, 2, 2), False),
         ((np.zeros(2), np.zeros(2)), False),
@@ -332,6 +342,7 @@ def test_files(net, tmp_path):
     assert page.startswith("# Evaluation of tiny\n\n|  | samples | held-out images | Gaussian | reference |")
     assert f"| coverage ↑ | {Figure(value, error)} |  |" in page and f"hash is {result.hash}" in page
     assert "- coverage: standard error of a share" in page
+    assert stored["sampler"] == result.sampler == str(ODESampler(net, levels=3)) and f"\n- {result.sampler}\n" in page
     with Image.open(out / "samples.png") as picture:
         assert picture.size == (3 * 10 + 2, 2 * 10 + 2)
 
@@ -414,8 +425,9 @@ def test_held_out_images_and_the_gaussian_are_measured_beside_the_samples():
     drawn = torch.cat(list(gaussian_images(open_images(real), 40, seed=4)))
     assert found(result, "gaussian")["frechet"] == pytest.approx(frechet_distance(pixels()(real), pixels()(drawn)))
     assert result.figures["reference"] == {"images": image_figures([real])}
-    with pytest.raises(ValueError, match="held_out is the reference"):
-        run(generated, real, held_out=real)
+    for same in [(real, real), ("~/real", Path.home() / "other" / ".." / "real")]:
+        with pytest.raises(ValueError, match="held_out is the reference"):
+            run(generated, same[0], held_out=same[1])
     other = run(generated, real, held_out=more, metrics=["frechet"], seed=5, gaussian=False)
     assert found(other, "held-out") != found(result, "held-out") and "gaussian" not in other.figures
     assert agree(other.figures["samples"], result.figures["samples"])
@@ -447,9 +459,13 @@ def test_statistics_as_the_reference(tmp_path):
         run(generated, whole, features=CLASSES)
 
 
-class _Module(torch.nn.Linear):
+class _Module(torch.nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
     def forward(self, x):
-        return super().forward(x.flatten(1).float())
+        return self.pool(x.float()).flatten(1)
 
 
 def test_damaged_statistics_in_the_cache_are_computed_again(tmp_path):
@@ -477,8 +493,33 @@ def test_results_do_not_lie_in_the_folder_of_the_data(tmp_path):
                 match=r"output folder .*faces.* is inside the data folder .*faces, .*Write to another folder",
             ):
                 run(images(4, 1, size=8), out=out, **options)
+    with pytest.raises(ValueError, match=r"output folder .*faces is inside the data folder"):
+        run(faces, images(4, size=8), out=faces)
     assert len(list(faces.iterdir())) == 4
     run(images(4, 1, size=8), faces, out=tmp_path / "result", metrics=[])
+
+
+def test_files_of_the_user_are_not_replaced(tmp_path):
+    options = {"out": tmp_path, "metrics": []}
+    (tmp_path / "samples.png").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"samples\.png exists already and would be replaced"):
+        run(images(4, 1), images(4), **options)
+    (tmp_path / "samples.png").unlink()
+    for _ in range(2):  # an evaluation replaces its own files
+        run(images(4, 1), images(4), **options)
+
+
+def test_a_folder_of_samples_may_have_their_evaluation(net, tmp_path):
+    sample_to(ODESampler(net, levels=2), tmp_path, 3, progress=False)
+    run(tmp_path, images(4, size=8), out=tmp_path, metrics=[])
+    assert (tmp_path / "evaluation.md").is_file()
+
+
+def test_a_cache_that_cannot_be_written_is_not_used(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.warns(UserWarning, match=r"The statistics are not cached in .*file: File exists\."):
+        one = run(images(9, 1), images(9), metrics=["precision-recall"], cache=tmp_path / "file")
+    assert one.figures == run(images(9, 1), images(9), metrics=["precision-recall"]).figures
 
 
 def test_only_features_with_a_fingerprint_are_cached(tmp_path):
@@ -495,9 +536,14 @@ def test_only_features_with_a_fingerprint_are_cached(tmp_path):
     again = run(generated, real, features=watched, cache=cache, gaussian=False)
     assert again.hash == one.hash and agree(again.figures["samples"], one.figures["samples"])
     assert sum(calls) == 40 + 1
-    network = _Module(9, 4)
-    run(generated, real, features=network, cache=cache)
-    assert len(list(cache.iterdir())) == 2
+    # Two modules with equal weights, here none, may compute different features.
+    options = {"metrics": ["frechet"], "cache": cache, "gaussian": False}
+    for pool in (torch.nn.AvgPool2d(2), torch.nn.MaxPool2d(2)):
+        a, b = (pool(x.float()).flatten(1) for x in (real, generated))
+        assert found(run(generated, real, features=_Module(pool), **options), source="_Module")[
+            "frechet"
+        ] == pytest.approx(frechet_distance(a, b))
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_the_default_cache_is_that_of_the_user(tmp_path, monkeypatch):
@@ -519,6 +565,15 @@ class _Table:
 
     def __getitem__(self, i):
         return {"image": Image.fromarray(self._x[i, 0].numpy())}
+
+
+def test_the_settings_identify_data_sets_by_their_pixels():
+    """Also data sets of equal length, as evaluated images, as the reference and as held-out images."""
+    hashes = set()
+    for numbers in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        what, reference, held_out = (_Table(images(20, number)) for number in numbers)
+        hashes.add(run(what, reference, held_out=held_out, metrics=[], gaussian=False).hash)
+    assert len(hashes) == 4
 
 
 def test_short_names_of_references(monkeypatch):
@@ -572,6 +627,30 @@ def test_folders_without_images_and_of_several_sizes(tmp_path):
     shutil.move(tmp_path / "other" / "000.png", folder / "other.png")
     with pytest.raises(ValueError, match="images of different sizes"):
         run(folder, images(5))
+
+
+def test_files_that_do_not_exist_are_named():
+    for name in ("nothing.npz", "folder/nothing.png"):
+        with pytest.raises(FileNotFoundError, match=f"^{name} does not exist"):
+            run(name, images(5))
+
+
+def test_home_folders(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    net.save_pretrained("~/net")
+    sample_to(ODESampler(net, levels=2), "~/samples", 4, progress=False)
+    Statistics.of(pixels()(images(40, size=8)), pixels()).save("~/real.npz")
+    options = {"n": 4, "metrics": "precision-recall"}
+    for what in ("~/net", "~/samples"):
+        run(what, "~/real.npz", out="~/out", **options)
+        shutil.rmtree(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "real.npz", "samples"]
+
+
+def test_numbers_of_numpy_and_one_metric():
+    result = run(images(20, 1), images(20), n=np.int64(10), metrics="precision-recall", gaussian=False)
+    assert result.sizes["samples"] == 10 and set(found(result)) == {"precision", "recall"}
 
 
 def test_one_image_is_not_enough():

@@ -9,6 +9,7 @@ from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.evaluation import Extractor, evaluate_restoration, frechet_distance, inception_score
+from scorematch.images import save_image
 from scorematch.nets import Condition
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Uncrop
 from scorematch.palette import TASKS
@@ -78,6 +79,18 @@ def rms(values):
 
 def distances(a, b):
     return float((a - b).flatten(1).double().norm(dim=1).mean())
+
+
+# -- Files
+
+
+def test_results_do_not_replace_files_or_lie_in_the_folder_of_the_reference(tmp_path):
+    save_image(X[0], tmp_path / "faces" / "0.png")
+    with pytest.raises(ValueError, match=r"is inside the data folder .*faces"):
+        run(Level(), "colorization", reference=tmp_path / "faces", out=tmp_path / "faces")
+    (tmp_path / "restored.png").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"restored\.png exists already and would be replaced"):
+        run(Level(), "colorization", out=tmp_path)
 
 
 # -- Known restorations

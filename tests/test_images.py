@@ -237,7 +237,8 @@ def test_pictures_with_values_out_of_range_raise(tmp_path):
 def test_pictures_of_a_folder_are_listed_by_name(tmp_path):
     for name in ("b.png", "a.jpg"):
         save_image(torch.zeros(1, 4, 4), tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
+    for name in ("notes.txt", "data.h5"):  # Pillow registers .h5
+        (tmp_path / name).write_text("no picture")
     (tmp_path / "._a.jpg").write_text("metadata of a file system")
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_pictures(tmp_path)] == ["a.jpg", "b.png"]

@@ -132,8 +132,22 @@ def test_a_card_in_another_encoding_is_kept(net, tmp_path):
 
 def test_a_network_in_its_own_folder(net, tmp_path):
     net.save_pretrained(tmp_path)
-    result = run(tmp_path, out=tmp_path, settings=SETTINGS[:1])
+    result = run(net, out=tmp_path, settings=SETTINGS[:1])
     assert ScoreNet.from_pretrained(tmp_path).sampler_settings == result.best.settings == SETTINGS[0]
+
+
+def test_another_network_is_not_replaced(net, tmp_path):
+    other = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, schedule=net.schedule)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(FileExistsError, match=r"config\.json exists already and would be replaced"):
+        run(net, out=tmp_path, settings=SETTINGS[:1])
+
+
+def test_rows_of_another_data_set_of_equal_length_are_not_used(net, tmp_path):
+    one, other = (list(images) for images in (REAL, REAL.flip(2)))
+    run(net, one, out=tmp_path, settings=SETTINGS[:1])
+    with pytest.raises(ValueError, match="measured with other settings: reference"):
+        run(net, other, out=tmp_path, settings=SETTINGS[:1])
 
 
 def test_the_default_table(net):

@@ -61,6 +61,22 @@ def check_outside(out: str | os.PathLike[str], *sources: Any) -> None:
                 )
 
 
+def check_own(folder: Path, record: str, names: Iterable[str]) -> None:
+    """Checks that a folder has no files with the names of results, unless an earlier call wrote them.
+
+    Args:
+        folder: the folder to write.
+        record: the file by which the folders of earlier calls are recognized.
+        names: the names of the results.
+
+    Raises:
+        FileExistsError: if the folder has such a file and not the record.
+    """
+    foreign = [] if (folder / record).exists() else [folder / name for name in names if (folder / name).exists()]
+    if foreign:
+        raise FileExistsError(f"{foreign[0]} exists already and would be replaced. Choose another folder.")
+
+
 def clean(folder: Path) -> None:
     """Deletes the temporary files of ``write_whole`` in a folder that processes left when they were killed.
 

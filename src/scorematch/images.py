@@ -17,6 +17,11 @@ from torch import Tensor
 from scorematch.files import write_whole
 from scorematch.schema import reason
 
+# The extensions of image files; other files in a folder are ignored.
+ENDINGS = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
 # The tolerance for values outside [0, 1], which are rounded to 0 or 255.
 _HALF_A_GRAY_LEVEL = 0.5 / 255
 # More pixels per byte than deflate can compress black and white pixels to, for images that are not small.
@@ -157,8 +162,8 @@ def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
         ImportError: without Pillow.
         FileNotFoundError: if the path does not exist, or the folder has no image files.
     """
-    extensions = _pillow("reading").registered_extensions()
-    path = Path(path)
+    _pillow("reading")
+    path = Path(path).expanduser()
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -166,7 +171,7 @@ def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
     found = sorted(
         file
         for file in path.iterdir()
-        if file.suffix.lower() in extensions and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in ENDINGS and not file.name.startswith(".") and file.is_file()
     )
     if not found:
         raise FileNotFoundError(f"{path} contains no image files.")

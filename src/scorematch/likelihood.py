@@ -180,13 +180,18 @@ def bits_per_dimension(
     References:
         Theis et al., 2016, arXiv:1511.01844, Sec. 3.1.
     """
-    value_range = attribute(net, "value_range")
-    if value_range is not None and tuple(value_range) != (0, 1):
-        raise ValueError(f"net must be a score of images in [0, 1], but its value_range is {tuple(value_range)}.")
+    check_unit_range(net)
     generators = as_generator(generator)
     x = dequantized(images, generators)
     nats = log_likelihood(net, x, schedule, probes=probes, condition=condition, generator=generators, progress=progress)
     return as_bits(nats, x[0].numel())
+
+
+def check_unit_range(net: Score) -> None:
+    """Raises ValueError if a score has a value range other than [0, 1], that of ``dequantized`` images."""
+    value_range = attribute(net, "value_range")
+    if value_range is not None and tuple(value_range) != (0, 1):
+        raise ValueError(f"net must be a score of images in [0, 1], but its value_range is {tuple(value_range)}.")
 
 
 def dequantized(images: Tensor, generator: Generator = None) -> Tensor:

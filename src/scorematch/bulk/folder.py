@@ -53,6 +53,10 @@ def sample_to(
     each process draws its own share of the batches into the same folder, which must be on a disk that all processes
     share. At the end each process waits until all images exist; if one of them dies, these programs end the others.
 
+    Samples of another score are an error. Of a score of your own its public attributes are compared, or the code of a
+    plain function: an object with private state, in attributes that begin with an underscore, should define
+    ``definition()``, which returns what determines the score.
+
     Args:
         sampler: the sampler. Its network must draw images (C, H, W) in [0, 1] with 1 or 3 channels.
         folder: the folder to write, new, empty, or with samples of the same settings; see ``scorematch.bulk``.
@@ -118,7 +122,7 @@ class SampleFolder:
                 f"the samples must be images in [0, 1], but the network's value_range is {value_range}. Use "
                 "bulk_samples."
             )
-        self._job, self._folder, self._n, self._format = job, Path(folder), n, format
+        self._job, self._folder, self._n, self._format = job, Path(folder).expanduser(), n, format
         if self._folder.exists() and not self._folder.is_dir():
             raise NotADirectoryError(f"{folder} is a file. Pass a folder.")
         self._files = FORMATS[format](self._folder / IMAGES)

@@ -36,6 +36,9 @@ class Files(Protocol):
     def exist(self, indices: range) -> bool:
         """Whether all images of a batch exist."""
 
+    def count(self, indices: range) -> int:
+        """The number of images of a batch that exist."""
+
     def write(self, batch: Batch) -> None:
         """Writes a batch. ``exist`` returns True only after the whole batch is written."""
 
@@ -58,6 +61,9 @@ class _Pictures:
     def exist(self, indices: range) -> bool:
         return all(_is_filled(self._path(i)) for i in reversed(indices))  # the last one is written last
 
+    def count(self, indices: range) -> int:
+        return sum(_is_filled(self._path(i)) for i in indices)
+
     def write(self, batch: Batch) -> None:
         for i, image in zip(batch.indices, batch.images.cpu(), strict=True):
             save_image(image, self._path(i))
@@ -79,14 +85,17 @@ class _Arrays:
         pass
 
     def exist(self, indices: range) -> bool:
+        return self.count(indices) == len(indices)  # fewer images if n has grown since
+
+    def count(self, indices: range) -> int:
         path = self._path(indices.start)
         if not _is_filled(path):
-            return False
+            return 0
         try:
             shape = read_shape(path, "arr_0")
         except (OSError, ValueError):  # damaged later
-            return False
-        return shape[:1] == (len(indices),)  # fewer images if n has grown since
+            return 0
+        return min([*shape[:1], len(indices)])
 
     def write(self, batch: Batch) -> None:
         pixels = rearrange(to_uint8(batch.images).cpu(), "n c h w -> n h w c").numpy()

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,13 @@ def _plain(value: Any) -> Any:
 
 
 def identity(value: Any) -> str:
-    """The type of a score and a hash of its configuration and weights; for a plain function, a hash of its name.
+    """The type of a score and a hash of its configuration and weights; for a function, a hash of its code.
 
     The scores of this package define by their method ``definition`` what is hashed. Of any other object its attributes
     are hashed, except those that begin with an underscore, of any other module its ``config`` and its weights, and of a
-    method the object that it belongs to.
+    method the object that it belongs to. Of a plain function its code is hashed, as the running version of Python
+    compiles it, with the defaults of its arguments and the variables of enclosing functions that it uses; global
+    variables are known by their names only.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in _parts(value):
@@ -49,8 +51,11 @@ def identity(value: Any) -> str:
     return f"{kind.__qualname__} {digest.hexdigest()}"
 
 
-def _parts(value: Any) -> Iterator[Any]:
-    """The bytes of everything in a value that changes what it computes; see ``identity``."""
+def _parts(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
+    """The bytes of everything in a value that changes what it computes; see ``identity``.
+
+    ``within`` has the ids of the values that this one is a part of. A value that is a part of itself is not repeated.
+    """
     if isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
         yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -59,26 +64,49 @@ def _parts(value: Any) -> Iterator[Any]:
         yield f"{value.dtype.str} {value.shape}".encode()
         yield value.tobytes()
         return
+    if isinstance(value, ModuleType):
+        yield value.__name__.encode()
+        return
     if isinstance(value, type | FunctionType | BuiltinFunctionType):
         yield f"{value.__module__}.{value.__qualname__}".encode()
+        if not isinstance(value, FunctionType):
+            return
+    if id(value) in within:
         return
+    nested = functools.partial(_parts, within=(*within, id(value)))
     yield f"{type(value).__module__}.{type(value).__qualname__}(".encode()
     if value is None or isinstance(value, bool | int | float | str):
         yield repr(value).encode()
     elif isinstance(value, Mapping):
-        yield from itertools.chain.from_iterable(_parts(entry) for entry in sorted(value.items()))
+        yield from nested(sorted(value.items(), key=lambda item: str(item[0])))
+    elif isinstance(value, set | frozenset):
+        yield from nested(sorted(value, key=repr))
     elif isinstance(value, list | tuple | NoiseSchedule):
-        yield from itertools.chain.from_iterable(_parts(entry) for entry in value)
+        yield from itertools.chain.from_iterable(nested(entry) for entry in value)
     elif isinstance(value, functools.partial):
-        yield from _parts([value.func, value.args, value.keywords])
+        yield from nested([value.func, value.args, value.keywords])
+    elif isinstance(value, FunctionType):
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        yield from nested([value.__code__, value.__defaults__, value.__kwdefaults__, cells])
+    elif isinstance(value, CodeType):
+        yield value.co_code
+        yield from nested([value.co_names, value.co_consts])
     elif isinstance(value, MethodType):
-        yield from _parts([value.__func__, value.__self__])
+        yield from nested([value.__func__, value.__self__])
     elif callable(definition := getattr(value, "definition", None)):
-        yield from _parts(definition())
+        yield from nested(definition())
     elif isinstance(value, nn.Module):
-        yield from _parts([getattr(value, "config", None), dict(value.state_dict())])
+        yield from nested([getattr(value, "config", None), dict(value.state_dict())])
     elif hasattr(value, "__dict__"):
-        yield from _parts({key: entry for key, entry in vars(value).items() if key[0] != "_"})
+        yield from nested({key: entry for key, entry in vars(value).items() if key[0] != "_"})
     else:
         yield re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()
     yield b")"
+
+
+def _content(cell: Any) -> Any:
+    """The value of a variable of an enclosing function; None if it has none yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None

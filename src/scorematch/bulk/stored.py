@@ -68,8 +68,14 @@ def stored_samples(
     if n > stored["n"]:
         raise ValueError(f"{folder} has {stored['n']} samples, fewer than n={n}.")
     settings = stored["settings"]
-    files, channels = FORMATS[settings["format"]](Path(folder, IMAGES)), settings["shape"][0]
-    batches = ranges(n, settings["batch_size"], checked_share(share))
+    files, channels = FORMATS[settings["format"]](Path(folder, IMAGES).expanduser()), settings["shape"][0]
+    batches = list(ranges(n, settings["batch_size"], checked_share(share)))
+    if not all(map(files.exist, batches)):
+        found = sum(map(files.count, ranges(n, settings["batch_size"], (0, 1))))
+        raise FileNotFoundError(
+            f"{folder} is not complete: {found} of the first {n} images exist. Repeat the command that draws them, or "
+            "pass a smaller n."
+        )
     return (Batch(indices, files.read(indices, channels), None) for indices in batches)
 
 
@@ -80,7 +86,7 @@ def stored_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: if there is no samples.json.
         ValueError: if it is not valid.
     """
-    stored = read_metadata(Path(folder))
+    stored = read_metadata(Path(folder).expanduser())
     if stored is None:
         raise FileNotFoundError(f"{folder} has no {METADATA_FILE}. Pass a folder that sample_to wrote.")
     return stored

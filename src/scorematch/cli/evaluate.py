@@ -19,7 +19,6 @@ from scorematch.cli.options import (
     amount,
     announce,
     check_folder_name,
-    check_own,
     estimate,
     find_classes,
     find_device,
@@ -30,9 +29,9 @@ from scorematch.cli.options import (
     make_sampler,
     reference_options,
 )
-from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, evaluate, is_network
+from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
-from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
+from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration, takes_image
 from scorematch.protocol import device_of
 from scorematch.sampling.restoration import Restore
 
@@ -111,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
     _check(args)
     if args.out is not None:
         check_folder_name(args.out)
-        check_own(args.out, "evaluation.json", ("evaluation.md", "samples.png", "restored.png"))
+        check_results(args.out)  # before the network is loaded
     common = {"metrics": args.metrics, "out": args.out, "name": args.model}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
     if not is_network(args.model):
@@ -121,7 +120,8 @@ def _run(args: argparse.Namespace) -> None:
     net = guide(args, load(args))
     condition = None if args.restore is not None else find_classes(args, net)
     common |= reference_options(args, device_of(net))
-    sampler, fast = make_sampler(args, net), make_sampler(args, net.inference_copy())
+    default = None if args.restore is None or takes_image(net) else "langevin"  # as for the command restore
+    sampler, fast = (make_sampler(args, each, default) for each in (net, net.inference_copy()))
     process, processes = this_process()
     if args.restore is not None:
         draws = 2 if args.draws is None else args.draws
@@ -130,7 +130,7 @@ def _run(args: argparse.Namespace) -> None:
             channels = 0 if net.conditioning is None else net.conditioning.channels
             _, *size = net.sample_shape or ()
             few = torch.zeros(min(drawn, 64), channels, *size) if channels else None
-            announce(fast, estimate(fast, drawn, few), drawn, processes)
+            announce(fast, estimate(fast, drawn, few), drawn, processes, most=args.n is None)
         sampler.restore = "replace" if args.restore_method is None else args.restore_method
         result = evaluate_restoration(
             sampler,
@@ -159,7 +159,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{foreign[0]} is for networks, but {args.model} has images. Leave it out.")
     if args.restore is None:
         for name in ("data", "draws", "noise", "restore_method", "labels"):
-            if getattr(args, name):
+            if getattr(args, name) not in (None, False) or (name == "noise" and args.noise is not None):
                 raise ValueError(f"--{name.replace('_', '-')} is for --restore TASK. Leave it out.")
         if args.reference is None:
             args.parser.error("the following arguments are required: reference")
@@ -170,6 +170,8 @@ def _check(args: argparse.Namespace) -> None:
             args.parser.error("the following arguments are required: --data DATA")
         if args.held_out is not None or args.no_gaussian or args.label is not None or args.guidance is not None:
             raise ValueError("--held-out, --no-gaussian, --class and --guidance are not for --restore. Leave them out.")
+        if args.classes is not None:
+            raise ValueError("--classes is not for --restore. Leave it out.")
 
 
 def _show(args: argparse.Namespace, result: Evaluation) -> None:

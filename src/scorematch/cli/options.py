@@ -340,22 +340,6 @@ def check_new(paths: Iterable[Path], overwrite: bool) -> None:
             raise FileExistsError(f"{path} exists already. Choose another name, or add --overwrite to replace it.")
 
 
-def check_own(folder: Path, record: str, names: Iterable[str]) -> None:
-    """Checks that a folder has no files with the names of results, unless the same command wrote them.
-
-    Args:
-        folder: the folder to write.
-        record: the file that the command writes, by which its folders are recognized.
-        names: the names of the results.
-
-    Raises:
-        FileExistsError: if the folder has such a file and not the record.
-    """
-    foreign = [] if (folder / record).exists() else [folder / name for name in names if (folder / name).exists()]
-    if foreign:
-        raise FileExistsError(f"{foreign[0]} exists already and would be replaced. Choose another folder.")
-
-
 def check_new_network(folder: Path, overwrite: bool) -> None:
     """Checks that a folder has no network, or that ``overwrite`` is True.
 
@@ -473,7 +457,7 @@ def make_sampler(args: argparse.Namespace, net: Score, default: str | None = Non
 # -- How long it takes ------------------------------------------------------------------------------------------------
 
 
-def announce(sampler: Sampler, seconds: float, n: int, processes: int = 1) -> None:
+def announce(sampler: Sampler, seconds: float, n: int, processes: int = 1, *, most: bool = False) -> None:
     """Prints the sampler and the estimated duration for n images, of which each process draws an equal share.
 
     Args:
@@ -481,10 +465,11 @@ def announce(sampler: Sampler, seconds: float, n: int, processes: int = 1) -> No
         seconds: the estimated seconds in one process, from ``estimate``.
         n: the number of images.
         processes: the number of processes.
+        most: whether n is only the largest number of images.
     """
     print(sampler)
     where = f" in {processes} processes" if processes > 1 else ""
-    print(f"about {duration(seconds / processes)} for {count(n)}{where}", flush=True)
+    print(f"{'at most' if most else 'about'} {duration(seconds / processes)} for {count(n)}{where}", flush=True)
 
 
 def count(n: int) -> str:

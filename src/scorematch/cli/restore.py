@@ -27,10 +27,10 @@ from scorematch.cli.options import (
     load,
     make_sampler,
 )
+from scorematch.evaluation.restoration import takes_image
 from scorematch.images import check_picture, grid, list_pictures, read_image, read_mask, save_image
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from scorematch.palette import condition_of
-from scorematch.protocol import Score, attribute
 from scorematch.randomness import seed_of
 from scorematch.sampling import Sampler
 from scorematch.sampling.restoration import Restore
@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"--gray needs a network that draws RGB images, and {args.model} draws gray ones.")
     label = find_class(args, net)
     # The recommended sampler of a network that draws images may be that of an ODE, which restores less well.
-    sampler = make_sampler(args, net.inference_copy(), None if _takes_image(net) else "langevin")
+    sampler = make_sampler(args, net.inference_copy(), None if takes_image(net) else "langevin")
     sampler.restore = args.restore_method
     check_picture(folder / "strip.png")  # before the work
     # All pictures are read before the first is restored, so that errors come first, and again when they are restored,
@@ -143,7 +143,7 @@ def _run(args: argparse.Namespace) -> None:
     seconds = 0.0
     for shape, group in groups.items():
         n = args.n * len(group)
-        few = torch.zeros(min(n, _TOGETHER), *shape) if _takes_image(net) else label
+        few = torch.zeros(min(n, _TOGETHER), *shape) if takes_image(net) else label
         seconds += estimate(sampler, n, few, shape)
     announce(sampler, seconds, args.n * len(paths))
     at_once = max(1, (_TOGETHER if args.batch_size is None else args.batch_size) // args.n)
@@ -197,7 +197,7 @@ def _restore(
     seeds = [seed_of(args.seed, "restoration", picture.path.stem, k) for picture in pictures for k in range(args.n)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     condition: Tensor | int | None = label
-    if _takes_image(sampler.net):
+    if takes_image(sampler.net):
         pairs = zip(y.split(1), generators, strict=True)
         condition = torch.cat([condition_of(operator, one, generator) for one, generator in pairs])
     images = sampler.sample(
@@ -215,12 +215,6 @@ def _restore(
             strip.append(picture.original)
         save_image(grid(torch.cat(strip), columns=sum(map(len, strip))), folder / f"{picture.path.stem}-strip.png")
         print(folder / f"{picture.path.stem}-strip.png")
-
-
-def _takes_image(net: Score) -> bool:
-    """Whether the condition of a network is the degraded image, as for Palette's networks."""
-    takes = attribute(net, "conditioning")
-    return takes is not None and takes.channels > 0
 
 
 # -- Options ----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch.cli.options import Commands, check_folder_name, check_own, duration, image_count, load_network
-from scorematch.files import check_outside
+from scorematch.cli.options import Commands, check_folder_name, duration, image_count, load_network
+from scorematch.files import check_outside, check_own
 from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
 from scorematch.pretrained.hub import check_repository

@@ -14,7 +14,6 @@ from scorematch.cli.options import (
     add_model,
     add_reference,
     check_folder_name,
-    check_own,
     duration,
     estimate,
     find_classes,
@@ -22,8 +21,7 @@ from scorematch.cli.options import (
     load,
     reference_options,
 )
-from scorematch.evaluation.tune import Criterion, settings_table, tune
-from scorematch.pretrained.configuration import CONFIG_FILE
+from scorematch.evaluation.tune import Criterion, check_folder, settings_table, tune
 from scorematch.protocol import device_of
 from scorematch.sampling import recommended_sampler
 
@@ -67,9 +65,9 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--features must be one extractor: the best settings minimize one distance.")
     if args.out is not None:
         check_folder_name(args.out)
-        if args.out.resolve() != Path(args.model).resolve():  # the settings may be stored in the network's own folder
-            check_own(args.out, "tune.json", [CONFIG_FILE])
     net = load(args)
+    if args.out is not None:
+        check_folder(args.out, net)  # before weights are downloaded
     condition = find_classes(args, net)
     options = reference_options(args, device_of(net))
     settings = settings_table(net, args.calls)

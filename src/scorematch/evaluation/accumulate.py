@@ -17,6 +17,8 @@ References:
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +30,8 @@ from torch import Tensor
 
 from scorematch.bulk.batches import this_process
 
+_PATIENCE = timedelta(days=7)  # processes wait for the slowest one, which may have to sample for hours
+_GROUPS = itertools.count()
 _BLOCK = 8192  # features that are converted to float64 at a time
 
 
@@ -239,6 +243,12 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+@functools.cache
+def _store() -> Any:
+    """The store of the launcher, with which processes find each other."""
+    return next(dist.rendezvous("env://", timeout=_PATIENCE))[0]  # type: ignore[attr-defined]
+
+
 @contextmanager
 def process_group(device: torch.device | str) -> Iterator[None]:
     """Within this context the processes that ``torchrun`` or ``accelerate launch`` started form a process group.
@@ -248,14 +258,20 @@ def process_group(device: torch.device | str) -> Iterator[None]:
     Args:
         device: the device of this process; processes on CUDA devices communicate through NCCL, others through gloo.
     """
-    device, number = torch.device(device), this_process()[1]
+    device, (rank, number) = torch.device(device), this_process()
     if number == 1 or processes() > 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Processes wait for the slowest one, which may have to sample for hours.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        # A prefix for each group: a process that is ahead would find the addresses of the group before, and wait.
+        store=dist.PrefixStore(f"scorematch {next(_GROUPS)}", _store()),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=number,
+        timeout=_PATIENCE,
+    )
     try:
         yield
     finally:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from scorematch.charts import Curve, chart, table
-from scorematch.evaluation.accumulate import double
+from scorematch.evaluation.accumulate import double, process_group
 from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.figures import Figure, mean_figure
 from scorematch.evaluation.per_image import Batch, Condition, choose, per_image
@@ -94,7 +94,7 @@ def score_error(
     """Measures the error of a score against the known score of a distribution, at each noise level.
 
     Both are evaluated at samples of the distribution with noise; the noise of a sample is the same at all levels. Under
-    ``torch.distributed`` every process must call it, and each computes a share.
+    ``torchrun`` or ``accelerate launch`` every process must call it, and each computes a share.
 
     Args:
         score: a score: a ScoreNet, or any callable ``score(x, sigma)``.
@@ -129,7 +129,9 @@ def score_error(
 
     def errors(batch: Batch) -> Tensor:
         clean = batch.x.to(device)
-        z = standard_normal(clean.shape, as_generator(batch.seeds(seed, "noise")), device, clean.dtype)
+        # Equal samples, which Empirical draws, need different noise.
+        seeds = [seed_of(seed, "noise", i) for i in batch.indices.tolist()]
+        z = standard_normal(clean.shape, as_generator(seeds), device, clean.dtype)
         columns = []
         for sigma in sigmas:
             noisy = clean + sigma * z
@@ -140,7 +142,7 @@ def score_error(
             columns += [double(sigma * each).square().flatten(1).mean(1) for each in (apart, known)]
         return torch.stack(columns, 1)
 
-    with torch.no_grad(), evaluating(score), exact_float32():
+    with process_group(device), torch.no_grad(), evaluating(score), exact_float32():
         values = per_image(
             errors,
             lambda rows: (drawn[rows].cpu(), None),
@@ -172,8 +174,8 @@ def level_losses(
 ) -> list[LevelLoss]:
     """Measures the loss of a network, the norm of its score and the error of the denoised images, at each noise level.
 
-    The noise of an image depends on ``seed`` and on its content, and is the same at all levels. Under
-    ``torch.distributed`` every process must call it, and each computes a share.
+    The noise of an image depends on ``seed`` and on its content, and is the same at all levels. Under ``torchrun`` or
+    ``accelerate launch`` every process must call it, and each computes a share.
 
     Args:
         net: a score: a ScoreNet, or any callable ``net(x, sigma)``.
@@ -202,7 +204,7 @@ def level_losses(
         columns = [loss_and_norm(net, clean, sigma=sigma, noise=z, condition=given) for sigma in sigmas]
         return torch.stack([value for pair in columns for value in pair], 1)
 
-    with torch.no_grad(), evaluating(net), exact_float32():
+    with process_group(device), torch.no_grad(), evaluating(net), exact_float32():
         values = per_image(
             losses,
             images.read,

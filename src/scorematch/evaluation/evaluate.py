@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ from scorematch.charts import table
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, image_figures
 from scorematch.evaluation.per_image import choose
-from scorematch.files import check_outside, clean, write_whole
-from scorematch.images import check_picture, save_grid, to_uint8
+from scorematch.files import check_outside, check_own, clean, write_whole
+from scorematch.images import ENDINGS, check_picture, save_grid, to_uint8
 from scorematch.pretrained import cards
 from scorematch.protocol import attribute, device_of
 from scorematch.randomness import seed_of
@@ -104,6 +105,7 @@ class Evaluation:
         figures: ``figures[set][source][name]``, where the source is the name of an extractor, or "images" for figures
             of the pixels themselves. The reference has the source "images" only.
         left_out: the names of the figures that were not measured, each with the reason.
+        sampler: the sampler and its number of network calls in words; None for images that were drawn before.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Evaluation:
     sizes: Mapping[str, int]
     figures: Mapping[str, Figures]
     left_out: Mapping[str, str]
+    sampler: str | None = None
 
     @property
     def hash(self) -> str:
@@ -125,6 +128,7 @@ class Evaluation:
             "name": self.name,
             "settings": self.settings,
             "hash": self.hash,
+            "sampler": self.sampler,
             "versions": self.versions,
             "sizes": self.sizes,
             "figures": {
@@ -159,6 +163,7 @@ class Evaluation:
             lines += ["", "Not measured:", ""]
             lines += [f"- {name}: {reason}" for name, reason in self.left_out.items()]
         lines += ["", f"All settings are in evaluation.json; their hash is {self.hash}.", ""]
+        lines += [] if self.sampler is None else [f"- {self.sampler}"]
         lines += [f"- {each['name']}: {each['preprocessing']}" for each in self.settings["features"]]
         lines += ["- " + ", ".join(f"{name} {version}" for name, version in self.versions.items()), ""]
         return "\n".join(lines)
@@ -177,6 +182,11 @@ class Evaluation:
 def hash_of(settings: Mapping[str, Any]) -> str:
     """A hash of settings, 16 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def check_results(folder: Path) -> None:
+    """Checks that the files that an evaluation writes replace only those of an earlier one; see ``check_own``."""
+    check_own(folder, "evaluation.json", ("evaluation.md", "samples.png", "restored.png"))
 
 
 def _errors(figures: Mapping[str, Figures]) -> dict[str, str]:
@@ -226,7 +236,7 @@ def evaluate(
             wrote, the first n images are.
         features: the extractor, or several of them: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of
             images.
-        metrics: names from ``MEASURES``; None is everything that can be measured, except "classes".
+        metrics: a name from ``MEASURES``, or several; None is everything that can be measured, except "classes".
         sampler: ``SamplerSettings``, or a function of the network that returns a ``Sampler``; None is the sampler that
             is recommended for the network.
         seed: the seed of the samples and of random subsets.
@@ -235,7 +245,8 @@ def evaluate(
             leaves out this column.
         gaussian: whether to measure images from the Gaussian of the reference. It takes about 2 n N D operations for N
             images of D values.
-        out: the folder to write to; None writes nothing, and keeps no samples.
+        out: the folder to write to; None writes nothing, and keeps no samples. Samples in it are used again if they are
+            those of the same score; an object with private state should define ``definition()``, as for ``sample_to``.
 
         Rarely needed:
 
@@ -253,7 +264,7 @@ def evaluate(
 
     Raises:
         ImportError, OSError, TypeError, ValueError: if an input does not exist, is damaged or does not fit the others,
-            or one of ``metrics`` cannot be measured.
+            one of ``metrics`` cannot be measured, or a file in ``out`` that is not of an evaluation would be replaced.
         RuntimeError: if a sample has NaN or infinite values.
 
     Example:
@@ -262,11 +273,14 @@ def evaluate(
         >>> {name: str(found["images"]["mean"]) for name, found in result.figures.items()}
         {'samples': '0.4953 ± 0.0089', 'gaussian': '0.4830 ± 0.0077', 'reference': '0.4937 ± 0.0058'}
     """
+    n = None if n is None else operator.index(n)  # of NumPy too
     if held_out is not None and _are_same(held_out, reference):
         raise ValueError("held_out is the reference. Pass real images that are not in it.")
-    folder = None if out is None else Path(out)
+    folder = None if out is None else Path(out).expanduser()
     if folder is not None:
-        check_outside(folder, reference, held_out)
+        written = is_network(what) or (isinstance(what, str | os.PathLike) and _samples_in(Path(what)) is not None)
+        check_outside(folder, reference, held_out, None if written else what)
+        check_results(folder)
         check_picture(folder / "samples.png")  # fails early
     options = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
     subject = _subject(what, n, sampler, options, folder, device, progress)
@@ -290,7 +304,7 @@ def evaluate(
             others = open_for(held_out, subject.shape, crop, progress)
             chosen = choose(len(others), min(subject.n, len(others)), seed).sort().values
             sets[HELD_OUT] = len(chosen), lambda: read_batches(others, chosen, batch_size)
-            settings["held_out"] = {"n": len(chosen), "content": others.fingerprint, "seed": seed}
+            settings["held_out"] = {"n": len(chosen), "content": others.content, "seed": seed}
         if gaussian and data is not None:
             sets[GAUSSIAN] = subject.n, partial(gaussian_images, data, subject.n, seed=seed, batch_size=batch_size)
             settings["gaussian"] = {"seed": seed}
@@ -311,6 +325,7 @@ def evaluate(
             sizes=sizes,
             figures=figures,
             left_out=left_out,
+            sampler=subject.sampler,
         )
         if folder is not None and this_process()[0] == 0:
             result.save(folder)
@@ -334,6 +349,7 @@ class _Subject(NamedTuple):
         first: returns the first n images (n, C, H, W), float32 in [0, 1]; called after all have been drawn.
         settings: everything that determines the images, as plain values for JSON.
         device: the device of the network.
+        sampler: the sampler in words, or None.
     """
 
     name: str
@@ -344,6 +360,7 @@ class _Subject(NamedTuple):
     first: Callable[[int], Tensor]
     settings: dict[str, Any]
     device: torch.device
+    sampler: str | None = None
 
 
 def _subject(
@@ -372,12 +389,12 @@ def _subject(
 def is_network(what: Any) -> bool:
     """Whether ``what`` is a network, the name or the folder of one, a score or a sampler, and not a set of images."""
     if isinstance(what, str | os.PathLike):
-        path = Path(what)
+        path = Path(what).expanduser()
         if isinstance(what, str) and cards.find(what) is not None:
             return True
         if path.is_dir():
             return any((path / name).is_file() for name in ("config.json", "model_index.json", "unet/config.json"))
-        return not path.is_file() or path.suffix != ".npz"
+        return path.suffix.lower() not in (".npz", *ENDINGS)
     return isinstance(what, Sampler) or callable(what)
 
 
@@ -435,7 +452,8 @@ def _of_sampler(
         def first(few: int) -> Tensor:
             return read_samples(samples, few)
 
-    return _Subject(name, n, shape, True, batches, first, {"n": n, **job.settings()}, device_of(sampler.net))
+    settings = {"n": n, **job.settings()}
+    return _Subject(name, n, shape, True, batches, first, settings, device_of(sampler.net), str(sampler))
 
 
 def _samples_in(path: Path) -> dict[str, Any] | None:
@@ -463,7 +481,7 @@ def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None) 
 def _of_images(name: str, data: ImageData, n: int | None, options: dict[str, Any]) -> _Subject:
     n, seed = len(data) if n is None else n, options["seed"]
     chosen = choose(len(data), n, seed).sort().values  # all images in their order
-    settings = {"n": n, "shape": list(data.shape), "content": data.fingerprint, "seed": seed if n < len(data) else None}
+    settings = {"n": n, "shape": list(data.shape), "content": data.content, "seed": seed if n < len(data) else None}
     return _Subject(
         name,
         n,
@@ -510,7 +528,7 @@ REFERENCES: Mapping[str, tuple[str, str]] = {
 def _are_same(one: Any, other: Any) -> bool:
     """Whether two sources are the same object, or the same path or name."""
     paths = isinstance(one, str | os.PathLike) and isinstance(other, str | os.PathLike)
-    return one is other or (paths and Path(one) == Path(other))
+    return one is other or (paths and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
 def find_data(source: Any) -> Any:

@@ -159,9 +159,8 @@ def as_extractor(
 
     Args:
         features: a name from ``EXTRACTORS``; an Extractor, which is returned unchanged; or a function from images
-            (N, C, H, W), uint8, to features (N, D). The fingerprint of an ``nn.Module`` is a hash of its weights. A
-            plain function has no fingerprint: to save statistics of its features, write
-            ``Extractor(function, name, fingerprint)``.
+            (N, C, H, W), uint8, to features (N, D), such as an ``nn.Module``. A function has no fingerprint: to save
+            statistics of its features, write ``Extractor(function, name, fingerprint)``.
         weights: for "inception" and "dinov2", the file with the weights; None finds or downloads it.
         device: for a name, the device of the network.
 
@@ -183,7 +182,7 @@ def as_extractor(
         return features
     if isinstance(features, nn.Module):
         place = next((value.device for value in features.state_dict().values()), None)
-        return Extractor(features, type(features).__qualname__, _fingerprint(features), device=place)
+        return Extractor(features, type(features).__qualname__, device=place)
     if callable(features):
         kind = type(features)
         name = getattr(features, "__qualname__", kind.__qualname__)
@@ -423,13 +422,3 @@ def _need(module: str, what: str, extra: str) -> None:
 
 def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _fingerprint(network: nn.Module) -> str:
-    """A hash of the weights of a network."""
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

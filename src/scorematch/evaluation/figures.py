@@ -13,7 +13,7 @@ metric              figures               error
 ==================  ====================  ==============================================================================
 frechet             frechet               standard error over the images (delta method)
 frechet-infinity    frechet-infinity      none: the subsets overlap
-kernel              kernel                standard deviation over 100 subsets of 1,000 images
+kernel              kernel                standard deviation over 100 subsets of 1,000 images; none if there is one
 inception-score     inception-score       standard deviation over 10 splits
 precision-recall    precision, recall     standard error of a share
 density-coverage    density, coverage     none for density; standard error of a share for coverage
@@ -43,7 +43,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from scorematch.evaluation.accumulate import Rows, agreed
+from scorematch.bulk.batches import this_process
+from scorematch.evaluation.accumulate import Rows, agreed, processes
 from scorematch.evaluation.features import Extracted, Extractor, as_extractor
 from scorematch.evaluation.metrics import (
     Estimate,
@@ -142,7 +143,7 @@ def _frechet_infinity(seen: Extracted, reference: Statistics) -> dict[str, Figur
 
 def _kernel(seen: Extracted, reference: Statistics) -> dict[str, Figure]:
     found = kernel_distance(seen.features, reference, subsets=_SUBSETS, subset_size=_SUBSET_SIZE)
-    return {"kernel": _figure(found)}
+    return {"kernel": Figure(found.value, found.deviation or None)}  # no error if the only subset is the whole set
 
 
 def _inception_score(seen: Extracted, reference: Statistics) -> dict[str, Figure]:
@@ -303,11 +304,21 @@ def mean_figure(values: Tensor) -> Figure:
 
 
 class Collection:
-    """The features of one set of images, which arrive in batches, on one process or many; see ``Evaluator.collect``."""
+    """The features of one set of images, which arrive in batches, on one process or many; see ``Evaluator.collect``.
+
+    Raises:
+        RuntimeError: if ``torchrun`` or ``accelerate launch`` started several processes, and there is no process group.
+    """
 
     def __init__(
         self, extractors: Sequence[Extractor], references: Sequence[Statistics], names: Sequence[str] | None
     ) -> None:
+        started = this_process()[1]
+        if started > processes():
+            raise RuntimeError(
+                f"{started} processes were started, and must form a process group to exchange features. Call "
+                "torch.distributed.init_process_group() first."
+            )
         self._extractors, self._references, self._names = extractors, references, names
         self._features = [Rows() for _ in extractors]
         self._logits = [Rows() for _ in extractors]
@@ -419,14 +430,14 @@ class Evaluator:
             folder, arrays, an ``.npz`` file or the name of a data set; or ``Statistics``, or a file of statistics. A
             damaged image is an error.
         features: an extractor, or several: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of images.
-        metrics: names from ``MEASURES``; None is all that can be measured, except "classes".
+        metrics: a name from ``MEASURES``, or several; None is all that can be measured, except "classes".
         image_size: (height, width) in pixels to which the images of the reference are cropped and resized, as for
             ``open_images``; None keeps their size.
         channels: 1 for gray, 3 for RGB; None keeps the number of channels of the reference.
         crop: how the images of the reference are cropped, as for ``open_images``.
         batch_size: the number of images of the reference that are read at once.
         cache: the folder for the statistics of the reference; True is ``cache_folder()``, False uses no cache. The
-            features of a plain function are not cached.
+            features of a function without a fingerprint, such as an ``nn.Module``, are not cached.
         device: the device of extractors that are given by name.
         progress: whether to show a progress bar.
 
@@ -461,6 +472,7 @@ class Evaluator:
         device: torch.device | str = "cpu",
         progress: bool = True,
     ) -> None:
+        metrics = [metrics] if isinstance(metrics, str) else metrics
         for name in metrics or ():
             if name not in MEASURES:
                 raise ValueError(f"metrics must be some of {', '.join(map(repr, MEASURES))}, got {name!r}.")
@@ -545,6 +557,8 @@ class Evaluator:
             A dict ``figures[source][name]``, where the source is the name of an extractor or "images".
 
         Raises:
+            RuntimeError: if ``torchrun`` or ``accelerate launch`` started several processes, and there is no process
+                group.
             TypeError, ValueError: if images do not fit, or a named metric cannot be measured. With ``strict=False``
                 such a metric is left out.
         """
@@ -559,7 +573,7 @@ class Evaluator:
             "reference": {
                 "n": self.references[0].n,
                 "shape": None if self.data is None else list(self.data.shape),
-                "content": _digest(self.references[0]) if self.data is None else self.data.fingerprint,
+                "content": _digest(self.references[0]) if self.data is None else self.data.content,
             },
             "features": [
                 {"name": each.name, "fingerprint": each.fingerprint, "preprocessing": each.preprocessing}

@@ -35,9 +35,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.figures import Figure, mean_figure
 from scorematch.evaluation.per_image import Batch, Condition, choose, per_image
-from scorematch.likelihood import as_bits, default_schedule, dequantized, log_likelihood
+from scorematch.likelihood import as_bits, check_unit_range, default_schedule, dequantized, log_likelihood
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import exact_float32
 from scorematch.protocol import Score, device_of
@@ -105,7 +106,8 @@ def data_likelihood(
 
     With L levels the network is called 2 L times for each of the n images, and 6 L times for each image of ``checks``,
     half of the calls with a backward pass. The memory is that of one backward pass with ``batch_size`` images; it does
-    not depend on n. Under ``torch.distributed`` every process must call it, and each computes a share of the batches.
+    not depend on n. Under ``torchrun`` or ``accelerate launch`` every process must call it, and each computes a share
+    of the batches.
 
     The random numbers of an image depend on ``seed`` and on the content of the image. The result depends neither on the
     order of the data nor on the number of processes, and on the batch size only through rounding.
@@ -139,6 +141,7 @@ def data_likelihood(
         raise ValueError(f"checks must be at least 2, got {checks}.")
     if noise not in get_args(Noise):
         raise ValueError(f'noise must be "uniform" or "normal", got {noise!r}.')
+    check_unit_range(net)
     images = open_images(data, progress=progress)
     schedule = default_schedule(net) if schedule is None else schedule
     indices, device = choose(len(images), n, seed), device_of(net)
@@ -164,8 +167,10 @@ def data_likelihood(
         return torch.cat([bits(batch, finer, 0), *repeated], 1)
 
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    own = per_image(lambda batch: bits(batch, schedule, 0), images.read, indices, title="likelihood", **options)[:, 0]
-    checked = per_image(check, images.read, indices[:checks], title="errors of the likelihood", **options)
+    with process_group(device):
+        own = per_image(lambda batch: bits(batch, schedule, 0), images.read, indices, title="likelihood", **options)
+        checked = per_image(check, images.read, indices[:checks], title="errors of the likelihood", **options)
+    own = own[:, 0]
     changes = checked - own[: len(checked), None]
     variance = 0.0 if probes is None else float(changes[:, 1].square().mean()) / 2
     return DataLikelihood(

@@ -281,8 +281,8 @@ def memorization_of(
 
     Raises:
         OSError, TypeError: as ``open_images``.
-        ValueError: as ``open_images``; also if there are too few training images, or their features have another
-            dimension than those of the samples.
+        ValueError: as ``open_images``; also if there are too few training images, or their features or those of the
+            held-out images have another dimension than those of the samples.
     """
     if neighbors < 2:
         raise ValueError(f"neighbors must be at least 2, got {neighbors}.")
@@ -290,6 +290,12 @@ def memorization_of(
     known = open_images(training, progress=progress)
     given = [open_images(of, progress=progress) for of in (samples, held_out) if of is not None]
     queries = [_features(of, extractor, batch_size, progress) for of in given]
+    dimensions = [each.shape[1] for each in queries]
+    if dimensions[0] != dimensions[-1]:
+        raise ValueError(
+            f"the features of the held-out images must have {dimensions[0]} dimensions, as those of the samples, got "
+            f"{dimensions[-1]}. Pass images of one size."
+        )
     nearest = Nearest(torch.cat(queries), neighbors)
     for images in _batches(known, batch_size, "training images", progress):
         nearest.update(extractor(images), extractor(images.flip(3)) if flips else None)

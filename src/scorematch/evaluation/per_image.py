@@ -29,11 +29,13 @@ class Batch(NamedTuple):
         x: the images (b, ...), floating point; images in [0, 1].
         labels: their labels (b,), int64, or None.
         keys: a hash of the content of each image.
+        indices: their indices in the data (b,), int64.
     """
 
     x: Tensor
     labels: Tensor | None
     keys: list[str]
+    indices: Tensor
 
     def seeds(self, *parts: int | str) -> list[int]:
         """A seed for each image, from the given parts and the content of the image."""
@@ -84,7 +86,7 @@ def per_image(
         images, labels = read(own)
         keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in images]
         x = images.float() / 255 if images.dtype == torch.uint8 else images
-        values = double(function(Batch(x, labels, keys))).cpu()
+        values = double(function(Batch(x, labels, keys, own))).cpu()
         wrong = ~values.isfinite().all(1)
         if wrong.any():
             i = int(wrong.int().argmax())

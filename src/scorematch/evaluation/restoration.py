@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,7 @@ from scorematch.bulk.batches import this_process
 from scorematch.bulk.hashing import identity, sampler_settings
 from scorematch.bulk.job import prepared
 from scorematch.evaluation.accumulate import process_group
-from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, find_data, sampler_for
+from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, check_results, find_data, sampler_for
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.figures import Collection, Evaluator, Figure, Figures, OneOrMore, mean_figure
 from scorematch.evaluation.per_image import Batch, choose, per_image
@@ -60,8 +61,8 @@ from scorematch.files import check_outside, clean
 from scorematch.images import check_picture, save_grid
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import TASKS, condition_of
-from scorematch.protocol import attribute, device_of
-from scorematch.sampling import Sampler
+from scorematch.protocol import Score, attribute, device_of
+from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
 from scorematch.training.data import ImageData, open_images
 from scorematch.training.report import versions
 from scorematch.training.sources import Crop
@@ -120,8 +121,9 @@ def evaluate_restoration(
         noise: the standard deviation of the noise in the measurements, in units of images in [0, 1].
         features: the extractor, or several, as for ``evaluate``.
         metrics: names from ``MEASURES``, as for ``evaluate``.
-        sampler: the sampler, as for ``evaluate``. To choose the method, pass for example
-            ``lambda net: AnnealedLangevinSampler(net, restore="guide-jacobian")``.
+        sampler: the sampler, as for ``evaluate``; None is the recommended one of a network that was trained to restore,
+            and annealed Langevin dynamics for any other, as for the command ``scorematch restore``. To choose the
+            method, pass for example ``lambda net: AnnealedLangevinSampler(net, restore="guide-jacobian")``.
         labels: whether to read class labels, for the accuracy. The extractor must have one logit for each class.
         reference: the real images for the Fréchet distance and similar metrics, as for ``evaluate``; None is ``data``.
         seed: the seed of masks, noise and restorations.
@@ -141,9 +143,11 @@ def evaluate_restoration(
         The figures of the sets "restored", "degraded" and "original".
 
     Raises:
-        ImportError, OSError, TypeError, ValueError: if an input does not exist, is damaged or does not fit the others.
+        ImportError, OSError, TypeError, ValueError: if an input does not exist, is damaged or does not fit the others,
+            or a file in ``out`` that is not of an evaluation would be replaced.
         RuntimeError: if a restored image has NaN or infinite values.
     """
+    n = None if n is None else operator.index(n)  # of NumPy too
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
         raise ValueError(f"draws must be an integer of at least 1, got {draws!r}.")
     if not noise >= 0:
@@ -151,10 +155,13 @@ def evaluate_restoration(
     if name is None:
         name = str(what) if isinstance(what, str | os.PathLike) else type(what).__name__
     degradation, described = _degradation(task, seed)
-    folder = None if out is None else Path(out)
+    folder = None if out is None else Path(out).expanduser()
     if folder is not None:
-        check_outside(folder, data)
+        check_outside(folder, data, reference)
+        check_results(folder)
         check_picture(folder / "restored.png")  # fails early
+    if sampler is None and not isinstance(what, Sampler):
+        sampler = _recommended
     chosen_sampler = sampler_for(what, sampler, device)
     device = device_of(chosen_sampler.net) if device is None else device
     with process_group(device):
@@ -181,7 +188,7 @@ def evaluate_restoration(
             settings=json.loads(
                 json.dumps(
                     {
-                        "images": {"n": len(chosen), "content": images.fingerprint, "labels": labels},
+                        "images": {"n": len(chosen), "content": images.content, "labels": labels},
                         "task": task if isinstance(task, str) else f"{task!r} {identity(task)}",
                         "noise": noise,
                         "draws": draws,
@@ -196,12 +203,24 @@ def evaluate_restoration(
             sizes={column: len(chosen) for column in figures},
             figures=figures,
             left_out=left_out,
+            sampler=str(chosen_sampler),
         )
         if folder is not None and this_process()[0] == 0:
             result.save(folder)
             save_grid(torch.cat(run.shown), folder / "restored.png", columns=draws + 2)
             clean(folder)
     return result
+
+
+def takes_image(net: Score) -> bool:
+    """Whether the condition of a network is the degraded image, as for Palette's networks."""
+    takes = attribute(net, "conditioning")
+    return takes is not None and takes.channels > 0
+
+
+def _recommended(net: Score) -> Sampler:
+    # The recommended sampler of a network that draws images may be that of an ODE, which restores less well.
+    return recommended_sampler(net, None if takes_image(net) else SamplerSettings("langevin"))
 
 
 def _open(data: Any, sampler: Sampler, labels: bool, crop: Crop, progress: bool) -> ImageData:
@@ -269,8 +288,7 @@ class _Restoring:
         noise: float,
         seed: int,
     ) -> None:
-        takes = attribute(sampler.net, "conditioning")
-        self._sampler, self._conditional = prepared(sampler), takes is not None and takes.channels > 0
+        self._sampler, self._conditional = prepared(sampler), takes_image(sampler.net)
         self._evaluator, self._degradation = evaluator, degradation
         self._classes, self._draws, self._noise, self._seed = classes, draws, noise, seed
         self._restored, self._degraded = evaluator.collect(), evaluator.collect()
@@ -279,7 +297,7 @@ class _Restoring:
         self.shown: list[Tensor] = []  # for the picture
         # The set, the source and the name of each value, from black images: a process may have no batch.
         x = torch.zeros(2, *shape)
-        probe = Batch(x, torch.zeros(2, dtype=torch.int64), ["", ""])
+        probe = Batch(x, torch.zeros(2, dtype=torch.int64), ["", ""], torch.arange(2))
         seen = [[extractor.extract(x)] for extractor in evaluator.extractors]
         features = {RESTORED: [[one] * draws for (one,) in seen], DEGRADED: seen, ORIGINAL: seen}
         operator = degradation(probe)

@@ -23,6 +23,7 @@ import hashlib
 import io
 import os
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,6 @@ from scorematch.files import write_whole
 from scorematch.schema import plain
 from scorematch.training.data import ImageData, open_images
 
-_BLOCK = 1024  # images that are read at a time to hash them
 _ASYMMETRY = 1e-5  # the tolerance of a covariance, relative to its largest entry; files may hold float32
 
 
@@ -125,7 +125,7 @@ class Statistics:
             ValueError: if the name does not end in .npz.
             OSError: if the file cannot be written.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.suffix != ".npz":
             raise ValueError(f"the name of a file of statistics must end in .npz, got {path}.")
         arrays: dict[str, Any] = {
@@ -158,7 +158,7 @@ class Statistics:
             OSError: if the file does not exist or cannot be read.
             ValueError: if it is not a file of statistics, or another extractor computed them.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         names = ("mu", "sigma", "n", "extractor", "fingerprint", "preprocessing", "features")
         arrays = read_arrays(path, names)
         absent = [name for name in ("mu", "sigma") if name not in arrays]
@@ -205,7 +205,7 @@ def _content(arrays: dict[str, np.ndarray], extractor: Extractor) -> tuple[Any, 
 
 def is_statistics_file(path: str | os.PathLike[str]) -> bool:
     """Whether a path is an ``.npz`` file of statistics, not of images: it has an array ``mu`` or ``sigma``."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != ".npz" or not path.is_file():
         return False
     try:
@@ -237,7 +237,7 @@ def statistics_of(
         extractor: the extractor, with a fingerprint.
         features: whether to keep all features, which all metrics except the Fréchet distance need.
         cache: a folder, such as ``cache_folder()``. If it has statistics of the same images by the same extractor,
-            they are read; otherwise they are written to it. None uses no cache.
+            they are read; otherwise they are written to it, with a warning if that fails. None uses no cache.
         batch_size: the number of images that are read at once.
         progress: whether to show a progress bar.
 
@@ -248,7 +248,7 @@ def statistics_of(
         OSError, TypeError, ValueError: as ``open_images``; also a ValueError if there are fewer than two images.
     """
     images = open_images(data, progress=progress)
-    path = None if cache is None else Path(cache, f"{content_key(images, extractor, features)}.npz")
+    path = None if cache is None else Path(cache, f"{content_key(images, extractor, features)}.npz").expanduser()
     # All processes must make the same choice: if one reads the file, the others would wait for it in a collective call.
     stored = None if path is None else _stored(path, extractor)
     if agreed(stored is not None):
@@ -261,7 +261,10 @@ def statistics_of(
         found.update(extractor(batch))
     result = Statistics.of(found.gather() if isinstance(found, Rows) else found.reduce(), extractor)
     if path is not None:
-        result.save(path)
+        try:
+            result.save(path)
+        except OSError as error:
+            warnings.warn(f"The statistics are not cached in {path.parent}: {error.strerror or error}.", stacklevel=2)
     return result
 
 
@@ -280,7 +283,7 @@ def content_key(images: ImageData, extractor: Extractor, *parts: object) -> str:
     order; and the name, fingerprint and preprocessing of the extractor.
 
     Args:
-        images: the data set; all images are read once.
+        images: the data set; all images are read when it is first hashed.
         extractor: the extractor, with a fingerprint.
         parts: other values that the statistics depend on.
 
@@ -290,12 +293,8 @@ def content_key(images: ImageData, extractor: Extractor, *parts: object) -> str:
     Raises:
         ValueError: if the extractor has no fingerprint.
     """
-    digest = hashlib.blake2b(repr((images.fingerprint, *_identity(extractor), *parts)).encode(), digest_size=16)
-    for start in range(0, len(images), _BLOCK):
-        batch, _ = images.read(range(start, min(start + _BLOCK, len(images))))
-        digest.update(f"{batch.dtype} {tuple(batch.shape)}".encode())
-        digest.update(batch.contiguous().numpy().data)
-    return digest.hexdigest()
+    extracted = _identity(extractor)
+    return hashlib.blake2b(repr((images.content, *extracted, *parts)).encode(), digest_size=16).hexdigest()
 
 
 def cache_folder() -> Path:

@@ -10,7 +10,9 @@ with it in the card, ``README.md``. The same call continues an interrupted one.
 
 from __future__ import annotations
 
+import copy
 import json
+import operator
 import os
 import re
 import time
@@ -26,14 +28,15 @@ from tqdm.auto import tqdm
 from scorematch.bulk import bulk_samples
 from scorematch.bulk.batches import this_process
 from scorematch.bulk.classes import Classes
-from scorematch.bulk.hashing import sampler_settings
+from scorematch.bulk.hashing import identity, sampler_settings
 from scorematch.charts import table
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.evaluate import find_data, hash_of, open_for, read_batches
 from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.figures import IMAGES, Evaluator, Figure, Figures
 from scorematch.evaluation.per_image import choose
-from scorematch.files import clean, write_whole
+from scorematch.files import check_own, clean, write_whole
+from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
 from scorematch.protocol import device_of
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
@@ -170,13 +173,17 @@ def tune(
 
     Raises:
         ImportError, OSError, TypeError, ValueError: if an input does not exist, is damaged or does not fit the others;
-            or if ``out`` has a table that was measured with other settings.
+            or if ``out`` has another network, or a table that was measured with other settings.
         RuntimeError: if a sample has NaN or infinite values.
     """
+    n = operator.index(n)
     if by not in ("frechet", "kernel"):
         raise ValueError(f'by must be "frechet" or "kernel", got {by!r}.')
     if isinstance(net, str | os.PathLike):
         net = ScoreNet.from_pretrained(net).to("cpu" if device is None else device)
+    folder = None if out is None else Path(out).expanduser()
+    if folder is not None:
+        check_folder(folder, net)
     shape = net.sample_shape
     if shape is None or len(shape) != 3:
         raise ValueError(f"the network must draw images (C, H, W), but its sample_shape is {shape}.")
@@ -202,7 +209,7 @@ def tune(
         context = {"n": n, **options, "network": sampler_settings(next(iter(samplers.values())))["network"]}
         source = evaluator.extractors[0].name
         figures = {source: (by,), IMAGES: ("std", "variation")}
-        kept = _Table(None if out is None else Path(out), {**context, **evaluator.settings()}, figures)
+        kept = _Table(folder, {**context, **evaluator.settings()}, figures)
         for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process()[0] > 0):
             if each not in kept.rows:
                 (row,) = compare([sampler], evaluator, n, **options, progress=progress)
@@ -215,9 +222,9 @@ def tune(
         rows = [kept.rows[each] for each in samplers]
         best = min(rows, key=lambda row: (row.figures[source][by].value, row.calls))
         result = Tuning(rows, best, others, source, by)
-        if out is not None and this_process()[0] == 0:
-            _store(net, Path(out), result, n)
-            clean(Path(out))
+        if folder is not None and this_process()[0] == 0:
+            _store(net, folder, result, n)
+            clean(folder)
     return result
 
 
@@ -234,7 +241,7 @@ def compare(
 ) -> Iterator[Row]:
     """Measures images of several samplers, drawn from the same seeds.
 
-    Under ``torch.distributed`` every process must make the same call.
+    Under ``torchrun`` or ``accelerate launch`` every process must make the same call.
 
     Args:
         samplers: the samplers.
@@ -252,7 +259,8 @@ def compare(
     for sampler in samplers:
         begin = time.perf_counter()
         batches = bulk_samples(sampler, n, seed=seed, batch_size=batch_size, condition=condition, classes=classes)
-        figures = evaluator.measure(_drawn(batches, n, repr(sampler), progress))
+        with process_group(device_of(sampler.net)):
+            figures = evaluator.measure(_drawn(batches, n, repr(sampler), progress))
         yield Row(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
 
 
@@ -304,6 +312,17 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
 
 
 # -- The folder -------------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path, net: ScoreNet) -> None:
+    """Checks that a folder has no other network, unless an earlier call wrote it; see ``check_own``."""
+    backbone = copy.deepcopy(net.backbone) if net.config["family"] == "custom" else None
+    try:
+        same = identity(ScoreNet.from_pretrained(folder, backbone=backbone)) == identity(net)
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        check_own(folder, _FILE, [CONFIG_FILE])
 
 
 class _Table:

@@ -51,7 +51,7 @@ def locate(
     """
     if not isinstance(name_or_folder, str | os.PathLike):
         raise TypeError(f"the name of a network must be a string or a path, got {type(name_or_folder).__name__}.")
-    path = Path(name_or_folder)
+    path = Path(name_or_folder).expanduser()
     card = cards.find(name_or_folder) if isinstance(name_or_folder, str) else None
     if card is None and path.is_file():
         raise ValueError(_about_a_file(path))

@@ -66,7 +66,7 @@ def save(
         FileExistsError: if ``folder`` holds another network in unet/, or is the folder of a training run.
         OSError: if the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a network is saved into a folder.")
     if (folder / "unet" / CONFIG_FILE).is_file():

@@ -18,6 +18,7 @@ The order of the images in a training run depends on the seed only; see ``Order`
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -41,6 +42,7 @@ from scorematch.randomness import seed_of
 from scorematch.schema import Field, check, read_object
 from scorematch.training.sources import Array, Crop, Options, Source, UnfitError, find, ordered_map
 
+_BLOCK = 1024  # images that are read at a time to hash them
 _IN_MEMORY = 2**30  # the largest size in bytes of decoded images that are kept in memory without a cache
 _LONGEST_HEADER = 4096  # bytes
 
@@ -72,6 +74,16 @@ class ImageData:
 
     def __repr__(self) -> str:
         return f"ImageData({len(self):,} x {self.shape} from {self._source.name})"
+
+    @functools.cached_property
+    def content(self) -> str:
+        """A hash of ``fingerprint`` and of all pixels, in order; all images are read when it is first used."""
+        digest = hashlib.blake2b(self.fingerprint.encode(), digest_size=16)
+        for start in range(0, len(self), _BLOCK):
+            batch, _ = self.read(range(start, min(start + _BLOCK, len(self))))
+            digest.update(f"{batch.dtype} {tuple(batch.shape)}".encode())
+            digest.update(batch.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
         """Reads images by index.

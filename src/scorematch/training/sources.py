@@ -22,18 +22,13 @@ import torch
 from torch import Tensor
 
 from scorematch.arrays import read_arrays
-from scorematch.images import check_range, gray_or_rgb, open_picture
+from scorematch.images import ENDINGS, check_range, gray_or_rgb, open_picture
 from scorematch.schema import plain
 
 Crop = Literal["center", "celeba"] | None
 _A = TypeVar("_A")
 _T = TypeVar("_T")
 
-# The extensions of image files; other files in a folder are ignored.
-_ENDINGS = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
-)
 _CELEBA_SIDE = 140  # pixels; the aligned images have 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
 _CLASSES = 1_000_000  # the largest number of classes
 _IMAGE_KEYS = ("image", "images", "img", "x", "x_train", "arr_0")
@@ -355,7 +350,7 @@ def _walk(folder: Path) -> list[Path]:
         entered.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (Path(where, name) for name in files if not name.startswith("."))
-        found += [path.relative_to(folder) for path in paths if path.suffix.lower() in _ENDINGS and path.is_file()]
+        found += [path.relative_to(folder) for path in paths if path.suffix.lower() in ENDINGS and path.is_file()]
     return sorted(found)
 
 
@@ -518,7 +513,8 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
         if path.suffix != ".npz":
             raise ValueError(f"data must be a folder of images or an .npz file, got the file {path}.")
         return read_arrays(path)
-    if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+    file = path.suffix.lower() in (".npz", *ENDINGS)
+    if file or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
         raise FileNotFoundError(f"{path} does not exist.")
     try:
         from datasets import load_dataset
