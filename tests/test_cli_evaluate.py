@@ -238,6 +238,14 @@ def test_tune_stores_the_best_settings(folder, tmp_path, capsys):
     assert lines[-2] == f"best: {best}" and f"| **{best}** |" in "\n".join(lines)
 
 
+def test_tune_of_restorations(folder, tmp_path, capsys):
+    options = ("--reference", folder / "real.npz", "-n", 3, "--calls", 18, "--out", tmp_path / "tuned")
+    assert _run("tune", folder / "network", "--restore", "pool-2", "pool-4", "--restore-method", "guide", *options) == 0
+    said = capsys.readouterr().out
+    assert "| sampler settings | calls | pool-2: rmse | pool-4: rmse | mean: rmse | seconds |" in said
+    assert (tmp_path / "tuned" / "tune.svg").is_file() and f"{tmp_path / 'tuned'}\n" in said
+
+
 def test_tune_refuses(folder, capsys):
     network, reference = folder / "network", ("--reference", folder / "real.npz")
     for arguments, message in [

@@ -7,7 +7,16 @@ import torch
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.bulk import bulk_samples
-from scorematch.evaluation import Evaluator, compare, frechet_distance, pixels, settings_table, tune
+from scorematch.evaluation import (
+    Evaluator,
+    compare,
+    evaluate_restoration,
+    frechet_distance,
+    pixels,
+    settings_table,
+    tune,
+)
+from scorematch.observe import AveragePool
 from scorematch.sampling import ODESampler, SamplerSettings, recommended_sampler
 from tests.helpers import seed
 
@@ -102,6 +111,80 @@ def test_rows_are_measured_once(net, tmp_path, monkeypatch):
         run(net, out=tmp_path)
 
 
+@pytest.fixture(scope="module")
+def restorer():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        levels = NoiseSchedule.geometric(1, 0.01, 9)
+        made = ScoreNet.unet(3, 8, widths=(4, 6), layers_per_block=1, condition_channels=3, schedule=levels)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.normal_(std=0.2)
+    return made
+
+
+COLORED = torch.rand(8, 3, 8, 8, generator=seed(1))
+
+
+@pytest.mark.parametrize("by", [None, "perceptual", "frechet"])
+def test_the_best_settings_of_restorations(restorer, tmp_path, by):
+    """The figures are those of evaluate_restoration; several tasks have the geometric mean."""
+    tasks = ["colorization", AveragePool(2)]
+    result = run(restorer, COLORED, tasks=tasks, restore="guide", by=by, out=tmp_path)
+    assert (result.tasks, result.by) == (["colorization", "AveragePool(2)"], by or "rmse")
+    for row in result.rows:
+        sampler = recommended_sampler(restorer, row.settings)
+        sampler.restore = "guide"
+        values = []
+        for task in tasks:
+            options = {"n": 6, "draws": 1, "features": mean_color, "metrics": ["frechet"], "cache": False}
+            found = evaluate_restoration(sampler, COLORED, task, progress=False, **options).figures["restored"]
+            values.append(found["restoration" if by is None else result.source][result.by].value)
+            assert row.figures[str(task)][result.by].value == pytest.approx(values[-1], rel=1e-5)
+        assert result.distance(row) == pytest.approx((values[0] * values[1]) ** 0.5, rel=1e-5)
+    assert result.best is min(result.rows, key=result.distance)
+    head = f"| sampler settings | calls | colorization: {result.by} | AveragePool(2): {result.by} | mean: {result.by} |"
+    assert result.to_markdown().startswith(head)
+    assert ScoreNet.from_pretrained(tmp_path).sampler_settings == result.best.settings
+    assert run(restorer, COLORED, tasks=tasks, restore="guide", by=by, out=tmp_path).rows == result.rows
+    with pytest.raises(ValueError, match="measured with other settings: tasks"):
+        run(restorer, COLORED, tasks="colorization", restore="guide", by=by, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"the network restores images: name the tasks to measure, such as tasks=\['colorization'\]"),
+        ({"by": "rmse"}, "by must be one of 'frechet', 'kernel' for samples, got 'rmse'"),
+        (
+            {"tasks": "colorization", "by": "kernel"},
+            "by must be one of 'rmse', 'perceptual', 'frechet' for restorations",
+        ),
+        ({"tasks": "colorization", "held_out": COLORED}, "held_out is for samples. Leave it out with tasks"),
+        ({"tasks": "colorization", "by": "perceptual", "features": []}, "by='perceptual' needs features"),
+        ({"tasks": "sharpening"}, "task must be colorization, inpainting, .* got 'sharpening'"),
+    ],
+)
+def test_restorations_that_cannot_be_measured(restorer, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(restorer, COLORED, **options)
+
+
+def test_the_chart_has_the_smallest_distance_of_each_sampler_and_number_of_calls(net, tmp_path):
+    settings = [
+        *SETTINGS[:3],
+        SamplerSettings("ode", levels=5, method="heun"),
+        SamplerSettings("ode", method="heun", levels=3),
+    ]
+    result = run(net, settings=settings, out=tmp_path)
+    svg = (tmp_path / "tune.svg").read_text()
+    assert svg == result.chart() and "network calls" in svg
+    for name in ("ode", "ode, heun", "ode, dpm-solver++", "ancestral"):
+        assert f">{name}</text>" in svg
+    assert svg.count("<circle") == 5
+    assert "(tune.svg)" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -182,7 +265,7 @@ def test_compare_measures_samplers(net):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "fid"}, 'by must be "frechet" or "kernel", got \'fid\''),
+        ({"by": "fid"}, "by must be one of 'frechet', 'kernel' for samples, got 'fid'"),
         ({"by": "kernel"}, "'kernel' needs 1,000 images in each set, and there are 6"),
         ({"calls": 1}, "no settings have at most 1 network calls"),
         ({"n": 1}, "at least 2 images, got 1"),

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 from scorematch.bulk.batches import this_process
 from scorematch.cli.options import (
     Commands,
@@ -127,10 +125,7 @@ def _run(args: argparse.Namespace) -> None:
         draws = 2 if args.draws is None else args.draws
         if process == 0:
             drawn = draws * (DEFAULT_N_RESTORED if args.n is None else args.n)
-            channels = 0 if net.conditioning is None else net.conditioning.channels
-            _, *size = net.sample_shape or ()
-            few = torch.zeros(min(drawn, 64), channels, *size) if channels else None
-            announce(fast, estimate(fast, drawn, few), drawn, processes, most=args.n is None)
+            announce(fast, estimate(fast, drawn), drawn, processes, most=args.n is None)
         sampler.restore = "replace" if args.restore_method is None else args.restore_method
         result = evaluate_restoration(
             sampler,

@@ -18,6 +18,7 @@ from torch import Tensor
 from scorematch import pretrained
 from scorematch.bulk.classes import Classes, Rule
 from scorematch.evaluation import EXTRACTORS, as_extractor
+from scorematch.evaluation.restoration import takes_image
 from scorematch.guidance import GuidedScore, classifier_free
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.protocol import Score, attribute, device_of
@@ -164,10 +165,11 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--features",
         nargs="+",
-        choices=EXTRACTORS,
+        choices=(*EXTRACTORS, "none"),
         metavar="NAME",
         default=["inception"],
-        help="the extractor, or several: inception (FID; the default), dinov2, efficientnet-lite0 or pixels",
+        help="the extractor, or several: inception (FID; the default), dinov2, efficientnet-lite0 or pixels; none "
+        "measures no features",
     )
     group.add_argument("--weights", type=Path, metavar="FILE", help="the weights of inception or dinov2, if downloaded")
     group.add_argument(
@@ -196,7 +198,9 @@ def reference_options(args: argparse.Namespace, device: torch.device) -> dict[st
     if args.weights is not None and len(args.features) > 1:
         raise ValueError("--weights is for one extractor. Name one with --features.")
     return {
-        "features": [as_extractor(name, weights=args.weights, device=device) for name in args.features],
+        "features": [
+            as_extractor(name, weights=args.weights, device=device) for name in args.features if name != "none"
+        ],
         "crop": None if args.crop == "none" else args.crop,
         "batch_size": args.batch_size,
         "seed": args.seed,
@@ -497,7 +501,8 @@ def estimate(
     Args:
         sampler: the sampler, preferably of an inference copy, which is then made only once.
         n: the number of images.
-        condition: a condition for each image, or the class or the rule of ``--class``.
+        condition: a condition for each image, or the class or the rule of ``--class``; None for a network that restores
+            images is a black image.
         shape: the shape (C, H, W) of an image; None is that of the network.
     """
     shape = attribute(sampler.net, "sample_shape") if shape is None else shape
@@ -506,6 +511,8 @@ def estimate(
     x = torch.rand(few, *shape, device=device)
     given = condition[:few].to(device) if isinstance(condition, Tensor) else condition
     given = 0 if isinstance(given, str) else given  # one class takes as long as another
+    if given is None and takes_image(sampler.net):
+        given = torch.zeros(few, attribute(sampler.net, "conditioning").channels, *shape[1:], device=device)
     arguments = () if given is None else (given,)
     with torch.no_grad():
         sampler.net(x, 1.0, *arguments).sum().item()  # the first call prepares the kernels

@@ -21,9 +21,11 @@ from scorematch.cli.options import (
     load,
     reference_options,
 )
+from scorematch.evaluation.restoration import takes_image
 from scorematch.evaluation.tune import Criterion, check_folder, settings_table, tune
 from scorematch.protocol import device_of
 from scorematch.sampling import recommended_sampler
+from scorematch.sampling.restoration import Restore
 
 
 def add(commands: Commands) -> None:
@@ -50,7 +52,23 @@ def add(commands: Commands) -> None:
         "--calls", type=int, default=250, help="the largest number of network calls per image (default: 250)"
     )
     parser.add_argument(
-        "--by", choices=get_args(Criterion), default="frechet", help="the distance to minimize (default: frechet)"
+        "--by",
+        choices=get_args(Criterion),
+        help="the distance to minimize: frechet (the default) or kernel for samples; rmse (the default), perceptual or "
+        "frechet for restorations",
+    )
+    parser.add_argument(
+        "--restore",
+        nargs="+",
+        metavar="TASK",
+        help="restore degraded images instead of drawing new ones: tasks as for the command evaluate, such as "
+        "colorization; --reference has the clean images. Needed for networks that were trained to restore",
+    )
+    parser.add_argument(
+        "--restore-method",
+        choices=get_args(Restore),
+        default="replace",
+        help="how the restorations are made to agree with the degraded images (default: replace)",
     )
     parser.add_argument("--seed", type=int, default=0, help="the random seed of all images (default: 0)")
     add_device(parser)
@@ -68,13 +86,16 @@ def _run(args: argparse.Namespace) -> None:
     net = load(args)
     if args.out is not None:
         check_folder(args.out, net)  # before weights are downloaded
-    condition = find_classes(args, net)
+    condition = None if takes_image(net) else find_classes(args, net)
+    if args.restore and args.by in (None, "rmse"):
+        args.features = []  # not needed
     options = reference_options(args, device_of(net))
     settings = settings_table(net, args.calls)
     if settings and this_process()[0] == 0:
         samplers = [recommended_sampler(net, each) for each in settings]
         fast = recommended_sampler(net.inference_copy(), settings[0])
         calls = sum(map(len, samplers))
+        calls *= len(args.restore or [""])
         seconds = estimate(fast, args.n, condition) * calls / len(fast) / this_process()[1]
         print(f"{len(settings)} settings with {calls:,} network calls, about {duration(seconds)}", flush=True)
     result = tune(
@@ -84,11 +105,13 @@ def _run(args: argparse.Namespace) -> None:
         calls=args.calls,
         n=args.n,
         by=args.by,
+        tasks=args.restore,
+        restore=args.restore_method,
         held_out=args.held_out,
         out=args.out,
         condition=condition,
         classes=args.classes,
-        **{**options, "features": options["features"][0]},
+        **{**options, "features": options["features"][0] if options["features"] else []},
     )
     if this_process()[0] == 0:
         print(result.to_markdown(), end="")

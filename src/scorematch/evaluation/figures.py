@@ -405,7 +405,7 @@ class Plan(NamedTuple):
             {name: MEASURES[name].lacks(n, features, reference) for name in wanted}
             for features, reference in zip(seen, references, strict=True)
         ]
-        if names is not None and strict:
+        if names is not None and strict and seen:
             for name in wanted:
                 if all(each[name] is not None for each in reasons):
                     raise ValueError(f"the metric {name!r} {reasons[0][name]}.")
@@ -429,7 +429,8 @@ class Evaluator:
         reference: the real images: an ``ImageData``, or what ``scorematch.training.open_images`` takes, such as a
             folder, arrays, an ``.npz`` file or the name of a data set; or ``Statistics``, or a file of statistics. A
             damaged image is an error.
-        features: an extractor, or several: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of images.
+        features: an extractor, or several: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of images. An
+            empty list measures the pixels only.
         metrics: a name from ``MEASURES``, or several; None is all that can be measured, except "classes".
         image_size: (height, width) in pixels to which the images of the reference are cropped and resized, as for
             ``open_images``; None keeps their size.
@@ -479,8 +480,10 @@ class Evaluator:
         listed = features if isinstance(features, Sequence) and not isinstance(features, str) else [features]
         self.extractors = tuple(as_extractor(each, device=device) for each in listed)
         names = [extractor.name for extractor in self.extractors]
-        if not names or len({*names, IMAGES}) <= len(names):
-            raise ValueError(f"features must be extractors with different names, got {', '.join(names) or 'none'}.")
+        if len({*names, IMAGES}) <= len(names):
+            raise ValueError(f"features must be extractors with different names, got {', '.join(names)}.")
+        if metrics and not names:
+            raise ValueError(f"metrics need features, and there are none. Name an extractor for {metrics[0]!r}.")
         self._names = None if metrics is None else tuple(metrics)
         self.data: ImageData | None = None
         if isinstance(reference, Statistics):
@@ -571,7 +574,7 @@ class Evaluator:
         """Everything that determines the figures of given images, as plain values for JSON."""
         return {
             "reference": {
-                "n": self.references[0].n,
+                "n": self.references[0].n if self.data is None else len(self.data),
                 "shape": None if self.data is None else list(self.data.shape),
                 "content": _digest(self.references[0]) if self.data is None else self.data.content,
             },

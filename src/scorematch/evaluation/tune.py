@@ -4,20 +4,25 @@ All settings draw images from the same seeds, so that their differences have sma
 settings are those with the smallest distance to the reference. Settings whose distances differ by less than the errors
 are equally good: choose the one with the fewest network calls. ``calls=`` limits their number.
 
-The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, and a section
-with it in the card, ``README.md``. The same call continues an interrupted one.
+With ``tasks`` degraded images are restored instead, and the best settings are those with the smallest error. For
+several tasks it is the geometric mean of their errors, which gives all tasks the same weight.
+
+The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, a chart of
+the distance over the network calls in ``tune.svg``, and a section with both in the card, ``README.md``. The same call
+continues an interrupted one.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import operator
 import os
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,24 +34,30 @@ from scorematch.bulk import bulk_samples
 from scorematch.bulk.batches import this_process
 from scorematch.bulk.classes import Classes
 from scorematch.bulk.hashing import identity, sampler_settings
-from scorematch.charts import table
+from scorematch.charts import Curve, chart, table
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.evaluate import find_data, hash_of, open_for, read_batches
 from scorematch.evaluation.features import Extractor
-from scorematch.evaluation.figures import IMAGES, Evaluator, Figure, Figures
+from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figure, Figures
 from scorematch.evaluation.per_image import choose
+from scorematch.evaluation.restoration import RESTORATION, RESTORED, evaluate_restoration, takes_image
 from scorematch.files import check_own, clean, write_whole
+from scorematch.observe import Operator
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
 from scorematch.protocol import device_of
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
+from scorematch.sampling.restoration import Restore
 from scorematch.schema import Field, check, plain, read_object
 from scorematch.score import ScoreNet
+from scorematch.training.data import ImageData
 from scorematch.training.sources import Crop
 
-Criterion = Literal["frechet", "kernel"]
+Criterion = Literal["frechet", "kernel", "rmse", "perceptual"]
+Task = str | Operator
 
-_FILE = "tune.json"
+_OF_SAMPLES, _OF_TASKS = ("frechet", "kernel"), ("rmse", "perceptual", "frechet")  # the criteria, defaults first
+_FILE, _CHART = "tune.json", "tune.svg"
 _SCHEMA: Mapping[str, Field] = {
     "format_version": Field(int, required=True, choices=(1,)),
     "settings": Field(dict, required=True),
@@ -91,30 +102,67 @@ class Tuning:
 
     Attributes:
         rows: one for each of the settings.
-        best: the row with the smallest distance.
         held_out: the figures of held-out images, or None.
-        source: the name of the extractor.
+        source: the name of the extractor; "restoration" for the error of pixels.
         by: the name of the distance.
+        tasks: the names of the tasks; empty if images were drawn and not restored.
     """
 
     rows: Sequence[Row]
-    best: Row
     held_out: Figures | None
     source: str
     by: str
+    tasks: Sequence[str] = ()
+
+    @property
+    def best(self) -> Row:
+        """The row with the smallest distance; of equal ones, that with the fewest network calls."""
+        return min(self.rows, key=lambda row: (self.distance(row), row.calls))
+
+    def distance(self, row: Row) -> float:
+        """The distance of a row; for several tasks the geometric mean of their distances."""
+        values = [row.figures[source][self.by].value for source in self.tasks or [self.source]]
+        return math.prod(max(value, 0) for value in values) ** (1 / len(values)) if self.tasks else values[0]
 
     def to_markdown(self) -> str:
         """The rows as a table in Markdown, the best one in bold."""
-        head = ["sampler settings", "calls", f"{self.by}, {self.source}", "std", "variation", "seconds"]
-        lines = []
+        looks = ["std", "variation"]
+        of_tasks = [*self.tasks, *(["mean"] if len(self.tasks) > 1 else [])]
+        measured = [f"{task}: {self.by}" for task in of_tasks] or [f"{self.by}, {self.source}", *looks]
+        lines, best = [], self.best
         for row in self.rows:
-            cells = [str(row.settings), str(row.calls), *self._cells(row.figures), f"{row.seconds:.0f}"]
-            lines.append([f"**{cell}**" for cell in cells] if row is self.best else cells)
+            cells = [str(row.settings), str(row.calls), *self._cells(row.figures)]
+            cells += [f"{self.distance(row):.4g}"] if len(self.tasks) > 1 else []
+            cells += [f"{row.seconds:.0f}"]
+            lines.append([f"**{cell}**" for cell in cells] if row is best else cells)
         if self.held_out is not None:
             lines.append(["held-out images", "", *self._cells(self.held_out), ""])
-        return table(head, lines)
+        return table(["sampler settings", "calls", *measured, "seconds"], lines)
+
+    def chart(self) -> str:
+        """The distance over the number of network calls as the text of an SVG file.
+
+        Each sampler has one line: the smallest distance among its settings with each number of calls.
+        """
+        smallest: dict[str, dict[int, float]] = {}
+        for row in self.rows:
+            settings = row.settings or SamplerSettings()
+            kinds = (
+                settings.method,
+                settings.variance,
+                settings.predictor,
+                "consistent" if settings.consistent else None,
+            )
+            name = ", ".join([settings.sampler, *(kind for kind in kinds if kind is not None)])
+            line = smallest.setdefault(name, {})
+            line[row.calls] = min(self.distance(row), line.get(row.calls, math.inf))
+        curves = [Curve(name, sorted(line), [line[calls] for calls in sorted(line)]) for name, line in smallest.items()]
+        of = f"mean of {len(self.tasks)} tasks" if len(self.tasks) > 1 else (*self.tasks, self.source)[0]
+        return chart(f"{self.by}, {of}", "network calls", curves, log_x=True, marks=True)
 
     def _cells(self, figures: Figures) -> list[str]:
+        if self.tasks:
+            return [str(figures[task][self.by]) for task in self.tasks]
         found = (figures[self.source][self.by], figures[IMAGES]["std"], figures[IMAGES]["variation"])
         return [str(figure) for figure in found]
 
@@ -127,8 +175,10 @@ def tune(
     calls: int = 250,
     n: int = 1000,
     features: str | Extractor = "inception",
-    by: Criterion = "frechet",
+    by: Criterion | None = None,
     held_out: Any = None,
+    tasks: Task | Sequence[Task] | None = None,
+    restore: Restore = "replace",
     seed: int = 0,
     batch_size: int = 64,
     out: str | os.PathLike[str] | None = None,
@@ -145,14 +195,19 @@ def tune(
 
     Args:
         net: the network, or its name or folder, as for ``ScoreNet.from_pretrained``. It is not changed.
-        reference: the real images, as for ``evaluate``.
+        reference: the real images, as for ``evaluate``; with ``tasks`` the clean images, of which n are degraded.
         settings: the settings to measure; None is ``settings_table(net, calls)``.
         calls: the largest number of network calls per image; settings with more are left out.
         n: the number of images for each of the settings.
         features: the extractor: a name from ``EXTRACTORS``, or an ``Extractor``. For images unlike photographs, such as
             digits, a classifier of their classes is best.
-        by: the distance that the best settings minimize: "frechet", or "kernel", which needs n of at least 1,000.
+        by: the distance that the best settings minimize. None is "frechet"; "kernel" needs n of at least 1,000. With
+            ``tasks`` None is "rmse", the root mean square error, which prefers smooth restorations; "perceptual" is the
+            mean distance of the features of a restoration and its original, and "frechet" that of both sets.
         held_out: real images that are not in the reference, for comparison, as for ``evaluate``.
+        tasks: to measure restorations, one or more of the tasks of ``evaluate_restoration``. A network that was trained
+            to restore needs them.
+        restore: the method of the restorations, as for every ``Sampler``.
         seed: the seed of all images.
         batch_size: the number of images that go through the network at once.
         out: the folder for the network with the best settings, and the table. It may be the folder of the network
@@ -177,8 +232,15 @@ def tune(
         RuntimeError: if a sample has NaN or infinite values.
     """
     n = operator.index(n)
-    if by not in ("frechet", "kernel"):
-        raise ValueError(f'by must be "frechet" or "kernel", got {by!r}.')
+    listed_tasks: list[Task] = [tasks] if isinstance(tasks, Task) else list(tasks or ())
+    named = [str(task) for task in listed_tasks]
+    criteria = _OF_TASKS if listed_tasks else _OF_SAMPLES
+    criterion = criteria[0] if by is None else by
+    if criterion not in criteria:
+        kind = "restorations" if named else "samples"
+        raise ValueError(f"by must be one of {', '.join(map(repr, criteria))} for {kind}, got {by!r}.")
+    if listed_tasks and held_out is not None:
+        raise ValueError("held_out is for samples. Leave it out with tasks.")
     if isinstance(net, str | os.PathLike):
         net = ScoreNet.from_pretrained(net).to("cpu" if device is None else device)
     folder = None if out is None else Path(out).expanduser()
@@ -191,13 +253,16 @@ def tune(
     samplers = {each: sampler for each in listed if len(sampler := recommended_sampler(net, each)) <= calls}
     if not samplers:
         raise ValueError(f"no settings have at most {calls} network calls per image.")
+    if takes_image(net) and not listed_tasks:
+        raise ValueError("the network restores images: name the tasks to measure, such as tasks=['colorization'].")
     device = device_of(net) if device is None else device
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
     with process_group(device):
+        data = open_for(reference, shape, crop, progress) if named else find_data(reference)
         evaluator = Evaluator(
-            find_data(reference),
-            features=features,
-            metrics=[by],
+            data,
+            features=[] if criterion == "rmse" else features,
+            metrics=[criterion] if criterion in MEASURES else [],
             image_size=(shape[1], shape[2]),
             channels=shape[0],
             crop=crop,
@@ -205,27 +270,67 @@ def tune(
             device=device,
             progress=progress,
         )
+        if criterion != "rmse" and not evaluator.extractors:
+            raise ValueError(f"by={criterion!r} needs features. Name an extractor.")
         evaluator.check(n, shape)
+        source = RESTORATION if criterion == "rmse" else evaluator.extractors[0].name
+        figures: dict[str, tuple[str, ...]] = {source: (criterion,), IMAGES: ("std", "variation")}
+        figures = dict.fromkeys(named, (criterion,)) or figures
         context = {"n": n, **options, "network": sampler_settings(next(iter(samplers.values())))["network"]}
-        source = evaluator.extractors[0].name
-        figures = {source: (by,), IMAGES: ("std", "variation")}
+        context |= {"tasks": named, "restore": restore} if named else {}
         kept = _Table(folder, {**context, **evaluator.settings()}, figures)
         for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process()[0] > 0):
-            if each not in kept.rows:
+            if each in kept.rows:
+                continue
+            if named:
+                sampler.restore = restore
+                row = _restored(sampler, data, listed_tasks, evaluator, criterion, n, seed, batch_size)
+            else:
                 (row,) = compare([sampler], evaluator, n, **options, progress=progress)
-                kept.add(Row(row.sampler, row.calls, row.seconds, row.figures, each))
+            kept.add(replace(row, settings=each))
         others = None
         if held_out is not None:
-            data = open_for(held_out, shape, crop, progress)
-            chosen = choose(len(data), min(n, len(data)), seed)
-            others = evaluator.measure(read_batches(data, chosen, batch_size), strict=False)
-        rows = [kept.rows[each] for each in samplers]
-        best = min(rows, key=lambda row: (row.figures[source][by].value, row.calls))
-        result = Tuning(rows, best, others, source, by)
+            other = open_for(held_out, shape, crop, progress)
+            chosen = choose(len(other), min(n, len(other)), seed)
+            others = evaluator.measure(read_batches(other, chosen, batch_size), strict=False)
+        result = Tuning([kept.rows[each] for each in samplers], others, source, criterion, named)
         if folder is not None and this_process()[0] == 0:
             _store(net, folder, result, n)
             clean(folder)
     return result
+
+
+def _restored(
+    sampler: Sampler,
+    data: ImageData,
+    tasks: Sequence[Task],
+    evaluator: Evaluator,
+    by: str,
+    n: int,
+    seed: int,
+    batch_size: int,
+) -> Row:
+    """The figure ``by`` of one restoration of each of n images, for each task."""
+    begin = time.perf_counter()
+    figures: Figures = {}
+    # Statistics are passed only with a fingerprint. These are neither saved nor compared with others.
+    extractors = [replace(each, fingerprint=each.fingerprint or "unknown") for each in evaluator.extractors]
+    for task in tasks:
+        found = evaluate_restoration(
+            sampler,
+            data,
+            task,
+            n=min(n, len(data)),
+            draws=1,
+            features=extractors,
+            metrics=evaluator.metrics,
+            reference=evaluator.references[0] if evaluator.references else None,
+            seed=seed,
+            batch_size=batch_size,
+            progress=False,
+        ).figures[RESTORED]
+        figures[str(task)] = {by: found[RESTORATION if by == "rmse" else evaluator.extractors[0].name][by]}
+    return Row(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
 
 
 def compare(
@@ -305,8 +410,8 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
             SamplerSettings(levels=levels, step_size=float(f"{step * schedule.sigma_min**2:.5g}"), consistent=True)
             for step in steps
         ]
-    listed += [SamplerSettings("ancestral", levels=levels, variance="large") for levels in (50, 100)]
-    listed += [SamplerSettings("ancestral", levels=100, variance="small")]
+    for variance in ("large", "small"):
+        listed += [SamplerSettings("ancestral", levels=levels, variance=variance) for levels in (50, 100)]
     listed += [SamplerSettings("predictor-corrector", levels=levels) for levels in (50, 100)]
     return [each for each in dict.fromkeys(listed) if len(recommended_sampler(net, each)) <= calls]
 
@@ -322,7 +427,7 @@ def check_folder(folder: Path, net: ScoreNet) -> None:
     except (OSError, ValueError):
         same = False
     if not same:
-        check_own(folder, _FILE, [CONFIG_FILE])
+        check_own(folder, _FILE, [CONFIG_FILE, _CHART])
 
 
 class _Table:
@@ -417,10 +522,11 @@ def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
         name = str(folder) if os.sep in str(folder) else f"./{folder}"
         weights = sum(parameter.numel() for parameter in net.parameters())
         text = model_card(name, config, weights, conditioning=net.conditioning, license=None, datasets=None)
+    write_whole(folder / _CHART, result.chart().encode())
     section = (
         f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {n:,} images for each row, all from "
         "the same seeds. The row in bold has the smallest distance; its settings are stored with the network.\n\n"
-        f"{result.to_markdown()}\n{_END}"
+        f"{result.to_markdown()}\n![{result.by} over the number of network calls]({_CHART})\n{_END}"
     )
     old = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     text = old.sub(lambda _: section, text) if old.search(text) else f"{text.rstrip()}\n\n{section}\n"
