@@ -320,7 +320,7 @@ class _Folder(_Pictures):
             if loose is not None:
                 raise ValueError(
                     f"labels=True needs all images in subfolders, whose names are the classes, got {folder / loose}. "
-                    "Move it into a subfolder, or leave out labels."
+                    "Move it into a subfolder, or leave out labels=True."
                 )
             self.labels, self.classes = _classes(names, len(names), self.name)
         files = [(folder / path).stat() for path in self.paths]
