@@ -232,7 +232,10 @@ def test_labels_train_a_class_conditional_network(tmp_path, rng, calls, capsys):
     for name in ("cat", "dog"):
         _pictures(tmp_path / "pets" / name, 5, rng)
     assert _train(tmp_path / "pets", tmp_path / "run", "--labels") == 0
-    assert "10 images of 3 x 8 x 8 of 2 classes" in capsys.readouterr().out
+    assert (
+        f"10 images of 3 x 8 x 8 from {tmp_path / 'pets'}\n          2 classes: 0 cat, 1 dog\n"
+        in capsys.readouterr().out
+    )
     assert _train(tmp_path / "pets", tmp_path / "run", "--labels", "--label-drop", "0") == 0
     found = [(net.conditioning, options["label_drop"]) for net, *_, options in calls]
     assert found == [(Condition(classes=2, null_class=True), 0.1), (Condition(classes=2), 0.0)]
@@ -245,6 +248,11 @@ def test_gray_pictures_of_an_npz_file_that_are_not_square(tmp_path, rng, calls, 
     assert _train(tmp_path / "data.npz", tmp_path / "run", "--image-size", "8x12") == 0
     assert "9 images of 1 x 8 x 12" in capsys.readouterr().out
     assert calls[0][0].sample_shape == calls[0][1].shape == (1, 8, 12)
+
+
+def test_color_pictures_for_a_gray_network_are_announced(faces, tmp_path, calls, capsys):
+    assert _train(faces, tmp_path / "run", "--channels", "1") == 0
+    assert f"12 images of 1 x 8 x 8, converted from color, from {faces}\n" in capsys.readouterr().out
 
 
 def test_the_cache_is_in_the_folder_of_the_run_or_the_given_folder(faces, run, tmp_path, calls):

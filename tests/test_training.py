@@ -47,7 +47,7 @@ from scorematch.training import checkpoint as checkpoints
 from scorematch.training.data import Order
 from scorematch.training.ema import LONGEST, Average, combination, exponent
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
-from scorematch.training.report import Log, Losses, by_level, read_examples, sample_interval
+from scorematch.training.report import Log, Losses, by_level, describe_classes, read_examples, sample_interval
 from scorematch.training.steps import make_accelerator
 from tests.helpers import gaussian_images, python, seed
 
@@ -1530,13 +1530,21 @@ def lambda_net(net, factor):
     return other
 
 
+def test_the_classes_as_text():
+    assert describe_classes(["cat"]) == "1 class: 0 cat" and describe_classes(["0", "1"]) == "2 classes"
+    assert describe_classes(["cat", "cow", "dog"], 2) == "3 classes: 0 cat, 1 cow, ..."
+
+
 def test_the_classes_take_turns_in_the_samples_of_a_run(tmp_path):
     """Whatever the classes of the first images: data are often ordered by class."""
     for label in (0, 2):
         net = image_net(classes=3)
         labels = torch.arange(32) % 3
         labels[:16] = label
-        quick(net, Memory(images(), labels), tmp_path / str(label), images=8, lr=1e-12, sample_every=8)
+        data = Memory(images(), labels)
+        data.classes = ("cat", "cow", "dog")
+        quick(net, data, tmp_path / str(label), images=8, lr=1e-12, sample_every=8)
+        assert "\n- 3 classes: 0 cat, 1 cow, 2 dog\n" in (tmp_path / str(label) / "report.md").read_text()
     zero, two = ((tmp_path / name / "samples" / "000000008.png").read_bytes() for name in ("0", "2"))
     assert zero == two
 

@@ -23,6 +23,7 @@ from scorematch.pretrained.hub import check_repository
 from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, ImageData, Recipe, Settings, open_images, train
 from scorematch.training.recipes import training_flop
+from scorematch.training.report import describe_classes
 from scorematch.training.run import check_run
 from scorematch.training.steps import check_arguments, make_accelerator
 
@@ -338,8 +339,10 @@ def _announce(
 ) -> None:
     """Prints the data, the network, its cost per image, and the estimated duration of the run."""
     size = " x ".join(map(str, data.shape))
-    classes = "" if data.classes is None else f" of {len(data.classes)} classes"
-    print(f"data      {len(data):,} images of {size}{classes} from {args.data}")
+    color = ", converted from color," if data.from_color else ""
+    print(f"data      {len(data):,} images of {size}{color} from {args.data}")
+    if data.classes is not None:
+        print(f"          {describe_classes(data.classes, 10)}")
     if data.skipped:
         few = ", ".join(data.skipped[:3]) + (", ..." if len(data.skipped) > 3 else "")
         print(f"          {len(data.skipped)} cannot be read and are left out: {few}")

@@ -399,7 +399,8 @@ class _Run:
         averaged = self.state.average()
         if self.main:
             rows = by_level(averaged, self.examples, self.settings)
-            write_report(self.out, averaged, self.config, rows, self.seconds)
+            classes = getattr(self.data, "classes", None)
+            write_report(self.out, averaged, self.config, rows, self.seconds, classes)
         return averaged
 
     # -- The loop -----------------------------------------------------------------------------------------------------
