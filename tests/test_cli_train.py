@@ -122,8 +122,23 @@ def test_the_same_command_continues_a_run_and_other_options_give_an_error(faces,
     assert _train(faces, out, *options) == 0
     assert "          continues at image 16\n" in capsys.readouterr().out
     assert _same(_weights(run[0]), _weights(out))
-    assert _train(faces, out, *options, "--lr", "0.5") == 2
-    assert "contains a run with other settings: lr was 0.001 and is 0.5" in capsys.readouterr().err
+    (out / "report.md").unlink()
+    assert _train(faces, out, *options, "--lr", "0.5", "--dry-run") == 2
+    printed = capsys.readouterr()
+    assert printed.err.endswith(
+        "contains a run with other settings: lr was 0.001 and is 0.5. Write the options of that run, such as "
+        "--recipe, to continue it, or another folder.\n"
+    )
+    assert printed.out == ""
+
+
+def test_a_longer_run_than_a_complete_one_starts_with_its_network(faces, run, capsys):
+    assert _train(faces, run[0], "--images", "48", "--dry-run") == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err == (
+        f"scorematch: {run[0]} contains a run with other settings: images was 24 and is 48. This run is complete. To "
+        f"train longer, start a new run with --start {run[0] / 'network'}.\n"
+    )
 
 
 @pytest.mark.slow
@@ -170,8 +185,9 @@ def test_options_are_passed_to_train(faces, tmp_path, calls):
     assert {**expected, **events, **rest}.items() <= found.items()
 
 
-def test_without_options_the_settings_are_those_of_the_recipe(faces, tmp_path, calls):
-    arguments = ["train", str(faces), "--out", str(tmp_path / "run"), "--recipe", "ncsn-mnist", "--quiet"]
+def test_without_options_the_settings_are_those_of_the_recipe(tmp_path, calls):
+    np.savez(tmp_path / "data.npz", images=np.zeros((128, 28, 28), np.uint8))  # a whole batch
+    arguments = ["train", str(tmp_path / "data.npz"), "--out", str(tmp_path / "run"), "--recipe", "ncsn-mnist"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "_announce", lambda *arguments: None)  # the network is large
         assert main(arguments) == 0
@@ -192,7 +208,7 @@ def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, c
     assert main([*arguments, "--image-size", "16", "--device", "cpu"]) == 0
     assert calls[1][0].sample_shape == calls[1][1].shape == (3, 16, 16)
     assert main([*arguments, "--channels", "1", "--device", "cpu"]) == 2
-    assert re.search(r"3 channels .* got x of shape \(8, 1, 8, 8\)", capsys.readouterr().err)
+    assert "sample_shape, (3, 8, 8), got (1, 8, 8)" in capsys.readouterr().err
 
 
 def test_start_with_a_recipe_trains_the_network_of_the_recipe_from_given_weights(faces, run, tmp_path, calls, capsys):
@@ -205,19 +221,21 @@ def test_start_with_a_recipe_trains_the_network_of_the_recipe_from_given_weights
 
 
 def test_start_must_be_the_network_of_the_recipe(faces, run, tmp_path, capsys):
-    arguments = ["train", faces, "--out", tmp_path / "run", "--start", run[0] / "network", "--recipe", "ncsn-cifar10"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_announce", lambda *arguments: None)  # the network is large
-        said = _refused([*arguments, "--image-size", "8", "--batch-size", "8", "--quiet", "--device", "cpu"], capsys)
-    assert "is not the same network as net: " in said and "precondition is 'karras' there and 'ncsn' here" in said
-    assert not (tmp_path / "run" / "config.json").exists()
+    start = run[0] / "network"
+    arguments = ["train", faces, "--out", tmp_path / "run", "--start", start, "--recipe", "ncsn-cifar10", "--dry-run"]
+    said = _refused([*arguments, "--image-size", "8", "--batch-size", "8", "--quiet", "--device", "cpu"], capsys)
+    assert said.startswith(f"scorematch: --start {start} is not the network of --recipe: ")
+    assert "precondition is 'karras' there and 'ncsn' here" in said and said.endswith(". Leave out --recipe.\n")
 
 
 def test_labels_train_a_class_conditional_network(tmp_path, rng, calls, capsys):
     for name in ("cat", "dog"):
         _pictures(tmp_path / "pets" / name, 5, rng)
     assert _train(tmp_path / "pets", tmp_path / "run", "--labels") == 0
-    assert "10 images of 3 x 8 x 8 of 2 classes" in capsys.readouterr().out
+    assert (
+        f"10 images of 3 x 8 x 8 from {tmp_path / 'pets'}\n          2 classes: 0 cat, 1 dog\n"
+        in capsys.readouterr().out
+    )
     assert _train(tmp_path / "pets", tmp_path / "run", "--labels", "--label-drop", "0") == 0
     found = [(net.conditioning, options["label_drop"]) for net, *_, options in calls]
     assert found == [(Condition(classes=2, null_class=True), 0.1), (Condition(classes=2), 0.0)]
@@ -230,6 +248,11 @@ def test_gray_pictures_of_an_npz_file_that_are_not_square(tmp_path, rng, calls, 
     assert _train(tmp_path / "data.npz", tmp_path / "run", "--image-size", "8x12") == 0
     assert "9 images of 1 x 8 x 12" in capsys.readouterr().out
     assert calls[0][0].sample_shape == calls[0][1].shape == (1, 8, 12)
+
+
+def test_color_pictures_for_a_gray_network_are_announced(faces, tmp_path, calls, capsys):
+    assert _train(faces, tmp_path / "run", "--channels", "1") == 0
+    assert f"12 images of 1 x 8 x 8, converted from color, from {faces}\n" in capsys.readouterr().out
 
 
 def test_the_cache_is_in_the_folder_of_the_run_or_the_given_folder(faces, run, tmp_path, calls):
@@ -260,7 +283,11 @@ def test_a_recipe_with_a_task_trains_on_it(faces, tmp_path, monkeypatch, calls):
         ({"classes": 2}, (), "is class-conditional. Add --labels."),
         ({"classes": 2}, ("--labels",), "has no null class, for which labels are dropped. Add --label-drop 0."),
         ({}, ("--labels",), "--labels is for networks with classes, and .* has none. Leave it out."),
-        ({"condition_channels": 3}, (), "restores images. Add the recipe that it was trained with, such as --recipe"),
+        (
+            {"condition_channels": 3},
+            (),
+            r"restores images. Train it in Python: train\(net, data, out, start=\".*, cond",
+        ),
     ],
 )
 def test_a_network_to_begin_with_takes_the_condition_of_the_data(faces, tmp_path, network, options, message, capsys):
@@ -321,17 +348,18 @@ def test_image_sizes():
         (("--label-drop", "0.2"), "--label-drop is for training on classes. Add --labels."),
         (("--cache", "x", "--no-cache"), "--cache and --no-cache cannot be combined. Leave out one."),
         (("--device", "mps"), "--device mps is not available: Accelerate uses cpu"),
-        (("--batch-size", "13"), "at most the number of images of the data, 12, got 13"),
-        (("--image-size", "10"), "height and width must be multiples of 4, got 10x10"),
-        (("--labels",), "labels=True needs all images in subfolders"),
+        (("--batch-size", "13"), "the data have 12 images, fewer than a batch of 13. Pass --batch-size 12 or less.$"),
+        (("--image-size", "10"), "height and width must be multiples of 4, got 10x10. Pass --image-size 8 or 12.$"),
+        (("--image-size", "13x8"), "multiples of 4, got 13x8. Pass --image-size 12x8 or 16x8.$"),
+        (("--labels",), ": --labels needs all images in subfolders.* or leave out --labels.$"),
         (("--crop", "celeba"), "needs images of at least 140 x 140 pixels"),
         (("--recipe", "ncsn-cifar10", "--image-size", "15"), "15x15"),
     ],
 )
 def test_wrong_arguments_give_an_error_of_one_line(faces, tmp_path, options, message, capsys):
     arguments = ["train", faces, "--out", tmp_path / "run", "--recipe", "tiny", "--image-size", "8", "--quiet"]
-    assert re.search(message, _refused([*arguments, "--batch-size", "8", *options], capsys))
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert re.search(message, _refused([*arguments, "--batch-size", "8", "--dry-run", *options], capsys))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["report.md", "network", "log.jsonl"])
@@ -354,7 +382,8 @@ def test_unusable_data_give_an_error_of_one_line(tmp_path, rng, capsys):
     assert "nothing does not exist" in _refused(["train", missing, "--out", tmp_path / "run"], capsys)
     mixed = _pictures(tmp_path / "mixed", 3, rng)
     Image.new("L", (16, 16)).save(mixed / "gray.png")
-    assert "mixes gray and color images" in _refused(["train", mixed, "--out", tmp_path / "run"], capsys)
+    said = _refused(["train", mixed, "--out", tmp_path / "run"], capsys)
+    assert "mixes gray and color images" in said and said.endswith("Pass --channels 3 or --channels 1.\n")
     broken = _pictures(tmp_path / "broken", 3, rng)
     (broken / "a.png").write_bytes(b"no picture")
     arguments = ["train", broken, "--out", tmp_path / "run", "--strict", "--quiet"]

@@ -351,6 +351,13 @@ def test_an_output_that_is_not_a_tensor_raises(rng):
         net(torch.rand(2, 3, 8, 8, generator=rng), 0.1)
 
 
+@pytest.mark.parametrize("shape", [(4, 20, 12, 3), (4, 1, 20, 12), (4, 20, 12)])
+def test_images_of_another_shape_than_a_wrapped_network_takes_raise(shape, rng):
+    net = ScoreNet(nn.Conv2d(3, 3, 1), LEVELS, sample_shape=(3, 20, 12))
+    with pytest.raises(ValueError, match=r"x must be images \(N, 3, H, W\), got shape \(4, "):
+        net(torch.rand(shape, generator=rng), 0.1)
+
+
 def test_the_predicted_variance_is_not_part_of_the_score(rng):
     x = torch.rand(2, 3, 8, 8, generator=rng)
     both = Backbone(lambda x, c: torch.cat([x.sin(), x.exp()], dim=1))

@@ -47,7 +47,7 @@ from scorematch.training import checkpoint as checkpoints
 from scorematch.training.data import Order
 from scorematch.training.ema import LONGEST, Average, combination, exponent
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
-from scorematch.training.report import Log, Losses, by_level, read_examples, sample_interval
+from scorematch.training.report import Log, Losses, by_level, describe_classes, read_examples, sample_interval
 from scorematch.training.steps import make_accelerator
 from tests.helpers import gaussian_images, python, seed
 
@@ -760,7 +760,10 @@ def check(net, data, **settings):
             lambda: check(points_net(), Memory(torch.zeros(9, 3))),
             r"samples of the network's sample_shape, \(2,\), got \(3,\)",
         ),
-        (lambda: check(points_net(), points(), batch_size=65), "at most the number of images of the data, 64, got 65"),
+        (
+            lambda: check(points_net(), points(), batch_size=65),
+            "the data have 64 images, fewer than a batch of 65. Pass batch_size=64",
+        ),
         (lambda: check(points_net(), points(), levels=3), "levels must be a NoiseSchedule or a distribution"),
         (lambda: check(points_net(), points(), weighting="x"), "weighting must be one of"),
         (
@@ -934,6 +937,8 @@ def test_other_settings_raise_an_error_that_names_them(run):
         quick(image_net(dropout=0.2), images(), run[0], images=160, batch_size=16, lr=0.01, seed=1)
     with pytest.raises(ValueError, match=r"dropout was 0\.2 and is 0"):
         quick(image_net(), images(), run[0], images=160)
+    with pytest.raises(ValueError, match=r"other settings: the network is another one\. This run is complete\."):
+        quick(image_net(widths=(4, 8), attention=[False] * 2), images(), run[0], images=160)
     with pytest.raises(ValueError, match="fingerprint was"):
         quick(image_net(dropout=0.2), images() / 2, run[0], images=160)
     with pytest.raises(ValueError, match="take an image as their condition, which net does not"):
@@ -1095,7 +1100,7 @@ def test_start_is_one_of_the_settings_of_a_run(fine_tuned, run, tmp_path):
     assert f'| start | "{start}" |' in (out / "report.md").read_text()
     for other in (None, run[0] / "snapshots" / "000000160-0.100"):
         with pytest.raises(
-            ValueError, match=r"a run with other settings: start was '.*network' and is .*[e0]'?\. Pass"
+            ValueError, match=r"a run with other settings: start was '.*network' and is .*[e0]'?\. This run is comp"
         ):
             quick(image_net(dropout=0.2), images(), out, start=other, images=24)
     again = quick(image_net(dropout=0.2), images(), out, start=start, images=24)
@@ -1525,13 +1530,21 @@ def lambda_net(net, factor):
     return other
 
 
+def test_the_classes_as_text():
+    assert describe_classes(["cat"]) == "1 class: 0 cat" and describe_classes(["0", "1"]) == "2 classes"
+    assert describe_classes(["cat", "cow", "dog"], 2) == "3 classes: 0 cat, 1 cow, ..."
+
+
 def test_the_classes_take_turns_in_the_samples_of_a_run(tmp_path):
     """Whatever the classes of the first images: data are often ordered by class."""
     for label in (0, 2):
         net = image_net(classes=3)
         labels = torch.arange(32) % 3
         labels[:16] = label
-        quick(net, Memory(images(), labels), tmp_path / str(label), images=8, lr=1e-12, sample_every=8)
+        data = Memory(images(), labels)
+        data.classes = ("cat", "cow", "dog")
+        quick(net, data, tmp_path / str(label), images=8, lr=1e-12, sample_every=8)
+        assert "\n- 3 classes: 0 cat, 1 cow, 2 dog\n" in (tmp_path / str(label) / "report.md").read_text()
     zero, two = ((tmp_path / name / "samples" / "000000008.png").read_bytes() for name in ("0", "2"))
     assert zero == two
 

@@ -228,6 +228,18 @@ def test_floating_point_data_are_not_changed(rng):
     assert torch.equal(_open(latents).read([0, 1])[0], latents)
     images = torch.rand(2, 3, 4, 4, generator=rng)
     assert torch.equal(_open(images, image_size=4, channels=3).read([0, 1])[0], images)
+    for shape in ((2, 3, 6, 4), (2, 1, 6, 3), (2, 16, 4, 4)):  # images of few columns, and latents
+        assert _open(torch.rand(shape, generator=rng)).shape == shape[1:]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_floating_point_images_whose_last_axis_are_channels_raise(channels, rng):
+    images = torch.rand(2, 8, 6, channels, generator=rng)
+    for source in (images.numpy(), {"images": images}, _Dataset([(image, 0) for image in images])):
+        with pytest.raises(
+            ValueError, match=r"floating-point images \(N, C, H, W\) .*, 8, 6, .* x\.permute\(0, 3, 1, 2\)"
+        ):
+            _open(source, image_size=8)
 
 
 def test_an_array_of_pixels_is_resized_like_a_picture(rng):

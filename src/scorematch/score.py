@@ -431,7 +431,7 @@ class ScoreNet(NetworkScore, nn.Module):
         Raises:
             TypeError: if x or a tensor sigma has an integer dtype, or the network does not take this kind of condition.
             ValueError: if sigma is not positive or has a wrong shape, the condition is missing or not in the range of
-                classes, the network does not support the size of the images, or the backbone returns a tensor of
+                classes, the network does not support the shape of the images, or the backbone returns a tensor of
                 another shape than x.
         """
         return self._outputs(x, sigma, condition)[0]
@@ -440,6 +440,9 @@ class ScoreNet(NetworkScore, nn.Module):
         self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
     ) -> tuple[Tensor, ...]:
         check_data(x)
+        shape = self.sample_shape  # networks of the package check x themselves
+        if self.family is None and shape is not None and len(shape) == 3 and (x.ndim != 4 or x.shape[1] != shape[0]):
+            raise ValueError(f"x must be images (N, {shape[0]}, H, W), got shape {tuple(x.shape)}.")
         condition = as_condition(condition, x, self.conditioning)
         preconditioning = self._preconditioning
         coefficients = preconditioning.coefficients(as_sigma(sigma, x))

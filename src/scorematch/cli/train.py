@@ -7,6 +7,8 @@ import math
 import re
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,20 @@ from scorematch.pretrained.hub import check_repository
 from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, ImageData, Recipe, Settings, open_images, train
 from scorematch.training.recipes import training_flop
-from scorematch.training.steps import make_accelerator
+from scorematch.training.report import describe_classes
+from scorematch.training.run import check_run
+from scorematch.training.steps import check_arguments, make_accelerator
 
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
 _RESULTS = ("checkpoints", "network", "snapshots", "samples", "log.jsonl", "report.md", "report")
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
+# What messages say of arguments in Python, and what they say here.
+_WORDS = {
+    "the same network as net": "the network of --recipe",
+    "Pass net=ScoreNet.from_pretrained(start)": "Leave out --recipe",
+    "Pass the settings of that run": "Write the options of that run, such as --recipe,",
+}
 
 
 def add(commands: Commands) -> None:
@@ -178,6 +188,10 @@ def _run(args: argparse.Namespace) -> None:
             torch.manual_seed(args.seed)
             size = data.shape[1], data.shape[2]
             net = recipe.build(data.shape[0], size, classes=classes, null_class=label_drop > 0)
+    _check_size(net)
+    with _naming_options(args):
+        check_arguments(net, data, settings, accelerator.num_processes)
+        check_run(args.out, net, data, settings, args.start)
     if accelerator.is_main_process:
         net.to(device)
         _announce(args, recipe, data, net, settings, device, accelerator.num_processes)
@@ -206,6 +220,44 @@ def _run(args: argparse.Namespace) -> None:
         print(args.out / "network")
 
 
+@contextmanager
+def _naming_options(args: argparse.Namespace) -> Iterator[None]:
+    """Errors within this context name the options of the command, instead of arguments in Python."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        for words, here in _WORDS.items():
+            text = text.replace(words, here)
+        argument = rf"""\b({"|".join(vars(args))})=(?:True\b|"([^"]*)"|'([^']*)'|(\w*))"""
+        raise ValueError(re.sub(argument, _option, text)) from error
+
+
+def _option(argument: re.Match[str]) -> str:
+    """An argument such as channels=3 as an option, --channels 3."""
+    return " ".join([f"--{argument[1].replace('_', '-')}", *filter(None, argument.groups()[1:])])
+
+
+def _check_size(net: ScoreNet) -> None:
+    """Checks that the network takes its images, whose height and width it halves several times."""
+    assert net.sample_shape is not None  # noqa: S101
+    divisor: Any = net.backbone.divisor
+    height, width = net.sample_shape[1:]
+    if height % divisor or width % divisor:
+        below, above = (
+            [max(2 * divisor, number(side / divisor) * divisor) for side in (height, width)]
+            for number in (math.floor, math.ceil)
+        )
+        fitting = " or ".join(dict.fromkeys(_written(*size) for size in (below, above)))
+        raise ValueError(
+            f"height and width must be multiples of {divisor}, got {height}x{width}. Pass --image-size {fitting}."
+        )
+
+
+def _written(height: int, width: int) -> str:
+    return f"{height}" if height == width else f"{height}x{width}"
+
+
 def _start(args: argparse.Namespace) -> ScoreNet | None:
     """The network of ``--start``, or None if the recipe says which network is trained."""
     return None if args.start is None or args.recipe is not None else load_network(args.start)
@@ -217,7 +269,8 @@ def _check_condition(args: argparse.Namespace, start: ScoreNet) -> None:
     assert takes is not None  # noqa: S101  (it is known for all networks of the package)
     if takes.channels:
         raise ValueError(
-            f"{args.start} restores images. Add the recipe that it was trained with, such as --recipe palette."
+            f'{args.start} restores images. Train it in Python: train(net, data, out, start="{args.start}", '
+            "condition=MultiTask([...])); see docs/palette.md."
         )
     if takes.classes is not None and not args.labels:
         raise ValueError(f"{args.start} is class-conditional. Add --labels.")
@@ -235,7 +288,7 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> I
         _check_condition(args, start)
         channels, *size = start.sample_shape
     crop = recipe.crop if args.crop is None else None if args.crop == "none" else args.crop
-    with warnings.catch_warnings():
+    with _naming_options(args), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about damaged pictures: _announce prints them
         data = open_images(
             args.data,
@@ -286,8 +339,10 @@ def _announce(
 ) -> None:
     """Prints the data, the network, its cost per image, and the estimated duration of the run."""
     size = " x ".join(map(str, data.shape))
-    classes = "" if data.classes is None else f" of {len(data.classes)} classes"
-    print(f"data      {len(data):,} images of {size}{classes} from {args.data}")
+    color = ", converted from color," if data.from_color else ""
+    print(f"data      {len(data):,} images of {size}{color} from {args.data}")
+    if data.classes is not None:
+        print(f"          {describe_classes(data.classes, 10)}")
     if data.skipped:
         few = ", ".join(data.skipped[:3]) + (", ..." if len(data.skipped) > 3 else "")
         print(f"          {len(data.skipped)} cannot be read and are left out: {few}")

@@ -349,7 +349,7 @@ def table() -> str:
         lines.append(f"{'':<{indent}}quality: {card.quality}")
     lines += [
         "",
-        "Checkpoints to download, and to convert with python -m scorematch convert FILE FOLDER [--config NAME]:",
+        "Checkpoints to download, and to convert with scorematch convert FILE FOLDER [--config NAME]:",
     ]
     for checkpoint in CHECKPOINTS:
         lines.append(f"{checkpoint.name}  {checkpoint.address}")

@@ -93,4 +93,4 @@ def _is_path(name: str) -> bool:
 def _about_a_file(path: Path) -> str:
     if path.suffix in (".json", ".safetensors"):
         return f"{path} is one file of a network. Pass the folder that holds it, {str(path.parent)!r}."
-    return f"{path} is a checkpoint file. Convert it with python -m scorematch convert {path} FOLDER, and load FOLDER."
+    return f"{path} is a checkpoint file. Convert it with scorematch convert {path} FOLDER, and load FOLDER."

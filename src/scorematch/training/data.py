@@ -54,6 +54,7 @@ class ImageData:
         shape: the shape of one image, (C, H, W), or of one sample of other data.
         classes: the names of the classes, or None without labels.
         skipped: the names of the images that cannot be read and are left out.
+        from_color: whether the images are gray and the first picture is in color.
         fingerprint: a hash that identifies the data. It covers the shape of an image, the crop, and the paths and sizes
             of the files of a folder, the values of arrays, or the length of a data set.
     """
@@ -62,6 +63,7 @@ class ImageData:
         self, source: Source, *, array: np.ndarray | None, broken: Sequence[int], fingerprint: str, workers: int
     ) -> None:
         self.shape, self.classes, self.fingerprint = source.shape, source.classes, fingerprint
+        self.from_color = source.from_color
         self.skipped = tuple(map(source.name_of, broken))
         self._source, self._array = source, array
         self._kept = np.setdiff1d(np.arange(len(source)), broken)  # indices of the images that can be read
@@ -199,8 +201,8 @@ def open_images(
             set.
         TypeError: if the source has another type.
         ValueError: if the images have different sizes and ``image_size`` is None, or gray and color images are mixed
-            and ``channels`` is None, or an array has another shape, or floating-point images in an array have values
-            outside [0, 1] or NaN, or the labels do not fit.
+            and ``channels`` is None, or an array has another shape, or floating-point images are (N, H, W, C), or those
+            in an array have values outside [0, 1] or NaN, or the labels do not fit.
         OSError: if no image can be read, an image is damaged and ``strict`` is True, or the cache cannot be written.
 
     Example:

@@ -329,7 +329,14 @@ def by_level(net: ScoreNet, examples: Examples, settings: Settings) -> list[Leve
 # -- The report -------------------------------------------------------------------------------------------------------
 
 
-def write_report(out: Path, net: ScoreNet, config: Mapping[str, Any], rows: Sequence[LevelRow], seconds: float) -> None:
+def write_report(
+    out: Path,
+    net: ScoreNet,
+    config: Mapping[str, Any],
+    rows: Sequence[LevelRow],
+    seconds: float,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Writes report.md and its charts into the folder of a run.
 
     Args:
@@ -338,6 +345,7 @@ def write_report(out: Path, net: ScoreNet, config: Mapping[str, Any], rows: Sequ
         config: the content of the run's config.json.
         rows: the result of ``by_level``.
         seconds: the duration of the training.
+        classes: the names of the classes, or None.
     """
     folder = out / "report"
     folder.mkdir(exist_ok=True)
@@ -370,7 +378,21 @@ def write_report(out: Path, net: ScoreNet, config: Mapping[str, Any], rows: Sequ
     }
     for name, text in charts.items():
         write_whole(folder / f"{name}.svg", text.encode())
-    write_whole(out / "report.md", _report(out, net, config, rows, lines, seconds).encode())
+    write_whole(out / "report.md", _report(out, net, config, rows, lines, seconds, classes).encode())
+
+
+def describe_classes(classes: Sequence[str], most: int | None = None) -> str:
+    """The number of classes and their names, such as "2 classes: 0 cat, 1 dog"; names that are numbers are omitted.
+
+    Args:
+        classes: the names.
+        most: the largest number of names in the text; None is all.
+    """
+    number = f"{len(classes)} class{'es' if len(classes) > 1 else ''}"
+    if list(classes) == [str(k) for k in range(len(classes))]:
+        return number
+    names = [f"{k} {name}" for k, name in enumerate(classes[:most])]
+    return f"{number}: {', '.join(names)}{', ...' if len(names) < len(classes) else ''}"
 
 
 def versions(device: torch.device | str, *packages: str) -> dict[str, str]:
@@ -399,6 +421,7 @@ def _report(
     rows: Sequence[LevelRow],
     lines: Sequence[Mapping[str, Any]],
     seconds: float,
+    classes: Sequence[str] | None,
 ) -> str:
     settings, data = config["settings"], config["data"]
     count = sum(parameter.numel() for parameter in net.parameters())
@@ -408,6 +431,7 @@ def _report(
         "",
         f"- Network: {count:,} parameters, preconditioning {net.precondition!r}, {net.schedule}",
         f"- Data: {data['images']:,} samples of shape {tuple(data['shape'])}, fingerprint {data['fingerprint']}",
+        *([f"- {describe_classes(classes)}"] if classes is not None else []),
         f"- Training: {lines[-1]['images'] if lines else 0:,} images in {seconds / 3600:.2f} h",
         f"- Last training loss: {lines[-1]['loss']:.4g} (D/2 = {math.prod(data['shape']) / 2:g})" if lines else "",
         "- Versions: " + ", ".join(f"{name} {value}" for name, value in config["versions"].items()),

@@ -90,6 +90,8 @@ _STATE: Mapping[str, Field] = {
 }
 # The keys in which the configurations of ``net`` and ``start`` may differ.
 _FREE_OF_START = {"sample_shape", "sampler_settings"}
+# The most differences of a network that an error lists.
+_FEW = 2
 # The default time between two checkpoints. The lost time is least at sqrt(2 c m), where c is the time that a checkpoint
 # takes, and m the mean time between two interruptions (Young 1974, A First Order Approximation to the Optimum
 # Checkpoint Interval): ten minutes for two seconds, which a checkpoint of 16 million parameters takes, and one day.
@@ -355,10 +357,7 @@ class _Run:
         Raises:
             ValueError: if the folder contains a run with other settings.
         """
-        settings = {field.name: _described(getattr(self.settings, field.name)) for field in fields(self.settings)}
-        settings["start"] = None if start is None else os.fspath(start)
-        data = {"images": len(self.data), "shape": list(self.data.shape), "fingerprint": self.data.fingerprint}
-        config = {"settings": settings, "network": self.net.config, "data": data}
+        config = _config(self.net, self.data, self.settings, start)
         config["versions"] = versions(self.accelerator.device, "accelerate", "safetensors", "numpy")
         path, text = self.out / "config.json", json.dumps(config, indent=2) + "\n"
         if self.main:
@@ -366,21 +365,8 @@ class _Run:
             if not path.exists():
                 write_whole(path, text.encode(), durable=True)
         self.accelerator.wait_for_everyone()
-        try:
-            before, now = read_object(path), json.loads(text)
-            check(before, _CONFIG, str(path))
-        except ValueError as error:
-            raise ValueError(f"{error} Pass another folder.") from error
-        differing = [
-            f"{key} was {quote(one)} and is {quote(other)}"
-            for part in _CONFIG
-            for key, one, other in _differing(before[part], now[part], _FREE)
-        ]
-        if differing:
-            raise ValueError(
-                f"{self.out} contains a run with other settings: {'; '.join(differing)}. Pass the settings of that run "
-                "to continue it, or another folder."
-            )
+        now: dict[str, Any] = json.loads(text)
+        _check_same(self.out, now)
         return now
 
     def _continue(self, found: checkpoint.Checkpoint | None) -> None:
@@ -413,7 +399,8 @@ class _Run:
         averaged = self.state.average()
         if self.main:
             rows = by_level(averaged, self.examples, self.settings)
-            write_report(self.out, averaged, self.config, rows, self.seconds)
+            classes = getattr(self.data, "classes", None)
+            write_report(self.out, averaged, self.config, rows, self.seconds, classes)
         return averaged
 
     # -- The loop -----------------------------------------------------------------------------------------------------
@@ -599,6 +586,53 @@ def _figures(found: Any) -> dict[str, float]:
 # -- The configuration ------------------------------------------------------------------------------------------------
 
 
+def check_run(
+    out: Path, net: ScoreNet, data: Data, settings: Settings, start: str | os.PathLike[str] | None = None
+) -> None:
+    """Checks that ``train`` can begin a run in a folder or continue it, without writing anything.
+
+    Raises:
+        FileNotFoundError: if there is no network ``start``.
+        ValueError: if the folder contains a run with other settings, or a new run cannot begin with ``start``.
+    """
+    if (out / "config.json").exists():
+        _check_same(out, json.loads(json.dumps(_config(net, data, settings, start))))
+    elif start is not None:
+        _growth(net, pretrained.load(start, weights=False).config, start)
+
+
+def _config(
+    net: ScoreNet, data: Data, settings: Settings, start: str | os.PathLike[str] | None
+) -> dict[str, dict[str, Any]]:
+    """The parts of config.json that must not change."""
+    described = {field.name: _described(getattr(settings, field.name)) for field in fields(settings)}
+    described["start"] = None if start is None else os.fspath(start)
+    of_data = {"images": len(data), "shape": list(data.shape), "fingerprint": data.fingerprint}
+    return {"settings": described, "network": net.config, "data": of_data}
+
+
+def _check_same(out: Path, now: Mapping[str, Any]) -> None:
+    """Raises ValueError if the folder of a run has another configuration in its config.json, or a damaged one."""
+    path = out / "config.json"
+    try:
+        before = read_object(path)
+        check(before, _CONFIG, str(path))
+    except ValueError as error:
+        raise ValueError(f"{error} Pass another folder.") from error
+    settings, network, data = (list(_differing(before[part], now[part], _FREE)) for part in _CONFIG)
+    known = network if len(network) <= _FEW else []
+    data = [change for change in data if change[0] != "fingerprint"] or data  # it changes with the others
+    differing = [f"{key} was {quote(one)} and is {quote(other)}" for key, one, other in [*settings, *known, *data]]
+    if len(known) < len(network):
+        differing.append("the network is another one")
+    if differing:
+        hint = "Pass the settings of that run to continue it, or another folder."
+        if (out / "report.md").exists():
+            network_folder = (out / "network").as_posix()
+            hint = f'This run is complete. To train longer, start a new run with start="{network_folder}".'
+        raise ValueError(f"{out} contains a run with other settings: {'; '.join(differing)}. {hint}")
+
+
 def _begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:
     """Copies the weights of the trained network ``start`` to ``net``.
 
@@ -609,23 +643,33 @@ def _begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:
         ValueError: if ``net`` is another network, and not a larger one that can begin with these weights.
     """
     stored = pretrained.load(start)
+    grows = _growth(net, stored.config, start)
+    weights = stored.weights
+    if net.family is not None and grows:
+        weights = net.family.grow(ScoreNet.from_pretrained(start).backbone, net.backbone)
+    pretrained.fill(net.backbone, weights, stored.source)
+
+
+def _growth(net: ScoreNet, small: Mapping[str, Any], start: str | os.PathLike[str]) -> set[str]:
+    """The keys in which ``net`` is larger than the network ``start``, whose configuration is ``small``.
+
+    Raises:
+        ValueError: if ``net`` is another network, and not a larger one that can begin with these weights.
+    """
     config = json.loads(json.dumps(net.config))
     grows: set[str] = set()
-    if net.family is not None and stored.config["family"] == config["family"]:
-        grows = net.family.growth(stored.config, config)
+    if net.family is not None and small["family"] == config["family"]:
+        grows = net.family.growth(small, config)
     differing = [
         f"{key} is {quote(one)} there and {quote(other)} here"
-        for key, one, other in _differing(stored.config, config, _FREE_OF_START | grows)
+        for key, one, other in _differing(small, config, _FREE_OF_START | grows)
     ]
     if differing:
         raise ValueError(
             f"start={os.fspath(start)!r} is not the same network as net: {'; '.join(differing)}. Pass "
             "net=ScoreNet.from_pretrained(start)."
         )
-    weights = stored.weights
-    if net.family is not None and grows:
-        weights = net.family.grow(ScoreNet.from_pretrained(start).backbone, net.backbone)
-    pretrained.fill(net.backbone, weights, stored.source)
+    return grows
 
 
 def _differing(

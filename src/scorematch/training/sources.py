@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -111,6 +112,7 @@ class Source(ABC):
         identity: a JSON value that identifies the source, for the fingerprint.
         labels: the labels, int64 (N,), or None.
         classes: the names of the classes, or None.
+        from_color: whether the images are gray and the first picture is in color.
         constant: whether an image has the same pixels each time it is read, so that it can be decoded once and kept.
     """
 
@@ -119,6 +121,7 @@ class Source(ABC):
     identity: object
     labels: np.ndarray | None = None
     classes: tuple[str, ...] | None = None
+    from_color = False
     constant = True
 
     @abstractmethod
@@ -155,11 +158,14 @@ class Array(Source):
             )
         if array.dtype == np.uint8:
             array = _channels_first(array, name)
+            self.from_color = options.channels == 1 and array.shape[1] == 3
             shape = (options.channels or array.shape[1], *(options.size or array.shape[2:]))
             if shape != array.shape[1:]:
                 array = np.stack([_fit(_picture_of(each), shape, options.crop) for each in array.transpose(0, 2, 3, 1)])
         elif not np.issubdtype(array.dtype, np.floating):
             raise TypeError(f"{name} must be uint8, or floating point in [0, 1], got {array.dtype}.")
+        else:
+            _check_axes(array.shape, name)
         with np.errstate(over="ignore"):  # of float64, which become infinite and are reported below
             array = np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
         self.name, self.array = name, array
@@ -202,6 +208,15 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
             f"{name} must be gray or RGB images (N, C, H, W), (N, H, W, C) or (N, H, W), got shape {array.shape}."
         )
     return array
+
+
+def _check_axes(shape: tuple[int, ...], name: str) -> None:
+    """Raises ValueError if floating-point data have the shape of images (N, H, W, C)."""
+    if len(shape) == 4 and shape[3] in (1, 3, 4) and shape[1] not in (1, 3) and min(shape[1:3]) > shape[3]:
+        raise ValueError(
+            f"{name} must have floating-point images (N, C, H, W) in [0, 1], got shape {shape}. Write "
+            "x.transpose(0, 3, 1, 2), or x.permute(0, 3, 1, 2) for a tensor, or pass uint8 (N, H, W, C)."
+        )
 
 
 def _checked(shape: tuple[int, ...], options: Options, name: str) -> tuple[int, ...]:
@@ -252,6 +267,9 @@ class _Pictures(Source):
         """Sets the crop and the shape; what the options do not give is taken from the pictures."""
         self.crop = options.crop
         channels, size = options.channels, options.size
+        if channels == 1:
+            with suppress(Exception), self.open(0) as picture:  # a damaged image is reported when it is decoded
+                self.from_color = _looks(picture)[0] == 3
         if size is None and options.crop == "celeba":
             size = (_CELEBA_SIDE, _CELEBA_SIDE)
         if channels is None or size is None:
@@ -315,7 +333,7 @@ class _Folder(_Pictures):
             if loose is not None:
                 raise ValueError(
                     f"labels=True needs all images in subfolders, whose names are the classes, got {folder / loose}. "
-                    "Move it into a subfolder, or leave out labels."
+                    "Move it into a subfolder, or leave out labels=True."
                 )
             self.labels, self.classes = _classes(names, len(names), self.name)
         files = [(folder / path).stat() for path in self.paths]
@@ -414,6 +432,7 @@ class _Items(Source):
         first = self._image(0)
         if hasattr(first, "getexif"):
             channels, size = _looks(first)
+            self.from_color = options.channels == 1 and channels == 3
             square = size if options.crop is None else (min(size), min(size))
             self.shape = (options.channels or channels, *(options.size or square))
         else:
@@ -459,6 +478,7 @@ def _values(image: Any) -> np.ndarray:
         return np.ascontiguousarray(_channels_first(array[None], "an item of the Dataset")[0])
     if not np.issubdtype(array.dtype, np.floating):
         raise TypeError(f"an item of the Dataset must be uint8, or floating point in [0, 1], got {array.dtype}.")
+    _check_axes((1, *array.shape), "the Dataset")
     return np.ascontiguousarray(array, np.float32)
 
 

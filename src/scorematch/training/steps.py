@@ -404,7 +404,8 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
         )
     if len(data) < settings.batch_size:
         raise ValueError(
-            f"batch_size must be at most the number of images of the data, {len(data)}, got {settings.batch_size}."
+            f"the data have {len(data)} images, fewer than a batch of {settings.batch_size}. Pass "
+            f"batch_size={len(data)} or less."
         )
     if settings.batch_size % processes:
         raise ValueError(
