@@ -673,10 +673,16 @@ def test_features_with_nan():
 def test_features_need_different_names():
     with pytest.raises(ValueError, match="extractors with different names, got pixels, pixels"):
         run(images(5), images(5), features=["pixels", "pixels"])
-    with pytest.raises(ValueError, match="extractors with different names, got none"):
-        run(images(5), images(5), features=[])
+    with pytest.raises(ValueError, match="metrics need features, and there are none. Name an extractor for 'frechet'"):
+        run(images(5), images(5), features=[], metrics=["frechet"])
     with pytest.raises(ValueError, match=r"features must be one of .* got 'fid'"):
         run(images(5), images(5), features="fid")
+
+
+def test_no_features_measure_the_pixels_only():
+    found = run(images(5), images(6, 1), features=[], metrics=None)
+    assert all(set(figures) == {"images"} for figures in found.figures.values()) and found.left_out == {}
+    assert found.settings["reference"]["n"] == 6 and found.settings["features"] == []
 
 
 def test_an_evaluator_measures_many_sets():
