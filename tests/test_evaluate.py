@@ -673,7 +673,7 @@ def test_features_with_nan():
 def test_features_need_different_names():
     with pytest.raises(ValueError, match="extractors with different names, got pixels, pixels"):
         run(images(5), images(5), features=["pixels", "pixels"])
-    with pytest.raises(ValueError, match="metrics need features, and there are none. Name an extractor for 'frechet'"):
+    with pytest.raises(ValueError, match=r"metrics need features, and there are none. Name an extractor for 'frechet'"):
         run(images(5), images(5), features=[], metrics=["frechet"])
     with pytest.raises(ValueError, match=r"features must be one of .* got 'fid'"):
         run(images(5), images(5), features="fid")
