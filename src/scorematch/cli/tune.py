@@ -86,6 +86,8 @@ def _run(args: argparse.Namespace) -> None:
     net = load(args)
     if args.out is not None:
         check_folder(args.out, net)  # before weights are downloaded
+    if takes_image(net) and not args.restore:
+        raise ValueError(f"{args.model} restores images. Add the tasks to measure, such as --restore colorization.")
     condition = None if takes_image(net) else find_classes(args, net)
     if args.restore and args.by in (None, "rmse"):
         args.features = []  # not needed
