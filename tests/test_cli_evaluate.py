@@ -255,6 +255,6 @@ def test_tune_refuses(folder, capsys):
         ((network, *reference, "--out", "a.png"), "must be a folder, got the name of a picture"),
         ((network, *reference, "--features", "pixels", "--calls", 1), "no settings have at most 1 network calls"),
         (("nothing", *reference), "'nothing' is not the short name of a network"),
-        (("palette-mnist", *reference), "palette-mnist restores images. Add the tasks to measure, such as --restore col"),
+        (("palette-mnist", *reference), "palette-mnist restores images. Add the tasks to measure, such as --restore"),
     ]:
         assert message in _refused(["tune", *arguments], capsys), arguments
