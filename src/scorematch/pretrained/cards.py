@@ -108,7 +108,7 @@ CARDS = (
         settings=SamplerSettings(sampler="ode", levels=18, method="dpm-solver++"),
         settings_source="measured on these weights; see the network's README",
         quality=(
-            "ships, trucks, cars and horses can be recognized, birds and frogs hardly; Fréchet distance to 5,000 training "
+            "ships, trucks and horses can be recognized, birds and frogs hardly; Fréchet distance to 5,000 training "
             "images in EfficientNet-Lite0 features 48.2 with 1,500 samples and guidance of weight 2.5, 60.2 without; "
             "18.2 for test images, 234 for a Gaussian of the same covariance"
         ),
