@@ -255,6 +255,12 @@ def test_tune_refuses(folder, capsys):
         ((network, *reference, "--out", "a.png"), "must be a folder, got the name of a picture"),
         ((network, *reference, "--features", "pixels", "--calls", 1), "no settings have at most 1 network calls"),
         (("nothing", *reference), "'nothing' is not the short name of a network"),
+        ((network, *reference, "--by", "rmse"), "by must be one of 'frechet', 'kernel' for samples, got 'rmse'"),
+        ((network, *reference, "--restore", "pool-2", "--class", 1), "--class is not for --restore. Leave it out."),
+        (
+            (network, *reference, "--restore", "pool-2", "--held-out", "a"),
+            "--held-out is not for --restore. Leave it out",
+        ),
         (("palette-mnist", *reference), "palette-mnist restores images. Add the tasks to measure, such as --restore"),
     ]:
         assert message in _refused(["tune", *arguments], capsys), arguments

@@ -16,7 +16,7 @@ from scorematch.evaluation import (
     settings_table,
     tune,
 )
-from scorematch.observe import AveragePool
+from scorematch.observe import AveragePool, Mask
 from scorematch.sampling import ODESampler, SamplerSettings, recommended_sampler
 from tests.helpers import seed
 
@@ -151,6 +151,14 @@ def test_the_best_settings_of_restorations(restorer, tmp_path, by):
         run(restorer, COLORED, tasks="colorization", restore="guide", by=by, out=tmp_path)
 
 
+def test_rows_of_another_mask_of_the_same_name_are_not_used(restorer, tmp_path):
+    left, right = Mask(torch.arange(8) < 4), Mask(torch.arange(8) >= 4)
+    assert str(left) == str(right)
+    run(restorer, COLORED, tasks=left, out=tmp_path)
+    with pytest.raises(ValueError, match="measured with other settings: tasks"):
+        run(restorer, COLORED, tasks=right, out=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -161,6 +169,8 @@ def test_the_best_settings_of_restorations(restorer, tmp_path, by):
             "by must be one of 'rmse', 'perceptual', 'frechet' for restorations",
         ),
         ({"tasks": "colorization", "held_out": COLORED}, "held_out is for samples. Leave it out with tasks"),
+        ({"tasks": "colorization", "condition": "cycle"}, "condition is for samples. Leave it out with tasks"),
+        ({"tasks": ["colorization"] * 2}, "tasks must differ in their names, got colorization, colorization"),
         ({"tasks": "colorization", "by": "perceptual", "features": []}, "by='perceptual' needs features"),
         ({"tasks": "sharpening"}, "task must be colorization, inpainting, .* got 'sharpening'"),
     ],

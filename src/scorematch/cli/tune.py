@@ -22,7 +22,7 @@ from scorematch.cli.options import (
     reference_options,
 )
 from scorematch.evaluation.restoration import takes_image
-from scorematch.evaluation.tune import Criterion, check_folder, settings_table, tune
+from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
 from scorematch.protocol import device_of
 from scorematch.sampling import recommended_sampler
 from scorematch.sampling.restoration import Restore
@@ -88,8 +88,11 @@ def _run(args: argparse.Namespace) -> None:
         check_folder(args.out, net)  # before weights are downloaded
     if takes_image(net) and not args.restore:
         raise ValueError(f"{args.model} restores images. Add the tasks to measure, such as --restore colorization.")
-    condition = None if takes_image(net) else find_classes(args, net)
-    if args.restore and args.by in (None, "rmse"):
+    for name, value in (("held-out", args.held_out), ("class", args.label), ("classes", args.classes)):
+        if args.restore and value is not None:
+            raise ValueError(f"--{name} is not for --restore. Leave it out.")
+    condition = None if args.restore else find_classes(args, net)
+    if criterion_of(args.by, restoring=bool(args.restore)) == "rmse":
         args.features = []  # not needed
     options = reference_options(args, device_of(net))
     settings = settings_table(net, args.calls)

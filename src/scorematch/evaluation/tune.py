@@ -234,13 +234,12 @@ def tune(
     n = operator.index(n)
     listed_tasks: list[Task] = [tasks] if isinstance(tasks, Task) else list(tasks or ())
     named = [str(task) for task in listed_tasks]
-    criteria = _OF_TASKS if listed_tasks else _OF_SAMPLES
-    criterion = criteria[0] if by is None else by
-    if criterion not in criteria:
-        kind = "restorations" if named else "samples"
-        raise ValueError(f"by must be one of {', '.join(map(repr, criteria))} for {kind}, got {by!r}.")
-    if listed_tasks and held_out is not None:
-        raise ValueError("held_out is for samples. Leave it out with tasks.")
+    criterion = criterion_of(by, restoring=bool(named))
+    if len(set(named)) < len(named):
+        raise ValueError(f"tasks must differ in their names, got {', '.join(named)}.")
+    for name, value in (("held_out", held_out), ("condition", condition), ("classes", classes)):
+        if named and value is not None:
+            raise ValueError(f"{name} is for samples. Leave it out with tasks.")
     if isinstance(net, str | os.PathLike):
         net = ScoreNet.from_pretrained(net).to("cpu" if device is None else device)
     folder = None if out is None else Path(out).expanduser()
@@ -277,7 +276,9 @@ def tune(
         figures: dict[str, tuple[str, ...]] = {source: (criterion,), IMAGES: ("std", "variation")}
         figures = dict.fromkeys(named, (criterion,)) or figures
         context = {"n": n, **options, "network": sampler_settings(next(iter(samplers.values())))["network"]}
-        context |= {"tasks": named, "restore": restore} if named else {}
+        if named:  # masks of one size can have the same name
+            tasks_in_full = [task if isinstance(task, str) else f"{task!r} {identity(task)}" for task in listed_tasks]
+            context |= {"tasks": tasks_in_full, "restore": restore}
         kept = _Table(folder, {**context, **evaluator.settings()}, figures)
         for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process()[0] > 0):
             if each in kept.rows:
@@ -298,6 +299,19 @@ def tune(
             _store(net, folder, result, n)
             clean(folder)
     return result
+
+
+def criterion_of(by: str | None, *, restoring: bool) -> str:
+    """The distance to minimize; None is "frechet" for samples and "rmse" for restorations.
+
+    Raises:
+        ValueError: if ``by`` is not for samples, or not for restorations.
+    """
+    criteria = _OF_TASKS if restoring else _OF_SAMPLES
+    if by is not None and by not in criteria:
+        kind = "restorations" if restoring else "samples"
+        raise ValueError(f"by must be one of {', '.join(map(repr, criteria))} for {kind}, got {by!r}.")
+    return criteria[0] if by is None else by
 
 
 def _restored(
