@@ -596,6 +596,15 @@ def test_what_was_half_written_is_never_taken_for_an_image(tmp_path, levels):
     assert not list(tmp_path.rglob(".*"))
 
 
+@pytest.fixture
+def interruptible():
+    """Python's handler of SIGINT, which a shell ignores for jobs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("interruption", ["SIGTERM", "SIGINT"])
 def test_signals_leave_whole_files(tmp_path, interruption):
     assert threading.current_thread() is threading.main_thread()
