@@ -263,6 +263,13 @@ def test_from_data_compares_images_of_different_blocks(rng, monkeypatch):
     assert NoiseSchedule.from_data(points).sigma_max == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(("offset", "dtype"), [(1e5, torch.float32), (1e9, torch.float64)])
+def test_from_data_of_points_far_from_zero(offset, dtype, rng):
+    points = torch.randn(500, 2, generator=rng).to(dtype) + offset
+    expected = float(torch.pdist(points.double() - offset).max())
+    assert NoiseSchedule.from_data(points).sigma_max == pytest.approx(expected, rel=1e-6)
+
+
 def test_from_data_compares_a_random_subset_of_many_images(rng):
     points = torch.randn(500, 3, generator=rng)
     subset = [NoiseSchedule.from_data(points, max_images=20, generator=source) for source in (seed(1), 1, 2)]

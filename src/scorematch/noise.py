@@ -247,7 +247,7 @@ class NoiseSchedule:
         if len(data) > max_images:
             device = None if source is None else source.device
             data = data[torch.randperm(len(data), generator=source, device=device)[:max_images].to(data.device)]
-        sigma_max = _largest_distance(data.float())
+        sigma_max = _largest_distance(data)
         if sigma_max <= sigma_min:
             raise ValueError(
                 f"the largest distance between two images is {sigma_max:g}, but must be above sigma_min={sigma_min:g}: "
@@ -578,14 +578,21 @@ def _check_values(data: Tensor, value_range: tuple[float, float] | None) -> None
 
 def _largest_distance(points: Tensor) -> float:
     """The largest Euclidean distance between two of the points (N, D)."""
+    mean, wide = points.mean(0), torch.promote_types(points.dtype, torch.float32)
+
+    def block(start: int) -> Tensor:
+        # cdist uses a matrix product, which loses digits if the points are far from zero.
+        return (points[start : start + _DISTANCE_BLOCK].to(wide) - mean).float()
+
     best, pair = -1.0, (0, 0)
     for i in range(0, len(points), _DISTANCE_BLOCK):
+        rows = block(i)
         for j in range(i, len(points), _DISTANCE_BLOCK):
-            distances = torch.cdist(points[i : i + _DISTANCE_BLOCK], points[j : j + _DISTANCE_BLOCK])
+            distances = torch.cdist(rows, block(j))
             k = int(distances.argmax())
             if float(distances.flatten()[k]) > best:
                 best, pair = float(distances.flatten()[k]), (i + k // distances.shape[1], j + k % distances.shape[1])
-    # cdist uses a matrix product, which is less accurate: the distance of this pair is computed again in float64.
+    # The distance of this pair is computed again in float64.
     return float(torch.linalg.vector_norm(points[pair[0]].cpu().double() - points[pair[1]].cpu().double()))
 
 
