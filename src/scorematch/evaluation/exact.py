@@ -41,7 +41,7 @@ from torch import Tensor
 from scorematch.evaluation.accumulate import Moments, double
 from scorematch.noise import NoiseSchedule
 from scorematch.observe import Observation, Operator
-from scorematch.protocol import as_sigma
+from scorematch.protocol import as_sigma, check_data
 from scorematch.randomness import single_generator, standard_normal
 
 _BLOCK = 1024  # images of an empirical distribution that are compared at a time
@@ -98,6 +98,7 @@ class Distribution(ABC):
         """The score of x (N, ...) with noise of level sigma, a float, () or (N,).
 
         Raises:
+            TypeError: if x is not a floating-point tensor.
             ValueError: if x has another shape, or sigma is not positive.
         """
         flat, level = self._flat(x), as_sigma(sigma, x).to(self.mean.device).double()
@@ -114,6 +115,7 @@ class Distribution(ABC):
         """The log-density (N,) of the distribution with noise of level sigma, in nats, at x (N, ...).
 
         Raises:
+            TypeError: if x is not a floating-point tensor.
             ValueError: if x has another shape.
         """
         variance = torch.full((1, 1), sigma**2, dtype=torch.float64, device=self.mean.device)
@@ -121,6 +123,7 @@ class Distribution(ABC):
 
     def _flat(self, x: Tensor) -> Tensor:
         """The samples (N, D) in float64."""
+        check_data(x)
         if x.ndim != 1 + len(self.sample_shape) or x.shape[1:] != self.sample_shape:
             expected = ", ".join(map(str, ("N", *self.sample_shape)))
             raise ValueError(f"x must be ({expected}), got shape {tuple(x.shape)}.")
