@@ -316,6 +316,7 @@ def test_masks_accept_data_that_are_not_images():
     known = Mask(torch.tensor([True, False]))
     assert torch.equal(known.measure(torch.tensor([[1.0, 2.0]])), torch.tensor([[1.0, 0.0]]))
     assert len(Observation(known, torch.tensor([[1.0, math.nan]]))) == 1
+    assert torch.equal(Uncrop(right=1).measure(torch.tensor([[1.0, 2.0]])), torch.tensor([[1.0]]))
 
 
 def test_rows_of_a_batch_of_masks():
@@ -366,6 +367,16 @@ def test_a_mask_copies_the_callers_tensor():
             lambda: AveragePool(3).measure(torch.rand(1, 1, 4, 4)),
             ValueError,
             "height and width must be multiples of 3, got images of 4x4 pixels",
+        ),
+        (
+            lambda: AveragePool(2).measure(torch.rand(4, 8)),
+            ValueError,
+            r"AveragePool\(2\) needs images \(N, C, H, W\), got shape \(4, 8\)",
+        ),
+        (
+            lambda: Observation(Uncrop(top=1), torch.rand(4, 8)),
+            ValueError,
+            r"Uncrop\(top=1\) needs images \(N, C, H, W\), got shape \(5, 8\)",
         ),
         (lambda: JPEG(5).measure(torch.rand(1, 4, 8, 8)), ValueError, r"got shape \(1, 4, 8, 8\)"),
         (

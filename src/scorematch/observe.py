@@ -207,6 +207,8 @@ class Uncrop(Operator):
     def measure(self, x: Tensor) -> Tensor:
         """The images without their borders."""
         left, right, top, bottom = self.borders
+        if top or bottom:
+            _check_has_rows(x, self)
         height, width = x.shape[-2] - top - bottom, x.shape[-1] - left - right
         if height < 1 or width < 1:
             raise ValueError(
@@ -225,6 +227,12 @@ class Uncrop(Operator):
         rows = slice(None) if height == 1 else slice(top, height - bottom)
         columns = slice(None) if width == 1 else slice(left, width - right)
         return seen[..., rows, columns] if seen.ndim > 1 else seen[columns]
+
+
+def _check_has_rows(x: Tensor, operator: Operator) -> None:
+    """Raises ValueError for (N, D), whose second to last axis is the batch."""
+    if x.ndim < 3:
+        raise ValueError(f"{operator!r} needs images (N, C, H, W), got shape {tuple(x.shape)}.")
 
 
 class Grayscale(Operator):
@@ -285,6 +293,7 @@ class AveragePool(Operator):
 
     def measure(self, x: Tensor) -> Tensor:
         """The mean of each block."""
+        _check_has_rows(x, self)
         if x.shape[-2] % self.size or x.shape[-1] % self.size:
             raise ValueError(
                 f"height and width must be multiples of {self.size}, got images of {x.shape[-2]}x{x.shape[-1]} pixels."
