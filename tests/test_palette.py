@@ -482,6 +482,8 @@ def test_colorization_draws_colors_of_equal_luma_with_their_probabilities(rng):
             ValueError,
             r"same number of channels, got \[1, 2\]",
         ),
+        (lambda: fill(torch.zeros(1, 1, 8, 8).byte(), torch.ones(8, 8) > 0), TypeError, "uint8. Write x / 255"),
+        (lambda: condition_of(Uncrop(left=1), torch.zeros(1, 1, 8, 8).byte()), TypeError, "uint8. Write y / 255"),
         (lambda: fill(torch.zeros(1, 1, 8, 8), torch.ones(8, 8)), TypeError, "Write region > 0.5"),
         (lambda: fill(torch.zeros(1, 1, 8, 8), torch.ones(4) > 0), ValueError, r"broadcastable to x, \(1, 1, 8, 8\)"),
         (lambda: MultiTask(Inpainting()), TypeError, r"tasks must be a list of tasks, .* Write MultiTask\(\["),

@@ -274,9 +274,10 @@ def fill(x: Tensor, region: Tensor, generator: torch.Generator | int | None = No
         The condition, of x's shape and dtype, with noise of mean 1/2 and standard deviation 1/2 in the hole.
 
     Raises:
-        TypeError: if ``region`` is not bool.
-        ValueError: if it is not broadcastable to x.
+        TypeError: if x is not a floating-point tensor, or ``region`` is not bool.
+        ValueError: if ``region`` is not broadcastable to x.
     """
+    check_data(x)
     region = as_region(region, x, "in the hole")
     return _filled(x, region, _Draws(single_generator(generator), x.device))[0]
 
@@ -296,11 +297,16 @@ def condition_of(operator: Operator, y: Tensor, generator: torch.Generator | int
     Returns:
         The condition (N, C, H, W), of y's dtype.
 
+    Raises:
+        TypeError: if y is not a floating-point tensor.
+        ValueError: if its shape does not fit the operator.
+
     Example:
         >>> from scorematch.observe import Uncrop
         >>> condition_of(Uncrop(right=14), torch.rand(2, 3, 28, 14)).shape
         torch.Size([2, 3, 28, 28])
     """
+    check_data(y, "y")
     return fill(operator.as_image(y), operator.lift(torch.ones_like(y)) == 0, generator)
 
 
