@@ -557,6 +557,12 @@ def test_sliced_loss_of_a_network_with_attention_and_a_condition(rng, options):
         ({"sigma": 1.0, "p": 0}, ValueError, "p must be at least 1, got 0"),
         ({"sigma": 1.0, "p": float("nan")}, ValueError, "p must be at least 1, got nan"),
         ({"sigma": 1.0, "reduction": "sum"}, ValueError, '"mean" or "none", got'),
+        ({"sigma": 1.0, "noise": torch.zeros(2, 3).numpy()}, TypeError, "noise must be a tensor, got ndarray"),
+        (
+            {"sigma": 1.0, "region": (torch.ones(2, 3) > 0).numpy()},
+            TypeError,
+            r"region must be a bool tensor, .*got ndarray. Write torch.as_tensor\(region\)",
+        ),
         ({"sigma": 1.0, "region": torch.ones(2, 3)}, TypeError, "region must be bool.*Write region > 0.5"),
         ({"sigma": 1.0, "region": torch.ones(4, dtype=torch.bool)}, ValueError, "region must be broadcastable to x"),
     ],

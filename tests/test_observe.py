@@ -400,7 +400,7 @@ def test_a_mask_copies_the_callers_tensor():
             r"must be a batch \(N, ...\) with at least one image, got shape \(8,\)",
         ),
         (lambda: Observation(JPEG(5), torch.rand(0, 3, 8, 8)), ValueError, "at least one image, got shape"),
-        (lambda: Observation(JPEG(5), [0.5]), TypeError, "floating-point tensor, got list"),
+        (lambda: Observation(JPEG(5), [0.5]), TypeError, "floating-point tensor, got list. Write torch.as_tensor"),
         (lambda: Grayscale().as_image(torch.rand(1, 3, 4, 4)), ValueError, "must have one channel"),
         (lambda: Observation(JPEG(5), torch.rand(1, 3, 8, 8), sigma=-0.1), ValueError, "must be at least 0, got -0.1"),
         (lambda: Observation(JPEG(5), torch.rand(1, 3, 8, 8), sigma=math.nan), ValueError, "got nan"),

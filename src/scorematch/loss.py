@@ -96,7 +96,7 @@ def dsm_loss(
         The loss: a scalar, or (N,) for ``reduction="none"``; float32, or float64 for float64 data.
 
     Raises:
-        TypeError: if x is not a floating-point tensor, or region is not bool.
+        TypeError: if x is not a floating-point tensor, noise not a tensor, or region not a bool tensor.
         ValueError: if there are no noise levels (a plain callable without ``schedule`` and ``sigma``), sigma is not
             positive, p is below 1, ``reduction`` is unknown, or the shapes do not fit.
 
@@ -271,6 +271,8 @@ def _perturbation(
 
 
 def _like(name: str, given: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(given).__name__}. Write torch.as_tensor({name}).")
     if given.shape != x.shape:
         raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(given.shape)}.")
     return given.to(dtype=x.dtype).to(x.device)  # cast first: not every device has float64

@@ -461,9 +461,10 @@ class Observation:
                 f"operator must be an Operator of scorematch.observe, got {type(self.operator).__name__}. "
                 "Write Mask(seen) for a mask."
             )
-        if not isinstance(self.y, Tensor) or not self.y.is_floating_point():
-            kind = self.y.dtype if isinstance(self.y, Tensor) else type(self.y).__name__
-            raise TypeError(f"y must be a floating-point tensor, got {kind}. Write y / 255 for 8-bit images.")
+        if not isinstance(self.y, Tensor):
+            raise TypeError(f"y must be a floating-point tensor, got {type(self.y).__name__}. Write torch.as_tensor(y).")
+        if not self.y.is_floating_point():
+            raise TypeError(f"y must be a floating-point tensor, got {self.y.dtype}. Write y / 255 for 8-bit images.")
         if self.y.ndim < 2 or len(self.y) == 0:
             raise ValueError(f"y must be a batch (N, ...) with at least one image, got shape {tuple(self.y.shape)}.")
         if not (math.isfinite(self.sigma) and self.sigma >= 0):

@@ -151,9 +151,13 @@ def as_region(region: Tensor, x: Tensor, meaning: str) -> Tensor:
     """Expands a region, bool, to the shape of x and moves it to its device; ``meaning`` says where it is True.
 
     Raises:
-        TypeError: if the region is not bool.
+        TypeError: if the region is not a bool tensor.
         ValueError: if it is not broadcastable to x.
     """
+    if not isinstance(region, Tensor):
+        raise TypeError(
+            f"region must be a bool tensor, True {meaning}, got {type(region).__name__}. Write torch.as_tensor(region)."
+        )
     if region.dtype != torch.bool:
         raise TypeError(f"region must be bool, True {meaning}, got {region.dtype}. Write region > 0.5.")
     try:
