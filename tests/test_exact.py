@@ -171,6 +171,16 @@ def test_the_weights_of_a_posterior_are_those_of_the_likely_components():
     assert torch.isfinite(far.sample(5, 0)).all() and far.weights[1] == 1
 
 
+@pytest.mark.parametrize("covariance", [0.0, [[0.0, 0.0], [0.0, 1.0]]])
+def test_components_that_contradict_an_observation_without_noise_have_no_weight(covariance):
+    world = Mixture([4, 1, 3], [[0.1, 0.2], [0.7, 0.2], [0.7, 0.9]], covariance)
+    seen = Mask(torch.tensor([True, False]))
+    posterior = world.posterior(Observation(seen, torch.tensor([[0.7, 0.0]])))
+    torch.testing.assert_close(posterior.weights, torch.tensor([0.0, 0.25, 0.75], dtype=torch.float64))
+    noisy = world.posterior(Observation(seen, torch.tensor([[0.7, 0.0]]), 0.01))
+    torch.testing.assert_close(noisy.weights, posterior.weights)
+
+
 def test_values_that_a_mask_hides_have_no_influence():
     world, left = WORLDS["mixture"], Mask(torch.arange(4) < 2)
     y = left.measure(world.sample(1, 0))

@@ -19,6 +19,8 @@ posterior of a mixture is the mixture with
 .. math:: m_k' = m_k + C A^\top S^+ (y - A m_k), \qquad C' = C - C A^\top S^+ A C, \qquad
           w_k' \propto w_k \exp\bigl(-\tfrac12 (y - A m_k)^\top S^+ (y - A m_k)\bigr) .
 
+If S is singular, components whose :math:`y - A m_k` is not in its range have the weight zero: they contradict y.
+
 All computations are in float64, on the device of the distribution's tensors, or on the CPU where that device has no
 float64. The results have the device and the dtype of x.
 
@@ -46,6 +48,7 @@ from scorematch.randomness import single_generator, standard_normal
 
 _BLOCK = 1024  # images of an empirical distribution that are compared at a time
 _ASYMMETRY, _NEGATIVE = 1e-5, 1e-6  # the tolerances of a covariance, relative to its largest entry and eigenvalue
+_KNOWN = 1e-9  # the tolerance of squared distances from y where the components do not vary, relative to the largest one
 
 
 class Distribution(ABC):
@@ -239,8 +242,11 @@ class Mixture(Distribution):
         noise = observation.sigma**2 * torch.eye(len(a), dtype=a.dtype, device=a.device)
         inverse = torch.linalg.pinv(a @ cross + noise, hermitian=True)
         apart = y.flatten() - self.means @ a.T  # (K, values of y)
-        weights = (self.weights.log() - (apart @ inverse * apart).sum(1) / 2).softmax(0)
-        weights = weights.clamp(min=torch.finfo(torch.float64).tiny)
+        logits = self.weights.log() - (apart @ inverse * apart).sum(1) / 2
+        # Without noise, the part of y in the directions in which no component varies selects the nearest components.
+        outside = (apart - apart @ inverse @ (a @ cross + noise)).square().sum(1)
+        logits[outside > outside.min() + _KNOWN * apart.square().sum(1).max()] = -math.inf
+        weights = logits.softmax(0).clamp(min=torch.finfo(torch.float64).tiny)
         # Rounding, relative to the covariance of the prior, can make the smallest eigenvalues negative.
         values, vectors = torch.linalg.eigh(self._within - cross @ inverse @ cross.T)
         covariance = vectors * values.clamp(min=0) @ vectors.T
