@@ -227,7 +227,11 @@ def test_sampling_with_the_score_of_a_data_set_returns_its_images():
             ValueError,
             r"x must be \(N, 2\), got shape \(2, 3",
         ),
-        (lambda: Gaussian([0.0], 1.0)(torch.ones(2, 1).long(), 1.0), TypeError, "x must be floating point.*torch.int64"),
+        (
+            lambda: Gaussian([0.0], 1.0)(torch.ones(2, 1).long(), 1.0),
+            TypeError,
+            "x must be floating point.*torch.int64",
+        ),
         (lambda: Gaussian([0.0], 1.0).log_density(normal(2, 1).numpy()), TypeError, "x must be a tensor.*got ndarray"),
         (lambda: Gaussian([0.0], 1.0)(torch.zeros(2, 1), 0.0), ValueError, "sigma must be positive, got 0"),
         (

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -411,3 +412,9 @@ def test_invalid_arguments_of_data_likelihood_raise(digits, options, error, mess
 def test_an_image_without_a_finite_likelihood_is_named(digits):
     with pytest.raises(ValueError, match=r"likelihood: image \d+ has the values \[nan\], which are not finite"):
         data_likelihood(lambda x, sigma: x * math.nan, digits.images, NOISE, n=2, progress=False)
+
+
+def test_the_number_of_probes_may_be_an_integer_of_numpy(world):
+    x = world.sample(3, seed(0))
+    a, b = (likelihood(world, x, probes=probes, generator=0) for probes in (np.int64(2), 2))
+    assert torch.equal(a, b)

@@ -1,6 +1,7 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -317,6 +318,13 @@ def test_masks_accept_data_that_are_not_images():
     assert torch.equal(known.measure(torch.tensor([[1.0, 2.0]])), torch.tensor([[1.0, 0.0]]))
     assert len(Observation(known, torch.tensor([[1.0, math.nan]]))) == 1
     assert torch.equal(Uncrop(right=1).measure(torch.tensor([[1.0, 2.0]])), torch.tensor([[1.0]]))
+
+
+def test_sizes_may_be_integers_of_numpy(rng):
+    two, x = np.int64(2), torch.rand(1, 1, 8, 8, generator=rng)
+    for kind, options in ((AveragePool, "size"), (Uncrop, "left"), (JPEG, "quality")):
+        a, b = (kind(**{options: number}) for number in (two, 2))
+        assert repr(a) == repr(b) and torch.equal(a.lift(a.measure(x)), b.lift(b.measure(x)))
 
 
 def test_rows_of_a_batch_of_masks():

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -942,3 +943,12 @@ def test_a_user_defined_sampler(world):
 
     with pytest.raises(NotImplementedError, match="Nothing must define step or steps"):
         run(Nothing(world, SHORT), 1, shape=(3,))
+
+
+def test_options_may_be_numbers_of_numpy():
+    two = np.int64(2)
+    for kind, name in ((AnnealedLangevinSampler, "steps_per_level"), (PredictorCorrectorSampler, "corrector_steps")):
+        a, b = (kind(point, SHORT, **{name: number}) for number in (two, 2))
+        assert str(a) == str(b)
+        assert torch.equal(*(run(each, 3, shape=(2,), generator=0, batch_size=two) for each in (a, b)))
+    assert autoguidance(point, point, np.float32(2)).weight == 2

@@ -41,6 +41,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -186,7 +187,7 @@ class GuidedScore(NetworkScore, nn.Module):
         super().__init__()
         if not callable(net):
             raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
-        if not isinstance(weight, int | float) or not math.isfinite(weight):
+        if not isinstance(weight, int | float | np.integer | np.floating) or not math.isfinite(weight):
             raise ValueError(f"weight must be a finite number, got {weight!r}.")
         pair = isinstance(interval, Sequence) and len(interval) == 2
         if interval is not None and not (pair and 0 <= interval[0] < interval[1]):

@@ -48,6 +48,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -123,7 +124,7 @@ def log_likelihood(
         Song et al., 2021, arXiv:2011.13456, Eq. 39.
     """
     check_data(x)
-    if probes is not None and (not isinstance(probes, int) or probes < 1):
+    if probes is not None and (not isinstance(probes, int | np.integer) or probes < 1):
         raise ValueError(f"probes must be an integer of at least 1, or None for the exact trace, got {probes!r}.")
     schedule = default_schedule(net) if schedule is None else schedule
     check_schedule(schedule)
@@ -134,7 +135,8 @@ def log_likelihood(
         x = _without_history(x).to(torch.promote_types(x.dtype, torch.float32))
         condition = class_of_each(condition, x)
         condition = _without_history(condition) if isinstance(condition, Tensor) else condition
-        end, integral = _follow(_Flow(net, condition, probes, generators), x, schedule, progress)
+        flow = _Flow(net, condition, None if probes is None else int(probes), generators)
+        end, integral = _follow(flow, x, schedule, progress)
         squares = ((end - middle_of(net)) / schedule.sigma_max).square().flatten(1).sum(1)
         normal = -squares / 2 - dimension * math.log(schedule.sigma_max * math.sqrt(2 * math.pi))
         return normal + dimension * math.log(schedule.sigma_max / schedule.sigma_min) - integral

@@ -39,6 +39,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
@@ -195,10 +196,11 @@ class Uncrop(Operator):
     gain = 1.0
 
     def __init__(self, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0) -> None:
-        self.borders = (left, right, top, bottom)
-        for border in self.borders:
-            if not isinstance(border, int) or isinstance(border, bool) or border < 0:
+        borders = (left, right, top, bottom)
+        for border in borders:
+            if not isinstance(border, int | np.integer) or isinstance(border, bool) or border < 0:
                 raise ValueError(f"a border must be an integer number of pixels, at least 0, got {border!r}.")
+        self.borders = tuple(map(int, borders))
 
     def __repr__(self) -> str:
         sides = zip(("left", "right", "top", "bottom"), self.borders, strict=True)
@@ -283,10 +285,10 @@ class AveragePool(Operator):
     """
 
     def __init__(self, size: int) -> None:
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
             raise ValueError(f"size must be an integer number of pixels, at least 1, got {size!r}.")
-        self.size = size
-        self.gain = 1 / size**2
+        self.size = int(size)
+        self.gain = 1 / self.size**2
 
     def __repr__(self) -> str:
         return f"AveragePool({self.size})"
@@ -330,13 +332,13 @@ class JPEG(Operator):
     value_range = (0, 1)
 
     def __init__(self, quality: int) -> None:
-        if not isinstance(quality, int) or isinstance(quality, bool) or not 1 <= quality <= 100:
+        if not isinstance(quality, int | np.integer) or isinstance(quality, bool) or not 1 <= quality <= 100:
             raise ValueError(f"quality must be an integer from 1 to 100, got {quality!r}.")
         try:
             import PIL.Image  # noqa: F401
         except ImportError as error:
             raise ImportError('JPEG needs Pillow: pip install "scorematch[images]".') from error
-        self.quality = quality
+        self.quality = int(quality)
 
     def __repr__(self) -> str:
         return f"JPEG({self.quality})"
@@ -350,7 +352,6 @@ class JPEG(Operator):
         return decoded.to(x.device, x.dtype).div_(255)
 
     def _code(self, image: Tensor) -> Tensor:
-        import numpy as np
         from PIL import Image
 
         array = rearrange(image, "c h w -> h w c").numpy()
@@ -462,7 +463,8 @@ class Observation:
                 "Write Mask(seen) for a mask."
             )
         if not isinstance(self.y, Tensor):
-            raise TypeError(f"y must be a floating-point tensor, got {type(self.y).__name__}. Write torch.as_tensor(y).")
+            kind = type(self.y).__name__
+            raise TypeError(f"y must be a floating-point tensor, got {kind}. Write torch.as_tensor(y).")
         if not self.y.is_floating_point():
             raise TypeError(f"y must be a floating-point tensor, got {self.y.dtype}. Write y / 255 for 8-bit images.")
         if self.y.ndim < 2 or len(self.y) == 0:

@@ -39,6 +39,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,7 +124,7 @@ class AnnealedLangevinSampler(Sampler):
                 options["sigma_max"] = own.sigma_max
             if schedule is None and options.get("sigma_min") is None:
                 options["sigma_min"] = own.sigma_min
-        if steps_per_level is not None and (not isinstance(steps_per_level, int) or steps_per_level < 1):
+        if steps_per_level is not None and (not isinstance(steps_per_level, int | np.integer) or steps_per_level < 1):
             raise ValueError(f"steps_per_level must be an integer of at least 1, got {steps_per_level!r}.")
         if consistent and (steps_per_level not in (None, 1) or exact_noise is not None):
             raise ValueError(
@@ -148,7 +149,7 @@ class AnnealedLangevinSampler(Sampler):
                 step_size = measured or self.schedule.sigma_min**2 * self._consistent_eta(own, settings)
         else:
             stored = None if settings is None else settings.steps_per_level
-            self.steps_per_level = steps_per_level or stored or _derived_steps(self.schedule)
+            self.steps_per_level = int(steps_per_level or stored or _derived_steps(self.schedule))
             if step_size is None:
                 step_size = measured or self.schedule.suggest_step_size(self.steps_per_level)
             if exact_noise is None:

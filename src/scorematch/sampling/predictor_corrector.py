@@ -43,6 +43,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,12 +105,12 @@ class PredictorCorrectorSampler(Sampler):
         super().__init__(net, schedule, **options)
         if predictor not in _PREDICTORS:
             raise ValueError(f"predictor must be one of {', '.join(map(repr, _PREDICTORS))}, got {predictor!r}.")
-        if not isinstance(corrector_steps, int) or corrector_steps < 0:
+        if not isinstance(corrector_steps, int | np.integer) or corrector_steps < 0:
             raise ValueError(f"corrector_steps must be an integer of at least 0, got {corrector_steps!r}.")
         if not 0 < snr < 1:
             raise ValueError(f"snr must lie between 0 and 1, got {snr!r}.")
         self.predictor = predictor
-        self.corrector_steps = corrector_steps
+        self.corrector_steps = int(corrector_steps)
         self.snr = float(snr)
         self.published = published
 

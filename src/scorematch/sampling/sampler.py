@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -382,7 +383,7 @@ class Sampler(ABC):
             raise ValueError("init must be finite, got NaN or infinite values.")
         generators = as_generator(generator)
         n = _count(n, init, condition, observation, generators)
-        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+        if batch_size is not None and not (isinstance(batch_size, int | np.integer) and batch_size >= 1):
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
         if isinstance(shape, int):
             raise TypeError(f"shape must be the shape of one sample, such as ({shape},), got {shape!r}.")
@@ -400,7 +401,7 @@ class Sampler(ABC):
         return x, _Run(
             None if classes is None else classes.to(device),
             self._restoration(observation, device),
-            max(1, _BATCH_VALUES // values) if batch_size is None else batch_size,
+            max(1, _BATCH_VALUES // values) if batch_size is None else int(batch_size),
             generators,
         )
 
