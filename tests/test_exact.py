@@ -181,6 +181,15 @@ def test_components_that_contradict_an_observation_without_noise_have_no_weight(
     torch.testing.assert_close(noisy.weights, posterior.weights)
 
 
+def test_a_posterior_is_sampled_like_its_prior():
+    half, options = Mask(torch.arange(4) < 2), {"schedule": LEVELS, "value_range": (0, 1)}
+    for world in (Gaussian([0.5] * 48, 0.1, SHAPE, **options), Mixture([1.0], [[0.5] * 48], 0.1, SHAPE, **options)):
+        posterior = world.posterior(Observation(half, half.measure(world.sample(1, 0)), 0.1))
+        assert (posterior.sample_shape, posterior.schedule, posterior.value_range) == (SHAPE, LEVELS, (0, 1))
+        x = run(AnnealedLangevinSampler(posterior), 2, generator=0)
+        assert x.shape == (2, *SHAPE) and x.min() >= 0 and x.max() <= 1
+
+
 def test_values_that_a_mask_hides_have_no_influence():
     world, left = WORLDS["mixture"], Mask(torch.arange(4) < 2)
     y = left.measure(world.sample(1, 0))

@@ -75,6 +75,10 @@ class Distribution(ABC):
         self.value_range = value_range
 
     @property
+    def _attributes(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("sample_shape", "schedule", "value_range")}
+
+    @property
     @abstractmethod
     def mean(self) -> Tensor:
         """The mean (D,), float64."""
@@ -223,14 +227,14 @@ class Mixture(Distribution):
             image: the number of the sample in the observation.
 
         Returns:
-            The posterior, of the same class.
+            The posterior, of the same class, with the same schedule and value range.
 
         Raises:
             ValueError: if the operator has no gain, so that it may not be linear, or the observation is of samples of
                 another shape.
         """
         weights, means, covariance = self._given(observation, image)
-        return Mixture(weights, means, covariance, self.sample_shape)
+        return Mixture(weights, means, covariance, **self._attributes)
 
     def _given(self, observation: Observation, image: int) -> tuple[Tensor, Tensor, Tensor]:
         """The weights, the means and the covariance of the posterior."""
@@ -313,13 +317,7 @@ class Gaussian(Mixture):
 
         ``Gaussian.like(Empirical(images))`` is a normal distribution fitted to images.
         """
-        return cls(
-            distribution.mean,
-            distribution.covariance,
-            distribution.sample_shape,
-            schedule=distribution.schedule,
-            value_range=distribution.value_range,
-        )
+        return cls(distribution.mean, distribution.covariance, **distribution._attributes)
 
     @property
     def covariance(self) -> Tensor:
@@ -329,7 +327,7 @@ class Gaussian(Mixture):
     def posterior(self, observation: Observation, image: int = 0) -> Gaussian:
         """The posterior of the sample that an observation measures; see ``Mixture.posterior``."""
         _, means, covariance = self._given(observation, image)
-        return Gaussian(means[0], covariance, self.sample_shape)
+        return Gaussian(means[0], covariance, **self._attributes)
 
 
 class Empirical(Distribution):
