@@ -337,6 +337,21 @@ def test_the_result_agrees_with_an_observation_without_noise(name, restore, deno
         assert (measured - observation.y).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_sampler_of_one_level_uses_an_observation(name):
+    """It takes no step: its samples are the denoised images of noise with the observed part replaced."""
+    world, observation, level = gaussian_images(SHAPE), observe(OPERATORS[name], 0.1), NoiseSchedule([0.5])
+    operator, z = observation.operator, torch.randn(1, *SHAPE, generator=seed())
+    own = observation.sigma / math.sqrt(operator.gain)
+    start = 0.5 * z
+    seen = operator.lift(observation.y) + math.sqrt(0.5**2 - own**2) * operator.lift(operator.measure(z))
+    noisy = start - operator.lift(operator.measure(start)) + seen
+    expected = noisy + 0.5**2 * world(noisy, 0.5)
+    torch.testing.assert_close(run(ODESampler(world, level), observation=observation, init=start), expected)
+    drawn = run(AncestralSampler(world, level), observation=observation, init=start, noise=lambda x: z)
+    torch.testing.assert_close(drawn, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.0, 0.2])
 @pytest.mark.parametrize("restore", METHODS)

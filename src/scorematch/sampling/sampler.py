@@ -576,9 +576,9 @@ class Chain:
 
     def denoised(self, x: Tensor, sigma: float) -> Tensor:
         """The denoised image by Tweedie's formula, after the observed part of the state is replaced."""
-        if self._z is not None:
-            x = self.observe(x, sigma, self._z)
-            self._z = None
+        # A sampler that takes no step, since it has one level, has replaced nothing yet.
+        x = self.observe(x, sigma, self.noise(x) if self._z is None else self._z)
+        self._z = None
         scores = self.score(x, sigma)
         return torch.add(x, scores, alpha=sigma**2, out=scores)
 
