@@ -188,6 +188,13 @@ def test_a_range_has_its_ends_and_the_levels_between_them(schedule, a, b):
     assert schedule.between(sigma_max=high).between(sigma_min=low) == found
 
 
+def test_an_end_of_a_range_may_be_rounded_to_float32():
+    schedule = NoiseSchedule([0.1, 0.05, 0.01])
+    high, low = float(np.float32(0.1)), float(np.float32(0.01))
+    assert high > schedule.sigma_max and low < schedule.sigma_min
+    assert schedule.between(high, low) is schedule
+
+
 @given(schedules, st.sampled_from([torch.float32, torch.float64]))
 @settings(deadline=None)
 def test_the_position_of_a_level_is_its_index(schedule, dtype):

@@ -50,6 +50,7 @@ from scorematch.randomness import single_generator
 _SINGLE_LEVEL_STEP = 0.1
 _LARGEST_RATIO = 0.95**-4  # the limit of gamma in ``suggest_levels``; see the module docstring
 _DISTANCE_BLOCK = 2048  # images compared at a time in technique 1
+_ROUNDING = 2**-24  # the relative rounding error of float32
 # The tolerance, as a fraction of the range. Data in other units exceed it; the overshoot of image resizing does not.
 _OVERSHOOT = 0.1
 
@@ -329,8 +330,8 @@ class NoiseSchedule:
         """The levels of this schedule in a range: the two ends of the range, and all levels between them.
 
         Args:
-            sigma_max: the highest level, in the units of the data, within the range of this schedule; None is its
-                highest level.
+            sigma_max: the highest level, in the units of the data, within the range of this schedule up to rounding in
+                float32; None is its highest level.
             sigma_min: the lowest level, within the range of this schedule, below ``sigma_max``; None is its lowest
                 level.
 
@@ -341,8 +342,10 @@ class NoiseSchedule:
             >>> list(NoiseSchedule([8.0, 4.0, 2.0, 1.0]).between(5, 2))
             [5.0, 4.0, 2.0]
         """
-        high = self.sigma_max if sigma_max is None else sigma_max
-        low = self.sigma_min if sigma_min is None else sigma_min
+        high, low = (
+            end if given is None or math.isclose(given, end, rel_tol=_ROUNDING) else given
+            for given, end in ((sigma_max, self.sigma_max), (sigma_min, self.sigma_min))
+        )
         if (high, low) == (self.sigma_max, self.sigma_min):
             return self
         for name, sigma in (("sigma_max", high), ("sigma_min", low)):
