@@ -365,6 +365,11 @@ def test_a_mask_copies_the_callers_tensor():
         ),
         (lambda: Mask(torch.ones(2, 1, 4, 4) > 0).measure(torch.rand(3, 1, 4, 4)), ValueError, "does not fit"),
         (lambda: Mask(torch.ones(2, 1, 4, 4) > 0).measure(torch.rand(1, 1, 4, 4)), ValueError, "does not fit"),
+        (
+            lambda: Mask(torch.ones(4, 6) > 0) @ Mask(torch.ones(8, 12) > 0),
+            ValueError,
+            r"masks of an operator must fit each other, got Mask\(4x6, 100% seen\) @ Mask\(8x12, 100% seen\)",
+        ),
         (lambda: Uncrop(left=4).measure(torch.rand(1, 1, 4, 4)), ValueError, "larger than the borders .*got 4x4"),
         (
             lambda: Grayscale().measure(torch.rand(1, 1, 4, 4)),

@@ -95,7 +95,11 @@ class Operator(ABC):
         return None
 
     def __matmul__(self, inner: Operator) -> Operator:
-        """``(A @ B).measure(x)`` is ``A.measure(B.measure(x))``."""
+        """``(A @ B).measure(x)`` is ``A.measure(B.measure(x))``.
+
+        Raises:
+            ValueError: if masks of A and B do not fit each other.
+        """
         return _Composition(self, inner) if isinstance(inner, Operator) else NotImplemented
 
     def to(self, device: torch.device | str) -> Operator:
@@ -375,7 +379,10 @@ class _Composition(Operator):
             carried = outer.carry_mask(inner.seen)
             if carried is None:
                 return
-            seen = carried if seen is None else carried & seen
+            try:
+                seen = carried if seen is None else carried & seen
+            except RuntimeError as error:
+                raise ValueError(f"the masks of an operator must fit each other, got {self!r}.") from error
         self.gain, self.seen = outer.gain * inner.gain, seen
 
     def __repr__(self) -> str:
