@@ -197,7 +197,7 @@ def sampler_distances(
     score = exact if net is None else net
     measure = _Measure(exact, exact.sample(n, seed_of(seed, "reference")))
     makers = sampler_variants(score) if samplers is None else samplers
-    made = [(name, make(score, count)) for name, make in makers.items() for count in levels]
+    made = [(name, make(score, count)) for (name, make), count in itertools.product(makers.items(), levels)]
     rows = []
     for name, sampler in tqdm(made, "samplers", leave=False, disable=not progress):
         x = sampler.sample(n, shape=exact.sample_shape, generator=seed_of(seed, "sampler", name), progress=False)
