@@ -6,6 +6,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -228,6 +229,31 @@ class _Own(nn.Module):
 
     def forward(self, x, c_noise):
         return self.conv(x) + c_noise.view(-1, 1, 1, 1)
+
+
+def test_a_network_built_with_numbers_of_numpy_can_be_saved(tmp_path):
+    labels, sizes = np.array([0, 2, 1]), np.array([8, 16])
+    net = ScoreNet.unet(
+        np.int64(3),
+        sizes,
+        widths=4 * np.array([1, 2]),
+        attention=np.array([False, True]),
+        classes=labels.max() + 1,
+        dropout=np.float32(0.5),
+        precondition="karras",
+    )
+    net.save_pretrained(tmp_path)
+    assert ScoreNet.from_pretrained(tmp_path).config == net.config
+    assert net.sample_shape == (3, 8, 16) and net.config["num_class_embeds"] == 3
+    own = ScoreNet(
+        nn.Conv2d(3, 3, 1),
+        NoiseSchedule.geometric(1, 0.01, 5),
+        sample_shape=(3, *sizes),
+        value_range=np.array([-1.0, 1.0]),
+        precondition_options={"sigma_data": np.float32(0.25)},
+    )
+    own.save_pretrained(tmp_path / "own")
+    assert ScoreNet.from_pretrained(tmp_path / "own", backbone=nn.Conv2d(3, 3, 1)).config == own.config
 
 
 def test_a_network_with_a_user_defined_backbone(tmp_path):

@@ -162,6 +162,12 @@ def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool 
             raise ValueError(f"{where}: {key} must be {field}, got {quote(values[key])}.")
 
 
+def native(value: Any) -> Any:
+    """A value as JSON has it: numbers, arrays and tensors as Python's numbers and lists, and tuples as lists."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [native(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def _number(bound: float) -> str:
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 

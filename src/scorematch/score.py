@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -30,9 +31,11 @@ from scorematch.noise import NoiseSchedule
 from scorematch.precondition import ROWS, Preconditioning, check_options
 from scorematch.protocol import NetworkScore, as_sigma, check_data, check_schedule
 from scorematch.sampling.settings import SamplerSettings
+from scorematch.schema import Field, check, native
 
 Size = int | tuple[int, int]
 Range = tuple[float, float]
+_ENDS = Field(list, low=2, high=2, each=Field(float))
 
 
 class ScoreNet(NetworkScore, nn.Module):
@@ -65,9 +68,10 @@ class ScoreNet(NetworkScore, nn.Module):
 
     Raises:
         TypeError: if the backbone is not a ``torch.nn.Module``, the schedule not a NoiseSchedule, or ``sample_shape``
-            not a tuple.
-        ValueError: if ``precondition`` or one of its options is unknown, ``value_range`` is not (low, high) with low <
-            high, or the backbone does not fit the schedule or the preconditioning.
+            not a tuple of integers.
+        ValueError: if ``precondition`` or one of its options is unknown, ``sample_shape`` has an entry below 1,
+            ``value_range`` is not (low, high) with low < high, or the backbone does not fit the schedule or the
+            preconditioning.
 
     Example:
         >>> import torch
@@ -94,24 +98,27 @@ class ScoreNet(NetworkScore, nn.Module):
         check_schedule(schedule)
         if precondition not in ROWS:
             raise ValueError(f"precondition must be one of {', '.join(map(repr, ROWS))}, got {precondition!r}.")
-        precondition_options = dict(precondition_options or {})
+        precondition_options = {key: native(value) for key, value in dict(precondition_options or {}).items()}
         check_options(precondition, precondition_options, "precondition_options")
-        if sample_shape is not None and not isinstance(sample_shape, Sequence):
-            raise TypeError(f"sample_shape must be a tuple such as (3, 32, 32), or None, got {sample_shape!r}.")
-        if value_range == "auto":
-            value_range = (0, 1) if sample_shape is not None and len(sample_shape) == 3 else None
-        pair = isinstance(value_range, Sequence) and len(value_range) == 2
-        if value_range is not None and not (pair and value_range[0] < value_range[1]):
-            raise ValueError(f"value_range must be (low, high) with low < high, or None, got {value_range!r}.")
+        if sample_shape is not None:
+            sample_shape = _sizes("sample_shape", sample_shape, "a tuple such as (3, 32, 32)")
+        ends = native(value_range)
+        if ends == "auto":
+            ends = [0, 1] if sample_shape is not None and len(sample_shape) == 3 else None
+        if ends is not None and not (_ENDS.fits(ends) and ends[0] < ends[1]):
+            raise ValueError(
+                f"value_range must be (low, high), finite with low < high, or None for data without a fixed range, got "
+                f"{value_range!r}."
+            )
         self.family = family_of(backbone)
         if self.family is not None:
             self.family.check(backbone, levels=len(schedule), precondition=precondition)
         self.backbone = backbone
         self.schedule = schedule
         self.precondition, self.precondition_options = precondition, precondition_options
-        self.sample_shape = None if sample_shape is None else tuple(sample_shape)
-        self.value_range: Range | None = None if value_range is None else (float(value_range[0]), float(value_range[1]))
-        self.predicts_variance = predicts_variance
+        self.sample_shape = sample_shape
+        self.value_range: Range | None = None if ends is None else (float(ends[0]), float(ends[1]))
+        self.predicts_variance = native(predicts_variance)
         self.sampler_settings = None
         self._architecture: dict[str, Any] = {"family": "custom"}
 
@@ -261,6 +268,7 @@ class ScoreNet(NetworkScore, nn.Module):
             Ho et al., 2020, arXiv:2006.11239; Karras et al., 2022, arXiv:2206.00364.
         """
         _check_one_condition(condition_channels, classes)
+        widths = _sizes("widths", widths, "a tuple such as (64, 128, 128)")
         attention = [False] * (len(widths) - 1) + [True] if attention is None else attention
         if len(attention) != len(widths):
             raise ValueError(f"attention must have one entry per scale, {len(widths)}, got {len(attention)}.")
@@ -278,7 +286,7 @@ class ScoreNet(NetworkScore, nn.Module):
             "dropout": dropout,
             "num_class_embeds": classes,
         }
-        if patch > 1 or pixel_channels:
+        if patch != 1 or pixel_channels:
             architecture |= {"patch": patch, "pixel_channels": pixel_channels}
         if null_class:
             architecture["null_class"] = True
@@ -358,6 +366,7 @@ class ScoreNet(NetworkScore, nn.Module):
             Song et al., 2021, arXiv:2011.13456; Karras et al., 2022, arXiv:2206.00364.
         """
         _check_one_condition(condition_channels, classes)
+        widths = _sizes("widths", widths, "a tuple such as (128, 256, 256, 256)")
         height, width = _pair(image_size)
         if attention is None:
             attention = [min(height, width) == 16 * patch * 2**scale for scale in range(len(widths))]
@@ -367,7 +376,7 @@ class ScoreNet(NetworkScore, nn.Module):
             "out_channels": channels,
             "block_out_channels": list(widths),
             "layers_per_block": layers_per_block,
-            "attention": list(attention),
+            "attention": list(map(bool, attention)),
             "time_embedding_type": embedding,
             "resample_filter": list(resample_filter),
             "input_pyramid": input_pyramid,
@@ -399,8 +408,15 @@ class ScoreNet(NetworkScore, nn.Module):
         backbone: nn.Module | None = None,
     ) -> ScoreNet:
         if backbone is None:
+            check_schedule(schedule)
+            architecture = {key: native(value) for key, value in architecture.items()}
+            family = FAMILIES[architecture["family"]]
+            given, fields = (
+                {_ARGUMENTS.get(key, key): value for key, value in each.items()} for each in (architecture, family.keys)
+            )
+            check(given, fields, f"ScoreNet.{family.name}")
             values = {key: value for key, value in architecture.items() if key != "family"}
-            backbone = FAMILIES[architecture["family"]].build(values, levels=len(schedule), precondition=precondition)
+            backbone = family.build(values, levels=len(schedule), precondition=precondition)
         net = cls(
             backbone,
             schedule,
@@ -693,7 +709,19 @@ class ScoreNet(NetworkScore, nn.Module):
         )
 
 
+# The arguments of the builders that have another name in a configuration.
+_ARGUMENTS = {
+    "in_channels": "channels",
+    "out_channels": "channels",
+    "block_out_channels": "widths",
+    "num_class_embeds": "classes",
+    "time_embedding_type": "embedding",
+}
+
+
 def _check_one_condition(channels: int, classes: int | None) -> None:
+    if channels < 0:
+        raise ValueError(f"condition_channels must be at least 0, got {channels}.")
     if channels and classes is not None:
         raise ValueError(
             "condition_channels and classes cannot both be given: a network takes one condition, an image or a class."
@@ -701,4 +729,18 @@ def _check_one_condition(channels: int, classes: int | None) -> None:
 
 
 def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    """(height, width) of an image size."""
+    pair = _sizes("image_size", (size, size) if isinstance(size, Integral) else size, "a side or (height, width)")
+    if len(pair) != 2:
+        raise ValueError(f"image_size must be a side or (height, width), got {size!r}.")
+    return pair[0], pair[1]
+
+
+def _sizes(name: str, sizes: Any, wanted: str) -> tuple[int, ...]:
+    """Positive integers in a sequence, an array or a tensor, as Python's integers."""
+    values = native(sizes)
+    integers = isinstance(values, list) and all(isinstance(value, int) for value in values)
+    if not integers or not values or min(values) < 1:
+        kind = ValueError if integers else TypeError
+        raise kind(f"{name} must be {wanted}, positive integers, got {sizes!r}.")
+    return tuple(values)

@@ -42,7 +42,7 @@ from scorematch.pretrained.configuration import (
 )
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, read_weights
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, check
+from scorematch.schema import Field, check, native
 
 # The class of diffusers, and that of diffusers-ncsn, whose time input is the index of the level.
 _NCSN = "UNet2DModelForNCSN"
@@ -156,12 +156,7 @@ def _config_of(thing: Any, name: str, example: str) -> dict[str, Any]:
     if isinstance(thing, type) or not isinstance(config, Mapping):
         found = repr(thing) if isinstance(thing, type) else type(thing).__name__
         raise TypeError(f"{name} must be an object of diffusers with a config, such as a {example}, got {found}.")
-    return {"_class_name": type(thing).__name__, **{key: _plain(value) for key, value in config.items()}}
-
-
-def _plain(value: Any) -> Any:
-    """Converts tuples and arrays to lists, as in JSON."""
-    return value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
+    return {"_class_name": type(thing).__name__, **{key: native(value) for key, value in config.items()}}
 
 
 def _refuse_latents(home: Path, pipeline: Path) -> None:
