@@ -206,6 +206,18 @@ def test_the_result_has_the_dtype_of_x_and_the_backbone_gets_its_own_dtype(rng):
             assert seen[-1] == (inner, noise, (2,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("copy", [False, True])
+def test_denoised_images_in_half_precision_are_accurate_at_high_noise(copy, dtype, rng):
+    """The score is rounded to the dtype of x; the product of it and sigma squared would be wrong by up to 0.6."""
+    net = ScoreNet.from_pretrained("mnist")
+    x = (0.5 + 40 * torch.randn(4, 1, 28, 28, generator=rng)).to(dtype)
+    with torch.no_grad():
+        found = (net.inference_copy() if copy else net).denoise(x, 40.0)
+        expected = net.denoise(x.float(), 40.0)
+    assert found.dtype == dtype and (found.float() - expected).abs().max() < 0.01
+
+
 def test_the_condition_is_passed_to_the_backbone_only_if_given(rng):
     seen = []
 
