@@ -206,6 +206,23 @@ def test_the_result_has_the_dtype_of_x_and_the_backbone_gets_its_own_dtype(rng):
             assert seen[-1] == (inner, noise, (2,))
 
 
+def test_a_backbone_may_have_complex_weights(rng):
+    """As a Fourier neural operator has, whose first parameter is often complex."""
+
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.modes = nn.Parameter(torch.full((8, 5), 2, dtype=torch.complex64))
+            self.shift = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, c_noise):
+            return torch.fft.irfft2(torch.fft.rfft2(x) * self.modes) + self.shift
+
+    x = torch.rand(2, 1, 8, 8, generator=rng)
+    twice = ScoreNet(Backbone(lambda x, c_noise: 2 * x + 1, torch.float32), LEVELS)
+    torch.testing.assert_close(ScoreNet(Spectral(), LEVELS)(x, 0.5), twice(x, 0.5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("copy", [False, True])
 def test_denoised_images_in_half_precision_are_accurate_at_high_noise(copy, dtype, rng):

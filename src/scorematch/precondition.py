@@ -270,8 +270,8 @@ class Preconditioning:
         c_in, c_skip, c_out, c_noise = coefficients
         k, middle = self.units
         u = k * (x.to(dtype) - middle)
-        parameter = next(backbone.parameters(), None)
-        inner = dtype if parameter is None else parameter.dtype
+        # The first real one: a Fourier neural operator has complex weights, and an adapted network integers.
+        inner = next((each.dtype for each in backbone.parameters() if each.is_floating_point()), dtype)
         arguments = [
             (per_image(c_in, x) * u).to(inner),
             c_noise.to(torch.promote_types(inner, torch.float32)).expand(len(x)),
