@@ -18,7 +18,7 @@ from tests.conftest import FIXTURES
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers import CogVideoXDDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
 
 DDPM = {
     "_class_name": "DDPMScheduler",
@@ -399,6 +399,14 @@ def test_from_diffusers_copies_the_weights(rng):
     assert theirs.training and not net.training
 
 
+def test_from_diffusers_takes_a_compiled_network_and_numbers_of_numpy(rng):
+    theirs, betas = _theirs(), np.linspace(1e-4, 0.02, 50, dtype=np.float32)
+    net = ScoreNet.from_diffusers(torch.compile(theirs, backend="eager"), DDPMScheduler(trained_betas=list(betas)))
+    expected = ScoreNet.from_diffusers(theirs, DDPMScheduler(trained_betas=betas))
+    x = torch.rand(1, 3, 8, 8, generator=rng)
+    assert net.config == expected.config and torch.equal(net(x, 0.1), expected(x, 0.1))
+
+
 @pytest.mark.parametrize("kind", [list, tuple, np.array])
 def test_from_diffusers_with_trained_betas(kind):
     net = ScoreNet.from_diffusers(_theirs(), DDPMScheduler(trained_betas=kind([0.1, 0.2, 0.3])))
@@ -428,6 +436,16 @@ def test_from_diffusers_with_trained_betas(kind):
             lambda: (_theirs(), DDPMScheduler(rescale_betas_zero_snr=True)),
             ValueError,
             "the config of the DDPMScheduler: rescale_betas_zero_snr is not supported",
+        ),
+        (
+            lambda: (_theirs(), EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")),
+            ValueError,
+            "the config of the EulerDiscreteScheduler: timestep_type 'continuous' is not supported",
+        ),
+        (
+            lambda: (_theirs(), CogVideoXDDIMScheduler()),
+            ValueError,
+            "the config of the CogVideoXDDIMScheduler: snr_shift_scale 3.0 is not supported",
         ),
         (
             lambda: (_theirs(mid_block_type=None), DDPMScheduler()),

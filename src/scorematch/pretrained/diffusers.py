@@ -58,6 +58,8 @@ _NETWORK: Mapping[str, Field] = {
 }
 # Options of diffusers' U-Net that are not supported, with the value that leaves the option unused.
 _UNSUPPORTED = {"class_embed_type": None, "mid_block_type": "UNetMidBlock2D"}
+# The same for the scheduler, of options that change the time input or the noise levels.
+_UNSUPPORTED_TRAINING = {"timestep_type": "discrete", "snr_shift_scale": 1.0}
 
 # What the output of a DDPM means (prediction_type) -> the row of the preconditioning table.
 _PREDICTIONS = {"epsilon": "ddpm", "v_prediction": "ddpm_v", "sample": "ddpm_x0"}
@@ -137,6 +139,7 @@ def from_diffusers(unet: nn.Module, scheduler: Any) -> Stored:
         TypeError: if an object has no ``config``.
         ValueError: if the class of the U-Net or an option is not supported.
     """
+    unet = getattr(unet, "_orig_mod", unet)  # without torch.compile
     network, training = _config_of(unet, "unet", "UNet2DModel"), _config_of(scheduler, "scheduler", "DDPMScheduler")
     if network["_class_name"] not in CLASSES:
         raise ValueError(
@@ -189,9 +192,10 @@ def _translate(
         stored_levels: the noise levels that are stored with the weights, which replace those of the scheduler; None if
             there are none.
     """
-    for key, unused in _UNSUPPORTED.items():
-        if network.get(key, unused) != unused:
-            raise ValueError(f"{where}: {key} {network[key]!r} is not supported.")
+    for name, config, options in ((where, network, _UNSUPPORTED), (where_scheduler, scheduler, _UNSUPPORTED_TRAINING)):
+        for key, unused in options.items():
+            if config.get(key, unused) != unused:
+                raise ValueError(f"{name}: {key} {config[key]!r} is not supported.")
     size = network.get("sample_size")
     size = [size, size] if isinstance(size, int) else size
     check({**network, "sample_size": size}, _NETWORK, where)
