@@ -275,6 +275,8 @@ def _of_levels():
         (lambda net, x: net(x, torch.ones(2, 1)), ValueError, r"got shape \(2, 1\)"),
         (lambda net, x: net(x, 0.0), ValueError, "sigma must be positive, got 0"),
         (lambda net, x: net(x, -1), ValueError, "sigma must be positive, got -1"),
+        (lambda net, x: net(x, None), TypeError, r"sigma must be a noise level, a float or a tensor .*, got None"),
+        (lambda net, x: net(x, "0.1"), TypeError, r"sigma must be a noise level, .*, got '0.1'"),
         (lambda net, x: net(x, math.nan), ValueError, "sigma must be positive, got nan"),
         (lambda net, x: net(x, torch.tensor(0.0)), ValueError, "sigma must be positive, got 0"),
         (lambda net, x: net(x, torch.tensor([0.5, -0.25])), ValueError, "sigma must be positive, got -0.25"),

@@ -89,7 +89,7 @@ def as_sigma(sigma: float | Tensor, x: Tensor) -> Tensor:
     with that device.
 
     Raises:
-        TypeError: if sigma is an integer tensor.
+        TypeError: if sigma is an integer tensor, or not a number.
         ValueError: if sigma has another shape, or is not positive.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -98,7 +98,10 @@ def as_sigma(sigma: float | Tensor, x: Tensor) -> Tensor:
             if not sigma > 0:
                 raise ValueError(f"sigma must be positive, got {sigma:g}.")
             return torch.full((), sigma, dtype=dtype, device=x.device)  # without a copy from the CPU
-        sigma = torch.as_tensor(sigma)
+        try:
+            sigma = torch.as_tensor(sigma)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"sigma must be a noise level, a float or a tensor () or (N,), got {sigma!r}.") from error
     if not sigma.is_floating_point():
         raise TypeError(
             "sigma must be a floating-point noise level, a standard deviation in the units of x, got "
