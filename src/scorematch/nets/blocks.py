@@ -27,8 +27,18 @@ SQRT2 = math.sqrt(2)
 
 
 def quarter_groups(channels: int) -> int:
-    """The number of groups in NCSN++ and EDM: a quarter of the channels, but at most 32."""
-    return min(channels // 4, 32)
+    """The number of groups in NCSN++ and EDM: a quarter of the channels, but at most 32.
+
+    Raises:
+        ValueError: if it does not divide the number of channels.
+    """
+    groups = min(channels // 4, 32)
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            "the widths of scales, and their sums where features are concatenated, must be multiples of 4 up to 128 "
+            f"and multiples of 32 above, got {channels} channels."
+        )
+    return groups
 
 
 # -- Resampling by two ------------------------------------------------------------------------------------------------
