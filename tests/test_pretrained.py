@@ -220,6 +220,20 @@ def test_weights_of_any_precision_are_loaded_as_float32(dtype, tmp_path):
         assert torch.equal(tensor, stored.float())
 
 
+def test_weights_are_not_rounded_to_the_default_dtype(tmp_path):
+    net, own = _net(), ScoreNet(_Own(), NoiseSchedule.geometric(1, 0.01, 5))
+    net.save_pretrained(tmp_path / "net")
+    own.save_pretrained(tmp_path / "own")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loaded = ScoreNet.from_pretrained(tmp_path / "net")
+        loaded_own = ScoreNet.from_pretrained(tmp_path / "own", backbone=_Own())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found, expected in ((loaded, net), (loaded_own, own)):
+        assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.state_dict().items())
+
+
 class _Own(nn.Module):
     def __init__(self, width=3):
         super().__init__()
@@ -229,6 +243,14 @@ class _Own(nn.Module):
 
     def forward(self, x, c_noise):
         return self.conv(x) + c_noise.view(-1, 1, 1, 1)
+
+
+def test_changes_of_the_configuration_do_not_change_the_network():
+    net = ScoreNet.ncsnpp(1, 8, widths=(4, 8), layers_per_block=1, precondition_options={"sigma_data": 0.25})
+    expected = json.loads(json.dumps(net.config))
+    net.config["block_out_channels"].append(16)
+    net.config["precondition_options"]["sigma_data"] = 1.0
+    assert net.config == expected
 
 
 def test_a_network_built_with_numbers_of_numpy_can_be_saved(tmp_path):

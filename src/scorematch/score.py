@@ -13,6 +13,7 @@ Networks of k-diffusion and azula return the denoised image instead, which is ``
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -515,12 +516,12 @@ class ScoreNet(NetworkScore, nn.Module):
         """
         return {
             "format_version": pretrained.FORMAT_VERSION,
-            **self._architecture,
+            **copy.deepcopy(self._architecture),
             "precondition": self.precondition,
             "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
             "value_range": None if self.value_range is None else list(self.value_range),
             "predicts_variance": self.predicts_variance,
-            **({"precondition_options": self.precondition_options} if self.precondition_options else {}),
+            **({"precondition_options": dict(self.precondition_options)} if self.precondition_options else {}),
             "sampler_settings": None if self.sampler_settings is None else self.sampler_settings.to_dict(),
             "schedule": self.schedule.to_dict(),
         }

@@ -150,5 +150,6 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
         except ValueError as error:
             raise ValueError(f"{where}: {reason(error)}.") from error
     if stored.has_weights:
-        fill(backbone, stored.weights, stored.source)
+        # In float32 before it is filled: weights would be rounded to torch's default dtype, if that is another one.
+        fill(backbone.float(), stored.weights, stored.source)
     return backbone
