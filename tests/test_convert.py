@@ -184,6 +184,14 @@ def test_rescaled_networks_are_scores_of_images_in_0_1(name, files, tmp_path, rn
 # -- The command line
 
 
+def test_paths_may_begin_with_a_tilde(files, tmp_path, monkeypatch):
+    fixture, checkpoint, config = files("ncsnv2")
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(checkpoint.parent))
+    _agrees(convert(f"~/{checkpoint.name}", "~/out", config=f"~/{config.name}"), fixture)
+    assert (checkpoint.parent / "out" / "config.json").is_file()
+
+
 def test_convert_command(files, tmp_path, capsys):
     fixture, checkpoint, config = files("ncsnv2")
     assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--config", str(config)]) == 0

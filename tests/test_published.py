@@ -552,6 +552,17 @@ def test_a_configuration_in_any_notation(tmp_path):
     )
 
 
+@pytest.mark.parametrize("suffix", ["txt", "yml"])
+def test_a_configuration_in_the_home_folder_that_windows_wrote(suffix, tmp_path, monkeypatch):
+    """The path begins with a tilde, and the file with a byte order mark."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    text = _lines(SCORE_SDE["ncsnpp"]) if suffix == "txt" else json.dumps(SCORE_SDE["ncsnpp"])
+    (tmp_path / f"a.{suffix}").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "b.json").write_text(json.dumps(SCORE_SDE["ncsnpp"]))
+    assert score_sde._options(f"~/a.{suffix}") == score_sde._options(tmp_path / "b.json")
+
+
 def test_flags_of_improved_diffusion_as_variables_of_a_shell(tmp_path):
     model, steps = "--image_size 32 --num_channels 64 --batch_size 128", "--noise_schedule cosine --diffusion_steps 50"
     (tmp_path / "a.txt").write_text(f'MODEL_FLAGS="{model}"\nDIFFUSION_FLAGS="{steps}"  # as trained\n')

@@ -82,7 +82,7 @@ def convert(
         ValueError: if the file is damaged, has an unknown format, refers to anything but tensors and plain values, or
             needs an option that is not supported; or if the configuration is missing or does not fit.
     """
-    path = Path(checkpoint)
+    path = Path(checkpoint).expanduser()
     found = read_pickle(path, _GLOBALS)
     form = next((form for form in _FORMATS if form.recognizes(found.content)), None)
     if form is None:

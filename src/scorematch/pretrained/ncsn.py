@@ -83,7 +83,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         ImportError: if PyYAML is needed to read ``config`` and is not installed.
         ValueError: if the noise levels are not known, or the weights or options are not supported.
     """
-    config_path = None if config is None else Path(config)
+    config_path = None if config is None else Path(config).expanduser()
     options = _read_options(config_path)
     weights = _weights(content, path, raw=raw)
     width, channels = weights[_FIRST].shape[:2]

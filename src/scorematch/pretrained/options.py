@@ -62,11 +62,12 @@ def named_options(config: str | os.PathLike[str], known: Mapping[str, Mapping[st
     """
     if isinstance(config, str) and config in known:
         return known[config]
-    if not Path(config).is_file():
+    path = Path(config).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(
             f"{str(config)!r} is neither a file nor the name of a published configuration: {', '.join(known)}."
         )
-    return read_options(Path(config))
+    return read_options(path)
 
 
 def checked_options(given: Any, fields: Mapping[str, Field], where: str) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def _read_yaml(path: Path) -> Any:
 def _read_text(path: Path) -> dict[str, Any]:
     options: dict[str, Any] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # with or without the byte order mark of Windows
     except ValueError as error:
         raise ValueError(f"{path} is not a text file with options ({reason(error)}).") from error
     for number, line in enumerate(lines, 1):
