@@ -166,6 +166,7 @@ class ScoreNet(NetworkScore, nn.Module):
             The network, with new weights drawn from torch's global generator.
 
         Raises:
+            TypeError: if ``image_size`` is not an integer or a pair of integers.
             ValueError: if ``depth`` is unknown, or ``channels`` or ``width`` is too small.
 
         References:
@@ -203,6 +204,7 @@ class ScoreNet(NetworkScore, nn.Module):
             The network, with new weights drawn from torch's global generator.
 
         Raises:
+            TypeError: if ``image_size`` is not an integer or a pair of integers.
             ValueError: if ``depth`` or ``precondition`` is unknown, or ``channels`` or ``width`` is too small.
 
         References:
@@ -262,6 +264,7 @@ class ScoreNet(NetworkScore, nn.Module):
             that the backbone returns zero.
 
         Raises:
+            TypeError: if ``image_size`` or ``widths`` has another type than integers.
             ValueError: if both ``condition_channels`` and ``classes`` are given, ``attention`` and ``widths`` have
                 different lengths, or another option is out of range.
 
@@ -360,6 +363,7 @@ class ScoreNet(NetworkScore, nn.Module):
             convolution is zero at first, so that the backbone returns zero.
 
         Raises:
+            TypeError: if ``image_size`` or ``widths`` has another type than integers.
             ValueError: if both ``condition_channels`` and ``classes`` are given, ``attention`` and ``widths`` have
                 different lengths, or another option is out of range.
 
