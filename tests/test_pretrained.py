@@ -297,6 +297,17 @@ def test_a_network_with_a_user_defined_backbone(tmp_path):
         ScoreNet.from_pretrained(tmp_path, backbone=_Own(5))
 
 
+def test_a_backbone_that_stores_other_values_than_tensors_is_not_saved(tmp_path):
+    class Own(_Own):
+        def get_extra_state(self):
+            return {"step": 1}
+
+    net = ScoreNet(Own(), NoiseSchedule.geometric(1, 0.01, 5))
+    with pytest.raises(ValueError, match="stores '_extra_state' in its state_dict, which is not a tensor"):
+        net.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_weights_of_a_loaded_network_do_not_change_with_the_file(folder):
     net = ScoreNet.from_pretrained(folder)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}

@@ -92,6 +92,12 @@ def save(
 
 def _check_names(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
     """Checks that a network could be loaded; wrappers and parametrizations change the names of the weights."""
+    other = next((name for name, value in state_dict.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        raise ValueError(
+            f"the backbone stores {other!r} in its state_dict, which is not a tensor, and only tensors are saved. Keep "
+            "it in an attribute of your class."
+        )
     if config["family"] not in FAMILIES:
         return
     expected = build(Stored(dict(config), {}, Path(), has_weights=False)).state_dict()
