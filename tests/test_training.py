@@ -334,6 +334,33 @@ def test_a_combination_can_end_at_the_time_of_any_snapshot():
     np.testing.assert_allclose(shares, [t == 700 and gamma == exponent(0.05) for t, gamma in snapshots], atol=1e-6)
 
 
+@pytest.mark.parametrize("lengths", [(0.05, 0.10), (0.1,)], ids=str)
+@pytest.mark.parametrize("length", [0.03, 0.08, 0.15, 0.25, LONGEST])
+def test_a_combination_does_not_change_constant_weights(lengths, length):
+    snapshots = [(t, exponent(each)) for t in (2.5e5, 5e5, 7.5e5, 1e6) for each in lengths]
+    assert sum(combination(snapshots, (1e6, exponent(length)))[0]) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("length", [0.08, 0.15, 0.2])
+def test_a_reconstructed_average_is_near_the_average_of_all_weights(length):
+    """The error is small relative to what the average adds to the latest weights, even with few snapshots."""
+    total, weights = 4000, 10 + walk(4000)
+    snapshots = [(t, exponent(each)) for t in range(500, total + 1, 500) for each in (0.05, 0.10)]
+    tracked = torch.stack([profile(gamma, t) @ weights[:t] for t, gamma in snapshots])
+    shares, _ = combination(snapshots, (total, exponent(length)))
+    found, exact = torch.tensor(shares, dtype=torch.float64) @ tracked, profile(exponent(length), total) @ weights
+    assert (found - exact).norm() < 0.05 * (weights[-1] - exact).norm()
+
+
+def test_reconstruct_keeps_weights_that_are_not_trained(tmp_path):
+    """In half precision the random frequencies of Fourier features would change the phases of the sines."""
+    net = ScoreNet.ncsnpp(1, 8, widths=(8,), layers_per_block=1)
+    net.sampler_settings = SamplerSettings("ode", levels=3)
+    quick(net, images(), tmp_path, snapshot_every=20)
+    found = reconstruct(tmp_path, 0.08).backbone.time_proj.weight
+    torch.testing.assert_close(found, net.backbone.time_proj.weight, rtol=1e-6, atol=0)
+
+
 def test_reconstruct_gives_averages_of_any_length_after_a_run(tmp_path):
     options = {"images": 64 * 100, "batch_size": 64, "ema": (0.05, 0.10, 0.07), "log_every": 10**6, "lr": 1e-2}
     options |= {"checkpoint_every": 10**6, "sample_every": 10**6, "decay": "constant", "snapshot_every": 320}

