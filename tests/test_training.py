@@ -671,6 +671,16 @@ def test_frozen_weights_do_not_change():
     torch.testing.assert_close(vector(state.average().backbone.layers), before)
 
 
+def test_the_result_of_a_run_can_be_trained_further(tmp_path):
+    net = points_net()
+    net.backbone.layers.requires_grad_(False)
+    first = quick(net, points(), tmp_path / "first")
+    before = vector(first.backbone.layers), vector(first.backbone.last)
+    quick(first, points(), tmp_path / "second")
+    assert torch.equal(vector(first.backbone.layers), before[0])
+    assert not torch.equal(vector(first.backbone.last), before[1])
+
+
 def test_steps_continue_from_a_state():
     def run(stops):
         net, state = image_net(dropout=0.2), None

@@ -402,6 +402,8 @@ class _Run:
             rows = by_level(averaged, self.examples, self.settings)
             classes = getattr(self.data, "classes", None)
             write_report(self.out, averaged, self.config, rows, self.seconds, classes)
+        for parameter, own in zip(averaged.parameters(), self.state.parameters, strict=True):
+            parameter.requires_grad_(own.requires_grad)  # so that it can be trained further
         return averaged
 
     # -- The loop -----------------------------------------------------------------------------------------------------
@@ -518,9 +520,9 @@ class _Run:
         for average in self.state.averages:
             path = self.out / SNAPSHOTS / f"{checkpoint.name_of(self.state.images)}-{average.name}"
             averaged = self.state.average(average.length)
-            for own, averaged_one in zip(self.state.parameters, averaged.parameters(), strict=True):
+            for parameter, own in zip(averaged.parameters(), self.state.parameters, strict=True):
                 if own.requires_grad:  # others may be frequencies, whose rounding would change the phases of sines
-                    averaged_one.data = averaged_one.half()
+                    parameter.data = parameter.half()
             with checkpoint.new_folder(path) as folder:
                 averaged.save_pretrained(folder)
 
