@@ -603,6 +603,14 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(microbatch):
     assert (whole - start).abs().max() > 1e-3
 
 
+def test_the_gradient_accumulation_of_an_accelerator_does_not_change_the_gradient(monkeypatch):
+    """``accelerate launch --gradient_accumulation_steps 4`` sets it; ``microbatch`` is for that here."""
+    before = steps(points_net(), points(), images=32, batch_size=8).state.tensors()["optimizer"]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    after = steps(points_net(), points(), images=32, batch_size=8).state.tensors()["optimizer"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_the_gradient_is_clipped():
     def first_moment(**settings):
         last = steps(points_net(), points(), images=8, batch_size=8, **settings)

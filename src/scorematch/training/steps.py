@@ -513,7 +513,7 @@ def _steps(
                                 f"loss must return one value per image, {tuple(part.sigma.shape)}, got shape "
                                 f'{tuple(each.shape)}. Write reduction="none".'
                             )
-                        accelerator.backward(each.sum() / local)
+                        (each.sum() / local).backward()  # accelerator.backward may divide the loss once more
                     losses.append(each.detach())
                     sigmas.append(part.sigma)
             if settings.clip is not None:
