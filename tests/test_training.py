@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.images import save_image
+from scorematch.images import read_image, save_image
 from scorematch.loss import sliced_score_matching_loss
 from scorematch.nets import Condition
 from scorematch.palette import Inpainting
@@ -47,7 +47,16 @@ from scorematch.training import checkpoint as checkpoints
 from scorematch.training.data import Order
 from scorematch.training.ema import LONGEST, Average, combination, exponent
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
-from scorematch.training.report import Log, Losses, by_level, describe_classes, read_examples, sample_interval
+from scorematch.training.report import (
+    Examples,
+    Log,
+    Losses,
+    by_level,
+    describe_classes,
+    read_examples,
+    sample_interval,
+    save_samples,
+)
 from scorematch.training.steps import make_accelerator
 from tests.helpers import gaussian_images, python, seed
 
@@ -1602,6 +1611,16 @@ def test_runs_with_conditions_save_samples_and_a_report(tmp_path, kind):
     options = {"condition": Inpainting()} if kind == "task" else {"label_drop": 0.1}
     quick(net, data, tmp_path, images=16, **options)
     assert (tmp_path / "samples" / "000000016.png").stat().st_size > 500 and (tmp_path / "report.md").exists()
+
+
+def test_pictures_of_samples_show_the_value_range_of_the_network(tmp_path):
+    net = image_net(condition_channels=1)
+    net.value_range = (-1, 1)
+    settings = Settings(condition=lambda x, generator: -x)
+    save_samples(net, tmp_path / "a.png", Examples(2 * images(1) - 1, None), settings)
+    condition, _, original = read_image(tmp_path / "a.png", 1)[:, 2:-2, 2:].unfold(2, 8, 10)[:, :, :3].unbind(2)
+    torch.testing.assert_close(original, images(1)[0], atol=0.5 / 255 + 1e-6, rtol=0)
+    torch.testing.assert_close(condition, 1 - images(1)[0], atol=0.5 / 255 + 1e-6, rtol=0)
 
 
 def test_the_default_sample_interval_limits_the_share_of_sampling():

@@ -269,11 +269,11 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
         generator=[seed_of(settings.seed, "sample", i) for i in range(len(x))],
         progress=False,
     )
-    images = images.cpu().clamp(0, 1)
-    if condition is None or condition.shape != images.shape:
-        save_grid(images, path)
-    else:
-        save_grid(torch.stack([condition.cpu().clamp(0, 1), images, x], 1).flatten(0, 1), path, columns=6)
+    rows, columns = images.cpu(), None
+    if condition is not None and condition.shape == images.shape:
+        rows, columns = torch.stack([condition.cpu(), rows, x], 1).flatten(0, 1), 6
+    low, high = net.value_range or (0.0, 1.0)
+    save_grid(((rows - low) / (high - low)).clamp(0, 1), path, columns)
 
 
 def _conditions(net: ScoreNet, examples: Examples, settings: Settings, n: int) -> tuple[Tensor | None, Tensor | None]:
