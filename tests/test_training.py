@@ -257,6 +257,8 @@ def test_a_new_network_has_a_loss_of_half_the_dimension():
         (lambda: UniformTime(first=0), "first must be above 0 and below 1, got 0"),
         (lambda: UniformTime(beta_min=30), "0 < beta_min <= beta_max, got beta_min=30 and beta_max=20"),
         (lambda: levels_for(points_net(), 0.5), "a NoiseSchedule or a distribution"),
+        (lambda: levels_for(points_net(), LogNormal), "a NoiseSchedule or a distribution .*got <class"),
+        (lambda: levels_for(points_net(), torch.tensor([1.0, 0.5])), r"a NoiseSchedule or a distribution .*got tensor"),
         (lambda: Mixture(()), "at least one distribution"),
         (lambda: Mixture((LogUniform(1, 2), 0.5)), r"a NoiseSchedule or a distribution .*got 0\.5"),
         (lambda: weighting_for(points_net(), "snr", 2), "weighting must be one of 'sigma', 'backbone'"),
@@ -508,10 +510,14 @@ def test_the_number_of_images_is_rounded_up_to_whole_batches():
         ({"ema": (0.05, 0.05)}, "ema must not contain a length twice"),
         ({"ema": (0.5,)}, "ema must contain lengths above 0"),
         ({"loss": dsm_loss, "p": 1}, "p and weighting apply to the default loss only"),
+        ({"ema": 0.999}, r"ema must be a tuple of numbers, such as \(0\.05, 0\.1\), got 0\.999"),
+        ({"betas": 0.9}, r"betas must be a tuple of numbers, such as \(0\.9, 0\.99\), got 0\.9"),
+        ({"lr": "1e-3"}, "lr must be a number, got '1e-3'"),
+        ({"label_drop": None}, "label_drop must be a number, got None"),
     ],
 )
 def test_invalid_settings_raise(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         Settings(**arguments)
 
 
@@ -840,6 +846,13 @@ def check(net, data, **settings):
 def test_invalid_arguments_raise_at_the_call(wrong, message):
     with pytest.raises((ValueError, TypeError), match=message):
         wrong()
+
+
+def test_invalid_arguments_of_train_raise(tmp_path):
+    with pytest.raises(TypeError, match=r"net must be a ScoreNet, got MLP\. Write ScoreNet\(backbone, schedule\)"):
+        quick(MLP(), points(), tmp_path)
+    with pytest.raises(TypeError, match=r"ema must be a tuple of numbers, .* got 0\.999"):
+        quick(points_net(), points(), tmp_path, ema=0.999)
 
 
 def test_labels_are_checked_in_every_batch():

@@ -46,6 +46,7 @@ from torch import Tensor
 from scorematch.noise import NoiseSchedule
 from scorematch.precondition import Preconditioning
 from scorematch.randomness import seed_of
+from scorematch.schema import quote
 from scorematch.score import ScoreNet
 
 Weighting = Literal["sigma", "backbone"]
@@ -240,10 +241,10 @@ def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
 def _distribution(levels: Levels | NoiseSchedule) -> Levels:
     if isinstance(levels, NoiseSchedule):
         return ScheduleLevels(levels)
-    if not isinstance(levels, Levels):
+    if not isinstance(levels, Levels) or isinstance(levels, type | Tensor):  # a tensor has another method quantile
         raise TypeError(
             "levels must be a NoiseSchedule or a distribution with a method quantile, such as LogNormal(-1.9, 1.2), "
-            f"got {levels!r}."
+            f"got {quote(levels)}."
         )
     return levels
 

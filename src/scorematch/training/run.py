@@ -72,6 +72,7 @@ from scorematch.training.steps import (
     Task,
     TrainingState,
     check_arguments,
+    check_network,
     global_generators,
     make_accelerator,
     prepare,
@@ -240,6 +241,7 @@ def train(
         >>> trained.training
         False
     """
+    check_network(net)
     settings = Settings(
         images=images,
         batch_size=batch_size,
@@ -251,7 +253,7 @@ def train(
         warmup_images=warmup_images,
         decay=decay,
         clip=clip,
-        ema=tuple(ema),
+        ema=ema,
         levels=levels,
         weighting=weighting,
         p=p,

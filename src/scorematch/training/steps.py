@@ -22,10 +22,11 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -87,6 +88,7 @@ class Settings:
     """The settings of a run; the fields are the arguments of ``train`` of the same names, which are described there.
 
     Raises:
+        TypeError: if a value has another type.
         ValueError: if a value is out of range.
     """
 
@@ -102,7 +104,7 @@ class Settings:
     warmup_images: int | None = None  # 500 steps or a twentieth of the run: published warm-ups are for longer runs
     decay: Decay = "cosine"  # to zero: Loshchilov & Hutter 2017; Karras et al. 2024 show that some decay is needed
     clip: float | None = 1.0  # Ho et al. 2020 and Song et al. 2021, whose losses are means over the values
-    ema: tuple[float, ...] = (0.05, 0.10)  # Karras et al. 2024, Section 3.2, from which any length is reconstructed
+    ema: Sequence[float] = (0.05, 0.10)  # Karras et al. 2024, Section 3.2, from which any length is reconstructed
     levels: Levels | NoiseSchedule | None = None  # Karras et al. 2022, Table 1, or as the row was published
     weighting: Weighting | Callable[[Tensor], Tensor] | None = None  # the same
     p: float = 2  # the square of the error, whose minimum is the score
@@ -115,6 +117,14 @@ class Settings:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("betas", "ema"):
+            value = getattr(self, name)
+            if not isinstance(value, Iterable) or isinstance(value, str):
+                raise TypeError(f"{name} must be a tuple of numbers, such as {getattr(Settings, name)}, got {value!r}.")
+        for name in ("lr", "eps", "clip", "p", "weight_decay", "label_drop"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and not (name == "clip" and value is None):
+                raise TypeError(f"{name} must be a number, got {value!r}.")
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "ema", tuple(check_length(length) for length in self.ema))
         for name in ("images", "batch_size", "microbatch", "warmup_images", "seed"):
@@ -390,14 +400,19 @@ def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingStat
 # -- Checks -----------------------------------------------------------------------------------------------------------
 
 
+def check_network(net: object) -> None:
+    """Raises TypeError if an object is not a ScoreNet."""
+    if not isinstance(net, ScoreNet):
+        raise TypeError(f"net must be a ScoreNet, got {type(net).__name__}. Write ScoreNet(backbone, schedule).")
+
+
 def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: int) -> None:
     """Checks that the network, the data and the settings fit together.
 
     Raises:
         TypeError, ValueError: if they do not.
     """
-    if not isinstance(net, ScoreNet):
-        raise TypeError(f"net must be a ScoreNet, got {type(net).__name__}. Write ScoreNet(backbone, schedule).")
+    check_network(net)
     if net.sample_shape is not None and tuple(data.shape) != net.sample_shape:
         raise ValueError(
             f"the data must have samples of the network's sample_shape, {net.sample_shape}, got {tuple(data.shape)}."
