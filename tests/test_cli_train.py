@@ -405,12 +405,14 @@ def test_ema_writes_an_average_of_another_length(run, tmp_path, capsys):
         assert _same(ScoreNet.from_pretrained(out).state_dict(), expected.state_dict())
 
 
-def test_ema_writes_to_the_folder_of_the_run_by_default(run, tmp_path, capsys):
+@pytest.mark.parametrize(("length", "name"), [("0.08", "ema-0.080"), ("0.0812", "ema-0.0812"), (".289", "ema-0.289")])
+@pytest.mark.filterwarnings("ignore:.*give an inaccurate average:UserWarning")
+def test_ema_writes_to_the_folder_of_the_run_by_default(run, tmp_path, capsys, length, name):
     out = tmp_path / "run"
     shutil.copytree(run[0] / "snapshots", out / "snapshots")
-    assert main(["ema", str(out), "--length", "0.08"]) == 0
-    assert capsys.readouterr().out == f"{out / 'ema-0.080'}\n"
-    assert ScoreNet.from_pretrained(out / "ema-0.080").sample_shape == (3, 8, 8)
+    assert main(["ema", str(out), "--length", length]) == 0
+    assert capsys.readouterr().out == f"{out / name}\n"
+    assert ScoreNet.from_pretrained(out / name).sample_shape == (3, 8, 8)
 
 
 def test_ema_of_a_folder_without_a_run_gives_an_error(tmp_path, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scorematch.cli.options import Commands, add_overwrite, check_new_network, image_count
 from scorematch.training import reconstruct
+from scorematch.training.ema import name_of
 
 
 def add(commands: Commands) -> None:
@@ -37,7 +38,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    out = Path(args.run_folder, f"ema-{args.length:.3f}") if args.out is None else args.out
+    out = Path(args.run_folder, f"ema-{name_of(args.length)}") if args.out is None else args.out
     check_new_network(out, args.overwrite)
     net = reconstruct(args.run_folder, args.length, images=args.images)
     net.save_pretrained(out)

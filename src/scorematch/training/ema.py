@@ -47,7 +47,7 @@ from scorematch import pretrained
 from scorematch.score import ScoreNet
 
 SNAPSHOTS = "snapshots"  # the subfolder of a run's folder
-LONGEST = 1 / math.sqrt(12)  # the length of the plain mean over the run, gamma = 0
+LONGEST = 0.289  # the length of the plain mean over the run, gamma = 0: the root of 1/12, rounded up
 
 _SHORTEST_DECAY = 0.9  # a value from 0.9 to 1 is the decay of an exponential average, not a length
 # The largest relative error of the profile of a reconstructed average without a warning.
