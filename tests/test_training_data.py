@@ -324,6 +324,20 @@ def test_labels_and_classes_of_torchvision_datasets(rng):
     assert data.read([0, 1])[0].shape == (2, 3, 8, 8)
 
 
+def test_the_labels_of_a_dataset_are_those_of_its_items(rng):
+    dataset = _Dataset([(_colors(rng), 2 - k) for k in (0, 1, 2)])
+    dataset.targets, dataset.classes = [0, 1, 2], ["cat", "dog", "bird"]
+    dataset.target_transform = lambda k: 2 - k  # of torchvision's data sets; targets and classes are those before
+    data = _open(dataset, labels=True)
+    assert data.classes == ("0", "1", "2") and data.read([0, 1])[1].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("label", [str, np.int64, torch.tensor], ids=["str", "int64", "tensor"])
+def test_labels_of_every_kind_in_a_dataset(label, rng):
+    data = _open(_Dataset([(_colors(rng), label(k)) for k in (1, 0, 1)]), labels=True)
+    assert data.classes == ("0", "1") and data.read([0, 1])[1].tolist() == [1, 0]
+
+
 ImageFeature = type("Image", (), {})  # stands for datasets.Image, which is recognized by its name
 
 
@@ -365,6 +379,12 @@ def test_hugging_face_datasets(rng):
     assert torch.equal(_open(_Table({"a": pixels, "b": pixels}), image_key="b").read([0, 2])[0], images)
     with pytest.raises(ValueError, match="no split \"train\"; the splits are 'test'"):
         _open({"test": table})
+
+
+def test_a_hugging_face_dataset_in_the_format_torch(rng):
+    pixels = torch.from_numpy(np.stack([_colors(rng, 9, 8) for _ in range(3)])).permute(0, 3, 1, 2)
+    data = _open(_Table({"image": pixels}, {"image": ImageFeature()}), crop=None)
+    assert torch.equal(data.read([0, 1, 2])[0], pixels)
 
 
 def test_a_name_loads_a_hugging_face_dataset(monkeypatch, rng):
@@ -622,6 +642,11 @@ def test_open_images_returns_opened_data_unchanged():
         (_Dataset([torch.zeros(1, 2, 2)]), {"labels": True}, ValueError, "must be .image, label., but item 0"),
         (_Dataset([torch.zeros(1, 2, 2, dtype=torch.int32)]), {}, TypeError, "an item of the Dataset must be uint8"),
         (_Table({"image": []}), {}, ValueError, "the data set is empty"),
+        (_Table({"image": [np.zeros((8, 8))]}), {}, ValueError, "a picture of Pillow or a uint8 array, got float64"),
+        (_Table({"image": [np.zeros((8, 8, 5), np.uint8)]}), {}, OSError, "none of the 1 images .*Cannot handle"),
+        (_Dataset([(torch.zeros(1, 2, 2), 1.7)]), {"labels": True}, ValueError, "or strings, got float64"),
+        (_Dataset([(torch.zeros(1, 2, 2), torch.eye(3)[0])]), {"labels": True}, ValueError, r"got shape \(1, 3\)"),
+        (torch.zeros(3, 2), {"image_size": 8.0}, ValueError, r"image_size must be .* got 8\.0"),
     ],
 )
 def test_invalid_data_raise(source, options, error, message):

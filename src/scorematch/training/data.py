@@ -216,14 +216,16 @@ def open_images(
         raise ValueError(f'crop must be "center", "celeba" or None, got {crop!r}.')
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None, got {channels!r}.")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if size is not None and not (len(size) == 2 and min(size) >= 1):
+    size = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size
+    pair = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int | np.integer) for side in size)
+    if size is not None and not (pair and min(size) >= 1):
         raise ValueError(f"image_size must be (height, width), or the side of a square, got {image_size!r}.")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}.")
-    options = Options(None if size is None else (size[0], size[1]), channels, crop, labels, image_key, label_key)
+    size = None if size is None else (int(size[0]), int(size[1]))
+    options = Options(size, channels, crop, labels, image_key, label_key)
     found = find(source, options, workers)
     fingerprint = _digest(found.identity, found.shape, crop, labels)
     array, broken = _decode(found, fingerprint, None if cache is None else Path(cache), strict, workers, progress)

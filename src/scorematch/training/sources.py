@@ -24,7 +24,7 @@ from torch import Tensor
 
 from scorematch.arrays import read_arrays
 from scorematch.images import ENDINGS, check_range, gray_or_rgb, open_picture
-from scorematch.schema import plain
+from scorematch.schema import plain, reason
 
 Crop = Literal["center", "celeba"] | None
 _A = TypeVar("_A")
@@ -89,7 +89,7 @@ def _looks(picture: Any) -> tuple[int, tuple[int, int]]:
 
 
 def _picture_of(image: Any) -> Any:
-    """Converts an array (H, W), (H, W, 1) or (H, W, 3), uint8, to a picture; a picture is returned unchanged."""
+    """Converts an array (H, W), (H, W, C) or (C, H, W), uint8, to a picture; a picture is returned unchanged."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -97,6 +97,8 @@ def _picture_of(image: Any) -> Any:
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise UnfitError(f"an image must be a picture of Pillow or a uint8 array, got {array.dtype}.")
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)  # a tensor of a data set in the format "torch"
     return Image.fromarray(array.squeeze(2) if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
@@ -283,23 +285,23 @@ class _Pictures(Source):
     def _kinds_and_sizes(self, workers: int) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
         """All numbers of channels and all sizes in the source, each with the index of the first picture that has it."""
 
-        def look(i: int) -> tuple[int, tuple[int, int]] | None:
+        def look(i: int) -> tuple[int, tuple[int, int]] | Exception:
             try:
                 with self.open(i) as picture:
                     return _looks(picture)
-            except ImportError:
+            except (UnfitError, ImportError):
                 raise
-            except Exception:  # a damaged image, which is reported when it is decoded
-                return None
+            except Exception as error:  # a damaged image, which is reported when it is decoded
+                return error
 
         kinds: dict[int, int] = {}
         sizes: dict[tuple[int, int], int] = {}
         for i, seen in enumerate(ordered_map(look, range(len(self)), workers)):
-            if seen is not None:
+            if not isinstance(seen, Exception):
                 kinds.setdefault(seen[0], i)
                 sizes.setdefault(seen[1], i)
-        if not sizes:
-            raise OSError(f"none of the {len(self)} images of {self.name} can be read.")
+        if not sizes and isinstance(seen, Exception):
+            raise OSError(f"none of the {len(self)} images of {self.name} can be read: {reason(seen)}.") from seen
         return kinds, sizes
 
     def _common_channels(self, kinds: dict[int, int]) -> int:
@@ -439,10 +441,11 @@ class _Items(Source):
             self.shape = _checked(tuple(_values(first).shape), options, self.name)
         self.identity = [type(dataset).__name__, len(dataset)]
         if options.labels:
-            labels = getattr(dataset, "targets", None)
+            # The labels and classes of torchvision's data sets, which are those before the transform of their items.
+            known = dataset if getattr(dataset, "target_transform", None) is None else None
+            labels, names = getattr(known, "targets", None), getattr(known, "classes", None)
             labels = list(ordered_map(self._label, range(len(dataset)), workers)) if labels is None else labels
             self.labels, self.classes = _classes(labels, len(dataset), self.name)
-            names = getattr(dataset, "classes", None)
             self.classes = self.classes if names is None else tuple(map(str, names))
 
     def __len__(self) -> int:
@@ -468,7 +471,7 @@ class _Items(Source):
         item = self.dataset[i]
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise ValueError(f"items of {self.name} must be (image, label), but item {i} has no label.")
-        return int(item[1])
+        return item[1]
 
 
 def _values(image: Any) -> np.ndarray:
