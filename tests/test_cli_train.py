@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from scorematch import ScoreNet
+from scorematch import ScoreNet, dsm_loss
 from scorematch.cli import main
 from scorematch.cli import train as command
 from scorematch.cli.options import image_count
 from scorematch.cli.train import _size
 from scorematch.nets import Condition
 from scorematch.palette import MultiTask
-from scorematch.training import RECIPES, reconstruct
+from scorematch.training import RECIPES, Settings, open_images, reconstruct
 from tests.helpers import python
 
 pytest.importorskip("accelerate")
@@ -170,6 +170,18 @@ def test_torchrun_trains_the_same_network_in_two_processes(faces, tmp_path):
 
 
 # -- Options
+
+
+def test_the_timed_step_has_the_images_of_one_device(faces, tmp_path, monkeypatch):
+    """The whole batch would not fit into the memory of a device."""
+    seen = []
+    monkeypatch.setattr(command, "dsm_loss", lambda net, x, **given: seen.append(len(x)) or dsm_loss(net, x, **given))
+    args = argparse.Namespace(data=str(faces), out=tmp_path, start=None, recipe="tiny")
+    data = open_images(torch.rand(32, 3, 8, 8))
+    for settings in (Settings(images=64, batch_size=32), Settings(images=64, batch_size=32, microbatch=3)):
+        net = RECIPES["tiny"].build(3, 8)
+        command._announce(args, RECIPES["tiny"], data, net, settings, torch.device("cpu"), processes=4)
+    assert set(seen[:2]) == {8} and set(seen[2:]) == {3}
 
 
 def test_options_are_passed_to_train(faces, tmp_path, calls):

@@ -358,7 +358,7 @@ def _announce(
     done = max((int(path.name) for path in (args.out / "checkpoints").glob("[0-9]*")), default=0)
     if done:
         print(f"          continues at image {done:,}")
-    seconds = _seconds_per_image(net, data, settings, device)
+    seconds = _seconds_per_image(net, data, settings, device, settings.batch_size // processes)
     where = str(device) if processes == 1 else f"{processes} x {device.type}"
     remaining = max(0, settings.total - done) * seconds / processes
     print(f"time      about {duration(remaining)} on {where}, {processes / seconds:.3g} images/s")
@@ -369,10 +369,12 @@ def _epochs(number: float) -> str:
     return f"{number:.3g}" if number < 100 else f"{number:,.0f}"
 
 
-def _seconds_per_image(net: ScoreNet, data: ImageData, settings: Settings, device: torch.device) -> float:
-    """The measured seconds of the forward and the backward pass on one device, per image."""
-    most = _TIMED_VALUES // math.prod(data.shape) if device.type == "cpu" else settings.batch_size
-    few = max(1, min(most, settings.microbatch or settings.batch_size, len(data)))
+def _seconds_per_image(
+    net: ScoreNet, data: ImageData, settings: Settings, device: torch.device, batch_size: int
+) -> float:
+    """The measured seconds of the forward and the backward pass on one device with a batch of its own, per image."""
+    most = _TIMED_VALUES // math.prod(data.shape) if device.type == "cpu" else batch_size
+    few = max(1, min(most, settings.microbatch or batch_size, batch_size))
     images, labels = data.read(range(few))
     x = (images.float() / 255 if images.dtype == torch.uint8 else images).to(device)
     given: dict[str, Any] = {} if labels is None else {"condition": labels.to(device)}
