@@ -1,6 +1,7 @@
 """Training: random numbers, averages of the weights, steps, and interrupted runs."""
 
 import copy
+import dataclasses
 import errno
 import functools
 import itertools
@@ -40,6 +41,7 @@ from scorematch.training import (
     UniformTime,
     open_images,
     reconstruct,
+    report,
     train,
     train_steps,
 )
@@ -1580,6 +1582,18 @@ def test_calibration_of_the_exact_score():
     assert all(row.norm == pytest.approx(1 - row.loss, abs=0.06) for row in rows)
     doubled = by_level(lambda_net(net, 2), examples, Settings())
     assert doubled[-1].norm == pytest.approx(4 * rows[-1].norm) and doubled[-1].loss > rows[-1].loss + 0.5
+
+
+def test_the_report_computes_few_large_images_at_once(monkeypatch):
+    """The report at the end of a run needs no more memory than the run."""
+    net, settings = image_net(condition_channels=1), Settings(condition=Inpainting())
+    whole, seen = by_level(net, read_examples(Memory(images(7))), settings), []
+    net.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    monkeypatch.setattr(report, "_REPORT_VALUES", 3 * 8 * 8 + 1)
+    parts = by_level(net, read_examples(Memory(images(7))), settings)
+    assert seen == [3, 3, 1] * 16
+    for one, other in zip(whole, parts, strict=True):
+        assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other))
 
 
 def test_a_network_of_one_noise_level_saves_samples_and_a_report(tmp_path):

@@ -45,6 +45,7 @@ FIELDS = frozenset({"images", "lr", "images_per_second", "loss", "loss_by_level"
 _SAMPLES = 16  # the number of samples in an image of samples
 _REPORT_IMAGES = 64  # the number of images and of noise levels for the loss by level in the report
 _REPORT_LEVELS = 16
+_REPORT_VALUES = 2**20  # in the images that the network computes at once for the report, as a sampler does
 _LINE: Mapping[str, Field] = {  # the values of a line of the log that are read again
     "images": Field(int, required=True, low=0, high=2**62),
     "loss": Field(float),
@@ -319,10 +320,17 @@ def by_level(net: ScoreNet, examples: Examples, settings: Settings) -> list[Leve
     x = examples.x.to(device)
     generator = torch.Generator().manual_seed(seed_of(settings.seed, "report"))
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device)
+    parts = {"noise": noise, "condition": condition, "region": None if region is None else region.expand(x.shape)}
+    given: dict[str, Any] = {name: value for name, value in parts.items() if value is not None}
+    size = max(1, _REPORT_VALUES // x[0].numel())
     rows = []
     for sigma in np.geomspace(net.schedule.sigma_min, net.schedule.sigma_max, _REPORT_LEVELS).tolist():
-        loss, norm = loss_and_norm(net, x, sigma=sigma, noise=noise, condition=condition, region=region)
-        rows.append(LevelRow(sigma, float(loss.mean()), float(norm.mean())))
+        found = []
+        for i in range(0, len(x), size):
+            part = {name: value[i : i + size] for name, value in given.items()}
+            found.append(loss_and_norm(net, x[i : i + size], sigma=sigma, **part))
+        loss, norm = (float(torch.cat(values).mean()) for values in zip(*found, strict=True))
+        rows.append(LevelRow(sigma, loss, norm))
     return rows
 
 
