@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -687,6 +688,18 @@ def test_state_average_returns_the_network_of_each_length():
     assert torch.equal(vector(state.average()), vector(state.net))
 
 
+def test_the_state_of_the_optimizer_keeps_its_dtypes():
+    """Also that of a weight of one value in float64, of which a step counter in float32 has the shape."""
+    net = points_net(torch.float64)
+    net.backbone.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    net.backbone.register_forward_hook(lambda module, arguments, output: module.scale * output)
+    state = steps(net, points(dtype=torch.float64), images=16, batch_size=8).state
+    before = state.tensors()
+    state.load({name: {key: value.clone() for key, value in part.items()} for name, part in before.items()}, 16, 2)
+    after = state.tensors()["optimizer"]
+    assert {key: value.dtype for key, value in after.items()} == {k: v.dtype for k, v in before["optimizer"].items()}
+
+
 def test_frozen_weights_do_not_change():
     net = points_net()
     net.backbone.layers.requires_grad_(False)
@@ -758,6 +771,12 @@ def test_a_task_creates_the_condition():
     assert len({tuple(call["region"].flatten().tolist()) for call in loss.calls}) == 8
 
 
+@pytest.mark.parametrize("made", [None, torch.zeros(3, 8, 1, 8, 8).unbind(0)])
+def test_a_task_that_returns_something_else_raises(made):
+    with pytest.raises(TypeError, match=r"condition= must return a tensor or \(condition, region\), got"):
+        steps(image_net(condition_channels=1), Memory(images()), images=8, batch_size=8, condition=lambda x, _: made)
+
+
 def test_a_function_creates_the_condition():
     loss = Recorder()
     half = lambda x, generator: x / 2  # noqa: E731
@@ -827,6 +846,13 @@ def check(net, data, **settings):
             "the data have 64 images, fewer than a batch of 65. Pass batch_size=64",
         ),
         (lambda: check(points_net(), points(), levels=3), "levels must be a NoiseSchedule or a distribution"),
+        *(
+            (
+                lambda quantile=quantile: check(points_net(), points(), levels=SimpleNamespace(quantile=quantile)),
+                "quantile of levels must return a tensor of positive levels, .* got",
+            )
+            for quantile in (lambda u: -u, lambda u: u[:1], lambda u: u.numpy(), lambda u: 0.5)
+        ),
         (lambda: check(points_net(), points(), weighting="x"), "weighting must be one of"),
         (
             lambda: check(image_net(), Memory(images()), condition=Inpainting()),

@@ -249,6 +249,16 @@ def _distribution(levels: Levels | NoiseSchedule) -> Levels:
     return levels
 
 
+def check_levels(levels: Levels) -> None:
+    """Raises ValueError if the method ``quantile`` of a distribution does not return positive levels as a tensor."""
+    found = levels.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    if not isinstance(found, Tensor) or found.shape != (2,) or not bool((found > 0).all()):
+        raise ValueError(
+            f"quantile of levels must return a tensor of positive levels, one for each value of u, got {quote(found)} "
+            "for 2 values."
+        )
+
+
 def uniforms(seed: int, start: int, stop: int) -> Tensor:
     """The numbers u of the images ``start`` to ``stop - 1`` of a run: float64 (stop - start,), strictly in (0, 1)."""
     golden = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / phi

@@ -36,10 +36,11 @@ from scorematch.loss import dsm_loss
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast, autocast
 from scorematch.randomness import seed_of
+from scorematch.schema import quote
 from scorematch.score import ScoreNet
 from scorematch.training.data import Order
 from scorematch.training.ema import Average, check_length
-from scorematch.training.levels import Levels, Weighting, levels_for, uniforms, weighting_for
+from scorematch.training.levels import Levels, Weighting, check_levels, levels_for, uniforms, weighting_for
 from scorematch.training.sources import ordered_map
 
 Decay = Literal["cosine", "linear", "constant", "inverse-sqrt"]
@@ -261,7 +262,7 @@ class TrainingState:
             moments = {key: value.to(parameter.device) for key, value in found.items() if value is not None}
             if moments:  # in the memory format of the parameter, in which the optimizer creates them
                 self.optimizer.state[parameter] = {
-                    key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+                    key: value if key == "step" else torch.empty_like(parameter).copy_(value)
                     for key, value in moments.items()
                 }
         self.images, self.step = images, step
@@ -426,7 +427,7 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
         raise ValueError(
             f"batch_size must be a multiple of the number of processes, {processes}, got {settings.batch_size}."
         )
-    levels_for(net, settings.levels)
+    check_levels(levels_for(net, settings.levels))
     weighting_for(net, settings.weighting, settings.p)
     takes = net.conditioning
     if settings.condition is not None and takes is not None and takes.channels == 0:
@@ -551,7 +552,11 @@ def _given(part: _Batch, settings: Settings) -> dict[str, Tensor]:
         return {} if part.labels is None else {"condition": part.labels}
     generator = torch.Generator(part.x.device).manual_seed(seed_of(settings.seed, "condition", part.first))
     made = settings.condition(part.x, generator)
-    return {"condition": made} if isinstance(made, Tensor) else {"condition": made[0], "region": made[1]}
+    if isinstance(made, Tensor):
+        return {"condition": made}
+    if not (isinstance(made, tuple | list) and len(made) == 2):
+        raise TypeError(f"condition= must return a tensor or (condition, region), got {quote(made)}.")
+    return {"condition": made[0], "region": made[1]}
 
 
 def _batches(
