@@ -495,6 +495,20 @@ def test_bad_arguments(tmp_path, options, error, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_samples_outside_of_the_range_of_images(tmp_path, kind):
+    def score(x, sigma):
+        return (0.5 - x) / (1 + sigma**2)
+
+    sampler = ODESampler(score, schedule=NoiseSchedule.geometric(1, 0.01, 3))
+    options = {"shape": (1, 8, 8), "format": kind, "progress": False}
+    with pytest.raises(ValueError, match=r"not images in \[0, 1\] \(.* got values from .*score.value_range = \(0, 1\)"):
+        sample_to(sampler, tmp_path, 2, **options)
+    score.value_range = (0, 1)
+    sample_to(sampler, tmp_path, 2, **options)
+    assert read_samples(tmp_path, 2).std() > 0.2
+
+
 def test_bad_arguments_of_one_function(tmp_path, levels):
     with pytest.raises(ValueError, match="first must be an integer of at least 0, got -1"):
         bulk_samples(_ode(levels), 2, first=-1)

@@ -26,7 +26,7 @@ from scorematch.files import clean, write_whole
 from scorematch.precision import device_name
 from scorematch.protocol import attribute, device_of
 from scorematch.sampling import Sampler
-from scorematch.schema import quote
+from scorematch.schema import quote, reason
 
 _LOOK_SECONDS = 0.2  # between two checks of the files of other processes
 
@@ -165,6 +165,11 @@ class SampleFolder:
                 f"the images from {batch.indices.start} on could not be written to {self._folder} "
                 f"({error.strerror or error}); the files that are there are complete. Correct the cause, such as a "
                 "full disk, and start again with the same arguments",
+            ) from error
+        except ValueError as error:  # of a score without a value range, to which samples would be clamped
+            raise ValueError(
+                f"the samples are not images in [0, 1] ({reason(error).partition('. ')[0]}). Write score.value_range = "
+                "(0, 1) to clamp them to this range, or use bulk_samples."
             ) from error
 
     def _check_written(self, share: Share) -> None:
