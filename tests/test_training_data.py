@@ -1,5 +1,6 @@
 """Training data: sources, decoding, the cache and the order of images."""
 
+import copy
 import math
 import os
 import sys
@@ -322,6 +323,12 @@ def test_labels_and_classes_of_torchvision_datasets(rng):
     assert data.classes == ("cat", "dog") and data.read([0])[1].tolist() == [1]
     assert data.shape == (3, 8, 8)  # the first picture sets the size
     assert data.read([0, 1])[0].shape == (2, 3, 8, 8)
+
+
+def test_data_that_were_read_can_be_copied(rng):
+    data = _open(_Dataset(list(torch.rand(3, 1, 4, 4, generator=rng))))
+    data.read([0])
+    assert torch.equal(copy.deepcopy(data).read([2, 1])[0], data.read([2, 1])[0])
 
 
 def test_the_labels_of_a_dataset_are_those_of_its_items(rng):

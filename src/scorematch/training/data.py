@@ -71,6 +71,9 @@ class ImageData:
         self._workers = workers
         self._pool: ThreadPoolExecutor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pool": None}  # threads cannot be copied
+
     def __len__(self) -> int:
         return len(self._kept)
 
