@@ -6,7 +6,8 @@ It accepts
 - a tensor or an array, alone or as a pair (images, labels), or a dict or an .npz file of arrays. Images are uint8 of
   shape (N, C, H, W), (N, H, W, C) or (N, H, W); floating-point data may have any shape (N, ...), and images among them
   are (N, C, H, W) in [0, 1];
-- a ``torch.utils.data.Dataset`` with a length, whose items are images or tuples (image, label);
+- a ``torch.utils.data.Dataset`` with a length, whose items are images or tuples (image, label). Its random transforms
+  are drawn again at each access, also in a run that continues;
 - a data set of Hugging Face's ``datasets``, or its name on the Hub.
 
 Image files are cropped and resized with Pillow and kept as uint8. Each file is decoded once when the data are opened,
