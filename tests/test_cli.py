@@ -102,6 +102,20 @@ def test_options_cannot_be_abbreviated(name, capsys):
 
 
 @pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        (["sample", "mnist", "-n", "4", "x.png"], "picture", "x.png"),
+        (["sample", "-n", "4", "mnist", "x.png"], "picture", "x.png"),
+        (["sample", "mnist", "--gif", "x.png", "--seed", "1"], "picture", "x.png"),
+        (["evaluate", "mnist", "--features", "pixels", "-n", "9", "digits"], "reference", "digits"),
+        (["demo", "--port", "8000", "./net"], "model", "./net"),
+    ],
+)
+def test_options_may_precede_an_optional_argument(options, name, value):
+    assert getattr(cli._parser().parse_args(options), name) == value
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "the following arguments are required: COMMAND. See python -m scorematch --help."),
@@ -111,6 +125,7 @@ def test_options_cannot_be_abbreviated(name, capsys):
             "the following arguments are required: picture or --out FOLDER. See python -m scorematch sample --help",
         ),
         (["sample", "mnist", "x.png", "--steps", "10"], "unrecognized arguments: --steps 10. See .* sample --help"),
+        (["sample", "mnist", "-n", "4", "x.png", "y.png"], "unrecognized arguments: (x.png )?y.png."),
         (["sample", "mnist", "x.png", "-n", "few"], "argument -n: must be a whole number of at least 1, such as 64, "),
         (["sample", "mnist", "x.png", "-n", "0"], "got '0'. See .* sample --help"),
         (["sample", "mnist", "x.png", "--columns", "0"], "argument --columns: must be a whole number of at least 1"),

@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -36,6 +37,18 @@ class Parser(argparse.ArgumentParser):
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
         self.set_defaults(parser=self)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Also accepts an optional argument after options, ``sample mnist -n 4 digits.png``, before Python 3.13."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if len(unknown) == 1 and not unknown[0].startswith("-"):
+            for action in self._get_positional_actions():
+                if action.nargs == argparse.OPTIONAL and getattr(parsed, action.dest) is action.default:
+                    setattr(parsed, action.dest, unknown.pop())
+                    break
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2."""
