@@ -113,6 +113,9 @@ def test_images_that_are_not_floating_point_raise(tmp_path):
     for image, kind in [(torch.ones(1, 4, 4).byte(), "torch.uint8"), (np.ones((1, 4, 4)), "ndarray")]:
         with pytest.raises(TypeError, match=rf"floating-point tensor in \[0, 1\], got {kind}. Write image / 255"):
             save_image(image, tmp_path / "image.png")
+    for images in (np.ones((2, 1, 4, 4)), [torch.ones(1, 4, 4)]):
+        with pytest.raises(TypeError, match=r"images must be a tensor .* got (ndarray|list). Write torch.as_tensor"):
+            save_grid(images, tmp_path / "image.png")
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_compare_measures_samplers(net):
     [
         ({"by": "fid"}, "by must be one of 'frechet', 'kernel' for samples, got 'fid'"),
         ({"by": "kernel"}, "'kernel' needs 1,000 images in each set, and there are 6"),
-        ({"calls": 1}, "no settings have at most 1 network calls"),
+        ({"calls": 1}, "no settings have at most 1 network calls per image: the fewest are 2"),
         ({"n": 1}, "at least 2 images, got 1"),
     ],
 )

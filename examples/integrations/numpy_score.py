@@ -1,8 +1,9 @@
-"""An exact score from NumPy: the samplers and the likelihood take any function ``score(x, sigma)``.
+"""An exact score from NumPy: the samplers take any function ``score(x, sigma)``.
 
     python examples/integrations/numpy_score.py
 
-It prints the mean and the covariance of the samples beside those of the data.
+It prints the mean and the covariance of the samples beside those of the data. ``log_likelihood`` and the restoration
+method "guide-jacobian" differentiate the score, and need one that is computed by torch.
 """
 
 import numpy as np

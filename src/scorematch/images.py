@@ -41,12 +41,18 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
         One image (C, H', W') in [0, 1].
 
     Raises:
+        TypeError: if the images are not a tensor.
         ValueError: if the images have another shape, or ``columns`` is below 1.
 
     Example:
         >>> grid(torch.ones(6, 1, 28, 28), columns=3).shape
         torch.Size([1, 62, 92])
     """
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"images must be a tensor (N, C, H, W), got {type(images).__name__}. Write torch.as_tensor(images), or "
+            "torch.stack(images) for a list of tensors."
+        )
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images must be (N, C, H, W) with at least one image, got shape {tuple(images.shape)}.")
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns

@@ -251,7 +251,8 @@ def tune(
     listed = settings_table(net, calls) if settings is None else list(settings)
     samplers = {each: sampler for each in listed if len(sampler := recommended_sampler(net, each)) <= calls}
     if not samplers:
-        raise ValueError(f"no settings have at most {calls} network calls per image.")
+        fewest = min(len(recommended_sampler(net, each)) for each in listed or settings_table(net))
+        raise ValueError(f"no settings have at most {calls} network calls per image: the fewest are {fewest}.")
     if takes_image(net) and not listed_tasks:
         raise ValueError("the network restores images: name the tasks to measure, such as tasks=['colorization'].")
     device = device_of(net) if device is None else device

@@ -72,7 +72,7 @@ def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor |
     if isinstance(condition, bool) or not isinstance(condition, Tensor | int | None):
         raise TypeError(
             "condition must be a tensor, int64 (N,) for classes or float (N, K, H, W) for an image, or an int for one "
-            f"class, got {type(condition).__name__}."
+            f"class, got {type(condition).__name__}. Write torch.as_tensor(condition)."
         )
     if takes is not None:
         condition = takes.classes if condition is None and takes.null_class else condition

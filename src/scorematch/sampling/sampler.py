@@ -372,7 +372,10 @@ class Sampler(ABC):
             )
         condition = as_class(condition)
         if not isinstance(condition, Tensor | int | None) or isinstance(condition, bool):
-            raise TypeError(f"condition must be a tensor (n, ...) or an int, got {type(condition).__name__}.")
+            raise TypeError(
+                f"condition must be a tensor (n, ...) or an int, got {type(condition).__name__}. Write "
+                "torch.as_tensor(condition)."
+            )
         if init is not None and not isinstance(init, Tensor):
             raise TypeError(f"init must be a tensor (n, ...), got {type(init).__name__}. Write torch.as_tensor(init).")
         if init is not None and not init.is_floating_point():
