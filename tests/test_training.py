@@ -836,6 +836,10 @@ def check(net, data, **settings):
     ("wrong", "message"),
     [
         (lambda: check(MLP(), points()), "net must be a ScoreNet, got MLP"),
+        (
+            lambda: check(points_net(), torch.zeros(9, 2)),
+            "result of open_images, got Tensor. Write open_images",
+        ),
         (lambda: check(points_net().half(), points()), "weights must be float32 for training, got torch.float16"),
         (
             lambda: check(points_net(), Memory(torch.zeros(9, 3))),
@@ -1034,8 +1038,10 @@ def test_other_settings_raise_an_error_that_names_them(run):
         quick(image_net(), images(), run[0], images=160)
     with pytest.raises(ValueError, match=r"other settings: the network is another one\. This run is complete\."):
         quick(image_net(widths=(4, 8), attention=[False] * 2), images(), run[0], images=160)
-    with pytest.raises(ValueError, match="fingerprint was"):
+    with pytest.raises(ValueError, match="fingerprint of the data was"):
         quick(image_net(dropout=0.2), images() / 2, run[0], images=160)
+    with pytest.raises(ValueError, match=r"settings: images of the data was 32 and is 31\. "):
+        quick(image_net(dropout=0.2), images()[:31], run[0], images=160)
     with pytest.raises(ValueError, match="take an image as their condition, which net does not"):
         quick(image_net(dropout=0.2), images(), run[0], images=160, condition=Inpainting())
 

@@ -158,7 +158,7 @@ def reconstruct(
         The network in eval mode, on the CPU, in float32.
 
     Raises:
-        FileNotFoundError: if the run has no snapshots of power function averages.
+        FileNotFoundError: if the run has no snapshots of power function averages: it has none with decays as ``ema``.
         ValueError: if the length is out of range, or ``images`` is below the first or above the last snapshot.
 
     Warns:
@@ -238,5 +238,8 @@ def _snapshots(folder: Path) -> list[tuple[int, float, Path]]:
         if name is not None and int(name[1]) > 0 and 0 < float(name[2]) <= LONGEST:
             found.append((int(name[1]), float(name[2]), path))
     if not found:
-        raise FileNotFoundError(f"{folder} has no snapshots of power function averages, such as 000100000-0.050.")
+        raise FileNotFoundError(
+            f"{folder} has no snapshots of averages of a length, such as 000100000-0.050. Pass the folder of a run "
+            "that keeps such averages; recipes with a decay per step, such as ncsnv2-cifar10, keep none."
+        )
     return sorted(found)

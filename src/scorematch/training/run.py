@@ -631,6 +631,7 @@ def _check_same(out: Path, now: Mapping[str, Any]) -> None:
     settings, network, data = (list(_differing(before[part], now[part], _FREE)) for part in _CONFIG)
     known = network if len(network) <= _FEW else []
     data = [change for change in data if change[0] != "fingerprint"] or data  # it changes with the others
+    data = [(f"{key} of the data", one, other) for key, one, other in data]  # "images" is a setting, too
     differing = [f"{key} was {quote(one)} and is {quote(other)}" for key, one, other in [*settings, *known, *data]]
     if len(known) < len(network):
         differing.append("the network is another one")

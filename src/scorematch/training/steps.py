@@ -414,6 +414,8 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
         TypeError, ValueError: if they do not.
     """
     check_network(net)
+    if not hasattr(data, "fingerprint"):
+        raise TypeError(f"data must be the result of open_images, got {type(data).__name__}. Write open_images(data).")
     if net.sample_shape is not None and tuple(data.shape) != net.sample_shape:
         raise ValueError(
             f"the data must have samples of the network's sample_shape, {net.sample_shape}, got {tuple(data.shape)}."
