@@ -952,3 +952,33 @@ def test_options_may_be_numbers_of_numpy():
         assert str(a) == str(b)
         assert torch.equal(*(run(each, 3, shape=(2,), generator=0, batch_size=two) for each in (a, b)))
     assert autoguidance(point, point, np.float32(2)).weight == 2
+
+
+def _returning(value):
+    """A sampler whose ``step`` returns this function of the state."""
+
+    class Wrong(Euler):
+        def step(self, x, score, z, sigma, following):
+            return value(x)
+
+    return Wrong
+
+
+class _OnlyStates(Euler):
+    def steps(self, x, chain):
+        for _ in self.schedule:
+            yield x
+
+
+@pytest.mark.parametrize(
+    ("sampler", "found"),
+    [
+        (_returning(lambda x: x[:1]), r"shape \(1, 2\)"),
+        (_returning(lambda x: None), "NoneType"),
+        (_OnlyStates, "Tensor"),
+    ],
+)
+def test_a_sampler_that_returns_no_state_of_the_shape_of_x_is_an_error(sampler, found):
+    own = sampler(lambda x, sigma: -x / (1 + sigma**2), NoiseSchedule([1.0, 0.1]))
+    with pytest.raises(ValueError, match=rf"must return the state, .* of x, \(2, 2\), .* got {found}"):
+        own.sample(2, shape=(2,), progress=False)

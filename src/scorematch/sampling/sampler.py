@@ -318,12 +318,13 @@ class Sampler(ABC):
         with tqdm(total=len(self), disable=not progress, desc="sampling", unit="call") as bar:
             chain = Chain(net, run, noise if path is None else lambda x: path, bar.update)
             finite = _FiniteCheck(self.schedule)
-            states = self.steps(x, chain)
+            states, shape = self.steps(x, chain), x.shape
             while True:
                 with self._computing(net):
                     state = next(states, None)
                     if state is None:
                         break
+                    self._check_state(state, shape)
                     x = state[0]
                     finite.record(x, state[1])
                 yield state
@@ -336,6 +337,17 @@ class Sampler(ABC):
                     x = self._result(x, run.restoration)
             if self.denoise:
                 yield x, 0.0
+
+    def _check_state(self, state: Any, shape: torch.Size) -> None:
+        """Checks what ``step`` or ``steps`` of a subclass returned."""
+        pair = isinstance(state, tuple) and len(state) == 2
+        x = state[0] if pair else state
+        if not (pair and isinstance(x, Tensor) and x.shape == shape):
+            found = f"shape {tuple(x.shape)}" if pair and isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"step of {type(self).__name__} must return the state, a tensor of the shape of x, {tuple(shape)}, and "
+                f"steps must yield pairs of the state and its noise level, got {found}."
+            )
 
     @contextmanager
     def _computing(self, net: Score) -> Iterator[None]:
