@@ -235,7 +235,7 @@ def evaluate(
             50,000. If a set of images has more than n, a random subset is measured; of a folder that ``sample_to``
             wrote, the first n images are.
         features: the extractor, or several of them: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of
-            images.
+            images (N, C, H, W), uint8, as for ``as_extractor``.
         metrics: a name from ``MEASURES``, or several; None is everything that can be measured, except "classes".
         sampler: ``SamplerSettings``, or a function of the network that returns a ``Sampler``; None is the sampler that
             is recommended for the network.
