@@ -433,32 +433,38 @@ def test_averages_agree_with_ema_pytorch(tmp_path):
         checkpoint_folder=str(tmp_path),
         checkpoint_dtype=torch.float32,
     )
+    targets = (0.08, 0.15)
     start = [parameter.detach().clone() for parameter in net.parameters()]
-    ours, kept = [Average(start, length) for length in lengths], []
+    ours, direct = ([Average(start, length) for length in group] for group in (lengths, targets))
+    kept = []
     for step in range(1, 1001):
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         theirs.update()
-        for average in ours:
+        for average in (*ours, *direct):
             if step == 1:
                 average.tensors = [parameter.detach().clone() for parameter in net.parameters()]
             average.update(list(net.parameters()), step + 1)  # ema-pytorch counts the initial weights as a step
-            if step % 100 == 0:
-                kept.append(torch.cat([tensor.flatten() for tensor in average.tensors]).double())
+        if step % 100 == 0:
+            kept += [torch.cat([tensor.flatten() for tensor in average.tensors]).double() for average in ours]
     for average, their in zip(ours, theirs.ema_models, strict=True):
         for own, other in zip(average.tensors, their.ema_model.parameters(), strict=True):
             torch.testing.assert_close(own, other)
     snapshots = [(t, exponent(length)) for t in range(100, 1001, 100) for length in lengths]
-    for target in (0.05, 0.08, 0.15):
-        shares, _ = combination(snapshots, (1000, exponent(target)))
-        times, gammas = (torch.tensor(column, dtype=torch.float64) for column in zip(*snapshots, strict=True))
+    times, gammas = (torch.tensor(column, dtype=torch.float64) for column in zip(*snapshots, strict=True))
+    inner = peer.post_hoc_ema.p_dot_p(times[:, None], gammas[:, None], times, gammas)
+    constant = torch.linalg.solve(inner, torch.ones_like(times))
+    for target, average in zip(targets, direct, strict=True):
+        shares = torch.tensor(combination(snapshots, (1000, exponent(target)))[0], dtype=torch.float64)
         end = torch.tensor([1000.0], dtype=torch.float64), torch.tensor([exponent(target)], dtype=torch.float64)
-        expected = peer.post_hoc_ema.solve_weights(times, gammas, *end).flatten()
-        torch.testing.assert_close(torch.tensor(shares, dtype=torch.float64), expected, atol=1e-4, rtol=1e-4)
-        found = torch.tensor(shares, dtype=torch.float64) @ torch.stack(kept)
-        synthesized = theirs.synthesize_ema_model(sigma_rel=target).ema_model
-        torch.testing.assert_close(found, vector(synthesized).double(), atol=1e-5, rtol=1e-5)
+        free = peer.post_hoc_ema.solve_weights(times, gammas, *end).flatten()
+        constrained = free + (1 - free.sum()) * constant / constant.sum()  # by a Lagrange multiplier
+        torch.testing.assert_close(shares, constrained, atol=1e-7, rtol=1e-7)
+        exact = torch.cat([tensor.flatten() for tensor in average.tensors]).double()
+        synthesized = vector(theirs.synthesize_ema_model(sigma_rel=target).ema_model).double()
+        torch.testing.assert_close(free @ torch.stack(kept), synthesized, atol=1e-5, rtol=1e-5)
+        assert (shares @ torch.stack(kept) - exact).norm() < (synthesized - exact).norm()
 
 
 # -- Settings ---------------------------------------------------------------------------------------------------------
