@@ -334,7 +334,11 @@ def test_values_that_cannot_be_read_are_not_checked(rng):
         (lambda: ScoreNet.unet(1, "8", widths=(4,)), TypeError, r"image_size must be a side or .*, got '8'"),
         (lambda: ScoreNet.ncsn(1, 0, width=2), ValueError, "image_size must be a side or .*, positive integers, got"),
         (lambda: ScoreNet.unet(1, 8, widths=64), TypeError, r"widths must be a tuple such as \(64, .* got 64"),
-        (lambda: ScoreNet.unet(1, 8, widths=(4,), classes=0), ValueError, "ScoreNet.unet: classes must be an integer"),
+        (
+            lambda: ScoreNet.unet(1, 8, widths=(4,), classes=0),
+            ValueError,
+            "ScoreNet.unet: classes must be an integer .* or None, got 0",
+        ),
         (lambda: ScoreNet.unet(0, 8, widths=(4,)), ValueError, "channels must be an integer of at least 1 .* got 0"),
         (lambda: ScoreNet.unet(1, 8, widths=(4,), patch=0), ValueError, "patch must be an integer of at least 1"),
         (lambda: ScoreNet.unet(3, 8, widths=(4,), condition_channels=-1), ValueError, "must be at least 0, got -1"),

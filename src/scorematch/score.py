@@ -32,7 +32,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.precondition import ROWS, Preconditioning, check_options
 from scorematch.protocol import NetworkScore, as_sigma, check_data, check_schedule
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, check, native
+from scorematch.schema import Field, native
 
 Size = int | tuple[int, int]
 Range = tuple[float, float]
@@ -416,11 +416,11 @@ class ScoreNet(NetworkScore, nn.Module):
             check_schedule(schedule)
             architecture = {key: native(value) for key, value in architecture.items()}
             family = FAMILIES[architecture["family"]]
-            given, fields = (
-                {_ARGUMENTS.get(key, key): value for key, value in each.items()} for each in (architecture, family.keys)
-            )
-            check(given, fields, f"ScoreNet.{family.name}")
             values = {key: value for key, value in architecture.items() if key != "family"}
+            for key, value in values.items():
+                if not family.keys[key].fits(value):
+                    name, wanted = _ARGUMENTS.get(key, key), str(family.keys[key]).replace(" or null", " or None")
+                    raise ValueError(f"ScoreNet.{family.name}: {name} must be {wanted}, got {value!r}.")
             backbone = family.build(values, levels=len(schedule), precondition=precondition)
         net = cls(
             backbone,
