@@ -190,20 +190,20 @@ def test_gray_pictures_of_more_than_8_bits_are_read_exactly(name, pixels, channe
     torch.testing.assert_close(image[:, 1:], torch.full((channels, 3, 6), 32768 / 65535), rtol=0, atol=1e-7)
 
 
-def test_transparent_gray_of_16_bits_is_black(tmp_path):
-    Image.fromarray(DEEP).save(tmp_path / "gray.png", transparency=32768)
-    assert read_image(tmp_path / "gray.png", 1).sum() == 1
-
-
-def _png(path, depth, color, rows):
+def _png(path, depth, color, rows, *chunks):
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     height, width = len(rows), len(rows[0]) // {0: 1, 2: 3, 4: 2}[color]
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     data = b"".join(b"\0" + struct.pack(f">{len(row)}H", *row) for row in rows)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+
+
+def test_transparent_gray_of_16_bits_is_black(tmp_path):
+    _png(tmp_path / "gray.png", 16, 0, DEEP.tolist(), (b"tRNS", struct.pack(">H", 32768)))
+    assert read_image(tmp_path / "gray.png", 1).sum() == 1
 
 
 def test_color_and_transparent_pictures_of_16_bits_are_read_with_8_bits(tmp_path):

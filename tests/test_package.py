@@ -116,6 +116,18 @@ def test_the_metadata_has_one_version_and_classifiers_of_the_tested_pythons(buil
 
 
 @pytest.mark.slow
+def test_the_oldest_dependencies_are_the_same_everywhere(built):
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    recipe = (ROOT / "packaging" / "conda-forge" / "recipe.yaml").read_text(encoding="utf-8")
+    conda = {"torch": "pytorch", "huggingface-hub": "huggingface_hub"}
+    required = [each for each in _metadata(built[0]).get_all("Requires-Dist") if "extra ==" not in each]
+    assert len(required) == 5
+    for name, version in (each.split(">=") for each in required):
+        assert f"- {conda.get(name, name)} >={version}\n" in recipe
+        assert re.search(rf"(?:{name}|oldest').*=={re.escape(version)}(?:\.\*)?['\"]", workflow), (name, version)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["wheel", "sdist"])
 def test_an_installed_package_samples_offline(which, built, tmp_path):
     """In a new environment, in which pip finds torch and the other dependencies of the tests by a path file."""

@@ -270,8 +270,7 @@ class Preconditioning:
         c_in, c_skip, c_out, c_noise = coefficients
         k, middle = self.units
         u = k * (x.to(dtype) - middle)
-        # The first real one: a Fourier neural operator has complex weights, and an adapted network integers.
-        inner = next((each.dtype for each in backbone.parameters() if each.is_floating_point()), dtype)
+        inner = _real_dtype(backbone, dtype)
         arguments = [
             (per_image(c_in, x) * u).to(inner),
             c_noise.to(torch.promote_types(inner, torch.float32)).expand(len(x)),
@@ -303,3 +302,11 @@ class Preconditioning:
                 f"the backbone returned shape {tuple(output.shape)} for x of shape {tuple(x.shape)}. {hint}"
             )
         return check_score(output, x)
+
+
+def _real_dtype(backbone: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of the first real parameter: Fourier neural operators have complex ones, and quantization integers."""
+    for parameter in backbone.parameters():  # torch 2.5 cannot compile next() of a generator with a default
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return otherwise

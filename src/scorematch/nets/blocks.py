@@ -59,9 +59,9 @@ class Filter(nn.Module):
         super().__init__()
         self.taps, self.stride, self.padding = taps, stride, padding
         self.register_buffer("kernel", torch.empty(0), persistent=False)
-        self.reset_buffers(torch.get_default_device())
+        self.reset_buffers()
 
-    def reset_buffers(self, device: torch.device) -> None:
+    def reset_buffers(self, device: torch.device | None = None) -> None:
         """Computes the kernel, which is not stored with the weights."""
         total = sum(self.taps) ** 2
         self.kernel = torch.tensor([[[[a * b / total for b in self.taps] for a in self.taps]]], device=device)

@@ -69,7 +69,8 @@ def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor |
         ValueError: if the condition is missing, its length is not that of x, or a class is out of range.
     """
     condition = as_class(condition)
-    if isinstance(condition, bool) or not isinstance(condition, Tensor | int | None):
+    # torch 2.5 cannot compile isinstance with a union.
+    if isinstance(condition, bool) or not (condition is None or isinstance(condition, (Tensor, int))):
         raise TypeError(
             "condition must be a tensor, int64 (N,) for classes or float (N, K, H, W) for an image, or an int for one "
             f"class, got {type(condition).__name__}. Write torch.as_tensor(condition)."

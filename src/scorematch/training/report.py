@@ -413,7 +413,8 @@ def versions(device: torch.device | str, *packages: str) -> dict[str, str]:
     return {
         "scorematch": __version__,
         "Python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", *packages)},
+        "torch": str(torch.__version__),
+        **{name: metadata.version(name) for name in packages},
         "device": device_name(torch.device(device)),
     }
 
