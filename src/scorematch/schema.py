@@ -6,7 +6,7 @@ import json
 import math
 import reprlib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,13 @@ def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool 
     for key, field in fields.items():
         if key in values and not field.fits(values[key]):
             raise ValueError(f"{where}: {key} must be {field}, got {quote(values[key])}.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises ValueError if the value of an argument is not one of the choices."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def native(value: Any) -> Any:

@@ -32,7 +32,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.precondition import ROWS, Preconditioning, check_options
 from scorematch.protocol import NetworkScore, as_sigma, check_data, check_schedule
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, native
+from scorematch.schema import Field, check_choice, native
 
 Size = int | tuple[int, int]
 Range = tuple[float, float]
@@ -97,8 +97,7 @@ class ScoreNet(NetworkScore, nn.Module):
             hint = "Pass an instance, YourModule()." if isinstance(backbone, type) else "Wrap it in a torch.nn.Module."
             raise TypeError(f"backbone must be a torch.nn.Module, got {backbone!r}. {hint}")
         check_schedule(schedule)
-        if precondition not in ROWS:
-            raise ValueError(f"precondition must be one of {', '.join(map(repr, ROWS))}, got {precondition!r}.")
+        check_choice("precondition", precondition, ROWS)
         precondition_options = {key: native(value) for key, value in dict(precondition_options or {}).items()}
         check_options(precondition, precondition_options, "precondition_options")
         if sample_shape is not None:

@@ -18,6 +18,7 @@ from scorematch.palette import condition_of
 from scorematch.protocol import device_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.restoration import Restore
+from scorematch.schema import check_choice
 from scorematch.score import ScoreNet
 from scorematch.training import open_images
 
@@ -130,8 +131,7 @@ class Restorer:
         Raises:
             ValueError: for a task that the network does not have, a hole without pixels, or a bad block or quality.
         """
-        if task not in self.tasks:
-            raise ValueError(f"task must be one of {', '.join(map(repr, self.tasks))}, got {task!r}.")
+        check_choice("task", task, self.tasks)
         if task == "fill":
             if not bool(hole.any()):
                 raise ValueError("nothing is missing: paint over a part of the picture first.")

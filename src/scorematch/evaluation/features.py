@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from scorematch.images import to_uint8
 from scorematch.precision import exact_float32
 from scorematch.protocol import evaluating
+from scorematch.schema import check_choice
 
 Function = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 
@@ -170,8 +171,7 @@ def as_extractor(
         ValueError: if the name is unknown, or ``weights`` is given where it has no effect.
     """
     if isinstance(features, str):
-        if features not in EXTRACTORS:
-            raise ValueError(f"features must be one of {', '.join(map(repr, EXTRACTORS))}, got {features!r}.")
+        check_choice("features", features, EXTRACTORS)
         given = {} if weights is None else {"weights": weights}
         if given and features not in _WITH_FILES:
             raise ValueError(f"{features!r} takes no file of weights; {', '.join(map(repr, _WITH_FILES))} do.")
@@ -262,8 +262,7 @@ def dinov2(
     References:
         Oquab et al., 2023, arXiv:2304.07193; Stein et al., 2023, arXiv:2306.04675.
     """
-    if size not in _DINOV2:
-        raise ValueError(f"size must be one of {', '.join(map(repr, _DINOV2))}, got {size!r}.")
+    check_choice("size", size, _DINOV2)
     _need("torch_fidelity", "DINOv2", "evaluate")
     network = _dinov2_network(f"dinov2_vit{size}14")
     path = _find(_DINOV2[size], weights)

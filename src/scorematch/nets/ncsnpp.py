@@ -66,7 +66,7 @@ from scorematch.nets.blocks import (
 )
 from scorematch.nets.family import structure
 from scorematch.nets.layers import GroupNorm
-from scorematch.schema import Field
+from scorematch.schema import Field, check_choice
 
 Pyramid = Literal["none", "skip", "residual"]
 TimeEmbedding = Literal["positional", "fourier"]
@@ -275,10 +275,10 @@ class NCSNPP(ImageNetwork):
                 "block_out_channels and attention must have one entry per scale, at least one, got "
                 f"{len(widths)} and {len(attention)}."
             )
-        _known("time_embedding_type", time_embedding_type, _TIME_EMBEDDINGS)
-        _known("input_pyramid", input_pyramid, _PYRAMIDS)
-        _known("output_pyramid", output_pyramid, _PYRAMIDS)
-        _known("resample_filter", list(resample_filter), _FILTERS)
+        check_choice("time_embedding_type", time_embedding_type, _TIME_EMBEDDINGS)
+        check_choice("input_pyramid", input_pyramid, _PYRAMIDS)
+        check_choice("output_pyramid", output_pyramid, _PYRAMIDS)
+        check_choice("resample_filter", list(resample_filter), _FILTERS)
         self.input_pyramid, self.output_pyramid = input_pyramid, output_pyramid
         model_channels = widths[0] if model_channels is None else model_channels
         embedding = 4 * model_channels if time_embedding_dim is None else time_embedding_dim
@@ -373,11 +373,6 @@ class NCSNPP(ImageNetwork):
                 nn.init.xavier_uniform_(module.weight, gain=math.sqrt(module.num_embeddings))
             if name in last or name.endswith((".conv2", ".to_out.0")):
                 nn.init.zeros_(module.weight)
-
-
-def _known(key: str, value: Any, known: Sequence[Any]) -> None:
-    if value not in known:
-        raise ValueError(f"{key} must be one of {', '.join(map(repr, known))}, got {value!r}.")
 
 
 # -- The family -------------------------------------------------------------------------------------------------------

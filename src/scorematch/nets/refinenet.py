@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from scorematch.nets.family import Condition, Family, structure
 from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus
-from scorematch.schema import Field
+from scorematch.schema import Field, check_choice
 
 Depth = Literal["standard", "deeper", "deepest"]
 MakeNorm = Callable[[int], nn.Module]
@@ -228,8 +228,7 @@ class RefineNet(nn.Module):
         self, channels: int, width: int, *, depth: Depth = "standard", levels: int | None = None, center: bool = True
     ) -> None:
         super().__init__()
-        if depth not in _PLANS:
-            raise ValueError(f"depth must be one of {', '.join(map(repr, _PLANS))}, got {depth!r}.")
+        check_choice("depth", depth, _PLANS)
         if channels < 1 or width < 2:
             raise ValueError(
                 f"channels must be at least 1, and width at least 2 for the variance over channels in the norms, got "

@@ -61,7 +61,7 @@ from scorematch.nets.blocks import (
 )
 from scorematch.nets.family import place, structure
 from scorematch.nets.layers import GroupNorm
-from scorematch.schema import Field
+from scorematch.schema import Field, check_choice
 
 
 class _Kind(NamedTuple):
@@ -388,13 +388,14 @@ class UNet(ImageNetwork):
                 f"block_out_channels, down_block_types and up_block_types must have one entry per scale, got "
                 f"{len(widths)}, {len(down_block_types)} and {len(up_block_types)}."
             )
-        _known("down block", down_block_types, DOWN_BLOCKS)
-        _known("up block", up_block_types, UP_BLOCKS)
-        _known("time_embedding_type", [time_embedding_type], ("positional", "fourier"))
-        _known("resnet_time_scale_shift", [resnet_time_scale_shift], ("default", "scale_shift"))
-        _known("downsample_type", [downsample_type], ("conv", "resnet"))
-        _known("upsample_type", [upsample_type], ("conv", "resnet"))
-        _known("act_fn", [act_fn], _ACTIVATIONS)
+        for down, up in zip(down_block_types, up_block_types, strict=True):
+            check_choice("down block", down, DOWN_BLOCKS)
+            check_choice("up block", up, UP_BLOCKS)
+        check_choice("time_embedding_type", time_embedding_type, ("positional", "fourier"))
+        check_choice("resnet_time_scale_shift", resnet_time_scale_shift, ("default", "scale_shift"))
+        check_choice("downsample_type", downsample_type, ("conv", "resnet"))
+        check_choice("upsample_type", upsample_type, ("conv", "resnet"))
+        check_choice("act_fn", act_fn, _ACTIVATIONS)
         kinds = [DOWN_BLOCKS[name] for name in down_block_types] + [UP_BLOCKS[name] for name in up_block_types]
         if patch > 1 and any(kind.skip for kind in kinds):
             raise ValueError(f"patch must be 1 for blocks with Skip in their names, got {patch}.")
@@ -520,12 +521,6 @@ class UNet(ImageNetwork):
         for name in UNET.image_convolutions(self)[1]:
             for parameter in self.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
-
-
-def _known(what: str, names: Sequence[str], known: Any) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{what} must be one of {', '.join(map(repr, known))}, got {name!r}.")
 
 
 def _head_widths(key: str, heads: Sequence[int] | None, widths: Sequence[int], head_width: int | None) -> list[int]:

@@ -58,6 +58,7 @@ from torch import Tensor
 from scorematch.noise import NoiseSchedule
 from scorematch.protocol import Score, middle_of
 from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
+from scorematch.schema import check_choice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -119,8 +120,7 @@ class ODESampler(Sampler):
         **options: Unpack[SamplerOptions],
     ) -> None:
         super().__init__(net, schedule, **options)
-        if method not in _METHODS:
-            raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
+        check_choice("method", method, _METHODS)
         if not 0 <= churn < math.inf:
             raise ValueError(f"churn must be a number of at least 0, got {churn!r}.")
         if churn and method != "heun":

@@ -51,6 +51,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.protocol import Score, per_image
 from scorematch.sampling.ancestral import ancestral_step
 from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
+from scorematch.schema import check_choice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -103,8 +104,7 @@ class PredictorCorrectorSampler(Sampler):
         **options: Unpack[SamplerOptions],
     ) -> None:
         super().__init__(net, schedule, **options)
-        if predictor not in _PREDICTORS:
-            raise ValueError(f"predictor must be one of {', '.join(map(repr, _PREDICTORS))}, got {predictor!r}.")
+        check_choice("predictor", predictor, _PREDICTORS)
         if not isinstance(corrector_steps, int | np.integer) or corrector_steps < 0:
             raise ValueError(f"corrector_steps must be an integer of at least 0, got {corrector_steps!r}.")
         if not 0 < snr < 1:

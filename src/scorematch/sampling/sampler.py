@@ -48,6 +48,7 @@ from scorematch.protocol import (
 )
 from scorematch.randomness import Generator, as_generator, standard_normal
 from scorematch.sampling.restoration import Restoration, Restore, restoration
+from scorematch.schema import check_choice
 
 Precision = Literal["auto", "float32"]
 Generators = torch.Generator | tuple[torch.Generator, ...] | None
@@ -148,8 +149,7 @@ class Sampler(ABC):
             check_schedule(schedule)
             schedule = schedule.between(sigma_max, sigma_min)
             schedule = schedule if levels is None else schedule.respaced(levels)
-        if restore not in get_args(Restore):
-            raise ValueError(f"restore must be one of {', '.join(map(repr, get_args(Restore)))}, got {restore!r}.")
+        check_choice("restore", restore, get_args(Restore))
         if precision not in get_args(Precision):
             raise ValueError(f'precision must be "auto" or "float32", got {precision!r}.')
         if compile and (precision == "float32" or not hasattr(type(net), "inference_copy")):

@@ -36,7 +36,7 @@ from scorematch.loss import dsm_loss
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast, autocast
 from scorematch.randomness import seed_of
-from scorematch.schema import quote
+from scorematch.schema import check_choice, quote
 from scorematch.score import ScoreNet
 from scorematch.training.data import Order
 from scorematch.training.ema import Average, check_length
@@ -145,12 +145,8 @@ class Settings:
             raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {self.betas!r}.")
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop must be at least 0 and below 1, got {self.label_drop!r}.")
-        if self.decay not in get_args(Decay):
-            raise ValueError(f"decay must be one of {', '.join(map(repr, get_args(Decay)))}, got {self.decay!r}.")
-        if self.precision not in get_args(Autocast):
-            raise ValueError(
-                f"precision must be one of {', '.join(map(repr, get_args(Autocast)))}, got {self.precision!r}."
-            )
+        check_choice("decay", self.decay, get_args(Decay))
+        check_choice("precision", self.precision, get_args(Autocast))
         if len(set(self.ema)) < len(self.ema):
             raise ValueError(f"ema must not contain a length twice, got {self.ema!r}.")
         if self.loss is not None and (self.p != 2 or self.weighting is not None):
