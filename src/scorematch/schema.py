@@ -162,6 +162,12 @@ def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool 
             raise ValueError(f"{where}: {key} must be {field}, got {quote(values[key])}.")
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises ValueError if the value of an argument is not an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises ValueError if the value of an argument is not one of the choices."""
     choices = tuple(choices)

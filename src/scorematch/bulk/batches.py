@@ -65,13 +65,3 @@ def ranges(n: int, batch_size: int, share: Share, *, first: int = 0) -> Iterator
     k, m = share
     begin, end = first // batch_size, -(-(first + n) // batch_size)
     return (range(max(first, b * batch_size), min(first + n, (b + 1) * batch_size)) for b in range(begin + k, end, m))
-
-
-def check_count(name: str, value: int) -> None:
-    """Checks a number of images, batches or classes.
-
-    Raises:
-        ValueError: if it is not an integer of at least 1.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")

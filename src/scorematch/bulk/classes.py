@@ -8,10 +8,10 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from scorematch.bulk.batches import check_count
 from scorematch.nets.family import as_condition
 from scorematch.protocol import attribute
 from scorematch.randomness import seed_of
+from scorematch.schema import check_count
 
 Rule = Literal["random", "cycle"]
 Classes: TypeAlias = int | Rule | None

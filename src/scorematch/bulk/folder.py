@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm.auto import tqdm
 
-from scorematch.bulk.batches import Batch, Share, check_count, checked_share, ranges
+from scorematch.bulk.batches import Batch, Share, checked_share, ranges
 from scorematch.bulk.classes import Classes
 from scorematch.bulk.formats import FORMATS, Format, stem
 from scorematch.bulk.job import SEEDS, Job
@@ -26,7 +26,7 @@ from scorematch.files import clean, write_whole
 from scorematch.precision import device_name
 from scorematch.protocol import attribute, device_of
 from scorematch.sampling import Sampler
-from scorematch.schema import quote, reason
+from scorematch.schema import check_count, quote, reason
 
 _LOOK_SECONDS = 0.2  # between two checks of the files of other processes
 

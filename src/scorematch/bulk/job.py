@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from scorematch import __version__
-from scorematch.bulk.batches import Batch, Share, check_count, checked_share, ranges
+from scorematch.bulk.batches import Batch, Share, checked_share, ranges
 from scorematch.bulk.classes import Classes, image_classes, number_of_classes
 from scorematch.bulk.hashing import sampler_settings
 from scorematch.protocol import attribute
 from scorematch.randomness import seed_of
 from scorematch.sampling import Sampler
+from scorematch.schema import check_count
 
 SEEDS = 2**32  # A torch.Generator on a CPU uses the lowest 32 bits of its seed only.
 
@@ -102,8 +103,7 @@ class Job:
     def samples(self, n: int, *, first: int = 0, share: Share | None = None) -> Iterator[Batch]:
         """Draws images batch by batch, as ``bulk_samples`` does."""
         check_count("n", n)
-        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            raise ValueError(f"first must be an integer of at least 0, got {first!r}.")
+        check_count("first", first, 0)
         if first + n > SEEDS:
             raise ValueError(f"first + n must be at most 2^32, got {first + n}.")
         return self.draw(ranges(n, self.batch_size, checked_share(share), first=first))

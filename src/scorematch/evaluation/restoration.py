@@ -63,6 +63,7 @@ from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, 
 from scorematch.palette import TASKS, condition_of
 from scorematch.protocol import Score, attribute, device_of
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
+from scorematch.schema import check_count
 from scorematch.training.data import ImageData, open_images
 from scorematch.training.report import versions
 from scorematch.training.sources import Crop
@@ -148,8 +149,7 @@ def evaluate_restoration(
         RuntimeError: if a restored image has NaN or infinite values.
     """
     n = None if n is None else operator.index(n)  # of NumPy too
-    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
-        raise ValueError(f"draws must be an integer of at least 1, got {draws!r}.")
+    check_count("draws", draws)
     if not noise >= 0:
         raise ValueError(f"noise must be at least 0, got {noise!r}.")
     if name is None:

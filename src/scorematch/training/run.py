@@ -44,7 +44,7 @@ from scorematch.files import check_outside, write_whole
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast
 from scorematch.pretrained.hub import check_repository
-from scorematch.schema import Field, check, quote, read_object, reason
+from scorematch.schema import Field, check, check_count, quote, read_object, reason
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
 from scorematch.training.data import open_images
@@ -268,11 +268,15 @@ def train(
     every: dict[str, int | None] = {
         # A thousand points are enough for a chart. With twenty snapshots of two lengths, the profiles of averages of
         # lengths from 0.03 to 0.2 are reconstructed with an error of 3 %.
-        "log": _count("log_every", max(1, images // 1000) if log_every is None else log_every),
-        "samples": _count("sample_every", sample_interval(net, images) if sample_every is None else sample_every),
-        "snapshot": _count("snapshot_every", max(1, images // 20) if snapshot_every is None else snapshot_every),
-        "checkpoint": None if checkpoint_every is None else _count("checkpoint_every", checkpoint_every),
+        "log": max(1, images // 1000) if log_every is None else log_every,
+        "sample": sample_interval(net, images) if sample_every is None else sample_every,
+        "snapshot": max(1, images // 20) if snapshot_every is None else snapshot_every,
+        "checkpoint": checkpoint_every,
     }
+    for name, value in every.items():
+        if value is not None:
+            check_count(f"{name}_every", value)
+    check_count("keep", keep)
     if trackers and accelerator is not None:
         raise ValueError("trackers and accelerator cannot both be given. Write Accelerator(log_with=...).")
     check_outside(out, data)
@@ -282,7 +286,7 @@ def train(
     if not hasattr(data, "read"):
         data = _open(net, data)
     check_arguments(net, data, settings, accelerator.num_processes)
-    run = _Run(Path(out), net, data, settings, start, every, _count("keep", keep), accelerator)
+    run = _Run(Path(out), net, data, settings, start, every, keep, accelerator)
     if trackers:
         accelerator.init_trackers("scorematch")
     with tqdm(
@@ -302,12 +306,6 @@ def train(
             tracker.finish()
     accelerator.wait_for_everyone()
     return averaged
-
-
-def _count(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-    return value
 
 
 def _open(net: ScoreNet, data: Any) -> Any:
@@ -435,7 +433,7 @@ class _Run:
                     now = step.images, time.perf_counter()
                     self._write_line(step, (now[0] - since[0]) / max(now[1] - since[1], 1e-9), bar)
                     since = now
-                if "samples" in due:
+                if "sample" in due:
                     self._show(evaluate)
                 if "snapshot" in due:
                     self._save_snapshots()

@@ -36,7 +36,7 @@ from scorematch.loss import dsm_loss
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast, autocast
 from scorematch.randomness import seed_of
-from scorematch.schema import check_choice, quote
+from scorematch.schema import check_choice, check_count, quote
 from scorematch.score import ScoreNet
 from scorematch.training.data import Order
 from scorematch.training.ema import Average, check_length
@@ -129,10 +129,9 @@ class Settings:
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "ema", tuple(check_length(length) for length in self.ema))
         for name in ("images", "batch_size", "microbatch", "warmup_images", "seed"):
-            value, least = getattr(self, name), 0 if name in ("warmup_images", "seed") else 1
-            optional = name in ("microbatch", "warmup_images")
-            if not (optional and value is None) and not (_is_integer(value) and value >= least):
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+            value = getattr(self, name)
+            if value is not None or name not in ("microbatch", "warmup_images"):
+                check_count(name, value, 0 if name in ("warmup_images", "seed") else 1)
         for name in ("lr", "eps", "clip"):
             value = getattr(self, name)
             if not (name == "clip" and value is None) and not 0 < value < math.inf:
@@ -614,7 +613,3 @@ def global_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
 def _channels_last(net: ScoreNet, device: torch.device) -> bool:
     """Whether to train in the channels_last memory format."""
     return device.type != "cuda" or net.family is None or net.family.channels_last_on_cuda
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
