@@ -62,10 +62,10 @@ from scorematch.protocol import (
     check_data,
     check_differentiable,
     check_schedule,
-    check_score,
     evaluating,
     middle_of,
     schedule_of,
+    score_at,
 )
 from scorematch.randomness import Generator, as_generator, standard_normal, uniform
 
@@ -257,8 +257,7 @@ class _Flow:
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The score of x (N, ...) at the noise level sigma ()."""
-        score = self.net(x, sigma) if self.condition is None else self.net(x, sigma, self.condition)
-        return check_score(score, x)
+        return score_at(self.net, x, sigma, self.condition)
 
     def score_and_trace(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The score, and the trace (N,) of the denoised image's Jacobian."""

@@ -41,9 +41,9 @@ from scorematch.protocol import (
     check_data,
     check_differentiable,
     check_schedule,
-    check_score,
     per_image,
     schedule_of,
+    score_at,
 )
 from scorematch.randomness import single_generator, standard_normal
 
@@ -212,8 +212,7 @@ def sliced_score_matching_loss(
     # The faster kernels of attention have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         noisy = (x + per_image(sigma, x) * noise).detach().requires_grad_()
-        condition = class_of_each(condition, x)
-        score = check_score(net(noisy, sigma) if condition is None else net(noisy, sigma, condition), x)
+        score = score_at(net, noisy, sigma, class_of_each(condition, x))
         check_differentiable(score)
         (gradient,) = torch.autograd.grad((v * score).sum(), noisy, create_graph=True)
     loss = (v * gradient).flatten(1).sum(1) + score.square().flatten(1).sum(1) / 2
@@ -233,10 +232,7 @@ def _weights_at(sigma: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
 def _scaled_score(net: Score, x: Tensor, sigma: Tensor, noise: Tensor, condition: Tensor | int | None) -> Tensor:
     """Sigma times the score of x with noise; sigma (N,)."""
     levels = per_image(sigma, x)
-    noisy = x + levels * noise
-    condition = class_of_each(condition, x)
-    score = net(noisy, sigma) if condition is None else net(noisy, sigma, condition)
-    return levels * check_score(score, x)
+    return levels * score_at(net, x + levels * noise, sigma, class_of_each(condition, x))
 
 
 # -- The noise --------------------------------------------------------------------------------------------------------

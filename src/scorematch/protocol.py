@@ -150,6 +150,11 @@ def check_score(score: Tensor, x: Tensor) -> Tensor:
     return score
 
 
+def score_at(net: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | None) -> Tensor:
+    """The checked score of x; without a condition, the score is called with two arguments."""
+    return check_score(net(x, sigma) if condition is None else net(x, sigma, condition), x)
+
+
 def as_region(region: Tensor, x: Tensor, meaning: str) -> Tensor:
     """Expands a region, bool, to the shape of x and moves it to its device; ``meaning`` says where it is True.
 

@@ -36,7 +36,7 @@ from scorematch.loss import loss_and_norm
 from scorematch.nets.family import class_of_each
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import exact_float32
-from scorematch.protocol import Score, check_score, device_of, evaluating, schedule_of
+from scorematch.protocol import Score, device_of, evaluating, schedule_of, score_at
 from scorematch.randomness import as_generator, seed_of, standard_normal
 from scorematch.training.data import open_images
 
@@ -138,8 +138,7 @@ def score_error(
             noisy = clean + sigma * z
             level = torch.full((len(clean),), sigma, dtype=clean.dtype, device=device)
             known = exact(noisy, level)
-            found = score(noisy, level) if condition is None else score(noisy, level, class_of_each(condition, noisy))
-            apart = check_score(found, noisy) - known
+            apart = score_at(score, noisy, level, class_of_each(condition, noisy)) - known
             columns += [double(sigma * each).square().flatten(1).mean(1) for each in (apart, known)]
         return torch.stack(columns, 1)
 
