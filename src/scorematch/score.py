@@ -464,12 +464,13 @@ class ScoreNet(NetworkScore, nn.Module):
         if self.family is None and shape is not None and len(shape) == 3 and (x.ndim != 4 or x.shape[1] != shape[0]):
             raise ValueError(f"x must be images (N, {shape[0]}, H, W), got shape {tuple(x.shape)}.")
         condition = as_condition(condition, x, self.conditioning)
-        preconditioning = self._preconditioning
+        preconditioning = self.preconditioning
         coefficients = preconditioning.coefficients(as_sigma(sigma, x))
         return preconditioning.outputs(self.backbone, x, coefficients, condition, variance=variance)
 
     @property
-    def _preconditioning(self) -> Preconditioning:
+    def preconditioning(self) -> Preconditioning:
+        """The row of the preconditioning table with the values of this network, such as its noise levels."""
         options = self.precondition_options
         return Preconditioning(self.precondition, self.schedule, self.value_range, self.predicts_variance, options)
 
@@ -503,7 +504,7 @@ class ScoreNet(NetworkScore, nn.Module):
         return InferenceScore(
             self.family,
             self.backbone,
-            self._preconditioning,
+            self.preconditioning,
             sample_shape=self.sample_shape,
             sampler_settings=self.sampler_settings,
             compile=compile,

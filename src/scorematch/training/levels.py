@@ -44,7 +44,6 @@ import torch
 from torch import Tensor
 
 from scorematch.noise import NoiseSchedule
-from scorematch.precondition import Preconditioning
 from scorematch.randomness import seed_of
 from scorematch.schema import quote
 from scorematch.score import ScoreNet
@@ -234,7 +233,7 @@ def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
         if net.precondition != "karras":
             return ScheduleLevels(net.schedule)
         # Karras et al. 2022, Table 1: the logarithm of sigma for images in [-1, 1].
-        return LogNormal(-1.2 - math.log(_preconditioning(net).units[0]), 1.2)
+        return LogNormal(-1.2 - math.log(net.preconditioning.units[0]), 1.2)
     return _distribution(levels)
 
 
@@ -296,15 +295,10 @@ def weighting_for(
         )
     if weighting == "sigma":
         return None
-    preconditioning = _preconditioning(net)
+    preconditioning = net.preconditioning
 
     def inverse(sigma: Tensor) -> Tensor:
         c_out = torch.as_tensor(preconditioning.coefficients(sigma).c_out, device=sigma.device)
         return c_out.abs().pow(-p).expand(sigma.shape)
 
     return inverse
-
-
-def _preconditioning(net: ScoreNet) -> Preconditioning:
-    options = net.precondition_options
-    return Preconditioning(net.precondition, net.schedule, net.value_range, net.predicts_variance, options)
