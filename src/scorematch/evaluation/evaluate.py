@@ -49,7 +49,7 @@ from scorematch.bulk.folder import SampleFolder
 from scorematch.bulk.job import SEEDS, Job
 from scorematch.charts import table
 from scorematch.evaluation.accumulate import process_group
-from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, image_figures
+from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, as_dicts, image_figures
 from scorematch.evaluation.per_image import choose
 from scorematch.files import check_outside, check_own, clean, write_whole
 from scorematch.images import ENDINGS, check_picture, save_grid, to_uint8
@@ -131,13 +131,7 @@ class Evaluation:
             "sampler": self.sampler,
             "versions": self.versions,
             "sizes": self.sizes,
-            "figures": {
-                column: {
-                    source: {name: figure._asdict() for name, figure in found.items()}
-                    for source, found in figures.items()
-                }
-                for column, figures in self.figures.items()
-            },
+            "figures": {column: as_dicts(figures) for column, figures in self.figures.items()},
             "errors": _errors(self.figures),
             "left_out": self.left_out,
         }
@@ -311,7 +305,7 @@ def evaluate(
         elif gaussian:
             left_out[_COLUMNS[GAUSSIAN]] = "needs the images of the reference, not only their statistics"
         figures = {
-            column: evaluator.measure(_shown(batches(), size, batch_size, column, progress), strict=column == SAMPLES)
+            column: evaluator.measure(shown(batches(), size, _COLUMNS[column], progress), strict=column == SAMPLES)
             for column, (size, batches) in sets.items()
         }
         sizes = {column: size for column, (size, _) in sets.items()}
@@ -502,13 +496,13 @@ def _checked_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _shown(batches: Iterable[Tensor], n: int, batch_size: int, column: str, progress: bool) -> Iterator[Tensor]:
-    """The batches of this process, with a progress bar."""
+def shown(batches: Iterable[Tensor], n: int, title: str, progress: bool) -> Iterator[Tensor]:
+    """The batches of this process, with a progress bar for the n images of all processes."""
     k, m = this_process()
-    with tqdm(total=n, desc=_COLUMNS[column], unit="img", leave=False, disable=not progress or k > 0) as bar:
+    with tqdm(total=n, desc=title, unit="img", leave=False, disable=not progress or k > 0) as bar:
         for images in batches:
             yield images
-            bar.update(min(m * batch_size, n - bar.n))  # assumes that the other processes are as fast
+            bar.update(min(m * len(images), n - bar.n))  # assumes that the other processes are as fast
 
 
 # -- Real images and the Gaussian -------------------------------------------------------------------------------------

@@ -47,7 +47,6 @@ from scorematch.bulk.batches import this_process
 from scorematch.evaluation.accumulate import Rows, agreed, processes
 from scorematch.evaluation.features import Extracted, Extractor, as_extractor
 from scorematch.evaluation.metrics import (
-    Estimate,
     density_coverage,
     frechet_estimate,
     frechet_extrapolation,
@@ -91,6 +90,11 @@ class Figure(NamedTuple):
 
 
 Figures: TypeAlias = "dict[str, dict[str, Figure]]"  # extractor or "images" -> figure
+
+
+def as_dicts(figures: Figures) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Figures as plain values for JSON."""
+    return {source: {name: figure._asdict() for name, figure in found.items()} for source, found in figures.items()}
 
 
 def values(figures: Figures) -> dict[str, float]:
@@ -147,11 +151,7 @@ def _kernel(seen: Extracted, reference: Statistics) -> dict[str, Figure]:
 
 
 def _inception_score(seen: Extracted, reference: Statistics) -> dict[str, Figure]:
-    return {"inception-score": _figure(inception_score(seen.class_logits, splits=_SPLITS))}
-
-
-def _figure(found: Estimate) -> Figure:
-    return Figure(found.value, found.deviation)
+    return {"inception-score": Figure(*inception_score(seen.class_logits, splits=_SPLITS))}
 
 
 def _precision_recall(seen: Extracted, reference: Statistics) -> dict[str, Figure]:

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.bulk import bulk_samples
@@ -36,9 +35,9 @@ from scorematch.bulk.classes import Classes
 from scorematch.bulk.hashing import identity, sampler_settings
 from scorematch.charts import Curve, chart, table
 from scorematch.evaluation.accumulate import process_group
-from scorematch.evaluation.evaluate import find_data, hash_of, open_for, read_batches
+from scorematch.evaluation.evaluate import find_data, hash_of, open_for, read_batches, shown
 from scorematch.evaluation.features import Extractor
-from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figure, Figures
+from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figure, Figures, as_dicts
 from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.restoration import RESTORATION, RESTORED, evaluate_restoration, takes_image
 from scorematch.files import check_own, clean, write_whole
@@ -48,6 +47,7 @@ from scorematch.pretrained.model_card import model_card
 from scorematch.protocol import device_of
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.restoration import Restore
+from scorematch.sampling.sampler import smallest_ratio
 from scorematch.schema import Field, check, plain, read_object
 from scorematch.score import ScoreNet
 from scorematch.training.data import ImageData
@@ -379,17 +379,10 @@ def compare(
     for sampler in samplers:
         begin = time.perf_counter()
         batches = bulk_samples(sampler, n, seed=seed, batch_size=batch_size, condition=condition, classes=classes)
+        images = (batch.images for batch in batches)
         with process_group(device_of(sampler.net)):
-            figures = evaluator.measure(_drawn(batches, n, repr(sampler), progress))
+            figures = evaluator.measure(shown(images, n, repr(sampler), progress))
         yield Row(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
-
-
-def _drawn(batches: Iterable[Any], n: int, title: str, progress: bool) -> Iterator[Tensor]:
-    k, m = this_process()
-    with tqdm(total=n, desc=title, unit="img", leave=False, disable=not progress or k > 0) as bar:
-        for batch in batches:
-            yield batch.images
-            bar.update(min(m * len(batch.indices), n - bar.n))  # assumes that the other processes are as fast
 
 
 def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
@@ -419,7 +412,7 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
     listed += [SamplerSettings("ode", levels=levels, method="dpm-solver++") for levels in (18, 36, 72)]
     for levels in (50, 100, 250):
         schedule = AnnealedLangevinSampler(net, levels=levels, consistent=True).schedule
-        ratio = min(float(low / high) for high, low in zip(schedule, list(schedule)[1:], strict=False))
+        ratio = smallest_ratio(schedule)
         steps = [1 - ratio**1.1, 1 - ratio**1.5, 1 - ratio**2, *(a for a in (0.36, 0.5) if a >= 1 - ratio)]
         listed += [
             SamplerSettings(levels=levels, step_size=float(f"{step * schedule.sigma_min**2:.5g}"), consistent=True)
@@ -491,16 +484,12 @@ class _Table:
 
 
 def _write_row(row: Row) -> dict[str, Any]:
-    figures = {
-        source: {name: figure._asdict() for name, figure in found.items()} for source, found in row.figures.items()
-    }
-    settings = None if row.settings is None else row.settings.to_dict()
     return {
-        "settings": settings,
+        "settings": None if row.settings is None else row.settings.to_dict(),
         "sampler": row.sampler,
         "calls": row.calls,
         "seconds": row.seconds,
-        "figures": figures,
+        "figures": as_dicts(row.figures),
     }
 
 
