@@ -1,7 +1,8 @@
-"""Atomic writes of files, and of several files of a folder together."""
+"""Atomic writes of files, and of several files of a folder together; checks of files and folders."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -39,6 +40,15 @@ def write_whole(path: Path, content: bytes, *, durable: bool = False) -> None:
     finally:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_outside(out: str | os.PathLike[str], *sources: Any) -> None:

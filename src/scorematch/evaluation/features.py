@@ -28,7 +28,6 @@ References:
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import sys
@@ -43,6 +42,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scorematch.files import sha256
 from scorematch.images import to_uint8
 from scorematch.precision import exact_float32
 from scorematch.protocol import evaluating
@@ -381,14 +381,11 @@ def _find(file: _File, given: str | os.PathLike[str] | None) -> Path:
     return path
 
 
-def _check(path: Path, sha256: str, otherwise: str) -> None:
+def _check(path: Path, expected: str, otherwise: str) -> None:
     """Checks the sha256 of a file. ``otherwise`` is the end of the message."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    if digest.hexdigest() != sha256:
-        raise OSError(f"{path} is not the file of these weights: its sha256 is {digest.hexdigest()}. {otherwise}")
+    found = sha256(path)
+    if found != expected:
+        raise OSError(f"{path} is not the file of these weights: its sha256 is {found}. {otherwise}")
 
 
 def _dinov2_network(architecture: str) -> nn.Module:

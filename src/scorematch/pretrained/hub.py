@@ -14,7 +14,6 @@ the client repeats it. huggingface_hub is imported only when a function needs it
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import tempfile
@@ -25,6 +24,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
+from scorematch.files import sha256
 from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, listed
 from scorematch.pretrained.weights import WEIGHTS_FILE
 from scorematch.schema import reason
@@ -304,11 +304,7 @@ def _verify(path: Path) -> None:
     blob = path.resolve()
     if not path.is_symlink() or re.fullmatch("[0-9a-f]{64}", blob.name) is None:
         return
-    digest = hashlib.sha256()
-    with blob.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    if digest.hexdigest() != blob.name:
+    if sha256(blob) != blob.name:
         blob.unlink()
         path.unlink()
         raise OSError(f"the content of {path.name} was damaged on the way, and was deleted.")
