@@ -91,6 +91,11 @@ def to_uint8(images: Tensor, name: str = "images") -> Tensor:
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
+def to_float(images: Tensor) -> Tensor:
+    """Converts uint8 images to float32 in [0, 1]; floating-point images are returned unchanged."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
 def check_range(images: Tensor, name: str = "images") -> None:
     """Checks that floating-point images are in [0, 1], up to half a gray level.
 
@@ -109,6 +114,11 @@ def check_range(images: Tensor, name: str = "images") -> None:
             f"{name} must have values in [0, 1], got values from {low:.3g} to {high:.3g}. Write ({name} + 1) / 2 for "
             f"images in [-1, 1], {name} / 255 for 8-bit values, or {name}.clamp(0, 1)."
         )
+
+
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether a shape is that of a gray or an RGB image, (1, H, W) or (3, H, W)."""
+    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
@@ -356,7 +366,7 @@ def _to_8_bits(image: Tensor) -> np.ndarray:
 
 def _pixels(image: Tensor) -> np.ndarray:
     """The pixels (H, W) or (H, W, 3), uint8, of an image (C, H, W) that is uint8, or floating point in [0, 1]."""
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
+    if not is_picture(image.shape) or image.numel() == 0:
         raise ValueError(f"image must be (1, H, W) or (3, H, W), got shape {tuple(image.shape)}.")
     array = rearrange(to_uint8(image, "image").cpu(), "c h w -> h w c").numpy()
     return array.squeeze(2) if array.shape[2] == 1 else array

@@ -23,6 +23,7 @@ from scorematch.bulk.formats import FORMATS, Format, stem
 from scorematch.bulk.job import SEEDS, Job
 from scorematch.bulk.stored import IMAGES, LABELS_FILE, METADATA_FILE, read_metadata
 from scorematch.files import clean, write_whole
+from scorematch.images import is_picture
 from scorematch.precision import device_name
 from scorematch.protocol import attribute, device_of
 from scorematch.sampling import Sampler
@@ -112,7 +113,7 @@ class SampleFolder:
         if format not in FORMATS:
             raise ValueError(f'format must be "png" or "npz", got {format!r}.')
         value_range = attribute(job.sampler.net, "value_range")
-        if len(job.shape) != 3 or job.shape[0] not in (1, 3):
+        if not is_picture(job.shape):
             raise ValueError(
                 f"the samples must be images (C, H, W) with 1 or 3 channels, but their shape is {job.shape}. Use "
                 "bulk_samples."

@@ -20,6 +20,7 @@ from scorematch.bulk.classes import Classes, Rule
 from scorematch.evaluation import EXTRACTORS, as_extractor
 from scorematch.evaluation.restoration import takes_image
 from scorematch.guidance import GuidedScore, classifier_free
+from scorematch.images import is_picture
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.protocol import Score, attribute, device_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
@@ -317,7 +318,7 @@ def load(args: argparse.Namespace) -> ScoreNet:
             f"the size of the images of {args.model} is not stored with it. Convert the checkpoint with --config, or "
             "sample from the network in Python with shape=."
         )
-    if len(shape) != 3 or shape[0] not in (1, 3):
+    if not is_picture(shape):
         raise ValueError(
             f"the network must draw images (C, H, W) with 1 or 3 channels, but the sample_shape of {args.model} is "
             f"{shape}."

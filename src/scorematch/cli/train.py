@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scorematch.cli.options import Commands, check_folder_name, duration, image_count, load_network
 from scorematch.files import check_outside, check_own
+from scorematch.images import to_float
 from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
 from scorematch.pretrained.hub import check_repository
@@ -376,7 +377,7 @@ def _seconds_per_image(
     most = _TIMED_VALUES // math.prod(data.shape) if device.type == "cpu" else batch_size
     few = max(1, min(most, settings.microbatch or batch_size, batch_size))
     images, labels = data.read(range(few))
-    x = (images.float() / 255 if images.dtype == torch.uint8 else images).to(device)
+    x = to_float(images).to(device)
     given: dict[str, Any] = {} if labels is None else {"condition": labels.to(device)}
     if settings.condition is not None:
         made = settings.condition(x, torch.Generator(device).manual_seed(0))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.images import gray_or_rgb, open_picture
+from scorematch.images import gray_or_rgb, open_picture, to_float
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import condition_of
 from scorematch.protocol import device_of
@@ -116,7 +116,7 @@ class Restorer:
             raise OSError("the file cannot be read as an image. Upload a PNG or JPEG file.") from error
         pixels = pixels.reshape(1, *pixels.shape[:2], channels)
         data = open_images(pixels, image_size=(height, width), channels=channels, progress=False)
-        return data.read([0])[0][0].float() / 255
+        return to_float(data.read([0])[0][0])
 
     def operator(self, task: str, hole: Tensor, *, block: int, quality: int) -> Operator:
         """The degradation of a task.

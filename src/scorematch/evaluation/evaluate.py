@@ -52,7 +52,7 @@ from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, as_dicts, image_figures
 from scorematch.evaluation.per_image import choose
 from scorematch.files import check_outside, check_own, clean, write_whole
-from scorematch.images import ENDINGS, check_picture, save_grid, to_uint8
+from scorematch.images import ENDINGS, check_picture, is_picture, save_grid, to_float, to_uint8
 from scorematch.pretrained import cards
 from scorematch.protocol import attribute, device_of
 from scorematch.randomness import seed_of
@@ -482,14 +482,14 @@ def _of_images(name: str, data: ImageData, n: int | None, options: dict[str, Any
         _checked_shape(data.shape, name),
         False,
         lambda: read_batches(data, chosen, options["batch_size"]),
-        lambda few: to_uint8(data.read(chosen[:few])[0]).float() / 255,
+        lambda few: to_float(to_uint8(data.read(chosen[:few])[0])),
         settings,
         torch.device("cpu"),
     )
 
 
 def _checked_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
-    if len(shape) != 3 or shape[0] not in (1, 3):
+    if not is_picture(shape):
         raise ValueError(
             f"the images to evaluate must be (C, H, W) with 1 or 3 channels, but {name} has {tuple(shape)}."
         )
@@ -598,4 +598,4 @@ def gaussian_images(data: ImageData, n: int, *, seed: int = 0, batch_size: int =
 def _blocks(data: ImageData) -> Iterator[Tensor]:
     """All images in blocks, rounded to 8 bits, float32 in [0, 1]."""
     for start in range(0, len(data), _BLOCK):
-        yield to_uint8(data.read(range(start, min(start + _BLOCK, len(data))))[0]).float() / 255
+        yield to_float(to_uint8(data.read(range(start, min(start + _BLOCK, len(data))))[0]))

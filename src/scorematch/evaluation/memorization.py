@@ -43,7 +43,7 @@ from scorematch.evaluation.accumulate import check_features, double
 from scorematch.evaluation.features import Extractor, as_extractor
 from scorematch.evaluation.figures import Figure
 from scorematch.evaluation.metrics import squared_distances
-from scorematch.images import save_grid
+from scorematch.images import save_grid, to_float
 from scorematch.training.data import ImageData, open_images
 
 _BLOCK = 2048  # queries that are compared with a block of training images at a time
@@ -316,8 +316,7 @@ def _batches(data: ImageData, batch_size: int, title: str, progress: bool) -> An
 
 def _pictures(data: ImageData, indices: Tensor) -> Tensor:
     """Images (n, C, H, W) in [0, 1]."""
-    images, _ = data.read(indices)
-    return images.float() / 255 if images.dtype == torch.uint8 else images
+    return to_float(data.read(indices)[0])
 
 
 def _below(values: Tensor, others: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.evaluation.accumulate import Rows, double, processes
+from scorematch.images import to_float
 from scorematch.randomness import seed_of
 
 # An int is the class of all images; a function computes the condition from a batch of images and their labels.
@@ -85,8 +86,7 @@ def per_image(
         own = indices[start : start + batch_size]
         images, labels = read(own)
         keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in images]
-        x = images.float() / 255 if images.dtype == torch.uint8 else images
-        values = double(function(Batch(x, labels, keys, own))).cpu()
+        values = double(function(Batch(to_float(images), labels, keys, own))).cpu()
         wrong = ~values.isfinite().all(1)
         if wrong.any():
             i = int(wrong.int().argmax())

@@ -58,7 +58,7 @@ from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.figures import Collection, Evaluator, Figure, Figures, OneOrMore, mean_figure
 from scorematch.evaluation.per_image import Batch, choose, per_image
 from scorematch.files import check_outside, clean
-from scorematch.images import check_picture, save_grid
+from scorematch.images import check_picture, is_picture, save_grid
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import TASKS, condition_of
 from scorematch.protocol import Score, attribute, device_of
@@ -236,7 +236,7 @@ def _open(data: Any, sampler: Sampler, labels: bool, crop: Crop, progress: bool)
         strict=True,
         progress=progress,
     )
-    if len(images.shape) != 3 or images.shape[0] not in (1, 3):
+    if not is_picture(images.shape):
         raise ValueError(f"data must be images (C, H, W) with 1 or 3 channels, got {tuple(images.shape)}.")
     if labels and images.classes is None:
         raise ValueError("labels=True needs data with labels, but the ImageData was opened without them.")

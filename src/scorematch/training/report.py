@@ -26,7 +26,7 @@ from torch import Tensor
 from scorematch import __version__
 from scorematch.charts import Curve, chart
 from scorematch.files import write_whole
-from scorematch.images import save_grid
+from scorematch.images import save_grid, to_float
 from scorematch.loss import loss_and_norm
 from scorematch.precision import device_name
 from scorematch.randomness import seed_of
@@ -238,7 +238,7 @@ class Examples(NamedTuple):
 def read_examples(data: Data) -> Examples:
     """Reads the first 64 samples of the data, or all if there are fewer."""
     x, labels = data.read(torch.arange(min(_REPORT_IMAGES, len(data))))
-    return Examples(x.float() / 255 if x.dtype == torch.uint8 else x, labels)
+    return Examples(to_float(x), labels)
 
 
 def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settings) -> None:

@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 
 from scorematch import pretrained
 from scorematch.files import check_outside, write_whole
+from scorematch.images import is_picture
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast
 from scorematch.pretrained.hub import check_repository
@@ -312,7 +313,7 @@ def _open(net: ScoreNet, data: Any) -> Any:
     """Opens data with the image size and number of channels of the network, and with labels if it has classes."""
     classes = None if net.conditioning is None else net.conditioning.classes
     shape = net.sample_shape
-    if shape is None or len(shape) != 3 or shape[0] not in (1, 3):
+    if shape is None or not is_picture(shape):
         return open_images(data, labels=classes is not None)
     return open_images(data, image_size=(shape[1], shape[2]), channels=shape[0], labels=classes is not None)
 
@@ -481,7 +482,7 @@ class _Run:
 
     def _show(self, evaluate: Callable[[ScoreNet, int], Mapping[str, float]] | None) -> None:
         averaged, images = self.state.average(), self.state.images
-        if self.main and _is_image(self.data.shape):
+        if self.main and is_picture(self.data.shape):
             path = self.out / "samples" / f"{checkpoint.name_of(images)}.png"
             try:
                 save_samples(averaged, path, self.examples, self.settings)
@@ -703,7 +704,3 @@ def _described(value: Any) -> Any:
     if isinstance(value, FunctionType | type):
         return f"{value.__module__}.{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def _is_image(shape: Sequence[int]) -> bool:
-    return len(shape) == 3 and shape[0] in (1, 3)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from scorematch.arrays import read_arrays
-from scorematch.images import ENDINGS, check_range, gray_or_rgb, open_picture
+from scorematch.images import ENDINGS, check_range, gray_or_rgb, is_picture, open_picture
 from scorematch.schema import plain, reason
 
 Crop = Literal["center", "celeba"] | None
@@ -172,7 +172,7 @@ class Array(Source):
             array = np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
         self.name, self.array = name, array
         self.shape = _checked(self.array.shape[1:], options, name)
-        if self.array.dtype == np.float32 and len(self.shape) == 3 and self.shape[0] in (1, 3):
+        if self.array.dtype == np.float32 and is_picture(self.shape):
             check_range(torch.from_numpy(self.array))
         elif self.array.dtype == np.float32 and not all(map(math.isfinite, torch.from_numpy(self.array).aminmax())):
             raise ValueError(f"{name} must be finite, got NaN or infinity.")

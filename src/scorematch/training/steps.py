@@ -32,6 +32,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
+from scorematch.images import to_float
 from scorematch.loss import dsm_loss
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast, autocast
@@ -481,11 +482,9 @@ class _Batch(NamedTuple):
         def move(tensor: Tensor) -> Tensor:
             return tensor[begin:end].to(device, non_blocking=True)
 
-        x = move(self.x)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
         return _Batch(
             self.first + begin,
-            x.contiguous(memory_format=memory),
+            to_float(move(self.x)).contiguous(memory_format=memory),
             move(self.noise).contiguous(memory_format=memory),
             move(self.sigma),
             None if self.labels is None else move(self.labels),
