@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from scorematch.cli.options import Commands, check_folder_name, duration, image_count, load_network
 from scorematch.files import check_outside, check_own
@@ -26,7 +25,7 @@ from scorematch.training import RECIPES, ImageData, Recipe, Settings, open_image
 from scorematch.training.recipes import training_flop
 from scorematch.training.report import describe_classes
 from scorematch.training.run import check_run
-from scorematch.training.steps import check_arguments, make_accelerator
+from scorematch.training.steps import check_arguments, loss_arguments, make_accelerator
 
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
@@ -378,10 +377,7 @@ def _seconds_per_image(
     few = max(1, min(most, settings.microbatch or batch_size, batch_size))
     images, labels = data.read(range(few))
     x = to_float(images).to(device)
-    given: dict[str, Any] = {} if labels is None else {"condition": labels.to(device)}
-    if settings.condition is not None:
-        made = settings.condition(x, torch.Generator(device).manual_seed(0))
-        given = {"condition": made} if isinstance(made, Tensor) else {"condition": made[0], "region": made[1]}
+    given = loss_arguments(settings, x, labels, seed=0)
 
     def step() -> None:
         with autocast(device, settings.precision):

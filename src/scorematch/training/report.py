@@ -34,7 +34,7 @@ from scorematch.sampling import ODESampler, Sampler, recommended_sampler
 from scorematch.schema import Field, check
 from scorematch.score import ScoreNet
 from scorematch.training.levels import Levels
-from scorematch.training.steps import Data, Settings, Step
+from scorematch.training.steps import Data, Settings, Step, loss_arguments
 
 LOOK_EVERY = 16  # steps between two checks of the losses, which synchronize with the device
 BINS = 8  # the number of equally probable intervals of noise levels in the log
@@ -259,7 +259,7 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
         RuntimeError: if the samples have NaN or infinite values.
     """
     x = examples.x[:_SAMPLES]
-    condition, _ = _conditions(net, examples, settings, len(x))
+    condition = _given(net, examples, settings, len(x)).get("condition")
     classes = None if net.conditioning is None else net.conditioning.classes
     if condition is not None and classes is not None:
         condition = torch.arange(len(x), device=condition.device) % classes
@@ -277,15 +277,11 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
     save_grid(((rows - low) / (high - low)).clamp(0, 1), path, columns)
 
 
-def _conditions(net: ScoreNet, examples: Examples, settings: Settings, n: int) -> tuple[Tensor | None, Tensor | None]:
-    """The condition and the region for the first n examples, on the network's device; None without them."""
-    device = next(net.parameters()).device
-    if settings.condition is not None:
-        generator = torch.Generator(device).manual_seed(seed_of(settings.seed, "examples"))
-        made = settings.condition(examples.x[:n].to(device), generator)
-        return (made, None) if isinstance(made, Tensor) else made
-    conditional = net.conditioning is not None and net.conditioning.classes is not None
-    return (examples.labels[:n].to(device) if conditional and examples.labels is not None else None), None
+def _given(net: ScoreNet, examples: Examples, settings: Settings, n: int) -> dict[str, Any]:
+    """The condition and the region of the first n examples by name, on the network's device, if there are any."""
+    takes, x = net.conditioning, examples.x[:n].to(next(net.parameters()).device)
+    labels = None if takes is None or takes.classes is None or examples.labels is None else examples.labels[:n]
+    return loss_arguments(settings, x, labels, seed_of(settings.seed, "examples"))
 
 
 # -- Loss and norm by level -------------------------------------------------------------------------------------------
@@ -315,13 +311,12 @@ def by_level(net: ScoreNet, examples: Examples, settings: Settings) -> list[Leve
         examples: the first samples of the data.
         settings: the settings of the run.
     """
-    device = next(net.parameters()).device
-    condition, region = _conditions(net, examples, settings, len(examples.x))
-    x = examples.x.to(device)
+    x = examples.x.to(next(net.parameters()).device)
+    given = _given(net, examples, settings, len(x))
+    if "region" in given:
+        given["region"] = given["region"].expand(x.shape)
     generator = torch.Generator().manual_seed(seed_of(settings.seed, "report"))
-    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device)
-    parts = {"noise": noise, "condition": condition, "region": None if region is None else region.expand(x.shape)}
-    given: dict[str, Any] = {name: value for name, value in parts.items() if value is not None}
+    given["noise"] = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     size = max(1, _REPORT_VALUES // x[0].numel())
     rows = []
     for sigma in np.geomspace(net.schedule.sigma_min, net.schedule.sigma_max, _REPORT_LEVELS).tolist():

@@ -519,7 +519,10 @@ def _steps(
                     seed(seed_of(settings.seed, "step", part.first))
                     with nullcontext() if end == local else accelerator.no_sync(model):
                         with autocast(device, settings.precision):
-                            each = loss(model, part.x, sigma=part.sigma, noise=part.noise, **_given(part, settings))
+                            given = loss_arguments(
+                                settings, part.x, part.labels, seed_of(settings.seed, "condition", part.first)
+                            )
+                            each = loss(model, part.x, sigma=part.sigma, noise=part.noise, **given)
                         if each.shape != part.sigma.shape:
                             raise ValueError(
                                 f"loss must return one value per image, {tuple(part.sigma.shape)}, got shape "
@@ -542,17 +545,25 @@ def _steps(
         batches.close()
 
 
-def _given(part: _Batch, settings: Settings) -> dict[str, Tensor]:
-    """The condition of the images and the region where the loss counts, as arguments of the loss, if there are any."""
+def loss_arguments(settings: Settings, x: Tensor, labels: Tensor | None, seed: int) -> dict[str, Any]:
+    """The condition of images and the region where the loss counts, as arguments of the loss, if there are any.
+
+    Args:
+        settings: the settings of the run, with the task that computes the condition, if there is one.
+        x: the clean images (n, ...), on the device.
+        labels: the labels (n,), which are the condition without a task, or None.
+        seed: the seed of the task.
+
+    Raises:
+        TypeError: if the task returns something else.
+    """
     if settings.condition is None:
-        return {} if part.labels is None else {"condition": part.labels}
-    generator = torch.Generator(part.x.device).manual_seed(seed_of(settings.seed, "condition", part.first))
-    made = settings.condition(part.x, generator)
-    if isinstance(made, Tensor):
-        return {"condition": made}
+        return {} if labels is None else {"condition": labels.to(x.device)}
+    made: Any = settings.condition(x, torch.Generator(x.device).manual_seed(seed))
+    made = (made, None) if isinstance(made, Tensor) else made
     if not (isinstance(made, tuple | list) and len(made) == 2):
         raise TypeError(f"condition= must return a tensor or (condition, region), got {quote(made)}.")
-    return {"condition": made[0], "region": made[1]}
+    return {name: value for name, value in zip(("condition", "region"), made, strict=True) if value is not None}
 
 
 def _batches(
