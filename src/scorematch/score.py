@@ -28,6 +28,7 @@ from scorematch.nets.family import as_condition
 from scorematch.nets.inference import InferenceScore, is_plain
 from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
 from scorematch.nets.refinenet import Depth
+from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.precondition import ROWS, Preconditioning, check_options
 from scorematch.protocol import NetworkScore, as_sigma, check_data, check_schedule
@@ -275,14 +276,12 @@ class ScoreNet(NetworkScore, nn.Module):
         attention = [False] * (len(widths) - 1) + [True] if attention is None else attention
         if len(attention) != len(widths):
             raise ValueError(f"attention must have one entry per scale, {len(widths)}, got {len(attention)}.")
-        down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
         architecture = {
             "family": "unet",
             "in_channels": channels + condition_channels,
             "out_channels": channels,
             "block_out_channels": list(widths),
-            "down_block_types": down,
-            "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+            **block_types(attention),
             "layers_per_block": layers_per_block,
             "attention_head_dim": None,
             "norm_num_groups": math.gcd(32, *widths),

@@ -96,6 +96,16 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def block_types(attention: Sequence[bool]) -> dict[str, list[str]]:
+    """The keys of a configuration with the types of DDPM's blocks, for scales with and without attention.
+
+    Args:
+        attention: whether each scale has attention, from full resolution down.
+    """
+    down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
+    return {"down_block_types": down, "up_block_types": [name.replace("Down", "Up") for name in reversed(down)]}
+
+
 class _Downsample(nn.Module):
     """A convolution of stride two. With ``padding`` = 0 it pads on the right and at the bottom only, as in DDPM."""
 

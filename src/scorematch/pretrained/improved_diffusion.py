@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, checked
 from scorematch.pretrained.options import checked_options, named_options
@@ -130,9 +131,9 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     weights = dict(_named(tensors, options, path))
     size, attention = options["image_size"], _attention(options)
     attended = [*attention[:-1], True]  # the middle has attention, with the number of heads of the last scale
-    up = options["num_heads"] if options["num_heads_upsample"] < 1 else options["num_heads_upsample"]
-    heads, heads_up = ([count if here else 1 for here in attended] for count in (options["num_heads"], up))
-    down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
+    heads, heads_up = (
+        [options[key] if here else 1 for here in attended] for key in ("num_heads", "num_heads_upsample")
+    )
     steps = options["diffusion_steps"]
     variance = "learned" if options["learn_sigma"] else "small" if options["sigma_small"] else "large"
     settings = SamplerSettings("ancestral", levels=steps, variance=variance, clamp_denoised=True)
@@ -142,8 +143,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         "in_channels": channels,
         "out_channels": channels * (2 if options["learn_sigma"] else 1),
         "block_out_channels": [options["num_channels"] * factor for factor in options["channel_mult"]],
-        "down_block_types": down,
-        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        **block_types(attention),
         "layers_per_block": options["num_res_blocks"],
         "attention_heads": heads,
         "attention_heads_up": heads_up,
@@ -188,6 +188,8 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{config}: image_size {options['image_size']} has no default channel_mult: add channel_mult."
             )
         options["channel_mult"] = _MULTIPLES[options["image_size"]]
+    if options["num_heads_upsample"] < 1:
+        options["num_heads_upsample"] = options["num_heads"]
     if options["channel_mult"][0] != 1:
         raise ValueError(f"{config}: channel_mult must begin with 1, got {options['channel_mult']}.")
     return options
@@ -286,8 +288,7 @@ def _places(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors with their names in our network."""
-    places, heads = dict(_places(options)), options["num_heads"]
-    heads_up = heads if options["num_heads_upsample"] < 1 else options["num_heads_upsample"]
+    places = dict(_places(options))
     for name, tensor in weights.items():
         module, _, leaf = name.rpartition(".")
         if module in places:
@@ -304,7 +305,7 @@ def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
             if part == "proj_out":
                 yield f"{place}.to_out.0.{leaf}", matrix
                 continue
-            count = heads_up if place.startswith("up_blocks") else heads
+            count = options["num_heads_upsample" if place.startswith("up_blocks") else "num_heads"]
             if len(matrix) % (3 * count):
                 raise ValueError(f"{path}: {name} of shape {tuple(tensor.shape)} does not have {count} heads.")
             parts = matrix.reshape(count, 3, -1, *matrix.shape[1:])  # q, k and v of a head follow each other

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, checked
 from scorematch.pretrained.options import checked_options, named_options
@@ -237,14 +238,12 @@ def _ncsnpp(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ddpm(options: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of the U-Net for DDPM."""
-    down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in _attention(options)]
     return {
         "family": "unet",
         "in_channels": options["num_channels"],
         "out_channels": options["num_channels"],
         "block_out_channels": [options["nf"] * factor for factor in options["ch_mult"]],
-        "down_block_types": down,
-        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+        **block_types(_attention(options)),
         "layers_per_block": options["num_res_blocks"],
         "attention_head_dim": None,
         "norm_num_groups": 32,
