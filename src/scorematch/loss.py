@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scorematch.nets.family import class_of_each
-from scorematch.noise import NoiseSchedule
+from scorematch.noise import NoiseSchedule, is_outside
 from scorematch.protocol import (
     Score,
     as_region,
@@ -288,9 +288,6 @@ def _weights_in(region: Tensor, x: Tensor) -> Tensor:
 
 # -- The units --------------------------------------------------------------------------------------------------------
 
-# The tolerance, as a fraction of the range. Data in other units exceed it; the overshoot of image resizing does not.
-_OVERSHOOT = 0.1
-
 _lock = threading.Lock()
 _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -311,8 +308,7 @@ def _warn_of_other_units(net: Score, x: Tensor) -> None:
         except RuntimeError:  # values cannot be read inside torch.func.vmap, and on the meta device
             return
         _looked_at.add(owner)
-    margin = _OVERSHOOT * (value_range[1] - value_range[0])
-    if not (low >= value_range[0] - margin and high <= value_range[1] + margin):  # also true for NaN
+    if is_outside(low, high, value_range):
         found = "NaN" if math.isnan(low) else f"values from {low:.3g} to {high:.3g}"
         warnings.warn(
             f"x must be in the network's value_range, {tuple(value_range)}, got {found}. Write (x + 1) / 2 for images "

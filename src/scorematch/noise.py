@@ -568,15 +568,18 @@ def _check_values(data: Tensor, value_range: tuple[float, float] | None) -> None
     low, high = (float(value) for value in data.detach().aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("images must be finite, got NaN or infinity.")
-    if value_range is None:
-        return
-    margin = _OVERSHOOT * (value_range[1] - value_range[0])
-    if low < value_range[0] - margin or high > value_range[1] + margin:
+    if value_range is not None and is_outside(low, high, value_range):
         raise ValueError(
             f"images must have values in [{value_range[0]:g}, {value_range[1]:g}], got values from {low:.3g} to "
             f"{high:.3g}. Write (images + 1) / 2 for images in [-1, 1], images / 255 for 8-bit values, or "
             "value_range=None for data without a range."
         )
+
+
+def is_outside(low: float, high: float, value_range: tuple[float, float]) -> bool:
+    """Whether data with values from low to high are in other units than a range; NaN is outside of every range."""
+    margin = _OVERSHOOT * (value_range[1] - value_range[0])
+    return not (low >= value_range[0] - margin and high <= value_range[1] + margin)  # also true for NaN
 
 
 def _largest_distance(points: Tensor) -> float:
