@@ -154,7 +154,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"{foreign[0]} is for networks, but {args.model} has images. Leave it out.")
     if args.restore is None:
         for name in ("data", "draws", "noise", "restore_method", "labels"):
-            if getattr(args, name) not in (None, False) or (name == "noise" and args.noise is not None):
+            value = getattr(args, name)
+            if value is not None and value is not False:  # --noise 0 is given
                 raise ValueError(f"--{name.replace('_', '-')} is for --restore TASK. Leave it out.")
         if args.reference is None:
             args.parser.error("the following arguments are required: reference")

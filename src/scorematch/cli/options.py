@@ -400,17 +400,18 @@ def find_class(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> int | N
         ValueError: if the network needs a class and none is given, if a class is given and the network takes none, or
             if the class is out of range.
     """
-    classes = None if net.conditioning is None else net.conditioning.classes
-    if isinstance(net, GuidedScore) and args.label is None:
-        raise ValueError(f"--guidance needs a class. Add --class K, with K from 0 to {(classes or 1) - 1}.")
-    needed = classes is not None and net.conditioning is not None and not net.conditioning.null_class
-    label: int | None = args.label
-    if classes is None and label is not None:
-        raise ValueError(f"--class is for class-conditional networks, and {args.model} is not one. Leave it out.")
-    if classes is not None and needed and label is None:
-        raise ValueError(f"{args.model} is class-conditional. Write --class K, with K from 0 to {classes - 1}.")
-    if classes is not None and label is not None and not 0 <= label < classes:
-        raise ValueError(f"--class must be from 0 to {classes - 1} for {args.model}, got {label}.")
+    takes, label = net.conditioning, args.label
+    if takes is None or takes.classes is None:
+        if label is not None:
+            raise ValueError(f"--class is for class-conditional networks, and {args.model} is not one. Leave it out.")
+        return None
+    last = takes.classes - 1
+    if label is None and isinstance(net, GuidedScore):
+        raise ValueError(f"--guidance needs a class. Add --class K, with K from 0 to {last}.")
+    if label is None and not takes.null_class:
+        raise ValueError(f"{args.model} is class-conditional. Write --class K, with K from 0 to {last}.")
+    if label is not None and not 0 <= label <= last:
+        raise ValueError(f"--class must be from 0 to {last} for {args.model}, got {label}.")
     return label
 
 
