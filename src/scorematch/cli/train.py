@@ -176,19 +176,7 @@ def _run(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():  # the others find the cache
         start = _start(args)
         data = _open(args, recipe, start)
-    classes = None if data.classes is None else len(data.classes)
-    if start is not None and start.sample_shape is not None:
-        known = None if start.conditioning is None else start.conditioning.classes
-        if classes != known:
-            raise ValueError(f"the data must have as many classes as {args.start}, {known}, got {classes}.")
-        net = start
-        net.sample_shape = (start.sample_shape[0], *data.shape[1:])  # its convolutions take other sizes, too
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
-            size = data.shape[1], data.shape[2]
-            net = recipe.build(data.shape[0], size, classes=classes, null_class=label_drop > 0)
-    _check_size(net)
+    net = _network(args, recipe, start, data, null_class=label_drop > 0)
     with _naming_options(args):
         check_arguments(net, data, settings, accelerator.num_processes)
         check_run(args.out, net, data, settings, args.start)
@@ -236,6 +224,27 @@ def _naming_options(args: argparse.Namespace) -> Iterator[None]:
 def _option(argument: re.Match[str]) -> str:
     """An argument such as channels=3 as an option, --channels 3."""
     return " ".join([f"--{argument[1].replace('_', '-')}", *filter(None, argument.groups()[1:])])
+
+
+def _network(
+    args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, data: ImageData, *, null_class: bool
+) -> ScoreNet:
+    """The network of ``--start`` for images of the size of the data, or a new one of the recipe."""
+    classes = None if data.classes is None else len(data.classes)
+    if start is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            size = data.shape[1], data.shape[2]
+            net = recipe.build(data.shape[0], size, classes=classes, null_class=null_class)
+    else:
+        known = None if start.conditioning is None else start.conditioning.classes
+        if classes != known:
+            raise ValueError(f"the data must have as many classes as {args.start}, {known}, got {classes}.")
+        assert start.sample_shape is not None  # noqa: S101  (_open checks it)
+        net = start
+        net.sample_shape = (start.sample_shape[0], *data.shape[1:])  # its convolutions take other sizes, too
+    _check_size(net)
+    return net
 
 
 def _check_size(net: ScoreNet) -> None:
