@@ -512,20 +512,16 @@ def _read_row(row: Mapping[str, Any], needed: Mapping[str, Collection[str]], whe
 
 def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
     """Saves the network with the best settings, and writes its card."""
-    own = net.sampler_settings
+    net = copy.copy(net)  # with the same weights
     net.sampler_settings = result.best.settings
-    try:
-        net.save_pretrained(folder)
-        config = net.config
-    finally:
-        net.sampler_settings = own
+    net.save_pretrained(folder)
     card = folder / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="surrogateescape")  # keeps bytes in another encoding
     else:
         name = str(folder) if os.sep in str(folder) else f"./{folder}"
         weights = sum(parameter.numel() for parameter in net.parameters())
-        text = model_card(name, config, weights, conditioning=net.conditioning, license=None, datasets=None)
+        text = model_card(name, net.config, weights, conditioning=net.conditioning, license=None, datasets=None)
     write_whole(folder / _CHART, result.chart().encode())
     section = (
         f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {n:,} images for each row, all from "
