@@ -54,6 +54,8 @@ from scorematch.evaluation.per_image import choose
 from scorematch.files import check_outside, check_own, clean, write_whole
 from scorematch.images import ENDINGS, check_picture, is_picture, save_grid, to_float, to_uint8
 from scorematch.pretrained import cards
+from scorematch.pretrained.configuration import CONFIG_FILE
+from scorematch.pretrained.diffusers import INDEX_FILE
 from scorematch.protocol import attribute, device_of
 from scorematch.randomness import seed_of
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
@@ -387,7 +389,7 @@ def is_network(what: Any) -> bool:
         if isinstance(what, str) and cards.find(what) is not None:
             return True
         if path.is_dir():
-            return any((path / name).is_file() for name in ("config.json", "model_index.json", "unet/config.json"))
+            return any((path / name).is_file() for name in (CONFIG_FILE, INDEX_FILE, f"unet/{CONFIG_FILE}"))
         return path.suffix.lower() not in (".npz", *ENDINGS)
     return isinstance(what, Sampler) or callable(what)
 

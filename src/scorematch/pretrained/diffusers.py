@@ -164,7 +164,7 @@ def _config_of(thing: Any, name: str, example: str) -> dict[str, Any]:
 
 def _refuse_latents(home: Path, pipeline: Path) -> None:
     """Raises an error for a latent pipeline, whose U-Net does not draw pixels."""
-    index = read_json(pipeline / "model_index.json") if (pipeline / "model_index.json").is_file() else {}
+    index = read_json(pipeline / INDEX_FILE) if (pipeline / INDEX_FILE).is_file() else {}
     for part in ("vae", "vqvae"):
         if part in index or (home != pipeline and (pipeline / part).is_dir()):
             raise ValueError(

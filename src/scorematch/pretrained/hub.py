@@ -26,15 +26,16 @@ from typing import TypeVar
 
 from scorematch.files import sha256
 from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, listed
+from scorematch.pretrained.diffusers import INDEX_FILE, SCHEDULER_FILE
 from scorematch.pretrained.weights import WEIGHTS_FILE
 from scorematch.schema import reason
 
 _CONFIGS = (
     SCHEDULE_FILE,
-    "scheduler_config.json",
-    "model_index.json",
+    SCHEDULER_FILE,
+    INDEX_FILE,
     f"unet/{SCHEDULE_FILE}",
-    "scheduler/scheduler_config.json",
+    f"scheduler/{SCHEDULER_FILE}",
     CONFIG_FILE,  # downloaded last, so that the others are there as well
     f"unet/{CONFIG_FILE}",
 )
@@ -316,7 +317,7 @@ def _has_configurations(folder: Path) -> bool:
     config = (home / CONFIG_FILE).read_bytes()
     if b'"format_version"' in config:  # written by this package
         return SCHEDULE_FILE.encode() not in config or (home / SCHEDULE_FILE).is_file()
-    return any(folder.rglob("scheduler_config.json"))
+    return any(folder.rglob(SCHEDULER_FILE))
 
 
 def _has_weights(home: Path, files: Iterable[str]) -> bool:
