@@ -1476,12 +1476,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 def test_temporary_files_of_an_interruption_are_removed(tmp_path):
     quick(points_net(), points(), tmp_path)
     before = content(tmp_path)
-    remains = [tmp_path / "checkpoints" / ".writing-000000096-ab", tmp_path / "snapshots" / ".writing-1-0.050-cd"]
+    remains = [tmp_path / "checkpoints" / ".saving-000000096-ab", tmp_path / "snapshots" / ".saving-1-0.050-cd"]
     remains.append(tmp_path / "network" / ".saving-ef")
     for folder in remains:
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"half")
-    (tmp_path / ".writing-gh").write_text("half")
+    (tmp_path / ".saving-gh").write_text("half")
     (tmp_path / "network" / "model.safetensors").unlink()  # killed between two renames
     quick(points_net(), points(), tmp_path)
     assert not list(tmp_path.rglob(".*")) and content(tmp_path) == before
@@ -1862,7 +1862,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     for _ in range(6):  # in the middle of a file of a checkpoint
         done = python(script, tmp_path / "killed", chance.randint(1, 30), timeout=300, check=False)
         assert done.returncode == -signal.SIGKILL
-        assert any((tmp_path / "killed").glob("checkpoints/.writing-*"))
+        assert any((tmp_path / "killed").glob("checkpoints/.saving-*"))
     kills = 0
     for _ in range(6):  # at any moment
         process = subprocess.Popen(

@@ -32,7 +32,6 @@ _FIELDS: Mapping[str, Field] = {
     "files": Field(dict, required=True),
     "hash": Field(str, required=True),
 }
-_UNFINISHED = ".writing-"  # the prefix of the names of temporary folders
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -142,14 +141,14 @@ def name_of(images: int) -> str:
 
 def clean(folder: Path) -> None:
     """Deletes the temporary files and folders of interrupted writes in a folder."""
-    for path in [*folder.glob(f"{_UNFINISHED}*"), *folder.glob(f"{UNFINISHED}*")]:
+    for path in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to write into, which is renamed to ``path`` at the end; an existing folder is replaced."""
-    staged = path.with_name(f"{_UNFINISHED}{path.name}-{uuid.uuid4().hex}")
+    staged = path.with_name(f"{UNFINISHED}{path.name}-{uuid.uuid4().hex}")
     try:
         staged.mkdir(parents=True)
         yield staged
