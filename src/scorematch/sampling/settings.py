@@ -8,10 +8,17 @@ from typing import Any, ClassVar
 
 from scorematch.schema import Field, check
 
+# The samplers, each with its options.
+_OPTIONS = {
+    "langevin": {"steps_per_level", "step_size", "exact_noise", "consistent"},
+    "ode": {"method", "churn", "churn_min", "churn_max", "churn_noise"},
+    "ancestral": {"variance", "clamp_denoised"},
+    "predictor-corrector": {"predictor", "corrector_steps", "snr"},
+}
 _LEVEL = Field(float, optional=True, low=0)
 _COUNT = Field(int, optional=True, low=1, high=1_000_000)
 _SCHEMA: Mapping[str, Field] = {
-    "sampler": Field(str, required=True, choices=("langevin", "ode", "ancestral", "predictor-corrector")),
+    "sampler": Field(str, required=True, choices=tuple(_OPTIONS)),
     "levels": Field(int, optional=True, low=2, high=1_000_000),
     "steps_per_level": _COUNT,
     "step_size": Field(float, optional=True, above=0),
@@ -29,12 +36,6 @@ _SCHEMA: Mapping[str, Field] = {
     "snr": Field(float, optional=True, above=0, high=1),
     "sigma_max": _LEVEL,
     "sigma_min": _LEVEL,
-}
-_OPTIONS = {
-    "langevin": {"steps_per_level", "step_size", "exact_noise", "consistent"},
-    "ode": {"method", "churn", "churn_min", "churn_max", "churn_noise"},
-    "ancestral": {"variance", "clamp_denoised"},
-    "predictor-corrector": {"predictor", "corrector_steps", "snr"},
 }
 
 
