@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -445,9 +445,7 @@ def operator_matrix(operator: Operator, sample_shape: Sequence[int]) -> Tensor:
 # -- Mixtures in float64 ----------------------------------------------------------------------------------------------
 
 
-def _components(
-    x: Tensor, variance: Tensor, blocks: Sequence[tuple[Tensor, Tensor]] | Iterator[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+def _components(x: Tensor, variance: Tensor, blocks: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     r"""Sums over the components of a mixture in blocks of their means (K, D) and log weights (K,) or ().
 
     Args:

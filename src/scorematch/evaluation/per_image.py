@@ -97,14 +97,14 @@ def per_image(
     return table[table[:, 0].argsort(), 1:]
 
 
-def choose(length: int, n: int | None, seed: int, *, at_least: int = 2) -> Tensor:
+def choose(length: int, n: int | None, seed: int) -> Tensor:
     """The indices (n,) of the images to evaluate: n random ones, in random order, or all for None.
 
     Raises:
-        ValueError: if there are fewer than n images, or n is below ``at_least``.
+        ValueError: if there are fewer than n images, or n is below 2.
     """
     n = length if n is None else n
-    if not at_least <= n <= length:
-        raise ValueError(f"n must be from {at_least} to the number of images, {length}, got {n}.")
+    if not 2 <= n <= length:
+        raise ValueError(f"n must be from 2 to the number of images, {length}, got {n}.")
     generator = torch.Generator().manual_seed(seed_of(seed, "images"))
     return torch.randperm(length, generator=generator)[:n]

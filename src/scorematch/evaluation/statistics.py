@@ -14,7 +14,6 @@ features            all features (n, D), optional
 pytorch-fid can read these files, and files of pytorch-fid and ADM (guided-diffusion) with the arrays ``mu`` and
 ``sigma`` can be read here. They do not name their extractor, which is Inception: they are read as statistics of the
 extractor that the caller passes. Files that name another extractor than the caller's are an error.
-
 """
 
 from __future__ import annotations

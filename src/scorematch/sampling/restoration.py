@@ -48,17 +48,15 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from scorematch.observe import Observation
-from scorematch.protocol import check_differentiable, per_image
+from scorematch.protocol import Score, check_differentiable, per_image
 
 Restore = Literal["replace", "guide", "guide-jacobian"]
-Score = Callable[[Tensor, Any], Tensor]
 
 
 class Restoration:
