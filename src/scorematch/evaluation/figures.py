@@ -123,6 +123,7 @@ class Measure:
         lacks: returns the reason why the metric cannot be measured, or None if it can, from the number of images, their
             features and the reference. It uses only the dimensions D of the features and K of the logits.
         settings: the constants of the metric.
+        needs_features: whether it needs the features of the reference, and not only their mean and covariance.
         default: whether it is measured when no metrics are named.
     """
 
@@ -130,6 +131,7 @@ class Measure:
     errors: Mapping[str, str | None]
     lacks: Callable[[int, Extracted, Statistics], str | None]
     settings: Mapping[str, int | float] = field(default_factory=dict)
+    needs_features: bool = False
     default: bool = True
 
 
@@ -230,6 +232,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
             {"kernel": f"standard deviation over {_SUBSETS} subsets of {_SUBSET_SIZE:,} images"},
             _lacks_subsets,
             {"subsets": _SUBSETS, "subset_size": _SUBSET_SIZE},
+            needs_features=True,
         ),
         "inception-score": Measure(
             _inception_score,
@@ -242,12 +245,14 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
             {"precision": _OF_A_SHARE, "recall": _OF_A_SHARE},
             _lacks_neighbors(_NEAREST),
             {"k": _NEAREST},
+            needs_features=True,
         ),
         "density-coverage": Measure(
             _density_coverage,
             {"density": None, "coverage": _OF_A_SHARE},
             _lacks_neighbors(_NEAREST_FOR_COVERAGE),
             {"k": _NEAREST_FOR_COVERAGE},
+            needs_features=True,
         ),
         "classes": Measure(
             _classes,
@@ -258,7 +263,6 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         ),
     }
 )
-_NEED_FEATURES = {"kernel", "precision-recall", "density-coverage"}  # of the reference
 
 
 # -- The pixels -------------------------------------------------------------------------------------------------------
@@ -497,7 +501,7 @@ class Evaluator:
                 reference, image_size=image_size, channels=channels, crop=crop, strict=True, progress=progress
             )
             folder = cache_folder() if cache is True else None if cache is False else Path(cache)
-            rows = self._names is None or not _NEED_FEATURES.isdisjoint(self._names)
+            rows = any(MEASURES[name].needs_features for name in self.metrics)
             self.references = tuple(
                 statistics_of(
                     self.data,
