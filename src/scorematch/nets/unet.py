@@ -447,40 +447,14 @@ class UNet(ImageNetwork):
         self.time_embedding = Embedding(features, embedding)
         self.class_embedding = self.class_table(embedding)
 
-        self.down_blocks = nn.ModuleList()
-        kept = [widths[0]]  # widths of the features that are kept for the way up
-        inputs = widths[0]
-        for i, (name, outputs) in enumerate(zip(down_block_types, widths, strict=True)):
-            halve = i < len(widths) - 1
-            self.down_blocks.append(
-                _DownBlock(
-                    DOWN_BLOCKS[name],
-                    inputs,
-                    outputs,
-                    layers_per_block,
-                    layout,
-                    head_width=head_widths[i],
-                    halve=halve,
-                )
-            )
-            kept += [outputs] * (layers_per_block + halve)
-            inputs = outputs
-        groups = layout.groups_of(inputs)
+        self.down_blocks, kept = _way_down(down_block_types, widths, layers_per_block, layout, head_widths)
+        lowest, groups, scale = widths[-1], layout.groups_of(widths[-1]), mid_block_scale_factor
         if attn_norm_num_groups is None and not layout.style.scale_shift:
             attn_norm_num_groups = groups
-        scale = mid_block_scale_factor
-        resnets = [ResidualBlock(inputs, inputs, layout.style, groups=groups, scale=scale) for _ in range(2)]
-        attention = layout.attention(inputs, head_widths[-1], attn_norm_num_groups, scale) if add_attention else None
+        resnets = [ResidualBlock(lowest, lowest, layout.style, groups=groups, scale=scale) for _ in range(2)]
+        attention = layout.attention(lowest, head_widths[-1], attn_norm_num_groups, scale) if add_attention else None
         self.mid_block = MiddleBlock(resnets, attention)
-        self.up_blocks = nn.ModuleList()
-        for i, (name, outputs) in enumerate(zip(up_block_types, reversed(widths), strict=True)):
-            beside = [kept.pop() for _ in range(layers_per_block + 1)]
-            double = i < len(widths) - 1
-            head_width = head_widths_up[-1 - i]
-            self.up_blocks.append(
-                _UpBlock(UP_BLOCKS[name], inputs, beside, outputs, layout, head_width=head_width, double=double)
-            )
-            inputs = outputs
+        self.up_blocks = _way_up(up_block_types, widths, kept, layers_per_block, layout, head_widths_up)
         self.conv_norm_out = GroupNorm(layout.groups_of(widths[0]), widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], (pixel_channels or out_channels) * patch**2, 3, padding=1)
         if pixel_channels:
@@ -531,6 +505,39 @@ class UNet(ImageNetwork):
         for name in UNET.image_convolutions(self)[1]:
             for parameter in self.get_submodule(name).parameters():
                 nn.init.zeros_(parameter)
+
+
+def _way_down(
+    kinds: Sequence[str], widths: Sequence[int], layers: int, layout: _Layout, head_widths: Sequence[int]
+) -> tuple[nn.ModuleList, list[int]]:
+    """The blocks of the way down, and the widths of the features that are kept for the way up."""
+    blocks, inputs, kept = nn.ModuleList(), widths[0], [widths[0]]
+    for i, (kind, outputs, head_width) in enumerate(zip(kinds, widths, head_widths, strict=True)):
+        halve = i < len(widths) - 1
+        blocks.append(
+            _DownBlock(DOWN_BLOCKS[kind], inputs, outputs, layers, layout, head_width=head_width, halve=halve)
+        )
+        kept += [outputs] * (layers + halve)
+        inputs = outputs
+    return blocks, kept
+
+
+def _way_up(
+    kinds: Sequence[str],
+    widths: Sequence[int],
+    kept: list[int],
+    layers: int,
+    layout: _Layout,
+    head_widths: Sequence[int],
+) -> nn.ModuleList:
+    """The blocks of the way up, from the lowest resolution; ``kept`` is emptied."""
+    blocks, inputs = nn.ModuleList(), widths[-1]
+    for i, (kind, outputs, head_width) in enumerate(zip(kinds, reversed(widths), reversed(head_widths), strict=True)):
+        beside = [kept.pop() for _ in range(layers + 1)]
+        double = i < len(widths) - 1
+        blocks.append(_UpBlock(UP_BLOCKS[kind], inputs, beside, outputs, layout, head_width=head_width, double=double))
+        inputs = outputs
+    return blocks
 
 
 def _head_widths(key: str, heads: Sequence[int] | None, widths: Sequence[int], head_width: int | None) -> list[int]:
