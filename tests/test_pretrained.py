@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scorematch import NoiseSchedule, ScoreNet
+from scorematch import NoiseSchedule, ScoreNet, pretrained
 from scorematch.nets import FAMILIES, Condition
 from scorematch.pretrained import cards, load, names, saving
 from scorematch.pretrained.model_card import model_card
@@ -391,6 +391,12 @@ def test_a_model_card_states_the_range_of_the_data(value_range, shape, units, co
     given = {"conditioning": Condition(channels=1), "license": None, "datasets": None}
     text = model_card("me/net", net.config, 1, **given)
     assert f"is the score of\n{units} noise of level sigma." in text and condition in text
+
+
+def test_a_model_card_counts_parameters_only(monkeypatch):
+    monkeypatch.setattr(pretrained, "upload", lambda save, repo_id, card, **options: card)
+    net = ScoreNet(nn.BatchNorm2d(3), NoiseSchedule([1.0, 0.5]))  # with 7 values in buffers
+    assert "| parameters | 6 |" in net.push_to_hub("me/net")
 
 
 # -- Names

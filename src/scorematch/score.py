@@ -698,9 +698,9 @@ class ScoreNet(NetworkScore, nn.Module):
             PermissionError: if the token may not write to the repository.
             OSError: if the upload fails for another reason.
         """
-        weights = sum(tensor.numel() for tensor in self.backbone.state_dict().values())
+        count = sum(parameter.numel() for parameter in self.parameters())
         card = pretrained.model_card(
-            repo_id, self.config, weights, conditioning=self.conditioning, license=license, datasets=datasets
+            repo_id, self.config, count, conditioning=self.conditioning, license=license, datasets=datasets
         )
         return pretrained.upload(
             self.save_pretrained,

@@ -520,8 +520,8 @@ def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
         text = card.read_text(encoding="utf-8", errors="surrogateescape")  # keeps bytes in another encoding
     else:
         name = str(folder) if os.sep in str(folder) else f"./{folder}"
-        weights = sum(parameter.numel() for parameter in net.parameters())
-        text = model_card(name, net.config, weights, conditioning=net.conditioning, license=None, datasets=None)
+        count = sum(parameter.numel() for parameter in net.parameters())
+        text = model_card(name, net.config, count, conditioning=net.conditioning, license=None, datasets=None)
     write_whole(folder / _CHART, result.chart().encode())
     section = (
         f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {n:,} images for each row, all from "

@@ -13,7 +13,7 @@ from scorematch.sampling.settings import SamplerSettings
 def model_card(
     repo_id: str,
     config: Mapping[str, Any],
-    weights: int,
+    parameters: int,
     *,
     conditioning: Condition | None,
     license: str | None,  # noqa: A002  (the Hub's word)
@@ -24,7 +24,7 @@ def model_card(
     Args:
         repo_id: ``owner/name``.
         config: the configuration of the network, with the keys of ``ScoreNet.config``.
-        weights: the number of parameters.
+        parameters: the number of parameters.
         conditioning: what the network takes as its condition, or None if that is not known.
         license: the license as the Hub abbreviates it, such as "mit", or None.
         datasets: the names of the training data on the Hub, or None.
@@ -62,7 +62,7 @@ A score network for [scorematch](https://pypi.org/project/scorematch): `net(x, s
 |---|---|
 | family | {config["family"]}, preconditioning "{config["precondition"]}" |
 | sample shape | {"any" if shape is None else "x".join(map(str, shape))} |
-| parameters | {weights:,} |
+| parameters | {parameters:,} |
 | noise levels | {len(schedule)}, {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g} |
 | sampler settings | {recommended} |
 """
