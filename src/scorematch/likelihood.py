@@ -66,6 +66,7 @@ from scorematch.protocol import (
     middle_of,
     schedule_of,
     score_at,
+    without_history,
 )
 from scorematch.randomness import Generator, as_generator, standard_normal, uniform
 
@@ -132,9 +133,9 @@ def log_likelihood(
     dimension = x[0].numel()
     # Neither computations in inference mode nor tensors created in it can be differentiated.
     with torch.inference_mode(False), torch.no_grad(), without_autocast(), evaluating(net):
-        x = _without_history(x).to(torch.promote_types(x.dtype, torch.float32))
+        x = without_history(x).to(torch.promote_types(x.dtype, torch.float32))
         condition = class_of_each(condition, x)
-        condition = _without_history(condition) if isinstance(condition, Tensor) else condition
+        condition = without_history(condition) if isinstance(condition, Tensor) else condition
         flow = _Flow(net, condition, None if probes is None else int(probes), generators)
         end, integral = _follow(flow, x, schedule, progress)
         squares = ((end - middle_of(net)) / schedule.sigma_max).square().flatten(1).sum(1)
@@ -298,8 +299,3 @@ def _follow(flow: _Flow, x: Tensor, schedule: NoiseSchedule, progress: bool) -> 
         score, trace = flow.score_and_trace(x, sigmas[i])
         integral += (before + trace) * (math.log(high / low) / 2)
     return x, integral
-
-
-def _without_history(x: Tensor) -> Tensor:
-    """The tensor detached from the graph, and as an ordinary tensor if it was created in inference mode."""
-    return x.clone() if x.is_inference() else x.detach()

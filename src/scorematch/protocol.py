@@ -185,6 +185,14 @@ def check_differentiable(score: Tensor, name: str = "the score") -> None:
         )
 
 
+def without_history(x: Tensor) -> Tensor:
+    """The tensor detached from the graph, and as an ordinary tensor if it was created in inference mode.
+
+    A tensor of inference mode cannot be differentiated through.
+    """
+    return x.clone() if x.is_inference() else x.detach()
+
+
 def per_image(value: Tensor | float, x: Tensor) -> Tensor | float:
     """Reshapes a value so that it broadcasts over x (N, ...): (N,) becomes (N, 1, ..., 1), a number or () stays."""
     if not isinstance(value, Tensor) or value.ndim == 0:

@@ -45,6 +45,7 @@ from scorematch.protocol import (
     evaluating,
     middle_of,
     schedule_of,
+    without_history,
 )
 from scorematch.randomness import Generator, as_generator, standard_normal
 from scorematch.sampling.restoration import Restoration, Restore, restoration
@@ -405,16 +406,14 @@ class Sampler(ABC):
         sample_shape = self._sample_shape(shape, init, observation)
         device = self._device(init, generators)
         if init is not None:
-            x = (init.clone() if init.is_inference() else init.detach()).to(device, torch.float32)
+            x = without_history(init).to(device, torch.float32)
         else:
             noise = standard_normal((n, *sample_shape), generators, device)
             x = middle_of(self.net) + self.schedule.sigma_max * noise
         classes: Tensor | None = class_of_each(condition, x)
-        if classes is not None and classes.is_inference():
-            classes = classes.clone()  # a tensor of inference mode cannot be differentiated through
         values = max(1, math.prod(sample_shape))
         return x, _Run(
-            None if classes is None else classes.to(device),
+            None if classes is None else without_history(classes).to(device),
             self._restoration(observation, device),
             max(1, _BATCH_VALUES // values) if batch_size is None else int(batch_size),
             generators,
