@@ -75,9 +75,11 @@ _SECTIONS: Mapping[str, Mapping[str, Field]] = {
         "snr": Field(float, low=0, high=1),
     },
 }
-_SDE: Mapping[bool, Mapping[str, Field]] = {  # by whether it is variance exploding
-    True: {"sigma_min": _POSITIVE, "sigma_max": _POSITIVE},
-    False: {"beta_min": _POSITIVE, "beta_max": _POSITIVE},
+_BETAS = {"beta_min": _POSITIVE, "beta_max": _POSITIVE}
+_SDE: Mapping[str, Mapping[str, Field]] = {
+    "vesde": {"sigma_min": _POSITIVE, "sigma_max": _POSITIVE},
+    "vpsde": _BETAS,
+    "subvpsde": _BETAS,
 }
 _NCSNPP: Mapping[str, Field] = {
     "fir": _FLAG,
@@ -147,7 +149,7 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for section, fields in _SECTIONS.items():
         options |= checked_options(given.get(section), fields, f"{config}, section {section}")
-    model = {**_SDE[options["sde"] == "vesde"], **(_NCSNPP if options["name"] == "ncsnpp" else {})}
+    model = {**_SDE[options["sde"]], **(_NCSNPP if options["name"] == "ncsnpp" else {})}
     options |= checked_options(given.get("model"), model, f"{config}, section model")
     if options["name"] == "ddpm":
         options["embedding_type"] = "positional"  # the value in the file is ignored
