@@ -183,22 +183,19 @@ def evaluate_restoration(
         run = _Restoring(chosen_sampler, evaluator, degradation, images.shape, classes, draws, noise, seed)
         values = per_image(run, images.read, chosen, batch_size=batch_size, title="restoring", progress=progress)
         figures = run.figures(values)
+        settings = {
+            "images": {"n": len(chosen), "content": images.content, "labels": labels},
+            "task": task if isinstance(task, str) else f"{task!r} {identity(task)}",
+            "noise": noise,
+            "draws": draws,
+            "seed": seed,
+            "batch_size": batch_size,
+            **sampler_settings(chosen_sampler),
+            **evaluator.settings(),
+        }
         result = Evaluation(
             name=f"{name}, {described}",
-            settings=json.loads(
-                json.dumps(
-                    {
-                        "images": {"n": len(chosen), "content": images.content, "labels": labels},
-                        "task": task if isinstance(task, str) else f"{task!r} {identity(task)}",
-                        "noise": noise,
-                        "draws": draws,
-                        "seed": seed,
-                        "batch_size": batch_size,
-                        **sampler_settings(chosen_sampler),
-                        **evaluator.settings(),
-                    }
-                )
-            ),
+            settings=json.loads(json.dumps(settings)),  # lists instead of tuples
             versions=versions(device),
             sizes={column: len(chosen) for column in figures},
             figures=figures,
