@@ -248,11 +248,7 @@ def tune(
     shape = net.sample_shape
     if shape is None or len(shape) != 3:
         raise ValueError(f"the network must draw images (C, H, W), but its sample_shape is {shape}.")
-    listed = settings_table(net, calls) if settings is None else list(settings)
-    samplers = {each: sampler for each in listed if len(sampler := recommended_sampler(net, each)) <= calls}
-    if not samplers:
-        fewest = min(len(recommended_sampler(net, each)) for each in listed or settings_table(net))
-        raise ValueError(f"no settings have at most {calls} network calls per image: the fewest are {fewest}.")
+    samplers = _samplers(net, settings_table(net, calls) if settings is None else list(settings), calls)
     if takes_image(net) and not listed_tasks:
         raise ValueError("the network restores images: name the tasks to measure, such as tasks=['colorization'].")
     device = device_of(net) if device is None else device
@@ -313,6 +309,15 @@ def criterion_of(by: str | None, *, restoring: bool) -> str:
         kind = "restorations" if restoring else "samples"
         raise ValueError(f"by must be one of {', '.join(map(repr, criteria))} for {kind}, got {by!r}.")
     return criteria[0] if by is None else by
+
+
+def _samplers(net: ScoreNet, settings: Sequence[SamplerSettings], calls: int) -> dict[SamplerSettings, Sampler]:
+    """The samplers with at most ``calls`` network calls, by their settings."""
+    samplers = {each: sampler for each in settings if len(sampler := recommended_sampler(net, each)) <= calls}
+    if not samplers:
+        fewest = min(len(recommended_sampler(net, each)) for each in settings or settings_table(net))
+        raise ValueError(f"no settings have at most {calls} network calls per image: the fewest are {fewest}.")
+    return samplers
 
 
 def _restored(
