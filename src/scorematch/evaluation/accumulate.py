@@ -33,6 +33,7 @@ from scorematch.bulk.batches import this_process
 _PATIENCE = timedelta(days=7)  # processes wait for the slowest one, which may have to sample for hours
 _GROUPS = itertools.count()
 _BLOCK = 8192  # features that are converted to float64 at a time
+_ASYMMETRY = 1e-5  # the tolerance of a covariance, relative to its largest entry; files may hold float32
 
 
 def check_features(features: Any, name: str = "features") -> Tensor:
@@ -66,6 +67,11 @@ def check_features(features: Any, name: str = "features") -> Tensor:
 def double(features: Tensor) -> Tensor:
     """Converts features to float64, on the CPU if their device does not support it."""
     return (features.cpu() if features.device.type == "mps" else features).double()
+
+
+def is_symmetric(covariance: Tensor) -> bool:
+    """Whether a covariance (D, D) is symmetric up to the rounding of float32, and has no NaN."""
+    return bool((covariance - covariance.T).abs().max() <= _ASYMMETRY * covariance.abs().max())
 
 
 class Moments:

@@ -40,14 +40,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch.evaluation.accumulate import Moments, double
+from scorematch.evaluation.accumulate import Moments, double, is_symmetric
 from scorematch.noise import NoiseSchedule
 from scorematch.observe import Observation, Operator
 from scorematch.protocol import as_sigma, check_data
 from scorematch.randomness import single_generator, standard_normal
 
 _BLOCK = 1024  # images of an empirical distribution that are compared at a time
-_ASYMMETRY, _NEGATIVE = 1e-5, 1e-6  # the tolerances of a covariance, relative to its largest entry and eigenvalue
+_NEGATIVE = 1e-6  # the tolerance for negative eigenvalues of a covariance, relative to the largest
 _KNOWN = 1e-9  # the tolerance of squared distances from y where the components do not vary, relative to the largest one
 
 
@@ -486,7 +486,7 @@ def _eigen(covariance: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The eigenvalues, at least 0, and the eigenvectors of a checked covariance."""
     if covariance.shape != (size, size):
         raise ValueError(f"covariance must be ({size}, {size}) or a number, got shape {tuple(covariance.shape)}.")
-    if not (covariance - covariance.T).abs().max() <= _ASYMMETRY * covariance.abs().max():
+    if not is_symmetric(covariance):
         raise ValueError("covariance must be symmetric and finite.")
     values, vectors = torch.linalg.eigh(covariance)
     if values[0] < -_NEGATIVE * values[-1].abs():

@@ -34,13 +34,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.arrays import read_arrays
-from scorematch.evaluation.accumulate import Moments, Rows, agreed, check_features, processes
+from scorematch.evaluation.accumulate import Moments, Rows, agreed, check_features, is_symmetric, processes
 from scorematch.evaluation.features import Extractor
 from scorematch.files import write_whole
 from scorematch.schema import plain
 from scorematch.training.data import ImageData, open_images
-
-_ASYMMETRY = 1e-5  # the tolerance of a covariance, relative to its largest entry; files may hold float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +74,7 @@ class Statistics:
             )
         if not (self.mean.isfinite().all() and self.covariance.isfinite().all()):
             raise ValueError("the mean and the covariance must be finite, got NaN or infinity.")
-        if (self.covariance - self.covariance.T).abs().max() > _ASYMMETRY * self.covariance.abs().max():
+        if not is_symmetric(self.covariance):
             raise ValueError("the covariance must be symmetric.")
         if self.features is not None and self.features.shape != (self.n, len(self.mean)):
             raise ValueError(
