@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from scorematch.files import write_whole
-from scorematch.schema import reason
+from scorematch.schema import check_at_least, reason
 
 # The extensions of image files; other files in a folder are ignored.
 ENDINGS = (
@@ -56,8 +56,7 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images must be (N, C, H, W) with at least one image, got shape {tuple(images.shape)}.")
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}.")
+    check_at_least("columns", columns, 1)
     rows = math.ceil(len(images) / columns)
     padded = torch.nn.functional.pad(images, (0, padding, 0, padding))
     cells = padded.new_zeros(rows * columns, *padded.shape[1:])

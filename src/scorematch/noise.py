@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from scorematch.randomness import single_generator
+from scorematch.schema import check_at_least
 
 # The step size in units of sigma^2 for a schedule of one level, for which technique 4 is not defined. The variance
 # after many steps is 1 / (1 - 0.1 / 2) times sigma^2, five percent too large.
@@ -560,8 +561,7 @@ def _check_range(sigma_max: float, sigma_min: float) -> None:
 def _check_count(name: str, value: int, *, at_least: int = 1) -> None:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}.")
+    check_at_least(name, value, at_least)
 
 
 def _check_values(data: Tensor, value_range: tuple[float, float] | None) -> None:

@@ -1,4 +1,4 @@
-"""JSON files and their schemas: the keys, and the types and ranges of their values, checked before they are used."""
+"""JSON files and their schemas, checks of values before they are used, and how messages name values."""
 
 from __future__ import annotations
 
@@ -162,10 +162,19 @@ def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool 
             raise ValueError(f"{where}: {key} must be {field}, got {quote(values[key])}.")
 
 
+# -- Arguments --------------------------------------------------------------------------------------------------------
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raises ValueError if the value of an argument is not an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raises ValueError if the value of an argument is below ``least``."""
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
@@ -173,6 +182,9 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+# -- Values for JSON and for messages ---------------------------------------------------------------------------------
 
 
 def native(value: Any) -> Any:

@@ -44,6 +44,7 @@ from scorematch.evaluation.features import Extractor, as_extractor
 from scorematch.evaluation.figures import Figure
 from scorematch.evaluation.metrics import squared_distances
 from scorematch.images import save_grid, to_float
+from scorematch.schema import check_at_least
 from scorematch.training.data import ImageData, open_images
 
 _BLOCK = 2048  # queries that are compared with a block of training images at a time
@@ -111,8 +112,7 @@ class Nearest:
     """
 
     def __init__(self, queries: Tensor, k: int) -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
+        check_at_least("k", k, 1)
         self._queries, self._k, self._n = check_features(queries, "queries"), k, 0
         # The mean is subtracted, since smaller norms lose fewer digits to cancellation.
         self._mean = double(self._queries).mean(0)
@@ -284,8 +284,7 @@ def memorization_of(
         ValueError: as ``open_images``; also if there are too few training images, or their features or those of the
             held-out images have another dimension than those of the samples.
     """
-    if neighbors < 2:
-        raise ValueError(f"neighbors must be at least 2, got {neighbors}.")
+    check_at_least("neighbors", neighbors, 2)
     extractor = as_extractor(features)
     known = open_images(training, progress=progress)
     given = [open_images(of, progress=progress) for of in (samples, held_out) if of is not None]

@@ -60,6 +60,7 @@ from torch import Tensor
 from scorematch.evaluation.accumulate import Moments, Rows, check_features, double
 from scorematch.evaluation.statistics import Statistics
 from scorematch.randomness import single_generator
+from scorematch.schema import check_at_least
 
 T = TypeVar("T")
 Normal = Tensor | Moments | Statistics
@@ -325,8 +326,8 @@ def kernel_distance(
         Bińkowski et al., 2018, arXiv:1801.01401, Sec. 4 and Eq. 4.
     """
     first, second = _pair(a, b, ("a", "b"))
-    _at_least(subsets, 1, "subsets")
-    _at_least(subset_size, 2, "subset_size")
+    check_at_least("subsets", subsets, 1)
+    check_at_least("subset_size", subset_size, 2)
     least = min(len(first), len(second))
     if subset_size > least:
         raise ValueError(
@@ -383,7 +384,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, generator: torch.Genera
         Salimans et al., 2016, arXiv:1606.03498, Sec. 4.
     """
     logits = check_features(logits, "logits")
-    _at_least(splits, 1, "splits")
+    check_at_least("splits", splits, 1)
     n, classes = logits.shape
     if n < 2 * splits:
         raise ValueError(
@@ -538,13 +539,8 @@ def rows_of(features: Features, name: str) -> Tensor:
     return check_features(features, name)
 
 
-def _at_least(value: int, least: int, name: str) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-
-
 def _enough(k: int, **counts: int) -> None:
-    _at_least(k, 1, "k")
+    check_at_least("k", k, 1)
     for name, count in counts.items():
         if count <= k:
             raise ValueError(f"{name} must have more than k = {k} features, so that each has k neighbors, got {count}.")

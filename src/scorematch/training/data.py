@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from scorematch.files import new_files
 from scorematch.randomness import seed_of
-from scorematch.schema import Field, check, read_object
+from scorematch.schema import Field, check, check_at_least, read_object
 from scorematch.training.sources import Array, Crop, Options, Source, UnfitError, find, ordered_map
 
 _BLOCK = 1024  # images that are read at a time to hash them
@@ -134,8 +134,7 @@ class Order:
     """
 
     def __init__(self, length: int, seed: int) -> None:
-        if length < 1:
-            raise ValueError(f"length must be at least 1, got {length}.")
+        check_at_least("length", length, 1)
         self.length, self.seed = length, seed
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
@@ -226,8 +225,7 @@ def open_images(
         raise ValueError(f"image_size must be (height, width), or the side of a square, got {image_size!r}.")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}.")
+    check_at_least("workers", workers, 1)
     size = None if size is None else (int(size[0]), int(size[1]))
     options = Options(size, channels, crop, labels, image_key, label_key)
     found = find(source, options, workers)
