@@ -171,6 +171,19 @@ def test_the_weights_of_a_posterior_are_those_of_the_likely_components():
     assert torch.isfinite(far.sample(5, 0)).all() and far.weights[1] == 1
 
 
+@pytest.mark.parametrize("sigma", [1e-8, 1e-7, 1e-6, 1e-3, 0.5])
+def test_the_weights_of_a_posterior_with_little_noise(sigma):
+    """Both components vary along one line, on which y lies; across it there is only the noise."""
+    line = torch.nn.functional.normalize(normal(10).double(), dim=0)
+    world = Mixture([0.5, 0.5], torch.stack([line, -1.5 * line]), torch.outer(line, line))
+    everything = Mask(torch.ones(10, dtype=torch.bool))
+    posterior = world.posterior(Observation(everything, 0.1 * line[None], sigma))
+    logits = -torch.tensor([0.9, 1.6], dtype=torch.float64).square() / (2 * (1 + sigma**2))
+    torch.testing.assert_close(posterior.weights, logits.softmax(0), rtol=1e-9, atol=0)
+    if sigma < 1e-2:
+        torch.testing.assert_close(posterior.mean, 0.1 * line, rtol=0, atol=2 * sigma**2 + 1e-12)
+
+
 @pytest.mark.parametrize("covariance", [0.0, [[0.0, 0.0], [0.0, 1.0]]])
 def test_components_that_contradict_an_observation_without_noise_have_no_weight(covariance):
     world = Mixture([4, 1, 3], [[0.1, 0.2], [0.7, 0.2], [0.7, 0.9]], covariance)

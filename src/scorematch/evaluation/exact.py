@@ -243,18 +243,21 @@ class Mixture(Distribution):
         y = operator.measure(operator.lift(y.to(self.means)))  # zero where y is not observed
         a = operator_matrix(operator, self.sample_shape).to(self.means.device)
         cross = self._within @ a.T
-        noise = observation.sigma**2 * torch.eye(len(a), dtype=a.dtype, device=a.device)
-        inverse = torch.linalg.pinv(a @ cross + noise, hermitian=True)
-        apart = y.flatten() - self.means @ a.T  # (K, values of y)
-        logits = self.weights.log() - (apart @ inverse * apart).sum(1) / 2
+        values, vectors = torch.linalg.eigh(a @ cross)
+        exact = len(values) * torch.finfo(values.dtype).eps * values[-1]  # eigenvalues up to their rounding error are 0
+        values = torch.where(values > exact, values, 0) + observation.sigma**2  # those of S
+        inverse = torch.where(values > 0, 1 / values, 0)
+        apart = (y.flatten() - self.means @ a.T) @ vectors  # (K, values of y), along the axes of S
+        logits = self.weights.log() - (apart.square() @ inverse) / 2
         # Without noise, the part of y in the directions in which no component varies selects the nearest components.
-        outside = (apart - apart @ inverse @ (a @ cross + noise)).square().sum(1)
+        outside = apart[:, values == 0].square().sum(1)
         logits[outside > outside.min() + _KNOWN * apart.square().sum(1).max()] = -math.inf
         weights = logits.softmax(0).clamp(min=torch.finfo(torch.float64).tiny)
+        cross = cross @ vectors
         # Rounding, relative to the covariance of the prior, can make the smallest eigenvalues negative.
-        values, vectors = torch.linalg.eigh(self._within - cross @ inverse @ cross.T)
+        values, vectors = torch.linalg.eigh(self._within - cross * inverse @ cross.T)
         covariance = vectors * values.clamp(min=0) @ vectors.T
-        return weights, self.means + apart @ inverse @ cross.T, (covariance + covariance.T) / 2
+        return weights, self.means + apart * inverse @ cross.T, (covariance + covariance.T) / 2
 
     def _sample(self, n: int, generator: torch.Generator | None) -> Tensor:
         source = torch.device("cpu") if generator is None else generator.device
