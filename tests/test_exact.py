@@ -241,6 +241,10 @@ def test_sampling_with_the_score_of_a_data_set_returns_its_images():
 # -- Bad input
 
 
+def _seen(n):
+    return Observation(Mask(torch.ones(1, dtype=torch.bool)), torch.zeros(n, 1))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -273,6 +277,19 @@ def test_sampling_with_the_score_of_a_data_set_returns_its_images():
         (lambda: Empirical(torch.zeros(3)), ValueError, r"data must be a batch .*got shape \(3,\)"),
         (lambda: Empirical(torch.zeros(2, 3), -1.0), ValueError, "bandwidth must be at least 0, got -1"),
         (lambda: operator_matrix(JPEG(50), SHAPE), ValueError, r"must be linear and have a gain, got JPEG\(50\)"),
+        (
+            lambda: Gaussian([0.5] * 48, 1.0, SHAPE).posterior(Observation(AveragePool(2), torch.zeros(1, 3, 1, 1))),
+            ValueError,
+            r"must be of samples of shape \(3, 4, 4\), but Observation\(.*\) is of samples of shape \(3, 2, 2\)",
+        ),
+        (
+            lambda: Gaussian([0.5] * 48, 1.0, SHAPE).posterior(Observation(Uncrop(right=1), torch.zeros(2, *SHAPE)), 1),
+            ValueError,
+            r"is of samples of shape \(3, 4, 5\)",
+        ),
+        (lambda: Gaussian([0.5], 1.0).posterior(torch.zeros(1, 1)), TypeError, "must be an Observation, got Tensor"),
+        (lambda: Gaussian([0.5], 1.0).posterior(_seen(3), 3), ValueError, "image must be from 0 to 2, got 3"),
+        (lambda: Gaussian([0.5], 1.0).posterior(_seen(3), -1), ValueError, "image must be from 0 to 2, got -1"),
     ],
 )
 def test_invalid_arguments_raise(call, error, message):

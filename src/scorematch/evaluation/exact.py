@@ -230,14 +230,25 @@ class Mixture(Distribution):
             The posterior, of the same class, with the same schedule and value range.
 
         Raises:
-            ValueError: if the operator has no gain, so that it may not be linear, or the observation is of samples of
-                another shape.
+            TypeError: if ``observation`` is not an Observation.
+            ValueError: if the operator has no gain, so that it may not be linear, the observation is of samples of
+                another shape, or it has no sample with this number.
         """
         weights, means, covariance = self._given(observation, image)
         return Mixture(weights, means, covariance, **self._attributes)
 
     def _given(self, observation: Observation, image: int) -> tuple[Tensor, Tensor, Tensor]:
         """The weights, the means and the covariance of the posterior."""
+        if not isinstance(observation, Observation):
+            raise TypeError(f"observation must be an Observation, got {type(observation).__name__}.")
+        if len(observation) > 1 and not 0 <= image < len(observation):
+            raise ValueError(f"image must be from 0 to {len(observation) - 1}, got {image}.")
+        observed = tuple(observation.operator.lift(observation.y).shape[1:])
+        if observed != self.sample_shape:
+            raise ValueError(
+                f"the observation must be of samples of shape {self.sample_shape}, but {observation!r} is of samples "
+                f"of shape {observed}."
+            )
         operator = observation.operator.rows(slice(image, image + 1))
         y = observation.y[image if len(observation.y) > 1 else 0][None]
         y = operator.measure(operator.lift(y.to(self.means)))  # zero where y is not observed
