@@ -123,8 +123,11 @@ class Distribution(ABC):
 
         Raises:
             TypeError: if x is not a floating-point tensor.
-            ValueError: if x has another shape.
+            ValueError: if x has another shape, sigma is negative, or it is too low for a density: a distribution that
+                does not vary in some direction, such as a data set, has none without noise.
         """
+        if not sigma >= 0:  # also true for NaN
+            raise ValueError(f"sigma must be at least 0, got {sigma!r}.")
         variance = torch.full((1, 1), sigma**2, dtype=torch.float64, device=self.mean.device)
         return self._log_density(self._flat(x), variance).to(x)
 
@@ -482,6 +485,11 @@ def _components(x: Tensor, variance: Tensor, blocks: Iterable[tuple[Tensor, Tens
 
 def _log_normal(x: Tensor, variance: Tensor) -> Tensor:
     """The log-density (N,) of independent normal values (N, D) with mean 0."""
+    if not variance.min() > variance.shape[1] * torch.finfo(variance.dtype).eps * variance.max():
+        raise ValueError(
+            "the distribution has no density, since it does not vary in some direction. Pass a higher sigma, the level "
+            "of noise."
+        )
     return -(x.square() / variance + (2 * math.pi * variance).log()).sum(1) / 2
 
 
