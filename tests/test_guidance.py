@@ -128,6 +128,15 @@ def test_guidance_by_the_exact_classifier_equals_classifier_free_guidance(weight
     torch.testing.assert_close(guided(x, 0.3, 1), other(x, 0.3, 1))
 
 
+def test_a_classifier_that_multiplies_by_its_level_in_inference_mode():
+    guided, x = classifier(lambda x, sigma: -x, lambda x, sigma: x.square() / sigma[:, None], 2), _points()
+    for sigma in (0.3, torch.tensor([0.1, 0.4, 0.4, 1.0, 3.0, 7.0])):
+        expected = guided(x, sigma, 1)
+        with torch.inference_mode():
+            torch.testing.assert_close(guided(x + 0, sigma, 1), expected)
+            torch.testing.assert_close(guided(x, sigma + 0, torch.ones(6).long()), expected)
+
+
 def test_a_classifier_beside_a_network_with_classes():
     """The network gets the condition too, as in the paper."""
     labeled, x = Labeled(), _points()

@@ -360,7 +360,9 @@ class _Classifier(GuidedScore):
         differentiable = torch.is_grad_enabled() and x.requires_grad
         with torch.inference_mode(False), torch.enable_grad():  # samplers turn gradients off
             if not differentiable:
-                x = x.detach().clone().requires_grad_()  # a clone, since x may have been created in inference mode
+                # Clones, since autograd cannot use tensors that were created in inference mode.
+                x, sigma = x.detach().clone().requires_grad_(), sigma.detach().clone()
+                labels = None if labels is None else labels.clone()
             logits = self.other(x, sigma)
             check_differentiable(logits, "the classifier")
             if logits.ndim != 2 or len(logits) != len(x):
