@@ -263,6 +263,13 @@ def test_from_data_takes_the_largest_distance(rng):
     assert len(NoiseSchedule.from_data(images.numpy(), 0.01, C=0.567)) == 232
 
 
+def test_from_data_takes_arrays_of_any_layout(rng):
+    images = torch.rand(6, 4, 4, 3, generator=rng).numpy()
+    expected = NoiseSchedule.from_data(images.copy())
+    for other in (images[..., ::-1], images[::-1], images.astype(">f4"), images.astype(">f8")[:, ::-1]):
+        assert NoiseSchedule.from_data(other).sigma_max == pytest.approx(expected.sigma_max)
+
+
 def test_from_data_compares_images_of_different_blocks(rng, monkeypatch):
     monkeypatch.setattr("scorematch.noise._DISTANCE_BLOCK", 7)
     points = torch.randn(40, 5, generator=rng)
@@ -429,6 +436,7 @@ def test_a_string_in_place_of_sigmas_raises():
         (lambda: NoiseSchedule.from_data(torch.tensor([[0.0], [math.nan]])), ValueError, "NaN or infinity"),
         (lambda: NoiseSchedule.from_data(torch.tensor([[0.0], [math.inf]])), ValueError, "NaN or infinity"),
         (lambda: NoiseSchedule.from_data([torch.zeros(2, 3), torch.zeros(2)]), TypeError, r"got list.*\[x, y\]"),
+        (lambda: NoiseSchedule.from_data(list(torch.eye(3))), TypeError, r"got list.*write torch.stack\(images\)"),
         (lambda: NoiseSchedule.from_data("images"), TypeError, "must be a tensor or an array .*, got str"),
         (lambda: NoiseSchedule.from_data(torch.eye(3), generator="1"), TypeError, "torch.Generator or a seed, got '1'"),
         (lambda: NoiseSchedule.from_data(torch.eye(3), generator=[1, 2]), TypeError, r"or a seed, got \[1, 2\]"),

@@ -227,12 +227,14 @@ class NoiseSchedule:
             >>> NoiseSchedule.from_data(points)
             NoiseSchedule(34 levels, 7.37 -> 0.01)
         """
+        if isinstance(images, np.ndarray):  # torch takes no reversed axes and no foreign byte order
+            images = np.ascontiguousarray(images, images.dtype.newbyteorder("="))
         try:
             data = torch.as_tensor(images)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"images must be a tensor or an array (N, ...), got {type(images).__name__}. A batch of a data set "
-                "with labels is [x, y]: pass its first entry."
+                "with labels is [x, y]: pass its first entry. For a list of images, write torch.stack(images)."
             ) from error
         if not data.is_floating_point():
             raise TypeError(
