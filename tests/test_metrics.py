@@ -290,6 +290,13 @@ def test_extrapolation_refuses():
             frechet_extrapolation(features, reference, sizes=sizes)
 
 
+def test_sizes_may_be_numbers_of_numpy():
+    features, reference = normal(40, 5), normal(30, 5, 1)
+    found = frechet_extrapolation(features, reference, sizes=np.array([10, 20, 40]))
+    assert found == frechet_extrapolation(features, reference, sizes=[10, 20, 40])
+    assert all(type(size) is int for size in found.sizes)
+
+
 # -- Kernel distance --------------------------------------------------------------------------------------------------
 
 
@@ -343,9 +350,9 @@ def test_kernel_distance_refuses():
     a = normal(20, 3)
     with pytest.raises(ValueError, match=r"at least subset_size = 1,000 features in each set, got 20 and 20\. Write"):
         kernel_distance(a, a)
-    with pytest.raises(ValueError, match="subset_size must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="subset_size must be an integer of at least 2, got 1"):
         kernel_distance(a, a, subset_size=1)
-    with pytest.raises(ValueError, match="subsets must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="subsets must be an integer of at least 1, got 0"):
         kernel_distance(a, a, subset_size=2, subsets=0)
     with pytest.raises(ValueError, match="a and b must have the same dimension, got 3 and 2"):
         kernel_distance(a, a[:, :2], subset_size=2)
@@ -378,7 +385,7 @@ def test_inception_score_needs_images():
         UserWarning, match=r"4 images per split is at most 4 and biased .* for 5 classes. Use at least 50 "
     ):
         inception_score(normal(40, 5))
-    with pytest.raises(ValueError, match="splits must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="splits must be an integer of at least 1, got 0"):
         inception_score(normal(19, 3), splits=0)
 
 
@@ -451,13 +458,29 @@ def test_coverage_and_density_of_equal_distributions():
     assert (abs(found.mean(0) - expected) < 4 * error).all() and (error < 0.03).all()
 
 
+@pytest.mark.parametrize(
+    ("call", "name", "found"),
+    [
+        (lambda a: precision_recall(a, a, k=2.5), "k", "2.5"),
+        (lambda a: density_coverage(a, a, k=None), "k", "None"),
+        (lambda a: kernel_distance(a, a, subset_size=5.0), "subset_size", "5.0"),
+        (lambda a: kernel_distance(a, a, subset_size=5, subsets="3"), "subsets", "'3'"),
+        (lambda a: inception_score(a, splits=2.0), "splits", "2.0"),
+        (lambda a: frechet_extrapolation(a, a, sizes=[5, 10.5]), "each of sizes", "10.5"),
+    ],
+)
+def test_counts_must_be_integers(call, name, found):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least [12], got {found}"):
+        call(normal(20, 3))
+
+
 def test_balls_need_neighbors():
     a = normal(3, 2)
     with pytest.raises(ValueError, match=r"real must have more than k = 3 features, .* got 3"):
         precision_recall(a, normal(9, 2))
     with pytest.raises(ValueError, match="generated must have more than k = 3 features"):
         precision_recall(normal(9, 2), a)
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="k must be an integer of at least 1, got 0"):
         density_coverage(a, a, k=0)
     assert density_coverage(normal(9, 2), a)[0] > 0  # its generated features need no neighbors
 

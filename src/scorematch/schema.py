@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _LONGEST = 60  # the largest number of characters of a value in a message
 _LONGEST_REASON = 240  # the same for the message of another library
 _LARGEST_FILE = 32 * 2**20  # bytes; a configuration with a million noise levels has 20 MB
@@ -165,10 +167,11 @@ def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool 
 # -- Arguments --------------------------------------------------------------------------------------------------------
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises ValueError if the value of an argument is not an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """An integer argument, of Python or NumPy, as an int; ValueError if it is another value or below ``least``."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    return int(value)
 
 
 def check_at_least(name: str, value: float, least: float) -> None:

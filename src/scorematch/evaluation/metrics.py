@@ -60,7 +60,7 @@ from torch import Tensor
 from scorematch.evaluation.accumulate import Moments, Rows, check_features, double
 from scorematch.evaluation.statistics import Statistics
 from scorematch.randomness import single_generator
-from scorematch.schema import check_at_least
+from scorematch.schema import check_count
 
 T = TypeVar("T")
 Normal = Tensor | Moments | Statistics
@@ -200,8 +200,8 @@ def frechet_extrapolation(
 
     Raises:
         TypeError: as ``frechet_distance``.
-        ValueError: as ``frechet_distance``; if a size is at most D, where the distance is not linear in 1 / n; if there
-            are fewer than two sizes; or, without ``sizes``, if N is below 2 (D + 1).
+        ValueError: as ``frechet_distance``; if a size is not an integer, or at most D, where the distance is not linear
+            in 1 / n; if there are fewer than two sizes; or, without ``sizes``, if N is below 2 (D + 1).
 
     References:
         Chong & Forsyth, 2020, arXiv:1911.07023, Sec. 4.
@@ -216,7 +216,7 @@ def frechet_extrapolation(
             )
         steps = torch.linspace(max(n // 10, dimension + 1), n, _SIZES, dtype=torch.float64)
         sizes = steps.round().long().tolist()
-    sizes = sorted({*sizes, n})
+    sizes = sorted({*(check_count("each of sizes", size) for size in sizes), n})
     if len(sizes) < 2 or sizes[0] <= dimension or sizes[-1] > n:
         raise ValueError(
             f"sizes must be at least two numbers above the dimension {dimension:,} and at most the number of features, "
@@ -320,14 +320,15 @@ def kernel_distance(
 
     Raises:
         TypeError: if ``a`` or ``b`` is something else.
-        ValueError: if a set has fewer than ``subset_size`` features, or the dimensions differ.
+        ValueError: if a number is not an integer, a set has fewer than ``subset_size`` features, or the dimensions
+            differ.
 
     References:
         Bińkowski et al., 2018, arXiv:1801.01401, Sec. 4 and Eq. 4.
     """
     first, second = _pair(a, b, ("a", "b"))
-    check_at_least("subsets", subsets, 1)
-    check_at_least("subset_size", subset_size, 2)
+    check_count("subsets", subsets)
+    check_count("subset_size", subset_size, 2)
     least = min(len(first), len(second))
     if subset_size > least:
         raise ValueError(
@@ -378,13 +379,13 @@ def inception_score(logits: Tensor, *, splits: int = 10, generator: torch.Genera
 
     Raises:
         TypeError: if the logits are not a floating-point tensor.
-        ValueError: if there are fewer than two images per split.
+        ValueError: if ``splits`` is not an integer, or there are fewer than two images per split.
 
     References:
         Salimans et al., 2016, arXiv:1606.03498, Sec. 4.
     """
     logits = check_features(logits, "logits")
-    check_at_least("splits", splits, 1)
+    check_count("splits", splits)
     n, classes = logits.shape
     if n < 2 * splits:
         raise ValueError(
@@ -423,7 +424,7 @@ def precision_recall(real: Features, generated: Features, *, k: int = 3) -> tupl
 
     Raises:
         TypeError: if ``real`` or ``generated`` is something else.
-        ValueError: if a set has at most k features, or the dimensions differ.
+        ValueError: if k is not an integer, a set has at most k features, or the dimensions differ.
 
     References:
         Kynkäänniemi et al., 2019, arXiv:1904.06991, Eq. 1-3.
@@ -453,7 +454,7 @@ def density_coverage(real: Features, generated: Features, *, k: int = 5) -> tupl
 
     Raises:
         TypeError: if ``real`` or ``generated`` is something else.
-        ValueError: if there are at most k real features, or the dimensions differ.
+        ValueError: if k is not an integer, there are at most k real features, or the dimensions differ.
 
     References:
         Naeem et al., 2020, arXiv:2002.09797, Eq. 3 and 4.
@@ -540,7 +541,7 @@ def rows_of(features: Features, name: str) -> Tensor:
 
 
 def _enough(k: int, **counts: int) -> None:
-    check_at_least("k", k, 1)
+    check_count("k", k)
     for name, count in counts.items():
         if count <= k:
             raise ValueError(f"{name} must have more than k = {k} features, so that each has k neighbors, got {count}.")
