@@ -506,7 +506,7 @@ def test_clamping_y_to_the_value_range_gives_a_warning(recwarn):
     y = torch.full((1, 1, 8, 8), 1.25)
     left = Mask(torch.arange(8) < 4)
     with pytest.warns(
-        UserWarning, match=r"values range from 0 to 1.25, outside the network's value_range \(0.0, 1.0\)"
+        UserWarning, match=r"values range from 1.25 to 1.25, outside the network's value_range \(0.0, 1.0\)"
     ) as caught:
         x = AnnealedLangevinSampler(net, schedule).sample(observation=Observation(left, y), progress=False)
     assert len(caught) == 1
@@ -517,6 +517,16 @@ def test_clamping_y_to_the_value_range_gives_a_warning(recwarn):
     AnnealedLangevinSampler(net, schedule).sample(observation=Observation(left, y, sigma=0.5), progress=False)
     hidden = torch.where(torch.arange(8) < 4, 0.5, 7.0).expand(1, 1, 8, 8)
     AnnealedLangevinSampler(net, schedule).sample(observation=Observation(left, hidden), progress=False)
+    assert len(recwarn) == 0
+
+
+@pytest.mark.parametrize("operator", [Mask(torch.arange(4) < 2), Grayscale() @ Mask(torch.arange(4) < 2)])
+def test_hidden_values_give_no_warning_for_a_value_range_without_zero(operator, recwarn):
+    world = Gaussian([1.5] * 48, 0.01, SHAPE, schedule=LEVELS, value_range=(1, 2))
+    observation = Observation(operator, operator.measure(torch.full((1, *SHAPE), 1.5)))
+    ODESampler(world, levels=3).sample(2, observation=observation, progress=False)
+    nothing = Observation(Mask(torch.zeros(4, dtype=torch.bool)), torch.zeros(1, *SHAPE))
+    ODESampler(world, levels=3).sample(2, observation=nothing, progress=False)
     assert len(recwarn) == 0
 
 

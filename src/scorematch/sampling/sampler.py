@@ -452,9 +452,10 @@ class Sampler(ABC):
                 f"{tuple(value_range)}."
             )
         if self.clamp and value_range is not None and observation.sigma == 0:
-            operator, y = observation.operator, observation.y
-            y = y if operator.gain is None else operator.measure(operator.lift(y))  # only the observed values
-            low, high = float(y.min()), float(y.max())
+            y, seen = observation.y, observation.operator.seen
+            seen = torch.ones((), dtype=torch.bool) if seen is None else seen
+            low = float(torch.where(seen.to(y.device), y, math.inf).min())
+            high = float(torch.where(seen.to(y.device), y, -math.inf).max())
             if low < value_range[0] - 1e-6 or high > value_range[1] + 1e-6:
                 warnings.warn(
                     f"y has no noise (sigma 0), but its values range from {low:.3g} to {high:.3g}, outside the "
