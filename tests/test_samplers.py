@@ -843,11 +843,19 @@ def test_recommended_sampler_follows_the_settings(settings):
             "snr is not an option of the sampler 'ode', whose options are churn, churn_max, ",
         ),
         ({"sigma_max": -1.0}, "sigma_max must be a number of at least 0 or null, got -1.0"),
+        ({"consistent": True, "steps_per_level": 3}, "leave out steps_per_level and exact_noise, got 3 and None"),
+        ({"consistent": True, "exact_noise": False}, "leave out steps_per_level and exact_noise, got None and False"),
     ],
 )
 def test_invalid_sampler_settings_raise(values, message):
     with pytest.raises(ValueError, match=f"sampler_settings.*{message}"):
         SamplerSettings(**values)
+
+
+def test_settings_take_numbers_of_numpy():
+    found = SamplerSettings(levels=np.int64(9), step_size=np.float32(0.5), consistent=np.bool_(True))
+    assert found == SamplerSettings(levels=9, step_size=0.5, consistent=True)
+    assert [type(value) for value in found.to_dict().values()] == [str, int, float, bool]
 
 
 def test_unknown_keys_and_dicts_as_settings_raise():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from scorematch.schema import Field, check
+from scorematch.schema import Field, check, native
 
 # The samplers, each with its options.
 _OPTIONS = {
@@ -68,7 +68,8 @@ class SamplerSettings:
         sigma_min: option of all samplers: the lowest noise level, in the units of x; None is that of the network.
 
     Raises:
-        ValueError: if a value is out of range or of the wrong type, or an option belongs to another sampler.
+        ValueError: if a value is out of range or of the wrong type, an option belongs to another sampler, or
+            ``consistent`` is True with several steps per level or with ``exact_noise``.
 
     Example:
         >>> SamplerSettings(levels=100, step_size=5e-5, consistent=True).to_dict()
@@ -99,6 +100,8 @@ class SamplerSettings:
     NOISE: ClassVar[tuple[str, ...]] = ("levels", "sigma_max", "sigma_min")  # options of all samplers
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            object.__setattr__(self, name, native(value))  # numbers of NumPy as those of Python
         check(asdict(self), _SCHEMA, "sampler_settings")
         foreign = self.options.keys() - _OPTIONS[self.sampler]
         if foreign:
@@ -106,6 +109,12 @@ class SamplerSettings:
             raise ValueError(
                 f"sampler_settings: {', '.join(sorted(foreign))} is not an option of the sampler {self.sampler!r}, "
                 f"whose options are {known}."
+            )
+        if self.consistent and (self.steps_per_level not in (None, 1) or self.exact_noise is not None):
+            raise ValueError(
+                "sampler_settings: consistent sampling takes one step per level and derives the noise from the "
+                f"schedule: leave out steps_per_level and exact_noise, got {self.steps_per_level!r} and "
+                f"{self.exact_noise!r}."
             )
 
     @property
