@@ -24,7 +24,8 @@ At the last level Tweedie's formula gives the result, as in the authors' code. L
 The square root is real for :math:`1 - r \le \eta \le 1 + r`. Write :math:`\eta = 1 - r^p`. At p = 1 no noise is added,
 and the step is an Euler step of the probability flow (DDIM); at p = 2 it is the step of ancestral sampling. The
 published settings are near p = 1.5. The exponent p says how much new noise is added while sigma falls by a given
-factor; it does not depend on the number of levels.
+factor; it does not depend on the number of levels. With an observation, p is at most 2 at levels below the noise of y:
+more noise would remove from the state what it contains of y.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, Alg. 1.
@@ -35,6 +36,7 @@ References:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -190,16 +192,20 @@ class AnnealedLangevinSampler(Sampler):
         noise = ["consistent"] if self.consistent else ["exact noise"] if self.exact_noise else []
         return [steps, f"step {self.step_size:.2g}", *noise]
 
-    def step(self, x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:
-        """The consistent step to the next level."""
-        eta = self.step_size / self.schedule.sigma_min**2
-        missing = following**2 - ((1 - eta) * sigma) ** 2  # at p = 1 rounding can make it negative
-        x = torch.add(x, score, alpha=eta * sigma**2, out=score)
-        return x.add_(z, alpha=math.sqrt(max(0.0, missing)))
-
     def steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
         """Consistent sampling takes one step from each level to the next; otherwise Langevin steps at each level."""
-        return super().steps(x, chain) if self.consistent else self._langevin_steps(x, chain)
+        return self._consistent_steps(x, chain) if self.consistent else self._langevin_steps(x, chain)
+
+    def _consistent_steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
+        for sigma, following in itertools.pairwise(self.schedule):
+            x, score, z = chain(x, sigma)
+            eta = self.step_size / self.schedule.sigma_min**2
+            if following < chain.observed_sigma:
+                eta = min(eta, 1 - (following / sigma) ** 2)  # the step of ancestral sampling, p = 2
+            missing = following**2 - ((1 - eta) * sigma) ** 2  # at p = 1 rounding can make it negative
+            x = torch.add(x, score, alpha=eta * sigma**2, out=score)
+            x.add_(z, alpha=math.sqrt(max(0.0, missing)))
+            yield x, following
 
     def _langevin_steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
         a = self.step_size / self.schedule.sigma_min**2  # divided by sigma^2, the same at every level

@@ -36,7 +36,9 @@ observation with this z as its noise, and the result still depends on the start 
 every step, the hidden part can adapt to the observed part; in a flow it cannot, and restoration is worse. If y is
 noisy, the observed part of every path is y itself when sigma reaches the noise level of y. Each result then agrees with
 y, but the spread of the results is not that of the posterior. With churn, z is the noise of the state too: at each step
-it becomes :math:`(\sigma_i z + \sqrt{\hat\sigma_i^2 - \sigma_i^2}\, z_{new}) / \hat\sigma_i`.
+it becomes :math:`(\sigma_i z + \sqrt{\hat\sigma_i^2 - \sigma_i^2}\, z_{new}) / \hat\sigma_i`. At levels below the
+noise of y the added variance is limited to :math:`\sigma_i^2 - \sigma_{i+1}^2`, that of the reverse diffusion: more
+noise would remove from the state what it contains of y.
 
 References:
     Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Eq. 13.
@@ -168,6 +170,8 @@ class ODESampler(Sampler):
         z = (x - middle_of(self.net)) / self.schedule.sigma_max  # the noise of the state
         for sigma, following in itertools.pairwise(self.schedule):
             new, higher = chain.noise(x), sigma * (1 + self._gamma(sigma))
+            if following < chain.observed_sigma:
+                higher = min(higher, math.sqrt(2 * sigma**2 - following**2))
             added = math.sqrt(higher**2 - sigma**2)
             x = torch.add(x, new, alpha=self.churn_noise * added)
             z = (sigma * z).add_(new, alpha=added).div_(higher)

@@ -18,8 +18,9 @@ level uses
 .. math:: P \hat D = (1 - \sigma^2/\varsigma^2)\, P D + (\sigma^2/\varsigma^2)\, y^+,
           \qquad \text{with noise}\ \sqrt{1 - \sigma^2/\varsigma^2}\, P z,
 
-which is SNIPS for operators with a gain, without its singular value decomposition. A step to the next lower level needs
-no correction, because its state already contains the observation.
+which is SNIPS for operators with a gain, without its singular value decomposition. A step of the reverse diffusion to
+the next lower level needs no correction, because its state already contains the observation. A step that adds more
+noise than that would forget it; at these levels samplers limit the noise to that of the reverse diffusion.
 
 **Guidance** (for any operator, including a JPEG codec). The denoised image is moved towards the observation. Let
 :math:`e = \mathrm{lift}(y - \mathrm{measure}(D))`, c be 1 for an operator without a gain, and
@@ -60,7 +61,13 @@ Restore = Literal["replace", "guide", "guide-jacobian"]
 
 
 class Restoration:
-    """How a sampler uses an observation. This base class stands for no observation and changes nothing."""
+    """How a sampler uses an observation. This base class stands for no observation and changes nothing.
+
+    Attributes:
+        sigma: the noise level at and below which ``project`` changes nothing, since the state contains the observation.
+    """
+
+    sigma = 0.0
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score that the sampler uses at x, the ``rows`` of the state; sigma is a float or a tensor ()."""
@@ -85,7 +92,7 @@ class Replacement(Restoration):
     def __init__(self, observation: Observation, gain: float) -> None:
         self._operator = observation.operator
         self._y = self._operator.lift(observation.y)
-        self._sigma = observation.sigma / gain**0.5
+        self.sigma = observation.sigma / gain**0.5
 
     def _observed(self, x: Tensor) -> Tensor:
         """P x, the observed part of x."""
@@ -93,22 +100,22 @@ class Replacement(Restoration):
 
     def project(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
         """The state with its observed part replaced by the observation, with noise of level sigma."""
-        if sigma <= self._sigma:
+        if sigma <= self.sigma:
             return x
-        noise = self._observed(z) * (sigma**2 - self._sigma**2) ** 0.5
+        noise = self._observed(z) * (sigma**2 - self.sigma**2) ** 0.5
         return x - self._observed(x) + self._y + noise
 
     def settle(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """Keeps the observed part; at or below the noise level of y, samples it from its posterior."""
-        if sigma > self._sigma:
+        if sigma > self.sigma:
             return score - self._observed(score), z - self._observed(z)
-        share = (sigma / self._sigma) ** 2
-        pull = (self._y - self._observed(x)) / self._sigma**2
+        share = (sigma / self.sigma) ** 2
+        pull = (self._y - self._observed(x)) / self.sigma**2
         return score - share * self._observed(score) + pull, z - (1 - (1 - share) ** 0.5) * self._observed(z)
 
     def finish(self, x: Tensor) -> Tensor:
         """The denoised image; if y has no noise, its observed part is replaced by the observation."""
-        return x if self._sigma else x - self._observed(x) + self._y
+        return x if self.sigma else x - self._observed(x) + self._y
 
 
 class Guidance(Restoration):

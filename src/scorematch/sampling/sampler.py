@@ -546,6 +546,15 @@ class Chain:
             raise ValueError(f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}.")
         return z.to(x)
 
+    @property
+    def observed_sigma(self) -> float:
+        """The noise level at and below which ``observe`` changes nothing; 0 without an observation that has noise.
+
+        From there on the state contains the observation. A step from sigma_i to sigma_{i+1} that adds noise of a larger
+        variance than sigma_i^2 - sigma_{i+1}^2 would forget it, unless it stays at its level and uses ``settle``.
+        """
+        return self._run.restoration.sigma
+
     def observe(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
         """The state with its observed part replaced by the observation, with noise sigma z."""
         self._z = z
