@@ -152,6 +152,12 @@ def test_center_crop_and_resize_equal_those_of_pillow(tmp_path, rng):
     assert torch.equal(found, torch.from_numpy(np.array(stretched)).permute(2, 0, 1))
 
 
+@pytest.mark.parametrize("size", [(32, 64), (16, 64), 64])
+def test_pictures_of_one_column_are_cropped_to_at_least_one_pixel(tmp_path, size):
+    Image.fromarray(np.full((100, 1), 200, np.uint8)).save(tmp_path / "a.png")
+    assert (_open(tmp_path, image_size=size).read([0])[0] == 200).all()
+
+
 def test_the_celeba_crop_is_the_published_one(tmp_path, rng):
     picture = Image.fromarray(_colors(rng, 218, 178))
     picture.save(tmp_path / "a.png")

@@ -70,7 +70,7 @@ def _fit(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
         inner = (_CELEBA_SIDE, _CELEBA_SIDE)
     elif crop == "center":
         scale = min(wide / width, tall / height)
-        inner = (min(wide, round(scale * width)), min(tall, round(scale * height)))
+        inner = (min(wide, max(1, round(scale * width))), min(tall, max(1, round(scale * height))))
     else:
         inner = (wide, tall)
     left, top = (wide - inner[0]) // 2, (tall - inner[1]) // 2
