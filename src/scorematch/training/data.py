@@ -205,7 +205,7 @@ def open_images(
         TypeError: if the source has another type.
         ValueError: if the images have different sizes and ``image_size`` is None, or gray and color images are mixed
             and ``channels`` is None, or an array has another shape, or floating-point images are (N, H, W, C), or those
-            in an array have values outside [0, 1] or NaN, or the labels do not fit.
+            in an array or the first of a Dataset have values outside [0, 1] or NaN, or the labels do not fit.
         OSError: if no image can be read, an image is damaged and ``strict`` is True, or the cache cannot be written.
 
     Example:

@@ -172,10 +172,7 @@ class Array(Source):
             array = np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
         self.name, self.array = name, array
         self.shape = _checked(self.array.shape[1:], options, name)
-        if self.array.dtype == np.float32 and is_picture(self.shape):
-            check_range(torch.from_numpy(self.array))
-        elif self.array.dtype == np.float32 and not all(map(math.isfinite, torch.from_numpy(self.array).aminmax())):
-            raise ValueError(f"{name} must be finite, got NaN or infinity.")
+        _check_values(self.array, self.shape, name)
         self.identity = hashlib.blake2b(self.array.data, digest_size=16).hexdigest()
         if options.labels:
             if labels is None:
@@ -219,6 +216,16 @@ def _check_axes(shape: tuple[int, ...], name: str) -> None:
             f"{name} must have floating-point images (N, C, H, W) in [0, 1], got shape {shape}. Write "
             "x.transpose(0, 3, 1, 2), or x.permute(0, 3, 1, 2) for a tensor, or pass uint8 (N, H, W, C)."
         )
+
+
+def _check_values(array: np.ndarray, shape: tuple[int, ...], name: str) -> None:
+    """Raises ValueError if floating-point images of a shape are not in [0, 1], or other data are not finite."""
+    if array.dtype == np.uint8:
+        return
+    if is_picture(shape):
+        check_range(torch.from_numpy(array))
+    elif not all(map(math.isfinite, torch.from_numpy(array).aminmax())):
+        raise ValueError(f"{name} must be finite, got NaN or infinity.")
 
 
 def _checked(shape: tuple[int, ...], options: Options, name: str) -> tuple[int, ...]:
@@ -438,7 +445,12 @@ class _Items(Source):
             square = size if options.crop is None else (min(size), min(size))
             self.shape = (options.channels or channels, *(options.size or square))
         else:
-            self.shape = _checked(tuple(_values(first).shape), options, self.name)
+            values = _values(first)
+            self.shape = _checked(values.shape, options, self.name)
+            try:
+                _check_values(values, self.shape, "it")
+            except ValueError as error:
+                raise ValueError(f"{self.name_of(0)}: {error}") from error
         self.identity = [type(dataset).__name__, len(dataset)]
         if options.labels:
             # The labels and classes of torchvision's data sets, which are those before the transform of their items.
@@ -480,7 +492,11 @@ def _values(image: Any) -> np.ndarray:
     if array.dtype == np.uint8:
         return np.ascontiguousarray(_channels_first(array[None], "an item of the Dataset")[0])
     if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(f"an item of the Dataset must be uint8, or floating point in [0, 1], got {array.dtype}.")
+        got = array.dtype if array.dtype.kind in "biu" else type(image).__name__
+        raise TypeError(
+            "an item of the Dataset must be an image, or a tuple (image, label), and an image a picture of Pillow or "
+            f"an array, uint8, or floating point in [0, 1], got {got}."
+        )
     _check_axes((1, *array.shape), "the Dataset")
     return np.ascontiguousarray(array, np.float32)
 
@@ -533,7 +549,7 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix != ".npz":
+        if path.suffix.lower() != ".npz":
             raise ValueError(f"data must be a folder of images or an .npz file, got the file {path}.")
         return read_arrays(path)
     file = path.suffix.lower() in (".npz", *ENDINGS)
