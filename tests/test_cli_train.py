@@ -184,6 +184,13 @@ def test_the_timed_step_has_the_images_of_one_device(faces, tmp_path, monkeypatc
     assert set(seen[:2]) == {8} and set(seen[2:]) == {3}
 
 
+def test_a_tilde_is_the_home_folder(faces, tmp_path, monkeypatch, calls):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    assert _train(faces, "~/run", "--cache=~/cache") == 0
+    assert calls[0][2] == tmp_path / "run" and (tmp_path / "cache").is_dir()
+
+
 def test_options_are_passed_to_train(faces, tmp_path, calls):
     given = {"images": "16", "batch-size": "4", "microbatch": "2", "lr": "0.01", "warmup-images": "8"}
     every = {"log-every": "1k", "sample-every": "2k", "snapshot-every": "3k", "checkpoint-every": "4k"}

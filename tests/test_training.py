@@ -960,6 +960,21 @@ def test_a_run_does_not_write_into_the_folder_of_its_data(tmp_path):
     assert len(list(faces.iterdir())) == 4
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # on Windows
+    monkeypatch.chdir(tmp_path)
+    quick(image_net(), images(), "~/run", images=16, snapshot_every=16)
+    assert reconstruct("~/run", 0.05).sample_shape == image_net().sample_shape
+    save_image(torch.zeros(1, 8, 8), "~/faces/a.png")
+    assert read_image("~/faces/a.png", 1).shape == (1, 8, 8)
+    open_images("~/faces", cache="~/cache", progress=False)
+    with pytest.raises(ValueError, match="is inside the data folder"):
+        quick(image_net(), "~/faces", "~/faces/run")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["cache", "faces", "run"]
+
+
 def test_the_repository_of_the_result_is_checked_before_the_training(tmp_path):
     with pytest.raises(ValueError, match="the repository must be owner/name, got 'faces'"):
         quick(image_net(), images(), tmp_path / "run", push_to_hub="faces")

@@ -657,7 +657,7 @@ def test_open_images_returns_opened_data_unchanged():
         (["faces/a.png"], {}, TypeError, r"Dataset must be an image, or a tuple \(image, label\), .* got str"),
         ([{"image": torch.zeros(1, 2, 2)}], {}, TypeError, r"a tuple \(image, label\), .* got dict"),
         (_Dataset([torch.full((1, 2, 2), -1.0)]), {}, ValueError, r"item 0 .*in \[0, 1\], got values from -1 to -1"),
-        (_Dataset([torch.full((3, 2, 2), 99.0)]), {}, ValueError, r"item 0 of the _Dataset: images must .*images / 255"),
+        (_Dataset([torch.full((3, 2, 2), 99.0)]), {}, ValueError, r"item 0 of the _Dataset: images .*images / 255"),
         (_Dataset([torch.full((2,), math.inf)]), {}, ValueError, "item 0 of the _Dataset: it must be finite"),
         (_Table({"image": []}), {}, ValueError, "the data set is empty"),
         (_Table({"image": [np.zeros((8, 8))]}), {}, ValueError, "a picture of Pillow or a uint8 array, got float64"),

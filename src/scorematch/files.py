@@ -64,7 +64,7 @@ def check_outside(out: str | os.PathLike[str], *sources: Any) -> None:
     for source in sources:
         if isinstance(source, str | os.PathLike) and Path(source).expanduser().is_dir():
             folder = Path(source).expanduser().resolve()
-            if Path(out).resolve().is_relative_to(folder):
+            if Path(out).expanduser().resolve().is_relative_to(folder):
                 raise ValueError(
                     f"the output folder {os.fspath(out)} is inside the data folder {os.fspath(source)}, so its images "
                     "would be read as data. Write to another folder."

@@ -134,7 +134,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         OSError: if the folder cannot be created or written to.
     """
     _format(path)
-    folder = Path(path).absolute().parent
+    folder = Path(path).expanduser().absolute().parent
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{folder} cannot be written to: {existing} is not a folder.")
@@ -163,7 +163,7 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     pixels = _to_8_bits(image)
     encoded = io.BytesIO()
     _pillow("writing").fromarray(pixels).save(encoded, format=kind)
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, encoded.getvalue())
 
@@ -234,13 +234,13 @@ def open_picture(path: str | os.PathLike[str]) -> Any:
         ValueError: if it has more than 2^23 pixels, and more than 8,000 pixels per byte of the file; or more than
             Pillow allows.
     """
-    pillow = _pillow("reading")
+    pillow, path = _pillow("reading"), Path(path).expanduser()
     try:
         picture = pillow.open(path)
     except pillow.DecompressionBombError as error:
         raise ValueError(f"it has too many pixels: {error}") from error
     width, height = picture.size
-    size = Path(path).stat().st_size
+    size = path.stat().st_size
     if width * height > max(_MANY_PIXELS, _PIXELS_PER_BYTE * size):
         picture.close()
         raise ValueError(
@@ -331,7 +331,7 @@ def save_animation(
     durations = [each] * len(others) + [round(1000 * hold)]
     encoded = io.BytesIO()
     first.save(encoded, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, encoded.getvalue())
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from scorematch.cli.options import Commands, add_overwrite, check_new_network
+from scorematch.cli.options import Commands, add_overwrite, check_new_network, expanded
 from scorematch.convert import convert
 
 
@@ -23,7 +22,7 @@ def add(commands: Commands) -> None:
         "  %(prog)s checkpoint_300000.pth ./cifar10 --config cifar10.yml",
     )
     parser.add_argument("checkpoint", help="the authors' file")
-    parser.add_argument("folder", type=Path, help="the folder to write, with config.json and the weights")
+    parser.add_argument("folder", type=expanded, help="the folder to write, with config.json and the weights")
     parser.add_argument(
         "--config",
         help="the configuration that the network was trained with, if the checkpoint does not contain it: the name of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from scorematch.cli.options import Commands, add_overwrite, check_new_network, image_count
+from scorematch.cli.options import Commands, add_overwrite, check_new_network, expanded, image_count
 from scorematch.training import reconstruct
 from scorematch.training.ema import name_of
 
@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
         type=image_count,
         help="where the average ends, in images seen by the run (default: the last snapshot)",
     )
-    parser.add_argument("--out", type=Path, help="the folder to write (default: RUN/ema-LENGTH, such as ema-0.080)")
+    parser.add_argument("--out", type=expanded, help="the folder to write (default: RUN/ema-LENGTH, such as ema-0.080)")
     add_overwrite(parser, "a network in the folder")
     parser.set_defaults(run=_run)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import get_args
 
 from scorematch.bulk.batches import this_process
@@ -18,6 +17,7 @@ from scorematch.cli.options import (
     announce,
     check_folder_name,
     estimate,
+    expanded,
     find_classes,
     find_device,
     given_sampling,
@@ -68,7 +68,7 @@ def add(commands: Commands) -> None:
         type=image_count,
         help=f"the number of images (default: {DEFAULT_N:,} samples, {DEFAULT_N_RESTORED} restored images, else all)",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the folder to write to (default: only print)")
+    parser.add_argument("--out", type=expanded, metavar="FOLDER", help="the folder to write to (default: only print)")
     parser.add_argument(
         "--metrics",
         nargs="+",

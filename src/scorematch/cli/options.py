@@ -172,7 +172,9 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
         help="the extractor, or several: inception (FID; the default), dinov2, efficientnet-lite0 or pixels; none "
         "measures no features",
     )
-    group.add_argument("--weights", type=Path, metavar="FILE", help="the weights of inception or dinov2, if downloaded")
+    group.add_argument(
+        "--weights", type=expanded, metavar="FILE", help="the weights of inception or dinov2, if downloaded"
+    )
     group.add_argument(
         "--held-out", metavar="DATA", help="real images that are not in the reference: the floor of every distance"
     )
@@ -186,7 +188,7 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-size", type=image_count, default=64, metavar="IMAGES", help="images per network call (default: 64)"
     )
-    group.add_argument("--cache", type=Path, metavar="FOLDER", help="the folder for statistics of the reference")
+    group.add_argument("--cache", type=expanded, metavar="FOLDER", help="the folder for statistics of the reference")
     group.add_argument("--no-cache", action="store_true", help="store no statistics of the reference")
 
 
@@ -231,6 +233,11 @@ def _class_or_rule(text: str) -> Classes:
     if not re.fullmatch(r"-?\d+", text):
         raise argparse.ArgumentTypeError(f"must be a class such as 3, random or cycle, got {text!r}")
     return int(text)
+
+
+def expanded(text: str) -> Path:
+    """The ``type`` of options that are paths; shells replace the ~ of ``--out ~/runs`` but not of ``--out=~/runs``."""
+    return Path(text).expanduser()
 
 
 def amount(text: str) -> float:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from scorematch.cli.options import Commands, load_network
+from scorematch.cli.options import Commands, expanded, load_network
 from scorematch.pretrained.hub import check_repository
 
 
@@ -20,7 +19,7 @@ def add(commands: Commands) -> None:
         "The token of hf auth login is used, or that in the environment variable HF_TOKEN.",
         epilog="Examples:\n  %(prog)s runs/faces me/faces\n  %(prog)s ./cifar10 me/cifar10 --private --license mit",
     )
-    parser.add_argument("folder", type=Path, help="the folder of a network, or of a training run")
+    parser.add_argument("folder", type=expanded, help="the folder of a network, or of a training run")
     parser.add_argument("repository", help="the repository to write to, owner/name")
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--license", help="the license for a new model card, such as mit or apache-2.0")

@@ -29,6 +29,7 @@ from scorematch.cli.options import (
     check_new,
     count,
     estimate,
+    expanded,
     find_classes,
     guide,
     image_count,
@@ -95,7 +96,7 @@ def add(commands: Commands) -> None:
         "about a million values)",
     )
     many = parser.add_argument_group("many images")
-    many.add_argument("--out", type=Path, metavar="FOLDER", help="write into a folder instead of a picture")
+    many.add_argument("--out", type=expanded, metavar="FOLDER", help="write into a folder instead of a picture")
     many.add_argument(
         "--npz", action="store_true", help="write one .npz file per batch, with the pixels (N, H, W, C) as arr_0"
     )

@@ -9,12 +9,11 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from scorematch.cli.options import Commands, check_folder_name, duration, image_count, load_network
+from scorematch.cli.options import Commands, check_folder_name, duration, expanded, image_count, load_network
 from scorematch.files import check_outside, check_own
 from scorematch.images import to_float
 from scorematch.loss import dsm_loss
@@ -57,7 +56,9 @@ def add(commands: Commands) -> None:
         "  accelerate launch -m scorematch train faces --out runs/faces --images 50M --batch-size 512",
     )
     parser.add_argument("data", metavar="DATA", help="a folder of pictures, an .npz file, or owner/name on the Hub")
-    parser.add_argument("--out", required=True, type=Path, help="the folder of the run, created if it does not exist")
+    parser.add_argument(
+        "--out", required=True, type=expanded, help="the folder of the run, created if it does not exist"
+    )
     parser.add_argument(
         "--recipe", choices=RECIPES, metavar="RECIPE", help=f"network and settings, see below (default: {_DEFAULT})"
     )
@@ -104,7 +105,7 @@ def add(commands: Commands) -> None:
     data.add_argument("--labels", action="store_true", help="train on classes: the subfolders, or the data's labels")
     data.add_argument("--no-flip", action="store_true", help="do not mirror pictures (default: half of them)")
     data.add_argument("--strict", action="store_true", help="stop at a damaged picture instead of leaving it out")
-    data.add_argument("--cache", type=Path, help="the folder for decoded pictures (default: OUT/cache)")
+    data.add_argument("--cache", type=expanded, help="the folder for decoded pictures (default: OUT/cache)")
     data.add_argument("--no-cache", action="store_true", help="write no cache; above 1 GiB decode again in each epoch")
     data.add_argument("--image-key", metavar="KEY", help="the key of the images in an .npz file or a data set")
     data.add_argument("--label-key", metavar="KEY", help="the key of the labels")

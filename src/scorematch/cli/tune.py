@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import get_args
 
 from scorematch.bulk.batches import this_process
@@ -16,6 +15,7 @@ from scorematch.cli.options import (
     check_folder_name,
     duration,
     estimate,
+    expanded,
     find_classes,
     image_count,
     load,
@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--reference", required=True, metavar="DATA", help="the real images, as for the command evaluate"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="the folder to write to (default: only print)")
+    parser.add_argument("--out", type=expanded, metavar="FOLDER", help="the folder to write to (default: only print)")
     parser.add_argument(
         "-n", type=image_count, default=1000, help="the number of images for each of the settings (default: 1,000)"
     )

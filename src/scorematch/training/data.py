@@ -230,7 +230,8 @@ def open_images(
     options = Options(size, channels, crop, labels, image_key, label_key)
     found = find(source, options, workers)
     fingerprint = _digest(found.identity, found.shape, crop, labels)
-    array, broken = _decode(found, fingerprint, None if cache is None else Path(cache), strict, workers, progress)
+    folder = None if cache is None else Path(cache).expanduser()
+    array, broken = _decode(found, fingerprint, folder, strict, workers, progress)
     data = ImageData(found, array=array, broken=broken, fingerprint=fingerprint, workers=workers)
     if broken:
         few = ", ".join(data.skipped[:3]) + (", ..." if len(broken) > 3 else "")

@@ -168,7 +168,7 @@ def reconstruct(
         Karras et al., 2024, arXiv:2312.02696, Algorithm 3.
     """
     gamma = exponent(length)
-    folder = Path(run) / SNAPSHOTS
+    folder = Path(run).expanduser() / SNAPSHOTS
     found = _snapshots(folder)
     end = found[-1][0] if images is None else images
     used = [(seen, own, path) for seen, own, path in found if seen <= end]

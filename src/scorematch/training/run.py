@@ -243,6 +243,7 @@ def train(
         False
     """
     check_network(net)
+    out = Path(out).expanduser()
     settings = Settings(
         images=images,
         batch_size=batch_size,
@@ -274,10 +275,8 @@ def train(
         "snapshot": max(1, images // 20) if snapshot_every is None else snapshot_every,
         "checkpoint": checkpoint_every,
     }
-    for name, value in every.items():
-        if value is not None:
-            check_count(f"{name}_every", value)
-    check_count("keep", keep)
+    every = {name: None if value is None else check_count(f"{name}_every", value) for name, value in every.items()}
+    keep = check_count("keep", keep)
     if trackers and accelerator is not None:
         raise ValueError("trackers and accelerator cannot both be given. Write Accelerator(log_with=...).")
     check_outside(out, data)
@@ -287,7 +286,7 @@ def train(
     if not hasattr(data, "read"):
         data = _open(net, data)
     check_arguments(net, data, settings, accelerator.num_processes)
-    run = _Run(Path(out), net, data, settings, start, every, keep, accelerator)
+    run = _Run(out, net, data, settings, start, every, keep, accelerator)
     if trackers:
         accelerator.init_trackers("scorematch")
     with tqdm(
