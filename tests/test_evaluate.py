@@ -629,6 +629,20 @@ def test_folders_without_images_and_of_several_sizes(tmp_path):
         run(folder, images(5))
 
 
+def test_images_that_are_not_square_are_compared_whole(tmp_path):
+    sets = [images(9, number, size=8)[..., :6] for number in range(3)]
+    paths = [write(tmp_path / str(k), pixels) for k, pixels in enumerate(sets)]
+    options = {"metrics": ["precision-recall"], "gaussian": False}
+    expected, result = (run(what, real, held_out=more, **options) for what, real, more in (sets, paths))
+    for column in ("samples", "held-out", "reference"):
+        assert agree(expected.figures[column], result.figures[column])
+    assert result.settings["images"]["shape"] == [1, 8, 6]
+    whole = run(paths[0], paths[1], crop=None, **options)
+    assert agree(whole.figures["samples"], result.figures["samples"])
+    square = run(sets[0][:, :, 1:7], paths[1], metrics=["precision-recall"])  # in the middle
+    assert square.settings["reference"]["shape"] == [1, 6, 6]
+
+
 def test_files_that_do_not_exist_are_named():
     for name in ("nothing.npz", "folder/nothing.png"):
         with pytest.raises(FileNotFoundError, match=f"^{name} does not exist"):

@@ -226,7 +226,8 @@ def evaluate(
             ``Sampler``; or images: a folder, an ``.npz`` file, arrays, or a folder that ``sample_to`` wrote.
         reference: the real images, all of which are used: a folder, an ``.npz`` file, arrays, a data set or its name on
             the Hub, one of the short names in ``REFERENCES``, or statistics (an object or a file). For samples of a
-            network they are cropped and resized as in training; images must have the size of the reference.
+            network they are cropped and resized as in training; images must have the size of the reference, and are
+            not cropped.
         n: the number of samples, at least 2; None is 5,000 samples of a network, or all images. Published figures use
             50,000. If a set of images has more than n, a random subset is measured; of a folder that ``sample_to``
             wrote, the first n images are.
@@ -248,7 +249,8 @@ def evaluate(
 
         condition: for class-conditional networks: a class, "random" or "cycle", as for ``bulk_samples``.
         classes: the number of classes for "random" and "cycle".
-        crop: how real images are cropped before they are resized, as for ``open_images``.
+        crop: how real images are cropped before they are resized, as for ``open_images``. "center" does not crop the
+            reference of a set of images that are not square.
         name: the name of the images for the title; None derives it from ``what``.
         cache: the folder for the statistics of the reference; True is ``cache_folder()``, False uses no cache.
         device: the device of extractors that are given by name, and of networks that are loaded; None is that of the
@@ -281,6 +283,8 @@ def evaluate(
     options = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
     subject = _subject(what, n, sampler, options, folder, device, progress)
     device = subject.device if device is None else device
+    # Without a size in pixels, "center" would crop to a square.
+    whole = crop == "center" and not subject.is_network and subject.shape[1] != subject.shape[2]
     with process_group(device):
         evaluator = Evaluator(
             find_data(reference),
@@ -288,7 +292,7 @@ def evaluate(
             metrics=metrics,
             image_size=subject.shape[1:] if subject.is_network else None,
             channels=subject.shape[0] if subject.is_network else None,
-            crop=crop,
+            crop=None if whole else crop,
             cache=cache,
             device=device,
             progress=progress,
@@ -379,7 +383,7 @@ def _subject(
         )
     if isinstance(what, str | os.PathLike) and (stored := _samples_in(Path(what))) is not None:
         return _of_samples(name, Path(what), stored, n)
-    return _of_images(name, open_images(what, strict=True, progress=progress), n, options)
+    return _of_images(name, open_images(what, crop=None, strict=True, progress=progress), n, options)
 
 
 def is_network(what: Any) -> bool:
