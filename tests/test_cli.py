@@ -1,4 +1,5 @@
 import importlib
+import io
 import os
 import re
 import runpy
@@ -91,6 +92,22 @@ def test_help_of_every_command_has_examples_with_the_program_as_it_was_called(na
     said = capsys.readouterr().out
     assert re.search(rf"Examples?:\n  scorematch {name}", said)
     assert "--debug" in said and "python -m scorematch" not in said
+
+
+def test_the_output_may_have_any_encoding(monkeypatch, tmp_path):
+    output = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    for i in range(2):
+        save_image(torch.rand(1, 4, 4), tmp_path / "images" / f"{i}.png")
+    arguments = ["evaluate", str(tmp_path / "images"), str(tmp_path / "images"), "--features", "none", "--quiet"]
+    assert main([*arguments, "--no-gaussian"]) == 0
+    output.flush()
+    assert rb" \xb1 " in output.buffer.getvalue()  # ±
+
+
+def test_the_output_may_be_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["models"]) == 0
 
 
 @pytest.mark.parametrize("name", _commands())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import pkgutil
 import signal
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, with status 2 for invalid arguments, or 0 after ``--help`` and ``--version``.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of characters that its encoding does not have, as stderr
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     args.argv, args.program = sys.argv[1:] if argv is None else argv, parser.prog
@@ -77,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             args.run(args)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it is None if the output was closed before the program began
+                sys.stdout.flush()
     except BrokenPipeError:  # for example of "scorematch models | head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes the rest at its end
         return 141
