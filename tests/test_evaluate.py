@@ -643,6 +643,12 @@ def test_images_that_are_not_square_are_compared_whole(tmp_path):
     assert square.settings["reference"]["shape"] == [1, 6, 6]
 
 
+def test_names_that_are_not_utf_8_are_written(tmp_path):
+    result = run(images(9, 1), images(9), metrics=[], name="caf\udce9", out=tmp_path)  # of the folder b"caf\xe9"
+    assert json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["name"] == result.name
+    assert (tmp_path / "evaluation.md").read_text(encoding="utf-8").startswith("# Evaluation of caf\\udce9\n")
+
+
 def test_files_that_do_not_exist_are_named():
     for name in ("nothing.npz", "folder/nothing.png"):
         with pytest.raises(FileNotFoundError, match=f"^{name} does not exist"):

@@ -975,6 +975,13 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["cache", "faces", "run"]
 
 
+def test_the_report_names_classes_of_folders_whose_names_are_not_utf_8(tmp_path):
+    labels = ["caf\udce9", "宿"] * 20  # Python's name of the folder b"caf\xe9"
+    net = ScoreNet.unet(1, 8, widths=(8,), classes=2)
+    quick(net, open_images((torch.rand(40, 1, 8, 8), labels), labels=True), tmp_path, images=16)
+    assert r"- 2 classes: 0 caf\udce9, 1 宿" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_the_repository_of_the_result_is_checked_before_the_training(tmp_path):
     with pytest.raises(ValueError, match="the repository must be owner/name, got 'faces'"):
         quick(image_net(), images(), tmp_path / "run", push_to_hub="faces")

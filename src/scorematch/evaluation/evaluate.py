@@ -171,8 +171,8 @@ class Evaluation:
             OSError: if a file cannot be written.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(folder, "evaluation.json"), self.to_json().encode())
-        write_whole(Path(folder, "evaluation.md"), self.to_markdown().encode())
+        for name, text in {"evaluation.json": self.to_json(), "evaluation.md": self.to_markdown()}.items():
+            write_whole(Path(folder, name), text.encode(errors="backslashreplace"))  # of names in another encoding
 
 
 def hash_of(settings: Mapping[str, Any]) -> str:

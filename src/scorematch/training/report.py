@@ -381,7 +381,8 @@ def write_report(
     }
     for name, text in charts.items():
         write_whole(folder / f"{name}.svg", text.encode())
-    write_whole(out / "report.md", _report(out, net, config, rows, lines, seconds, classes).encode())
+    text = _report(out, net, config, rows, lines, seconds, classes)
+    write_whole(out / "report.md", text.encode(errors="backslashreplace"))  # of folder names in another encoding
 
 
 def describe_classes(classes: Sequence[str], most: int | None = None) -> str:
