@@ -466,6 +466,14 @@ def test_stored_samples_are_read_batch_by_batch(levels, tmp_path, kind):
     assert settings == {**json.loads(json.dumps(expected)), "format": kind}
 
 
+def test_numbers_of_numpy_are_those_of_python(levels, tmp_path):
+    for number in (np.int64, int):  # the second call continues the first
+        sample_to(_ode(levels), tmp_path, number(3), seed=number(7), batch_size=number(2), progress=False)
+    (batch,) = bulk_samples(_ode(levels), np.int64(1), first=np.int64(2), seed=np.int64(7), batch_size=np.int64(2))
+    assert batch.indices == range(2, 3)
+    torch.testing.assert_close(batch.images, read_samples(tmp_path, 3)[2:], rtol=0, atol=0.51 / 255)
+
+
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_a_folder_that_is_not_complete(levels, tmp_path, kind):
     """samples.json has the larger n before the images exist."""

@@ -494,6 +494,14 @@ def test_the_default_warm_up_is_a_twentieth_or_5000_images():
     assert Settings(images=10**7, batch_size=10, decay="constant").rate(2490) == pytest.approx(0.5e-3)  # of 5,000
 
 
+def test_numbers_of_numpy_are_those_of_python(tmp_path):
+    numbers = {"images": np.int64(32), "batch_size": np.int32(16), "seed": np.uint8(3), "clip": np.float32(0.5)}
+    known = {name: value.item() for name, value in numbers.items()}
+    assert Settings(**numbers) == Settings(**known)
+    for given in (numbers, known):  # the second call continues the run
+        train(points_net(), points(), tmp_path, log_every=np.int64(16), progress=False, **given)
+
+
 def test_the_number_of_images_is_rounded_up_to_whole_batches():
     settings = Settings(images=100, batch_size=32)
     assert (settings.steps, settings.total) == (4, 128)

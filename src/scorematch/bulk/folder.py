@@ -107,7 +107,7 @@ class SampleFolder:
         format: Format = "png",  # noqa: A002  (Pillow's word)
         about: Mapping[str, str] | None = None,
     ) -> None:
-        check_count("n", n)
+        n = check_count("n", n)
         if n > SEEDS:
             raise ValueError(f"n must be at most 2^32, got {n}.")
         if format not in FORMATS:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from scorematch import __version__
@@ -16,6 +17,8 @@ from scorematch.protocol import attribute
 from scorematch.randomness import seed_of
 from scorematch.sampling import Sampler
 from scorematch.schema import check_count
+
+_T = TypeVar("_T")
 
 SEEDS = 2**32  # A torch.Generator on a CPU uses the lowest 32 bits of its seed only.
 
@@ -90,20 +93,20 @@ class Job:
     ) -> None:
         if not isinstance(sampler, Sampler):
             raise TypeError(f"sampler must be a Sampler, got {type(sampler).__name__}. Write ODESampler(net).")
+        seed, condition, classes = _of_python(seed), _of_python(condition), _of_python(classes)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an integer, got {seed!r}.")
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         shape = attribute(sampler.net, "sample_shape") if shape is None else shape
         if shape is None:
             raise ValueError("the shape of a sample is not known: pass shape=, that of one sample without the batch.")
         self.sampler, self.seed, self.batch_size, self.condition = sampler, seed, batch_size, condition
-        self.shape = tuple(shape)
+        self.shape = tuple(map(int, shape))
         self.classes = number_of_classes(sampler.net, condition, classes, self.shape)
 
     def samples(self, n: int, *, first: int = 0, share: Share | None = None) -> Iterator[Batch]:
         """Draws images batch by batch, as ``bulk_samples`` does."""
-        check_count("n", n)
-        check_count("first", first, 0)
+        n, first = check_count("n", n), check_count("first", first, 0)
         if first + n > SEEDS:
             raise ValueError(f"first + n must be at most 2^32, got {first + n}.")
         return self.draw(ranges(n, self.batch_size, checked_share(share), first=first))
@@ -145,6 +148,11 @@ class Job:
             "shape": list(self.shape),
             "scorematch": __version__,
         }
+
+
+def _of_python(value: _T) -> _T:
+    """A number of NumPy as one of Python; another value is returned unchanged."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def prepared(sampler: Sampler) -> Sampler:

@@ -24,11 +24,12 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Real
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,6 +120,10 @@ class Settings:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # a number of NumPy, which JSON does not have
+                object.__setattr__(self, field.name, value.item())
         for name in ("betas", "ema"):
             value = getattr(self, name)
             if not isinstance(value, Iterable) or isinstance(value, str):
