@@ -908,6 +908,13 @@ def test_labels_are_checked_in_every_batch():
         steps(image_net(classes=3), Memory(images(), labels), images=32, batch_size=8)
 
 
+def test_the_labels_of_all_images_are_checked_before_a_run_is_written(tmp_path):
+    data = open_images((images(), torch.arange(32) % 5), labels=True)
+    with pytest.raises(ValueError, match="labels must be classes of the network, from 0 to 2, got 4"):
+        quick(image_net(classes=3), data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_accelerator_with_mixed_precision_raises():
     class Accelerator:
         mixed_precision, num_processes = "bf16", 1

@@ -53,6 +53,7 @@ class ImageData:
 
     Attributes:
         shape: the shape of one image, (C, H, W), or of one sample of other data.
+        labels: the labels of all images, int64 (len(data),), or None.
         classes: the names of the classes, or None without labels.
         skipped: the names of the images that cannot be read and are left out.
         from_color: whether the images are gray and the first picture is in color.
@@ -68,7 +69,7 @@ class ImageData:
         self.skipped = tuple(map(source.name_of, broken))
         self._source, self._array = source, array
         self._kept = np.setdiff1d(np.arange(len(source)), broken)  # indices of the images that can be read
-        self._labels = None if source.labels is None else torch.from_numpy(source.labels[self._kept])
+        self.labels = None if source.labels is None else torch.from_numpy(source.labels[self._kept])
         self._workers = workers
         self._pool: ThreadPoolExecutor | None = None
 
@@ -111,7 +112,7 @@ class ImageData:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="scorematch-decode")
             images = np.stack(list(self._pool.map(self._source.pixels, self._kept[rows].tolist())))
-        return torch.from_numpy(images), None if self._labels is None else self._labels[torch.from_numpy(rows)]
+        return torch.from_numpy(images), None if self.labels is None else self.labels[torch.from_numpy(rows)]
 
 
 class Order:

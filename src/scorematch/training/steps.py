@@ -40,7 +40,7 @@ from scorematch.precision import Autocast, autocast
 from scorematch.randomness import seed_of
 from scorematch.schema import check_choice, check_count, quote
 from scorematch.score import ScoreNet
-from scorematch.training.data import Order
+from scorematch.training.data import ImageData, Order
 from scorematch.training.ema import Average, check_length
 from scorematch.training.levels import Levels, Weighting, check_levels, levels_for, uniforms, weighting_for
 from scorematch.training.sources import ordered_map
@@ -450,7 +450,7 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
             "ScoreNet.unet(classes=..., null_class=True), or leave out label_drop."
         )
     if classes is not None:
-        _check_labels(data.read(torch.arange(1))[1], classes)
+        _check_labels(data.labels if isinstance(data, ImageData) else data.read(torch.arange(1))[1], classes)
 
 
 def _classes(net: ScoreNet, settings: Settings) -> int | None:
@@ -466,7 +466,7 @@ def _check_labels(labels: Tensor | None, classes: int) -> None:
         raise ValueError("the network is class-conditional, but the data have no labels. Open them with labels=True.")
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
-        raise ValueError(f"labels must be classes of the network, from 0 to {classes - 1}, got {int(wrong[0])}.")
+        raise ValueError(f"labels must be classes of the network, from 0 to {classes - 1}, got {int(wrong.max())}.")
 
 
 # -- The loop ---------------------------------------------------------------------------------------------------------
