@@ -228,6 +228,16 @@ def test_a_file_that_is_not_an_image_gives_an_error(gray, tmp_path):
         gray.read(str(tmp_path / "x.png"))
 
 
+def test_a_damaged_file_gives_an_error(gray, tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(24, 24), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    content = bytearray((tmp_path / "x.png").read_bytes())
+    content[content.index(b"IDAT") - 1] -= 64  # the length of the pixels: what follows them is no chunk
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(OSError, match=r"the file cannot be read as an image\. Upload a PNG or JPEG file\."):
+        gray.read(str(tmp_path / "x.png"))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_value_of_a_canvas_keeps_every_pixel(channels, picture):
     value = canvas(picture[:channels])

@@ -283,6 +283,16 @@ def test_a_file_that_is_not_an_image_raises(tmp_path):
         read_image(tmp_path / "broken.png", 4)
 
 
+def test_a_damaged_picture_of_any_format_is_named(tmp_path, monkeypatch):
+    def fails(self, *arguments):
+        raise RuntimeError("Failed to decode image")  # as Pillow for AVIF
+
+    save_image(torch.zeros(1, 4, 4), tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    with pytest.raises(OSError, match=r"a\.png cannot be read as an image: Failed to decode image"):
+        read_image(tmp_path / "a.png", 3)
+
+
 def test_a_picture_of_more_pixels_than_its_file_can_hold_raises(tmp_path):
     """A GIF of few bytes with a screen of 36 million pixels."""
     path = tmp_path / "a.gif"

@@ -26,7 +26,7 @@ ENDINGS = (
 _HALF_A_GRAY_LEVEL = 0.5 / 255
 # More pixels per byte than deflate can compress black and white pixels to, for images that are not small.
 _PIXELS_PER_BYTE, _MANY_PIXELS = 8000, 2**23
-_DAMAGED = (OSError, ValueError, SyntaxError)  # what Pillow raises for a damaged file
+DAMAGED = (OSError, ValueError, SyntaxError, RuntimeError)  # what Pillow raises for a damaged file
 
 
 def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
@@ -218,7 +218,7 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
                 gray = torch.from_numpy(_deep_gray(_upright(file)))
                 return gray.expand(channels, *gray.shape).clone()
             array = np.array(gray_or_rgb(file, channels))
-    except (*_DAMAGED, pillow.DecompressionBombError) as error:
+    except (*DAMAGED, pillow.DecompressionBombError) as error:
         if getattr(error, "filename", None) is not None:  # the file does not exist or may not be read
             raise
         raise OSError(f"{os.fspath(path)} cannot be read as an image: {reason(error)}.") from error

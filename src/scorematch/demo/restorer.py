@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.images import gray_or_rgb, open_picture, to_float
+from scorematch.images import DAMAGED, gray_or_rgb, open_picture, to_float
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import condition_of
 from scorematch.protocol import device_of
@@ -112,7 +112,7 @@ class Restorer:
         try:
             with open_picture(path) as file:
                 pixels = np.array(gray_or_rgb(file, channels))
-        except (OSError, ValueError) as error:
+        except DAMAGED as error:
             raise OSError("the file cannot be read as an image. Upload a PNG or JPEG file.") from error
         pixels = pixels.reshape(1, *pixels.shape[:2], channels)
         data = open_images(pixels, image_size=(height, width), channels=channels, progress=False)
