@@ -997,6 +997,21 @@ def test_the_report_names_classes_of_folders_whose_names_are_not_utf_8(tmp_path)
     assert r"- 2 classes: 0 caf\udce9, 1 宿" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there are no locks on Windows")
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    refused = []
+
+    def evaluate(net, images):
+        with pytest.raises(BlockingIOError, match=r"another process is training in .*run\. Wait until it has ended"):
+            quick(points_net(), points(), tmp_path / "run")
+        refused.append(images)
+        return {}
+
+    quick(points_net(), points(), tmp_path / "run", evaluate=evaluate)
+    assert refused == [80]
+    quick(points_net(), points(), tmp_path / "run")
+
+
 def test_the_repository_of_the_result_is_checked_before_the_training(tmp_path):
     with pytest.raises(ValueError, match="the repository must be owner/name, got 'faces'"):
         quick(image_net(), images(), tmp_path / "run", push_to_hub="faces")

@@ -160,6 +160,20 @@ def reading(folder: Path) -> Iterator[Path]:
         yield previous if previous.is_dir() else folder
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Locks a folder for this process until the end. There are no locks on Windows and on some network file systems.
+
+    Args:
+        folder: an existing folder that neither ``new_files`` nor ``reading`` uses.
+
+    Raises:
+        BlockingIOError: if another process, or another call in this process, has locked it.
+    """
+    with _locked(folder, wait=False):
+        yield
+
+
 def _replace(folder: Path, new: Path, replaced: Callable[[Path], Iterable[Path]]) -> None:
     """Moves the files of ``new`` to ``folder``, and deletes the others that are replaced; either all or none."""
     previous, old = folder / _PREVIOUS, new.with_name("old")
@@ -201,8 +215,11 @@ def _link(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Locks a folder for this process, or ``shared`` with others, and yields whether that was possible."""
+def _locked(folder: Path, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """Locks a folder for this process, or ``shared`` with others, and yields whether that was possible.
+
+    If another process has locked it, the call waits, or raises BlockingIOError if ``wait`` is False.
+    """
     if os.name == "nt":
         yield False
         return
@@ -212,10 +229,13 @@ def _locked(folder: Path, *, shared: bool = False) -> Iterator[bool]:
         try:
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
             # Closing would not be enough: a process that is forked meanwhile has the descriptor too.
             stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
             held = True
+        except BlockingIOError:
+            raise
         except OSError:  # a file system without locks, or a folder that cannot be listed
             held = False
         yield held

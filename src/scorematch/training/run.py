@@ -28,7 +28,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch import pretrained
-from scorematch.files import check_outside, write_whole
+from scorematch.files import alone, check_outside, write_whole
 from scorematch.images import is_picture
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast
@@ -231,7 +231,8 @@ def train(
         TypeError, ValueError: if arguments do not fit together, the settings differ from those of the run in ``out``,
             its files are damaged, or the network ``start`` differs from ``net``.
         RuntimeError: if the loss becomes NaN or infinite; the message names the step and the noise level.
-        OSError: if a file cannot be written. The last checkpoint is not affected.
+        OSError: if a file cannot be written, or another process is training in ``out``. The last checkpoint is not
+            affected.
         SystemExit: after SIGTERM, with status 143. KeyboardInterrupt: after Ctrl-C.
 
     Example:
@@ -286,19 +287,20 @@ def train(
     if not hasattr(data, "read"):
         data = _open(net, data)
     check_arguments(net, data, settings, accelerator.num_processes)
-    run = _Run(out, net, data, settings, start, every, keep, accelerator)
-    if trackers:
-        accelerator.init_trackers("scorematch")
-    with tqdm(
-        total=settings.total,
-        initial=run.state.images,
-        desc="training",
-        unit="img",
-        unit_scale=True,
-        disable=not (progress and accelerator.is_main_process),
-    ) as bar:
-        run.loop(evaluate, bar)
-    averaged = run.finish()
+    with ExitStack() as stack:
+        run = _Run(out, net, data, settings, start, every, keep, accelerator, stack)
+        if trackers:
+            accelerator.init_trackers("scorematch")
+        with tqdm(
+            total=settings.total,
+            initial=run.state.images,
+            desc="training",
+            unit="img",
+            unit_scale=True,
+            disable=not (progress and accelerator.is_main_process),
+        ) as bar:
+            run.loop(evaluate, bar)
+        averaged = run.finish()
     if push_to_hub is not None and accelerator.is_main_process:
         averaged.push_to_hub(push_to_hub)
     if trackers:
@@ -321,7 +323,7 @@ def _open(net: ScoreNet, data: Any) -> Any:
 
 
 class _Run:
-    """A run and its folder."""
+    """A run and its folder, which is locked until ``stack`` is closed."""
 
     def __init__(
         self,
@@ -333,6 +335,7 @@ class _Run:
         every: dict[str, int | None],
         keep: int,
         accelerator: Any,
+        stack: ExitStack,
     ) -> None:
         self.out, self.net, self.data, self.settings = out, net, data, settings
         self.every, self.keep, self.accelerator = every, keep, accelerator
@@ -345,6 +348,8 @@ class _Run:
             with accelerator.main_process_first():  # the other processes then find a download in the cache
                 _begin_with(net, start)
         self.config = self._configure(start)
+        if self.main:
+            self._lock(stack)
         self.state = prepare(net, settings, accelerator)
         self.seconds, self.began = 0.0, time.perf_counter()  # training time until the time ``began``
         self.saved = 0  # the number of images of the last checkpoint
@@ -369,6 +374,21 @@ class _Run:
         now: dict[str, Any] = json.loads(text)
         _check_same(self.out, now)
         return now
+
+    def _lock(self, stack: ExitStack) -> None:
+        """Locks the folder of the checkpoints.
+
+        Raises:
+            BlockingIOError: if another process is training in the folder.
+        """
+        folder = self.out / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        try:
+            stack.enter_context(alone(folder))
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"another process is training in {self.out}. Wait until it has ended, or pass another folder."
+            ) from error
 
     def _continue(self, found: checkpoint.Checkpoint | None) -> None:
         """Loads the last checkpoint, or writes the first, so that a repeated run has the same initial weights."""
