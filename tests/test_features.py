@@ -564,3 +564,14 @@ def test_the_cache_of_the_user(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "scorematch"
+
+
+def test_without_a_home_folder_the_error_names_the_variable(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")  # in a container, for a user without a name
+
+    monkeypatch.delenv("SCOREMATCH_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", home)
+    with pytest.raises(FileNotFoundError, match="Set the environment variable SCOREMATCH_CACHE to a folder, or pass"):
+        cache_folder()

@@ -295,7 +295,17 @@ def content_key(images: ImageData, extractor: Extractor, *parts: object) -> str:
 
 
 def cache_folder() -> Path:
-    """The default cache: ``$SCOREMATCH_CACHE``, else ``$XDG_CACHE_HOME/scorematch``, else ``~/.cache/scorematch``."""
+    """The default cache: ``$SCOREMATCH_CACHE``, else ``$XDG_CACHE_HOME/scorematch``, else ``~/.cache/scorematch``.
+
+    Raises:
+        FileNotFoundError: if there is neither one of these variables nor a home folder, as in some containers.
+    """
     named = os.environ.get("SCOREMATCH_CACHE")
     home = os.environ.get("XDG_CACHE_HOME")
-    return Path(named) if named else Path(home or Path.home() / ".cache") / "scorematch"
+    try:
+        return Path(named) if named else Path(home or Path.home() / ".cache") / "scorematch"
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            "there is no home folder for the cache of statistics. Set the environment variable SCOREMATCH_CACHE to a "
+            "folder, or pass cache=False, which is --no-cache."
+        ) from error
