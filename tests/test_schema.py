@@ -69,6 +69,15 @@ def test_numbers_above_a_bound():
         SamplerSettings(step_size=0.0)
 
 
+def test_one_value_or_a_list_of_values():
+    field = Field(int, low=1, high=64, or_list=True)
+    for value in (1, 64, [3], (2, 2, 1), [1] * 16):
+        assert field.fits(value)
+    for value in (0, 65, True, 1.0, "2", None, [], [0], [1, True], [[1]], [1] * 17, {"a": 1}):
+        assert not field.fits(value)
+    assert str(field) == "an integer of at least 1 and at most 64, or a list of such values"
+
+
 def test_values_in_messages_are_short():
     assert quote(16**10_000) == "a number of thousands of digits"
     assert len(quote([["x" * 1000] * 1000])) <= 60

@@ -343,6 +343,16 @@ def test_values_that_cannot_be_read_are_not_checked(rng):
         (lambda: ScoreNet.unet(1, 8, widths=(4,), patch=0), ValueError, "patch must be an integer of at least 1"),
         (lambda: ScoreNet.unet(3, 8, widths=(4,), condition_channels=-1), ValueError, "must be at least 0, got -1"),
         (lambda: ScoreNet.ncsnpp(1, 8, layers_per_block=0), ValueError, "ScoreNet.ncsnpp: layers_per_block must be an"),
+        (
+            lambda: ScoreNet.unet(1, 8, widths=(4, 4), layers_per_block=(2, 0)),
+            ValueError,
+            r"ScoreNet.unet: layers_per_block must be an integer .* or a list of such values, got \[2, 0\]",
+        ),
+        (
+            lambda: ScoreNet.unet(1, 8, widths=(4, 4), layers_per_block=(2, 1, 1)),
+            ValueError,
+            "layers_per_block must be an integer or have one entry per scale, 2, got 3",
+        ),
         (lambda: ScoreNet.ncsnv2(1, 8, width=2.0), ValueError, "ScoreNet.ncsnv2: width must be an integer"),
         (lambda: ScoreNet.ncsnv2(1, 8, width=2, precondition="ncsn"), ValueError, '"ncsnv2" or "karras", got'),
         (

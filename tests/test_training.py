@@ -1345,6 +1345,8 @@ GROWTH = {
         {"layers_per_block": 3, "patch": 2, "pixel_channels": 4},
         {"layers_per_block": 5, "attention": [True, True]},
     ),
+    "layers of one scale": ({"layers_per_block": [1, 2]}, {"layers_per_block": [3, 2], "attention": [True, False]}),
+    "layers, from one to each": ({"patch": 2, "pixel_channels": 4}, {"layers_per_block": [2, 3]}),
     "layers, attention": ({"attention": [False, True]}, {"layers_per_block": 2}),
     "attention": ({}, {"attention": [True, True]}),
     "pixels": ({"patch": 2, "pixel_channels": 4}, {"pixel_channels": 64}),
@@ -1390,6 +1392,11 @@ def test_a_network_does_not_start_with_a_larger_one(tmp_path):
     cases = {
         "in_channels is 3 there and 2 here": {"condition_channels": 1},
         "layers_per_block is 2 there and 1 here": {"layers_per_block": 1},
+        r"block_out_channels is .*; layers_per_block is 2 there and \[1, 3\] here": {
+            "widths": (4, 4),
+            "layers_per_block": [1, 3],
+            "attention": [True, True],
+        },
         "pixel_channels is 8 there and 4 here": {"pixel_channels": 4},
         "pixel_channels is 8 there and 96 here": {"pixel_channels": 96},
         r"down_block_types is \['AttnDownBlock2D'\] there and \['DownBlock2D'\] here": {"attention": [False]},

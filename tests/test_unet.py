@@ -18,7 +18,7 @@ from tests.helpers import run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from diffusers import UNet2DModel
+    from diffusers import UNet2DConditionModel, UNet2DModel
 
 PAIRS = {
     "DownBlock2D": "UpBlock2D",
@@ -167,6 +167,39 @@ def test_mixed_kinds_of_blocks_equal_those_of_diffusers():
         "up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D", "AttnUpBlock2D"),
     }
     assert _difference(config, 8) < 1e-5
+
+
+def test_other_numbers_of_layers_at_each_scale_equal_those_of_diffusers(rng):
+    """Its U-Net for text has them too; without attention, it is the same network."""
+    config = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (8, 16, 24),
+        "norm_num_groups": 4,
+        "layers_per_block": [2, 1, 3],
+        "down_block_types": ("DownBlock2D",) * 3,
+        "up_block_types": ("UpBlock2D",) * 3,
+    }
+    torch.manual_seed(0)
+    theirs = UNet2DConditionModel(**config, mid_block_type="UNetMidBlock2D").eval()
+    theirs.mid_block = UNet2DModel(**{**config, "layers_per_block": 1}, add_attention=False).mid_block  # of two blocks
+    ours = UNet(**config, add_attention=False).eval()
+    fill(ours, theirs.state_dict(), "the weights of diffusers")
+    x, t = torch.randn(2, 3, 8, 8, generator=rng), torch.tensor([3.0, 412.37])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t), theirs(x, t, encoder_hidden_states=None).sample)
+
+
+def test_one_number_of_layers_for_all_scales_may_be_a_list(tmp_path):
+    """It is the configuration that diffusers reads; different numbers are kept as a list, also in a file."""
+    options = {"widths": (4, 8), "precondition": "ddpm"}
+    one, equal = (ScoreNet.unet(1, 8, layers_per_block=layers, **options) for layers in (2, [2, 2]))
+    assert equal.config == one.config and equal.config["layers_per_block"] == 2
+    net = ScoreNet.unet(1, 8, layers_per_block=(2, 1), **options)
+    net.save_pretrained(tmp_path)
+    again = ScoreNet.from_pretrained(tmp_path)
+    assert again.config["layers_per_block"] == [2, 1]
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -325,6 +358,7 @@ def test_the_sizes_of_the_embedding(rng):
         {"time_proj_dim": 6},
         {"num_class_embeds": 3, "null_class": True},
         {"norm_num_groups": None},
+        {"layers_per_block": [2, 1]},
         {},
         {"time_embedding_dim": 20},
     ],

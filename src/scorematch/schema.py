@@ -7,7 +7,7 @@ import math
 import reprlib
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Field:
         above: a number that the value must exceed.
         choices: the allowed values; None allows all.
         each: the field of each entry of a list.
+        or_list: whether the value may also be a list of such values, at most 16.
     """
 
     kind: type
@@ -54,8 +55,11 @@ class Field:
     above: float | None = None
     choices: Collection[Any] | None = None
     each: Field | None = None
+    or_list: bool = False
 
     def __str__(self) -> str:
+        if self.or_list:
+            return f"{replace(self, or_list=False)}, or a list of such values"
         if self.choices is not None:
             said = f"one of {', '.join(map(repr, self.choices))}"
         else:
@@ -78,6 +82,8 @@ class Field:
         """Whether a value has the type and range of this field."""
         if value is None:
             return self.optional
+        if self.or_list and isinstance(value, list | tuple):
+            return 0 < len(value) <= 16 and all(map(replace(self, or_list=False).fits, value))
         if isinstance(value, bool) != (self.kind is bool):
             return False
         kinds = (int, float) if self.kind is float else (list, tuple) if self.kind is list else self.kind

@@ -223,7 +223,7 @@ class ScoreNet(NetworkScore, nn.Module):
         image_size: Size = 32,
         *,
         widths: Sequence[int] = (64, 128, 128),
-        layers_per_block: int = 2,
+        layers_per_block: int | Sequence[int] = 2,
         attention: Sequence[bool] | None = None,
         condition_channels: int = 0,
         classes: int | None = None,
@@ -242,7 +242,9 @@ class ScoreNet(NetworkScore, nn.Module):
                 ``patch * 2 ** (len(widths) - 1)``.
             widths: the number of feature channels at each scale, from full resolution down; height and width are halved
                 from one scale to the next.
-            layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more.
+            layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more. Or
+                one number per scale, from full resolution down; such a network is saved in this package's own layout,
+                which diffusers cannot read.
             attention: one bool per scale, True for self-attention at this scale; None gives it to the lowest resolution
                 only.
             condition_channels: the number of channels of a conditioning image, which is concatenated with x and has the
@@ -276,13 +278,16 @@ class ScoreNet(NetworkScore, nn.Module):
         attention = [False] * (len(widths) - 1) + [True] if attention is None else attention
         if len(attention) != len(widths):
             raise ValueError(f"attention must have one entry per scale, {len(widths)}, got {len(attention)}.")
+        layers = native(layers_per_block)
+        if isinstance(layers, list) and layers == layers[:1] * len(widths):
+            layers = layers[0]  # as in diffusers
         architecture = {
             "family": "unet",
             "in_channels": channels + condition_channels,
             "out_channels": channels,
             "block_out_channels": list(widths),
             **block_types(attention),
-            "layers_per_block": layers_per_block,
+            "layers_per_block": layers,
             "attention_head_dim": None,
             "norm_num_groups": math.gcd(32, *widths),
             "dropout": dropout,

@@ -106,6 +106,21 @@ def block_types(attention: Sequence[bool]) -> dict[str, list[str]]:
     return {"down_block_types": down, "up_block_types": [name.replace("Down", "Up") for name in reversed(down)]}
 
 
+def _layers(layers: int | Sequence[int], widths: Sequence[int]) -> list[int]:
+    """The number of residual blocks at each scale, from one number for all scales or one per scale.
+
+    Raises:
+        ValueError: if the number of entries is not the number of scales.
+    """
+    if isinstance(layers, int):
+        return [layers] * len(widths)
+    if len(layers) != len(widths):
+        raise ValueError(
+            f"layers_per_block must be an integer or have one entry per scale, {len(widths)}, got {len(layers)}."
+        )
+    return list(layers)
+
+
 class _Downsample(nn.Module):
     """A convolution of stride two. With ``padding`` = 0 it pads on the right and at the bottom only, as in DDPM."""
 
@@ -302,7 +317,8 @@ class UNet(ImageNetwork):
             ``DOWN_BLOCKS``.
         up_block_types: the type of the block at each scale on the way up, from the lowest resolution up; a key of
             ``UP_BLOCKS``.
-        layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more.
+        layers_per_block: the number of residual blocks at each scale on the way down, or a list with one number per
+            scale from full resolution down (not in diffusers); the way up has one more.
         attention_head_dim: the width of an attention head; None is a single head. ``attention_heads`` overrides it.
         norm_num_groups: the number of groups of the group norms; None is a quarter of the channels, but at most 32.
         norm_eps: the eps that is added to the variance in every norm.
@@ -356,7 +372,7 @@ class UNet(ImageNetwork):
         block_out_channels: Sequence[int] = (224, 448, 672, 896),
         down_block_types: Sequence[str] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types: Sequence[str] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block: int = 2,
+        layers_per_block: int | Sequence[int] = 2,
         attention_head_dim: int | None = 8,
         norm_num_groups: int | None = 32,
         norm_eps: float = 1e-5,
@@ -398,6 +414,7 @@ class UNet(ImageNetwork):
                 f"block_out_channels, down_block_types and up_block_types must have one entry per scale, got "
                 f"{len(widths)}, {len(down_block_types)} and {len(up_block_types)}."
             )
+        layers = _layers(layers_per_block, widths)
         for down, up in zip(down_block_types, up_block_types, strict=True):
             check_choice("down block", down, DOWN_BLOCKS)
             check_choice("up block", up, UP_BLOCKS)
@@ -447,14 +464,14 @@ class UNet(ImageNetwork):
         self.time_embedding = Embedding(features, embedding)
         self.class_embedding = self.class_table(embedding)
 
-        self.down_blocks, kept = _way_down(down_block_types, widths, layers_per_block, layout, head_widths)
+        self.down_blocks, kept = _way_down(down_block_types, widths, layers, layout, head_widths)
         lowest, groups, scale = widths[-1], layout.groups_of(widths[-1]), mid_block_scale_factor
         if attn_norm_num_groups is None and not layout.style.scale_shift:
             attn_norm_num_groups = groups
         resnets = [ResidualBlock(lowest, lowest, layout.style, groups=groups, scale=scale) for _ in range(2)]
         attention = layout.attention(lowest, head_widths[-1], attn_norm_num_groups, scale) if add_attention else None
         self.mid_block = MiddleBlock(resnets, attention)
-        self.up_blocks = _way_up(up_block_types, widths, kept, layers_per_block, layout, head_widths_up)
+        self.up_blocks = _way_up(up_block_types, widths, kept, layers, layout, head_widths_up)
         self.conv_norm_out = GroupNorm(layout.groups_of(widths[0]), widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], (pixel_channels or out_channels) * patch**2, 3, padding=1)
         if pixel_channels:
@@ -508,16 +525,14 @@ class UNet(ImageNetwork):
 
 
 def _way_down(
-    kinds: Sequence[str], widths: Sequence[int], layers: int, layout: _Layout, head_widths: Sequence[int]
+    kinds: Sequence[str], widths: Sequence[int], layers: Sequence[int], layout: _Layout, head_widths: Sequence[int]
 ) -> tuple[nn.ModuleList, list[int]]:
     """The blocks of the way down, and the widths of the features that are kept for the way up."""
     blocks, inputs, kept = nn.ModuleList(), widths[0], [widths[0]]
-    for i, (kind, outputs, head_width) in enumerate(zip(kinds, widths, head_widths, strict=True)):
+    for i, (kind, outputs, count, head_width) in enumerate(zip(kinds, widths, layers, head_widths, strict=True)):
         halve = i < len(widths) - 1
-        blocks.append(
-            _DownBlock(DOWN_BLOCKS[kind], inputs, outputs, layers, layout, head_width=head_width, halve=halve)
-        )
-        kept += [outputs] * (layers + halve)
+        blocks.append(_DownBlock(DOWN_BLOCKS[kind], inputs, outputs, count, layout, head_width=head_width, halve=halve))
+        kept += [outputs] * (count + halve)
         inputs = outputs
     return blocks, kept
 
@@ -526,15 +541,15 @@ def _way_up(
     kinds: Sequence[str],
     widths: Sequence[int],
     kept: list[int],
-    layers: int,
+    layers: Sequence[int],
     layout: _Layout,
     head_widths: Sequence[int],
 ) -> nn.ModuleList:
     """The blocks of the way up, from the lowest resolution; ``kept`` is emptied."""
     blocks, inputs = nn.ModuleList(), widths[-1]
-    for i, (kind, outputs, head_width) in enumerate(zip(kinds, reversed(widths), reversed(head_widths), strict=True)):
-        beside = [kept.pop() for _ in range(layers + 1)]
-        double = i < len(widths) - 1
+    for kind, i in zip(kinds, reversed(range(len(widths))), strict=True):
+        outputs, head_width, double = widths[i], head_widths[i], i > 0
+        beside = [kept.pop() for _ in range(layers[i] + 1)]
         blocks.append(_UpBlock(UP_BLOCKS[kind], inputs, beside, outputs, layout, head_width=head_width, double=double))
         inputs = outputs
     return blocks
@@ -577,7 +592,7 @@ class _UNetFamily(ImageFamily[UNet]):
         "block_out_channels": Field(list, required=True, low=1, high=16, each=_SIZE),
         "down_block_types": Field(list, low=1, high=16, each=Field(str, choices=tuple(DOWN_BLOCKS))),
         "up_block_types": Field(list, low=1, high=16, each=Field(str, choices=tuple(UP_BLOCKS))),
-        "layers_per_block": Field(int, low=1, high=64),
+        "layers_per_block": Field(int, low=1, high=64, or_list=True),
         "attention_head_dim": Field(int, optional=True, low=1, high=65_536),
         "norm_num_groups": Field(int, optional=True, low=1, high=65_536),
         "norm_eps": Field(float, low=0, high=1),
@@ -612,6 +627,8 @@ class _UNetFamily(ImageFamily[UNet]):
         """UNet2DModel, if it supports the options, and c_noise and the meaning of the output fit the row."""
         if any(architecture.get(key, value) != value for key, value in OWN_KEYS.items()):
             return None
+        if not isinstance(architecture.get("layers_per_block", 2), int):
+            return None
         blocks = [*architecture.get("down_block_types", ()), *architecture.get("up_block_types", ())]
         if architecture.get("norm_num_groups", 32) is None and not all("Skip" in name for name in blocks):
             return None
@@ -638,7 +655,8 @@ class _UNetFamily(ImageFamily[UNet]):
         resampling = (large.get("downsample_type"), large.get("upsample_type"))
         if any("Skip" in kind for kind in kinds) or "resnet" in resampling:
             return keys  # additional layers of these networks cannot be the identity
-        if is_larger("layers_per_block", small, large):
+        before, now = (_layers(each.get("layers_per_block", 2), each["block_out_channels"]) for each in (small, large))
+        if before != now and len(before) == len(now) and all(new >= old for old, new in zip(before, now, strict=True)):
             keys.add("layers_per_block")
         for key in blocks:
             pairs = zip(small.get(key, ()), large.get(key, ()), strict=False)
@@ -668,10 +686,11 @@ class _UNetFamily(ImageFamily[UNet]):
         if small.pixel_in is not None:
             channels = torch.arange(small.pixel_out.in_channels)
             both = torch.cat([channels, large.pixel_out.in_channels + channels])
-        layers, more = (len(cast(_UpBlock, net.up_blocks[0]).resnets) for net in (small, large))
-        later = re.compile(r"^(up_blocks\.\d+\.(?:resnets|attentions)\.)([1-9]\d*)(?=\.)")
+        layers, now = ([len(cast(_UpBlock, up).resnets) for up in net.up_blocks] for net in (small, large))
+        more = [new - old for old, new in zip(layers, now, strict=True)]
+        later = re.compile(r"^up_blocks\.(\d+)\.(resnets|attentions)\.([1-9]\d*)(?=\.)")
         for name, weight in small.state_dict().items():
-            to = later.sub(lambda found: f"{found[1]}{int(found[2]) + more - layers}", name)
+            to = later.sub(lambda at: f"up_blocks.{at[1]}.{at[2]}.{int(at[3]) + more[int(at[1])]}", name)
             inputs = both if name in ("pixel_block_out.conv1.weight", "pixel_block_out.conv_shortcut.weight") else None
             outputs = both if name.startswith("pixel_block_out.norm1.") else None
             place(grown[to], weight, outputs=outputs, inputs=inputs)
