@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.nets import Condition, RefineNet
 from scorematch.nets.unet import UNet
 from scorematch.pretrained import cards
@@ -476,6 +476,20 @@ def test_conditioning_does_not_need_a_sample_shape(make, expected, sample_shape)
     assert net.conditioning == expected
     if expected is not None:
         assert net.inference_copy().conditioning == expected
+
+
+def test_print_shows_the_noise_levels(capsys):
+    print(ScoreNet.ncsn(1, 28, width=2))
+    shown = "NoiseSchedule(10 levels, 1 -> 0.01), precondition='ncsn', sample_shape=(1, 28, 28)"
+    assert shown in capsys.readouterr().out
+
+
+def test_a_network_that_is_loaded_in_inference_mode_can_be_trained(tmp_path):
+    ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, schedule=LEVELS).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        net = ScoreNet.from_pretrained(tmp_path)
+    dsm_loss(net, torch.rand(2, 1, 8, 8)).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
 
 
 # -- Classes as a condition

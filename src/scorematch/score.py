@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from scorematch import pretrained
@@ -122,6 +123,10 @@ class ScoreNet(NetworkScore, nn.Module):
         self.predicts_variance = native(predicts_variance)
         self.sampler_settings = None
         self._architecture: dict[str, Any] = {"family": "custom"}
+
+    def extra_repr(self) -> str:
+        """The noise levels, the row of the preconditioning table and the shape of a sample, which ``print`` shows."""
+        return f"{self.schedule}, precondition={self.precondition!r}, sample_shape={self.sample_shape}"
 
     @property
     def sampler_settings(self) -> SamplerSettings | None:
@@ -583,14 +588,15 @@ class ScoreNet(NetworkScore, nn.Module):
             >>> ScoreNet.from_pretrained("mnist").sample_shape
             (1, 28, 28)
         """
-        stored = pretrained.load(
-            name_or_folder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        return cls.from_stored(stored, backbone)
+        with torch.inference_mode(False):  # the weights of a network that is loaded inside it can be trained later
+            stored = pretrained.load(
+                name_or_folder,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+            return cls.from_stored(stored, backbone)
 
     @classmethod
     def from_diffusers(cls, unet: nn.Module, scheduler: Any) -> ScoreNet:
