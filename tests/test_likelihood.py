@@ -77,6 +77,8 @@ def test_likelihood_for_data_at_a_point_is_exact_with_few_levels():
     x = torch.randn(20, 5, generator=seed(0), dtype=torch.float64)
     found = likelihood(point, x, NoiseSchedule([10.0, 3.0, 0.7]), probes=None)
     torch.testing.assert_close(found, torch.distributions.Normal(0.0, 0.7).log_prob(x).sum(1))
+    middle = Gaussian([4.0] * 5, 0.0, value_range=(1, 7))  # the start has the mean of the range
+    torch.testing.assert_close(likelihood(middle, x + 4, NoiseSchedule([10.0, 3.0, 0.7]), probes=None), found)
 
 
 def test_random_directions_estimate_the_trace_without_bias(world):

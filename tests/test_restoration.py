@@ -224,9 +224,12 @@ def test_guide_jacobian_does_not_diverge_for_data_with_one_strong_direction():
         assert (x - shades).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("value_range", [None, (-1, 3)])
 @pytest.mark.parametrize("restore", ["guide", "guide-jacobian"])
-def test_a_guided_chain_equals_the_chain_of_the_posterior_of_white_data(restore):
+def test_a_guided_chain_equals_the_chain_of_the_posterior_of_white_data(restore, value_range):
+    """Data are assumed to have the variance 1, or the square of a quarter of their range."""
     world, observation = gaussian_images(SHAPE, variance=1.0), observe(OPERATORS["mask"], 0.5)
+    world.value_range = value_range
     options = {"steps_per_level": 2, "exact_noise": True}
     x = run(AnnealedLangevinSampler(world, LEVELS, restore=restore, **options), 5, observation=observation, generator=0)
     expected = run(AnnealedLangevinSampler(world.posterior(observation), LEVELS, **options), 5, generator=0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.evaluation.exact import Gaussian
 from scorematch.guidance import autoguidance, classifier, classifier_free
 from scorematch.nets import Condition
 from scorematch.observe import Mask, Observation
@@ -68,7 +69,8 @@ class Predicting:
         return self.net(x, sigma, *condition)
 
     def score_and_variance(self, x, sigma, *condition):
-        return self.net(x, sigma, *condition), torch.sigmoid(x)
+        score = self.net(x, sigma, *condition)
+        return score, torch.sigmoid(sigma * score)
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -629,6 +631,23 @@ def test_ode_sampler_adds_the_noise_of_the_start_to_the_observation(kind, world,
     run(KINDS[kind](score, SHORT), init=init, observation=Observation(Mask(seen), y))
     for x, sigma in states:
         torch.testing.assert_close(x[:, 0], 0.9 + sigma * init[:, 0] / 5)
+
+
+@every_kind
+def test_samples_in_other_units_are_the_same_in_these_units(kind, world):
+    """For data u from -1 to 1 and data a u + b. No level is between 0.2 / a and 0.2, where the churn of KINDS ends."""
+    a, b, levels = 1.25, 3.0, SHORT.respaced(6).sigmas
+    world = Gaussian(world.mean, world.covariance, value_range=(-1, 1))
+    other = Gaussian(a * world.mean + b, a**2 * world.covariance, value_range=(b - a, b + a))
+    samplers = [KINDS[kind](net, NoiseSchedule(c * levels)) for net, c in ((world, 1), (other, a))]
+    seen, y = Mask(torch.tensor([True, False, False])), torch.tensor([[0.4, 0.0, 0.0]])
+    for restore, noise in ((None, 0.0), ("replace", 0.3), ("guide", 0.0), ("guide-jacobian", 0.3)):
+        found = []
+        for sampler, c, m in zip(samplers, (1, a), (0, b), strict=True):
+            sampler.restore = restore or "replace"
+            observation = Observation(seen, c * y + m, c * noise) if restore else None
+            found.append(run(sampler, 5, shape=(3,), observation=observation, generator=0))
+        torch.testing.assert_close(found[1], a * found[0] + b, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
