@@ -231,6 +231,9 @@ def test_scores_of_several_dtypes():
             found = autoguidance(net, weaker, 2, interval=(0.1, 1))(x, 0.3)
             assert found.dtype == x.dtype
             torch.testing.assert_close(found, -x, rtol=2e-2, atol=1e-6)
+    guided = autoguidance(score, lambda x, sigma: -2 * x, 1.1, interval=(0.1, 1))
+    for sigma in (0.3, torch.tensor(0.3), torch.full((6,), 0.3)):  # in float64 no weight is rounded to float32
+        torch.testing.assert_close(guided(x.double(), sigma), -0.9 * x.double(), rtol=1e-14, atol=0)
 
 
 def test_the_classifier_must_be_differentiable():

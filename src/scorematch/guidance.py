@@ -287,7 +287,8 @@ class GuidedScore(NetworkScore, nn.Module):
         if not isinstance(sigma, Tensor):
             return self.weight if low < sigma <= high else self._unguided
         inside = (sigma > low) & (sigma <= high)  # compared on the device of sigma, without waiting for it
-        return per_image(torch.where(inside, self.weight, self._unguided).to(x.dtype).to(x.device), x)
+        weight = sigma.new_full((), self.weight, dtype=x.dtype)  # where() of two numbers is in float32
+        return per_image(torch.where(inside, weight, self._unguided).to(x.device), x)
 
 
 class _ClassifierFree(GuidedScore):
