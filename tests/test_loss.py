@@ -504,9 +504,11 @@ def test_the_true_score_minimizes_the_sliced_loss(mixture, rng):
 
 def test_sliced_loss_gives_every_parameter_a_gradient(rng):
     net, (x, fixed) = _small(), _batch(rng)
-    with torch.no_grad():  # as in a validation loop
-        value = sliced_score_matching_loss(net, x, **fixed, generator=rng)
-    assert value.shape == ()
+    value = sliced_score_matching_loss(net, x, **fixed, generator=0)
+    for mode in (torch.no_grad, torch.inference_mode):  # as in validation loops
+        with mode():
+            again = sliced_score_matching_loss(net, x + 0, **fixed, generator=0)
+        assert not again.requires_grad and torch.equal(again, value)
     loss = sliced_score_matching_loss(net, x, LEVELS, generator=rng)
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
@@ -527,6 +529,10 @@ def test_sliced_loss_of_a_network_with_attention_and_a_condition(rng, options):
         return sliced_score_matching_loss(net, x, sigma=0.5, noise=z, projections=v, condition=condition)
 
     loss().backward()
+    with torch.inference_mode():
+        x, z, v = x + 0, z + 0, v + 0
+        condition = None if condition is None else condition + 0
+        assert loss().isfinite()
     weight = net.backbone.mid_block.attentions[0].to_q.weight
     along = torch.randn(weight.shape, generator=rng).double()
     values = []

@@ -25,7 +25,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -210,14 +210,20 @@ def sliced_score_matching_loss(
     else:
         v = _like("projections", projections, x)
     # The faster kernels of attention have no second derivative.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        sigma, v, condition = map(_recordable, (sigma, v, class_of_each(condition, x)))
         noisy = (x + per_image(sigma, x) * noise).detach().requires_grad_()
-        score = score_at(net, noisy, sigma, class_of_each(condition, x))
+        score = score_at(net, noisy, sigma, condition)
         check_differentiable(score)
         (gradient,) = torch.autograd.grad((v * score).sum(), noisy, create_graph=True)
     loss = (v * gradient).flatten(1).sum(1) + score.square().flatten(1).sum(1) / 2
     loss = loss * (sigma**2 if weighting is None else _weights_at(sigma, weighting))
     return loss.mean() if reduction == "mean" else loss
+
+
+def _recordable(value: Any) -> Any:
+    """A copy of a tensor that was created in inference mode, which autograd can record; any other value unchanged."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _weights_at(sigma: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
