@@ -173,6 +173,9 @@ def test_inpainting_masks_are_strokes_in_60_and_boxes_in_40_percent(monkeypatch)
     masks = masks[shares > 0]
     single = (masks == masks.any(2)[:, :, None] & masks.any(1)[:, None]).flatten(1).all(1)
     assert 0.1 < float(single.float().mean()) < 0.35  # a fifth of the masks have one box; overlapping boxes add some
+    padded = torch.nn.functional.pad(masks, (1, 0, 1, 0))
+    corners = masks & ~padded[:, :-1, 1:] & ~padded[:, 1:, :-1]  # the upper left one of each box, unless it is covered
+    assert corners.sum((1, 2)).max() == 5
 
 
 def test_strokes_cover_14_percent_at_every_image_size(monkeypatch):
