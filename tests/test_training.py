@@ -201,6 +201,14 @@ def test_log_uniform_levels_have_their_quantiles():
     torch.testing.assert_close(sigma, torch.tensor([0.01, math.sqrt(0.1), 10], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("options", [{}, {"beta_min": 0.5, "beta_max": 8.0}], ids=str)
+def test_uniform_times_are_those_of_the_preconditioning_at_their_levels(options):
+    u = torch.linspace(0, 1, 11, dtype=torch.float64)
+    row = Preconditioning("vp", NoiseSchedule([1.0]), (0, 1), options={**options, "time_scale": 1.0})
+    time = row.coefficients(UniformTime(first=0.01, **options).quantile(u)).c_noise
+    torch.testing.assert_close(time, 0.01 + 0.99 * u)
+
+
 def test_the_levels_of_a_schedule_are_drawn_equally_often():
     schedule = NoiseSchedule.geometric(1, 0.01, 10)
     sigma = ScheduleLevels(schedule).quantile(uniforms(0, 0, 1000))
@@ -644,13 +652,14 @@ def test_the_gradient_accumulation_of_an_accelerator_does_not_change_the_gradien
 
 
 def test_the_gradient_is_clipped():
-    def first_moment(**settings):
-        last = steps(points_net(), points(), images=8, batch_size=8, **settings)
+    def first_moment(net, data, **settings):
+        last = steps(net, data, images=8, batch_size=8, **settings)
         moments = [value for name, value in last.state.tensors()["optimizer"].items() if name.endswith("exp_avg")]
         return torch.cat([moment.flatten() for moment in moments]).norm() / 0.1
 
-    assert first_moment(clip=1e-3) == pytest.approx(1e-3, rel=1e-3)
-    assert first_moment(clip=None) > 1e-2
+    for net, data, dimension in ((points_net(), points(), 2), (image_net(), open_images(images()), 64)):
+        assert first_moment(net, data, clip=1e-3) == pytest.approx(1e-3 * dimension / 2, rel=1e-3)
+    assert first_moment(points_net(), points(), clip=None) > 1e-2
 
 
 def test_a_step_has_the_losses_and_the_number_of_images():
