@@ -469,6 +469,9 @@ def test_an_observation_has_the_noise_of_the_state_with_churn():
         strict=True,
     ):
         torch.testing.assert_close(seen[0], free[0], rtol=1e-4, atol=1e-5)
+    loud = ODESampler(point, SHORT, churn=6, churn_noise=1.2)  # more noise in the state, but not in the observation
+    *_, (x, sigma), _ = loud.iterate(4000, shape=(2,), observation=nothing, generator=0, progress=False)
+    assert float(x[:, 0].std()) == pytest.approx(sigma, rel=0.05) and float(x[:, 1].std()) > 1.1 * sigma
 
 
 # -- What all samplers have in common
