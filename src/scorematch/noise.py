@@ -385,7 +385,7 @@ class NoiseSchedule:
 
         Returns:
             The positions, of sigma's shape, in [0, L - 1], where 0 is the highest level; float64 if sigma is a float or
-            a float64 tensor, float32 otherwise. For a level of the schedule, rounded to sigma's dtype, the position is
+            a float64 tensor, float32 otherwise. For a level of the schedule, rounded to that dtype, the position is
             exactly its index.
 
         Example:
