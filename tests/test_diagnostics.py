@@ -11,9 +11,15 @@ import torch
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.evaluation import Evaluator, compare, sampler_distance, values
 from scorematch.evaluation import calibration as calibrations
-from scorematch.evaluation.calibration import calibration_chart, calibration_table, posterior_calibration
+from scorematch.evaluation.calibration import (
+    Calibration,
+    calibration_chart,
+    calibration_table,
+    posterior_calibration,
+)
 from scorematch.evaluation.diagnostics import level_chart, level_losses, level_table, score_error
 from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
+from scorematch.evaluation.figures import Figure
 from scorematch.evaluation.per_image import per_image
 from scorematch.evaluation.sampler_distance import sampler_distances, sampler_variants
 from scorematch.loss import loss_and_norm
@@ -399,6 +405,27 @@ def test_ranks_of_equal_values_are_drawn_at_random():
     )
     found = check("ties", "", torch.zeros(200, 3, 2, dtype=torch.float64))
     assert found.p_value > 1e-3 and found.ranks.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_the_error_of_the_spread_is_that_of_the_jackknife():
+    world = small("gaussian")
+    observation = Observation(LEFT, LEFT.measure(world.sample(100, 0)), 0.3)
+    check = calibrations._Check(world, observation, world.sample(100, 1), torch.eye(8)[:, :2], 3, 0)
+    values = torch.randn(100, 3, 2, generator=seed(), dtype=torch.float64)
+    ratios = (values.var(1) / check._variance).mean(1)
+    spread = ((ratios.sum() - ratios) / 99).sqrt()  # without one of the observations
+    found = check("draws", "", values).spread
+    assert found.value == pytest.approx(float(ratios.mean().sqrt()))
+    assert found.error == pytest.approx(float(spread.std()) * 99 / 10, rel=0.02)
+
+
+def test_the_p_value_is_that_of_the_chi_squared_test_times_the_number_of_directions():
+    ranks = torch.tensor([0] * 12 + [1] * 6 + [2] * 6)
+    for count in (1, 3):
+        found = Calibration("", "", 2, ranks[:, None].expand(-1, count), Figure(1.0, None), 0.0)
+        statistic = (4**2 + 2**2 + 2**2) / 8  # with two degrees of freedom
+        assert found.p_value == pytest.approx(count * math.exp(-statistic / 2))
+    assert Calibration("", "", 2, ranks[:, None].expand(-1, 9), Figure(1.0, None), 0.0).p_value == 1
 
 
 def test_every_method_of_restore_is_measured():

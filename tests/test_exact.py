@@ -119,6 +119,9 @@ def test_a_gaussian_like_a_data_set():
     torch.testing.assert_close(fitted.mean, data.flatten(1).mean(0))
     torch.testing.assert_close(fitted.covariance, torch.cov(data.flatten(1).T, correction=0))
     assert (fitted.sample_shape, fitted.schedule, fitted.value_range) == (SHAPE, LEVELS, (0, 1))
+    one = Gaussian.like(Empirical(data[:1], bandwidth=0.2))
+    torch.testing.assert_close(one.mean, data[0].flatten().double())
+    torch.testing.assert_close(one.covariance, 0.04 * torch.eye(data[0].numel(), dtype=torch.float64))
 
 
 # -- Posteriors
@@ -192,6 +195,17 @@ def test_components_that_contradict_an_observation_without_noise_have_no_weight(
     torch.testing.assert_close(posterior.weights, torch.tensor([0.0, 0.25, 0.75], dtype=torch.float64))
     noisy = world.posterior(Observation(seen, torch.tensor([[0.7, 0.0]]), 0.01))
     torch.testing.assert_close(noisy.weights, posterior.weights)
+
+
+def test_components_that_contradict_an_observation_equally_keep_their_weights():
+    """Both components vary along one line; y lies beside it, and its part along the line decides."""
+    line, away = torch.linalg.qr(normal(10, 2).double()).Q.T
+    world = Mixture([0.5, 0.5], torch.stack([line, -1.5 * line]), torch.outer(line, line))
+    y = (0.1 * line + 3 * away)[None]
+    posterior = world.posterior(Observation(Mask(torch.ones(10, dtype=torch.bool)), y))
+    logits = -torch.tensor([0.9, 1.6], dtype=torch.float64).square() / 2
+    torch.testing.assert_close(posterior.weights, logits.softmax(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(posterior.mean, 0.1 * line, rtol=0, atol=1e-9)
 
 
 def test_a_posterior_is_sampled_like_its_prior():

@@ -137,6 +137,12 @@ def test_frechet_distance_of_gaussians_with_the_same_axes():
     assert frechet_distance(second, first) == pytest.approx(float(expected), rel=1e-13)
 
 
+def test_frechet_distance_has_the_part_of_small_variances():
+    axes = torch.linalg.qr(normal(2, 2)).Q
+    first, second = (gaussian([0, 0], axes * torch.tensor([1.0, v**2]).double() @ axes.T) for v in (1e-4, 3e-4))
+    assert frechet_distance(first, second) == pytest.approx(4e-8, rel=1e-5)
+
+
 def test_frechet_distance_in_two_dimensions():
     """The root of a 2 x 2 matrix M has the trace sqrt(tr M + 2 sqrt(det M))."""
     a, b = covariance(2), covariance(2, 1)
