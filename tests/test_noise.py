@@ -327,9 +327,10 @@ def test_nan_outside_of_the_random_subset_raises(rng):
 @pytest.mark.parametrize("dimension", [1, 2, 3, 5, 20, 64, 130])
 @pytest.mark.parametrize("overlap", [0.1, 0.5])
 def test_the_ratio_of_levels_is_limited_in_few_dimensions(dimension, overlap):
-    levels = NoiseSchedule.suggest_levels(5.59, 0.01, dimension, C=overlap)
-    ratio = (5.59 / 0.01) ** (1 / (levels - 1))
-    assert 0.96**-4 < ratio <= 0.95**-4
+    for sigma_max in (5.59, 7.37):  # with the limit, 30.8 and 32.2 ratios between the ends
+        levels = NoiseSchedule.suggest_levels(sigma_max, 0.01, dimension, C=overlap)
+        ratio = (sigma_max / 0.01) ** (1 / (levels - 1))
+        assert 0.96**-4 < ratio <= 0.95**-4
 
 
 def test_the_ratio_of_levels_is_that_of_technique_2_from_dimension_131_on():

@@ -170,6 +170,10 @@ def test_step_size_and_arguments_of_consistent_sampling():
     for step_size in (0.01 * (1 - r) * 0.999, 0.01 * (1 + r) * 1.001):
         with pytest.raises(ValueError, match=r"between 0\.002993 and 0\.01701 for .*, sigma_min\^2 \(1 - r\) and"):
             AnnealedLangevinSampler(point, SHORT, step_size=step_size, consistent=True)
+    for levels in range(2, 20):  # both ends of the range, up to rounding
+        r, geometric = 0.02 ** (1 / (levels - 1)), NoiseSchedule.geometric(5, 0.1, levels)
+        for step_size in (0.01 * (1 - r), 0.01 * (1 + r)):
+            assert AnnealedLangevinSampler(point, geometric, step_size=step_size, consistent=True).consistent
     for wrong in ({"steps_per_level": 2}, {"exact_noise": True}, {"exact_noise": False}):
         with pytest.raises(ValueError, match="leave out steps_per_level and exact_noise"):
             AnnealedLangevinSampler(point, SHORT, consistent=True, **wrong)
