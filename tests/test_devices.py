@@ -116,6 +116,30 @@ def test_the_check_for_one_dtype_can_fail():
         F.group_norm(x, 2, weight, weight)
 
 
+class OneDevice(TorchDispatchMode):
+    """Fails if values from another device are written to indices of a tensor, which CUDA refuses and meta does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if "index_put" in function.overloadpacket.__name__:
+            self.seen += 1
+            assert arguments[0].device == arguments[2].device
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_larger_network_on_an_accelerator_starts_with_weights_on_the_cpu():
+    options = {"widths": (4, 8), "layers_per_block": 1, "patch": 2}
+    small = ScoreNet.unet(1, 8, pixel_channels=4, **options)
+    with torch.device("meta"):
+        large = ScoreNet.unet(1, 8, pixel_channels=8, **options)
+    with OneDevice() as mode:
+        grown = large.family.grow(small.backbone, large.backbone)
+    assert mode.seen and all(weight.is_meta for weight in grown.values())
+
+
 # -- The host rarely waits for the device -----------------------------------------------------------------------------
 
 

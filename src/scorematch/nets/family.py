@@ -227,8 +227,8 @@ def place(weight: Tensor, smaller: Tensor, *, outputs: Tensor | None = None, inp
         inputs: the indices of its inputs, likewise.
     """
     rows = slice(len(smaller)) if outputs is None else outputs
-    values = smaller.to(weight.dtype)
+    smaller = values = smaller.to(weight)
     if smaller.ndim > 1:
         values = weight.new_zeros(len(smaller), *weight.shape[1:])
-        values[:, slice(smaller.shape[1]) if inputs is None else inputs] = smaller.to(weight.dtype)
+        values[:, slice(smaller.shape[1]) if inputs is None else inputs] = smaller
     weight[rows] = values
