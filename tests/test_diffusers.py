@@ -172,6 +172,12 @@ def test_noise_levels_equal_those_of_diffusers(kind, tmp_path):
     alpha_bar = DDPMScheduler(num_train_timesteps=500, beta_schedule=kind).alphas_cumprod.double()
     expected = 0.5 * (1 / alpha_bar - 1).sqrt().flip(0)
     torch.testing.assert_close(net.schedule.sigmas, expected, rtol=1e-9, atol=0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = ScoreNet.from_pretrained(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again.schedule.sigmas, net.schedule.sigmas)
 
 
 def test_noise_levels_of_trained_betas(tmp_path):

@@ -416,6 +416,11 @@ def test_an_image_of_the_gaussian_depends_on_its_number_only(monkeypatch):
     assert not torch.equal(torch.cat(list(gaussian_images(data, 9, seed=1))), one)
     monkeypatch.setattr(module, "_VALUES", 1)  # one batch in a pass over the data
     assert torch.equal(torch.cat(list(gaussian_images(data, 5, batch_size=2))), few)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(torch.cat(list(gaussian_images(data, 5, batch_size=2))), few)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_held_out_images_and_the_gaussian_are_measured_beside_the_samples():

@@ -569,6 +569,13 @@ def test_random_numbers_depend_only_on_the_seed_and_the_image():
     other = drawn(batch_size=8, seed=1)
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     x, sigma, noise = one
+    net, data, loss = image_net(), Memory(images()), Recorder()
+    torch.set_default_dtype(torch.float64)
+    try:
+        steps(net, data, images=48, batch_size=8, loss=loss)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(loss.all(name), a) for name, a in zip(("x", "sigma", "noise"), one, strict=True))
     order = Order(32, 0)(0, 48)
     mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(x, images()[order], strict=True)]
     kept = [torch.equal(a, b) for a, b in zip(x, images()[order], strict=True)]

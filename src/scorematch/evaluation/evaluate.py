@@ -57,7 +57,7 @@ from scorematch.pretrained import cards
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.diffusers import INDEX_FILE
 from scorematch.protocol import attribute, device_of
-from scorematch.randomness import seed_of
+from scorematch.randomness import seed_of, standard_normal
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
 from scorematch.score import ScoreNet
 from scorematch.training.data import ImageData, open_images
@@ -592,11 +592,11 @@ def gaussian_images(data: ImageData, n: int, *, seed: int = 0, batch_size: int =
     for start in range(0, len(own), batches_at_once):
         group = own[start : start + batches_at_once]
         generators = [[torch.Generator().manual_seed((first + i) % SEEDS) for i in rows.tolist()] for rows in group]
-        images = [torch.zeros(len(rows), flat.numel()) for rows in group]
+        images = [flat.new_zeros(len(rows), flat.numel()) for rows in group]
         for block in _blocks(data):
             apart = block.flatten(1) - flat
             for batch, drawing in zip(images, generators, strict=True):
-                batch.addmm_(torch.stack([torch.randn(len(apart), generator=each) for each in drawing]), apart)
+                batch.addmm_(standard_normal((len(drawing), len(apart)), drawing, flat.device), apart)
         for batch in images:
             yield (flat + batch / (len(data) - 1) ** 0.5).clamp(0, 1).view(-1, *data.shape)
 

@@ -62,6 +62,7 @@ from scorematch.images import check_picture, is_picture, save_grid
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import TASKS, condition_of
 from scorematch.protocol import Score, attribute, device_of
+from scorematch.randomness import as_generator, standard_normal
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
 from scorematch.schema import check_count
 from scorematch.training.data import ImageData, open_images
@@ -310,7 +311,7 @@ class _Restoring:
         x, operator = batch.x, self._degradation(batch)
         y = operator.measure(x)
         if self._noise:
-            y = y + self._noise * torch.stack([_normal(y, seed) for seed in batch.seeds(self._seed, "noise")])
+            y = y + self._noise * standard_normal(y.shape, as_generator(batch.seeds(self._seed, "noise")), y.device)
         restored = [self._restore(operator, y, batch, draw) for draw in range(self._draws)]
         degraded = operator.as_image(y).clamp(0, 1)
         if not self.shown:
@@ -447,8 +448,3 @@ def _root(figure: Figure) -> Figure:
     """The root of a mean square, with its error by the delta method."""
     root = math.sqrt(figure.value)
     return Figure(root, None if figure.error is None or root == 0 else figure.error / (2 * root))
-
-
-def _normal(y: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(y.shape[1:], generator=generator)

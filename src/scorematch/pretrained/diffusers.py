@@ -271,13 +271,13 @@ def _betas(scheduler: Mapping[str, Any]) -> Tensor:
     start, end = scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)
     steps, kind = scheduler.get("num_train_timesteps", 1000), scheduler.get("beta_schedule", "linear")
     if kind == "linear":
-        return torch.linspace(start, end, steps)
+        return torch.linspace(start, end, steps, dtype=torch.float32)
     if kind == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, steps) ** 2
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
     if kind == "squaredcos_cap_v2":  # Nichol & Dhariwal, 2021, arXiv:2102.09672, Eq. 17
         alpha_bar = torch.cos((torch.arange(steps + 1).double() / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999).float()
-    return torch.sigmoid(torch.linspace(-6, 6, steps)) * (end - start) + start
+    return torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float32)) * (end - start) + start
 
 
 def _stored_schedule(levels: Tensor, configured: NoiseSchedule, where: str, where_scheduler: str) -> NoiseSchedule:

@@ -585,7 +585,7 @@ def _batches(
         chances = []
         for i, z in enumerate(noise, first):
             generator.manual_seed(seed_of(settings.seed, "image", i))
-            chances.append(torch.rand(2, generator=generator))
+            chances.append(torch.rand(2, generator=generator, dtype=torch.float32))
             z.normal_(generator=generator)
         flip, drop = torch.stack(chances).unbind(1)
         if settings.flip and x.ndim == 4:
