@@ -73,6 +73,19 @@ def test_the_table(net):
     )
 
 
+def test_the_table_with_too_few_held_out_images_for_the_distance(net, monkeypatch):
+    monkeypatch.setattr("scorematch.evaluation.figures._SUBSET_SIZE", 5)
+    result = run(net, by="kernel", held_out=REAL[:4], settings=SETTINGS[:1])
+    std = result.held_out["images"]["std"]
+    assert result.to_markdown().splitlines()[-1].startswith(f"| held-out images |  |  | {std} | ")
+
+
+def test_held_out_images_are_opened_before_settings_are_measured(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(ODESampler, "sample", lambda *arguments, **options: pytest.fail("it samples"))
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        run(net, held_out=tmp_path / "absent")
+
+
 def test_a_folder_with_the_network_and_its_card(net, tmp_path):
     out = tmp_path / "tuned"
     first = run(net, out=out, settings=SETTINGS[:2])

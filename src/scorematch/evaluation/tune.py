@@ -163,8 +163,8 @@ class Tuning:
     def _cells(self, figures: Figures) -> list[str]:
         if self.tasks:
             return [str(figures[task][self.by]) for task in self.tasks]
-        found = (figures[self.source][self.by], figures[IMAGES]["std"], figures[IMAGES]["variation"])
-        return [str(figure) for figure in found]
+        distance = figures[self.source].get(self.by, "")  # held-out images may be too few for it
+        return [str(figure) for figure in (distance, figures[IMAGES]["std"], figures[IMAGES]["variation"])]
 
 
 def tune(
@@ -277,6 +277,11 @@ def tune(
             tasks_in_full = [task if isinstance(task, str) else f"{task!r} {identity(task)}" for task in listed_tasks]
             context |= {"tasks": tasks_in_full, "restore": restore}
         kept = _Table(folder, {**context, **evaluator.settings()}, figures)
+        others = None
+        if held_out is not None:
+            other = open_for(held_out, shape, crop, progress)
+            chosen = choose(len(other), min(n, len(other)), seed)
+            others = evaluator.measure(read_batches(other, chosen, batch_size), strict=False)
         for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process()[0] > 0):
             if each in kept.rows:
                 continue
@@ -286,11 +291,6 @@ def tune(
             else:
                 (row,) = compare([sampler], evaluator, n, **options, progress=progress)
             kept.add(replace(row, settings=each))
-        others = None
-        if held_out is not None:
-            other = open_for(held_out, shape, crop, progress)
-            chosen = choose(len(other), min(n, len(other)), seed)
-            others = evaluator.measure(read_batches(other, chosen, batch_size), strict=False)
         result = Tuning([kept.rows[each] for each in samplers], others, source, criterion, named)
         if folder is not None and this_process()[0] == 0:
             _store(net, folder, result, n)
