@@ -118,6 +118,7 @@ def test_the_same_command_continues_a_run_and_other_options_give_an_error(faces,
     out = tmp_path / "run"
     shutil.copytree(run[0], out)
     shutil.rmtree(out / "checkpoints" / "000000024")  # as if it had been killed before its last step
+    shutil.copytree(out / "checkpoints" / "000000016", out / "checkpoints" / "000000016-copy")
     options = ("--checkpoint-every", "8", "--snapshot-every", "8")
     assert _train(faces, out, *options) == 0
     assert "          continues at image 16\n" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
 from scorematch.pretrained.hub import check_repository
 from scorematch.score import ScoreNet
-from scorematch.training import RECIPES, ImageData, Recipe, Settings, open_images, train
+from scorematch.training import RECIPES, ImageData, Recipe, Settings, checkpoint, open_images, train
 from scorematch.training.recipes import training_flop
 from scorematch.training.report import describe_classes
 from scorematch.training.run import check_run
@@ -365,7 +365,7 @@ def _announce(
         f"training  {settings.total:,} images in {settings.steps:,} steps of {settings.batch_size}, "
         f"{_epochs(settings.total / len(data))} epochs"
     )
-    done = max((int(path.name) for path in (args.out / "checkpoints").glob("[0-9]*")), default=0)
+    done = max(checkpoint.numbers(args.out / "checkpoints"), default=0)
     if done:
         print(f"          continues at image {done:,}")
     seconds = _seconds_per_image(net, data, settings, device, settings.batch_size // processes)

@@ -74,14 +74,14 @@ def write(folder: Path, images: int, parts: Parts, state: Mapping[str, Any], *, 
             text = json.dumps({**values, "hash": _hash_of_values(values)}, indent=2)
             write_file(staged / _STATE, text.encode())
     except OSError as error:
-        older = _numbers(folder)
+        older = numbers(folder)
         last = f"the checkpoint at image {older[-1]:,} is complete" if older else "there is no earlier one"
         raise OSError(
             error.errno,
             f"the checkpoint at image {images:,} could not be written to {folder} ({error.strerror or error}); {last}. "
             "Correct the cause, such as a full disk, and start again with the same arguments",
         ) from error
-    for number in _numbers(folder):
+    for number in numbers(folder):
         if number > images:  # damaged: the run continued from an earlier checkpoint
             shutil.rmtree(folder / name_of(number))
     prune(folder, images, keep=keep)
@@ -89,7 +89,7 @@ def write(folder: Path, images: int, parts: Parts, state: Mapping[str, Any], *, 
 
 def prune(folder: Path, images: int, *, keep: int) -> None:
     """Deletes all but the ``keep`` newest ones of the checkpoints up to a number of images."""
-    for number in [number for number in _numbers(folder) if number <= images][:-keep]:
+    for number in [number for number in numbers(folder) if number <= images][:-keep]:
         shutil.rmtree(folder / name_of(number))
 
 
@@ -107,7 +107,7 @@ def latest(folder: Path, fields: Mapping[str, Field] | None = None) -> Checkpoin
         ValueError: if all checkpoints are damaged.
     """
     damaged = ""
-    for images in reversed(_numbers(folder)):
+    for images in reversed(numbers(folder)):
         path = folder / name_of(images)
         try:
             state = read_object(path / _STATE)
@@ -127,7 +127,7 @@ def latest(folder: Path, fields: Mapping[str, Field] | None = None) -> Checkpoin
             return Checkpoint(images, parts, state)
         except (OSError, ValueError, SafetensorError) as error:
             damaged = f"the checkpoint {path} is damaged ({reason(error)})"
-            if images > min(_numbers(folder)):
+            if images > min(numbers(folder)):
                 warnings.warn(f"{damaged}; the checkpoint before it is used instead.", stacklevel=2)
     if damaged:
         raise ValueError(f"{damaged}, and there is no earlier one. Delete {folder} to begin the run again.")
@@ -183,7 +183,7 @@ def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _numbers(folder: Path) -> list[int]:
+def numbers(folder: Path) -> list[int]:
     """The numbers of images of the checkpoints in a folder, ascending."""
     if not folder.is_dir():
         return []
