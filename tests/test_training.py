@@ -1653,6 +1653,12 @@ def test_an_error_while_sampling_pictures_does_not_stop_the_run(tmp_path, monkey
         quick(image_net(), images(), tmp_path)
     assert (tmp_path / "report.md").exists()
 
+def test_handlers_of_signals_that_python_did_not_set_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: pytest.fail("a handler is replaced"))
+    quick(points_net(), points(), tmp_path, images=8)
+
+
 
 @pytest.mark.parametrize("name", ["log_every", "sample_every", "snapshot_every", "checkpoint_every", "keep"])
 def test_intervals_must_be_positive(tmp_path, name):
