@@ -127,6 +127,13 @@ def test_info_has_the_license_in_the_metadata_of_the_readme(folder, text, expect
     assert _lines(capsys)["license"] == expected
 
 
+def test_info_has_the_license_of_a_pipeline(net, tmp_path, capsys):
+    net.save_pretrained(tmp_path / "unet")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert main(["info", str(tmp_path)]) == 0
+    assert _lines(capsys)["license"] == "mit"
+
+
 def test_info_about_a_network_of_the_package(capsys):
     assert main(["info", "palette-mnist"]) == 0
     said = _lines(capsys)

@@ -80,7 +80,7 @@ def _license(source: Path, *, is_folder: bool, name: str) -> str:
 
     text = ""
     with suppress(HfHubHTTPError, OSError, ValueError):  # there is none, or the Hub cannot be reached
-        readme = source / "README.md" if is_folder else hf_hub_download(name, "README.md", revision=_commit(source))
+        readme = Path(name, "README.md") if is_folder else hf_hub_download(name, "README.md", revision=_commit(source))
         text = Path(readme).read_text(encoding="utf-8")
     metadata = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
     found = None if metadata is None else re.search(r"^license: *(\S.*)$", metadata[1], re.MULTILINE)
