@@ -591,6 +591,21 @@ def test_images_are_not_flipped_without_flip():
 
 
 def test_8_bit_images_are_scaled_to_0_1():
+def test_volumes_train_a_network_of_3d_convolutions():
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv3d(1, 1, 3, padding=1)
+
+        def forward(self, x, c_noise):
+            return self.conv(x)
+
+    net = ScoreNet(Backbone(), NoiseSchedule([1.0, 0.5]), sample_shape=(1, 4, 4, 4))
+    before = vector(net)
+    steps(net, Memory(torch.rand(8, 1, 4, 4, 4)), images=16, batch_size=8)
+    assert not torch.equal(vector(net), before)
+
+
     loss = Recorder()
     pixels = (255 * images()).to(torch.uint8)
     steps(image_net(), open_images(pixels), images=32, batch_size=8, flip=False, loss=loss)

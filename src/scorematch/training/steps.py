@@ -393,7 +393,9 @@ def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingStat
             torch.distributed.broadcast(whole, 0)
             tensor.copy_(whole)
     if _channels_last(net, accelerator.device):
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # of 4-d tensors
+        for parameter in net.parameters():  # net.to would also convert the weights of 3-d convolutions, and fail
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     if settings.compile:
         net.backbone.compile(dynamic=False)  # one graph per shape, whichever shape came first in this process
     return TrainingState(net, settings)
