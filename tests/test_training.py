@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
@@ -568,7 +569,6 @@ def test_random_numbers_depend_only_on_the_seed_and_the_image():
         assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     other = drawn(batch_size=8, seed=1)
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    x, sigma, noise = one
     net, data, loss = image_net(), Memory(images()), Recorder()
     torch.set_default_dtype(torch.float64)
     try:
@@ -576,6 +576,7 @@ def test_random_numbers_depend_only_on_the_seed_and_the_image():
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(loss.all(name), a) for name, a in zip(("x", "sigma", "noise"), one, strict=True))
+    x, sigma, noise = one
     order = Order(32, 0)(0, 48)
     mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(x, images()[order], strict=True)]
     kept = [torch.equal(a, b) for a, b in zip(x, images()[order], strict=True)]
@@ -590,7 +591,6 @@ def test_images_are_not_flipped_without_flip():
     assert torch.equal(loss.all("x"), images()[Order(32, 0)(0, 32)])
 
 
-def test_8_bit_images_are_scaled_to_0_1():
 def test_volumes_train_a_network_of_3d_convolutions():
     class Backbone(nn.Module):
         def __init__(self):
@@ -606,6 +606,7 @@ def test_volumes_train_a_network_of_3d_convolutions():
     assert not torch.equal(vector(net), before)
 
 
+def test_8_bit_images_are_scaled_to_0_1():
     loss = Recorder()
     pixels = (255 * images()).to(torch.uint8)
     steps(image_net(), open_images(pixels), images=32, batch_size=8, flip=False, loss=loss)
@@ -952,6 +953,14 @@ def test_an_accelerator_with_mixed_precision_raises():
 
     with pytest.raises(ValueError, match="must have mixed_precision=\"no\", got 'bf16'"):
         train_steps(points_net(), points(), accelerator=Accelerator())
+
+
+def test_an_accelerator_that_does_not_average_gradients_raises():
+    class Other:
+        mixed_precision, num_processes, distributed_type = "no", 1, DistributedType.DEEPSPEED
+
+    with pytest.raises(ValueError, match="but accelerator uses DEEPSPEED"):
+        train_steps(image_net(), Memory(images()), accelerator=Other())
 
 
 def test_an_accelerator_without_the_launched_processes_raises(monkeypatch):
@@ -1644,6 +1653,12 @@ def test_sigterm_and_ctrl_c_save_a_checkpoint(tmp_path, number, error):
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
 
+def test_handlers_of_signals_that_python_did_not_set_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: pytest.fail("a handler is replaced"))
+    quick(points_net(), points(), tmp_path, images=8)
+
+
 def test_a_run_outside_of_the_main_thread(tmp_path):
     errors = []
 
@@ -1667,12 +1682,6 @@ def test_an_error_while_sampling_pictures_does_not_stop_the_run(tmp_path, monkey
     with pytest.warns(UserWarning, match="the samples at image 80 are not saved: the state has NaN"):
         quick(image_net(), images(), tmp_path)
     assert (tmp_path / "report.md").exists()
-
-def test_handlers_of_signals_that_python_did_not_set_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(signal, "getsignal", lambda number: None)
-    monkeypatch.setattr(signal, "signal", lambda *arguments: pytest.fail("a handler is replaced"))
-    quick(points_net(), points(), tmp_path, images=8)
-
 
 
 @pytest.mark.parametrize("name", ["log_every", "sample_every", "snapshot_every", "checkpoint_every", "keep"])

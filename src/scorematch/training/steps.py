@@ -355,8 +355,8 @@ def make_accelerator(
 
     Raises:
         ImportError: without Accelerate.
-        ValueError: if the accelerator uses mixed precision, for which there is ``precision=``, or its number of
-            processes is not the number of launched processes.
+        ValueError: if the accelerator uses mixed precision, for which there is ``precision=``, or DeepSpeed, FSDP or
+            Megatron-LM, or its number of processes is not the number of launched processes.
     """
     if given is None:
         try:
@@ -370,6 +370,11 @@ def make_accelerator(
         raise ValueError(
             f'accelerator must have mixed_precision="no", got {given.mixed_precision!r}. Write precision="bfloat16" '
             "instead."
+        )
+    if not given.distributed_type.startswith(("NO", "MULTI")):  # the gradients of the processes would not be averaged
+        raise ValueError(
+            "the network is trained with DistributedDataParallel, but accelerator uses "
+            f"{given.distributed_type.value}. Run accelerate config again, without DeepSpeed, FSDP and Megatron-LM."
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != given.num_processes:  # each process would train on its own and write to the same files
