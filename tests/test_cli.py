@@ -362,7 +362,7 @@ def test_one_image_has_no_border(folder, tmp_path, capsys):
     assert one.shape == (1, 8, 8) and four.shape == (1, 12, 42)
 
 
-def test_an_existing_picture_is_overwritten_only_with_the_option(folder, tmp_path, capsys):
+def test_an_existing_picture_is_overwritten_only_with_the_option(folder, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "a.png"
     save_image(torch.zeros(1, 3, 3), picture)
     before = picture.read_bytes()
@@ -370,6 +370,9 @@ def test_an_existing_picture_is_overwritten_only_with_the_option(folder, tmp_pat
     said = capsys.readouterr()
     expected = f"scorematch: {picture} exists already. Choose another name, or add --overwrite to replace it.\n"
     assert said.err == expected and said.out == ""  # the error comes before sampling
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _sample(folder, "~/a.png", "--quiet") == 2
+    assert capsys.readouterr().err == expected
     assert picture.read_bytes() == before
     assert _sample(folder, picture, "--quiet", "--overwrite") == 0
     assert read_image(picture, 1).shape == (1, 22, 22)
@@ -689,11 +692,13 @@ def test_restore_rejects_an_output_folder_with_a_picture_extension(folder, pictu
     assert not (tmp_path / name).exists()
 
 
-def test_restore_overwrites_a_picture_only_with_the_option(folder, pictures, capsys):
+def test_restore_overwrites_a_picture_only_with_the_option(folder, pictures, monkeypatch, capsys):
     save_image(torch.rand(1, 8, 8), pictures / "a-1.png")
     before = (pictures / "a-1.png").read_bytes()
     error = _refused(_restore_options(folder, pictures / "a.png", pictures, "--pool", "2"), capsys)
     assert "a-1.png exists already. Choose another name, or add --overwrite to replace it." in error
+    monkeypatch.setenv("HOME", str(pictures))
+    assert _refused(_restore_options(folder, pictures / "a.png", "~", "--pool", "2"), capsys) == error
     assert (pictures / "a-1.png").read_bytes() == before
     assert not (pictures / "a-strip.png").exists()
     assert _restore(folder, pictures / "a.png", pictures, "--pool", "2", "--overwrite") == 0

@@ -245,10 +245,13 @@ def test_push_without_a_token_says_how_to_log_in(no_token, folder, capsys):
 # -- Networks in the folder to write
 
 
-def test_convert_and_ema_keep_a_network_in_the_folder(folder, tmp_path, capsys):
+def test_convert_and_ema_keep_a_network_in_the_folder(folder, tmp_path, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     message = f"{folder} has a network already. Choose another folder, or add --overwrite to replace the network."
     for arguments in (["convert", tmp_path / "a.pth", folder], ["ema", tmp_path, "--length", "0.1", "--out", folder]):
         assert message in _refused(arguments, capsys)
         assert message not in _refused([*arguments, "--overwrite"], capsys)  # there is nothing to read
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    folder.rename(tmp_path / "ema-0.100")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "ema-0.100 has a network already" in _refused(["ema", "~", "--length", "0.1"], capsys)

@@ -668,7 +668,8 @@ def test_home_folders(net, tmp_path, monkeypatch):
     Statistics.of(pixels()(images(40, size=8)), pixels()).save("~/real.npz")
     options = {"n": 4, "metrics": "precision-recall"}
     for what in ("~/net", "~/samples"):
-        run(what, "~/real.npz", out="~/out", **options)
+        run(what, "~/real.npz", out="~/out", **options).save("~/out/again")
+        assert (tmp_path / "out" / "again" / "evaluation.json").exists()
         shutil.rmtree(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "real.npz", "samples"]
 

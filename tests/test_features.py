@@ -252,6 +252,8 @@ def test_a_download_is_kept(tmp_path, monkeypatch):
     assert path == tmp_path / "hub" / "checkpoints" / "weights.pth" and path.read_bytes() == b"right"
     monkeypatch.undo()
     assert features._find(file, path) == path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert features._find(file, "~/hub/checkpoints/weights.pth") == path
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     assert features._find(file, None) == path  # without a request
 

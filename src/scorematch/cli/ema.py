@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from scorematch.cli.options import Commands, add_overwrite, check_new_network, expanded, image_count
 from scorematch.training import reconstruct
@@ -19,7 +18,7 @@ def add(commands: Commands) -> None:
         "snapshots\nof a run. Short averages are close to the latest weights; long averages have less noise.",
         epilog="Example:\n  %(prog)s runs/faces --length 0.08",
     )
-    parser.add_argument("run_folder", metavar="RUN", help="the folder that train wrote")
+    parser.add_argument("run_folder", metavar="RUN", type=expanded, help="the folder that train wrote")
     parser.add_argument(
         "--length",
         type=float,
@@ -38,7 +37,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    out = Path(args.run_folder, f"ema-{name_of(args.length)}") if args.out is None else args.out
+    out = args.run_folder / f"ema-{name_of(args.length)}" if args.out is None else args.out
     check_new_network(out, args.overwrite)
     net = reconstruct(args.run_folder, args.length, images=args.images)
     net.save_pretrained(out)

@@ -22,6 +22,7 @@ from scorematch.cli.options import (
     check_folder_name,
     check_new,
     estimate,
+    expanded,
     find_class,
     image_count,
     load,
@@ -52,7 +53,7 @@ def add(commands: Commands) -> None:
     )
     add_model(parser)
     parser.add_argument("pictures", help="a damaged picture, or a folder of damaged pictures")
-    parser.add_argument("folder", help="the folder to write to")
+    parser.add_argument("folder", type=expanded, help="the folder to write to")
     group = parser.add_argument_group("damage", "What was done to the pictures; exactly one is required.")
     damage = group.add_mutually_exclusive_group(required=True)
     damage.add_argument(
@@ -108,7 +109,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--invert is for --mask. Leave it out.")
     if args.original is not None and args.degrade:
         raise ValueError("--original and --degrade exclude each other: with --degrade, the pictures are the originals.")
-    operator, paths, folder = _operator(args), list_pictures(args.pictures), Path(args.folder)
+    operator, paths, folder = _operator(args), list_pictures(args.pictures), args.folder
     originals = None if args.original is None else list_pictures(args.original)
     if originals is not None and len(originals) != len(paths):
         raise ValueError(
@@ -193,7 +194,7 @@ def _restore(
 
     Each restoration has its own generator, and does not depend on the other pictures.
     """
-    folder, y = Path(args.folder), torch.cat([picture.y for picture in pictures]).repeat_interleave(args.n, 0)
+    folder, y = args.folder, torch.cat([picture.y for picture in pictures]).repeat_interleave(args.n, 0)
     seeds = [seed_of(args.seed, "restoration", picture.path.stem, k) for picture in pictures for k in range(args.n)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     condition: Tensor | int | None = label

@@ -160,13 +160,13 @@ def _draw(args: argparse.Namespace, job: Job) -> None:
 
 def _pictures(name: str, n: int) -> list[Path]:
     """The files of n images: one for all of them, or one for each if the name is a folder or a pattern."""
-    pattern = re.compile(r"%(0?\d{0,2})d")
-    if name.endswith(("/", os.sep)) or Path(name).is_dir():
-        check_folder_name(Path(name))
-        return [Path(name, f"{i:06d}.png") for i in range(n)]  # as in the folder of --out
+    path, pattern = Path(name).expanduser(), re.compile(r"%(0?\d{0,2})d")
+    if name.endswith(("/", os.sep)) or path.is_dir():
+        check_folder_name(path)
+        return [path / f"{i:06d}.png" for i in range(n)]  # as in the folder of --out
     if pattern.search(name):
-        return [Path(pattern.sub(lambda found: f"{i:{found[1]}d}", name)) for i in range(n)]  # noqa: B023
-    return [Path(name)]
+        return [Path(pattern.sub(lambda found: f"{i:{found[1]}d}", str(path))) for i in range(n)]  # noqa: B023
+    return [path]
 
 
 def _fill(args: argparse.Namespace, job: Job) -> None:

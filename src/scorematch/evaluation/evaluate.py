@@ -170,7 +170,8 @@ class Evaluation:
         Raises:
             OSError: if a file cannot be written.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
         for name, text in {"evaluation.json": self.to_json(), "evaluation.md": self.to_markdown()}.items():
             write_whole(Path(folder, name), text.encode(errors="backslashreplace"))  # of names in another encoding
 

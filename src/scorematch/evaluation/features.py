@@ -364,7 +364,7 @@ _DINOV2_COMMIT = "7764ea0f912e53c92e82eb78a2a1631e92725fc8"
 
 def _find(file: _File, given: str | os.PathLike[str] | None) -> Path:
     """Finds a published file, or downloads it, and checks its content. ``given`` is a path from the user."""
-    path = Path(torch.hub.get_dir(), "checkpoints", file.name) if given is None else Path(given)
+    path = Path(torch.hub.get_dir(), "checkpoints", file.name) if given is None else Path(given).expanduser()
     if not path.is_file():
         if given is not None:
             raise FileNotFoundError(f"{path} does not exist. Fetch {file}.")
