@@ -675,7 +675,8 @@ def test_home_folders(net, tmp_path, monkeypatch):
 
 
 def test_numbers_of_numpy_and_one_metric():
-    result = run(images(20, 1), images(20), n=np.int64(10), metrics="precision-recall", gaussian=False)
+    numbers = {"n": np.int64(10), "seed": np.int64(0), "batch_size": np.int64(8)}
+    result = run(images(20, 1), images(20), **numbers, metrics="precision-recall")
     assert result.sizes["samples"] == 10 and set(found(result)) == {"precision", "recall"}
 
 

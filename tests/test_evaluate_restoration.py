@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -182,6 +183,12 @@ def test_the_degraded_images_and_the_consistency(task, operator):
     noisy = operator.as_image(y + 0.1 * torch.randn(y.shape, generator=seed(9))).clamp(0, 1)
     found_noisy = found(run(Level(), task, noise=0.1), "degraded")["rmse"]
     assert found_noisy == pytest.approx(rms(noisy - X), rel=0.05)
+
+
+def test_numbers_of_numpy():
+    numbers = {"n": 4, "draws": 2, "seed": 1, "batch_size": 3, "noise": 0.5}
+    result = run(Level(), "colorization", **{name: np.array(value)[()] for name, value in numbers.items()})
+    assert result.to_json() == run(Level(), "colorization", **numbers).to_json()
 
 
 def test_the_consistency_counts_observed_values_only():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +104,12 @@ def test_a_folder_with_the_network_and_its_card(net, tmp_path):
         second.to_markdown() in card
         and card.count("## Sampler settings") == card.count("| sampler settings | calls |") == 1
     )
+
+
+def test_numbers_of_numpy(net, tmp_path):
+    numbers = {"n": np.int64(6), "seed": np.int64(1), "batch_size": np.int64(4)}
+    result = run(net, out=tmp_path, settings=SETTINGS[:1], **numbers)
+    assert result.rows == run(net, out=tmp_path, settings=SETTINGS[:1], n=6, seed=1, batch_size=4).rows
 
 
 def test_rows_are_measured_once(net, tmp_path, monkeypatch):

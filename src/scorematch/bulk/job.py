@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from scorematch import __version__
@@ -16,9 +15,7 @@ from scorematch.bulk.hashing import sampler_settings
 from scorematch.protocol import attribute
 from scorematch.randomness import seed_of
 from scorematch.sampling import Sampler
-from scorematch.schema import check_count
-
-_T = TypeVar("_T")
+from scorematch.schema import check_count, native
 
 SEEDS = 2**32  # A torch.Generator on a CPU uses the lowest 32 bits of its seed only.
 
@@ -93,7 +90,7 @@ class Job:
     ) -> None:
         if not isinstance(sampler, Sampler):
             raise TypeError(f"sampler must be a Sampler, got {type(sampler).__name__}. Write ODESampler(net).")
-        seed, condition, classes = _of_python(seed), _of_python(condition), _of_python(classes)
+        seed, condition, classes = map(native, (seed, condition, classes))
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an integer, got {seed!r}.")
         batch_size = check_count("batch_size", batch_size)
@@ -148,11 +145,6 @@ class Job:
             "shape": list(self.shape),
             "scorematch": __version__,
         }
-
-
-def _of_python(value: _T) -> _T:
-    """A number of NumPy as one of Python; another value is returned unchanged."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def prepared(sampler: Sampler) -> Sampler:

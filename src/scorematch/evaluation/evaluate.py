@@ -59,6 +59,7 @@ from scorematch.pretrained.diffusers import INDEX_FILE
 from scorematch.protocol import attribute, device_of
 from scorematch.randomness import seed_of, standard_normal
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
+from scorematch.schema import check_count
 from scorematch.score import ScoreNet
 from scorematch.training.data import ImageData, open_images
 from scorematch.training.report import versions
@@ -173,7 +174,7 @@ class Evaluation:
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in {"evaluation.json": self.to_json(), "evaluation.md": self.to_markdown()}.items():
-            write_whole(Path(folder, name), text.encode(errors="backslashreplace"))  # of names in another encoding
+            write_whole(folder / name, text.encode(errors="backslashreplace"))  # of names in another encoding
 
 
 def hash_of(settings: Mapping[str, Any]) -> str:
@@ -272,7 +273,8 @@ def evaluate(
         >>> {name: str(found["images"]["mean"]) for name, found in result.figures.items()}
         {'samples': '0.4953 ± 0.0089', 'gaussian': '0.4830 ± 0.0077', 'reference': '0.4937 ± 0.0058'}
     """
-    n = None if n is None else operator.index(n)  # of NumPy too
+    n, seed = None if n is None else operator.index(n), operator.index(seed)  # of NumPy too
+    batch_size = check_count("batch_size", batch_size)
     if held_out is not None and _are_same(held_out, reference):
         raise ValueError("held_out is the reference. Pass real images that are not in it.")
     folder = None if out is None else Path(out).expanduser()

@@ -149,8 +149,8 @@ def evaluate_restoration(
             or a file in ``out`` that is not of an evaluation would be replaced.
         RuntimeError: if a restored image has NaN or infinite values.
     """
-    n = None if n is None else operator.index(n)  # of NumPy too
-    check_count("draws", draws)
+    n, seed = None if n is None else operator.index(n), operator.index(seed)  # of NumPy too
+    draws, batch_size, noise = check_count("draws", draws), check_count("batch_size", batch_size), float(noise)
     if not noise >= 0:
         raise ValueError(f"noise must be at least 0, got {noise!r}.")
     if name is None:
