@@ -263,6 +263,16 @@ def test_rows_of_another_data_set_of_equal_length_are_not_used(net, tmp_path):
         run(net, other, out=tmp_path, settings=SETTINGS[:1])
 
 
+def test_rows_of_another_function_of_the_same_name_are_not_used(net, tmp_path):
+    def scaled(factor):
+        return lambda images: factor * mean_color(images)
+
+    first = run(net, features=scaled(1), out=tmp_path, settings=SETTINGS[:1])
+    assert run(net, features=scaled(1), out=tmp_path, settings=SETTINGS[:1]).rows == first.rows
+    with pytest.raises(ValueError, match="measured with other settings: function"):
+        run(net, features=scaled(2), out=tmp_path, settings=SETTINGS[:1])
+
+
 def test_the_default_table(net):
     listed = settings_table(net, calls=100)
     samplers = [recommended_sampler(net, settings) for settings in listed]

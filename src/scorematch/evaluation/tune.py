@@ -274,6 +274,8 @@ def tune(
         figures: dict[str, tuple[str, ...]] = {source: (criterion,), IMAGES: ("std", "variation")}
         figures = dict.fromkeys(named, (criterion,)) or figures
         context = {"n": n, **options, "network": sampler_settings(next(iter(samplers.values())))["network"]}
+        if any(each.fingerprint is None for each in evaluator.extractors):  # another function can have the same name
+            context["function"] = [identity(each.function) for each in evaluator.extractors]
         if named:  # masks of one size can have the same name
             tasks_in_full = [task if isinstance(task, str) else f"{task!r} {identity(task)}" for task in listed_tasks]
             context |= {"tasks": tasks_in_full, "restore": restore}
