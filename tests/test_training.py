@@ -1148,6 +1148,14 @@ def test_settings_that_do_not_matter_may_change(run):
     quick(image_net(dropout=0.2), images(), run[0], images=160, microbatch=4, log_every=3, keep=1)
 
 
+def test_the_recommended_sampler_settings_may_change(tmp_path):
+    """Those of a network that ships with the package, with which a run starts, may change with its version."""
+    quick(points_net(), points(), tmp_path, images=8)
+    net = points_net()
+    net.sampler_settings = SamplerSettings("ode", levels=3)
+    assert quick(net, points(), tmp_path, images=8).sampler_settings == net.sampler_settings
+
+
 def test_functions_are_stored_by_name_in_the_configuration(tmp_path):
     settings = {"loss": partial(dsm_loss, reduction="none"), "levels": NoiseSchedule([1.0, 0.5]), "images": 8}
     quick(points_net(), points(), tmp_path, **settings)

@@ -81,7 +81,7 @@ from scorematch.training.steps import (
 )
 
 # Settings that may change when a run continues: the distribution of its result does not depend on them.
-_FREE = {"microbatch", "compile"}
+_FREE = {"microbatch", "compile", "sampler_settings"}
 # The parts of config.json that must not change.
 _CONFIG = dict.fromkeys(("settings", "network", "data"), Field(dict, required=True))
 # The values of a checkpoint.
