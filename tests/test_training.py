@@ -1735,6 +1735,15 @@ def test_calibration_of_the_exact_score():
     assert doubled[-1].norm == pytest.approx(4 * rows[-1].norm) and doubled[-1].loss > rows[-1].loss + 0.5
 
 
+def test_the_report_shows_the_last_samples_of_more_than_a_billion_images(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for images in (990_000_000, 1_010_000_000):
+        (tmp_path / "samples" / f"{checkpoints.name_of(images)}.png").touch()
+    config = {"settings": {}, "data": {"images": 1, "shape": [1, 8, 8], "fingerprint": ""}, "versions": {}}
+    report.write_report(tmp_path, image_net(), config, [], 1.0)
+    assert "\n![samples](samples/1010000000.png)\n" in (tmp_path / "report.md").read_text()
+
+
 def test_the_report_computes_few_large_images_at_once(monkeypatch):
     """The report at the end of a run needs no more memory than the run."""
     net, settings = image_net(condition_channels=1), Settings(condition=Inpainting())

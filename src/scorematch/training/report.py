@@ -430,7 +430,8 @@ def _report(
 ) -> str:
     settings, data = config["settings"], config["data"]
     count = sum(parameter.numel() for parameter in net.parameters())
-    pictures = sorted((out / "samples").glob("*.png")) if (out / "samples").is_dir() else []
+    names = (path.name for path in (out / "samples").glob("*.png"))
+    picture = max(names, key=lambda name: (len(name), name), default="")  # from 10^9 images on, names are longer
     text = [
         f"# {out.name}",
         "",
@@ -449,7 +450,7 @@ def _report(
         "![training loss](report/loss.svg)",
         "![loss by noise level](report/levels.svg)",
         "![calibration](report/calibration.svg)",
-        *([f"![samples](samples/{pictures[-1].name})"] if pictures else []),
+        *([f"![samples](samples/{picture})"] if picture else []),
         "",
         "| sigma | loss / (D/2) | mean square of sigma s | 1 - loss / (D/2) |",
         "|---|---|---|---|",
