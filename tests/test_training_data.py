@@ -166,7 +166,9 @@ def test_the_celeba_crop_is_the_published_one(tmp_path, rng):
         found = _open(tmp_path, crop="celeba", image_size=size).read([0])[0][0]
         expected = middle.resize((size, size), Image.Resampling.BILINEAR)
         assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
-    assert _open(tmp_path, crop="celeba").shape == (3, 140, 140)
+    for source in (tmp_path, np.array(picture)[None], [picture]):  # the last one is a Dataset
+        found = _open(source, crop="celeba").read([0])[0][0]
+        assert torch.equal(found, torch.from_numpy(np.array(middle)).permute(2, 0, 1))
     Image.fromarray(_colors(rng, 64, 64)).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"needs images of at least 140 x 140 pixels, got 64 x 64. Write crop="):
         _open(tmp_path, crop="celeba", image_size=64)

@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 from scorematch.files import new_files
 from scorematch.randomness import seed_of
 from scorematch.schema import Field, check, check_at_least, read_object
-from scorematch.training.sources import Array, Crop, Options, Source, UnfitError, find, ordered_map
+from scorematch.training.sources import CELEBA_SIDE, Array, Crop, Options, Source, UnfitError, find, ordered_map
 
 _BLOCK = 1024  # images that are read at a time to hash them
 _IN_MEMORY = 2**30  # the largest size in bytes of decoded images that are kept in memory without a cache
@@ -177,7 +177,8 @@ def open_images(
             name of a data set on the Hub otherwise, of which the split "train" is used. An ``ImageData`` is returned
             unchanged.
         image_size: (height, width) in pixels, or the side of a square. None keeps the size of the images, which must be
-            the same for all; images from files and data sets are then cropped to a square, unless ``crop`` is None.
+            the same for all; images from files and data sets are then cropped to a square, unless ``crop`` is None. For
+            the crop "celeba" None is 140.
         channels: 1 for gray, 3 for RGB. None keeps the number of channels of the images, which must be the same for
             all.
         crop: "center" crops the largest area in the middle with the aspect ratio of ``image_size``; "celeba" crops the
@@ -220,6 +221,8 @@ def open_images(
         raise ValueError(f'crop must be "center", "celeba" or None, got {crop!r}.')
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None, got {channels!r}.")
+    if image_size is None and crop == "celeba":
+        image_size = CELEBA_SIDE
     size = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size
     pair = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int | np.integer) for side in size)
     if size is not None and not (pair and min(size) >= 1):

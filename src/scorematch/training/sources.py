@@ -30,7 +30,7 @@ Crop = Literal["center", "celeba"] | None
 _A = TypeVar("_A")
 _T = TypeVar("_T")
 
-_CELEBA_SIDE = 140  # pixels; the aligned images have 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
+CELEBA_SIDE = 140  # pixels; the aligned images have 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
 _CLASSES = 1_000_000  # the largest number of classes
 _IMAGE_KEYS = ("image", "images", "img", "x", "x_train", "arr_0")
 _LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
@@ -62,12 +62,12 @@ def _fit(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
     image = gray_or_rgb(picture, channels)
     wide, tall = image.size
     if crop == "celeba":
-        if min(wide, tall) < _CELEBA_SIDE:
+        if min(wide, tall) < CELEBA_SIDE:
             raise UnfitError(
-                f'crop="celeba" needs images of at least {_CELEBA_SIDE} x {_CELEBA_SIDE} pixels, got {tall} x {wide}. '
+                f'crop="celeba" needs images of at least {CELEBA_SIDE} x {CELEBA_SIDE} pixels, got {tall} x {wide}. '
                 'Write crop="center" for images that are already cropped.'
             )
-        inner = (_CELEBA_SIDE, _CELEBA_SIDE)
+        inner = (CELEBA_SIDE, CELEBA_SIDE)
     elif crop == "center":
         scale = min(wide / width, tall / height)
         inner = (min(wide, max(1, round(scale * width))), min(tall, max(1, round(scale * height))))
@@ -279,8 +279,6 @@ class _Pictures(Source):
         if channels == 1:
             with suppress(Exception), self.open(0) as picture:  # a damaged image is reported when it is decoded
                 self.from_color = _looks(picture)[0] == 3
-        if size is None and options.crop == "celeba":
-            size = (_CELEBA_SIDE, _CELEBA_SIDE)
         if channels is None or size is None:
             kinds, sizes = self._kinds_and_sizes(workers)
             channels = self._common_channels(kinds) if channels is None else channels
