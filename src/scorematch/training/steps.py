@@ -400,7 +400,7 @@ def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingStat
     if _channels_last(net, accelerator.device):
         for parameter in net.parameters():  # net.to would also convert the weights of 3-d convolutions, and fail
             if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
     if settings.compile:
         net.backbone.compile(dynamic=False)  # one graph per shape, whichever shape came first in this process
     return TrainingState(net, settings)
