@@ -475,6 +475,10 @@ def test_the_path_of_a_file_gives_an_error_that_says_what_to_do(kind, here):
         ScoreNet.from_pretrained(kind("w.pth"))
     with pytest.raises(ValueError, match=r"is one file of a network\. Pass the folder that holds it, 'network'"):
         ScoreNet.from_pretrained(kind("network/config.json"))
+    for name in ("digits.PNG", "digits.npz"):
+        Path(name).touch()
+        with pytest.raises(ValueError, match=rf"{name} is not a network\. Pass the name of a network, such as 'mnist'"):
+            ScoreNet.from_pretrained(kind(name))
 
 
 @pytest.mark.parametrize("name", [None, 3, b"mnist"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from scorematch.images import ENDINGS
 from scorematch.pretrained import cards, hub
 
 
@@ -93,4 +94,6 @@ def _is_path(name: str) -> bool:
 def _about_a_file(path: Path) -> str:
     if path.suffix in (".json", ".safetensors"):
         return f"{path} is one file of a network. Pass the folder that holds it, {str(path.parent)!r}."
+    if path.suffix.lower() in (*ENDINGS, ".npz"):
+        return f"{path} is not a network. Pass the name of a network, such as 'mnist', or its folder."
     return f"{path} is a checkpoint file. Convert it with scorematch convert {path} FOLDER, and load FOLDER."
