@@ -161,6 +161,7 @@ def test_evaluate_refuses(folder, capsys):
     for arguments, message in [
         ((network,), "the following arguments are required: reference"),
         ((network, "--restore", "pool-4"), "the following arguments are required: --data DATA"),
+        (("palette-mnist", real), "palette-mnist restores images. Add the task to measure, such as --restore color"),
         ((network, real, "--features", "fid"), "invalid choice: 'fid'"),
         ((network, real, "--metrics", "fid"), "invalid choice: 'fid'"),
         ((network, real, "-n", 0), "must be a whole number of at least 1"),
