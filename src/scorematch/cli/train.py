@@ -32,6 +32,7 @@ _RESULTS = ("checkpoints", "network", "snapshots", "samples", "log.jsonl", "repo
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 # What messages say of arguments in Python, and what they say here.
 _WORDS = {
+    " to open_images, or convert the pictures": "",
     "the same network as net": "the network of --recipe",
     "Pass net=ScoreNet.from_pretrained(start)": "Leave out --recipe",
     "Pass the settings of that run": "Write the options of that run, such as --recipe,",

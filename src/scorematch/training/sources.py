@@ -313,7 +313,8 @@ class _Pictures(Source):
         if len(kinds) > 1:
             raise ValueError(
                 f"{self.name} mixes gray and color images: {self.name_of(kinds[1])} is gray, and "
-                f"{self.name_of(kinds[3])} is in color. Pass channels=3 or channels=1."
+                f"{self.name_of(kinds[3])} is in color. Pass channels=3 or channels=1 "
+                "to open_images, or convert the pictures."
             )
         return next(iter(kinds))
 
@@ -322,7 +323,8 @@ class _Pictures(Source):
             (one, i), (other, k) = itertools.islice(sizes.items(), 2)
             raise ValueError(
                 f"{self.name} has images of different sizes: {self.name_of(i)} has {one[0]} x {one[1]} pixels, and "
-                f"{self.name_of(k)} has {other[0]} x {other[1]}. Pass image_size=."
+                f"{self.name_of(k)} has {other[0]} x {other[1]}. Pass image_size= to open_images, or "
+                "resize the pictures."
             )
         return next(iter(sizes))
 
