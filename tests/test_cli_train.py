@@ -366,6 +366,7 @@ def test_image_sizes():
         ),
         (("--image-size", "big"), "argument --image-size: must be a side such as 64"),
         (("--label-drop", "0.2"), "--label-drop is for training on classes. Add --labels."),
+        (("--label-key", "digits"), "--label-key is for training on classes. Add --labels."),
         (("--cache", "x", "--no-cache"), "--cache and --no-cache cannot be combined. Leave out one."),
         (("--device", "mps"), "--device mps is not available: Accelerate uses cpu"),
         (("--batch-size", "13"), "the data have 12 images, fewer than a batch of 13. Pass --batch-size 12 or less.$"),

@@ -159,6 +159,8 @@ def _run(args: argparse.Namespace) -> None:
     recipe = RECIPES[_DEFAULT if args.recipe is None else args.recipe]
     if args.label_drop is not None and not args.labels:
         raise ValueError("--label-drop is for training on classes. Add --labels.")
+    if args.label_key is not None and not args.labels:
+        raise ValueError("--label-key is for training on classes. Add --labels.")
     if args.cache is not None and args.no_cache:
         raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     check_folder_name(args.out)
