@@ -438,4 +438,5 @@ def test_ema_writes_to_the_folder_of_the_run_by_default(run, tmp_path, capsys, l
 
 def test_ema_of_a_folder_without_a_run_gives_an_error(tmp_path, capsys):
     assert "has no snapshots" in _refused(["ema", tmp_path, "--length", "0.08"], capsys)
+    assert f"there is no folder {tmp_path / 'a'}." in _refused(["ema", tmp_path / "a", "--length", "0.08"], capsys)
     assert "at most 0.289, got 0.5" in _refused(["ema", tmp_path, "--length", "0.5"], capsys)

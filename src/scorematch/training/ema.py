@@ -158,7 +158,8 @@ def reconstruct(
         The network in eval mode, on the CPU, in float32.
 
     Raises:
-        FileNotFoundError: if the run has no snapshots of power function averages: it has none with decays as ``ema``.
+        FileNotFoundError: if there is no such folder, or the run has no snapshots of power function averages: it has
+            none with decays as ``ema``.
         ValueError: if the length is out of range, or ``images`` is below the first or above the last snapshot.
 
     Warns:
@@ -169,6 +170,8 @@ def reconstruct(
     """
     gamma = exponent(length)
     folder = Path(run).expanduser() / SNAPSHOTS
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder.parent}.")
     found = _snapshots(folder)
     end = found[-1][0] if images is None else images
     used = [(seen, own, path) for seen, own, path in found if seen <= end]
