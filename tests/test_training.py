@@ -1015,6 +1015,16 @@ def test_a_run_does_not_write_into_the_folder_of_its_data(tmp_path):
     assert len(list(faces.iterdir())) == 4
 
 
+@pytest.mark.parametrize("name", ["network", "log.jsonl"])
+def test_files_of_other_programs_are_kept(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"{name} exists already and would be replaced\. Choose another folder"):
+        quick(points_net(), points(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+    with pytest.raises(NotADirectoryError, match=rf"{name} is a file\. Pass a folder\."):
+        quick(points_net(), points(), tmp_path / name)
+
+
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # on Windows

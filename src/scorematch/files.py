@@ -81,7 +81,10 @@ def check_own(folder: Path, record: str, names: Iterable[str]) -> None:
 
     Raises:
         FileExistsError: if the folder has such a file and not the record.
+        NotADirectoryError: if the folder is a file.
     """
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file. Pass a folder.")
     foreign = [] if (folder / record).exists() else [folder / name for name in names if (folder / name).exists()]
     if foreign:
         raise FileExistsError(f"{foreign[0]} exists already and would be replaced. Choose another folder.")

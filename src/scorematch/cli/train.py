@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from scorematch.cli.options import Commands, check_folder_name, duration, expanded, image_count, load_network
-from scorematch.files import check_outside, check_own
+from scorematch.files import check_outside
 from scorematch.images import to_float
 from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
@@ -23,12 +23,11 @@ from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, ImageData, Recipe, Settings, checkpoint, open_images, train
 from scorematch.training.recipes import training_flop
 from scorematch.training.report import describe_classes
-from scorematch.training.run import check_run
+from scorematch.training.run import check_results, check_run
 from scorematch.training.steps import check_arguments, loss_arguments, make_accelerator
 
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
-_RESULTS = ("checkpoints", "network", "snapshots", "samples", "log.jsonl", "report.md", "report")
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 # What messages say of arguments in Python, and what they say here.
 _WORDS = {
@@ -167,7 +166,7 @@ def _run(args: argparse.Namespace) -> None:
     check_outside(args.out, args.data)
     if args.push_to_hub is not None:
         check_repository(args.push_to_hub)
-    check_own(args.out, "config.json", _RESULTS)
+    check_results(args.out)
     label_drop = (_LABEL_DROP if args.label_drop is None else args.label_drop) if args.labels else 0.0
     options = {**recipe.options(), **_given(args), "label_drop": label_drop}
     settings = Settings(**options)

@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch import pretrained
-from scorematch.files import alone, check_outside, write_whole
+from scorematch.files import alone, check_outside, check_own, write_whole
 from scorematch.images import is_picture
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast
@@ -232,8 +232,8 @@ def train(
         TypeError, ValueError: if arguments do not fit together, the settings differ from those of the run in ``out``,
             its files are damaged, or the network ``start`` differs from ``net``.
         RuntimeError: if the loss becomes NaN or infinite; the message names the step and the noise level.
-        OSError: if a file cannot be written, or another process is training in ``out``. The last checkpoint is not
-            affected.
+        OSError: if a file cannot be written, another process is training in ``out``, or ``out`` is a file or has files
+            of other programs with the names of results. The last checkpoint is not affected.
         SystemExit: after SIGTERM, with status 143. KeyboardInterrupt: after Ctrl-C.
 
     Example:
@@ -282,6 +282,7 @@ def train(
     if trackers and accelerator is not None:
         raise ValueError("trackers and accelerator cannot both be given. Write Accelerator(log_with=...).")
     check_outside(out, data)
+    check_results(out)
     if push_to_hub is not None:
         check_repository(push_to_hub)
     accelerator = make_accelerator(accelerator, trackers=trackers, folder=out)
@@ -613,6 +614,13 @@ def _figures(found: Any) -> dict[str, float]:
 
 
 # -- The configuration ------------------------------------------------------------------------------------------------
+
+
+def check_results(out: Path) -> None:
+    """Checks that the files that a run writes replace only those of an earlier one; see ``check_own``."""
+    check_own(
+        out, "config.json", ("checkpoints", "network", "snapshots", "samples", "log.jsonl", "report.md", "report")
+    )
 
 
 def check_run(
