@@ -64,6 +64,13 @@ def test_save_grid_writes_a_grid(tmp_path):
         assert picture.size == (4 * 10 + 2, 12)
 
 
+def test_save_grid_refuses_other_shapes_and_columns(tmp_path):
+    with pytest.raises(ValueError, match=r"images must be \(N, 1, H, W\) or .*, got shape \(4, 8, 8, 3\)"):
+        save_grid(torch.ones(4, 8, 8, 3), tmp_path / "grid.png")
+    with pytest.raises(ValueError, match=r"columns must be an integer of at least 1, got 1\.5"):
+        save_grid(torch.ones(4, 1, 8, 8), tmp_path / "grid.png", columns=1.5)
+
+
 def test_a_failed_save_leaves_the_old_picture(tmp_path, monkeypatch):
     save_image(torch.zeros(1, 2, 2), tmp_path / "image.png")
     before = (tmp_path / "image.png").read_bytes()

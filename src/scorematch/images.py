@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from scorematch.files import write_whole
-from scorematch.schema import check_at_least, reason
+from scorematch.schema import check_count, reason
 
 # The extensions of image files; other files in a folder are ignored.
 ENDINGS = (
@@ -42,7 +42,7 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
 
     Raises:
         TypeError: if the images are not a tensor.
-        ValueError: if the images have another shape, or ``columns`` is below 1.
+        ValueError: if the images have another shape, or ``columns`` is not an integer of at least 1.
 
     Example:
         >>> grid(torch.ones(6, 1, 28, 28), columns=3).shape
@@ -56,7 +56,7 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images must be (N, C, H, W) with at least one image, got shape {tuple(images.shape)}.")
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    check_at_least("columns", columns, 1)
+    columns = check_count("columns", columns)
     rows = math.ceil(len(images) / columns)
     padded = torch.nn.functional.pad(images, (0, padding, 0, padding))
     cells = padded.new_zeros(rows * columns, *padded.shape[1:])
@@ -296,7 +296,10 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], columns: int | None 
         path: the path of the file, such as "digits.png".
         columns: the number of images in a row; None is the square root of N, rounded up.
     """
-    save_image(grid(images, columns), path)
+    whole = grid(images, columns)
+    if not is_picture(whole.shape):
+        raise ValueError(f"images must be (N, 1, H, W) or (N, 3, H, W), got shape {tuple(images.shape)}.")
+    save_image(whole, path)
 
 
 def save_animation(
