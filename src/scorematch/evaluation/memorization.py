@@ -136,7 +136,8 @@ class Nearest:
         for given in both:
             if given.shape[1] != self._queries.shape[1]:
                 raise ValueError(
-                    f"features must have {self._queries.shape[1]} dimensions, as the queries, got {given.shape[1]}."
+                    f"features must have {self._queries.shape[1]} dimensions, as the queries, got {given.shape[1]}. "
+                    "Use one extractor, and images of one size."
                 )
         centered = [double(given).to(self._mean.device) - self._mean for given in both]
         numbers = torch.arange(self._n, self._n + len(features), device=self._mean.device)
