@@ -58,6 +58,12 @@ def test_tasks_return_the_documented_shapes_and_follow_the_seed(task, rng):
     first = task(x)[0]
     torch.manual_seed(3)
     assert torch.equal(first, task(x)[0])
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = task(x, 0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(condition, again[0]) and torch.equal(region, again[1])
 
 
 @pytest.mark.parametrize("task", EVERY, ids=repr)

@@ -311,17 +311,17 @@ def condition_of(operator: Operator, y: Tensor, generator: torch.Generator | int
 
 
 class _Draws:
-    """Random numbers, drawn on the generator's device, or on the images' device without a generator."""
+    """Random float32 numbers, drawn on the generator's device, or on the images' device without a generator."""
 
     def __init__(self, generator: torch.Generator | None, device: torch.device) -> None:
         self.generator = generator
         self.device = device if generator is None else generator.device
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.device)
+        return torch.rand(shape, generator=self.generator, dtype=torch.float32, device=self.device)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Integers from low to high - 1."""
@@ -329,7 +329,7 @@ class _Draws:
 
     def choices(self, weights: Tensor, n: int) -> Tensor:
         """Indices (n,), with probabilities proportional to the weights."""
-        return torch.multinomial(weights, n, replacement=True, generator=self.generator)
+        return torch.multinomial(weights.float(), n, replacement=True, generator=self.generator)
 
 
 def _everywhere(x: Tensor) -> Tensor:
