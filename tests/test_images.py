@@ -130,7 +130,7 @@ def test_images_that_are_not_floating_point_raise(tmp_path):
     [
         (lambda: grid(torch.ones(3, 4, 4)), r"\(N, C, H, W\) with at least one image, got shape \(3, 4, 4\)"),
         (lambda: grid(torch.ones(0, 1, 4, 4)), "at least one"),
-        (lambda: grid(torch.ones(1, 1, 4, 4), columns=0), "columns must be at least 1"),
+        (lambda: grid(torch.ones(1, 1, 4, 4), columns=0), "columns must be an integer of at least 1"),
         (lambda: save_image(torch.ones(2, 4, 4), "x.png"), r"\(1, H, W\) or \(3, H, W\), got shape \(2, 4, 4\)"),
         (lambda: save_image(torch.ones(1, 0, 4), "x.png"), r"got shape \(1, 0, 4\)"),
         (
