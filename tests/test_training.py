@@ -384,6 +384,19 @@ def test_reconstruct_keeps_weights_that_are_not_trained(tmp_path):
     torch.testing.assert_close(found, net.backbone.time_proj.weight, rtol=1e-6, atol=0)
 
 
+def test_reconstruct_keeps_integer_buffers(tmp_path):
+    """A sum of fractions of 7 may be 6.999, which is 6 as an integer."""
+
+    def backbone():
+        module = MLP()
+        module.register_buffer("order", torch.arange(100))
+        return module
+
+    net = ScoreNet(backbone(), NoiseSchedule.geometric(5, 0.05, 20), sample_shape=(2,))
+    quick(net, points(), tmp_path, snapshot_every=20)
+    assert torch.equal(reconstruct(tmp_path, 0.08, backbone=backbone()).backbone.order, torch.arange(100))
+
+
 def test_reconstruct_gives_averages_of_any_length_after_a_run(tmp_path):
     options = {"images": 64 * 100, "batch_size": 64, "ema": (0.05, 0.10, 0.07), "log_every": 10**6, "lr": 1e-2}
     options |= {"checkpoint_every": 10**6, "sample_every": 10**6, "decay": "constant", "snapshot_every": 320}
