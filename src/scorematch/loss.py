@@ -25,7 +25,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -211,9 +211,10 @@ def sliced_score_matching_loss(
         v = _like("projections", projections, x)
     # The faster kernels of attention have no second derivative.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        sigma, v, condition = map(_recordable, (sigma, v, class_of_each(condition, x)))
+        given = class_of_each(condition, x)
+        sigma, v, given = _recordable(sigma), _recordable(v), None if given is None else _recordable(given)
         noisy = (x + per_image(sigma, x) * noise).detach().requires_grad_()
-        score = score_at(net, noisy, sigma, condition)
+        score = score_at(net, noisy, sigma, given)
         check_differentiable(score)
         (gradient,) = torch.autograd.grad((v * score).sum(), noisy, create_graph=True)
     loss = (v * gradient).flatten(1).sum(1) + score.square().flatten(1).sum(1) / 2
@@ -221,9 +222,9 @@ def sliced_score_matching_loss(
     return loss.mean() if reduction == "mean" else loss
 
 
-def _recordable(value: Any) -> Any:
-    """A copy of a tensor that was created in inference mode, which autograd can record; any other value unchanged."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+def _recordable(value: Tensor) -> Tensor:
+    """A copy of a tensor that was created in inference mode, which autograd can record; any other unchanged."""
+    return value.clone() if value.is_inference() else value
 
 
 def _weights_at(sigma: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:

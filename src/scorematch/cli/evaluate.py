@@ -115,10 +115,10 @@ def _run(args: argparse.Namespace) -> None:
         common |= reference_options(args, find_device(args.device))
         _show(args, evaluate(args.model, args.reference, n=args.n, **sets, **common))
         return
-    net = load(args)
-    if args.restore is None and takes_image(net):
+    loaded = load(args)
+    if args.restore is None and takes_image(loaded):
         raise ValueError(f"{args.model} restores images. Add the task to measure, such as --restore colorization.")
-    net = guide(args, net)
+    net = guide(args, loaded)
     condition = None if args.restore is not None else find_classes(args, net)
     common |= reference_options(args, device_of(net))
     default = None if args.restore is None or takes_image(net) else "langevin"  # as for the command restore
