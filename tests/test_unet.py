@@ -5,6 +5,7 @@ import itertools
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from torch import nn
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.nets import FAMILIES
 from scorematch.nets.blocks import Attention
-from scorematch.nets.unet import UNet
+from scorematch.nets.family import structure
+from scorematch.nets.unet import UNET, UNet
 from scorematch.pretrained import fill
 from tests.helpers import run
 
@@ -193,12 +195,15 @@ def test_other_numbers_of_layers_at_each_scale_equal_those_of_diffusers(rng):
 def test_one_number_of_layers_for_all_scales_may_be_a_list(tmp_path):
     """It is the configuration that diffusers reads; different numbers are kept as a list, also in a file."""
     options = {"widths": (4, 8), "precondition": "ddpm"}
-    one, equal = (ScoreNet.unet(1, 8, layers_per_block=layers, **options) for layers in (2, [2, 2]))
-    assert equal.config == one.config and equal.config["layers_per_block"] == 2
+    one, *equal = (ScoreNet.unet(1, 8, layers_per_block=n, **options) for n in (2, [2, 2], np.int64(2)))
+    assert all(net.config == one.config for net in equal) and one.config["layers_per_block"] == 2
     net = ScoreNet.unet(1, 8, layers_per_block=(2, 1), **options)
     net.save_pretrained(tmp_path)
     again = ScoreNet.from_pretrained(tmp_path)
     assert again.config["layers_per_block"] == [2, 1]
+    config = {key: again.config[key] for key in UNET.keys if key in again.config}
+    for layers in ([2, 1], np.array([2, 1])):
+        assert structure(UNet(**{**config, "layers_per_block": layers})) == structure(again.backbone)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
 
 

@@ -61,7 +61,7 @@ from scorematch.nets.blocks import (
 )
 from scorematch.nets.family import place, structure
 from scorematch.nets.layers import GroupNorm
-from scorematch.schema import Field, check_choice
+from scorematch.schema import Field, check_choice, native
 
 
 class _Kind(NamedTuple):
@@ -112,6 +112,7 @@ def _layers(layers: int | Sequence[int], widths: Sequence[int]) -> list[int]:
     Raises:
         ValueError: if the number of entries is not the number of scales.
     """
+    layers = native(layers)  # integers of NumPy too
     if isinstance(layers, int):
         return [layers] * len(widths)
     if len(layers) != len(widths):
