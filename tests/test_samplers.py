@@ -861,14 +861,15 @@ def test_recommended_sampler_follows_the_settings(settings):
         ({"sampler": "euler"}, "sampler must be one of 'langevin', .*got 'euler'"),
         ({"levels": 1}, "levels must be an integer of at least 2 .*got 1"),
         ({"levels": 2.5}, "levels must be an integer .*got 2.5"),
-        ({"consistent": 1}, "consistent must be true or false or null, got 1"),
+        ({"consistent": 1}, "consistent must be true or false, got 1"),
         ({"step_size": math.nan}, "step_size must be a number .*got nan"),
         ({"method": "heun"}, "method is not an option of the sampler 'langevin', whose options are consistent, "),
         (
             {"sampler": "ode", "snr": 0.1},
             "snr is not an option of the sampler 'ode', whose options are churn, churn_max, ",
         ),
-        ({"sigma_max": -1.0}, "sigma_max must be a number of at least 0 or null, got -1.0"),
+        ({"sigma_max": -1.0}, "sigma_max must be a number of at least 0, got -1.0"),
+        ({"sampler": "predictor-corrector", "snr": 1.0}, "snr must be a number of more than 0 and less than 1, got 1.0"),
         ({"consistent": True, "steps_per_level": 3}, "leave out steps_per_level and exact_noise, got 3 and None"),
         ({"consistent": True, "exact_noise": False}, "leave out steps_per_level and exact_noise, got None and False"),
     ],
@@ -887,6 +888,9 @@ def test_settings_take_numbers_of_numpy():
 def test_unknown_keys_and_dicts_as_settings_raise():
     with pytest.raises(ValueError, match="unknown key, 'level'; the known keys are sampler, levels"):
         SamplerSettings.from_dict({"sampler": "langevin", "level": 3})
+    with pytest.raises(ValueError, match="unknown key, 'level'"):
+        SamplerSettings.from_dict({"sampler": "langevin", "level": None})
+    assert SamplerSettings.from_dict({"sampler": "langevin", "levels": None}) == SamplerSettings()
     net = ScoreNet.ncsnv2(1, 8, width=2)
     with pytest.raises(TypeError, match=r"None, got dict. Write scorematch.sampling.SamplerSettings\(levels="):
         net.sampler_settings = {"levels": 3}

@@ -42,6 +42,7 @@ class Field:
         low: the smallest number, or the smallest length of a list.
         high: the largest number, or the largest length of a list.
         above: a number that the value must exceed.
+        below: a number that must exceed the value.
         choices: the allowed values; None allows all.
         each: the field of each entry of a list.
         or_list: whether the value may also be a list of such values, at most 16.
@@ -53,6 +54,7 @@ class Field:
     low: float | None = None
     high: float | None = None
     above: float | None = None
+    below: float | None = None
     choices: Collection[Any] | None = None
     each: Field | None = None
     or_list: bool = False
@@ -71,6 +73,7 @@ class Field:
                 bounds += [] if self.above is None else [f"more than {_number(self.above)}"]
                 bounds += [] if self.low is None else [f"at least {_number(self.low)}"]
                 bounds += [] if self.high is None else [f"at most {_number(self.high)}"]
+                bounds += [] if self.below is None else [f"less than {_number(self.below)}"]
             if bounds:
                 said += (" with " if self.kind is list else " of ") + " and ".join(bounds)
                 said += " entries" if self.kind is list else ""
@@ -101,6 +104,8 @@ class Field:
         if self.above is not None and size <= self.above:
             return False
         if self.high is not None and size > self.high:
+            return False
+        if self.below is not None and size >= self.below:
             return False
         return not isinstance(value, list | tuple) or self.each is None or all(map(self.each.fits, value))
 

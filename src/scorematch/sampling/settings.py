@@ -15,25 +15,25 @@ _OPTIONS = {
     "ancestral": {"variance", "clamp_denoised"},
     "predictor-corrector": {"predictor", "corrector_steps", "snr"},
 }
-_LEVEL = Field(float, optional=True, low=0)
-_COUNT = Field(int, optional=True, low=1, high=1_000_000)
+_LEVEL = Field(float, low=0)
+_COUNT = Field(int, low=1, high=1_000_000)
 _SCHEMA: Mapping[str, Field] = {
     "sampler": Field(str, required=True, choices=tuple(_OPTIONS)),
-    "levels": Field(int, optional=True, low=2, high=1_000_000),
+    "levels": Field(int, low=2, high=1_000_000),
     "steps_per_level": _COUNT,
-    "step_size": Field(float, optional=True, above=0),
-    "exact_noise": Field(bool, optional=True),
-    "consistent": Field(bool, optional=True),
-    "method": Field(str, optional=True, choices=("heun", "dpm-solver++")),
-    "churn": Field(float, optional=True, low=0),
+    "step_size": Field(float, above=0),
+    "exact_noise": Field(bool),
+    "consistent": Field(bool),
+    "method": Field(str, choices=("heun", "dpm-solver++")),
+    "churn": Field(float, low=0),
     "churn_min": _LEVEL,
     "churn_max": _LEVEL,
-    "churn_noise": Field(float, optional=True, above=0),
-    "variance": Field(str, optional=True, choices=("large", "small", "learned")),
-    "clamp_denoised": Field(bool, optional=True),
-    "predictor": Field(str, optional=True, choices=("ancestral", "reverse-diffusion")),
-    "corrector_steps": Field(int, optional=True, low=0, high=1_000_000),
-    "snr": Field(float, optional=True, above=0, high=1),
+    "churn_noise": Field(float, above=0),
+    "variance": Field(str, choices=("large", "small", "learned")),
+    "clamp_denoised": Field(bool),
+    "predictor": Field(str, choices=("ancestral", "reverse-diffusion")),
+    "corrector_steps": Field(int, low=0, high=1_000_000),
+    "snr": Field(float, above=0, below=1),
     "sigma_max": _LEVEL,
     "sigma_min": _LEVEL,
 }
@@ -102,7 +102,7 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             object.__setattr__(self, name, native(value))  # numbers of NumPy as those of Python
-        check(asdict(self), _SCHEMA, "sampler_settings")
+        check(self.to_dict(), _SCHEMA, "sampler_settings")
         foreign = self.options.keys() - _OPTIONS[self.sampler]
         if foreign:
             known = ", ".join(sorted(_OPTIONS[self.sampler]))
@@ -136,11 +136,13 @@ class SamplerSettings:
         """Creates settings from a dict that ``to_dict`` returned.
 
         Args:
-            values: at least "sampler", and the options that are set.
+            values: at least "sampler", and the options that are set; None is as if the key were absent.
 
         Raises:
             ValueError: if a key is unknown or missing, or a value is out of range.
         """
+        if isinstance(values, Mapping):
+            values = {key: value for key, value in values.items() if value is not None or key not in _SCHEMA}
         check(values, _SCHEMA, "sampler_settings", closed=True)
         return cls(**values)
 
