@@ -11,6 +11,7 @@ from scorematch.palette import (
     Inpainting,
     JPEGRestoration,
     MultiTask,
+    Task,
     Uncropping,
     condition_of,
     fill,
@@ -295,6 +296,21 @@ def test_multitasks_can_be_nested(rng):
     assert repr(task) == (
         "MultiTask([MultiTask([Inpainting(), Uncropping()]), JPEGRestoration(10, 10)], weights=[3.0, 1.0])"
     )
+
+
+def test_the_repr_of_a_task_of_ones_own_has_its_options():
+    class Noise(Task):
+        def __init__(self, sigma):
+            self.sigma = sigma
+
+        def _degrade(self, x, draws):
+            return x, torch.ones(())
+
+    assert repr(Noise(0.5)) == "Noise(sigma=0.5)"
+
+
+def test_nested_multitasks_draw_all_tasks(rng):
+    task = MultiTask([MultiTask([Inpainting(), Uncropping()]), JPEGRestoration(10, 10)], weights=[3, 1])
     x = torch.rand(800, 1, 16, 16, generator=rng)
     condition, region = task(x, rng)
     codec = region.flatten(1).all(1)

@@ -553,6 +553,8 @@ def test_the_number_of_images_is_rounded_up_to_whole_batches():
         ({"betas": 0.9}, r"betas must be a tuple of numbers, such as \(0\.9, 0\.99\), got 0\.9"),
         ({"lr": "1e-3"}, "lr must be a number, got '1e-3'"),
         ({"label_drop": None}, "label_drop must be a number, got None"),
+        ({"flip": "no"}, "flip must be True or False, got 'no'"),
+        ({"compile": 1}, "compile must be True or False, got 1"),
     ],
 )
 def test_invalid_settings_raise(arguments, message):
@@ -1082,10 +1084,10 @@ def test_the_repository_of_the_result_is_checked_before_the_training(tmp_path):
 
 
 def test_the_results_of_evaluate_are_numbers_in_the_log(tmp_path):
-    given = {"tensor": torch.tensor(0.5), "array": np.float32(2), "number": 3}
+    given = {"tensor": torch.tensor(0.5), "array": np.float32(2), "number": 3, "nan": math.nan, "infinity": -math.inf}
     quick(points_net(), points(), tmp_path / "run", images=16, sample_every=16, evaluate=lambda net, images: given)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert {"images": 16, "tensor": 0.5, "array": 2.0, "number": 3.0} in lines
+    assert {"images": 16, "tensor": 0.5, "array": 2.0, "number": 3.0, "nan": None, "infinity": None} in lines
     wrong = {
         "evaluate must return a mapping of names to numbers, got NoneType": None,
         "evaluate must return numbers: ": {"all": torch.zeros(2)},
@@ -1165,6 +1167,34 @@ def test_other_settings_raise_an_error_that_names_them(run):
         quick(image_net(dropout=0.2), images()[:31], run[0], images=160)
     with pytest.raises(ValueError, match="take an image as their condition, which net does not"):
         quick(image_net(dropout=0.2), images(), run[0], images=160, condition=Inpainting())
+
+
+def test_options_of_other_objects_are_settings(tmp_path):
+    class Loss:
+        def __init__(self, factor):
+            self.factor = factor
+
+        def __call__(self, net, x, **options):
+            return self.factor * dsm_loss(net, x, reduction="none", **options)
+
+    def start(factor):
+        return quick(points_net(), points(), tmp_path / "run", images=16, loss=Loss(factor))
+
+    start(1.0)
+    start(1.0)
+    with pytest.raises(ValueError, match=r"loss was '.*Loss\(factor=1\.0\)' and is '.*Loss\(factor=2\.0\)'"):
+        start(2.0)
+
+
+def test_schedules_in_a_mixture_are_settings(tmp_path):
+    def start(*sigmas):
+        levels = Mixture((LogNormal(0.0, 1.0), NoiseSchedule([2.0, *sigmas, 0.1])))
+        return quick(points_net(), points(), tmp_path / "run", images=16, levels=levels)
+
+    start(1.0, 0.5)
+    start(1.0, 0.5)
+    with pytest.raises(ValueError, match="other settings: levels was"):
+        start(1.0, 0.25)
 
 
 def test_settings_that_do_not_matter_may_change(run):

@@ -652,7 +652,7 @@ def test_open_images_returns_opened_data_unchanged():
         (torch.zeros(3, 2), {"channels": 2}, ValueError, "channels must be 1, 3 or None, got 2"),
         (torch.zeros(3, 2), {"image_size": 0}, ValueError, "image_size must be .* got 0"),
         (torch.zeros(3, 2), {"image_size": (4, 4, 3)}, ValueError, "image_size must be .* got"),
-        (torch.zeros(3, 2), {"workers": 0}, ValueError, "workers must be at least 1, got 0"),
+        (torch.zeros(3, 2), {"workers": 0}, ValueError, "workers must be an integer of at least 1, got 0"),
         (_Dataset([]), {}, ValueError, "the _Dataset is empty"),
         (_Dataset([torch.zeros(1, 2, 2)]), {"labels": True}, ValueError, "must be .image, label., but item 0"),
         (_Dataset([torch.zeros(1, 2, 2, dtype=torch.int32)]), {}, TypeError, "Dataset must be .* uint8, .* got int32"),
@@ -693,6 +693,20 @@ def test_a_folder_without_pictures_raises(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing to see")
     with pytest.raises(FileNotFoundError, match="and its subfolders contain no image files"):
         _open(tmp_path)
+
+
+def test_a_subfolder_that_cannot_be_read_raises(pictures, monkeypatch):
+    folder, _ = pictures
+    inner, scandir = str(folder / "inner"), os.scandir
+
+    def refusing(path):
+        if os.fspath(path) == inner:
+            raise PermissionError(13, "Permission denied", inner)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match=r"denied; make this folder readable, or move it out of .*inner'$"):
+        _open(folder)
 
 
 def test_files_of_other_kinds_raise(tmp_path):

@@ -82,7 +82,8 @@ class Task(ABC):
         return self._degrade(x.detach(), _Draws(single_generator(generator), x.device))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({options})"  # which tells apart the settings of two runs
 
     @abstractmethod
     def _degrade(self, x: Tensor, draws: _Draws) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from scorematch.files import new_files
 from scorematch.randomness import seed_of
-from scorematch.schema import Field, check, check_at_least, read_object
+from scorematch.schema import Field, check, check_at_least, check_count, read_object
 from scorematch.training.sources import CELEBA_SIDE, Array, Crop, Options, Source, UnfitError, find, ordered_map
 
 _BLOCK = 1024  # images that are read at a time to hash them
@@ -229,7 +229,7 @@ def open_images(
         raise ValueError(f"image_size must be (height, width), or the side of a square, got {image_size!r}.")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    check_at_least("workers", workers, 1)
+    workers = check_count("workers", workers)
     size = None if size is None else (int(size[0]), int(size[1]))
     options = Options(size, channels, crop, labels, image_key, label_key)
     found = find(source, options, workers)

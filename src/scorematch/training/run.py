@@ -29,7 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType, FunctionType
@@ -217,7 +217,7 @@ def train(
             minutes instead, whatever the number of images. The result does not depend on it.
         keep: the number of checkpoints to keep; with two, one is left if the last is damaged.
         evaluate: a function that is called as ``evaluate(averaged_net, images)`` on every process, and returns a
-            mapping of numbers for the log.
+            mapping of numbers for the log, where NaN and infinity become null.
         trackers: the names of trackers of Accelerate, such as "tensorboard", which also receive the log.
         push_to_hub: a repository ``owner/name`` of the Hugging Face Hub, to which the network is uploaded at the end.
         progress: whether to show a progress bar.
@@ -600,17 +600,18 @@ def check_weights(state: TrainingState) -> None:
         raise RuntimeError(f"the weight {name} is NaN or infinite at step {state.step} (image {state.images:,}).")
 
 
-def _figures(found: Any) -> dict[str, float]:
-    """The result of the argument ``evaluate``, with numbers for the log."""
+def _figures(found: Any) -> dict[str, float | None]:
+    """The result of the argument ``evaluate``, with numbers for the log, and None for NaN and infinity."""
     if not isinstance(found, Mapping):
         raise TypeError(f"evaluate must return a mapping of names to numbers, got {type(found).__name__}.")
     taken = sorted(FIELDS & found.keys())
     if taken:
         raise ValueError(f"evaluate must not return {', '.join(map(repr, taken))}, which train logs. Rename it.")
     try:
-        return {str(name): float(value) for name, value in found.items()}
+        numbers = {str(name): float(value) for name, value in found.items()}
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several values
         raise TypeError(f"evaluate must return numbers: {error}") from error
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
 
 
 # -- The configuration ------------------------------------------------------------------------------------------------
@@ -732,4 +733,13 @@ def _described(value: Any) -> Any:
         return {**given, **{key: _described(entry) for key, entry in value.keywords.items()}}
     if isinstance(value, FunctionType | type):
         return f"{value.__module__}.{value.__qualname__}"
+    kind: Any = type(value)
+    options: Mapping[str, Any] | None = None
+    if is_dataclass(value):
+        options = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif kind.__repr__ is object.__repr__:
+        options = getattr(value, "__dict__", {})
+    if options is not None:
+        said = ", ".join(f"{name}={_described(entry)}" for name, entry in options.items())
+        return f"{kind.__name__}({said})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

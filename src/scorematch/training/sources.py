@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -367,9 +367,18 @@ def _walk(folder: Path) -> list[Path]:
     """The paths of the image files in a folder and its subfolders, sorted and relative to the folder.
 
     Symbolic links are followed, but no folder is visited twice.
+
+    Raises:
+        OSError: if a folder cannot be read.
     """
+
+    def fail(error: OSError) -> NoReturn:
+        raise OSError(
+            error.errno, f"{error.strerror}; make this folder readable, or move it out of {folder}", error.filename
+        ) from error
+
     found, entered = [], set()
-    for where, folders, files in os.walk(folder, followlinks=True):
+    for where, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         status = Path(where).stat()
         if (status.st_dev, status.st_ino) in entered:
             folders.clear()

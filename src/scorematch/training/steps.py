@@ -134,6 +134,9 @@ class Settings:
                 raise TypeError(f"{name} must be a number, got {value!r}.")
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "ema", tuple(check_length(length) for length in self.ema))
+        for name in ("flip", "compile"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}.")
         for name in ("images", "batch_size", "microbatch", "warmup_images", "seed"):
             value = getattr(self, name)
             if value is not None or name not in ("microbatch", "warmup_images"):
