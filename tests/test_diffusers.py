@@ -223,6 +223,21 @@ def test_old_names_of_attention_weights(kind, convolutions, ddpm):
     assert _same(_load(ddpm), expected)
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_in_float16_are_used_if_there_are_no_others(safe, ddpm):
+    full = _load(ddpm)
+    half = {name: tensor.half() for name, tensor in load_file(ddpm / WEIGHTS).items()}
+    if safe:
+        save_file(half, ddpm / "diffusion_pytorch_model.fp16.safetensors")
+    else:
+        torch.save(half, ddpm / "diffusion_pytorch_model.fp16.bin")
+    assert _same(_load(ddpm), full)
+    (ddpm / WEIGHTS).unlink()
+    found = _load(ddpm)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert _same(found, {name: tensor.half().float() for name, tensor in full.items()}) and not _same(found, full)
+
+
 def test_duplicate_weights_are_dropped(tmp_path):
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     _save(_theirs(time_embedding_type="fourier", **blocks), tmp_path, VE)

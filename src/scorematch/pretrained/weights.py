@@ -19,11 +19,14 @@ _LISTED = 3  # the largest number of tensors in a message
 WEIGHTS_FILE = "model.safetensors"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # The files of diffusers that hold weights, in order of preference. An index lists the parts of weights that are split.
+# Those in float16, which diffusers loads with variant="fp16", come last.
 DIFFUSERS_WEIGHTS_FILES = (
     DIFFUSERS_WEIGHTS_FILE,
     f"{DIFFUSERS_WEIGHTS_FILE}.index.json",
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
 )
 
 
