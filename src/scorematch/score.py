@@ -238,6 +238,7 @@ class ScoreNet(NetworkScore, nn.Module):
         pixel_channels: int = 0,
         schedule: NoiseSchedule | None = None,
         precondition: str = "karras",
+        precondition_options: Mapping[str, float] | None = None,
     ) -> ScoreNet:
         """Builds a U-Net with the architecture of DDPM, to be trained from scratch.
 
@@ -265,6 +266,7 @@ class ScoreNet(NetworkScore, nn.Module):
                 of 4 up to 64, or a multiple of 32; 0 for none.
             schedule: the noise levels; None is NCSNv2's schedule for CIFAR-10, 232 levels from 50 to 0.01.
             precondition: a row of the table in ``scorematch.precondition``; "karras" is the best one to train with.
+            precondition_options: the options of the row, as for the constructor.
 
         Returns:
             The network, with new weights drawn from torch's global generator. The last convolution is zero at first, so
@@ -303,7 +305,8 @@ class ScoreNet(NetworkScore, nn.Module):
         if null_class:
             architecture["null_class"] = True
         schedule = NoiseSchedule.geometric(50, 0.01, 232) if schedule is None else schedule
-        net = cls._build(architecture, schedule, precondition, (channels, *_pair(image_size)))
+        shape = (channels, *_pair(image_size))
+        net = cls._build(architecture, schedule, precondition, shape, precondition_options=precondition_options)
         cast(UNet, net.backbone).initialize()
         return net
 
