@@ -170,7 +170,9 @@ def test_the_time_of_a_diffusion_is_recovered(row):
 
 @pytest.mark.parametrize("build", [ScoreNet.unet, ScoreNet.ncsnpp])
 def test_a_new_network_is_the_score_of_a_gaussian_with_sigma_data(build, tmp_path):
-    net = build(1, 8, widths=(8, 8), layers_per_block=1, precondition="karras", precondition_options={"sigma_data": 0.2})
+    net = build(
+        1, 8, widths=(8, 8), layers_per_block=1, precondition="karras", precondition_options={"sigma_data": 0.2}
+    )
     net.save_pretrained(tmp_path)
     x = torch.rand(2, 1, 8, 8)
     for each in (net.eval(), ScoreNet.from_pretrained(tmp_path)):  # in the units of [-1, 1], 0.2 is 0.1 of those of x
