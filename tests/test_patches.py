@@ -17,6 +17,7 @@ KINDS = {
     "2": {"patch": 2},
     "4": {"patch": 4},
     "with pixels": {"patch": 2, "pixel_channels": 8},
+    "with pixel layers": {"patch": 2, "pixel_channels": 4, "pixel_layers": 3},
     "condition": {"patch": 2, "pixel_channels": 4, "condition_channels": 3},
     "classes": {"patch": 2, "classes": 3},
 }
@@ -162,6 +163,7 @@ def test_the_configuration_without_patches_has_no_key_patch():
     [
         ({"pixel_channels": 8}, "pixel_channels must be a multiple of 4 .* and 0 for patch=1, got 8 with"),
         ({"patch": 2, "pixel_channels": 6}, "pixel_channels must be a multiple of 4 up to 64, .* got 6 with patch=2"),
+        ({"patch": 2, "pixel_layers": 2}, "pixel_layers must be 1 without pixel_channels, got 2. Pass pixel_channels"),
         ({"patch": 2, "pixel_channels": 68}, "a multiple of 32 above, .* got 68 with patch=2"),
         (
             {"patch": 2, "down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2},
@@ -179,7 +181,9 @@ def test_image_sizes_that_patches_do_not_divide_raise(rng):
         _net("4")(torch.rand(1, 3, 12, 16), 0.3)
 
 
-@pytest.mark.parametrize(("key", "value"), [("patch", 0), ("patch", "two"), ("pixel_channels", -4)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("patch", 0), ("patch", "two"), ("pixel_channels", -4), ("pixel_layers", 0)]
+)
 def test_a_configuration_with_invalid_patches_raises(key, value, tmp_path):
     _net("2").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -1451,6 +1451,11 @@ GROWTH = {
     "layers, attention": ({"attention": [False, True]}, {"layers_per_block": 2}),
     "attention": ({}, {"attention": [True, True]}),
     "pixels": ({"patch": 2, "pixel_channels": 4}, {"pixel_channels": 64}),
+    "pixel layers": ({"patch": 2, "pixel_channels": 4}, {"pixel_layers": 3}),
+    "pixel layers, from two": (
+        {"patch": 2, "pixel_channels": 4, "pixel_layers": 2},
+        {"pixel_channels": 8, "pixel_layers": 3, "layers_per_block": 2},
+    ),
     "condition, pixels": ({"patch": 2, "pixel_channels": 8}, {"pixel_channels": 12, "condition_channels": 2}),
     "more conditions": ({"condition_channels": 1}, {"condition_channels": 2, "layers_per_block": 2}),
     "classes, everything": (
@@ -1490,6 +1495,7 @@ def test_a_larger_network_starts_as_the_smaller_one(tmp_path, options, more):
 def test_a_network_does_not_start_with_a_larger_one(tmp_path):
     """Neither with one of other widths, nor with more channels at full resolution than keep the groups of the norms."""
     large = {"condition_channels": 2, "layers_per_block": 2, "patch": 2, "pixel_channels": 8, "attention": [True]}
+    large["pixel_layers"] = 2
     cases = {
         "in_channels is 3 there and 2 here": {"condition_channels": 1},
         "layers_per_block is 2 there and 1 here": {"layers_per_block": 1},
@@ -1499,6 +1505,7 @@ def test_a_network_does_not_start_with_a_larger_one(tmp_path):
             "attention": [True, True],
         },
         "pixel_channels is 8 there and 4 here": {"pixel_channels": 4},
+        "pixel_layers is 2 there and None here": {"pixel_layers": 1},
         "pixel_channels is 8 there and 96 here": {"pixel_channels": 96},
         r"down_block_types is \['AttnDownBlock2D'\] there and \['DownBlock2D'\] here": {"attention": [False]},
         r"block_out_channels is \[4\] there and \[8\] here": {"widths": (8,)},

@@ -236,6 +236,7 @@ class ScoreNet(NetworkScore, nn.Module):
         dropout: float = 0.0,
         patch: int = 1,
         pixel_channels: int = 0,
+        pixel_layers: int = 1,
         schedule: NoiseSchedule | None = None,
         precondition: str = "karras",
         precondition_options: Mapping[str, float] | None = None,
@@ -262,8 +263,9 @@ class ScoreNet(NetworkScore, nn.Module):
             patch: the side of the patches in pixels. With ``patch`` above 1 each patch becomes one position with more
                 channels; with 2 the network takes about a quarter of the time. Such a network is saved in this
                 package's own layout, which diffusers cannot read.
-            pixel_channels: the width of two more residual blocks at full resolution, for ``patch`` above 1: a multiple
-                of 4 up to 64, or a multiple of 32; 0 for none.
+            pixel_channels: the width of more residual blocks at full resolution, for ``patch`` above 1: a multiple of 4
+                up to 64, or a multiple of 32; 0 for none.
+            pixel_layers: the number of these blocks on the way down, and their number on the way up.
             schedule: the noise levels; None is NCSNv2's schedule for CIFAR-10, 232 levels from 50 to 0.01.
             precondition: a row of the table in ``scorematch.precondition``; "karras" is the best one to train with.
             precondition_options: the options of the row, as for the constructor.
@@ -302,6 +304,8 @@ class ScoreNet(NetworkScore, nn.Module):
         }
         if patch != 1 or pixel_channels:
             architecture |= {"patch": patch, "pixel_channels": pixel_channels}
+        if pixel_layers != 1:
+            architecture["pixel_layers"] = pixel_layers
         if null_class:
             architecture["null_class"] = True
         schedule = NoiseSchedule.geometric(50, 0.01, 232) if schedule is None else schedule

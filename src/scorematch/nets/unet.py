@@ -14,9 +14,9 @@ filter (1, 3, 3, 1) and divide sums by :math:`\sqrt 2`.
 
 With ``patch`` = p, the pixels of each patch of p x p pixels are moved to channels (space to depth) before the first
 convolution, and back after the last. With p = 2 the network takes about a quarter of the time. It then has no layer at
-full resolution, which may cause a grain with the period of the patches. ``pixel_channels`` therefore adds a residual
-block at full resolution before the first step and one after the last. Patches are an addition of this package, and
-diffusers cannot run such a network.
+full resolution, which may cause a grain with the period of the patches. ``pixel_channels`` therefore adds residual
+blocks at full resolution, ``pixel_layers`` before the first step and as many after the last. Patches are an addition of
+this package, and diffusers cannot run such a network.
 
 Submodules and the keys of the configuration have the names of diffusers, since they are the format of the weights on
 the Hugging Face Hub. Some choices, such as the number of groups in a block, are determined by the published weights.
@@ -359,6 +359,7 @@ class UNet(ImageNetwork):
         patch: the side of the patches in pixels, 1 for no patches.
         pixel_channels: the width of the blocks at full resolution, if ``patch`` is above 1; a multiple of 4, or 0 for
             none.
+        pixel_layers: the number of blocks at full resolution on the way down, and the number on the way up.
 
     Raises:
         ValueError: if a type of block or an option is not supported, lists have different lengths, or a number of heads
@@ -399,6 +400,7 @@ class UNet(ImageNetwork):
         null_class: bool = False,
         patch: int = 1,
         pixel_channels: int = 0,
+        pixel_layers: int = 1,
     ) -> None:
         widths = list(block_out_channels)
         super().__init__(
@@ -432,6 +434,8 @@ class UNet(ImageNetwork):
                 "pixel_channels must be a multiple of 4 up to 64, a multiple of 32 above, and 0 for patch=1, got "
                 f"{pixel_channels} with patch={patch}."
             )
+        if pixel_layers > 1 and not pixel_channels:
+            raise ValueError(f"pixel_layers must be 1 without pixel_channels, got {pixel_layers}. Pass pixel_channels.")
         self.activation = _ACTIVATIONS[act_fn]
         head_widths = _head_widths("attention_heads", attention_heads, widths, attention_head_dim)
         head_widths_up = head_widths
@@ -448,10 +452,14 @@ class UNet(ImageNetwork):
 
         self.pixel_in: nn.Module | None = None
         if pixel_channels:
+
+            def pixel_block(inputs: int = pixel_channels) -> ResidualBlock:
+                groups, groups_out = quarter_groups(inputs), quarter_groups(pixel_channels)
+                return ResidualBlock(inputs, pixel_channels, layout.style, groups=groups, groups_out=groups_out)
+
             self.pixel_in = nn.Conv2d(in_channels, pixel_channels, 3, padding=1)
-            self.pixel_block_in = ResidualBlock(
-                pixel_channels, pixel_channels, layout.style, groups=quarter_groups(pixel_channels)
-            )
+            self.pixel_block_in = pixel_block()
+            self.pixel_blocks_in = nn.ModuleList(pixel_block() for _ in range(pixel_layers - 1))
         self.conv_in = nn.Conv2d((pixel_channels or in_channels) * patch**2, widths[0], 3, padding=1)
         fourier = time_embedding_type == "fourier"
         features = widths[0] * (2 if fourier else 1) if time_proj_dim is None else time_proj_dim
@@ -476,11 +484,9 @@ class UNet(ImageNetwork):
         self.conv_norm_out = GroupNorm(layout.groups_of(widths[0]), widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], (pixel_channels or out_channels) * patch**2, 3, padding=1)
         if pixel_channels:
-            groups, groups_out = quarter_groups(2 * pixel_channels), quarter_groups(pixel_channels)
-            self.pixel_block_out = ResidualBlock(
-                2 * pixel_channels, pixel_channels, layout.style, groups=groups, groups_out=groups_out
-            )
-            self.pixel_norm_out = GroupNorm(groups_out, pixel_channels, norm_eps)
+            self.pixel_block_out = pixel_block(2 * pixel_channels)
+            self.pixel_blocks_out = nn.ModuleList(pixel_block() for _ in range(pixel_layers - 1))
+            self.pixel_norm_out = GroupNorm(quarter_groups(pixel_channels), pixel_channels, norm_eps)
             self.pixel_out = nn.Conv2d(pixel_channels, out_channels, 3, padding=1)
         self.built = structure(self)
 
@@ -504,11 +510,16 @@ class UNet(ImageNetwork):
         embedding = self.activation(embedding)  # once, instead of in every residual block
         pixels: Tensor | None = None
         if self.pixel_in is not None:
-            x = pixels = self.pixel_block_in(self.pixel_in(x), embedding)
+            x = self.pixel_block_in(self.pixel_in(x), embedding)
+            for block in self.pixel_blocks_in:
+                x = block(x, embedding)
+            pixels = x
         h = self.down_and_up(x, embedding, add_picture=True)
         if pixels is None:
             return h
         h = self.pixel_block_out(torch.cat([h, pixels], dim=1), embedding)
+        for block in self.pixel_blocks_out:
+            h = block(h, embedding)
         return self.pixel_out(self.pixel_norm_out(h, F.silu))
 
     @torch.no_grad()
@@ -580,6 +591,7 @@ OWN_KEYS: Mapping[str, Any] = {
     "null_class": False,
     "patch": 1,
     "pixel_channels": 0,
+    "pixel_layers": 1,
 }
 
 
@@ -619,6 +631,7 @@ class _UNetFamily(ImageFamily[UNet]):
         "null_class": Field(bool),
         "patch": Field(int, low=1, high=64),
         "pixel_channels": Field(int, low=0, high=65_536),
+        "pixel_layers": Field(int, low=1, high=64),
     }
 
     def build(self, architecture: Mapping[str, Any], *, levels: int, precondition: str) -> UNet:
@@ -649,7 +662,7 @@ class _UNetFamily(ImageFamily[UNet]):
         return first, {"conv_out", *(name for name in skips if name.startswith("up_blocks"))}
 
     def growth(self, small: Mapping[str, Any], large: Mapping[str, Any]) -> set[str]:
-        """More layers, attention at more scales, and more channels at full resolution are possible too."""
+        """More layers, attention at more scales, and more channels and layers at full resolution are possible too."""
         keys = super().growth(small, large)
         blocks = ("down_block_types", "up_block_types")
         kinds = [kind for key in blocks for kind in large.get(key, ())]
@@ -663,6 +676,8 @@ class _UNetFamily(ImageFamily[UNet]):
             pairs = zip(small.get(key, ()), large.get(key, ()), strict=False)
             if all(new in (old, f"Attn{old}") for old, new in pairs):
                 keys.add(key)
+        if small.get("pixel_channels", 0) > 0 and small.get("pixel_layers", 1) < large.get("pixel_layers", 1):
+            keys.add("pixel_layers")
         # Up to 64 channels, all groups of the norms at full resolution have four channels.
         if is_larger("pixel_channels", small, large) and small["pixel_channels"] > 0 and large["pixel_channels"] <= 64:
             keys.add("pixel_channels")
