@@ -323,11 +323,11 @@ class _Autoguidance(GuidedScore):
     ) -> tuple[Tensor, ...]:
         check_data(x)
         condition = as_condition(condition, x, self.conditioning)
-        beside = None if attribute(self.other, "conditioning") == Condition() else condition
+        takes_none = attribute(self.other, "conditioning") == Condition()
         weight = self._weight(sigma, x)
         if isinstance(weight, float) and weight == 1:
             return _call(self.net, x, sigma, condition, variance=variance)
-        weaker = _call(self.other, x, sigma, beside)
+        weaker = _call(self.other, x, sigma, None if takes_none else condition)
         if isinstance(weight, float) and weight == 0 and not variance:
             return weaker
         score, *share = _call(self.net, x, sigma, condition, variance=variance)

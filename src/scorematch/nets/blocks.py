@@ -389,13 +389,13 @@ class ImageNetwork(nn.Module):
     def _check(self, x: Tensor, image: Tensor | None, classes: Tensor | None) -> None:
         if x.ndim != 4:
             raise ValueError(f"x must be images (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}.")
-        beside = 0 if image is None or image.ndim != 4 else image.shape[1]
+        channels = 0 if image is None or image.ndim != 4 else image.shape[1]  # of a conditioning image
         if image is not None and self.in_channels == x.shape[1]:
             raise ValueError(
                 f"this network takes no image as its condition, since x has all of its {self.in_channels} input "
                 "channels. Build it with condition_channels=."
             )
-        if x.shape[1] + beside != self.in_channels or (image is not None and not beside):
+        if x.shape[1] + channels != self.in_channels or (image is not None and not channels):
             given = "" if image is None else f" and a condition of shape {tuple(image.shape)}"
             raise ValueError(
                 f"the network takes {self.in_channels} channels in all, those of x (N, C, H, W) and of an image "
@@ -406,10 +406,11 @@ class ImageNetwork(nn.Module):
             raise ValueError(
                 f"height and width must be multiples of {self.divisor}, got {height}x{width}. Crop or pad the images."
             )
-        if image is not None and image.shape != (len(x), beside, height, width):
+        expected = (len(x), channels, height, width)
+        if image is not None and image.shape != expected:
             raise ValueError(
-                f"the condition must be an image with x's batch and size, of shape {(len(x), beside, height, width)}, "
-                f"got {tuple(image.shape)}."
+                f"the condition must be an image with x's batch and size, of shape {expected}, got "
+                f"{tuple(image.shape)}."
             )
         if (classes is None) != (self.classes is None):
             raise ValueError(

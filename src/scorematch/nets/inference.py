@@ -126,8 +126,8 @@ class InferenceScore(NetworkScore):
             outputs = tuple(torch.empty_like(x) for _ in range(1 + variance))
             for one in level.unique():
                 rows = level == one
-                beside = None if condition is None else condition[rows]
-                for output, part in zip(outputs, self._outputs(x[rows], one, beside, variance=variance), strict=True):
+                given = None if condition is None else condition[rows]
+                for output, part in zip(outputs, self._outputs(x[rows], one, given, variance=variance), strict=True):
                     output[rows] = part
             return outputs
         on_host = not isinstance(sigma, Tensor) or sigma.device.type == "cpu"
@@ -136,8 +136,8 @@ class InferenceScore(NetworkScore):
             size = part_size(self._width, x)
             conditions = [None] * -(-len(x) // size) if condition is None else condition.split(size)
             parts = [
-                self._preconditioning.outputs(self._backbone, part, self._coefficients, beside, variance=variance)
-                for part, beside in zip(x.split(size), conditions, strict=True)
+                self._preconditioning.outputs(self._backbone, part, self._coefficients, given, variance=variance)
+                for part, given in zip(x.split(size), conditions, strict=True)
             ]
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 

@@ -169,7 +169,7 @@ class _UpBlock(nn.Module):
         super().__init__()
         self.scale, self.up, self.smooth = layout.scale, layout.up(), layout.smooth
         self.resnets = nn.ModuleList(
-            layout.block((outputs if i else inputs) + beside, outputs) for i, beside in enumerate(kept)
+            layout.block((outputs if i else inputs) + skip, outputs) for i, skip in enumerate(kept)
         )
         self.attentions = nn.ModuleList([layout.attention(outputs)]) if attention else None
         self.skip_norm: GroupNorm | None = None

@@ -8,9 +8,10 @@ from
 - sines and cosines of c_noise at geometric frequencies ("positional", DDPM: c_noise is the time step), or
 - sines and cosines of :math:`2 \pi w c_{noise}` with random w ("fourier", NCSN++: c_noise is log sigma).
 
-The blocks with Skip in their names are those of NCSN++: on the way down, downsampled versions of the image are added to
-the features at each scale; on the way up, the output is a sum of images over the scales. These blocks resample with the
-filter (1, 3, 3, 1) and divide sums by :math:`\sqrt 2`.
+The blocks with Skip in their names are those of NCSN++ in diffusers: on the way down, downsampled versions of the image
+are added to the features at each scale; on the way up, the output is a sum of images over the scales. These blocks
+resample with the filter (1, 3, 3, 1) and divide sums by :math:`\sqrt 2`. ``scorematch.nets.ncsnpp`` has the NCSN++ of
+the authors' code, with all of its options.
 
 With ``patch`` = p, the pixels of each patch of p x p pixels are moved to channels (space to depth) before the first
 convolution, and back after the last. With p = 2 the network takes about a quarter of the time. It then has no layer at
@@ -212,11 +213,11 @@ class _DownBlock(nn.Module):
             self.fir_down = Filter()
             self.skip_conv = nn.Conv2d(layout.channels[0], outputs, 1)
         elif halve:
-            sampler: nn.Module = _Downsample(outputs, layout.padding)
+            resampler: nn.Module = _Downsample(outputs, layout.padding)
             if kind.residual or (kind.attention and layout.residual_resampling[0]):
                 groups_down = layout.groups_of(outputs)
-                sampler = ResidualBlock(outputs, outputs, style, groups=groups_down, resample=mean_down)
-            self.downsamplers = nn.ModuleList([sampler])
+                resampler = ResidualBlock(outputs, outputs, style, groups=groups_down, resample=mean_down)
+            self.downsamplers = nn.ModuleList([resampler])
 
     def forward(self, h: Tensor, embedding: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         outputs = []
@@ -254,15 +255,15 @@ class _UpBlock(nn.Module):
         scale = SQRT2 if kind.skip else 1.0
         self.skip = kind.skip
         self.resnets = nn.ModuleList()
-        for i, beside in enumerate(kept):
+        for i, skip in enumerate(kept):
             below = inputs if i == 0 else outputs
-            groups, groups_out = layout.groups_of(below + beside), layout.groups_of(outputs)
+            groups, groups_out = layout.groups_of(below + skip), layout.groups_of(outputs)
             if kind.skip:
                 # With attention only the second term is divided by four, as the trained networks require.
-                groups = min(below + beside // 4, 32) if kind.attention else quarter_groups(below + beside)
+                groups = min(below + skip // 4, 32) if kind.attention else quarter_groups(below + skip)
                 groups_out = quarter_groups(outputs)
             self.resnets.append(
-                ResidualBlock(below + beside, outputs, style, groups=groups, groups_out=groups_out, scale=scale)
+                ResidualBlock(below + skip, outputs, style, groups=groups, groups_out=groups_out, scale=scale)
             )
         self.attentions: nn.ModuleList | None = None
         if kind.attention:
@@ -282,13 +283,14 @@ class _UpBlock(nn.Module):
             self.skip_norm = GroupNorm(groups, outputs, style.eps)
             self.skip_conv = nn.Conv2d(outputs, layout.channels[1], 3, padding=1)
         elif double:
-            sampler: nn.Module = _Upsample(outputs)
+            resampler: nn.Module = _Upsample(outputs)
             if kind.residual or (kind.attention and layout.residual_resampling[1]):
-                sampler = ResidualBlock(outputs, outputs, style, groups=layout.groups_of(outputs), resample=nearest_up)
-            self.upsamplers = nn.ModuleList([sampler])
+                groups_up = layout.groups_of(outputs)
+                resampler = ResidualBlock(outputs, outputs, style, groups=groups_up, resample=nearest_up)
+            self.upsamplers = nn.ModuleList([resampler])
 
     def forward(
-        self, h: Tensor, kept: list[Tensor], embedding: Tensor, image: Tensor | None
+        self, h: Tensor, kept: list[Tensor], embedding: Tensor, picture: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         for i, resnet in enumerate(self.resnets):
             h = resnet(torch.cat([h, kept.pop()], dim=1), embedding)
@@ -299,12 +301,12 @@ class _UpBlock(nn.Module):
         if self.upsamplers is not None:
             h = self.upsamplers[0](h, embedding)
         if self.skip:
-            image = None if image is None else fir_up(image)
+            picture = None if picture is None else fir_up(picture)
             if self.resnet_up is not None and self.skip_norm is not None and self.skip_conv is not None:
-                picture = self.skip_conv(self.skip_norm(h, F.silu))
-                image = picture if image is None else image + picture
+                addend = self.skip_conv(self.skip_norm(h, F.silu))
+                picture = addend if picture is None else picture + addend
                 h = self.resnet_up(h, embedding)
-        return h, image
+        return h, picture
 
 
 class UNet(ImageNetwork):
@@ -412,30 +414,13 @@ class UNet(ImageNetwork):
             null_class=null_class,
             center=center_input_sample,
         )
-        if not len(widths) == len(down_block_types) == len(up_block_types) > 0:
-            raise ValueError(
-                f"block_out_channels, down_block_types and up_block_types must have one entry per scale, got "
-                f"{len(widths)}, {len(down_block_types)} and {len(up_block_types)}."
-            )
-        layers = _layers(layers_per_block, widths)
-        for down, up in zip(down_block_types, up_block_types, strict=True):
-            check_choice("down block", down, DOWN_BLOCKS)
-            check_choice("up block", up, UP_BLOCKS)
+        _check_blocks(widths, down_block_types, up_block_types, patch, pixel_channels, pixel_layers)
         check_choice("time_embedding_type", time_embedding_type, ("positional", "fourier"))
         check_choice("resnet_time_scale_shift", resnet_time_scale_shift, ("default", "scale_shift"))
         check_choice("downsample_type", downsample_type, ("conv", "resnet"))
         check_choice("upsample_type", upsample_type, ("conv", "resnet"))
         check_choice("act_fn", act_fn, _ACTIVATIONS)
-        kinds = [DOWN_BLOCKS[name] for name in down_block_types] + [UP_BLOCKS[name] for name in up_block_types]
-        if patch > 1 and any(kind.skip for kind in kinds):
-            raise ValueError(f"patch must be 1 for blocks with Skip in their names, got {patch}.")
-        if pixel_channels and (patch == 1 or pixel_channels % (4 if pixel_channels <= 64 else 32)):
-            raise ValueError(
-                "pixel_channels must be a multiple of 4 up to 64, a multiple of 32 above, and 0 for patch=1, got "
-                f"{pixel_channels} with patch={patch}."
-            )
-        if pixel_layers > 1 and not pixel_channels:
-            raise ValueError(f"pixel_layers must be 1 without pixel_channels, got {pixel_layers}. Pass pixel_channels.")
+        layers = _layers(layers_per_block, widths)
         self.activation = _ACTIVATIONS[act_fn]
         head_widths = _head_widths("attention_heads", attention_heads, widths, attention_head_dim)
         head_widths_up = head_widths
@@ -536,6 +521,35 @@ class UNet(ImageNetwork):
                 nn.init.zeros_(parameter)
 
 
+def _check_blocks(
+    widths: Sequence[int],
+    down_block_types: Sequence[str],
+    up_block_types: Sequence[str],
+    patch: int,
+    pixel_channels: int,
+    pixel_layers: int,
+) -> None:
+    """Raises ValueError if there is not one block of a known type per scale, or patches do not fit the blocks."""
+    if not len(widths) == len(down_block_types) == len(up_block_types) > 0:
+        raise ValueError(
+            f"block_out_channels, down_block_types and up_block_types must have one entry per scale, got "
+            f"{len(widths)}, {len(down_block_types)} and {len(up_block_types)}."
+        )
+    for down, up in zip(down_block_types, up_block_types, strict=True):
+        check_choice("down block", down, DOWN_BLOCKS)
+        check_choice("up block", up, UP_BLOCKS)
+    kinds = [DOWN_BLOCKS[name] for name in down_block_types] + [UP_BLOCKS[name] for name in up_block_types]
+    if patch > 1 and any(kind.skip for kind in kinds):
+        raise ValueError(f"patch must be 1 for blocks with Skip in their names, got {patch}.")
+    if pixel_channels and (patch == 1 or pixel_channels % (4 if pixel_channels <= 64 else 32)):
+        raise ValueError(
+            "pixel_channels must be a multiple of 4 up to 64, a multiple of 32 above, and 0 for patch=1, got "
+            f"{pixel_channels} with patch={patch}."
+        )
+    if pixel_layers > 1 and not pixel_channels:
+        raise ValueError(f"pixel_layers must be 1 without pixel_channels, got {pixel_layers}. Pass pixel_channels.")
+
+
 def _way_down(
     kinds: Sequence[str], widths: Sequence[int], layers: Sequence[int], layout: _Layout, head_widths: Sequence[int]
 ) -> tuple[nn.ModuleList, list[int]]:
@@ -561,8 +575,8 @@ def _way_up(
     blocks, inputs = nn.ModuleList(), widths[-1]
     for kind, i in zip(kinds, reversed(range(len(widths))), strict=True):
         outputs, head_width, double = widths[i], head_widths[i], i > 0
-        beside = [kept.pop() for _ in range(layers[i] + 1)]
-        blocks.append(_UpBlock(UP_BLOCKS[kind], inputs, beside, outputs, layout, head_width=head_width, double=double))
+        skips = [kept.pop() for _ in range(layers[i] + 1)]
+        blocks.append(_UpBlock(UP_BLOCKS[kind], inputs, skips, outputs, layout, head_width=head_width, double=double))
         inputs = outputs
     return blocks
 
@@ -706,10 +720,10 @@ class _UNetFamily(ImageFamily[UNet]):
         more = [new - old for old, new in zip(layers, now, strict=True)]
         later = re.compile(r"^up_blocks\.(\d+)\.(resnets|attentions)\.([1-9]\d*)(?=\.)")
         for name, weight in small.state_dict().items():
-            to = later.sub(lambda at: f"up_blocks.{at[1]}.{at[2]}.{int(at[3]) + more[int(at[1])]}", name)
+            target = later.sub(lambda part: f"up_blocks.{part[1]}.{part[2]}.{int(part[3]) + more[int(part[1])]}", name)
             inputs = both if name in ("pixel_block_out.conv1.weight", "pixel_block_out.conv_shortcut.weight") else None
             outputs = both if name.startswith("pixel_block_out.norm1.") else None
-            place(grown[to], weight, outputs=outputs, inputs=inputs)
+            place(grown[target], weight, outputs=outputs, inputs=inputs)
         return grown
 
     def settle(self, copy: UNet) -> Callable[[Tensor], None]:
