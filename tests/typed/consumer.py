@@ -125,7 +125,7 @@ from scorematch.pretrained import (
     upload,
 )
 from scorematch.pretrained import fill as fill_weights
-from scorematch.pretrained.cards import CARDS, CHECKPOINTS, Card, Checkpoint, find
+from scorematch.pretrained.cards import CARDS, CHECKPOINTS, Card, CheckpointCard, find
 from scorematch.protocol import Denoiser, NetworkScore, Tweedie
 from scorematch.sampling import (
     SAMPLERS,
@@ -258,7 +258,7 @@ def files(folder: Path, net: ScoreNet) -> None:
     assert_type(convert("a.pth", folder, config="a.yml"), ScoreNet)
     version: int = FORMAT_VERSION
     cards: Sequence[Card] = CARDS
-    checkpoints: Sequence[Checkpoint] = CHECKPOINTS
+    checkpoints: Sequence[CheckpointCard] = CHECKPOINTS
     assert_type(find(cards[0].license + checkpoints[0].license), Card | None)
     print(version)
 

@@ -233,7 +233,7 @@ CARDS = (
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointCard:
     """The facts about one published checkpoint of another project, which ``python -m scorematch convert`` reads.
 
     Attributes:
@@ -262,9 +262,9 @@ _LANGEVIN = "a reverse diffusion predictor and a Langevin corrector, 1,000 level
 _EULER, _ANCESTRAL = "Euler-Maruyama's method, 1,000 steps", "ancestral sampling, 1,000 steps"
 
 
-def _score_sde(name: str, folder: str, quality: str, size: int = 32, data: str = "CIFAR-10") -> Checkpoint:
+def _score_sde(name: str, folder: str, quality: str, size: int = 32, data: str = "CIFAR-10") -> CheckpointCard:
     apache = "Apache-2.0, that of the repository"
-    return Checkpoint(name, name, f"{_DRIVE}{folder}", apache, (3, size, size), data, quality)
+    return CheckpointCard(name, name, f"{_DRIVE}{folder}", apache, (3, size, size), data, quality)
 
 
 def _fid(fid: str, sampler: str) -> str:
@@ -274,8 +274,8 @@ def _fid(fid: str, sampler: str) -> str:
     )
 
 
-def _edm(name: str, size: int, data: str, fid: float, calls: int, how: str = "") -> Checkpoint:
-    return Checkpoint(
+def _edm(name: str, size: int, data: str, fid: float, calls: int, how: str = "") -> CheckpointCard:
+    return CheckpointCard(
         name=f"edm-{name}",
         config=None,
         address=f"{_NVIDIA}edm-{name}.pkl",
@@ -286,10 +286,10 @@ def _edm(name: str, size: int, data: str, fid: float, calls: int, how: str = "")
     )
 
 
-def _improved(name: str, size: int, data: str) -> Checkpoint:
+def _improved(name: str, size: int, data: str) -> CheckpointCard:
     license_ = "not stated for the weights; that of the code is MIT"
     unknown = "not published with the file"
-    return Checkpoint(name, name, f"{_OPENAI}{name}.pt", license_, (3, size, size), data, unknown)
+    return CheckpointCard(name, name, f"{_OPENAI}{name}.pt", license_, (3, size, size), data, unknown)
 
 
 _UNKNOWN = "no FID is published"
