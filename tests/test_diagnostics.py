@@ -20,7 +20,7 @@ from scorematch.evaluation.calibration import (
 from scorematch.evaluation.diagnostics import level_chart, level_losses, level_table, score_error
 from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
 from scorematch.evaluation.figures import Figure
-from scorematch.evaluation.per_image import per_image
+from scorematch.evaluation.per_image import values_per_image
 from scorematch.evaluation.sampler_distance import sampler_distances, sampler_variants
 from scorematch.loss import loss_and_norm
 from scorematch.observe import JPEG, Mask, Observation, Uncrop
@@ -468,7 +468,7 @@ def test_invalid_arguments_of_posterior_calibration_raise(arguments, message):
 def test_values_of_images_are_in_the_order_of_the_indices():
     data = torch.rand(10, 2, generator=seed())
     indices = torch.tensor([7, 1, 9, 0, 2])
-    found = per_image(
+    found = values_per_image(
         lambda batch: batch.x * 2, lambda i: (data[i], None), indices, batch_size=2, title="t", progress=False
     )
     torch.testing.assert_close(found, 2 * data[indices].double())

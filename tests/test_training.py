@@ -1316,7 +1316,7 @@ def test_a_run_that_fails_at_once_has_saved_its_initial_weights(tmp_path):
 def test_checkpoints_by_time_do_not_change_the_result(tmp_path, monkeypatch, seconds):
     """By default checkpoints are saved after a time: here after each step, or at the end only."""
     monkeypatch.setattr("scorematch.training.run._CHECKPOINT_SECONDS", seconds)
-    monkeypatch.setattr("scorematch.training.run.LOOK_EVERY", 3)  # losses are added at checkpoints and after 3 steps
+    monkeypatch.setattr("scorematch.training.run.CHECK_EVERY", 3)  # losses are added at checkpoints and after 3 steps
     options = {"images": 56, "log_every": 56}
     quick(points_net(dropout=0.3), points(), tmp_path / "time", keep=100, **options)
     saved = [int(path.name) for path in sorted((tmp_path / "time" / "checkpoints").iterdir())]
@@ -1883,7 +1883,7 @@ def test_losses_are_logged_by_noise_level(count):
     losses = Losses(ScheduleLevels(schedule), make_accelerator())
     for step in train_steps(points_net(), points(), settings):
         losses.add(step._replace(losses=step.sigma))  # the loss is the noise level
-    losses.look(wait=True)
+    losses.check(wait=True)
     line = losses.line()
     assert len(line["loss_by_level"]) == min(count, 8)
     for level, mean in line["loss_by_level"].items():

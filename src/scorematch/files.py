@@ -90,7 +90,7 @@ def check_own(folder: Path, record: str, names: Iterable[str]) -> None:
         raise FileExistsError(f"{foreign[0]} exists already and would be replaced. Choose another folder.")
 
 
-def clean(folder: Path) -> None:
+def delete_unfinished(folder: Path) -> None:
     """Deletes the temporary files of ``write_whole`` in a folder that processes left when they were killed.
 
     No other process may be writing to the folder.
@@ -136,8 +136,8 @@ def new_files(folder: Path, replaced: Callable[[Path], Iterable[Path]]) -> Itera
     Raises:
         OSError: if the files cannot be written; those of ``folder`` are then unchanged.
     """
-    with _locked(folder) as alone:
-        if alone:  # the temporary folders are not those of other processes that are running
+    with _locked(folder) as locked:
+        if locked:  # the temporary folders are not those of other processes that are running
             for remains in folder.glob(f"{UNFINISHED}*/"):
                 shutil.rmtree(remains, ignore_errors=True)
         staged = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
@@ -164,7 +164,7 @@ def reading(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Locks a folder for this process until the end. There are no locks on Windows and on some network file systems.
 
     Args:

@@ -22,14 +22,14 @@ from scorematch.bulk.classes import Classes
 from scorematch.bulk.formats import FORMATS, Format, stem
 from scorematch.bulk.job import SEEDS, Job
 from scorematch.bulk.stored import IMAGES, LABELS_FILE, METADATA_FILE, read_metadata
-from scorematch.files import clean, write_whole
+from scorematch.files import delete_unfinished, write_whole
 from scorematch.images import is_picture
 from scorematch.precision import device_name
 from scorematch.protocol import attribute, device_of
 from scorematch.sampling import Sampler
 from scorematch.schema import check_count, quote, reason
 
-_LOOK_SECONDS = 0.2  # between two checks of the files of other processes
+_CHECK_SECONDS = 0.2  # between two checks of the files of other processes
 
 
 def sample_to(
@@ -147,11 +147,11 @@ class SampleFolder:
                 bar.update(count.new())
             self._check_written((k, m))
             while share is None and not count.complete:
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_CHECK_SECONDS)
                 bar.update(count.new())
         if count.complete:
             for folder in (self._folder, self._folder / IMAGES):
-                clean(folder)
+                delete_unfinished(folder)
         return self._folder / IMAGES
 
     def _ranges(self, share: Share) -> Iterator[range]:

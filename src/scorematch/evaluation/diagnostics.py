@@ -31,7 +31,7 @@ from scorematch.charts import Curve, chart, table
 from scorematch.evaluation.accumulate import double, process_group
 from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.figures import Figure, mean_figure
-from scorematch.evaluation.per_image import Batch, Condition, choose, per_image
+from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
 from scorematch.loss import loss_and_norm
 from scorematch.nets.family import class_of_each
 from scorematch.noise import NoiseSchedule
@@ -128,7 +128,7 @@ def score_error(
         raise ValueError(f"a standard error needs at least 2 samples, got {len(drawn)}.")
     device = device_of(score)
 
-    def errors(batch: Batch) -> Tensor:
+    def errors(batch: ImageBatch) -> Tensor:
         clean = batch.x.to(device)
         # Equal samples, which Empirical draws, need different noise.
         seeds = [seed_of(seed, "noise", i) for i in batch.indices.tolist()]
@@ -143,7 +143,7 @@ def score_error(
         return torch.stack(columns, 1)
 
     with process_group(device), torch.no_grad(), evaluating(score), exact_float32():
-        values = per_image(
+        values = values_per_image(
             errors,
             lambda rows: (drawn[rows].cpu(), None),
             torch.arange(len(drawn)),
@@ -167,7 +167,7 @@ def level_losses(
     levels: NoiseSchedule | Iterable[float] | None = None,
     *,
     n: int | None = 1024,
-    condition: Condition = None,
+    condition: ConditionChoice = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
@@ -197,7 +197,7 @@ def level_losses(
     sigmas = _sigmas(levels, net)
     images, device = open_images(data, progress=progress), device_of(net)
 
-    def losses(batch: Batch) -> Tensor:
+    def losses(batch: ImageBatch) -> Tensor:
         clean = batch.x.to(device)
         z = standard_normal(clean.shape, as_generator(batch.seeds(seed, "noise")), device, clean.dtype)
         given = batch.condition(condition, device)
@@ -205,7 +205,7 @@ def level_losses(
         return torch.stack([value for pair in columns for value in pair], 1)
 
     with process_group(device), torch.no_grad(), evaluating(net), exact_float32():
-        values = per_image(
+        values = values_per_image(
             losses,
             images.read,
             choose(len(images), n if n is None else min(n, len(images)), seed),

@@ -51,7 +51,7 @@ from scorematch.charts import table
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, as_dicts, image_figures
 from scorematch.evaluation.per_image import choose
-from scorematch.files import check_outside, check_own, clean, write_whole
+from scorematch.files import check_outside, check_own, delete_unfinished, write_whole
 from scorematch.images import ENDINGS, check_picture, is_picture, save_grid, to_float, to_uint8
 from scorematch.pretrained import cards
 from scorematch.pretrained.configuration import CONFIG_FILE
@@ -333,7 +333,7 @@ def evaluate(
         if folder is not None and this_process()[0] == 0:
             result.save(folder)
             save_grid(subject.first(min(subject.n, _ON_THE_PICTURE)), folder / "samples.png")
-            clean(folder)
+            delete_unfinished(folder)
     return result
 
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.figures import Figure, mean_figure
-from scorematch.evaluation.per_image import Batch, Condition, choose, per_image
+from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
 from scorematch.likelihood import as_bits, check_unit_range, default_schedule, dequantized, log_likelihood
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import exact_float32
@@ -98,7 +98,7 @@ def data_likelihood(
     noise: Noise = "uniform",
     probes: int | None = 1,
     checks: int = 64,
-    condition: Condition = None,
+    condition: ConditionChoice = None,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
@@ -147,7 +147,7 @@ def data_likelihood(
     indices, device = choose(len(images), n, seed), device_of(net)
     finer = schedule.respaced(2 * len(schedule) - 1)
 
-    def bits(batch: Batch, levels: NoiseSchedule, repeat: int) -> Tensor:
+    def bits(batch: ImageBatch, levels: NoiseSchedule, repeat: int) -> Tensor:
         generators = batch.seeds(seed, "noise")
         x = dequantized(batch.x, generators) if noise == "uniform" else _with_noise(batch.x, schedule, generators)
         with exact_float32():
@@ -162,14 +162,16 @@ def data_likelihood(
             )
         return as_bits(nats, x[0].numel())[:, None]
 
-    def check(batch: Batch) -> Tensor:
+    def check(batch: ImageBatch) -> Tensor:
         repeated = [] if probes is None else [bits(batch, schedule, 1)]
         return torch.cat([bits(batch, finer, 0), *repeated], 1)
 
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     with process_group(device):
-        own = per_image(lambda batch: bits(batch, schedule, 0), images.read, indices, title="likelihood", **options)
-        checked = per_image(check, images.read, indices[:checks], title="errors of the likelihood", **options)
+        own = values_per_image(
+            lambda batch: bits(batch, schedule, 0), images.read, indices, title="likelihood", **options
+        )
+        checked = values_per_image(check, images.read, indices[:checks], title="errors of the likelihood", **options)
     own = own[:, 0]
     changes = checked - own[: len(checked), None]
     variance = 0.0 if probes is None else float(changes[:, 1].square().mean()) / 2

@@ -21,10 +21,10 @@ from scorematch.randomness import seed_of
 from scorematch.schema import check_at_least
 
 # An int is the class of all images; a function computes the condition from a batch of images and their labels.
-Condition = int | Callable[[Tensor, Tensor | None], Tensor] | None
+ConditionChoice = int | Callable[[Tensor, Tensor | None], Tensor] | None
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """A batch of images.
 
     Attributes:
@@ -43,15 +43,15 @@ class Batch(NamedTuple):
         """A seed for each image, from the given parts and the content of the image."""
         return [seed_of(*parts, key) for key in self.keys]
 
-    def condition(self, condition: Condition, device: torch.device) -> Tensor | int | None:
+    def condition(self, condition: ConditionChoice, device: torch.device) -> Tensor | int | None:
         """The condition of the batch, on a device."""
         if not callable(condition):
             return condition
         return condition(self.x, self.labels).to(device)
 
 
-def per_image(
-    function: Callable[[Batch], Tensor],
+def values_per_image(
+    function: Callable[[ImageBatch], Tensor],
     read: Callable[[Tensor], tuple[Tensor, Tensor | None]],
     indices: Tensor,
     *,
@@ -86,7 +86,7 @@ def per_image(
         own = indices[start : start + batch_size]
         images, labels = read(own)
         keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in images]
-        values = double(function(Batch(to_float(images), labels, keys, own))).cpu()
+        values = double(function(ImageBatch(to_float(images), labels, keys, own))).cpu()
         wrong = ~values.isfinite().all(1)
         if wrong.any():
             i = int(wrong.int().argmax())

@@ -56,8 +56,8 @@ from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, check_results, find_data, sampler_for
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.figures import Collection, Evaluator, Figure, Figures, OneOrMore, mean_figure
-from scorematch.evaluation.per_image import Batch, choose, per_image
-from scorematch.files import check_outside, clean
+from scorematch.evaluation.per_image import ImageBatch, choose, values_per_image
+from scorematch.files import check_outside, delete_unfinished
 from scorematch.images import check_picture, is_picture, save_grid
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import TASKS, condition_of
@@ -76,7 +76,7 @@ _DRAWN = ("inpainting", "uncropping")  # the tasks of Palette whose masks are dr
 _LEAST_ERROR = 1e-10  # the mean square error of 100 dB
 _ON_THE_PICTURE = 8
 
-Degradation = Callable[[Batch], Operator]
+Degradation = Callable[[ImageBatch], Operator]
 
 
 def evaluate_restoration(
@@ -182,7 +182,7 @@ def evaluate_restoration(
         left_out = evaluator.check(len(chosen), images.shape)
         classes = images.classes if labels else None
         run = _Restoring(chosen_sampler, evaluator, degradation, images.shape, classes, draws, noise, seed)
-        values = per_image(run, images.read, chosen, batch_size=batch_size, title="restoring", progress=progress)
+        values = values_per_image(run, images.read, chosen, batch_size=batch_size, title="restoring", progress=progress)
         figures = run.figures(values)
         settings = {
             "images": {"n": len(chosen), "content": images.content, "labels": labels},
@@ -206,7 +206,7 @@ def evaluate_restoration(
         if folder is not None and this_process()[0] == 0:
             result.save(folder)
             save_grid(torch.cat(run.shown), folder / "restored.png", columns=draws + 2)
-            clean(folder)
+            delete_unfinished(folder)
     return result
 
 
@@ -255,7 +255,7 @@ def _degradation(task: str | Operator, seed: int) -> tuple[Degradation, str]:
     if task in _DRAWN:
         drawn = TASKS[task]()
 
-        def masks(batch: Batch) -> Operator:
+        def masks(batch: ImageBatch) -> Operator:
             each = zip(batch.x, batch.seeds(seed, "mask"), strict=True)
             return Mask(~torch.cat([drawn(x[None], generator=number)[1] for x, number in each]))
 
@@ -273,7 +273,7 @@ def _degradation(task: str | Operator, seed: int) -> tuple[Degradation, str]:
 
 
 class _Restoring:
-    """Restores batches of images and measures them, as a function for ``per_image``."""
+    """Restores batches of images and measures them, as a function for ``values_per_image``."""
 
     def __init__(
         self,
@@ -295,7 +295,7 @@ class _Restoring:
         self.shown: list[Tensor] = []  # for the picture
         # The set, the source and the name of each value, from black images: a process may have no batch.
         x = torch.zeros(2, *shape)
-        probe = Batch(x, torch.zeros(2, dtype=torch.int64), ["", ""], torch.arange(2))
+        probe = ImageBatch(x, torch.zeros(2, dtype=torch.int64), ["", ""], torch.arange(2))
         seen = [[extractor.extract(x)] for extractor in evaluator.extractors]
         features = {RESTORED: [[one] * draws for (one,) in seen], DEGRADED: seen, ORIGINAL: seen}
         operator = degradation(probe)
@@ -307,7 +307,7 @@ class _Restoring:
                 "Leave it out, or pass a classifier of these classes as features."
             )
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: ImageBatch) -> Tensor:
         x, operator = batch.x, self._degradation(batch)
         y = operator.measure(x)
         if self._noise:
@@ -330,7 +330,7 @@ class _Restoring:
 
     def _values(
         self,
-        batch: Batch,
+        batch: ImageBatch,
         operator: Operator,
         y: Tensor,
         restored: Sequence[Tensor],
@@ -347,7 +347,7 @@ class _Restoring:
             values |= {(column, extractor.name, name): each for (column, name), each in found.items()}
         return values
 
-    def _restore(self, operator: Operator, y: Tensor, batch: Batch, draw: int) -> Tensor:
+    def _restore(self, operator: Operator, y: Tensor, batch: ImageBatch, draw: int) -> Tensor:
         condition = None
         if self._conditional:
             fills = batch.seeds(self._seed, "fill", draw)

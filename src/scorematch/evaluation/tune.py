@@ -40,7 +40,7 @@ from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figure, Figures, as_dicts
 from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.restoration import RESTORATION, RESTORED, evaluate_restoration, takes_image
-from scorematch.files import check_own, clean, write_whole
+from scorematch.files import check_own, delete_unfinished, write_whole
 from scorematch.observe import Operator
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
@@ -297,7 +297,7 @@ def tune(
         result = Tuning([kept.rows[each] for each in samplers], others, source, criterion, named)
         if folder is not None and this_process()[0] == 0:
             _store(net, folder, result, n)
-            clean(folder)
+            delete_unfinished(folder)
     return result
 
 

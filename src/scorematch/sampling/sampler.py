@@ -58,7 +58,7 @@ Generators = torch.Generator | tuple[torch.Generator, ...] | None
 # images of 256 x 256 pixels.
 _BATCH_VALUES = 2**20
 # The number of steps between two checks that the state is finite. A check waits for the device.
-_LOOK_EVERY = 16
+_CHECK_EVERY = 16
 
 
 class SamplerOptions(TypedDict, total=False):
@@ -333,7 +333,7 @@ class Sampler(ABC):
                 if self.denoise:
                     x = chain.denoised(x, self.schedule.sigma_min)
                     finite.record(x, self.schedule.sigma_min)
-                finite.look()
+                finite.check()
                 if self.denoise:
                     x = self._result(x, run.restoration)
             if self.denoise:
@@ -620,7 +620,7 @@ class Chain:
 class _FiniteCheck:
     """Raises an error if a state has NaN or infinite values, without waiting for the device at every step.
 
-    The number of the first such step is recorded on the device, and read every ``_LOOK_EVERY`` steps.
+    The number of the first such step is recorded on the device, and read every ``_CHECK_EVERY`` steps.
     """
 
     def __init__(self, schedule: NoiseSchedule) -> None:
@@ -633,10 +633,10 @@ class _FiniteCheck:
         self.sigmas.append(sigma)
         here = torch.where(torch.isfinite(x).all(), torch.iinfo(torch.int32).max, step)
         self.first = here if self.first is None else torch.minimum(self.first, here)
-        if len(self.sigmas) % _LOOK_EVERY == 0:
-            self.look()
+        if len(self.sigmas) % _CHECK_EVERY == 0:
+            self.check()
 
-    def look(self) -> None:
+    def check(self) -> None:
         first = torch.iinfo(torch.int32).max if self.first is None else int(self.first)
         if first < len(self.sigmas):
             before, sigma = self.sigmas[first - 1] if first else self.schedule.sigma_max, self.sigmas[first]

@@ -139,7 +139,7 @@ def name_of(images: int) -> str:
     return f"{images:09d}"
 
 
-def clean(folder: Path) -> None:
+def delete_unfinished(folder: Path) -> None:
     """Deletes the temporary files and folders of interrupted writes in a folder."""
     for path in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -36,7 +36,7 @@ from scorematch.score import ScoreNet
 from scorematch.training.levels import Levels
 from scorematch.training.steps import Data, Settings, Step, loss_arguments
 
-LOOK_EVERY = 16  # steps between two checks of the losses, which synchronize with the device
+CHECK_EVERY = 16  # steps between two checks of the losses, which synchronize with the device
 BINS = 8  # the number of equally probable intervals of noise levels in the log
 
 # The names that the training itself writes into the log.
@@ -59,7 +59,7 @@ _LINE: Mapping[str, Field] = {  # the values of a line of the log that are read 
 class Losses:
     """Collects the losses since the last line of the log by noise level, and detects NaN and infinity.
 
-    Losses stay on the device and are gathered from all processes every ``LOOK_EVERY`` steps. All processes receive the
+    Losses stay on the device and are gathered from all processes every ``CHECK_EVERY`` steps. All processes receive the
     same numbers at the same step, and therefore make the same decisions.
 
     Args:
@@ -69,8 +69,8 @@ class Losses:
     Attributes:
         sums: the sum of the losses in each interval of noise levels.
         counts: the number of the losses in each interval.
-        stopping: whether any process had been asked to stop at the last call of ``look``.
-        late: whether a checkpoint was due in any process at the last call of ``look``.
+        stopping: whether any process had been asked to stop at the last call of ``check``.
+        late: whether a checkpoint was due in any process at the last call of ``check``.
     """
 
     def __init__(self, levels: Levels, accelerator: Any) -> None:
@@ -89,7 +89,7 @@ class Losses:
         """Adds the losses of a step, without synchronization with the device."""
         self._waiting.append((step.state.step, step.images, step.losses, step.sigma))
 
-    def look(self, stop: bool = False, late: bool = False, *, wait: bool = False) -> None:
+    def check(self, stop: bool = False, late: bool = False, *, wait: bool = False) -> None:
         """Evaluates the losses that were added before the previous call, and starts to copy the newer ones.
 
         Args:

@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch import pretrained
-from scorematch.files import alone, check_outside, check_own, write_whole
+from scorematch.files import check_outside, check_own, exclusive_lock, write_whole
 from scorematch.images import is_picture
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast
@@ -53,8 +53,8 @@ from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import Levels, Weighting, levels_for
 from scorematch.training.report import (
     BINS,
+    CHECK_EVERY,
     FIELDS,
-    LOOK_EVERY,
     Log,
     Losses,
     by_level,
@@ -386,7 +386,7 @@ class _Run:
         folder = self.out / "checkpoints"
         folder.mkdir(exist_ok=True)
         try:
-            stack.enter_context(alone(folder))
+            stack.enter_context(exclusive_lock(folder))
         except BlockingIOError as error:
             raise BlockingIOError(
                 f"another process is training in {self.out}. Wait until it has ended, or pass another folder."
@@ -409,7 +409,7 @@ class _Run:
             self.seconds, self.saved = state["seconds"], found.images
         if self.main:
             for name in ("", "checkpoints", "network", SNAPSHOTS, "samples", "report"):
-                checkpoint.clean(self.out / name)
+                checkpoint.delete_unfinished(self.out / name)
             self.log.cut(self.state.images)
             if found is not None:  # in case of an interruption after the checkpoint was written
                 checkpoint.prune(self.out / "checkpoints", found.images, keep=self.keep)
@@ -443,14 +443,14 @@ class _Run:
             for step in steps:
                 self.losses.add(step)
                 late = self.every["checkpoint"] is None and time.perf_counter() - self.began > _CHECKPOINT_SECONDS
-                # Signals and times differ between processes; they stop and save together after a common call of look.
-                alone = self.accelerator.num_processes == 1
-                stopping = stop.asked if alone else self.losses.stopping
+                # Signals and times differ between processes; they stop and save together after a common call of check.
+                single = self.accelerator.num_processes == 1
+                stopping = stop.asked if single else self.losses.stopping
                 due = self._due(step.images)
-                if stopping or (late if alone else self.losses.late):
+                if stopping or (late if single else self.losses.late):
                     due.add("checkpoint")
-                if due or step.state.step % LOOK_EVERY == 0:
-                    self._look(stop.asked, late, wait=bool(due))
+                if due or step.state.step % CHECK_EVERY == 0:
+                    self._check_losses(stop.asked, late, wait=bool(due))
                 if "log" in due:
                     now = step.images, time.perf_counter()
                     self._write_line(step, (now[0] - since[0]) / max(now[1] - since[1], 1e-9), bar)
@@ -475,9 +475,9 @@ class _Run:
             if last or (every is not None and images // every > before // every)
         }
 
-    def _look(self, asked: bool, late: bool, *, wait: bool) -> None:
+    def _check_losses(self, asked: bool, late: bool, *, wait: bool) -> None:
         try:
-            self.losses.look(asked, late, wait=wait)
+            self.losses.check(asked, late, wait=wait)
             if wait:
                 check_weights(self.state)
         except RuntimeError as error:
