@@ -63,9 +63,9 @@ class Field:
         if self.or_list:
             return f"{replace(self, or_list=False)}, or a list of such values"
         if self.choices is not None:
-            said = f"one of {', '.join(map(repr, self.choices))}"
+            text = f"one of {', '.join(map(repr, self.choices))}"
         else:
-            said = _NAMES[self.kind]
+            text = _NAMES[self.kind]
             bounds = []
             if self.low is not None and self.low == self.high:
                 bounds.append(f"exactly {_number(self.low)}")
@@ -75,11 +75,13 @@ class Field:
                 bounds += [] if self.high is None else [f"at most {_number(self.high)}"]
                 bounds += [] if self.below is None else [f"less than {_number(self.below)}"]
             if bounds:
-                said += (" with " if self.kind is list else " of ") + " and ".join(bounds)
-                said += " entries" if self.kind is list else ""
+                text += (" with " if self.kind is list else " of ") + " and ".join(bounds)
+                text += " entries" if self.kind is list else ""
             if self.each is not None:
-                said += f", each {self.each}"
-        return said + (("" if self.each is None else ",") + " or null" if self.optional else "")
+                text += f", each {self.each}"
+        if self.optional:
+            text += " or null" if self.each is None else ", or null"
+        return text
 
     def fits(self, value: Any) -> bool:
         """Whether a value has the type and range of this field."""
@@ -214,10 +216,10 @@ def _number(bound: float) -> str:
 def quote(value: Any) -> str:
     """The ``repr`` of a value for messages, shortened to 60 characters."""
     try:
-        said = _REPR.repr(value)
+        text = _REPR.repr(value)
     except ValueError:  # Python does not write integers of more than 4,300 digits
-        said = "a number of thousands of digits"
-    return _shortened(said, _LONGEST)
+        text = "a number of thousands of digits"
+    return _shortened(text, _LONGEST)
 
 
 def plain(name: str) -> str:
@@ -227,8 +229,8 @@ def plain(name: str) -> str:
 
 def reason(error: Exception | str) -> str:
     """An error of another library, or its text, for a longer message: one line of at most 240 characters."""
-    said = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
-    return _shortened(said.rstrip("."), _LONGEST_REASON)
+    text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
+    return _shortened(text.rstrip("."), _LONGEST_REASON)
 
 
 def _shortened(text: str, length: int) -> str:

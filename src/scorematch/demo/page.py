@@ -355,9 +355,13 @@ def build(restorer: Restorer, name: str) -> Any:
         stop.click(None, cancels=running, **private)
         file.upload(reported(once(events.upload)), file, painted, **private)
         negative.click(reported(once(events.invert)), painted, painted, **private)
-        for part, of in ((block, "pool"), (quality, "jpeg")):
+        for part, owner in ((block, "pool"), (quality, "jpeg")):
             task.change(
-                lambda task, of=of: gr.update(visible=task == of), task, part, show_progress="hidden", **private
+                lambda task, owner=owner: gr.update(visible=task == owner),
+                task,
+                part,
+                show_progress="hidden",
+                **private,
             )
     page.queue(default_concurrency_limit=1)
     return page

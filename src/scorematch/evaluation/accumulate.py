@@ -136,8 +136,8 @@ class Moments:
         scatter = mean.new_zeros(dimension, dimension) if self._scatter is None else self._scatter
         result.n = int(_over_processes(torch.tensor(self.n)))
         result._mean = _over_processes(mean * self.n / result.n)
-        apart = mean - result._mean
-        result._scatter = _over_processes(scatter + torch.outer(apart, apart) * self.n)
+        delta = mean - result._mean
+        result._scatter = _over_processes(scatter + torch.outer(delta, delta) * self.n)
         return result
 
     @property
@@ -169,9 +169,9 @@ class Moments:
         if len(mean) != len(self._mean):
             raise ValueError(f"features have {len(mean)} dimensions, but those before have {len(self._mean)}.")
         mean, scatter = mean.to(self._mean.device), scatter.to(self._mean.device)
-        apart, total = mean - self._mean, self.n + n
-        self._scatter += scatter + torch.outer(apart, apart) * (self.n * n / total)
-        self._mean += apart * (n / total)
+        delta, total = mean - self._mean, self.n + n
+        self._scatter += scatter + torch.outer(delta, delta) * (self.n * n / total)
+        self._mean += delta * (n / total)
         self.n = total
 
 

@@ -192,9 +192,9 @@ class _Check:
         below, equal = (compare(values, self._truth[:, None]).sum(1) for compare in (torch.lt, torch.eq))
         generator = torch.Generator().manual_seed(seed_of(self._seed, "ties", name))
         ranks = below + (torch.rand(equal.shape, generator=generator) * (equal + 1)).long()
-        apart = (values.mean(1) - self._mean) / self._variance.sqrt()
+        shifts = (values.mean(1) - self._mean) / self._variance.sqrt()
         ratios = values.var(1) / self._variance
-        square = float((apart.square() - ratios / self._draws).mean())
+        square = float((shifts.square() - ratios / self._draws).mean())
         ratio = mean_figure(ratios.mean(1))
         spread = math.sqrt(ratio.value)
         error = ratio.error / (2 * spread) if ratio.error is not None and spread else None

@@ -138,8 +138,8 @@ def score_error(
             noisy = clean + sigma * z
             level = torch.full((len(clean),), sigma, dtype=clean.dtype, device=device)
             known = exact(noisy, level)
-            apart = score_at(score, noisy, level, class_of_each(condition, noisy)) - known
-            columns += [double(sigma * each).square().flatten(1).mean(1) for each in (apart, known)]
+            error = score_at(score, noisy, level, class_of_each(condition, noisy)) - known
+            columns += [double(sigma * each).square().flatten(1).mean(1) for each in (error, known)]
         return torch.stack(columns, 1)
 
     with process_group(device), torch.no_grad(), evaluating(score), exact_float32():
@@ -152,9 +152,9 @@ def score_error(
             progress=progress,
         )
     rows = []
-    for sigma, apart, known in zip(sigmas, values[:, ::2].T, values[:, 1::2].T, strict=True):
-        excess = mean_figure(apart)
-        rows.append(ScoreError(sigma, excess, _ratio(apart, known), sigma * math.sqrt(excess.value)))
+    for sigma, error, known in zip(sigmas, values[:, ::2].T, values[:, 1::2].T, strict=True):
+        excess = mean_figure(error)
+        rows.append(ScoreError(sigma, excess, _ratio(error, known), sigma * math.sqrt(excess.value)))
     return rows
 
 

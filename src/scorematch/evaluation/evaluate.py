@@ -155,7 +155,9 @@ class Evaluation:
         """The content of evaluation.md."""
         lines = [f"# Evaluation of {self.name}", "", self.table()]
         lines += ["The number after ± is the error of the figure:", ""]
-        lines += [f"- {_LABELS.get(name, name).rstrip(' ↑↓')}: {said}" for name, said in _errors(self.figures).items()]
+        lines += [
+            f"- {_LABELS.get(name, name).rstrip(' ↑↓')}: {error}" for name, error in _errors(self.figures).items()
+        ]
         if self.left_out:
             lines += ["", "Not measured:", ""]
             lines += [f"- {name}: {reason}" for name, reason in self.left_out.items()]
@@ -189,7 +191,9 @@ def check_results(folder: Path) -> None:
 
 def _errors(figures: Mapping[str, Figures]) -> dict[str, str]:
     """Returns a description of the error of each figure."""
-    known = {name: said for measure in MEASURES.values() for name, said in measure.errors.items() if said is not None}
+    known = {
+        name: error for measure in MEASURES.values() for name, error in measure.errors.items() if error is not None
+    }
     present = dict.fromkeys(name for found in figures.values() for each in found.values() for name in each)
     return {name: known[name] for name in present if name in known} | {"others": "standard error over the images"}
 
@@ -597,9 +601,9 @@ def gaussian_images(data: ImageData, n: int, *, seed: int = 0, batch_size: int =
         generators = [[torch.Generator().manual_seed((first + i) % SEEDS) for i in rows.tolist()] for rows in group]
         images = [flat.new_zeros(len(rows), flat.numel()) for rows in group]
         for block in _blocks(data):
-            apart = block.flatten(1) - flat
+            centered = block.flatten(1) - flat
             for batch, drawing in zip(images, generators, strict=True):
-                batch.addmm_(standard_normal((len(drawing), len(apart)), drawing, flat.device), apart)
+                batch.addmm_(standard_normal((len(drawing), len(centered)), drawing, flat.device), centered)
         for batch in images:
             yield (flat + batch / (len(data) - 1) ** 0.5).clamp(0, 1).view(-1, *data.shape)
 

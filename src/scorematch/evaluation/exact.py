@@ -219,8 +219,8 @@ class Mixture(Distribution):
     @property
     def covariance(self) -> Tensor:
         """The covariance (D, D) of the whole mixture, float64."""
-        apart = self.means - self.mean
-        return self._within + apart.T @ (self.weights[:, None] * apart)
+        centered = self.means - self.mean
+        return self._within + centered.T @ (self.weights[:, None] * centered)
 
     def posterior(self, observation: Observation, image: int = 0) -> Mixture:
         """The posterior of the sample that an observation measures.
@@ -237,10 +237,10 @@ class Mixture(Distribution):
             ValueError: if the operator has no gain, so that it may not be linear, the observation is of samples of
                 another shape, or it has no sample with this number.
         """
-        weights, means, covariance = self._given(observation, image)
+        weights, means, covariance = self._posterior_parameters(observation, image)
         return Mixture(weights, means, covariance, **self._attributes)
 
-    def _given(self, observation: Observation, image: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _posterior_parameters(self, observation: Observation, image: int) -> tuple[Tensor, Tensor, Tensor]:
         """The weights, the means and the covariance of the posterior."""
         if not isinstance(observation, Observation):
             raise TypeError(f"observation must be an Observation, got {type(observation).__name__}.")
@@ -261,17 +261,17 @@ class Mixture(Distribution):
         exact = len(values) * torch.finfo(values.dtype).eps * values[-1]  # eigenvalues up to their rounding error are 0
         values = torch.where(values > exact, values, 0) + observation.sigma**2  # those of S
         inverse = torch.where(values > 0, 1 / values, 0)
-        apart = (y.flatten() - self.means @ a.T) @ vectors  # (K, values of y), along the axes of S
-        logits = self.weights.log() - (apart.square() @ inverse) / 2
+        residuals = (y.flatten() - self.means @ a.T) @ vectors  # (K, values of y), along the axes of S
+        logits = self.weights.log() - (residuals.square() @ inverse) / 2
         # Without noise, the part of y in the directions in which no component varies selects the nearest components.
-        outside = apart[:, values == 0].square().sum(1)
-        logits[outside > outside.min() + _KNOWN * apart.square().sum(1).max()] = -math.inf
+        outside = residuals[:, values == 0].square().sum(1)
+        logits[outside > outside.min() + _KNOWN * residuals.square().sum(1).max()] = -math.inf
         weights = logits.softmax(0).clamp(min=torch.finfo(torch.float64).tiny)
         cross = cross @ vectors
         # Rounding, relative to the covariance of the prior, can make the smallest eigenvalues negative.
         values, vectors = torch.linalg.eigh(self._within - cross * inverse @ cross.T)
         covariance = vectors * values.clamp(min=0) @ vectors.T
-        return weights, self.means + apart * inverse @ cross.T, (covariance + covariance.T) / 2
+        return weights, self.means + residuals * inverse @ cross.T, (covariance + covariance.T) / 2
 
     def _sample(self, n: int, generator: torch.Generator | None) -> Tensor:
         source = torch.device("cpu") if generator is None else generator.device
@@ -343,7 +343,7 @@ class Gaussian(Mixture):
 
     def posterior(self, observation: Observation, image: int = 0) -> Gaussian:
         """The posterior of the sample that an observation measures; see ``Mixture.posterior``."""
-        _, means, covariance = self._given(observation, image)
+        _, means, covariance = self._posterior_parameters(observation, image)
         return Gaussian(means[0], covariance, **self._attributes)
 
 
@@ -433,14 +433,14 @@ class Empirical(Distribution):
         return x + self.bandwidth * standard_normal(x.shape, generator, x.device).double() if self.bandwidth else x
 
     def _score(self, x: Tensor, variance: Tensor) -> Tensor:
-        apart, v = x - self.mean, variance + self.bandwidth**2
-        _, expected = _components(apart, v.expand(-1, x.shape[1]), self._components())
-        return (expected - apart) / v
+        centered, v = x - self.mean, variance + self.bandwidth**2
+        _, expected = _components(centered, v.expand(-1, x.shape[1]), self._components())
+        return (expected - centered) / v
 
     def _log_density(self, x: Tensor, variance: Tensor) -> Tensor:
-        apart, v = x - self.mean, (variance + self.bandwidth**2).expand(-1, x.shape[1])
-        total, _ = _components(apart, v, self._components())
-        return total + _log_normal(apart, v)
+        centered, v = x - self.mean, (variance + self.bandwidth**2).expand(-1, x.shape[1])
+        total, _ = _components(centered, v, self._components())
+        return total + _log_normal(centered, v)
 
 
 def operator_matrix(operator: Operator, sample_shape: Sequence[int]) -> Tensor:

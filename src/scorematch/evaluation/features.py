@@ -234,8 +234,8 @@ def inception(*, weights: str | os.PathLike[str] | None = None, device: torch.de
         features, logits = network(images)
         return features, logits
 
-    said = "299 x 299, bilinear as TensorFlow 1 without antialiasing; (x - 128) / 128"
-    return Extractor(function, "inception-v3-2015-12-05", _INCEPTION.sha256, said, color=True, device=device)
+    preprocessing = "299 x 299, bilinear as TensorFlow 1 without antialiasing; (x - 128) / 128"
+    return Extractor(function, "inception-v3-2015-12-05", _INCEPTION.sha256, preprocessing, color=True, device=device)
 
 
 def dinov2(
@@ -278,8 +278,8 @@ def dinov2(
         return network((x - mean) / std)
 
     name = f"dinov2-vit{size}14-torch-fidelity"
-    said = "224 x 224, bilinear as TensorFlow 1 without antialiasing; mean and deviation of ImageNet"
-    return Extractor(function, name, _DINOV2[size].sha256, said, color=True, device=device)
+    preprocessing = "224 x 224, bilinear as TensorFlow 1 without antialiasing; mean and deviation of ImageNet"
+    return Extractor(function, name, _DINOV2[size].sha256, preprocessing, color=True, device=device)
 
 
 def efficientnet_lite0(*, device: torch.device | str = "cpu") -> Extractor:
@@ -316,8 +316,8 @@ def efficientnet_lite0(*, device: torch.device | str = "cpu") -> Extractor:
         features = network.extract_features((x - 127) / 128).mean((2, 3))
         return features, network._fc(features)
 
-    said = "224 x 224, bicubic with antialiasing, not cropped; (x - 127) / 128"
-    return Extractor(function, "efficientnet-lite0", _EFFICIENTNET, said, color=True, device=device)
+    preprocessing = "224 x 224, bicubic with antialiasing, not cropped; (x - 127) / 128"
+    return Extractor(function, "efficientnet-lite0", _EFFICIENTNET, preprocessing, color=True, device=device)
 
 
 EXTRACTORS: Mapping[str, Callable[..., Extractor]] = MappingProxyType(

@@ -268,18 +268,19 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
 # -- The pixels -------------------------------------------------------------------------------------------------------
 
 
-def _looks(images: Tensor) -> Tensor:
+def _pixel_statistics(images: Tensor) -> Tensor:
     """For each image the mean, the mean square, the variation and, in color, the saturation: float64 (N, 3 or 4)."""
     x = to_uint8(images).cpu().double() / 255
     steps = torch.cat([x.diff(dim=2).abs().flatten(1), x.diff(dim=3).abs().flatten(1)], 1)
-    looks = [x.mean((1, 2, 3)), x.square().mean((1, 2, 3)), steps.mean(1)]
+    found = [x.mean((1, 2, 3)), x.square().mean((1, 2, 3)), steps.mean(1)]
     if x.shape[1] == 3:
-        looks.append((x.amax(1) - x.amin(1)).mean((1, 2)))
-    return torch.stack(looks, 1)
+        found.append((x.amax(1) - x.amin(1)).mean((1, 2)))
+    return torch.stack(found, 1)
 
 
-def _figures_of_looks(looks: Tensor) -> dict[str, Figure]:
-    mean, square, *others = looks.unbind(1)
+def _pixel_figures(statistics: Tensor) -> dict[str, Figure]:
+    """The figures of images, from the statistics of each image."""
+    mean, square, *others = statistics.unbind(1)
     std = float((square.mean() - mean.mean() ** 2).clamp(min=0).sqrt())
     # To first order, an image changes the variance of all pixels by its mean square deviation.
     error = mean_figure(square - 2 * mean.mean() * mean).error
@@ -292,10 +293,10 @@ def image_figures(batches: Iterable[Tensor]) -> dict[str, Figure]:
 
     Under ``torch.distributed`` every process must call it, with its own share of the images.
     """
-    looks = Rows()
+    statistics = Rows()
     for images in batches:
-        looks.update(_looks(images))
-    return _figures_of_looks(looks.gather())
+        statistics.update(_pixel_statistics(images))
+    return _pixel_figures(statistics.gather())
 
 
 def mean_figure(values: Tensor) -> Figure:
@@ -326,7 +327,7 @@ class Collection:
         self._extractors, self._references, self._names = extractors, references, names
         self._features = [Rows() for _ in extractors]
         self._logits = [Rows() for _ in extractors]
-        self._looks = Rows()
+        self._pixel_statistics = Rows()
 
     def add(self, images: Tensor) -> list[Extracted]:
         """Adds images (N, C, H, W), uint8 or floating point in [0, 1].
@@ -342,7 +343,7 @@ class Collection:
             rows.update(features)
             if logits is not None:
                 scores.update(logits)
-        self._looks.update(_looks(images))
+        self._pixel_statistics.update(_pixel_statistics(images))
         return found
 
     def figures(self, *, strict: bool = True) -> Figures:
@@ -354,16 +355,16 @@ class Collection:
         Raises:
             ValueError: if there are fewer than two images, or as the metrics.
         """
-        looks = self._looks.gather()
-        if len(looks) < 2:
-            raise ValueError(f"the metrics need at least 2 images, got {len(looks)}.")
-        result: Figures = {IMAGES: _figures_of_looks(looks)}
+        statistics = self._pixel_statistics.gather()
+        if len(statistics) < 2:
+            raise ValueError(f"the metrics need at least 2 images, got {len(statistics)}.")
+        result: Figures = {IMAGES: _pixel_figures(statistics)}
         seen = [
             # A process may have no images, and therefore no logits.
             Extracted(rows.gather(), None if agreed(len(scores) == 0) else scores.gather())
             for rows, scores in zip(self._features, self._logits, strict=True)
         ]
-        plan = Plan.of(len(looks), seen, self._references, self._names, strict=strict)
+        plan = Plan.of(len(statistics), seen, self._references, self._names, strict=strict)
         for extractor, features, reference, names in zip(
             self._extractors, seen, self._references, plan.names, strict=True
         ):
@@ -534,8 +535,8 @@ class Evaluator:
             raise ValueError(f"the metrics need at least 2 images, got {n}.")
         if self.data is not None and tuple(self.data.shape) != tuple(shape):
             raise ValueError(
-                f"the images of the reference must have the size of those to evaluate, {_said(shape)}, got "
-                f"{_said(self.data.shape)}. Open the reference with "
+                f"the images of the reference must have the size of those to evaluate, {_describe(shape)}, got "
+                f"{_describe(self.data.shape)}. Open the reference with "
                 f"open_images(..., image_size=({shape[1]}, {shape[2]}), channels={shape[0]})."
             )
         probes = [extractor.extract(torch.zeros(1, *shape, dtype=torch.uint8)) for extractor in self.extractors]
@@ -543,8 +544,8 @@ class Evaluator:
             dimension = probe.features.shape[1]
             if dimension != len(reference.mean):
                 raise ValueError(
-                    f"the features of {extractor.name} have {dimension:,} dimensions for images of {_said(shape)}, but "
-                    f"those of the reference have {len(reference.mean):,}. Use images of one size."
+                    f"the features of {extractor.name} have {dimension:,} dimensions for images of {_describe(shape)}, "
+                    f"but those of the reference have {len(reference.mean):,}. Use images of one size."
                 )
         plan = Plan.of(n, probes, self.references, self._names, strict=True)
         return {
@@ -597,7 +598,7 @@ def _digest(statistics: Statistics) -> str:
     return digest.hexdigest()
 
 
-def _said(shape: Sequence[int]) -> str:
+def _describe(shape: Sequence[int]) -> str:
     """A shape (C, H, W) in words."""
     kind = {1: "gray", 3: "color"}.get(shape[0], f"{shape[0]} channels")
     return f"{' x '.join(map(str, shape[1:]))} pixels ({kind})"

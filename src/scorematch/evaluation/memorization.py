@@ -197,7 +197,7 @@ class Memorization:
         """
         if self.held_out is None:
             return None
-        a, b = (of.distances[:, 0].contiguous() for of in (self.samples, self.held_out))
+        a, b = (found.distances[:, 0].contiguous() for found in (self.samples, self.held_out))
         # For each sample the share of held-out images that are farther, and the reverse; ties count as half.
         farther = 1 - _below(a, b)
         value = float(farther.mean())
@@ -207,22 +207,22 @@ class Memorization:
     def table(self) -> str:
         """The figures as a table in Markdown."""
         rows = []
-        for name, of in zip(("samples", "held-out images"), self._sets(), strict=True):
-            if of is not None:
+        for name, found in self._sets().items():
+            if found is not None:
                 levels = torch.tensor(_QUANTILES, dtype=torch.float64)
-                quantiles = [f"{value:.4g}" for value in of.distances[:, 0].quantile(levels).tolist()]
-                shares = [str(Share.of(of.ratios < ratio)) for ratio in (1 / 2, 1 / 3, 1 / 4)]
-                rows.append([name, f"{len(of.distances):,}", *quantiles, *shares])
+                quantiles = [f"{value:.4g}" for value in found.distances[:, 0].quantile(levels).tolist()]
+                shares = [str(Share.of(found.ratios < ratio)) for ratio in (1 / 2, 1 / 3, 1 / 4)]
+                rows.append([name, f"{len(found.distances):,}", *quantiles, *shares])
         quantiles = [f"distance, {level:.0%} quantile" for level in _QUANTILES]
         return table([self.extractor, "images", *quantiles, "copies, k = 1/2", "k = 1/3", "k = 1/4"], rows)
 
     def chart(self) -> str:
         """The distribution functions of the distance to the nearest training image, as the text of an SVG file."""
         curves = []
-        for name, of in zip(("samples", "held-out images"), self._sets(), strict=True):
-            if of is not None:
+        for name, found in self._sets().items():
+            if found is not None:
                 share = torch.linspace(0, 1, 201, dtype=torch.float64)
-                curves.append(Curve(name, of.distances[:, 0].quantile(share).tolist(), share.tolist()))
+                curves.append(Curve(name, found.distances[:, 0].quantile(share).tolist(), share.tolist()))
         title = "share of images that are nearer to the training images"
         return chart(title, f"distance to the nearest training image ({self.extractor})", curves)
 
@@ -246,8 +246,8 @@ class Memorization:
             cells.append(torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)[:, None])
         save_grid(torch.cat(cells, 1).flatten(0, 1), path, columns=len(cells))
 
-    def _sets(self) -> tuple[Neighbors, Neighbors | None]:
-        return self.samples, self.held_out
+    def _sets(self) -> dict[str, Neighbors | None]:
+        return {"samples": self.samples, "held-out images": self.held_out}
 
 
 def memorization_of(
@@ -288,8 +288,8 @@ def memorization_of(
     check_at_least("neighbors", neighbors, 2)
     extractor = as_extractor(features)
     known = open_images(training, progress=progress)
-    given = [open_images(of, progress=progress) for of in (samples, held_out) if of is not None]
-    queries = [_features(of, extractor, batch_size, progress) for of in given]
+    sets = [open_images(images, progress=progress) for images in (samples, held_out) if images is not None]
+    queries = [_features(images, extractor, batch_size, progress) for images in sets]
     dimensions = [each.shape[1] for each in queries]
     if dimensions[0] != dimensions[-1]:
         raise ValueError(

@@ -271,8 +271,8 @@ class _Gaussian:
         """The squared Fréchet distance. The singular values of ``common`` are computed unless they are passed."""
         if singular_values is None:
             singular_values = torch.linalg.svdvals(self.common(other))
-        apart = float((self.mean - other.mean).square().sum())
-        return max(0.0, apart + self.variance + other.variance - 2 * float(singular_values.sum()))
+        of_means = float((self.mean - other.mean).square().sum())
+        return max(0.0, of_means + self.variance + other.variance - 2 * float(singular_values.sum()))
 
 
 def _gaussian(source: Normal) -> _Gaussian:
@@ -632,10 +632,11 @@ class _OfRows(Accumulator[T]):
         self._seen = Rows()
 
     def compute(self) -> T:
-        return self._of(self._seen.gather())
+        return self._metric(self._seen.gather())
 
     @abstractmethod
-    def _of(self, features: Tensor) -> T: ...
+    def _metric(self, features: Tensor) -> T:
+        """The metric of all features."""
 
 
 class FrechetDistance(Accumulator[float]):
@@ -668,7 +669,7 @@ class FrechetExtrapolation(_OfRows[Extrapolation]):
         super().__init__()
         self._reference, self._sizes, self._seed = reference, sizes, seed
 
-    def _of(self, features: Tensor) -> Extrapolation:
+    def _metric(self, features: Tensor) -> Extrapolation:
         return frechet_extrapolation(features, self._reference, sizes=self._sizes, generator=self._seed)
 
 
@@ -686,7 +687,7 @@ class KernelDistance(_OfRows[Estimate]):
         super().__init__()
         self._reference, self._subsets, self._size, self._seed = reference, subsets, subset_size, seed
 
-    def _of(self, features: Tensor) -> Estimate:
+    def _metric(self, features: Tensor) -> Estimate:
         return kernel_distance(
             features, self._reference, subsets=self._subsets, subset_size=self._size, generator=self._seed
         )
@@ -706,7 +707,7 @@ class InceptionScore(_OfRows[Estimate]):
         super().__init__()
         self._splits, self._seed = splits, seed
 
-    def _of(self, features: Tensor) -> Estimate:
+    def _metric(self, features: Tensor) -> Estimate:
         return inception_score(features, splits=self._splits, generator=self._seed)
 
 
@@ -722,7 +723,7 @@ class PrecisionRecall(_OfRows[tuple[float, float]]):
         super().__init__()
         self._reference, self._k = reference, k
 
-    def _of(self, features: Tensor) -> tuple[float, float]:
+    def _metric(self, features: Tensor) -> tuple[float, float]:
         return precision_recall(self._reference, features, k=self._k)
 
 
@@ -738,7 +739,7 @@ class DensityCoverage(_OfRows[tuple[float, float]]):
         super().__init__()
         self._reference, self._k = reference, k
 
-    def _of(self, features: Tensor) -> tuple[float, float]:
+    def _metric(self, features: Tensor) -> tuple[float, float]:
         return density_coverage(self._reference, features, k=self._k)
 
 

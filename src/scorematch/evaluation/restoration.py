@@ -389,22 +389,24 @@ _ROOTS = {"rmse", "rmse of the mean", "diversity", "consistency"}
 def _in_pixels(
     restored: Sequence[Tensor], degraded: Tensor, x: Tensor, operator: Operator, y: Tensor
 ) -> dict[tuple[str, str, str], Tensor]:
-    def over(values: Sequence[Tensor]) -> Tensor:
+    """The values of the pixels by set, source and figure."""
+
+    def mean_over_draws(values: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(values)).mean(0)
 
     errors = [_mean_square(images - x) for images in restored]
     values = {
-        (RESTORED, "rmse"): over(errors),
-        (RESTORED, "psnr"): over([_psnr(error) for error in errors]),
+        (RESTORED, "rmse"): mean_over_draws(errors),
+        (RESTORED, "psnr"): mean_over_draws([_psnr(error) for error in errors]),
         (DEGRADED, "rmse"): _mean_square(degraded - x),
         (DEGRADED, "psnr"): _psnr(_mean_square(degraded - x)),
     }
     if len(restored) > 1:
-        values[RESTORED, "rmse of the mean"] = _mean_square(over(restored) - x)
-        values[RESTORED, "diversity"] = over([_mean_square(a - b) for a, b in combinations(restored, 2)])
+        values[RESTORED, "rmse of the mean"] = _mean_square(mean_over_draws(restored) - x)
+        values[RESTORED, "diversity"] = mean_over_draws([_mean_square(a - b) for a, b in combinations(restored, 2)])
     seen = torch.ones_like(y) if operator.seen is None else operator.seen.expand_as(y).to(y)
-    apart = [((operator.measure(images) - y) * seen).square().flatten(1).sum(1) for images in restored]
-    values[RESTORED, "consistency"] = over(apart) / seen.flatten(1).sum(1).clamp(min=1)
+    residuals = [((operator.measure(images) - y) * seen).square().flatten(1).sum(1) for images in restored]
+    values[RESTORED, "consistency"] = mean_over_draws(residuals) / seen.flatten(1).sum(1).clamp(min=1)
     return {(column, RESTORATION, name): each for (column, name), each in values.items()}
 
 
@@ -413,22 +415,22 @@ def _in_features(seen: Mapping[str, Sequence[Extracted]], labels: Tensor | None)
     (original,) = seen[ORIGINAL]
     values: dict[tuple[str, str], Tensor] = {}
 
-    def over(column: str, name: str, function: Callable[[Extracted], Tensor]) -> None:
+    def add(column: str, name: str, function: Callable[[Extracted], Tensor]) -> None:
         values[column, name] = torch.stack([function(each).double().cpu() for each in seen[column]]).mean(0)
 
     for column in (RESTORED, DEGRADED):
-        over(column, "perceptual", lambda each: (each.features - original.features).norm(dim=1))
+        add(column, "perceptual", lambda each: (each.features - original.features).norm(dim=1))
     if len(seen[RESTORED]) > 1:
         pairs = combinations(seen[RESTORED], 2)
-        apart = [(a.features - b.features).norm(dim=1).double().cpu() for a, b in pairs]
-        values[RESTORED, "feature diversity"] = torch.stack(apart).mean(0)
+        distances = [(a.features - b.features).norm(dim=1).double().cpu() for a, b in pairs]
+        values[RESTORED, "feature diversity"] = torch.stack(distances).mean(0)
     if original.logits is not None:
         classes = original.logits.argmax(1)
         for column in (RESTORED, DEGRADED):
-            over(column, "agreement", lambda each: _best(each) == classes)
+            add(column, "agreement", lambda each: _best(each) == classes)
         if labels is not None:
             for column in (RESTORED, DEGRADED, ORIGINAL):
-                over(column, "accuracy", lambda each: _best(each).cpu() == labels)
+                add(column, "accuracy", lambda each: _best(each).cpu() == labels)
     return values
 
 

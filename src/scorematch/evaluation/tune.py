@@ -126,9 +126,9 @@ class Tuning:
 
     def to_markdown(self) -> str:
         """The rows as a table in Markdown, the best one in bold."""
-        looks = ["std", "variation"]
+        pixels = ["std", "variation"]
         of_tasks = [*self.tasks, *(["mean"] if len(self.tasks) > 1 else [])]
-        measured = [f"{task}: {self.by}" for task in of_tasks] or [f"{self.by}, {self.source}", *looks]
+        measured = [f"{task}: {self.by}" for task in of_tasks] or [f"{self.by}, {self.source}", *pixels]
         lines, best = [], self.best
         for row in self.rows:
             cells = [str(row.settings), str(row.calls), *self._cells(row.figures)]
@@ -157,8 +157,8 @@ class Tuning:
             line = smallest.setdefault(name, {})
             line[row.calls] = min(self.distance(row), line.get(row.calls, math.inf))
         curves = [Curve(name, sorted(line), [line[calls] for calls in sorted(line)]) for name, line in smallest.items()]
-        of = f"mean of {len(self.tasks)} tasks" if len(self.tasks) > 1 else (*self.tasks, self.source)[0]
-        return chart(f"{self.by}, {of}", "network calls", curves, log_x=True, marks=True)
+        measured = f"mean of {len(self.tasks)} tasks" if len(self.tasks) > 1 else (*self.tasks, self.source)[0]
+        return chart(f"{self.by}, {measured}", "network calls", curves, log_x=True, marks=True)
 
     def _cells(self, figures: Figures) -> list[str]:
         if self.tasks:

@@ -122,8 +122,8 @@ def _read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506  (a SafeLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
-        said = reason(error) if where is None else f"{reason(getattr(error, 'problem', ''))} in line {where.line + 1}"
-        raise ValueError(f"{path} is not a configuration that can be read safely: {said}.") from error
+        cause = reason(error) if where is None else f"{reason(getattr(error, 'problem', ''))} in line {where.line + 1}"
+        raise ValueError(f"{path} is not a configuration that can be read safely: {cause}.") from error
 
 
 def _read_text(path: Path) -> dict[str, Any]:

@@ -509,33 +509,33 @@ class _Machine:
             stack.append(tuple(self._marked()))
         elif code == b"a":
             value = stack.pop()
-            _of(list, stack[-1]).append(value)
+            _typed(list, stack[-1]).append(value)
         elif code == b"e":
             values = self._marked()
-            _of(list, stack[-1]).extend(values)
+            _typed(list, stack[-1]).extend(values)
         elif code == b"s":
             value, key = stack.pop(), stack.pop()
-            _of(dict, stack[-1])[_key(key)] = value
+            _typed(dict, stack[-1])[_key(key)] = value
         elif code == b"u":
             values = self._marked()
-            _of(dict, stack[-1]).update(zip(map(_key, values[::2]), values[1::2], strict=True))
+            _typed(dict, stack[-1]).update(zip(map(_key, values[::2]), values[1::2], strict=True))
         elif code == b"\x90":
             values = self._marked()
-            _of(set, stack[-1]).update(map(_key, values))
+            _typed(set, stack[-1]).update(map(_key, values))
         elif code == b"0":
             stack.pop()
         elif code == b"\x93":
             name, module = stack.pop(), stack.pop()
             stack.append(self._named(module, name))
         elif code in (b"R", b"\x81"):
-            arguments, function = _of(tuple, stack.pop()), _of(FunctionType, stack.pop())
+            arguments, function = _typed(tuple, stack.pop()), _typed(FunctionType, stack.pop())
             stack.append(function(self, *arguments) if function is storage_of_bytes else function(*arguments))
         elif code == b"b":
             state = stack.pop()
             if not isinstance(stack[-1], dict):  # the attributes of an OrderedDict are versions of modules
                 stack[-1].set_state(state)
         elif code == b"Q" and self.storage is not None:
-            stack.append(self.storage(*_of(tuple, stack.pop())))
+            stack.append(self.storage(*_typed(tuple, stack.pop())))
         elif code == b"\x80":
             protocol = self._number("<B")
             if not 2 <= protocol <= 5:
@@ -567,7 +567,7 @@ class _Machine:
         return values
 
     def _named(self, module: Any, name: Any) -> Any:
-        full = f"{_of(str, module)}.{_of(str, name)}"
+        full = f"{_typed(str, module)}.{_typed(str, name)}"
         if full not in self.known:
             raise RefusedError(
                 f"refers to {quote(full)}, which weights do not need; it was not loaded, because a pickle can run code."
@@ -576,7 +576,8 @@ class _Machine:
         return self.known[full]
 
 
-def _of(kind: type, value: Any) -> Any:
+def _typed(kind: type, value: Any) -> Any:
+    """Returns a value after checking that it is exactly of a type."""
     if type(value) is not kind:
         raise RefusedError(f"holds a damaged pickle: expected {kind.__name__}, got {type(value).__name__}.")
     return value

@@ -179,8 +179,10 @@ class AnnealedLangevinSampler(Sampler):
         ratio, power = smallest_ratio(self.schedule), _POWER if own is None else _POWER_OF_NETWORKS
         if own is not None and settings is not None and settings.step_size is not None:
             intended = self.default_schedule(own, None)
-            left, apart = 1 - settings.step_size / intended.sigma_min**2, smallest_ratio(intended)
-            power = min(_POWER, math.log(left) / math.log(apart)) if 0 < left < 1 and apart < 1 else _POWER
+            eta, intended_ratio = settings.step_size / intended.sigma_min**2, smallest_ratio(intended)
+            power = _POWER
+            if 0 < eta < 1 and intended_ratio < 1:
+                power = min(_POWER, math.log(1 - eta) / math.log(intended_ratio))
         return 1 - ratio**power if ratio < 1 else 0.5
 
     def __len__(self) -> int:

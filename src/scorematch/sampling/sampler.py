@@ -566,7 +566,7 @@ class Chain:
 
     def score(self, x: Tensor, sigma: float) -> Tensor:
         """The score of x (n, ...) at a noise level, one network call per sample. The result may be overwritten."""
-        return self._scores(x, sigma, lambda part: self._of(part, self._net))
+        return self._scores(x, sigma, lambda part: self._for_rows(part, self._net))
 
     def score_and_variance(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """The score, and the variance that the network predicts in the same call; see ``ScoreNet.score_and_variance``.
@@ -576,7 +576,7 @@ class Chain:
         variance = torch.empty_like(x)
 
         def network(part: slice) -> Score:
-            both = self._of(part, attribute(self._net, "score_and_variance"))
+            both = self._for_rows(part, attribute(self._net, "score_and_variance"))
 
             def score(x: Tensor, sigma: Any) -> Tensor:
                 score, share = both(x, sigma)
@@ -611,7 +611,7 @@ class Chain:
             self._sigmas[sigma] = torch.full((), sigma, dtype=x.dtype, device=x.device)
         return self._sigmas[sigma]
 
-    def _of(self, part: slice, function: Callable[..., Any]) -> Callable[[Tensor, Any], Any]:
+    def _for_rows(self, part: slice, function: Callable[..., Any]) -> Callable[[Tensor, Any], Any]:
         """A function of x, sigma and the condition as one of x and sigma, for some rows of the condition."""
         condition = self._run.condition
         return function if condition is None else lambda x, sigma: function(x, sigma, condition[part])

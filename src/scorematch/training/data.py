@@ -145,11 +145,11 @@ class Order:
         while start < stop:
             epoch, first = divmod(start, self.length)
             last = min(self.length, first + stop - start)
-            parts.append(self._of(epoch)[first:last])
+            parts.append(self._permutation_of(epoch)[first:last])
             start += last - first
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
-    def _of(self, epoch: int) -> Tensor:
+    def _permutation_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
             self._epoch, self._permutation = epoch, torch.randperm(self.length, generator=generator)

@@ -81,7 +81,7 @@ def _fit(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _looks(picture: Any) -> tuple[int, tuple[int, int]]:
+def _channels_and_size(picture: Any) -> tuple[int, tuple[int, int]]:
     """The number of channels, 1 or 3, and the (height, width) of a picture, from its header."""
     gray = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith(("I", "F"))
     on_its_side = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap height and width
@@ -278,22 +278,22 @@ class _Pictures(Source):
         channels, size = options.channels, options.size
         if channels == 1:
             with suppress(Exception), self.open(0) as picture:  # a damaged image is reported when it is decoded
-                self.from_color = _looks(picture)[0] == 3
+                self.from_color = _channels_and_size(picture)[0] == 3
         if channels is None or size is None:
-            kinds, sizes = self._kinds_and_sizes(workers)
+            kinds, sizes = self._all_channels_and_sizes(workers)
             channels = self._common_channels(kinds) if channels is None else channels
             if size is None:
                 size = self._common_size(sizes)
                 size = size if options.crop is None else (min(size), min(size))
         self.shape = (channels, *size)
 
-    def _kinds_and_sizes(self, workers: int) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
+    def _all_channels_and_sizes(self, workers: int) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
         """All numbers of channels and all sizes in the source, each with the index of the first picture that has it."""
 
-        def look(i: int) -> tuple[int, tuple[int, int]] | Exception:
+        def header(i: int) -> tuple[int, tuple[int, int]] | Exception:
             try:
                 with self.open(i) as picture:
-                    return _looks(picture)
+                    return _channels_and_size(picture)
             except (UnfitError, ImportError):
                 raise
             except Exception as error:  # a damaged image, which is reported when it is decoded
@@ -301,7 +301,7 @@ class _Pictures(Source):
 
         kinds: dict[int, int] = {}
         sizes: dict[tuple[int, int], int] = {}
-        for i, seen in enumerate(ordered_map(look, range(len(self)), workers)):
+        for i, seen in enumerate(ordered_map(header, range(len(self)), workers)):
             if not isinstance(seen, Exception):
                 kinds.setdefault(seen[0], i)
                 sizes.setdefault(seen[1], i)
@@ -449,7 +449,7 @@ class _Items(Source):
             raise ValueError(f"{self.name} is empty.")
         first = self._image(0)
         if hasattr(first, "getexif"):
-            channels, size = _looks(first)
+            channels, size = _channels_and_size(first)
             self.from_color = options.channels == 1 and channels == 3
             square = size if options.crop is None else (min(size), min(size))
             self.shape = (options.channels or channels, *(options.size or square))
