@@ -262,7 +262,7 @@ def test_guidance(tmp_path, capsys):
         (["{folder}", "--out", "b", "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
         (["{folder}", "--out", "b", "--sampler", "ode", "--snr", "1"], "--snr is an option of --sampler predictor-"),
         (["{folder}", "a.png", "--snr", "0.1", "--method", "heun"], "is an option of --sampler"),
-        (["{folder}", "a.png", "--snr", "2"], "snr must be a number of more than 0 and at most 1"),
+        (["{folder}", "a.png", "--snr", "2"], "snr must be a number of more than 0 and less than 1"),
     ],
 )
 def test_arguments_that_do_not_fit(folder, classes, tmp_path, monkeypatch, arguments, message, capsys):

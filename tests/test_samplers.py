@@ -705,8 +705,8 @@ def test_a_noisy_observation_gives_the_posterior(kind, world, rng):
             "'ancestral', 'reverse-diffusion', got 'ode'",
         ),
         (lambda: PredictorCorrectorSampler(point, SHORT, corrector_steps=-1), "integer of at least 0, got -1"),
-        (lambda: PredictorCorrectorSampler(point, SHORT, snr=0.0), "snr must lie between 0 and 1, got 0.0"),
-        (lambda: PredictorCorrectorSampler(point, SHORT, snr=math.nan), "snr must lie between 0 and 1, got nan"),
+        (lambda: PredictorCorrectorSampler(point, SHORT, snr=0.0), "snr must be above 0 and below 1, got 0.0"),
+        (lambda: PredictorCorrectorSampler(point, SHORT, snr=math.nan), "snr must be above 0 and below 1, got nan"),
     ],
 )
 def test_invalid_settings_raise(make, message):

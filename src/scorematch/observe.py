@@ -83,7 +83,7 @@ class Operator(ABC):
     def carry_mask(self, seen: Tensor) -> Tensor | None:
         """Converts a mask of x to the mask of y: M' with A M x = M' A x, where M is multiplication by ``seen``.
 
-        ``A @ Mask(seen)`` has a gain if such a mask exists.
+        If A has a gain and such a mask exists, ``A @ Mask(seen)`` has a gain.
 
         Args:
             seen: bool, broadcastable to x, True where x is observed.
@@ -200,11 +200,7 @@ class Uncrop(Operator):
     gain = 1.0
 
     def __init__(self, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0) -> None:
-        borders = (left, right, top, bottom)
-        for border in borders:
-            if not isinstance(border, int | np.integer) or isinstance(border, bool) or border < 0:
-                raise ValueError(f"a border must be an integer number of pixels, at least 0, got {border!r}.")
-        self.borders = tuple(map(int, borders))
+        self.borders = tuple(_pixels("a border", border, least=0) for border in (left, right, top, bottom))
 
     def __repr__(self) -> str:
         sides = zip(("left", "right", "top", "bottom"), self.borders, strict=True)
@@ -233,6 +229,13 @@ class Uncrop(Operator):
         rows = slice(None) if height == 1 else slice(top, height - bottom)
         columns = slice(None) if width == 1 else slice(left, width - right)
         return seen[..., rows, columns] if seen.ndim > 1 else seen[columns]
+
+
+def _pixels(name: str, value: int, least: int) -> int:
+    """A number of pixels, of Python or NumPy, as an int; ValueError if it is another value or below ``least``."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer number of pixels, at least {least}, got {value!r}.")
+    return int(value)
 
 
 def _check_has_rows(x: Tensor, operator: Operator) -> None:
@@ -289,9 +292,7 @@ class AveragePool(Operator):
     """
 
     def __init__(self, size: int) -> None:
-        if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"size must be an integer number of pixels, at least 1, got {size!r}.")
-        self.size = int(size)
+        self.size = _pixels("size", size, least=1)
         self.gain = 1 / self.size**2
 
     def __repr__(self) -> str:

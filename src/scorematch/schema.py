@@ -119,7 +119,7 @@ def read_object(path: Path) -> dict[str, Any]:
         path: the path of the file.
 
     Returns:
-        The object. Of keys that occur several times, the last one counts.
+        The object. If a key occurs several times, its last value is returned.
 
     Raises:
         OSError: if the file cannot be read.

@@ -25,7 +25,7 @@ The square root is real for :math:`1 - r \le \eta \le 1 + r`. Write :math:`\eta 
 and the step is an Euler step of the probability flow (DDIM); at p = 2 it is the step of ancestral sampling. The
 published settings are near p = 1.5. The exponent p says how much new noise is added while sigma falls by a given
 factor; it does not depend on the number of levels. With an observation, p is at most 2 at levels below the noise of y:
-more noise would remove from the state what it contains of y.
+more new noise would erase the information about y in the state.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, Alg. 1.
@@ -41,7 +41,6 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +48,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.protocol import Score, attribute, schedule_of
 from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions, smallest_ratio, without_gaps
 from scorematch.sampling.settings import SamplerSettings
+from scorematch.schema import check_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,8 +126,8 @@ class AnnealedLangevinSampler(Sampler):
                 options["sigma_max"] = own.sigma_max
             if schedule is None and options.get("sigma_min") is None:
                 options["sigma_min"] = own.sigma_min
-        if steps_per_level is not None and (not isinstance(steps_per_level, int | np.integer) or steps_per_level < 1):
-            raise ValueError(f"steps_per_level must be an integer of at least 1, got {steps_per_level!r}.")
+        if steps_per_level is not None:
+            steps_per_level = check_count("steps_per_level", steps_per_level)
         if consistent and (steps_per_level not in (None, 1) or exact_noise is not None):
             raise ValueError(
                 "consistent=True takes one step per level and derives the noise from the schedule: leave out "
@@ -151,7 +151,7 @@ class AnnealedLangevinSampler(Sampler):
                 step_size = measured or self.schedule.sigma_min**2 * self._consistent_eta(own, settings)
         else:
             stored = None if settings is None else settings.steps_per_level
-            self.steps_per_level = int(steps_per_level or stored or _derived_steps(self.schedule))
+            self.steps_per_level = steps_per_level or stored or _derived_steps(self.schedule)
             if step_size is None:
                 step_size = measured or self.schedule.suggest_step_size(self.steps_per_level)
             if exact_noise is None:

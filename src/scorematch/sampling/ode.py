@@ -27,8 +27,8 @@ together with the noise of the level:
 
 at the levels from :math:`S_{min}` to :math:`S_{max}`, and gamma = 0 at all others; N is the number of levels. New noise
 corrects errors of earlier steps, as in Langevin dynamics. With the exact score and :math:`S_{noise} = 1` the density at
-each level remains :math:`p_\sigma`. A value slightly above 1 replaces noise that trained networks remove in excess. The
-last step, to sigma = 0, adds no noise.
+each level remains :math:`p_\sigma`. :math:`S_{noise}` slightly above 1 compensates for trained networks, which remove
+too much noise. The last step, to sigma = 0, adds no noise.
 
 **With an observation.** A path of the flow keeps its noise: if the denoised image does not change, the state is
 :math:`D + \sigma z`, where z is the noise of the start. The observed part is therefore replaced at every level by the
@@ -38,7 +38,7 @@ noisy, the observed part of every path is y itself when sigma reaches the noise 
 y, but the spread of the results is not that of the posterior. With churn, z is the noise of the state too: at each step
 it becomes :math:`(\sigma_i z + \sqrt{\hat\sigma_i^2 - \sigma_i^2}\, z_{new}) / \hat\sigma_i`. At levels below the
 noise of y the added variance is limited to :math:`\sigma_i^2 - \sigma_{i+1}^2`, that of the reverse diffusion: more
-noise would remove from the state what it contains of y.
+noise would erase the information about y in the state.
 
 References:
     Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Eq. 13.

@@ -43,7 +43,6 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +50,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.protocol import Score, per_image
 from scorematch.sampling.ancestral import ancestral_step
 from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
-from scorematch.schema import check_choice
+from scorematch.schema import check_choice, check_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -105,12 +104,10 @@ class PredictorCorrectorSampler(Sampler):
     ) -> None:
         super().__init__(net, schedule, **options)
         check_choice("predictor", predictor, _PREDICTORS)
-        if not isinstance(corrector_steps, int | np.integer) or corrector_steps < 0:
-            raise ValueError(f"corrector_steps must be an integer of at least 0, got {corrector_steps!r}.")
         if not 0 < snr < 1:
-            raise ValueError(f"snr must lie between 0 and 1, got {snr!r}.")
+            raise ValueError(f"snr must be above 0 and below 1, got {snr!r}.")
         self.predictor = predictor
-        self.corrector_steps = int(corrector_steps)
+        self.corrector_steps = check_count("corrector_steps", corrector_steps, 0)
         self.snr = float(snr)
         self.published = published
 

@@ -27,7 +27,6 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -49,7 +48,7 @@ from scorematch.protocol import (
 )
 from scorematch.randomness import Generator, as_generator, standard_normal
 from scorematch.sampling.restoration import Restoration, Restore, restoration
-from scorematch.schema import check_choice
+from scorematch.schema import check_choice, check_count
 
 Precision = Literal["auto", "float32"]
 Generators = torch.Generator | tuple[torch.Generator, ...] | None
@@ -399,8 +398,8 @@ class Sampler(ABC):
             raise ValueError("init must be finite, got NaN or infinite values.")
         generators = as_generator(generator)
         n = _count(n, init, condition, observation, generators)
-        if batch_size is not None and not (isinstance(batch_size, int | np.integer) and batch_size >= 1):
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+        if batch_size is not None:
+            batch_size = check_count("batch_size", batch_size)
         if isinstance(shape, int):
             raise TypeError(f"shape must be the shape of one sample, such as ({shape},), got {shape!r}.")
         sample_shape = self._sample_shape(shape, init, observation)
@@ -415,7 +414,7 @@ class Sampler(ABC):
         return x, _Run(
             None if classes is None else without_history(classes).to(device),
             self._restoration(observation, device),
-            max(1, _BATCH_VALUES // values) if batch_size is None else int(batch_size),
+            max(1, _BATCH_VALUES // values) if batch_size is None else batch_size,
             generators,
         )
 
