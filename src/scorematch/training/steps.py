@@ -492,7 +492,7 @@ class _Batch(NamedTuple):
     labels: Tensor | None
 
     def part(self, begin: int, end: int, device: torch.device, memory: torch.memory_format) -> _Batch:
-        """The images begin to end - 1 of the batch, on the device."""
+        """The images ``begin`` to ``end - 1`` of the batch, or to its end if it has fewer, on the device."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor[begin:end].to(device, non_blocking=True)
@@ -509,12 +509,8 @@ class _Batch(NamedTuple):
 def _steps(
     net: ScoreNet, data: Data, settings: Settings, state: TrainingState, accelerator: Any
 ) -> Generator[Step, None, None]:
-    device: torch.device = accelerator.device
     model = accelerator.prepare_model(net)
-    local = settings.batch_size // accelerator.num_processes
-    size = min(local, settings.microbatch or local)
-    parts = [(begin, min(local, begin + size)) for begin in range(0, local, size)]
-    images = len(data.shape) == 3 and _channels_last(net, device)
+    images = len(data.shape) == 3 and _channels_last(net, accelerator.device)
     memory = torch.channels_last if images else torch.contiguous_format
     loss = settings.loss or partial(
         dsm_loss, p=settings.p, weighting=weighting_for(net, settings.weighting, settings.p), reduction="none"
@@ -526,26 +522,8 @@ def _steps(
             lr = settings.rate(state.images)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            losses, sigmas = [], []
-            with global_generators(device) as seed:
-                net.train()
-                for begin, end in parts:
-                    part = batch.part(begin, end, device, memory)
-                    seed(seed_of(settings.seed, "step", part.first))
-                    with nullcontext() if end == local else accelerator.no_sync(model):
-                        with autocast(device, settings.precision):
-                            given = loss_arguments(
-                                settings, part.x, part.labels, seed_of(settings.seed, "condition", part.first)
-                            )
-                            each = loss(model, part.x, sigma=part.sigma, noise=part.noise, **given)
-                        if each.shape != part.sigma.shape:
-                            raise ValueError(
-                                f"loss must return one value per image, {tuple(part.sigma.shape)}, got shape "
-                                f'{tuple(each.shape)}. Write reduction="none".'
-                            )
-                        (each.sum() / local).backward()  # accelerator.backward may divide the loss once more
-                    losses.append(each.detach())
-                    sigmas.append(part.sigma)
+            net.train()
+            losses, sigmas = _backward(batch, model, loss, settings, memory, accelerator)
             if settings.clip is not None:
                 torch.nn.utils.clip_grad_norm_(trained, settings.clip * math.prod(data.shape) / 2)
             state.optimizer.step()
@@ -554,10 +532,47 @@ def _steps(
             state.step += 1
             for average in state.averages:
                 average.update(state.parameters, state.step)
-            whole = (losses[0], sigmas[0]) if len(parts) == 1 else (torch.cat(losses), torch.cat(sigmas))
-            yield Step(state.images, *whole, lr, state)
+            yield Step(state.images, losses, sigmas, lr, state)
     finally:
         batches.close()
+
+
+def _backward(
+    batch: _Batch,
+    model: torch.nn.Module,
+    loss: Loss,
+    settings: Settings,
+    memory: torch.memory_format,
+    accelerator: Any,
+) -> tuple[Tensor, Tensor]:
+    """Adds the gradient of the mean loss of a batch to the parameters, one microbatch after the other.
+
+    Returns:
+        The losses and the noise levels of the images, each (n,), on the device.
+    """
+    device: torch.device = accelerator.device
+    n = len(batch.x)
+    size = settings.microbatch or n
+    losses, sigmas = [], []
+    with global_generators(device) as seed:
+        for begin in range(0, n, size):
+            part = batch.part(begin, begin + size, device, memory)
+            seed(seed_of(settings.seed, "step", part.first))
+            is_last = begin + size >= n  # processes exchange their gradients once, after the last part
+            with nullcontext() if is_last else accelerator.no_sync(model):
+                with autocast(device, settings.precision):
+                    condition_seed = seed_of(settings.seed, "condition", part.first)
+                    arguments = loss_arguments(settings, part.x, part.labels, condition_seed)
+                    each = loss(model, part.x, sigma=part.sigma, noise=part.noise, **arguments)
+                if each.shape != part.sigma.shape:
+                    raise ValueError(
+                        f"loss must return one value per image, {tuple(part.sigma.shape)}, got shape "
+                        f'{tuple(each.shape)}. Write reduction="none".'
+                    )
+                (each.sum() / n).backward()  # accelerator.backward may divide the loss once more
+            losses.append(each.detach())
+            sigmas.append(part.sigma)
+    return torch.cat(losses), torch.cat(sigmas)
 
 
 def loss_arguments(settings: Settings, x: Tensor, labels: Tensor | None, seed: int) -> dict[str, Any]:
