@@ -399,8 +399,8 @@ class NoiseSchedule:
         table = self._table(sigma.device, dtype)
         if len(self) == 1:
             return torch.zeros_like(sigma)
-        # searchsorted needs ascending values, hence the signs. At a level of the schedule sigma / above is exactly 1
-        # and its logarithm 0; a difference of two logarithms would not be exactly 0.
+        # The signs make the values ascending, as searchsorted needs them. At a level of the schedule sigma / above is
+        # exactly 1 and its logarithm 0; a difference of two logarithms would not be exactly 0.
         lower = (torch.searchsorted(-table, -sigma.contiguous(), right=True) - 1).clamp(0, len(self) - 2)
         above, below = table.take(lower), table.take(lower + 1)  # table[lower] would copy a 0-d index to the CPU
         return lower + (torch.log(sigma / above) / torch.log(below / above)).clamp(0, 1)

@@ -54,9 +54,9 @@ def sample_to(
     each process draws its own share of the batches into the same folder, which must be on a disk that all processes
     share. At the end each process waits until all images exist; if one of them dies, these programs end the others.
 
-    Samples of another score are an error. Of a score of your own its public attributes are compared, or the code of a
-    plain function: an object with private state, in attributes that begin with an underscore, should define
-    ``definition()``, which returns what determines the score.
+    If the folder has samples of another score, an error is raised. A score of your own is compared by its public
+    attributes, and a plain function by its code. An object with private state, in attributes that begin with an
+    underscore, should define ``definition()``, which returns what determines the score.
 
     Args:
         sampler: the sampler. Its network must draw images (C, H, W) in [0, 1] with 1 or 3 channels.

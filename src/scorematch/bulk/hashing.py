@@ -38,11 +38,11 @@ def _plain(value: Any) -> Any:
 def identity(value: Any) -> str:
     """The type of a score and a hash of its configuration and weights; for a function, a hash of its code.
 
-    The scores of this package define by their method ``definition`` what is hashed. Of any other object its attributes
-    are hashed, except those that begin with an underscore, of any other module its ``config`` and its weights, and of a
-    method the object that it belongs to. Of a plain function its code is hashed, as the running version of Python
-    compiles it, with the defaults of its arguments and the variables of enclosing functions that it uses; global
-    variables are known by their names only.
+    The scores of this package define by their method ``definition`` what is hashed. For any other object, the hash
+    covers its attributes, except those that begin with an underscore; for any other module, its ``config`` and its
+    weights; for a method, the object that it belongs to. For a plain function, it covers the code as the running
+    version of Python compiles it, the defaults of its arguments, and the variables of enclosing functions that it uses.
+    Global variables enter the hash by their names only.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in _parts(value):

@@ -23,8 +23,8 @@ def add(commands: Commands) -> None:
         "info",
         help="describe a network",
         description="Describes a network: what it draws, its noise levels, its size, what a network call costs, its "
-        "sampler\nsettings, its license and where its weights come from. Of a repository on the Hub, only the "
-        "configuration\nis downloaded.",
+        "sampler\nsettings, its license and where its weights come from. Only the configuration of a "
+        "repository on\nthe Hub is downloaded.",
         epilog="Examples:\n  %(prog)s mnist\n  %(prog)s google/ddpm-cifar10-32\n  %(prog)s runs/faces/network",
     )
     add_model(parser)

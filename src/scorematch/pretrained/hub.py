@@ -115,7 +115,7 @@ class Repository:
 
         Args:
             files: the names of the files, in order of preference, in the folder that holds the config.json of the
-                network. Of an index, the parts are downloaded too.
+                network. With an index, its parts are downloaded too.
         """
         files = tuple(files)
         with _errors(self._repo_id, self._revision):

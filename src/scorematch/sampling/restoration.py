@@ -20,7 +20,7 @@ level uses
 
 which is SNIPS for operators with a gain, without its singular value decomposition. A step of the reverse diffusion to
 the next lower level needs no correction, because its state already contains the observation. A step that adds more
-noise than that would forget it; at these levels samplers limit the noise to that of the reverse diffusion.
+noise than that would erase it; at these levels samplers limit the noise to that of the reverse diffusion.
 
 **Guidance** (for any operator, including a JPEG codec). The denoised image is moved towards the observation. Let
 :math:`e = \mathrm{lift}(y - \mathrm{measure}(D))`, c be 1 for an operator without a gain, and
