@@ -271,14 +271,11 @@ def tune(
             raise ValueError(f"by={criterion!r} needs features. Name an extractor.")
         evaluator.check(n, shape)
         source = RESTORATION if criterion == "rmse" else evaluator.extractors[0].name
-        figures: dict[str, tuple[str, ...]] = {source: (criterion,), IMAGES: ("std", "variation")}
-        figures = dict.fromkeys(named, (criterion,)) or figures
-        context = {"n": n, **options, "network": sampler_settings(next(iter(samplers.values())))["network"]}
-        if any(each.fingerprint is None for each in evaluator.extractors):  # another function can have the same name
-            context["function"] = [identity(each.function) for each in evaluator.extractors]
-        if named:  # masks of one size can have the same name
-            tasks_in_full = [task if isinstance(task, str) else f"{task!r} {identity(task)}" for task in listed_tasks]
-            context |= {"tasks": tasks_in_full, "restore": restore}
+        figures: dict[str, tuple[str, ...]]
+        figures = dict.fromkeys(named, (criterion,)) if named else {source: (criterion,), IMAGES: ("std", "variation")}
+        context = {"n": n, **options, **_identities(next(iter(samplers.values())), evaluator, listed_tasks)}
+        if named:
+            context["restore"] = restore
         kept = _Table(folder, {**context, **evaluator.settings()}, figures)
         others = None
         if held_out is not None:
@@ -321,6 +318,16 @@ def _samplers(net: ScoreNet, settings: Sequence[SamplerSettings], calls: int) ->
         fewest = min(len(recommended_sampler(net, each)) for each in settings or settings_table(net))
         raise ValueError(f"no settings have at most {calls} network calls per image: the fewest are {fewest}.")
     return samplers
+
+
+def _identities(sampler: Sampler, evaluator: Evaluator, tasks: Sequence[Task]) -> dict[str, Any]:
+    """What identifies the network, functions that compute features, and tasks, as plain values for JSON."""
+    found = {"network": sampler_settings(sampler)["network"]}
+    if any(each.fingerprint is None for each in evaluator.extractors):  # another function can have the same name
+        found["function"] = [identity(each.function) for each in evaluator.extractors]
+    if tasks:  # masks of one size can have the same name
+        found["tasks"] = [task if isinstance(task, str) else f"{task!r} {identity(task)}" for task in tasks]
+    return found
 
 
 def _restored(
