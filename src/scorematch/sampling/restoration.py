@@ -43,8 +43,8 @@ References:
     Kawar et al., 2021, SNIPS, arXiv:2105.14951.
     Wang et al., 2023, DDNM, arXiv:2212.00490, and Zhu et al., 2023, DiffPIR, arXiv:2305.08995 ("guide").
     Song et al., 2023, Pseudoinverse-Guided Diffusion Models for Inverse Problems (ΠGDM).
-    Meng et al., 2021, Estimating High Order Gradients of the Data Distribution by Denoising, arXiv:2111.04726 (the
-        covariance of x0 given x).
+    Meng et al., 2021, Estimating High Order Gradients of the Data Distribution by Denoising, arXiv:2111.04726, for the
+    covariance of x0 given x.
 """
 
 from __future__ import annotations
