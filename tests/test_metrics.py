@@ -455,6 +455,16 @@ def test_balls_of_equal_distant_and_repeated_features(dtype, shift):
     assert density_coverage(twice, real, k=1) == (2, 1)
 
 
+@pytest.mark.parametrize("scale", [1, 1 / 255])
+def test_a_feature_at_the_distance_of_the_radius_is_in_the_ball(scale):
+    """Of integers and of 8-bit values many distances are equal; the mean of the features is not on their grid."""
+    for number in range(20):
+        real, generated = (torch.randint(7, (n, 2), generator=seed(2 * number + n)).double() for n in (7, 8))
+        scaled = scale * real, scale * generated
+        found = *precision_recall(*scaled, k=2), *density_coverage(*scaled, k=2)
+        assert found == pytest.approx(brute_balls(real, generated, 2), rel=1e-12)
+
+
 def test_coverage_and_density_of_equal_distributions():
     """Density is 1 on average, and coverage 1 - prod (n - i) / (n + m - i) (Naeem et al., Lemma 2)."""
     n, m, k = 30, 20, 3

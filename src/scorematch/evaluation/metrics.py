@@ -30,7 +30,7 @@ n real and m generated images, the expected density is 1, and the expected cover
 **Precision and memory.** All computations are in float64, on the device of the features, or on the CPU if the device
 does not support float64. Distances between features are computed in blocks of 2,048 x 2,048, which need about 200 MB in
 addition to the features, plus 66 MB per 1,024 dimensions. A distance below its rounding error is set to zero, so that
-the distance between equal features is exactly zero.
+the distance between equal features is exactly zero. A feature at the distance of the radius is inside of the ball.
 
 **Order.** Random subsets and splits are drawn after the features were sorted by a fixed projection. The result
 therefore does not depend on the order of the features, or on the process that computed them.
@@ -69,6 +69,7 @@ Features = Tensor | Statistics
 _BLOCK = 2048  # the number of features on each side of a block of distances
 _SIZES = 15  # of subsets, for the extrapolation
 _NEGATIVE = 1e-4  # the tolerance for negative eigenvalues of a covariance, relative to the largest
+_TIE = 1e-9  # the relative difference up to which squared distances count as equal; it is above their rounding error
 _known: weakref.WeakKeyDictionary[Statistics, _Gaussian] = weakref.WeakKeyDictionary()
 
 
@@ -477,7 +478,7 @@ def _mean(features: Tensor) -> Tensor:
 
 
 def _squared_radii(features: Tensor, k: int, mean: Tensor) -> Tensor:
-    """The squared distance (N,) of each feature to its k-th nearest neighbor."""
+    """The squared radius (N,) of the ball of each feature, whose k-th nearest neighbor is inside despite rounding."""
     radii, nearest = [], mean.new_empty(0)
     for rows, columns, distances in _blocks(features, features, mean):
         if columns.start == 0:
@@ -487,7 +488,7 @@ def _squared_radii(features: Tensor, k: int, mean: Tensor) -> Tensor:
         nearest = torch.cat([nearest, distances], 1).topk(k, 1, largest=False).values
         if columns.stop == len(features):
             radii.append(nearest[:, -1])
-    return torch.cat(radii)
+    return torch.cat(radii) * (1 + _TIE)
 
 
 def _blocks(a: Tensor, b: Tensor, mean: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
