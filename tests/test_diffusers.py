@@ -18,7 +18,14 @@ from tests.conftest import FIXTURES
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from diffusers import CogVideoXDDIMScheduler, DDPMPipeline, DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
+    from diffusers import (
+        CogVideoXDDIMScheduler,
+        DDPMPipeline,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        UNet2DModel,
+    )
 
 DDPM = {
     "_class_name": "DDPMScheduler",
@@ -467,6 +474,16 @@ def test_from_diffusers_with_trained_betas(kind):
             lambda: (_theirs(), CogVideoXDDIMScheduler()),
             ValueError,
             "the config of the CogVideoXDDIMScheduler: snr_shift_scale 3.0 is not supported",
+        ),
+        (
+            lambda: (_theirs(), DPMSolverMultistepScheduler(use_flow_sigmas=True)),
+            ValueError,
+            "the config of the DPMSolverMultistepScheduler: use_flow_sigmas True is not supported",
+        ),
+        (
+            lambda: (_theirs(out_channels=6), DDPMScheduler(variance_type="learned")),
+            ValueError,
+            "the config of the DDPMScheduler: variance_type 'learned' is not supported; .*, 'learned_range'",
         ),
         (
             lambda: (_theirs(mid_block_type=None), DDPMScheduler()),

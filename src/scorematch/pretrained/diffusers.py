@@ -59,7 +59,7 @@ _NETWORK: Mapping[str, Field] = {
 # Options of diffusers' U-Net that are not supported, with the value that leaves the option unused.
 _UNSUPPORTED = {"class_embed_type": None, "mid_block_type": "UNetMidBlock2D"}
 # The same for the scheduler, of options that change the time input or the noise levels.
-_UNSUPPORTED_TRAINING = {"timestep_type": "discrete", "snr_shift_scale": 1.0}
+_UNSUPPORTED_TRAINING = {"timestep_type": "discrete", "snr_shift_scale": 1.0, "use_flow_sigmas": False}
 
 # What the output of a DDPM means (prediction_type) -> the row of the preconditioning table.
 _PREDICTIONS = {"epsilon": "ddpm", "v_prediction": "ddpm_v", "sample": "ddpm_x0"}
@@ -206,6 +206,11 @@ def _translate(
         raise ValueError(
             f"{where}: out_channels must be at most in_channels, {inputs}, or twice as many for a network that also "
             f"predicts a variance, got {outputs}."
+        )
+    if outputs == 2 * inputs and scheduler.get("variance_type") == "learned":
+        raise ValueError(
+            f"{where_scheduler}: variance_type 'learned' is not supported; a network that predicts a variance must "
+            "predict its place between two variances, 'learned_range'."
         )
     exploding = network.get("_class_name") == _NCSN or network.get("time_embedding_type") == "fourier"
     schedule, precondition = (_variance_exploding if exploding else _ddpm)(network, scheduler, where_scheduler)
