@@ -486,6 +486,11 @@ def test_from_diffusers_with_trained_betas(kind):
             "the config of the DDPMScheduler: variance_type 'learned' is not supported; .*, 'learned_range'",
         ),
         (
+            lambda: (_theirs(in_channels=6, num_class_embeds=2), DDPMScheduler()),
+            ValueError,
+            "the UNet2DModel: in_channels must be at most out_channels, 3, for a network with classes, .* got 6",
+        ),
+        (
             lambda: (_theirs(mid_block_type=None), DDPMScheduler()),
             ValueError,
             "the config of the UNet2DModel: mid_block_type None is not supported",

@@ -465,6 +465,7 @@ def test_new_weights_have_the_authors_variances():
         ),
         ({"time_proj_dim": 5}, "time_proj_dim, must be even, got 5"),
         ({"null_class": True}, "null_class=True needs classes"),
+        ({"in_channels": 6, "num_class_embeds": 2}, "in_channels must be at most out_channels, 3, .* got 6"),
         ({"block_out_channels": [8, 8, 136]}, "multiples of 4 up to 128 and multiples of 32 above, got 136 channels"),
         ({"block_out_channels": [8, 68, 68]}, "and their sums .* got 136 channels"),
         ({"block_out_channels": [2, 8, 8]}, "must be multiples of 4 .* got 2 channels"),

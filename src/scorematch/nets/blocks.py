@@ -316,7 +316,7 @@ class ImageNetwork(nn.Module):
         center: whether to map the input from [0, 1] to [-1, 1].
 
     Raises:
-        ValueError: if ``null_class`` is True without classes.
+        ValueError: if ``null_class`` is True without classes, or the network takes both an image and a class.
     """
 
     conv_in: nn.Conv2d
@@ -340,6 +340,11 @@ class ImageNetwork(nn.Module):
         super().__init__()
         if null_class and classes is None:
             raise ValueError("null_class=True needs classes: pass the number of classes, or leave out null_class.")
+        if classes is not None and in_channels > out_channels:
+            raise ValueError(
+                f"in_channels must be at most out_channels, {out_channels}, for a network with classes, since a "
+                f"network takes one condition, an image or a class, got {in_channels}."
+            )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.patch, self.divisor = patch, patch * 2 ** (scales - 1)
         self.classes, self.null_class, self.center = classes, null_class, center
