@@ -63,6 +63,9 @@ def law(world, observation, sampler):
     def affine(m, c, factor, offset, root):
         return factor @ m + offset, factor @ c @ factor.T + root @ root.T
 
+    if sampler.schedule.sigma_max <= own:
+        share = (sampler.schedule.sigma_max / own) ** 2
+        m, c = affine(m, c, free + math.sqrt(1 - share) * seen, share * y, 0 * one)
     for sigma in sampler.schedule:
         length, k = step * sigma**2, precision(world, sigma)
         if sigma > own:
@@ -353,6 +356,22 @@ def test_a_sampler_of_one_level_uses_an_observation(name):
     torch.testing.assert_close(run(ODESampler(world, level), observation=observation, init=start), expected)
     drawn = run(AncestralSampler(world, level), observation=observation, init=start, noise=lambda x: z)
     torch.testing.assert_close(drawn, expected)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("ratio", [0.9, 1.0, 1.5, 4.0])
+@pytest.mark.parametrize("value_range", [None, (-4.0, 6.0)])
+def test_an_observation_with_more_noise_than_the_highest_level_is_used(name, ratio, value_range):
+    """The change of a sample with y, which does not depend on the noise, is that of the posterior mean."""
+    plain, operator = gaussian_images(SHAPE), OPERATORS[name]
+    world = Gaussian(plain.mean, plain.covariance, SHAPE, value_range=value_range)
+    schedule = NoiseSchedule.geometric(12, 0.02, 120)
+    sampler = AncestralSampler(world, schedule, variance="small", clamp=False)
+    y, sigma = operator.measure(torch.randn(1, *SHAPE, generator=seed(4))), 12 * ratio * math.sqrt(operator.gain)
+    one, other = (Observation(operator, factor * sigma * y, sigma) for factor in (1, -1))
+    found = run(sampler, observation=one, generator=0) - run(sampler, observation=other, generator=0)
+    expected = world.posterior(one).mean - world.posterior(other).mean
+    torch.testing.assert_close(found.flatten().double(), expected, rtol=0, atol=0.05 * float(expected.norm()))
 
 
 @pytest.mark.slow

@@ -20,7 +20,12 @@ level uses
 
 which is SNIPS for operators with a gain, without its singular value decomposition. A step of the reverse diffusion to
 the next lower level needs no correction, because its state already contains the observation. A step that adds more
-noise than that would erase it; at these levels samplers limit the noise to that of the reverse diffusion.
+noise than that would erase it; at these levels samplers limit the noise to that of the reverse diffusion. If the
+highest level :math:`\sigma_1` is not above :math:`\varsigma`, the observed part of the start is drawn given y, with the
+normal distribution around m, the middle of the value range, as :math:`p_{\sigma_1}`:
+
+.. math:: P x = P \Bigl( m + \frac{\sigma_1^2}{\varsigma^2} (y^+ - m)
+          + \sigma_1 \sqrt{1 - \sigma_1^2/\varsigma^2}\, z \Bigr).
 
 **Guidance** (for any operator, including a JPEG codec). The denoised image is moved towards the observation. Let
 :math:`e = \mathrm{lift}(y - \mathrm{measure}(D))`, c be 1 for an operator without a gain, and
@@ -69,6 +74,10 @@ class Restoration:
 
     sigma = 0.0
 
+    def start(self, x: Tensor, sigma: float, middle: float) -> Tensor:
+        """The state to start from; x is noise of the highest level, sigma, around ``middle``."""
+        return x
+
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score that the sampler uses at x, the ``rows`` of the state; sigma is a float or a tensor ()."""
         return score(x, sigma)
@@ -97,6 +106,14 @@ class Replacement(Restoration):
     def _observed(self, x: Tensor) -> Tensor:
         """P x, the observed part of x."""
         return self._operator.lift(self._operator.measure(x))
+
+    def start(self, x: Tensor, sigma: float, middle: float) -> Tensor:
+        """The noise x; its observed part contains the observation if sigma is not above the noise level of y."""
+        if sigma > self.sigma:
+            return x
+        share = (sigma / self.sigma) ** 2
+        known = middle + share * (self._y - middle) + (1 - share) ** 0.5 * (x - middle)
+        return x + self._observed(known - x)
 
     def project(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
         """The state with its observed part replaced by the observation, with noise of level sigma."""

@@ -404,16 +404,18 @@ class Sampler(ABC):
             raise TypeError(f"shape must be the shape of one sample, such as ({shape},), got {shape!r}.")
         sample_shape = self._sample_shape(shape, init, observation)
         device = self._device(init, generators)
+        restoration = self._restoration(observation, device)
         if init is not None:
             x = without_history(init).to(device, torch.float32)
         else:
             noise = standard_normal((n, *sample_shape), generators, device)
-            x = middle_of(self.net) + self.schedule.sigma_max * noise
+            middle, sigma = middle_of(self.net), self.schedule.sigma_max
+            x = restoration.start(middle + sigma * noise, sigma, middle)
         classes: Tensor | None = class_of_each(condition, x)
         values = max(1, math.prod(sample_shape))
         return x, _Run(
             None if classes is None else without_history(classes).to(device),
-            self._restoration(observation, device),
+            restoration,
             max(1, _BATCH_VALUES // values) if batch_size is None else batch_size,
             generators,
         )
