@@ -207,6 +207,8 @@ def test_a_score_without_gradients_or_with_one_level_raises():
     net = ScoreNet.unet(1, 8, widths=(8,), schedule=NoiseSchedule([0.5]))
     with pytest.raises(ValueError, match=r"one noise level, 0\.5, but the flow needs a range of levels"):
         log_likelihood(net, torch.zeros(2, 1, 8, 8), progress=False)
+    with pytest.raises(ValueError, match=r"schedule must have at least two levels, .* got NoiseSchedule\(1 level"):
+        log_likelihood(lambda x, sigma: -x, torch.zeros(2, 3), NoiseSchedule([0.5]), progress=False)
 
 
 @pytest.mark.parametrize("function", [log_likelihood, bits_per_dimension])

@@ -110,8 +110,8 @@ def log_likelihood(
 
     Raises:
         TypeError: if x is not a floating-point tensor.
-        ValueError: if x is not a batch, ``probes`` is below 1, the schedule is missing for a plain callable or a
-            network with one noise level, or the score is not differentiable in x.
+        ValueError: if x is not a batch, ``probes`` is below 1, the schedule has one level, or is missing for a plain
+            callable or a network with one noise level, or the score is not differentiable in x.
 
     Example:
         >>> from scorematch import NoiseSchedule
@@ -129,6 +129,8 @@ def log_likelihood(
         raise ValueError(f"probes must be an integer of at least 1, or None for the exact trace, got {probes!r}.")
     schedule = default_schedule(net) if schedule is None else schedule
     check_schedule(schedule)
+    if len(schedule) == 1:
+        raise ValueError(f"schedule must have at least two levels, the ends of the flow, got {schedule!r}.")
     generators = as_generator(generator)
     dimension = x[0].numel()
     # Neither computations in inference mode nor tensors created in it can be differentiated.
