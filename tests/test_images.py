@@ -220,9 +220,9 @@ def test_color_and_transparent_pictures_of_16_bits_are_read_with_8_bits(tmp_path
     torch.testing.assert_close(read_image(tmp_path / "gray-alpha.png", 1).flatten(), torch.tensor([128, 0]) / 255)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"])
 def test_pictures_of_every_mode_of_at_most_8_bits_are_read(mode, tmp_path):
-    name = "image.tif" if mode in ("CMYK", "YCbCr", "PA") else "image.png"
+    name = "image.tif" if mode in ("CMYK", "YCbCr", "PA", "LAB") else "image.png"
     white = Image.new("RGB", (3, 2), "white")
     image = white.convert("P").convert(mode) if mode == "PA" else white.convert(mode)
     # Pillow 12.3 cannot read the uncompressed YCbCr that it writes.

@@ -264,6 +264,8 @@ def gray_or_rgb(picture: Any, channels: int) -> Any:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = pillow.alpha_composite(pillow.new("RGBA", image.size, "black"), image)
+    if channels == 1 and image.mode == "LAB":  # Pillow has no direct conversion
+        image = image.convert("RGB")
     return image.convert("L" if channels == 1 else "RGB")
 
 
