@@ -660,6 +660,7 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
         (["--jpeg", "0"], "quality must be an integer from 1 to 100, got 0"),
         (["--uncrop", "left"], "--uncrop must name sides and pixels, such as left=4,right=4, got 'left'"),
         (["--uncrop", "up=3"], "got 'up=3'"),
+        (["--uncrop", "top=3,top=4"], "--uncrop must name each side once, such as left=4,right=4, got 'top=3,top=4'"),
         (["--pool", "2", "--original", "{pictures}/a.png"], "as many pictures as there are to restore, 2, got 1."),
         (["--pool", "2", "--original", "{pictures}", "--degrade"], "--original and --degrade exclude each other"),
         (

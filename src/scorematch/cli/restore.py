@@ -234,9 +234,12 @@ def _operator(args: argparse.Namespace) -> Operator:
 
 def _uncrop(text: str) -> Uncrop:
     """The operator of, for example, "left=4,right=4"."""
-    borders = dict(part.partition("=")[::2] for part in text.split(","))
+    parts = [part.partition("=")[::2] for part in text.split(",")]
+    borders = dict(parts)
     if not borders.keys() <= {"left", "right", "top", "bottom"} or not all(map(str.isdecimal, borders.values())):
         raise ValueError(f"--uncrop must name sides and pixels, such as left=4,right=4, got {text!r}.")
+    if len(borders) < len(parts):
+        raise ValueError(f"--uncrop must name each side once, such as left=4,right=4, got {text!r}.")
     return Uncrop(**{side: int(pixels) for side, pixels in borders.items()})
 
 
