@@ -113,6 +113,15 @@ def test_info_about_a_folder_needs_no_weights(net, folder, capsys):
     }
 
 
+def test_info_about_a_folder_takes_a_tilde(folder, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.setenv("USERPROFILE", str(folder.parent))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert main(["info", f"~/{folder.name}"]) == 0
+    said = _lines(capsys)
+    assert said["weights"] == f"the folder {folder}" and said["license"] == "mit"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -142,6 +142,13 @@ def test_a_longer_run_than_a_complete_one_starts_with_its_network(faces, run, ca
     )
 
 
+def test_paths_in_messages_are_quoted_for_a_shell(faces, run, tmp_path, capsys):
+    shutil.copytree(run[0], tmp_path / "my run")
+    capsys.readouterr()
+    assert _train(faces, tmp_path / "my run", "--images", "48", "--dry-run") == 2
+    assert f"start a new run with --start '{tmp_path}/my run/network'.\n" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_seed_determines_the_initial_network(faces, tmp_path, calls):
     for seed in ("7", "7", "8"):

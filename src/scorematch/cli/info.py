@@ -34,7 +34,8 @@ def add(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> None:
     stored = pretrained.load(args.model, weights=False)
     config, source = stored.config, Path(stored.source)
-    is_folder = Path(args.model) in (source, source.parent)  # the network of a pipeline is in unet/
+    folder = Path(args.model).expanduser()
+    is_folder = folder in (source, source.parent)  # the network of a pipeline is in unet/
     card = None if is_folder else cards.find(args.model)
     # The code of a network of the user's own class is not stored.
     net = None if config["family"] == "custom" else ScoreNet.from_stored(stored)
@@ -80,8 +81,11 @@ def _license(source: Path, *, is_folder: bool, name: str) -> str:
 
     text = ""
     with suppress(HfHubHTTPError, OSError, ValueError):  # there is none, or the Hub cannot be reached
-        readme = Path(name, "README.md") if is_folder else hf_hub_download(name, "README.md", revision=_commit(source))
-        text = Path(readme).read_text(encoding="utf-8")
+        if is_folder:
+            readme = Path(name, "README.md").expanduser()
+        else:
+            readme = Path(hf_hub_download(name, "README.md", revision=_commit(source)))
+        text = readme.read_text(encoding="utf-8")
     metadata = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
     found = None if metadata is None else re.search(r"^license: *(\S.*)$", metadata[1], re.MULTILINE)
     return "not stated" if found is None else found[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shlex
 import time
 import warnings
 from collections.abc import Iterator
@@ -225,8 +226,8 @@ def _naming_options(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _option(argument: re.Match[str]) -> str:
-    """An argument such as channels=3 as an option, --channels 3."""
-    return " ".join([f"--{argument[1].replace('_', '-')}", *filter(None, argument.groups()[1:])])
+    """An argument such as channels=3 as an option, --channels 3, quoted for a shell if necessary."""
+    return shlex.join([f"--{argument[1].replace('_', '-')}", *filter(None, argument.groups()[1:])])
 
 
 def _network(
