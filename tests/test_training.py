@@ -770,6 +770,13 @@ def test_frozen_weights_do_not_change():
     torch.testing.assert_close(vector(state.average().backbone.layers), before)
 
 
+def test_a_network_without_weights_to_train_gives_an_error_and_writes_nothing(tmp_path):
+    state = steps(points_net(), points(), images=16, batch_size=8).state
+    with pytest.raises(ValueError, match=r"no weights that are trained\. Write net\.requires_grad_\(True\)"):
+        quick(state.average(), points(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_result_of_a_run_can_be_trained_further(tmp_path):
     net = points_net()
     net.backbone.layers.requires_grad_(False)
@@ -1756,6 +1763,11 @@ def test_an_error_while_sampling_pictures_does_not_stop_the_run(tmp_path, monkey
 def test_intervals_must_be_positive(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
         train(points_net(), points(), tmp_path, batch_size=8, **{name: 0})
+
+
+def test_trackers_that_are_one_string_raise(tmp_path):
+    with pytest.raises(TypeError, match=r"trackers must be a list of names, got 'tensorboard'\. Write \["):
+        train(points_net(), points(), tmp_path, trackers="tensorboard")
 
 
 def test_trackers_with_an_accelerator_raise(tmp_path):

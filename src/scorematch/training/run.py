@@ -279,6 +279,8 @@ def train(
     }
     every = {name: None if value is None else check_count(f"{name}_every", value) for name, value in every.items()}
     keep = check_count("keep", keep)
+    if isinstance(trackers, str):
+        raise TypeError(f'trackers must be a list of names, got {trackers!r}. Write ["{trackers}"].')
     if trackers and accelerator is not None:
         raise ValueError("trackers and accelerator cannot both be given. Write Accelerator(log_with=...).")
     check_outside(out, data)

@@ -425,6 +425,8 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
         TypeError, ValueError: if they do not.
     """
     check_network(net)
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise ValueError("the network has no weights that are trained. Write net.requires_grad_(True).")
     if not hasattr(data, "fingerprint"):
         raise TypeError(f"data must be the result of open_images, got {type(data).__name__}. Write open_images(data).")
     if net.sample_shape is not None and tuple(data.shape) != net.sample_shape:
