@@ -319,6 +319,25 @@ def test_nested_multitasks_draw_all_tasks(rng):
     assert torch.equal(condition[~region], x[~region])
 
 
+def test_functions_in_a_multitask_may_return_a_condition_alone(rng):
+    x = torch.rand(2, 1, 8, 8, generator=rng)  # two images, which are not a condition and a region
+    condition, region = MultiTask([lambda x, generator: x / 2])(x, rng)
+    assert torch.equal(condition, x / 2) and region.dtype == torch.bool and region.all()
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (None, r"must return a tensor or \(condition, region\), got None\."),
+        ((torch.zeros(1), None), r"must return a tensor or \(condition, region\), got \(tensor"),
+        ((torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)), r"region must be bool, True where the loss counts"),
+    ],
+)
+def test_functions_in_a_multitask_that_return_something_else_raise(made, message, rng):
+    with pytest.raises(TypeError, match=message):
+        MultiTask([lambda x, generator: made])(torch.zeros(2, 1, 8, 8), rng)
+
+
 # -- Palette's loss, and the scores that minimize it
 
 

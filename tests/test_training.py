@@ -845,6 +845,28 @@ def test_a_task_that_returns_something_else_raises(made):
         steps(image_net(condition_channels=1), Memory(images()), images=8, batch_size=8, condition=lambda x, _: made)
 
 
+def test_a_task_may_write_into_its_argument():
+    loss = Recorder()
+    black = lambda x, generator: x.zero_()  # noqa: E731
+    steps(image_net(condition_channels=1), Memory(images()), images=8, batch_size=8, condition=black, loss=loss)
+    assert loss.all("x").max() > 0 and not loss.all("condition").any()
+
+
+@pytest.mark.parametrize("condition", ["colorization", Inpainting])
+def test_a_condition_that_is_no_task_raises(condition):
+    with pytest.raises(
+        TypeError, match=r"condition must be callable as task\(x, generator\), such as Colorization\(\)"
+    ):
+        Settings(condition=condition)
+
+
+def test_a_loss_that_is_no_function_or_returns_no_tensor_raises():
+    with pytest.raises(TypeError, match=r"loss must be a function, such as dsm_loss, got 'l1'\."):
+        Settings(loss="l1")
+    with pytest.raises(TypeError, match=r"loss must return a tensor, one value per image, got 1\.0\."):
+        steps(points_net(), points(), images=8, batch_size=8, loss=lambda *_, **__: 1.0)
+
+
 def test_a_function_creates_the_condition():
     loss = Recorder()
     half = lambda x, generator: x / 2  # noqa: E731

@@ -48,8 +48,9 @@ from torch import Tensor
 from scorematch.observe import JPEG, Grayscale, Operator
 from scorematch.protocol import as_region, check_data
 from scorematch.randomness import single_generator
+from scorematch.schema import quote
 
-Degradation = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor]]
+Degradation = Callable[[Tensor, torch.Generator | None], Tensor | tuple[Tensor, Tensor]]
 
 _SMALLEST_SIDE = 8
 
@@ -202,8 +203,8 @@ class MultiTask(Task):
     The paper's multi-task network is trained on ``MultiTask([JPEGRestoration(), Inpainting(), Colorization()])``.
 
     Args:
-        tasks: one or more tasks, or functions ``task(x, generator)`` -> (condition, region). Their conditions must have
-            the same number of channels.
+        tasks: one or more tasks, or functions ``task(x, generator)`` that return (condition, region), or a condition
+            alone if the loss counts everywhere. Their conditions must have the same number of channels.
         weights: the relative frequency of each task, positive; None is equal frequencies.
 
     Raises:
@@ -241,10 +242,14 @@ class MultiTask(Task):
         for i, task in enumerate(self.tasks):
             own = (chosen == i).nonzero().flatten()
             if len(own):
-                condition, region = task(x[own], draws.generator)
+                clean = x[own]
+                made: object = task(clean, draws.generator)
+                made = (made, _everywhere(clean)) if isinstance(made, Tensor) else made
+                if not (isinstance(made, tuple | list) and len(made) == 2 and all(isinstance(m, Tensor) for m in made)):
+                    raise TypeError(f"{task!r} must return a tensor or (condition, region), got {quote(made)}.")
                 rows.append(own)
-                conditions.append(condition)
-                regions.append(region.expand_as(x[own]))
+                conditions.append(made[0])
+                regions.append(as_region(made[1], clean, "where the loss counts").expand_as(clean))
         channels = [condition.shape[1] for condition in conditions]
         if len(set(channels)) > 1:
             raise ValueError(

@@ -153,6 +153,12 @@ class Settings:
             raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {self.betas!r}.")
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop must be at least 0 and below 1, got {self.label_drop!r}.")
+        if self.condition is not None and (not callable(self.condition) or isinstance(self.condition, type)):
+            raise TypeError(
+                f"condition must be callable as task(x, generator), such as Colorization(), got {self.condition!r}."
+            )
+        if self.loss is not None and not callable(self.loss):
+            raise TypeError(f"loss must be a function, such as dsm_loss, got {self.loss!r}.")
         check_choice("decay", self.decay, get_args(Decay))
         check_choice("precision", self.precision, get_args(Autocast))
         if len(set(self.ema)) < len(self.ema):
@@ -566,6 +572,8 @@ def _backward(
                     condition_seed = seed_of(settings.seed, "condition", part.first)
                     arguments = loss_arguments(settings, part.x, part.labels, condition_seed)
                     each = loss(model, part.x, sigma=part.sigma, noise=part.noise, **arguments)
+                if not isinstance(each, Tensor):
+                    raise TypeError(f"loss must return a tensor, one value per image, got {quote(each)}.")
                 if each.shape != part.sigma.shape:
                     raise ValueError(
                         f"loss must return one value per image, {tuple(part.sigma.shape)}, got shape "
@@ -591,7 +599,8 @@ def loss_arguments(settings: Settings, x: Tensor, labels: Tensor | None, seed: i
     """
     if settings.condition is None:
         return {} if labels is None else {"condition": labels.to(x.device)}
-    made: Any = settings.condition(x, torch.Generator(x.device).manual_seed(seed))
+    # A copy, so that a task that writes into its argument does not change the images that the network learns.
+    made: Any = settings.condition(x.clone(), torch.Generator(x.device).manual_seed(seed))
     made = (made, None) if isinstance(made, Tensor) else made
     if not (isinstance(made, tuple | list) and len(made) == 2):
         raise TypeError(f"condition= must return a tensor or (condition, region), got {quote(made)}.")
