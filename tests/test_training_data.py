@@ -12,6 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from scorematch import NoiseSchedule
+from scorematch.bulk import read_samples, sample_to
+from scorematch.images import save_grid, to_uint8
+from scorematch.sampling import ODESampler
 from scorematch.training import data as module
 from scorematch.training.data import ImageData, Order, open_images
 
@@ -19,6 +23,15 @@ from scorematch.training.data import ImageData, Order, open_images
 def _colors(rng, height=8, width=8):
     """Random 8-bit pixels (H, W, 3)."""
     return torch.randint(256, (height, width, 3), generator=rng, dtype=torch.uint8).numpy()
+
+
+class Gaussian:
+    """The score of a standard normal distribution, whose samples are clamped to those of images."""
+
+    value_range = (0, 1)
+
+    def __call__(self, x, sigma):
+        return -x / (1 + sigma**2)
 
 
 def _open(source, **options):
@@ -49,6 +62,18 @@ def test_a_folder_is_read_recursively_in_the_order_of_paths(pictures):
     assert torch.equal(images, pixels[[5, 0, 0]])
     assert repr(data) == f"ImageData(6 x (3, 8, 8) from {folder})"
     assert torch.equal(_open(str(folder)).read(range(6))[0], pixels)
+
+
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_of_a_folder_of_samples_only_the_samples_are_read(tmp_path, kind):
+    sampler = ODESampler(Gaussian(), NoiseSchedule([1.0, 0.1]))
+    sample_to(sampler, tmp_path, 3, batch_size=2, shape=(1, 4, 4), format=kind, progress=False)
+    samples = read_samples(tmp_path, 3)
+    save_grid(samples, tmp_path / "sheet.png")  # as the command sample
+    assert torch.equal(_open(tmp_path).read(range(3))[0], to_uint8(samples)) and len(_open(tmp_path)) == 3
+    (tmp_path / "samples.json").write_text("{}")  # of another program
+    assert _open(tmp_path, image_size=4).read([-1])[0].shape == (1, 1, 4, 4)
+    assert len(_open(tmp_path, image_size=4)) == (4 if kind == "png" else 1)
 
 
 def test_a_folder_with_pictures_of_many_kinds_and_damaged_ones(tmp_path, rng):

@@ -2,7 +2,7 @@
 
 It accepts
 
-- a folder: all image files in it and its subfolders, sorted by path;
+- a folder: all image files in it and its subfolders, sorted by path; of a folder that ``sample_to`` wrote, the samples;
 - a tensor or an array, alone or as a pair (images, labels), or a dict or an .npz file of arrays. Images are uint8 of
   shape (N, C, H, W), (N, H, W, C) or (N, H, W); floating-point data may have any shape (N, ...), and images among them
   are (N, C, H, W) in [0, 1];

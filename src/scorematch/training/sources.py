@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from scorematch.arrays import read_arrays
-from scorematch.images import ENDINGS, check_range, gray_or_rgb, is_picture, open_picture
+from scorematch.bulk.stored import IMAGES, stored_samples, stored_settings
+from scorematch.images import ENDINGS, check_range, gray_or_rgb, is_picture, open_picture, to_uint8
 from scorematch.schema import plain, reason
 
 Crop = Literal["center", "celeba"] | None
@@ -556,7 +557,7 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
     """The path of a folder, the content of an .npz file, or the data set with this name."""
     path = Path(source).expanduser()
     if path.is_dir():
-        return path
+        return _samples_in(path)
     if path.is_file():
         if path.suffix.lower() != ".npz":
             raise ValueError(f"data must be a folder of images or an .npz file, got the file {path}.")
@@ -575,6 +576,17 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
         return load_dataset(source, split="train")
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{source} is not a file, a folder or a data set on the Hub: {error}") from error
+
+
+def _samples_in(folder: Path) -> Any:
+    """The samples in a folder that ``sample_to`` wrote, without the sheet beside them; any other folder unchanged."""
+    try:
+        stored = stored_settings(folder)
+    except (OSError, ValueError):  # no samples.json, or one of another program
+        return folder
+    if stored["settings"]["format"] == "png":
+        return folder / IMAGES
+    return {"images": to_uint8(torch.cat([batch.images for batch in stored_samples(folder, share=(0, 1))]))}
 
 
 # -- Threads ----------------------------------------------------------------------------------------------------------
