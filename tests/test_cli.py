@@ -1,3 +1,4 @@
+import errno
 import importlib
 import io
 import os
@@ -202,6 +203,15 @@ def test_an_error_of_the_operating_system_names_the_file(tmp_path, capsys):
     missing = tmp_path / "missing.pth"
     error = _refused(["convert", missing, tmp_path / "network"], capsys)
     assert error == f"scorematch: {missing}: No such file or directory\n"
+
+
+def test_an_error_of_the_operating_system_has_no_number(capsys, monkeypatch):
+    def fail():
+        raise OSError(errno.ENOSPC, "the checkpoint could not be written to runs/a (No space left on device)")
+
+    monkeypatch.setattr(cli.models, "table", fail)
+    error = _refused(["models"], capsys)
+    assert error == "scorematch: the checkpoint could not be written to runs/a (No space left on device)\n"
 
 
 @pytest.mark.parametrize(("error", "message"), [(KeyError("x"), "KeyError: 'x'."), (MemoryError(), "MemoryError.")])

@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _text(error: Exception) -> str:
     """The message of an error; one of the operating system is written as "name: No such file or directory"."""
-    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:  # str(error) would begin with its number
+        return f"{error.filename}: {error.strerror}" if isinstance(error.filename, str) else error.strerror
     return str(error)
 
 
