@@ -20,6 +20,7 @@ import warnings
 from functools import partial
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -1790,6 +1791,12 @@ def test_intervals_must_be_positive(tmp_path, name):
 def test_trackers_that_are_one_string_raise(tmp_path):
     with pytest.raises(TypeError, match=r"trackers must be a list of names, got 'tensorboard'\. Write \["):
         train(points_net(), points(), tmp_path, trackers="tensorboard")
+
+
+def test_a_tracker_that_is_not_installed_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [])
+    with pytest.raises(ImportError, match=r"the tracker tensorboard is not installed: pip install tensorboard\."):
+        train(points_net(), points(), tmp_path, trackers=["tensorboard"])
 
 
 def test_trackers_with_an_accelerator_raise(tmp_path):

@@ -227,7 +227,7 @@ def train(
         The averaged network in eval mode, the same that is saved in ``out / "network"``.
 
     Raises:
-        ImportError: without Accelerate.
+        ImportError: without Accelerate, or the package of a tracker.
         FileNotFoundError: if there is no network ``start``.
         TypeError, ValueError: if arguments do not fit together, the settings differ from those of the run in ``out``,
             its files are damaged, or the network ``start`` differs from ``net``.

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -363,7 +364,7 @@ def make_accelerator(
         folder: the folder to which trackers write.
 
     Raises:
-        ImportError: without Accelerate.
+        ImportError: without Accelerate, or the package of a tracker.
         ValueError: if the accelerator uses mixed precision, for which there is ``precision=``, or DeepSpeed, FSDP or
             Megatron-LM, or its number of processes is not the number of launched processes.
     """
@@ -374,7 +375,12 @@ def make_accelerator(
             raise ImportError('training needs Accelerate: pip install "scorematch[train]".') from error
         # Without a GPU, Accelerate creates a process group only with cpu=True.
         cpu = cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
-        given = Accelerator(mixed_precision="no", cpu=cpu, log_with=list(trackers) or None, project_dir=folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*no supported trackers are currently installed")  # an error below
+            given = Accelerator(mixed_precision="no", cpu=cpu, log_with=list(trackers) or None, project_dir=folder)
+        missing = [] if "all" in trackers else [name for name in trackers if name not in map(str, given.log_with)]
+        if missing:  # Accelerate would leave it out
+            raise ImportError(f"the tracker {missing[0]} is not installed: pip install {missing[0]}.")
     if given.mixed_precision != "no":
         raise ValueError(
             f'accelerator must have mixed_precision="no", got {given.mixed_precision!r}. Write precision="bfloat16" '
