@@ -1,4 +1,4 @@
-"""Helpers of several test files: exact scores, generators, and Python in a separate process."""
+"""Helpers of several test files: exact scores, generators, refused commands, and Python in a separate process."""
 
 import math
 import subprocess
@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scorematch.cli import main
 from scorematch.evaluation.exact import Gaussian
 
 
@@ -32,6 +33,21 @@ def python(*arguments, timeout=120, check=True, **options):
     )
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def refused(arguments, capsys, unprinted=None):
+    """The line with which the command line refuses arguments, from argparse or from a command.
+
+    ``unprinted`` is a text that is not printed before, such as one that shows that sampling has begun.
+    """
+    try:
+        status = main([*map(str, arguments)])
+    except SystemExit as ended:
+        status = ended.code
+    printed = capsys.readouterr()
+    assert status == 2 and (unprinted is None or unprinted not in printed.out)
+    assert printed.err.startswith("scorematch: ") and printed.err.count("\n") == 1
+    return printed.err
 
 
 # -- Exact scores

@@ -168,8 +168,8 @@ class Hub:
         if request.headers.get("Authorization") != f"Bearer {self.writer}":
             return self._error(request, 401 if self.writer is None else 403, "Unauthorized")
         if parts == ["api", "repos", "create"]:
-            said = json.loads(data)
-            name = "/".join(filter(None, (said.get("organization"), said["name"])))
+            wanted = json.loads(data)
+            name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
             if name in self.repositories:
                 return self._json(request, {"error": "exists", "url": f"{self.url}/{name}"}, status=409)
             self.repositories[name] = {".gitattributes": b""}
@@ -328,10 +328,10 @@ class Client:
         self.process.stdin.write(json.dumps(call) + "\n")
         self.process.stdin.flush()
         statuses = [int(status) for status in self.process.stdout.readline().split()]
-        said = [[path.read_text() for path in paths] for paths in outputs.values()]
+        texts = [[path.read_text() for path in paths] for paths in outputs.values()]
         for path in (path for paths in outputs.values() for path in paths):
             path.unlink()
-        return list(zip(statuses, *said, strict=True))
+        return list(zip(statuses, *texts, strict=True))
 
     def stop(self):
         self.process.stdin.close()

@@ -1,3 +1,5 @@
+"""The command line: what all commands have in common, devices, and the commands sample and restore."""
+
 import errno
 import importlib
 import io
@@ -20,6 +22,7 @@ from scorematch.cli.options import duration, find_device
 from scorematch.images import read_image, save_image
 from scorematch.pretrained import cards
 from scorematch.sampling import SamplerSettings
+from tests.helpers import refused
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +48,6 @@ def _unet(channels, schedule=None, **options):
 
 def _commands():
     return next(action.choices for action in cli._parser()._actions if action.dest == "command")
-
-
-def _refused(options, capsys):
-    """The error line for wrong arguments, from argparse or from the command."""
-    try:
-        status = main([str(option) for option in options])
-    except SystemExit as ended:
-        status = ended.code
-    said = capsys.readouterr()
-    assert status == 2
-    assert said.err.startswith("scorematch: ") and said.err.count("\n") == 1
-    return said.err
 
 
 # -- All commands
@@ -90,9 +81,9 @@ def test_help_of_every_command_has_examples_with_the_program_as_it_was_called(na
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
-    said = capsys.readouterr().out
-    assert re.search(rf"Examples?:\n  scorematch {name}", said)
-    assert "--debug" in said and "python -m scorematch" not in said
+    printed = capsys.readouterr().out
+    assert re.search(rf"Examples?:\n  scorematch {name}", printed)
+    assert "--debug" in printed and "python -m scorematch" not in printed
 
 
 def test_the_output_may_have_any_encoding(monkeypatch, tmp_path):
@@ -159,7 +150,7 @@ def test_options_may_precede_an_optional_argument(options, name, value):
     ],
 )
 def test_wrong_arguments_give_an_error_of_one_line(options, message, capsys):
-    assert re.search(message, _refused(options, capsys))
+    assert re.search(message, refused(options, capsys))
 
 
 def test_an_error_during_the_computation_gives_status_1_and_mentions_debug(folder, tmp_path, capsys, monkeypatch):
@@ -201,7 +192,7 @@ def test_a_second_interruption_at_the_end_of_the_program_is_ignored(capsys, monk
 
 def test_an_error_of_the_operating_system_names_the_file(tmp_path, capsys):
     missing = tmp_path / "missing.pth"
-    error = _refused(["convert", missing, tmp_path / "network"], capsys)
+    error = refused(["convert", missing, tmp_path / "network"], capsys)
     assert error == f"scorematch: {missing}: No such file or directory\n"
 
 
@@ -210,7 +201,7 @@ def test_an_error_of_the_operating_system_has_no_number(capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "the checkpoint could not be written to runs/a (No space left on device)")
 
     monkeypatch.setattr(cli.models, "table", fail)
-    error = _refused(["models"], capsys)
+    error = refused(["models"], capsys)
     assert error == "scorematch: the checkpoint could not be written to runs/a (No space left on device)\n"
 
 
@@ -255,10 +246,10 @@ def test_help_and_messages_name_the_program_as_it_was_called(first, program, mon
     monkeypatch.setattr(sys, "argv", [first])
     with pytest.raises(SystemExit):
         main(["sample", "--help"])
-    said = capsys.readouterr().out
-    assert said.startswith(f"usage: {program} sample ") and f"\n  {program} sample mnist digits.png\n" in said
-    assert _refused(["sample", "mnist"], capsys).endswith(f". See {program} sample --help.\n")
-    assert _refused(["sample", "palette-mnist", "x.png"], capsys).endswith(f"Write {program} restore.\n")
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: {program} sample ") and f"\n  {program} sample mnist digits.png\n" in printed
+    assert refused(["sample", "mnist"], capsys).endswith(f". See {program} sample --help.\n")
+    assert refused(["sample", "palette-mnist", "x.png"], capsys).endswith(f"Write {program} restore.\n")
     with pytest.raises(SystemExit):
         main(["--help"])
     assert f"\n  {program} sample mnist digits.png\n" in capsys.readouterr().out
@@ -282,14 +273,14 @@ def test_python_m_scorematch_prints_the_version(monkeypatch, capsys):
 
 def test_models_lists_all_cards(capsys):
     assert main(["models"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for card in cards.CARDS:
-        assert (card.repository or "ships with the package") in said and card.quality in said
-    shipped = re.findall(r"ships with the package in (.*)$", said, re.MULTILINE)
+        assert (card.repository or "ships with the package") in printed and card.quality in printed
+    shipped = re.findall(r"ships with the package in (.*)$", printed, re.MULTILINE)
     assert len(shipped) == sum(card.repository is None for card in cards.CARDS)
     assert all(Path(folder, "README.md").is_file() for folder in shipped)
     for checkpoint in cards.CHECKPOINTS:
-        assert checkpoint.address in said and checkpoint.quality in said and checkpoint.license in said
+        assert checkpoint.address in printed and checkpoint.quality in printed and checkpoint.license in printed
 
 
 # -- Devices
@@ -314,21 +305,21 @@ def test_device_auto_is_the_default():
 @pytest.mark.parametrize("name", ["foo", "cuda:", "cuda:x", "gpu", "meta", "cpu:0", ""])
 def test_an_unknown_device_name_gives_an_error(name, capsys):
     expected = f"scorematch: --device must be auto, cpu, cuda, cuda:N or mps, got {name!r}.\n"
-    assert _refused(["sample", "mnist", "x.png", "--device", name], capsys) == expected
+    assert refused(["sample", "mnist", "x.png", "--device", name], capsys) == expected
 
 
 def test_an_unavailable_device_gives_an_error(capsys, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "cuda:1"):
-        error = _refused(["sample", "mnist", "x.png", "--device", name], capsys)
+        error = refused(["sample", "mnist", "x.png", "--device", name], capsys)
         assert f"--device {name}: PyTorch finds no CUDA device. Leave out --device." in error
-    error = _refused(["sample", "mnist", "x.png", "--device", "mps"], capsys)
+    error = refused(["sample", "mnist", "x.png", "--device", "mps"], capsys)
     assert "PyTorch finds no MPS device" in error
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert find_device("cuda:1") == torch.device("cuda:1")
-    error = _refused(["sample", "mnist", "x.png", "--device", "cuda:2"], capsys)
+    error = refused(["sample", "mnist", "x.png", "--device", "cuda:2"], capsys)
     assert "--device cuda:2: the last CUDA device is cuda:1." in error
 
 
@@ -342,9 +333,9 @@ def _sample(folder, picture, *options):
 
 def test_sample_writes_a_picture_and_prints_the_sampler(folder, tmp_path, capsys):
     assert _sample(folder, tmp_path / "a.png", "--quiet") == 0
-    said = capsys.readouterr()
-    assert "3 levels 50 -> 0.01, 1 step" in said.out and str(tmp_path / "a.png") in said.out
-    assert said.err == ""
+    printed = capsys.readouterr()
+    assert "3 levels 50 -> 0.01, 1 step" in printed.out and str(tmp_path / "a.png") in printed.out
+    assert printed.err == ""
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (22, 22)
 
@@ -377,9 +368,9 @@ def test_an_existing_picture_is_overwritten_only_with_the_option(folder, tmp_pat
     save_image(torch.zeros(1, 3, 3), picture)
     before = picture.read_bytes()
     assert _sample(folder, picture, "--quiet") == 2
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     expected = f"scorematch: {picture} exists already. Choose another name, or add --overwrite to replace it.\n"
-    assert said.err == expected and said.out == ""  # the error comes before sampling
+    assert printed.err == expected and printed.out == ""  # the error comes before sampling
     monkeypatch.setenv("HOME", str(tmp_path))
     assert _sample(folder, "~/a.png", "--quiet") == 2
     assert capsys.readouterr().err == expected
@@ -418,8 +409,8 @@ def test_levels_keeps_the_recommended_kind_of_sampling(tmp_path, capsys):
         (["--no-consistent", "--levels", "3", "--steps-per-level", "2"], "3 levels .*, 2 steps, .*, 7 network calls"),
     ]:
         assert main(["sample", folder, out, "-n", "1", "--quiet", "--overwrite", *options]) == 0
-        said = capsys.readouterr().out.splitlines()[0]
-        assert re.fullmatch(rf"AnnealedLangevinSampler\({expected}\)", said), said
+        printed = capsys.readouterr().out.splitlines()[0]
+        assert re.fullmatch(rf"AnnealedLangevinSampler\({expected}\)", printed), printed
 
 
 def test_sample_draws_a_class(folder, tmp_path, capsys):
@@ -430,11 +421,11 @@ def test_sample_draws_a_class(folder, tmp_path, capsys):
     assert a == b != c
     assert _sample(_saved(_unet(1, classes=3, null_class=True), tmp_path / "null"), tmp_path / "0.png", "--quiet") == 0
     sample = ["sample", classes, tmp_path / "d.png"]
-    assert "is class-conditional. Write --class K, with K from 0 to 2." in _refused(sample, capsys)
+    assert "is class-conditional. Write --class K, with K from 0 to 2." in refused(sample, capsys)
     for label in ("3", "-1"):
-        error = _refused([*sample, "--class", label], capsys)
+        error = refused([*sample, "--class", label], capsys)
         assert "--class must be from 0 to 2" in error and f"got {label}." in error
-    error = _refused(["sample", folder, tmp_path / "d.png", "--class", "1"], capsys)
+    error = refused(["sample", folder, tmp_path / "d.png", "--class", "1"], capsys)
     assert "--class is for class-conditional networks, and" in error and "is not one" in error
     assert not (tmp_path / "d.png").exists()
 
@@ -448,12 +439,12 @@ def test_sample_draws_a_class(folder, tmp_path, capsys):
     ],
 )
 def test_sample_gives_an_error_of_one_line(options, message, capsys):
-    assert message in _refused(["sample", *options], capsys)
+    assert message in refused(["sample", *options], capsys)
 
 
 def test_sample_with_a_network_that_draws_no_pictures_gives_an_error(tmp_path, capsys):
     folder = _saved(_unet(2), tmp_path / "network")
-    error = _refused(["sample", folder, tmp_path / "a.png"], capsys)
+    error = refused(["sample", folder, tmp_path / "a.png"], capsys)
     assert "1 or 3 channels, but the sample_shape of" in error and "is (2, 8, 8)" in error
 
 
@@ -464,7 +455,7 @@ def test_a_checkpoint_without_the_size_of_its_images_is_converted_but_not_sample
     assert main(["convert", str(tmp_path / "checkpoint.pth"), str(tmp_path / "out")]) == 0
     line = "The checkpoint does not contain the size of the images. The other commands need it: add --config."
     assert line in capsys.readouterr().out.splitlines()
-    error = _refused(["sample", tmp_path / "out", tmp_path / "a.png"], capsys)
+    error = refused(["sample", tmp_path / "out", tmp_path / "a.png"], capsys)
     assert error == (
         f"scorematch: the size of the images of {tmp_path / 'out'} is not stored with it. Convert the checkpoint with "
         "--config, or sample from the network in Python with shape=.\n"
@@ -482,15 +473,15 @@ def test_sample_with_a_network_of_another_value_range_gives_an_error(tmp_path, v
 
 def test_an_unknown_picture_format_gives_an_error_before_sampling(folder, capsys):
     assert main(["sample", folder, "picture.unknown"]) == 2
-    said = capsys.readouterr()
-    assert "such as .png" in said.err and "call" not in said.out
+    printed = capsys.readouterr()
+    assert "such as .png" in printed.err and "call" not in printed.out
 
 
 def test_a_folder_without_write_access_gives_an_error_before_sampling(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["sample", folder, str(tmp_path / "file" / "picture.png")]) == 2
-    said = capsys.readouterr()
-    assert "cannot be written to" in said.err and "calls" not in said.out
+    printed = capsys.readouterr()
+    assert "cannot be written to" in printed.err and "calls" not in printed.out
 
 
 # -- restore
@@ -521,9 +512,9 @@ def test_restore_writes_pictures_and_strips(folder, pictures, tmp_path, capsys):
     assert restored.shape == (1, 12, 10)
     assert torch.equal(restored[:, :8, 2:], seen)  # bit for bit
     assert read_image(out / "b-strip.png", 1).shape == (1, 12 + 4, 3 * 12 + 2)
-    said = capsys.readouterr()
-    assert "about 1 s for 4 images" in said.out
-    assert said.err == ""
+    printed = capsys.readouterr()
+    assert "about 1 s for 4 images" in printed.out
+    assert printed.err == ""
 
 
 def test_restore_with_degrade_shows_the_original_last(folder, pictures, tmp_path):
@@ -596,7 +587,7 @@ def test_restore_passes_the_class_to_the_network(tmp_path, pictures, capsys):
         assert _restore(classes, pictures / "a.png", tmp_path / label, "--pool", "2", "--class", label) == 0
     assert (tmp_path / "0" / "a-1.png").read_bytes() != (tmp_path / "2" / "a-1.png").read_bytes()
     arguments = _restore_options(classes, pictures, tmp_path / "out", "--pool", "2")
-    assert "is class-conditional. Write --class K" in _refused(arguments, capsys)
+    assert "is class-conditional. Write --class K" in refused(arguments, capsys)
 
 
 def test_restore_does_not_depend_on_the_other_pictures(folder, pictures, tmp_path):
@@ -632,8 +623,8 @@ def test_restore_observes_the_white_or_the_black_part_of_the_mask(folder, pictur
 def test_restore_reads_all_pictures_before_it_restores_the_first(folder, pictures, tmp_path, capsys):
     (pictures / "c.png").write_text("not a picture")
     assert main(_restore_options(folder, pictures, tmp_path / "out", "--pool", "2")) == 2
-    said = capsys.readouterr()
-    assert "c.png cannot be read as an image" in said.err and "network calls" not in said.out
+    printed = capsys.readouterr()
+    assert "c.png cannot be read as an image" in printed.err and "network calls" not in printed.out
     assert not (tmp_path / "out").exists()
 
 
@@ -689,15 +680,15 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
 def test_restore_gives_an_error_of_one_line(folder, pictures, tmp_path, options, message, capsys):
     options = [option.format(pictures=pictures) for option in options]
     assert main(_restore_options(folder, pictures, tmp_path / "out", *options)) == 2
-    said = capsys.readouterr()
-    assert re.search(message, said.err), said.err
-    assert said.err.count("\n") == 1
-    assert "network calls" not in said.out  # the error comes before sampling
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err), printed.err
+    assert printed.err.count("\n") == 1
+    assert "network calls" not in printed.out  # the error comes before sampling
 
 
 @pytest.mark.parametrize("name", ["out9.png", "out.JPG"])
 def test_restore_rejects_an_output_folder_with_a_picture_extension(folder, pictures, tmp_path, name, capsys):
-    error = _refused(_restore_options(folder, pictures, tmp_path / name, "--pool", "2"), capsys)
+    error = refused(_restore_options(folder, pictures, tmp_path / name, "--pool", "2"), capsys)
     assert f"the output must be a folder, got the name of a picture, {tmp_path / name}. Write " in error
     assert error.endswith(f"Write {tmp_path / Path(name).stem}.\n")
     assert not (tmp_path / name).exists()
@@ -706,10 +697,10 @@ def test_restore_rejects_an_output_folder_with_a_picture_extension(folder, pictu
 def test_restore_overwrites_a_picture_only_with_the_option(folder, pictures, monkeypatch, capsys):
     save_image(torch.rand(1, 8, 8), pictures / "a-1.png")
     before = (pictures / "a-1.png").read_bytes()
-    error = _refused(_restore_options(folder, pictures / "a.png", pictures, "--pool", "2"), capsys)
+    error = refused(_restore_options(folder, pictures / "a.png", pictures, "--pool", "2"), capsys)
     assert "a-1.png exists already. Choose another name, or add --overwrite to replace it." in error
     monkeypatch.setenv("HOME", str(pictures))
-    assert _refused(_restore_options(folder, pictures / "a.png", "~", "--pool", "2"), capsys) == error
+    assert refused(_restore_options(folder, pictures / "a.png", "~", "--pool", "2"), capsys) == error
     assert (pictures / "a-1.png").read_bytes() == before
     assert not (pictures / "a-strip.png").exists()
     assert _restore(folder, pictures / "a.png", pictures, "--pool", "2", "--overwrite") == 0
@@ -718,6 +709,6 @@ def test_restore_overwrites_a_picture_only_with_the_option(folder, pictures, mon
 
 def test_restore_rejects_two_pictures_with_the_same_name(folder, pictures, tmp_path, capsys):
     save_image(torch.rand(1, 8, 8), pictures / "a.bmp")
-    error = _refused(_restore_options(folder, pictures, tmp_path / "out", "--pool", "2"), capsys)
+    error = refused(_restore_options(folder, pictures, tmp_path / "out", "--pool", "2"), capsys)
     assert re.search(r"the restorations of .*a.bmp and .*a.png would have the same file names. Rename one", error)
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
 from scorematch.evaluation import MEASURES, evaluate, evaluate_restoration
 from scorematch.sampling import SamplerSettings
-from tests.helpers import seed
+from tests.helpers import refused, seed
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +39,15 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("SCOREMATCH_CACHE", str(tmp_path / "cache"))
 
 
+QUIET = ("--device", "cpu", "--quiet")
+
+
 def _run(*arguments):
-    return main([*map(str, arguments), "--device", "cpu", "--quiet"])
+    return main([*map(str, arguments), *QUIET])
 
 
 def _refused(arguments, capsys):
-    """The one line with which arguments are refused, by argparse or by the command."""
-    try:
-        status = _run(*arguments)
-    except SystemExit as ended:
-        status = ended.code
-    said = capsys.readouterr()
-    assert status == 2 and said.err.startswith("scorematch: ") and said.err.count("\n") == 1
-    return said.err
+    return refused([*arguments, *QUIET], capsys)
 
 
 # -- evaluate
@@ -62,9 +58,9 @@ def test_evaluate_a_network(folder, tmp_path, capsys):
     options = ("-n", 6, "--features", "pixels", "--metrics", "precision-recall", "--seed", 3, "--levels", 2)
     held_out = ("--held-out", folder / "more.npz", "--out", out)
     assert _run("evaluate", folder / "network", folder / "real.npz", *options, *held_out) == 0
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
-    assert lines[0].startswith("ODESampler(2 levels") and lines[1] == "about 1 s for 6 images" and said.err == ""
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert lines[0].startswith("ODESampler(2 levels") and lines[1] == "about 1 s for 6 images" and printed.err == ""
     assert lines[2] == "|  | samples | held-out images | Gaussian | reference |"
     assert lines[3:5] == ["| --- | --- | --- | --- | --- |", "| number of images | 6 | 6 | 6 | 30 |"]
     assert any(line.startswith("| recall ↑ | ") for line in lines) and lines[-1] == str(out / "evaluation.md")
@@ -107,10 +103,10 @@ def test_evaluate_with_guidance(folder, tmp_path):
 def test_evaluate_images(folder, capsys):
     options = ("--features", "pixels", "--no-gaussian", "--no-cache")
     assert _run("evaluate", folder / "more.npz", folder / "real.npz", *options) == 0
-    said, warning = capsys.readouterr()
+    printed, warning = capsys.readouterr()
     assert re.fullmatch(r"scorematch: warning: .* is singular.*\n", warning)
-    assert said.startswith("|  | samples | reference |\n") and "| number of images | 30 | 30 |" in said
-    assert "not measured: kernel of pixels, which needs 1,000 images in each set, and there are 30\n" in said
+    assert printed.startswith("|  | samples | reference |\n") and "| number of images | 30 | 30 |" in printed
+    assert "not measured: kernel of pixels, which needs 1,000 images in each set, and there are 30\n" in printed
 
 
 def test_evaluate_restorations(folder, tmp_path, capsys):
@@ -119,8 +115,8 @@ def test_evaluate_restorations(folder, tmp_path, capsys):
     method = ("--restore-method", "guide", "--sampler", "ode", "--levels", 2)
     data = ("--data", folder / "more.npz", "-n", 4)
     assert _run("evaluate", folder / "network", "--restore", "pool-4", *data, *options, *method) == 0
-    said = capsys.readouterr().out
-    assert "about 1 s for 12 images" in said and "|  | restored | degraded | original |" in said
+    printed = capsys.readouterr().out
+    assert "about 1 s for 12 images" in printed and "|  | restored | degraded | original |" in printed
     settings = json.loads((out / "evaluation.json").read_text())["settings"]
     assert (settings["task"], settings["draws"], settings["noise"]) == ("pool-4", 3, 0.1)
     assert (
@@ -155,7 +151,7 @@ def test_restorations_use_annealed_langevin_dynamics(folder, tmp_path, capsys):
     assert expected.settings["sampler"]["name"] == "AnnealedLangevinSampler"
 
 
-def test_evaluate_refuses(folder, capsys):
+def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):
     network, real = folder / "network", folder / "real.npz"
     extra = "a does not exist. Fetch https://" if find_spec("torch_fidelity") else "need torch_fidelity: pip install"
     for arguments, message in [
@@ -194,15 +190,15 @@ def test_evaluate_refuses(folder, capsys):
 def test_the_help_lists_all_metrics(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
-    said = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
-    assert all(name in said.replace("- ", "-") for name in MEASURES)
+    printed = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
+    assert all(name in printed.replace("- ", "-") for name in MEASURES)
 
 
 @pytest.mark.parametrize("name", ["evaluation.md", "samples.png"])
 def test_evaluate_keeps_files_that_it_did_not_write(folder, tmp_path, name, capsys):
     (tmp_path / name).write_text("mine")
-    said = _refused(["evaluate", folder / "network", folder / "real.npz", "--out", tmp_path], capsys)
-    assert said == f"scorematch: {tmp_path / name} exists already and would be replaced. Choose another folder.\n"
+    error = _refused(["evaluate", folder / "network", folder / "real.npz", "--out", tmp_path], capsys)
+    assert error == f"scorematch: {tmp_path / name} exists already and would be replaced. Choose another folder.\n"
     assert (tmp_path / name).read_text() == "mine"
 
 
@@ -213,8 +209,8 @@ def test_tune_keeps_a_network_that_it_did_not_write(folder, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text("mine")
     arguments = ["tune", folder / "network", "--reference", folder / "real.npz", "--out", tmp_path]
-    said = _refused(arguments, capsys)
-    assert said == f"scorematch: {path} exists already and would be replaced. Choose another folder.\n"
+    error = _refused(arguments, capsys)
+    assert error == f"scorematch: {path} exists already and would be replaced. Choose another folder.\n"
     assert path.read_text() == "mine"
 
 
@@ -242,12 +238,12 @@ def test_tune_stores_the_best_settings(folder, tmp_path, capsys):
 def test_tune_of_restorations(folder, tmp_path, capsys):
     options = ("--reference", folder / "real.npz", "-n", 3, "--calls", 18, "--out", tmp_path / "tuned")
     assert _run("tune", folder / "network", "--restore", "pool-2", "pool-4", "--restore-method", "guide", *options) == 0
-    said = capsys.readouterr().out
-    assert "| sampler settings | calls | pool-2: rmse | pool-4: rmse | mean: rmse | seconds |" in said
-    assert (tmp_path / "tuned" / "tune.svg").is_file() and f"{tmp_path / 'tuned'}\n" in said
+    printed = capsys.readouterr().out
+    assert "| sampler settings | calls | pool-2: rmse | pool-4: rmse | mean: rmse | seconds |" in printed
+    assert (tmp_path / "tuned" / "tune.svg").is_file() and f"{tmp_path / 'tuned'}\n" in printed
 
 
-def test_tune_refuses(folder, capsys):
+def test_wrong_arguments_of_tune_are_refused(folder, capsys):
     network, reference = folder / "network", ("--reference", folder / "real.npz")
     for arguments, message in [
         ((network,), "the following arguments are required: --reference"),

@@ -10,6 +10,7 @@ from torch import nn
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import info, main
 from scorematch.sampling import SamplerSettings
+from tests.helpers import refused
 from tests.hub_server import Client, Hub, environment
 
 
@@ -72,8 +73,8 @@ def run(client, hub, tmp_path):
 
     def run(*arguments, **variables):
         code = f"from scorematch.cli import main\nprint(main({list(map(str, arguments))!r}))"
-        _, said, errors = client.run(code, tmp_path, {**environment(hub.url, tmp_path / "home"), **variables})
-        *lines, status = said.splitlines(keepends=True)
+        _, printed, errors = client.run(code, tmp_path, {**environment(hub.url, tmp_path / "home"), **variables})
+        *lines, status = printed.splitlines(keepends=True)
         return int(status), "".join(lines), errors
 
     return run
@@ -83,13 +84,6 @@ def _lines(capsys):
     """The lines that info printed, by their names."""
     lines = capsys.readouterr().out.splitlines()
     return {line[:13].strip(): line[13:] for line in lines}
-
-
-def _refused(arguments, capsys):
-    assert main([str(argument) for argument in arguments]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("scorematch: ") and said.err.count("\n") == 1
-    return said.err
 
 
 # -- info
@@ -145,12 +139,12 @@ def test_info_has_the_license_of_a_pipeline(net, tmp_path, capsys):
 
 def test_info_about_a_network_of_the_package(capsys):
     assert main(["info", "palette-mnist"]) == 0
-    said = _lines(capsys)
+    info = _lines(capsys)
     loaded = ScoreNet.from_pretrained("palette-mnist")
-    assert said["parameters"] == f"{sum(each.numel() for each in loaded.parameters()):,}" and said["license"] == "MIT"
-    assert said["weights"].startswith("part of the package, in ") and said["quality"].startswith("a classifier")
-    assert said["condition"].startswith("an image with 3 channels")
-    assert said["sampler"].startswith("AnnealedLangevinSampler(30 levels")
+    assert info["parameters"] == f"{sum(each.numel() for each in loaded.parameters()):,}" and info["license"] == "MIT"
+    assert info["weights"].startswith("part of the package, in ") and info["quality"].startswith("a classifier")
+    assert info["condition"].startswith("an image with 3 channels")
+    assert info["sampler"].startswith("AnnealedLangevinSampler(30 levels")
 
 
 def test_info_about_a_network_of_the_users_own_class(tmp_path, capsys):
@@ -158,19 +152,19 @@ def test_info_about_a_network_of_the_users_own_class(tmp_path, capsys):
     net.sampler_settings = SamplerSettings("ode", levels=2)
     net.save_pretrained(tmp_path)
     assert main(["info", str(tmp_path)]) == 0
-    said = _lines(capsys)
-    assert said["class"] == "your own; ScoreNet.from_pretrained needs it as backbone=YourClass()"
-    assert {"parameters", "computation", "condition"}.isdisjoint(said)
-    assert said["images"] == "2, values of any size" and said["sampler"] == "sampler ode, levels 2"
+    info = _lines(capsys)
+    assert info["class"] == "your own; ScoreNet.from_pretrained needs it as backbone=YourClass()"
+    assert {"parameters", "computation", "condition"}.isdisjoint(info)
+    assert info["images"] == "2, values of any size" and info["sampler"] == "sampler ode, levels 2"
 
 
 @pytest.mark.slow
 def test_info_about_a_repository_downloads_only_the_configuration(hub, run, folder):
     hub.repositories["me/net"] = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.repositories["me/net"]["README.md"] = b"---\nlicense: apache-2.0\n---\n"
-    _, said, errors = run("info", "me/net")
-    assert f"weights      https://huggingface.co/me/net, commit {hub.commit[:12]}\n" in said, errors
-    assert "license      apache-2.0\n" in said and "condition    3 classes, 0 to 2, or no class\n" in said
+    _, printed, errors = run("info", "me/net")
+    assert f"weights      https://huggingface.co/me/net, commit {hub.commit[:12]}\n" in printed, errors
+    assert "license      apache-2.0\n" in printed and "condition    3 classes, 0 to 2, or no class\n" in printed
     assert hub.fetched() == ["README.md", *sorted(path.name for path in folder.glob("*.json"))]
     del hub.repositories["me/net"]["README.md"]
     hub.commit = "f" + hub.commit[1:]
@@ -178,8 +172,8 @@ def test_info_about_a_repository_downloads_only_the_configuration(hub, run, fold
 
 
 def test_info_refuses_what_is_no_network(tmp_path, capsys):
-    assert "'nothing' is not the short name of a network" in _refused(["info", "nothing"], capsys)
-    assert "has no config.json; it holds nothing." in _refused(["info", tmp_path], capsys)
+    assert "'nothing' is not the short name of a network" in refused(["info", "nothing"], capsys)
+    assert "has no config.json; it holds nothing." in refused(["info", tmp_path], capsys)
 
 
 # -- push
@@ -212,8 +206,8 @@ def test_push_uploads_the_network_of_a_folder_or_of_a_run(net, folder, tmp_path,
 @pytest.mark.slow
 def test_a_pushed_network_is_in_the_repository(hub, run, folder):
     hub.writer = "secret"
-    status, said, errors = run("push", folder, "me/net", "--license", "mit", HF_TOKEN="secret")  # noqa: S106
-    assert (status, said) == (0, f"{hub.url}/me/net\n"), errors
+    status, printed, errors = run("push", folder, "me/net", "--license", "mit", HF_TOKEN="secret")  # noqa: S106
+    assert (status, printed) == (0, f"{hub.url}/me/net\n"), errors
     held = hub.repositories["me/net"]
     assert b"\nlicense: mit\n" in held["README.md"]
     assert all(held[path.name] == path.read_bytes() for path in folder.iterdir())
@@ -231,24 +225,24 @@ def test_push_refuses_what_is_no_network_before_it_contacts_the_hub(no_token, fo
         ((tmp_path, "me/net"), "has no config.json"),
         ((folder, "net"), "the repository must be owner/name, got 'net'."),
     ]:
-        assert message in _refused(["push", *arguments], capsys)
+        assert message in refused(["push", *arguments], capsys)
     weights = next(folder.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-8])
-    assert "is not a complete safetensors file" in _refused(["push", folder, "me/net"], capsys)
+    assert "is not a complete safetensors file" in refused(["push", folder, "me/net"], capsys)
 
 
 @pytest.mark.parametrize("command", [("push", "me/net"), ("sample", "x.png")])
 def test_a_network_of_the_users_own_class_is_left_to_python(command, tmp_path, capsys):
     ScoreNet(nn.Identity(), NoiseSchedule([1.0, 0.1]), sample_shape=(1, 8, 8)).save_pretrained(tmp_path)
-    assert _refused([command[0], tmp_path, *command[1:]], capsys) == (
+    assert refused([command[0], tmp_path, *command[1:]], capsys) == (
         f"scorematch: {tmp_path} has a network of your own class, whose code is not stored. Load it in Python: "
         f'ScoreNet.from_pretrained("{tmp_path}", backbone=YourClass()).\n'
     )
 
 
 def test_push_without_a_token_says_how_to_log_in(no_token, folder, capsys):
-    said = _refused(["push", folder, "me/net"], capsys)
-    assert "you are not logged in to the Hugging Face Hub. Run hf auth login, or set the environment variable" in said
+    error = refused(["push", folder, "me/net"], capsys)
+    assert "you are not logged in to the Hugging Face Hub. Run hf auth login, or set the environment variable" in error
 
 
 # -- Networks in the folder to write
@@ -258,9 +252,9 @@ def test_convert_and_ema_keep_a_network_in_the_folder(folder, tmp_path, monkeypa
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     message = f"{folder} has a network already. Choose another folder, or add --overwrite to replace the network."
     for arguments in (["convert", tmp_path / "a.pth", folder], ["ema", tmp_path, "--length", "0.1", "--out", folder]):
-        assert message in _refused(arguments, capsys)
-        assert message not in _refused([*arguments, "--overwrite"], capsys)  # there is nothing to read
+        assert message in refused(arguments, capsys)
+        assert message not in refused([*arguments, "--overwrite"], capsys)  # there is nothing to read
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     folder.rename(tmp_path / "ema-0.100")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert "ema-0.100 has a network already" in _refused(["ema", "~", "--length", "0.1"], capsys)
+    assert "ema-0.100 has a network already" in refused(["ema", "~", "--length", "0.1"], capsys)

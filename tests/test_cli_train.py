@@ -20,7 +20,7 @@ from scorematch.cli.train import _size
 from scorematch.nets import Condition
 from scorematch.palette import MultiTask
 from scorematch.training import RECIPES, Settings, open_images, reconstruct
-from tests.helpers import python
+from tests.helpers import python, refused
 
 pytest.importorskip("accelerate")
 
@@ -45,17 +45,6 @@ def _weights(out):
 
 def _same(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def _refused(arguments, capsys):
-    """The error line for wrong arguments, from argparse or from the command."""
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as ended:
-        status = ended.code
-    said = capsys.readouterr()
-    assert status == 2 and said.err.count("\n") == 1
-    return said.err
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +239,9 @@ def test_start_with_a_recipe_trains_the_network_of_the_recipe_from_given_weights
 def test_start_must_be_the_network_of_the_recipe(faces, run, tmp_path, capsys):
     start = run[0] / "network"
     arguments = ["train", faces, "--out", tmp_path / "run", "--start", start, "--recipe", "ncsn-cifar10", "--dry-run"]
-    said = _refused([*arguments, "--image-size", "8", "--batch-size", "8", "--quiet", "--device", "cpu"], capsys)
-    assert said.startswith(f"scorematch: --start {start} is not the network of --recipe: ")
-    assert "precondition is 'karras' there and 'ncsn' here" in said and said.endswith(". Leave out --recipe.\n")
+    error = refused([*arguments, "--image-size", "8", "--batch-size", "8", "--quiet", "--device", "cpu"], capsys)
+    assert error.startswith(f"scorematch: --start {start} is not the network of --recipe: ")
+    assert "precondition is 'karras' there and 'ncsn' here" in error and error.endswith(". Leave out --recipe.\n")
 
 
 def test_labels_train_a_class_conditional_network(tmp_path, rng, calls, capsys):
@@ -320,7 +309,7 @@ def test_a_recipe_with_a_task_trains_on_it(faces, tmp_path, monkeypatch, calls):
 def test_a_network_to_begin_with_takes_the_condition_of_the_data(faces, tmp_path, network, options, message, capsys):
     ScoreNet.unet(3, 8, widths=(4,), layers_per_block=1, **network).save_pretrained(tmp_path / "network")
     arguments = ["train", faces, "--out", tmp_path / "run", "--start", tmp_path / "network", "--device", "cpu"]
-    assert re.search(message, _refused([*arguments, *options], capsys))
+    assert re.search(message, refused([*arguments, *options], capsys))
     assert not (tmp_path / "run").exists()
 
 
@@ -331,8 +320,8 @@ def test_the_data_have_the_classes_of_the_network_to_begin_with(tmp_path, rng, n
     for name in ("cat", "cow", "dog")[:n]:
         _pictures(tmp_path / "pets" / name, 2, rng)
     arguments = ["train", tmp_path / "pets", "--out", tmp_path / "run", "--start", tmp_path / "network", "--labels"]
-    said = _refused([*arguments, "--device", "cpu", "--quiet"], capsys)
-    assert said == f"scorematch: the data must have as many classes as {tmp_path / 'network'}, 2, got {n}.\n"
+    error = refused([*arguments, "--device", "cpu", "--quiet"], capsys)
+    assert error == f"scorematch: the data must have as many classes as {tmp_path / 'network'}, 2, got {n}.\n"
 
 
 # -- Counts
@@ -353,7 +342,7 @@ def test_invalid_counts_raise(text):
         image_count(text)
 
 
-def test_image_sizes():
+def test_an_image_size_is_a_side_or_height_x_width():
     assert _size("64") == 64 and _size("48x64") == (48, 64)
     for text in ("", "x", "64x", "4x4x4", "-8"):
         with pytest.raises(argparse.ArgumentTypeError, match="must be a side such as 64, or height x width"):
@@ -386,39 +375,39 @@ def test_image_sizes():
 )
 def test_wrong_arguments_give_an_error_of_one_line(faces, tmp_path, options, message, capsys):
     arguments = ["train", faces, "--out", tmp_path / "run", "--recipe", "tiny", "--image-size", "8", "--quiet"]
-    assert re.search(message, _refused([*arguments, "--batch-size", "8", "--dry-run", *options], capsys))
+    assert re.search(message, refused([*arguments, "--batch-size", "8", "--dry-run", *options], capsys))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["report.md", "network", "log.jsonl"])
 def test_files_that_train_did_not_write_are_kept(faces, tmp_path, name, capsys):
     (tmp_path / name).write_text("mine")
-    said = _refused(["train", faces, "--out", tmp_path], capsys)
-    assert said == f"scorematch: {tmp_path / name} exists already and would be replaced. Choose another folder.\n"
+    error = refused(["train", faces, "--out", tmp_path], capsys)
+    assert error == f"scorematch: {tmp_path / name} exists already and would be replaced. Choose another folder.\n"
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
 
 
 def test_settings_are_checked_before_the_data_are_read(faces, tmp_path, capsys):
-    assert "lr must be positive, got -1.0." in _refused(["train", faces, "--out", tmp_path / "run", "--lr", -1], capsys)
+    assert "lr must be positive, got -1.0." in refused(["train", faces, "--out", tmp_path / "run", "--lr", -1], capsys)
     assert not (tmp_path / "run").exists()
 
 
 def test_unusable_data_give_an_error_of_one_line(tmp_path, rng, capsys):
     (tmp_path / "empty").mkdir()
-    assert "contain no image files" in _refused(["train", tmp_path / "empty", "--out", tmp_path / "run"], capsys)
+    assert "contain no image files" in refused(["train", tmp_path / "empty", "--out", tmp_path / "run"], capsys)
     missing = tmp_path / "nothing"
-    assert "nothing does not exist" in _refused(["train", missing, "--out", tmp_path / "run"], capsys)
+    assert "nothing does not exist" in refused(["train", missing, "--out", tmp_path / "run"], capsys)
     mixed = _pictures(tmp_path / "mixed", 3, rng)
     Image.new("L", (16, 16)).save(mixed / "gray.png")
-    said = _refused(["train", mixed, "--out", tmp_path / "run"], capsys)
-    assert "mixes gray and color images" in said and said.endswith("Pass --channels 3 or --channels 1.\n")
+    error = refused(["train", mixed, "--out", tmp_path / "run"], capsys)
+    assert "mixes gray and color images" in error and error.endswith("Pass --channels 3 or --channels 1.\n")
     broken = _pictures(tmp_path / "broken", 3, rng)
     (broken / "a.png").write_bytes(b"no picture")
     arguments = ["train", broken, "--out", tmp_path / "run", "--strict", "--quiet"]
-    assert "a.png cannot be read as an image" in _refused(arguments, capsys)
+    assert "a.png cannot be read as an image" in refused(arguments, capsys)
     _pictures(tmp_path / "pets" / "cat", 3, rng)
     arguments = ["train", tmp_path / "pets", "--out", tmp_path / "run", "--recipe", "ncsn-cifar10", "--labels"]
-    assert "the network of ncsn-cifar10 takes no classes" in _refused([*arguments, "--quiet"], capsys)
+    assert "the network of ncsn-cifar10 takes no classes" in refused([*arguments, "--quiet"], capsys)
 
 
 # -- Averages after the fact
@@ -444,6 +433,6 @@ def test_ema_writes_to_the_folder_of_the_run_by_default(run, tmp_path, capsys, l
 
 
 def test_ema_of_a_folder_without_a_run_gives_an_error(tmp_path, capsys):
-    assert "has no snapshots" in _refused(["ema", tmp_path, "--length", "0.08"], capsys)
-    assert f"there is no folder {tmp_path / 'a'}." in _refused(["ema", tmp_path / "a", "--length", "0.08"], capsys)
-    assert "at most 0.289, got 0.5" in _refused(["ema", tmp_path, "--length", "0.5"], capsys)
+    assert "has no snapshots" in refused(["ema", tmp_path, "--length", "0.08"], capsys)
+    assert f"there is no folder {tmp_path / 'a'}." in refused(["ema", tmp_path / "a", "--length", "0.08"], capsys)
+    assert "at most 0.289, got 0.5" in refused(["ema", tmp_path, "--length", "0.5"], capsys)

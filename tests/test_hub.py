@@ -344,8 +344,8 @@ def saved(tmp_path):
 
 def test_an_uploaded_network_is_downloaded_unchanged(hub, run, saved):
     hub.writer = "secret"
-    said = run(_pushed(saved, ", license='mit', datasets=['cifar10']"), HF_TOKEN="secret")  # noqa: S106
-    assert said == f"{hub.url}/me/net/commit/{hub.commit}\n"
+    printed = run(_pushed(saved, ", license='mit', datasets=['cifar10']"), HF_TOKEN="secret")  # noqa: S106
+    assert printed == f"{hub.url}/me/net/commit/{hub.commit}\n"
     held = hub.repositories["me/net"]
     assert sorted(held) == [".gitattributes", *SAVED]
     code = (
@@ -549,8 +549,8 @@ def test_names_of_files_do_not_leave_the_cache(name, message, hub, run, files, t
     if message is not None:  # the pattern of the parts of an index fits this name
         held[f"{WEIGHTS}.index.json"] = b"{}"
         del held[WEIGHTS]
-    said = run(LOAD, fails=message is not None)
-    assert message is None or said.startswith(message)
+    printed = run(LOAD, fails=message is not None)
+    assert message is None or printed.startswith(message)
     assert name not in hub.fetched()
     cache = tmp_path / "home" / "hub" / "models--someone--ddpm"
     found = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix == ".safetensors"]
@@ -568,8 +568,8 @@ def test_an_index_does_not_lead_out_of_the_folder(hub, run, files):
     for path, works in ((f"../../../{part}", True), ("../../../../../.stdout0", False), ("/etc/passwd", False)):
         held[f"{WEIGHTS}.index.json"] = json.dumps({"weight_map": dict.fromkeys(names, path)}).encode()
         hub.commit = hashlib.sha1(path.encode(), usedforsecurity=False).hexdigest()
-        said = run(LOAD + "print(net.sample_shape)", fails=not works)
-        assert said == "(3, 8, 8)\n" if works else f"has no {path.split('/')[-1]}" in said
+        printed = run(LOAD + "print(net.sample_shape)", fails=not works)
+        assert printed == "(3, 8, 8)\n" if works else f"has no {path.split('/')[-1]}" in printed
 
 
 @pytest.mark.parametrize("name", ["someone/..", "../someone", "someone/../../ddpm", "-/ddpm"])
@@ -617,10 +617,10 @@ def test_tokens_are_not_written(hub, run, saved, tmp_path):
         "net = ScoreNet.from_pretrained('someone/ddpm', token='hf_secret')\n"
         "net.push_to_hub('me/net', token='hf_secret')\nnet.save_pretrained('again')\n"
     )
-    said = run(code + "import sys\nsys.stderr.flush()\nprint(open('.stderr0').read())")
-    said += run(_errors_of("ScoreNet.from_pretrained('someone/gated', token='hf_secret')"))
-    said += run("net = ScoreNet.ncsn(1, 8, width=2)\nnet.push_to_hub('me/net', token='hf_secrets')", fails=True)
-    assert "api/models/someone/ddpm" in said and "hf_secret" not in said  # the requests are in the log
+    printed = run(code + "import sys\nsys.stderr.flush()\nprint(open('.stderr0').read())")
+    printed += run(_errors_of("ScoreNet.from_pretrained('someone/gated', token='hf_secret')"))
+    printed += run("net = ScoreNet.ncsn(1, 8, width=2)\nnet.push_to_hub('me/net', token='hf_secrets')", fails=True)
+    assert "api/models/someone/ddpm" in printed and "hf_secret" not in printed  # the requests are in the log
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if b"hf_secret" in path.read_bytes()]
     assert not [file for file, content in hub.repositories["me/net"].items() if b"hf_secret" in content]

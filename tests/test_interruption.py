@@ -329,7 +329,7 @@ def test_a_job_that_is_interrupted_at_random_moments_loses_nothing(job, client, 
     def run(happening, k=0, size=0):
         at_k, at_first, ends = HAPPENINGS[happening]
         code = CODE.format(k=k, size=size, at_k=at_k, at_first=at_first, job=JOBS[job])
-        status, said, error = client.run(code, tmp_path, dict(os.environ))
+        status, printed, error = client.run(code, tmp_path, dict(os.environ))
         last = error.strip().split("\n")[-1]
         if status == 1 and isinstance(ends, str):
             assert ends in last and (ends != "Error: " or str(folder.name) in last), error
@@ -337,7 +337,7 @@ def test_a_job_that_is_interrupted_at_random_moments_loses_nothing(job, client, 
             assert happening == "SIGTERM" and last == "SystemExit: 143", error
         else:
             assert status in (ends, 0), (happening, status, error)
-        return status, said
+        return status, printed
 
     operations = int(run("nothing")[1])
     folder.rename(whole)
