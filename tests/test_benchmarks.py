@@ -62,7 +62,7 @@ def test_overhead_benchmark_runs(measure):
 
 
 @pytest.mark.slow
-def test_engine(measure):
+def test_engine_benchmark_runs(measure):
     bare, engine, decoded, cached = measure("engine")
     assert bare["time"] == 1 and all(row["time"] > 0 and row["images/s"] > 0 for row in (engine, decoded, cached))
 

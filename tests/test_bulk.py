@@ -137,7 +137,7 @@ def test_any_number_of_processes_draws_the_same_bits(net, kind):
     assert torch.equal(_all(sampler, 3, batch_size=2, first=4), whole[4:])
 
 
-def test_the_seed_decides(levels):
+def test_the_seed_determines_the_samples(levels):
     sampler = AnnealedLangevinSampler(levels, SCHEDULE)
     state = torch.get_rng_state()
     a, b, c = (_all(sampler, 5, seed=number) for number in (7, 7, 8))
@@ -342,7 +342,7 @@ def test_more_images_are_added_with_the_same_bits(tmp_path, net, name, kind):
         sample_to(sampler, tmp_path / "grown", 6, **options)
 
 
-def test_labels_grow_too(tmp_path):
+def test_labels_are_added_when_a_folder_grows(tmp_path):
     for n in (3, 6):
         _fill(Levels(4), tmp_path, n, condition="cycle")
     assert (tmp_path / "labels.csv").read_text().splitlines()[-1] == "000005.png,1"
@@ -495,7 +495,7 @@ def test_a_folder_that_is_not_complete(levels, tmp_path, kind):
         ({"sampler": Levels()}, TypeError, "sampler must be a Sampler, got Levels"),
     ],
 )
-def test_bad_arguments(tmp_path, options, error, message):
+def test_invalid_arguments_raise(tmp_path, options, error, message):
     arguments = {"sampler": _ode(Levels()), "n": 2, **options}
     for call in (bulk_samples, functools.partial(sample_to, folder=tmp_path / "out")):
         with pytest.raises(error, match=message):
@@ -782,7 +782,7 @@ def test_the_identity_of_a_function_follows_its_code_its_defaults_and_its_variab
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
-def test_use_changes_no_identity(net, kind):
+def test_sampling_does_not_change_the_identity_of_a_sampler(net, kind):
     for score in (net, net.inference_copy(), Levels(), Gaussian([0.0, 1.0], 1.0, schedule=SCHEDULE)):
         sampler = SAMPLERS[kind](score, levels=3)
         before = hashing.sampler_settings(sampler)

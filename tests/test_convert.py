@@ -192,7 +192,7 @@ def test_paths_may_begin_with_a_tilde(files, tmp_path, monkeypatch):
     assert (checkpoint.parent / "out" / "config.json").is_file()
 
 
-def test_convert_command(files, tmp_path, capsys):
+def test_the_command_convert_writes_a_network(files, tmp_path, capsys):
     fixture, checkpoint, config = files("ncsnv2")
     assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--config", str(config)]) == 0
     assert "117,323 parameters, NoiseSchedule(232 levels, 50 -> 0.01)" in capsys.readouterr().out

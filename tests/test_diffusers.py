@@ -278,10 +278,10 @@ def test_safetensors_are_preferred_to_a_pickle(ddpm):
     assert _same(_load(ddpm), expected)
 
 
-@pytest.mark.parametrize(("said", "row"), [(True, "ddpm"), (False, "ddpm_x0")])
-def test_predict_epsilon_of_schedulers_of_2022(said, row, tmp_path):
+@pytest.mark.parametrize(("predict_epsilon", "row"), [(True, "ddpm"), (False, "ddpm_x0")])
+def test_predict_epsilon_of_schedulers_of_2022(predict_epsilon, row, tmp_path):
     scheduler = {key: value for key, value in DDPM.items() if key != "prediction_type"}
-    _save(_theirs(), tmp_path, {**scheduler, "predict_epsilon": said})
+    _save(_theirs(), tmp_path, {**scheduler, "predict_epsilon": predict_epsilon})
     assert ScoreNet.from_pretrained(tmp_path).precondition == row
 
 
@@ -621,10 +621,10 @@ def test_an_invalid_index_raises(text, ddpm):
 
 
 @pytest.mark.parametrize("part", ["vae", "vqvae"])
-@pytest.mark.parametrize("said", ["index", "folder"])
-def test_a_latent_pipeline_raises(part, said, tmp_path):
+@pytest.mark.parametrize("sign", ["index", "folder"])
+def test_a_latent_pipeline_raises(part, sign, tmp_path):
     _save(_theirs(), tmp_path / "pipeline", DDPM, pipeline=True)
-    if said == "folder":
+    if sign == "folder":
         (tmp_path / "pipeline" / part).mkdir()
     else:
         index = {"_class_name": "LDMPipeline", part: ["diffusers", "VQModel"]}

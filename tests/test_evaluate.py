@@ -323,7 +323,7 @@ def test_an_interrupted_evaluation_continues_and_other_metrics_draw_nothing(net,
         run(net, real, metrics=[], seed=1, **options)
 
 
-def test_files(net, tmp_path):
+def test_the_files_of_an_evaluation(net, tmp_path):
     real, out = images(30, size=8), tmp_path / "out"
     result = run(net, real, n=6, out=out, held_out=images(5, 1, size=8), metrics=["density-coverage"], name="tiny")
     stored = json.loads((out / "evaluation.json").read_text())
@@ -660,7 +660,7 @@ def test_files_that_do_not_exist_are_named():
             run(name, images(5))
 
 
-def test_home_folders(net, tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(net, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     net.save_pretrained("~/net")

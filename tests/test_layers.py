@@ -119,7 +119,7 @@ def test_group_norm_under_vmap(rng):
         torch.testing.assert_close(torch.vmap(norm)(each), expected)
 
 
-def test_batched_gradients(rng):
+def test_batched_gradients_of_group_norm(rng):
     norm = _norm(2, 4, torch.float64)
     x = _last(torch.randn(3, 4, 5, 5, generator=rng, dtype=torch.float64)).requires_grad_()
     directions = torch.randn(5, 3, generator=rng, dtype=torch.float64)
@@ -129,7 +129,7 @@ def test_batched_gradients(rng):
         torch.testing.assert_close(one, torch.autograd.grad(y, x, direction, retain_graph=True)[0])
 
 
-def test_per_sample_gradients(rng):
+def test_per_sample_gradients_of_group_norm(rng):
     norm = _norm(2, 4, torch.float64)
     x = _last(torch.randn(3, 4, 3, 3, generator=rng, dtype=torch.float64))
     grad = torch.func.grad(

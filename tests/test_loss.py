@@ -1,3 +1,5 @@
+"""Training losses against the published numbers, the formulas, and the exact scores of known data."""
+
 import copy
 import math
 import shutil

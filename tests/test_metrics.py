@@ -197,7 +197,7 @@ def test_a_singular_covariance_is_told():
     frechet_distance(normal(5, 4), gaussian(torch.zeros(4), torch.eye(4)))  # of unknown n
 
 
-def test_frechet_distance_refuses():
+def test_invalid_arguments_of_the_frechet_distance_raise():
     with pytest.raises(ValueError, match="needs at least 2 features, got 1"):
         frechet_distance(normal(1, 3), normal(9, 3))
     with pytest.raises(ValueError, match="the same dimension, got 3 and 4"):
@@ -287,7 +287,7 @@ def test_extrapolation_is_a_line_through_the_distances():
     assert frechet_extrapolation(features, reference, generator=1) != found
 
 
-def test_extrapolation_refuses():
+def test_extrapolation_needs_enough_features():
     features, reference = normal(40, 20), normal(30, 20, 1)
     with pytest.raises(ValueError, match=r"at least 2 \(D \+ 1\) = 42 features of 20 dimensions, got 40"):
         frechet_extrapolation(features, reference)
@@ -352,7 +352,7 @@ def test_kernel_distance_is_unbiased():
     assert min(values) < 0
 
 
-def test_kernel_distance_refuses():
+def test_invalid_arguments_of_the_kernel_distance_raise():
     a = normal(20, 3)
     with pytest.raises(ValueError, match=r"at least subset_size = 1,000 features in each set, got 20 and 20\. Write"):
         kernel_distance(a, a)
@@ -551,7 +551,7 @@ def test_merged_accumulators_equal_one(name):
 
 
 @accumulators
-def test_accumulators_refuse(name):
+def test_invalid_features_of_accumulators_raise(name):
     metric = make(name)
     with pytest.raises(ValueError, match=r"there are no features yet: call update|needs at least 2 features, got 0"):
         metric.compute()

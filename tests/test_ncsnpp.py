@@ -80,7 +80,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_published_configurations(name):
+def test_published_configurations_have_their_numbers_of_parameters(name):
     count, options = COUNTS[name]
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in NCSNPP(**options).parameters()) == count

@@ -1,3 +1,5 @@
+"""Noise schedules: the published numbers, the techniques of NCSNv2, and the schedule as a value."""
+
 import copy
 import json
 import math
@@ -15,11 +17,11 @@ from tests.helpers import NoFloat64, run, seed
 
 schedules = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=30, unique=True).map(
     # Levels that differ by less than 1e-5 of their value can be equal in float32.
-    lambda values: NoiseSchedule(_apart(sorted(values, reverse=True)))
+    lambda values: NoiseSchedule(_distinct(sorted(values, reverse=True)))
 )
 
 
-def _apart(values):
+def _distinct(values):
     kept = values[:1]
     for value in values[1:]:
         if value < kept[-1] * (1 - 1e-5):

@@ -1,10 +1,12 @@
+"""Operators and observations: adjoints, gains, composition, JPEG, and shapes."""
+
 import math
 import sys
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scorematch.evaluation.exact import operator_matrix
@@ -122,7 +124,7 @@ def test_rows_and_to_read_no_values_from_the_device(operator):
 
 
 @pytest.mark.parametrize(("operator", "gain"), OF_ALL, ids=[repr(operator) for operator, _ in OF_ALL])
-def test_gains(operator, gain):
+def test_gains_of_operators(operator, gain):
     assert operator.gain == (None if gain is None else pytest.approx(gain, rel=1e-4))
 
 
@@ -303,6 +305,7 @@ def test_jpeg_without_pillow_says_what_to_install(monkeypatch):
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(0, 8), min_size=4, max_size=4))
+@settings(deadline=None)
 def test_uncrop_of_any_size(n, height, width, borders):
     left, right, top, bottom = borders
     operator = Uncrop(left=left, right=right, top=top, bottom=bottom)

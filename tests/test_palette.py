@@ -1,3 +1,5 @@
+"""The tasks of Palette: their conditions, regions and masks, and the scores that minimize its loss."""
+
 import math
 
 import pytest

@@ -94,7 +94,7 @@ def _rewrite(path, compression=zipfile.ZIP_STORED, edit=lambda name, data: data)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_it_reads_plain_values(protocol, tmp_path):
+def test_plain_values_are_read(protocol, tmp_path):
     shared = ["a"]
     values = {
         "texts": ["", "é" * 300, "\udc80"],

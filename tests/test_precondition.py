@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         return self.function(x, c_noise)
 
 
-def test_every_row_is_here():
+def test_every_row_of_the_table_is_tested():
     assert {row for row, _, _, _ in EXACT.values()} == ROWS.keys()
 
 
@@ -179,7 +179,7 @@ def test_a_new_network_is_the_score_of_a_gaussian_with_sigma_data(build, tmp_pat
         torch.testing.assert_close(each(x, 0.3), (0.5 - x) / (0.3**2 + 0.1**2))
 
 
-def test_options_travel_and_weigh(tmp_path):
+def test_options_of_a_row_are_stored_and_change_the_score_and_the_weighting(tmp_path):
     net = ScoreNet.unet(1, 8, widths=(4, 4), layers_per_block=1, schedule=VE)
     assert "precondition_options" not in net.config
     other = ScoreNet(net.backbone, VE, sample_shape=(1, 8, 8), precondition_options={"sigma_data": 0.2})

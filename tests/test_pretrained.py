@@ -362,8 +362,8 @@ def test_shipped_networks_are_loaded_by_name_and_match_their_cards():
 
 
 def test_cards_have_distinct_names_and_name_the_source_of_their_settings():
-    said = [name for card in cards.CARDS for name in (card.name, card.repository) if name is not None]
-    assert len(set(said)) == len(said)
+    names = [name for card in cards.CARDS for name in (card.name, card.repository) if name is not None]
+    assert len(set(names)) == len(names)
     assert all(card.settings_source and card.quality and card.license for card in cards.CARDS)
     assert all(card.name is None or "/" not in card.name for card in cards.CARDS)
     assert all(f"{card.parameters:,} parameters" in cards.table() for card in cards.CARDS)
@@ -425,9 +425,9 @@ def test_a_short_name_is_preferred_to_a_folder_with_a_warning(here):
     shutil.copytree("network", "mnist")
     with pytest.warns(
         UserWarning, match=r"'mnist' loads the network with this name, not the folder; write './mnist' for the folder"
-    ) as said:
+    ) as caught:
         net = ScoreNet.from_pretrained("mnist")
-    assert net.sample_shape == (1, 28, 28) and len(said) == 1 and said[0].filename == __file__
+    assert net.sample_shape == (1, 28, 28) and len(caught) == 1 and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ScoreNet.from_pretrained("./mnist").config["width"] == 4

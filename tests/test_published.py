@@ -471,20 +471,24 @@ def test_every_published_checkpoint_has_its_configuration():
         assert (checkpoint.config is None) == ("not for commercial use" in checkpoint.license)
 
 
+_LANGEVIN = {"predictor": "reverse-diffusion", "corrector_steps": 1}
+
+
 @pytest.mark.parametrize(
-    ("name", "settings", "levels"),
+    ("name", "settings"),
     [
-        ("ve/cifar10_ncsnpp_continuous", {"predictor": "reverse-diffusion", "corrector_steps": 1, "snr": 0.16}, 1000),
-        ("ve/church_ncsnpp_continuous", {"predictor": "reverse-diffusion", "corrector_steps": 1, "snr": 0.075}, 2000),
-        ("ve/ffhq_1024_ncsnpp_continuous", {"predictor": "reverse-diffusion", "corrector_steps": 1, "snr": 0.15}, 2000),
-        ("subvp/cifar10_ddpmpp_continuous", {"predictor": "reverse-diffusion", "corrector_steps": 0}, 1000),
+        ("ve/cifar10_ncsnpp_continuous", SamplerSettings("predictor-corrector", levels=1000, **_LANGEVIN, snr=0.16)),
+        ("ve/church_ncsnpp_continuous", SamplerSettings("predictor-corrector", levels=2000, **_LANGEVIN, snr=0.075)),
+        ("ve/ffhq_1024_ncsnpp_continuous", SamplerSettings("predictor-corrector", levels=2000, **_LANGEVIN, snr=0.15)),
+        (
+            "subvp/cifar10_ddpmpp_continuous",
+            SamplerSettings("predictor-corrector", levels=1000, predictor="reverse-diffusion", corrector_steps=0),
+        ),
+        ("vp/cifar10_ddpmpp", SamplerSettings("ancestral", levels=1000, variance="large")),
     ],
 )
-def test_published_settings(name, settings, levels):
-    found = score_sde._settings(score_sde._options(name))
-    assert found == SamplerSettings("predictor-corrector", levels=levels, **settings)
-    found = score_sde._settings(score_sde._options("vp/cifar10_ddpmpp"))
-    assert found == SamplerSettings("ancestral", levels=1000, variance="large")
+def test_the_sampler_settings_of_published_configurations_of_score_sde(name, settings):
+    assert score_sde._settings(score_sde._options(name)) == settings
 
 
 @pytest.mark.parametrize(
@@ -880,7 +884,7 @@ def test_names_outside_the_list_of_a_format_are_refused(tmp_path):
 # -- The command
 
 
-def test_command(tmp_path, capsys):
+def test_the_command_convert_reads_a_checkpoint_of_score_sde(tmp_path, capsys):
     _write_score_sde(SCORE_SDE["ddpmpp, VP"], tmp_path)
     checkpoint, config = str(tmp_path / "checkpoint_3.pth"), str(tmp_path / "config.json")
     assert main(["convert", checkpoint, str(tmp_path / "out"), "--config", config, "--raw"]) == 0

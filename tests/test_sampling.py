@@ -1,3 +1,5 @@
+"""Annealed Langevin dynamics: the published trajectories, the distribution of the samples, and arguments."""
+
 import math
 
 import numpy as np

@@ -176,7 +176,7 @@ def test_ncsnv2_gives_the_published_outputs(published):
         assert ((found - case["out"]).abs().amax((1, 2, 3)) <= 2e-5 * case["out"].abs().amax((1, 2, 3))).all()
 
 
-def test_published_defaults():
+def test_the_default_networks_have_the_published_levels_and_shapes():
     with torch.device("meta"):
         ncsn, ncsnv2 = ScoreNet.ncsn(), ScoreNet.ncsnv2()
     assert ncsn.schedule == NoiseSchedule.geometric(1, 0.01, 10)

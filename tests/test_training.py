@@ -418,7 +418,7 @@ def test_reconstruct_gives_averages_of_any_length_after_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("ema", [(0.2504, 0.2496), (0.0125,), (0.0004,)], ids=str)
-def test_lengths_with_many_digits(tmp_path, ema):
+def test_lengths_of_averages_with_many_digits(tmp_path, ema):
     """Files have the whole length in their names: averages are neither confused nor reconstructed for another length.
 
     The length 0.0004 is that of the last step alone.
@@ -1872,7 +1872,7 @@ def lambda_net(net, factor):
     return other
 
 
-def test_the_classes_as_text():
+def test_describe_classes():
     assert describe_classes(["cat"]) == "1 class: 0 cat" and describe_classes(["0", "1"]) == "2 classes"
     assert describe_classes(["cat", "cow", "dog"], 2) == "3 classes: 0 cat, 1 cow, ..."
 

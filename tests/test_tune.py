@@ -63,7 +63,7 @@ def test_the_best_settings_have_the_smallest_distance(net):
     assert net.sampler_settings is None
 
 
-def test_the_table(net):
+def test_the_table_of_a_result(net):
     result = run(net, held_out=REAL.flip(0))
     lines = result.to_markdown().splitlines()
     assert lines[0] == f"| sampler settings | calls | frechet, {result.source} | std | variation | seconds |"
@@ -273,7 +273,7 @@ def test_rows_of_another_function_of_the_same_name_are_not_used(net, tmp_path):
         run(net, features=scaled(2), out=tmp_path, settings=SETTINGS[:1])
 
 
-def test_the_default_table(net):
+def test_the_default_settings_that_are_measured(net):
     listed = settings_table(net, calls=100)
     samplers = [recommended_sampler(net, settings) for settings in listed]
     assert max(map(len, samplers)) <= 100 and len(set(listed)) == len(listed) > 10
