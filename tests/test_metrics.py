@@ -65,8 +65,8 @@ def test_moments_are_those_of_all_features_at_once(sizes):
     torch.testing.assert_close(moments.covariance, torch.cov(features.T), rtol=1e-9, atol=1e-9)
 
 
-def test_a_large_mean_costs_the_covariance_no_digits():
-    """Sums of squares would lose all of them. The mean, and thereby each deviation, is rounded to 1e-8."""
+def test_a_large_mean_does_not_make_the_covariance_less_exact():
+    """Sums of squares would lose all of them. The mean is rounded to 1e-8, and so is each deviation."""
     features = torch.arange(1000.0, dtype=torch.float64)[:, None] % 2 + 1e8
     moments = moments_of(*features.split(7))
     assert moments.covariance.item() == pytest.approx(0.25 * 1000 / 999, rel=1e-7)

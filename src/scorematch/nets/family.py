@@ -224,7 +224,7 @@ def place(weight: Tensor, smaller: Tensor, *, outputs: Tensor | None = None, inp
         weight: the weight or bias of the larger layer (outputs, inputs, ...) or (outputs,), which is changed.
         smaller: that of the smaller layer.
         outputs: the indices of the smaller layer's outputs in the larger one; None is the first ones.
-        inputs: the indices of its inputs, likewise.
+        inputs: the indices of the smaller layer's inputs in the larger one; None is the first ones.
     """
     rows = slice(len(smaller)) if outputs is None else outputs
     smaller = values = smaller.to(weight)

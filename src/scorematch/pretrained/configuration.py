@@ -5,7 +5,7 @@ The ``config.json`` that this package writes has the keys
 - ``format_version``: the version of this format;
 - ``family``, and the keys of that family, which say how to build the backbone;
 - ``precondition``, ``sample_shape``, ``value_range`` and ``predicts_variance``: the arguments of ``ScoreNet``;
-- ``precondition_options``, likewise, if there are any;
+- ``precondition_options``, another argument of ``ScoreNet``, if there are any;
 - ``sampler_settings``: the recommended SamplerSettings, or null;
 - ``schedule``: the noise levels, or ``"schedule.json"``, the name of the file in the same folder that holds them.
 """

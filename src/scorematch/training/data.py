@@ -193,7 +193,7 @@ def open_images(
         Rarely needed:
 
         image_key: the name of the images in a data set, a dict or an .npz file; None finds it by type or common names.
-        label_key: the name of the labels, likewise.
+        label_key: the name of the labels; None finds it in the same way.
         workers: the number of threads that decode images, at least 1; None is the number of processors.
         progress: whether to show a progress bar while images are decoded.
 
