@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from scorematch.evaluation import (
     Statistics,
     density_coverage,
     evaluate,
+    evaluate_restoration,
     figures,
     frechet_distance,
     frechet_extrapolation,
@@ -32,6 +35,7 @@ from scorematch.evaluation import (
     kernel_distance,
     pixels,
     precision_recall,
+    tune,
     values,
 )
 from scorematch.evaluation.evaluate import REFERENCES, is_network
@@ -678,6 +682,13 @@ def test_numbers_of_numpy_and_one_metric():
     numbers = {"n": np.int64(10), "seed": np.int64(0), "batch_size": np.int64(8)}
     result = run(images(20, 1), images(20), **numbers, metrics="precision-recall")
     assert result.sizes["samples"] == 10 and set(found(result)) == {"precision", "recall"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", 1e3), ("seed", [1])])
+def test_numbers_that_are_no_integers_are_named(name, value):
+    for call in (evaluate, partial(evaluate_restoration, task="colorization"), tune):
+        with pytest.raises(TypeError, match=rf"^{name} must be an integer, got {re.escape(repr(value))}\.$"):
+            call(torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), **{name: value})
 
 
 def test_one_image_is_not_enough():

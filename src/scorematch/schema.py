@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import reprlib
 import sys
 from collections.abc import Collection, Iterable, Mapping
@@ -178,6 +179,14 @@ def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool 
 
 
 # -- Arguments --------------------------------------------------------------------------------------------------------
+
+
+def check_integer(name: str, value: Any) -> int:
+    """An integer argument, of Python, NumPy or torch, as an int; TypeError if it is another value."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {quote(value)}.") from error
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ from scorematch.pretrained.diffusers import INDEX_FILE
 from scorematch.protocol import attribute, device_of
 from scorematch.randomness import seed_of, standard_normal
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
-from scorematch.schema import check_count
+from scorematch.schema import check_count, check_integer
 from scorematch.score import ScoreNet
 from scorematch.training.data import ImageData, open_images
 from scorematch.training.report import versions
@@ -277,7 +276,7 @@ def evaluate(
         >>> {name: str(found["images"]["mean"]) for name, found in result.figures.items()}
         {'samples': '0.4953 ± 0.0089', 'gaussian': '0.4830 ± 0.0077', 'reference': '0.4937 ± 0.0058'}
     """
-    n, seed = None if n is None else operator.index(n), operator.index(seed)  # of NumPy too
+    n, seed = None if n is None else check_integer("n", n), check_integer("seed", seed)
     batch_size = check_count("batch_size", batch_size)
     if held_out is not None and _are_same(held_out, reference):
         raise ValueError("held_out is the reference. Pass real images that are not in it.")

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -64,7 +63,7 @@ from scorematch.palette import TASKS, condition_of
 from scorematch.protocol import Score, attribute, device_of
 from scorematch.randomness import as_generator, standard_normal
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
-from scorematch.schema import check_count
+from scorematch.schema import check_count, check_integer
 from scorematch.training.data import ImageData, open_images
 from scorematch.training.report import versions
 from scorematch.training.sources import Crop
@@ -149,7 +148,7 @@ def evaluate_restoration(
             or a file in ``out`` that is not of an evaluation would be replaced.
         RuntimeError: if a restored image has NaN or infinite values.
     """
-    n, seed = None if n is None else operator.index(n), operator.index(seed)  # of NumPy too
+    n, seed = None if n is None else check_integer("n", n), check_integer("seed", seed)
     draws, batch_size, noise = check_count("draws", draws), check_count("batch_size", batch_size), float(noise)
     if not noise >= 0:
         raise ValueError(f"noise must be at least 0, got {noise!r}.")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import operator
 import os
 import re
 import time
@@ -48,7 +47,7 @@ from scorematch.protocol import device_of
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.restoration import Restore
 from scorematch.sampling.sampler import smallest_ratio
-from scorematch.schema import Field, check, check_count, native, plain, read_object
+from scorematch.schema import Field, check, check_count, check_integer, native, plain, read_object
 from scorematch.score import ScoreNet
 from scorematch.training.data import ImageData
 from scorematch.training.sources import Crop
@@ -231,7 +230,7 @@ def tune(
             or if ``out`` has another network, or a table that was measured with other settings.
         RuntimeError: if a sample has NaN or infinite values.
     """
-    n, seed, batch_size = operator.index(n), operator.index(seed), check_count("batch_size", batch_size)
+    n, seed, batch_size = check_integer("n", n), check_integer("seed", seed), check_count("batch_size", batch_size)
     condition, classes = native(condition), native(classes)
     listed_tasks: list[Task] = [tasks] if isinstance(tasks, Task) else list(tasks or ())
     named = [str(task) for task in listed_tasks]
