@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 import sys
 import types
 
@@ -735,9 +736,10 @@ def test_a_subfolder_that_cannot_be_read_raises(pictures, monkeypatch):
 
 
 def test_files_of_other_kinds_raise(tmp_path):
-    (tmp_path / "notes.txt").write_text("nothing to see")
-    with pytest.raises(ValueError, match=r"must be a folder of images or an \.npz file, got the file .*notes\.txt"):
-        _open(tmp_path / "notes.txt")
+    for name, hint in {"notes.txt": "$", "faces.zip": " Unpack it", "x.NPY": r" Write np\.savez"}.items():
+        (tmp_path / name).write_text("nothing to see")
+        with pytest.raises(ValueError, match=rf"an \.npz file, got the file .*{re.escape(name)}\.{hint}"):
+            _open(tmp_path / name)
     (tmp_path / "data.npz").write_bytes(b"nothing to see")
     with pytest.raises(ValueError, match=r"data\.npz cannot be read as an \.npz file"):
         _open(tmp_path / "data.npz")

@@ -102,7 +102,8 @@ def _run(args: argparse.Namespace) -> None:
         calls = sum(map(len, samplers))
         calls *= len(args.restore or [""])
         seconds = estimate(fast, args.n, condition) * calls / len(fast) / this_process()[1]
-        print(f"{len(settings)} settings with {calls:,} network calls, about {duration(seconds)}", flush=True)
+        number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"
+        print(f"{number} with {calls:,} network calls, about {duration(seconds)}", flush=True)
     result = tune(
         net,
         args.reference,

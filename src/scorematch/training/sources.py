@@ -34,6 +34,8 @@ _T = TypeVar("_T")
 CELEBA_SIDE = 140  # pixels; the aligned images have 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
 _CLASSES = 1_000_000  # the largest number of classes
 _IMAGE_KEYS = ("image", "images", "img", "x", "x_train", "arr_0")
+_HINTS = {".npy": ' Write np.savez("data.npz", images=array).'}  # what to write instead of files of other kinds
+_HINTS |= dict.fromkeys((".zip", ".tar", ".gz", ".tgz"), " Unpack it.")
 _LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
 
 
@@ -560,7 +562,8 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
         return _samples_in(path)
     if path.is_file():
         if path.suffix.lower() != ".npz":
-            raise ValueError(f"data must be a folder of images or an .npz file, got the file {path}.")
+            hint = _HINTS.get(path.suffix.lower(), "")
+            raise ValueError(f"data must be a folder of images or an .npz file, got the file {path}.{hint}")
         return read_arrays(path)
     file = path.suffix.lower() in (".npz", *ENDINGS)
     if file or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
