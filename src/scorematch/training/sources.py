@@ -34,9 +34,9 @@ _T = TypeVar("_T")
 CELEBA_SIDE = 140  # pixels; the aligned images have 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
 _CLASSES = 1_000_000  # the largest number of classes
 _IMAGE_KEYS = ("image", "images", "img", "x", "x_train", "arr_0")
+_LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
 _HINTS = {".npy": ' Write np.savez("data.npz", images=array).'}  # what to write instead of files of other kinds
 _HINTS |= dict.fromkeys((".zip", ".tar", ".gz", ".tgz"), " Unpack it.")
-_LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
 
 
 # -- From a picture to pixels -----------------------------------------------------------------------------------------
