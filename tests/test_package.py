@@ -127,6 +127,15 @@ def test_the_oldest_dependencies_are_the_same_everywhere(built):
         assert re.search(rf"(?:{name}|oldest').*=={re.escape(version)}(?:\.\*)?['\"]", workflow), (name, version)
 
 
+def test_the_hook_and_the_extra_dev_have_the_same_version_of_ruff():
+    """Another version has other rules."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    version = re.search(r"ruff-pre-commit\n +rev: v(\d+)\.(\d+)\.", hooks)
+    major, minor = map(int, version.groups())
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"ruff>={major}.{minor},<{major}.{minor + 1}"' in project
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["wheel", "sdist"])
 def test_an_installed_package_samples_offline(which, built, tmp_path):
