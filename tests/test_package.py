@@ -98,7 +98,8 @@ def test_the_sdist_has_the_files_that_tests_and_documentation_need(built):
     _, sdist = built
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    kept = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")
+    kept = ["pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"]
+    kept += [".pre-commit-config.yaml", ".github/workflows/tests.yml", "packaging/conda-forge/recipe.yaml"]
     assert {*kept, "docs/conf.py", "examples/toy.py", "src/scorematch/py.typed", "tests/conftest.py"} <= names
     assert sdist.stat().st_size < 60e6
 
