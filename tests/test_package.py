@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import scorematch
+from scorematch.pretrained.cards import CARDS
 from tests.helpers import python
 
 ROOT = Path(__file__).parents[1]
@@ -108,12 +109,27 @@ def test_the_sdist_has_the_files_that_tests_and_documentation_need(built):
 def test_the_metadata_has_one_version_and_classifiers_of_the_tested_pythons(built):
     metadata = _metadata(built[0])
     assert metadata["Name"] == "scorematch" and metadata["Version"] == scorematch.__version__
-    assert metadata["License-Expression"] == "MIT" and metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Requires-Python"] == ">=3.10"
     pythons = {value.rpartition(" ")[2] for value in metadata.get_all("Classifier") if "Python :: 3." in value}
     workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
     assert pythons == set(re.findall(r'"(3\.\d+)"', workflow)) == {f"3.{minor}" for minor in range(10, 15)}
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == scorematch.__version__
+
+
+def test_the_notice_names_the_weights_that_are_not_under_the_license_of_the_code():
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    named = re.findall(r"^ {4}src/scorematch/weights/(\S+)/model\.safetensors$", notice, re.MULTILINE)
+    assert named == sorted(card.name for card in CARDS if card.repository is None and card.license != "MIT")
+
+
+@pytest.mark.slow
+def test_the_metadata_has_the_licenses_of_code_and_weights(built):
+    metadata = _metadata(built[0])
+    recipe = (ROOT / "packaging" / "conda-forge" / "recipe.yaml").read_text(encoding="utf-8")
+    assert metadata["License-Expression"] == "MIT AND LicenseRef-CelebA"
+    assert f"  license: {metadata['License-Expression']}\n" in recipe
+    assert metadata.get_all("License-File") == ["LICENSE", "NOTICE"]
 
 
 @pytest.mark.slow
