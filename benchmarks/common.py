@@ -124,7 +124,7 @@ def report(name: str, args: argparse.Namespace, rows: Sequence[Row], *, bars: st
 
 
 def shown(value: str | float) -> str:
-    """The text of a table cell: numbers from 1000 as integers, smaller ones with three significant digits."""
+    """The text of a table cell: numbers from 999.5 as integers, smaller ones with three significant digits."""
     if isinstance(value, str):
         return value
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"  # 999.7 with three digits would be 1e+03

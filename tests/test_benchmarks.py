@@ -148,3 +148,8 @@ def test_all_benchmarks_write_their_tables(module, tmp_path, capfd, monkeypatch)
     monkeypatch.setitem(everything.BENCHMARKS, "overhead", everything.Benchmark("overhead", "--nonsense"))
     assert everything.main([*options, "--only", "overhead"]) == 1
     assert "failed: overhead" in capfd.readouterr().out and page.read_text() == before
+
+
+def test_numbers_in_tables_have_no_exponent_near_1000(module):
+    values = [0.0123456, 12.345, 999.4, 999.5, 999.7, 1000, 12345.6, "text"]
+    assert " ".join(map(module("common").shown, values)) == "0.0123 12.3 999 1,000 1,000 1,000 12,346 text"
