@@ -201,7 +201,7 @@ FEW = NoiseSchedule.geometric(10, 0.01, 3)
     ],
 )
 def test_samplers_run_on_the_meta_device(kind, name, monkeypatch):
-    monkeypatch.setattr(_FiniteCheck, "look", lambda self: None)
+    monkeypatch.setattr(_FiniteCheck, "check", lambda self: None)
     net = _on_meta(name)
     sampler = MANY[kind](net)
     sampler.schedule = FEW

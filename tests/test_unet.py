@@ -414,7 +414,7 @@ def test_folded_attention_computes_the_same(head_width, folds, rng):
 def test_gradient_reaches_every_parameter(rng):
     net = UNet(
         2,
-        1,
+        2,
         block_out_channels=(16, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
