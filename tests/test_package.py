@@ -102,7 +102,7 @@ def test_the_sdist_has_the_files_that_tests_and_documentation_need(built):
     kept = ["pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"]
     kept += [".pre-commit-config.yaml", ".github/workflows/tests.yml", "packaging/conda-forge/recipe.yaml"]
     assert {*kept, "docs/conf.py", "examples/toy.py", "src/scorematch/py.typed", "tests/conftest.py"} <= names
-    assert sdist.stat().st_size < 100e6  # the largest file that PyPI takes without asking
+    assert sdist.stat().st_size < 60e6
 
 
 @pytest.mark.slow
