@@ -741,6 +741,6 @@ def _described(value: Any) -> Any:
     elif kind.__repr__ is object.__repr__:
         options = getattr(value, "__dict__", {})
     if options is not None:
-        said = ", ".join(f"{name}={_described(entry)}" for name, entry in options.items())
-        return f"{kind.__name__}({said})"
+        arguments = ", ".join(f"{name}={_described(entry)}" for name, entry in options.items())
+        return f"{kind.__name__}({arguments})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
