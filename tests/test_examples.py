@@ -14,7 +14,7 @@ from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.evaluation import as_extractor
-from scorematch.images import save_image
+from scorematch.images import read_image, save_image
 from scorematch.sampling import SamplerSettings
 from tests.helpers import python
 
@@ -338,6 +338,17 @@ def test_restore_with_a_conditional_network(tmp_path, program):
     options = ("--model", tmp_path / "network", "--levels", 3, "-n", 1, "--out", tmp_path / "out")
     printed = program("restore", tmp_path / "a.png", *options, "--tasks", "inpaint", "jpeg")
     assert len(printed.splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_faces_writes_its_pictures(tmp_path, program):
+    program("faces", "--levels", 3, "-n", 1, "--out", tmp_path)
+    pictures = ("networks/celeba-small.png", "faces.png", "networks/palette-celeba.png")
+    samples, faces, palette = (read_image(tmp_path / picture, 3) for picture in pictures)
+    # Grids of 40 samples, of five rows and of four double rows, with two pixels between images and around them.
+    assert [tuple(picture.shape[1:]) for picture in (samples, faces, palette)] == [(266, 662), (332, 200), (266, 398)]
+    for column, sample in [(faces[..., 132:], 0), (palette[..., 132:], 0), (palette[..., 330:], 1)]:  # the originals
+        assert torch.equal(column[:, 2:66, 2:66], samples[:, 2:66, 66 * sample + 2 : 66 * sample + 66])
 
 
 @pytest.mark.slow
