@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from scorematch import ScoreNet
+from scorematch import ScoreNet, dsm_loss
+from scorematch.training import levels_for, weighting_for
 
 FOLDER = Path(__file__).parents[1] / "examples" / "integrations"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "disks")
@@ -68,6 +69,20 @@ def test_an_exact_score_from_numpy_gives_the_moments_of_the_data(example):
     assert np.abs((samples.mean(0) - mean) / deviation).max() < 4 * error + 0.01
     bound = 4 * error * np.sqrt(np.outer(deviation, deviation) ** 2 + covariance**2) + 0.02
     assert (np.abs(np.cov(samples.T) - covariance) < bound).all()
+
+
+def test_the_loss_before_the_training_is_the_stated_one(monkeypatch):
+    """The programs print it divided by D/2. It is not 1: the data are darker than those that "karras" assumes."""
+    monkeypatch.syspath_prepend(FOLDER)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = importlib.import_module("disks").disks(256)
+        net = ScoreNet.unet(channels=1, image_size=16, widths=(16, 32), layers_per_block=1)
+        sigma = levels_for(net, None).quantile((torch.arange(256, dtype=torch.float64) + 0.5) / 256).to(x)
+        loss = dsm_loss(net, x, sigma=sigma, weighting=weighting_for(net, None, p=2)).item() / (x[0].numel() / 2)
+    assert abs(loss - 2) < 0.1
+    for name in ("plain_loop", "accelerate_loop", "lightning_module"):
+        assert "2 before the training" in (FOLDER / f"{name}.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -3,8 +3,8 @@
     pip install accelerate
     accelerate launch examples/integrations/accelerate_loop.py
 
-It prints the mean loss of each epoch as a multiple of D/2, the loss of a network that returns zero, and writes the
-network with averaged weights into the folder ``accelerate``.
+It prints the mean loss of each epoch, divided by D/2 for images of D values, and writes the network with averaged
+weights into the folder ``accelerate``.
 """
 
 import torch
@@ -38,7 +38,7 @@ for _ in range(3):
         optimizer.zero_grad()
         averaged.update_parameters(net)
         losses.append(accelerator.gather(loss.detach()).mean().item() / (x[0].numel() / 2))
-    accelerator.print(f"loss {torch.tensor(losses[-32:]).mean():.3f}, 1 for a network that returns zero")
+    accelerator.print(f"loss {torch.tensor(losses[-32:]).mean():.3f}, 2 before the training")
 
 if accelerator.is_main_process:
     averaged.module.eval().save_pretrained("accelerate")

@@ -37,4 +37,4 @@ def to_tensors(rows: dict) -> dict:
 loader = DataLoader(dataset.with_transform(to_tensors), batch_size=64)
 with torch.no_grad():
     own = torch.stack([dsm_loss(net, batch["x"]) for batch in loader]).mean()
-print(f"loss of the trained network at the levels of its schedule {own:.1f}, {256 / 2:g} for one that returns zero")
+print(f"loss of the trained network at the levels of its schedule {own:.1f}, {256 / 2:g} for a score of zero")

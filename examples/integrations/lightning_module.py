@@ -27,7 +27,7 @@ class Training(lightning.LightningModule):
         self.levels, self.weighting = levels_for(net, None), weighting_for(net, None, p=2)
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
-        """Returns the loss of a batch, and logs it as a multiple of D/2, the loss of a network that returns zero."""
+        """Returns the loss of a batch, and logs it divided by D/2, for images of D values."""
         sigma = self.levels.quantile(torch.rand(len(x), dtype=torch.float64)).to(x)
         loss = dsm_loss(self.net, x, sigma=sigma, weighting=self.weighting)
         self.log("loss", loss / (x[0].numel() / 2), on_step=False, on_epoch=True, prog_bar=True)
@@ -49,5 +49,5 @@ trainer = lightning.Trainer(
     callbacks=[WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.97))],  # trains, and ends with the averaged weights
 )
 trainer.fit(training, loader)
-print(f"loss {trainer.callback_metrics['loss']:.3f}, 1 for a network that returns zero")
+print(f"loss {trainer.callback_metrics['loss']:.3f}, 2 before the training")
 training.net.eval().save_pretrained("lightning")

@@ -2,7 +2,7 @@
 
     python examples/integrations/plain_loop.py
 
-It prints the mean loss of each epoch as a multiple of D/2, the loss of a network that returns zero, and writes a
+It prints the mean loss of each epoch, divided by D/2 for images of D values (it is 2 before the training), and writes a
 picture of samples, disks.png, and the trained network into the folder ``disks``.
 """
 
@@ -35,7 +35,7 @@ for _ in range(6):
         optimizer.step()
         optimizer.zero_grad()
         averaged.update_parameters(net)
-        losses.append(loss.item() / (x[0].numel() / 2))  # 1 for a network that returns zero
+        losses.append(loss.item() / (x[0].numel() / 2))
     print(f"loss {torch.tensor(losses[-32:]).mean():.3f}")
 
 trained = averaged.module.eval()

@@ -5,9 +5,9 @@ score of the noisy data given the clean data. With :math:`\tilde x = x + \sigma 
 
 .. math:: \tfrac{1}{p} \sum_i \Bigl| s(\tilde x, \sigma)_i + \frac{z_i}{\sigma} \Bigr|^p \, \sigma^p .
 
-For p = 2 it is minimal at the score of the data convolved with noise of level sigma. A network whose output is zero
-has a mean loss of D/2, where D is the number of values in an image: 392 for MNIST, 1536 for CIFAR-10. The minimum is
-not zero, since the noise cannot be separated from the image exactly, least of all at low levels.
+For p = 2 it is minimal at the score of the data convolved with noise of level sigma. A score of zero has a mean loss of
+D/2, where D is the number of values in an image: 392 for MNIST, 1536 for CIFAR-10. The minimum is not zero, since the
+noise cannot be separated from the image exactly, least of all at low levels.
 
 Sliced score matching (Song et al. 2019) estimates the trace of the score's Jacobian along random directions. It does
 not need noisy data, but it needs second derivatives of the network.
@@ -135,7 +135,7 @@ def loss_and_norm(
     .. math:: L = \tfrac{1}{D} \lVert \sigma s + z \rVert^2, \qquad N = \tfrac{1}{D} \lVert \sigma s \rVert^2, \qquad
               s = s(x + \sigma z, \sigma)
 
-    A network that returns zero has a mean L of 1. :math:`\sigma^2 L` is the mean square error of the denoised image.
+    A score of zero has a mean L of 1. :math:`\sigma^2 L` is the mean square error of the denoised image.
     For the exact score, :math:`\sigma s = -\mathrm{E}[z | x + \sigma z]`, and therefore
     :math:`\mathrm{E} N = 1 - \mathrm{E} L` at every noise level. Where the two differ, the norm of the network's score
     is wrong.

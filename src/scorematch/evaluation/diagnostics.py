@@ -1,7 +1,7 @@
 r"""Diagnostics of a score by noise level: its error against a known score, its loss, and the calibration of its norm.
 
 **The error of a score.** If the exact score s* is known (see ``scorematch.evaluation.exact``), the denoising loss of a
-score s exceeds its minimum by the mean square of the error. If a loss of 1 is that of a network that returns zero,
+score s exceeds its minimum by the mean square of the error. In units in which a score of zero has a loss of 1,
 
 .. math:: E(\sigma) = \tfrac{1}{D} \mathrm{E} \lVert \sigma s - \sigma s^* \rVert^2 = L(\sigma) - L^*(\sigma),
 
@@ -64,7 +64,7 @@ class LevelLoss(NamedTuple):
 
     Attributes:
         sigma: the noise level.
-        loss: the denoising loss divided by D/2; 1 for a network that returns zero.
+        loss: the denoising loss divided by D/2; 1 for a score of zero.
         norm: the mean square of sigma times the score; 1 - loss for the exact score.
         calibration: loss + norm - 1, which is 0 for the exact score.
         denoised: the root mean square error of the denoised images, in the units of x.

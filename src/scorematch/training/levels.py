@@ -24,7 +24,8 @@ weighting       w                         meaning
 "backbone"      :math:`1 / |c_{out}|^p`   the error of the backbone's output, equally weighted at every level (EDM)
 ==============  ========================  ============================================================================
 
-With both, for p = 2, the loss of an untrained network is about D/2, where D is the number of values in an image.
+For p = 2, a score of zero has a mean loss of D/2 with "sigma", where D is the number of values in an image. With
+"backbone", a backbone that returns zero has this loss if its target has unit variance.
 
 References:
     Song & Ermon, 2019, arXiv:1907.05600, Eq. 6. Song et al., 2021, arXiv:2011.13456, App. C.

@@ -293,7 +293,7 @@ class LevelRow:
 
     Attributes:
         sigma: the noise level.
-        loss: the denoising score matching loss with weight sigma^2, divided by D/2; 1 for a network that returns zero.
+        loss: the denoising score matching loss with weight sigma^2, divided by D/2; 1 for a score of zero.
         norm: the mean squared norm of sigma times the score, divided by D; 1 - loss for the exact score.
     """
 
@@ -360,7 +360,7 @@ def write_report(
             "images",
             [
                 Curve("training", *_columns(lines, "images", "loss")),
-                Curve("a network that returns zero (D/2)", *_columns(compared, "images", "D/2")),
+                Curve("D/2, for D values per image", *_columns(compared, "images", "D/2")),
             ],
         ),
         "levels": chart(
