@@ -5,14 +5,14 @@ of the lowest level to the highest level, where the density is nearly normal. Wi
 
 .. math:: \log p(x) = \log \mathcal{N}(x_{max};\, m, \sigma_{max}^2 I)
           + D \log\frac{\sigma_{max}}{\sigma_{min}}
-          - \int_{\sigma_{min}}^{\sigma_{max}} \mathrm{tr}\, \frac{\partial D(x, \sigma)}{\partial x}\, d\log\sigma ,
+          - \int_{\sigma_{min}}^{\sigma_{max}} \mathrm{tr}\, \frac{\partial \hat x}{\partial x}\, d\log\sigma ,
 
-where D is the number of values in x, D(x, sigma) the denoised image :math:`x + \sigma^2 s`, and m the middle of the
+where D is the number of values in x, :math:`\hat x = x + \sigma^2 s` the denoised image, and m the middle of the
 network's value range. The path is computed with Heun's method in sigma, and the integral of the trace with the
 trapezoidal rule in log sigma; both are of second order in the step. The trace is either exact, from D derivatives,
 which is affordable for data of few dimensions, or estimated as
-:math:`\mathrm{E}\, v^\top (\partial D/\partial x)\, v` (Hutchinson), with one derivative for each random vector v of
-signs, 1 or -1. New vectors are drawn at each level.
+:math:`\mathrm{E}\, v^\top (\partial \hat x/\partial x)\, v` (Hutchinson), with one derivative for each random vector v
+of signs, 1 or -1. New vectors are drawn at each level.
 
 **What is measured.** The result is the density at sigma_min of the model, the distribution into which the flow
 transforms the normal distribution at sigma_max. Different networks can be compared by it. It is a density of data
@@ -25,7 +25,7 @@ nat per image, 0.0006 bits per dimension.
 each value, images have a density p, and
 
 .. math:: -\log_2 P(\mathrm{image}) \le -\mathrm{E}_u \log_2 p\bigl(x + (u - \tfrac12)/255\bigr) + D \log_2 255,
-          \qquad u \sim \mathcal{U}[0, 1]^D ,
+          \qquad u \sim \mathcal{U}[0, 1]^D .
 
 The right side divided by D is the number of bits per value that a lossless code of the images needs. The density
 includes noise of level sigma_min; therefore even a value that an exact score predicts with certainty takes

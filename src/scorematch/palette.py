@@ -11,8 +11,7 @@ task             condition                 random for each image                
 Colorization     luma, on three channels   nothing                                                everywhere
 Inpainting       x, noise in the hole      60 %: free-form strokes; 40 %: 1 to 5 boxes, 10 to     the hole
                                            40 % of the area in all
-Uncropping       x, noise in the hole      half of the area, at one side or around, equally       the hole
-                                           often
+Uncropping       x, noise in the hole      half of the area; 50 %: at one side; 50 %: all around  the hole
 JPEGRestoration  x through the codec       quality Q, 5 to 30, as exp(-Q / 10)                    everywhere
 MultiTask        that of one of its tasks  the task                                               that task's
 ===============  ========================  =====================================================  ================
