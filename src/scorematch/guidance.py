@@ -1,7 +1,7 @@
 r"""Guidance: a score that is computed from two scores, for any sampler.
 
-Let c be a class, and :math:`s(x, \sigma | c)` the score of its noisy images. Guidance moves samples to images that fit
-c better, at the cost of variety. At weight w = 1 there is no guidance (for a classifier, w = 1 is Bayes' rule); larger
+Let c be a class, and :math:`s(x, \sigma | c)` the score of its noisy images. Guidance makes samples fit c better, at
+the cost of diversity. At weight w = 1 there is no guidance (for a classifier, w = 1 is Bayes' rule); larger
 weights guide more strongly. The table omits the noise level.
 
 ================  ==========================================  =====================================
@@ -24,7 +24,7 @@ Each density is that of noisy images at one noise level. For weights other than 
 levels do not belong to one distribution of clean images, so the samples do not have the density in the table at
 sigma = 0.
 
-Guidance helps mainly at medium noise levels: at high levels it reduces the variety, and at low levels it has little
+Guidance helps mainly at medium noise levels: at high levels it reduces the diversity, and at low levels it has little
 effect. ``interval`` limits it to a range of levels (Kynkäänniemi et al., 2024).
 
 References:
