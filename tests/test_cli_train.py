@@ -321,7 +321,7 @@ def test_the_data_have_the_classes_of_the_network_to_begin_with(tmp_path, rng, n
         _pictures(tmp_path / "pets" / name, 2, rng)
     arguments = ["train", tmp_path / "pets", "--out", tmp_path / "run", "--start", tmp_path / "network", "--labels"]
     error = refused([*arguments, "--device", "cpu", "--quiet"], capsys)
-    assert error == f"scorematch: the data must have as many classes as {tmp_path / 'network'}, 2, got {n}.\n"
+    assert error == f"scorematch: the data must have 2 classes, as {tmp_path / 'network'} has, got {n}.\n"
 
 
 # -- Counts

@@ -380,10 +380,10 @@ def test_the_settings_on_a_card_replace_those_in_the_folder(folder, monkeypatch)
 @pytest.mark.parametrize(
     ("value_range", "shape", "units", "condition"),
     [
-        ((0, 1), (3, 8, 8), "images in [0, 1] with", "  # your images, in [0, 1]"),
-        ((-1, 1), (3, 8, 8), "images in [-1, 1] with", "  # your images, in [-1, 1]"),
-        (None, (3, 8, 8), "images with", "  # your images\n"),
-        (None, (8,), "data with", "  # your images\n"),
+        ((0, 1), (3, 8, 8), "images in [0, 1] with", "  # your conditioning images, in [0, 1]"),
+        ((-1, 1), (3, 8, 8), "images in [-1, 1] with", "  # your conditioning images, in [-1, 1]"),
+        (None, (3, 8, 8), "images with", "  # your conditioning images\n"),
+        (None, (8,), "data with", "  # your conditioning images\n"),
     ],
 )
 def test_a_model_card_states_the_range_of_the_data(value_range, shape, units, condition):

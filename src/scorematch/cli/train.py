@@ -243,7 +243,7 @@ def _network(
     else:
         known = None if start.conditioning is None else start.conditioning.classes
         if classes != known:
-            raise ValueError(f"the data must have as many classes as {args.start}, {known}, got {classes}.")
+            raise ValueError(f"the data must have {known} classes, as {args.start} has, got {classes}.")
         assert start.sample_shape is not None  # noqa: S101  (_open checks it)
         net = start
         net.sample_shape = (start.sample_shape[0], *data.shape[1:])  # its convolutions take other sizes, too

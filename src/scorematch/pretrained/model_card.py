@@ -87,7 +87,7 @@ def _code(repo_id: str, config: Mapping[str, Any], conditioning: Condition | Non
         imports = "import torch\n"
         size = ", ".join(map(str, ["..."] if shape is None else shape[1:]))
         arguments += f", condition=torch.rand(4, {conditioning.channels}, {size})"
-        note = f"  # your images, in {_range(config)}" if _range(config) else "  # your images"
+        note = "  # your conditioning images" + (f", in {_range(config)}" if _range(config) else "")
     if shape is None:
         arguments += ", shape=..."
         note = "  # the shape of one sample, without the batch axis"

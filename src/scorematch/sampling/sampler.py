@@ -666,7 +666,7 @@ def _count(
     }
     given = {name: count for name, count in counts.items() if count is not None}
     if len(set(given.values())) > 1:
-        listed = ", ".join(f"{name} has {count}" for name, count in given.items())
+        listed = ", ".join(f"{count} from {name}" for name, count in given.items())
         raise ValueError(f"the arguments disagree on the number of samples: {listed}.")
     n = next(iter(given.values()), 1)
     if not isinstance(n, Integral) or isinstance(n, bool):
