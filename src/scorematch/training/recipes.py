@@ -188,7 +188,7 @@ _ADAM = {"betas": (0.9, 0.999), "decay": "constant"}
 # et al.), the sum (Karras et al.) or half of the sum (VE of Song et al.).
 _HALF = 3 * 32 * 32 / 2  # D/2
 _DDPMPP = {"embedding": "positional", "resample_filter": (1, 1), "input_pyramid": "none"}
-_AVERAGE = "the decay of the average of the weights is smaller at first, as in the later code of Song et al."
+_AVERAGE = "EMA of the weights with a smaller decay at first, as in the later code of Song et al."
 
 
 def _ncsn(data: str, width: int, size: int, channels: int, *, flip: bool, crop: Crop = "center") -> Recipe:
