@@ -12,7 +12,7 @@ from scorematch.training.recipes import training_flop
 
 _COLUMNS = (
     *("recipe", "network", "parameters", "side, px", "batch", "learning rate", "averages", "images"),
-    *("GFLOP per image", "FLOP in all"),
+    *("GFLOP per image", "total FLOP"),
 )
 _NETWORKS = {"ncsn": "NCSN", "ncsnv2": "NCSNv2", "unet": "U-Net", "ncsnpp": "NCSN++"}
 
