@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.evaluation.exact import Mixture
@@ -148,6 +149,13 @@ def test_equality_hash_repr_copies_and_immutability(tmp_path):
     a.position(torch.tensor(0.3))  # stores a table in the object, which does not affect equality
     assert copy.deepcopy(a) == copy.copy(a) == a == pickle.loads(pickle.dumps(a))  # noqa: S301
     assert hash(copy.deepcopy(a)) == hash(a) == hash(NoiseSchedule([1.0, 0.5, 0.1]))
+
+
+def test_tensors_without_values_are_not_kept():
+    schedule = NoiseSchedule([1.0, 0.5, 0.1])
+    with FakeTensorMode():  # as in torch.export
+        schedule.position(torch.ones(2))
+    assert schedule.position(torch.tensor([0.5, 0.1])).tolist() == [1, 2]
 
 
 @given(schedules)

@@ -407,9 +407,12 @@ class NoiseSchedule:
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = (device, dtype)
-        if key not in self._tables:
-            self._tables[key] = self.sigmas.to(dtype).to(device)  # cast first: not every device has float64
-        return self._tables[key]
+        if key in self._tables:
+            return self._tables[key]
+        table = self.sigmas.to(dtype).to(device)  # cast first: not every device has float64
+        if type(table) is Tensor:  # torch.export computes with tensors without values
+            self._tables[key] = table
+        return table
 
     def __len__(self) -> int:
         return len(self._values)
