@@ -4,6 +4,7 @@ Tensors on the meta device have no values, and reading one raises an error. The 
 The tests check its requirements: all arguments of a kernel have one dtype, and the host rarely waits for a value.
 """
 
+import copy
 import functools
 import itertools
 import threading
@@ -128,6 +129,21 @@ class OneDevice(TorchDispatchMode):
             self.seen += 1
             assert arguments[0].device == arguments[2].device
         return function(*arguments, **(keywords or {}))
+
+
+@torch.no_grad()
+def test_a_network_on_the_cpu_does_not_depend_on_the_default_device(tmp_path):
+    x, sigma = torch.rand(2, 1, 8, 8), torch.tensor([0.3, 0.4])
+    net = ScoreNet.unet(1, 8, widths=(4,), precondition="ddpm", schedule=NoiseSchedule([1.0, 0.5, 0.1]))
+    expected = copy.deepcopy(net)(x, sigma)
+    with torch.device("meta"):
+        assert torch.equal(net(x, sigma), expected)
+        assert net.schedule.position(0.5) == 1
+        net.save_pretrained(tmp_path)
+        assert torch.equal(ScoreNet.from_pretrained(tmp_path)(x, sigma), expected)
+    net = ScoreNet.unet(1, 8, widths=(4,), classes=2)
+    with torch.device("meta"), pytest.raises(ValueError, match="got class 2"):
+        net(x, sigma, 2)
 
 
 def test_a_larger_network_on_an_accelerator_starts_with_weights_on_the_cpu():

@@ -185,6 +185,8 @@ def test_noise_levels_equal_those_of_diffusers(kind, tmp_path):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(again.schedule.sigmas, net.schedule.sigmas)
+    with torch.device("meta"):
+        assert torch.equal(ScoreNet.from_pretrained(tmp_path).schedule.sigmas, net.schedule.sigmas)
 
 
 def test_noise_levels_of_trained_betas(tmp_path):

@@ -365,7 +365,7 @@ class NoiseSchedule:
     @property
     def sigmas(self) -> Tensor:
         """The levels, (L,) float64 on the CPU, the highest first. Changing this copy does not change the schedule."""
-        return torch.tensor(self._values, dtype=torch.float64)
+        return torch.tensor(self._values, dtype=torch.float64, device="cpu")
 
     @property
     def sigma_max(self) -> float:
@@ -393,7 +393,7 @@ class NoiseSchedule:
             tensor(1., dtype=torch.float64)
         """
         if not isinstance(sigma, Tensor):
-            sigma = torch.tensor(sigma, dtype=torch.float64)
+            sigma = torch.tensor(sigma, dtype=torch.float64, device="cpu")
         dtype = torch.promote_types(sigma.dtype, torch.float32)
         sigma = sigma.to(dtype)
         table = self._table(sigma.device, dtype)

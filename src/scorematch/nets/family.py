@@ -95,7 +95,7 @@ def _check_condition(condition: Tensor | int | None, n: int, takes: Condition) -
         wanted = f"classes as its condition, int64 (N,) from 0 to {takes.classes - 1}{null}"
     if condition is None:
         raise ValueError(f"this network takes {wanted}: pass condition=.")
-    given = torch.tensor(condition) if isinstance(condition, int) else condition
+    given = torch.tensor(condition, device="cpu") if isinstance(condition, int) else condition
     fits = given.is_floating_point() if takes.classes is None else given.dtype in (torch.int64, torch.int32)
     if not fits:
         found = repr(condition) if isinstance(condition, int) else f"{given.dtype} of shape {tuple(given.shape)}"

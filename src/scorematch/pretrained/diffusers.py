@@ -261,7 +261,8 @@ def _ddpm(network: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) 
     prediction = scheduler.get("prediction_type", "epsilon" if scheduler.get("predict_epsilon", True) else "sample")
     # In float32, as in diffusers' schedulers: at the lowest levels 1 - alpha_bar has a relative error of 1e-5, and the
     # network was trained with that error.
-    alpha_bar = torch.cumprod(1 - _betas(scheduler), 0).double()
+    with torch.device("cpu"):  # whatever torch's default device is
+        alpha_bar = torch.cumprod(1 - _betas(scheduler), 0).double()
     try:
         schedule = NoiseSchedule(0.5 * (1 / alpha_bar - 1).sqrt().flip(0))
     except ValueError as error:
@@ -350,7 +351,7 @@ def pipeline(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     low, high = config["value_range"]
     squares = (2 / (high - low) * NoiseSchedule.from_dict(config["schedule"]).sigmas.flip(0)).square()
-    betas = torch.diff(squares, prepend=torch.zeros(1, dtype=squares.dtype)) / (1 + squares)
+    betas = torch.diff(squares, prepend=squares.new_zeros(1)) / (1 + squares)
     index = {
         "_class_name": "DDPMPipeline",
         "scheduler": ["diffusers", "DDPMScheduler"],

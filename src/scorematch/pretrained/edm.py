@@ -369,7 +369,7 @@ class _Reader:
         """The resampling filter; each module that resamples has a copy of it."""
         copies = [tensor for name, tensor in self.tensors.items() if name.endswith(".resample_filter")]
         for line in _FILTERS:
-            values = torch.tensor(line, dtype=torch.float64)
+            values = torch.tensor(line, dtype=torch.float64, device="cpu")
             kernel = (torch.outer(values, values) / values.sum() ** 2)[None, None]
             if all(copy.shape == kernel.shape and torch.allclose(copy.double(), kernel) for copy in copies):
                 return line

@@ -177,7 +177,7 @@ class ScheduleLevels:
 
     def quantile(self, u: Tensor) -> Tensor:
         """The noise levels at u, from the lowest of the schedule to the highest."""
-        ascending = self.schedule.sigmas.flip(0)
+        ascending = self.schedule.sigmas.flip(0).to(u.device)
         return ascending[(u * len(ascending)).long().clamp(max=len(ascending) - 1)]
 
 
