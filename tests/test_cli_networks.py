@@ -1,5 +1,6 @@
 """The commands info and push, and the protection of a network that is in the folder to write."""
 
+import json
 import os
 
 import huggingface_hub
@@ -10,6 +11,7 @@ from torch import nn
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import info, main
 from scorematch.sampling import SamplerSettings
+from scorematch.training.recipes import sampling_flop
 from tests.helpers import refused
 from tests.hub_server import Client, Hub, environment
 
@@ -105,6 +107,14 @@ def test_info_about_a_folder_needs_no_weights(net, folder, capsys):
         "noise levels": "12, sigma from 2 to 0.01",
         "sampler": "ODESampler(5 levels 2 -> 0.01, heun, 9 network calls)",
     }
+
+
+def test_info_about_a_network_whose_size_does_not_fit_it(folder, monkeypatch, capsys):
+    monkeypatch.setattr(info, "sampling_flop", sampling_flop)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sample_shape": [1, 8, 13]}))
+    assert main(["info", str(folder)]) == 0
+    assert _lines(capsys)["computation"].startswith("unknown: height and width must be multiples of ")
 
 
 def test_info_about_a_folder_takes_a_tilde(folder, monkeypatch, capsys):

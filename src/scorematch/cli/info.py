@@ -13,6 +13,7 @@ from scorematch.cli.options import Commands, add_model
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained import cards
 from scorematch.sampling import SamplerSettings, recommended_sampler
+from scorematch.schema import reason
 from scorematch.score import ScoreNet
 from scorematch.training.recipes import sampling_flop
 
@@ -92,7 +93,12 @@ def _license(source: Path, *, is_folder: bool, name: str) -> str:
 
 
 def _cost(net: ScoreNet) -> str | None:
-    return None if net.sample_shape is None else f"{sampling_flop(net) / 1e9:.3g} GFLOP per network call and image"
+    if net.sample_shape is None:
+        return None
+    try:
+        return f"{sampling_flop(net) / 1e9:.3g} GFLOP per network call and image"
+    except ValueError as error:  # the size in a configuration of diffusers does not fit the network
+        return f"unknown: {reason(error)}"
 
 
 def _images(config: dict[str, Any]) -> str:
