@@ -556,7 +556,7 @@ def test_a_configuration_in_any_notation(tmp_path):
     )
 
 
-@pytest.mark.parametrize("suffix", ["txt", "yml"])
+@pytest.mark.parametrize("suffix", ["txt", "yml", "json"])
 def test_a_configuration_in_the_home_folder_that_windows_wrote(suffix, tmp_path, monkeypatch):
     """The path begins with a tilde, and the file with a byte order mark."""
     for variable in ("HOME", "USERPROFILE"):

@@ -132,7 +132,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if len(content) > _LARGEST_FILE:
         raise ValueError(f"{path} has more than {_LARGEST_FILE:,} bytes, which is too large for a JSON file.")
     try:
-        value = json.loads(content.decode())
+        value = json.loads(content.decode("utf-8-sig"))  # with or without the byte order mark of Windows
         deep = _depth_exceeds(value, _DEEPEST)
     except RecursionError:
         value, deep = None, True
