@@ -671,6 +671,11 @@ def test_a_missing_scheduler_raises(ddpm):
         ({"_class_name": ["UNet2DModel"]}, {}, r"_class_name must be UNet2DModel or .*, got \['UNet2DModel'\]"),
         ({"time_embedding_type": "fourier"}, {}, r"scheduler_config\.json lacks sigma_max, sigma_min"),
         (
+            {"time_embedding_type": "fourier"},
+            {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80, "sigma_data": 0.5},
+            r"scheduler_config\.json: sigma_data 0\.5 is not supported",
+        ),
+        (
             {"sample_size": "8"},
             {},
             r"sample_size must be a list with exactly 2 entries, .*got '8'",
