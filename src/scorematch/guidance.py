@@ -55,6 +55,8 @@ from scorematch.protocol import (
     check_data,
     check_differentiable,
     check_score,
+    has_inference_copy,
+    inference_copy_of,
     per_image,
 )
 
@@ -220,16 +222,10 @@ class GuidedScore(NetworkScore, nn.Module):
         Raises:
             ValueError: for ``compile=True`` if it holds no network that can be compiled.
         """
-
-        def has_copy(part: object) -> bool:
-            return hasattr(type(part), "inference_copy")
-
-        def copied(part: Any) -> Any:
-            return part.inference_copy(compile=compile) if has_copy(part) else part
-
-        if compile and not (has_copy(self.net) or has_copy(self.other)):
+        if compile and not (has_inference_copy(self.net) or has_inference_copy(self.other)):
             raise ValueError("compile=True needs a ScoreNet. For any other score, pass torch.compile(net).")
-        return type(self)(copied(self.net), copied(self.other), self.weight, self.interval)
+        net, other = (inference_copy_of(part, compile=compile) for part in (self.net, self.other))
+        return type(self)(net, other, self.weight, self.interval)
 
     def definition(self) -> list[Any]:
         """Its scores, the weight and the interval."""
@@ -381,7 +377,7 @@ def _call(
     score: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | None, *, variance: bool = False
 ) -> tuple[Tensor, ...]:
     """The score of x, and the variance if ``variance`` is True. A plain callable gets a tensor as its noise level."""
-    if not hasattr(type(score), "inference_copy"):
+    if not has_inference_copy(score):
         sigma = as_sigma(sigma, x)
     arguments = (x, sigma) if condition is None else (x, sigma, condition)
     outputs = attribute(score, "score_and_variance")(*arguments) if variance else (score(*arguments),)

@@ -59,6 +59,16 @@ def device_of(score: object, otherwise: torch.device | str = "cpu") -> torch.dev
     return device if isinstance(device, torch.device) else torch.device(otherwise)
 
 
+def has_inference_copy(score: object) -> bool:
+    """Whether a score has the method ``inference_copy``, as the networks of this package and guided scores do."""
+    return hasattr(type(score), "inference_copy")
+
+
+def inference_copy_of(score: Any, *, compile: bool = False) -> Any:  # noqa: A002  (torch's word)
+    """The inference copy of a score, or the score itself if it has none."""
+    return score.inference_copy(compile=compile) if has_inference_copy(score) else score
+
+
 # -- Checks -----------------------------------------------------------------------------------------------------------
 
 

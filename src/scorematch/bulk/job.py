@@ -12,7 +12,7 @@ from scorematch import __version__
 from scorematch.bulk.batches import Batch, Share, checked_share, ranges
 from scorematch.bulk.classes import Classes, image_classes, number_of_classes
 from scorematch.bulk.hashing import sampler_settings
-from scorematch.protocol import attribute
+from scorematch.protocol import attribute, inference_copy_of
 from scorematch.randomness import seed_of
 from scorematch.sampling import Sampler
 from scorematch.schema import check_count, native
@@ -150,6 +150,6 @@ class Job:
 def prepared(sampler: Sampler) -> Sampler:
     """A copy of a sampler whose network is prepared for inference once, for many calls of ``sample``."""
     made = copy.copy(sampler)
-    if made.precision == "auto" and hasattr(type(made.net), "inference_copy"):
-        made.net = made.net.inference_copy(compile=made.compile)  # type: ignore[attr-defined]
+    if made.precision == "auto":
+        made.net = inference_copy_of(made.net, compile=made.compile)
     return made

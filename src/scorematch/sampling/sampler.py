@@ -42,6 +42,8 @@ from scorematch.protocol import (
     check_score,
     device_of,
     evaluating,
+    has_inference_copy,
+    inference_copy_of,
     middle_of,
     schedule_of,
     without_history,
@@ -152,7 +154,7 @@ class Sampler(ABC):
         check_choice("restore", restore, get_args(Restore))
         if precision not in get_args(Precision):
             raise ValueError(f'precision must be "auto" or "float32", got {precision!r}.')
-        if compile and (precision == "float32" or not hasattr(type(net), "inference_copy")):
+        if compile and (precision == "float32" or not has_inference_copy(net)):
             raise ValueError(
                 'compile=True needs a ScoreNet and precision="auto". For any other score, pass torch.compile(net).'
             )
@@ -357,9 +359,7 @@ class Sampler(ABC):
 
     def _inference_net(self) -> Score:
         """The network, or with precision "auto" its inference copy if it has one, made for one run and not kept."""
-        if self.precision == "float32" or not hasattr(type(self.net), "inference_copy"):
-            return self.net
-        return self.net.inference_copy(compile=self.compile)  # type: ignore[attr-defined]
+        return self.net if self.precision == "float32" else inference_copy_of(self.net, compile=self.compile)
 
     def _result(self, x: Tensor, restoration: Restoration) -> Tensor:
         x = restoration.finish(x)
@@ -517,7 +517,7 @@ class Chain:
 
     def __init__(self, net: Score, run: _Run, noise: Callable[[Tensor], Tensor], count: Callable[[], object]) -> None:
         self._net, self._run, self._noise, self._count = net, run, noise, count
-        self._takes_floats = hasattr(type(net), "inference_copy")  # a network of this package
+        self._takes_floats = has_inference_copy(net)
         self._sigmas: dict[float, Tensor] = {}
         self._z: Tensor | None = None  # the noise of the last replacement, which ``denoised`` uses once
 
