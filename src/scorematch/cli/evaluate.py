@@ -29,7 +29,8 @@ from scorematch.cli.options import (
 )
 from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
-from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration, takes_image
+from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
+from scorematch.nets.family import takes_image
 from scorematch.protocol import device_of
 from scorematch.sampling.restoration import Restore
 

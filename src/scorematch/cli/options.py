@@ -18,9 +18,9 @@ from torch import Tensor
 from scorematch import pretrained
 from scorematch.bulk.classes import Classes, Rule
 from scorematch.evaluation import EXTRACTORS, as_extractor
-from scorematch.evaluation.restoration import takes_image
 from scorematch.guidance import GuidedScore, classifier_free
 from scorematch.images import is_picture
+from scorematch.nets.family import takes_image
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.protocol import Score, attribute, device_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler

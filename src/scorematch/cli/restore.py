@@ -28,8 +28,8 @@ from scorematch.cli.options import (
     load,
     make_sampler,
 )
-from scorematch.evaluation.restoration import takes_image
 from scorematch.images import check_picture, grid, list_pictures, read_image, read_mask, save_image
+from scorematch.nets.family import takes_image
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from scorematch.palette import condition_of
 from scorematch.randomness import seed_of

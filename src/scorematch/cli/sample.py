@@ -37,6 +37,7 @@ from scorematch.cli.options import (
     make_sampler,
 )
 from scorematch.images import check_picture, grid, save_animation, save_grid, save_image, to_uint8
+from scorematch.nets.family import takes_image
 from scorematch.protocol import middle_of
 from scorematch.sampling import Sampler
 
@@ -117,7 +118,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.out is not None and args.overwrite:
         raise ValueError("--overwrite is for a picture, and --out continues in its folder. Leave it out.")
     net = guide(args, load(args))
-    if net.conditioning is not None and net.conditioning.channels:
+    if takes_image(net):
         raise ValueError(
             f"{args.model} restores images: it takes an image as its condition. Write {args.program} restore."
         )

@@ -21,8 +21,8 @@ from scorematch.cli.options import (
     load,
     reference_options,
 )
-from scorematch.evaluation.restoration import takes_image
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
+from scorematch.nets.family import takes_image
 from scorematch.protocol import device_of
 from scorematch.sampling import recommended_sampler
 from scorematch.sampling.restoration import Restore

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scorematch.images import DAMAGED, gray_or_rgb, open_picture, to_float
+from scorematch.nets.family import takes_image
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import condition_of
 from scorematch.protocol import device_of
@@ -89,7 +90,7 @@ class Restorer:
         channels, height, width = net.sample_shape
         self.shape = (channels, height, width)
         takes = net.conditioning
-        self.draws = takes is None or not takes.channels
+        self.draws = not takes_image(net)
         self.classes = None if takes is None else takes.classes
         self.needs_class = takes is not None and takes.classes is not None and not takes.null_class
         settings = net.sampler_settings

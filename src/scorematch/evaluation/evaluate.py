@@ -52,10 +52,11 @@ from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, 
 from scorematch.evaluation.per_image import choose
 from scorematch.files import check_outside, check_own, delete_unfinished, write_whole
 from scorematch.images import ENDINGS, check_picture, is_picture, save_grid, to_float, to_uint8
+from scorematch.nets.family import takes_image
 from scorematch.pretrained import cards
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.diffusers import INDEX_FILE
-from scorematch.protocol import attribute, device_of
+from scorematch.protocol import device_of
 from scorematch.randomness import seed_of, standard_normal
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
 from scorematch.schema import check_count, check_integer
@@ -434,8 +435,7 @@ def sampler_for(what: Any, sampler: SamplerChoice, device: torch.device | str | 
 def _of_sampler(
     name: str, sampler: Sampler, n: int, options: dict[str, Any], out: Path | None, progress: bool
 ) -> _Subject:
-    takes = attribute(sampler.net, "conditioning")
-    if takes is not None and takes.channels:
+    if takes_image(sampler.net):
         raise ValueError(f"{name} restores images: it takes an image as its condition. Use evaluate_restoration.")
     job = Job(sampler, **options)
     shape = _checked_shape(job.shape, name)

@@ -58,6 +58,7 @@ from scorematch.evaluation.figures import Collection, Evaluator, Figure, Figures
 from scorematch.evaluation.per_image import ImageBatch, choose, values_per_image
 from scorematch.files import check_outside, delete_unfinished
 from scorematch.images import check_picture, is_picture, save_grid
+from scorematch.nets.family import takes_image
 from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
 from scorematch.palette import TASKS, condition_of
 from scorematch.protocol import Score, attribute, device_of
@@ -207,12 +208,6 @@ def evaluate_restoration(
             save_grid(torch.cat(run.shown), folder / "restored.png", columns=draws + 2)
             delete_unfinished(folder)
     return result
-
-
-def takes_image(net: Score) -> bool:
-    """Whether the condition of a network is the degraded image, as for Palette's networks."""
-    takes = attribute(net, "conditioning")
-    return takes is not None and takes.channels > 0
 
 
 def _recommended(net: Score) -> Sampler:

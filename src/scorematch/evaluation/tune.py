@@ -38,8 +38,9 @@ from scorematch.evaluation.evaluate import find_data, hash_of, open_for, read_ba
 from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figure, Figures, as_dicts
 from scorematch.evaluation.per_image import choose
-from scorematch.evaluation.restoration import RESTORATION, RESTORED, evaluate_restoration, takes_image
+from scorematch.evaluation.restoration import RESTORATION, RESTORED, evaluate_restoration
 from scorematch.files import check_own, delete_unfinished, write_whole
+from scorematch.nets.family import takes_image
 from scorematch.observe import Operator
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from scorematch.protocol import first_where
+from scorematch.protocol import attribute, first_where
 from scorematch.schema import Field
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -34,6 +34,12 @@ class Condition(NamedTuple):
     channels: int = 0
     classes: int | None = None
     null_class: bool = False
+
+
+def takes_image(net: object) -> bool:
+    """Whether the condition of a network is an image, such as the degraded image for Palette's networks."""
+    takes = attribute(net, "conditioning")
+    return takes is not None and takes.channels > 0
 
 
 def as_class(condition: Any) -> Any:
