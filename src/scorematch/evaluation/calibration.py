@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from scorematch.charts import Curve, chart, table
 from scorematch.evaluation.exact import Mixture
-from scorematch.evaluation.figures import Figure, mean_figure
+from scorematch.evaluation.figures import Figure, mean_figure, root_figure
 from scorematch.observe import Observation, Operator
 from scorematch.randomness import seed_of
 from scorematch.sampling import AnnealedLangevinSampler, Sampler
@@ -195,10 +195,8 @@ class _Check:
         shifts = (values.mean(1) - self._mean) / self._variance.sqrt()
         ratios = values.var(1) / self._variance
         square = float((shifts.square() - ratios / self._draws).mean())
-        ratio = mean_figure(ratios.mean(1))
-        spread = math.sqrt(ratio.value)
-        error = ratio.error / (2 * spread) if ratio.error is not None and spread else None
-        return Calibration(name, sampler, self._draws, ranks, Figure(spread, error), math.sqrt(max(0.0, square)))
+        spread = root_figure(mean_figure(ratios.mean(1)))
+        return Calibration(name, sampler, self._draws, ranks, spread, math.sqrt(max(0.0, square)))
 
 
 # -- Reports ----------------------------------------------------------------------------------------------------------

@@ -281,10 +281,10 @@ def _pixel_statistics(images: Tensor) -> Tensor:
 def _pixel_figures(statistics: Tensor) -> dict[str, Figure]:
     """The figures of images, from the statistics of each image."""
     mean, square, *others = statistics.unbind(1)
-    std = float((square.mean() - mean.mean() ** 2).clamp(min=0).sqrt())
+    variance = float((square.mean() - mean.mean() ** 2).clamp(min=0))
     # To first order, an image changes the variance of all pixels by its mean square deviation.
     error = mean_figure(square - 2 * mean.mean() * mean).error
-    result = {"mean": mean_figure(mean), "std": Figure(std, error / (2 * std) if error is not None and std else None)}
+    result = {"mean": mean_figure(mean), "std": root_figure(Figure(variance, error))}
     return result | dict(zip(("variation", "saturation"), map(mean_figure, others), strict=False))
 
 
@@ -303,6 +303,12 @@ def mean_figure(values: Tensor) -> Figure:
     """The mean of values (N,) and its standard error, which is None for a single value."""
     values = values.double().cpu()
     return Figure(float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else None)
+
+
+def root_figure(figure: Figure) -> Figure:
+    """The square root of a figure, with its error by the delta method; the root 0 has no error."""
+    root = math.sqrt(figure.value)
+    return Figure(root, None if figure.error is None or root == 0 else figure.error / (2 * root))
 
 
 # -- Against one reference --------------------------------------------------------------------------------------------

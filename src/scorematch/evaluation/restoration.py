@@ -37,7 +37,6 @@ References:
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +53,7 @@ from scorematch.bulk.job import prepared
 from scorematch.evaluation.accumulate import process_group
 from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, check_results, find_data, sampler_for
 from scorematch.evaluation.features import Extracted
-from scorematch.evaluation.figures import Collection, Evaluator, Figure, Figures, OneOrMore, mean_figure
+from scorematch.evaluation.figures import Collection, Evaluator, Figures, OneOrMore, mean_figure, root_figure
 from scorematch.evaluation.per_image import ImageBatch, choose, values_per_image
 from scorematch.files import check_outside, delete_unfinished
 from scorematch.images import check_picture, is_picture, save_grid
@@ -371,7 +370,7 @@ class _Restoring:
         result: dict[str, Figures] = {column: {RESTORATION: {}, **figures} for column, figures in found.items()}
         for (column, source, name), each in zip(self._names, values.unbind(1), strict=True):
             figure = mean_figure(each)
-            result[column][source][name] = _root(figure) if name in _ROOTS else figure
+            result[column][source][name] = root_figure(figure) if name in _ROOTS else figure
         del result[ORIGINAL][RESTORATION]
         return result
 
@@ -438,9 +437,3 @@ def _mean_square(values: Tensor) -> Tensor:
 
 def _psnr(mean_square: Tensor) -> Tensor:
     return -10 * mean_square.clamp(min=_LEAST_ERROR).log10()
-
-
-def _root(figure: Figure) -> Figure:
-    """The root of a mean square, with its error by the delta method."""
-    root = math.sqrt(figure.value)
-    return Figure(root, None if figure.error is None or root == 0 else figure.error / (2 * root))
