@@ -137,9 +137,7 @@ class PredictorCorrectorSampler(Sampler):
 
     def _correct(self, x: Tensor, chain: Chain, sigma: float) -> Tensor:
         """The state after one Langevin step at a level."""
-        z = chain.noise(x)
-        x = chain.observe(x, sigma, z)
-        score = chain.score(x, sigma)
+        x, score, z = chain(x, sigma)
         if self.published:
             noise_norm, score_norm = (values.reshape(len(x), -1).norm(dim=1).mean() for values in (z, score))
             epsilon = 2 * (self.snr * noise_norm / score_norm) ** 2
