@@ -388,14 +388,8 @@ class Sampler(ABC):
                 f"condition must be a tensor (n, ...) or an int, got {type(condition).__name__}. Write "
                 "torch.as_tensor(condition)."
             )
-        if init is not None and not isinstance(init, Tensor):
-            raise TypeError(f"init must be a tensor (n, ...), got {type(init).__name__}. Write torch.as_tensor(init).")
-        if init is not None and not init.is_floating_point():
-            raise TypeError(f"init must be floating point, got {init.dtype}. Write init.float().")
-        if init is not None and init.ndim < 2:
-            raise ValueError(f"init must be a batch (n, ...), got shape {tuple(init.shape)}.")
-        if init is not None and not bool(torch.isfinite(init).all()):
-            raise ValueError("init must be finite, got NaN or infinite values.")
+        if init is not None:
+            _check_init(init)
         generators = as_generator(generator)
         n = _count(n, init, condition, observation, generators)
         if batch_size is not None:
@@ -647,6 +641,17 @@ class _FiniteCheck:
                 f"the state has NaN or infinite values from level {level} of {len(self.schedule)} on, sigma "
                 f"{sigma:.4g}, {step}: the score is wrong there, or the step is too large for it."
             )
+
+
+def _check_init(init: Tensor) -> None:
+    if not isinstance(init, Tensor):
+        raise TypeError(f"init must be a tensor (n, ...), got {type(init).__name__}. Write torch.as_tensor(init).")
+    if not init.is_floating_point():
+        raise TypeError(f"init must be floating point, got {init.dtype}. Write init.float().")
+    if init.ndim < 2:
+        raise ValueError(f"init must be a batch (n, ...), got shape {tuple(init.shape)}.")
+    if not bool(torch.isfinite(init).all()):
+        raise ValueError("init must be finite, got NaN or infinite values.")
 
 
 def _count(
