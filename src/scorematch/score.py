@@ -421,32 +421,28 @@ class ScoreNet(NetworkScore, nn.Module):
         architecture: Mapping[str, Any],
         schedule: NoiseSchedule,
         precondition: str,
-        sample_shape: tuple[int, ...] | None,
-        value_range: Range | None = (0, 1),
-        predicts_variance: bool = False,
+        sample_shape: tuple[int, ...],
+        *,
         precondition_options: Mapping[str, float] | None = None,
-        backbone: nn.Module | None = None,
     ) -> ScoreNet:
-        if backbone is None:
-            check_schedule(schedule)
-            architecture = {key: native(value) for key, value in architecture.items()}
-            family = FAMILIES[architecture["family"]]
-            values = {key: value for key, value in architecture.items() if key != "family"}
-            for key, value in values.items():
-                if not family.keys[key].fits(value):
-                    name, wanted = _ARGUMENTS.get(key, key), str(family.keys[key]).replace(" or null", " or None")
-                    raise ValueError(f"ScoreNet.{family.name}: {name} must be {wanted}, got {value!r}.")
-            backbone = family.build(values, levels=len(schedule), precondition=precondition)
+        """Builds a network of images in [0, 1] with new weights."""
+        check_schedule(schedule)
+        architecture = {key: native(value) for key, value in architecture.items()}
+        family = FAMILIES[architecture["family"]]
+        values = {key: value for key, value in architecture.items() if key != "family"}
+        for key, value in values.items():
+            if not family.keys[key].fits(value):
+                name, wanted = _ARGUMENTS.get(key, key), str(family.keys[key]).replace(" or null", " or None")
+                raise ValueError(f"ScoreNet.{family.name}: {name} must be {wanted}, got {value!r}.")
         net = cls(
-            backbone,
+            family.build(values, levels=len(schedule), precondition=precondition),
             schedule,
             precondition=precondition,
             sample_shape=sample_shape,
-            value_range=value_range,
-            predicts_variance=predicts_variance,
+            value_range=(0, 1),
             precondition_options=precondition_options,
         )
-        net._architecture = dict(architecture)
+        net._architecture = architecture
         return net
 
     # -- The score ----------------------------------------------------------------------------------------------------
@@ -639,16 +635,16 @@ class ScoreNet(NetworkScore, nn.Module):
             ValueError: if the weights do not fit the configuration, or ``backbone`` is missing or not needed.
         """
         config = stored.config
-        net = cls._build(
-            pretrained.architecture(config),
-            NoiseSchedule.from_dict(config["schedule"]),
-            config["precondition"],
-            None if config["sample_shape"] is None else tuple(config["sample_shape"]),
-            None if config["value_range"] is None else tuple(config["value_range"]),
-            config["predicts_variance"],
-            config.get("precondition_options"),
+        net = cls(
             pretrained.build(stored, backbone),
+            NoiseSchedule.from_dict(config["schedule"]),
+            precondition=config["precondition"],
+            sample_shape=config["sample_shape"],
+            value_range=config["value_range"],
+            predicts_variance=config["predicts_variance"],
+            precondition_options=config.get("precondition_options"),
         )
+        net._architecture = pretrained.architecture(config)
         settings = config["sampler_settings"]
         net.sampler_settings = None if settings is None else SamplerSettings.from_dict(settings)
         return net.float().eval()
