@@ -134,8 +134,8 @@ class AnnealedLangevinSampler(Sampler):
                 f"steps_per_level and exact_noise, got {steps_per_level!r} and {exact_noise!r}."
             )
         if consistent is None:
-            kind = settings.consistent or False if settings is not None else own is not None and len(own) > 1
-            consistent = kind and steps_per_level in (None, 1) and exact_noise is None
+            consistent = own is not None and len(own) > 1 if settings is None else settings.consistent
+            consistent = consistent and steps_per_level in (None, 1) and exact_noise is None
         self.consistent = bool(consistent)
         self._settings = settings
         super().__init__(net, schedule, **options)
