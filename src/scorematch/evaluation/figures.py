@@ -193,13 +193,6 @@ def _lacks_images(n: int, seen: Extracted, reference: Statistics) -> str | None:
     return None if n >= needed else f"needs at least 2 (D + 1) = {needed:,} images, and there are {n:,}"
 
 
-def _lacks_subsets(n: int, seen: Extracted, reference: Statistics) -> str | None:
-    if reference.features is None:
-        return _NO_FEATURES
-    least = min(n, len(reference.features))
-    return None if least >= _SUBSET_SIZE else f"needs {_SUBSET_SIZE:,} images in each set, and there are {least:,}"
-
-
 def _lacks_logits(n: int, seen: Extracted, reference: Statistics) -> str | None:
     return None if seen.logits is not None else "needs an extractor with logits of classes"
 
@@ -211,17 +204,21 @@ def _lacks_images_per_class(n: int, seen: Extracted, reference: Statistics) -> s
     return None if n >= needed else f"needs {_SPLITS} images per class, {needed:,}, and there are {n:,}"
 
 
-def _lacks_neighbors(k: int) -> Callable[[int, Extracted, Statistics], str | None]:
+def _lacks_in_a_set(needed: int, words: str) -> Callable[[int, Extracted, Statistics], str | None]:
+    """For a metric that needs the features of so many images in each set, which are ``words`` in the reason."""
+
     def lacks(n: int, seen: Extracted, reference: Statistics) -> str | None:
         if reference.features is None:
-            return _NO_FEATURES
+            return "needs the features of the reference, and the file of statistics has none"
         least = min(n, len(reference.features))
-        return None if least > k else f"needs more than {k} images in each set, and there are {least:,}"
+        return None if least >= needed else f"needs {words} images in each set, and there are {least:,}"
 
     return lacks
 
 
-_NO_FEATURES = "needs the features of the reference, and the file of statistics has none"
+def _lacks_neighbors(k: int) -> Callable[[int, Extracted, Statistics], str | None]:
+    return _lacks_in_a_set(k + 1, f"more than {k}")
+
 
 MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
@@ -230,7 +227,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         "kernel": Measure(
             _kernel,
             {"kernel": f"standard deviation over {_SUBSETS} subsets of {_SUBSET_SIZE:,} images"},
-            _lacks_subsets,
+            _lacks_in_a_set(_SUBSET_SIZE, f"{_SUBSET_SIZE:,}"),
             {"subsets": _SUBSETS, "subset_size": _SUBSET_SIZE},
             needs_features=True,
         ),
