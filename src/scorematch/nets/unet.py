@@ -182,10 +182,10 @@ class _DownBlock(nn.Module):
         super().__init__()
         style = layout.style
         scale = SQRT2 if kind.skip else 1.0
+        groups_of = quarter_groups if kind.skip else layout.groups_of
         self.resnets = nn.ModuleList()
         for i in range(layers):
             width = inputs if i == 0 else outputs
-            groups_of = quarter_groups if kind.skip else layout.groups_of
             self.resnets.append(
                 ResidualBlock(
                     width, outputs, style, groups=groups_of(width), groups_out=groups_of(outputs), scale=scale
