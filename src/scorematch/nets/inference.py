@@ -25,12 +25,13 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from scorematch.nets import Family
+from scorematch.nets.blocks import Attention
 from scorematch.nets.family import as_condition, structure
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import native_dtype, without_autocast
@@ -107,7 +108,7 @@ class InferenceScore(NetworkScore):
         self._level: tuple[float, torch.dtype] | None = None  # the noise level that the copy is set to
         self._coefficients: Coefficients
 
-    def __call__(self, x: Tensor, sigma: float | Tensor, condition: Any = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
         """The score of x (N, ...) at a noise level sigma: a float, () or (N,).
 
         Arguments, result and errors are those of the ScoreNet. sigma as a float or as a tensor on the CPU is fastest:
@@ -117,7 +118,7 @@ class InferenceScore(NetworkScore):
         return self._outputs(x, sigma, condition)[0]
 
     def _outputs(
-        self, x: Tensor, sigma: float | Tensor, condition: Any, *, variance: bool = False
+        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
     ) -> tuple[Tensor, ...]:
         check_data(x)
         condition = as_condition(condition, x, self.conditioning)
@@ -201,8 +202,8 @@ def copy_for_inference(
     channels_last = device.type == "cpu" or (device.type == "cuda" and family.channels_last_on_cuda)
     made = _clone(backbone, channels_last=channels_last).eval()
     for module in made.modules():
-        if hasattr(module, "fold"):
-            cast(Any, module).fold()
+        if isinstance(module, Attention):
+            module.fold()
     if device.type == "cpu":
         torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)  # freed at once; its pages are never touched
     if dtype != torch.float32:
