@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -59,6 +59,9 @@ from scorematch.protocol import (
     inference_copy_of,
     per_image,
 )
+
+if TYPE_CHECKING:
+    from scorematch.sampling.settings import SamplerSettings
 
 Interval = tuple[float, float]
 
@@ -249,7 +252,7 @@ class GuidedScore(NetworkScore, nn.Module):
         return attribute(self.net, "sample_shape")
 
     @property
-    def sampler_settings(self) -> Any:
+    def sampler_settings(self) -> SamplerSettings | None:
         """The SamplerSettings recommended for the network, or None."""
         return attribute(self.net, "sampler_settings")
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -308,7 +308,7 @@ def _features(data: ImageData, extractor: Extractor, batch_size: int, progress: 
     return torch.cat([extractor(images) for images in _batches(data, batch_size, "features", progress)])
 
 
-def _batches(data: ImageData, batch_size: int, title: str, progress: bool) -> Any:
+def _batches(data: ImageData, batch_size: int, title: str, progress: bool) -> Iterator[Tensor]:
     starts = range(0, len(data), batch_size)
     for start in tqdm(starts, title, unit="batch", leave=False, disable=not progress):
         yield data.read(range(start, min(start + batch_size, len(data))))[0]

@@ -48,7 +48,7 @@ from scorematch.pretrained.hub import check_repository
 from scorematch.schema import Field, check, check_count, quote, read_object, reason
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
-from scorematch.training.data import open_images
+from scorematch.training.data import ImageData, open_images
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import Levels, Weighting, levels_for
 from scorematch.training.report import (
@@ -313,7 +313,7 @@ def train(
     return averaged
 
 
-def _open(net: ScoreNet, data: Any) -> Any:
+def _open(net: ScoreNet, data: Any) -> ImageData:
     """Opens data with the image size and number of channels of the network, and with labels if it has classes."""
     classes = None if net.conditioning is None else net.conditioning.classes
     shape = net.sample_shape
