@@ -370,7 +370,18 @@ def test_cards_have_distinct_names_and_name_the_source_of_their_settings():
 
 
 def test_the_settings_on_a_card_replace_those_in_the_folder(folder, monkeypatch):
-    card = cards.Card("here", None, None, "MIT", (1, 8, 12), "", (50, 0.01), 232, 1, SamplerSettings("ode"), "", "")
+    card = cards.Card(
+        name="here",
+        license="MIT",
+        shape=(1, 8, 12),
+        data="",
+        sigmas=(50, 0.01),
+        levels=232,
+        parameters=1,
+        settings=SamplerSettings("ode"),
+        settings_source="",
+        quality="",
+    )
     monkeypatch.setattr(cards, "CARDS", (card,))
     monkeypatch.setattr(cards, "SHIPPED", folder.parent)
     folder.rename(folder.parent / "here")

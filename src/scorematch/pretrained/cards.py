@@ -14,7 +14,7 @@ from scorematch.sampling.settings import SamplerSettings
 SHIPPED = Path(__file__).parent.parent / "weights"  # the networks that ship with the package, each with a README.md
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Card:
     """The facts about one network.
 
@@ -35,16 +35,16 @@ class Card:
         correction: whether ``sigmas`` and ``levels`` replace those of the repository's configuration.
     """
 
-    name: str | None
-    repository: str | None
-    revision: str | None
+    name: str | None = None
+    repository: str | None = None
+    revision: str | None = None
     license: str
     shape: tuple[int, int, int]
     data: str
     sigmas: tuple[float, float]
     levels: int
     parameters: int
-    settings: SamplerSettings | None
+    settings: SamplerSettings | None = None
     settings_source: str
     quality: str
     correction: bool = False
@@ -63,8 +63,6 @@ _OF_VE = (
 CARDS = (
     Card(
         name="mnist",
-        repository=None,
-        revision=None,
         license="MIT",
         shape=(1, 28, 28),
         data="MNIST, 60,000 handwritten digits",
@@ -80,8 +78,6 @@ CARDS = (
     ),
     Card(
         name="mnist-classes",
-        repository=None,
-        revision=None,
         license="MIT",
         shape=(1, 28, 28),
         data="MNIST, 60,000 handwritten digits with their classes",
@@ -97,8 +93,6 @@ CARDS = (
     ),
     Card(
         name="cifar10-small",
-        repository=None,
-        revision=None,
         license="MIT",
         shape=(3, 32, 32),
         data="CIFAR-10, 50,000 images with their classes",
@@ -115,8 +109,6 @@ CARDS = (
     ),
     Card(
         name="celeba-small",
-        repository=None,
-        revision=None,
         license="research only, as CelebA",
         shape=(3, 64, 64),
         data="CelebA, 14,283 aligned faces, 64x64",
@@ -133,8 +125,6 @@ CARDS = (
     ),
     Card(
         name="palette-mnist",
-        repository=None,
-        revision=None,
         license="MIT",
         shape=(3, 28, 28),
         data="MNIST digits in three colors of equal luma, degraded and to be restored",
@@ -150,8 +140,6 @@ CARDS = (
     ),
     Card(
         name="palette-celeba",
-        repository=None,
-        revision=None,
         license="research only, as CelebA",
         shape=(3, 64, 64),
         data="CelebA, 14,283 aligned faces, 64x64, degraded and to be restored",
@@ -175,7 +163,6 @@ CARDS = (
         sigmas=(78.7, 0.005),
         levels=1000,
         parameters=35_746_307,
-        settings=None,
         settings_source=_OF_DDPM,
         quality=(
             "unknown for the stored weights. The repository quotes the paper (FID 3.17, 1,000 ancestral steps) and "
@@ -186,21 +173,18 @@ CARDS = (
     Card(
         name="celebahq",
         repository="google/ncsnpp-celebahq-256",
-        revision=None,
         license="Apache-2.0",
         shape=(3, 256, 256),
         data="CelebA-HQ at 256 pixels",
         sigmas=(348, 0.01),
         levels=2000,
         parameters=65_574_549,
-        settings=None,
         settings_source=_OF_VE,
         quality="not published",
         # It was trained with sigma_max = 348. The repository may store 1348, the default of its scheduler's class.
         correction=True,
     ),
     Card(
-        name=None,
         repository="google/ddpm-celebahq-256",
         revision="cd5c944777ea2668051904ead6cc120739b86c4d",
         license="Apache-2.0",
@@ -209,21 +193,17 @@ CARDS = (
         sigmas=(78.7, 0.005),
         levels=1000,
         parameters=113_673_219,
-        settings=None,
         settings_source=_OF_DDPM,
         quality="not published for these weights",
     ),
     Card(
-        name=None,
         repository="newsyctw/NCSN_CIFAR10_my",
-        revision=None,
         license="not stated",
         shape=(3, 32, 32),
         data="CIFAR-10",
         sigmas=(380, 0.01),
         levels=2000,
         parameters=61_894_924,
-        settings=None,
         settings_source=_OF_VE,
         quality="not published. The same account also holds networks with a backdoor: use only this repository",
     ),
