@@ -90,6 +90,22 @@ def to_uint8(images: Tensor, name: str = "images") -> Tensor:
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
+def to_pixels(image: Tensor) -> np.ndarray:
+    """The pixels (H, W) or (H, W, 3), uint8, of an image, as Pillow takes them.
+
+    Args:
+        image: (1, H, W) or (3, H, W), uint8, or floating point in [0, 1].
+
+    Raises:
+        TypeError: if the image has another dtype.
+        ValueError: if it has another shape or values outside [0, 1].
+    """
+    if not is_picture(image.shape) or image.numel() == 0:
+        raise ValueError(f"image must be (1, H, W) or (3, H, W), got shape {tuple(image.shape)}.")
+    array = rearrange(to_uint8(image, "image").cpu(), "c h w -> h w c").numpy()
+    return array.squeeze(2) if array.shape[2] == 1 else array
+
+
 def to_float(images: Tensor) -> Tensor:
     """Converts uint8 images to float32 in [0, 1]; floating-point images are returned unchanged."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
@@ -160,7 +176,12 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
         OSError: if the file cannot be written.
     """
     kind = _format(path)
-    pixels = _to_8_bits(image)
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        found = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(
+            f"image must be a floating-point tensor in [0, 1], got {found}. Write image / 255 for 8-bit images."
+        )
+    pixels = to_pixels(image)
     encoded = io.BytesIO()
     _pillow("writing").fromarray(pixels).save(encoded, format=kind)
     path = Path(path).expanduser()
@@ -330,7 +351,7 @@ def save_animation(
     shapes = sorted({tuple(frame.shape) for frame in frames})
     if len(shapes) != 1:
         raise ValueError(f"frames must be at least one image, all of the same shape, got shapes {shapes}.")
-    first, *others = [_pillow("writing").fromarray(_pixels(frame)) for frame in frames]
+    first, *others = [_pillow("writing").fromarray(to_pixels(frame)) for frame in frames]
     # In milliseconds. GIF has units of 10 milliseconds, and browsers show frames of 10 more slowly.
     each = max(20, 10 * round(100 * seconds / max(1, len(others))))
     durations = [each] * len(others) + [round(1000 * hold)]
@@ -356,24 +377,6 @@ def _format(path: str | os.PathLike[str]) -> str:
     if kind not in pillow.SAVE:
         raise ValueError(f"the path must end in the extension of an image format, such as .png, got {os.fspath(path)}.")
     return kind
-
-
-def _to_8_bits(image: Tensor) -> np.ndarray:
-    """The pixels (H, W) or (H, W, 3), uint8, of a checked image (C, H, W)."""
-    if not isinstance(image, Tensor) or not image.is_floating_point():
-        kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(
-            f"image must be a floating-point tensor in [0, 1], got {kind}. Write image / 255 for 8-bit images."
-        )
-    return _pixels(image)
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    """The pixels (H, W) or (H, W, 3), uint8, of an image (C, H, W) that is uint8, or floating point in [0, 1]."""
-    if not is_picture(image.shape) or image.numel() == 0:
-        raise ValueError(f"image must be (1, H, W) or (3, H, W), got shape {tuple(image.shape)}.")
-    array = rearrange(to_uint8(image, "image").cpu(), "c h w -> h w c").numpy()
-    return array.squeeze(2) if array.shape[2] == 1 else array
 
 
 def _upright(picture: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scorematch.demo.restorer import Choices, Frame, Restorer
-from scorematch.images import to_uint8
+from scorematch.images import to_pixels
 from scorematch.sampling import SAMPLERS
 from scorematch.sampling.restoration import Restore
 
@@ -53,9 +53,8 @@ def png(image: Tensor) -> str:
     """An image (C, H, W) in [0, 1], C being 1 or 3, as the data URL of a PNG with 8 bits."""
     from PIL import Image
 
-    pixels = to_uint8(image).movedim(0, -1).cpu().numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+    Image.fromarray(to_pixels(image)).save(file, "PNG")
     return _PREFIX + base64.b64encode(file.getvalue()).decode()
 
 
