@@ -126,8 +126,14 @@ _COUNT = Field(int, required=True, low=1, high=65_536)
 _NUMBER = Field(float, required=True, low=-1e30, high=1e30)
 _FLAG = Field(bool, required=True)
 _FILTERS = ([1, 1], [1, 3, 3, 1])
-_BLOCK = {"norm0": "norm1", "conv0": "conv1", "affine": "time_emb_proj", "norm1": "norm2", "conv1": "conv2"}
-_BLOCK |= {"skip": "conv_shortcut"}
+_BLOCK = {
+    "norm0": "norm1",
+    "conv0": "conv1",
+    "affine": "time_emb_proj",
+    "norm1": "norm2",
+    "conv1": "conv2",
+    "skip": "conv_shortcut",
+}
 _LOWEST, _HIGHEST = 0.002, 80.0  # the noise levels of the published sampler, for images in [-1, 1]
 # S_churn, S_min, S_max and S_noise of the ImageNet network; S_min and S_max are 0.05 and 50 in the authors' units.
 _CHURN: dict[str, Any] = {"churn": 40.0, "churn_min": 0.025, "churn_max": 25.0, "churn_noise": 1.003}

@@ -92,6 +92,11 @@ _NCSNPP: Mapping[str, Field] = {
     "resblock_type": Field(str, choices=("biggan",)),
 }
 _PYRAMIDS = {"none": "none", "output_skip": "skip", "input_skip": "skip", "residual": "residual"}
+_PREDICTORS = {
+    "ancestral_sampling": "ancestral",
+    "reverse_diffusion": "reverse-diffusion",
+    "euler_maruyama": "reverse-diffusion",
+}
 _TIME_SCALE = 999.0  # the factor of the time in [0, 1] of a continuous network
 _EARLIEST = 1e-3  # the time at which the authors' samplers of VP and sub-VP end
 
@@ -203,14 +208,12 @@ def _settings(options: Mapping[str, Any]) -> SamplerSettings | None:
     levels = options["num_scales"]
     if predictor == "ancestral_sampling" and corrector == "none":
         return SamplerSettings("ancestral", levels=levels, variance="small" if options["exploding"] else "large")
-    names = {"reverse_diffusion": "reverse-diffusion", "euler_maruyama": "reverse-diffusion"}
-    names["ancestral_sampling"] = "ancestral"
-    if predictor not in names or corrector not in ("none", "langevin"):
+    if predictor not in _PREDICTORS or corrector not in ("none", "langevin"):
         return None
     correction: dict[str, Any] = {"corrector_steps": 0}
     if corrector == "langevin":
         correction = {"corrector_steps": options.get("n_steps_each", 1), "snr": options.get("snr")}
-    return SamplerSettings("predictor-corrector", levels=levels, predictor=names[predictor], **correction)
+    return SamplerSettings("predictor-corrector", levels=levels, predictor=_PREDICTORS[predictor], **correction)
 
 
 def _attention(options: Mapping[str, Any]) -> list[bool]:
