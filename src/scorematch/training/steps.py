@@ -129,22 +129,20 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, Iterable) or isinstance(value, str):
                 raise TypeError(f"{name} must be a tuple of numbers, such as {getattr(Settings, name)}, got {value!r}.")
-        for name in ("lr", "eps", "clip", "p", "weight_decay", "label_drop"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) and not (name == "clip" and value is None):
+        for name, value in self._numbers("lr", "eps", "clip", "p", "weight_decay", "label_drop"):
+            if not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number, got {value!r}.")
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "ema", tuple(check_length(length) for length in self.ema))
         for name in ("flip", "compile"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}.")
-        for name in ("images", "batch_size", "microbatch", "warmup_images", "seed"):
-            value = getattr(self, name)
-            if value is not None or name not in ("microbatch", "warmup_images"):
-                check_count(name, value, 0 if name in ("warmup_images", "seed") else 1)
-        for name in ("lr", "eps", "clip"):
-            value = getattr(self, name)
-            if not (name == "clip" and value is None) and not 0 < value < math.inf:
+        for name, value in self._numbers("images", "batch_size", "microbatch"):
+            check_count(name, value)
+        for name, value in self._numbers("warmup_images", "seed"):
+            check_count(name, value, 0)
+        for name, value in self._numbers("lr", "eps", "clip"):
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value!r}.")
         if not 1 <= self.p < math.inf:
             raise ValueError(f"p must be at least 1, got {self.p!r}.")
@@ -166,6 +164,13 @@ class Settings:
             raise ValueError(f"ema must not contain a length twice, got {self.ema!r}.")
         if self.loss is not None and (self.p != 2 or self.weighting is not None):
             raise ValueError("p and weighting apply to the default loss only. Leave them out, or leave out loss=.")
+
+    def _numbers(self, *names: str) -> Iterator[tuple[str, Any]]:
+        """The names and the values of fields, except None where a field may be None."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None or name not in ("microbatch", "warmup_images", "clip"):
+                yield name, value
 
     @property
     def steps(self) -> int:
