@@ -177,7 +177,7 @@ def test_sampling_ends_with_tweedies_formula(rng):
     assert len(sampler) == len(raw) + 1
 
 
-# -- Seeds, and tensors of the caller
+# -- Seeds
 
 
 def test_a_seed_determines_every_bit_and_leaves_the_global_generator_alone(world):
@@ -199,45 +199,6 @@ def test_a_list_of_generators_makes_samples_independent_of_each_other(world):
     alone = [run(sampler, shape=(3,), generator=[seed(i)]) for i in range(4)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
     assert torch.equal(alone[2], run(sampler, 1, shape=(3,), generator=seed(2)))
-
-
-def test_init_and_yielded_states_are_not_modified(world, rng):
-    init = torch.randn(5, 3, generator=rng)
-    before = init.clone()
-    states, copies = [], []
-    for x, _ in AnnealedLangevinSampler(world, SHORT).iterate(init=init, generator=rng, progress=False):
-        states.append(x)
-        copies.append(x.clone())
-    assert torch.equal(init, before)
-    assert all(torch.equal(a, b) for a, b in zip(states, copies, strict=True))
-
-
-def test_iterate_ends_with_the_result_of_sample(world):
-    sampler = AnnealedLangevinSampler(world, SHORT)
-    *_, (last, sigma) = sampler.iterate(3, shape=(3,), generator=seed(0), progress=False)
-    assert sigma == 0
-    assert torch.equal(last, run(sampler, 3, shape=(3,), generator=seed(0)))
-
-
-def test_the_noise_argument_replaces_random_numbers(world, rng):
-    """Equal starts and noise give equal samples. No other numbers are drawn; the noise comes before the score."""
-    init = torch.randn(4, 3, generator=rng)
-    order = []
-
-    def score(x, sigma):
-        order.append("score")
-        return world(x, sigma)
-
-    def noise(x):
-        order.append("noise")
-        return torch.randn(x.shape, generator=replay)
-
-    sampler = AnnealedLangevinSampler(score, SHORT, steps_per_level=2)
-    replay, state = torch.Generator().manual_seed(7), torch.get_rng_state()
-    replayed = run(sampler, init=init, noise=noise)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert order == ["noise", "score"] * 24 + ["score"]
-    assert torch.equal(replayed, run(sampler, init=init, generator=torch.Generator().manual_seed(7)))
 
 
 # -- Batches
