@@ -179,10 +179,8 @@ class Guidance(Restoration):
         return self._exact.finish(x)
 
 
-def restoration(observation: Observation | None, restore: Restore, variance: float) -> Restoration:
+def restoration(observation: Observation, restore: Restore, variance: float) -> Restoration:
     """Creates the method with the name ``restore``; for an operator without a gain, "replace" means "guide"."""
-    if observation is None:
-        return Restoration()
     gain = observation.operator.gain
     if restore == "replace" and gain is not None:
         return Replacement(observation, gain)

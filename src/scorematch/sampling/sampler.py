@@ -436,28 +436,17 @@ class Sampler(ABC):
         return tuple(found)
 
     def _restoration(self, observation: Observation | None, device: torch.device) -> Restoration:
-        value_range = attribute(self.net, "value_range")
         if observation is None:
             return Restoration()
         observation = observation.to(device)
-        needed = observation.operator.value_range
+        value_range, needed = attribute(self.net, "value_range"), observation.operator.value_range
         if needed is not None and value_range is not None and tuple(value_range) != needed:
             raise ValueError(
                 f"{observation.operator!r} is for images in {needed}, but the network's value_range is "
                 f"{tuple(value_range)}."
             )
         if self.clamp and value_range is not None and observation.sigma == 0:
-            y, seen = observation.y, observation.operator.seen
-            seen = torch.ones((), dtype=torch.bool) if seen is None else seen
-            low = float(torch.where(seen.to(y.device), y, math.inf).min())
-            high = float(torch.where(seen.to(y.device), y, -math.inf).max())
-            if low < value_range[0] - 1e-6 or high > value_range[1] + 1e-6:
-                warnings.warn(
-                    f"y has no noise (sigma 0), but its values range from {low:.3g} to {high:.3g}, outside the "
-                    f"network's value_range {value_range}, to which the result is clamped. Pass the noise level of y, "
-                    "Observation(operator, y, sigma=...), or create the sampler with clamp=False.",
-                    stacklevel=4,
-                )
+            _warn_of_clamping(observation, value_range)
         # Image data are assumed to have a standard deviation of a quarter of their range, as in the row "karras".
         variance = 1.0 if value_range is None else ((value_range[1] - value_range[0]) / 4) ** 2
         return restoration(observation, self.restore, variance)
@@ -641,6 +630,21 @@ class _FiniteCheck:
                 f"the state has NaN or infinite values from level {level} of {len(self.schedule)} on, sigma "
                 f"{sigma:.4g}, {step}: the score is wrong there, or the step is too large for it."
             )
+
+
+def _warn_of_clamping(observation: Observation, value_range: tuple[float, float]) -> None:
+    """Warns if observed values are outside the range to which the result is clamped."""
+    y, seen = observation.y, observation.operator.seen
+    seen = torch.ones((), dtype=torch.bool) if seen is None else seen
+    low = float(torch.where(seen.to(y.device), y, math.inf).min())
+    high = float(torch.where(seen.to(y.device), y, -math.inf).max())
+    if low < value_range[0] - 1e-6 or high > value_range[1] + 1e-6:
+        warnings.warn(
+            f"y has no noise (sigma 0), but its values range from {low:.3g} to {high:.3g}, outside the network's "
+            f"value_range {value_range}, to which the result is clamped. Pass the noise level of y, "
+            "Observation(operator, y, sigma=...), or create the sampler with clamp=False.",
+            stacklevel=5,
+        )
 
 
 def _check_init(init: Tensor) -> None:
