@@ -177,8 +177,7 @@ class ScheduleLevels:
 
     def quantile(self, u: Tensor) -> Tensor:
         """The noise levels at u, from the lowest of the schedule to the highest."""
-        ascending = self.schedule.sigmas.flip(0).to(u.device)
-        return ascending[(u * len(ascending)).long().clamp(max=len(ascending) - 1)]
+        return _quantiles(self.schedule.sigmas.flip(0).to(u.device), u)
 
 
 @dataclass(frozen=True)
@@ -210,13 +209,18 @@ class Mixture:
 
     def quantile(self, u: Tensor) -> Tensor:
         """The noise levels at u, with a resolution of 1 / 16384 in u for each part."""
-        return self._pool[(u * len(self._pool)).long().clamp(max=len(self._pool) - 1)]
+        return _quantiles(self._pool, u)
 
     @cached_property
     def _pool(self) -> Tensor:
         """Equally probable levels of all parts, ascending."""
         u = (torch.arange(_POOLED, dtype=torch.float64) + 0.5) / _POOLED
         return torch.cat([_distribution(part).quantile(u) for part in self.parts]).sort().values
+
+
+def _quantiles(levels: Tensor, u: Tensor) -> Tensor:
+    """The quantiles at u of equally probable levels, which are ascending."""
+    return levels[(u * len(levels)).long().clamp(max=len(levels) - 1)]
 
 
 def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
