@@ -102,6 +102,13 @@ def test_the_output_may_be_closed(monkeypatch):
     assert main(["models"]) == 0
 
 
+def test_the_error_output_may_be_closed(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["sample", "mnist", str(tmp_path / "digit.png"), "-n", "1", "--levels", "3"]) == 0  # a progress bar
+    assert main(["info", str(tmp_path / "none")]) == 2
+    sys.stderr.close()
+
+
 @pytest.mark.parametrize("name", _commands())
 def test_options_cannot_be_abbreviated(name, capsys):
     assert _commands()[name].allow_abbrev is False

@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of characters that its encoding does not have, as stderr
+    if sys.stderr is None:  # it was closed before the program began; a progress bar cannot do without it
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     args.argv, args.program = sys.argv[1:] if argv is None else argv, parser.prog
