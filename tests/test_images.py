@@ -140,6 +140,8 @@ def test_images_that_are_not_floating_point_raise(tmp_path):
             "must end in the extension of an image format, such as .png, got x.digits",
         ),
         (lambda: check_picture("x.psd"), "must end in the extension of an image format"),  # Pillow only reads it
+        (lambda: check_picture("x.h5"), "must end in the extension of an image format"),  # Pillow has no encoder
+        (lambda: check_picture("x.ico"), "must end in the extension of an image format"),  # Pillow would scale it
     ],
 )
 def test_invalid_arguments_raise(call, message):

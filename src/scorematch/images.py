@@ -26,6 +26,8 @@ ENDINGS = (
 _HALF_A_GRAY_LEVEL = 0.5 / 255
 # More pixels per byte than deflate can compress black and white pixels to, for images that are not small.
 _PIXELS_PER_BYTE, _MANY_PIXELS = 8000, 2**23
+# The formats in which Pillow writes no gray or RGB images, or only icons, which it scales to other sizes.
+_NOT_PICTURES = {"BLP", "BUFR", "GRIB", "HDF5", "ICNS", "ICO", "MSP", "PALM", "WMF", "XBM"}
 DAMAGED = (OSError, ValueError, SyntaxError, RuntimeError)  # what Pillow raises for a damaged file
 
 
@@ -374,7 +376,7 @@ def _format(path: str | os.PathLike[str]) -> str:
     """The image format of a file name's extension."""
     pillow = _pillow("writing")
     kind = pillow.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in pillow.SAVE:
+    if kind not in pillow.SAVE or kind in _NOT_PICTURES:
         raise ValueError(f"the path must end in the extension of an image format, such as .png, got {os.fspath(path)}.")
     return kind
 
