@@ -301,6 +301,15 @@ def test_images_and_labels_of_npz_files_and_dicts(tmp_path, names, rng):
         _open(arrays, image_key="nothing")
 
 
+def test_other_arrays_of_an_npz_file_may_have_any_type(tmp_path, rng):
+    pixels = np.stack([_colors(rng) for _ in range(3)])
+    np.savez(tmp_path / "data.npz", images=pixels, labels=np.array([1, 0, 1]), names=np.array(["a", None], object))
+    images, labels = _open(tmp_path / "data.npz", labels=True).read([2])
+    assert torch.equal(images[0], torch.from_numpy(pixels[2]).permute(2, 0, 1)) and labels.tolist() == [1]
+    with pytest.raises(ValueError, match=r"names\.npy must hold numbers, bools or strings"):
+        _open(tmp_path / "data.npz", image_key="names")
+
+
 @pytest.mark.parametrize("labels", [torch.tensor([1, 0, 1]), np.array([[1], [0], [1]]), ["b", "a", "b"]])
 def test_pairs_of_images_and_labels(labels):
     images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)

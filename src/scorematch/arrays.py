@@ -59,6 +59,17 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, n
         return found
 
 
+def array_names(path: Path) -> list[str]:
+    """The names of the arrays of an ``.npz`` file, whose values are not read.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is not an ``.npz`` file, or is damaged.
+    """
+    with _opened(path) as archive:
+        return list(_entries(archive))
+
+
 def read_shape(path: Path, name: str) -> tuple[int, ...]:
     """Reads the shape of one array of an ``.npz`` file, without its values.
 

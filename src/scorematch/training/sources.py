@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.arrays import read_arrays
+from scorematch.arrays import array_names, read_arrays
 from scorematch.bulk.stored import IMAGES, stored_samples, stored_settings
 from scorematch.images import ENDINGS, check_range, gray_or_rgb, is_picture, open_picture, to_uint8
 from scorematch.schema import plain, reason
@@ -439,6 +439,14 @@ def _choose(
     return found[0]
 
 
+def _keys(names: Sequence[str], options: Options) -> list[str]:
+    """The names in a mapping or an .npz file of the images, and of the labels if the options ask for them."""
+    if not names:
+        raise ValueError("the mapping or .npz file of the data is empty. It must have an array of images.")
+    images = _choose(options.image_key, names, "image", _IMAGE_KEYS, {}, "")
+    return [images, *([_choose(options.label_key, names, "label", _LABEL_KEYS, {}, "")] if options.labels else [])]
+
+
 class _Items(Source):
     """A ``torch`` Dataset, whose items are images or tuples (image, label). Its transforms may be random."""
 
@@ -519,7 +527,7 @@ def _values(image: Any) -> np.ndarray:
 def find(source: Any, options: Options, workers: int) -> Source:
     """Creates the source for the argument of ``open_images``."""
     if isinstance(source, str | os.PathLike):
-        path, source = source, _of_path(source)
+        path, source = source, _of_path(source, options)
         if isinstance(source, Path):
             return _Folder(source, options, workers)
         if isinstance(source, dict):
@@ -532,19 +540,15 @@ def find(source: Any, options: Options, workers: int) -> Source:
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Tensor | np.ndarray):
         return Array(*source, options, "the array")
     if isinstance(source, Mapping):
-        if not source:
-            raise ValueError("the mapping or .npz file of the data is empty. It must have an array of images.")
-        if all(hasattr(value, "column_names") for value in source.values()):  # the splits of a data set
+        if source and all(hasattr(value, "column_names") for value in source.values()):  # the splits of a data set
             if "train" not in source:
                 raise ValueError(
                     f'the data set has no split "train"; the splits are {", ".join(map(repr, source))}. Pass one of '
                     "them."
                 )
             return _Table(source["train"], options, workers)
-        keys = list(source)
-        key = _choose(options.image_key, keys, "image", _IMAGE_KEYS, {}, "")
-        labels = source[_choose(options.label_key, keys, "label", _LABEL_KEYS, {}, "")] if options.labels else None
-        return Array(source[key], labels, options, f"the array {key!r}")
+        key, *rest = _keys(list(source), options)
+        return Array(source[key], source[rest[0]] if rest else None, options, f"the array {key!r}")
     if hasattr(source, "column_names") and hasattr(source, "__getitem__"):
         return _Table(source, options, workers)
     if hasattr(source, "__getitem__"):
@@ -555,8 +559,8 @@ def find(source: Any, options: Options, workers: int) -> Source:
     )
 
 
-def _of_path(source: str | os.PathLike[str]) -> Any:
-    """The path of a folder, the content of an .npz file, or the data set with this name."""
+def _of_path(source: str | os.PathLike[str], options: Options) -> Any:
+    """The path of a folder, the images and labels of an .npz file, or the data set with this name."""
     path = Path(source).expanduser()
     if path.is_dir():
         return _samples_in(path)
@@ -564,7 +568,7 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
         if path.suffix.lower() != ".npz":
             hint = _HINTS.get(path.suffix.lower(), "")
             raise ValueError(f"data must be a folder of images or an .npz file, got the file {path}.{hint}")
-        return read_arrays(path)
+        return _archive(path, options)
     file = path.suffix.lower() in (".npz", *ENDINGS)
     if file or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
         raise FileNotFoundError(f"{path} does not exist.")
@@ -579,6 +583,16 @@ def _of_path(source: str | os.PathLike[str]) -> Any:
         return load_dataset(source, split="train")
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{source} is not a file, a folder or a data set on the Hub: {error}") from error
+
+
+def _archive(path: Path, options: Options) -> dict[str, np.ndarray]:
+    """The images of an .npz file, and the labels if the options ask for them; other arrays may have any type."""
+    names = array_names(path)
+    try:
+        wanted = _keys(names, options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return read_arrays(path, wanted)
 
 
 def _samples_in(folder: Path) -> Any:
