@@ -109,7 +109,7 @@ def law(world, schedule, variance, mask=None, y=None, noise=0.0):
 
     def projection(sigma):
         """The matrices of x <- keep x + b + N z, the replacement before the score is computed."""
-        if mask is None or sigma <= noise:
+        if mask is None or sigma < noise:
             return eye, torch.zeros(3, dtype=torch.float64), 0 * eye
         return eye - seen, y, math.sqrt(sigma**2 - noise**2) * seen
 
@@ -119,11 +119,15 @@ def law(world, schedule, variance, mask=None, y=None, noise=0.0):
         drift = sigma**2 - following**2
         move = eye - drift * torch.linalg.inv(covariance + sigma**2 * eye)
         share = (1 + following**2) / (1 + sigma**2) if variance == "large" else following**2 / sigma**2
-        keep, b, n = move @ keep, move @ b + (eye - move) @ mean, move @ n + math.sqrt(drift * share) * eye
+        keep, b, n = move @ keep, move @ b + (eye - move) @ mean, move @ n
+        new = math.sqrt(drift * share) * eye
+        # The replacement uses the noise of the step before, the first one that of its own step.
+        noises = [n, new] if i else [n + new]
         if i == len(sigmas) - 2:  # the replacement before the denoising uses the noise of the last step
             last, b_last, n_last = projection(following)
-            keep, b, n = last @ keep, last @ b + b_last, last @ n + n_last
-        m, c = keep @ m + b, keep @ c @ keep.T + n @ n.T
+            keep, b, noises = last @ keep, last @ b + b_last, [last @ each for each in noises]
+            noises[-1] = noises[-1] + n_last
+        m, c = keep @ m + b, keep @ c @ keep.T + sum(each @ each.T for each in noises)
     tweedie = covariance @ torch.linalg.inv(covariance + sigmas[-1] ** 2 * eye)
     m, c = tweedie @ m + (eye - tweedie) @ mean, tweedie @ c @ tweedie.T
     if mask is not None and not noise:
@@ -163,6 +167,20 @@ def test_samples_of_a_gaussian_have_the_derived_mean_and_covariance(world, varia
     assert_law(x, m, c)
     if noise == 0.0:
         assert torch.equal(x[:, 0], Y[:, 0].expand(len(x)))
+
+
+def test_at_the_noise_level_of_y_the_observed_part_is_y(world):
+    """From there the reverse diffusion leads to the posterior."""
+    states = {}
+
+    def score(x, sigma):
+        states[round(float(sigma), 6)] = x
+        return world(x, sigma)
+
+    sampler = AncestralSampler(score, NoiseSchedule([4, 2, 1, 0.3, 0.1]))
+    run(sampler, 5, shape=(3,), observation=Observation(Mask(MASK), Y, 0.3), generator=seed(0))
+    torch.testing.assert_close(states[0.3][:, 0], Y[:, 0].expand(5))
+    assert not torch.allclose(states[1.0][:, 0], Y[:, 0].expand(5))
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])

@@ -668,8 +668,7 @@ def test_a_noisy_observation_gives_the_posterior(kind, world, rng):
     x = run(sampler, n, shape=(3,), observation=observation, generator=rng)[:, 0]
     k = v / (v + noise**2)
     spread = (1 - k) * v
-    # Five standard errors, and two percent of the noise of y because there are only 200 levels, and because a step and
-    # the replacement before it use the same noise.
+    # Five standard errors, and two percent of the noise of y because there are only 200 levels.
     assert abs(x.mean() - (m + k * (y - m))) < 5 * math.sqrt(spread / n) + 0.02 * noise
     assert abs(x.var() / spread - 1) < 5 * math.sqrt(2 / n) + 0.04
 

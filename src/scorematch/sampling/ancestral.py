@@ -137,8 +137,7 @@ class AncestralSampler(Sampler):
         """Yields the state after each ancestral step, with its level."""
         variance: FixedVariance | Tensor
         for sigma, following in itertools.pairwise(self.schedule):
-            z = chain.noise(x)
-            x = chain.observe(x, sigma, z)
+            x, z = chain.begin(x, sigma)
             if self.variance == "learned":
                 score, variance = chain.score_and_variance(x, sigma)
             else:

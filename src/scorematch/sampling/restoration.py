@@ -6,7 +6,7 @@ image, :math:`x + \sigma^2 s(x, \sigma)`. If the operator has a gain c (:math:`A
 :math:`\varsigma = \sigma_y / \sqrt c` the noise level of :math:`y^+`.
 
 **Replacement** (for operators with a gain). The noise of y is treated as a part of the noise of the chain. While
-:math:`\sigma > \varsigma`, the observed part of the state is replaced before each network call, and the step does not
+:math:`\sigma \ge \varsigma`, the observed part of the state is replaced before each network call, and the step does not
 change it:
 
 .. math:: x \leftarrow x - P x + y^+ + \sqrt{\sigma^2 - \varsigma^2}\, P z .
@@ -69,7 +69,7 @@ class Restoration:
     """How a sampler uses an observation. This base class stands for no observation and changes nothing.
 
     Attributes:
-        sigma: the noise level at and below which ``project`` changes nothing, since the state contains the observation.
+        sigma: the noise level below which ``project`` changes nothing, since the state contains the observation.
     """
 
     sigma = 0.0
@@ -117,7 +117,7 @@ class Replacement(Restoration):
 
     def project(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
         """The state with its observed part replaced by the observation, with noise of level sigma."""
-        if sigma <= self.sigma:
+        if sigma < self.sigma:
             return x
         noise = self._observed(z) * (sigma**2 - self.sigma**2) ** 0.5
         return x - self._observed(x) + self._y + noise

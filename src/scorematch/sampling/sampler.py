@@ -502,7 +502,7 @@ class Chain:
         self._net, self._run, self._noise, self._count = net, run, noise, count
         self._takes_floats = has_inference_copy(net)
         self._sigmas: dict[float, Tensor] = {}
-        self._z: Tensor | None = None  # the noise of the last replacement, which ``denoised`` uses once
+        self._z: Tensor | None = None  # the noise of the last step or replacement
 
     def __call__(self, x: Tensor, sigma: float, *, stay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The state with the observation, its score, and the noise of the step.
@@ -516,12 +516,22 @@ class Chain:
         Returns:
             Three tensors of x's shape: the state, its score, and standard normal noise.
         """
-        z = self.noise(x)
-        x = self.observe(x, sigma, z)
+        x, z = self.begin(x, sigma)
         score = self.score(x, sigma)
         if stay:
             score, z = self.settle(x, score, z, sigma)
         return x, score, z
+
+    def begin(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """The state with the observation, and the noise of the step.
+
+        The noise of the observed part is that of the step before. With the noise of this step, a step from a level
+        above the noise of y to one below it would add the same noise again.
+        """
+        z = self.noise(x)
+        x = self.observe(x, sigma, z if self._z is None else self._z)
+        self._z = z
+        return x, z
 
     def noise(self, x: Tensor) -> Tensor:
         """Standard normal noise of x's shape; for a sampler with ``draws_noise = False``, the noise of its start."""
@@ -532,7 +542,7 @@ class Chain:
 
     @property
     def observed_sigma(self) -> float:
-        """The noise level at and below which ``observe`` changes nothing; 0 without an observation that has noise.
+        """The noise level below which ``observe`` changes nothing; 0 without an observation that has noise.
 
         From there on the state contains the observation. A step from sigma_i to sigma_{i+1} that adds noise of a larger
         variance than sigma_i^2 - sigma_{i+1}^2 would forget it, unless it stays at its level and uses ``settle``.
