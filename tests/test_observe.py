@@ -339,6 +339,21 @@ def test_rows_of_a_batch_of_masks():
     assert Grayscale().rows(slice(1, 3)).measure(x).shape == (4, 1, 8, 12)
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 4), (2, 1, 3, 4)])
+@pytest.mark.parametrize("each", [True, False])
+def test_a_mask_has_the_axes_of_the_data(shape, each):
+    """With the axes of a batch, a mask has one mask for each sample; with one axis less, it is for all samples."""
+    n, x = 2, torch.rand(2, *shape)
+    masks = torch.rand(n if each else 1, *shape) > 0.5
+    for mask in (Mask(masks if each else masks[0]), Uncrop(left=1) @ Mask(masks if each else masks[0])):
+        observation = Observation(mask, mask.measure(x)).to("cpu")
+        assert len(observation.operator) == (n if each else 1)
+        for i in range(n):
+            own = observation.operator.rows(slice(i, i + 1))
+            assert torch.equal(own.measure(x[i : i + 1]), observation.y[i : i + 1])
+            assert torch.equal(own.seen, observation.operator.seen[i : i + 1]) or not each
+
+
 def test_a_mask_copies_the_callers_tensor():
     seen = torch.ones(4, 4, dtype=torch.bool)
     mask = Mask(seen)

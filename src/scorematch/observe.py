@@ -106,6 +106,13 @@ class Operator(ABC):
         """The operator with its tensors on a device."""
         return self
 
+    def with_axes(self, axes: int) -> Operator:
+        """The operator for batches with this number of axes: 4 for images, 3 for signals (N, C, L), 2 for (N, D).
+
+        A mask with as many axes as the batch has one mask for each sample. ``Observation`` calls this method.
+        """
+        return self
+
     def rows(self, rows: slice) -> Operator:
         """The operator for a slice of the batch: with one mask per image, the masks of those images."""
         return self
@@ -119,7 +126,8 @@ class Mask(Operator):
     """Observes some values and replaces the others by zero.
 
     Args:
-        seen: bool, True where the image is observed, broadcastable to (N, C, H, W).
+        seen: bool, True where the image is observed, broadcastable to (N, C, H, W). For an ``Observation`` of other
+            data, such as signals (N, C, L), it is broadcastable to their shape.
 
     Raises:
         TypeError: if the mask is not a bool tensor.
@@ -131,6 +139,7 @@ class Mask(Operator):
     """
 
     gain = 1.0
+    _axes = 4  # of a batch
 
     def __init__(self, seen: Tensor) -> None:
         if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
@@ -145,7 +154,7 @@ class Mask(Operator):
         return f"Mask({'x'.join(map(str, self.seen.shape))}, {float(self.seen.float().mean()):.0%} seen)"
 
     def __len__(self) -> int:
-        return len(self.seen) if self.seen.ndim == 4 else 1
+        return len(self.seen) if self.seen.ndim == self._axes else 1
 
     def measure(self, x: Tensor) -> Tensor:
         """The images with zeros where they are not observed, of x's shape."""
@@ -173,11 +182,19 @@ class Mask(Operator):
 
     def to(self, device: torch.device | str) -> Mask:
         """The mask on a device."""
-        return Mask(self.seen.to(device))
+        return Mask(self.seen.to(device)).with_axes(self._axes)
+
+    def with_axes(self, axes: int) -> Mask:
+        """The mask for batches with this number of axes."""
+        if axes == self._axes:
+            return self
+        new = copy.copy(self)
+        new._axes = axes
+        return new
 
     def rows(self, rows: slice) -> Mask:
         """The masks for a slice of the batch."""
-        return Mask(self.seen[rows]) if len(self) > 1 else self
+        return Mask(self.seen[rows]).with_axes(self._axes) if len(self) > 1 else self
 
 
 class Uncrop(Operator):
@@ -369,6 +386,8 @@ class JPEG(Operator):
 class _Composition(Operator):
     """``outer @ inner``: the inner operator, followed by the outer one."""
 
+    _axes = 4  # of a batch
+
     def __init__(self, outer: Operator, inner: Operator) -> None:
         self.outer, self.inner = outer, inner
         self.value_range = outer.value_range or inner.value_range
@@ -414,15 +433,23 @@ class _Composition(Operator):
         seen = None if self.seen is None else self.seen.to(device)
         return self._with(self.outer.to(device), self.inner.to(device), seen)
 
+    def with_axes(self, axes: int) -> Operator:
+        """The operator for batches with this number of axes."""
+        if axes == self._axes:
+            return self
+        new = self._with(self.outer.with_axes(axes), self.inner.with_axes(axes), self.seen)
+        new._axes = axes
+        return new
+
     def rows(self, rows: slice) -> Operator:
         """The operator for a slice of the batch."""
         if len(self) == 1:
             return self
-        each = self.seen is not None and self.seen.ndim == 4 and len(self.seen) > 1
+        each = self.seen is not None and self.seen.ndim == self._axes and len(self.seen) > 1
         seen = self.seen[rows] if self.seen is not None and each else self.seen
         return self._with(self.outer.rows(rows), self.inner.rows(rows), seen)
 
-    def _with(self, outer: Operator, inner: Operator, seen: Tensor | None) -> Operator:
+    def _with(self, outer: Operator, inner: Operator, seen: Tensor | None) -> _Composition:
         """A copy with other parts and the same gain. Computing the gain again would synchronize with the device."""
         new = copy.copy(self)
         new.outer, new.inner, new.seen = outer, inner, seen
@@ -481,6 +508,7 @@ class Observation:
             raise ValueError(
                 f"sigma, the standard deviation of the noise in y, must be at least 0, got {self.sigma!r}."
             )
+        object.__setattr__(self, "operator", self.operator.with_axes(self.y.ndim))
         lifted = self.operator.lift(self.y)
         if not bool(torch.isfinite(lifted).all()):
             raise ValueError("y must be finite where it is observed, got NaN or infinite values.")
