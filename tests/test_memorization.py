@@ -115,6 +115,8 @@ def test_the_probability_to_be_nearer_counts_pairs_and_half_of_the_ties():
     assert found.value == pytest.approx(float(wins.mean()))
     assert found.error == pytest.approx(float((wins.mean(1).var() / 40 + wins.mean(0).var() / 30).sqrt()))
     assert Memorization("pixels", 9, sets[0], None).nearer() is None
+    one = of_distances([1.0, 9.0])
+    assert Memorization("pixels", 9, sets[0], one).nearer().error is None  # not NaN
 
 
 def test_intervals_of_shares_are_those_of_wilson():

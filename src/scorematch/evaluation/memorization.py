@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 from scorematch.charts import Curve, chart, table
 from scorematch.evaluation.accumulate import check_features, double
 from scorematch.evaluation.features import Extractor, as_extractor
-from scorematch.evaluation.figures import Figure
+from scorematch.evaluation.figures import Figure, mean_figure
 from scorematch.evaluation.metrics import squared_distances
 from scorematch.images import save_grid, to_float
 from scorematch.schema import check_at_least
@@ -193,16 +193,15 @@ class Memorization:
     def nearer(self) -> Figure | None:
         """The probability that a sample is nearer to the training images than a held-out image, and its standard error.
 
-        None without held-out images.
+        None without held-out images. The error is None for a single sample or a single held-out image.
         """
         if self.held_out is None:
             return None
         a, b = (found.distances[:, 0].contiguous() for found in (self.samples, self.held_out))
         # For each sample the share of held-out images that are farther, and the reverse; ties count as half.
-        farther = 1 - _below(a, b)
-        value = float(farther.mean())
-        variance = sum(float(each.var()) / len(each) for each in (farther, _below(b, a)))
-        return Figure(value, math.sqrt(variance))
+        shares = mean_figure(1 - _below(a, b)), mean_figure(_below(b, a))
+        errors = [share.error for share in shares if share.error is not None]
+        return Figure(shares[0].value, math.hypot(*errors) if len(errors) == 2 else None)
 
     def table(self) -> str:
         """The figures as a table in Markdown."""
