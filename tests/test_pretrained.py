@@ -736,7 +736,6 @@ def test_integer_weights_raise(folder):
         ("{", "is not valid JSON .*Save or download it again"),
         ("[]", r"must hold a JSON object, got \[\]"),
         ("3", "must hold a JSON object, got 3"),
-        ("\ufeff{}", "is not valid JSON"),
         ('{"a":' * 100_000, "nested too deeply"),
         ('{"format_version": 1, "family": ' + "[" * 900 + "]" * 900 + "}", "family must be one of|nested too deeply"),
     ],

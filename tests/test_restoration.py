@@ -529,7 +529,7 @@ def test_steps_that_add_much_noise_do_not_forget_a_noisy_observation(sampler):
 def test_an_observation_that_does_not_fit_raises():
     world = gaussian_images(SHAPE)
     sampler = AnnealedLangevinSampler(world, LEVELS)
-    with pytest.raises(ValueError, match="disagree on the number of samples: n has 3, observation has 2"):
+    with pytest.raises(ValueError, match="disagree on the number of samples: 3 from n, 2 from observation"):
         sampler.sample(3, observation=observe(OPERATORS["mask"], n=2))
     with pytest.raises(
         ValueError, match=r"\(3, 8, 8\), but Observation\(Grayscale\(\), .* is of images of shape \(3, 4, 4\)\."

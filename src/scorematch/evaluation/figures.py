@@ -216,6 +216,10 @@ def _lacks_in_a_set(needed: int, words: str) -> Callable[[int, Extracted, Statis
     return lacks
 
 
+def _lacks_subsets(n: int, seen: Extracted, reference: Statistics) -> str | None:
+    return _lacks_in_a_set(_SUBSET_SIZE, f"{_SUBSET_SIZE:,}")(n, seen, reference)
+
+
 def _lacks_neighbors(k: int) -> Callable[[int, Extracted, Statistics], str | None]:
     return _lacks_in_a_set(k + 1, f"more than {k}")
 
@@ -227,7 +231,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         "kernel": Measure(
             _kernel,
             {"kernel": f"standard deviation over {_SUBSETS} subsets of {_SUBSET_SIZE:,} images"},
-            _lacks_in_a_set(_SUBSET_SIZE, f"{_SUBSET_SIZE:,}"),
+            _lacks_subsets,
             {"subsets": _SUBSETS, "subset_size": _SUBSET_SIZE},
             needs_features=True,
         ),
