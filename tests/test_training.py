@@ -1636,6 +1636,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_within_48_steps(tmp_path):
     assert loss.images <= 8 * 48
 
 
+def test_slow_steps_are_checked_one_by_one(tmp_path, monkeypatch):
+    """So that several processes agree on a signal before a launcher kills them; NaN is found as early."""
+    settings = {"images": 8 * 200, "log_every": 10**6, "checkpoint_every": 10**6}
+    seen = []
+    for seconds in (0.0, math.inf):  # every step is slow; no step is slow
+        monkeypatch.setattr("scorematch.training.report._SLOW_STEP", seconds)
+        loss = broken_after(80, math.nan)
+        with pytest.raises(RuntimeError, match="became nan at step 11"):
+            quick(points_net(), points(), tmp_path / str(seconds), loss=loss, **settings)
+        seen.append(loss.images)
+    assert seen[0] <= 8 * 13 < seen[1]
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     def loss(net, x, *, sigma, noise):  # the loss is finite, but its gradient is not
         losses = dsm_loss(net, x, sigma=sigma, noise=noise, reduction="none")

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from scorematch.training.levels import Levels
 from scorematch.training.steps import Data, Settings, Step, loss_arguments
 
 CHECK_EVERY = 16  # steps between two checks of the losses, which synchronize with the device
+_SLOW_STEP = 0.5  # seconds; longer steps are checked one by one
 BINS = 8  # the number of equally probable intervals of noise levels in the log
 
 # The names that the training itself writes into the log.
@@ -59,8 +61,8 @@ _LINE: Mapping[str, Field] = {  # the values of a line of the log that are read 
 class Losses:
     """Collects the losses since the last line of the log by noise level, and detects NaN and infinity.
 
-    Losses stay on the device and are gathered from all processes every ``CHECK_EVERY`` steps. All processes receive the
-    same numbers at the same step, and therefore make the same decisions.
+    Losses stay on the device and are gathered from all processes every ``CHECK_EVERY`` steps, or at every step if steps
+    are slow. All processes receive the same numbers at the same step, and therefore make the same decisions.
 
     Args:
         levels: the distribution of the noise levels in training.
@@ -71,6 +73,8 @@ class Losses:
         counts: the number of the losses in each interval.
         stopping: whether any process had been asked to stop at the last call of ``check``.
         late: whether a checkpoint was due in any process at the last call of ``check``.
+        slow: whether the steps of any process are so slow that every step should be checked, so that all processes soon
+            agree to stop after a signal. It is True until the first steps have been timed.
     """
 
     def __init__(self, levels: Levels, accelerator: Any) -> None:
@@ -84,6 +88,8 @@ class Losses:
         self._seen: tuple[list[tuple[int, int]], Callable[[], Tensor]] | None = None
         self.sums, self.counts = np.zeros(BINS), np.zeros(BINS)
         self.stopping = self.late = False
+        self.slow = True
+        self._checked = time.perf_counter()
 
     def add(self, step: Step) -> None:
         """Adds the losses of a step, without synchronization with the device."""
@@ -105,7 +111,10 @@ class Losses:
             steps = [(step, images) for step, images, _, _ in self._waiting]
             columns = [[losses, sigma] for _, _, losses, sigma in self._waiting]
             rows = torch.stack([torch.stack(column).float() for column in columns])  # (steps, 2, n)
-            flags = torch.full((1,), float(stop + 2 * late), device=rows.device)
+            now = time.perf_counter()
+            slow = now - self._checked > _SLOW_STEP * len(steps)
+            self._checked = now
+            flags = torch.full((1,), float(stop + 2 * late + 4 * slow), device=rows.device)
             packed = torch.cat([flags, rows.flatten()])
             if self._accelerator.num_processes > 1:
                 packed = self._accelerator.gather(packed)
@@ -123,6 +132,7 @@ class Losses:
         flags = whole[:, 0].astype(int)
         self.stopping = self.stopping or bool((flags & 1).any())
         self.late = bool((flags & 2).any())
+        self.slow = bool((flags & 4).any())
         rows = whole[:, 1:].reshape(len(whole), len(steps), 2, -1).swapaxes(0, 1)  # (steps, processes, 2, n)
         losses, sigma = rows[:, :, 0], rows[:, :, 1]
         wrong = np.argwhere(~np.isfinite(losses))

@@ -450,7 +450,7 @@ class _Run:
                 due = self._due(step.images)
                 if stopping or (late if single else self.losses.late):
                     due.add("checkpoint")
-                if due or step.state.step % CHECK_EVERY == 0:
+                if due or self.losses.slow or step.state.step % CHECK_EVERY == 0:
                     self._check_losses(stop.asked, late, wait=bool(due))
                 if "log" in due:
                     now = step.images, time.perf_counter()
