@@ -214,12 +214,14 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
     net = _saved(tmp_path / "net", SamplerSettings("ode", levels=3), classes=3, null_class=True)
     rows = {"none": (), "1": ("--guidance", 1), "3": ("--guidance", 3)}
     rows |= {name: ("--guidance", 3, "--guidance-interval", *name.split()) for name in ("0 99", "0.1 1", "98 99")}
+    rows["rescaled"] = ("--guidance", 3, "--guidance-rescale", 0.7)
     for name, given in rows.items():
         assert _sample(net, "--out", tmp_path / name, "-n", 3, "--class", "cycle", *given) == 0
         assert _sample(net, tmp_path / f"{name}.png", "-n", 3, "--class", 1, *given) == 0
-    none, one, three, everywhere, inside, nowhere = (_pictures(tmp_path / name) for name in rows)
+    none, one, three, everywhere, inside, nowhere, rescaled = (_pictures(tmp_path / name) for name in rows)
     assert none == one == nowhere and three == everywhere
     assert all(one[name] != three[name] != inside[name] != one[name] for name in one)
+    assert all(rescaled[name] not in (one[name], three[name]) for name in one)
     sheets = [read_image(tmp_path / f"{name}.png", 1) for name in ("none", "1", "3")]
     assert torch.equal(sheets[0], sheets[1]) and not torch.equal(sheets[1], sheets[2])
     capsys.readouterr()
@@ -234,6 +236,10 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
     assert "--guidance-interval must be LOW HIGH with LOW < HIGH, got 1 0.1." in _refused(empty, capsys)
     alone = [net, tmp_path / "a.png", "--class", 1, "--guidance-interval", 0.1, 1]
     assert "--guidance-interval needs the weight of the guidance. Add --guidance W." in _refused(alone, capsys)
+    alone = [net, tmp_path / "a.png", "--class", 1, "--guidance-rescale", 0.7]
+    assert "--guidance-rescale needs the weight of the guidance. Add --guidance W." in _refused(alone, capsys)
+    large = [net, tmp_path / "a.png", "--class", 1, "--guidance", 3, "--guidance-rescale", 2]
+    assert "--guidance-rescale must be from 0 to 1, got 2." in _refused(large, capsys)
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,43 @@ def test_the_interval_holds_for_each_level_of_a_batch(kind):
             torch.testing.assert_close(alone, found[i][None])
 
 
+@pytest.mark.parametrize("kind", ["classifier_free", "autoguidance"])
+def test_rescaling_gives_the_denoised_image_the_contrast_without_guidance(kind, rng):
+    """With phi = 1 each image has the standard deviation without guidance, and the mean with guidance."""
+    labeled, weaker, x = Labeled(), Labeled(std=0.9), _points().double()
+    sigma = torch.tensor([0.125, 0.25, 0.5, 1.0, 1.25, 4.0], dtype=torch.float64)
+
+    def denoised(score):
+        return x + sigma[:, None] ** 2 * score
+
+    def make(**options):
+        if kind == "autoguidance":
+            return autoguidance(labeled, weaker, 3.0, **options)
+        return classifier_free(labeled, 3.0, **options)
+
+    guided, unguided = denoised(make()(x, sigma, LABELS)), denoised(labeled(x, sigma, LABELS))
+    full = denoised(make(rescale=1.0)(x, sigma, LABELS))
+    torch.testing.assert_close(full.std(1), unguided.std(1))
+    torch.testing.assert_close(full.mean(1), guided.mean(1))
+    assert (guided.std(1) > unguided.std(1)).any()
+    partly = make(rescale=0.7)
+    torch.testing.assert_close(denoised(partly(x, sigma, LABELS)), 0.3 * guided + 0.7 * full)
+    for i, s in enumerate(sigma.tolist()):  # a float, and an image alone
+        torch.testing.assert_close(partly(x[i][None], s, LABELS[i][None]), partly(x, sigma, LABELS)[i][None])
+    assert torch.equal(make(rescale=0)(x, sigma, LABELS), make()(x, sigma, LABELS))
+    outside = make(rescale=0.7, interval=(5.0, 6.0))(x, sigma, LABELS)
+    torch.testing.assert_close(outside, labeled(x, sigma, LABELS))
+
+
+def test_rescaling_of_a_constant_image_changes_nothing():
+    def score(x, sigma, condition):
+        return -x
+
+    score.conditioning = Condition(classes=2, null_class=True)
+    x = torch.full((2, 1, 4, 4), 0.5)
+    assert torch.equal(classifier_free(score, 2, rescale=1)(x, 0.5, 1), -x)
+
+
 def test_plain_callables_get_a_tensor_as_their_level():
     def score(x, sigma, condition=None):
         assert isinstance(sigma, torch.Tensor) and sigma.shape == ()
@@ -352,6 +389,7 @@ def test_identities_of_guided_scores_differ_by_everything_that_changes_them():
         classifier_free(net, 2),
         classifier_free(net, 3),
         classifier_free(net, 2, interval=(0.1, 1)),
+        classifier_free(net, 2, rescale=0.5),
         classifier_free(weaker, 2),
         autoguidance(net, weaker, 2),
         autoguidance(weaker, net, 2),
@@ -466,6 +504,7 @@ def test_a_guided_score_has_the_variance_of_the_network_for_the_class(guidance, 
         (lambda: classifier_free(_net(), float("nan")), ValueError, "weight must be a finite number, got nan"),
         (lambda: classifier_free(_net(), 2, interval=3), ValueError, "with 0 <= low < high, got 3"),
         (lambda: classifier_free(_net(), 2, interval=(1, 0.1)), ValueError, r"0 <= low < high, got \(1, 0.1\)"),
+        (lambda: classifier_free(_net(), 2, rescale=1.5), ValueError, "rescale must be a number from 0 to 1, got 1.5"),
         (lambda: autoguidance(_net(), None, 2), TypeError, r"weaker must be a score, .* got NoneType"),
         (lambda: classifier(_net(), torch.zeros(3), 2), TypeError, r"classifier must be a function, .* got Tensor"),
         (

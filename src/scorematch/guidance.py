@@ -27,12 +27,22 @@ sigma = 0.
 Guidance helps mainly at medium noise levels: at high levels it reduces the diversity, and at low levels it has little
 effect. ``interval`` limits it to a range of levels (Kynkäänniemi et al., 2024).
 
+Large weights make contrast and colors too strong. ``rescale`` reduces this, as Lin et al. (2024) do. Let
+:math:`D = x + \sigma^2 s` be the denoised image of the guided score, :math:`D_c` that of the network with the class,
+[.] the mean over the values of an image, and std their standard deviation. The denoised image becomes
+
+.. math:: D + \phi \left(\frac{\operatorname{std} D_c}{\operatorname{std} D} - 1\right) (D - [D]).
+
+Lin et al. rescale the output of a network that predicts v, without subtracting the mean. The denoised image does not
+depend on what a network predicts, and the formula not on the range of the images.
+
 References:
     Ho & Salimans, 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598, Eq. 6.
     Karras et al., 2024, Guiding a Diffusion Model with a Bad Version of Itself, arXiv:2406.02507.
     Dhariwal & Nichol, 2021, Diffusion Models Beat GANs on Image Synthesis, arXiv:2105.05233, Sec. 4.
     Kynkäänniemi et al., 2024, Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
     Diffusion Models, arXiv:2404.07724.
+    Lin et al., 2024, Common Diffusion Noise Schedules and Sample Steps Are Flawed, arXiv:2305.08891, Eq. 15, 16.
 """
 
 from __future__ import annotations
@@ -66,7 +76,9 @@ if TYPE_CHECKING:
 Interval = tuple[float, float]
 
 
-def classifier_free(net: Score, weight: float, *, interval: Interval | None = None) -> GuidedScore:
+def classifier_free(
+    net: Score, weight: float, *, interval: Interval | None = None, rescale: float = 0.0
+) -> GuidedScore:
     r"""Classifier-free guidance: :math:`s(x) + w\,(s(x | c) - s(x))`, with one network call on a batch of 2N.
 
     Args:
@@ -77,13 +89,16 @@ def classifier_free(net: Score, weight: float, *, interval: Interval | None = No
             Salimans call w - 1 the weight.
         interval: (low, high), the range of noise levels with guidance, low < sigma <= high, in the units of x. At other
             levels the score is that of the network with the class, with a batch of N. None is all levels.
+        rescale: phi, from 0 to 1: how much the contrast of the denoised image is reduced to that without guidance; see
+            the module docstring.
 
     Returns:
         A score, ``score(x, sigma, condition)``, with classes as its condition, int64 (N,) or an int.
 
     Raises:
         TypeError: if net is not callable.
-        ValueError: if net has no null class, the weight is not a finite number, or the interval is not (low, high).
+        ValueError: if net has no null class, the weight is not a finite number, the interval is not (low, high), or
+            ``rescale`` is not from 0 to 1.
 
     Example:
         >>> from scorematch import NoiseSchedule, ScoreNet
@@ -93,7 +108,8 @@ def classifier_free(net: Score, weight: float, *, interval: Interval | None = No
         torch.Size([4, 1, 8, 8])
 
     References:
-        Ho & Salimans, 2022, arXiv:2207.12598. Kynkäänniemi et al., 2024, arXiv:2404.07724.
+        Ho & Salimans, 2022, arXiv:2207.12598. Kynkäänniemi et al., 2024, arXiv:2404.07724. Lin et al., 2024,
+        arXiv:2305.08891.
     """
     takes = attribute(net, "conditioning")
     if callable(net) and not (isinstance(takes, Condition) and takes.classes is not None and takes.null_class):
@@ -102,10 +118,12 @@ def classifier_free(net: Score, weight: float, *, interval: Interval | None = No
             "ScoreNet.unet(classes=..., null_class=True), or autoguidance(net, weaker, weight) with a network without "
             "classes as the weaker one."
         )
-    return _ClassifierFree(net, None, weight, interval)
+    return _ClassifierFree(net, None, weight, interval, rescale)
 
 
-def autoguidance(net: Score, weaker: Score, weight: float, *, interval: Interval | None = None) -> GuidedScore:
+def autoguidance(
+    net: Score, weaker: Score, weight: float, *, interval: Interval | None = None, rescale: float = 0.0
+) -> GuidedScore:
     r"""Autoguidance: :math:`s_0 + w\,(s_1 - s_0)`, where :math:`s_0` is a weaker version of the network :math:`s_1`.
 
     Args:
@@ -115,6 +133,7 @@ def autoguidance(net: Score, weaker: Score, weight: float, *, interval: Interval
         weight: w. 0 is the weaker network, 1 the network; values above 1 are guidance.
         interval: the range of noise levels with guidance, as for ``classifier_free``. At other levels the score is that
             of net, without a call of ``weaker``.
+        rescale: phi, as for ``classifier_free``, with the denoised image of net.
 
     Returns:
         A score that is called in the same way as net.
@@ -134,7 +153,7 @@ def autoguidance(net: Score, weaker: Score, weight: float, *, interval: Interval
             raise ValueError(
                 f"weaker must be a score of the data of net, whose {name} is {tuple(expected)}, got {tuple(found)}."
             )
-    return _Autoguidance(net, weaker, weight, interval)
+    return _Autoguidance(net, weaker, weight, interval, rescale)
 
 
 def classifier(
@@ -179,6 +198,7 @@ class GuidedScore(NetworkScore, nn.Module):
         other: the weaker score or the classifier; None for classifier-free guidance.
         weight: the weight w.
         interval: (low, high), the range of noise levels with guidance, or None.
+        rescale: how much the contrast is reduced to that without guidance, from 0 to 1.
         predicts_variance: whether ``score_and_variance`` can be called.
     """
 
@@ -187,7 +207,12 @@ class GuidedScore(NetworkScore, nn.Module):
     _unguided: ClassVar[float] = 1.0  # the weight without guidance
 
     def __init__(
-        self, net: Score, other: Callable[..., Tensor] | None, weight: float, interval: Interval | None
+        self,
+        net: Score,
+        other: Callable[..., Tensor] | None,
+        weight: float,
+        interval: Interval | None,
+        rescale: float = 0.0,
     ) -> None:
         super().__init__()
         if not callable(net):
@@ -197,10 +222,13 @@ class GuidedScore(NetworkScore, nn.Module):
         pair = isinstance(interval, Sequence) and len(interval) == 2
         if interval is not None and not (pair and 0 <= interval[0] < interval[1]):
             raise ValueError(f"interval must be (low, high), noise levels with 0 <= low < high, got {interval!r}.")
+        if not isinstance(rescale, int | float | np.integer | np.floating) or not 0 <= rescale <= 1:
+            raise ValueError(f"rescale must be a number from 0 to 1, got {rescale!r}.")
         self.net, self.other = net, other
         self.predicts_variance = bool(attribute(net, "predicts_variance"))
         self.weight = float(weight)
         self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
+        self.rescale = float(rescale)
 
     def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
         """The score of x (N, ...) at a noise level sigma: a float, () or (N,).
@@ -228,11 +256,11 @@ class GuidedScore(NetworkScore, nn.Module):
         if compile and not (has_inference_copy(self.net) or has_inference_copy(self.other)):
             raise ValueError("compile=True needs a ScoreNet. For any other score, pass torch.compile(net).")
         net, other = (inference_copy_of(part, compile=compile) for part in (self.net, self.other))
-        return type(self)(net, other, self.weight, self.interval)
+        return type(self)(net, other, self.weight, self.interval, self.rescale)
 
     def definition(self) -> list[Any]:
-        """Its scores, the weight and the interval."""
-        return [self.net, self.other, self.weight, self.interval]
+        """Its scores, the weight, the interval and the rescaling."""
+        return [self.net, self.other, self.weight, self.interval, self.rescale]
 
     # -- What samplers read -------------------------------------------------------------------------------------------
 
@@ -273,8 +301,9 @@ class GuidedScore(NetworkScore, nn.Module):
         return any(attribute(part, "is_inference_copy") for part in (self.net, self.other))
 
     def extra_repr(self) -> str:
-        """The weight and the interval, which ``print`` shows."""
-        return f"weight={self.weight:g}" + ("" if self.interval is None else f", interval={self.interval}")
+        """The weight, and the other options that are used, which ``print`` shows."""
+        interval = "" if self.interval is None else f", interval={self.interval}"
+        return f"weight={self.weight:g}{interval}" + (f", rescale={self.rescale:g}" if self.rescale else "")
 
     # -- What the methods share ---------------------------------------------------------------------------------------
 
@@ -288,6 +317,21 @@ class GuidedScore(NetworkScore, nn.Module):
         inside = (sigma > low) & (sigma <= high)  # compared on the device of sigma, without waiting for it
         weight = sigma.new_full((), self.weight, dtype=x.dtype)  # where() of two numbers is in float32
         return per_image(torch.where(inside, weight, self._unguided).to(x.device), x)
+
+    def _guided(
+        self, weaker: Tensor, stronger: Tensor, weight: float | Tensor, x: Tensor, sigma: float | Tensor
+    ) -> Tensor:
+        """The score from the weaker (w = 0) to the stronger one (w = 1) and beyond, with the rescaled contrast."""
+        score = torch.lerp(weaker, stronger, weight)
+        if self.rescale == 0:
+            return score
+        variance = cast(Tensor, per_image(as_sigma(sigma, x).to(x.dtype), x)).square()
+        axes = tuple(range(1, x.ndim))
+        denoised = x + variance * score
+        spread = denoised.std(axes, correction=0, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        ratio = (x + variance * stronger).std(axes, correction=0, keepdim=True) / spread
+        change = (ratio - 1) * (denoised - denoised.mean(axes, keepdim=True))
+        return score + self.rescale * change / variance
 
 
 class _ClassifierFree(GuidedScore):
@@ -307,11 +351,13 @@ class _ClassifierFree(GuidedScore):
         weight = self._weight(sigma, x)
         if isinstance(weight, float) and (weight == 1 or (weight == 0 and not variance)):
             return _call(self.net, x, sigma, labels if weight else null, variance=variance)
+        level = sigma
         if isinstance(sigma, Tensor) and sigma.ndim == 1:
             sigma = torch.cat([sigma, sigma])
         outputs = _call(self.net, torch.cat([x, x]), sigma, torch.cat([labels, null]), variance=variance)
         conditional, unconditional = outputs[0].chunk(2)
-        return torch.lerp(unconditional, conditional, weight), *(share[: len(x)] for share in outputs[1:])
+        score = self._guided(unconditional, conditional, weight, x, level)
+        return score, *(share[: len(x)] for share in outputs[1:])
 
 
 class _Autoguidance(GuidedScore):
@@ -330,7 +376,7 @@ class _Autoguidance(GuidedScore):
         if isinstance(weight, float) and weight == 0 and not variance:
             return weaker
         score, *share = _call(self.net, x, sigma, condition, variance=variance)
-        return torch.lerp(weaker[0], score, weight), *share
+        return self._guided(weaker[0], score, weight, x, sigma), *share
 
 
 class _Classifier(GuidedScore):

@@ -114,7 +114,7 @@ def add_classes(parser: argparse.ArgumentParser) -> None:
 
 
 def add_guidance(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--guidance`` and ``--guidance-interval``; ``guide`` reads them."""
+    """Adds ``--guidance`` and its options; ``guide`` reads them."""
     parser.add_argument(
         "--guidance",
         type=float,
@@ -128,6 +128,12 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="the noise levels with guidance, LOW < sigma <= HIGH for images in [0, 1] (default: all)",
+    )
+    parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        metavar="PHI",
+        help="how much the contrast is reduced to that without guidance, from 0 to 1, such as 0.7 (default: 0)",
     )
 
 
@@ -217,7 +223,7 @@ def given_sampling(args: argparse.Namespace) -> list[str]:
     """The options of samplers, classes and guidance that were given on the command line, as they are written."""
     owned = (name for options in SamplerSettings.OPTIONS.values() for name in sorted(options))
     names = {"sampler": "sampler", "label": "class"}
-    rest = ("classes", "guidance", "guidance_interval", *SamplerSettings.NOISE, *owned)
+    rest = ("classes", "guidance", "guidance_interval", "guidance_rescale", *SamplerSettings.NOISE, *owned)
     names |= {name: name.replace("_", "-") for name in rest}
     return [f"--{written}" for name, written in names.items() if getattr(args, name) is not None]
 
@@ -380,12 +386,13 @@ def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
     """The network, with the guidance of ``--guidance`` if it is given.
 
     Raises:
-        ValueError: if the network has no null class, the weight is not a finite number, or the interval is empty or
-            given without a weight.
+        ValueError: if the network has no null class, the weight is not a finite number, the interval is empty, the
+            rescaling is not from 0 to 1, or one of them is given without a weight.
     """
     if args.guidance is None:
-        if args.guidance_interval is not None:
-            raise ValueError("--guidance-interval needs the weight of the guidance. Add --guidance W.")
+        for name in ("interval", "rescale"):
+            if getattr(args, f"guidance_{name}") is not None:
+                raise ValueError(f"--guidance-{name} needs the weight of the guidance. Add --guidance W.")
         return net
     if net.conditioning is None or not net.conditioning.null_class:
         raise ValueError(
@@ -397,7 +404,10 @@ def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
     interval = args.guidance_interval
     if interval is not None and not interval[0] < interval[1]:
         raise ValueError(f"--guidance-interval must be LOW HIGH with LOW < HIGH, got {interval[0]:g} {interval[1]:g}.")
-    return classifier_free(net, args.guidance, interval=interval)
+    rescale = 0.0 if args.guidance_rescale is None else args.guidance_rescale
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"--guidance-rescale must be from 0 to 1, got {rescale:g}.")
+    return classifier_free(net, args.guidance, interval=interval, rescale=rescale)
 
 
 def find_class(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> int | None:
