@@ -98,9 +98,9 @@ CARDS = (
         data="CIFAR-10, 50,000 images with their classes",
         sigmas=(40.0, 0.002),
         levels=256,
-        parameters=7_711_651,
+        parameters=7_892_771,
         settings=SamplerSettings(sampler="ode", levels=18, method="dpm-solver++"),
-        settings_source="measured on the weights of the run before the last; see the network's README",
+        settings_source="measured on the weights of an earlier run; see the network's README",
         quality=(
             "ships, trucks and horses can be recognized, birds and frogs hardly; Fréchet distance to 5,000 training "
             "images in EfficientNet-Lite0 features 41.6 with 1,500 samples and guidance of weight 2.5, 52.2 without; "
@@ -114,12 +114,12 @@ CARDS = (
         data="CelebA, 14,283 aligned faces, 64x64",
         sigmas=(40.0, 0.002),
         levels=256,
-        parameters=7_840_867,
+        parameters=7_948_259,
         settings=SamplerSettings(levels=50, step_size=1.3e-6, consistent=True),
         settings_source="measured on the weights of an earlier run; see the network's README",
         quality=(
             "faces with smeared details and low contrast; Fréchet distance to 5,000 training images in "
-            "EfficientNet-Lite0 features 28.2 with 1,500 samples; 13.2 for held-out images, 133 for a Gaussian of the "
+            "EfficientNet-Lite0 features 25.8 with 1,500 samples; 13.2 for held-out images, 133 for a Gaussian of the "
             "same covariance"
         ),
     ),
@@ -127,7 +127,7 @@ CARDS = (
         name="palette-mnist",
         license="MIT",
         shape=(3, 28, 28),
-        data="MNIST digits in three colors of equal luma, degraded and to be restored",
+        data="MNIST digits in three colors of equal luma, with degraded versions of them",
         sigmas=(21.6, 0.01),
         levels=173,
         parameters=1_114_819,
@@ -142,7 +142,7 @@ CARDS = (
         name="palette-celeba",
         license="research only, as CelebA",
         shape=(3, 64, 64),
-        data="CelebA, 14,283 aligned faces, 64x64, degraded and to be restored",
+        data="CelebA, 14,283 aligned faces, 64x64, with degraded versions of them",
         sigmas=(40.0, 0.002),
         levels=256,
         parameters=6_437_915,
