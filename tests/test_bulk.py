@@ -848,7 +848,7 @@ JOB = textwrap.dedent(
     net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, schedule=NoiseSchedule([1.0, 0.3, 0.1]), classes=3)
     sampler = AnnealedLangevinSampler(net)
     sample_to(sampler, sys.argv[1], 150, batch_size=8, condition="random", format=sys.argv[3], progress=False)
-    print(this_process())
+    sys.stdout.write(f"{this_process()}\\n")  # in one piece, since two processes share the output
     """
 )
 
