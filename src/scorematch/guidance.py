@@ -33,8 +33,8 @@ Large weights make contrast and colors too strong. ``rescale`` reduces this, as 
 
 .. math:: D + \phi \left(\frac{\operatorname{std} D_c}{\operatorname{std} D} - 1\right) (D - [D]).
 
-Lin et al. rescale the output of a network that predicts v, without subtracting the mean. The denoised image does not
-depend on what a network predicts, and the formula not on the range of the images.
+Lin et al. rescale the output of a network that predicts v, without subtracting the mean. The formula here depends
+neither on what the network predicts nor on the range of the images.
 
 References:
     Ho & Salimans, 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598, Eq. 6.
@@ -89,8 +89,8 @@ def classifier_free(
             Salimans call w - 1 the weight.
         interval: (low, high), the range of noise levels with guidance, low < sigma <= high, in the units of x. At other
             levels the score is that of the network with the class, with a batch of N. None is all levels.
-        rescale: phi, from 0 to 1: how much the contrast of the denoised image is reduced to that without guidance; see
-            the module docstring.
+        rescale: phi, from 0 to 1. 0 does not rescale; 1 gives each denoised image the standard deviation that it has
+            without guidance. See the module docstring.
 
     Returns:
         A score, ``score(x, sigma, condition)``, with classes as its condition, int64 (N,) or an int.
@@ -198,7 +198,7 @@ class GuidedScore(NetworkScore, nn.Module):
         other: the weaker score or the classifier; None for classifier-free guidance.
         weight: the weight w.
         interval: (low, high), the range of noise levels with guidance, or None.
-        rescale: how much the contrast is reduced to that without guidance, from 0 to 1.
+        rescale: phi, from 0 (not rescaled) to 1 (the contrast without guidance).
         predicts_variance: whether ``score_and_variance`` can be called.
     """
 
@@ -325,13 +325,14 @@ class GuidedScore(NetworkScore, nn.Module):
         score = torch.lerp(weaker, stronger, weight)
         if self.rescale == 0:
             return score
-        variance = cast(Tensor, per_image(as_sigma(sigma, x).to(x.dtype), x)).square()
-        axes = tuple(range(1, x.ndim))
-        denoised = x + variance * score
-        spread = denoised.std(axes, correction=0, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-        ratio = (x + variance * stronger).std(axes, correction=0, keepdim=True) / spread
+        variance = cast(Tensor, per_image(as_sigma(sigma, x), x)).square()  # at least float32, in which it is accurate
+        axes, dtype = tuple(range(1, x.ndim)), variance.dtype
+        denoised = x.to(dtype) + variance * score.to(dtype)
+        unguided = x.to(dtype) + variance * stronger.to(dtype)
+        spread = denoised.std(axes, correction=0, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+        ratio = unguided.std(axes, correction=0, keepdim=True) / spread
         change = (ratio - 1) * (denoised - denoised.mean(axes, keepdim=True))
-        return score + self.rescale * change / variance
+        return score + (self.rescale * change / variance).to(score.dtype)
 
 
 class _ClassifierFree(GuidedScore):

@@ -133,7 +133,8 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
         "--guidance-rescale",
         type=float,
         metavar="PHI",
-        help="how much the contrast is reduced to that without guidance, from 0 to 1, such as 0.7 (default: 0)",
+        help="reduce the contrast of guided images, from 0, not at all (the default), to 1, the contrast without "
+        "guidance",
     )
 
 
