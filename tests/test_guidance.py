@@ -237,12 +237,15 @@ def test_rescaling_gives_the_denoised_image_the_contrast_without_guidance(kind, 
 
 def test_rescaling_in_half_precision_at_the_lowest_level(rng):
     """sigma^2 = 4e-6 is below the normal numbers of float16, so the rescaling is computed in float32."""
-    net = classifier_free(_net(), 3.0, rescale=1.0)
-    x = torch.rand(4, 1, 8, 8, generator=rng)
-    parts = torch.randn(2, 4, 1, 8, 8, generator=rng)
+    x, scores = torch.rand(4, 1, 8, 8, generator=rng), torch.randn(8, 1, 8, 8, generator=rng)  # with the class, without
+
+    def score(x, sigma, condition):
+        return scores.to(x)
+
+    score.conditioning = Condition(classes=2, null_class=True)
+    guided = classifier_free(score, 3.0, rescale=1.0)
     for sigma in (0.002, torch.full((4,), 0.002)):
-        expected = net._guided(parts[0], parts[1], 3.0, x, sigma)
-        found = net._guided(*parts.half(), 3.0, x.half(), sigma)
+        found, expected = guided(x.half(), sigma, 1), guided(x, sigma, 1)
         assert found.dtype == torch.float16 and (found - expected).norm() < 5e-3 * expected.norm()
 
 
