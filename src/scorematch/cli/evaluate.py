@@ -11,7 +11,6 @@ from scorematch.cli.options import (
     add_classes,
     add_guidance,
     add_reference,
-    add_samplers,
     add_sampling,
     amount,
     announce,
@@ -101,7 +100,6 @@ def add(commands: Commands) -> None:
     add_classes(parser)
     add_guidance(parser)
     add_sampling(parser)
-    add_samplers(parser)
     parser.set_defaults(run=_run)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -53,39 +54,35 @@ def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of all commands that sample, except ``-n`` and ``--class``, which differ between commands."""
+def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommended one") -> None:
+    """Adds the options of all commands that sample, except ``-n`` and ``--class``, which differ between commands.
+
+    ``default`` describes the sampler that is used without ``--sampler``; see ``make_sampler``.
+    """
     parser.add_argument(
         "--seed", type=int, default=0, help="the random seed; the same seed gives the same images (default: 0)"
     )
     add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
-    noise = parser.add_argument_group("noise levels", "Default: those that are recommended for the network.")
-    noise.add_argument("--levels", type=int, help="the number of noise levels")
-    for end, word in (("max", "highest"), ("min", "lowest")):
-        noise.add_argument(
-            f"--sigma-{end}", type=amount, metavar="SIGMA", help=f"the {word} noise level, within the network's range"
-        )
-    langevin = parser.add_argument_group(
-        "annealed Langevin dynamics", "Default: the settings that are recommended for the network."
+    group = parser.add_argument_group(
+        "sampler", "Default options: those that are recommended for the network, or else those of the sampler."
     )
-    langevin.add_argument(
-        "--steps-per-level", type=int, metavar="STEPS", help="the number of Langevin steps at each level"
+    group.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        help=f"the sampler (default: the one to which a given option belongs, or {default})",
     )
-    langevin.add_argument(
-        "--step-size", type=amount, metavar="EPSILON", help="the step size at the lowest level, below 2 sigma_min^2"
-    )
-    langevin.add_argument(
-        "--exact-noise",
-        action=argparse.BooleanOptionalAction,
-        help="whether the noise of a Langevin step of size a has variance 2a - a^2/sigma^2 instead of 2a; both "
-        "--exact-noise and --no-exact-noise turn off consistent sampling",
-    )
-    langevin.add_argument(
-        "--consistent",
-        action=argparse.BooleanOptionalAction,
-        help="consistent sampling: one step from each level to the next that adds exactly the missing noise",
-    )
+    groups = {"all": group} | {name: parser.add_argument_group(f"options of --sampler {name}") for name in SAMPLERS}
+    for option in fields(SamplerSettings)[1:]:
+        value = option.metadata["value"]
+        kinds: dict[type, dict[str, Any]] = {
+            bool: {"action": argparse.BooleanOptionalAction},
+            int: {"type": int},
+            float: {"type": amount},
+            str: {"choices": value.choices},
+        }
+        flag, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+        groups[option.metadata["sampler"]].add_argument(flag, help=text, **kinds[value.kind])
 
 
 def add_class(parser: argparse.ArgumentParser) -> None:
@@ -136,35 +133,6 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
         help="reduce the contrast of guided images, from 0, not at all (the default), to 1, the contrast without "
         "guidance",
     )
-
-
-def add_samplers(parser: argparse.ArgumentParser, default: str = "the recommended one") -> None:
-    """Adds ``--sampler`` and the options of samplers that ``add_sampling`` does not add; see ``make_sampler``."""
-    group = parser.add_argument_group("other samplers")
-    group.add_argument(
-        "--sampler",
-        choices=SAMPLERS,
-        help=f"the sampler (default: the one to which a given option belongs, or {default})",
-    )
-    schema = SamplerSettings.SCHEMA
-    group.add_argument("--method", choices=schema["method"].choices, help="of ode (default: heun)")
-    group.add_argument(
-        "--churn", type=amount, metavar="AMOUNT", help="of ode: how much new noise the steps add (default: none)"
-    )
-    group.add_argument("--churn-min", type=amount, metavar="SIGMA", help="of ode: the lowest level that adds noise")
-    group.add_argument("--churn-max", type=amount, metavar="SIGMA", help="of ode: the highest level that adds noise")
-    group.add_argument("--churn-noise", type=amount, metavar="FACTOR", help="of ode: the factor of the added noise")
-    group.add_argument("--variance", choices=schema["variance"].choices, help="of ancestral (default: large)")
-    group.add_argument(
-        "--clamp-denoised",
-        action=argparse.BooleanOptionalAction,
-        help="of ancestral: clamp the denoised image at every step",
-    )
-    group.add_argument("--predictor", choices=schema["predictor"].choices, help="of predictor-corrector")
-    group.add_argument(
-        "--corrector-steps", type=int, metavar="STEPS", help="of predictor-corrector: Langevin steps at each level"
-    )
-    group.add_argument("--snr", type=amount, help="of predictor-corrector: the signal-to-noise ratio of these steps")
 
 
 def add_reference(parser: argparse.ArgumentParser) -> None:
@@ -222,11 +190,9 @@ def reference_options(args: argparse.Namespace, device: torch.device) -> dict[st
 
 def given_sampling(args: argparse.Namespace) -> list[str]:
     """The options of samplers, classes and guidance that were given on the command line, as they are written."""
-    owned = (name for options in SamplerSettings.OPTIONS.values() for name in sorted(options))
-    names = {"sampler": "sampler", "label": "class"}
-    rest = ("classes", "guidance", "guidance_interval", "guidance_rescale", *SamplerSettings.NOISE, *owned)
-    names |= {name: name.replace("_", "-") for name in rest}
-    return [f"--{written}" for name, written in names.items() if getattr(args, name) is not None]
+    names = ["label", "classes", "guidance", "guidance_interval", "guidance_rescale"]
+    given = _given(args, [*names, *SamplerSettings.SCHEMA])
+    return [f"--{'class' if name == 'label' else name.replace('_', '-')}" for name in given]
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -461,8 +427,7 @@ def make_sampler(args: argparse.Namespace, net: Score, default: str | None = Non
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
     """
-    known = SamplerSettings.OPTIONS.items()
-    owners = {option: name for name, options in known for option in sorted(_given(args, options))}
+    owners = {option: name for name, options in SamplerSettings.OPTIONS.items() for option in _given(args, options)}
     noise = _given(args, SamplerSettings.NOISE)
     name = next(iter(owners.values()), default) if args.sampler is None else args.sampler
     if name is None:

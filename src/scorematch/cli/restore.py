@@ -15,7 +15,6 @@ from scorematch.cli.options import (
     add_class,
     add_model,
     add_overwrite,
-    add_samplers,
     add_sampling,
     amount,
     announce,
@@ -99,8 +98,7 @@ def add(commands: Commands) -> None:
     )
     add_overwrite(parser, "files that exist already")
     add_class(parser)
-    add_sampling(parser)
-    add_samplers(parser, "the recommended one of a network that was trained to restore, and langevin for any other")
+    add_sampling(parser, "the recommended one of a network that was trained to restore, and langevin for any other")
     parser.set_defaults(run=_run)
 
 

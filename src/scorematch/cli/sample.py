@@ -22,7 +22,6 @@ from scorematch.cli.options import (
     add_guidance,
     add_model,
     add_overwrite,
-    add_samplers,
     add_sampling,
     announce,
     check_folder_name,
@@ -104,7 +103,6 @@ def add(commands: Commands) -> None:
     add_classes(parser)
     add_guidance(parser)
     add_sampling(parser)
-    add_samplers(parser)
     parser.set_defaults(run=_run)
 
 

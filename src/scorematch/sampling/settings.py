@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, get_args
 
+from scorematch.sampling.ancestral import Variance
+from scorematch.sampling.ode import Method
+from scorematch.sampling.predictor_corrector import Predictor
 from scorematch.schema import Field, check, native
 
-# The samplers, each with its options.
-_OPTIONS = {
-    "langevin": {"steps_per_level", "step_size", "exact_noise", "consistent"},
-    "ode": {"method", "churn", "churn_min", "churn_max", "churn_noise"},
-    "ancestral": {"variance", "clamp_denoised"},
-    "predictor-corrector": {"predictor", "corrector_steps", "snr"},
-}
-_LEVEL = Field(float, low=0)
-_COUNT = Field(int, low=1, high=1_000_000)
-_SCHEMA: Mapping[str, Field] = {
-    "sampler": Field(str, required=True, choices=tuple(_OPTIONS)),
-    "levels": Field(int, low=2, high=1_000_000),
-    "steps_per_level": _COUNT,
-    "step_size": Field(float, above=0),
-    "exact_noise": Field(bool),
-    "consistent": Field(bool),
-    "method": Field(str, choices=("heun", "dpm-solver++")),
-    "churn": Field(float, low=0),
-    "churn_min": _LEVEL,
-    "churn_max": _LEVEL,
-    "churn_noise": Field(float, above=0),
-    "variance": Field(str, choices=("large", "small", "learned")),
-    "clamp_denoised": Field(bool),
-    "predictor": Field(str, choices=("ancestral", "reverse-diffusion")),
-    "corrector_steps": Field(int, low=0, high=1_000_000),
-    "snr": Field(float, above=0, below=1),
-    "sigma_max": _LEVEL,
-    "sigma_min": _LEVEL,
-}
+
+def _option(sampler: str, kind: type, text: str, **bounds: Any) -> Any:
+    """The field of an option of a sampler, or of "all", with the help text of its command-line option."""
+    return field(default=None, metadata={"sampler": sampler, "value": Field(kind, **bounds), "help": text})
 
 
 @dataclass(frozen=True)
@@ -48,24 +26,13 @@ class SamplerSettings:
     Args:
         sampler: "langevin" (AnnealedLangevinSampler), "ode" (ODESampler), "ancestral" (AncestralSampler) or
             "predictor-corrector" (PredictorCorrectorSampler).
-        levels: the number of noise levels, at least 2.
-        steps_per_level: option of "langevin": Langevin steps at each level, at least 1.
-        step_size: option of "langevin": the step size at the lowest level, in squared units of x, above 0 and
-            below 2 sigma_min^2.
-        exact_noise: option of "langevin": whether the noise of a step has variance 2a - a^2/sigma^2 instead of 2a.
-        consistent: option of "langevin": whether to use consistent annealed sampling.
-        method: option of "ode": "heun" or "dpm-solver++".
-        churn: option of "ode": how much new noise the steps add, at least 0.
-        churn_min: option of "ode": the lowest level at which noise is added, in the units of x.
-        churn_max: option of "ode": the highest level at which noise is added, in the units of x.
-        churn_noise: option of "ode": the factor of the added noise, above 0.
-        variance: option of "ancestral": "large", "small" or "learned".
-        clamp_denoised: option of "ancestral": whether to clamp the denoised image at every step.
-        predictor: option of "predictor-corrector": "ancestral" or "reverse-diffusion".
-        corrector_steps: option of "predictor-corrector": Langevin steps after each predictor step, at least 0.
-        snr: option of "predictor-corrector": the signal-to-noise ratio of the corrector, above 0 and below 1.
-        sigma_max: option of all samplers: the highest noise level, in the units of x; None is that of the network.
-        sigma_min: option of all samplers: the lowest noise level, in the units of x; None is that of the network.
+        levels: the number of noise levels, at least 2, for all samplers.
+        steps_per_level, step_size, exact_noise, consistent: see AnnealedLangevinSampler.
+        method, churn, churn_min, churn_max, churn_noise: see ODESampler.
+        variance, clamp_denoised: see AncestralSampler.
+        predictor, corrector_steps, snr: see PredictorCorrectorSampler.
+        sigma_max: the highest noise level, in the units of x, for all samplers; None is that of the network.
+        sigma_min: the lowest noise level, in the units of x, for all samplers; None is that of the network.
 
     Raises:
         ValueError: if a value is out of range or of the wrong type, an option belongs to another sampler, or
@@ -77,35 +44,54 @@ class SamplerSettings:
     """
 
     sampler: str = "langevin"
-    levels: int | None = None
-    steps_per_level: int | None = None
-    step_size: float | None = None
-    exact_noise: bool | None = None
-    consistent: bool | None = None
-    method: str | None = None
-    churn: float | None = None
-    churn_min: float | None = None
-    churn_max: float | None = None
-    churn_noise: float | None = None
-    variance: str | None = None
-    clamp_denoised: bool | None = None
-    predictor: str | None = None
-    corrector_steps: int | None = None
-    snr: float | None = None
-    sigma_max: float | None = None
-    sigma_min: float | None = None
+    levels: int | None = _option("all", int, "the number of noise levels", low=2, high=1_000_000)
+    steps_per_level: int | None = _option("langevin", int, "Langevin steps at each level", low=1, high=1_000_000)
+    step_size: float | None = _option(
+        "langevin", float, "the step size at the lowest level, below 2 sigma_min^2", above=0
+    )
+    exact_noise: bool | None = _option(
+        "langevin",
+        bool,
+        "whether the noise of a Langevin step of size a has variance 2a - a^2/sigma^2 instead of 2a; both "
+        "--exact-noise and --no-exact-noise turn off consistent sampling",
+    )
+    consistent: bool | None = _option(
+        "langevin",
+        bool,
+        "consistent sampling: one step from each level to the next that adds exactly the missing noise",
+    )
+    method: str | None = _option("ode", str, "the solver (default: heun)", choices=get_args(Method))
+    churn: float | None = _option("ode", float, "how much new noise the steps add (default: none)", low=0)
+    churn_min: float | None = _option("ode", float, "the lowest level that adds noise", low=0)
+    churn_max: float | None = _option("ode", float, "the highest level that adds noise", low=0)
+    churn_noise: float | None = _option("ode", float, "the factor of the added noise", above=0)
+    variance: str | None = _option(
+        "ancestral", str, "the variance of the noise (default: large)", choices=get_args(Variance)
+    )
+    clamp_denoised: bool | None = _option("ancestral", bool, "clamp the denoised image at every step")
+    predictor: str | None = _option(
+        "predictor-corrector", str, "the step to the next level (default: ancestral)", choices=get_args(Predictor)
+    )
+    corrector_steps: int | None = _option(
+        "predictor-corrector", int, "Langevin steps at each level", low=0, high=1_000_000
+    )
+    snr: float | None = _option(
+        "predictor-corrector", float, "the signal-to-noise ratio of the Langevin steps", above=0, below=1
+    )
+    sigma_max: float | None = _option("all", float, "the highest noise level, within the network's range", low=0)
+    sigma_min: float | None = _option("all", float, "the lowest noise level, within the network's range", low=0)
 
-    SCHEMA: ClassVar[Mapping[str, Field]] = _SCHEMA
-    OPTIONS: ClassVar[Mapping[str, Set[str]]] = _OPTIONS
-    NOISE: ClassVar[tuple[str, ...]] = ("levels", "sigma_max", "sigma_min")  # options of all samplers
+    SCHEMA: ClassVar[Mapping[str, Field]]
+    OPTIONS: ClassVar[Mapping[str, tuple[str, ...]]]  # of each sampler
+    NOISE: ClassVar[tuple[str, ...]]  # options of all samplers
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             object.__setattr__(self, name, native(value))  # numbers of NumPy as those of Python
-        check(self.to_dict(), _SCHEMA, "sampler_settings")
-        foreign = self.options.keys() - _OPTIONS[self.sampler]
+        check(self.to_dict(), self.SCHEMA, "sampler_settings")
+        foreign = self.options.keys() - set(self.OPTIONS[self.sampler])
         if foreign:
-            known = ", ".join(sorted(_OPTIONS[self.sampler]))
+            known = ", ".join(sorted(self.OPTIONS[self.sampler]))
             raise ValueError(
                 f"sampler_settings: {', '.join(sorted(foreign))} is not an option of the sampler {self.sampler!r}, "
                 f"whose options are {known}."
@@ -142,9 +128,20 @@ class SamplerSettings:
             ValueError: if a key is unknown or missing, or a value is out of range.
         """
         if isinstance(values, Mapping):
-            values = {key: value for key, value in values.items() if value is not None or key not in _SCHEMA}
-        check(values, _SCHEMA, "sampler_settings", closed=True)
+            values = {key: value for key, value in values.items() if value is not None or key not in cls.SCHEMA}
+        check(values, cls.SCHEMA, "sampler_settings", closed=True)
         return cls(**values)
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in self.to_dict().items())
+
+
+_owned: dict[str, tuple[str, ...]] = {}
+for _each in fields(SamplerSettings)[1:]:
+    _owned[_each.metadata["sampler"]] = (*_owned.get(_each.metadata["sampler"], ()), _each.name)
+SamplerSettings.NOISE = _owned.pop("all")
+SamplerSettings.OPTIONS = _owned
+SamplerSettings.SCHEMA = {
+    "sampler": Field(str, required=True, choices=tuple(_owned)),
+    **{each.name: each.metadata["value"] for each in fields(SamplerSettings)[1:]},
+}
