@@ -449,7 +449,8 @@ def test_a_name_loads_a_hugging_face_dataset(monkeypatch, rng):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert len(_open("owner/pictures")) == 1 and asked == [("owner/pictures", "train")]
-    with pytest.raises(FileNotFoundError, match="nobody/nothing is not a file, a folder or a data set on the Hub"):
+    assert len(_open("mnist-test")) == 1 and asked.pop() == ("ylecun/mnist", "test")
+    with pytest.raises(FileNotFoundError, match=r"nobody/nothing is not a file or a folder, .* loaded from the Hub"):
         _open("nobody/nothing")
     for path in ("./pictures", "/nothing/here", "a/b/c", "pictures/"):
         with pytest.raises(FileNotFoundError, match="does not exist"):

@@ -32,6 +32,7 @@ from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_resto
 from scorematch.nets.family import takes_image
 from scorematch.protocol import device_of
 from scorematch.sampling.restoration import Restore
+from scorematch.training.sources import REFERENCES
 
 
 def add(commands: Commands) -> None:
@@ -61,7 +62,7 @@ def add(commands: Commands) -> None:
         "reference",
         nargs="?",
         help="the real images: a folder, an .npz file of images or of statistics, a data set owner/name on the Hub, or "
-        "mnist-train, mnist-test, fashion-mnist-train, fashion-mnist-test, cifar10-train, cifar10-test",
+        f"{', '.join(REFERENCES)}",
     )
     parser.add_argument(
         "-n",

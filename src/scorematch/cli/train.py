@@ -56,7 +56,11 @@ def add(commands: Commands) -> None:
         "  %(prog)s cats --out runs/cats --start runs/faces/network\n"
         "  accelerate launch -m scorematch train faces --out runs/faces --images 50M --batch-size 512",
     )
-    parser.add_argument("data", metavar="DATA", help="a folder of pictures, an .npz file, or owner/name on the Hub")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="a folder of pictures, an .npz file, owner/name on the Hub, or a short name such as cifar10-train",
+    )
     parser.add_argument(
         "--out", required=True, type=expanded, help="the folder of the run, created if it does not exist"
     )

@@ -34,7 +34,7 @@ from scorematch.evaluation.diagnostics import (
     level_table,
     score_error,
 )
-from scorematch.evaluation.evaluate import REFERENCES, Evaluation, evaluate, gaussian_images
+from scorematch.evaluation.evaluate import Evaluation, evaluate, gaussian_images
 from scorematch.evaluation.features import (
     EXTRACTORS,
     Extracted,
@@ -71,6 +71,7 @@ from scorematch.evaluation.restoration import evaluate_restoration
 from scorematch.evaluation.sampler_distance import SamplerDistances, sampler_distances, sampler_variants
 from scorematch.evaluation.statistics import Statistics, cache_folder, content_key, statistics_of
 from scorematch.evaluation.tune import Row, Tuning, compare, settings_table, tune
+from scorematch.training.sources import REFERENCES
 
 __all__ = [
     "EXTRACTORS",

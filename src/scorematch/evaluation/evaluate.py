@@ -294,7 +294,7 @@ def evaluate(
     whole = crop == "center" and not subject.is_network and subject.shape[1] != subject.shape[2]
     with process_group(device):
         evaluator = Evaluator(
-            find_data(reference),
+            reference,
             features=features,
             metrics=metrics,
             image_size=subject.shape[1:] if subject.is_network else None,
@@ -520,47 +520,16 @@ def shown(batches: Iterable[Tensor], n: int, title: str, progress: bool) -> Iter
 # -- Real images and the Gaussian -------------------------------------------------------------------------------------
 
 
-# Short names of data sets on the Hugging Face Hub, each with its split. They need the package datasets.
-REFERENCES: Mapping[str, tuple[str, str]] = {
-    "mnist-train": ("ylecun/mnist", "train"),
-    "mnist-test": ("ylecun/mnist", "test"),
-    "fashion-mnist-train": ("zalando-datasets/fashion_mnist", "train"),
-    "fashion-mnist-test": ("zalando-datasets/fashion_mnist", "test"),
-    "cifar10-train": ("uoft-cs/cifar10", "train"),
-    "cifar10-test": ("uoft-cs/cifar10", "test"),
-}
-
-
 def _are_same(one: Any, other: Any) -> bool:
     """Whether two sources are the same object, or the same path or name."""
     paths = isinstance(one, str | os.PathLike) and isinstance(other, str | os.PathLike)
     return one is other or (paths and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
-def find_data(source: Any) -> Any:
-    """Loads the data set with a short name from ``REFERENCES``; returns any other source unchanged."""
-    if not isinstance(source, str) or source not in REFERENCES or Path(source).exists():
-        return source
-    repository, split = REFERENCES[source]
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"{source} is loaded from the Hugging Face Hub, which needs the package datasets: pip install datasets."
-        ) from error
-    try:
-        return load_dataset(repository, split=split)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{source} cannot be loaded from the Hub ({repository}): {error}") from error
-
-
 def open_for(source: Any, shape: Sequence[int], crop: Crop = "center", progress: bool = True) -> ImageData:
-    """Opens images as ``open_images`` does, cropped and resized to a shape (C, H, W); a damaged image is an error.
-
-    The source may also be a name from ``REFERENCES``.
-    """
+    """Opens images as ``open_images`` does, cropped and resized to a shape (C, H, W); a damaged image is an error."""
     size = (shape[1], shape[2])
-    data = open_images(find_data(source), image_size=size, channels=shape[0], crop=crop, strict=True, progress=progress)
+    data = open_images(source, image_size=size, channels=shape[0], crop=crop, strict=True, progress=progress)
     if tuple(data.shape) != tuple(shape):  # of an ImageData, which is returned unchanged
         raise ValueError(f"the held-out images must have the shape {tuple(shape)}, got {tuple(data.shape)}.")
     return data

@@ -51,7 +51,7 @@ from scorematch.bulk.batches import this_process
 from scorematch.bulk.hashing import identity, sampler_settings
 from scorematch.bulk.job import prepared
 from scorematch.evaluation.accumulate import process_group
-from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, check_results, find_data, sampler_for
+from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, check_results, sampler_for
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.figures import Collection, Evaluator, Figures, OneOrMore, mean_figure, root_figure
 from scorematch.evaluation.per_image import ImageBatch, choose, values_per_image
@@ -168,7 +168,7 @@ def evaluate_restoration(
         images = _open(data, chosen_sampler, labels, crop, progress)
         chosen = choose(len(images), min(DEFAULT_N_RESTORED, len(images)) if n is None else n, seed)
         evaluator = Evaluator(
-            images if reference is None else find_data(reference),
+            images if reference is None else reference,
             features=features,
             metrics=metrics,
             image_size=tuple(images.shape[1:]),  # type: ignore[arg-type]  # (H, W)
@@ -219,7 +219,7 @@ def _open(data: Any, sampler: Sampler, labels: bool, crop: Crop, progress: bool)
     shape = attribute(sampler.net, "sample_shape")
     size = (None, None) if shape is None or len(shape) != 3 else (tuple(shape[1:]), shape[0])
     images = open_images(
-        find_data(data),
+        data,
         image_size=size[0],
         channels=size[1],
         crop=crop,

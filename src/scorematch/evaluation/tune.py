@@ -34,7 +34,7 @@ from scorematch.bulk.classes import Classes
 from scorematch.bulk.hashing import identity, sampler_settings
 from scorematch.charts import Curve, chart, table
 from scorematch.evaluation.accumulate import process_group
-from scorematch.evaluation.evaluate import find_data, hash_of, open_for, read_batches, shown
+from scorematch.evaluation.evaluate import hash_of, open_for, read_batches, shown
 from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figure, Figures, as_dicts
 from scorematch.evaluation.per_image import choose
@@ -255,7 +255,7 @@ def tune(
     device = device_of(net) if device is None else device
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
     with process_group(device):
-        data = open_for(reference, shape, crop, progress) if named else find_data(reference)
+        data = open_for(reference, shape, crop, progress) if named else reference
         evaluator = Evaluator(
             data,
             features=[] if criterion == "rmse" else features,

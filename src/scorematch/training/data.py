@@ -8,7 +8,8 @@ It accepts
   are (N, C, H, W) in [0, 1];
 - a ``torch.utils.data.Dataset`` with a length, whose items are images or tuples (image, label). Its random transforms
   are drawn again at each access, also in a run that continues;
-- a data set of Hugging Face's ``datasets``, or its name on the Hub.
+- a data set of Hugging Face's ``datasets``, its name on the Hub, or a short name in
+  ``scorematch.evaluation.REFERENCES``, such as "mnist-train".
 
 Image files are cropped and resized with Pillow and kept as uint8. Each file is decoded once when the data are opened,
 so that damaged files are found before the training starts. The decoded images are kept in memory, or in a memory-mapped
@@ -173,9 +174,9 @@ def open_images(
     """Opens training data.
 
     Args:
-        source: a source as listed in the module docstring. A string is a path if such a file or folder exists, and the
-            name of a data set on the Hub otherwise, of which the split "train" is used. An ``ImageData`` is returned
-            unchanged.
+        source: a source as listed in the module docstring. A string is a path if such a file or folder exists, and
+            otherwise a short name, or the name of a data set on the Hub, of which the split "train" is used. An
+            ``ImageData`` is returned unchanged.
         image_size: (height, width) in pixels, or the side of a square. None keeps the size of the images, which must be
             the same for all; images from files and data sets are then cropped to a square, unless ``crop`` is None. For
             the crop "celeba" None is 140.

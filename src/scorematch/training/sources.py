@@ -31,6 +31,15 @@ Crop = Literal["center", "celeba"] | None
 _A = TypeVar("_A")
 _T = TypeVar("_T")
 
+# Short names of data sets on the Hugging Face Hub, each with its split.
+REFERENCES: Mapping[str, tuple[str, str]] = {
+    "mnist-train": ("ylecun/mnist", "train"),
+    "mnist-test": ("ylecun/mnist", "test"),
+    "fashion-mnist-train": ("zalando-datasets/fashion_mnist", "train"),
+    "fashion-mnist-test": ("zalando-datasets/fashion_mnist", "test"),
+    "cifar10-train": ("uoft-cs/cifar10", "train"),
+    "cifar10-test": ("uoft-cs/cifar10", "test"),
+}
 CELEBA_SIDE = 140  # pixels; the aligned images have 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
 _CLASSES = 1_000_000  # the largest number of classes
 _IMAGE_KEYS = ("image", "images", "img", "x", "x_train", "arr_0")
@@ -579,10 +588,13 @@ def _of_path(source: str | os.PathLike[str], options: Options) -> Any:
             f"{source} is neither a file nor a folder, and loading a data set from the Hub needs the package datasets: "
             "pip install datasets."
         ) from error
+    name, split = REFERENCES.get(source, (source, "train"))
     try:
-        return load_dataset(source, split="train")
+        return load_dataset(name, split=split)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{source} is not a file, a folder or a data set on the Hub: {error}") from error
+        raise FileNotFoundError(
+            f"{source} is not a file or a folder, and the data set {name} cannot be loaded from the Hub: {error}"
+        ) from error
 
 
 def _archive(path: Path, options: Options) -> dict[str, np.ndarray]:
