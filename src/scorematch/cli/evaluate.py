@@ -121,8 +121,8 @@ def _run(args: argparse.Namespace) -> None:
     net = guide(args, loaded)
     condition = None if args.restore is not None else find_classes(args, net)
     common |= reference_options(args, device_of(net))
-    default = None if args.restore is None or takes_image(net) else "langevin"  # as for the command restore
-    sampler, fast = (make_sampler(args, each, default) for each in (net, net.inference_copy()))
+    restoring = args.restore is not None
+    sampler, fast = (make_sampler(args, each, restoring=restoring) for each in (net, net.inference_copy()))
     process, processes = this_process()
     if args.restore is not None:
         draws = 2 if args.draws is None else args.draws

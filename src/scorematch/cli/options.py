@@ -415,20 +415,21 @@ def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Class
     return args.label  # type: ignore[return-value]
 
 
-def make_sampler(args: argparse.Namespace, net: Score, default: str | None = None) -> Sampler:
-    """The sampler of ``--sampler`` and of the options of samplers.
+def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = False) -> Sampler:
+    """The sampler of ``--sampler`` and of the options of samplers, or else the one recommended for the network.
 
     Args:
         args: the parsed command line.
         net: the score that it samples.
-        default: the key in ``SAMPLERS`` of the sampler if no option names one; None is the one recommended for the
-            network.
+        restoring: whether it restores images. The recommended sampler of a network that draws images may be that of an
+            ODE, which restores less well; "langevin" is then used instead.
 
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
     """
     owners = {option: name for name, options in SamplerSettings.OPTIONS.items() for option in _given(args, options)}
     noise = _given(args, SamplerSettings.NOISE)
+    default = "langevin" if restoring and not takes_image(net) else None
     name = next(iter(owners.values()), default) if args.sampler is None else args.sampler
     if name is None:
         return recommended_sampler(net, **noise)

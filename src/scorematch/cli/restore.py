@@ -119,8 +119,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.gray and channels != 3:
         raise ValueError(f"--gray needs a network that draws RGB images, and {args.model} draws gray ones.")
     label = find_class(args, net)
-    # The recommended sampler of a network that draws images may be that of an ODE, which restores less well.
-    sampler = make_sampler(args, net.inference_copy(), None if takes_image(net) else "langevin")
+    sampler = make_sampler(args, net.inference_copy(), restoring=True)
     sampler.restore = args.restore_method
     check_picture(folder / "strip.png")  # before the work
     # All pictures are read before the first is restored, so that errors come first, and again when they are restored,

@@ -147,13 +147,8 @@ class Tuning:
         smallest: dict[str, dict[int, float]] = {}
         for row in self.rows:
             settings = row.settings or SamplerSettings()
-            kinds = (
-                settings.method,
-                settings.variance,
-                settings.predictor,
-                "consistent" if settings.consistent else None,
-            )
-            name = ", ".join([settings.sampler, *(kind for kind in kinds if kind is not None)])
+            named = [value for key, value in settings.options.items() if settings.SCHEMA[key].choices]
+            name = ", ".join([settings.sampler, *named, *(["consistent"] if settings.consistent else [])])
             line = smallest.setdefault(name, {})
             line[row.calls] = min(self.distance(row), line.get(row.calls, math.inf))
         curves = [Curve(name, sorted(line), [line[calls] for calls in sorted(line)]) for name, line in smallest.items()]
