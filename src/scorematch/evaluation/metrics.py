@@ -50,7 +50,8 @@ import math
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
@@ -629,15 +630,11 @@ class _OfRows(Accumulator[T]):
 
     _seen: Rows
 
-    def __init__(self) -> None:
-        self._seen = Rows()
+    def __init__(self, metric: Callable[[Tensor], T]) -> None:
+        self._seen, self._metric = Rows(), metric
 
     def compute(self) -> T:
         return self._metric(self._seen.gather())
-
-    @abstractmethod
-    def _metric(self, features: Tensor) -> T:
-        """The metric of all features."""
 
 
 class FrechetDistance(Accumulator[float]):
@@ -667,11 +664,7 @@ class FrechetExtrapolation(_OfRows[Extrapolation]):
     """
 
     def __init__(self, reference: Normal, *, sizes: Sequence[int] | None = None, seed: int = 0) -> None:
-        super().__init__()
-        self._reference, self._sizes, self._seed = reference, sizes, seed
-
-    def _metric(self, features: Tensor) -> Extrapolation:
-        return frechet_extrapolation(features, self._reference, sizes=self._sizes, generator=self._seed)
+        super().__init__(partial(frechet_extrapolation, reference=reference, sizes=sizes, generator=seed))
 
 
 class KernelDistance(_OfRows[Estimate]):
@@ -685,12 +678,8 @@ class KernelDistance(_OfRows[Estimate]):
     """
 
     def __init__(self, reference: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> None:
-        super().__init__()
-        self._reference, self._subsets, self._size, self._seed = reference, subsets, subset_size, seed
-
-    def _metric(self, features: Tensor) -> Estimate:
-        return kernel_distance(
-            features, self._reference, subsets=self._subsets, subset_size=self._size, generator=self._seed
+        super().__init__(
+            partial(kernel_distance, b=reference, subsets=subsets, subset_size=subset_size, generator=seed)
         )
 
 
@@ -705,11 +694,7 @@ class InceptionScore(_OfRows[Estimate]):
     takes = "logits"
 
     def __init__(self, *, splits: int = 10, seed: int = 0) -> None:
-        super().__init__()
-        self._splits, self._seed = splits, seed
-
-    def _metric(self, features: Tensor) -> Estimate:
-        return inception_score(features, splits=self._splits, generator=self._seed)
+        super().__init__(partial(inception_score, splits=splits, generator=seed))
 
 
 class PrecisionRecall(_OfRows[tuple[float, float]]):
@@ -721,11 +706,7 @@ class PrecisionRecall(_OfRows[tuple[float, float]]):
     """
 
     def __init__(self, reference: Features, *, k: int = 3) -> None:
-        super().__init__()
-        self._reference, self._k = reference, k
-
-    def _metric(self, features: Tensor) -> tuple[float, float]:
-        return precision_recall(self._reference, features, k=self._k)
+        super().__init__(partial(precision_recall, reference, k=k))
 
 
 class DensityCoverage(_OfRows[tuple[float, float]]):
@@ -737,11 +718,7 @@ class DensityCoverage(_OfRows[tuple[float, float]]):
     """
 
     def __init__(self, reference: Features, *, k: int = 5) -> None:
-        super().__init__()
-        self._reference, self._k = reference, k
-
-    def _metric(self, features: Tensor) -> tuple[float, float]:
-        return density_coverage(self._reference, features, k=self._k)
+        super().__init__(partial(density_coverage, reference, k=k))
 
 
 METRICS: Mapping[str, type[Accumulator[Any]]] = MappingProxyType(
