@@ -239,13 +239,13 @@ class Positional(nn.Module):
 class Fourier(nn.Module):
     """(N,) -> (N, width): sines and cosines of c_noise at fixed random frequencies."""
 
-    def __init__(self, width: int, scale: float = 16.0) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         if width % 2:
             raise ValueError(f"the number of sines and cosines, time_proj_dim, must be even, got {width}.")
         frequencies = torch.empty(width // 2)
         if not frequencies.is_meta:  # there torch would import its compiler
-            frequencies.normal_(0, scale)
+            frequencies.normal_(0, 16)
         self.weight = nn.Parameter(frequencies, requires_grad=False)
 
     def forward(self, c_noise: Tensor) -> Tensor:  # noqa: D102
