@@ -97,6 +97,24 @@ def checked(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     return dict(config)
 
 
+def translated(
+    config: Mapping[str, Any], schedule: NoiseSchedule, settings: SamplerSettings | None, where: Path | str
+) -> dict[str, Any]:
+    """The checked configuration of a network of images in [0, 1] in another format, from the keys that it determines.
+
+    Raises:
+        ValueError: as ``checked``.
+    """
+    shared = {
+        "format_version": FORMAT_VERSION,
+        "value_range": [0.0, 1.0],
+        "predicts_variance": False,
+        "sampler_settings": None if settings is None else settings.to_dict(),
+        "schedule": schedule.to_dict(),
+    }
+    return checked({**shared, **config}, where)
+
+
 def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that says how to build the backbone: "family" and the keys of that family."""
     family = FAMILIES.get(config["family"])

@@ -32,14 +32,7 @@ from scorematch.nets import FAMILIES
 from scorematch.nets.unet import OWN_KEYS
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.cards import Card
-from scorematch.pretrained.configuration import (
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    Stored,
-    architecture,
-    checked,
-    read_json,
-)
+from scorematch.pretrained.configuration import CONFIG_FILE, Stored, architecture, read_json, translated
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, read_weights
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.schema import Field, check, native
@@ -125,15 +118,15 @@ def read(
         corrected = {"sigma_max": card.sigmas[0], "sigma_min": card.sigmas[1], "num_train_timesteps": card.levels}
         scheduler = {**scheduler, **corrected}
     where = str(home / CONFIG_FILE), str(path)
-    translated = _translate(config, scheduler, *where, None)
+    network = _translate(config, scheduler, *where, None)
     if complete is None:
-        return Stored(translated, {}, home, has_weights=False)
+        return Stored(network, {}, home, has_weights=False)
     complete(DIFFUSERS_WEIGHTS_FILES)
     weights = current_names(read_weights(home, DIFFUSERS_WEIGHTS_FILES))
     stored_levels = weights.pop("sigmas", None)
     if stored_levels is not None:
-        translated = _translate(config, scheduler, *where, stored_levels)
-    return Stored(translated, weights, home)
+        network = _translate(config, scheduler, *where, stored_levels)
+    return Stored(network, weights, home)
 
 
 def from_diffusers(unet: nn.Module, scheduler: Any) -> Stored:
@@ -222,19 +215,14 @@ def _translate(
     schedule, precondition = (_variance_exploding if exploding else _ddpm)(network, scheduler, where_scheduler)
     if stored_levels is not None:
         schedule = _stored_schedule(stored_levels, schedule, where, where_scheduler)
-    settings = _recommended(schedule, precondition)
     config = {
-        "format_version": FORMAT_VERSION,
         "family": "unet",
         **unet,
         "precondition": precondition,
         "sample_shape": None if size is None else [min(inputs, outputs), *size],
-        "value_range": [0.0, 1.0],
         "predicts_variance": outputs == 2 * inputs,
-        "sampler_settings": None if settings is None else settings.to_dict(),
-        "schedule": schedule.to_dict(),
     }
-    return checked(config, where)
+    return translated(config, schedule, _recommended(schedule, precondition), where)
 
 
 def _variance_exploding(

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from scorematch.noise import NoiseSchedule
-from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, checked
+from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, RefusedError, load_tensors, storage_of_bytes
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.schema import Field, check, quote
@@ -226,17 +226,14 @@ class _Reader:
         classes = self._classes()
         schedule, precondition = self._noise()
         config = {
-            "format_version": FORMAT_VERSION,
             **(self._ncsnpp() if self.song else self._unet()),
             **({} if classes is None else {"num_class_embeds": classes, "null_class": True}),
             **precondition,
             "sample_shape": [self.channels, self.resolution, self.resolution],
-            "value_range": [0.0, 1.0],
             "predicts_variance": self.root.kind == "iDDPMPrecond",
-            "sampler_settings": self._settings(schedule, classes).to_dict(),
-            "schedule": schedule.to_dict(),
         }
-        return Stored(checked(config, self.path), dict(self._weights()), self.path)
+        config = translated(config, schedule, self._settings(schedule, classes), self.path)
+        return Stored(config, dict(self._weights()), self.path)
 
     def _classes(self) -> int | None:
         classes = self._attribute("", "label_dim", Field(int, required=True, low=0, high=10_000_000))

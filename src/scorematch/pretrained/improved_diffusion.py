@@ -31,7 +31,7 @@ from torch import Tensor
 
 from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
-from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, checked
+from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.options import checked_options, named_options
 from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
 from scorematch.sampling.settings import SamplerSettings
@@ -138,7 +138,6 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     variance = "learned" if options["learn_sigma"] else "small" if options["sigma_small"] else "large"
     settings = SamplerSettings("ancestral", levels=steps, variance=variance, clamp_denoised=True)
     stored = {
-        "format_version": FORMAT_VERSION,
         "family": "unet",
         "in_channels": channels,
         "out_channels": channels * (2 if options["learn_sigma"] else 1),
@@ -158,12 +157,9 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         "num_class_embeds": options["num_classes"] if options["class_cond"] else None,
         "precondition": "ddpm_x0" if options["predict_xstart"] else "ddpm",
         "sample_shape": [channels, size, size],
-        "value_range": [0.0, 1.0],
         "predicts_variance": options["learn_sigma"],
-        "sampler_settings": settings.to_dict(),
-        "schedule": _schedule(options, config).to_dict(),
     }
-    return Stored(checked(stored, path), weights, path)
+    return Stored(translated(stored, _schedule(options, config), settings, path), weights, path)
 
 
 # -- Options ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import numpy as np
 from torch import Tensor
 
 from scorematch.noise import NoiseSchedule
-from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, checked
+from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.options import checked_options, read_options
 from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
 from scorematch.sampling.settings import SamplerSettings
@@ -103,19 +103,14 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     settings = _settings(options["sampling"], schedule, rescaled=rescaled)
     family = "ncsn" if conditional else "ncsnv2"
     stored = {
-        "format_version": FORMAT_VERSION,
         "family": family,
         "channels": channels,
         "width": width,
         "depth": depth,
         "precondition": family,
         "sample_shape": None if size is None else [channels, size, size],
-        "value_range": [0.0, 1.0],
-        "predicts_variance": False,
-        "sampler_settings": None if settings is None else settings.to_dict(),
-        "schedule": schedule.to_dict(),
     }
-    return Stored(checked(stored, path), weights, path)
+    return Stored(translated(stored, schedule, settings, path), weights, path)
 
 
 # -- Weights ----------------------------------------------------------------------------------------------------------

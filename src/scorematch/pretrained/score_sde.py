@@ -38,7 +38,7 @@ from torch import Tensor
 
 from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
-from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, checked
+from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.options import checked_options, named_options
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, StoredTensor, load_tensors
 from scorematch.sampling.settings import SamplerSettings
@@ -130,19 +130,13 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     options = _options(config)
     weights = _named(load_tensors(_weights(content, path, raw=raw), path), options, path)
     schedule, precondition = _noise(options, f"{config}")
-    settings = _settings(options)
     size, channels = options["image_size"], options["num_channels"]
     stored = {
-        "format_version": FORMAT_VERSION,
         **(_ncsnpp(options) if options["name"] == "ncsnpp" else _ddpm(options)),
         **precondition,
         "sample_shape": [channels, size, size],
-        "value_range": [0.0, 1.0],
-        "predicts_variance": False,
-        "sampler_settings": None if settings is None else settings.to_dict(),
-        "schedule": schedule.to_dict(),
     }
-    return Stored(checked(stored, path), weights, path)
+    return Stored(translated(stored, schedule, _settings(options), path), weights, path)
 
 
 # -- Options ----------------------------------------------------------------------------------------------------------
