@@ -881,6 +881,14 @@ def test_invalid_sampler_settings_raise(values, message):
         SamplerSettings(**values)
 
 
+def test_settings_have_the_options_of_every_sampler():
+    shared = inspect.signature(Sampler).parameters
+    assert set(SamplerSettings.NOISE) <= shared.keys() and SamplerSettings.OPTIONS.keys() == SAMPLERS.keys()
+    for name, sampler in SAMPLERS.items():
+        own = inspect.signature(sampler).parameters.keys() - shared.keys()
+        assert own - {"published"} == set(SamplerSettings.OPTIONS[name]), name
+
+
 def test_settings_take_numbers_of_numpy():
     found = SamplerSettings(levels=np.int64(9), step_size=np.float32(0.5), consistent=np.bool_(True))
     assert found == SamplerSettings(levels=9, step_size=0.5, consistent=True)
