@@ -20,7 +20,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -231,7 +231,7 @@ def level_table(rows: Sequence[ScoreError] | Sequence[LevelLoss]) -> str:
     return table(list(rows[0]._fields), cells)
 
 
-def level_chart(sets: dict[str, Sequence[ScoreError]] | dict[str, Sequence[LevelLoss]], figure: str) -> str:
+def level_chart(sets: Mapping[str, Sequence[ScoreError]] | Mapping[str, Sequence[LevelLoss]], figure: str) -> str:
     """A chart of one figure against the noise level, as the text of an SVG file.
 
     Args:
