@@ -564,6 +564,7 @@ def test_sliced_loss_of_a_network_with_attention_and_a_condition(rng, options):
         ({"sigma": 1.0, "noise": torch.zeros(2, 4)}, ValueError, r"noise must have the shape of x, \(2, 3\)"),
         ({"sigma": 1.0, "p": 0}, ValueError, "p must be at least 1, got 0"),
         ({"sigma": 1.0, "p": float("nan")}, ValueError, "p must be at least 1, got nan"),
+        ({"sigma": 1.0, "p": float("inf")}, ValueError, "p must be finite, got inf"),
         ({"sigma": 1.0, "reduction": "sum"}, ValueError, '"mean" or "none", got'),
         ({"sigma": 1.0, "noise": torch.zeros(2, 3).numpy()}, TypeError, "noise must be a tensor, got ndarray"),
         (

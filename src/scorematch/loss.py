@@ -86,7 +86,7 @@ def dsm_loss(
             None calls the network with two arguments.
         region: bool, broadcastable to x, True where the loss counts. For each image the sum over the region is
             multiplied by D / (number of values in the region).
-        p: the power, at least 1.
+        p: the power, at least 1 and finite.
         weighting: a function of sigma (N,) that returns w (N,); None is sigma^p.
         reduction: "mean" over the batch, or "none" for one value per image.
         generator: the source of the noise levels and the noise: a ``torch.Generator``, or a seed, which gives the same
@@ -98,7 +98,7 @@ def dsm_loss(
     Raises:
         TypeError: if x is not a floating-point tensor, noise not a tensor, or region not a bool tensor.
         ValueError: if there are no noise levels (a plain callable without ``schedule`` and ``sigma``), sigma is not
-            positive, p is below 1, ``reduction`` is unknown, or the shapes do not fit.
+            positive, p is below 1 or infinite, ``reduction`` is unknown, or the shapes do not fit.
 
     Example:
         >>> from scorematch import NoiseSchedule
@@ -109,6 +109,8 @@ def dsm_loss(
     x, sigma, noise, _ = _perturbation(net, x, schedule, sigma, noise, generator)
     if not p >= 1:  # also true for NaN
         raise ValueError(f"p must be at least 1, got {p!r}.")
+    if p == math.inf:
+        raise ValueError("p must be finite, got inf. Write p=2 for the usual loss.")
     _check_reduction(reduction)
     # |sigma r|^p with sigma r = sigma s + z, which is of order one, whereas r grows as 1 / sigma.
     residual = (_scaled_score(net, x, sigma, noise, condition) + noise).abs().pow(p)
