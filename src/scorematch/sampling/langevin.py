@@ -24,8 +24,9 @@ At the last level Tweedie's formula gives the result, as in the authors' code. L
 The square root is real for :math:`1 - r \le \eta \le 1 + r`. Write :math:`\eta = 1 - r^p`. At p = 1 no noise is added,
 and the step is an Euler step of the probability flow (DDIM); at p = 2 it is the step of ancestral sampling. The
 published settings are near p = 1.5. The exponent p says how much new noise is added while sigma falls by a given
-factor; it does not depend on the number of levels. With an observation, p is at most 2 at levels below the noise of y:
-more new noise would erase the information about y in the state.
+factor; it does not depend on the number of levels. With an observation, p is 2 at levels below the noise of y, where
+the noise of the state is a part of the noise of y: more new noise would erase the information about y in the state, and
+with less the state would keep too much of the noise of y.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, Alg. 1.
@@ -203,7 +204,7 @@ class AnnealedLangevinSampler(Sampler):
             x, score, z = chain(x, sigma)
             eta = self.step_size / self.schedule.sigma_min**2
             if following < chain.observed_sigma:
-                eta = min(eta, 1 - (following / sigma) ** 2)  # the step of ancestral sampling, p = 2
+                eta = 1 - (following / sigma) ** 2  # the step of ancestral sampling, p = 2
             missing = following**2 - ((1 - eta) * sigma) ** 2  # at p = 1 rounding can make it negative
             x = torch.add(x, score, alpha=eta * sigma**2, out=score)
             x.add_(z, alpha=math.sqrt(max(0.0, missing)))
