@@ -235,6 +235,21 @@ def test_rescaling_gives_the_denoised_image_the_contrast_without_guidance(kind, 
     torch.testing.assert_close(outside, labeled(x, sigma, LABELS))
 
 
+@pytest.mark.parametrize("kind", ["classifier_free", "autoguidance"])
+def test_rescaling_at_weight_0_is_the_same_for_a_float_and_a_tensor(kind):
+    labeled, x = Labeled(), _points().double()
+
+    def make(**options):
+        if kind == "autoguidance":
+            return autoguidance(labeled, Labeled(std=0.9), 0.0, rescale=1.0, **options)
+        return classifier_free(labeled, 0.0, rescale=1.0, **options)
+
+    found = make()(x, 0.5, LABELS)
+    torch.testing.assert_close((x + 0.25 * found).std(1), (x + 0.25 * labeled(x, 0.5, LABELS)).std(1))
+    levels = torch.full((len(x),), 0.5, dtype=torch.float64)
+    torch.testing.assert_close(make(interval=(0.25, 1.0))(x, levels, LABELS), found)
+
+
 def test_rescaling_in_half_precision_at_the_lowest_level(rng):
     """sigma^2 = 4e-6 is below the normal numbers of float16, so the rescaling is computed in float32."""
     x, scores = torch.rand(4, 1, 8, 8, generator=rng), torch.randn(8, 1, 8, 8, generator=rng)  # with the class, without

@@ -350,7 +350,7 @@ class _ClassifierFree(GuidedScore):
         labels = cast(Tensor, as_condition(condition, x, self.conditioning))
         null = torch.full_like(labels, takes.classes)
         weight = self._weight(sigma, x)
-        if isinstance(weight, float) and (weight == 1 or (weight == 0 and not variance)):
+        if isinstance(weight, float) and (weight == 1 or (weight == 0 and not variance and not self.rescale)):
             return _call(self.net, x, sigma, labels if weight else null, variance=variance)
         level = sigma
         if isinstance(sigma, Tensor) and sigma.ndim == 1:
@@ -374,7 +374,7 @@ class _Autoguidance(GuidedScore):
         if isinstance(weight, float) and weight == 1:
             return _call(self.net, x, sigma, condition, variance=variance)
         weaker = _call(self.other, x, sigma, None if takes_none else condition)
-        if isinstance(weight, float) and weight == 0 and not variance:
+        if isinstance(weight, float) and weight == 0 and not variance and not self.rescale:
             return weaker
         score, *share = _call(self.net, x, sigma, condition, variance=variance)
         return self._guided(weaker[0], score, weight, x, sigma), *share
