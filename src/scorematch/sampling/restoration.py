@@ -20,9 +20,10 @@ level uses
 
 which is SNIPS for operators with a gain, without its singular value decomposition. A step of the reverse diffusion to
 the next lower level needs no correction, because its state already contains the observation. A step that adds more
-noise than that would erase it; at these levels samplers limit the noise to that of the reverse diffusion. If the
-highest level :math:`\sigma_1` is not above :math:`\varsigma`, the observed part of the start is drawn given y, with the
-normal distribution around m, the middle of the value range, as :math:`p_{\sigma_1}`:
+noise than that would erase it; at these levels samplers limit the noise to that of the reverse diffusion. A step that
+adds less noise, as along the probability flow, would keep too much of the noise of y, and the results would differ too
+little. If the highest level :math:`\sigma_1` is not above :math:`\varsigma`, the observed part of the start is drawn
+given y, with the normal distribution around m, the middle of the value range, as :math:`p_{\sigma_1}`:
 
 .. math:: P x = P \Bigl( m + \frac{\sigma_1^2}{\varsigma^2} (y^+ - m)
           + \sigma_1 \sqrt{1 - \sigma_1^2/\varsigma^2}\, z \Bigr).
