@@ -12,7 +12,7 @@ from scorematch.nets import FAMILIES, family_of
 from scorematch.nets.family import Condition
 from scorematch.precondition import ROWS
 from scorematch.schema import check
-from tests.networks import CHANNELS, CONDITIONS, LEVELS, NETS, SIZE, condition, every_path, images, shared
+from tests.networks import CHANNELS, CONDITIONS, LEVELS, NETS, SIZE, condition, every_path, images, network, shared
 
 every_net = pytest.mark.parametrize("name", NETS)
 
@@ -142,3 +142,26 @@ def test_a_settled_copy_uses_the_level_that_it_was_settled_at(name, rng):
         settle(torch.tensor(level))
         expected = made(arguments[0], torch.full((2,), level), *arguments[2:])
         torch.testing.assert_close(settled(*arguments), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ncsnpp", "NCSN++"])
+@torch.no_grad()
+def test_the_frequencies_of_fourier_features_are_not_rounded_in_half_precision(name, rng):
+    """At low noise levels rounding to bfloat16 would change a phase by half a period."""
+    net, x = network(name), images(2, rng)
+    frequencies = net.backbone.time_proj.weight
+    frequencies.copy_(16 * torch.randn(frequencies.shape, generator=rng))
+    expected = net(x, 0.02)
+    for convert, bound in (
+        (lambda net: net.half(), 0.005),
+        (lambda net: net.bfloat16(), 0.04),
+        (lambda net: net.to("cpu", torch.bfloat16), 0.04),
+        (lambda net: net.double().half().bfloat16(), 0.04),
+    ):
+        low = copy.deepcopy(net)
+        convert(low)
+        assert torch.equal(low.backbone.time_proj.weight, frequencies)
+        assert low.backbone.conv_in.weight.dtype.itemsize == 2
+        assert low(x, 0.02).dtype == torch.float32
+        assert (low(x, 0.02) - expected).norm() < bound * expected.norm()
+    assert torch.equal(net.double().backbone.time_proj.weight, frequencies.double())

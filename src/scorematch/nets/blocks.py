@@ -237,7 +237,11 @@ class Positional(nn.Module):
 
 
 class Fourier(nn.Module):
-    """(N,) -> (N, width): sines and cosines of c_noise at fixed random frequencies."""
+    """(N,) -> (N, width): sines and cosines of c_noise at fixed random frequencies.
+
+    The frequencies stay in float32 if a network is converted to half precision, where rounding them would change the
+    phases of the sines.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -247,6 +251,14 @@ class Fourier(nn.Module):
         if not frequencies.is_meta:  # there torch would import its compiler
             frequencies.normal_(0, 16)
         self.weight = nn.Parameter(frequencies, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fourier:
+        """Converts the module; torch calls this method for ``net.half()``, ``net.to(...)`` and the like."""
+        exact = self.weight.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.itemsize < exact.itemsize:
+            self.weight.data = exact.to(self.weight.device, torch.float32)
+        return self
 
     def forward(self, c_noise: Tensor) -> Tensor:  # noqa: D102
         # Arguments reach a thousand, where float32 rounds to 1e-4: the products are in the same order as in training.

@@ -290,15 +290,17 @@ class NCSNPP(ImageNetwork):
             pyramid_filter,
         )
 
-        self.time_proj: nn.Module
+        time_proj: nn.Module
         if time_embedding_type == "fourier":
             features = 2 * model_channels if time_proj_dim is None else time_proj_dim
-            self.time_proj = Fourier(features)
+            time_proj = Fourier(features)
         else:
             features = model_channels if time_proj_dim is None else time_proj_dim
-            self.time_proj = Positional(features, cosines_first=False, freq_shift=1)
+            time_proj = Positional(features, cosines_first=False, freq_shift=1)
         self.class_embedding = self.class_table(features)
         self.time_embedding = Embedding(features, embedding)
+        # Not the first module: the dtype of the first parameter is that in which the network computes.
+        self.time_proj: nn.Module = time_proj
 
         image = in_channels * patch**2  # channels of the input pyramid
         self.conv_in = nn.Conv2d(image, model_channels, 3, padding=1)
