@@ -720,6 +720,18 @@ def test_unknown_weights_raise(folder):
         ScoreNet.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_raise(value, folder):
+    weights = load_file(folder / WEIGHTS)
+    weights["end_conv.weight"][0, 1, 2, 0] = value
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"^the weights in {folder} hold NaN or infinity: end_conv.weight.$"):
+        ScoreNet.from_pretrained(folder)
+    weights["end_conv.weight"].fill_(3e38)  # finite, although their sum is not
+    save_file(weights, folder / WEIGHTS)
+    assert ScoreNet.from_pretrained(folder).backbone.end_conv.weight.min() == 3e38
+
+
 def test_integer_weights_raise(folder):
     path = folder / WEIGHTS
     weights = load_file(path)
