@@ -417,7 +417,7 @@ def test_attention_is_at_16_pixels():
     with torch.device("meta"):
         nets = [
             ScoreNet.ncsnpp(3, size, widths=(8,) * 5, layers_per_block=1, patch=patch)
-            for size, patch in [(256, 1), ((64, 96), 1), (64, 2), (40, 1)]
+            for size, patch in [(256, 1), ((64, 96), 1), (64, 2), (48, 1)]
         ]
     found = [net.config["attention"].index(True) if any(net.config["attention"]) else None for net in nets]
     assert found == [4, 2, 1, None]

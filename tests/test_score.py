@@ -332,6 +332,17 @@ def test_values_that_cannot_be_read_are_not_checked(rng):
         (lambda: ScoreNet(nn.Identity(), LEVELS, sample_shape=(3, 0, 8)), ValueError, "positive integers, got"),
         (lambda: ScoreNet.unet(1, (3, 8, 8), widths=(4,)), ValueError, r"a side or \(height, width\), got \(3, 8, 8\)"),
         (lambda: ScoreNet.unet(1, "8", widths=(4,)), TypeError, r"image_size must be a side or .*, got '8'"),
+        (
+            lambda: ScoreNet.unet(3, 30, widths=(4, 4, 4)),
+            ValueError,
+            "^height and width must be multiples of 4, got 30x30. Pass an image_size of 28 or 32.$",
+        ),
+        (
+            lambda: ScoreNet.ncsnpp(3, (8, 13), widths=(4, 4), patch=2),
+            ValueError,
+            "multiples of 4, got 8x13. Pass an image_size of 8x12 or 8x16.$",
+        ),
+        (lambda: ScoreNet.ncsnv2(1, 28, width=2, depth="deepest"), ValueError, "multiples of 8, got 28x28"),
         (lambda: ScoreNet.ncsn(1, 0, width=2), ValueError, "image_size must be a side or .*, positive integers, got"),
         (lambda: ScoreNet.unet(1, 8, widths=64), TypeError, r"widths must be a tuple such as \(64, .* got 64"),
         (

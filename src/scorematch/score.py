@@ -172,7 +172,8 @@ class ScoreNet(NetworkScore, nn.Module):
 
         Raises:
             TypeError: if ``image_size`` is not an integer or a pair of integers.
-            ValueError: if ``depth`` is unknown, or ``channels`` or ``width`` is too small.
+            ValueError: if ``depth`` is unknown, ``channels`` or ``width`` is too small, or the network does not take
+                images of this size.
 
         References:
             Song & Ermon, 2019, arXiv:1907.05600.
@@ -210,7 +211,8 @@ class ScoreNet(NetworkScore, nn.Module):
 
         Raises:
             TypeError: if ``image_size`` is not an integer or a pair of integers.
-            ValueError: if ``depth`` or ``precondition`` is unknown, or ``channels`` or ``width`` is too small.
+            ValueError: if ``depth`` or ``precondition`` is unknown, ``channels`` or ``width`` is too small, or the
+                network does not take images of this size.
 
         References:
             Song & Ermon, 2020, arXiv:2006.09011.
@@ -277,7 +279,7 @@ class ScoreNet(NetworkScore, nn.Module):
         Raises:
             TypeError: if ``image_size`` or ``widths`` has another type than integers.
             ValueError: if both ``condition_channels`` and ``classes`` are given, ``attention`` and ``widths`` have
-                different lengths, or another option is out of range.
+                different lengths, the network does not take images of this size, or another option is out of range.
 
         References:
             Ho et al., 2020, arXiv:2006.11239; Karras et al., 2022, arXiv:2206.00364.
@@ -380,7 +382,7 @@ class ScoreNet(NetworkScore, nn.Module):
         Raises:
             TypeError: if ``image_size`` or ``widths`` has another type than integers.
             ValueError: if both ``condition_channels`` and ``classes`` are given, ``attention`` and ``widths`` have
-                different lengths, or another option is out of range.
+                different lengths, the network does not take images of this size, or another option is out of range.
 
         References:
             Song et al., 2021, arXiv:2011.13456; Karras et al., 2022, arXiv:2206.00364.
@@ -443,6 +445,7 @@ class ScoreNet(NetworkScore, nn.Module):
             precondition_options=precondition_options,
         )
         net._architecture = architecture
+        check_size(net)
         return net
 
     # -- The score ----------------------------------------------------------------------------------------------------
@@ -744,6 +747,25 @@ def _check_one_condition(channels: int, classes: int | None) -> None:
         raise ValueError(
             "condition_channels and classes cannot both be given: a network takes one condition, an image or a class."
         )
+
+
+def check_size(net: ScoreNet) -> None:
+    """Raises ValueError if height or width of a sample is not a multiple of the ``divisor`` of a family's network."""
+    divisor: Any = net.backbone.divisor
+    height, width = cast(tuple[int, ...], net.sample_shape)[1:]
+    if height % divisor or width % divisor:
+        below, above = (
+            [max(2 * divisor, number(side / divisor) * divisor) for side in (height, width)]
+            for number in (math.floor, math.ceil)
+        )
+        fitting = " or ".join(dict.fromkeys(_written(*size) for size in (below, above)))
+        raise ValueError(
+            f"height and width must be multiples of {divisor}, got {height}x{width}. Pass an image_size of {fitting}."
+        )
+
+
+def _written(height: int, width: int) -> str:
+    return f"{height}" if height == width else f"{height}x{width}"
 
 
 def _pair(size: Size) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from scorematch.images import to_float
 from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
 from scorematch.pretrained.hub import check_repository
-from scorematch.score import ScoreNet
+from scorematch.score import ScoreNet, check_size
 from scorematch.training import RECIPES, ImageData, Recipe, Settings, checkpoint, open_images, train
 from scorematch.training.recipes import training_flop
 from scorematch.training.report import describe_classes
@@ -32,6 +32,7 @@ _DEFAULT = "small-64"
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 # What messages say of arguments in Python, and what they say here.
 _WORDS = {
+    "Pass an image_size of": "Pass --image-size",
     " to open_images, or convert the pictures": "",
     "the same network as net": "the network of --recipe",
     "Pass net=ScoreNet.from_pretrained(start)": "Leave out --recipe",
@@ -184,8 +185,8 @@ def _run(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():  # the others find the cache
         start = _start(args)
         data = _open(args, recipe, start)
-    net = _network(args, recipe, start, data, null_class=label_drop > 0)
     with _naming_options(args):
+        net = _network(args, recipe, start, data, null_class=label_drop > 0)
         check_arguments(net, data, settings, accelerator.num_processes)
         check_run(args.out, net, data, settings, args.start)
     if accelerator.is_main_process:
@@ -251,28 +252,8 @@ def _network(
         assert start.sample_shape is not None  # noqa: S101  (_open checks it)
         net = start
         net.sample_shape = (start.sample_shape[0], *data.shape[1:])  # its convolutions take other sizes, too
-    _check_size(net)
+        check_size(net)
     return net
-
-
-def _check_size(net: ScoreNet) -> None:
-    """Checks that the network takes its images, whose height and width it halves several times."""
-    assert net.sample_shape is not None  # noqa: S101
-    divisor: Any = net.backbone.divisor
-    height, width = net.sample_shape[1:]
-    if height % divisor or width % divisor:
-        below, above = (
-            [max(2 * divisor, number(side / divisor) * divisor) for side in (height, width)]
-            for number in (math.floor, math.ceil)
-        )
-        fitting = " or ".join(dict.fromkeys(_written(*size) for size in (below, above)))
-        raise ValueError(
-            f"height and width must be multiples of {divisor}, got {height}x{width}. Pass --image-size {fitting}."
-        )
-
-
-def _written(height: int, width: int) -> str:
-    return f"{height}" if height == width else f"{height}x{width}"
 
 
 def _start(args: argparse.Namespace) -> ScoreNet | None:
