@@ -552,9 +552,9 @@ class Preconditioned(Persistent):
 
 
 class _ImprovedBlock(nn.Module):
-    def __init__(self, net, inputs, outputs):
+    def __init__(self, net, inputs, outputs, resample=None):
         super().__init__()
-        self.scale_shift = net.options["use_scale_shift_norm"]
+        self.scale_shift, self.resample = net.options["use_scale_shift_norm"], resample or nn.Identity()
         self.in_layers = nn.Sequential(nn.GroupNorm(32, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(net.emb, outputs * (1 + self.scale_shift)))
         self.out_layers = nn.Sequential(
@@ -563,7 +563,9 @@ class _ImprovedBlock(nn.Module):
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x, embedding):
-        h, level = self.in_layers(x), self.emb_layers(embedding)[:, :, None, None]
+        level = self.emb_layers(embedding)[:, :, None, None]
+        h = self.in_layers[2](self.resample(self.in_layers[:2](x)))
+        x = self.resample(x)
         if self.scale_shift:
             scale, shift = level.chunk(2, 1)
             h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
@@ -573,16 +575,21 @@ class _ImprovedBlock(nn.Module):
 
 
 class _ImprovedAttention(nn.Module):
-    def __init__(self, channels, heads):
+    def __init__(self, options, channels, heads):
         super().__init__()
-        self.heads = heads
+        width = options["num_head_channels"]
+        self.heads, self.new_order = heads if width == -1 else channels // width, options["use_new_attention_order"]
         self.norm = nn.GroupNorm(32, channels)
         self.qkv, self.proj_out = nn.Conv1d(channels, 3 * channels, 1), nn.Conv1d(channels, channels, 1)
 
     def forward(self, x, embedding):
         n, c, h, w = x.shape
-        rows = self.qkv(self.norm(x).flatten(2)).reshape(n, self.heads, 3, c // self.heads, h, w)
-        q, k, v = (rows[:, :, i].reshape(n, c, h, w) for i in range(3))
+        rows = self.qkv(self.norm(x).flatten(2))
+        if self.new_order:
+            q, k, v = (part.reshape(n, c, h, w) for part in rows.chunk(3, 1))
+        else:
+            rows = rows.reshape(n, self.heads, 3, c // self.heads, h, w)
+            q, k, v = (rows[:, :, i].reshape(n, c, h, w) for i in range(3))
         return x + self.proj_out(_attend(q, k, v, self.heads).flatten(2)).view(x.shape)
 
 
@@ -610,7 +617,7 @@ class _First(nn.Conv2d):
 
 
 class ImprovedUNet(nn.Module):
-    """The network of improved-diffusion.
+    """The network of improved-diffusion and guided-diffusion.
 
     Args:
         options: the authors', with ``channel_mult``, a list for ``attention_resolutions``, and ``num_classes`` or None.
@@ -620,26 +627,35 @@ class ImprovedUNet(nn.Module):
         super().__init__()
         self.options, width = options, options["num_channels"]
         self.emb, self.first = 4 * width, width
+        updown = options["resblock_updown"]
         heads = options["num_heads"]
         heads_up = heads if options["num_heads_upsample"] == -1 else options["num_heads_upsample"]
         self.time_embed = nn.Sequential(nn.Linear(width, self.emb), nn.SiLU(), nn.Linear(self.emb, self.emb))
         if options["num_classes"]:
             self.label_emb = nn.Embedding(options["num_classes"], self.emb)
-        widths = [width * factor for factor in options["channel_mult"]]
+        widths = [int(width * factor) for factor in options["channel_mult"]]
         attention = [options["image_size"] // 2**i in options["attention_resolutions"] for i in range(len(widths))]
+        width = widths[0]
         self.input_blocks = nn.ModuleList([nn.ModuleList([_First(3, width, 3, padding=1)])])
         kept = [width]
         for i, outputs in enumerate(widths):
             for _ in range(options["num_res_blocks"]):
                 block = [_ImprovedBlock(self, width, outputs)]
                 width = outputs
-                self.input_blocks.append(nn.ModuleList(block + [_ImprovedAttention(width, heads)] * bool(attention[i])))
+                self.input_blocks.append(
+                    nn.ModuleList(block + [_ImprovedAttention(options, width, heads)] * bool(attention[i]))
+                )
                 kept.append(width)
             if i < len(widths) - 1:
-                self.input_blocks.append(nn.ModuleList([_Down(width)]))
+                down = _ImprovedBlock(self, width, width, lambda x: _halved(x, (1, 1))) if updown else _Down(width)
+                self.input_blocks.append(nn.ModuleList([down]))
                 kept.append(width)
         self.middle_block = nn.ModuleList(
-            [_ImprovedBlock(self, width, width), _ImprovedAttention(width, heads), _ImprovedBlock(self, width, width)]
+            [
+                _ImprovedBlock(self, width, width),
+                _ImprovedAttention(options, width, heads),
+                _ImprovedBlock(self, width, width),
+            ]
         )
         self.output_blocks = nn.ModuleList()
         for i in reversed(range(len(widths))):
@@ -647,9 +663,10 @@ class ImprovedUNet(nn.Module):
                 block = [_ImprovedBlock(self, width + kept.pop(), widths[i])]
                 width = widths[i]
                 if attention[i]:
-                    block.append(_ImprovedAttention(width, heads_up))
+                    block.append(_ImprovedAttention(options, width, heads_up))
                 if i and j == options["num_res_blocks"]:
-                    block.append(_Up(width))
+                    up = _ImprovedBlock(self, width, width, lambda x: _doubled(x, (1, 1))) if updown else _Up(width)
+                    block.append(up)
                 self.output_blocks.append(nn.ModuleList(block))
         outputs = 6 if options["learn_sigma"] else 3
         self.out = nn.Sequential(nn.GroupNorm(32, width), nn.SiLU(), nn.Conv2d(width, outputs, 3, padding=1))

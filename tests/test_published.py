@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scorematch.__main__ import main
 from scorematch.convert import convert
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import cards, improved_diffusion, score_sde
+from scorematch.pretrained.loading import build
 from scorematch.sampling import AncestralSampler, SamplerSettings, recommended_sampler
 from tests import published as theirs
 from tests.helpers import python, run
@@ -299,6 +301,9 @@ def _improved(**options):
         "use_scale_shift_norm": True,
         "channel_mult": [1, 2],
         "num_classes": None,
+        "num_head_channels": -1,
+        "resblock_updown": False,
+        "use_new_attention_order": False,
         **options,
     }
 
@@ -310,6 +315,13 @@ IMPROVED = {
     "classes": _improved(num_classes=3, use_scale_shift_norm=False),
     "heads that do not divide all widths": _improved(num_heads=3, channel_mult=[1, 3]),
     "clean image": _improved(predict_xstart=True, attention_resolutions=[], channel_mult=[1, 1, 2]),
+    "guided": _improved(
+        num_head_channels=16, num_heads=4, resblock_updown=True, learn_sigma=True, attention_resolutions=[8, 4]
+    ),
+    "guided, new order": _improved(
+        num_heads=2, use_new_attention_order=True, resblock_updown=True, num_classes=3, channel_mult=[1, 1, 2]
+    ),
+    "guided, half a width": _improved(num_channels=64, num_head_channels=32, channel_mult=[0.5, 1]),
 }
 
 
@@ -462,6 +474,21 @@ def test_published_configurations_of_score_sde_have_the_modules_of_their_network
     assert {name: tensor.shape for name, tensor in found.items()} == {name: made[name].shape for name in made}
 
 
+@pytest.mark.parametrize("name", improved_diffusion.CONFIGURATIONS)
+def test_published_configurations_of_improved_diffusion_describe_networks(name, monkeypatch):
+    """The weights of the authors' network have the names and shapes of ours. Millions are those of ADM's Table 11."""
+    options = improved_diffusion._options(name)
+    with torch.device("meta"):
+        net = theirs.ImprovedUNet({**options, "num_classes": options["num_classes"] if options["class_cond"] else None})
+    monkeypatch.setattr(improved_diffusion, "load_tensors", lambda content, path: content)
+    stored = improved_diffusion.read(net.state_dict(), Path("a.pt"), name)
+    made = build(stored._replace(has_weights=False)).state_dict()
+    assert {key: tensor.shape for key, tensor in stored.weights.items()} == {key: made[key].shape for key in made}
+    millions = {"64x64_diffusion": 296, "128x128_diffusion": 422, "256x256_diffusion": 554, "512x512_diffusion": 559}
+    if name in millions:
+        assert round(sum(tensor.numel() for tensor in made.values()) / 1e6) == millions[name]
+
+
 def test_every_published_checkpoint_has_its_configuration():
     configurations = {**score_sde.CONFIGURATIONS, **improved_diffusion.CONFIGURATIONS}
     for checkpoint in cards.CHECKPOINTS:
@@ -576,13 +603,29 @@ def test_flags_of_improved_diffusion_as_variables_of_a_shell(tmp_path):
     assert (found["num_channels"], found["noise_schedule"], found["diffusion_steps"]) == (64, "cosine", 50)
 
 
-@pytest.mark.parametrize(
-    "line", ["--noise-schedule cosine", "num_head_channels = 64", 'FLAGS="--resblock_updown True"']
-)
+@pytest.mark.parametrize("line", ["--noise-schedule cosine", "use_rope = True", 'FLAGS="--small_size 64"'])
 def test_unknown_options_of_improved_diffusion_raise(tmp_path, line):
     (tmp_path / "options.txt").write_text(f"--image_size 32\n{line}\n")
-    with pytest.raises(ValueError, match=r"(noise-schedule|num_head_channels|resblock_updown) is not an option of imp"):
+    with pytest.raises(
+        ValueError, match=r"(noise-schedule|use_rope|small_size) is not an option of improved-diffusion o"
+    ):
         improved_diffusion._options(tmp_path / "options.txt")
+
+
+def test_options_of_guided_diffusion(tmp_path):
+    """As in its README; rescale_timesteps has another default than in improved-diffusion."""
+    (tmp_path / "flags.txt").write_text(
+        'MODEL_FLAGS="--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --image_size 512 '
+        "--learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 "
+        '--resblock_updown True --use_fp16 False --use_scale_shift_norm True"\n'
+    )
+    found = improved_diffusion._options(tmp_path / "flags.txt")
+    assert found == improved_diffusion._options("512x512_diffusion")
+    assert found["channel_mult"] == [0.5, 1, 1, 2, 2, 4, 4] and not found["rescale_timesteps"]
+    assert improved_diffusion._options("64x64_diffusion")["use_new_attention_order"]
+    (tmp_path / "flags.txt").write_text("--num_channels 96 --num_head_channels 64")
+    with pytest.raises(ValueError, match="num_head_channels must divide the number of channels at each sca"):
+        improved_diffusion._options(tmp_path / "flags.txt")
 
 
 def test_published_options_of_improved_diffusion():
@@ -691,7 +734,7 @@ def test_what_a_file_does_not_contain_is_asked_for(tmp_path):
             tmp_path / "model.pt",
             {},
             ValueError,
-            "is a checkpoint of improved-diffusion, which does not hold its options",
+            "is a checkpoint of improved-diffusion or guided-diffusion, which does not hold its options",
         ),
         (tmp_path / "model.pt", {"raw": True}, ValueError, "which holds one set of weights: leave out raw"),
         (
@@ -762,7 +805,8 @@ def test_a_network_that_enlarges_images_is_named(tmp_path):
     net.input_blocks[0][0] = nn.Conv2d(6, 32, 3)
     theirs.save_improved(randomize(net), tmp_path / "upsample.pt")
     with pytest.raises(
-        ValueError, match="improved-diffusion with 6 input channels instead of 3: networks that enlarge"
+        ValueError,
+        match="improved-diffusion or guided-diffusion with 6 input channels instead of 3: networks that enlarge",
     ):
         convert(tmp_path / "upsample.pt", tmp_path / "out")
 
@@ -878,7 +922,9 @@ def test_names_outside_the_list_of_a_format_are_refused(tmp_path):
     """Numbers of NumPy are in the list of score_sde, and not in that of improved-diffusion."""
     weights = theirs.ImprovedUNet(_improved()).state_dict()
     torch.save({**weights, "lr": np.float64(1)}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="which a checkpoint of improved-diffusion does not need; it was not loaded"):
+    with pytest.raises(
+        ValueError, match="which a checkpoint of improved-diffusion, guided-diffusion does not need; it was not loaded"
+    ):
         convert(tmp_path / "a.pt", tmp_path / "out")
 
 

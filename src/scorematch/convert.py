@@ -56,22 +56,22 @@ def convert(
     config: str | os.PathLike[str] | None = None,
     raw: bool = False,
 ) -> ScoreNet:
-    """Converts a checkpoint of NCSN, NCSNv2, adversarial score matching, score_sde, EDM or improved-diffusion.
+    """Converts a checkpoint of NCSN, NCSNv2, adversarial score matching, score_sde, EDM, improved- or guided-diffusion.
 
     No code in the file is run. The result is a score in the units of this package, with the published noise levels and
     sampler settings.
 
     Args:
         checkpoint: the authors' file: ``checkpoint_<step>.pth`` (NCSN, NCSNv2, score_sde), ``.pkl`` (EDM), or ``.pt``
-            (improved-diffusion).
+            (improved-diffusion, guided-diffusion).
         folder: the folder to write, for ``ScoreNet.from_pretrained``; created if it does not exist.
-        config: the configuration that the network was trained with. For score_sde and improved-diffusion it is
-            required: the name of a published one, such as "ve/cifar10_ncsnpp_continuous" or "cifar10_uncond_50M_500K",
-            or a JSON, YAML or text file with the authors' options (``scorematch.pretrained.options``). For NCSN and
-            NCSNv2 it is config.yml, which is required unless the checkpoint contains its noise levels or is an NCSN
-            with 10 levels. A file of EDM contains its options.
-        raw: whether to convert the weights of the last step instead of their moving average. For EDM and
-            improved-diffusion True is an error.
+        config: the configuration that the network was trained with. For score_sde, improved-diffusion and
+            guided-diffusion it is required: the name of a published one, such as "ve/cifar10_ncsnpp_continuous" or
+            "cifar10_uncond_50M_500K", or a JSON, YAML or text file with the authors' options
+            (``scorematch.pretrained.options``). For NCSN and NCSNv2 it is config.yml, which is required unless the
+            checkpoint contains its noise levels or is an NCSN with 10 levels. A file of EDM contains its options.
+        raw: whether to convert the weights of the last step instead of their moving average. For EDM,
+            improved-diffusion and guided-diffusion True is an error.
 
     Returns:
         The network, in eval mode.

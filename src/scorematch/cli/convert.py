@@ -12,10 +12,10 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "convert",
-        help="convert a checkpoint of NCSN, NCSNv2, score_sde, EDM or improved-diffusion",
-        description="Converts a checkpoint of the authors of NCSN, NCSNv2, adversarial score matching, score_sde, EDM "
-        "or\nimproved-diffusion into a folder for the other commands and ScoreNet.from_pretrained. No code in the "
-        "checkpoint\nis run. The published files are listed by the command models.",
+        help="convert a checkpoint of NCSN, NCSNv2, score_sde, EDM, improved-diffusion or guided-diffusion",
+        description="Converts a checkpoint of the authors of NCSN, NCSNv2, adversarial score matching, score_sde,\n"
+        "EDM, improved-diffusion or guided-diffusion into a folder for the other commands and for\n"
+        "ScoreNet.from_pretrained. No code in the checkpoint is run. The command models lists the published files.",
         epilog="Examples:\n"
         "  %(prog)s checkpoint_24.pth ./ncsnpp --config ve/cifar10_ncsnpp_continuous\n"
         "  %(prog)s edm-cifar10-32x32-uncond-vp.pkl ./edm\n"

@@ -97,14 +97,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def block_types(attention: Sequence[bool]) -> dict[str, list[str]]:
-    """The keys of a configuration with the types of DDPM's blocks, for scales with and without attention.
+def block_types(attention: Sequence[bool], *, residual: bool = False) -> dict[str, Any]:
+    """The keys of a configuration with the types of DDPM's or ADM's blocks, for scales with and without attention.
 
     Args:
         attention: whether each scale has attention, from full resolution down.
+        residual: whether a residual block resamples the features, as in ADM; otherwise a convolution does, as in DDPM.
     """
-    down = ["AttnDownBlock2D" if here else "DownBlock2D" for here in attention]
-    return {"down_block_types": down, "up_block_types": [name.replace("Down", "Up") for name in reversed(down)]}
+    plain = "ResnetDownsampleBlock2D" if residual else "DownBlock2D"
+    down = ["AttnDownBlock2D" if here else plain for here in attention]
+    types = {"down_block_types": down, "up_block_types": [name.replace("Down", "Up") for name in reversed(down)]}
+    return {**types, "downsample_type": "resnet", "upsample_type": "resnet"} if residual else types
 
 
 def _layers(layers: int | Sequence[int], widths: Sequence[int]) -> list[int]:

@@ -237,7 +237,7 @@ class CheckpointCard:
 
 _DRIVE = "https://drive.google.com/drive/folders/"
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
-_OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/march-2021/"
+_OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/"
 _LANGEVIN = "a reverse diffusion predictor and a Langevin corrector, 1,000 levels"
 _EULER, _ANCESTRAL = "Euler-Maruyama's method, 1,000 steps", "ancestral sampling, 1,000 steps"
 
@@ -266,13 +266,20 @@ def _edm(name: str, size: int, data: str, fid: float, calls: int, how: str = "")
     )
 
 
-def _improved(name: str, size: int, data: str) -> CheckpointCard:
+def _improved(
+    name: str, size: int, data: str, month: str = "march", quality: str = "not published with the file"
+) -> CheckpointCard:
     license_ = "not stated for the weights; that of the code is MIT"
-    unknown = "not published with the file"
-    return CheckpointCard(name, name, f"{_OPENAI}{name}.pt", license_, (3, size, size), data, unknown)
+    address = f"{_OPENAI}{month}-2021/{name}.pt"
+    return CheckpointCard(name, name, address, license_, (3, size, size), data, quality)
+
+
+def _guided(name: str, size: int, data: str, quality: str) -> CheckpointCard:
+    return _improved(name, size, data, "jul", f"{quality} (README of openai/guided-diffusion)")
 
 
 _UNKNOWN = "no FID is published"
+_CLASSIFIER, _THOUSAND = "with the guidance of a classifier", "with ancestral sampling, 1,000 steps"
 CHECKPOINTS = (
     _score_sde("ve/cifar10_ncsnpp", "1sP4GwvrYiI-sDPTp7sKYzsxJLGVamVMZ", _fid("2.45", _LANGEVIN)),
     _score_sde("ve/cifar10_ncsnpp_continuous", "1b0gy_LLgO_DaQBgoWXwlVnL_rcAUgREh", _fid("2.38", _LANGEVIN)),
@@ -306,6 +313,15 @@ CHECKPOINTS = (
     _improved("imagenet64_cond_270M_250K", 64, "ImageNet, by class"),
     _improved("lsun_uncond_100M_1200K_bs128", 256, "LSUN bedrooms"),
     _improved("lsun_uncond_100M_2400K_bs64", 256, "LSUN bedrooms"),
+    _guided("64x64_diffusion", 64, "ImageNet, by class", f"FID 2.07 {_CLASSIFIER}"),
+    _guided("128x128_diffusion", 128, "ImageNet, by class", f"FID 2.97 {_CLASSIFIER}"),
+    _guided("256x256_diffusion", 256, "ImageNet, by class", f"FID 4.59 {_CLASSIFIER}"),
+    _guided("256x256_diffusion_uncond", 256, "ImageNet", _UNKNOWN),
+    _guided("512x512_diffusion", 512, "ImageNet, by class", f"FID 7.72 {_CLASSIFIER}"),
+    _guided("lsun_bedroom", 256, "LSUN bedrooms", f"FID 1.90 {_THOUSAND}"),
+    _guided("lsun_cat", 256, "LSUN cats", f"FID 5.57 {_THOUSAND}"),
+    _guided("lsun_horse", 256, "LSUN horses", f"FID 2.57 {_THOUSAND}"),
+    _guided("lsun_horse_nodropout", 256, "LSUN horses", _UNKNOWN),
 )
 
 

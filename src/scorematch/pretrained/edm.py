@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, RefusedError, load_tensors, storage_of_bytes
@@ -347,16 +348,11 @@ class _Reader:
         self._common("UNetBlock", "skip_scale", _NUMBER, 1)
         if self._filter() != [1, 1]:
             raise ValueError(f"{self.path}: resample_filter of a DhariwalUNet must be [1, 1], got {self._filter()}.")
-        down = ["ResnetDownsampleBlock2D" if count is None else "AttnDownBlock2D" for count in heads[:-1]]
-        up = ["ResnetUpsampleBlock2D" if count is None else "AttnUpBlock2D" for count in reversed(heads[:-1])]
         shared = self._shared()
         return {
             "family": "unet",
             **shared,
-            "down_block_types": down,
-            "up_block_types": up,
-            "downsample_type": "resnet",
-            "upsample_type": "resnet",
+            **block_types([count is not None for count in heads[:-1]], residual=True),
             "norm_num_groups": None,
             "attn_norm_num_groups": min(32, shared["block_out_channels"][-1] // 4),
             "norm_eps": 1e-5,

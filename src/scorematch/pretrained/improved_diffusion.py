@@ -1,9 +1,11 @@
-r"""Checkpoints of openai/improved-diffusion.
+r"""Checkpoints of openai/improved-diffusion and openai/guided-diffusion.
 
 A checkpoint is a mapping of names to tensors, either averaged (``ema_<rate>_<step>.pt``) or not (``model<step>.pt``).
 It does not hold the options that the network was trained with. The keys of a configuration are the arguments of the
 authors' ``create_model_and_diffusion``, with their defaults; ``channel_mult`` and ``num_classes``, which the authors
-derive from ``image_size`` and ``class_cond``, may be given too.
+derive from ``image_size`` and ``class_cond``, may be given too. guided-diffusion has three more options, for the number
+of attention heads, the resampling, and the order of queries, keys and values. If one of them is given, the default of
+``rescale_timesteps`` is False, as in guided-diffusion.
 
 The noise levels are those of a DDPM with T steps. For ``linear``, its betas go from 0.1 / T to 20 / T. For ``cosine``,
 
@@ -15,7 +17,9 @@ the network predicts the variances of the steps.
 
 References:
     Nichol & Dhariwal, 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672;
-    https://github.com/openai/improved-diffusion (MIT), whose published options are those of ``CONFIGURATIONS``.
+    Dhariwal & Nichol, 2021, Diffusion Models Beat GANs on Image Synthesis, arXiv:2105.05233;
+    https://github.com/openai/improved-diffusion and https://github.com/openai/guided-diffusion (MIT), whose published
+    options are those of ``CONFIGURATIONS``.
 """
 
 from __future__ import annotations
@@ -37,12 +41,11 @@ from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.schema import Field, quote
 
-NAME = "improved-diffusion"
+NAME = "improved-diffusion, guided-diffusion"
 GLOBALS: Globals = TENSORS
 
 _COUNT = Field(int, low=1, high=65_536)
 _FLAG = Field(bool)
-_INTEGERS = Field(list, low=1, high=16, each=Field(int, low=1, high=65_536))
 _OPTIONS: Mapping[str, Field] = {
     "image_size": _COUNT,
     "num_channels": _COUNT,
@@ -59,8 +62,12 @@ _OPTIONS: Mapping[str, Field] = {
     "predict_xstart": _FLAG,
     "rescale_timesteps": _FLAG,
     "use_scale_shift_norm": _FLAG,
-    "channel_mult": _INTEGERS,
+    "channel_mult": Field(list, low=1, high=16, each=Field(float, low=0.125, high=65_536)),
     "num_classes": Field(int, low=1, high=10_000_000),
+    # Of guided-diffusion only:
+    "num_head_channels": Field(int, low=-1, high=65_536),
+    "resblock_updown": _FLAG,
+    "use_new_attention_order": _FLAG,
 }
 # Options of the authors' programs that do not change the network or its noise levels.
 _OTHER = {
@@ -83,11 +90,20 @@ _DEFAULTS = {
     "diffusion_steps": 1000,
     "noise_schedule": "linear",
     "predict_xstart": False,
-    "rescale_timesteps": True,
     "use_scale_shift_norm": True,
     "num_classes": 1000,
+    "num_head_channels": -1,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
 }
-_MULTIPLES = {32: [1, 2, 2, 2], 64: [1, 2, 3, 4], 256: [1, 1, 2, 2, 4, 4]}  # channel_mult by image_size
+# channel_mult by image_size.
+_MULTIPLES: Mapping[int, list[float]] = {
+    32: [1, 2, 2, 2],
+    64: [1, 2, 3, 4],
+    128: [1, 1, 2, 3, 4],
+    256: [1, 1, 2, 2, 4, 4],
+    512: [0.5, 1, 1, 2, 2, 4, 4],
+}
 
 
 def recognizes(content: Any) -> bool:
@@ -112,27 +128,29 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     """
     if raw:
         raise ValueError(
-            f"{path} is a checkpoint of improved-diffusion, which holds one set of weights: leave out raw."
+            f"{path} is a checkpoint of improved-diffusion or guided-diffusion, which holds one set of weights: leave "
+            "out raw."
         )
     tensors = load_tensors(content, path)
     first = tensors["input_blocks.0.0.weight"]
     channels = first.shape[1] if first.ndim == 4 else 0
     if channels != 3:
         raise ValueError(
-            f"{path} holds a network of improved-diffusion with {channels} input channels instead of 3: networks that "
-            "enlarge an image are not supported."
+            f"{path} holds a network of improved-diffusion or guided-diffusion with {channels} input channels instead "
+            "of 3: networks that enlarge an image are not supported."
         )
     if config is None:
         raise ValueError(
-            f"{path} is a checkpoint of improved-diffusion, which does not hold its options: pass the name of a "
-            "published one, such as cifar10_uncond_50M_500K, or a file with the authors' options, as config."
+            f"{path} is a checkpoint of improved-diffusion or guided-diffusion, which does not hold its options: pass "
+            "the name of a published one, such as cifar10_uncond_50M_500K, or a file with the authors' options, as "
+            "config."
         )
     options = _options(config)
     weights = dict(_named(tensors, options, path))
-    size, attention = options["image_size"], _attention(options)
-    attended = [*attention[:-1], True]  # the middle has attention, with the number of heads of the last scale
+    size, widths = options["image_size"], _widths(options)
     heads, heads_up = (
-        [options[key] if here else 1 for here in attended] for key in ("num_heads", "num_heads_upsample")
+        [_heads(options, width, key) if here else 1 for here, width in zip(_attended(options), widths, strict=True)]
+        for key in ("num_heads", "num_heads_upsample")
     )
     steps = options["diffusion_steps"]
     variance = "learned" if options["learn_sigma"] else "small" if options["sigma_small"] else "large"
@@ -141,8 +159,8 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         "family": "unet",
         "in_channels": channels,
         "out_channels": channels * (2 if options["learn_sigma"] else 1),
-        "block_out_channels": [options["num_channels"] * factor for factor in options["channel_mult"]],
-        **block_types(attention),
+        "block_out_channels": widths,
+        **block_types(_attention(options), residual=options["resblock_updown"]),
         "layers_per_block": options["num_res_blocks"],
         "attention_heads": heads,
         "attention_heads_up": heads_up,
@@ -152,6 +170,8 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "time_factor": 1000 / steps if options["rescale_timesteps"] else 1.0,
+        "time_proj_dim": options["num_channels"],
+        "time_embedding_dim": 4 * options["num_channels"],
         "resnet_time_scale_shift": "scale_shift" if options["use_scale_shift_norm"] else "default",
         "dropout": options["dropout"],
         "num_class_embeds": options["num_classes"] if options["class_cond"] else None,
@@ -174,10 +194,11 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
     unknown = sorted(given.keys() - _OPTIONS.keys() - _OTHER)
     if unknown:
         raise ValueError(
-            f"{config}: {unknown[0]} is not an option of improved-diffusion, or it is not supported. The options are "
-            f"{', '.join(_OPTIONS)}."
+            f"{config}: {unknown[0]} is not an option of improved-diffusion or guided-diffusion, or it is not "
+            f"supported. The options are {', '.join(_OPTIONS)}."
         )
-    options = {**_DEFAULTS, **checked_options(given, _OPTIONS, f"{config}")}
+    guided = {"num_head_channels", "resblock_updown", "use_new_attention_order"} & given.keys()
+    options = {**_DEFAULTS, "rescale_timesteps": not guided, **checked_options(given, _OPTIONS, f"{config}")}
     if "channel_mult" not in options:
         if options["image_size"] not in _MULTIPLES:
             raise ValueError(
@@ -186,9 +207,23 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
         options["channel_mult"] = _MULTIPLES[options["image_size"]]
     if options["num_heads_upsample"] < 1:
         options["num_heads_upsample"] = options["num_heads"]
-    if options["channel_mult"][0] != 1:
-        raise ValueError(f"{config}: channel_mult must begin with 1, got {options['channel_mult']}.")
+    width, scales = options["num_head_channels"], zip(_widths(options), _attended(options), strict=True)
+    if width > 0 and any(here and channels % width for channels, here in scales):
+        raise ValueError(
+            f"{config}: num_head_channels must divide the number of channels at each scale with attention, got {width}."
+        )
     return options
+
+
+def _heads(options: Mapping[str, Any], width: int, key: str = "num_heads") -> int:
+    """The number of attention heads for features of a width; ``key`` is the option that holds it if it is fixed."""
+    head_width: int = options["num_head_channels"]
+    return options[key] if head_width < 1 else max(1, width // head_width)
+
+
+def _widths(options: Mapping[str, Any]) -> list[int]:
+    """The number of channels at each scale, from the resolution of the image downward."""
+    return [int(options["num_channels"] * factor) for factor in options["channel_mult"]]
 
 
 def _schedule(options: Mapping[str, Any], config: str | os.PathLike[str]) -> NoiseSchedule:
@@ -216,6 +251,11 @@ def _attention(options: Mapping[str, Any]) -> list[bool]:
     return [2**i in factors for i in range(len(options["channel_mult"]))]
 
 
+def _attended(options: Mapping[str, Any]) -> list[bool]:
+    """The same, but the last entry is for the middle, which has attention, with the heads of the last scale."""
+    return [*_attention(options)[:-1], True]
+
+
 _LARGE = {"num_res_blocks": 3, "learn_sigma": True, "diffusion_steps": 4000, "noise_schedule": "cosine"}
 _CIFAR10 = {**_LARGE, "image_size": 32, "dropout": 0.3}
 _LSUN = {
@@ -226,6 +266,24 @@ _LSUN = {
     "use_scale_shift_norm": False,
     "rescale_timesteps": False,
 }
+_GUIDED = {
+    "image_size": 256,
+    "num_channels": 256,
+    "num_head_channels": 64,
+    "attention_resolutions": [32, 16, 8],
+    "learn_sigma": True,
+    "resblock_updown": True,
+}
+_GUIDED_64 = {
+    **_GUIDED,
+    "image_size": 64,
+    "num_channels": 192,
+    "num_res_blocks": 3,
+    "dropout": 0.1,
+    "noise_schedule": "cosine",
+    "class_cond": True,
+    "use_new_attention_order": True,
+}
 # By the name of the file, without .pt.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "cifar10_uncond_50M_500K": _CIFAR10,
@@ -235,6 +293,15 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "imagenet64_cond_270M_250K": {**_LARGE, "num_channels": 192, "class_cond": True, "rescale_timesteps": False},
     "lsun_uncond_100M_1200K_bs128": _LSUN,
     "lsun_uncond_100M_2400K_bs64": _LSUN,
+    "64x64_diffusion": _GUIDED_64,
+    "128x128_diffusion": {**_GUIDED, "image_size": 128, "num_heads": 4, "num_head_channels": -1, "class_cond": True},
+    "256x256_diffusion": {**_GUIDED, "class_cond": True},
+    "256x256_diffusion_uncond": _GUIDED,
+    "512x512_diffusion": {**_GUIDED, "image_size": 512, "class_cond": True},
+    "lsun_bedroom": {**_GUIDED, "dropout": 0.1},
+    "lsun_cat": {**_GUIDED, "dropout": 0.1},
+    "lsun_horse": {**_GUIDED, "dropout": 0.1},
+    "lsun_horse_nodropout": _GUIDED,
 }
 
 
@@ -253,7 +320,7 @@ _RESIDUAL = {
 def _places(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the authors' name and our name of each module."""
     attention, count = _attention(options), options["num_res_blocks"]
-    scales = len(attention)
+    scales, inner = len(attention), "" if options["resblock_updown"] else ".conv"
     yield "time_embed.0", "time_embedding.linear_1"
     yield "time_embed.2", "time_embedding.linear_2"
     yield "label_emb", "class_embedding"
@@ -264,7 +331,7 @@ def _places(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield f"input_blocks.{number}.0", f"down_blocks.{i}.resnets.{j}"
             yield f"input_blocks.{number}.1", f"down_blocks.{i}.attentions.{j}"
             number += 1
-        yield f"input_blocks.{number}.0.op", f"down_blocks.{i}.downsamplers.0.conv"
+        yield f"input_blocks.{number}.0{'.op' if inner else ''}", f"down_blocks.{i}.downsamplers.0{inner}"
         number += 1
     yield "middle_block.0", "mid_block.resnets.0"
     yield "middle_block.1", "mid_block.attentions.0"
@@ -277,7 +344,7 @@ def _places(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             if here:
                 yield f"output_blocks.{number}.1", f"up_blocks.{i}.attentions.{j}"
             number += 1
-        yield f"output_blocks.{number - 1}.{1 + here}.conv", f"up_blocks.{i}.upsamplers.0.conv"
+        yield f"output_blocks.{number - 1}.{1 + here}{inner}", f"up_blocks.{i}.upsamplers.0{inner}"
     yield "out.0", "conv_norm_out"
     yield "out.2", "conv_out"
 
@@ -301,11 +368,15 @@ def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
             if part == "proj_out":
                 yield f"{place}.to_out.0.{leaf}", matrix
                 continue
-            count = options["num_heads_upsample" if place.startswith("up_blocks") else "num_heads"]
+            key = "num_heads_upsample" if place.startswith("up_blocks") else "num_heads"
+            count = _heads(options, len(matrix) // 3, key)
             if len(matrix) % (3 * count):
                 raise ValueError(f"{path}: {name} of shape {tuple(tensor.shape)} does not have {count} heads.")
-            parts = matrix.reshape(count, 3, -1, *matrix.shape[1:])  # q, k and v of a head follow each other
-            yield from ((f"{place}.to_{key}.{leaf}", parts[:, i].flatten(0, 1)) for i, key in enumerate("qkv"))
+            if options["use_new_attention_order"]:
+                parts = matrix.reshape(3, count, -1, *matrix.shape[1:])
+            else:  # q, k and v of a head follow each other
+                parts = matrix.reshape(count, 3, -1, *matrix.shape[1:]).transpose(0, 1)
+            yield from ((f"{place}.to_{name}.{leaf}", parts[i].flatten(0, 1)) for i, name in enumerate("qkv"))
         else:
             raise ValueError(
                 f"{path} holds the tensor {quote(name)}, which a network of improved-diffusion with these options does "
