@@ -165,3 +165,22 @@ def test_the_frequencies_of_fourier_features_are_not_rounded_in_half_precision(n
         assert low(x, 0.02).dtype == torch.float32
         assert (low(x, 0.02) - expected).norm() < bound * expected.norm()
     assert torch.equal(net.double().backbone.time_proj.weight, frequencies.double())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.export
+@pytest.mark.parametrize("name", ["ncsn", "unet, classes", "unet, image", "NCSN++, index"])
+@torch.no_grad()
+def test_exported_networks_take_batches_of_any_length(name, rng):
+    net = shared(name)
+
+    def arguments(n):
+        beside = condition(name, n, rng)
+        return (images(n, rng), torch.rand(n, generator=rng) + 0.1, *([] if beside is None else [beside]))
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    given = arguments(2)
+    exported = torch.export.export(net, given, dynamic_shapes=tuple({0: batch} for _ in given), strict=False).module()
+    for n in (1, 2, 5):
+        given = arguments(n)
+        torch.testing.assert_close(exported(*given), net(*given))

@@ -273,7 +273,7 @@ class Preconditioning:
         inner = _real_dtype(backbone, dtype)
         arguments = [
             (per_image(c_in, x) * u).to(inner),
-            c_noise.to(torch.promote_types(inner, torch.float32)).expand(len(x)),
+            c_noise.to(torch.promote_types(inner, torch.float32)).expand(x.shape[0]),
         ]
         if condition is not None:
             if condition.ndim == 4 and condition.is_floating_point():
@@ -291,7 +291,7 @@ class Preconditioning:
                 f"the backbone must return a tensor of the shape of x, got {type(output).__name__}. For a UNet2DModel "
                 "of diffusers use ScoreNet.from_diffusers(unet, scheduler)."
             )
-        twice = output.shape == (len(x), 2 * x.shape[1], *x.shape[2:])
+        twice = output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
         if twice and self.predicts_variance:
             return output
         if twice or self.predicts_variance:

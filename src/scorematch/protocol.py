@@ -88,7 +88,8 @@ def check_data(x: Any, name: str = "x") -> None:
         raise TypeError(
             f"{name} must be floating point, images in [0, 1], got {x.dtype}. Write {name} / 255 for 8-bit images."
         )
-    if x.ndim < 2 or len(x) == 0:
+    # x.shape[0] and not len(x), which torch.export would make a constant.
+    if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"{name} must be a batch (N, ...) with at least one sample, got shape {tuple(x.shape)}.")
 
 
@@ -117,7 +118,7 @@ def as_sigma(sigma: float | Tensor, x: Tensor) -> Tensor:
             "sigma must be a floating-point noise level, a standard deviation in the units of x, got "
             f"{sigma.dtype}. Write schedule[i] for level i of a schedule."
         )
-    if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(x)):
+    if sigma.ndim > 1 or (sigma.ndim == 1 and sigma.shape != x.shape[:1]):
         raise ValueError(f"sigma must be a float, () or ({len(x)},) like the batch, got shape {tuple(sigma.shape)}.")
     wrong = first_where(sigma, lambda sigma: ~(sigma > 0))
     if wrong is not None:

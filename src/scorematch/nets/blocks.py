@@ -423,7 +423,7 @@ class ImageNetwork(nn.Module):
             raise ValueError(
                 f"height and width must be multiples of {self.divisor}, got {height}x{width}. Crop or pad the images."
             )
-        expected = (len(x), channels, height, width)
+        expected = (x.shape[0], channels, height, width)
         if image is not None and image.shape != expected:
             raise ValueError(
                 f"the condition must be an image with x's batch and size, of shape {expected}, got "

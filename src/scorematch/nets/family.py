@@ -52,7 +52,7 @@ def as_class(condition: Any) -> Any:
 def class_of_each(condition: Any, x: Tensor) -> Any:
     """A condition that is one class for all samples x (N, ...) as a tensor (N,); any other unchanged."""
     condition = as_class(condition)
-    return torch.full((len(x),), condition, device=x.device) if type(condition) is int else condition
+    return torch.full(x.shape[:1], condition, device=x.device) if type(condition) is int else condition
 
 
 def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor | None:
@@ -83,7 +83,7 @@ def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor |
         )
     if takes is not None:
         condition = takes.classes if condition is None and takes.null_class else condition
-        _check_condition(condition, len(x), takes)
+        _check_condition(condition, x.shape[0], takes)
     return class_of_each(condition, x)
 
 
