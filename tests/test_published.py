@@ -623,6 +623,11 @@ def test_options_of_guided_diffusion(tmp_path):
     assert found == improved_diffusion._options("512x512_diffusion")
     assert found["channel_mult"] == [0.5, 1, 1, 2, 2, 4, 4] and not found["rescale_timesteps"]
     assert improved_diffusion._options("64x64_diffusion")["use_new_attention_order"]
+    (tmp_path / "options.json").write_text(
+        json.dumps({"image_size": 256, "channel_mult": "", "attention_resolutions": 16, "timestep_respacing": ""})
+    )
+    found = improved_diffusion._options(tmp_path / "options.json")
+    assert found["channel_mult"] == [1, 1, 2, 2, 4, 4] and found["attention_resolutions"] == [16]
     (tmp_path / "flags.txt").write_text("--num_channels 96 --num_head_channels 64")
     with pytest.raises(ValueError, match="num_head_channels must divide the number of channels at each sca"):
         improved_diffusion._options(tmp_path / "flags.txt")

@@ -187,7 +187,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
 
 def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the options with the authors' defaults, after checking that they describe a supported network."""
-    given = dict(named_options(config, CONFIGURATIONS))
+    given = {key: value for key, value in named_options(config, CONFIGURATIONS).items() if value != ""}  # the default
     for key in ("attention_resolutions", "channel_mult"):  # the authors write "16,8"
         if isinstance(given.get(key), str | int):
             given[key] = [int(word) if word.strip().isdecimal() else word for word in str(given[key]).split(",")]
