@@ -1,8 +1,9 @@
-"""Helpers of several test files: exact scores, generators, refused commands, and Python in a separate process."""
+"""Helpers of several test files: exact scores, generators, refused commands, threads, and separate processes."""
 
 import math
 import subprocess
 import sys
+import threading
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +34,28 @@ def python(*arguments, timeout=120, check=True, **options):
     )
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def in_threads(functions, seconds=60):
+    """Calls functions in threads at the same time; returns their results, or raises the first error."""
+    results, errors, barrier = [None] * len(functions), [], threading.Barrier(len(functions))
+
+    def call(i):
+        try:
+            barrier.wait(seconds)
+            results[i] = functions[i]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(i,), daemon=True) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(seconds)
+        assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+    return results
 
 
 def refused(arguments, capsys, unprinted=None):

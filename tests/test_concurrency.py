@@ -2,6 +2,7 @@
 
 import os
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.files import new_files, reading
 from scorematch.sampling import SAMPLERS
-from tests.helpers import seed
+from tests.helpers import in_threads, seed
 from tests.hub_server import Client, Hub, environment
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
@@ -28,27 +29,6 @@ def _net(kind=0):
     if kind == 2:
         return ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, attention=[False], precondition="ddpm")
     return ScoreNet.ncsn(1, 8, width=2, schedule=NoiseSchedule([1.0 + kind, 0.1]))
-
-
-def _in_threads(functions, seconds=60):
-    """Calls functions in threads at the same time; raises the first error."""
-    errors, barrier = [], threading.Barrier(len(functions))
-
-    def call(function):
-        try:
-            barrier.wait(seconds)
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=call, args=(function,), daemon=True) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(seconds)
-        assert not thread.is_alive()
-    if errors:
-        raise errors[0]
 
 
 # -- Folders ----------------------------------------------------------------------------------------------------------
@@ -74,7 +54,7 @@ def test_reading_waits_for_the_end_of_a_replacement(tmp_path):
             with reading(tmp_path) as folder:
                 assert len({(folder / name).read_text() for name in names}) == 1
 
-    _in_threads([write, read, read])
+    in_threads([write, read, read])
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "10")
 
 
@@ -145,9 +125,8 @@ def test_threads_with_lists_of_generators_draw_what_single_calls_draw(name):
         generators = [seed(number) for number in numbers]
         return sampler.sample(3, generator=generators, progress=False), [each.get_state() for each in generators]
 
-    alone, together = [draw(numbers) for numbers in lists], {}
-    _in_threads([lambda i=i: together.update({i: draw(lists[i])}) for i in range(len(lists))])
-    for i, (images, states) in enumerate(alone):
-        assert torch.equal(together[i][0], images)
-        assert all(torch.equal(a, b) for a, b in zip(together[i][1], states, strict=True))
+    alone, together = [draw(numbers) for numbers in lists], in_threads([partial(draw, numbers) for numbers in lists])
+    for (images, states), (found, others) in zip(alone, together, strict=True):
+        assert torch.equal(found, images)
+        assert all(torch.equal(a, b) for a, b in zip(others, states, strict=True))
     assert torch.equal(alone[0][0][1:], alone[2][0][:2])  # each image depends on its own generator

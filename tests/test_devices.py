@@ -7,7 +7,6 @@ The tests check its requirements: all arguments of a kernel have one dtype, and 
 import copy
 import functools
 import itertools
-import threading
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from scorematch.observe import Grayscale, Mask, Observation
 from scorematch.precision import exact_float32
 from scorematch.sampling import SAMPLERS, AncestralSampler, ODESampler, PredictorCorrectorSampler
 from scorematch.sampling.sampler import _FiniteCheck
-from tests.helpers import HostReads, NoFloat64
+from tests.helpers import HostReads, NoFloat64, in_threads
 from tests.networks import FOURIER, wide_ddpmpp, wide_ncsnpp, wide_unet
 from tests.networks import WIDE_LEVELS as LEVELS
 
@@ -298,20 +297,6 @@ def test_precision_float32_turns_tf32_off_during_calls_only(iterate):
 # -- Threads ----------------------------------------------------------------------------------------------------------
 
 
-def _in_threads(functions):
-    results = [None] * len(functions)
-
-    def run(i):
-        results[i] = functions[i]()
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    return results
-
-
 class Dropping(nn.Module):
     """A backbone whose output depends on its mode, train or eval."""
 
@@ -336,7 +321,7 @@ def test_threads_can_sample_from_one_network(kind):
         for sampler, seed in itertools.product(samplers, range(2))
     ]
     alone = [job() for job in jobs]
-    together = _in_threads(jobs)
+    together = in_threads(jobs)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert kind == "copy" or all(module.training for module in net.modules())
 

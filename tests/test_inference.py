@@ -5,7 +5,6 @@ import functools
 import gc
 import itertools
 import pickle
-import threading
 import types
 import weakref
 
@@ -19,7 +18,7 @@ from scorematch.nets.family import structure
 from scorematch.nets.layers import ConditionalInstanceNormPlus
 from scorematch.nets.unet import UNet
 from scorematch.sampling import SAMPLERS, SamplerSettings
-from tests.helpers import run, seed
+from tests.helpers import in_threads, run, seed
 from tests.networks import LEVELS, NETS, SIZE, condition, every_net, every_path, images, network, shared
 
 DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 2.5e-2)]  # and the tolerance for the score
@@ -279,18 +278,12 @@ def test_threads_can_share_a_copy(name):
     x, beside = images(2, seed()), condition(name, 2, seed(1))
     with torch.no_grad():
         expected = [fast(x, sigma, beside) for sigma in levels]
-    wrong = []
 
     @torch.no_grad()
-    def work(i):
-        wrong.extend(1 for _ in range(20) if not torch.equal(fast(x, levels[i], beside), expected[i]))
+    def right(i):
+        return all(torch.equal(fast(x, levels[i], beside), expected[i]) for _ in range(20))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not wrong and not any(thread.is_alive() for thread in threads)
+    assert in_threads([functools.partial(right, i) for i in (0, 1)]) == [True, True]
 
 
 # -- Networks without an inference copy

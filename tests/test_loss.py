@@ -4,8 +4,8 @@ import copy
 import math
 import shutil
 import textwrap
-import threading
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.loss import sliced_score_matching_loss
-from tests.helpers import HostReads, NoFloat64, python, seed
+from tests.helpers import HostReads, NoFloat64, in_threads, python, seed
 
 LEVELS = NoiseSchedule.geometric(3, 0.05, 8)
 
@@ -461,11 +461,7 @@ def test_many_threads_warn_once():
     net, x = _small(), torch.full((2, 1, 8, 8), 255.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        threads = [threading.Thread(target=dsm_loss, args=(net, x)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads([partial(dsm_loss, net, x)] * 8)
     assert sum("value_range" in str(warning.message) for warning in caught) == 1
 
 

@@ -63,7 +63,7 @@ from scorematch.training.report import (
     save_samples,
 )
 from scorematch.training.steps import make_accelerator
-from tests.helpers import gaussian_images, python, seed
+from tests.helpers import gaussian_images, in_threads, python, seed
 
 FILES = ("weights.safetensors", "ema-0.050.safetensors", "ema-0.100.safetensors", "optimizer.safetensors")
 
@@ -1773,18 +1773,8 @@ def test_handlers_of_signals_that_python_did_not_set_are_kept(tmp_path, monkeypa
 
 
 def test_a_run_outside_of_the_main_thread(tmp_path):
-    errors = []
-
-    def target():
-        try:
-            quick(points_net(), points(), tmp_path)
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    assert not errors and checkpoints.latest(tmp_path / "checkpoints").images == 80
+    in_threads([partial(quick, points_net(), points(), tmp_path)])
+    assert checkpoints.latest(tmp_path / "checkpoints").images == 80
 
 
 def test_an_error_while_sampling_pictures_does_not_stop_the_run(tmp_path, monkeypatch):
