@@ -290,7 +290,7 @@ def test_damaged_files_raise(files, tmp_path):
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"is not a complete pth file|is damaged"):
         convert(checkpoint, tmp_path / "out", config=config)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
         convert(tmp_path / "nothing.pth", tmp_path / "out")
 
 

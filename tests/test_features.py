@@ -460,7 +460,7 @@ def test_files_that_are_no_archives(tmp_path):
     np.save(tmp_path / "array.npy", np.zeros(3))
     with pytest.raises(ValueError, match=r"array.npy cannot be read as an .npz file of arrays"):
         Statistics.load(tmp_path / "array.npy", MEANS)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"absent\.npz"):
         Statistics.load(tmp_path / "absent.npz", MEANS)
     with pytest.raises(ValueError, match=r"must end in .npz, got .*faces.json"):
         some_statistics().save(tmp_path / "faces.json")

@@ -288,7 +288,7 @@ def test_a_file_that_is_not_an_image_raises(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(OSError, match=r"broken\.png cannot be read as an image"):
         read_image(tmp_path / "broken.png", 3)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
         read_image(tmp_path / "missing.png", 3)
     with pytest.raises(ValueError, match="channels must be 1 or 3, got 4"):
         read_image(tmp_path / "broken.png", 4)

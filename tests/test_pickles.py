@@ -177,7 +177,7 @@ def test_archives_of_another_kind_are_named_for_what_they_are(tmp_path):
         archive.writestr("net/data.pkl", b"\x80\x02N.")
         archive.writestr("net/constants.pkl", b"\x80\x02).")
     _refused(tmp_path / "c.pt", "is a program of TorchScript, not a checkpoint")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
         read_pickle(tmp_path / "nothing.pt")
 
 
