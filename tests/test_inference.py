@@ -461,14 +461,14 @@ def test_a_sampler_makes_one_copy_per_run_and_does_not_keep_it(monkeypatch):
 
 @pytest.mark.parametrize("levels", [6, pytest.param(30, marks=pytest.mark.slow)])
 def test_bfloat16_and_float32_give_nearly_the_same_digits(levels, native):
-    """With equal seeds the root mean square difference of each digit is below 0.05."""
+    """With equal seeds the root mean square difference of a digit is below 0.05."""
     native(torch.bfloat16)
     net = ScoreNet.from_pretrained("mnist")
     found = [
-        run(AnnealedLangevinSampler(net, levels=levels, precision=precision), 2, generator=[seed(0), seed(1)])
+        run(AnnealedLangevinSampler(net, levels=levels, precision=precision), 1, generator=0)
         for precision in ("auto", "float32")
     ]
-    assert (found[0] - found[1]).square().mean((1, 2, 3)).sqrt().max() < 0.05
+    assert 0 < (found[0] - found[1]).square().mean().sqrt() < 0.05
 
 
 # -- Compilation

@@ -381,7 +381,7 @@ def test_reconstruct_keeps_weights_that_are_not_trained(tmp_path):
     """In half precision the random frequencies of Fourier features would change the phases of the sines."""
     net = ScoreNet.ncsnpp(1, 8, widths=(8,), layers_per_block=1)
     net.sampler_settings = SamplerSettings("ode", levels=3)
-    quick(net, images(), tmp_path, snapshot_every=20)
+    quick(net, images(), tmp_path, images=32, snapshot_every=8)
     found = reconstruct(tmp_path, 0.08).backbone.time_proj.weight
     torch.testing.assert_close(found, net.backbone.time_proj.weight, rtol=1e-6, atol=0)
 
@@ -1088,8 +1088,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 def test_the_report_names_classes_of_folders_whose_names_are_not_utf_8(tmp_path):
     labels = ["caf\udce9", "宿"] * 20  # Python's name of the folder b"caf\xe9"
-    net = ScoreNet.unet(1, 8, widths=(8,), classes=2)
-    quick(net, open_images((torch.rand(40, 1, 8, 8), labels), labels=True), tmp_path, images=16)
+    quick(image_net(classes=2), open_images((torch.rand(40, 1, 8, 8), labels), labels=True), tmp_path, images=16)
     assert r"- 2 classes: 0 caf\udce9, 1 宿" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -1447,17 +1446,6 @@ def test_start_with_a_network_of_another_image_size(run, tmp_path):
     assert quick(net, x, tmp_path, start=run[0] / "network", images=8).sample_shape == (1, 16, 16)
 
 
-def begin(net, data, out, start, condition=None):
-    """Trains ``net`` for eight steps, gives it the weights that the run began with, and returns the result."""
-    trained = quick(net, data, out, start=start, images=64, keep=9, condition=condition)
-    first = out.parent / "first"
-    shutil.copytree(out / "checkpoints" / "000000000", first / "000000000")
-    with torch.no_grad():
-        for name, value in checkpoints.latest(first).parts["weights"].items():
-            net.get_parameter(name).copy_(value)
-    return trained
-
-
 @pytest.mark.parametrize("options", [{}, {"patch": 2}, {"patch": 2, "pixel_channels": 4}], ids=str)
 def test_a_conditional_network_starts_as_the_unconditional_one(tmp_path, options):
     """The outputs are equal at first, whatever the condition; after one step they depend on it."""
@@ -1466,7 +1454,12 @@ def test_a_conditional_network_starts_as_the_unconditional_one(tmp_path, options
     net = image_net(condition_channels=1, **options)
     x, sigma, dark = torch.rand(2, 1, 8, 8, generator=seed(3)), torch.tensor([0.1, 1.0]), torch.zeros(2, 1, 8, 8)
     assert not torch.allclose(net(x, sigma, dark), first(x, sigma))
-    trained = begin(net, images(), tmp_path / "run", tmp_path / "start", Inpainting())
+    options = {"start": tmp_path / "start", "images": 16, "condition": Inpainting()}
+    trained = quick(net, images(), tmp_path / "run", **options)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "000000016")
+    with torch.no_grad():  # the weights that the run began with
+        for name, value in checkpoints.latest(tmp_path / "run" / "checkpoints").parts["weights"].items():
+            net.get_parameter(name).copy_(value)
     for condition in (dark, torch.rand(2, 1, 8, 8, generator=seed(4))):
         torch.testing.assert_close(net(x, sigma, condition), first(x, sigma))
     assert not torch.allclose(trained(x, sigma, dark), trained(x, sigma, dark + 1))
