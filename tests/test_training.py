@@ -1491,7 +1491,11 @@ GROWTH = {
 }
 
 
-@pytest.mark.parametrize(("options", "more"), GROWTH.values(), ids=GROWTH)
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [pytest.param(*pair, marks=[pytest.mark.slow] * (name == "layers, from three")) for name, pair in GROWTH.items()],
+    ids=GROWTH,
+)
 def test_a_larger_network_starts_as_the_smaller_one(tmp_path, options, more):
     """The outputs are equal at first, and training changes all of the additional weights.
 
