@@ -206,7 +206,10 @@ def test_tables_and_charts_of_levels(images):
         (lambda world, x: score_error(world, world, [1.0, 0.0], progress=False), "positive and finite, got .*0.0"),
         (lambda world, x: score_error(world, world, [1.0], n=1, progress=False), "at least 2 samples, got 1"),
         (lambda world, x: level_losses(world, x, [1.0], n=1, progress=False), "n must be from 2 to .*300, got 1"),
-        (lambda world, x: level_losses(world, x, [1.0], batch_size=0, progress=False), "batch_size must be at least 1"),
+        (
+            lambda world, x: level_losses(world, x, [1.0], batch_size=0, progress=False),
+            "batch_size must be an integer of at least 1",
+        ),
         (
             lambda world, x: level_losses(times(math.nan, world), x, [1.0], progress=False),
             r"loss by level: image \d+ has the values \[nan, nan\], which are not finite",
@@ -316,9 +319,9 @@ def test_another_score_than_the_exact_one_can_be_sampled(world):
 
 
 def test_invalid_arguments_of_sampler_distances_raise(world):
-    with pytest.raises(ValueError, match="n must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="n must be an integer of at least 2, got 1"):
         sampler_distances(world, n=1)
-    with pytest.raises(ValueError, match="repeats must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="repeats must be an integer of at least 2, got 1"):
         sampler_distances(world, repeats=1)
     with pytest.raises(ValueError, match="a plain callable has no noise levels of its own: pass a schedule"):
         sampler_distances(world, n=2, progress=False)

@@ -183,7 +183,7 @@ def test_as_extractor_takes_names_extractors_and_functions():
         as_extractor(MEANS, weights="file.pth")
     with pytest.raises(TypeError, match="must be a name, an Extractor or a function of images, got int"):
         as_extractor(3)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         Extractor(means, "means", batch_size=0)
 
 

@@ -69,7 +69,7 @@ def test_save_grid_writes_a_grid(tmp_path):
 def test_save_grid_refuses_other_shapes_and_columns(tmp_path):
     with pytest.raises(ValueError, match=r"images must be \(N, 1, H, W\) or .*, got shape \(4, 8, 8, 3\)"):
         save_grid(torch.ones(4, 8, 8, 3), tmp_path / "grid.png")
-    with pytest.raises(ValueError, match=r"columns must be an integer of at least 1, got 1\.5"):
+    with pytest.raises(TypeError, match=r"columns must be an integer of at least 1, got 1\.5"):
         save_grid(torch.ones(4, 1, 8, 8), tmp_path / "grid.png", columns=1.5)
 
 

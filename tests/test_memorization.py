@@ -181,7 +181,7 @@ def test_table_and_chart():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: check(pictures(2), pictures(9), neighbors=1), "neighbors must be at least 2, got 1"),
+        (lambda: check(pictures(2), pictures(9), neighbors=1), "neighbors must be an integer of at least 2, got 1"),
         (lambda: check(pictures(2), pictures(1)), "the 2 nearest neighbors need at least 2 features, got 1"),
         (lambda: check(pictures(2), pictures(9, shape=(1, 4, 5))), "as the queries, got 20. Use one extractor, and"),
         (
@@ -190,7 +190,7 @@ def test_table_and_chart():
         ),
         (lambda: check(pictures(2), pictures(9)).copies(0), "ratio must be above 0 and at most 1, got 0"),
         (lambda: check(pictures(2), pictures(9), features="nonsense"), "features must be one of .*got 'nonsense'"),
-        (lambda: Nearest(points(2), 0), "k must be at least 1, got 0"),
+        (lambda: Nearest(points(2), 0), "k must be an integer of at least 1, got 0"),
         (lambda: Nearest(points(2) * math.nan, 1), "queries must be finite"),
         (lambda: neighbors_of(points(2), [points(2) * math.inf]), "features must be finite"),
     ],

@@ -486,7 +486,7 @@ def test_coverage_and_density_of_equal_distributions():
     ],
 )
 def test_counts_must_be_integers(call, name, found):
-    with pytest.raises(ValueError, match=f"{name} must be an integer of at least [12], got {found}"):
+    with pytest.raises(TypeError, match=f"{name} must be an integer of at least [12], got {found}"):
         call(normal(20, 3))
 
 

@@ -371,11 +371,11 @@ def test_a_mask_copies_the_callers_tensor():
         (lambda: Mask(torch.rand(4, 4)), TypeError, "must be a bool tensor, .* got torch.float32. Write mask > 0.5"),
         (lambda: Mask([True]), TypeError, "got list"),
         (lambda: Uncrop(left=-1), ValueError, "integer number of pixels, at least 0, got -1"),
-        (lambda: Uncrop(top=0.5), ValueError, "integer number of pixels, at least 0, got 0.5"),
+        (lambda: Uncrop(top=0.5), TypeError, "integer number of pixels, at least 0, got 0.5"),
         (lambda: AveragePool(0), ValueError, "at least 1, got 0"),
         (lambda: JPEG(0), ValueError, "from 1 to 100, got 0"),
         (lambda: JPEG(101), ValueError, "from 1 to 100, got 101"),
-        (lambda: JPEG(7.5), ValueError, "got 7.5"),
+        (lambda: JPEG(7.5), TypeError, "got 7.5"),
         (
             lambda: Mask(torch.ones(5, 5) > 0).measure(torch.rand(1, 1, 4, 4)),
             ValueError,

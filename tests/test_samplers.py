@@ -680,9 +680,12 @@ def test_a_noisy_observation_gives_the_posterior(kind, world, rng):
     ("make", "message"),
     [
         (lambda: ODESampler(point, SHORT, method="euler"), "must be one of 'heun', 'dpm-solver\\+\\+', got 'euler'"),
-        (lambda: ODESampler(point, SHORT, levels=1), "levels must be at least 2, got 1"),
+        (lambda: ODESampler(point, SHORT, levels=1), "levels must be an integer of at least 2, got 1"),
         (lambda: ODESampler(point, levels=5), "no noise levels of its own: pass a schedule"),
-        (lambda: ODESampler(ScoreNet.ncsnv2(1, 8, width=2), levels=1), "levels must be at least 2, got 1"),
+        (
+            lambda: ODESampler(ScoreNet.ncsnv2(1, 8, width=2), levels=1),
+            "levels must be an integer of at least 2, got 1",
+        ),
         (
             lambda: ODESampler(point, SHORT, churn_noise=1.5),
             "churn_noise need churn above 0. Pass churn, or leave them",

@@ -650,7 +650,7 @@ def test_the_order_does_not_depend_on_the_requested_range():
 
 
 def test_an_order_of_no_images_raises():
-    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="length must be an integer of at least 1, got 0"):
         Order(0, seed=0)
 
 

@@ -43,8 +43,8 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
         One image (C, H', W') in [0, 1].
 
     Raises:
-        TypeError: if the images are not a tensor.
-        ValueError: if the images have another shape, or ``columns`` is not an integer of at least 1.
+        TypeError: if the images are not a tensor, or ``columns`` is not an integer.
+        ValueError: if the images have another shape, or ``columns`` is below 1.
 
     Example:
         >>> grid(torch.ones(6, 1, 28, 28), columns=3).shape

@@ -48,7 +48,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -69,6 +68,7 @@ from scorematch.protocol import (
     without_history,
 )
 from scorematch.randomness import Generator, as_generator, standard_normal, uniform
+from scorematch.schema import check_count
 
 _LEVELS = 50
 
@@ -109,7 +109,7 @@ def log_likelihood(
         log p (N,), in x's dtype, but at least float32, without gradient.
 
     Raises:
-        TypeError: if x is not a floating-point tensor.
+        TypeError: if x is not a floating-point tensor, or ``probes`` is not an integer.
         ValueError: if x is not a batch, ``probes`` is below 1, the schedule has one level, or is missing for a plain
             callable or a network with one noise level, or the score is not differentiable in x.
 
@@ -125,8 +125,7 @@ def log_likelihood(
         Song et al., 2021, arXiv:2011.13456, Eq. 39.
     """
     check_data(x)
-    if probes is not None and (not isinstance(probes, int | np.integer) or probes < 1):
-        raise ValueError(f"probes must be an integer of at least 1, or None for the exact trace, got {probes!r}.")
+    probes = None if probes is None else check_count("probes", probes)
     schedule = default_schedule(net) if schedule is None else schedule
     check_schedule(schedule)
     if len(schedule) == 1:

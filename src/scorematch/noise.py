@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from scorematch.randomness import single_generator
-from scorematch.schema import check_at_least
+from scorematch.schema import check_count
 
 # The step size in units of sigma^2 for a schedule of one level, for which technique 4 is not defined. The variance
 # after many steps is 1 / (1 - 0.1 / 2) times sigma^2, five percent too large.
@@ -123,7 +123,7 @@ class NoiseSchedule:
             [1.0, 0.1, 0.01]
         """
         _check_range(sigma_max, sigma_min)
-        _check_count("levels", levels, at_least=2)
+        check_count("levels", levels, 2)
         sigmas = np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), levels))
         sigmas[0], sigmas[-1] = sigma_max, sigma_min  # exp(log(x)) is not always x
         return cls(sigmas)
@@ -153,7 +153,7 @@ class NoiseSchedule:
             Eq. 5.
         """
         _check_range(sigma_max, sigma_min)
-        _check_count("levels", levels, at_least=2)
+        check_count("levels", levels, 2)
         if not (math.isfinite(rho) and rho > 0):
             raise ValueError(f"rho must be positive and finite, got {rho!r}.")
         sigmas = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), levels) ** rho
@@ -242,7 +242,7 @@ class NoiseSchedule:
             )
         if data.ndim < 2 or len(data) < 2:
             raise ValueError(f"images must be (N, ...) with at least two images, got shape {tuple(data.shape)}.")
-        _check_count("max_images", max_images, at_least=2)
+        check_count("max_images", max_images, 2)
         if value_range == "auto":
             value_range = (0, 1) if data.ndim == 4 else None
         _check_values(data, value_range)
@@ -281,7 +281,7 @@ class NoiseSchedule:
             219
         """
         _check_range(sigma_max, sigma_min)
-        _check_count("dimension", dimension)
+        check_count("dimension", dimension)
         top = math.erf(3 / math.sqrt(2))  # the overlap at gamma = 1
         if not 0 < C < top:
             raise ValueError(f"C must be between 0 and {top:.3f}, got {C!r}; the paper's value is about 0.5.")
@@ -319,7 +319,7 @@ class NoiseSchedule:
             >>> NoiseSchedule.geometric(50, 0.01, levels=232).respaced(50)
             NoiseSchedule(50 levels, 50 -> 0.01)
         """
-        _check_count("levels", levels, at_least=min(2, len(self)))
+        check_count("levels", levels, min(2, len(self)))
         if levels == len(self):
             return self
         if len(self) == 1:
@@ -467,7 +467,7 @@ class NoiseSchedule:
             TypeError: if n is not an integer, or for an invalid generator.
             ValueError: if n is below 1.
         """
-        _check_count("n", n)
+        check_count("n", n)
         generator = single_generator(generator)
         source = torch.device("cpu") if generator is None else generator.device
         index = torch.randint(len(self), (n,), generator=generator, device=source)
@@ -494,7 +494,7 @@ class NoiseSchedule:
             TypeError: if ``steps_per_level`` is not an integer.
             ValueError: if it is below 1.
         """
-        _check_count("steps_per_level", steps_per_level)
+        check_count("steps_per_level", steps_per_level)
         if len(self) == 1:
             return _SINGLE_LEVEL_STEP * self.sigma_min**2
         a = math.exp(_minimize(lambda log_a: self._level_variance(math.exp(log_a), steps_per_level), -25.0, 0.0))
@@ -515,7 +515,7 @@ class NoiseSchedule:
             TypeError: if ``steps_per_level`` is not an integer.
             ValueError: if it is below 1, or the step size is out of range.
         """
-        _check_count("steps_per_level", steps_per_level)
+        check_count("steps_per_level", steps_per_level)
         return self._level_variance(self._a(step_size), steps_per_level)
 
     def chain_variance(self, step_size: float, steps_per_level: int) -> float:
@@ -534,7 +534,7 @@ class NoiseSchedule:
             TypeError: if ``steps_per_level`` is not an integer.
             ValueError: if it is below 1, or the step size is out of range.
         """
-        _check_count("steps_per_level", steps_per_level)
+        check_count("steps_per_level", steps_per_level)
         a = self._a(step_size)
         q = (1 - a) ** (2 * steps_per_level)
         q_gamma2 = q * self._ratio**2
@@ -561,12 +561,6 @@ class NoiseSchedule:
 def _check_range(sigma_max: float, sigma_min: float) -> None:
     if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max):
         raise ValueError(f"expected sigma_max > sigma_min > 0, got sigma_max={sigma_max!r}, sigma_min={sigma_min!r}.")
-
-
-def _check_count(name: str, value: int, *, at_least: int = 1) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
-    check_at_least(name, value, at_least)
 
 
 def _check_values(data: Tensor, value_range: tuple[float, float] | None) -> None:

@@ -207,7 +207,8 @@ class Uncrop(Operator):
         bottom: the height of the lower border.
 
     Raises:
-        ValueError: if a border is not an integer of at least 0.
+        TypeError: if a border is not an integer.
+        ValueError: if a border is negative.
 
     Example:
         >>> Uncrop(right=14).measure(torch.rand(1, 1, 28, 28)).shape
@@ -249,9 +250,11 @@ class Uncrop(Operator):
 
 
 def _pixels(name: str, value: int, least: int) -> int:
-    """A number of pixels, of Python or NumPy, as an int; ValueError if it is another value or below ``least``."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer number of pixels, at least {least}, got {value!r}.")
+    """A number of pixels, of Python or NumPy, as an int; errors are those of ``check_count``."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or value < least:
+        kind = ValueError if integer else TypeError
+        raise kind(f"{name} must be an integer number of pixels, at least {least}, got {value!r}.")
     return int(value)
 
 
@@ -305,7 +308,8 @@ class AveragePool(Operator):
         size: the side of a block in pixels, at least 1. It must divide the height and the width of the images.
 
     Raises:
-        ValueError: if ``size`` is not an integer of at least 1.
+        TypeError: if ``size`` is not an integer.
+        ValueError: if ``size`` is below 1.
     """
 
     def __init__(self, size: int) -> None:
@@ -347,15 +351,18 @@ class JPEG(Operator):
         quality: the JPEG quality, from 1 to 100.
 
     Raises:
-        ValueError: if ``quality`` is not an integer from 1 to 100.
+        TypeError: if ``quality`` is not an integer.
+        ValueError: if ``quality`` is below 1 or above 100.
         ImportError: without Pillow.
     """
 
     value_range = (0, 1)
 
     def __init__(self, quality: int) -> None:
-        if not isinstance(quality, int | np.integer) or isinstance(quality, bool) or not 1 <= quality <= 100:
-            raise ValueError(f"quality must be an integer from 1 to 100, got {quality!r}.")
+        integer = isinstance(quality, int | np.integer) and not isinstance(quality, bool)
+        if not integer or not 1 <= quality <= 100:
+            kind = ValueError if integer else TypeError
+            raise kind(f"quality must be an integer from 1 to 100, got {quality!r}.")
         try:
             import PIL.Image  # noqa: F401
         except ImportError as error:

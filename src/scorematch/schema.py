@@ -190,16 +190,17 @@ def check_integer(name: str, value: Any) -> int:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
-    """An integer argument, of Python or NumPy, as an int; ValueError if it is another value or below ``least``."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    """An integer argument, of Python or NumPy, as an int.
+
+    Raises:
+        TypeError: if it is another value.
+        ValueError: if it is below ``least``.
+    """
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or value < least:
+        kind = ValueError if integer else TypeError
+        raise kind(f"{name} must be an integer of at least {least}, got {value!r}.")
     return int(value)
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raises ValueError if the value of an argument is below ``least``."""
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -46,7 +46,7 @@ from scorematch.files import sha256
 from scorematch.images import to_uint8
 from scorematch.precision import exact_float32
 from scorematch.protocol import evaluating
-from scorematch.schema import check_at_least, check_choice
+from scorematch.schema import check_choice, check_count
 
 Function = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 
@@ -106,7 +106,7 @@ class Extractor:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_at_least("batch_size", self.batch_size, 1)
+        check_count("batch_size", self.batch_size, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Computes the features (N, D) of images; see ``extract``."""

@@ -44,7 +44,7 @@ from scorematch.evaluation.features import Extractor, as_extractor
 from scorematch.evaluation.figures import Figure, mean_figure
 from scorematch.evaluation.metrics import squared_distances
 from scorematch.images import save_grid, to_float
-from scorematch.schema import check_at_least
+from scorematch.schema import check_count
 from scorematch.training.data import ImageData, open_images
 
 _BLOCK = 2048  # queries that are compared with a block of training images at a time
@@ -112,7 +112,7 @@ class Nearest:
     """
 
     def __init__(self, queries: Tensor, k: int) -> None:
-        check_at_least("k", k, 1)
+        check_count("k", k, 1)
         self._queries, self._k, self._n = check_features(queries, "queries"), k, 0
         # The mean is subtracted, since smaller norms lose fewer digits to cancellation.
         self._mean = double(self._queries).mean(0)
@@ -284,7 +284,7 @@ def memorization_of(
         ValueError: as ``open_images``; also if there are too few training images, or their features or those of the
             held-out images have another dimension than those of the samples.
     """
-    check_at_least("neighbors", neighbors, 2)
+    check_count("neighbors", neighbors, 2)
     extractor = as_extractor(features)
     known = open_images(training, progress=progress)
     sets = [open_images(images, progress=progress) for images in (samples, held_out) if images is not None]

@@ -201,9 +201,9 @@ def frechet_extrapolation(
         The extrapolated distance, the slope, and the distance of each size.
 
     Raises:
-        TypeError: as ``frechet_distance``.
-        ValueError: as ``frechet_distance``; if a size is not an integer, or at most D, where the distance is not linear
-            in 1 / n; if there are fewer than two sizes; or, without ``sizes``, if N is below 2 (D + 1).
+        TypeError: as ``frechet_distance``; or if a size is not an integer.
+        ValueError: as ``frechet_distance``; if a size is at most D, where the distance is not linear in 1 / n; if there
+            are fewer than two sizes; or, without ``sizes``, if N is below 2 (D + 1).
 
     References:
         Chong & Forsyth, 2020, arXiv:1911.07023, Sec. 4.
@@ -321,9 +321,8 @@ def kernel_distance(
         It is 0 if each subset is the whole set.
 
     Raises:
-        TypeError: if ``a`` or ``b`` is something else.
-        ValueError: if a number is not an integer, a set has fewer than ``subset_size`` features, or the dimensions
-            differ.
+        TypeError: if ``a`` or ``b`` is something else, or a number is not an integer.
+        ValueError: if a number is too small, a set has fewer than ``subset_size`` features, or the dimensions differ.
 
     References:
         Bińkowski et al., 2018, arXiv:1801.01401, Sec. 4 and Eq. 4.
@@ -380,8 +379,8 @@ def inception_score(logits: Tensor, *, splits: int = 10, generator: torch.Genera
         UserWarning: if a split has fewer than K images, which limits the score.
 
     Raises:
-        TypeError: if the logits are not a floating-point tensor.
-        ValueError: if ``splits`` is not an integer, or there are fewer than two images per split.
+        TypeError: if the logits are not a floating-point tensor, or ``splits`` is not an integer.
+        ValueError: if ``splits`` is below 1, or there are fewer than two images per split.
 
     References:
         Salimans et al., 2016, arXiv:1606.03498, Sec. 4.
@@ -425,8 +424,8 @@ def precision_recall(real: Features, generated: Features, *, k: int = 3) -> tupl
         features in the ball of a generated feature.
 
     Raises:
-        TypeError: if ``real`` or ``generated`` is something else.
-        ValueError: if k is not an integer, a set has at most k features, or the dimensions differ.
+        TypeError: if ``real`` or ``generated`` is something else, or k is not an integer.
+        ValueError: if k is below 1, a set has at most k features, or the dimensions differ.
 
     References:
         Kynkäänniemi et al., 2019, arXiv:1904.06991, Eq. 1-3.
@@ -455,8 +454,8 @@ def density_coverage(real: Features, generated: Features, *, k: int = 5) -> tupl
         coverage, the fraction of balls that contain a generated feature.
 
     Raises:
-        TypeError: if ``real`` or ``generated`` is something else.
-        ValueError: if k is not an integer, there are at most k real features, or the dimensions differ.
+        TypeError: if ``real`` or ``generated`` is something else, or k is not an integer.
+        ValueError: if k is below 1, there are at most k real features, or the dimensions differ.
 
     References:
         Naeem et al., 2020, arXiv:2002.09797, Eq. 3 and 4.

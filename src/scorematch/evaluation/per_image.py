@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from scorematch.evaluation.accumulate import Rows, double, processes
 from scorematch.images import to_float
 from scorematch.randomness import seed_of
-from scorematch.schema import check_at_least
+from scorematch.schema import check_count
 
 # An int is the class of all images; a function computes the condition from a batch of images and their labels.
 ConditionChoice = int | Callable[[Tensor, Tensor | None], Tensor] | None
@@ -78,7 +78,7 @@ def values_per_image(
     Raises:
         ValueError: if a value is NaN or infinite; the message has the index of the image.
     """
-    check_at_least("batch_size", batch_size, 1)
+    check_count("batch_size", batch_size, 1)
     rank = torch.distributed.get_rank() if processes() > 1 else 0
     rows = Rows()
     starts = range(rank * batch_size, len(indices), processes() * batch_size)

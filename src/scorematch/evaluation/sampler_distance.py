@@ -39,7 +39,7 @@ from scorematch.evaluation.metrics import squared_distances
 from scorematch.protocol import Score
 from scorematch.randomness import seed_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings
-from scorematch.schema import check_at_least
+from scorematch.schema import check_count
 
 _BLOCK = 2048  # the number of samples on each side of a block of distances
 _TRIED = 10  # the number of levels with which a sampler is created to see whether it accepts a score
@@ -192,8 +192,8 @@ def sampler_distances(
         ValueError: if n or ``repeats`` is below 2, or the score has no schedule.
         RuntimeError: if a sampler diverges.
     """
-    check_at_least("n", n, 2)
-    check_at_least("repeats", repeats, 2)
+    check_count("n", n, 2)
+    check_count("repeats", repeats, 2)
     score = exact if net is None else net
     measure = _Measure(exact, exact.sample(n, seed_of(seed, "reference")))
     makers = sampler_variants(score) if samplers is None else samplers

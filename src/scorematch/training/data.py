@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 from scorematch.files import new_files
 from scorematch.randomness import seed_of
-from scorematch.schema import Field, check, check_at_least, check_count, read_object
+from scorematch.schema import Field, check, check_count, read_object
 from scorematch.training.sources import CELEBA_SIDE, Array, Crop, Options, Source, UnfitError, find, ordered_map
 
 _BLOCK = 1024  # images that are read at a time to hash them
@@ -136,7 +136,7 @@ class Order:
     """
 
     def __init__(self, length: int, seed: int) -> None:
-        check_at_least("length", length, 1)
+        check_count("length", length, 1)
         self.length, self.seed = length, seed
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
