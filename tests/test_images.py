@@ -54,6 +54,21 @@ def test_images_of_every_format_are_written_and_read(ending, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:IM image:DeprecationWarning")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_format_that_is_accepted_can_be_written(channels, tmp_path):
+    formats = {kind: ending for ending, kind in Image.registered_extensions().items()}
+    written = 0
+    for ending in formats.values():
+        try:
+            check_picture(tmp_path / f"image{ending}")
+        except ValueError:
+            continue
+        save_image(torch.full((channels, 8, 8), 0.25), tmp_path / f"image{ending}")
+        written += 1
+    assert written > 5
+
+
 def test_saved_images_have_the_usual_permissions(tmp_path):
     (tmp_path / "other").write_text("")
     save_image(torch.zeros(1, 2, 2), tmp_path / "image.png")

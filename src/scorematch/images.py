@@ -183,9 +183,11 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
         raise TypeError(
             f"image must be a floating-point tensor in [0, 1], got {found}. Write image / 255 for 8-bit images."
         )
-    pixels = to_pixels(image)
+    picture = _pillow("writing").fromarray(to_pixels(image))
+    if kind == "QOI":  # which has no gray images
+        picture = picture.convert("RGB")
     encoded = io.BytesIO()
-    _pillow("writing").fromarray(pixels).save(encoded, format=kind)
+    picture.save(encoded, format=kind)
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, encoded.getvalue())
