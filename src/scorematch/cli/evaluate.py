@@ -26,7 +26,7 @@ from scorematch.cli.options import (
     make_sampler,
     reference_options,
 )
-from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results, evaluate, is_network
+from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_data, check_results, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
 from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
 from scorematch.nets.family import takes_image
@@ -106,9 +106,10 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     _check(args)
+    check_data(args.reference, args.held_out, args.data)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
-        check_results(args.out)  # before the network is loaded
+        check_results(args.out)
     common = {"metrics": args.metrics, "out": args.out, "name": args.model}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
     if not is_network(args.model):

@@ -21,6 +21,7 @@ from scorematch.cli.options import (
     load,
     reference_options,
 )
+from scorematch.evaluation.evaluate import check_data
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
 from scorematch.nets.family import takes_image
 from scorematch.protocol import device_of
@@ -81,6 +82,10 @@ def add(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> None:
     if len(args.features) > 1:
         raise ValueError("--features must be one extractor: the best settings minimize one distance.")
+    for name, value in (("held-out", args.held_out), ("class", args.label), ("classes", args.classes)):
+        if args.restore and value is not None:
+            raise ValueError(f"--{name} is not for --restore. Leave it out.")
+    check_data(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
     net = load(args)
@@ -88,9 +93,6 @@ def _run(args: argparse.Namespace) -> None:
         check_folder(args.out, net)  # before weights are downloaded
     if takes_image(net) and not args.restore:
         raise ValueError(f"{args.model} restores images. Add the tasks to measure, such as --restore colorization.")
-    for name, value in (("held-out", args.held_out), ("class", args.label), ("classes", args.classes)):
-        if args.restore and value is not None:
-            raise ValueError(f"--{name} is not for --restore. Leave it out.")
     condition = None if args.restore else find_classes(args, net)
     if criterion_of(args.by, restoring=bool(args.restore)) == "rmse":
         args.features = []  # not needed

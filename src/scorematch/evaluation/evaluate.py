@@ -63,7 +63,7 @@ from scorematch.schema import check_count, check_integer
 from scorematch.score import ScoreNet
 from scorematch.training.data import ImageData, open_images
 from scorematch.training.report import versions
-from scorematch.training.sources import Crop
+from scorematch.training.sources import Crop, check_path
 
 SamplerChoice: TypeAlias = "SamplerSettings | Callable[[Any], Sampler] | None"
 
@@ -279,6 +279,7 @@ def evaluate(
     """
     n, seed = None if n is None else check_integer("n", n), check_integer("seed", seed)
     batch_size = check_count("batch_size", batch_size)
+    check_data(reference, held_out)
     if held_out is not None and _are_same(held_out, reference):
         raise ValueError("held_out is the reference. Pass real images that are not in it.")
     folder = None if out is None else Path(out).expanduser()
@@ -524,6 +525,18 @@ def _are_same(one: Any, other: Any) -> bool:
     """Whether two sources are the same object, or the same path or name."""
     paths = isinstance(one, str | os.PathLike) and isinstance(other, str | os.PathLike)
     return one is other or (paths and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
+
+
+def check_data(*sources: Any) -> None:
+    """Checks that paths exist, and that names can be looked up on the Hub, before slower work; the rest is skipped.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ImportError: if a source may be the name of a data set, and the package datasets is not installed.
+    """
+    for source in sources:
+        if isinstance(source, str | os.PathLike):
+            check_path(source)
 
 
 def open_for(source: Any, shape: Sequence[int], crop: Crop = "center", progress: bool = True) -> ImageData:

@@ -578,22 +578,37 @@ def _of_path(source: str | os.PathLike[str], options: Options) -> Any:
             hint = _HINTS.get(path.suffix.lower(), "")
             raise ValueError(f"data must be a folder of images or an .npz file, got the file {path}.{hint}")
         return _archive(path, options)
-    file = path.suffix.lower() in (".npz", *ENDINGS)
-    if file or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"{source} is neither a file nor a folder, and loading a data set from the Hub needs the package datasets: "
-            "pip install datasets."
-        ) from error
-    name, split = REFERENCES.get(source, (source, "train"))
+    check_path(source)
+    from datasets import load_dataset
+
+    name, split = REFERENCES.get(str(source), (source, "train"))
     try:
         return load_dataset(name, split=split)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{source} is not a file or a folder, and the data set {name} cannot be loaded from the Hub: {error}"
+        ) from error
+
+
+def check_path(source: str | os.PathLike[str]) -> None:
+    """Checks that a path exists, or that its data set can be looked up on the Hub, which is not done here.
+
+    Raises:
+        FileNotFoundError: if it does not exist and is not the name of a data set.
+        ImportError: if it may be the name of a data set, and the package datasets is not installed.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return
+    file = path.suffix.lower() in (".npz", *ENDINGS)
+    if file or not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{source} is neither a file nor a folder, and loading a data set from the Hub needs the package datasets: "
+            "pip install datasets."
         ) from error
 
 
