@@ -261,9 +261,16 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
         (["{classes}", "--out", "b", "--class", "cycle", "--classes", "4"], "--classes must be from 1 to 3"),
         (["{classes}", "a.png", "--class", "1", "--guidance", "2"], "--guidance needs a network with a null class"),
         (["{folder}", "--out", "b", "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
-        (["{folder}", "--out", "b", "--sampler", "ode", "--snr", "1"], "--snr is an option of --sampler predictor-"),
+        (["{folder}", "--out", "b", "--sampler", "ode", "--snr", "0.5"], "--snr is an option of --sampler predictor-"),
         (["{folder}", "a.png", "--snr", "0.1", "--method", "heun"], "is an option of --sampler"),
-        (["{folder}", "a.png", "--snr", "2"], "snr must be a number of more than 0 and less than 1"),
+        (["{folder}", "a.png", "--snr", "2"], "argument --snr: must be a number of more than 0 and less than 1"),
+        (["{folder}", "a.png", "--exact-noise", "--consistent"], ": leave out --steps-per-level and --exact-noise"),
+        (["{folder}", "a.png", "--sigma-max", "100"], ": --sigma-max must be in the range"),
+        (["{folder}", "a.png", "--variance", "learned"], ': --variance="learned" needs a network that predicts'),
+        (
+            ["{folder}", "a.png", "--step-size", "1"],
+            ": --step-size must lie between 0 and the stability limit, 2 sigma",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(folder, classes, tmp_path, monkeypatch, arguments, message, capsys):

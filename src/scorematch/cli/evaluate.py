@@ -92,7 +92,7 @@ def add(commands: Commands) -> None:
     restoration.add_argument(
         "--restore-method",
         choices=get_args(Restore),
-        help="how the restorations are made to agree with the degraded images (default: replace)",
+        help="how the restorations are made to agree with the degraded images (default: replace, or guide for jpeg)",
     )
     restoration.add_argument(
         "--labels", action="store_true", help="measure the accuracy; the extractor must have these classes"

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
@@ -25,6 +25,7 @@ from scorematch.nets.family import takes_image
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.protocol import Score, attribute, device_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
+from scorematch.schema import Field
 from scorematch.score import ScoreNet
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff"}
@@ -77,8 +78,8 @@ def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommende
         value = option.metadata["value"]
         kinds: dict[type, dict[str, Any]] = {
             bool: {"action": argparse.BooleanOptionalAction},
-            int: {"type": int},
-            float: {"type": amount},
+            int: {"type": fitting(value)},
+            float: {"type": fitting(value)},
             str: {"choices": value.choices},
         }
         flag, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
@@ -206,6 +207,21 @@ def _class_or_rule(text: str) -> Classes:
     if not re.fullmatch(r"-?\d+", text):
         raise argparse.ArgumentTypeError(f"must be a class such as 3, random or cycle, got {text!r}")
     return int(text)
+
+
+def fitting(field: Field) -> Callable[[str], Any]:
+    """The ``type`` of options whose values have the type and the range of a field."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = field.kind(text)
+        except ValueError:
+            value = None
+        if not field.fits(value):
+            raise argparse.ArgumentTypeError(f"must be {field}, got {text!r}")
+        return value
+
+    return parse
 
 
 def expanded(text: str) -> Path:
@@ -427,6 +443,22 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = Fals
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
     """
+    try:
+        return _sampler(args, net, restoring)
+    except ValueError as error:
+        raise ValueError(_with_options(str(error))) from error
+
+
+def _with_options(message: str) -> str:
+    """A message about the arguments of a sampler, with the options of the command line instead of their names."""
+    names = SamplerSettings.SCHEMA.keys()
+    arguments = [rf"\b{name}(?==)" for name in names]  # such as "method" in method="heun", but not in "Heun's method"
+    arguments += [rf"\b{name}\b(?!\^)" for name in names if "_" in name]  # but not the formula 2 sigma_min^2
+    message = message.removeprefix("sampler_settings: ")
+    return re.sub("|".join(arguments), lambda found: f"--{found[0].replace('_', '-')}", message)
+
+
+def _sampler(args: argparse.Namespace, net: Score, restoring: bool) -> Sampler:
     owners = {option: name for name, options in SamplerSettings.OPTIONS.items() for option in _given(args, options)}
     noise = _given(args, SamplerSettings.NOISE)
     default = "langevin" if restoring and not takes_image(net) else None

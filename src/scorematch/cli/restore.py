@@ -23,6 +23,7 @@ from scorematch.cli.options import (
     estimate,
     expanded,
     find_class,
+    fitting,
     image_count,
     load,
     make_sampler,
@@ -34,6 +35,7 @@ from scorematch.palette import condition_of
 from scorematch.randomness import seed_of
 from scorematch.sampling import Sampler
 from scorematch.sampling.restoration import Restore
+from scorematch.schema import Field
 
 _TOGETHER = 64  # restorations that are in memory at once, unless more of one picture are wanted
 
@@ -62,9 +64,17 @@ def add(commands: Commands) -> None:
         "--uncrop", metavar="SIDES", help="borders are missing: their widths in pixels, such as left=4,right=4"
     )
     damage.add_argument("--gray", action="store_true", help="the colors are missing")
-    damage.add_argument("--pool", type=int, metavar="SIZE", help="each block of SIZE x SIZE pixels was averaged to one")
     damage.add_argument(
-        "--jpeg", type=int, metavar="QUALITY", help="they were compressed as JPEG of this quality, 1 to 100"
+        "--pool",
+        type=fitting(Field(int, low=1)),
+        metavar="SIZE",
+        help="each block of SIZE x SIZE pixels was averaged to one",
+    )
+    damage.add_argument(
+        "--jpeg",
+        type=fitting(Field(int, low=1, high=100)),
+        metavar="QUALITY",
+        help="they were compressed as JPEG of this quality, 1 to 100",
     )
     parser.add_argument(
         "--invert", action="store_true", help="for --mask: white is missing instead of observed, as in diffusers"

@@ -69,7 +69,7 @@ def add(commands: Commands) -> None:
         "--restore-method",
         choices=get_args(Restore),
         default="replace",
-        help="how the restorations are made to agree with the degraded images (default: replace)",
+        help="how the restorations are made to agree with the degraded images (default: replace, or guide for jpeg)",
     )
     parser.add_argument("--seed", type=int, default=0, help="the random seed of all images (default: 0)")
     add_device(parser)

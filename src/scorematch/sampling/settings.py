@@ -45,9 +45,11 @@ class SamplerSettings:
 
     sampler: str = "langevin"
     levels: int | None = _option("all", int, "the number of noise levels", low=2, high=1_000_000)
-    steps_per_level: int | None = _option("langevin", int, "Langevin steps at each level", low=1, high=1_000_000)
+    steps_per_level: int | None = _option(
+        "langevin", int, "the number of Langevin steps at each level", low=1, high=1_000_000
+    )
     step_size: float | None = _option(
-        "langevin", float, "the step size at the lowest level, below 2 sigma_min^2", above=0
+        "langevin", float, "the step size at the lowest level, above 0 and below 2 sigma_min^2", above=0
     )
     exact_noise: bool | None = _option(
         "langevin",
@@ -61,22 +63,32 @@ class SamplerSettings:
         "consistent sampling: one step from each level to the next that adds exactly the missing noise",
     )
     method: str | None = _option("ode", str, "the solver (default: heun)", choices=get_args(Method))
-    churn: float | None = _option("ode", float, "how much new noise the steps add (default: none)", low=0)
-    churn_min: float | None = _option("ode", float, "the lowest level that adds noise", low=0)
-    churn_max: float | None = _option("ode", float, "the highest level that adds noise", low=0)
-    churn_noise: float | None = _option("ode", float, "the factor of the added noise", above=0)
-    variance: str | None = _option(
-        "ancestral", str, "the variance of the noise (default: large)", choices=get_args(Variance)
+    churn: float | None = _option("ode", float, "with heun: how much new noise the steps add (default: 0, none)", low=0)
+    churn_min: float | None = _option(
+        "ode", float, "the lowest level at which noise is added (default: no limit)", low=0
     )
-    clamp_denoised: bool | None = _option("ancestral", bool, "clamp the denoised image at every step")
+    churn_max: float | None = _option(
+        "ode", float, "the highest level at which noise is added (default: no limit)", low=0
+    )
+    churn_noise: float | None = _option("ode", float, "the factor of the added noise (default: 1)", above=0)
+    variance: str | None = _option(
+        "ancestral", str, "the variance of the noise of a step (default: large)", choices=get_args(Variance)
+    )
+    clamp_denoised: bool | None = _option(
+        "ancestral", bool, "clamp the denoised image to [0, 1] at every step (default: no)"
+    )
     predictor: str | None = _option(
         "predictor-corrector", str, "the step to the next level (default: ancestral)", choices=get_args(Predictor)
     )
     corrector_steps: int | None = _option(
-        "predictor-corrector", int, "Langevin steps at each level", low=0, high=1_000_000
+        "predictor-corrector", int, "the number of Langevin steps at each level (default: 1)", low=0, high=1_000_000
     )
     snr: float | None = _option(
-        "predictor-corrector", float, "the signal-to-noise ratio of the Langevin steps", above=0, below=1
+        "predictor-corrector",
+        float,
+        "the signal-to-noise ratio of these steps, above 0 and below 1 (default: 0.16)",
+        above=0,
+        below=1,
     )
     sigma_max: float | None = _option("all", float, "the highest noise level, within the network's range", low=0)
     sigma_min: float | None = _option("all", float, "the lowest noise level, within the network's range", low=0)
