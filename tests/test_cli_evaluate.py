@@ -178,7 +178,7 @@ def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):
         ((network, real, "--restore", "pool-4", "--classes", 3), "--classes is not for --restore"),
         ((real, "--restore", "pool-4", "--data", real), "--restore needs a network, but"),
         ((network, real, "--restore", "pool-4", "--held-out", real), "are not for --restore"),
-        ((network, real, "--restore", "blur", "--features", "pixels"), "task must be colorization, inpainting"),
+        ((network, real, "--restore", "blur", "--features", "pixels"), "argument --restore: must be colorization"),
         ((network, real, "--class", 3, "--features", "pixels"), "--class is for class-conditional networks"),
         (("nothing.npz", real, "--features", "pixels"), "nothing.npz does not exist"),
         (("nothing", real), "'nothing' is not the short name of a network"),

@@ -89,7 +89,7 @@ def test_train_prints_data_network_and_time(faces, run):
     parameters = sum(parameter.numel() for parameter in RECIPES["tiny"].build(3).parameters())
     assert printed.startswith(
         f"data      12 images of 3 x 8 x 8 from {faces}\n"
-        f"          1 cannot be read and are left out: {faces / 'broken.jpg'}\n"
+        f"          left out: 1 image that cannot be read, {faces / 'broken.jpg'}\n"
         f"network   tiny: {parameters:,} parameters, "
     )
     assert re.search(r" parameters, [\d.]+ GFLOP per image\ntraining  24 images in 3 steps of 8, 2 epochs\n", printed)

@@ -25,6 +25,7 @@ from scorematch.cli.options import (
     load,
     make_sampler,
     reference_options,
+    task,
 )
 from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_data, check_results, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
@@ -81,6 +82,7 @@ def add(commands: Commands) -> None:
     restoration = parser.add_argument_group("restoration")
     restoration.add_argument(
         "--restore",
+        type=task,
         metavar="TASK",
         help="colorization, inpainting, uncropping, jpeg-QUALITY such as jpeg-5, or pool-SIZE such as pool-4",
     )

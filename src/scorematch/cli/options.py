@@ -19,6 +19,7 @@ from torch import Tensor
 from scorematch import pretrained
 from scorematch.bulk.classes import Classes, Rule
 from scorematch.evaluation import EXTRACTORS, as_extractor
+from scorematch.evaluation.restoration import degradation_of
 from scorematch.guidance import GuidedScore, classifier_free
 from scorematch.images import is_picture
 from scorematch.nets.family import takes_image
@@ -242,6 +243,19 @@ def amount(text: str) -> float:
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, such as 0.5, got {text!r}")
     return number
+
+
+def task(text: str) -> str:
+    """The ``type`` of ``--restore``: the name of a degradation, such as "pool-4".
+
+    Raises:
+        argparse.ArgumentTypeError: for any other text.
+    """
+    try:
+        degradation_of(text, seed=0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("task ").removesuffix(".")) from error
+    return text
 
 
 def image_count(text: str) -> int:

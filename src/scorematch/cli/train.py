@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from scorematch.cli.options import Commands, check_folder_name, duration, expanded, image_count, load_network
+from scorematch.cli.options import Commands, check_folder_name, count, duration, expanded, image_count, load_network
 from scorematch.files import check_outside
 from scorematch.images import to_float
 from scorematch.loss import dsm_loss
@@ -343,7 +343,7 @@ def _announce(
         print(f"          {describe_classes(data.classes, 10)}")
     if data.skipped:
         few = ", ".join(data.skipped[:3]) + (", ..." if len(data.skipped) > 3 else "")
-        print(f"          {len(data.skipped)} cannot be read and are left out: {few}")
+        print(f"          left out: {count(len(data.skipped))} that cannot be read, {few}")
     parameters = sum(parameter.numel() for parameter in net.parameters())
     name = recipe.name if args.start is None or args.recipe is not None else args.start
     print(f"network   {name}: {parameters:,} parameters, {training_flop(net) / 1e9:.3g} GFLOP per image")

@@ -20,6 +20,7 @@ from scorematch.cli.options import (
     image_count,
     load,
     reference_options,
+    task,
 )
 from scorematch.evaluation.evaluate import check_data
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
@@ -61,6 +62,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--restore",
         nargs="+",
+        type=task,
         metavar="TASK",
         help="restore degraded images instead of drawing new ones: tasks as for the command evaluate, such as "
         "colorization; --reference has the clean images. Needed for networks that were trained to restore",

@@ -154,7 +154,7 @@ def evaluate_restoration(
         raise ValueError(f"noise must be at least 0, got {noise!r}.")
     if name is None:
         name = str(what) if isinstance(what, str | os.PathLike) else type(what).__name__
-    degradation, described = _degradation(task, seed)
+    degradation, described = degradation_of(task, seed)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_outside(folder, data, reference)
@@ -237,8 +237,8 @@ def _open(data: Any, sampler: Sampler, labels: bool, crop: Crop, progress: bool)
 # -- Degradations -----------------------------------------------------------------------------------------------------
 
 
-def _degradation(task: str | Operator, seed: int) -> tuple[Degradation, str]:
-    """The operator for each batch, and the name of the task."""
+def degradation_of(task: str | Operator, seed: int) -> tuple[Degradation, str]:
+    """The operator for each batch, and the name of the task; TypeError or ValueError if it is not a task."""
     if isinstance(task, Operator):
         if len(task) > 1:
             raise ValueError(f"the operator must be for one image, got one mask for each of {len(task)} images.")
