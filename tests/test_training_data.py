@@ -219,7 +219,10 @@ def test_exif_rotation_is_applied(tmp_path, rng):
 def test_gray_and_color_pictures_need_channels(tmp_path, rng):
     Image.fromarray(_colors(rng)).save(tmp_path / "color.png")
     Image.fromarray(_colors(rng)[..., 0]).save(tmp_path / "gray.png")
-    with pytest.raises(ValueError, match=r"gray\.png is gray, and .*color\.png is in color\. Pass channels=3 or "):
+    with pytest.raises(
+        ValueError,
+        match=r"gray\.png is gray, and .*color\.png is in color\. Convert the pictures, or pass channels=3 or ",
+    ):
         _open(tmp_path)
     assert _open(tmp_path, channels=3).shape == (3, 8, 8)
     assert _open(tmp_path, channels=1).shape == (1, 8, 8)

@@ -33,7 +33,7 @@ _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 # What messages say of arguments in Python, and what they say here.
 _WORDS = {
     "Pass an image_size of": "Pass --image-size",
-    " to open_images, or convert the pictures": "",
+    "Convert the pictures, or pass channels=3 or channels=1 to open_images": "Pass channels=3 or channels=1",
     "the same network as net": "the network of --recipe",
     "Pass net=ScoreNet.from_pretrained(start)": "Leave out --recipe",
     "Pass the settings of that run": "Write the options of that run, such as --recipe,",

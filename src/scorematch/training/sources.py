@@ -325,8 +325,8 @@ class _Pictures(Source):
         if len(kinds) > 1:
             raise ValueError(
                 f"{self.name} mixes gray and color images: {self.name_of(kinds[1])} is gray, and "
-                f"{self.name_of(kinds[3])} is in color. Pass channels=3 or channels=1 "
-                "to open_images, or convert the pictures."
+                f"{self.name_of(kinds[3])} is in color. Convert the pictures, or pass "
+                "channels=3 or channels=1 to open_images."
             )
         return next(iter(kinds))
 
