@@ -669,6 +669,7 @@ def test_open_images_returns_opened_data_unchanged():
     ("source", "options", "error", "message"),
     [
         (5, {}, TypeError, "data must be a folder, an .npz file, a tensor or an array, .* got int"),
+        (torch.utils.data.DataLoader([0]), {}, TypeError, "got DataLoader. Pass its data set, loader.dataset."),
         (torch.zeros(3, 1, 2, 2, dtype=torch.int64), {}, TypeError, "must be uint8, or floating point.* got int64"),
         (torch.zeros(0, 1, 2, 2), {}, ValueError, r"at least one sample, got shape \(0, 1, 2, 2\)"),
         (torch.zeros(5), {}, ValueError, r"at least one sample, got shape \(5,\)"),

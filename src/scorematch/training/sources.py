@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from scorematch.arrays import array_names, read_arrays
 from scorematch.bulk.stored import IMAGES, stored_samples, stored_settings
@@ -562,9 +563,10 @@ def find(source: Any, options: Options, workers: int) -> Source:
         return _Table(source, options, workers)
     if hasattr(source, "__getitem__"):
         return _Items(source, options, workers)
+    hint = " Pass its data set, loader.dataset." if isinstance(source, DataLoader) else ""
     raise TypeError(
         f"data must be a folder, an .npz file, a tensor or an array, a Dataset, or a data set of Hugging Face, got "
-        f"{type(source).__name__}."
+        f"{type(source).__name__}.{hint}"
     )
 
 
