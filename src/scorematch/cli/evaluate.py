@@ -27,7 +27,7 @@ from scorematch.cli.options import (
     reference_options,
     task,
 )
-from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_data, check_results, evaluate, is_network
+from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results, check_sources, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
 from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
 from scorematch.nets.family import takes_image
@@ -108,7 +108,7 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     _check(args)
-    check_data(args.reference, args.held_out, args.data)  # before the network is loaded
+    check_sources(args.reference, args.held_out, args.data)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
         check_results(args.out)

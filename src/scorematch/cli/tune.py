@@ -22,7 +22,7 @@ from scorematch.cli.options import (
     reference_options,
     task,
 )
-from scorematch.evaluation.evaluate import check_data
+from scorematch.evaluation.evaluate import check_sources
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
 from scorematch.nets.family import takes_image
 from scorematch.protocol import device_of
@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> None:
     for name, value in (("held-out", args.held_out), ("class", args.label), ("classes", args.classes)):
         if args.restore and value is not None:
             raise ValueError(f"--{name} is not for --restore. Leave it out.")
-    check_data(args.reference, args.held_out)  # before the network is loaded
+    check_sources(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
     net = load(args)

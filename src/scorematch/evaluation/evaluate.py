@@ -279,7 +279,7 @@ def evaluate(
     """
     n, seed = None if n is None else check_integer("n", n), check_integer("seed", seed)
     batch_size = check_count("batch_size", batch_size)
-    check_data(reference, held_out)
+    check_sources(reference, held_out)
     if held_out is not None and _are_same(held_out, reference):
         raise ValueError("held_out is the reference. Pass real images that are not in it.")
     folder = None if out is None else Path(out).expanduser()
@@ -527,7 +527,7 @@ def _are_same(one: Any, other: Any) -> bool:
     return one is other or (paths and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
-def check_data(*sources: Any) -> None:
+def check_sources(*sources: Any) -> None:
     """Checks that paths exist, and that names can be looked up on the Hub, before slower work; the rest is skipped.
 
     Raises:
