@@ -279,9 +279,9 @@ def evaluate(
     """
     n, seed = None if n is None else check_integer("n", n), check_integer("seed", seed)
     batch_size = check_count("batch_size", batch_size)
-    check_sources(reference, held_out)
     if held_out is not None and _are_same(held_out, reference):
         raise ValueError("held_out is the reference. Pass real images that are not in it.")
+    check_sources(reference, held_out)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         written = is_network(what) or (isinstance(what, str | os.PathLike) and _samples_in(Path(what)) is not None)
