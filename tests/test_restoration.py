@@ -227,6 +227,21 @@ def test_guide_jacobian_does_not_diverge_for_data_with_one_strong_direction():
         assert (x - shades).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("sigma", [40.0, 1.0])
+def test_guide_jacobian_limits_the_change_for_a_jacobian_that_is_not_symmetric(sigma):
+    """The variance along the error e is zero for an antisymmetric Jacobian: it would not limit the change."""
+    turn = torch.tensor([[0.0, -0.9], [0.9, 0.0]], dtype=torch.float64)
+    x, y = torch.tensor([[[3.0, -20.0], [1.0, 0.5]], [[5.0, 2.0]] * 2], dtype=torch.float64)
+    seen = Observation(Mask(torch.tensor([True, True])), y)
+    net = Guidance(seen, 1.0, jacobian=True)
+    found = net.score(lambda x, s: (x @ turn.T - x) / s**2, x, sigma, slice(0, 2))
+    denoised = x @ turn.T
+    change = x + sigma**2 * found - denoised
+    error = y - denoised
+    expected = min(4, 0.9 * (sigma**2 + 1)) * error.norm(dim=1)
+    torch.testing.assert_close(change.norm(dim=1), expected)
+
+
 @pytest.mark.parametrize("value_range", [None, (-1, 3)])
 @pytest.mark.parametrize("restore", ["guide", "guide-jacobian"])
 def test_a_guided_chain_equals_the_chain_of_the_posterior_of_white_data(restore, value_range):

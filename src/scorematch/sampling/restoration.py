@@ -35,12 +35,15 @@ given y, with the normal distribution around m, the middle of the value range, a
           \hat D = D + \frac{\sigma^2}{q^2 + \sigma_y^2 / c}\, J^\top e \quad (\text{"guide-jacobian"}),
 
 .. math:: r^2 = \frac{\sigma^2 v}{\sigma^2 + v}, \qquad
-          q^2 = \max \Bigl( r^2,\; \frac{\sigma^2}{2}\, \frac{e^\top J^\top e}{e^\top e} \Bigr),
+          q^2 = \max \Bigl( r^2,\; \frac{\sigma^2}{2}\, \frac{e^\top J^\top e}{e^\top e},\;
+          \frac{\sigma^2}{4}\, \frac{\lVert J^\top e \rVert}{\lVert e \rVert} \Bigr),
 
 where v is the variance of the data, and J, the Jacobian of D, needs a backward pass through the network. The covariance
 of :math:`x_0` given x is :math:`\sigma^2 J`. With its variance along e in place of :math:`q^2` the change would be the
 first step of the method of conjugate gradients towards the conditional score of Gaussian data; half of that variance is
-an over-relaxation by two. ΠGDM divides by :math:`r^2`, the variance for the covariance v I. At high levels that is too
+an over-relaxation by two. The last term limits the change to four times the length of e. Without it the change is
+unbounded where the variance along e is nearly zero or, since the Jacobian of a network is not symmetric, negative.
+ΠGDM divides by :math:`r^2`, the variance for the covariance v I. At high levels that is too
 small by orders of magnitude for directions in which data vary more than their single pixels do, such as the brightness
 of a large image, and its chains diverge there. Both methods are exact for Gaussian data with covariance v I.
 
@@ -169,10 +172,12 @@ class Guidance(Restoration):
         if not self._jacobian:
             return follow + missing * (spread / ((spread + noise) * level))
         (gradient,) = torch.autograd.grad(denoised, x, missing)
-        quotient = (missing * gradient).flatten(1).sum(1) / missing.square().flatten(1).sum(1)
+        squares = missing.square().flatten(1).sum(1)
+        along = (missing * gradient).flatten(1).sum(1) / squares
+        length = (gradient.square().flatten(1).sum(1) / squares).sqrt()
         # Half of the variance was better than all of it for digits and for faces; with a quarter of it Heun's method
-        # diverged on 18 levels. The quotient is NaN if nothing is missing.
-        spread = (level / 2 * quotient).nan_to_num(0.0).clamp(min=spread)
+        # diverged on 18 levels. The quotients are NaN if nothing is missing.
+        spread = (level * torch.maximum(along / 2, length / 4)).nan_to_num(0.0).clamp(min=spread)
         return follow.detach() + gradient / per_image(spread + noise, x)
 
     def finish(self, x: Tensor) -> Tensor:
