@@ -758,14 +758,11 @@ def check_size(net: ScoreNet) -> None:
             [max(2 * divisor, number(side / divisor) * divisor) for side in (height, width)]
             for number in (math.floor, math.ceil)
         )
-        fitting = " or ".join(dict.fromkeys(_written(*size) for size in (below, above)))
+        sizes = (size[0] if height == width else tuple(size) for size in (below, above))
+        fitting = " or ".join(dict.fromkeys(map(str, sizes)))
         raise ValueError(
             f"height and width must be multiples of {divisor}, got {height}x{width}. Pass an image_size of {fitting}."
         )
-
-
-def _written(height: int, width: int) -> str:
-    return f"{height}" if height == width else f"{height}x{width}"
 
 
 def _pair(size: Size) -> tuple[int, int]:
