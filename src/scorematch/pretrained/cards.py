@@ -313,7 +313,7 @@ CHECKPOINTS = (
     _improved("imagenet64_cond_270M_250K", 64, "ImageNet, by class"),
     _improved("lsun_uncond_100M_1200K_bs128", 256, "LSUN bedrooms"),
     _improved("lsun_uncond_100M_2400K_bs64", 256, "LSUN bedrooms"),
-    _guided("64x64_diffusion", 64, "ImageNet, by class", f"FID 2.07 {_CLASSIFIER}"),
+    _guided("64x64_diffusion", 64, "ImageNet, by class", "FID 2.07"),
     _guided("128x128_diffusion", 128, "ImageNet, by class", f"FID 2.97 {_CLASSIFIER}"),
     _guided("256x256_diffusion", 256, "ImageNet, by class", f"FID 4.59 {_CLASSIFIER}"),
     _guided("256x256_diffusion_uncond", 256, "ImageNet", _UNKNOWN),
