@@ -431,8 +431,8 @@ def _faults(files):
         ),
         "the content has the right length only": (
             {"swapped": {WEIGHTS: bytes(len(files[WEIGHTS]))}},
-            f"OSError: downloading someone/ddpm failed: the content of {WEIGHTS} was damaged on the way, and was "
-            f"deleted.{AGAIN}",
+            f"OSError: downloading someone/ddpm failed: the content of {WEIGHTS} was damaged during the download, "
+            f"and was deleted.{AGAIN}",
         ),
         "the content is shorter than announced": (
             {"lengths": {WEIGHTS: 100}},

@@ -209,7 +209,7 @@ def _translate(
     if outputs == 2 * inputs and scheduler.get("variance_type") == "learned":
         raise ValueError(
             f"{where_scheduler}: variance_type 'learned' is not supported; a network that predicts a variance must "
-            "predict its place between two variances, 'learned_range'."
+            "have 'learned_range', a value between two fixed variances."
         )
     exploding = network.get("_class_name") == _NCSN or network.get("time_embedding_type") == "fourier"
     schedule, precondition = (_variance_exploding if exploding else _ddpm)(network, scheduler, where_scheduler)

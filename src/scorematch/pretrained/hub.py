@@ -308,7 +308,7 @@ def _verify(path: Path) -> None:
     if sha256(blob) != blob.name:
         blob.unlink()
         path.unlink()
-        raise OSError(f"the content of {path.name} was damaged on the way, and was deleted.")
+        raise OSError(f"the content of {path.name} was damaged during the download, and was deleted.")
 
 
 def _has_configurations(folder: Path) -> bool:

@@ -524,8 +524,8 @@ def _values(image: Any) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.floating):
         got = array.dtype if array.dtype.kind in "biu" else type(image).__name__
         raise TypeError(
-            "an item of the Dataset must be an image, or a tuple (image, label), and an image a picture of Pillow or "
-            f"an array, uint8, or floating point in [0, 1], got {got}."
+            "an item of the Dataset must be an image or a tuple (image, label), where an image is a picture of Pillow "
+            f"or an array, uint8 or floating point in [0, 1], got {got}."
         )
     _check_axes((1, *array.shape), "the Dataset")
     return np.ascontiguousarray(array, np.float32)
