@@ -695,7 +695,12 @@ def test_open_images_returns_opened_data_unchanged():
         (torch.zeros(3, 2), {"workers": 0}, ValueError, "workers must be an integer of at least 1, got 0"),
         (_Dataset([]), {}, ValueError, "the _Dataset is empty"),
         (_Dataset([torch.zeros(1, 2, 2)]), {"labels": True}, ValueError, "must be .image, label., but item 0"),
-        (_Dataset([torch.zeros(1, 2, 2, dtype=torch.int32)]), {}, TypeError, "Dataset must be .* uint8 or .* got int32"),
+        (
+            _Dataset([torch.zeros(1, 2, 2, dtype=torch.int32)]),
+            {},
+            TypeError,
+            "Dataset must be .* uint8 or .* got int32",
+        ),
         (["faces/a.png"], {}, TypeError, r"Dataset must be an image or a tuple \(image, label\), .* got str"),
         ([{"image": torch.zeros(1, 2, 2)}], {}, TypeError, r"a tuple \(image, label\), .* got dict"),
         (_Dataset([torch.full((1, 2, 2), -1.0)]), {}, ValueError, r"item 0 .*in \[0, 1\], got values from -1 to -1"),

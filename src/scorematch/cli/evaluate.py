@@ -41,11 +41,12 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="measure the quality of samples, images or restorations",
-        description="Compares samples of a network, or images, with real images: Fréchet distance (FID with the\n"
-        "features of inception), kernel distance, Inception Score, precision and recall, density and coverage, each\n"
-        "with its error, beside those of held-out images and of a Gaussian, a floor and a ceiling.\n\n"
-        "FOLDER/evaluation.md has the tables, evaluation.json all settings and figures, samples the samples: the same\n"
-        "command again continues after an interruption. torchrun and accelerate launch run it on many devices.\n\n"
+        description="Compares samples of a network, or images, with real images. The figures are the Fréchet distance\n"
+        "(FID with the features of inception), the kernel distance, the Inception Score, precision and recall,\n"
+        "density and coverage. Those of held-out images are the floor, and those of a Gaussian the ceiling.\n\n"
+        "FOLDER/evaluation.md has the tables, evaluation.json all settings and figures, and samples the samples.\n"
+        "The same command again continues after an interruption. torchrun and accelerate launch run it on many\n"
+        "devices.\n\n"
         "With --restore real images are degraded and restored, and the restorations are measured.",
         epilog="Examples:\n"
         "  %(prog)s mnist mnist-train --held-out mnist-test --features efficientnet-lite0\n"
@@ -78,7 +79,9 @@ def add(commands: Commands) -> None:
         metavar="METRIC",
         help=f"some of {', '.join(MEASURES)} (default: all that can be measured, except classes)",
     )
-    parser.add_argument("--no-gaussian", action="store_true", help="leave out the Gaussian of the reference")
+    parser.add_argument(
+        "--no-gaussian", action="store_true", help="do not measure images from the Gaussian of the reference"
+    )
     restoration = parser.add_argument_group("restoration")
     restoration.add_argument(
         "--restore",

@@ -159,8 +159,8 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
         "--crop",
         choices=("center", "celeba", "none"),
         default="center",
-        help="of real images, before they are resized to those of the network: center, celeba (140x140 pixels in the "
-        "center) or none (default: center)",
+        help="of real images, before they are resized for the network: center, celeba (140x140 pixels in the center) "
+        "or none (default: center)",
     )
     group.add_argument(
         "--batch-size", type=image_count, default=64, metavar="IMAGES", help="images per network call (default: 64)"

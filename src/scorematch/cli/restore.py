@@ -77,7 +77,9 @@ def add(commands: Commands) -> None:
         help="they were compressed as JPEG of this quality, 1 to 100",
     )
     parser.add_argument(
-        "--invert", action="store_true", help="for --mask: white is missing instead of observed, as in diffusers"
+        "--invert",
+        action="store_true",
+        help="for --mask: white where the image is missing instead of observed, as in diffusers",
     )
     parser.add_argument("-n", type=image_count, default=4, help="the number of restorations per picture (default: 4)")
     parser.add_argument(
