@@ -16,8 +16,8 @@ PACKAGE = Path(scorematch.__file__).parent
 
 # A module or package may import only from earlier layers of this list; a package may also import from itself.
 LAYERS = [
-    {"files"},
-    {"charts", "observe", "precision", "randomness", "schema"},
+    {"files", "schema"},
+    {"charts", "observe", "precision", "randomness"},
     {"arrays", "images", "noise"},
     {"protocol"},
     {"precondition"},

@@ -44,6 +44,8 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
+from scorematch.schema import check_count
+
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -218,7 +220,7 @@ class Uncrop(Operator):
     gain = 1.0
 
     def __init__(self, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0) -> None:
-        self.borders = tuple(_pixels("a border", border, least=0) for border in (left, right, top, bottom))
+        self.borders = tuple(check_count("a border", border, 0) for border in (left, right, top, bottom))
 
     def __repr__(self) -> str:
         sides = zip(("left", "right", "top", "bottom"), self.borders, strict=True)
@@ -247,15 +249,6 @@ class Uncrop(Operator):
         rows = slice(None) if height == 1 else slice(top, height - bottom)
         columns = slice(None) if width == 1 else slice(left, width - right)
         return seen[..., rows, columns] if seen.ndim > 1 else seen[columns]
-
-
-def _pixels(name: str, value: int, least: int) -> int:
-    """A number of pixels, of Python or NumPy, as an int; errors are those of ``check_count``."""
-    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or value < least:
-        kind = ValueError if integer else TypeError
-        raise kind(f"{name} must be an integer number of pixels, at least {least}, got {value!r}.")
-    return int(value)
 
 
 def _check_has_rows(x: Tensor, operator: Operator) -> None:
@@ -313,7 +306,7 @@ class AveragePool(Operator):
     """
 
     def __init__(self, size: int) -> None:
-        self.size = _pixels("size", size, least=1)
+        self.size = check_count("size", size)
         self.gain = 1 / self.size**2
 
     def __repr__(self) -> str:
@@ -359,15 +352,11 @@ class JPEG(Operator):
     value_range = (0, 1)
 
     def __init__(self, quality: int) -> None:
-        integer = isinstance(quality, int | np.integer) and not isinstance(quality, bool)
-        if not integer or not 1 <= quality <= 100:
-            kind = ValueError if integer else TypeError
-            raise kind(f"quality must be an integer from 1 to 100, got {quality!r}.")
+        self.quality = check_count("quality", quality, most=100)
         try:
             import PIL.Image  # noqa: F401
         except ImportError as error:
             raise ImportError('JPEG needs Pillow: pip install "scorematch[images]".') from error
-        self.quality = int(quality)
 
     def __repr__(self) -> str:
         return f"JPEG({self.quality})"

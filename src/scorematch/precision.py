@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from scorematch.schema import check_choice
+
 Autocast = Literal["auto", "float32", "bfloat16"]
 
 
@@ -54,8 +56,7 @@ def autocast(device: torch.device | str, precision: Autocast = "auto") -> Abstra
         >>> with autocast("cpu"):
         ...     loss = dsm_loss(net, torch.rand(2, 1, 16, 16))
     """
-    if precision not in get_args(Autocast):
-        raise ValueError(f"precision must be one of {', '.join(map(repr, get_args(Autocast)))}, got {precision!r}.")
+    check_choice("precision", precision, get_args(Autocast))
     device = torch.device(device)
     if precision == "bfloat16" or (precision == "auto" and native_dtype(device) == torch.bfloat16):
         return torch.autocast(device.type, torch.bfloat16)

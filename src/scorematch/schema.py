@@ -189,17 +189,18 @@ def check_integer(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, got {quote(value)}.") from error
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """An integer argument, of Python or NumPy, as an int.
 
     Raises:
         TypeError: if it is another value.
-        ValueError: if it is below ``least``.
+        ValueError: if it is below ``least`` or above ``most``.
     """
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or value < least:
+    if not integer or value < least or (most is not None and value > most):
         kind = ValueError if integer else TypeError
-        raise kind(f"{name} must be an integer of at least {least}, got {value!r}.")
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise kind(f"{name} must be an integer {wanted}, got {value!r}.")
     return int(value)
 
 
