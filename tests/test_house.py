@@ -17,9 +17,9 @@ PACKAGE = Path(scorematch.__file__).parent
 # A module or package may import only from earlier layers of this list; a package may also import from itself.
 LAYERS = [
     {"files", "schema"},
-    {"charts", "observe", "precision", "randomness"},
+    {"charts", "precision", "randomness"},
     {"arrays", "images", "noise"},
-    {"protocol"},
+    {"observe", "protocol"},
     {"precondition"},
     {"nets"},
     {"guidance", "likelihood", "loss", "palette", "sampling"},

@@ -44,6 +44,7 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
+from scorematch.images import to_pixels
 from scorematch.schema import check_count
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -372,11 +373,9 @@ class JPEG(Operator):
     def _code(self, image: Tensor) -> Tensor:
         from PIL import Image
 
-        array = rearrange(image, "c h w -> h w c").numpy()
         file = io.BytesIO()
-        Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array).save(file, "JPEG", quality=self.quality)
-        decoded = torch.from_numpy(np.array(Image.open(file)))
-        return rearrange(decoded, "h w c -> c h w") if decoded.ndim == 3 else decoded[None]
+        Image.fromarray(to_pixels(image)).save(file, "JPEG", quality=self.quality)
+        return rearrange(torch.from_numpy(np.array(Image.open(file))), "h w ... -> (...) h w")
 
 
 class _Composition(Operator):
