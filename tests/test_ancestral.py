@@ -402,7 +402,7 @@ def test_nan_in_the_state_raises_an_error_that_names_the_level():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"variance": "medium"}, ValueError, '"large", "small" or "learned", got'),
+        ({"variance": "medium"}, ValueError, "variance must be one of 'large', 'small', 'learned', got 'medium'"),
         ({"variance": "learned"}, ValueError, r"needs a network that predicts the variance \(predicts_variance\)"),
         ({"clamp_denoised": True}, ValueError, "clamp_denoised=True needs a network with a value_range"),
         ({"levels": 1}, ValueError, "levels must be an integer of at least 2, got 1"),

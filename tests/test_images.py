@@ -305,7 +305,7 @@ def test_a_file_that_is_not_an_image_raises(tmp_path):
         read_image(tmp_path / "broken.png", 3)
     with pytest.raises(FileNotFoundError, match=r"missing\.png"):
         read_image(tmp_path / "missing.png", 3)
-    with pytest.raises(ValueError, match="channels must be 1 or 3, got 4"):
+    with pytest.raises(ValueError, match="channels must be one of 1, 3, got 4"):
         read_image(tmp_path / "broken.png", 4)
 
 

@@ -409,7 +409,7 @@ def test_the_default_levels_are_those_of_log_likelihood():
         ({"checks": 1}, ValueError, "checks must be an integer of at least 2, got 1"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
         ({"probes": 0}, ValueError, "probes must be an integer of at least 1, got 0"),
-        ({"noise": "none"}, ValueError, 'noise must be "uniform" or "normal", got \'none\''),
+        ({"noise": "none"}, ValueError, "noise must be one of 'uniform', 'normal', got 'none'"),
         ({"schedule": None}, ValueError, "pass a schedule"),
     ],
 )

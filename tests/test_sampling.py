@@ -384,7 +384,7 @@ def test_the_progress_bar_can_be_turned_off(capsys):
         ({"step_size": float("nan")}, ValueError, "between 0 and the stability limit"),
         ({"steps_per_level": 0}, ValueError, "steps_per_level must be an integer of at least 1, got 0"),
         ({"steps_per_level": 2.5}, TypeError, "an integer of at least 1, got 2.5"),
-        ({"precision": "half"}, ValueError, '"auto" or "float32", got'),
+        ({"precision": "half"}, ValueError, "precision must be one of 'auto', 'float32', got 'half'"),
         ({"schedule": [1.0, 0.1]}, TypeError, r"got list. Write NoiseSchedule\(sigmas\)"),
         ({"schedule": None}, ValueError, "no noise levels of its own: pass a schedule"),
         ({"net": 3}, TypeError, r"called as net\(x, sigma\), got int"),

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from scorematch.files import write_whole
-from scorematch.schema import check_count, reason
+from scorematch.schema import check_choice, check_count, reason
 
 # The extensions of image files; other files in a folder are ignored.
 ENDINGS = (
@@ -235,8 +235,7 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
         OSError: if the file does not exist or is not an image, or the range of its pixel values is not known.
     """
     pillow = _pillow("reading")
-    if channels not in (1, 3):
-        raise ValueError(f"channels must be 1 or 3, got {channels}.")
+    check_choice("channels", channels, (1, 3))
     try:
         with open_picture(path) as file:
             if _is_deep(file):

@@ -25,7 +25,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from scorematch.protocol import (
     score_at,
 )
 from scorematch.randomness import single_generator, standard_normal
+from scorematch.schema import check_choice
 
 Reduction = Literal["mean", "none"]
 
@@ -111,7 +112,7 @@ def dsm_loss(
         raise ValueError(f"p must be at least 1, got {p!r}.")
     if p == math.inf:
         raise ValueError("p must be finite, got inf. Write p=2 for the usual loss.")
-    _check_reduction(reduction)
+    check_choice("reduction", reduction, get_args(Reduction))
     # |sigma r|^p with sigma r = sigma s + z, which is of order one, whereas r grows as 1 / sigma.
     residual = (_scaled_score(net, x, sigma, noise, condition) + noise).abs().pow(p)
     if region is not None:
@@ -206,7 +207,7 @@ def sliced_score_matching_loss(
         TypeError, ValueError: as ``dsm_loss``.
     """
     x, sigma, noise, source = _perturbation(net, x, schedule, sigma, noise, generator)
-    _check_reduction(reduction)
+    check_choice("reduction", reduction, get_args(Reduction))
     if projections is None:
         v = standard_normal(x.shape, source, x.device, x.dtype)
     else:
@@ -281,11 +282,6 @@ def _like(name: str, given: Tensor, x: Tensor) -> Tensor:
     if given.shape != x.shape:
         raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(given.shape)}.")
     return given.to(dtype=x.dtype).to(x.device)  # cast first: not every device has float64
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "none"):
-        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}.')
 
 
 def _weights_in(region: Tensor, x: Tensor) -> Tensor:

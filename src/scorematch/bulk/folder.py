@@ -27,7 +27,7 @@ from scorematch.images import is_picture
 from scorematch.precision import device_name
 from scorematch.protocol import attribute, device_of
 from scorematch.sampling import Sampler
-from scorematch.schema import check_count, quote, reason
+from scorematch.schema import check_choice, check_count, quote, reason
 
 _CHECK_SECONDS = 0.2  # between two checks of the files of other processes
 
@@ -110,8 +110,7 @@ class SampleFolder:
         n = check_count("n", n)
         if n > SEEDS:
             raise ValueError(f"n must be at most 2^32, got {n}.")
-        if format not in FORMATS:
-            raise ValueError(f'format must be "png" or "npz", got {format!r}.')
+        check_choice("format", format, FORMATS)
         value_range = attribute(job.sampler.net, "value_range")
         if not is_picture(job.shape):
             raise ValueError(

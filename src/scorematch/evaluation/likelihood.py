@@ -43,7 +43,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.precision import exact_float32
 from scorematch.protocol import Score, device_of
 from scorematch.randomness import as_generator, standard_normal
-from scorematch.schema import check_count
+from scorematch.schema import check_choice, check_count
 from scorematch.training.data import open_images
 
 Noise = Literal["uniform", "normal"]
@@ -139,8 +139,7 @@ def data_likelihood(
             of an image is not finite, or n or ``checks`` is out of range.
     """
     check_count("checks", checks, 2)
-    if noise not in get_args(Noise):
-        raise ValueError(f'noise must be "uniform" or "normal", got {noise!r}.')
+    check_choice("noise", noise, get_args(Noise))
     check_unit_range(net)
     images = open_images(data, progress=progress)
     schedule = default_schedule(net) if schedule is None else schedule

@@ -53,6 +53,7 @@ from torch import Tensor
 from scorematch.noise import NoiseSchedule
 from scorematch.protocol import Score, attribute
 from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
+from scorematch.schema import check_choice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -104,8 +105,7 @@ class AncestralSampler(Sampler):
     ) -> None:
         self.variance = variance
         super().__init__(net, schedule, **options)
-        if variance not in get_args(Variance):
-            raise ValueError(f'variance must be "large", "small" or "learned", got {variance!r}.')
+        check_choice("variance", variance, get_args(Variance))
         if variance == "learned" and not attribute(net, "predicts_variance"):
             raise ValueError(
                 'variance="learned" needs a network that predicts the variance (predicts_variance). Write "large" or '

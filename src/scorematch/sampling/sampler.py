@@ -152,8 +152,7 @@ class Sampler(ABC):
             schedule = schedule.between(sigma_max, sigma_min)
             schedule = schedule if levels is None else schedule.respaced(levels)
         check_choice("restore", restore, get_args(Restore))
-        if precision not in get_args(Precision):
-            raise ValueError(f'precision must be "auto" or "float32", got {precision!r}.')
+        check_choice("precision", precision, get_args(Precision))
         if compile and (precision == "float32" or not has_inference_copy(net)):
             raise ValueError(
                 'compile=True needs a ScoreNet and precision="auto". For any other score, pass torch.compile(net).'

@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 from scorematch.files import new_files
 from scorematch.randomness import seed_of
-from scorematch.schema import Field, check, check_count, read_object
+from scorematch.schema import Field, check, check_choice, check_count, read_object
 from scorematch.training.sources import CELEBA_SIDE, Array, Crop, Options, Source, UnfitError, find, ordered_map
 
 _BLOCK = 1024  # images that are read at a time to hash them
@@ -218,10 +218,8 @@ def open_images(
     """
     if isinstance(source, ImageData):
         return source
-    if crop not in ("center", "celeba", None):
-        raise ValueError(f'crop must be "center", "celeba" or None, got {crop!r}.')
-    if channels not in (None, 1, 3):
-        raise ValueError(f"channels must be 1, 3 or None, got {channels!r}.")
+    check_choice("crop", crop, ("center", "celeba", None))
+    check_choice("channels", channels, (1, 3, None))
     if image_size is None and crop == "celeba":
         image_size = CELEBA_SIDE
     size = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size
