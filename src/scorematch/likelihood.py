@@ -137,7 +137,7 @@ def log_likelihood(
         x = without_history(x).to(torch.promote_types(x.dtype, torch.float32))
         condition = class_of_each(condition, x)
         condition = without_history(condition) if isinstance(condition, Tensor) else condition
-        flow = _Flow(net, condition, None if probes is None else int(probes), generators)
+        flow = _Flow(net, condition, probes, generators)
         end, integral = _follow(flow, x, schedule, progress)
         squares = ((end - middle_of(net)) / schedule.sigma_max).square().flatten(1).sum(1)
         normal = -squares / 2 - dimension * math.log(schedule.sigma_max * math.sqrt(2 * math.pi))

@@ -248,7 +248,7 @@ class MultiTask(Task):
                     raise TypeError(f"{task!r} must return a tensor or (condition, region), got {quote(made)}.")
                 rows.append(own)
                 conditions.append(made[0])
-                regions.append(as_region(made[1], clean, "where the loss counts").expand_as(clean))
+                regions.append(as_region(made[1], clean, "where the loss counts"))
         channels = [condition.shape[1] for condition in conditions]
         if len(set(channels)) > 1:
             raise ValueError(

@@ -24,7 +24,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
@@ -686,12 +685,7 @@ def _count(
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{count} from {name}" for name, count in given.items())
         raise ValueError(f"the arguments disagree on the number of samples: {listed}.")
-    n = next(iter(given.values()), 1)
-    if not isinstance(n, Integral) or isinstance(n, bool):
-        raise TypeError(f"n must be an integer, got {n!r}.")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}.")
-    return int(n)
+    return check_count("n", next(iter(given.values()), 1))
 
 
 def _source(noise: Callable[[Tensor], Tensor] | None, generators: Generators) -> Callable[[Tensor], Tensor]:
