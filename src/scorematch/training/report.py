@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from scorematch import __version__
-from scorematch.charts import Curve, chart
+from scorematch.charts import Curve, chart, table
 from scorematch.files import write_whole
 from scorematch.images import save_grid, to_float
 from scorematch.loss import loss_and_norm
@@ -462,15 +462,12 @@ def _report(
         "![calibration](report/calibration.svg)",
         *([f"![samples](samples/{picture})"] if picture else []),
         "",
-        "| sigma | loss / (D/2) | mean square of sigma s | 1 - loss / (D/2) |",
-        "|---|---|---|---|",
-        *(f"| {row.sigma:.4g} | {row.loss:.4f} | {row.norm:.4f} | {1 - row.loss:.4f} |" for row in rows),
-        "",
+        table(
+            ["sigma", "loss / (D/2)", "mean square of sigma s", "1 - loss / (D/2)"],
+            [[f"{row.sigma:.4g}", *(f"{value:.4f}" for value in (row.loss, row.norm, 1 - row.loss))] for row in rows],
+        ),
         "For the exact score the last two columns are equal.",
         "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {name} | {json.dumps(value)} |" for name, value in settings.items()),
-        "",
+        table(["setting", "value"], [[name, json.dumps(value)] for name, value in settings.items()]),
     ]
     return "\n".join(text)
