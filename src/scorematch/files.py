@@ -90,14 +90,16 @@ def check_own(folder: Path, record: str, names: Iterable[str]) -> None:
         raise FileExistsError(f"{foreign[0]} exists already and would be replaced. Choose another folder.")
 
 
-def delete_unfinished(folder: Path) -> None:
-    """Deletes the temporary files of ``write_whole`` in a folder that processes left when they were killed.
+def delete_unfinished(folder: Path, *, folders: bool = False) -> None:
+    """Deletes the temporary files in a folder that processes left when they were killed, and ``folders`` if wanted.
 
     No other process may be writing to the folder.
     """
     for remains in folder.glob(f"{UNFINISHED}*"):
         if not remains.is_dir():
             remains.unlink(missing_ok=True)
+        elif folders:
+            shutil.rmtree(remains)
 
 
 def synchronize(path: Path) -> None:

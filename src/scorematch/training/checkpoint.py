@@ -139,12 +139,6 @@ def name_of(images: int) -> str:
     return f"{images:09d}"
 
 
-def delete_unfinished(folder: Path) -> None:
-    """Deletes the temporary files and folders of interrupted writes in a folder."""
-    for path in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to write into, which is renamed to ``path`` at the end; an existing folder is replaced."""

@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch import pretrained
-from scorematch.files import check_outside, check_own, exclusive_lock, write_whole
+from scorematch.files import check_outside, check_own, delete_unfinished, exclusive_lock, write_whole
 from scorematch.images import is_picture
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast
@@ -80,6 +80,8 @@ from scorematch.training.steps import (
     train_steps,
 )
 
+# The subfolders of the folder of a run.
+_FOLDERS = ("checkpoints", "network", SNAPSHOTS, "samples", "report")
 # Settings that may change when a run continues: the distribution of its result does not depend on them.
 _FREE = {"microbatch", "compile", "sampler_settings"}
 # The parts of config.json that must not change.
@@ -409,8 +411,8 @@ class _Run:
             self.losses.sums[:], self.losses.counts[:] = state["loss_sums"], state["loss_counts"]
             self.seconds, self.saved = state["seconds"], found.images
         if self.main:
-            for name in ("", "checkpoints", "network", SNAPSHOTS, "samples", "report"):
-                checkpoint.delete_unfinished(self.out / name)
+            for name in ("", *_FOLDERS):
+                delete_unfinished(self.out / name, folders=True)
             self.log.cut(self.state.images)
             if found is not None:  # in case of an interruption after the checkpoint was written
                 checkpoint.prune(self.out / "checkpoints", found.images, keep=self.keep)
@@ -620,9 +622,7 @@ def _figures(found: Any) -> dict[str, float | None]:
 
 def check_results(out: Path) -> None:
     """Checks that the files that a run writes replace only those of an earlier one; see ``check_own``."""
-    check_own(
-        out, "config.json", ("checkpoints", "network", "snapshots", "samples", "log.jsonl", "report.md", "report")
-    )
+    check_own(out, "config.json", (*_FOLDERS, "log.jsonl", "report.md"))
 
 
 def check_run(
