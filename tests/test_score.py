@@ -365,7 +365,11 @@ def test_values_that_cannot_be_read_are_not_checked(rng):
             "layers_per_block must be an integer or have one entry per scale, 2, got 3",
         ),
         (lambda: ScoreNet.ncsnv2(1, 8, width=2.0), ValueError, "ScoreNet.ncsnv2: width must be an integer"),
-        (lambda: ScoreNet.ncsnv2(1, 8, width=2, precondition="ncsn"), ValueError, '"ncsnv2" or "karras", got'),
+        (
+            lambda: ScoreNet.ncsnv2(1, 8, width=2, precondition="ncsn"),
+            ValueError,
+            "precondition must be one of 'ncsnv2', 'karras', got 'ncsn'",
+        ),
         (
             lambda: ScoreNet(RefineNet(1, 2, levels=10), LEVELS, precondition="ncsn"),
             ValueError,

@@ -217,8 +217,7 @@ class ScoreNet(NetworkScore, nn.Module):
         References:
             Song & Ermon, 2020, arXiv:2006.09011.
         """
-        if precondition not in ("ncsnv2", "karras"):
-            raise ValueError(f'precondition of an NCSNv2 must be "ncsnv2" or "karras", got {precondition!r}.')
+        check_choice("precondition", precondition, FAMILIES["ncsnv2"].preconditions)
         schedule = NoiseSchedule.geometric(50, 0.01, 232) if schedule is None else schedule
         architecture = {"family": "ncsnv2", "channels": channels, "width": width, "depth": depth}
         return cls._build(architecture, schedule, precondition, (channels, *_pair(image_size)))
