@@ -101,10 +101,8 @@ def _run(args: argparse.Namespace) -> None:
     options = reference_options(args, device_of(net))
     settings = settings_table(net, args.calls)
     if settings and this_process()[0] == 0:
-        samplers = [recommended_sampler(net, each) for each in settings]
         fast = recommended_sampler(net.inference_copy(), settings[0])
-        calls = sum(map(len, samplers))
-        calls *= len(args.restore or [""])
+        calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
         seconds = estimate(fast, args.n, condition) * calls / len(fast) / this_process()[1]
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"
         print(f"{number} with {calls:,} network calls, about {duration(seconds)}", flush=True)

@@ -217,11 +217,11 @@ def _recommended(net: Score) -> Sampler:
 def _open(data: Any, sampler: Sampler, labels: bool, crop: Crop, progress: bool) -> ImageData:
     """The clean images, with the size and the number of channels of the network."""
     shape = attribute(sampler.net, "sample_shape")
-    size = (None, None) if shape is None or len(shape) != 3 else (tuple(shape[1:]), shape[0])
+    size, channels = (None, None) if shape is None or len(shape) != 3 else (tuple(shape[1:]), shape[0])
     images = open_images(
         data,
-        image_size=size[0],
-        channels=size[1],
+        image_size=size,
+        channels=channels,
         crop=crop,
         labels=labels,
         strict=True,
