@@ -8,7 +8,7 @@ import html
 import io
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypedDict, get_args
 
@@ -258,6 +258,20 @@ def _template(height: int, width: int) -> str:
     return template.format(width=width, height=height, largest=max(2, side // 3), size=max(1, side // 8))
 
 
+def _reported(function: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
+    """A generator of the results of a function, with its errors shown as messages on the page."""
+    gr = import_gradio()
+
+    def run(*values: Any) -> Iterator[Any]:
+        try:
+            yield from function(*values)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            message = html.escape(" ".join(str(error).split()))
+            raise gr.Error(message[:1].upper() + message[1:], print_exception=False) from error
+
+    return run
+
+
 def build(restorer: Restorer, name: str) -> Any:
     """Builds the page.
 
@@ -273,26 +287,6 @@ def build(restorer: Restorer, name: str) -> Any:
     """
     gr = import_gradio()
     events, (channels, height, width) = Events(restorer), restorer.shape
-
-    def reported(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        """The function with its errors shown as messages on the page."""
-
-        def run(*values: Any) -> Iterator[Any]:
-            try:
-                yield from function(*values)
-            except (ValueError, TypeError, OSError, RuntimeError) as error:
-                message = html.escape(" ".join(str(error).split()))
-                raise gr.Error(message[:1].upper() + message[1:], print_exception=False) from error
-
-        return run
-
-    def once(function: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
-        """A function as a generator of its result."""
-
-        def run(*values: Any) -> Iterator[Any]:
-            yield function(*values)
-
-        return run
 
     blank = torch.zeros(restorer.shape)
     what = "draws and restores" if restorer.draws else "restores"
@@ -345,15 +339,15 @@ def build(restorer: Restorer, name: str) -> Any:
         chains: Any = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "hidden"}
         private: Any = {"api_visibility": "private"}
         drawing: Any = [count, sampler, calls, label], [painted, shown, count]
-        draw = new.click(reported(events.draw), *drawing, **chains, **private)
+        draw = new.click(_reported(events.draw), *drawing, **chains, **private)
         values = [painted, task, block, quality, n, sampler, calls, method, seed, label]
-        restore = go.click(reported(events.restore), values, shown, **chains, **private)
+        restore = go.click(_reported(events.restore), values, shown, **chains, **private)
         running = [draw, restore]
         if restorer.draws:
-            running.append(page.load(reported(events.draw), *drawing, **chains, **private))
+            running.append(page.load(_reported(events.draw), *drawing, **chains, **private))
         stop.click(None, cancels=running, **private)
-        file.upload(reported(once(events.upload)), file, painted, **private)
-        negative.click(reported(once(events.invert)), painted, painted, **private)
+        file.upload(_reported(lambda path: [events.upload(path)]), file, painted, **private)
+        negative.click(_reported(lambda value: [events.invert(value)]), painted, painted, **private)
         for part, owner in ((block, "pool"), (quality, "jpeg")):
             task.change(
                 lambda task, owner=owner: gr.update(visible=task == owner),
