@@ -121,16 +121,15 @@ def _run(args: argparse.Namespace) -> None:
         common |= reference_options(args, find_device(args.device))
         _show(args, evaluate(args.model, args.reference, n=args.n, **sets, **common))
         return
-    loaded = load(args)
-    if args.restore is None and takes_image(loaded):
+    loaded, restoring = load(args), args.restore is not None
+    if not restoring and takes_image(loaded):
         raise ValueError(f"{args.model} restores images. Add the task to measure, such as --restore colorization.")
     net = guide(args, loaded)
-    condition = None if args.restore is not None else find_classes(args, net)
+    condition = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net))
-    restoring = args.restore is not None
     sampler, fast = (make_sampler(args, each, restoring=restoring) for each in (net, net.inference_copy()))
     process, processes = this_process()
-    if args.restore is not None:
+    if restoring:
         draws = 2 if args.draws is None else args.draws
         if process == 0:
             drawn = draws * (DEFAULT_N_RESTORED if args.n is None else args.n)
