@@ -1,4 +1,4 @@
-"""Image files, read and written with Pillow (the extra ``images``)."""
+"""Images as tensors and as pixels, and image files, which Pillow reads and writes (the extra ``images``)."""
 
 from __future__ import annotations
 
