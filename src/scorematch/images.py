@@ -186,11 +186,7 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     picture = _pillow("writing").fromarray(to_pixels(image))
     if kind == "QOI":  # which has no gray images
         picture = picture.convert("RGB")
-    encoded = io.BytesIO()
-    picture.save(encoded, format=kind)
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, encoded.getvalue())
+    _save(picture, path, format=kind)
 
 
 def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
@@ -358,8 +354,13 @@ def save_animation(
     # In milliseconds. GIF has units of 10 milliseconds, and browsers show frames of 10 more slowly.
     each = max(20, 10 * round(100 * seconds / max(1, len(others))))
     durations = [each] * len(others) + [round(1000 * hold)]
+    _save(first, path, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
+
+
+def _save(picture: Any, path: str | os.PathLike[str], **options: Any) -> None:
+    """Writes a picture atomically, with options of Pillow. Missing folders are created."""
     encoded = io.BytesIO()
-    first.save(encoded, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
+    picture.save(encoded, **options)
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, encoded.getvalue())
