@@ -290,13 +290,9 @@ class NCSNPP(ImageNetwork):
             pyramid_filter,
         )
 
-        time_proj: nn.Module
-        if time_embedding_type == "fourier":
-            features = 2 * model_channels if time_proj_dim is None else time_proj_dim
-            time_proj = Fourier(features)
-        else:
-            features = model_channels if time_proj_dim is None else time_proj_dim
-            time_proj = Positional(features, cosines_first=False, freq_shift=1)
+        fourier = time_embedding_type == "fourier"
+        features = model_channels * (2 if fourier else 1) if time_proj_dim is None else time_proj_dim
+        time_proj = Fourier(features) if fourier else Positional(features, cosines_first=False, freq_shift=1)
         self.class_embedding = self.class_table(features)
         self.time_embedding = Embedding(features, embedding)
         # Not the first module: the dtype of the first parameter is that in which the network computes.
