@@ -371,7 +371,9 @@ def test_a_bad_port_gives_an_error(port, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["demo", f"--port={port}"])
     assert ended.value.code == 2
-    assert f"argument --port: must be a port from 1 to 65535, got '{port}'" in capsys.readouterr().err
+    assert (
+        f"argument --port: must be an integer of at least 1 and at most 65,535, got '{port}'" in capsys.readouterr().err
+    )
 
 
 def test_the_space_requires_what_the_package_requires():

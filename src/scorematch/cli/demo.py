@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from scorematch.cli.options import Commands, add_device, load
+from scorematch.cli.options import Commands, add_device, fitting, load
 from scorematch.demo.page import build, import_gradio, serve
 from scorematch.demo.restorer import Restorer
+from scorematch.schema import Field
 
 
 def add(commands: Commands) -> None:
@@ -29,7 +30,9 @@ def add(commands: Commands) -> None:
         "(default: mnist)",
     )
     add_device(parser)
-    parser.add_argument("--port", type=_port, help="the port (default: the first free one from 7860)")
+    parser.add_argument(
+        "--port", type=fitting(Field(int, low=1, high=65_535)), help="the port (default: the first free one from 7860)"
+    )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -41,13 +44,6 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
     parser.set_defaults(run=_run)
-
-
-def _port(text: str) -> int:
-    """The ``type`` of ``--port``."""
-    if not (text.isdecimal() and 1 <= int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"must be a port from 1 to 65535, got {text!r}")
-    return int(text)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -225,24 +225,12 @@ def fitting(field: Field) -> Callable[[str], Any]:
     return parse
 
 
+amount = fitting(Field(float, low=0))  # the ``type`` of options that are a finite number of at least 0
+
+
 def expanded(text: str) -> Path:
     """The ``type`` of options that are paths; shells replace the ~ of ``--out ~/runs`` but not of ``--out=~/runs``."""
     return Path(text).expanduser()
-
-
-def amount(text: str) -> float:
-    """The ``type`` of options that are a finite number of at least 0, such as "0.5".
-
-    Raises:
-        argparse.ArgumentTypeError: for any other text.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, such as 0.5, got {text!r}")
-    return number
 
 
 def task(text: str) -> str:
