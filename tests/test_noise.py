@@ -223,6 +223,15 @@ def test_position_is_linear_in_log_sigma_and_clamped():
     assert torch.equal(NoiseSchedule([0.3]).position(torch.tensor([0.1, 5.0])), torch.zeros(2))
 
 
+@pytest.mark.parametrize("equal", [0, 1])
+def test_positions_are_finite_if_two_levels_are_equal_in_float32(equal):
+    sigmas = [10.0, 1.0, 0.5]
+    schedule = NoiseSchedule([*sigmas[: equal + 2], sigmas[equal + 1] * (1 - 1e-9), *sigmas[equal + 2 :]])
+    found = schedule.position(torch.tensor([20.0, 10.0, 1.0, 0.5, 0.1]))
+    expected = torch.tensor([0.0, 0.0, 2.0, 3.0, 3.0]) if equal == 0 else torch.tensor([0.0, 0.0, 1.0, 2.0, 3.0])
+    assert torch.equal(found, expected)
+
+
 def test_position_of_a_strided_tensor():
     schedule = NoiseSchedule([10.0, 1.0, 0.5])
     assert torch.equal(schedule.position(torch.tensor([10.0, 9.0, 1.0, 9.0])[::2]), torch.tensor([0.0, 1.0]))

@@ -403,7 +403,9 @@ class NoiseSchedule:
         # exactly 1 and its logarithm 0; a difference of two logarithms would not be exactly 0.
         lower = (torch.searchsorted(-table, -sigma.contiguous(), right=True) - 1).clamp(0, len(self) - 2)
         above, below = table.take(lower), table.take(lower + 1)  # table[lower] would copy a 0-d index to the CPU
-        return lower + (torch.log(sigma / above) / torch.log(below / above)).clamp(0, 1)
+        # The last two levels may be equal after rounding; the clamp avoids 0 / 0.
+        width = torch.log(below / above).clamp(max=-torch.finfo(dtype).tiny)
+        return lower + (torch.log(sigma / above) / width).clamp(0, 1)
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = (device, dtype)
