@@ -480,6 +480,13 @@ def test_karras_levels_are_linear_in_their_rho_th_root():
     torch.testing.assert_close(linear.sigmas, torch.tensor([4.0, 3, 2, 1], dtype=torch.float64))
 
 
+def test_karras_levels_with_a_very_small_or_large_rho():
+    small = NoiseSchedule.karras(80, 0.002, levels=3, rho=1e-3)  # the roots are 80^1000 and 0.002^1000
+    assert small[1] == pytest.approx(80 * 0.5**1e-3, rel=1e-12)
+    large = NoiseSchedule.karras(80, 0.002, levels=18, rho=1e17)
+    torch.testing.assert_close(large.sigmas, NoiseSchedule.geometric(80, 0.002, levels=18).sigmas)
+
+
 @pytest.mark.parametrize("rho", [0, -1, float("nan"), float("inf")])
 def test_karras_raises_for_a_rho_that_is_not_positive_and_finite(rho):
     with pytest.raises(ValueError, match="rho must be positive and finite"):

@@ -156,9 +156,10 @@ class NoiseSchedule:
         check_count("levels", levels, 2)
         if not (math.isfinite(rho) and rho > 0):
             raise ValueError(f"rho must be positive and finite, got {rho!r}.")
-        sigmas = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), levels) ** rho
-        sigmas[0], sigmas[-1] = sigma_max, sigma_min
-        return cls(sigmas)
+        # Relative to sigma_max, whose own root can overflow for a small rho and is rounded to 1 for a large one.
+        root = math.expm1((math.log(sigma_min) - math.log(sigma_max)) / rho)  # (sigma_min / sigma_max)^(1 / rho) - 1
+        between = sigma_max * np.exp(rho * np.log1p(np.linspace(0, 1, levels)[1:-1] * root))
+        return cls([sigma_max, *between, sigma_min])
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | np.ndarray | Tensor) -> NoiseSchedule:
