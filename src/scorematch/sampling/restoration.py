@@ -11,9 +11,10 @@ change it:
 
 .. math:: x \leftarrow x - P x + y^+ + \sqrt{\sigma^2 - \varsigma^2}\, P z .
 
-For a mask and a y without noise this is the inpainting of NCSN. At levels below :math:`\varsigma` the observed part has
-the density :math:`p_\sigma(x)\, \mathcal{N}(y^+; x, \varsigma^2 - \sigma^2)`, and a Langevin step that stays at its
-level uses
+For a mask and a y without noise this is the inpainting of NCSN. If y has noise, but less than the lowest level, the
+final denoising begins with :math:`y^+` alone, since it would not remove all of the noise added to it. At levels below
+:math:`\varsigma` the observed part has the density :math:`p_\sigma(x)\, \mathcal{N}(y^+; x, \varsigma^2 - \sigma^2)`,
+and a Langevin step that stays at its level uses
 
 .. math:: P \hat D = (1 - \sigma^2/\varsigma^2)\, P D + (\sigma^2/\varsigma^2)\, y^+,
           \qquad \text{with noise}\ \sqrt{1 - \sigma^2/\varsigma^2}\, P z,
@@ -94,6 +95,10 @@ class Restoration:
         """The score and the noise of a step that stays at its level."""
         return score, z
 
+    def project_last(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
+        """The state before the final denoising, at the lowest level; z is the noise of the last step."""
+        return self.project(x, sigma, z)
+
     def finish(self, x: Tensor) -> Tensor:
         """The result; if y has no noise, its observed part is replaced by the observation."""
         return x
@@ -133,6 +138,10 @@ class Replacement(Restoration):
         share = (sigma / self.sigma) ** 2
         pull = (self._y - self._observed(x)) / self.sigma**2
         return score - share * self._observed(score) + pull, z - (1 - (1 - share) ** 0.5) * self._observed(z)
+
+    def project_last(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
+        """As ``project``, but without noise in addition to that of y, which would remain in the result."""
+        return self.project(x, sigma, torch.zeros_like(z) if self.sigma else z)
 
     def finish(self, x: Tensor) -> Tensor:
         """The denoised image; if y has no noise, its observed part is replaced by the observation."""

@@ -593,8 +593,8 @@ class Chain:
     def denoised(self, x: Tensor, sigma: float) -> Tensor:
         """The denoised image by Tweedie's formula, after the observed part of the state is replaced."""
         # A sampler that takes no step, since it has one level, has replaced nothing yet.
-        x = self.observe(x, sigma, self.noise(x) if self._z is None else self._z)
-        self._z = None
+        z = self.noise(x) if self._z is None else self._z
+        x, self._z = self._run.restoration.project_last(x, sigma, z), None
         scores = self.score(x, sigma)
         return torch.add(x, scores, alpha=sigma**2, out=scores)
 
