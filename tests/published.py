@@ -170,7 +170,8 @@ class ScoreSDE(nn.Module):
                 if self.before == "input_skip":
                     add.append(_Inner("Conv_0", nn.Conv2d(image, width, 1)))
                 if self.before == "residual":
-                    add.append(_Inner("Conv2d_0", nn.Conv2d(image, width, 3, stride=2)))
+                    name = "Conv2d_0" if model["fir"] else "Conv_0"
+                    add.append(_Inner(name, nn.Conv2d(image, width, 3, stride=2)))
                     image = width
                 kept.append(width)
         add += [_Block(self, width), _Attention(self, width), _Block(self, width)]
@@ -224,7 +225,9 @@ class ScoreSDE(nn.Module):
                     image = _halved(image, self.taps)
                     h = h + next(modules)(image)
                 if self.before == "residual":
-                    wide = _filtered(image, self.taps, padding=(2, 2))
+                    wide = F.pad(image, (0, 1, 0, 1))
+                    if self.config["model"]["fir"]:
+                        wide = _filtered(image, self.taps, padding=(2, 2))
                     image = h = (next(modules)(wide) + h) / self.scale
                 kept.append(h)
         h = next(modules)(kept[-1], embedding)

@@ -92,6 +92,9 @@ SCORE_SDE = {
     "ncsnpp, skips": _score_sde(progressive="output_skip", progressive_input="input_skip", ch_mult=[1, 1, 2], size=16),
     "ncsnpp, skips, repetition": _score_sde(progressive="output_skip", progressive_input="input_skip", fir=False),
     "ncsnpp, residual output": _score_sde(progressive="residual", fir=False, ch_mult=[1, 2, 1]),
+    "ncsnpp, residual, no filter": _score_sde(
+        progressive="residual", progressive_input="residual", fir=False, ch_mult=[1, 2, 1]
+    ),
     "ncsnpp, sums": _score_sde(skip_rescale=False, num_res_blocks=2, attn_resolutions=[8, 4]),
     "ncsnpp, no attention": _score_sde(attn_resolutions=[], nf=12, ch_mult=[2]),
     "ncsnpp, discrete": _score_sde(continuous=False, progressive_input="residual"),
@@ -693,11 +696,6 @@ def checkpoint(tmp_path_factory):
         ("model", {"resblock_type": "ddpm"}, "resblock_type must be one of 'biggan', got 'ddpm'"),
         ("model", {"progressive_combine": "cat"}, "progressive_combine must be one of 'sum', got 'cat'"),
         ("model", {"fir_kernel": [1, 2, 1]}, r"fir_kernel must be one of \[1, 3, 3, 1\], got \[1, 2, 1\]"),
-        (
-            "model",
-            {"progressive_input": "residual", "fir": False},
-            "progressive_input 'residual' is supported with fir",
-        ),
         ("model", {"name": "ncsnv2"}, "name must be one of 'ncsnpp', 'ddpm', got 'ncsnv2'"),
         ("model", {"name": "ddpm", "ch_mult": [2, 2]}, "ch_mult must begin with 1 in a network named ddpm"),
         ("model", {"sigma_max": 0.001}, "section model: the options give no noise levels"),

@@ -164,8 +164,6 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{config}: {key} must be {value!r} in a network of a {kind}, got {options[key]!r}.")
     if options["name"] == "ddpm" and options["ch_mult"][0] != 1:
         raise ValueError(f"{config}: ch_mult must begin with 1 in a network named ddpm, got {options['ch_mult']}.")
-    if options.get("progressive_input") == "residual" and not options["fir"]:
-        raise ValueError(f"{config}: progressive_input 'residual' is supported with fir true only.")
     return {**options, "exploding": exploding, "continuous": continuous}
 
 
@@ -217,6 +215,7 @@ def _attention(options: Mapping[str, Any]) -> list[bool]:
 
 def _ncsnpp(options: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of NCSN++ and DDPM++."""
+    unfiltered = options["progressive_input"] == "residual" and not options["fir"]
     return {
         "family": "ncsnpp",
         "in_channels": options["num_channels"],
@@ -230,6 +229,7 @@ def _ncsnpp(options: Mapping[str, Any]) -> dict[str, Any]:
         "input_pyramid": _PYRAMIDS[options["progressive_input"]],
         "output_pyramid": _PYRAMIDS[options["progressive"]],
         "skip_rescale": options["skip_rescale"],
+        **({"pyramid_filter": False} if unfiltered else {}),
         "dropout": options.get("dropout", 0.0),
         "center_input_sample": not options["centered"],
     }
