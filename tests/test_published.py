@@ -186,6 +186,17 @@ def test_the_average_is_taken_unless_raw(tmp_path):
         _close(found(x.float(), sigma), _expected_of_score_sde(theirs_, config, x.float(), sigma), 1e-4)
 
 
+@torch.no_grad()
+def test_an_earlier_name_of_the_convolutions_of_the_input_pyramid(tmp_path, monkeypatch):
+    inner = theirs._Inner
+    monkeypatch.setattr(theirs, "_Inner", lambda name, *rest: inner("Conv", *rest))
+    config = SCORE_SDE["ncsnpp, skips, repetition"]
+    average, _ = _write_score_sde(config, tmp_path)
+    found = convert(tmp_path / "checkpoint_3.pth", tmp_path / "out", config=tmp_path / "config.json")
+    x, sigma = _noisy(8, torch.tensor([0.3, 4.0])), torch.tensor([0.3, 4.0])
+    _close(found(x.float(), sigma), _expected_of_score_sde(average, config, x.float(), sigma), 1e-4)
+
+
 # -- EDM
 
 EDM = {

@@ -290,7 +290,8 @@ _RESIDUAL = {
     "NIN_0": "conv_shortcut",
 }
 _ATTENTION = {"GroupNorm_0": "group_norm", "NIN_0": "to_q", "NIN_1": "to_k", "NIN_2": "to_v", "NIN_3": "to_out.0"}
-_INNER = {"Conv_0": "", "Conv2d_0": ""}  # the convolution of a module that resamples or adds a pyramid
+# The convolution of a module that resamples or adds a pyramid; Conv is an earlier name.
+_INNER = {"Conv_0": "", "Conv2d_0": "", "Conv": ""}
 _LEAVES = {"weight": "weight", "bias": "bias", "W": "weight", "b": "bias"}
 
 
