@@ -284,13 +284,18 @@ def test_a_card_corrects_the_noise_levels_of_a_repository(hub, run, tmp_path):
     weights["time_proj.weight"] = torch.ones(8)
     weights["time_embedding.linear_1.weight"] = torch.ones(32, 16)
     save_file(weights, tmp_path / "ve" / "diffusion_pytorch_model.safetensors")
+    content = (tmp_path / "ve" / "diffusion_pytorch_model.safetensors").read_bytes()
     default = {"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01, "sigma_max": 1348, "num_train_timesteps": 2000}
-    hub.repositories["google/ncsnpp-celebahq-256"] = {
-        "config.json": json.dumps({**config, "time_embedding_type": "fourier"}).encode(),
-        "scheduler_config.json": json.dumps(default).encode(),
-        "diffusion_pytorch_model.safetensors": (tmp_path / "ve" / "diffusion_pytorch_model.safetensors").read_bytes(),
-    }
-    assert run("print(ScoreNet.from_pretrained('celebahq').schedule)") == "NoiseSchedule(2000 levels, 348 -> 0.01)\n"
+    levels = {"celebahq": 348, "google/ncsnpp-bedroom-256": 378, "google/ncsnpp-church-256": 380}
+    levels["google/ncsnpp-ffhq-256"] = 348
+    for name in levels:
+        hub.repositories[name.replace("celebahq", "google/ncsnpp-celebahq-256")] = {
+            "config.json": json.dumps({**config, "time_embedding_type": "fourier"}).encode(),
+            "scheduler_config.json": json.dumps(default).encode(),
+            "diffusion_pytorch_model.safetensors": content,
+        }
+    found = run(f"print(*(ScoreNet.from_pretrained(name).schedule for name in {list(levels)}), sep='\\n')")
+    assert found == "".join(f"NoiseSchedule(2000 levels, {level} -> 0.01)\n" for level in levels.values())
 
 
 def test_a_damaged_download_gives_an_error_that_says_what_to_delete(hub, run, tmp_path):

@@ -60,6 +60,24 @@ _OF_VE = (
     "networks (docs/pretrained.md); not measured with these weights"
 )
 
+
+def _ncsnpp(repository: str, data: str, sigma_max: float, name: str | None = None) -> Card:
+    return Card(
+        name=name,
+        repository=f"google/ncsnpp-{repository}",
+        license="Apache-2.0",
+        shape=(3, 256, 256),
+        data=data,
+        sigmas=(sigma_max, 0.01),
+        levels=2000,
+        parameters=65_574_549,
+        settings_source=_OF_VE,
+        quality="not published",
+        # It was trained with this sigma_max. The repository may store 1348, the default of its scheduler's class.
+        correction=True,
+    )
+
+
 CARDS = (
     Card(
         name="mnist",
@@ -170,20 +188,10 @@ CARDS = (
             "averaged weights and 12.14 without averaging"
         ),
     ),
-    Card(
-        name="celebahq",
-        repository="google/ncsnpp-celebahq-256",
-        license="Apache-2.0",
-        shape=(3, 256, 256),
-        data="CelebA-HQ at 256 pixels",
-        sigmas=(348, 0.01),
-        levels=2000,
-        parameters=65_574_549,
-        settings_source=_OF_VE,
-        quality="not published",
-        # It was trained with sigma_max = 348. The repository may store 1348, the default of its scheduler's class.
-        correction=True,
-    ),
+    _ncsnpp("celebahq-256", "CelebA-HQ at 256 pixels", 348, name="celebahq"),
+    _ncsnpp("bedroom-256", "LSUN bedrooms at 256 pixels", 378),
+    _ncsnpp("church-256", "LSUN churches at 256 pixels", 380),
+    _ncsnpp("ffhq-256", "FFHQ at 256 pixels", 348),
     Card(
         repository="google/ddpm-celebahq-256",
         revision="cd5c944777ea2668051904ead6cc120739b86c4d",
