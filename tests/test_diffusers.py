@@ -443,6 +443,26 @@ def test_from_diffusers_with_trained_betas(kind):
     torch.testing.assert_close(net.schedule.sigmas, NoiseSchedule.from_betas([0.1, 0.2, 0.3]).sigmas, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("betas", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("kind", [DDPMScheduler, EulerDiscreteScheduler])
+def test_the_infinite_level_of_a_schedule_that_ends_without_signal_is_left_out(kind, betas, tmp_path, rng):
+    theirs = _theirs()
+    scheduler = kind(beta_schedule=betas, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    net = ScoreNet.from_pretrained(_save(theirs, tmp_path, dict(scheduler.config)))
+    assert net.config == ScoreNet.from_diffusers(theirs, scheduler).config
+    assert len(net.schedule) == 999
+    for t in (0, 10, 412, 998):
+        a = scheduler.alphas_cumprod[t].double()
+        sigma = 0.5 * (1 / a - 1).sqrt()
+        torch.testing.assert_close(net.schedule.sigmas[998 - t], sigma, rtol=1e-5, atol=0)
+        x = torch.rand(2, 3, 8, 8, generator=rng, dtype=torch.float64) + sigma * torch.randn(2, 3, 8, 8, generator=rng)
+        x_t = a.sqrt() * (2 * x - 1)
+        with torch.no_grad():
+            out = theirs(x_t.float(), t).sample.double()
+            found = net(x.float(), float(sigma))
+        assert _relative(found, -_noise(out, x_t, a, "v_prediction") / sigma) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -461,11 +481,6 @@ def test_from_diffusers_with_trained_betas(kind):
             lambda: (DDPMPipeline(_theirs(), DDPMScheduler()), DDPMScheduler()),
             ValueError,
             "unet must be one of UNet2DModel and UNet2DModelForNCSN, .* got DDPMPipeline",
-        ),
-        (
-            lambda: (_theirs(), DDPMScheduler(rescale_betas_zero_snr=True)),
-            ValueError,
-            "the config of the DDPMScheduler: rescale_betas_zero_snr is not supported",
         ),
         (
             lambda: (_theirs(), EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")),
@@ -693,7 +708,7 @@ def test_a_missing_scheduler_raises(ddpm):
             r"scheduler_config\.json: prediction_type must be one of 'epsilon'.*got 'flow'",
         ),
         ({}, {"beta_schedule": "cubic"}, "beta_schedule must be one of 'linear', .*got 'cubic'"),
-        ({}, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is not supported, since .* is infinite"),
+        ({}, {"rescale_betas_zero_snr": True, "num_train_timesteps": 1}, "the betas give no noise levels"),
         ({}, {"beta_start": None}, "beta_start must be a number of at least 0 and at most 1, got None"),
         (
             {},

@@ -4,8 +4,8 @@ A flat folder has ``config.json`` and ``scheduler_config.json`` side by side; a 
 ``scheduler/scheduler_config.json``. The first file says how to build the U-Net. The second says what its output means
 and on which noise levels it was trained:
 
-- the betas of a DDPM (linear, scaled_linear, squaredcos_cap_v2, sigmoid, or a list), for an output that is the noise,
-  v or the clean image, in units of images in [-1, 1];
+- the betas of a DDPM (linear, scaled_linear, squaredcos_cap_v2, sigmoid, or a list; rescaled or not), for an output
+  that is the noise, v or the clean image, in units of images in [-1, 1];
 - the noise levels of a variance-exploding network, in units of images in [0, 1]. The network is NCSN++, whose output
   is sigma times the score and whose time input is log sigma, or the NCSN of the project diffusers-ncsn, whose output is
   the score and whose time input is the index of the level.
@@ -247,16 +247,15 @@ def _ddpm(network: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) 
             f"{scheduler.get('_class_name')!r})."
         )
     check(scheduler, _DDPM, where)
-    if scheduler.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            f"{where}: rescale_betas_zero_snr is not supported, since its highest noise level is infinite."
-        )
     # Until the end of 2022 diffusers wrote predict_epsilon instead of prediction_type.
     prediction = scheduler.get("prediction_type", "epsilon" if scheduler.get("predict_epsilon", True) else "sample")
     # In float32, as in diffusers' schedulers: at the lowest levels 1 - alpha_bar has a relative error of 1e-5, and the
     # network was trained with that error.
     with torch.device("cpu"):  # whatever torch's default device is
-        alpha_bar = torch.cumprod(1 - _betas(scheduler), 0).double()
+        alphas = 1 - _betas(scheduler)
+        if scheduler.get("rescale_betas_zero_snr"):
+            alphas = _without_signal_at_the_end(alphas)
+        alpha_bar = torch.cumprod(alphas, 0).double()
     try:
         schedule = NoiseSchedule(0.5 * (1 / alpha_bar - 1).sqrt().flip(0))
     except ValueError as error:
@@ -278,6 +277,17 @@ def _betas(scheduler: Mapping[str, Any]) -> Tensor:
         alpha_bar = torch.cos((torch.arange(steps + 1).double() / steps + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999).float()
     return torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float32)) * (end - start) + start
+
+
+def _without_signal_at_the_end(alphas: Tensor) -> Tensor:
+    """The alphas of steps at the end of which no signal remains, without the last one, 0: its level is infinite.
+
+    References:
+        Lin et al., 2023, Common Diffusion Noise Schedules and Sample Steps Are Flawed, arXiv:2305.08891, Algorithm 1.
+    """
+    roots = torch.cumprod(alphas, 0).sqrt()
+    alpha_bar = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1])))[:-1] ** 2
+    return torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
 def _stored_schedule(levels: Tensor, configured: NoiseSchedule, where: str, where_scheduler: str) -> NoiseSchedule:
