@@ -444,6 +444,17 @@ def test_damaged_numbers_are_found(tmp_path):
         load_tensors(content, path)
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="torch always writes checksums")
+def test_a_file_without_checksums_is_read(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": TENSOR}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_tensors(read_pickle(path).content, path)["weight"], TENSOR)
+
+
 def test_entries_in_another_form_are_refused(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"weight": torch.zeros(10)}, path)

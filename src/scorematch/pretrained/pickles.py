@@ -327,8 +327,9 @@ def _read_zip(path: Path, machine: _Machine) -> Any:
         raise RefusedError(f"is {what}, not a checkpoint of PyTorch.")
     if f"{root}constants.pkl" in entries:
         raise RefusedError("is a program of TorchScript, not a checkpoint.")
+    checksums = any(entry.CRC for entry in entries.values())  # torch.save can leave them out: all are zero
     if f"{root}byteorder" in entries:
-        _check_order(bytes(_entry(data, entries[f"{root}byteorder"])) == b"little")
+        _check_order(bytes(_entry(data, entries[f"{root}byteorder"], checksums)) == b"little")
     storages: dict[str, Storage] = {}
 
     def storage(*identifier: Any) -> Storage:
@@ -336,16 +337,18 @@ def _read_zip(path: Path, machine: _Machine) -> Any:
         entry = entries[f"{root}data/{identifier[2]}"]
         if entry.file_size != found.size:
             raise RefusedError(f"holds {entry.file_size:,} bytes for {found.count:,} numbers of {found.dtype}.")
-        found.read = lambda: _entry(data, entry)
+        found.read = lambda: _entry(data, entry, checksums)
         return found
 
     machine.storage = storage
-    machine.data = _entry(data, entries[f"{root}data.pkl"])
+    machine.data = _entry(data, entries[f"{root}data.pkl"], checksums)
     return machine.run()
 
 
-def _entry(data: memoryview, entry: zipfile.ZipInfo) -> memoryview:
-    """Returns the content of an entry of a zip file: a view of the file, or a decompressed copy.
+def _entry(data: memoryview, entry: zipfile.ZipInfo, checksums: bool) -> memoryview:
+    """Returns the content of an entry of a zip file, of which ``checksums`` says whether it has checksums.
+
+    It is a view of the file, or a decompressed copy.
 
     Raises:
         RefusedError: if the entry is encrypted, compressed by another method than deflate, or damaged.
@@ -365,7 +368,7 @@ def _entry(data: memoryview, entry: zipfile.ZipInfo) -> memoryview:
             part = memoryview(bytearray(inflated))  # writable, since torch warns about read-only memory
     except (struct.error, zlib.error):
         pass  # the next check then fails
-    if len(part) != entry.file_size or zlib.crc32(part) != entry.CRC:
+    if len(part) != entry.file_size or (checksums and zlib.crc32(part) != entry.CRC):
         raise RefusedError(f"is damaged: its entry {quote(entry.filename)} does not have the checksum that is stored.")
     return part
 
