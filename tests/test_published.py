@@ -372,6 +372,21 @@ def test_a_checkpoint_of_improved_diffusion_gives_the_scores_of_its_authors(name
     _close(found(x.float(), sigma, *([] if classes is None else [classes])), expected)
 
 
+@torch.no_grad()
+def test_a_network_of_improved_diffusion_for_gray_images(tmp_path):
+    net = theirs.ImprovedUNet(_improved())
+    net.input_blocks[0][0], net.out[2] = theirs._First(1, 32, 3, padding=1), nn.Conv2d(32, 1, 3, padding=1)
+    theirs.save_improved(randomize(net), tmp_path / "gray.pt")
+    (tmp_path / "options.json").write_text(json.dumps(_improved()))
+    found = convert(tmp_path / "gray.pt", tmp_path / "out", config=tmp_path / "options.json")
+    assert found.sample_shape == (1, 8, 8)
+    alpha_bar = _alpha_bar(_improved())[[40, 95]]
+    sigma = (1 / alpha_bar - 1).sqrt() / 2
+    x = _noisy(8, sigma)[:, :1]
+    output = net.double()(_image(alpha_bar.sqrt()) * (2 * x - 1), torch.tensor([40.0, 95.0]).double(), None)
+    _close(found(x.float(), sigma), -output / _image(sigma))
+
+
 # -- Sampling with learned variances
 
 
@@ -820,7 +835,7 @@ def test_a_network_that_enlarges_images_is_named(tmp_path):
     theirs.save_improved(randomize(net), tmp_path / "upsample.pt")
     with pytest.raises(
         ValueError,
-        match="improved-diffusion or guided-diffusion with 6 input channels instead of 3: networks that enlarge",
+        match="improved-diffusion or guided-diffusion with 6 input channels instead of 1 or 3: networks that",
     ):
         convert(tmp_path / "upsample.pt", tmp_path / "out")
 

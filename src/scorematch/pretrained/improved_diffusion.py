@@ -134,10 +134,10 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     tensors = load_tensors(content, path)
     first = tensors["input_blocks.0.0.weight"]
     channels = first.shape[1] if first.ndim == 4 else 0
-    if channels != 3:
+    if channels not in (1, 3):
         raise ValueError(
             f"{path} holds a network of improved-diffusion or guided-diffusion with {channels} input channels instead "
-            "of 3: networks that enlarge an image are not supported."
+            "of 1 or 3: networks that enlarge an image are not supported."
         )
     if config is None:
         raise ValueError(
