@@ -215,6 +215,7 @@ def test_figures_of_pixels(channels):
         ((12.3456, None), "12.35"),
         ((1.0, 0.0), "1"),
         ((1.0, float("nan")), "1"),
+        ((0.25, 8e-18), "0.25"),  # of a mean of equal values
     ],
 )
 def test_figures_are_rounded_to_their_errors(figure, text):

@@ -65,6 +65,7 @@ IMAGES = "images"  # the source of the figures of the pixels; other sources are 
 _CONFIDENT = 0.9
 _SUBSETS, _SUBSET_SIZE, _SPLITS, _NEAREST, _NEAREST_FOR_COVERAGE = 100, 1000, 10, 3, 5
 _OF_A_SHARE = "standard error of a share"
+_ROUNDING = 1e-12  # the largest error, relative to the value, that may be that of rounding
 _OVER_IMAGES = "standard error over the images"
 
 OneOrMore: TypeAlias = "str | Extractor | Callable[[Tensor], Any] | Sequence[str | Extractor | Callable[[Tensor], Any]]"
@@ -83,7 +84,8 @@ class Figure(NamedTuple):
 
     def __str__(self) -> str:
         """The value with its error, which is rounded to two digits; without an error, four digits."""
-        if self.error is None or not 0 < self.error < math.inf:
+        # The error of a mean of equal values is not always 0, but that of rounding.
+        if self.error is None or not abs(self.value) * _ROUNDING < self.error < math.inf:
             return f"{self.value:.4g}"
         decimals = max(0, 1 - math.floor(math.log10(self.error)))
         return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}"
