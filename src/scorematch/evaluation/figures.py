@@ -20,6 +20,9 @@ density-coverage    density, coverage     none for density; standard error of a 
 classes             confident, rarest     standard error of a share
 ==================  ====================  ==============================================================================
 
+The standard error of a share treats the balls around features as given. Those of recall are around generated images:
+where these are less diverse than the data, recall varies between sets of them by up to about twice its error.
+
 "classes" is for a classifier of the classes in the data: the share of images for which one class has a probability
 above 0.9, and the share of the rarest class. "precision-recall" and "density-coverage" depend on the sizes of both
 sets. They therefore compare sets of equal size: a random subset of the larger set is used.
