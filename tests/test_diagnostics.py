@@ -154,13 +154,40 @@ def test_the_loss_of_the_exact_score_has_its_closed_form_and_is_calibrated(image
         )
 
 
+def scaled_denoiser(a, score):
+    """The score whose denoised images are those of another, times a."""
+    return lambda x, sigma: ((a - 1) * x + a * sigma.view(-1, 1) ** 2 * score(x, sigma)) / sigma.view(-1, 1) ** 2
+
+
+def test_the_slope_and_the_bias_of_the_denoised_images_have_their_closed_form(images):
+    """The slope of x on a E[x | x + sigma z] is 1 / a, and the bias is (a - 1) E x, at low and at high levels."""
+    world, data = images
+    sigmas = [25.0, 1.0, 0.1]
+    for a in (1, 0.8, 1 / 0.65):
+        rows = level_losses(scaled_denoiser(a, world), data, sigmas, n=None, progress=False)
+        for row in rows:
+            assert near(row.slope, 1 / a, errors=4) and row.slope.error < 0.1
+            assert near(row.bias, (a - 1) * float(world.mean.mean()), errors=4)
+    # At the highest level the norm does not show what the slope shows.
+    assert near(rows[0].calibration, 0, errors=1) and not near(rows[0].slope, 1, errors=4)
+
+
+def test_the_errors_of_the_slope_and_the_bias_are_their_standard_deviations():
+    world = gaussian_images((12,))
+    found = [level_losses(world, world.sample(60, i), [1.0], n=None, seed=i, progress=False)[0] for i in range(100)]
+    for name in ("slope", "bias"):
+        figures = [getattr(row, name) for row in found]
+        deviation = float(torch.tensor([figure.value for figure in figures]).std())
+        assert sum(figure.error for figure in figures) / 100 == pytest.approx(deviation, rel=0.25)
+
+
 def test_the_order_of_the_images_and_the_batches_do_not_matter(images):
     world, data = images[0], images[1][:50]
     known = level_losses(world, data, SIGMAS, n=None, progress=False)
     for other, batch_size in ((data.flip(0), 64), (data, 7)):
         found = level_losses(world, other, SIGMAS, n=None, batch_size=batch_size, progress=False)
         for a, b in zip(known, found, strict=True):
-            assert [*a.loss, *a.norm] == pytest.approx([*b.loss, *b.norm], rel=1e-6)
+            assert [*a.loss, *a.norm, *a.slope] == pytest.approx([*b.loss, *b.norm, *b.slope], rel=1e-6)
     other = level_losses(world, data, SIGMAS, n=None, seed=1, progress=False)
     assert other[0].loss.value != known[0].loss.value
 
@@ -192,7 +219,7 @@ def test_tables_and_charts_of_levels(images):
     world = images[0]
     losses = level_losses(world, images[1], SIGMAS, n=5, progress=False)
     lines = level_table(losses).splitlines()
-    assert lines[0] == "| sigma | loss | norm | calibration | denoised |" and len(lines) == 5
+    assert lines[0] == "| sigma | loss | norm | calibration | denoised | slope | bias |" and len(lines) == 5
     assert lines[2].startswith("| 3 | ") and " ± " in lines[2]
     svg = level_chart({"train": losses, "test": losses}, "loss")
     assert "loss by noise level" in svg and ">train<" in svg and ">test<" in svg
@@ -212,7 +239,7 @@ def test_tables_and_charts_of_levels(images):
         ),
         (
             lambda world, x: level_losses(times(math.nan, world), x, [1.0], progress=False),
-            r"loss by level: image \d+ has the values \[nan, nan\], which are not finite",
+            r"loss by level: image \d+ has the values \[nan, .*nan\], which are not finite",
         ),
         (lambda world, x: score_error(lambda x, s: x[:1], world, [1.0], progress=False), "must have the shape of x"),
     ],
@@ -507,6 +534,7 @@ def measured():
         *likelihood.bits,
         likelihood.trace_error,
         *likelihood.change,
+        *itertools.chain(*level_losses(world, data, [1.0], **options)[0][-2:]),
         *(value for row in level_losses(world, data, [1.0], **options) for value in row.loss + row.norm),
         *(value for row in score_error(times(1.1, world), world, [1.0], n=2, **options) for value in row.excess),
     ]

@@ -170,6 +170,38 @@ def loss_and_norm(
     return loss, norm
 
 
+def scaled_score(
+    net: Score,
+    x: Tensor,
+    *,
+    sigma: float | Tensor,
+    noise: Tensor | None = None,
+    condition: Tensor | int | None = None,
+    generator: torch.Generator | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The score of noisy data in units of :math:`1 / \sigma`, and its error as a prediction of the noise.
+
+    The error times sigma is the difference between the denoised image and x.
+
+    Args:
+        net: a score, as for ``dsm_loss``.
+        x: clean data, as for ``loss_and_norm``.
+        sigma: the noise level, as for ``loss_and_norm``.
+        noise: the noise z, as for ``loss_and_norm``.
+        condition: passed to the network as its third argument, as for ``dsm_loss``.
+        generator: the source of the noise, as for ``dsm_loss``.
+
+    Returns:
+        :math:`\sigma s` and :math:`\sigma s + z`, of x's shape.
+
+    Raises:
+        TypeError, ValueError: as ``dsm_loss``.
+    """
+    x, sigma, noise, _ = _perturbation(net, x, None, sigma, noise, generator)
+    scaled = _scaled_score(net, x, sigma, noise, condition)
+    return scaled, scaled + noise
+
+
 def sliced_score_matching_loss(
     net: Score,
     x: Tensor,

@@ -1,4 +1,4 @@
-r"""Diagnostics of a score by noise level: its error against a known score, its loss, and the calibration of its norm.
+r"""Diagnostics of a score by noise level: its error against a known score, its loss, its norm, and its denoised images.
 
 **The error of a score.** If the exact score s* is known (see ``scorematch.evaluation.exact``), the denoising loss of a
 score s exceeds its minimum by the mean square of the error. In units in which a score of zero has a loss of 1,
@@ -12,6 +12,17 @@ and :math:`\sigma^2 E` is the mean square difference of the denoised images. Div
 than another. The mean square N of :math:`\sigma s` shows whether the norm is right: for the exact score
 :math:`N + L = 1` at every level. A sum above 1 means that the score is too large, as it is for a network that overfits.
 A sum below 1 means that it is too small. A loss of training images below that of held-out images shows overfitting.
+
+**Slope and bias.** At high levels the loss and the norm hardly depend on the network: they are in units of the noise,
+which is far larger than the image. The denoised image :math:`d = x + \sigma z + \sigma^2 s` is in the units of x. Over
+all values of all images, the line that predicts x from d has the slope
+
+.. math:: \frac{\mathrm{Cov}(x, d)}{\mathrm{Var}(d)} ,
+
+which is 1 for the exact score at every level, since then :math:`d = \mathrm{E}[x | x + \sigma z]`. The bias, the mean
+of d - x, is 0. A slope below 1 means that the denoised images differ too much from their mean, in part by error, and a
+slope above 1 that they differ too little. Few training images get the highest levels of a log-normal distribution, and
+there a network may be wrong although its loss is low.
 
 References:
     Song & Ermon, 2019, arXiv:1907.05600, Eq. 5-6. Vincent, 2011.
@@ -32,7 +43,7 @@ from scorematch.evaluation.accumulate import double, process_group
 from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.figures import Figure, mean_figure
 from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
-from scorematch.loss import loss_and_norm
+from scorematch.loss import scaled_score
 from scorematch.nets.family import class_of_each
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import exact_float32
@@ -68,6 +79,8 @@ class LevelLoss(NamedTuple):
         norm: the mean square of sigma times the score; 1 - loss for the exact score.
         calibration: loss + norm - 1, which is 0 for the exact score.
         denoised: the root mean square error of the denoised images, in the units of x.
+        slope: the slope of the line that predicts x from the denoised images; 1 for the exact score.
+        bias: the mean difference between the denoised images and x, in the units of x; 0 for the exact score.
     """
 
     sigma: float
@@ -75,6 +88,8 @@ class LevelLoss(NamedTuple):
     norm: Figure
     calibration: Figure
     denoised: float
+    slope: Figure
+    bias: Figure
 
 
 # -- Against a known score --------------------------------------------------------------------------------------------
@@ -172,7 +187,7 @@ def level_losses(
     seed: int = 0,
     progress: bool = True,
 ) -> list[LevelLoss]:
-    """Measures the loss of a network, the norm of its score and the error of the denoised images, at each noise level.
+    """Measures the loss of a network, the norm of its score and its denoised images, at each noise level.
 
     The noise of an image depends on ``seed`` and on its content, and is the same at all levels. Under ``torchrun`` or
     ``accelerate launch`` every process must call it, and each computes a share.
@@ -201,8 +216,14 @@ def level_losses(
         clean = batch.x.to(device)
         z = standard_normal(clean.shape, as_generator(batch.seeds(seed, "noise")), device, clean.dtype)
         given = batch.condition(condition, device)
-        columns = [loss_and_norm(net, clean, sigma=sigma, noise=z, condition=given) for sigma in sigmas]
-        return torch.stack([value for pair in columns for value in pair], 1)
+        columns = []
+        for sigma in sigmas:
+            scaled, wrong = map(double, scaled_score(net, clean, sigma=sigma, noise=z, condition=given))
+            error = sigma * wrong
+            denoised = double(clean) + error
+            values = (wrong.square(), scaled.square(), error, denoised, denoised.square(), denoised * error)
+            columns += [value.flatten(1).mean(1) for value in values]
+        return torch.stack(columns, 1)
 
     with process_group(device), torch.no_grad(), evaluating(net), exact_float32():
         values = values_per_image(
@@ -214,10 +235,23 @@ def level_losses(
             progress=progress,
         )
     rows = []
-    for sigma, loss, norm in zip(sigmas, values[:, ::2].T, values[:, 1::2].T, strict=True):
-        mean = mean_figure(loss)
+    for sigma, (loss, norm, error, mean, square, product) in zip(
+        sigmas, values.T.unflatten(0, (len(sigmas), -1)), strict=True
+    ):
+        center, bias, residual = float(mean.mean()), mean_figure(error), mean_figure(loss)
+        # Cov(x, d) / Var(d) = 1 - Cov(d - x, d) / Var(d), of all values; each image has its part of the two sums.
+        covariance = product - center * error - bias.value * mean + center * bias.value
+        excess = _ratio(covariance, square - 2 * center * mean + center**2)
         rows.append(
-            LevelLoss(sigma, mean, mean_figure(norm), mean_figure(loss + norm - 1), sigma * math.sqrt(mean.value))
+            LevelLoss(
+                sigma,
+                residual,
+                mean_figure(norm),
+                mean_figure(loss + norm - 1),
+                sigma * math.sqrt(residual.value),
+                Figure(1 - excess.value, excess.error),
+                bias,
+            )
         )
     return rows
 
@@ -236,7 +270,8 @@ def level_chart(sets: Mapping[str, Sequence[ScoreError]] | Mapping[str, Sequence
 
     Args:
         sets: named results of ``score_error`` or ``level_losses``, such as those of training and of held-out images.
-        figure: the name of the figure: "excess", "relative", "loss", "norm", "calibration" or "denoised".
+        figure: the name of the figure: "excess", "relative", "loss", "norm", "calibration", "denoised", "slope"
+            or "bias".
     """
     curves = []
     for name, rows in sets.items():
