@@ -410,6 +410,21 @@ def test_unusable_data_give_an_error_of_one_line(tmp_path, rng, capsys):
     assert "the network of ncsn-cifar10 takes no classes" in refused([*arguments, "--quiet"], capsys)
 
 
+def test_hints_for_arrays_are_code_that_can_be_copied(tmp_path, capsys):
+    def error(*options):
+        return refused(["train", tmp_path / "data.npz", "--out", tmp_path / "run", *options], capsys)
+
+    np.savez(tmp_path / "data.npz", images=np.full((4, 1, 8, 8), 2.0))
+    assert error("--image-size", "8").endswith("or images.clamp(0, 1).\n")
+    np.savez(tmp_path / "data.npz", images=np.zeros((4, 8, 8)))
+    assert error("--image-size", "8").endswith(
+        "must have images (C, H, W), got samples of shape (8, 8). Write x[:, None] for gray images (N, H, W).\n"
+    )
+    np.save(tmp_path / "data.npy", np.zeros((4, 8, 8), np.uint8))
+    error = refused(["train", tmp_path / "data.npy", "--out", tmp_path / "run"], capsys)
+    assert error.endswith(' Write np.savez("data.npz", array).\n')
+
+
 # -- Averages after the fact
 
 

@@ -227,7 +227,7 @@ def _naming_options(args: argparse.Namespace) -> Iterator[None]:
         text = str(error)
         for words, here in _WORDS.items():
             text = text.replace(words, here)
-        text = re.sub(r"\((\d+), (\d+)\)", r"\1x\2", text)  # a height and a width
+        text = re.sub("--image-size .*", lambda hint: re.sub(r"\((\d+), (\d+)\)", r"\1x\2", hint[0]), text)
         argument = rf"""\b({"|".join(vars(args))})=(?:True\b|"([^"]*)"|'([^']*)'|(\w*))"""
         raise ValueError(re.sub(argument, _option, text)) from error
 

@@ -45,7 +45,7 @@ CELEBA_SIDE = 140  # pixels; the aligned images have 178 x 218 (Song & Ermon, ar
 _CLASSES = 1_000_000  # the largest number of classes
 _IMAGE_KEYS = ("image", "images", "img", "x", "x_train", "arr_0")
 _LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
-_HINTS = {".npy": ' Write np.savez("data.npz", images=array).'}  # what to write instead of files of other kinds
+_HINTS = {".npy": ' Write np.savez("data.npz", array).'}  # what to write instead of files of other kinds
 _HINTS |= dict.fromkeys((".zip", ".tar", ".gz", ".tgz"), " Unpack it.")
 
 
@@ -245,6 +245,9 @@ def _checked(shape: tuple[int, ...], options: Options, name: str) -> tuple[int, 
     """Returns the shape of floating-point data, which are not resized, if it fits the options."""
     if options.size is None and options.channels is None:
         return shape
+    if options.size is not None and len(shape) != 3:
+        hint = " Write x[:, None] for gray images (N, H, W)." if len(shape) == 2 else ""
+        raise ValueError(f"{name} must have images (C, H, W), got samples of shape {shape}.{hint}")
     wanted = (options.channels or shape[0], *(options.size or shape[1:]))
     if shape != wanted:
         raise ValueError(f"{name} must have images of shape {wanted}, got {shape}. Resize them, or use uint8.")
