@@ -208,10 +208,11 @@ def test_pictures_of_different_sizes_need_an_image_size(pictures, rng):
     assert _open(folder, image_size=8).shape == (3, 8, 8)
 
 
-def test_exif_rotation_is_applied(tmp_path, rng):
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_exif_rotation_is_applied(tmp_path, rng, ending):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    Image.fromarray(_colors(rng, 6, 10)).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(_colors(rng, 6, 10)).save(tmp_path / f"a.{ending}", exif=exif)
     Image.fromarray(_colors(rng, 10, 6)).save(tmp_path / "b.png")
     assert _open(tmp_path, crop=None).shape == (3, 10, 6)
 

@@ -98,7 +98,10 @@ def _channels_and_size(picture: Any) -> tuple[int, tuple[int, int]]:
     """The number of channels, 1 or 3, and the (height, width) of a picture, from its header."""
     gray = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith(("I", "F"))
     on_its_side = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap height and width
-    return 1 if gray else 3, picture.size if on_its_side else picture.size[::-1]
+    size = picture.size
+    if on_its_side and picture.format == "TIFF":  # newer versions of Pillow have swapped them already
+        size = picture.tag_v2[256], picture.tag_v2[257]
+    return 1 if gray else 3, size if on_its_side else size[::-1]
 
 
 def _picture_of(image: Any) -> Any:
