@@ -208,6 +208,18 @@ def test_pictures_of_different_sizes_need_an_image_size(pictures, rng):
     assert _open(folder, image_size=8).shape == (3, 8, 8)
 
 
+def test_pictures_in_unknown_formats_are_left_out_with_a_warning(pictures, tmp_path):
+    folder, pixels = pictures
+    (folder / "inner" / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    with pytest.warns(UserWarning, match=r"1 of the 7 images of .* left out: .*IMG_1\.HEIC$"):
+        data = _open(folder)
+    assert len(data) == len(pixels) and data.skipped == (str(folder / "inner" / "IMG_1.HEIC"),)
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    with pytest.raises(FileNotFoundError, match=r"files that can be read\. Convert IMG_1\.HEIC and the others"):
+        _open(tmp_path / "phone")
+
+
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_exif_rotation_is_applied(tmp_path, rng, ending):
     exif = Image.Exif()

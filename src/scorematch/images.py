@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from torch import Tensor
 from scorematch.files import write_whole
 from scorematch.schema import check_choice, check_count, reason
 
-# The extensions of image files; other files in a folder are ignored.
+# The extensions of image files. In a folder, files with other extensions are ignored.
 ENDINGS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
+# The extensions of pictures of cameras and editors that are not read. They are left out with a message.
+UNREAD = (
+    *(".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".hif", ".jxl"),
+    *(".nef", ".orf", ".psd", ".raf", ".rw2", ".tga"),
 )
 # The tolerance for values outside [0, 1], which are rounded to 0 or 255.
 _HALF_A_GRAY_LEVEL = 0.5 / 255
@@ -192,7 +198,7 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
 def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
     """Lists the image files at a path: the file itself, or the image files in a folder, sorted by name.
 
-    Subfolders are ignored.
+    Subfolders are ignored. Pictures in formats that cannot be read, such as HEIC, are left out with a warning.
 
     Raises:
         ImportError: without Pillow.
@@ -204,14 +210,23 @@ def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is neither an image file nor a folder.")
-    found = sorted(
-        file
-        for file in path.iterdir()
-        if file.suffix.lower() in ENDINGS and not file.name.startswith(".") and file.is_file()
-    )
+    files = sorted(file for file in path.iterdir() if not file.name.startswith(".") and file.is_file())
+    found = [file for file in files if file.suffix.lower() in ENDINGS]
+    unread = [file for file in files if file.suffix.lower() in UNREAD]
     if not found:
-        raise FileNotFoundError(f"{path} contains no image files.")
+        raise FileNotFoundError(f"{path} contains no image files{why_none(unread)}")
+    if unread:
+        warnings.warn(
+            f"{len(unread)} of the {len(found) + len(unread)} pictures in {path} have formats that cannot be read, and "
+            f"are left out: {unread[0].name}{', ...' if len(unread) > 1 else ''}",
+            stacklevel=2,
+        )
     return found
+
+
+def why_none(unread: Sequence[Path]) -> str:
+    """The end of a message that there are no image files, with pictures in formats that cannot be read."""
+    return f" that can be read. Convert {unread[0].name} and the others to PNG or JPEG." if unread else "."
 
 
 def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:

@@ -67,7 +67,7 @@ class ImageData:
     ) -> None:
         self.shape, self.classes, self.fingerprint = source.shape, source.classes, fingerprint
         self.from_color = source.from_color
-        self.skipped = tuple(map(source.name_of, broken))
+        self.skipped = (*map(source.name_of, broken), *source.unread)
         self._source, self._array = source, array
         self._kept = np.setdiff1d(np.arange(len(source)), broken)  # indices of the images that can be read
         self.labels = None if source.labels is None else torch.from_numpy(source.labels[self._kept])
@@ -189,7 +189,8 @@ def open_images(
         cache: a folder for the decoded images, which later calls reuse. One process at a time writes to it, and others
             wait. None keeps up to 1 GiB of decoded images in memory; a larger data set is decoded again in each epoch,
             and so is a ``torch`` Dataset.
-        strict: whether a damaged image raises an error. Otherwise it is left out, with a warning.
+        strict: whether a damaged image raises an error. Otherwise it is left out, with a warning, as are pictures in
+            formats that cannot be read, such as HEIC.
 
         Rarely needed:
 
@@ -236,10 +237,11 @@ def open_images(
     folder = None if cache is None else Path(cache).expanduser()
     array, broken = _decode(found, fingerprint, folder, strict, workers, progress)
     data = ImageData(found, array=array, broken=broken, fingerprint=fingerprint, workers=workers)
-    if broken:
-        few = ", ".join(data.skipped[:3]) + (", ..." if len(broken) > 3 else "")
+    if data.skipped:
+        few = ", ".join(data.skipped[:3]) + (", ..." if len(data.skipped) > 3 else "")
+        number = len(found) + len(found.unread)
         warnings.warn(
-            f"{len(broken)} of the {len(found)} images of {found.name} cannot be read and are left out: {few}",
+            f"{len(data.skipped)} of the {number} images of {found.name} cannot be read and are left out: {few}",
             stacklevel=2,
         )
     return data

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from scorematch.arrays import array_names, read_arrays
 from scorematch.bulk.stored import IMAGES, stored_samples, stored_settings
-from scorematch.images import ENDINGS, check_range, gray_or_rgb, is_picture, open_picture, to_uint8
+from scorematch.images import ENDINGS, UNREAD, check_range, gray_or_rgb, is_picture, open_picture, to_uint8, why_none
 from scorematch.schema import plain, reason
 
 Crop = Literal["center", "celeba"] | None
@@ -130,6 +130,7 @@ class Source(ABC):
         identity: a JSON value that identifies the source, for the fingerprint.
         labels: the labels, int64 (N,), or None.
         classes: the names of the classes, or None.
+        unread: the names of pictures that are left out, since their format cannot be read.
         from_color: whether the images are gray and the first picture is in color.
         constant: whether an image has the same pixels each time it is read, so that it can be decoded once and kept.
     """
@@ -139,6 +140,7 @@ class Source(ABC):
     identity: object
     labels: np.ndarray | None = None
     classes: tuple[str, ...] | None = None
+    unread: Sequence[str] = ()
     from_color = False
     constant = True
 
@@ -352,9 +354,13 @@ class _Folder(_Pictures):
     """The image files of a folder and its subfolders."""
 
     def __init__(self, folder: Path, options: Options, workers: int) -> None:
-        self.name, self.folder, self.paths = str(folder), folder, _walk(folder)
+        files = _walk(folder)
+        self.name, self.folder = str(folder), folder
+        self.paths = [path for path in files if path.suffix.lower() in ENDINGS]
+        unread = [path for path in files if path.suffix.lower() in UNREAD]
+        self.unread = [str(folder / path) for path in unread]
         if not self.paths:
-            raise FileNotFoundError(f"{folder} and its subfolders contain no image files.")
+            raise FileNotFoundError(f"{folder} and its subfolders contain no image files{why_none(unread)}")
         if options.labels:
             names = [path.parts[0] for path in self.paths]
             loose = next((path for path in self.paths if len(path.parts) == 1), None)
@@ -364,9 +370,9 @@ class _Folder(_Pictures):
                     "Move it into a subfolder, or leave out labels=True."
                 )
             self.labels, self.classes = _classes(names, len(names), self.name)
-        files = [(folder / path).stat() for path in self.paths]
-        self.identity = [[path.as_posix(), file.st_size] for path, file in zip(self.paths, files, strict=True)]
-        self._times = [file.st_mtime_ns for file in files]
+        states = [(folder / path).stat() for path in self.paths]
+        self.identity = [[path.as_posix(), state.st_size] for path, state in zip(self.paths, states, strict=True)]
+        self._times = [state.st_mtime_ns for state in states]
         self.settle(options, workers)
 
     def __len__(self) -> int:
@@ -383,7 +389,7 @@ class _Folder(_Pictures):
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The paths of the image files in a folder and its subfolders, sorted and relative to the folder.
+    """The paths of the pictures in a folder and its subfolders, sorted and relative to the folder.
 
     Symbolic links are followed, but no folder is visited twice.
 
@@ -405,7 +411,8 @@ def _walk(folder: Path) -> list[Path]:
         entered.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths = (Path(where, name) for name in files if not name.startswith("."))
-        found += [path.relative_to(folder) for path in paths if path.suffix.lower() in ENDINGS and path.is_file()]
+        pictures = (path for path in paths if path.suffix.lower() in (*ENDINGS, *UNREAD) and path.is_file())
+        found += [path.relative_to(folder) for path in pictures]
     return sorted(found)
 
 
