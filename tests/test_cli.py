@@ -6,6 +6,7 @@ import io
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -637,6 +638,22 @@ def test_restore_reads_all_pictures_before_it_restores_the_first(folder, picture
     printed = capsys.readouterr()
     assert "c.png cannot be read as an image" in printed.err and "network calls" not in printed.out
     assert not (tmp_path / "out").exists()
+
+
+def test_restore_names_the_picture_whose_size_does_not_fit(folder, pictures, tmp_path, capsys):
+    save_image(torch.rand(1, 7, 8), pictures / "c.png")
+    assert main(_restore_options(folder, pictures, tmp_path / "out", "--jpeg", "10")) == 2
+    assert f"{pictures / 'c.png'}: height and width must be multiples of " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["pictures", "--original"])
+def test_restore_does_not_add_pictures_to_the_folders_that_it_reads(folder, pictures, tmp_path, option, capsys):
+    damaged = pictures if option == "pictures" else shutil.copytree(pictures, tmp_path / "damaged")
+    options = () if option == "pictures" else (option, str(pictures))
+    (tmp_path / "link").symlink_to(pictures)
+    error = refused(_restore_options(folder, damaged, tmp_path / "link", "--jpeg", "10", *options), capsys)
+    assert error.endswith(f"would become pictures of the folder {pictures}. Write to another folder.\n")
+    assert sorted(path.name for path in pictures.iterdir()) == ["a.png", "b.png"]
 
 
 def test_restore_prints_the_observed_share_of_the_image(folder, pictures, tmp_path, capsys):

@@ -126,6 +126,9 @@ def _run(args: argparse.Namespace) -> None:
             f"--original must have as many pictures as there are to restore, {len(paths)}, got {len(originals)}."
         )
     _check_folder(args, folder, paths)
+    for source in (args.pictures, args.original):
+        if source is not None and Path(source).expanduser().resolve() == folder.resolve():
+            raise ValueError(f"the restorations would become pictures of the folder {source}. Write to another folder.")
     net = load(args)
     channels, *size = net.sample_shape or ()
     if args.gray and channels != 3:
@@ -154,7 +157,10 @@ def _run(args: argparse.Namespace) -> None:
     for shape, group in groups.items():
         n = args.n * len(group)
         few = torch.zeros(min(n, _TOGETHER), *shape) if takes_image(net) else label
-        seconds += estimate(sampler, n, few, shape)
+        try:
+            seconds += estimate(sampler, n, few, shape)
+        except ValueError as error:  # the network does not take images of this size
+            raise ValueError(f"{group[0][0]}: {error}") from error
     announce(sampler, seconds, args.n * len(paths))
     at_once = max(1, (_TOGETHER if args.batch_size is None else args.batch_size) // args.n)
     for group in groups.values():
