@@ -158,6 +158,12 @@ def test_options_may_precede_an_optional_argument(options, name, value):
         ),
         (["sample", "mnist", "x.png", "--snr", "low"], "argument --snr: .*, got 'low'"),
         (["sample", "mnist", "x.png", "--batch-size", "-1"], "argument --batch-size: must be a whole number"),
+        (["sample", "mnist", ""], "argument picture: must not be empty"),  # an unset variable of a shell
+        (["sample", "mnist", "-n", "4", ""], "argument picture: must not be empty"),
+        (["sample", "mnist", "--out", ""], "argument --out: must not be empty"),
+        (["train", "", "--out", "run"], "argument DATA: must not be empty"),
+        (["restore", "mnist", "", "out", "--gray"], "argument pictures: must not be empty"),
+        (["evaluate", "mnist", ""], "argument reference: must not be empty"),
         (["restore", "mnist", "x.png", "out"], "one of the arguments --mask --uncrop --gray --pool --jpeg is required"),
     ],
 )

@@ -67,6 +67,8 @@ def test_the_images_of_a_seed_are_the_same_in_every_output(folder, tmp_path, cap
     first, last = (tmp_path / "new" / f"00000{i}.png" for i in (0, 3))
     assert capsys.readouterr().out.splitlines()[3:] == [str(first), "...", str(last)]
     assert _sample(folder, tmp_path / "few-%02d" / "x.png", "-n", 2, *chain, "--batch-size", 1) == 0
+    assert _sample(folder, tmp_path / "my%20digits.png", "-n", 2, *chain) == 0  # as a browser names a file
+    assert (tmp_path / "my%20digits.png").exists()
     assert _sample(folder, tmp_path / "one.png", "-n", 1, *chain) == 0
     assert _sample(folder, tmp_path / "sheet.png", "-n", 4, *chain) == 0
     expected = [read_image(tmp_path / "out" / "images" / f"00000{i}.png", 1) for i in range(4)]

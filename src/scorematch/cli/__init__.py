@@ -47,7 +47,10 @@ class Parser(argparse.ArgumentParser):
         if len(unknown) == 1 and not unknown[0].startswith("-"):
             for action in self._get_positional_actions():
                 if action.nargs == argparse.OPTIONAL and getattr(parsed, action.dest) is action.default:
-                    setattr(parsed, action.dest, unknown.pop())
+                    try:
+                        setattr(parsed, action.dest, self._get_value(action, unknown.pop()))
+                    except argparse.ArgumentError as error:
+                        self.error(str(error))
                     break
         return parsed, unknown
 

@@ -17,6 +17,7 @@ from scorematch.cli.options import (
     check_folder_name,
     estimate,
     expanded,
+    filled,
     find_classes,
     find_device,
     given_sampling,
@@ -57,12 +58,14 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "model",
+        type=filled,
         metavar="what",
         help="a network, by name or folder as for sample; a folder of images; an .npz file; or what sample wrote",
     )
     parser.add_argument(
         "reference",
         nargs="?",
+        type=filled,
         help="the real images: a folder, an .npz file of images or of statistics, a data set owner/name on the Hub, or "
         f"{', '.join(REFERENCES)}",
     )
@@ -89,7 +92,9 @@ def add(commands: Commands) -> None:
         metavar="TASK",
         help="colorization, inpainting, uncropping, jpeg-QUALITY such as jpeg-5, or pool-SIZE such as pool-4",
     )
-    restoration.add_argument("--data", help="the images to degrade and to restore (default: the reference)")
+    restoration.add_argument(
+        "--data", type=filled, help="the images to degrade and to restore (default: the reference)"
+    )
     restoration.add_argument("--draws", type=image_count, help="restorations of each image (default: 2)")
     restoration.add_argument(
         "--noise", type=amount, help="the standard deviation of the noise in the degraded images (default: 0)"

@@ -153,7 +153,10 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
         "--weights", type=expanded, metavar="FILE", help="the weights of inception or dinov2, if downloaded"
     )
     group.add_argument(
-        "--held-out", metavar="DATA", help="real images that are not in the reference: the floor of every distance"
+        "--held-out",
+        type=filled,
+        metavar="DATA",
+        help="real images that are not in the reference: the floor of every distance",
     )
     group.add_argument(
         "--crop",
@@ -228,9 +231,25 @@ def fitting(field: Field) -> Callable[[str], Any]:
 amount = fitting(Field(float, low=0))  # the ``type`` of options that are a finite number of at least 0
 
 
+def filled(text: str) -> str:
+    """The ``type`` of arguments that are a name or a path, which are not empty.
+
+    Raises:
+        argparse.ArgumentTypeError: for an empty text, such as an unset variable of a shell. As a path it would be the
+            current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def expanded(text: str) -> Path:
-    """The ``type`` of options that are paths; shells replace the ~ of ``--out ~/runs`` but not of ``--out=~/runs``."""
-    return Path(text).expanduser()
+    """The ``type`` of options that are paths; shells replace the ~ of ``--out ~/runs`` but not of ``--out=~/runs``.
+
+    Raises:
+        argparse.ArgumentTypeError: for an empty text.
+    """
+    return Path(filled(text)).expanduser()
 
 
 def task(text: str) -> str:

@@ -22,6 +22,7 @@ from scorematch.cli.options import (
     check_new,
     estimate,
     expanded,
+    filled,
     find_class,
     fitting,
     image_count,
@@ -53,7 +54,7 @@ def add(commands: Commands) -> None:
         "  %(prog)s mnist digits restored --pool 2 --degrade --restore-method guide-jacobian",
     )
     add_model(parser)
-    parser.add_argument("pictures", help="a damaged picture, or a folder of damaged pictures")
+    parser.add_argument("pictures", type=filled, help="a damaged picture, or a folder of damaged pictures")
     parser.add_argument("folder", type=expanded, help="the folder to write to")
     group = parser.add_argument_group("damage", "What was done to the pictures; exactly one is required.")
     damage = group.add_mutually_exclusive_group(required=True)
@@ -93,7 +94,9 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="the pictures are undamaged: damage them first, then restore them and add the originals to the strips",
     )
-    parser.add_argument("--original", help="the undamaged picture, or a folder of them, to add to the strips")
+    parser.add_argument(
+        "--original", type=filled, help="the undamaged picture, or a folder of them, to add to the strips"
+    )
     parser.add_argument(
         "--restore-method",
         choices=get_args(Restore),

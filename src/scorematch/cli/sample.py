@@ -29,6 +29,7 @@ from scorematch.cli.options import (
     count,
     estimate,
     expanded,
+    filled,
     find_classes,
     guide,
     image_count,
@@ -69,6 +70,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "picture",
         nargs="?",
+        type=filled,
         help="the file to write, such as digits.png; or, for one file per image, a pattern such as digits/%%03d.png or "
         "a folder, which exists or is written with a slash at the end",
     )
@@ -159,11 +161,11 @@ def _draw(args: argparse.Namespace, job: Job) -> None:
 
 def _pictures(name: str, n: int) -> list[Path]:
     """The files of n images: one for all of them, or one for each if the name is a folder or a pattern."""
-    path, pattern = Path(name).expanduser(), re.compile(r"%(0?\d{0,2})d")
+    path, pattern = Path(name).expanduser(), re.compile(r"%(0\d{0,2}|\d?)d")
     if name.endswith(("/", os.sep)) or path.is_dir():
         check_folder_name(path)
         return [path / f"{i:06d}.png" for i in range(n)]  # as in the folder of --out
-    if pattern.search(name):
+    if pattern.search(name):  # but not my%20digits.png, whose name a browser has escaped
         return [Path(pattern.sub(lambda found: f"{i:{found[1]}d}", str(path))) for i in range(n)]  # noqa: B023
     return [path]
 

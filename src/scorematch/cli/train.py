@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 
-from scorematch.cli.options import Commands, check_folder_name, count, duration, expanded, image_count, load_network
+from scorematch.cli.options import (
+    Commands,
+    check_folder_name,
+    count,
+    duration,
+    expanded,
+    filled,
+    image_count,
+    load_network,
+)
 from scorematch.files import check_outside
 from scorematch.images import to_float
 from scorematch.loss import dsm_loss
@@ -59,6 +68,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "data",
+        type=filled,
         metavar="DATA",
         help="a folder of pictures, an .npz file, owner/name on the Hub, or a short name such as cifar10-train",
     )

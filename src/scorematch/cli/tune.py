@@ -16,6 +16,7 @@ from scorematch.cli.options import (
     duration,
     estimate,
     expanded,
+    filled,
     find_classes,
     image_count,
     load,
@@ -44,7 +45,7 @@ def add(commands: Commands) -> None:
     )
     add_model(parser)
     parser.add_argument(
-        "--reference", required=True, metavar="DATA", help="the real images, as for the command evaluate"
+        "--reference", required=True, type=filled, metavar="DATA", help="the real images, as for the command evaluate"
     )
     parser.add_argument("--out", type=expanded, metavar="FOLDER", help="the folder to write to (default: only print)")
     parser.add_argument(
