@@ -208,6 +208,20 @@ def test_pictures_of_different_sizes_need_an_image_size(pictures, rng):
     assert _open(folder, image_size=8).shape == (3, 8, 8)
 
 
+def test_images_of_another_range_need_this_range(rng):
+    x = 5 * torch.randn(20, 1, 8, 8, generator=rng)
+    with pytest.raises(ValueError, match=r"In Python, pass value_range= for data of another range\.$"):
+        _open(x)
+    for source in (x, _Dataset(list(x))):
+        for ends in ((-30, 30), None):
+            assert torch.equal(_open(source, value_range=ends).read(range(20))[0], x)
+        with pytest.raises(ValueError, match=r"values in \[-1, 1\], got values from .*\. Pass another value_range="):
+            _open(source, value_range=(-1, 1))
+    x[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="finite"):
+        _open(x, value_range=None)
+
+
 def test_pictures_in_unknown_formats_are_left_out_with_a_warning(pictures, tmp_path):
     folder, pixels = pictures
     (folder / "inner" / "IMG_1.HEIC").write_bytes(b"ftypheic")

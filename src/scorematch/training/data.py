@@ -5,7 +5,7 @@ It accepts
 - a folder: all image files in it and its subfolders, sorted by path; of a folder that ``sample_to`` wrote, the samples;
 - a tensor or an array, alone or as a pair (images, labels), or a dict or an .npz file of arrays. Images are uint8 of
   shape (N, C, H, W), (N, H, W, C) or (N, H, W); floating-point data may have any shape (N, ...), and images among them
-  are (N, C, H, W) in [0, 1];
+  are (N, C, H, W) in [0, 1], or in ``value_range``;
 - a ``torch.utils.data.Dataset`` with a length, whose items are images or tuples (image, label). Its random transforms
   are drawn again at each access, also in a run that continues;
 - a data set of Hugging Face's ``datasets``, its name on the Hub, or a short name in
@@ -166,6 +166,7 @@ def open_images(
     labels: bool = False,
     cache: str | os.PathLike[str] | None = None,
     strict: bool = False,
+    value_range: tuple[float, float] | None = (0, 1),
     image_key: str | None = None,
     label_key: str | None = None,
     workers: int | None = None,
@@ -194,6 +195,8 @@ def open_images(
 
         Rarely needed:
 
+        value_range: (low, high) of floating-point images with 1 or 3 channels; None is for data without a fixed range.
+            ``train`` takes that of the network.
         image_key: the name of the images in a data set, a dict or an .npz file; None finds it by type or common names.
         label_key: the name of the labels; None finds it in the same way.
         workers: the number of threads that decode images, at least 1; None is the number of processors.
@@ -209,7 +212,7 @@ def open_images(
         TypeError: if the source has another type.
         ValueError: if the images have different sizes and ``image_size`` is None, or gray and color images are mixed
             and ``channels`` is None, or an array has another shape, or floating-point images are (N, H, W, C), or those
-            in an array or the first of a Dataset have values outside [0, 1] or NaN, or the labels do not fit.
+            in an array or the first of a Dataset have values outside the range or NaN, or the labels do not fit.
         OSError: if no image can be read, an image is damaged and ``strict`` is True, or the cache cannot be written.
 
     Example:
@@ -231,7 +234,7 @@ def open_images(
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = check_count("workers", workers)
     size = None if size is None else (int(size[0]), int(size[1]))
-    options = Options(size, channels, crop, labels, image_key, label_key)
+    options = Options(size, channels, crop, labels, image_key, label_key, value_range)
     found = find(source, options, workers)
     fingerprint = _digest(found.identity, found.shape, crop, labels)
     folder = None if cache is None else Path(cache).expanduser()

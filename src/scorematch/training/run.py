@@ -316,12 +316,13 @@ def train(
 
 
 def _open(net: ScoreNet, data: Any) -> ImageData:
-    """Opens data with the image size and number of channels of the network, and with labels if it has classes."""
-    classes = None if net.conditioning is None else net.conditioning.classes
+    """Opens data with the image size, channels and range of the network, and with labels if it has classes."""
+    labels = net.conditioning is not None and net.conditioning.classes is not None
     shape = net.sample_shape
     if shape is None or not is_picture(shape):
-        return open_images(data, labels=classes is not None)
-    return open_images(data, image_size=(shape[1], shape[2]), channels=shape[0], labels=classes is not None)
+        return open_images(data, labels=labels, value_range=net.value_range)
+    size = shape[1], shape[2]
+    return open_images(data, image_size=size, channels=shape[0], labels=labels, value_range=net.value_range)
 
 
 # -- One run ----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from scorematch.arrays import array_names, read_arrays
 from scorematch.bulk.stored import IMAGES, stored_samples, stored_settings
 from scorematch.images import ENDINGS, UNREAD, check_range, gray_or_rgb, is_picture, open_picture, to_uint8, why_none
+from scorematch.noise import is_outside
 from scorematch.schema import plain, reason
 
 Crop = Literal["center", "celeba"] | None
@@ -61,6 +62,7 @@ class Options(NamedTuple):
     labels: bool
     image_key: str | None
     label_key: str | None
+    value_range: tuple[float, float] | None
 
 
 class UnfitError(ValueError):
@@ -190,7 +192,7 @@ class Array(Source):
             array = np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
         self.name, self.array = name, array
         self.shape = _checked(self.array.shape[1:], options, name)
-        _check_values(self.array, self.shape, name)
+        _check_values(self.array, self.shape, name, options.value_range)
         self.identity = hashlib.blake2b(self.array.data, digest_size=16).hexdigest()
         if options.labels:
             if labels is None:
@@ -236,14 +238,27 @@ def _check_axes(shape: tuple[int, ...], name: str) -> None:
         )
 
 
-def _check_values(array: np.ndarray, shape: tuple[int, ...], name: str) -> None:
-    """Raises ValueError if floating-point images of a shape are not in [0, 1], or other data are not finite."""
+def _check_values(
+    array: np.ndarray, shape: tuple[int, ...], name: str, value_range: tuple[float, float] | None
+) -> None:
+    """Raises ValueError if floating-point images of a shape are not in the range, or other data are not finite."""
     if array.dtype == np.uint8:
         return
-    if is_picture(shape):
-        check_range(torch.from_numpy(array))
-    elif not all(map(math.isfinite, torch.from_numpy(array).aminmax())):
+    values = torch.from_numpy(array)
+    if is_picture(shape) and value_range == (0, 1):
+        try:
+            check_range(values)
+        except ValueError as error:
+            raise ValueError(f"{error} In Python, pass value_range= for data of another range.") from error
+        return
+    low, high = map(float, values.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} must be finite, got NaN or infinity.")
+    if is_picture(shape) and value_range is not None and is_outside(low, high, value_range):
+        raise ValueError(
+            f"{name} must have values in [{value_range[0]:g}, {value_range[1]:g}], got values from {low:.3g} to "
+            f"{high:.3g}. Pass another value_range=."
+        )
 
 
 def _checked(shape: tuple[int, ...], options: Options, name: str) -> tuple[int, ...]:
@@ -491,7 +506,7 @@ class _Items(Source):
             values = _values(first)
             self.shape = _checked(values.shape, options, self.name)
             try:
-                _check_values(values, self.shape, "it")
+                _check_values(values, self.shape, "it", options.value_range)
             except ValueError as error:
                 raise ValueError(f"{self.name_of(0)}: {error}") from error
         self.identity = [type(dataset).__name__, len(dataset)]
