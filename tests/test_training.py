@@ -42,7 +42,7 @@ from scorematch.training.report import (
     sample_interval,
     save_samples,
 )
-from scorematch.training.run import _begin_with
+from scorematch.training.run import _begin_with, _Stop
 from scorematch.training.steps import make_accelerator
 from tests.helpers import gaussian_images, in_threads, python, seed
 from tests.training import MLP, Memory, content, image_net, images, points, points_net, quick, steps, vector
@@ -768,10 +768,19 @@ def test_damaged_checkpoints_do_not_count_among_those_to_keep(tmp_path):
     assert (last.images, last.state) == (48, {"step": 2}) and last.parts["weights"]["a"].tolist() == [48, 48]
 
 
+@pytest.fixture
+def in_the_foreground():
+    """A shell may have started the tests in the background, where Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)], ids=["SIGTERM", "Ctrl-C"]
 )
-def test_sigterm_and_ctrl_c_save_a_checkpoint(tmp_path, number, error):
+def test_sigterm_and_ctrl_c_save_a_checkpoint(tmp_path, number, error, capsys):
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
 
     def loss(net, x, *, sigma, noise):
@@ -783,6 +792,7 @@ def test_sigterm_and_ctrl_c_save_a_checkpoint(tmp_path, number, error):
     loss.calls, options = 0, {"checkpoint_every": 10**6, "loss": loss}
     with pytest.raises(error) as caught:
         quick(points_net(), points(), tmp_path / "stopped", **options)
+    assert capsys.readouterr().err == ""
     if error is SystemExit:
         assert caught.value.code == 143
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
@@ -791,6 +801,16 @@ def test_sigterm_and_ctrl_c_save_a_checkpoint(tmp_path, number, error):
     loss.calls = 3
     quick(points_net(), points(), tmp_path / "whole", **options)
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("in_the_foreground")
+def test_the_first_ctrl_c_says_that_the_step_is_completed(capsys):
+    with _Stop(announce=True) as stop:
+        signal.raise_signal(signal.SIGINT)
+        message = "\nstopping after this step; a second signal stops without a checkpoint\n"
+        assert stop.asked and capsys.readouterr().err == message
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_handlers_of_signals_that_python_did_not_set_are_kept(tmp_path, monkeypatch):

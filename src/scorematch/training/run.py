@@ -24,11 +24,12 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -442,7 +443,7 @@ class _Run:
             SystemExit, KeyboardInterrupt: after a signal, once a checkpoint has been written.
         """
         steps = train_steps(self.net, self.data, self.settings, state=self.state, accelerator=self.accelerator)
-        with _Stop() as stop, closing(steps):
+        with _Stop(announce=not bar.disable) as stop, closing(steps):
             since = self.state.images, time.perf_counter()
             for step in steps:
                 self.losses.add(step)
@@ -556,12 +557,16 @@ class _Run:
 class _Stop:
     """Delays SIGTERM and Ctrl-C until the end of a step; a second signal takes effect immediately.
 
+    Args:
+        announce: whether to say so on stderr at the first signal. A step may take minutes.
+
     Attributes:
         asked: whether a signal was received.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, announce: bool) -> None:
         self.asked = False
+        self._announce = announce
         self._number = int(signal.SIGTERM)
         self._before: dict[int, Any] = {}
 
@@ -585,6 +590,9 @@ class _Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked, self._number = True, number
         self._restore()
+        if self._announce:
+            with suppress(OSError, RuntimeError, ValueError):  # it is closed, or the signal interrupted its own writing
+                print("\nstopping after this step; a second signal stops without a checkpoint", file=sys.stderr)
 
     def _restore(self) -> None:
         while self._before:
