@@ -813,6 +813,16 @@ def test_the_first_ctrl_c_says_that_the_step_is_completed(capsys):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("in_the_foreground")
+def test_an_ignored_signal_does_not_stop_a_run():
+    """A shell that starts a program in the background of a script makes it ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with _Stop(announce=False) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.asked
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
 def test_handlers_of_signals_that_python_did_not_set_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     monkeypatch.setattr(signal, "signal", lambda *arguments: pytest.fail("a handler is replaced"))

@@ -573,7 +573,8 @@ class _Stop:
     def __enter__(self) -> _Stop:
         if threading.current_thread() is threading.main_thread():  # Python allows signal handlers there only
             for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) is not None:  # a handler of another language could not be restored
+                # A handler of another language, None, could not be restored, and a signal may be ignored on purpose.
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
