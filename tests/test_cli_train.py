@@ -420,6 +420,12 @@ def test_hints_for_arrays_are_code_that_can_be_copied(tmp_path, capsys):
     assert error("--image-size", "8").endswith(
         "must have images (C, H, W), got samples of shape (8, 8). Write x[:, None] for gray images (N, H, W).\n"
     )
+    np.savez(tmp_path / "data.npz", images=np.zeros((4, 8, 8), np.uint16))
+    assert error("--image-size", "8").endswith(
+        "got uint16. Write x.astype(np.uint8) for values up to 255, or x / 65535 for 16-bit images.\n"
+    )
+    np.savez(tmp_path / "data.npz", images=np.zeros((4, 5, 8, 8), np.uint8))
+    assert error("--image-size", "8").endswith("other channels are floating point (N, C, H, W): write x / 255.\n")
     np.save(tmp_path / "data.npy", np.zeros((4, 8, 8), np.uint8))
     error = refused(["train", tmp_path / "data.npy", "--out", tmp_path / "run"], capsys)
     assert error.endswith(' Write np.savez("data.npz", array).\n')

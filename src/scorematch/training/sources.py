@@ -185,7 +185,10 @@ class Array(Source):
             if shape != array.shape[1:]:
                 array = np.stack([_fit(_picture_of(each), shape, options.crop) for each in array.transpose(0, 2, 3, 1)])
         elif not np.issubdtype(array.dtype, np.floating):
-            raise TypeError(f"{name} must be uint8, or floating point in [0, 1], got {array.dtype}.")
+            raise TypeError(
+                f"{name} must be uint8, or floating point in [0, 1], got {array.dtype}. Write x.astype(np.uint8) for "
+                "values up to 255, or x / 65535 for 16-bit images."
+            )
         else:
             _check_axes(array.shape, name)
         with np.errstate(over="ignore"):  # of float64, which become infinite and are reported below
@@ -224,7 +227,8 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
         return array.transpose(0, 3, 1, 2)
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise ValueError(
-            f"{name} must be gray or RGB images (N, C, H, W), (N, H, W, C) or (N, H, W), got shape {array.shape}."
+            f"{name} must be gray or RGB images (N, C, H, W), (N, H, W, C) or (N, H, W), got shape {array.shape}. Data "
+            "with other channels are floating point (N, C, H, W): write x / 255."
         )
     return array
 
