@@ -244,6 +244,18 @@ def test_start_must_be_the_network_of_the_recipe(faces, run, tmp_path, capsys):
     assert "precondition is 'karras' there and 'ncsn' here" in error and error.endswith(". Leave out --recipe.\n")
 
 
+def test_the_data_have_the_range_of_the_network_to_begin_with(tmp_path, calls, capsys):
+    net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1)
+    net.value_range = (-5, 5)
+    net.save_pretrained(tmp_path / "network")
+    np.savez(tmp_path / "data.npz", images=np.linspace(-5, 5, 8 * 64, dtype=np.float32).reshape(8, 1, 8, 8))
+    options = ("--device", "cpu", "--images", "8", "--batch-size", "8", "--quiet")
+    arguments = ["train", str(tmp_path / "data.npz"), "--out", str(tmp_path / "run"), *options]
+    assert main([*arguments, "--start", str(tmp_path / "network")]) == 0
+    assert calls[0][0].value_range == (-5, 5) and calls[0][1].read([0])[0].min() == -5
+    assert main([*arguments, "--recipe", "tiny", "--image-size", "8"]) == 2
+
+
 def test_labels_train_a_class_conditional_network(tmp_path, rng, calls, capsys):
     for name in ("cat", "dog"):
         _pictures(tmp_path / "pets" / name, 5, rng)
@@ -415,7 +427,7 @@ def test_hints_for_arrays_are_code_that_can_be_copied(tmp_path, capsys):
         return refused(["train", tmp_path / "data.npz", "--out", tmp_path / "run", *options], capsys)
 
     np.savez(tmp_path / "data.npz", images=np.full((4, 1, 8, 8), 2.0))
-    assert error("--image-size", "8").endswith("or images.clamp(0, 1).\n")
+    assert ", or images.clamp(0, 1). In Python, pass value_range= for " in error("--image-size", "8")
     np.savez(tmp_path / "data.npz", images=np.zeros((4, 8, 8)))
     assert error("--image-size", "8").endswith(
         "must have images (C, H, W), got samples of shape (8, 8). Write x[:, None] for gray images (N, H, W).\n"

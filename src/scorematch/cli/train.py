@@ -303,6 +303,7 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> I
             labels=args.labels,
             cache=None if args.no_cache or args.dry_run else args.out / "cache" if args.cache is None else args.cache,
             strict=args.strict,
+            value_range=(0, 1) if start is None else start.value_range,
             image_key=args.image_key,
             label_key=args.label_key,
             workers=args.workers,
