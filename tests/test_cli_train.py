@@ -7,6 +7,7 @@ import itertools
 import re
 import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -401,6 +402,13 @@ def test_files_that_train_did_not_write_are_kept(faces, tmp_path, name, capsys):
 
 def test_settings_are_checked_before_the_data_are_read(faces, tmp_path, capsys):
     assert "lr must be positive, got -1.0." in refused(["train", faces, "--out", tmp_path / "run", "--lr", -1], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_login_is_reported_before_the_data_are_read(faces, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    arguments = ["train", faces, "--out", tmp_path / "run", "--device", "cpu", "--push-to-hub", "me/faces"]
+    assert "you are not logged in to the Hugging Face Hub. Run hf auth login" in refused(arguments, capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -19,6 +19,7 @@ import warnings
 from functools import partial
 
 import accelerate
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -135,6 +136,13 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
 def test_the_repository_of_the_result_is_checked_before_the_training(tmp_path):
     with pytest.raises(ValueError, match="the repository must be owner/name, got 'faces'"):
         quick(image_net(), images(), tmp_path / "run", push_to_hub="faces")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_login_is_reported_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(PermissionError, match="you are not logged in to the Hugging Face Hub"):
+        quick(image_net(), images(), tmp_path / "run", push_to_hub="me/faces")
     assert not (tmp_path / "run").exists()
 
 
@@ -867,6 +875,7 @@ def test_trackers_with_an_accelerator_raise(tmp_path):
 
 
 def test_the_trained_network_is_uploaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
     pushed = []
     monkeypatch.setattr(ScoreNet, "push_to_hub", lambda net, name: pushed.append((name, vector(net))))
     net = quick(points_net(), points(), tmp_path, images=16, push_to_hub="me/points")

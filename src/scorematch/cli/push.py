@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from scorematch.cli.options import Commands, expanded, load_network
-from scorematch.pretrained.hub import check_repository
+from scorematch.pretrained.hub import check_login, check_repository
 
 
 def add(commands: Commands) -> None:
@@ -28,16 +28,10 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from huggingface_hub import get_token
-
     check_repository(args.repository)
     run = args.folder / "network"
     net = load_network(run if run.is_dir() else args.folder)
-    if get_token() is None:
-        raise PermissionError(
-            "you are not logged in to the Hugging Face Hub. Run hf auth login, or set the environment variable "
-            "HF_TOKEN, with a token that has write access."
-        )
+    check_login()
     commit = net.push_to_hub(
         args.repository, license=args.license, private=args.private or None, commit_message=args.message
     )

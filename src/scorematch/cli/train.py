@@ -28,7 +28,7 @@ from scorematch.files import check_outside
 from scorematch.images import to_float
 from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
-from scorematch.pretrained.hub import check_repository
+from scorematch.pretrained.hub import check_login, check_repository
 from scorematch.score import ScoreNet, check_size
 from scorematch.training import RECIPES, ImageData, Recipe, Settings, checkpoint, open_images, train
 from scorematch.training.recipes import training_flop
@@ -187,6 +187,8 @@ def _run(args: argparse.Namespace) -> None:
     options = {**recipe.options(), **_given(args), "label_drop": label_drop}
     settings = Settings(**options)
     accelerator = make_accelerator(cpu=args.device == "cpu", trackers=args.tracker, folder=args.out)
+    if args.push_to_hub is not None and accelerator.is_main_process:
+        check_login()
     device: torch.device = accelerator.device
     if args.device not in ("auto", device.type):
         raise ValueError(

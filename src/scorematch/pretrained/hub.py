@@ -59,6 +59,21 @@ def check_repository(name: str) -> None:
         raise ValueError(f"the repository must be owner/name, got {name!r}.")
 
 
+def check_login() -> None:
+    """Checks that the client of the Hub has a token, before a computation whose result is uploaded.
+
+    Raises:
+        PermissionError: if it has none.
+    """
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise PermissionError(
+            "you are not logged in to the Hugging Face Hub. Run hf auth login, or set the environment variable "
+            "HF_TOKEN, with a token that has write access."
+        )
+
+
 class Repository:
     """The network of a repository on the Hub. Its files are downloaded unless they are in the cache.
 

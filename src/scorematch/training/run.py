@@ -45,7 +45,7 @@ from scorematch.files import check_outside, check_own, delete_unfinished, exclus
 from scorematch.images import is_picture
 from scorematch.noise import NoiseSchedule
 from scorematch.precision import Autocast
-from scorematch.pretrained.hub import check_repository
+from scorematch.pretrained.hub import check_login, check_repository
 from scorematch.schema import Field, check, check_count, quote, read_object, reason
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
@@ -234,6 +234,7 @@ def train(
         TypeError, ValueError: if arguments do not fit together, the settings differ from those of the run in ``out``,
             its files are damaged, or the network ``start`` differs from ``net``.
         RuntimeError: if the loss becomes NaN or infinite; the message names the step and the noise level.
+        PermissionError: if ``push_to_hub`` is given, and there is no token of the Hub.
         OSError: if a file cannot be written, another process is training in ``out``, or ``out`` is a file or has files
             of other programs with the names of results. The last checkpoint is not affected.
         SystemExit: after SIGTERM, with status 143. KeyboardInterrupt: after Ctrl-C.
@@ -290,6 +291,8 @@ def train(
     if push_to_hub is not None:
         check_repository(push_to_hub)
     accelerator = make_accelerator(accelerator, trackers=trackers, folder=out)
+    if push_to_hub is not None and accelerator.is_main_process:
+        check_login()
     if not hasattr(data, "read"):
         data = _open(net, data)
     check_arguments(net, data, settings, accelerator.num_processes)
