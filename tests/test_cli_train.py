@@ -228,6 +228,18 @@ def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, c
     assert "sample_shape, (3, 8, 8), got (1, 8, 8)" in capsys.readouterr().err
 
 
+def test_a_run_continues_without_the_network_that_it_began_with(faces, run, tmp_path):
+    shutil.copytree(run[0] / "network", tmp_path / "first")
+    options = ("--images", "16", "--batch-size", "8", "--device", "cpu", "--quiet", "--image-size", "12")
+    arguments = ["train", str(faces), "--out", str(tmp_path / "run"), "--start", str(tmp_path / "first"), *options]
+    assert main(arguments) == 0
+    shutil.rmtree(tmp_path / "first")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "000000016")  # as if it had been killed before its last step
+    before = _weights(tmp_path / "run")
+    assert main(arguments) == 0
+    assert _same(_weights(tmp_path / "run"), before)
+
+
 def test_start_with_a_recipe_trains_the_network_of_the_recipe_from_given_weights(faces, run, tmp_path, calls, capsys):
     start = str(run[0] / "network")
     assert _train(faces, tmp_path / "run", "--start-from", start) == 0  # as under torchrun

@@ -233,7 +233,8 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
     """Reads an image from a file of any format that Pillow supports.
 
     Args:
-        path: the path of the file. The EXIF orientation is applied. Transparent pixels become black.
+        path: the path of the file. The EXIF orientation is applied. Transparent pixels become black. Of an animation or
+            a TIFF file with several pages the first picture is read.
         channels: 1 for luma, 3 for RGB.
 
     Returns:

@@ -195,8 +195,7 @@ def _run(args: argparse.Namespace) -> None:
             f"--device {args.device} is not available: Accelerate uses {device.type} here. Leave out --device."
         )
     with accelerator.main_process_first():  # the others find the cache
-        # With --recipe, the recipe says which network is trained.
-        start = None if args.start is None or args.recipe is not None else load_network(args.start)
+        start = _start(args)
         data = _open(args, recipe, start)
     with _naming_options(args):
         net = _network(args, recipe, start, data, null_class=label_drop > 0)
@@ -268,6 +267,17 @@ def _network(
         net.sample_shape = (start.sample_shape[0], *data.shape[1:])  # its convolutions take other sizes, too
         check_size(net)
     return net
+
+
+def _start(args: argparse.Namespace) -> ScoreNet | None:
+    """The network of ``--start``, or None if the recipe says which network is trained.
+
+    A run that continues has its own network, of the same kind, so that the one that it began with may be gone.
+    """
+    if args.start is None or args.recipe is not None:
+        return None
+    own = args.out / "network"
+    return load_network(own if own.is_dir() else args.start)
 
 
 def _check_condition(args: argparse.Namespace, start: ScoreNet) -> None:
