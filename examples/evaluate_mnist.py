@@ -3,11 +3,16 @@
     python examples/evaluate_mnist.py --data FOLDER                     # the network "mnist" of the package
     python examples/evaluate_mnist.py --data FOLDER --model runs/mnist/network --n 5000 --out runs/5000
 
-The program is ``scorematch.evaluation.evaluate`` with the classifier of ``digit_classifier.py`` as the extractor. It
-prints the Fréchet distance to the 60,000 training digits, the share of samples about which the classifier is confident,
-the share of the rarest digit, and figures of the pixels, each beside those of as many test digits and of a Gaussian;
-then the shares of all digits. A network with classes draws a random class for each sample. The folder ``--out`` has the
-tables and the samples, and the same command again draws nothing.
+The program calls ``scorematch.evaluation.evaluate`` with the classifier of ``digit_classifier.py`` as the extractor. It
+prints these figures of the samples, of as many test digits, and of images from a Gaussian:
+
+- the Fréchet distance to the 60,000 training digits;
+- the share of samples for which the classifier gives one digit a probability above 0.9;
+- the share of the rarest digit;
+- figures of the pixels.
+
+Then it prints the shares of all digits in the samples. A network with classes draws a random class for each sample. The
+folder ``--out`` has the tables and the samples. The same command again uses these samples and draws no others.
 """
 
 import argparse

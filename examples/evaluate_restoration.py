@@ -10,8 +10,8 @@ degraded digits ("input") and for each method:
 - rmse: the root mean square error to the original, and in brackets that of the mean of the draws;
 - accuracy: the share that the classifier classifies correctly;
 - diversity: the root mean square difference of two draws;
-- residual: the root mean square of y - A x, the measurement less the same measurement of the result. It should be 0, or
-  the standard deviation of the noise in y.
+- residual: the root mean square of y - A x, the difference between the measurement y and that of the result x. It
+  should be 0, or the standard deviation of the noise in y.
 """
 
 import argparse

@@ -14,7 +14,8 @@ colors with these probabilities. ``scorematch.training.train`` writes the networ
 ``--every`` steps pictures of training images: the condition, a sample and the original. At the end there is
 ``strip.png`` of test images, for each task the condition, three samples and the original.
 
-The figures of test images; those of the degraded images have "input" before their names (a hole is black there):
+The program prints these figures of test images. Figures of the degraded images have "input" before their names; for
+them a hole is black:
 
     rmse         the root mean square error to the original
     accuracy     the share of digits that a classifier classifies correctly, in gray (Palette's CA)

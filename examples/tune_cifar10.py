@@ -5,8 +5,9 @@
     python examples/tune_cifar10.py --data FOLDER --model gaussian
 
 The settings are those of ``tune_mnist.py``. A small network draws no objects that a classifier could recognize, but its
-samples have the colors and textures of the images, and these suffer from few steps: too much noise leaves grain and too
-much contrast, too little leaves too little contrast. The figures of each line are therefore those of pixels:
+samples have the colors and textures of the images. Few steps impair these: with too much noise the samples have grain
+and too much contrast, and with too little noise they have too little contrast. The figures of each line are therefore
+those of pixels:
 
 - patches: 1,000 times the Fréchet distance of the patches of 4x4 pixels to those of 5,000 training images;
 - std: the standard deviation of all pixels;
