@@ -11,7 +11,7 @@ from scorematch.pretrained import cards
 DOCS = Path(__file__).parent
 CAPTIONS = {
     "mnist-classes": "Four samples of each class, with guidance of weight 1.5:",
-    "cifar10-small": "Four samples of each class, with guidance of weight 2.5:",
+    "cifar10-small": "Four samples of each class, with rescaled guidance of weight 2.5:",
     "palette-mnist": "In each half of a row: a degraded image, six restorations, and the original, drawn by `mnist`.",
     "palette-celeba": (
         "In each half of a row: a degraded image, six restorations, and the original, drawn by `celeba-small`."
