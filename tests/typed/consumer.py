@@ -95,7 +95,7 @@ from scorematch.images import (
     to_uint8,
 )
 from scorematch.likelihood import as_bits, bits_per_dimension, default_schedule, dequantized, log_likelihood
-from scorematch.loss import sliced_score_matching_loss
+from scorematch.loss import loss_and_norm, sliced_score_matching_loss
 from scorematch.nets import FAMILIES, NCSNPP, Condition, Family, RefineNet, UNet, family_of
 from scorematch.nets.inference import InferenceScore
 from scorematch.observe import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
@@ -270,6 +270,7 @@ def score(x: Tensor, sigma: float | Tensor) -> Tensor:
 def losses(net: ScoreNet, x: Tensor) -> Tensor:
     loss = dsm_loss(net, x, condition=3, weighting=torch.square, reduction="none", generator=0)
     assert_type(sliced_score_matching_loss(score, x, net.schedule, sigma=0.1), Tensor)
+    assert_type(loss_and_norm(net, x, sigma=0.1, condition=3), tuple[Tensor, Tensor])
     with autocast("cpu"), exact_float32():
         assert_type(native_dtype("cpu"), torch.dtype)
     return loss
