@@ -163,10 +163,9 @@ def loss_and_norm(
         >>> loss_and_norm(lambda x, sigma: torch.zeros_like(x), x, sigma=0.5, noise=z)
         (tensor([1.]), tensor([0.]))
     """
-    x, sigma, noise, _ = _perturbation(net, x, None, sigma, noise, generator)
-    scaled = _scaled_score(net, x, sigma, noise, condition)
+    scaled, wrong = scaled_score(net, x, sigma=sigma, noise=noise, condition=condition, generator=generator)
     weights = 1.0 if region is None else _weights_in(region, x)
-    loss, norm = ((value.square() * weights).flatten(1).mean(1) for value in (scaled + noise, scaled))
+    loss, norm = ((value.square() * weights).flatten(1).mean(1) for value in (wrong, scaled))
     return loss, norm
 
 
