@@ -137,7 +137,7 @@ CARDS = (
         settings_source="measured on the weights of an earlier run; see the network's README",
         quality=(
             "faces with smeared details and low contrast; Fréchet distance to 5,000 training images in "
-            "EfficientNet-Lite0 features 23.4 with 1,500 samples; 13.2 for held-out images, 133 for a Gaussian of the "
+            "EfficientNet-Lite0 features 22.7 with 1,500 samples; 13.2 for held-out images, 133 for a Gaussian of the "
             "same covariance"
         ),
     ),
