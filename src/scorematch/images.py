@@ -226,7 +226,7 @@ def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
 
 def why_none(unread: Sequence[Path]) -> str:
     """The end of a message that there are no image files, with pictures in formats that cannot be read."""
-    return f" that can be read. Convert {unread[0].name} and the others to PNG or JPEG." if unread else "."
+    return f" that can be read. Convert pictures such as {unread[0].name} to PNG or JPEG." if unread else "."
 
 
 def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
