@@ -282,7 +282,9 @@ def test_pictures_of_a_folder_are_listed_by_name(tmp_path):
 def test_pictures_of_a_folder_in_unknown_formats_are_named(tmp_path):
     for name in ("IMG_1.HEIC", "IMG_2.heic"):
         (tmp_path / name).write_bytes(b"ftypheic")
-    with pytest.raises(FileNotFoundError, match=r"files that can be read\. Convert IMG_1\.HEIC and the others"):
+    with pytest.raises(
+        FileNotFoundError, match=r"files that can be read\. Convert pictures such as IMG_1\.HEIC to PNG or JPEG"
+    ):
         list_pictures(tmp_path)
     save_image(torch.zeros(1, 4, 4), tmp_path / "a.png")
     with pytest.warns(UserWarning, match=r"^2 of the 3 pictures in .* are left out: IMG_1\.HEIC, \.\.\.$"):

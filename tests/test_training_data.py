@@ -230,7 +230,9 @@ def test_pictures_in_unknown_formats_are_left_out_with_a_warning(pictures, tmp_p
     assert len(data) == len(pixels) and data.skipped == (str(folder / "inner" / "IMG_1.HEIC"),)
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "IMG_1.HEIC").write_bytes(b"ftypheic")
-    with pytest.raises(FileNotFoundError, match=r"files that can be read\. Convert IMG_1\.HEIC and the others"):
+    with pytest.raises(
+        FileNotFoundError, match=r"files that can be read\. Convert pictures such as IMG_1\.HEIC to PNG or JPEG"
+    ):
         _open(tmp_path / "phone")
 
 
