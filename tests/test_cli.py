@@ -442,7 +442,7 @@ def test_sample_draws_a_class(folder, tmp_path, capsys):
     assert "is class-conditional. Write --class K, with K from 0 to 2." in refused(sample, capsys)
     for label in ("3", "-1"):
         error = refused([*sample, "--class", label], capsys)
-        assert "--class must be from 0 to 2" in error and f"got {label}." in error
+        assert "--class must be a number from 0 to 2, random or cycle for " in error and f"got {label}." in error
     error = refused(["sample", folder, tmp_path / "d.png", "--class", "1"], capsys)
     assert "--class is for class-conditional networks, and" in error and "is not one" in error
     assert not (tmp_path / "d.png").exists()

@@ -1,5 +1,6 @@
 """The commands info and push, and the protection of a network that is in the folder to write."""
 
+import copy
 import json
 import os
 
@@ -107,6 +108,14 @@ def test_info_about_a_folder_needs_no_weights(net, folder, capsys):
         "noise levels": "12, sigma from 2 to 0.01",
         "sampler": "ODESampler(5 levels 2 -> 0.01, heun, 9 network calls)",
     }
+
+
+def test_info_about_a_network_with_names_of_classes(net, tmp_path, capsys):
+    named = copy.deepcopy(net)
+    named.class_names = ["cat", "cow", "dog"]
+    named.save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    assert _lines(capsys)["condition"] == "3 classes: 0 cat, 1 cow, 2 dog, or no class"
 
 
 def test_info_about_a_network_whose_size_does_not_fit_it(folder, monkeypatch, capsys):

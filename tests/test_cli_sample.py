@@ -211,6 +211,23 @@ def test_classes_of_a_sheet(classes, tmp_path):
     assert torch.equal(one[:, 2:10, 2:10], cycle[:, 2:10, 2:10]) and not torch.equal(one, cycle)
 
 
+def test_classes_by_name(tmp_path, capsys):
+    """A number is always the number of a class, and a rule always the rule."""
+    net = ScoreNet.from_pretrained(_saved(tmp_path / "net", SamplerSettings("ode", levels=3), classes=5))
+    net.class_names = ["cat", "cycle", "0", "dog", "dog"]
+    net.save_pretrained(tmp_path / "net")
+    for label in ("cat", "0", "cycle", "2"):
+        assert _sample(tmp_path / "net", "--out", tmp_path / label, "-n", 3, "--class", label) == 0
+    assert _pictures(tmp_path / "cat") == _pictures(tmp_path / "0") != _pictures(tmp_path / "2")
+    rows = (tmp_path / "cycle" / "labels.csv").read_text().split()
+    assert rows[1:] == ["000000.png,0", "000001.png,1", "000002.png,2"]
+    capsys.readouterr()
+    for label in ("bird", "dog"):
+        error = _refused([tmp_path / "net", tmp_path / "a.png", "--class", label], capsys)
+        assert f"must be a number from 0 to 4, a name such as 'cat', random or cycle for {tmp_path}" in error
+        assert error.rstrip().endswith(f"got {label}.")
+
+
 def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
     """A weight of 1 is the network with the class; each weight has its own samples."""
     net = _saved(tmp_path / "net", SamplerSettings("ode", levels=3), classes=3, null_class=True)
@@ -258,8 +275,8 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
         (["{folder}", "--out", "b", "--class", "cycle"], "--class is for class-conditional networks"),
         (["{folder}", "--out", "b", "--classes", "3"], "--classes is for --class random and --class cycle."),
         (["{classes}", "--out", "b"], "is class-conditional. Write --class K"),
-        (["{classes}", "--out", "b", "--class", "one"], "must be a class such as 3, random or cycle, got 'one'"),
-        (["{classes}", "--out", "b", "--class", "3"], "--class must be from 0 to 2"),
+        (["{classes}", "--out", "b", "--class", "one"], "--class must be a number from 0 to 2, random or cycle for "),
+        (["{classes}", "--out", "b", "--class", "3"], "--class must be a number from 0 to 2, random or cycle for "),
         (["{classes}", "--out", "b", "--class", "cycle", "--classes", "4"], "--classes must be from 1 to 3"),
         (["{classes}", "a.png", "--class", "1", "--guidance", "2"], "--guidance needs a network with a null class"),
         (["{folder}", "--out", "b", "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),

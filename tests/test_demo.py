@@ -76,13 +76,19 @@ def test_a_network_offers_the_tasks_that_it_can_solve(gray, color):
     assert gray.tasks == ("fill", "pool", "jpeg") and gray.blocks == (2, 4, 8)
     assert color.tasks == ("fill", "color", "pool", "jpeg")
     assert palette.tasks == ("fill", "color", "jpeg") and not palette.draws
-    assert gray.draws and gray.classes is None and not gray.needs_class
+    assert gray.draws and gray.classes == () and not gray.needs_class
 
 
 def test_a_class_is_needed_only_without_a_null_class():
     with_null, without = (Restorer(_net(classes=3, null_class=null)) for null in (True, False))
-    assert with_null.classes == without.classes == 3
+    assert with_null.classes == without.classes == ("0", "1", "2")
     assert (with_null.needs_class, without.needs_class) == (False, True)
+
+
+def test_classes_with_names():
+    net = _net(classes=2)
+    net.class_names = ["cat", "dog"]
+    assert Restorer(net).classes == ("cat", "dog")
 
 
 def test_the_sampler_and_its_network_calls_are_those_recommended_for_the_network(gray):

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, pretrained
+from scorematch.guidance import classifier_free
 from scorematch.nets import FAMILIES, Condition
 from scorematch.pretrained import cards, load, names, saving
-from scorematch.pretrained.model_card import model_card
+from scorematch.pretrained.model_card import describe_classes, model_card
 from scorematch.sampling import SamplerSettings
 from tests.conftest import FIXTURES
 from tests.helpers import python
@@ -577,6 +578,41 @@ def test_a_compiled_network_is_saved_and_a_wrapped_one_is_not(tmp_path):
     assert _files(tmp_path) == expected
 
 
+@pytest.mark.parametrize("patch", [1, 2])  # the layout of diffusers, and the package's own
+def test_the_names_of_classes_are_saved(patch, tmp_path):
+    net = ScoreNet.unet(1, 8, widths=(4, 8), classes=3, null_class=True, patch=patch)
+    net.save_pretrained(tmp_path / "numbers")
+    assert ScoreNet.from_pretrained(tmp_path / "numbers").class_names is None
+    unnamed = net.definition()[0]
+    net.class_names = ["cat", "d|o\n", "d|o\n"]
+    assert net.definition()[0] == unnamed and net.inference_copy() is not net
+    net.save_pretrained(tmp_path / "names")
+    loaded = ScoreNet.from_pretrained(tmp_path / "names")
+    assert loaded.class_names == classifier_free(loaded, 2).class_names == ("cat", "d|o\n", "d|o\n")
+    assert loaded.config == net.config
+    card = model_card("me/net", net.config, 1, conditioning=net.conditioning, license="mit", datasets=None)
+    assert "\n| condition | 3 classes: 0 cat, 1 d&#124;o , 2 d&#124;o |\n" in card
+    net.class_names = None
+    assert net.config == ScoreNet.from_pretrained(tmp_path / "numbers").config
+
+
+def test_names_of_classes_that_do_not_fit():
+    net = ScoreNet.unet(1, 8, widths=(4, 8), classes=3)
+    for wrong, error, message in (
+        (["cat", "dog"], ValueError, "class_names must have 3 names, one per class, got 2"),
+        ("cat", TypeError, "class_names must be a sequence of strings or None, got 'cat'"),
+        ([0, 1, 2], TypeError, r"class_names must be a sequence of strings or None, got \[0, 1, 2\]"),
+    ):
+        with pytest.raises(error, match=message):
+            net.class_names = wrong
+    assert net.class_names is None
+
+
+def test_describe_classes():
+    assert describe_classes(["cat"]) == "1 class: 0 cat" and describe_classes(["0", "1"]) == "2 classes"
+    assert describe_classes(["cat", "cow", "dog"], 2) == "3 classes: 0 cat, 1 cow, ..."
+
+
 def test_one_data_set_on_a_model_card():
     net = _net()
     cards = [
@@ -670,6 +706,11 @@ def test_truncated_weights_raise(keep, folder):
         ({"sampler_settings": {"sampler": "ode", "levels": 1}}, "sampler_settings: levels must be an integer"),
         ({"sampler_settings": {"sampler": "ode", "snr": 0.1}}, "snr is not an option of the sampler 'ode'"),
         ({"sampler_settings": [3]}, r"sampler_settings must be an object or null, got \[3\]"),
+        (
+            {"class_names": "cat"},
+            "class_names must be a list with at least 1 entries, each a string, or null",
+        ),
+        ({"class_names": ["cat"]}, "class_names is for class-conditional networks, and this network is not one"),
         ({"width": 5}, r"other sizes: begin_conv.weight \(4, 1, 3, 3\) instead of \(5, 1, 3, 3\), .*\.\.\.$"),
         ({"width": 60_000}, r"other sizes: begin_conv.weight"),
         ({"depth": "deeper"}, r"lacks 46 tensor\(s\) that the network needs: refine5"),

@@ -38,7 +38,6 @@ from scorematch.training.report import (
     Log,
     Losses,
     by_level,
-    describe_classes,
     read_examples,
     sample_interval,
     save_samples,
@@ -943,9 +942,24 @@ def lambda_net(net, factor):
     return other
 
 
-def test_describe_classes():
-    assert describe_classes(["cat"]) == "1 class: 0 cat" and describe_classes(["0", "1"]) == "2 classes"
-    assert describe_classes(["cat", "cow", "dog"], 2) == "3 classes: 0 cat, 1 cow, ..."
+def test_a_network_has_the_names_of_the_classes_of_its_data(tmp_path):
+    start = image_net(classes=3)
+    start.class_names = ["one", "two", "three"]
+    start.save_pretrained(tmp_path / "start")
+    data = Memory(images(), torch.arange(32) % 3)
+    for classes, expected in (
+        (("0", "1", "2"), ("one", "two", "three")),
+        (None, ("one", "two", "three")),
+        (("cat", "cow", "dog"), ("cat", "cow", "dog")),
+    ):
+        data.classes = classes
+        out = tmp_path / str(classes)
+        net = ScoreNet.from_pretrained(tmp_path / "start")
+        assert quick(net, data, out, images=8, start=tmp_path / "start").class_names == expected
+        assert ScoreNet.from_pretrained(out / "network").class_names == expected
+    # The run continues under other names.
+    data.classes = ("Cat", "Cow", "Dog")
+    assert quick(image_net(classes=3), data, out, images=8, start=tmp_path / "start").class_names == data.classes
 
 
 def test_the_classes_take_turns_in_the_samples_of_a_run(tmp_path):

@@ -285,6 +285,11 @@ class GuidedScore(NetworkScore, nn.Module):
         return attribute(self.net, "sampler_settings")
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes, or None."""
+        return attribute(self.net, "class_names")
+
+    @property
     def conditioning(self) -> Condition | None:
         """The condition that the guided score takes; None if it is not known."""
         takes = attribute(self.net, "conditioning")

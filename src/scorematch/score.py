@@ -34,7 +34,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.precondition import ROWS, Preconditioning, check_options
 from scorematch.protocol import NetworkScore, as_sigma, check_data, check_schedule
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, check_choice, native
+from scorematch.schema import Field, check_choice, native, quote
 
 Size = int | tuple[int, int]
 Range = tuple[float, float]
@@ -68,6 +68,8 @@ class ScoreNet(NetworkScore, nn.Module):
 
     Attributes:
         sampler_settings: the SamplerSettings recommended for this network, or None; saved with the weights.
+        class_names: the names of the classes of a class-conditional network, a tuple of strings, or None; saved with
+            the weights. Class k is ``class_names[k]``, and ``net.class_names.index("cat")`` is the class "cat".
 
     Raises:
         TypeError: if the backbone is not a ``torch.nn.Module``, the schedule not a NoiseSchedule, or ``sample_shape``
@@ -122,6 +124,7 @@ class ScoreNet(NetworkScore, nn.Module):
         self.value_range: Range | None = None if ends is None else (float(ends[0]), float(ends[1]))
         self.predicts_variance = native(predicts_variance)
         self.sampler_settings = None
+        self.class_names = None
         self._architecture: dict[str, Any] = {"family": "custom"}
 
     def extra_repr(self) -> str:
@@ -141,6 +144,23 @@ class ScoreNet(NetworkScore, nn.Module):
                 "scorematch.sampling.SamplerSettings(levels=..., ...)."
             )
         self._sampler_settings = settings
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes, or None."""
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: Sequence[str] | None) -> None:
+        if names is not None:
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"class_names must be a sequence of strings or None, got {quote(names)}.")
+            takes = self.conditioning
+            if takes is None or takes.classes is None:
+                raise ValueError("class_names is for class-conditional networks, and this network is not one.")
+            if len(names) != takes.classes:
+                raise ValueError(f"class_names must have {takes.classes} names, one per class, got {len(names)}.")
+        self._class_names = None if names is None else tuple(names)
 
     # -- The published families ---------------------------------------------------------------------------------------
 
@@ -541,12 +561,13 @@ class ScoreNet(NetworkScore, nn.Module):
             "predicts_variance": self.predicts_variance,
             **({"precondition_options": dict(self.precondition_options)} if self.precondition_options else {}),
             "sampler_settings": None if self.sampler_settings is None else self.sampler_settings.to_dict(),
+            **({} if self.class_names is None else {"class_names": list(self.class_names)}),
             "schedule": self.schedule.to_dict(),
         }
 
     def definition(self) -> list[Any]:
-        """The configuration, without the sampler settings, and the weights."""
-        config = {key: value for key, value in self.config.items() if key != "sampler_settings"}
+        """The configuration, without what does not change the score, and the weights."""
+        config = {key: value for key, value in self.config.items() if key not in ("sampler_settings", "class_names")}
         return [config, dict(self.state_dict())]
 
     @classmethod
@@ -649,6 +670,10 @@ class ScoreNet(NetworkScore, nn.Module):
         net._architecture = pretrained.architecture(config)
         settings = config["sampler_settings"]
         net.sampler_settings = None if settings is None else SamplerSettings.from_dict(settings)
+        try:
+            net.class_names = config.get("class_names")
+        except ValueError as error:
+            raise ValueError(f"{stored.source}: {error}") from error
         return net.float().eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, diffusers: bool = False) -> None:

@@ -12,6 +12,7 @@ from scorematch import pretrained
 from scorematch.cli.options import Commands, add_model
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained import cards
+from scorematch.pretrained.model_card import describe_classes
 from scorematch.sampling import SamplerSettings, recommended_sampler
 from scorematch.schema import reason
 from scorematch.score import ScoreNet
@@ -115,7 +116,9 @@ def _condition(net: ScoreNet) -> str | None:
         return f"an image with {takes.channels} channels, such as the degraded image for the command restore"
     if takes.classes is None:
         return "none"
-    return f"{takes.classes} classes, 0 to {takes.classes - 1}" + (", or no class" if takes.null_class else "")
+    names = net.class_names
+    text = f"{takes.classes} classes, 0 to {takes.classes - 1}" if names is None else describe_classes(names)
+    return text + (", or no class" if takes.null_class else "")
 
 
 def _levels(config: dict[str, Any]) -> str:

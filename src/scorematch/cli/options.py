@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
@@ -26,7 +26,7 @@ from scorematch.nets.family import takes_image
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.protocol import Score, attribute, device_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
-from scorematch.schema import Field
+from scorematch.schema import Field, quote
 from scorematch.score import ScoreNet
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff"}
@@ -90,7 +90,11 @@ def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommende
 def add_class(parser: argparse.ArgumentParser) -> None:
     """Adds ``--class``, one class for all images; ``find_class`` reads it."""
     parser.add_argument(
-        "--class", dest="label", type=int, metavar="K", help="the class to draw, for a class-conditional network"
+        "--class",
+        dest="label",
+        type=_class,
+        metavar="K",
+        help="the class to draw, for a class-conditional network: its number, or its name",
     )
 
 
@@ -99,10 +103,10 @@ def add_classes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class",
         dest="label",
-        type=_class_or_rule,
+        type=_class,
         metavar="K",
-        help="for a class-conditional network: the class to draw; random draws a class for each image, and cycle takes "
-        "all classes in turn",
+        help="for a class-conditional network: the class to draw, its number or its name; random draws a class for "
+        "each image, and cycle takes all classes in turn",
     )
     parser.add_argument(
         "--classes",
@@ -204,13 +208,9 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
-def _class_or_rule(text: str) -> Classes:
-    """The ``type`` of ``--class``: 3, "random" or "cycle"."""
-    if text in get_args(Rule):
-        return text  # type: ignore[return-value]
-    if not re.fullmatch(r"-?\d+", text):
-        raise argparse.ArgumentTypeError(f"must be a class such as 3, random or cycle, got {text!r}")
-    return int(text)
+def _class(text: str) -> int | str:
+    """The ``type`` of ``--class``: a number such as 3, or a name such as "cat", "random" or "cycle"."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def fitting(field: Field) -> Callable[[str], Any]:
@@ -414,8 +414,13 @@ def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
     return classifier_free(net, args.guidance, interval=interval, rescale=rescale)
 
 
-def find_class(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> int | None:
+def find_class(args: argparse.Namespace, net: ScoreNet | GuidedScore, rules: Sequence[str] = ()) -> int | None:
     """The class of ``--class``, or None for a network without classes, or with a null class.
+
+    Args:
+        args: the parsed command line.
+        net: the score whose class it is.
+        rules: other values of ``--class`` that the command accepts, for the error message.
 
     Raises:
         ValueError: if the network needs a class and none is given, if a class is given and the network takes none, or
@@ -431,8 +436,13 @@ def find_class(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> int | N
         raise ValueError(f"--guidance needs a class. Add --class K, with K from 0 to {last}.")
     if label is None and not takes.null_class:
         raise ValueError(f"{args.model} is class-conditional. Write --class K, with K from 0 to {last}.")
-    if label is not None and not 0 <= label <= last:
-        raise ValueError(f"--class must be from 0 to {last} for {args.model}, got {label}.")
+    names = net.class_names or ()
+    if isinstance(label, str) and names.count(label) == 1:
+        return names.index(label)
+    if isinstance(label, str) or (label is not None and not 0 <= label <= last):
+        wanted = [f"a number from 0 to {last}", *([f"a name such as {quote(names[0])}"] if names else []), *rules]
+        listed = " or ".join(filter(None, [", ".join(wanted[:-1]), wanted[-1]]))
+        raise ValueError(f"--class must be {listed} for {args.model}, got {label}.")
     return label
 
 
@@ -442,14 +452,14 @@ def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Class
     Raises:
         ValueError: as ``find_class``, or for a bad ``--classes``.
     """
-    if args.classes is not None and not isinstance(args.label, str):
+    if args.classes is not None and args.label not in get_args(Rule):
         raise ValueError("--classes is for --class random and --class cycle. Leave it out.")
     classes = None if net.conditioning is None else net.conditioning.classes
-    if classes is None or not isinstance(args.label, str):
-        return find_class(args, net)
+    if classes is None or args.label not in get_args(Rule):
+        return find_class(args, net, get_args(Rule))
     if args.classes is not None and not 1 <= args.classes <= classes:
         raise ValueError(f"--classes must be from 1 to {classes} for {args.model}, got {args.classes}.")
-    return args.label  # type: ignore[return-value]
+    return args.label
 
 
 def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = False) -> Sampler:

@@ -62,6 +62,7 @@ def add(commands: Commands) -> None:
         "  %(prog)s mnist digit.png -n 1 --seed 7\n"
         "  %(prog)s mnist digits.png --gif\n"
         "  %(prog)s mnist digits.png --sampler ode --levels 18\n"
+        "  %(prog)s cifar10-small ships.png --class ship --guidance 2.5\n"
         "  %(prog)s mnist digits/%%03d.png -n 10\n"
         "  %(prog)s mnist --out digits -n 50k\n"
         "  accelerate launch -m scorematch sample mnist --out digits -n 50k",

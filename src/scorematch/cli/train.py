@@ -29,10 +29,10 @@ from scorematch.images import to_float
 from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
 from scorematch.pretrained.hub import check_login, check_repository
+from scorematch.pretrained.model_card import describe_classes
 from scorematch.score import ScoreNet, check_size
 from scorematch.training import RECIPES, ImageData, Recipe, Settings, checkpoint, open_images, train
 from scorematch.training.recipes import training_flop
-from scorematch.training.report import describe_classes
 from scorematch.training.run import check_results, check_run
 from scorematch.training.steps import check_arguments, loss_arguments, make_accelerator
 

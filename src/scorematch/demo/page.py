@@ -321,8 +321,8 @@ def build(restorer: Restorer, name: str) -> Any:
                 quality = gr.Slider(1, 50, 5, step=1, label="JPEG quality", visible=False)
                 n = gr.Slider(1, 8, 4, step=1, label="Restorations", elem_id="restorations")
                 classes = [] if restorer.needs_class else [("any", -1)]
-                classes += [(str(k), k) for k in range(restorer.classes or 0)]
-                label = gr.Dropdown(classes, value=classes[0][1], label="Class", visible=restorer.classes is not None)
+                classes += [(name, k) for k, name in enumerate(restorer.classes)]
+                label = gr.Dropdown(classes, value=classes[0][1], label="Class", visible=bool(restorer.classes))
                 with gr.Accordion("Sampler", open=False):
                     sampler = gr.Dropdown(list(SAMPLERS), value=restorer.sampler, label="Sampler")
                     most = max(_MANY_CALLS, restorer.calls)

@@ -74,7 +74,7 @@ class Restorer:
     Attributes:
         shape: the shape (C, H, W) of its images.
         draws: whether it draws images without being given one; a network like Palette's does not.
-        classes: the number of classes of a class-conditional network, or None.
+        classes: the names of the classes of a class-conditional network, which may be numbers; empty for others.
         needs_class: whether a class must be chosen.
         sampler: the key in ``SAMPLERS`` of the recommended sampler.
         calls: the number of network calls of the recommended sampler.
@@ -91,8 +91,9 @@ class Restorer:
         self.shape = (channels, height, width)
         takes = net.conditioning
         self.draws = not takes_image(net)
-        self.classes = None if takes is None else takes.classes
-        self.needs_class = takes is not None and takes.classes is not None and not takes.null_class
+        numbers = range(takes.classes) if takes is not None and takes.classes is not None else ()
+        self.classes = net.class_names or tuple(map(str, numbers))
+        self.needs_class = takes is not None and bool(self.classes) and not takes.null_class
         settings = net.sampler_settings
         self.sampler = "langevin" if settings is None else settings.sampler
         self.calls = len(recommended_sampler(self.net))

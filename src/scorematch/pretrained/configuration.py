@@ -7,6 +7,7 @@ The ``config.json`` that this package writes has the keys
 - ``precondition``, ``sample_shape``, ``value_range`` and ``predicts_variance``: the arguments of ``ScoreNet``;
 - ``precondition_options``, another argument of ``ScoreNet``, if there are any;
 - ``sampler_settings``: the recommended SamplerSettings, or null;
+- ``class_names``, the names of the classes, if they are known;
 - ``schedule``: the noise levels, or ``"schedule.json"``, the name of the file in the same folder that holds them.
 """
 
@@ -39,6 +40,7 @@ _COMMON: Mapping[str, Field] = {
     "predicts_variance": Field(bool, required=True),
     "precondition_options": Field(dict),
     "sampler_settings": Field(dict, required=True, optional=True),
+    "class_names": Field(list, optional=True, low=1, each=Field(str)),
     "schedule": Field(dict, required=True),
 }
 _SCHEDULE: Mapping[str, Field] = {

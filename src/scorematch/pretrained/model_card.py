@@ -63,15 +63,38 @@ A score network for [scorematch](https://pypi.org/project/scorematch): `net(x, s
 | family | {config["family"]}, preconditioning "{config["precondition"]}" |
 | sample shape | {"any" if shape is None else "x".join(map(str, shape))} |
 | parameters | {parameters:,} |
-| noise levels | {len(schedule)}, {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g} |
+{_classes(config)}| noise levels | {len(schedule)}, {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g} |
 | sampler settings | {recommended} |
 """
+
+
+def describe_classes(classes: Sequence[str], most: int | None = None) -> str:
+    """The number of classes and their names, such as "2 classes: 0 cat, 1 dog"; names that are numbers are omitted.
+
+    Args:
+        classes: the names.
+        most: the largest number of names in the text; None is all.
+    """
+    number = f"{len(classes)} class{'es' if len(classes) > 1 else ''}"
+    if list(classes) == [str(k) for k in range(len(classes))]:
+        return number
+    names = [f"{k} {name}" for k, name in enumerate(classes[:most])]
+    return f"{number}: {', '.join(names)}{', ...' if len(names) < len(classes) else ''}"
 
 
 def _range(config: Mapping[str, Any]) -> str:
     """The range of the data, such as "[0, 1]", or "" without one."""
     ends = config["value_range"]
     return "" if ends is None else f"[{ends[0]:g}, {ends[1]:g}]"
+
+
+def _classes(config: Mapping[str, Any]) -> str:
+    """The row of the table with the names of the classes, or "" if they are not known."""
+    names = config.get("class_names")
+    if names is None:
+        return ""
+    text = describe_classes(names).encode(errors="backslashreplace").decode()  # of folder names in another encoding
+    return f"| condition | {' '.join(text.split()).replace('|', '&#124;')} |\n"
 
 
 def _code(repo_id: str, config: Mapping[str, Any], conditioning: Condition | None) -> str:

@@ -30,6 +30,7 @@ from scorematch.files import write_whole
 from scorematch.images import save_grid, to_float
 from scorematch.loss import loss_and_norm
 from scorematch.precision import device_name
+from scorematch.pretrained.model_card import describe_classes
 from scorematch.randomness import seed_of
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
 from scorematch.schema import Field, check
@@ -393,20 +394,6 @@ def write_report(
         write_whole(folder / f"{name}.svg", text.encode())
     text = _report(out, net, config, rows, lines, seconds, classes)
     write_whole(out / "report.md", text.encode(errors="backslashreplace"))  # of folder names in another encoding
-
-
-def describe_classes(classes: Sequence[str], most: int | None = None) -> str:
-    """The number of classes and their names, such as "2 classes: 0 cat, 1 dog"; names that are numbers are omitted.
-
-    Args:
-        classes: the names.
-        most: the largest number of names in the text; None is all.
-    """
-    number = f"{len(classes)} class{'es' if len(classes) > 1 else ''}"
-    if list(classes) == [str(k) for k in range(len(classes))]:
-        return number
-    names = [f"{k} {name}" for k, name in enumerate(classes[:most])]
-    return f"{number}: {', '.join(names)}{', ...' if len(names) < len(classes) else ''}"
 
 
 def versions(device: torch.device | str, *packages: str) -> dict[str, str]:

@@ -84,7 +84,7 @@ from scorematch.training.steps import (
 # The subfolders of the folder of a run.
 _FOLDERS = ("checkpoints", "network", SNAPSHOTS, "samples", "report")
 # Settings that may change when a run continues: the distribution of its result does not depend on them.
-_FREE = {"microbatch", "compile", "sampler_settings"}
+_FREE = {"microbatch", "compile", "sampler_settings", "class_names"}
 # The parts of config.json that must not change.
 _CONFIG = dict.fromkeys(("settings", "network", "data"), Field(dict, required=True))
 # The values of a checkpoint.
@@ -95,7 +95,7 @@ _STATE: Mapping[str, Field] = {
     "loss_counts": Field(list, required=True, low=BINS, high=BINS, each=Field(float, low=0)),
 }
 # The keys in which the configurations of ``net`` and ``start`` may differ.
-_FREE_OF_START = {"sample_shape", "sampler_settings"}
+_FREE_OF_START = {"sample_shape", "sampler_settings", "class_names"}
 # The most differences of a network that an error lists.
 _FEW = 2
 # The default time between two checkpoints. The lost time is least at sqrt(2 c m), where c is the time that a checkpoint
@@ -296,6 +296,7 @@ def train(
     if not hasattr(data, "read"):
         data = _open(net, data)
     check_arguments(net, data, settings, accelerator.num_processes)
+    _name_classes(net, data)
     with ExitStack() as stack:
         run = _Run(out, net, data, settings, start, every, keep, accelerator, stack)
         if trackers:
@@ -327,6 +328,14 @@ def _open(net: ScoreNet, data: Any) -> ImageData:
         return open_images(data, labels=labels, value_range=net.value_range)
     size = shape[1], shape[2]
     return open_images(data, image_size=size, channels=shape[0], labels=labels, value_range=net.value_range)
+
+
+def _name_classes(net: ScoreNet, data: Data) -> None:
+    """Gives the network the names of the classes of the data, if they are not only numbers."""
+    names, takes = getattr(data, "classes", None), net.conditioning
+    if takes is None or names is None or len(names) != takes.classes or all(name.isdecimal() for name in names):
+        return
+    net.class_names = names
 
 
 # -- One run ----------------------------------------------------------------------------------------------------------
