@@ -212,13 +212,15 @@ def test_classes_of_a_sheet(classes, tmp_path):
 
 
 def test_classes_by_name(tmp_path, capsys):
-    """A number is always the number of a class, and a rule always the rule."""
+    """A number is the number of a class if it is not the name of one, and a rule is always the rule."""
     net = ScoreNet.from_pretrained(_saved(tmp_path / "net", SamplerSettings("ode", levels=3), classes=5))
     net.class_names = ["cat", "cycle", "0", "dog", "dog"]
     net.save_pretrained(tmp_path / "net")
-    for label in ("cat", "0", "cycle", "2"):
+    for label in ("cat", "0", "cycle", "2", "1"):
         assert _sample(tmp_path / "net", "--out", tmp_path / label, "-n", 3, "--class", label) == 0
-    assert _pictures(tmp_path / "cat") == _pictures(tmp_path / "0") != _pictures(tmp_path / "2")
+    first = {name: _pictures(tmp_path / name)["000000.png"] for name in ("cat", "0", "cycle", "2")}
+    assert first["cat"] == first["cycle"] != first["0"] == first["2"]
+    assert _pictures(tmp_path / "1")["000001.png"] == _pictures(tmp_path / "cycle")["000001.png"]
     rows = (tmp_path / "cycle" / "labels.csv").read_text().split()
     assert rows[1:] == ["000000.png,0", "000001.png,1", "000002.png,2"]
     capsys.readouterr()

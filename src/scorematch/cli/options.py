@@ -92,7 +92,6 @@ def add_class(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class",
         dest="label",
-        type=_class,
         metavar="K",
         help="the class to draw, for a class-conditional network: its number, or its name",
     )
@@ -103,7 +102,6 @@ def add_classes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class",
         dest="label",
-        type=_class,
         metavar="K",
         help="for a class-conditional network: the class to draw, its number or its name; random draws a class for "
         "each image, and cycle takes all classes in turn",
@@ -206,11 +204,6 @@ def given_sampling(args: argparse.Namespace) -> list[str]:
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
-
-
-def _class(text: str) -> int | str:
-    """The ``type`` of ``--class``: a number such as 3, or a name such as "cat", "random" or "cycle"."""
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def fitting(field: Field) -> Callable[[str], Any]:
@@ -436,14 +429,17 @@ def find_class(args: argparse.Namespace, net: ScoreNet | GuidedScore, rules: Seq
         raise ValueError(f"--guidance needs a class. Add --class K, with K from 0 to {last}.")
     if label is None and not takes.null_class:
         raise ValueError(f"{args.model} is class-conditional. Write --class K, with K from 0 to {last}.")
+    if label is None:
+        return None
     names = net.class_names or ()
-    if isinstance(label, str) and names.count(label) == 1:
+    if names.count(label) == 1:
         return names.index(label)
-    if isinstance(label, str) or (label is not None and not 0 <= label <= last):
+    number = int(label) if re.fullmatch(r"-?\d{1,9}", label) else -1
+    if not 0 <= number <= last:
         wanted = [f"a number from 0 to {last}", *([f"a name such as {quote(names[0])}"] if names else []), *rules]
         listed = " or ".join(filter(None, [", ".join(wanted[:-1]), wanted[-1]]))
         raise ValueError(f"--class must be {listed} for {args.model}, got {label}.")
-    return label
+    return number
 
 
 def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Classes:

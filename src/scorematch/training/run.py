@@ -331,9 +331,9 @@ def _open(net: ScoreNet, data: Any) -> ImageData:
 
 
 def _name_classes(net: ScoreNet, data: Data) -> None:
-    """Gives the network the names of the classes of the data, if they are not only numbers."""
+    """Gives the network the names of the classes of the data, if these are not the numbers of the classes."""
     names, takes = getattr(data, "classes", None), net.conditioning
-    if takes is None or names is None or len(names) != takes.classes or all(name.isdecimal() for name in names):
+    if takes is None or names is None or len(names) != takes.classes or list(names) == [*map(str, range(len(names)))]:
         return
     net.class_names = names
 
