@@ -271,6 +271,10 @@ def test_rescaling_of_a_constant_image_changes_nothing():
     score.conditioning = Condition(classes=2, null_class=True)
     x = torch.full((2, 1, 4, 4), 0.5)
     assert torch.equal(classifier_free(score, 2, rescale=1)(x, 0.5, 1), -x)
+    # The score of a point at 0, at which all denoised images are, as the weaker one, far from it.
+    x = 100 * torch.arange(32.0).view(2, 1, 4, 4)
+    guided = autoguidance(lambda x, sigma: -x / (1 + sigma**2), lambda x, sigma: -x / sigma**2, 0, rescale=1)
+    assert torch.equal(guided(x, 4.0), -x / 16)
 
 
 def test_plain_callables_get_a_tensor_as_their_level():

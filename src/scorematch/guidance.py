@@ -334,9 +334,10 @@ class GuidedScore(NetworkScore, nn.Module):
         axes, dtype = tuple(range(1, x.ndim)), variance.dtype
         denoised = x.to(dtype) + variance * score.to(dtype)
         unguided = x.to(dtype) + variance * stronger.to(dtype)
+        centered = denoised - denoised.mean(axes, keepdim=True)
         spread = denoised.std(axes, correction=0, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-        ratio = unguided.std(axes, correction=0, keepdim=True) / spread
-        change = (ratio - 1) * (denoised - denoised.mean(axes, keepdim=True))
+        # Divided first: for a constant image the ratio of the deviations can be infinite.
+        change = centered / spread * unguided.std(axes, correction=0, keepdim=True) - centered
         return score + (self.rescale * change / variance).to(score.dtype)
 
 
