@@ -189,11 +189,13 @@ def sampler_distances(
         The distances of each sampler with each number of levels, and those of exact samples.
 
     Raises:
-        ValueError: if n or ``repeats`` is below 2, or the score has no schedule.
+        ValueError: if n or ``repeats`` is below 2, the distribution is a single point, or the score has no schedule.
         RuntimeError: if a sampler diverges.
     """
     check_count("n", n, 2)
     check_count("repeats", repeats, 2)
+    if not exact.covariance.any():
+        raise ValueError(f"exact must not be a single point, since distances are relative to its spread: {exact!r}.")
     score = exact if net is None else net
     measure = _Measure(exact, exact.sample(n, seed_of(seed, "reference")))
     makers = sampler_variants(score) if samplers is None else samplers
