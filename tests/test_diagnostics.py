@@ -192,6 +192,17 @@ def test_the_order_of_the_images_and_the_batches_do_not_matter(images):
     assert other[0].loss.value != known[0].loss.value
 
 
+def test_equal_images_have_different_noise():
+    """The loss of a score of zero is the mean of z^2, with the error of independent noise, in batches of any size."""
+    data = torch.full((1000, 1, 1, 1), 0.5)
+    (row,), (other,) = (
+        level_losses(lambda x, sigma: 0 * x, data, [1.0], n=None, batch_size=size, progress=False) for size in (64, 300)
+    )
+    assert near(row.loss, 1) and row.loss.error == pytest.approx(math.sqrt(2 / 1000), rel=0.2)
+    assert near(row.bias, 0) and row.bias.error == pytest.approx(math.sqrt(1 / 1000), rel=0.2)
+    assert other == row
+
+
 def test_conditions_are_computed_from_images_and_labels(images):
     pairs, seen = (torch.rand(4, 1, 2, 2, generator=seed()), torch.tensor([3, 1, 0, 2])), []
 
@@ -346,6 +357,9 @@ def test_another_score_than_the_exact_one_can_be_sampled(world):
 
 
 def test_invalid_arguments_of_sampler_distances_raise(world):
+    for point in (Gaussian([1.0, 2.0], 0.0, schedule=LEVELS), Empirical(torch.ones(3, 2), schedule=LEVELS)):
+        with pytest.raises(ValueError, match="exact must not be a single point"):
+            sampler_distances(point)
     with pytest.raises(ValueError, match="n must be an integer of at least 2, got 1"):
         sampler_distances(world, n=1)
     with pytest.raises(ValueError, match="repeats must be an integer of at least 2, got 1"):
@@ -527,6 +541,7 @@ def measured():
 
     world = gaussian_images((1, 2, 2), variance=0.05)
     data = torch.rand(11, 1, 2, 2, generator=seed()).mul(255).round() / 255
+    data[[4, 10]] = data[0].clone()  # equal images in different batches
     options = {"batch_size": 3, "progress": False}
     likelihood = data_likelihood(world, data, NoiseSchedule.karras(20, 0.01, 10), checks=3, **options)
     return [

@@ -203,6 +203,8 @@ def test_figures_of_pixels(channels):
     jackknife = float((49 * apart.var(correction=0)).sqrt())
     assert found["std"].error == pytest.approx(jackknife, rel=0.05)
     assert image_figures([images(1)])["mean"].error is None
+    pixel = image_figures([x[:, :, :1, :1]])
+    assert pixel["std"].value == pytest.approx(float(x[:, :, 0, 0].std(correction=0))) and pixel["variation"].value == 0
     assert image_figures([torch.zeros(3, 1, 2, 2)])["std"] == (0.0, None)
 
 

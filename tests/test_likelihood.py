@@ -373,6 +373,18 @@ def test_bits_do_not_depend_on_the_order_the_batches_or_the_other_images(digits)
     assert digits.bits(n=10, **options).bits == few.bits
 
 
+def test_equal_images_have_different_dequantization():
+    """For data at a point m the bits are log2(255 sigma sqrt(2 pi)) + (x - m)^2 / (2 sigma^2 log 2), with x uniform."""
+    point = Gaussian([0.5], 0.0, (1, 1, 1))
+    images = torch.tensor([0, 255], dtype=torch.uint8).repeat(200).view(-1, 1, 1, 1)
+    found = data_likelihood(point, images, NoiseSchedule.karras(1000, 1.0, 3), checks=2, progress=False)
+    squares = 0.25 + 1 / (12 * 255**2)
+    expected = math.log2(255 * math.sqrt(2 * math.pi)) + squares / (2 * math.log(2))
+    # The square has the variance 4 m^2 Var(u / 255), to first order.
+    error = math.sqrt(1 / (12 * 255**2) / 400) / (2 * math.log(2))
+    assert found.bits.error == pytest.approx(error, rel=0.1) and abs(found.bits.value - expected) < 4 * error
+
+
 def test_float_images_and_uint8_images_have_the_same_bits(digits):
     found, expected = (digits.bits(data, n=10, checks=2) for data in (digits.images.float() / 255, digits.images))
     torch.testing.assert_close(found.bits.value, expected.bits.value, rtol=1e-2, atol=0.2)

@@ -189,8 +189,8 @@ def level_losses(
 ) -> list[LevelLoss]:
     """Measures the loss of a network, the norm of its score and its denoised images, at each noise level.
 
-    The noise of an image depends on ``seed`` and on its content, and is the same at all levels. Under ``torchrun`` or
-    ``accelerate launch`` every process must call it, and each computes a share.
+    The noise of an image depends on ``seed`` and on its content, and is the same at all levels; that of equal images
+    differs. Under ``torchrun`` or ``accelerate launch`` every process must call it, and each computes a share.
 
     Args:
         net: a score: a ScoreNet, or any callable ``net(x, sigma)``.

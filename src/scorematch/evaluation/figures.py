@@ -28,8 +28,9 @@ above 0.9, and the share of the rarest class. "precision-recall" and "density-co
 sets. They therefore compare sets of equal size: a random subset of the larger set is used.
 
 Figures of the pixels are always measured, under the name "images": their mean; their standard deviation ("std", the
-contrast); the mean absolute difference of neighboring pixels ("variation"); and in color the mean difference between
-the largest and the smallest channel ("saturation"). Their errors are standard errors over the images.
+contrast); the mean absolute difference of neighboring pixels ("variation", 0 for one pixel); and in color the mean
+difference between the largest and the smallest channel ("saturation"). Their errors are standard errors over the
+images.
 """
 
 from __future__ import annotations
@@ -278,7 +279,8 @@ def _pixel_statistics(images: Tensor) -> Tensor:
     """For each image the mean, the mean square, the variation and, in color, the saturation: float64 (N, 3 or 4)."""
     x = to_uint8(images).cpu().double() / 255
     steps = torch.cat([x.diff(dim=2).abs().flatten(1), x.diff(dim=3).abs().flatten(1)], 1)
-    found = [x.mean((1, 2, 3)), x.square().mean((1, 2, 3)), steps.mean(1)]
+    # An image of one pixel has no neighbors, and the mean of no values is NaN.
+    found = [x.mean((1, 2, 3)), x.square().mean((1, 2, 3)), steps.mean(1).nan_to_num(0.0)]
     if x.shape[1] == 3:
         found.append((x.amax(1) - x.amin(1)).mean((1, 2)))
     return torch.stack(found, 1)

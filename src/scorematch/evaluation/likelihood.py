@@ -110,8 +110,9 @@ def data_likelihood(
     not depend on n. Under ``torchrun`` or ``accelerate launch`` every process must call it, and each computes a share
     of the batches.
 
-    The random numbers of an image depend on ``seed`` and on the content of the image. The result depends neither on the
-    order of the data nor on the number of processes, and on the batch size only through rounding.
+    The random numbers of an image depend on ``seed`` and on the content of the image; those of equal images differ. The
+    result depends neither on the order of the data nor on the number of processes, and on the batch size only through
+    rounding.
 
     Args:
         net: a score of images in [0, 1], differentiable in x: a ScoreNet, or any callable with a schedule.

@@ -2,12 +2,14 @@
 
 The random numbers of an image depend on a seed and on the content of the image. Its values therefore depend neither on
 its place in the data nor on the other images or the number of processes, except through rounding in the network, which
-depends on the batch. Equal images get equal random numbers.
+depends on the batch. Equal images get different random numbers: they are counted, and their number is a part of the
+seed.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ class ImageBatch(NamedTuple):
     Attributes:
         x: the images (b, ...), floating point; images in [0, 1].
         labels: their labels (b,), int64, or None.
-        keys: a hash of the content of each image.
+        keys: a hash of the content of each image; the second and every later one of equal images has its number too.
         indices: their indices in the data (b,), int64.
     """
 
@@ -62,7 +64,7 @@ def values_per_image(
     """Computes values of images. Under ``torch.distributed`` every process must call it.
 
     Batch b has the images ``indices[b * batch_size : (b + 1) * batch_size]``; process k of m computes the batches k,
-    k + m, k + 2 m, ... Only one batch is in memory at a time.
+    k + m, k + 2 m, ... Every process reads all images, to count equal ones. Only one batch is in memory at a time.
 
     Args:
         function: maps a batch of b images to its values (b, K).
@@ -80,12 +82,14 @@ def values_per_image(
     """
     check_count("batch_size", batch_size, 1)
     rank = torch.distributed.get_rank() if processes() > 1 else 0
-    rows = Rows()
-    starts = range(rank * batch_size, len(indices), processes() * batch_size)
-    for start in tqdm(starts, title, unit="batch", leave=False, disable=not progress or rank > 0):
+    rows, known = Rows(), Counter[str]()
+    starts = range(0, len(indices), batch_size)
+    for number, start in enumerate(tqdm(starts, title, unit="batch", leave=False, disable=not progress or rank > 0)):
         own = indices[start : start + batch_size]
         images, labels = read(own)
-        keys = [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest() for image in images]
+        keys = [_key(image, known) for image in images]
+        if number % processes() != rank:
+            continue
         values = double(function(ImageBatch(to_float(images), labels, keys, own))).cpu()
         wrong = ~values.isfinite().all(1)
         if wrong.any():
@@ -95,6 +99,13 @@ def values_per_image(
         rows.update(torch.cat([places[:, None], values], 1))
     table = rows.gather()
     return table[table[:, 0].argsort(), 1:]
+
+
+def _key(image: Tensor, known: Counter[str]) -> str:
+    """A hash of the content of an image, with its number if equal images are known; counts the image."""
+    content = hashlib.blake2b(image.numpy().tobytes(), digest_size=16).hexdigest()
+    known[content] += 1
+    return content if known[content] == 1 else f"{content} {known[content]}"
 
 
 def choose(length: int, n: int | None, seed: int) -> Tensor:

@@ -28,7 +28,7 @@ Palette computes FID and IS with Inception-v3, PD with Inception-v1, and CA with
 same extractor. Every error is the standard error over the images; the values of the K restorations of an image are
 averaged first.
 
-The random numbers of an image depend on the seed and on its pixels only.
+The random numbers of an image depend on the seed and on its pixels only, except that those of equal images differ.
 
 References:
     Saharia et al., 2022, Palette: Image-to-Image Diffusion Models, arXiv:2111.05826, Sec. 3.
