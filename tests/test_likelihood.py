@@ -195,6 +195,14 @@ def test_likelihood_is_equal_in_inference_mode_and_for_wrapped_networks(rng):
     assert torch.equal(likelihood(torch.nn.DataParallel(net), x, few, generator=seed(0)), expected)
 
 
+def test_the_dtype_of_the_score_does_not_matter(rng):
+    x = torch.randn(4, 3, generator=rng)
+    found = likelihood(lambda x, sigma: (-x / (1 + sigma**2)).double(), x, probes=None)
+    expected = likelihood(lambda x, sigma: -x / (1 + sigma**2), x, probes=None)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_likelihood_is_the_same_under_autocast(rng):
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=NoiseSchedule.geometric(10, 0.01, 6)).eval()

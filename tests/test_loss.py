@@ -256,6 +256,16 @@ def test_half_precision_data_is_perturbed_in_float32(rng):
     assert seen == [torch.float32, torch.float64]
 
 
+@pytest.mark.parametrize("loss", [dsm_loss, sliced_score_matching_loss])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_dtype_of_the_score_does_not_matter(loss, dtype, rng):
+    x = torch.rand(4, 3, generator=rng)
+    found = loss(lambda x, sigma: (-x / 2).to(dtype), x, LEVELS, generator=0)
+    expected = loss(lambda x, sigma: -x / 2, x, LEVELS, generator=0)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+
+
 def test_the_networks_own_schedule_is_the_default(rng):
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule([0.7]))
     x = torch.rand(2, 1, 8, 8, generator=rng)

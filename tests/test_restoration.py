@@ -495,6 +495,15 @@ def test_images_of_another_size_than_the_networks_and_not_square():
     assert torch.equal(observation.operator.measure(x), observation.y.expand(2, -1, -1, -1))
 
 
+@pytest.mark.parametrize("restore", METHODS)
+def test_a_score_of_another_shape_raises(restore):
+    """It could be broadcast to the shape of the state."""
+    observation = Observation(Mask(torch.tensor([True, False, True])), torch.ones(1, 3), 0.1)
+    sampler = AncestralSampler(lambda x, sigma: -x[:, :1] / (1 + sigma**2), LEVELS, restore=restore)
+    with pytest.raises(ValueError, match=r"the network returned shape \(1, 1\) for x of shape \(1, 3\)"):
+        run(sampler, observation=observation)
+
+
 def test_guide_jacobian_needs_a_score_that_is_differentiable():
     sampler = AnnealedLangevinSampler(
         torch.no_grad()(lambda x, sigma: -x), NoiseSchedule([0.3, 0.2]), steps_per_level=1, restore="guide-jacobian"

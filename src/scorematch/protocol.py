@@ -162,8 +162,8 @@ def check_score(score: Tensor, x: Tensor) -> Tensor:
 
 
 def score_at(net: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | None) -> Tensor:
-    """The checked score of x; without a condition, the score is called with two arguments."""
-    return check_score(net(x, sigma) if condition is None else net(x, sigma, condition), x)
+    """The checked score of x in x's dtype; without a condition, the score is called with two arguments."""
+    return check_score(net(x, sigma) if condition is None else net(x, sigma, condition), x).to(x.dtype)
 
 
 def as_region(region: Tensor, x: Tensor, meaning: str) -> Tensor:

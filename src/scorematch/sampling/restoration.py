@@ -65,7 +65,7 @@ import torch
 from torch import Tensor
 
 from scorematch.observe import Observation
-from scorematch.protocol import Score, check_differentiable, per_image
+from scorematch.protocol import Score, check_differentiable, per_image, score_at
 
 Restore = Literal["replace", "guide", "guide-jacobian"]
 
@@ -172,7 +172,7 @@ class Guidance(Restoration):
         spread = level * self._variance / (level + self._variance)  # r^2
         with torch.set_grad_enabled(self._jacobian):
             x = x.detach().requires_grad_(self._jacobian)
-            follow = score(x, sigma)
+            follow = score_at(score, x, sigma, None)
             if self._jacobian:
                 check_differentiable(follow)
             denoised = x + level * follow
