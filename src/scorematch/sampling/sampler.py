@@ -251,7 +251,9 @@ class Sampler(ABC):
             Rarely needed:
 
             init: the noisy images to start from, (n, ...); None draws them from N(m, sigma_max^2), where m is the
-                middle of the network's value range, or 0 if it has none. It is not modified.
+                middle of the network's value range, or 0 if it has none. It is not modified. With
+                ``restore="replace"`` and an observation whose noise is at or above the highest level, it must contain
+                y, as a state of ``iterate`` does.
             condition: the third argument of the network, (n, ...), or an int, the class of all samples.
             observation: a measurement with which the samples have to agree, of one image for all samples, or of n
                 images. The sampler's ``restore`` selects the method.
