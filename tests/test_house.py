@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -114,6 +115,15 @@ def _circle():
     except CycleError as error:
         return error.args[1]
     return None
+
+
+def test_the_page_about_contributing_has_these_layers():
+    text = (PACKAGE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    items = re.split(r"^  \d+\. ", text, flags=re.MULTILINE)[1:]
+    written = [re.findall(r"`([a-z]+)`", item.partition("\n\n")[0]) for item in items]
+    layers = [layer - {"__init__", "__main__"} for layer in LAYERS]
+    *earlier, last = written  # the last item has one layer per name
+    assert [*map(set, earlier), *({name} for name in last)] == [layer for layer in layers if layer]
 
 
 def test_there_are_no_circular_imports():
