@@ -281,7 +281,8 @@ def test_numbers_that_yaml_reads_as_strings_are_converted(files, tmp_path):
 )
 def test_files_that_are_not_checkpoints_raise(content, kind, tmp_path):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=f"other.pth is {kind}.*, not a checkpoint of NCSN, NCSNv2, .* or improved-di"):
+    known = "NCSN, NCSNv2, .*, improved-diffusion or guided-diffusion"
+    with pytest.raises(ValueError, match=rf"other.pth is {kind}.*, not a checkpoint of {known}\.$"):
         convert(tmp_path / "other.pth", tmp_path / "out")
 
 

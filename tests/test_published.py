@@ -951,9 +951,7 @@ def test_names_outside_the_list_of_a_format_are_refused(tmp_path):
     """Numbers of NumPy are in the list of score_sde, and not in that of improved-diffusion."""
     weights = theirs.ImprovedUNet(_improved()).state_dict()
     torch.save({**weights, "lr": np.float64(1)}, tmp_path / "a.pt")
-    with pytest.raises(
-        ValueError, match="which a checkpoint of improved-diffusion, guided-diffusion does not need; it was not loaded"
-    ):
+    with pytest.raises(ValueError, match="checkpoint of improved-diffusion or guided-diffusion does not need; it was"):
         convert(tmp_path / "a.pt", tmp_path / "out")
 
 

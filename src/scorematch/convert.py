@@ -21,7 +21,7 @@ from scorematch.score import ScoreNet
 class _Format(Protocol):
     """The interface of a module in ``scorematch.pretrained`` that reads a format of checkpoints."""
 
-    NAME: str
+    NAMES: tuple[str, ...]  # of the projects
     GLOBALS: Globals
 
     def recognizes(self, content: Any) -> bool: ...
@@ -56,10 +56,11 @@ def convert(
     config: str | os.PathLike[str] | None = None,
     raw: bool = False,
 ) -> ScoreNet:
-    """Converts a checkpoint of NCSN, NCSNv2, adversarial score matching, score_sde, EDM, improved- or guided-diffusion.
+    """Converts a checkpoint of another project into a folder for ``ScoreNet.from_pretrained``.
 
-    No code in the file is run. The result is a score in the units of this package, with the published noise levels and
-    sampler settings.
+    The projects are NCSN, NCSNv2, adversarial consistent score matching, score_sde, EDM, improved-diffusion and
+    guided-diffusion. No code in the file is run. The result is a score in the units of this package, with the published
+    noise levels and sampler settings.
 
     Args:
         checkpoint: the authors' file: ``checkpoint_<step>.pth`` (NCSN, NCSNv2, score_sde), ``.pkl`` (EDM), or ``.pt``
@@ -86,17 +87,17 @@ def convert(
     found = read_pickle(path, _GLOBALS)
     form = next((form for form in _FORMATS if form.recognizes(found.content)), None)
     if form is None:
-        raise ValueError(f"{path} is {_kind(found.content)}, not a checkpoint of {_names()}.")
+        raise ValueError(f"{path} is {_kind(found.content)}, not a checkpoint of {_one_of(*_FORMATS)}.")
     foreign = found.globals - form.GLOBALS.keys()
     if foreign:
         raise ValueError(
-            f"{path} refers to {min(foreign)!r}, which a checkpoint of {form.NAME} does not need; it was not loaded, "
-            "because a pickle can run code."
+            f"{path} refers to {min(foreign)!r}, which a checkpoint of {_one_of(form)} does not need; it was not "
+            "loaded, because a pickle can run code."
         )
     try:
         stored = form.read(found.content, path, config, raw=raw)
     except (LookupError, TypeError, RuntimeError, AttributeError) as error:  # of tensors with an unexpected shape
-        raise ValueError(f"{path} does not hold a network of {form.NAME}: {reason(error)}.") from error
+        raise ValueError(f"{path} does not hold a network of {_one_of(form)}: {reason(error)}.") from error
     del found  # the file is closed when its tensors have been copied
     net = ScoreNet.from_stored(stored)
     del stored
@@ -112,7 +113,7 @@ def _kind(content: Any) -> str:
     return f"a mapping with the keys {quote(list(content))}" if other is None else other
 
 
-def _names() -> str:
-    """The formats, as a message lists them."""
-    *names, last = (form.NAME for form in _FORMATS)
-    return f"{', '.join(names)} or {last}"
+def _one_of(*forms: _Format) -> str:
+    """The projects of formats, as a message lists them."""
+    *names, last = (name for form in forms for name in form.NAMES)
+    return f"{', '.join(names)} or {last}" if names else last

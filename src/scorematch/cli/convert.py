@@ -13,8 +13,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "convert",
         help="convert a checkpoint of NCSN, NCSNv2, score_sde, EDM, improved-diffusion or guided-diffusion",
-        description="Converts a checkpoint of the authors of NCSN, NCSNv2, adversarial score matching, score_sde,\n"
-        "EDM, improved-diffusion or guided-diffusion into a folder for the other commands and for\n"
+        description="Converts a checkpoint of NCSN, NCSNv2, adversarial consistent score matching, score_sde, EDM,\n"
+        "improved-diffusion or guided-diffusion into a folder for the other commands and for\n"
         "ScoreNet.from_pretrained. No code in the checkpoint is run. The command models lists the published files.",
         epilog="Examples:\n"
         "  %(prog)s checkpoint_24.pth ./ncsnpp --config ve/cifar10_ncsnpp_continuous\n"

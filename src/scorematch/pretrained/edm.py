@@ -44,7 +44,7 @@ from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, RefusedErro
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.schema import Field, check, quote
 
-NAME = "EDM"
+NAMES: tuple[str, ...] = ("EDM",)
 _NETWORKS = ("SongUNet", "DhariwalUNet")
 _PRECONDITIONED = ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond")
 _CLASSES = {

@@ -41,7 +41,7 @@ from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.schema import Field, quote
 
-NAME = "improved-diffusion, guided-diffusion"
+NAMES: tuple[str, ...] = ("improved-diffusion", "guided-diffusion")
 GLOBALS: Globals = TENSORS
 
 _COUNT = Field(int, low=1, high=65_536)

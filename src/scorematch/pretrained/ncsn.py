@@ -34,7 +34,7 @@ from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.schema import Field
 
-NAME = "NCSN, NCSNv2, adversarial consistent score matching"
+NAMES: tuple[str, ...] = ("NCSN", "NCSNv2", "adversarial consistent score matching")
 GLOBALS: Globals = TENSORS
 
 _FIRST, _TABLE = "begin_conv.weight", "normalizer.embed.weight"

@@ -44,7 +44,7 @@ from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, StoredTenso
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.schema import Field, quote
 
-NAME = "score_sde"
+NAMES: tuple[str, ...] = ("score_sde",)
 GLOBALS: Globals = {**TENSORS, **NUMBERS}
 
 _FLAG = Field(bool, required=True)
