@@ -409,7 +409,7 @@ def test_annealed_langevin_dynamics_samples_a_ring_with_the_schedule_from_data()
         ([], "at least one level"),
         ([[1.0, 0.5]], "one-dimensional"),
         ([0.1, 1.0], "strictly descending.*level 0 is 0.1 and level 1 is 1"),
-        ([1.0, 0.5, 0.5], "level 1 is 0.5 and level 2 is 0.5.*reverse=True"),
+        ([1.0, 0.5, 0.5], r"level 1 is 0.5 and level 2 is 0.5. Write np.unique\(sigmas\)\[::-1\]"),
         ([1.0, 0.0], "positive and finite, got 0"),
         ([1.0, -0.1], "positive and finite, got -0.1"),
         ([1.0, float("nan")], "positive and finite, got nan"),
@@ -419,6 +419,14 @@ def test_annealed_langevin_dynamics_samples_a_ring_with_the_schedule_from_data()
 def test_invalid_levels_raise(sigmas, message):
     with pytest.raises(ValueError, match=message):
         NoiseSchedule(sigmas)
+
+
+def test_the_code_that_the_message_about_the_order_suggests_works():
+    for sigmas in ([0.1, 1.0, 1.0], np.array([0.1, 1.0, 1.0]), torch.tensor([0.1, 1.0, 1.0], dtype=torch.float64)):
+        with pytest.raises(ValueError, match="strictly descending") as error:
+            NoiseSchedule(sigmas)
+        code = str(error.value).partition("Write ")[2].rstrip(".")
+        assert NoiseSchedule(eval(code, {"np": np, "sigmas": sigmas})) == NoiseSchedule([1.0, 0.1])  # noqa: S307
 
 
 def test_a_string_in_place_of_sigmas_raises():
@@ -433,8 +441,12 @@ def test_a_string_in_place_of_sigmas_raises():
         (lambda: NoiseSchedule.geometric(1, 0, 10), ValueError, "sigma_max > sigma_min > 0"),
         (lambda: NoiseSchedule.geometric(1, 0.1, 1), ValueError, "levels must be an integer of at least 2, got 1"),
         (lambda: NoiseSchedule.geometric(1, 0.1, 2.5), TypeError, "levels must be an integer of at least 2, got 2.5"),
-        (lambda: NoiseSchedule.from_betas([0.1, 1.0]), ValueError, "strictly between 0 and 1"),
-        (lambda: NoiseSchedule.from_betas([]), ValueError, "strictly between 0 and 1"),
+        (lambda: NoiseSchedule.from_betas([0.1, 1.0]), ValueError, "strictly between 0 and 1, got 1"),
+        (
+            lambda: NoiseSchedule.from_betas([]),
+            ValueError,
+            r"with at least one number, got shape \(0,\)",
+        ),
         (lambda: NoiseSchedule.suggest_levels(50, 0.01, 0), ValueError, "dimension must be an integer of at least 1"),
         (lambda: NoiseSchedule.suggest_levels(50, 0.01, 3072, C=1.0), ValueError, "C must be between 0 and 0.997"),
         (lambda: NoiseSchedule([1.0, 0.1]).respaced(1), ValueError, "levels must be an integer of at least 2"),

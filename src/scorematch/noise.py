@@ -99,7 +99,7 @@ class NoiseSchedule:
             i = int(np.argmax(np.diff(array) >= 0))
             raise ValueError(
                 f"sigmas must be strictly descending, but level {i} is {array[i]:g} and level {i + 1} is "
-                f"{array[i + 1]:g}. Write sorted(set(sigmas), reverse=True)."
+                f"{array[i + 1]:g}. Write np.unique(sigmas)[::-1]."
             )
         object.__setattr__(self, "_values", tuple(array.tolist()))
         object.__setattr__(self, "_tables", {})
@@ -184,8 +184,11 @@ class NoiseSchedule:
             Ho et al., 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239.
         """
         values = betas.detach().cpu().double().numpy() if isinstance(betas, Tensor) else np.asarray(betas, np.float64)
-        if values.ndim != 1 or values.size == 0 or not ((values > 0) & (values < 1)).all():
-            raise ValueError("betas must be a one-dimensional sequence of numbers strictly between 0 and 1.")
+        if values.ndim != 1 or values.size == 0:
+            raise ValueError(f"betas must be one-dimensional with at least one number, got shape {values.shape}.")
+        inside = (values > 0) & (values < 1)
+        if not inside.all():
+            raise ValueError(f"every beta must be strictly between 0 and 1, got {values[~inside][0]:g}.")
         # log1p and expm1 are accurate at the first steps, where 1/alpha_bar - 1 is 1e-4.
         log_alpha_bar = np.cumsum(np.log1p(-values))
         return cls(0.5 * np.sqrt(np.expm1(-log_alpha_bar))[::-1])
