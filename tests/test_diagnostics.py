@@ -107,7 +107,7 @@ def test_levels_are_those_of_the_schedule_unless_given(images):
     rows = score_error(times(1, world), with_levels, n=2, progress=False)
     assert len(rows) == 16 and (rows[0].sigma, rows[-1].sigma) == pytest.approx((8, 0.05))
     assert len(score_error(world, world, LEVELS, n=2, progress=False)) == 20
-    with pytest.raises(ValueError, match="a plain callable has no noise levels of its own: pass levels"):
+    with pytest.raises(ValueError, match="the score has no noise levels of its own: pass levels"):
         score_error(world, world, progress=False)
 
 
@@ -364,7 +364,7 @@ def test_invalid_arguments_of_sampler_distances_raise(world):
         sampler_distances(world, n=1)
     with pytest.raises(ValueError, match="repeats must be an integer of at least 2, got 1"):
         sampler_distances(world, repeats=1)
-    with pytest.raises(ValueError, match="a plain callable has no noise levels of its own: pass a schedule"):
+    with pytest.raises(ValueError, match="the score has no noise levels of its own: pass a schedule"):
         sampler_distances(world, n=2, progress=False)
 
 

@@ -266,7 +266,7 @@ class GuidedScore(NetworkScore, nn.Module):
 
     @property
     def schedule(self) -> NoiseSchedule | None:
-        """The noise levels that the network was trained on; None for a plain callable."""
+        """The noise levels that the network was trained on; None for a plain function."""
         return attribute(self.net, "schedule")
 
     @property
@@ -432,7 +432,7 @@ class _Classifier(GuidedScore):
 def _call(
     score: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | None, *, variance: bool = False
 ) -> tuple[Tensor, ...]:
-    """The score of x, and the variance if ``variance`` is True. A plain callable gets a tensor as its noise level."""
+    """The score of x, and the variance if ``variance`` is True. A plain function gets a tensor as its noise level."""
     if not has_inference_copy(score):
         sigma = as_sigma(sigma, x)
     arguments = (x, sigma) if condition is None else (x, sigma, condition)

@@ -111,7 +111,7 @@ def log_likelihood(
     Raises:
         TypeError: if x is not a floating-point tensor, or ``probes`` is not an integer.
         ValueError: if x is not a batch, ``probes`` is below 1, the schedule has one level, or is missing for a plain
-            callable or a network with one noise level, or the score is not differentiable in x.
+            function or a network with one noise level, or the score is not differentiable in x.
 
     Example:
         >>> from scorematch import NoiseSchedule
@@ -235,11 +235,11 @@ def default_schedule(net: Score) -> NoiseSchedule:
     """The schedule of ``log_likelihood`` if none is given.
 
     Raises:
-        ValueError: for a plain callable, which has no noise levels of its own, and for a network with one level.
+        ValueError: for a plain function, which has no noise levels of its own, and for a network with one level.
     """
     own = schedule_of(net)
     if own is None:
-        raise ValueError("a plain callable has no noise levels of its own: pass a schedule.")
+        raise ValueError("the score has no noise levels of its own: pass a schedule.")
     if len(own) == 1:
         raise ValueError(f"the network has one noise level, {own.sigma_max:g}, but the flow needs a range of levels.")
     return NoiseSchedule.karras(own.sigma_max, own.sigma_min, _LEVELS)

@@ -98,7 +98,7 @@ def dsm_loss(
 
     Raises:
         TypeError: if x is not a floating-point tensor, noise not a tensor, or region not a bool tensor.
-        ValueError: if there are no noise levels (a plain callable without ``schedule`` and ``sigma``), sigma is not
+        ValueError: if there are no noise levels (a plain function without ``schedule`` and ``sigma``), sigma is not
             positive, p is below 1 or infinite, ``reduction`` is unknown, or the shapes do not fit.
 
     Example:
@@ -298,7 +298,7 @@ def _perturbation(
     if sigma is None:
         schedule = schedule_of(net) if schedule is None else schedule
         if schedule is None:
-            raise ValueError("a plain callable has no noise levels of its own: pass a schedule, or sigma.")
+            raise ValueError("the score has no noise levels of its own: pass a schedule, or sigma.")
         check_schedule(schedule)
         sigma = schedule.sample(len(x), generator=source, device=x.device).to(x.dtype)
     else:

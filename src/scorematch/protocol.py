@@ -2,8 +2,8 @@
 
 x is a batch (N, ...), sigma its noise level, () or (N,), and the result has the shape of x. Losses, samplers and
 ``log_likelihood`` accept any such callable. A score may have attributes: ``schedule``, the noise levels that it was
-trained on; ``value_range``, the range of its data; and ``sample_shape``, the shape of one sample. Error messages call
-a score without a schedule a plain callable.
+trained on; ``value_range``, the range of its data; and ``sample_shape``, the shape of one sample. A score without these
+attributes is called a plain function.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def attribute(score: object, name: str) -> Any:
 
 
 def schedule_of(score: object) -> NoiseSchedule | None:
-    """The noise levels that a network was trained on; None for a plain callable."""
+    """The noise levels that a network was trained on; None for a plain function."""
     schedule = attribute(score, "schedule")
     return schedule if isinstance(schedule, NoiseSchedule) else None
 

@@ -286,7 +286,7 @@ def _sigmas(levels: NoiseSchedule | Iterable[float] | None, *scores: object) -> 
     if levels is None:
         own = next((found for score in scores if (found := schedule_of(score)) is not None), None)
         if own is None:
-            raise ValueError("a plain callable has no noise levels of its own: pass levels.")
+            raise ValueError("the score has no noise levels of its own: pass levels.")
         return np.geomspace(own.sigma_max, own.sigma_min, _LEVELS).tolist()
     sigmas = [float(sigma) for sigma in levels]
     if not sigmas or not all(0 < sigma < math.inf for sigma in sigmas):

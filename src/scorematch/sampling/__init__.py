@@ -55,7 +55,7 @@ def recommended_sampler(
         A sampler of ``net``, of the class that ``settings.sampler`` names.
 
     Raises:
-        ValueError: if the sampler rejects an option, or ``net`` is a plain callable, which has no noise levels.
+        ValueError: if the sampler rejects an option, or ``net`` is a plain function, which has no noise levels.
 
     Example:
         >>> from scorematch import ScoreNet

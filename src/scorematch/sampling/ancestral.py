@@ -67,7 +67,7 @@ class AncestralSampler(Sampler):
     """The ancestral sampler of DDPM and Palette for any score, with one network call per level.
 
     The large variance is defined in units of images in [-1, 1]; the sampler converts them with the network's
-    ``value_range``. The data of a plain callable, or of a network without a value range, are assumed to be in these
+    ``value_range``. The data of a plain function, or of a network without a value range, are assumed to be in these
     units already, with a standard deviation of at most 1.
 
     Args:
@@ -83,7 +83,7 @@ class AncestralSampler(Sampler):
 
     Raises:
         TypeError: if an argument has the wrong type, or an option does not exist.
-        ValueError: if an option has an invalid value, a plain callable has no schedule, the network predicts no
+        ValueError: if an option has an invalid value, a plain function has no schedule, the network predicts no
             variance for "learned", or it has no value range for ``clamp_denoised``.
 
     Example:

@@ -54,9 +54,9 @@ from scorematch.schema import check_count
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# The exponent p of consistent sampling for networks without settings, and for plain callables. With a learned score,
+# The exponent p of consistent sampling for networks without settings, and for plain functions. With a learned score,
 # each step that adds noise also adds an error: p = 1.1 was best for a network of color images (docs/pretrained.md). A
-# plain callable may be an exact score, and is sampled with the step of ancestral sampling, p = 2.
+# plain function may be an exact score, and is sampled with the step of ancestral sampling, p = 2.
 _POWER_OF_NETWORKS, _POWER = 1.1, 2.0
 # The smallest and the largest number of levels for a network without settings.
 _FEWEST_LEVELS, _MOST_LEVELS = 100, 250
@@ -70,7 +70,7 @@ class AnnealedLangevinSampler(Sampler):
     """Annealed Langevin dynamics for any score.
 
     Arguments left as None use the network's recommended settings, ``net.sampler_settings``. A network without settings
-    is sampled consistently with at most 250 network calls. A plain callable is sampled by the published algorithm: the
+    is sampled consistently with at most 250 network calls. A plain function is sampled by the published algorithm: the
     step size is that of technique 4 of NCSNv2 (Song & Ermon, 2020), and the number of steps per level is the smallest,
     but at least 3, for which the variance at the end of the schedule is at most 1.2 sigma_min^2. If the schedule is not
     the recommended one, the recommended kind of sampling is kept, and the step size is derived from the schedule.
@@ -86,19 +86,19 @@ class AnnealedLangevinSampler(Sampler):
 
         exact_noise: whether the noise of a step has variance 2a - a^2/sigma^2 instead of 2a. True or False disables
             consistent sampling. None uses the recommended settings, or else True for a network and False for a plain
-            callable.
+            function.
         consistent: whether to sample consistently: one step from each level to the next, which adds exactly the noise
             that is missing to the next level. None uses the recommended settings, or else True for a network with more
-            than one level and False for a plain callable. Let r be the smallest ratio of a level to the one before. The
+            than one level and False for a plain function. Let r be the smallest ratio of a level to the one before. The
             step size must lie between sigma_min^2 (1 - r) and sigma_min^2 (1 + r). Its default is
             sigma_min^2 (1 - r^p), where p is derived from the recommended settings and at most 2; p is 1.1 for a
-            network without settings, and 2, as in ancestral sampling, for a plain callable.
+            network without settings, and 2, as in ancestral sampling, for a plain function.
         **options: the options of every ``Sampler``: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, ``clamp``,
             ``restore``, ``precision`` and ``compile``.
 
     Raises:
         TypeError: if an argument has the wrong type, or an option does not exist.
-        ValueError: if an option has an invalid value, a plain callable has no schedule, the step size is outside its
+        ValueError: if an option has an invalid value, a plain function has no schedule, the step size is outside its
             range, or steps_per_level or exact_noise contradicts ``consistent=True``.
 
     Example:

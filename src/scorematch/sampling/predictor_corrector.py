@@ -78,7 +78,7 @@ class PredictorCorrectorSampler(Sampler):
 
     Raises:
         TypeError: if an argument has the wrong type, or an option does not exist.
-        ValueError: if an option has an invalid value, or a plain callable has no schedule.
+        ValueError: if an option has an invalid value, or a plain function has no schedule.
 
     Example:
         >>> from scorematch import NoiseSchedule

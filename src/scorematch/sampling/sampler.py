@@ -81,7 +81,7 @@ class Sampler(ABC):
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable. A plain
-            callable receives sigma as a tensor of shape () on x's device.
+            function receives sigma as a tensor of shape () on x's device.
         schedule: the noise levels, from high to low; None uses the sampler's default for the levels that the network
             was trained on. They need not be the levels of training.
         levels: the number of noise levels, at least 2, to which the schedule is respaced; None keeps the number.
@@ -104,7 +104,7 @@ class Sampler(ABC):
 
     Raises:
         TypeError: if net is not callable, or the schedule or levels have the wrong type.
-        ValueError: if an option has an invalid value, a plain callable has no schedule, ``sigma_max`` or ``sigma_min``
+        ValueError: if an option has an invalid value, a plain function has no schedule, ``sigma_max`` or ``sigma_min``
             is outside the range of the schedule, or ``compile`` is True for a score that has no inference copy or with
             precision "float32".
     """
@@ -142,7 +142,7 @@ class Sampler(ABC):
             own = schedule_of(net)
             if own is None:
                 raise ValueError(
-                    "a plain callable has no noise levels of its own: pass a schedule, such as "
+                    "the score has no noise levels of its own: pass a schedule, such as "
                     "NoiseSchedule.geometric(50, 0.01, 232)."
                 )
             schedule = self.default_schedule(own.between(sigma_max, sigma_min), levels)
@@ -452,7 +452,7 @@ class Sampler(ABC):
         return restoration(observation, self.restore, variance)
 
     def _device(self, init: Tensor | None, generators: Generators) -> torch.device:
-        """The network's device; for a plain callable that of init, or else that of the generator, or else the CPU."""
+        """The network's device; for a plain function that of init, or else that of the generator, or else the CPU."""
         one = generators[0] if isinstance(generators, tuple) else generators
         source = one if init is None else init
         return device_of(self.net, "cpu" if source is None else source.device)
