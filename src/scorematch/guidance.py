@@ -1,4 +1,4 @@
-r"""Guidance: a score that is computed from two scores, for any sampler.
+r"""Guidance: a score that is computed from a network and a second network or a classifier, for any sampler.
 
 Let c be a class, and :math:`s(x, \sigma | c)` the score of its noisy images. Guidance makes samples fit c better, at
 the cost of diversity. At weight w = 1 there is no guidance (for a classifier, w = 1 is Bayes' rule); larger

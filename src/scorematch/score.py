@@ -774,7 +774,7 @@ def _check_one_condition(channels: int, classes: int | None) -> None:
 
 
 def check_size(net: ScoreNet) -> None:
-    """Raises ValueError if height or width of a sample is not a multiple of the backbone's ``divisor``, or of 1."""
+    """Raises ValueError if height or width of a sample is not a multiple of the ``divisor`` of the backbone, if any."""
     divisor: int = getattr(net.backbone, "divisor", 1)
     height, width = cast(tuple[int, ...], net.sample_shape)[1:]
     if height % divisor or width % divisor:

@@ -176,7 +176,7 @@ def as_extractor(
             raise ValueError(f"{features!r} takes no file of weights; {', '.join(map(repr, _WITH_FILES))} do.")
         return EXTRACTORS[features](device=device, **given)
     if weights is not None:
-        raise ValueError("weights is for an extractor that is given by its name.")
+        raise ValueError("weights is for an extractor that is given by its name. Leave it out.")
     if isinstance(features, Extractor):
         return features
     if isinstance(features, nn.Module):

@@ -2,7 +2,7 @@ r"""Annealed Langevin dynamics: Langevin steps at each noise level in turn, from
 
 At level i, this step is taken T times:
 
-.. math:: x \leftarrow x + a_i\, s(x, \sigma_i) + \sqrt{2 a_i}\, z, \qquad a_i = \epsilon\, \sigma_i^2 / \sigma_L^2,
+.. math:: x \leftarrow x + a_i\, s(x, \sigma_i) + \sqrt{2 a_i}\, z, \qquad a_i = \epsilon\, \sigma_i^2 / \sigma_L^2.
 
 With this :math:`a_i` the signal-to-noise ratio of a step is the same at every level. Song & Ermon (2020) and the code
 of both papers use the same convention; the 2019 paper writes a/2 and sqrt(a), so its epsilon is twice this one.

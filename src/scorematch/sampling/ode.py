@@ -14,7 +14,7 @@ enough. Both methods are of second order: halving the step divides the error by 
 :math:`h_i = \lambda_{i+1} - \lambda_i`, D is extrapolated from the last two denoised images:
 
 .. math:: x_{i+1} = \frac{\sigma_{i+1}}{\sigma_i} x_i + \Bigl(1 - \frac{\sigma_{i+1}}{\sigma_i}\Bigr)
-          \Bigl(D_i + \frac{h_i}{2 h_{i-1}} (D_i - D_{i-1})\Bigr),
+          \Bigl(D_i + \frac{h_i}{2 h_{i-1}} (D_i - D_{i-1})\Bigr).
 
 The first step uses :math:`D_i` alone. The step to sigma = 0 is Tweedie's formula, the final denoising of all samplers.
 

@@ -4,7 +4,7 @@ The **predictor** is a step of the reverse diffusion from one level to the next,
 
 .. math:: x \leftarrow x + (\sigma_{i-1}^2 - \sigma_i^2)\, s(x, \sigma_{i-1}) + \sqrt{v_i}\, z, \qquad
           v_i = \sigma_{i-1}^2 - \sigma_i^2 \quad\text{or}\quad
-          v_i = \sigma_i^2 (\sigma_{i-1}^2 - \sigma_i^2) / \sigma_{i-1}^2 ,
+          v_i = \sigma_i^2 (\sigma_{i-1}^2 - \sigma_i^2) / \sigma_{i-1}^2 .
 
 The first :math:`v_i` ("reverse-diffusion") discretizes the stochastic differential equation. The second ("ancestral")
 is exact if the denoised image does not change: the noise that is left has variance :math:`\sigma_i^2`. In this case the

@@ -10,7 +10,7 @@ a NoiseSchedule     its levels, equally probable                    NCSN, NCSNv2
 ``LogUniform``      log sigma uniform between two ends              NCSN++ (continuous)
 ``UniformTime``     the time of the VP diffusion uniform            DDPM++ (continuous)
 ``LogNormal``       log sigma normal                                EDM
-``Mixture``         several distributions, equally probable         the examples of this package
+``Mixture``         several distributions, equally probable         examples and networks of this package
 ==================  ==============================================  =================================================
 
 Image i of a run gets the level at :math:`u_i = \operatorname{frac}(i / \varphi + u_0)`, where phi is the golden ratio

@@ -191,8 +191,9 @@ def train(
         The loss:
 
         levels: the noise levels: a NoiseSchedule, whose levels are drawn equally often; ``LogNormal``,
-            ``LogUniform``, ``UniformTime``, or any object with their method ``quantile``. None is EDM's log-normal
-            distribution for the preconditioning "karras", and the network's own schedule for every other.
+            ``LogUniform``, ``UniformTime``, a ``Mixture`` of these, or any object with their method ``quantile``. None
+            is EDM's log-normal distribution for the preconditioning "karras", and the network's own schedule for every
+            other.
         weighting: the weighting of the loss by noise level (``scorematch.training.levels``): "sigma" (sigma^p),
             "backbone" (1 / abs(c_out)^p), or a function of sigma (N,). None is "sigma" for the preconditioning "ncsn"
             and "backbone" for every other.
