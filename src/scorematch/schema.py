@@ -238,6 +238,12 @@ def plain(name: str) -> str:
     return name if name.isprintable() and len(name) <= _LONGEST else quote(name)
 
 
+def few(names: Iterable[str], most: int = 3) -> str:
+    """Names for messages: the first ones, with dots if there are more than ``most``."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def reason(error: Exception | str) -> str:
     """An error of another library, or its text, for a longer message: one line of at most 240 characters."""
     text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))

@@ -30,6 +30,7 @@ from scorematch.loss import dsm_loss
 from scorematch.precision import autocast
 from scorematch.pretrained.hub import check_login, check_repository
 from scorematch.pretrained.model_card import describe_classes
+from scorematch.schema import few
 from scorematch.score import ScoreNet, check_size
 from scorematch.training import RECIPES, ImageData, Recipe, Settings, checkpoint, open_images, train
 from scorematch.training.recipes import training_flop
@@ -362,8 +363,7 @@ def _announce(
     if data.classes is not None:
         print(f"          {describe_classes(data.classes, 10)}")
     if data.skipped:
-        few = ", ".join(data.skipped[:3]) + (", ..." if len(data.skipped) > 3 else "")
-        print(f"          left out: {count(len(data.skipped))} that cannot be read, {few}")
+        print(f"          left out: {count(len(data.skipped))} that cannot be read, {few(data.skipped)}")
     parameters = sum(parameter.numel() for parameter in net.parameters())
     name = recipe.name if args.start is None or args.recipe is not None else args.start
     print(f"network   {name}: {parameters:,} parameters, {training_flop(net) / 1e9:.3g} GFLOP per image")
@@ -392,8 +392,8 @@ def _seconds_per_image(
 ) -> float:
     """The measured seconds of the forward and the backward pass on one device with a batch of its own, per image."""
     most = _TIMED_VALUES // math.prod(data.shape) if device.type == "cpu" else batch_size
-    few = max(1, min(most, settings.microbatch or batch_size, batch_size))
-    images, labels = data.read(range(few))
+    n = max(1, min(most, settings.microbatch or batch_size, batch_size))
+    images, labels = data.read(range(n))
     x = to_float(images).to(device)
     given = loss_arguments(settings, x, labels, seed=0)
 
@@ -408,4 +408,4 @@ def _seconds_per_image(
     step()  # the first call prepares the kernels
     begin = time.perf_counter()
     step()
-    return (time.perf_counter() - begin) / few
+    return (time.perf_counter() - begin) / n

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from scorematch.pretrained.configuration import missing, read_json, remedy
 from scorematch.pretrained.pickles import load_tensors, read_pickle
-from scorematch.schema import plain, quote, reason
+from scorematch.schema import few, plain, quote, reason
 
-_LISTED = 3  # the largest number of tensors in a message
 WEIGHTS_FILE = "model.safetensors"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 # The files of diffusers that hold weights, in order of preference. An index lists the parts of weights that are split.
@@ -103,27 +102,23 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], source: Path | str)
     expected = backbone.state_dict()
     lacking, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if lacking:
-        raise ValueError(
-            f"{source} lacks {len(lacking)} tensor(s) that the network needs: {_first(map(plain, lacking))}."
-        )
+        raise ValueError(f"{source} lacks {len(lacking)} tensor(s) that the network needs: {few(map(plain, lacking))}.")
     if unknown:
-        raise ValueError(
-            f"{source} holds {len(unknown)} tensor(s) that the network lacks: {_first(map(plain, unknown))}."
-        )
+        raise ValueError(f"{source} holds {len(unknown)} tensor(s) that the network lacks: {few(map(plain, unknown))}.")
     wrong = [
         f"{plain(name)} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if weights[name].shape != tensor.shape
     ]
     if wrong:
-        raise ValueError(f"the weights in {source} belong to a network of other sizes: {_first(wrong)}.")
+        raise ValueError(f"the weights in {source} belong to a network of other sizes: {few(wrong)}.")
     wrong = [
         f"{plain(name)} {weights[name].dtype} instead of {tensor.dtype}"
         for name, tensor in expected.items()
         if weights[name].is_floating_point() != tensor.is_floating_point()
     ]
     if wrong:
-        raise ValueError(f"the weights in {source} have the wrong dtype: {_first(wrong)}.")
+        raise ValueError(f"the weights in {source} have the wrong dtype: {few(wrong)}.")
     if not any(tensor.is_meta for tensor in expected.values()):
         backbone.load_state_dict(weights)
         return
@@ -135,14 +130,9 @@ def fill(backbone: nn.Module, weights: Mapping[str, Tensor], source: Path | str)
     # The sum is not finite if a value is not; it takes a tenth of the time.
     wrong = [plain(name) for name, tensor in copies.items() if not (tensor.sum().isfinite() or tensor.isfinite().all())]
     if wrong:
-        raise ValueError(f"the weights in {source} hold NaN or infinity: {_first(wrong)}.")
+        raise ValueError(f"the weights in {source} hold NaN or infinity: {few(wrong)}.")
     backbone.load_state_dict(copies, assign=True)
     for module in backbone.modules():
         reset = getattr(module, "reset_buffers", None)
         if reset is not None:
             reset(torch.device("cpu"))
-
-
-def _first(found: Iterable[str]) -> str:
-    words = list(found)
-    return ", ".join(words[:_LISTED]) + (", ..." if len(words) > _LISTED else "")

@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 from scorematch.files import new_files
 from scorematch.randomness import seed_of
-from scorematch.schema import Field, check, check_choice, check_count, read_object
+from scorematch.schema import Field, check, check_choice, check_count, few, read_object
 from scorematch.training.sources import CELEBA_SIDE, Array, Crop, Options, Source, UnfitError, find, ordered_map
 
 _BLOCK = 1024  # images that are read at a time to hash them
@@ -241,10 +241,10 @@ def open_images(
     array, broken = _decode(found, fingerprint, folder, strict, workers, progress)
     data = ImageData(found, array=array, broken=broken, fingerprint=fingerprint, workers=workers)
     if data.skipped:
-        few = ", ".join(data.skipped[:3]) + (", ..." if len(data.skipped) > 3 else "")
         number = len(found) + len(found.unread)
         warnings.warn(
-            f"{len(data.skipped)} of the {number} images of {found.name} cannot be read and are left out: {few}",
+            f"{len(data.skipped)} of the {number} images of {found.name} cannot be read and are left out: "
+            f"{few(data.skipped)}",
             stacklevel=2,
         )
     return data

@@ -27,7 +27,7 @@ from scorematch.arrays import array_names, read_arrays
 from scorematch.bulk.stored import IMAGES, stored_samples, stored_settings
 from scorematch.images import ENDINGS, UNREAD, check_range, gray_or_rgb, is_picture, open_picture, to_uint8, why_none
 from scorematch.noise import is_outside
-from scorematch.schema import plain, reason
+from scorematch.schema import few, plain, reason
 
 Crop = Literal["center", "celeba"] | None
 _A = TypeVar("_A")
@@ -476,7 +476,7 @@ def _choose(
         found = list(keys)
     if not found or found[0] not in keys:
         given = "" if key is None else f" named {key!r}"
-        names = ", ".join(map(repr, map(plain, keys[:10]))) + (", ..." if len(keys) > 10 else "")
+        names = few((repr(plain(name)) for name in keys), 10)
         raise ValueError(f"the data have no {what}s{given}; the names are {names}. Pass {what}_key=.")
     return found[0]
 
