@@ -72,8 +72,8 @@ class AncestralSampler(Sampler):
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
-        schedule: the noise levels, from high to low; None uses the network's own, respaced to 100 levels if it has
-            more.
+        schedule: the noise levels, from high to low; None uses the network's own, or 100 levels in the same range if
+            it has more.
         variance: the variance of the noise of a step: "large", "small", or "learned" for a network that predicts it;
             see ``scorematch.sampling.ancestral``.
         clamp_denoised: whether to clamp the denoised image to the network's value range at every step, as the authors
