@@ -133,15 +133,15 @@ def test_width_is_the_number_of_values_of_the_first_features_per_pixel(name, rng
 
 @every_path
 @torch.no_grad()
-def test_a_settled_copy_uses_the_level_that_it_was_settled_at(name, rng):
+def test_a_copy_with_a_fixed_level_uses_the_level_that_was_set(name, rng):
     made = shared(name).backbone
-    settled = copy.deepcopy(made).requires_grad_(False)
-    settle = FAMILIES[NETS[name][0]].settle(settled)
+    fixed = copy.deepcopy(made).requires_grad_(False)
+    set_level = FAMILIES[NETS[name][0]].fix_level(fixed)
     arguments = _arguments(name, rng, torch.full((2,), 4.0))
     for level in (0.0, 3.25, 1.0):
-        settle(torch.tensor(level))
+        set_level(torch.tensor(level))
         expected = made(arguments[0], torch.full((2,), level), *arguments[2:])
-        torch.testing.assert_close(settled(*arguments), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fixed(*arguments), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ncsnpp", "NCSN++"])

@@ -446,9 +446,9 @@ def test_a_sampler_makes_one_copy_per_run_and_does_not_keep_it(monkeypatch):
     made, original = [], inference.copy_for_inference
 
     def spy(*args, **kwargs):
-        copied, settle = original(*args, **kwargs)
+        copied, set_level = original(*args, **kwargs)
         made.append(weakref.ref(copied))
-        return copied, settle
+        return copied, set_level
 
     monkeypatch.setattr("scorematch.nets.inference.copy_for_inference", spy)
     net = ScoreNet.ncsnv2(1, SIZE, width=4, schedule=LEVELS)

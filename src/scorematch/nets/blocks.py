@@ -278,7 +278,7 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class Settled(nn.Module):
+class Constant(nn.Module):
     """Replaces a module that depends on the noise level only; returns the output of that module for one level."""
 
     value: Tensor
@@ -287,7 +287,7 @@ class Settled(nn.Module):
         return self.value
 
 
-def settle_projections(copy: nn.Module) -> Callable[[Tensor], None]:
+def fix_projections(copy: nn.Module) -> Callable[[Tensor], None]:
     """Replaces the projections of the noise level in the residual blocks of a copy by constants.
 
     Returns:
@@ -296,15 +296,15 @@ def settle_projections(copy: nn.Module) -> Callable[[Tensor], None]:
     pairs = []
     for block in copy.modules():
         if isinstance(block, ResidualBlock):
-            settled = Settled()
-            pairs.append((block.time_emb_proj, settled))
-            block._modules["time_emb_proj"] = settled
+            constant = Constant()
+            pairs.append((block.time_emb_proj, constant))
+            block._modules["time_emb_proj"] = constant
 
-    def settle(embedding: Tensor) -> None:
-        for projection, settled in pairs:
-            settled.value = projection(embedding)
+    def set_constants(embedding: Tensor) -> None:
+        for projection, constant in pairs:
+            constant.value = projection(embedding)
 
-    return settle
+    return set_constants
 
 
 # -- The network ------------------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ class Family(ABC, Generic[Network]):
         """The names of the modules whose input is the noise level or a class, not the image; they stay in float32."""
 
     @abstractmethod
-    def settle(self, copy: Network) -> Callable[[Tensor], None]:
+    def fix_level(self, copy: Network) -> Callable[[Tensor], None]:
         """Changes a copy of a backbone so that its noise level is set before it is called.
 
         Returns:

@@ -103,7 +103,8 @@ class InferenceScore(NetworkScore):
         self._preconditioning = preconditioning
         self._compiled = compile
         self._width = family.width(backbone)
-        self._backbone, self._settle = copy_for_inference(family, backbone, native_dtype(self.device), compile=compile)
+        dtype = native_dtype(self.device)
+        self._backbone, self._set_c_noise = copy_for_inference(family, backbone, dtype, compile=compile)
         self._lock = threading.Lock()
         self._level: tuple[float, torch.dtype] | None = None  # the noise level that the copy is set to
         self._coefficients: Coefficients
@@ -170,7 +171,7 @@ class InferenceScore(NetworkScore):
         self._level = None  # in case of an exception below
         with torch.inference_mode(False), torch.no_grad():  # what is kept can be used in any mode
             self._coefficients = self._preconditioning.coefficients(level)
-            self._settle(self._coefficients.c_noise.to(torch.float32))
+            self._set_c_noise(self._coefficients.c_noise.to(torch.float32))
         self._level = key
 
 
@@ -195,8 +196,8 @@ def copy_for_inference(
         compile: whether to compile the copy at its first call.
 
     Returns:
-        A tuple (copy, settle). The copy is called in the same way as the backbone, but computes its output for the
-        noise level of the last call of ``settle(c_noise)``, where c_noise is a float32 tensor ().
+        A tuple (copy, set_level). The copy is called in the same way as the backbone, but computes its output for the
+        noise level of the last call of ``set_level(c_noise)``, where c_noise is a float32 tensor ().
     """
     device = next(backbone.parameters()).device
     channels_last = device.type == "cpu" or (device.type == "cuda" and family.channels_last_on_cuda)
@@ -208,10 +209,10 @@ def copy_for_inference(
         torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)  # freed at once; its pages are never touched
     if dtype != torch.float32:
         _lower(family, made, dtype)
-    settle = family.settle(made)
+    set_level = family.fix_level(made)
     if compile:
         _compile(made, device)
-    return made, settle
+    return made, set_level
 
 
 def _clone(module: nn.Module, *, channels_last: bool) -> nn.Module:

@@ -107,7 +107,7 @@ class ConditionalInstanceNormPlus(nn.Module):
     () or (N,), and may be fractional: between two levels the rows are interpolated linearly.
     """
 
-    settled: tuple[Tensor, ...] | None = None  # in an inference copy, gamma, alpha and beta of its noise level
+    fixed: tuple[Tensor, ...] | None = None  # in an inference copy, gamma, alpha and beta of its noise level
 
     def __init__(self, channels: int, levels: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class ConditionalInstanceNormPlus(nn.Module):
         self.embed = nn.Embedding(levels, 3 * channels, _weight=table)
 
     def forward(self, x: Tensor, position: Tensor, activation: Activation | None = None) -> Tensor:  # noqa: D102
-        rows = self.rows(position) if self.settled is None else self.settled
+        rows = self.rows(position) if self.fixed is None else self.fixed
         y = _instance_norm_plus(_widened(x, self.embed.weight), *rows)
         return _activated(y, activation, x.dtype)
 

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from scorematch.nets.blocks import (
     SQRT2,
     Attention,
+    Constant,
     Embedding,
     Filter,
     Fourier,
@@ -56,13 +57,12 @@ from scorematch.nets.blocks import (
     MiddleBlock,
     Positional,
     ResidualBlock,
-    Settled,
     Style,
     fir_up,
+    fix_projections,
     mean_down,
     nearest_up,
     quarter_groups,
-    settle_projections,
 )
 from scorematch.nets.family import structure
 from scorematch.nets.layers import GroupNorm
@@ -420,24 +420,24 @@ class _NCSNPPFamily(ImageFamily[NCSNPP]):
         last = up if backbone.output_pyramid == "skip" else []
         return {"conv_in", *first}, {"conv_out", *last}
 
-    def settle(self, copy: NCSNPP) -> Callable[[Tensor], None]:
+    def fix_level(self, copy: NCSNPP) -> Callable[[Tensor], None]:
         """The sines and cosines are computed once per level, and without classes also all that depends on them."""
         features, embed = copy.time_proj, copy.time_embedding
-        settled = copy.time_proj = Settled()
+        constant = copy.time_proj = Constant()
         if copy.classes is not None:
 
-            def settle_features(c_noise: Tensor) -> None:
-                settled.value = features(c_noise[None])
+            def set_features(c_noise: Tensor) -> None:
+                constant.value = features(c_noise[None])
 
-            return settle_features
+            return set_features
         copy._modules["time_embedding"] = nn.Identity()
-        projections = settle_projections(copy)
+        projections = fix_projections(copy)
 
-        def settle(c_noise: Tensor) -> None:
-            settled.value = embed(features(c_noise[None]))
-            projections(F.silu(settled.value))
+        def set_level(c_noise: Tensor) -> None:
+            constant.value = embed(features(c_noise[None]))
+            projections(F.silu(constant.value))
 
-        return settle
+        return set_level
 
 
 NCSNPP_FAMILY = _NCSNPPFamily()

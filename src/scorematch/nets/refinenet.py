@@ -365,15 +365,15 @@ class _NCSN(_RefineNetFamily):
     conditional = True
     preconditions = ("ncsn",)
 
-    def settle(self, copy: RefineNet) -> Callable[[Tensor], None]:
+    def fix_level(self, copy: RefineNet) -> Callable[[Tensor], None]:
         """Each norm stores its parameters for the level."""
         norms = [module for module in copy.modules() if isinstance(module, ConditionalInstanceNormPlus)]
 
-        def settle(position: Tensor) -> None:
+        def set_level(position: Tensor) -> None:
             for norm in norms:
-                norm.settled = norm.rows(position)
+                norm.fixed = norm.rows(position)
 
-        return settle
+        return set_level
 
 
 class _NCSNv2(_RefineNetFamily):
@@ -381,7 +381,7 @@ class _NCSNv2(_RefineNetFamily):
     conditional = False
     preconditions = ("ncsnv2", "karras")
 
-    def settle(self, copy: RefineNet) -> Callable[[Tensor], None]:
+    def fix_level(self, copy: RefineNet) -> Callable[[Tensor], None]:
         """Nothing in it depends on the noise level."""
         return lambda position: None
 

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from scorematch.nets.blocks import (
     SQRT2,
     Attention,
+    Constant,
     Embedding,
     Filter,
     Fourier,
@@ -51,14 +52,13 @@ from scorematch.nets.blocks import (
     MiddleBlock,
     Positional,
     ResidualBlock,
-    Settled,
     Style,
     fir_up,
+    fix_projections,
     is_larger,
     mean_down,
     nearest_up,
     quarter_groups,
-    settle_projections,
 )
 from scorematch.nets.family import place, structure
 from scorematch.nets.layers import GroupNorm
@@ -729,19 +729,19 @@ class _UNetFamily(ImageFamily[UNet]):
             place(grown[target], weight, outputs=outputs, inputs=inputs)
         return grown
 
-    def settle(self, copy: UNet) -> Callable[[Tensor], None]:
+    def fix_level(self, copy: UNet) -> Callable[[Tensor], None]:
         """The embedding of the level is computed once, and without classes also its projection in each block."""
         features, embed = copy.time_proj, copy.time_embedding
-        embedding = copy.time_proj = Settled()
+        embedding = copy.time_proj = Constant()
         copy._modules["time_embedding"] = nn.Identity()
-        projections = settle_projections(copy) if copy.classes is None else None
+        projections = fix_projections(copy) if copy.classes is None else None
 
-        def settle(c_noise: Tensor) -> None:
+        def set_level(c_noise: Tensor) -> None:
             embedding.value = embed(features(c_noise[None]))
             if projections is not None:
                 projections(copy.activation(embedding.value))
 
-        return settle
+        return set_level
 
 
 UNET = _UNetFamily()

@@ -144,7 +144,7 @@ class PredictorCorrectorSampler(Sampler):
         else:
             # Division by the mean square of the score over an image; if it is 0, the clamp gives the largest step.
             epsilon = (2 * self.snr**2 / score.reshape(len(x), -1).square().mean(1)).clamp(max=sigma**2)
-        score, z = chain.settle(x, score, z, sigma)
+        score, z = chain.stay(x, score, z, sigma)
         return x + per_image(epsilon, x) * score + per_image((2 * epsilon).sqrt(), x) * z
 
 

@@ -91,7 +91,7 @@ class Restoration:
         """The state at the start of a step, before the score is computed; z is the noise of the step."""
         return x
 
-    def settle(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    def stay(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """The score and the noise of a step that stays at its level."""
         return score, z
 
@@ -131,7 +131,7 @@ class Replacement(Restoration):
         noise = self._observed(z) * (sigma**2 - self.sigma**2) ** 0.5
         return x - self._observed(x) + self._y + noise
 
-    def settle(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    def stay(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """Keeps the observed part; at or below the noise level of y, samples it from its posterior."""
         if sigma > self.sigma:
             return score - self._observed(score), z - self._observed(z)

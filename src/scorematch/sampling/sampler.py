@@ -519,7 +519,7 @@ class Chain:
         x, z = self.begin(x, sigma)
         score = self.score(x, sigma)
         if stay:
-            score, z = self.settle(x, score, z, sigma)
+            score, z = self.stay(x, score, z, sigma)
         return x, score, z
 
     def begin(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
@@ -545,7 +545,7 @@ class Chain:
         """The noise level below which ``observe`` changes nothing; 0 without an observation that has noise.
 
         From there on the state contains the observation. A step from sigma_i to sigma_{i+1} that adds noise of a larger
-        variance than sigma_i^2 - sigma_{i+1}^2 would forget it, unless it stays at its level and uses ``settle``.
+        variance than sigma_i^2 - sigma_{i+1}^2 would forget it, unless it stays at its level and uses ``stay``.
         """
         return self._run.restoration.sigma
 
@@ -554,9 +554,9 @@ class Chain:
         self._z = z
         return self._run.restoration.project(x, sigma, z)
 
-    def settle(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    def stay(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """The score and the noise of a step that stays at its level; unchanged without an observation."""
-        return self._run.restoration.settle(x, score, z, sigma)
+        return self._run.restoration.stay(x, score, z, sigma)
 
     def score(self, x: Tensor, sigma: float) -> Tensor:
         """The score of x (n, ...) at a noise level, one network call per sample. The result may be overwritten."""

@@ -312,7 +312,7 @@ class _Pictures(Source):
         with self.open(i) as picture:
             return _fit(picture, self.shape, self.crop)
 
-    def settle(self, options: Options, workers: int) -> None:
+    def set_shape(self, options: Options, workers: int) -> None:
         """Sets the crop and the shape; what the options do not give is taken from the pictures."""
         self.crop = options.crop
         channels, size = options.channels, options.size
@@ -392,7 +392,7 @@ class _Folder(_Pictures):
         states = [(folder / path).stat() for path in self.paths]
         self.identity = [[path.as_posix(), state.st_size] for path, state in zip(self.paths, states, strict=True)]
         self._times = [state.st_mtime_ns for state in states]
-        self.settle(options, workers)
+        self.set_shape(options, workers)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -454,7 +454,7 @@ class _Table(_Pictures):
             self.labels, self.classes = _classes(list(table[key]), len(table), self.name)
             names = getattr(features.get(key), "names", None)
             self.classes = tuple(map(str, names)) if names else self.classes
-        self.settle(options, workers)
+        self.set_shape(options, workers)
 
     def __len__(self) -> int:
         return len(self.table)
