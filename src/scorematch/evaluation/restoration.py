@@ -409,13 +409,13 @@ def _in_features(seen: Mapping[str, Sequence[Extracted]], labels: Tensor | None)
     values: dict[tuple[str, str], Tensor] = {}
 
     def add(column: str, name: str, function: Callable[[Extracted], Tensor]) -> None:
-        values[column, name] = torch.stack([function(each).double().cpu() for each in seen[column]]).mean(0)
+        values[column, name] = torch.stack([function(each).cpu().double() for each in seen[column]]).mean(0)
 
     for column in (RESTORED, DEGRADED):
         add(column, "perceptual", lambda each: (each.features - original.features).norm(dim=1))
     if len(seen[RESTORED]) > 1:
         pairs = combinations(seen[RESTORED], 2)
-        distances = [(a.features - b.features).norm(dim=1).double().cpu() for a, b in pairs]
+        distances = [(a.features - b.features).norm(dim=1).cpu().double() for a, b in pairs]
         values[RESTORED, "feature diversity"] = torch.stack(distances).mean(0)
     if original.logits is not None:
         classes = original.logits.argmax(1)
