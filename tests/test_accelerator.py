@@ -191,6 +191,14 @@ def test_restored_images(operator, restore):
     _compare(lambda to: [operator.lift(operator.measure(to(torch.ones(2, 3, 8, 8)))), operator.as_image(to(y))])
 
 
+def test_masks_on_two_devices():
+    def seen(to):
+        operator = Mask(HALF) @ Uncrop() @ Mask(to(torch.arange(8) > 1))
+        return operator.seen, operator.measure(torch.ones(1, 1, 8, 8))
+
+    _compare(seen)
+
+
 def test_networks_and_guidance(monkeypatch):
     monkeypatch.setattr("scorematch.nets.inference.native_dtype", lambda device: torch.float32)
     torch.manual_seed(0)

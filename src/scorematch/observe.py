@@ -395,7 +395,7 @@ class _Composition(Operator):
             if carried is None:
                 return
             try:
-                seen = carried if seen is None else carried & seen
+                seen = carried if seen is None else carried & seen.to(carried.device)
             except RuntimeError as error:
                 raise ValueError(f"the masks of an operator must fit each other, got {self!r}.") from error
         self.gain, self.seen = outer.gain * inner.gain, seen
