@@ -275,7 +275,8 @@ class Mixture(Distribution):
 
     def _sample(self, n: int, generator: torch.Generator | None) -> Tensor:
         source = torch.device("cpu") if generator is None else generator.device
-        component = torch.multinomial(self.weights.to(source), n, replacement=True, generator=generator)
+        weights = self.weights.float() if source.type == "mps" else self.weights  # MPS does not support float64
+        component = torch.multinomial(weights.to(source), n, replacement=True, generator=generator)
         z = standard_normal((n, self.means.shape[1]), generator, self.means.device).double()
         return self.means[component.to(self.means.device)] + z * self._values.sqrt() @ self._vectors.T
 
