@@ -102,6 +102,8 @@ def test_a_mixture_of_levels_draws_equally_often_from_its_parts():
 def test_default_levels_are_those_of_edm_or_of_the_schedule():
     assert levels_for(image_net(), None) == LogNormal(-1.2 - math.log(2), 1.2)  # images in [0, 1]
     assert levels_for(points_net(), None) == LogNormal(-1.2, 1.2)  # data without a range are not rescaled
+    wide = ScoreNet(torch.nn.Identity(), NoiseSchedule([1.0, 0.5]), precondition_options={"sigma_data": 100.0})
+    assert levels_for(wide, None) == LogNormal(-1.2 + math.log(200), 1.2)  # in proportion to the data
     net = ScoreNet.ncsnv2(1, 8, width=8)
     assert levels_for(net, None) == ScheduleLevels(net.schedule)
     assert levels_for(net, NoiseSchedule([1.0, 0.5])) == ScheduleLevels(NoiseSchedule([1.0, 0.5]))

@@ -228,8 +228,8 @@ def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
 
     Args:
         net: the network to train.
-        levels: a distribution or a NoiseSchedule. None is EDM's distribution for the preconditioning "karras", and the
-            network's own schedule for every other.
+        levels: a distribution or a NoiseSchedule. None is EDM's distribution for the preconditioning "karras", relative
+            to its ``sigma_data``, and the network's own schedule for every other.
 
     Raises:
         TypeError: if ``levels`` is neither a distribution nor a NoiseSchedule.
@@ -237,8 +237,9 @@ def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
     if levels is None:
         if net.precondition != "karras":
             return ScheduleLevels(net.schedule)
-        # Karras et al. 2022, Table 1: the logarithm of sigma for images in [-1, 1].
-        return LogNormal(-1.2 - math.log(net.preconditioning.units[0]), 1.2)
+        # Karras et al. 2022, Table 1: the logarithm of sigma for images in [-1, 1], of the standard deviation 0.5.
+        deviation = net.precondition_options.get("sigma_data", 0.5)
+        return LogNormal(-1.2 + math.log(deviation / 0.5) - math.log(net.preconditioning.units[0]), 1.2)
     return _distribution(levels)
 
 
