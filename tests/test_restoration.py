@@ -8,7 +8,8 @@ import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.evaluation.exact import Gaussian, operator_matrix
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.guidance import autoguidance
+from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from scorematch.palette import condition_of
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
 from scorematch.sampling.restoration import Guidance, Replacement
@@ -565,6 +566,30 @@ def test_consistent_steps_that_add_little_noise_give_the_posterior_of_a_noisy_im
     x = run(AnnealedLangevinSampler(world, schedule), 4000, observation=observation, generator=0).double()
     torch.testing.assert_close(x.mean(0), posterior.mean, rtol=0, atol=0.02)
     torch.testing.assert_close(torch.cov(x.T), posterior.covariance, rtol=0.1, atol=0.001)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_guidance_is_exact_for_data_with_the_standard_deviation_sigma_data(guided):
+    """A backbone that returns zero is the score of N(0, sigma_data^2)."""
+    options = {"sigma_data": 100.0}
+    net = ScoreNet(_Zero(), NoiseSchedule.geometric(2000, 1, 100), sample_shape=(2,), precondition_options=options)
+    score = autoguidance(net, net, 1.0) if guided else net
+    y = torch.tensor([[80.0, -40.0]])
+    sampler = AncestralSampler(score, variance="small", restore="guide")
+    x = sampler.sample(2000, observation=Observation(_Identity(), y, sigma=50.0), generator=0, progress=False)
+    torch.testing.assert_close(x.mean(0), y[0] * 0.8, rtol=0, atol=5)  # v / (v + sigma_y^2) is 0.8
+
+
+class _Zero(torch.nn.Module):
+    def forward(self, x, c_noise):
+        return torch.zeros_like(x)
+
+
+class _Identity(Operator):
+    """Has a gain of 1, but does not say so."""
+
+    def measure(self, x):
+        return x
 
 
 # -- Bad input

@@ -71,6 +71,7 @@ from scorematch.protocol import (
 )
 
 if TYPE_CHECKING:
+    from scorematch.precondition import Preconditioning
     from scorematch.sampling.settings import SamplerSettings
 
 Interval = tuple[float, float]
@@ -273,6 +274,11 @@ class GuidedScore(NetworkScore, nn.Module):
     def value_range(self) -> tuple[float, float] | None:
         """The range of the data, or None."""
         return attribute(self.net, "value_range")
+
+    @property
+    def preconditioning(self) -> Preconditioning | None:
+        """The preconditioning of the network; None for a plain callable."""
+        return attribute(self.net, "preconditioning")
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:

@@ -77,6 +77,7 @@ class InferenceScore(NetworkScore):
         sampler_settings: the sampler settings recommended for the network, or None.
         conditioning: the condition that the network takes.
         predicts_variance: whether ``score_and_variance`` can be called.
+        preconditioning: that of the network.
         device: the device of the weights.
         is_inference_copy: True.
     """
@@ -100,7 +101,7 @@ class InferenceScore(NetworkScore):
         self.predicts_variance = preconditioning.predicts_variance
         self.conditioning = family.condition(backbone, predicts_variance=self.predicts_variance)
         self.device = next(backbone.parameters()).device
-        self._preconditioning = preconditioning
+        self.preconditioning = preconditioning
         self._compiled = compile
         self._width = family.width(backbone)
         dtype = native_dtype(self.device)
@@ -138,7 +139,7 @@ class InferenceScore(NetworkScore):
             size = part_size(self._width, x)
             conditions = [None] * -(-len(x) // size) if condition is None else condition.split(size)
             parts = [
-                self._preconditioning.outputs(self._backbone, part, self._coefficients, given, variance=variance)
+                self.preconditioning.outputs(self._backbone, part, self._coefficients, given, variance=variance)
                 for part, given in zip(x.split(size), conditions, strict=True)
             ]
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
@@ -163,14 +164,14 @@ class InferenceScore(NetworkScore):
 
     def definition(self) -> list[Any]:
         """The preconditioning and the copy of the backbone."""
-        return [self._preconditioning, self._backbone]
+        return [self.preconditioning, self._backbone]
 
     def _set(self, level: Tensor, key: tuple[float, torch.dtype] | None) -> None:
         if key is not None and key == self._level:
             return
         self._level = None  # in case of an exception below
         with torch.inference_mode(False), torch.no_grad():  # what is kept can be used in any mode
-            self._coefficients = self._preconditioning.coefficients(level)
+            self._coefficients = self.preconditioning.coefficients(level)
             self._set_c_noise(self._coefficients.c_noise.to(torch.float32))
         self._level = key
 

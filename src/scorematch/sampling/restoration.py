@@ -39,14 +39,16 @@ given y, with the normal distribution around m, the middle of the value range, a
           q^2 = \max \Bigl( r^2,\; \frac{\sigma^2}{2}\, \frac{e^\top J^\top e}{e^\top e},\;
           \frac{\sigma^2}{4}\, \frac{\lVert J^\top e \rVert}{\lVert e \rVert} \Bigr),
 
-where v is the variance of the data, and J, the Jacobian of D, needs a backward pass through the network. The covariance
-of :math:`x_0` given x is :math:`\sigma^2 J`. With its variance along e in place of :math:`q^2` the change would be the
-first step of the method of conjugate gradients towards the conditional score of Gaussian data; half of that variance is
-an over-relaxation by two. The last term limits the change to four times the length of e. Without it the change is
-unbounded where the variance along e is nearly zero or, since the Jacobian of a network is not symmetric, negative.
-ΠGDM divides by :math:`r^2`, the variance for the covariance v I. At high levels that is too
-small by orders of magnitude for directions in which data vary more than their single pixels do, such as the brightness
-of a large image, and its chains diverge there. Both methods are exact for Gaussian data with covariance v I.
+where v is the variance of the data, and J, the Jacobian of D, needs a backward pass through the network. The standard
+deviation of the data is taken to be the ``sigma_data`` that a network with the preconditioning "karras" was given,
+otherwise a quarter of the value range, and 1 without a range. The covariance of :math:`x_0` given x is
+:math:`\sigma^2 J`. With its variance along e in place of :math:`q^2` the change would be the first step of the method
+of conjugate gradients towards the conditional score of Gaussian data; half of that variance is an over-relaxation by
+two. The last term limits the change to four times the length of e. Without it the change is unbounded where the
+variance along e is nearly zero or, since the Jacobian of a network is not symmetric, negative. ΠGDM divides by
+:math:`r^2`, the variance for the covariance v I. At high levels that is too small by orders of magnitude for directions
+in which data vary more than their single pixels do, such as the brightness of a large image, and its chains diverge
+there. Both methods are exact for Gaussian data with covariance v I.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, Alg. 2.

@@ -34,6 +34,7 @@ from scorematch.nets.family import as_class, class_of_each
 from scorematch.noise import NoiseSchedule
 from scorematch.observe import Observation
 from scorematch.precision import exact_float32, without_autocast
+from scorematch.precondition import Preconditioning
 from scorematch.protocol import (
     Score,
     attribute,
@@ -448,8 +449,11 @@ class Sampler(ABC):
         if self.clamp and value_range is not None and observation.sigma == 0:
             _warn_of_clamping(observation, value_range)
         # Image data are assumed to have a standard deviation of a quarter of their range, as in the row "karras".
-        variance = 1.0 if value_range is None else ((value_range[1] - value_range[0]) / 4) ** 2
-        return restoration(observation, self.restore, variance)
+        deviation = 1.0 if value_range is None else (value_range[1] - value_range[0]) / 4
+        own = attribute(self.net, "preconditioning")
+        if isinstance(own, Preconditioning) and "sigma_data" in own.options:
+            deviation = own.options["sigma_data"] / own.units[0]
+        return restoration(observation, self.restore, deviation**2)
 
     def _device(self, init: Tensor | None, generators: Generators) -> torch.device:
         """The network's device; for a plain function that of init, or else that of the generator, or else the CPU."""
