@@ -630,6 +630,35 @@ def test_clamping_y_to_the_value_range_gives_a_warning(recwarn):
     assert len(recwarn) == 0
 
 
+class _Sums(Operator):
+    """The sum of each row."""
+
+    gain = 8.0
+
+    def measure(self, x):
+        return x.sum(-1)
+
+    def lift(self, y):
+        return (y / 8)[..., None].expand(*y.shape, 8)
+
+
+def test_a_measurement_in_other_units_than_the_image_gives_no_warning(recwarn):
+    net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
+    y = _Sums().measure(torch.rand(1, 1, 8, 8, generator=seed()))
+    assert y.max() > 1
+    x = AnnealedLangevinSampler(net, levels=3).sample(observation=Observation(_Sums(), y), progress=False)
+    assert x.shape == (1, 1, 8, 8)
+    assert len(recwarn) == 0
+
+
+@pytest.mark.parametrize("operator", [JPEG(90), AveragePool(2), Grayscale(), Uncrop(left=2)], ids=repr)
+def test_a_measurement_in_units_of_the_image_gives_a_warning(operator):
+    net = ScoreNet.ncsnv2(channels=3, image_size=8, width=8)
+    y = operator.measure(torch.rand(1, 3, 8, 8, generator=seed())) + 1
+    with pytest.warns(UserWarning, match="outside the network's value_range"):
+        AnnealedLangevinSampler(net, levels=3).sample(observation=Observation(operator, y), progress=False)
+
+
 @pytest.mark.parametrize("operator", [Mask(torch.arange(4) < 2), Grayscale() @ Mask(torch.arange(4) < 2)])
 def test_hidden_values_give_no_warning_for_a_value_range_without_zero(operator, recwarn):
     world = Gaussian([1.5] * 48, 0.01, SHAPE, schedule=LEVELS, value_range=(1, 2))

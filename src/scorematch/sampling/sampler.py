@@ -647,11 +647,19 @@ class _FiniteCheck:
 
 
 def _warn_of_clamping(observation: Observation, value_range: tuple[float, float]) -> None:
-    """Warns if observed values are outside the range to which the result is clamped."""
-    y, seen = observation.y, observation.operator.seen
-    seen = torch.ones((), dtype=torch.bool) if seen is None else seen
-    low = float(torch.where(seen.to(y.device), y, math.inf).min())
-    high = float(torch.where(seen.to(y.device), y, -math.inf).max())
+    """Warns if observed values are outside the range to which the result is clamped.
+
+    A measurement in other units than the image, such as sums of pixels, is not compared: it does not map an image of
+    one value to this value.
+    """
+    operator, y, top = observation.operator, observation.y, value_range[1]
+    seen = torch.ones((), dtype=torch.bool) if operator.seen is None else operator.seen
+    seen = seen.to(y.device)
+    measured = torch.where(seen, operator.measure(torch.full_like(operator.lift(y), top)), top)
+    if not bool(((measured - top).abs() <= 0.02 * (top - value_range[0])).all()):
+        return
+    low = float(torch.where(seen, y, math.inf).min())
+    high = float(torch.where(seen, y, -math.inf).max())
     if low < value_range[0] - 1e-6 or high > value_range[1] + 1e-6:
         warnings.warn(
             f"y has no noise (sigma 0), but its values range from {low:.3g} to {high:.3g}, outside the network's "
