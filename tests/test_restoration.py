@@ -610,6 +610,23 @@ def test_an_observation_that_does_not_fit_raises():
         AnnealedLangevinSampler(world, LEVELS, restore="repaint")
 
 
+@pytest.mark.parametrize(
+    ("measure", "y", "message"),
+    [
+        (lambda x: x.flatten(1) @ torch.ones(48, 5), (1, 5), r"cannot measure the image lift\(y\) of shape \(1, 5\)\."),
+        (
+            lambda x: x[..., ::2, ::2],
+            (1, 3, 2, 2),
+            r"y must have shape \(3, 1, 1\) for each image, .*, got \(3, 2, 2\)\.",
+        ),
+    ],
+)
+def test_an_operator_that_needs_lift_and_does_not_define_it_raises(measure, y, message):
+    operator = type("Own", (Operator,), {"measure": lambda self, x: measure(x)})()
+    with pytest.raises(ValueError, match=f"{message} An operator whose .* has to define lift"):
+        Observation(operator, torch.rand(y))
+
+
 def test_clamping_y_to_the_value_range_gives_a_warning(recwarn):
     net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
     schedule = net.schedule.respaced(3)

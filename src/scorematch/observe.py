@@ -23,7 +23,8 @@ JPEG(quality)      none, not linear            (N, C, H, W)
 values that it does not.
 
 To add an operator, subclass ``Operator`` and define ``measure``; also ``lift`` and ``gain`` if it is linear and has a
-gain, and ``carry_mask`` if it can be applied after a mask. ``OPERATORS`` lists the operators of the package.
+gain, ``lift`` if y has another shape than x, and ``carry_mask`` if it can be applied after a mask. ``OPERATORS`` lists
+the operators of the package.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, App. B.
@@ -73,6 +74,9 @@ class Operator(ABC):
 
     def lift(self, y: Tensor) -> Tensor:
         """An image from the measurement y: A^T y / c for an operator with a gain, and y itself by default.
+
+        An operator without a gain whose measurement has another shape than the image has to define it too, for example
+        as the pseudo-inverse of A.
 
         Raises:
             ValueError: if the shape of y does not fit the operator.
@@ -507,14 +511,23 @@ class Observation:
         lifted = self.operator.lift(self.y)
         if not bool(torch.isfinite(lifted).all()):
             raise ValueError("y must be finite where it is observed, got NaN or infinite values.")
-        measured = self.operator.measure(lifted)
+        try:
+            measured = self.operator.measure(lifted)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.operator!r} cannot measure the image lift(y) of shape {tuple(lifted.shape)}.{self._hint()}"
+            ) from error
         if measured.shape[1:] != self.y.shape[1:]:
             raise ValueError(
                 f"y must have shape {tuple(measured.shape[1:])} for each image, the result of {self.operator!r}, got "
-                f"{tuple(self.y.shape[1:])}."
+                f"{tuple(self.y.shape[1:])}.{self._hint()}"
             )
         if len({len(self.operator), len(self.y)} - {1}) > 1:
             raise ValueError(f"y must have {len(self.operator)} images, as many as the operator, got {len(self.y)}.")
+
+    def _hint(self) -> str:
+        own = type(self.operator).lift is not Operator.lift
+        return "" if own else " An operator whose measurement has another shape than the image has to define lift."
 
     def __repr__(self) -> str:
         noise = f", sigma {self.sigma:g}" if self.sigma else ""
