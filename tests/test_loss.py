@@ -421,7 +421,7 @@ def test_data_in_other_units_give_one_warning(x, message, wrap):
     net = wrap(_small())
     (warning,) = _warned(net, x.view(2, 1, 8, 8))
     assert warning.startswith(message)
-    assert "(x + 1) / 2" in warning and "x / 255" in warning and "value_range=" in warning
+    assert "(x + 1) / 2" in warning and "x / 255" in warning and "net.value_range = (low, high)" in warning
     assert _warned(net, x.view(2, 1, 8, 8)) == []
     assert _warned(getattr(net, "module", net), x.view(2, 1, 8, 8)) == []
 

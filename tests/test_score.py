@@ -116,6 +116,17 @@ def test_only_images_have_a_value_range_by_default(arguments, expected):
     assert net.config["value_range"] == (None if expected is None else list(expected))
 
 
+def test_a_value_range_that_is_assigned_is_checked():
+    net = ScoreNet(Backbone(lambda x, c: x), LEVELS, sample_shape=(3, 8, 8))
+    for wrong in [(5, -5), (1, 2, 3), 5, "auto"]:
+        with pytest.raises(ValueError, match=r"value_range must be \(low, high\), finite with low < high"):
+            net.value_range = wrong
+    net.value_range = (-5, 5)
+    assert net.value_range == (-5.0, 5.0) and net.config["value_range"] == [-5.0, 5.0]
+    net.value_range = None
+    assert net.value_range is None and net.config["value_range"] is None
+
+
 def test_samples_of_points_are_not_clamped(rng):
     """The score is the exact one of eight points on a circle of radius 2."""
     angles = torch.arange(8) * math.pi / 4

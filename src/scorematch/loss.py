@@ -348,6 +348,6 @@ def _warn_of_other_units(net: Score, x: Tensor) -> None:
         found = "NaN" if math.isnan(low) else f"values from {low:.3g} to {high:.3g}"
         warnings.warn(
             f"x must be in the network's value_range, {tuple(value_range)}, got {found}. Write (x + 1) / 2 for images "
-            "in [-1, 1], x / 255 for 8-bit values, or pass value_range= to ScoreNet for data of another range.",
+            "in [-1, 1], x / 255 for 8-bit values, or net.value_range = (low, high) for data of another range.",
             stacklevel=4,
         )

@@ -106,14 +106,9 @@ class ScoreNet(NetworkScore, nn.Module):
         check_options(precondition, precondition_options, "precondition_options")
         if sample_shape is not None:
             sample_shape = _sizes("sample_shape", sample_shape, "a tuple such as (3, 32, 32)")
-        ends = native(value_range)
-        if ends == "auto":
-            ends = [0, 1] if sample_shape is not None and len(sample_shape) == 3 else None
-        if ends is not None and not (_ENDS.fits(ends) and ends[0] < ends[1]):
-            raise ValueError(
-                f"value_range must be (low, high), finite with low < high, or None for data without a fixed range, got "
-                f"{value_range!r}."
-            )
+        if isinstance(value_range, str) and value_range == "auto":
+            value_range = (0, 1) if sample_shape is not None and len(sample_shape) == 3 else None
+        self.value_range = value_range
         self.family = family_of(backbone)
         if self.family is not None:
             self.family.check(backbone, levels=len(schedule), precondition=precondition)
@@ -121,7 +116,6 @@ class ScoreNet(NetworkScore, nn.Module):
         self.schedule = schedule
         self.precondition, self.precondition_options = precondition, precondition_options
         self.sample_shape = sample_shape
-        self.value_range: Range | None = None if ends is None else (float(ends[0]), float(ends[1]))
         self.predicts_variance = native(predicts_variance)
         self.sampler_settings = None
         self.class_names = None
@@ -130,6 +124,21 @@ class ScoreNet(NetworkScore, nn.Module):
     def extra_repr(self) -> str:
         """The noise levels, the row of the preconditioning table and the shape of a sample, which ``print`` shows."""
         return f"{self.schedule}, precondition={self.precondition!r}, sample_shape={self.sample_shape}"
+
+    @property
+    def value_range(self) -> Range | None:
+        """(low, high) of the data, or None for data without a fixed range."""
+        return self._value_range
+
+    @value_range.setter
+    def value_range(self, value_range: Range | None) -> None:
+        ends = native(value_range)
+        if ends is not None and not (_ENDS.fits(ends) and ends[0] < ends[1]):
+            raise ValueError(
+                f"value_range must be (low, high), finite with low < high, or None for data without a fixed range, got "
+                f"{value_range!r}."
+            )
+        self._value_range = None if ends is None else (float(ends[0]), float(ends[1]))
 
     @property
     def sampler_settings(self) -> SamplerSettings | None:
