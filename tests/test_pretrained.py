@@ -290,7 +290,7 @@ def test_a_network_with_a_user_defined_backbone(tmp_path):
     assert torch.equal(loaded(x, 0.3), net(x, 0.3))
     assert loaded.value_range is None and loaded.backbone.steps == 7
     assert loaded.config == net.config
-    with pytest.raises(ValueError, match="a network of your own class: pass an instance of it as backbone="):
+    with pytest.raises(ValueError, match=r"a network of your own class.* In Python, pass an instance of the class as "):
         ScoreNet.from_pretrained(tmp_path)
     with pytest.raises(TypeError, match=r"backbone must be a torch\.nn\.Module, an instance of your class, got <class"):
         ScoreNet.from_pretrained(tmp_path, backbone=_Own)

@@ -133,7 +133,10 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
     family = FAMILIES.get(stored.config["family"])
     if family is None:
         if backbone is None:
-            raise ValueError(f"{stored.source} holds a network of your own class: pass an instance of it as backbone=.")
+            raise ValueError(
+                f"{stored.source} holds a network of your own class, whose code is not stored. In Python, pass an "
+                "instance of the class as backbone=."
+            )
     elif backbone is not None:
         raise ValueError(f"{stored.source} holds a network of the family {family.name!r}: leave out backbone=.")
     else:
