@@ -1,6 +1,7 @@
 """Many samples: image i is a function of the seed and of i, in memory, in files, and after any interruption."""
 
 import copy
+import enum
 import errno
 import functools
 import itertools
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -745,6 +747,18 @@ def test_the_identity_covers_what_exact_scores_methods_and_arrays_compute():
     assert len(set(found)) == len(found)
     assert found == [hashing.identity(each()) for each in make]
     assert found[0] != hashing.identity(Empirical(torch.zeros(4, 1, 2, 2)).log_density)
+
+
+def test_the_identity_follows_numbers_of_numpy_and_members_of_enumerations():
+    class Mode(enum.Enum):
+        SMOOTH = enum.auto()
+        SHARP = enum.auto()
+
+    values = [np.float64(0.5), np.float64(0.7), np.float32(0.5), np.int64(1), Mode.SMOOTH, Mode.SHARP]
+    found = [hashing.identity(types.SimpleNamespace(value=value)) for value in values]
+    assert len(set(found)) == len(found)
+    with np.printoptions(legacy="1.21"):  # NumPy 1 writes 0.5 where NumPy 2 writes np.float64(0.5)
+        assert found == [hashing.identity(types.SimpleNamespace(value=value)) for value in values]
 
 
 def scaled(factor, shift=0.0, *, power=1):

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -60,7 +61,7 @@ def _parts(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
         yield f"{value.dtype} {tuple(value.shape)}".encode()
         yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         return
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:  # the repr depends on NumPy's version
         yield f"{value.dtype.str} {value.shape}".encode()
         yield value.tobytes()
         return
@@ -77,6 +78,8 @@ def _parts(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
     yield f"{type(value).__module__}.{type(value).__qualname__}(".encode()
     if value is None or isinstance(value, bool | int | float | str):
         yield repr(value).encode()
+    elif isinstance(value, Enum):
+        yield from nested([value.name, value.value])
     elif isinstance(value, Mapping):
         yield from nested(sorted(value.items(), key=lambda item: str(item[0])))
     elif isinstance(value, set | frozenset):
