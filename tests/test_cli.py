@@ -171,6 +171,13 @@ def test_wrong_arguments_give_an_error_of_one_line(options, message, capsys):
     assert re.search(message, refused(options, capsys))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows guesses the home folders of other users")
+@pytest.mark.parametrize("options", [["train", "faces", "--out=~$x"], ["restore", "mnist", "~$x", "out", "--gray"]])
+def test_a_path_in_an_unknown_home_folder_gives_an_error_of_one_line(options, capsys):
+    message = r"the home folder ~\$x is not known; for another file or folder write \./~\$x"
+    assert re.search(message, refused(options, capsys))
+
+
 def test_an_error_during_the_computation_gives_status_1_and_mentions_debug(folder, tmp_path, capsys, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("the device\nhas failed.")

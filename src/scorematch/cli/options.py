@@ -229,10 +229,16 @@ def filled(text: str) -> str:
 
     Raises:
         argparse.ArgumentTypeError: for an empty text, such as an unset variable of a shell. As a path it would be the
-            current folder.
+            current folder. Also for a path in an unknown home folder, such as ~name without a user of this name.
     """
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
+    try:
+        Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(
+            f"the home folder {Path(text).parts[0]} is not known; for another file or folder write ./{text}"
+        ) from error
     return text
 
 
@@ -240,7 +246,7 @@ def expanded(text: str) -> Path:
     """The ``type`` of options that are paths; shells replace the ~ of ``--out ~/runs`` but not of ``--out=~/runs``.
 
     Raises:
-        argparse.ArgumentTypeError: for an empty text.
+        argparse.ArgumentTypeError: as ``filled``.
     """
     return Path(filled(text)).expanduser()
 
