@@ -435,14 +435,30 @@ def test_the_warning_names_the_line_of_the_caller():
     assert caught[0].filename == __file__
 
 
-def test_data_in_the_value_range_or_without_one_give_no_warning(rng):
+@pytest.mark.parametrize("x", [torch.linspace(-300, 500, 128), torch.linspace(0.001, 0.002, 128)])
+def test_data_of_another_scale_than_the_preconditioning_expects_give_one_warning(x):
+    """Without a value range, "karras" takes the data as they are."""
+    x = x.view(2, 1, 8, 8)
+    net = ScoreNet(_Small(), LEVELS)
+    (warning,) = _warned(net, x)
+    assert warning.startswith(
+        "the network expects data with a mean near 0 and a standard deviation near 0.5, got values "
+    )
+    assert 'precondition_options={"sigma_data": ' in warning and _warned(net, x) == []
+    fitting = ScoreNet(_Small(), LEVELS, precondition_options={"sigma_data": x.square().mean().sqrt().item()})
+    assert _warned(fitting, x) == []
+
+
+def test_data_of_the_expected_scale_give_no_warning(rng):
     x = torch.rand(2, 1, 8, 8, generator=rng)
     assert _warned(_small(), x * 1.15 - 0.075) == []  # as after a bicubic resize
     assert _warned(zero, 255 * x, schedule=LEVELS) == []
     net = ScoreNet(_Small(), LEVELS, sample_shape=(1, 8, 8), value_range=(-1, 1))
     assert _warned(net, 2 * x - 1) == []
     points = ScoreNet(_Small(), LEVELS)
-    assert points.value_range is None and _warned(points, 255 * x) == []
+    assert points.value_range is None and _warned(points, 4 * x) == _warned(ScoreNet(_Small(), LEVELS), 0 * x) == []
+    other = ScoreNet(_Small(), LEVELS, precondition="ncsnpp")
+    assert other.value_range is None and _warned(other, 255 * x) == []
 
 
 def test_only_the_first_batch_is_compared_with_the_value_range(rng):

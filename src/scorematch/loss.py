@@ -324,16 +324,18 @@ def _weights_in(region: Tensor, x: Tensor) -> Tensor:
 
 # -- The units --------------------------------------------------------------------------------------------------------
 
+_FAR = 10  # the largest ratio of the root mean square of x and the standard deviation that the network expects
 _lock = threading.Lock()
 _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _warn_of_other_units(net: Score, x: Tensor) -> None:
-    """Warns if the network has a value range and its first batch has NaN or values outside that range."""
+    """Warns if the first batch of a network has NaN or values of another scale than the network expects."""
     if torch.compiler.is_compiling() or not isinstance(net, nn.Module):
         return
     value_range = attribute(net, "value_range")
-    if value_range is None:
+    karras = attribute(net, "precondition") == "karras"
+    if value_range is None and not karras:
         return
     owner = net if hasattr(net, "value_range") else net.get_submodule("module")  # of DistributedDataParallel and others
     with _lock:
@@ -341,13 +343,23 @@ def _warn_of_other_units(net: Score, x: Tensor) -> None:
             return
         try:
             low, high = (float(value) for value in x.detach().aminmax())
+            size = float(x.detach().float().square().mean().sqrt())
         except RuntimeError:  # values cannot be read inside torch.func.vmap, and on the meta device
             return
         _looked_at.add(owner)
-    if is_outside(low, high, value_range):
+    if value_range is not None and is_outside(low, high, value_range):
         found = "NaN" if math.isnan(low) else f"values from {low:.3g} to {high:.3g}"
         warnings.warn(
             f"x must be in the network's value_range, {tuple(value_range)}, got {found}. Write (x + 1) / 2 for images "
             "in [-1, 1], x / 255 for 8-bit values, or net.value_range = (low, high) for data of another range.",
             stacklevel=4,
         )
+    if value_range is None and size != 0:
+        deviation = attribute(net, "precondition_options").get("sigma_data", 0.5)
+        if not deviation / _FAR <= size <= deviation * _FAR:
+            warnings.warn(
+                f"the network expects data with a mean near 0 and a standard deviation near {deviation:g}, got values "
+                f"from {low:.3g} to {high:.3g}. Subtract the mean of the data, and pass "
+                'precondition_options={"sigma_data": their standard deviation} to ScoreNet.',
+                stacklevel=4,
+            )
