@@ -343,7 +343,7 @@ def _warn_of_other_units(net: Score, x: Tensor) -> None:
             return
         try:
             low, high = (float(value) for value in x.detach().aminmax())
-            size = float(x.detach().float().square().mean().sqrt())
+            size = float(x.detach().float().square().mean().sqrt()) if value_range is None else 0.0
         except RuntimeError:  # values cannot be read inside torch.func.vmap, and on the meta device
             return
         _looked_at.add(owner)
@@ -354,7 +354,7 @@ def _warn_of_other_units(net: Score, x: Tensor) -> None:
             "in [-1, 1], x / 255 for 8-bit values, or net.value_range = (low, high) for data of another range.",
             stacklevel=4,
         )
-    if value_range is None and size != 0:
+    if size != 0:
         deviation = attribute(net, "precondition_options").get("sigma_data", 0.5)
         if not deviation / _FAR <= size <= deviation * _FAR:
             warnings.warn(

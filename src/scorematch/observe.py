@@ -514,6 +514,8 @@ class Observation:
         try:
             measured = self.operator.measure(lifted)
         except RuntimeError as error:
+            if not self._hint():
+                raise
             raise ValueError(
                 f"{self.operator!r} cannot measure the image lift(y) of shape {tuple(lifted.shape)}.{self._hint()}"
             ) from error
