@@ -137,7 +137,7 @@ CARDS = (
         settings_source="measured on the weights of an earlier run; see the network's README",
         quality=(
             "faces with smeared details and low contrast; Fréchet distance to 5,000 training images in "
-            "EfficientNet-Lite0 features 22.7 with 1,500 samples; 13.2 for held-out images, 133 for a Gaussian of the "
+            "EfficientNet-Lite0 features 21.5 with 1,500 samples; 13.2 for held-out images, 133 for a Gaussian of the "
             "same covariance"
         ),
     ),
@@ -167,7 +167,7 @@ CARDS = (
         settings=SamplerSettings(sampler="ancestral", levels=30, variance="small"),
         settings_source="measured on these weights; see the network's README",
         quality=(
-            "rmse to 100 held-out faces 0.065 after inpainting, 0.167 after uncropping, 0.061 after colorization and "
+            "rmse to 100 held-out faces 0.064 after inpainting, 0.165 after uncropping, 0.061 after colorization and "
             "0.065 after JPEG of quality 5; of the degraded faces 0.228, 0.355, 0.100 and 0.074"
         ),
     ),
