@@ -118,7 +118,7 @@ def _circle():
 
 
 def test_the_page_about_contributing_has_these_layers():
-    text = (PACKAGE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = Path(__file__).parents[1].joinpath("CONTRIBUTING.md").read_text(encoding="utf-8")
     items = re.split(r"^  \d+\. ", text, flags=re.MULTILINE)[1:]
     written = [re.findall(r"`([a-z]+)`", item.partition("\n\n")[0]) for item in items]
     layers = [layer - {"__init__", "__main__"} for layer in LAYERS]
