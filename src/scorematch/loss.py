@@ -324,7 +324,7 @@ def _weights_in(region: Tensor, x: Tensor) -> Tensor:
 
 # -- The units --------------------------------------------------------------------------------------------------------
 
-_FAR = 10  # the largest ratio of the root mean square of x and the standard deviation that the network expects
+_FAR = 100  # the largest ratio of the root mean square of x and the standard deviation that the network expects
 _lock = threading.Lock()
 _looked_at: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
