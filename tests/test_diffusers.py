@@ -659,6 +659,12 @@ def test_a_folder_with_two_networks_raises(ddpm, tmp_path):
     assert ScoreNet.from_pretrained(tmp_path / "two" / "unet").sample_shape == (3, 8, 8)
 
 
+def test_options_of_a_training_program_beside_a_pipeline_are_ignored(tmp_path):
+    _save(_theirs(), tmp_path, DDPM, pipeline=True)
+    (tmp_path / "config.json").write_text('{"batch": 128, "learning_rate": 2e-4}')
+    assert ScoreNet.from_pretrained(tmp_path).sample_shape == (3, 8, 8)
+
+
 def test_a_missing_scheduler_raises(ddpm):
     (ddpm / "scheduler_config.json").unlink()
     with pytest.raises(ValueError, match=r"has no scheduler_config\.json, which says .*Download it"):

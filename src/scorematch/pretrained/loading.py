@@ -93,7 +93,9 @@ def _home(folder: Path) -> Path:
     """The folder that holds the network: the folder itself, or its unet/ if the folder is a pipeline."""
     if not (folder / "unet" / CONFIG_FILE).is_file():
         return folder
-    if (folder / CONFIG_FILE).is_file():
+    # Beside unet/ there may be another config.json, with the options of a training program.
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    if "format_version" in config or "_class_name" in config:
         raise ValueError(f"{folder} holds two networks, one in it and one in unet/. Move one into a folder of its own.")
     return folder / "unet"
 
