@@ -152,6 +152,13 @@ def test_the_output_of_a_variance_exploding_network_is_the_score(tmp_path, rng):
     assert ((found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max() < 1e-5
 
 
+def test_the_noise_levels_of_a_karras_ve_scheduler_are_those_of_images_in_minus_1_1(tmp_path):
+    theirs = _theirs(time_embedding_type="fourier", **BLOCKS)
+    scheduler = {"_class_name": "KarrasVeScheduler", "sigma_min": 0.02, "sigma_max": 100, "s_churn": 80}
+    net = ScoreNet.from_pretrained(_save(theirs, tmp_path, scheduler))
+    assert net.schedule == NoiseSchedule.geometric(50, 0.01, 2000)
+
+
 def test_the_score_of_a_network_that_predicts_a_variance_is_the_first_half(tmp_path, rng):
     theirs = _theirs(out_channels=6)
     net = ScoreNet.from_pretrained(_save(theirs, tmp_path, DDPM))
@@ -690,7 +697,16 @@ def test_a_missing_scheduler_raises(ddpm):
         ({"time_embedding_type": "learned"}, {}, "time_embedding_type must be one of 'positional', 'fourier', got"),
         ({"_class_name": "UNet2DConditionModel"}, {}, "must be UNet2DModel or .*, got 'UNet2DConditionModel'"),
         ({"_class_name": ["UNet2DModel"]}, {}, r"_class_name must be UNet2DModel or .*, got \['UNet2DModel'\]"),
-        ({"time_embedding_type": "fourier"}, {}, r"scheduler_config\.json lacks sigma_max, sigma_min"),
+        (
+            {"time_embedding_type": "fourier"},
+            {"sigma_max": 10, "sigma_min": 0.1},
+            r"is the configuration of a DDPM \(_class_name 'DDPMScheduler'\), and the network is a variance-exploding",
+        ),
+        (
+            {"time_embedding_type": "fourier"},
+            {"beta_start": ...},
+            r"scheduler_config\.json lacks sigma_max, sigma_min",
+        ),
         (
             {"time_embedding_type": "fourier"},
             {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80, "sigma_data": 0.5},
@@ -705,7 +721,7 @@ def test_a_missing_scheduler_raises(ddpm):
         ({"norm_eps": "x"}, {}, r"/config\.json: norm_eps must be a number of at least 0 and at most 1, got 'x'"),
         (
             {"time_embedding_type": "fourier"},
-            {"sigma_min": 3, "sigma_max": 1},
+            {"sigma_min": 3, "sigma_max": 1, "beta_start": ...},
             r"scheduler_config\.json: expected sigma_max > sigma_min > 0",
         ),
         (

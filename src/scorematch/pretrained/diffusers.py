@@ -6,9 +6,9 @@ and on which noise levels it was trained:
 
 - the betas of a DDPM (linear, scaled_linear, squaredcos_cap_v2, sigmoid, or a list; rescaled or not), for an output
   that is the noise, v or the clean image, in units of images in [-1, 1];
-- the noise levels of a variance-exploding network, in units of images in [0, 1]. The network is NCSN++, whose output
-  is sigma times the score and whose time input is log sigma, or the NCSN of the project diffusers-ncsn, whose output is
-  the score and whose time input is the index of the level.
+- the noise levels of a variance-exploding network, in units of images in [0, 1], or in [-1, 1] for KarrasVeScheduler.
+  The network is NCSN++, whose output is sigma times the score and whose time input is log sigma, or the NCSN of the
+  project diffusers-ncsn, whose output is the score and whose time input is the index of the level.
 
 The other way round, ``pipeline`` returns the files that make a saved network a ``DDPMPipeline`` of diffusers.
 
@@ -229,10 +229,19 @@ def _variance_exploding(
     network: Mapping[str, Any], scheduler: Mapping[str, Any], where: str
 ) -> tuple[NoiseSchedule, str]:
     """The noise levels and the preconditioning of NCSN++ or NCSN."""
+    if "beta_start" in scheduler or scheduler.get("trained_betas") is not None:
+        raise ValueError(
+            f"{where} is the configuration of a DDPM (_class_name {scheduler.get('_class_name')!r}), and the network "
+            f"is a variance-exploding one (time_embedding_type 'fourier', or {_NCSN}), which needs that of its own "
+            "scheduler, such as ScoreSdeVeScheduler."
+        )
     check(scheduler, _VARIANCE_EXPLODING, where)
+    scale = 2 if scheduler.get("_class_name") == "KarrasVeScheduler" else 1  # its levels are for images in [-1, 1]
     try:
         schedule = NoiseSchedule.geometric(
-            scheduler["sigma_max"], scheduler["sigma_min"], scheduler.get("num_train_timesteps") or 2000
+            scheduler["sigma_max"] / scale,
+            scheduler["sigma_min"] / scale,
+            scheduler.get("num_train_timesteps") or 2000,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
