@@ -658,6 +658,13 @@ def test_a_latent_pipeline_raises(part, sign, tmp_path):
             ScoreNet.from_pretrained(folder)
 
 
+def test_a_pipeline_without_its_optional_latent_part_is_loaded(tmp_path):
+    """AudioDiffusionPipeline draws spectrograms, or latents of them."""
+    _save(_theirs(), tmp_path, DDPM, pipeline=True)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AudioDiffusionPipeline", "vqvae": [null, null]}')
+    assert ScoreNet.from_pretrained(tmp_path).sample_shape == (3, 8, 8)
+
+
 def test_a_folder_with_two_networks_raises(ddpm, tmp_path):
     _save(_theirs(), tmp_path / "two", DDPM, pipeline=True)
     shutil.copy(ddpm / "config.json", tmp_path / "two")

@@ -165,7 +165,8 @@ def _refuse_latents(home: Path, pipeline: Path) -> None:
     """Raises an error for a latent pipeline, whose U-Net does not draw pixels."""
     index = read_json(pipeline / INDEX_FILE) if (pipeline / INDEX_FILE).is_file() else {}
     for part in ("vae", "vqvae"):
-        if part in index or (home != pipeline and (pipeline / part).is_dir()):
+        # A pipeline that can be latent or not has [null, null] for a part that it lacks.
+        if index.get(part) not in (None, [None, None]) or (home != pipeline and (pipeline / part).is_dir()):
             raise ValueError(
                 f"{pipeline} is a latent pipeline, with a {part}/: its U-Net is a score of latents, not of pixels."
             )
