@@ -24,6 +24,7 @@ with warnings.catch_warnings():
         DDPMScheduler,
         DPMSolverMultistepScheduler,
         EulerDiscreteScheduler,
+        LCMScheduler,
         UNet2DModel,
     )
 
@@ -503,6 +504,11 @@ def test_the_infinite_level_of_a_schedule_that_ends_without_signal_is_left_out(k
             lambda: (_theirs(), DPMSolverMultistepScheduler(use_flow_sigmas=True)),
             ValueError,
             "the config of the DPMSolverMultistepScheduler: use_flow_sigmas True is not supported",
+        ),
+        (
+            lambda: (_theirs(), LCMScheduler()),
+            ValueError,
+            "the config of the LCMScheduler: timestep_scaling 10.0 is not supported",
         ),
         (
             lambda: (_theirs(out_channels=6), DDPMScheduler(variance_type="learned")),

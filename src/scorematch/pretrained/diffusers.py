@@ -52,12 +52,13 @@ _NETWORK: Mapping[str, Field] = {
 # Options of diffusers' U-Net that are not supported, with the value that leaves the option unused.
 _UNSUPPORTED = {"class_embed_type": None, "mid_block_type": "UNetMidBlock2D"}
 # The same for the scheduler, of options that change the time input or the noise levels. Schedulers with sigma_data are
-# those of EDM and of consistency models.
+# those of EDM and of consistency models, and those with timestep_scaling are of latent consistency models.
 _UNSUPPORTED_TRAINING = {
     "timestep_type": "discrete",
     "snr_shift_scale": 1.0,
     "use_flow_sigmas": False,
     "sigma_data": None,
+    "timestep_scaling": None,
 }
 
 # What the output of a DDPM means (prediction_type) -> the row of the preconditioning table.
