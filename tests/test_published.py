@@ -632,6 +632,13 @@ def test_flags_of_improved_diffusion_as_variables_of_a_shell(tmp_path):
     assert (found["num_channels"], found["noise_schedule"], found["diffusion_steps"]) == (64, "cosine", 50)
 
 
+def test_flags_of_improved_diffusion_with_equals_signs_and_lower_case(tmp_path):
+    (tmp_path / "a.txt").write_text("--image_size=32 --learn_sigma true\n--class_cond=false --channel_mult=1,2,2")
+    (tmp_path / "b.txt").write_text("--image_size 32 --learn_sigma True --class_cond False --channel_mult 1,2,2")
+    assert improved_diffusion._options(tmp_path / "a.txt") == improved_diffusion._options(tmp_path / "b.txt")
+    assert improved_diffusion._options(tmp_path / "a.txt")["learn_sigma"] is True
+
+
 @pytest.mark.parametrize("line", ["--noise-schedule cosine", "use_rope = True", 'FLAGS="--small_size 64"'])
 def test_unknown_options_of_improved_diffusion_raise(tmp_path, line):
     (tmp_path / "options.txt").write_text(f"--image_size 32\n{line}\n")

@@ -139,6 +139,8 @@ def _read_text(path: Path) -> dict[str, Any]:
             if variable is not None:  # a variable of a shell, MODEL_FLAGS="--image_size 64 ..."
                 words = shlex.split(variable[1])
             if words and words[0].startswith("--"):
+                # --key=value is the same as --key value.
+                words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
                 if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
                     raise ValueError("a value is missing")
                 options |= {key[2:]: _value(word) for key, word in zip(words[::2], words[1::2], strict=True)}
@@ -165,7 +167,9 @@ def _set(options: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _value(word: str) -> Any:
-    """Converts a command-line value to a number or a bool if it is one."""
+    """Converts a command-line value to a number or a bool if it is one; the authors' bools have any case."""
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
     try:
         value = ast.literal_eval(word)
     except (ValueError, SyntaxError):
