@@ -325,6 +325,8 @@ def test_every_sampler_and_every_named_option_has_a_variant(world):
     for name, make in names.items():
         sampler = make(world, 6)
         assert isinstance(sampler, SAMPLERS[name.split(",")[0]]) and len(sampler.schedule) == 6 and not sampler.clamp
+    net = ScoreNet(torch.nn.Conv2d(1, 2, 1), LEVELS, sample_shape=(1, 2, 2), predicts_variance=True)
+    assert sampler_variants(net).keys() == names.keys() | {"ancestral, learned"}
 
 
 def test_distances_of_all_samplers_fall_with_the_number_of_calls(world):

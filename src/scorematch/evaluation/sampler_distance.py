@@ -149,8 +149,7 @@ def _maker(kind: str, options: dict[str, Any]) -> Make:
 def _options(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The names and the options of the variants of a sampler."""
     choices = {name: SamplerSettings.SCHEMA[name].choices for name in sorted(SamplerSettings.OPTIONS[kind])}
-    # A learned variance is for networks that predict it.
-    named = {name: [value for value in values if value != "learned"] for name, values in choices.items() if values}
+    named = {name: values for name, values in choices.items() if values}
     for values in itertools.product(*named.values()):
         yield ", ".join([kind, *map(str, values)]), dict(zip(named, values, strict=True))
     if kind == "langevin":
