@@ -71,7 +71,7 @@ def _object():
         (_entry(b"(" * 5000), r"the header of a\.npy is damaged"),
         (_entry(b" " * 20_000, version=2), r"the header of a\.npy is too long"),
         (b"\x93NUMPY\1\0\xff\xff", r"the header of a\.npy is too long"),
-        (b"\x93NUM", r"a\.npy is not an array of NumPy"),
+        (b"\x93NUM", r"a\.npy is not a NumPy array"),
     ],
 )
 def test_other_arrays_are_refused(content, message, tmp_path):

@@ -245,7 +245,11 @@ def test_a_configuration_with_unknown_yaml_tags_raises(files, tmp_path, capsys):
         ),
         ("model:", "network:", "it has no section model"),
         ("sigma_begin: 50", "sigma_begin: many", "section model: sigma_begin must be a number .* got 'many'"),
-        ("sigma_begin: 50", "sigma_begin: 0.001", "sigma_begin, sigma_end and num_classes give no noise levels"),
+        (
+            "sigma_begin: 50",
+            "sigma_begin: 0.001",
+            "sigma_begin, sigma_end and num_classes do not define valid noise levels",
+        ),
         ("num_classes: 232", "num_classes: 2.5", "section model: num_classes must be an integer .* got 2.5"),
         ("image_size: 32", "image_size: [32]", r"section data: image_size must be an integer .* got \[32\]"),
         ("rescaled: false", "rescaled: maybe", "section data: rescaled must be true or false, got"),
@@ -274,9 +278,9 @@ def test_numbers_that_yaml_reads_as_strings_are_converted(files, tmp_path):
         (3, "a number"),
         ({1: torch.zeros(1)}, r"a mapping with the keys \[1\]"),
         ({"net.begin_conv.weight": torch.zeros(1)}, r"a mapping with the keys \['net\.begin_conv\.weight'\]"),
-        ({"state_dict": {}, "epoch": 3}, "a checkpoint of PyTorch Lightning"),
+        ({"state_dict": {}, "epoch": 3}, "a PyTorch Lightning checkpoint"),
         ({"conv_in.weight": torch.zeros(1)}, r"the weights of a U-Net of diffusers \(load their folder with Score"),
-        ({"G_ema": {}, "G": {}}, "a pickle of StyleGAN"),
+        ({"G_ema": {}, "G": {}}, "a StyleGAN pickle"),
     ],
 )
 def test_files_that_are_not_checkpoints_raise(content, kind, tmp_path):
@@ -306,8 +310,8 @@ def test_a_checkpoint_without_weights_raises(value, tmp_path):
     ("changes", "message"),
     [
         ({"normalizer.embed.weight": torch.zeros(())}, "does not hold the weights of a network"),
-        ({"sigmas": torch.zeros(3)}, r"odd\.pth: the weight sigmas holds no noise levels"),
-        ({"sigmas": torch.zeros(3, 3)}, r"odd\.pth: the weight sigmas holds no noise levels"),
+        ({"sigmas": torch.zeros(3)}, r"odd\.pth: the weight sigmas does not hold valid noise levels"),
+        ({"sigmas": torch.zeros(3, 3)}, r"odd\.pth: the weight sigmas does not hold valid noise levels"),
         ({"begin_conv.weight": torch.zeros(1, 3, 3, 3)}, r"odd\.pth: width must be an integer of at least 2"),
         ({"begin_conv.weight": torch.zeros(8, 0, 3, 3)}, r"odd\.pth: channels must be an integer of at least 1"),
     ],

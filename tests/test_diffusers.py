@@ -334,7 +334,7 @@ def test_noise_levels_in_the_weights_are_used(tmp_path):
         assert len(record) == 1
         torch.testing.assert_close(net.schedule.sigmas, other.sigmas, rtol=1e-6, atol=0)
     save_file({**weights, "sigmas": torch.ones(10)}, tmp_path / "unet" / WEIGHTS)
-    with pytest.raises(ValueError, match=r"the weights beside .*config\.json hold wrong noise levels"):
+    with pytest.raises(ValueError, match=r"the weights beside .*config\.json do not hold valid noise levels"):
         ScoreNet.from_pretrained(tmp_path)
 
 
@@ -743,16 +743,16 @@ def test_a_missing_scheduler_raises(ddpm):
             r"scheduler_config\.json: prediction_type must be one of 'epsilon'.*got 'flow'",
         ),
         ({}, {"beta_schedule": "cubic"}, "beta_schedule must be one of 'linear', .*got 'cubic'"),
-        ({}, {"rescale_betas_zero_snr": True, "num_train_timesteps": 1}, "the betas give no noise levels"),
+        ({}, {"rescale_betas_zero_snr": True, "num_train_timesteps": 1}, "the betas do not define valid noise levels"),
         ({}, {"beta_start": None}, "beta_start must be a number of at least 0 and at most 1, got None"),
         (
             {},
             {"num_train_timesteps": 10**12},
             "num_train_timesteps must be an integer of at least 1 and .*got 1000000000000",
         ),
-        ({}, {"trained_betas": [0.1, 1.0]}, "the betas give no noise levels"),
+        ({}, {"trained_betas": [0.1, 1.0]}, "the betas do not define valid noise levels"),
         ({}, {"trained_betas": []}, "trained_betas must be a list with at least 1"),
-        ({}, {"beta_start": 0, "beta_end": 0}, "the betas give no noise levels"),
+        ({}, {"beta_start": 0, "beta_end": 0}, "the betas do not define valid noise levels"),
         (
             {},
             {"_class_name": "EulerDiscreteScheduler", "beta_start": ...},

@@ -147,13 +147,13 @@ def test_numbers_stay_in_the_file(tmp_path):
     [
         (b"<!DOCTYPE html><html>Google Drive - Virus scan warning", "is a web page: the download failed"),
         (b"<HTML>\n", "is a web page: the download failed"),
-        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, not a checkpoint of PyTorch"),
-        (b"\x93NUMPY\x01\x00", "is an array of NumPy, not a checkpoint of PyTorch"),
+        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, not a PyTorch checkpoint"),
+        (b"\x93NUMPY\x01\x00", "is a NumPy array, not a PyTorch checkpoint"),
         (b"\x1f\x8b\x08\x00", "is compressed by gzip"),
         (b"\x84\xa9optimizer\x82", "is a MessagePack file, as JAX writes checkpoints"),
-        (b"model:\n  nf: 128\n", "is not a checkpoint of PyTorch: it is neither a zip file of torch.save nor a pickle"),
-        (b"\x89PNG\r\n\x1a\n", "is not a checkpoint of PyTorch: it is neither"),
-        (b"(lp0\n.", "is not a checkpoint of PyTorch: it is neither"),
+        (b"model:\n  nf: 128\n", "is not a PyTorch checkpoint: it is neither a zip file of torch.save nor a pickle"),
+        (b"\x89PNG\r\n\x1a\n", "is not a PyTorch checkpoint: it is neither"),
+        (b"(lp0\n.", "is not a PyTorch checkpoint: it is neither"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
         (struct.pack("<Q", 2) + b"{}" + bytes(20), "is a safetensors file. Load its folder with ScoreNet.from_pretr"),
         (b"", r"\(0 bytes\) is not a complete ckpt file\. Save or download it again"),
@@ -169,14 +169,14 @@ def test_a_file_of_another_kind_is_named_for_what_it_is(data, message, tmp_path)
 
 def test_archives_of_another_kind_are_named_for_what_they_are(tmp_path):
     np.savez(tmp_path / "a.npz", a=np.zeros(3))
-    _refused(tmp_path / "a.npz", "is an archive of NumPy, not a checkpoint of PyTorch")
+    _refused(tmp_path / "a.npz", "is a NumPy archive, not a PyTorch checkpoint")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("a.txt", "text")
-    _refused(tmp_path / "b.zip", "is a zip file, not a checkpoint of PyTorch")
+    _refused(tmp_path / "b.zip", "is a zip file, not a PyTorch checkpoint")
     with zipfile.ZipFile(tmp_path / "c.pt", "w") as archive:
         archive.writestr("net/data.pkl", b"\x80\x02N.")
         archive.writestr("net/constants.pkl", b"\x80\x02).")
-    _refused(tmp_path / "c.pt", "is a program of TorchScript, not a checkpoint")
+    _refused(tmp_path / "c.pt", "is a TorchScript program, not a checkpoint")
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
         read_pickle(tmp_path / "nothing.pt")
 
@@ -288,7 +288,7 @@ def test_a_value_that_holds_another_many_times_is_quoted_quickly(tmp_path):
         _name("torch._utils._rebuild_tensor_v2"), b"(", _name("torch.FloatStorage"), nested, b"NN", b"t", b"R"
     )
     (tmp_path / "a.pkl").write_bytes(data)
-    _refused(tmp_path / "a.pkl", "is not a complete|holds a tensor of an unsupported kind")
+    _refused(tmp_path / "a.pkl", "is not a complete|holds an unsupported tensor")
     (tmp_path / "a.pkl").write_bytes(doubled)
     content = read_pickle(tmp_path / "a.pkl").content
     assert len(quote(content)) <= 60
@@ -333,8 +333,8 @@ def _tensor(storage, offset, size, stride):
         (0, (2**60, 0), (1, 1), "of an impossible size"),
         (0, (2.5,), (1,), "of an impossible size, 2.5"),
         (0, (True,), (1,), "of an impossible size, True"),
-        (0, (1,) * 17, (1,) * 17, "holds a tensor of an unsupported kind"),
-        (0, (1, 2), (1,), "holds a tensor of an unsupported kind"),
+        (0, (1,) * 17, (1,) * 17, "holds an unsupported tensor"),
+        (0, (1, 2), (1,), "holds an unsupported tensor"),
         (0, 3, (1,), "is not a complete"),
     ],
 )
@@ -346,14 +346,14 @@ def test_a_tensor_that_leaves_its_storage_is_refused(offset, size, stride, messa
 
 def test_numbers_of_other_types_are_refused(write, tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "a.pt")
-    message = "holds numbers of an unsupported kind; supported are float64, float32, float16, bfloat16, int64, int32"
+    message = "holds numbers of an unsupported type. Only float64, float32, float16, bfloat16, int64, int32"
     _refused(tmp_path / "a.pt", message, {**BYTES, "torch.FloatStorage": pickles._dictionary})
     for value, wanted in ((np.int64(3), "'i8'"), (np.bool_(True), "'b1'")):
-        _refused(write({"a": value}), f"holds a number of NumPy of the type {wanted}; supported are 'f8' and 'f4'", ALL)
+        _refused(write({"a": value}), f"holds a NumPy number of type {wanted}. Only 'f8' and 'f4' are supported", ALL)
 
 
 def test_a_tensor_of_something_else_is_refused(write):
-    _refused(write(_tensor([1.0, 2.0], 0, (2,), (1,))), "holds a tensor of an unsupported kind", BYTES)
+    _refused(write(_tensor([1.0, 2.0], 0, (2,), (1,))), "holds an unsupported tensor", BYTES)
     _refused(write(Call(torch._utils._rebuild_parameter, 3, True, None)), "a parameter that is not a tensor", BYTES)
 
 
@@ -459,13 +459,13 @@ def test_entries_in_another_form_are_refused(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"weight": torch.zeros(10)}, path)
     _rewrite(path, zipfile.ZIP_BZIP2)
-    _refused(path, "is encrypted or compressed in an unsupported way; supported are entries that are stored")
+    _refused(path, "is encrypted or compressed in an unsupported way. Only entries that are stored")
     torch.save({"weight": torch.zeros(10)}, path)
     _rewrite(path, edit=lambda name, data: b"big" if name.endswith("byteorder") else data)
-    _refused(path, "was written on a machine with another order of bytes")
+    _refused(path, "was written on a machine with another byte order")
     torch.save({"weight": torch.zeros(10)}, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes().replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89"))
-    _refused(path, "was written on a machine with another order of bytes")
+    _refused(path, "was written on a machine with another byte order")
 
 
 def test_a_storage_without_its_entry_is_refused(tmp_path):

@@ -731,7 +731,7 @@ def checkpoint(tmp_path_factory):
         ("model", {"fir_kernel": [1, 2, 1]}, r"fir_kernel must be one of \[1, 3, 3, 1\], got \[1, 2, 1\]"),
         ("model", {"name": "ncsnv2"}, "name must be one of 'ncsnpp', 'ddpm', got 'ncsnv2'"),
         ("model", {"name": "ddpm", "ch_mult": [2, 2]}, "ch_mult must begin with 1 in a network named ddpm"),
-        ("model", {"sigma_max": 0.001}, "section model: the options give no noise levels"),
+        ("model", {"sigma_max": 0.001}, "section model: the options do not define valid noise levels"),
     ],
 )
 def test_options_of_score_sde_that_are_not_supported(section, changes, message, checkpoint, tmp_path):

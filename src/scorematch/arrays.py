@@ -113,7 +113,7 @@ def _header(data: bytes | bytearray, entry: zipfile.ZipInfo) -> tuple[int, tuple
     # The header is a dict in Python's notation after the name of the format, its version, and the length of the header.
     form, start = ("<H", 10) if data[6:7] == b"\1" else ("<I", 12)
     if data[:6] != b"\x93NUMPY" or len(data) < start:
-        raise ValueError(f"{name} is not an array of NumPy")
+        raise ValueError(f"{name} is not a NumPy array")
     end = start + struct.unpack(form, data[8:start])[0]
     if end > min(len(data), _LARGEST_HEADER):
         raise ValueError(f"the header of {name} is too long")

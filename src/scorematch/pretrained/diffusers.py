@@ -270,7 +270,7 @@ def _ddpm(network: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) 
     try:
         schedule = NoiseSchedule(0.5 * (1 / alpha_bar - 1).sqrt().flip(0))
     except ValueError as error:
-        raise ValueError(f"{where}: the betas give no noise levels: {error}") from error
+        raise ValueError(f"{where}: the betas do not define valid noise levels: {error}") from error
     return schedule, _PREDICTIONS[prediction]
 
 
@@ -306,7 +306,7 @@ def _stored_schedule(levels: Tensor, configured: NoiseSchedule, where: str, wher
     try:
         schedule = NoiseSchedule(levels)
     except ValueError as error:
-        raise ValueError(f"the weights beside {where} hold wrong noise levels: {error}") from error
+        raise ValueError(f"the weights beside {where} do not hold valid noise levels: {error}") from error
     if len(schedule) == len(configured) and np.allclose(schedule.sigmas, configured.sigmas, rtol=1e-4):
         return configured  # its levels are not rounded to float32
     warnings.warn(

@@ -263,7 +263,7 @@ class _Reader:
             try:
                 return NoiseSchedule(self.tensors["u"].double()[:steps] / 2), {"precondition": "ddpm"}
             except (KeyError, ValueError) as error:
-                raise ValueError(f"{self.path}: its table u holds no noise levels: {error}") from error
+                raise ValueError(f"{self.path}: its table u does not hold valid noise levels: {error}") from error
         bounds = [
             value if isinstance(value, int | float) and math.isfinite(value) else default
             for value, default in ((self.root.state.get("sigma_max"), 1e30), (self.root.state.get("sigma_min"), 0.0))
@@ -271,7 +271,9 @@ class _Reader:
         try:
             schedule = NoiseSchedule.karras(min(_HIGHEST, bounds[0]) / 2, max(_LOWEST, bounds[1]) / 2, _LEVELS)
         except ValueError as error:
-            raise ValueError(f"{self.path}: sigma_max and sigma_min give no noise levels: {error}") from error
+            raise ValueError(
+                f"{self.path}: sigma_max and sigma_min do not define valid noise levels: {error}"
+            ) from error
         if kind == "EDMPrecond":
             options = {"sigma_data": self._attribute("", "sigma_data", _NUMBER)}
             return schedule, {"precondition": "karras", "precondition_options": options}

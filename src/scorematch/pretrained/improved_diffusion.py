@@ -232,8 +232,8 @@ def _schedule(options: Mapping[str, Any], config: str | os.PathLike[str]) -> Noi
         return NoiseSchedule.from_betas(_betas(options["noise_schedule"], options["diffusion_steps"]))
     except ValueError as error:
         raise ValueError(
-            f"{config}: noise_schedule and diffusion_steps give no noise levels, since a variance of a step is not "
-            f"between 0 and 1: linear needs more than 20 steps, got {options['diffusion_steps']}."
+            f"{config}: noise_schedule and diffusion_steps do not define valid noise levels, since the variance of a "
+            f"step is not between 0 and 1: linear needs more than 20 steps, got {options['diffusion_steps']}."
         ) from error
 
 

@@ -159,13 +159,13 @@ def _schedule(
                 configured = NoiseSchedule(np.linspace(begin, end, count))
         except ValueError as error:
             raise ValueError(
-                f"{config}: sigma_begin, sigma_end and num_classes give no noise levels: {error}"
+                f"{config}: sigma_begin, sigma_end and num_classes do not define valid noise levels: {error}"
             ) from error
     if stored is not None:
         try:
             schedule = NoiseSchedule(stored)
         except ValueError as error:
-            raise ValueError(f"{path}: the weight sigmas holds no noise levels: {error}") from error
+            raise ValueError(f"{path}: the weight sigmas does not hold valid noise levels: {error}") from error
         if configured is not None and not (
             len(configured) == len(schedule) and np.allclose(configured.sigmas, schedule.sigmas, rtol=1e-4)
         ):

@@ -53,8 +53,8 @@ _OTHER_FILES = (  # the first bytes of a file, and the rest of the error message
     (b"version https://git-lfs.", "is a Git LFS pointer, not the weights. Run git lfs pull, or download the file."),
     (b"<!doctype html", "is a web page: the download failed. Open the address in a browser, and save the file."),
     (b"<html", "is a web page: the download failed. Open the address in a browser, and save the file."),
-    (b"\x89hdf", "is an HDF5 file, not a checkpoint of PyTorch."),
-    (b"\x93numpy", "is an array of NumPy, not a checkpoint of PyTorch."),
+    (b"\x89hdf", "is an HDF5 file, not a PyTorch checkpoint."),
+    (b"\x93numpy", "is a NumPy array, not a PyTorch checkpoint."),
     (b"\x1f\x8b", "is compressed by gzip. Unpack it, and pass the file inside."),
 )
 
@@ -98,7 +98,7 @@ def read_pickle(path: Path, known: Globals | None = None) -> Pickle:
         if start.startswith(sign):
             raise ValueError(f"{path} {what}")
     if len(start) > 1 and 0x80 < start[0] < 0x90 and 0xA0 <= start[1] < 0xC0:
-        raise ValueError(f"{path} is a MessagePack file, as JAX writes checkpoints, not a checkpoint of PyTorch.")
+        raise ValueError(f"{path} is a MessagePack file, as JAX writes checkpoints, not a PyTorch checkpoint.")
     if start[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
         raise ValueError(f"{path} is a safetensors file. Load its folder with ScoreNet.from_pretrained.")
     machine = _Machine(data, TENSORS if known is None else known)
@@ -118,7 +118,7 @@ def _read(path: Path, machine: _Machine) -> Any:
     if start[:1] != b"\x80":
         if len(start) < 4:
             raise EOFError
-        raise RefusedError("is not a checkpoint of PyTorch: it is neither a zip file of torch.save nor a pickle.")
+        raise RefusedError("is not a PyTorch checkpoint: it is neither a zip file of torch.save nor a pickle.")
     storages: dict[str, Storage] = {}
     machine.storage = lambda *identifier: _storage(storages, *identifier)
     content = machine.run()
@@ -202,7 +202,7 @@ def _storage(
     """Returns the storage that a persistent id describes."""
     if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or view is not None:
         kinds = ", ".join(str(each).removeprefix("torch.") for each in _DTYPES.values())
-        raise RefusedError(f"holds numbers of an unsupported kind; supported are {kinds}, as torch.save writes them.")
+        raise RefusedError(f"holds numbers of an unsupported type. Only {kinds}, written by torch.save, are supported.")
     storage = storages.setdefault(key, Storage(dtype, _size(count)))
     if (storage.dtype, storage.count) != (dtype, count):
         raise RefusedError(f"describes the storage {quote(key)} with two different dtypes or sizes.")
@@ -219,8 +219,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Stor
     """Stands for ``torch._utils._rebuild_tensor_v2``."""
     if not isinstance(storage, Storage) or not len(shape) == len(stride) <= _DIMENSIONS:
         raise RefusedError(
-            f"holds a tensor of an unsupported kind; supported are tensors of at most {_DIMENSIONS} dimensions, with a "
-            "stride for each, whose numbers are in a storage."
+            f"holds an unsupported tensor. Only tensors with a storage, at most {_DIMENSIONS} dimensions and a stride "
+            "for each dimension are supported."
         )
     tensor = StoredTensor(storage, _size(offset), tuple(map(_size, shape)), tuple(map(_size, stride)))
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
@@ -268,7 +268,7 @@ TENSORS: Globals = {
 }
 
 
-# -- Numbers of NumPy -------------------------------------------------------------------------------------------------
+# -- NumPy numbers ----------------------------------------------------------------------------------------------------
 
 
 class _NumberType:
@@ -276,7 +276,7 @@ class _NumberType:
 
     def __init__(self, code: Any) -> None:
         if code not in ("f8", "f4"):
-            raise RefusedError(f"holds a number of NumPy of the type {quote(code)}; supported are 'f8' and 'f4'.")
+            raise RefusedError(f"holds a NumPy number of type {quote(code)}. Only 'f8' and 'f4' are supported.")
         self.format, self.order = {"f8": "d", "f4": "f"}[code], "<"
 
     def set_state(self, state: Any) -> None:
@@ -290,9 +290,7 @@ def _number_type(code: Any, *_: Any) -> _NumberType:
 def _number(kind: Any, value: Any) -> float:
     """Stands for ``numpy.core.multiarray.scalar``."""
     if not isinstance(kind, _NumberType):
-        raise RefusedError(
-            f"holds a number of NumPy with {quote(kind)} as its type; supported are float64 and float32."
-        )
+        raise RefusedError(f"holds a NumPy number of type {quote(kind)}. Only float64 and float32 are supported.")
     return float(struct.unpack(kind.order + kind.format, value)[0])
 
 
@@ -323,10 +321,10 @@ def _read_zip(path: Path, machine: _Machine) -> Any:
         raise RefusedError(f"unpacks to more than {_INFLATION} times its size, which trained weights do not.")
     root = next((name[:-8] for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")), None)
     if root is None:
-        what = "an archive of NumPy" if any(name.endswith(".npy") for name in entries) else "a zip file"
-        raise RefusedError(f"is {what}, not a checkpoint of PyTorch.")
+        what = "a NumPy archive" if any(name.endswith(".npy") for name in entries) else "a zip file"
+        raise RefusedError(f"is {what}, not a PyTorch checkpoint.")
     if f"{root}constants.pkl" in entries:
-        raise RefusedError("is a program of TorchScript, not a checkpoint.")
+        raise RefusedError("is a TorchScript program, not a checkpoint.")
     checksums = any(entry.CRC for entry in entries.values())  # torch.save can leave them out: all are zero
     if f"{root}byteorder" in entries:
         _check_order(bytes(_entry(data, entries[f"{root}byteorder"], checksums)) == b"little")
@@ -346,17 +344,20 @@ def _read_zip(path: Path, machine: _Machine) -> Any:
 
 
 def _entry(data: memoryview, entry: zipfile.ZipInfo, checksums: bool) -> memoryview:
-    """Returns the content of an entry of a zip file, of which ``checksums`` says whether it has checksums.
+    """Returns the content of an entry of a zip file: a view of the file, or a decompressed copy.
 
-    It is a view of the file, or a decompressed copy.
+    Args:
+        data: the zip file.
+        entry: the entry.
+        checksums: whether the entries of the file have checksums.
 
     Raises:
         RefusedError: if the entry is encrypted, compressed by another method than deflate, or damaged.
     """
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise RefusedError(
-            f"holds the entry {quote(entry.filename)}, which is encrypted or compressed in an unsupported way; "
-            "supported are entries that are stored, or compressed by deflate."
+            f"holds the entry {quote(entry.filename)}, which is encrypted or compressed in an unsupported way. "
+            "Only entries that are stored or compressed by deflate are supported."
         )
     part = memoryview(b"")
     try:
@@ -378,7 +379,7 @@ def _read_sequence(machine: _Machine, storages: Mapping[str, Storage]) -> Any:
     protocol, system = machine.run(), machine.run()
     if protocol != _PROTOCOL or not isinstance(system, dict):
         raise RefusedError(
-            f"was written in another version of the older format of torch.save; supported is version {_PROTOCOL}."
+            f"has an unsupported version of the older torch.save format. Only version {_PROTOCOL} is supported."
         )
     _check_order(system.get("little_endian") is True)
     content = machine.run()
@@ -394,7 +395,7 @@ def _read_sequence(machine: _Machine, storages: Mapping[str, Storage]) -> Any:
 
 def _check_order(little: bool) -> None:
     if little != (sys.byteorder == "little"):
-        raise RefusedError("was written on a machine with another order of bytes.")
+        raise RefusedError("was written on a machine with another byte order.")
 
 
 def storage_of_bytes(machine: _Machine, data: Any) -> Storage:

@@ -183,7 +183,7 @@ def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[
         with np.errstate(over="ignore"):  # infinite levels are an error below
             schedule = NoiseSchedule(np.sqrt(np.expm1(q)) / 2 if row == "vp" else np.sinh(q / 2))
     except ValueError as error:
-        raise ValueError(f"{where}, section model: the options give no noise levels: {error}") from error
+        raise ValueError(f"{where}, section model: the options do not define valid noise levels: {error}") from error
     scale = {"beta_min": low, "beta_max": high, "time_scale": _TIME_SCALE}
     return schedule, {"precondition": row, "precondition_options": scale}
 
