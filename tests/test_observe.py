@@ -250,7 +250,7 @@ def test_the_operator_and_y_must_agree_on_the_number_of_images():
     assert (
         len(Observation(Sharper(), torch.rand(1, 3, 8, 8))) == len(Observation(Sharper(), torch.rand(2, 1, 8, 8))) == 2
     )
-    with pytest.raises(ValueError, match="y must have 2 images, as many as the operator, got 3"):
+    with pytest.raises(ValueError, match="y must have 2 images, like the operator, got 3"):
         Observation(Sharper(), torch.rand(3, 1, 8, 8))
 
 

@@ -626,9 +626,9 @@ def test_images_of_a_batch_use_their_own_condition(rng):
             _conditional,
             torch.zeros(2, 3, 8, 8),
             ValueError,
-            r"takes 4 channels in all, .*x of shape \(2, 3, 8, 8\) and a condition of shape \(2, 3, 8, 8\)",
+            r"must have 4 channels in all, got x of shape \(2, 3, 8, 8\) and a condition of shape \(2, 3, 8, 8\)",
         ),
-        (_conditional, torch.zeros(2), ValueError, r"takes 4 channels in all, .*a condition of shape \(2,\)"),
+        (_conditional, torch.zeros(2), ValueError, r"must have 4 channels in all, .*a condition of shape \(2,\)"),
         (
             _conditional,
             torch.zeros(1, 1, 8, 8),

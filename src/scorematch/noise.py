@@ -231,7 +231,7 @@ class NoiseSchedule:
             >>> NoiseSchedule.from_data(points)
             NoiseSchedule(34 levels, 7.37 -> 0.01)
         """
-        if isinstance(images, np.ndarray):  # torch takes no reversed axes and no foreign byte order
+        if isinstance(images, np.ndarray):  # torch accepts neither negative strides nor a foreign byte order
             images = np.ascontiguousarray(images, images.dtype.newbyteorder("="))
         try:
             data = torch.as_tensor(images)

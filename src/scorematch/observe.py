@@ -525,7 +525,7 @@ class Observation:
                 f"{tuple(self.y.shape[1:])}.{self._hint()}"
             )
         if len({len(self.operator), len(self.y)} - {1}) > 1:
-            raise ValueError(f"y must have {len(self.operator)} images, as many as the operator, got {len(self.y)}.")
+            raise ValueError(f"y must have {len(self.operator)} images, like the operator, got {len(self.y)}.")
 
     def _hint(self) -> str:
         own = type(self.operator).lift is not Operator.lift

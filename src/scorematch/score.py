@@ -54,8 +54,8 @@ class ScoreNet(NetworkScore, nn.Module):
             attribute ``conditioning``, a ``scorematch.nets.Condition``, conditions are checked, and ``train`` passes
             the labels of the data: ``Condition(classes=10)``, or ``Condition(channels=3)`` for an image.
         schedule: the noise levels that the backbone is trained on.
-        precondition: how x and sigma become the backbone's input, and its output the score: the name of a row of the
-            table in ``scorematch.precondition``, such as "karras", "ddpm", "ncsnv2" or "ncsn".
+        precondition: the formulas for the backbone's input, and for the score as a function of its output: the name of
+            a row of the table in ``scorematch.precondition``, such as "karras", "ddpm", "ncsnv2" or "ncsn".
         sample_shape: the shape of one sample without the batch axis, (C, H, W) for images. Samplers draw samples of
             this shape by default; the network itself may take other shapes.
         value_range: (low, high) of the data. Samplers clamp their samples to this range, and some preconditionings
@@ -391,8 +391,8 @@ class ScoreNet(NetworkScore, nn.Module):
             dropout: the dropout probability in the residual blocks.
             embedding: the embedding of the noise level: "fourier", or "positional" for a preconditioning whose c_noise
                 is a time step or an index.
-            resample_filter: the filter for resampling: (1, 3, 3, 1); or (1, 1), which is the mean of 2 x 2 pixels, and
-                repetition of pixels.
+            resample_filter: the filter for resampling: (1, 3, 3, 1); or (1, 1), which averages 2 x 2 pixels on the way
+                down and repeats pixels on the way up.
             input_pyramid: the input pyramid, "residual", "skip" or "none".
             output_pyramid: the output pyramid, "residual", "skip" or "none".
             model_channels: the number of output channels of the first convolution, and a quarter of the width of the
@@ -530,8 +530,8 @@ class ScoreNet(NetworkScore, nn.Module):
 
         Any sampler accepts it in place of the network. It uses a faster memory layout, bfloat16 inside the network
         where the processor multiplies it natively, and computes what depends on sigma alone once per noise level
-        (``scorematch.nets.inference``). A network is returned itself if its backbone is your own, its weights are not
-        float32, or it was changed after it was built, for example by hooks or adapters.
+        (``scorematch.nets.inference``). The method returns the network itself if its backbone is your own, its weights
+        are not float32, or it was changed after it was built, for example by hooks or adapters.
 
         Args:
             compile: whether to compile the copy with ``torch.compile`` at its first call, with CUDA graphs on CUDA. If
@@ -575,7 +575,7 @@ class ScoreNet(NetworkScore, nn.Module):
         }
 
     def definition(self) -> list[Any]:
-        """The configuration, without what does not change the score, and the weights."""
+        """The parts of the configuration that affect the score, and the weights."""
         config = {key: value for key, value in self.config.items() if key not in ("sampler_settings", "class_names")}
         return [config, dict(self.state_dict())]
 

@@ -163,7 +163,7 @@ class SampleFolder:
             raise OSError(
                 error.errno,
                 f"the images from {batch.indices.start} on could not be written to {self._folder} "
-                f"({error.strerror or error}); the files that are there are complete. Correct the cause, such as a "
+                f"({error.strerror or error}); all existing files are complete. Correct the cause, such as a "
                 "full disk, and start again with the same arguments",
             ) from error
         except ValueError as error:  # of a score without a value range, to which samples would be clamped

@@ -96,7 +96,7 @@ class Job:
         batch_size = check_count("batch_size", batch_size)
         shape = attribute(sampler.net, "sample_shape") if shape is None else shape
         if shape is None:
-            raise ValueError("the shape of a sample is not known: pass shape=, that of one sample without the batch.")
+            raise ValueError("the shape of a sample is not known: pass shape=, without the batch axis.")
         self.sampler, self.seed, self.batch_size, self.condition = sampler, seed, batch_size, condition
         self.shape = tuple(map(int, shape))
         self.classes = number_of_classes(sampler.net, condition, classes, self.shape)

@@ -415,8 +415,8 @@ class ImageNetwork(nn.Module):
         if x.shape[1] + channels != self.in_channels or (image is not None and not channels):
             given = "" if image is None else f" and a condition of shape {tuple(image.shape)}"
             raise ValueError(
-                f"the network takes {self.in_channels} channels in all, those of x (N, C, H, W) and of an image "
-                f"condition if it was built with one, got x of shape {tuple(x.shape)}{given}."
+                f"x (N, C, H, W) and the conditioning image, if the network takes one, must have {self.in_channels} "
+                f"channels in all, got x of shape {tuple(x.shape)}{given}."
             )
         height, width = x.shape[2:]
         if height % self.divisor or width % self.divisor:
