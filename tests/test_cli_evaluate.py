@@ -163,7 +163,7 @@ def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):
         ((network, real, "-n", 0), "must be a whole number of at least 1"),
         ((network, real, "-n", 1, "--features", "pixels"), "at least 2 images, got 1"),
         ((network, folder / "nothing", "--features", "inception", "--weights", folder / "a"), "nothing does not exist"),
-        ((network, real, "--features", "pixels", "--weights", "a"), "'pixels' takes no file of weights"),
+        ((network, real, "--features", "pixels", "--weights", "a"), "'pixels' has no weights file"),
         ((network, real, "--features", "pixels", "inception", "--weights", "a"), "--weights is for one extractor"),
         ((network, real, "--features", "inception", "--weights", folder / "a"), extra),
         ((network, real, "--draws", 2), "--draws is for --restore TASK"),

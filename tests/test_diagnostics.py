@@ -497,7 +497,7 @@ def test_every_method_of_restore_is_measured():
         ({"observations": 99}, "the ranks of 19 draws need at least 100 observations, got 99"),
         ({"operator": Mask(torch.ones(2, 1, 2, 4) > 0)}, "must be for any image, got one for 2 images"),
         ({"operator": JPEG(50)}, "must be linear and have a gain"),
-        ({"operator": Uncrop(), "sigma": 0.0}, "leave a part of the images unknown, but they determine them"),
+        ({"operator": Uncrop(), "sigma": 0.0}, "the observations determine the images completely"),
     ],
 )
 def test_invalid_arguments_of_posterior_calibration_raise(arguments, message):

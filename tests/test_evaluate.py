@@ -155,7 +155,7 @@ def test_the_default_pixels_lack_logits_and_images():
     result = run(images(40), images(40))
     assert set(result.left_out) == {"kernel of pixels", "inception-score of pixels"}
     assert set(found(result)) == {"frechet", "frechet-infinity", "precision", "recall", "density", "coverage"}
-    with pytest.raises(ValueError, match=r"metrics must be some of 'frechet', .* got 'fid'"):
+    with pytest.raises(ValueError, match=r"each of metrics must be one of 'frechet', .* got 'fid'"):
         run(images(40), images(40), metrics=["fid"])
 
 
@@ -530,7 +530,7 @@ def test_a_folder_of_samples_may_have_their_evaluation(net, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_not_used(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.warns(UserWarning, match=r"The statistics are not cached in .*file: File exists\."):
+    with pytest.warns(UserWarning, match=r"the statistics could not be cached in .*file: File exists\."):
         one = run(images(9, 1), images(9), metrics=["precision-recall"], cache=tmp_path / "file")
     assert one.figures == run(images(9, 1), images(9), metrics=["precision-recall"]).figures
 

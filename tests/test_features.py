@@ -177,7 +177,7 @@ def test_as_extractor_takes_names_extractors_and_functions():
         ValueError, match="must be one of 'inception', 'dinov2', 'efficientnet-lite0', 'pixels', got 'v"
     ):
         as_extractor("vgg")
-    with pytest.raises(ValueError, match="'pixels' takes no file of weights; 'inception', 'dinov2' do"):
+    with pytest.raises(ValueError, match=r"'pixels' has no weights file\. Only 'inception' and 'dinov2' accept one"):
         as_extractor("pixels", weights="file.pth")
     with pytest.raises(ValueError, match="weights is for an extractor that is given by its name"):
         as_extractor(MEANS, weights="file.pth")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from scorematch.bulk.batches import this_process
 
-_PATIENCE = timedelta(days=7)  # processes wait for the slowest one, which may have to sample for hours
+_TIMEOUT = timedelta(days=7)  # processes wait for the slowest one, which may have to sample for hours
 _GROUPS = itertools.count()
 _BLOCK = 8192  # features that are converted to float64 at a time
 _ASYMMETRY = 1e-5  # the tolerance of a covariance, relative to its largest entry; files may hold float32
@@ -252,7 +252,7 @@ def processes() -> int:
 @functools.cache
 def _store() -> Any:
     """The store of the launcher, with which processes find each other."""
-    return next(dist.rendezvous("env://", timeout=_PATIENCE))[0]  # type: ignore[attr-defined]
+    return next(dist.rendezvous("env://", timeout=_TIMEOUT))[0]  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -276,7 +276,7 @@ def process_group(device: torch.device | str) -> Iterator[None]:
         store=dist.PrefixStore(f"scorematch {next(_GROUPS)}", _store()),  # type: ignore[attr-defined]
         rank=rank,
         world_size=number,
-        timeout=_PATIENCE,
+        timeout=_TIMEOUT,
     )
     try:
         yield

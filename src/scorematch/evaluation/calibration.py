@@ -178,7 +178,10 @@ class _Check:
             own.append(self.along(posterior.sample(draws, seed_of(seed, "posterior", i), torch.float64)))
         self._mean, self._variance, self.exact = torch.stack(means), torch.stack(variances), torch.stack(own)
         if not (self._variance > _KNOWN * self._variance_of(exact)).all():
-            raise ValueError("the observations must leave a part of the images unknown, but they determine them.")
+            raise ValueError(
+                "the observations determine the images completely. Pass an operator that hides a part, or sigma "
+                "above 0."
+            )
 
     def along(self, x: Tensor) -> Tensor:
         """The projections (n, J) of images (n, ...)."""

@@ -196,7 +196,7 @@ class Mixture(Distribution):
         self.weights = self.weights / self.weights.sum()
         super().__init__((size,) if sample_shape is None else sample_shape, schedule, value_range)
         if math.prod(self.sample_shape) != size:
-            raise ValueError(f"sample_shape must have {size} values, as the means, got {self.sample_shape}.")
+            raise ValueError(f"sample_shape must have {size} values, like the means, got {self.sample_shape}.")
         self._within = _float64(covariance).to(self.means.device)
         if self._within.ndim == 0:
             self._within = self._within * torch.eye(size, dtype=torch.float64, device=self.means.device)
@@ -488,8 +488,8 @@ def _log_normal(x: Tensor, variance: Tensor) -> Tensor:
     """The log-density (N,) of independent normal values (N, D) with mean 0."""
     if not variance.min() > variance.shape[1] * torch.finfo(variance.dtype).eps * variance.max():
         raise ValueError(
-            "the distribution has no density, since it does not vary in some direction. Pass a higher sigma, the level "
-            "of noise."
+            "the distribution has no density, since the covariance of its components is singular. Pass a higher sigma, "
+            "the noise level."
         )
     return -(x.square() / variance + (2 * math.pi * variance).log()).sum(1) / 2
 

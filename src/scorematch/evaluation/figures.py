@@ -62,6 +62,7 @@ from scorematch.evaluation.metrics import (
 )
 from scorematch.evaluation.statistics import Statistics, cache_folder, is_statistics_file, statistics_of
 from scorematch.images import to_uint8
+from scorematch.schema import check_choice
 from scorematch.training.data import ImageData, open_images
 from scorematch.training.sources import Crop
 
@@ -494,8 +495,7 @@ class Evaluator:
     ) -> None:
         metrics = [metrics] if isinstance(metrics, str) else metrics
         for name in metrics or ():
-            if name not in MEASURES:
-                raise ValueError(f"metrics must be some of {', '.join(map(repr, MEASURES))}, got {name!r}.")
+            check_choice("each of metrics", name, MEASURES)
         listed = features if isinstance(features, Sequence) and not isinstance(features, str) else [features]
         self.extractors = tuple(as_extractor(each, device=device) for each in listed)
         names = [extractor.name for extractor in self.extractors]

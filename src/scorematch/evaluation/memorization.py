@@ -136,8 +136,8 @@ class Nearest:
         for given in both:
             if given.shape[1] != self._queries.shape[1]:
                 raise ValueError(
-                    f"features must have {self._queries.shape[1]} dimensions, as the queries, got {given.shape[1]}. "
-                    "Use one extractor, and images of one size."
+                    f"features must have {self._queries.shape[1]} dimensions, like the queries, got "
+                    f"{given.shape[1]}. Use one extractor, and images of one size."
                 )
         centered = [double(given).to(self._mean.device) - self._mean for given in both]
         numbers = torch.arange(self._n, self._n + len(features), device=self._mean.device)
@@ -292,7 +292,7 @@ def memorization_of(
     dimensions = [each.shape[1] for each in queries]
     if dimensions[0] != dimensions[-1]:
         raise ValueError(
-            f"the features of the held-out images must have {dimensions[0]} dimensions, as those of the samples, got "
+            f"the features of the held-out images must have {dimensions[0]} dimensions, like those of the samples, got "
             f"{dimensions[-1]}. Pass images of one size."
         )
     nearest = Nearest(torch.cat(queries), neighbors)

@@ -291,7 +291,8 @@ def _warn_if_singular(*gaussians: _Gaussian) -> None:
         if gaussian.n is not None and gaussian.n <= len(gaussian.mean):
             warnings.warn(
                 f"the covariance of {gaussian.n:,} features of {len(gaussian.mean):,} dimensions is singular, and "
-                f"the Fréchet distance strongly biased. Use more than {len(gaussian.mean):,} images, at best 50,000.",
+                f"the Fréchet distance is strongly biased. Use more than {len(gaussian.mean):,} images, preferably "
+                "50,000.",
                 stacklevel=3,
             )
 

@@ -261,7 +261,9 @@ def statistics_of(
         try:
             result.save(path)
         except OSError as error:
-            warnings.warn(f"The statistics are not cached in {path.parent}: {error.strerror or error}.", stacklevel=2)
+            warnings.warn(
+                f"the statistics could not be cached in {path.parent}: {error.strerror or error}.", stacklevel=2
+            )
     return result
 
 
