@@ -703,7 +703,7 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
         (["--uncrop", "up=3"], "got 'up=3'"),
         (["--uncrop", "top=3,top=4"], "--uncrop must name each side once, such as left=4,right=4, got 'top=3,top=4'"),
         (["--pool", "2", "--original", "{pictures}/a.png"], "as many pictures as there are to restore, 2, got 1."),
-        (["--pool", "2", "--original", "{pictures}", "--degrade"], "--original and --degrade exclude each other"),
+        (["--pool", "2", "--original", "{pictures}", "--degrade"], "--original and --degrade cannot be combined"),
         (
             ["--pool", "2", "--original", "{pictures}"],
             "/a.png: the original must have the size of the restored picture, 16x16 pixels, got 8x8",

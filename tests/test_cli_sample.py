@@ -166,10 +166,10 @@ def test_the_same_command_continues_and_a_larger_n_adds_images(folder, tmp_path,
     (out / "images" / "000002.png").unlink()
     capsys.readouterr()
     assert _sample(folder, "--out", out, "-n", 4, "--batch-size", 2) == 0
-    assert capsys.readouterr().out.startswith("2 of 4 images are there\nODESampler(")
+    assert capsys.readouterr().out.startswith("2 of 4 images exist already\nODESampler(")
     assert _pictures(out) == before
     assert _sample(folder, "--out", out, "-n", 4, "--batch-size", 2) == 0
-    assert capsys.readouterr().out == f"4 of 4 images are there\n{out / 'sheet.png'}\n{out}\n"
+    assert capsys.readouterr().out == f"4 of 4 images exist already\n{out / 'sheet.png'}\n{out}\n"
     assert _sample(folder, "--out", out, "-n", 6, "--batch-size", 2) == 0
     assert len(_pictures(out)) == 6 and before.items() < _pictures(out).items()
     capsys.readouterr()
@@ -267,7 +267,7 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["{folder}"], "the following arguments are required: picture or --out FOLDER"),
-        (["{folder}", "a.png", "--out", "b"], "a.png and --out b exclude each other: name a picture or a folder."),
+        (["{folder}", "a.png", "--out", "b"], "a.png and --out b cannot be combined. Name a picture or a folder."),
         (["{folder}", "--out", "a.png"], "the output must be a folder, got the name of a picture, a.png. Write a."),
         (["{folder}", "a.png/"], "the output must be a folder, got the name of a picture, a.png. Write a."),
         (["{folder}", "a.png", "--npz"], "--npz is for --out FOLDER. Leave it out."),

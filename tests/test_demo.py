@@ -482,7 +482,7 @@ def test_a_port_that_is_not_free_gives_an_error(tmp_path):
         port = taken.getsockname()[1]
         done = python("-m", "scorematch", "demo", tmp_path, "--no-browser", "--port", port, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"scorematch: port {port} is not free at 127.0.0.1. Write --port with another one.\n"
+    assert done.stderr == f"scorematch: port {port} is not free at 127.0.0.1. Pass another port with --port.\n"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``tune``: the best of a table of sampler settings is found and stored, and a stopped call continues."""
+"""``tune``: the best of many sampler settings is found and stored, and a stopped call continues."""
 
 import json
 

@@ -44,8 +44,9 @@ def add(commands: Commands) -> None:
         help="measure the quality of samples, images or restorations",
         description="Compares samples of a network, or images, with real images. The figures are the Fréchet distance\n"
         "(FID with the features of inception), the kernel distance, the Inception Score, precision and recall,\n"
-        "density and coverage. Those of held-out images are the floor, and those of a Gaussian the ceiling.\n\n"
-        "FOLDER/evaluation.md has the tables, evaluation.json all settings and figures, and samples the samples.\n"
+        "density and coverage. The distances of held-out real images are a floor for those of samples, and the\n"
+        "distances of images from a Gaussian fitted to the real images a ceiling.\n\n"
+        "FOLDER/evaluation.md has the tables, evaluation.json all settings and figures, FOLDER/samples the samples.\n"
         "The same command again continues after an interruption. torchrun and accelerate launch run it on many\n"
         "devices.\n\n"
         "With --restore real images are degraded and restored, and the restorations are measured.",
@@ -60,7 +61,8 @@ def add(commands: Commands) -> None:
         "model",
         type=filled,
         metavar="what",
-        help="a network, by name or folder as for sample; a folder of images; an .npz file; or what sample wrote",
+        help="a network, by name or folder as for sample; a folder of images, also one written by sample; or an .npz "
+        "file",
     )
     parser.add_argument(
         "reference",
@@ -80,7 +82,7 @@ def add(commands: Commands) -> None:
         nargs="+",
         choices=MEASURES,
         metavar="METRIC",
-        help=f"some of {', '.join(MEASURES)} (default: all that can be measured, except classes)",
+        help=f"the metrics to measure: {', '.join(MEASURES)} (default: all that can be measured, except classes)",
     )
     parser.add_argument(
         "--no-gaussian", action="store_true", help="do not measure images from the Gaussian of the reference"
@@ -105,7 +107,9 @@ def add(commands: Commands) -> None:
         help="how the restorations are made to agree with the degraded images (default: replace, or guide for jpeg)",
     )
     restoration.add_argument(
-        "--labels", action="store_true", help="measure the accuracy; the extractor must have these classes"
+        "--labels",
+        action="store_true",
+        help="measure the accuracy of the classes of the images; needs an extractor that classifies them",
     )
     add_reference(parser)
     add_classes(parser)
@@ -164,7 +168,7 @@ def _check(args: argparse.Namespace) -> None:
     network = is_network(args.model)
     foreign = [] if network else given_sampling(args)
     if foreign:
-        raise ValueError(f"{foreign[0]} is for networks, but {args.model} has images. Leave it out.")
+        raise ValueError(f"{foreign[0]} is for networks, but {args.model} is a set of images. Leave it out.")
     if args.restore is None:
         for name in ("data", "draws", "noise", "restore_method", "labels"):
             value = getattr(args, name)
@@ -174,7 +178,7 @@ def _check(args: argparse.Namespace) -> None:
             args.parser.error("the following arguments are required: reference")
     else:
         if not network:
-            raise ValueError(f"--restore needs a network, but {args.model} has images.")
+            raise ValueError(f"--restore needs a network, but {args.model} is a set of images.")
         if args.data is None and args.reference is None:
             args.parser.error("the following arguments are required: --data DATA")
         if args.held_out is not None or args.no_gaussian or args.label is not None or args.guidance is not None:

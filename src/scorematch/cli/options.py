@@ -158,14 +158,15 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
         "--held-out",
         type=filled,
         metavar="DATA",
-        help="real images that are not in the reference: the floor of every distance",
+        help="real images that are not in the reference; their distances are the lowest that samples are "
+        "expected to reach",
     )
     group.add_argument(
         "--crop",
         choices=("center", "celeba", "none"),
         default="center",
-        help="of real images, before they are resized for the network: center, celeba (140x140 pixels in the center) "
-        "or none (default: center)",
+        help="how real images are cropped before they are resized for the network: center, celeba (140x140 pixels in "
+        "the center) or none (default: center)",
     )
     group.add_argument(
         "--batch-size", type=image_count, default=64, metavar="IMAGES", help="images per network call (default: 64)"

@@ -75,7 +75,7 @@ def add(commands: Commands) -> None:
         "--jpeg",
         type=fitting(Field(int, low=1, high=100)),
         metavar="QUALITY",
-        help="they were compressed as JPEG of this quality, 1 to 100",
+        help="the pictures were compressed as JPEG of this quality, 1 to 100",
     )
     parser.add_argument(
         "--invert",
@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.invert and args.mask is None:
         raise ValueError("--invert is for --mask. Leave it out.")
     if args.original is not None and args.degrade:
-        raise ValueError("--original and --degrade exclude each other: with --degrade, the pictures are the originals.")
+        raise ValueError("--original and --degrade cannot be combined. With --degrade, the pictures are the originals.")
     operator, paths, folder = _operator(args), list_pictures(args.pictures), args.folder
     originals = None if args.original is None else list_pictures(args.original)
     if originals is not None and len(originals) != len(paths):

@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.picture is None and args.out is None:
         args.parser.error("the following arguments are required: picture or --out FOLDER")
     if args.picture is not None and args.out is not None:
-        raise ValueError(f"{args.picture} and --out {args.out} exclude each other: name a picture or a folder.")
+        raise ValueError(f"{args.picture} and --out {args.out} cannot be combined. Name a picture or a folder.")
     if args.out is None and args.npz:
         raise ValueError("--npz is for --out FOLDER. Leave it out.")
     if args.out is not None and args.overwrite:
@@ -182,7 +182,7 @@ def _fill(args: argparse.Namespace, job: Job) -> None:
     sampler = prepared(job.sampler)
     if process == 0:
         if samples.missing < args.n:
-            print(f"{args.n - samples.missing} of {count(args.n)} are there")
+            print(f"{args.n - samples.missing} of {count(args.n)} exist already")
         if samples.missing:
             announce(sampler, estimate(sampler, samples.missing, job.condition), samples.missing, processes)
     begin = time.perf_counter()

@@ -40,7 +40,7 @@ from scorematch.training.steps import check_arguments, loss_arguments, make_acce
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
-# What messages say of arguments in Python, and what they say here.
+# Words of messages about Python arguments, and their replacements on the command line.
 _WORDS = {
     "Pass an image_size of": "Pass --image-size",
     "Convert the pictures, or pass channels=3 or channels=1 to open_images": "Pass channels=3 or channels=1",
@@ -77,7 +77,10 @@ def add(commands: Commands) -> None:
         "--out", required=True, type=expanded, help="the folder of the run, created if it does not exist"
     )
     parser.add_argument(
-        "--recipe", choices=RECIPES, metavar="RECIPE", help=f"network and settings, see below (default: {_DEFAULT})"
+        "--recipe",
+        choices=RECIPES,
+        metavar="RECIPE",
+        help=f"the network and its settings, see below (default: {_DEFAULT})",
     )
     parser.add_argument(
         "--start",
@@ -97,7 +100,8 @@ def add(commands: Commands) -> None:
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),
         default="auto",
-        help="default: auto, the first of CUDA, MPS, CPU; CUDA_VISIBLE_DEVICES selects one of several GPUs",
+        help="the device; auto (the default) is the first of CUDA, MPS, CPU; CUDA_VISIBLE_DEVICES selects one of "
+        "several GPUs",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the data, the network and the estimated time, and stop"
@@ -109,7 +113,7 @@ def add(commands: Commands) -> None:
         "--image-size",
         type=_size,
         metavar="SIZE",
-        help="in pixels: a side, or HEIGHTxWIDTH such as 48x64 (default: the recipe's)",
+        help="the size of the images in pixels: a side, or HEIGHTxWIDTH such as 48x64 (default: the recipe's)",
     )
     data.add_argument(
         "--channels", type=int, choices=(1, 3), help="1 for gray, 3 for RGB (default: the recipe's, or the data's)"
@@ -117,13 +121,18 @@ def add(commands: Commands) -> None:
     data.add_argument(
         "--crop",
         choices=("center", "celeba", "none"),
-        help="before resizing: center, celeba (140x140 pixels in the center) or none (default: the recipe's)",
+        help="how pictures are cropped before they are resized: center, celeba (140x140 pixels in the center) or none "
+        "(default: the recipe's)",
     )
     data.add_argument("--labels", action="store_true", help="train on classes: the subfolders, or the data's labels")
-    data.add_argument("--no-flip", action="store_true", help="do not mirror pictures (default: half of them)")
+    data.add_argument("--no-flip", action="store_true", help="do not mirror pictures (default: mirror a random half)")
     data.add_argument("--strict", action="store_true", help="stop at a damaged picture instead of leaving it out")
     data.add_argument("--cache", type=expanded, help="the folder for decoded pictures (default: OUT/cache)")
-    data.add_argument("--no-cache", action="store_true", help="write no cache; above 1 GiB decode again in each epoch")
+    data.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="write no cache; more than 1 GiB of pictures is decoded again in each epoch",
+    )
     data.add_argument("--image-key", metavar="KEY", help="the key of the images in an .npz file or a data set")
     data.add_argument("--label-key", metavar="KEY", help="the key of the labels")
     data.add_argument("--workers", type=image_count, help="threads that decode pictures (default: one per CPU)")

@@ -36,9 +36,9 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "tune",
         help="find the best sampler settings of a network",
-        description="Draws images with a table of sampler settings, compares them with real images, and writes the\n"
-        "network with the best settings into a folder, with the table in its README.md. The other commands then use\n"
-        "these settings. The same command again continues after an interruption.",
+        description="Draws images with many sampler settings, compares them with real images, and writes the\n"
+        "network with the best settings into a folder, with a table of all settings in its README.md. The other\n"
+        "commands then use these settings. The same command again continues after an interruption.",
         epilog="Examples:\n"
         "  %(prog)s ./cifar10 --reference cifar10-train --out ./cifar10-tuned\n"
         "  %(prog)s mnist --reference digits/ --features efficientnet-lite0 --calls 50 --out tuned",

@@ -35,7 +35,7 @@ _TASKS = {
 _METHODS = {
     "replace": "replace: keep the known pixels",
     "guide": "guide: pull towards the known pixels",
-    "guide-jacobian": "guide-jacobian: as guide, more accurate, twice as slow",
+    "guide-jacobian": "guide-jacobian: like guide, more accurate, twice as slow",
 }
 
 
@@ -394,7 +394,7 @@ def serve(page: Any, restorer: Restorer, *, host: str, port: int | None, share: 
         )
     except OSError as error:
         ports = "the ports from 7860 are" if port is None else f"port {port} is"
-        raise OSError(f"{ports} not free at {host}. Write --port with another one.") from error
+        raise OSError(f"{ports} not free at {host}. Pass another port with --port.") from error
     try:
         print(f"{public or url}\nPress Ctrl-C to end.", flush=True)
         threading.Event().wait()

@@ -85,7 +85,7 @@ class Row:
         sampler: the sampler in words.
         calls: the number of network calls per image.
         seconds: the time of sampling and measuring.
-        figures: the figures of its images, as of ``Evaluator.measure``.
+        figures: the figures of its images, from ``Evaluator.measure``.
         settings: its settings, or None if the sampler was not created from settings.
     """
 
@@ -184,7 +184,7 @@ def tune(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Tuning:
-    """Measures a table of sampler settings on a network, and stores the best with it.
+    """Measures many sampler settings on a network, and stores the best with it.
 
     Under ``torchrun`` or ``accelerate launch`` every process must call it.
 
