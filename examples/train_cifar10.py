@@ -6,7 +6,7 @@
 The network is like google/ddpm-cifar10-32, with a thirteenth of the parameters and the row "karras" of the
 preconditioning table. It trains in 81 minutes on one core, which is enough for colors and textures, but not for
 objects. The sampler settings that are recommended for DDPMs of the Hub were tested on it. The same command continues an
-interrupted run. The loss on test images, in the log, is to be compared with D/2 = 1536, the loss of a score of zero.
+interrupted run. Compare the loss on test images, which is in the log, with D/2 = 1536, the loss of a score of zero.
 """
 
 import argparse

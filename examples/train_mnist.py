@@ -7,7 +7,7 @@
     python examples/train_mnist.py --data FOLDER --out runs/ddpm --network ddpm      # a DDPM: noise, 1,000 time steps
 
 ``scorematch.training.train`` writes the network, samples and a log into the folder. The log also has the loss on test
-digits, to be compared with D/2 = 392, the loss of a score of zero.
+digits. Compare it with D/2 = 392, the loss of a score of zero.
 """
 
 import argparse
