@@ -254,7 +254,7 @@ def test_start_must_be_the_network_of_the_recipe(faces, run, tmp_path, capsys):
     arguments = ["train", faces, "--out", tmp_path / "run", "--start", start, "--recipe", "ncsn-cifar10", "--dry-run"]
     error = refused([*arguments, "--image-size", "8", "--batch-size", "8", "--quiet", "--device", "cpu"], capsys)
     assert error.startswith(f"scorematch: --start {start} is not the network of --recipe: ")
-    assert "precondition is 'karras' there and 'ncsn' here" in error and error.endswith(". Leave out --recipe.\n")
+    assert "precondition is 'karras' instead of 'ncsn'" in error and error.endswith(". Leave out --recipe.\n")
 
 
 def test_the_data_have_the_range_of_the_network_to_begin_with(tmp_path, calls, capsys):
@@ -457,7 +457,9 @@ def test_hints_for_arrays_are_code_that_can_be_copied(tmp_path, capsys):
         "got uint16. Write x.astype(np.uint8) for values up to 255, or x / 65535 for 16-bit images.\n"
     )
     np.savez(tmp_path / "data.npz", images=np.zeros((4, 5, 8, 8), np.uint8))
-    assert error("--image-size", "8").endswith("other channels are floating point (N, C, H, W): write x / 255.\n")
+    assert error("--image-size", "8").endswith(
+        "other numbers of channels as floating point (N, C, H, W): write x / 255.\n"
+    )
     np.save(tmp_path / "data.npy", np.zeros((4, 8, 8), np.uint8))
     error = refused(["train", tmp_path / "data.npy", "--out", tmp_path / "run"], capsys)
     assert error.endswith(' Write np.savez("data.npz", array).\n')

@@ -221,7 +221,7 @@ def test_other_settings_raise_an_error_that_names_them(run):
         quick(image_net(dropout=0.2), images(), run[0], images=160, batch_size=16, lr=0.01, seed=1)
     with pytest.raises(ValueError, match=r"dropout was 0\.2 and is 0"):
         quick(image_net(), images(), run[0], images=160)
-    with pytest.raises(ValueError, match=r"other settings: the network is another one\. This run is complete\."):
+    with pytest.raises(ValueError, match=r"other settings: the network is different\. This run is complete\."):
         quick(image_net(widths=(4, 8), attention=[False] * 2), images(), run[0], images=160)
     with pytest.raises(ValueError, match="fingerprint of the data was"):
         quick(image_net(dropout=0.2), images() / 2, run[0], images=160)
@@ -457,14 +457,10 @@ def test_a_user_defined_network_can_start_with_trained_weights(tmp_path):
 
 def test_start_with_another_network_raises_before_anything_is_written(run, tmp_path):
     start = run[0] / "network"
-    with pytest.raises(
-        ValueError, match=r"not the same network as net: dropout is 0\.2 there and 0\.0 here; num_class"
-    ):
+    with pytest.raises(ValueError, match=r"not the same network as net: dropout is 0\.2 instead of 0\.0; num_class"):
         quick(image_net(classes=3), Memory(images(), torch.zeros(32).long()), tmp_path / "run", start=start)
     net = image_net(dropout=0.2, schedule=NoiseSchedule([1.0, 0.1]))
-    with pytest.raises(
-        ValueError, match=r"schedule is .* there and .* here\. Pass net=ScoreNet\.from_pretrained\(start"
-    ):
+    with pytest.raises(ValueError, match=r"schedule is .* instead of .*\. Pass net=ScoreNet\.from_pretrained\(start"):
         quick(net, images(), tmp_path / "run", start=start)
     with pytest.raises(FileNotFoundError, match="nothing"):
         quick(image_net(), images(), tmp_path / "run", start=tmp_path / "nothing")
@@ -563,18 +559,18 @@ def test_a_network_does_not_start_with_a_larger_one(tmp_path):
     large = {"condition_channels": 2, "layers_per_block": 2, "patch": 2, "pixel_channels": 8, "attention": [True]}
     large["pixel_layers"] = 2
     cases = {
-        "in_channels is 3 there and 2 here": {"condition_channels": 1},
-        "layers_per_block is 2 there and 1 here": {"layers_per_block": 1},
-        r"block_out_channels is .*; layers_per_block is 2 there and \[1, 3\] here": {
+        "in_channels is 3 instead of 2": {"condition_channels": 1},
+        "layers_per_block is 2 instead of 1": {"layers_per_block": 1},
+        r"block_out_channels is .*; layers_per_block is 2 instead of \[1, 3\]": {
             "widths": (4, 4),
             "layers_per_block": [1, 3],
             "attention": [True, True],
         },
-        "pixel_channels is 8 there and 4 here": {"pixel_channels": 4},
-        "pixel_layers is 2 there and None here": {"pixel_layers": 1},
-        "pixel_channels is 8 there and 96 here": {"pixel_channels": 96},
-        r"down_block_types is \['AttnDownBlock2D'\] there and \['DownBlock2D'\] here": {"attention": [False]},
-        r"block_out_channels is \[4\] there and \[8\] here": {"widths": (8,)},
+        "pixel_channels is 8 instead of 4": {"pixel_channels": 4},
+        "pixel_layers is 2 instead of None": {"pixel_layers": 1},
+        "pixel_channels is 8 instead of 96": {"pixel_channels": 96},
+        r"down_block_types is \['AttnDownBlock2D'\] instead of \['DownBlock2D'\]": {"attention": [False]},
+        r"block_out_channels is \[4\] instead of \[8\]": {"widths": (8,)},
     }
     image_net(**large).save_pretrained(tmp_path / "start")
     for message, options in cases.items():

@@ -423,7 +423,7 @@ def test_frozen_weights_do_not_change():
 
 def test_a_network_without_weights_to_train_gives_an_error_and_writes_nothing(tmp_path):
     state = steps(points_net(), points(), images=16, batch_size=8).state
-    with pytest.raises(ValueError, match=r"no weights that are trained\. Write net\.requires_grad_\(True\)"):
+    with pytest.raises(ValueError, match=r"no trainable weights\. Write net\.requires_grad_\(True\)"):
         quick(state.average(), points(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -158,8 +158,8 @@ def reconstruct(
         The network in eval mode, on the CPU, in float32.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or the run has no snapshots of power function averages: it has
-            none with decays as ``ema``.
+        FileNotFoundError: if there is no such folder, or the run has no snapshots of power function averages; a run
+            with exponential averages has none.
         ValueError: if the length is out of range, or ``images`` is below the first or above the last snapshot.
 
     Warns:
@@ -242,7 +242,7 @@ def _snapshots(folder: Path) -> list[tuple[int, float, Path]]:
             found.append((int(name[1]), float(name[2]), path))
     if not found:
         raise FileNotFoundError(
-            f"{folder} has no snapshots of averages of a length, such as 000100000-0.050. Pass the folder of a run "
-            "that keeps such averages; recipes with a decay per step, such as ncsnv2-cifar10, keep none."
+            f"{folder} has no snapshots of power function averages, such as 000100000-0.050. Pass the folder of a run "
+            "with these averages. Runs with exponential averages, such as those of ncsnv2-cifar10, have no snapshots."
         )
     return sorted(found)

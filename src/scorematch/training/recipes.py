@@ -306,7 +306,7 @@ def _small(name: str, size: int, widths: tuple[int, ...]) -> Recipe:
     """
     return Recipe(
         name=name,
-        source="of this package; loss, noise levels and sampler: Karras et al., 2022, arXiv:2206.00364, Table 1",
+        source="this package; loss, noise levels and sampler: Karras et al., 2022, arXiv:2206.00364, Table 1",
         constructor="unet",
         network={"widths": widths, "patch": 2, "pixel_channels": 8},
         schedule=NoiseSchedule.geometric(40, 0.001, 256),  # EDM's 80 to 0.002 for images in [-1, 1]
@@ -319,7 +319,7 @@ def _small(name: str, size: int, widths: tuple[int, ...]) -> Recipe:
 _ALL = (
     Recipe(
         name="tiny",
-        source="of this package",
+        source="this package",
         constructor="unet",
         network={"widths": (12, 16), "layers_per_block": 1, "patch": 2, "pixel_channels": 4},
         schedule=NoiseSchedule.geometric(40, 0.001, 256),

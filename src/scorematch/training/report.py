@@ -48,7 +48,7 @@ FIELDS = frozenset({"images", "lr", "images_per_second", "loss", "loss_by_level"
 _SAMPLES = 16  # the number of samples in an image of samples
 _REPORT_IMAGES = 64  # the number of images and of noise levels for the loss by level in the report
 _REPORT_LEVELS = 16
-_REPORT_VALUES = 2**20  # in the images that the network computes at once for the report, as a sampler does
+_REPORT_VALUES = 2**20  # the largest number of values in a network call for the report, as in a sampler
 _LINE: Mapping[str, Field] = {  # the values of a line of the log that are read again
     "images": Field(int, required=True, low=0, high=2**62),
     "loss": Field(float),

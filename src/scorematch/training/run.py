@@ -216,8 +216,8 @@ def train(
             more, so that sampling takes at most 2 % of the time.
         snapshot_every: the interval of snapshots, from which ``reconstruct`` computes averages of other lengths; None
             is a twentieth of ``images``.
-        checkpoint_every: the interval of checkpoints, the most that an interruption can cost; None saves one after ten
-            minutes instead, whatever the number of images. The result does not depend on it.
+        checkpoint_every: the interval of checkpoints, the most that an interruption can cost; None saves one every
+            ten minutes instead, whatever the number of images. The result does not depend on it.
         keep: the number of checkpoints to keep; with two, one is left if the last is damaged.
         evaluate: a function that is called as ``evaluate(averaged_net, images)`` on every process, and returns a
             mapping of numbers for the log, where NaN and infinity become null.
@@ -571,7 +571,7 @@ class _Stop:
     """Delays SIGTERM and Ctrl-C until the end of a step; a second signal takes effect immediately.
 
     Args:
-        announce: whether to say so on stderr at the first signal. A step may take minutes.
+        announce: whether to print at the first signal that the run stops after this step, which may take minutes.
 
     Attributes:
         asked: whether a signal was received.
@@ -687,7 +687,7 @@ def _check_same(out: Path, now: Mapping[str, Any]) -> None:
     data = [(f"{key} of the data", one, other) for key, one, other in data]  # "images" is a setting, too
     differing = [f"{key} was {quote(one)} and is {quote(other)}" for key, one, other in [*settings, *known, *data]]
     if len(known) < len(network):
-        differing.append("the network is another one")
+        differing.append("the network is different")
     if differing:
         hint = "Pass the settings of that run to continue it, or another folder."
         if (out / "report.md").exists():
@@ -724,7 +724,7 @@ def _growth(net: ScoreNet, small: Mapping[str, Any], start: str | os.PathLike[st
     if net.family is not None and small["family"] == config["family"]:
         grows = net.family.growth(small, config)
     differing = [
-        f"{key} is {quote(one)} there and {quote(other)} here"
+        f"{key} is {quote(one)} instead of {quote(other)}"
         for key, one, other in _differing(small, config, _FREE_OF_START | grows)
     ]
     if differing:

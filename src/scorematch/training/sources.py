@@ -227,8 +227,8 @@ def _channels_first(array: np.ndarray, name: str) -> np.ndarray:
         return array.transpose(0, 3, 1, 2)
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise ValueError(
-            f"{name} must be gray or RGB images (N, C, H, W), (N, H, W, C) or (N, H, W), got shape {array.shape}. Data "
-            "with other channels are floating point (N, C, H, W): write x / 255."
+            f"{name} must be gray or RGB images (N, C, H, W), (N, H, W, C) or (N, H, W), got shape {array.shape}. Pass "
+            "data with other numbers of channels as floating point (N, C, H, W): write x / 255."
         )
     return array
 

@@ -10,9 +10,10 @@ its noise level                      ``levels.uniforms``
 dropout, tasks of ``condition``      generators seeded for the first image of each microbatch, on the device
 ===================================  ==================================================================================
 
-Therefore no state of a generator must be saved: a run that continues after an interruption draws the same numbers as
-without it. With another number of processes or another microbatch, sums are computed in another order and the numbers
-of the last row differ; the others are equal. The state of torch's global generators is restored after each step.
+Therefore the states of generators need not be saved: a run that continues after an interruption draws the same numbers
+as without it. With another number of processes or another microbatch, sums are computed in another order and the
+numbers of the last row differ; the others are equal. The state of torch's global generators is restored after each
+step.
 
 Batches are prepared in a separate thread, and a step does not synchronize with the device.
 """
@@ -443,7 +444,7 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
     """
     check_network(net)
     if not any(parameter.requires_grad for parameter in net.parameters()):
-        raise ValueError("the network has no weights that are trained. Write net.requires_grad_(True).")
+        raise ValueError("the network has no trainable weights. Write net.requires_grad_(True).")
     if not hasattr(data, "fingerprint"):
         raise TypeError(f"data must be the result of open_images, got {type(data).__name__}. Write open_images(data).")
     if net.sample_shape is not None and tuple(data.shape) != net.sample_shape:
