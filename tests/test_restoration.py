@@ -556,6 +556,15 @@ def test_steps_that_add_much_noise_do_not_forget_a_noisy_observation(sampler):
     torch.testing.assert_close(x.std(0), posterior.covariance.diagonal().sqrt(), rtol=0.1, atol=0)
 
 
+def test_the_first_step_to_a_level_below_the_noise_of_y_adds_new_noise():
+    """The score is zero, and the noise of y is 1, between the two levels. The same noise twice gave 4.9."""
+    schedule, observation = NoiseSchedule([2.0, 0.5]), Observation(Mask(torch.tensor([True])), torch.ones(1, 1), 1.0)
+    sampler = AncestralSampler(lambda x, sigma: torch.zeros_like(x), schedule, variance="small", denoise=False)
+    x = run(sampler, 10_000, shape=(1,), observation=observation, generator=0)
+    expected = (2**2 - 1) + 0.5**2 * (2**2 - 0.5**2) / 2**2
+    assert abs(float(x.var()) / expected - 1) < 5 * math.sqrt(2 / 10_000)
+
+
 @pytest.mark.parametrize("kind", [NoiseSchedule.geometric, NoiseSchedule.karras])
 def test_consistent_steps_that_add_little_noise_give_the_posterior_of_a_noisy_image(kind):
     """With the small step of networks also below the noise of y, deviations were 0.44 and 0.87 times the exact ones."""

@@ -32,8 +32,10 @@ too much noise. The last step, to sigma = 0, adds no noise.
 
 **With an observation.** A path of the flow keeps its noise: if the denoised image does not change, the state is
 :math:`D + \sigma z`, where z is the noise of the start. The observed part is therefore replaced at every level by the
-observation with this z as its noise, and the result still depends on the start alone. If a sampler draws new noise at
-every step, the hidden part can adapt to the observed part; in a flow it cannot, and restoration is worse. If y is
+observation with this z as its noise, and the result still depends on the start alone. For ``init``, z is the
+difference to the middle of the value range, divided by the highest level. If ``init`` contains an image, this is not
+noise, and the samples are wrong: use ``restore="guide"``, or a sampler that draws noise. If a sampler draws new noise
+at every step, the hidden part can adapt to the observed part; in a flow it cannot, and restoration is worse. If y is
 noisy, the observed part of every path is y itself when sigma reaches the noise level of y. Each result then agrees with
 y, but the spread of the results is not that of the posterior. With churn, z is the noise of the state too: at each step
 it becomes :math:`(\sigma_i z + \sqrt{\hat\sigma_i^2 - \sigma_i^2}\, z_{new}) / \hat\sigma_i`. At levels below the

@@ -254,7 +254,7 @@ class Sampler(ABC):
             init: the noisy images to start from, (n, ...); None draws them from N(m, sigma_max^2), where m is the
                 middle of the network's value range, or 0 if it has none. It is not modified. With
                 ``restore="replace"`` and an observation whose noise is at or above the highest level, it must contain
-                y, as a state of ``iterate`` does.
+                y, as a state of ``iterate`` does; for ``ODESampler`` see ``scorematch.sampling.ode``.
             condition: the third argument of the network, (n, ...), or an int, the class of all samples.
             observation: a measurement with which the samples have to agree, of one image for all samples, or of n
                 images. The sampler's ``restore`` selects the method.
@@ -400,6 +400,7 @@ class Sampler(ABC):
         sample_shape = self._sample_shape(shape, init, observation)
         device = self._device(init, generators)
         restoration = self._restoration(observation, device)
+        noise: Tensor | None = None
         if init is not None:
             x = without_history(init).to(device, torch.float32)
         else:
@@ -413,6 +414,7 @@ class Sampler(ABC):
             restoration,
             max(1, _BATCH_VALUES // values) if batch_size is None else batch_size,
             generators,
+            noise if restoration.sigma > 0 else None,
         )
 
     def _sample_shape(
@@ -493,6 +495,7 @@ class _Run(NamedTuple):
     restoration: Restoration
     batch_size: int
     generator: Generators
+    noise: Tensor | None  # the noise of a start that is drawn, if y has noise
 
 
 class Chain:
@@ -529,11 +532,12 @@ class Chain:
     def begin(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """The state with the observation, and the noise of the step.
 
-        The noise of the observed part is that of the step before. With the noise of this step, a step from a level
-        above the noise of y to one below it would add the same noise again.
+        The noise of the observed part is that of the step before, or of the start. With the noise of this step, a step
+        from a level above the noise of y to one below it would add the same noise again.
         """
         z = self.noise(x)
-        x = self.observe(x, sigma, z if self._z is None else self._z)
+        before = self._run.noise if self._z is None else self._z
+        x = self.observe(x, sigma, z if before is None else before)
         self._z = z
         return x, z
 
