@@ -599,7 +599,7 @@ def test_a_full_disk_leaves_whole_files(tmp_path, levels, monkeypatch, name):
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", full)
         first = 8 if name == "npz" else 4
-        message = rf"the images from {first} on could not be written to .* \(No space left on device\); the files that"
+        message = rf"the images from {first} on could not be written to .* \(No space left on device\); all existing"
         with pytest.raises(OSError, match=message) as caught:
             _fill(levels, tmp_path / "out", 10, format=name)
     assert caught.value.errno == errno.ENOSPC
