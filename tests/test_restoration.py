@@ -481,7 +481,7 @@ def test_replacement_falls_back_to_guidance_without_a_gain():
 
 def test_a_restored_image_compresses_to_the_observed_jpeg(digits):
     """Except for a few blocks, whose brightness is rounded to the next of the coarse steps of 20 gray levels."""
-    codec, digits = JPEG(5), digits.repeat(6, 1, 1, 1)
+    codec, digits = JPEG(5), digits.repeat(3, 1, 1, 1)
     observation = Observation(codec, codec.measure(digits))
     sampler = AnnealedLangevinSampler(ScoreNet.from_pretrained("mnist"), levels=50)
     x = sampler.sample(observation=observation, generator=seed(1), progress=False)
