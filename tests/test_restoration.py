@@ -479,13 +479,14 @@ def test_replacement_falls_back_to_guidance_without_a_gain():
     assert torch.equal(*results)
 
 
+@pytest.mark.slow
 def test_a_restored_image_compresses_to_the_observed_jpeg(digits):
-    """Except for a few blocks, whose brightness is rounded to the next of the coarse steps of 20 gray levels."""
+    """Except for a few of the 96 blocks, whose brightness is rounded to the next of the coarse steps of quality 5."""
     codec, digits = JPEG(5), digits.repeat(3, 1, 1, 1)
     observation = Observation(codec, codec.measure(digits))
     sampler = AnnealedLangevinSampler(ScoreNet.from_pretrained("mnist"), levels=50)
     x = sampler.sample(observation=observation, generator=seed(1), progress=False)
-    assert (codec.measure(x) - observation.y).square().mean((1, 2, 3)).sqrt().mean() < 5 / 255
+    assert (codec.measure(x) - observation.y).square().mean().sqrt() < 5 / 255
     assert (codec.measure(digits.roll(1, 0)) - observation.y).square().mean().sqrt() > 0.2  # unlike another digit
     assert (x - digits).square().mean() < (observation.y - digits).square().mean()
 

@@ -158,8 +158,8 @@ def reconstruct(
         The network in eval mode, on the CPU, in float32.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or the run has no snapshots of power function averages; a run
-            with exponential averages has none.
+        FileNotFoundError: if there is no such folder, or the run has no snapshots of power function averages; those
+            of a run with exponential averages cannot be used.
         ValueError: if the length is out of range, or ``images`` is below the first or above the last snapshot.
 
     Warns:
@@ -243,6 +243,6 @@ def _snapshots(folder: Path) -> list[tuple[int, float, Path]]:
     if not found:
         raise FileNotFoundError(
             f"{folder} has no snapshots of power function averages, such as 000100000-0.050. Pass the folder of a run "
-            "with these averages. Runs with exponential averages, such as those of ncsnv2-cifar10, have no snapshots."
+            "with these averages. Runs with exponential averages, such as those of ncsnv2-cifar10, have none of them."
         )
     return sorted(found)
