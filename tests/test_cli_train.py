@@ -228,6 +228,7 @@ def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, c
     assert "sample_shape, (3, 8, 8), got (1, 8, 8)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_continues_without_the_network_that_it_began_with(faces, run, tmp_path):
     shutil.copytree(run[0] / "network", tmp_path / "first")
     options = ("--images", "16", "--batch-size", "8", "--device", "cpu", "--quiet", "--image-size", "12")

@@ -384,7 +384,7 @@ def test_the_result_is_as_near_to_y_as_its_noise_below_the_lowest_level(kind):
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("ratio", [0.9, 1.0, 1.5, 4.0])
-@pytest.mark.parametrize("value_range", [None, (-4.0, 6.0)])
+@pytest.mark.parametrize("value_range", [None, pytest.param((-4.0, 6.0), marks=pytest.mark.slow)])
 def test_an_observation_with_more_noise_than_the_highest_level_is_used(name, ratio, value_range):
     """The change of a sample with y, which does not depend on the noise, is that of the posterior mean."""
     plain, operator = gaussian_images(SHAPE), OPERATORS[name]

@@ -517,11 +517,19 @@ GROWTH = {
         {"pixel_channels": 16, "layers_per_block": 2, "attention": [True, True]},
     ),
 }
+SLOW_GROWTH = {
+    "layers, from two",
+    "layers, from three",
+    "layers, from one to each",
+    "layers, attention",
+    "pixel layers, from two",
+    "more conditions",
+}
 
 
 @pytest.mark.parametrize(
     ("options", "more"),
-    [pytest.param(*pair, marks=[pytest.mark.slow] * (name == "layers, from three")) for name, pair in GROWTH.items()],
+    [pytest.param(*pair, marks=[pytest.mark.slow] * (name in SLOW_GROWTH)) for name, pair in GROWTH.items()],
     ids=GROWTH,
 )
 def test_a_larger_network_starts_as_the_smaller_one(tmp_path, options, more):
