@@ -171,6 +171,22 @@ def test_the_score_of_a_network_that_predicts_a_variance_is_the_first_half(tmp_p
         torch.testing.assert_close(net(x, sigma), -noise / sigma, rtol=1e-4, atol=1e-4)
 
 
+def test_a_network_with_a_conditioning_image_may_predict_a_variance(rng, tmp_path):
+    """It has as many output channels as input channels, and the scheduler tells that half of them are a variance."""
+    theirs = _theirs(in_channels=6, out_channels=6)
+    net = ScoreNet.from_diffusers(theirs, DDPMScheduler(variance_type="learned_range"))
+    assert net.predicts_variance and net.sample_shape == (3, 8, 8) and net.conditioning.channels == 3
+    x, image = torch.rand(2, 2, 3, 8, 8, generator=rng)
+    sigma = net.schedule[500]
+    with torch.no_grad():
+        noise = theirs(torch.cat([(2 * x - 1) / (1 + 4 * sigma**2) ** 0.5, 2 * image - 1], 1), 499).sample[:, :3]
+        torch.testing.assert_close(net(x, sigma, image), -noise / sigma, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"cannot run this network: it takes a condition or predicts a variance"):
+        net.save_pretrained(tmp_path, diffusers=True)
+    plain = ScoreNet.from_diffusers(theirs, DDPMScheduler())
+    assert not plain.predicts_variance and plain.sample_shape == (6, 8, 8) and plain.conditioning.channels == 0
+
+
 def test_class_conditional_networks(tmp_path, rng):
     theirs = _theirs(num_class_embeds=4)
     net = ScoreNet.from_pretrained(_save(theirs, tmp_path, DDPM))

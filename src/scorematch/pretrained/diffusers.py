@@ -208,7 +208,10 @@ def _translate(
             f"{where}: out_channels must be at most in_channels, {inputs}, or twice as many for a network that also "
             f"predicts a variance, got {outputs}."
         )
-    if outputs == 2 * inputs and scheduler.get("variance_type") == "learned":
+    variance = scheduler.get("variance_type")
+    # A network that also takes a conditioning image has no more output than input channels.
+    predicts_variance = outputs == 2 * inputs or (variance in ("learned", "learned_range") and outputs % 2 == 0)
+    if predicts_variance and variance == "learned":
         raise ValueError(
             f"{where_scheduler}: variance_type 'learned' is not supported; a network that predicts a variance must "
             "have 'learned_range', a value between two fixed variances."
@@ -221,8 +224,8 @@ def _translate(
         "family": "unet",
         **unet,
         "precondition": precondition,
-        "sample_shape": None if size is None else [min(inputs, outputs), *size],
-        "predicts_variance": outputs == 2 * inputs,
+        "sample_shape": None if size is None else [outputs // 2 if predicts_variance else outputs, *size],
+        "predicts_variance": predicts_variance,
     }
     return translated(config, schedule, _recommended(schedule, precondition), where)
 
@@ -347,7 +350,8 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
         return f"its preconditioning is {row!r}, and not one of {', '.join(map(repr, _PREDICTIONS.values()))}"
     if family is None or family.diffusers_class(architecture(config), row) is None:
         return "UNet2DModel does not have its architecture"
-    if config.get("num_class_embeds") is not None or config.get("in_channels", 3) != config.get("out_channels", 3):
+    takes_image = config.get("in_channels", 3) != config.get("out_channels", 3)
+    if config.get("num_class_embeds") is not None or takes_image or config["predicts_variance"]:
         return "it takes a condition or predicts a variance"
     if config["sample_shape"] is None or config["value_range"] is None:
         return "it has no sample_shape or no value_range"
