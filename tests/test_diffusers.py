@@ -418,6 +418,22 @@ def test_diffusers_loads_a_saved_unet_only_if_it_computes_the_same(row, fourier,
         torch.testing.assert_close(net(x, sigma), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_network_that_diffusers_saves_again_loads_with_its_scheduler(tmp_path, rng):
+    """diffusers keeps the keys of this package in config.json, but not the file of the noise levels."""
+    net = ScoreNet.from_diffusers(_theirs(), DDPMScheduler(num_train_timesteps=50, prediction_type="v_prediction"))
+    net.save_pretrained(tmp_path / "a", diffusers=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        DDPMPipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert "format_version" in json.loads((tmp_path / "b" / "unet" / "config.json").read_text())
+    again = ScoreNet.from_pretrained(tmp_path / "b")
+    assert again.precondition == "ddpm_v"
+    torch.testing.assert_close(again.schedule.sigmas, net.schedule.sigmas, rtol=1e-4, atol=0)
+    x = torch.rand(2, 3, 8, 8, generator=rng)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x, 0.3), net(x, 0.3), rtol=1e-3, atol=1e-3)
+
+
 # -- Objects in memory
 
 

@@ -56,7 +56,9 @@ def load(
 def _read(home: Path, card: Card | None, complete: Callable[[Sequence[str]], None] | None) -> Stored:
     path = home / CONFIG_FILE
     config = read_json(path)
-    if "format_version" in config:
+    # diffusers keeps the keys of this package when it saves a network again, but not the noise levels.
+    lost = config.get("schedule") == SCHEDULE_FILE and not (home / SCHEDULE_FILE).is_file()
+    if "format_version" in config and not (lost and "_diffusers_version" in config):
         stored = _read_own(home, config, complete)
     elif config.get("_class_name") in diffusers.CLASSES:
         stored = diffusers.read(home, config, card, complete)
