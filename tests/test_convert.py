@@ -279,7 +279,12 @@ def test_numbers_that_yaml_reads_as_strings_are_converted(files, tmp_path):
         ({1: torch.zeros(1)}, r"a mapping with the keys \[1\]"),
         ({"net.begin_conv.weight": torch.zeros(1)}, r"a mapping with the keys \['net\.begin_conv\.weight'\]"),
         ({"state_dict": {}, "epoch": 3}, "a PyTorch Lightning checkpoint"),
-        ({"conv_in.weight": torch.zeros(1)}, r"the weights of a U-Net of diffusers \(load their folder with Score"),
+        (
+            {"conv_norm_out.weight": torch.zeros(1)},
+            r"the weights of a U-Net of diffusers \(load their folder with Score",
+        ),
+        # The names of Ho et al.'s network in other projects.
+        ({"temb.dense.0.bias": torch.zeros(1), "conv_in.weight": torch.zeros(1)}, r"a mapping with the keys \['temb"),
         ({"G_ema": {}, "G": {}}, "a StyleGAN pickle"),
     ],
 )

@@ -35,7 +35,7 @@ _FORMATS: tuple[_Format, ...] = (ncsn, score_sde, edm, improved_diffusion)
 _GLOBALS: Globals = {name: made for form in _FORMATS for name, made in form.GLOBALS.items()}
 # What a file is, by a key that it contains or by its type.
 _OTHERS = {
-    "conv_in.weight": "the weights of a U-Net of diffusers (load their folder with ScoreNet.from_pretrained)",
+    "conv_norm_out.weight": "the weights of a U-Net of diffusers (load their folder with ScoreNet.from_pretrained)",
     "state_dict": "a PyTorch Lightning checkpoint",
     "G_ema": "a StyleGAN pickle",
 }
