@@ -372,17 +372,21 @@ def test_a_checkpoint_of_improved_diffusion_gives_the_scores_of_its_authors(name
     _close(found(x.float(), sigma, *([] if classes is None else [classes])), expected)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
 @torch.no_grad()
-def test_a_network_of_improved_diffusion_for_gray_images(tmp_path):
+def test_a_network_of_improved_diffusion_for_other_images_than_rgb(channels, tmp_path):
     net = theirs.ImprovedUNet(_improved())
-    net.input_blocks[0][0], net.out[2] = theirs._First(1, 32, 3, padding=1), nn.Conv2d(32, 1, 3, padding=1)
-    theirs.save_improved(randomize(net), tmp_path / "gray.pt")
+    net.input_blocks[0][0], net.out[2] = (
+        theirs._First(channels, 32, 3, padding=1),
+        nn.Conv2d(32, channels, 3, padding=1),
+    )
+    theirs.save_improved(randomize(net), tmp_path / "net.pt")
     (tmp_path / "options.json").write_text(json.dumps(_improved()))
-    found = convert(tmp_path / "gray.pt", tmp_path / "out", config=tmp_path / "options.json")
-    assert found.sample_shape == (1, 8, 8)
+    found = convert(tmp_path / "net.pt", tmp_path / "out", config=tmp_path / "options.json")
+    assert found.sample_shape == (channels, 8, 8)
     alpha_bar = _alpha_bar(_improved())[[40, 95]]
     sigma = (1 / alpha_bar - 1).sqrt() / 2
-    x = _noisy(8, sigma)[:, :1]
+    x = _noisy(8, sigma)[:, [0, 1, 2, 0][:channels]]
     output = net.double()(_image(alpha_bar.sqrt()) * (2 * x - 1), torch.tensor([40.0, 95.0]).double(), None)
     _close(found(x.float(), sigma), -output / _image(sigma))
 
@@ -836,15 +840,17 @@ def test_a_moving_average_of_other_weights_is_refused(tmp_path):
     assert convert(path, tmp_path / "out", config=tmp_path / "config.json", raw=True).precondition == "ncsnpp"
 
 
-def test_a_network_that_enlarges_images_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "message"),
+    [(6, 3, "6 input and 3 output"), (6, 6, "6 input and 6 output"), (3, None, "3 input and 0 output")],
+)
+def test_networks_that_enlarge_images_and_classifiers_are_named(inputs, outputs, message, tmp_path):
     net = theirs.ImprovedUNet(_improved())
-    net.input_blocks[0][0] = nn.Conv2d(6, 32, 3)
-    theirs.save_improved(randomize(net), tmp_path / "upsample.pt")
-    with pytest.raises(
-        ValueError,
-        match="improved-diffusion or guided-diffusion with 6 input channels instead of 1 or 3: networks that",
-    ):
-        convert(tmp_path / "upsample.pt", tmp_path / "out")
+    net.input_blocks[0][0] = nn.Conv2d(inputs, 32, 3)
+    net.out[2] = nn.Identity() if outputs is None else nn.Conv2d(32, outputs, 3)
+    theirs.save_improved(randomize(net), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=f"guided-diffusion with {message} channels: classifiers and networks that"):
+        convert(tmp_path / "other.pt", tmp_path / "out")
 
 
 # -- Records of EDM

@@ -132,12 +132,13 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
             "out raw."
         )
     tensors = load_tensors(content, path)
-    first = tensors["input_blocks.0.0.weight"]
-    channels = first.shape[1] if first.ndim == 4 else 0
-    if channels not in (1, 3):
+    first, last = tensors["input_blocks.0.0.weight"], tensors.get("out.2.bias")
+    channels, outputs = first.shape[1] if first.ndim == 4 else 0, 0 if last is None else len(last)
+    # A network that enlarges images takes a noisy image and a small one, of three channels each.
+    if channels in (0, 6) or outputs not in (channels, 2 * channels):
         raise ValueError(
-            f"{path} holds a network of improved-diffusion or guided-diffusion with {channels} input channels instead "
-            "of 1 or 3: networks that enlarge an image are not supported."
+            f"{path} holds a network of improved-diffusion or guided-diffusion with {channels} input and {outputs} "
+            "output channels: classifiers and networks that enlarge an image are not supported."
         )
     if config is None:
         raise ValueError(
