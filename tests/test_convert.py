@@ -278,7 +278,8 @@ def test_numbers_that_yaml_reads_as_strings_are_converted(files, tmp_path):
         (3, "a number"),
         ({1: torch.zeros(1)}, r"a mapping with the keys \[1\]"),
         ({"net.begin_conv.weight": torch.zeros(1)}, r"a mapping with the keys \['net\.begin_conv\.weight'\]"),
-        ({"state_dict": {}, "epoch": 3}, "a PyTorch Lightning checkpoint"),
+        ({"state_dict": {}, "pytorch-lightning_version": "2.5.0"}, "a PyTorch Lightning checkpoint"),
+        ({"state_dict": {}, "epoch": 3}, r"a mapping with the keys \['state_dict', 'epoch'\]"),
         (
             {"conv_norm_out.weight": torch.zeros(1)},
             r"the weights of a U-Net of diffusers \(load their folder with Score",

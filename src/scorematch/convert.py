@@ -36,7 +36,7 @@ _GLOBALS: Globals = {name: made for form in _FORMATS for name, made in form.GLOB
 # What a file is, by a key that it contains or by its type.
 _OTHERS = {
     "conv_norm_out.weight": "the weights of a U-Net of diffusers (load their folder with ScoreNet.from_pretrained)",
-    "state_dict": "a PyTorch Lightning checkpoint",
+    "pytorch-lightning_version": "a PyTorch Lightning checkpoint",
     "G_ema": "a StyleGAN pickle",
 }
 _NAMES = {
