@@ -628,12 +628,15 @@ def test_a_configuration_in_the_home_folder_that_windows_wrote(suffix, tmp_path,
 
 
 def test_flags_of_improved_diffusion_as_variables_of_a_shell(tmp_path):
-    model, steps = "--image_size 32 --num_channels 64 --batch_size 128", "--noise_schedule cosine --diffusion_steps 50"
+    model, steps = (
+        "--image_size 32 --num_channels 64 --batch_size 128",
+        "--noise_schedule cosine --diffusion_steps 1000",
+    )
     (tmp_path / "a.txt").write_text(f'MODEL_FLAGS="{model}"\nDIFFUSION_FLAGS="{steps}"  # as trained\n')
     (tmp_path / "b.txt").write_text(f"{model}\n{steps}\n")
     found = improved_diffusion._options(tmp_path / "a.txt")
     assert found == improved_diffusion._options(tmp_path / "b.txt")
-    assert (found["num_channels"], found["noise_schedule"], found["diffusion_steps"]) == (64, "cosine", 50)
+    assert (found["num_channels"], found["noise_schedule"], found["diffusion_steps"]) == (64, "cosine", 1000)
 
 
 def test_flags_of_improved_diffusion_with_equals_signs_and_lower_case(tmp_path):
@@ -671,6 +674,21 @@ def test_options_of_guided_diffusion(tmp_path):
     (tmp_path / "flags.txt").write_text("--num_channels 96 --num_head_channels 64")
     with pytest.raises(ValueError, match="num_head_channels must divide the number of channels at each sca"):
         improved_diffusion._options(tmp_path / "flags.txt")
+
+
+def test_the_time_factor_is_asked_for_where_the_two_projects_have_different_defaults(tmp_path):
+    path = tmp_path / "flags.txt"
+    path.write_text("--diffusion_steps 4000")
+    with pytest.raises(
+        ValueError, match=r"flags\.txt: rescale_timesteps must be given for 4000 steps\. Its default is"
+    ):
+        improved_diffusion._options(path)
+    for rescaled in (True, False):
+        path.write_text(f"--diffusion_steps 4000 --rescale_timesteps {rescaled}")
+        assert improved_diffusion._options(path)["rescale_timesteps"] is rescaled
+    path.write_text("--diffusion_steps 4000 --resblock_updown True")  # guided-diffusion
+    assert improved_diffusion._options(path)["rescale_timesteps"] is False
+    assert improved_diffusion._options("cifar10_uncond_50M_500K")["rescale_timesteps"] is True
 
 
 def test_published_options_of_improved_diffusion():

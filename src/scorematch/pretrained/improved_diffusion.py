@@ -4,8 +4,9 @@ A checkpoint is a mapping of names to tensors, either averaged (``ema_<rate>_<st
 It does not hold the options that the network was trained with. The keys of a configuration are the arguments of the
 authors' ``create_model_and_diffusion``, with their defaults; ``channel_mult`` and ``num_classes``, which the authors
 derive from ``image_size`` and ``class_cond``, may be given too. guided-diffusion has three more options, for the number
-of attention heads, the resampling, and the order of queries, keys and values. If one of them is given, the default of
-``rescale_timesteps`` is False, as in guided-diffusion.
+of attention heads, the resampling, and the order of queries, keys and values. The default of ``rescale_timesteps`` is
+True in improved-diffusion and False in guided-diffusion. For 1000 steps it has no effect; for another number it must be
+given, unless one of those three options is.
 
 The noise levels are those of a DDPM with T steps. For ``linear``, its betas go from 0.1 / T to 20 / T. For ``cosine``,
 
@@ -199,7 +200,14 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
             f"supported. The options are {', '.join(_OPTIONS)}."
         )
     guided = {"num_head_channels", "resblock_updown", "use_new_attention_order"} & given.keys()
-    options = {**_DEFAULTS, "rescale_timesteps": not guided, **checked_options(given, _OPTIONS, f"{config}")}
+    options = {**_DEFAULTS, **checked_options(given, _OPTIONS, f"{config}")}
+    if "rescale_timesteps" not in options:
+        if not guided and options["diffusion_steps"] != 1000:
+            raise ValueError(
+                f"{config}: rescale_timesteps must be given for {options['diffusion_steps']} steps. Its default is "
+                "True in improved-diffusion and False in guided-diffusion, whose options have the same names."
+            )
+        options["rescale_timesteps"] = False
     if "channel_mult" not in options:
         if options["image_size"] not in _MULTIPLES:
             raise ValueError(
@@ -257,7 +265,13 @@ def _attended(options: Mapping[str, Any]) -> list[bool]:
     return [*_attention(options)[:-1], True]
 
 
-_LARGE = {"num_res_blocks": 3, "learn_sigma": True, "diffusion_steps": 4000, "noise_schedule": "cosine"}
+_LARGE = {
+    "num_res_blocks": 3,
+    "learn_sigma": True,
+    "diffusion_steps": 4000,
+    "noise_schedule": "cosine",
+    "rescale_timesteps": True,
+}
 _CIFAR10 = {**_LARGE, "image_size": 32, "dropout": 0.3}
 _LSUN = {
     "image_size": 256,
@@ -265,7 +279,6 @@ _LSUN = {
     "attention_resolutions": [16],
     "learn_sigma": True,
     "use_scale_shift_norm": False,
-    "rescale_timesteps": False,
 }
 _GUIDED = {
     "image_size": 256,
