@@ -490,6 +490,16 @@ def test_every_method_of_restore_is_measured():
     assert all(torch.equal(a.ranks, b.ranks) for a, b in zip(found, again, strict=True))
 
 
+def test_the_calibration_does_not_depend_on_the_default_dtype():
+    ranks = calibrated(small("gaussian"), observations=100).ranks
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = calibrated(small("gaussian"), observations=100).ranks
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, ranks)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -38,7 +38,7 @@ from scorematch.charts import Curve, chart, table
 from scorematch.evaluation.exact import Mixture
 from scorematch.evaluation.figures import Figure, mean_figure, root_figure
 from scorematch.observe import Observation, Operator
-from scorematch.randomness import seed_of
+from scorematch.randomness import seed_of, single_generator, standard_normal, uniform
 from scorematch.sampling import AnnealedLangevinSampler, Sampler
 from scorematch.sampling.restoration import Restore
 
@@ -145,9 +145,9 @@ def posterior_calibration(
         }
     truth = exact.sample(observations, seed_of(seed, "truth"))
     y = operator.measure(truth)
-    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed_of(seed, "noise")))
-    y = y + sigma * noise.to(y.device)
-    w = torch.randn(truth[0].numel(), directions, generator=torch.Generator().manual_seed(seed_of(seed, "directions")))
+    y = y + sigma * standard_normal(y.shape, single_generator(seed_of(seed, "noise")), y.device)
+    drawing = single_generator(seed_of(seed, "directions"))
+    w = standard_normal((truth[0].numel(), directions), drawing, torch.device("cpu"))
     check = _Check(exact, Observation(operator, y, sigma), truth, w, draws, seed)
     found = [check("posterior", "exact draws", check.exact)]
     repeated = Observation(operator, y.repeat_interleave(draws, 0), sigma)
@@ -193,8 +193,8 @@ class _Check:
 
     def __call__(self, name: str, sampler: str, values: Tensor) -> Calibration:
         below, equal = (compare(values, self._truth[:, None]).sum(1) for compare in (torch.lt, torch.eq))
-        generator = torch.Generator().manual_seed(seed_of(self._seed, "ties", name))
-        ranks = below + (torch.rand(equal.shape, generator=generator) * (equal + 1)).long()
+        u = uniform(equal.shape, single_generator(seed_of(self._seed, "ties", name)), equal.device)
+        ranks = below + (u * (equal + 1)).long()
         shifts = (values.mean(1) - self._mean) / self._variance.sqrt()
         ratios = values.var(1) / self._variance
         square = float((shifts.square() - ratios / self._draws).mean())

@@ -203,7 +203,8 @@ def sampler_distances(
     for name, sampler in tqdm(made, "samplers", leave=False, disable=not progress):
         x = sampler.sample(n, shape=exact.sample_shape, generator=seed_of(seed, "sampler", name), progress=False)
         rows.append(SamplerRow(name, str(sampler), len(sampler), measure(x)))
-    own = torch.tensor([measure(exact.sample(n, seed_of(seed, "floor", i))) for i in range(repeats)]).double()
+    drawn = [measure(exact.sample(n, seed_of(seed, "floor", i))) for i in range(repeats)]
+    own = torch.tensor(drawn, dtype=torch.float64)
     floor, deviation = (Distances(*values.tolist()) for values in (own.mean(0), own.std(0)))
     return SamplerDistances(tuple(rows), floor, deviation, n)
 
