@@ -31,7 +31,7 @@ from scorematch.images import save_grid, to_float
 from scorematch.loss import loss_and_norm
 from scorematch.precision import device_name
 from scorematch.pretrained.model_card import describe_classes
-from scorematch.randomness import seed_of
+from scorematch.randomness import seed_of, single_generator, standard_normal
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
 from scorematch.schema import Field, check
 from scorematch.score import ScoreNet
@@ -326,8 +326,8 @@ def by_level(net: ScoreNet, examples: Examples, settings: Settings) -> list[Leve
     given = _given(net, examples, settings, len(x))
     if "region" in given:
         given["region"] = given["region"].expand(x.shape)
-    generator = torch.Generator().manual_seed(seed_of(settings.seed, "report"))
-    given["noise"] = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    generator = single_generator(seed_of(settings.seed, "report"))
+    given["noise"] = standard_normal(x.shape, generator, x.device, x.dtype)
     size = max(1, _REPORT_VALUES // x[0].numel())
     rows = []
     for sigma in np.geomspace(net.schedule.sigma_min, net.schedule.sigma_max, _REPORT_LEVELS).tolist():
