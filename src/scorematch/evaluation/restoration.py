@@ -31,7 +31,7 @@ averaged first.
 The random numbers of an image depend on the seed and on its pixels only, except that those of equal images differ.
 
 References:
-    Saharia et al., 2022, Palette: Image-to-Image Diffusion Models, arXiv:2111.05826, Sec. 3.
+    Saharia et al., 2022, Palette: Image-to-Image Diffusion Models, arXiv:2111.05826, Sec. 4.
 """
 
 from __future__ import annotations

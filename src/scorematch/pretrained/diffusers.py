@@ -297,7 +297,7 @@ def _without_signal_at_the_end(alphas: Tensor) -> Tensor:
     """The alphas of steps at the end of which no signal remains, without the last one, 0: its level is infinite.
 
     References:
-        Lin et al., 2023, Common Diffusion Noise Schedules and Sample Steps Are Flawed, arXiv:2305.08891, Algorithm 1.
+        Lin et al., 2024, Common Diffusion Noise Schedules and Sample Steps Are Flawed, arXiv:2305.08891, Algorithm 1.
     """
     roots = torch.cumprod(alphas, 0).sqrt()
     alpha_bar = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1])))[:-1] ** 2

@@ -237,7 +237,7 @@ def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
     if levels is None:
         if net.precondition != "karras":
             return ScheduleLevels(net.schedule)
-        # Karras et al. 2022, Table 1: the logarithm of sigma for images in [-1, 1], of the standard deviation 0.5.
+        # Karras et al. 2022, Table 1: the logarithm of sigma for images in [-1, 1] with a standard deviation of 0.5.
         deviation = net.precondition_options.get("sigma_data", 0.5)
         return LogNormal(-1.2 + math.log(deviation / 0.5) - math.log(net.preconditioning.units[0]), 1.2)
     return _distribution(levels)

@@ -103,7 +103,7 @@ class Settings:
     batch_size: int = 128  # Ho et al. 2020 and Song et al. 2021 for CIFAR-10
     microbatch: int | None = None  # the whole batch at once is fastest
     lr: float = 1e-3  # Karras et al. 2022, Table 7, for CIFAR-10, with a batch of 512
-    betas: tuple[float, float] = (0.9, 0.99)  # Karras et al. 2024, Section B: 0.99 rather than 0.999
+    betas: tuple[float, float] = (0.9, 0.99)  # Karras et al. 2024, Appendix B: 0.99 rather than 0.999
     eps: float = 1e-8  # Kingma & Ba 2015
     weight_decay: float = 0.0  # none in Ho et al. 2020, Song et al. 2021, Karras et al. 2022
     warmup_images: int | None = None  # 500 steps or a twentieth of the run: published warm-ups are for longer runs
@@ -115,7 +115,7 @@ class Settings:
     p: float = 2  # the square of the error, whose minimum is the score
     loss: Loss | None = None
     precision: Autocast = "auto"  # emulated bfloat16 takes twelve times as long (scorematch.precision)
-    flip: bool = True  # Ho et al. 2020, Section B
+    flip: bool = True  # Ho et al. 2020, Appendix B
     label_drop: float = 0.0  # Ho & Salimans 2022 use 0.1 for guidance
     condition: Task | None = None
     seed: int = 0
