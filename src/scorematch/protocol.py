@@ -80,7 +80,7 @@ def check_data(x: Any, name: str = "x") -> None:
         ValueError: if x has fewer than two axes, or the batch is empty.
     """
     if not isinstance(x, Tensor):
-        hint = "Write torch.as_tensor(x)."
+        hint = f"Write torch.as_tensor({name})."
         if isinstance(x, list | tuple):
             hint = "A batch of a data set with labels is [x, y]: pass its first entry."
         raise TypeError(f"{name} must be a tensor (N, ...), got {type(x).__name__}. {hint}")
@@ -251,8 +251,8 @@ class NetworkScore(Tweedie, ABC):
         Arguments and errors are those of the call ``net(x, sigma, condition)``.
 
         Returns:
-            The score, and v, each with the shape and dtype of x. v is the share of the logarithm of the large variance:
-            :math:`\log \Sigma = v \log \Sigma_{large} + (1 - v) \log \Sigma_{small}`. It is not limited to [0, 1].
+            The score, and w, each with the shape and dtype of x. w is the share of the large variance in the variance v
+            of the step: :math:`\log v = w \log v_{large} + (1 - w) \log v_{small}`. It is not limited to [0, 1].
 
         Raises:
             ValueError: if the network predicts no variance.
