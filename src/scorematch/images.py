@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from scorematch.files import write_whole
-from scorematch.schema import check_choice, check_count, reason
+from scorematch.schema import check_choice, check_count, few, reason
 
 # The extensions of image files. In a folder, files with other extensions are ignored.
 ENDINGS = (
@@ -218,7 +218,7 @@ def list_pictures(path: str | os.PathLike[str]) -> list[Path]:
     if unread:
         warnings.warn(
             f"{len(unread)} of the {len(found) + len(unread)} pictures in {path} have formats that cannot be read, and "
-            f"are left out: {unread[0].name}{', ...' if len(unread) > 1 else ''}",
+            f"are left out: {few([file.name for file in unread], 1)}",
             stacklevel=2,
         )
     return found

@@ -134,7 +134,7 @@ class Distribution(ABC):
     def _flat(self, x: Tensor) -> Tensor:
         """The samples (N, D) in float64."""
         check_data(x)
-        if x.ndim != 1 + len(self.sample_shape) or x.shape[1:] != self.sample_shape:
+        if x.shape[1:] != self.sample_shape:
             expected = ", ".join(map(str, ("N", *self.sample_shape)))
             raise ValueError(f"x must be ({expected}), got shape {tuple(x.shape)}.")
         return double(x).to(self.mean.device).flatten(1)

@@ -106,7 +106,7 @@ class Extractor:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_count("batch_size", self.batch_size, 1)
+        check_count("batch_size", self.batch_size)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Computes the features (N, D) of images; see ``extract``."""

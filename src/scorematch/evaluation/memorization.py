@@ -112,7 +112,7 @@ class Nearest:
     """
 
     def __init__(self, queries: Tensor, k: int) -> None:
-        check_count("k", k, 1)
+        check_count("k", k)
         self._queries, self._k, self._n = check_features(queries, "queries"), k, 0
         # The mean is subtracted, since smaller norms lose fewer digits to cancellation.
         self._mean = double(self._queries).mean(0)
@@ -184,6 +184,9 @@ class Memorization:
 
         Args:
             ratio: k, above 0 and at most 1; 1/2 and 1/4 are common too.
+
+        Raises:
+            ValueError: if the ratio is out of range.
         """
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {ratio!r}.")

@@ -80,7 +80,7 @@ def values_per_image(
     Raises:
         ValueError: if a value is NaN or infinite; the message has the index of the image.
     """
-    check_count("batch_size", batch_size, 1)
+    check_count("batch_size", batch_size)
     rank = torch.distributed.get_rank() if processes() > 1 else 0
     rows, known = Rows(), Counter[str]()
     starts = range(0, len(indices), batch_size)

@@ -136,7 +136,7 @@ class Order:
     """
 
     def __init__(self, length: int, seed: int) -> None:
-        check_count("length", length, 1)
+        check_count("length", length)
         self.length, self.seed = length, seed
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
