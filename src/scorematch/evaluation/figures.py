@@ -13,7 +13,7 @@ metric              figures               error
 ==================  ====================  ==============================================================================
 frechet             frechet               standard error over the images (delta method)
 frechet-infinity    frechet-infinity      none: the subsets overlap
-kernel              kernel                standard deviation over 100 subsets of 1,000 images; none if there is one
+kernel              kernel                standard deviation over 100 subsets of 1,000 images; none for one subset
 inception-score     inception-score       standard deviation over 10 splits
 precision-recall    precision, recall     standard error of a share
 density-coverage    density, coverage     none for density; standard error of a share for coverage

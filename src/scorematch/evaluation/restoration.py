@@ -102,10 +102,10 @@ def evaluate_restoration(
 ) -> Evaluation:
     """Degrades images, restores them, and measures the result.
 
-    The restorations are made to agree with the measurement by the method ``restore`` of the sampler, as those of the
-    command ``scorematch restore`` are. A network that was trained for restoration also gets the degraded image as its
-    condition. The paper does both for masks and crops, and uses the condition alone for the other tasks; with both,
-    restorations are closer to the originals (docs/palette.md).
+    The method ``restore`` of the sampler makes the restorations agree with the measurement, as in the command
+    ``scorematch restore``. A network that was trained for restoration also gets the degraded image as its condition.
+    The paper does both for masks and crops, and uses the condition alone for the other tasks; with both, restorations
+    are closer to the originals (docs/palette.md).
 
     Under ``torchrun`` or ``accelerate launch`` every process must call it; each restores a share of the images, and all
     return the same result.

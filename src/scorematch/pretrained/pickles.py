@@ -12,7 +12,7 @@ never called. Three containers are supported:
 A tensor is first read as a description (``StoredTensor``). Its shape is checked against its storage, and the storage
 against the file, before memory is allocated. The file is memory-mapped, and ``load_tensors`` returns views of it,
 except for compressed entries. Time and memory are at most proportional to the size of the file: the length of integers
-and the number of operations are limited, and keys of dicts are strings or integers.
+and the number of operations are limited, and keys of dicts are strings, integers or None.
 """
 
 from __future__ import annotations

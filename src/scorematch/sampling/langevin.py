@@ -172,7 +172,7 @@ class AnnealedLangevinSampler(Sampler):
         return own if levels is None else without_gaps(own, levels)
 
     def _consistent_eta(self, own: NoiseSchedule | None, settings: SamplerSettings | None) -> float:
-        """The step size divided by sigma squared, 1 - r^p.
+        """The step size divided by sigma squared, 1 - r^p; without effect for a single level, which has no steps.
 
         With recommended settings, p is derived from them but limited to 2: if the number of levels differs from theirs,
         larger steps reduce the contrast (docs/samplers.md).

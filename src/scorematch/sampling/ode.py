@@ -87,8 +87,9 @@ class ODESampler(Sampler):
 
         Rarely needed:
 
-        churn: how much new noise all steps add, at least 0, for Heun's method: S_churn of Karras et al. A step adds
-            1 / N of it, where N is the number of levels; values above 0.41 N have the effect of 0.41 N.
+        churn: S_churn of Karras et al., at least 0, for Heun's method. The noise that is added before a step raises its
+            level by the factor 1 + churn / N, where N is the number of levels; values above 0.41 N have the effect of
+            0.41 N.
         churn_min: the lowest level at which noise is added, in the units of x: S_min.
         churn_max: the highest level at which noise is added, in the units of x: S_max; None is the highest level. The
             level is raised by up to 41 % before the step, possibly above the range of the network.

@@ -94,8 +94,8 @@ class Sampler(ABC):
 
         denoise: whether to end with one step of Tweedie's formula at the lowest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
-        restore: the method that makes samples agree with an observation: "replace" (for an operator without a gain the
-            same as "guide"), "guide", or "guide-jacobian", which takes about twice as long; see
+        restore: the method that makes samples agree with an observation: "replace", which is "guide" for an operator
+            without a gain; "guide"; or "guide-jacobian", which takes about twice as long. See
             ``scorematch.sampling.restoration``.
         precision: "auto" calls the network's inference copy, which is faster and gives statistically the same samples;
             a score without an inference copy is called itself. "float32" calls the network itself, with TF32 turned off

@@ -210,9 +210,10 @@ def open_images(
         ImportError: without Pillow, if images must be decoded or resized; without ``datasets``, for the name of a data
             set.
         TypeError: if the source has another type.
-        ValueError: if the images have different sizes and ``image_size`` is None, or gray and color images are mixed
-            and ``channels`` is None, or an array has another shape, or floating-point images are (N, H, W, C), or those
-            in an array or the first of a Dataset have values outside the range or NaN, or the labels do not fit.
+        ValueError: if the images have different sizes and ``image_size`` is None; if gray and color images are mixed
+            and ``channels`` is None; if an array has another shape, or floating-point images are (N, H, W, C); if
+            floating-point values in an array or in the first item of a Dataset are outside the range or NaN; or if the
+            labels do not fit.
         OSError: if no image can be read, an image is damaged and ``strict`` is True, or the cache cannot be written.
 
     Example:
