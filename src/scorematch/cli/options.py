@@ -226,7 +226,7 @@ amount = fitting(Field(float, low=0))  # the ``type`` of options that are a fini
 
 
 def filled(text: str) -> str:
-    """The ``type`` of arguments that are a name or a path, which are not empty.
+    """The ``type`` of arguments that are a name or a path, and must not be empty.
 
     Raises:
         argparse.ArgumentTypeError: for an empty text, such as an unset variable of a shell. As a path it would be the

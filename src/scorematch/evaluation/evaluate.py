@@ -528,7 +528,7 @@ def _are_same(one: Any, other: Any) -> bool:
 
 
 def check_sources(*sources: Any) -> None:
-    """Checks that paths exist, and that names can be looked up on the Hub, before slower work; the rest is skipped.
+    """Checks that paths exist or may be names of data sets on the Hub, before slower work; other sources are skipped.
 
     Raises:
         FileNotFoundError: if a path does not exist.

@@ -6,10 +6,9 @@ are measured, for n samples with mean :math:`\hat m` and covariance :math:`\hat 
 ==============  ========================================================================================================
 mean            :math:`\lVert \hat m - m \rVert / \sqrt{\mathrm{tr}\, C}`
 covariance      :math:`\lVert \hat C - C \rVert_F / \lVert C \rVert_F`
-energy          the root of the energy coefficient of the samples x and as many exact samples y, which is zero only for
-                equal distributions,
-                :math:`\bigl(2 \mathrm{E} \lVert x - y \rVert - \mathrm{E} \lVert x - x' \rVert - \mathrm{E} \lVert y -
-                y' \rVert\bigr) / 2 \mathrm{E} \lVert x - y \rVert`
+energy          the root of :math:`\bigl(2 \mathrm{E} \lVert x - y \rVert - \mathrm{E} \lVert x - x' \rVert -
+                \mathrm{E} \lVert y - y' \rVert\bigr) / 2 \mathrm{E} \lVert x - y \rVert`, the energy coefficient of the
+                samples x and as many exact samples y, which is zero only for equal distributions
 ==============  ========================================================================================================
 
 With finitely many samples none of them is zero, even for an exact sampler. The *floor* is the distance of exact samples

@@ -191,7 +191,8 @@ def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[
 def _settings(options: Mapping[str, Any]) -> SamplerSettings | None:
     r"""Returns the settings of the authors' sampler, or None if the options name none that is supported.
 
-    The corrector is that of this package, whose samples do not depend on each other as those of the authors' code do.
+    The corrector is that of this package. In the authors' code the samples of a batch depend on each other; here they
+    do not.
 
     A step of the reverse SDE of VP or sub-VP adds noise of variance :math:`\sigma_{i-1}^2 - \sigma_i^2`, relative to
     the scaled image and to first order in the size of the step. A step of Euler-Maruyama does the same.

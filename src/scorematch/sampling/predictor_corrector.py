@@ -33,7 +33,7 @@ where the bars are means over the batch. The samples of one batch then depend on
 number of samples and with their seeds.
 
 References:
-    Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Alg. 2 and 4, App. F and G.
+    Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Alg. 2 and 4, App. E to G.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ References:
     NCSNv2: Song & Ermon, 2020, arXiv:2006.09011, and github.com/ermongroup/ncsnv2, configs/.
     DDPM: Ho et al., 2020, arXiv:2006.11239, Appendix B.
     Palette: Saharia et al., 2022, arXiv:2111.05826, Appendix A.
-    NCSN++, DDPM++: Song et al., 2021, arXiv:2011.13456, Appendices C, F and H, and
+    NCSN++, DDPM++: Song et al., 2021, arXiv:2011.13456, Appendices C, G and H, and
         github.com/yang-song/score_sde_pytorch, configs/.
     EDM: Karras et al., 2022, arXiv:2206.00364, Tables 1 and 7.
 """

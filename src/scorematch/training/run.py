@@ -156,11 +156,12 @@ def train(
             ``cache``.
         out: the folder of the run, created if it does not exist.
         start: a trained network, a name or a folder as for ``ScoreNet.from_pretrained``. A new run begins with its
-            weights, and with a new optimizer. It must be the same network as ``net``, except for the size of the images
-            and the sampler settings; or ``net`` is larger, and both have the same output at first (Chen et al., 2016,
-            arXiv:1511.05641): it may take a conditioning image or more channels of it, and a U-Net of DDPM may have
-            more ``layers_per_block`` at some or all scales, ``attention`` at more scales, more ``pixel_layers``, and up
-            to 64 ``pixel_channels`` instead of fewer. None begins with the weights of ``net``.
+            weights, and with a new optimizer. It must be the same network as ``net``, except for the size of the
+            images, the sampler settings and the names of the classes; or ``net`` is larger, and both have the same
+            output at first (Chen et al., 2016, arXiv:1511.05641): it may take a conditioning image or more channels of
+            it, and a U-Net of DDPM may have more ``layers_per_block`` at some or all scales, ``attention`` at more
+            scales, more ``pixel_layers``, and up to 64 ``pixel_channels`` instead of fewer. None begins with the
+            weights of ``net``.
         images: the length of the run in images, counted with repetitions and rounded up to whole batches.
         batch_size: the number of images per step, over all processes together.
         lr: the largest learning rate.

@@ -625,7 +625,7 @@ def _of_path(source: str | os.PathLike[str], options: Options) -> Any:
 
 
 def check_path(source: str | os.PathLike[str]) -> None:
-    """Checks that a path exists, or that its data set can be looked up on the Hub, which is not done here.
+    """Checks, without a request, that a path exists or may be the name of a data set on the Hub.
 
     Raises:
         FileNotFoundError: if it does not exist and is not the name of a data set.
