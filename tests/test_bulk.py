@@ -463,6 +463,8 @@ def test_stored_samples_are_read_batch_by_batch(levels, tmp_path, kind):
     assert batch.indices == range(8, 9) and torch.equal(batch.images, read_samples(tmp_path, 9)[8:])
     with pytest.raises(ValueError, match="has 10 samples, fewer than n=11"):
         stored_samples(tmp_path, 11)
+    with pytest.raises(ValueError, match="n must be an integer of at least 1, got 0"):
+        stored_samples(tmp_path, 0)
     settings = stored_settings(tmp_path)["settings"]
     expected = Job(_ode(levels), batch_size=4).settings()
     assert settings == {**json.loads(json.dumps(expected)), "format": kind}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scorematch.bulk.batches import Batch, Share, checked_share, ranges
 from scorematch.bulk.formats import FORMATS, Format
-from scorematch.schema import Field, check, read_object
+from scorematch.schema import Field, check, check_count, read_object
 
 METADATA_FILE, LABELS_FILE, IMAGES = "samples.json", "labels.csv", "images"
 _METADATA: Mapping[str, Field] = {
@@ -34,14 +34,13 @@ def read_samples(folder: str | os.PathLike[str], n: int) -> Tensor:
 
     Args:
         folder: the folder, with samples.json.
-        n: the number of images.
+        n: the number of images, at least 1.
 
     Returns:
         The images (n, C, H, W), float32 in [0, 1].
 
     Raises:
-        OSError: if there is no samples.json, or an image is missing.
-        ValueError: if samples.json is not valid.
+        OSError, TypeError, ValueError: as ``stored_samples``.
     """
     return torch.cat([batch.images for batch in stored_samples(folder, n, share=(0, 1))])
 
@@ -53,7 +52,7 @@ def stored_samples(
 
     Args:
         folder: the folder, with samples.json.
-        n: the number of images; None is all of them.
+        n: the number of images, at least 1; None is all of them.
         share: (k, m), the share k of m equal shares; None is the share of this process, see ``this_process``.
 
     Yields:
@@ -61,10 +60,11 @@ def stored_samples(
 
     Raises:
         OSError: if there is no samples.json, or an image is missing.
-        ValueError: if samples.json is not valid, or the folder has fewer than n images.
+        TypeError: if n is not an integer.
+        ValueError: if samples.json is not valid, n is below 1, or the folder has fewer than n images.
     """
     stored = stored_settings(folder)
-    n = stored["n"] if n is None else n
+    n = stored["n"] if n is None else check_count("n", n)
     if n > stored["n"]:
         raise ValueError(f"{folder} has {stored['n']} samples, fewer than n={n}.")
     settings = stored["settings"]
