@@ -503,7 +503,8 @@ def test_the_calibration_does_not_depend_on_the_default_dtype():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"draws": 1}, "draws must be at least 2 and directions at least 1, got 1 and 8"),
+        ({"draws": 1}, "draws must be an integer of at least 2, got 1"),
+        ({"directions": 0}, "directions must be an integer of at least 1, got 0"),
         ({"observations": 99}, "the ranks of 19 draws need at least 100 observations, got 99"),
         ({"operator": Mask(torch.ones(2, 1, 2, 4) > 0)}, "must be for any image, got one for 2 images"),
         ({"operator": JPEG(50)}, "must be linear and have a gain"),

@@ -424,6 +424,8 @@ def test_an_image_of_the_gaussian_depends_on_its_number_only(monkeypatch):
     assert not torch.equal(torch.cat(list(gaussian_images(data, 9, seed=1))), one)
     monkeypatch.setattr(module, "_VALUES", 1)  # one batch in a pass over the data
     assert torch.equal(torch.cat(list(gaussian_images(data, 5, batch_size=2))), few)
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
+        next(gaussian_images(data, 5, batch_size=0))
     torch.set_default_dtype(torch.float64)
     try:
         assert torch.equal(torch.cat(list(gaussian_images(data, 5, batch_size=2))), few)

@@ -506,6 +506,8 @@ def test_statistics_of_a_data_set(keep, batch_size):
     assert found.features is None or torch.equal(found.features, expected.features)
     with pytest.raises(ValueError, match="a covariance needs at least 2 features, got 1"):
         statistics_of(images[:1], MEANS, progress=False)
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got -1"):
+        statistics_of(images, MEANS, batch_size=-1, progress=False)
 
 
 def count_calls(calls):

@@ -182,6 +182,7 @@ def test_table_and_chart():
     ("call", "message"),
     [
         (lambda: check(pictures(2), pictures(9), neighbors=1), "neighbors must be an integer of at least 2, got 1"),
+        (lambda: check(pictures(2), pictures(9), batch_size=-1), "batch_size must be an integer of at least 1, got -1"),
         (lambda: check(pictures(2), pictures(1)), "the 2 nearest neighbors need at least 2 features, got 1"),
         (lambda: check(pictures(2), pictures(9, shape=(1, 4, 5))), "like the queries, got 20. Use one extractor, and"),
         (

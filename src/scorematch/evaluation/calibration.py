@@ -41,6 +41,7 @@ from scorematch.observe import Observation, Operator
 from scorematch.randomness import seed_of, single_generator, standard_normal, uniform
 from scorematch.sampling import AnnealedLangevinSampler, Sampler
 from scorematch.sampling.restoration import Restore
+from scorematch.schema import check_count
 
 _KNOWN = 1e-9  # the ratio of the posterior variance to the prior variance below which a direction counts as known
 _FEWEST_PER_RANK = 5  # observations per rank, below which the chi-squared distribution is not a good approximation
@@ -120,7 +121,7 @@ def posterior_calibration(
         observations: the number of observations, at least 5 (draws + 1).
         draws: K, the number of draws for each observation, at least 2. With 19 the intervals have the nominal coverages
             0.9, 0.8, ..., 0.1.
-        directions: the number of random directions.
+        directions: the number of random directions, at least 1.
         seed: the seed of all random numbers.
         progress: whether to show a progress bar.
 
@@ -128,11 +129,11 @@ def posterior_calibration(
         One result for each sampler, after that of exact draws from the posterior, "posterior".
 
     Raises:
+        TypeError: if the number of draws or directions is not an integer.
         ValueError: if there are too few observations, draws or directions; if the operator is not linear, or has one
             mask per image; or if the observations determine the images completely.
     """
-    if draws < 2 or directions < 1:
-        raise ValueError(f"draws must be at least 2 and directions at least 1, got {draws} and {directions}.")
+    draws, directions = check_count("draws", draws, 2), check_count("directions", directions)
     fewest = _FEWEST_PER_RANK * (draws + 1)
     if observations < fewest:
         raise ValueError(f"the ranks of {draws} draws need at least {fewest} observations, got {observations}.")

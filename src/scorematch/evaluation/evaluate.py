@@ -562,13 +562,17 @@ def gaussian_images(data: ImageData, n: int, *, seed: int = 0, batch_size: int =
 
     Args:
         data: the data set, of at least two images.
-        n: the number of images, over all processes together.
+        n: the number of images, over all processes together, at least 1.
         seed: the seed of all images.
-        batch_size: the number of images per batch.
+        batch_size: the number of images per batch, at least 1.
 
     Yields:
         Images (batch_size, C, H, W), float32 in [0, 1], on the CPU.
+
+    Raises:
+        TypeError, ValueError: if n or ``batch_size`` is not an integer of at least 1.
     """
+    n, batch_size = check_count("n", n), check_count("batch_size", batch_size)
     k, m = this_process()
     own = torch.arange(n).split(batch_size)[k::m]
     mean = torch.zeros(data.shape, dtype=torch.float64)

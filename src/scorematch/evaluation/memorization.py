@@ -276,7 +276,7 @@ def memorization_of(
         features: "pixels", another name of an extractor, an Extractor, or a function of images; see ``as_extractor``.
         neighbors: the number of neighbors of each image, at least 2.
         flips: whether the network was trained with mirror images too.
-        batch_size: the number of images that are read at once.
+        batch_size: the number of images that are read at once, at least 1.
         progress: whether to show a progress bar.
 
     Returns:
@@ -284,10 +284,11 @@ def memorization_of(
 
     Raises:
         OSError, TypeError: as ``open_images``.
-        ValueError: as ``open_images``; also if there are too few training images, or their features or those of the
-            held-out images have another dimension than those of the samples.
+        ValueError: as ``open_images``; also if there are too few training images, ``neighbors`` or ``batch_size`` is
+            too small, or the features of training or held-out images have another dimension than those of the samples.
     """
     check_count("neighbors", neighbors, 2)
+    batch_size = check_count("batch_size", batch_size)
     extractor = as_extractor(features)
     known = open_images(training, progress=progress)
     sets = [open_images(images, progress=progress) for images in (samples, held_out) if images is not None]

@@ -37,7 +37,7 @@ from scorematch.arrays import read_arrays
 from scorematch.evaluation.accumulate import Moments, Rows, agreed, check_features, is_symmetric, processes
 from scorematch.evaluation.features import Extractor
 from scorematch.files import write_whole
-from scorematch.schema import plain
+from scorematch.schema import check_count, plain
 from scorematch.training.data import ImageData, open_images
 
 
@@ -235,15 +235,17 @@ def statistics_of(
         features: whether to keep all features, which all metrics except the Fréchet distance need.
         cache: a folder, such as ``cache_folder()``. If it has statistics of the same images by the same extractor,
             they are read; otherwise they are written to it, with a warning if that fails. None uses no cache.
-        batch_size: the number of images that are read at once.
+        batch_size: the number of images that are read at once, at least 1.
         progress: whether to show a progress bar.
 
     Returns:
         The statistics of all images.
 
     Raises:
-        OSError, TypeError, ValueError: as ``open_images``; also a ValueError if there are fewer than two images.
+        OSError, TypeError, ValueError: as ``open_images``; also a ValueError if there are fewer than two images, or
+            ``batch_size`` is below 1.
     """
+    batch_size = check_count("batch_size", batch_size)
     images = open_images(data, progress=progress)
     path = None if cache is None else Path(cache, f"{content_key(images, extractor, features)}.npz").expanduser()
     # All processes must make the same choice: if one reads the file, the others would wait for it in a collective call.
