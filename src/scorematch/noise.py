@@ -116,6 +116,7 @@ class NoiseSchedule:
             levels: the number of levels, at least 2.
 
         Raises:
+            TypeError: if ``levels`` is not an integer.
             ValueError: unless sigma_max > sigma_min > 0, or for fewer than 2 levels.
 
         Example:
@@ -142,6 +143,7 @@ class NoiseSchedule:
             rho: the exponent, positive. The larger it is, the more levels are low.
 
         Raises:
+            TypeError: if ``levels`` is not an integer.
             ValueError: unless sigma_max > sigma_min > 0, for fewer than 2 levels, or for a rho that is not positive.
 
         Example:
@@ -278,6 +280,7 @@ class NoiseSchedule:
             or, in few dimensions, one of at most 1.23; the module says why.
 
         Raises:
+            TypeError: if ``dimension`` is not an integer.
             ValueError: for an empty range, a dimension below 1 or a C outside (0, 0.997).
 
         Example:

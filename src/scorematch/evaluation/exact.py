@@ -98,6 +98,9 @@ class Distribution(ABC):
             generator: the source of the random numbers: a ``torch.Generator``, or a seed; None is torch's global
                 generator.
             dtype: the dtype of the samples.
+
+        Raises:
+            TypeError: if ``generator`` is neither a generator nor a seed.
         """
         return self._sample(n, single_generator(generator)).view(n, *self.sample_shape).to(dtype)
 

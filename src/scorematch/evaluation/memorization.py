@@ -103,6 +103,10 @@ class Nearest:
         queries: (n, D), floating point.
         k: the number of neighbors, at least 1.
 
+    Raises:
+        TypeError, ValueError: if the queries are not finite floating-point features (n, D), or k is not an integer of
+            at least 1.
+
     Example:
         >>> nearest = Nearest(torch.tensor([[0.0], [5.0]]), k=2)
         >>> for batch in torch.tensor([[4.0], [1.0], [7.0]]).split(1):

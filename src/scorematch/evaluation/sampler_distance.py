@@ -187,6 +187,7 @@ def sampler_distances(
         The distances of each sampler with each number of levels, and those of exact samples.
 
     Raises:
+        TypeError: if n or ``repeats`` is not an integer.
         ValueError: if n or ``repeats`` is below 2, the distribution is a single point, or the score has no schedule.
         RuntimeError: if a sampler diverges.
     """

@@ -127,6 +127,7 @@ class Order:
         seed: the seed of the run.
 
     Raises:
+        TypeError: if ``length`` is not an integer.
         ValueError: if ``length`` is below 1.
 
     Example:
