@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.bulk.hashing import sampler_settings
 from scorematch.evaluation.exact import Gaussian
 from scorematch.guidance import autoguidance, classifier, classifier_free
 from scorematch.nets import Condition
@@ -1003,6 +1004,9 @@ def test_options_may_be_numbers_of_numpy():
         assert str(a) == str(b)
         assert torch.equal(*(run(each, 3, shape=(2,), generator=0, batch_size=two) for each in (a, b)))
     assert autoguidance(point, point, np.float32(2)).weight == 2
+    a, b = (ODESampler(point, SHORT, churn=kind(0.125), churn_max=kind(4)) for kind in (np.float32, float))
+    assert torch.equal(*(run(each, 3, shape=(2,), generator=0) for each in (a, b)))
+    assert sampler_settings(a) == sampler_settings(b)
 
 
 def _returning(value):

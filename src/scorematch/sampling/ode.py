@@ -140,8 +140,8 @@ class ODESampler(Sampler):
         if churn == 0 and (churn_min, churn_max, churn_noise) != (0, None, 1):
             raise ValueError("churn_min, churn_max and churn_noise need churn above 0. Pass churn, or leave them out.")
         self.method = method
-        self.churn, self.churn_noise = churn, churn_noise
-        self.churn_min, self.churn_max = churn_min, churn_max
+        self.churn, self.churn_noise = float(churn), float(churn_noise)
+        self.churn_min, self.churn_max = float(churn_min), None if churn_max is None else float(churn_max)
 
     @property
     def draws_noise(self) -> bool:  # type: ignore[override]
