@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -711,3 +712,12 @@ def test_jpeg_needs_images_from_0_to_1():
             ValueError, match=r"is for images in \(0, 1\), but the network's value_range is \(-1.0, 1.0\)"
         ):
             ODESampler(score, LEVELS, restore="guide").sample(2, observation=observation, progress=False)
+
+
+def test_the_noise_level_of_an_observation_may_be_a_number_of_numpy():
+    """In float32 its square could be above that of an equal level, and the root of the difference NaN."""
+    left, y = Mask(torch.arange(4) < 2), torch.zeros(1, 3, 4, 4)
+    sampler = AncestralSampler(lambda x, sigma: -x / (1 + sigma**2), NoiseSchedule([2.0, 0.4, 0.1]))
+    numbers = np.float32(0.4), float(np.float32(0.4))
+    a, b = (run(sampler, 2, observation=Observation(left, y, sigma=number), generator=0) for number in numbers)
+    assert torch.equal(a, b)

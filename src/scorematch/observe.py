@@ -507,6 +507,7 @@ class Observation:
             raise ValueError(
                 f"sigma, the standard deviation of the noise in y, must be at least 0, got {self.sigma!r}."
             )
+        object.__setattr__(self, "sigma", float(self.sigma))
         object.__setattr__(self, "operator", self.operator.with_axes(self.y.ndim))
         lifted = self.operator.lift(self.y)
         if not bool(torch.isfinite(lifted).all()):
