@@ -246,6 +246,29 @@ def test_user_defined_operators_compose_with_masks():
     assert (EveryOther() @ EveryOther()).gain == 1
 
 
+class Sums(Operator):
+    """Sums of blocks of 2x2 pixels: A A^T = 4 I."""
+
+    def __init__(self, gain, factor):
+        self.gain, self.factor = gain, factor
+
+    def measure(self, x):
+        return 4 * torch.nn.functional.avg_pool2d(x, 2)
+
+    def lift(self, y):
+        return self.factor * y.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gain_must_be_that_of_measure_and_lift(dtype):
+    y = random(2, 3, 4, 6).to(dtype)
+    Observation(Sums(4.0, 1 / 4), y)
+    for gain, factor in [(1.0, 1.0), (1.0, 1 / 4), (4.0, 1.0)]:
+        with pytest.raises(ValueError, match=r"the gain and lift of .*Sums.* do not fit measure: .*Correct them"):
+            Observation(Sums(gain, factor), y)
+    Observation(Sums(None, 1.0), y)  # without a gain, lift may be any image
+
+
 def test_the_operator_and_y_must_agree_on_the_number_of_images():
     assert (
         len(Observation(Sharper(), torch.rand(1, 3, 8, 8))) == len(Observation(Sharper(), torch.rand(2, 1, 8, 8))) == 2

@@ -478,7 +478,8 @@ class Observation:
 
     Raises:
         TypeError: if ``operator`` is not an ``Operator``, or y is not a floating-point tensor.
-        ValueError: if sigma is negative, y does not fit the operator, or y is not finite where it is observed.
+        ValueError: if sigma is negative, y does not fit the operator, y is not finite where it is observed, or the gain
+            of the operator is not that of ``measure`` and ``lift``.
 
     Example:
         >>> x = torch.rand(1, 3, 32, 32)
@@ -527,6 +528,21 @@ class Observation:
             )
         if len({len(self.operator), len(self.y)} - {1}) > 1:
             raise ValueError(f"y must have {len(self.operator)} images, like the operator, got {len(self.y)}.")
+        self._check_gain(measured.detach())
+
+    def _check_gain(self, y: Tensor) -> None:
+        """Checks an operator with a gain c on a measurement: A lift(y) = y, and c |lift(y)|^2 = |y|^2."""
+        gain = self.operator.gain
+        if gain is None:
+            return
+        lifted = self.operator.lift(y)
+        size, tolerance = float(y.norm()), max(1e-3, torch.finfo(y.dtype).eps ** 0.5)
+        error = float((self.operator.measure(lifted) - y).norm())
+        if max(error, abs(gain**0.5 * float(lifted.norm()) - size)) > tolerance * size:
+            raise ValueError(
+                f"the gain and lift of {self.operator!r} do not fit measure: with y = A x and A A^T = c I, gain is c, "
+                "and lift(y) is A^T y / c. Correct them, or leave out gain if A A^T is not a multiple of the identity."
+            )
 
     def _hint(self) -> str:
         own = type(self.operator).lift is not Operator.lift
