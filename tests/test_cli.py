@@ -19,10 +19,10 @@ from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet, __version__, cli
 from scorematch.cli import main
-from scorematch.cli.options import duration, find_device
+from scorematch.cli.options import duration, estimate, find_device
 from scorematch.images import read_image, save_image
 from scorematch.pretrained import cards
-from scorematch.sampling import SamplerSettings
+from scorematch.sampling import AnnealedLangevinSampler, SamplerSettings
 from tests.helpers import refused
 
 
@@ -373,6 +373,27 @@ def test_sample_prints_an_estimate_of_the_time(folder, tmp_path, capsys):
     assert {seconds: duration(seconds) for seconds in expected} == expected
 
 
+def test_the_estimate_of_guide_jacobian_has_a_backward_pass():
+    calls = []
+
+    class Score(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            calls.append("forward")
+            return -x
+
+        @staticmethod
+        def backward(context, gradient):
+            calls.append("backward")
+            return -gradient
+
+    for restore in ("guide", "guide-jacobian"):
+        schedule = NoiseSchedule.geometric(10, 0.01, 5)
+        sampler = AnnealedLangevinSampler(lambda x, sigma: Score.apply(x), schedule, restore=restore)
+        assert estimate(sampler, 4, shape=(1, 8, 8)) > 0
+    assert calls == [*["forward"] * 2, *["forward", "backward"] * 2]
+
+
 def test_the_seed_determines_the_picture(folder, tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         assert _sample(folder, tmp_path / f"{name}.png", "--seed", str(seed), "--quiet", "--no-exact-noise") == 0
@@ -713,12 +734,17 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
             r"a mask must have only black and white pixels, but \d+ of the 64 pixels of .*a.png",
         ),
         (["--mask", "{pictures}/../nothing.png"], "nothing.png"),
+        (["--mask", "{mask}"], "/a.png: the mask must have the size of the picture, 8x8 pixels, got 6x5."),
+        (["--jpeg", "9", "--original", "{renamed}"], r"/a.png would be compared with .*/0.png. Rename them."),
         (["--pool", "2", "--class", "1"], "--class is for class-conditional networks"),
         (["--pool", "2", "--invert"], "--invert is for --mask. Leave it out."),
     ],
 )
 def test_restore_gives_an_error_of_one_line(folder, pictures, tmp_path, options, message, capsys):
-    options = [option.format(pictures=pictures) for option in options]
+    mask, renamed = tmp_path / "mask.png", shutil.copytree(pictures, tmp_path / "renamed")
+    save_image(torch.ones(1, 6, 5), mask)
+    (renamed / "b.png").rename(renamed / "0.png")
+    options = [option.format(pictures=pictures, mask=mask, renamed=renamed) for option in options]
     assert main(_restore_options(folder, pictures, tmp_path / "out", *options)) == 2
     printed = capsys.readouterr()
     assert re.search(message, printed.err), printed.err

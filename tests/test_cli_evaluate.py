@@ -258,6 +258,7 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
             (network, *reference, "--restore", "pool-2", "--held-out", "a"),
             "--held-out is not for --restore. Leave it out",
         ),
+        ((network, *reference, "--restore-method", "guide"), "--restore-method is for --restore TASK. Leave it out."),
         (("palette-mnist", *reference), "palette-mnist restores images. Add the tasks to measure, such as --restore"),
     ]:
         assert message in _refused(["tune", *arguments], capsys), arguments

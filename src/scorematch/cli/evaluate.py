@@ -140,10 +140,10 @@ def _run(args: argparse.Namespace) -> None:
     process, processes = this_process()
     if restoring:
         draws = 2 if args.draws is None else args.draws
+        sampler.restore = fast.restore = "replace" if args.restore_method is None else args.restore_method
         if process == 0:
             drawn = draws * (DEFAULT_N_RESTORED if args.n is None else args.n)
             announce(fast, estimate(fast, drawn), drawn, processes, most=args.n is None)
-        sampler.restore = "replace" if args.restore_method is None else args.restore_method
         result = evaluate_restoration(
             sampler,
             args.reference if args.data is None else args.data,

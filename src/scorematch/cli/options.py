@@ -566,8 +566,16 @@ def estimate(
     if given is None and takes_image(sampler.net):
         given = torch.zeros(few, attribute(sampler.net, "conditioning").channels, *shape[1:], device=device)
     arguments = () if given is None else (given,)
-    with torch.no_grad():
-        sampler.net(x, 1.0, *arguments).sum().item()  # the first call prepares the kernels
-        begin = time.perf_counter()
-        sampler.net(x, 1.0, *arguments).sum().item()  # item waits for the device
+    backward = sampler.restore == "guide-jacobian"  # which has a backward pass in each call
+
+    def call() -> None:
+        with torch.set_grad_enabled(backward):
+            total = sampler.net(x.requires_grad_(backward), 1.0, *arguments).sum()
+        if backward:
+            (total,) = torch.autograd.grad(total, x)
+        total.sum().item()  # waits for the device
+
+    call()  # the first call prepares the kernels
+    begin = time.perf_counter()
+    call()
     return (time.perf_counter() - begin) * len(sampler) * n / few

@@ -71,7 +71,6 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--restore-method",
         choices=get_args(Restore),
-        default="replace",
         help="how the restorations are made to agree with the degraded images (default: replace, or guide for jpeg)",
     )
     parser.add_argument("--seed", type=int, default=0, help="the random seed of all images (default: 0)")
@@ -85,6 +84,9 @@ def add(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> None:
     if len(args.features) > 1:
         raise ValueError("--features must be one extractor: the best settings minimize one distance.")
+    if args.restore_method is not None and not args.restore:
+        raise ValueError("--restore-method is for --restore TASK. Leave it out.")
+    method = "replace" if args.restore_method is None else args.restore_method
     for name, value in (("held-out", args.held_out), ("class", args.label), ("classes", args.classes)):
         if args.restore and value is not None:
             raise ValueError(f"--{name} is not for --restore. Leave it out.")
@@ -103,6 +105,7 @@ def _run(args: argparse.Namespace) -> None:
     settings = settings_table(net, args.calls)
     if settings and this_process()[0] == 0:
         fast = recommended_sampler(net.inference_copy(), settings[0])
+        fast.restore = method
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
         seconds = estimate(fast, args.n, condition) * calls / len(fast) / this_process()[1]
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"
@@ -115,7 +118,7 @@ def _run(args: argparse.Namespace) -> None:
         n=args.n,
         by=args.by,
         tasks=args.restore,
-        restore=args.restore_method,
+        restore=method,
         held_out=args.held_out,
         out=args.out,
         condition=condition,
