@@ -59,7 +59,7 @@ def add(commands: Commands) -> None:
     group = parser.add_argument_group("damage", "What was done to the pictures; exactly one is required.")
     damage = group.add_mutually_exclusive_group(required=True)
     damage.add_argument(
-        "--mask", help="parts are missing: a picture of the same size, white where the image is observed"
+        "--mask", type=expanded, help="parts are missing: a picture of the same size, white where the image is observed"
     )
     damage.add_argument(
         "--uncrop", metavar="SIDES", help="borders are missing: their widths in pixels, such as left=4,right=4"
@@ -95,7 +95,9 @@ def add(commands: Commands) -> None:
         help="the pictures are undamaged: damage them first, then restore them and add the originals to the strips",
     )
     parser.add_argument(
-        "--original", type=filled, help="the undamaged picture, or a folder of them, to add to the strips"
+        "--original",
+        type=filled,
+        help="the undamaged picture, or a folder of them with the same names, to add to the strips",
     )
     parser.add_argument(
         "--restore-method",
@@ -128,6 +130,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--original must have as many pictures as there are to restore, {len(paths)}, got {len(originals)}."
         )
+    _check_names(paths, paths if originals is None else originals)
     _check_folder(args, folder, paths)
     for source in (args.pictures, args.original):
         if source is not None and Path(source).expanduser().resolve() == folder.resolve():
@@ -188,6 +191,10 @@ class _Picture:
         self.path = path
         self.y = read_image(path, 1 if args.gray and not args.degrade else channels)[None]
         self.original = None if original is None else read_image(original, channels)[None]
+        if operator.seen is not None and operator.seen.shape[-2:] != self.y.shape[-2:]:
+            raise ValueError(
+                f"the mask must have the size of the picture, {_size(self.y)} pixels, got {_size(operator.seen)}."
+            )
         if args.degrade:
             self.original, self.y = self.y, operator.measure(self.y)
             generator = torch.Generator().manual_seed(seed_of(args.seed, "noise", path.stem))
@@ -259,6 +266,17 @@ def _uncrop(text: str) -> Uncrop:
     if len(borders) < len(parts):
         raise ValueError(f"--uncrop must name each side once, such as left=4,right=4, got {text!r}.")
     return Uncrop(**{side: int(pixels) for side, pixels in borders.items()})
+
+
+def _check_names(pictures: list[Path], originals: list[Path]) -> None:
+    """Raises if a picture has an original with its name, but not at its place. Other names may differ."""
+    names, own = {picture.stem for picture in pictures}, {original.stem for original in originals}
+    for picture, original in zip(pictures, originals, strict=True):
+        if picture.stem != original.stem and (picture.stem in own or original.stem in names):
+            raise ValueError(
+                f"--original must have the same names as the pictures, in the same order, but {picture} would be "
+                f"compared with {original}. Rename them."
+            )
 
 
 def _check_folder(args: argparse.Namespace, folder: Path, pictures: list[Path]) -> None:
