@@ -325,6 +325,7 @@ def test_a_recipe_with_a_task_trains_on_it(faces, tmp_path, monkeypatch, calls):
         ({"classes": 2}, (), "is class-conditional. Add --labels."),
         ({"classes": 2}, ("--labels",), "has no null class, for which labels are dropped. Add --label-drop 0."),
         ({}, ("--labels",), "--labels is for networks with classes, and .* has none. Leave it out."),
+        ({}, ("--channels", "1"), "--channels must be 3, as .*network has, got 1. Leave it out."),
         (
             {"condition_channels": 3},
             (),

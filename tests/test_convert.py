@@ -389,3 +389,9 @@ def test_without_pyyaml_the_error_names_the_extra(files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ImportError, match=r'pip install "scorematch\[convert\]"'):
         convert(checkpoint, tmp_path / "out", config=config)
+
+
+def test_a_folder_is_not_a_checkpoint(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder, and a checkpoint is one file"):
+        convert(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -203,7 +203,7 @@ def test_the_celeba_crop_is_the_published_one(tmp_path, rng):
 def test_pictures_of_different_sizes_need_an_image_size(pictures, rng):
     folder, _ = pictures
     Image.fromarray(_colors(rng, 10, 9)).save(folder / "e.png")
-    with pytest.raises(ValueError, match=r"a\.png has 8 x 8 pixels, and .*e\.png has 10 x 9\. Pass image_size"):
+    with pytest.raises(ValueError, match=r"a\.png has 8 x 8 pixels, and .*e\.png has 10 x 9\. Resize the"):
         _open(folder)
     assert _open(folder, image_size=8).shape == (3, 8, 8)
 
@@ -250,11 +250,20 @@ def test_gray_and_color_pictures_need_channels(tmp_path, rng):
     Image.fromarray(_colors(rng)[..., 0]).save(tmp_path / "gray.png")
     with pytest.raises(
         ValueError,
-        match=r"gray\.png is gray, and .*color\.png is in color\. Convert the pictures, or pass channels=3 or ",
+        match=r"gray\.png is gray, and .*color\.png is in color\. Convert the pictures, or in Python pass channels=3",
     ):
         _open(tmp_path)
     assert _open(tmp_path, channels=3).shape == (3, 8, 8)
     assert _open(tmp_path, channels=1).shape == (1, 8, 8)
+
+
+def test_a_color_picture_after_a_gray_one_of_a_dataset_needs_channels(rng):
+    dataset = _Dataset([Image.fromarray(_colors(rng)[..., 0]), Image.fromarray(_colors(rng))])
+    with pytest.raises(ValueError, match=r"item 0 is gray, and item 1 is in color\. Pass channels=3 or channels=1"):
+        _open(dataset).read([0, 1])
+    for channels in (1, 3):
+        assert _open(dataset, channels=channels).read([0, 1])[0].shape == (2, channels, 8, 8)
+    assert _open(_Dataset(dataset.items[::-1])).read([0, 1])[0].shape == (2, 3, 8, 8)
 
 
 def test_gray_pictures_of_every_mode_have_one_channel(tmp_path, rng):
@@ -456,7 +465,7 @@ def test_hugging_face_datasets(rng):
         assert labels.tolist() == [1, 1] and data.classes == ("cat", "dog")
     plain = _open(_Table({"img": pixels, "fine_label": [0, 2, 1]}), labels=True)
     assert torch.equal(plain.read([0, 2])[0], images) and plain.classes == ("0", "1", "2")
-    with pytest.raises(ValueError, match=r"the data have no images; the names are 'a', 'b'\. Pass image_key="):
+    with pytest.raises(ValueError, match=r"the data have no images; the names are 'a', 'b'\. Pass image_key=\."):
         _open(_Table({"a": pixels, "b": pixels}))
     assert torch.equal(_open(_Table({"a": pixels, "b": pixels}), image_key="b").read([0, 2])[0], images)
     with pytest.raises(ValueError, match="no split \"train\"; the splits are 'test'"):
@@ -716,7 +725,9 @@ def test_open_images_returns_opened_data_unchanged():
             ValueError,
             "must be integers from 0, got -1. Number the classes from 0",
         ),
-        ((torch.zeros(2, 2), [0.5, 1]), {"labels": True}, ValueError, "integers from 0, or strings, got float64"),
+        ((torch.zeros(2, 2), [0.5, 1]), {"labels": True}, ValueError, "or strings, got float64. Convert them"),
+        ((torch.zeros(3, 2), torch.eye(3)), {"labels": True}, ValueError, r"got shape \(3, 3\)\. Write labels.argmax"),
+        ({"x": torch.zeros(3, 2)}, {"labels": True}, ValueError, r"Pass label_key=, or leave out labels=True\."),
         (torch.zeros(3, 2), {"crop": "left"}, ValueError, "crop must be one of 'center', 'celeba', None, got 'left'"),
         (torch.zeros(3, 2), {"channels": 2}, ValueError, "channels must be one of 1, 3, None, got 2"),
         (torch.zeros(3, 2), {"image_size": 0}, ValueError, "image_size must be .* got 0"),

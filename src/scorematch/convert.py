@@ -78,12 +78,18 @@ def convert(
         The network, in eval mode.
 
     Raises:
+        IsADirectoryError: if ``checkpoint`` is a folder.
         FileNotFoundError: if a file is missing, or there is no published configuration with this name.
         ImportError: if ``config`` is a YAML file and PyYAML is not installed.
         ValueError: if the file is damaged, has an unknown format, refers to anything but tensors and plain values, or
             needs an option that is not supported; or if the configuration is missing or does not fit.
     """
     path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder, and a checkpoint is one file. Folders of this package and of diffusers need no "
+            "conversion: pass them to ScoreNet.from_pretrained and to the other commands."
+        )
     found = read_pickle(path, _GLOBALS)
     form = next((form for form in _FORMATS if form.recognizes(found.content)), None)
     if form is None:

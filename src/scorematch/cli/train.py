@@ -43,7 +43,7 @@ _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 # Words of messages about Python arguments, and their replacements on the command line.
 _WORDS = {
     "Pass an image_size of": "Pass --image-size",
-    "Convert the pictures, or pass channels=3 or channels=1 to open_images": "Pass channels=3 or channels=1",
+    "Convert the pictures, or in Python pass channels=3 or channels=1 to open_images": "Pass channels=3 or channels=1",
     "the same network as net": "the network of --recipe",
     "Pass net=ScoreNet.from_pretrained(start)": "Leave out --recipe",
     "Pass the settings of that run": "Write the options of that run, such as --recipe,",
@@ -314,6 +314,8 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> I
             raise ValueError(f"--start must be a network of images (C, H, W), got samples {start.sample_shape}.")
         _check_condition(args, start)
         channels, *size = start.sample_shape
+        if args.channels not in (None, channels):
+            raise ValueError(f"--channels must be {channels}, as {args.start} has, got {args.channels}. Leave it out.")
     crop = recipe.crop if args.crop is None else None if args.crop == "none" else args.crop
     with _naming_options(args), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about damaged pictures: _announce prints them

@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--features must be one extractor: the best settings minimize one distance.")
     if args.restore_method is not None and not args.restore:
         raise ValueError("--restore-method is for --restore TASK. Leave it out.")
-    method = "replace" if args.restore_method is None else args.restore_method
+    method: Restore = "replace" if args.restore_method is None else args.restore_method
     for name, value in (("held-out", args.held_out), ("class", args.label), ("classes", args.classes)):
         if args.restore and value is not None:
             raise ValueError(f"--{name} is not for --restore. Leave it out.")

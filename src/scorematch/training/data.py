@@ -180,8 +180,8 @@ def open_images(
             otherwise a short name, or the name of a data set on the Hub, of which the split "train" is used. An
             ``ImageData`` is returned unchanged.
         image_size: (height, width) in pixels, or the side of a square. None keeps the size of the images, which must be
-            the same for all; images from files and data sets are then cropped to a square, unless ``crop`` is None. For
-            the crop "celeba" None is 140.
+            the same for all; images from files and data sets are then cropped to a square, unless ``crop`` is None.
+            Pictures of a ``torch`` Dataset are resized to the size of the first. For the crop "celeba" None is 140.
         channels: 1 for gray, 3 for RGB. None keeps the number of channels of the images, which must be the same for
             all.
         crop: "center" crops the largest area in the middle with the aspect ratio of ``image_size``; "celeba" crops the

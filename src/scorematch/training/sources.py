@@ -284,12 +284,13 @@ def _classes(labels: Any, n: int, name: str) -> tuple[np.ndarray, tuple[str, ...
     if array.shape == (n, 1):
         array = array[:, 0]
     if array.shape != (n,):
-        raise ValueError(f"the labels of {name} must be one per image, ({n},), got shape {array.shape}.")
+        hint = " Write labels.argmax(1) for one-hot labels." if array.ndim == 2 and len(array) == n else ""
+        raise ValueError(f"the labels of {name} must be one per image, ({n},), got shape {array.shape}.{hint}")
     if array.dtype.kind in "US":
         names, numbers = np.unique(array, return_inverse=True)
         return numbers.astype(np.int64), tuple(map(str, names))
     if array.dtype.kind not in "iub":
-        raise ValueError(f"the labels of {name} must be integers from 0, or strings, got {array.dtype}.")
+        raise ValueError(f"the labels of {name} must be integers from 0, or strings, got {array.dtype}. Convert them.")
     if array.min() < 0:
         raise ValueError(f"the labels of {name} must be integers from 0, got {array.min()}. Number the classes from 0.")
     if array.max() >= _CLASSES:
@@ -353,8 +354,8 @@ class _Pictures(Source):
         if len(kinds) > 1:
             raise ValueError(
                 f"{self.name} mixes gray and color images: {self.name_of(kinds[1])} is gray, and "
-                f"{self.name_of(kinds[3])} is in color. Convert the pictures, or pass "
-                "channels=3 or channels=1 to open_images."
+                f"{self.name_of(kinds[3])} is in color. Convert the pictures, or in "
+                "Python pass channels=3 or channels=1 to open_images."
             )
         return next(iter(kinds))
 
@@ -363,8 +364,8 @@ class _Pictures(Source):
             (one, i), (other, k) = itertools.islice(sizes.items(), 2)
             raise ValueError(
                 f"{self.name} has images of different sizes: {self.name_of(i)} has {one[0]} x {one[1]} pixels, and "
-                f"{self.name_of(k)} has {other[0]} x {other[1]}. Pass image_size= to open_images, or "
-                "resize the pictures."
+                f"{self.name_of(k)} has {other[0]} x {other[1]}. Resize the pictures, or in Python "
+                "pass image_size= to open_images."
             )
         return next(iter(sizes))
 
@@ -477,7 +478,8 @@ def _choose(
     if not found or found[0] not in keys:
         given = "" if key is None else f" named {key!r}"
         names = few((repr(plain(name)) for name in keys), 10)
-        raise ValueError(f"the data have no {what}s{given}; the names are {names}. Pass {what}_key=.")
+        without = ", or leave out labels=True" if what == "label" else ""
+        raise ValueError(f"the data have no {what}s{given}; the names are {names}. Pass {what}_key={without}.")
     return found[0]
 
 
@@ -513,6 +515,7 @@ class _Items(Source):
                 _check_values(values, self.shape, "it", options.value_range)
             except ValueError as error:
                 raise ValueError(f"{self.name_of(0)}: {error}") from error
+        self._keeps_color = options.channels is None and self.shape[0] == 1
         self.identity = [type(dataset).__name__, len(dataset)]
         if options.labels:
             # The labels and classes of torchvision's data sets, which are those before the transform of their items.
@@ -528,6 +531,11 @@ class _Items(Source):
     def pixels(self, i: int) -> np.ndarray:
         image = self._image(i)
         if hasattr(image, "getexif"):
+            if self._keeps_color and _channels_and_size(image)[0] == 3:
+                raise UnfitError(
+                    f"{self.name} mixes gray and color images: item 0 is gray, and item {i} is in color. Pass "
+                    "channels=3 or channels=1 to open_images."
+                )
             return _fit(image, self.shape, self.crop)
         values = _values(image)
         if values.shape != self.shape:
