@@ -121,6 +121,12 @@ def test_the_same_command_continues_a_run_and_other_options_give_an_error(faces,
         "--recipe, to continue it, or another folder.\n"
     )
     assert printed.out == ""
+    shutil.rmtree(out / "checkpoints" / "000000016")
+    shutil.rmtree(out / "checkpoints" / "000000024")
+    (out / "checkpoints" / "000000000").mkdir()
+    assert _train(faces, out, *options, "--lr", "0.5", "--dry-run") == 2
+    message = "folder. Nothing of that run is saved yet: if it has ended, delete the folder to begin again.\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_a_longer_run_than_a_complete_one_starts_with_its_network(faces, run, capsys):

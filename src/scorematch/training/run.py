@@ -694,6 +694,8 @@ def _check_same(out: Path, now: Mapping[str, Any]) -> None:
         if (out / "report.md").exists():
             network_folder = (out / "network").as_posix()
             hint = f'This run is complete. To train longer, start a new run with start="{network_folder}".'
+        elif not any(checkpoint.numbers(out / "checkpoints")):  # it has no checkpoint, or only that of image 0
+            hint += " Nothing of that run is saved yet: if it has ended, delete the folder to begin again."
         raise ValueError(f"{out} contains a run with other settings: {'; '.join(differing)}. {hint}")
 
 
