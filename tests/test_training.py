@@ -885,6 +885,21 @@ def test_the_trained_network_is_uploaded(tmp_path, monkeypatch):
     assert pushed[0][0] == "me/points" and torch.equal(pushed[0][1], vector(net))
 
 
+def test_a_failed_upload_can_be_repeated(tmp_path, monkeypatch):
+    def fail(net, name):
+        raise OSError("uploading to me/points failed: no connection")
+
+    monkeypatch.setattr("scorematch.training.run.check_login", lambda: None)
+    monkeypatch.setattr(ScoreNet, "push_to_hub", fail)
+    message = r"complete, and its network is in .*network, but it was not uploaded: uploading .*connection\. Start"
+    with pytest.raises(OSError, match=message):
+        quick(points_net(), points(), tmp_path, images=16, push_to_hub="me/points")
+    pushed = []
+    monkeypatch.setattr(ScoreNet, "push_to_hub", lambda net, name: pushed.append(name))
+    quick(points_net(), points(), tmp_path, images=16, push_to_hub="me/points")
+    assert pushed == ["me/points"]
+
+
 # -- Samples, report and log of a run ---------------------------------------------------------------------------------
 
 

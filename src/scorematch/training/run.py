@@ -238,7 +238,7 @@ def train(
         RuntimeError: if the loss becomes NaN or infinite; the message names the step and the noise level.
         PermissionError: if ``push_to_hub`` is given, and there is no token of the Hub.
         OSError: if a file cannot be written, another process is training in ``out``, or ``out`` is a file or has files
-            of other programs with the names of results. The last checkpoint is not affected.
+            of other programs with the names of results. The last checkpoint is not affected. Also if the upload fails.
         SystemExit: after SIGTERM, with status 143. KeyboardInterrupt: after Ctrl-C.
 
     Example:
@@ -314,7 +314,13 @@ def train(
             run.loop(evaluate, bar)
         averaged = run.finish()
     if push_to_hub is not None and accelerator.is_main_process:
-        averaged.push_to_hub(push_to_hub)
+        try:
+            averaged.push_to_hub(push_to_hub)
+        except OSError as error:
+            raise OSError(
+                f"the run is complete, and its network is in {out / 'network'}, but it was not uploaded: "
+                f"{reason(error)}. Start the same run again to repeat the upload only."
+            ) from error
     if trackers:
         for tracker in accelerator.trackers:
             tracker.finish()
