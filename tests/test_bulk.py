@@ -814,6 +814,8 @@ def test_a_folder_of_another_function_is_refused(tmp_path):
     sample_to(make(0.2), tmp_path, 2, **options)
     with pytest.raises(ValueError, match="has samples with other settings: network was"):
         sample_to(make(0.8), tmp_path, 4, **options)
+    with pytest.raises(ValueError, match=r"network was .*; batch_size was .*; condition .*; and 1 more\. Pass"):
+        sample_to(make(0.8), tmp_path, 4, **options, batch_size=3, condition=1, seed=2)
     sample_to(make(0.2), tmp_path, 4, **options)
 
 

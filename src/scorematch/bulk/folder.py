@@ -30,6 +30,7 @@ from scorematch.sampling import Sampler
 from scorematch.schema import check_choice, check_count, quote, reason
 
 _CHECK_SECONDS = 0.2  # between two checks of the files of other processes
+_FEW = 3  # the most differences of settings that an error lists
 
 
 def sample_to(
@@ -213,13 +214,14 @@ class SampleFolder:
         before, after = _flat(stored["settings"]), _flat(self._metadata()["settings"])
         differing = [
             f"{key} was {quote(before.get(key))} and is {quote(after.get(key))}"
-            for key in sorted({*before, *after})
+            for key in sorted({*before, *after}, key=lambda key: (key != "network", key))
             if before.get(key) != after.get(key)
         ]
         if differing:
+            more = f"; and {len(differing) - _FEW} more" if len(differing) > _FEW else ""
             raise ValueError(
-                f"{folder} has samples with other settings: {'; '.join(differing)}. Pass those settings to continue, "
-                "or another folder."
+                f"{folder} has samples with other settings: {'; '.join(differing[:_FEW])}{more}. Pass those settings, "
+                f"which are in {METADATA_FILE}, to continue, or another folder."
             )
         if stored["n"] > self._n:
             raise ValueError(
