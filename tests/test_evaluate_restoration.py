@@ -306,7 +306,7 @@ def test_wrong_arguments_are_named(task, options, message):
 
 
 def test_a_task_of_another_type():
-    with pytest.raises(TypeError, match=r"a name or an operator of scorematch\.observe, got Inpainting"):
+    with pytest.raises(TypeError, match=r"an operator .*, or colorization, inpainting, .*SIZE, got Inpainting"):
         run(Level(), TASKS["inpainting"]())
 
 

@@ -72,6 +72,7 @@ DEFAULT_N_RESTORED = 500  # images, if the number is not given
 RESTORATION = "restoration"
 RESTORED, DEGRADED, ORIGINAL = "restored", "degraded", "original"
 _DRAWN = ("inpainting", "uncropping")  # the tasks of Palette whose masks are drawn for each image
+_TASKS = "colorization, inpainting, uncropping, jpeg-QUALITY or pool-SIZE"
 _LEAST_ERROR = 1e-10  # the mean square error of 100 dB
 _ON_THE_PICTURE = 8
 
@@ -244,7 +245,8 @@ def degradation_of(task: str | Operator, seed: int) -> tuple[Degradation, str]:
             raise ValueError(f"the operator must be for one image, got one mask for each of {len(task)} images.")
         return lambda batch: task, repr(task)
     if not isinstance(task, str):
-        raise TypeError(f"task must be a name or an operator of scorematch.observe, got {type(task).__name__}.")
+        kind = type(task).__name__
+        raise TypeError(f"task must be an operator of scorematch.observe, or {_TASKS}, got {kind}.")
     if task in _DRAWN:
         drawn = TASKS[task]()
 
@@ -255,7 +257,7 @@ def degradation_of(task: str | Operator, seed: int) -> tuple[Degradation, str]:
         return masks, task
     match = re.fullmatch(r"(jpeg|pool)-(\d+)", task)
     if match is None and task != "colorization":
-        raise ValueError(f"task must be colorization, inpainting, uncropping, jpeg-QUALITY or pool-SIZE, got {task!r}.")
+        raise ValueError(f"task must be {_TASKS}, got {task!r}.")
     fixed: Operator = Grayscale()
     if match is not None:
         fixed = JPEG(int(match[2])) if match[1] == "jpeg" else AveragePool(int(match[2]))
