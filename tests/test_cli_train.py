@@ -231,7 +231,7 @@ def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, c
     assert main([*arguments, "--image-size", "16", "--device", "cpu"]) == 0
     assert calls[1][0].sample_shape == calls[1][1].shape == (3, 16, 16)
     assert main([*arguments, "--channels", "1", "--device", "cpu"]) == 2
-    assert "sample_shape, (3, 8, 8), got (1, 8, 8)" in capsys.readouterr().err
+    assert f"--channels must be 3, as {start} has, got 1. Leave it out." in capsys.readouterr().err
 
 
 @pytest.mark.slow

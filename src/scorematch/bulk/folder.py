@@ -31,6 +31,7 @@ from scorematch.schema import check_choice, check_count, quote, reason
 
 _CHECK_SECONDS = 0.2  # between two checks of the files of other processes
 _FEW = 3  # the most differences of settings that an error lists
+_FIRST = ("network", "sampler", "sampler.name")  # the settings that it lists before others
 
 
 def sample_to(
@@ -214,7 +215,7 @@ class SampleFolder:
         before, after = _flat(stored["settings"]), _flat(self._metadata()["settings"])
         differing = [
             f"{key} was {quote(before.get(key))} and is {quote(after.get(key))}"
-            for key in sorted({*before, *after}, key=lambda key: (key != "network", key))
+            for key in sorted({*before, *after}, key=lambda key: (key not in _FIRST, key))
             if before.get(key) != after.get(key)
         ]
         if differing:
