@@ -269,6 +269,41 @@ def test_the_gain_must_be_that_of_measure_and_lift(dtype):
     Observation(Sums(None, 1.0), y)  # without a gain, lift may be any image
 
 
+class Rotation(Operator):
+    """A product with an orthogonal matrix: A A^T = I. It records whether products may be computed in TF32."""
+
+    gain = 1
+
+    def __init__(self):
+        self.matrix, self.allowed = torch.linalg.qr(random(64, 64).double()).Q.float(), []
+
+    def measure(self, x):
+        matmul = torch.backends.cuda.matmul
+        new = hasattr(torch.backends.cudnn, "conv")  # torch 2.9 and later
+        self.allowed.append(matmul.fp32_precision == "tf32" if new else matmul.allow_tf32)
+        return (x.flatten(1) @ self.matrix).reshape(x.shape)
+
+    def lift(self, y):
+        return (y.flatten(1) @ self.matrix.T).reshape(y.shape)
+
+
+def test_the_gain_is_checked_in_full_precision():
+    """The errors of TF32 are near the tolerance; those of bfloat16, under autocast, are above that of float32."""
+    operator, y = Rotation(), random(2, 1, 8, 8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        Observation(operator, y)
+    operator.allowed.clear()
+    matmul = torch.backends.cuda.matmul
+    name, value = ("fp32_precision", "tf32") if hasattr(torch.backends.cudnn, "conv") else ("allow_tf32", True)
+    before = getattr(matmul, name)
+    setattr(matmul, name, value)
+    try:
+        Observation(operator, y)
+    finally:
+        setattr(matmul, name, before)
+    assert operator.allowed == [True, False]
+
+
 def test_the_operator_and_y_must_agree_on_the_number_of_images():
     assert (
         len(Observation(Sharper(), torch.rand(1, 3, 8, 8))) == len(Observation(Sharper(), torch.rand(2, 1, 8, 8))) == 2

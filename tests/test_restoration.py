@@ -613,7 +613,7 @@ def test_an_observation_that_does_not_fit_raises():
     sampler = AnnealedLangevinSampler(world, LEVELS)
     with pytest.raises(ValueError, match="disagree on the number of samples: 3 from n, 2 from observation"):
         sampler.sample(3, observation=observe(OPERATORS["mask"], n=2))
-    with pytest.raises(ValueError, match=r"4 from n, 1 from condition\. Write condition\.repeat_interleave\(n, 0\)"):
+    with pytest.raises(ValueError, match=r"4 from n, 1 from condition\. .* write condition\.repeat_interleave\(n, 0\)"):
         sampler.sample(4, condition=torch.zeros(1, *SHAPE))
     with pytest.raises(
         ValueError, match=r"\(3, 8, 8\), but Observation\(Grayscale\(\), .* is of images of shape \(3, 4, 4\)\."

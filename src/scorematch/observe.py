@@ -38,6 +38,7 @@ import copy
 import io
 import math
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from scorematch.images import to_pixels
+from scorematch.precision import exact_float32
 from scorematch.schema import check_count
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -535,9 +537,12 @@ class Observation:
         gain = self.operator.gain
         if gain is None:
             return
-        lifted = self.operator.lift(y)
+        # TF32 could exceed the tolerance. Under autocast y may be in bfloat16, whose tolerance is larger.
+        with exact_float32() if y.dtype == self.y.dtype == torch.float32 else nullcontext():
+            lifted = self.operator.lift(y)
+            again = self.operator.measure(lifted)
         size, tolerance = float(y.norm()), max(1e-3, torch.finfo(y.dtype).eps ** 0.5)
-        error = float((self.operator.measure(lifted) - y).norm())
+        error = float((again - y).norm())
         if max(error, abs(gain**0.5 * float(lifted.norm()) - size)) > tolerance * size:
             raise ValueError(
                 f"the gain and lift of {self.operator!r} do not fit measure: with y = A x and A A^T = c I, gain is c, "

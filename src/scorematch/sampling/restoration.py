@@ -23,10 +23,11 @@ which is SNIPS for operators with a gain, without its singular value decompositi
 the next lower level needs no correction, because its state already contains the observation. A step that adds more
 noise than that would erase it; at these levels samplers limit the noise to that of the reverse diffusion. A step that
 adds less noise, as along the probability flow, would keep too much of the noise of y, and the results would differ too
-little. A step from a level above :math:`\varsigma` to one below it begins with y plus noise and loses a part of y. The
-results then differ more, above all if the two levels are far apart. If :math:`\varsigma` is one of the levels,
-there is no such step. If the highest level :math:`\sigma_1` is not above :math:`\varsigma`, the observed part of the
-start is drawn given y, with the normal distribution around m, the middle of the value range, as :math:`p_{\sigma_1}`:
+little. A step from a level above :math:`\varsigma` to one below it begins with y plus noise, and uses less of the
+information in y. The samples can then vary more than the posterior, above all if the two levels are far apart. If
+:math:`\varsigma` is one of the levels, there is no such step. If the highest level :math:`\sigma_1` is not above
+:math:`\varsigma`, the observed part of the start is drawn given y, with the normal distribution around m, the middle of
+the value range, as :math:`p_{\sigma_1}`:
 
 .. math:: P x = P \Bigl( m + \frac{\sigma_1^2}{\varsigma^2} (y^+ - m)
           + \sigma_1 \sqrt{1 - \sigma_1^2/\varsigma^2}\, z \Bigr).

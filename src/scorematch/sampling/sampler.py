@@ -702,7 +702,8 @@ def _count(
     given = {name: count for name, count in counts.items() if count is not None}
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{count} from {name}" for name, count in given.items())
-        hint = " Write condition.repeat_interleave(n, 0) for n samples of one." if given.get("condition") == 1 else ""
+        one = given.get("condition") == 1
+        hint = " To draw n samples for one condition, write condition.repeat_interleave(n, 0)." if one else ""
         raise ValueError(f"the arguments disagree on the number of samples: {listed}.{hint}")
     return check_count("n", next(iter(given.values()), 1))
 

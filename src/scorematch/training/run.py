@@ -237,8 +237,8 @@ def train(
             its files are damaged, or the network ``start`` differs from ``net``.
         RuntimeError: if the loss becomes NaN or infinite; the message names the step and the noise level.
         PermissionError: if ``push_to_hub`` is given, and there is no token of the Hub.
-        OSError: if a file cannot be written, another process is training in ``out``, or ``out`` is a file or has files
-            of other programs with the names of results. The last checkpoint is not affected. Also if the upload fails.
+        OSError: if a file cannot be written, another process is training in ``out``, ``out`` is a file or has files of
+            other programs with the names of results, or the upload fails. The last checkpoint is not affected.
         SystemExit: after SIGTERM, with status 143. KeyboardInterrupt: after Ctrl-C.
 
     Example:
