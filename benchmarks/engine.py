@@ -27,11 +27,11 @@ from accelerate.tracking import GeneralTracker
 from common import alternate, now, parser, ratio, report
 
 from scorematch import ScoreNet, dsm_loss
-from scorematch.images import save_image
-from scorematch.precision import autocast
-from scorematch.training import RECIPES, ImageData, levels_for, open_images, train, weighting_for
-from scorematch.training import data as loader
-from scorematch.training.data import Order
+from scorematch.core.precision import autocast
+from scorematch.data import ImageData, open_images, save_image
+from scorematch.data import cache as loader
+from scorematch.data.cache import Order
+from scorematch.training import RECIPES, levels_for, train, weighting_for
 
 NEVER = 10**12  # images between two events that are not measured
 

@@ -57,9 +57,9 @@ def repetitions(name: str, count: int, device: str) -> Iterator[int]:
     import torch
 
     from scorematch import NoiseSchedule, ScoreNet
-    from scorematch.bulk import bulk_samples
-    from scorematch.sampling import ODESampler
-    from scorematch.training import Settings, open_images, train_steps
+    from scorematch.data import open_images
+    from scorematch.sampling import ODESampler, bulk_samples
+    from scorematch.training import Settings, train_steps
 
     net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, attention=[False], schedule=NoiseSchedule([1.0, 0.1]))
     net = net.to(device)

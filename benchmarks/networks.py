@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.core.precision import autocast, exact_float32, native_dtype
 from scorematch.nets.unet import UNet
-from scorematch.precision import autocast, exact_float32, native_dtype
 
 DDPM = {
     "block_out_channels": (128, 256, 256, 256),

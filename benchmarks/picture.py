@@ -42,7 +42,7 @@ print(taken)
 """
 OURS = """
 from scorematch import ScoreNet
-from scorematch.images import save_grid
+from scorematch.data import save_grid
 from scorematch.sampling import ODESampler
 net = ScoreNet.from_pretrained({folder!r}).to({device!r})
 images = ODESampler(net, levels={steps}, method="dpm-solver++").sample({n}, progress=False)

@@ -24,10 +24,9 @@ from digit_classifier import add_options, classify, load_classifier
 from mnist import load_digits
 
 from scorematch import ScoreNet
-from scorematch.bulk import read_samples
+from scorematch.data import read_samples, to_uint8
 from scorematch.evaluation import evaluate
 from scorematch.guidance import classifier_free
-from scorematch.images import to_uint8
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from scorematch import AnnealedLangevinSampler, ScoreNet
 from scorematch.evaluation import evaluate_restoration
-from scorematch.observe import JPEG, AveragePool, Mask, Operator, Uncrop
+from scorematch.restoration import JPEG, AveragePool, Mask, Operator, Uncrop
 
 STROKE = 3.5  # half the width of the line of the free-form mask, in pixels of 28
 

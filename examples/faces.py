@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from scorematch import AnnealedLangevinSampler, ScoreNet
-from scorematch.images import save_grid
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
-from scorematch.palette import Inpainting, Task, Uncropping, condition_of
+from scorematch.data import save_grid
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.restoration.palette import Inpainting, Task, Uncropping, condition_of
 from scorematch.sampling import Sampler, recommended_sampler
 
 

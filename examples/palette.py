@@ -40,9 +40,9 @@ from mnist import load_digits
 from torch import Tensor
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.images import save_grid, to_uint8
-from scorematch.observe import JPEG, Grayscale, Mask, Observation
-from scorematch.palette import TASKS, JPEGRestoration, MultiTask
+from scorematch.data import save_grid, to_uint8
+from scorematch.restoration import JPEG, Grayscale, Mask, Observation
+from scorematch.restoration.palette import TASKS, JPEGRestoration, MultiTask
 from scorematch.sampling import AncestralSampler, SamplerSettings
 from scorematch.sampling.ancestral import Variance
 from scorematch.training import LogNormal, Mixture, train, weighting_for

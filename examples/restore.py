@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from scorematch import AnnealedLangevinSampler, ScoreNet
-from scorematch.images import grid, list_pictures, read_image, read_mask, save_image
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
-from scorematch.palette import condition_of
+from scorematch.data import grid, list_pictures, read_image, read_mask, save_image
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.restoration.palette import condition_of
 
 TASKS = ("inpaint", "uncrop", "colorize", "pool", "jpeg")
 

@@ -34,9 +34,9 @@ from torch import Tensor
 from tune_mnist import samplers
 
 from scorematch import NoiseSchedule, ScoreNet
+from scorematch.data import save_grid
 from scorematch.evaluation import Evaluator, image_figures
 from scorematch.evaluation.exact import Empirical, Gaussian
-from scorematch.images import save_grid
 from scorematch.sampling import ODESampler, Sampler
 
 

@@ -19,8 +19,8 @@ from mnist import load_digits
 from torch import Tensor
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.data import save_grid
 from scorematch.evaluation import Evaluator, values
-from scorematch.images import save_grid
 
 
 def power(p: float) -> Callable[[float], float]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
+from scorematch.core.conditions import Condition
 from scorematch.nets import FAMILIES, UNet
-from scorematch.nets.family import Condition
 
 LEVELS = NoiseSchedule.geometric(10, 0.01, 6)
 CHANNELS = 5  # channels of the images; no number of features below is a multiple of it

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
-from scorematch.observe import Mask, Observation
+from scorematch.restoration import Mask, Observation
 from scorematch.sampling import AncestralSampler, PredictorCorrectorSampler
 from scorematch.sampling.ancestral import ancestral_step
 from tests.helpers import point, run, seed

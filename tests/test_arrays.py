@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from scorematch import arrays
-from scorematch.arrays import read_arrays, read_shape
+from scorematch.data import arrays
+from scorematch.data.arrays import read_arrays, read_shape
 
 ARRAYS = {
     "integers": np.arange(6, dtype=np.uint8).reshape(2, 3),

@@ -22,17 +22,17 @@ import pytest
 import torch
 from PIL import Image
 
-from scorematch import NoiseSchedule, ScoreNet, bulk, files
-from scorematch.bulk import bulk_samples, hashing, read_samples, sample_to, stored_samples, stored_settings
-from scorematch.bulk.batches import this_process
-from scorematch.bulk.classes import image_classes
-from scorematch.bulk.folder import SampleFolder
-from scorematch.bulk.job import Job
+from scorematch import NoiseSchedule, ScoreNet, sampling
+from scorematch.core import files
+from scorematch.core import provenance as hashing
+from scorematch.core.conditions import Condition
+from scorematch.core.processes import this_process
+from scorematch.core.scores import NetworkScore
+from scorematch.data import read_image, read_samples, stored_samples, stored_settings
 from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
-from scorematch.images import read_image
-from scorematch.nets.family import Condition
-from scorematch.protocol import NetworkScore
-from scorematch.sampling import SAMPLERS, AnnealedLangevinSampler, ODESampler, SamplerSettings
+from scorematch.sampling import SAMPLERS, AnnealedLangevinSampler, ODESampler, SamplerSettings, bulk_samples, sample_to
+from scorematch.sampling.bulk import Job, image_classes
+from scorematch.sampling.folder import SampleFolder
 from tests.helpers import python, seed
 
 SCHEDULE = NoiseSchedule([1.0, 0.1, 0.01])
@@ -390,7 +390,7 @@ def test_another_sampler_network_or_version_is_refused(tmp_path, net, monkeypatc
         sample_to(_ode(net), tmp_path, 2, **options)
     with torch.no_grad():
         parameter -= 1
-    monkeypatch.setattr("scorematch.bulk.job.__version__", "0.0.1")
+    monkeypatch.setattr("scorematch.sampling.bulk.__version__", "0.0.1")
     with pytest.raises(ValueError, match=r"scorematch was .* and is '0.0.1'"):
         sample_to(_ode(net), tmp_path, 2, **options)
 
@@ -561,9 +561,9 @@ def test_shares_make_the_same_folder(tmp_path, levels, name):
 
 def test_a_process_waits_at_the_end_until_all_images_are_there(tmp_path, levels, monkeypatch):
     _fill(levels, tmp_path / "one", 10)
-    monkeypatch.setattr(bulk.folder, "_CHECK_SECONDS", 0.001)
+    monkeypatch.setattr(sampling.folder, "_CHECK_SECONDS", 0.001)
     looked = threading.Event()
-    monkeypatch.setattr(bulk.folder.time, "sleep", lambda seconds: looked.set() or threading.Event().wait(seconds))
+    monkeypatch.setattr(sampling.folder.time, "sleep", lambda seconds: looked.set() or threading.Event().wait(seconds))
     other = threading.Thread(
         target=lambda: looked.wait(20) and _fill(Levels(), tmp_path / "two", 10, share=(1, 2)), daemon=True
     )
@@ -654,7 +654,7 @@ def test_a_handler_of_the_user_stays(tmp_path, levels):
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
         mine = signal.getsignal(signal.SIGTERM)
-        with bulk.folder._exit_after_sigterm():
+        with sampling.folder._exit_after_sigterm():
             assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -801,9 +801,9 @@ def test_the_identity_of_a_function_follows_its_code_its_defaults_and_its_variab
 def test_sampling_does_not_change_the_identity_of_a_sampler(net, kind):
     for score in (net, net.inference_copy(), Levels(), Gaussian([0.0, 1.0], 1.0, schedule=SCHEDULE)):
         sampler = SAMPLERS[kind](score, levels=3)
-        before = hashing.sampler_settings(sampler)
+        before = sampling.bulk.sampler_settings(sampler)
         sampler.sample(2, shape=getattr(score, "sample_shape", None) or (1, 3, 4), generator=0, progress=False)
-        assert hashing.sampler_settings(sampler) == before
+        assert sampling.bulk.sampler_settings(sampler) == before
 
 
 def test_a_folder_of_another_function_is_refused(tmp_path):
@@ -845,9 +845,10 @@ JOB = textwrap.dedent(
     import os, signal, sys
     import torch
     torch.set_num_threads(1)
-    from scorematch import NoiseSchedule, ScoreNet, files
-    from scorematch.bulk import sample_to
-    from scorematch.bulk.batches import this_process
+    from scorematch import NoiseSchedule, ScoreNet
+    from scorematch.core import files
+    from scorematch.sampling import sample_to
+    from scorematch.core.processes import this_process
     from scorematch.sampling import AnnealedLangevinSampler
 
     if sys.argv[2] != "quiet":  # the number of writes until the process kills itself between write and rename, or 0

@@ -2,7 +2,7 @@
 
 import math
 
-from scorematch.charts import Curve, chart
+from scorematch.core.charts import Curve, chart
 
 
 def test_points_are_drawn_at_their_coordinates():

@@ -20,7 +20,7 @@ from PIL import Image
 from scorematch import NoiseSchedule, ScoreNet, __version__, cli
 from scorematch.cli import main
 from scorematch.cli.options import duration, estimate, find_device
-from scorematch.images import read_image, save_image
+from scorematch.data import read_image, save_image
 from scorematch.pretrained import cards
 from scorematch.sampling import AnnealedLangevinSampler, SamplerSettings
 from tests.helpers import refused

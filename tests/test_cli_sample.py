@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.bulk import read_samples
 from scorematch.cli import main
 from scorematch.cli.options import find_device
-from scorematch.images import grid, read_image
+from scorematch.data import grid, read_image, read_samples
 from scorematch.sampling import SAMPLERS, SamplerSettings
 from tests.helpers import python, refused
 

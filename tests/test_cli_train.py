@@ -18,9 +18,10 @@ from scorematch.cli import main
 from scorematch.cli import train as command
 from scorematch.cli.options import image_count
 from scorematch.cli.train import _size
-from scorematch.nets import Condition
-from scorematch.palette import MultiTask
-from scorematch.training import RECIPES, Settings, open_images, reconstruct
+from scorematch.core.conditions import Condition
+from scorematch.data import open_images
+from scorematch.restoration.palette import MultiTask
+from scorematch.training import RECIPES, Settings, reconstruct
 from tests.helpers import python, refused
 
 pytest.importorskip("accelerate")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.files import new_files, reading
+from scorematch.core.files import new_files, reading
 from scorematch.sampling import SAMPLERS
 from tests.helpers import in_threads, seed
 from tests.hub_server import Client, Hub, environment

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.core.precision import exact_float32
 from scorematch.likelihood import log_likelihood
 from scorematch.loss import sliced_score_matching_loss
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
-from scorematch.palette import Colorization, Inpainting, JPEGRestoration, MultiTask, Uncropping
-from scorematch.precision import exact_float32
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.restoration.palette import Colorization, Inpainting, JPEGRestoration, MultiTask, Uncropping
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
 from tests.networks import FOURIER, wide_ddpmpp, wide_ncsnpp, wide_unet
 from tests.networks import WIDE_LEVELS as LEVELS

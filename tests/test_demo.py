@@ -24,8 +24,8 @@ from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
 from scorematch.demo.page import Events, canvas, png, read_canvas, results
 from scorematch.demo.restorer import FRAMES, Choices, Frame, Restorer, _Watched
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation
-from scorematch.palette import condition_of
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation
+from scorematch.restoration.palette import condition_of
 from scorematch.sampling import SAMPLERS, SamplerSettings, recommended_sampler
 from tests.helpers import python, run, seed
 from tests.networks import shared

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.observe import Grayscale, Mask, Observation
-from scorematch.precision import exact_float32
+from scorematch.core.precision import exact_float32
+from scorematch.restoration import Grayscale, Mask, Observation
 from scorematch.sampling import SAMPLERS, AncestralSampler, ODESampler, PredictorCorrectorSampler
-from scorematch.sampling.sampler import _FiniteCheck
+from scorematch.sampling.chain import FiniteCheck
 from tests.helpers import HostReads, NoFloat64, in_threads
 from tests.networks import FOURIER, wide_ddpmpp, wide_ncsnpp, wide_unet
 from tests.networks import WIDE_LEVELS as LEVELS
@@ -216,7 +216,7 @@ FEW = NoiseSchedule.geometric(10, 0.01, 3)
     ],
 )
 def test_samplers_run_on_the_meta_device(kind, name, monkeypatch):
-    monkeypatch.setattr(_FiniteCheck, "check", lambda self: None)
+    monkeypatch.setattr(FiniteCheck, "check", lambda self: None)
     net = _on_meta(name)
     sampler = MANY[kind](net)
     sampler.schedule = FEW
@@ -227,7 +227,7 @@ def test_samplers_run_on_the_meta_device(kind, name, monkeypatch):
 
 def test_noise_of_several_generators_is_copied_to_the_device_at_once():
     """Noise of a list of generators is copied to the network's device in one copy, not sample by sample."""
-    from scorematch.randomness import standard_normal
+    from scorematch.core.randomness import standard_normal
 
     class Copies(TorchDispatchMode):
         count = 0

@@ -11,21 +11,16 @@ import torch
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.evaluation import Evaluator, compare, sampler_distance, values
 from scorematch.evaluation import calibration as calibrations
-from scorematch.evaluation.calibration import (
-    Calibration,
-    calibration_chart,
-    calibration_table,
-    posterior_calibration,
-)
+from scorematch.evaluation.calibration import Calibration, calibration_chart, calibration_table, posterior_calibration
 from scorematch.evaluation.diagnostics import level_chart, level_losses, level_table, score_error
 from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
 from scorematch.evaluation.figures import Figure
 from scorematch.evaluation.per_image import values_per_image
 from scorematch.evaluation.sampler_distance import sampler_distances, sampler_variants
 from scorematch.loss import loss_and_norm
-from scorematch.observe import JPEG, Mask, Observation, Uncrop
+from scorematch.restoration import JPEG, Mask, Observation, Uncrop
+from scorematch.restoration.methods import Restore
 from scorematch.sampling import SAMPLERS, ODESampler
-from scorematch.sampling.restoration import Restore
 from tests.helpers import gaussian_images, python, seed
 
 SHAPE = (48,)
@@ -210,7 +205,7 @@ def test_conditions_are_computed_from_images_and_labels(images):
         seen.append(condition)
         return torch.zeros_like(x)
 
-    from scorematch.training import open_images
+    from scorematch.data import open_images
 
     data = open_images(pairs, labels=True)
     rows = level_losses(score, data, [1.0], n=None, condition=lambda x, labels: labels + x[:, 0, 0, 0], progress=False)

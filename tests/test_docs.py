@@ -17,10 +17,10 @@ import torch
 
 import scorematch
 from scorematch import ScoreNet, cli
+from scorematch.core.schema import Field
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import cards, configuration
 from scorematch.sampling import ODESampler
-from scorematch.schema import Field
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -174,7 +174,7 @@ def test_the_lines_for_users_of_other_libraries_run(tmp_path, monkeypatch):
 def test_figures_of_the_page_about_schedules_are_those_of_its_code(picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = _blocks(ROOT / "docs" / "schedules.md", "python")
-    imports = next(block for block in blocks if "from scorematch.charts" in block).partition("data =")[0]
+    imports = next(block for block in blocks if "from scorematch.core.charts" in block).partition("data =")[0]
     (figure,) = (block for block in blocks if f"{picture}.svg" in block)
     names = {}
     exec(imports + "schedule = NoiseSchedule.geometric(50, 0.01, levels=232)\n" + figure, names)  # noqa: S102

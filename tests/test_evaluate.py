@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.bulk import bulk_samples, sample_to
+from scorematch.data import REFERENCES, open_images, save_image
 from scorematch.evaluation import (
     MEASURES,
     METRICS,
-    REFERENCES,
     Evaluator,
     Extractor,
     Figure,
@@ -40,9 +39,7 @@ from scorematch.evaluation import (
     values,
 )
 from scorematch.evaluation.evaluate import is_network
-from scorematch.images import save_image
-from scorematch.sampling import AnnealedLangevinSampler, ODESampler, SamplerSettings
-from scorematch.training import open_images
+from scorematch.sampling import AnnealedLangevinSampler, ODESampler, SamplerSettings, bulk_samples, sample_to
 from tests.helpers import python, seed
 
 SIZE = 3

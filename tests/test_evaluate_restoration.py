@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet
+from scorematch.core.conditions import Condition
+from scorematch.data import open_images, save_image
 from scorematch.evaluation import Extractor, evaluate_restoration, frechet_distance, inception_score
-from scorematch.images import save_image
-from scorematch.nets import Condition
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Uncrop
-from scorematch.palette import TASKS
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Uncrop
+from scorematch.restoration.palette import TASKS
 from scorematch.sampling import AnnealedLangevinSampler, ODESampler
-from scorematch.training import open_images
 from tests.helpers import python, seed
 
 SIZE = 8

@@ -9,7 +9,7 @@ from torch import distributions
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.evaluation import exact as module
 from scorematch.evaluation.exact import Empirical, Gaussian, Mixture, operator_matrix
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
 from scorematch.sampling import ODESampler
 from tests.helpers import gaussian_images, run, seed
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet
+from scorematch.data import read_image, save_image
 from scorematch.evaluation import as_extractor
-from scorematch.images import read_image, save_image
 from scorematch.sampling import SamplerSettings
 from tests.helpers import python
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from scorematch import ScoreNet
+from scorematch.core.conditions import Condition
+from scorematch.core.schema import check
 from scorematch.nets import FAMILIES, family_of
-from scorematch.nets.family import Condition
-from scorematch.precondition import ROWS
-from scorematch.schema import check
+from scorematch.nets.precondition import ROWS
 from tests.networks import CHANNELS, CONDITIONS, LEVELS, NETS, SIZE, condition, every_path, images, network, shared
 
 every_net = pytest.mark.parametrize("name", NETS)

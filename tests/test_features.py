@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from scorematch.data import open_images, save_image
 from scorematch.evaluation import (
     EXTRACTORS,
     Extractor,
@@ -29,8 +30,6 @@ from scorematch.evaluation import (
     pixels,
     statistics_of,
 )
-from scorematch.images import save_image
-from scorematch.training import open_images
 from tests.helpers import seed
 
 
@@ -473,7 +472,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "no space left on device")
 
-    monkeypatch.setattr("scorematch.files.os.replace", full)
+    monkeypatch.setattr("scorematch.core.files.os.replace", full)
     with pytest.raises(OSError, match="no space left"):
         some_statistics(30).save(tmp_path / "faces.npz")
     assert (tmp_path / "faces.npz").read_bytes() == before

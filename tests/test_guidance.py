@@ -5,16 +5,15 @@ import torch
 from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
-from scorematch.bulk import bulk_samples
-from scorematch.bulk.hashing import identity
+from scorematch.core.conditions import Condition
+from scorematch.core.provenance import identity
+from scorematch.core.scores import Denoiser
 from scorematch.evaluation.exact import Mixture
 from scorematch.guidance import autoguidance, classifier, classifier_free
 from scorematch.likelihood import log_likelihood
-from scorematch.nets import Condition
 from scorematch.nets.inference import InferenceScore
-from scorematch.observe import Mask, Observation
-from scorematch.protocol import Denoiser
-from scorematch.sampling import AncestralSampler, ODESampler, SamplerSettings, recommended_sampler
+from scorematch.restoration import Mask, Observation
+from scorematch.sampling import AncestralSampler, ODESampler, SamplerSettings, bulk_samples, recommended_sampler
 from tests.helpers import NoFloat64, run, seed
 
 LEVELS = NoiseSchedule.geometric(5, 0.1, 12)

@@ -17,23 +17,19 @@ PACKAGE = Path(scorematch.__file__).parent
 
 # A module or package may import only from earlier layers of this list; a package may also import from itself.
 LAYERS = [
-    {"files", "schema"},
-    {"charts", "precision", "randomness"},
-    {"arrays", "images", "noise"},
-    {"observe", "protocol"},
-    {"precondition"},
-    {"nets"},
-    {"guidance", "likelihood", "loss", "palette", "sampling"},
+    {"core"},
+    {"data", "noise"},
+    {"nets", "restoration"},
+    {"guidance", "likelihood", "loss", "sampling"},
     {"pretrained"},
     {"score"},
     {"__init__", "convert"},
-    {"bulk"},
-    {"training"},
-    {"evaluation"},
+    {"evaluation", "training"},
     {"demo"},
     {"cli"},
     {"__main__"},
 ]
+MOST_PARTS, MOST_IMPORTS = 20, 100  # of parts from each other
 
 
 def _part(path):
@@ -96,15 +92,26 @@ def test_imports_point_one_way():
     assert list(_upward()) == []
 
 
+def test_the_parts_are_few_and_import_few_others():
+    between = {
+        (_part(path), name.split(".")[1])
+        for path in PACKAGE.rglob("*.py")
+        for name in _imports(path)
+        if name.startswith("scorematch") and name.split(".")[1] != _part(path)
+    }
+    assert len({part for pair in between for part in pair}) <= MOST_PARTS
+    assert len(between) <= MOST_IMPORTS
+
+
 def test_the_check_of_import_directions_can_fail(tmp_path, monkeypatch):
-    for name in ("noise", "images"):
+    for name in ("noise", "data"):
         (tmp_path / f"{name}.py").write_text("")
     (tmp_path / "score.py").write_text("from scorematch import noise\n")
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     assert list(_upward()) == []
     (tmp_path / "noise.py").write_text("def f():\n    from scorematch import score\n")
-    (tmp_path / "images.py").write_text("import scorematch.noise\n")
-    assert sorted(_upward()) == ["images.py imports scorematch.noise", "noise.py imports scorematch.score"]
+    (tmp_path / "data.py").write_text("import scorematch.noise\n")
+    assert sorted(_upward()) == ["data.py imports scorematch.noise", "noise.py imports scorematch.score"]
 
 
 def _circle():
@@ -192,17 +199,19 @@ def test_import_draws_no_random_numbers_and_loads_only_what_is_used():
     Without the optional libraries, all parts of the package can be imported.
     """
     public = (
-        "bulk",
-        "convert",
+        "core",
+        "data",
+        "evaluation",
         "guidance",
-        "images",
         "likelihood",
         "loss",
-        "observe",
-        "palette",
-        "precision",
-        "precondition",
+        "nets",
+        "noise",
+        "pretrained",
+        "restoration",
         "sampling",
+        "score",
+        "training",
     )
     code = (
         "import torch; state = torch.get_rng_state()\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scorematch.images import (
+from scorematch.data.pictures import (
     check_picture,
     grid,
     list_pictures,

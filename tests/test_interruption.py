@@ -19,10 +19,9 @@ import torch
 
 import scorematch
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.bulk import sample_to
-from scorematch.files import new_files, reading, write_whole
+from scorematch.core.files import new_files, reading, write_whole
 from scorematch.pretrained import saving
-from scorematch.sampling import ODESampler
+from scorematch.sampling import ODESampler, sample_to
 from scorematch.training import checkpoint
 from tests.hub_server import Client
 
@@ -201,7 +200,7 @@ import os, resource, shutil, signal, sys, warnings
 import torch
 torch.set_num_threads(1)
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.bulk import sample_to
+from scorematch.sampling import sample_to
 from scorematch.convert import convert
 from scorematch.evaluation import evaluate
 from scorematch.pretrained.pickles import read_pickle

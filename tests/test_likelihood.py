@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
+from scorematch.data import open_images
 from scorematch.evaluation.exact import Gaussian
 from scorematch.evaluation.likelihood import data_likelihood
 from scorematch.likelihood import bits_per_dimension, log_likelihood
-from scorematch.training import open_images
 from tests.helpers import HostReads, NoFloat64, point, seed
 
 WIDE = NoiseSchedule.karras(50, 0.05, 200)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from scorematch.data import read_image
 from scorematch.evaluation import memorization as module
 from scorematch.evaluation.memorization import Memorization, Nearest, Neighbors, Share, memorization_of
-from scorematch.images import read_image
 from tests.helpers import seed
 
 K = 3

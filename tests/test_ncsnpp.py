@@ -12,7 +12,7 @@ from torch import nn
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.nets import NCSNPP, UNet
 from scorematch.nets.blocks import Filter, fir_up
-from scorematch.precondition import ROWS
+from scorematch.nets.precondition import ROWS
 from scorematch.sampling import ODESampler
 from tests.helpers import run
 

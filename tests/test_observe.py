@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scorematch.evaluation.exact import operator_matrix
-from scorematch.observe import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.restoration import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from tests.helpers import HostReads, NoFloat64, seed
 
 SHAPE = (2, 3, 8, 12)
@@ -471,7 +471,7 @@ def test_a_mask_copies_the_callers_tensor():
         (
             lambda: Observation(lambda x: x, torch.rand(1, 3, 4, 4)),
             TypeError,
-            "operator must be an Operator of scorematch.observe, got function",
+            "operator must be an Operator of scorematch.restoration, got function",
         ),
         (
             lambda: Observation(Grayscale(), torch.rand(1, 3, 4, 4)),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
-from scorematch.palette import (
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.restoration.palette import (
     TASKS,
     Colorization,
     Inpainting,
@@ -160,7 +160,7 @@ def test_inpainting_masks_are_never_empty_or_full(size):
 
 
 def test_no_mask_of_the_smallest_images_is_empty_or_full(monkeypatch):
-    from scorematch import palette
+    from scorematch.restoration import palette
 
     monkeypatch.setattr(palette, "_boxes", palette._strokes)
     masks, _ = holes(Inpainting(), (8, 8), 2**13, seed(5))
@@ -169,7 +169,7 @@ def test_no_mask_of_the_smallest_images_is_empty_or_full(monkeypatch):
 
 def test_inpainting_masks_are_strokes_in_60_and_boxes_in_40_percent(monkeypatch):
     """Strokes are replaced by empty masks; the rest are boxes, which cover 10 to 40 percent of the area."""
-    from scorematch import palette
+    from scorematch.restoration import palette
 
     n, size = 2000, (32, 32)
     monkeypatch.setattr(palette, "_strokes", lambda n, height, width, draws: torch.zeros(n, height, width).bool())
@@ -189,7 +189,7 @@ def test_inpainting_masks_are_strokes_in_60_and_boxes_in_40_percent(monkeypatch)
 
 def test_strokes_cover_14_percent_at_every_image_size(monkeypatch):
     """As with the parameters of Yu et al. at 256 pixels."""
-    from scorematch import palette
+    from scorematch.restoration import palette
 
     monkeypatch.setattr(palette, "_boxes", palette._strokes)
     for size in [(32, 32), (48, 96)]:
@@ -199,7 +199,7 @@ def test_strokes_cover_14_percent_at_every_image_size(monkeypatch):
 
 def test_strokes_have_no_preferred_direction(monkeypatch):
     """The strokes of Yu et al. run to the right; here they are flipped at random, so the masks have a centered mean."""
-    from scorematch import palette
+    from scorematch.restoration import palette
 
     monkeypatch.setattr(palette, "_boxes", palette._strokes)
     masks, _ = holes(Inpainting(), (16, 16), 4000, seed(4))

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from scorematch.convert import convert
+from scorematch.core.messages import quote
 from scorematch.pretrained import pickles
 from scorematch.pretrained.edm import GLOBALS as EDM
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, load_tensors, read_pickle, storage_of_bytes
-from scorematch.schema import quote
 
 ALL = {**TENSORS, **NUMBERS, **EDM}
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")

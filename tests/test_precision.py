@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from scorematch import ScoreNet, dsm_loss, precision
+from scorematch import ScoreNet, dsm_loss
+from scorematch.core import precision
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["emulated", "native"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.evaluation.exact import Gaussian
-from scorematch.precondition import ROWS, Preconditioning
+from scorematch.nets.precondition import ROWS, Preconditioning
 from scorematch.pretrained.configuration import checked
 from scorematch.training.levels import weighting_for
 

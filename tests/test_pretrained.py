@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, pretrained
+from scorematch.core.conditions import Condition, describe_classes
 from scorematch.guidance import classifier_free
-from scorematch.nets import FAMILIES, Condition
+from scorematch.nets import FAMILIES
 from scorematch.pretrained import cards, load, names, saving
-from scorematch.pretrained.model_card import describe_classes, model_card
+from scorematch.pretrained.model_card import model_card
 from scorematch.sampling import SamplerSettings
 from tests.conftest import FIXTURES
 from tests.helpers import python

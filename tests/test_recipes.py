@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.cli import main
-from scorematch.palette import MultiTask
-from scorematch.precondition import ROWS, Preconditioning
+from scorematch.data import open_images
+from scorematch.nets.precondition import ROWS, Preconditioning
 from scorematch.pretrained import score_sde
+from scorematch.restoration.palette import MultiTask
 from scorematch.sampling import recommended_sampler
-from scorematch.training import RECIPES, Settings, open_images, recipes, train
+from scorematch.training import RECIPES, Settings, recipes, train
 from scorematch.training.recipes import sampling_flop, training_flop
 from tests.published import ScoreSDE
 

@@ -10,10 +10,11 @@ import torch
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.evaluation.exact import Gaussian, operator_matrix
 from scorematch.guidance import autoguidance
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
-from scorematch.palette import condition_of
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.restoration.guidance import Guidance
+from scorematch.restoration.palette import condition_of
+from scorematch.restoration.replacement import Replacement
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
-from scorematch.sampling.restoration import Guidance, Replacement
 from tests.helpers import gaussian_images, run, seed
 
 METHODS = ["replace", "guide", "guide-jacobian"]

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
-from scorematch.bulk.hashing import sampler_settings
+from scorematch.core.conditions import Condition
+from scorematch.core.scores import attribute
 from scorematch.evaluation.exact import Gaussian
 from scorematch.guidance import autoguidance, classifier, classifier_free
-from scorematch.nets import Condition
-from scorematch.observe import Mask, Observation
-from scorematch.protocol import attribute
+from scorematch.restoration import Mask, Observation
 from scorematch.sampling import (
     SAMPLERS,
     AncestralSampler,
@@ -26,6 +25,7 @@ from scorematch.sampling import (
     SamplerSettings,
     recommended_sampler,
 )
+from scorematch.sampling.bulk import sampler_settings
 from tests.helpers import point, run, seed
 
 SHORT = NoiseSchedule.geometric(5, 0.1, 12)

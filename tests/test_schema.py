@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from scorematch import schema
+from scorematch.core import json_files
+from scorematch.core.json_files import read_object
+from scorematch.core.messages import plain, quote, reason
+from scorematch.core.schema import Field, check
 from scorematch.sampling import SamplerSettings
-from scorematch.schema import Field, check, plain, quote, read_object, reason
 
 
 def _nested(depth):
@@ -30,9 +32,9 @@ def test_objects_are_nested_at_most_32_levels(tmp_path):
 def test_files_have_a_largest_size(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text('{"a": 1}')
-    monkeypatch.setattr(schema, "_LARGEST_FILE", 8)
+    monkeypatch.setattr(json_files, "_LARGEST_FILE", 8)
     assert read_object(path) == {"a": 1}
-    monkeypatch.setattr(schema, "_LARGEST_FILE", 7)
+    monkeypatch.setattr(json_files, "_LARGEST_FILE", 7)
     with pytest.raises(ValueError, match=r"a\.json has more than 7 bytes, which is too large for a JSON file"):
         read_object(path)
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.nets import Condition, RefineNet
+from scorematch.core.conditions import Condition
+from scorematch.nets import RefineNet
 from scorematch.nets.unet import UNet
 from scorematch.pretrained import cards
 from tests.helpers import run

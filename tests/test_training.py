@@ -26,22 +26,14 @@ import torch
 from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.images import read_image, save_image
-from scorematch.palette import Inpainting
+from scorematch.data import open_images, read_image, save_image
 from scorematch.pretrained import load
+from scorematch.restoration.palette import Inpainting
 from scorematch.sampling import SamplerSettings
-from scorematch.training import LogNormal, Mixture, Settings, open_images, reconstruct, report, train, train_steps
+from scorematch.training import LogNormal, Mixture, Settings, reconstruct, report, train, train_steps
 from scorematch.training import checkpoint as checkpoints
 from scorematch.training.levels import ScheduleLevels, uniforms
-from scorematch.training.report import (
-    Examples,
-    Log,
-    Losses,
-    by_level,
-    read_examples,
-    sample_interval,
-    save_samples,
-)
+from scorematch.training.report import Examples, Log, Losses, by_level, read_examples, sample_interval, save_samples
 from scorematch.training.run import _begin_with, _Stop
 from scorematch.training.steps import make_accelerator
 from tests.helpers import gaussian_images, in_threads, python, seed

@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from scorematch import NoiseSchedule
-from scorematch.bulk import read_samples, sample_to
-from scorematch.images import save_grid, to_uint8
-from scorematch.sampling import ODESampler
-from scorematch.training import data as module
-from scorematch.training.data import ImageData, Order, open_images
+from scorematch.data import cache as module
+from scorematch.data import read_samples, save_grid, to_uint8
+from scorematch.data.cache import ImageData, Order, open_images
+from scorematch.sampling import ODESampler, sample_to
 
 
 def _colors(rng, height=8, width=8):
@@ -532,7 +531,7 @@ def test_pictures_in_a_cache_are_decoded_once(pictures, monkeypatch):
     first = _open(folder, cache=cache)
     assert torch.equal(_read_all(first), pixels)
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".npy"]
-    monkeypatch.setattr("scorematch.training.sources._fit", None)  # decoding again would fail
+    monkeypatch.setattr("scorematch.data.pictures.fit_picture", None)  # decoding again would fail
     second = _open(folder, cache=cache)
     assert torch.equal(_read_all(second), pixels) and second.fingerprint == first.fingerprint
     assert isinstance(second._array, np.memmap)

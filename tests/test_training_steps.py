@@ -15,13 +15,14 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.core.conditions import Condition
+from scorematch.core.randomness import seed_of
+from scorematch.data import open_images
+from scorematch.data.cache import Order
 from scorematch.loss import sliced_score_matching_loss
-from scorematch.nets import Condition
-from scorematch.palette import Inpainting
-from scorematch.precondition import Preconditioning
-from scorematch.randomness import seed_of
-from scorematch.training import LogNormal, LogUniform, Mixture, Settings, UniformTime, open_images, train, train_steps
-from scorematch.training.data import Order
+from scorematch.nets.precondition import Preconditioning
+from scorematch.restoration.palette import Inpainting
+from scorematch.training import LogNormal, LogUniform, Mixture, Settings, UniformTime, train, train_steps
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
 from scorematch.training.steps import make_accelerator
 from tests.helpers import seed

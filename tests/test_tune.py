@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.bulk import bulk_samples
 from scorematch.evaluation import (
     Evaluator,
     compare,
@@ -17,8 +16,8 @@ from scorematch.evaluation import (
     settings_table,
     tune,
 )
-from scorematch.observe import AveragePool, Mask
-from scorematch.sampling import ODESampler, SamplerSettings, recommended_sampler
+from scorematch.restoration import AveragePool, Mask
+from scorematch.sampling import ODESampler, SamplerSettings, bulk_samples, recommended_sampler
 from tests.helpers import seed
 
 SETTINGS = [

@@ -13,7 +13,8 @@ from disks import disks
 from torch.utils.data import DataLoader
 
 from scorematch import ScoreNet, dsm_loss
-from scorematch.training import Settings, open_images, train_steps
+from scorematch.data import open_images
+from scorematch.training import Settings, train_steps
 
 # In place of load_dataset("owner/name", split="train"): rows with a column of pictures.
 pixels = (255 * disks(256)[:, 0]).round().to(torch.uint8).numpy()

@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from scorematch import ScoreNet, dsm_loss
-from scorematch.images import save_grid
-from scorematch.precision import autocast
+from scorematch.core.precision import autocast
+from scorematch.data import save_grid
 from scorematch.sampling import ODESampler
 from scorematch.training import levels_for, weighting_for
 

@@ -1,10 +1,12 @@
 """Score-based image generation: networks that estimate scores, the loss that trains them, and samplers.
 
-The submodules, such as ``scorematch.likelihood`` and ``scorematch.observe``, are imported when they are first used.
+The submodules, such as ``scorematch.likelihood`` and ``scorematch.restoration``, are imported when they are first
+used.
 """
 
 from typing import Any
 
+from scorematch.core.provenance import __version__
 from scorematch.loss import dsm_loss
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling import AnnealedLangevinSampler
@@ -12,21 +14,7 @@ from scorematch.score import ScoreNet
 
 __all__ = ["AnnealedLangevinSampler", "NoiseSchedule", "ScoreNet", "__version__", "dsm_loss"]
 
-__version__ = "0.1.0"
-
-_SUBMODULES = (
-    "bulk",
-    "convert",
-    "guidance",
-    "images",
-    "likelihood",
-    "loss",
-    "observe",
-    "palette",
-    "precision",
-    "precondition",
-    "sampling",
-)
+_SUBMODULES = ("core", "data", "evaluation", "guidance", "likelihood", "nets", "pretrained", "restoration", "training")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from scorematch.core.messages import quote, reason
 from scorematch.pretrained import Stored, edm, improved_diffusion, ncsn, score_sde
 from scorematch.pretrained.pickles import Globals, StoredTensor, read_pickle
-from scorematch.schema import quote, reason
 from scorematch.score import ScoreNet
 
 

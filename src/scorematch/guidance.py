@@ -49,30 +49,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scorematch.nets.family import Condition, as_condition
-from scorematch.noise import NoiseSchedule
-from scorematch.protocol import (
+from scorematch.core.batches import as_sigma, check_data, per_image
+from scorematch.core.conditions import Condition, as_condition
+from scorematch.core.scores import (
     NetworkScore,
     Score,
-    as_sigma,
     attribute,
-    check_data,
     check_differentiable,
     check_score,
     has_inference_copy,
     inference_copy_of,
-    per_image,
 )
-
-if TYPE_CHECKING:
-    from scorematch.precondition import Preconditioning
-    from scorematch.sampling.settings import SamplerSettings
+from scorematch.noise import NoiseSchedule
 
 Interval = tuple[float, float]
 
@@ -276,7 +270,7 @@ class GuidedScore(NetworkScore, nn.Module):
         return attribute(self.net, "value_range")
 
     @property
-    def preconditioning(self) -> Preconditioning | None:
+    def preconditioning(self) -> Any:
         """The preconditioning of the network; None for a plain callable."""
         return attribute(self.net, "preconditioning")
 
@@ -286,7 +280,7 @@ class GuidedScore(NetworkScore, nn.Module):
         return attribute(self.net, "sample_shape")
 
     @property
-    def sampler_settings(self) -> SamplerSettings | None:
+    def sampler_settings(self) -> Any:
         """The SamplerSettings recommended for the network, or None."""
         return attribute(self.net, "sampler_settings")
 

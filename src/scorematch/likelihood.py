@@ -52,23 +52,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.nets.family import class_of_each
-from scorematch.noise import NoiseSchedule
-from scorematch.precision import without_autocast
-from scorematch.protocol import (
-    Score,
-    attribute,
-    check_data,
-    check_differentiable,
-    check_schedule,
-    evaluating,
-    middle_of,
-    schedule_of,
-    score_at,
-    without_history,
-)
-from scorematch.randomness import Generator, as_generator, standard_normal, uniform
-from scorematch.schema import check_count
+from scorematch.core.arguments import check_count
+from scorematch.core.batches import check_data, without_history
+from scorematch.core.conditions import class_of_each
+from scorematch.core.precision import without_autocast
+from scorematch.core.randomness import Generator, as_generator, standard_normal, uniform
+from scorematch.core.scores import Score, attribute, check_differentiable, evaluating, middle_of, score_at
+from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 
 _LEVELS = 50
 

@@ -31,22 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scorematch.nets.family import class_of_each
-from scorematch.noise import NoiseSchedule, is_outside
-from scorematch.protocol import (
-    Score,
-    as_region,
-    as_sigma,
-    attribute,
-    check_data,
-    check_differentiable,
-    check_schedule,
-    per_image,
-    schedule_of,
-    score_at,
-)
-from scorematch.randomness import single_generator, standard_normal
-from scorematch.schema import check_choice
+from scorematch.core.arguments import check_choice
+from scorematch.core.batches import as_region, as_sigma, check_data, is_outside, per_image
+from scorematch.core.conditions import class_of_each
+from scorematch.core.randomness import single_generator, standard_normal
+from scorematch.core.scores import Score, attribute, check_differentiable, score_at
+from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 
 Reduction = Literal["mean", "none"]
 

@@ -12,7 +12,7 @@ Song & Ermon (2020) choose the schedule, the network and the step size by these 
    norm of noise of level i has mean :math:`\sqrt{D}\,\sigma_i` and standard deviation :math:`\sigma_i/\sqrt{2}`, and
    gamma solves :math:`\Phi(\sqrt{2D}(\gamma-1)+3\gamma) - \Phi(\sqrt{2D}(\gamma-1)-3\gamma) = C`, where Phi is the
    standard normal distribution function and C the overlap (``suggest_levels``).
-3. The output of the network is divided by sigma (see ``scorematch.precondition``).
+3. The output of the network is divided by sigma (see ``scorematch.nets.precondition``).
 4. The step size brings the variance after each level as close to that level's as possible (``suggest_step_size``).
 
 Technique 2 is derived for images. In few dimensions the noise of all levels overlaps, and the equation has a very large
@@ -34,6 +34,7 @@ References:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +44,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.randomness import single_generator
-from scorematch.schema import check_count
+from scorematch.core.arguments import check_count
+from scorematch.core.batches import is_outside
+from scorematch.core.randomness import single_generator
+from scorematch.core.scores import (
+    attribute,
+)
 
 # The step size in units of sigma^2 for a schedule of one level, for which technique 4 is not defined. The variance
 # after many steps is 1 / (1 - 0.1 / 2) times sigma^2, five percent too large.
@@ -52,8 +57,6 @@ _SINGLE_LEVEL_STEP = 0.1
 _LARGEST_RATIO = 0.95**-4  # the limit of gamma in ``suggest_levels``; see the module docstring
 _DISTANCE_BLOCK = 2048  # images compared at a time in technique 1
 _ROUNDING = 2**-24  # the relative rounding error of float32
-# The tolerance, as a fraction of the range. Data in other units exceed it; the overshoot of image resizing does not.
-_OVERSHOOT = 0.1
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -567,6 +570,9 @@ class NoiseSchedule:
         return q * self._ratio**2 + (1 - q) / (1 - a / 2)  # b = 1 / (1 - a / 2)
 
 
+Sequence.register(NoiseSchedule)
+
+
 def _check_range(sigma_max: float, sigma_min: float) -> None:
     if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max):
         raise ValueError(f"expected sigma_max > sigma_min > 0, got sigma_max={sigma_max!r}, sigma_min={sigma_min!r}.")
@@ -582,12 +588,6 @@ def _check_values(data: Tensor, value_range: tuple[float, float] | None) -> None
             f"{high:.3g}. Write (images + 1) / 2 for images in [-1, 1], images / 255 for 8-bit values, or "
             "value_range=None for data without a range."
         )
-
-
-def is_outside(low: float, high: float, value_range: tuple[float, float]) -> bool:
-    """Whether data with values from low to high are in other units than a range; NaN is outside of every range."""
-    margin = _OVERSHOOT * (value_range[1] - value_range[0])
-    return not (low >= value_range[0] - margin and high <= value_range[1] + margin)  # also true for NaN
 
 
 def _largest_distance(points: Tensor) -> float:
@@ -625,3 +625,35 @@ def _minimize(function: Callable[[float], float], low: float, high: float) -> fl
             right = low + golden * (high - low)
             f_right = function(right)
     return (low + high) / 2
+
+
+def schedule_of(score: object) -> NoiseSchedule | None:
+    """The noise levels that a network was trained on; None for a plain function."""
+    schedule = attribute(score, "schedule")
+    return schedule if isinstance(schedule, NoiseSchedule) else None
+
+
+def check_schedule(schedule: object) -> None:
+    """Raises TypeError if an object is not a NoiseSchedule."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(
+            f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
+        )
+
+
+def smallest_ratio(schedule: NoiseSchedule) -> float:
+    """The smallest ratio of a level to the one before; 1 for a schedule of one level."""
+    return min((low / high for high, low in itertools.pairwise(schedule)), default=1.0)
+
+
+def without_gaps(own: NoiseSchedule, levels: int) -> NoiseSchedule:
+    """A network's own schedule respaced to ``levels``, or a geometric schedule if respacing would leave wider gaps.
+
+    The lowest of the 1,000 levels of a DDPM are far apart: respaced to 50 levels, the last two would differ by a factor
+    of eight. A sampler that adds noise would then leave too much of it.
+    """
+    respaced = own.respaced(levels)
+    if len(respaced) == 1:
+        return respaced
+    even = NoiseSchedule.geometric(own.sigma_max, own.sigma_min, levels)
+    return even if smallest_ratio(respaced) < 0.9999 * smallest_ratio(even) else respaced

@@ -5,10 +5,10 @@ convolved with a Gaussian of standard deviation sigma. Tweedie's formula turns i
 the clean images given x, :math:`\mathbb{E}[x_0 | x] = x + \sigma^2 \nabla_x \log p_\sigma(x)`.
 
 Each family of networks has its own units and conventions. A ScoreNet combines a backbone with the noise levels that it
-was trained on and with its preconditioning (``scorematch.precondition``), and has the same interface for all families:
-it takes noisy images (N, C, H, W) in the units of images in [0, 1] and sigma in the same units, and returns the score.
-Networks of k-diffusion and azula return the denoised image instead, which is ``net.denoise(x, sigma)`` here, and
-``net.as_denoiser()`` as a module.
+was trained on and with its preconditioning (``scorematch.nets.precondition``), and has the same interface for all
+families: it takes noisy images (N, C, H, W) in the units of images in [0, 1] and sigma in the same units, and returns
+the score. Networks of k-diffusion and azula return the denoised image instead, which is ``net.denoise(x, sigma)`` here,
+and ``net.as_denoiser()`` as a module.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ import torch
 from torch import Tensor, nn
 
 from scorematch import pretrained
-from scorematch.nets import FAMILIES, NCSNPP, Condition, UNet, family_of
-from scorematch.nets.family import as_condition
+from scorematch.core.arguments import check_choice
+from scorematch.core.batches import as_sigma, check_data
+from scorematch.core.conditions import Condition, as_condition
+from scorematch.core.json_files import native
+from scorematch.core.messages import quote
+from scorematch.core.schema import Field
+from scorematch.core.scores import NetworkScore
+from scorematch.nets import FAMILIES, NCSNPP, UNet, family_of
 from scorematch.nets.inference import InferenceScore, is_plain
 from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
+from scorematch.nets.precondition import ROWS, Preconditioning, check_options
 from scorematch.nets.refinenet import Depth
 from scorematch.nets.unet import block_types
-from scorematch.noise import NoiseSchedule
-from scorematch.precondition import ROWS, Preconditioning, check_options
-from scorematch.protocol import NetworkScore, as_sigma, check_data, check_schedule
+from scorematch.noise import NoiseSchedule, check_schedule
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, check_choice, native, quote
 
 Size = int | tuple[int, int]
 Range = tuple[float, float]
@@ -55,7 +59,7 @@ class ScoreNet(NetworkScore, nn.Module):
             the labels of the data: ``Condition(classes=10)``, or ``Condition(channels=3)`` for an image.
         schedule: the noise levels that the backbone is trained on.
         precondition: the formulas for the backbone's input, and for the score as a function of its output: the name of
-            a row of the table in ``scorematch.precondition``, such as "karras", "ddpm", "ncsnv2" or "ncsn".
+            a row of the table in ``scorematch.nets.precondition``, such as "karras", "ddpm", "ncsnv2" or "ncsn".
         sample_shape: the shape of one sample without the batch axis, (C, H, W) for images. Samplers draw samples of
             this shape by default; the network itself may take other shapes.
         value_range: (low, high) of the data. Samplers clamp their samples to this range, and some preconditionings
@@ -297,7 +301,8 @@ class ScoreNet(NetworkScore, nn.Module):
                 up to 64, or a multiple of 32; 0 for none.
             pixel_layers: the number of these blocks on the way down, and their number on the way up.
             schedule: the noise levels; None is NCSNv2's schedule for CIFAR-10, 232 levels from 50 to 0.01.
-            precondition: a row of the table in ``scorematch.precondition``; "karras" is the best one to train with.
+            precondition: a row of the table in ``scorematch.nets.precondition``; "karras" is the best one to train
+                with.
             precondition_options: the options of the row, as for the constructor.
 
         Returns:
@@ -400,7 +405,7 @@ class ScoreNet(NetworkScore, nn.Module):
             patch: the side of the patches in pixels. With ``patch`` above 1 each patch becomes one position with more
                 channels; with 2 the network takes about a quarter of the time.
             schedule: the noise levels; None is the published schedule for CIFAR-10, 1000 levels from 50 to 0.01.
-            precondition: a row of the table in ``scorematch.precondition``.
+            precondition: a row of the table in ``scorematch.nets.precondition``.
             precondition_options: the options of the row, as for the constructor.
 
         Returns:

@@ -17,14 +17,12 @@ import torch
 from safetensors.torch import save
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.bulk import read_samples, sample_to
 from scorematch.convert import convert
+from scorematch.data import open_images, read_image, read_mask, read_samples
 from scorematch.evaluation import Extractor, Statistics, tune
-from scorematch.images import read_image, read_mask
 from scorematch.nets import FAMILIES
-from scorematch.sampling import ODESampler, SamplerSettings
+from scorematch.sampling import ODESampler, SamplerSettings, sample_to
 from scorematch.training import checkpoint, train
-from scorematch.training.data import open_images
 from tests import published as theirs
 from tests.fuzz import mutators
 

@@ -13,14 +13,34 @@ from typing_extensions import assert_type
 
 import scorematch
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.bulk import Batch, bulk_samples, read_samples, sample_to, stored_samples, stored_settings
-from scorematch.charts import Curve, chart, table
 from scorematch.convert import convert
+from scorematch.core.charts import Curve, chart, table
+from scorematch.core.conditions import Condition
+from scorematch.core.precision import autocast, exact_float32, native_dtype
+from scorematch.core.schema import Field
+from scorematch.core.scores import Denoiser, NetworkScore, Tweedie
+from scorematch.data import (
+    ENDINGS,
+    REFERENCES,
+    Batch,
+    ImageData,
+    grid,
+    list_pictures,
+    open_images,
+    read_image,
+    read_mask,
+    read_samples,
+    save_animation,
+    save_grid,
+    save_image,
+    stored_samples,
+    stored_settings,
+    to_uint8,
+)
 from scorematch.evaluation import (
     EXTRACTORS,
     MEASURES,
     METRICS,
-    REFERENCES,
     Accumulator,
     Calibration,
     DataLikelihood,
@@ -84,35 +104,12 @@ from scorematch.evaluation import (
     values,
 )
 from scorematch.guidance import GuidedScore, autoguidance, classifier, classifier_free
-from scorematch.images import (
-    grid,
-    list_pictures,
-    read_image,
-    read_mask,
-    save_animation,
-    save_grid,
-    save_image,
-    to_uint8,
-)
 from scorematch.likelihood import as_bits, bits_per_dimension, default_schedule, dequantized, log_likelihood
 from scorematch.loss import loss_and_norm, sliced_score_matching_loss
-from scorematch.nets import FAMILIES, NCSNPP, Condition, Family, RefineNet, UNet, family_of
+from scorematch.nets import FAMILIES, NCSNPP, Family, RefineNet, UNet, family_of
 from scorematch.nets.inference import InferenceScore
-from scorematch.observe import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
-from scorematch.palette import (
-    TASKS,
-    Colorization,
-    Inpainting,
-    JPEGRestoration,
-    MultiTask,
-    Task,
-    Uncropping,
-    condition_of,
-    fill,
-)
-from scorematch.precision import autocast, exact_float32, native_dtype
-from scorematch.precondition import ROWS, Coefficients, Preconditioning
-from scorematch.precondition import Row as PreconditioningRow
+from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning
+from scorematch.nets.precondition import Row as PreconditioningRow
 from scorematch.pretrained import (
     FORMAT_VERSION,
     Stored,
@@ -126,7 +123,18 @@ from scorematch.pretrained import (
 )
 from scorematch.pretrained import fill as fill_weights
 from scorematch.pretrained.cards import CARDS, CHECKPOINTS, Card, CheckpointCard, find
-from scorematch.protocol import Denoiser, NetworkScore, Tweedie
+from scorematch.restoration import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.restoration.palette import (
+    TASKS,
+    Colorization,
+    Inpainting,
+    JPEGRestoration,
+    MultiTask,
+    Task,
+    Uncropping,
+    condition_of,
+    fill,
+)
 from scorematch.sampling import (
     SAMPLERS,
     AncestralSampler,
@@ -135,13 +143,13 @@ from scorematch.sampling import (
     PredictorCorrectorSampler,
     Sampler,
     SamplerSettings,
+    bulk_samples,
     recommended_sampler,
+    sample_to,
 )
 from scorematch.sampling.ancestral import Variance
-from scorematch.schema import Field
 from scorematch.training import (
     RECIPES,
-    ImageData,
     LogNormal,
     LogUniform,
     Mixture,
@@ -151,7 +159,6 @@ from scorematch.training import (
     TrainingState,
     UniformTime,
     levels_for,
-    open_images,
     reconstruct,
     train,
     train_steps,
@@ -377,7 +384,7 @@ def evaluation(net: ScoreNet, folder: Path) -> None:
     for images in gaussian_images(data, 10):
         figures: dict[str, Figure] = image_figures([images])
         assert_type(figures["mean"].error, float | None)
-    print(REFERENCES, MEASURES, METRICS, EXTRACTORS.keys())
+    print(ENDINGS, REFERENCES, MEASURES, METRICS, EXTRACTORS.keys())
 
 
 def features(folder: Path, images: Tensor) -> None:

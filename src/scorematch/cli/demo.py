@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from scorematch.cli.options import Commands, add_device, fitting, load
+from scorematch.core.schema import Field
 from scorematch.demo.page import build, import_gradio, serve
 from scorematch.demo.restorer import Restorer
-from scorematch.schema import Field
 
 
 def add(commands: Commands) -> None:

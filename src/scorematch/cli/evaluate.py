@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from scorematch.bulk.batches import this_process
 from scorematch.cli.options import (
     Commands,
     add_classes,
@@ -28,13 +27,14 @@ from scorematch.cli.options import (
     reference_options,
     task,
 )
+from scorematch.core.conditions import takes_image
+from scorematch.core.processes import this_process
+from scorematch.core.scores import device_of
+from scorematch.data.tables import REFERENCES
 from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results, check_sources, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
 from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
-from scorematch.nets.family import takes_image
-from scorematch.protocol import device_of
-from scorematch.sampling.restoration import Restore
-from scorematch.training.sources import REFERENCES
+from scorematch.restoration.methods import Restore
 
 
 def add(commands: Commands) -> None:

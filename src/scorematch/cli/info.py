@@ -10,11 +10,11 @@ from typing import Any
 
 from scorematch import pretrained
 from scorematch.cli.options import Commands, add_model
+from scorematch.core.conditions import describe_classes
+from scorematch.core.messages import reason
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained import cards
-from scorematch.pretrained.model_card import describe_classes
 from scorematch.sampling import SamplerSettings, recommended_sampler
-from scorematch.schema import reason
 from scorematch.score import ScoreNet
 from scorematch.training.recipes import sampling_flop
 

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from scorematch import pretrained
-from scorematch.bulk.classes import Classes, Rule
+from scorematch.core.conditions import takes_image
+from scorematch.core.messages import quote
+from scorematch.core.schema import Field
+from scorematch.core.scores import Score, attribute, device_of
+from scorematch.data.pictures import is_picture
 from scorematch.evaluation import EXTRACTORS, as_extractor
 from scorematch.evaluation.restoration import degradation_of
 from scorematch.guidance import GuidedScore, classifier_free
-from scorematch.images import is_picture
-from scorematch.nets.family import takes_image
 from scorematch.pretrained.configuration import CONFIG_FILE
-from scorematch.protocol import Score, attribute, device_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
-from scorematch.schema import Field, quote
+from scorematch.sampling.bulk import Classes, Rule
 from scorematch.score import ScoreNet
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff"}

@@ -29,14 +29,15 @@ from scorematch.cli.options import (
     load,
     make_sampler,
 )
-from scorematch.images import check_picture, grid, list_pictures, read_image, read_mask, save_image
-from scorematch.nets.family import takes_image
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
-from scorematch.palette import condition_of
-from scorematch.randomness import seed_of
+from scorematch.core.conditions import takes_image
+from scorematch.core.randomness import seed_of
+from scorematch.core.schema import Field
+from scorematch.data.pictures import check_picture, grid, list_pictures, read_image, read_mask, save_image
+from scorematch.restoration.methods import Restore
+from scorematch.restoration.observation import Observation
+from scorematch.restoration.operators import JPEG, AveragePool, Grayscale, Mask, Operator, Uncrop
+from scorematch.restoration.palette import condition_of
 from scorematch.sampling import Sampler
-from scorematch.sampling.restoration import Restore
-from scorematch.schema import Field
 
 _TOGETHER = 64  # restorations that are in memory at once, unless more of one picture are wanted
 

@@ -12,10 +12,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scorematch.bulk import read_samples
-from scorematch.bulk.batches import this_process
-from scorematch.bulk.folder import SampleFolder
-from scorematch.bulk.job import Job, prepared
 from scorematch.cli.options import (
     Commands,
     add_classes,
@@ -36,10 +32,14 @@ from scorematch.cli.options import (
     load,
     make_sampler,
 )
-from scorematch.images import check_picture, grid, save_animation, save_grid, save_image, to_uint8
-from scorematch.nets.family import takes_image
-from scorematch.protocol import middle_of
+from scorematch.core.conditions import takes_image
+from scorematch.core.processes import this_process
+from scorematch.core.scores import middle_of
+from scorematch.data.pictures import check_picture, grid, save_animation, save_grid, save_image, to_uint8
+from scorematch.data.samples import read_samples
 from scorematch.sampling import Sampler
+from scorematch.sampling.bulk import Job, prepared
+from scorematch.sampling.folder import SampleFolder
 
 _BATCH_SIZE = 64  # of a folder
 _ON_THE_SHEET = 64

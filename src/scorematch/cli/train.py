@@ -24,15 +24,16 @@ from scorematch.cli.options import (
     image_count,
     load_network,
 )
-from scorematch.files import check_outside
-from scorematch.images import to_float
+from scorematch.core.conditions import describe_classes
+from scorematch.core.files import check_outside
+from scorematch.core.messages import few
+from scorematch.core.precision import autocast
+from scorematch.data import ImageData, open_images
+from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
-from scorematch.precision import autocast
 from scorematch.pretrained.hub import check_login, check_repository
-from scorematch.pretrained.model_card import describe_classes
-from scorematch.schema import few
 from scorematch.score import ScoreNet, check_size
-from scorematch.training import RECIPES, ImageData, Recipe, Settings, checkpoint, open_images, train
+from scorematch.training import RECIPES, Recipe, Settings, checkpoint, train
 from scorematch.training.recipes import training_flop
 from scorematch.training.run import check_results, check_run
 from scorematch.training.steps import check_arguments, loss_arguments, make_accelerator

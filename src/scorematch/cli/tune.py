@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from scorematch.bulk.batches import this_process
 from scorematch.cli.options import (
     Commands,
     add_classes,
@@ -23,12 +22,13 @@ from scorematch.cli.options import (
     reference_options,
     task,
 )
+from scorematch.core.conditions import takes_image
+from scorematch.core.processes import this_process
+from scorematch.core.scores import device_of
 from scorematch.evaluation.evaluate import check_sources
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
-from scorematch.nets.family import takes_image
-from scorematch.protocol import device_of
+from scorematch.restoration.methods import Restore
 from scorematch.sampling import recommended_sampler
-from scorematch.sampling.restoration import Restore
 
 
 def add(commands: Commands) -> None:

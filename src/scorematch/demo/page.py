@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scorematch.data.pictures import to_pixels
 from scorematch.demo.restorer import Choices, Frame, Restorer
-from scorematch.images import to_pixels
+from scorematch.restoration.methods import Restore
 from scorematch.sampling import SAMPLERS
-from scorematch.sampling.restoration import Restore
 
 FOLDER = Path(__file__).parent
 _PREFIX = "data:image/png;base64,"

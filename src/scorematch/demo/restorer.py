@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.images import DAMAGED, gray_or_rgb, open_picture, to_float
-from scorematch.nets.family import takes_image
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
-from scorematch.palette import condition_of
-from scorematch.protocol import device_of
+from scorematch.core.arguments import check_choice
+from scorematch.core.conditions import takes_image
+from scorematch.core.scores import device_of
+from scorematch.data import open_images
+from scorematch.data.pictures import DAMAGED, gray_or_rgb, open_picture, to_float
+from scorematch.restoration.methods import Restore
+from scorematch.restoration.observation import Observation
+from scorematch.restoration.operators import JPEG, AveragePool, Grayscale, Mask, Operator
+from scorematch.restoration.palette import condition_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
-from scorematch.sampling.restoration import Restore
-from scorematch.schema import check_choice
 from scorematch.score import ScoreNet
-from scorematch.training import open_images
 
 FRAMES = 24  # the largest number of frames that are shown of a chain
 BLOCKS = (2, 4, 7, 8, 16)  # the sizes of blocks that "pool" offers, where they divide the size of the image
@@ -53,7 +54,7 @@ class Choices:
     Attributes:
         sampler: a key of ``SAMPLERS``.
         calls: the number of network calls; the sampler uses as many as it can up to this number.
-        method: the method of restoration; see ``scorematch.sampling.restoration``.
+        method: the method of restoration; see ``scorematch.restoration.methods``.
         seed: the random seed.
         label: the class to draw, or None.
     """

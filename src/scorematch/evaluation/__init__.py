@@ -20,20 +20,8 @@ level. ``score_error``, ``sampler_distances`` and ``posterior_calibration`` use 
 """
 
 from scorematch.evaluation.accumulate import Moments
-from scorematch.evaluation.calibration import (
-    Calibration,
-    calibration_chart,
-    calibration_table,
-    posterior_calibration,
-)
-from scorematch.evaluation.diagnostics import (
-    LevelLoss,
-    ScoreError,
-    level_chart,
-    level_losses,
-    level_table,
-    score_error,
-)
+from scorematch.evaluation.calibration import Calibration, calibration_chart, calibration_table, posterior_calibration
+from scorematch.evaluation.diagnostics import LevelLoss, ScoreError, level_chart, level_losses, level_table, score_error
 from scorematch.evaluation.evaluate import Evaluation, evaluate, gaussian_images
 from scorematch.evaluation.features import (
     EXTRACTORS,
@@ -71,13 +59,11 @@ from scorematch.evaluation.restoration import evaluate_restoration
 from scorematch.evaluation.sampler_distance import SamplerDistances, sampler_distances, sampler_variants
 from scorematch.evaluation.statistics import Statistics, cache_folder, content_key, statistics_of
 from scorematch.evaluation.tune import Row, Tuning, compare, settings_table, tune
-from scorematch.training.sources import REFERENCES
 
 __all__ = [
     "EXTRACTORS",
     "MEASURES",
     "METRICS",
-    "REFERENCES",
     "Accumulator",
     "Calibration",
     "DataLikelihood",

@@ -17,21 +17,18 @@ References:
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scorematch.bulk.batches import this_process
+from scorematch.core.processes import (
+    communication_device,
+    over_processes,
+    processes,
+)
 
-_TIMEOUT = timedelta(days=7)  # processes wait for the slowest one, which may have to sample for hours
-_GROUPS = itertools.count()
 _BLOCK = 8192  # features that are converted to float64 at a time
 _ASYMMETRY = 1e-5  # the tolerance of a covariance, relative to its largest entry; files may hold float32
 
@@ -134,10 +131,10 @@ class Moments:
             return result
         mean = torch.zeros(dimension, dtype=torch.float64) if self._mean is None else self._mean
         scatter = mean.new_zeros(dimension, dimension) if self._scatter is None else self._scatter
-        result.n = int(_over_processes(torch.tensor(self.n)))
-        result._mean = _over_processes(mean * self.n / result.n)
+        result.n = int(over_processes(torch.tensor(self.n)))
+        result._mean = over_processes(mean * self.n / result.n)
         delta = mean - result._mean
-        result._scatter = _over_processes(scatter + torch.outer(delta, delta) * self.n)
+        result._scatter = over_processes(scatter + torch.outer(delta, delta) * self.n)
         return result
 
     @property
@@ -228,12 +225,12 @@ class Rows:
 
     def _gather(self, own: Tensor) -> Tensor:
         dimension = _common_dimension(own.shape[1])
-        wide = int(_over_processes(torch.tensor(own.dtype == torch.float64, dtype=torch.int64), "max"))
+        wide = int(over_processes(torch.tensor(own.dtype == torch.float64, dtype=torch.int64), "max"))
         rows = own.to(torch.float64 if wide else torch.float32)
         counts = torch.zeros(processes(), dtype=torch.int64)
         counts[dist.get_rank()] = len(own)
-        counts = _over_processes(counts)
-        padded = rows.new_zeros(int(counts.max()), dimension, device=_communicating(own.device))
+        counts = over_processes(counts)
+        padded = rows.new_zeros(int(counts.max()), dimension, device=communication_device(own.device))
         if len(own):
             padded[: len(own)] = rows
         parts = [torch.empty_like(padded) for _ in counts]
@@ -241,73 +238,10 @@ class Rows:
         return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)]).to(own.device)
 
 
-# -- Processes --------------------------------------------------------------------------------------------------------
-
-
-def processes() -> int:
-    """The number of processes in ``torch.distributed``; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-@functools.cache
-def _store() -> Any:
-    """The store of the launcher, with which processes find each other."""
-    return next(dist.rendezvous("env://", timeout=_TIMEOUT))[0]  # type: ignore[attr-defined]
-
-
-@contextmanager
-def process_group(device: torch.device | str) -> Iterator[None]:
-    """Within this context the processes that ``torchrun`` or ``accelerate launch`` started form a process group.
-
-    If there is one already, or only one process, nothing is done.
-
-    Args:
-        device: the device of this process; processes on CUDA devices communicate through NCCL, others through gloo.
-    """
-    device, (rank, number) = torch.device(device), this_process()
-    if number == 1 or processes() > 1:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        # A prefix for each group: a process that is ahead would find the addresses of the group before, and wait.
-        store=dist.PrefixStore(f"scorematch {next(_GROUPS)}", _store()),  # type: ignore[attr-defined]
-        rank=rank,
-        world_size=number,
-        timeout=_TIMEOUT,
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def agreed(value: bool) -> bool:
-    """Whether a value is true on all processes; every process must call it."""
-    return value if processes() == 1 else bool(_over_processes(torch.tensor(int(value)), "min"))
-
-
 def _common_dimension(dimension: int) -> int:
     """Checks that all processes have the same dimension, 0 for a process without features, and returns it."""
-    largest = int(_over_processes(torch.tensor(dimension), "max"))
-    smallest = int(_over_processes(torch.tensor(dimension or largest), "min"))
+    largest = int(over_processes(torch.tensor(dimension), "max"))
+    smallest = int(over_processes(torch.tensor(dimension or largest), "min"))
     if smallest != largest:
         raise ValueError(f"features have {smallest} dimensions on one process, but {largest} on another.")
     return largest
-
-
-def _communicating(device: torch.device) -> torch.device:
-    """The device on which the process group exchanges tensors; ``device`` itself where possible."""
-    backend = dist.get_backend()
-    if "nccl" in backend:
-        return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu") if backend in ("gloo", "mpi") else device
-
-
-def _over_processes(value: Tensor, operation: str = "sum") -> Tensor:
-    """The elementwise sum, minimum or maximum of a tensor over all processes: "sum", "min" or "max"."""
-    result = value.to(_communicating(value.device), copy=True)
-    dist.all_reduce(result, getattr(dist.ReduceOp, operation.upper()))
-    return result.to(value.device)

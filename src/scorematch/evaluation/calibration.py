@@ -34,14 +34,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.charts import Curve, chart, table
+from scorematch.core.arguments import check_count
+from scorematch.core.charts import Curve, chart, table
+from scorematch.core.randomness import seed_of, single_generator, standard_normal, uniform
 from scorematch.evaluation.exact import Mixture
 from scorematch.evaluation.figures import Figure, mean_figure, root_figure
-from scorematch.observe import Observation, Operator
-from scorematch.randomness import seed_of, single_generator, standard_normal, uniform
+from scorematch.restoration.methods import Restore
+from scorematch.restoration.observation import Observation
+from scorematch.restoration.operators import Operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler
-from scorematch.sampling.restoration import Restore
-from scorematch.schema import check_count
 
 _KNOWN = 1e-9  # the ratio of the posterior variance to the prior variance below which a direction counts as known
 _FEWEST_PER_RANK = 5  # observations per rank, below which the chi-squared distribution is not a good approximation

@@ -38,18 +38,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.charts import Curve, chart, table
-from scorematch.evaluation.accumulate import double, process_group
+from scorematch.core.charts import Curve, chart, table
+from scorematch.core.conditions import class_of_each
+from scorematch.core.precision import exact_float32
+from scorematch.core.processes import process_group
+from scorematch.core.randomness import as_generator, seed_of, standard_normal
+from scorematch.core.scores import Score, device_of, evaluating, score_at
+from scorematch.data.cache import open_images
+from scorematch.evaluation.accumulate import double
 from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.figures import Figure, mean_figure
 from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
 from scorematch.loss import scaled_score
-from scorematch.nets.family import class_of_each
-from scorematch.noise import NoiseSchedule
-from scorematch.precision import exact_float32
-from scorematch.protocol import Score, device_of, evaluating, schedule_of, score_at
-from scorematch.randomness import as_generator, seed_of, standard_normal
-from scorematch.training.data import open_images
+from scorematch.noise import NoiseSchedule, schedule_of
 
 _LEVELS = 16
 

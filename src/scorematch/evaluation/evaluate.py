@@ -41,29 +41,27 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.bulk import read_samples, stored_samples, stored_settings
-from scorematch.bulk.batches import this_process
-from scorematch.bulk.classes import Classes
-from scorematch.bulk.folder import SampleFolder
-from scorematch.bulk.job import SEEDS, Job
-from scorematch.charts import table
-from scorematch.evaluation.accumulate import process_group
+from scorematch.core.arguments import check_count, check_integer
+from scorematch.core.charts import table
+from scorematch.core.conditions import takes_image
+from scorematch.core.files import check_outside, check_own, delete_unfinished, write_whole
+from scorematch.core.processes import process_group, this_process
+from scorematch.core.provenance import versions
+from scorematch.core.randomness import seed_of, standard_normal
+from scorematch.core.scores import device_of
+from scorematch.data.cache import ImageData, open_images
+from scorematch.data.find import check_path
+from scorematch.data.pictures import ENDINGS, Crop, check_picture, is_picture, save_grid, to_float, to_uint8
+from scorematch.data.samples import read_samples, stored_samples, stored_settings
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, as_dicts, image_figures
 from scorematch.evaluation.per_image import choose
-from scorematch.files import check_outside, check_own, delete_unfinished, write_whole
-from scorematch.images import ENDINGS, check_picture, is_picture, save_grid, to_float, to_uint8
-from scorematch.nets.family import takes_image
 from scorematch.pretrained import cards
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.diffusers import INDEX_FILE
-from scorematch.protocol import device_of
-from scorematch.randomness import seed_of, standard_normal
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
-from scorematch.schema import check_count, check_integer
+from scorematch.sampling.bulk import SEEDS, Classes, Job
+from scorematch.sampling.folder import SampleFolder
 from scorematch.score import ScoreNet
-from scorematch.training.data import ImageData, open_images
-from scorematch.training.report import versions
-from scorematch.training.sources import Crop, check_path
 
 SamplerChoice: TypeAlias = "SamplerSettings | Callable[[Any], Sampler] | None"
 
@@ -231,9 +229,9 @@ def evaluate(
         what: a network or any other score; the name or the folder of a network, as for ``ScoreNet.from_pretrained``; a
             ``Sampler``; or images: a folder, an ``.npz`` file, arrays, or a folder that ``sample_to`` wrote.
         reference: the real images, all of which are used: a folder, an ``.npz`` file, arrays, a data set or its name on
-            the Hub, one of the short names in ``REFERENCES``, or statistics (an object or a file). For samples of a
-            network they are cropped and resized as in training; images must have the size of the reference, and are
-            not cropped.
+            the Hub, one of the short names in ``scorematch.data.REFERENCES``, or statistics (an object or a file). For
+            samples of a network they are cropped and resized as in training; images must have the size of the
+            reference, and are not cropped.
         n: the number of samples, at least 2; None is 5,000 samples of a network, or all images. Published figures use
             50,000. If a set of images has more than n, a random subset is measured; of a folder that ``sample_to``
             wrote, the first n images are.

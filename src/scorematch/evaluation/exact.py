@@ -40,11 +40,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scorematch.core.batches import as_sigma, check_data
+from scorematch.core.randomness import single_generator, standard_normal
 from scorematch.evaluation.accumulate import Moments, double, is_symmetric
 from scorematch.noise import NoiseSchedule
-from scorematch.observe import Observation, Operator
-from scorematch.protocol import as_sigma, check_data
-from scorematch.randomness import single_generator, standard_normal
+from scorematch.restoration.observation import Observation
+from scorematch.restoration.operators import Operator
 
 _BLOCK = 1024  # images of an empirical distribution that are compared at a time
 _NEGATIVE = 1e-6  # the tolerance for negative eigenvalues of a covariance, relative to the largest

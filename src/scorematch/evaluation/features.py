@@ -44,11 +44,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scorematch.files import sha256
-from scorematch.images import to_uint8
-from scorematch.precision import exact_float32
-from scorematch.protocol import evaluating
-from scorematch.schema import check_choice, check_count
+from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.files import sha256
+from scorematch.core.precision import exact_float32
+from scorematch.core.scores import evaluating
+from scorematch.data.pictures import to_uint8
 
 Function = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 

@@ -47,8 +47,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from scorematch.bulk.batches import this_process
-from scorematch.evaluation.accumulate import Rows, agreed, processes
+from scorematch.core.arguments import check_choice
+from scorematch.core.processes import agreed, processes, this_process
+from scorematch.data.cache import ImageData, open_images
+from scorematch.data.pictures import Crop, to_uint8
+from scorematch.evaluation.accumulate import Rows
 from scorematch.evaluation.features import Extracted, Extractor, as_extractor
 from scorematch.evaluation.metrics import (
     density_coverage,
@@ -61,10 +64,6 @@ from scorematch.evaluation.metrics import (
     rows_of,
 )
 from scorematch.evaluation.statistics import Statistics, cache_folder, is_statistics_file, statistics_of
-from scorematch.images import to_uint8
-from scorematch.schema import check_choice
-from scorematch.training.data import ImageData, open_images
-from scorematch.training.sources import Crop
 
 IMAGES = "images"  # the source of the figures of the pixels; other sources are names of extractors
 _CONFIDENT = 0.9

@@ -35,16 +35,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from scorematch.evaluation.accumulate import process_group
+from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.precision import exact_float32
+from scorematch.core.processes import process_group
+from scorematch.core.randomness import as_generator, standard_normal
+from scorematch.core.scores import Score, device_of
+from scorematch.data.cache import open_images
 from scorematch.evaluation.figures import Figure, mean_figure
 from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
 from scorematch.likelihood import as_bits, check_unit_range, default_schedule, dequantized, log_likelihood
 from scorematch.noise import NoiseSchedule
-from scorematch.precision import exact_float32
-from scorematch.protocol import Score, device_of
-from scorematch.randomness import as_generator, standard_normal
-from scorematch.schema import check_choice, check_count
-from scorematch.training.data import open_images
 
 Noise = Literal["uniform", "normal"]
 

@@ -38,14 +38,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.charts import Curve, chart, table
+from scorematch.core.arguments import check_count
+from scorematch.core.charts import Curve, chart, table
+from scorematch.data.cache import ImageData, open_images
+from scorematch.data.pictures import save_grid, to_float
 from scorematch.evaluation.accumulate import check_features, double
 from scorematch.evaluation.features import Extractor, as_extractor
 from scorematch.evaluation.figures import Figure, mean_figure
 from scorematch.evaluation.metrics import squared_distances
-from scorematch.images import save_grid, to_float
-from scorematch.schema import check_count
-from scorematch.training.data import ImageData, open_images
 
 _BLOCK = 2048  # queries that are compared with a block of training images at a time
 _QUANTILES = (0.01, 0.1, 0.5, 0.9)

@@ -58,10 +58,10 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from scorematch.core.arguments import check_count
+from scorematch.core.randomness import single_generator
 from scorematch.evaluation.accumulate import Moments, Rows, check_features, double
 from scorematch.evaluation.statistics import Statistics
-from scorematch.randomness import single_generator
-from scorematch.schema import check_count
 
 T = TypeVar("T")
 Normal = Tensor | Moments | Statistics

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.evaluation.accumulate import Rows, double, processes
-from scorematch.images import to_float
-from scorematch.randomness import seed_of
-from scorematch.schema import check_count
+from scorematch.core.arguments import check_count
+from scorematch.core.processes import processes
+from scorematch.core.randomness import seed_of
+from scorematch.data.pictures import to_float
+from scorematch.evaluation.accumulate import Rows, double
 
 # An int is the class of all images; a function computes the condition from a batch of images and their labels.
 ConditionChoice = int | Callable[[Tensor, Tensor | None], Tensor] | None

@@ -47,26 +47,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch.bulk.batches import this_process
-from scorematch.bulk.hashing import identity, sampler_settings
-from scorematch.bulk.job import prepared
-from scorematch.evaluation.accumulate import process_group
+from scorematch.core.arguments import check_count, check_integer
+from scorematch.core.conditions import takes_image
+from scorematch.core.files import check_outside, delete_unfinished
+from scorematch.core.processes import process_group, this_process
+from scorematch.core.provenance import identity, versions
+from scorematch.core.randomness import as_generator, standard_normal
+from scorematch.core.scores import Score, attribute, device_of
+from scorematch.data.cache import ImageData, open_images
+from scorematch.data.pictures import Crop, check_picture, is_picture, save_grid
 from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, check_results, sampler_for
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.figures import Collection, Evaluator, Figures, OneOrMore, mean_figure, root_figure
 from scorematch.evaluation.per_image import ImageBatch, choose, values_per_image
-from scorematch.files import check_outside, delete_unfinished
-from scorematch.images import check_picture, is_picture, save_grid
-from scorematch.nets.family import takes_image
-from scorematch.observe import JPEG, AveragePool, Grayscale, Mask, Observation, Operator
-from scorematch.palette import TASKS, condition_of
-from scorematch.protocol import Score, attribute, device_of
-from scorematch.randomness import as_generator, standard_normal
+from scorematch.restoration.observation import Observation
+from scorematch.restoration.operators import JPEG, AveragePool, Grayscale, Mask, Operator
+from scorematch.restoration.palette import TASKS, condition_of
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
-from scorematch.schema import check_count, check_integer
-from scorematch.training.data import ImageData, open_images
-from scorematch.training.report import versions
-from scorematch.training.sources import Crop
+from scorematch.sampling.bulk import prepared, sampler_settings
 
 DEFAULT_N_RESTORED = 500  # images, if the number is not given
 RESTORATION = "restoration"
@@ -117,7 +115,7 @@ def evaluate_restoration(
             in training.
         task: "colorization"; "inpainting" or "uncropping", with a random mask for each image as in Palette's training;
             "jpeg-Q" for a quality Q, such as "jpeg-5"; "pool-K" for means of K x K pixels; or an operator of
-            ``scorematch.observe`` for one image.
+            ``scorematch.restoration`` for one image.
         n: the number of images, a random subset of the data; None is 500, or all if there are fewer.
         draws: K, the number of restorations of each image, at least 1.
         noise: the standard deviation of the noise in the measurements, in units of images in [0, 1].
@@ -246,7 +244,7 @@ def degradation_of(task: str | Operator, seed: int) -> tuple[Degradation, str]:
         return lambda batch: task, repr(task)
     if not isinstance(task, str):
         kind = type(task).__name__
-        raise TypeError(f"task must be an operator of scorematch.observe, or {_TASKS}, got {kind}.")
+        raise TypeError(f"task must be an operator of scorematch.restoration, or {_TASKS}, got {kind}.")
     if task in _DRAWN:
         drawn = TASKS[task]()
 

@@ -31,14 +31,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.charts import Curve, chart, table
+from scorematch.core.arguments import check_count
+from scorematch.core.charts import Curve, chart, table
+from scorematch.core.randomness import seed_of
+from scorematch.core.scores import Score
 from scorematch.evaluation.accumulate import Moments, double
 from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.metrics import squared_distances
-from scorematch.protocol import Score
-from scorematch.randomness import seed_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings
-from scorematch.schema import check_count
 
 _BLOCK = 2048  # the number of samples on each side of a block of distances
 _TRIED = 10  # the number of levels with which a sampler is created to see whether it accepts a score

@@ -33,12 +33,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.arrays import read_arrays
-from scorematch.evaluation.accumulate import Moments, Rows, agreed, check_features, is_symmetric, processes
+from scorematch.core.arguments import check_count
+from scorematch.core.files import write_whole
+from scorematch.core.messages import plain
+from scorematch.core.processes import agreed, processes
+from scorematch.data.arrays import read_arrays
+from scorematch.data.cache import ImageData, open_images
+from scorematch.evaluation.accumulate import Moments, Rows, check_features, is_symmetric
 from scorematch.evaluation.features import Extractor
-from scorematch.files import write_whole
-from scorematch.schema import check_count, plain
-from scorematch.training.data import ImageData, open_images
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,30 +28,31 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from scorematch.bulk import bulk_samples
-from scorematch.bulk.batches import this_process
-from scorematch.bulk.classes import Classes
-from scorematch.bulk.hashing import identity, sampler_settings
-from scorematch.charts import Curve, chart, table
-from scorematch.evaluation.accumulate import process_group
+from scorematch.core.arguments import check_count, check_integer
+from scorematch.core.charts import Curve, chart, table
+from scorematch.core.conditions import takes_image
+from scorematch.core.files import check_own, delete_unfinished, write_whole
+from scorematch.core.json_files import native, read_object
+from scorematch.core.messages import plain
+from scorematch.core.processes import process_group, this_process
+from scorematch.core.provenance import identity
+from scorematch.core.schema import Field, check
+from scorematch.core.scores import device_of
+from scorematch.data.cache import ImageData
+from scorematch.data.pictures import Crop
 from scorematch.evaluation.evaluate import hash_of, open_for, read_batches, shown
 from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figure, Figures, as_dicts
 from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.restoration import RESTORATION, RESTORED, evaluate_restoration
-from scorematch.files import check_own, delete_unfinished, write_whole
-from scorematch.nets.family import takes_image
-from scorematch.observe import Operator
+from scorematch.noise import smallest_ratio
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
-from scorematch.protocol import device_of
+from scorematch.restoration.methods import Restore
+from scorematch.restoration.operators import Operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
-from scorematch.sampling.restoration import Restore
-from scorematch.sampling.sampler import smallest_ratio
-from scorematch.schema import Field, check, check_count, check_integer, native, plain, read_object
+from scorematch.sampling.bulk import Classes, bulk_samples, sampler_settings
 from scorematch.score import ScoreNet
-from scorematch.training.data import ImageData
-from scorematch.training.sources import Crop
 
 Criterion = Literal["frechet", "kernel", "rmse", "perceptual"]
 Task = str | Operator

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from scorematch.nets.family import Condition, Family
+from scorematch.core.conditions import Condition
+from scorematch.nets.family import Family
 from scorematch.nets.ncsnpp import NCSNPP, NCSNPP_FAMILY
 from scorematch.nets.refinenet import NCSN, NCSNV2, RefineNet
 from scorematch.nets.unet import UNET, UNet

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from scorematch.nets.family import Condition, Family
+from scorematch.core.conditions import Condition
+from scorematch.nets.family import Family
 from scorematch.nets.layers import GroupNorm
 
 SQRT2 = math.sqrt(2)

@@ -25,21 +25,20 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from scorematch.core.batches import as_sigma, check_data
+from scorematch.core.conditions import as_condition
+from scorematch.core.precision import native_dtype, without_autocast
+from scorematch.core.scores import NetworkScore
 from scorematch.nets import Family
 from scorematch.nets.blocks import Attention
-from scorematch.nets.family import as_condition, structure
+from scorematch.nets.family import structure
+from scorematch.nets.precondition import Coefficients, Preconditioning
 from scorematch.noise import NoiseSchedule
-from scorematch.precision import native_dtype, without_autocast
-from scorematch.precondition import Coefficients, Preconditioning
-from scorematch.protocol import NetworkScore, as_sigma, check_data
-
-if TYPE_CHECKING:
-    from scorematch.sampling.settings import SamplerSettings
 
 _PART_VALUES = 2**21  # eight megabytes of float32
 # glibc keeps freed memory for reuse up to twice the size of the largest block freed so far, if that block had at most
@@ -91,7 +90,7 @@ class InferenceScore(NetworkScore):
         preconditioning: Preconditioning,
         *,
         sample_shape: tuple[int, ...] | None,
-        sampler_settings: SamplerSettings | None,
+        sampler_settings: Any,
         compile: bool,  # noqa: A002  (torch's word)
     ) -> None:
         self.schedule: NoiseSchedule = preconditioning.schedule

@@ -45,6 +45,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scorematch.core.arguments import check_choice
+from scorematch.core.schema import Field
 from scorematch.nets.blocks import (
     SQRT2,
     Attention,
@@ -66,7 +68,6 @@ from scorematch.nets.blocks import (
 )
 from scorematch.nets.family import structure
 from scorematch.nets.layers import GroupNorm
-from scorematch.schema import Field, check_choice
 
 Pyramid = Literal["none", "skip", "residual"]
 TimeEmbedding = Literal["positional", "fourier"]

@@ -28,9 +28,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scorematch.nets.family import Condition, Family, structure
+from scorematch.core.arguments import check_choice
+from scorematch.core.conditions import Condition
+from scorematch.core.schema import Field
+from scorematch.nets.family import Family, structure
 from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus
-from scorematch.schema import Field, check_choice
 
 Depth = Literal["standard", "deeper", "deepest"]
 MakeNorm = Callable[[int], nn.Module]

@@ -40,6 +40,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scorematch.core.arguments import check_choice
+from scorematch.core.json_files import native
+from scorematch.core.schema import Field
 from scorematch.nets.blocks import (
     SQRT2,
     Attention,
@@ -62,7 +65,6 @@ from scorematch.nets.blocks import (
 )
 from scorematch.nets.family import place, structure
 from scorematch.nets.layers import GroupNorm
-from scorematch.schema import Field, check_choice, native
 
 
 class _Kind(NamedTuple):

@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from scorematch.core.json_files import read_object
+from scorematch.core.messages import plain
+from scorematch.core.schema import Field, check
 from scorematch.nets import FAMILIES
+from scorematch.nets.precondition import ROWS, check_options
 from scorematch.noise import NoiseSchedule
-from scorematch.precondition import ROWS, check_options
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, check, plain, read_object
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"

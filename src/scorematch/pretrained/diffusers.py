@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scorematch.core.json_files import native
+from scorematch.core.schema import Field, check
 from scorematch.nets import FAMILIES
 from scorematch.nets.unet import OWN_KEYS
 from scorematch.noise import NoiseSchedule
@@ -35,7 +37,6 @@ from scorematch.pretrained.cards import Card
 from scorematch.pretrained.configuration import CONFIG_FILE, Stored, architecture, read_json, translated
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, read_weights
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, check, native
 
 # The class of diffusers, and that of diffusers-ncsn, whose time input is the index of the level.
 _NCSN = "UNet2DModelForNCSN"

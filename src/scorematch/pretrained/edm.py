@@ -4,7 +4,7 @@ A file is a pickle of a dict, whose entry ``ema`` is the moving average of a net
 records. Each has the name of a class, its attributes, and the source code of its Python module, which the authors'
 loader executes. This reader executes nothing: it uses the names and the attributes only. It derives the architecture
 from the names and shapes of the weights and from the attributes of the modules. In the table, ``row`` is the row of the
-table in ``scorematch.precondition``.
+table in ``scorematch.nets.precondition``.
 
 ===============  ========  =====================================================================================
 class            row       noise levels, in units of images in [0, 1]
@@ -37,12 +37,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scorematch.core.messages import quote
+from scorematch.core.schema import Field, check
 from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, RefusedError, load_tensors, storage_of_bytes
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, check, quote
 
 NAMES: tuple[str, ...] = ("EDM",)
 _NETWORKS = ("SongUNet", "DhariwalUNet")

@@ -24,11 +24,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-from scorematch.files import sha256
+from scorematch.core.files import sha256
+from scorematch.core.messages import reason
 from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, listed
 from scorematch.pretrained.diffusers import INDEX_FILE, SCHEDULER_FILE
 from scorematch.pretrained.weights import WEIGHTS_FILE
-from scorematch.schema import reason
 
 _CONFIGS = (
     SCHEDULE_FILE,

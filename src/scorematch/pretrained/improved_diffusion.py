@@ -34,13 +34,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from scorematch.core.messages import quote
+from scorematch.core.schema import Field
 from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.options import checked_options, named_options
 from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, quote
 
 NAMES: tuple[str, ...] = ("improved-diffusion", "guided-diffusion")
 GLOBALS: Globals = TENSORS

@@ -11,20 +11,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from scorematch.files import reading
+from scorematch.core.files import reading
+from scorematch.core.messages import quote, reason
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import diffusers, names
 from scorematch.pretrained.cards import Card
-from scorematch.pretrained.configuration import (
-    CONFIG_FILE,
-    SCHEDULE_FILE,
-    Stored,
-    architecture,
-    checked,
-    read_json,
-)
+from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, Stored, architecture, checked, read_json
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, WEIGHTS_FILE, fill, read_weights
-from scorematch.schema import quote, reason
 
 
 def load(

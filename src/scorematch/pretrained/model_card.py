@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scorematch.nets import Condition
+from scorematch.core.conditions import Condition, describe_classes
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.settings import SamplerSettings
 
@@ -66,20 +66,6 @@ A score network for [scorematch](https://pypi.org/project/scorematch): `net(x, s
 {_classes(config)}| noise levels | {len(schedule)}, {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g} |
 | sampler settings | {recommended} |
 """
-
-
-def describe_classes(classes: Sequence[str], most: int | None = None) -> str:
-    """The number of classes and their names, such as "2 classes: 0 cat, 1 dog"; names that are numbers are omitted.
-
-    Args:
-        classes: the names.
-        most: the largest number of names in the text; None is all.
-    """
-    number = f"{len(classes)} class{'es' if len(classes) > 1 else ''}"
-    if list(classes) == [str(k) for k in range(len(classes))]:
-        return number
-    names = [f"{k} {name}" for k, name in enumerate(classes[:most])]
-    return f"{number}: {', '.join(names)}{', ...' if len(names) < len(classes) else ''}"
 
 
 def _range(config: Mapping[str, Any]) -> str:

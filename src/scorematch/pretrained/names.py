@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from scorematch.images import ENDINGS
+from scorematch.data.pictures import ENDINGS
 from scorematch.pretrained import cards, hub
 
 

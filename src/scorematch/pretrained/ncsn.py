@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from scorematch.core.schema import Field
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.options import checked_options, read_options
 from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field
 
 NAMES: tuple[str, ...] = ("NCSN", "NCSNv2", "adversarial consistent score matching")
 GLOBALS: Globals = TENSORS

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from scorematch.core.messages import reason
+from scorematch.core.schema import Field, check
 from scorematch.pretrained.configuration import read_json
-from scorematch.schema import Field, check, reason
 
 _LARGEST_FILE = 2**18  # bytes of a YAML or text file; those of the authors have fewer than 10,000
 

@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scorematch.core.messages import quote
 from scorematch.pretrained.configuration import remedy
-from scorematch.schema import quote
 
 Globals = Mapping[str, Callable[..., Any] | torch.dtype]
 

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scorematch.files import new_files
+from scorematch.core.files import new_files
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import diffusers as pipelines
 from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, Stored, architecture, checked
@@ -50,7 +50,8 @@ def save(
 
     If there is an error or a KeyboardInterrupt, the folder is as it was. If the process is killed at any time,
     the folder has the previous network or the new one for ``load``, and the next call deletes incomplete files
-    (``scorematch.files.new_files``). Several processes may save to one folder; the network of the last one remains.
+    (``scorematch.core.files.new_files``). Several processes may save to one folder; the network of the last one
+    remains.
 
     Args:
         folder: created if it does not exist. Files in it that do not belong to a network are kept.

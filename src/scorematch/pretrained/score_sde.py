@@ -5,7 +5,7 @@ average is a list in the order of the trained weights, which are all weights exc
 of Fourier features. The samples of the paper are drawn with the average.
 
 The file does not contain the configuration, without which the output of the network cannot be interpreted. The table
-lists the noise levels, and the row of the table in ``scorematch.precondition`` that interprets the output. With
+lists the noise levels, and the row of the table in ``scorematch.nets.precondition`` that interprets the output. With
 :math:`q = \tfrac12 (\beta_{max} - \beta_{min}) t^2 + \beta_{min} t` the noise levels, in units of images in [0, 1], are
 
 ========================  ==================================================  =============
@@ -36,13 +36,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scorematch.core.messages import quote
+from scorematch.core.schema import Field
 from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.options import checked_options, named_options
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, StoredTensor, load_tensors
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import Field, quote
 
 NAMES: tuple[str, ...] = ("score_sde",)
 GLOBALS: Globals = {**TENSORS, **NUMBERS}

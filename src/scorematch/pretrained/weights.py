@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from scorematch.core.messages import few, plain, quote, reason
 from scorematch.pretrained.configuration import missing, read_json, remedy
 from scorematch.pretrained.pickles import load_tensors, read_pickle
-from scorematch.schema import few, plain, quote, reason
 
 WEIGHTS_FILE = "model.safetensors"
 DIFFUSERS_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from scorematch.protocol import Score, attribute
+from scorematch.core.scores import Score, attribute
 from scorematch.sampling.ancestral import AncestralSampler
+from scorematch.sampling.bulk import bulk_samples
+from scorematch.sampling.chain import Chain
+from scorematch.sampling.folder import sample_to
 from scorematch.sampling.langevin import AnnealedLangevinSampler
 from scorematch.sampling.ode import ODESampler
 from scorematch.sampling.predictor_corrector import PredictorCorrectorSampler
-from scorematch.sampling.sampler import Chain, Sampler
+from scorematch.sampling.sampler import Sampler
 from scorematch.sampling.settings import SamplerSettings
 
 __all__ = [
@@ -21,7 +24,9 @@ __all__ = [
     "PredictorCorrectorSampler",
     "Sampler",
     "SamplerSettings",
+    "bulk_samples",
     "recommended_sampler",
+    "sample_to",
 ]
 
 # Keys are the values of SamplerSettings.sampler.

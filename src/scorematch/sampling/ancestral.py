@@ -50,10 +50,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from scorematch.core.arguments import check_choice
+from scorematch.core.scores import Score, attribute
 from scorematch.noise import NoiseSchedule
-from scorematch.protocol import Score, attribute
-from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
-from scorematch.schema import check_choice
+from scorematch.sampling.chain import Chain
+from scorematch.sampling.sampler import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -45,11 +45,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scorematch.noise import NoiseSchedule
-from scorematch.protocol import Score, attribute, schedule_of
-from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions, smallest_ratio, without_gaps
+from scorematch.core.arguments import check_count
+from scorematch.core.scores import Score, attribute
+from scorematch.noise import NoiseSchedule, schedule_of, smallest_ratio, without_gaps
+from scorematch.sampling.chain import Chain
+from scorematch.sampling.sampler import Sampler, SamplerOptions
 from scorematch.sampling.settings import SamplerSettings
-from scorematch.schema import check_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -59,10 +59,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from scorematch.core.arguments import check_choice
+from scorematch.core.scores import Score, middle_of
 from scorematch.noise import NoiseSchedule
-from scorematch.protocol import Score, middle_of
-from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
-from scorematch.schema import check_choice
+from scorematch.sampling.chain import Chain
+from scorematch.sampling.sampler import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -46,11 +46,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.batches import per_image
+from scorematch.core.scores import Score
 from scorematch.noise import NoiseSchedule
-from scorematch.protocol import Score, per_image
 from scorematch.sampling.ancestral import ancestral_step
-from scorematch.sampling.sampler import Chain, Sampler, SamplerOptions
-from scorematch.schema import check_choice, check_count
+from scorematch.sampling.chain import Chain
+from scorematch.sampling.sampler import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

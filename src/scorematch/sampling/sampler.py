@@ -24,42 +24,37 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.nets.family import as_class, class_of_each
-from scorematch.noise import NoiseSchedule
-from scorematch.observe import Observation
-from scorematch.precision import exact_float32, without_autocast
-from scorematch.precondition import Preconditioning
-from scorematch.protocol import (
+from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.batches import without_history
+from scorematch.core.conditions import as_class, class_of_each
+from scorematch.core.precision import exact_float32, without_autocast
+from scorematch.core.randomness import Generator, as_generator, standard_normal
+from scorematch.core.scores import (
     Score,
     attribute,
-    check_schedule,
-    check_score,
     device_of,
     evaluating,
     has_inference_copy,
     inference_copy_of,
     middle_of,
-    schedule_of,
-    without_history,
 )
-from scorematch.randomness import Generator, as_generator, standard_normal
-from scorematch.sampling.restoration import Restoration, Restore, restoration
-from scorematch.schema import check_choice, check_count
+from scorematch.noise import NoiseSchedule, check_schedule, schedule_of, without_gaps
+from scorematch.restoration.method import Restoration
+from scorematch.restoration.methods import Restore, restoration
+from scorematch.restoration.observation import Observation
+from scorematch.sampling.chain import Chain, FiniteCheck, Generators, Run
 
 Precision = Literal["auto", "float32"]
-Generators = torch.Generator | tuple[torch.Generator, ...] | None
 
 # The largest number of values in one network call by default: those of 1,337 MNIST digits, 341 CIFAR-10 images or 5 RGB
 # images of 256 x 256 pixels.
 _BATCH_VALUES = 2**20
-# The number of steps between two checks that the state is finite. A check waits for the device.
-_CHECK_EVERY = 16
 
 
 class SamplerOptions(TypedDict, total=False):
@@ -96,7 +91,7 @@ class Sampler(ABC):
         clamp: whether to clamp the result to the network's value range, if it has one.
         restore: the method that makes samples agree with an observation: "replace", which is "guide" for an operator
             without a gain; "guide"; or "guide-jacobian", which takes about twice as long. See
-            ``scorematch.sampling.restoration``.
+            ``scorematch.restoration.methods``.
         precision: "auto" calls the network's inference copy, which is faster and gives statistically the same samples;
             a score without an inference copy is called itself. "float32" calls the network itself, with TF32 turned off
             during the call; net must then not be an inference copy.
@@ -311,7 +306,7 @@ class Sampler(ABC):
     # -- The run ------------------------------------------------------------------------------------------------------
 
     def _run(
-        self, x: Tensor, run: _Run, noise: Callable[[Tensor], Tensor], progress: bool
+        self, x: Tensor, run: Run, noise: Callable[[Tensor], Tensor], progress: bool
     ) -> Iterator[tuple[Tensor, float]]:
         with _without_gradients(), without_autocast():
             net = self._inference_net()
@@ -320,7 +315,7 @@ class Sampler(ABC):
         # caller's modes apply.
         with tqdm(total=len(self), disable=not progress, desc="sampling", unit="call") as bar:
             chain = Chain(net, run, noise if path is None else lambda x: path, bar.update)
-            finite = _FiniteCheck(self.schedule)
+            finite = FiniteCheck(self.schedule)
             states, shape = self.steps(x, chain), x.shape
             while True:
                 with self._computing(net):
@@ -376,12 +371,12 @@ class Sampler(ABC):
         observation: Observation | None,
         generator: Generator,
         batch_size: int | None,
-    ) -> tuple[Tensor, _Run]:
+    ) -> tuple[Tensor, Run]:
         """The noise to start from (n, ...), float32 on the network's device, and the other arguments of the run."""
         if observation is not None and not isinstance(observation, Observation):
             raise TypeError(
                 f"observation must be an Observation, got {type(observation).__name__}. "
-                "Write scorematch.observe.Observation(operator, y)."
+                "Write scorematch.restoration.Observation(operator, y)."
             )
         condition = as_class(condition)
         if not isinstance(condition, Tensor | int | None) or isinstance(condition, bool):
@@ -409,7 +404,7 @@ class Sampler(ABC):
             x = restoration.start(middle + sigma * noise, sigma, middle)
         classes: Tensor | None = class_of_each(condition, x)
         values = max(1, math.prod(sample_shape))
-        return x, _Run(
+        return x, Run(
             None if classes is None else without_history(classes).to(device),
             restoration,
             max(1, _BATCH_VALUES // values) if batch_size is None else batch_size,
@@ -453,8 +448,8 @@ class Sampler(ABC):
         # Image data are assumed to have a standard deviation of a quarter of their range, as in the row "karras".
         deviation = 1.0 if value_range is None else (value_range[1] - value_range[0]) / 4
         own = attribute(self.net, "preconditioning")
-        if isinstance(own, Preconditioning) and "sigma_data" in own.options:
-            deviation = own.options["sigma_data"] / own.units[0]
+        if own is not None and own.data_std is not None:
+            deviation = own.data_std
         return restoration(observation, self.restore, deviation**2)
 
     def _device(self, init: Tensor | None, generators: Generators) -> torch.device:
@@ -462,192 +457,6 @@ class Sampler(ABC):
         one = generators[0] if isinstance(generators, tuple) else generators
         source = one if init is None else init
         return device_of(self.net, "cpu" if source is None else source.device)
-
-
-# -- Noise levels -----------------------------------------------------------------------------------------------------
-
-
-def smallest_ratio(schedule: NoiseSchedule) -> float:
-    """The smallest ratio of a level to the one before; 1 for a schedule of one level."""
-    return min((low / high for high, low in itertools.pairwise(schedule)), default=1.0)
-
-
-def without_gaps(own: NoiseSchedule, levels: int) -> NoiseSchedule:
-    """A network's own schedule respaced to ``levels``, or a geometric schedule if respacing would leave wider gaps.
-
-    The lowest of the 1,000 levels of a DDPM are far apart: respaced to 50 levels, the last two would differ by a factor
-    of eight. A sampler that adds noise would then leave too much of it.
-    """
-    respaced = own.respaced(levels)
-    if len(respaced) == 1:
-        return respaced
-    even = NoiseSchedule.geometric(own.sigma_max, own.sigma_min, levels)
-    return even if smallest_ratio(respaced) < 0.9999 * smallest_ratio(even) else respaced
-
-
-# -- What the steps of one run use ------------------------------------------------------------------------------------
-
-
-class _Run(NamedTuple):
-    """The checked arguments of one run, except the start, which is kept separately so that it can be freed early."""
-
-    condition: Tensor | None
-    restoration: Restoration
-    batch_size: int
-    generator: Generators
-    noise: Tensor | None  # the noise of a start that is drawn, if y has noise
-
-
-class Chain:
-    """The score, the noise and the observation of one run, as ``Sampler.steps`` uses them.
-
-    Most steps begin with ``x, score, z = chain(x, sigma)``, which draws the noise of the step, replaces the observed
-    part of the state, and computes the score of the new state.
-    """
-
-    def __init__(self, net: Score, run: _Run, noise: Callable[[Tensor], Tensor], count: Callable[[], object]) -> None:
-        self._net, self._run, self._noise, self._count = net, run, noise, count
-        self._takes_floats = has_inference_copy(net)
-        self._sigmas: dict[float, Tensor] = {}
-        self._z: Tensor | None = None  # the noise of the last step or replacement
-
-    def __call__(self, x: Tensor, sigma: float, *, stay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """The state with the observation, its score, and the noise of the step.
-
-        Args:
-            x: the state (n, ...).
-            sigma: its noise level.
-            stay: whether the step stays at its level, as in Langevin dynamics. With an observation the score and the
-                noise are then those of the posterior.
-
-        Returns:
-            Three tensors of x's shape: the state, its score, and standard normal noise.
-        """
-        x, z = self.begin(x, sigma)
-        score = self.score(x, sigma)
-        if stay:
-            score, z = self.stay(x, score, z, sigma)
-        return x, score, z
-
-    def begin(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """The state with the observation, and the noise of the step.
-
-        The noise of the observed part is that of the step before, or of the start. With the noise of this step, a step
-        from a level above the noise of y to one below it would add the same noise again.
-        """
-        z = self.noise(x)
-        before = self._run.noise if self._z is None else self._z
-        x = self.observe(x, sigma, z if before is None else before)
-        self._z = z
-        return x, z
-
-    def noise(self, x: Tensor) -> Tensor:
-        """Standard normal noise of x's shape; for a sampler with ``draws_noise = False``, the noise of its start."""
-        z = self._noise(x)
-        if z.shape != x.shape:
-            raise ValueError(f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}.")
-        return z.to(x)
-
-    @property
-    def observed_sigma(self) -> float:
-        """The noise level below which ``observe`` changes nothing; 0 without an observation that has noise.
-
-        From there on the state contains the observation. A step from sigma_i to sigma_{i+1} that adds noise of a larger
-        variance than sigma_i^2 - sigma_{i+1}^2 would forget it, unless it stays at its level and uses ``stay``.
-        """
-        return self._run.restoration.sigma
-
-    def observe(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
-        """The state with its observed part replaced by the observation, with noise sigma z."""
-        self._z = z
-        return self._run.restoration.project(x, sigma, z)
-
-    def stay(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """The score and the noise of a step that stays at its level; unchanged without an observation."""
-        return self._run.restoration.stay(x, score, z, sigma)
-
-    def score(self, x: Tensor, sigma: float) -> Tensor:
-        """The score of x (n, ...) at a noise level, one network call per sample. The result may be overwritten."""
-        return self._scores(x, sigma, lambda part: self._for_rows(part, self._net))
-
-    def score_and_variance(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """The score, and the variance that the network predicts in the same call; see ``ScoreNet.score_and_variance``.
-
-        With an observation the variance is that of the network without it.
-        """
-        variance = torch.empty_like(x)
-
-        def network(part: slice) -> Score:
-            both = self._for_rows(part, attribute(self._net, "score_and_variance"))
-
-            def score(x: Tensor, sigma: Any) -> Tensor:
-                score, share = both(x, sigma)
-                variance[part] = check_score(share, x).detach()
-                return score
-
-            return score
-
-        return self._scores(x, sigma, network), variance
-
-    def _scores(self, x: Tensor, sigma: float, network: Callable[[slice], Score]) -> Tensor:
-        """The score of x, with the function of x and sigma that ``network`` returns for some of its rows."""
-        run = self._run
-        scores = torch.empty_like(x)
-        level = sigma if self._takes_floats else self._tensor(sigma, x)
-        for i in range(0, len(x), run.batch_size):
-            part = slice(i, i + run.batch_size)
-            scores[part] = check_score(run.restoration.score(network(part), x[part], level, part), x[part])
-        self._count()
-        return scores
-
-    def denoised(self, x: Tensor, sigma: float) -> Tensor:
-        """The denoised image by Tweedie's formula, after the observed part of the state is replaced."""
-        # A sampler that takes no step, since it has one level, has replaced nothing yet.
-        z = self.noise(x) if self._z is None else self._z
-        x, self._z = self._run.restoration.project_last(x, sigma, z), None
-        scores = self.score(x, sigma)
-        return torch.add(x, scores, alpha=sigma**2, out=scores)
-
-    def _tensor(self, sigma: float, x: Tensor) -> Tensor:
-        if sigma not in self._sigmas:
-            self._sigmas[sigma] = torch.full((), sigma, dtype=x.dtype, device=x.device)
-        return self._sigmas[sigma]
-
-    def _for_rows(self, part: slice, function: Callable[..., Any]) -> Callable[[Tensor, Any], Any]:
-        """A function of x, sigma and the condition as one of x and sigma, for some rows of the condition."""
-        condition = self._run.condition
-        return function if condition is None else lambda x, sigma: function(x, sigma, condition[part])
-
-
-class _FiniteCheck:
-    """Raises an error if a state has NaN or infinite values, without waiting for the device at every step.
-
-    The number of the first such step is recorded on the device, and read every ``_CHECK_EVERY`` steps.
-    """
-
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        self.schedule = schedule
-        self.sigmas: list[float] = []  # of the state after each step
-        self.first: Tensor | None = None  # the first step with NaN or infinity, or the largest int32
-
-    def record(self, x: Tensor, sigma: float) -> None:
-        step = len(self.sigmas)
-        self.sigmas.append(sigma)
-        here = torch.where(torch.isfinite(x).all(), torch.iinfo(torch.int32).max, step)
-        self.first = here if self.first is None else torch.minimum(self.first, here)
-        if len(self.sigmas) % _CHECK_EVERY == 0:
-            self.check()
-
-    def check(self) -> None:
-        first = torch.iinfo(torch.int32).max if self.first is None else int(self.first)
-        if first < len(self.sigmas):
-            before, sigma = self.sigmas[first - 1] if first else self.schedule.sigma_max, self.sigmas[first]
-            level = min(range(len(self.schedule)), key=lambda i: abs(self.schedule[i] - sigma))
-            step = f"after the step from sigma {before:.4g}" if before != sigma else "after a step at this level"
-            raise RuntimeError(
-                f"the state has NaN or infinite values from level {level} of {len(self.schedule)} on, sigma "
-                f"{sigma:.4g}, {step}: the score is wrong there, or the step is too large for it."
-            )
 
 
 def _warn_of_clamping(observation: Observation, value_range: tuple[float, float]) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, get_args
 
+from scorematch.core.json_files import native
+from scorematch.core.schema import Field, check
 from scorematch.sampling.ancestral import Variance
 from scorematch.sampling.ode import Method
 from scorematch.sampling.predictor_corrector import Predictor
-from scorematch.schema import Field, check, native
 
 
 def _option(sampler: str, kind: type, text: str, **bounds: Any) -> Any:

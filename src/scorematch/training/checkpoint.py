@@ -23,8 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from scorematch.files import UNFINISHED, synchronize
-from scorematch.schema import Field, check, plain, read_object, reason
+from scorematch.core.files import UNFINISHED, synchronize
+from scorematch.core.json_files import read_object
+from scorematch.core.messages import plain, reason
+from scorematch.core.schema import Field, check
 
 _STATE = "state.json"
 _FIELDS: Mapping[str, Field] = {

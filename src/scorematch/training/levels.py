@@ -44,9 +44,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scorematch.core.messages import quote
+from scorematch.core.randomness import seed_of
 from scorematch.noise import NoiseSchedule
-from scorematch.randomness import seed_of
-from scorematch.schema import quote
 from scorematch.score import ScoreNet
 
 Weighting = Literal["sigma", "backbone"]

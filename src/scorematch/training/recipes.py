@@ -47,12 +47,12 @@ import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from scorematch.data.pictures import Crop
 from scorematch.noise import NoiseSchedule
-from scorematch.palette import TASKS, MultiTask
+from scorematch.restoration.palette import TASKS, MultiTask
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.score import ScoreNet
 from scorematch.training.levels import Levels, LogUniform, UniformTime
-from scorematch.training.sources import Crop
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Recipe:
         channels: the number of channels of the images, 1 or 3; None is that of the data.
         crop: the crop of the images, as in ``open_images``.
         training: the arguments of ``train`` that differ from its defaults, except ``condition``.
-        tasks: the names of the tasks of ``scorematch.palette`` that compute the condition.
+        tasks: the names of the tasks of ``scorematch.restoration.palette`` that compute the condition.
         sampler: the published or measured settings for sampling.
         differs: the differences from the publication.
         published_time: the published training time.

@@ -11,12 +11,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch import __version__
-from scorematch.charts import Curve, chart, table
-from scorematch.files import write_whole
-from scorematch.images import save_grid, to_float
+from scorematch.core.charts import Curve, chart, table
+from scorematch.core.conditions import describe_classes
+from scorematch.core.files import write_whole
+from scorematch.core.randomness import seed_of, single_generator, standard_normal
+from scorematch.core.schema import Field, check
+from scorematch.data.pictures import save_grid, to_float
 from scorematch.loss import loss_and_norm
-from scorematch.precision import device_name
-from scorematch.pretrained.model_card import describe_classes
-from scorematch.randomness import seed_of, single_generator, standard_normal
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
-from scorematch.schema import Field, check
 from scorematch.score import ScoreNet
 from scorematch.training.levels import Levels
 from scorematch.training.steps import Data, Settings, Step, loss_arguments
@@ -394,22 +390,6 @@ def write_report(
         write_whole(folder / f"{name}.svg", text.encode())
     text = _report(out, net, config, rows, lines, seconds, classes)
     write_whole(out / "report.md", text.encode(errors="backslashreplace"))  # of folder names in another encoding
-
-
-def versions(device: torch.device | str, *packages: str) -> dict[str, str]:
-    """The versions of Python and of packages, and the device, on all of which the rounding of results depends.
-
-    Args:
-        device: the device.
-        packages: the names of packages besides scorematch and torch.
-    """
-    return {
-        "scorematch": __version__,
-        "Python": platform.python_version(),
-        "torch": str(torch.__version__),
-        **{name: metadata.version(name) for name in packages},
-        "device": device_name(torch.device(device)),
-    }
 
 
 def _columns(lines: Sequence[Mapping[str, Any]], *names: str) -> list[list[float]]:

@@ -41,15 +41,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch import pretrained
-from scorematch.files import check_outside, check_own, delete_unfinished, exclusive_lock, write_whole
-from scorematch.images import is_picture
+from scorematch.core.arguments import check_count
+from scorematch.core.files import check_outside, check_own, delete_unfinished, exclusive_lock, write_whole
+from scorematch.core.json_files import read_object
+from scorematch.core.messages import quote, reason
+from scorematch.core.precision import Autocast
+from scorematch.core.provenance import versions
+from scorematch.core.schema import Field, check
+from scorematch.data.cache import ImageData, open_images
+from scorematch.data.pictures import is_picture
 from scorematch.noise import NoiseSchedule
-from scorematch.precision import Autocast
 from scorematch.pretrained.hub import check_login, check_repository
-from scorematch.schema import Field, check, check_count, quote, read_object, reason
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
-from scorematch.training.data import ImageData, open_images
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import Levels, Weighting, levels_for
 from scorematch.training.report import (
@@ -62,7 +66,6 @@ from scorematch.training.report import (
     read_examples,
     sample_interval,
     save_samples,
-    versions,
     write_report,
 )
 from scorematch.training.steps import (
@@ -202,9 +205,9 @@ def train(
         loss: a function that replaces the denoising loss. It is called as
             ``loss(net, x, sigma=, noise=, condition=, region=)``, where the last two are omitted if there are none, and
             returns one value per image (N,), such as ``partial(sliced_score_matching_loss, reduction="none")``.
-        condition: a task that computes the condition from clean images, such as those of ``scorematch.palette``:
-            ``task(x, generator)`` returns the condition, or (condition, region). All its random numbers must be drawn
-            from the generator.
+        condition: a task that computes the condition from clean images, such as those of
+            ``scorematch.restoration.palette``: ``task(x, generator)`` returns the condition, or (condition, region).
+            All its random numbers must be drawn from the generator.
         label_drop: the fraction of labels that are replaced by the null class of the network, at least 0 and below 1,
             for classifier-free guidance (``scorematch.guidance``). Such a network is built with
             ``ScoreNet.unet(classes=..., null_class=True)``.

@@ -35,17 +35,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.images import to_float
+from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.messages import quote
+from scorematch.core.precision import Autocast, autocast
+from scorematch.core.randomness import seed_of
+from scorematch.data.cache import ImageData, Order
+from scorematch.data.pictures import to_float
+from scorematch.data.sources import ordered_map
 from scorematch.loss import dsm_loss
 from scorematch.noise import NoiseSchedule
-from scorematch.precision import Autocast, autocast
-from scorematch.randomness import seed_of
-from scorematch.schema import check_choice, check_count, quote
 from scorematch.score import ScoreNet
-from scorematch.training.data import ImageData, Order
 from scorematch.training.ema import Average, check_length
 from scorematch.training.levels import Levels, Weighting, check_levels, levels_for, uniforms, weighting_for
-from scorematch.training.sources import ordered_map
 
 Decay = Literal["cosine", "linear", "constant", "inverse-sqrt"]
 Loss = Callable[..., Tensor]
@@ -114,7 +115,7 @@ class Settings:
     weighting: Weighting | Callable[[Tensor], Tensor] | None = None  # the same
     p: float = 2  # the square of the error, whose minimum is the score
     loss: Loss | None = None
-    precision: Autocast = "auto"  # emulated bfloat16 takes twelve times as long (scorematch.precision)
+    precision: Autocast = "auto"  # emulated bfloat16 takes twelve times as long (scorematch.core.precision)
     flip: bool = True  # Ho et al. 2020, Appendix B
     label_drop: float = 0.0  # Ho & Salimans 2022 use 0.1 for guidance
     condition: Task | None = None
@@ -336,7 +337,7 @@ def train_steps(
         TypeError, ValueError: if arguments do not fit together.
 
     Example:
-        >>> from scorematch.training import open_images
+        >>> from scorematch.data import open_images
         >>> data = open_images(torch.rand(64, 1, 8, 8))
         >>> net = ScoreNet.unet(1, 8, widths=(8, 8))
         >>> for step in train_steps(net, data, Settings(images=64, batch_size=16)):
@@ -471,7 +472,7 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
     if takes is not None and takes.channels > 0 and settings.condition is None:
         raise ValueError(
             f"the network takes an image of {takes.channels} channels as its condition. Pass condition=, such as "
-            "scorematch.palette.Colorization()."
+            "scorematch.restoration.palette.Colorization()."
         )
     classes = _classes(net, settings)
     if settings.label_drop > 0 and not (classes is not None and takes is not None and takes.null_class):

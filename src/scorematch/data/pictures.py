@@ -8,15 +8,16 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from scorematch.files import write_whole
-from scorematch.schema import check_choice, check_count, few, reason
+from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.files import write_whole
+from scorematch.core.messages import few, reason
 
 # The extensions of image files. In a folder, files with other extensions are ignored.
 ENDINGS = (
@@ -424,3 +425,62 @@ def _deep_gray(image: Any) -> np.ndarray:
     if "transparency" in image.info:  # the gray value that marks transparent pixels
         array[array == image.info["transparency"]] = 0
     return (array / largest).astype(np.float32)
+
+
+Crop = Literal["center", "celeba"] | None
+CELEBA_SIDE = 140  # pixels; the aligned images have 178 x 218 (Song & Ermon, arXiv:1907.05600, App. B.1)
+
+
+class UnfitError(ValueError):
+    """An image that is not damaged but does not fit the arguments of ``open_images``."""
+
+
+def fit_picture(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
+    """Crops and resizes a picture; returns its pixels (C, H, W), uint8."""
+    from PIL.Image import Resampling
+
+    channels, height, width = shape
+    image = gray_or_rgb(picture, channels)
+    wide, tall = image.size
+    if crop == "celeba":
+        if min(wide, tall) < CELEBA_SIDE:
+            raise UnfitError(
+                f'crop="celeba" needs images of at least {CELEBA_SIDE} x {CELEBA_SIDE} pixels, got {tall} x {wide}. '
+                'Write crop="center" for images that are already cropped.'
+            )
+        inner = (CELEBA_SIDE, CELEBA_SIDE)
+    elif crop == "center":
+        scale = min(wide / width, tall / height)
+        inner = (min(wide, max(1, round(scale * width))), min(tall, max(1, round(scale * height))))
+    else:
+        inner = (wide, tall)
+    left, top = (wide - inner[0]) // 2, (tall - inner[1]) // 2
+    image = image.crop((left, top, left + inner[0], top + inner[1]))
+    if image.size != (width, height):
+        image = image.resize((width, height), Resampling.BILINEAR)
+    pixels = np.array(image)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def channels_and_size(picture: Any) -> tuple[int, tuple[int, int]]:
+    """The number of channels, 1 or 3, and the (height, width) of a picture, from its header."""
+    gray = picture.mode in ("1", "L", "LA", "La") or picture.mode.startswith(("I", "F"))
+    on_its_side = picture.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap height and width
+    size = picture.size
+    if on_its_side and picture.format == "TIFF":  # newer versions of Pillow have swapped them already
+        size = picture.tag_v2[256], picture.tag_v2[257]
+    return 1 if gray else 3, size if on_its_side else size[::-1]
+
+
+def as_picture(image: Any) -> Any:
+    """Converts an array (H, W), (H, W, C) or (C, H, W), uint8, to a picture; a picture is returned unchanged."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise UnfitError(f"an image must be a picture of Pillow or a uint8 array, got {array.dtype}.")
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)  # a tensor of a data set in the format "torch"
+    return Image.fromarray(array.squeeze(2) if array.ndim == 3 and array.shape[2] == 1 else array)

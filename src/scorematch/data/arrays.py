@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from scorematch.schema import Field, check, plain, quote, reason
+from scorematch.core.messages import plain, quote, reason
+from scorematch.core.schema import Field, check
 
 _SMALL, _INFLATION = 2**26, 50  # unpacked arrays have at most 64 MiB, or 50 times the size of the file
 _LARGEST_HEADER = 10_000  # bytes

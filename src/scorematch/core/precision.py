@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from scorematch.schema import check_choice
+from scorematch.core.arguments import check_choice
 
 Autocast = Literal["auto", "float32", "bfloat16"]
 

@@ -64,9 +64,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scorematch.core.batches import per_image
+from scorematch.core.schema import Field, check
+from scorematch.core.scores import check_score
 from scorematch.noise import NoiseSchedule
-from scorematch.protocol import check_score, per_image
-from scorematch.schema import Field, check
 
 
 class Coefficients(NamedTuple):
@@ -232,6 +233,11 @@ class Preconditioning:
             return 1.0, 0.0
         low, high = self.value_range
         return 2 / (high - low), (low + high) / 2
+
+    @property
+    def data_std(self) -> float | None:
+        """The standard deviation of the data that was given to the row, in the units of x; None if none was given."""
+        return self.options["sigma_data"] / self.units[0] if "sigma_data" in self.options else None
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """The coefficients at noise levels sigma, () or (N,), in the units of x."""

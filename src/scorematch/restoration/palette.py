@@ -28,7 +28,7 @@ Training and sampling take one more line each. ``Observation`` keeps everything 
     observation = Observation(Mask(~region), x)
     restored = AncestralSampler(net).sample(condition=condition, observation=observation)
 
-``condition_of`` computes the condition from a measurement of an operator of ``scorematch.observe``.
+``condition_of`` computes the condition from a measurement of an operator of ``scorematch.restoration``.
 
 References:
     Saharia et al., 2022, Palette: Image-to-Image Diffusion Models, arXiv:2111.05826.
@@ -44,10 +44,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from scorematch.observe import JPEG, Grayscale, Operator
-from scorematch.protocol import as_region, check_data
-from scorematch.randomness import single_generator
-from scorematch.schema import quote
+from scorematch.core.batches import as_region, check_data
+from scorematch.core.messages import quote
+from scorematch.core.randomness import single_generator
+from scorematch.restoration.operators import JPEG, Grayscale, Operator
 
 Degradation = Callable[[Tensor, torch.Generator | None], Tensor | tuple[Tensor, Tensor]]
 
@@ -307,7 +307,7 @@ def condition_of(operator: Operator, y: Tensor, generator: torch.Generator | int
         ValueError: if its shape does not fit the operator.
 
     Example:
-        >>> from scorematch.observe import Uncrop
+        >>> from scorematch.restoration import Uncrop
         >>> condition_of(Uncrop(right=14), torch.rand(2, 3, 28, 14)).shape
         torch.Size([2, 3, 28, 28])
     """

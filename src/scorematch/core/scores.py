@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scorematch.noise import NoiseSchedule
+from scorematch.core.batches import as_sigma, check_data, per_image
 
 Score = Callable[..., Tensor]
 
@@ -30,20 +30,6 @@ def attribute(score: object, name: str) -> Any:
     """An attribute of a network, or of the network inside DistributedDataParallel and similar wrappers, or None."""
     inner = getattr(score, "module", None) if isinstance(score, nn.Module) else None
     return getattr(score, name, getattr(inner, name, None))
-
-
-def schedule_of(score: object) -> NoiseSchedule | None:
-    """The noise levels that a network was trained on; None for a plain function."""
-    schedule = attribute(score, "schedule")
-    return schedule if isinstance(schedule, NoiseSchedule) else None
-
-
-def check_schedule(schedule: object) -> None:
-    """Raises TypeError if an object is not a NoiseSchedule."""
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(
-            f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
-        )
 
 
 def middle_of(score: object) -> float:
@@ -67,78 +53,6 @@ def has_inference_copy(score: object) -> bool:
 def inference_copy_of(score: Any, *, compile: bool = False) -> Any:  # noqa: A002  (torch's word)
     """The inference copy of a score, or the score itself if it has none."""
     return score.inference_copy(compile=compile) if has_inference_copy(score) else score
-
-
-# -- Checks -----------------------------------------------------------------------------------------------------------
-
-
-def check_data(x: Any, name: str = "x") -> None:
-    """Checks that x is a batch of floating-point data, (N, ...) with N at least 1.
-
-    Raises:
-        TypeError: if x is not a floating-point tensor.
-        ValueError: if x has fewer than two axes, or the batch is empty.
-    """
-    if not isinstance(x, Tensor):
-        hint = f"Write torch.as_tensor({name})."
-        if isinstance(x, list | tuple):
-            hint = "A batch of a data set with labels is [x, y]: pass its first entry."
-        raise TypeError(f"{name} must be a tensor (N, ...), got {type(x).__name__}. {hint}")
-    if not x.is_floating_point():
-        raise TypeError(
-            f"{name} must be floating point, images in [0, 1], got {x.dtype}. Write {name} / 255 for 8-bit images."
-        )
-    # x.shape[0] and not len(x), which torch.export would make a constant.
-    if x.ndim < 2 or x.shape[0] == 0:
-        raise ValueError(f"{name} must be a batch (N, ...) with at least one sample, got shape {tuple(x.shape)}.")
-
-
-def as_sigma(sigma: float | Tensor, x: Tensor) -> Tensor:
-    """Converts a noise level to a tensor () or (N,) on the device of x, in x's dtype, but at least float32.
-
-    A level on the CPU must be positive. A level on another device is not checked, since reading it would synchronize
-    with that device.
-
-    Raises:
-        TypeError: if sigma is an integer tensor, or not a number.
-        ValueError: if sigma has another shape, or is not positive.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if not isinstance(sigma, Tensor):
-        if isinstance(sigma, int | float):
-            if not sigma > 0:
-                raise ValueError(f"sigma must be positive, got {sigma:g}.")
-            return torch.full((), sigma, dtype=dtype, device=x.device)  # without a copy from the CPU
-        try:
-            sigma = torch.as_tensor(sigma)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"sigma must be a noise level, a float or a tensor () or (N,), got {sigma!r}.") from error
-    if not sigma.is_floating_point():
-        raise TypeError(
-            "sigma must be a floating-point noise level, a standard deviation in the units of x, got "
-            f"{sigma.dtype}. Write schedule[i] for level i of a schedule."
-        )
-    if sigma.ndim > 1 or (sigma.ndim == 1 and sigma.shape != x.shape[:1]):
-        raise ValueError(f"sigma must be a float, () or ({len(x)},) like the batch, got shape {tuple(sigma.shape)}.")
-    wrong = first_where(sigma, lambda sigma: ~(sigma > 0))
-    if wrong is not None:
-        raise ValueError(f"sigma must be positive, got {wrong:g}.")
-    return sigma.to(dtype).to(x.device)  # cast first: not every device has float64
-
-
-def first_where(values: Tensor, wrong: Callable[[Tensor], Tensor]) -> float | None:
-    """The first of the values for which ``wrong`` is true; None if there is none, or if the values are not read.
-
-    Values are not read inside torch.compile and torch.func.vmap, nor on another device than the CPU, where reading
-    would synchronize with the device.
-    """
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    try:
-        found = values[wrong(values)]
-    except RuntimeError:  # torch.func.vmap does not support results whose shape depends on values
-        return None
-    return found[0].item() if len(found) else None
 
 
 def check_score(score: Tensor, x: Tensor) -> Tensor:
@@ -166,27 +80,6 @@ def score_at(net: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | N
     return check_score(net(x, sigma) if condition is None else net(x, sigma, condition), x).to(x.dtype)
 
 
-def as_region(region: Tensor, x: Tensor, meaning: str) -> Tensor:
-    """Expands a region, bool, to the shape of x and moves it to its device; ``meaning`` says where it is True.
-
-    Raises:
-        TypeError: if the region is not a bool tensor.
-        ValueError: if it is not broadcastable to x.
-    """
-    if not isinstance(region, Tensor):
-        raise TypeError(
-            f"region must be a bool tensor, True {meaning}, got {type(region).__name__}. Write torch.as_tensor(region)."
-        )
-    if region.dtype != torch.bool:
-        raise TypeError(f"region must be bool, True {meaning}, got {region.dtype}. Write region > 0.5.")
-    try:
-        return region.to(x.device).expand(x.shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"region must be broadcastable to x, {tuple(x.shape)}, got shape {tuple(region.shape)}."
-        ) from error
-
-
 def check_differentiable(score: Tensor, name: str = "the score") -> None:
     """Raises ValueError if a score, which was computed with gradients enabled, does not depend on x for autograd."""
     if not score.requires_grad:
@@ -194,21 +87,6 @@ def check_differentiable(score: Tensor, name: str = "the score") -> None:
             f"{name} must be differentiable in x, but it was computed without gradients. Remove torch.no_grad() and "
             "detach() from the function that computes it."
         )
-
-
-def without_history(x: Tensor) -> Tensor:
-    """The tensor detached from the graph, and as an ordinary tensor if it was created in inference mode.
-
-    A tensor of inference mode cannot be differentiated through.
-    """
-    return x.clone() if x.is_inference() else x.detach()
-
-
-def per_image(value: Tensor | float, x: Tensor) -> Tensor | float:
-    """Reshapes a value so that it broadcasts over x (N, ...): (N,) becomes (N, 1, ..., 1), a number or () stays."""
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    return value.view(-1, *[1] * (x.ndim - 1))
 
 
 # -- The denoised data -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ It accepts
 - a ``torch.utils.data.Dataset`` with a length, whose items are images or tuples (image, label). Its random transforms
   are drawn again at each access, also in a run that continues;
 - a data set of Hugging Face's ``datasets``, its name on the Hub, or a short name in
-  ``scorematch.evaluation.REFERENCES``, such as "mnist-train".
+  ``scorematch.data.REFERENCES``, such as "mnist-train".
 
 Image files are cropped and resized with Pillow and kept as uint8. Each file is decoded once when the data are opened,
 so that damaged files are found before the training starts. The decoded images are kept in memory, or in a memory-mapped
@@ -39,10 +39,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.files import new_files
-from scorematch.randomness import seed_of
-from scorematch.schema import Field, check, check_choice, check_count, few, read_object
-from scorematch.training.sources import CELEBA_SIDE, Array, Crop, Options, Source, UnfitError, find, ordered_map
+from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.files import new_files
+from scorematch.core.json_files import read_object
+from scorematch.core.messages import few
+from scorematch.core.randomness import seed_of
+from scorematch.core.schema import Field, check
+from scorematch.data.find import find
+from scorematch.data.pictures import CELEBA_SIDE, Crop, UnfitError
+from scorematch.data.sources import Array, Options, Source, ordered_map
 
 _BLOCK = 1024  # images that are read at a time to hash them
 _IN_MEMORY = 2**30  # the largest size in bytes of decoded images that are kept in memory without a cache

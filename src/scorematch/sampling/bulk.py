@@ -1,21 +1,106 @@
-"""Sampling batch by batch, where each image depends only on the seed of the job and on its number."""
+"""Sampling many images with any number of processes, batch by batch.
+
+Image i has its own random generator, whose seed depends only on the seed of the job and on i. The network processes
+images in fixed batches: with a batch size of B, batch b has the images from b B to (b + 1) B - 1. Process k of m draws
+the batches k, k + m, k + 2 m, ... An image is therefore the same in every job with the same seed, whatever the number
+of images and processes, and whether the job was interrupted. With the same batch size and number of threads it is
+bitwise the same; with another batch size the results of the network are rounded differently.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
-from scorematch import __version__
-from scorematch.bulk.batches import Batch, Share, checked_share, ranges
-from scorematch.bulk.classes import Classes, image_classes, number_of_classes
-from scorematch.bulk.hashing import sampler_settings
-from scorematch.protocol import attribute, inference_copy_of
-from scorematch.randomness import seed_of
-from scorematch.sampling import Sampler
-from scorematch.schema import check_count, native
+from scorematch.core.arguments import check_count
+from scorematch.core.conditions import as_condition
+from scorematch.core.json_files import native
+from scorematch.core.processes import Share, checked_share
+from scorematch.core.provenance import __version__, identity
+from scorematch.core.randomness import seed_of
+from scorematch.core.scores import attribute, inference_copy_of
+from scorematch.data.samples import Batch, ranges
+from scorematch.noise import NoiseSchedule
+from scorematch.sampling.sampler import Sampler
+
+Rule = Literal["random", "cycle"]
+Classes: TypeAlias = int | Rule | None
+
+
+def image_classes(indices: Iterable[int], condition: int | Rule, classes: int | None, seed: int) -> Tensor:
+    """The classes of images by their numbers, int64 (len(indices),).
+
+    Args:
+        indices: the numbers of the images.
+        condition: the class of all images, "random" or "cycle", as for ``bulk_samples``.
+        classes: the number of classes, for "random" and "cycle".
+        seed: the seed of the images.
+
+    Example:
+        >>> image_classes(range(8, 12), "cycle", 10, seed=0)
+        tensor([8, 9, 0, 1])
+    """
+    if isinstance(condition, int):
+        return torch.tensor([condition for _ in indices], dtype=torch.int64)
+    if classes is None:
+        raise ValueError(f"condition={condition!r} needs the number of classes: pass classes=.")
+    if condition == "cycle":
+        return torch.tensor([i % classes for i in indices], dtype=torch.int64)
+    return torch.tensor([seed_of(seed, "class", i) % classes for i in indices], dtype=torch.int64)
+
+
+def number_of_classes(net: object, condition: Classes, classes: int | None, shape: Sequence[int]) -> int | None:
+    """The number of classes for "random" and "cycle", otherwise None.
+
+    Args:
+        net: the network or any other score.
+        condition: the class of all images, "random", "cycle" or None.
+        classes: the number that the user asked for; None is that of the network, without its null class.
+        shape: the shape of one sample.
+
+    Raises:
+        TypeError, ValueError: if the arguments do not fit together, or the network does not take these classes.
+    """
+    takes = attribute(net, "conditioning")
+    if condition is not None and (
+        isinstance(condition, bool) or (not isinstance(condition, int) and condition not in get_args(Rule))
+    ):
+        raise TypeError(f'condition must be a class, "random", "cycle" or None, got {condition!r}.')
+    if isinstance(condition, str):
+        if classes is None and takes is not None:
+            classes = takes.classes
+        if classes is None:
+            raise ValueError(f"condition={condition!r} needs the number of classes: pass classes=.")
+        check_count("classes", classes)
+        largest: int | None = classes - 1
+    else:
+        if classes is not None:
+            raise ValueError('classes= is for condition="random" and condition="cycle". Leave it out.')
+        largest = condition
+    as_condition(largest, torch.empty(1, *shape, device="meta"), takes)
+    return classes
+
+
+def _plain(value: Any) -> Any:
+    """An option of a sampler as a plain value for JSON."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return list(value) if isinstance(value, NoiseSchedule) else identity(value)
+
+
+def sampler_settings(sampler: Sampler) -> dict[str, Any]:
+    """Returns a hash of the network ("network") and the options of a sampler ("sampler"), as values for JSON."""
+    # Attributes that begin with an underscore are derived from the others.
+    options = {key: value for key, value in vars(sampler).items() if key[0] != "_" and key != "net"}
+    described = {"name": type(sampler).__name__, **{key: _plain(value) for key, value in options.items()}}
+    return {"network": identity(sampler.net), "sampler": described}
+
 
 SEEDS = 2**32  # A torch.Generator on a CPU uses the lowest 32 bits of its seed only.
 

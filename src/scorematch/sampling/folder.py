@@ -17,17 +17,26 @@ from typing import Any, NoReturn
 import torch
 from tqdm.auto import tqdm
 
-from scorematch.bulk.batches import Batch, Share, checked_share, ranges
-from scorematch.bulk.classes import Classes
-from scorematch.bulk.formats import FORMATS, Format, stem
-from scorematch.bulk.job import SEEDS, Job
-from scorematch.bulk.stored import IMAGES, LABELS_FILE, METADATA_FILE, read_metadata
-from scorematch.files import delete_unfinished, write_whole
-from scorematch.images import is_picture
-from scorematch.precision import device_name
-from scorematch.protocol import attribute, device_of
-from scorematch.sampling import Sampler
-from scorematch.schema import check_choice, check_count, quote, reason
+from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.files import delete_unfinished, write_whole
+from scorematch.core.messages import quote, reason
+from scorematch.core.precision import device_name
+from scorematch.core.processes import Share, checked_share
+from scorematch.core.scores import attribute, device_of
+from scorematch.data.pictures import is_picture
+from scorematch.data.samples import (
+    FORMATS,
+    IMAGES,
+    LABELS_FILE,
+    METADATA_FILE,
+    Batch,
+    Format,
+    ranges,
+    read_metadata,
+    stem,
+)
+from scorematch.sampling.bulk import SEEDS, Classes, Job
+from scorematch.sampling.sampler import Sampler
 
 _CHECK_SECONDS = 0.2  # between two checks of the files of other processes
 _FEW = 3  # the most differences of settings that an error lists

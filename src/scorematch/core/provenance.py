@@ -1,13 +1,15 @@
-"""What a sampler computes, as plain values for JSON: its options, and a hash of its network."""
+"""Provenance: the versions of packages, and a hash of any object that tells two apart."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import itertools
+import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
+from importlib import metadata
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -15,25 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scorematch.noise import NoiseSchedule
-from scorematch.sampling import Sampler
+from scorematch.core.precision import device_name
 
-
-def sampler_settings(sampler: Sampler) -> dict[str, Any]:
-    """Returns a hash of the network ("network") and the options of a sampler ("sampler"), as values for JSON."""
-    # Attributes that begin with an underscore are derived from the others.
-    options = {key: value for key, value in vars(sampler).items() if key[0] != "_" and key != "net"}
-    described = {"name": type(sampler).__name__, **{key: _plain(value) for key, value in options.items()}}
-    return {"network": identity(sampler.net), "sampler": described}
-
-
-def _plain(value: Any) -> Any:
-    """An option of a sampler as a plain value for JSON."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return list(value) if isinstance(value, NoiseSchedule) else identity(value)
+__version__ = "0.1.0"
 
 
 def identity(value: Any) -> str:
@@ -84,7 +70,7 @@ def _parts(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
         yield from nested(sorted(value.items(), key=lambda item: str(item[0])))
     elif isinstance(value, set | frozenset):
         yield from nested(sorted(value, key=repr))
-    elif isinstance(value, list | tuple | NoiseSchedule):
+    elif isinstance(value, Sequence):
         yield from itertools.chain.from_iterable(nested(entry) for entry in value)
     elif isinstance(value, functools.partial):
         yield from nested([value.func, value.args, value.keywords])
@@ -113,3 +99,19 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
+
+
+def versions(device: torch.device | str, *packages: str) -> dict[str, str]:
+    """The versions of Python and of packages, and the device, on all of which the rounding of results depends.
+
+    Args:
+        device: the device.
+        packages: the names of packages besides scorematch and torch.
+    """
+    return {
+        "scorematch": __version__,
+        "Python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{name: metadata.version(name) for name in packages},
+        "device": device_name(torch.device(device)),
+    }

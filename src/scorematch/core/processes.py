@@ -1,0 +1,108 @@
+"""The processes that a launcher such as ``torchrun`` started: rank, number of processes, and their communication."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Share: TypeAlias = tuple[int, int]
+
+
+def this_process() -> Share:
+    """The number of this process and the number of all processes, (0, 1) for a single one.
+
+    They are those of ``torch.distributed`` if it is initialized, else those in the environment variables RANK and
+    WORLD_SIZE, which ``torchrun`` and ``accelerate launch`` set.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
+def checked_share(share: Share | None) -> Share:
+    """The share (k, m); that of this process for None.
+
+    Raises:
+        ValueError: if it is not (k, m) with 0 <= k < m.
+    """
+    if share is None:
+        return this_process()
+    k, m = share
+    if not 0 <= k < m:
+        raise ValueError(f"share must be (k, m) with 0 <= k < m, got {share!r}.")
+    return k, m
+
+
+_TIMEOUT = timedelta(days=7)  # processes wait for the slowest one, which may have to sample for hours
+_GROUPS = itertools.count()
+
+
+def processes() -> int:
+    """The number of processes in ``torch.distributed``; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@functools.cache
+def _store() -> Any:
+    """The store of the launcher, with which processes find each other."""
+    return next(dist.rendezvous("env://", timeout=_TIMEOUT))[0]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def process_group(device: torch.device | str) -> Iterator[None]:
+    """Within this context the processes that ``torchrun`` or ``accelerate launch`` started form a process group.
+
+    If there is one already, or only one process, nothing is done.
+
+    Args:
+        device: the device of this process; processes on CUDA devices communicate through NCCL, others through gloo.
+    """
+    device, (rank, number) = torch.device(device), this_process()
+    if number == 1 or processes() > 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        # A prefix for each group: a process that is ahead would find the addresses of the group before, and wait.
+        store=dist.PrefixStore(f"scorematch {next(_GROUPS)}", _store()),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=number,
+        timeout=_TIMEOUT,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def agreed(value: bool) -> bool:
+    """Whether a value is true on all processes; every process must call it."""
+    return value if processes() == 1 else bool(over_processes(torch.tensor(int(value)), "min"))
+
+
+def communication_device(device: torch.device) -> torch.device:
+    """The device on which the process group exchanges tensors; ``device`` itself where possible."""
+    backend = dist.get_backend()
+    if "nccl" in backend:
+        return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if backend in ("gloo", "mpi") else device
+
+
+def over_processes(value: Tensor, operation: str = "sum") -> Tensor:
+    """The elementwise sum, minimum or maximum of a tensor over all processes: "sum", "min" or "max"."""
+    result = value.to(communication_device(value.device), copy=True)
+    dist.all_reduce(result, getattr(dist.ReduceOp, operation.upper()))
+    return result.to(value.device)

@@ -1,0 +1,131 @@
+"""The type and range of the values of a configuration, and their check."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from scorematch.core.messages import quote
+
+_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """The type and range of the value of one key.
+
+    ``str(field)`` describes them for messages, such as "an integer of at least 1".
+
+    Args:
+        kind: int, float (ints are accepted), str, bool, list or dict.
+        required: whether the key must be present.
+        optional: whether the value may be null.
+        low: the smallest number, or the smallest length of a list.
+        high: the largest number, or the largest length of a list.
+        above: a number that the value must exceed.
+        below: a number that must exceed the value.
+        choices: the allowed values; None allows all.
+        each: the field of each entry of a list.
+        or_list: whether the value may also be a list of such values, at most 16.
+    """
+
+    kind: type
+    required: bool = False
+    optional: bool = False
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: Collection[Any] | None = None
+    each: Field | None = None
+    or_list: bool = False
+
+    def __str__(self) -> str:
+        if self.or_list:
+            return f"{replace(self, or_list=False)}, or a list of such values"
+        if self.choices is not None:
+            text = f"one of {', '.join(map(repr, self.choices))}"
+        else:
+            text = _NAMES[self.kind]
+            bounds = []
+            if self.low is not None and self.low == self.high:
+                bounds.append(f"exactly {_number(self.low)}")
+            else:
+                bounds += [] if self.above is None else [f"more than {_number(self.above)}"]
+                bounds += [] if self.low is None else [f"at least {_number(self.low)}"]
+                bounds += [] if self.high is None else [f"at most {_number(self.high)}"]
+                bounds += [] if self.below is None else [f"less than {_number(self.below)}"]
+            if bounds:
+                text += (" with " if self.kind is list else " of ") + " and ".join(bounds)
+                text += " entries" if self.kind is list else ""
+            if self.each is not None:
+                text += f", each {self.each}"
+        if self.optional:
+            text += " or null" if self.each is None else ", or null"
+        return text
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value has the type and range of this field."""
+        if value is None:
+            return self.optional
+        if self.or_list and isinstance(value, list | tuple):
+            return 0 < len(value) <= 16 and all(map(replace(self, or_list=False).fits, value))
+        if isinstance(value, bool) != (self.kind is bool):
+            return False
+        kinds = (int, float) if self.kind is float else (list, tuple) if self.kind is list else self.kind
+        if not isinstance(value, kinds):
+            return False
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        if self.kind is float and isinstance(value, int) and abs(value) > sys.float_info.max:
+            return False
+        if self.choices is not None:
+            return value in self.choices
+        size: Any = len(value) if isinstance(value, list | tuple) else value
+        if self.low is not None and size < self.low:
+            return False
+        if self.above is not None and size <= self.above:
+            return False
+        if self.high is not None and size > self.high:
+            return False
+        if self.below is not None and size >= self.below:
+            return False
+        return not isinstance(value, list | tuple) or self.each is None or all(map(self.each.fits, value))
+
+
+def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool = False) -> None:
+    """Raises an error if a configuration does not fit its schema.
+
+    Args:
+        values: the configuration, a mapping.
+        fields: the schema, a ``Field`` for each key.
+        where: the name of the configuration in messages, such as its path.
+        closed: whether keys that are not in the schema are an error.
+
+    Raises:
+        ValueError: if the configuration does not fit; the message names the key, the expected and the actual value.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be an object with keys, got {quote(values)}.")
+    absent = [key for key, field in fields.items() if field.required and key not in values]
+    if absent:
+        raise ValueError(f"{where} lacks {', '.join(absent)}.")
+    if closed and (unknown := [key for key in values if key not in fields]):
+        raise ValueError(f"{where} has an unknown key, {quote(unknown[0])}; the known keys are {', '.join(fields)}.")
+    for key, field in fields.items():
+        if key in values and not field.fits(values[key]):
+            raise ValueError(f"{where}: {key} must be {field}, got {quote(values[key])}.")
+
+
+def _number(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"

@@ -1,0 +1,35 @@
+"""Where data come from: folders of pictures, arrays, data sets, folders of samples; and pictures read and written."""
+
+from scorematch.data.cache import ImageData, open_images
+from scorematch.data.pictures import (
+    ENDINGS,
+    grid,
+    list_pictures,
+    read_image,
+    read_mask,
+    save_animation,
+    save_grid,
+    save_image,
+    to_uint8,
+)
+from scorematch.data.samples import Batch, read_samples, stored_samples, stored_settings
+from scorematch.data.tables import REFERENCES
+
+__all__ = [
+    "ENDINGS",
+    "REFERENCES",
+    "Batch",
+    "ImageData",
+    "grid",
+    "list_pictures",
+    "open_images",
+    "read_image",
+    "read_mask",
+    "read_samples",
+    "save_animation",
+    "save_grid",
+    "save_image",
+    "stored_samples",
+    "stored_settings",
+    "to_uint8",
+]

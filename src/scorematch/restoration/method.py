@@ -1,0 +1,49 @@
+r"""How a sampler uses an observation: the interface of a restoration method.
+
+The observation is :math:`y = A x_0 + \sigma_y n` with an operator A and standard normal noise n. Let D be the denoised
+image, :math:`x + \sigma^2 s(x, \sigma)`. If the operator has a gain c (:math:`A A^\top = c I`), let
+:math:`P = A^\top A / c` be the projection onto the observed part, :math:`y^+ = A^\top y / c`, and
+:math:`\varsigma = \sigma_y / \sqrt c` the noise level of :math:`y^+`. Each method has one file in this package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from scorematch.core.scores import Score
+
+
+class Restoration:
+    """How a sampler uses an observation. This base class stands for no observation and changes nothing.
+
+    Attributes:
+        sigma: the noise level below which ``project`` changes nothing, since the state contains the observation.
+    """
+
+    sigma = 0.0
+
+    def start(self, x: Tensor, sigma: float, middle: float) -> Tensor:
+        """The state to start from; x is noise of the highest level, sigma, around ``middle``."""
+        return x
+
+    def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
+        """The score that the sampler uses at x, the ``rows`` of the state; sigma is a float or a tensor ()."""
+        return score(x, sigma)
+
+    def project(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
+        """The state at the start of a step, before the score is computed; z is the noise of the step."""
+        return x
+
+    def stay(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """The score and the noise of a step that stays at its level."""
+        return score, z
+
+    def project_last(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
+        """The state before the final denoising, at the lowest level; z is the noise of the last step."""
+        return self.project(x, sigma, z)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The result; if y has no noise, its observed part is replaced by the observation."""
+        return x

@@ -1,0 +1,186 @@
+"""What the steps of one run of a sampler use: the score, the noise, the observation, and the check of the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scorematch.core.scores import (
+    Score,
+    attribute,
+    check_score,
+    has_inference_copy,
+)
+from scorematch.noise import NoiseSchedule
+from scorematch.restoration.method import Restoration
+
+Generators = torch.Generator | tuple[torch.Generator, ...] | None
+# The number of steps between two checks that the state is finite. A check waits for the device.
+_CHECK_EVERY = 16
+
+
+class Run(NamedTuple):
+    """The checked arguments of one run, except the start, which is kept separately so that it can be freed early."""
+
+    condition: Tensor | None
+    restoration: Restoration
+    batch_size: int
+    generator: Generators
+    noise: Tensor | None  # the noise of a start that is drawn, if y has noise
+
+
+class Chain:
+    """The score, the noise and the observation of one run, as ``Sampler.steps`` uses them.
+
+    Most steps begin with ``x, score, z = chain(x, sigma)``, which draws the noise of the step, replaces the observed
+    part of the state, and computes the score of the new state.
+    """
+
+    def __init__(self, net: Score, run: Run, noise: Callable[[Tensor], Tensor], count: Callable[[], object]) -> None:
+        self._net, self._run, self._noise, self._count = net, run, noise, count
+        self._takes_floats = has_inference_copy(net)
+        self._sigmas: dict[float, Tensor] = {}
+        self._z: Tensor | None = None  # the noise of the last step or replacement
+
+    def __call__(self, x: Tensor, sigma: float, *, stay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """The state with the observation, its score, and the noise of the step.
+
+        Args:
+            x: the state (n, ...).
+            sigma: its noise level.
+            stay: whether the step stays at its level, as in Langevin dynamics. With an observation the score and the
+                noise are then those of the posterior.
+
+        Returns:
+            Three tensors of x's shape: the state, its score, and standard normal noise.
+        """
+        x, z = self.begin(x, sigma)
+        score = self.score(x, sigma)
+        if stay:
+            score, z = self.stay(x, score, z, sigma)
+        return x, score, z
+
+    def begin(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """The state with the observation, and the noise of the step.
+
+        The noise of the observed part is that of the step before, or of the start. With the noise of this step, a step
+        from a level above the noise of y to one below it would add the same noise again.
+        """
+        z = self.noise(x)
+        before = self._run.noise if self._z is None else self._z
+        x = self.observe(x, sigma, z if before is None else before)
+        self._z = z
+        return x, z
+
+    def noise(self, x: Tensor) -> Tensor:
+        """Standard normal noise of x's shape; for a sampler with ``draws_noise = False``, the noise of its start."""
+        z = self._noise(x)
+        if z.shape != x.shape:
+            raise ValueError(f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}.")
+        return z.to(x)
+
+    @property
+    def observed_sigma(self) -> float:
+        """The noise level below which ``observe`` changes nothing; 0 without an observation that has noise.
+
+        From there on the state contains the observation. A step from sigma_i to sigma_{i+1} that adds noise of a larger
+        variance than sigma_i^2 - sigma_{i+1}^2 would forget it, unless it stays at its level and uses ``stay``.
+        """
+        return self._run.restoration.sigma
+
+    def observe(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
+        """The state with its observed part replaced by the observation, with noise sigma z."""
+        self._z = z
+        return self._run.restoration.project(x, sigma, z)
+
+    def stay(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """The score and the noise of a step that stays at its level; unchanged without an observation."""
+        return self._run.restoration.stay(x, score, z, sigma)
+
+    def score(self, x: Tensor, sigma: float) -> Tensor:
+        """The score of x (n, ...) at a noise level, one network call per sample. The result may be overwritten."""
+        return self._scores(x, sigma, lambda part: self._for_rows(part, self._net))
+
+    def score_and_variance(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """The score, and the variance that the network predicts in the same call; see ``ScoreNet.score_and_variance``.
+
+        With an observation the variance is that of the network without it.
+        """
+        variance = torch.empty_like(x)
+
+        def network(part: slice) -> Score:
+            both = self._for_rows(part, attribute(self._net, "score_and_variance"))
+
+            def score(x: Tensor, sigma: Any) -> Tensor:
+                score, share = both(x, sigma)
+                variance[part] = check_score(share, x).detach()
+                return score
+
+            return score
+
+        return self._scores(x, sigma, network), variance
+
+    def _scores(self, x: Tensor, sigma: float, network: Callable[[slice], Score]) -> Tensor:
+        """The score of x, with the function of x and sigma that ``network`` returns for some of its rows."""
+        run = self._run
+        scores = torch.empty_like(x)
+        level = sigma if self._takes_floats else self._tensor(sigma, x)
+        for i in range(0, len(x), run.batch_size):
+            part = slice(i, i + run.batch_size)
+            scores[part] = check_score(run.restoration.score(network(part), x[part], level, part), x[part])
+        self._count()
+        return scores
+
+    def denoised(self, x: Tensor, sigma: float) -> Tensor:
+        """The denoised image by Tweedie's formula, after the observed part of the state is replaced."""
+        # A sampler that takes no step, since it has one level, has replaced nothing yet.
+        z = self.noise(x) if self._z is None else self._z
+        x, self._z = self._run.restoration.project_last(x, sigma, z), None
+        scores = self.score(x, sigma)
+        return torch.add(x, scores, alpha=sigma**2, out=scores)
+
+    def _tensor(self, sigma: float, x: Tensor) -> Tensor:
+        if sigma not in self._sigmas:
+            self._sigmas[sigma] = torch.full((), sigma, dtype=x.dtype, device=x.device)
+        return self._sigmas[sigma]
+
+    def _for_rows(self, part: slice, function: Callable[..., Any]) -> Callable[[Tensor, Any], Any]:
+        """A function of x, sigma and the condition as one of x and sigma, for some rows of the condition."""
+        condition = self._run.condition
+        return function if condition is None else lambda x, sigma: function(x, sigma, condition[part])
+
+
+class FiniteCheck:
+    """Raises an error if a state has NaN or infinite values, without waiting for the device at every step.
+
+    The number of the first such step is recorded on the device, and read every ``_CHECK_EVERY`` steps.
+    """
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
+        self.sigmas: list[float] = []  # of the state after each step
+        self.first: Tensor | None = None  # the first step with NaN or infinity, or the largest int32
+
+    def record(self, x: Tensor, sigma: float) -> None:
+        """Records whether the state after a step is finite."""
+        step = len(self.sigmas)
+        self.sigmas.append(sigma)
+        here = torch.where(torch.isfinite(x).all(), torch.iinfo(torch.int32).max, step)
+        self.first = here if self.first is None else torch.minimum(self.first, here)
+        if len(self.sigmas) % _CHECK_EVERY == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Reads what was recorded, and raises RuntimeError if a state was not finite."""
+        first = torch.iinfo(torch.int32).max if self.first is None else int(self.first)
+        if first < len(self.sigmas):
+            before, sigma = self.sigmas[first - 1] if first else self.schedule.sigma_max, self.sigmas[first]
+            level = min(range(len(self.schedule)), key=lambda i: abs(self.schedule[i] - sigma))
+            step = f"after the step from sigma {before:.4g}" if before != sigma else "after a step at this level"
+            raise RuntimeError(
+                f"the state has NaN or infinite values from level {level} of {len(self.schedule)} on, sigma "
+                f"{sigma:.4g}, {step}: the score is wrong there, or the step is too large for it."
+            )
