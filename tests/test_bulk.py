@@ -401,7 +401,7 @@ def test_another_version_of_torch_is_a_warning(tmp_path, levels):
     content = json.loads(path.read_text())
     content["versions"]["torch"] = "2.0"
     path.write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match=r"changes rounding: torch was 2.0 and is \d") as caught:
+    with pytest.warns(UserWarning, match=r"changes rounding: torch was '2.0' and is '\d") as caught:
         _fill(levels, tmp_path, 2)
     assert len(caught) == 1
 

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_count
 from scorematch.core.files import write_whole
-from scorematch.core.json_files import read_object
 from scorematch.core.processes import Share, checked_share
+from scorematch.core.records import read_record
 from scorematch.core.schema import Field, check
 from scorematch.data.arrays import read_arrays, read_shape
 from scorematch.data.pictures import check_picture, read_image, save_image, to_uint8
@@ -257,13 +257,9 @@ def read_metadata(folder: Path) -> dict[str, Any] | None:
         ValueError: if it is not valid.
     """
     path = folder / METADATA_FILE
-    try:
-        content = read_object(path)
-    except FileNotFoundError:
+    content = read_record(path, _METADATA)
+    if content is None:
         return None
-    except ValueError as error:
-        raise ValueError(f"{error} Pass another folder.") from error
-    check(content, _METADATA, str(path))
     settings = content["settings"]
     check(settings, _SETTINGS, f"{path}: settings")
     if settings["format"] == "png" and settings["shape"][0] not in (1, 3):

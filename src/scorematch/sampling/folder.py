@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -19,9 +18,10 @@ from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_choice, check_count
 from scorematch.core.files import delete_unfinished, write_whole
-from scorematch.core.messages import quote, reason
+from scorematch.core.messages import reason
 from scorematch.core.precision import device_name
 from scorematch.core.processes import Share, checked_share
+from scorematch.core.records import as_stored, differences, refuse, write_record
 from scorematch.core.scores import attribute, device_of
 from scorematch.data.pictures import is_picture
 from scorematch.data.samples import (
@@ -39,8 +39,7 @@ from scorematch.sampling.bulk import SEEDS, Classes, Job
 from scorematch.sampling.sampler import Sampler
 
 _CHECK_SECONDS = 0.2  # between two checks of the files of other processes
-_FEW = 3  # the most differences of settings that an error lists
-_FIRST = ("network", "sampler", "sampler.name")  # the settings that it lists before others
+_FIRST = ("network", "sampler", "sampler.name")  # the settings that an error lists before others
 
 
 def sample_to(
@@ -195,14 +194,15 @@ class SampleFolder:
     # -- samples.json -------------------------------------------------------------------------------------------------
 
     def _metadata(self) -> dict[str, Any]:
-        content = {
-            "format_version": 1,
-            "n": self._n,
-            "settings": {**self._job.settings(), "format": self._format},
-            "versions": {"torch": torch.__version__, "device": device_name(device_of(self._job.sampler.net))},
-            "about": self._about,
-        }
-        return json.loads(json.dumps(content))  # lists instead of tuples, as it is read
+        return as_stored(
+            {
+                "format_version": 1,
+                "n": self._n,
+                "settings": {**self._job.settings(), "format": self._format},
+                "versions": {"torch": torch.__version__, "device": device_name(device_of(self._job.sampler.net))},
+                "about": self._about,
+            }
+        )
 
     def _check_folder(self) -> dict[str, Any] | None:
         """Returns the metadata of the existing samples, or None if there are no samples yet.
@@ -221,18 +221,11 @@ class SampleFolder:
             return None
         if not begun:
             return None
-        before, after = _flat(stored["settings"]), _flat(self._metadata()["settings"])
-        differing = [
-            f"{key} was {quote(before.get(key))} and is {quote(after.get(key))}"
-            for key in sorted({*before, *after}, key=lambda key: (key not in _FIRST, key))
-            if before.get(key) != after.get(key)
-        ]
-        if differing:
-            more = f"; and {len(differing) - _FEW} more" if len(differing) > _FEW else ""
-            raise ValueError(
-                f"{folder} has samples with other settings: {'; '.join(differing[:_FEW])}{more}. Pass those settings, "
-                f"which are in {METADATA_FILE}, to continue, or another folder."
-            )
+        refuse(
+            f"{folder} has samples with other settings",
+            differences(stored["settings"], self._metadata()["settings"], first=_FIRST),
+            f"Pass those settings, which are in {METADATA_FILE}, to continue, or another folder.",
+        )
         if stored["n"] > self._n:
             raise ValueError(
                 f"{folder} has {stored['n']} samples, more than n={self._n}. Pass n={stored['n']} or more, or another "
@@ -243,34 +236,20 @@ class SampleFolder:
     def _begin(self, *, main: bool) -> None:
         """Writes all files except the images. All processes write the same samples.json, and none waits."""
         now, before = self._metadata(), self._stored
-        if main and before is not None:
-            changed = [
-                f"{key} was {before['versions'].get(key)} and is {value}"
-                for key, value in now["versions"].items()
-                if before["versions"].get(key) != value
-            ]
-            if changed:
-                warnings.warn(
-                    f"{self._folder} continues with another version or device, which changes rounding: "
-                    f"{'; '.join(changed)}.",
-                    stacklevel=4,
-                )
+        changed = [] if before is None else differences(before["versions"], now["versions"])
+        if main and changed:
+            warnings.warn(
+                f"{self._folder} continues with another version or device, which changes rounding: "
+                f"{'; '.join(changed)}.",
+                stacklevel=4,
+            )
         if before is None or before["n"] < self._n:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._folder / METADATA_FILE, (json.dumps(now, indent=2) + "\n").encode())
+            write_record(self._folder / METADATA_FILE, now)
         (self._folder / IMAGES).mkdir(exist_ok=True)
         if main and self._format == "png" and (classes := self._job.classes_of(range(self._n))) is not None:
             rows = (f"{stem(i)}.png,{one}\n" for i, one in enumerate(classes.tolist()))
             write_whole(self._folder / LABELS_FILE, "".join(["file,class\n", *rows]).encode())
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flattens settings; the key of an option of the sampler is ``sampler.option``."""
-    flat = {key: value for key, value in settings.items() if key != "sampler"}
-    sampler = settings.get("sampler")
-    if isinstance(sampler, Mapping):
-        return {**flat, **{f"sampler.{key}": value for key, value in sampler.items()}}
-    return {**flat, "sampler": sampler}
 
 
 class _Count:
