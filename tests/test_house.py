@@ -11,6 +11,7 @@ import pytest
 
 import scorematch
 from scorematch.nets import FAMILIES
+from scorematch.nets.precondition import ROWS
 from tests.helpers import python
 
 PACKAGE = Path(scorematch.__file__).parent
@@ -148,8 +149,8 @@ def test_the_check_of_circular_imports_can_fail(tmp_path, monkeypatch):
     assert set(_circle()) == {"scorematch.nets.unet", "scorematch.nets.layers"}
 
 
-def _asks_for_a_family(tree):
-    """Comparisons with the name of a family, and isinstance calls with the class of its networks."""
+def _asks_for_a_name(tree):
+    """Comparisons with the name of a family or of a row of the preconditioning table, and isinstance of a network."""
     classes = {family.network.__name__ for family in FAMILIES.values()}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
@@ -157,22 +158,29 @@ def _asks_for_a_family(tree):
             if words & classes:
                 yield ast.unparse(node)
         if isinstance(node, ast.Compare):
-            values = {word.value for word in ast.walk(node) if isinstance(word, ast.Constant)}
-            if "family" in ast.unparse(node) and values & FAMILIES.keys():
-                yield ast.unparse(node)
+            text, values = ast.unparse(node), {word.value for word in ast.walk(node) if isinstance(word, ast.Constant)}
+            row = re.search(r"\brow\b|precondition", text) and values & ROWS.keys()
+            if row or ("family" in text and values & FAMILIES.keys()):
+                yield text
 
 
-def test_no_module_outside_nets_compares_families():
-    found = {path: list(_asks_for_a_family(_parse(path))) for path in PACKAGE.rglob("*.py") if _part(path) != "nets"}
+def test_no_module_outside_nets_compares_families_or_rows():
+    found = {path: list(_asks_for_a_name(_parse(path))) for path in PACKAGE.rglob("*.py") if _part(path) != "nets"}
     assert {path.name: lines for path, lines in found.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
     "line",
-    ["isinstance(net.backbone, UNet)", "config['family'] == 'ncsn'", "self.family.name in ('unet', 'ncsnv2')"],
+    [
+        "isinstance(net.backbone, UNet)",
+        "config['family'] == 'ncsn'",
+        "self.family.name in ('unet', 'ncsnv2')",
+        "net.precondition != 'karras'",
+        "row in ('vp', 'subvp')",
+    ],
 )
-def test_the_check_of_family_comparisons_can_fail(line):
-    assert list(_asks_for_a_family(ast.parse(f"if {line}:\n    pass"))) == [line]
+def test_the_check_of_these_comparisons_can_fail(line):
+    assert list(_asks_for_a_name(ast.parse(f"if {line}:\n    pass"))) == [line]
 
 
 def test_no_module_has_an_unspecific_name_such_as_utils():

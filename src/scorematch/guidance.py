@@ -68,6 +68,8 @@ from scorematch.core.scores import (
 )
 from scorematch.noise import NoiseSchedule
 
+__all__ = ["GuidedScore", "autoguidance", "classifier", "classifier_free"]
+
 Interval = tuple[float, float]
 
 

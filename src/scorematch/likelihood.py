@@ -60,6 +60,8 @@ from scorematch.core.randomness import Generator, as_generator, standard_normal,
 from scorematch.core.scores import Score, attribute, check_differentiable, evaluating, middle_of, score_at
 from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 
+__all__ = ["bits_per_dimension", "log_likelihood"]
+
 _LEVELS = 50
 
 

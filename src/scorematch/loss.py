@@ -38,6 +38,8 @@ from scorematch.core.randomness import single_generator, standard_normal
 from scorematch.core.scores import Score, attribute, check_differentiable, score_at
 from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 
+__all__ = ["dsm_loss", "loss_and_norm", "sliced_score_matching_loss"]
+
 Reduction = Literal["mean", "none"]
 
 
@@ -324,8 +326,8 @@ def _warn_of_other_units(net: Score, x: Tensor) -> None:
     if torch.compiler.is_compiling() or not isinstance(net, nn.Module):
         return
     value_range = attribute(net, "value_range")
-    karras = attribute(net, "precondition") == "karras"
-    if value_range is None and not karras:
+    std = getattr(attribute(net, "preconditioning"), "assumed_std", None)
+    if value_range is None and std is None:
         return
     owner = net if hasattr(net, "value_range") else net.get_submodule("module")  # of DistributedDataParallel and others
     with _lock:
@@ -344,12 +346,10 @@ def _warn_of_other_units(net: Score, x: Tensor) -> None:
             "in [-1, 1], x / 255 for 8-bit values, or net.value_range = (low, high) for data of another range.",
             stacklevel=4,
         )
-    if size != 0:
-        deviation = attribute(net, "precondition_options").get("sigma_data", 0.5)
-        if not deviation / _FAR <= size <= deviation * _FAR:
-            warnings.warn(
-                f"the network expects data with a mean near 0 and a standard deviation near {deviation:g}, got values "
-                f"from {low:.3g} to {high:.3g}. Subtract the mean of the data, and pass "
-                'precondition_options={"sigma_data": their standard deviation} to ScoreNet.',
-                stacklevel=4,
-            )
+    if size != 0 and std is not None and not std / _FAR <= size <= std * _FAR:
+        warnings.warn(
+            f"the network expects data with a mean near 0 and a standard deviation near {std:g}, got values from "
+            f"{low:.3g} to {high:.3g}. Subtract the mean of the data, and pass "
+            'precondition_options={"sigma_data": their standard deviation} to ScoreNet.',
+            stacklevel=4,
+        )

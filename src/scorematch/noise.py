@@ -47,9 +47,9 @@ from torch import Tensor
 from scorematch.core.arguments import check_count
 from scorematch.core.batches import is_outside
 from scorematch.core.randomness import single_generator
-from scorematch.core.scores import (
-    attribute,
-)
+from scorematch.core.scores import attribute
+
+__all__ = ["NoiseSchedule"]
 
 # The step size in units of sigma^2 for a schedule of one level, for which technique 4 is not defined. The variance
 # after many steps is 1 / (1 - 0.1 / 2) times sigma^2, five percent too large.
@@ -339,6 +339,26 @@ class NoiseSchedule:
         sigmas[0], sigmas[-1] = self.sigma_max, self.sigma_min
         return NoiseSchedule(sigmas)
 
+    def without_gaps(self, levels: int) -> NoiseSchedule:
+        """The schedule ``respaced(levels)``, or the geometric one of the same range if that one has no wider gaps.
+
+        The lowest of the 1,000 levels of a DDPM are far apart: respaced to 50 levels, the last two would differ by a
+        factor of eight. A sampler that adds noise would then leave too much of it.
+
+        Args:
+            levels: the number of levels, as for ``respaced``.
+
+        Example:
+            >>> ddpm = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
+            >>> [round(schedule.smallest_ratio, 2) for schedule in (ddpm.respaced(50), ddpm.without_gaps(50))]
+            [0.12, 0.82]
+        """
+        respaced = self.respaced(levels)
+        if len(respaced) == 1:
+            return respaced
+        even = NoiseSchedule.geometric(self.sigma_max, self.sigma_min, levels)
+        return even if respaced.smallest_ratio < 0.9999 * even.smallest_ratio else respaced
+
     def between(self, sigma_max: float | None = None, sigma_min: float | None = None) -> NoiseSchedule:
         """The levels of this schedule in a range: the two ends of the range, and all levels between them.
 
@@ -386,6 +406,11 @@ class NoiseSchedule:
     def sigma_min(self) -> float:
         """The lowest level, in the units of the data."""
         return self._values[-1]
+
+    @property
+    def smallest_ratio(self) -> float:
+        """The smallest ratio of a level to the one before, where the gap is widest; 1 for a schedule of one level."""
+        return min((low / high for high, low in itertools.pairwise(self)), default=1.0)
 
     def position(self, sigma: float | Tensor) -> Tensor:
         """The position of a noise level in the schedule: its fractional index, linear in log sigma.
@@ -639,21 +664,3 @@ def check_schedule(schedule: object) -> None:
         raise TypeError(
             f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
         )
-
-
-def smallest_ratio(schedule: NoiseSchedule) -> float:
-    """The smallest ratio of a level to the one before; 1 for a schedule of one level."""
-    return min((low / high for high, low in itertools.pairwise(schedule)), default=1.0)
-
-
-def without_gaps(own: NoiseSchedule, levels: int) -> NoiseSchedule:
-    """A network's own schedule respaced to ``levels``, or a geometric schedule if respacing would leave wider gaps.
-
-    The lowest of the 1,000 levels of a DDPM are far apart: respaced to 50 levels, the last two would differ by a factor
-    of eight. A sampler that adds noise would then leave too much of it.
-    """
-    respaced = own.respaced(levels)
-    if len(respaced) == 1:
-        return respaced
-    even = NoiseSchedule.geometric(own.sigma_max, own.sigma_min, levels)
-    return even if smallest_ratio(respaced) < 0.9999 * smallest_ratio(even) else respaced

@@ -40,6 +40,8 @@ from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule, check_schedule
 from scorematch.sampling.settings import SamplerSettings
 
+__all__ = ["ScoreNet"]
+
 Size = int | tuple[int, int]
 Range = tuple[float, float]
 _ENDS = Field(list, low=2, high=2, each=Field(float))

@@ -15,10 +15,9 @@ import scorematch
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.convert import convert
 from scorematch.core.charts import Curve, chart, table
-from scorematch.core.conditions import Condition
 from scorematch.core.precision import autocast, exact_float32, native_dtype
 from scorematch.core.schema import Field
-from scorematch.core.scores import Denoiser, NetworkScore, Tweedie
+from scorematch.core.scores import Denoiser, NetworkScore, Score, Tweedie
 from scorematch.data import (
     ENDINGS,
     REFERENCES,
@@ -104,10 +103,9 @@ from scorematch.evaluation import (
     values,
 )
 from scorematch.guidance import GuidedScore, autoguidance, classifier, classifier_free
-from scorematch.likelihood import as_bits, bits_per_dimension, default_schedule, dequantized, log_likelihood
+from scorematch.likelihood import bits_per_dimension, log_likelihood
 from scorematch.loss import loss_and_norm, sliced_score_matching_loss
-from scorematch.nets import FAMILIES, NCSNPP, Family, RefineNet, UNet, family_of
-from scorematch.nets.inference import InferenceScore
+from scorematch.nets import FAMILIES, NCSNPP, Condition, Family, InferenceScore, RefineNet, UNet, family_of
 from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning
 from scorematch.nets.precondition import Row as PreconditioningRow
 from scorematch.pretrained import (
@@ -235,12 +233,14 @@ def networks(folder: Path, x: Tensor, sigma: Tensor) -> ScoreNet:
 def parts(net: ScoreNet, x: Tensor, sigma: Tensor) -> None:
     scores: Sequence[NetworkScore | Tweedie] = [net]
     assert_type(scores[0].denoise(x, 0.1), Tensor)
+    functions: list[Score] = [net, lambda x, sigma: -x]
     families: Mapping[str, Family[Any]] = FAMILIES
     assert_type(family_of(net.backbone), Family[Any] | None)
     assert_type(Field(int, low=1).fits(3), bool)
     assert_type(families["unet"].condition(net.backbone, predicts_variance=False), Condition)
     backbones: Sequence[nn.Module] = [RefineNet(3, 8), UNet(), NCSNPP()]
     rows: Mapping[str, PreconditioningRow] = ROWS
+    print(functions)
     row = Preconditioning("karras", net.schedule, (0, 1))
     found: Coefficients = row.coefficients(sigma)
     assert_type(found.c_noise, Tensor)
@@ -332,8 +332,7 @@ def restoration(net: ScoreNet, x: Tensor, seen: Tensor) -> None:
 
 def likelihood(net: ScoreNet, x: Tensor) -> Tensor:
     assert_type(bits_per_dimension(net, x, probes=None), Tensor)
-    assert_type(default_schedule(net), NoiseSchedule)
-    return as_bits(log_likelihood(net, dequantized(x), progress=False), 784)
+    return log_likelihood(net, x, net.schedule, progress=False)
 
 
 def pictures(folder: Path) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from scorematch.core.batches import first_where
 from scorematch.core.scores import attribute
 
+__all__ = ["Condition"]
+
 
 class Condition(NamedTuple):
     """The condition that a network takes: an image, a class, or nothing.

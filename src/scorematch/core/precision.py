@@ -16,6 +16,8 @@ import torch
 
 from scorematch.core.arguments import check_choice
 
+__all__ = ["autocast", "exact_float32", "native_dtype"]
+
 Autocast = Literal["auto", "float32", "bfloat16"]
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from scorematch.core.batches import as_sigma, check_data, per_image
 
+__all__ = ["Denoiser", "NetworkScore", "Score", "Tweedie"]
+
 Score = Callable[..., Tensor]
 
 

@@ -45,7 +45,6 @@ from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figure, Figures, as_dicts
 from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.restoration import RESTORATION, RESTORED, evaluate_restoration
-from scorematch.noise import smallest_ratio
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
 from scorematch.restoration.methods import Restore
@@ -423,7 +422,7 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
     listed += [SamplerSettings("ode", levels=levels, method="dpm-solver++") for levels in (18, 36, 72)]
     for levels in (50, 100, 250):
         schedule = AnnealedLangevinSampler(net, levels=levels, consistent=True).schedule
-        ratio = smallest_ratio(schedule)
+        ratio = schedule.smallest_ratio
         steps = [1 - ratio**1.1, 1 - ratio**1.5, 1 - ratio**2, *(a for a in (0.36, 0.5) if a >= 1 - ratio)]
         listed += [
             SamplerSettings(levels=levels, step_size=float(f"{step * schedule.sigma_min**2:.5g}"), consistent=True)

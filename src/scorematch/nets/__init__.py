@@ -8,13 +8,14 @@ from torch import nn
 
 from scorematch.core.conditions import Condition
 from scorematch.nets.family import Family
+from scorematch.nets.inference import InferenceScore
 from scorematch.nets.ncsnpp import NCSNPP, NCSNPP_FAMILY
 from scorematch.nets.refinenet import NCSN, NCSNV2, RefineNet
 from scorematch.nets.unet import UNET, UNet
 
 FAMILIES: dict[str, Family[Any]] = {family.name: family for family in (NCSN, NCSNV2, UNET, NCSNPP_FAMILY)}
 
-__all__ = ["FAMILIES", "NCSNPP", "Condition", "Family", "RefineNet", "UNet", "family_of"]
+__all__ = ["FAMILIES", "NCSNPP", "Condition", "Family", "InferenceScore", "RefineNet", "UNet", "family_of"]
 
 
 def family_of(backbone: nn.Module) -> Family[Any] | None:

@@ -34,9 +34,8 @@ from scorematch.core.batches import as_sigma, check_data
 from scorematch.core.conditions import as_condition
 from scorematch.core.precision import native_dtype, without_autocast
 from scorematch.core.scores import NetworkScore
-from scorematch.nets import Family
 from scorematch.nets.blocks import Attention
-from scorematch.nets.family import structure
+from scorematch.nets.family import Family, structure
 from scorematch.nets.precondition import Coefficients, Preconditioning
 from scorematch.noise import NoiseSchedule
 

@@ -44,6 +44,9 @@ s is this standard deviation divided by alpha. Therefore :math:`q = \log(1 + s^2
 
 a form of the root of the quadratic equation that is accurate at low noise levels.
 
+A row also carries what depends on it elsewhere (``Row``): the levels and the weights of its training, and the settings
+of its sampler.
+
 Some rows have options with default values: "karras" has sigma_data = 0.5 (sigma_d above), and "vp" and "subvp" have
 beta_min = 0.1, beta_max = 20 and time_scale = 999.
 
@@ -57,9 +60,10 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +72,8 @@ from scorematch.core.batches import per_image
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import check_score
 from scorematch.noise import NoiseSchedule
+
+__all__ = ["ROWS", "Coefficients", "Preconditioning", "Row"]
 
 
 class Coefficients(NamedTuple):
@@ -93,11 +99,19 @@ class Row(NamedTuple):
         coefficients: a function of sigma in the units of x, the network's schedule, k, and the options as keywords.
         centered: whether u is x mapped from the network's value range to [-1, 1]; otherwise u is x.
         options: the default value of each option, a positive number, by name.
+        log_levels: the mean and the standard deviation of log s in training, if log s is normally distributed and the
+            data have the default standard deviation sigma_d; None trains on the levels of the schedule.
+        weighting: the weights of the noise levels in training (``scorematch.training.levels``).
+        sampler: the keyword arguments of ``scorematch.sampling.langevin.consistent_settings`` for a network of another
+            project that comes without settings; None is no settings.
     """
 
     coefficients: Callable[..., Coefficients]
     centered: bool
     options: Mapping[str, float] = {}
+    log_levels: tuple[float, float] | None = None
+    weighting: Literal["sigma", "backbone"] = "backbone"
+    sampler: Mapping[str, float] | None = {}
 
 
 def _ncsn(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
@@ -171,16 +185,19 @@ def _karras(sigma: Tensor, schedule: NoiseSchedule, k: float, *, sigma_data: flo
 
 _DIFFUSION = {"beta_min": 0.1, "beta_max": 20.0, "time_scale": 999.0}
 ROWS: dict[str, Row] = {
-    "ncsn": Row(_ncsn, centered=False),
+    "ncsn": Row(_ncsn, centered=False, weighting="sigma", sampler=None),  # the backbone predicts the score itself
     "ncsnv2": Row(_ncsnv2, centered=False),
-    "ncsnpp": Row(_ncsnpp, centered=False),
+    # The step is close to the published one of variance-exploding networks, 1.5 (1 - r) sigma^2
+    # (Jolicoeur-Martineau et al., 2020, arXiv:2009.05475).
+    "ncsnpp": Row(_ncsnpp, centered=False, sampler={"power": 1.5}),
     "ncsnpp_index": Row(_ncsnpp_index, centered=False),
     "ddpm": Row(_ddpm, centered=True),
     "ddpm_v": Row(_ddpm_v, centered=True),
     "ddpm_x0": Row(_ddpm_x0, centered=True),
     "vp": Row(_vp, centered=True, options=_DIFFUSION),
     "subvp": Row(_subvp, centered=True, options=_DIFFUSION),
-    "karras": Row(_karras, centered=True, options={"sigma_data": 0.5}),
+    # Karras et al. 2022, Table 1: the logarithm of sigma for images in [-1, 1] with a standard deviation of 0.5.
+    "karras": Row(_karras, centered=True, options={"sigma_data": 0.5}, log_levels=(-1.2, 1.2)),
 }
 
 
@@ -235,9 +252,25 @@ class Preconditioning:
         return 2 / (high - low), (low + high) / 2
 
     @property
+    def assumed_std(self) -> float | None:
+        """The standard deviation of the data that the row assumes, in the units of x; None if it assumes none."""
+        std = {**ROWS[self.row].options, **self.options}.get("sigma_data")
+        return None if std is None else std / self.units[0]
+
+    @property
     def data_std(self) -> float | None:
         """The standard deviation of the data that was given to the row, in the units of x; None if none was given."""
-        return self.options["sigma_data"] / self.units[0] if "sigma_data" in self.options else None
+        return self.assumed_std if "sigma_data" in self.options else None
+
+    @property
+    def log_levels(self) -> tuple[float, float] | None:
+        """The mean and the standard deviation of log sigma in training; None for the levels of the schedule."""
+        row = ROWS[self.row]
+        if row.log_levels is None:
+            return None
+        mean, std = row.log_levels
+        default = row.options["sigma_data"]
+        return mean + math.log(self.options.get("sigma_data", default) / default) - math.log(self.units[0]), std
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """The coefficients at noise levels sigma, () or (N,), in the units of x."""

@@ -33,6 +33,7 @@ from scorematch.core.conditions import Condition
 from scorematch.core.schema import Field
 from scorematch.nets.family import Family, structure
 from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus
+from scorematch.nets.precondition import ROWS
 
 Depth = Literal["standard", "deeper", "deepest"]
 MakeNorm = Callable[[int], nn.Module]
@@ -331,7 +332,7 @@ class _RefineNetFamily(Family[RefineNet]):
             architecture["width"],
             depth=architecture["depth"],
             levels=levels if self.conditional else None,
-            center=precondition != "karras",
+            center=not ROWS[precondition].centered,
         )
 
     def accepts(self, backbone: RefineNet) -> bool:

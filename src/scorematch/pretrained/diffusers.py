@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field, check
 from scorematch.nets import FAMILIES
+from scorematch.nets.precondition import ROWS
 from scorematch.nets.unet import OWN_KEYS
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.cards import Card
 from scorematch.pretrained.configuration import CONFIG_FILE, Stored, architecture, read_json, translated
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, read_weights
-from scorematch.sampling.settings import SamplerSettings
+from scorematch.sampling.langevin import consistent_settings
 
 # The class of diffusers, and that of diffusers-ncsn, whose time input is the index of the level.
 _NCSN = "UNet2DModelForNCSN"
@@ -228,7 +229,9 @@ def _translate(
         "sample_shape": None if size is None else [outputs // 2 if predicts_variance else outputs, *size],
         "predicts_variance": predicts_variance,
     }
-    return translated(config, schedule, _recommended(schedule, precondition), where)
+    own = ROWS[precondition].sampler
+    settings = None if own is None or len(schedule) < 2 else consistent_settings(schedule, **own)
+    return translated(config, schedule, settings, where)
 
 
 def _variance_exploding(
@@ -319,22 +322,6 @@ def _stored_schedule(levels: Tensor, configured: NoiseSchedule, where: str, wher
         stacklevel=7,
     )
     return schedule
-
-
-def _recommended(schedule: NoiseSchedule, precondition: str) -> SamplerSettings | None:
-    """Recommended settings: consistent sampling with at most 250 network calls and the step size (1 - r^p) sigma^2.
-
-    r is the ratio of a level to the one before. p = 1 adds no noise, and p = 2 adds as much as ancestral sampling.
-    docs/pretrained.md says how p was chosen. For a DDPM it is based on published results of similar networks (Song et
-    al., 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502, Table 1) and on small networks. For NCSN++ the
-    step is close to the published one of variance-exploding networks, 1.5 (1 - r) sigma^2 (Jolicoeur-Martineau et al.,
-    2020, arXiv:2009.05475).
-    """
-    if precondition == "ncsn" or len(schedule) < 2:
-        return None
-    levels, p = min(250, len(schedule)), 1.5 if precondition == "ncsnpp" else 1.1
-    ratio = (schedule.sigma_min / schedule.sigma_max) ** (1 / (levels - 1))
-    return SamplerSettings(levels=levels, step_size=(1 - ratio**p) * schedule.sigma_min**2, consistent=True)
 
 
 # -- Writing a pipeline -----------------------------------------------------------------------------------------------

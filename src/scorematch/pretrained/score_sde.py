@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,11 @@ _PREDICTORS = {
     "euler_maruyama": "reverse-diffusion",
 }
 _TIME_SCALE = 999.0  # the factor of the time in [0, 1] of a continuous network
+# The row of the preconditioning table of a variance preserving diffusion, and its noise levels as a function of q.
+_DIFFUSIONS: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "vpsde": ("vp", lambda q: np.sqrt(np.expm1(q)) / 2),
+    "subvpsde": ("subvp", lambda q: np.sinh(q / 2)),
+}
 _EARLIEST = 1e-3  # the time at which the authors' samplers of VP and sub-VP end
 
 
@@ -180,9 +185,9 @@ def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[
             return NoiseSchedule.from_betas(np.linspace(low / count, high / count, count)), {"precondition": "ddpm"}
         t = np.linspace(1, _EARLIEST, count)
         q = (high - low) * t**2 / 2 + low * t
-        row = {"vpsde": "vp", "subvpsde": "subvp"}[options["sde"]]
+        row, sigmas = _DIFFUSIONS[options["sde"]]
         with np.errstate(over="ignore"):  # infinite levels are an error below
-            schedule = NoiseSchedule(np.sqrt(np.expm1(q)) / 2 if row == "vp" else np.sinh(q / 2))
+            schedule = NoiseSchedule(sigmas(q))
     except ValueError as error:
         raise ValueError(f"{where}, section model: the options do not define valid noise levels: {error}") from error
     scale = {"beta_min": low, "beta_max": high, "time_scale": _TIME_SCALE}

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_count
 from scorematch.core.scores import Score, attribute
-from scorematch.noise import NoiseSchedule, schedule_of, smallest_ratio, without_gaps
+from scorematch.noise import NoiseSchedule, schedule_of
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.sampler import Sampler, SamplerOptions
 from scorematch.sampling.settings import SamplerSettings
@@ -170,7 +170,7 @@ class AnnealedLangevinSampler(Sampler):
             levels = self._settings.levels
         if levels is None and self.consistent:
             levels = min(_MOST_LEVELS, max(_FEWEST_LEVELS, len(own)))
-        return own if levels is None else without_gaps(own, levels)
+        return own if levels is None else own.without_gaps(levels)
 
     def _consistent_eta(self, own: NoiseSchedule | None, settings: SamplerSettings | None) -> float:
         """The step size divided by sigma squared, 1 - r^p; without effect for a single level, which has no steps.
@@ -178,10 +178,10 @@ class AnnealedLangevinSampler(Sampler):
         With recommended settings, p is derived from them but limited to 2: if the number of levels differs from theirs,
         larger steps reduce the contrast (docs/samplers.md).
         """
-        ratio, power = smallest_ratio(self.schedule), _POWER if own is None else _POWER_OF_NETWORKS
+        ratio, power = self.schedule.smallest_ratio, _POWER if own is None else _POWER_OF_NETWORKS
         if own is not None and settings is not None and settings.step_size is not None:
             intended = self.default_schedule(own, None)
-            eta, intended_ratio = settings.step_size / intended.sigma_min**2, smallest_ratio(intended)
+            eta, intended_ratio = settings.step_size / intended.sigma_min**2, intended.smallest_ratio
             power = _POWER
             if 0 < eta < 1 and intended_ratio < 1:
                 power = min(_POWER, math.log(1 - eta) / math.log(intended_ratio))
@@ -222,6 +222,21 @@ class AnnealedLangevinSampler(Sampler):
                 yield x, sigma
 
 
+def consistent_settings(schedule: NoiseSchedule, power: float = _POWER_OF_NETWORKS) -> SamplerSettings:
+    """Settings for a network that was trained on a schedule: consistent sampling with at most 250 network calls.
+
+    docs/pretrained.md says how the default of p was chosen. For a DDPM it is based on published results of similar
+    networks (Song et al., 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502, Table 1) and on small networks.
+
+    Args:
+        schedule: the noise levels of the network, at least two.
+        power: p, which defines the step size (1 - r^p) sigma_min^2, where r is the ratio of a level to the one before.
+    """
+    levels = min(_MOST_LEVELS, len(schedule))
+    ratio = (schedule.sigma_min / schedule.sigma_max) ** (1 / (levels - 1))
+    return SamplerSettings(levels=levels, step_size=(1 - ratio**power) * schedule.sigma_min**2, consistent=True)
+
+
 def _recommended_settings(net: object) -> SamplerSettings | None:
     """The settings of a network if they are for annealed Langevin dynamics, else None."""
     settings = attribute(net, "sampler_settings")
@@ -235,7 +250,7 @@ def _check_step(schedule: NoiseSchedule, step_size: float, steps: int, consisten
             f"step_size must lie between 0 and the stability limit, 2 sigma_min^2 = {limit:.4g}, got "
             f"{step_size!r}; technique 4 of NCSNv2 suggests {schedule.suggest_step_size(steps):.3g}."
         )
-    low, high = (schedule.sigma_min**2 * (1 + sign * smallest_ratio(schedule)) for sign in (-1, 1))
+    low, high = (schedule.sigma_min**2 * (1 + sign * schedule.smallest_ratio) for sign in (-1, 1))
     if consistent and not low * (1 - 1e-9) <= step_size <= high * (1 + 1e-9):
         raise ValueError(
             f"step_size must lie between {low:.4g} and {high:.4g} for consistent sampling on this schedule, "

@@ -44,7 +44,7 @@ from scorematch.core.scores import (
     inference_copy_of,
     middle_of,
 )
-from scorematch.noise import NoiseSchedule, check_schedule, schedule_of, without_gaps
+from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 from scorematch.restoration.method import Restoration
 from scorematch.restoration.methods import Restore, restoration
 from scorematch.restoration.observation import Observation
@@ -175,7 +175,7 @@ class Sampler(ABC):
         Returns:
             The schedule of the sampler.
         """
-        return own if levels in (None, len(own)) else without_gaps(own, levels)
+        return own if levels in (None, len(own)) else own.without_gaps(levels)
 
     @abstractmethod
     def __len__(self) -> int:

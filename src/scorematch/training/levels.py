@@ -46,6 +46,7 @@ from torch import Tensor
 
 from scorematch.core.messages import quote
 from scorematch.core.randomness import seed_of
+from scorematch.nets.precondition import ROWS
 from scorematch.noise import NoiseSchedule
 from scorematch.score import ScoreNet
 
@@ -235,11 +236,8 @@ def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
         TypeError: if ``levels`` is neither a distribution nor a NoiseSchedule.
     """
     if levels is None:
-        if net.precondition != "karras":
-            return ScheduleLevels(net.schedule)
-        # Karras et al. 2022, Table 1: the logarithm of sigma for images in [-1, 1] with a standard deviation of 0.5.
-        deviation = net.precondition_options.get("sigma_data", 0.5)
-        return LogNormal(-1.2 + math.log(deviation / 0.5) - math.log(net.preconditioning.units[0]), 1.2)
+        normal = net.preconditioning.log_levels
+        return ScheduleLevels(net.schedule) if normal is None else LogNormal(*normal)
     return _distribution(levels)
 
 
@@ -291,7 +289,7 @@ def weighting_for(
         ValueError: if the name is unknown.
     """
     if weighting is None:
-        weighting = "sigma" if net.precondition == "ncsn" else "backbone"
+        weighting = ROWS[net.precondition].weighting
     if callable(weighting):
         return weighting
     if weighting not in get_args(Weighting):
