@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scorematch import ScoreNet
 from scorematch.cli import main
 from scorematch.evaluation.exact import Gaussian
 
@@ -21,6 +22,13 @@ def seed(number=0):
 def run(sampler, n=None, **arguments):
     """Samples without a progress bar."""
     return sampler.sample(n, progress=False, **arguments)
+
+
+def convert(checkpoint, folder, **options):
+    """Converts a checkpoint of another project into a folder, as the command does; returns the network."""
+    net = ScoreNet.from_checkpoint(checkpoint, **options)
+    net.save_pretrained(folder)
+    return net
 
 
 def python(*arguments, timeout=120, check=True, **options):

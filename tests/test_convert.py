@@ -8,8 +8,8 @@ import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.__main__ import main
-from scorematch.convert import convert
 from scorematch.sampling import SamplerSettings
+from tests.helpers import convert
 
 OPTIMIZER = {"state": {0: {"step": 5, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}
 
@@ -142,7 +142,7 @@ def test_a_network_without_dilation_raises(files, tmp_path):
 def test_levels_that_differ_from_the_configuration_give_one_warning(files, tmp_path):
     fixture, checkpoint, config = files("ncsnv2", edit=lambda text: text.replace("sigma_begin: 50", "sigma_begin: 60"))
     with pytest.warns(UserWarning, match="50 -> 0.01.*60 -> 0.01.*the levels in the checkpoint are used") as record:
-        net = convert(checkpoint, tmp_path / "out", config=config)
+        net = ScoreNet.from_checkpoint(checkpoint, config=config)
     assert len(record) == 1 and record[0].filename == __file__
     _agrees(net, fixture)
 

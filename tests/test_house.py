@@ -24,7 +24,7 @@ LAYERS = [
     {"guidance", "likelihood", "loss", "sampling"},
     {"pretrained"},
     {"score"},
-    {"__init__", "convert"},
+    {"__init__"},
     {"evaluation", "training"},
     {"demo"},
     {"cli"},

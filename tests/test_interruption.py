@@ -201,7 +201,6 @@ import torch
 torch.set_num_threads(1)
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.sampling import sample_to
-from scorematch.convert import convert
 from scorematch.evaluation import evaluate
 from scorematch.pretrained.pickles import read_pickle
 from scorematch.sampling import ODESampler, SamplerSettings
@@ -216,7 +215,7 @@ ODESampler(net, levels=3).sample(2, progress=False)
 """
 JOBS = {
     "save": "net.save_pretrained('job')",
-    "convert": "convert('checkpoint.pth', 'job', config='config.yml')",
+    "convert": "ScoreNet.from_checkpoint('checkpoint.pth', config='config.yml').save_pretrained('job')",
     "sample": ("sample_to(ODESampler(net, levels=3), 'job', 20, batch_size=4, progress=False)"),
     "evaluate": (
         "options = dict(features='pixels', metrics=['precision-recall'], n=12, batch_size=4, cache=False)\n"

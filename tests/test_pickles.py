@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from scorematch.convert import convert
 from scorematch.core.messages import quote
 from scorematch.pretrained import pickles
 from scorematch.pretrained.edm import GLOBALS as EDM
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, load_tensors, read_pickle, storage_of_bytes
+from tests.helpers import convert
 
 ALL = {**TENSORS, **NUMBERS, **EDM}
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scorematch import NoiseSchedule, ScoreNet, pretrained
+from scorematch import NoiseSchedule, ScoreNet, score
 from scorematch.core.conditions import Condition, describe_classes
+from scorematch.core.schema import Field, check
 from scorematch.guidance import classifier_free
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import cards, load, names, saving
@@ -356,11 +357,11 @@ def test_shipped_networks_are_loaded_by_name_and_match_their_cards():
         assert (len(net.schedule), net.sample_shape) == (card.levels, card.shape)
         assert card.parameters == sum(p.numel() for p in net.parameters())
         assert (round(net.schedule.sigma_max, 1), net.schedule.sigma_min) == card.sigmas
-        folder = names.locate(card.name)[0]
+        folder = names.locate(card.name).folder
         assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", WEIGHTS}
         assert (folder / WEIGHTS).stat().st_size <= sizes.get(card.name, 6_000_000)
         assert net.sampler_settings == card.settings
-        assert load(folder).config == net.config  # the configuration in the folder agrees with the card
+        assert load(names.locate(folder)).config == net.config  # the configuration in the folder agrees with the card
 
 
 def test_cards_have_distinct_names_and_name_the_source_of_their_settings():
@@ -369,6 +370,28 @@ def test_cards_have_distinct_names_and_name_the_source_of_their_settings():
     assert all(card.settings_source and card.quality and card.license for card in cards.CARDS)
     assert all(card.name is None or "/" not in card.name for card in cards.CARDS)
     assert all(f"{card.parameters:,} parameters" in cards.table() for card in cards.CARDS)
+
+
+def test_the_file_of_published_networks_fits_its_schema():
+    published = json.loads(Path(cards.__file__).with_name("published.json").read_text(encoding="utf-8"))
+    text, optional = Field(str, required=True), Field(str)
+    shape = Field(list, required=True, low=3, high=3, each=Field(int, low=1))
+    facts = {"license": text, "data": text, "quality": text, "shape": shape}
+    network = {
+        **{"name": optional, "repository": optional, "revision": optional, "settings_source": text},
+        **{"levels": Field(int, required=True, low=2), "parameters": Field(int, required=True, low=1)},
+        "sigmas": Field(list, required=True, low=2, high=2, each=Field(float, above=0)),
+        "settings": Field(dict),
+        "correction": Field(bool),
+    }
+    for entry in published["networks"]:
+        check(entry, {**facts, **network}, str(entry), closed=True)
+    for entry in published["checkpoints"]:
+        check(entry, {**facts, "name": text, "address": text, "config": optional}, str(entry), closed=True)
+    assert set(published) == {"networks", "checkpoints", "configurations"}
+    for project in published["configurations"]:
+        for name, options in cards.configurations(project).items():
+            assert options and "like" not in options, name
 
 
 def test_the_settings_on_a_card_replace_those_in_the_folder(folder, monkeypatch):
@@ -407,7 +430,7 @@ def test_a_model_card_states_the_range_of_the_data(value_range, shape, units, co
 
 
 def test_a_model_card_counts_parameters_only(monkeypatch):
-    monkeypatch.setattr(pretrained, "upload", lambda save, repo_id, card, **options: card)
+    monkeypatch.setattr(score, "upload", lambda save, repo_id, card, **options: card)
     net = ScoreNet(nn.BatchNorm2d(3), NoiseSchedule([1.0, 0.5]))  # with 7 values in buffers
     assert "| parameters | 6 |" in net.push_to_hub("me/net")
 

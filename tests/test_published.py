@@ -11,13 +11,12 @@ from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.__main__ import main
-from scorematch.convert import convert
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import cards, improved_diffusion, score_sde
 from scorematch.pretrained.loading import build
 from scorematch.sampling import AncestralSampler, SamplerSettings, recommended_sampler
 from tests import published as theirs
-from tests.helpers import python, run
+from tests.helpers import convert, python, run
 from tests.published import randomize
 
 
@@ -1021,11 +1020,11 @@ def test_reading_takes_at_most_twice_the_size_of_the_file(kind, tmp_path):
     theirs.save_edm(_edm("ddpmpp"), tmp_path / "small")
     code = """
 import resource, sys
-from scorematch.convert import convert
+from scorematch import ScoreNet
 path, config, small, out = sys.argv[1:]
-convert(small, out)  # what the libraries need themselves
+ScoreNet.from_checkpoint(small).save_pretrained(out)  # what the libraries need themselves
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-convert(path, out, config=config or None)
+ScoreNet.from_checkpoint(path, config=config or None).save_pretrained(out)
 print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
     arguments = (path, tmp_path / "config.json" if config else "", tmp_path / "small", tmp_path / "out")

@@ -27,7 +27,7 @@ from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.data import open_images, read_image, save_image
-from scorematch.pretrained import load
+from scorematch.pretrained import load, locate
 from scorematch.restoration.palette import Inpainting
 from scorematch.sampling import SamplerSettings
 from scorematch.training import LogNormal, Mixture, Settings, reconstruct, report, train, train_steps
@@ -168,7 +168,7 @@ def test_files_of_a_run(run):
     assert [path.name for path in sorted((out / "snapshots").iterdir())] == kept
     loaded = ScoreNet.from_pretrained(out / "network")
     assert torch.equal(vector(loaded), vector(net)) and not net.training
-    weights = load(out / "snapshots" / "000000160-0.050").weights
+    weights = load(locate(out / "snapshots" / "000000160-0.050")).weights
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     half = ScoreNet.from_pretrained(out / "snapshots" / "000000160-0.050")
     torch.testing.assert_close(vector(half), vector(net), atol=1e-3, rtol=1e-3)

@@ -15,7 +15,7 @@ from scorematch.nets import FAMILIES
 from scorematch.nets.blocks import Attention
 from scorematch.nets.family import structure
 from scorematch.nets.unet import UNET, UNet
-from scorematch.pretrained import fill
+from scorematch.pretrained.weights import fill
 from tests.helpers import run
 
 with warnings.catch_warnings():

@@ -23,7 +23,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from scorematch import pretrained
 from scorematch.core.arguments import check_choice
 from scorematch.core.batches import as_sigma, check_data
 from scorematch.core.conditions import Condition, as_condition
@@ -38,6 +37,14 @@ from scorematch.nets.precondition import ROWS, Preconditioning, check_options
 from scorematch.nets.refinenet import Depth
 from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule, check_schedule
+from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, architecture
+from scorematch.pretrained.convert import read_checkpoint
+from scorematch.pretrained.diffusers import read_objects
+from scorematch.pretrained.hub import upload
+from scorematch.pretrained.loading import build, load
+from scorematch.pretrained.model_card import model_card
+from scorematch.pretrained.names import locate
+from scorematch.pretrained.saving import save
 from scorematch.sampling.settings import SamplerSettings
 
 __all__ = ["ScoreNet"]
@@ -569,7 +576,7 @@ class ScoreNet(NetworkScore, nn.Module):
         ``save_pretrained`` writes it to config.json.
         """
         return {
-            "format_version": pretrained.FORMAT_VERSION,
+            "format_version": FORMAT_VERSION,
             **copy.deepcopy(self._architecture),
             "precondition": self.precondition,
             "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
@@ -631,14 +638,51 @@ class ScoreNet(NetworkScore, nn.Module):
             (1, 28, 28)
         """
         with torch.inference_mode(False):  # the weights of a network that is loaded inside it can be trained later
-            stored = pretrained.load(
+            place = locate(
                 name_or_folder,
                 revision=revision,
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
             )
-            return cls.from_stored(stored, backbone)
+            return cls.from_stored(load(place), backbone)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        raw: bool = False,
+    ) -> ScoreNet:
+        """Reads a checkpoint of another project; ``save_pretrained`` then writes it in the format of this package.
+
+        The projects are NCSN, NCSNv2, adversarial consistent score matching, score_sde, EDM, improved-diffusion and
+        guided-diffusion. No code in the file is run. The result is a score in the units of this package, with the
+        published noise levels and sampler settings. The command ``scorematch convert`` reads and saves.
+
+        Args:
+            checkpoint: the authors' file: ``checkpoint_<step>.pth`` (NCSN, NCSNv2, score_sde), ``.pkl`` (EDM), or
+                ``.pt`` (improved-diffusion, guided-diffusion).
+            config: the configuration that the network was trained with. For score_sde, improved-diffusion and
+                guided-diffusion it is required: the name of a published one, such as "ve/cifar10_ncsnpp_continuous" or
+                "cifar10_uncond_50M_500K", or a JSON, YAML or text file with the authors' options
+                (``scorematch.pretrained.options``). For NCSN and NCSNv2 it is config.yml, which is required unless the
+                checkpoint contains its noise levels or is an NCSN with 10 levels. A file of EDM contains its options.
+            raw: whether to read the weights of the last step instead of their moving average. For EDM,
+                improved-diffusion and guided-diffusion True is an error.
+
+        Returns:
+            The network in eval mode, in float32, on the CPU.
+
+        Raises:
+            IsADirectoryError: if ``checkpoint`` is a folder.
+            FileNotFoundError: if a file is missing, or there is no published configuration with this name.
+            ImportError: if ``config`` is a YAML file and PyYAML is not installed.
+            ValueError: if the file is damaged, has an unknown format, refers to anything but tensors and plain values,
+                or needs an option that is not supported; or if the configuration is missing or does not fit.
+        """
+        return cls.from_stored(read_checkpoint(checkpoint, config=config, raw=raw))
 
     @classmethod
     def from_diffusers(cls, unet: nn.Module, scheduler: Any) -> ScoreNet:
@@ -656,10 +700,10 @@ class ScoreNet(NetworkScore, nn.Module):
             TypeError: for objects that have no ``config``.
             ValueError: for an option that is not supported.
         """
-        return cls.from_stored(pretrained.from_diffusers(unet, scheduler))
+        return cls.from_stored(read_objects(unet, scheduler))
 
     @classmethod
-    def from_stored(cls, stored: pretrained.Stored, backbone: nn.Module | None = None) -> ScoreNet:
+    def from_stored(cls, stored: Stored, backbone: nn.Module | None = None) -> ScoreNet:
         """Builds the network of a checked configuration and its weights, which the readers of file formats return.
 
         Args:
@@ -675,7 +719,7 @@ class ScoreNet(NetworkScore, nn.Module):
         """
         config = stored.config
         net = cls(
-            pretrained.build(stored, backbone),
+            build(stored, backbone),
             NoiseSchedule.from_dict(config["schedule"]),
             precondition=config["precondition"],
             sample_shape=config["sample_shape"],
@@ -683,7 +727,7 @@ class ScoreNet(NetworkScore, nn.Module):
             predicts_variance=config["predicts_variance"],
             precondition_options=config.get("precondition_options"),
         )
-        net._architecture = pretrained.architecture(config)
+        net._architecture = architecture(config)
         settings = config["sampler_settings"]
         net.sampler_settings = None if settings is None else SamplerSettings.from_dict(settings)
         try:
@@ -717,7 +761,7 @@ class ScoreNet(NetworkScore, nn.Module):
             OSError: if the folder cannot be written; it is then as it was.
         """
         backbone = getattr(self.backbone, "_orig_mod", self.backbone)  # without torch.compile
-        pretrained.save(folder, self.config, backbone.state_dict(), diffusers=diffusers)
+        save(folder, self.config, backbone.state_dict(), diffusers=diffusers)
 
     def push_to_hub(
         self,
@@ -756,10 +800,10 @@ class ScoreNet(NetworkScore, nn.Module):
             OSError: if the upload fails for another reason.
         """
         count = sum(parameter.numel() for parameter in self.parameters())
-        card = pretrained.model_card(
+        card = model_card(
             repo_id, self.config, count, conditioning=self.conditioning, license=license, datasets=datasets
         )
-        return pretrained.upload(
+        return upload(
             self.save_pretrained,
             repo_id,
             card,

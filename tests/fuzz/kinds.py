@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.convert import convert
 from scorematch.data import open_images, read_image, read_mask, read_samples
 from scorematch.evaluation import Extractor, Statistics, tune
 from scorematch.nets import FAMILIES
@@ -25,6 +24,7 @@ from scorematch.sampling import ODESampler, SamplerSettings, sample_to
 from scorematch.training import checkpoint, train
 from tests import published as theirs
 from tests.fuzz import mutators
+from tests.helpers import convert
 
 Files = dict[str, Any]  # the content of each file by its path: bytes, or a Saved
 

@@ -13,7 +13,6 @@ from typing_extensions import assert_type
 
 import scorematch
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.convert import convert
 from scorematch.core.charts import Curve, chart, table
 from scorematch.core.precision import autocast, exact_float32, native_dtype
 from scorematch.core.schema import Field
@@ -108,19 +107,7 @@ from scorematch.loss import loss_and_norm, sliced_score_matching_loss
 from scorematch.nets import FAMILIES, NCSNPP, Condition, Family, InferenceScore, RefineNet, UNet, family_of
 from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning
 from scorematch.nets.precondition import Row as PreconditioningRow
-from scorematch.pretrained import (
-    FORMAT_VERSION,
-    Stored,
-    architecture,
-    build,
-    from_diffusers,
-    load,
-    model_card,
-    save,
-    upload,
-)
-from scorematch.pretrained import fill as fill_weights
-from scorematch.pretrained.cards import CARDS, CHECKPOINTS, Card, CheckpointCard, find
+from scorematch.pretrained import CARDS, CHECKPOINTS, Card, CheckpointCard, Place, Stored, find, load, locate
 from scorematch.restoration import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from scorematch.restoration.palette import (
     TASKS,
@@ -248,26 +235,15 @@ def parts(net: ScoreNet, x: Tensor, sigma: Tensor) -> None:
     assert_type(rows["karras"].centered, bool)
 
 
-def files(folder: Path, net: ScoreNet) -> None:
-    stored: Stored = load("mnist")
+def files() -> None:
+    place: Place = locate("mnist", local_files_only=True)
+    stored: Stored = load(place, weights=True)
     assert_type(stored.weights, dict[str, Tensor])
-    backbone = build(stored)
-    fill_weights(backbone, stored.weights, stored.source)
-    save(folder, net.config, backbone.state_dict())
-    assert_type(architecture(stored.config), dict[str, Any])
-    assert_type(from_diffusers(nn.Identity(), object()), Stored)
-    card = model_card("owner/name", net.config, 10, conditioning=None, license=None, datasets=None)
-
-    def write(path: Path) -> None:
-        net.save_pretrained(path)
-
-    upload(write, "owner/name", card, private=None, revision=None, token=None, commit_message="Upload")
-    assert_type(convert("a.pth", folder, config="a.yml"), ScoreNet)
-    version: int = FORMAT_VERSION
+    assert_type(ScoreNet.from_stored(stored), ScoreNet)
+    assert_type(ScoreNet.from_checkpoint("a.pth", config="a.yml"), ScoreNet)
     cards: Sequence[Card] = CARDS
     checkpoints: Sequence[CheckpointCard] = CHECKPOINTS
     assert_type(find(cards[0].license + checkpoints[0].license), Card | None)
-    print(version)
 
 
 def score(x: Tensor, sigma: float | Tensor) -> Tensor:

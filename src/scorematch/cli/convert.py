@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from scorematch.cli.options import Commands, add_overwrite, check_new_network, expanded
-from scorematch.convert import convert
+from scorematch.score import ScoreNet
 
 
 def add(commands: Commands) -> None:
@@ -37,7 +37,8 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     check_new_network(args.folder, args.overwrite)
-    net = convert(args.checkpoint, args.folder, config=args.config, raw=args.raw)
+    net = ScoreNet.from_checkpoint(args.checkpoint, config=args.config, raw=args.raw)
+    net.save_pretrained(args.folder)
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {net.schedule}")
     if net.sample_shape is None:
         print("The checkpoint does not contain the size of the images. The other commands need it: add --config.")

@@ -8,12 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scorematch import pretrained
 from scorematch.cli.options import Commands, add_model
 from scorematch.core.conditions import describe_classes
 from scorematch.core.messages import reason
 from scorematch.noise import NoiseSchedule
-from scorematch.pretrained import cards
+from scorematch.pretrained import Place, load, locate
 from scorematch.sampling import SamplerSettings, recommended_sampler
 from scorematch.score import ScoreNet
 from scorematch.training.recipes import sampling_flop
@@ -34,17 +33,15 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    stored = pretrained.load(args.model, weights=False)
-    config, source = stored.config, Path(stored.source)
-    folder = Path(args.model).expanduser()
-    is_folder = folder in (source, source.parent)  # the network of a pipeline is in unet/
-    card = None if is_folder else cards.find(args.model)
+    place = locate(args.model)
+    stored, card = load(place, weights=False), place.card
+    config = stored.config
     # The code of a network of the user's own class is not stored.
     net = None if config["family"] == "custom" else ScoreNet.from_stored(stored)
     lines = {
         "network": args.model,
-        "weights": _origin(source, card, is_folder=is_folder, name=args.model),
-        "license": _license(source, is_folder=is_folder, name=args.model) if card is None else card.license,
+        "weights": _origin(place),
+        "license": _license(place) if card is None else card.license,
         "data": None if card is None else card.data,
         "quality": None if card is None else card.quality,
         "family": f'{config["family"]}, preconditioning "{config["precondition"]}"',
@@ -62,31 +59,22 @@ def _run(args: argparse.Namespace) -> None:
             print(f"{name:<13}{text}")
 
 
-def _commit(source: Path) -> str:
-    """The commit of a folder in the client's cache, whose name it is."""
-    return source.parent.name if source.name == "unet" else source.name
+def _origin(place: Place) -> str:
+    if place.repository is not None:  # the folder in the client's cache has the name of the commit
+        return f"https://huggingface.co/{place.repository}, commit {place.folder.name[:12]}"
+    return f"the folder {place.folder}" if place.card is None else f"part of the package, in {place.folder}"
 
 
-def _origin(source: Path, card: cards.Card | None, *, is_folder: bool, name: str) -> str:
-    if is_folder:
-        return f"the folder {source}"
-    if card is not None and card.repository is None:
-        return f"part of the package, in {source}"
-    repository = name if card is None else card.repository
-    return f"https://huggingface.co/{repository}, commit {_commit(source)[:12]}"
-
-
-def _license(source: Path, *, is_folder: bool, name: str) -> str:
+def _license(place: Place) -> str:
     """The license in the metadata of a README.md."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     text = ""
     with suppress(HfHubHTTPError, OSError, ValueError):  # there is none, or the Hub cannot be reached
-        if is_folder:
-            readme = Path(name, "README.md").expanduser()
-        else:
-            readme = Path(hf_hub_download(name, "README.md", revision=_commit(source)))
+        readme = place.folder / "README.md"
+        if place.repository is not None:
+            readme = Path(hf_hub_download(place.repository, "README.md", revision=place.folder.name))
         text = readme.read_text(encoding="utf-8")
     metadata = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
     found = None if metadata is None else re.search(r"^license: *(\S.*)$", metadata[1], re.MULTILINE)

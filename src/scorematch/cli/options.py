@@ -16,7 +16,6 @@ from typing import Any, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from scorematch import pretrained
 from scorematch.core.conditions import takes_image
 from scorematch.core.messages import quote
 from scorematch.core.schema import Field
@@ -25,6 +24,8 @@ from scorematch.data.pictures import is_picture
 from scorematch.evaluation import EXTRACTORS, as_extractor
 from scorematch.evaluation.restoration import degradation_of
 from scorematch.guidance import GuidedScore, classifier_free
+from scorematch.pretrained import load as load_stored
+from scorematch.pretrained import locate
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.bulk import Classes, Rule
@@ -312,7 +313,7 @@ def load_network(name: str | os.PathLike[str]) -> ScoreNet:
     Raises:
         OSError, ValueError: as ``ScoreNet.from_pretrained``, or if the network is of the user's own class.
     """
-    stored = pretrained.load(name)
+    stored = load_stored(locate(name))
     if stored.config["family"] == "custom":
         raise ValueError(
             f"{name} has a network of your own class, whose code is not stored. Load it in Python: "

@@ -1,7 +1,8 @@
 """Trained networks on disk and on the Hugging Face Hub.
 
-``load`` takes a name, a folder or a repository, and returns a checked configuration and the weights. ``build`` creates
-the backbone from them. ``save`` writes a network to a folder, and ``upload`` uploads it to the Hub, with its
+``ScoreNet`` has the methods that users need. ``locate`` finds the place of a network from a name, a folder or a
+repository, ``load`` reads its checked configuration and its weights from there, and ``loading.build`` creates the
+backbone. ``saving.save`` writes a network to a folder, and ``hub.upload`` uploads it to the Hub, with its
 ``model_card``. Each file format of another project has its own module, which translates it to this package's
 configuration.
 
@@ -9,23 +10,9 @@ Loading never runs code from a file: JSON and safetensors hold plain values, and
 strings, lists and dicts are accepted.
 """
 
-from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, architecture
-from scorematch.pretrained.diffusers import from_diffusers
-from scorematch.pretrained.hub import upload
-from scorematch.pretrained.loading import build, load
-from scorematch.pretrained.model_card import model_card
-from scorematch.pretrained.saving import save
-from scorematch.pretrained.weights import fill
+from scorematch.pretrained.cards import CARDS, CHECKPOINTS, Card, CheckpointCard, find
+from scorematch.pretrained.configuration import Stored
+from scorematch.pretrained.loading import load
+from scorematch.pretrained.names import Place, locate
 
-__all__ = [
-    "FORMAT_VERSION",
-    "Stored",
-    "architecture",
-    "build",
-    "fill",
-    "from_diffusers",
-    "load",
-    "model_card",
-    "save",
-    "upload",
-]
+__all__ = ["CARDS", "CHECKPOINTS", "Card", "CheckpointCard", "Place", "Stored", "find", "load", "locate"]

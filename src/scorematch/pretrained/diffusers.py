@@ -132,7 +132,7 @@ def read(
     return Stored(network, weights, home)
 
 
-def from_diffusers(unet: nn.Module, scheduler: Any) -> Stored:
+def read_objects(unet: nn.Module, scheduler: Any) -> Stored:
     """Reads a network from objects in memory: a UNet2DModel and its scheduler.
 
     The weights of a U-Net on the CPU are not copied; they share its memory.

@@ -38,6 +38,7 @@ from scorematch.core.messages import quote
 from scorematch.core.schema import Field
 from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
+from scorematch.pretrained.cards import configurations
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.options import checked_options, named_options
 from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
@@ -98,6 +99,7 @@ _DEFAULTS = {
     "resblock_updown": False,
     "use_new_attention_order": False,
 }
+CONFIGURATIONS = configurations("improved_diffusion")  # by the name of the file, without .pt
 # channel_mult by image_size.
 _MULTIPLES: Mapping[int, list[float]] = {
     32: [1, 2, 2, 2],
@@ -264,60 +266,6 @@ def _attention(options: Mapping[str, Any]) -> list[bool]:
 def _attended(options: Mapping[str, Any]) -> list[bool]:
     """The same, but the last entry is for the middle, which has attention, with the heads of the last scale."""
     return [*_attention(options)[:-1], True]
-
-
-_LARGE = {
-    "num_res_blocks": 3,
-    "learn_sigma": True,
-    "diffusion_steps": 4000,
-    "noise_schedule": "cosine",
-    "rescale_timesteps": True,
-}
-_CIFAR10 = {**_LARGE, "image_size": 32, "dropout": 0.3}
-_LSUN = {
-    "image_size": 256,
-    "num_heads": 1,
-    "attention_resolutions": [16],
-    "learn_sigma": True,
-    "use_scale_shift_norm": False,
-}
-_GUIDED = {
-    "image_size": 256,
-    "num_channels": 256,
-    "num_head_channels": 64,
-    "attention_resolutions": [32, 16, 8],
-    "learn_sigma": True,
-    "resblock_updown": True,
-}
-_GUIDED_64 = {
-    **_GUIDED,
-    "image_size": 64,
-    "num_channels": 192,
-    "num_res_blocks": 3,
-    "dropout": 0.1,
-    "noise_schedule": "cosine",
-    "class_cond": True,
-    "use_new_attention_order": True,
-}
-# By the name of the file, without .pt.
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "cifar10_uncond_50M_500K": _CIFAR10,
-    "cifar10_uncond_vlb_50M_500K": _CIFAR10,
-    "imagenet64_uncond_100M_1500K": _LARGE,
-    "imagenet64_uncond_vlb_100M_1500K": _LARGE,
-    "imagenet64_cond_270M_250K": {**_LARGE, "num_channels": 192, "class_cond": True, "rescale_timesteps": False},
-    "lsun_uncond_100M_1200K_bs128": _LSUN,
-    "lsun_uncond_100M_2400K_bs64": _LSUN,
-    "64x64_diffusion": _GUIDED_64,
-    "128x128_diffusion": {**_GUIDED, "image_size": 128, "num_heads": 4, "num_head_channels": -1, "class_cond": True},
-    "256x256_diffusion": {**_GUIDED, "class_cond": True},
-    "256x256_diffusion_uncond": _GUIDED,
-    "512x512_diffusion": {**_GUIDED, "image_size": 512, "class_cond": True},
-    "lsun_bedroom": {**_GUIDED, "dropout": 0.1},
-    "lsun_cat": {**_GUIDED, "dropout": 0.1},
-    "lsun_horse": {**_GUIDED, "dropout": 0.1},
-    "lsun_horse_nodropout": _GUIDED,
-}
 
 
 # -- Weights ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,20 @@ from torch.overrides import TorchFunctionMode
 from scorematch.core.files import reading
 from scorematch.core.messages import quote, reason
 from scorematch.nets import FAMILIES
-from scorematch.pretrained import diffusers, names
+from scorematch.pretrained import diffusers
 from scorematch.pretrained.cards import Card
 from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, Stored, architecture, checked, read_json
+from scorematch.pretrained.names import Place
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, WEIGHTS_FILE, fill, read_weights
 
 
-def load(
-    name_or_folder: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    weights: bool = True,
-) -> Stored:
-    """Loads the configuration and the weights of a network, with the arguments and errors of ``from_pretrained``.
+def load(place: Place, *, weights: bool = True) -> Stored:
+    """Loads the configuration and the weights of a network, with the errors of ``ScoreNet.from_pretrained``.
 
     Args:
-        name_or_folder: a short name, a folder, or a repository ``owner/name`` of the Hub.
-        revision: a branch, a tag or a commit of the repository; None is the commit on the card, or the main branch.
-        token: a token for private and gated repositories; None uses the token of ``hf auth login``, if there is one.
-        cache_dir: the folder of the cache; None is the client's default.
-        local_files_only: whether to use only the cache, without any request.
+        place: where the network is, from ``locate``.
         weights: whether to read the weights; otherwise only the configuration of a repository is downloaded.
     """
-    place = names.locate(
-        name_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
     with reading(_home(place.folder)) as home:
         return _read(home, place.card, place.complete if weights else None)
 

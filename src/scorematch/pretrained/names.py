@@ -18,12 +18,14 @@ class Place(NamedTuple):
     Attributes:
         folder: the folder. That of a repository has only the configurations at first.
         card: the card of the network, or None if it has none.
+        repository: ``owner/name`` on the Hub, or None for a folder and for a network that ships with the package.
         complete: downloads the first of the named files of weights that a repository has; does nothing for other
             networks.
     """
 
     folder: Path
-    card: cards.Card | None
+    card: cards.Card | None = None
+    repository: str | None = None
     complete: Callable[[Sequence[str]], None] = lambda files: None
 
 
@@ -59,11 +61,11 @@ def locate(
     if not isinstance(name_or_folder, str):
         if not path.is_dir():
             raise FileNotFoundError(f"there is no folder {path}.")
-        return Place(path, None)
+        return Place(path)
     name = name_or_folder
     if _is_path(name):
         if path.is_dir():
-            return Place(path, None)
+            return Place(path)
         if not hub.is_repository(name):
             raise FileNotFoundError(f"there is no folder {name!r}. For a repository of the Hub write owner/name.")
     elif card is None:
@@ -74,7 +76,7 @@ def locate(
         raise FileNotFoundError(f"{name!r} is not the short name of a network; the short names are {known}. {hint}")
     elif path.is_dir():
         warnings.warn(
-            f"{name!r} loads the network with this name, not the folder; write './{name}' for the folder.", stacklevel=4
+            f"{name!r} loads the network with this name, not the folder; write './{name}' for the folder.", stacklevel=3
         )
     if card is not None and card.repository is None:
         return Place(cards.SHIPPED / str(card.name), card)
@@ -83,7 +85,7 @@ def locate(
     repository = hub.Repository(
         name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    return Place(repository.configurations(), card, repository.weights)
+    return Place(repository.configurations(), card, name, repository.weights)
 
 
 def _is_path(name: str) -> bool:

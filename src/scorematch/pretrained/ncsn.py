@@ -172,7 +172,7 @@ def _schedule(
             warnings.warn(
                 f"{path} holds the noise levels {schedule}, but {config} has {configured}; the levels in the "
                 "checkpoint are used.",
-                stacklevel=4,
+                stacklevel=5,
             )
         return schedule
     if configured is not None:

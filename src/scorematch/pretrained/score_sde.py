@@ -40,6 +40,7 @@ from scorematch.core.messages import quote
 from scorematch.core.schema import Field
 from scorematch.nets.unet import block_types
 from scorematch.noise import NoiseSchedule
+from scorematch.pretrained.cards import configurations
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.options import checked_options, named_options
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, StoredTensor, load_tensors
@@ -98,6 +99,8 @@ _PREDICTORS = {
     "reverse_diffusion": "reverse-diffusion",
     "euler_maruyama": "reverse-diffusion",
 }
+# By the path in the authors' folder of checkpoints, and by that in their folder configs where it differs.
+CONFIGURATIONS = configurations("score_sde")
 _TIME_SCALE = 999.0  # the factor of the time in [0, 1] of a continuous network
 # The row of the preconditioning table of a variance preserving diffusion, and its noise levels as a function of q.
 _DIFFUSIONS: Mapping[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
@@ -384,96 +387,3 @@ def _add_attention(weights: dict[str, Tensor], scales: int, count: int) -> None:
             for j in range(count):
                 zero = part.startswith("to_out")
                 weights[f"up_blocks.{i}.attentions.{j}.{part}"] = torch.zeros_like(tensor) if zero else tensor
-
-
-# -- The published configurations -------------------------------------------------------------------------------------
-
-
-def _configuration(
-    sde: str, data: Mapping[str, Any], model: Mapping[str, Any], sampling: Mapping[str, Any], *, continuous: bool = True
-) -> dict[str, dict[str, Any]]:
-    exploding = sde == "vesde"
-    levels = {"num_scales": 1000, "sigma_min": 0.01, "sigma_max": 50, "beta_min": 0.1, "beta_max": 20.0}
-    shared = {"conditional": True, "nonlinearity": "swish", "resamp_with_conv": True, "scale_by_sigma": exploding}
-    return {
-        "training": {"sde": sde, "continuous": continuous},
-        "data": {"num_channels": 3, "centered": not exploding, **data},
-        "model": {**levels, **shared, **model},
-        "sampling": {"n_steps_each": 1, **sampling},
-    }
-
-
-_CIFAR10, _LARGE = {"image_size": 32}, {"image_size": 256}
-_DDPM = {"name": "ddpm", "nf": 128, "ch_mult": [1, 2, 2, 2], "num_res_blocks": 2, "attn_resolutions": [16]}
-_DDPM_256 = {**_DDPM, "ch_mult": [1, 1, 2, 2, 4, 4], "dropout": 0.0}
-_DDPMPP = {
-    **_DDPM,
-    "name": "ncsnpp",
-    "num_res_blocks": 4,
-    "dropout": 0.1,
-    "fir": False,
-    "fir_kernel": [1, 3, 3, 1],
-    "skip_rescale": True,
-    "embedding_type": "positional",
-    "progressive": "none",
-    "progressive_input": "none",
-    "progressive_combine": "sum",
-    "resblock_type": "biggan",
-}
-_RESIDUAL_INPUT = {**_DDPMPP, "fir": True, "progressive_input": "residual"}
-_FOURIER = {**_RESIDUAL_INPUT, "embedding_type": "fourier"}
-_SKIP = {
-    **_FOURIER,
-    "ch_mult": [1, 1, 2, 2, 2, 2, 2],
-    "num_res_blocks": 2,
-    "dropout": 0.0,
-    "num_scales": 2000,
-    "progressive": "output_skip",
-    "progressive_input": "input_skip",
-}
-_SKIP_1024 = {**_SKIP, "nf": 16, "ch_mult": [1, 2, 4, 8, 16, 32, 32, 32], "num_res_blocks": 1, "sigma_max": 1348}
-_DEEP = {"num_res_blocks": 8}
-_ANCESTRAL = {"predictor": "ancestral_sampling", "corrector": "none"}
-_EULER = {"predictor": "euler_maruyama", "corrector": "none"}
-
-
-def _langevin(snr: float) -> dict[str, Any]:
-    return {"predictor": "reverse_diffusion", "corrector": "langevin", "snr": snr}
-
-
-def _exploding(sigma_max: float) -> dict[str, dict[str, Any]]:
-    return _configuration("vesde", _LARGE, {**_SKIP, "sigma_max": sigma_max}, _langevin(0.075))
-
-
-# By the path in the authors' folder of checkpoints, and by that in their folder configs where it differs.
-CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "ve/cifar10_ncsnpp": _configuration("vesde", _CIFAR10, _RESIDUAL_INPUT, _langevin(0.16), continuous=False),
-    "ve/cifar10_ncsnpp_continuous": _configuration("vesde", _CIFAR10, _FOURIER, _langevin(0.16)),
-    "ve/cifar10_ncsnpp_deep_continuous": _configuration("vesde", _CIFAR10, {**_FOURIER, **_DEEP}, _langevin(0.16)),
-    "ve/bedroom_ncsnpp_continuous": _exploding(378),
-    "ve/church_ncsnpp_continuous": _exploding(380),
-    "ve/ffhq_256_ncsnpp_continuous": _exploding(348),
-    "ve/celebahq_256_ncsnpp_continuous": _exploding(348),
-    "ve/ffhq_1024_ncsnpp_continuous": _configuration("vesde", {"image_size": 1024}, _SKIP_1024, _langevin(0.15)),
-    "vp/cifar10_ddpm": _configuration("vpsde", _CIFAR10, _DDPM, _ANCESTRAL, continuous=False),
-    "vp/cifar10_ddpm_continuous": _configuration("vpsde", _CIFAR10, _DDPM, _EULER),
-    "vp/cifar10_ddpmpp": _configuration("vpsde", _CIFAR10, _DDPMPP, _ANCESTRAL, continuous=False),
-    "vp/cifar10_ddpmpp_continuous": _configuration("vpsde", _CIFAR10, _DDPMPP, _EULER),
-    "vp/cifar10_ddpmpp_deep_continuous": _configuration("vpsde", _CIFAR10, {**_DDPMPP, **_DEEP}, _EULER),
-    "vp/cifar10_ncsnpp_continuous": _configuration("vpsde", _CIFAR10, _RESIDUAL_INPUT, _EULER),
-    "vp/cifar10_ncsnpp_deep_continuous": _configuration("vpsde", _CIFAR10, {**_RESIDUAL_INPUT, **_DEEP}, _EULER),
-    "vp/ddpm/bedroom": _configuration("vpsde", _LARGE, _DDPM_256, _ANCESTRAL, continuous=False),
-    "subvp/cifar10_ddpm_continuous": _configuration("subvpsde", _CIFAR10, _DDPM, _EULER),
-    "subvp/cifar10_ddpmpp_continuous": _configuration("subvpsde", _CIFAR10, _DDPMPP, _EULER),
-    "subvp/cifar10_ddpmpp_deep_continuous": _configuration("subvpsde", _CIFAR10, {**_DDPMPP, **_DEEP}, _EULER),
-    "subvp/cifar10_ncsnpp_continuous": _configuration("subvpsde", _CIFAR10, _RESIDUAL_INPUT, _EULER),
-    "subvp/cifar10_ncsnpp_deep_continuous": _configuration("subvpsde", _CIFAR10, {**_RESIDUAL_INPUT, **_DEEP}, _EULER),
-}
-CONFIGURATIONS |= {
-    "ve/ffhq_ncsnpp_continuous": CONFIGURATIONS["ve/ffhq_1024_ncsnpp_continuous"],
-    "ve/celebahq_ncsnpp_continuous": CONFIGURATIONS["ve/ffhq_1024_ncsnpp_continuous"],
-    "vp/ddpm/cifar10": CONFIGURATIONS["vp/cifar10_ddpm"],
-    "vp/ddpm/cifar10_continuous": CONFIGURATIONS["vp/cifar10_ddpm_continuous"],
-    "vp/ddpm/church": CONFIGURATIONS["vp/ddpm/bedroom"],
-    "vp/ddpm/celebahq": CONFIGURATIONS["vp/ddpm/bedroom"],
-}

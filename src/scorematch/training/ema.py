@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scorematch import pretrained
+from scorematch.pretrained import load, locate
 from scorematch.score import ScoreNet
 
 SNAPSHOTS = "snapshots"  # the subfolder of a run's folder
@@ -190,7 +190,7 @@ def reconstruct(
     net = ScoreNet.from_pretrained(used[-1][2], backbone=backbone)
     sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in net.backbone.state_dict().items()}
     for share, (_, _, path) in zip(shares, used, strict=True):
-        for name, tensor in pretrained.load(path).weights.items():
+        for name, tensor in load(locate(path)).weights.items():
             sums[name].add_(tensor, alpha=share)
     own_values = net.backbone.state_dict()  # integer buffers, such as counters, are not averaged
     net.backbone.load_state_dict(

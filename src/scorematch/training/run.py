@@ -40,7 +40,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch import pretrained
 from scorematch.core.arguments import check_count
 from scorematch.core.files import check_outside, check_own, delete_unfinished, exclusive_lock, write_whole
 from scorematch.core.json_files import read_object
@@ -51,7 +50,9 @@ from scorematch.core.schema import Field, check
 from scorematch.data.cache import ImageData, open_images
 from scorematch.data.pictures import is_picture
 from scorematch.noise import NoiseSchedule
+from scorematch.pretrained import load, locate
 from scorematch.pretrained.hub import check_login, check_repository
+from scorematch.pretrained.weights import fill
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
 from scorematch.training.ema import SNAPSHOTS
@@ -670,7 +671,7 @@ def check_run(
     if (out / "config.json").exists():
         _check_same(out, json.loads(json.dumps(_config(net, data, settings, start))))
     elif start is not None:
-        _growth(net, pretrained.load(start, weights=False).config, start)
+        _growth(net, load(locate(start), weights=False).config, start)
 
 
 def _config(
@@ -717,12 +718,12 @@ def _begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:
         FileNotFoundError: if there is no such network.
         ValueError: if ``net`` is another network, and not a larger one that can begin with these weights.
     """
-    stored = pretrained.load(start)
+    stored = load(locate(start))
     grows = _growth(net, stored.config, start)
     weights = stored.weights
     if net.family is not None and grows:
         weights = net.family.grow(ScoreNet.from_pretrained(start).backbone, net.backbone)
-    pretrained.fill(net.backbone, weights, stored.source)
+    fill(net.backbone, weights, stored.source)
 
 
 def _growth(net: ScoreNet, small: Mapping[str, Any], start: str | os.PathLike[str]) -> set[str]:
