@@ -20,6 +20,7 @@ from PIL import Image
 from scorematch import NoiseSchedule, ScoreNet, __version__, cli
 from scorematch.cli import main
 from scorematch.cli.options import duration, estimate, find_device
+from scorematch.core.arguments import argument, written_by
 from scorematch.data import read_image, save_image
 from scorematch.pretrained import cards
 from scorematch.sampling import AnnealedLangevinSampler, SamplerSettings
@@ -176,6 +177,20 @@ def test_wrong_arguments_give_an_error_of_one_line(options, message, capsys):
 def test_a_path_in_an_unknown_home_folder_gives_an_error_of_one_line(options, capsys):
     message = r"the home folder ~\$x is not known; for another file or folder write \./~\$x"
     assert re.search(message, refused(options, capsys))
+
+
+def test_messages_write_arguments_as_options():
+    def written(command):
+        with written_by(_commands()[command].written):
+            names = [argument("batch_size"), argument("crop", "celeba"), argument("image_size", (48, 64))]
+            return [*names, argument("flip", False), argument("consistent", True), argument("consistent", False)]
+
+    own = ["batch_size", 'crop="celeba"', "image_size=(48, 64)", "flip=False", "consistent=True", "consistent=False"]
+    options = ["--batch-size", "--crop celeba", "--image-size 48x64", "--no-flip", "--consistent", "--no-consistent"]
+    assert written("models") == own  # which has no options
+    assert written("train") == [*options[:4], *own[4:]]
+    assert written("sample") == [options[0], *own[1:4], *options[4:]]
+    assert argument("n") == "n" and argument("n", 4, of="bulk_samples") == "bulk_samples(..., n=4)"
 
 
 def test_an_error_during_the_computation_gives_status_1_and_mentions_debug(folder, tmp_path, capsys, monkeypatch):

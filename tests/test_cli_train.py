@@ -118,8 +118,8 @@ def test_the_same_command_continues_a_run_and_other_options_give_an_error(faces,
     assert _train(faces, out, *options, "--lr", "0.5", "--dry-run") == 2
     printed = capsys.readouterr()
     assert printed.err.endswith(
-        "contains a run with other settings: lr was 0.001 and is 0.5. Write the options of that run, such as "
-        "--recipe, to continue it, or another folder.\n"
+        "contains a run with other settings: lr was 0.001 and is 0.5. To continue it use its settings, on "
+        "the command line its options such as --recipe; otherwise use another folder.\n"
     )
     assert printed.out == ""
     shutil.rmtree(out / "checkpoints" / "000000016")
@@ -261,8 +261,10 @@ def test_start_must_be_the_network_of_the_recipe(faces, run, tmp_path, capsys):
     start = run[0] / "network"
     arguments = ["train", faces, "--out", tmp_path / "run", "--start", start, "--recipe", "ncsn-cifar10", "--dry-run"]
     error = refused([*arguments, "--image-size", "8", "--batch-size", "8", "--quiet", "--device", "cpu"], capsys)
-    assert error.startswith(f"scorematch: --start {start} is not the network of --recipe: ")
-    assert "precondition is 'karras' instead of 'ncsn'" in error and error.endswith(". Leave out --recipe.\n")
+    assert error.startswith(f"scorematch: --start {start} is not the same network as the one to train: ")
+    assert "precondition is 'karras' instead of 'ncsn'" in error and error.endswith(
+        ", or on the command line leave out --recipe.\n"
+    )
 
 
 def test_the_data_have_the_range_of_the_network_to_begin_with(tmp_path, calls, capsys):
@@ -400,8 +402,11 @@ def test_an_image_size_is_a_side_or_height_x_width():
         (("--cache", "x", "--no-cache"), "--cache and --no-cache cannot be combined. Leave out one."),
         (("--device", "mps"), "--device mps is not available: Accelerate uses cpu"),
         (("--batch-size", "13"), "the data have 12 images, fewer than a batch of 13. Pass --batch-size 12 or less.$"),
-        (("--image-size", "10"), "height and width must be multiples of 4, got 10x10. Pass --image-size 8 or 12.$"),
-        (("--image-size", "13x8"), "multiples of 4, got 13x8. Pass --image-size 12x8 or 16x8.$"),
+        (
+            ("--image-size", "10"),
+            "height and width must be multiples of 4, got 10x10. Pass --image-size 8 or --image-size 12.$",
+        ),
+        (("--image-size", "13x8"), "multiples of 4, got 13x8. Pass --image-size 12x8 or --image-size 16x8.$"),
         (("--labels",), ": --labels needs all images in subfolders.* or leave out --labels.$"),
         (("--crop", "celeba"), "needs images of at least 140 x 140 pixels"),
         (("--recipe", "ncsn-cifar10", "--image-size", "15"), "15x15"),
@@ -441,7 +446,7 @@ def test_unusable_data_give_an_error_of_one_line(tmp_path, rng, capsys):
     mixed = _pictures(tmp_path / "mixed", 3, rng)
     Image.new("L", (16, 16)).save(mixed / "gray.png")
     error = refused(["train", mixed, "--out", tmp_path / "run"], capsys)
-    assert "mixes gray and color images" in error and error.endswith("Pass --channels 3 or --channels 1.\n")
+    assert "mixes gray and color images" in error and error.endswith("or write --channels 3 or --channels 1.\n")
     broken = _pictures(tmp_path / "broken", 3, rng)
     (broken / "a.png").write_bytes(b"no picture")
     arguments = ["train", broken, "--out", tmp_path / "run", "--strict", "--quiet"]

@@ -347,12 +347,12 @@ def test_values_that_cannot_be_read_are_not_checked(rng):
         (
             lambda: ScoreNet.unet(3, 30, widths=(4, 4, 4)),
             ValueError,
-            "^height and width must be multiples of 4, got 30x30. Pass an image_size of 28 or 32.$",
+            "^height and width must be multiples of 4, got 30x30. Pass image_size=28 or image_size=32.$",
         ),
         (
             lambda: ScoreNet.ncsnpp(3, (8, 13), widths=(4, 4), patch=2),
             ValueError,
-            r"multiples of 4, got 8x13. Pass an image_size of \(8, 12\) or \(8, 16\).$",
+            r"multiples of 4, got 8x13. Pass image_size=\(8, 12\) or image_size=\(8, 16\).$",
         ),
         (lambda: ScoreNet.ncsnv2(1, 28, width=2, depth="deepest"), ValueError, "multiples of 8, got 28x28"),
         (lambda: ScoreNet.ncsn(1, 0, width=2), ValueError, "image_size must be a side or .*, positive integers, got"),

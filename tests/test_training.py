@@ -449,7 +449,9 @@ def test_a_user_defined_network_can_start_with_trained_weights(tmp_path):
 
 def test_start_with_another_network_raises_before_anything_is_written(run, tmp_path):
     start = run[0] / "network"
-    with pytest.raises(ValueError, match=r"not the same network as net: dropout is 0\.2 instead of 0\.0; num_class"):
+    with pytest.raises(
+        ValueError, match=r"not the same network as the one to train: dropout is 0\.2 instead of 0\.0; num_class"
+    ):
         quick(image_net(classes=3), Memory(images(), torch.zeros(32).long()), tmp_path / "run", start=start)
     net = image_net(dropout=0.2, schedule=NoiseSchedule([1.0, 0.1]))
     with pytest.raises(ValueError, match=r"schedule is .* instead of .*\. Pass net=ScoreNet\.from_pretrained\(start"):
@@ -575,7 +577,7 @@ def test_a_network_does_not_start_with_a_larger_one(tmp_path):
     image_net(**large).save_pretrained(tmp_path / "start")
     for message, options in cases.items():
         net = image_net(**{**large, **options})
-        with pytest.raises(ValueError, match=f"not the same network as net: {message}.* Pass"):
+        with pytest.raises(ValueError, match=f"not the same network as the one to train: {message}.* Pass"):
             quick(net, images(), tmp_path / "run", start=tmp_path / "start", condition=Inpainting())
 
 

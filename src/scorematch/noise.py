@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_count
+from scorematch.core.arguments import argument, check_count
 from scorematch.core.batches import is_outside
 from scorematch.core.randomness import single_generator
 from scorematch.core.scores import attribute
@@ -384,8 +384,8 @@ class NoiseSchedule:
         for name, sigma in (("sigma_max", high), ("sigma_min", low)):
             if not self.sigma_min <= sigma <= self.sigma_max:
                 raise ValueError(
-                    f"{name} must be in the range of the schedule, {self.sigma_min:.4g} to {self.sigma_max:.4g}, got "
-                    f"{sigma:.4g}. Pass a schedule for levels outside this range."
+                    f"{argument(name)} must be in the range of the schedule, {self.sigma_min:.4g} to "
+                    f"{self.sigma_max:.4g}, got {sigma:.4g}. Pass a schedule for levels outside this range."
                 )
         _check_range(high, low)
         return NoiseSchedule([high, *(sigma for sigma in self._values if low < sigma < high), low])

@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from scorematch.core.arguments import check_choice
+from scorematch.core.arguments import argument, check_choice
 from scorematch.core.batches import as_sigma, check_data
 from scorematch.core.conditions import Condition, as_condition
 from scorematch.core.json_files import native
@@ -843,10 +843,8 @@ def check_size(net: ScoreNet) -> None:
             for number in (math.floor, math.ceil)
         )
         sizes = (size[0] if height == width else tuple(size) for size in (below, above))
-        fitting = " or ".join(dict.fromkeys(map(str, sizes)))
-        raise ValueError(
-            f"height and width must be multiples of {divisor}, got {height}x{width}. Pass an image_size of {fitting}."
-        )
+        fitting = " or ".join(dict.fromkeys(argument("image_size", size) for size in sizes))
+        raise ValueError(f"height and width must be multiples of {divisor}, got {height}x{width}. Pass {fitting}.")
 
 
 def _pair(size: Size) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import importlib
 import io
 import os
 import pkgutil
+import shlex
 import signal
 import sys
 import traceback
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from scorematch import __version__
+from scorematch.core.arguments import as_code, written_by
 
 # Errors of the input, with exit status 2. All others have exit status 1.
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
@@ -54,6 +56,17 @@ class Parser(argparse.ArgumentParser):
                     break
         return parsed, unknown
 
+    def written(self, name: str, value: Any, of: str | None) -> str:
+        """An argument of a function as an option of this command, if there is one: ``--levels``, or ``--levels 18``."""
+        flags: dict[str, Sequence[str]] = {each.dest: each.option_strings for each in self._actions}
+        if value is False and f"no_{name}" in flags:
+            return f"--no-{name}"
+        if not flags.get(name):
+            return as_code(name, value, of)
+        if value is ... or isinstance(value, bool):
+            return flags[name][-1 if value is False else 0]  # both of --exact-noise and --no-exact-noise
+        return shlex.join([flags[name][0], "x".join(map(str, value)) if isinstance(value, tuple) else str(value)])
+
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2."""
         self.exit(2, f"scorematch: {message}. See {self.prog} --help.\n")
@@ -82,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), written_by(args.parser.written):
             warnings.showwarning = _show_warning
             args.run(args)
             if sys.stdout is not None:  # it is None if the output was closed before the program began

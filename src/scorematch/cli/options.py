@@ -479,22 +479,6 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = Fals
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
     """
-    try:
-        return _sampler(args, net, restoring)
-    except ValueError as error:
-        raise ValueError(_with_options(str(error))) from error
-
-
-def _with_options(message: str) -> str:
-    """A message about the arguments of a sampler, with the options of the command line instead of their names."""
-    names = SamplerSettings.SCHEMA.keys()
-    arguments = [rf"\b{name}(?==)" for name in names]  # such as "method" in method="heun", but not in "Heun's method"
-    arguments += [rf"\b{name}\b(?!\^)" for name in names if "_" in name]  # but not the formula 2 sigma_min^2
-    message = message.removeprefix("sampler_settings: ")
-    return re.sub("|".join(arguments), lambda found: f"--{found[0].replace('_', '-')}", message)
-
-
-def _sampler(args: argparse.Namespace, net: Score, restoring: bool) -> Sampler:
     owners = {option: name for name, options in SamplerSettings.OPTIONS.items() for option in _given(args, options)}
     noise = _given(args, SamplerSettings.NOISE)
     default = "langevin" if restoring and not takes_image(net) else None

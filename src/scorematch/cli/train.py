@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import shlex
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,14 +38,6 @@ from scorematch.training.steps import check_arguments, loss_arguments, make_acce
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
-# Words of messages about Python arguments, and their replacements on the command line.
-_WORDS = {
-    "Pass an image_size of": "Pass --image-size",
-    "Convert the pictures, or in Python pass channels=3 or channels=1 to open_images": "Pass channels=3 or channels=1",
-    "the same network as net": "the network of --recipe",
-    "Pass net=ScoreNet.from_pretrained(start)": "Leave out --recipe",
-    "Pass the settings of that run": "Write the options of that run, such as --recipe,",
-}
 
 
 def add(commands: Commands) -> None:
@@ -208,10 +197,9 @@ def _run(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():  # the others find the cache
         start = _start(args)
         data = _open(args, recipe, start)
-    with _naming_options(args):
-        net = _network(args, recipe, start, data, null_class=label_drop > 0)
-        check_arguments(net, data, settings, accelerator.num_processes)
-        check_run(args.out, net, data, settings, args.start)
+    net = _network(args, recipe, start, data, null_class=label_drop > 0)
+    check_arguments(net, data, settings, accelerator.num_processes)
+    check_run(args.out, net, data, settings, args.start)
     if accelerator.is_main_process:
         net.to(device)
         _announce(args, recipe, data, net, settings, device, accelerator.num_processes)
@@ -238,25 +226,6 @@ def _run(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         print(args.out / "report.md")
         print(args.out / "network")
-
-
-@contextmanager
-def _naming_options(args: argparse.Namespace) -> Iterator[None]:
-    """Errors within this context name the options of the command, instead of arguments in Python."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        text = str(error)
-        for words, here in _WORDS.items():
-            text = text.replace(words, here)
-        text = re.sub("--image-size .*", lambda hint: re.sub(r"\((\d+), (\d+)\)", r"\1x\2", hint[0]), text)
-        argument = rf"""\b({"|".join(vars(args))})=(?:True\b|"([^"]*)"|'([^']*)'|(\w*))"""
-        raise ValueError(re.sub(argument, _option, text)) from error
-
-
-def _option(argument: re.Match[str]) -> str:
-    """An argument such as channels=3 as an option, --channels 3, quoted for a shell if necessary."""
-    return shlex.join([f"--{argument[1].replace('_', '-')}", *filter(None, argument.groups()[1:])])
 
 
 def _network(
@@ -318,7 +287,7 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> I
         if args.channels not in (None, channels):
             raise ValueError(f"--channels must be {channels}, as {args.start} has, got {args.channels}. Leave it out.")
     crop = recipe.crop if args.crop is None else None if args.crop == "none" else args.crop
-    with _naming_options(args), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about damaged pictures: _announce prints them
         data = open_images(
             args.data,

@@ -1,9 +1,10 @@
-"""Checks of the integers and choices among the arguments of a function."""
+"""Checks of the integers and choices among the arguments of a function, and how messages write arguments."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,45 @@ import numpy as np
 from scorematch.core.messages import quote
 
 
+def as_code(name: str, value: Any = ..., of: str | None = None) -> str:
+    """An argument as it is written in Python; see ``argument``."""
+    if value is ...:
+        return name
+    code = f'{name}="{value}"' if isinstance(value, str) else f"{name}={value!r}"
+    return code if of is None else f"{of}(..., {code})"
+
+
+_write: Callable[[str, Any, str | None], str] = as_code
+
+
+def argument(name: str, value: Any = ..., *, of: str | None = None) -> str:
+    """An argument in a message, as the user writes it: ``levels=18``, or on the command line ``--levels 18``.
+
+    Args:
+        name: the name of the parameter.
+        value: a value to pass; by default only the name is written.
+        of: the function that has this parameter, if the user may have called another one.
+    """
+    return _write(name, value, of)
+
+
+@contextmanager
+def written_by(write: Callable[[str, Any, str | None], str]) -> Iterator[None]:
+    """Within this context ``write(name, value, of)`` makes the texts of ``argument``."""
+    global _write
+    before, _write = _write, write
+    try:
+        yield
+    finally:
+        _write = before
+
+
 def check_integer(name: str, value: Any) -> int:
     """An integer argument, of Python, NumPy or torch, as an int; TypeError if it is another value."""
     try:
         return operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be an integer, got {quote(value)}.") from error
+        raise TypeError(f"{argument(name)} must be an integer, got {quote(value)}.") from error
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
@@ -30,7 +64,7 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = None) 
     if not integer or value < least or (most is not None and value > most):
         kind = ValueError if integer else TypeError
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise kind(f"{name} must be an integer {wanted}, got {value!r}.")
+        raise kind(f"{argument(name)} must be an integer {wanted}, got {value!r}.")
     return int(value)
 
 
@@ -38,4 +72,4 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises ValueError if the value of an argument is not one of the choices."""
     choices = tuple(choices)
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        raise ValueError(f"{argument(name)} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

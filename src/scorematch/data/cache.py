@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.arguments import argument, check_choice, check_count
 from scorematch.core.files import new_files
 from scorematch.core.json_files import read_object
 from scorematch.core.messages import few
@@ -236,7 +236,9 @@ def open_images(
     size = (image_size, image_size) if isinstance(image_size, int | np.integer) else image_size
     pair = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int | np.integer) for side in size)
     if size is not None and not (pair and min(size) >= 1):
-        raise ValueError(f"image_size must be (height, width), or the side of a square, got {image_size!r}.")
+        raise ValueError(
+            f"{argument('image_size')} must be (height, width), or the side of a square, got {image_size!r}."
+        )
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = check_count("workers", workers)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from scorematch.core.arguments import argument
 from scorematch.core.messages import reason
 from scorematch.data.pictures import (
     ENDINGS,
@@ -87,8 +88,8 @@ class Pictures(Source):
         if len(kinds) > 1:
             raise ValueError(
                 f"{self.name} mixes gray and color images: {self.name_of(kinds[1])} is gray, and "
-                f"{self.name_of(kinds[3])} is in color. Convert the pictures, or in "
-                "Python pass channels=3 or channels=1 to open_images."
+                f"{self.name_of(kinds[3])} is in color. Convert the pictures, or write "
+                f"{argument('channels', 3, of='open_images')} or {argument('channels', 1, of='open_images')}."
             )
         return next(iter(kinds))
 
@@ -97,8 +98,8 @@ class Pictures(Source):
             (one, i), (other, k) = itertools.islice(sizes.items(), 2)
             raise ValueError(
                 f"{self.name} has images of different sizes: {self.name_of(i)} has {one[0]} x {one[1]} pixels, and "
-                f"{self.name_of(k)} has {other[0]} x {other[1]}. Resize the pictures, or in Python "
-                "pass image_size= to open_images."
+                f"{self.name_of(k)} has {other[0]} x {other[1]}. Resize the pictures, or write "
+                f"{argument('image_size', one, of='open_images')}."
             )
         return next(iter(sizes))
 
@@ -119,8 +120,8 @@ class Folder(Pictures):
             loose = next((path for path in self.paths if len(path.parts) == 1), None)
             if loose is not None:
                 raise ValueError(
-                    f"labels=True needs all images in subfolders, whose names are the classes, got {folder / loose}. "
-                    "Move it into a subfolder, or leave out labels=True."
+                    f"{argument('labels', True)} needs all images in subfolders, whose names are the classes, got "
+                    f"{folder / loose}. Move it into a subfolder, or leave out {argument('labels', True)}."
                 )
             self.labels, self.classes = _classes(names, len(names), self.name)
         states = [(folder / path).stat() for path in self.paths]

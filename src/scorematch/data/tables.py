@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from scorematch.core.arguments import argument
 from scorematch.core.messages import few, plain
 from scorematch.data.folders import Pictures
 from scorematch.data.pictures import (
@@ -82,8 +83,10 @@ def _choose(
     if not found or found[0] not in keys:
         given = "" if key is None else f" named {key!r}"
         names = few((repr(plain(name)) for name in keys), 10)
-        without = ", or leave out labels=True" if what == "label" else ""
-        raise ValueError(f"the data have no {what}s{given}; the names are {names}. Pass {what}_key={without}.")
+        without = f", or leave out {argument('labels', True)}" if what == "label" else ""
+        raise ValueError(
+            f"the data have no {what}s{given}; the names are {names}. Pass {argument(f'{what}_key')}{without}."
+        )
     return found[0]
 
 
@@ -137,8 +140,8 @@ class Items(Source):
         if hasattr(image, "getexif"):
             if self._keeps_color and channels_and_size(image)[0] == 3:
                 raise UnfitError(
-                    f"{self.name} mixes gray and color images: item 0 is gray, and item {i} is in color. Pass "
-                    "channels=3 or channels=1 to open_images."
+                    f"{self.name} mixes gray and color images: item 0 is gray, and item {i} is in color. Write "
+                    f"{argument('channels', 3, of='open_images')} or {argument('channels', 1, of='open_images')}."
                 )
             return fit_picture(image, self.shape, self.crop)
         values = _values(image)

@@ -50,7 +50,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_choice
+from scorematch.core.arguments import argument, check_choice
 from scorematch.core.scores import Score, attribute
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
@@ -109,12 +109,12 @@ class AncestralSampler(Sampler):
         check_choice("variance", variance, get_args(Variance))
         if variance == "learned" and not attribute(net, "predicts_variance"):
             raise ValueError(
-                'variance="learned" needs a network that predicts the variance (predicts_variance). Write "large" or '
-                '"small".'
+                f"{argument('variance', 'learned')} needs a network that predicts the variance (predicts_variance). "
+                'Write "large" or "small".'
             )
         self._range = attribute(net, "value_range")
         if clamp_denoised and self._range is None:
-            raise ValueError("clamp_denoised=True needs a network with a value_range. Leave it out.")
+            raise ValueError(f"{argument('clamp_denoised', True)} needs a network with a value_range. Leave it out.")
         self.clamp_denoised = clamp_denoised
         self._k = 1.0 if self._range is None else 2 / (self._range[1] - self._range[0])
 

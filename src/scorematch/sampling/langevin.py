@@ -45,7 +45,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_count
+from scorematch.core.arguments import argument, check_count
 from scorematch.core.scores import Score, attribute
 from scorematch.noise import NoiseSchedule, schedule_of
 from scorematch.sampling.chain import Chain
@@ -132,8 +132,9 @@ class AnnealedLangevinSampler(Sampler):
             steps_per_level = check_count("steps_per_level", steps_per_level)
         if consistent and (steps_per_level not in (None, 1) or exact_noise is not None):
             raise ValueError(
-                "consistent=True takes one step per level and derives the noise from the schedule: leave out "
-                f"steps_per_level and exact_noise, got {steps_per_level!r} and {exact_noise!r}."
+                f"{argument('consistent', True)} takes one step per level and derives the noise from the schedule: "
+                f"leave out {argument('steps_per_level')} and {argument('exact_noise')}, got {steps_per_level!r} and "
+                f"{exact_noise!r}."
             )
         if consistent is None:
             consistent = own is not None and len(own) > 1 if settings is None else settings.consistent
@@ -247,15 +248,16 @@ def _check_step(schedule: NoiseSchedule, step_size: float, steps: int, consisten
     limit = 2 * schedule.sigma_min**2
     if not 0 < step_size < limit:
         raise ValueError(
-            f"step_size must lie between 0 and the stability limit, 2 sigma_min^2 = {limit:.4g}, got "
+            f"{argument('step_size')} must lie between 0 and the stability limit, 2 sigma_min^2 = {limit:.4g}, got "
             f"{step_size!r}; technique 4 of NCSNv2 suggests {schedule.suggest_step_size(steps):.3g}."
         )
     low, high = (schedule.sigma_min**2 * (1 + sign * schedule.smallest_ratio) for sign in (-1, 1))
     if consistent and not low * (1 - 1e-9) <= step_size <= high * (1 + 1e-9):
         raise ValueError(
-            f"step_size must lie between {low:.4g} and {high:.4g} for consistent sampling on this schedule, "
-            "sigma_min^2 (1 - r) and sigma_min^2 (1 + r) with r the smallest ratio of a level to the one before, got "
-            f"{step_size!r}. For plain Langevin steps pass steps_per_level or consistent=False."
+            f"{argument('step_size')} must lie between {low:.4g} and {high:.4g} for consistent sampling on this "
+            "schedule, sigma_min^2 (1 - r) and sigma_min^2 (1 + r) with r the smallest ratio of a level to the one "
+            f"before, got {step_size!r}. For plain Langevin steps pass {argument('steps_per_level')} or "
+            f"{argument('consistent', False)}."
         )
 
 

@@ -59,7 +59,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_choice
+from scorematch.core.arguments import argument, check_choice
 from scorematch.core.scores import Score, middle_of
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
@@ -128,18 +128,22 @@ class ODESampler(Sampler):
         super().__init__(net, schedule, **options)
         check_choice("method", method, _METHODS)
         if not 0 <= churn < math.inf:
-            raise ValueError(f"churn must be a number of at least 0, got {churn!r}.")
+            raise ValueError(f"{argument('churn')} must be a number of at least 0, got {churn!r}.")
         if churn and method != "heun":
-            raise ValueError(f'churn is for Heun\'s method, got {churn!r} with {method!r}. Write method="heun".')
+            raise ValueError(
+                f"{argument('churn')} is for Heun's method, got {churn!r} with {method!r}. Write "
+                f"{argument('method', 'heun')}."
+            )
         if not 0 <= churn_min < (math.inf if churn_max is None else churn_max):
             raise ValueError(
-                f"churn_min must be at least 0 and below churn_max, got churn_min={churn_min!r} and "
-                f"churn_max={churn_max!r}."
+                f"{argument('churn_min')} must be at least 0 and below {argument('churn_max')}, got "
+                f"{argument('churn_min', churn_min)} and {argument('churn_max', churn_max)}."
             )
         if not 0 < churn_noise < math.inf:
-            raise ValueError(f"churn_noise must be a number above 0, got {churn_noise!r}.")
+            raise ValueError(f"{argument('churn_noise')} must be a number above 0, got {churn_noise!r}.")
         if churn == 0 and (churn_min, churn_max, churn_noise) != (0, None, 1):
-            raise ValueError("churn_min, churn_max and churn_noise need churn above 0. Pass churn, or leave them out.")
+            names = ", ".join(argument(name) for name in ("churn_min", "churn_max", "churn_noise"))
+            raise ValueError(f"{names} need {argument('churn')} above 0. Pass {argument('churn')}, or leave them out.")
         self.method = method
         self.churn, self.churn_noise = float(churn), float(churn_noise)
         self.churn_min, self.churn_max = float(churn_min), None if churn_max is None else float(churn_max)

@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.arguments import argument, check_choice, check_count
 from scorematch.core.batches import per_image
 from scorematch.core.scores import Score
 from scorematch.noise import NoiseSchedule
@@ -107,7 +107,7 @@ class PredictorCorrectorSampler(Sampler):
         super().__init__(net, schedule, **options)
         check_choice("predictor", predictor, _PREDICTORS)
         if not 0 < snr < 1:
-            raise ValueError(f"snr must be above 0 and below 1, got {snr!r}.")
+            raise ValueError(f"{argument('snr')} must be above 0 and below 1, got {snr!r}.")
         self.predictor = predictor
         self.corrector_steps = check_count("corrector_steps", corrector_steps, 0)
         self.snr = float(snr)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, get_args
 
+from scorematch.core.arguments import argument
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field, check
 from scorematch.sampling.ancestral import Variance
@@ -111,9 +112,9 @@ class SamplerSettings:
             )
         if self.consistent and (self.steps_per_level not in (None, 1) or self.exact_noise is not None):
             raise ValueError(
-                "sampler_settings: consistent sampling takes one step per level and derives the noise from the "
-                f"schedule: leave out steps_per_level and exact_noise, got {self.steps_per_level!r} and "
-                f"{self.exact_noise!r}."
+                f"sampler_settings: consistent sampling takes one step per level and derives the noise from the "
+                f"schedule: leave out {argument('steps_per_level')} and {argument('exact_noise')}, got "
+                f"{self.steps_per_level!r} and {self.exact_noise!r}."
             )
 
     @property

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.core.arguments import check_count
+from scorematch.core.arguments import argument, check_count
 from scorematch.core.files import check_outside, check_own, delete_unfinished, exclusive_lock, write_whole
 from scorematch.core.json_files import read_object
 from scorematch.core.messages import quote, reason
@@ -700,10 +700,13 @@ def _check_same(out: Path, now: Mapping[str, Any]) -> None:
     if len(known) < len(network):
         differing.append("the network is different")
     if differing:
-        hint = "Pass the settings of that run to continue it, or another folder."
+        hint = (
+            "To continue it use its settings, on the command line its options such as --recipe; otherwise use "
+            "another folder."
+        )
         if (out / "report.md").exists():
             network_folder = (out / "network").as_posix()
-            hint = f'This run is complete. To train longer, start a new run with start="{network_folder}".'
+            hint = f"This run is complete. To train longer, start a new run with {argument('start', network_folder)}."
         elif not any(checkpoint.numbers(out / "checkpoints")):  # it has no checkpoint, or only that of image 0
             hint += " Nothing of that run is saved yet: if it has ended, delete the folder to begin again."
         raise ValueError(f"{out} contains a run with other settings: {'; '.join(differing)}. {hint}")
@@ -742,8 +745,9 @@ def _growth(net: ScoreNet, small: Mapping[str, Any], start: str | os.PathLike[st
     ]
     if differing:
         raise ValueError(
-            f"start={os.fspath(start)!r} is not the same network as net: {'; '.join(differing)}. Pass "
-            "net=ScoreNet.from_pretrained(start)."
+            f"{argument('start', os.fspath(start))} is not the same network as the one to train: "
+            f"{'; '.join(differing)}. Pass net=ScoreNet.from_pretrained(start), or on the command line leave out "
+            "--recipe."
         )
     return grows
 

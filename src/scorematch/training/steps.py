@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.arguments import argument, check_choice, check_count
 from scorematch.core.messages import quote
 from scorematch.core.precision import Autocast, autocast
 from scorematch.core.randomness import seed_of
@@ -133,7 +133,7 @@ class Settings:
                 raise TypeError(f"{name} must be a tuple of numbers, such as {getattr(Settings, name)}, got {value!r}.")
         for name, value in self._numbers("lr", "eps", "clip", "p", "weight_decay", "label_drop"):
             if not isinstance(value, Real):
-                raise TypeError(f"{name} must be a number, got {value!r}.")
+                raise TypeError(f"{argument(name)} must be a number, got {value!r}.")
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "ema", tuple(check_length(length) for length in self.ema))
         for name in ("flip", "compile"):
@@ -145,7 +145,7 @@ class Settings:
             check_count(name, value, 0)
         for name, value in self._numbers("lr", "eps", "clip"):
             if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value!r}.")
+                raise ValueError(f"{argument(name)} must be positive, got {value!r}.")
         if not 1 <= self.p < math.inf:
             raise ValueError(f"p must be at least 1, got {self.p!r}.")
         if not self.weight_decay >= 0:
@@ -153,7 +153,7 @@ class Settings:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {self.betas!r}.")
         if not 0 <= self.label_drop < 1:
-            raise ValueError(f"label_drop must be at least 0 and below 1, got {self.label_drop!r}.")
+            raise ValueError(f"{argument('label_drop')} must be at least 0 and below 1, got {self.label_drop!r}.")
         if self.condition is not None and (not callable(self.condition) or isinstance(self.condition, type)):
             raise TypeError(
                 f"condition must be callable as task(x, generator), such as Colorization(), got {self.condition!r}."
@@ -455,11 +455,12 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
     if len(data) < settings.batch_size:
         raise ValueError(
             f"the data have {len(data)} images, fewer than a batch of {settings.batch_size}. Pass "
-            f"batch_size={len(data)} or less."
+            f"{argument('batch_size', len(data))} or less."
         )
     if settings.batch_size % processes:
         raise ValueError(
-            f"batch_size must be a multiple of the number of processes, {processes}, got {settings.batch_size}."
+            f"{argument('batch_size')} must be a multiple of the number of processes, {processes}, got "
+            f"{settings.batch_size}."
         )
     check_levels(levels_for(net, settings.levels))
     weighting_for(net, settings.weighting, settings.p)
