@@ -35,7 +35,7 @@ from scorematch.nets.inference import InferenceScore, is_plain
 from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
 from scorematch.nets.precondition import ROWS, Preconditioning, check_options
 from scorematch.nets.refinenet import Depth
-from scorematch.nets.unet import block_types
+from scorematch.nets.unet_blocks import block_types
 from scorematch.noise import NoiseSchedule, check_schedule
 from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, architecture
 from scorematch.pretrained.convert import read_checkpoint

@@ -12,16 +12,14 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from scorematch.core.conditions import Condition
-from scorematch.nets.family import Family
 from scorematch.nets.layers import GroupNorm
 
 SQRT2 = math.sqrt(2)
@@ -103,13 +101,23 @@ def nearest_up(x: Tensor) -> Tensor:
 
 
 class Style(NamedTuple):
-    """The settings that all residual blocks of one network share."""
+    """The settings that the blocks of one network share."""
 
     embedding: int  # the width of the embedding of the noise level
     eps: float
     dropout: float
     activation: Callable[[Tensor], Tensor]
-    scale_shift: bool  # whether the noise level scales and shifts the output of the second norm, or is added before it
+    scale_shift: bool = False  # whether the noise level scales and shifts the result of the second norm, or is added
+    groups: int | None = None  # of group norms; None is ``quarter_groups``
+    scale: float = 1.0  # the divisor of sums
+
+    def groups_of(self, channels: int) -> int:
+        """The number of groups of a norm."""
+        return quarter_groups(channels) if self.groups is None else self.groups
+
+    def attention(self, channels: int, head_width: int, groups: int | None) -> Attention:
+        """Attention with these settings; without a norm if ``groups`` is None."""
+        return Attention(channels, head_width=head_width, groups=groups, eps=self.eps, scale=self.scale)
 
 
 class ResidualBlock(nn.Module):
@@ -121,22 +129,19 @@ class ResidualBlock(nn.Module):
         outputs: int,
         style: Style,
         *,
-        groups: int,
-        groups_out: int | None = None,
-        scale: float = 1.0,
+        groups: int | None = None,
         resample: Callable[[Tensor], Tensor] | None = None,
-        shortcut: bool | None = None,
+        shortcut: bool = False,
     ) -> None:
         super().__init__()
-        self.style, self.scale, self.resample = style, scale, resample
-        self.norm1 = GroupNorm(groups, inputs, style.eps)
+        self.style, self.resample = style, resample
+        self.norm1 = GroupNorm(style.groups_of(inputs) if groups is None else groups, inputs, style.eps)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.time_emb_proj = nn.Linear(style.embedding, 2 * outputs if style.scale_shift else outputs)
-        self.norm2 = GroupNorm(groups if groups_out is None else groups_out, outputs, style.eps)
+        self.norm2 = GroupNorm(style.groups_of(outputs), outputs, style.eps)
         self.dropout = nn.Dropout(style.dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        shortcut = inputs != outputs if shortcut is None else shortcut
-        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if shortcut else None
+        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if shortcut or inputs != outputs else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
         act = self.style.activation
@@ -153,7 +158,7 @@ class ResidualBlock(nn.Module):
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return x + h if self.scale == 1 else (x + h) / self.scale
+        return x + h if self.style.scale == 1 else (x + h) / self.style.scale
 
 
 class Attention(nn.Module):
@@ -216,6 +221,85 @@ class MiddleBlock(nn.Module):
         if self.attentions is not None:
             h = self.attentions[0](h)
         return self.resnets[1](h, embedding)
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, each optionally followed by attention, then downsampling; the base class of all blocks down.
+
+    A subclass may set the modules that are None or empty here: ``downsamplers``, one module that downsamples; or
+    ``resnet_down``, and ``skip_conv`` with ``image_down`` for an input pyramid.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, layers: int, style: Style, attention: Callable[[], Attention] | None
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(outputs if i else inputs, outputs, style) for i in range(layers))
+        self.attentions = nn.ModuleList() if attention is None else nn.ModuleList(attention() for _ in range(layers))
+        self.downsamplers: nn.ModuleList | None = None
+        self.resnet_down: nn.Module | None = None
+        self.skip_conv: nn.Module | None = None
+        self.image_down: Callable[[Tensor], Tensor]
+        self.sum_divisor: float | None = None  # of an input pyramid that is a running sum of the image and the features
+
+    def forward(self, h: Tensor, embedding: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The output, all features that are kept for the way up, and the image for the next block."""
+        outputs = []
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(h, embedding)
+            h = self.attentions[i](h) if self.attentions else h
+            outputs.append(h)
+        if self.downsamplers is not None:
+            h = self.downsamplers[0](h, embedding)
+        elif self.resnet_down is not None:
+            h = self.resnet_down(h, embedding)
+        else:
+            return h, outputs, image
+        if self.skip_conv is not None:
+            image = self.image_down(image)
+            h = self.skip_conv(image) + h
+            if self.sum_divisor is not None:
+                h = image = h / self.sum_divisor
+        return h, [*outputs, h], image
+
+
+class UpBlock(nn.Module):
+    """Residual blocks on the features and those of the way down, then upsampling; the base class of all blocks up.
+
+    Attention follows each of the last residual blocks, as many as there are ``attentions``. A subclass may set the
+    modules that are None here: ``upsamplers``, one module that upsamples, or ``resnet_up``; ``picture_up``, which
+    upsamples the picture of an output pyramid; and ``skip_conv``, which computes what is added to the picture from the
+    features and ``skip_norm``, or without ``skip_norm`` what is added to the features from the picture.
+    """
+
+    def __init__(self, resnets: Iterable[ResidualBlock], attentions: Iterable[Attention]) -> None:
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.upsamplers: nn.ModuleList | None = None
+        self.resnet_up: nn.Module | None = None
+        self.picture_up: Callable[[Tensor], Tensor] | None = None
+        self.skip_norm: nn.Module | None = None
+        self.skip_conv: nn.Module | None = None
+        self.scale = 1.0  # the divisor of a picture that is a running sum of features
+
+    def forward(
+        self, h: Tensor, kept: list[Tensor], embedding: Tensor, picture: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output, and the picture for the next block; features are removed from ``kept``."""
+        plain = len(self.resnets) - len(self.attentions)
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(torch.cat([h, kept.pop()], dim=1), embedding)
+            h = h if i < plain else self.attentions[i - plain](h)
+        if picture is not None and self.picture_up is not None:
+            picture = self.picture_up(picture)
+        if self.skip_conv is not None and self.skip_norm is not None:
+            addend = self.skip_conv(self.skip_norm(h, F.silu))
+            picture = addend if picture is None else picture + addend
+        elif self.skip_conv is not None and picture is not None:
+            h = picture = (self.skip_conv(picture) + h) / self.scale
+        if self.upsamplers is not None:
+            h = self.upsamplers[0](h, embedding)
+        return h if self.resnet_up is None else self.resnet_up(h, embedding), picture
 
 
 # -- The noise level --------------------------------------------------------------------------------------------------
@@ -306,164 +390,3 @@ def fix_projections(copy: nn.Module) -> Callable[[Tensor], None]:
             constant.value = projection(embedding)
 
     return set_constants
-
-
-# -- The network ------------------------------------------------------------------------------------------------------
-
-
-class ImageNetwork(nn.Module):
-    """The base class of the U-Nets, whose condition is an image, a class, or nothing.
-
-    A subclass defines the modules below. A block on the way down is called as ``block(h, embedding, image)``, and
-    returns its output, the features that are kept for the way up, and the image for the next block. A block on the way
-    up is called as ``block(h, kept, embedding, picture)``. It removes features from ``kept``, and returns its output
-    and the picture, which is the sum over the scales of an output pyramid, or None.
-
-    Args:
-        in_channels: the number of channels of the input, including those of a conditioning image.
-        out_channels: the number of channels of the output.
-        scales: the number of scales. Height and width must be multiples of ``patch * 2 ** (scales - 1)``, ``divisor``.
-        patch: the side of the patches in pixels, 1 for no patches.
-        classes: the number of classes, or None.
-        null_class: whether there is one more class, with the index ``classes``, for samples without a class.
-        center: whether to map the input from [0, 1] to [-1, 1].
-
-    Raises:
-        ValueError: if ``null_class`` is True without classes, or the network takes both an image and a class.
-    """
-
-    conv_in: nn.Conv2d
-    down_blocks: nn.ModuleList
-    mid_block: MiddleBlock
-    up_blocks: nn.ModuleList
-    conv_norm_out: GroupNorm
-    conv_out: nn.Conv2d
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        scales: int,
-        patch: int,
-        classes: int | None,
-        null_class: bool,
-        center: bool,
-    ) -> None:
-        super().__init__()
-        if null_class and classes is None:
-            raise ValueError("null_class=True needs classes: pass the number of classes, or leave out null_class.")
-        if classes is not None and in_channels > out_channels:
-            raise ValueError(
-                f"in_channels must be at most out_channels, {out_channels}, for a network with classes, since a "
-                f"network takes one condition, an image or a class, got {in_channels}."
-            )
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.patch, self.divisor = patch, patch * 2 ** (scales - 1)
-        self.classes, self.null_class, self.center = classes, null_class, center
-
-    def class_table(self, width: int) -> nn.Embedding | None:
-        """The embedding of the classes, a row (width,) for each; None for a network without classes."""
-        return None if self.classes is None else nn.Embedding(self.classes + self.null_class, width)
-
-    def inputs(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Checks the shapes, and concatenates x with a conditioning image.
-
-        Returns:
-            The input of the first convolution (N, in_channels, H, W), in [-1, 1] if ``center`` is True; and the
-            classes, or None.
-
-        Raises:
-            ValueError: if a shape does not fit the network.
-        """
-        image = condition if condition is not None and condition.is_floating_point() else None
-        classes = condition if image is None else None
-        self._check(x, image, classes)
-        x = x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)
-        return 2 * x - 1 if self.center else x, classes
-
-    def down_and_up(self, x: Tensor, embedding: Tensor, *, add_picture: bool) -> Tensor:
-        """The way down and the way up, from the first to the last convolution.
-
-        Args:
-            x: the input (N, C, H, W).
-            embedding: the embedding of the noise level (N, E) or (1, E), after its activation.
-            add_picture: whether the picture of the last block is added to the output.
-        """
-        x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
-        h, image = self.conv_in(x), x
-        kept = [h]
-        for block in self.down_blocks:
-            h, outputs, image = block(h, embedding, image)
-            kept += outputs
-        h = self.mid_block(h, embedding)
-        picture: Tensor | None = None
-        for block in self.up_blocks:
-            h, picture = block(h, kept, embedding, picture)
-        h = self.conv_out(self.conv_norm_out(h, F.silu))
-        h = h + picture if add_picture and picture is not None else h
-        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
-
-    def _check(self, x: Tensor, image: Tensor | None, classes: Tensor | None) -> None:
-        if x.ndim != 4:
-            raise ValueError(f"x must be images (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}.")
-        channels = 0 if image is None or image.ndim != 4 else image.shape[1]  # of a conditioning image
-        if image is not None and self.in_channels == x.shape[1]:
-            raise ValueError(
-                f"this network takes no image as its condition, since x has all of its {self.in_channels} input "
-                "channels. Build it with condition_channels=."
-            )
-        if x.shape[1] + channels != self.in_channels or (image is not None and not channels):
-            given = "" if image is None else f" and a condition of shape {tuple(image.shape)}"
-            raise ValueError(
-                f"x (N, C, H, W) and the conditioning image, if the network takes one, must have {self.in_channels} "
-                f"channels in all, got x of shape {tuple(x.shape)}{given}."
-            )
-        height, width = x.shape[2:]
-        if height % self.divisor or width % self.divisor:
-            raise ValueError(
-                f"height and width must be multiples of {self.divisor}, got {height}x{width}. Crop or pad the images."
-            )
-        expected = (x.shape[0], channels, height, width)
-        if image is not None and image.shape != expected:
-            raise ValueError(
-                f"the condition must be an image with x's batch and size, of shape {expected}, got "
-                f"{tuple(image.shape)}."
-            )
-        if (classes is None) != (self.classes is None):
-            raise ValueError(
-                "this network takes classes as its condition: pass condition=, int64 (N,)."
-                if classes is None
-                else "this network takes no classes as its condition."
-            )
-        if classes is not None and classes.shape != x.shape[:1]:
-            raise ValueError(f"the classes must have shape {(len(x),)} like the batch, got {tuple(classes.shape)}.")
-
-
-def is_larger(key: str, small: Mapping[str, Any], large: Mapping[str, Any]) -> bool:
-    """Whether both configurations have a number for the key, and the second one is larger."""
-    return bool(small.get(key, math.inf) < large.get(key, 0))
-
-
-Images = TypeVar("Images", bound=ImageNetwork)
-
-
-class ImageFamily(Family[Images]):
-    """The base class of the families of such networks."""
-
-    # For channels_last data on CUDA, torch's group norm copies to the contiguous format and back.
-    channels_last_on_cuda = False
-
-    def condition(self, backbone: Images, *, predicts_variance: bool) -> Condition:
-        """An image if there are more input channels than x has, which are as many as the score has; or a class."""
-        channels = backbone.out_channels // 2 if predicts_variance else backbone.out_channels
-        return Condition(max(0, backbone.in_channels - channels), backbone.classes, backbone.null_class)
-
-    def level_modules(self, backbone: Images) -> set[str]:
-        """The embeddings of the noise level and of the classes, and their projections in the residual blocks."""
-        kinds = ("time_proj", "time_embedding", "class_embedding", "time_emb_proj")
-        return {name for name, _ in backbone.named_modules() if set(kinds) & set(name.split("."))}
-
-    def growth(self, small: Mapping[str, Any], large: Mapping[str, Any]) -> set[str]:
-        """A network may take a conditioning image, or one with more channels."""
-        return {"in_channels"} if is_larger("in_channels", small, large) else set()

@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -51,15 +52,15 @@ from scorematch.nets.blocks import (
     SQRT2,
     Attention,
     Constant,
+    DownBlock,
     Embedding,
     Filter,
     Fourier,
-    ImageFamily,
-    ImageNetwork,
     MiddleBlock,
     Positional,
     ResidualBlock,
     Style,
+    UpBlock,
     fir_up,
     fix_projections,
     mean_down,
@@ -67,6 +68,7 @@ from scorematch.nets.blocks import (
     quarter_groups,
 )
 from scorematch.nets.family import structure
+from scorematch.nets.image_network import ImageFamily, ImageNetwork
 from scorematch.nets.layers import GroupNorm
 
 Pyramid = Literal["none", "skip", "residual"]
@@ -78,127 +80,91 @@ _FILTERS = ([1, 1], [1, 3, 3, 1])
 _EPS = 1e-6
 
 
-class _Layout(NamedTuple):
-    """The settings that the blocks of one network share."""
+class Pyramids(NamedTuple):
+    """The settings that the blocks of one network share: those of a residual block, the filter and the pyramids."""
 
     style: Style
-    scale: float  # the divisor of sums
-    taps: tuple[int, ...]  # the values of the filter
-    pyramid: Pyramid  # the input pyramid for blocks on the way down, the output pyramid for blocks on the way up
-    pyramid_filter: bool
-
-    def block(self, inputs: int, outputs: int, resample: Callable[[Tensor], Tensor] | None = None) -> ResidualBlock:
-        return ResidualBlock(
-            inputs,
-            outputs,
-            self.style,
-            groups=quarter_groups(inputs),
-            groups_out=quarter_groups(outputs),
-            scale=self.scale,
-            resample=resample,
-            shortcut=inputs != outputs or resample is not None,
-        )
-
-    def attention(self, channels: int) -> Attention:
-        return Attention(channels, head_width=channels, groups=quarter_groups(channels), eps=_EPS, scale=self.scale)
+    taps: tuple[int, ...] = (1, 3, 3, 1)  # the values of the filter
+    inputs: Pyramid = "skip"
+    outputs: Pyramid = "skip"
+    filtered: bool = True  # whether a "residual" input pyramid is filtered
 
     @property
     def smooth(self) -> bool:
+        """Whether the filter is (1, 3, 3, 1)."""
         return self.taps != (1, 1)
 
     def down(self) -> Callable[[Tensor], Tensor]:
+        """A function that downsamples by two."""
         return Filter(self.taps) if self.smooth else mean_down
 
     def up(self) -> Callable[[Tensor], Tensor]:
+        """A function that upsamples by two."""
         return fir_up if self.smooth else nearest_up
 
 
-class _DownBlock(nn.Module):
-    """Residual blocks, each optionally followed by attention, then downsampling; returns all outputs for the way up."""
+class PyramidDownBlock(DownBlock):
+    """A block with an input pyramid, whose image has the number of channels ``image``."""
 
     def __init__(
-        self, inputs: int, outputs: int, layers: int, layout: _Layout, *, attention: bool, halve: bool, image: int
+        self,
+        inputs: int,
+        outputs: int,
+        layers: int,
+        pyramids: Pyramids,
+        attention: Callable[[], Attention] | None,
+        *,
+        halve: bool,
+        image: int,
     ) -> None:
-        super().__init__()
-        self.pyramid, self.scale = layout.pyramid, layout.scale
-        self.resnets = nn.ModuleList(layout.block(outputs if i else inputs, outputs) for i in range(layers))
-        self.attentions = nn.ModuleList(layout.attention(outputs) for _ in range(layers)) if attention else None
-        self.resnet_down = layout.block(outputs, outputs, layout.down()) if halve else None
-        self.image_down: Callable[[Tensor], Tensor]
-        self.skip_conv: nn.Conv2d | None = None
-        if halve and self.pyramid == "skip":
-            self.image_down = layout.down()
+        style, taps = pyramids.style, pyramids.taps
+        super().__init__(inputs, outputs, layers, style, attention)
+        if not halve:
+            return
+        self.resnet_down = ResidualBlock(outputs, outputs, style, resample=pyramids.down(), shortcut=True)
+        if pyramids.inputs == "skip":
+            self.image_down = pyramids.down()
             self.skip_conv = nn.Conv2d(image, outputs, 1)
-        elif halve and self.pyramid == "residual":
+        elif pyramids.inputs == "residual":
             self.image_down = nn.ZeroPad2d((0, 1, 0, 1))
-            if layout.pyramid_filter:  # padded for the filter and for the convolution of stride two
-                self.image_down = Filter(layout.taps, stride=1, padding=len(layout.taps) // 2)
+            if pyramids.filtered:  # padded for the filter and for the convolution of stride two
+                self.image_down = Filter(taps, stride=1, padding=len(taps) // 2)
             self.skip_conv = nn.Conv2d(image, outputs, 3, stride=2)
-
-    def forward(self, h: Tensor, embedding: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        outputs = []
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(h, embedding)
-            h = h if self.attentions is None else self.attentions[i](h)
-            outputs.append(h)
-        if self.resnet_down is None:
-            return h, outputs, image
-        h = self.resnet_down(h, embedding)
-        if self.skip_conv is not None:
-            image = self.image_down(image)
-            h = self.skip_conv(image) + h
-            if self.pyramid == "residual":
-                h = image = h / self.scale
-        return h, [*outputs, h], image
+            self.sum_divisor = style.scale
 
 
-class _UpBlock(nn.Module):
-    """Residual blocks on the features and the outputs of the way down, optionally attention, then upsampling."""
-
+class _UpBlock(UpBlock):
     def __init__(
         self,
         inputs: int,
         kept: Sequence[int],
         outputs: int,
-        layout: _Layout,
+        pyramids: Pyramids,
         *,
         attention: bool,
         lowest: bool,
         double: bool,
         image: int,
     ) -> None:
-        super().__init__()
-        self.scale, self.up, self.smooth = layout.scale, layout.up(), layout.smooth
-        self.resnets = nn.ModuleList(
-            layout.block((outputs if i else inputs) + skip, outputs) for i, skip in enumerate(kept)
+        style = pyramids.style
+        super().__init__(
+            [ResidualBlock((outputs if i else inputs) + skip, outputs, style) for i, skip in enumerate(kept)],
+            [_attention(outputs, style)] if attention else [],
         )
-        self.attentions = nn.ModuleList([layout.attention(outputs)]) if attention else None
-        self.skip_norm: GroupNorm | None = None
-        self.skip_conv: nn.Conv2d | None = None
-        pyramid = layout.pyramid
+        pyramid, self.scale, self.picture_up = pyramids.outputs, style.scale, pyramids.up()
         if double and (pyramid == "skip" or (pyramid == "residual" and lowest)):
             self.skip_norm = GroupNorm(quarter_groups(outputs), outputs, _EPS)
             self.skip_conv = nn.Conv2d(outputs, image if pyramid == "skip" else outputs, 3, padding=1)
         elif pyramid == "residual" and not lowest:
-            # The output of the filter has one more pixel on each side, so that the convolution needs no padding.
-            self.skip_conv = nn.Conv2d(inputs, outputs, 3, padding=0 if self.smooth else 1)
-        self.resnet_up = layout.block(outputs, outputs, layout.up()) if double else None
+            if pyramids.smooth:  # one more pixel on each side, so that the convolution needs no padding
+                self.picture_up = partial(fir_up, margin=1)
+            self.skip_conv = nn.Conv2d(inputs, outputs, 3, padding=0 if pyramids.smooth else 1)
+        if double:
+            self.resnet_up = ResidualBlock(outputs, outputs, style, resample=pyramids.up(), shortcut=True)
 
-    def forward(
-        self, h: Tensor, kept: list[Tensor], embedding: Tensor, picture: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        for resnet in self.resnets:
-            h = resnet(torch.cat([h, kept.pop()], dim=1), embedding)
-        h = h if self.attentions is None else self.attentions[0](h)
-        if self.skip_norm is not None and self.skip_conv is not None:
-            addend = self.skip_conv(self.skip_norm(h, F.silu))
-            picture = addend if picture is None else self.up(picture) + addend
-        elif self.skip_conv is not None and picture is not None:
-            picture = fir_up(picture, margin=1) if self.smooth else nearest_up(picture)
-            h = picture = (self.skip_conv(picture) + h) / self.scale
-        elif picture is not None:
-            picture = self.up(picture)
-        return h if self.resnet_up is None else self.resnet_up(h, embedding), picture
+
+def _attention(channels: int, style: Style) -> Attention:
+    return style.attention(channels, channels, style.groups_of(channels))
 
 
 class NCSNPP(ImageNetwork):
@@ -283,13 +249,8 @@ class NCSNPP(ImageNetwork):
         self.input_pyramid, self.output_pyramid = input_pyramid, output_pyramid
         model_channels = widths[0] if model_channels is None else model_channels
         embedding = 4 * model_channels if time_embedding_dim is None else time_embedding_dim
-        layout = _Layout(
-            Style(embedding, _EPS, dropout, F.silu, scale_shift=False),
-            SQRT2 if skip_rescale else 1.0,
-            tuple(resample_filter),
-            input_pyramid,
-            pyramid_filter,
-        )
+        style = Style(embedding, _EPS, dropout, F.silu, scale=SQRT2 if skip_rescale else 1.0)
+        pyramids = Pyramids(style, tuple(resample_filter), input_pyramid, output_pyramid, pyramid_filter)
 
         fourier = time_embedding_type == "fourier"
         features = model_channels * (2 if fourier else 1) if time_proj_dim is None else time_proj_dim
@@ -306,14 +267,15 @@ class NCSNPP(ImageNetwork):
         inputs = model_channels
         for i, outputs in enumerate(widths):
             halve = i < len(widths) - 1
-            self.down_blocks.append(
-                _DownBlock(inputs, outputs, layers_per_block, layout, attention=attention[i], halve=halve, image=image)
-            )
+            attend = partial(_attention, outputs, style) if attention[i] else None
+            block = PyramidDownBlock(inputs, outputs, layers_per_block, pyramids, attend, halve=halve, image=image)
+            self.down_blocks.append(block)
             kept += [outputs] * (layers_per_block + halve)
             inputs = outputs
             image = outputs if input_pyramid == "residual" else image
-        self.mid_block = MiddleBlock([layout.block(inputs, inputs) for _ in range(2)], layout.attention(inputs))
-        layout = layout._replace(pyramid=output_pyramid)
+        self.mid_block = MiddleBlock(
+            [ResidualBlock(inputs, inputs, style) for _ in range(2)], _attention(inputs, style)
+        )
         self.up_blocks = nn.ModuleList()
         for i, outputs in reversed(list(enumerate(widths))):
             self.up_blocks.append(
@@ -321,7 +283,7 @@ class NCSNPP(ImageNetwork):
                     inputs,
                     [kept.pop() for _ in range(layers_per_block + 1)],
                     outputs,
-                    layout,
+                    pyramids,
                     attention=attention[i],
                     lowest=i == len(widths) - 1,
                     double=i > 0,

@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,51 +44,21 @@ from scorematch.core.arguments import check_choice
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field
 from scorematch.nets.blocks import (
-    SQRT2,
     Attention,
     Constant,
     Embedding,
-    Filter,
     Fourier,
-    ImageFamily,
-    ImageNetwork,
     MiddleBlock,
     Positional,
     ResidualBlock,
     Style,
-    fir_up,
+    UpBlock,
     fix_projections,
-    is_larger,
-    mean_down,
-    nearest_up,
-    quarter_groups,
 )
 from scorematch.nets.family import place, structure
+from scorematch.nets.image_network import ImageFamily, ImageNetwork, is_larger
 from scorematch.nets.layers import GroupNorm
-
-
-class _Kind(NamedTuple):
-    """The properties of a kind of block."""
-
-    attention: bool = False
-    skip: bool = False  # of NCSN++: the image is resampled in addition to the features
-    residual: bool = False  # features are resampled by a residual block instead of a convolution
-
-
-DOWN_BLOCKS = {
-    "DownBlock2D": _Kind(),
-    "AttnDownBlock2D": _Kind(attention=True),
-    "ResnetDownsampleBlock2D": _Kind(residual=True),
-    "SkipDownBlock2D": _Kind(skip=True),
-    "AttnSkipDownBlock2D": _Kind(attention=True, skip=True),
-}
-UP_BLOCKS = {
-    "UpBlock2D": _Kind(),
-    "AttnUpBlock2D": _Kind(attention=True),
-    "ResnetUpsampleBlock2D": _Kind(residual=True),
-    "SkipUpBlock2D": _Kind(skip=True),
-    "AttnSkipUpBlock2D": _Kind(attention=True, skip=True),
-}
+from scorematch.nets.unet_blocks import DOWN_BLOCKS, UP_BLOCKS, Layout, down_block, up_block
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -97,19 +67,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
 }
-
-
-def block_types(attention: Sequence[bool], *, residual: bool = False) -> dict[str, Any]:
-    """The keys of a configuration with the types of DDPM's or ADM's blocks, for scales with and without attention.
-
-    Args:
-        attention: whether each scale has attention, from full resolution down.
-        residual: whether a residual block resamples the features, as in ADM; otherwise a convolution does, as in DDPM.
-    """
-    plain = "ResnetDownsampleBlock2D" if residual else "DownBlock2D"
-    down = ["AttnDownBlock2D" if here else plain for here in attention]
-    types = {"down_block_types": down, "up_block_types": [name.replace("Down", "Up") for name in reversed(down)]}
-    return {**types, "downsample_type": "resnet", "upsample_type": "resnet"} if residual else types
 
 
 def _layers(layers: int | Sequence[int], widths: Sequence[int]) -> list[int]:
@@ -126,192 +83,6 @@ def _layers(layers: int | Sequence[int], widths: Sequence[int]) -> list[int]:
             f"layers_per_block must be an integer or have one entry per scale, {len(widths)}, got {len(layers)}."
         )
     return list(layers)
-
-
-class _Downsample(nn.Module):
-    """A convolution of stride two. With ``padding`` = 0 it pads on the right and at the bottom only, as in DDPM."""
-
-    def __init__(self, channels: int, padding: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
-        self.uneven = padding == 0
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.uneven else x)
-
-
-class _Upsample(nn.Module):
-    """Repeats each pixel twice in each direction, then applies a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(nearest_up(x))
-
-
-# -- Blocks -----------------------------------------------------------------------------------------------------------
-
-
-class _Layout(NamedTuple):
-    """The settings that all blocks of one network share."""
-
-    style: Style
-    groups: int | None  # of group norms; None is a quarter of the channels, but at most 32
-    padding: int
-    residual_resampling: tuple[bool, bool]  # whether blocks with attention resample by a residual block: down, up
-    channels: tuple[int, int]  # of the network's input and output
-
-    def groups_of(self, channels: int) -> int:
-        return quarter_groups(channels) if self.groups is None else self.groups
-
-    def attention(self, channels: int, head_width: int, groups: int | None, scale: float = 1.0) -> Attention:
-        return Attention(channels, head_width=head_width, groups=groups, eps=self.style.eps, scale=scale)
-
-
-class _DownBlock(nn.Module):
-    """Residual blocks, each optionally followed by attention, then downsampling; returns all outputs for the way up."""
-
-    def __init__(
-        self,
-        kind: _Kind,
-        inputs: int,
-        outputs: int,
-        layers: int,
-        layout: _Layout,
-        *,
-        head_width: int,
-        halve: bool,
-    ) -> None:
-        super().__init__()
-        style = layout.style
-        scale = SQRT2 if kind.skip else 1.0
-        groups_of = quarter_groups if kind.skip else layout.groups_of
-        self.resnets = nn.ModuleList()
-        for i in range(layers):
-            width = inputs if i == 0 else outputs
-            self.resnets.append(
-                ResidualBlock(
-                    width, outputs, style, groups=groups_of(width), groups_out=groups_of(outputs), scale=scale
-                )
-            )
-        self.attentions: nn.ModuleList | None = None
-        if kind.attention:
-            groups_of_attention = 32 if kind.skip else layout.groups_of(outputs)
-            self.attentions = nn.ModuleList(
-                layout.attention(outputs, head_width, groups_of_attention, scale) for _ in range(layers)
-            )
-        self.downsamplers: nn.ModuleList | None = None
-        self.resnet_down: nn.Module | None = None
-        self.skip_conv: nn.Module | None = None
-        if halve and kind.skip:
-            self.resnet_down = ResidualBlock(
-                outputs,
-                outputs,
-                style,
-                groups=quarter_groups(outputs),
-                scale=scale,
-                resample=Filter(),
-                shortcut=True,
-            )
-            self.fir_down = Filter()
-            self.skip_conv = nn.Conv2d(layout.channels[0], outputs, 1)
-        elif halve:
-            resampler: nn.Module = _Downsample(outputs, layout.padding)
-            if kind.residual or (kind.attention and layout.residual_resampling[0]):
-                groups_down = layout.groups_of(outputs)
-                resampler = ResidualBlock(outputs, outputs, style, groups=groups_down, resample=mean_down)
-            self.downsamplers = nn.ModuleList([resampler])
-
-    def forward(self, h: Tensor, embedding: Tensor, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        outputs = []
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(h, embedding)
-            if self.attentions is not None:
-                h = self.attentions[i](h)
-            outputs.append(h)
-        if self.downsamplers is not None:
-            h = self.downsamplers[0](h, embedding)
-            outputs.append(h)
-        elif self.resnet_down is not None and self.skip_conv is not None:
-            image = self.fir_down(image)
-            h = self.skip_conv(image) + self.resnet_down(h, embedding)
-            outputs.append(h)
-        return h, outputs, image
-
-
-class _UpBlock(nn.Module):
-    """Residual blocks on the features and the outputs of the way down, optionally attention, then upsampling."""
-
-    def __init__(
-        self,
-        kind: _Kind,
-        inputs: int,
-        kept: Sequence[int],
-        outputs: int,
-        layout: _Layout,
-        *,
-        head_width: int,
-        double: bool,
-    ) -> None:
-        super().__init__()
-        style = layout.style
-        scale = SQRT2 if kind.skip else 1.0
-        self.skip = kind.skip
-        self.resnets = nn.ModuleList()
-        for i, skip in enumerate(kept):
-            below = inputs if i == 0 else outputs
-            groups, groups_out = layout.groups_of(below + skip), layout.groups_of(outputs)
-            if kind.skip:
-                # With attention only the second term is divided by four, as the trained networks require.
-                groups = min(below + skip // 4, 32) if kind.attention else quarter_groups(below + skip)
-                groups_out = quarter_groups(outputs)
-            self.resnets.append(
-                ResidualBlock(below + skip, outputs, style, groups=groups, groups_out=groups_out, scale=scale)
-            )
-        self.attentions: nn.ModuleList | None = None
-        if kind.attention:
-            count, groups_of_attention = (1, 32) if kind.skip else (len(kept), layout.groups_of(outputs))
-            self.attentions = nn.ModuleList(
-                layout.attention(outputs, head_width, groups_of_attention, scale) for _ in range(count)
-            )
-        self.upsamplers: nn.ModuleList | None = None
-        self.resnet_up: nn.Module | None = None
-        self.skip_norm: nn.Module | None = None
-        self.skip_conv: nn.Module | None = None
-        if double and kind.skip:
-            groups = quarter_groups(outputs)
-            self.resnet_up = ResidualBlock(
-                outputs, outputs, style, groups=groups, scale=scale, resample=fir_up, shortcut=True
-            )
-            self.skip_norm = GroupNorm(groups, outputs, style.eps)
-            self.skip_conv = nn.Conv2d(outputs, layout.channels[1], 3, padding=1)
-        elif double:
-            resampler: nn.Module = _Upsample(outputs)
-            if kind.residual or (kind.attention and layout.residual_resampling[1]):
-                groups_up = layout.groups_of(outputs)
-                resampler = ResidualBlock(outputs, outputs, style, groups=groups_up, resample=nearest_up)
-            self.upsamplers = nn.ModuleList([resampler])
-
-    def forward(
-        self, h: Tensor, kept: list[Tensor], embedding: Tensor, picture: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        for i, resnet in enumerate(self.resnets):
-            h = resnet(torch.cat([h, kept.pop()], dim=1), embedding)
-            if self.attentions is not None and len(self.attentions) == len(self.resnets):
-                h = self.attentions[i](h)
-        if self.attentions is not None and len(self.attentions) != len(self.resnets):
-            h = self.attentions[0](h)
-        if self.upsamplers is not None:
-            h = self.upsamplers[0](h, embedding)
-        if self.skip:
-            picture = None if picture is None else fir_up(picture)
-            if self.resnet_up is not None and self.skip_norm is not None and self.skip_conv is not None:
-                addend = self.skip_conv(self.skip_norm(h, F.silu))
-                picture = addend if picture is None else picture + addend
-                h = self.resnet_up(h, embedding)
-        return h, picture
 
 
 class UNet(ImageNetwork):
@@ -432,24 +203,17 @@ class UNet(ImageNetwork):
         if attention_heads_up is not None:
             head_widths_up = _head_widths("attention_heads_up", attention_heads_up, widths, None)
         embedding = 4 * widths[0] if time_embedding_dim is None else time_embedding_dim
-        layout = _Layout(
-            Style(embedding, norm_eps, dropout, self.activation, resnet_time_scale_shift == "scale_shift"),
-            norm_num_groups,
-            downsample_padding,
-            (downsample_type == "resnet", upsample_type == "resnet"),
-            (in_channels, out_channels),
-        )
+        scale_shift = resnet_time_scale_shift == "scale_shift"
+        style = Style(embedding, norm_eps, dropout, self.activation, scale_shift, norm_num_groups)
+        resampling = downsample_type == "resnet", upsample_type == "resnet"
+        layout = Layout(style, downsample_padding, resampling, (in_channels, out_channels))
 
         self.pixel_in: nn.Module | None = None
+        pixel_style = style._replace(groups=None)
         if pixel_channels:
-
-            def pixel_block(inputs: int = pixel_channels) -> ResidualBlock:
-                groups, groups_out = quarter_groups(inputs), quarter_groups(pixel_channels)
-                return ResidualBlock(inputs, pixel_channels, layout.style, groups=groups, groups_out=groups_out)
-
             self.pixel_in = nn.Conv2d(in_channels, pixel_channels, 3, padding=1)
-            self.pixel_block_in = pixel_block()
-            self.pixel_blocks_in = nn.ModuleList(pixel_block() for _ in range(pixel_layers - 1))
+            self.pixel_block_in = ResidualBlock(pixel_channels, pixel_channels, pixel_style)
+            self.pixel_blocks_in = _pixel_blocks(pixel_channels, pixel_layers - 1, pixel_style)
         self.conv_in = nn.Conv2d((pixel_channels or in_channels) * patch**2, widths[0], 3, padding=1)
         fourier = time_embedding_type == "fourier"
         features = widths[0] * (2 if fourier else 1) if time_proj_dim is None else time_proj_dim
@@ -463,20 +227,32 @@ class UNet(ImageNetwork):
         self.time_embedding = Embedding(features, embedding)
         self.class_embedding = self.class_table(embedding)
 
-        self.down_blocks, kept = _way_down(down_block_types, widths, layers, layout, head_widths)
-        lowest, groups, scale = widths[-1], layout.groups_of(widths[-1]), mid_block_scale_factor
-        if attn_norm_num_groups is None and not layout.style.scale_shift:
+        self.down_blocks, kept = nn.ModuleList(), [widths[0]]  # the widths of the features that the way up receives
+        for i, (name, outputs, count) in enumerate(zip(down_block_types, widths, layers, strict=True)):
+            inputs, halve, head_width = widths[max(i - 1, 0)], i < len(widths) - 1, head_widths[i]
+            kind = DOWN_BLOCKS[name]
+            self.down_blocks.append(
+                down_block(kind, inputs, outputs, count, layout, head_width=head_width, halve=halve)
+            )
+            kept += [outputs] * (count + halve)
+        lowest, groups = widths[-1], style.groups_of(widths[-1])
+        if attn_norm_num_groups is None and not scale_shift:
             attn_norm_num_groups = groups
-        resnets = [ResidualBlock(lowest, lowest, layout.style, groups=groups, scale=scale) for _ in range(2)]
-        attention = layout.attention(lowest, head_widths[-1], attn_norm_num_groups, scale) if add_attention else None
+        middle = style._replace(scale=mid_block_scale_factor)
+        resnets = [ResidualBlock(lowest, lowest, middle) for _ in range(2)]
+        attention = middle.attention(lowest, head_widths[-1], attn_norm_num_groups) if add_attention else None
         self.mid_block = MiddleBlock(resnets, attention)
-        self.up_blocks = _way_up(up_block_types, widths, kept, layers, layout, head_widths_up)
-        self.conv_norm_out = GroupNorm(layout.groups_of(widths[0]), widths[0], norm_eps)
+        self.up_blocks = nn.ModuleList()
+        for name, i in zip(up_block_types, reversed(range(len(widths))), strict=True):
+            inputs, head_width = widths[min(i + 1, len(widths) - 1)], head_widths_up[i]
+            skips, kind = [kept.pop() for _ in range(layers[i] + 1)], UP_BLOCKS[name]
+            self.up_blocks.append(up_block(kind, inputs, skips, widths[i], layout, head_width=head_width, double=i > 0))
+        self.conv_norm_out = GroupNorm(style.groups_of(widths[0]), widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], (pixel_channels or out_channels) * patch**2, 3, padding=1)
         if pixel_channels:
-            self.pixel_block_out = pixel_block(2 * pixel_channels)
-            self.pixel_blocks_out = nn.ModuleList(pixel_block() for _ in range(pixel_layers - 1))
-            self.pixel_norm_out = GroupNorm(quarter_groups(pixel_channels), pixel_channels, norm_eps)
+            self.pixel_block_out = ResidualBlock(2 * pixel_channels, pixel_channels, pixel_style)
+            self.pixel_blocks_out = _pixel_blocks(pixel_channels, pixel_layers - 1, pixel_style)
+            self.pixel_norm_out = GroupNorm(pixel_style.groups_of(pixel_channels), pixel_channels, norm_eps)
             self.pixel_out = nn.Conv2d(pixel_channels, out_channels, 3, padding=1)
         self.built = structure(self)
 
@@ -555,35 +331,8 @@ def _check_blocks(
         raise ValueError(f"pixel_layers must be 1 without pixel_channels, got {pixel_layers}. Pass pixel_channels.")
 
 
-def _way_down(
-    kinds: Sequence[str], widths: Sequence[int], layers: Sequence[int], layout: _Layout, head_widths: Sequence[int]
-) -> tuple[nn.ModuleList, list[int]]:
-    """The blocks of the way down, and the widths of the features that are kept for the way up."""
-    blocks, inputs, kept = nn.ModuleList(), widths[0], [widths[0]]
-    for i, (kind, outputs, count, head_width) in enumerate(zip(kinds, widths, layers, head_widths, strict=True)):
-        halve = i < len(widths) - 1
-        blocks.append(_DownBlock(DOWN_BLOCKS[kind], inputs, outputs, count, layout, head_width=head_width, halve=halve))
-        kept += [outputs] * (count + halve)
-        inputs = outputs
-    return blocks, kept
-
-
-def _way_up(
-    kinds: Sequence[str],
-    widths: Sequence[int],
-    kept: list[int],
-    layers: Sequence[int],
-    layout: _Layout,
-    head_widths: Sequence[int],
-) -> nn.ModuleList:
-    """The blocks of the way up, from the lowest resolution; ``kept`` is emptied."""
-    blocks, inputs = nn.ModuleList(), widths[-1]
-    for kind, i in zip(kinds, reversed(range(len(widths))), strict=True):
-        outputs, head_width, double = widths[i], head_widths[i], i > 0
-        skips = [kept.pop() for _ in range(layers[i] + 1)]
-        blocks.append(_UpBlock(UP_BLOCKS[kind], inputs, skips, outputs, layout, head_width=head_width, double=double))
-        inputs = outputs
-    return blocks
+def _pixel_blocks(width: int, count: int, style: Style) -> nn.ModuleList:
+    return nn.ModuleList(ResidualBlock(width, width, style) for _ in range(count))
 
 
 def _head_widths(key: str, heads: Sequence[int] | None, widths: Sequence[int], head_width: int | None) -> list[int]:
@@ -721,7 +470,7 @@ class _UNetFamily(ImageFamily[UNet]):
         if small.pixel_in is not None:
             channels = torch.arange(small.pixel_out.in_channels)
             both = torch.cat([channels, large.pixel_out.in_channels + channels])
-        layers, now = ([len(cast(_UpBlock, up).resnets) for up in net.up_blocks] for net in (small, large))
+        layers, now = ([len(cast(UpBlock, up).resnets) for up in net.up_blocks] for net in (small, large))
         more = [new - old for old, new in zip(layers, now, strict=True)]
         later = re.compile(r"^up_blocks\.(\d+)\.(resnets|attentions)\.([1-9]\d*)(?=\.)")
         for name, weight in small.state_dict().items():

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from scorematch.core.messages import quote
 from scorematch.core.schema import Field, check
-from scorematch.nets.unet import block_types
+from scorematch.nets.unet_blocks import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, RefusedError, load_tensors, storage_of_bytes

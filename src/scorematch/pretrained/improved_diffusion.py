@@ -36,7 +36,7 @@ from torch import Tensor
 
 from scorematch.core.messages import quote
 from scorematch.core.schema import Field
-from scorematch.nets.unet import block_types
+from scorematch.nets.unet_blocks import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.cards import configurations
 from scorematch.pretrained.configuration import Stored, translated

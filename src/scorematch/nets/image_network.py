@@ -1,0 +1,177 @@
+"""The base classes of the U-Nets: a network with a way down and a way up, and its family.
+
+The condition of these networks is an image, which is concatenated with x, a class, or nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scorematch.core.conditions import Condition
+from scorematch.nets.blocks import MiddleBlock
+from scorematch.nets.family import Family
+from scorematch.nets.layers import GroupNorm
+
+
+class ImageNetwork(nn.Module):
+    """The base class of the U-Nets, whose condition is an image, a class, or nothing.
+
+    A subclass defines the modules below. A block on the way down is called as ``block(h, embedding, image)``, and
+    returns its output, the features that are kept for the way up, and the image for the next block. A block on the way
+    up is called as ``block(h, kept, embedding, picture)``. It removes features from ``kept``, and returns its output
+    and the picture, which is the sum over the scales of an output pyramid, or None.
+
+    Args:
+        in_channels: the number of channels of the input, including those of a conditioning image.
+        out_channels: the number of channels of the output.
+        scales: the number of scales. Height and width must be multiples of ``patch * 2 ** (scales - 1)``, ``divisor``.
+        patch: the side of the patches in pixels, 1 for no patches.
+        classes: the number of classes, or None.
+        null_class: whether there is one more class, with the index ``classes``, for samples without a class.
+        center: whether to map the input from [0, 1] to [-1, 1].
+
+    Raises:
+        ValueError: if ``null_class`` is True without classes, or the network takes both an image and a class.
+    """
+
+    conv_in: nn.Conv2d
+    down_blocks: nn.ModuleList
+    mid_block: MiddleBlock
+    up_blocks: nn.ModuleList
+    conv_norm_out: GroupNorm
+    conv_out: nn.Conv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        scales: int,
+        patch: int,
+        classes: int | None,
+        null_class: bool,
+        center: bool,
+    ) -> None:
+        super().__init__()
+        if null_class and classes is None:
+            raise ValueError("null_class=True needs classes: pass the number of classes, or leave out null_class.")
+        if classes is not None and in_channels > out_channels:
+            raise ValueError(
+                f"in_channels must be at most out_channels, {out_channels}, for a network with classes, since a "
+                f"network takes one condition, an image or a class, got {in_channels}."
+            )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.patch, self.divisor = patch, patch * 2 ** (scales - 1)
+        self.classes, self.null_class, self.center = classes, null_class, center
+
+    def class_table(self, width: int) -> nn.Embedding | None:
+        """The embedding of the classes, a row (width,) for each; None for a network without classes."""
+        return None if self.classes is None else nn.Embedding(self.classes + self.null_class, width)
+
+    def inputs(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Checks the shapes, and concatenates x with a conditioning image.
+
+        Returns:
+            The input of the first convolution (N, in_channels, H, W), in [-1, 1] if ``center`` is True; and the
+            classes, or None.
+
+        Raises:
+            ValueError: if a shape does not fit the network.
+        """
+        image = condition if condition is not None and condition.is_floating_point() else None
+        classes = condition if image is None else None
+        self._check(x, image, classes)
+        x = x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)
+        return 2 * x - 1 if self.center else x, classes
+
+    def down_and_up(self, x: Tensor, embedding: Tensor, *, add_picture: bool) -> Tensor:
+        """The way down and the way up, from the first to the last convolution.
+
+        Args:
+            x: the input (N, C, H, W).
+            embedding: the embedding of the noise level (N, E) or (1, E), after its activation.
+            add_picture: whether the picture of the last block is added to the output.
+        """
+        x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
+        h, image = self.conv_in(x), x
+        kept = [h]
+        for block in self.down_blocks:
+            h, outputs, image = block(h, embedding, image)
+            kept += outputs
+        h = self.mid_block(h, embedding)
+        picture: Tensor | None = None
+        for block in self.up_blocks:
+            h, picture = block(h, kept, embedding, picture)
+        h = self.conv_out(self.conv_norm_out(h, F.silu))
+        h = h + picture if add_picture and picture is not None else h
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+
+    def _check(self, x: Tensor, image: Tensor | None, classes: Tensor | None) -> None:
+        if x.ndim != 4:
+            raise ValueError(f"x must be images (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}.")
+        channels = 0 if image is None or image.ndim != 4 else image.shape[1]  # of a conditioning image
+        if image is not None and self.in_channels == x.shape[1]:
+            raise ValueError(
+                f"this network takes no image as its condition, since x has all of its {self.in_channels} input "
+                "channels. Build it with condition_channels=."
+            )
+        if x.shape[1] + channels != self.in_channels or (image is not None and not channels):
+            given = "" if image is None else f" and a condition of shape {tuple(image.shape)}"
+            raise ValueError(
+                f"x (N, C, H, W) and the conditioning image, if the network takes one, must have {self.in_channels} "
+                f"channels in all, got x of shape {tuple(x.shape)}{given}."
+            )
+        height, width = x.shape[2:]
+        if height % self.divisor or width % self.divisor:
+            raise ValueError(
+                f"height and width must be multiples of {self.divisor}, got {height}x{width}. Crop or pad the images."
+            )
+        expected = (x.shape[0], channels, height, width)
+        if image is not None and image.shape != expected:
+            raise ValueError(
+                f"the condition must be an image with x's batch and size, of shape {expected}, got "
+                f"{tuple(image.shape)}."
+            )
+        if (classes is None) != (self.classes is None):
+            raise ValueError(
+                "this network takes classes as its condition: pass condition=, int64 (N,)."
+                if classes is None
+                else "this network takes no classes as its condition."
+            )
+        if classes is not None and classes.shape != x.shape[:1]:
+            raise ValueError(f"the classes must have shape {(len(x),)} like the batch, got {tuple(classes.shape)}.")
+
+
+def is_larger(key: str, small: Mapping[str, Any], large: Mapping[str, Any]) -> bool:
+    """Whether both configurations have a number for the key, and the second one is larger."""
+    return bool(small.get(key, math.inf) < large.get(key, 0))
+
+
+Images = TypeVar("Images", bound=ImageNetwork)
+
+
+class ImageFamily(Family[Images]):
+    """The base class of the families of such networks."""
+
+    # For channels_last data on CUDA, torch's group norm copies to the contiguous format and back.
+    channels_last_on_cuda = False
+
+    def condition(self, backbone: Images, *, predicts_variance: bool) -> Condition:
+        """An image if there are more input channels than x has, which are as many as the score has; or a class."""
+        channels = backbone.out_channels // 2 if predicts_variance else backbone.out_channels
+        return Condition(max(0, backbone.in_channels - channels), backbone.classes, backbone.null_class)
+
+    def level_modules(self, backbone: Images) -> set[str]:
+        """The embeddings of the noise level and of the classes, and their projections in the residual blocks."""
+        kinds = ("time_proj", "time_embedding", "class_embedding", "time_emb_proj")
+        return {name for name, _ in backbone.named_modules() if set(kinds) & set(name.split("."))}
+
+    def growth(self, small: Mapping[str, Any], large: Mapping[str, Any]) -> set[str]:
+        """A network may take a conditioning image, or one with more channels."""
+        return {"in_channels"} if is_larger("in_channels", small, large) else set()
