@@ -138,8 +138,8 @@ def test_the_family_of_the_page_about_extending_works_in_the_package(tmp_path, m
     monkeypatch.setattr(configuration, "_FAMILY", Field(str, required=True, choices=tuple(FAMILIES)))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        architecture = {"family": "plain", "channels": 1, "width": 4}
-        net = ScoreNet._build(architecture, scorematch.NoiseSchedule.geometric(9, 0.01, 5), "karras", (1, 8, 8))
+        schedule = scorematch.NoiseSchedule.geometric(9, 0.01, 5)
+        net = ScoreNet._build("plain", 8, schedule, "karras", {"channels": 1, "width": 4})
         x = torch.rand(3, 1, 8, 8)
     net.save_pretrained(tmp_path)
     same = ScoreNet.from_pretrained(tmp_path)

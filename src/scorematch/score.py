@@ -14,28 +14,26 @@ and ``net.as_denoiser()`` as a module.
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from scorematch.core.arguments import argument, check_choice
+from scorematch.core.arguments import check_choice, check_sizes
 from scorematch.core.batches import as_sigma, check_data
 from scorematch.core.conditions import Condition, as_condition
 from scorematch.core.json_files import native
 from scorematch.core.messages import quote
 from scorematch.core.schema import Field
 from scorematch.core.scores import NetworkScore
-from scorematch.nets import FAMILIES, NCSNPP, UNet, family_of
+from scorematch.nets import FAMILIES, family_of
 from scorematch.nets.inference import InferenceScore, is_plain
 from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
 from scorematch.nets.precondition import ROWS, Preconditioning, check_options
 from scorematch.nets.refinenet import Depth
-from scorematch.nets.unet_blocks import block_types
 from scorematch.noise import NoiseSchedule, check_schedule
 from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, architecture
 from scorematch.pretrained.convert import read_checkpoint
@@ -118,7 +116,7 @@ class ScoreNet(NetworkScore, nn.Module):
         precondition_options = {key: native(value) for key, value in dict(precondition_options or {}).items()}
         check_options(precondition, precondition_options, "precondition_options")
         if sample_shape is not None:
-            sample_shape = _sizes("sample_shape", sample_shape, "a tuple such as (3, 32, 32)")
+            sample_shape = check_sizes("sample_shape", sample_shape, "a tuple such as (3, 32, 32)")
         if isinstance(value_range, str) and value_range == "auto":
             value_range = (0, 1) if sample_shape is not None and len(sample_shape) == 3 else None
         self.value_range = value_range
@@ -220,9 +218,8 @@ class ScoreNet(NetworkScore, nn.Module):
         References:
             Song & Ermon, 2019, arXiv:1907.05600.
         """
-        schedule = NoiseSchedule.geometric(1, 0.01, 10) if schedule is None else schedule
-        architecture = {"family": "ncsn", "channels": channels, "width": width, "depth": depth}
-        return cls._build(architecture, schedule, "ncsn", (channels, *_pair(image_size)))
+        given = {"channels": channels, "width": width, "depth": depth}
+        return cls._build("ncsn", image_size, schedule, "ncsn", given)
 
     @classmethod
     def ncsnv2(
@@ -259,10 +256,8 @@ class ScoreNet(NetworkScore, nn.Module):
         References:
             Song & Ermon, 2020, arXiv:2006.09011.
         """
-        check_choice("precondition", precondition, FAMILIES["ncsnv2"].preconditions)
-        schedule = NoiseSchedule.geometric(50, 0.01, 232) if schedule is None else schedule
-        architecture = {"family": "ncsnv2", "channels": channels, "width": width, "depth": depth}
-        return cls._build(architecture, schedule, precondition, (channels, *_pair(image_size)))
+        given = {"channels": channels, "width": width, "depth": depth}
+        return cls._build("ncsnv2", image_size, schedule, precondition, given)
 
     @classmethod
     def unet(
@@ -326,37 +321,20 @@ class ScoreNet(NetworkScore, nn.Module):
         References:
             Ho et al., 2020, arXiv:2006.11239; Karras et al., 2022, arXiv:2206.00364.
         """
-        _check_one_condition(condition_channels, classes)
-        widths = _sizes("widths", widths, "a tuple such as (64, 128, 128)")
-        attention = [False] * (len(widths) - 1) + [True] if attention is None else attention
-        if len(attention) != len(widths):
-            raise ValueError(f"attention must have one entry per scale, {len(widths)}, got {len(attention)}.")
-        layers = native(layers_per_block)
-        if isinstance(layers, list) and layers == layers[:1] * len(widths):
-            layers = layers[0]  # as in diffusers
-        architecture = {
-            "family": "unet",
-            "in_channels": channels + condition_channels,
-            "out_channels": channels,
-            "block_out_channels": list(widths),
-            **block_types(attention),
-            "layers_per_block": layers,
-            "attention_head_dim": None,
-            "norm_num_groups": math.gcd(32, *widths),
+        given = {
+            "channels": channels,
+            "widths": widths,
+            "layers_per_block": layers_per_block,
+            "attention": attention,
+            "condition_channels": condition_channels,
+            "classes": classes,
+            "null_class": null_class,
             "dropout": dropout,
-            "num_class_embeds": classes,
+            "patch": patch,
+            "pixel_channels": pixel_channels,
+            "pixel_layers": pixel_layers,
         }
-        if patch != 1 or pixel_channels:
-            architecture |= {"patch": patch, "pixel_channels": pixel_channels}
-        if pixel_layers != 1:
-            architecture["pixel_layers"] = pixel_layers
-        if null_class:
-            architecture["null_class"] = True
-        schedule = NoiseSchedule.geometric(50, 0.01, 232) if schedule is None else schedule
-        shape = (channels, *_pair(image_size))
-        net = cls._build(architecture, schedule, precondition, shape, precondition_options=precondition_options)
-        cast(UNet, net.backbone).initialize()
-        return net
+        return cls._build("unet", image_size, schedule, precondition, given, precondition_options)
 
     @classmethod
     def ncsnpp(
@@ -429,65 +407,53 @@ class ScoreNet(NetworkScore, nn.Module):
         References:
             Song et al., 2021, arXiv:2011.13456; Karras et al., 2022, arXiv:2206.00364.
         """
-        _check_one_condition(condition_channels, classes)
-        widths = _sizes("widths", widths, "a tuple such as (128, 256, 256, 256)")
-        height, width = _pair(image_size)
-        if attention is None:
-            attention = [min(height, width) == 16 * patch * 2**scale for scale in range(len(widths))]
-        architecture = {
-            "family": "ncsnpp",
-            "in_channels": channels + condition_channels,
-            "out_channels": channels,
-            "block_out_channels": list(widths),
+        given = {
+            "channels": channels,
+            "widths": widths,
             "layers_per_block": layers_per_block,
-            "attention": list(map(bool, attention)),
-            "time_embedding_type": embedding,
-            "resample_filter": list(resample_filter),
+            "attention": attention,
+            "condition_channels": condition_channels,
+            "classes": classes,
+            "null_class": null_class,
+            "dropout": dropout,
+            "embedding": embedding,
+            "resample_filter": resample_filter,
             "input_pyramid": input_pyramid,
             "output_pyramid": output_pyramid,
-            "model_channels": widths[0] if model_channels is None else model_channels,
-            "dropout": dropout,
-            "num_class_embeds": classes,
-            "null_class": null_class,
-            # As published: images in [0, 1] are mapped to [-1, 1] by the rows, or else by the network.
-            "center_input_sample": precondition in ROWS and not ROWS[precondition].centered,
+            "model_channels": model_channels,
             "patch": patch,
         }
-        schedule = NoiseSchedule.geometric(50, 0.01, 1000) if schedule is None else schedule
-        shape = (channels, height, width)
-        net = cls._build(architecture, schedule, precondition, shape, precondition_options=precondition_options)
-        cast(NCSNPP, net.backbone).initialize()
-        return net
+        return cls._build("ncsnpp", image_size, schedule, precondition, given, precondition_options)
 
     @classmethod
     def _build(
         cls,
-        architecture: Mapping[str, Any],
-        schedule: NoiseSchedule,
+        name: str,
+        image_size: Size,
+        schedule: NoiseSchedule | None,
         precondition: str,
-        sample_shape: tuple[int, ...],
-        *,
+        given: Mapping[str, Any],
         precondition_options: Mapping[str, float] | None = None,
     ) -> ScoreNet:
-        """Builds a network of images in [0, 1] with new weights."""
+        """Builds a network of images in [0, 1] with new weights, from the other arguments of its builder."""
+        family = FAMILIES[name]
+        check_choice("precondition", precondition, family.preconditions)
+        schedule = NoiseSchedule.geometric(*family.levels) if schedule is None else schedule
         check_schedule(schedule)
-        architecture = {key: native(value) for key, value in architecture.items()}
-        family = FAMILIES[architecture["family"]]
-        values = {key: value for key, value in architecture.items() if key != "family"}
-        for key, value in values.items():
-            if not family.keys[key].fits(value):
-                name, wanted = _ARGUMENTS.get(key, key), str(family.keys[key]).replace(" or null", " or None")
-                raise ValueError(f"ScoreNet.{family.name}: {name} must be {wanted}, got {value!r}.")
+        sides = (image_size, image_size) if isinstance(image_size, Integral) else image_size
+        size = check_sizes("image_size", sides, "a side or (height, width)")
+        if len(size) != 2:
+            raise ValueError(f"image_size must be a side or (height, width), got {image_size!r}.")
+        backbone, architecture = family.create(given, size, levels=len(schedule), precondition=precondition)
         net = cls(
-            family.build(values, levels=len(schedule), precondition=precondition),
+            backbone,
             schedule,
             precondition=precondition,
-            sample_shape=sample_shape,
+            sample_shape=(given["channels"], *size),
             value_range=(0, 1),
             precondition_options=precondition_options,
         )
-        net._architecture = architecture
-        check_size(net)
+        net._architecture = {"family": name, **architecture}
         return net
 
     # -- The score ----------------------------------------------------------------------------------------------------
@@ -812,54 +778,3 @@ class ScoreNet(NetworkScore, nn.Module):
             token=token,
             commit_message=commit_message,
         )
-
-
-# The arguments of the builders that have another name in a configuration.
-_ARGUMENTS = {
-    "in_channels": "channels",
-    "out_channels": "channels",
-    "block_out_channels": "widths",
-    "num_class_embeds": "classes",
-    "time_embedding_type": "embedding",
-}
-
-
-def _check_one_condition(channels: int, classes: int | None) -> None:
-    if channels < 0:
-        raise ValueError(f"condition_channels must be at least 0, got {channels}.")
-    if channels and classes is not None:
-        raise ValueError(
-            "condition_channels and classes cannot both be given: a network takes one condition, an image or a class."
-        )
-
-
-def check_size(net: ScoreNet) -> None:
-    """Raises ValueError if height or width of a sample is not a multiple of the ``divisor`` of the backbone, if any."""
-    divisor: int = getattr(net.backbone, "divisor", 1)
-    height, width = cast(tuple[int, ...], net.sample_shape)[1:]
-    if height % divisor or width % divisor:
-        below, above = (
-            [max(2 * divisor, number(side / divisor) * divisor) for side in (height, width)]
-            for number in (math.floor, math.ceil)
-        )
-        sizes = (size[0] if height == width else tuple(size) for size in (below, above))
-        fitting = " or ".join(dict.fromkeys(argument("image_size", size) for size in sizes))
-        raise ValueError(f"height and width must be multiples of {divisor}, got {height}x{width}. Pass {fitting}.")
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    """(height, width) of an image size."""
-    pair = _sizes("image_size", (size, size) if isinstance(size, Integral) else size, "a side or (height, width)")
-    if len(pair) != 2:
-        raise ValueError(f"image_size must be a side or (height, width), got {size!r}.")
-    return pair[0], pair[1]
-
-
-def _sizes(name: str, sizes: Any, wanted: str) -> tuple[int, ...]:
-    """Positive integers in a sequence, an array or a tensor, as Python's integers."""
-    values = native(sizes)
-    integers = isinstance(values, list) and all(isinstance(value, int) for value in values)
-    if not integers or not values or min(values) < 1:
-        kind = ValueError if integers else TypeError
-        raise kind(f"{name} must be {wanted}, positive integers, got {sizes!r}.")
-    return tuple(values)

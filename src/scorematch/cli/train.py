@@ -28,8 +28,9 @@ from scorematch.core.precision import autocast
 from scorematch.data import ImageData, open_images
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
+from scorematch.nets.family import check_size
 from scorematch.pretrained.hub import check_login, check_repository
-from scorematch.score import ScoreNet, check_size
+from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, Recipe, Settings, checkpoint, train
 from scorematch.training.recipes import training_flop
 from scorematch.training.run import check_results, check_run
@@ -245,7 +246,7 @@ def _network(
         assert start.sample_shape is not None  # noqa: S101  (_open checks it)
         net = start
         net.sample_shape = (start.sample_shape[0], *data.shape[1:])  # its convolutions take other sizes, too
-        check_size(net)
+        check_size(net.backbone, data.shape[1:])
     return net
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from scorematch.core.json_files import native
 from scorematch.core.messages import quote
 
 
@@ -73,3 +74,18 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = tuple(choices)
     if value not in choices:
         raise ValueError(f"{argument(name)} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_sizes(name: str, sizes: Any, wanted: str) -> tuple[int, ...]:
+    """Positive integers in a sequence, an array or a tensor, as a tuple of ints.
+
+    Raises:
+        TypeError: if it is another value.
+        ValueError: if it is empty, or an integer is not positive.
+    """
+    values = native(sizes)
+    integers = isinstance(values, list) and all(isinstance(value, int) for value in values)
+    if not integers or not values or min(values) < 1:
+        kind = ValueError if integers else TypeError
+        raise kind(f"{name} must be {wanted}, positive integers, got {sizes!r}.")
+    return tuple(values)

@@ -7,13 +7,16 @@ and which modules depend on the noise level only. No code outside ``scorematch.n
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
+from scorematch.core.arguments import argument
 from scorematch.core.conditions import Condition
+from scorematch.core.json_files import native
 from scorematch.core.schema import Field
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -27,14 +30,17 @@ class Family(ABC, Generic[Network]):
         network: the class of the backbones.
         keys: the schema of the keys of a configuration that describe the backbone.
         preconditions: the rows of the preconditioning table that fit its networks.
+        levels: the published noise levels, (sigma_max, sigma_min, number) of a geometric schedule.
+        arguments: the arguments of the builder ``ScoreNet.NAME`` that have another name than their key.
     """
 
     name: ClassVar[str]
     network: ClassVar[type[nn.Module]]
     keys: ClassVar[Mapping[str, Field]]
     preconditions: ClassVar[tuple[str, ...]]
+    levels: ClassVar[tuple[float, float, int]]
+    arguments: ClassVar[Mapping[str, str]] = {}
 
-    @abstractmethod
     def build(self, architecture: Mapping[str, Any], *, levels: int, precondition: str) -> Network:
         """Builds a backbone with new weights.
 
@@ -43,6 +49,41 @@ class Family(ABC, Generic[Network]):
             levels: the number of levels of the network's schedule.
             precondition: the row of the preconditioning table.
         """
+        return cast(Network, self.network(**architecture))
+
+    def create(
+        self, given: Mapping[str, Any], size: tuple[int, int], *, levels: int, precondition: str
+    ) -> tuple[Network, dict[str, Any]]:
+        """Builds a backbone to be trained from scratch, from the arguments of its builder.
+
+        Args:
+            given: the arguments of the builder by name.
+            size: (height, width) of a sample in pixels.
+            levels: as for ``build``.
+            precondition: as for ``build``.
+
+        Returns:
+            A tuple (backbone, architecture).
+
+        Raises:
+            ValueError: if an argument is not valid, or the network does not take images of this size.
+        """
+        architecture = {key: native(value) for key, value in self.design(given, size, precondition).items()}
+        for key, value in architecture.items():
+            if not self.keys[key].fits(value):
+                name, wanted = self.arguments.get(key, key), str(self.keys[key]).replace(" or null", " or None")
+                raise ValueError(f"ScoreNet.{self.name}: {name} must be {wanted}, got {value!r}.")
+        backbone = self.build(architecture, levels=levels, precondition=precondition)
+        check_size(backbone, size)
+        self.initialize(backbone)
+        return backbone, architecture
+
+    def design(self, given: Mapping[str, Any], size: tuple[int, int], precondition: str) -> dict[str, Any]:
+        """The architecture of a new network, the values of ``keys``; the arguments are those of ``create``."""
+        return dict(given)
+
+    def initialize(self, backbone: Network) -> None:
+        """Sets the initial weights of a network to be trained, if they are not those that its modules draw."""
 
     def accepts(self, backbone: Network) -> bool:
         """Whether a backbone of the class ``network`` belongs to this family."""
@@ -116,6 +157,20 @@ class Family(ABC, Generic[Network]):
             A function that sets the noise level of the copy, c_noise, () float32. When the copy is called, it uses this
             level and ignores the c_noise in its arguments.
         """
+
+
+def check_size(backbone: nn.Module, size: Sequence[int]) -> None:
+    """Raises ValueError if height or width of a sample is not a multiple of the ``divisor`` of a backbone, if any."""
+    divisor: int = getattr(backbone, "divisor", 1)
+    height, width = size
+    if height % divisor or width % divisor:
+        below, above = (
+            [max(2 * divisor, number(side / divisor) * divisor) for side in (height, width)]
+            for number in (math.floor, math.ceil)
+        )
+        sizes = (size[0] if height == width else tuple(size) for size in (below, above))
+        fitting = " or ".join(dict.fromkeys(argument("image_size", size) for size in sizes))
+        raise ValueError(f"height and width must be multiples of {divisor}, got {height}x{width}. Pass {fitting}.")
 
 
 def structure(net: nn.Module) -> dict[str, type | None]:

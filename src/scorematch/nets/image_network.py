@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scorematch.core.arguments import check_sizes
 from scorematch.core.conditions import Condition
 from scorematch.nets.blocks import MiddleBlock
 from scorematch.nets.family import Family
@@ -69,6 +70,10 @@ class ImageNetwork(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.patch, self.divisor = patch, patch * 2 ** (scales - 1)
         self.classes, self.null_class, self.center = classes, null_class, center
+
+    def initialize(self) -> None:
+        """Initializes the weights of a network to be trained."""
+        raise NotImplementedError
 
     def class_table(self, width: int) -> nn.Embedding | None:
         """The embedding of the classes, a row (width,) for each; None for a network without classes."""
@@ -161,6 +166,35 @@ class ImageFamily(Family[Images]):
 
     # For channels_last data on CUDA, torch's group norm copies to the contiguous format and back.
     channels_last_on_cuda = False
+
+    arguments: ClassVar[Mapping[str, str]] = {
+        "in_channels": "channels",
+        "out_channels": "channels",
+        "block_out_channels": "widths",
+        "num_class_embeds": "classes",
+        "time_embedding_type": "embedding",
+    }
+
+    def design(self, given: Mapping[str, Any], size: tuple[int, int], precondition: str) -> dict[str, Any]:
+        """The channels and the widths, which all these families have."""
+        channels, condition_channels = given["channels"], given["condition_channels"]
+        if condition_channels < 0:
+            raise ValueError(f"condition_channels must be at least 0, got {condition_channels}.")
+        if condition_channels and given["classes"] is not None:
+            raise ValueError(
+                "condition_channels and classes cannot both be given: a network takes one condition, an image or a "
+                "class."
+            )
+        widths = check_sizes("widths", given["widths"], "a tuple such as (64, 128, 128)")
+        return {
+            "in_channels": channels + condition_channels,
+            "out_channels": channels,
+            "block_out_channels": list(widths),
+        }
+
+    def initialize(self, backbone: Images) -> None:
+        """Initializes the weights as in the authors' code."""
+        backbone.initialize()
 
     def condition(self, backbone: Images, *, predicts_variance: bool) -> Condition:
         """An image if there are more input channels than x has, which are as many as the score has; or a class."""

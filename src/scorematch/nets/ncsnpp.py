@@ -70,6 +70,7 @@ from scorematch.nets.blocks import (
 from scorematch.nets.family import structure
 from scorematch.nets.image_network import ImageFamily, ImageNetwork
 from scorematch.nets.layers import GroupNorm
+from scorematch.nets.precondition import ROWS
 
 Pyramid = Literal["none", "skip", "residual"]
 TimeEmbedding = Literal["positional", "fourier"]
@@ -345,6 +346,7 @@ _PYRAMID = Field(str, choices=_PYRAMIDS)
 class _NCSNPPFamily(ImageFamily[NCSNPP]):
     name = "ncsnpp"
     network = NCSNPP
+    levels = (50, 0.01, 1000)
     preconditions = ("karras", "ncsnpp", "ncsnpp_index", "vp", "subvp", "ddpm", "ddpm_v", "ddpm_x0", "ncsnv2", "ncsn")
     keys: ClassVar[Mapping[str, Field]] = {
         "in_channels": _SIZE,
@@ -368,8 +370,27 @@ class _NCSNPPFamily(ImageFamily[NCSNPP]):
         "patch": Field(int, low=1, high=64),
     }
 
-    def build(self, architecture: Mapping[str, Any], *, levels: int, precondition: str) -> NCSNPP:
-        return NCSNPP(**architecture)
+    def design(self, given: Mapping[str, Any], size: tuple[int, int], precondition: str) -> dict[str, Any]:
+        architecture = super().design(given, size, precondition)
+        widths = architecture["block_out_channels"]
+        attention, patch, width = given["attention"], given["patch"], given["model_channels"]
+        if attention is None:  # as published
+            attention = [min(size) == 16 * patch * 2**scale for scale in range(len(widths))]
+        return architecture | {
+            "layers_per_block": given["layers_per_block"],
+            "attention": list(map(bool, attention)),
+            "time_embedding_type": given["embedding"],
+            "resample_filter": given["resample_filter"],
+            "input_pyramid": given["input_pyramid"],
+            "output_pyramid": given["output_pyramid"],
+            "model_channels": widths[0] if width is None else width,
+            "dropout": given["dropout"],
+            "num_class_embeds": given["classes"],
+            "null_class": given["null_class"],
+            # As published: images in [0, 1] are mapped to [-1, 1] by the rows, or else by the network.
+            "center_input_sample": not ROWS[precondition].centered,
+            "patch": patch,
+        }
 
     def width(self, backbone: NCSNPP) -> int:
         return math.ceil(backbone.conv_in.out_channels / backbone.patch**2)

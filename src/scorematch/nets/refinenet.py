@@ -366,6 +366,7 @@ class _RefineNetFamily(Family[RefineNet]):
 class _NCSN(_RefineNetFamily):
     name = "ncsn"
     conditional = True
+    levels = (1, 0.01, 10)
     preconditions = ("ncsn",)
 
     def fix_level(self, copy: RefineNet) -> Callable[[Tensor], None]:
@@ -382,6 +383,7 @@ class _NCSN(_RefineNetFamily):
 class _NCSNv2(_RefineNetFamily):
     name = "ncsnv2"
     conditional = False
+    levels = (50, 0.01, 232)
     preconditions = ("ncsnv2", "karras")
 
     def fix_level(self, copy: RefineNet) -> Callable[[Tensor], None]:

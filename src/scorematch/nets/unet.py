@@ -58,7 +58,7 @@ from scorematch.nets.blocks import (
 from scorematch.nets.family import place, structure
 from scorematch.nets.image_network import ImageFamily, ImageNetwork, is_larger
 from scorematch.nets.layers import GroupNorm
-from scorematch.nets.unet_blocks import DOWN_BLOCKS, UP_BLOCKS, Layout, down_block, up_block
+from scorematch.nets.unet_blocks import DOWN_BLOCKS, UP_BLOCKS, Layout, block_types, down_block, up_block
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -366,6 +366,7 @@ OWN_KEYS: Mapping[str, Any] = {
 class _UNetFamily(ImageFamily[UNet]):
     name = "unet"
     network = UNet
+    levels = (50, 0.01, 232)
     preconditions = ("karras", "ddpm", "ddpm_v", "ddpm_x0", "vp", "subvp", "ncsnpp", "ncsnpp_index", "ncsnv2", "ncsn")
     keys: ClassVar[Mapping[str, Field]] = {
         "in_channels": _SIZE,
@@ -402,8 +403,31 @@ class _UNetFamily(ImageFamily[UNet]):
         "pixel_layers": Field(int, low=1, high=64),
     }
 
-    def build(self, architecture: Mapping[str, Any], *, levels: int, precondition: str) -> UNet:
-        return UNet(**architecture)
+    def design(self, given: Mapping[str, Any], size: tuple[int, int], precondition: str) -> dict[str, Any]:
+        architecture = super().design(given, size, precondition)
+        widths = architecture["block_out_channels"]
+        attention = given["attention"]
+        attention = [False] * (len(widths) - 1) + [True] if attention is None else attention
+        if len(attention) != len(widths):
+            raise ValueError(f"attention must have one entry per scale, {len(widths)}, got {len(attention)}.")
+        layers = native(given["layers_per_block"])
+        if isinstance(layers, list) and layers == layers[:1] * len(widths):
+            layers = layers[0]  # as in diffusers
+        architecture |= {
+            **block_types(attention),
+            "layers_per_block": layers,
+            "attention_head_dim": None,
+            "norm_num_groups": math.gcd(32, *widths),
+            "dropout": given["dropout"],
+            "num_class_embeds": given["classes"],
+        }
+        if given["patch"] != 1 or given["pixel_channels"]:
+            architecture |= {"patch": given["patch"], "pixel_channels": given["pixel_channels"]}
+        if given["pixel_layers"] != 1:
+            architecture["pixel_layers"] = given["pixel_layers"]
+        if given["null_class"]:
+            architecture["null_class"] = True
+        return architecture
 
     def diffusers_class(self, architecture: Mapping[str, Any], precondition: str) -> str | None:
         """UNet2DModel, if it supports the options, and c_noise and the meaning of the output fit the row."""

@@ -90,11 +90,10 @@ def down_block(
         return PyramidDownBlock(inputs, outputs, layers, Pyramids(style), attention, halve=halve, image=image)
     block = DownBlock(inputs, outputs, layers, style, attention)
     if halve:
-        residual = kind.residual or (kind.attention and layout.residual_resampling[0])
-        convolution = partial(_Downsample, outputs, layout.padding)
-        block.downsamplers = nn.ModuleList(
-            [ResidualBlock(outputs, outputs, style, resample=mean_down) if residual else convolution()]
-        )
+        down: nn.Module = _Downsample(outputs, layout.padding)  # drawn in any case: a seed gives the same network
+        if kind.residual or (kind.attention and layout.residual_resampling[0]):
+            down = ResidualBlock(outputs, outputs, style, resample=mean_down)
+        block.downsamplers = nn.ModuleList([down])
     return block
 
 
@@ -129,8 +128,9 @@ def up_block(
         block.skip_norm = GroupNorm(quarter_groups(outputs), outputs, style.eps)
         block.skip_conv = nn.Conv2d(outputs, layout.channels[1], 3, padding=1)
     elif double:
-        residual = kind.residual or (kind.attention and layout.residual_resampling[1])
-        up = ResidualBlock(outputs, outputs, style, resample=nearest_up) if residual else _Upsample(outputs)
+        up: nn.Module = _Upsample(outputs)  # as above
+        if kind.residual or (kind.attention and layout.residual_resampling[1]):
+            up = ResidualBlock(outputs, outputs, style, resample=nearest_up)
         block.upsamplers = nn.ModuleList([up])
     return block
 
