@@ -19,8 +19,9 @@ from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet, __version__, cli
 from scorematch.cli import main
-from scorematch.cli.options import duration, estimate, find_device
+from scorematch.cli.options.duration import duration, estimate
 from scorematch.core.arguments import argument, written_by
+from scorematch.core.processes import find_device
 from scorematch.data import read_image, save_image
 from scorematch.pretrained import cards
 from scorematch.sampling import AnnealedLangevinSampler, SamplerSettings
@@ -70,8 +71,8 @@ def test_a_module_in_the_cli_package_adds_a_command(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == "hello you\n"
 
 
-def test_every_module_except_options_is_a_command():
-    modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__", "options"}
+def test_every_module_is_a_command():
+    modules = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"__init__"}
     assert (
         set(_commands()) == modules >= {"sample", "restore", "train", "evaluate", "convert", "info", "models", "push"}
     )

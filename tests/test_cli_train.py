@@ -16,7 +16,7 @@ from PIL import Image
 from scorematch import ScoreNet, dsm_loss
 from scorematch.cli import main
 from scorematch.cli import train as command
-from scorematch.cli.options import image_count
+from scorematch.cli.options.values import image_count
 from scorematch.cli.train import _size
 from scorematch.core.conditions import Condition
 from scorematch.data import open_images

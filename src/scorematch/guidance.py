@@ -55,6 +55,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scorematch.core.arguments import argument
 from scorematch.core.batches import as_sigma, check_data, per_image
 from scorematch.core.conditions import Condition, as_condition
 from scorematch.core.scores import (
@@ -215,12 +216,14 @@ class GuidedScore(NetworkScore, nn.Module):
         if not callable(net):
             raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
         if not isinstance(weight, int | float | np.integer | np.floating) or not math.isfinite(weight):
-            raise ValueError(f"weight must be a finite number, got {weight!r}.")
+            raise ValueError(f"{argument('weight')} must be a finite number, got {weight!r}.")
         pair = isinstance(interval, Sequence) and len(interval) == 2
         if interval is not None and not (pair and 0 <= interval[0] < interval[1]):
-            raise ValueError(f"interval must be (low, high), noise levels with 0 <= low < high, got {interval!r}.")
+            raise ValueError(
+                f"{argument('interval')} must be (low, high), noise levels with 0 <= low < high, got {interval!r}."
+            )
         if not isinstance(rescale, int | float | np.integer | np.floating) or not 0 <= rescale <= 1:
-            raise ValueError(f"rescale must be a number from 0 to 1, got {rescale!r}.")
+            raise ValueError(f"{argument('rescale')} must be a number from 0 to 1, got {rescale!r}.")
         self.net, self.other = net, other
         self.predicts_variance = bool(attribute(net, "predicts_variance"))
         self.weight = float(weight)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from scorematch.cli.options import Commands, add_device, fitting, load
+from scorematch.cli.options import Commands
+from scorematch.cli.options.networks import add_device, add_model, load
+from scorematch.cli.options.values import fitting
 from scorematch.core.schema import Field
 from scorematch.demo.page import build, import_gradio, serve
 from scorematch.demo.restorer import Restorer
@@ -22,13 +24,7 @@ def add(commands: Commands) -> None:
         "  %(prog)s google/ddpm-cifar10-32 --device cuda\n"
         "  %(prog)s ./my-network --port 8000 --no-browser",
     )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default="mnist",
-        help="a name, such as mnist or owner/name on the Hugging Face Hub, or a folder, such as ./cifar10 "
-        "(default: mnist)",
-    )
+    add_model(parser, default="mnist")
     add_device(parser)
     parser.add_argument(
         "--port", type=fitting(Field(int, low=1, high=65_535)), help="the port (default: the first free one from 7860)"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from scorematch.cli.options import Commands, add_overwrite, check_new_network, expanded, image_count
+from scorematch.cli.options import Commands
+from scorematch.cli.options.outputs import add_overwrite, check_new_network
+from scorematch.cli.options.values import expanded, image_count
 from scorematch.training import reconstruct
 from scorematch.training.ema import name_of
 

@@ -5,36 +5,24 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from scorematch.cli.options import (
-    Commands,
-    add_classes,
-    add_guidance,
-    add_reference,
-    add_sampling,
-    amount,
-    announce,
-    check_folder_name,
-    estimate,
-    expanded,
-    filled,
-    find_classes,
-    find_device,
-    given_sampling,
-    guide,
-    image_count,
-    load,
-    make_sampler,
-    reference_options,
-    task,
-)
+from scorematch.cli.options import Commands, given
+from scorematch.cli.options.classes import GUIDED_CLASSES, add_classes, add_guidance, find_classes, guide
+from scorematch.cli.options.duration import announce, estimate
+from scorematch.cli.options.networks import load
+from scorematch.cli.options.outputs import check_folder_name
+from scorematch.cli.options.reference import add_reference, reference_options
+from scorematch.cli.options.samplers import add_sampling, make_sampler
+from scorematch.cli.options.values import amount, expanded, filled, image_count, task
+from scorematch.core.arguments import argument
 from scorematch.core.conditions import takes_image
-from scorematch.core.processes import this_process
+from scorematch.core.processes import find_device, this_process
 from scorematch.core.scores import device_of
 from scorematch.data.tables import REFERENCES
 from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results, check_sources, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
 from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
 from scorematch.restoration.methods import Restore
+from scorematch.sampling import SamplerSettings
 
 
 def add(commands: Commands) -> None:
@@ -166,14 +154,13 @@ def _run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Checks that the options fit together."""
     network = is_network(args.model)
-    foreign = [] if network else given_sampling(args)
-    if foreign:
-        raise ValueError(f"{foreign[0]} is for networks, but {args.model} is a set of images. Leave it out.")
+    for name in () if network else given(args, (*GUIDED_CLASSES, *SamplerSettings.SCHEMA)):
+        raise ValueError(f"{argument(name)} is for networks, but {args.model} is a set of images. Leave it out.")
     if args.restore is None:
         for name in ("data", "draws", "noise", "restore_method", "labels"):
             value = getattr(args, name)
             if value is not None and value is not False:  # --noise 0 is given
-                raise ValueError(f"--{name.replace('_', '-')} is for --restore TASK. Leave it out.")
+                raise ValueError(f"{argument(name)} is for --restore TASK. Leave it out.")
         if args.reference is None:
             args.parser.error("the following arguments are required: reference")
     else:
@@ -181,7 +168,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--restore needs a network, but {args.model} is a set of images.")
         if args.data is None and args.reference is None:
             args.parser.error("the following arguments are required: --data DATA")
-        if args.held_out is not None or args.no_gaussian or args.label is not None or args.guidance is not None:
+        if args.held_out is not None or args.no_gaussian or args.label is not None or args.weight is not None:
             raise ValueError("--held-out, --no-gaussian, --class and --guidance are not for --restore. Leave them out.")
         if args.classes is not None:
             raise ValueError("--classes is not for --restore. Leave it out.")

@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scorematch.cli.options import Commands, add_model
+from scorematch.cli.options import Commands
+from scorematch.cli.options.networks import add_model
 from scorematch.core.conditions import describe_classes
 from scorematch.core.messages import reason
 from scorematch.noise import NoiseSchedule

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from scorematch.cli.options import Commands, expanded, load_network
+from scorematch.cli.options import Commands
+from scorematch.cli.options.networks import load_network
+from scorematch.cli.options.values import expanded
 from scorematch.pretrained.hub import check_login, check_repository
 
 

@@ -5,30 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from scorematch.cli.options import (
-    Commands,
-    add_class,
-    add_model,
-    add_overwrite,
-    add_sampling,
-    amount,
-    announce,
-    check_folder_name,
-    check_new,
-    estimate,
-    expanded,
-    filled,
-    find_class,
-    fitting,
-    image_count,
-    load,
-    make_sampler,
-)
+from scorematch.cli.options import Commands
+from scorematch.cli.options.classes import add_classes, find_classes
+from scorematch.cli.options.duration import announce, estimate
+from scorematch.cli.options.networks import add_model, load
+from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
+from scorematch.cli.options.samplers import add_sampling, make_sampler
+from scorematch.cli.options.values import amount, expanded, filled, fitting, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.randomness import seed_of
 from scorematch.core.schema import Field
@@ -115,7 +103,7 @@ def add(commands: Commands) -> None:
         "about a million values)",
     )
     add_overwrite(parser, "files that exist already")
-    add_class(parser)
+    add_classes(parser, rules=False)
     add_sampling(parser, "the recommended one of a network that was trained to restore, and langevin for any other")
     parser.set_defaults(run=_run)
 
@@ -140,7 +128,7 @@ def _run(args: argparse.Namespace) -> None:
     channels, *size = net.sample_shape or ()
     if args.gray and channels != 3:
         raise ValueError(f"--gray needs a network that draws RGB images, and {args.model} draws gray ones.")
-    label = find_class(args, net)
+    label: Any = find_classes(args, net)  # an int or None, without a rule
     sampler = make_sampler(args, net.inference_copy(), restoring=True)
     sampler.restore = args.restore_method
     check_picture(folder / "strip.png")  # before the work
@@ -162,10 +150,8 @@ def _run(args: argparse.Namespace) -> None:
         groups.setdefault(picture.seen.shape[1:], []).append((path, original))
     seconds = 0.0
     for shape, group in groups.items():
-        n = args.n * len(group)
-        few = torch.zeros(min(n, _TOGETHER), *shape) if takes_image(net) else label
         try:
-            seconds += estimate(sampler, n, few, shape)
+            seconds += estimate(sampler, args.n * len(group), label, shape)
         except ValueError as error:  # the network does not take images of this size
             raise ValueError(f"{group[0][0]}: {error}") from error
     announce(sampler, seconds, args.n * len(paths))

@@ -12,26 +12,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scorematch.cli.options import (
-    Commands,
-    add_classes,
-    add_guidance,
-    add_model,
-    add_overwrite,
-    add_sampling,
-    announce,
-    check_folder_name,
-    check_new,
-    count,
-    estimate,
-    expanded,
-    filled,
-    find_classes,
-    guide,
-    image_count,
-    load,
-    make_sampler,
-)
+from scorematch.cli.options import Commands
+from scorematch.cli.options.classes import add_classes, add_guidance, find_classes, guide
+from scorematch.cli.options.duration import announce, count, estimate
+from scorematch.cli.options.networks import add_model, load
+from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
+from scorematch.cli.options.samplers import add_sampling, make_sampler
+from scorematch.cli.options.values import expanded, filled, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.processes import this_process
 from scorematch.core.scores import middle_of

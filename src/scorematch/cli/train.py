@@ -11,16 +11,11 @@ from typing import Any
 
 import torch
 
-from scorematch.cli.options import (
-    Commands,
-    check_folder_name,
-    count,
-    duration,
-    expanded,
-    filled,
-    image_count,
-    load_network,
-)
+from scorematch.cli.options import Commands
+from scorematch.cli.options.duration import count, duration
+from scorematch.cli.options.networks import load_network
+from scorematch.cli.options.outputs import check_folder_name
+from scorematch.cli.options.values import expanded, filled, image_count
 from scorematch.core.conditions import describe_classes
 from scorematch.core.files import check_outside
 from scorematch.core.messages import few

@@ -5,23 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from scorematch.cli.options import (
-    Commands,
-    add_classes,
-    add_device,
-    add_model,
-    add_reference,
-    check_folder_name,
-    duration,
-    estimate,
-    expanded,
-    filled,
-    find_classes,
-    image_count,
-    load,
-    reference_options,
-    task,
-)
+from scorematch.cli.options import Commands
+from scorematch.cli.options.classes import add_classes, find_classes
+from scorematch.cli.options.duration import duration, estimate
+from scorematch.cli.options.networks import add_device, add_model, load
+from scorematch.cli.options.outputs import check_folder_name
+from scorematch.cli.options.reference import add_reference, reference_options
+from scorematch.cli.options.values import expanded, filled, image_count, task
 from scorematch.core.conditions import takes_image
 from scorematch.core.processes import this_process
 from scorematch.core.scores import device_of

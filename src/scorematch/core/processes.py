@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from scorematch.core.arguments import argument
 
 Share: TypeAlias = tuple[int, int]
 
@@ -42,6 +45,31 @@ def checked_share(share: Share | None) -> Share:
     if not 0 <= k < m:
         raise ValueError(f"share must be (k, m) with 0 <= k < m, got {share!r}.")
     return k, m
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """The device of this process; "auto" is CUDA if available, else MPS if available, else the CPU.
+
+    "cuda" is another device for each process that ``torchrun`` or ``accelerate launch`` started on one machine.
+
+    Raises:
+        ValueError: for an unknown name, or a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"{argument('device')} must be auto, cpu, cuda, cuda:N or mps, got {name!r}.")
+    device, number = torch.device(name), torch.cuda.device_count()
+    if not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[device.type].is_available():
+        raise ValueError(
+            f"{argument('device', name)}: PyTorch finds no {device.type.upper()} device. Leave out "
+            f"{argument('device')}."
+        )
+    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % number)
+    if device.type == "cuda" and (device.index or 0) >= number:
+        raise ValueError(f"{argument('device', name)}: the last CUDA device is cuda:{number - 1}.")
+    return device
 
 
 _TIMEOUT = timedelta(days=7)  # processes wait for the slowest one, which may have to sample for hours

@@ -1,0 +1,113 @@
+"""The classes of images, and guidance with them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import get_args
+
+from scorematch.cli.options import given
+from scorematch.cli.options.values import amount
+from scorematch.core.messages import quote
+from scorematch.guidance import GuidedScore, classifier_free
+from scorematch.sampling.bulk import Classes, Rule
+from scorematch.score import ScoreNet
+
+GUIDED_CLASSES = ("label", "classes", "weight", "interval", "rescale")  # the names of all these options
+
+
+def add_classes(parser: argparse.ArgumentParser, *, rules: bool = True) -> None:
+    """Adds ``--class``, one class or with ``rules`` also a rule for the class of each image, and then ``--classes``."""
+    rule = "; random draws a class for each image, and cycle takes all classes in turn" if rules else ""
+    parser.add_argument(
+        "--class",
+        dest="label",
+        metavar="K",
+        help=f"for a class-conditional network: the class to draw, its number or its name{rule}",
+    )
+    if rules:
+        parser.add_argument(
+            "--classes",
+            type=int,
+            metavar="COUNT",
+            help="the number of classes for --class random and cycle (default: all of the network)",
+        )
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--guidance`` and its options, which have the names of the arguments of ``classifier_free``."""
+    parser.add_argument(
+        "--guidance",
+        dest="weight",
+        type=float,
+        metavar="W",
+        help="classifier-free guidance, for a network with a null class, such as one trained with train --labels: "
+        "0 is the network without the class, 1 with the class, and above 1 is guidance",
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        dest="interval",
+        type=amount,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="the noise levels with guidance, LOW < sigma <= HIGH for images in [0, 1] (default: all)",
+    )
+    parser.add_argument(
+        "--guidance-rescale",
+        dest="rescale",
+        type=float,
+        metavar="PHI",
+        help="reduce the contrast of guided images, from 0, not at all (the default), to 1, the contrast without "
+        "guidance",
+    )
+
+
+def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
+    """The network, with the guidance of ``--guidance`` if it is given."""
+    options = given(args, ("interval", "rescale"))
+    if args.weight is None:
+        if options:
+            raise ValueError(f"--guidance-{next(iter(options))} needs the weight of the guidance. Add --guidance W.")
+        return net
+    if net.conditioning is None or not net.conditioning.null_class:
+        raise ValueError(
+            f"--guidance needs a network with a null class, such as one trained with train --labels, but {args.model} "
+            "has none. Leave out --guidance."
+        )
+    return classifier_free(net, args.weight, **options)
+
+
+def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Classes:
+    """The class or the rule of ``--class``; None for a network without classes, or with a null class.
+
+    Raises:
+        ValueError: if the network needs a class and none is given, or does not take the given one.
+    """
+    takes, label = net.conditioning, args.label
+    rules = get_args(Rule) if "classes" in args else ()
+    count = args.classes if rules and label in rules else None
+    if rules and args.classes is not None and count is None:
+        raise ValueError("--classes is for --class random and --class cycle. Leave it out.")
+    if takes is None or takes.classes is None:
+        if label is not None:
+            raise ValueError(f"--class is for class-conditional networks, and {args.model} is not one. Leave it out.")
+        return None
+    last, names = takes.classes - 1, net.class_names or ()
+    if label in rules:
+        if count is not None and not 1 <= count <= takes.classes:
+            raise ValueError(f"--classes must be from 1 to {takes.classes} for {args.model}, got {count}.")
+        return label
+    if label is None:
+        if isinstance(net, GuidedScore):
+            raise ValueError(f"--guidance needs a class. Add --class K, with K from 0 to {last}.")
+        if not takes.null_class:
+            raise ValueError(f"{args.model} is class-conditional. Write --class K, with K from 0 to {last}.")
+        return None
+    if names.count(label) == 1:
+        return names.index(label)
+    number = int(label) if re.fullmatch(r"-?\d{1,9}", label) else -1
+    if not 0 <= number <= last:
+        wanted = [f"a number from 0 to {last}", *([f"a name such as {quote(names[0])}"] if names else []), *rules]
+        listed = " or ".join(filter(None, [", ".join(wanted[:-1]), wanted[-1]]))
+        raise ValueError(f"--class must be {listed} for {args.model}, got {label}.")
+    return number

@@ -1,0 +1,75 @@
+"""How images are drawn: the seed, the sampler and its options."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from scorematch.cli.options import given
+from scorematch.cli.options.networks import add_device
+from scorematch.cli.options.values import fitting
+from scorematch.core.arguments import argument
+from scorematch.core.conditions import takes_image
+from scorematch.core.scores import Score, attribute
+from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
+
+
+def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommended one") -> None:
+    """Adds the options of all commands that sample, except ``-n`` and ``--class``, which differ between commands.
+
+    ``default`` describes the sampler that is used without ``--sampler``; see ``make_sampler``.
+    """
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the random seed; the same seed gives the same images (default: 0)"
+    )
+    add_device(parser)
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    group = parser.add_argument_group(
+        "sampler", "Default options: those that are recommended for the network, or else those of the sampler."
+    )
+    group.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        help=f"the sampler (default: the one to which a given option belongs, or {default})",
+    )
+    groups = {"all": group} | {name: parser.add_argument_group(f"options of --sampler {name}") for name in SAMPLERS}
+    for option in fields(SamplerSettings)[1:]:
+        value = option.metadata["value"]
+        kinds: dict[type, dict[str, Any]] = {
+            bool: {"action": argparse.BooleanOptionalAction},
+            int: {"type": fitting(value)},
+            float: {"type": fitting(value)},
+            str: {"choices": value.choices},
+        }
+        flag, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+        groups[option.metadata["sampler"]].add_argument(flag, help=text, **kinds[value.kind])
+
+
+def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = False) -> Sampler:
+    """The sampler of ``--sampler`` and of the options of samplers, or else the one recommended for the network.
+
+    Args:
+        args: the parsed command line.
+        net: the score that it samples.
+        restoring: whether it restores images. The recommended sampler of a network that draws images may be that of an
+            ODE, which restores less well; "langevin" is then used instead.
+
+    Raises:
+        ValueError: for an option of another sampler, or a value that is out of range.
+    """
+    owners = {option: name for name, options in SamplerSettings.OPTIONS.items() for option in given(args, options)}
+    noise = given(args, SamplerSettings.NOISE)
+    default = "langevin" if restoring and not takes_image(net) else None
+    name = next(iter(owners.values()), default) if args.sampler is None else args.sampler
+    if name is None:
+        return recommended_sampler(net, **noise)
+    for option, owner in owners.items():
+        if owner != name:
+            raise ValueError(f"{argument(option)} is an option of --sampler {owner}, not of {name}.")
+    options = given(args, owners)
+    own: SamplerSettings | None = attribute(net, "sampler_settings")
+    # AnnealedLangevinSampler reads the network's own settings itself, and adapts them to other options.
+    if own is not None and own.sampler == name != "langevin":
+        options, noise = {**own.options, **options}, {**own.noise, **noise}
+    return recommended_sampler(net, SamplerSettings(name, **options), **noise)
