@@ -1,4 +1,4 @@
-"""Training without files: random numbers, noise levels, settings, steps, and conditions."""
+"""Training without files: noise levels, settings, steps, and conditions."""
 
 import copy
 import math
@@ -27,22 +27,6 @@ from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, wei
 from scorematch.training.steps import make_accelerator
 from tests.helpers import seed
 from tests.training import MLP, Memory, Recorder, content, image_net, images, points, points_net, quick, steps, vector
-
-# -- Seeds ------------------------------------------------------------------------------------------------------------
-
-
-def test_seed_of_depends_on_every_part():
-    seeds = {seed_of(*parts) for parts in [(0, "image", 1), (0, "image", 2), (1, "image", 1), (0, "order", 1), (0, 1)]}
-    assert len(seeds) == 5
-    assert seed_of("1") != seed_of(1) and seed_of("ab", "c") != seed_of("a", "bc")
-    assert all(0 <= number < 2**63 for number in seeds)
-    assert seed_of(0, "image", 17) == 7152645166646223052  # must be the same on every machine and in every version
-
-
-def test_seed_of_raises_for_floats():
-    with pytest.raises(TypeError, match="must be integers or strings"):
-        seed_of(0, 1.5)
-
 
 # -- Noise levels and weights -----------------------------------------------------------------------------------------
 
