@@ -45,7 +45,8 @@ from scorematch.restoration import JPEG, Grayscale, Mask, Observation
 from scorematch.restoration.palette import TASKS, JPEGRestoration, MultiTask
 from scorematch.sampling import AncestralSampler, SamplerSettings
 from scorematch.sampling.ancestral import Variance
-from scorematch.training import LogNormal, Mixture, train, weighting_for
+from scorematch.training import LogNormal, Mixture, train
+from scorematch.training.levels import weighting_for
 
 LUMA = 0.4  # of each color, by the weights of BT.601
 COLORS = torch.tensor([[1, (LUMA - 0.299) / 0.587, 0], [0, LUMA / 0.587, 0], [0, (LUMA - 0.114) / 0.587, 1]])

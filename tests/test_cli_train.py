@@ -6,6 +6,7 @@ import io
 import itertools
 import re
 import shutil
+from dataclasses import fields
 
 import huggingface_hub
 import numpy as np
@@ -22,6 +23,7 @@ from scorematch.core.conditions import Condition
 from scorematch.data import open_images
 from scorematch.restoration.palette import MultiTask
 from scorematch.training import RECIPES, Settings, reconstruct
+from scorematch.training.settings import RunSettings
 from tests.helpers import python, refused
 
 pytest.importorskip("accelerate")
@@ -206,7 +208,23 @@ def test_options_are_passed_to_train(faces, tmp_path, calls):
     expected = {"images": 16, "batch_size": 4, "microbatch": 2, "lr": 0.01, "warmup_images": 8, "flip": False}
     events = {"log_every": 1000, "sample_every": 2000, "snapshot_every": 3000, "checkpoint_every": 4000}
     rest = {"precision": "float32", "compile": True, "seed": 0, "progress": False, "push_to_hub": None}
-    assert {**expected, **events, **rest}.items() <= found.items()
+    assert {**expected, **events, **rest}.items() <= vars(RunSettings(**found)).items()
+
+
+def test_every_option_of_train_that_has_a_range_is_an_option_of_the_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    for option in fields(RunSettings):
+        if option.metadata["value"] is not None and option.name != "progress":
+            assert f"  --{option.name.replace('_', '-')}" in printed
+
+
+def test_options_may_be_lists_or_none(faces, tmp_path, calls):
+    given = ("--betas", "0.8", "0.9", "--ema", "--clip", "none", "--warmup-images", "0", "--flip", "--decay", "linear")
+    assert _train(faces, tmp_path, *given) == 0
+    expected = {"betas": (0.8, 0.9), "ema": (), "clip": None, "warmup_images": 0, "flip": True, "decay": "linear"}
+    assert expected.items() <= vars(RunSettings(**calls[0][3])).items()
 
 
 def test_without_options_the_settings_are_those_of_the_recipe(tmp_path, calls):
@@ -427,7 +445,10 @@ def test_files_that_train_did_not_write_are_kept(faces, tmp_path, name, capsys):
 
 
 def test_settings_are_checked_before_the_data_are_read(faces, tmp_path, capsys):
-    assert "lr must be positive, got -1.0." in refused(["train", faces, "--out", tmp_path / "run", "--lr", -1], capsys)
+    error = refused(["train", faces, "--out", tmp_path / "run", "--lr", -1], capsys)
+    assert "argument --lr: must be a number of more than 0, got '-1'." in error
+    error = refused(["train", faces, "--out", tmp_path / "run", "--ema", 0.5], capsys)
+    assert "ema must contain lengths above 0 and at most 0.289" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from scorematch import ScoreNet, dsm_loss
-from scorematch.training import levels_for, weighting_for
+from scorematch.training.levels import levels_for, weighting_for
 
 FOLDER = Path(__file__).parents[1] / "examples" / "integrations"
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "disks")

@@ -1,10 +1,12 @@
 """Training without files: noise levels, settings, steps, and conditions."""
 
 import copy
+import inspect
 import math
 import random
 import sys
 import threading
+from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 
@@ -23,8 +25,9 @@ from scorematch.loss import sliced_score_matching_loss
 from scorematch.nets.precondition import Preconditioning
 from scorematch.restoration.palette import Inpainting
 from scorematch.training import LogNormal, LogUniform, Mixture, Settings, UniformTime, train, train_steps
+from scorematch.training.accelerator import make_accelerator
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
-from scorematch.training.steps import make_accelerator
+from scorematch.training.settings import RunSettings
 from tests.helpers import seed
 from tests.training import MLP, Memory, Recorder, content, image_net, images, points, points_net, quick, steps, vector
 
@@ -181,22 +184,25 @@ def test_the_number_of_images_is_rounded_up_to_whole_batches():
         ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
         ({"microbatch": 0}, "microbatch must be an integer of at least 1"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
-        ({"lr": 0}, "lr must be positive, got 0"),
-        ({"clip": -1.0}, "clip must be positive"),
-        ({"p": 0.5}, r"p must be at least 1, got 0\.5"),
-        ({"p": math.nan}, "p must be at least 1, got nan"),
-        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
-        ({"betas": (0.9, 1.0)}, "betas must be two numbers, at least 0 and below 1"),
-        ({"label_drop": 1.0}, "label_drop must be at least 0 and below 1"),
+        ({"lr": 0}, "lr must be a number of more than 0, got 0"),
+        ({"clip": -1.0}, "clip must be a number of more than 0 or None, got -1.0"),
+        ({"p": 0.5}, r"p must be a number of at least 1, got 0\.5"),
+        ({"p": math.nan}, "p must be a number of at least 1, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be a number of at least 0"),
+        (
+            {"betas": (0.9, 1.0)},
+            "betas must be a list with exactly 2 entries, each a number of at least 0 and",
+        ),
+        ({"label_drop": 1.0}, "label_drop must be a number of at least 0 and less than 1"),
         ({"decay": "step"}, "decay must be one of 'cosine', 'linear'"),
         ({"precision": "float16"}, "precision must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
         ({"ema": (0.05, 0.05)}, "ema must not contain a length twice"),
         ({"ema": (0.5,)}, "ema must contain lengths above 0"),
         ({"loss": dsm_loss, "p": 1}, "p and weighting apply to the default loss only"),
-        ({"ema": 0.999}, r"ema must be a tuple of numbers, such as \(0\.05, 0\.1\), got 0\.999"),
-        ({"betas": 0.9}, r"betas must be a tuple of numbers, such as \(0\.9, 0\.99\), got 0\.9"),
-        ({"lr": "1e-3"}, "lr must be a number, got '1e-3'"),
-        ({"label_drop": None}, "label_drop must be a number, got None"),
+        ({"ema": 0.999}, r"ema must be a list, each a number, such as \(0\.05, 0\.1\), got 0\.999"),
+        ({"betas": 0.9}, r"betas must be a list .*, such as \(0\.9, 0\.99\), got 0\.9"),
+        ({"lr": "1e-3"}, "lr must be a number of more than 0, got '1e-3'"),
+        ({"label_drop": None}, "label_drop must be a number of at least 0 and less than 1, got None"),
         ({"flip": "no"}, "flip must be True or False, got 'no'"),
         ({"compile": 1}, "compile must be True or False, got 1"),
     ],
@@ -204,6 +210,16 @@ def test_the_number_of_images_is_rounded_up_to_whole_batches():
 def test_invalid_settings_raise(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Settings(**arguments)
+
+
+def test_the_arguments_of_train_are_the_declared_options():
+    parameters = list(inspect.signature(train).parameters.values())
+    assert [parameter.name for parameter in parameters[:3]] == ["net", "data", "folder"]
+    declared = {option.name: option.default for option in fields(RunSettings)}
+    assert {parameter.name: parameter.default for parameter in parameters[3:]} == declared
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[3:])
+    for option in fields(RunSettings):
+        assert f"        {option.name}: {option.metadata['meaning'][:20]}" in train.__doc__
 
 
 # -- What is drawn ----------------------------------------------------------------------------------------------------
@@ -609,7 +625,7 @@ def test_invalid_arguments_raise_at_the_call(wrong, message):
 def test_invalid_arguments_of_train_raise(tmp_path):
     with pytest.raises(TypeError, match=r"net must be a ScoreNet, got MLP\. Write ScoreNet\(backbone, schedule\)"):
         quick(MLP(), points(), tmp_path)
-    with pytest.raises(TypeError, match=r"ema must be a tuple of numbers, .* got 0\.999"):
+    with pytest.raises(TypeError, match=r"ema must be a list, each a number, .* got 0\.999"):
         quick(points_net(), points(), tmp_path, ema=0.999)
 
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from scorematch import ScoreNet, dsm_loss
-from scorematch.training import levels_for, weighting_for
+from scorematch.training.levels import levels_for, weighting_for
 
 accelerator = Accelerator()
 set_seed(0)  # the same weights in every process

@@ -15,7 +15,7 @@ from scorematch import ScoreNet, dsm_loss
 from scorematch.core.precision import autocast
 from scorematch.data import save_grid
 from scorematch.sampling import ODESampler
-from scorematch.training import levels_for, weighting_for
+from scorematch.training.levels import levels_for, weighting_for
 
 torch.manual_seed(0)
 loader = DataLoader(disks(1024), batch_size=32, shuffle=True, drop_last=True)  # batches (32, 1, 16, 16) in [0, 1]

@@ -143,12 +143,11 @@ from scorematch.training import (
     Step,
     TrainingState,
     UniformTime,
-    levels_for,
     reconstruct,
     train,
     train_steps,
-    weighting_for,
 )
+from scorematch.training.levels import levels_for, weighting_for
 
 
 class Backbone(nn.Module):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 import time
 import warnings
-from typing import Any
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any, cast
 
 import torch
 
@@ -15,11 +19,12 @@ from scorematch.cli.options import Commands
 from scorematch.cli.options.duration import count, duration
 from scorematch.cli.options.networks import load_network
 from scorematch.cli.options.outputs import check_folder_name
-from scorematch.cli.options.values import expanded, filled, image_count
+from scorematch.cli.options.values import expanded, filled, fitting, image_count
 from scorematch.core.conditions import describe_classes
 from scorematch.core.files import check_outside
 from scorematch.core.messages import few
 from scorematch.core.precision import autocast
+from scorematch.core.schema import Field
 from scorematch.data import ImageData, open_images
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
@@ -27,12 +32,16 @@ from scorematch.nets.family import check_size
 from scorematch.pretrained.hub import check_login, check_repository
 from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, Recipe, Settings, checkpoint, train
+from scorematch.training.accelerator import make_accelerator
+from scorematch.training.checks import check_arguments
 from scorematch.training.recipes import training_flop
-from scorematch.training.run import check_results, check_run
-from scorematch.training.steps import check_arguments, loss_arguments, make_accelerator
+from scorematch.training.record import check_files, check_run
+from scorematch.training.settings import RunSettings
+from scorematch.training.steps import loss_arguments
 
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
+_DEFAULTS = {"label_drop": "0.1 with --labels"}  # of options that are not those of train
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 
 
@@ -44,7 +53,7 @@ def add(commands: Commands) -> None:
         description="Trains a network on pictures. To continue an interrupted run, repeat the command; the result is "
         "the same as\nwithout the interruption. OUT/network is the latest averaged network, for the other commands.\n\n"
         "DATA is a folder (all pictures in it and its subfolders), an .npz file, or a data set of the Hugging Face "
-        "Hub.\nAll IMAGES are numbers of images, such as 50000, 50k or 5M.",
+        "Hub.\nAll N are whole numbers, such as 50000, 50k or 5M.",
         epilog="Recipes:\n"
         + "".join(f"  {name:<16}{recipe.image_size} px; {recipe.source}\n" for name, recipe in RECIPES.items())
         + "\nExamples:\n"
@@ -68,20 +77,6 @@ def add(commands: Commands) -> None:
         metavar="RECIPE",
         help=f"the network and its settings, see below (default: {_DEFAULT})",
     )
-    parser.add_argument(
-        "--start",
-        "--start-from",  # torchrun takes --start for an abbreviation of its own --start-method
-        metavar="NAME_OR_FOLDER",
-        help="begin with the weights of a trained network; without --recipe, this network is trained. With torchrun "
-        "write --start-from",
-    )
-    parser.add_argument(
-        "--images", type=image_count, help="the number of images that the run sees (default: the recipe's)"
-    )
-    parser.add_argument(
-        "--batch-size", type=image_count, help="images per step, over all devices (default: the recipe's)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the seed of all random numbers (default: 0)")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),
@@ -111,7 +106,6 @@ def add(commands: Commands) -> None:
         "(default: the recipe's)",
     )
     data.add_argument("--labels", action="store_true", help="train on classes: the subfolders, or the data's labels")
-    data.add_argument("--no-flip", action="store_true", help="do not mirror pictures (default: mirror a random half)")
     data.add_argument("--strict", action="store_true", help="stop at a damaged picture instead of leaving it out")
     data.add_argument("--cache", type=expanded, help="the folder for decoded pictures (default: OUT/cache)")
     data.add_argument(
@@ -123,52 +117,52 @@ def add(commands: Commands) -> None:
     data.add_argument("--label-key", metavar="KEY", help="the key of the labels")
     data.add_argument("--workers", type=image_count, help="threads that decode pictures (default: one per CPU)")
 
-    training = parser.add_argument_group("training", "By default the settings of the recipe.")
-    training.add_argument("--lr", type=float, help="the highest learning rate")
-    training.add_argument(
-        "--warmup-images",
-        type=image_count,
-        metavar="IMAGES",
-        help="the number of images over which the learning rate rises",
-    )
-    training.add_argument(
-        "--label-drop",
-        type=float,
-        metavar="SHARE",
-        help="the share of the labels that are replaced by the null class (default: 0.1)",
-    )
-    training.add_argument(
-        "--microbatch",
-        type=image_count,
-        metavar="IMAGES",
-        help="the most images that a device processes at once (default: all of its batch)",
-    )
-    training.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="auto (the default) is bfloat16 where the device supports it natively",
-    )
-    training.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-
-    written = parser.add_argument_group("what is written")
-    for name, what in [
-        ("log", "lines of the log (default: 1/1000 of the run)"),
-        ("sample", "pictures of samples (default: 1/20 of the run or more)"),
-        ("snapshot", "snapshots, from which ema computes averages (default: 1/20 of the run)"),
-        ("checkpoint", "checkpoints (default: as many as take ten minutes)"),
-    ]:
-        written.add_argument(f"--{name}-every", type=image_count, metavar="IMAGES", help=f"images between {what}")
+    training = parser.add_argument_group("training", "Defaults: the settings of the recipe, or else those given here.")
+    written = parser.add_argument_group("start and results")
     written.add_argument(
-        "--tracker", action="append", default=[], help="a tracker of Accelerate, such as tensorboard; repeatable"
+        "--start",
+        "--start-from",  # torchrun takes --start for an abbreviation of its own --start-method
+        metavar="NAME_OR_FOLDER",
+        help="begin with the weights of a trained network; without --recipe, this network is trained. With torchrun "
+        "write --start-from",
     )
-    written.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the averaged network at the end")
+    own = {option.name for option in fields(Settings)}
+    for option in fields(RunSettings):
+        if option.name != "progress" and option.metadata["value"] is not None:
+            _add_option(training if option.name in own else written, option)
     parser.set_defaults(run=_run)
+
+
+def _add_option(group: argparse._ArgumentGroup, option: dataclasses.Field[Any]) -> None:
+    """Adds an option of training. If it is not given, it is not among the parsed arguments."""
+    value, default = option.metadata["value"], cast("Any", option.default)
+    meaning = option.metadata["meaning"].replace("``", "").replace("None", "none").replace("%", "%%")
+    shown = _DEFAULTS.get(option.name, default if value.kind is not list else " ".join(map(str, default)))
+    kinds: dict[type, dict[str, Any]] = {
+        bool: {"action": argparse.BooleanOptionalAction},
+        list: {"nargs": "*", "type": None if value.each is None else _parser(value.each), "metavar": "X"},
+        str: {"choices": value.choices},
+        int: {"type": _parser(value), "metavar": "N"},
+        float: {"type": _parser(value), "metavar": "X"},
+    }
+    group.add_argument(
+        f"--{option.name.replace('_', '-')}",
+        default=argparse.SUPPRESS,
+        help=meaning if shown in (None, "") else f"{meaning} (default: {shown})",
+        **kinds[value.kind],
+    )
+
+
+def _parser(value: Field) -> Callable[[str], Any]:
+    """The ``type`` of an option of training."""
+    parse = partial(image_count, least=int(value.low or 0)) if value.kind is int else fitting(value)
+    return lambda text: None if value.optional and text == "none" else parse(text)
 
 
 def _run(args: argparse.Namespace) -> None:
     recipe = RECIPES[_DEFAULT if args.recipe is None else args.recipe]
-    if args.label_drop is not None and not args.labels:
+    given = {each.name: getattr(args, each.name) for each in fields(RunSettings) if hasattr(args, each.name)}
+    if "label_drop" in given and not args.labels:
         raise ValueError("--label-drop is for training on classes. Add --labels.")
     if args.label_key is not None and not args.labels:
         raise ValueError("--label-key is for training on classes. Add --labels.")
@@ -176,14 +170,14 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     check_folder_name(args.out)
     check_outside(args.out, args.data)
-    if args.push_to_hub is not None:
+    if "push_to_hub" in given:
         check_repository(args.push_to_hub)
-    check_results(args.out)
-    label_drop = (_LABEL_DROP if args.label_drop is None else args.label_drop) if args.labels else 0.0
-    options = {**recipe.options(), **_given(args), "label_drop": label_drop}
-    settings = Settings(**options)
-    accelerator = make_accelerator(cpu=args.device == "cpu", trackers=args.tracker, folder=args.out)
-    if args.push_to_hub is not None and accelerator.is_main_process:
+    check_files(args.out)
+    options = {"label_drop": _LABEL_DROP if args.labels else 0.0, **recipe.options(), **given}
+    trackers = options.pop("trackers", ())
+    settings = RunSettings(**options, progress=not args.quiet)
+    accelerator = make_accelerator(cpu=args.device == "cpu", trackers=trackers, folder=args.out)
+    if "push_to_hub" in given and accelerator.is_main_process:
         check_login()
     device: torch.device = accelerator.device
     if args.device not in ("auto", device.type):
@@ -192,32 +186,21 @@ def _run(args: argparse.Namespace) -> None:
         )
     with accelerator.main_process_first():  # the others find the cache
         start = _start(args)
-        data = _open(args, recipe, start)
-    net = _network(args, recipe, start, data, null_class=label_drop > 0)
+        data = _open(args, recipe, start, settings)
+    net = _network(args, recipe, start, data, settings)
     check_arguments(net, data, settings, accelerator.num_processes)
-    check_run(args.out, net, data, settings, args.start)
+    check_run(args.out, net, data, settings)
     if accelerator.is_main_process:
         net.to(device)
         _announce(args, recipe, data, net, settings, device, accelerator.num_processes)
     if args.dry_run:
         return
-    if args.tracker:
+    if trackers:
         accelerator.init_trackers("scorematch")
-    events = {f"{name}_every": getattr(args, f"{name}_every") for name in ("log", "sample", "snapshot", "checkpoint")}
     try:
-        train(
-            net,
-            data,
-            args.out,
-            start=args.start,
-            **options,
-            **events,
-            push_to_hub=args.push_to_hub,
-            progress=not args.quiet,
-            accelerator=accelerator,
-        )
+        train(net, data, args.out, **options, progress=not args.quiet, accelerator=accelerator)
     finally:
-        if args.tracker:
+        if trackers:
             accelerator.end_training()
     if accelerator.is_main_process:
         print(args.out / "report.md")
@@ -225,15 +208,15 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _network(
-    args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, data: ImageData, *, null_class: bool
+    args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, data: ImageData, settings: Settings
 ) -> ScoreNet:
     """The network of ``--start`` for images of the size of the data, or a new one of the recipe."""
     classes = None if data.classes is None else len(data.classes)
     if start is None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
+            torch.manual_seed(settings.seed)
             size = data.shape[1], data.shape[2]
-            net = recipe.build(data.shape[0], size, classes=classes, null_class=null_class)
+            net = recipe.build(data.shape[0], size, classes=classes, null_class=settings.label_drop > 0)
     else:
         known = None if start.conditioning is None else start.conditioning.classes
         if classes != known:
@@ -256,7 +239,7 @@ def _start(args: argparse.Namespace) -> ScoreNet | None:
     return load_network(own if own.is_dir() else args.start)
 
 
-def _check_condition(args: argparse.Namespace, start: ScoreNet) -> None:
+def _check_condition(args: argparse.Namespace, start: ScoreNet, label_drop: float) -> None:
     """Checks that the network of ``--start`` takes the classes of ``--labels``, or no condition."""
     takes = start.conditioning
     assert takes is not None  # noqa: S101  (it is known for all networks of the package)
@@ -269,16 +252,16 @@ def _check_condition(args: argparse.Namespace, start: ScoreNet) -> None:
         raise ValueError(f"{args.start} is class-conditional. Add --labels.")
     if takes.classes is None and args.labels:
         raise ValueError(f"--labels is for networks with classes, and {args.start} has none. Leave it out.")
-    if takes.classes is not None and not takes.null_class and args.label_drop != 0:
+    if takes.classes is not None and not takes.null_class and label_drop > 0:
         raise ValueError(f"{args.start} has no null class, for which labels are dropped. Add --label-drop 0.")
 
 
-def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> ImageData:
+def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, settings: Settings) -> ImageData:
     channels, *size = (recipe.channels, recipe.image_size, recipe.image_size)
     if start is not None:
         if start.sample_shape is None or len(start.sample_shape) != 3:
             raise ValueError(f"--start must be a network of images (C, H, W), got samples {start.sample_shape}.")
-        _check_condition(args, start)
+        _check_condition(args, start, settings.label_drop)
         channels, *size = start.sample_shape
         if args.channels not in (None, channels):
             raise ValueError(f"--channels must be {channels}, as {args.start} has, got {args.channels}. Leave it out.")
@@ -302,15 +285,6 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None) -> I
     if len(data.shape) != 3:
         raise ValueError(f"the data must be images (C, H, W), got samples of shape {data.shape}.")
     return data
-
-
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of ``train`` that were given on the command line."""
-    names = ("images", "batch_size", "microbatch", "lr", "warmup_images")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    if args.no_flip:
-        given["flip"] = False
-    return {**given, "seed": args.seed, "precision": args.precision, "compile": args.compile}
 
 
 def _size(text: str) -> int | tuple[int, int]:

@@ -1,16 +1,18 @@
-"""Checks of the integers and choices among the arguments of a function, and how messages write arguments."""
+"""Checks of the arguments of a function, and how messages write arguments."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from scorematch.core.json_files import native
 from scorematch.core.messages import quote
+from scorematch.core.schema import Field
 
 
 def as_code(name: str, value: Any = ..., of: str | None = None) -> str:
@@ -89,3 +91,26 @@ def check_sizes(name: str, sizes: Any, wanted: str) -> tuple[int, ...]:
         kind = ValueError if integers else TypeError
         raise kind(f"{name} must be {wanted}, positive integers, got {sizes!r}.")
     return tuple(values)
+
+
+def check_value(name: str, value: Any, field: Field, example: Any = None) -> None:
+    """Checks an argument that is declared by a field.
+
+    Args:
+        name: the name of the argument.
+        value: its value.
+        field: its type and range.
+        example: a value for the message about a list.
+
+    Raises:
+        TypeError: if it has another type.
+        ValueError: if it is out of range.
+    """
+    if field.fits(value):
+        return
+    unlimited = replace(field, low=None, high=None, above=None, below=None, choices=None, each=None)
+    kind = ValueError if unlimited.fits(value) or (field.kind is float and isinstance(value, float)) else TypeError
+    wanted = str(field).replace("null", "None").replace("true or false", "True or False")
+    wanted += f", such as {example!r}" if field.kind is list and example else ""
+    hint = f" Write [{value!r}]." if field.kind is list and isinstance(value, str) else ""
+    raise kind(f"{argument(name)} must be {wanted}, got {quote(value)}.{hint}")

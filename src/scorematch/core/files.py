@@ -52,7 +52,7 @@ def sha256(path: Path) -> str:
 
 
 def check_outside(out: str | os.PathLike[str], *sources: Any) -> None:
-    """Checks that a folder of results does not lie in a folder of data, whose images the results would join.
+    """Checks that a folder of results does not lie in a folder of data, where its images would later be read as data.
 
     Args:
         out: the folder of the results.

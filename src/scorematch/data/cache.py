@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -52,6 +52,32 @@ from scorematch.data.sources import Array, Options, Source, ordered_map
 _BLOCK = 1024  # images that are read at a time to hash them
 _IN_MEMORY = 2**30  # the largest size in bytes of decoded images that are kept in memory without a cache
 _LONGEST_HEADER = 4096  # bytes
+
+
+class Data(Protocol):
+    """The interface of training data, which ``ImageData`` implements.
+
+    Attributes:
+        shape: the shape of one sample, (C, H, W) for images.
+        fingerprint: a string that identifies the data.
+    """
+
+    shape: tuple[int, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Reads samples by index. It is called from one thread at a time.
+
+        Args:
+            indices: int64 (n,), from 0 to ``len(self) - 1``.
+
+        Returns:
+            The samples (n, ...), uint8 from 0 to 255, or floating point in the units of the network; and their labels
+            (n,), int64, or None.
+        """
 
 
 class ImageData:

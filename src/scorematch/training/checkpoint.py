@@ -90,7 +90,7 @@ def write(folder: Path, images: int, parts: Parts, state: Mapping[str, Any], *, 
 
 
 def prune(folder: Path, images: int, *, keep: int) -> None:
-    """Deletes all but the ``keep`` newest ones of the checkpoints up to a number of images."""
+    """Deletes all but the newest ``keep`` checkpoints at or before a number of images."""
     for number in [number for number in numbers(folder) if number <= images][:-keep]:
         shutil.rmtree(folder / name_of(number))
 

@@ -27,12 +27,14 @@ from scorematch.core.conditions import describe_classes
 from scorematch.core.files import write_whole
 from scorematch.core.randomness import seed_of, single_generator, standard_normal
 from scorematch.core.schema import Field, check
+from scorematch.data.cache import Data
 from scorematch.data.pictures import save_grid, to_float
 from scorematch.loss import loss_and_norm
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
 from scorematch.score import ScoreNet
 from scorematch.training.levels import Levels
-from scorematch.training.steps import Data, Settings, Step, loss_arguments
+from scorematch.training.settings import Settings
+from scorematch.training.steps import Step, loss_arguments
 
 CHECK_EVERY = 16  # steps between two checks of the losses, which synchronize with the device
 _SLOW_STEP = 0.5  # seconds; longer steps are checked one by one

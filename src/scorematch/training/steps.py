@@ -22,173 +22,29 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from collections.abc import Generator, Mapping
+from contextlib import nullcontext
 from functools import partial
-from numbers import Real
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import argument, check_choice, check_count
 from scorematch.core.messages import quote
-from scorematch.core.precision import Autocast, autocast
+from scorematch.core.precision import autocast
 from scorematch.core.randomness import seed_of
-from scorematch.data.cache import ImageData, Order
+from scorematch.data.cache import Data, Order
 from scorematch.data.pictures import to_float
 from scorematch.data.sources import ordered_map
 from scorematch.loss import dsm_loss
-from scorematch.noise import NoiseSchedule
 from scorematch.score import ScoreNet
-from scorematch.training.ema import Average, check_length
-from scorematch.training.levels import Levels, Weighting, check_levels, levels_for, uniforms, weighting_for
-
-Decay = Literal["cosine", "linear", "constant", "inverse-sqrt"]
-Loss = Callable[..., Tensor]
-Task = Callable[[Tensor, torch.Generator], Tensor | tuple[Tensor, Tensor]]
+from scorematch.training.accelerator import global_generators, make_accelerator
+from scorematch.training.checks import check_arguments, check_labels, class_count
+from scorematch.training.ema import Average
+from scorematch.training.levels import Levels, levels_for, uniforms, weighting_for
+from scorematch.training.settings import Loss, Settings
 
 _BATCHES_AHEAD = 2  # the number of batches that are prepared in advance
-# The factor of the learning rate as a function of the completed fraction of the run. "inverse-sqrt" is that of EDM2-S,
-# which is constant for 70,000 of 2^20 steps (Karras et al. 2024, Table 6).
-_DECAYS: dict[Decay, Callable[[float], float]] = {
-    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
-    "linear": lambda share: 1 - share,
-    "constant": lambda share: 1.0,
-    "inverse-sqrt": lambda share: 1 / math.sqrt(max(1.0, share / 0.07)),
-}
-
-
-class Data(Protocol):
-    """The interface of training data, which ``ImageData`` implements.
-
-    Attributes:
-        shape: the shape of one sample, (C, H, W) for images.
-        fingerprint: a string that identifies the data.
-    """
-
-    shape: tuple[int, ...]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        """The number of samples."""
-
-    def read(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Reads samples by index. It is called from one thread at a time.
-
-        Args:
-            indices: int64 (n,), from 0 to ``len(self) - 1``.
-
-        Returns:
-            The samples (n, ...), uint8 from 0 to 255, or floating point in the units of the network; and their labels
-            (n,), int64, or None.
-        """
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a run; the fields are the arguments of ``train`` of the same names, which are described there.
-
-    Raises:
-        TypeError: if a value has another type.
-        ValueError: if a value is out of range.
-    """
-
-    # 40 to 100 epochs of common small data sets. The FID of a network with 16 million parameters on CIFAR-10 was 16
-    # after 5 million images, 10 after 10 million and 6 after 20 million (mini_edm's published curves).
-    images: int = 5_000_000
-    batch_size: int = 128  # Ho et al. 2020 and Song et al. 2021 for CIFAR-10
-    microbatch: int | None = None  # the whole batch at once is fastest
-    lr: float = 1e-3  # Karras et al. 2022, Table 7, for CIFAR-10, with a batch of 512
-    betas: tuple[float, float] = (0.9, 0.99)  # Karras et al. 2024, Appendix B: 0.99 rather than 0.999
-    eps: float = 1e-8  # Kingma & Ba 2015
-    weight_decay: float = 0.0  # none in Ho et al. 2020, Song et al. 2021, Karras et al. 2022
-    warmup_images: int | None = None  # 500 steps or a twentieth of the run: published warm-ups are for longer runs
-    decay: Decay = "cosine"  # to zero: Loshchilov & Hutter 2017; Karras et al. 2024 show that some decay is needed
-    clip: float | None = 1.0  # Ho et al. 2020 and Song et al. 2021, whose losses are means over the values
-    ema: Sequence[float] = (0.05, 0.10)  # Karras et al. 2024, Section 3.2, from which any length is reconstructed
-    levels: Levels | NoiseSchedule | None = None  # Karras et al. 2022, Table 1, or as the row was published
-    weighting: Weighting | Callable[[Tensor], Tensor] | None = None  # the same
-    p: float = 2  # the square of the error, whose minimum is the score
-    loss: Loss | None = None
-    precision: Autocast = "auto"  # emulated bfloat16 takes twelve times as long (scorematch.core.precision)
-    flip: bool = True  # Ho et al. 2020, Appendix B
-    label_drop: float = 0.0  # Ho & Salimans 2022 use 0.1 for guidance
-    condition: Task | None = None
-    seed: int = 0
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.generic):  # a number of NumPy, which JSON does not have
-                object.__setattr__(self, field.name, value.item())
-        for name in ("betas", "ema"):
-            value = getattr(self, name)
-            if not isinstance(value, Iterable) or isinstance(value, str):
-                raise TypeError(f"{name} must be a tuple of numbers, such as {getattr(Settings, name)}, got {value!r}.")
-        for name, value in self._numbers("lr", "eps", "clip", "p", "weight_decay", "label_drop"):
-            if not isinstance(value, Real):
-                raise TypeError(f"{argument(name)} must be a number, got {value!r}.")
-        object.__setattr__(self, "betas", tuple(self.betas))
-        object.__setattr__(self, "ema", tuple(check_length(length) for length in self.ema))
-        for name in ("flip", "compile"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}.")
-        for name, value in self._numbers("images", "batch_size", "microbatch"):
-            check_count(name, value)
-        for name, value in self._numbers("warmup_images", "seed"):
-            check_count(name, value, 0)
-        for name, value in self._numbers("lr", "eps", "clip"):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{argument(name)} must be positive, got {value!r}.")
-        if not 1 <= self.p < math.inf:
-            raise ValueError(f"p must be at least 1, got {self.p!r}.")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers, at least 0 and below 1, got {self.betas!r}.")
-        if not 0 <= self.label_drop < 1:
-            raise ValueError(f"{argument('label_drop')} must be at least 0 and below 1, got {self.label_drop!r}.")
-        if self.condition is not None and (not callable(self.condition) or isinstance(self.condition, type)):
-            raise TypeError(
-                f"condition must be callable as task(x, generator), such as Colorization(), got {self.condition!r}."
-            )
-        if self.loss is not None and not callable(self.loss):
-            raise TypeError(f"loss must be a function, such as dsm_loss, got {self.loss!r}.")
-        check_choice("decay", self.decay, get_args(Decay))
-        check_choice("precision", self.precision, get_args(Autocast))
-        if len(set(self.ema)) < len(self.ema):
-            raise ValueError(f"ema must not contain a length twice, got {self.ema!r}.")
-        if self.loss is not None and (self.p != 2 or self.weighting is not None):
-            raise ValueError("p and weighting apply to the default loss only. Leave them out, or leave out loss=.")
-
-    def _numbers(self, *names: str) -> Iterator[tuple[str, Any]]:
-        """The names and the values of fields, except None where a field may be None."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None or name not in ("microbatch", "warmup_images", "clip"):
-                yield name, value
-
-    @property
-    def steps(self) -> int:
-        """The number of steps: ``images`` rounded up to whole batches."""
-        return -(-self.images // self.batch_size)
-
-    @property
-    def total(self) -> int:
-        """The number of images of all steps: ``steps * batch_size``."""
-        return self.steps * self.batch_size
-
-    def rate(self, images: int) -> float:
-        """The learning rate of the step that begins after a number of images."""
-        warmup = min(self.images // 20, 500 * self.batch_size) if self.warmup_images is None else self.warmup_images
-        share = images / self.total
-        return self.lr * _DECAYS[self.decay](share) * min(1.0, (images + self.batch_size) / max(1, warmup))
 
 
 class TrainingState:
@@ -355,58 +211,6 @@ def train_steps(
     return _steps(net, data, settings, state, accelerator)
 
 
-def make_accelerator(
-    given: Any = None,
-    *,
-    cpu: bool = False,
-    trackers: Sequence[str] = (),
-    folder: str | os.PathLike[str] | None = None,
-) -> Any:
-    """Checks the given accelerator, or creates one.
-
-    Args:
-        given: an ``accelerate.Accelerator``; None creates one.
-        cpu: whether a new accelerator uses the CPU even if there is a GPU.
-        trackers: the names of the trackers of a new accelerator, such as "tensorboard".
-        folder: the folder to which trackers write.
-
-    Raises:
-        ImportError: without Accelerate, or the package of a tracker.
-        ValueError: if the accelerator uses mixed precision, for which there is ``precision=``, or DeepSpeed, FSDP or
-            Megatron-LM, or its number of processes is not the number of launched processes.
-    """
-    if given is None:
-        try:
-            from accelerate import Accelerator
-        except ImportError as error:
-            raise ImportError('training needs Accelerate: pip install "scorematch[train]".') from error
-        # Without a GPU, Accelerate creates a process group only with cpu=True.
-        cpu = cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*no supported trackers are currently installed")  # an error below
-            given = Accelerator(mixed_precision="no", cpu=cpu, log_with=list(trackers) or None, project_dir=folder)
-        missing = [] if "all" in trackers else [name for name in trackers if name not in map(str, given.log_with)]
-        if missing:  # Accelerate would leave it out
-            raise ImportError(f"the tracker {missing[0]} is not installed: pip install {missing[0]}.")
-    if given.mixed_precision != "no":
-        raise ValueError(
-            f'accelerator must have mixed_precision="no", got {given.mixed_precision!r}. Write precision="bfloat16" '
-            "instead."
-        )
-    if not given.distributed_type.startswith(("NO", "MULTI")):  # the gradients of the processes would not be averaged
-        raise ValueError(
-            "the network is trained with DistributedDataParallel, but accelerator uses "
-            f"{given.distributed_type.value}. Run accelerate config again, without DeepSpeed, FSDP and Megatron-LM."
-        )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != given.num_processes:  # each process would train on its own and write to the same files
-        raise ValueError(
-            f"{launched} processes were launched, but accelerator has {given.num_processes}. On a CPU write "
-            "Accelerator(cpu=True)."
-        )
-    return given
-
-
 def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingState:
     """Creates the state of a new run.
 
@@ -426,79 +230,6 @@ def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingStat
     if settings.compile:
         net.backbone.compile(dynamic=False)  # one graph per shape, whichever shape came first in this process
     return TrainingState(net, settings)
-
-
-# -- Checks -----------------------------------------------------------------------------------------------------------
-
-
-def check_network(net: object) -> None:
-    """Raises TypeError if an object is not a ScoreNet."""
-    if not isinstance(net, ScoreNet):
-        raise TypeError(f"net must be a ScoreNet, got {type(net).__name__}. Write ScoreNet(backbone, schedule).")
-
-
-def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: int) -> None:
-    """Checks that the network, the data and the settings fit together.
-
-    Raises:
-        TypeError, ValueError: if they do not.
-    """
-    check_network(net)
-    if not any(parameter.requires_grad for parameter in net.parameters()):
-        raise ValueError("the network has no trainable weights. Write net.requires_grad_(True).")
-    if not hasattr(data, "fingerprint"):
-        raise TypeError(f"data must be the result of open_images, got {type(data).__name__}. Write open_images(data).")
-    if net.sample_shape is not None and tuple(data.shape) != net.sample_shape:
-        raise ValueError(
-            f"the data must have samples of the network's sample_shape, {net.sample_shape}, got {tuple(data.shape)}."
-        )
-    if len(data) < settings.batch_size:
-        raise ValueError(
-            f"the data have {len(data)} images, fewer than a batch of {settings.batch_size}. Pass "
-            f"{argument('batch_size', len(data))} or less."
-        )
-    if settings.batch_size % processes:
-        raise ValueError(
-            f"{argument('batch_size')} must be a multiple of the number of processes, {processes}, got "
-            f"{settings.batch_size}."
-        )
-    check_levels(levels_for(net, settings.levels))
-    weighting_for(net, settings.weighting, settings.p)
-    takes = net.conditioning
-    if settings.condition is not None and takes is not None and takes.channels == 0:
-        raise ValueError(
-            "condition= is for networks that take an image as their condition, which net does not. Write "
-            "ScoreNet.unet(condition_channels=...)."
-        )
-    if takes is not None and takes.channels > 0 and settings.condition is None:
-        raise ValueError(
-            f"the network takes an image of {takes.channels} channels as its condition. Pass condition=, such as "
-            "scorematch.restoration.palette.Colorization()."
-        )
-    classes = _classes(net, settings)
-    if settings.label_drop > 0 and not (classes is not None and takes is not None and takes.null_class):
-        raise ValueError(
-            "label_drop needs a network with a null class, which replaces the dropped labels. Write "
-            "ScoreNet.unet(classes=..., null_class=True), or leave out label_drop."
-        )
-    if classes is not None:
-        _check_labels(data.labels if isinstance(data, ImageData) else data.read(torch.arange(1))[1], classes)
-
-
-def _classes(net: ScoreNet, settings: Settings) -> int | None:
-    """The number of classes of a network that is trained with labels, with the null class, or None."""
-    takes = net.conditioning
-    if takes is None or takes.classes is None or settings.condition is not None:
-        return None
-    return takes.classes + takes.null_class
-
-
-def _check_labels(labels: Tensor | None, classes: int) -> None:
-    if labels is None:
-        raise ValueError("the network is class-conditional, but the data have no labels. Open them with labels=True.")
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if len(wrong):
-        raise ValueError(f"labels must be classes of the network, from 0 to {classes - 1}, got {int(wrong.max())}.")
 
 
 # -- The loop ---------------------------------------------------------------------------------------------------------
@@ -538,7 +269,7 @@ def _steps(
         dsm_loss, p=settings.p, weighting=weighting_for(net, settings.weighting, settings.p), reduction="none"
     )
     trained = [parameter for parameter in state.parameters if parameter.requires_grad]
-    batches = _batches(data, settings, levels_for(net, settings.levels), _classes(net, settings), state, accelerator)
+    batches = _batches(data, settings, levels_for(net, settings.levels), class_count(net, settings), state, accelerator)
     try:
         for batch in batches:
             lr = settings.rate(state.images)
@@ -643,7 +374,7 @@ def _batches(
         if classes is None:
             labels = None
         else:
-            _check_labels(labels, classes)
+            check_labels(labels, classes)
             labels = labels if labels is None else torch.where(drop < settings.label_drop, classes - 1, labels)
         sigma = levels.quantile(uniforms(settings.seed, first, first + local)).to(noise.dtype)
         if pinned:
@@ -655,24 +386,6 @@ def _batches(
     return ordered_map(
         make, range(state.images + own, settings.total, settings.batch_size), workers=1, ahead=_BATCHES_AHEAD
     )
-
-
-@contextmanager
-def global_generators(device: torch.device) -> Iterator[Callable[[int], None]]:
-    """Restores torch's global generators of the CPU and of the device on exit; yields a function that seeds both."""
-    modules = [torch] if device.type == "cpu" else [torch, getattr(torch, device.type)]
-    states = [module.get_rng_state() for module in modules]
-
-    def seed(value: int) -> None:
-        torch.default_generator.manual_seed(value)
-        for module in modules[1:]:
-            module.manual_seed(value)
-
-    try:
-        yield seed
-    finally:
-        for module, state in zip(modules, states, strict=True):
-            module.set_rng_state(state)
 
 
 def _channels_last(net: ScoreNet, device: torch.device) -> bool:

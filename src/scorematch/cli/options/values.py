@@ -31,12 +31,14 @@ def fitting(field: Field) -> Callable[[str], Any]:
 amount = fitting(Field(float, low=0))  # a finite number of at least 0
 
 
-def image_count(text: str) -> int:
-    """A number of images, such as "50000", "50k" or "5M"."""
+def image_count(text: str, least: int = 1) -> int:
+    """A number of images, such as "50000", "50k" or "5M"; at least ``least``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", text)
-    number = Decimal(0) if match is None else Decimal(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
-    if number < 1 or number != round(number):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, such as 64, 50k or 5M, got {text!r}")
+    number = Decimal(-1) if match is None else Decimal(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]]
+    if number < least or number != round(number):
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {least}, such as 64, 50k or 5M, got {text!r}"
+        )
     return round(number)
 
 

@@ -1,0 +1,322 @@
+"""The options of training. Each is declared once, with its default, type, range and meaning.
+
+From this declaration are made ``Settings`` with its checks, the arguments of ``train`` and their documentation, the
+options of the command line, and the part "settings" of the config.json of a run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from inspect import Parameter
+from textwrap import TextWrapper
+from typing import Any, Concatenate, Literal, ParamSpec, get_args
+
+from torch import Tensor
+
+from scorematch.core.arguments import check_value
+from scorematch.core.json_files import native
+from scorematch.core.precision import Autocast
+from scorematch.core.schema import Field
+from scorematch.noise import NoiseSchedule
+from scorematch.score import ScoreNet
+from scorematch.training.ema import check_length
+from scorematch.training.levels import Levels, Weighting
+
+Decay = Literal["cosine", "linear", "constant", "inverse-sqrt"]
+Loss = Callable[..., Tensor]
+ConditionTask = Callable[[Tensor, Any], Tensor | tuple[Tensor, Tensor]]
+
+# The factor of the learning rate as a function of the completed fraction of the run. "inverse-sqrt" is that of EDM2-S,
+# which is constant for 70,000 of 2^20 steps (Karras et al. 2024, Table 6).
+_DECAYS: dict[Decay, Callable[[float], float]] = {
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+    "linear": lambda share: 1 - share,
+    "constant": lambda share: 1.0,
+    "inverse-sqrt": lambda share: 1 / math.sqrt(max(1.0, share / 0.07)),
+}
+
+
+def _option(default: Any, meaning: str, kind: type | None = None, *, free: bool = False, **bounds: Any) -> Any:
+    """The field of an option.
+
+    Args:
+        default: its default. None is also allowed as a value if it is the default.
+        meaning: what it is, as the help of the command line and the documentation say.
+        kind: the type of its value, as in ``Field``; None is that of the default, and object allows any value.
+        free: whether it may change when a run continues.
+        bounds: the other arguments of ``Field``.
+    """
+    kind = type(default) if kind is None else kind
+    value = None if kind is object else Field(kind, **{"optional": default is None, **bounds})
+    return field(default=default, metadata={"value": value, "meaning": meaning, "free": free})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a run on which its result depends; ``train`` describes them.
+
+    Raises:
+        TypeError: if a value has another type.
+        ValueError: if a value is out of range.
+    """
+
+    # 40 to 100 epochs of common small data sets. The FID of a network with 16 million parameters on CIFAR-10 was 16
+    # after 5 million images, 10 after 10 million and 6 after 20 million (mini_edm's published curves).
+    images: int = _option(
+        5_000_000, "the length of the run in images, counted with repetitions and rounded up to whole batches", low=1
+    )
+    # Ho et al. 2020 and Song et al. 2021 for CIFAR-10
+    batch_size: int = _option(128, "the number of images per step, over all processes together", low=1)
+    microbatch: int | None = _option(
+        None,
+        "the largest number of images that a process computes at once; gradients are accumulated over a batch. None, "
+        "the whole batch, is fastest",
+        int,
+        low=1,
+        free=True,
+    )
+    # Karras et al. 2022, Table 7, for CIFAR-10, with a batch of 512
+    lr: float = _option(1e-3, "the largest learning rate", above=0)
+    betas: tuple[float, float] = _option(
+        (0.9, 0.99),  # Karras et al. 2024, Appendix B: 0.99 rather than 0.999
+        "the decay rates of AdamW's first and second moments, each at least 0 and below 1",
+        list,
+        low=2,
+        high=2,
+        each=Field(float, low=0, below=1),
+    )
+    # Kingma & Ba 2015
+    eps: float = _option(1e-8, "AdamW's eps, which is added to the root of the second moment", above=0)
+    # none in Ho et al. 2020, Song et al. 2021, Karras et al. 2022
+    weight_decay: float = _option(
+        0.0,
+        "AdamW's decoupled weight decay; each step multiplies the weights by 1 - lr * weight_decay",
+        low=0,
+    )
+    # published warm-ups are for longer runs
+    warmup_images: int | None = _option(
+        None,
+        "the number of images over which the learning rate rises linearly; None is 500 steps, but at most a twentieth "
+        "of the run",
+        int,
+        low=0,
+    )
+    # to zero: Loshchilov & Hutter 2017; Karras et al. 2024 show that some decay is needed
+    decay: Decay = _option(
+        "cosine",
+        'the decay of the learning rate: "cosine" or "linear" to zero, "constant", or "inverse-sqrt" (EDM2)',
+        choices=get_args(Decay),
+    )
+    # Ho et al. 2020 and Song et al. 2021, whose losses are means over the values
+    clip: float | None = _option(
+        1.0,
+        "the largest norm of the gradient of the loss divided by D/2, where D is the number of values in an image; "
+        "larger gradients are scaled down. None does not clip",
+        above=0,
+        optional=True,
+    )
+    # Karras et al. 2024, Section 3.2, from which any length is reconstructed
+    ema: Sequence[float] = _option(
+        (0.05, 0.10),
+        "the averages of the weights: lengths of power function averages, relative to the run (EDM2), above 0 and at "
+        "most 0.289; or decays per step of exponential averages, from 0.9 to below 1. The first is saved as "
+        "``network/``",
+        list,
+        each=Field(float),
+    )
+    levels: Levels | NoiseSchedule | None = _option(
+        None,
+        "the noise levels: a NoiseSchedule, whose levels are drawn equally often; ``LogNormal``, ``LogUniform``, "
+        "``UniformTime``, a ``Mixture`` of these, or any object with their method ``quantile``. None is EDM's "
+        'log-normal distribution for the preconditioning "karras", and the network\'s own schedule for every other',
+        object,
+    )
+    weighting: Weighting | Callable[[Tensor], Tensor] | None = _option(
+        None,
+        'the weighting of the loss by noise level (``scorematch.training.levels``): "sigma" (sigma^p), "backbone" (1 / '
+        'abs(c_out)^p), or a function of sigma (N,). None is "sigma" for the preconditioning "ncsn" and "backbone" for '
+        "every other",
+        object,
+    )
+    # the square of the error, whose minimum is the score
+    p: float = _option(2, "the power of the error, at least 1: 2, or 1 for the L1 loss", float, low=1)
+    loss: Loss | None = _option(
+        None,
+        "a function that replaces the denoising loss. It is called as ``loss(net, x, sigma=, noise=, condition=, "
+        "region=)``, where the last two are omitted if there are none, and returns one value per image (N,), such as "
+        '``partial(sliced_score_matching_loss, reduction="none")``',
+        object,
+    )
+    # emulated bfloat16 takes twelve times as long (scorematch.core.precision)
+    precision: Autocast = _option(
+        "auto",
+        '"bfloat16" computes under autocast to bfloat16, "float32" does not; "auto" is "bfloat16" if the device '
+        "multiplies bfloat16 natively",
+        choices=get_args(Autocast),
+    )
+    # Ho et al. 2020, Appendix B
+    flip: bool = _option(
+        True,
+        "whether to mirror each image left to right with probability 1/2, which must be off for images whose mirror "
+        "images are not valid, such as digits",
+    )
+    label_drop: float = _option(
+        0.0,  # Ho & Salimans 2022 use 0.1 for guidance
+        "the fraction of labels that are replaced by the null class of the network, for classifier-free guidance",
+        low=0,
+        below=1,
+    )
+    condition: ConditionTask | None = _option(
+        None,
+        "a task that computes the condition from clean images, such as those of ``scorematch.restoration.palette``: "
+        "``task(x, generator)`` returns the condition, or (condition, region). All its random numbers must be drawn "
+        "from the generator",
+        object,
+    )
+    seed: int = _option(0, "the seed of all random numbers of the run", low=0)
+    compile: bool = _option(
+        False,
+        "whether to compile the backbone with ``torch.compile``. Losses with second derivatives, such as sliced score "
+        "matching, cannot be compiled",
+        free=True,
+    )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            name, value, field_ = option.name, native(getattr(self, option.name)), option.metadata["value"]
+            if field_ is not None:
+                if field_.kind is list and isinstance(value, Iterable) and not isinstance(value, str):
+                    value = tuple(map(native, value))
+                check_value(name, value, field_, example=option.default)
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "ema", tuple(check_length(length) for length in self.ema))
+        if len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"ema must not contain a length twice, got {self.ema!r}.")
+        if self.condition is not None and (not callable(self.condition) or isinstance(self.condition, type)):
+            raise TypeError(
+                f"condition must be callable as task(x, generator), such as Colorization(), got {self.condition!r}."
+            )
+        if self.loss is not None and not callable(self.loss):
+            raise TypeError(f"loss must be a function, such as dsm_loss, got {self.loss!r}.")
+        if self.loss is not None and (self.p != 2 or self.weighting is not None):
+            raise ValueError("p and weighting apply to the default loss only. Leave them out, or leave out loss=.")
+
+    @property
+    def steps(self) -> int:
+        """The number of steps: ``images`` rounded up to whole batches."""
+        return -(-self.images // self.batch_size)
+
+    @property
+    def total(self) -> int:
+        """The number of images of all steps: ``steps * batch_size``."""
+        return self.steps * self.batch_size
+
+    def rate(self, images: int) -> float:
+        """The learning rate of the step that begins after a number of images."""
+        warmup = min(self.images // 20, 500 * self.batch_size) if self.warmup_images is None else self.warmup_images
+        share = images / self.total
+        return self.lr * _DECAYS[self.decay](share) * min(1.0, (images + self.batch_size) / max(1, warmup))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings):
+    """The settings of a run and of what it writes; ``train`` describes them."""
+
+    start: str | os.PathLike[str] | None = _option(
+        None,
+        "a trained network, a name or a folder as for ``ScoreNet.from_pretrained``. A new run begins with its weights, "
+        "and with a new optimizer. None begins with the weights of ``net``",
+        object,
+    )
+    log_every: int | None = _option(
+        None, "images between two lines of the log; None is a thousandth of the run", int, low=1
+    )
+    sample_every: int | None = _option(
+        None,
+        "images between two pictures of samples, and calls of ``evaluate``; None is a twentieth of the run, or more, "
+        "so that sampling takes at most 2 % of the time",
+        int,
+        low=1,
+    )
+    snapshot_every: int | None = _option(
+        None,
+        "images between two snapshots, from which averages of other lengths are computed; None is a twentieth of the "
+        "run",
+        int,
+        low=1,
+    )
+    checkpoint_every: int | None = _option(
+        None,
+        "images between two checkpoints, the most that an interruption can cost; None is ten minutes instead. The "
+        "result does not depend on it",
+        int,
+        low=1,
+    )
+    keep: int = _option(2, "the number of checkpoints to keep; with two, one is left if the last is damaged", low=1)
+    evaluate: Callable[[ScoreNet, int], Mapping[str, float]] | None = _option(
+        None,
+        "a function that is called as ``evaluate(averaged_net, images)`` on every process, and returns a mapping of "
+        "numbers for the log, where NaN and infinity become null",
+        object,
+    )
+    trackers: Sequence[str] = _option(
+        (),
+        "the names of trackers of Accelerate, such as tensorboard, which receive the log too",
+        list,
+        each=Field(str),
+    )
+    push_to_hub: str | None = _option(
+        None,
+        "a repository ``owner/name`` of the Hugging Face Hub, to which the averaged network is uploaded at the end",
+        str,
+    )
+    progress: bool = _option(True, "whether to show a progress bar")
+    accelerator: Any = _option(
+        None,
+        "an ``accelerate.Accelerator``; None creates one. ``Accelerator(cpu=True)`` trains on the CPU",
+        object,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trackers and self.accelerator is not None:
+            raise ValueError("trackers and accelerator cannot both be given. Write Accelerator(log_with=...).")
+
+
+_P = ParamSpec("_P")
+
+
+def with_options(
+    options: Callable[_P, RunSettings],
+) -> Callable[[Callable[..., ScoreNet]], Callable[Concatenate[ScoreNet, Any, str | os.PathLike[str], _P], ScoreNet]]:
+    """Gives a function of (net, data, folder, **options) the signature of the options, and their descriptions.
+
+    The descriptions replace the line of ``**options`` in its docstring.
+    """
+    declared = fields(RunSettings)
+
+    def decorate(function: Any) -> Any:
+        own = inspect.signature(function)
+        *others, _ = own.parameters.values()
+        keywords = [
+            Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+            for each in declared
+        ]
+        function.__signature__ = own.replace(parameters=[*others, *keywords])
+        described = []
+        for each in declared:
+            default = "" if each.default is None else f" (default: {each.default!r})"
+            described.append(f"{each.name}: {each.metadata['meaning']}{default}.")
+        before, line, after = re.split(r"( +\*\*options: .*\n)", function.__doc__)
+        indent = line[: len(line) - len(line.lstrip())]
+        lines = TextWrapper(120, initial_indent=indent, subsequent_indent=f"{indent}    ", break_on_hyphens=False)
+        text = "\n".join(map(lines.fill, described))
+        function.__doc__ = f"{before}{text}\n{after}"
+        return function
+
+    return decorate
