@@ -4,7 +4,7 @@ import copy
 import json
 import os
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from torch import nn

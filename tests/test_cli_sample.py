@@ -273,8 +273,11 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
         (["{folder}", "a.png/"], "the output must be a folder, got the name of a picture, a.png. Write a."),
         (["{folder}", "a.png", "--npz"], "--npz is for --out FOLDER. Leave it out."),
         (["{folder}", "--out", "b", "--overwrite"], "--overwrite is for a picture, and --out continues in its folder."),
-        (["{folder}", "b/", "--gif"], "--gif is for one picture of all images. Leave it out, or name a file such as "),
-        (["{folder}", "b%d.png", "--columns", "2"], "--columns is for one picture of all images. Leave it out, or "),
+        (["{folder}", "b/", "--gif"], "--gif is for one picture of all images, such as digits.png. Leave it out."),
+        (
+            ["{folder}", "b%d.png", "--columns", "2"],
+            "--columns is for one picture of all images, such as digits.png. Leave it ",
+        ),
         (["{folder}", "--out", "b", "--class", "cycle"], "--class is for class-conditional networks"),
         (["{folder}", "--out", "b", "--classes", "3"], "--classes is for --class random and --class cycle."),
         (["{classes}", "--out", "b"], "is class-conditional. Write --class K"),

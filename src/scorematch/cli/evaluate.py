@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from scorematch.cli.options import Commands, given
+from scorematch.cli.options import Commands, given, refuse
 from scorematch.cli.options.classes import GUIDED_CLASSES, add_classes, add_guidance, find_classes, guide
-from scorematch.cli.options.duration import announce, estimate
+from scorematch.cli.options.duration import announce
 from scorematch.cli.options.networks import load
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.reference import add_reference, reference_options
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import amount, expanded, filled, image_count, task
-from scorematch.core.arguments import argument
 from scorematch.core.conditions import takes_image
 from scorematch.core.processes import find_device, this_process
 from scorematch.core.scores import device_of
@@ -107,60 +106,45 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    _check(args)
+    network, restoring = is_network(args.model), args.restore is not None
+    _check(args, network, restoring)
     check_sources(args.reference, args.held_out, args.data)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
         check_results(args.out)
     common = {"metrics": args.metrics, "out": args.out, "name": args.model}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
-    if not is_network(args.model):
+    if not network:
         common |= reference_options(args, find_device(args.device))
         _show(args, evaluate(args.model, args.reference, n=args.n, **sets, **common))
         return
-    loaded, restoring = load(args), args.restore is not None
-    if not restoring and takes_image(loaded):
+    net = guide(args, load(args))
+    if not restoring and takes_image(net):
         raise ValueError(f"{args.model} restores images. Add the task to measure, such as --restore colorization.")
-    net = guide(args, loaded)
     condition = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net))
     sampler, fast = (make_sampler(args, each, restoring=restoring) for each in (net, net.inference_copy()))
-    process, processes = this_process()
     if restoring:
-        draws = 2 if args.draws is None else args.draws
-        sampler.restore = fast.restore = "replace" if args.restore_method is None else args.restore_method
-        if process == 0:
-            drawn = draws * (DEFAULT_N_RESTORED if args.n is None else args.n)
-            announce(fast, estimate(fast, drawn), drawn, processes, most=args.n is None)
-        result = evaluate_restoration(
-            sampler,
-            args.reference if args.data is None else args.data,
-            args.restore,
-            n=args.n,
-            draws=draws,
-            noise=0.0 if args.noise is None else args.noise,
-            labels=args.labels,
-            reference=None if args.data is None else args.reference,
-            **common,
-        )
+        sampler.restore = fast.restore = args.restore_method or "replace"
+        drawn = (args.draws or 2) * (args.n or DEFAULT_N_RESTORED)
+        announce(fast, drawn, share=this_process(), most=args.n is None)
+        data, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
+        options = given(args, ("n", "draws", "noise", "labels"))
+        result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)
     else:
-        n = DEFAULT_N if args.n is None else args.n
-        if process == 0:
-            announce(fast, estimate(fast, n, condition), n, processes)
+        n = args.n or DEFAULT_N
+        announce(fast, n, condition, share=this_process())
         result = evaluate(sampler, args.reference, n=n, condition=condition, classes=args.classes, **sets, **common)
     _show(args, result)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, network: bool, restoring: bool) -> None:
     """Checks that the options fit together."""
-    network = is_network(args.model)
-    for name in () if network else given(args, (*GUIDED_CLASSES, *SamplerSettings.SCHEMA)):
-        raise ValueError(f"{argument(name)} is for networks, but {args.model} is a set of images. Leave it out.")
-    if args.restore is None:
-        for name in ("data", "draws", "noise", "restore_method", "labels"):
-            value = getattr(args, name)
-            if value is not None and value is not False:  # --noise 0 is given
-                raise ValueError(f"{argument(name)} is for --restore TASK. Leave it out.")
+    if not network:
+        options = (*GUIDED_CLASSES, *SamplerSettings.SCHEMA)
+        refuse(args, options, f"is for networks, but {args.model} is a set of images")
+    if not restoring:
+        refuse(args, ("data", "draws", "noise", "restore_method", "labels"), "is for --restore TASK")
         if args.reference is None:
             args.parser.error("the following arguments are required: reference")
     else:
@@ -168,10 +152,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--restore needs a network, but {args.model} is a set of images.")
         if args.data is None and args.reference is None:
             args.parser.error("the following arguments are required: --data DATA")
-        if args.held_out is not None or args.no_gaussian or args.label is not None or args.weight is not None:
-            raise ValueError("--held-out, --no-gaussian, --class and --guidance are not for --restore. Leave them out.")
-        if args.classes is not None:
-            raise ValueError("--classes is not for --restore. Leave it out.")
+        refuse(args, ("held_out", "no_gaussian", *GUIDED_CLASSES), "is not for --restore")
 
 
 def _show(args: argparse.Namespace, result: Evaluation) -> None:

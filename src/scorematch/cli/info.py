@@ -39,6 +39,8 @@ def _run(args: argparse.Namespace) -> None:
     config = stored.config
     # The code of a network of the user's own class is not stored.
     net = None if config["family"] == "custom" else ScoreNet.from_stored(stored)
+    schedule, settings = NoiseSchedule.from_dict(config["schedule"]), config["sampler_settings"]
+    defaults = "the defaults" if settings is None else str(SamplerSettings.from_dict(settings))
     lines = {
         "network": args.model,
         "weights": _origin(place),
@@ -51,8 +53,8 @@ def _run(args: argparse.Namespace) -> None:
         "computation": None if net is None else _cost(net),
         "images": _images(config),
         "condition": None if net is None else _condition(net),
-        "noise levels": _levels(config),
-        "sampler": _sampler(net, config),
+        "noise levels": f"{len(schedule)}, sigma from {schedule.sigma_max:.6g} to {schedule.sigma_min:.6g}",
+        "sampler": defaults if net is None else str(recommended_sampler(net)),
         "": None if card is None else card.settings_source,
     }
     for name, text in lines.items():
@@ -108,14 +110,3 @@ def _condition(net: ScoreNet) -> str | None:
     names = net.class_names
     text = f"{takes.classes} classes, 0 to {takes.classes - 1}" if names is None else describe_classes(names)
     return text + (", or no class" if takes.null_class else "")
-
-
-def _levels(config: dict[str, Any]) -> str:
-    schedule = NoiseSchedule.from_dict(config["schedule"])
-    return f"{len(schedule)}, sigma from {schedule.sigma_max:.6g} to {schedule.sigma_min:.6g}"
-
-
-def _sampler(net: ScoreNet | None, config: dict[str, Any]) -> str:
-    if net is not None:
-        return str(recommended_sampler(net))
-    return "the defaults" if config["sampler_settings"] is None else str(SamplerSettings(**config["sampler_settings"]))

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from scorematch.cli.options import Commands
+from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, find_classes
 from scorematch.cli.options.duration import announce, estimate
 from scorematch.cli.options.networks import add_model, load
@@ -109,8 +109,8 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.invert and args.mask is None:
-        raise ValueError("--invert is for --mask. Leave it out.")
+    if args.mask is None:
+        refuse(args, ["invert"], "is for --mask")
     if args.original is not None and args.degrade:
         raise ValueError("--original and --degrade cannot be combined. With --degrade, the pictures are the originals.")
     operator, paths, folder = _operator(args), list_pictures(args.pictures), args.folder
@@ -154,7 +154,7 @@ def _run(args: argparse.Namespace) -> None:
             seconds += estimate(sampler, args.n * len(group), label, shape)
         except ValueError as error:  # the network does not take images of this size
             raise ValueError(f"{group[0][0]}: {error}") from error
-    announce(sampler, seconds, args.n * len(paths))
+    announce(sampler, args.n * len(paths), seconds=seconds)
     at_once = max(1, (_TOGETHER if args.batch_size is None else args.batch_size) // args.n)
     for group in groups.values():
         for i in range(0, len(group), at_once):

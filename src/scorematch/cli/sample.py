@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from scorematch.cli.options import Commands
+from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, add_guidance, find_classes, guide
-from scorematch.cli.options.duration import announce, count, estimate
+from scorematch.cli.options.duration import announce, count
 from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
 from scorematch.cli.options.samplers import add_sampling, make_sampler
@@ -101,10 +101,10 @@ def _run(args: argparse.Namespace) -> None:
         args.parser.error("the following arguments are required: picture or --out FOLDER")
     if args.picture is not None and args.out is not None:
         raise ValueError(f"{args.picture} and --out {args.out} cannot be combined. Name a picture or a folder.")
-    if args.out is None and args.npz:
-        raise ValueError("--npz is for --out FOLDER. Leave it out.")
-    if args.out is not None and args.overwrite:
-        raise ValueError("--overwrite is for a picture, and --out continues in its folder. Leave it out.")
+    if args.out is None:
+        refuse(args, ["npz"], "is for --out FOLDER")
+    else:
+        refuse(args, ["overwrite"], "is for a picture, and --out continues in its folder")
     net = guide(args, load(args))
     if takes_image(net):
         raise ValueError(
@@ -126,24 +126,21 @@ def _run(args: argparse.Namespace) -> None:
 def _draw(args: argparse.Namespace, job: Job) -> None:
     """Draws one picture of all images, or one of each image."""
     pictures = _pictures(args.picture, args.n)
-    if len(pictures) > 1 and (args.gif or args.columns is not None):
-        option = "--gif" if args.gif else "--columns"
-        raise ValueError(f"{option} is for one picture of all images. Leave it out, or name a file such as digits.png.")
+    if len(pictures) > 1:
+        refuse(args, ["gif", "columns"], "is for one picture of all images, such as digits.png")
     animation = pictures[0].with_suffix(".gif") if args.gif else None
-    files = pictures if animation is None or animation in pictures else [*pictures, animation]
+    files = list(dict.fromkeys(filter(None, [*pictures, animation])))
     check_picture(files[0])  # before the work
     check_new(files, args.overwrite)
     sampler = prepared(job.sampler)
-    announce(sampler, estimate(sampler, args.n, job.condition), args.n)
+    announce(sampler, args.n, job.condition)
     begin = time.perf_counter()
     images = _sample(args, sampler, job, args.n, animation)
     print(f"{count(args.n)} in {time.perf_counter() - begin:.1f} s")
-    if len(pictures) == len(images):
-        for image, picture in zip(images, pictures, strict=True):
-            if picture != animation:
-                save_image(image, picture)
-    elif pictures[0] != animation:
-        save_grid(images, pictures[0], args.columns)
+    shown = images if len(pictures) == len(images) else [grid(images, args.columns)]
+    for image, picture in zip(shown, pictures, strict=True):
+        if picture != animation:
+            save_image(image, picture)
     print(*files if len(files) < 4 else (files[0], "...", files[-1]), sep="\n")
 
 
@@ -160,21 +157,19 @@ def _pictures(name: str, n: int) -> list[Path]:
 
 def _fill(args: argparse.Namespace, job: Job) -> None:
     """Draws the missing images of a folder."""
-    process, processes = this_process()
-    sheet = args.out / "sheet.png"
+    share, sheet = this_process(), args.out / "sheet.png"
     check_picture(sheet)  # before the work
     check_folder_name(args.out)
     about = {"network": args.model, "command": shlex.join(["scorematch", *map(str, args.argv)])}
     samples = SampleFolder(job, args.out, args.n, format="npz" if args.npz else "png", about=about)
     sampler = prepared(job.sampler)
-    if process == 0:
-        if samples.missing < args.n:
-            print(f"{args.n - samples.missing} of {count(args.n)} exist already")
-        if samples.missing:
-            announce(sampler, estimate(sampler, samples.missing, job.condition), samples.missing, processes)
+    if share[0] == 0 and samples.missing < args.n:
+        print(f"{args.n - samples.missing} of {count(args.n)} exist already")
+    if samples.missing:
+        announce(sampler, samples.missing, job.condition, share=share)
     begin = time.perf_counter()
     samples.fill(progress=not args.quiet)
-    if process > 0:
+    if share[0] > 0:
         return
     if samples.missing:
         print(f"{count(samples.missing)} in {time.perf_counter() - begin:.1f} s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from scorematch.cli.options import Commands
+from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, find_classes
 from scorematch.cli.options.duration import duration, estimate
 from scorematch.cli.options.networks import add_device, add_model, load
@@ -74,12 +74,11 @@ def add(commands: Commands) -> None:
 def _run(args: argparse.Namespace) -> None:
     if len(args.features) > 1:
         raise ValueError("--features must be one extractor: the best settings minimize one distance.")
-    if args.restore_method is not None and not args.restore:
-        raise ValueError("--restore-method is for --restore TASK. Leave it out.")
+    if args.restore:
+        refuse(args, ("held_out", "label", "classes"), "is not for --restore")
+    else:
+        refuse(args, ["restore_method"], "is for --restore TASK")
     method: Restore = "replace" if args.restore_method is None else args.restore_method
-    for name, value in (("held-out", args.held_out), ("class", args.label), ("classes", args.classes)):
-        if args.restore and value is not None:
-            raise ValueError(f"--{name} is not for --restore. Leave it out.")
     check_sources(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)

@@ -9,23 +9,37 @@ from typing import Any
 import torch
 
 from scorematch.core.conditions import takes_image
+from scorematch.core.processes import Share
 from scorematch.core.scores import attribute, device_of
 from scorematch.sampling import Sampler
 from scorematch.sampling.bulk import Classes
 
 
-def announce(sampler: Sampler, seconds: float, n: int, processes: int = 1, *, most: bool = False) -> None:
-    """Prints the sampler and the estimated duration for n images, of which each process draws an equal share.
+def announce(
+    sampler: Sampler,
+    n: int,
+    condition: Classes = None,
+    *,
+    seconds: float | None = None,
+    share: Share = (0, 1),
+    most: bool = False,
+) -> None:
+    """Prints the sampler and the estimated duration for n images, in the first process.
 
     Args:
         sampler: the sampler.
-        seconds: the estimated seconds in one process, from ``estimate``.
         n: the number of images.
-        processes: the number of processes.
+        condition: the class or the rule of ``--class``.
+        seconds: the seconds in one process; None measures them.
+        share: the rank and the number of the processes, each of which draws an equal share.
         most: whether n is only the largest number of images.
     """
-    print(sampler)
+    rank, processes = share
+    if rank > 0:
+        return
+    seconds = estimate(sampler, n, condition) if seconds is None else seconds
     where = f" in {processes} processes" if processes > 1 else ""
+    print(sampler)
     print(f"{'at most' if most else 'about'} {duration(seconds / processes)} for {count(n)}{where}", flush=True)
 
 
