@@ -5,31 +5,25 @@ The sizes that a file states are checked against each other and against the size
 
 from __future__ import annotations
 
-import ast
 import math
-import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
+from numpy.lib import format as npy
 
 from scorematch.core.messages import plain, quote, reason
-from scorematch.core.schema import Field, check
+from scorematch.core.schema import Field
 
 _SMALL, _INFLATION = 2**26, 50  # unpacked arrays have at most 64 MiB, or 50 times the size of the file
 _LARGEST_HEADER = 10_000  # bytes
-_Order = Literal["C", "F"]
-_HEADER = {
-    "descr": Field(str, required=True),
-    "fortran_order": Field(bool, required=True),
-    "shape": Field(list, required=True, high=32, each=Field(int, low=0, high=2**48)),
-}
-_DTYPE = r"[<>|=]?([biuf]\d{1,2}|[US][1-9]\d{0,5})"  # bools, integers, floating-point numbers and strings
+_SHAPE = Field(list, high=32, each=Field(int, low=0, high=2**48))
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
@@ -53,10 +47,10 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, n
             raise ValueError(f"it unpacks to more than {_INFLATION} times its size")
         found = {}
         for name, entry in entries.items():
-            data = bytearray(archive.read(entry))
-            start, shape, dtype, order = _header(data, entry)
-            values = np.frombuffer(data, dtype, offset=start)
-            found[name] = values.reshape(shape, order=order).astype(dtype.newbyteorder("="), copy=False)
+            _read_header(archive, entry)
+            with archive.open(entry) as file:
+                values = npy.read_array(file, allow_pickle=False)
+            found[name] = values.astype(values.dtype.newbyteorder("="), copy=False)
         return found
 
 
@@ -82,8 +76,7 @@ def read_shape(path: Path, name: str) -> tuple[int, ...]:
         entry = _entries(archive).get(name)
         if entry is None:
             raise ValueError(f"it has no array {name}")
-        with archive.open(entry) as file:
-            return _header(file.read(_LARGEST_HEADER), entry)[1]
+        return _read_header(archive, entry)
 
 
 @contextmanager
@@ -108,28 +101,23 @@ def _entries(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return found
 
 
-def _header(data: bytes | bytearray, entry: zipfile.ZipInfo) -> tuple[int, tuple[int, ...], np.dtype[Any], _Order]:
-    """The place of the first value, the shape, the type and the order of an array, from the beginning of its file."""
+def _read_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[int, ...]:
+    """The shape of an array, after checking that its values have the size of its file."""
     name = plain(entry.filename)
-    # The header is a dict in Python's notation after the name of the format, its version, and the length of the header.
-    form, start = ("<H", 10) if data[6:7] == b"\1" else ("<I", 12)
-    if data[:6] != b"\x93NUMPY" or len(data) < start:
-        raise ValueError(f"{name} is not a NumPy array")
-    end = start + struct.unpack(form, data[8:start])[0]
-    if end > min(len(data), _LARGEST_HEADER):
-        raise ValueError(f"the header of {name} is too long")
-    try:
-        header = ast.literal_eval(data[start:end].decode("latin1"))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"the header of {name} is damaged") from error
-    check(header, _HEADER, f"the header of {name}")
-    if not re.fullmatch(_DTYPE, header["descr"]):
-        raise ValueError(f"{name} must hold numbers, bools or strings, got the type {quote(header['descr'])}")
-    try:
-        dtype = np.dtype(header["descr"])
-    except TypeError as error:
-        raise ValueError(f"{name} has an unknown type, {quote(header['descr'])}") from error
-    shape, size = tuple(header["shape"]), entry.file_size - end
+    with archive.open(entry) as file:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # about headers that NumPy has to repair
+                shape, _, dtype = _HEADERS[npy.read_magic(file)](file, max_header_size=_LARGEST_HEADER)
+        except Exception as error:  # of Python's parser too
+            raise ValueError(
+                f"the header of {name} is damaged, not that of an array, or longer than {_LARGEST_HEADER:,} bytes"
+            ) from error
+        size = entry.file_size - file.tell()
+    if dtype.kind not in "biufSU" or dtype.itemsize == 0:
+        raise ValueError(f"{name} must hold numbers, bools or strings, got the type {quote(dtype.str)}")
+    if not _SHAPE.fits(shape):
+        raise ValueError(f"the shape of {name} must be {_SHAPE}, got {quote(shape)}")
     if math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} has {size:,} bytes of values for the shape {quote(shape)} and type {dtype}")
-    return end, shape, dtype, "F" if header["fortran_order"] else "C"
+    return shape
