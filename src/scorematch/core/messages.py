@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _LONGEST = 60  # the largest number of characters of a value in a message
@@ -36,6 +37,15 @@ def reason(error: Exception | str) -> str:
     """An error of another library, or its text, for a longer message: one line of at most 240 characters."""
     text = "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split()))
     return _shortened(text.rstrip("."), _LONGEST_REASON)
+
+
+@contextmanager
+def about(subject: object) -> Iterator[None]:
+    """Puts the subject of a ValueError, such as the path of a file, before its message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{subject}: {error}") from error
 
 
 def _shortened(text: str, length: int) -> str:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from scorematch.core.json_files import read_object
-from scorematch.core.messages import plain
+from scorematch.core.messages import about, plain
 from scorematch.core.schema import Field, check
 from scorematch.nets import FAMILIES
 from scorematch.nets.precondition import ROWS, check_options
@@ -92,12 +92,10 @@ def checked(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     if config["value_range"] is not None and not config["value_range"][0] < config["value_range"][1]:
         raise ValueError(f"{where}: value_range must be [low, high] with low < high, got {config['value_range']}.")
     check(config["schedule"], _SCHEDULE, f"{where}: schedule", closed=True)
-    try:
+    with about(where):
         NoiseSchedule.from_dict(config["schedule"])
         if config["sampler_settings"] is not None:
             SamplerSettings.from_dict(config["sampler_settings"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     return dict(config)
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from scorematch.core.json_files import native
+from scorematch.core.messages import about
 from scorematch.core.schema import Field, check
 from scorematch.nets import FAMILIES
 from scorematch.nets.precondition import ROWS
@@ -246,14 +247,12 @@ def _variance_exploding(
         )
     check(scheduler, _VARIANCE_EXPLODING, where)
     scale = 2 if scheduler.get("_class_name") == "KarrasVeScheduler" else 1  # its levels are for images in [-1, 1]
-    try:
+    with about(where):
         schedule = NoiseSchedule.geometric(
             scheduler["sigma_max"] / scale,
             scheduler["sigma_min"] / scale,
             scheduler.get("num_train_timesteps") or 2000,
         )
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     return schedule, "ncsn" if network.get("_class_name") == _NCSN else "ncsnpp"
 
 
@@ -274,11 +273,8 @@ def _ddpm(network: Mapping[str, Any], scheduler: Mapping[str, Any], where: str) 
         if scheduler.get("rescale_betas_zero_snr"):
             alphas = _without_signal_at_the_end(alphas)
         alpha_bar = torch.cumprod(alphas, 0).double()
-    try:
-        schedule = NoiseSchedule(0.5 * (1 / alpha_bar - 1).sqrt().flip(0))
-    except ValueError as error:
-        raise ValueError(f"{where}: the betas do not define valid noise levels: {error}") from error
-    return schedule, _PREDICTIONS[prediction]
+    with about(f"{where}: the betas do not define valid noise levels"):
+        return NoiseSchedule(0.5 * (1 / alpha_bar - 1).sqrt().flip(0)), _PREDICTIONS[prediction]
 
 
 def _betas(scheduler: Mapping[str, Any]) -> Tensor:
@@ -310,10 +306,8 @@ def _without_signal_at_the_end(alphas: Tensor) -> Tensor:
 
 def _stored_schedule(levels: Tensor, configured: NoiseSchedule, where: str, where_scheduler: str) -> NoiseSchedule:
     """The noise levels that are stored with the weights, with a warning if those of the scheduler differ."""
-    try:
+    with about(f"the weights beside {where} do not hold valid noise levels"):
         schedule = NoiseSchedule(levels)
-    except ValueError as error:
-        raise ValueError(f"the weights beside {where} do not hold valid noise levels: {error}") from error
     if len(schedule) == len(configured) and np.allclose(schedule.sigmas, configured.sigmas, rtol=1e-4):
         return configured  # its levels are not rounded to float32
     warnings.warn(

@@ -37,12 +37,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch.core.messages import quote
+from scorematch.core.messages import about, quote
 from scorematch.core.schema import Field, check
 from scorematch.nets.unet_blocks import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, RefusedError, load_tensors, storage_of_bytes
+from scorematch.pretrained.renaming import module_names, renamed
 from scorematch.sampling.settings import SamplerSettings
 
 NAMES: tuple[str, ...] = ("EDM",)
@@ -136,6 +137,7 @@ _BLOCK = {
     "conv1": "conv2",
     "skip": "conv_shortcut",
 }
+_ATTENTION = {"norm2": "group_norm", "qkv": "to_qkv", "proj": "to_out.0"}
 _LOWEST, _HIGHEST = 0.002, 80.0  # the noise levels of the published sampler, for images in [-1, 1]
 # S_churn, S_min, S_max and S_noise of the ImageNet network; S_min and S_max are 0.05 and 50 in the authors' units.
 _CHURN: dict[str, Any] = {"churn": 40.0, "churn_min": 0.025, "churn_max": 25.0, "churn_noise": 1.003}
@@ -235,7 +237,7 @@ class _Reader:
             "predicts_variance": self.root.kind == "iDDPMPrecond",
         }
         config = translated(config, schedule, self._settings(schedule, classes), self.path)
-        return Stored(config, dict(self._weights()), self.path)
+        return Stored(config, self._weights(), self.path)
 
     def _classes(self) -> int | None:
         classes = self._attribute("", "label_dim", Field(int, required=True, low=0, high=10_000_000))
@@ -261,20 +263,15 @@ class _Reader:
         kind = self.root.kind
         if kind == "iDDPMPrecond":
             steps = self._attribute("", "M", _COUNT)
-            try:
-                return NoiseSchedule(self.tensors["u"].double()[:steps] / 2), {"precondition": "ddpm"}
-            except (KeyError, ValueError) as error:
-                raise ValueError(f"{self.path}: its table u does not hold valid noise levels: {error}") from error
+            table = self.tensors.get("u", torch.empty(0))
+            with about(f"{self.path}: its table u does not hold valid noise levels"):
+                return NoiseSchedule(table.double()[:steps] / 2), {"precondition": "ddpm"}
         bounds = [
             value if isinstance(value, int | float) and math.isfinite(value) else default
             for value, default in ((self.root.state.get("sigma_max"), 1e30), (self.root.state.get("sigma_min"), 0.0))
         ]
-        try:
+        with about(f"{self.path}: sigma_max and sigma_min do not define valid noise levels"):
             schedule = NoiseSchedule.karras(min(_HIGHEST, bounds[0]) / 2, max(_LOWEST, bounds[1]) / 2, _LEVELS)
-        except ValueError as error:
-            raise ValueError(
-                f"{self.path}: sigma_max and sigma_min do not define valid noise levels: {error}"
-            ) from error
         if kind == "EDMPrecond":
             options = {"sigma_data": self._attribute("", "sigma_data", _NUMBER)}
             return schedule, {"precondition": "karras", "precondition_options": options}
@@ -379,59 +376,44 @@ class _Reader:
 
     # -- Weights ------------------------------------------------------------------------------------------------------
 
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+    def _weights(self) -> dict[str, Tensor]:
         """The tensors by their names in our network."""
-        places = dict(self._places())
-        for name, tensor in self.tensors.items():
-            if name.endswith(".resample_filter") or name == "u" or name.startswith("model.map_label."):
-                continue
-            if name == "model.map_noise.freqs":
-                yield "time_proj.weight", tensor
-                continue
-            match = re.fullmatch(r"model\.((?:enc|dec)\.\w+|\w+)(?:\.(\w+))?\.(weight|bias)", name)
-            if match is None or match[1] not in places:
-                raise ValueError(f"{self.path} holds the tensor {quote(name)}, which no {self.model.kind} has.")
-            place, attention = places[match[1]]
-            part, leaf = match[2], match[3]
-            if part is None:
-                yield f"{place}.{leaf}", tensor
-            elif part in _BLOCK:
-                yield f"{place}.{_BLOCK[part]}.{leaf}", tensor
-            elif part == "norm2":
-                yield f"{attention}.group_norm.{leaf}", tensor
-            elif part in ("qkv", "proj"):
-                matrix = tensor.flatten(1) if tensor.ndim == 4 else tensor
-                if part == "proj":
-                    yield f"{attention}.to_out.0.{leaf}", matrix
-                else:  # the rows of q, k and v are interleaved
-                    yield from ((f"{attention}.to_{key}.{leaf}", matrix[i::3]) for i, key in enumerate("qkv"))
-            else:
-                raise ValueError(f"{self.path} holds the tensor {quote(name)}, which no {self.model.kind} has.")
+        modules = {f"model.{name}": ours for name, ours in module_names(self._places(), _BLOCK, _ATTENTION).items()}
+        special = r"u|.*\.resample_filter|model\.map_label\..*|model\.map_noise\.freqs"
+        tensors = {name: tensor for name, tensor in self.tensors.items() if not re.fullmatch(special, name)}
+        # The rows of q, k and v are interleaved.
+        weights = renamed(tensors, modules, self.path, lambda rows, _: [rows[i::3] for i in range(3)])
+        if "model.map_noise.freqs" in self.tensors:
+            weights["time_proj.weight"] = self.tensors["model.map_noise.freqs"]
         if "model.map_label.weight" in self.tensors:
-            yield "class_embedding.weight", self._class_embedding()
+            weights["class_embedding.weight"] = self._class_embedding()
+        return weights
 
-    def _places(self) -> Iterator[tuple[str, tuple[str, str]]]:
-        """Yields the authors' name of each module, and our names of the module and of the attention in it."""
-        for name, place in (("map_layer0", "linear_1"), ("map_layer1", "linear_2")):
-            yield name, (f"time_embedding.{place}", "")
-        yield f"enc.{self._at(0)}_conv", ("conv_in", "")
-        yield "out_norm", ("conv_norm_out", "")
-        yield "out_conv", ("conv_out", "")
-        yield f"dec.{self._lowest()}_in0", ("mid_block.resnets.0", "mid_block.attentions.0")
-        yield f"dec.{self._lowest()}_in1", ("mid_block.resnets.1", "")
+    def _places(self) -> Iterator[tuple[str, str]]:
+        """Yields the authors' name and our name of each module; a block may have attention in it."""
+        yield "map_layer0", "time_embedding.linear_1"
+        yield "map_layer1", "time_embedding.linear_2"
+        yield f"enc.{self._at(0)}_conv", "conv_in"
+        yield "out_norm", "conv_norm_out"
+        yield "out_conv", "conv_out"
+        yield f"dec.{self._lowest()}_in0", "mid_block.resnets.0"
+        yield f"dec.{self._lowest()}_in0", "mid_block.attentions.0"
+        yield f"dec.{self._lowest()}_in1", "mid_block.resnets.1"
         resampling = ("resnet_down", "resnet_up") if self.song else ("downsamplers.0", "upsamplers.0")
         for i, r in enumerate(self.sizes):
             down, up, size = f"down_blocks.{i}", f"up_blocks.{len(self.sizes) - 1 - i}", f"{r}x{r}"
             for j in range(self.blocks + 1):
-                yield f"enc.{size}_block{j}", (f"{down}.resnets.{j}", f"{down}.attentions.{j}")
-                yield f"dec.{size}_block{j}", (f"{up}.resnets.{j}", f"{up}.attentions.{0 if self.song else j}")
-            yield f"dec.{size}_aux_norm", ("conv_norm_out" if i == 0 else f"{up}.skip_norm", "")
-            yield f"dec.{size}_aux_conv", ("conv_out" if i == 0 else f"{up}.skip_conv", "")
+                yield f"enc.{size}_block{j}", f"{down}.resnets.{j}"
+                yield f"enc.{size}_block{j}", f"{down}.attentions.{j}"
+                yield f"dec.{size}_block{j}", f"{up}.resnets.{j}"
+                yield f"dec.{size}_block{j}", f"{up}.attentions.{0 if self.song else j}"
+            yield f"dec.{size}_aux_norm", "conv_norm_out" if i == 0 else f"{up}.skip_norm"
+            yield f"dec.{size}_aux_conv", "conv_out" if i == 0 else f"{up}.skip_conv"
             # A module that resamples has the resolution of its output.
-            yield f"enc.{size}_down", (f"down_blocks.{i - 1}.{resampling[0]}", "")
-            yield f"enc.{size}_aux_skip", (f"down_blocks.{i - 1}.skip_conv", "")
-            yield f"enc.{size}_aux_residual", (f"down_blocks.{i - 1}.skip_conv", "")
-            yield f"dec.{size}_up", (f"up_blocks.{len(self.sizes) - 2 - i}.{resampling[1]}", "")
+            yield f"enc.{size}_down", f"down_blocks.{i - 1}.{resampling[0]}"
+            yield f"enc.{size}_aux_skip", f"down_blocks.{i - 1}.skip_conv"
+            yield f"enc.{size}_aux_residual", f"down_blocks.{i - 1}.skip_conv"
+            yield f"dec.{size}_up", f"up_blocks.{len(self.sizes) - 2 - i}.{resampling[1]}"
 
     def _class_embedding(self) -> Tensor:
         """A row for each class, and one for samples without a class, whose input is zero.

@@ -26,7 +26,6 @@ References:
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from scorematch.core.messages import quote
 from scorematch.core.schema import Field
 from scorematch.nets.unet_blocks import block_types
 from scorematch.noise import NoiseSchedule
@@ -42,6 +40,7 @@ from scorematch.pretrained.cards import configurations
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.options import checked_options, named_options
 from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
+from scorematch.pretrained.renaming import module_names, renamed
 from scorematch.sampling.settings import SamplerSettings
 
 NAMES: tuple[str, ...] = ("improved-diffusion", "guided-diffusion")
@@ -49,28 +48,29 @@ GLOBALS: Globals = TENSORS
 
 _COUNT = Field(int, low=1, high=65_536)
 _FLAG = Field(bool)
-_OPTIONS: Mapping[str, Field] = {
-    "image_size": _COUNT,
-    "num_channels": _COUNT,
-    "num_res_blocks": _COUNT,
-    "num_heads": _COUNT,
-    "num_heads_upsample": Field(int, low=-1, high=65_536),
-    "attention_resolutions": Field(list, high=16, each=Field(int, low=1, high=65_536)),
-    "dropout": Field(float, low=0, high=1),
-    "learn_sigma": _FLAG,
-    "sigma_small": _FLAG,
-    "class_cond": _FLAG,
-    "diffusion_steps": Field(int, low=2, high=1_000_000),
-    "noise_schedule": Field(str, choices=("linear", "cosine")),
-    "predict_xstart": _FLAG,
-    "rescale_timesteps": _FLAG,
-    "use_scale_shift_norm": _FLAG,
-    "channel_mult": Field(list, low=1, high=16, each=Field(float, low=0.125, high=65_536)),
-    "num_classes": Field(int, low=1, high=10_000_000),
+# The authors' options, each with its default; None is derived from other options.
+_OPTIONS: Mapping[str, tuple[Field, Any]] = {
+    "image_size": (_COUNT, 64),
+    "num_channels": (_COUNT, 128),
+    "num_res_blocks": (_COUNT, 2),
+    "num_heads": (_COUNT, 4),
+    "num_heads_upsample": (Field(int, low=-1, high=65_536), -1),
+    "attention_resolutions": (Field(list, high=16, each=Field(int, low=1, high=65_536)), [16, 8]),
+    "dropout": (Field(float, low=0, high=1), 0.0),
+    "learn_sigma": (_FLAG, False),
+    "sigma_small": (_FLAG, False),
+    "class_cond": (_FLAG, False),
+    "diffusion_steps": (Field(int, low=2, high=1_000_000), 1000),
+    "noise_schedule": (Field(str, choices=("linear", "cosine")), "linear"),
+    "predict_xstart": (_FLAG, False),
+    "rescale_timesteps": (_FLAG, None),
+    "use_scale_shift_norm": (_FLAG, True),
+    "channel_mult": (Field(list, low=1, high=16, each=Field(float, low=0.125, high=65_536)), None),
+    "num_classes": (Field(int, low=1, high=10_000_000), 1000),
     # Of guided-diffusion only:
-    "num_head_channels": Field(int, low=-1, high=65_536),
-    "resblock_updown": _FLAG,
-    "use_new_attention_order": _FLAG,
+    "num_head_channels": (Field(int, low=-1, high=65_536), -1),
+    "resblock_updown": (_FLAG, False),
+    "use_new_attention_order": (_FLAG, False),
 }
 # Options of the authors' programs that do not change the network or its noise levels.
 _OTHER = {
@@ -78,26 +78,6 @@ _OTHER = {
     *("data_dir", "log_interval", "save_interval", "resume_checkpoint", "model_path", "use_checkpoint"),
     *("schedule_sampler", "use_kl", "rescale_learned_sigmas"),
     *("num_samples", "clip_denoised", "use_ddim", "timestep_respacing"),
-}
-_DEFAULTS = {
-    "image_size": 64,
-    "num_channels": 128,
-    "num_res_blocks": 2,
-    "num_heads": 4,
-    "num_heads_upsample": -1,
-    "attention_resolutions": [16, 8],
-    "dropout": 0.0,
-    "learn_sigma": False,
-    "sigma_small": False,
-    "class_cond": False,
-    "diffusion_steps": 1000,
-    "noise_schedule": "linear",
-    "predict_xstart": False,
-    "use_scale_shift_norm": True,
-    "num_classes": 1000,
-    "num_head_channels": -1,
-    "resblock_updown": False,
-    "use_new_attention_order": False,
 }
 CONFIGURATIONS = configurations("improved_diffusion")  # by the name of the file, without .pt
 # channel_mult by image_size.
@@ -151,7 +131,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
             "config."
         )
     options = _options(config)
-    weights = dict(_named(tensors, options, path))
+    weights = _named(tensors, options, path)
     size, widths = options["image_size"], _widths(options)
     heads, heads_up = (
         [_heads(options, width, key) if here else 1 for here, width in zip(_attended(options), widths, strict=True)]
@@ -203,15 +183,17 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
             f"supported. The options are {', '.join(_OPTIONS)}."
         )
     guided = {"num_head_channels", "resblock_updown", "use_new_attention_order"} & given.keys()
-    options = {**_DEFAULTS, **checked_options(given, _OPTIONS, f"{config}")}
-    if "rescale_timesteps" not in options:
+    checks = {key: field for key, (field, _) in _OPTIONS.items()}
+    defaults = {key: default for key, (_, default) in _OPTIONS.items()}
+    options = {**defaults, **checked_options(given, checks, f"{config}")}
+    if options["rescale_timesteps"] is None:
         if not guided and options["diffusion_steps"] != 1000:
             raise ValueError(
                 f"{config}: rescale_timesteps must be given for {options['diffusion_steps']} steps. Its default is "
                 "True in improved-diffusion and False in guided-diffusion, whose options have the same names."
             )
         options["rescale_timesteps"] = False
-    if "channel_mult" not in options:
+    if options["channel_mult"] is None:
         if options["image_size"] not in _MULTIPLES:
             raise ValueError(
                 f"{config}: image_size {options['image_size']} has no default channel_mult: add channel_mult."
@@ -270,6 +252,7 @@ def _attended(options: Mapping[str, Any]) -> list[bool]:
 
 # -- Weights ----------------------------------------------------------------------------------------------------------
 
+_ATTENTION = {"norm": "group_norm", "qkv": "to_qkv", "proj_out": "to_out.0"}
 _RESIDUAL = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -312,36 +295,17 @@ def _places(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "out.2", "conv_out"
 
 
-def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors with their names in our network."""
-    places = dict(_places(options))
-    for name, tensor in weights.items():
-        module, _, leaf = name.rpartition(".")
-        if module in places:
-            yield f"{places[module]}.{leaf}", tensor
-            continue
-        match = re.fullmatch(r"(\w+\.\d+(?:\.\d+)?)\.(\w+(?:\.\d+)?)", module)
-        place, part = (None, "") if match is None else (places.get(match[1]), match[2])
-        if place is not None and part in _RESIDUAL:
-            yield f"{place}.{_RESIDUAL[part]}.{leaf}", tensor
-        elif place is not None and part == "norm":
-            yield f"{place}.group_norm.{leaf}", tensor
-        elif place is not None and part in ("qkv", "proj_out"):
-            matrix = tensor.flatten(1) if tensor.ndim == 3 else tensor  # the weight of a 1-D convolution
-            if part == "proj_out":
-                yield f"{place}.to_out.0.{leaf}", matrix
-                continue
-            key = "num_heads_upsample" if place.startswith("up_blocks") else "num_heads"
-            count = _heads(options, len(matrix) // 3, key)
-            if len(matrix) % (3 * count):
-                raise ValueError(f"{path}: {name} of shape {tuple(tensor.shape)} does not have {count} heads.")
-            if options["use_new_attention_order"]:
-                parts = matrix.reshape(3, count, -1, *matrix.shape[1:])
-            else:  # q, k and v of a head follow each other
-                parts = matrix.reshape(count, 3, -1, *matrix.shape[1:]).transpose(0, 1)
-            yield from ((f"{place}.to_{name}.{leaf}", parts[i].flatten(0, 1)) for i, name in enumerate("qkv"))
-        else:
-            raise ValueError(
-                f"{path} holds the tensor {quote(name)}, which a network of improved-diffusion with these options does "
-                "not have."
-            )
+def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors with their names in our network."""
+
+    def split(rows: Tensor, name: str) -> Tensor:
+        count = _heads(options, len(rows) // 3, "num_heads_upsample" if name.startswith("up_blocks") else "num_heads")
+        if len(rows) % (3 * count):
+            raise ValueError(f"its {len(rows)} rows do not have {count} heads.")
+        if options["use_new_attention_order"]:
+            parts = rows.reshape(3, count, -1, *rows.shape[1:])
+        else:  # q, k and v of a head follow each other
+            parts = rows.reshape(count, 3, -1, *rows.shape[1:]).transpose(0, 1)
+        return parts.flatten(1, 2)
+
+    return renamed(weights, module_names(_places(options), _RESIDUAL, _ATTENTION), path, split)

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from scorematch.core.messages import about
 from scorematch.core.schema import Field
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import Stored, translated
@@ -152,20 +153,14 @@ def _schedule(
     begin, end, count = model.get("sigma_begin"), model.get("sigma_end"), model.get("num_classes", levels)
     configured = None
     if begin is not None and end is not None and count is not None:
-        try:
+        with about(f"{config}: sigma_begin, sigma_end and num_classes do not define valid noise levels"):
             if model.get("sigma_dist", "geometric") == "geometric":
                 configured = NoiseSchedule.geometric(begin, end, count)
             else:
                 configured = NoiseSchedule(np.linspace(begin, end, count))
-        except ValueError as error:
-            raise ValueError(
-                f"{config}: sigma_begin, sigma_end and num_classes do not define valid noise levels: {error}"
-            ) from error
     if stored is not None:
-        try:
+        with about(f"{path}: the weight sigmas does not hold valid noise levels"):
             schedule = NoiseSchedule(stored)
-        except ValueError as error:
-            raise ValueError(f"{path}: the weight sigmas does not hold valid noise levels: {error}") from error
         if configured is not None and not (
             len(configured) == len(schedule) and np.allclose(configured.sigmas, schedule.sigmas, rtol=1e-4)
         ):

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.core.messages import quote
+from scorematch.core.messages import about
 from scorematch.core.schema import Field
 from scorematch.nets.unet_blocks import block_types
 from scorematch.noise import NoiseSchedule
@@ -44,6 +44,7 @@ from scorematch.pretrained.cards import configurations
 from scorematch.pretrained.configuration import Stored, translated
 from scorematch.pretrained.options import checked_options, named_options
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, StoredTensor, load_tensors
+from scorematch.pretrained.renaming import module_names, renamed
 from scorematch.sampling.settings import SamplerSettings
 
 NAMES: tuple[str, ...] = ("score_sde",)
@@ -141,7 +142,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     schedule, precondition = _noise(options, f"{config}")
     size, channels = options["image_size"], options["num_channels"]
     stored = {
-        **(_ncsnpp(options) if options["name"] == "ncsnpp" else _ddpm(options)),
+        **_architecture(options),
         **precondition,
         "sample_shape": [channels, size, size],
     }
@@ -178,8 +179,8 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[str, Any]]:
     """Returns the noise levels, and the part of the configuration that interprets the output."""
-    count = options["num_scales"]
-    try:
+    count, row = options["num_scales"], {"vpsde": "vp", "subvpsde": "subvp"}.get(options["sde"])
+    with about(f"{where}, section model: the options do not define valid noise levels"):
         if options["exploding"]:
             schedule = NoiseSchedule.geometric(options["sigma_max"], options["sigma_min"], count)
             return schedule, {"precondition": "ncsnpp" if options["continuous"] else "ncsnpp_index"}
@@ -188,11 +189,8 @@ def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[
             return NoiseSchedule.from_betas(np.linspace(low / count, high / count, count)), {"precondition": "ddpm"}
         t = np.linspace(1, _EARLIEST, count)
         q = (high - low) * t**2 / 2 + low * t
-        row, sigmas = _DIFFUSIONS[options["sde"]]
-        with np.errstate(over="ignore"):  # infinite levels are an error below
-            schedule = NoiseSchedule(sigmas(q))
-    except ValueError as error:
-        raise ValueError(f"{where}, section model: the options do not define valid noise levels: {error}") from error
+        with np.errstate(over="ignore"):  # infinite levels are an error
+            schedule = NoiseSchedule(np.sqrt(np.expm1(q)) / 2 if row == "vp" else np.sinh(q / 2))
     scale = {"beta_min": low, "beta_max": high, "time_scale": _TIME_SCALE}
     return schedule, {"precondition": row, "precondition_options": scale}
 
@@ -223,16 +221,33 @@ def _attention(options: Mapping[str, Any]) -> list[bool]:
     return [options["image_size"] // 2**i in options["attn_resolutions"] for i in range(len(options["ch_mult"]))]
 
 
-def _ncsnpp(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of NCSN++ and DDPM++."""
+def _architecture(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of NCSN++ and DDPM++, or of the U-Net for DDPM."""
+    shared = {
+        "in_channels": options["num_channels"],
+        "out_channels": options["num_channels"],
+        "block_out_channels": [options["nf"] * factor for factor in options["ch_mult"]],
+        "layers_per_block": options["num_res_blocks"],
+        "dropout": options.get("dropout", 0.0),
+        "center_input_sample": not options["centered"],
+    }
+    if options["name"] == "ddpm":
+        return {
+            "family": "unet",
+            **shared,
+            **block_types(_attention(options)),
+            "attention_head_dim": None,
+            "norm_num_groups": 32,
+            "norm_eps": 1e-6,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+            "downsample_padding": 0,
+        }
     unfiltered = options["progressive_input"] == "residual" and not options["fir"]
     return {
         "family": "ncsnpp",
-        "in_channels": options["num_channels"],
-        "out_channels": options["num_channels"],
+        **shared,
         "model_channels": options["nf"],
-        "block_out_channels": [options["nf"] * factor for factor in options["ch_mult"]],
-        "layers_per_block": options["num_res_blocks"],
         "attention": _attention(options),
         "time_embedding_type": options["embedding_type"],
         "resample_filter": [1, 3, 3, 1] if options["fir"] else [1, 1],
@@ -240,28 +255,6 @@ def _ncsnpp(options: Mapping[str, Any]) -> dict[str, Any]:
         "output_pyramid": _PYRAMIDS[options["progressive"]],
         "skip_rescale": options["skip_rescale"],
         **({"pyramid_filter": False} if unfiltered else {}),
-        "dropout": options.get("dropout", 0.0),
-        "center_input_sample": not options["centered"],
-    }
-
-
-def _ddpm(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the U-Net for DDPM."""
-    return {
-        "family": "unet",
-        "in_channels": options["num_channels"],
-        "out_channels": options["num_channels"],
-        "block_out_channels": [options["nf"] * factor for factor in options["ch_mult"]],
-        **block_types(_attention(options)),
-        "layers_per_block": options["num_res_blocks"],
-        "attention_head_dim": None,
-        "norm_num_groups": 32,
-        "norm_eps": 1e-6,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "downsample_padding": 0,
-        "dropout": options.get("dropout", 0.0),
-        "center_input_sample": not options["centered"],
     }
 
 
@@ -301,78 +294,61 @@ _RESIDUAL = {
 }
 _ATTENTION = {"GroupNorm_0": "group_norm", "NIN_0": "to_q", "NIN_1": "to_k", "NIN_2": "to_v", "NIN_3": "to_out.0"}
 # The convolution of a module that resamples or adds a pyramid; Conv is an earlier name.
-_INNER = {"Conv_0": "", "Conv2d_0": "", "Conv": ""}
-_LEAVES = {"weight": "weight", "bias": "bias", "W": "weight", "b": "bias"}
+_OTHERS = {"": "", "Conv_0": "", "Conv2d_0": "", "Conv": ""}
+_LEAVES = {"W": "weight", "b": "bias"}
 
 
-def _modules(options: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """Yields the modules with weights in the authors' order: our name of the module, and of each of its parts."""
-    plain, attention = {"": ""}, _attention(options)
-    scales, count = len(attention), options["num_res_blocks"]
+def _modules(options: Mapping[str, Any]) -> Iterator[str]:
+    """Yields our names of the modules with weights, in the authors' order."""
+    attention, scales, count = _attention(options), len(options["ch_mult"]), options["num_res_blocks"]
     skips, skips_in = options.get("progressive", "none"), options.get("progressive_input", "none")
-    down, up, resampling, attention_up = "resnet_down", "resnet_up", _RESIDUAL, 0
+    down, up, attention_up = "resnet_down", "resnet_up", 0
     if options["name"] == "ddpm":
-        down, up, resampling, attention_up = "downsamplers.0.conv", "upsamplers.0.conv", _INNER, count
+        down, up, attention_up = "downsamplers.0.conv", "upsamplers.0.conv", count
     if options["embedding_type"] == "fourier":
-        yield "time_proj", plain
-    yield "time_embedding.linear_1", plain
-    yield "time_embedding.linear_2", plain
-    yield "conv_in", plain
+        yield "time_proj"
+    yield from ("time_embedding.linear_1", "time_embedding.linear_2", "conv_in")
     for i in range(scales):
         for j in range(count):
-            yield f"down_blocks.{i}.resnets.{j}", _RESIDUAL
+            yield f"down_blocks.{i}.resnets.{j}"
             if attention[i]:
-                yield f"down_blocks.{i}.attentions.{j}", _ATTENTION
+                yield f"down_blocks.{i}.attentions.{j}"
         if i < scales - 1:
-            yield f"down_blocks.{i}.{down}", resampling
+            yield f"down_blocks.{i}.{down}"
             if skips_in != "none":
-                yield f"down_blocks.{i}.skip_conv", _INNER
-    yield "mid_block.resnets.0", _RESIDUAL
-    yield "mid_block.attentions.0", _ATTENTION
-    yield "mid_block.resnets.1", _RESIDUAL
+                yield f"down_blocks.{i}.skip_conv"
+    yield from ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
     for i in range(scales):
         last = i == scales - 1
         for j in range(count + 1):
-            yield f"up_blocks.{i}.resnets.{j}", _RESIDUAL
+            yield f"up_blocks.{i}.resnets.{j}"
         if attention[scales - 1 - i]:
-            yield f"up_blocks.{i}.attentions.{attention_up}", _ATTENTION
+            yield f"up_blocks.{i}.attentions.{attention_up}"
         if (skips == "output_skip" and not last) or (skips == "residual" and i == 0):
-            yield f"up_blocks.{i}.skip_norm", plain
-            yield f"up_blocks.{i}.skip_conv", plain
-        elif skips == "residual":
-            yield f"up_blocks.{i}.skip_conv", _INNER
+            yield f"up_blocks.{i}.skip_norm"
+        if skips == "residual" or (skips == "output_skip" and not last):
+            yield f"up_blocks.{i}.skip_conv"
         if not last:
-            yield f"up_blocks.{i}.{up}", resampling
-    yield "conv_norm_out", plain
-    yield "conv_out", plain
+            yield f"up_blocks.{i}.{up}"
+    yield from ("conv_norm_out", "conv_out")
 
 
 def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The tensors by their names in our network."""
-    parts: dict[int, dict[tuple[str, str], Tensor]] = {}
-    for name, tensor in weights.items():
-        match = re.fullmatch(r"all_modules\.(\d{1,6})\.(?:(\w+)\.)?(\w+)", name)
-        if match is None or match[3] not in _LEAVES:
-            raise ValueError(f"{path} holds the tensor {quote(name)}, which no network of score_sde has.")
-        parts.setdefault(int(match[1]), {})[match[2] or "", match[3]] = tensor
     modules = list(_modules(options))
-    if len(parts) != len(modules):
+    numbers = sorted({int(found[1]) for name in weights if (found := re.match(r"all_modules\.(\d{1,6})\.", name))})
+    if len(numbers) != len(modules):
         raise ValueError(
-            f"{path} holds the weights of {len(parts)} modules, and a network of its configuration has {len(modules)}: "
-            "it was trained with another configuration."
+            f"{path} holds the weights of {len(numbers)} modules, and a network of its configuration has "
+            f"{len(modules)}: it was trained with another configuration."
         )
-    named = {}
-    for (target, table), index in zip(modules, sorted(parts), strict=True):
-        for (part, leaf), tensor in parts[index].items():
-            if part not in table:
-                raise ValueError(
-                    f"{path} holds {part or leaf} as a part of all_modules.{index}, which is {target} in a network of "
-                    "its configuration: it was trained with another configuration."
-                )
-            name = ".".join(filter(None, (target, table[part], _LEAVES[leaf])))
-            named[name] = tensor.T if leaf == "W" and tensor.ndim == 2 else tensor  # (in, out) to (out, in)
-            if name.endswith("conv_shortcut.weight") and leaf == "W":
-                named[name] = named[name][..., None, None]
+    places = [(f"all_modules.{number}", ours) for number, ours in zip(numbers, modules, strict=True)]
+    tensors = {}
+    for name, tensor in weights.items():
+        module, _, leaf = name.rpartition(".")
+        is_matrix = leaf == "W" and tensor.ndim == 2  # (in, out)
+        tensors[f"{module}.{_LEAVES.get(leaf, leaf)}"] = tensor.T if is_matrix else tensor
+    named = renamed(tensors, module_names(places, _RESIDUAL, _ATTENTION, _OTHERS), path)
     if options["name"] == "ddpm":
         _add_attention(named, len(options["ch_mult"]), options["num_res_blocks"])
     return named
