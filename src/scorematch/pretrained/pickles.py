@@ -25,9 +25,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -274,24 +274,20 @@ TENSORS: Globals = {
 class _NumberType:
     """Stands for ``numpy.dtype``, of float64 or float32."""
 
-    def __init__(self, code: Any) -> None:
+    def __init__(self, code: Any, *_: Any) -> None:
         if code not in ("f8", "f4"):
             raise RefusedError(f"holds a NumPy number of type {quote(code)}. Only 'f8' and 'f4' are supported.")
-        self.format, self.order = {"f8": "d", "f4": "f"}[code], "<"
+        self.code = f"<{code}"
 
     def set_state(self, state: Any) -> None:
-        self.order = {"<": "<", "=": "<", ">": ">"}[state[1]]
-
-
-def _number_type(code: Any, *_: Any) -> _NumberType:
-    return _NumberType(code)
+        self.code = {"<": "<", "=": "<", ">": ">"}[state[1]] + self.code[1:]
 
 
 def _number(kind: Any, value: Any) -> float:
     """Stands for ``numpy.core.multiarray.scalar``."""
     if not isinstance(kind, _NumberType):
         raise RefusedError(f"holds a NumPy number of type {quote(kind)}. Only float64 and float32 are supported.")
-    return float(struct.unpack(kind.order + kind.format, value)[0])
+    return float(np.frombuffer(value, kind.code).item())
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -305,7 +301,7 @@ def _encode(text: str, encoding: str) -> bytes:
 NUMBERS: Globals = {
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,  # of NumPy 2
-    "numpy.dtype": _number_type,
+    "numpy.dtype": _NumberType,
     "_codecs.encode": _encode,
 }
 
@@ -433,6 +429,10 @@ _PUT = {b"q": "<B", b"r": "<I"}
 class _Machine:
     """An interpreter of pickles of protocols 2 to 5 that contain only plain values and known names.
 
+    Python's ``Unpickler`` with a ``find_class`` that knows these names would not be safe: it takes any key of a dict,
+    and the hash of nested tuples takes exponential time or overflows the stack of the process; it allocates memory for
+    any index into its memo; and it copies the bytes of tensors.
+
     Args:
         data: one or more pickles in sequence, which other data may follow.
         known: the known names, each with the function or dtype that replaces it.
@@ -532,7 +532,9 @@ class _Machine:
             name, module = stack.pop(), stack.pop()
             stack.append(self._named(module, name))
         elif code in (b"R", b"\x81"):
-            arguments, function = _typed(tuple, stack.pop()), _typed(FunctionType, stack.pop())
+            arguments, function = _typed(tuple, stack.pop()), stack.pop()
+            if not callable(function):
+                raise RefusedError(f"holds a damaged pickle: expected function, got {type(function).__name__}.")
             stack.append(function(self, *arguments) if function is storage_of_bytes else function(*arguments))
         elif code == b"b":
             state = stack.pop()
