@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -57,14 +58,10 @@ class Field:
             text = f"one of {', '.join(map(repr, self.choices))}"
         else:
             text = _NAMES[self.kind]
-            bounds = []
+            limits = {"more than": self.above, "at least": self.low, "at most": self.high, "less than": self.below}
             if self.low is not None and self.low == self.high:
-                bounds.append(f"exactly {_number(self.low)}")
-            else:
-                bounds += [] if self.above is None else [f"more than {_number(self.above)}"]
-                bounds += [] if self.low is None else [f"at least {_number(self.low)}"]
-                bounds += [] if self.high is None else [f"at most {_number(self.high)}"]
-                bounds += [] if self.below is None else [f"less than {_number(self.below)}"]
+                limits = {"exactly": self.low}
+            bounds = [f"{word} {_number(limit)}" for word, limit in limits.items() if limit is not None]
             if bounds:
                 text += (" with " if self.kind is list else " of ") + " and ".join(bounds)
                 text += " entries" if self.kind is list else ""
@@ -92,13 +89,13 @@ class Field:
         if self.choices is not None:
             return value in self.choices
         size: Any = len(value) if isinstance(value, list | tuple) else value
-        if self.low is not None and size < self.low:
-            return False
-        if self.above is not None and size <= self.above:
-            return False
-        if self.high is not None and size > self.high:
-            return False
-        if self.below is not None and size >= self.below:
+        limits = (
+            (operator.ge, self.low),
+            (operator.gt, self.above),
+            (operator.le, self.high),
+            (operator.lt, self.below),
+        )
+        if not all(limit is None or compare(size, limit) for compare, limit in limits):
             return False
         return not isinstance(value, list | tuple) or self.each is None or all(map(self.each.fits, value))
 

@@ -179,7 +179,7 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[str, Any]]:
     """Returns the noise levels, and the part of the configuration that interprets the output."""
-    count, row = options["num_scales"], {"vpsde": "vp", "subvpsde": "subvp"}.get(options["sde"])
+    count = options["num_scales"]
     with about(f"{where}, section model: the options do not define valid noise levels"):
         if options["exploding"]:
             schedule = NoiseSchedule.geometric(options["sigma_max"], options["sigma_min"], count)
@@ -190,7 +190,8 @@ def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[
         t = np.linspace(1, _EARLIEST, count)
         q = (high - low) * t**2 / 2 + low * t
         with np.errstate(over="ignore"):  # infinite levels are an error
-            schedule = NoiseSchedule(np.sqrt(np.expm1(q)) / 2 if row == "vp" else np.sinh(q / 2))
+            row, sigmas = ("vp", np.sqrt(np.expm1(q)) / 2) if options["sde"] == "vpsde" else ("subvp", np.sinh(q / 2))
+            schedule = NoiseSchedule(sigmas)
     scale = {"beta_min": low, "beta_max": high, "time_scale": _TIME_SCALE}
     return schedule, {"precondition": row, "precondition_options": scale}
 
