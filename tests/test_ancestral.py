@@ -48,11 +48,11 @@ def test_ancestral_step_equals_palettes_algorithm_2_in_float64(variance, rng):
         sigmas = NoiseSchedule.from_betas(betas).sigmas.tolist()  # those of k = 2
         sigmas = [2 / k * sigma for sigma in sigmas]
         x = y * math.sqrt(1 + (k * sigmas[0]) ** 2) / k
-        for t, (sigma, following) in enumerate(zip(sigmas, [*sigmas[1:], 0.0], strict=True)):
+        for t, (sigma, sigma_next) in enumerate(zip(sigmas, [*sigmas[1:], 0.0], strict=True)):
             gamma = 1 / (1 + (k * sigma) ** 2)
             score = -nonlinear(k * x * math.sqrt(gamma), gamma) / sigma
-            noise = z[len(sigmas) - 1 - t] if following else 0 * x  # the last step adds no noise
-            x = ancestral_step(x, score, noise, sigma, following, variance, k)
+            noise = z[len(sigmas) - 1 - t] if sigma_next else 0 * x  # the last step adds no noise
+            x = ancestral_step(x, score, noise, sigma, sigma_next, variance, k)
         assert (k * x - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
@@ -73,7 +73,7 @@ def test_the_sampler_equals_palettes_algorithm_2(variance, rng):
     recorded = iter(z.flip(0))
     sampler = AncestralSampler(net, variance=variance, clamp=False)
     assert len(sampler) == 60
-    found = run(sampler, init=init, noise=lambda x: next(recorded))
+    found = run(sampler, init=init, noise_source=lambda x: next(recorded))
     assert (found - expected).abs().max() <= 1e-5 * max(1, float(expected.abs().max()))
 
 
@@ -114,17 +114,17 @@ def law(world, schedule, variance, mask=None, y=None, noise=0.0):
         return eye - seen, y, math.sqrt(sigma**2 - noise**2) * seen
 
     sigmas = list(schedule)
-    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         keep, b, n = projection(sigma)
-        drift = sigma**2 - following**2
+        drift = sigma**2 - sigma_next**2
         move = eye - drift * torch.linalg.inv(covariance + sigma**2 * eye)
-        share = (1 + following**2) / (1 + sigma**2) if variance == "large" else following**2 / sigma**2
+        share = (1 + sigma_next**2) / (1 + sigma**2) if variance == "large" else sigma_next**2 / sigma**2
         keep, b, n = move @ keep, move @ b + (eye - move) @ mean, move @ n
         new = math.sqrt(drift * share) * eye
         # The replacement uses the noise of the step before, the first one that of its own step.
         noises = [n, new] if i else [n + new]
         if i == len(sigmas) - 2:  # the replacement before the denoising uses the noise of the last step
-            last, b_last, n_last = projection(following)
+            last, b_last, n_last = projection(sigma_next)
             keep, b, noises = last @ keep, last @ b + b_last, [last @ each for each in noises]
             noises[-1] = noises[-1] + n_last
         m, c = keep @ m + b, keep @ c @ keep.T + sum(each @ each.T for each in noises)
@@ -339,7 +339,7 @@ def test_noise_is_taken_once_per_step_before_the_score_and_states_are_yielded(wo
     before, state = init.clone(), torch.get_rng_state()
     sampler = AncestralSampler(score, SHORT)
     states, copies = [], []
-    for x, sigma in sampler.iterate(init=init, noise=noise, progress=False):
+    for x, sigma in sampler.iterate(init=init, noise_source=noise, progress=False):
         states.append((x, sigma))
         copies.append(x.clone())
     levels = [float(sigma) for sigma in SHORT.sigmas.float()]
@@ -364,7 +364,9 @@ def test_a_batch_equals_its_parts_with_the_same_noise():
     def sample(rows):
         own = (z[rows] for z in noises)
         seen = Observation(Mask(~hidden[rows]), condition[rows])
-        return run(sampler, init=init[rows], condition=condition[rows], observation=seen, noise=lambda x: next(own))
+        return run(
+            sampler, init=init[rows], condition=condition[rows], observation=seen, noise_source=lambda x: next(own)
+        )
 
     whole = sample(slice(None))
     for i in range(3):

@@ -13,6 +13,7 @@ from scorematch.cli import main
 from scorematch.core.processes import find_device
 from scorematch.data import grid, read_image, read_samples
 from scorematch.sampling import SAMPLERS, SamplerSettings
+from scorematch.sampling.sampler import options_of
 from tests.helpers import python, refused
 
 
@@ -360,8 +361,8 @@ def test_a_command_line_option_for_every_option_of_a_sampler(capsys):
     with pytest.raises(SystemExit):
         main(["sample", "--help"])
     printed = capsys.readouterr().out
-    for options in (SamplerSettings.NOISE, *SamplerSettings.OPTIONS.values()):
-        for option in options:
+    for sampler in SAMPLERS.values():
+        for option in options_of(sampler):
             assert re.search(rf"--{option.replace('_', '-')}(?![\w-])", printed), option
 
 

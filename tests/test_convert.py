@@ -266,7 +266,7 @@ def test_unsupported_options_raise(old, new, message, files, tmp_path):
 def test_numbers_that_yaml_reads_as_strings_are_converted(files, tmp_path):
     """1e-6, without a decimal point, is a string in YAML 1.1."""
     _, checkpoint, config = files("ncsnv2", edit=lambda text: text.replace("step_lr: 6.2e-06", "step_lr: 1e-6"))
-    assert convert(checkpoint, tmp_path / "out", config=config).sampler_settings.step_size == 1e-6
+    assert convert(checkpoint, tmp_path / "out", config=config).sampler_settings.options["step_size"] == 1e-6
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_los
 from scorematch.core.precision import exact_float32
 from scorematch.restoration import Grayscale, Mask, Observation
 from scorematch.sampling import SAMPLERS, AncestralSampler, ODESampler, PredictorCorrectorSampler
-from scorematch.sampling.chain import FiniteCheck
+from scorematch.sampling.finite import FiniteCheck
 from tests.helpers import HostReads, NoFloat64, in_threads
 from tests.networks import FOURIER, wide_ddpmpp, wide_ncsnpp, wide_unet
 from tests.networks import WIDE_LEVELS as LEVELS

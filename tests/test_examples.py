@@ -278,7 +278,7 @@ def test_train_mnist_trains_and_continues_from_trained_weights(digits, tmp_path,
     assert [path.name for path in (run / "samples").iterdir()] == ["000000032.png"]
     assert [300 < line["test loss"] < 500 for line in _lines(run) if "test loss" in line] == [True]
     settings = ScoreNet.from_pretrained(run / "network").sampler_settings
-    assert settings.levels == 100 and settings.consistent
+    assert settings.options["levels"] == 100 and settings.options["consistent"]
     before = (run / "network" / "model.safetensors").read_bytes()
     program("train_mnist", "--smoke", "--data", digits, "--out", run)  # the same command again: nothing is left to do
     assert (run / "network" / "model.safetensors").read_bytes() == before

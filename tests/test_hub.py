@@ -406,7 +406,7 @@ def test_an_upload_keeps_other_files_and_replaces_the_network(hub, run, saved):
 def test_an_upload_replaces_a_pipeline(hub, run, saved, files):
     hub.writer = "secret"
     hub.repositories["me/net"] = _pipeline(files)
-    code = "print(ScoreNet.from_pretrained('me/net').sampler_settings.levels)\n"
+    code = "print(ScoreNet.from_pretrained('me/net').sampler_settings.options['levels'])\n"
     assert run(_pushed(saved, ", token='secret'") + code).splitlines()[-1] == "4"
     assert sorted(hub.repositories["me/net"]) == SAVED
 

@@ -56,7 +56,7 @@ def test_a_pipeline_of_diffusers_draws_the_samples_of_the_ancestral_sampler(row,
     # The state of a DDPM has unit variance at the highest level: x = (y / sqrt(alpha_bar) + 1) / 2.
     init = 0.5 + start * (0.25 + net.schedule.sigma_max**2) ** 0.5
     sampler = AncestralSampler(net, precision="float32")
-    expected = run(sampler, init=init, noise=lambda x: torch.randn(x.shape, generator=replay))
+    expected = run(sampler, init=init, noise_source=lambda x: torch.randn(x.shape, generator=replay))
     assert expected.std() > 0.1
     torch.testing.assert_close(torch.from_numpy(found).permute(0, 3, 1, 2), expected, rtol=0, atol=1e-4)
 
@@ -159,5 +159,5 @@ def test_samplers_of_azula_draw_the_samples_of_this_package(monkeypatch):
     found = sampler(init, condition=7)
     torch.manual_seed(5)
     small = AncestralSampler(net, levels, variance="small", **options)
-    expected = run(small, init=init, condition=7, noise=torch.randn_like)
+    expected = run(small, init=init, condition=7, noise_source=torch.randn_like)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -449,7 +449,7 @@ def test_learned_variances_are_sampled_as_by_their_authors(options, clamp, indic
     expected = _respaced(net.double(), options, list(indices), y, iter(noises), classes, clamp=clamp)
     scale = (1 + 4 * schedule.sigma_max**2) ** 0.5
     recorded = iter(noises)
-    x = run(sampler, init=(1 + y * scale) / 2, condition=classes, noise=lambda x: next(recorded), batch_size=2)
+    x = run(sampler, init=(1 + y * scale) / 2, condition=classes, noise_source=lambda x: next(recorded), batch_size=2)
     assert next(recorded, None) is None
     _close(2 * x.double() - 1, expected, 1e-4)
 

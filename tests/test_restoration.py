@@ -12,6 +12,7 @@ from scorematch.evaluation.exact import Gaussian, operator_matrix
 from scorematch.guidance import autoguidance
 from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from scorematch.restoration.guidance import Guidance
+from scorematch.restoration.methods import restoration
 from scorematch.restoration.palette import condition_of
 from scorematch.restoration.replacement import Replacement
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
@@ -126,12 +127,12 @@ def test_the_posterior_mean_is_stationary_below_the_noise_of_y(name, sigma):
     mean = mean.view(1, *SHAPE).float()
     options = {"steps_per_level": 20, "step_size": 0.5 * level**2}
     raw = AnnealedLangevinSampler(world, NoiseSchedule([level]), denoise=False, **options)
-    stay = run(raw, init=mean, observation=observation, noise=still)
+    stay = run(raw, init=mean, observation=observation, noise_source=still)
     torch.testing.assert_close(stay, mean, rtol=0, atol=1e-5)
     away = torch.randn(1, *SHAPE, generator=seed())
-    assert (run(raw, init=mean + away, observation=observation, noise=still) - mean).norm() < 0.9 * away.norm()
+    assert (run(raw, init=mean + away, observation=observation, noise_source=still) - mean).norm() < 0.9 * away.norm()
     sampler = AnnealedLangevinSampler(world, NoiseSchedule([level]), **options)
-    x = run(sampler, init=mean, observation=observation, noise=still)
+    x = run(sampler, init=mean, observation=observation, noise_source=still)
     torch.testing.assert_close(x.flatten().double(), world.posterior(observation).mean, rtol=0, atol=1e-5)
 
 
@@ -142,7 +143,7 @@ def test_a_long_chain_reaches_the_posterior_mean(name, sigma):
     world, observation = gaussian_images(SHAPE), observe(OPERATORS[name], sigma)
     level = NoiseSchedule([0.8 * sigma])
     sampler = AnnealedLangevinSampler(world, level, steps_per_level=3000, step_size=0.5 * level.sigma_min**2)
-    x = run(sampler, 1, observation=observation, noise=still, shape=SHAPE)
+    x = run(sampler, 1, observation=observation, noise_source=still, shape=SHAPE)
     torch.testing.assert_close(x.flatten().double(), world.posterior(observation).mean, rtol=0, atol=1e-4)
 
 
@@ -370,7 +371,7 @@ def test_a_sampler_of_one_level_uses_an_observation(name):
     noisy = start - operator.lift(operator.measure(start)) + operator.lift(observation.y)
     expected = noisy + 0.5**2 * world(noisy, 0.5)
     torch.testing.assert_close(run(ODESampler(world, level), observation=observation, init=start), expected)
-    drawn = run(AncestralSampler(world, level), observation=observation, init=start, noise=lambda x: z)
+    drawn = run(AncestralSampler(world, level), observation=observation, init=start, noise_source=lambda x: z)
     torch.testing.assert_close(drawn, expected)
 
 
@@ -417,7 +418,7 @@ def test_a_batch_equals_its_images_sampled_one_by_one(restore, sigma):
         return sampler.sample(
             init=start[rows],
             observation=part,
-            noise=lambda x: next(recorded),
+            noise_source=lambda x: next(recorded),
             batch_size=batch_size,
             progress=False,
         )
@@ -464,14 +465,14 @@ def test_each_step_takes_noise_once_and_calls_the_network_once():
     for restore in METHODS:
         sampler = AnnealedLangevinSampler(net, LEVELS, restore=restore)
         calls.update(noise=0, net=0)
-        sampler.sample(1, observation=observe(OPERATORS["gray"], 0.1), noise=noise, progress=False)
+        sampler.sample(1, observation=observe(OPERATORS["gray"], 0.1), noise_source=noise, progress=False)
         assert calls == {"noise": len(sampler) - 1, "net": len(sampler)}
 
 
 def test_replacement_falls_back_to_guidance_without_a_gain():
     observation = observe(JPEG(10), shape=(3, 16, 16))
     world = gaussian_images((3, 16, 16), variance=0.3)
-    assert isinstance(AnnealedLangevinSampler(world, LEVELS)._restoration(observe(Grayscale()), "cpu"), Replacement)
+    assert isinstance(restoration(observe(Grayscale()), "replace", 1.0), Replacement)
     results = [
         AnnealedLangevinSampler(world, LEVELS, restore=restore).sample(
             observation=observation, generator=seed(), progress=False

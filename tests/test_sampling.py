@@ -31,7 +31,7 @@ def test_published_trajectories_are_reproduced(name, published):
         step_size=case["step_lr"],
         denoise=denoise,
     )
-    states = list(sampler.iterate(init=case["x0"], noise=lambda x: next(recorded), progress=False))
+    states = list(sampler.iterate(init=case["x0"], noise_source=lambda x: next(recorded), progress=False))
     assert next(recorded, None) is None  # once per step
     if name == "ncsn_v1":  # states were recorded before each step; the authors' code does not return the last one
         expected = torch.cat([case["x_before_step"][1:], case["x_after_last_step"][None]])
@@ -64,7 +64,7 @@ def test_published_toy_trajectory_is_reproduced_with_half_the_step_size(publishe
         step_size=case["lr"] / 2,
         denoise=False,
     )
-    found = run(sampler, init=case["x0"], noise=lambda x: next(recorded))
+    found = run(sampler, init=case["x0"], noise_source=lambda x: next(recorded))
     torch.testing.assert_close(found, case["annealed"]["x_final"], rtol=1e-4, atol=1e-4)
 
 
@@ -242,10 +242,10 @@ def test_a_batch_equals_its_parts_with_the_same_noise(rng):
     options = {"levels": 4, "steps_per_level": 1, "exact_noise": True, "precision": "float32"}
     sampler = AnnealedLangevinSampler(net, **options)
     together = iter(noises)
-    whole = run(sampler, init=init, noise=lambda x: next(together))
+    whole = run(sampler, init=init, noise_source=lambda x: next(together))
     for i in range(3):
         own = (z[i : i + 1] for z in noises)
-        part = run(sampler, init=init[i : i + 1], noise=lambda x, own=own: next(own))
+        part = run(sampler, init=init[i : i + 1], noise_source=lambda x, own=own: next(own))
         torch.testing.assert_close(whole[i : i + 1], part, rtol=1e-3, atol=1e-4)
 
 
@@ -438,7 +438,7 @@ def test_integers_of_numpy_and_of_torch(world):
 
 def test_noise_of_another_shape_raises(world):
     with pytest.raises(ValueError, match=r"noise must have the shape of x, \(2, 3\), got \(2, 1\)"):
-        run(AnnealedLangevinSampler(world, SHORT), 2, shape=(3,), noise=lambda x: torch.zeros(2, 1))
+        run(AnnealedLangevinSampler(world, SHORT), 2, shape=(3,), noise_source=lambda x: torch.zeros(2, 1))
 
 
 @pytest.mark.parametrize("kind", [AnnealedLangevinSampler, ODESampler, AncestralSampler])

@@ -286,7 +286,11 @@ def test_the_default_settings_that_are_measured(net):
 
 def test_one_step_of_consistent_sampling_in_the_table_is_that_of_ancestral_sampling(net):
     """With p = 2 the step is 1 - r^2."""
-    steps = {each.step_size for each in settings_table(net) if each.levels == 100 and each.sampler == "langevin"}
+    steps = {
+        each.options["step_size"]
+        for each in settings_table(net)
+        if each.sampler == "langevin" and each.options["levels"] == 100
+    }
     ratio = (0.01 / 1) ** (1 / 99)
     assert min(abs(step - (1 - ratio**2) * 0.01**2) for step in steps) < 1e-8
 

@@ -21,7 +21,8 @@ from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results,
 from scorematch.evaluation.figures import MEASURES
 from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
 from scorematch.restoration.methods import Restore
-from scorematch.sampling import SamplerSettings
+from scorematch.sampling import SAMPLERS
+from scorematch.sampling.sampler import options_of
 
 
 def add(commands: Commands) -> None:
@@ -141,8 +142,8 @@ def _run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace, network: bool, restoring: bool) -> None:
     """Checks that the options fit together."""
     if not network:
-        options = (*GUIDED_CLASSES, *SamplerSettings.SCHEMA)
-        refuse(args, options, f"is for networks, but {args.model} is a set of images")
+        sampling = ("sampler", *(name for kind in SAMPLERS.values() for name in options_of(kind)))
+        refuse(args, (*GUIDED_CLASSES, *sampling), f"is for networks, but {args.model} is a set of images")
     if not restoring:
         refuse(args, ("data", "draws", "noise", "restore_method", "labels"), "is for --restore TASK")
         if args.reference is None:

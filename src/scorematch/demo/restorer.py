@@ -158,7 +158,7 @@ class Restorer:
         def sampler(levels: int) -> Sampler:
             own: SamplerSettings | None = self.net.sampler_settings
             known = own is not None and own.sampler == choices.sampler != "langevin"  # Langevin reads them itself
-            given: dict[str, Any] = {**own.options, **own.noise} if own is not None and known else {}
+            given: dict[str, Any] = own.options if own is not None and known else {}
             return SAMPLERS[choices.sampler](net, **{**given, "levels": levels, "restore": choices.method})
 
         possible = bisect_right(range(2, choices.calls + 1), choices.calls, key=lambda levels: len(sampler(levels)))

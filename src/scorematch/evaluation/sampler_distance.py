@@ -38,7 +38,8 @@ from scorematch.core.scores import Score
 from scorematch.evaluation.accumulate import Moments, double
 from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.metrics import squared_distances
-from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings
+from scorematch.sampling import SAMPLERS, Sampler
+from scorematch.sampling.sampler import options_of
 
 _BLOCK = 2048  # the number of samples on each side of a block of distances
 _TRIED = 10  # the number of levels with which a sampler is created to see whether it accepts a score
@@ -147,8 +148,8 @@ def _maker(kind: str, options: dict[str, Any]) -> Make:
 
 def _options(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The names and the options of the variants of a sampler."""
-    choices = {name: SamplerSettings.SCHEMA[name].choices for name in sorted(SamplerSettings.OPTIONS[kind])}
-    named = {name: values for name, values in choices.items() if values}
+    declared = sorted(options_of(SAMPLERS[kind]).items())
+    named = {name: option.field.choices for name, option in declared if option.field.choices}
     for values in itertools.product(*named.values()):
         yield ", ".join([kind, *map(str, values)]), dict(zip(named, values, strict=True))
     if kind == "langevin":

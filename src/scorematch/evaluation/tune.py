@@ -147,8 +147,9 @@ class Tuning:
         smallest: dict[str, dict[int, float]] = {}
         for row in self.rows:
             settings = row.settings or SamplerSettings()
-            named = [value for key, value in settings.options.items() if settings.SCHEMA[key].choices]
-            name = ", ".join([settings.sampler, *named, *(["consistent"] if settings.consistent else [])])
+            named = [value for value in settings.options.values() if isinstance(value, str)]
+            kind = ["consistent"] if settings.options.get("consistent") else []
+            name = ", ".join([settings.sampler, *named, *kind])
             line = smallest.setdefault(name, {})
             line[row.calls] = min(self.distance(row), line.get(row.calls, math.inf))
         curves = [Curve(name, sorted(line), [line[calls] for calls in sorted(line)]) for name, line in smallest.items()]
@@ -413,7 +414,7 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
     Example:
         >>> net = ScoreNet.from_pretrained("mnist")
         >>> settings_table(net, calls=20)[0]
-        SamplerSettings(sampler='ode', levels=10, steps_per_level=None, ..., method='heun', ...)
+        SamplerSettings('ode', levels=10, method='heun')
     """
     if len(net.schedule) == 1:
         raise ValueError("the network has one noise level, so there are no settings to compare.")

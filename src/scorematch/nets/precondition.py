@@ -102,7 +102,7 @@ class Row(NamedTuple):
         log_levels: the mean and the standard deviation of log s in training, if log s is normally distributed and the
             data have the default standard deviation sigma_d; None trains on the levels of the schedule.
         weighting: the weights of the noise levels in training (``scorematch.training.levels``).
-        sampler: the keyword arguments of ``scorematch.sampling.langevin.consistent_settings`` for a network of another
+        sampler: the keyword arguments of ``scorematch.sampling.settings.consistent_settings`` for a network of another
             project that comes without settings; None is no settings.
     """
 

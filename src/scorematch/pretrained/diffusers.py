@@ -38,7 +38,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.cards import Card
 from scorematch.pretrained.configuration import CONFIG_FILE, Stored, architecture, read_json, translated
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, read_weights
-from scorematch.sampling.langevin import consistent_settings
+from scorematch.sampling.settings import consistent_settings
 
 # The class of diffusers, and that of diffusers-ncsn, whose time input is the index of the level.
 _NCSN = "UNet2DModelForNCSN"

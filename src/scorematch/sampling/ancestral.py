@@ -45,12 +45,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import argument, check_choice
+from scorematch.core.arguments import argument
+from scorematch.core.schema import Field
 from scorematch.core.scores import Score, attribute
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
@@ -100,13 +101,17 @@ class AncestralSampler(Sampler):
         net: Score,
         schedule: NoiseSchedule | None = None,
         *,
-        variance: Variance = "large",
-        clamp_denoised: bool = False,
+        variance: Annotated[
+            Variance, Field(str, choices=get_args(Variance)), "the variance of the noise of a step"
+        ] = "large",
+        clamp_denoised: Annotated[
+            bool, Field(bool), "clamp the denoised image to the range of the network at every step"
+        ] = False,
         **options: Unpack[SamplerOptions],
     ) -> None:
         self.variance = variance
         super().__init__(net, schedule, **options)
-        check_choice("variance", variance, get_args(Variance))
+        self.check_options({"variance": variance})
         if variance == "learned" and not attribute(net, "predicts_variance"):
             raise ValueError(
                 f"{argument('variance', 'learned')} needs a network that predicts the variance (predicts_variance). "
@@ -137,7 +142,7 @@ class AncestralSampler(Sampler):
     def steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
         """Yields the state after each ancestral step, with its level."""
         variance: FixedVariance | Tensor
-        for sigma, following in itertools.pairwise(self.schedule):
+        for sigma, sigma_next in itertools.pairwise(self.schedule):
             x, z = chain.begin(x, sigma)
             if self.variance == "learned":
                 score, variance = chain.score_and_variance(x, sigma)
@@ -145,14 +150,14 @@ class AncestralSampler(Sampler):
                 score, variance = chain.score(x, sigma), self.variance
             if self.clamp_denoised:
                 score = (torch.add(x, score, alpha=sigma**2).clamp_(*self._range) - x) / sigma**2
-            x = ancestral_step(x, score, z, sigma, following, variance, self._k)
-            yield x, following
+            x = ancestral_step(x, score, z, sigma, sigma_next, variance, self._k)
+            yield x, sigma_next
 
 
 # v / (sigma_t^2 - sigma_{t-1}^2) as a function of s_t and s_{t-1}.
 _VARIANCES: dict[FixedVariance, Callable[[float, float], float]] = {
-    "large": lambda s, following: (1 + following**2) / (1 + s**2),
-    "small": lambda s, following: (following / s) ** 2,
+    "large": lambda s, sigma_next: (1 + sigma_next**2) / (1 + s**2),
+    "small": lambda s, sigma_next: (sigma_next / s) ** 2,
 }
 
 
@@ -161,7 +166,7 @@ def ancestral_step(
     score: Tensor,
     z: Tensor,
     sigma: float,
-    following: float,
+    sigma_next: float,
     variance: FixedVariance | Tensor = "large",
     k: float = 1.0,
 ) -> Tensor:
@@ -172,16 +177,16 @@ def ancestral_step(
         score: the score of x at ``sigma``, of x's shape.
         z: standard normal noise of x's shape.
         sigma: the noise level of x, in the units of x.
-        following: the next level, from 0 to ``sigma``, in the units of x; above 0 if the variance is a tensor.
+        sigma_next: the next level, from 0 to ``sigma``, in the units of x; above 0 if the variance is a tensor.
         variance: "large", "small", or the share w of the large variance, a tensor of x's shape.
         k: the factor that converts the units of x to those of images in [-1, 1]: 2 for images in [0, 1].
 
     Returns:
-        The state at ``following``, of x's shape.
+        The state at ``sigma_next``, of x's shape.
     """
-    drift = sigma**2 - following**2
+    drift = sigma**2 - sigma_next**2
     mean = torch.add(x, score, alpha=drift)
-    values = {name: drift * share(k * sigma, k * following) for name, share in _VARIANCES.items()}
+    values = {name: drift * share(k * sigma, k * sigma_next) for name, share in _VARIANCES.items()}
     if isinstance(variance, Tensor):
         ratio = torch.exp(variance * (math.log(values["large"] / values["small"]) / 2))
         return mean.addcmul_(z, ratio, value=math.sqrt(values["small"]))

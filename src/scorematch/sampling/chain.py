@@ -1,4 +1,4 @@
-"""What the steps of one run of a sampler use: the score, the noise, the observation, and the check of the state."""
+"""What the steps of one run of a sampler use: the score, the noise and the observation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from scorematch.core.scores import (
     check_score,
     has_inference_copy,
 )
-from scorematch.noise import NoiseSchedule
 from scorematch.restoration.method import Restoration
 
 Generators = torch.Generator | tuple[torch.Generator, ...] | None
-# The number of steps between two checks that the state is finite. A check waits for the device.
-_CHECK_EVERY = 16
 
 
 class Run(NamedTuple):
@@ -28,8 +25,8 @@ class Run(NamedTuple):
     condition: Tensor | None
     restoration: Restoration
     batch_size: int
-    generator: Generators
-    noise: Tensor | None  # the noise of a start that is drawn, if y has noise
+    noise_source: Callable[[Tensor], Tensor]  # the noise of a step, from the state
+    start_noise: Tensor | None  # the noise of a start that is drawn, if y has noise
 
 
 class Chain:
@@ -39,8 +36,8 @@ class Chain:
     part of the state, and computes the score of the new state.
     """
 
-    def __init__(self, net: Score, run: Run, noise: Callable[[Tensor], Tensor], count: Callable[[], object]) -> None:
-        self._net, self._run, self._noise, self._count = net, run, noise, count
+    def __init__(self, net: Score, run: Run, count: Callable[[], object]) -> None:
+        self._net, self._run, self._count = net, run, count
         self._takes_floats = has_inference_copy(net)
         self._sigmas: dict[float, Tensor] = {}
         self._z: Tensor | None = None  # the noise of the last step or replacement
@@ -66,28 +63,31 @@ class Chain:
     def begin(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """The state with the observation, and the noise of the step.
 
-        The noise of the observed part is that of the step before, or of the start. With the noise of this step, a step
-        from a level above the noise of y to one below it would add the same noise again.
+        The observed part gets the noise z of the step before, or of the start. The new z is added by the step itself;
+        in the observed part it would be added twice when a step crosses the noise level of y.
         """
         z = self.noise(x)
-        before = self._run.noise if self._z is None else self._z
+        before = self._run.start_noise if self._z is None else self._z
         x = self.observe(x, sigma, z if before is None else before)
         self._z = z
         return x, z
 
     def noise(self, x: Tensor) -> Tensor:
         """Standard normal noise of x's shape; for a sampler with ``draws_noise = False``, the noise of its start."""
-        z = self._noise(x)
+        z = self._run.noise_source(x)
         if z.shape != x.shape:
-            raise ValueError(f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}.")
+            raise ValueError(
+                f"noise must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)} from noise_source."
+            )
         return z.to(x)
 
     @property
     def observed_sigma(self) -> float:
         """The noise level below which ``observe`` changes nothing; 0 without an observation that has noise.
 
-        From there on the state contains the observation. A step from sigma_i to sigma_{i+1} that adds noise of a larger
-        variance than sigma_i^2 - sigma_{i+1}^2 would forget it, unless it stays at its level and uses ``stay``.
+        Below this level the state itself carries the observation, and more noise would erase it: a step from sigma_i to
+        sigma_{i+1} may add noise of variance sigma_i^2 - sigma_{i+1}^2 at most. A step that stays at its level uses
+        ``stay``.
         """
         return self._run.restoration.sigma
 
@@ -151,36 +151,3 @@ class Chain:
         """A function of x, sigma and the condition as one of x and sigma, for some rows of the condition."""
         condition = self._run.condition
         return function if condition is None else lambda x, sigma: function(x, sigma, condition[part])
-
-
-class FiniteCheck:
-    """Raises an error if a state has NaN or infinite values, without waiting for the device at every step.
-
-    The number of the first such step is recorded on the device, and read every ``_CHECK_EVERY`` steps.
-    """
-
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        self.schedule = schedule
-        self.sigmas: list[float] = []  # of the state after each step
-        self.first: Tensor | None = None  # the first step with NaN or infinity, or the largest int32
-
-    def record(self, x: Tensor, sigma: float) -> None:
-        """Records whether the state after a step is finite."""
-        step = len(self.sigmas)
-        self.sigmas.append(sigma)
-        here = torch.where(torch.isfinite(x).all(), torch.iinfo(torch.int32).max, step)
-        self.first = here if self.first is None else torch.minimum(self.first, here)
-        if len(self.sigmas) % _CHECK_EVERY == 0:
-            self.check()
-
-    def check(self) -> None:
-        """Reads what was recorded, and raises RuntimeError if a state was not finite."""
-        first = torch.iinfo(torch.int32).max if self.first is None else int(self.first)
-        if first < len(self.sigmas):
-            before, sigma = self.sigmas[first - 1] if first else self.schedule.sigma_max, self.sigmas[first]
-            level = min(range(len(self.schedule)), key=lambda i: abs(self.schedule[i] - sigma))
-            step = f"after the step from sigma {before:.4g}" if before != sigma else "after a step at this level"
-            raise RuntimeError(
-                f"the state has NaN or infinite values from level {level} of {len(self.schedule)} on, sigma "
-                f"{sigma:.4g}, {step}: the score is wrong there, or the step is too large for it."
-            )

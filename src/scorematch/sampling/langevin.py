@@ -39,28 +39,30 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
+from scorematch.core.schema import Field
 from scorematch.core.scores import Score, attribute
 from scorematch.noise import NoiseSchedule, schedule_of
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.sampler import Sampler, SamplerOptions
-from scorematch.sampling.settings import SamplerSettings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from scorematch.sampling.settings import SamplerSettings
+
 # The exponent p of consistent sampling for networks without settings, and for plain functions. With a learned score,
 # each step that adds noise also adds an error: p = 1.1 was best for a network of color images (docs/pretrained.md). A
 # plain function may be an exact score, and is sampled with the step of ancestral sampling, p = 2.
-_POWER_OF_NETWORKS, _POWER = 1.1, 2.0
+POWER_OF_NETWORKS, _POWER = 1.1, 2.0
 # The smallest and the largest number of levels for a network without settings.
-_FEWEST_LEVELS, _MOST_LEVELS = 100, 250
+FEWEST_LEVELS, MOST_LEVELS = 100, 250
 # Plain Langevin dynamics without settings: the smallest number of steps per level, and the largest variance at the end
 # of the schedule, in units of sigma_min^2.
 _FEWEST_STEPS = 3
@@ -115,74 +117,89 @@ class AnnealedLangevinSampler(Sampler):
         net: Score,
         schedule: NoiseSchedule | None = None,
         *,
-        steps_per_level: int | None = None,
-        step_size: float | None = None,
-        exact_noise: bool | None = None,
-        consistent: bool | None = None,
+        steps_per_level: Annotated[
+            int | None, Field(int, low=1, high=1_000_000), "the number of Langevin steps at each level"
+        ] = None,
+        step_size: Annotated[
+            float | None, Field(float, above=0), "the step size at the lowest level, above 0 and below 2 sigma_min^2"
+        ] = None,
+        exact_noise: Annotated[
+            bool | None,
+            Field(bool),
+            "whether the noise of a Langevin step of size a has variance 2a - a^2/sigma^2 instead of 2a; both "
+            "--exact-noise and --no-exact-noise turn off consistent sampling",
+        ] = None,
+        consistent: Annotated[
+            bool | None,
+            Field(bool),
+            "consistent sampling: one step from each level to the next that adds exactly the missing noise",
+        ] = None,
         **options: Unpack[SamplerOptions],
     ) -> None:
         own, settings = schedule_of(net), _recommended_settings(net)
         if own is not None and settings is not None:
-            own = own.between(settings.sigma_max, settings.sigma_min)
+            own = own.between(settings.get("sigma_max"), settings.get("sigma_min"))
             if schedule is None and options.get("sigma_max") is None:
                 options["sigma_max"] = own.sigma_max
             if schedule is None and options.get("sigma_min") is None:
                 options["sigma_min"] = own.sigma_min
         if steps_per_level is not None:
             steps_per_level = check_count("steps_per_level", steps_per_level)
-        if consistent and (steps_per_level not in (None, 1) or exact_noise is not None):
-            raise ValueError(
-                f"{argument('consistent', True)} takes one step per level and derives the noise from the schedule: "
-                f"leave out {argument('steps_per_level')} and {argument('exact_noise')}, got {steps_per_level!r} and "
-                f"{exact_noise!r}."
-            )
+        _check_kind(consistent, steps_per_level, exact_noise)
         if consistent is None:
-            consistent = own is not None and len(own) > 1 if settings is None else settings.consistent
+            consistent = own is not None and len(own) > 1 if settings is None else settings.get("consistent")
             consistent = consistent and steps_per_level in (None, 1) and exact_noise is None
         self.consistent = bool(consistent)
         self._settings = settings
         super().__init__(net, schedule, **options)
 
         recommended = own is not None and self.schedule == self.default_schedule(own, None)
-        if settings is not None and bool(settings.consistent) != self.consistent:
+        if settings is not None and bool(settings.get("consistent")) != self.consistent:
             settings = None  # they are for the other kind of sampling
-        measured = settings.step_size if settings is not None and recommended else None
+        of_settings = settings or {}
+        measured = of_settings.get("step_size") if recommended else None
         if self.consistent:
             self.steps_per_level = 1
             self.exact_noise = False
             if step_size is None:
                 step_size = measured or self.schedule.sigma_min**2 * self._consistent_eta(own, settings)
         else:
-            stored = None if settings is None else settings.steps_per_level
+            stored = of_settings.get("steps_per_level")
             self.steps_per_level = steps_per_level or stored or _derived_steps(self.schedule)
             if step_size is None:
                 step_size = measured or self.schedule.suggest_step_size(self.steps_per_level)
             if exact_noise is None:
-                exact_noise = settings.exact_noise if settings is not None else None
+                exact_noise = of_settings.get("exact_noise")
             self.exact_noise = own is not None if exact_noise is None else bool(exact_noise)
         _check_step(self.schedule, step_size, self.steps_per_level, self.consistent)
         self.step_size = float(step_size)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """As ``Sampler.check_options``."""
+        super().check_options(options)
+        _check_kind(options.get("consistent"), options.get("steps_per_level"), options.get("exact_noise"))
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
         """The recommended number of levels, or ``levels``, in the range of the network's own levels."""
         if len(own) == 1:
             return own.respaced(1 if levels is None else levels)
         if levels is None and self._settings is not None:
-            levels = self._settings.levels
+            levels = self._settings.get("levels")
         if levels is None and self.consistent:
-            levels = min(_MOST_LEVELS, max(_FEWEST_LEVELS, len(own)))
+            levels = min(MOST_LEVELS, max(FEWEST_LEVELS, len(own)))
         return own if levels is None else own.without_gaps(levels)
 
-    def _consistent_eta(self, own: NoiseSchedule | None, settings: SamplerSettings | None) -> float:
+    def _consistent_eta(self, own: NoiseSchedule | None, settings: Mapping[str, Any] | None) -> float:
         """The step size divided by sigma squared, 1 - r^p; without effect for a single level, which has no steps.
 
         With recommended settings, p is derived from them but limited to 2: if the number of levels differs from theirs,
         larger steps reduce the contrast (docs/samplers.md).
         """
-        ratio, power = self.schedule.smallest_ratio, _POWER if own is None else _POWER_OF_NETWORKS
-        if own is not None and settings is not None and settings.step_size is not None:
+        ratio, power = self.schedule.smallest_ratio, _POWER if own is None else POWER_OF_NETWORKS
+        if own is not None and settings is not None and "step_size" in settings:
             intended = self.default_schedule(own, None)
-            eta, intended_ratio = settings.step_size / intended.sigma_min**2, intended.smallest_ratio
+            eta, intended_ratio = settings["step_size"] / intended.sigma_min**2, intended.smallest_ratio
             power = _POWER
             if 0 < eta < 1 and intended_ratio < 1:
                 power = min(_POWER, math.log(1 - eta) / math.log(intended_ratio))
@@ -202,15 +219,15 @@ class AnnealedLangevinSampler(Sampler):
         return self._consistent_steps(x, chain) if self.consistent else self._langevin_steps(x, chain)
 
     def _consistent_steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
-        for sigma, following in itertools.pairwise(self.schedule):
+        for sigma, sigma_next in itertools.pairwise(self.schedule):
             x, score, z = chain(x, sigma)
             eta = self.step_size / self.schedule.sigma_min**2
-            if following < chain.observed_sigma:
-                eta = 1 - (following / sigma) ** 2  # the step of ancestral sampling, p = 2
-            missing = following**2 - ((1 - eta) * sigma) ** 2  # at p = 1 rounding can make it negative
+            if sigma_next < chain.observed_sigma:
+                eta = 1 - (sigma_next / sigma) ** 2  # the step of ancestral sampling, p = 2
+            missing = sigma_next**2 - ((1 - eta) * sigma) ** 2  # at p = 1 rounding can make it negative
             x = torch.add(x, score, alpha=eta * sigma**2, out=score)
             x.add_(z, alpha=math.sqrt(max(0.0, missing)))
-            yield x, following
+            yield x, sigma_next
 
     def _langevin_steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
         a = self.step_size / self.schedule.sigma_min**2  # divided by sigma^2, the same at every level
@@ -223,25 +240,19 @@ class AnnealedLangevinSampler(Sampler):
                 yield x, sigma
 
 
-def consistent_settings(schedule: NoiseSchedule, power: float = _POWER_OF_NETWORKS) -> SamplerSettings:
-    """Settings for a network that was trained on a schedule: consistent sampling with at most 250 network calls.
-
-    docs/pretrained.md says how the default of p was chosen. For a DDPM it is based on published results of similar
-    networks (Song et al., 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502, Table 1) and on small networks.
-
-    Args:
-        schedule: the noise levels of the network, at least two.
-        power: p, which defines the step size (1 - r^p) sigma_min^2, where r is the ratio of a level to the one before.
-    """
-    levels = min(_MOST_LEVELS, len(schedule))
-    ratio = (schedule.sigma_min / schedule.sigma_max) ** (1 / (levels - 1))
-    return SamplerSettings(levels=levels, step_size=(1 - ratio**power) * schedule.sigma_min**2, consistent=True)
+def _recommended_settings(net: object) -> Mapping[str, Any] | None:
+    """The options in the settings of a network if they are for annealed Langevin dynamics, else None."""
+    settings: SamplerSettings | None = attribute(net, "sampler_settings")
+    return settings.options if settings is not None and settings.sampler == "langevin" else None
 
 
-def _recommended_settings(net: object) -> SamplerSettings | None:
-    """The settings of a network if they are for annealed Langevin dynamics, else None."""
-    settings = attribute(net, "sampler_settings")
-    return settings if isinstance(settings, SamplerSettings) and settings.sampler == "langevin" else None
+def _check_kind(consistent: bool | None, steps_per_level: int | None, exact_noise: bool | None) -> None:
+    if consistent and (steps_per_level not in (None, 1) or exact_noise is not None):
+        raise ValueError(
+            f"{argument('consistent', True)} takes one step per level and derives the noise from the schedule: "
+            f"leave out {argument('steps_per_level')} and {argument('exact_noise')}, got {steps_per_level!r} and "
+            f"{exact_noise!r}."
+        )
 
 
 def _check_step(schedule: NoiseSchedule, step_size: float, steps: int, consistent: bool) -> None:

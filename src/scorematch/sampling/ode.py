@@ -54,12 +54,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import argument, check_choice
+from scorematch.core.arguments import argument
+from scorematch.core.schema import Field
 from scorematch.core.scores import Score, middle_of
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
@@ -77,8 +78,8 @@ _LONGEST_STEP = 10  # of DPM-Solver++ with second order, relative to the step be
 class ODESampler(Sampler):
     """Samples any score along the probability flow, with few network calls.
 
-    Without churn only the start is random: the ``noise`` argument of ``sample`` is not used, and the same ``init``
-    gives the same samples.
+    Without churn only the start is random: ``sample`` does not call its ``noise_source``, and the same ``init`` gives
+    the same samples.
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
@@ -118,17 +119,17 @@ class ODESampler(Sampler):
         net: Score,
         schedule: NoiseSchedule | None = None,
         *,
-        method: Method = "heun",
-        churn: float = 0.0,
-        churn_min: float = 0.0,
-        churn_max: float | None = None,
-        churn_noise: float = 1.0,
+        method: Annotated[Method, Field(str, choices=get_args(Method)), "the solver"] = "heun",
+        churn: Annotated[float, Field(float, low=0), "with heun: how much new noise the steps add"] = 0.0,
+        churn_min: Annotated[float, Field(float, low=0), "the lowest level at which noise is added"] = 0.0,
+        churn_max: Annotated[
+            float | None, Field(float, low=0), "the highest level at which noise is added (default: no limit)"
+        ] = None,
+        churn_noise: Annotated[float, Field(float, above=0), "the factor of the added noise"] = 1.0,
         **options: Unpack[SamplerOptions],
     ) -> None:
         super().__init__(net, schedule, **options)
-        check_choice("method", method, _METHODS)
-        if not 0 <= churn < math.inf:
-            raise ValueError(f"{argument('churn')} must be a number of at least 0, got {churn!r}.")
+        self.check_options({"method": method, "churn": churn, "churn_noise": churn_noise})
         if churn and method != "heun":
             raise ValueError(
                 f"{argument('churn')} is for Heun's method, got {churn!r} with {method!r}. Write "
@@ -139,8 +140,6 @@ class ODESampler(Sampler):
                 f"{argument('churn_min')} must be at least 0 and below {argument('churn_max')}, got "
                 f"{argument('churn_min', churn_min)} and {argument('churn_max', churn_max)}."
             )
-        if not 0 < churn_noise < math.inf:
-            raise ValueError(f"{argument('churn_noise')} must be a number above 0, got {churn_noise!r}.")
         if churn == 0 and (churn_min, churn_max, churn_noise) != (0, None, 1):
             names = ", ".join(argument(name) for name in ("churn_min", "churn_max", "churn_noise"))
             raise ValueError(f"{names} need {argument('churn')} above 0. Pass {argument('churn')}, or leave them out.")
@@ -176,15 +175,15 @@ class ODESampler(Sampler):
 
     def _churned(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
         z = (x - middle_of(self.net)) / self.schedule.sigma_max  # the noise of the state
-        for sigma, following in itertools.pairwise(self.schedule):
+        for sigma, sigma_next in itertools.pairwise(self.schedule):
             new, higher = chain.noise(x), sigma * (1 + self._gamma(sigma))
-            if following < chain.observed_sigma:
-                higher = min(higher, math.sqrt(2 * sigma**2 - following**2))
+            if sigma_next < chain.observed_sigma:
+                higher = min(higher, math.sqrt(2 * sigma**2 - sigma_next**2))
             added = math.sqrt(higher**2 - sigma**2)
             x = torch.add(x, new, alpha=self.churn_noise * added)
             z = (sigma * z).add_(new, alpha=added).div_(higher)
-            x = _heun_step(x, z, chain, higher, following)
-            yield x, following
+            x = _heun_step(x, z, chain, higher, sigma_next)
+            yield x, sigma_next
 
     def _gamma(self, sigma: float) -> float:
         """The relative amount by which the noise of a level is raised."""
@@ -192,34 +191,34 @@ class ODESampler(Sampler):
         return min(self.churn / len(self.schedule), math.sqrt(2) - 1) if self.churn_min <= sigma <= high else 0.0
 
 
-def _heun_step(x: Tensor, z: Tensor, chain: Chain, sigma: float, following: float) -> Tensor:
-    """The state at the level ``following``; z is the noise of an observation."""
+def _heun_step(x: Tensor, z: Tensor, chain: Chain, sigma: float, sigma_next: float) -> Tensor:
+    """The state at the level ``sigma_next``; z is the noise of an observation."""
     x = chain.observe(x, sigma, z)
     score = chain.score(x, sigma)
-    end = chain.observe(torch.add(x, score, alpha=(sigma - following) * sigma), following, z)
-    slope = sigma * score + following * chain.score(end, following)
-    return torch.add(x, slope, alpha=(sigma - following) / 2)
+    end = chain.observe(torch.add(x, score, alpha=(sigma - sigma_next) * sigma), sigma_next, z)
+    slope = sigma * score + sigma_next * chain.score(end, sigma_next)
+    return torch.add(x, slope, alpha=(sigma - sigma_next) / 2)
 
 
 def _heun(x: Tensor, chain: Chain, schedule: NoiseSchedule) -> Iterator[tuple[Tensor, float]]:
-    for sigma, following in itertools.pairwise(schedule):
-        x = _heun_step(x, chain.noise(x), chain, sigma, following)
-        yield x, following
+    for sigma, sigma_next in itertools.pairwise(schedule):
+        x = _heun_step(x, chain.noise(x), chain, sigma, sigma_next)
+        yield x, sigma_next
 
 
 def _dpm_solver(x: Tensor, chain: Chain, schedule: NoiseSchedule) -> Iterator[tuple[Tensor, float]]:
     last: tuple[Tensor, float] | None = None  # the previous denoised image, and the step in log sigma from there
-    for sigma, following in itertools.pairwise(schedule):
+    for sigma, sigma_next in itertools.pairwise(schedule):
         x, score, _ = chain(x, sigma)
-        denoised, h = torch.add(x, score, alpha=sigma**2), math.log(sigma / following)
+        denoised, h = torch.add(x, score, alpha=sigma**2), math.log(sigma / sigma_next)
         # After a very short step the extrapolation would amplify rounding errors.
         if last is None or h > _LONGEST_STEP * last[1]:
             target = denoised
         else:
             target = denoised + (denoised - last[0]) * (h / (2 * last[1]))
-        x = torch.lerp(target, x, following / sigma)
+        x = torch.lerp(target, x, sigma_next / sigma)
         last = denoised, h
-        yield x, following
+        yield x, sigma_next
 
 
 class _Method(NamedTuple):

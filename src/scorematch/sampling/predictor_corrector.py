@@ -41,13 +41,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import argument, check_choice, check_count
+from scorematch.core.arguments import check_count
 from scorematch.core.batches import per_image
+from scorematch.core.schema import Field
 from scorematch.core.scores import Score
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.ancestral import ancestral_step
@@ -98,16 +99,18 @@ class PredictorCorrectorSampler(Sampler):
         net: Score,
         schedule: NoiseSchedule | None = None,
         *,
-        predictor: Predictor = "ancestral",
-        corrector_steps: int = 1,
-        snr: float = 0.16,
+        predictor: Annotated[
+            Predictor, Field(str, choices=get_args(Predictor)), "the step to the next level"
+        ] = "ancestral",
+        corrector_steps: Annotated[
+            int, Field(int, low=0, high=1_000_000), "the number of Langevin steps at each level"
+        ] = 1,
+        snr: Annotated[float, Field(float, above=0, below=1), "the signal-to-noise ratio of these steps"] = 0.16,
         published: bool = False,
         **options: Unpack[SamplerOptions],
     ) -> None:
         super().__init__(net, schedule, **options)
-        check_choice("predictor", predictor, _PREDICTORS)
-        if not 0 < snr < 1:
-            raise ValueError(f"{argument('snr')} must be above 0 and below 1, got {snr!r}.")
+        self.check_options({"predictor": predictor, "snr": snr})
         self.predictor = predictor
         self.corrector_steps = check_count("corrector_steps", corrector_steps, 0)
         self.snr = float(snr)
@@ -150,12 +153,12 @@ class PredictorCorrectorSampler(Sampler):
         return x + per_image(epsilon, x) * score + per_image((2 * epsilon).sqrt(), x) * z
 
 
-def _ancestral(x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:
-    return ancestral_step(x, score, z, sigma, following, "small")
+def _ancestral(x: Tensor, score: Tensor, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    return ancestral_step(x, score, z, sigma, sigma_next, "small")
 
 
-def _reverse_diffusion(x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:
-    step = sigma**2 - following**2
+def _reverse_diffusion(x: Tensor, score: Tensor, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    step = sigma**2 - sigma_next**2
     return torch.add(x, score, alpha=step).add_(z, alpha=math.sqrt(step))
 
 

@@ -17,28 +17,27 @@ References:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
-import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, TypedDict, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_origin
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.core.arguments import check_choice, check_count
-from scorematch.core.batches import without_history
-from scorematch.core.conditions import as_class, class_of_each
+from scorematch.core.arguments import argument, check_choice
+from scorematch.core.json_files import native
+from scorematch.core.messages import quote
 from scorematch.core.precision import exact_float32, without_autocast
-from scorematch.core.randomness import Generator, as_generator, standard_normal
+from scorematch.core.randomness import Generator
+from scorematch.core.schema import Field
 from scorematch.core.scores import (
     Score,
     attribute,
-    device_of,
     evaluating,
     has_inference_copy,
     inference_copy_of,
@@ -46,15 +45,13 @@ from scorematch.core.scores import (
 )
 from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 from scorematch.restoration.method import Restoration
-from scorematch.restoration.methods import Restore, restoration
+from scorematch.restoration.methods import Restore
 from scorematch.restoration.observation import Observation
-from scorematch.sampling.chain import Chain, FiniteCheck, Generators, Run
+from scorematch.sampling.chain import Chain, Run
+from scorematch.sampling.finite import FiniteCheck
+from scorematch.sampling.start import start
 
 Precision = Literal["auto", "float32"]
-
-# The largest number of values in one network call by default: those of 1,337 MNIST digits, 341 CIFAR-10 images or 5 RGB
-# images of 256 x 256 pixels.
-_BATCH_VALUES = 2**20
 
 
 class SamplerOptions(TypedDict, total=False):
@@ -107,24 +104,18 @@ class Sampler(ABC):
 
     draws_noise = True  # if False, every step uses the noise of the start, as the probability flow does
 
-    def __init_subclass__(cls) -> None:
-        """Adds the options of ``Sampler`` to the signature of a subclass that passes them on as ``**options``."""
-        signature = inspect.signature(cls.__init__)
-        own = list(signature.parameters.values())
-        if own[-1].kind is inspect.Parameter.VAR_KEYWORD:
-            shared = inspect.signature(Sampler.__init__).parameters.values()
-            names = {parameter.name for parameter in own}
-            added = [p for p in shared if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in names]
-            cls.__init__.__signature__ = signature.replace(parameters=[*own[:-1], *added])  # type: ignore[attr-defined]
-
     def __init__(
         self,
         net: Score,
         schedule: NoiseSchedule | None = None,
         *,
-        levels: int | None = None,
-        sigma_max: float | None = None,
-        sigma_min: float | None = None,
+        levels: Annotated[int | None, Field(int, low=2, high=1_000_000), "the number of noise levels"] = None,
+        sigma_max: Annotated[
+            float | None, Field(float, low=0), "the highest noise level, within the network's range"
+        ] = None,
+        sigma_min: Annotated[
+            float | None, Field(float, low=0), "the lowest noise level, within the network's range"
+        ] = None,
         denoise: bool = True,
         clamp: bool = True,
         restore: Restore = "replace",
@@ -163,6 +154,14 @@ class Sampler(ABC):
         self.precision = precision
         self.compile = compile
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Raises ValueError if declared options are out of range, or contradict each other; None is not checked."""
+        for name, value in options.items():
+            field = options_of(cls)[name].field
+            if value is not None and not field.fits(native(value)):
+                raise ValueError(f"{argument(name)} must be {field}, got {quote(value)}.")
+
     # -- What a sampler defines ---------------------------------------------------------------------------------------
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
@@ -185,7 +184,7 @@ class Sampler(ABC):
         """The settings that ``print(sampler)`` shows in addition to the schedule."""
         return []
 
-    def step(self, x: Tensor, score: Tensor, z: Tensor, sigma: float, following: float) -> Tensor:
+    def step(self, x: Tensor, score: Tensor, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """The state at the next lower level.
 
         Args:
@@ -193,10 +192,10 @@ class Sampler(ABC):
             score: the score of x at ``sigma``. It may be overwritten, for example with the result.
             z: standard normal noise of x's shape.
             sigma: the noise level of x.
-            following: the next lower level.
+            sigma_next: the next lower level.
 
         Returns:
-            The state at ``following``.
+            The state at ``sigma_next``.
         """
         raise NotImplementedError(f"{type(self).__name__} must define step or steps.")
 
@@ -209,10 +208,10 @@ class Sampler(ABC):
             x: the noise to start from (n, ...), float32.
             chain: the score, the noise and the observation of this run.
         """
-        for sigma, following in itertools.pairwise(self.schedule):
+        for sigma, sigma_next in itertools.pairwise(self.schedule):
             x, score, z = chain(x, sigma)
-            x = self.step(x, score, z, sigma, following)
-            yield x, following
+            x = self.step(x, score, z, sigma, sigma_next)
+            yield x, sigma_next
 
     def __repr__(self) -> str:
         schedule = self.schedule
@@ -232,7 +231,7 @@ class Sampler(ABC):
         condition: Tensor | int | None = None,
         observation: Observation | None = None,
         generator: Generator = None,
-        noise: Callable[[Tensor], Tensor] | None = None,
+        noise_source: Callable[[Tensor], Tensor] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
     ) -> Tensor:
@@ -256,9 +255,9 @@ class Sampler(ABC):
             generator: the source of all random numbers, a ``torch.Generator`` or an int seed; None is torch's global
                 generator. Numbers are drawn on its device. With a list of n generators each sample has its own, and
                 does not depend on the other samples.
-            noise: a function that takes the state x and returns the noise of a step, standard normal values of x's
-                shape, in place of random numbers. It is called once per step, before the score. Samplers that draw no
-                noise do not call it.
+            noise_source: a function that takes the state x and returns the noise of a step, standard normal values of
+                x's shape, in place of random numbers. It is called once per step, before the score. Samplers that draw
+                no noise do not call it.
             batch_size: the number of samples per network call; None is as many as have 2^20 values together, but at
                 least 1. The result depends on it only through rounding in the network.
             progress: whether to show a progress bar.
@@ -273,8 +272,8 @@ class Sampler(ABC):
             RuntimeError: if the state has NaN or infinite values; the message names the level at which that began.
         """
         with _without_gradients():
-            x, run = self._start(n, shape, init, condition, observation, generator, batch_size)
-            for x, _ in self._run(x, run, _source(noise, run.generator), progress):  # noqa: B007, B020
+            x, run = start(self, n, shape, init, condition, observation, generator, noise_source, batch_size)
+            for x, _ in self._run(x, run, progress):  # noqa: B007, B020
                 pass
         return x if self.denoise else self._result(x, run.restoration)
 
@@ -287,7 +286,7 @@ class Sampler(ABC):
         condition: Tensor | int | None = None,
         observation: Observation | None = None,
         generator: Generator = None,
-        noise: Callable[[Tensor], Tensor] | None = None,
+        noise_source: Callable[[Tensor], Tensor] | None = None,
         batch_size: int | None = None,
         progress: bool = True,
     ) -> Iterator[tuple[Tensor, float]]:
@@ -300,41 +299,37 @@ class Sampler(ABC):
             pair is the result of ``sample`` with sigma 0. A yielded tensor is never written to again.
         """
         with _without_gradients():
-            x, run = self._start(n, shape, init, condition, observation, generator, batch_size)
-        return self._run(x, run, _source(noise, run.generator), progress)
+            x, run = start(self, n, shape, init, condition, observation, generator, noise_source, batch_size)
+        return self._run(x, run, progress)
 
     # -- The run ------------------------------------------------------------------------------------------------------
 
-    def _run(
-        self, x: Tensor, run: Run, noise: Callable[[Tensor], Tensor], progress: bool
-    ) -> Iterator[tuple[Tensor, float]]:
+    def _run(self, x: Tensor, run: Run, progress: bool) -> Iterator[tuple[Tensor, float]]:
         with _without_gradients(), without_autocast():
-            net = self._inference_net()
-        path = None if self.draws_noise else (x - middle_of(self.net)) / self.schedule.sigma_max
-        # Gradients are off and the network is in eval mode only within a step; between two steps of ``iterate`` the
-        # caller's modes apply.
+            # The network, or with precision "auto" its inference copy if it has one, made for one run and not kept.
+            net = self.net if self.precision == "float32" else inference_copy_of(self.net, compile=self.compile)
+        if not self.draws_noise:
+            path = (x - middle_of(self.net)) / self.schedule.sigma_max
+            run = run._replace(noise_source=lambda x: path)
         with tqdm(total=len(self), disable=not progress, desc="sampling", unit="call") as bar:
-            chain = Chain(net, run, noise if path is None else lambda x: path, bar.update)
-            finite = FiniteCheck(self.schedule)
-            states, shape = self.steps(x, chain), x.shape
-            while True:
-                with self._computing(net):
-                    state = next(states, None)
-                    if state is None:
-                        break
-                    self._check_state(state, shape)
-                    x = state[0]
-                    finite.record(x, state[1])
-                yield state
-            with self._computing(net):
-                if self.denoise:
-                    x = chain.denoised(x, self.schedule.sigma_min)
-                    finite.record(x, self.schedule.sigma_min)
-                finite.check()
-                if self.denoise:
-                    x = self._result(x, run.restoration)
-            if self.denoise:
-                yield x, 0.0
+            states = self._states(x, Chain(net, run, bar.update), run.restoration)
+            del x  # so that the memory of the start is free after the first step
+            yield from _each_within(lambda: self._computing(net), states)
+
+    def _states(self, x: Tensor, chain: Chain, restoration: Restoration) -> Iterator[tuple[Tensor, float]]:
+        """The checked state after every step, and the result."""
+        finite, shape = FiniteCheck(self.schedule), x.shape
+        for state in self.steps(x, chain):
+            self._check_state(state, shape)
+            x = state[0]
+            finite.record(*state)
+            yield state
+        if self.denoise:
+            x = chain.denoised(x, self.schedule.sigma_min)
+            finite.record(x, self.schedule.sigma_min)
+        finite.check()
+        if self.denoise:
+            yield self._result(x, restoration), 0.0
 
     def _check_state(self, state: Any, shape: torch.Size) -> None:
         """Checks what ``step`` or ``steps`` of a subclass returned."""
@@ -353,178 +348,22 @@ class Sampler(ABC):
         with _without_gradients(), evaluating(net), exact:
             yield
 
-    def _inference_net(self) -> Score:
-        """The network, or with precision "auto" its inference copy if it has one, made for one run and not kept."""
-        return self.net if self.precision == "float32" else inference_copy_of(self.net, compile=self.compile)
-
     def _result(self, x: Tensor, restoration: Restoration) -> Tensor:
         x = restoration.finish(x)
         value_range = attribute(self.net, "value_range")
         return x.clamp(*value_range) if self.clamp and value_range is not None else x
 
-    def _start(
-        self,
-        n: int | None,
-        shape: Sequence[int] | None,
-        init: Tensor | None,
-        condition: Tensor | int | None,
-        observation: Observation | None,
-        generator: Generator,
-        batch_size: int | None,
-    ) -> tuple[Tensor, Run]:
-        """The noise to start from (n, ...), float32 on the network's device, and the other arguments of the run."""
-        if observation is not None and not isinstance(observation, Observation):
-            raise TypeError(
-                f"observation must be an Observation, got {type(observation).__name__}. "
-                "Write scorematch.restoration.Observation(operator, y)."
-            )
-        condition = as_class(condition)
-        if not isinstance(condition, Tensor | int | None) or isinstance(condition, bool):
-            raise TypeError(
-                f"condition must be a tensor (n, ...) or an int, got {type(condition).__name__}. Write "
-                "torch.as_tensor(condition)."
-            )
-        if init is not None:
-            _check_init(init)
-        generators = as_generator(generator)
-        n = _count(n, init, condition, observation, generators)
-        if batch_size is not None:
-            batch_size = check_count("batch_size", batch_size)
-        if isinstance(shape, int):
-            raise TypeError(f"shape must be the shape of one sample, such as ({shape},), got {shape!r}.")
-        sample_shape = self._sample_shape(shape, init, observation)
-        device = self._device(init, generators)
-        restoration = self._restoration(observation, device)
-        noise: Tensor | None = None
-        if init is not None:
-            x = without_history(init).to(device, torch.float32)
-        else:
-            noise = standard_normal((n, *sample_shape), generators, device)
-            middle, sigma = middle_of(self.net), self.schedule.sigma_max
-            x = restoration.start(middle + sigma * noise, sigma, middle)
-        classes: Tensor | None = class_of_each(condition, x)
-        values = max(1, math.prod(sample_shape))
-        return x, Run(
-            None if classes is None else without_history(classes).to(device),
-            restoration,
-            max(1, _BATCH_VALUES // values) if batch_size is None else batch_size,
-            generators,
-            noise if restoration.sigma > 0 else None,
-        )
 
-    def _sample_shape(
-        self, shape: Sequence[int] | None, init: Tensor | None, observation: Observation | None
-    ) -> tuple[int, ...]:
-        if init is not None and shape is not None and tuple(shape) != tuple(init.shape[1:]):
-            raise ValueError(
-                f"shape must be the shape of one sample of init, {tuple(init.shape[1:])}, got {tuple(shape)}. Leave it "
-                "out."
-            )
-        observed = None if observation is None else observation.operator.lift(observation.y).shape[1:]
-        found = init.shape[1:] if init is not None else shape
-        if found is None:
-            found = attribute(self.net, "sample_shape") if observed is None else observed
-        if found is None:
-            raise ValueError("the shape of a sample is not known: pass shape=, without the batch axis.")
-        if observed is not None and tuple(observed) != tuple(found):
-            raise ValueError(
-                f"the observation must be of images of shape {tuple(found)}, but {observation!r} is of images of shape "
-                f"{tuple(observed)}."
-            )
-        return tuple(found)
-
-    def _restoration(self, observation: Observation | None, device: torch.device) -> Restoration:
-        if observation is None:
-            return Restoration()
-        observation = observation.to(device)
-        value_range, needed = attribute(self.net, "value_range"), observation.operator.value_range
-        if needed is not None and value_range is not None and tuple(value_range) != needed:
-            raise ValueError(
-                f"{observation.operator!r} is for images in {needed}, but the network's value_range is "
-                f"{tuple(value_range)}."
-            )
-        if self.clamp and value_range is not None and observation.sigma == 0:
-            _warn_of_clamping(observation, value_range)
-        # Image data are assumed to have a standard deviation of a quarter of their range, as in the row "karras".
-        deviation = 1.0 if value_range is None else (value_range[1] - value_range[0]) / 4
-        own = attribute(self.net, "preconditioning")
-        if own is not None and own.data_std is not None:
-            deviation = own.data_std
-        return restoration(observation, self.restore, deviation**2)
-
-    def _device(self, init: Tensor | None, generators: Generators) -> torch.device:
-        """The network's device; for a plain function that of init, or else that of the generator, or else the CPU."""
-        one = generators[0] if isinstance(generators, tuple) else generators
-        source = one if init is None else init
-        return device_of(self.net, "cpu" if source is None else source.device)
-
-
-def _warn_of_clamping(observation: Observation, value_range: tuple[float, float]) -> None:
-    """Warns if observed values are outside the range to which the result is clamped.
-
-    A measurement in other units than the image, such as sums of pixels, is not compared: it does not map an image of
-    one value to this value.
-    """
-    operator, y, top = observation.operator, observation.y, value_range[1]
-    seen = torch.ones((), dtype=torch.bool) if operator.seen is None else operator.seen
-    seen = seen.to(y.device)
-    measured = torch.where(seen, operator.measure(torch.full_like(operator.lift(y), top)), top)
-    if not bool(((measured - top).abs() <= 0.02 * (top - value_range[0])).all()):
-        return
-    low = float(torch.where(seen, y, math.inf).min())
-    high = float(torch.where(seen, y, -math.inf).max())
-    if low < value_range[0] - 1e-6 or high > value_range[1] + 1e-6:
-        warnings.warn(
-            f"y has no noise (sigma 0), but its values range from {low:.3g} to {high:.3g}, outside the network's "
-            f"value_range {value_range}, to which the result is clamped. Pass the noise level of y, "
-            "Observation(operator, y, sigma=...), or create the sampler with clamp=False.",
-            stacklevel=5,
-        )
-
-
-def _check_init(init: Tensor) -> None:
-    if not isinstance(init, Tensor):
-        raise TypeError(f"init must be a tensor (n, ...), got {type(init).__name__}. Write torch.as_tensor(init).")
-    if not init.is_floating_point():
-        raise TypeError(f"init must be floating point, got {init.dtype}. Write init.float().")
-    if init.ndim < 2:
-        raise ValueError(f"init must be a batch (n, ...), got shape {tuple(init.shape)}.")
-    if not bool(torch.isfinite(init).all()):
-        raise ValueError("init must be finite, got NaN or infinite values.")
-
-
-def _count(
-    n: int | None,
-    init: Tensor | None,
-    condition: Tensor | int | None,
-    observation: Observation | None,
-    generators: Generators,
-) -> int:
-    """The number of samples; all arguments must agree on it."""
-    counts = {
-        "n": n,
-        "init": None if init is None else len(init),
-        "condition": len(condition) if isinstance(condition, Tensor) else None,
-        "observation": None if observation is None or len(observation) == 1 else len(observation),
-        "generator": len(generators) if isinstance(generators, tuple) else None,
-    }
-    given = {name: count for name, count in counts.items() if count is not None}
-    if len(set(given.values())) > 1:
-        listed = ", ".join(f"{count} from {name}" for name, count in given.items())
-        one = given.get("condition") == 1
-        hint = " To draw n samples for one condition, write condition.repeat_interleave(n, 0)." if one else ""
-        raise ValueError(f"the arguments disagree on the number of samples: {listed}.{hint}")
-    return check_count("n", next(iter(given.values()), 1))
-
-
-def _source(noise: Callable[[Tensor], Tensor] | None, generators: Generators) -> Callable[[Tensor], Tensor]:
-    """The user's noise, or standard normal noise from the generator."""
-    if noise is not None:
-        return noise
-    return lambda x: standard_normal(x.shape, generators, x.device)
-
-
-# -- Modes ------------------------------------------------------------------------------------------------------------
+def _each_within(
+    context: Callable[[], AbstractContextManager[None]], states: Iterator[tuple[Tensor, float]]
+) -> Iterator[tuple[Tensor, float]]:
+    """The states, each computed within a context; between two states of ``iterate`` the caller's modes apply."""
+    while True:
+        with context():
+            state = next(states, None)
+        if state is None:
+            return
+        yield state
 
 
 @contextmanager
@@ -532,3 +371,40 @@ def _without_gradients() -> Iterator[None]:
     """Turns gradients off, and also inference mode, in which "guide-jacobian" could not compute derivatives."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+# -- The options of a sampler -----------------------------------------------------------------------------------------
+
+
+class Option(NamedTuple):
+    """An option of a sampler that can be stored with a network and set on the command line.
+
+    The constructor of the sampler declares it, in the annotation of its keyword argument:
+    ``eta: Annotated[float, Field(float, low=0, high=1), "the amount of new noise"] = 1.0``.
+
+    Attributes:
+        field: the type and range of its values.
+        help: one sentence of help.
+        default: the default; None if it depends on the network.
+    """
+
+    field: Field
+    help: str
+    default: Any
+
+
+@functools.cache
+def options_of(kind: type[Sampler]) -> Mapping[str, Option]:
+    """The options of a sampler, in the order in which they are stored; those of ``Sampler`` are those of every one."""
+    found: dict[str, Option] = {}
+    for each in kind.__mro__:
+        if not (issubclass(each, Sampler) and "__init__" in vars(each)):
+            continue
+        for name, parameter in inspect.signature(vars(each)["__init__"]).parameters.items():
+            hint = parameter.annotation if parameter.kind is inspect.Parameter.KEYWORD_ONLY else None
+            if isinstance(hint, str):
+                hint = eval(hint, vars(each)["__init__"].__globals__)  # noqa: S307  (an annotation in source code)
+            if get_origin(hint) is Annotated and name not in found:
+                _, field, text = get_args(hint)
+                found[name] = Option(field, text, parameter.default)
+    return {"levels": found["levels"], **found}

@@ -1,161 +1,150 @@
-"""The recommended sampler of a network with its options, measured or published, which is stored with its weights."""
+"""The samplers by name, and the recommended sampler of a network with its options, which is stored with its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, get_args
+from dataclasses import dataclass
+from typing import Any
 
-from scorematch.core.arguments import argument
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field, check
-from scorematch.sampling.ancestral import Variance
-from scorematch.sampling.ode import Method
-from scorematch.sampling.predictor_corrector import Predictor
+from scorematch.core.scores import Score, attribute
+from scorematch.noise import NoiseSchedule
+from scorematch.sampling.ancestral import AncestralSampler
+from scorematch.sampling.langevin import MOST_LEVELS, POWER_OF_NETWORKS, AnnealedLangevinSampler
+from scorematch.sampling.ode import ODESampler
+from scorematch.sampling.predictor_corrector import PredictorCorrectorSampler
+from scorematch.sampling.sampler import Sampler, options_of
+
+__all__ = ["SAMPLERS", "SamplerSettings", "recommended_sampler"]
+
+# Keys are the values of SamplerSettings.sampler and of the command-line option --sampler.
+SAMPLERS: dict[str, type[Sampler]] = {
+    "langevin": AnnealedLangevinSampler,
+    "ode": ODESampler,
+    "ancestral": AncestralSampler,
+    "predictor-corrector": PredictorCorrectorSampler,
+}
 
 
-def _option(sampler: str, kind: type, text: str, **bounds: Any) -> Any:
-    """The field of an option of a sampler, or of "all", with the help text of its command-line option."""
-    return field(default=None, metadata={"sampler": sampler, "value": Field(kind, **bounds), "help": text})
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False)
 class SamplerSettings:
-    """The recommended sampler of a network and its options, which have the names of the sampler's arguments.
-
-    Options left as None use the sampler's default.
+    """The recommended sampler of a network, and its options.
 
     Args:
         sampler: "langevin" (AnnealedLangevinSampler), "ode" (ODESampler), "ancestral" (AncestralSampler) or
             "predictor-corrector" (PredictorCorrectorSampler).
-        levels: the number of noise levels, at least 2, for all samplers.
-        steps_per_level, step_size, exact_noise, consistent: see AnnealedLangevinSampler.
-        method, churn, churn_min, churn_max, churn_noise: see ODESampler.
-        variance, clamp_denoised: see AncestralSampler.
-        predictor, corrector_steps, snr: see PredictorCorrectorSampler.
-        sigma_max: the highest noise level, in the units of x, for all samplers; None is that of the network.
-        sigma_min: the lowest noise level, in the units of x, for all samplers; None is that of the network.
+        **options: arguments of this sampler, by name: ``levels``, ``sigma_max``, ``sigma_min``, and its own, except
+            those that depend on the use, such as ``restore``. None, and an option that is left out, is the sampler's
+            default.
+
+    Attributes:
+        sampler: the name of the sampler.
 
     Raises:
-        ValueError: if a value is out of range or of the wrong type, an option belongs to another sampler, or
-            ``consistent`` is True with several steps per level or with ``exact_noise``.
+        ValueError: if a value is out of range or of the wrong type, the sampler has no such option, or options
+            contradict each other.
 
     Example:
         >>> SamplerSettings(levels=100, step_size=5e-5, consistent=True).to_dict()
         {'sampler': 'langevin', 'levels': 100, 'step_size': 5e-05, 'consistent': True}
     """
 
-    sampler: str = "langevin"
-    levels: int | None = _option("all", int, "the number of noise levels", low=2, high=1_000_000)
-    steps_per_level: int | None = _option(
-        "langevin", int, "the number of Langevin steps at each level", low=1, high=1_000_000
-    )
-    step_size: float | None = _option(
-        "langevin", float, "the step size at the lowest level, above 0 and below 2 sigma_min^2", above=0
-    )
-    exact_noise: bool | None = _option(
-        "langevin",
-        bool,
-        "whether the noise of a Langevin step of size a has variance 2a - a^2/sigma^2 instead of 2a; both "
-        "--exact-noise and --no-exact-noise turn off consistent sampling",
-    )
-    consistent: bool | None = _option(
-        "langevin",
-        bool,
-        "consistent sampling: one step from each level to the next that adds exactly the missing noise",
-    )
-    method: str | None = _option("ode", str, "the solver (default: heun)", choices=get_args(Method))
-    churn: float | None = _option("ode", float, "with heun: how much new noise the steps add (default: 0, none)", low=0)
-    churn_min: float | None = _option(
-        "ode", float, "the lowest level at which noise is added (default: no limit)", low=0
-    )
-    churn_max: float | None = _option(
-        "ode", float, "the highest level at which noise is added (default: no limit)", low=0
-    )
-    churn_noise: float | None = _option("ode", float, "the factor of the added noise (default: 1)", above=0)
-    variance: str | None = _option(
-        "ancestral", str, "the variance of the noise of a step (default: large)", choices=get_args(Variance)
-    )
-    clamp_denoised: bool | None = _option(
-        "ancestral", bool, "clamp the denoised image to [0, 1] at every step (default: no)"
-    )
-    predictor: str | None = _option(
-        "predictor-corrector", str, "the step to the next level (default: ancestral)", choices=get_args(Predictor)
-    )
-    corrector_steps: int | None = _option(
-        "predictor-corrector", int, "the number of Langevin steps at each level (default: 1)", low=0, high=1_000_000
-    )
-    snr: float | None = _option(
-        "predictor-corrector",
-        float,
-        "the signal-to-noise ratio of these steps, above 0 and below 1 (default: 0.16)",
-        above=0,
-        below=1,
-    )
-    sigma_max: float | None = _option("all", float, "the highest noise level, within the network's range", low=0)
-    sigma_min: float | None = _option("all", float, "the lowest noise level, within the network's range", low=0)
+    sampler: str
+    _given: tuple[tuple[str, Any], ...]
 
-    SCHEMA: ClassVar[Mapping[str, Field]]
-    OPTIONS: ClassVar[Mapping[str, tuple[str, ...]]]  # of each sampler
-    NOISE: ClassVar[tuple[str, ...]]  # options of all samplers
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            object.__setattr__(self, name, native(value))  # numbers of NumPy as those of Python
-        check(self.to_dict(), self.SCHEMA, "sampler_settings")
-        foreign = self.options.keys() - set(self.OPTIONS[self.sampler])
-        if foreign:
-            known = ", ".join(sorted(self.OPTIONS[self.sampler]))
+    def __init__(self, sampler: str = "langevin", **options: Any) -> None:
+        check({"sampler": sampler}, {"sampler": Field(str, choices=tuple(SAMPLERS))}, "sampler_settings")
+        known = options_of(SAMPLERS[sampler])
+        unknown = options.keys() - known.keys()
+        if unknown:
             raise ValueError(
-                f"sampler_settings: {', '.join(sorted(foreign))} is not an option of the sampler {self.sampler!r}, "
-                f"whose options are {known}."
+                f"sampler_settings: {', '.join(sorted(unknown))} is not an option of the sampler {sampler!r}, whose "
+                f"options are {', '.join(sorted(known))}."
             )
-        if self.consistent and (self.steps_per_level not in (None, 1) or self.exact_noise is not None):
-            raise ValueError(
-                f"sampler_settings: consistent sampling takes one step per level and derives the noise from the "
-                f"schedule: leave out {argument('steps_per_level')} and {argument('exact_noise')}, got "
-                f"{self.steps_per_level!r} and {self.exact_noise!r}."
-            )
+        given = {name: native(options[name]) for name in known if options.get(name) is not None}  # no NumPy numbers
+        try:
+            SAMPLERS[sampler].check_options(given)
+        except ValueError as error:
+            raise ValueError(f"sampler_settings: {error}") from error
+        object.__setattr__(self, "sampler", sampler)
+        object.__setattr__(self, "_given", tuple(given.items()))
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of the sampler that are set, as keyword arguments; without those of all samplers."""
-        return {key: value for key, value in self.to_dict().items() if key not in ("sampler", *self.NOISE)}
-
-    @property
-    def noise(self) -> dict[str, Any]:
-        """The options of the noise levels that are set, as keyword arguments of every sampler."""
-        return {key: value for key, value in self.to_dict().items() if key in self.NOISE}
+        """The options that are set, as keyword arguments of the sampler."""
+        return dict(self._given)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of plain values for JSON, without those that are None; ``from_dict`` is the inverse."""
-        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        """A dict of plain values for JSON; ``from_dict`` is the inverse."""
+        return {"sampler": self.sampler, **self.options}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplerSettings:
         """Creates settings from a dict that ``to_dict`` returned.
 
-        Args:
-            values: at least "sampler", and the options that are set; None is as if the key were absent.
-
         Raises:
-            ValueError: if a key is unknown or missing, or a value is out of range.
+            ValueError: if "sampler" is missing, or as for the constructor.
         """
-        if isinstance(values, Mapping):
-            values = {key: value for key, value in values.items() if value is not None or key not in cls.SCHEMA}
-        check(values, cls.SCHEMA, "sampler_settings", closed=True)
+        check(values, {"sampler": Field(str, required=True)}, "sampler_settings")
         return cls(**values)
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in self.to_dict().items())
 
+    def __repr__(self) -> str:
+        return f"SamplerSettings({', '.join([repr(self.sampler), *(f'{k}={v!r}' for k, v in self._given)])})"
 
-_owned: dict[str, tuple[str, ...]] = {}
-for _each in fields(SamplerSettings)[1:]:
-    _owned[_each.metadata["sampler"]] = (*_owned.get(_each.metadata["sampler"], ()), _each.name)
-SamplerSettings.NOISE = _owned.pop("all")
-SamplerSettings.OPTIONS = _owned
-SamplerSettings.SCHEMA = {
-    "sampler": Field(str, required=True, choices=tuple(_owned)),
-    **{each.name: each.metadata["value"] for each in fields(SamplerSettings)[1:]},
-}
+
+def consistent_settings(schedule: NoiseSchedule, power: float = POWER_OF_NETWORKS) -> SamplerSettings:
+    """Settings for a network that was trained on a schedule: consistent sampling with at most 250 network calls.
+
+    docs/pretrained.md says how the default of p was chosen. For a DDPM it is based on published results of similar
+    networks (Song et al., 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502, Table 1) and on small networks.
+
+    Args:
+        schedule: the noise levels of the network, at least two.
+        power: p, which defines the step size (1 - r^p) sigma_min^2, where r is the ratio of a level to the one before.
+    """
+    levels = min(MOST_LEVELS, len(schedule))
+    ratio = (schedule.sigma_min / schedule.sigma_max) ** (1 / (levels - 1))
+    return SamplerSettings(levels=levels, step_size=(1 - ratio**power) * schedule.sigma_min**2, consistent=True)
+
+
+def recommended_sampler(
+    net: Score,
+    settings: SamplerSettings | None = None,
+    *,
+    levels: int | None = None,
+    sigma_max: float | None = None,
+    sigma_min: float | None = None,
+) -> Sampler:
+    """Creates the sampler that settings describe.
+
+    Args:
+        net: a score, usually a ScoreNet.
+        settings: the sampler and its options; None uses the network's own settings, ``net.sampler_settings``, or
+            AnnealedLangevinSampler with its defaults if the network has none.
+        levels: the number of noise levels, at least 2; None uses that of the settings.
+        sigma_max: the highest noise level, in the units of x; None uses that of the settings.
+        sigma_min: the lowest noise level, in the units of x; None uses that of the settings.
+
+    Returns:
+        A sampler of ``net``, of the class that ``settings.sampler`` names.
+
+    Raises:
+        ValueError: if the sampler rejects an option, or ``net`` is a plain function, which has no noise levels.
+
+    Example:
+        >>> from scorematch import ScoreNet
+        >>> recommended_sampler(ScoreNet.from_pretrained("mnist"))
+        AnnealedLangevinSampler(100 levels 16.9 -> 0.01, 1 step, step 5e-05, consistent, 100 network calls)
+    """
+    own: SamplerSettings | None = attribute(net, "sampler_settings")
+    settings = own if settings is None else settings
+    noise = {"levels": levels, "sigma_max": sigma_max, "sigma_min": sigma_min}
+    given: dict[str, Any] = {name: value for name, value in noise.items() if value is not None}
+    if settings is None or (settings is own and settings.sampler == "langevin"):
+        # It reads the network's own settings itself, and adapts the step size to other noise levels.
+        return AnnealedLangevinSampler(net, **given)
+    return SAMPLERS[settings.sampler](net, **{**settings.options, **given})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from collections.abc import Mapping
 from typing import Any
 
 from scorematch.cli.options import given
@@ -13,6 +13,7 @@ from scorematch.core.arguments import argument
 from scorematch.core.conditions import takes_image
 from scorematch.core.scores import Score, attribute
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
+from scorematch.sampling.sampler import Option, options_of
 
 
 def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommended one") -> None:
@@ -33,17 +34,28 @@ def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommende
         choices=SAMPLERS,
         help=f"the sampler (default: the one to which a given option belongs, or {default})",
     )
-    groups = {"all": group} | {name: parser.add_argument_group(f"options of --sampler {name}") for name in SAMPLERS}
-    for option in fields(SamplerSettings)[1:]:
-        value = option.metadata["value"]
+    _add_options(group, options_of(Sampler))
+    for name in SAMPLERS:
+        if own := _own_options(name):
+            _add_options(parser.add_argument_group(f"options of --sampler {name}"), own)
+
+
+def _add_options(group: Any, options: Mapping[str, Option]) -> None:
+    for name, (field, text, default) in options.items():
         kinds: dict[type, dict[str, Any]] = {
-            bool: {"action": argparse.BooleanOptionalAction},
-            int: {"type": fitting(value)},
-            float: {"type": fitting(value)},
-            str: {"choices": value.choices},
+            bool: {"action": argparse.BooleanOptionalAction, "default": None},
+            int: {"type": fitting(field)},
+            float: {"type": fitting(field)},
+            str: {"choices": field.choices},
         }
-        flag, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
-        groups[option.metadata["sampler"]].add_argument(flag, help=text, **kinds[value.kind])
+        if default is not None:
+            text = f"{text} (default: {'no' if default is False else default})"
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, **kinds[field.kind])
+
+
+def _own_options(sampler: str) -> dict[str, Option]:
+    """The options of a sampler without those of all samplers."""
+    return {name: option for name, option in options_of(SAMPLERS[sampler]).items() if name not in options_of(Sampler)}
 
 
 def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = False) -> Sampler:
@@ -58,8 +70,8 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = Fals
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
     """
-    owners = {option: name for name, options in SamplerSettings.OPTIONS.items() for option in given(args, options)}
-    noise = given(args, SamplerSettings.NOISE)
+    owners = {option: name for name in SAMPLERS for option in given(args, _own_options(name))}
+    noise = given(args, options_of(Sampler))
     default = "langevin" if restoring and not takes_image(net) else None
     name = next(iter(owners.values()), default) if args.sampler is None else args.sampler
     if name is None:
@@ -71,5 +83,5 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = Fals
     own: SamplerSettings | None = attribute(net, "sampler_settings")
     # AnnealedLangevinSampler reads the network's own settings itself, and adapts them to other options.
     if own is not None and own.sampler == name != "langevin":
-        options, noise = {**own.options, **options}, {**own.noise, **noise}
+        options = {**own.options, **options}
     return recommended_sampler(net, SamplerSettings(name, **options), **noise)

@@ -1,0 +1,187 @@
+"""The start of a run: the checks of the arguments of ``Sampler.sample``, and the noise from which it begins."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from scorematch.core.arguments import check_count
+from scorematch.core.batches import without_history
+from scorematch.core.conditions import as_class, class_of_each
+from scorematch.core.randomness import Generator, as_generator, standard_normal
+from scorematch.core.scores import attribute, device_of, middle_of
+from scorematch.restoration.method import Restoration
+from scorematch.restoration.methods import restoration
+from scorematch.restoration.observation import Observation
+from scorematch.sampling.chain import Run
+
+if TYPE_CHECKING:
+    from scorematch.sampling.sampler import Sampler
+
+# The largest number of values in one network call by default: those of 1,337 MNIST digits, 341 CIFAR-10 images or 5 RGB
+# images of 256 x 256 pixels.
+_BATCH_VALUES = 2**20
+
+Generators = torch.Generator | tuple[torch.Generator, ...] | None
+
+
+def start(
+    sampler: Sampler,
+    n: int | None,
+    shape: Sequence[int] | None,
+    init: Tensor | None,
+    condition: Tensor | int | None,
+    observation: Observation | None,
+    generator: Generator,
+    noise_source: Callable[[Tensor], Tensor] | None,
+    batch_size: int | None,
+) -> tuple[Tensor, Run]:
+    """The noise to start from (n, ...), float32 on the network's device, and the other arguments of the run, checked.
+
+    Arguments and errors are those of ``Sampler.sample``.
+    """
+    if observation is not None and not isinstance(observation, Observation):
+        raise TypeError(
+            f"observation must be an Observation, got {type(observation).__name__}. "
+            "Write scorematch.restoration.Observation(operator, y)."
+        )
+    condition = as_class(condition)
+    if not isinstance(condition, Tensor | int | None) or isinstance(condition, bool):
+        raise TypeError(
+            f"condition must be a tensor (n, ...) or an int, got {type(condition).__name__}. Write "
+            "torch.as_tensor(condition)."
+        )
+    if init is not None:
+        _check_init(init)
+    generators = as_generator(generator)
+    n = _count(n, init, condition, observation, generators)
+    if isinstance(shape, int):
+        raise TypeError(f"shape must be the shape of one sample, such as ({shape},), got {shape!r}.")
+    sample_shape = _sample_shape(sampler.net, shape, init, observation)
+    if batch_size is None:
+        batch_size = max(1, _BATCH_VALUES // max(1, math.prod(sample_shape)))
+    batch_size = check_count("batch_size", batch_size)
+
+    # A plain function has no device: the run is on that of init, or else of the generator, or else on the CPU.
+    source = init if init is not None else generators[0] if isinstance(generators, tuple) else generators
+    device = device_of(sampler.net, "cpu" if source is None else source.device)
+    method = Restoration() if observation is None else _restoration(sampler, observation.to(device))
+    noise: Tensor | None = None
+    if init is not None:
+        x = without_history(init).to(device, torch.float32)
+    else:
+        noise = standard_normal((n, *sample_shape), generators, device)
+        middle, sigma = middle_of(sampler.net), sampler.schedule.sigma_max
+        x = method.start(middle + sigma * noise, sigma, middle)
+    given: Tensor | None = class_of_each(condition, x)
+    return x, Run(
+        None if given is None else without_history(given).to(device),
+        method,
+        batch_size,
+        noise_source or (lambda x: standard_normal(x.shape, generators, x.device)),
+        noise if method.sigma > 0 else None,
+    )
+
+
+def _check_init(init: Tensor) -> None:
+    if not isinstance(init, Tensor):
+        raise TypeError(f"init must be a tensor (n, ...), got {type(init).__name__}. Write torch.as_tensor(init).")
+    if not init.is_floating_point():
+        raise TypeError(f"init must be floating point, got {init.dtype}. Write init.float().")
+    if init.ndim < 2:
+        raise ValueError(f"init must be a batch (n, ...), got shape {tuple(init.shape)}.")
+    if not bool(torch.isfinite(init).all()):
+        raise ValueError("init must be finite, got NaN or infinite values.")
+
+
+def _count(
+    n: int | None,
+    init: Tensor | None,
+    condition: Tensor | int | None,
+    observation: Observation | None,
+    generators: Generators,
+) -> int:
+    """The number of samples; all arguments must agree on it."""
+    counts = {
+        "n": n,
+        "init": None if init is None else len(init),
+        "condition": len(condition) if isinstance(condition, Tensor) else None,
+        "observation": None if observation is None or len(observation) == 1 else len(observation),
+        "generator": len(generators) if isinstance(generators, tuple) else None,
+    }
+    given = {name: count for name, count in counts.items() if count is not None}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{count} from {name}" for name, count in given.items())
+        one = given.get("condition") == 1
+        hint = " To draw n samples for one condition, write condition.repeat_interleave(n, 0)." if one else ""
+        raise ValueError(f"the arguments disagree on the number of samples: {listed}.{hint}")
+    return check_count("n", next(iter(given.values()), 1))
+
+
+def _sample_shape(
+    net: object, shape: Sequence[int] | None, init: Tensor | None, observation: Observation | None
+) -> tuple[int, ...]:
+    """The shape of one sample; ``shape``, ``init`` and the observation must agree on it."""
+    if init is not None and shape is not None and tuple(shape) != tuple(init.shape[1:]):
+        raise ValueError(
+            f"shape must be the shape of one sample of init, {tuple(init.shape[1:])}, got {tuple(shape)}. Leave it out."
+        )
+    observed = None if observation is None else observation.operator.lift(observation.y).shape[1:]
+    found = init.shape[1:] if init is not None else shape
+    if found is None:
+        found = attribute(net, "sample_shape") if observed is None else observed
+    if found is None:
+        raise ValueError("the shape of a sample is not known: pass shape=, without the batch axis.")
+    if observed is not None and tuple(observed) != tuple(found):
+        raise ValueError(
+            f"the observation must be of images of shape {tuple(found)}, but {observation!r} is of images of shape "
+            f"{tuple(observed)}."
+        )
+    return tuple(found)
+
+
+def _restoration(sampler: Sampler, observation: Observation) -> Restoration:
+    """The method by which the samples agree with an observation, which is on the device of the network."""
+    net, needed = sampler.net, observation.operator.value_range
+    value_range = attribute(net, "value_range")
+    if needed is not None and value_range is not None and tuple(value_range) != needed:
+        raise ValueError(
+            f"{observation.operator!r} is for images in {needed}, but the network's value_range is "
+            f"{tuple(value_range)}."
+        )
+    if sampler.clamp and value_range is not None and observation.sigma == 0:
+        _warn_of_clamping(observation, value_range)
+    # Image data are assumed to have a standard deviation of a quarter of their range, as in the row "karras".
+    deviation = 1.0 if value_range is None else (value_range[1] - value_range[0]) / 4
+    own = attribute(net, "preconditioning")
+    if own is not None and own.data_std is not None:
+        deviation = own.data_std
+    return restoration(observation, sampler.restore, deviation**2)
+
+
+def _warn_of_clamping(observation: Observation, value_range: tuple[float, float]) -> None:
+    """Warns if observed values are outside the range to which the result is clamped.
+
+    A measurement in other units than the image, such as sums of pixels, is not compared: it does not map an image of
+    one value to this value.
+    """
+    operator, y, top = observation.operator, observation.y, value_range[1]
+    seen = torch.ones((), dtype=torch.bool) if operator.seen is None else operator.seen
+    seen = seen.to(y.device)
+    measured = torch.where(seen, operator.measure(torch.full_like(operator.lift(y), top)), top)
+    if not bool(((measured - top).abs() <= 0.02 * (top - value_range[0])).all()):
+        return
+    low = float(torch.where(seen, y, math.inf).min())
+    high = float(torch.where(seen, y, -math.inf).max())
+    if low < value_range[0] - 1e-6 or high > value_range[1] + 1e-6:
+        warnings.warn(
+            f"y has no noise (sigma 0), but its values range from {low:.3g} to {high:.3g}, outside the network's "
+            f"value_range {value_range}, to which the result is clamped. Pass the noise level of y, "
+            "Observation(operator, y, sigma=...), or create the sampler with clamp=False.",
+            stacklevel=5,
+        )
