@@ -184,6 +184,11 @@ def classifier(
     return _Classifier(net, classifier, weight, interval)
 
 
+def _of_net(name: str) -> Any:
+    """An attribute that is that of the network."""
+    return property(lambda guided: attribute(guided.net, name))
+
+
 class GuidedScore(NetworkScore, nn.Module):
     """A score with guidance, which every sampler accepts; see ``scorematch.guidance``.
 
@@ -198,10 +203,24 @@ class GuidedScore(NetworkScore, nn.Module):
         interval: (low, high), the range of noise levels with guidance, or None.
         rescale: phi, from 0 (not rescaled) to 1 (the contrast without guidance).
         predicts_variance: whether ``score_and_variance`` can be called.
+        schedule: the noise levels that the network was trained on; None for a plain function, as for all that follow.
+        value_range: the range of the data.
+        sample_shape: the shape of one sample.
+        sampler_settings: the SamplerSettings recommended for the network.
+        class_names: the names of the classes.
+        preconditioning: the preconditioning of the network.
+        device: the device of an inference copy.
     """
 
     net: Score
     other: Callable[..., Tensor] | None
+    schedule: NoiseSchedule | None = _of_net("schedule")
+    value_range: tuple[float, float] | None = _of_net("value_range")
+    sample_shape: tuple[int, ...] | None = _of_net("sample_shape")
+    sampler_settings: Any = _of_net("sampler_settings")
+    class_names: tuple[str, ...] | None = _of_net("class_names")
+    preconditioning: Any = _of_net("preconditioning")
+    device: torch.device | None = _of_net("device")
     _unguided: ClassVar[float] = 1.0  # the weight without guidance
 
     def __init__(
@@ -262,48 +281,11 @@ class GuidedScore(NetworkScore, nn.Module):
         """Its scores, the weight, the interval and the rescaling."""
         return [self.net, self.other, self.weight, self.interval, self.rescale]
 
-    # -- What samplers read -------------------------------------------------------------------------------------------
-
-    @property
-    def schedule(self) -> NoiseSchedule | None:
-        """The noise levels that the network was trained on; None for a plain function."""
-        return attribute(self.net, "schedule")
-
-    @property
-    def value_range(self) -> tuple[float, float] | None:
-        """The range of the data, or None."""
-        return attribute(self.net, "value_range")
-
-    @property
-    def preconditioning(self) -> Any:
-        """The preconditioning of the network; None for a plain callable."""
-        return attribute(self.net, "preconditioning")
-
-    @property
-    def sample_shape(self) -> tuple[int, ...] | None:
-        """The shape of one sample, or None."""
-        return attribute(self.net, "sample_shape")
-
-    @property
-    def sampler_settings(self) -> Any:
-        """The SamplerSettings recommended for the network, or None."""
-        return attribute(self.net, "sampler_settings")
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes, or None."""
-        return attribute(self.net, "class_names")
-
     @property
     def conditioning(self) -> Condition | None:
         """The condition that the guided score takes; None if it is not known."""
         takes = attribute(self.net, "conditioning")
         return takes if isinstance(takes, Condition) else None
-
-    @property
-    def device(self) -> torch.device | None:
-        """The device of an inference copy; None if it is not known."""
-        return attribute(self.net, "device")
 
     @property
     def is_inference_copy(self) -> bool:

@@ -22,6 +22,7 @@ References:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -32,7 +33,7 @@ from scorematch.core.arguments import check_choice
 from scorematch.core.conditions import Condition
 from scorematch.core.schema import Field
 from scorematch.nets.family import Family, structure
-from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus
+from scorematch.nets.layers import Activation, ConditionalInstanceNormPlus, InstanceNormPlus
 from scorematch.nets.precondition import ROWS
 
 Depth = Literal["standard", "deeper", "deepest"]
@@ -48,42 +49,28 @@ class _Stage(NamedTuple):
     dilation: int = 1
 
 
-class _Plan(NamedTuple):
-    encoder: tuple[_Stage, ...]  # from the image to the deepest features
-    refine: tuple[tuple[str, int], ...]  # (suffix, width of the output), from the deepest features to the image
-
-
-_PLANS: dict[str, _Plan] = {
-    "standard": _Plan(
-        (_Stage("1", 1), _Stage("2", 2, halve=True), _Stage("3", 2, dilation=2), _Stage("4", 2, dilation=4)),
-        (("1", 2), ("2", 2), ("3", 1), ("4", 1)),
-    ),
-    "deeper": _Plan(
-        (
-            _Stage("1", 1),
-            _Stage("2", 2, halve=True),
-            _Stage("3", 2, halve=True),
-            _Stage("4", 4, dilation=2),
-            _Stage("5", 4, dilation=4),
-        ),
-        (("1", 4), ("2", 2), ("3", 2), ("4", 1), ("5", 1)),
-    ),
-    "deepest": _Plan(
-        (
-            _Stage("1", 1),
-            _Stage("2", 2, halve=True),
-            _Stage("3", 2, halve=True),
-            _Stage("31", 2, halve=True),
-            _Stage("4", 4, dilation=2),
-            _Stage("5", 4, dilation=4),
-        ),
-        (("1", 4), ("2", 2), ("31", 2), ("3", 2), ("4", 1), ("5", 1)),
-    ),
+_FIRST, _HALVED = _Stage("1", 1), _Stage("2", 2, halve=True)
+_DILATED = _Stage("4", 4, dilation=2), _Stage("5", 4, dilation=4)
+# The encoder, from the image to the deepest features.
+_ENCODERS: dict[str, tuple[_Stage, ...]] = {
+    "standard": (_FIRST, _HALVED, _Stage("3", 2, dilation=2), _Stage("4", 2, dilation=4)),
+    "deeper": (_FIRST, _HALVED, _Stage("3", 2, halve=True), *_DILATED),
+    "deepest": (_FIRST, _HALVED, _Stage("3", 2, halve=True), _Stage("31", 2, halve=True), *_DILATED),
 }
+# The suffixes of the refine blocks, from the deepest features to the image.
+_REFINE = {"standard": ("1", "2", "3", "4"), "deeper": ("1", "2", "3", "4", "5")}
+_REFINE["deepest"] = ("1", "2", "31", "3", "4", "5")
 
 
 def _conv3x3(inputs: int, outputs: int, *, bias: bool = True, dilation: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=bias)
+
+
+class _NoNorm(nn.Module):
+    """Takes the place of a norm in networks without them, and applies its activation."""
+
+    def forward(self, x: Tensor, position: Tensor | None, activation: Activation | None = None) -> Tensor:
+        return x if activation is None else activation(x)
 
 
 class _ConvMeanPool(nn.Module):
@@ -127,67 +114,53 @@ class _ResidualBlock(nn.Module):
 class _ResidualConvUnits(nn.Module):
     """A number of residual units, each of twice [norm,] ELU, conv (RefineNet's RCU)."""
 
-    def __init__(self, width: int, blocks: int, norm: MakeNorm | None) -> None:
+    def __init__(self, width: int, blocks: int, norm: MakeNorm) -> None:
         super().__init__()
-        self.blocks = blocks
-        for name in self._names():
-            if norm is not None:
-                self.add_module(f"{name}_norm", norm(width))
+        self.names = [(f"{block}_1", f"{block}_2") for block in range(1, blocks + 1)]
+        for name in itertools.chain(*self.names):
+            self.add_module(f"{name}_norm", norm(width))
             self.add_module(f"{name}_conv", _conv3x3(width, width, bias=False))
-        self.normalized = norm is not None
-
-    def _names(self) -> list[str]:
-        return [f"{block}_{stage}" for block in range(1, self.blocks + 1) for stage in (1, 2)]
 
     def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
-        modules = self._modules
-        h = x
-        for name in self._names():
-            h = modules[f"{name}_norm"](h, position, F.elu) if self.normalized else F.elu(h)  # type: ignore[misc]
-            h = modules[f"{name}_conv"](h)  # type: ignore[misc]
-            if name.endswith("_2"):
-                x = h = h + x
+        for names in self.names:
+            h = x
+            for name in names:
+                h = getattr(self, f"{name}_norm")(h, position, F.elu)
+                h = getattr(self, f"{name}_conv")(h)
+            x = h + x
         return x
 
 
 class _MultiResolutionFusion(nn.Module):
     """[norm,] conv on each input; the results are resized to the size of the first and summed (RefineNet's MSF)."""
 
-    def __init__(self, inputs: Sequence[int], outputs: int, norm: MakeNorm | None) -> None:
+    def __init__(self, inputs: Sequence[int], outputs: int, norm: MakeNorm) -> None:
         super().__init__()
         self.convs = nn.ModuleList(_conv3x3(width, outputs) for width in inputs)
-        self.norms = None if norm is None else nn.ModuleList(norm(width) for width in inputs)
+        self.norms = nn.ModuleList(norm(width) for width in inputs)
 
     def forward(self, xs: Sequence[Tensor], position: Tensor | None) -> Tensor:
-        total = self._convolved(0, xs[0], position)
-        for i, x in enumerate(xs[1:], start=1):
-            h = self._convolved(i, x, position)
+        total, *others = (conv(norm(x, position)) for conv, norm, x in zip(self.convs, self.norms, xs, strict=True))
+        for h in others:
             if h.shape[2:] != total.shape[2:]:
                 h = F.interpolate(h, size=total.shape[2:], mode="bilinear", align_corners=True)
             total = total + h
         return total
 
-    def _convolved(self, i: int, x: Tensor, position: Tensor | None) -> Tensor:
-        return self.convs[i](x if self.norms is None else self.norms[i](x, position))
-
 
 class _ChainedResidualPooling(nn.Module):
     """ELU, then twice in a chain [norm,] 5x5 pooling, conv; each result is added to the sum (RefineNet's CRP)."""
 
-    def __init__(self, width: int, norm: MakeNorm | None) -> None:
+    def __init__(self, width: int, norm: MakeNorm) -> None:
         super().__init__()
         self.convs = nn.ModuleList(_conv3x3(width, width, bias=False) for _ in range(2))
-        self.norms = None if norm is None else nn.ModuleList(norm(width) for _ in range(2))
+        self.norms = nn.ModuleList(norm(width) for _ in range(2))
+        self.pool = F.max_pool2d if isinstance(self.norms[0], _NoNorm) else F.avg_pool2d
 
     def forward(self, x: Tensor, position: Tensor | None) -> Tensor:
-        x = F.elu(x)
-        path = x
-        for i, conv in enumerate(self.convs):
-            if self.norms is None:
-                path = F.max_pool2d(path, 5, stride=1, padding=2)
-            else:
-                path = F.avg_pool2d(self.norms[i](path, position), 5, stride=1, padding=2)
-            path = conv(path)
+        path = x = F.elu(x)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            path = conv(self.pool(norm(path, position), 5, stride=1, padding=2))
             x = x + path
         return x
 
@@ -195,7 +168,7 @@ class _ChainedResidualPooling(nn.Module):
 class _RefineBlock(nn.Module):
     """Residual units on each input, multi-resolution fusion, chained residual pooling, residual units."""
 
-    def __init__(self, inputs: Sequence[int], outputs: int, norm: MakeNorm | None, *, last: bool) -> None:
+    def __init__(self, inputs: Sequence[int], outputs: int, norm: MakeNorm, *, last: bool) -> None:
         super().__init__()
         self.adapt_convs = nn.ModuleList(_ResidualConvUnits(width, 2, norm) for width in inputs)
         self.msf = _MultiResolutionFusion(inputs, outputs, norm) if len(inputs) > 1 else None
@@ -231,7 +204,7 @@ class RefineNet(nn.Module):
         self, channels: int, width: int, *, depth: Depth = "standard", levels: int | None = None, center: bool = True
     ) -> None:
         super().__init__()
-        check_choice("depth", depth, _PLANS)
+        check_choice("depth", depth, _ENCODERS)
         if channels < 1 or width < 2:
             raise ValueError(
                 f"channels must be at least 1, and width at least 2 for the variance over channels in the norms, got "
@@ -240,18 +213,19 @@ class RefineNet(nn.Module):
         if levels is not None and levels < 1:
             raise ValueError(f"levels must be at least 1, or None for norms without noise level, got {levels}.")
         self.channels, self.levels, self.center = channels, levels, center
-        plan = _PLANS[depth]
-        self.divisor = 2 ** sum(stage.halve for stage in plan.encoder)
+        self.divisor = 2 ** sum(stage.halve for stage in _ENCODERS[depth])
 
         def norm(channels: int) -> nn.Module:
             return InstanceNormPlus(channels) if levels is None else ConditionalInstanceNormPlus(channels, levels)
 
-        refine_norm = None if levels is None else norm
+        def refine_norm(channels: int) -> nn.Module:
+            return _NoNorm() if levels is None else norm(channels)
+
         self.begin_conv = _conv3x3(channels, width)
         inputs = width
         skips: list[int] = []
         self._encoder: list[str] = []
-        for suffix, multiple, halve, dilation in plan.encoder:
+        for suffix, multiple, halve, dilation in _ENCODERS[depth]:
             outputs = multiple * width
             stage = nn.ModuleList(
                 [
@@ -265,9 +239,10 @@ class RefineNet(nn.Module):
             inputs = outputs
         self._refine: list[str] = []
         below: list[int] = []  # the width of the previous refine block's output; empty for the first block
-        for suffix, multiple in plan.refine:
-            outputs = multiple * width
-            block = _RefineBlock([skips.pop(), *below], outputs, refine_norm, last=not skips)
+        for suffix in _REFINE[depth]:
+            merged = [skips.pop(), *below]
+            outputs = skips[-1] if skips else width
+            block = _RefineBlock(merged, outputs, refine_norm, last=not skips)
             self._refine.append(f"refine{suffix}")
             self.add_module(f"refine{suffix}", block)
             below = [outputs]
@@ -317,7 +292,7 @@ class RefineNet(nn.Module):
 _KEYS: Mapping[str, Field] = {
     "channels": Field(int, required=True, low=1, high=65_536),
     "width": Field(int, required=True, low=2, high=65_536),
-    "depth": Field(str, required=True, choices=tuple(_PLANS)),
+    "depth": Field(str, required=True, choices=tuple(_ENCODERS)),
 }
 
 
