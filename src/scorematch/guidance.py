@@ -93,11 +93,6 @@ def classifier_free(
     Returns:
         A score, ``score(x, sigma, condition)``, with classes as its condition, int64 (N,) or an int.
 
-    Raises:
-        TypeError: if net is not callable.
-        ValueError: if net has no null class, the weight is not a finite number, the interval is not (low, high), or
-            ``rescale`` is not from 0 to 1.
-
     Example:
         >>> from scorematch import NoiseSchedule, ScoreNet
         >>> from scorematch.sampling import ODESampler
@@ -169,10 +164,6 @@ def classifier(
 
     Returns:
         A score, ``score(x, sigma, condition)``, with classes as its condition, int64 (N,) or an int.
-
-    Raises:
-        TypeError: if net or classifier is not callable.
-        ValueError: if the weight is not a finite number, or the interval is not (low, high).
 
     References:
         Dhariwal & Nichol, 2021, arXiv:2105.05233, Alg. 1 and 2.

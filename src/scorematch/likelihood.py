@@ -169,10 +169,6 @@ def bits_per_dimension(
     Returns:
         The bits per dimension (N,) of the images.
 
-    Raises:
-        TypeError: if the images are not a floating-point tensor.
-        ValueError: if they are outside [0, 1], or the network has another value range; and as for ``log_likelihood``.
-
     References:
         Theis et al., 2016, arXiv:1511.01844, Sec. 3.1.
     """
@@ -199,10 +195,6 @@ def dequantized(images: Tensor, generator: Generator = None) -> Tensor:
 
     Returns:
         The noisy images (N, ...), in the dtype of the images, but at least float32.
-
-    Raises:
-        TypeError: if the images are not a floating-point tensor.
-        ValueError: if they are outside [0, 1].
     """
     check_data(images, "images")
     low, high = (float(value) for value in images.detach().aminmax())

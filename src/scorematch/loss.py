@@ -88,11 +88,6 @@ def dsm_loss(
     Returns:
         The loss: a scalar, or (N,) for ``reduction="none"``; float32, or float64 for float64 data.
 
-    Raises:
-        TypeError: if x is not a floating-point tensor, noise not a tensor, or region not a bool tensor.
-        ValueError: if there are no noise levels (a plain function without ``schedule`` and ``sigma``), sigma is not
-            positive, p is below 1 or infinite, ``reduction`` is unknown, or the shapes do not fit.
-
     Example:
         >>> from scorematch import NoiseSchedule
         >>> x, z = torch.rand(8, 3, 4, 4), torch.ones(8, 3, 4, 4)
@@ -147,9 +142,6 @@ def loss_and_norm(
     Returns:
         L (N,), which is ``dsm_loss`` divided by D/2, and N (N,).
 
-    Raises:
-        TypeError, ValueError: as ``dsm_loss``.
-
     Example:
         >>> x, z = torch.rand(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
         >>> loss_and_norm(lambda x, sigma: torch.zeros_like(x), x, sigma=0.5, noise=z)
@@ -184,9 +176,6 @@ def scaled_score(
 
     Returns:
         :math:`\sigma s` and :math:`\sigma s + z`, of x's shape.
-
-    Raises:
-        TypeError, ValueError: as ``dsm_loss``.
     """
     x, sigma, noise, _ = _perturbation(net, x, None, sigma, noise, generator)
     scaled = _scaled_score(net, x, sigma, noise, condition)
@@ -225,9 +214,6 @@ def sliced_score_matching_loss(
 
     Returns:
         The loss: a scalar, or (N,) for ``reduction="none"``.
-
-    Raises:
-        TypeError, ValueError: as ``dsm_loss``.
     """
     x, sigma, noise, source = _perturbation(net, x, schedule, sigma, noise, generator)
     check_choice("reduction", reduction, get_args(Reduction))

@@ -70,11 +70,6 @@ class NoiseSchedule:
         sigmas: the levels (L,), positive and strictly descending, in the units of the data; a sequence, an array or a
             tensor. They are stored in float64.
 
-    Raises:
-        TypeError: if the levels are not numbers.
-        ValueError: if there is no level, or the levels are not one-dimensional, finite, positive and strictly
-            descending.
-
     Example:
         >>> schedule = NoiseSchedule.geometric(50, 0.01, levels=232)
         >>> schedule
@@ -118,10 +113,6 @@ class NoiseSchedule:
             sigma_min: the lowest level, positive, below ``sigma_max``.
             levels: the number of levels, at least 2.
 
-        Raises:
-            TypeError: if ``levels`` is not an integer.
-            ValueError: unless sigma_max > sigma_min > 0, or for fewer than 2 levels.
-
         Example:
             >>> [round(sigma, 3) for sigma in NoiseSchedule.geometric(1, 0.01, levels=3)]
             [1.0, 0.1, 0.01]
@@ -144,10 +135,6 @@ class NoiseSchedule:
             sigma_min: the lowest level, positive, below ``sigma_max``.
             levels: the number of levels, at least 2.
             rho: the exponent, positive. The larger it is, the more levels are low.
-
-        Raises:
-            TypeError: if ``levels`` is not an integer.
-            ValueError: unless sigma_max > sigma_min > 0, for fewer than 2 levels, or for a rho that is not positive.
 
         Example:
             >>> [round(sigma, 3) for sigma in NoiseSchedule.karras(80, 0.002, levels=4)]
@@ -177,9 +164,6 @@ class NoiseSchedule:
 
         Args:
             betas: the variances (T,) of the diffusion steps t = 1 to T, each strictly between 0 and 1.
-
-        Raises:
-            ValueError: if a beta is not strictly between 0 and 1, or there is none.
 
         Example:
             >>> NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
@@ -282,10 +266,6 @@ class NoiseSchedule:
             The number of levels, at least 2. Neighboring levels of the geometric schedule then have technique 2's ratio
             or, in few dimensions, one of at most 1.23; the module says why.
 
-        Raises:
-            TypeError: if ``dimension`` is not an integer.
-            ValueError: for an empty range, a dimension below 1 or a C outside (0, 0.997).
-
         Example:
             >>> NoiseSchedule.suggest_levels(50, 0.01, 3 * 32 * 32)
             219
@@ -320,10 +300,6 @@ class NoiseSchedule:
 
         Returns:
             The schedule, whose highest and lowest level are those of this schedule.
-
-        Raises:
-            TypeError: if ``levels`` is not an integer.
-            ValueError: if it is too small, or above 1 for a schedule of one level.
 
         Example:
             >>> NoiseSchedule.geometric(50, 0.01, levels=232).respaced(50)
@@ -474,11 +450,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NoiseSchedule:
-        """Restores a schedule from the result of ``to_dict``.
-
-        Raises:
-            TypeError, ValueError: if the keys are not exactly "sigmas", or the levels are not those of a schedule.
-        """
+        """Restores a schedule from the result of ``to_dict``."""
         if not isinstance(values, Mapping) or set(values) != {"sigmas"}:
             found = sorted(values) if isinstance(values, Mapping) else values
             raise ValueError(f'a schedule must be a dict {{"sigmas": [...]}}, got {found!r}.')
@@ -499,10 +471,6 @@ class NoiseSchedule:
 
         Returns:
             The levels (n,), float32, in the units of the data.
-
-        Raises:
-            TypeError: if n is not an integer, or for an invalid generator.
-            ValueError: if n is below 1.
         """
         check_count("n", n)
         generator = single_generator(generator)
@@ -526,10 +494,6 @@ class NoiseSchedule:
         Returns:
             epsilon, in units of sigma squared, in the convention of Song & Ermon (2020): a step at level i is
             ``x + a score + sqrt(2 a) z`` with ``a = epsilon sigma_i^2 / sigma_L^2``.
-
-        Raises:
-            TypeError: if ``steps_per_level`` is not an integer.
-            ValueError: if it is below 1.
         """
         check_count("steps_per_level", steps_per_level)
         if len(self) == 1:
@@ -547,10 +511,6 @@ class NoiseSchedule:
         Args:
             step_size: epsilon, between 0 and :math:`2 \sigma_L^2`.
             steps_per_level: T, at least 1.
-
-        Raises:
-            TypeError: if ``steps_per_level`` is not an integer.
-            ValueError: if it is below 1, or the step size is out of range.
         """
         check_count("steps_per_level", steps_per_level)
         return self._level_variance(self._a(step_size), steps_per_level)
@@ -566,10 +526,6 @@ class NoiseSchedule:
         Args:
             step_size: epsilon, between 0 and :math:`2 \sigma_L^2`.
             steps_per_level: T, at least 1.
-
-        Raises:
-            TypeError: if ``steps_per_level`` is not an integer.
-            ValueError: if it is below 1, or the step size is out of range.
         """
         check_count("steps_per_level", steps_per_level)
         a = self._a(step_size)

@@ -82,13 +82,6 @@ class ScoreNet(NetworkScore, nn.Module):
         class_names: the names of the classes of a class-conditional network, a tuple of strings, or None; saved with
             the weights. Class k is ``class_names[k]``, and ``net.class_names.index("cat")`` is the class "cat".
 
-    Raises:
-        TypeError: if the backbone is not a ``torch.nn.Module``, the schedule not a NoiseSchedule, or ``sample_shape``
-            not a tuple of integers.
-        ValueError: if ``precondition`` or one of its options is unknown, ``sample_shape`` has an entry below 1,
-            ``value_range`` is not (low, high) with low < high, or the backbone does not fit the schedule or the
-            preconditioning.
-
     Example:
         >>> import torch
         >>> net = ScoreNet.ncsnv2(channels=1, image_size=28, width=8)
@@ -210,11 +203,6 @@ class ScoreNet(NetworkScore, nn.Module):
         Returns:
             The network, with new weights drawn from torch's global generator.
 
-        Raises:
-            TypeError: if ``image_size`` is not an integer or a pair of integers.
-            ValueError: if ``depth`` is unknown, ``channels`` or ``width`` is too small, or the network does not take
-                images of this size.
-
         References:
             Song & Ermon, 2019, arXiv:1907.05600.
         """
@@ -247,11 +235,6 @@ class ScoreNet(NetworkScore, nn.Module):
 
         Returns:
             The network, with new weights drawn from torch's global generator.
-
-        Raises:
-            TypeError: if ``image_size`` is not an integer or a pair of integers.
-            ValueError: if ``depth`` or ``precondition`` is unknown, ``channels`` or ``width`` is too small, or the
-                network does not take images of this size.
 
         References:
             Song & Ermon, 2020, arXiv:2006.09011.
@@ -312,11 +295,6 @@ class ScoreNet(NetworkScore, nn.Module):
         Returns:
             The network, with new weights drawn from torch's global generator. The last convolution is zero at first, so
             that the backbone returns zero.
-
-        Raises:
-            TypeError: if ``image_size`` or ``widths`` has another type than integers.
-            ValueError: if both ``condition_channels`` and ``classes`` are given, ``attention`` and ``widths`` have
-                different lengths, the network does not take images of this size, or another option is out of range.
 
         References:
             Ho et al., 2020, arXiv:2006.11239; Karras et al., 2022, arXiv:2206.00364.
@@ -399,11 +377,6 @@ class ScoreNet(NetworkScore, nn.Module):
             The network, with new weights drawn from torch's global generator as in the authors' code. The last
             convolution is zero at first, so that the backbone returns zero.
 
-        Raises:
-            TypeError: if ``image_size`` or ``widths`` has another type than integers.
-            ValueError: if both ``condition_channels`` and ``classes`` are given, ``attention`` and ``widths`` have
-                different lengths, the network does not take images of this size, or another option is out of range.
-
         References:
             Song et al., 2021, arXiv:2011.13456; Karras et al., 2022, arXiv:2206.00364.
         """
@@ -470,12 +443,6 @@ class ScoreNet(NetworkScore, nn.Module):
 
         Returns:
             The score, with the shape and dtype of x.
-
-        Raises:
-            TypeError: if x or a tensor sigma has an integer dtype, or the network does not take this kind of condition.
-            ValueError: if sigma is not positive or has a wrong shape, the condition is missing or not in the range of
-                classes, the network does not support the shape of the images, or the backbone returns a tensor of
-                another shape than x.
         """
         return self._outputs(x, sigma, condition)[0]
 
@@ -661,10 +628,6 @@ class ScoreNet(NetworkScore, nn.Module):
 
         Returns:
             The network in eval mode, in float32, on the CPU.
-
-        Raises:
-            TypeError: for objects that have no ``config``.
-            ValueError: for an option that is not supported.
         """
         return cls.from_stored(read_objects(unet, scheduler))
 
@@ -678,10 +641,6 @@ class ScoreNet(NetworkScore, nn.Module):
 
         Returns:
             The network in eval mode, in float32, on the CPU; on the meta device if there are no weights.
-
-        Raises:
-            TypeError: if ``backbone`` is not a ``torch.nn.Module``.
-            ValueError: if the weights do not fit the configuration, or ``backbone`` is missing or not needed.
         """
         config = stored.config
         net = cls(

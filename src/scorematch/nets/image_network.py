@@ -85,9 +85,6 @@ class ImageNetwork(nn.Module):
         Returns:
             The input of the first convolution (N, in_channels, H, W), in [-1, 1] if ``center`` is True; and the
             classes, or None.
-
-        Raises:
-            ValueError: if a shape does not fit the network.
         """
         image = condition if condition is not None and condition.is_floating_point() else None
         classes = condition if image is None else None

@@ -199,9 +199,6 @@ class NCSNPP(ImageNetwork):
         pyramid_filter: whether the "residual" input pyramid is filtered before each of its convolutions of stride two.
             Networks of Song et al. with ``fir: false`` pad it on the right and below instead.
         patch: the side of the patches in pixels, 1 for no patches.
-
-    Raises:
-        ValueError: if an option is not supported, or lists have different lengths.
     """
 
     def __init__(
@@ -305,9 +302,6 @@ class NCSNPP(ImageNetwork):
             c_noise: (N,), the c_noise of the preconditioning, such as log sigma or the time step.
             condition: classes, int64 (N,), for a network with ``num_class_embeds``; or an image, float (N, K, H, W),
                 which is concatenated with x.
-
-        Raises:
-            ValueError: if a shape does not fit the network.
         """
         x, classes = self.inputs(x, condition)
         embedding = self.time_proj(c_noise).to(x.dtype)

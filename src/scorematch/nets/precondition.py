@@ -300,10 +300,6 @@ class Preconditioning:
 
         Returns:
             ``(score,)`` or ``(score, share)``, each of x's shape and dtype.
-
-        Raises:
-            TypeError: if the backbone does not return a tensor.
-            ValueError: if it returns a tensor of another shape than expected.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         c_in, c_skip, c_out, c_noise = coefficients

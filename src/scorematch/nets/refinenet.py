@@ -195,9 +195,6 @@ class RefineNet(nn.Module):
 
     Attributes:
         divisor: height and width must be multiples of this number: 2, 4 or 8.
-
-    Raises:
-        ValueError: if ``depth`` is unknown, ``channels`` or ``levels`` is below 1, or ``width`` is below 2.
     """
 
     def __init__(
@@ -257,9 +254,6 @@ class RefineNet(nn.Module):
             x: images (N, C, H, W); height and width are multiples of ``divisor`` and at least twice as large.
             position: the position of the noise level in the schedule, () or (N,), possibly fractional; ignored if
                 ``levels`` is None.
-
-        Raises:
-            ValueError: if x has another shape, or the position is missing.
         """
         self._check(x, position)
         h = self.begin_conv(2 * x - 1 if self.center else x)

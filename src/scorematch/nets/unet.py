@@ -70,11 +70,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _layers(layers: int | Sequence[int], widths: Sequence[int]) -> list[int]:
-    """The number of residual blocks at each scale, from one number for all scales or one per scale.
-
-    Raises:
-        ValueError: if the number of entries is not the number of scales.
-    """
+    """The number of residual blocks at each scale, from one number for all scales or one per scale."""
     layers = native(layers)  # integers of NumPy too
     if isinstance(layers, int):
         return [layers] * len(widths)
@@ -138,10 +134,6 @@ class UNet(ImageNetwork):
         pixel_channels: the width of the blocks at full resolution, if ``patch`` is above 1; a multiple of 4, or 0 for
             none.
         pixel_layers: the number of blocks at full resolution on the way down, and the number on the way up.
-
-    Raises:
-        ValueError: if a type of block or an option is not supported, lists have different lengths, or a number of heads
-            does not divide the width.
     """
 
     def __init__(
@@ -265,9 +257,6 @@ class UNet(ImageNetwork):
             c_noise: (N,), the time step or log sigma, possibly fractional.
             condition: classes, int64 (N,), for a network with ``num_class_embeds``; or an image, float (N, K, H, W),
                 which is concatenated with x.
-
-        Raises:
-            ValueError: if a shape does not fit the network.
         """
         x, classes = self.inputs(x, condition)
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))
