@@ -164,6 +164,16 @@ def condition(name, n, rng, size=SIZE):
     return images(n, rng, takes.channels, size) if takes.channels else None
 
 
+def built(architecture, schedule, precondition, sample_shape):
+    """A network with new weights from the family's part of a configuration, which can be saved."""
+    family, keys = FAMILIES[architecture["family"]], dict(architecture)
+    del keys["family"]
+    made = family.build(keys, levels=len(schedule), precondition=precondition)
+    net = ScoreNet(made, schedule, precondition=precondition, sample_shape=sample_shape)
+    net._architecture = architecture
+    return net
+
+
 # -- Wider networks, for tests of devices
 
 WIDE_LEVELS = NoiseSchedule.geometric(10, 0.01, 12)

@@ -15,6 +15,7 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.nets import FAMILIES
 from scorematch.pretrained.diffusers import current_names
 from tests.conftest import FIXTURES
+from tests.networks import built
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -390,11 +391,10 @@ def test_diffusers_loads_a_saved_unet_only_if_it_computes_the_same(row, fourier,
     torch.manual_seed(0)
     embedding = "fourier" if fourier else "positional"
     blocks = {key: list(value) for key, value in BLOCKS.items()}
-    keys = {"block_out_channels": [8, 16], "norm_num_groups": 4, **blocks, "time_embedding_type": embedding}
-    backbone = FAMILIES["unet"].build(keys, levels=50, precondition=row)
-    schedule = NoiseSchedule.geometric(20, 0.01, 50)
-    net = ScoreNet(backbone, schedule, precondition=row, sample_shape=(3, 8, 8)).eval()
-    net._architecture = {"family": "unet", **keys}
+    architecture = {"family": "unet", "block_out_channels": [8, 16], "norm_num_groups": 4, **blocks}
+    net = built(
+        {**architecture, "time_embedding_type": embedding}, NoiseSchedule.geometric(20, 0.01, 50), row, (3, 8, 8)
+    ).eval()
     net.save_pretrained(tmp_path)
     if row not in (("ncsnpp",) if fourier else ("ddpm", "ddpm_v", "ddpm_x0")):
         with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):

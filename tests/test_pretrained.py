@@ -22,6 +22,7 @@ from scorematch.pretrained.model_card import model_card
 from scorematch.sampling import SamplerSettings
 from tests.conftest import FIXTURES
 from tests.helpers import python
+from tests.networks import built
 
 WEIGHTS = "model.safetensors"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -95,7 +96,7 @@ def _skip(channels=3):
     """An NCSN++ with Skip blocks, Fourier features, and filters that are not stored in the file."""
     torch.manual_seed(0)
     architecture = {"family": "unet", "in_channels": channels, "out_channels": channels, **SKIP}
-    return ScoreNet._build(architecture, NoiseSchedule.geometric(30, 0.01, 20), "ncsnpp", (channels, 8, 8))
+    return built(architecture, NoiseSchedule.geometric(30, 0.01, 20), "ncsnpp", (channels, 8, 8))
 
 
 def _several():

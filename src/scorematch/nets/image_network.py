@@ -6,7 +6,7 @@ The condition of these networks is an image, which is concatenated with x, a cla
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scorematch.core.arguments import check_sizes
 from scorematch.core.conditions import Condition
-from scorematch.nets.blocks import MiddleBlock
+from scorematch.nets.blocks import Constant, DownBlock, Embedding, MiddleBlock, UpBlock, fix_projections
 from scorematch.nets.family import Family
 from scorematch.nets.layers import GroupNorm
 
@@ -42,6 +42,9 @@ class ImageNetwork(nn.Module):
     """
 
     conv_in: nn.Conv2d
+    time_proj: nn.Module
+    time_embedding: Embedding
+    activation: Callable[[Tensor], Tensor]  # of the embedding of the noise level, and in the residual blocks
     down_blocks: nn.ModuleList
     mid_block: MiddleBlock
     up_blocks: nn.ModuleList
@@ -78,6 +81,38 @@ class ImageNetwork(nn.Module):
     def class_table(self, width: int) -> nn.Embedding | None:
         """The embedding of the classes, a row (width,) for each; None for a network without classes."""
         return None if self.classes is None else nn.Embedding(self.classes + self.null_class, width)
+
+    def add_blocks(
+        self,
+        first: int,
+        widths: Sequence[int],
+        layers: Sequence[int],
+        *,
+        down: Callable[[int, int, bool], DownBlock],
+        middle: Callable[[], MiddleBlock],
+        up: Callable[[int, int, list[int]], UpBlock],
+    ) -> None:
+        """Builds the blocks of the way down, the middle and the way up, in this order.
+
+        Args:
+            first: the number of channels of the first convolution.
+            widths: the width of each scale, from full resolution down.
+            layers: the number of residual blocks at each scale on the way down; the way up has one more.
+            down: returns the block at a scale on the way down, called as ``down(scale, inputs, halve)``.
+            middle: returns the middle block.
+            up: returns the block at a scale on the way up, called as ``up(scale, inputs, kept)`` with the widths of the
+                features of the way down that its residual blocks receive.
+        """
+        lowest, kept = len(widths) - 1, [first]
+        self.down_blocks = nn.ModuleList()
+        for scale, inputs in enumerate([first, *widths[:-1]]):
+            self.down_blocks.append(down(scale, inputs, scale < lowest))
+            kept += [widths[scale]] * (layers[scale] + (scale < lowest))
+        self.mid_block = middle()
+        self.up_blocks = nn.ModuleList()
+        for scale in range(lowest, -1, -1):
+            inputs = widths[min(scale + 1, lowest)]
+            self.up_blocks.append(up(scale, inputs, [kept.pop() for _ in range(layers[scale] + 1)]))
 
     def inputs(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Checks the shapes, and concatenates x with a conditioning image.
@@ -164,6 +199,7 @@ class ImageFamily(Family[Images]):
     # For channels_last data on CUDA, torch's group norm copies to the contiguous format and back.
     channels_last_on_cuda = False
 
+    class_before_embedding: ClassVar[bool]  # whether that of the class is added before the linear layers of the level's
     arguments: ClassVar[Mapping[str, str]] = {
         "in_channels": "channels",
         "out_channels": "channels",
@@ -197,6 +233,28 @@ class ImageFamily(Family[Images]):
         """An image if there are more input channels than x has, which are as many as the score has; or a class."""
         channels = backbone.out_channels // 2 if predicts_variance else backbone.out_channels
         return Condition(max(0, backbone.in_channels - channels), backbone.classes, backbone.null_class)
+
+    def skip_convolutions(self, backbone: Images) -> list[list[str]]:
+        """The names of the convolutions of the pyramids, on the way down and on the way up."""
+        names = [name for name, _ in backbone.named_modules() if name.endswith("skip_conv")]
+        return [[name for name in names if name.startswith(way)] for way in ("down_blocks", "up_blocks")]
+
+    def fix_level(self, copy: Images) -> Callable[[Tensor], None]:
+        """What depends on the level alone is computed once: its embedding, and without classes all its projections."""
+        features, embed = copy.time_proj, copy.time_embedding
+        constant = copy.time_proj = Constant()
+        embedded = copy.classes is None or not self.class_before_embedding
+        if embedded:
+            copy._modules["time_embedding"] = nn.Identity()
+        projections = fix_projections(copy) if copy.classes is None else None
+
+        def set_level(c_noise: Tensor) -> None:
+            value = features(c_noise[None])
+            constant.value = embed(value) if embedded else value
+            if projections is not None:
+                projections(copy.activation(constant.value))
+
+        return set_level
 
     def level_modules(self, backbone: Images) -> set[str]:
         """The embeddings of the noise level and of the classes, and their projections in the residual blocks."""

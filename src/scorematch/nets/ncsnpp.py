@@ -51,7 +51,6 @@ from scorematch.core.schema import Field
 from scorematch.nets.blocks import (
     SQRT2,
     Attention,
-    Constant,
     DownBlock,
     Embedding,
     Filter,
@@ -62,7 +61,6 @@ from scorematch.nets.blocks import (
     Style,
     UpBlock,
     fir_up,
-    fix_projections,
     mean_down,
     nearest_up,
     quarter_groups,
@@ -247,7 +245,8 @@ class NCSNPP(ImageNetwork):
         self.input_pyramid, self.output_pyramid = input_pyramid, output_pyramid
         model_channels = widths[0] if model_channels is None else model_channels
         embedding = 4 * model_channels if time_embedding_dim is None else time_embedding_dim
-        style = Style(embedding, _EPS, dropout, F.silu, scale=SQRT2 if skip_rescale else 1.0)
+        self.activation = F.silu
+        style = Style(embedding, _EPS, dropout, self.activation, scale=SQRT2 if skip_rescale else 1.0)
         pyramids = Pyramids(style, tuple(resample_filter), input_pyramid, output_pyramid, pyramid_filter)
 
         fourier = time_embedding_type == "fourier"
@@ -256,41 +255,37 @@ class NCSNPP(ImageNetwork):
         self.class_embedding = self.class_table(features)
         self.time_embedding = Embedding(features, embedding)
         # Not the first module: the dtype of the first parameter is that in which the network computes.
-        self.time_proj: nn.Module = time_proj
+        self.time_proj = time_proj
 
-        image = in_channels * patch**2  # channels of the input pyramid
+        image = in_channels * patch**2
         self.conv_in = nn.Conv2d(image, model_channels, 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        kept = [model_channels]  # widths of the features that are kept for the way up
-        inputs = model_channels
-        for i, outputs in enumerate(widths):
-            halve = i < len(widths) - 1
-            attend = partial(_attention, outputs, style) if attention[i] else None
-            block = PyramidDownBlock(inputs, outputs, layers_per_block, pyramids, attend, halve=halve, image=image)
-            self.down_blocks.append(block)
-            kept += [outputs] * (layers_per_block + halve)
-            inputs = outputs
-            image = outputs if input_pyramid == "residual" else image
-        self.mid_block = MiddleBlock(
-            [ResidualBlock(inputs, inputs, style) for _ in range(2)], _attention(inputs, style)
-        )
-        self.up_blocks = nn.ModuleList()
-        for i, outputs in reversed(list(enumerate(widths))):
-            self.up_blocks.append(
-                _UpBlock(
-                    inputs,
-                    [kept.pop() for _ in range(layers_per_block + 1)],
-                    outputs,
-                    pyramids,
-                    attention=attention[i],
-                    lowest=i == len(widths) - 1,
-                    double=i > 0,
-                    image=out_channels * patch**2,
-                )
+
+        def down(scale: int, inputs: int, halve: bool) -> DownBlock:
+            attend = partial(_attention, widths[scale], style) if attention[scale] else None
+            channels = inputs if input_pyramid == "residual" and scale else image  # of the input pyramid
+            outputs = widths[scale]
+            return PyramidDownBlock(inputs, outputs, layers_per_block, pyramids, attend, halve=halve, image=channels)
+
+        def middle() -> MiddleBlock:
+            resnets = [ResidualBlock(widths[-1], widths[-1], style) for _ in range(2)]
+            return MiddleBlock(resnets, _attention(widths[-1], style))
+
+        def up(scale: int, inputs: int, kept: list[int]) -> UpBlock:
+            return _UpBlock(
+                inputs,
+                kept,
+                widths[scale],
+                pyramids,
+                attention=attention[scale],
+                lowest=scale == len(widths) - 1,
+                double=scale > 0,
+                image=out_channels * patch**2,
             )
-            inputs = outputs
-        self.conv_norm_out = GroupNorm(quarter_groups(inputs), inputs, _EPS)
-        self.conv_out = nn.Conv2d(inputs, out_channels * patch**2, 3, padding=1)
+
+        layers = [layers_per_block] * len(widths)
+        self.add_blocks(model_channels, widths, layers, down=down, middle=middle, up=up)
+        self.conv_norm_out = GroupNorm(quarter_groups(widths[0]), widths[0], _EPS)
+        self.conv_out = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
         self.built = structure(self)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -307,7 +302,7 @@ class NCSNPP(ImageNetwork):
         embedding = self.time_proj(c_noise).to(x.dtype)
         if self.class_embedding is not None and classes is not None:
             embedding = embedding + self.class_embedding(classes)
-        embedding = F.silu(self.time_embedding(embedding))  # SiLU once, instead of in every residual block
+        embedding = self.activation(self.time_embedding(embedding))  # once, instead of in every residual block
         return self.down_and_up(x, embedding, add_picture=self.output_pyramid == "skip")
 
     @torch.no_grad()
@@ -341,6 +336,7 @@ class _NCSNPPFamily(ImageFamily[NCSNPP]):
     name = "ncsnpp"
     network = NCSNPP
     levels = (50, 0.01, 1000)
+    class_before_embedding = True
     preconditions = ("karras", "ncsnpp", "ncsnpp_index", "vp", "subvp", "ddpm", "ddpm_v", "ddpm_x0", "ncsnv2", "ncsn")
     keys: ClassVar[Mapping[str, Field]] = {
         "in_channels": _SIZE,
@@ -391,31 +387,10 @@ class _NCSNPPFamily(ImageFamily[NCSNPP]):
 
     def image_convolutions(self, backbone: NCSNPP) -> tuple[set[str], set[str]]:
         """The first and the last convolution, and those of pyramids whose levels are images."""
-        names = [name for name, _ in backbone.named_modules() if name.endswith("skip_conv")]
-        down = [name for name in names if name.startswith("down_blocks")]
-        up = [name for name in names if name.startswith("up_blocks")]
+        down, up = self.skip_convolutions(backbone)
         first = down if backbone.input_pyramid == "skip" else down[:1]
         last = up if backbone.output_pyramid == "skip" else []
         return {"conv_in", *first}, {"conv_out", *last}
-
-    def fix_level(self, copy: NCSNPP) -> Callable[[Tensor], None]:
-        """The sines and cosines are computed once per level, and without classes also all that depends on them."""
-        features, embed = copy.time_proj, copy.time_embedding
-        constant = copy.time_proj = Constant()
-        if copy.classes is not None:
-
-            def set_features(c_noise: Tensor) -> None:
-                constant.value = features(c_noise[None])
-
-            return set_features
-        copy._modules["time_embedding"] = nn.Identity()
-        projections = fix_projections(copy)
-
-        def set_level(c_noise: Tensor) -> None:
-            constant.value = embed(features(c_noise[None]))
-            projections(F.silu(constant.value))
-
-        return set_level
 
 
 NCSNPP_FAMILY = _NCSNPPFamily()

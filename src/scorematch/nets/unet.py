@@ -45,7 +45,7 @@ from scorematch.core.json_files import native
 from scorematch.core.schema import Field
 from scorematch.nets.blocks import (
     Attention,
-    Constant,
+    DownBlock,
     Embedding,
     Fourier,
     MiddleBlock,
@@ -53,7 +53,6 @@ from scorematch.nets.blocks import (
     ResidualBlock,
     Style,
     UpBlock,
-    fix_projections,
 )
 from scorematch.nets.family import place, structure
 from scorematch.nets.image_network import ImageFamily, ImageNetwork, is_larger
@@ -209,7 +208,6 @@ class UNet(ImageNetwork):
         self.conv_in = nn.Conv2d((pixel_channels or in_channels) * patch**2, widths[0], 3, padding=1)
         fourier = time_embedding_type == "fourier"
         features = widths[0] * (2 if fourier else 1) if time_proj_dim is None else time_proj_dim
-        self.time_proj: nn.Module
         if fourier:
             self.time_proj = Fourier(features)
         else:
@@ -219,26 +217,24 @@ class UNet(ImageNetwork):
         self.time_embedding = Embedding(features, embedding)
         self.class_embedding = self.class_table(embedding)
 
-        self.down_blocks, kept = nn.ModuleList(), [widths[0]]  # the widths of the features that the way up receives
-        for i, (name, outputs, count) in enumerate(zip(down_block_types, widths, layers, strict=True)):
-            inputs, halve, head_width = widths[max(i - 1, 0)], i < len(widths) - 1, head_widths[i]
-            kind = DOWN_BLOCKS[name]
-            self.down_blocks.append(
-                down_block(kind, inputs, outputs, count, layout, head_width=head_width, halve=halve)
-            )
-            kept += [outputs] * (count + halve)
-        lowest, groups = widths[-1], style.groups_of(widths[-1])
-        if attn_norm_num_groups is None and not scale_shift:
-            attn_norm_num_groups = groups
-        middle = style._replace(scale=mid_block_scale_factor)
-        resnets = [ResidualBlock(lowest, lowest, middle) for _ in range(2)]
-        attention = middle.attention(lowest, head_widths[-1], attn_norm_num_groups) if add_attention else None
-        self.mid_block = MiddleBlock(resnets, attention)
-        self.up_blocks = nn.ModuleList()
-        for name, i in zip(up_block_types, reversed(range(len(widths))), strict=True):
-            inputs, head_width = widths[min(i + 1, len(widths) - 1)], head_widths_up[i]
-            skips, kind = [kept.pop() for _ in range(layers[i] + 1)], UP_BLOCKS[name]
-            self.up_blocks.append(up_block(kind, inputs, skips, widths[i], layout, head_width=head_width, double=i > 0))
+        def down(scale: int, inputs: int, halve: bool) -> DownBlock:
+            kind, head_width = DOWN_BLOCKS[down_block_types[scale]], head_widths[scale]
+            outputs, count = widths[scale], layers[scale]
+            return down_block(kind, inputs, outputs, count, layout, head_width=head_width, halve=halve)
+
+        def middle() -> MiddleBlock:
+            lowest, shared = widths[-1], style._replace(scale=mid_block_scale_factor)
+            groups = attn_norm_num_groups
+            if groups is None and not scale_shift:
+                groups = style.groups_of(lowest)
+            resnets = [ResidualBlock(lowest, lowest, shared) for _ in range(2)]
+            return MiddleBlock(resnets, shared.attention(lowest, head_widths[-1], groups) if add_attention else None)
+
+        def up(scale: int, inputs: int, kept: list[int]) -> UpBlock:
+            kind, head_width = UP_BLOCKS[up_block_types[-1 - scale]], head_widths_up[scale]
+            return up_block(kind, inputs, kept, widths[scale], layout, head_width=head_width, double=scale > 0)
+
+        self.add_blocks(widths[0], widths, layers, down=down, middle=middle, up=up)
         self.conv_norm_out = GroupNorm(style.groups_of(widths[0]), widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], (pixel_channels or out_channels) * patch**2, 3, padding=1)
         if pixel_channels:
@@ -356,6 +352,7 @@ class _UNetFamily(ImageFamily[UNet]):
     name = "unet"
     network = UNet
     levels = (50, 0.01, 232)
+    class_before_embedding = False
     preconditions = ("karras", "ddpm", "ddpm_v", "ddpm_x0", "vp", "subvp", "ncsnpp", "ncsnpp_index", "ncsnv2", "ncsn")
     keys: ClassVar[Mapping[str, Field]] = {
         "in_channels": _SIZE,
@@ -438,9 +435,8 @@ class _UNetFamily(ImageFamily[UNet]):
     def image_convolutions(self, backbone: UNet) -> tuple[set[str], set[str]]:
         if backbone.pixel_in is not None:
             return {"pixel_in"}, {"pixel_out"}
-        skips = [name for name, _ in backbone.named_modules() if name.endswith("skip_conv")]
-        first = {"conv_in", *(name for name in skips if name.startswith("down_blocks"))}
-        return first, {"conv_out", *(name for name in skips if name.startswith("up_blocks"))}
+        down, up = self.skip_convolutions(backbone)
+        return {"conv_in", *down}, {"conv_out", *up}
 
     def growth(self, small: Mapping[str, Any], large: Mapping[str, Any]) -> set[str]:
         """More layers, attention at more scales, and more channels and layers at full resolution are possible too."""
@@ -492,20 +488,6 @@ class _UNetFamily(ImageFamily[UNet]):
             outputs = both if name.startswith("pixel_block_out.norm1.") else None
             place(grown[target], weight, outputs=outputs, inputs=inputs)
         return grown
-
-    def fix_level(self, copy: UNet) -> Callable[[Tensor], None]:
-        """The embedding of the level is computed once, and without classes also its projection in each block."""
-        features, embed = copy.time_proj, copy.time_embedding
-        embedding = copy.time_proj = Constant()
-        copy._modules["time_embedding"] = nn.Identity()
-        projections = fix_projections(copy) if copy.classes is None else None
-
-        def set_level(c_noise: Tensor) -> None:
-            embedding.value = embed(features(c_noise[None]))
-            if projections is not None:
-                projections(copy.activation(embedding.value))
-
-        return set_level
 
 
 UNET = _UNetFamily()
