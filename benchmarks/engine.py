@@ -30,9 +30,9 @@ from scorematch import ScoreNet, dsm_loss
 from scorematch.core.precision import autocast
 from scorematch.data import ImageData, open_images, save_image
 from scorematch.data import cache as loader
-from scorematch.data.cache import Order
 from scorematch.training import RECIPES, train
 from scorematch.training.levels import levels_for, weighting_for
+from scorematch.training.order import Order
 
 NEVER = 10**12  # images between two events that are not measured
 

@@ -5,11 +5,11 @@ import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.core.randomness import as_generator, seed_of, single_generator, standard_normal, uniform
-from scorematch.data.cache import Order
 from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
 from scorematch.restoration.palette import Inpainting, JPEGRestoration, Uncropping
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
 from scorematch.training.levels import uniforms
+from scorematch.training.order import Order
 from tests.helpers import seed
 
 CPU = torch.device("cpu")

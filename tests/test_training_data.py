@@ -16,8 +16,9 @@ from torch import Tensor
 from scorematch import NoiseSchedule
 from scorematch.data import cache as module
 from scorematch.data import read_samples, save_grid, to_uint8
-from scorematch.data.cache import ImageData, Order, open_images
+from scorematch.data.images import ImageData, open_images
 from scorematch.sampling import ODESampler, sample_to
+from scorematch.training.order import Order
 
 
 def _colors(rng, height=8, width=8):
@@ -613,7 +614,7 @@ def test_a_cache_that_another_process_has_just_written_is_used(pictures, monkeyp
     cache, stored, calls = folder.parent / "cache", module._stored, []
     _open(folder, cache=cache)
     monkeypatch.setattr(module, "_stored", lambda *arguments: stored(*arguments) if calls else calls.append(1))
-    monkeypatch.setattr(module, "_decoded", None)  # nothing is decoded
+    monkeypatch.setattr(module, "ordered_map", None)  # nothing is decoded
     assert torch.equal(_read_all(_open(folder, cache=cache)), pixels) and calls
 
 

@@ -20,13 +20,13 @@ from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.core.conditions import Condition
 from scorematch.core.randomness import seed_of
 from scorematch.data import open_images
-from scorematch.data.cache import Order
 from scorematch.loss import sliced_score_matching_loss
 from scorematch.nets.precondition import Preconditioning
 from scorematch.restoration.palette import Inpainting
 from scorematch.training import LogNormal, LogUniform, Mixture, Settings, UniformTime, train, train_steps
 from scorematch.training.accelerator import make_accelerator
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
+from scorematch.training.order import Order
 from scorematch.training.settings import RunSettings
 from tests.helpers import seed
 from tests.training import MLP, Memory, Recorder, content, image_net, images, points, points_net, quick, steps, vector

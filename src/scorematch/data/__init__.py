@@ -1,6 +1,6 @@
 """Where data come from: folders of pictures, arrays, data sets, folders of samples; and pictures read and written."""
 
-from scorematch.data.cache import ImageData, open_images
+from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import (
     ENDINGS,
     grid,

@@ -1,4 +1,4 @@
-"""From what the user passes as data to a source."""
+"""Finds the source of images for what a user passes as data: a path, an array, a Dataset, or a name on the Hub."""
 
 from __future__ import annotations
 
@@ -14,21 +14,18 @@ from torch.utils.data import DataLoader
 
 from scorematch.data.arrays import array_names, read_arrays
 from scorematch.data.folders import Folder, samples_in
+from scorematch.data.memory import Array
 from scorematch.data.pictures import (
     ENDINGS,
 )
-from scorematch.data.sources import (
-    Array,
-    Options,
-    Source,
-)
-from scorematch.data.tables import REFERENCES, Items, Table, _keys
+from scorematch.data.sources import Source, Wanted
+from scorematch.data.tables import REFERENCES, Items, Table, array_keys
 
 _HINTS = {".npy": ' Write np.savez("data.npz", array).'}  # what to write instead of files of other kinds
 _HINTS |= dict.fromkeys((".zip", ".tar", ".gz", ".tgz"), " Unpack it.")
 
 
-def find(source: Any, options: Options, workers: int) -> Source:
+def find(source: Any, options: Wanted, workers: int) -> Source:
     """Creates the source for the argument of ``open_images``."""
     if isinstance(source, str | os.PathLike):
         path, source = source, _of_path(source, options)
@@ -51,7 +48,7 @@ def find(source: Any, options: Options, workers: int) -> Source:
                     "them."
                 )
             return Table(source["train"], options, workers)
-        key, *rest = _keys(list(source), options)
+        key, *rest = array_keys(list(source), options)
         return Array(source[key], source[rest[0]] if rest else None, options, f"the array {key!r}")
     if hasattr(source, "column_names") and hasattr(source, "__getitem__"):
         return Table(source, options, workers)
@@ -64,7 +61,7 @@ def find(source: Any, options: Options, workers: int) -> Source:
     )
 
 
-def _of_path(source: str | os.PathLike[str], options: Options) -> Any:
+def _of_path(source: str | os.PathLike[str], options: Wanted) -> Any:
     """The path of a folder, the images and labels of an .npz file, or the data set with this name."""
     path = Path(source).expanduser()
     if path.is_dir():
@@ -108,11 +105,11 @@ def check_path(source: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def _archive(path: Path, options: Options) -> dict[str, np.ndarray]:
+def _archive(path: Path, options: Wanted) -> dict[str, np.ndarray]:
     """The images of an .npz file, and the labels if the options ask for them; other arrays may have any type."""
     names = array_names(path)
     try:
-        wanted = _keys(names, options)
+        wanted = array_keys(names, options)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return read_arrays(path, wanted)

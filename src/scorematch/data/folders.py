@@ -14,6 +14,8 @@ import torch
 
 from scorematch.core.arguments import argument
 from scorematch.core.messages import reason
+from scorematch.core.threads import ordered_map
+from scorematch.data.memory import class_numbers
 from scorematch.data.pictures import (
     ENDINGS,
     UNREAD,
@@ -26,12 +28,7 @@ from scorematch.data.pictures import (
     why_none,
 )
 from scorematch.data.samples import IMAGES, stored_samples, stored_settings
-from scorematch.data.sources import (
-    Options,
-    Source,
-    _classes,
-    ordered_map,
-)
+from scorematch.data.sources import Source, Wanted
 
 
 class Pictures(Source):
@@ -47,7 +44,7 @@ class Pictures(Source):
         with self.open(i) as picture:
             return fit_picture(picture, self.shape, self.crop)
 
-    def set_shape(self, options: Options, workers: int) -> None:
+    def set_shape(self, options: Wanted, workers: int) -> None:
         """Sets the crop and the shape; what the options do not give is taken from the pictures."""
         self.crop = options.crop
         channels, size = options.channels, options.size
@@ -107,7 +104,7 @@ class Pictures(Source):
 class Folder(Pictures):
     """The image files of a folder and its subfolders."""
 
-    def __init__(self, folder: Path, options: Options, workers: int) -> None:
+    def __init__(self, folder: Path, options: Wanted, workers: int) -> None:
         files = walk(folder)
         self.name, self.folder = str(folder), folder
         self.paths = [path for path in files if path.suffix.lower() in ENDINGS]
@@ -123,7 +120,7 @@ class Folder(Pictures):
                     f"{argument('labels', True)} needs all images in subfolders, whose names are the classes, got "
                     f"{folder / loose}. Move it into a subfolder, or leave out {argument('labels', True)}."
                 )
-            self.labels, self.classes = _classes(names, len(names), self.name)
+            self.labels, self.classes = class_numbers(names, len(names), self.name)
         states = [(folder / path).stat() for path in self.paths]
         self.identity = [[path.as_posix(), state.st_size] for path, state in zip(self.paths, states, strict=True)]
         self._times = [state.st_mtime_ns for state in states]

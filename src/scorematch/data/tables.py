@@ -1,4 +1,4 @@
-"""Datasets, and data sets of Hugging Face, as sources of data."""
+"""Data sets as sources of images: those of ``torch``, and those of Hugging Face."""
 
 from __future__ import annotations
 
@@ -9,24 +9,16 @@ import numpy as np
 
 from scorematch.core.arguments import argument
 from scorematch.core.messages import few, plain
+from scorematch.core.threads import ordered_map
 from scorematch.data.folders import Pictures
+from scorematch.data.memory import channels_first, check_axes, check_values, class_numbers, fitting_shape, to_array
 from scorematch.data.pictures import (
     UnfitError,
     as_picture,
     channels_and_size,
     fit_picture,
 )
-from scorematch.data.sources import (
-    Options,
-    Source,
-    _channels_first,
-    _check_axes,
-    _check_values,
-    _checked,
-    _classes,
-    _numpy,
-    ordered_map,
-)
+from scorematch.data.sources import Source, Wanted
 
 # Short names of data sets on the Hugging Face Hub, each with its split.
 REFERENCES: Mapping[str, tuple[str, str]] = {
@@ -44,7 +36,7 @@ _LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
 class Table(Pictures):
     """A data set of Hugging Face's ``datasets``: rows with named columns."""
 
-    def __init__(self, table: Any, options: Options, workers: int) -> None:
+    def __init__(self, table: Any, options: Wanted, workers: int) -> None:
         self.name, self.table = "the data set", table
         if not hasattr(table, "__len__"):
             raise TypeError("the data set must have a length, got a streamed one. Load it without streaming=True.")
@@ -57,7 +49,7 @@ class Table(Pictures):
         self.identity = ["table", len(table), self.key]
         if options.labels:
             key = _choose(options.label_key, columns, "label", _LABEL_KEYS, kinds, "ClassLabel")
-            self.labels, self.classes = _classes(list(table[key]), len(table), self.name)
+            self.labels, self.classes = class_numbers(list(table[key]), len(table), self.name)
             names = getattr(features.get(key), "names", None)
             self.classes = tuple(map(str, names)) if names else self.classes
         self.set_shape(options, workers)
@@ -90,7 +82,7 @@ def _choose(
     return found[0]
 
 
-def _keys(names: Sequence[str], options: Options) -> list[str]:
+def array_keys(names: Sequence[str], options: Wanted) -> list[str]:
     """The names in a mapping or an .npz file of the images, and of the labels if the options ask for them."""
     if not names:
         raise ValueError("the mapping or .npz file of the data is empty. It must have an array of images.")
@@ -103,7 +95,7 @@ class Items(Source):
 
     constant = False
 
-    def __init__(self, dataset: Any, options: Options, workers: int) -> None:
+    def __init__(self, dataset: Any, options: Wanted, workers: int) -> None:
         self.name, self.dataset, self.crop = f"the {type(dataset).__name__}", dataset, options.crop
         if not hasattr(dataset, "__len__"):
             raise TypeError(f"{self.name} must have a length, so that it can be shuffled. Pass a Dataset with __len__.")
@@ -117,9 +109,9 @@ class Items(Source):
             self.shape = (options.channels or channels, *(options.size or square))
         else:
             values = _values(first)
-            self.shape = _checked(values.shape, options, self.name)
+            self.shape = fitting_shape(values.shape, options, self.name)
             try:
-                _check_values(values, self.shape, "it", options.value_range)
+                check_values(values, self.shape, "it", options.value_range)
             except ValueError as error:
                 raise ValueError(f"{self.name_of(0)}: {error}") from error
         self._keeps_color = options.channels is None and self.shape[0] == 1
@@ -129,7 +121,7 @@ class Items(Source):
             known = dataset if getattr(dataset, "target_transform", None) is None else None
             labels, names = getattr(known, "targets", None), getattr(known, "classes", None)
             labels = list(ordered_map(self._label, range(len(dataset)), workers)) if labels is None else labels
-            self.labels, self.classes = _classes(labels, len(dataset), self.name)
+            self.labels, self.classes = class_numbers(labels, len(dataset), self.name)
             self.classes = self.classes if names is None else tuple(map(str, names))
 
     def __len__(self) -> int:
@@ -165,14 +157,14 @@ class Items(Source):
 
 def _values(image: Any) -> np.ndarray:
     """Converts an item of a Dataset, a tensor or an array, to an array (C, H, W), uint8 or float32."""
-    array = _numpy(image)
+    array = to_array(image)
     if array.dtype == np.uint8:
-        return np.ascontiguousarray(_channels_first(array[None], "an item of the Dataset")[0])
+        return np.ascontiguousarray(channels_first(array[None], "an item of the Dataset")[0])
     if not np.issubdtype(array.dtype, np.floating):
         got = array.dtype if array.dtype.kind in "biu" else type(image).__name__
         raise TypeError(
             "an item of the Dataset must be an image or a tuple (image, label), where an image is a picture of Pillow "
             f"or an array, uint8 or floating point in [0, 1], got {got}."
         )
-    _check_axes((1, *array.shape), "the Dataset")
+    check_axes((1, *array.shape), "the Dataset")
     return np.ascontiguousarray(array, np.float32)

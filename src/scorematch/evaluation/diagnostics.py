@@ -44,7 +44,7 @@ from scorematch.core.precision import exact_float32
 from scorematch.core.processes import process_group
 from scorematch.core.randomness import as_generator, seed_of, standard_normal
 from scorematch.core.scores import Score, device_of, evaluating, score_at
-from scorematch.data.cache import open_images
+from scorematch.data.images import open_images
 from scorematch.evaluation.accumulate import double
 from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.figures import Figure, mean_figure

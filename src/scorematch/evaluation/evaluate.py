@@ -49,8 +49,8 @@ from scorematch.core.processes import process_group, this_process
 from scorematch.core.provenance import versions
 from scorematch.core.randomness import seed_of, standard_normal
 from scorematch.core.scores import device_of
-from scorematch.data.cache import ImageData, open_images
 from scorematch.data.find import check_path
+from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import ENDINGS, Crop, check_picture, is_picture, save_grid, to_float, to_uint8
 from scorematch.data.samples import read_samples, stored_samples, stored_settings
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, as_dicts, image_figures

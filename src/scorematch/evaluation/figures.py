@@ -49,7 +49,7 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_choice
 from scorematch.core.processes import agreed, processes, this_process
-from scorematch.data.cache import ImageData, open_images
+from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import Crop, to_uint8
 from scorematch.evaluation.accumulate import Rows
 from scorematch.evaluation.features import Extracted, Extractor, as_extractor

@@ -40,7 +40,7 @@ from scorematch.core.precision import exact_float32
 from scorematch.core.processes import process_group
 from scorematch.core.randomness import as_generator, standard_normal
 from scorematch.core.scores import Score, device_of
-from scorematch.data.cache import open_images
+from scorematch.data.images import open_images
 from scorematch.evaluation.figures import Figure, mean_figure
 from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
 from scorematch.likelihood import as_bits, check_unit_range, default_schedule, dequantized, log_likelihood

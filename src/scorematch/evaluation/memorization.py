@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
 from scorematch.core.charts import Curve, chart, table
-from scorematch.data.cache import ImageData, open_images
+from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import save_grid, to_float
 from scorematch.evaluation.accumulate import check_features, double
 from scorematch.evaluation.features import Extractor, as_extractor

@@ -54,7 +54,7 @@ from scorematch.core.processes import process_group, this_process
 from scorematch.core.provenance import identity, versions
 from scorematch.core.randomness import as_generator, standard_normal
 from scorematch.core.scores import Score, attribute, device_of
-from scorematch.data.cache import ImageData, open_images
+from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import Crop, check_picture, is_picture, save_grid
 from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, check_results, sampler_for
 from scorematch.evaluation.features import Extracted

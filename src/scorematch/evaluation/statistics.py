@@ -38,7 +38,7 @@ from scorematch.core.files import write_whole
 from scorematch.core.messages import plain
 from scorematch.core.processes import agreed, processes
 from scorematch.data.arrays import read_arrays
-from scorematch.data.cache import ImageData, open_images
+from scorematch.data.images import ImageData, open_images
 from scorematch.evaluation.accumulate import Moments, Rows, check_features, is_symmetric
 from scorematch.evaluation.features import Extractor
 

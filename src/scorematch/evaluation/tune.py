@@ -38,7 +38,7 @@ from scorematch.core.processes import process_group, this_process
 from scorematch.core.provenance import identity
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import device_of
-from scorematch.data.cache import ImageData
+from scorematch.data.images import ImageData
 from scorematch.data.pictures import Crop
 from scorematch.evaluation.evaluate import hash_of, open_for, read_batches, shown
 from scorematch.evaluation.features import Extractor

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument
-from scorematch.data.cache import Data, ImageData
+from scorematch.data.images import Data, ImageData
 from scorematch.score import ScoreNet
 from scorematch.training.levels import check_levels, levels_for, weighting_for
 from scorematch.training.settings import Settings

@@ -16,7 +16,7 @@ from scorematch.core.files import check_own
 from scorematch.core.provenance import versions
 from scorematch.core.records import as_stored, differences, read_record, refuse, write_record
 from scorematch.core.schema import Field
-from scorematch.data.cache import Data
+from scorematch.data.images import Data
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained import load, locate
 from scorematch.score import ScoreNet

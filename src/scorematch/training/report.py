@@ -27,7 +27,7 @@ from scorematch.core.conditions import describe_classes
 from scorematch.core.files import write_whole
 from scorematch.core.randomness import seed_of, single_generator, standard_normal
 from scorematch.core.schema import Field, check
-from scorematch.data.cache import Data
+from scorematch.data.images import Data
 from scorematch.data.pictures import save_grid, to_float
 from scorematch.loss import loss_and_norm
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler

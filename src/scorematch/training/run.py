@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from scorematch.core.files import check_outside, delete_unfinished, exclusive_lock
 from scorematch.core.messages import reason
 from scorematch.core.schema import Field
-from scorematch.data.cache import Data, open_images
+from scorematch.data.images import Data, open_images
 from scorematch.data.pictures import is_picture
 from scorematch.pretrained.hub import check_login, check_repository
 from scorematch.score import ScoreNet

@@ -33,15 +33,16 @@ from torch import Tensor
 from scorematch.core.messages import quote
 from scorematch.core.precision import autocast
 from scorematch.core.randomness import seed_of
-from scorematch.data.cache import Data, Order
+from scorematch.core.threads import ordered_map
+from scorematch.data.images import Data
 from scorematch.data.pictures import to_float
-from scorematch.data.sources import ordered_map
 from scorematch.loss import dsm_loss
 from scorematch.score import ScoreNet
 from scorematch.training.accelerator import global_generators, make_accelerator
 from scorematch.training.checks import check_arguments, check_labels, class_count
 from scorematch.training.ema import Average
 from scorematch.training.levels import Levels, levels_for, uniforms, weighting_for
+from scorematch.training.order import Order
 from scorematch.training.settings import Loss, Settings
 
 _BATCHES_AHEAD = 2  # the number of batches that are prepared in advance
