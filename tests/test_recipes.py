@@ -109,7 +109,7 @@ def test_the_palette_recipe_has_three_tasks():
 def test_networks_of_song_et_al_are_those_of_their_configurations(name, config):
     options = score_sde._options(config)
     recipe, net = RECIPES[name], _meta(RECIPES[name])
-    expected = score_sde._ncsnpp(options)
+    expected = score_sde._architecture(options)
     assert expected.pop("skip_rescale")  # the default
     assert {key: net.config[key] for key in expected} == expected
     with torch.device("meta"):

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.core.records import hash_of, hash_of_bytes
 from scorematch.data import open_images, read_image, save_image
 from scorematch.pretrained import load, locate
 from scorematch.restoration.palette import Inpainting
@@ -1049,9 +1050,9 @@ def test_a_folder_with_another_configuration_raises(tmp_path):
 def _sign(path, changes):
     """Changes values of state.json of a checkpoint, and gives all files the right hashes."""
     state = {**json.loads((path / "state.json").read_text()), **changes}
-    state["files"] = {name: checkpoints._hash((path / name).read_bytes()) for name in state["files"]}
+    state["files"] = {name: hash_of_bytes((path / name).read_bytes()) for name in state["files"]}
     state.pop("hash")
-    (path / "state.json").write_text(json.dumps({**state, "hash": checkpoints._hash_of_values(state)}))
+    (path / "state.json").write_text(json.dumps({**state, "hash": hash_of(state)}))
 
 
 @pytest.mark.parametrize(

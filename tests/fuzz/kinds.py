@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import save
 
 from scorematch import NoiseSchedule, ScoreNet
+from scorematch.core.records import hash_of, hash_of_bytes
 from scorematch.data import open_images, read_image, read_mask, read_samples
 from scorematch.evaluation import Extractor, Statistics, tune
 from scorematch.nets import FAMILIES
 from scorematch.sampling import ODESampler, SamplerSettings, sample_to
-from scorematch.training import checkpoint, train
+from scorematch.training import train
 from tests import published as theirs
 from tests.fuzz import mutators
 from tests.helpers import convert
@@ -468,9 +469,9 @@ def sign(files):
         try:
             state = json.loads(files[name])
             beside = {each: name.replace("state.json", each) for each in state["files"]}
-            state["files"] = {each: checkpoint._hash(files[path]) for each, path in beside.items() if path in files}
+            state["files"] = {each: hash_of_bytes(files[path]) for each, path in beside.items() if path in files}
             del state["hash"]
-            files[name] = _text({**state, "hash": checkpoint._hash_of_values(state)})
+            files[name] = _text({**state, "hash": hash_of(state)})
         except (ValueError, LookupError, TypeError, RecursionError):  # its damage is of another kind
             pass
 

@@ -14,7 +14,6 @@ _COLUMNS = (
     *("recipe", "network", "parameters", "side, px", "batch", "learning rate", "averages", "images"),
     *("GFLOP per image", "total FLOP"),
 )
-_NETWORKS = {"ncsn": "NCSN", "ncsnv2": "NCSNv2", "unet": "U-Net", "ncsnpp": "NCSN++"}
 
 
 def add(commands: Commands) -> None:
@@ -50,7 +49,7 @@ def _row(recipe: Recipe) -> tuple[str, ...]:
     flop = training_flop(net)
     return (
         recipe.name,
-        _network(recipe),
+        recipe.title,
         f"{sum(parameter.numel() for parameter in net.parameters()):,}",
         str(recipe.image_size),
         str(settings.batch_size),
@@ -60,17 +59,3 @@ def _row(recipe: Recipe) -> tuple[str, ...]:
         f"{flop / 1e9:.3g}" if flop < 1e12 else f"{flop / 1e9:,.0f}",
         f"{flop * settings.total:.2g}",
     )
-
-
-def _network(recipe: Recipe) -> str:
-    """Such as "NCSNv2 128, deeper"."""
-    options = recipe.network
-    name = "DDPM++" if options.get("input_pyramid") == "none" else _NETWORKS[recipe.constructor]
-    parts = [f"{name} {' '.join(map(str, options.get('widths', (options.get('width'),))))}"]
-    if "depth" in options:
-        parts.append(options["depth"])
-    if "patch" in options:
-        parts.append(f"patches of {options['patch']} x {options['patch']}")
-    if "condition_channels" in options:
-        parts.append("with an image as its condition")
-    return ", ".join(parts)

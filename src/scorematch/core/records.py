@@ -97,7 +97,12 @@ def refuse(what: str, differing: Sequence[str], advice: str, *, most: int = 3) -
 
 def hash_of(values: Any, *, size: int = 16) -> str:
     """A hash of values for JSON with ``size`` bytes, in hexadecimal digits; the order of keys has no effect."""
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=size).hexdigest()
+    return hash_of_bytes(json.dumps(values, sort_keys=True).encode(), size=size)
+
+
+def hash_of_bytes(content: bytes | memoryview, *, size: int = 16) -> str:
+    """A hash of a content with ``size`` bytes, in hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=size).hexdigest()
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

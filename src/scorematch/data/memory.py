@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.batches import is_outside
+from scorematch.core.records import hash_of_bytes
 from scorematch.data.pictures import as_picture, check_range, fit_picture, is_picture
 from scorematch.data.sources import Source, Wanted
 
@@ -47,7 +47,7 @@ class Array(Source):
         self.name, self.array = name, array
         self.shape = fitting_shape(self.array.shape[1:], options, name)
         check_values(self.array, self.shape, name, options.value_range)
-        self.identity = hashlib.blake2b(self.array.data, digest_size=16).hexdigest()
+        self.identity = hash_of_bytes(self.array.data)
         if options.labels:
             if labels is None:
                 raise ValueError(f"{name} has no labels. Pass a pair (images, labels).")

@@ -5,13 +5,13 @@ The sources are ``memory.Array``, ``folders.Folder``, ``tables.Table`` and ``tab
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from scorematch.core.records import hash_of_bytes
 from scorematch.data.pictures import Crop
 
 
@@ -66,7 +66,7 @@ class Source(ABC):
         digests = []
         for i in sorted({round(k * (len(self) - 1) / 15) for k in range(16)}):
             try:
-                digests.append(hashlib.blake2b(self.pixels(i).tobytes(), digest_size=16).hexdigest())
+                digests.append(hash_of_bytes(self.pixels(i).tobytes()))
             except Exception:  # a damaged picture
                 digests.append("damaged")
         return digests

@@ -8,7 +8,6 @@ file and of its own values. If the newest checkpoint does not match its hashes, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import uuid
@@ -26,6 +25,7 @@ from torch import Tensor
 from scorematch.core.files import UNFINISHED, synchronize
 from scorematch.core.json_files import read_object
 from scorematch.core.messages import plain, reason
+from scorematch.core.records import hash_of, hash_of_bytes
 from scorematch.core.schema import Field, check
 
 _STATE = "state.json"
@@ -70,10 +70,10 @@ def write(folder: Path, images: int, parts: Parts, state: Mapping[str, Any], *, 
             hashes = {}
             for part, tensors in parts.items():
                 content = save({key: _plain(tensor) for key, tensor in tensors.items()}, metadata={"format": "pt"})
-                hashes[f"{part}.safetensors"] = _hash(content)
+                hashes[f"{part}.safetensors"] = hash_of_bytes(content)
                 write_file(staged / f"{part}.safetensors", content)
             values = {**state, "images": images, "files": hashes}
-            text = json.dumps({**values, "hash": _hash_of_values(values)}, indent=2)
+            text = json.dumps({**values, "hash": hash_of(values)}, indent=2)
             write_file(staged / _STATE, text.encode())
     except OSError as error:
         older = numbers(folder)
@@ -114,7 +114,7 @@ def latest(folder: Path, fields: Mapping[str, Field] | None = None) -> Checkpoin
         try:
             state = read_object(path / _STATE)
             check(state, {**_FIELDS, **(fields or {})}, _STATE)
-            if state.pop("hash") != _hash_of_values(state):
+            if state.pop("hash") != hash_of(state):
                 raise ValueError(f"{_STATE} was changed after it was written")
             if state.pop("images") != images:
                 raise ValueError(f"{_STATE} belongs to another checkpoint")
@@ -123,7 +123,7 @@ def latest(folder: Path, fields: Mapping[str, Field] | None = None) -> Checkpoin
                 if Path(name).name != name:
                     raise ValueError(f"{plain(name)} is not the name of a file")
                 content = (path / name).read_bytes()
-                if _hash(content) != expected:
+                if hash_of_bytes(content) != expected:
                     raise ValueError(f"{name} was changed after it was written")
                 parts[name.removesuffix(".safetensors")] = load(content)
             return Checkpoint(images, parts, state)
@@ -168,15 +168,6 @@ def write_file(path: Path, content: bytes) -> None:
 def _plain(tensor: Tensor) -> Tensor:
     """A contiguous copy on the CPU that shares no memory with other tensors, as safetensors requires."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
-
-
-def _hash_of_values(values: Mapping[str, Any]) -> str:
-    """A hash of the values of state.json, which does not depend on their order."""
-    return _hash(json.dumps(values, sort_keys=True).encode())
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def numbers(folder: Path) -> list[int]:

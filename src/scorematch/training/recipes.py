@@ -52,7 +52,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.restoration.palette import TASKS, MultiTask
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.score import ScoreNet
-from scorematch.training.levels import Levels, LogUniform, UniformTime
+from scorematch.training.levels import LogUniform, UniformTime
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Recipe:
 
     Attributes:
         name: the name of the recipe.
+        title: the network in words.
         source: the source of the values.
         constructor: the constructor of the network, "ncsn", "ncsnv2", "unet" or "ncsnpp" of ScoreNet.
         network: the arguments of the constructor, except the channels, the size and the schedule.
@@ -81,6 +82,7 @@ class Recipe:
     """
 
     name: str
+    title: str
     source: str
     constructor: Literal["ncsn", "ncsnv2", "unet", "ncsnpp"]
     network: Mapping[str, Any]
@@ -182,18 +184,47 @@ def _flop(net: ScoreNet, *, backward: bool) -> int:
     return counter.get_total_flops()
 
 
-_ADAM = {"betas": (0.9, 0.999), "decay": "constant"}
 # Adam's eps and the clipping of gradients depend on the scale of the loss. ``dsm_loss`` is half of the sum of the
 # squared errors, and ``clip`` is for the loss divided by D/2. Published losses are the mean (Ho et al., and VP of Song
 # et al.), the sum (Karras et al.) or half of the sum (VE of Song et al.).
 _HALF = 3 * 32 * 32 / 2  # D/2
-_DDPMPP = {"embedding": "positional", "resample_filter": (1, 1), "input_pyramid": "none"}
 _AVERAGE = "EMA of the weights with a smaller decay at first, as in the later code of Song et al."
+_EDM = NoiseSchedule.geometric(40, 0.001, 256)  # EDM's 80 to 0.002 for images in [-1, 1]
+_DDPMPP = {"embedding": "positional", "resample_filter": (1, 1), "input_pyramid": "none"}
 
 
-def _ncsn(data: str, width: int, size: int, channels: int, *, flip: bool, crop: Crop = "center") -> Recipe:
+def _adam(steps: int, batch_size: int, lr: float, **others: Any) -> dict[str, Any]:
+    """The settings of publications: Adam with a constant learning rate; no warm-up and no clipping unless given."""
+    options = {"images": steps * batch_size, "batch_size": batch_size, "lr": lr, "warmup_images": 0, "clip": None}
+    return {"betas": (0.9, 0.999), "decay": "constant", **options, **others}
+
+
+def _small(name: str, size: int, widths: tuple[int, ...], title: str) -> Recipe:
+    """A U-Net on patches for little compute.
+
+    It is trained with EDM's loss and noise levels (preconditioning "karras" and log-normal levels, the defaults of
+    ``train``), with which a network learns most from each image. A network on 2 x 2 patches takes the least time per
+    image. In a trial on CIFAR-10 (470,000 parameters, 12,800 images) two blocks of 8 channels at full resolution
+    reduced the loss by 3 to 7 % at levels up to 0.05, where the pattern of the patches would be visible. There is no
+    regularization, since short runs see each image a few hundred times at most.
+    """
     return Recipe(
-        name=f"ncsn-{data}",
+        name,
+        title,
+        source="this package; loss, noise levels and sampler: Karras et al., 2022, arXiv:2206.00364, Table 1",
+        constructor="unet",
+        network={"widths": widths, "patch": 2, "pixel_channels": 8},
+        schedule=_EDM,
+        image_size=size,
+        training={},
+        sampler=SamplerSettings(sampler="ode", levels=18),
+    )
+
+
+def _ncsn(data: str, width: int, size: int, channels: int, *, flip: bool = True, crop: Crop = "center") -> Recipe:
+    return Recipe(
+        f"ncsn-{data}",
+        f"NCSN {width}",
         source="Song & Ermon, 2019, arXiv:1907.05600; github.com/ermongroup/ncsn, configs/anneal.yml",
         constructor="ncsn",
         network={"width": width},
@@ -201,16 +232,7 @@ def _ncsn(data: str, width: int, size: int, channels: int, *, flip: bool, crop: 
         image_size=size,
         channels=channels,
         crop=crop,
-        training={
-            **_ADAM,
-            "images": 200_000 * 128,
-            "batch_size": 128,
-            "lr": 1e-3,
-            "warmup_images": 0,
-            "clip": None,
-            "ema": (),
-            "flip": flip,
-        },
+        training=_adam(200_000, 128, 1e-3, ema=(), flip=flip),
         sampler=SamplerSettings(steps_per_level=100, step_size=2e-5),
         differs="the publication dequantizes the images, x 255/256 + u/256 with u uniform in [0, 1)",
     )
@@ -231,7 +253,8 @@ def _ncsnv2(
 ) -> Recipe:
     sigma_max, levels = schedule
     return Recipe(
-        name=f"ncsnv2-{data}",
+        f"ncsnv2-{data}",
+        f"NCSNv2 128, {depth}",
         source=f"Song & Ermon, 2020, arXiv:2006.09011; github.com/ermongroup/ncsnv2, configs/{data}.yml",
         constructor="ncsnv2",
         network={"width": 128, "depth": depth},
@@ -239,16 +262,7 @@ def _ncsnv2(
         image_size=size,
         channels=3,
         crop=crop,
-        training={
-            **_ADAM,
-            "images": steps * batch_size,
-            "batch_size": batch_size,
-            "lr": 1e-4,
-            "eps": eps,
-            "warmup_images": 0,
-            "clip": None,
-            "ema": (0.999,),
-        },
+        training=_adam(steps, batch_size, 1e-4, eps=eps, ema=(0.999,)),
         sampler=SamplerSettings(steps_per_level=sampler[0], step_size=sampler[1]),
         differs=_AVERAGE,
         published_time=f"{time} (Appendix B)",
@@ -257,88 +271,57 @@ def _ncsnv2(
 
 def _continuous(
     name: str,
+    title: str,
     config: str,
     network: Mapping[str, Any],
     schedule: NoiseSchedule,
-    levels: Levels,
-    sampler: SamplerSettings,
-    *,
-    ema: float,
-    eps: float,
-    clip: float,
+    training: Mapping[str, Any],
+    **corrector: Any,
 ) -> Recipe:
     """A network of Song et al. (2021) for CIFAR-10, trained in continuous time.
 
     The average of the weights is that of their code, whose decay is smaller at first.
     """
     return Recipe(
-        name=name,
+        name,
+        title,
         source=f"Song et al., 2021, arXiv:2011.13456; github.com/yang-song/score_sde_pytorch, configs/{config}.py",
         constructor="ncsnpp",
         network={"widths": (128, 256, 256, 256), "layers_per_block": 4, "dropout": 0.1, **network},
         schedule=schedule,
         image_size=32,
         channels=3,
-        training={
-            **_ADAM,
-            "images": 1_300_000 * 128,
-            "batch_size": 128,
-            "lr": 2e-4,
-            "eps": eps,
-            "warmup_images": 5000 * 128,
-            "clip": clip,
-            "ema": (ema,),
-            "levels": levels,
-        },
-        sampler=sampler,
+        training=_adam(1_300_000, 128, 2e-4, warmup_images=5000 * 128, **training),
+        sampler=SamplerSettings("predictor-corrector", levels=1000, predictor="reverse-diffusion", **corrector),
         published_time="about 3 days on 4 V100 (issue 4 of the repository, for NCSN++ and sub-VP)",
-    )
-
-
-def _small(name: str, size: int, widths: tuple[int, ...]) -> Recipe:
-    """A U-Net on patches for little compute.
-
-    It is trained with EDM's loss and noise levels (preconditioning "karras" and log-normal levels, the defaults of
-    ``train``), with which a network learns most from each image. A network on 2 x 2 patches takes the least time per
-    image. In a trial on CIFAR-10 (470,000 parameters, 12,800 images) two blocks of 8 channels at full resolution
-    reduced the loss by 3 to 7 % at levels up to 0.05, where the pattern of the patches would be visible. There is no
-    regularization, since short runs see each image a few hundred times at most.
-    """
-    return Recipe(
-        name=name,
-        source="this package; loss, noise levels and sampler: Karras et al., 2022, arXiv:2206.00364, Table 1",
-        constructor="unet",
-        network={"widths": widths, "patch": 2, "pixel_channels": 8},
-        schedule=NoiseSchedule.geometric(40, 0.001, 256),  # EDM's 80 to 0.002 for images in [-1, 1]
-        image_size=size,
-        training={},
-        sampler=SamplerSettings(sampler="ode", levels=18),
     )
 
 
 _ALL = (
     Recipe(
-        name="tiny",
+        "tiny",
+        "U-Net 12 16, patches of 2 x 2",
         source="this package",
         constructor="unet",
         network={"widths": (12, 16), "layers_per_block": 1, "patch": 2, "pixel_channels": 4},
-        schedule=NoiseSchedule.geometric(40, 0.001, 256),
+        schedule=_EDM,
         image_size=32,
         training={"images": 50_000, "batch_size": 32},
         sampler=SamplerSettings(sampler="ode", levels=18),
     ),
-    _small("small-32", 32, (128, 256)),
-    _small("small-64", 64, (64, 128, 256)),
+    _small("small-32", 32, (128, 256), "U-Net 128 256, patches of 2 x 2"),
+    _small("small-64", 64, (64, 128, 256), "U-Net 64 128 256, patches of 2 x 2"),
     _ncsn("mnist", 64, 28, 1, flip=False),
-    _ncsn("cifar10", 128, 32, 3, flip=True),
-    _ncsn("celeba", 128, 32, 3, flip=True, crop="celeba"),
+    _ncsn("cifar10", 128, 32, 3),
+    _ncsn("celeba", 128, 32, 3, crop="celeba"),
     _ncsnv2("cifar10", 32, "standard", (50, 232), 300_000, (5, 6.2e-6), "22 h on 2 V100"),
     _ncsnv2("celeba", 64, "standard", (90, 500), 210_000, (5, 3.3e-6), "29 h on 4 V100", crop="celeba"),
     _ncsnv2("church", 96, "deeper", (140, 788), 200_000, (4, 4.9e-6), "52 h on 8 V100"),
     _ncsnv2("bedroom", 128, "deeper", (190, 1086), 150_000, (3, 1.8e-6), "52 h on 8 V100"),
     _ncsnv2("ffhq", 256, "deepest", (348, 2311), 80_000, (3, 9e-7), "41 h on 8 V100", batch_size=32, eps=1e-3),
     Recipe(
-        name="ddpm-cifar10",
+        "ddpm-cifar10",
+        "U-Net 128 256 256 256",
         source="Ho et al., 2020, arXiv:2006.11239, Appendix B",
         constructor="unet",
         network={
@@ -350,64 +333,46 @@ _ALL = (
         schedule=NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000)),
         image_size=32,
         channels=3,
-        training={
-            **_ADAM,
-            "images": 800_000 * 128,
-            "batch_size": 128,
-            "lr": 2e-4,
-            "eps": 1e-8 * _HALF,
-            "warmup_images": 5000 * 128,
-            "clip": 1.0,
-            "ema": (0.9999,),
-        },
+        training=_adam(800_000, 128, 2e-4, eps=1e-8 * _HALF, warmup_images=5000 * 128, clip=1.0, ema=(0.9999,)),
         sampler=SamplerSettings(sampler="ancestral", levels=1000, variance="large"),
         differs=f"{_AVERAGE}; the strided convolutions pad all sides",
         published_time="10.6 h on a TPU v3-8 (Appendix B)",
     ),
     _continuous(
         "ncsnpp-cifar10",
+        "NCSN++ 128 256 256 256",
         "ve/cifar10_ncsnpp_continuous",
         {"precondition": "ncsnpp"},
         NoiseSchedule.geometric(50, 0.01, 1000),
-        LogUniform(0.01 * (50 / 0.01) ** 1e-5, 50),  # uniform times from 1e-5 to 1
-        SamplerSettings("predictor-corrector", levels=1000, predictor="reverse-diffusion", corrector_steps=1, snr=0.16),
-        ema=0.999,
-        eps=1e-8,
-        clip=1 / _HALF,
+        {
+            "eps": 1e-8,
+            "clip": 1 / _HALF,
+            "ema": (0.999,),
+            "levels": LogUniform(0.01 * (50 / 0.01) ** 1e-5, 50),  # uniform times from 1e-5 to 1
+        },
+        corrector_steps=1,
+        snr=0.16,
     ),
     _continuous(
         "ddpmpp-cifar10",
+        "DDPM++ 128 256 256 256",
         "vp/cifar10_ddpmpp_continuous",
         {"precondition": "vp", **_DDPMPP},
         NoiseSchedule(UniformTime(first=1e-3).quantile(torch.linspace(1, 0, 1000, dtype=torch.float64))),
-        UniformTime(),
-        SamplerSettings("predictor-corrector", levels=1000, predictor="reverse-diffusion", corrector_steps=0),
-        ema=0.9999,
-        eps=1e-8 * _HALF,
-        clip=1.0,
+        {"eps": 1e-8 * _HALF, "clip": 1.0, "ema": (0.9999,), "levels": UniformTime()},
+        corrector_steps=0,
     ),
     Recipe(
-        name="edm-cifar10",
+        "edm-cifar10",
+        "DDPM++ 256 256 256",
         source="Karras et al., 2022, arXiv:2206.00364, Tables 1 and 7",
         constructor="ncsnpp",
-        network={
-            "widths": (256, 256, 256),
-            "layers_per_block": 4,
-            "model_channels": 128,
-            "dropout": 0.13,
-            **_DDPMPP,
-        },
-        schedule=NoiseSchedule.geometric(40, 0.001, 256),  # 80 to 0.002 for images in [-1, 1]
+        network={"widths": (256,) * 3, "layers_per_block": 4, "model_channels": 128, "dropout": 0.13, **_DDPMPP},
+        schedule=_EDM,
         image_size=32,
         channels=3,
         training={
-            **_ADAM,
-            "images": 200_000_000,
-            "batch_size": 512,
-            "lr": 1e-3,
-            "eps": 1e-8 / 2,
-            "warmup_images": 10_000_000,
-            "clip": None,
+            **_adam(390_625, 512, 1e-3, eps=1e-8 / 2, warmup_images=10_000_000),
             "ema": (0.5 ** (512 / 500_000),),  # a half-life of 500,000 images
         },
         sampler=SamplerSettings(sampler="ode", levels=18),
@@ -417,7 +382,8 @@ _ALL = (
         ),
     ),
     Recipe(
-        name="palette",
+        "palette",
+        "U-Net 256 256 512 512 1024 1024, with an image as its condition",
         source="Saharia et al., 2022, arXiv:2111.05826, Appendix A",
         constructor="unet",
         network={
@@ -429,15 +395,7 @@ _ALL = (
         schedule=NoiseSchedule.from_betas(np.linspace(1e-6, 0.01, 2000)),
         image_size=256,
         channels=3,
-        training={
-            **_ADAM,
-            "images": 1_000_000 * 1024,
-            "batch_size": 1024,
-            "lr": 1e-4,
-            "warmup_images": 10_000 * 1024,
-            "clip": None,
-            "ema": (0.9999,),
-        },
+        training=_adam(1_000_000, 1024, 1e-4, warmup_images=10_000 * 1024, ema=(0.9999,)),
         tasks=("jpeg", "inpainting", "colorization"),
         sampler=SamplerSettings(sampler="ancestral", variance="large"),
         differs=(
