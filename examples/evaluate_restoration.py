@@ -28,7 +28,8 @@ from torch import Tensor
 
 from scorematch import AnnealedLangevinSampler, ScoreNet
 from scorematch.evaluation import evaluate_restoration
-from scorematch.restoration import JPEG, AveragePool, Mask, Operator, Uncrop
+from scorematch.restoration import Mask, Operator
+from scorematch.restoration.methods import METHODS
 
 STROKE = 3.5  # half the width of the line of the free-form mask, in pixels of 28
 
@@ -41,14 +42,14 @@ def free_mask(height: int, width: int) -> Tensor:
     return ((x[..., None] - line_x) ** 2 + (y[..., None] - line_y) ** 2).amin(-1) > STROKE**2
 
 
-TASKS: dict[str, tuple[Operator, float]] = {  # an operator, and the noise in its measurement
+TASKS: dict[str, tuple[str | Operator, float]] = {  # an operator, and the noise in its measurement
     "free mask": (Mask(free_mask(28, 28)), 0.0),
-    "right half": (Uncrop(right=14), 0.0),
-    "right half, noise 0.2": (Uncrop(right=14), 0.2),
-    "pool 4": (AveragePool(4), 0.0),
-    "pool 4, noise 0.05": (AveragePool(4), 0.05),
-    "jpeg 5": (JPEG(5), 0.0),
-    "jpeg 1": (JPEG(1), 0.0),
+    "right half": ("uncrop:right=14", 0.0),
+    "right half, noise 0.2": ("uncrop:right=14", 0.2),
+    "pool 4": ("pool:4", 0.0),
+    "pool 4, noise 0.05": ("pool:4", 0.05),
+    "jpeg 5": ("jpeg:5", 0.0),
+    "jpeg 1": ("jpeg:1", 0.0),
 }
 
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--n", type=int, default=500, help="number of test digits")
     parser.add_argument("--draws", type=int, default=2, help="restorations of each digit")
-    parser.add_argument("--restore", nargs="+", default=["replace"], choices=["replace", "guide", "guide-jacobian"])
+    parser.add_argument("--restore", nargs="+", default=["replace"], choices=METHODS)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--levels", type=int, help="number of noise levels (default: the network's settings)")
     parser.add_argument("--steps", type=int, help="Langevin steps per level, instead of consistent sampling")
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     net = ScoreNet.from_pretrained(args.model)
     print(f"{'':>38}{'rmse':>16}{'accuracy':>9}{'diversity':>11}{'residual':>10}")
     for task in args.tasks:
-        operator, noise = TASKS[task]
+        operator, sigma = TASKS[task]
         for restore in args.restore:
             begin = time.perf_counter()
             options = {"levels": args.levels, "steps_per_level": args.steps, "restore": restore}
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 operator,
                 n=args.n,
                 draws=args.draws,
-                noise=noise,
+                sigma=sigma,
                 features=classifier,
                 metrics=[],
                 labels=True,

@@ -27,16 +27,16 @@ from scorematch.sampling import Sampler, recommended_sampler
 
 def middle(side: int) -> Mask:
     """Hides a square in the middle of an image."""
-    seen = torch.ones(side, side, dtype=torch.bool)
+    mask = torch.ones(side, side, dtype=torch.bool)
     first = side * 2 // 7
-    seen[first : side - first, first : side - first] = False
-    return Mask(seen)
+    mask[first : side - first, first : side - first] = False
+    return Mask(mask)
 
 
 def hole(task: Task, face: Tensor, generator: torch.Generator) -> Mask:
     """Hides the random hole of a task."""
-    _, region = task(face, generator)
-    return Mask(~region[0])
+    _, mask = task(face, generator)
+    return Mask(~mask[0])
 
 
 def restorations(sampler: Sampler, face: Tensor, operator: Operator, generator: torch.Generator, n: int) -> Tensor:

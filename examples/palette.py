@@ -3,7 +3,7 @@
     python examples/palette.py --data FOLDER --out runs/palette                        # MNIST in three colors, 4 tasks
     python examples/palette.py --data FOLDER --out runs/palette                        # continues an interrupted run
     python examples/palette.py --data FOLDER --out runs/l1 --p 1                       # the ablation of the paper
-    python examples/palette.py --data FOLDER --out runs/one --tasks inpainting         # one task only
+    python examples/palette.py --data FOLDER --out runs/one --tasks hole         # one task only
     python examples/palette.py --data FOLDER --out runs/regression --regression        # a baseline without sampling
     python examples/palette.py --data FOLDER --out runs/palette --evaluate             # the figures only
     python examples/palette.py --data FOLDER --out runs/cifar --images cifar10 --width 96
@@ -73,8 +73,8 @@ def restore(sampler: AncestralSampler, x: Tensor, name: str, draws: int) -> tupl
         The degraded images (N, ...), the samples (draws, N, ...), and the consistency of both.
     """
     task = JPEGRestoration(TEST_QUALITY, TEST_QUALITY) if name == "jpeg" else TASKS[name]()
-    condition, region = task(x)
-    operator = {"colorization": Grayscale(), "jpeg": JPEG(TEST_QUALITY)}.get(name, Mask(~region))
+    condition, mask = task(x)
+    operator = {"gray": Grayscale(), "jpeg": JPEG(TEST_QUALITY)}.get(name, Mask(~mask))
     y = operator.measure(x)
     observation = Observation(operator, y) if isinstance(operator, Mask) else None  # only the hole is sampled
     # A regression has one level, at which its noisy image is gray.

@@ -1,13 +1,13 @@
 """Degrades pictures, restores them with a score network, and writes strips to compare.
 
-    python examples/restore.py digit.png --out restored                              # all tasks, with "mnist"
-    python examples/restore.py faces/ --out restored --model google/ddpm-celebahq-256 --tasks inpaint jpeg
+    python examples/restore.py digit.png --out restored                              # all operators, with "mnist"
+    python examples/restore.py faces/ --out restored --model google/ddpm-celebahq-256 --operators hole jpeg:5
     python examples/restore.py digit.png --out restored --restore guide-jacobian     # better, takes twice as long
-    python examples/restore.py digit.png --out restored --tasks inpaint --mask free.png --sigma 0.1
+    python examples/restore.py digit.png --out restored --operators mask:free.png --sigma 0.1
 
-The network may be trained for restoration or not. For each picture and task the program writes the samples and a strip
-(the degraded picture, the samples, the original), and prints the root mean square error of both to the original. To
-restore pictures that are already degraded, use ``python -m scorematch restore``.
+The network may be trained for restoration or not. For each picture and operator the program writes the samples and a
+strip (the degraded picture, the samples, the original), and prints the root mean square error of both to the original.
+To restore pictures that are already degraded, use ``python -m scorematch restore``.
 """
 
 import argparse
@@ -18,27 +18,10 @@ import torch
 from torch import Tensor
 
 from scorematch import AnnealedLangevinSampler, ScoreNet
-from scorematch.data import grid, list_pictures, read_image, read_mask, save_image
-from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.data import grid, list_pictures, read_image, save_image
+from scorematch.restoration import Observation, as_operator
+from scorematch.restoration.methods import METHODS
 from scorematch.restoration.palette import condition_of
-
-TASKS = ("inpaint", "uncrop", "colorize", "pool", "jpeg")
-
-
-def operator(task: str, image: Tensor, mask: Tensor | None, quality: int) -> Operator | None:
-    """The operator of a task for images like (1, C, H, W); None if the task does not apply to them."""
-    channels, height, width = image.shape[1:]
-    if task == "inpaint":
-        if mask is None:  # the middle half of each side is missing
-            seen = torch.ones(height, width, dtype=torch.bool)
-            seen[height // 4 : -(height // 4), width // 4 : -(width // 4)] = False
-            return Mask(seen)
-        return Mask(mask)
-    if task == "uncrop":
-        return Uncrop(right=width // 2)
-    if task == "colorize":
-        return Grayscale() if channels == 3 else None
-    return AveragePool(4) if task == "pool" else JPEG(quality)
 
 
 def rmse(images: Tensor, original: Tensor) -> float:
@@ -50,13 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("pictures", help="a picture, or a folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder for the restored pictures and strips")
     parser.add_argument("--model", default="mnist", help="a name, a folder or a repository of the Hub")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--mask", help="for inpaint: a picture of the same size, white where the image is kept")
-    parser.add_argument("--quality", type=int, default=5, help="for jpeg, 1 to 100")
+    parser.add_argument("--operators", nargs="+", help="such as pool:4 (default: hole half gray pool:4 jpeg:5)")
     parser.add_argument("--sigma", type=float, default=0.0, help="standard deviation of noise to add to y")
-    parser.add_argument("--restore", default="replace", choices=["replace", "guide", "guide-jacobian"])
+    parser.add_argument("--restore", default="replace", choices=METHODS)
     parser.add_argument("--levels", type=int, help="number of noise levels; fewer are faster")
-    parser.add_argument("-n", type=int, default=4, help="samples per picture and task")
+    parser.add_argument("-n", type=int, default=4, help="samples per picture and operator")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
 
@@ -64,26 +45,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampler = AnnealedLangevinSampler(net, levels=args.levels, restore=args.restore)
     # A network that was trained for restoration takes an image as its condition.
     conditional = net.conditioning is not None and net.conditioning.channels > 0
-    mask = None if args.mask is None else read_mask(args.mask)
+    colored = ["gray"] if net.sample_shape[0] == 3 else []
+    operators = args.operators or ["hole", "half", *colored, "pool:4", "jpeg:5"]
     generator = torch.Generator().manual_seed(0)
     for path in list_pictures(args.pictures):
         original = read_image(path, net.sample_shape[0])[None]
-        for task in args.tasks:
-            degradation = operator(task, original, mask, args.quality)
-            if degradation is None:
-                continue
-            y = degradation.measure(original)
+        for text in operators:
+            operator, name = as_operator(text).drawn(original, [0]), "".join(filter(str.isalnum, text))
+            y = operator.measure(original)
             y = y + args.sigma * torch.randn(y.shape, generator=generator)
-            degraded = degradation.as_image(y)
-            observation = Observation(degradation, y, args.sigma)
-            condition = condition_of(degradation, y.expand(args.n, -1, -1, -1), generator) if conditional else None
+            degraded = operator.as_image(y)
+            observation = Observation(operator, y, args.sigma)
+            condition = condition_of(operator, y.expand(args.n, -1, -1, -1), generator) if conditional else None
             samples = sampler.sample(args.n, condition=condition, observation=observation, generator=generator).cpu()
             for k, sample in enumerate(samples, 1):
-                save_image(sample, args.out / f"{path.stem}-{task}-{k}.png")
+                save_image(sample, args.out / f"{path.stem}-{name}-{k}.png")
             strip = grid(torch.cat([degraded.clamp(0, 1), samples, original]), columns=args.n + 2)
-            save_image(strip, args.out / f"{path.stem}-{task}-strip.png")
+            save_image(strip, args.out / f"{path.stem}-{name}-strip.png")
             print(
-                f"{path.stem}, {task}: rmse {rmse(degraded, original):.3f} degraded, {rmse(samples, original):.3f} "
+                f"{path.stem}, {text}: rmse {rmse(degraded, original):.3f} degraded, {rmse(samples, original):.3f} "
                 f"restored, {rmse(samples.mean(0), original[0]):.3f} for the mean of the samples"
             )
 

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import io
+import json
 import os
 import re
 import runpy
@@ -23,7 +24,9 @@ from scorematch.cli.options.duration import duration, estimate
 from scorematch.core.arguments import argument, written_by
 from scorematch.core.processes import find_device
 from scorematch.data import read_image, save_image
+from scorematch.demo.restorer import Restorer
 from scorematch.pretrained import cards
+from scorematch.restoration import OPERATORS, AveragePool, Operator
 from scorematch.sampling import AnnealedLangevinSampler, SamplerSettings
 from tests.helpers import refused
 
@@ -155,8 +158,8 @@ def test_options_may_precede_an_optional_argument(options, name, value):
         (["sample", "mnist", "x.png", "--step-size", "nan"], "argument --step-size: must be a number of more than 0"),
         (["sample", "mnist", "x.png", "--sigma-max", "inf"], "argument --sigma-max: .*, got 'inf'"),
         (
-            ["restore", "mnist", "x.png", "y", "--jpeg", "0"],
-            "argument --jpeg: must be an integer of at least 1",
+            ["restore", "mnist", "x.png", "y", "--operator", ""],
+            "argument --operator: must not be empty",
         ),
         (["sample", "mnist", "x.png", "--snr", "low"], "argument --snr: .*, got 'low'"),
         (["sample", "mnist", "x.png", "--batch-size", "-1"], "argument --batch-size: must be a whole number"),
@@ -164,9 +167,9 @@ def test_options_may_precede_an_optional_argument(options, name, value):
         (["sample", "mnist", "-n", "4", ""], "argument picture: must not be empty"),
         (["sample", "mnist", "--out", ""], "argument --out: must not be empty"),
         (["train", "", "--out", "run"], "argument DATA: must not be empty"),
-        (["restore", "mnist", "", "out", "--gray"], "argument pictures: must not be empty"),
+        (["restore", "mnist", "", "out", "--operator", "gray"], "argument pictures: must not be empty"),
         (["evaluate", "mnist", ""], "argument reference: must not be empty"),
-        (["restore", "mnist", "x.png", "out"], "one of the arguments --mask --uncrop --gray --pool --jpeg is required"),
+        (["restore", "mnist", "x.png", "out"], "the following arguments are required: --operator"),
     ],
 )
 def test_wrong_arguments_give_an_error_of_one_line(options, message, capsys):
@@ -174,7 +177,9 @@ def test_wrong_arguments_give_an_error_of_one_line(options, message, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows guesses the home folders of other users")
-@pytest.mark.parametrize("options", [["train", "faces", "--out=~$x"], ["restore", "mnist", "~$x", "out", "--gray"]])
+@pytest.mark.parametrize(
+    "options", [["train", "faces", "--out=~$x"], ["restore", "mnist", "~$x", "out", "--operator", "gray"]]
+)
 def test_a_path_in_an_unknown_home_folder_gives_an_error_of_one_line(options, capsys):
     message = r"the home folder ~\$x is not known; for another file or folder write \./~\$x"
     assert re.search(message, refused(options, capsys))
@@ -567,7 +572,7 @@ def _restore(*arguments):
 
 def test_restore_writes_pictures_and_strips(folder, pictures, tmp_path, capsys):
     out = tmp_path / "out"
-    assert _restore(folder, pictures, out, "--uncrop", "left=2,bottom=4") == 0
+    assert _restore(folder, pictures, out, "--operator", "uncrop:left=2,bottom=4") == 0
     names = ["a-1.png", "a-2.png", "a-strip.png", "b-1.png", "b-2.png", "b-strip.png"]
     assert sorted(path.name for path in out.iterdir()) == names
     restored, seen = read_image(out / "b-2.png", 1), read_image(pictures / "b.png", 1)
@@ -583,7 +588,7 @@ def test_restore_with_degrade_shows_the_original_last(folder, pictures, tmp_path
     seen = torch.arange(8).expand(8, 8) < 4
     save_image(seen[None].float(), tmp_path / "mask.png")
     out = tmp_path / "out"
-    options = ("--mask", str(tmp_path / "mask.png"), "--degrade")
+    options = ("--operator", f"mask:{tmp_path}/mask.png", "--degrade")
     assert _restore(folder, pictures / "a.png", out, *options) == 0
     whole, restored = read_image(pictures / "a.png", 1), read_image(out / "a-1.png", 1)
     assert torch.equal(restored[0][seen], whole[0][seen])
@@ -594,22 +599,26 @@ def test_restore_with_degrade_shows_the_original_last(folder, pictures, tmp_path
 
 
 @pytest.mark.parametrize("method", ["replace", "guide"])
-@pytest.mark.parametrize("options", [("--jpeg", "10"), ("--pool", "2"), ("--pool", "2", "--sigma", "0.1")])
+@pytest.mark.parametrize(
+    "options", [("--operator", "jpeg:10"), ("--operator", "pool:2"), ("--operator", "pool:2", "--sigma", "0.1")]
+)
 def test_restore_with_every_operator_and_method(folder, pictures, tmp_path, method, options):
-    original = ("--original", str(pictures / "a.png")) if options[0] == "--jpeg" else ()
+    original = ("--original", str(pictures / "a.png")) if "jpeg" in options[1] else ()
     assert _restore(folder, pictures / "a.png", tmp_path / "out", *options, "--restore-method", method, *original) == 0
-    height = 8 if options[0] == "--jpeg" else 16
+    height = 8 if "jpeg" in options[1] else 16
     assert read_image(tmp_path / "out" / "a-1.png", 1).shape == (1, height, height)
 
 
 def test_restore_colors_gray_pictures(tmp_path, pictures, capsys):
     rgb = _saved(ScoreNet.ncsnv2(3, 8, width=4), tmp_path / "rgb")
-    assert _restore(rgb, pictures / "a.png", tmp_path / "out", "--gray") == 0
+    assert _restore(rgb, pictures / "a.png", tmp_path / "out", "--operator", "gray") == 0
     assert read_image(tmp_path / "out" / "a-1.png", 3).shape == (3, 8, 8)
     assert "pixels in" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [("--gray",), ("--uncrop", "left=4"), ("--jpeg", "10")])
+@pytest.mark.parametrize(
+    "options", [("--operator", "gray"), ("--operator", "uncrop:left=4"), ("--operator", "jpeg:10")]
+)
 def test_restore_passes_the_degraded_image_to_a_conditional_network(tmp_path, pictures, options):
     """The result depends on the condition, not only on the observation."""
     drawn = {}
@@ -620,7 +629,7 @@ def test_restore_passes_the_degraded_image_to_a_conditional_network(tmp_path, pi
         folder = _saved(net, tmp_path / name)
         assert _restore(folder, pictures / "a.png", tmp_path / f"{name}-out", *options) == 0
         drawn[name] = read_image(tmp_path / f"{name}-out" / "a-1.png", 3)
-    assert drawn["seeing"].shape == (3, 8, 12 if options[0] == "--uncrop" else 8)
+    assert drawn["seeing"].shape == (3, 8, 12 if "uncrop" in options[1] else 8)
     assert not torch.equal(drawn["seeing"], drawn["blind"])
 
 
@@ -637,7 +646,7 @@ def test_restore_uses_the_sampler_that_suits_the_network(tmp_path, pictures, cap
         (plain, ("--sampler", "ode"), "ODESampler(2 levels"),
         (plain, ("--variance", "small"), "AncestralSampler("),
     ]:
-        common = ("--gray", "-n", "1", "--device", "cpu", "--quiet", "--overwrite")
+        common = ("--operator", "gray", "-n", "1", "--device", "cpu", "--quiet", "--overwrite")
         folder = _saved(network, tmp_path / "network")
         assert main(["restore", folder, str(pictures / "a.png"), str(tmp_path / "out"), *common, *options]) == 0
         assert expected in capsys.readouterr().out, options
@@ -646,16 +655,48 @@ def test_restore_uses_the_sampler_that_suits_the_network(tmp_path, pictures, cap
 def test_restore_passes_the_class_to_the_network(tmp_path, pictures, capsys):
     classes = _saved(_unet(1, classes=3), tmp_path / "network")
     for label in ("0", "2"):
-        assert _restore(classes, pictures / "a.png", tmp_path / label, "--pool", "2", "--class", label) == 0
+        assert _restore(classes, pictures / "a.png", tmp_path / label, "--operator", "pool:2", "--class", label) == 0
     assert (tmp_path / "0" / "a-1.png").read_bytes() != (tmp_path / "2" / "a-1.png").read_bytes()
-    arguments = _restore_options(classes, pictures, tmp_path / "out", "--pool", "2")
+    arguments = _restore_options(classes, pictures, tmp_path / "out", "--operator", "pool:2")
     assert "is class-conditional. Write --class K" in refused(arguments, capsys)
+
+
+class Negative(Operator):
+    """An operator that is registered in a test."""
+
+    form, help, examples = "negative:TOP", "each value was subtracted from TOP", ("negative:1",)
+
+    def __init__(self, top):
+        self.top = top
+
+    def measure(self, x):
+        return self.top - x
+
+    def pseudo_inverse(self, y):
+        return self.top - y
+
+
+def test_a_new_operator_works_in_all_commands_and_in_the_demo(folder, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(OPERATORS, "negative", Negative)
+    for command in ("restore", "evaluate", "tune"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"{Negative.form}\n      {Negative.help}\n" in capsys.readouterr().out
+    options = ("--operator", "negative:1 @ pool:2", "--degrade")
+    assert _restore(folder, pictures, tmp_path / "out", *options) == 0
+    whole, strip = (read_image(path, 1) for path in (pictures / "a.png", tmp_path / "out" / "a-strip.png"))
+    pooled = AveragePool(2).pseudo_inverse(AveragePool(2).measure(whole[None]))[0]
+    torch.testing.assert_close(strip[:, 2:10, 2:10], pooled, rtol=0, atol=1 / 255)
+    drawn = ("--device", "cpu", "--levels", "2", "--quiet", "--features", "none", "--out", str(tmp_path / "figures"))
+    assert main(["evaluate", folder, "--restore", "negative:1", "--data", str(pictures), *drawn]) == 0
+    assert json.loads((tmp_path / "figures" / "evaluation.json").read_text())["settings"]["operator"] == "negative:1"
+    assert Restorer(ScoreNet.from_pretrained(folder)).operators["negative"] == ("1",)
 
 
 def test_restore_does_not_depend_on_the_other_pictures(folder, pictures, tmp_path):
     """Pictures of the same size are restored together; each restoration has a generator of its own."""
     save_image(torch.rand(1, 8, 12), pictures / "c.png")
-    options = ("--pool", "2", "--degrade", "--sigma", "0.1")
+    options = ("--operator", "pool:2", "--degrade", "--sigma", "0.1")
     assert _restore(folder, pictures, tmp_path / "all", *options) == 0
     assert _restore(folder, pictures / "b.png", tmp_path / "b", *options, "--batch-size", "1", "-n", "3") == 0
     assert len(list((tmp_path / "all").iterdir())) == 9 and len(list((tmp_path / "b").iterdir())) == 4
@@ -670,21 +711,21 @@ def test_restore_does_not_depend_on_the_other_pictures(folder, pictures, tmp_pat
     assert read_image(tmp_path / "all" / "c-1.png", 1).shape == (1, 8, 12)
 
 
-@pytest.mark.parametrize("option", [(), ("--invert",)])
-def test_restore_observes_the_white_or_the_black_part_of_the_mask(folder, pictures, tmp_path, option, capsys):
+@pytest.mark.parametrize("end", ["", ",invert"])
+def test_restore_observes_the_white_or_the_black_part_of_the_mask(folder, pictures, tmp_path, end, capsys):
     white = torch.arange(8).expand(1, 8, 8) < 2
     save_image(white.float(), tmp_path / "mask.png")
-    assert _restore(folder, pictures / "a.png", tmp_path / "out", "--mask", str(tmp_path / "mask.png"), *option) == 0
-    seen = ~white if option else white
+    operator = f"mask:{tmp_path}/mask.png{end}"
+    assert _restore(folder, pictures / "a.png", tmp_path / "out", "--operator", operator) == 0
+    seen = ~white if end else white
     whole, restored = read_image(pictures / "a.png", 1), read_image(tmp_path / "out" / "a-1.png", 1)
     assert torch.equal(restored[seen], whole[seen]) and not torch.equal(restored[~seen], whole[~seen])
-    share, part = ("75", "black") if option else ("25", "white")
-    assert f"{share} % of the image is observed: the {part} part of " in capsys.readouterr().out
+    assert f"{75 if end else 25} % of the image is observed with {operator}\n" in capsys.readouterr().out
 
 
 def test_restore_reads_all_pictures_before_it_restores_the_first(folder, pictures, tmp_path, capsys):
     (pictures / "c.png").write_text("not a picture")
-    assert main(_restore_options(folder, pictures, tmp_path / "out", "--pool", "2")) == 2
+    assert main(_restore_options(folder, pictures, tmp_path / "out", "--operator", "pool:2")) == 2
     printed = capsys.readouterr()
     assert "c.png cannot be read as an image" in printed.err and "network calls" not in printed.out
     assert not (tmp_path / "out").exists()
@@ -692,7 +733,7 @@ def test_restore_reads_all_pictures_before_it_restores_the_first(folder, picture
 
 def test_restore_names_the_picture_whose_size_does_not_fit(folder, pictures, tmp_path, capsys):
     save_image(torch.rand(1, 7, 8), pictures / "c.png")
-    assert main(_restore_options(folder, pictures, tmp_path / "out", "--jpeg", "10")) == 2
+    assert main(_restore_options(folder, pictures, tmp_path / "out", "--operator", "jpeg:10")) == 2
     assert f"{pictures / 'c.png'}: height and width must be multiples of " in capsys.readouterr().err
 
 
@@ -701,7 +742,7 @@ def test_restore_does_not_add_pictures_to_the_folders_that_it_reads(folder, pict
     damaged = pictures if option == "pictures" else shutil.copytree(pictures, tmp_path / "damaged")
     options = () if option == "pictures" else (option, str(pictures))
     (tmp_path / "link").symlink_to(pictures)
-    error = refused(_restore_options(folder, damaged, tmp_path / "link", "--jpeg", "10", *options), capsys)
+    error = refused(_restore_options(folder, damaged, tmp_path / "link", "--operator", "jpeg:10", *options), capsys)
     assert error.endswith(f"would become pictures of the folder {pictures}. Write to another folder.\n")
     assert sorted(path.name for path in pictures.iterdir()) == ["a.png", "b.png"]
 
@@ -709,21 +750,19 @@ def test_restore_does_not_add_pictures_to_the_folders_that_it_reads(folder, pict
 def test_restore_prints_the_observed_share_of_the_image(folder, pictures, tmp_path, capsys):
     mask = tmp_path / "mask.png"
     save_image((torch.arange(8).expand(1, 8, 8) < 2).float(), mask)
-    for options, line in [
-        (("--mask", str(mask)), f"25 % of the image is observed: the white part of {mask}"),
-        (("--uncrop", "left=8"), "50 % of the image is observed"),
-    ]:
-        assert _restore(folder, pictures, tmp_path / options[0], *options) == 0
+    for operator, share in [(f"mask:{mask}", 25), ("uncrop:left=8", 50)]:
+        assert _restore(folder, pictures, tmp_path / str(share), "--operator", operator) == 0
+        line = f"{share} % of the image is observed with {operator}"
         assert capsys.readouterr().out.splitlines().count(line) == 1  # printed once for both pictures
-    assert _restore(folder, pictures, tmp_path / "pool", "--pool", "2") == 0
+    assert _restore(folder, pictures, tmp_path / "pool", "--operator", "pool:2") == 0
     assert "is observed" not in capsys.readouterr().out
 
 
 def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pictures, tmp_path, capsys):
-    assert _restore(folder, pictures, tmp_path / "same", "--jpeg", "10") == 0
+    assert _restore(folder, pictures, tmp_path / "same", "--operator", "jpeg:10") == 0
     assert "pixels in" not in capsys.readouterr().out
     save_image(torch.rand(3, 8, 8), pictures / "c.png")
-    assert _restore(folder, pictures, tmp_path / "other", "--pool", "2") == 0
+    assert _restore(folder, pictures, tmp_path / "other", "--operator", "pool:2") == 0
     lines = capsys.readouterr().out.splitlines()
     differences = [line for line in lines if "pixels in" in line]
     assert differences == [
@@ -735,25 +774,33 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gray"], "--gray needs a network that draws RGB images, and .* draws gray ones"),
-        (["--uncrop", "left"], "--uncrop must name sides and pixels, such as left=4,right=4, got 'left'"),
-        (["--uncrop", "up=3"], "got 'up=3'"),
-        (["--uncrop", "top=3,top=4"], "--uncrop must name each side once, such as left=4,right=4, got 'top=3,top=4'"),
-        (["--pool", "2", "--original", "{pictures}/a.png"], "as many pictures as there are to restore, 2, got 1."),
-        (["--pool", "2", "--original", "{pictures}", "--degrade"], "--original and --degrade cannot be combined"),
+        (["--operator", "gray"], "/a.png: gray needs a network that draws RGB images, and .* draws gray ones"),
+        (["--operator", "uncrop:left"], "operator must be uncrop:left=N,.*, such as uncrop:right=4, got 'uncrop:left'"),
+        (["--operator", "uncrop:up=3"], "got 'uncrop:up=3'"),
+        (["--operator", "uncrop:top=3,top=4"], "got 'uncrop:top=3,top=4': .* named twice"),
         (
-            ["--pool", "2", "--original", "{pictures}"],
+            ["--operator", "pool:2", "--original", "{pictures}/a.png"],
+            "as many pictures as there are to restore, 2, got 1.",
+        ),
+        (
+            ["--operator", "pool:2", "--original", "{pictures}", "--degrade"],
+            "--original and --degrade cannot be combined",
+        ),
+        (
+            ["--operator", "pool:2", "--original", "{pictures}"],
             "/a.png: the original must have the size of the restored picture, 16x16 pixels, got 8x8",
         ),
         (
-            ["--mask", "{pictures}/a.png"],
+            ["--operator", "mask:{pictures}/a.png"],
             r"a mask must have only black and white pixels, but \d+ of the 64 pixels of .*a.png",
         ),
-        (["--mask", "{pictures}/../nothing.png"], "nothing.png"),
-        (["--mask", "{mask}"], "/a.png: the mask must have the size of the picture, 8x8 pixels, got 6x5."),
-        (["--jpeg", "9", "--original", "{renamed}"], r"/a.png would be compared with .*/0.png. Rename them."),
-        (["--pool", "2", "--class", "1"], "--class is for class-conditional networks"),
-        (["--pool", "2", "--invert"], "--invert is for --mask. Leave it out."),
+        (["--operator", "mask:{pictures}/../nothing.png"], "nothing.png"),
+        (["--operator", "mask:{mask}"], "/a.png: the mask must have the size of the picture, 8x8 pixels, got 6x5."),
+        (["--operator", "jpeg:9", "--original", "{renamed}"], r"/a.png would be compared with .*/0.png. Rename them."),
+        (["--operator", "pool:2", "--class", "1"], "--class is for class-conditional networks"),
+        (["--operator", "pool:2,invert"], "operator must be pool:SIZE, such as pool:4, got 'pool:2,invert'"),
+        (["--operator", "hole"], "/a.png: hole has a random mask for each image. .* or mask:FILE"),
+        (["--operator", "mask:~$x/a.png"], r"the home folder of ~\$x/a.png is not known"),
     ],
 )
 def test_restore_gives_an_error_of_one_line(folder, pictures, tmp_path, options, message, capsys):
@@ -770,7 +817,7 @@ def test_restore_gives_an_error_of_one_line(folder, pictures, tmp_path, options,
 
 @pytest.mark.parametrize("name", ["out9.png", "out.JPG"])
 def test_restore_rejects_an_output_folder_with_a_picture_extension(folder, pictures, tmp_path, name, capsys):
-    error = refused(_restore_options(folder, pictures, tmp_path / name, "--pool", "2"), capsys)
+    error = refused(_restore_options(folder, pictures, tmp_path / name, "--operator", "pool:2"), capsys)
     assert f"the output must be a folder, got the name of a picture, {tmp_path / name}. Write " in error
     assert error.endswith(f"Write {tmp_path / Path(name).stem}.\n")
     assert not (tmp_path / name).exists()
@@ -779,18 +826,18 @@ def test_restore_rejects_an_output_folder_with_a_picture_extension(folder, pictu
 def test_restore_overwrites_a_picture_only_with_the_option(folder, pictures, monkeypatch, capsys):
     save_image(torch.rand(1, 8, 8), pictures / "a-1.png")
     before = (pictures / "a-1.png").read_bytes()
-    error = refused(_restore_options(folder, pictures / "a.png", pictures, "--pool", "2"), capsys)
+    error = refused(_restore_options(folder, pictures / "a.png", pictures, "--operator", "pool:2"), capsys)
     assert "a-1.png exists already. Choose another name, or add --overwrite to replace it." in error
     monkeypatch.setenv("HOME", str(pictures))
-    assert refused(_restore_options(folder, pictures / "a.png", "~", "--pool", "2"), capsys) == error
+    assert refused(_restore_options(folder, pictures / "a.png", "~", "--operator", "pool:2"), capsys) == error
     assert (pictures / "a-1.png").read_bytes() == before
     assert not (pictures / "a-strip.png").exists()
-    assert _restore(folder, pictures / "a.png", pictures, "--pool", "2", "--overwrite") == 0
+    assert _restore(folder, pictures / "a.png", pictures, "--operator", "pool:2", "--overwrite") == 0
     assert (pictures / "a-1.png").read_bytes() != before and (pictures / "a-strip.png").exists()
 
 
 def test_restore_rejects_two_pictures_with_the_same_name(folder, pictures, tmp_path, capsys):
     save_image(torch.rand(1, 8, 8), pictures / "a.bmp")
-    error = refused(_restore_options(folder, pictures, tmp_path / "out", "--pool", "2"), capsys)
+    error = refused(_restore_options(folder, pictures, tmp_path / "out", "--operator", "pool:2"), capsys)
     assert re.search(r"the restorations of .*a.bmp and .*a.png would have the same file names. Rename one", error)
     assert not (tmp_path / "out").exists()

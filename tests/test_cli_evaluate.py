@@ -111,21 +111,21 @@ def test_evaluate_images(folder, capsys):
 
 def test_evaluate_restorations(folder, tmp_path, capsys):
     out = tmp_path / "out"
-    options = ("--features", "pixels", "--metrics", "precision-recall", "--draws", 3, "--noise", 0.1, "--out", out)
+    options = ("--features", "pixels", "--metrics", "precision-recall", "--draws", 3, "--sigma", 0.1, "--out", out)
     method = ("--restore-method", "guide", "--sampler", "ode", "--levels", 2)
     data = ("--data", folder / "more.npz", "-n", 4)
-    assert _run("evaluate", folder / "network", "--restore", "pool-4", *data, *options, *method) == 0
+    assert _run("evaluate", folder / "network", "--restore", "pool:4", *data, *options, *method) == 0
     printed = capsys.readouterr().out
     assert "about 1 s for 12 images" in printed and "|  | restored | degraded | original |" in printed
     settings = json.loads((out / "evaluation.json").read_text())["settings"]
-    assert (settings["task"], settings["draws"], settings["noise"]) == ("pool-4", 3, 0.1)
+    assert (settings["operator"], settings["draws"], settings["sigma"]) == ("pool:4", 3, 0.1)
     assert (
         settings["sampler"]["restore"] == "guide" and settings["reference"]["content"] == settings["images"]["content"]
     )
     assert (out / "restored.png").exists()
     # With a reference and --data, the distances are to the reference; without --data the reference is restored.
     for arguments in [(folder / "real.npz", *data), (folder / "real.npz", "-n", 4)]:
-        assert _run("evaluate", folder / "network", *arguments, "--restore", "pool-4", *options, *method) == 0
+        assert _run("evaluate", folder / "network", *arguments, "--restore", "pool:4", *options, *method) == 0
         settings = json.loads((out / "evaluation.json").read_text())["settings"]
         same = settings["reference"]["content"] == settings["images"]["content"]
         assert same == ("--data" not in arguments)
@@ -134,14 +134,14 @@ def test_evaluate_restorations(folder, tmp_path, capsys):
 def test_restorations_use_annealed_langevin_dynamics(folder, tmp_path, capsys):
     """As the command restore does, although the recommended sampler of the network is ode."""
     options = ("--data", folder / "more.npz", "-n", 5, "--features", "pixels", "--metrics", "precision-recall")
-    assert _run("evaluate", folder / "network", "--restore", "pool-4", *options, "--out", tmp_path) == 0
+    assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, "--out", tmp_path) == 0
     assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(")
-    assert _run("evaluate", folder / "network", "--restore", "pool-4", *options[:2], *options[4:], "--levels", 2) == 0
+    assert _run("evaluate", folder / "network", "--restore", "pool:4", *options[:2], *options[4:], "--levels", 2) == 0
     assert re.search(r"at most \d+ s for 1,000 images", capsys.readouterr().out)  # there are 30
     expected = evaluate_restoration(
         folder / "network",
         folder / "more.npz",
-        "pool-4",
+        "pool:4",
         n=5,
         features="pixels",
         metrics=["precision-recall"],
@@ -156,8 +156,8 @@ def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):
     extra = "a does not exist. Fetch https://" if find_spec("torch_fidelity") else "need torch_fidelity: pip install"
     for arguments, message in [
         ((network,), "the following arguments are required: reference"),
-        ((network, "--restore", "pool-4"), "the following arguments are required: --data DATA"),
-        (("palette-mnist", real), "palette-mnist restores images. Add the task to measure, such as --restore color"),
+        ((network, "--restore", "pool:4"), "the following arguments are required: --data DATA"),
+        (("palette-mnist", real), "palette-mnist restores images. Add the operator to measure, such as --restore gray"),
         ((network, real, "--features", "fid"), "invalid choice: 'fid'"),
         ((network, real, "--metrics", "fid"), "invalid choice: 'fid'"),
         ((network, real, "-n", 0), "must be a whole number of at least 1"),
@@ -166,19 +166,19 @@ def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):
         ((network, real, "--features", "pixels", "--weights", "a"), "'pixels' has no weights file"),
         ((network, real, "--features", "pixels", "inception", "--weights", "a"), "--weights is for one extractor"),
         ((network, real, "--features", "inception", "--weights", folder / "a"), extra),
-        ((network, real, "--draws", 2), "--draws is for --restore TASK"),
-        ((network, real, "--noise", 0), "--noise is for --restore TASK"),
-        ((network, real, "--restore-method", "guide"), "--restore-method is for --restore TASK"),
-        ((network, real, "--labels"), "--labels is for --restore TASK"),
+        ((network, real, "--draws", 2), "--draws is for --restore"),
+        ((network, real, "--sigma", 0), "--sigma is for --restore"),
+        ((network, real, "--restore-method", "guide"), "--restore-method is for --restore"),
+        ((network, real, "--labels"), "--labels is for --restore"),
         ((real, real, "--levels", 3), "--levels is for networks, but"),
         ((real, real, "--class", 3), "--class is for networks, but"),
         ((real, real, "--guidance", 3), "--guidance is for networks, but"),
         ((network, real, "--guidance", 3), "--guidance needs a network with a null class"),
-        ((network, real, "--restore", "pool-4", "--guidance", 3), "--guidance is not for --restore"),
-        ((network, real, "--restore", "pool-4", "--classes", 3), "--classes is not for --restore"),
-        ((real, "--restore", "pool-4", "--data", real), "--restore needs a network, but"),
-        ((network, real, "--restore", "pool-4", "--held-out", real), "--held-out is not for --restore"),
-        ((network, real, "--restore", "blur", "--features", "pixels"), "argument --restore: must be colorization"),
+        ((network, real, "--restore", "pool:4", "--guidance", 3), "--guidance is not for --restore"),
+        ((network, real, "--restore", "pool:4", "--classes", 3), "--classes is not for --restore"),
+        ((real, "--restore", "pool:4", "--data", real), "--restore needs a network, but"),
+        ((network, real, "--restore", "pool:4", "--held-out", real), "--held-out is not for --restore"),
+        ((network, real, "--restore", "blur", "--features", "pixels"), "several of them joined by ' @ ', got 'blur'"),
         ((network, real, "--class", 3, "--features", "pixels"), "--class is for class-conditional networks"),
         (("nothing.npz", real, "--features", "pixels"), "nothing.npz does not exist"),
         (("nothing", real), "'nothing' is not the short name of a network"),
@@ -237,9 +237,9 @@ def test_tune_stores_the_best_settings(folder, tmp_path, capsys):
 
 def test_tune_of_restorations(folder, tmp_path, capsys):
     options = ("--reference", folder / "real.npz", "-n", 3, "--calls", 18, "--out", tmp_path / "tuned")
-    assert _run("tune", folder / "network", "--restore", "pool-2", "pool-4", "--restore-method", "guide", *options) == 0
+    assert _run("tune", folder / "network", "--restore", "pool:2", "pool:4", "--restore-method", "guide", *options) == 0
     printed = capsys.readouterr().out
-    assert "| sampler settings | calls | pool-2: rmse | pool-4: rmse | mean: rmse | seconds |" in printed
+    assert "| sampler settings | calls | pool:2: rmse | pool:4: rmse | mean: rmse | seconds |" in printed
     assert (tmp_path / "tuned" / "tune.svg").is_file() and f"{tmp_path / 'tuned'}\n" in printed
 
 
@@ -253,12 +253,15 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
         ((network, *reference, "--features", "pixels", "--calls", 1), "no settings have at most 1 network calls"),
         (("nothing", *reference), "'nothing' is not the short name of a network"),
         ((network, *reference, "--by", "rmse"), "by must be one of 'frechet', 'kernel' for samples, got 'rmse'"),
-        ((network, *reference, "--restore", "pool-2", "--class", 1), "--class is not for --restore. Leave it out."),
+        ((network, *reference, "--restore", "pool:2", "--class", 1), "--class is not for --restore. Leave it out."),
         (
-            (network, *reference, "--restore", "pool-2", "--held-out", "a"),
+            (network, *reference, "--restore", "pool:2", "--held-out", "a"),
             "--held-out is not for --restore. Leave it out",
         ),
-        ((network, *reference, "--restore-method", "guide"), "--restore-method is for --restore TASK. Leave it out."),
-        (("palette-mnist", *reference), "palette-mnist restores images. Add the tasks to measure, such as --restore"),
+        ((network, *reference, "--restore-method", "guide"), "--restore-method is for --restore. Leave it out."),
+        (
+            ("palette-mnist", *reference),
+            "palette-mnist restores images. Add the operators to measure, such as --restore",
+        ),
     ]:
         assert message in _refused(["tune", *arguments], capsys), arguments

@@ -24,7 +24,7 @@ from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
 from scorematch.demo.page import Events, canvas, png, read_canvas, results
 from scorematch.demo.restorer import FRAMES, Choices, Frame, Restorer, _Watched
-from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation
+from scorematch.restoration import JPEG, OPERATORS, AveragePool, Grayscale, Hole, Mask, Observation
 from scorematch.restoration.palette import condition_of
 from scorematch.sampling import SAMPLERS, SamplerSettings, recommended_sampler
 from tests.helpers import python, run, seed
@@ -71,11 +71,14 @@ def _hole():
 # -- What a network offers
 
 
-def test_a_network_offers_the_tasks_that_it_can_solve(gray, color):
+def test_a_network_offers_the_operators_that_fit_it(gray, color):
     palette = Restorer(_net(3, condition_channels=3))
-    assert gray.tasks == ("fill", "pool", "jpeg") and gray.blocks == (2, 4, 8)
-    assert color.tasks == ("fill", "color", "pool", "jpeg")
-    assert palette.tasks == ("fill", "color", "jpeg") and not palette.draws
+    assert list(gray.operators) == ["mask", "hole", "half", "uncrop", "pool", "jpeg"]
+    assert (
+        gray.operators["pool"] == ("4", "2", "8") and gray.operators["mask"] == () and gray.operators["hole"] == ("",)
+    )
+    assert list(color.operators) == list(OPERATORS)
+    assert list(palette.operators) == ["mask", "hole", "half", "gray", "jpeg"] and not palette.draws
     assert gray.draws and gray.classes == () and not gray.needs_class
 
 
@@ -141,11 +144,17 @@ def test_a_class_reaches_the_network():
 
 
 @pytest.mark.parametrize(
-    ("task", "operator"),
-    [("fill", Mask(~_hole())), ("color", Grayscale()), ("pool", AveragePool(4)), ("jpeg", JPEG(9))],
+    ("name", "arguments", "operator"),
+    [
+        ("mask", "", Mask(~_hole())),
+        ("gray", "", Grayscale()),
+        ("pool", "4", AveragePool(4)),
+        ("jpeg", "9", JPEG(9)),
+        ("hole", "", Hole().drawn(torch.zeros(1, 3, 8, 8), [2])),
+    ],
 )
-def test_the_last_frame_of_a_restoration_is_that_of_the_sampler(color, picture, task, operator):
-    made = color.operator(task, _hole(), block=4, quality=9)
+def test_the_last_frame_of_a_restoration_is_that_of_the_sampler(color, picture, name, arguments, operator):
+    made = color.operator(name, arguments, _hole(), picture, 2)
     assert repr(made) == repr(operator)
     *_, last = color.restore(picture, made, 3, Choices("langevin", 6, "guide", seed=2))
     observation = Observation(operator, operator.measure(picture[None]))
@@ -208,9 +217,17 @@ def test_chains_end_when_the_restorer_is_stopped():
     assert list(frames) == []
 
 
-def test_a_task_that_the_network_does_not_have_gives_an_error(gray):
-    with pytest.raises(ValueError, match=r"task must be one of 'fill', 'pool', 'jpeg', got 'color'\."):
-        gray.operator("color", _hole(), block=2, quality=5)
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("gray", "", r"operator must be one of 'mask', 'hole', .* got 'gray'\."),
+        ("pool", "two", "operator must be pool:SIZE, such as pool:4, got 'pool:two'"),
+        ("pool", "2 @ mask:secret.png", "operator must be pool:SIZE, such as pool:4, got 'pool:2 @ mask:secret.png'"),
+    ],
+)
+def test_an_operator_that_does_not_fit_the_network_gives_an_error(gray, picture, name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gray.operator(name, arguments, _hole(), picture[:1], 0)
 
 
 # -- Pictures and values of the page
@@ -294,7 +311,7 @@ def _pictures(page):
 
 def test_the_known_pixels_of_the_shown_restorations_are_those_of_the_canvas(color, picture):
     value = {**canvas(picture), "hole": "".join(map(str, _hole().int().flatten().tolist()))}
-    *_, page = Events(color).restore(value, "fill", 1, 5, 3, "langevin", 6, "replace", 0, -1)
+    *_, page = Events(color).restore(value, "mask", "", 3, "langevin", 6, "replace", 0, -1)
     given, *restored = _pictures(page)[:4]
     pixels = (picture * 255).round().byte().movedim(0, -1)
     for shown in restored:
@@ -305,13 +322,13 @@ def test_the_known_pixels_of_the_shown_restorations_are_those_of_the_canvas(colo
 
 
 def test_nothing_painted_gives_an_error(gray):
-    events = Events(gray).restore(canvas(torch.zeros(1, 8, 8)), "fill", 2, 5, 1, "langevin", 6, "replace", 0, -1)
+    events = Events(gray).restore(canvas(torch.zeros(1, 8, 8)), "mask", "", 1, "langevin", 6, "replace", 0, -1)
     with pytest.raises(ValueError, match=r"nothing is missing: paint over a part of the picture first\."):
         next(events)
 
 
 def test_a_missing_seed_gives_an_error(gray):
-    events = Events(gray).restore(canvas(torch.zeros(1, 8, 8)), "pool", 2, 5, 1, "langevin", 6, "replace", None, -1)
+    events = Events(gray).restore(canvas(torch.zeros(1, 8, 8)), "pool", "2", 1, "langevin", 6, "replace", None, -1)
     with pytest.raises(ValueError, match=r"the seed is missing: write a whole number, such as 0\."):
         next(events)
 
@@ -459,11 +476,11 @@ def test_the_page_has_the_controls_that_the_network_needs(tmp_path):
         "    assert not any('<b>' in str(block.value) for block in blocks if block.get_block_name() == 'html')\n"
         "    return labels\n"
         "plain = controls(1, 9)\n"
-        "assert {'New image', 'Restore', 'Stop', 'Task', 'Sampler'} <= set(plain) and 'Class' not in plain\n"
-        "assert [value for _, value in plain['Task'].choices] == ['fill', 'jpeg']\n"
+        "assert {'New image', 'Restore', 'Stop', 'Damage', 'Sampler'} <= set(plain) and 'Class' not in plain\n"
+        "assert [value for _, value in plain['Damage'].choices] == ['mask', 'hole', 'half', 'uncrop', 'jpeg']\n"
         "palette = controls(3, 8, condition_channels=3)\n"
         "assert 'New image' not in palette\n"
-        "assert [value for _, value in palette['Task'].choices] == ['fill', 'color', 'jpeg']\n"
+        "assert [value for _, value in palette['Damage'].choices] == ['mask', 'hole', 'half', 'gray', 'jpeg']\n"
         "for null in (False, True):\n"
         "    classes = controls(3, 8, classes=3, null_class=null)['Class']\n"
         "    assert [value for _, value in classes.choices] == [-1, 0, 1, 2][not null:]\n"

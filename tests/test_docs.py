@@ -8,9 +8,9 @@ import pkgutil
 import re
 import runpy
 import shlex
-import unittest.mock
 from pathlib import Path
 from types import FunctionType
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from scorematch import ScoreNet, cli
 from scorematch.core.schema import Field
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import cards, configuration
+from scorematch.restoration import OPERATORS
 from scorematch.sampling import SAMPLERS, ODESampler
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +67,7 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SCOREMATCH_CACHE", str(tmp_path / "cache"))
     names = {"__name__": page.stem}
-    with torch.random.fork_rng(), unittest.mock.patch.dict(SAMPLERS):  # a page registers samplers
+    with torch.random.fork_rng(), patch.dict(SAMPLERS), patch.dict(OPERATORS):  # a page registers its own
         torch.manual_seed(0)
         for block in _blocks(page, "python"):
             exec(compile(block, str(page), "exec"), names)  # noqa: S102

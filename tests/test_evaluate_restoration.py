@@ -61,12 +61,12 @@ def red_class(x):
 CLASSES = Extractor(red_class, "red", "1")
 
 
-def run(what, task, data=X, **options):
+def run(what, operator, data=X, **options):
     options = {"features": "pixels", "metrics": [], "draws": 1, "cache": False, "progress": False, **options}
     sampler = options.pop("sampler", None)
     if sampler is None and not isinstance(what, ODESampler | AnnealedLangevinSampler):
         sampler = partial(ODESampler, levels=3)
-    return evaluate_restoration(what, data, task, sampler=sampler, **options)
+    return evaluate_restoration(what, data, operator, sampler=sampler, **options)
 
 
 def found(result, column="restored", source="restoration"):
@@ -87,10 +87,10 @@ def distances(a, b):
 def test_results_do_not_replace_files_or_lie_in_the_folder_of_the_reference(tmp_path):
     save_image(X[0], tmp_path / "faces" / "0.png")
     with pytest.raises(ValueError, match=r"is inside the data folder .*faces"):
-        run(Level(), "colorization", reference=tmp_path / "faces", out=tmp_path / "faces")
+        run(Level(), "gray", reference=tmp_path / "faces", out=tmp_path / "faces")
     (tmp_path / "restored.png").write_text("mine")
     with pytest.raises(FileExistsError, match=r"restored\.png exists already and would be replaced"):
-        run(Level(), "colorization", out=tmp_path)
+        run(Level(), "gray", out=tmp_path)
 
 
 # -- Known restorations
@@ -168,9 +168,9 @@ def test_several_restorations_of_each_image():
 @pytest.mark.parametrize(
     ("task", "operator"),
     [
-        ("pool-4", AveragePool(4)),
-        ("jpeg-20", JPEG(20)),
-        ("colorization", Grayscale()),
+        ("pool:4", AveragePool(4)),
+        ("jpeg:20", JPEG(20)),
+        ("gray", Grayscale()),
         (Uncrop(top=2), Uncrop(top=2)),
     ],
 )
@@ -180,28 +180,28 @@ def test_the_degraded_images_and_the_consistency(task, operator):
     assert found(result, "degraded")["rmse"] == pytest.approx(rms(operator.as_image(y).clamp(0, 1) - X), rel=1e-6)
     assert found(result)["consistency"] < (0.2 if operator.gain is None else 0.01)  # the result is clamped to [0, 1]
     noisy = operator.as_image(y + 0.1 * torch.randn(y.shape, generator=seed(9))).clamp(0, 1)
-    found_noisy = found(run(Level(), task, noise=0.1), "degraded")["rmse"]
+    found_noisy = found(run(Level(), task, sigma=0.1), "degraded")["rmse"]
     assert found_noisy == pytest.approx(rms(noisy - X), rel=0.05)
 
 
 def test_numbers_of_numpy():
-    numbers = {"n": 4, "draws": 2, "seed": 1, "batch_size": 3, "noise": 0.5}
-    result = run(Level(), "colorization", **{name: np.array(value)[()] for name, value in numbers.items()})
-    assert result.to_json() == run(Level(), "colorization", **numbers).to_json()
+    numbers = {"n": 4, "draws": 2, "seed": 1, "batch_size": 3, "sigma": 0.5}
+    result = run(Level(), "gray", **{name: np.array(value)[()] for name, value in numbers.items()})
+    assert result.to_json() == run(Level(), "gray", **numbers).to_json()
 
 
 def test_the_consistency_counts_observed_values_only():
     """The noise of y is large: the restoration does not follow it, and differs from it by the noise."""
     seen = torch.zeros(SIZE, SIZE, dtype=torch.bool)
     seen[::2, ::2] = True
-    result = run(Level(), Mask(seen), noise=5.0, sampler=partial(ODESampler, levels=3, restore="guide"))
+    result = run(Level(), Mask(seen), sigma=5.0, sampler=partial(ODESampler, levels=3, restore="guide"))
     assert found(result)["consistency"] == pytest.approx(5.0, rel=0.1)
 
 
 # -- Networks of Palette's kind
 
 
-@pytest.mark.parametrize(("task", "tolerance"), [("colorization", 1e-4), ("jpeg-20", 5e-3)])
+@pytest.mark.parametrize(("task", "tolerance"), [("gray", 1e-4), ("jpeg:20", 5e-3)])
 def test_a_network_gets_the_degraded_image(task, tolerance):
     """It copies its condition, which the observation changes only by the rounding of a second compression."""
     result = run(Copy(), task)
@@ -216,14 +216,14 @@ class Dark(Copy):
         return super().__call__(x, sigma, condition / 2)
 
 
-@pytest.mark.parametrize(("task", "bound"), [("colorization", 0.01), ("inpainting", 0.01), ("jpeg-80", 0.1)])
+@pytest.mark.parametrize(("task", "bound"), [("gray", 0.01), ("hole", 0.01), ("jpeg:80", 0.1)])
 def test_restorations_agree_with_the_measurement_also_if_the_network_contradicts_it(task, bound):
     """Without the observation the difference is half of the image; JPEG is corrected up to its rounding."""
     assert float((X / 2).square().mean().sqrt()) > 0.25
     assert found(run(Dark(), task))["consistency"] < bound
 
 
-@pytest.mark.parametrize("task", ["inpainting", "uncropping"])
+@pytest.mark.parametrize("task", ["hole", "half"])
 def test_a_network_fills_the_hole_with_its_condition(task):
     """The condition has noise of mean 1/2 and deviation 1/2 in the hole, clamped to [0, 1]."""
     data = X.repeat(8, 1, 1, 1)
@@ -232,7 +232,7 @@ def test_a_network_fills_the_hole_with_its_condition(task):
     noise = (0.5 + 0.5 * torch.randn(100_000, 2, generator=seed(1))).clamp(0, 1)
     apart = float((noise[:, 0] - noise[:, 1]).square().mean())
     hole = found(result)["diversity"] ** 2 / apart  # the share of the hole
-    assert hole == pytest.approx(0.5, abs=0.03) if task == "uncropping" else 0.05 < hole < 0.6
+    assert hole == pytest.approx(0.5, abs=0.03) if task == "half" else 0.05 < hole < 0.6
 
 
 # -- Random numbers
@@ -240,22 +240,22 @@ def test_a_network_fills_the_hole_with_its_condition(task):
 
 def test_figures_depend_neither_on_the_order_nor_on_the_batches():
     sampler = partial(AnnealedLangevinSampler, levels=3, consistent=True)
-    options = {"draws": 2, "noise": 0.05, "metrics": ["precision-recall"], "features": CLASSES, "sampler": sampler}
-    one = run(Noise(), "inpainting", **options)
-    other = run(Noise(), "inpainting", data=X.flip(0), batch_size=5, **options)
+    options = {"draws": 2, "sigma": 0.05, "metrics": ["precision-recall"], "features": CLASSES, "sampler": sampler}
+    one = run(Noise(), "hole", **options)
+    other = run(Noise(), "hole", data=X.flip(0), batch_size=5, **options)
     for column, sources in one.figures.items():
         for source, figures in sources.items():
             for name, figure in figures.items():
                 assert other.figures[column][source][name] == pytest.approx(figure, rel=1e-5), (column, source, name)
-    again = run(Noise(), "inpainting", seed=1, **options)
+    again = run(Noise(), "hole", seed=1, **options)
     assert found(again) != found(one) and found(again, "degraded") != found(one, "degraded")
     state = torch.get_rng_state()
-    run(Noise(), "inpainting", n=4, **options)
+    run(Noise(), "hole", n=4, **options)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_random_subset_of_images():
-    few, same, other = (run(Level(), "pool-4", n=5, seed=number) for number in (0, 0, 1))
+    few, same, other = (run(Level(), "pool:4", n=5, seed=number) for number in (0, 0, 1))
     assert few.sizes["restored"] == 5 and few == same and found(few) != found(other)
     assert few.hash == same.hash != other.hash
 
@@ -267,14 +267,14 @@ def test_the_files_of_an_evaluation(tmp_path):
     net = ScoreNet.unet(3, SIZE, widths=(4, 6), layers_per_block=1, schedule=SCHEDULE)
     net.save_pretrained(tmp_path / "network")
     out = tmp_path / "out"
-    result = run(str(tmp_path / "network"), "jpeg-5", n=6, draws=2, out=out, name="tiny", batch_size=4)
+    result = run(str(tmp_path / "network"), "jpeg:5", n=6, draws=2, out=out, name="tiny", batch_size=4)
     assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "evaluation.md", "restored.png"]
     stored = json.loads((out / "evaluation.json").read_text())
     assert stored["settings"] == result.settings and stored["hash"] == result.hash
-    assert stored["settings"]["task"] == "jpeg-5" and stored["settings"]["draws"] == 2
+    assert stored["settings"]["operator"] == "jpeg:5" and stored["settings"]["draws"] == 2
     assert stored["settings"]["network"].startswith("ScoreNet ")
     page = (out / "evaluation.md").read_text()
-    assert page.startswith("# Evaluation of tiny, jpeg-5\n\n|  | restored | degraded | original |")
+    assert page.startswith("# Evaluation of tiny, jpeg:5\n\n|  | restored | degraded | original |")
     assert all(f"| {name} |" in page for name in ("rmse ↓", "PSNR in dB ↑", "diversity", "perceptual distance ↓"))
     with Image.open(out / "restored.png") as picture:
         assert picture.size == (4 * 10 + 2, 4 * 10 + 2)  # of the first batch: degraded, two restorations, original
@@ -288,15 +288,15 @@ def test_the_identity_of_a_mask_is_part_of_the_settings():
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("jpeg", {}, "task must be colorization, inpainting, uncropping, jpeg-QUALITY or pool-SIZE, got 'jpeg'"),
-        ("pool-3", {}, "multiples of 3"),
-        ("jpeg-0", {}, "quality must be an integer from 1 to 100"),
+        ("jpeg", {}, "operator must be jpeg:QUALITY, such as jpeg:5, got 'jpeg'"),
+        ("pool:3", {}, "multiples of 3"),
+        ("jpeg:0", {}, "quality must be an integer from 1 to 100"),
         (Mask(torch.ones(2, 1, SIZE, SIZE, dtype=torch.bool)), {}, "for one image, got one mask for each of 2"),
-        ("pool-4", {"draws": 0}, "draws must be an integer of at least 1, got 0"),
-        ("pool-4", {"noise": -1.0}, "noise must be at least 0, got -1"),
-        ("pool-4", {"n": 1}, "n must be from 2 to the number of images, 12, got 1"),
-        ("pool-4", {"metrics": ["kernel"]}, "'kernel' needs 1,000 images"),
-        ("colorization", {"data": torch.rand(4, 1, SIZE, SIZE)}, "must have images of shape"),
+        ("pool:4", {"draws": 0}, "draws must be an integer of at least 1, got 0"),
+        ("pool:4", {"sigma": -1.0}, "sigma, the standard deviation of the noise in y, must be at least 0, got -1"),
+        ("pool:4", {"n": 1}, "n must be from 2 to the number of images, 12, got 1"),
+        ("pool:4", {"metrics": ["kernel"]}, "'kernel' needs 1,000 images"),
+        ("gray", {"data": torch.rand(4, 1, SIZE, SIZE)}, "must have images of shape"),
     ],
 )
 def test_wrong_arguments_are_named(task, options, message):
@@ -305,8 +305,8 @@ def test_wrong_arguments_are_named(task, options, message):
 
 
 def test_a_task_of_another_type():
-    with pytest.raises(TypeError, match=r"an operator .*, or colorization, inpainting, .*SIZE, got Inpainting"):
-        run(Level(), TASKS["inpainting"]())
+    with pytest.raises(TypeError, match=r"operator must be an Operator .* such as 'pool:4', got Inpainting"):
+        run(Level(), TASKS["hole"]())
 
 
 @pytest.mark.slow
@@ -320,7 +320,7 @@ def test_two_processes_equal_one(tmp_path):
         "import sys, torch\n"
         "from scorematch.evaluation import evaluate_restoration\n"
         f"x = torch.load({str(tmp_path / 'x.pt')!r})\n"
-        f"evaluate_restoration({str(tmp_path / 'network')!r}, x, 'inpainting', noise=0.1, features='pixels',\n"
+        f"evaluate_restoration({str(tmp_path / 'network')!r}, x, 'hole', sigma=0.1, features='pixels',\n"
         "    metrics=['precision-recall'], batch_size=5, out=sys.argv[1], cache=False, progress=False)\n"
     )
     script = tmp_path / "script.py"

@@ -144,7 +144,7 @@ def test_posteriors_obey_the_rule_of_bayes(name, operator):
     y = operator.measure(truth)
     y = y + sigma * normal(*y.shape)
     x = truth[:1] + normal(6, *SHAPE, number=2)
-    misfit = operator.measure(operator.lift(y[1:2])) - operator.measure(x)
+    misfit = operator.measure(operator.pseudo_inverse(y[1:2])) - operator.measure(x)
     expected = world.log_density(x) - misfit.square().flatten(1).sum(1) / (2 * sigma**2)
     posterior = world.posterior(Observation(operator, y, sigma), 1)
     difference = posterior.log_density(x) - expected
@@ -220,7 +220,7 @@ def test_a_posterior_is_sampled_like_its_prior():
 def test_values_that_a_mask_hides_have_no_influence():
     world, left = WORLDS["mixture"], Mask(torch.arange(4) < 2)
     y = left.measure(world.sample(1, 0))
-    hidden = torch.where(left.seen, y, math.nan)
+    hidden = torch.where(left.mask, y, math.nan)
     a, b = (world.posterior(Observation(left, each, 0.1)) for each in (y, hidden))
     assert torch.equal(a.means, b.means) and torch.equal(a.weights, b.weights)
 
@@ -229,7 +229,7 @@ def test_each_image_of_an_observation_may_have_its_own_mask():
     world, masks = WORLDS["gaussian"], Mask(torch.rand(3, 1, 4, 4, generator=seed(1)) > 0.5)
     x = world.sample(3, 0)
     observation = Observation(masks, masks.measure(x), 0.1)
-    alone = Observation(Mask(masks.seen[2]), observation.y[2:], 0.1)
+    alone = Observation(Mask(masks.mask[2]), observation.y[2:], 0.1)
     torch.testing.assert_close(world.posterior(observation, 2).mean, world.posterior(alone).mean)
 
 

@@ -318,16 +318,16 @@ def test_train_cifar10_and_tune_cifar10_run(images, tmp_path, program):
 # -- Restoration
 
 
-def test_restore_does_every_task(tmp_path, program):
+def test_restore_does_every_operator(tmp_path, program):
     ScoreNet.ncsnv2(3, 16, width=4).save_pretrained(tmp_path / "network")
     save_image(torch.rand(3, 16, 16), tmp_path / "pictures" / "a.png")
     options = ("--model", tmp_path / "network", "--levels", 3, "-n", 2, "--out", tmp_path / "out")
     printed = program("restore", tmp_path / "pictures", *options)
-    assert [line.split(":")[0] for line in printed.splitlines()] == [
-        f"a, {task}" for task in ("inpaint", "uncrop", "colorize", "pool", "jpeg")
+    assert [line.split(": rmse")[0] for line in printed.splitlines()] == [
+        f"a, {operator}" for operator in ("hole", "half", "gray", "pool:4", "jpeg:5")
     ]
     assert len(list((tmp_path / "out").glob("*.png"))) == 5 * 3
-    with Image.open(tmp_path / "out" / "a-pool-strip.png") as strip:
+    with Image.open(tmp_path / "out" / "a-pool4-strip.png") as strip:
         assert strip.size == (4 * 18 + 2, 20)
 
 
@@ -336,7 +336,7 @@ def test_restore_with_a_conditional_network(tmp_path, program):
     net.save_pretrained(tmp_path / "network")
     save_image(torch.rand(3, 16, 16), tmp_path / "a.png")
     options = ("--model", tmp_path / "network", "--levels", 3, "-n", 1, "--out", tmp_path / "out")
-    printed = program("restore", tmp_path / "a.png", *options, "--tasks", "inpaint", "jpeg")
+    printed = program("restore", tmp_path / "a.png", *options, "--operators", "hole", "jpeg:5")
     assert len(printed.splitlines()) == 2
 
 
@@ -365,7 +365,7 @@ def test_palette_trains_and_writes_its_figures(digits, classifier, tmp_path, pro
     assert net.conditioning.channels == 3 and net.sample_shape == (3, 28, 28)
     figures = (run / "figures.csv").read_text()
     rows = list(csv.DictReader(figures.splitlines()))
-    assert [row["task"] for row in rows] == ["colorization", "inpainting", "uncropping", "jpeg"]
+    assert [row["task"] for row in rows] == ["gray", "hole", "half", "jpeg"]
     for row in rows:
         assert sum(float(row[f"original color {i}"]) for i in (1, 2, 3)) == pytest.approx(1, abs=1e-3)
         assert float(row["diversity"]) > 0
@@ -387,7 +387,7 @@ def test_palette_trains_a_regression_on_one_task_with_power_1(digits, classifier
 
 @pytest.mark.slow
 def test_palette_trains_on_cifar10(images, tmp_path, program):
-    options = ("--images", "cifar10", "--data", images, "--out", tmp_path / "run", "--tasks", "uncropping")
+    options = ("--images", "cifar10", "--data", images, "--out", tmp_path / "run", "--tasks", "half")
     program("palette", "--smoke", *options)
     assert ScoreNet.from_pretrained(tmp_path / "run" / "network").sample_shape == (3, 32, 32)
     assert "accuracy" not in (tmp_path / "run" / "figures.csv").read_text()
@@ -433,7 +433,7 @@ def test_programs_have_help(name, example, capsys):
     [
         "train_mnist.py --smoke --data DIGITS --out train",
         "tune_mnist.py --data DIGITS --classifier CLASSIFIER --n 2 --only 9",
-        "restore.py a.png --out restored --levels 3 -n 1 --tasks pool",
+        "restore.py a.png --out restored --levels 3 -n 1 --operators pool:4",
     ],
     ids=lambda arguments: arguments.split(".")[0],
 )

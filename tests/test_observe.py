@@ -2,6 +2,8 @@
 
 import math
 import sys
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,8 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scorematch.data import save_image
 from scorematch.evaluation.exact import operator_matrix
-from scorematch.restoration import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.restoration import (
+    JPEG,
+    OPERATORS,
+    AveragePool,
+    Grayscale,
+    Half,
+    Hole,
+    Mask,
+    Observation,
+    Operator,
+    Uncrop,
+    as_operator,
+)
+from scorematch.restoration.methods import METHODS, Restore
 from tests.helpers import HostReads, NoFloat64, seed
 
 SHAPE = (2, 3, 8, 12)
@@ -32,7 +48,9 @@ EXAMPLES = {
         (Mask(random(2, 1, 8, 12) > 0.5), 1),  # a mask for each image
     ],
     "uncrop": [(Uncrop(right=4), 1), (Uncrop(left=1, right=2, top=3, bottom=1), 1)],
-    "grayscale": [(Grayscale(), 0.446966)],
+    "hole": [(Hole().drawn(torch.zeros(SHAPE), [1, 2]), 1)],
+    "half": [(Half().drawn(torch.zeros(SHAPE), [1, 2]), 1)],
+    "gray": [(Grayscale(), 0.446966)],
     "pool": [(AveragePool(2), 0.25)],
     "jpeg": [(JPEG(20), None)],
 }
@@ -61,7 +79,8 @@ LINEAR = [(operator, gain) for operator, gain in OF_ALL if gain is not None]
 
 def test_every_operator_has_examples_here():
     for name, kind in OPERATORS.items():
-        assert all(type(operator) is kind for operator, _ in EXAMPLES[name]), name
+        made = Mask if name in ("hole", "half") else kind  # these are random
+        assert all(type(operator) is made for operator, _ in EXAMPLES[name]), name
 
 
 # -- Properties of every operator
@@ -77,22 +96,22 @@ def test_images_are_measured_independently_and_without_random_numbers(operator):
     for i in range(2):
         own = operator.rows(slice(i, i + 1))
         assert torch.equal(own.measure(x[i : i + 1]), y[i : i + 1])
-        assert torch.equal(own.lift(y[i : i + 1]), operator.lift(y)[i : i + 1])
+        assert torch.equal(own.pseudo_inverse(y[i : i + 1]), operator.pseudo_inverse(y)[i : i + 1])
         assert own.gain == operator.gain
 
 
 @pytest.mark.parametrize("operator", ALL, ids=repr)
-def test_lift_and_as_image_return_images_in_the_units_of_x(operator):
+def test_pseudo_inverse_and_as_image_return_images_in_the_units_of_x(operator):
     x = random(*SHAPE)
     y = operator.measure(x)
-    assert operator.lift(y).shape == operator.as_image(y).shape == x.shape
+    assert operator.pseudo_inverse(y).shape == operator.as_image(y).shape == x.shape
     gray = Grayscale().measure(x).expand(-1, 3, -1, -1)
     white = operator.as_image(operator.measure(torch.ones(SHAPE)))
     assert white.max() == pytest.approx(1, abs=0.01 if operator.gain is None else 1e-6)  # white stays white
     if isinstance(operator, Grayscale):
         assert torch.equal(operator.as_image(y), gray)
     elif "Grayscale" not in repr(operator):
-        assert torch.equal(operator.as_image(y), operator.lift(y))
+        assert torch.equal(operator.as_image(y), operator.pseudo_inverse(y))
 
 
 @pytest.mark.parametrize("operator", ALL, ids=repr)
@@ -103,7 +122,7 @@ def test_an_observation_of_every_operator(operator):
     moved = observation.to("cpu")
     assert moved.y.dtype == torch.float32 and moved.sigma == 0.1 and repr(moved.operator) == repr(operator)
     assert moved.operator.gain == operator.gain
-    assert torch.equal(moved.operator.lift(observation.y), operator.lift(observation.y))
+    assert torch.equal(moved.operator.pseudo_inverse(observation.y), operator.pseudo_inverse(observation.y))
 
 
 @pytest.mark.parametrize("operator", ALL, ids=repr)
@@ -112,12 +131,12 @@ def test_rows_and_to_read_no_values_from_the_device(operator):
     x = torch.rand(SHAPE, generator=seed())
     with HostReads() as reads:
         part = operator.rows(slice(0, 1)).to("cpu")
-        part.lift(part.measure(x[:1]))
+        part.pseudo_inverse(part.measure(x[:1]))
     assert reads.count == 0
     if "JPEG" not in repr(operator):
         with NoFloat64():
             y = operator.to("meta").measure(torch.empty(SHAPE, device="meta"))
-            assert operator.to("meta").lift(y).shape == SHAPE
+            assert operator.to("meta").pseudo_inverse(y).shape == SHAPE
 
 
 # -- Operators with a gain
@@ -129,15 +148,15 @@ def test_gains_of_operators(operator, gain):
 
 
 @pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
-def test_the_lift_is_the_adjoint_over_the_gain(operator, gain):
+def test_the_pseudo_inverse_is_the_adjoint_over_the_gain(operator, gain):
     x = random(*SHAPE)
     y = random(*operator.measure(x).shape, number=1)
-    measured, lifted = operator.measure(x), operator.lift(y)
+    measured, image = operator.measure(x), operator.pseudo_inverse(y)
     # <A x, y> = <x, A^T y> for each image
     inner = (measured * y).flatten(1).sum(1)
-    torch.testing.assert_close(inner, operator.gain * (x * lifted).flatten(1).sum(1), rtol=1e-12, atol=1e-12)
-    # A A^T = c I on the observed values, so A lift(A x) = A x
-    torch.testing.assert_close(operator.measure(operator.lift(measured)), measured, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(inner, operator.gain * (x * image).flatten(1).sum(1), rtol=1e-12, atol=1e-12)
+    # A A^T = c I on the observed values, so A pseudo_inverse(A x) = A x
+    torch.testing.assert_close(operator.measure(operator.pseudo_inverse(measured)), measured, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
@@ -149,9 +168,9 @@ def test_the_matrix_of_an_operator_times_its_transpose_is_the_gain(operator, gai
     square = a @ a.T
     seen = square.diag() > 0
     torch.testing.assert_close(square, torch.diag(seen.double()) * operator.gain, rtol=1e-12, atol=1e-14)
-    if operator.seen is not None:
+    if operator.mask is not None:
         y = operator.measure(torch.zeros(1, *shape))
-        assert torch.equal(operator.seen.expand(y.shape).flatten(), seen)
+        assert torch.equal(operator.mask.expand(y.shape).flatten(), seen)
 
 
 @pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
@@ -198,10 +217,114 @@ def test_measurements_of_every_operator():
 
 
 @pytest.mark.parametrize(("operator", "gain"), LINEAR, ids=[repr(operator) for operator, _ in LINEAR])
-def test_lift_after_measure_is_a_projection(operator, gain):
+def test_pseudo_inverse_after_measure_is_a_projection(operator, gain):
     x = random(*SHAPE)
-    once = operator.lift(operator.measure(x))
-    torch.testing.assert_close(operator.lift(operator.measure(once)), once, rtol=1e-12, atol=1e-12)
+    once = operator.pseudo_inverse(operator.measure(x))
+    torch.testing.assert_close(operator.pseudo_inverse(operator.measure(once)), once, rtol=1e-12, atol=1e-12)
+
+
+# -- Text
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_has_a_form_examples_and_a_help(name, tmp_path, monkeypatch):
+    """The text of an operator gives the operator again, except for a mask, which is read from a picture."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("observed.png", "missing.png"):
+        save_image((random(1, 8, 12) > 0.5).float(), file)
+    kind = OPERATORS[name]
+    assert kind.form.partition(":")[0] == name and kind.help and kind.examples
+    for text in kind.examples:
+        operator = as_operator(text)
+        assert type(operator) is kind and as_operator(operator) is operator
+        if kind is not Mask:
+            assert operator.text() == str(operator) == text
+            assert repr(as_operator(str(operator))) == repr(operator)
+
+
+def test_the_page_about_restoration_lists_all_forms_and_methods():
+    page = (Path(__file__).parents[1] / "docs" / "restoration.md").read_text(encoding="utf-8")
+    assert all(f"| `{kind.form}` | {kind.help} |" in page for kind in OPERATORS.values())
+    assert all(f'- `"{name}"`' in page for name in METHODS)
+
+
+def test_the_names_of_the_methods_for_type_checkers_are_those_of_the_table():
+    assert get_args(Restore) == tuple(METHODS)
+    assert all(method.help and method.cost for method in METHODS.values())
+
+
+def test_a_mask_of_a_picture(tmp_path):
+    white = random(8, 12) > 0.5
+    save_image(white[None].float(), tmp_path / "a,b=1.png")
+    for end, mask in [("", white), (",invert", ~white)]:
+        made = as_operator(f"mask:{tmp_path}/a,b=1.png{end}")
+        assert torch.equal(made.mask, mask) and made.text() is None and str(made) == repr(made)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
+        as_operator("mask:nothing.png")
+
+
+def test_the_text_of_a_composition():
+    assert repr(as_operator("pool:2 @ gray")) == "AveragePool(2) @ Grayscale()"
+    text = "jpeg:10 @ pool:2 @ uncrop:left=1,bottom=2"
+    operator = as_operator(text)
+    assert str(operator) == text and repr(operator) == "JPEG(10) @ AveragePool(2) @ Uncrop(left=1, bottom=2)"
+    x = random(1, 3, 10, 9)
+    assert torch.equal(operator.measure(x), JPEG(10).measure(AveragePool(2).measure(x[..., :8, 1:])))
+    assert (Grayscale() @ Mask(torch.ones(2, 2) > 0)).text() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("blur", ValueError, r"operator must be mask:FILE, hole, .* or several of them joined by ' @ ', got 'blur'\."),
+        ("", ValueError, "operator must be mask:FILE, .* got ''"),
+        ("gray @ blur", ValueError, "got 'blur'"),
+        ("pool:2 @", ValueError, "operator must be pool:SIZE, such as pool:4, got 'pool:2 @'"),
+        ("gray:2", ValueError, "operator must be gray, such as gray, got 'gray:2'"),
+        ("pool", ValueError, "operator must be pool:SIZE, such as pool:4, got 'pool'"),
+        ("pool:2,2", ValueError, "operator must be pool:SIZE, such as pool:4, got 'pool:2,2'"),
+        ("pool:two", ValueError, "got 'pool:two': size must be an integer of at least 1, got 'two'"),
+        ("pool:0", ValueError, "size must be an integer of at least 1, got 0"),
+        ("jpeg:101", ValueError, "quality must be an integer from 1 to 100, got 101"),
+        ("jpeg:7.5", ValueError, "got 'jpeg:7.5': quality must be an integer from 1 to 100, got 7.5"),
+        ("uncrop", ValueError, "operator must be uncrop:left=N,right=N,top=N,bottom=N, such as uncrop:right=4, got"),
+        ("uncrop:left", ValueError, "got 'uncrop:left'"),
+        ("uncrop:up=3", ValueError, "got 'uncrop:up=3'"),
+        ("uncrop:top=3,top=4", ValueError, "got 'uncrop:top=3,top=4': an argument is missing, or named twice"),
+        ("uncrop:top=-3", ValueError, "a border must be an integer of at least 0, got -3"),
+        ("mask", ValueError, "operator must be mask:FILE, .*got 'mask'"),
+        ("mask:,invert", ValueError, "operator must be mask:FILE, .*got 'mask:,invert'"),
+        (3, TypeError, "operator must be an Operator of scorematch.restoration or its text, .* got int"),
+    ],
+)
+def test_bad_texts_raise(text, error, message):
+    with pytest.raises(error, match=message):
+        as_operator(text)
+
+
+def test_operators_without_a_name_or_with_arguments_that_are_no_numbers_have_no_text():
+    assert Sharper().text() is None and str(Sharper()) == "Sharper()"
+    assert Sums(4.0, 1 / 4).text() is None and repr(Sums(4.0, 1 / 4)) == "Sums(4.0, 0.25)"
+    assert Rotation().text() is None
+
+
+# -- Random operators
+
+
+@pytest.mark.parametrize("kind", [Hole, Half])
+def test_random_masks_depend_on_the_seed_of_each_image(kind):
+    x = torch.zeros(3, 3, 12, 10)
+    masks = kind().drawn(x, [5, 6, 5])
+    assert masks.mask.shape == (3, 1, 12, 10) and torch.equal(masks.mask[0], masks.mask[2])
+    assert torch.equal(kind().drawn(x[:1], [6]).mask[0], masks.mask[1])
+    composed = AveragePool(2) @ kind()
+    assert torch.equal(composed.drawn(x + 1, [5, 6, 5]).measure(x + 1), AveragePool(2).measure(masks.measure(x + 1)))
+    with pytest.raises(ValueError, match=rf"has a random mask for each image\. Write {kind.__name__}\(\)\.drawn\(x"):
+        Observation(kind(), x)
+
+
+def test_other_operators_are_drawn_as_they_are():
+    assert all(operator.drawn(random(*SHAPE), [0, 1]) is operator for operator in ALL)
 
 
 # -- User-defined operators
@@ -215,13 +338,13 @@ class EveryOther(Operator):
     def measure(self, x):
         return x[..., ::2, :]
 
-    def lift(self, y):
+    def pseudo_inverse(self, y):
         x = y.new_zeros(*y.shape[:-2], 2 * y.shape[-2], y.shape[-1])
         x[..., ::2, :] = y
         return x
 
-    def carry_mask(self, seen):
-        return seen if seen.ndim < 2 or seen.shape[-2] == 1 else seen[..., ::2, :]
+    def carry_mask(self, mask):
+        return mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., ::2, :]
 
 
 class Sharper(Operator):
@@ -237,11 +360,11 @@ class Sharper(Operator):
 def test_user_defined_operators_compose_with_masks():
     seen = random(8, 12) > 0.5
     operator = Grayscale() @ EveryOther() @ Mask(seen)
-    assert operator.gain == Grayscale.gain and torch.equal(operator.seen, seen[::2])
+    assert operator.gain == Grayscale.gain and torch.equal(operator.mask, seen[::2])
     x = random(*SHAPE)
     assert torch.equal(operator.measure(x), Grayscale().measure(torch.where(seen, x, 0)[..., ::2, :]))
-    once = operator.lift(operator.measure(x))
-    torch.testing.assert_close(operator.lift(operator.measure(once)), once, rtol=1e-12, atol=1e-12)
+    once = operator.pseudo_inverse(operator.measure(x))
+    torch.testing.assert_close(operator.pseudo_inverse(operator.measure(once)), once, rtol=1e-12, atol=1e-12)
     assert (Sharper() @ Mask(seen)).gain is None  # Sharper has neither carry_mask nor a gain
     assert (EveryOther() @ EveryOther()).gain == 1
 
@@ -255,18 +378,20 @@ class Sums(Operator):
     def measure(self, x):
         return 4 * torch.nn.functional.avg_pool2d(x, 2)
 
-    def lift(self, y):
+    def pseudo_inverse(self, y):
         return self.factor * y.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_gain_must_be_that_of_measure_and_lift(dtype):
+def test_the_gain_must_be_that_of_measure_and_pseudo_inverse(dtype):
     y = random(2, 3, 4, 6).to(dtype)
     Observation(Sums(4.0, 1 / 4), y)
     for gain, factor in [(1.0, 1.0), (1.0, 1 / 4), (4.0, 1.0)]:
-        with pytest.raises(ValueError, match=r"the gain and lift of .*Sums.* do not fit measure: .*Correct them"):
+        with pytest.raises(
+            ValueError, match=r"the gain and pseudo_inverse of .*Sums.* do not fit measure: .*Correct them"
+        ):
             Observation(Sums(gain, factor), y)
-    Observation(Sums(None, 1.0), y)  # without a gain, lift may be any image
+    Observation(Sums(None, 1.0), y)  # without a gain, pseudo_inverse may be any image
 
 
 class Rotation(Operator):
@@ -283,7 +408,7 @@ class Rotation(Operator):
         self.allowed.append(matmul.fp32_precision == "tf32" if new else matmul.allow_tf32)
         return (x.flatten(1) @ self.matrix).reshape(x.shape)
 
-    def lift(self, y):
+    def pseudo_inverse(self, y):
         return (y.flatten(1) @ self.matrix.T).reshape(y.shape)
 
 
@@ -348,7 +473,7 @@ def test_jpeg_compresses_images_separately_and_clamps_them():
     together = JPEG(30).measure(x)
     assert torch.equal(together, torch.cat([JPEG(30).measure(image[None]) for image in x]))
     assert torch.equal(together, JPEG(30).measure(x.clamp(0, 1)))
-    assert torch.equal(JPEG(30).lift(together), together)
+    assert torch.equal(JPEG(30).pseudo_inverse(together), together)
     assert not JPEG(30).measure(x.requires_grad_()).requires_grad
 
 
@@ -368,7 +493,7 @@ def test_uncrop_of_any_size(n, height, width, borders):
     left, right, top, bottom = borders
     operator = Uncrop(left=left, right=right, top=top, bottom=bottom)
     y = torch.rand(n, 2, height, width)
-    x = operator.lift(y)
+    x = operator.pseudo_inverse(y)
     assert x.shape == (n, 2, height + top + bottom, width + left + right)
     assert torch.equal(operator.measure(x), y)
     assert float(x.sum()) == pytest.approx(float(y.sum()), rel=1e-5)
@@ -385,7 +510,7 @@ def test_sizes_may_be_integers_of_numpy(rng):
     two, x = np.int64(2), torch.rand(1, 1, 8, 8, generator=rng)
     for kind, options in ((AveragePool, "size"), (Uncrop, "left"), (JPEG, "quality")):
         a, b = (kind(**{options: number}) for number in (two, 2))
-        assert repr(a) == repr(b) and torch.equal(a.lift(a.measure(x)), b.lift(b.measure(x)))
+        assert repr(a) == repr(b) and torch.equal(a.pseudo_inverse(a.measure(x)), b.pseudo_inverse(b.measure(x)))
 
 
 def test_rows_of_a_batch_of_masks():
@@ -409,7 +534,8 @@ def test_a_mask_has_the_axes_of_the_data(shape, each):
         for i in range(n):
             own = observation.operator.rows(slice(i, i + 1))
             assert torch.equal(own.measure(x[i : i + 1]), observation.y[i : i + 1])
-            assert torch.equal(own.seen, observation.operator.seen[i : i + 1]) or not each
+            masks_of_all = observation.operator.mask
+            assert torch.equal(own.mask, masks_of_all[i : i + 1] if each else masks_of_all)
 
 
 def test_a_mask_copies_the_callers_tensor():
@@ -444,7 +570,7 @@ def test_a_mask_copies_the_callers_tensor():
         (
             lambda: Mask(torch.ones(4, 6) > 0) @ Mask(torch.ones(8, 12) > 0),
             ValueError,
-            r"masks of an operator must fit each other, got Mask\(4x6, 100% seen\) @ Mask\(8x12, 100% seen\)",
+            r"masks of an operator must fit each other, got Mask\(4x6, 100% observed\) @ Mask\(8x12, 100% observed\)",
         ),
         (lambda: Uncrop(left=4).measure(torch.rand(1, 1, 4, 4)), ValueError, "larger than the borders .*got 4x4"),
         (
@@ -481,15 +607,15 @@ def test_a_mask_copies_the_callers_tensor():
         (
             lambda: Observation(JPEG(5), torch.ones(1, 3, 8, 8).int()),
             TypeError,
-            "floating-point tensor, got torch.int32. Write y / 255",
+            "y must be floating point, .* got torch.int32. Write y / 255",
         ),
         (
             lambda: Observation(JPEG(5), torch.rand(8)),
             ValueError,
-            r"must be a batch \(N, ...\) with at least one image, got shape \(8,\)",
+            r"must be a batch \(N, ...\) with at least one sample, got shape \(8,\)",
         ),
-        (lambda: Observation(JPEG(5), torch.rand(0, 3, 8, 8)), ValueError, "at least one image, got shape"),
-        (lambda: Observation(JPEG(5), [0.5]), TypeError, "floating-point tensor, got list. Write torch.as_tensor"),
+        (lambda: Observation(JPEG(5), torch.rand(0, 3, 8, 8)), ValueError, "at least one sample, got shape"),
+        (lambda: Observation(JPEG(5), [0.5]), TypeError, "y must be a tensor .* got list. Write torch.as_tensor"),
         (lambda: Grayscale().as_image(torch.rand(1, 3, 4, 4)), ValueError, "must have one channel"),
         (lambda: Observation(JPEG(5), torch.rand(1, 3, 8, 8), sigma=-0.1), ValueError, "must be at least 0, got -0.1"),
         (lambda: Observation(JPEG(5), torch.rand(1, 3, 8, 8), sigma=math.nan), ValueError, "got nan"),
@@ -514,4 +640,4 @@ def test_invalid_arguments_raise(make, error, message):
 def test_hidden_values_of_y_may_be_nan_or_infinite():
     y = torch.tensor([[[[0.5, math.nan], [math.inf, 0.25]]]])
     observation = Observation(Mask(torch.tensor([[True, False], [False, True]])), y)
-    assert torch.equal(observation.operator.lift(y), torch.tensor([[[[0.5, 0.0], [0.0, 0.25]]]]))
+    assert torch.equal(observation.operator.pseudo_inverse(y), torch.tensor([[[[0.5, 0.0], [0.0, 0.25]]]]))

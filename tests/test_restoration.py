@@ -368,7 +368,7 @@ def test_a_sampler_of_one_level_uses_an_observation(name):
     world, observation, level = gaussian_images(SHAPE), observe(OPERATORS[name], 0.1), NoiseSchedule([0.5])
     operator, z = observation.operator, torch.randn(1, *SHAPE, generator=seed())
     start = 0.5 * z
-    noisy = start - operator.lift(operator.measure(start)) + operator.lift(observation.y)
+    noisy = start - operator.pseudo_inverse(operator.measure(start)) + operator.pseudo_inverse(observation.y)
     expected = noisy + 0.5**2 * world(noisy, 0.5)
     torch.testing.assert_close(run(ODESampler(world, level), observation=observation, init=start), expected)
     drawn = run(AncestralSampler(world, level), observation=observation, init=start, noise_source=lambda x: z)
@@ -630,7 +630,11 @@ def test_an_observation_that_does_not_fit_raises():
 @pytest.mark.parametrize(
     ("measure", "y", "message"),
     [
-        (lambda x: x.flatten(1) @ torch.ones(48, 5), (1, 5), r"cannot measure the image lift\(y\) of shape \(1, 5\)\."),
+        (
+            lambda x: x.flatten(1) @ torch.ones(48, 5),
+            (1, 5),
+            r"cannot measure the image pseudo_inverse\(y\) of shape \(1, 5\)\.",
+        ),
         (
             lambda x: x[..., ::2, ::2],
             (1, 3, 2, 2),
@@ -640,7 +644,7 @@ def test_an_observation_that_does_not_fit_raises():
 )
 def test_an_operator_that_needs_lift_and_does_not_define_it_raises(measure, y, message):
     operator = type("Own", (Operator,), {"measure": lambda self, x: measure(x)})()
-    with pytest.raises(ValueError, match=f"{message} An operator whose .* has to define lift"):
+    with pytest.raises(ValueError, match=f"{message} An operator whose .* has to define pseudo_inverse"):
         Observation(operator, torch.rand(y))
 
 
@@ -672,7 +676,7 @@ class _Sums(Operator):
     def measure(self, x):
         return x.sum(-1)
 
-    def lift(self, y):
+    def pseudo_inverse(self, y):
         return (y / 8)[..., None].expand(*y.shape, 8)
 
 

@@ -147,51 +147,55 @@ COLORED = torch.rand(8, 3, 8, 8, generator=seed(1))
 
 @pytest.mark.parametrize("by", [None, "perceptual", "frechet"])
 def test_the_best_settings_of_restorations(restorer, tmp_path, by):
-    """The figures are those of evaluate_restoration; several tasks have the geometric mean."""
-    tasks = ["colorization", AveragePool(2)]
-    result = run(restorer, COLORED, tasks=tasks, restore="guide", by=by, out=tmp_path)
-    assert (result.tasks, result.by) == (["colorization", "AveragePool(2)"], by or "rmse")
+    """The figures are those of evaluate_restoration; several operators have the geometric mean."""
+    operators = ["gray", AveragePool(2)]
+    result = run(restorer, COLORED, operators=operators, restore="guide", by=by, out=tmp_path)
+    assert (result.operators, result.by) == (["gray", "pool:2"], by or "rmse")
     for row in result.rows:
         sampler = recommended_sampler(restorer, row.settings)
         sampler.restore = "guide"
         values = []
-        for task in tasks:
+        for operator in operators:
             options = {"n": 6, "draws": 1, "features": mean_color, "metrics": ["frechet"], "cache": False}
-            found = evaluate_restoration(sampler, COLORED, task, progress=False, **options).figures["restored"]
+            found = evaluate_restoration(sampler, COLORED, operator, progress=False, **options).figures["restored"]
             values.append(found["restoration" if by is None else result.source][result.by].value)
-            assert row.figures[str(task)][result.by].value == pytest.approx(values[-1], rel=1e-5)
+            assert row.figures[str(operator)][result.by].value == pytest.approx(values[-1], rel=1e-5)
         assert result.distance(row) == pytest.approx((values[0] * values[1]) ** 0.5, rel=1e-5)
     assert result.best is min(result.rows, key=result.distance)
-    head = f"| sampler settings | calls | colorization: {result.by} | AveragePool(2): {result.by} | mean: {result.by} |"
+    head = f"| sampler settings | calls | gray: {result.by} | pool:2: {result.by} | mean: {result.by} |"
     assert result.to_markdown().startswith(head)
     assert ScoreNet.from_pretrained(tmp_path).sampler_settings == result.best.settings
-    assert run(restorer, COLORED, tasks=tasks, restore="guide", by=by, out=tmp_path).rows == result.rows
+    assert run(restorer, COLORED, operators=operators, restore="guide", by=by, out=tmp_path).rows == result.rows
     with pytest.raises(ValueError, match="measured with other settings: tasks"):
-        run(restorer, COLORED, tasks="colorization", restore="guide", by=by, out=tmp_path)
+        run(restorer, COLORED, operators="gray", restore="guide", by=by, out=tmp_path)
+    table = tmp_path / "tune.json"  # with the names of the operators of an earlier version
+    table.write_text(table.read_text().replace('"gray"', '"colorization"').replace('"pool:2"', '"pool-2"'))
+    assert run(restorer, COLORED, operators=operators, restore="guide", by=by, out=tmp_path).rows == result.rows
+    assert "colorization" in table.read_text()  # nothing was measured again
 
 
 def test_rows_of_another_mask_of_the_same_name_are_not_used(restorer, tmp_path):
     left, right = Mask(torch.arange(8) < 4), Mask(torch.arange(8) >= 4)
     assert str(left) == str(right)
-    run(restorer, COLORED, tasks=left, out=tmp_path)
+    run(restorer, COLORED, operators=left, out=tmp_path)
     with pytest.raises(ValueError, match="measured with other settings: tasks"):
-        run(restorer, COLORED, tasks=right, out=tmp_path)
+        run(restorer, COLORED, operators=right, out=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"the network restores images: name the tasks to measure, such as tasks=\['colorization'\]"),
+        ({}, r"the network restores images: name the operators to measure, such as operators=\['gray'\]"),
         ({"by": "rmse"}, "by must be one of 'frechet', 'kernel' for samples, got 'rmse'"),
         (
-            {"tasks": "colorization", "by": "kernel"},
+            {"operators": "gray", "by": "kernel"},
             "by must be one of 'rmse', 'perceptual', 'frechet' for restorations",
         ),
-        ({"tasks": "colorization", "held_out": COLORED}, "held_out is for samples. Leave it out with tasks"),
-        ({"tasks": "colorization", "condition": "cycle"}, "condition is for samples. Leave it out with tasks"),
-        ({"tasks": ["colorization"] * 2}, "tasks must differ in their names, got colorization, colorization"),
-        ({"tasks": "colorization", "by": "perceptual", "features": []}, "by='perceptual' needs features"),
-        ({"tasks": "sharpening"}, "task must be colorization, inpainting, .* got 'sharpening'"),
+        ({"operators": "gray", "held_out": COLORED}, "held_out is for samples. Leave it out with operators"),
+        ({"operators": "gray", "condition": "cycle"}, "condition is for samples. Leave it out with operators"),
+        ({"operators": ["gray"] * 2}, "operators must differ in their names, got gray, gray"),
+        ({"operators": "gray", "by": "perceptual", "features": []}, "by='perceptual' needs features"),
+        ({"operators": "sharpening"}, "operator must be mask:FILE, .* got 'sharpening'"),
     ],
 )
 def test_restorations_that_cannot_be_measured(restorer, options, message):

@@ -108,7 +108,21 @@ from scorematch.nets import FAMILIES, NCSNPP, Condition, Family, InferenceScore,
 from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning
 from scorematch.nets.precondition import Row as PreconditioningRow
 from scorematch.pretrained import CARDS, CHECKPOINTS, Card, CheckpointCard, Place, Stored, find, load, locate
-from scorematch.restoration import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
+from scorematch.restoration import (
+    JPEG,
+    OPERATORS,
+    AveragePool,
+    Grayscale,
+    Half,
+    Hole,
+    Mask,
+    Observation,
+    Operator,
+    Uncrop,
+    as_operator,
+)
+from scorematch.restoration.method import Restoration
+from scorematch.restoration.methods import METHODS, Method, Restore
 from scorematch.restoration.palette import (
     TASKS,
     Colorization,
@@ -118,7 +132,6 @@ from scorematch.restoration.palette import (
     Task,
     Uncropping,
     condition_of,
-    fill,
 )
 from scorematch.sampling import (
     SAMPLERS,
@@ -182,7 +195,7 @@ class Negative(Operator):
     def measure(self, x: Tensor) -> Tensor:
         return 1 - x
 
-    def lift(self, y: Tensor) -> Tensor:
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
         return 1 - y
 
 
@@ -290,19 +303,20 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
     print(kinds.keys())
 
 
-def restoration(net: ScoreNet, x: Tensor, seen: Tensor) -> None:
-    operators: list[Operator] = [Mask(seen), Uncrop(left=3), Grayscale(), AveragePool(2), JPEG(10), Negative()]
-    operators.append(AveragePool(2) @ Grayscale())
+def restoration(net: ScoreNet, x: Tensor, mask: Tensor) -> None:
+    operators: list[Operator] = [Mask(mask), Uncrop(left=3), Grayscale(), AveragePool(2), JPEG(10), Negative()]
+    operators += [AveragePool(2) @ Grayscale(), as_operator("pool:2 @ gray"), Hole().drawn(x, range(len(x))), Half()]
+    methods: Mapping[Restore, Method] = METHODS
     kinds: Mapping[str, type[Operator]] = OPERATORS
     for operator in operators:
         y = operator.measure(x)
         assert_type(ODESampler(net, restore="guide").sample(2, observation=Observation(operator, y, sigma=0.1)), Tensor)
         assert_type(condition_of(operator, y, generator=0), Tensor)
+        assert_type(METHODS["guide"].make(Observation(operator, y), 0.1), Restoration)
     tasks: list[Task] = [Inpainting(), Uncropping(), Colorization(), JPEGRestoration(5, 30)]
-    assert_type(fill(x, seen), Tensor)
     task_kinds: Mapping[str, type[Task]] = TASKS
     tasks.append(MultiTask([Inpainting(), Colorization()], weights=[1, 2]))
-    print(kinds.keys(), task_kinds.keys(), tasks)
+    print(kinds.keys(), methods.keys(), task_kinds.keys(), tasks)
 
 
 def likelihood(net: ScoreNet, x: Tensor) -> Tensor:

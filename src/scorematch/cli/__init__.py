@@ -148,7 +148,7 @@ def _parser() -> Parser:
         epilog="Examples:\n"
         "  %(prog)s sample mnist digits.png\n"
         "  %(prog)s train faces --out runs/faces\n"
-        "  %(prog)s restore runs/faces/network damaged.png restored --mask seen.png",
+        "  %(prog)s restore runs/faces/network damaged.png restored --operator mask:observed.png",
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.set_defaults(debug=False)

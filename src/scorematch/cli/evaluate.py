@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
 
 from scorematch.cli.options import Commands, given, refuse
 from scorematch.cli.options.classes import GUIDED_CLASSES, add_classes, add_guidance, find_classes, guide
 from scorematch.cli.options.duration import announce
 from scorematch.cli.options.networks import load
+from scorematch.cli.options.operators import add_operators, add_restore_method
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.reference import add_reference, reference_options
 from scorematch.cli.options.samplers import add_sampling, make_sampler
-from scorematch.cli.options.values import amount, expanded, filled, image_count, task
+from scorematch.cli.options.values import amount, expanded, filled, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.processes import find_device, this_process
 from scorematch.core.scores import device_of
 from scorematch.data.tables import REFERENCES
 from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results, check_sources, evaluate, is_network
 from scorematch.evaluation.figures import MEASURES
-from scorematch.evaluation.restoration import DEFAULT_N_RESTORED, evaluate_restoration
-from scorematch.restoration.methods import Restore
+from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, evaluate_restoration
+from scorematch.restoration import as_operator
 from scorematch.sampling import SAMPLERS
 from scorematch.sampling.sampler import options_of
 
@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
         "  %(prog)s mnist mnist-train --held-out mnist-test --features efficientnet-lite0\n"
         "  %(prog)s ./cifar10 cifar10-train -n 50k --out runs/fid\n"
         "  %(prog)s samples/ photos/ --features inception dinov2\n"
-        "  %(prog)s mnist --restore inpainting --data digits.npz --features pixels\n"
+        "  %(prog)s mnist --restore hole --data digits.npz --features pixels\n"
         "  accelerate launch -m scorematch evaluate ./cifar10 cifar10-train -n 50k --out runs/fid",
     )
     parser.add_argument(
@@ -75,25 +75,18 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--no-gaussian", action="store_true", help="do not measure images from the Gaussian of the reference"
     )
-    restoration = parser.add_argument_group("restoration")
+    restoration = add_operators(parser, "restoration")
     restoration.add_argument(
-        "--restore",
-        type=task,
-        metavar="TASK",
-        help="colorization, inpainting, uncropping, jpeg-QUALITY such as jpeg-5, or pool-SIZE such as pool-4",
+        "--restore", type=filled, metavar="OPERATOR", help="degrade the images with this operator and restore them"
     )
     restoration.add_argument(
         "--data", type=filled, help="the images to degrade and to restore (default: the reference)"
     )
     restoration.add_argument("--draws", type=image_count, help="restorations of each image (default: 2)")
     restoration.add_argument(
-        "--noise", type=amount, help="the standard deviation of the noise in the degraded images (default: 0)"
+        "--sigma", type=amount, help="the standard deviation of the noise in the degraded images (default: 0)"
     )
-    restoration.add_argument(
-        "--restore-method",
-        choices=get_args(Restore),
-        help="how the restorations are made to agree with the degraded images (default: replace, or guide for jpeg)",
-    )
+    add_restore_method(restoration)
     restoration.add_argument(
         "--labels",
         action="store_true",
@@ -121,7 +114,7 @@ def _run(args: argparse.Namespace) -> None:
         return
     net = guide(args, load(args))
     if not restoring and takes_image(net):
-        raise ValueError(f"{args.model} restores images. Add the task to measure, such as --restore colorization.")
+        raise ValueError(f"{args.model} restores images. Add the operator to measure, such as --restore gray.")
     condition = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net))
     sampler, fast = (make_sampler(args, each, restoring=restoring) for each in (net, net.inference_copy()))
@@ -130,7 +123,7 @@ def _run(args: argparse.Namespace) -> None:
         drawn = (args.draws or 2) * (args.n or DEFAULT_N_RESTORED)
         announce(fast, drawn, share=this_process(), most=args.n is None)
         data, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
-        options = given(args, ("n", "draws", "noise", "labels"))
+        options = given(args, ("n", "draws", "sigma", "labels"))
         result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)
     else:
         n = args.n or DEFAULT_N
@@ -145,10 +138,11 @@ def _check(args: argparse.Namespace, network: bool, restoring: bool) -> None:
         sampling = ("sampler", *(name for kind in SAMPLERS.values() for name in options_of(kind)))
         refuse(args, (*GUIDED_CLASSES, *sampling), f"is for networks, but {args.model} is a set of images")
     if not restoring:
-        refuse(args, ("data", "draws", "noise", "restore_method", "labels"), "is for --restore TASK")
+        refuse(args, ("data", "draws", "sigma", "restore_method", "labels"), "is for --restore")
         if args.reference is None:
             args.parser.error("the following arguments are required: reference")
     else:
+        as_operator(args.restore)  # raises before the network is loaded
         if not network:
             raise ValueError(f"--restore needs a network, but {args.model} is a set of images.")
         if args.data is None and args.reference is None:

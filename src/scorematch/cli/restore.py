@@ -5,25 +5,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scorematch.cli.options import Commands, refuse
+from scorematch.cli.options import Commands
 from scorematch.cli.options.classes import add_classes, find_classes
 from scorematch.cli.options.duration import announce, estimate
 from scorematch.cli.options.networks import add_model, load
+from scorematch.cli.options.operators import add_operators, add_restore_method
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
 from scorematch.cli.options.samplers import add_sampling, make_sampler
-from scorematch.cli.options.values import amount, expanded, filled, fitting, image_count
+from scorematch.cli.options.values import amount, expanded, filled, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.randomness import seed_of
-from scorematch.core.schema import Field
-from scorematch.data.pictures import check_picture, grid, list_pictures, read_image, read_mask, save_image
-from scorematch.restoration.methods import Restore
-from scorematch.restoration.observation import Observation
-from scorematch.restoration.operators import JPEG, AveragePool, Grayscale, Mask, Operator, Uncrop
+from scorematch.data.pictures import check_picture, grid, list_pictures, read_image, save_image
+from scorematch.restoration import Observation, Operator, as_operator
 from scorematch.restoration.palette import condition_of
 from scorematch.sampling import Sampler
 
@@ -38,38 +36,15 @@ def add(commands: Commands) -> None:
         description="Restores damaged pictures with a trained network. For each picture it writes several "
         "restorations, and a strip\nthat shows the picture and its restorations side by side.",
         epilog="Examples:\n"
-        "  %(prog)s mnist damaged.png restored --mask seen.png\n"
-        "  %(prog)s palette-celeba gray-faces restored --gray\n"
-        "  %(prog)s mnist digits restored --pool 2 --degrade --restore-method guide-jacobian",
+        "  %(prog)s mnist damaged.png restored --operator mask:observed.png\n"
+        "  %(prog)s palette-celeba gray-faces restored --operator gray\n"
+        "  %(prog)s mnist digits restored --operator pool:2 --degrade --restore-method guide-jacobian",
     )
     add_model(parser)
     parser.add_argument("pictures", type=filled, help="a damaged picture, or a folder of damaged pictures")
     parser.add_argument("folder", type=expanded, help="the folder to write to")
-    group = parser.add_argument_group("damage", "What was done to the pictures; exactly one is required.")
-    damage = group.add_mutually_exclusive_group(required=True)
-    damage.add_argument(
-        "--mask", type=expanded, help="parts are missing: a picture of the same size, white where the image is observed"
-    )
-    damage.add_argument(
-        "--uncrop", metavar="SIDES", help="borders are missing: their widths in pixels, such as left=4,right=4"
-    )
-    damage.add_argument("--gray", action="store_true", help="the colors are missing")
-    damage.add_argument(
-        "--pool",
-        type=fitting(Field(int, low=1)),
-        metavar="SIZE",
-        help="each block of SIZE x SIZE pixels was averaged to one",
-    )
-    damage.add_argument(
-        "--jpeg",
-        type=fitting(Field(int, low=1, high=100)),
-        metavar="QUALITY",
-        help="the pictures were compressed as JPEG of this quality, 1 to 100",
-    )
-    parser.add_argument(
-        "--invert",
-        action="store_true",
-        help="for --mask: white where the image is missing instead of observed, as in diffusers",
+    add_operators(parser, "damage").add_argument(
+        "--operator", type=filled, required=True, help="what was done to the pictures"
     )
     parser.add_argument("-n", type=image_count, default=4, help="the number of restorations per picture (default: 4)")
     parser.add_argument(
@@ -88,13 +63,7 @@ def add(commands: Commands) -> None:
         type=filled,
         help="the undamaged picture, or a folder of them with the same names, to add to the strips",
     )
-    parser.add_argument(
-        "--restore-method",
-        choices=get_args(Restore),
-        default="replace",
-        help="how the restorations are made to agree with the picture (default: replace, or guide with --jpeg); "
-        "guide-jacobian is more accurate and takes about twice as long",
-    )
+    add_restore_method(parser)
     parser.add_argument(
         "--batch-size",
         type=image_count,
@@ -109,11 +78,9 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.mask is None:
-        refuse(args, ["invert"], "is for --mask")
     if args.original is not None and args.degrade:
         raise ValueError("--original and --degrade cannot be combined. With --degrade, the pictures are the originals.")
-    operator, paths, folder = _operator(args), list_pictures(args.pictures), args.folder
+    operator, paths, folder = as_operator(args.operator), list_pictures(args.pictures), args.folder
     originals = None if args.original is None else list_pictures(args.original)
     if originals is not None and len(originals) != len(paths):
         raise ValueError(
@@ -126,11 +93,9 @@ def _run(args: argparse.Namespace) -> None:
             raise ValueError(f"the restorations would become pictures of the folder {source}. Write to another folder.")
     net = load(args)
     channels, *size = net.sample_shape or ()
-    if args.gray and channels != 3:
-        raise ValueError(f"--gray needs a network that draws RGB images, and {args.model} draws gray ones.")
     label: Any = find_classes(args, net)  # an int or None, without a rule
     sampler = make_sampler(args, net.inference_copy(), restoring=True)
-    sampler.restore = args.restore_method
+    sampler.restore = args.restore_method or "replace"
     check_picture(folder / "strip.png")  # before the work
     # All pictures are read before the first is restored, so that errors come first, and again when they are restored,
     # so that only those of one batch are in memory.
@@ -143,11 +108,14 @@ def _run(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         # The same line is printed only once.
-        for line in (_describe_seen(args, operator, picture.y), _describe_difference(args, picture, [channels, *size])):
+        for line in (
+            _describe_observed(args, operator, picture.y),
+            _describe_difference(args, picture, [channels, *size]),
+        ):
             if line is not None and line not in described:
                 print(line)
                 described.add(line)
-        groups.setdefault(picture.seen.shape[1:], []).append((path, original))
+        groups.setdefault(picture.degraded.shape[1:], []).append((path, original))
     seconds = 0.0
     for shape, group in groups.items():
         try:
@@ -168,7 +136,7 @@ class _Picture:
     Attributes:
         path: the file.
         y: the measurement (1, ...).
-        seen: the measurement as an image (1, C, H, W).
+        degraded: the measurement as an image (1, C, H, W).
         original: the undamaged image (1, C, H, W), or None if it is not known.
     """
 
@@ -176,21 +144,28 @@ class _Picture:
         self, args: argparse.Namespace, operator: Operator, channels: int, path: Path, original: Path | None
     ) -> None:
         self.path = path
-        self.y = read_image(path, 1 if args.gray and not args.degrade else channels)[None]
+        self.y = read_image(path, channels)[None]
         self.original = None if original is None else read_image(original, channels)[None]
-        if operator.seen is not None and operator.seen.shape[-2:] != self.y.shape[-2:]:
+        if operator.mask is not None and operator.mask.shape[-2:] != self.y.shape[-2:]:
             raise ValueError(
-                f"the mask must have the size of the picture, {_size(self.y)} pixels, got {_size(operator.seen)}."
+                f"the mask must have the size of the picture, {_size(self.y)} pixels, got {_size(operator.mask)}."
             )
         if args.degrade:
             self.original, self.y = self.y, operator.measure(self.y)
             generator = torch.Generator().manual_seed(seed_of(args.seed, "noise", path.stem))
             self.y = self.y + args.sigma * torch.randn(self.y.shape, generator=generator)
+        elif not _measures(operator, self.y, channels):
+            self.y = read_image(path, 1)[None]
         Observation(operator, self.y, args.sigma)  # raises if they do not fit together
-        self.seen = operator.as_image(self.y)
-        if self.original is not None and self.original.shape != self.seen.shape:
+        self.degraded = operator.as_image(self.y)
+        if self.degraded.shape[1] != channels:
+            drawn, needed = ("gray", "RGB") if channels == 1 else ("RGB", "gray")
             raise ValueError(
-                f"the original must have the size of the restored picture, {_size(self.seen)} pixels, got "
+                f"{args.operator} needs a network that draws {needed} images, and {args.model} draws {drawn} ones."
+            )
+        if self.original is not None and self.original.shape != self.degraded.shape:
+            raise ValueError(
+                f"the original must have the size of the restored picture, {_size(self.degraded)} pixels, got "
                 f"{_size(self.original)}."
             )
 
@@ -223,36 +198,22 @@ def _restore(
     for picture, restored in zip(pictures, images.split(args.n), strict=True):
         for k, image in enumerate(restored, 1):
             save_image(image, folder / f"{picture.path.stem}-{k}.png")
-        strip = [picture.seen.clamp(0, 1), restored]
+        strip = [picture.degraded.clamp(0, 1), restored]
         if picture.original is not None:
             strip.append(picture.original)
         save_image(grid(torch.cat(strip), columns=sum(map(len, strip))), folder / f"{picture.path.stem}-strip.png")
         print(folder / f"{picture.path.stem}-strip.png")
 
 
-# -- Options ----------------------------------------------------------------------------------------------------------
+def _measures(operator: Operator, y: Tensor, channels: int) -> bool:
+    """Whether y has as many channels as the measurement of an image with this number of channels."""
+    try:
+        return operator.pseudo_inverse(y).shape[1] == channels
+    except ValueError:
+        return False
 
 
-def _operator(args: argparse.Namespace) -> Operator:
-    if args.mask is not None:
-        white = read_mask(args.mask)
-        return Mask(~white if args.invert else white)
-    if args.uncrop is not None:
-        return _uncrop(args.uncrop)
-    if args.gray:
-        return Grayscale()
-    return AveragePool(args.pool) if args.pool is not None else JPEG(args.jpeg)
-
-
-def _uncrop(text: str) -> Uncrop:
-    """The operator of, for example, "left=4,right=4"."""
-    parts = [part.partition("=")[::2] for part in text.split(",")]
-    borders = dict(parts)
-    if not borders.keys() <= {"left", "right", "top", "bottom"} or not all(map(str.isdecimal, borders.values())):
-        raise ValueError(f"--uncrop must name sides and pixels, such as left=4,right=4, got {text!r}.")
-    if len(borders) < len(parts):
-        raise ValueError(f"--uncrop must name each side once, such as left=4,right=4, got {text!r}.")
-    return Uncrop(**{side: int(pixels) for side, pixels in borders.items()})
+# -- Files ------------------------------------------------------------------------------------------------------------
 
 
 def _check_names(pictures: list[Path], originals: list[Path]) -> None:
@@ -281,23 +242,20 @@ def _check_folder(args: argparse.Namespace, folder: Path, pictures: list[Path]) 
 # -- What is printed --------------------------------------------------------------------------------------------------
 
 
-def _describe_seen(args: argparse.Namespace, operator: Operator, y: Tensor) -> str | None:
-    """A line with the share of the image that is observed, for masks and missing borders; otherwise None."""
-    if args.mask is None and args.uncrop is None:
-        return None
-    share = float((operator.lift(torch.ones_like(y)) != 0).float().mean())
-    where = "" if args.mask is None else f": the {'black' if args.invert else 'white'} part of {args.mask}"
-    return f"{100 * share:.0f} % of the image is observed{where}"
+def _describe_observed(args: argparse.Namespace, operator: Operator, y: Tensor) -> str | None:
+    """A line with the share of the image that is observed; None if all of it is."""
+    share = float((operator.pseudo_inverse(torch.ones_like(y)) != 0).float().mean())
+    return None if share == 1 else f"{100 * share:.0f} % of the image is observed with {args.operator}"
 
 
 def _describe_difference(args: argparse.Namespace, picture: _Picture, shape: Sequence[int]) -> str | None:
     """A line with the size and color of the image if they differ from those of the network's images, otherwise None."""
     color = "color" if shape[0] == 3 else "gray"
     own = f"{shape[1]}x{shape[2]} pixels in {color}"
-    if not args.gray:
+    if picture.y.shape[1] == picture.degraded.shape[1]:
         rgb = read_image(picture.path, 3)
         color = "gray" if torch.equal(rgb, rgb[:1].expand_as(rgb)) else "color"
-    found = f"{_size(picture.seen)} pixels in {color}"
+    found = f"{_size(picture.degraded)} pixels in {color}"
     return None if found == own else f"the image to restore has {found}; images of {args.model} have {own}"
 
 

@@ -9,14 +9,16 @@ from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, find_classes
 from scorematch.cli.options.duration import duration, estimate
 from scorematch.cli.options.networks import add_device, add_model, load
+from scorematch.cli.options.operators import add_operators, add_restore_method
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.reference import add_reference, reference_options
-from scorematch.cli.options.values import expanded, filled, image_count, task
+from scorematch.cli.options.values import expanded, filled, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.processes import this_process
 from scorematch.core.scores import device_of
 from scorematch.evaluation.evaluate import check_sources
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
+from scorematch.restoration import as_operator
 from scorematch.restoration.methods import Restore
 from scorematch.sampling import recommended_sampler
 
@@ -50,19 +52,16 @@ def add(commands: Commands) -> None:
         help="the distance to minimize: frechet (the default) or kernel for samples; rmse (the default), perceptual or "
         "frechet for restorations",
     )
-    parser.add_argument(
+    restoration = add_operators(parser, "restoration")
+    restoration.add_argument(
         "--restore",
         nargs="+",
-        type=task,
-        metavar="TASK",
-        help="restore degraded images instead of drawing new ones: tasks as for the command evaluate, such as "
-        "colorization; --reference has the clean images. Needed for networks that were trained to restore",
+        type=filled,
+        metavar="OPERATOR",
+        help="degrade images with these operators and restore them, instead of drawing new ones; --reference has the "
+        "clean images. Needed for networks that were trained to restore",
     )
-    parser.add_argument(
-        "--restore-method",
-        choices=get_args(Restore),
-        help="how the restorations are made to agree with the degraded images (default: replace, or guide for jpeg)",
-    )
+    add_restore_method(restoration)
     parser.add_argument("--seed", type=int, default=0, help="the random seed of all images (default: 0)")
     add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
@@ -77,8 +76,10 @@ def _run(args: argparse.Namespace) -> None:
     if args.restore:
         refuse(args, ("held_out", "label", "classes"), "is not for --restore")
     else:
-        refuse(args, ["restore_method"], "is for --restore TASK")
-    method: Restore = "replace" if args.restore_method is None else args.restore_method
+        refuse(args, ["restore_method"], "is for --restore")
+    method: Restore = args.restore_method or "replace"
+    for text in args.restore or ():
+        as_operator(text)  # raises before the network is loaded
     check_sources(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
@@ -86,7 +87,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_folder(args.out, net)  # before weights are downloaded
     if takes_image(net) and not args.restore:
-        raise ValueError(f"{args.model} restores images. Add the tasks to measure, such as --restore colorization.")
+        raise ValueError(f"{args.model} restores images. Add the operators to measure, such as --restore gray.")
     condition = None if args.restore else find_classes(args, net)
     if criterion_of(args.by, restoring=bool(args.restore)) == "rmse":
         args.features = []  # not needed
@@ -106,7 +107,7 @@ def _run(args: argparse.Namespace) -> None:
         calls=args.calls,
         n=args.n,
         by=args.by,
-        tasks=args.restore,
+        operators=args.restore,
         restore=method,
         held_out=args.held_out,
         out=args.out,

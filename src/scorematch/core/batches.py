@@ -27,7 +27,7 @@ def check_data(x: Any, name: str = "x") -> None:
     """
     if not isinstance(x, Tensor):
         hint = f"Write torch.as_tensor({name})."
-        if isinstance(x, list | tuple):
+        if isinstance(x, list | tuple) and name == "x":
             hint = "A batch of a data set with labels is [x, y]: pass its first entry."
         raise TypeError(f"{name} must be a tensor (N, ...), got {type(x).__name__}. {hint}")
     if not x.is_floating_point():

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from scorematch.data.pictures import to_pixels
 from scorematch.demo.restorer import Choices, Frame, Restorer
-from scorematch.restoration.methods import Restore
+from scorematch.restoration import OPERATORS
+from scorematch.restoration.methods import METHODS, Restore
 from scorematch.sampling import SAMPLERS
 
 FOLDER = Path(__file__).parent
@@ -26,17 +27,12 @@ _PREFIX = "data:image/png;base64,"
 _COLUMNS = 8  # frames of the chain that are shown in a row
 _THUMBNAIL = 64  # the largest side in pixels of a frame in that row
 _MANY_CALLS = 250  # the upper end of the slider, unless the network's own sampler needs more
-_TASKS = {
-    "fill": "Fill in the painted part",
-    "color": "Colorize a gray copy",
+_LABELS = {
+    "mask": "Fill in the painted part",
+    "gray": "Colorize a gray copy",
     "pool": "Enlarge a small copy",
     "jpeg": "Repair a JPEG copy",
-}
-_METHODS = {
-    "replace": "replace: keep the known pixels",
-    "guide": "guide: pull towards the known pixels",
-    "guide-jacobian": "guide-jacobian: like guide, more accurate, twice as slow",
-}
+}  # of operators; others have their help
 
 
 class Canvas(TypedDict):
@@ -183,9 +179,8 @@ class Events:
     def restore(
         self,
         value: Any,
-        task: str,
-        block: int,
-        quality: int,
+        operator: str,
+        arguments: str,
         n: int,
         sampler: str,
         calls: int,
@@ -197,9 +192,8 @@ class Events:
 
         Args:
             value: the value of the canvas.
-            task: the degradation; see ``Restorer.operator``.
-            block: the side of a block in pixels, for the task "pool".
-            quality: the JPEG quality, for the task "jpeg".
+            operator: a key of ``Restorer.operators``.
+            arguments: the arguments of the operator in its text form; not for "mask".
             n: the number of restorations.
             sampler: a key of ``SAMPLERS``.
             calls: the number of network calls.
@@ -210,13 +204,13 @@ class Events:
         if seed is None:
             raise ValueError("the seed is missing: write a whole number, such as 0.")
         picture, hole = read_canvas(value, self.restorer.shape)
-        operator = self.restorer.operator(task, hole, block=block, quality=int(quality))
-        given = operator.as_image(operator.measure(picture[None]))[0].clamp(0, 1)
-        if task == "fill":
-            given = torch.where(hole, 0.5, given)
+        made = self.restorer.operator(operator, arguments, hole, picture, int(seed))
+        y = made.measure(picture[None])
+        missing = made.pseudo_inverse(torch.ones_like(y)) == 0
+        given = torch.where(missing, 0.5, made.as_image(y).clamp(0, 1))[0]
         choices = Choices(sampler, int(calls), method, int(seed), _label(label))
         frames: list[Frame] = []
-        for frame in self.restorer.restore(picture, operator, int(n), choices):
+        for frame in self.restorer.restore(picture, made, int(n), choices):
             frames.append(frame)
             yield results(frames, given)
 
@@ -313,12 +307,9 @@ def build(restorer: Restorer, name: str) -> Any:
                     new = gr.Button("New image", visible=restorer.draws, size="sm", min_width=80, elem_id="new")
                     file = gr.UploadButton("Upload", file_types=["image"], type="filepath", size="sm", min_width=80)
                     negative = gr.Button("Invert", size="sm", min_width=80, elem_id="invert")
-                tasks = [(_TASKS[task], task) for task in restorer.tasks]
-                task = gr.Radio(tasks, value="fill", label="Task", elem_id="task")
-                sizes = [(f"{size}x{size} pixels", size) for size in restorer.blocks or (1,)]
-                size = 4 if 4 in restorer.blocks else sizes[0][1]
-                block = gr.Radio(sizes, value=size, label="Block", visible=False)
-                quality = gr.Slider(1, 50, 5, step=1, label="JPEG quality", visible=False)
+                names = [(_LABELS.get(name, OPERATORS[name].help), name) for name in restorer.operators]
+                operator = gr.Radio(names, value="mask", label="Damage", elem_id="operator")
+                arguments = gr.Dropdown([""], value="", allow_custom_value=True, visible=False)
                 n = gr.Slider(1, 8, 4, step=1, label="Restorations", elem_id="restorations")
                 classes = [] if restorer.needs_class else [("any", -1)]
                 classes += [(name, k) for k, name in enumerate(restorer.classes)]
@@ -327,7 +318,7 @@ def build(restorer: Restorer, name: str) -> Any:
                     sampler = gr.Dropdown(list(SAMPLERS), value=restorer.sampler, label="Sampler")
                     most = max(_MANY_CALLS, restorer.calls)
                     calls = gr.Slider(2, most, restorer.calls, step=1, label="Network calls", elem_id="calls")
-                    methods = [(_METHODS[method], method) for method in get_args(Restore)]
+                    methods = [(f"{name}: {method.help}, {method.cost}", name) for name, method in METHODS.items()]
                     method = gr.Dropdown(methods, value="replace", label="Method of restoration")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
             with gr.Column(scale=3, min_width=320):
@@ -340,7 +331,7 @@ def build(restorer: Restorer, name: str) -> Any:
         private: Any = {"api_visibility": "private"}
         drawing: Any = [count, sampler, calls, label], [painted, shown, count]
         draw = new.click(_reported(events.draw), *drawing, **chains, **private)
-        values = [painted, task, block, quality, n, sampler, calls, method, seed, label]
+        values = [painted, operator, arguments, n, sampler, calls, method, seed, label]
         restore = go.click(_reported(events.restore), values, shown, **chains, **private)
         running = [draw, restore]
         if restorer.draws:
@@ -348,14 +339,14 @@ def build(restorer: Restorer, name: str) -> Any:
         stop.click(None, cancels=running, **private)
         file.upload(_reported(lambda path: [events.upload(path)]), file, painted, **private)
         negative.click(_reported(lambda value: [events.invert(value)]), painted, painted, **private)
-        for part, owner in ((block, "pool"), (quality, "jpeg")):
-            task.change(
-                lambda task, owner=owner: gr.update(visible=task == owner),
-                task,
-                part,
-                show_progress="hidden",
-                **private,
-            )
+
+        def offer(name: str) -> Any:
+            """Shows the arguments of an operator, if it has any."""
+            choices = list(restorer.operators[name]) or [""]
+            label = OPERATORS[name].form.partition(":")[2].capitalize()
+            return gr.update(choices=choices, value=choices[0], label=label, visible=choices != [""])
+
+        operator.change(offer, operator, arguments, show_progress="hidden", **private)
     page.queue(default_concurrency_limit=1)
     return page
 

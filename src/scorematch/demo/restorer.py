@@ -17,15 +17,14 @@ from scorematch.core.conditions import takes_image
 from scorematch.core.scores import device_of
 from scorematch.data import open_images
 from scorematch.data.pictures import DAMAGED, gray_or_rgb, open_picture, to_float
+from scorematch.restoration import OPERATORS, Mask, Observation, Operator
 from scorematch.restoration.methods import Restore
-from scorematch.restoration.observation import Observation
-from scorematch.restoration.operators import JPEG, AveragePool, Grayscale, Mask, Operator
-from scorematch.restoration.palette import condition_of
+from scorematch.restoration.operators import single_operator
+from scorematch.restoration.palette import TASKS, condition_of
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
 from scorematch.score import ScoreNet
 
 FRAMES = 24  # the largest number of frames that are shown of a chain
-BLOCKS = (2, 4, 7, 8, 16)  # the sizes of blocks that "pool" offers, where they divide the size of the image
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Choices:
     Attributes:
         sampler: a key of ``SAMPLERS``.
         calls: the number of network calls; the sampler uses as many as it can up to this number.
-        method: the method of restoration; see ``scorematch.restoration.methods``.
+        method: a key of ``METHODS``, the method of restoration.
         seed: the random seed.
         label: the class to draw, or None.
     """
@@ -79,8 +78,8 @@ class Restorer:
         needs_class: whether a class must be chosen.
         sampler: the key in ``SAMPLERS`` of the recommended sampler.
         calls: the number of network calls of the recommended sampler.
-        tasks: the names of the tasks that it can solve, as ``operator`` takes them.
-        blocks: the sizes of blocks that divide the size of its images.
+        operators: the names in ``OPERATORS`` that it can restore from, with arguments that fit its images; for "mask",
+            which is painted, there are none.
         stopped: set it to end all chains, each after its current step.
     """
 
@@ -98,9 +97,25 @@ class Restorer:
         settings = net.sampler_settings
         self.sampler = "langevin" if settings is None else settings.sampler
         self.calls = len(recommended_sampler(self.net))
-        # Networks with an image as their condition are not trained to enlarge.
-        self.blocks = tuple(size for size in BLOCKS if not (height % size or width % size)) if self.draws else ()
-        self.tasks = ("fill", *(("color",) if channels == 3 else ()), *(("pool",) if self.blocks else ()), "jpeg")
+        fitting = {name: self._fitting(name) for name in OPERATORS if name != "mask"}
+        self.operators: dict[str, tuple[str, ...]] = {
+            "mask": (),
+            **{key: found for key, found in fitting.items() if found},
+        }
+
+    def _fitting(self, name: str) -> tuple[str, ...]:
+        """The arguments of the examples of an operator that fit the images; none if the network is not made for it."""
+        if not self.draws and name not in TASKS:
+            return ()
+        x, found = torch.zeros(1, *self.shape), []
+        for text in OPERATORS[name].examples:
+            try:
+                operator = single_operator(text).drawn(x, [0])
+                if operator.as_image(operator.measure(x)).shape == x.shape:
+                    found.append(text.partition(":")[2])
+            except ValueError:
+                pass
+        return tuple(found)
 
     def read(self, path: str) -> Tensor:
         """Reads a picture from a file, crops it in the middle and resizes it to the size of the network's images.
@@ -121,27 +136,25 @@ class Restorer:
         data = open_images(pixels, image_size=(height, width), channels=channels, progress=False)
         return to_float(data.read([0])[0][0])
 
-    def operator(self, task: str, hole: Tensor, *, block: int, quality: int) -> Operator:
-        """The degradation of a task.
+    def operator(self, name: str, arguments: str, hole: Tensor, picture: Tensor, seed: int) -> Operator:
+        """The operator that a user chooses.
 
         Args:
-            task: "fill" (pixels are missing), "color" (colors are missing), "pool" (only the mean of each block is
-                known) or "jpeg" (the picture was compressed).
-            hole: bool (H, W), True where pixels are missing; for "fill".
-            block: the side of a block in pixels; for "pool".
-            quality: the JPEG quality, from 1 to 100; for "jpeg".
+            name: a key of ``operators``.
+            arguments: its arguments in its text form, such as "4" for "pool"; not for "mask".
+            hole: bool (H, W), True where pixels are missing; for "mask".
+            picture: the picture (C, H, W), and
+            seed: the seed, for operators that are random.
 
         Raises:
-            ValueError: for a task that the network does not have, a hole without pixels, or a bad block or quality.
+            ValueError: for an operator that the network does not have, a hole without pixels, or bad arguments.
         """
-        check_choice("task", task, self.tasks)
-        if task == "fill":
+        check_choice("operator", name, self.operators)
+        if name == "mask":
             if not bool(hole.any()):
                 raise ValueError("nothing is missing: paint over a part of the picture first.")
             return Mask(~hole)
-        if task == "color":
-            return Grayscale()
-        return AveragePool(block) if task == "pool" else JPEG(quality)
+        return single_operator(f"{name}:{arguments}").drawn(picture[None], [seed])
 
     def make_sampler(self, choices: Choices, net: Any = None) -> Sampler:
         """The sampler with the largest number of noise levels that needs at most the chosen number of network calls.

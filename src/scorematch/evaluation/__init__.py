@@ -55,7 +55,7 @@ from scorematch.evaluation.metrics import (
     kernel_distance,
     precision_recall,
 )
-from scorematch.evaluation.restoration import evaluate_restoration
+from scorematch.evaluation.restored_images import evaluate_restoration
 from scorematch.evaluation.sampler_distance import SamplerDistances, sampler_distances, sampler_variants
 from scorematch.evaluation.statistics import Statistics, cache_folder, content_key, statistics_of
 from scorematch.evaluation.tune import Row, Tuning, compare, settings_table, tune

@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -39,9 +38,9 @@ from scorematch.core.charts import Curve, chart, table
 from scorematch.core.randomness import seed_of, single_generator, standard_normal, uniform
 from scorematch.evaluation.exact import Mixture
 from scorematch.evaluation.figures import Figure, mean_figure, root_figure
-from scorematch.restoration.methods import Restore
+from scorematch.restoration.methods import METHODS
 from scorematch.restoration.observation import Observation
-from scorematch.restoration.operators import Operator
+from scorematch.restoration.operator import Operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler
 
 _KNOWN = 1e-9  # the ratio of the posterior variance to the prior variance below which a direction counts as known
@@ -143,7 +142,7 @@ def posterior_calibration(
     if samplers is None:
         samplers = {
             restore: AnnealedLangevinSampler(exact, restore=restore, consistent=False, clamp=False)
-            for restore in get_args(Restore)
+            for restore in METHODS
         }
     truth = exact.sample(observations, seed_of(seed, "truth"))
     y = operator.measure(truth)

@@ -45,7 +45,7 @@ from scorematch.core.randomness import single_generator, standard_normal
 from scorematch.evaluation.accumulate import Moments, double, is_symmetric
 from scorematch.noise import NoiseSchedule
 from scorematch.restoration.observation import Observation
-from scorematch.restoration.operators import Operator
+from scorematch.restoration.operator import Operator
 
 _BLOCK = 1024  # images of an empirical distribution that are compared at a time
 _NEGATIVE = 1e-6  # the tolerance for negative eigenvalues of a covariance, relative to the largest
@@ -250,7 +250,7 @@ class Mixture(Distribution):
             raise TypeError(f"observation must be an Observation, got {type(observation).__name__}.")
         if len(observation) > 1 and not 0 <= image < len(observation):
             raise ValueError(f"image must be from 0 to {len(observation) - 1}, got {image}.")
-        observed = tuple(observation.operator.lift(observation.y).shape[1:])
+        observed = tuple(observation.operator.pseudo_inverse(observation.y).shape[1:])
         if observed != self.sample_shape:
             raise ValueError(
                 f"the observation must be of samples of shape {self.sample_shape}, but {observation!r} is of samples "
@@ -258,7 +258,7 @@ class Mixture(Distribution):
             )
         operator = observation.operator.rows(slice(image, image + 1))
         y = observation.y[image if len(observation.y) > 1 else 0][None]
-        y = operator.measure(operator.lift(y.to(self.means)))  # zero where y is not observed
+        y = operator.measure(operator.pseudo_inverse(y.to(self.means)))  # zero where y is not observed
         a = operator_matrix(operator, self.sample_shape).to(self.means.device)
         cross = self._within @ a.T
         values, vectors = torch.linalg.eigh(a @ cross)

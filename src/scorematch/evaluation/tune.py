@@ -4,8 +4,8 @@ All settings draw images from the same seeds, so that their differences have sma
 settings are those with the smallest distance to the reference. Settings whose distances differ by less than the errors
 are equally good: choose the one with the fewest network calls. ``calls=`` limits their number.
 
-With ``tasks`` degraded images are restored instead, and the best settings are those with the smallest error. For
-several tasks it is the geometric mean of their errors, which gives all tasks the same weight.
+With ``operators`` degraded images are restored instead, and the best settings are those with the smallest error. For
+several operators it is the geometric mean of their errors, which gives all operators the same weight.
 
 The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, a chart of
 the distance over the network calls in ``tune.svg``, and a section with both in the card, ``README.md``. The same call
@@ -44,19 +44,19 @@ from scorematch.evaluation.evaluate import hash_of, open_for, read_batches, show
 from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figure, Figures, as_dicts
 from scorematch.evaluation.per_image import choose
-from scorematch.evaluation.restoration import RESTORATION, RESTORED, evaluate_restoration
+from scorematch.evaluation.restored_images import RESTORATION, RESTORED, evaluate_restoration, identified
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
 from scorematch.restoration.methods import Restore
-from scorematch.restoration.operators import Operator
+from scorematch.restoration.operator import Operator
+from scorematch.restoration.operators import as_operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.bulk import Classes, bulk_samples, sampler_settings
 from scorematch.score import ScoreNet
 
 Criterion = Literal["frechet", "kernel", "rmse", "perceptual"]
-Task = str | Operator
 
-_OF_SAMPLES, _OF_TASKS = ("frechet", "kernel"), ("rmse", "perceptual", "frechet")  # the criteria, defaults first
+_OF_SAMPLES, _OF_RESTORATIONS = ("frechet", "kernel"), ("rmse", "perceptual", "frechet")  # the criteria, defaults first
 _FILE, _CHART = "tune.json", "tune.svg"
 _SCHEMA: Mapping[str, Field] = {
     "format_version": Field(int, required=True, choices=(1,)),
@@ -105,14 +105,14 @@ class Tuning:
         held_out: the figures of held-out images, or None.
         source: the name of the extractor; "restoration" for the error of pixels.
         by: the name of the distance.
-        tasks: the names of the tasks; empty if images were drawn and not restored.
+        operators: the names of the operators; empty if images were drawn and not restored.
     """
 
     rows: Sequence[Row]
     held_out: Figures | None
     source: str
     by: str
-    tasks: Sequence[str] = ()
+    operators: Sequence[str] = ()
 
     @property
     def best(self) -> Row:
@@ -120,19 +120,19 @@ class Tuning:
         return min(self.rows, key=lambda row: (self.distance(row), row.calls))
 
     def distance(self, row: Row) -> float:
-        """The distance of a row; for several tasks the geometric mean of their distances."""
-        values = [row.figures[source][self.by].value for source in self.tasks or [self.source]]
-        return math.prod(max(value, 0) for value in values) ** (1 / len(values)) if self.tasks else values[0]
+        """The distance of a row; for several operators the geometric mean of their distances."""
+        values = [row.figures[source][self.by].value for source in self.operators or [self.source]]
+        return math.prod(max(value, 0) for value in values) ** (1 / len(values)) if self.operators else values[0]
 
     def to_markdown(self) -> str:
         """The rows as a table in Markdown, the best one in bold."""
         pixels = ["std", "variation"]
-        of_tasks = [*self.tasks, *(["mean"] if len(self.tasks) > 1 else [])]
-        measured = [f"{task}: {self.by}" for task in of_tasks] or [f"{self.by}, {self.source}", *pixels]
+        restored = [*self.operators, *(["mean"] if len(self.operators) > 1 else [])]
+        measured = [f"{name}: {self.by}" for name in restored] or [f"{self.by}, {self.source}", *pixels]
         lines, best = [], self.best
         for row in self.rows:
             cells = [str(row.settings), str(row.calls), *self._cells(row.figures)]
-            cells += [f"{self.distance(row):.4g}"] if len(self.tasks) > 1 else []
+            cells += [f"{self.distance(row):.4g}"] if len(self.operators) > 1 else []
             cells += [f"{row.seconds:.0f}"]
             lines.append([f"**{cell}**" for cell in cells] if row is best else cells)
         if self.held_out is not None:
@@ -153,12 +153,13 @@ class Tuning:
             line = smallest.setdefault(name, {})
             line[row.calls] = min(self.distance(row), line.get(row.calls, math.inf))
         curves = [Curve(name, sorted(line), [line[calls] for calls in sorted(line)]) for name, line in smallest.items()]
-        measured = f"mean of {len(self.tasks)} tasks" if len(self.tasks) > 1 else (*self.tasks, self.source)[0]
+        several = len(self.operators) > 1
+        measured = f"mean of {len(self.operators)} operators" if several else (*self.operators, self.source)[0]
         return chart(f"{self.by}, {measured}", "network calls", curves, log_x=True, marks=True)
 
     def _cells(self, figures: Figures) -> list[str]:
-        if self.tasks:
-            return [str(figures[task][self.by]) for task in self.tasks]
+        if self.operators:
+            return [str(figures[name][self.by]) for name in self.operators]
         distance = figures[self.source].get(self.by, "")  # held-out images may be too few for it
         return [str(figure) for figure in (distance, figures[IMAGES]["std"], figures[IMAGES]["variation"])]
 
@@ -173,7 +174,7 @@ def tune(
     features: str | Extractor = "inception",
     by: Criterion | None = None,
     held_out: Any = None,
-    tasks: Task | Sequence[Task] | None = None,
+    operators: str | Operator | Sequence[str | Operator] | None = None,
     restore: Restore = "replace",
     seed: int = 0,
     batch_size: int = 64,
@@ -191,18 +192,18 @@ def tune(
 
     Args:
         net: the network, or its name or folder, as for ``ScoreNet.from_pretrained``. It is not changed.
-        reference: the real images, as for ``evaluate``; with ``tasks`` the clean images, of which n are degraded.
+        reference: the real images, as for ``evaluate``; with ``operators`` the clean images, of which n are degraded.
         settings: the settings to measure; None is ``settings_table(net, calls)``.
         calls: the largest number of network calls per image; settings with more are left out.
         n: the number of images for each of the settings.
         features: the extractor: a name from ``EXTRACTORS``, or an ``Extractor``. For images unlike photographs, such as
             digits, a classifier of their classes is best.
         by: the distance that the best settings minimize. None is "frechet"; "kernel" needs n of at least 1,000. With
-            ``tasks`` None is "rmse", the root mean square error, which prefers smooth restorations; "perceptual" is the
-            mean distance of the features of a restoration and its original, and "frechet" that of both sets.
+            ``operators`` None is "rmse", the root mean square error, which prefers smooth restorations; "perceptual" is
+            the mean distance of the features of a restoration and its original, and "frechet" that of both sets.
         held_out: real images that are not in the reference, for comparison, as for ``evaluate``.
-        tasks: to measure restorations, one or more of the tasks of ``evaluate_restoration``. A network that was trained
-            to restore needs them.
+        operators: to measure restorations, one or more operators or their texts, as for ``evaluate_restoration``. A
+            network that was trained to restore needs them.
         restore: the method of the restorations, as for every ``Sampler``.
         seed: the seed of all images.
         batch_size: the number of images that go through the network at once.
@@ -229,14 +230,14 @@ def tune(
     """
     n, seed, batch_size = check_integer("n", n), check_integer("seed", seed), check_count("batch_size", batch_size)
     condition, classes = native(condition), native(classes)
-    listed_tasks: list[Task] = [tasks] if isinstance(tasks, Task) else list(tasks or ())
-    named = [str(task) for task in listed_tasks]
+    given = [operators] if isinstance(operators, str | Operator) else list(operators or ())
+    named, listed = list(map(str, given)), list(map(as_operator, given))
     criterion = criterion_of(by, restoring=bool(named))
     if len(set(named)) < len(named):
-        raise ValueError(f"tasks must differ in their names, got {', '.join(named)}.")
+        raise ValueError(f"operators must differ in their names, got {', '.join(named)}.")
     for name, value in (("held_out", held_out), ("condition", condition), ("classes", classes)):
         if named and value is not None:
-            raise ValueError(f"{name} is for samples. Leave it out with tasks.")
+            raise ValueError(f"{name} is for samples. Leave it out with operators.")
     if isinstance(net, str | os.PathLike):
         net = ScoreNet.from_pretrained(net).to("cpu" if device is None else device)
     folder = None if out is None else Path(out).expanduser()
@@ -246,8 +247,8 @@ def tune(
     if shape is None or len(shape) != 3:
         raise ValueError(f"the network must draw images (C, H, W), but its sample_shape is {shape}.")
     samplers = _samplers(net, settings_table(net, calls) if settings is None else list(settings), calls)
-    if takes_image(net) and not listed_tasks:
-        raise ValueError("the network restores images: name the tasks to measure, such as tasks=['colorization'].")
+    if takes_image(net) and not named:
+        raise ValueError("the network restores images: name the operators to measure, such as operators=['gray'].")
     device = device_of(net) if device is None else device
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
     with process_group(device):
@@ -269,9 +270,10 @@ def tune(
         source = RESTORATION if criterion == "rmse" else evaluator.extractors[0].name
         figures: dict[str, tuple[str, ...]]
         figures = dict.fromkeys(named, (criterion,)) if named else {source: (criterion,), IMAGES: ("std", "variation")}
-        context = {"n": n, **options, **_identities(next(iter(samplers.values())), evaluator, listed_tasks)}
+        context = {"n": n, **options, **_identities(next(iter(samplers.values())), evaluator, listed)}
         if named:
             context["restore"] = restore
+        restored = dict(zip(named, listed, strict=True))
         kept = _Table(folder, {**context, **evaluator.settings()}, figures)
         others = None
         if held_out is not None:
@@ -283,7 +285,7 @@ def tune(
                 continue
             if named:
                 sampler.restore = restore
-                row = _restored(sampler, data, listed_tasks, evaluator, criterion, n, seed, batch_size)
+                row = _restored(sampler, data, restored, evaluator, criterion, n, seed, batch_size)
             else:
                 (row,) = compare([sampler], evaluator, n, **options, progress=progress)
             kept.add(replace(row, settings=each))
@@ -300,7 +302,7 @@ def criterion_of(by: str | None, *, restoring: bool) -> str:
     Raises:
         ValueError: if ``by`` is not for samples, or not for restorations.
     """
-    criteria = _OF_TASKS if restoring else _OF_SAMPLES
+    criteria = _OF_RESTORATIONS if restoring else _OF_SAMPLES
     if by is not None and by not in criteria:
         kind = "restorations" if restoring else "samples"
         raise ValueError(f"by must be one of {', '.join(map(repr, criteria))} for {kind}, got {by!r}.")
@@ -316,36 +318,36 @@ def _samplers(net: ScoreNet, settings: Sequence[SamplerSettings], calls: int) ->
     return samplers
 
 
-def _identities(sampler: Sampler, evaluator: Evaluator, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What identifies the network, functions that compute features, and tasks, as plain values for JSON."""
+def _identities(sampler: Sampler, evaluator: Evaluator, operators: Sequence[Operator]) -> dict[str, Any]:
+    """What identifies the network, functions that compute features, and operators, as plain values for JSON."""
     found = {"network": sampler_settings(sampler)["network"]}
     if any(each.fingerprint is None for each in evaluator.extractors):  # another function can have the same name
         found["function"] = [identity(each.function) for each in evaluator.extractors]
-    if tasks:  # masks of one size can have the same name
-        found["tasks"] = [task if isinstance(task, str) else f"{task!r} {identity(task)}" for task in tasks]
+    if operators:  # masks of one size can have the same name
+        found["tasks"] = list(map(identified, operators))
     return found
 
 
 def _restored(
     sampler: Sampler,
     data: ImageData,
-    tasks: Sequence[Task],
+    operators: Mapping[str, Operator],
     evaluator: Evaluator,
     by: str,
     n: int,
     seed: int,
     batch_size: int,
 ) -> Row:
-    """The figure ``by`` of one restoration of each of n images, for each task."""
+    """The figure ``by`` of one restoration of each of n images, for each operator."""
     begin = time.perf_counter()
     figures: Figures = {}
     # Statistics are passed only with a fingerprint. These are neither saved nor compared with others.
     extractors = [replace(each, fingerprint=each.fingerprint or "unknown") for each in evaluator.extractors]
-    for task in tasks:
+    for name, operator in operators.items():
         found = evaluate_restoration(
             sampler,
             data,
-            task,
+            operator,
             n=min(n, len(data)),
             draws=1,
             features=extractors,
@@ -355,7 +357,7 @@ def _restored(
             batch_size=batch_size,
             progress=False,
         ).figures[RESTORED]
-        figures[str(task)] = {by: found[RESTORATION if by == "rmse" else evaluator.extractors[0].name][by]}
+        figures[name] = {by: found[RESTORATION if by == "rmse" else evaluator.extractors[0].name][by]}
     return Row(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
 
 
@@ -470,6 +472,7 @@ class _Table:
                 check(stored, _SCHEMA, str(self._path))
             except ValueError as error:
                 raise ValueError(f"{error} Pass another folder.") from error
+            _rename(stored)
             differing = [key for key, value in self._settings.items() if stored["settings"].get(key) != value]
             if differing:
                 raise ValueError(
@@ -492,6 +495,21 @@ class _Table:
             }
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _rename(stored: dict[str, Any]) -> None:
+    """Gives the operators of a table their present names; earlier ones were "colorization" and "jpeg-5"."""
+
+    def renamed(name: Any) -> str:
+        name = {"colorization": "gray", "inpainting": "hole", "uncropping": "half"}.get(name, name)
+        return re.sub(r"^(jpeg|pool)-(\d+)$", r"\1:\2", str(name))
+
+    tasks = stored["settings"].get("tasks")
+    if isinstance(tasks, list):
+        stored["settings"]["tasks"] = list(map(renamed, tasks))
+        for row in stored["rows"]:
+            if isinstance(row.get("figures"), dict):
+                row["figures"] = {renamed(name): figures for name, figures in row["figures"].items()}
 
 
 def _write_row(row: Row) -> dict[str, Any]:

@@ -1,6 +1,29 @@
 """Image restoration: operators that measure an image, observations, the methods that sample given one, and Palette."""
 
 from scorematch.restoration.observation import Observation
-from scorematch.restoration.operators import JPEG, OPERATORS, AveragePool, Grayscale, Mask, Operator, Uncrop
+from scorematch.restoration.operator import Operator
+from scorematch.restoration.operators import (
+    JPEG,
+    OPERATORS,
+    AveragePool,
+    Grayscale,
+    Half,
+    Hole,
+    Mask,
+    Uncrop,
+    as_operator,
+)
 
-__all__ = ["JPEG", "OPERATORS", "AveragePool", "Grayscale", "Mask", "Observation", "Operator", "Uncrop"]
+__all__ = [
+    "JPEG",
+    "OPERATORS",
+    "AveragePool",
+    "Grayscale",
+    "Half",
+    "Hole",
+    "Mask",
+    "Observation",
+    "Operator",
+    "Uncrop",
+    "as_operator",
+]

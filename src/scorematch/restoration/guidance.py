@@ -1,7 +1,7 @@
 r"""Guidance, for any operator, including a JPEG codec: the denoised image is moved towards the observation.
 
 The notation is that of ``scorematch.restoration.method``. Let
-:math:`e = \mathrm{lift}(y - \mathrm{measure}(D))`, c be 1 for an operator without a gain, and
+:math:`e = A^+ (y - A D)`, c be 1 for an operator without a gain, and
 
 .. math:: \hat D = D + \frac{r^2}{r^2 + \sigma_y^2 / c}\, e \quad (\text{"guide"}), \qquad
           \hat D = D + \frac{\sigma^2}{q^2 + \sigma_y^2 / c}\, J^\top e \quad (\text{"guide-jacobian"}),
@@ -70,7 +70,7 @@ class Guidance(Restoration):
             if self._jacobian:
                 check_differentiable(follow)
             denoised = x + level * follow
-        missing = operator.lift(y - operator.measure(denoised.detach()))
+        missing = operator.pseudo_inverse(y - operator.measure(denoised.detach()))
         noise = self._observation.sigma**2 / (operator.gain or 1.0)
         if not self._jacobian:
             return follow + missing * (spread / ((spread + noise) * level))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from scorematch.core.scores import Score
 
+__all__ = ["Restoration"]
+
 
 class Restoration:
     """How a sampler uses an observation. This base class stands for no observation and changes nothing.

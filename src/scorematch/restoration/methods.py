@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from scorematch.restoration.guidance import Guidance
@@ -9,12 +12,35 @@ from scorematch.restoration.method import Restoration
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.replacement import Replacement
 
-Restore = Literal["replace", "guide", "guide-jacobian"]
+__all__ = ["METHODS", "Method"]
+
+Restore = Literal["replace", "guide", "guide-jacobian"]  # the names in METHODS, for type checkers
 
 
-def restoration(observation: Observation, restore: Restore, variance: float) -> Restoration:
-    """Creates the method with the name ``restore``; for an operator without a gain, "replace" means "guide"."""
+@dataclass(frozen=True)
+class Method:
+    """A restoration method.
+
+    Attributes:
+        help: what it does, in a few words.
+        cost: what it costs in comparison with drawing images.
+        make: makes it for an observation and the variance of the data.
+    """
+
+    help: str
+    cost: str
+    make: Callable[[Observation, float], Restoration]
+
+
+def _replace(observation: Observation, variance: float) -> Restoration:
     gain = observation.operator.gain
-    if restore == "replace" and gain is not None:
-        return Replacement(observation, gain)
-    return Guidance(observation, variance, jacobian=restore == "guide-jacobian")
+    return Guidance(observation, variance, jacobian=False) if gain is None else Replacement(observation, gain)
+
+
+METHODS: dict[Restore, Method] = {
+    "replace": Method("keep the known pixels; guide for an operator without a gain", "no extra time", _replace),
+    "guide": Method("pull towards the known pixels", "no extra time", partial(Guidance, jacobian=False)),
+    "guide-jacobian": Method(
+        "like guide, more accurate", "about twice the time, more memory", partial(Guidance, jacobian=True)
+    ),
+}

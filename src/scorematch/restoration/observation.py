@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scorematch.core.batches import check_data
 from scorematch.core.precision import exact_float32
-from scorematch.restoration.operators import (
-    Operator,
-)
+from scorematch.restoration.operator import Operator
+
+__all__ = ["Observation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +30,12 @@ class Observation:
     Raises:
         TypeError: if ``operator`` is not an ``Operator``, or y is not a floating-point tensor.
         ValueError: if sigma is negative, y does not fit the operator, y is not finite where it is observed, or the gain
-            of the operator is not that of ``measure`` and ``lift``.
+            of the operator is not that of ``measure`` and ``pseudo_inverse``.
 
     Example:
-        >>> from scorematch.restoration import AveragePool, Grayscale
-        >>> x = torch.rand(1, 3, 32, 32)
-        >>> Observation(Grayscale() @ AveragePool(2), (Grayscale() @ AveragePool(2)).measure(x))
+        >>> from scorematch.restoration import as_operator
+        >>> operator = as_operator("gray @ pool:2")
+        >>> Observation(operator, operator.measure(torch.rand(1, 3, 32, 32)))
         Observation(Grayscale() @ AveragePool(2), y 1x1x16x16)
     """
 
@@ -46,31 +47,22 @@ class Observation:
         if not isinstance(self.operator, Operator):
             raise TypeError(
                 f"operator must be an Operator of scorematch.restoration, got {type(self.operator).__name__}. "
-                "Write Mask(seen) for a mask."
+                'Write Mask(mask) for a mask, and as_operator("pool:4") for a text.'
             )
-        if not isinstance(self.y, Tensor):
-            kind = type(self.y).__name__
-            raise TypeError(f"y must be a floating-point tensor, got {kind}. Write torch.as_tensor(y).")
-        if not self.y.is_floating_point():
-            raise TypeError(f"y must be a floating-point tensor, got {self.y.dtype}. Write y / 255 for 8-bit images.")
-        if self.y.ndim < 2 or len(self.y) == 0:
-            raise ValueError(f"y must be a batch (N, ...) with at least one image, got shape {tuple(self.y.shape)}.")
-        if not (math.isfinite(self.sigma) and self.sigma >= 0):
-            raise ValueError(
-                f"sigma, the standard deviation of the noise in y, must be at least 0, got {self.sigma!r}."
-            )
-        object.__setattr__(self, "sigma", float(self.sigma))
+        check_data(self.y, "y")
+        object.__setattr__(self, "sigma", check_sigma(self.sigma))
         object.__setattr__(self, "operator", self.operator.with_axes(self.y.ndim))
-        lifted = self.operator.lift(self.y)
-        if not bool(torch.isfinite(lifted).all()):
+        image = self.operator.pseudo_inverse(self.y)
+        if not bool(torch.isfinite(image).all()):
             raise ValueError("y must be finite where it is observed, got NaN or infinite values.")
         try:
-            measured = self.operator.measure(lifted)
+            measured = self.operator.measure(image)
         except RuntimeError as error:
             if not self._hint():
                 raise
             raise ValueError(
-                f"{self.operator!r} cannot measure the image lift(y) of shape {tuple(lifted.shape)}.{self._hint()}"
+                f"{self.operator!r} cannot measure the image pseudo_inverse(y) of shape {tuple(image.shape)}."
+                f"{self._hint()}"
             ) from error
         if measured.shape[1:] != self.y.shape[1:]:
             raise ValueError(
@@ -82,25 +74,27 @@ class Observation:
         self._check_gain(measured.detach())
 
     def _check_gain(self, y: Tensor) -> None:
-        """Checks an operator with a gain c on a measurement: A lift(y) = y, and c |lift(y)|^2 = |y|^2."""
+        """Checks an operator with a gain c on a measurement: A A^+ y = y, and c |A^+ y|^2 = |y|^2."""
         gain = self.operator.gain
         if gain is None:
             return
         # TF32 could exceed the tolerance. Under autocast y may be in bfloat16, whose tolerance is larger.
         with exact_float32() if y.dtype == self.y.dtype == torch.float32 else nullcontext():
-            lifted = self.operator.lift(y)
-            again = self.operator.measure(lifted)
+            image = self.operator.pseudo_inverse(y)
+            again = self.operator.measure(image)
         size, tolerance = float(y.norm()), max(1e-3, torch.finfo(y.dtype).eps ** 0.5)
         error = float((again - y).norm())
-        if max(error, abs(gain**0.5 * float(lifted.norm()) - size)) > tolerance * size:
+        if max(error, abs(gain**0.5 * float(image.norm()) - size)) > tolerance * size:
             raise ValueError(
-                f"the gain and lift of {self.operator!r} do not fit measure: with y = A x and A A^T = c I, gain is c, "
-                "and lift(y) is A^T y / c. Correct them, or leave out gain if A A^T is not a multiple of the identity."
+                f"the gain and pseudo_inverse of {self.operator!r} do not fit measure: with y = A x and A A^T = c I, "
+                "gain is c, and pseudo_inverse(y) is A^T y / c. Correct them, or leave out gain if A A^T is not a "
+                "multiple of the identity."
             )
 
     def _hint(self) -> str:
-        own = type(self.operator).lift is not Operator.lift
-        return "" if own else " An operator whose measurement has another shape than the image has to define lift."
+        if type(self.operator).pseudo_inverse is not Operator.pseudo_inverse:
+            return ""
+        return " An operator whose measurement has another shape than the image has to define pseudo_inverse."
 
     def __repr__(self) -> str:
         noise = f", sigma {self.sigma:g}" if self.sigma else ""
@@ -113,3 +107,10 @@ class Observation:
     def to(self, device: torch.device | str) -> Observation:
         """The observation on a device, with y in float32."""
         return Observation(self.operator.to(device), self.y.detach().to(torch.float32).to(device), self.sigma)
+
+
+def check_sigma(sigma: float) -> float:
+    """The standard deviation of the noise in y as a float; ValueError if it is negative or not finite."""
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"sigma, the standard deviation of the noise in y, must be at least 0, got {sigma!r}.")
+    return float(sigma)

@@ -6,26 +6,28 @@ An operator A degrades an image, :math:`y = A x`. An observation is a measuremen
 (``scorematch.restoration.palette``).
 
 Masks, crops, BT.601 luma and average pooling are linear operators with a gain c: :math:`A A^\top = c I` on the observed
-values. They need no singular value decomposition: the pseudo-inverse is :math:`A^\top / c`, the method ``lift``, and
-:math:`P = A^\top A / c`, ``lift`` of ``measure``, is the projection onto the observed part of the image.
+values. They need no singular value decomposition: the pseudo-inverse is :math:`A^+ = A^\top / c`, and :math:`P = A^+ A`
+is the projection onto the observed part of the image.
 
-=================  ==========================  ====================
-operator           gain c                      shape of y, for x (N, C, H, W)
-=================  ==========================  ====================
-Mask               1                           (N, C, H, W)
-Uncrop             1                           (N, C, H', W'), smaller
-Grayscale          0.446966                    (N, 1, H, W)
-AveragePool(k)     1 / k^2                     (N, C, H/k, W/k)
-JPEG(quality)      none, not linear            (N, C, H, W)
-``A @ B``          product of the gains        that of A for B x
-=================  ==========================  ====================
+=================  ======================  ====================  =============================
+operator           text form               gain c                shape of y, for x (N, C, H, W)
+=================  ======================  ====================  =============================
+Mask               ``mask:FILE``           1                     (N, C, H, W)
+Hole, Half         ``hole``, ``half``      random masks          (N, C, H, W)
+Uncrop             ``uncrop:right=14``     1                     (N, C, H', W'), smaller
+Grayscale          ``gray``                0.446966              (N, 1, H, W)
+AveragePool(k)     ``pool:4``              1 / k^2               (N, C, H/k, W/k)
+JPEG(quality)      ``jpeg:10``             none, not linear      (N, C, H, W)
+``A @ B``          ``pool:4 @ gray``       product of the gains  that of A for B x
+=================  ======================  ====================  =============================
 
 ``A @ B`` applies B first. It has a gain if both operators have one and A does not mix values that B observes with
 values that it does not.
 
-To add an operator, subclass ``Operator`` and define ``measure``; also ``lift`` and ``gain`` if it is linear and has a
-gain, ``lift`` if y has another shape than x, and ``carry_mask`` if it can be applied after a mask. ``OPERATORS`` lists
-the operators of the package.
+To add an operator, subclass ``Operator`` and define ``measure``; also ``pseudo_inverse`` and ``gain`` if it is linear
+and has a gain, ``pseudo_inverse`` if y has another shape than x, and ``carry_mask`` if it can be applied after a mask.
+With a ``form`` and a line in ``scorematch.restoration.OPERATORS`` it can be written as text, on the command line and in
+the demo too.
 
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, App. B.
@@ -36,8 +38,13 @@ References:
 from __future__ import annotations
 
 import copy
+import functools
 import io
-from abc import ABC, abstractmethod
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from operator import matmul
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,94 +52,21 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from scorematch.core.arguments import check_count
-from scorematch.data.pictures import to_pixels
+from scorematch.core.randomness import single_generator
+from scorematch.data.pictures import read_mask, to_pixels
+from scorematch.restoration.masks import Draws, boxes, halves, strokes
+from scorematch.restoration.operator import Operator
+
+__all__ = ["JPEG", "OPERATORS", "AveragePool", "Grayscale", "Half", "Hole", "Mask", "Uncrop", "as_operator"]
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-
-
-class Operator(ABC):
-    """A deterministic degradation of images; image i of the result depends on image i of the input only.
-
-    Attributes:
-        gain: the c of A A^T = c I on the observed values, for a linear operator that has one; None otherwise.
-        seen: which values of y are observed, bool and broadcastable to y; None if all are.
-        value_range: the range of the images that the operator is for, such as (0, 1); None if it is for any.
-    """
-
-    gain: float | None = None
-    seen: Tensor | None = None
-    value_range: tuple[float, float] | None = None
-
-    @abstractmethod
-    def measure(self, x: Tensor) -> Tensor:
-        """The measurement y = A x of images (N, C, H, W). The range of the values is not checked.
-
-        Raises:
-            ValueError: if the shape of x does not fit the operator.
-        """
-
-    def lift(self, y: Tensor) -> Tensor:
-        """An image from the measurement y: A^T y / c for an operator with a gain, and y itself by default.
-
-        An operator without a gain whose measurement has another shape than the image has to define it too, for example
-        as the pseudo-inverse of A.
-
-        Raises:
-            ValueError: if the shape of y does not fit the operator.
-        """
-        return y
-
-    def as_image(self, y: Tensor) -> Tensor:
-        """The measurement as an image to look at: ``lift(y)``; for ``Grayscale`` a gray RGB image."""
-        return self.lift(y)
-
-    def carry_mask(self, seen: Tensor) -> Tensor | None:
-        """Converts a mask of x to the mask of y: M' with A M x = M' A x, where M is multiplication by ``seen``.
-
-        If A has a gain and such a mask exists, ``A @ Mask(seen)`` has a gain.
-
-        Args:
-            seen: bool, broadcastable to x, True where x is observed.
-
-        Returns:
-            The mask of y, bool and broadcastable to y; None if a value of y depends on both observed and unobserved
-            values of x.
-        """
-        return None
-
-    def __matmul__(self, inner: Operator) -> Operator:
-        """``(A @ B).measure(x)`` is ``A.measure(B.measure(x))``.
-
-        Raises:
-            ValueError: if masks of A and B do not fit each other.
-        """
-        return _Composition(self, inner) if isinstance(inner, Operator) else NotImplemented
-
-    def to(self, device: torch.device | str) -> Operator:
-        """The operator with its tensors on a device."""
-        return self
-
-    def with_axes(self, axes: int) -> Operator:
-        """The operator for batches with this number of axes: 4 for images, 3 for signals (N, C, L), 2 for (N, D).
-
-        A mask with as many axes as the batch has one mask for each sample. ``Observation`` calls this method.
-        """
-        return self
-
-    def rows(self, rows: slice) -> Operator:
-        """The operator for a slice of the batch: with one mask per image, the masks of those images."""
-        return self
-
-    def __len__(self) -> int:
-        """The batch size that the operator requires, or 1 if it can be applied to any batch."""
-        return 1
 
 
 class Mask(Operator):
     """Observes some values and replaces the others by zero.
 
     Args:
-        seen: bool, True where the image is observed, broadcastable to (N, C, H, W). For an ``Observation`` of other
+        mask: bool, True where the image is observed, broadcastable to (N, C, H, W). For an ``Observation`` of other
             data, such as signals (N, C, L), it is broadcastable to their shape.
 
     Raises:
@@ -145,50 +79,68 @@ class Mask(Operator):
     """
 
     gain = 1.0
+    form = "mask:FILE"
+    help = (
+        "parts are missing: FILE is a picture of the same size that is white where the image is observed and black "
+        "elsewhere; with mask:FILE,invert, as in diffusers, it is white where the image is missing"
+    )
+    examples = ("mask:observed.png", "mask:missing.png,invert")
     _axes = 4  # of a batch
 
-    def __init__(self, seen: Tensor) -> None:
-        if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
-            tensor = isinstance(seen, Tensor)
-            kind, hint = (seen.dtype, "mask > 0.5") if tensor else (type(seen).__name__, "torch.as_tensor(mask) > 0.5")
+    def __init__(self, mask: Tensor) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            tensor = isinstance(mask, Tensor)
+            kind, hint = (mask.dtype, "mask > 0.5") if tensor else (type(mask).__name__, "torch.as_tensor(mask) > 0.5")
             raise TypeError(
                 f"a mask must be a bool tensor, True where the image is observed, got {kind}. Write {hint}."
             )
-        self.seen: Tensor = torch.atleast_1d(seen.detach().clone())
+        self.mask: Tensor = torch.atleast_1d(mask.detach().clone())
+
+    @classmethod
+    def parse(cls, arguments: str) -> Mask:
+        """The mask of a picture with black and white pixels, whose path may end with ",invert"."""
+        file = arguments.removesuffix(",invert")
+        if not file:
+            raise TypeError("the file is missing")
+        try:
+            white = read_mask(Path(file).expanduser())
+        except RuntimeError as error:
+            raise ValueError(f"the home folder of {file} is not known. Write the whole path.") from error
+        return cls(white if file == arguments else ~white)
 
     def __repr__(self) -> str:
-        return f"Mask({'x'.join(map(str, self.seen.shape))}, {float(self.seen.float().mean()):.0%} seen)"
+        return f"Mask({'x'.join(map(str, self.mask.shape))}, {float(self.mask.float().mean()):.0%} observed)"
 
     def __len__(self) -> int:
-        return len(self.seen) if self.seen.ndim == self._axes else 1
+        return len(self.mask) if self.mask.ndim == self._axes else 1
 
     def measure(self, x: Tensor) -> Tensor:
         """The images with zeros where they are not observed, of x's shape."""
-        seen = self.seen.to(x.device)
+        mask = self.mask.to(x.device)
         try:
-            if torch.broadcast_shapes(seen.shape, x.shape) == x.shape:
-                return torch.where(seen, x, 0)
+            if torch.broadcast_shapes(mask.shape, x.shape) == x.shape:
+                return torch.where(mask, x, 0)
         except RuntimeError:
             pass
-        raise ValueError(f"a mask of shape {tuple(seen.shape)} does not fit images of shape {tuple(x.shape)}.")
+        raise ValueError(f"a mask of shape {tuple(mask.shape)} does not fit images of shape {tuple(x.shape)}.")
 
-    def lift(self, y: Tensor) -> Tensor:
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
         """The observed values of y, and zeros elsewhere. With one mask per image, a y of one image is repeated."""
-        seen = self.seen.to(y.device)
+        mask = self.mask.to(y.device)
         try:
-            return torch.where(seen, y, 0)
+            return torch.where(mask, y, 0)
         except RuntimeError as error:
             raise ValueError(
-                f"a mask of shape {tuple(seen.shape)} does not fit y of shape {tuple(y.shape)}."
+                f"a mask of shape {tuple(mask.shape)} does not fit y of shape {tuple(y.shape)}."
             ) from error
 
-    def carry_mask(self, seen: Tensor) -> Tensor | None:
+    def carry_mask(self, mask: Tensor) -> Tensor | None:
         """The same mask."""
-        return seen
+        return mask
 
     def to(self, device: torch.device | str) -> Mask:
         """The mask on a device."""
-        return Mask(self.seen.to(device)).with_axes(self._axes)
+        return Mask(self.mask.to(device)).with_axes(self._axes)
 
     def with_axes(self, axes: int) -> Mask:
         """The mask for batches with this number of axes."""
@@ -200,7 +152,54 @@ class Mask(Operator):
 
     def rows(self, rows: slice) -> Mask:
         """The masks for a slice of the batch."""
-        return Mask(self.seen[rows]).with_axes(self._axes) if len(self) > 1 else self
+        return Mask(self.mask[rows]).with_axes(self._axes) if len(self) > 1 else self
+
+
+class RandomMask(Operator):
+    """The base class of operators with a random mask for each image, which ``drawn`` returns."""
+
+    @abstractmethod
+    def missing(self, n: int, height: int, width: int, draws: Draws) -> Tensor:
+        """Random masks (n, 1, height, width), bool, True where the image is missing."""
+
+    def drawn(self, x: Tensor, seeds: Sequence[int]) -> Mask:
+        """The masks of images x, each drawn from its seed on the CPU."""
+        each = (Draws(single_generator(number), x.device) for number in seeds)
+        return Mask(~torch.cat([self.missing(1, x.shape[2], x.shape[3], draws) for draws in each]))
+
+    def measure(self, x: Tensor) -> Tensor:
+        """It has no measurement before the masks are drawn."""
+        raise ValueError(f"{self} has a random mask for each image. Write {self!r}.drawn(x, seeds), or mask:FILE.")
+
+
+class Hole(RandomMask):
+    """A hole: free-form strokes in 60 % of the images, boxes in 40 %, as in the training of Palette.
+
+    A hole of strokes consists of one to three thick lines with 4 to 11 corners, in the proportions of Yu et al. (2019).
+    A hole of boxes consists of one to five boxes, which together cover 10 to 40 % of the area. A hole is never empty
+    and never the whole image.
+    """
+
+    form, help, examples = "hole", "a random hole is missing, for evaluations", ("hole",)
+
+    def missing(self, n: int, height: int, width: int, draws: Draws) -> Tensor:
+        """Strokes or boxes."""
+        free_form = draws.uniform(n, 1, 1) < 0.6
+        return torch.where(free_form, strokes(n, height, width, draws), boxes(n, height, width, draws))[:, None]
+
+
+class Half(RandomMask):
+    """Half of the image: at one side in half of the images, all around in the others, as in the training of Palette.
+
+    In half of the images, half of the rows or columns at a random side are missing, rounded down. In the others a box
+    in the middle remains, with half of the area as closely as whole pixels allow.
+    """
+
+    form, help, examples = "half", "a random half is missing, at a side or all around, for evaluations", ("half",)
+
+    def missing(self, n: int, height: int, width: int, draws: Draws) -> Tensor:
+        """One of five halves."""
+        return halves(n, height, width, draws)[:, None]
 
 
 class Uncrop(Operator):
@@ -222,13 +221,14 @@ class Uncrop(Operator):
     """
 
     gain = 1.0
+    form = "uncrop:left=N,right=N,top=N,bottom=N"
+    help = "borders of N pixels are missing, at one or more sides"
+    examples = ("uncrop:right=4", "uncrop:left=2,right=2,top=2,bottom=2")
 
     def __init__(self, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0) -> None:
-        self.borders = tuple(check_count("a border", border, 0) for border in (left, right, top, bottom))
-
-    def __repr__(self) -> str:
-        sides = zip(("left", "right", "top", "bottom"), self.borders, strict=True)
-        return f"Uncrop({', '.join(f'{side}={border}' for side, border in sides if border)})"
+        self.left, self.right, self.top, self.bottom = self.borders = tuple(
+            check_count("a border", border, 0) for border in (left, right, top, bottom)
+        )
 
     def measure(self, x: Tensor) -> Tensor:
         """The images without their borders."""
@@ -242,17 +242,17 @@ class Uncrop(Operator):
             )
         return x[..., top : top + height, left : left + width]
 
-    def lift(self, y: Tensor) -> Tensor:
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
         """The observed part, padded with borders of zeros."""
         return torch.nn.functional.pad(y, self.borders)
 
-    def carry_mask(self, seen: Tensor) -> Tensor | None:
+    def carry_mask(self, mask: Tensor) -> Tensor | None:
         """The mask without the borders. An axis of size 1 is kept, since it is broadcast."""
-        height, width = seen.shape[-2:] if seen.ndim > 1 else (1, seen.shape[-1])
+        height, width = mask.shape[-2:] if mask.ndim > 1 else (1, mask.shape[-1])
         left, right, top, bottom = self.borders
         rows = slice(None) if height == 1 else slice(top, height - bottom)
         columns = slice(None) if width == 1 else slice(left, width - right)
-        return seen[..., rows, columns] if seen.ndim > 1 else seen[columns]
+        return mask[..., rows, columns] if mask.ndim > 1 else mask[columns]
 
 
 def _check_has_rows(x: Tensor, operator: Operator) -> None:
@@ -265,9 +265,7 @@ class Grayscale(Operator):
     """Observes the luma of RGB images, 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601): (N, 3, H, W) -> (N, 1, H, W)."""
 
     gain = sum(weight**2 for weight in _LUMA)
-
-    def __repr__(self) -> str:
-        return "Grayscale()"
+    form, help, examples = "gray", "the colors are missing", ("gray",)
 
     def measure(self, x: Tensor) -> Tensor:
         """The luma (N, 1, H, W)."""
@@ -276,7 +274,7 @@ class Grayscale(Operator):
         red, green, blue = (weight * channel for weight, channel in zip(_LUMA, x.split(1, 1), strict=True))
         return red + green + blue
 
-    def lift(self, y: Tensor) -> Tensor:
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
         """The RGB image of smallest norm whose luma is y, (N, 3, H, W). It is not gray; see ``as_image``."""
         self._check(y)
         return torch.cat([y * (weight / self.gain) for weight in _LUMA], 1)
@@ -286,12 +284,12 @@ class Grayscale(Operator):
         self._check(y)
         return y.repeat(1, 3, 1, 1)
 
-    def carry_mask(self, seen: Tensor) -> Tensor | None:
+    def carry_mask(self, mask: Tensor) -> Tensor | None:
         """The mask with one channel if it is equal in all three, else None."""
-        if seen.ndim < 3 or seen.shape[-3] == 1:
-            return seen
-        first = seen[..., :1, :, :]
-        return first if bool((seen == first).all()) else None
+        if mask.ndim < 3 or mask.shape[-3] == 1:
+            return mask
+        first = mask[..., :1, :, :]
+        return first if bool((mask == first).all()) else None
 
     def _check(self, y: Tensor) -> None:
         if y.ndim != 4 or y.shape[1] != 1:
@@ -309,12 +307,12 @@ class AveragePool(Operator):
         ValueError: if ``size`` is below 1.
     """
 
+    form, help = "pool:SIZE", "each block of SIZE x SIZE pixels was averaged to one"
+    examples = ("pool:4", "pool:2", "pool:7", "pool:8", "pool:16")
+
     def __init__(self, size: int) -> None:
         self.size = check_count("size", size)
         self.gain = 1 / self.size**2
-
-    def __repr__(self) -> str:
-        return f"AveragePool({self.size})"
 
     def measure(self, x: Tensor) -> Tensor:
         """The mean of each block."""
@@ -325,17 +323,17 @@ class AveragePool(Operator):
             )
         return reduce(x, "... (h a) (w b) -> ... h w", "mean", a=self.size, b=self.size)
 
-    def lift(self, y: Tensor) -> Tensor:
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
         """An image in which every pixel of a block has the value of y."""
         return repeat(y, "... h w -> ... (h a) (w b)", a=self.size, b=self.size)
 
-    def carry_mask(self, seen: Tensor) -> Tensor | None:
+    def carry_mask(self, mask: Tensor) -> Tensor | None:
         """The mask of the blocks if it is constant within each block, else None."""
-        seen = seen if seen.ndim > 1 else seen[None]
-        a, b = (1 if side == 1 else self.size for side in seen.shape[-2:])
-        if seen.shape[-2] % a or seen.shape[-1] % b:
+        mask = mask if mask.ndim > 1 else mask[None]
+        a, b = (1 if side == 1 else self.size for side in mask.shape[-2:])
+        if mask.shape[-2] % a or mask.shape[-1] % b:
             return None
-        blocks = rearrange(seen, "... (h a) (w b) -> ... h w (a b)", a=a, b=b)
+        blocks = rearrange(mask, "... (h a) (w b) -> ... h w (a b)", a=a, b=b)
         return blocks.all(-1) if bool((blocks.all(-1) == blocks.any(-1)).all()) else None
 
 
@@ -354,6 +352,8 @@ class JPEG(Operator):
     """
 
     value_range = (0, 1)
+    form, help = "jpeg:QUALITY", "compression as JPEG of this quality, 1 to 100"
+    examples = ("jpeg:5", "jpeg:10", "jpeg:20", "jpeg:50")
 
     def __init__(self, quality: int) -> None:
         self.quality = check_count("quality", quality, most=100)
@@ -361,9 +361,6 @@ class JPEG(Operator):
             import PIL.Image  # noqa: F401
         except ImportError as error:
             raise ImportError('JPEG needs Pillow: pip install "scorematch[images]".') from error
-
-    def __repr__(self) -> str:
-        return f"JPEG({self.quality})"
 
     def measure(self, x: Tensor) -> Tensor:
         """The images (N, 1 or 3, H, W) after encoding and decoding, of x's shape and dtype, in [0, 1]."""
@@ -381,84 +378,52 @@ class JPEG(Operator):
         return rearrange(torch.from_numpy(np.array(Image.open(file))), "h w ... -> (...) h w")
 
 
-class _Composition(Operator):
-    """``outer @ inner``: the inner operator, followed by the outer one."""
-
-    _axes = 4  # of a batch
-
-    def __init__(self, outer: Operator, inner: Operator) -> None:
-        self.outer, self.inner = outer, inner
-        self.value_range = outer.value_range or inner.value_range
-        if outer.gain is None or inner.gain is None:
-            return
-        seen = outer.seen
-        if inner.seen is not None:
-            # The composition has a gain only if the outer operator does not mix observed and unobserved values.
-            carried = outer.carry_mask(inner.seen)
-            if carried is None:
-                return
-            try:
-                seen = carried if seen is None else carried & seen.to(carried.device)
-            except RuntimeError as error:
-                raise ValueError(f"the masks of an operator must fit each other, got {self!r}.") from error
-        self.gain, self.seen = outer.gain * inner.gain, seen
-
-    def __repr__(self) -> str:
-        return f"{self.outer!r} @ {self.inner!r}"
-
-    def __len__(self) -> int:
-        return max(len(self.outer), len(self.inner))
-
-    def measure(self, x: Tensor) -> Tensor:
-        """The outer measurement of the inner one."""
-        return self.outer.measure(self.inner.measure(x))
-
-    def lift(self, y: Tensor) -> Tensor:
-        """The lift of the outer operator, then of the inner one."""
-        return self.inner.lift(self.outer.lift(y))
-
-    def as_image(self, y: Tensor) -> Tensor:
-        """The image of the outer operator, then of the inner one."""
-        return self.inner.as_image(self.outer.as_image(y))
-
-    def carry_mask(self, seen: Tensor) -> Tensor | None:
-        """The mask carried through the inner operator, then through the outer one."""
-        between = self.inner.carry_mask(seen)
-        return None if between is None else self.outer.carry_mask(between)
-
-    def to(self, device: torch.device | str) -> Operator:
-        """The operator on a device."""
-        seen = None if self.seen is None else self.seen.to(device)
-        return self._with(self.outer.to(device), self.inner.to(device), seen)
-
-    def with_axes(self, axes: int) -> Operator:
-        """The operator for batches with this number of axes."""
-        if axes == self._axes:
-            return self
-        new = self._with(self.outer.with_axes(axes), self.inner.with_axes(axes), self.seen)
-        new._axes = axes
-        return new
-
-    def rows(self, rows: slice) -> Operator:
-        """The operator for a slice of the batch."""
-        if len(self) == 1:
-            return self
-        each = self.seen is not None and self.seen.ndim == self._axes and len(self.seen) > 1
-        seen = self.seen[rows] if self.seen is not None and each else self.seen
-        return self._with(self.outer.rows(rows), self.inner.rows(rows), seen)
-
-    def _with(self, outer: Operator, inner: Operator, seen: Tensor | None) -> _Composition:
-        """A copy with other parts and the same gain. Computing the gain again would synchronize with the device."""
-        new = copy.copy(self)
-        new.outer, new.inner, new.seen = outer, inner, seen
-        return new
-
-
-# The operators of the package by name. The tests of all operators run for each entry.
 OPERATORS: dict[str, type[Operator]] = {
     "mask": Mask,
+    "hole": Hole,
+    "half": Half,
     "uncrop": Uncrop,
-    "grayscale": Grayscale,
+    "gray": Grayscale,
     "pool": AveragePool,
     "jpeg": JPEG,
 }
+
+
+def as_operator(operator: str | Operator) -> Operator:
+    """The operator of a text, such as "pool:4", or "pool:4 @ gray" for ``AveragePool(4) @ Grayscale()``.
+
+    ``str(operator)`` is the text of an operator that has one.
+
+    Args:
+        operator: one or more forms of ``OPERATORS``, joined by @ between spaces; or an operator, which is returned.
+
+    Raises:
+        TypeError: if it is neither a text nor an operator.
+        ValueError: if the text does not describe an operator.
+        ImportError, OSError: if the picture of a mask cannot be read.
+
+    Example:
+        >>> as_operator("pool:4 @ gray")
+        AveragePool(4) @ Grayscale()
+    """
+    if isinstance(operator, Operator):
+        return operator
+    if not isinstance(operator, str):
+        raise TypeError(
+            "operator must be an Operator of scorematch.restoration or its text, such as 'pool:4', got "
+            f"{type(operator).__name__}."
+        )
+    return functools.reduce(matmul, map(single_operator, re.split(r"\s+@\s+", operator)))
+
+
+def single_operator(text: str) -> Operator:
+    """The operator of a text that is no composition; ``as_operator`` has the errors."""
+    name, _, arguments = text.partition(":")
+    kind = OPERATORS.get(name)
+    if kind is None:
+        forms = ", ".join(each.form for each in OPERATORS.values())
+        raise ValueError(f"operator must be {forms}, or several of them joined by ' @ ', got {text!r}.")
+    try:
+        return kind.parse(arguments)
+    except TypeError as error:
+        raise ValueError(f"operator must be {kind.form}, such as {kind.examples[0]}, got {text!r}: {error}.") from error

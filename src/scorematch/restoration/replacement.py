@@ -46,12 +46,12 @@ class Replacement(Restoration):
 
     def __init__(self, observation: Observation, gain: float) -> None:
         self._operator = observation.operator
-        self._y = self._operator.lift(observation.y)
+        self._y = self._operator.pseudo_inverse(observation.y)
         self.sigma = observation.sigma / gain**0.5
 
     def _observed(self, x: Tensor) -> Tensor:
         """P x, the observed part of x."""
-        return self._operator.lift(self._operator.measure(x))
+        return self._operator.pseudo_inverse(self._operator.measure(x))
 
     def start(self, x: Tensor, sigma: float, middle: float) -> Tensor:
         """The noise x; its observed part contains the observation if sigma is not above the noise level of y."""

@@ -45,7 +45,7 @@ from scorematch.core.scores import (
 )
 from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 from scorematch.restoration.method import Restoration
-from scorematch.restoration.methods import Restore
+from scorematch.restoration.methods import METHODS, Restore
 from scorematch.restoration.observation import Observation
 from scorematch.sampling.chain import Chain, Run
 from scorematch.sampling.finite import FiniteCheck
@@ -137,7 +137,7 @@ class Sampler(ABC):
             check_schedule(schedule)
             schedule = schedule.between(sigma_max, sigma_min)
             schedule = schedule if levels is None else schedule.respaced(levels)
-        check_choice("restore", restore, get_args(Restore))
+        check_choice("restore", restore, METHODS)
         check_choice("precision", precision, get_args(Precision))
         if compile and (precision == "float32" or not has_inference_copy(net)):
             raise ValueError(

@@ -16,7 +16,7 @@ from scorematch.core.conditions import as_class, class_of_each
 from scorematch.core.randomness import Generator, as_generator, standard_normal
 from scorematch.core.scores import attribute, device_of, middle_of
 from scorematch.restoration.method import Restoration
-from scorematch.restoration.methods import restoration
+from scorematch.restoration.methods import METHODS
 from scorematch.restoration.observation import Observation
 from scorematch.sampling.chain import Run
 
@@ -131,7 +131,7 @@ def _sample_shape(
         raise ValueError(
             f"shape must be the shape of one sample of init, {tuple(init.shape[1:])}, got {tuple(shape)}. Leave it out."
         )
-    observed = None if observation is None else observation.operator.lift(observation.y).shape[1:]
+    observed = None if observation is None else observation.operator.pseudo_inverse(observation.y).shape[1:]
     found = init.shape[1:] if init is not None else shape
     if found is None:
         found = attribute(net, "sample_shape") if observed is None else observed
@@ -161,7 +161,7 @@ def _restoration(sampler: Sampler, observation: Observation) -> Restoration:
     own = attribute(net, "preconditioning")
     if own is not None and own.data_std is not None:
         deviation = own.data_std
-    return restoration(observation, sampler.restore, deviation**2)
+    return METHODS[sampler.restore].make(observation, deviation**2)
 
 
 def _warn_of_clamping(observation: Observation, value_range: tuple[float, float]) -> None:
@@ -171,13 +171,13 @@ def _warn_of_clamping(observation: Observation, value_range: tuple[float, float]
     one value to this value.
     """
     operator, y, top = observation.operator, observation.y, value_range[1]
-    seen = torch.ones((), dtype=torch.bool) if operator.seen is None else operator.seen
-    seen = seen.to(y.device)
-    measured = torch.where(seen, operator.measure(torch.full_like(operator.lift(y), top)), top)
+    mask = torch.ones((), dtype=torch.bool) if operator.mask is None else operator.mask
+    mask = mask.to(y.device)
+    measured = torch.where(mask, operator.measure(torch.full_like(operator.pseudo_inverse(y), top)), top)
     if not bool(((measured - top).abs() <= 0.02 * (top - value_range[0])).all()):
         return
-    low = float(torch.where(seen, y, math.inf).min())
-    high = float(torch.where(seen, y, -math.inf).max())
+    low = float(torch.where(mask, y, math.inf).min())
+    high = float(torch.where(mask, y, -math.inf).max())
     if low < value_range[0] - 1e-6 or high > value_range[1] + 1e-6:
         warnings.warn(
             f"y has no noise (sigma 0), but its values range from {low:.3g} to {high:.3g}, outside the network's "

@@ -396,7 +396,7 @@ _ALL = (
         image_size=256,
         channels=3,
         training=_adam(1_000_000, 1024, 1e-4, warmup_images=10_000 * 1024, ema=(0.9999,)),
-        tasks=("jpeg", "inpainting", "colorization"),
+        tasks=("jpeg", "hole", "gray"),
         sampler=SamplerSettings(sampler="ancestral", variance="large"),
         differs=(
             f"{_AVERAGE}; the residual blocks and the attention are those of DDPM, with 481 million parameters instead "

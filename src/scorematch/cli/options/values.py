@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from scorematch.core.schema import Field
-from scorematch.evaluation.restoration import degradation_of
 
 
 def fitting(field: Field) -> Callable[[str], Any]:
@@ -58,12 +57,3 @@ def filled(text: str) -> str:
 def expanded(text: str) -> Path:
     """A path; shells replace the ~ of ``--out ~/runs`` but not of ``--out=~/runs``."""
     return Path(filled(text)).expanduser()
-
-
-def task(text: str) -> str:
-    """The name of a degradation, such as "pool-4"."""
-    try:
-        degradation_of(text, seed=0)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("task ").removesuffix(".")) from error
-    return text

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -60,31 +59,28 @@ from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, check_resu
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.figures import Collection, Evaluator, Figures, OneOrMore, mean_figure, root_figure
 from scorematch.evaluation.per_image import ImageBatch, choose, values_per_image
-from scorematch.restoration.observation import Observation
-from scorematch.restoration.operators import JPEG, AveragePool, Grayscale, Mask, Operator
-from scorematch.restoration.palette import TASKS, condition_of
+from scorematch.restoration.observation import Observation, check_sigma
+from scorematch.restoration.operator import Operator
+from scorematch.restoration.operators import as_operator
+from scorematch.restoration.palette import condition_of
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.bulk import prepared, sampler_settings
 
 DEFAULT_N_RESTORED = 500  # images, if the number is not given
 RESTORATION = "restoration"
 RESTORED, DEGRADED, ORIGINAL = "restored", "degraded", "original"
-_DRAWN = ("inpainting", "uncropping")  # the tasks of Palette whose masks are drawn for each image
-_TASKS = "colorization, inpainting, uncropping, jpeg-QUALITY or pool-SIZE"
 _LEAST_ERROR = 1e-10  # the mean square error of 100 dB
 _ON_THE_PICTURE = 8
-
-Degradation = Callable[[ImageBatch], Operator]
 
 
 def evaluate_restoration(
     what: Any,
     data: Any,
-    task: str | Operator,
+    operator: str | Operator,
     *,
     n: int | None = None,
     draws: int = 2,
-    noise: float = 0.0,
+    sigma: float = 0.0,
     features: OneOrMore = "inception",
     metrics: Sequence[str] | None = None,
     sampler: SamplerChoice = None,
@@ -113,12 +109,11 @@ def evaluate_restoration(
         what: a network or any other score; the name or the folder of a network; or a ``Sampler``.
         data: the clean images, as for ``evaluate``. For a network with a sample shape they are cropped and resized as
             in training.
-        task: "colorization"; "inpainting" or "uncropping", with a random mask for each image as in Palette's training;
-            "jpeg-Q" for a quality Q, such as "jpeg-5"; "pool-K" for means of K x K pixels; or an operator of
-            ``scorematch.restoration`` for one image.
+        operator: what degrades the images: an operator for one image, or its text, such as "gray", "pool:4", or "hole"
+            for a random hole in each image, as in Palette's training; see ``scorematch.restoration.as_operator``.
         n: the number of images, a random subset of the data; None is 500, or all if there are fewer.
         draws: K, the number of restorations of each image, at least 1.
-        noise: the standard deviation of the noise in the measurements, in units of images in [0, 1].
+        sigma: the standard deviation of the noise in the measurements, in units of images in [0, 1].
         features: the extractor, or several, as for ``evaluate``.
         metrics: names from ``MEASURES``, as for ``evaluate``.
         sampler: the sampler, as for ``evaluate``; None is the recommended one of a network that was trained to restore,
@@ -148,12 +143,12 @@ def evaluate_restoration(
         RuntimeError: if a restored image has NaN or infinite values.
     """
     n, seed = None if n is None else check_integer("n", n), check_integer("seed", seed)
-    draws, batch_size, noise = check_count("draws", draws), check_count("batch_size", batch_size), float(noise)
-    if not noise >= 0:
-        raise ValueError(f"noise must be at least 0, got {noise!r}.")
+    draws, batch_size, sigma = check_count("draws", draws), check_count("batch_size", batch_size), check_sigma(sigma)
     if name is None:
         name = str(what) if isinstance(what, str | os.PathLike) else type(what).__name__
-    degradation, described = degradation_of(task, seed)
+    text, operator = str(operator), as_operator(operator)
+    if len(operator) > 1:
+        raise ValueError(f"the operator must be for one image, got one mask for each of {len(operator)} images.")
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_outside(folder, data, reference)
@@ -179,13 +174,13 @@ def evaluate_restoration(
         )
         left_out = evaluator.check(len(chosen), images.shape)
         classes = images.classes if labels else None
-        run = _Restoring(chosen_sampler, evaluator, degradation, images.shape, classes, draws, noise, seed)
+        run = _Restoring(chosen_sampler, evaluator, operator, images.shape, classes, draws, sigma, seed)
         values = values_per_image(run, images.read, chosen, batch_size=batch_size, title="restoring", progress=progress)
         figures = run.figures(values)
         settings = {
             "images": {"n": len(chosen), "content": images.content, "labels": labels},
-            "task": task if isinstance(task, str) else f"{task!r} {identity(task)}",
-            "noise": noise,
+            "operator": identified(operator),
+            "sigma": sigma,
             "draws": draws,
             "seed": seed,
             "batch_size": batch_size,
@@ -193,7 +188,7 @@ def evaluate_restoration(
             **evaluator.settings(),
         }
         result = Evaluation(
-            name=f"{name}, {described}",
+            name=f"{name}, {text}",
             settings=json.loads(json.dumps(settings)),  # lists instead of tuples
             versions=versions(device),
             sizes={column: len(chosen) for column in figures},
@@ -233,33 +228,9 @@ def _open(data: Any, sampler: Sampler, labels: bool, crop: Crop, progress: bool)
     return images
 
 
-# -- Degradations -----------------------------------------------------------------------------------------------------
-
-
-def degradation_of(task: str | Operator, seed: int) -> tuple[Degradation, str]:
-    """The operator for each batch, and the name of the task; TypeError or ValueError if it is not a task."""
-    if isinstance(task, Operator):
-        if len(task) > 1:
-            raise ValueError(f"the operator must be for one image, got one mask for each of {len(task)} images.")
-        return lambda batch: task, repr(task)
-    if not isinstance(task, str):
-        kind = type(task).__name__
-        raise TypeError(f"task must be an operator of scorematch.restoration, or {_TASKS}, got {kind}.")
-    if task in _DRAWN:
-        drawn = TASKS[task]()
-
-        def masks(batch: ImageBatch) -> Operator:
-            each = zip(batch.x, batch.seeds(seed, "mask"), strict=True)
-            return Mask(~torch.cat([drawn(x[None], generator=number)[1] for x, number in each]))
-
-        return masks, task
-    match = re.fullmatch(r"(jpeg|pool)-(\d+)", task)
-    if match is None and task != "colorization":
-        raise ValueError(f"task must be {_TASKS}, got {task!r}.")
-    fixed: Operator = Grayscale()
-    if match is not None:
-        fixed = JPEG(int(match[2])) if match[1] == "jpeg" else AveragePool(int(match[2]))
-    return lambda batch: fixed, task
+def identified(operator: Operator) -> str:
+    """The text of an operator; for one without, such as a mask, its representation and a hash of its content."""
+    return operator.text() or f"{operator!r} {identity(operator)}"
 
 
 # -- The values of each image -----------------------------------------------------------------------------------------
@@ -272,16 +243,16 @@ class _Restoring:
         self,
         sampler: Sampler,
         evaluator: Evaluator,
-        degradation: Degradation,
+        operator: Operator,
         shape: Sequence[int],
         classes: Sequence[str] | None,
         draws: int,
-        noise: float,
+        sigma: float,
         seed: int,
     ) -> None:
         self._sampler, self._conditional = prepared(sampler), takes_image(sampler.net)
-        self._evaluator, self._degradation = evaluator, degradation
-        self._classes, self._draws, self._noise, self._seed = classes, draws, noise, seed
+        self._evaluator, self._operator = evaluator, operator
+        self._classes, self._draws, self._sigma, self._seed = classes, draws, sigma, seed
         self._restored, self._degraded = evaluator.collect(), evaluator.collect()
         scores = [name for name in evaluator.metrics if name == "inception-score"]
         self._originals = Collection(evaluator.extractors, evaluator.references, scores)
@@ -289,9 +260,9 @@ class _Restoring:
         # The set, the source and the name of each value, from black images: a process may have no batch.
         x = torch.zeros(2, *shape)
         probe = ImageBatch(x, torch.zeros(2, dtype=torch.int64), ["", ""], torch.arange(2))
-        seen = [[extractor.extract(x)] for extractor in evaluator.extractors]
-        features = {RESTORED: [[one] * draws for (one,) in seen], DEGRADED: seen, ORIGINAL: seen}
-        operator = degradation(probe)
+        found = [[extractor.extract(x)] for extractor in evaluator.extractors]
+        features = {RESTORED: [[one] * draws for (one,) in found], DEGRADED: found, ORIGINAL: found}
+        operator = self._drawn(probe)
         y = operator.measure(x)
         self._names = list(self._values(probe, operator, y, [x] * draws, operator.as_image(y), features))
         if classes is not None and not any(name == "accuracy" for _, _, name in self._names):
@@ -301,10 +272,10 @@ class _Restoring:
             )
 
     def __call__(self, batch: ImageBatch) -> Tensor:
-        x, operator = batch.x, self._degradation(batch)
+        x, operator = batch.x, self._drawn(batch)
         y = operator.measure(x)
-        if self._noise:
-            y = y + self._noise * standard_normal(y.shape, as_generator(batch.seeds(self._seed, "noise")), y.device)
+        if self._sigma:
+            y = y + self._sigma * standard_normal(y.shape, as_generator(batch.seeds(self._seed, "noise")), y.device)
         restored = [self._restore(operator, y, batch, draw) for draw in range(self._draws)]
         degraded = operator.as_image(y).clamp(0, 1)
         if not self.shown:
@@ -321,6 +292,9 @@ class _Restoring:
         values = self._values(batch, operator, y, restored, degraded, features)
         return torch.stack([each.double().cpu() for each in values.values()], 1)
 
+    def _drawn(self, batch: ImageBatch) -> Operator:
+        return self._operator.drawn(batch.x, batch.seeds(self._seed, "mask"))
+
     def _values(
         self,
         batch: ImageBatch,
@@ -333,10 +307,10 @@ class _Restoring:
         """The values of each image (n,) by set, source and name; ``features`` by set, extractor and draw."""
         values = _in_pixels(restored, degraded, batch.x, operator, y)
         for i, extractor in enumerate(self._evaluator.extractors):
-            seen = {column: found[i] for column, found in features.items()}
-            logits = seen[ORIGINAL][0].logits
+            extracted = {column: each[i] for column, each in features.items()}
+            logits = extracted[ORIGINAL][0].logits
             fits = self._classes is not None and logits is not None and logits.shape[1] == len(self._classes)
-            found = _in_features(seen, batch.labels if fits else None)
+            found = _in_features(extracted, batch.labels if fits else None)
             values |= {(column, extractor.name, name): each for (column, name), each in found.items()}
         return values
 
@@ -354,7 +328,7 @@ class _Restoring:
             len(batch.x),
             shape=batch.x.shape[1:],
             condition=condition,
-            observation=Observation(operator, y, self._noise),
+            observation=Observation(operator, y, self._sigma),
             generator=[number % 2**32 for number in batch.seeds(self._seed, "restoration", draw)],
             batch_size=len(batch.x),
             progress=False,
@@ -397,24 +371,24 @@ def _in_pixels(
     if len(restored) > 1:
         values[RESTORED, "rmse of the mean"] = _mean_square(mean_over_draws(restored) - x)
         values[RESTORED, "diversity"] = mean_over_draws([_mean_square(a - b) for a, b in combinations(restored, 2)])
-    seen = torch.ones_like(y) if operator.seen is None else operator.seen.expand_as(y).to(y)
-    residuals = [((operator.measure(images) - y) * seen).square().flatten(1).sum(1) for images in restored]
-    values[RESTORED, "consistency"] = mean_over_draws(residuals) / seen.flatten(1).sum(1).clamp(min=1)
+    mask = torch.ones_like(y) if operator.mask is None else operator.mask.expand_as(y).to(y)
+    residuals = [((operator.measure(images) - y) * mask).square().flatten(1).sum(1) for images in restored]
+    values[RESTORED, "consistency"] = mean_over_draws(residuals) / mask.flatten(1).sum(1).clamp(min=1)
     return {(column, RESTORATION, name): each for (column, name), each in values.items()}
 
 
-def _in_features(seen: Mapping[str, Sequence[Extracted]], labels: Tensor | None) -> dict[tuple[str, str], Tensor]:
+def _in_features(extracted: Mapping[str, Sequence[Extracted]], labels: Tensor | None) -> dict[tuple[str, str], Tensor]:
     """The values of one extractor by set and figure."""
-    (original,) = seen[ORIGINAL]
+    (original,) = extracted[ORIGINAL]
     values: dict[tuple[str, str], Tensor] = {}
 
     def add(column: str, name: str, function: Callable[[Extracted], Tensor]) -> None:
-        values[column, name] = torch.stack([function(each).cpu().double() for each in seen[column]]).mean(0)
+        values[column, name] = torch.stack([function(each).cpu().double() for each in extracted[column]]).mean(0)
 
     for column in (RESTORED, DEGRADED):
         add(column, "perceptual", lambda each: (each.features - original.features).norm(dim=1))
-    if len(seen[RESTORED]) > 1:
-        pairs = combinations(seen[RESTORED], 2)
+    if len(extracted[RESTORED]) > 1:
+        pairs = combinations(extracted[RESTORED], 2)
         distances = [(a.features - b.features).norm(dim=1).cpu().double() for a, b in pairs]
         values[RESTORED, "feature diversity"] = torch.stack(distances).mean(0)
     if original.logits is not None:
@@ -427,8 +401,8 @@ def _in_features(seen: Mapping[str, Sequence[Extracted]], labels: Tensor | None)
     return values
 
 
-def _best(seen: Extracted) -> Tensor:
-    return seen.class_logits.argmax(1)
+def _best(extracted: Extracted) -> Tensor:
+    return extracted.class_logits.argmax(1)
 
 
 def _mean_square(values: Tensor) -> Tensor:
