@@ -148,9 +148,9 @@ def test_options_may_precede_an_optional_argument(options, name, value):
         ),
         (["sample", "mnist", "x.png", "--steps", "10"], "unrecognized arguments: --steps 10. See .* sample --help"),
         (["sample", "mnist", "-n", "4", "x.png", "y.png"], "unrecognized arguments: (x.png )?y.png."),
-        (["sample", "mnist", "x.png", "-n", "few"], "argument -n: must be a whole number of at least 1, such as 64, "),
+        (["sample", "mnist", "x.png", "-n", "few"], "argument -n: must be an integer of at least 1, such as 64, "),
         (["sample", "mnist", "x.png", "-n", "0"], "got '0'. See .* sample --help"),
-        (["sample", "mnist", "x.png", "--columns", "0"], "argument --columns: must be a whole number of at least 1"),
+        (["sample", "mnist", "x.png", "--columns", "0"], "argument --columns: must be an integer of at least 1"),
         (
             ["sample", "mnist", "x.png", "--churn", "-1"],
             "argument --churn: must be a number of at least 0, got '-1'",
@@ -162,7 +162,7 @@ def test_options_may_precede_an_optional_argument(options, name, value):
             "argument --operator: must not be empty",
         ),
         (["sample", "mnist", "x.png", "--snr", "low"], "argument --snr: .*, got 'low'"),
-        (["sample", "mnist", "x.png", "--batch-size", "-1"], "argument --batch-size: must be a whole number"),
+        (["sample", "mnist", "x.png", "--batch-size", "-1"], "argument --batch-size: must be an integer of at least 1"),
         (["sample", "mnist", ""], "argument picture: must not be empty"),  # an unset variable of a shell
         (["sample", "mnist", "-n", "4", ""], "argument picture: must not be empty"),
         (["sample", "mnist", "--out", ""], "argument --out: must not be empty"),

@@ -160,7 +160,7 @@ def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):
         (("palette-mnist", real), "palette-mnist restores images. Add the operator to measure, such as --restore gray"),
         ((network, real, "--features", "fid"), "invalid choice: 'fid'"),
         ((network, real, "--metrics", "fid"), "invalid choice: 'fid'"),
-        ((network, real, "-n", 0), "must be a whole number of at least 1"),
+        ((network, real, "-n", 0), "must be an integer of at least 1"),
         ((network, real, "-n", 1, "--features", "pixels"), "at least 2 images, got 1"),
         ((network, folder / "nothing", "--features", "inception", "--weights", folder / "a"), "nothing does not exist"),
         ((network, real, "--features", "pixels", "--weights", "a"), "'pixels' has no weights file"),

@@ -391,7 +391,7 @@ def test_counts_with_and_without_a_suffix(text, number):
 @pytest.mark.parametrize("text", ["", "0", "-5", "5q", "5K", "1.0005k", "k", "1e6", " 5"])
 def test_invalid_counts_raise(text):
     with pytest.raises(
-        argparse.ArgumentTypeError, match="must be a whole number of at least 1, such as 64, 50k or 5M, got"
+        argparse.ArgumentTypeError, match="must be an integer of at least 1, such as 64, 50k or 5M, got"
     ):
         image_count(text)
 
@@ -412,11 +412,11 @@ def test_an_image_size_is_a_side_or_height_x_width():
         (("--recipe", "huge"), "argument --recipe: invalid choice: 'huge'"),
         (
             ("--images", "5q"),
-            "argument --images: must be a whole number of at least 1, such as 64, 50k or 5M, got '5q'",
+            "argument --images: must be an integer of at least 1, such as 64, 50k or 5M, got '5q'",
         ),
         (("--image-size", "big"), "argument --image-size: must be a side such as 64"),
-        (("--label-drop", "0.2"), "--label-drop is for training on classes. Add --labels."),
-        (("--label-key", "digits"), "--label-key is for training on classes. Add --labels."),
+        (("--label-drop", "0.2"), "--label-drop is for training on classes with --labels. Leave it out."),
+        (("--label-key", "digits"), "--label-key is for training on classes with --labels. Leave it out."),
         (("--cache", "x", "--no-cache"), "--cache and --no-cache cannot be combined. Leave out one."),
         (("--device", "mps"), "--device mps is not available: Accelerate uses cpu"),
         (("--batch-size", "13"), "the data have 12 images, fewer than a batch of 13. Pass --batch-size 12 or less.$"),

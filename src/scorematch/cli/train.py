@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import re
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
-from typing import Any, cast
 
 import torch
 
-from scorematch.cli.options import Commands
+from scorematch.cli.options import Commands, given, refuse
 from scorematch.cli.options.duration import count, duration
 from scorematch.cli.options.networks import load_network
 from scorematch.cli.options.outputs import check_folder_name
-from scorematch.cli.options.values import expanded, filled, fitting, image_count
+from scorematch.cli.options.values import add_declared, expanded, filled, image_count
 from scorematch.core.conditions import describe_classes
 from scorematch.core.files import check_outside
 from scorematch.core.messages import few
 from scorematch.core.precision import autocast
-from scorematch.core.schema import Field
 from scorematch.data import ImageData, open_images
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
@@ -129,55 +124,31 @@ def add(commands: Commands) -> None:
     own = {option.name for option in fields(Settings)}
     for option in fields(RunSettings):
         if option.name != "progress" and option.metadata["value"] is not None:
-            _add_option(training if option.name in own else written, option)
+            meaning = option.metadata["meaning"].replace("``", "").replace("None", "none").replace("%", "%%")
+            default = _DEFAULTS.get(option.name, option.default)
+            add_declared(
+                training if option.name in own else written, option.name, option.metadata["value"], meaning, default
+            )
     parser.set_defaults(run=_run)
-
-
-def _add_option(group: argparse._ArgumentGroup, option: dataclasses.Field[Any]) -> None:
-    """Adds an option of training. If it is not given, it is not among the parsed arguments."""
-    value, default = option.metadata["value"], cast("Any", option.default)
-    meaning = option.metadata["meaning"].replace("``", "").replace("None", "none").replace("%", "%%")
-    shown = _DEFAULTS.get(option.name, default if value.kind is not list else " ".join(map(str, default)))
-    kinds: dict[type, dict[str, Any]] = {
-        bool: {"action": argparse.BooleanOptionalAction},
-        list: {"nargs": "*", "type": None if value.each is None else _parser(value.each), "metavar": "X"},
-        str: {"choices": value.choices},
-        int: {"type": _parser(value), "metavar": "N"},
-        float: {"type": _parser(value), "metavar": "X"},
-    }
-    group.add_argument(
-        f"--{option.name.replace('_', '-')}",
-        default=argparse.SUPPRESS,
-        help=meaning if shown in (None, "") else f"{meaning} (default: {shown})",
-        **kinds[value.kind],
-    )
-
-
-def _parser(value: Field) -> Callable[[str], Any]:
-    """The ``type`` of an option of training."""
-    parse = partial(image_count, least=int(value.low or 0)) if value.kind is int else fitting(value)
-    return lambda text: None if value.optional and text == "none" else parse(text)
 
 
 def _run(args: argparse.Namespace) -> None:
     recipe = RECIPES[_DEFAULT if args.recipe is None else args.recipe]
-    given = {each.name: getattr(args, each.name) for each in fields(RunSettings) if hasattr(args, each.name)}
-    if "label_drop" in given and not args.labels:
-        raise ValueError("--label-drop is for training on classes. Add --labels.")
-    if args.label_key is not None and not args.labels:
-        raise ValueError("--label-key is for training on classes. Add --labels.")
+    own = given(args, (each.name for each in fields(RunSettings)))
+    if not args.labels:
+        refuse(args, ["label_drop", "label_key"], "is for training on classes with --labels")
     if args.cache is not None and args.no_cache:
         raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     check_folder_name(args.out)
     check_outside(args.out, args.data)
-    if "push_to_hub" in given:
+    if "push_to_hub" in own:
         check_repository(args.push_to_hub)
     check_files(args.out)
-    options = {"label_drop": _LABEL_DROP if args.labels else 0.0, **recipe.options(), **given}
+    options = {"label_drop": _LABEL_DROP if args.labels else 0.0, **recipe.options(), **own}
     trackers = options.pop("trackers", ())
     settings = RunSettings(**options, progress=not args.quiet)
     accelerator = make_accelerator(cpu=args.device == "cpu", trackers=trackers, folder=args.out)
-    if "push_to_hub" in given and accelerator.is_main_process:
+    if "push_to_hub" in own and accelerator.is_main_process:
         check_login()
     device: torch.device = accelerator.device
     if args.device not in ("auto", device.type):
@@ -346,11 +317,11 @@ def _seconds_per_image(
     n = max(1, min(most, settings.microbatch or batch_size, batch_size))
     images, labels = data.read(range(n))
     x = to_float(images).to(device)
-    given = loss_arguments(settings, x, labels, seed=0)
+    arguments = loss_arguments(settings, x, labels, seed=0)
 
     def step() -> None:
         with autocast(device, settings.precision):
-            loss = dsm_loss(net, x, generator=0, **given)
+            loss = dsm_loss(net, x, generator=0, **arguments)
         loss.backward()
         last = next(parameter.grad for parameter in net.parameters() if parameter.grad is not None)
         last.sum().item()  # waits for the device

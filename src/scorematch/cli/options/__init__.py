@@ -13,7 +13,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """The options of these names that were given on the command line, and their values."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not args.parser.get_default(name)}
+    values = {name: getattr(args, name) for name in names if name in args}
+    return {name: value for name, value in values.items() if value is not args.parser.get_default(name)}
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], why: str) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
 
 from scorematch.cli.options import given
 from scorematch.cli.options.networks import add_device
-from scorematch.cli.options.values import fitting
+from scorematch.cli.options.values import add_declared
 from scorematch.core.arguments import argument
 from scorematch.core.conditions import takes_image
 from scorematch.core.scores import Score, attribute
@@ -40,17 +39,9 @@ def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommende
             _add_options(parser.add_argument_group(f"options of --sampler {name}"), own)
 
 
-def _add_options(group: Any, options: Mapping[str, Option]) -> None:
+def _add_options(group: argparse._ActionsContainer, options: Mapping[str, Option]) -> None:
     for name, (field, text, default) in options.items():
-        kinds: dict[type, dict[str, Any]] = {
-            bool: {"action": argparse.BooleanOptionalAction, "default": None},
-            int: {"type": fitting(field)},
-            float: {"type": fitting(field)},
-            str: {"choices": field.choices},
-        }
-        if default is not None:
-            text = f"{text} (default: {'no' if default is False else default})"
-        group.add_argument(f"--{name.replace('_', '-')}", help=text, **kinds[field.kind])
+        add_declared(group, name, field, text, default)
 
 
 def _own_options(sampler: str) -> dict[str, Option]:
