@@ -82,14 +82,40 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     On SIGTERM and Ctrl-C a checkpoint is saved before the program exits. After SIGKILL or a crash the run continues
     from the last checkpoint, with the same result, bit by bit.
 
-    A network that begins with the weights of another one, ``start``, must be the same network, except for the size of
-    the images, the sampler settings and the names of the classes; or it is larger, and both have the same output at
-    first (Chen et al., 2016, arXiv:1511.05641): it may take a conditioning image or more channels of it, and a U-Net of
-    DDPM may have more ``layers_per_block`` at some or all scales, ``attention`` at more scales, more ``pixel_layers``,
-    and up to 64 ``pixel_channels`` instead of fewer.
-
     To train on several devices, start the same program with ``accelerate launch`` or ``torchrun``; all nodes must have
-    access to the folder. The state of torch's global generators is not changed.
+    access to the folder. All random numbers depend on ``seed``, except those of the initial weights of ``net``; the
+    state of torch's global generators is not changed.
+
+    **Optimizer.** AdamW, with gradients accumulated over the microbatches of a batch. The learning rate rises over
+    ``warmup_images`` and then falls: "cosine" or "linear" to zero, "constant", or "inverse-sqrt" (EDM2). A gradient is
+    scaled down if its norm, for the loss divided by D/2, exceeds ``clip``; D is the number of values in an image.
+    ``ema`` has lengths of power function averages, relative to the run (EDM2), above 0 and at most 0.289; or decays per
+    step of exponential averages, from 0.9 to below 1. The first average is saved as ``network/``.
+
+    **Loss.** ``levels`` is a NoiseSchedule, whose levels are drawn equally often; ``LogNormal``, ``LogUniform``,
+    ``UniformTime``, a ``Mixture`` of these, or any object with their method ``quantile``. None is EDM's log-normal
+    distribution for the preconditioning "karras", and the network's own schedule for every other. ``weighting`` is
+    "sigma" (sigma^p), "backbone" (1 / abs(c_out)^p), or a function of sigma (N,). None is "sigma" for the
+    preconditioning "ncsn" and "backbone" for every other. A function ``loss`` is called as ``loss(net, x, sigma=,
+    noise=, condition=, region=)``, where the last two are omitted if there are none, and returns one value per image
+    (N,), such as ``partial(sliced_score_matching_loss, reduction="none")``; losses with second derivatives cannot be
+    compiled.
+
+    **Conditions.** ``condition`` is called as ``task(x, generator)`` and returns the condition, or (condition, region),
+    such as the tasks of ``scorematch.restoration.palette``; all its random numbers must be drawn from the generator.
+    For classifier-free guidance (``scorematch.guidance``) ``label_drop`` is about 0.1, for a network that
+    ``ScoreNet.unet(classes=..., null_class=True)`` built.
+
+    **Start.** A run that begins with the weights of another network, ``start``, has a new optimizer. ``net`` must be
+    the same network, except for the size of the images, the sampler settings and the names of the classes; or it is
+    larger, and both have the same output at first (Chen et al., 2016, arXiv:1511.05641): it may take a conditioning
+    image or more channels of it, and a U-Net of DDPM may have more ``layers_per_block`` at some or all scales,
+    ``attention`` at more scales, more ``pixel_layers``, and up to 64 ``pixel_channels`` instead of fewer.
+
+    **Output.** An action takes place at the end of the step that reaches its interval. ``evaluate`` is called together
+    with the pictures of samples as ``evaluate(averaged_net, images)`` on every process, and returns a mapping of
+    numbers for the log, where NaN and infinity become null. The result does not depend on the checkpoints.
+    ``Accelerator(cpu=True)`` trains on the CPU.
 
     Args:
         net: the network to train. Its weights are changed, and moved to the device of the accelerator.

@@ -67,124 +67,61 @@ class Settings:
 
     # 40 to 100 epochs of common small data sets. The FID of a network with 16 million parameters on CIFAR-10 was 16
     # after 5 million images, 10 after 10 million and 6 after 20 million (mini_edm's published curves).
-    images: int = _option(
-        5_000_000, "the length of the run in images, counted with repetitions and rounded up to whole batches", low=1
-    )
+    images: int = _option(5_000_000, "the length of the run in images, rounded up to whole batches", low=1)
     # Ho et al. 2020 and Song et al. 2021 for CIFAR-10
     batch_size: int = _option(128, "the number of images per step, over all processes together", low=1)
     microbatch: int | None = _option(
         None,
-        "the largest number of images that a process computes at once; gradients are accumulated over a batch. None, "
-        "the whole batch, is fastest",
+        "the most images that a process computes at once; None is the whole batch",
         int,
         low=1,
         free=True,
     )
     # Karras et al. 2022, Table 7, for CIFAR-10, with a batch of 512
     lr: float = _option(1e-3, "the largest learning rate", above=0)
+    # Karras et al. 2024, Appendix B: 0.99 rather than 0.999
     betas: tuple[float, float] = _option(
-        (0.9, 0.99),  # Karras et al. 2024, Appendix B: 0.99 rather than 0.999
-        "the decay rates of AdamW's first and second moments, each at least 0 and below 1",
-        list,
-        low=2,
-        high=2,
-        each=Field(float, low=0, below=1),
+        (0.9, 0.99), "the decay rates of AdamW's moments", list, low=2, high=2, each=Field(float, low=0, below=1)
     )
     # Kingma & Ba 2015
     eps: float = _option(1e-8, "AdamW's eps, which is added to the root of the second moment", above=0)
     # none in Ho et al. 2020, Song et al. 2021, Karras et al. 2022
-    weight_decay: float = _option(
-        0.0,
-        "AdamW's decoupled weight decay; each step multiplies the weights by 1 - lr * weight_decay",
-        low=0,
-    )
+    weight_decay: float = _option(0.0, "AdamW's weight decay; a step multiplies the weights by 1 - lr times it", low=0)
     # published warm-ups are for longer runs
     warmup_images: int | None = _option(
-        None,
-        "the number of images over which the learning rate rises linearly; None is 500 steps, but at most a twentieth "
-        "of the run",
-        int,
-        low=0,
+        None, "images over which lr rises linearly; None is 500 steps, at most a twentieth of the run", int, low=0
     )
     # to zero: Loshchilov & Hutter 2017; Karras et al. 2024 show that some decay is needed
-    decay: Decay = _option(
-        "cosine",
-        'the decay of the learning rate: "cosine" or "linear" to zero, "constant", or "inverse-sqrt" (EDM2)',
-        choices=get_args(Decay),
-    )
+    decay: Decay = _option("cosine", "how the learning rate falls after the warm-up", choices=get_args(Decay))
     # Ho et al. 2020 and Song et al. 2021, whose losses are means over the values
     clip: float | None = _option(
-        1.0,
-        "the largest norm of the gradient of the loss divided by D/2, where D is the number of values in an image; "
-        "larger gradients are scaled down. None does not clip",
-        above=0,
-        optional=True,
+        1.0, "the largest norm of the gradient, of the loss divided by D/2; None does not clip", above=0, optional=True
     )
     # Karras et al. 2024, Section 3.2, from which any length is reconstructed
     ema: Sequence[float] = _option(
         (0.05, 0.10),
-        "the averages of the weights: lengths of power function averages, relative to the run (EDM2), above 0 and at "
-        "most 0.289; or decays per step of exponential averages, from 0.9 to below 1. The first is saved as "
-        "``network/``",
+        "averages of the weights: lengths to 0.289, or decays per step from 0.9",
         list,
         each=Field(float),
     )
-    levels: Levels | NoiseSchedule | None = _option(
-        None,
-        "the noise levels: a NoiseSchedule, whose levels are drawn equally often; ``LogNormal``, ``LogUniform``, "
-        "``UniformTime``, a ``Mixture`` of these, or any object with their method ``quantile``. None is EDM's "
-        'log-normal distribution for the preconditioning "karras", and the network\'s own schedule for every other',
-        object,
-    )
+    levels: Levels | NoiseSchedule | None = _option(None, "the noise levels; None are those of the network", object)
     weighting: Weighting | Callable[[Tensor], Tensor] | None = _option(
-        None,
-        'the weighting of the loss by noise level (``scorematch.training.levels``): "sigma" (sigma^p), "backbone" (1 / '
-        'abs(c_out)^p), or a function of sigma (N,). None is "sigma" for the preconditioning "ncsn" and "backbone" for '
-        "every other",
-        object,
+        None, "the weighting of the loss by noise level; None is that of the network", object
     )
     # the square of the error, whose minimum is the score
-    p: float = _option(2, "the power of the error, at least 1: 2, or 1 for the L1 loss", float, low=1)
-    loss: Loss | None = _option(
-        None,
-        "a function that replaces the denoising loss. It is called as ``loss(net, x, sigma=, noise=, condition=, "
-        "region=)``, where the last two are omitted if there are none, and returns one value per image (N,), such as "
-        '``partial(sliced_score_matching_loss, reduction="none")``',
-        object,
-    )
+    p: float = _option(2, "the power of the error: 2, or 1 for the L1 loss", float, low=1)
+    loss: Loss | None = _option(None, "a function that replaces the denoising loss", object)
     # emulated bfloat16 takes twelve times as long (scorematch.core.precision)
     precision: Autocast = _option(
-        "auto",
-        '"bfloat16" computes under autocast to bfloat16, "float32" does not; "auto" is "bfloat16" if the device '
-        "multiplies bfloat16 natively",
-        choices=get_args(Autocast),
+        "auto", "auto is bfloat16 if the device multiplies it natively, else float32", choices=get_args(Autocast)
     )
     # Ho et al. 2020, Appendix B
-    flip: bool = _option(
-        True,
-        "whether to mirror each image left to right with probability 1/2, which must be off for images whose mirror "
-        "images are not valid, such as digits",
-    )
-    label_drop: float = _option(
-        0.0,  # Ho & Salimans 2022 use 0.1 for guidance
-        "the fraction of labels that are replaced by the null class of the network, for classifier-free guidance",
-        low=0,
-        below=1,
-    )
-    condition: ConditionTask | None = _option(
-        None,
-        "a task that computes the condition from clean images, such as those of ``scorematch.restoration.palette``: "
-        "``task(x, generator)`` returns the condition, or (condition, region). All its random numbers must be drawn "
-        "from the generator",
-        object,
-    )
+    flip: bool = _option(True, "mirror each image left to right with probability 1/2; not for digits, for example")
+    # Ho & Salimans 2022 use 0.1 for guidance
+    label_drop: float = _option(0.0, "the fraction of labels that the null class replaces", low=0, below=1)
+    condition: ConditionTask | None = _option(None, "a task that computes the condition from clean images", object)
     seed: int = _option(0, "the seed of all random numbers of the run", low=0)
-    compile: bool = _option(
-        False,
-        "whether to compile the backbone with ``torch.compile``. Losses with second derivatives, such as sliced score "
-        "matching, cannot be compiled",
-        free=True,
-    )
+    compile: bool = _option(False, "compile the backbone with ``torch.compile``", free=True)
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -228,59 +165,26 @@ class RunSettings(Settings):
     """The settings of a run and of what it writes; ``train`` describes them."""
 
     start: str | os.PathLike[str] | None = _option(
-        None,
-        "a trained network, a name or a folder as for ``ScoreNet.from_pretrained``. A new run begins with its weights, "
-        "and with a new optimizer. None begins with the weights of ``net``",
-        object,
+        None, "the name or folder of a trained network, with whose weights a new run begins", object
     )
-    log_every: int | None = _option(
-        None, "images between two lines of the log; None is a thousandth of the run", int, low=1
-    )
+    log_every: int | None = _option(None, "images between lines of the log; None is 1/1000 of the run", int, low=1)
     sample_every: int | None = _option(
-        None,
-        "images between two pictures of samples, and calls of ``evaluate``; None is a twentieth of the run, or more, "
-        "so that sampling takes at most 2 % of the time",
-        int,
-        low=1,
+        None, "images between pictures of samples; None is 1/20 of the run, or what takes 2 % of the time", int, low=1
     )
     snapshot_every: int | None = _option(
-        None,
-        "images between two snapshots, from which averages of other lengths are computed; None is a twentieth of the "
-        "run",
-        int,
-        low=1,
+        None, "images between snapshots, from which ema computes averages; None is 1/20 of the run", int, low=1
     )
     checkpoint_every: int | None = _option(
-        None,
-        "images between two checkpoints, the most that an interruption can cost; None is ten minutes instead. The "
-        "result does not depend on it",
-        int,
-        low=1,
+        None, "images between checkpoints, the most that an interruption costs; None is ten minutes", int, low=1
     )
     keep: int = _option(2, "the number of checkpoints to keep; with two, one is left if the last is damaged", low=1)
     evaluate: Callable[[ScoreNet, int], Mapping[str, float]] | None = _option(
-        None,
-        "a function that is called as ``evaluate(averaged_net, images)`` on every process, and returns a mapping of "
-        "numbers for the log, where NaN and infinity become null",
-        object,
+        None, "a function of (averaged network, images) that returns numbers for the log", object
     )
-    trackers: Sequence[str] = _option(
-        (),
-        "the names of trackers of Accelerate, such as tensorboard, which receive the log too",
-        list,
-        each=Field(str),
-    )
-    push_to_hub: str | None = _option(
-        None,
-        "a repository ``owner/name`` of the Hugging Face Hub, to which the averaged network is uploaded at the end",
-        str,
-    )
-    progress: bool = _option(True, "whether to show a progress bar")
-    accelerator: Any = _option(
-        None,
-        "an ``accelerate.Accelerator``; None creates one. ``Accelerator(cpu=True)`` trains on the CPU",
-        object,
-    )
+    trackers: Sequence[str] = _option((), "trackers of Accelerate, such as tensorboard", list, each=Field(str))
+    push_to_hub: str | None = _option(None, "owner/name on the Hugging Face Hub, to upload the network at the end", str)
+    progress: bool = _option(True, "show a progress bar")
+    accelerator: Any = _option(None, "an ``accelerate.Accelerator``; None creates one", object)
 
     def __post_init__(self) -> None:
         super().__post_init__()
