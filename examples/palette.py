@@ -45,7 +45,7 @@ from scorematch.restoration import JPEG, Grayscale, Mask, Observation
 from scorematch.restoration.palette import TASKS, JPEGRestoration, MultiTask
 from scorematch.sampling import AncestralSampler, SamplerSettings
 from scorematch.sampling.ancestral import Variance
-from scorematch.training import LogNormal, Mixture, train
+from scorematch.training import LevelMixture, LogNormal, train
 from scorematch.training.levels import weighting_for
 
 LUMA = 0.4  # of each color, by the weights of BT.601
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             weighting = weighting_for(net, "backbone", args.p)
             kind = {"loss": partial(regression_loss, p=args.p, weighting=weighting), "levels": net.schedule}
         else:
-            kind = {"p": args.p, "levels": Mixture((schedule, LogNormal(math.log(0.5), 1)))}
+            kind = {"p": args.p, "levels": LevelMixture((schedule, LogNormal(math.log(0.5), 1)))}
         train(
             net,
             images,

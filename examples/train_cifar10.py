@@ -19,7 +19,7 @@ import torch
 from cifar10 import load_images
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.training import LogNormal, Mixture, train
+from scorematch.training import LevelMixture, LogNormal, train
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images=args.steps * args.batch,
         batch_size=args.batch,
         lr=args.lr,
-        levels=Mixture((schedule, LogNormal(math.log(0.15), 1.2))),
+        levels=LevelMixture((schedule, LogNormal(math.log(0.15), 1.2))),
         seed=args.seed,
         sample_every=args.every * args.batch,
         evaluate=test_loss,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.sampling import SamplerSettings
-from scorematch.training import LogNormal, Mixture, train
+from scorematch.training import LevelMixture, LogNormal, train
 
 # Chosen on the trained network with tune_mnist.py. The step is 0.5 sigma_min^2.
 SETTINGS = SamplerSettings(levels=100, step_size=5e-5, consistent=True)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return {"test loss": float(dsm_loss(averaged, x, generator=0))}
 
     # A DDPM is trained at all its levels equally often, as by Ho et al.
-    levels = None if net.precondition == "ddpm" else Mixture((net.schedule, LogNormal(math.log(CENTER), 1)))
+    levels = None if net.precondition == "ddpm" else LevelMixture((net.schedule, LogNormal(math.log(CENTER), 1)))
     train(
         net,
         digits,

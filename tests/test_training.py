@@ -31,11 +31,12 @@ from scorematch.data import open_images, read_image, save_image
 from scorematch.pretrained import load, locate
 from scorematch.restoration.palette import Inpainting
 from scorematch.sampling import SamplerSettings
-from scorematch.training import LogNormal, Mixture, Settings, reconstruct, report, train, train_steps
+from scorematch.training import LevelMixture, LogNormal, Settings, reconstruct, report, train, train_steps
 from scorematch.training import checkpoint as checkpoints
 from scorematch.training.accelerator import make_accelerator
 from scorematch.training.levels import ScheduleLevels, uniforms
-from scorematch.training.report import Examples, Log, Losses, by_level, read_examples, sample_interval, save_samples
+from scorematch.training.log import Log, Losses
+from scorematch.training.report import Examples, by_level, read_examples, sample_interval, save_samples
 from scorematch.training.signals import Stop
 from scorematch.training.start import begin_with
 from tests.helpers import gaussian_images, in_threads, python, seed
@@ -244,11 +245,15 @@ def test_options_of_other_objects_are_settings(tmp_path):
 
 def test_schedules_in_a_mixture_are_settings(tmp_path):
     def start(*sigmas):
-        levels = Mixture((LogNormal(0.0, 1.0), NoiseSchedule([2.0, *sigmas, 0.1])))
+        levels = LevelMixture((LogNormal(0.0, 1.0), NoiseSchedule([2.0, *sigmas, 0.1])))
         return quick(points_net(), points(), tmp_path / "run", images=16, levels=levels)
 
     start(1.0, 0.5)
     start(1.0, 0.5)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["levels"]
+    assert stored == (  # as it has always been, so that old runs continue
+        "Mixture(parts=['LogNormal(mean=0.0, std=1.0)', \"ScheduleLevels(schedule={'sigmas': [2.0, 1.0, 0.5, 0.1]})\"])"
+    )
     with pytest.raises(ValueError, match="other settings: levels was"):
         start(1.0, 0.25)
 
@@ -677,7 +682,7 @@ def test_slow_steps_are_checked_one_by_one(tmp_path, monkeypatch):
     settings = {"images": 8 * 200, "log_every": 10**6, "checkpoint_every": 10**6}
     seen = []
     for seconds in (0.0, math.inf):  # every step is slow; no step is slow
-        monkeypatch.setattr("scorematch.training.report._SLOW_STEP", seconds)
+        monkeypatch.setattr("scorematch.training.log._SLOW_STEP", seconds)
         loss = broken_after(80, math.nan)
         with pytest.raises(RuntimeError, match="became nan at step 11"):
             quick(points_net(), points(), tmp_path / str(seconds), loss=loss, **settings)

@@ -23,7 +23,7 @@ from scorematch.data import open_images
 from scorematch.loss import sliced_score_matching_loss
 from scorematch.nets.precondition import Preconditioning
 from scorematch.restoration.palette import Inpainting
-from scorematch.training import LogNormal, LogUniform, Mixture, Settings, UniformTime, train, train_steps
+from scorematch.training import LevelMixture, LogNormal, LogUniform, Settings, UniformTime, train, train_steps
 from scorematch.training.accelerator import make_accelerator
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
 from scorematch.training.order import Order
@@ -72,7 +72,7 @@ def test_the_levels_of_a_schedule_are_drawn_equally_often():
 
 def test_a_mixture_of_levels_draws_equally_often_from_its_parts():
     schedule = NoiseSchedule.geometric(10, 5, 4)
-    mixture = Mixture((schedule, LogNormal(-1.2, 0.7)))  # the parts do not overlap: log 5 is four deviations away
+    mixture = LevelMixture((schedule, LogNormal(-1.2, 0.7)))  # the parts do not overlap: log 5 is four deviations away
     sigma = mixture.quantile(uniforms(0, 0, 20_000))
     high = sigma[sigma > 4.9]
     assert len(high) == pytest.approx(10_000, abs=10)
@@ -82,7 +82,7 @@ def test_a_mixture_of_levels_draws_equally_often_from_its_parts():
     assert low.mean() == pytest.approx(-1.2, abs=1e-3) and low.std() == pytest.approx(0.7, abs=1e-3)
     u = torch.linspace(0, 1, 1001, dtype=torch.float64)
     assert (mixture.quantile(u).diff() >= 0).all()
-    one = Mixture((LogUniform(0.01, 10),))
+    one = LevelMixture((LogUniform(0.01, 10),))
     torch.testing.assert_close(one.quantile(u), LogUniform(0.01, 10).quantile(u), rtol=1e-3, atol=0)
     assert levels_for(image_net(), mixture) is mixture
 
@@ -126,8 +126,8 @@ def test_a_new_network_has_a_loss_of_half_the_dimension():
         (lambda: levels_for(points_net(), 0.5), "a NoiseSchedule or a distribution"),
         (lambda: levels_for(points_net(), LogNormal), "a NoiseSchedule or a distribution .*got <class"),
         (lambda: levels_for(points_net(), torch.tensor([1.0, 0.5])), r"a NoiseSchedule or a distribution .*got tensor"),
-        (lambda: Mixture(()), "at least one distribution"),
-        (lambda: Mixture((LogUniform(1, 2), 0.5)), r"a NoiseSchedule or a distribution .*got 0\.5"),
+        (lambda: LevelMixture(()), "at least one distribution"),
+        (lambda: LevelMixture((LogUniform(1, 2), 0.5)), r"a NoiseSchedule or a distribution .*got 0\.5"),
         (lambda: weighting_for(points_net(), "snr", 2), "weighting must be one of 'sigma', 'backbone'"),
     ],
 )

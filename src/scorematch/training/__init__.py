@@ -1,7 +1,7 @@
 """Training of networks on one or several devices, with exact continuation of interrupted runs (extra ``train``)."""
 
 from scorematch.training.ema import reconstruct
-from scorematch.training.levels import LogNormal, LogUniform, Mixture, UniformTime
+from scorematch.training.levels import LevelMixture, LogNormal, LogUniform, UniformTime
 from scorematch.training.recipes import RECIPES, Recipe
 from scorematch.training.run import train
 from scorematch.training.settings import Settings
@@ -9,9 +9,9 @@ from scorematch.training.steps import Step, TrainingState, train_steps
 
 __all__ = [
     "RECIPES",
+    "LevelMixture",
     "LogNormal",
     "LogUniform",
-    "Mixture",
     "Recipe",
     "Settings",
     "Step",

@@ -10,7 +10,7 @@ a NoiseSchedule     its levels, equally probable                    NCSN, NCSNv2
 ``LogUniform``      log sigma uniform between two ends              NCSN++ (continuous)
 ``UniformTime``     the time of the VP diffusion uniform            DDPM++ (continuous)
 ``LogNormal``       log sigma normal                                EDM
-``Mixture``         several distributions, equally probable         examples and networks of this package
+``LevelMixture``    several distributions, equally probable         examples and networks of this package
 ==================  ==============================================  =================================================
 
 Image i of a run gets the level at :math:`u_i = \operatorname{frac}(i / \varphi + u_0)`, where phi is the golden ratio
@@ -182,7 +182,7 @@ class ScheduleLevels:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class LevelMixture:
     """Levels of several distributions, which are equally probable.
 
     For example, half of the levels from ``LogNormal`` concentrate the training on the levels from which a network
@@ -196,7 +196,7 @@ class Mixture:
         ValueError: if there are no parts.
 
     Example:
-        >>> half = Mixture((NoiseSchedule([3.0, 2.0]), NoiseSchedule([1.0])))
+        >>> half = LevelMixture((NoiseSchedule([3.0, 2.0]), NoiseSchedule([1.0])))
         >>> half.quantile(torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64))
         tensor([1., 1., 2., 3.], dtype=torch.float64)
     """

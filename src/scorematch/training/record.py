@@ -22,6 +22,7 @@ from scorematch.pretrained import load, locate
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
 from scorematch.training.ema import SNAPSHOTS
+from scorematch.training.levels import LevelMixture
 from scorematch.training.settings import RunSettings, Settings
 from scorematch.training.start import growth
 
@@ -31,6 +32,7 @@ _SCHEMA = dict.fromkeys(("settings", "network", "data"), Field(dict, required=Tr
 # What may change when a run continues: the distribution of its result does not depend on it.
 _FREE = {each.name for each in fields(Settings) if each.metadata["free"]}
 _FREE_OF_NETWORK = {"sampler_settings", "class_names"}
+_NAMES = {LevelMixture: "Mixture"}  # the names of classes in the files, if they are others
 _FEW = 2  # the most differences of a network that an error lists
 
 
@@ -119,5 +121,5 @@ def described(value: Any) -> Any:
         options = getattr(value, "__dict__", {})
     if options is not None:
         arguments = ", ".join(f"{name}={described(entry)}" for name, entry in options.items())
-        return f"{kind.__name__}({arguments})"
+        return f"{_NAMES.get(kind, kind.__name__)}({arguments})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))

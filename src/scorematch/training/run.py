@@ -44,19 +44,9 @@ from scorematch.training.accelerator import global_generators, make_accelerator
 from scorematch.training.checks import check_arguments, check_network
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import levels_for
+from scorematch.training.log import BINS, CHECK_EVERY, FIELDS, Log, Losses
 from scorematch.training.record import FOLDERS, check_files, write_config
-from scorematch.training.report import (
-    BINS,
-    CHECK_EVERY,
-    FIELDS,
-    Log,
-    Losses,
-    by_level,
-    read_examples,
-    sample_interval,
-    save_samples,
-    write_report,
-)
+from scorematch.training.report import by_level, read_examples, sample_interval, save_samples, write_report
 from scorematch.training.settings import RunSettings, with_options
 from scorematch.training.signals import Stop
 from scorematch.training.start import begin_with
@@ -93,7 +83,7 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     step of exponential averages, from 0.9 to below 1. The first average is saved as ``network/``.
 
     **Loss.** ``levels`` is a NoiseSchedule, whose levels are drawn equally often; ``LogNormal``, ``LogUniform``,
-    ``UniformTime``, a ``Mixture`` of these, or any object with their method ``quantile``. None is EDM's log-normal
+    ``UniformTime``, a ``LevelMixture`` of these, or any object with their method ``quantile``. None is EDM's log-normal
     distribution for the preconditioning "karras", and the network's own schedule for every other. ``weighting`` is
     "sigma" (sigma^p), "backbone" (1 / abs(c_out)^p), or a function of sigma (N,). None is "sigma" for the
     preconditioning "ncsn" and "backbone" for every other. A function ``loss`` is called as ``loss(net, x, sigma=,
