@@ -145,38 +145,52 @@ def test_the_check_of_circular_imports_can_fail(tmp_path, monkeypatch):
     assert set(_circle()) == {"scorematch.nets.unet", "scorematch.nets.layers"}
 
 
-def _asks_for_a_name(tree):
-    """Comparisons with the name of a family or of a row of the preconditioning table, and isinstance of a network."""
+def _compared(tree, subject, names):
+    """Comparisons of something whose text matches ``subject`` with one of the names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and re.search(subject, text := ast.unparse(node)):
+            values = {word.value for word in ast.walk(node) if isinstance(word, ast.Constant)}
+            yield from [text] if values & names else []
+
+
+def _asks_for_a_family(tree):
+    """Comparisons with the name of a family, and isinstance calls with the class of its networks."""
     classes = {family.network.__name__ for family in FAMILIES.values()}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
             words = {word.id for word in ast.walk(node) if isinstance(word, ast.Name)}
-            if words & classes:
-                yield ast.unparse(node)
-        if isinstance(node, ast.Compare):
-            text, values = ast.unparse(node), {word.value for word in ast.walk(node) if isinstance(word, ast.Constant)}
-            row = re.search(r"\brow\b|precondition", text) and values & ROWS.keys()
-            if row or ("family" in text and values & FAMILIES.keys()):
-                yield text
+            yield from [ast.unparse(node)] if words & classes else []
+    yield from _compared(tree, "family", FAMILIES.keys())
 
 
-def test_no_module_outside_nets_compares_families_or_rows():
-    found = {path: list(_asks_for_a_name(_parse(path))) for path in PACKAGE.rglob("*.py") if _part(path) != "nets"}
+def _asks_for_a_row(tree):
+    """Comparisons with the name of a row of the preconditioning table."""
+    yield from _compared(tree, r"\brows?\b|precondition", ROWS.keys())
+
+
+def test_no_module_outside_nets_compares_families():
+    found = {path: list(_asks_for_a_family(_parse(path))) for path in PACKAGE.rglob("*.py") if _part(path) != "nets"}
+    assert {path.name: lines for path, lines in found.items() if lines} == {}
+
+
+def test_only_the_preconditioning_table_compares_its_rows():
+    found = {path: list(_asks_for_a_row(_parse(path))) for path in PACKAGE.rglob("*.py")}
+    found.pop(PACKAGE / "nets" / "precondition.py")
     assert {path.name: lines for path, lines in found.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("check", "line"),
     [
-        "isinstance(net.backbone, UNet)",
-        "config['family'] == 'ncsn'",
-        "self.family.name in ('unet', 'ncsnv2')",
-        "net.precondition != 'karras'",
-        "row in ('vp', 'subvp')",
+        (_asks_for_a_family, "isinstance(net.backbone, UNet)"),
+        (_asks_for_a_family, "config['family'] == 'ncsn'"),
+        (_asks_for_a_family, "self.family.name in ('unet', 'ncsnv2')"),
+        (_asks_for_a_row, "net.precondition != 'karras'"),
+        (_asks_for_a_row, "row in ('vp', 'subvp')"),
     ],
 )
-def test_the_check_of_these_comparisons_can_fail(line):
-    assert list(_asks_for_a_name(ast.parse(f"if {line}:\n    pass"))) == [line]
+def test_the_checks_of_comparisons_can_fail(check, line):
+    assert list(check(ast.parse(f"if {line}:\n    pass"))) == [line]
 
 
 def test_no_module_has_an_unspecific_name_such_as_utils():

@@ -104,6 +104,8 @@ class Row(NamedTuple):
         weighting: the weights of the noise levels in training (``scorematch.training.levels``).
         sampler: the keyword arguments of ``scorematch.sampling.settings.consistent_settings`` for a network of another
             project that comes without settings; None is no settings.
+        diffusers: the embedding of the noise level with which a U-Net of diffusers has this c_noise and this meaning of
+            its output; None if there is none.
     """
 
     coefficients: Callable[..., Coefficients]
@@ -112,6 +114,7 @@ class Row(NamedTuple):
     log_levels: tuple[float, float] | None = None
     weighting: Literal["sigma", "backbone"] = "backbone"
     sampler: Mapping[str, float] | None = {}
+    diffusers: Literal["positional", "fourier"] | None = None
 
 
 def _ncsn(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
@@ -151,25 +154,19 @@ def _ddpm_x0(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
     return Coefficients(c_in, -k / s.square(), k / s.square(), step)
 
 
-def _time(q: Tensor, beta_min: float, beta_max: float) -> Tensor:
-    """The time t at which -2 log(alpha) = q."""
-    return 2 * q / (beta_min + (beta_min**2 + 2 * (beta_max - beta_min) * q).sqrt())
+def _time(q: Tensor, *, beta_min: float, beta_max: float, time_scale: float) -> Tensor:
+    """The time t at which -2 log(alpha) = q, times ``time_scale``."""
+    return time_scale * (2 * q / (beta_min + (beta_min**2 + 2 * (beta_max - beta_min) * q).sqrt()))
 
 
-def _vp(
-    sigma: Tensor, schedule: NoiseSchedule, k: float, *, beta_min: float, beta_max: float, time_scale: float
-) -> Coefficients:
+def _vp(sigma: Tensor, schedule: NoiseSchedule, k: float, **time: float) -> Coefficients:
     s = k * sigma
-    time = _time(torch.log1p(s.square()), beta_min, beta_max)
-    return Coefficients((1 + s.square()).rsqrt(), 0.0, -k / s, time_scale * time)
+    return Coefficients((1 + s.square()).rsqrt(), 0.0, -k / s, _time(torch.log1p(s.square()), **time))
 
 
-def _subvp(
-    sigma: Tensor, schedule: NoiseSchedule, k: float, *, beta_min: float, beta_max: float, time_scale: float
-) -> Coefficients:
+def _subvp(sigma: Tensor, schedule: NoiseSchedule, k: float, **time: float) -> Coefficients:
     s = k * sigma
-    time = _time(2 * torch.asinh(s / 2), beta_min, beta_max)
-    return Coefficients(2 / (s + (4 + s.square()).sqrt()), 0.0, -k / s, time_scale * time)
+    return Coefficients(2 / (s + (4 + s.square()).sqrt()), 0.0, -k / s, _time(2 * torch.asinh(s / 2), **time))
 
 
 def _karras(sigma: Tensor, schedule: NoiseSchedule, k: float, *, sigma_data: float) -> Coefficients:
@@ -189,11 +186,11 @@ ROWS: dict[str, Row] = {
     "ncsnv2": Row(_ncsnv2, centered=False),
     # The step is close to the published one of variance-exploding networks, 1.5 (1 - r) sigma^2
     # (Jolicoeur-Martineau et al., 2020, arXiv:2009.05475).
-    "ncsnpp": Row(_ncsnpp, centered=False, sampler={"power": 1.5}),
+    "ncsnpp": Row(_ncsnpp, centered=False, sampler={"power": 1.5}, diffusers="fourier"),
     "ncsnpp_index": Row(_ncsnpp_index, centered=False),
-    "ddpm": Row(_ddpm, centered=True),
-    "ddpm_v": Row(_ddpm_v, centered=True),
-    "ddpm_x0": Row(_ddpm_x0, centered=True),
+    "ddpm": Row(_ddpm, centered=True, diffusers="positional"),
+    "ddpm_v": Row(_ddpm_v, centered=True, diffusers="positional"),
+    "ddpm_x0": Row(_ddpm_x0, centered=True, diffusers="positional"),
     "vp": Row(_vp, centered=True, options=_DIFFUSION),
     "subvp": Row(_subvp, centered=True, options=_DIFFUSION),
     # Karras et al. 2022, Table 1: the logarithm of sigma for images in [-1, 1] with a standard deviation of 0.5.

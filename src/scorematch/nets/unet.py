@@ -57,6 +57,7 @@ from scorematch.nets.blocks import (
 from scorematch.nets.family import place, structure
 from scorematch.nets.image_network import ImageFamily, ImageNetwork, is_larger
 from scorematch.nets.layers import GroupNorm
+from scorematch.nets.precondition import ROWS
 from scorematch.nets.unet_blocks import DOWN_BLOCKS, UP_BLOCKS, Layout, block_types, down_block, up_block
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -424,9 +425,8 @@ class _UNetFamily(ImageFamily[UNet]):
         blocks = [*architecture.get("down_block_types", ()), *architecture.get("up_block_types", ())]
         if architecture.get("norm_num_groups", 32) is None and not all("Skip" in name for name in blocks):
             return None
-        fourier = architecture.get("time_embedding_type") == "fourier"
-        rows = ("ncsnpp",) if fourier else ("ddpm", "ddpm_v", "ddpm_x0")
-        return "UNet2DModel" if precondition in rows else None
+        embedding = architecture.get("time_embedding_type", "positional")
+        return "UNet2DModel" if ROWS[precondition].diffusers == embedding else None
 
     def width(self, backbone: UNet) -> int:
         patches = math.ceil(backbone.conv_in.out_channels / backbone.patch**2)
