@@ -403,7 +403,7 @@ def test_another_version_of_torch_is_a_warning(tmp_path, levels):
     path.write_text(json.dumps(content))
     with pytest.warns(UserWarning, match=r"changes rounding: torch was '2.0' and is '\d") as caught:
         _fill(levels, tmp_path, 2)
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__  # of the caller of sample_to
 
 
 def test_before_the_first_image_settings_may_change(tmp_path, levels):

@@ -42,6 +42,40 @@ def test_the_keys_of_a_configuration_are_the_arguments_of_its_network(family):
     assert inspect.signature(FAMILIES[family].network).parameters.keys() == FAMILIES[family].keys.keys()
 
 
+WIDTH, LAYERS, CLASSES, SHARE = (1, 65_536), (1, 64), (1, 10_000_000), (0, 1)
+EXTREMES = {
+    "refinenet": {"channels": WIDTH, "width": (2, 65_536)},
+    "ncsnpp": {
+        **dict.fromkeys(("in_channels", "out_channels", "model_channels", "time_embedding_dim"), WIDTH),
+        **{"time_proj_dim": (2, 65_536), "layers_per_block": LAYERS, "patch": LAYERS},
+        **{"num_class_embeds": CLASSES, "dropout": SHARE},
+    },
+    "unet": {
+        **dict.fromkeys(("in_channels", "out_channels", "attention_head_dim", "norm_num_groups"), WIDTH),
+        **dict.fromkeys(("attn_norm_num_groups", "time_embedding_dim"), WIDTH),
+        **dict.fromkeys(("layers_per_block", "patch", "pixel_layers"), LAYERS),
+        **{"norm_eps": SHARE, "dropout": SHARE, "downsample_padding": SHARE, "num_class_embeds": CLASSES},
+        **{"time_proj_dim": (2, 65_536), "pixel_channels": (0, 65_536), "freq_shift": (-1000, 1000)},
+        **{"mid_block_scale_factor": (1e-3, 1000), "time_factor": (1e-6, 1e6)},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_extreme_values_of_a_configuration(family):
+    """Files with these values can be read in every version."""
+    for key, field in FAMILIES[family].keys.items():
+        if field.kind in (int, float):
+            low, high = EXTREMES[FAMILIES[family].network.__name__.lower()][key]
+            assert all(map(field.fits, (low, high))), key
+            step = 1 if field.kind is int else 1e-9
+            assert not field.fits(low - step) and not field.fits(high + step), key
+        if field.kind is list and field.each is not None:
+            each = True if field.each.kind is bool else (field.each.choices or (65_536,))[0]
+            assert all(field.fits([each] * n) == (1 <= n <= 16) for n in (0, 1, 16, 17)), key
+            assert field.each.kind is not int or (field.fits([1]) and not field.fits([0]) and not field.fits([65_537]))
+
+
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_accepts_only_the_preconditioning_rows_of_its_family(family, row):

@@ -46,6 +46,12 @@ def test_values_and_gradients_equal_those_of_torchs_group_norm(size, groups, dty
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+@pytest.mark.parametrize("groups", [0, 3, 16])
+def test_groups_that_do_not_divide_the_channels_raise(groups):
+    with pytest.raises(ValueError, match=f"norm_num_groups, must divide its 8 channels, got {groups}"):
+        GroupNorm(groups, 8)
+
+
 def test_group_norm_is_accurate_for_data_with_a_large_mean(rng):
     x = torch.randn(2, 8, 6, 6, generator=rng) + 1000
     norm = _norm(4, 8, torch.float32)

@@ -100,6 +100,12 @@ def test_every_task_gives_a_finite_loss_and_gradients(task, rng):
     assert torch.isfinite(loss) and net.backbone.conv_out.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("task", EVERY, ids=repr)
+def test_conditions_are_not_differentiated(task, rng):
+    x = torch.rand(2, 3, 8, 8, generator=rng).requires_grad_()
+    assert not task(x, rng)[0].requires_grad
+
+
 def test_no_float64_reaches_a_device():
     """For the tasks that read no values; the others read their masks, or run a codec."""
     x = torch.empty(2, 3, 16, 16, device="meta")

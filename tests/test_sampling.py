@@ -334,6 +334,19 @@ def test_the_recommended_step_size_is_used_with_the_recommended_schedule_only():
     assert other.step_size == net.schedule.suggest_step_size(2)
 
 
+def test_given_limits_of_the_levels_take_the_place_of_the_recommended_ones():
+    net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
+    net.sampler_settings = SamplerSettings(levels=20, sigma_max=8)
+    for given in ({}, {"sigma_max": 4}, {"sigma_min": 0.2}, {"sigma_max": 9, "sigma_min": 0.2}):
+        schedule = AnnealedLangevinSampler(net, **given).schedule
+        assert {"sigma_max": schedule.sigma_max, "sigma_min": schedule.sigma_min} == {
+            "sigma_max": 8,
+            "sigma_min": 0.1,
+            **given,
+        }
+    assert AnnealedLangevinSampler(net, net.schedule).schedule == net.schedule
+
+
 def test_a_recommended_schedule_is_geometric_if_respacing_leaves_wide_gaps():
     """The 1,000 levels of a DDPM, respaced to 50, would end with two levels whose ratio is eight."""
     schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
@@ -367,9 +380,11 @@ def test_repr_shows_the_settings_and_the_number_of_network_calls():
 def test_the_progress_bar_can_be_turned_off(capsys):
     sampler = AnnealedLangevinSampler(point, SHORT)
     sampler.sample(1, shape=(1,), progress=False)
+    list(sampler.iterate(1, shape=(1,), progress=False))
     assert capsys.readouterr().err == ""
-    sampler.sample(1, shape=(1,))
-    assert f"{len(sampler)}/{len(sampler)}" in capsys.readouterr().err
+    for sample in (sampler.sample, lambda *n, **shape: list(sampler.iterate(*n, **shape))):
+        sample(1, shape=(1,))
+        assert f"{len(sampler)}/{len(sampler)}" in capsys.readouterr().err
 
 
 # -- Bad input

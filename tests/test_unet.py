@@ -476,6 +476,7 @@ def test_networks_of_other_precisions_are_accurate(dtype, rng):
         ({"upsample_type": "fir"}, "upsample_type must be one of .*, got 'fir'"),
         ({"act_fn": "tanh"}, "act_fn must be one of .*, got 'tanh'"),
         ({"attention_heads": [3]}, r"attention_heads must have one entry .* width of the scale, \[8\], got \[3\]"),
+        ({"attention_head_dim": 9}, "attention_head_dim must be at most 8, the width of the scale, got 9"),
         ({"attention_heads": [1, 1]}, r"attention_heads must have one entry per scale .* got \[1, 1\]"),
         ({"attention_heads_up": []}, r"attention_heads_up must have one entry per scale .* got \[\]"),
         ({"null_class": True}, "null_class=True needs classes"),
