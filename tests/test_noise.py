@@ -327,6 +327,11 @@ def test_images_in_other_units_raise(images, message):
         NoiseSchedule.from_data(images.flatten(1), value_range=(0, 1))
 
 
+def test_levels_of_images_that_are_differentiated(rng):
+    images = torch.rand(5, 1, 4, 4, generator=rng)
+    assert NoiseSchedule.from_data(images.clone().requires_grad_()) == NoiseSchedule.from_data(images)
+
+
 def test_images_that_overshoot_a_little_are_accepted(rng):
     images = torch.rand(20, 3, 8, 8, generator=rng) * 1.15 - 0.075  # as after a bicubic resize
     assert NoiseSchedule.from_data(images).sigma_max > 1
@@ -459,11 +464,10 @@ def test_a_string_in_place_of_sigmas_raises():
         (lambda: NoiseSchedule([1.0, 0.1]).between(0.2, 0.2), ValueError, "sigma_max > sigma_min > 0"),
         (lambda: NoiseSchedule([1.0, 0.1]).between(math.nan), ValueError, "sigma_max must be in the range"),
         (lambda: NoiseSchedule([1.0, 0.1]).sample(-1), ValueError, "n must be an integer of at least 1, got -1"),
-        (
-            lambda: NoiseSchedule([1.0, 0.1]).suggest_step_size(0),
-            ValueError,
-            "steps_per_level must be an integer of at least 1",
-        ),
+        (lambda: NoiseSchedule([1.0, 0.1]).suggest_step_size(0), ValueError, "steps_per_level must be an integer of"),
+        (lambda: NoiseSchedule([1.0, 0.1]).level_variance(0.01, 0), ValueError, "steps_per_level must be an integer"),
+        (lambda: NoiseSchedule([1.0, 0.1]).chain_variance(0.01, 0), ValueError, "steps_per_level must be an integer"),
+        (lambda: NoiseSchedule([1.0, 0.1]).level_variance(0.0, 3), ValueError, "between 0 and 2 sigma_min"),
         (lambda: NoiseSchedule([1.0, 0.1]).chain_variance(0.03, 3), ValueError, "between 0 and 2 sigma_min"),
         (lambda: NoiseSchedule.from_dict({"levels": 3}), ValueError, r'be a dict \{"sigmas": \[...\]\}, got .*levels'),
         (lambda: NoiseSchedule.from_data(torch.zeros(2, 3).long()), TypeError, "Write images / 255"),

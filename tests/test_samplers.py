@@ -740,6 +740,14 @@ def test_levels_respaces_the_given_and_the_default_schedule(make):
     assert (sampler.schedule.sigma_max, sampler.schedule.sigma_min) == (SHORT.sigma_max, SHORT.sigma_min)
 
 
+def test_a_learned_variance_keeps_to_the_levels_of_its_network():
+    """Respaced to 50, these levels have wide gaps, which other samplers do not take."""
+    schedule = NoiseSchedule.from_betas(np.linspace(1e-4, 0.02, 1000))
+    net = Predicting(ScoreNet.unet(1, 8, widths=(4,), schedule=schedule, precondition="ddpm"))
+    assert AncestralSampler(net, variance="learned", levels=50).schedule == schedule.respaced(50)
+    assert AncestralSampler(net, levels=50).schedule != schedule.respaced(50)
+
+
 @pytest.mark.parametrize("make", SAMPLERS.values())
 def test_sigma_max_and_sigma_min_limit_the_given_and_the_default_schedule(make):
     assert make(point, SHORT, sigma_max=4, sigma_min=0.2).schedule == SHORT.between(4, 0.2)

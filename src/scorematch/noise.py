@@ -223,7 +223,7 @@ class NoiseSchedule:
         if isinstance(images, np.ndarray):  # torch accepts neither negative strides nor a foreign byte order
             images = np.ascontiguousarray(images, images.dtype.newbyteorder("="))
         try:
-            data = torch.as_tensor(images)
+            data = torch.as_tensor(images).detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"images must be a tensor or an array (N, ...), got {type(images).__name__}. A batch of a data set "
@@ -560,7 +560,7 @@ def _check_range(sigma_max: float, sigma_min: float) -> None:
 
 
 def _check_values(data: Tensor, value_range: tuple[float, float] | None) -> None:
-    low, high = (float(value) for value in data.detach().aminmax())
+    low, high = (float(value) for value in data.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("images must be finite, got NaN or infinity.")
     if value_range is not None and is_outside(low, high, value_range):
