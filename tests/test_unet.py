@@ -12,7 +12,7 @@ from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.nets import FAMILIES
-from scorematch.nets.blocks import Attention
+from scorematch.nets.blocks import Attention, ResidualBlock
 from scorematch.nets.family import structure
 from scorematch.nets.unet import UNET, UNet
 from scorematch.pretrained.weights import fill
@@ -292,6 +292,14 @@ def _pair_of_scales(**options):
         for parameter in net.parameters():
             parameter.copy_(torch.randn(parameter.shape) / max(1, parameter[0].numel()) ** 0.5)
     return net.eval()
+
+
+@pytest.mark.parametrize("residual", [*itertools.product([False, True], repeat=2)], ids=str)
+def test_blocks_with_attention_resample_by_residual_blocks_on_the_way_that_asks_for_it(residual):
+    down, up = ("resnet" if each else "conv" for each in residual)
+    net = _pair_of_scales(downsample_type=down, upsample_type=up)
+    resamplers = net.down_blocks[0].downsamplers[0], net.up_blocks[0].upsamplers[0]
+    assert tuple(isinstance(each, ResidualBlock) for each in resamplers) == residual
 
 
 def _norms(net):
