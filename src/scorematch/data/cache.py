@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from scorematch.core.arguments import argument
 from scorematch.core.files import new_files
 from scorematch.core.records import hash_of, read_record
 from scorematch.core.schema import Field
@@ -162,7 +163,8 @@ def _writing_to(cache: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"the decoded images cannot be written to {cache}: {error.strerror or error}. Pass another folder as cache."
+            f"the decoded images cannot be written to {cache}: {error.strerror or error}. Pass another folder as "
+            f"{argument('cache')}."
         ) from error
 
 

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.arguments import argument, check_choice, check_count
 from scorematch.core.files import write_whole
 from scorematch.core.messages import few, reason
 
@@ -445,8 +445,8 @@ def fit_picture(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
     if crop == "celeba":
         if min(wide, tall) < CELEBA_SIDE:
             raise UnfitError(
-                f'crop="celeba" needs images of at least {CELEBA_SIDE} x {CELEBA_SIDE} pixels, got {tall} x {wide}. '
-                'Write crop="center" for images that are already cropped.'
+                f"{argument('crop', 'celeba')} needs images of at least {CELEBA_SIDE} x {CELEBA_SIDE} pixels, got "
+                f"{tall} x {wide}. Write {argument('crop', 'center')} for images that are already cropped."
             )
         inner = (CELEBA_SIDE, CELEBA_SIDE)
     elif crop == "center":

@@ -44,7 +44,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.arguments import argument, check_choice, check_count
 from scorematch.core.files import sha256
 from scorematch.core.precision import exact_float32
 from scorematch.core.scores import evaluating
@@ -378,7 +378,7 @@ def _find(file: _File, given: str | os.PathLike[str] | None) -> Path:
         except OSError as error:  # of urllib too
             raise FileNotFoundError(
                 f"{path} does not exist, and its download failed: {error}. Fetch {file} on another machine and put it "
-                "there, or pass the path of the file as weights."
+                f"there, or pass the path of the file as {argument('weights')}."
             ) from error
     _check(path, file.sha256, f"Delete it, and fetch {file}.")
     return path

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scorematch.core.arguments import check_count
+from scorematch.core.arguments import argument, check_count
 from scorematch.core.files import write_whole
 from scorematch.core.messages import plain
 from scorematch.core.processes import agreed, processes
@@ -313,5 +313,5 @@ def cache_folder() -> Path:
     except RuntimeError as error:
         raise FileNotFoundError(
             "there is no home folder for the cache of statistics. Set the environment variable SCOREMATCH_CACHE to a "
-            "folder, or pass cache=False, which is --no-cache."
+            f"folder, or pass {argument('cache', False)}."
         ) from error

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from tqdm.auto import tqdm
 
-from scorematch.core.arguments import check_choice, check_count
+from scorematch.core.arguments import argument, check_choice, check_count
 from scorematch.core.files import delete_unfinished, write_whole
 from scorematch.core.messages import reason
 from scorematch.core.precision import device_name
@@ -119,7 +119,7 @@ class SampleFolder:
     ) -> None:
         n = check_count("n", n)
         if n > SEEDS:
-            raise ValueError(f"n must be at most 2^32, got {n}.")
+            raise ValueError(f"{argument('n')} must be at most 2^32, got {n}.")
         check_choice("format", format, FORMATS)
         value_range = attribute(job.sampler.net, "value_range")
         if not is_picture(job.shape):

@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scorematch.core.arguments import argument
 from scorematch.pretrained import load, locate
 from scorematch.score import ScoreNet
 
@@ -127,7 +128,7 @@ def check_length(length: float) -> float:
     """
     if not (0 < length <= LONGEST or _SHORTEST_DECAY <= length < 1):
         raise ValueError(
-            f"ema must contain lengths above 0 and at most {LONGEST:.3f}, or decays per step of at least "
+            f"{argument('ema')} must contain lengths above 0 and at most {LONGEST:.3f}, or decays per step of at least "
             f"{_SHORTEST_DECAY} and below 1, got {length!r}."
         )
     return float(length)
@@ -177,7 +178,8 @@ def reconstruct(
     used = [(seen, own, path) for seen, own, path in found if seen <= end]
     if not used or end > found[-1][0]:
         raise ValueError(
-            f"images must be from {found[0][0]:,} to {found[-1][0]:,}, the snapshots in {folder}, got {images!r}."
+            f"{argument('images')} must be from {found[0][0]:,} to {found[-1][0]:,}, the snapshots in {folder}, got "
+            f"{images!r}."
         )
     shares, missed = combination([(seen, exponent(own)) for seen, own, _ in used], (end, gamma))
     if missed > _TOLERATED:
