@@ -12,13 +12,12 @@ from scorematch.evaluation.exact import Gaussian, operator_matrix
 from scorematch.guidance import autoguidance
 from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from scorematch.restoration.guidance import Guidance
-from scorematch.restoration.methods import restoration
+from scorematch.restoration.methods import METHODS
 from scorematch.restoration.palette import condition_of
 from scorematch.restoration.replacement import Replacement
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
 from tests.helpers import gaussian_images, run, seed
 
-METHODS = ["replace", "guide", "guide-jacobian"]
 SHAPE = (3, 4, 4)
 LEVELS = NoiseSchedule.geometric(8, 0.02, 15)
 
@@ -472,7 +471,7 @@ def test_each_step_takes_noise_once_and_calls_the_network_once():
 def test_replacement_falls_back_to_guidance_without_a_gain():
     observation = observe(JPEG(10), shape=(3, 16, 16))
     world = gaussian_images((3, 16, 16), variance=0.3)
-    assert isinstance(restoration(observe(Grayscale()), "replace", 1.0), Replacement)
+    assert isinstance(METHODS["replace"].make(observe(Grayscale()), 1.0), Replacement)
     results = [
         AnnealedLangevinSampler(world, LEVELS, restore=restore).sample(
             observation=observation, generator=seed(), progress=False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +100,16 @@ def _run(args: argparse.Namespace) -> None:
     # so that only those of one batch are in memory.
     sources = list(zip(paths, [None] * len(paths) if originals is None else originals, strict=True))
     groups: dict[tuple[int, ...], list[tuple[Path, Path | None]]] = {}
-    described: set[str] = set()
+    printed: set[str | None] = {None}
     for path, original in sources:
         try:
             picture = _Picture(args, operator, channels, path, original)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        # The same line is printed only once.
-        for line in (
-            _describe_observed(args, operator, picture.y),
-            _describe_difference(args, picture, [channels, *size]),
-        ):
-            if line is not None and line not in described:
+        for line in (picture.observed(), picture.difference(channels, *size)):
+            if line not in printed:  # each line once
                 print(line)
-                described.add(line)
+                printed.add(line)
         groups.setdefault(picture.degraded.shape[1:], []).append((path, original))
     seconds = 0.0
     for shape, group in groups.items():
@@ -143,7 +138,7 @@ class _Picture:
     def __init__(
         self, args: argparse.Namespace, operator: Operator, channels: int, path: Path, original: Path | None
     ) -> None:
-        self.path = path
+        self.path, self._operator, self._args = path, operator, args
         self.y = read_image(path, channels)[None]
         self.original = None if original is None else read_image(original, channels)[None]
         if operator.mask is not None and operator.mask.shape[-2:] != self.y.shape[-2:]:
@@ -169,13 +164,25 @@ class _Picture:
                 f"{_size(self.original)}."
             )
 
+    def observed(self) -> str | None:
+        """A line with the share of the image that is observed; None if all of it is."""
+        share = float((self._operator.pseudo_inverse(torch.ones_like(self.y)) != 0).float().mean())
+        return None if share == 1 else f"{100 * share:.0f} % of the image is observed with {self._args.operator}"
+
+    def difference(self, channels: int, height: int, width: int) -> str | None:
+        """A line with size and color if they differ from those of the network's images, otherwise None."""
+        own = color = "color" if channels == 3 else "gray"
+        if self.y.shape[1] == self.degraded.shape[1]:
+            rgb = read_image(self.path, 3)
+            color = "gray" if torch.equal(rgb, rgb[:1].expand_as(rgb)) else "color"
+        if self.degraded.shape[-2:] == (height, width) and color == own:
+            return None
+        found = f"the image to restore has {_size(self.degraded)} pixels in {color}"
+        return f"{found}; images of {self._args.model} have {height}x{width} pixels in {own}"
+
 
 def _restore(
-    args: argparse.Namespace,
-    sampler: Sampler,
-    operator: Operator,
-    pictures: list[_Picture],
-    label: int | None,
+    args: argparse.Namespace, sampler: Sampler, operator: Operator, pictures: list[_Picture], label: int | None
 ) -> None:
     """Restores pictures of one size in one call of the sampler, and writes the results.
 
@@ -186,8 +193,7 @@ def _restore(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     condition: Tensor | int | None = label
     if takes_image(sampler.net):
-        pairs = zip(y.split(1), generators, strict=True)
-        condition = torch.cat([condition_of(operator, one, generator) for one, generator in pairs])
+        condition = condition_of(operator, y, generators)
     images = sampler.sample(
         condition=condition,
         observation=Observation(operator, y, args.sigma),
@@ -237,26 +243,6 @@ def _check_folder(args: argparse.Namespace, folder: Path, pictures: list[Path]) 
             raise ValueError(f"the restorations of {first} and {picture} would have the same file names. Rename one.")
         results = [*range(1, args.n + 1), "strip"]
         check_new((folder / f"{picture.stem}-{name}.png" for name in results), args.overwrite)
-
-
-# -- What is printed --------------------------------------------------------------------------------------------------
-
-
-def _describe_observed(args: argparse.Namespace, operator: Operator, y: Tensor) -> str | None:
-    """A line with the share of the image that is observed; None if all of it is."""
-    share = float((operator.pseudo_inverse(torch.ones_like(y)) != 0).float().mean())
-    return None if share == 1 else f"{100 * share:.0f} % of the image is observed with {args.operator}"
-
-
-def _describe_difference(args: argparse.Namespace, picture: _Picture, shape: Sequence[int]) -> str | None:
-    """A line with the size and color of the image if they differ from those of the network's images, otherwise None."""
-    color = "color" if shape[0] == 3 else "gray"
-    own = f"{shape[1]}x{shape[2]} pixels in {color}"
-    if picture.y.shape[1] == picture.degraded.shape[1]:
-        rgb = read_image(picture.path, 3)
-        color = "gray" if torch.equal(rgb, rgb[:1].expand_as(rgb)) else "color"
-    found = f"{_size(picture.degraded)} pixels in {color}"
-    return None if found == own else f"the image to restore has {found}; images of {args.model} have {own}"
 
 
 def _size(images: Tensor) -> str:

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -315,15 +315,8 @@ class _Restoring:
         return values
 
     def _restore(self, operator: Operator, y: Tensor, batch: ImageBatch, draw: int) -> Tensor:
-        condition = None
-        if self._conditional:
-            fills = batch.seeds(self._seed, "fill", draw)
-            condition = torch.cat(
-                [
-                    condition_of(operator.rows(slice(i, i + 1)), y[i : i + 1], generator=number)
-                    for i, number in enumerate(fills)
-                ]
-            )
+        seeds = batch.seeds(self._seed, "fill", draw)
+        condition = condition_of(operator, y, seeds) if self._conditional else None
         return self._sampler.sample(
             len(batch.x),
             shape=batch.x.shape[1:],
@@ -357,24 +350,24 @@ def _in_pixels(
     restored: Sequence[Tensor], degraded: Tensor, x: Tensor, operator: Operator, y: Tensor
 ) -> dict[tuple[str, str, str], Tensor]:
     """The values of the pixels by set, source and figure."""
-
-    def mean_over_draws(values: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(values)).mean(0)
-
-    errors = [_mean_square(images - x) for images in restored]
-    values = {
-        (RESTORED, "rmse"): mean_over_draws(errors),
-        (RESTORED, "psnr"): mean_over_draws([_psnr(error) for error in errors]),
-        (DEGRADED, "rmse"): _mean_square(degraded - x),
-        (DEGRADED, "psnr"): _psnr(_mean_square(degraded - x)),
-    }
+    values = {}
+    for column, sets in ((RESTORED, restored), (DEGRADED, [degraded])):
+        errors = torch.stack([_mean_square(images - x) for images in sets])
+        values[column, RESTORATION, "rmse"] = errors.mean(0)
+        values[column, RESTORATION, "psnr"] = (-10 * errors.clamp(min=_LEAST_ERROR).log10()).mean(0)
     if len(restored) > 1:
-        values[RESTORED, "rmse of the mean"] = _mean_square(mean_over_draws(restored) - x)
-        values[RESTORED, "diversity"] = mean_over_draws([_mean_square(a - b) for a, b in combinations(restored, 2)])
+        values[RESTORED, RESTORATION, "rmse of the mean"] = _mean_square(torch.stack(list(restored)).mean(0) - x)
+        apart = [_mean_square(a - b) for a, b in combinations(restored, 2)]
+        values[RESTORED, RESTORATION, "diversity"] = torch.stack(apart).mean(0)
     mask = torch.ones_like(y) if operator.mask is None else operator.mask.expand_as(y).to(y)
     residuals = [((operator.measure(images) - y) * mask).square().flatten(1).sum(1) for images in restored]
-    values[RESTORED, "consistency"] = mean_over_draws(residuals) / mask.flatten(1).sum(1).clamp(min=1)
-    return {(column, RESTORATION, name): each for (column, name), each in values.items()}
+    consistency = torch.stack(residuals).mean(0) / mask.flatten(1).sum(1).clamp(min=1)
+    values[RESTORED, RESTORATION, "consistency"] = consistency
+    return values
+
+
+def _mean_square(values: Tensor) -> Tensor:
+    return values.double().square().flatten(1).mean(1)
 
 
 def _in_features(extracted: Mapping[str, Sequence[Extracted]], labels: Tensor | None) -> dict[tuple[str, str], Tensor]:
@@ -382,32 +375,23 @@ def _in_features(extracted: Mapping[str, Sequence[Extracted]], labels: Tensor | 
     (original,) = extracted[ORIGINAL]
     values: dict[tuple[str, str], Tensor] = {}
 
-    def add(column: str, name: str, function: Callable[[Extracted], Tensor]) -> None:
-        values[column, name] = torch.stack([function(each).cpu().double() for each in extracted[column]]).mean(0)
+    def mean(found: Iterable[Tensor]) -> Tensor:
+        return torch.stack([each.cpu().double() for each in found]).mean(0)
 
     for column in (RESTORED, DEGRADED):
-        add(column, "perceptual", lambda each: (each.features - original.features).norm(dim=1))
+        values[column, "perceptual"] = mean(_distance(each, original) for each in extracted[column])
     if len(extracted[RESTORED]) > 1:
         pairs = combinations(extracted[RESTORED], 2)
-        distances = [(a.features - b.features).norm(dim=1).cpu().double() for a, b in pairs]
-        values[RESTORED, "feature diversity"] = torch.stack(distances).mean(0)
+        values[RESTORED, "feature diversity"] = mean(_distance(a, b) for a, b in pairs)
     if original.logits is not None:
-        classes = original.logits.argmax(1)
+        best = {column: [each.class_logits.argmax(1) for each in found] for column, found in extracted.items()}
         for column in (RESTORED, DEGRADED):
-            add(column, "agreement", lambda each: _best(each) == classes)
+            values[column, "agreement"] = mean(each == best[ORIGINAL][0] for each in best[column])
         if labels is not None:
             for column in (RESTORED, DEGRADED, ORIGINAL):
-                add(column, "accuracy", lambda each: _best(each).cpu() == labels)
+                values[column, "accuracy"] = mean(each.cpu() == labels for each in best[column])
     return values
 
 
-def _best(extracted: Extracted) -> Tensor:
-    return extracted.class_logits.argmax(1)
-
-
-def _mean_square(values: Tensor) -> Tensor:
-    return values.double().square().flatten(1).mean(1)
-
-
-def _psnr(mean_square: Tensor) -> Tensor:
-    return -10 * mean_square.clamp(min=_LEAST_ERROR).log10()
+def _distance(a: Extracted, b: Extracted) -> Tensor:
+    return (a.features - b.features).norm(dim=1)

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from scorematch.core.batches import as_region, check_data
 from scorematch.core.messages import quote
-from scorematch.core.randomness import single_generator
+from scorematch.core.randomness import Generator, as_generator, single_generator, standard_normal
 from scorematch.restoration.masks import Draws
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import JPEG, Grayscale, Half, Hole, RandomMask
@@ -126,7 +126,7 @@ class _Filling(Task):
 
     def _degrade(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         mask = self._missing.missing(len(x), x.shape[2], x.shape[3], draws).to(x.device)
-        return _filled(x, mask, draws), mask
+        return _filled(x, mask, draws.generator), mask
 
 
 class Inpainting(_Filling):
@@ -260,7 +260,7 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def condition_of(operator: Operator, y: Tensor, generator: torch.Generator | int | None = None) -> Tensor:
+def condition_of(operator: Operator, y: Tensor, generator: Generator = None) -> Tensor:
     """Computes, from a measurement y, the condition of a network that was trained on these tasks.
 
     The condition is ``operator.as_image(y)``, with noise where an operator such as ``Mask`` or ``Uncrop`` observes
@@ -270,7 +270,8 @@ def condition_of(operator: Operator, y: Tensor, generator: torch.Generator | int
         operator: the operator with which y was measured.
         y: the measurement, ``operator.measure(x)``. For several samples of one image, repeat y, so that each sample
             gets its own noise.
-        generator: the source of the noise: a ``torch.Generator``, or a seed; None is torch's global generator.
+        generator: the source of the noise: a ``torch.Generator``, or a seed; a list with one for each image; None is
+            torch's global generator.
 
     Returns:
         The condition (N, C, H, W), of y's dtype.
@@ -285,13 +286,13 @@ def condition_of(operator: Operator, y: Tensor, generator: torch.Generator | int
         torch.Size([2, 3, 28, 28])
     """
     check_data(y, "y")
-    image, missing = operator.as_image(y), operator.pseudo_inverse(torch.ones_like(y)) == 0
-    return _filled(image, missing, Draws(single_generator(generator), image.device))
+    missing = operator.pseudo_inverse(torch.ones_like(y)) == 0
+    return _filled(operator.as_image(y), missing, as_generator(generator))
 
 
 def _everywhere(x: Tensor) -> Tensor:
     return torch.ones(len(x), 1, *x.shape[2:], dtype=torch.bool, device=x.device)
 
 
-def _filled(x: Tensor, missing: Tensor, draws: Draws) -> Tensor:
-    return torch.where(missing, (0.5 + 0.5 * draws.normal(*x.shape)).to(x), x)
+def _filled(x: Tensor, missing: Tensor, generator: torch.Generator | tuple[torch.Generator, ...] | None) -> Tensor:
+    return torch.where(missing, (0.5 + 0.5 * standard_normal(x.shape, generator, x.device)).to(x), x)
