@@ -11,7 +11,7 @@ import torch
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
-from scorematch.evaluation import MEASURES, evaluate, evaluate_restoration
+from scorematch.evaluation import METRICS, evaluate, evaluate_restoration
 from scorematch.sampling import SamplerSettings
 from tests.helpers import refused, seed
 
@@ -106,7 +106,9 @@ def test_evaluate_images(folder, capsys):
     printed, warning = capsys.readouterr()
     assert re.fullmatch(r"scorematch: warning: .* is singular.*\n", warning)
     assert printed.startswith("|  | samples | reference |\n") and "| number of images | 30 | 30 |" in printed
-    assert "not measured: kernel of pixels, which needs 1,000 images in each set, and there are 30\n" in printed
+    assert (
+        "not measured: kernel of pixels, which needs at least 1,000 images in each set, and there are 30\n" in printed
+    )
 
 
 def test_evaluate_restorations(folder, tmp_path, capsys):
@@ -182,7 +184,10 @@ def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):
         ((network, real, "--class", 3, "--features", "pixels"), "--class is for class-conditional networks"),
         (("nothing.npz", real, "--features", "pixels"), "nothing.npz does not exist"),
         (("nothing", real), "'nothing' is not the short name of a network"),
-        ((network, real, "--features", "pixels", "--metrics", "kernel", "-n", 6), "'kernel' needs 1,000 images"),
+        (
+            (network, real, "--features", "pixels", "--metrics", "kernel", "-n", 6),
+            "'kernel' needs at least 1,000 images",
+        ),
     ]:
         assert message in _refused(["evaluate", *arguments], capsys), arguments
 
@@ -191,7 +196,7 @@ def test_the_help_lists_all_metrics(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     printed = " ".join(capsys.readouterr().out.replace("-\n", "-").split())
-    assert all(name in printed.replace("- ", "-") for name in MEASURES)
+    assert all(name in printed.replace("- ", "-") for name in METRICS)
 
 
 @pytest.mark.parametrize("name", ["evaluation.md", "samples.png"])

@@ -9,18 +9,26 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.evaluation import Evaluator, compare, sampler_distance, values
+from scorematch.core.processes import process_group
+from scorematch.evaluation import (
+    Estimate,
+    Evaluator,
+    level_losses,
+    posterior_calibration,
+    sampler_distance,
+    sampler_distances,
+    score_error,
+    values,
+)
 from scorematch.evaluation import calibration as calibrations
-from scorematch.evaluation.calibration import Calibration, calibration_chart, calibration_table, posterior_calibration
-from scorematch.evaluation.diagnostics import level_chart, level_losses, level_table, score_error
+from scorematch.evaluation.calibration import Calibration
 from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
-from scorematch.evaluation.figures import Figure
 from scorematch.evaluation.per_image import values_per_image
-from scorematch.evaluation.sampler_distance import sampler_distances, sampler_variants
+from scorematch.evaluation.sampler_distance import sampler_variants
 from scorematch.loss import loss_and_norm
 from scorematch.restoration import JPEG, Mask, Observation, Uncrop
 from scorematch.restoration.methods import Restore
-from scorematch.sampling import SAMPLERS, ODESampler
+from scorematch.sampling import SAMPLERS, ODESampler, bulk_samples
 from tests.helpers import gaussian_images, python, seed
 
 SHAPE = (48,)
@@ -224,12 +232,13 @@ def test_networks_are_evaluated_in_eval_mode_without_gradients():
 def test_tables_and_charts_of_levels(images):
     world = images[0]
     losses = level_losses(world, images[1], SIGMAS, n=5, progress=False)
-    lines = level_table(losses).splitlines()
+    lines = losses.table().splitlines()
     assert lines[0] == "| sigma | loss | norm | calibration | denoised | slope | bias |" and len(lines) == 5
     assert lines[2].startswith("| 3 | ") and " ± " in lines[2]
-    svg = level_chart({"train": losses, "test": losses}, "loss")
-    assert "loss by noise level" in svg and ">train<" in svg and ">test<" in svg
-    assert "excess" in level_chart({"net": score_error(times(2, world), world, SIGMAS, n=3, progress=False)}, "excess")
+    svg = losses.chart("loss")
+    assert "<svg" in svg and ">loss<" in svg and ">sigma<" in svg
+    errors = score_error(times(2, world), world, SIGMAS, n=3, progress=False)
+    assert ">excess<" in errors.chart("excess", log_y=True)
 
 
 @pytest.mark.parametrize(
@@ -276,37 +285,43 @@ def distances(world, change=lambda x: x, **options):
     return sampler_distances(world, {"drawn": lambda net, levels: Drawn(world, change)}, **options)
 
 
+DISTANCES = ("mean", "covariance", "energy")
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
 def test_the_distance_of_an_exact_sampler_is_within_its_monte_carlo_error(kind, world, mixture):
     exact = {"gaussian": world, "mixture": mixture}[kind]
     for number in range(3):
-        found = distances(exact, seed=number)
-        for value, floor, deviation in zip(found.rows[0].distances, found.floor, found.deviation, strict=True):
-            assert abs(value - floor) < 5 * deviation
+        found, floor = distances(exact, seed=number)
+        assert floor.name == "exact samples" and floor.calls is None
+        for name in DISTANCES:
+            value, deviation = getattr(floor, name)
+            assert abs(getattr(found, name).value - value) < 5 * deviation
 
 
 def test_the_distance_of_shifted_and_of_scaled_samples(world):
-    shifted = distances(world, lambda x: x + torch.tensor([0.0, 3.0, 0.0])).rows[0].distances
-    assert shifted.mean == pytest.approx(3 / math.sqrt(0.9), rel=0.05)
-    scaled = distances(world, lambda x: world.mean.float() + 2 * (x - world.mean.float())).rows[0].distances
-    assert scaled.covariance == pytest.approx(3, rel=0.3) and scaled.mean < 0.3
+    shifted, floor = distances(world, lambda x: x + torch.tensor([0.0, 3.0, 0.0]))
+    assert shifted.mean.value == pytest.approx(3 / math.sqrt(0.9), rel=0.05)
+    scaled, _ = distances(world, lambda x: world.mean.float() + 2 * (x - world.mean.float()))
+    assert scaled.covariance.value == pytest.approx(3, rel=0.3) and scaled.mean.value < 0.3
     for found in (shifted, scaled):
-        floor = distances(world)
-        assert found.energy > floor.floor.energy + 10 * floor.deviation.energy
+        assert found.energy.value > floor.energy.value + 10 * floor.energy.error
 
 
 def test_the_energy_distance_finds_what_mean_and_covariance_do_not(mixture):
     """A Gaussian with the moments of the mixture."""
     like = Gaussian.like(mixture)
-    found = sampler_distances(mixture, {"like": lambda net, levels: Drawn(like)}, levels=(2,), n=500, progress=False)
-    z = [(a - b) / c for a, b, c in zip(found.rows[0].distances, found.floor, found.deviation, strict=True)]
+    found, floor = sampler_distances(
+        mixture, {"like": lambda net, levels: Drawn(like)}, levels=(2,), n=500, progress=False
+    )
+    z = [(getattr(found, name).value - getattr(floor, name).value) / getattr(floor, name).error for name in DISTANCES]
     assert abs(z[0]) < 5 and abs(z[1]) < 5 and z[2] > 10
 
 
 def test_the_energy_distance_equals_brute_force(world, monkeypatch):
-    monkeypatch.setattr(sampler_distance, "_BLOCK", 7)
+    monkeypatch.setattr(sampler_distance, "BLOCK", 7)
     x, y = world.sample(20, 1, torch.float64) + 0.5, world.sample(30, 2, torch.float64)
-    found = sampler_distance._Measure(world, y)(x).energy
+    _, _, found = sampler_distance._distances_from(world, y)(x)
     between, a, b = (torch.cdist(*pair).mean() for pair in ((x, y), (x, x), (y, y)))
     assert found == pytest.approx(float((1 - (a + b) / (2 * between)).sqrt()), rel=1e-9)
 
@@ -327,14 +342,15 @@ def test_every_sampler_and_every_named_option_has_a_variant(world):
 def test_distances_of_all_samplers_fall_with_the_number_of_calls(world):
     world.schedule = NoiseSchedule.geometric(8, 0.05, 20)
     found = sampler_distances(world, levels=(4, 40), n=400, repeats=5, progress=False)
-    assert len(found.rows) == 2 * len(sampler_variants(world)) and found.n == 400
-    for few, many in zip(found.rows[::2], found.rows[1::2], strict=True):
+    *rows, floor = found
+    assert len(rows) == 2 * len(sampler_variants(world))
+    for few, many in zip(rows[::2], rows[1::2], strict=True):
         assert few.name == many.name and few.calls < many.calls
-        assert many.distances.energy < max(0.7 * few.distances.energy, 2 * found.floor.energy), few.name
+        assert many.energy.value < max(0.7 * few.energy.value, 2 * floor.energy.value), few.name
     table = found.table().splitlines()
-    assert len(table) == 2 + len(found.rows) + 1 and table[-1].startswith("| exact samples |") and "±" in table[-1]
+    assert len(table) == 2 + len(rows) + 1 and table[-1].startswith("| exact samples |") and "±" in table[-1]
     svg = found.chart("covariance")
-    assert all(f">{row.name}<" in svg for row in found.rows) and "exact samples, plus two deviations" in svg
+    assert all(f">{row.name}<" in svg for row in rows) and "exact samples, plus two deviations" in svg
 
 
 def test_the_same_seed_gives_the_same_distances(world):
@@ -350,7 +366,7 @@ def test_another_score_than_the_exact_one_can_be_sampled(world):
     wrong = Gaussian(world.mean + 5, world.covariance, schedule=LEVELS)
     make = {"ode": sampler_variants(world)["ode, heun"]}
     found = sampler_distances(world, make, net=wrong, levels=(10,), n=100, repeats=2, progress=False)
-    assert found.rows[0].distances.mean == pytest.approx(5 * math.sqrt(3 / 0.9), rel=0.1)
+    assert found[0].mean.value == pytest.approx(5 * math.sqrt(3 / 0.9), rel=0.1)
 
 
 def test_invalid_arguments_of_sampler_distances_raise(world):
@@ -435,27 +451,17 @@ def test_shifted_draws_are_found_with_their_shift():
 
 def test_ranks_of_equal_values_are_drawn_at_random():
     """If draws and truth agree, all ranks are equally probable."""
-    world = small("gaussian")
-    check = calibrations._Check(
-        world,
-        Observation(LEFT, LEFT.measure(world.sample(200, 0)), 0.3),
-        torch.zeros(200, *FLAT),
-        torch.randn(8, 2, generator=seed()),
-        3,
-        0,
-    )
-    found = check("ties", "", torch.zeros(200, 3, 2, dtype=torch.float64))
+    draws = torch.zeros(200, 3, 2, dtype=torch.float64)
+    found = calibrations._calibration("ties", draws, draws[:, 0], draws[:, 0], 1 + draws[:, 0], 0)
     assert found.p_value > 1e-3 and found.ranks.unique().tolist() == [0, 1, 2, 3]
 
 
 def test_the_error_of_the_spread_is_that_of_the_jackknife():
-    world = small("gaussian")
-    observation = Observation(LEFT, LEFT.measure(world.sample(100, 0)), 0.3)
-    check = calibrations._Check(world, observation, world.sample(100, 1), torch.eye(8)[:, :2], 3, 0)
     values = torch.randn(100, 3, 2, generator=seed(), dtype=torch.float64)
-    ratios = (values.var(1) / check._variance).mean(1)
+    variance = torch.tensor([0.5, 2.0]).double().expand(100, 2)
+    ratios = (values.var(1) / variance).mean(1)
     spread = ((ratios.sum() - ratios) / 99).sqrt()  # without one of the observations
-    found = check("draws", "", values).spread
+    found = calibrations._calibration("draws", values, values[:, 0], 0 * variance, variance, 0).spread
     assert found.value == pytest.approx(float(ratios.mean().sqrt()))
     assert found.error == pytest.approx(float(spread.std()) * 99 / 10, rel=0.02)
 
@@ -463,10 +469,10 @@ def test_the_error_of_the_spread_is_that_of_the_jackknife():
 def test_the_p_value_is_that_of_the_chi_squared_test_times_the_number_of_directions():
     ranks = torch.tensor([0] * 12 + [1] * 6 + [2] * 6)
     for count in (1, 3):
-        found = Calibration("", "", 2, ranks[:, None].expand(-1, count), Figure(1.0, None), 0.0)
+        found = Calibration("", 2, ranks[:, None].expand(-1, count), Estimate(1.0), 0.0)
         statistic = (4**2 + 2**2 + 2**2) / 8  # with two degrees of freedom
         assert found.p_value == pytest.approx(count * math.exp(-statistic / 2))
-    assert Calibration("", "", 2, ranks[:, None].expand(-1, 9), Figure(1.0, None), 0.0).p_value == 1
+    assert Calibration("", 2, ranks[:, None].expand(-1, 9), Estimate(1.0), 0.0).p_value == 1
 
 
 def test_every_method_of_restore_is_measured():
@@ -476,11 +482,9 @@ def test_every_method_of_restore_is_measured():
     assert [each.name for each in found] == ["posterior", *get_args(Restore)]
     for each in found:
         assert each.spread.value == pytest.approx(1, abs=0.15) and each.shift < 0.2, each.name
-    rows = calibration_table(found).splitlines()
+    rows = found.table().splitlines()
     assert "nominal 60.0%" in rows[0] and "nominal 80.0%" in rows[0]
     assert len(rows) == 2 + 4 and rows[2].startswith("| posterior |")
-    svg = calibration_chart(found)
-    assert all(f">{name}<" in svg for name in ("nominal", "replace", "guide-jacobian"))
     again = posterior_calibration(world, LEFT, sigma=0.3, observations=100, draws=9, progress=False)
     assert all(torch.equal(a.ranks, b.ranks) for a, b in zip(found, again, strict=True))
 
@@ -545,7 +549,7 @@ PROCESSES = """
 
 def measured():
     """Everything that is computed over all processes; one process gets no batch of the last."""
-    from scorematch.evaluation.likelihood import data_likelihood
+    from scorematch.evaluation.data_likelihood import data_likelihood
 
     world = gaussian_images((1, 2, 2), variance=0.05)
     data = torch.rand(11, 1, 2, 2, generator=seed()).mul(255).round() / 255
@@ -578,9 +582,12 @@ def compared():
     """The figures of two samplers."""
     world = Gaussian([0.5] * 4, 0.05, (1, 2, 2), schedule=LEVELS, value_range=(0, 1))
     evaluator = Evaluator(torch.rand(9, 1, 2, 2, generator=seed()), features="pixels", cache=False, progress=False)
-    samplers = [ODESampler(world, levels=levels) for levels in (3, 5)]
-    rows = compare(samplers, evaluator, 11, batch_size=3, progress=False)
-    return [value for row in rows for value in values(row.figures).values()]
+    found = []
+    for levels in (3, 5):
+        with process_group("cpu"):
+            images = (batch.images for batch in bulk_samples(ODESampler(world, levels=levels), 11, batch_size=3))
+            found += values(evaluator.measure(images)).values()
+    return found
 
 
 @pytest.mark.slow

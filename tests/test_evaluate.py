@@ -1,10 +1,10 @@
 """``evaluate``: figures are those of the metrics, for every kind of input, in one process or two."""
 
-import importlib
 import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +17,15 @@ from PIL import Image
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.data import REFERENCES, open_images, save_image
 from scorematch.evaluation import (
-    MEASURES,
     METRICS,
+    Estimate,
     Evaluator,
     Extractor,
-    Figure,
+    Metric,
     Statistics,
     density_coverage,
     evaluate,
     evaluate_restoration,
-    figures,
     frechet_distance,
     frechet_extrapolation,
     gaussian_images,
@@ -38,7 +37,7 @@ from scorematch.evaluation import (
     tune,
     values,
 )
-from scorematch.evaluation.evaluate import is_network
+from scorematch.evaluation.subject import is_network
 from scorematch.sampling import AnnealedLangevinSampler, ODESampler, SamplerSettings, bulk_samples, sample_to
 from tests.helpers import python, seed
 
@@ -89,6 +88,13 @@ def classes_of(x):
 CLASSES = Extractor(classes_of, "classes of x", "1")
 
 
+def small_subsets(monkeypatch, **options):
+    """The kernel distance has subsets of 50 images."""
+    line = METRICS["kernel"]
+    function = partial(line.function, subset_size=50, **options)
+    monkeypatch.setitem(METRICS, "kernel", replace(line, function=function, least=50))
+
+
 @pytest.fixture(scope="module")
 def net():
     with torch.random.fork_rng():
@@ -112,16 +118,15 @@ def folder(net, tmp_path_factory):
 
 
 def test_figures_are_those_of_the_metrics(monkeypatch):
-    monkeypatch.setattr(figures, "_SUBSETS", 3)
-    monkeypatch.setattr(figures, "_SUBSET_SIZE", 50)
+    small_subsets(monkeypatch, subsets=3)
     real, generated = images(120), images(110, 1)
-    result = run(generated, real, features=[pixels(), CLASSES], metrics=list(MEASURES), gaussian=False)
+    result = run(generated, real, features=[pixels(), CLASSES], metrics=list(METRICS), gaussian=False)
     assert result.sizes == {"samples": 110, "reference": 120}
     assert set(result.left_out) == {"inception-score of pixels", "classes of pixels"}
     for extractor in (pixels(), CLASSES):
         a, b = extractor(real), extractor(generated)
         measured = found(result, source=extractor.name)
-        assert measured["frechet"] == pytest.approx(frechet_distance(a, b), rel=1e-9)
+        assert measured["frechet"] == pytest.approx(frechet_distance(a, b).value, rel=1e-9)
         assert measured["frechet-infinity"] == pytest.approx(frechet_extrapolation(b, a).value, rel=1e-9)
         assert measured["kernel"] == pytest.approx(kernel_distance(b, a, subsets=3, subset_size=50).value, rel=1e-9)
         assert set(measured) >= {"precision", "recall", "density", "coverage"}
@@ -139,15 +144,15 @@ def test_figures_are_those_of_the_metrics(monkeypatch):
 def test_the_default_pixels_lack_logits_and_images():
     with pytest.raises(ValueError, match="the metric 'inception-score' needs an extractor with logits of classes"):
         run(images(40), images(40), metrics=["inception-score"])
-    with pytest.raises(ValueError, match=r"'kernel' needs 1,000 images in each set, and there are 40"):
+    with pytest.raises(ValueError, match=r"'kernel' needs at least 1,000 images in each set, and there are 40"):
         run(images(40), images(2000), metrics=["frechet", "kernel"])
-    with pytest.raises(ValueError, match="'precision-recall' needs more than 3 images in each set, and there are 3"):
+    with pytest.raises(ValueError, match="'precision-recall' needs at least 4 images in each set, and there are 3"):
         run(images(40), images(3), metrics=["precision-recall"])
     with pytest.raises(
-        ValueError, match=r"'frechet-infinity' needs at least 2 \(D \+ 1\) = 20 images, and there are 19"
+        ValueError, match=r"'frechet-infinity' needs at least 20 images for features of 9 dimensions, and there are 19"
     ):
         run(images(19), images(30), metrics=["frechet-infinity"])
-    with pytest.raises(ValueError, match="'inception-score' needs 10 images per class, 30, and there are 29"):
+    with pytest.raises(ValueError, match="'inception-score' needs at least 30 images for 3 classes, and there are 29"):
         run(images(29), images(30), features=CLASSES, metrics=["inception-score"])
     result = run(images(40), images(40))
     assert set(result.left_out) == {"kernel of pixels", "inception-score of pixels"}
@@ -157,30 +162,38 @@ def test_the_default_pixels_lack_logits_and_images():
 
 
 def test_kernel_distances_of_whole_sets_have_no_error(monkeypatch):
-    monkeypatch.setattr(figures, "_SUBSET_SIZE", 50)
+    small_subsets(monkeypatch)
     real, generated = images(50), images(50, 1)
     figure = run(generated, real, metrics=["kernel"], gaussian=False).figures["samples"]["pixels"]["kernel"]
     expected = kernel_distance(pixels()(generated), pixels()(real), subset_size=50)
-    assert expected.deviation == 0 and figure == (pytest.approx(expected.value), None)
+    assert expected.error is None and figure == (pytest.approx(expected.value), None)
 
 
 def test_balls_compare_equally_many_images():
     """The larger set is cut, so that the sizes do not favor one of the figures."""
     real, generated = images(60), images(30, 1)
     few, many = found(run(generated, real)), found(run(real, generated))
-    features = pixels()(real), pixels()(generated)
-    assert few["precision"] != precision_recall(*features)[0] or few["recall"] != precision_recall(*features)[1]
+    features = pixels()(generated), pixels()(real)
+    precision, recall = precision_recall(*features)
+    assert few["precision"] != precision.value or few["recall"] != recall.value
     assert few["precision"] == pytest.approx(many["recall"]) and few["recall"] == pytest.approx(many["precision"])
     whole = found(run(images(60, 1), real))
-    expected = (
-        *precision_recall(features[0], pixels()(images(60, 1))),
-        *density_coverage(features[0], pixels()(images(60, 1))),
-    )
+    more = pixels()(images(60, 1))
+    expected = [figure.value for metric in (precision_recall, density_coverage) for figure in metric(more, features[1])]
     assert [whole[name] for name in ("precision", "recall", "density", "coverage")] == pytest.approx(expected)
 
 
-def test_every_metric_of_features_has_a_name_here():
-    assert set(MEASURES) == {*METRICS, "classes"}
+def test_a_metric_is_one_function_and_one_line(monkeypatch):
+    def distance_of_means(features, reference):
+        return Estimate(float((features.mean(0) - reference.mean).norm()))
+
+    monkeypatch.setitem(METRICS, "means", Metric(distance_of_means, {"means": "distance of means ↓"}))
+    real, generated = images(40), images(30, 1)
+    result = run(generated, real, metrics=["means"])
+    expected = (pixels()(generated).mean(0) - pixels()(real).mean(0)).norm()
+    assert found(result)["means"] == pytest.approx(float(expected), rel=1e-5)
+    assert f"| distance of means ↓ | {result.figures['samples']['pixels']['means']} |" in result.table()
+    assert "means" in found(run(generated, real))  # by default
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -218,7 +231,7 @@ def test_figures_of_pixels(channels):
     ],
 )
 def test_figures_are_rounded_to_their_errors(figure, text):
-    assert str(Figure(*figure)) == text
+    assert str(Estimate(*figure)) == text
 
 
 # -- What is evaluated
@@ -244,10 +257,9 @@ def test_arrays_files_and_folders_agree(tmp_path):
 
 
 def test_the_order_of_images_does_not_matter(monkeypatch):
-    monkeypatch.setattr(figures, "_SUBSETS", 3)
-    monkeypatch.setattr(figures, "_SUBSET_SIZE", 50)
+    small_subsets(monkeypatch, subsets=3)
     real, generated = images(100), images(101, 1)
-    options = {"features": [pixels(), CLASSES], "metrics": list(MEASURES), "gaussian": False}
+    options = {"features": [pixels(), CLASSES], "metrics": list(METRICS), "gaussian": False}
     one = run(generated, real, **options)
     other = run(generated.flip(0), real[torch.randperm(100, generator=seed(2))], batch_size=9, **options)
     assert all(agree(measured, other.figures[column]) for column, measured in one.figures.items())
@@ -345,7 +357,7 @@ def test_the_files_of_an_evaluation(net, tmp_path):
     assert settings["features"][0]["name"] == "pixels" and stored["versions"]["torch"] == torch.__version__
     page = (out / "evaluation.md").read_text()
     assert page.startswith("# Evaluation of tiny\n\n|  | samples | held-out images | Gaussian | reference |")
-    assert f"| coverage ↑ | {Figure(value, error)} |  |" in page and f"hash is {result.hash}" in page
+    assert f"| coverage ↑ | {Estimate(value, error)} |  |" in page and f"hash is {result.hash}" in page
     assert "- coverage: standard error of a share" in page
     assert stored["sampler"] == result.sampler == str(ODESampler(net, levels=3)) and f"\n- {result.sampler}\n" in page
     with Image.open(out / "samples.png") as picture:
@@ -413,13 +425,12 @@ def test_images_of_the_gaussian_have_the_mean_and_the_covariance_of_the_data():
 
 
 def test_an_image_of_the_gaussian_depends_on_its_number_only(monkeypatch):
-    module = importlib.import_module("scorematch.evaluation.evaluate")  # its name is also that of the function
     data = open_images(images(30))
     one = torch.cat(list(gaussian_images(data, 9)))
     few = torch.cat(list(gaussian_images(data, 5, batch_size=2)))
     torch.testing.assert_close(few, one[:5], rtol=0, atol=1e-6)
     assert not torch.equal(torch.cat(list(gaussian_images(data, 9, seed=1))), one)
-    monkeypatch.setattr(module, "_VALUES", 1)  # one batch in a pass over the data
+    monkeypatch.setattr("scorematch.evaluation.reference._VALUES", 1)  # one batch in a pass over the data
     assert torch.equal(torch.cat(list(gaussian_images(data, 5, batch_size=2))), few)
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         next(gaussian_images(data, 5, batch_size=0))
@@ -435,7 +446,9 @@ def test_held_out_images_and_the_gaussian_are_measured_beside_the_samples():
     result = run(generated, real, held_out=more, metrics=["frechet"], seed=4)
     assert result.sizes == {"samples": 40, "held-out": 40, "gaussian": 40, "reference": 60}
     drawn = torch.cat(list(gaussian_images(open_images(real), 40, seed=4)))
-    assert found(result, "gaussian")["frechet"] == pytest.approx(frechet_distance(pixels()(real), pixels()(drawn)))
+    assert found(result, "gaussian")["frechet"] == pytest.approx(
+        frechet_distance(pixels()(drawn), pixels()(real)).value
+    )
     assert result.figures["reference"] == {"images": image_figures([real])}
     for same in [(real, real), ("~/real", Path.home() / "other" / ".." / "real")]:
         with pytest.raises(ValueError, match="held_out is the reference"):
@@ -554,7 +567,7 @@ def test_only_features_with_a_fingerprint_are_cached(tmp_path):
         a, b = (pool(x.float()).flatten(1) for x in (real, generated))
         assert found(run(generated, real, features=_Module(pool), **options), source="_Module")[
             "frechet"
-        ] == pytest.approx(frechet_distance(a, b))
+        ] == pytest.approx(frechet_distance(a, b).value)
     assert len(list(cache.iterdir())) == 1
 
 
@@ -689,7 +702,7 @@ def test_numbers_of_numpy_and_one_metric():
 
 @pytest.mark.parametrize(("name", "value"), [("n", 1e3), ("seed", [1])])
 def test_numbers_that_are_no_integers_are_named(name, value):
-    for call in (evaluate, partial(evaluate_restoration, task="colorization"), tune):
+    for call in (evaluate, partial(evaluate_restoration, operator="gray"), tune):
         with pytest.raises(TypeError, match=rf"^{name} must be an integer, got {re.escape(repr(value))}\.$"):
             call(torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), **{name: value})
 
@@ -764,7 +777,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     assert one["figures"]["samples"]["pixels"].keys() >= {"frechet", "frechet-infinity", "kernel", "recall", "density"}
     for column, sources in one["figures"].items():
         first, second = (
-            {source: {name: Figure(**each) for name, each in measured.items()} for source, measured in found.items()}
+            {source: {name: Estimate(**each) for name, each in measured.items()} for source, measured in found.items()}
             for found in (sources, two["figures"][column])
         )
         assert agree(first, second), column

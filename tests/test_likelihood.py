@@ -9,8 +9,8 @@ import torch
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.data import open_images
+from scorematch.evaluation.data_likelihood import data_likelihood
 from scorematch.evaluation.exact import Gaussian
-from scorematch.evaluation.likelihood import data_likelihood
 from scorematch.likelihood import bits_per_dimension, log_likelihood
 from tests.helpers import HostReads, NoFloat64, point, seed
 

@@ -7,7 +7,7 @@ import torch
 
 from scorematch.data import read_image
 from scorematch.evaluation import memorization as module
-from scorematch.evaluation.memorization import Memorization, Nearest, Neighbors, Share, memorization_of
+from scorematch.evaluation.memorization import Memorization, Nearest, Neighbors, Proportion, memorization_of
 from tests.helpers import seed
 
 K = 3
@@ -120,10 +120,10 @@ def test_the_probability_to_be_nearer_counts_pairs_and_half_of_the_ties():
 
 
 def test_intervals_of_shares_are_those_of_wilson():
-    none = Share.of(torch.zeros(100, dtype=torch.bool))
+    none = Proportion.of(torch.zeros(100, dtype=torch.bool))
     z2 = 1.959964**2
     assert (none.value, none.low) == (0, 0) and none.high == pytest.approx(z2 / (100 + z2))
-    some = Share.of(torch.arange(100) < 20)
+    some = Proportion.of(torch.arange(100) < 20)
     for end in (some.low, some.high):  # the ends solve (p - x)^2 = z^2 x (1 - x) / n
         assert (0.2 - end) ** 2 == pytest.approx(z2 * end * (1 - end) / 100)
     assert str(some) == "20.00% (13.34% to 28.88%)"

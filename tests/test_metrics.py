@@ -1,4 +1,4 @@
-"""Metrics of features: closed forms, brute force, torch-fidelity, and laws of all accumulators."""
+"""Metrics of features: closed forms, brute force, torch-fidelity, and laws of all metrics."""
 
 import itertools
 import math
@@ -11,21 +11,20 @@ import torch
 
 from scorematch.evaluation import (
     METRICS,
-    DensityCoverage,
-    FrechetDistance,
-    KernelDistance,
-    Moments,
+    Metric,
     Statistics,
+    class_shares,
     density_coverage,
     frechet_distance,
-    frechet_estimate,
     frechet_extrapolation,
     inception_score,
     kernel_distance,
     metrics,
     precision_recall,
+    rows,
 )
-from scorematch.evaluation.accumulate import Rows
+from scorematch.evaluation.accumulate import Moments, Rows
+from scorematch.evaluation.features import Extracted
 from tests.helpers import python, seed
 
 exact = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
@@ -86,23 +85,12 @@ def test_moments_are_in_float64_and_in_blocks(monkeypatch):
     exact(parts.covariance, whole.covariance)
 
 
-def test_moments_merge_without_sharing_memory():
-    a, b = normal(10, 3), normal(7, 3, 1)
-    both, other = moments_of(a), moments_of(b)
-    both.merge(other)
-    both.merge(Moments())
-    before = other.mean.clone()
-    empty = Moments()
-    empty.merge(other)
-    empty.update(a)
-    assert torch.equal(other.mean, before) and other.n == 7
-    for merged in (both, empty):
-        assert merged.n == 17
-        exact(merged.mean, torch.cat([a, b]).mean(0))
-        exact(merged.covariance, torch.cov(torch.cat([a, b]).T))
-    copy = both.reduce()
-    both.update(a)
-    assert copy.n == 17
+def test_moments_of_one_process_are_those_of_all():
+    moments = moments_of(normal(10, 3))
+    assert moments.reduce() is moments
+    before = moments.mean.clone()
+    moments.update(normal(7, 3, 1))
+    assert moments.n == 17 and not torch.equal(moments.mean, before)
 
 
 def test_moments_need_features():
@@ -117,11 +105,11 @@ def test_moments_need_features():
 
 
 def test_rows_keep_the_wider_dtype():
-    rows = Rows()
-    rows.update(torch.ones(2, 3, dtype=torch.float16))
-    assert rows.gather().dtype == torch.float32
-    rows.update(torch.full((1, 3), 0.1, dtype=torch.float64))
-    assert rows.gather().dtype == torch.float64 and rows.gather()[2, 0] == 0.1 and len(rows) == 3
+    kept = Rows()
+    kept.update(torch.ones(2, 3, dtype=torch.float16))
+    assert kept.gather().dtype == torch.float32
+    kept.update(torch.full((1, 3), 0.1, dtype=torch.float64))
+    assert kept.gather().dtype == torch.float64 and kept.gather()[2, 0] == 0.1 and len(kept) == 3
 
 
 # -- Fréchet distance -------------------------------------------------------------------------------------------------
@@ -133,14 +121,14 @@ def test_frechet_distance_of_gaussians_with_the_same_axes():
     first = gaussian(torch.zeros(5), axes * a @ axes.T)
     second = gaussian(torch.arange(5), axes * b @ axes.T)
     expected = 30 + (a.sqrt() - b.sqrt()).square().sum()
-    assert frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-13)
-    assert frechet_distance(second, first) == pytest.approx(float(expected), rel=1e-13)
+    assert frechet_distance(first, second).value == pytest.approx(float(expected), rel=1e-13)
+    assert frechet_distance(second, first).value == pytest.approx(float(expected), rel=1e-13)
 
 
 def test_frechet_distance_has_the_part_of_small_variances():
     axes = torch.linalg.qr(normal(2, 2)).Q
     first, second = (gaussian([0, 0], axes * torch.tensor([1.0, v**2]).double() @ axes.T) for v in (1e-4, 3e-4))
-    assert frechet_distance(first, second) == pytest.approx(4e-8, rel=1e-5)
+    assert frechet_distance(first, second).value == pytest.approx(4e-8, rel=1e-5)
 
 
 def test_frechet_distance_in_two_dimensions():
@@ -149,16 +137,19 @@ def test_frechet_distance_in_two_dimensions():
     product = a @ b
     root = (product.trace() + 2 * product.det().sqrt()).sqrt()
     expected = a.trace() + b.trace() - 2 * root
-    found = frechet_distance(gaussian([0, 0], a), gaussian([0, 0], b))
+    found = frechet_distance(gaussian([0, 0], a), gaussian([0, 0], b)).value
     assert found == pytest.approx(float(expected), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_frechet_distance_of_features_is_that_of_their_moments(dtype):
     a, b = normal(40, 6, dtype=dtype), 2 * normal(50, 6, 1, dtype) + 1
-    whole = frechet_distance(a, b)
-    assert frechet_distance(moments_of(*a.split(7)), b) == pytest.approx(whole, rel=1e-12)
-    assert frechet_distance(a, gaussian(b.double().mean(0), torch.cov(b.double().T))) == pytest.approx(whole, rel=1e-12)
+    whole = frechet_distance(a, b).value
+    moments = moments_of(*a.split(7))
+    assert frechet_distance(gaussian(moments.mean, moments.covariance), b).value == pytest.approx(whole, rel=1e-12)
+    assert frechet_distance(a, gaussian(b.double().mean(0), torch.cov(b.double().T))).value == pytest.approx(
+        whole, rel=1e-12
+    )
 
 
 @pytest.mark.filterwarnings("ignore:the covariance of:UserWarning")
@@ -169,9 +160,9 @@ def test_frechet_distance_with_fewer_features_than_dimensions(n):
     x, y = ((each - each.mean(0)) / math.sqrt(len(each) - 1) for each in (a, b))
     common = torch.linalg.svdvals(x @ y.T).sum()
     expected = (a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * common
-    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-12)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-11)
-    assert frechet_distance(a, a) >= 0
+    assert frechet_distance(a, b).value == pytest.approx(float(expected), rel=1e-12)
+    assert frechet_distance(a, a).value == pytest.approx(0, abs=1e-11)
+    assert frechet_distance(a, a).value >= 0
 
 
 @pytest.mark.filterwarnings("ignore:the covariance of:UserWarning")
@@ -179,8 +170,8 @@ def test_frechet_distance_of_sets_in_orthogonal_planes_and_of_points():
     a, b = torch.zeros(2, 9, 4, dtype=torch.float64)
     a[:, :2], b[:, 2:] = normal(9, 2), normal(9, 2, 1)
     expected = (a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
-    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-13)
-    assert frechet_distance(torch.zeros(3, 2), torch.ones(3, 2)) == 2  # both covariances are zero
+    assert frechet_distance(a, b).value == pytest.approx(float(expected), rel=1e-13)
+    assert frechet_distance(torch.zeros(3, 2), torch.ones(3, 2)).value == 2  # both covariances are zero
 
 
 def test_frechet_distance_equals_torch_fidelity():
@@ -188,7 +179,7 @@ def test_frechet_distance_equals_torch_fidelity():
     a, b = normal(200, 30) @ normal(30, 30, 2), normal(150, 30, 1) + 0.3
     statistics = [fidelity.fid_features_to_statistics(each) for each in (a, b)]
     theirs = fidelity.fid_statistics_to_metric(*statistics, False)[fidelity.KEY_METRIC_FID]
-    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-10)
+    assert frechet_distance(a, b).value == pytest.approx(theirs, rel=1e-10)
 
 
 def test_a_singular_covariance_is_told():
@@ -202,7 +193,7 @@ def test_invalid_arguments_of_the_frechet_distance_raise():
         frechet_distance(normal(1, 3), normal(9, 3))
     with pytest.raises(ValueError, match="the same dimension, got 3 and 4"):
         frechet_distance(normal(9, 3), normal(9, 4))
-    with pytest.raises(TypeError, match=r"must be a tensor .N, D., Moments or Statistics, got ndarray"):
+    with pytest.raises(TypeError, match=r"must be a tensor .N, D., got ndarray"):
         frechet_distance(np.ones((9, 3)), normal(9, 3))
     with pytest.raises(ValueError, match="must have no negative eigenvalues, but its eigenvalues are from -1 to 2"):
         frechet_distance(gaussian([0, 0], [[2, 0], [0, -1]]), normal(9, 2))
@@ -214,27 +205,25 @@ def test_invalid_arguments_of_the_frechet_distance_raise():
 def test_the_standard_error_in_one_dimension():
     """d = (m - m_r)^2 + (s - s_r)^2; the mean and the variance of n features determine its first-order change."""
     features, reference = normal(400, 1) * 2 + 1, gaussian([0.0], [[0.25]])
-    found = frechet_estimate(features, reference)
-    assert found.value == pytest.approx(frechet_distance(features, reference), rel=1e-12)
+    found = frechet_distance(features, reference)
     x = features - features.mean()
     s = x.std()
     change = 2 * features.mean() * x + (1 - 0.5 / s) * x**2  # s_r = 0.5
-    assert found.deviation == pytest.approx(float(change.std() / 20), rel=1e-9)
+    assert found.error == pytest.approx(float(change.std() / 20), rel=1e-9)
 
 
 def test_the_standard_error_is_the_spread_over_many_sets():
     root, reference = normal(4, 4), normal(3000, 4, 1)
-    found = [frechet_estimate(normal(300, 4, 10 + i) @ root + 0.3, reference) for i in range(200)]
+    found = [frechet_distance(normal(300, 4, 10 + i) @ root + 0.3, reference) for i in range(200)]
     spread = torch.tensor([each.value for each in found]).std()
-    assert np.mean([each.deviation for each in found]) == pytest.approx(float(spread), rel=0.2)  # 4 errors of a spread
-    assert found[0].value == pytest.approx(frechet_distance(normal(300, 4, 10) @ root + 0.3, reference), rel=1e-12)
+    assert np.mean([each.error for each in found]) == pytest.approx(float(spread), rel=0.2)  # 4 errors of a spread
 
 
 def test_the_standard_error_warns_and_refuses_as_the_distance():
     with pytest.warns(UserWarning, match="covariance of 4 features of 4 dimensions is singular"):
-        assert math.isfinite(frechet_estimate(normal(4, 4), normal(40, 4)).deviation)
+        assert math.isfinite(frechet_distance(normal(4, 4), normal(40, 4)).error)
     with pytest.raises(ValueError, match="same dimension, got 3 and 4"):
-        frechet_estimate(normal(9, 3), normal(9, 4))
+        frechet_distance(normal(9, 3), normal(9, 4))
 
 
 def test_the_gaussian_of_statistics_is_computed_once(monkeypatch):
@@ -247,10 +236,10 @@ def test_the_gaussian_of_statistics_is_computed_once(monkeypatch):
 
 def test_random_rows_do_not_depend_on_the_order():
     features = normal(30, 3)
-    found = metrics.random_rows(features, 10)
+    found = rows.random_rows(features, 10)
     assert found.shape == (10, 3) and len(torch.unique(found, dim=0)) == 10
-    assert torch.equal(metrics.random_rows(features.flip(0), 10), found)
-    assert not torch.equal(metrics.random_rows(features, 10, 1), found)
+    assert torch.equal(rows.random_rows(features.flip(0), 10), found)
+    assert not torch.equal(rows.random_rows(features, 10, 1), found)
 
 
 def test_extrapolation_removes_the_bias():
@@ -280,7 +269,7 @@ def test_extrapolation_is_a_line_through_the_distances():
     features, reference = normal(100, 3), normal(80, 3, 1)
     found = frechet_extrapolation(features, reference)
     assert found.sizes[0] == 10 and found.sizes[-1] == 100 and len(found.sizes) == 15
-    assert found.distances[-1] == pytest.approx(frechet_distance(features, reference), rel=1e-12)
+    assert found.distances[-1] == pytest.approx(frechet_distance(features, reference).value, rel=1e-12)
     slope, value = np.polyfit(1 / np.array(found.sizes), found.distances, 1)
     assert (found.value, found.slope) == pytest.approx((value, slope), rel=1e-9)
     assert frechet_extrapolation(features, reference) == found
@@ -321,7 +310,7 @@ def brute_discrepancy(x, y):
 def test_kernel_distance_of_whole_sets():
     a, b = normal(12, 3), 2 * normal(12, 3, 1) + 1
     found = kernel_distance(a, b, subset_size=12, subsets=3)
-    assert found.value == pytest.approx(brute_discrepancy(a, b), rel=1e-12) and found.deviation == 0
+    assert found.value == pytest.approx(brute_discrepancy(a, b), rel=1e-12) and found.error is None
     assert kernel_distance(b, a, subset_size=12, subsets=1).value == pytest.approx(found.value, rel=1e-12)
     fidelity = pytest.importorskip("torch_fidelity.metric_kid")
     theirs = fidelity.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=12, verbose=False)
@@ -339,7 +328,7 @@ def test_kernel_distance_of_subsets():
     found = kernel_distance(a, b, subset_size=2, subsets=2000)
     spread = np.std(values)
     assert abs(found.value - np.mean(values)) < 4 * spread / math.sqrt(2000)
-    assert found.deviation == pytest.approx(spread, rel=0.1)
+    assert found.error == pytest.approx(spread, rel=0.1)
 
 
 def test_kernel_distance_is_unbiased():
@@ -360,7 +349,7 @@ def test_invalid_arguments_of_the_kernel_distance_raise():
         kernel_distance(a, a, subset_size=1)
     with pytest.raises(ValueError, match="subsets must be an integer of at least 1, got 0"):
         kernel_distance(a, a, subset_size=2, subsets=0)
-    with pytest.raises(ValueError, match="a and b must have the same dimension, got 3 and 2"):
+    with pytest.raises(ValueError, match="features and reference must have the same dimension, got 3 and 2"):
         kernel_distance(a, a[:, :2], subset_size=2)
 
 
@@ -378,10 +367,10 @@ def test_inception_score_equals_torch_fidelity(splits):
     fidelity = pytest.importorskip("torch_fidelity.metric_isc")
     logits = 3 * normal(100, 6)
     found = inception_score(logits, splits=splits, generator=7)
-    order = metrics._canonical(logits)[torch.randperm(100, generator=seed(7))]  # theirs is another random order
+    order = rows.canonical_order(logits)[torch.randperm(100, generator=seed(7))]  # theirs is another random order
     theirs = fidelity.isc_features_to_metric(logits[order], splits=splits, shuffle=False)
     assert found == pytest.approx(tuple(theirs.values()), rel=1e-12, abs=1e-13)
-    assert found.value > 1.5 and (splits == 1 or found.deviation > 0.01)
+    assert found.value > 1.5 and (splits == 1 or found.error > 0.01)
 
 
 def test_inception_score_needs_images():
@@ -413,10 +402,20 @@ def brute_balls(real, generated, k):
     )
 
 
+def balls(generated, real, k):
+    """Precision, recall, density and coverage."""
+    return [found.value for metric in (precision_recall, density_coverage) for found in metric(generated, real, k=k)]
+
+
+def of(metric, *arguments, **options):
+    """The values of a metric."""
+    return tuple(found.value for found in metric(*arguments, **options))
+
+
 @pytest.mark.parametrize("block", [2048, 16, 7])
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_balls_equal_brute_force(k, block, monkeypatch):
-    monkeypatch.setattr(metrics, "_BLOCK", block)
+    monkeypatch.setattr(metrics, "BLOCK", block)
     real, generated = normal(40, 3), normal(32, 3, 1) + torch.tensor([2, 0, 0])
     shapes = []
     distances = metrics.squared_distances
@@ -426,7 +425,7 @@ def test_balls_equal_brute_force(k, block, monkeypatch):
         return distances(a, b)
 
     monkeypatch.setattr(metrics, "squared_distances", watched)
-    found = *precision_recall(real, generated, k=k), *density_coverage(real, generated, k=k)
+    found = balls(generated, real, k)
     assert found == pytest.approx(brute_balls(real, generated, k), rel=1e-12)
     assert 0.2 < found[0] < 1 and 0.2 < found[1] < 1
     assert max(map(max, shapes)) <= block  # the memory is bounded
@@ -437,22 +436,22 @@ def test_precision_and_recall_equal_torch_fidelity():
     real, generated = normal(60, 4), 1.2 * normal(50, 4, 1)
     theirs = fidelity.prc_features_to_metric(generated, real, verbose=False)
     expected = theirs[fidelity.KEY_METRIC_PRECISION], theirs[fidelity.KEY_METRIC_RECALL]
-    assert precision_recall(real, generated) == pytest.approx(expected, rel=1e-6)  # theirs are float32 means
+    assert of(precision_recall, generated, real) == pytest.approx(expected, rel=1e-6)  # theirs are float32 means
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shift", [0, 1e4])
 def test_balls_of_equal_distant_and_repeated_features(dtype, shift):
     real = normal(50, 300, dtype=dtype) + shift
-    assert precision_recall(real, real.flip(0)) == (1, 1)
-    assert density_coverage(real, real.flip(0))[1] == 1
-    assert precision_recall(real, real + 100) == density_coverage(real, real + 100) == (0, 0)
+    assert of(precision_recall, real.flip(0), real) == (1, 1)
+    assert of(density_coverage, real.flip(0), real)[1] == 1
+    assert of(precision_recall, real + 100, real) == of(density_coverage, real + 100, real) == (0, 0)
     # A collapsed generator: all balls of its own have radius 0, and only one real feature is at their place.
     collapsed = real[:1].expand(20, -1)
-    assert precision_recall(real, collapsed) == (1, 1 / 50)
+    assert of(precision_recall, collapsed, real) == (1, 1 / 50)
     # Twice each feature, exactly: each ball of k = 1 reaches to the copy.
     twice = torch.cat([real, real])
-    assert density_coverage(twice, real, k=1) == (2, 1)
+    assert of(density_coverage, real, twice, k=1) == (2, 1)
 
 
 @pytest.mark.parametrize("scale", [1, 1 / 255])
@@ -460,15 +459,13 @@ def test_a_feature_at_the_distance_of_the_radius_is_in_the_ball(scale):
     """Of integers and of 8-bit values many distances are equal; the mean of the features is not on their grid."""
     for number in range(20):
         real, generated = (torch.randint(7, (n, 2), generator=seed(2 * number + n)).double() for n in (7, 8))
-        scaled = scale * real, scale * generated
-        found = *precision_recall(*scaled, k=2), *density_coverage(*scaled, k=2)
-        assert found == pytest.approx(brute_balls(real, generated, 2), rel=1e-12)
+        assert balls(scale * generated, scale * real, 2) == pytest.approx(brute_balls(real, generated, 2), rel=1e-12)
 
 
 def test_coverage_and_density_of_equal_distributions():
     """Density is 1 on average, and coverage 1 - prod (n - i) / (n + m - i) (Naeem et al., Lemma 2)."""
     n, m, k = 30, 20, 3
-    found = np.array([density_coverage(normal(n, 2, 2 * i), normal(m, 2, 2 * i + 1), k=k) for i in range(150)])
+    found = np.array([of(density_coverage, normal(m, 2, 2 * i + 1), normal(n, 2, 2 * i), k=k) for i in range(150)])
     expected = 1, 1 - math.prod((n - i) / (n + m - i) for i in range(1, k + 1))
     error = found.std(0) / math.sqrt(len(found))
     assert (abs(found.mean(0) - expected) < 4 * error).all() and (error < 0.03).all()
@@ -492,149 +489,149 @@ def test_counts_must_be_integers(call, name, found):
 
 def test_balls_need_neighbors():
     a = normal(3, 2)
-    with pytest.raises(ValueError, match=r"real must have more than k = 3 features, .* got 3"):
-        precision_recall(a, normal(9, 2))
-    with pytest.raises(ValueError, match="generated must have more than k = 3 features"):
+    with pytest.raises(ValueError, match=r"reference must have more than k = 3 features, .* got 3"):
         precision_recall(normal(9, 2), a)
+    with pytest.raises(ValueError, match="features must have more than k = 3 features"):
+        precision_recall(a, normal(9, 2))
     with pytest.raises(ValueError, match="k must be an integer of at least 1, got 0"):
         density_coverage(a, a, k=0)
-    assert density_coverage(normal(9, 2), a)[0] > 0  # its generated features need no neighbors
+    assert of(density_coverage, a, normal(9, 2))[0] > 0  # its generated features need no neighbors
 
 
-# -- All accumulators -------------------------------------------------------------------------------------------------
+def test_the_errors_of_shares_are_those_of_independent_draws():
+    precision, recall = precision_recall(normal(40, 3), normal(50, 3, 1))
+    for share, n in ((precision, 40), (recall, 50)):
+        assert share.error == pytest.approx((share.value * (1 - share.value) / n) ** 0.5)
+    assert density_coverage(normal(40, 3), normal(50, 3, 1))[0].error is None
 
-OPTIONS = {"kernel": {"subsets": 5, "subset_size": 20}, "inception-score": {"splits": 2}}
+
+def test_the_shares_of_classes():
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.5, 0.0, 0.0], [9.0, 0.0, 0.0]])
+    confident, rarest = class_shares(logits)
+    assert confident == pytest.approx((0.75, (0.75 * 0.25 / 4) ** 0.5)) and rarest.value == 0
+
+
+# -- All metrics ------------------------------------------------------------------------------------------------------
+
 DIMENSION = 3
-accumulators = pytest.mark.parametrize("name", METRICS)
+OPTIONS = {"kernel": {"subsets": 5, "subset_size": 20}, "inception-score": {"splits": 2}}
+every_metric = pytest.mark.parametrize("name", METRICS)
 
 
-def make(name):
-    kind = METRICS[name]
-    references = [normal(50, DIMENSION, 1) + 0.2] if kind.takes == "features" else []
-    return kind(*references, **OPTIONS.get(name, {}))
+def value(name, features):
+    """The values of a metric, and those of its errors."""
+    line = METRICS[name]
+    real = normal(50, DIMENSION, 1) + 0.2
+    reference = Statistics(real.mean(0), torch.cov(real.T), 50, "exact", "1", "none", features=real)
+    metric = Metric(partial(line.function, **OPTIONS.get(name, {})), line.figures, needs=line.needs)
+    return [value for figure in metric(Extracted(features, features), reference).values() for value in figure if value]
 
 
-def value(metric, *batches):
-    for batch in batches:
-        metric.update(batch)
-    return flat(metric.compute())
-
-
-def flat(result):
-    """The numbers of a result, which is a number or a tuple of results."""
-    return [x for each in result for x in flat(each)] if isinstance(result, tuple) else [result]
-
-
-@accumulators
-def test_batches_and_their_order_do_not_matter(name):
+@every_metric
+def test_the_order_and_the_precision_of_features_do_not_matter(name):
     features = normal(64, DIMENSION)
-    whole = value(make(name), features)
-    assert value(make(name), *features.split([1, 40, 23])) == pytest.approx(whole, rel=1e-10)
+    whole = value(name, features)
     shuffled = features[torch.randperm(64, generator=seed(2))]
-    assert value(make(name), *shuffled.split(9)) == pytest.approx(whole, rel=1e-10)
-    assert value(make(name), features.float()) == pytest.approx(whole, rel=1e-4)
-    assert value(make(name), 3 * features + 1) != pytest.approx(whole, rel=1e-2)
+    assert value(name, shuffled) == pytest.approx(whole, rel=1e-10)
+    assert value(name, features.float()) == pytest.approx(whole, rel=1e-4)
+    assert value(name, 3 * features + 1) != pytest.approx(whole, rel=1e-2)
 
 
-@accumulators
-def test_merged_accumulators_equal_one(name):
-    features = normal(64, DIMENSION)
-    first, second, empty = make(name), make(name), make(name)
-    first.update(features[:20])
-    second.update(features[20:])
-    first.merge(empty)
-    first.merge(second)
-    assert flat(first.compute()) == pytest.approx(value(make(name), features), rel=1e-10)
-    assert flat(first.compute()) == flat(first.compute())
-    more = normal(10, DIMENSION, 3)
-    assert value(first, more) == pytest.approx(value(make(name), features, more), rel=1e-10)
+@every_metric
+def test_one_image_is_not_enough(name):
+    if name == "classes":  # it is defined for one image
+        assert all(number <= 1 for number in value(name, normal(1, DIMENSION)))
+        return
+    with pytest.raises(ValueError, match=r"at least 2|at least subset_size = 20|more than k = [35]|2 .D . 1. = 8"):
+        value(name, normal(1, DIMENSION))
 
 
-@accumulators
-def test_invalid_features_of_accumulators_raise(name):
-    metric = make(name)
-    with pytest.raises(ValueError, match=r"there are no features yet: call update|needs at least 2 features, got 0"):
-        metric.compute()
-    metric.update(normal(8, DIMENSION))
+@every_metric
+def test_a_line_of_the_table_says_what_the_metric_needs(name):
+    """With one image fewer it cannot be measured."""
+    line = METRICS[name]
+    reference = gaussian(torch.zeros(DIMENSION), torch.eye(DIMENSION))
+    seen = Extracted(normal(5, DIMENSION), normal(5, 4))
+    if line.needs in ("features", "equal"):
+        assert "needs the features of the reference" in line.lacks(10**6, seen, reference)
+        features = normal(2000, DIMENSION)
+        reference = Statistics(reference.mean, reference.covariance, 2000, "exact", "1", "none", features=features)
+    least = line.least({"logits": 4}.get(line.needs, DIMENSION)) if callable(line.least) else line.least
+    assert line.lacks(least, seen, reference) is None
+    assert f"needs at least {least:,} images" in line.lacks(least - 1, seen, reference)
+    assert line.default == (name != "classes") and set(line.settings) <= {
+        "subsets",
+        "subset_size",
+        "splits",
+        "k",
+        "confident",
+    }
+
+
+@pytest.mark.parametrize("kind", [Moments, Rows])
+def test_invalid_features_raise(kind):
+    seen = kind()
+    seen.update(normal(8, DIMENSION))
     with pytest.raises(ValueError, match="features have 7 dimensions, but those before have 3"):
-        metric.update(normal(8, 7))
+        seen.update(normal(8, 7))
     wrong = normal(8, DIMENSION)
     wrong[3, 1], wrong[5, 0] = math.nan, math.inf
     with pytest.raises(ValueError, match="2 of the 8 rows hold NaN or infinity, the first at row 3"):
-        metric.update(wrong)
+        seen.update(wrong)
     with pytest.raises(TypeError, match=r"must be floating point, got torch.uint8"):
-        metric.update(torch.zeros(8, DIMENSION, dtype=torch.uint8))
+        seen.update(torch.zeros(8, DIMENSION, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"must be \(N, D\), one row per image, .* got shape \(8, 3, 1\)"):
-        metric.update(normal(8, DIMENSION)[..., None])
+        seen.update(normal(8, DIMENSION)[..., None])
     with pytest.raises(ValueError, match="with N and D at least 1"):
-        metric.update(normal(0, DIMENSION))
+        seen.update(normal(0, DIMENSION))
     with pytest.raises(TypeError, match=r"must be a tensor .N, D., got list"):
-        metric.update([1.0])
-    other = make("kernel" if name == "frechet" else "frechet")
-    with pytest.raises(TypeError, match=f"other must be a {type(metric).__name__} too, got {type(other).__name__}"):
-        metric.merge(other)
-
-
-@accumulators
-def test_one_image_is_not_enough(name):
-    metric = make(name)
-    metric.update(normal(1, DIMENSION))
-    if name == "density-coverage":  # it is defined for one generated image
-        assert metric.compute()[1] <= 1
-        return
-    with pytest.raises(ValueError, match=r"at least 2|at least subset_size = 20|more than k = 3|2 .D . 1. = 8"):
-        metric.compute()
+        seen.update([1.0])
 
 
 def test_references_with_features():
     features = normal(30, 3)
     held = Statistics(features.mean(0), torch.cov(features.T), 30, "exact", "1", "none", features=features)
     a = normal(30, 3, 1)
-    assert precision_recall(held, a) == precision_recall(features, a)
-    metric = KernelDistance(held, subset_size=10)
-    metric.update(a)
-    assert metric.compute() == kernel_distance(a, features, subset_size=10)
-    metric = DensityCoverage(gaussian(features.mean(0), torch.cov(features.T)))
-    metric.update(a)
-    with pytest.raises(ValueError, match="real must be features, but the statistics have none"):
-        metric.compute()
+    assert precision_recall(a, held) == precision_recall(a, features)
+    assert kernel_distance(a, held, subset_size=10) == kernel_distance(a, features, subset_size=10)
+    with pytest.raises(ValueError, match="reference must be features, but the statistics have none"):
+        density_coverage(a, gaussian(features.mean(0), torch.cov(features.T)))
 
 
 def test_nothing_is_drawn_from_the_global_generator():
     before = torch.get_rng_state()
     for name in METRICS:
-        value(make(name), normal(64, DIMENSION))
+        value(name, normal(64, DIMENSION))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_gradients_are_not_kept():
-    features = normal(9, 2).requires_grad_()
-    metric = FrechetDistance(normal(9, 2, 1))
-    metric.update(features)
-    assert not metric._seen.mean.requires_grad
+    moments = moments_of(normal(9, 2).requires_grad_())
+    assert not moments.mean.requires_grad
 
 
 PROCESSES = """
     import os, sys, torch, torch.distributed as dist
     torch.set_num_threads(1)
-    from scorematch.evaluation import METRICS
-    from tests.test_metrics import DIMENSION, flat, make, normal
+    from scorematch.evaluation.accumulate import Moments, Rows
+    from tests.test_metrics import DIMENSION, normal
 
     rank = 0 if os.fork() else 1  # before there are threads
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", world_size=2, rank=rank)
     features = normal(64, DIMENSION)
-    shares = {"uneven": [features[:20], features[20:]], "one without": [features, None]}
-    for title, share in shares.items():
-        for name in METRICS:
-            metric = make(name)
-            if share[rank] is not None:
-                metric.update(share[rank])
-            with open(sys.argv[2], "a") as file:
-                file.write(f"{title}|{name}|{flat(metric.compute())}\\n")
-    metric = make("frechet")
-    metric.update(normal(5, DIMENSION + rank))
+    for share in ([features[:20], features[20:]], [features, None]):  # uneven, and one process without features
+        moments, rows = Moments(), Rows()
+        if share[rank] is not None:
+            moments.update(share[rank])
+            rows.update(share[rank])
+        moments = moments.reduce()
+        assert torch.equal(rows.gather(), features) and moments.n == 64
+        torch.testing.assert_close(moments.mean, features.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(moments.covariance, torch.cov(features.T), rtol=1e-12, atol=1e-12)
+    moments = Moments()
+    moments.update(normal(5, DIMENSION + rank))
     try:
-        metric.compute()
+        moments.reduce()
     except ValueError as error:
         assert "features have 3 dimensions on one process, but 4 on another" in str(error)
     else:
@@ -649,10 +646,4 @@ PROCESSES = """
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.distributed, "init_process_group"), reason="torch.distributed is not built")
 def test_two_processes_equal_one(tmp_path):
-    python("-c", textwrap.dedent(PROCESSES), tmp_path / "store", tmp_path / "results", timeout=120)
-    lines = [line.split("|") for line in (tmp_path / "results").read_text().splitlines()]
-    assert len(lines) == 2 * 2 * len(METRICS)
-    features = normal(64, DIMENSION)
-    for title, name, result in lines:
-        found = [float(x.strip("() ")) for x in result.strip("[]").split(",")]
-        assert found == pytest.approx(value(make(name), features), rel=1e-10), title
+    python("-c", textwrap.dedent(PROCESSES), tmp_path / "store", timeout=120)

@@ -37,40 +37,17 @@ from scorematch.data import (
 )
 from scorematch.evaluation import (
     EXTRACTORS,
-    MEASURES,
     METRICS,
-    Accumulator,
-    Calibration,
     DataLikelihood,
-    DensityCoverage,
     Estimate,
     Evaluation,
     Evaluator,
-    Extracted,
     Extractor,
-    Extrapolation,
-    Figure,
-    FrechetDistance,
-    FrechetExtrapolation,
-    InceptionScore,
-    KernelDistance,
-    LevelLoss,
     Memorization,
-    Moments,
-    Nearest,
-    Neighbors,
-    PrecisionRecall,
-    Row,
-    SamplerDistances,
-    ScoreError,
+    Metric,
     Statistics,
     Tuning,
-    as_extractor,
-    cache_folder,
-    calibration_chart,
-    calibration_table,
-    compare,
-    content_key,
+    class_shares,
     data_likelihood,
     density_coverage,
     dinov2,
@@ -79,28 +56,32 @@ from scorematch.evaluation import (
     evaluate_restoration,
     exact,
     frechet_distance,
-    frechet_estimate,
     frechet_extrapolation,
     gaussian_images,
     image_figures,
     inception,
     inception_score,
     kernel_distance,
-    level_chart,
     level_losses,
-    level_table,
     memorization_of,
     pixels,
     posterior_calibration,
     precision_recall,
     sampler_distances,
-    sampler_variants,
     score_error,
     settings_table,
     statistics_of,
     tune,
     values,
 )
+from scorematch.evaluation.calibration import Calibration
+from scorematch.evaluation.diagnostics import LevelLoss, ScoreError
+from scorematch.evaluation.features import Extracted
+from scorematch.evaluation.frechet import Extrapolation
+from scorematch.evaluation.memorization import Neighbors
+from scorematch.evaluation.report import Report
+from scorematch.evaluation.sampler_distance import SamplerDistance, sampler_variants
+from scorematch.evaluation.tune import MeasuredSampler
 from scorematch.guidance import GuidedScore, autoguidance, classifier, classifier_free
 from scorematch.likelihood import bits_per_dimension, log_likelihood
 from scorematch.loss import loss_and_norm, sliced_score_matching_loss
@@ -363,51 +344,44 @@ def evaluation(net: ScoreNet, folder: Path) -> None:
     restored: Evaluation = evaluate_restoration(net, folder, Grayscale(), n=100)
     restored.save(folder)
     tuned: Tuning = tune(net, folder, settings=settings_table(net))
-    row: Row = tuned.best
-    assert_type(row.seconds, float)
+    best: MeasuredSampler = tuned.best
+    assert_type(best.seconds, float)
+    assert_type(tuned.table() + tuned.chart(), str)
     evaluator = Evaluator(folder, features=["pixels"], device="cpu")
-    for row in compare([ODESampler(net)], evaluator, 100):
-        assert_type(values(row.figures), dict[str, float])
+    assert_type(values(evaluator.measure([torch.rand(4, 1, 8, 8)])), dict[str, float])
     data = open_images(folder)
     for images in gaussian_images(data, 10):
-        figures: dict[str, Figure] = image_figures([images])
+        figures: dict[str, Estimate] = image_figures([images])
         assert_type(figures["mean"].error, float | None)
-    print(ENDINGS, REFERENCES, MEASURES, METRICS, EXTRACTORS.keys())
+    print(ENDINGS, REFERENCES, METRICS, EXTRACTORS.keys())
+
+
+def mean_distance(features: Tensor, reference: Statistics) -> Estimate:
+    return Estimate(float((features.mean(0) - reference.mean).norm()))
 
 
 def features(folder: Path, images: Tensor) -> None:
     extractors: list[Extractor] = [inception(), dinov2(size="b"), efficientnet_lite0(), pixels()]
-    extractors.append(as_extractor("pixels"))
+    a = extractors[0](images)
     extracted: Extracted = extractors[0].extract(images)
-    statistics: Statistics = statistics_of(folder, extractors[0], features=True)
+    logits = extracted.class_logits
+    statistics: Statistics = statistics_of(folder, extractors[0], keep_features=True)
     statistics.save(folder / "statistics.npz")
-    moments = Moments()
-    moments.update(extracted.features)
-    assert_type(Statistics.of(moments, extractors[0]).mean, Tensor)
-    assert_type(cache_folder(), Path)
-    assert_type(content_key(open_images(folder), extractors[0], 3), str)
-    assert_type(frechet_distance(moments, statistics), float)
+    assert_type(Statistics.of(a, extractors[0]).mean, Tensor)
+    METRICS["means"] = Metric(mean_distance, {"means": "distance of means"})
     estimates: list[Estimate] = [
-        frechet_estimate(extracted.features, statistics),
-        kernel_distance(extracted.features, extracted.features),
-        inception_score(extracted.class_logits),
+        frechet_distance(a, statistics),
+        kernel_distance(a, statistics),
+        inception_score(logits),
+        *class_shares(logits),
+        *precision_recall(a, statistics),
+        *density_coverage(a, statistics),
     ]
-    extrapolation: Extrapolation = frechet_extrapolation(extracted.features, statistics)
-    assert_type(estimates[0].value + extrapolation.slope, float)
-    assert_type(precision_recall(extracted.features, extracted.features), tuple[float, float])
-    assert_type(density_coverage(extracted.features, extracted.features), tuple[float, float])
-    accumulator: Accumulator[float] = FrechetDistance(statistics)
-    accumulator.update(extracted.features)
-    assert_type(accumulator.compute(), float)
-    assert_type(FrechetExtrapolation(statistics).compute(), Extrapolation)
-    assert_type(KernelDistance(extracted.features).compute(), Estimate)
-    assert_type(InceptionScore().compute(), Estimate)
-    assert_type(PrecisionRecall(extracted.features).compute(), tuple[float, float])
-    assert_type(DensityCoverage(extracted.features).compute(), tuple[float, float])
-    nearest = Nearest(extracted.features, k=3)
-    nearest.update(extracted.features)
-    neighbors: Neighbors = nearest.compute()
+    assert_type(estimates[0].error, float | None)
+    extrapolation: Extrapolation = frechet_extrapolation(a, statistics)
+    assert_type(extrapolation.slope, float)
     memorization: Memorization = memorization_of(images, folder)
+    neighbors: Neighbors = memorization.samples
     assert_type(neighbors.ratios, Tensor)
     assert_type(memorization.chart(), str)
 
@@ -420,10 +394,10 @@ def diagnostics(net: ScoreNet, x: Tensor) -> None:
     assert_type(exact.operator_matrix(Grayscale(), (3, 8, 8)), Tensor)
     bits: DataLikelihood = data_likelihood(net, x)
     assert_type(bits.nats.value, float)
-    level: list[LevelLoss] = level_losses(net, x)
-    error: list[ScoreError] = score_error(mixture, mixture)
-    assert_type(level_table(level) + level_chart({"error": error}, "relative"), str)
-    distances: SamplerDistances = sampler_distances(mixture, sampler_variants(net))
-    assert_type(distances.table(), str)
-    calibration: list[Calibration] = posterior_calibration(mixture, Mask(x > 0))
-    assert_type(calibration_table(calibration) + calibration_chart(calibration), str)
+    level: Report[LevelLoss] = level_losses(net, x)
+    error: Report[ScoreError] = score_error(mixture, mixture)
+    assert_type(level.table() + error.chart("relative"), str)
+    distances: Report[SamplerDistance] = sampler_distances(mixture, sampler_variants(net))
+    assert_type(distances[-1].energy, Estimate)
+    calibration: Report[Calibration] = posterior_calibration(mixture, Mask(x > 0))
+    assert_type(calibration.table() + calibration[0].name, str)

@@ -17,9 +17,11 @@ from scorematch.core.conditions import takes_image
 from scorematch.core.processes import find_device, this_process
 from scorematch.core.scores import device_of
 from scorematch.data.tables import REFERENCES
-from scorematch.evaluation.evaluate import DEFAULT_N, Evaluation, check_results, check_sources, evaluate, is_network
-from scorematch.evaluation.figures import MEASURES
+from scorematch.evaluation.evaluate import Evaluation, check_evaluation_folder, evaluate
+from scorematch.evaluation.metrics import METRICS
+from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, evaluate_restoration
+from scorematch.evaluation.subject import DEFAULT_N, is_network
 from scorematch.restoration import as_operator
 from scorematch.sampling import SAMPLERS
 from scorematch.sampling.sampler import options_of
@@ -68,9 +70,9 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--metrics",
         nargs="+",
-        choices=MEASURES,
+        choices=METRICS,
         metavar="METRIC",
-        help=f"the metrics to measure: {', '.join(MEASURES)} (default: all that can be measured, except classes)",
+        help=f"the metrics to measure: {', '.join(METRICS)} (default: all that can be measured, except classes)",
     )
     parser.add_argument(
         "--no-gaussian", action="store_true", help="do not measure images from the Gaussian of the reference"
@@ -105,7 +107,7 @@ def _run(args: argparse.Namespace) -> None:
     check_sources(args.reference, args.held_out, args.data)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
-        check_results(args.out)
+        check_evaluation_folder(args.out)
     common = {"metrics": args.metrics, "out": args.out, "name": args.model}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
     if not network:

@@ -16,7 +16,7 @@ from scorematch.cli.options.values import expanded, filled, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.processes import this_process
 from scorematch.core.scores import device_of
-from scorematch.evaluation.evaluate import check_sources
+from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
 from scorematch.restoration import as_operator
 from scorematch.restoration.methods import Restore
@@ -116,7 +116,7 @@ def _run(args: argparse.Namespace) -> None:
         **{**options, "features": options["features"][0] if options["features"] else []},
     )
     if this_process()[0] == 0:
-        print(result.to_markdown(), end="")
+        print(result.table(), end="")
         print(f"best: {result.best.settings}")
         if args.out is not None:
             print(args.out)

@@ -17,58 +17,14 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scorematch.core.processes import (
-    communication_device,
-    over_processes,
-    processes,
-)
+from scorematch.core.processes import communication_device, over_processes, processes
+from scorematch.evaluation.rows import check_features, double
 
 _BLOCK = 8192  # features that are converted to float64 at a time
-_ASYMMETRY = 1e-5  # the tolerance of a covariance, relative to its largest entry; files may hold float32
-
-
-def check_features(features: Any, name: str = "features") -> Tensor:
-    """Checks features (N, D), and detaches them.
-
-    Raises:
-        TypeError: if they are not a floating-point tensor.
-        ValueError: if they are not (N, D), are empty, or contain NaN or infinity.
-    """
-    if not isinstance(features, Tensor):
-        raise TypeError(f"{name} must be a tensor (N, D), got {type(features).__name__}. Write torch.as_tensor(...).")
-    if not features.is_floating_point():
-        raise TypeError(
-            f"{name} must be floating point, got {features.dtype}. Pass images to an extractor first, such as "
-            "pixels()(images)."
-        )
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(
-            f"{name} must be (N, D), one row per image, with N and D at least 1, got shape {tuple(features.shape)}."
-        )
-    finite = features.isfinite().all(1)
-    if not finite.all():
-        wrong = int((~finite).sum())
-        raise ValueError(
-            f"{name} must be finite, but {wrong} of the {len(features)} rows hold NaN or infinity, the first at row "
-            f"{int(finite.int().argmin())}."
-        )
-    return features.detach()
-
-
-def double(features: Tensor) -> Tensor:
-    """Converts features to float64, on the CPU if their device does not support it."""
-    return (features.cpu() if features.device.type == "mps" else features).double()
-
-
-def is_symmetric(covariance: Tensor) -> bool:
-    """Whether a covariance (D, D) is symmetric up to the rounding of float32, and has no NaN."""
-    return bool((covariance - covariance.T).abs().max() <= _ASYMMETRY * covariance.abs().max())
 
 
 class Moments:
@@ -103,29 +59,29 @@ class Moments:
             rows = double(block)
             mean = rows.mean(0)
             centered = rows - mean
-            self._add(len(rows), mean, centered.T @ centered)
-
-    def merge(self, other: Moments) -> None:
-        """Adds all features of another accumulator.
-
-        Raises:
-            ValueError: if their dimension differs.
-        """
-        if other._mean is not None and other._scatter is not None:
-            self._add(other.n, other._mean, other._scatter)
+            scatter = centered.T @ centered
+            if self._mean is None or self._scatter is None:
+                self.n, self._mean, self._scatter = len(rows), mean, scatter
+                continue
+            if len(mean) != len(self._mean):
+                raise ValueError(f"features have {len(mean)} dimensions, but those before have {len(self._mean)}.")
+            mean, scatter = mean.to(self._mean.device), scatter.to(self._mean.device)
+            delta, total = mean - self._mean, self.n + len(rows)
+            self._scatter += scatter + torch.outer(delta, delta) * (self.n * len(rows) / total)
+            self._mean += delta * (len(rows) / total)
+            self.n = total
 
     def reduce(self) -> Moments:
         """Returns the moments over all processes of ``torch.distributed``; every process must call it.
 
-        Without a process group it returns a copy.
+        Without a process group it returns itself.
 
         Raises:
             ValueError: if the dimensions of the processes differ.
         """
-        result = Moments()
         if processes() == 1:
-            result.merge(self)
-            return result
+            return self
+        result = Moments()
         dimension = _common_dimension(0 if self._mean is None else len(self._mean))
         if dimension == 0:
             return result
@@ -159,18 +115,6 @@ class Moments:
             raise ValueError(f"a covariance needs at least 2 features, got {self.n}.")
         return self._scatter / (self.n - 1)
 
-    def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
-        if self._mean is None or self._scatter is None:
-            self.n, self._mean, self._scatter = n, mean.clone(), scatter.clone()
-            return
-        if len(mean) != len(self._mean):
-            raise ValueError(f"features have {len(mean)} dimensions, but those before have {len(self._mean)}.")
-        mean, scatter = mean.to(self._mean.device), scatter.to(self._mean.device)
-        delta, total = mean - self._mean, self.n + n
-        self._scatter += scatter + torch.outer(delta, delta) * (self.n * n / total)
-        self._mean += delta * (n / total)
-        self.n = total
-
 
 class Rows:
     """Collects features that arrive in batches.
@@ -196,15 +140,6 @@ class Rows:
                 f"features have {features.shape[1]} dimensions, but those before have {self._parts[0].shape[1]}."
             )
         self._parts.append(features.to(torch.promote_types(features.dtype, torch.float32)))
-
-    def merge(self, other: Rows) -> None:
-        """Adds all features of another accumulator.
-
-        Raises:
-            ValueError: if their dimension differs.
-        """
-        for part in list(other._parts):
-            self.update(part)
 
     def gather(self) -> Tensor:
         """Returns the features (N, D) of all processes of ``torch.distributed``; every process must call it.

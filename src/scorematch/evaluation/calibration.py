@@ -26,7 +26,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +34,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
-from scorematch.core.charts import Curve, chart, table
 from scorematch.core.randomness import seed_of, single_generator, standard_normal, uniform
+from scorematch.evaluation.estimate import Estimate, mean_of, root_of
 from scorematch.evaluation.exact import Mixture
-from scorematch.evaluation.figures import Figure, mean_figure, root_figure
+from scorematch.evaluation.report import Report
 from scorematch.restoration.methods import METHODS
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
@@ -53,7 +53,6 @@ class Calibration:
 
     Attributes:
         name: the name of the method.
-        sampler: its description, ``str(sampler)``.
         draws: K, the number of draws for each observation.
         ranks: the ranks of the truth (observations, directions), int64, from 0 to K.
         spread: the root of the mean ratio of variances, draws to posterior, and its standard error.
@@ -61,13 +60,12 @@ class Calibration:
     """
 
     name: str
-    sampler: str
     draws: int
     ranks: Tensor
-    spread: Figure
+    spread: Estimate
     shift: float
 
-    def coverage(self, i: int) -> tuple[float, Figure]:
+    def coverage(self, i: int) -> tuple[float, Estimate]:
         """The coverage of the interval between the i-th smallest and the i-th largest draw.
 
         Args:
@@ -83,7 +81,7 @@ class Calibration:
         if not 1 <= i <= self.draws // 2:
             raise ValueError(f"i must be from 1 to {self.draws // 2} for {self.draws} draws, got {i}.")
         inside = (self.ranks >= i) & (self.ranks <= self.draws - i)
-        return 1 - 2 * i / (self.draws + 1), mean_figure(inside.double().mean(1))
+        return 1 - 2 * i / (self.draws + 1), mean_of(inside.double().mean(1))
 
     @property
     def p_value(self) -> float:
@@ -94,6 +92,13 @@ class Calibration:
         half = torch.tensor(self.draws / 2, dtype=torch.float64)
         smallest = float(torch.special.gammaincc(half, statistic / 2).min())
         return min(1.0, len(counts) * smallest)
+
+    def _asdict(self) -> dict[str, object]:
+        """The columns of the table, with the coverage of the intervals nearest to 50 % and 90 %."""
+        numbers = range(1, self.draws // 2 + 1)
+        chosen = [min(numbers, key=lambda i: abs(self.coverage(i)[0] - level)) for level in (0.5, 0.9)]
+        shares = {f"coverage, nominal {nominal:.1%}": share for nominal, share in map(self.coverage, chosen)}
+        return {"method": self.name, **shares, "spread": self.spread, "shift": self.shift, "p value": self.p_value}
 
 
 def posterior_calibration(
@@ -107,7 +112,7 @@ def posterior_calibration(
     directions: int = 8,
     seed: int = 0,
     progress: bool = True,
-) -> list[Calibration]:
+) -> Report[Calibration]:
     """Measures the calibration of restoration methods on a distribution whose posterior is known.
 
     Args:
@@ -149,80 +154,47 @@ def posterior_calibration(
     y = y + sigma * standard_normal(y.shape, single_generator(seed_of(seed, "noise")), y.device)
     drawing = single_generator(seed_of(seed, "directions"))
     w = standard_normal((truth[0].numel(), directions), drawing, torch.device("cpu"))
-    check = _Check(exact, Observation(operator, y, sigma), truth, w, draws, seed)
-    found = [check("posterior", "exact draws", check.exact)]
+    w = (w / w.norm(dim=0)).double()
+
+    def along(x: Tensor) -> Tensor:
+        """The projections (n, J) of images (n, ...)."""
+        return x.cpu().double().flatten(1) @ w
+
+    def variance_of(distribution: Mixture) -> Tensor:
+        """The variances (J,) along the directions."""
+        return (distribution.covariance.cpu() @ w * w).sum(0)
+
+    posteriors = [exact.posterior(Observation(operator, y, sigma), i) for i in range(observations)]
+    mean = torch.stack([posterior.mean.cpu() @ w for posterior in posteriors])
+    variance = torch.stack([variance_of(posterior) for posterior in posteriors])
+    if not (variance > _KNOWN * variance_of(exact)).all():
+        raise ValueError(
+            "the observations determine the images completely. Pass an operator that hides a part, or sigma above 0."
+        )
+    drawn = [
+        along(posterior.sample(draws, seed_of(seed, "posterior", i), torch.float64))
+        for i, posterior in enumerate(posteriors)
+    ]
+    found = [_calibration("posterior", torch.stack(drawn), along(truth), mean, variance, seed)]
     repeated = Observation(operator, y.repeat_interleave(draws, 0), sigma)
     for name, sampler in tqdm(samplers.items(), "methods", leave=False, disable=not progress):
         generator = seed_of(seed, "draws", name)
         x = sampler.sample(len(repeated), observation=repeated, generator=generator, progress=False)
-        found.append(check(name, str(sampler), check.along(x).view(observations, draws, directions)))
-    return found
+        values = along(x).view(observations, draws, directions)
+        found.append(_calibration(name, values, along(truth), mean, variance, seed))
+    return Report(found)
 
 
-class _Check:
-    """Compares draws with the truth and with the posterior along the directions w (D, J).
+def _calibration(name: str, values: Tensor, truth: Tensor, mean: Tensor, variance: Tensor, seed: int) -> Calibration:
+    """Compares draws with the truth and with the moments of the posterior, all along the directions.
 
-    Attributes:
-        exact: draws from the posteriors along the directions (observations, K, J).
+    ``values`` are the draws (observations, K, J), and the others (observations, J).
     """
-
-    def __init__(
-        self, exact: Mixture, observation: Observation, truth: Tensor, w: Tensor, draws: int, seed: int
-    ) -> None:
-        self._w, self._draws, self._seed = (w / w.norm(dim=0)).double(), draws, seed
-        self._truth = self.along(truth)
-        means, variances, own = [], [], []
-        for i in range(len(truth)):
-            posterior = exact.posterior(observation, i)
-            means.append(posterior.mean.cpu() @ self._w)
-            variances.append(self._variance_of(posterior))
-            own.append(self.along(posterior.sample(draws, seed_of(seed, "posterior", i), torch.float64)))
-        self._mean, self._variance, self.exact = torch.stack(means), torch.stack(variances), torch.stack(own)
-        if not (self._variance > _KNOWN * self._variance_of(exact)).all():
-            raise ValueError(
-                "the observations determine the images completely. Pass an operator that hides a part, or sigma "
-                "above 0."
-            )
-
-    def along(self, x: Tensor) -> Tensor:
-        """The projections (n, J) of images (n, ...)."""
-        return x.cpu().double().flatten(1) @ self._w
-
-    def _variance_of(self, distribution: Mixture) -> Tensor:
-        """The variances (J,) of a distribution along the directions."""
-        return (distribution.covariance.cpu() @ self._w * self._w).sum(0)
-
-    def __call__(self, name: str, sampler: str, values: Tensor) -> Calibration:
-        below, equal = (compare(values, self._truth[:, None]).sum(1) for compare in (torch.lt, torch.eq))
-        u = uniform(equal.shape, single_generator(seed_of(self._seed, "ties", name)), equal.device)
-        ranks = below + (u * (equal + 1)).long()
-        shifts = (values.mean(1) - self._mean) / self._variance.sqrt()
-        ratios = values.var(1) / self._variance
-        square = float((shifts.square() - ratios / self._draws).mean())
-        spread = root_figure(mean_figure(ratios.mean(1)))
-        return Calibration(name, sampler, self._draws, ranks, spread, math.sqrt(max(0.0, square)))
-
-
-# -- Reports ----------------------------------------------------------------------------------------------------------
-
-
-def calibration_table(found: Sequence[Calibration]) -> str:
-    """A table in Markdown: the coverage of the intervals nearest to 50 % and 90 %, spread, shift and p value."""
-    rows, header = [], []
-    for each in found:
-        numbers = range(1, each.draws // 2 + 1)
-        chosen = [min(numbers, key=lambda i: abs(each.coverage(i)[0] - level)) for level in (0.5, 0.9)]
-        shares = [each.coverage(i) for i in chosen]
-        header = [f"coverage, nominal {nominal:.1%}" for nominal, _ in shares]
-        figures = [str(share) for _, share in shares]
-        rows.append([each.name, *figures, str(each.spread), f"{each.shift:.3f}", f"{each.p_value:.2g}"])
-    return table(["method", *header, "spread", "shift", "p value"], rows)
-
-
-def calibration_chart(found: Sequence[Calibration]) -> str:
-    """The coverage against the nominal coverage, as the text of an SVG file; exact draws are on the diagonal."""
-    curves = [Curve("nominal", [0.0, 1.0], [0.0, 1.0])]
-    for each in found:
-        points = [each.coverage(i) for i in range(each.draws // 2, 0, -1)]
-        curves.append(Curve(each.name, [nominal for nominal, _ in points], [share.value for _, share in points]))
-    return chart("coverage of central intervals of the draws", "nominal coverage", curves)
+    draws = values.shape[1]
+    below, equal = (compare(values, truth[:, None]).sum(1) for compare in (torch.lt, torch.eq))
+    u = uniform(equal.shape, single_generator(seed_of(seed, "ties", name)), equal.device)
+    ranks = below + (u * (equal + 1)).long()
+    shifts = (values.mean(1) - mean) / variance.sqrt()
+    ratios = values.var(1) / variance
+    square = float((shifts.square() - ratios / draws).mean())
+    return Calibration(name, draws, ranks, root_of(mean_of(ratios.mean(1))), math.sqrt(max(0.0, square)))

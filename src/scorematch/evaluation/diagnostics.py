@@ -31,24 +31,24 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.core.charts import Curve, chart, table
 from scorematch.core.conditions import class_of_each
 from scorematch.core.precision import exact_float32
 from scorematch.core.processes import process_group
 from scorematch.core.randomness import as_generator, seed_of, standard_normal
 from scorematch.core.scores import Score, device_of, evaluating, score_at
 from scorematch.data.images import open_images
-from scorematch.evaluation.accumulate import double
+from scorematch.evaluation.estimate import Estimate, mean_of, ratio_of
 from scorematch.evaluation.exact import Distribution
-from scorematch.evaluation.figures import Figure, mean_figure
 from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
+from scorematch.evaluation.report import Report
+from scorematch.evaluation.rows import double
 from scorematch.loss import scaled_score
 from scorematch.noise import NoiseSchedule, schedule_of
 
@@ -66,8 +66,8 @@ class ScoreError(NamedTuple):
     """
 
     sigma: float
-    excess: Figure
-    relative: Figure
+    excess: Estimate
+    relative: Estimate
     denoised: float
 
 
@@ -85,15 +85,12 @@ class LevelLoss(NamedTuple):
     """
 
     sigma: float
-    loss: Figure
-    norm: Figure
-    calibration: Figure
+    loss: Estimate
+    norm: Estimate
+    calibration: Estimate
     denoised: float
-    slope: Figure
-    bias: Figure
-
-
-# -- Against a known score --------------------------------------------------------------------------------------------
+    slope: Estimate
+    bias: Estimate
 
 
 def score_error(
@@ -107,7 +104,7 @@ def score_error(
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
-) -> list[ScoreError]:
+) -> Report[ScoreError]:
     """Measures the error of a score against the known score of a distribution, at each noise level.
 
     Both are evaluated at samples of the distribution with noise; the noise of a sample is the same at all levels. Under
@@ -142,39 +139,31 @@ def score_error(
     drawn = exact.sample(n, seed_of(seed, "samples")) if x is None else x
     if len(drawn) < 2:
         raise ValueError(f"a standard error needs at least 2 samples, got {len(drawn)}.")
-    device = device_of(score)
 
-    def errors(batch: ImageBatch) -> Tensor:
-        clean = batch.x.to(device)
+    def squares(batch: ImageBatch, clean: Tensor, z: Tensor, sigma: float) -> Sequence[Tensor]:
+        noisy = clean + sigma * z
+        level = torch.full((len(clean),), sigma, dtype=clean.dtype, device=clean.device)
+        known = exact(noisy, level)
+        error = score_at(score, noisy, level, class_of_each(condition, noisy)) - known
+        return [double(sigma * each).square() for each in (error, known)]
+
+    found = _by_level(
+        squares,
+        score,
+        sigmas,
         # Equal samples, which Empirical draws, need different noise.
-        seeds = [seed_of(seed, "noise", i) for i in batch.indices.tolist()]
-        z = standard_normal(clean.shape, as_generator(seeds), device, clean.dtype)
-        columns = []
-        for sigma in sigmas:
-            noisy = clean + sigma * z
-            level = torch.full((len(clean),), sigma, dtype=clean.dtype, device=device)
-            known = exact(noisy, level)
-            error = score_at(score, noisy, level, class_of_each(condition, noisy)) - known
-            columns += [double(sigma * each).square().flatten(1).mean(1) for each in (error, known)]
-        return torch.stack(columns, 1)
-
-    with process_group(device), torch.no_grad(), evaluating(score), exact_float32():
-        values = values_per_image(
-            errors,
-            lambda rows: (drawn[rows].cpu(), None),
-            torch.arange(len(drawn)),
-            batch_size=batch_size,
-            title="score error",
-            progress=progress,
-        )
+        lambda batch: [seed_of(seed, "noise", i) for i in batch.indices.tolist()],
+        read=lambda rows: (drawn[rows].cpu(), None),
+        indices=torch.arange(len(drawn)),
+        batch_size=batch_size,
+        title="score error",
+        progress=progress,
+    )
     rows = []
-    for sigma, error, known in zip(sigmas, values[:, ::2].T, values[:, 1::2].T, strict=True):
-        excess = mean_figure(error)
-        rows.append(ScoreError(sigma, excess, _ratio(error, known), sigma * math.sqrt(excess.value)))
-    return rows
-
-
-# -- Of real images ---------------------------------------------------------------------------------------------------
+    for sigma, (error, known) in zip(sigmas, found, strict=True):
+        excess = mean_of(error)
+        rows.append(ScoreError(sigma, excess, ratio_of(error, known), sigma * math.sqrt(excess.value)))
+    return Report(rows)
 
 
 def level_losses(
@@ -187,7 +176,7 @@ def level_losses(
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
-) -> list[LevelLoss]:
+) -> Report[LevelLoss]:
     """Measures the loss of a network, the norm of its score and its denoised images, at each noise level.
 
     The noise of an image depends on ``seed`` and on its content, and is the same at all levels; that of equal images
@@ -211,75 +200,63 @@ def level_losses(
         ValueError: as ``open_images``; also if there are no levels, or n is below 2.
     """
     sigmas = _sigmas(levels, net)
-    images, device = open_images(data, progress=progress), device_of(net)
+    images = open_images(data, progress=progress)
 
-    def losses(batch: ImageBatch) -> Tensor:
-        clean = batch.x.to(device)
-        z = standard_normal(clean.shape, as_generator(batch.seeds(seed, "noise")), device, clean.dtype)
-        given = batch.condition(condition, device)
-        columns = []
-        for sigma in sigmas:
-            scaled, wrong = map(double, scaled_score(net, clean, sigma=sigma, noise=z, condition=given))
-            error = sigma * wrong
-            denoised = double(clean) + error
-            values = (wrong.square(), scaled.square(), error, denoised, denoised.square(), denoised * error)
-            columns += [value.flatten(1).mean(1) for value in values]
-        return torch.stack(columns, 1)
+    def columns(batch: ImageBatch, clean: Tensor, z: Tensor, sigma: float) -> Sequence[Tensor]:
+        given = batch.condition(condition, clean.device)
+        scaled, wrong = map(double, scaled_score(net, clean, sigma=sigma, noise=z, condition=given))
+        error = sigma * wrong
+        denoised = double(clean) + error
+        return wrong.square(), scaled.square(), error, denoised, denoised.square(), denoised * error
 
-    with process_group(device), torch.no_grad(), evaluating(net), exact_float32():
-        values = values_per_image(
-            losses,
-            images.read,
-            choose(len(images), n if n is None else min(n, len(images)), seed),
-            batch_size=batch_size,
-            title="loss by level",
-            progress=progress,
-        )
+    found = _by_level(
+        columns,
+        net,
+        sigmas,
+        lambda batch: batch.seeds(seed, "noise"),
+        read=images.read,
+        indices=choose(len(images), n if n is None else min(n, len(images)), seed),
+        batch_size=batch_size,
+        title="loss by level",
+        progress=progress,
+    )
     rows = []
-    for sigma, (loss, norm, error, mean, square, product) in zip(
-        sigmas, values.T.unflatten(0, (len(sigmas), -1)), strict=True
-    ):
-        center, bias, residual = float(mean.mean()), mean_figure(error), mean_figure(loss)
+    for sigma, (loss, norm, error, mean, square, product) in zip(sigmas, found, strict=True):
+        center, bias, residual = float(mean.mean()), mean_of(error), mean_of(loss)
         # Cov(x, d) / Var(d) = 1 - Cov(d - x, d) / Var(d), of all values; each image has its part of the two sums.
         covariance = product - center * error - bias.value * mean + center * bias.value
-        excess = _ratio(covariance, square - 2 * center * mean + center**2)
-        rows.append(
-            LevelLoss(
-                sigma,
-                residual,
-                mean_figure(norm),
-                mean_figure(loss + norm - 1),
-                sigma * math.sqrt(residual.value),
-                Figure(1 - excess.value, excess.error),
-                bias,
-            )
-        )
-    return rows
+        excess = ratio_of(covariance, square - 2 * center * mean + center**2)
+        slope, denoised = Estimate(1 - excess.value, excess.error), sigma * math.sqrt(residual.value)
+        rows.append(LevelLoss(sigma, residual, mean_of(norm), mean_of(loss + norm - 1), denoised, slope, bias))
+    return Report(rows)
 
 
-# -- Reports ----------------------------------------------------------------------------------------------------------
-
-
-def level_table(rows: Sequence[ScoreError] | Sequence[LevelLoss]) -> str:
-    """A table in Markdown of the result of ``score_error`` or ``level_losses``."""
-    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
-    return table(list(rows[0]._fields), cells)
-
-
-def level_chart(sets: Mapping[str, Sequence[ScoreError]] | Mapping[str, Sequence[LevelLoss]], figure: str) -> str:
-    """A chart of one figure against the noise level, as the text of an SVG file.
+def _by_level(
+    columns: Callable[[ImageBatch, Tensor, Tensor, float], Sequence[Tensor]],
+    score: Score,
+    sigmas: Sequence[float],
+    seeds: Callable[[ImageBatch], list[int]],
+    **options: Any,
+) -> Tensor:
+    """The means over each image of several values at each level, (levels, values, images), over all processes.
 
     Args:
-        sets: named results of ``score_error`` or ``level_losses``, such as those of training and of held-out images.
-        figure: the name of the figure: "excess", "relative", "loss", "norm", "calibration", "denoised", "slope"
-            or "bias".
+        columns: computes the values (b, ...) of a batch, of its clean images, their noise z and the level.
+        score: the score, which is evaluated in eval mode.
+        sigmas: the levels.
+        seeds: the seeds of the noise of a batch, which is the same at all levels.
+        options: arguments of ``values_per_image``.
     """
-    curves = []
-    for name, rows in sets.items():
-        found = [getattr(row, figure) for row in rows]
-        curves.append(Curve(name, [row.sigma for row in rows], [getattr(each, "value", each) for each in found]))
-    log_y = figure in ("excess", "relative", "denoised")
-    return chart(f"{figure} by noise level", "sigma", curves, log_x=True, log_y=log_y)
+    device = device_of(score)
+
+    def values(batch: ImageBatch) -> Tensor:
+        clean = batch.x.to(device)
+        z = standard_normal(clean.shape, as_generator(seeds(batch)), device, clean.dtype)
+        found = [value for sigma in sigmas for value in columns(batch, clean, z, sigma)]
+        return torch.stack([value.flatten(1).mean(1) for value in found], 1)
+
+    with process_group(device), torch.no_grad(), evaluating(score), exact_float32():
+        return values_per_image(values, **options).T.unflatten(0, (len(sigmas), -1))
 
 
 def _sigmas(levels: NoiseSchedule | Iterable[float] | None, *scores: object) -> list[float]:
@@ -293,9 +270,3 @@ def _sigmas(levels: NoiseSchedule | Iterable[float] | None, *scores: object) -> 
     if not sigmas or not all(0 < sigma < math.inf for sigma in sigmas):
         raise ValueError(f"levels must have at least one noise level, all positive and finite, got {sigmas}.")
     return sigmas
-
-
-def _ratio(a: Tensor, b: Tensor) -> Figure:
-    """The ratio of the means of values (n,) and (n,), and its standard error to first order."""
-    ratio = float(a.mean() / b.mean())
-    return Figure(ratio, float((a - ratio * b).std() / b.mean()) / math.sqrt(len(a)))

@@ -6,13 +6,6 @@ A distance alone says little. It is therefore measured for up to three sets of i
 - held-out images of the data, which are not in the reference: the floor that a perfect network would reach;
 - images from the Gaussian with the mean and the covariance of the reference: a ceiling, which any network should beat.
 
-Samples of the Gaussian need no covariance matrix. For images :math:`x_1, \dots, x_N` with the mean :math:`\bar x` and
-independent standard normal numbers :math:`w_j`,
-
-.. math:: \bar x + \frac{1}{\sqrt{N - 1}} \sum_{j=1}^N w_j\, (x_j - \bar x)
-
-has exactly their mean and covariance. Values are clamped to [0, 1].
-
 The folder of an evaluation contains
 
 ==================  ===================================================================================================
@@ -28,56 +21,34 @@ nothing again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count, check_integer
 from scorematch.core.charts import table
-from scorematch.core.conditions import takes_image
 from scorematch.core.files import check_outside, check_own, delete_unfinished, write_whole
 from scorematch.core.processes import process_group, this_process
 from scorematch.core.provenance import versions
-from scorematch.core.randomness import seed_of, standard_normal
-from scorematch.core.scores import device_of
-from scorematch.data.find import check_path
-from scorematch.data.images import ImageData, open_images
-from scorematch.data.pictures import ENDINGS, Crop, check_picture, is_picture, save_grid, to_float, to_uint8
-from scorematch.data.samples import read_samples, stored_samples, stored_settings
-from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figures, OneOrMore, as_dicts, image_figures
+from scorematch.core.records import as_stored, hash_of
+from scorematch.data.pictures import Crop, check_picture, save_grid
+from scorematch.evaluation.estimate import IMAGES, Figures, as_dicts
+from scorematch.evaluation.evaluator import Evaluator, OneOrMore, image_figures
+from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.per_image import choose
-from scorematch.pretrained import cards
-from scorematch.pretrained.configuration import CONFIG_FILE
-from scorematch.pretrained.diffusers import INDEX_FILE
-from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
-from scorematch.sampling.bulk import SEEDS, Classes, Job
-from scorematch.sampling.folder import SampleFolder
-from scorematch.score import ScoreNet
-
-SamplerChoice: TypeAlias = "SamplerSettings | Callable[[Any], Sampler] | None"
+from scorematch.evaluation.reference import are_same, check_sources, gaussian_images, open_for, read_batches, shown
+from scorematch.evaluation.subject import SamplerChoice, is_network, samples_in, subject_of
+from scorematch.sampling.bulk import Classes
 
 SAMPLES, HELD_OUT, GAUSSIAN, REFERENCE = "samples", "held-out", "gaussian", "reference"
 _COLUMNS = {SAMPLES: "samples", HELD_OUT: "held-out images", GAUSSIAN: "Gaussian", REFERENCE: "reference"}
-_LABELS = {
-    "frechet": "Fréchet distance ↓",
-    "frechet-infinity": "Fréchet distance, extrapolated to n = ∞ ↓",
-    "kernel": "kernel distance ↓",
-    "inception-score": "Inception Score ↑",
-    "precision": "precision ↑",
-    "recall": "recall ↑",
-    "density": "density ↑",
-    "coverage": "coverage ↑",
-    "confident": "share over 0.9 confident",
-    "rarest": "share of the rarest class",
+_LABELS = {  # of the figures that are not in METRICS
     "std": "standard deviation",
     "psnr": "PSNR in dB ↑",
     "rmse": "rmse ↓",
@@ -85,10 +56,7 @@ _LABELS = {
     "perceptual": "perceptual distance ↓",
     "accuracy": "accuracy ↑",
 }
-DEFAULT_N = 5000  # samples, if the number is not given
 _ON_THE_PICTURE = 64
-_BLOCK = 4096  # images of the reference that are read at a time for the Gaussian
-_VALUES = 2**27  # values of Gaussian images that are made in one pass over the reference
 
 
 # -- The result -------------------------------------------------------------------------------------------------------
@@ -120,7 +88,7 @@ class Evaluation:
     @property
     def hash(self) -> str:
         """A hash of the settings, 16 hexadecimal digits."""
-        return hash_of(self.settings)
+        return hash_of(self.settings, size=8)
 
     def to_json(self) -> str:
         """The content of evaluation.json."""
@@ -146,16 +114,14 @@ class Evaluation:
             rows.append([f"**{source}**", *("" for _ in sets)])
             for name in dict.fromkeys(name for found in sets for name in found.get(source, {})):
                 cells = (found.get(source, {}).get(name, "") for found in sets)
-                rows.append([_LABELS.get(name, name), *map(str, cells)])
+                rows.append([_label(name), *map(str, cells)])
         return table(["", *(_COLUMNS.get(column, column) for column in self.figures)], rows)
 
     def to_markdown(self) -> str:
         """The content of evaluation.md."""
         lines = [f"# Evaluation of {self.name}", "", self.table()]
         lines += ["The number after ± is the error of the figure:", ""]
-        lines += [
-            f"- {_LABELS.get(name, name).rstrip(' ↑↓')}: {error}" for name, error in _errors(self.figures).items()
-        ]
+        lines += [f"- {_label(name).rstrip(' ↑↓')}: {error}" for name, error in _errors(self.figures).items()]
         if self.left_out:
             lines += ["", "Not measured:", ""]
             lines += [f"- {name}: {reason}" for name, reason in self.left_out.items()]
@@ -177,23 +143,24 @@ class Evaluation:
             write_whole(folder / name, text.encode(errors="backslashreplace"))  # of names in another encoding
 
 
-def hash_of(settings: Mapping[str, Any]) -> str:
-    """A hash of settings, 16 hexadecimal digits."""
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def check_results(folder: Path) -> None:
+def check_evaluation_folder(folder: Path) -> None:
     """Checks that the files that an evaluation writes replace only those of an earlier one; see ``check_own``."""
     check_own(folder, "evaluation.json", ("evaluation.md", "samples.png", "restored.png"))
 
 
+def _label(name: str) -> str:
+    """The label of a figure in tables."""
+    return {**_LABELS, **{key: label for metric in METRICS.values() for key, label in metric.figures.items()}}.get(
+        name, name
+    )
+
+
 def _errors(figures: Mapping[str, Figures]) -> dict[str, str]:
-    """Returns a description of the error of each figure."""
-    known = {
-        name: error for measure in MEASURES.values() for name, error in measure.errors.items() if error is not None
-    }
-    present = dict.fromkeys(name for found in figures.values() for each in found.values() for name in each)
-    return {name: known[name] for name in present if name in known} | {"others": "standard error over the images"}
+    """Returns a description of the error of each figure that has one."""
+    known = {name: metric.error for metric in METRICS.values() for name in metric.figures}
+    measured = [item for found in figures.values() for each in found.values() for item in each.items()]
+    with_error = dict.fromkeys(name for name, figure in measured if figure.error is not None)
+    return {name: known[name] for name in with_error if known.get(name)} | {"others": "standard error over the images"}
 
 
 # -- What users call --------------------------------------------------------------------------------------------------
@@ -237,7 +204,7 @@ def evaluate(
             wrote, the first n images are.
         features: the extractor, or several of them: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of
             images (N, C, H, W), uint8, as for ``as_extractor``.
-        metrics: a name from ``MEASURES``, or several; None is everything that can be measured, except "classes".
+        metrics: a name from ``METRICS``, or several; None is everything that can be measured, except "classes".
         sampler: ``SamplerSettings``, or a function of the network that returns a ``Sampler``; None is the sampler that
             is recommended for the network.
         seed: the seed of the samples and of random subsets.
@@ -256,7 +223,7 @@ def evaluate(
         crop: how real images are cropped before they are resized, as for ``open_images``. "center" does not crop the
             reference of a set of images that are not square.
         name: the name of the images for the title; None derives it from ``what``.
-        cache: the folder for the statistics of the reference; True is ``cache_folder()``, False uses no cache.
+        cache: the folder for the statistics of the reference; as for ``statistics_of``.
         device: the device of extractors that are given by name, and of networks that are loaded; None is that of the
             network, or the CPU.
         progress: whether to show progress bars.
@@ -277,17 +244,17 @@ def evaluate(
     """
     n, seed = None if n is None else check_integer("n", n), check_integer("seed", seed)
     batch_size = check_count("batch_size", batch_size)
-    if held_out is not None and _are_same(held_out, reference):
+    if held_out is not None and are_same(held_out, reference):
         raise ValueError("held_out is the reference. Pass real images that are not in it.")
     check_sources(reference, held_out)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
-        written = is_network(what) or (isinstance(what, str | os.PathLike) and _samples_in(Path(what)) is not None)
+        written = is_network(what) or (isinstance(what, str | os.PathLike) and samples_in(Path(what)) is not None)
         check_outside(folder, reference, held_out, None if written else what)
-        check_results(folder)
+        check_evaluation_folder(folder)
         check_picture(folder / "samples.png")  # fails early
     options = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
-    subject = _subject(what, n, sampler, options, folder, device, progress)
+    subject = subject_of(what, n, sampler, options, folder, device, progress)
     device = subject.device if device is None else device
     # Without a size in pixels, "center" would crop to a square.
     whole = crop == "center" and not subject.is_network and subject.shape[1] != subject.shape[2]
@@ -296,8 +263,7 @@ def evaluate(
             reference,
             features=features,
             metrics=metrics,
-            image_size=subject.shape[1:] if subject.is_network else None,
-            channels=subject.shape[0] if subject.is_network else None,
+            shape=subject.shape if subject.is_network else None,
             crop=None if whole else crop,
             cache=cache,
             device=device,
@@ -326,7 +292,7 @@ def evaluate(
             figures[REFERENCE] = {IMAGES: image_figures(read_batches(data, every, batch_size))}
         result = Evaluation(
             name=subject.name if name is None else name,
-            settings=json.loads(json.dumps(settings)),  # lists instead of tuples
+            settings=as_stored(settings),
             versions=versions(device),
             sizes=sizes,
             figures=figures,
@@ -338,260 +304,3 @@ def evaluate(
             save_grid(subject.first(min(subject.n, _ON_THE_PICTURE)), folder / "samples.png")
             delete_unfinished(folder)
     return result
-
-
-# -- The images to evaluate -------------------------------------------------------------------------------------------
-
-
-class _Subject(NamedTuple):
-    """The images to evaluate.
-
-    Attributes:
-        name: their name.
-        n: their number.
-        shape: the shape of one, (C, H, W).
-        is_network: whether they are samples of a network; the reference is then resized to their shape.
-        batches: yields the batches of this process.
-        first: returns the first n images (n, C, H, W), float32 in [0, 1]; called after all have been drawn.
-        settings: everything that determines the images, as plain values for JSON.
-        device: the device of the network.
-        sampler: the sampler in words, or None.
-    """
-
-    name: str
-    n: int
-    shape: tuple[int, int, int]
-    is_network: bool
-    batches: Callable[[], Iterator[Tensor]]
-    first: Callable[[int], Tensor]
-    settings: dict[str, Any]
-    device: torch.device
-    sampler: str | None = None
-
-
-def _subject(
-    what: Any,
-    n: int | None,
-    sampler: SamplerChoice,
-    options: dict[str, Any],
-    out: Path | None,
-    device: torch.device | str | None,
-    progress: bool,
-) -> _Subject:
-    name = str(what) if isinstance(what, str | os.PathLike) else type(what).__name__
-    if is_network(what):
-        drawn = sampler_for(what, sampler, device)
-        return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress)
-    if sampler is not None or options["condition"] is not None or options["classes"] is not None:
-        raise ValueError(
-            "sampler, condition and classes apply to networks, but the argument `what` is a set of images. Leave them "
-            "out."
-        )
-    if isinstance(what, str | os.PathLike) and (stored := _samples_in(Path(what))) is not None:
-        return _of_samples(name, Path(what), stored, n)
-    return _of_images(name, open_images(what, crop=None, strict=True, progress=progress), n, options)
-
-
-def is_network(what: Any) -> bool:
-    """Whether ``what`` is a network, the name or the folder of one, a score or a sampler, and not a set of images."""
-    if isinstance(what, str | os.PathLike):
-        path = Path(what).expanduser()
-        if isinstance(what, str) and cards.find(what) is not None:
-            return True
-        if path.is_dir():
-            return any((path / name).is_file() for name in (CONFIG_FILE, INDEX_FILE, f"unet/{CONFIG_FILE}"))
-        return path.suffix.lower() not in (".npz", *ENDINGS)
-    return isinstance(what, Sampler) or callable(what)
-
-
-def sampler_for(what: Any, sampler: SamplerChoice, device: torch.device | str | None = None) -> Sampler:
-    """Returns the sampler of a network (or of its name or folder) or a score; a ``Sampler`` is returned unchanged.
-
-    Args:
-        what: a network as for ``evaluate``.
-        sampler: the choice of the sampler as for ``evaluate``.
-        device: the device of a network that is loaded; None is the CPU.
-
-    Raises:
-        TypeError, ValueError: if ``sampler`` does not return a Sampler, or is given although ``what`` is a Sampler.
-        OSError: if there is no such network.
-    """
-    if isinstance(what, Sampler):
-        if sampler is not None:
-            raise ValueError("`what` is a sampler, so sampler= must be None: leave it out.")
-        return what
-    net = what
-    if isinstance(what, str | os.PathLike):
-        net = ScoreNet.from_pretrained(what).to("cpu" if device is None else device)
-    if sampler is None or isinstance(sampler, SamplerSettings):
-        return recommended_sampler(net, sampler)
-    made = sampler(net)
-    if not isinstance(made, Sampler):
-        raise TypeError(f"sampler must return a Sampler, got {type(made).__name__}. Write sampler=ODESampler.")
-    return made
-
-
-def _of_sampler(
-    name: str, sampler: Sampler, n: int, options: dict[str, Any], out: Path | None, progress: bool
-) -> _Subject:
-    if takes_image(sampler.net):
-        raise ValueError(f"{name} restores images: it takes an image as its condition. Use evaluate_restoration.")
-    job = Job(sampler, **options)
-    shape = _checked_shape(job.shape, name)
-    if out is None:
-
-        def batches() -> Iterator[Tensor]:
-            return (batch.images for batch in job.samples(n))
-
-        def first(few: int) -> Tensor:
-            return torch.cat([batch.images for batch in job.samples(few, share=(0, 1))])
-
-    else:
-        samples = out / "samples"
-        folder = SampleFolder(job, samples, n, format="npz", about={"network": name})
-
-        def batches() -> Iterator[Tensor]:
-            folder.fill(progress=progress)
-            return (batch.images for batch in stored_samples(samples, n))
-
-        def first(few: int) -> Tensor:
-            return read_samples(samples, few)
-
-    settings = {"n": n, **job.settings()}
-    return _Subject(name, n, shape, True, batches, first, settings, device_of(sampler.net), str(sampler))
-
-
-def _samples_in(path: Path) -> dict[str, Any] | None:
-    """The content of samples.json, or None if there is no such file."""
-    try:
-        return stored_settings(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None) -> _Subject:
-    n = stored["n"] if n is None else n
-    return _Subject(
-        name,
-        n,
-        _checked_shape(stored["settings"]["shape"], name),
-        True,
-        lambda: (batch.images for batch in stored_samples(folder, n)),
-        lambda few: read_samples(folder, few),
-        {"n": n, **stored["settings"]},
-        torch.device("cpu"),
-    )
-
-
-def _of_images(name: str, data: ImageData, n: int | None, options: dict[str, Any]) -> _Subject:
-    n, seed = len(data) if n is None else n, options["seed"]
-    chosen = choose(len(data), n, seed).sort().values  # all images in their order
-    settings = {"n": n, "shape": list(data.shape), "content": data.content, "seed": seed if n < len(data) else None}
-    return _Subject(
-        name,
-        n,
-        _checked_shape(data.shape, name),
-        False,
-        lambda: read_batches(data, chosen, options["batch_size"]),
-        lambda few: to_float(to_uint8(data.read(chosen[:few])[0])),
-        settings,
-        torch.device("cpu"),
-    )
-
-
-def _checked_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
-    if not is_picture(shape):
-        raise ValueError(
-            f"the images to evaluate must be (C, H, W) with 1 or 3 channels, but {name} has {tuple(shape)}."
-        )
-    return shape[0], shape[1], shape[2]
-
-
-def shown(batches: Iterable[Tensor], n: int, title: str, progress: bool) -> Iterator[Tensor]:
-    """The batches of this process, with a progress bar for the n images of all processes."""
-    k, m = this_process()
-    with tqdm(total=n, desc=title, unit="img", leave=False, disable=not progress or k > 0) as bar:
-        for images in batches:
-            yield images
-            bar.update(min(m * len(images), n - bar.n))  # assumes that the other processes are as fast
-
-
-# -- Real images and the Gaussian -------------------------------------------------------------------------------------
-
-
-def _are_same(one: Any, other: Any) -> bool:
-    """Whether two sources are the same object, or the same path or name."""
-    paths = isinstance(one, str | os.PathLike) and isinstance(other, str | os.PathLike)
-    return one is other or (paths and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
-
-
-def check_sources(*sources: Any) -> None:
-    """Checks that paths exist or may be names of data sets on the Hub, before slower work; other sources are skipped.
-
-    Raises:
-        FileNotFoundError: if a path does not exist.
-        ImportError: if a source may be the name of a data set, and the package datasets is not installed.
-    """
-    for source in sources:
-        if isinstance(source, str | os.PathLike):
-            check_path(source)
-
-
-def open_for(source: Any, shape: Sequence[int], crop: Crop = "center", progress: bool = True) -> ImageData:
-    """Opens images as ``open_images`` does, cropped and resized to a shape (C, H, W); a damaged image is an error."""
-    size = (shape[1], shape[2])
-    data = open_images(source, image_size=size, channels=shape[0], crop=crop, strict=True, progress=progress)
-    if tuple(data.shape) != tuple(shape):  # of an ImageData, which is returned unchanged
-        raise ValueError(f"the held-out images must have the shape {tuple(shape)}, got {tuple(data.shape)}.")
-    return data
-
-
-def read_batches(data: ImageData, chosen: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Yields the share of this process of the chosen images, in batches."""
-    k, m = this_process()
-    return (data.read(rows)[0] for rows in chosen.split(batch_size)[k::m])
-
-
-def gaussian_images(data: ImageData, n: int, *, seed: int = 0, batch_size: int = 64) -> Iterator[Tensor]:
-    """Draws images from the Gaussian with the mean and the covariance of a data set, in batches.
-
-    Image i depends on the seed and on i only, with the same bits for the same batch size. Under ``torch.distributed``
-    each process draws its own share.
-
-    Args:
-        data: the data set, of at least two images.
-        n: the number of images, over all processes together, at least 1.
-        seed: the seed of all images.
-        batch_size: the number of images per batch, at least 1.
-
-    Yields:
-        Images (batch_size, C, H, W), float32 in [0, 1], on the CPU.
-
-    Raises:
-        TypeError, ValueError: if n or ``batch_size`` is not an integer of at least 1.
-    """
-    n, batch_size = check_count("n", n), check_count("batch_size", batch_size)
-    k, m = this_process()
-    own = torch.arange(n).split(batch_size)[k::m]
-    mean = torch.zeros(data.shape, dtype=torch.float64)
-    for block in _blocks(data):
-        mean += block.double().sum(0) / len(data)
-    flat = mean.float().flatten()
-    batches_at_once = max(1, _VALUES // (batch_size * flat.numel()))
-    first = seed_of(seed, "gaussian")
-    for start in range(0, len(own), batches_at_once):
-        group = own[start : start + batches_at_once]
-        generators = [[torch.Generator().manual_seed((first + i) % SEEDS) for i in rows.tolist()] for rows in group]
-        images = [flat.new_zeros(len(rows), flat.numel()) for rows in group]
-        for block in _blocks(data):
-            centered = block.flatten(1) - flat
-            for batch, drawing in zip(images, generators, strict=True):
-                batch.addmm_(standard_normal((len(drawing), len(centered)), drawing, flat.device), centered)
-        for batch in images:
-            yield (flat + batch / (len(data) - 1) ** 0.5).clamp(0, 1).view(-1, *data.shape)
-
-
-def _blocks(data: ImageData) -> Iterator[Tensor]:
-    """All images in blocks, rounded to 8 bits, float32 in [0, 1]."""
-    for start in range(0, len(data), _BLOCK):
-        yield to_float(to_uint8(data.read(range(start, min(start + _BLOCK, len(data))))[0]))

@@ -42,7 +42,8 @@ from torch import Tensor
 
 from scorematch.core.batches import as_sigma, check_data
 from scorematch.core.randomness import single_generator, standard_normal
-from scorematch.evaluation.accumulate import Moments, double, is_symmetric
+from scorematch.evaluation.accumulate import Moments
+from scorematch.evaluation.rows import double, is_symmetric
 from scorematch.noise import NoiseSchedule
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator

@@ -42,10 +42,9 @@ from scorematch.core.arguments import check_count
 from scorematch.core.charts import Curve, chart, table
 from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import save_grid, to_float
-from scorematch.evaluation.accumulate import check_features, double
+from scorematch.evaluation.estimate import Estimate, mean_of
 from scorematch.evaluation.features import Extractor, as_extractor
-from scorematch.evaluation.figures import Figure, mean_figure
-from scorematch.evaluation.metrics import squared_distances
+from scorematch.evaluation.rows import check_features, double, squared_distances
 
 _BLOCK = 2048  # queries that are compared with a block of training images at a time
 _QUANTILES = (0.01, 0.1, 0.5, 0.9)
@@ -70,7 +69,7 @@ class Neighbors(NamedTuple):
         return (self.distances[:, 0] / self.distances[:, 1]).nan_to_num(0.0)
 
 
-class Share(NamedTuple):
+class Proportion(NamedTuple):
     """A share of n images.
 
     Attributes:
@@ -83,7 +82,7 @@ class Share(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, found: Tensor) -> Share:
+    def of(cls, found: Tensor) -> Proportion:
         """The share of True in (n,)."""
         n, p, z2 = len(found), float(found.double().mean()), 1.959964**2
         middle, half = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n**2)))
@@ -183,7 +182,7 @@ class Memorization:
     samples: Neighbors
     held_out: Neighbors | None
 
-    def copies(self, ratio: float = 1 / 3) -> tuple[Share, Share | None]:
+    def copies(self, ratio: float = 1 / 3) -> tuple[Proportion, Proportion | None]:
         """The share of copies among the samples, and among the held-out images.
 
         Args:
@@ -194,10 +193,10 @@ class Memorization:
         """
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {ratio!r}.")
-        held_out = None if self.held_out is None else Share.of(self.held_out.ratios < ratio)
-        return Share.of(self.samples.ratios < ratio), held_out
+        held_out = None if self.held_out is None else Proportion.of(self.held_out.ratios < ratio)
+        return Proportion.of(self.samples.ratios < ratio), held_out
 
-    def nearer(self) -> Figure | None:
+    def nearer(self) -> Estimate | None:
         """The probability that a sample is nearer to the training images than a held-out image, and its standard error.
 
         None without held-out images. The error is None for a single sample or a single held-out image.
@@ -206,9 +205,9 @@ class Memorization:
             return None
         a, b = (found.distances[:, 0].contiguous() for found in (self.samples, self.held_out))
         # For each sample the share of held-out images that are farther, and the reverse; ties count as half.
-        shares = mean_figure(1 - _below(a, b)), mean_figure(_below(b, a))
+        shares = mean_of(1 - _below(a, b)), mean_of(_below(b, a))
         errors = [share.error for share in shares if share.error is not None]
-        return Figure(shares[0].value, math.hypot(*errors) if len(errors) == 2 else None)
+        return Estimate(shares[0].value, math.hypot(*errors) if len(errors) == 2 else None)
 
     def table(self) -> str:
         """The figures as a table in Markdown."""
@@ -217,7 +216,7 @@ class Memorization:
             if found is not None:
                 levels = torch.tensor(_QUANTILES, dtype=torch.float64)
                 quantiles = [f"{value:.4g}" for value in found.distances[:, 0].quantile(levels).tolist()]
-                shares = [str(Share.of(found.ratios < ratio)) for ratio in (1 / 2, 1 / 3, 1 / 4)]
+                shares = [str(Proportion.of(found.ratios < ratio)) for ratio in (1 / 2, 1 / 3, 1 / 4)]
                 rows.append([name, f"{len(found.distances):,}", *quantiles, *shares])
         quantiles = [f"distance, {level:.0%} quantile" for level in _QUANTILES]
         return table([self.extractor, "images", *quantiles, "copies, k = 1/2", "k = 1/3", "k = 1/4"], rows)

@@ -1,4 +1,6 @@
-r"""Metrics of generated images: functions of features, and accumulators of features that arrive in batches.
+r"""Metrics of generated images: functions of the features of samples and of real images, and the table ``METRICS``.
+
+``evaluate``, the command line and ``tune`` measure what the table has. A new metric is one function and one line.
 
 **Fréchet distance**, of the Gaussians with the means and covariances of two sets of features,
 
@@ -46,289 +48,65 @@ References:
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from scorematch.core.arguments import check_count
 from scorematch.core.randomness import single_generator
-from scorematch.evaluation.accumulate import Moments, Rows, check_features, double
+from scorematch.evaluation.estimate import Estimate, share_of
+from scorematch.evaluation.features import Extracted
+from scorematch.evaluation.frechet import Features, frechet_distance, frechet_extrapolation
+from scorematch.evaluation.rows import (
+    BLOCK,
+    canonical_order,
+    check_features,
+    different_dimensions,
+    double,
+    draw,
+    random_rows,
+    squared_distances,
+)
 from scorematch.evaluation.statistics import Statistics
 
-T = TypeVar("T")
-Normal = Tensor | Moments | Statistics
-Features = Tensor | Statistics
-
-_BLOCK = 2048  # the number of features on each side of a block of distances
-_SIZES = 15  # of subsets, for the extrapolation
-_NEGATIVE = 1e-4  # the tolerance for negative eigenvalues of a covariance, relative to the largest
 _TIE = 1e-9  # the relative difference up to which squared distances count as equal; it is above their rounding error
-_known: weakref.WeakKeyDictionary[Statistics, _Gaussian] = weakref.WeakKeyDictionary()
-
-
-class Estimate(NamedTuple):
-    """A value and its error.
-
-    Attributes:
-        value: the value.
-        deviation: its standard deviation over subsets or splits, or its standard error; the function says which.
-    """
-
-    value: float
-    deviation: float
-
-
-class Extrapolation(NamedTuple):
-    r"""Fréchet distances from several numbers of features, and the line :math:`d^2_\infty + c / n` through them.
-
-    Attributes:
-        value: the distance for an infinite number of features. It may be slightly negative.
-        slope: the constant c of the bias.
-        sizes: the numbers of features, ascending; the last one is N, the number of all features.
-        distances: the distances to the reference for these sizes; the last one is the distance of all features.
-    """
-
-    value: float
-    slope: float
-    sizes: tuple[int, ...]
-    distances: tuple[float, ...]
-
-
-# -- Fréchet distance -------------------------------------------------------------------------------------------------
-
-
-def frechet_distance(a: Normal, b: Normal) -> float:
-    """The squared Fréchet distance between the Gaussians with the means and covariances of two sets of features.
-
-    Args:
-        a: features (N, D), their ``Moments``, or ``Statistics``. The divisor of covariances is N - 1.
-        b: the other set, in the same form or another. The order of the sets does not matter.
-
-    Returns:
-        The distance, at least 0. It is biased upward by about c / N; see the module docstring.
-
-    Warns:
-        UserWarning: if N is at most D, so that the covariance is singular.
-
-    Raises:
-        TypeError: if ``a`` or ``b`` is something else.
-        ValueError: if there are fewer than two features, if the dimensions differ, or if a covariance has negative
-            eigenvalues.
-
-    Example:
-        >>> a = torch.tensor([[0.0], [2.0]])  # mean 1, variance 2
-        >>> frechet_distance(a, a + 3)
-        9.0
-
-    References:
-        Heusel et al., 2017, arXiv:1706.08500, Eq. 6.
-    """
-    first, second = _gaussian(a), _gaussian(b)
-    _warn_if_singular(first, second)
-    return first.distance(second)
-
-
-def frechet_estimate(features: Tensor, reference: Normal) -> Estimate:
-    r"""The squared Fréchet distance to a reference, and its standard error over the generated images.
-
-    The standard error is computed by the delta method. Let T be the map that transports the Gaussian of the features to
-    that of the reference, and :math:`x_i = f_i - m`. To first order, image i changes the distance by
-    :math:`\psi_i / n`,
-
-    .. math:: \psi_i = 2 (m - m_r)^\top x_i + \lVert x_i \rVert^2 - x_i^\top T x_i - \mathrm{const},
-
-    and the standard error is the standard deviation of :math:`\psi_i`, divided by :math:`\sqrt n`. It holds for n well
-    above D. It does not include the bias in n, nor the error of the reference.
-
-    Args:
-        features: features (N, D) of generated images.
-        reference: features, ``Moments`` or ``Statistics`` of real images.
-
-    Returns:
-        The distance, and its standard error as ``deviation``.
-
-    Warns:
-        UserWarning: as ``frechet_distance``.
-
-    Raises:
-        TypeError, ValueError: as ``frechet_distance``.
-
-    References:
-        Rippl, Munk & Sturm, 2016, Limit Laws of the Empirical Wasserstein Distance: Gaussian Distributions,
-        arXiv:1507.04090.
-    """
-    features = check_features(features)
-    own, fixed = _gaussian(features), _gaussian(reference)
-    _warn_if_singular(own, fixed)
-    left, common, _ = torch.linalg.svd(own.common(fixed), full_matrices=False)
-    whiten = own.factor.T / own.factor.square().sum(1)  # x @ whiten has the covariance 1
-    parts = []
-    for block in features.split(_BLOCK):
-        x = double(block).cpu() - own.mean
-        change = 2 * x @ (own.mean - fixed.mean) + x.square().sum(1)
-        parts.append(change - (x @ whiten @ left).square() @ common)
-    return Estimate(own.distance(fixed, common), float(torch.cat(parts).std() / len(features) ** 0.5))
-
-
-def frechet_extrapolation(
-    features: Tensor,
-    reference: Normal,
-    *,
-    sizes: Sequence[int] | None = None,
-    generator: torch.Generator | int | None = 0,
-) -> Extrapolation:
-    r"""Extrapolates the squared Fréchet distance to a reference to an infinite number of features.
-
-    A line in 1 / n is fitted by least squares to the distances of random subsets of several sizes, as by Chong &
-    Forsyth. The subsets overlap, so the residuals do not show the error of the result.
-
-    Args:
-        features: features (N, D) of generated images.
-        reference: features, ``Moments`` or ``Statistics`` of real images.
-        sizes: the sizes of the subsets, each above D and at most N; N is added. None is 15 sizes from the larger of
-            N / 10 and D + 1 to N, in equal steps.
-        generator: the source of the subsets; an int is a seed, None is torch's global generator.
-
-    Returns:
-        The extrapolated distance, the slope, and the distance of each size.
-
-    Raises:
-        TypeError: as ``frechet_distance``; or if a size is not an integer.
-        ValueError: as ``frechet_distance``; if a size is at most D, where the distance is not linear in 1 / n; if there
-            are fewer than two sizes; or, without ``sizes``, if N is below 2 (D + 1).
-
-    References:
-        Chong & Forsyth, 2020, arXiv:1911.07023, Sec. 4.
-    """
-    features = check_features(features)
-    n, dimension = features.shape
-    if sizes is None:
-        if n < 2 * (dimension + 1):
-            raise ValueError(
-                f"the extrapolation needs at least 2 (D + 1) = {2 * (dimension + 1):,} features of {dimension:,} "
-                f"dimensions, got {n:,}."
-            )
-        steps = torch.linspace(max(n // 10, dimension + 1), n, _SIZES, dtype=torch.float64)
-        sizes = steps.round().long().tolist()
-    sizes = sorted({*(check_count("each of sizes", size) for size in sizes), n})
-    if len(sizes) < 2 or sizes[0] <= dimension or sizes[-1] > n:
-        raise ValueError(
-            f"sizes must be at least two numbers above the dimension {dimension:,} and at most the number of features, "
-            f"{n:,}, got {', '.join(map(str, sizes))}."
-        )
-    fixed, drawing = _gaussian(reference), single_generator(generator)
-    _warn_if_singular(fixed)
-    order = _canonical(features)
-    distances = [_Gaussian(features[order[_draw(n, size, drawing)]]).distance(fixed) for size in sizes]
-    line = torch.stack([torch.ones(len(sizes)), 1 / torch.tensor(sizes, dtype=torch.float64)], 1)
-    fit = torch.linalg.lstsq(line, torch.tensor(distances, dtype=torch.float64)[:, None]).solution
-    return Extrapolation(float(fit[0]), float(fit[1]), tuple(sizes), tuple(distances))
-
-
-class _Gaussian:
-    """The mean and a factor of the covariance of features."""
-
-    def __init__(self, source: Normal) -> None:
-        if isinstance(source, Tensor):
-            moments = Moments()
-            moments.update(source)
-            source = moments
-        if not isinstance(source, Moments | Statistics):
-            raise TypeError(
-                f"features must be a tensor (N, D), Moments or Statistics, got {type(source).__name__}. Write "
-                "torch.as_tensor(...)."
-            )
-        self.n = source.n
-        # On the CPU: the decomposition of a single matrix is not faster on an accelerator.
-        self.mean, covariance = source.mean.cpu().double(), source.covariance.cpu().double()
-        self.variance = float(covariance.trace())
-        values, vectors = torch.linalg.eigh(covariance)
-        largest = float(values[-1])
-        if float(values[0]) < -_NEGATIVE * largest:
-            raise ValueError(
-                f"a covariance must have no negative eigenvalues, but its eigenvalues are from {float(values[0]):.3g} "
-                f"to {largest:.3g}."
-            )
-        kept = values > len(values) * torch.finfo(torch.float64).eps * largest
-        self.factor = values[kept].sqrt()[:, None] * vectors[:, kept].T
-
-    def common(self, other: _Gaussian) -> Tensor:
-        """The product of the factors; the sum of its singular values is the trace of the root."""
-        if len(self.mean) != len(other.mean):
-            raise ValueError(
-                f"both sets of features must have the same dimension, got {len(self.mean)} and {len(other.mean)}. Use "
-                "one extractor, and images of one size."
-            )
-        return self.factor @ other.factor.T
-
-    def distance(self, other: _Gaussian, singular_values: Tensor | None = None) -> float:
-        """The squared Fréchet distance. The singular values of ``common`` are computed unless they are passed."""
-        if singular_values is None:
-            singular_values = torch.linalg.svdvals(self.common(other))
-        of_means = float((self.mean - other.mean).square().sum())
-        return max(0.0, of_means + self.variance + other.variance - 2 * float(singular_values.sum()))
-
-
-def _gaussian(source: Normal) -> _Gaussian:
-    """Returns the Gaussian of a source. That of ``Statistics``, which is often used again, is computed once."""
-    if not isinstance(source, Statistics):
-        return _Gaussian(source)
-    if source not in _known:
-        _known[source] = _Gaussian(source)
-    return _known[source]
-
-
-def _warn_if_singular(*gaussians: _Gaussian) -> None:
-    for gaussian in gaussians:
-        if gaussian.n is not None and gaussian.n <= len(gaussian.mean):
-            warnings.warn(
-                f"the covariance of {gaussian.n:,} features of {len(gaussian.mean):,} dimensions is singular, and "
-                f"the Fréchet distance is strongly biased. Use more than {len(gaussian.mean):,} images, preferably "
-                "50,000.",
-                stacklevel=3,
-            )
+_SUBSET_SIZE, _SPLITS, _NEAREST, _NEAREST_FOR_COVERAGE = 1000, 10, 3, 5
 
 
 # -- Kernel distance --------------------------------------------------------------------------------------------------
 
 
 def kernel_distance(
-    a: Features,
-    b: Features,
+    features: Features,
+    reference: Features,
     *,
     subsets: int = 100,
-    subset_size: int = 1000,
+    subset_size: int = _SUBSET_SIZE,
     generator: torch.Generator | int | None = 0,
 ) -> Estimate:
     """The squared maximum mean discrepancy between two sets of features; with Inception's features, the KID.
 
     Args:
-        a: features (N, D), or ``Statistics`` with features.
-        b: features (M, D), or ``Statistics`` with features.
+        features: features of generated images (N, D).
+        reference: features of real images (M, D), or ``Statistics`` with features.
         subsets: the number of pairs of random subsets.
         subset_size: the number of features in each subset, drawn without replacement; at least 2, at most N and M.
         generator: the source of the subsets; an int is a seed, None is torch's global generator.
 
     Returns:
         The mean and the standard deviation over the subsets. The deviation is that of a single subset, not of the mean.
-        It is 0 if each subset is the whole set.
-
-    Raises:
-        TypeError: if ``a`` or ``b`` is something else, or a number is not an integer.
-        ValueError: if a number is too small, a set has fewer than ``subset_size`` features, or the dimensions differ.
+        It is None if each subset is the whole set.
 
     References:
         Bińkowski et al., 2018, arXiv:1801.01401, Sec. 4 and Eq. 4.
     """
-    first, second = _pair(a, b, ("a", "b"))
+    first, second = _pair(features, reference)
     check_count("subsets", subsets)
     check_count("subset_size", subset_size, 2)
     least = min(len(first), len(second))
@@ -339,14 +117,14 @@ def kernel_distance(
             + ("Pass more images." if least < 2 else f"Write subset_size={least} or less.")
         )
     drawing = single_generator(generator)
-    orders = [(each, _canonical(each)) for each in (first, second)]
+    orders = [(each, canonical_order(each)) for each in (first, second)]
     found = []
     whole = subset_size == len(first) == len(second)
     for _ in range(1 if whole else subsets):
-        x, y = (double(each[order[_draw(len(each), subset_size, drawing)]]) for each, order in orders)
+        x, y = (double(each[order[draw(len(each), subset_size, drawing)]]) for each, order in orders)
         found.append(_discrepancy(x, y))
     values = torch.tensor(found, dtype=torch.float64)
-    return Estimate(float(values.mean()), float(values.std(correction=0)))
+    return Estimate(float(values.mean()), float(values.std(correction=0)) or None)
 
 
 def _discrepancy(x: Tensor, y: Tensor) -> float:
@@ -362,10 +140,10 @@ def _discrepancy(x: Tensor, y: Tensor) -> float:
     return float(others(x) + others(y) - 2 * kernel(x, y).mean())
 
 
-# -- Inception Score --------------------------------------------------------------------------------------------------
+# -- Of logits --------------------------------------------------------------------------------------------------------
 
 
-def inception_score(logits: Tensor, *, splits: int = 10, generator: torch.Generator | int | None = 0) -> Estimate:
+def inception_score(logits: Tensor, *, splits: int = _SPLITS, generator: torch.Generator | int | None = 0) -> Estimate:
     """The exponential of the mutual information between images and classes.
 
     Args:
@@ -378,10 +156,6 @@ def inception_score(logits: Tensor, *, splits: int = 10, generator: torch.Genera
 
     Warns:
         UserWarning: if a split has fewer than K images, which limits the score.
-
-    Raises:
-        TypeError: if the logits are not a floating-point tensor, or ``splits`` is not an integer.
-        ValueError: if ``splits`` is below 1, or there are fewer than two images per split.
 
     References:
         Salimans et al., 2016, arXiv:1606.03498, Sec. 4.
@@ -409,60 +183,68 @@ def inception_score(logits: Tensor, *, splits: int = 10, generator: torch.Genera
     return Estimate(float(values.mean()), float(values.std(correction=0)))
 
 
+def class_shares(logits: Tensor, *, confident: float = 0.9) -> tuple[Estimate, Estimate]:
+    """The share of images for which one class has a high probability, and the share of the rarest class.
+
+    It is for the logits (N, K) of a classifier of the classes in the data; ``confident`` is the probability.
+    """
+    probabilities, classes = logits.softmax(1).max(1)
+    rarest = int(torch.bincount(classes, minlength=logits.shape[1]).min())
+    return share_of(int((probabilities > confident).sum()), len(logits)), share_of(rarest, len(logits))
+
+
 # -- Balls around features --------------------------------------------------------------------------------------------
 
 
-def precision_recall(real: Features, generated: Features, *, k: int = 3) -> tuple[float, float]:
+def precision_recall(features: Features, reference: Features, *, k: int = _NEAREST) -> tuple[Estimate, Estimate]:
     """Improved precision and recall.
 
+    The errors are those of shares, which treat the balls around features as given. Those of recall are around generated
+    images: where these are less diverse than the data, recall varies between sets of them by up to about twice its
+    error.
+
     Args:
-        real: features of real images (N, D), or ``Statistics`` with features.
-        generated: features of generated images (M, D). Published figures have N = M.
+        features: features of generated images (N, D). Published figures have N = M.
+        reference: features of real images (M, D), or ``Statistics`` with features.
         k: the radius of a ball is the distance to the k-th nearest neighbor; at least 1.
 
     Returns:
-        Precision, the fraction of generated features in the ball of a real feature; and recall, the fraction of real
-        features in the ball of a generated feature.
-
-    Raises:
-        TypeError: if ``real`` or ``generated`` is something else, or k is not an integer.
-        ValueError: if k is below 1, a set has at most k features, or the dimensions differ.
+        Precision, the share of generated features in the ball of a real feature; and recall, the share of real features
+        in the ball of a generated feature.
 
     References:
         Kynkäänniemi et al., 2019, arXiv:1904.06991, Eq. 1-3.
     """
-    real, generated = _pair(real, generated, ("real", "generated"))
-    _enough(k, real=len(real), generated=len(generated))
+    generated, real = _pair(features, reference)
+    _enough(k, features=len(generated), reference=len(real))
     mean = _mean(real)
     reach, own = _squared_radii(real, k, mean), _squared_radii(generated, k, mean)
     inside, covered = torch.zeros_like(own, dtype=torch.bool), torch.zeros_like(reach, dtype=torch.bool)
     for rows, columns, distances in _blocks(real, generated, mean):
         inside[columns] |= (distances <= reach[rows, None]).any(0)
         covered[rows] |= (distances <= own[None, columns]).any(1)
-    return int(inside.sum()) / len(generated), int(covered.sum()) / len(real)
+    return share_of(int(inside.sum()), len(generated)), share_of(int(covered.sum()), len(real))
 
 
-def density_coverage(real: Features, generated: Features, *, k: int = 5) -> tuple[float, float]:
+def density_coverage(
+    features: Features, reference: Features, *, k: int = _NEAREST_FOR_COVERAGE
+) -> tuple[Estimate, Estimate]:
     """Density and coverage.
 
     Args:
-        real: features of real images (N, D), or ``Statistics`` with features.
-        generated: features of generated images (M, D).
+        features: features of generated images (N, D).
+        reference: features of real images (M, D), or ``Statistics`` with features.
         k: the radius of a ball is the distance to the k-th nearest neighbor; at least 1.
 
     Returns:
-        Density, the mean number of balls that contain a generated feature, divided by k, which may exceed 1; and
-        coverage, the fraction of balls that contain a generated feature.
-
-    Raises:
-        TypeError: if ``real`` or ``generated`` is something else, or k is not an integer.
-        ValueError: if k is below 1, there are at most k real features, or the dimensions differ.
+        Density, the mean number of balls that contain a generated feature, divided by k, which may exceed 1 and has no
+        error; and coverage, the share of balls that contain a generated feature.
 
     References:
         Naeem et al., 2020, arXiv:2002.09797, Eq. 3 and 4.
     """
-    real, generated = _pair(real, generated, ("real", "generated"))
-    _enough(k, real=len(real))
+    generated, real = _pair(features, reference)
+    _enough(k, reference=len(real))
     mean = _mean(real)
     reach = _squared_radii(real, k, mean)
     count, covered = 0, torch.zeros_like(reach, dtype=torch.bool)
@@ -470,12 +252,12 @@ def density_coverage(real: Features, generated: Features, *, k: int = 5) -> tupl
         inside = distances <= reach[rows, None]
         count += int(inside.sum())
         covered[rows] |= inside.any(1)
-    return count / (k * len(generated)), int(covered.sum()) / len(real)
+    return Estimate(count / (k * len(generated))), share_of(int(covered.sum()), len(real))
 
 
 def _mean(features: Tensor) -> Tensor:
     """The mean (D,) in float64."""
-    return torch.stack([double(block).sum(0) for block in features.split(_BLOCK)]).sum(0) / len(features)
+    return torch.stack([double(block).sum(0) for block in features.split(BLOCK)]).sum(0) / len(features)
 
 
 def _squared_radii(features: Tensor, k: int, mean: Tensor) -> Tensor:
@@ -504,37 +286,21 @@ def _blocks(a: Tensor, b: Tensor, mean: Tensor) -> Iterator[tuple[slice, slice, 
 
 
 def _slices(n: int) -> list[slice]:
-    return [slice(start, min(start + _BLOCK, n)) for start in range(0, n, _BLOCK)]
-
-
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """The squared distances (N, M), set to 0 where they are below their rounding error."""
-    norms = a.square().sum(1)[:, None] + b.square().sum(1)[None]
-    distances = torch.addmm(norms, a, b.T, alpha=-2)
-    return distances.masked_fill_(distances <= a.shape[1] * torch.finfo(a.dtype).eps * norms, 0)
+    return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
 
 
 # -- Shared -----------------------------------------------------------------------------------------------------------
 
 
-def _pair(first: Features, second: Features, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+def _pair(features: Features, reference: Features) -> tuple[Tensor, Tensor]:
     """Checks two sets of features, and moves the second to the device of the first."""
-    a, b = rows_of(first, names[0]), rows_of(second, names[1])
+    a, b = _rows(features, "features"), _rows(reference, "reference")
     if a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"{names[0]} and {names[1]} must have the same dimension, got {a.shape[1]} and {b.shape[1]}. Use one "
-            "extractor, and images of one size."
-        )
+        raise different_dimensions(a.shape[1], b.shape[1])
     return a, b.to(a.device)
 
 
-def rows_of(features: Features, name: str) -> Tensor:
-    """Checks features (N, D), or takes them from statistics.
-
-    Raises:
-        TypeError: if they are not a floating-point tensor.
-        ValueError: if they are not finite, (N, D) and not empty, or the statistics have none.
-    """
+def _rows(features: Features, name: str) -> Tensor:
     if isinstance(features, Statistics):
         if features.features is None:
             raise ValueError(f"{name} must be features, but the statistics have none. Compute them with features=True.")
@@ -549,185 +315,131 @@ def _enough(k: int, **counts: int) -> None:
             raise ValueError(f"{name} must have more than k = {k} features, so that each has k neighbors, got {count}.")
 
 
-def random_rows(features: Tensor, size: int, generator: torch.Generator | int | None = 0) -> Tensor:
-    """Draws ``size`` different rows of features (N, D) in random order. The result does not depend on their order.
+def _at_infinity(features: Tensor, reference: Statistics) -> Estimate:
+    return Estimate(frechet_extrapolation(features, reference).value)
+
+
+# -- The table --------------------------------------------------------------------------------------------------------
+
+_OF_A_SHARE = "standard error of a share"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A line of the table ``METRICS``.
 
     Args:
-        features: features (N, D).
-        size: the number of rows, at most N.
-        generator: the source of the random numbers; an int is a seed, None is torch's global generator.
-    """
-    return features[_canonical(features)[_draw(len(features), size, single_generator(generator))]]
-
-
-def _canonical(features: Tensor) -> Tensor:
-    """The indices (N,) that sort features by their projection on a fixed direction."""
-    direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    direction = direction.to(double(features[:1]).device)
-    return torch.cat([double(block) @ direction for block in features.split(_BLOCK)]).argsort().to(features.device)
-
-
-def _draw(n: int, size: int, generator: torch.Generator | None) -> Tensor:
-    """``size`` different indices below n, in random order, on the CPU."""
-    device = "cpu" if generator is None else generator.device
-    return torch.randperm(n, generator=generator, device=device)[:size].cpu()
-
-
-# -- Accumulators -----------------------------------------------------------------------------------------------------
-
-
-class Accumulator(ABC, Generic[T]):
-    """A metric of generated images whose features arrive in batches, on one process or many.
-
-    The result is that of the corresponding function for all features, up to rounding.
-
-    Attributes:
-        takes: the argument of ``update``, "features" or "logits".
-
-    Example:
-        >>> metric = FrechetDistance(reference=torch.tensor([[0.0], [2.0]]))
-        >>> metric.update(torch.tensor([[3.0]]))
-        >>> metric.update(torch.tensor([[5.0]]))
-        >>> metric.compute()
-        9.0
+        function: returns an ``Estimate``, or a tuple of them. Its arguments are the features (N, D) of the samples, and
+            the features or ``Statistics`` of the reference; or the logits (N, K) of the samples alone. Its keyword
+            arguments with numbers are settings, which evaluations report.
+        figures: for each estimate its name, and its label in tables.
+        error: a description of the errors.
+        needs: what the metric needs: the "statistics" of the reference, its mean and covariance; its "features";
+            "equal" for features of both sets, in equal numbers: a random subset of the larger set is used; or the
+            "logits" of the samples.
+        least: the smallest number of images in a set, or a function of the dimension D (for logits, K) that returns it.
+        default: whether the metric is measured if no metrics are named.
     """
 
-    takes: ClassVar[Literal["features", "logits"]] = "features"
-    _seen: Moments | Rows
+    function: Callable[..., Estimate | tuple[Estimate, ...]]
+    figures: Mapping[str, str]
+    error: str = ""
+    needs: Literal["statistics", "features", "equal", "logits"] = "statistics"
+    least: int | Callable[[int], int] = 2
+    default: bool = True
 
-    def update(self, features: Tensor) -> None:
-        """Adds the features (N, D), or the logits (N, K), of generated images.
+    @property
+    def settings(self) -> dict[str, int | float]:
+        """The numbers among the keyword arguments of the function."""
+        options = {each.name: each.default for each in inspect.signature(self.function).parameters.values()}
+        return {
+            name: value for name, value in options.items() if isinstance(value, int | float) and name != "generator"
+        }
 
-        Raises:
-            TypeError, ValueError: if they are not finite floating-point features (N, D), or D differs from before.
+    @property
+    def needs_features(self) -> bool:
+        """Whether the metric needs the features of the reference."""
+        return self.needs in ("features", "equal")
+
+    def lacks(self, n: int, seen: Extracted, reference: Statistics) -> str | None:
+        """Returns the reason why the metric cannot be measured, or None if it can.
+
+        Args:
+            n: the number of images.
+            seen: the features and logits of one image or more, of which only the dimensions are used.
+            reference: the statistics of the reference.
         """
-        self._seen.update(features)
+        values, each = seen.features, f" for features of {seen.features.shape[1]:,} dimensions"
+        if self.needs == "logits":
+            if seen.logits is None:
+                return "needs an extractor with logits of classes"
+            values, each = seen.logits, f" for {seen.logits.shape[1]:,} classes"
+        elif self.needs_features:
+            if reference.features is None:
+                return "needs the features of the reference, and the file of statistics has none"
+            n, each = min(n, len(reference.features)), " in each set"
+        least = self.least(values.shape[1]) if callable(self.least) else self.least
+        return None if n >= least else f"needs at least {least:,} images{each}, and there are {n:,}"
 
-    def merge(self, other: Accumulator[T]) -> None:
-        """Adds all features of another accumulator of the same metric.
-
-        Raises:
-            TypeError: if it is of another metric.
-            ValueError: if the dimension differs.
-        """
-        if type(other) is not type(self):
-            raise TypeError(f"other must be a {type(self).__name__} too, got {type(other).__name__}.")
-        self._seen.merge(other._seen)  # type: ignore[arg-type]  # both are Moments, or both Rows
-
-    @abstractmethod
-    def compute(self) -> T:
-        """Computes the metric of the features of all processes of ``torch.distributed``; every process must call it.
-
-        More features can be added afterwards.
-
-        Raises:
-            ValueError: as the corresponding function, for example if there are too few features.
-        """
-
-
-class _OfRows(Accumulator[T]):
-    """A metric that needs all features."""
-
-    _seen: Rows
-
-    def __init__(self, metric: Callable[[Tensor], T]) -> None:
-        self._seen, self._metric = Rows(), metric
-
-    def compute(self) -> T:
-        return self._metric(self._seen.gather())
+    def __call__(self, seen: Extracted, reference: Statistics) -> dict[str, Estimate]:
+        """Computes the estimates by name."""
+        if self.needs == "logits":
+            found = self.function(seen.class_logits)
+        elif self.needs == "equal":
+            found = self.function(*_equally_many(seen.features, _rows(reference, "reference")))
+        else:
+            found = self.function(seen.features, reference)
+        return dict(zip(self.figures, (found,) if isinstance(found, Estimate) else found, strict=True))
 
 
-class FrechetDistance(Accumulator[float]):
-    """Accumulates features for ``frechet_distance`` to a reference. The memory does not grow with their number.
-
-    Args:
-        reference: features, ``Moments`` or ``Statistics`` of real images.
-    """
-
-    _seen: Moments
-
-    def __init__(self, reference: Normal) -> None:
-        self._seen = Moments()
-        self._reference = reference
-
-    def compute(self) -> float:  # noqa: D102
-        return frechet_distance(self._seen.reduce(), self._reference)
+def _equally_many(*sets: Tensor) -> list[Tensor]:
+    n = min(map(len, sets))
+    return [features if len(features) == n else random_rows(features, n) for features in sets]
 
 
-class FrechetExtrapolation(_OfRows[Extrapolation]):
-    """Accumulates features for ``frechet_extrapolation`` to a reference. It keeps all features.
-
-    Args:
-        reference: features, ``Moments`` or ``Statistics`` of real images.
-        sizes: the sizes of the subsets.
-        seed: the seed of the subsets.
-    """
-
-    def __init__(self, reference: Normal, *, sizes: Sequence[int] | None = None, seed: int = 0) -> None:
-        super().__init__(partial(frechet_extrapolation, reference=reference, sizes=sizes, generator=seed))
-
-
-class KernelDistance(_OfRows[Estimate]):
-    """Accumulates features for ``kernel_distance`` to a reference. It keeps all features.
-
-    Args:
-        reference: features of real images (M, D), or ``Statistics`` with features.
-        subsets: the number of pairs of random subsets.
-        subset_size: the number of features in each subset.
-        seed: the seed of the subsets.
-    """
-
-    def __init__(self, reference: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> None:
-        super().__init__(
-            partial(kernel_distance, b=reference, subsets=subsets, subset_size=subset_size, generator=seed)
-        )
-
-
-class InceptionScore(_OfRows[Estimate]):
-    """Accumulates logits for ``inception_score``. It keeps all logits.
-
-    Args:
-        splits: the number of parts.
-        seed: the seed of the random order.
-    """
-
-    takes = "logits"
-
-    def __init__(self, *, splits: int = 10, seed: int = 0) -> None:
-        super().__init__(partial(inception_score, splits=splits, generator=seed))
-
-
-class PrecisionRecall(_OfRows[tuple[float, float]]):
-    """Accumulates features for ``precision_recall``. It keeps all features.
-
-    Args:
-        reference: features of real images (N, D), or ``Statistics`` with features.
-        k: the radius of a ball is the distance to the k-th nearest neighbor.
-    """
-
-    def __init__(self, reference: Features, *, k: int = 3) -> None:
-        super().__init__(partial(precision_recall, reference, k=k))
+METRICS: dict[str, Metric] = {
+    "frechet": Metric(
+        frechet_distance, {"frechet": "Fréchet distance ↓"}, "standard error over the images (delta method)"
+    ),
+    "frechet-infinity": Metric(
+        _at_infinity,
+        {"frechet-infinity": "Fréchet distance, extrapolated to n = ∞ ↓"},
+        least=lambda dimension: 2 * (dimension + 1),
+    ),
+    "kernel": Metric(
+        kernel_distance,
+        {"kernel": "kernel distance ↓"},
+        f"standard deviation over 100 subsets of {_SUBSET_SIZE:,} images",
+        "features",
+        _SUBSET_SIZE,
+    ),
+    "inception-score": Metric(
+        inception_score,
+        {"inception-score": "Inception Score ↑"},
+        f"standard deviation over {_SPLITS} splits",
+        "logits",
+        lambda classes: _SPLITS * classes,
+    ),
+    "precision-recall": Metric(
+        precision_recall, {"precision": "precision ↑", "recall": "recall ↑"}, _OF_A_SHARE, "equal", _NEAREST + 1
+    ),
+    "density-coverage": Metric(
+        density_coverage,
+        {"density": "density ↑", "coverage": "coverage ↑"},
+        _OF_A_SHARE,
+        "equal",
+        _NEAREST_FOR_COVERAGE + 1,
+    ),
+    "classes": Metric(
+        class_shares,
+        {"confident": "share over 0.9 confident", "rarest": "share of the rarest class"},
+        _OF_A_SHARE,
+        "logits",
+        default=False,
+    ),
+}
 
 
-class DensityCoverage(_OfRows[tuple[float, float]]):
-    """Accumulates features for ``density_coverage``. It keeps all features.
-
-    Args:
-        reference: features of real images (N, D), or ``Statistics`` with features.
-        k: the radius of a ball is the distance to the k-th nearest neighbor.
-    """
-
-    def __init__(self, reference: Features, *, k: int = 5) -> None:
-        super().__init__(partial(density_coverage, reference, k=k))
-
-
-METRICS: Mapping[str, type[Accumulator[Any]]] = MappingProxyType(
-    {
-        "frechet": FrechetDistance,
-        "frechet-infinity": FrechetExtrapolation,
-        "kernel": KernelDistance,
-        "inception-score": InceptionScore,
-        "precision-recall": PrecisionRecall,
-        "density-coverage": DensityCoverage,
-    }
-)
+def default_metrics() -> tuple[str, ...]:
+    """The names of the metrics that are measured when none are named."""
+    return tuple(name for name, each in METRICS.items() if each.default)

@@ -21,7 +21,8 @@ from scorematch.core.arguments import check_count
 from scorematch.core.processes import processes
 from scorematch.core.randomness import seed_of
 from scorematch.data.pictures import to_float
-from scorematch.evaluation.accumulate import Rows, double
+from scorematch.evaluation.accumulate import Rows
+from scorematch.evaluation.rows import double
 
 # An int is the class of all images; a function computes the condition from a batch of images and their labels.
 ConditionChoice = int | Callable[[Tensor, Tensor | None], Tensor] | None

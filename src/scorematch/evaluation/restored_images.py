@@ -14,7 +14,7 @@ consistency          the root mean square of the observed values of :math:`y - A
                      level of y
 ===================  ==================================================================================================
 
-and for each extractor, in addition to the metrics of ``MEASURES`` on one restoration of each image,
+and for each extractor, in addition to the metrics of ``METRICS`` on one restoration of each image,
 
 ===================  ==================================================================================================
 perceptual           the mean Euclidean distance between the features of a restoration and of the original (Palette's
@@ -36,7 +36,6 @@ References:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -52,13 +51,16 @@ from scorematch.core.files import check_outside, delete_unfinished
 from scorematch.core.processes import process_group, this_process
 from scorematch.core.provenance import identity, versions
 from scorematch.core.randomness import as_generator, standard_normal
+from scorematch.core.records import as_stored
 from scorematch.core.scores import Score, attribute, device_of
 from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import Crop, check_picture, is_picture, save_grid
-from scorematch.evaluation.evaluate import Evaluation, SamplerChoice, check_results, sampler_for
+from scorematch.evaluation.estimate import Figures, mean_of, root_of
+from scorematch.evaluation.evaluate import Evaluation, check_evaluation_folder
+from scorematch.evaluation.evaluator import Evaluator, OneOrMore
 from scorematch.evaluation.features import Extracted
-from scorematch.evaluation.figures import Collection, Evaluator, Figures, OneOrMore, mean_figure, root_figure
 from scorematch.evaluation.per_image import ImageBatch, choose, values_per_image
+from scorematch.evaluation.subject import SamplerChoice, sampler_for
 from scorematch.restoration.observation import Observation, check_sigma
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import as_operator
@@ -115,7 +117,7 @@ def evaluate_restoration(
         draws: K, the number of restorations of each image, at least 1.
         sigma: the standard deviation of the noise in the measurements, in units of images in [0, 1].
         features: the extractor, or several, as for ``evaluate``.
-        metrics: names from ``MEASURES``, as for ``evaluate``.
+        metrics: names from ``METRICS``, as for ``evaluate``.
         sampler: the sampler, as for ``evaluate``; None is the recommended one of a network that was trained to restore,
             and annealed Langevin dynamics for any other, as for the command ``scorematch restore``. To choose the
             method, pass for example ``lambda net: AnnealedLangevinSampler(net, restore="guide-jacobian")``.
@@ -152,7 +154,7 @@ def evaluate_restoration(
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_outside(folder, data, reference)
-        check_results(folder)
+        check_evaluation_folder(folder)
         check_picture(folder / "restored.png")  # fails early
     if sampler is None and not isinstance(what, Sampler):
         sampler = _recommended
@@ -165,8 +167,7 @@ def evaluate_restoration(
             images if reference is None else reference,
             features=features,
             metrics=metrics,
-            image_size=tuple(images.shape[1:]),  # type: ignore[arg-type]  # (H, W)
-            channels=images.shape[0],
+            shape=images.shape,
             crop=crop,
             cache=cache,
             device=device,
@@ -189,7 +190,7 @@ def evaluate_restoration(
         }
         result = Evaluation(
             name=f"{name}, {text}",
-            settings=json.loads(json.dumps(settings)),  # lists instead of tuples
+            settings=as_stored(settings),
             versions=versions(device),
             sizes={column: len(chosen) for column in figures},
             figures=figures,
@@ -255,7 +256,7 @@ class _Restoring:
         self._classes, self._draws, self._sigma, self._seed = classes, draws, sigma, seed
         self._restored, self._degraded = evaluator.collect(), evaluator.collect()
         scores = [name for name in evaluator.metrics if name == "inception-score"]
-        self._originals = Collection(evaluator.extractors, evaluator.references, scores)
+        self._originals = evaluator.collect(scores)
         self.shown: list[Tensor] = []  # for the picture
         # The set, the source and the name of each value, from black images: a process may have no batch.
         x = torch.zeros(2, *shape)
@@ -336,8 +337,8 @@ class _Restoring:
         }
         result: dict[str, Figures] = {column: {RESTORATION: {}, **figures} for column, figures in found.items()}
         for (column, source, name), each in zip(self._names, values.unbind(1), strict=True):
-            figure = mean_figure(each)
-            result[column][source][name] = root_figure(figure) if name in _ROOTS else figure
+            figure = mean_of(each)
+            result[column][source][name] = root_of(figure) if name in _ROOTS else figure
         del result[ORIGINAL][RESTORATION]
         return result
 

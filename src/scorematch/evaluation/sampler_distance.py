@@ -24,7 +24,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,85 +31,93 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
-from scorematch.core.charts import Curve, chart, table
 from scorematch.core.randomness import seed_of
 from scorematch.core.scores import Score
-from scorematch.evaluation.accumulate import Moments, double
+from scorematch.evaluation.accumulate import Moments
+from scorematch.evaluation.estimate import Estimate
 from scorematch.evaluation.exact import Distribution
-from scorematch.evaluation.metrics import squared_distances
+from scorematch.evaluation.report import Report
+from scorematch.evaluation.rows import BLOCK, double, squared_distances
 from scorematch.sampling import SAMPLERS, Sampler
 from scorematch.sampling.sampler import options_of
 
-_BLOCK = 2048  # the number of samples on each side of a block of distances
 _TRIED = 10  # the number of levels with which a sampler is created to see whether it accepts a score
 
 Make = Callable[[Score, int], Sampler]
 
 
-class Distances(NamedTuple):
-    """The distances of samples from a distribution; see the module docstring."""
-
-    mean: float
-    covariance: float
-    energy: float
-
-
-class SamplerRow(NamedTuple):
-    """The distances of a sampler with a number of levels.
+class SamplerDistance(NamedTuple):
+    """The distances of samples from a distribution; see the module docstring.
 
     Attributes:
-        name: the name of the sampler in the table.
-        sampler: its description, ``str(sampler)``.
-        calls: the number of network calls.
-        distances: the distances of its samples.
+        name: the name of the sampler.
+        calls: the number of network calls per sample; None for exact samples.
+        mean, covariance, energy: the distances; those of exact samples with their standard deviations.
     """
 
     name: str
-    sampler: str
-    calls: int
-    distances: Distances
+    calls: int | None
+    mean: Estimate
+    covariance: Estimate
+    energy: Estimate
 
 
-@dataclass(frozen=True)
-class SamplerDistances:
-    """The distances of samplers from a distribution.
+def sampler_distances(
+    exact: Distribution,
+    samplers: Mapping[str, Make] | None = None,
+    *,
+    net: Score | None = None,
+    levels: Sequence[int] = (5, 10, 20, 50, 100),
+    n: int = 2000,
+    repeats: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report[SamplerDistance]:
+    """Measures the distance of samples from a known distribution, for samplers with several numbers of network calls.
 
-    Attributes:
-        rows: one row for each sampler and number of levels.
-        floor: the mean distances of exact samples.
-        deviation: the standard deviations of the distances of exact samples.
-        n: the number of samples.
+    The energy distance computes n^2 distances between samples 2 times for each row, and 2 ``repeats`` times for the
+    floor. The memory is that of all samples and of a block of 2,048 x 2,048 distances.
+
+    Args:
+        exact: the distribution, with a schedule.
+        samplers: functions of a score and a number of levels that create samplers, by name; None is
+            ``sampler_variants(net)``.
+        net: the score to sample; None is the exact score. With a network that was trained on samples of the
+            distribution the distance contains the error of the network.
+        levels: the numbers of noise levels.
+        n: the number of samples, at least 2.
+        repeats: the number of draws of exact samples for the floor, at least 2.
+        seed: the seed of all samples.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The distances of each sampler with each number of levels; the last row has those of exact samples, with their
+        standard deviations.
+
+    Raises:
+        TypeError: if n or ``repeats`` is not an integer.
+        ValueError: if n or ``repeats`` is below 2, the distribution is a single point, or the score has no schedule.
+        RuntimeError: if a sampler diverges.
     """
-
-    rows: tuple[SamplerRow, ...]
-    floor: Distances
-    deviation: Distances
-    n: int
-
-    def table(self) -> str:
-        """The distances as a table in Markdown, with the floor as its last row."""
-        rows = [[row.name, str(row.calls), *(f"{value:.4f}" for value in row.distances)] for row in self.rows]
-        floor = [f"{a:.4f} ± {b:.4f}" for a, b in zip(self.floor, self.deviation, strict=True)]
-        return table(["sampler", "network calls", *Distances._fields], [*rows, ["exact samples", "", *floor]])
-
-    def chart(self, distance: str = "energy") -> str:
-        """One of the distances against the number of network calls, as the text of an SVG file.
-
-        Args:
-            distance: "mean", "covariance" or "energy".
-        """
-        curves = []
-        for name, rows in itertools.groupby(self.rows, lambda row: row.name):
-            points = [(float(row.calls), getattr(row.distances, distance)) for row in rows]
-            curves.append(Curve(name, *zip(*points, strict=True)))
-        floor, deviation = getattr(self.floor, distance), getattr(self.deviation, distance)
-        ends = [float(limit(row.calls for row in self.rows)) for limit in (min, max)]
-        curves.append(Curve("exact samples, plus two deviations", ends, [floor + 2 * deviation] * 2))
-        title = f"{distance} distance of {self.n:,} samples"
-        return chart(title, "network calls", curves, log_x=True, log_y=True, marks=True)
+    check_count("n", n, 2)
+    check_count("repeats", repeats, 2)
+    if not exact.covariance.any():
+        raise ValueError(f"exact must not be a single point, since distances are relative to its spread: {exact!r}.")
+    score = exact if net is None else net
+    measure = _distances_from(exact, exact.sample(n, seed_of(seed, "reference")))
+    makers = sampler_variants(score) if samplers is None else samplers
+    made = [(name, make(score, count)) for (name, make), count in itertools.product(makers.items(), levels)]
+    rows = []
+    for name, sampler in tqdm(made, "samplers", leave=False, disable=not progress):
+        x = sampler.sample(n, shape=exact.sample_shape, generator=seed_of(seed, "sampler", name), progress=False)
+        rows.append(SamplerDistance(name, len(sampler), *map(Estimate, measure(x))))
+    drawn = [measure(exact.sample(n, seed_of(seed, "floor", i))) for i in range(repeats)]
+    own = torch.tensor(drawn, dtype=torch.float64)
+    floor = itertools.starmap(Estimate, zip(own.mean(0).tolist(), own.std(0).tolist(), strict=True))
+    return Report([*rows, SamplerDistance("exact samples", None, *floor)])
 
 
-def sampler_variants(net: Score) -> dict[str, Make]:
+def sampler_variants(score: Score) -> dict[str, Make]:
     """All samplers of ``SAMPLERS`` by name, each with every value of its options that have named values.
 
     Values that a sampler refuses for this score are left out, such as the variance "learned" for a score that predicts
@@ -118,7 +125,7 @@ def sampler_variants(net: Score) -> dict[str, Make]:
     published algorithm.
 
     Args:
-        net: the score to sample.
+        score: the score to sample.
 
     Returns:
         Functions of a score and a number of levels that create the samplers.
@@ -132,7 +139,7 @@ def sampler_variants(net: Score) -> dict[str, Make]:
         for name, options in _options(kind):
             make = _maker(kind, options)
             try:
-                make(net, _TRIED)
+                make(score, _TRIED)
             except ValueError as error:
                 refused = error
             else:
@@ -156,82 +163,28 @@ def _options(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "langevin, plain", {"consistent": False}
 
 
-def sampler_distances(
-    exact: Distribution,
-    samplers: Mapping[str, Make] | None = None,
-    *,
-    net: Score | None = None,
-    levels: Sequence[int] = (5, 10, 20, 50, 100),
-    n: int = 2000,
-    repeats: int = 20,
-    seed: int = 0,
-    progress: bool = True,
-) -> SamplerDistances:
-    """Measures the distance of samples from a known distribution, for samplers with several numbers of network calls.
+def _distances_from(exact: Distribution, reference: Tensor) -> Callable[[Tensor], tuple[float, float, float]]:
+    """A function that returns the three distances of samples, with these exact samples for the energy distance."""
+    center, expected = exact.mean.cpu(), exact.covariance.cpu()
+    y = double(reference.cpu()).flatten(1) - center
+    within = _mean_distance(y, y)
 
-    The energy distance computes n^2 distances between samples 2 times for each row, and 2 ``repeats`` times for the
-    floor. The memory is that of all samples and of a block of 2,048 x 2,048 distances.
-
-    Args:
-        exact: the distribution, with a schedule.
-        samplers: functions of a score and a number of levels that create samplers, by name; None is
-            ``sampler_variants(net)``.
-        net: the score to sample; None is the exact score. With a network that was trained on samples of the
-            distribution the distance contains the error of the network.
-        levels: the numbers of noise levels.
-        n: the number of samples, at least 2.
-        repeats: the number of draws of exact samples for the floor, at least 2.
-        seed: the seed of all samples.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The distances of each sampler with each number of levels, and those of exact samples.
-
-    Raises:
-        TypeError: if n or ``repeats`` is not an integer.
-        ValueError: if n or ``repeats`` is below 2, the distribution is a single point, or the score has no schedule.
-        RuntimeError: if a sampler diverges.
-    """
-    check_count("n", n, 2)
-    check_count("repeats", repeats, 2)
-    if not exact.covariance.any():
-        raise ValueError(f"exact must not be a single point, since distances are relative to its spread: {exact!r}.")
-    score = exact if net is None else net
-    measure = _Measure(exact, exact.sample(n, seed_of(seed, "reference")))
-    makers = sampler_variants(score) if samplers is None else samplers
-    made = [(name, make(score, count)) for (name, make), count in itertools.product(makers.items(), levels)]
-    rows = []
-    for name, sampler in tqdm(made, "samplers", leave=False, disable=not progress):
-        x = sampler.sample(n, shape=exact.sample_shape, generator=seed_of(seed, "sampler", name), progress=False)
-        rows.append(SamplerRow(name, str(sampler), len(sampler), measure(x)))
-    drawn = [measure(exact.sample(n, seed_of(seed, "floor", i))) for i in range(repeats)]
-    own = torch.tensor(drawn, dtype=torch.float64)
-    floor, deviation = (Distances(*values.tolist()) for values in (own.mean(0), own.std(0)))
-    return SamplerDistances(tuple(rows), floor, deviation, n)
-
-
-class _Measure:
-    """The distances of samples from a distribution, with a fixed set of exact samples for the energy distance."""
-
-    def __init__(self, exact: Distribution, reference: Tensor) -> None:
-        self._mean, self._covariance = exact.mean.cpu(), exact.covariance.cpu()
-        self._reference = double(reference.cpu()).flatten(1) - self._mean
-        self._within = _mean_distance(self._reference, self._reference)
-
-    def __call__(self, x: Tensor) -> Distances:
-        x = double(x.cpu()).flatten(1) - self._mean
+    def distances(samples: Tensor) -> tuple[float, float, float]:
+        x = double(samples.cpu()).flatten(1) - center
         moments = Moments()
         moments.update(x)
-        mean = float(moments.mean.norm()) / math.sqrt(float(self._covariance.trace()))
-        covariance = float((moments.covariance - self._covariance).norm() / self._covariance.norm())
-        between, own = _mean_distance(x, self._reference), _mean_distance(x, x)
-        return Distances(mean, covariance, math.sqrt(max(0.0, 1 - (own + self._within) / (2 * between))))
+        mean = float(moments.mean.norm()) / math.sqrt(float(expected.trace()))
+        covariance = float((moments.covariance - expected).norm() / expected.norm())
+        between, own = _mean_distance(x, y), _mean_distance(x, x)
+        return mean, covariance, math.sqrt(max(0.0, 1 - (own + within) / (2 * between)))
+
+    return distances
 
 
 def _mean_distance(a: Tensor, b: Tensor) -> float:
     """The mean distance of the samples (N, D) from the samples (M, D)."""
     total = 0.0
-    for rows in a.split(_BLOCK):
-        for columns in b.split(_BLOCK):
+    for rows in a.split(BLOCK):
+        for columns in b.split(BLOCK):
             total += float(squared_distances(rows, columns).sqrt().sum())
     return total / (len(a) * len(b))

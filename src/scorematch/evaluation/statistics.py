@@ -18,7 +18,6 @@ extractor that the caller passes. Files that name another extractor than the cal
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import struct
@@ -37,10 +36,12 @@ from scorematch.core.arguments import argument, check_count
 from scorematch.core.files import write_whole
 from scorematch.core.messages import plain
 from scorematch.core.processes import agreed, processes
+from scorematch.core.provenance import identity
 from scorematch.data.arrays import read_arrays
 from scorematch.data.images import ImageData, open_images
-from scorematch.evaluation.accumulate import Moments, Rows, check_features, is_symmetric
+from scorematch.evaluation.accumulate import Moments, Rows
 from scorematch.evaluation.features import Extractor
+from scorematch.evaluation.rows import check_features, is_symmetric
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +222,8 @@ def statistics_of(
     data: Any,
     extractor: Extractor,
     *,
-    features: bool = False,
-    cache: str | os.PathLike[str] | None = None,
+    keep_features: bool = False,
+    cache: bool | str | os.PathLike[str] = False,
     batch_size: int = 256,
     progress: bool = True,
 ) -> Statistics:
@@ -234,9 +235,10 @@ def statistics_of(
         data: an ``ImageData``, or what ``scorematch.training.open_images`` takes: a folder, arrays, an ``.npz`` file, a
             data set. To choose the size or the number of channels, call ``open_images`` first.
         extractor: the extractor, with a fingerprint.
-        features: whether to keep all features, which all metrics except the Fréchet distance need.
-        cache: a folder, such as ``cache_folder()``. If it has statistics of the same images by the same extractor,
-            they are read; otherwise they are written to it, with a warning if that fails. None uses no cache.
+        keep_features: whether to keep all features, which all metrics except the Fréchet distance need.
+        cache: a folder. If it has statistics of the same images by the same extractor, they are read; otherwise they
+            are written to it, with a warning if that fails. True is the folder in the environment variable
+            SCOREMATCH_CACHE, or else ``~/.cache/scorematch``; False uses no cache.
         batch_size: the number of images that are read at once, at least 1.
         progress: whether to show a progress bar.
 
@@ -249,13 +251,14 @@ def statistics_of(
     """
     batch_size = check_count("batch_size", batch_size)
     images = open_images(data, progress=progress)
-    path = None if cache is None else Path(cache, f"{content_key(images, extractor, features)}.npz").expanduser()
+    folder = cache_folder() if cache is True else None if cache is False else Path(cache).expanduser()
+    path = None if folder is None else folder / _cache_name(images, extractor, keep_features)
     # All processes must make the same choice: if one reads the file, the others would wait for it in a collective call.
     stored = None if path is None else _stored(path, extractor)
     if agreed(stored is not None):
         return cast(Statistics, stored)
     rank = torch.distributed.get_rank() if processes() > 1 else 0
-    found: Moments | Rows = Rows() if features else Moments()
+    found: Moments | Rows = Rows() if keep_features else Moments()
     starts = range(rank * batch_size, len(images), processes() * batch_size)
     for start in tqdm(starts, "features", unit="batch", leave=False, disable=not progress or rank > 0):
         batch, _ = images.read(range(start, min(start + batch_size, len(images))))
@@ -279,25 +282,10 @@ def _stored(path: Path, extractor: Extractor) -> Statistics | None:
         return None
 
 
-def content_key(images: ImageData, extractor: Extractor, *parts: object) -> str:
-    """A hash of the content of a data set and of the extractor: the name of their statistics in a cache.
-
-    The hash covers the fingerprint of the data, which depends on the names and sizes of the files; all pixels, in
-    order; and the name, fingerprint and preprocessing of the extractor.
-
-    Args:
-        images: the data set; all images are read when it is first hashed.
-        extractor: the extractor, with a fingerprint.
-        parts: other values that the statistics depend on.
-
-    Returns:
-        32 hexadecimal digits.
-
-    Raises:
-        ValueError: if the extractor has no fingerprint.
-    """
-    extracted = _identity(extractor)
-    return hashlib.blake2b(repr((images.content, *extracted, *parts)).encode(), digest_size=16).hexdigest()
+def _cache_name(images: ImageData, extractor: Extractor, keep_features: bool) -> str:
+    """The name of the file of statistics in a cache; it has a hash of all pixels, which are read when first hashed."""
+    key = identity([images.content, *_identity(extractor), keep_features])
+    return f"{key.rpartition(' ')[2]}.npz"
 
 
 def cache_folder() -> Path:

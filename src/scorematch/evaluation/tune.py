@@ -15,12 +15,11 @@ continues an interrupted one.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,21 +28,25 @@ import torch
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count, check_integer
-from scorematch.core.charts import Curve, chart, table
+from scorematch.core.charts import Curve, chart
+from scorematch.core.charts import table as markdown_table
 from scorematch.core.conditions import takes_image
 from scorematch.core.files import check_own, delete_unfinished, write_whole
-from scorematch.core.json_files import native, read_object
+from scorematch.core.json_files import native
 from scorematch.core.messages import plain
 from scorematch.core.processes import process_group, this_process
 from scorematch.core.provenance import identity
+from scorematch.core.records import as_stored, differences, hash_of, read_record, refuse, write_record
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import device_of
 from scorematch.data.images import ImageData
 from scorematch.data.pictures import Crop
-from scorematch.evaluation.evaluate import hash_of, open_for, read_batches, shown
+from scorematch.evaluation.estimate import IMAGES, Estimate, Figures, as_dicts
+from scorematch.evaluation.evaluator import Evaluator
 from scorematch.evaluation.features import Extractor
-from scorematch.evaluation.figures import IMAGES, MEASURES, Evaluator, Figure, Figures, as_dicts
+from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.per_image import choose
+from scorematch.evaluation.reference import open_for, read_batches, shown
 from scorematch.evaluation.restored_images import RESTORATION, RESTORED, evaluate_restoration, identified
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
@@ -70,7 +73,7 @@ _ROW: Mapping[str, Field] = {
     "seconds": Field(float, required=True, low=0),
     "figures": Field(dict, required=True),
 }
-_FIGURE: Mapping[str, Field] = {
+_ESTIMATE: Mapping[str, Field] = {
     "value": Field(float, required=True),
     "error": Field(float, required=True, optional=True),
 }
@@ -78,8 +81,8 @@ _BEGIN, _END = "<!-- sampler settings, by scorematch tune -->", "<!-- end of sam
 
 
 @dataclass(frozen=True)
-class Row:
-    """The figures of one sampler.
+class MeasuredSampler:
+    """A sampler and the figures of its images: a row of the table.
 
     Attributes:
         sampler: the sampler in words.
@@ -108,23 +111,23 @@ class Tuning:
         operators: the names of the operators; empty if images were drawn and not restored.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[MeasuredSampler]
     held_out: Figures | None
     source: str
     by: str
     operators: Sequence[str] = ()
 
     @property
-    def best(self) -> Row:
+    def best(self) -> MeasuredSampler:
         """The row with the smallest distance; of equal ones, that with the fewest network calls."""
         return min(self.rows, key=lambda row: (self.distance(row), row.calls))
 
-    def distance(self, row: Row) -> float:
+    def distance(self, row: MeasuredSampler) -> float:
         """The distance of a row; for several operators the geometric mean of their distances."""
         values = [row.figures[source][self.by].value for source in self.operators or [self.source]]
         return math.prod(max(value, 0) for value in values) ** (1 / len(values)) if self.operators else values[0]
 
-    def to_markdown(self) -> str:
+    def table(self) -> str:
         """The rows as a table in Markdown, the best one in bold."""
         pixels = ["std", "variation"]
         restored = [*self.operators, *(["mean"] if len(self.operators) > 1 else [])]
@@ -137,7 +140,7 @@ class Tuning:
             lines.append([f"**{cell}**" for cell in cells] if row is best else cells)
         if self.held_out is not None:
             lines.append(["held-out images", "", *self._cells(self.held_out), ""])
-        return table(["sampler settings", "calls", *measured, "seconds"], lines)
+        return markdown_table(["sampler settings", "calls", *measured, "seconds"], lines)
 
     def chart(self) -> str:
         """The distance over the number of network calls as the text of an SVG file.
@@ -256,9 +259,8 @@ def tune(
         evaluator = Evaluator(
             data,
             features=[] if criterion == "rmse" else features,
-            metrics=[criterion] if criterion in MEASURES else [],
-            image_size=(shape[1], shape[2]),
-            channels=shape[0],
+            metrics=[criterion] if criterion in METRICS else [],
+            shape=shape,
             crop=crop,
             cache=cache,
             device=device,
@@ -287,7 +289,7 @@ def tune(
                 sampler.restore = restore
                 row = _restored(sampler, data, restored, evaluator, criterion, n, seed, batch_size)
             else:
-                (row,) = compare([sampler], evaluator, n, **options, progress=progress)
+                row = _drawn(sampler, evaluator, n, options, progress)
             kept.add(replace(row, settings=each))
         result = Tuning([kept.rows[each] for each in samplers], others, source, criterion, named)
         if folder is not None and this_process()[0] == 0:
@@ -337,12 +339,10 @@ def _restored(
     n: int,
     seed: int,
     batch_size: int,
-) -> Row:
+) -> MeasuredSampler:
     """The figure ``by`` of one restoration of each of n images, for each operator."""
     begin = time.perf_counter()
     figures: Figures = {}
-    # Statistics are passed only with a fingerprint. These are neither saved nor compared with others.
-    extractors = [replace(each, fingerprint=each.fingerprint or "unknown") for each in evaluator.extractors]
     for name, operator in operators.items():
         found = evaluate_restoration(
             sampler,
@@ -350,52 +350,25 @@ def _restored(
             operator,
             n=min(n, len(data)),
             draws=1,
-            features=extractors,
+            features=evaluator.extractors,
             metrics=evaluator.metrics,
-            reference=evaluator.references[0] if evaluator.references else None,
+            reference=evaluator.reference,
             seed=seed,
             batch_size=batch_size,
             progress=False,
         ).figures[RESTORED]
         figures[name] = {by: found[RESTORATION if by == "rmse" else evaluator.extractors[0].name][by]}
-    return Row(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
+    return MeasuredSampler(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
 
 
-def compare(
-    samplers: Iterable[Sampler],
-    evaluator: Evaluator,
-    n: int,
-    *,
-    seed: int = 0,
-    batch_size: int = 64,
-    condition: Classes = None,
-    classes: int | None = None,
-    progress: bool = True,
-) -> Iterator[Row]:
-    """Measures images of several samplers, drawn from the same seeds.
-
-    Under ``torchrun`` or ``accelerate launch`` every process must make the same call.
-
-    Args:
-        samplers: the samplers.
-        evaluator: the reference and the metrics.
-        n: the number of images of each sampler.
-        seed: the seed of all images.
-        batch_size: the number of images that go through a network at once.
-        condition: for class-conditional networks, as for ``bulk_samples``.
-        classes: the number of classes for "random" and "cycle".
-        progress: whether to show a progress bar.
-
-    Yields:
-        The figures of each sampler.
-    """
-    for sampler in samplers:
-        begin = time.perf_counter()
-        batches = bulk_samples(sampler, n, seed=seed, batch_size=batch_size, condition=condition, classes=classes)
-        images = (batch.images for batch in batches)
-        with process_group(device_of(sampler.net)):
-            figures = evaluator.measure(shown(images, n, repr(sampler), progress))
-        yield Row(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
+def _drawn(
+    sampler: Sampler, evaluator: Evaluator, n: int, options: Mapping[str, Any], progress: bool
+) -> MeasuredSampler:
+    """The figures of n images; those of all samplers are drawn from the same seeds."""
+    begin = time.perf_counter()
+    images = (batch.images for batch in bulk_samples(sampler, n, **options))
+    figures = evaluator.measure(shown(images, n, repr(sampler), progress))
+    return MeasuredSampler(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
 
 
 def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
@@ -452,49 +425,43 @@ def check_folder(folder: Path, net: ScoreNet) -> None:
 
 
 class _Table:
-    """The measured rows, which are also stored in tune.json if a folder is given.
+    """The measured samplers, which are also stored in tune.json if a folder is given.
 
     Args:
         folder: the folder, or None.
         settings: everything that determines the figures.
-        figures: the names of the figures that a row must have, by their source.
+        figures: the names of the figures that each of them must have, by their source.
     """
 
     def __init__(
         self, folder: Path | None, settings: Mapping[str, Any], figures: Mapping[str, Collection[str]]
     ) -> None:
         self._path = None if folder is None else folder / _FILE
-        self._settings = json.loads(json.dumps(settings))  # lists instead of tuples
-        self.rows: dict[SamplerSettings | None, Row] = {}
-        if self._path is not None and self._path.is_file():
-            try:
-                stored = read_object(self._path)
-                check(stored, _SCHEMA, str(self._path))
-            except ValueError as error:
-                raise ValueError(f"{error} Pass another folder.") from error
-            _rename(stored)
-            differing = [key for key, value in self._settings.items() if stored["settings"].get(key) != value]
-            if differing:
-                raise ValueError(
-                    f"{self._path} was measured with other settings: {', '.join(differing)}. Pass the same settings to "
-                    "continue, or another folder."
-                )
-            for i, row in enumerate(stored["rows"]):
-                found = _read_row(row, figures, f"{self._path}: rows[{i}]")
-                self.rows[found.settings] = found
+        self._settings = as_stored(settings)
+        self.rows: dict[SamplerSettings | None, MeasuredSampler] = {}
+        stored = None if self._path is None else read_record(self._path, _SCHEMA)
+        if stored is None:
+            return
+        _rename(stored)
+        differing = differences({key: stored["settings"].get(key) for key in self._settings}, self._settings)
+        advice = "Pass the same settings to continue, or another folder."
+        refuse(f"{self._path} was measured with other settings", differing, advice)
+        for i, row in enumerate(stored["rows"]):
+            found = _read_row(row, figures, f"{self._path}: rows[{i}]")
+            self.rows[found.settings] = found
 
-    def add(self, row: Row) -> None:
+    def add(self, row: MeasuredSampler) -> None:
         """Adds a row, and writes all rows to tune.json."""
         self.rows[row.settings] = row
         if self._path is not None and this_process()[0] == 0:
             content = {
                 "format_version": 1,
                 "settings": self._settings,
-                "hash": hash_of(self._settings),
+                "hash": hash_of(self._settings, size=8),
                 "rows": [_write_row(each) for each in self.rows.values()],
             }
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, (json.dumps(content, indent=2) + "\n").encode())
+            write_record(self._path, content)
 
 
 def _rename(stored: dict[str, Any]) -> None:
@@ -512,7 +479,7 @@ def _rename(stored: dict[str, Any]) -> None:
                 row["figures"] = {renamed(name): figures for name, figures in row["figures"].items()}
 
 
-def _write_row(row: Row) -> dict[str, Any]:
+def _write_row(row: MeasuredSampler) -> dict[str, Any]:
     return {
         "settings": None if row.settings is None else row.settings.to_dict(),
         "sampler": row.sampler,
@@ -522,7 +489,7 @@ def _write_row(row: Row) -> dict[str, Any]:
     }
 
 
-def _read_row(row: Mapping[str, Any], needed: Mapping[str, Collection[str]], where: str) -> Row:
+def _read_row(row: Mapping[str, Any], needed: Mapping[str, Collection[str]], where: str) -> MeasuredSampler:
     check(row, _ROW, where)
     check(row["figures"], dict.fromkeys(needed, Field(dict, required=True)), f"{where}: figures")
     figures: Figures = {}
@@ -530,13 +497,13 @@ def _read_row(row: Mapping[str, Any], needed: Mapping[str, Collection[str]], whe
         place = f"{where}: figures: {plain(source)}"
         check(found, dict.fromkeys(needed.get(source, ()), Field(dict, required=True)), place)
         for name, figure in found.items():
-            check(figure, _FIGURE, f"{place}: {plain(name)}", closed=True)
-        figures[source] = {name: Figure(**figure) for name, figure in found.items()}
+            check(figure, _ESTIMATE, f"{place}: {plain(name)}", closed=True)
+        figures[source] = {name: Estimate(**figure) for name, figure in found.items()}
     try:
         settings = SamplerSettings.from_dict(row["settings"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return Row(row["sampler"], row["calls"], row["seconds"], figures, settings)
+    return MeasuredSampler(row["sampler"], row["calls"], row["seconds"], figures, settings)
 
 
 def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
@@ -555,7 +522,7 @@ def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
     section = (
         f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {n:,} images for each row, all from "
         "the same seeds. The row in bold has the smallest distance; its settings are stored with the network.\n\n"
-        f"{result.to_markdown()}\n![{result.by} over the number of network calls]({_CHART})\n{_END}"
+        f"{result.table()}\n![{result.by} over the number of network calls]({_CHART})\n{_END}"
     )
     old = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     text = old.sub(lambda _: section, text) if old.search(text) else f"{text.rstrip()}\n\n{section}\n"

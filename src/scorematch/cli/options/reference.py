@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from scorematch.cli.options.values import expanded, filled, image_count
-from scorematch.evaluation import EXTRACTORS, as_extractor
+from scorematch.evaluation.features import EXTRACTORS, as_extractor
 
 
 def add_reference(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,7 @@ from scorematch.core.processes import process_group
 from scorematch.core.randomness import as_generator, standard_normal
 from scorematch.core.scores import Score, device_of
 from scorematch.data.images import open_images
-from scorematch.evaluation.figures import Figure, mean_figure
+from scorematch.evaluation.estimate import Estimate, mean_of
 from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
 from scorematch.likelihood import as_bits, check_unit_range, default_schedule, dequantized, log_likelihood
 from scorematch.noise import NoiseSchedule
@@ -66,10 +66,10 @@ class DataLikelihood:
         indices: the indices of these images in the data (n,).
     """
 
-    bits: Figure
+    bits: Estimate
     noise: Noise
     trace_error: float
-    change: Figure
+    change: Estimate
     levels: int
     n: int
     checked: int
@@ -78,9 +78,9 @@ class DataLikelihood:
     indices: Tensor
 
     @property
-    def nats(self) -> Figure:
+    def nats(self) -> Estimate:
         """``bits`` times D log 2: the mean negative log-likelihood of an image in units of gray levels, in nats."""
-        return mean_figure(self.per_image * (self.dimension * math.log(2)))
+        return mean_of(self.per_image * (self.dimension * math.log(2)))
 
     def __str__(self) -> str:
         return (
@@ -176,10 +176,10 @@ def data_likelihood(
     changes = checked - own[: len(checked), None]
     variance = 0.0 if probes is None else float(changes[:, 1].square().mean()) / 2
     return DataLikelihood(
-        bits=mean_figure(own),
+        bits=mean_of(own),
         noise=noise,
         trace_error=math.sqrt(variance / len(own)),
-        change=mean_figure(changes[:, 0]),
+        change=mean_of(changes[:, 0]),
         levels=len(schedule),
         n=len(own),
         checked=len(checked),

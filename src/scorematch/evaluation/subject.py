@@ -1,0 +1,193 @@
+"""The images to evaluate: samples of a network, stored samples, or other images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from scorematch.core.conditions import takes_image
+from scorematch.core.scores import device_of
+from scorematch.data.images import ImageData, open_images
+from scorematch.data.pictures import ENDINGS, is_picture, to_float, to_uint8
+from scorematch.data.samples import read_samples, stored_samples, stored_settings
+from scorematch.evaluation.per_image import choose
+from scorematch.evaluation.reference import read_batches
+from scorematch.pretrained import cards
+from scorematch.pretrained.configuration import CONFIG_FILE
+from scorematch.pretrained.diffusers import INDEX_FILE
+from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
+from scorematch.sampling.bulk import Job
+from scorematch.sampling.folder import SampleFolder
+from scorematch.score import ScoreNet
+
+SamplerChoice: TypeAlias = "SamplerSettings | Callable[[Any], Sampler] | None"
+DEFAULT_N = 5000  # samples, if the number is not given
+
+
+class Subject(NamedTuple):
+    """The images to evaluate.
+
+    Attributes:
+        name: their name.
+        n: their number.
+        shape: the shape of one, (C, H, W).
+        is_network: whether they are samples of a network; the reference is then resized to their shape.
+        batches: yields the batches of this process.
+        first: returns the first n images (n, C, H, W), float32 in [0, 1]; called after all have been drawn.
+        settings: everything that determines the images, as plain values for JSON.
+        device: the device of the network.
+        sampler: the sampler in words, or None.
+    """
+
+    name: str
+    n: int
+    shape: tuple[int, int, int]
+    is_network: bool
+    batches: Callable[[], Iterator[Tensor]]
+    first: Callable[[int], Tensor]
+    settings: dict[str, Any]
+    device: torch.device
+    sampler: str | None = None
+
+
+def subject_of(
+    what: Any,
+    n: int | None,
+    sampler: SamplerChoice,
+    options: dict[str, Any],
+    out: Path | None,
+    device: torch.device | str | None,
+    progress: bool,
+) -> Subject:
+    """The images of a network, its name or folder, a sampler, a folder of samples, or images of any other kind."""
+    name = str(what) if isinstance(what, str | os.PathLike) else type(what).__name__
+    if is_network(what):
+        drawn = sampler_for(what, sampler, device)
+        return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress)
+    if sampler is not None or options["condition"] is not None or options["classes"] is not None:
+        raise ValueError(
+            "sampler, condition and classes apply to networks, but the argument `what` is a set of images. Leave them "
+            "out."
+        )
+    if isinstance(what, str | os.PathLike) and (stored := samples_in(Path(what))) is not None:
+        return _of_samples(name, Path(what), stored, n)
+    return _of_images(name, open_images(what, crop=None, strict=True, progress=progress), n, options)
+
+
+def is_network(what: Any) -> bool:
+    """Whether ``what`` is a network, the name or the folder of one, a score or a sampler, and not a set of images."""
+    if isinstance(what, str | os.PathLike):
+        path = Path(what).expanduser()
+        if isinstance(what, str) and cards.find(what) is not None:
+            return True
+        if path.is_dir():
+            return any((path / name).is_file() for name in (CONFIG_FILE, INDEX_FILE, f"unet/{CONFIG_FILE}"))
+        return path.suffix.lower() not in (".npz", *ENDINGS)
+    return isinstance(what, Sampler) or callable(what)
+
+
+def sampler_for(what: Any, sampler: SamplerChoice, device: torch.device | str | None = None) -> Sampler:
+    """Returns the sampler of a network (or of its name or folder) or a score; a ``Sampler`` is returned unchanged.
+
+    Args:
+        what: a network as for ``evaluate``.
+        sampler: the choice of the sampler as for ``evaluate``.
+        device: the device of a network that is loaded; None is the CPU.
+
+    Raises:
+        TypeError, ValueError: if ``sampler`` does not return a Sampler, or is given although ``what`` is a Sampler.
+        OSError: if there is no such network.
+    """
+    if isinstance(what, Sampler):
+        if sampler is not None:
+            raise ValueError("`what` is a sampler, so sampler= must be None: leave it out.")
+        return what
+    net = what
+    if isinstance(what, str | os.PathLike):
+        net = ScoreNet.from_pretrained(what).to("cpu" if device is None else device)
+    if sampler is None or isinstance(sampler, SamplerSettings):
+        return recommended_sampler(net, sampler)
+    made = sampler(net)
+    if not isinstance(made, Sampler):
+        raise TypeError(f"sampler must return a Sampler, got {type(made).__name__}. Write sampler=ODESampler.")
+    return made
+
+
+def _of_sampler(
+    name: str, sampler: Sampler, n: int, options: dict[str, Any], out: Path | None, progress: bool
+) -> Subject:
+    if takes_image(sampler.net):
+        raise ValueError(f"{name} restores images: it takes an image as its condition. Use evaluate_restoration.")
+    job = Job(sampler, **options)
+    shape = _checked_shape(job.shape, name)
+    settings, device = {"n": n, **job.settings()}, device_of(sampler.net)
+    if out is None:
+
+        def first(few: int) -> Tensor:
+            return torch.cat([batch.images for batch in job.samples(few, share=(0, 1))])
+
+        batches = lambda: (batch.images for batch in job.samples(n))  # noqa: E731
+        return Subject(name, n, shape, True, batches, first, settings, device, str(sampler))
+    samples = out / "samples"
+    folder = SampleFolder(job, samples, n, format="npz", about={"network": name})
+
+    def filled() -> Iterator[Tensor]:
+        folder.fill(progress=progress)
+        return _stored_batches(samples, n)
+
+    return Subject(name, n, shape, True, filled, lambda few: read_samples(samples, few), settings, device, str(sampler))
+
+
+def _stored_batches(folder: Path, n: int) -> Iterator[Tensor]:
+    return (batch.images for batch in stored_samples(folder, n))
+
+
+def samples_in(path: Path) -> dict[str, Any] | None:
+    """The content of samples.json, or None if there is no such file."""
+    try:
+        return stored_settings(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None) -> Subject:
+    n = stored["n"] if n is None else n
+    return Subject(
+        name,
+        n,
+        _checked_shape(stored["settings"]["shape"], name),
+        True,
+        lambda: _stored_batches(folder, n),
+        lambda few: read_samples(folder, few),
+        {"n": n, **stored["settings"]},
+        torch.device("cpu"),
+    )
+
+
+def _of_images(name: str, data: ImageData, n: int | None, options: dict[str, Any]) -> Subject:
+    n, seed = len(data) if n is None else n, options["seed"]
+    chosen = choose(len(data), n, seed).sort().values  # all images in their order
+    settings = {"n": n, "shape": list(data.shape), "content": data.content, "seed": seed if n < len(data) else None}
+    return Subject(
+        name,
+        n,
+        _checked_shape(data.shape, name),
+        False,
+        lambda: read_batches(data, chosen, options["batch_size"]),
+        lambda few: to_float(to_uint8(data.read(chosen[:few])[0])),
+        settings,
+        torch.device("cpu"),
+    )
+
+
+def _checked_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
+    if not is_picture(shape):
+        raise ValueError(
+            f"the images to evaluate must be (C, H, W) with 1 or 3 channels, but {name} has {tuple(shape)}."
+        )
+    return shape[0], shape[1], shape[2]
