@@ -280,7 +280,7 @@ class UpBlock(nn.Module):
         self.picture_up: Callable[[Tensor], Tensor] | None = None
         self.skip_norm: nn.Module | None = None
         self.skip_conv: nn.Module | None = None
-        self.scale = 1.0  # the divisor of a picture that is a running sum of features
+        self.sum_divisor = 1.0  # of an output pyramid that is a running sum of the picture and the features
 
     def forward(
         self, h: Tensor, kept: list[Tensor], embedding: Tensor, picture: Tensor | None
@@ -296,7 +296,7 @@ class UpBlock(nn.Module):
             addend = self.skip_conv(self.skip_norm(h, F.silu))
             picture = addend if picture is None else picture + addend
         elif self.skip_conv is not None and picture is not None:
-            h = picture = (self.skip_conv(picture) + h) / self.scale
+            h = picture = (self.skip_conv(picture) + h) / self.sum_divisor
         if self.upsamplers is not None:
             h = self.upsamplers[0](h, embedding)
         return h if self.resnet_up is None else self.resnet_up(h, embedding), picture

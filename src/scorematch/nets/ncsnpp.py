@@ -150,7 +150,7 @@ class _UpBlock(UpBlock):
             [ResidualBlock((outputs if i else inputs) + skip, outputs, style) for i, skip in enumerate(kept)],
             [_attention(outputs, style)] if attention else [],
         )
-        pyramid, self.scale, self.picture_up = pyramids.outputs, style.scale, pyramids.up()
+        pyramid, self.sum_divisor, self.picture_up = pyramids.outputs, style.scale, pyramids.up()
         if double and (pyramid == "skip" or (pyramid == "residual" and lowest)):
             self.skip_norm = GroupNorm(quarter_groups(outputs), outputs, _EPS)
             self.skip_conv = nn.Conv2d(outputs, image if pyramid == "skip" else outputs, 3, padding=1)

@@ -90,7 +90,8 @@ def down_block(
         return PyramidDownBlock(inputs, outputs, layers, Pyramids(style), attention, halve=halve, image=image)
     block = DownBlock(inputs, outputs, layers, style, attention)
     if halve:
-        down: nn.Module = _Downsample(outputs, layout.padding)  # drawn in any case: a seed gives the same network
+        # Built even if it is replaced: it draws random numbers, and a seed gives the same network as before.
+        down: nn.Module = _Downsample(outputs, layout.padding)
         if kind.residual or (kind.attention and layout.residual_resampling[0]):
             down = ResidualBlock(outputs, outputs, style, resample=mean_down)
         block.downsamplers = nn.ModuleList([down])
