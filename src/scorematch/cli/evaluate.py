@@ -24,6 +24,7 @@ from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, evaluate_r
 from scorematch.evaluation.subject import DEFAULT_N, is_network
 from scorematch.restoration import as_operator
 from scorematch.sampling import SAMPLERS
+from scorematch.sampling.bulk import prepared
 from scorematch.sampling.sampler import options_of
 
 
@@ -119,17 +120,17 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model} restores images. Add the operator to measure, such as --restore gray.")
     condition = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net))
-    sampler, fast = (make_sampler(args, each, restoring=restoring) for each in (net, net.inference_copy()))
+    sampler = make_sampler(args, net, restoring=restoring)
     if restoring:
-        sampler.restore = fast.restore = args.restore_method or "replace"
+        sampler.restore = args.restore_method or "replace"
         drawn = (args.draws or 2) * (args.n or DEFAULT_N_RESTORED)
-        announce(fast, drawn, share=this_process(), most=args.n is None)
+        announce(prepared(sampler), drawn, share=this_process(), most=args.n is None)
         data, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
         options = given(args, ("n", "draws", "sigma", "labels"))
         result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)
     else:
         n = args.n or DEFAULT_N
-        announce(fast, n, condition, share=this_process())
+        announce(prepared(sampler), n, condition, share=this_process())
         result = evaluate(sampler, args.reference, n=n, condition=condition, classes=args.classes, **sets, **common)
     _show(args, result)
 

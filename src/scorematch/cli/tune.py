@@ -8,10 +8,11 @@ from typing import get_args
 from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, find_classes
 from scorematch.cli.options.duration import duration, estimate
-from scorematch.cli.options.networks import add_device, add_model, load
+from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.operators import add_operators, add_restore_method
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.reference import add_reference, reference_options
+from scorematch.cli.options.samplers import add_computation
 from scorematch.cli.options.values import expanded, filled, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.processes import this_process
@@ -62,9 +63,7 @@ def add(commands: Commands) -> None:
         "clean images. Needed for networks that were trained to restore",
     )
     add_restore_method(restoration)
-    parser.add_argument("--seed", type=int, default=0, help="the random seed of all images (default: 0)")
-    add_device(parser)
-    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    add_computation(parser)
     add_reference(parser)
     add_classes(parser)
     parser.set_defaults(run=_run)

@@ -15,16 +15,21 @@ from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_
 from scorematch.sampling.sampler import Option, options_of
 
 
-def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommended one") -> None:
-    """Adds the options of all commands that sample, except ``-n`` and ``--class``, which differ between commands.
-
-    ``default`` describes the sampler that is used without ``--sampler``; see ``make_sampler``.
-    """
+def add_computation(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--seed``, ``--device`` and ``--quiet``."""
     parser.add_argument(
         "--seed", type=int, default=0, help="the random seed; the same seed gives the same images (default: 0)"
     )
     add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+
+
+def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommended one") -> None:
+    """Adds the options of all commands that sample, except ``-n`` and ``--class``, which differ between commands.
+
+    ``default`` describes the sampler that is used without ``--sampler``; see ``make_sampler``.
+    """
+    add_computation(parser)
     group = parser.add_argument_group(
         "sampler", "Default options: those that are recommended for the network, or else those of the sampler."
     )
