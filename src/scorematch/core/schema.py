@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -89,15 +88,13 @@ class Field:
         if self.choices is not None:
             return value in self.choices
         size: Any = len(value) if isinstance(value, list | tuple) else value
-        limits = (
-            (operator.ge, self.low),
-            (operator.gt, self.above),
-            (operator.le, self.high),
-            (operator.lt, self.below),
+        return (
+            (self.low is None or size >= self.low)
+            and (self.above is None or size > self.above)
+            and (self.high is None or size <= self.high)
+            and (self.below is None or size < self.below)
+            and (not isinstance(value, list | tuple) or self.each is None or all(map(self.each.fits, value)))
         )
-        if not all(limit is None or compare(size, limit) for compare, limit in limits):
-            return False
-        return not isinstance(value, list | tuple) or self.each is None or all(map(self.each.fits, value))
 
 
 def check(values: Any, fields: Mapping[str, Field], where: str, *, closed: bool = False) -> None:

@@ -14,12 +14,12 @@ the client repeats it. huggingface_hub is imported only when a function needs it
 from __future__ import annotations
 
 import errno
-import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
@@ -74,6 +74,7 @@ def check_login() -> None:
         )
 
 
+@dataclass
 class Repository:
     """The network of a repository on the Hub. Its files are downloaded unless they are in the cache.
 
@@ -96,25 +97,21 @@ class Repository:
         ValueError: if ``token`` has characters that a token does not have.
     """
 
-    def __init__(
-        self,
-        repo_id: str,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-    ) -> None:
-        _check_token(token)
-        self._repo_id, self._revision, self._token = repo_id, revision, token
-        self._cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
-        self._commit = revision if revision is not None and _COMMIT.fullmatch(revision) else None
+    repo_id: str
+    revision: str | None
+    token: str | bool | None
+    cache_dir: Path | None
+    local_files_only: bool
+
+    def __post_init__(self) -> None:
+        _check_token(self.token)
+        self._commit = self.revision if self.revision is not None and _COMMIT.fullmatch(self.revision) else None
         self._names: Sequence[str] | None = None  # the files of the repository, once the Hub has answered
-        self._offline, self._why_offline = local_files_only, "local_files_only is set"
+        self._why_offline = "local_files_only is set"
 
     def configurations(self) -> Path:
         """Downloads the configurations, and returns their folder in the cache."""
-        with _errors(self._repo_id, self._revision):
+        with _errors(self.repo_id, self.revision):
             folder = self._cached()
             if folder is None or self._commit is None or not _has_configurations(folder):
                 names = self._ask(optional=folder is not None)
@@ -133,7 +130,7 @@ class Repository:
                 network. With an index, its parts are downloaded too.
         """
         files = tuple(files)
-        with _errors(self._repo_id, self._revision):
+        with _errors(self.repo_id, self.revision):
             folder = self._cached()
             if folder is None:  # it was deleted meanwhile
                 raise self._not_in_the_cache()
@@ -158,10 +155,10 @@ class Repository:
         for name in chosen[:-1]:
             self._download(name, self._commit)
         # With the name of a branch, the client records its commit, with which the network is found in the cache later.
-        path = self._download(chosen[-1], self._revision)
+        path = self._download(chosen[-1], self.revision)
         folder = path.parents[chosen[-1].count("/")]
         if folder.name != self._commit:
-            raise OSError(f"{self._repo_id} has changed during the download")
+            raise OSError(f"{self.repo_id} has changed during the download")
         return folder
 
     def _cached(self) -> Path | None:
@@ -169,7 +166,7 @@ class Repository:
         from huggingface_hub import try_to_load_from_cache
 
         for name in (CONFIG_FILE, f"unet/{CONFIG_FILE}"):
-            found = try_to_load_from_cache(self._repo_id, name, self._cache_dir, self._commit or self._revision)
+            found = try_to_load_from_cache(self.repo_id, name, self.cache_dir, self._commit or self.revision)
             if isinstance(found, str):
                 return Path(found).parents[name.count("/")]
         return None
@@ -178,7 +175,7 @@ class Repository:
         from huggingface_hub import hf_hub_download
 
         def download() -> str:
-            return hf_hub_download(self._repo_id, name, revision=revision, token=self._token, cache_dir=self._cache_dir)
+            return hf_hub_download(self.repo_id, name, revision=revision, token=self.token, cache_dir=self.cache_dir)
 
         return Path(_repeated(download, _WAITS))
 
@@ -200,13 +197,13 @@ class Repository:
             RevisionNotFoundError,
         )
 
-        if self._names is not None or self._offline:
+        if self._names is not None or self.local_files_only:
             return self._names
-        api, seconds = HfApi(token=self._token), constants.HF_HUB_ETAG_TIMEOUT
-        revision = self._commit or self._revision
+        api, seconds = HfApi(token=self.token), constants.HF_HUB_ETAG_TIMEOUT
+        revision = self._commit or self.revision
         try:
             info = _repeated(
-                lambda: api.model_info(self._repo_id, revision=revision, timeout=seconds), () if optional else _WAITS
+                lambda: api.model_info(self.repo_id, revision=revision, timeout=seconds), () if optional else _WAITS
             )
         except (HFValidationError, LocalTokenNotFoundError, RevisionNotFoundError):
             raise
@@ -223,12 +220,12 @@ class Repository:
 
     def _not_in_the_cache(self) -> FileNotFoundError:
         return FileNotFoundError(
-            f"{self._repo_id} is not in the cache, or not completely, and {self._why_offline}. Download it first, with "
-            f"ScoreNet.from_pretrained({self._repo_id!r}) while online."
+            f"{self.repo_id} is not in the cache, or not completely, and {self._why_offline}. Download it first, with "
+            f"ScoreNet.from_pretrained({self.repo_id!r}) while online."
         )
 
     def _no_network(self, expected: str, names: Sequence[str]) -> FileNotFoundError:
-        return FileNotFoundError(f"{self._repo_id} holds no network: expected {expected}, found {listed(names)}.")
+        return FileNotFoundError(f"{self.repo_id} holds no network: expected {expected}, found {listed(names)}.")
 
 
 def _check_token(token: str | bool | None) -> None:

@@ -179,8 +179,8 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
     unknown = sorted(given.keys() - _OPTIONS.keys() - _OTHER)
     if unknown:
         raise ValueError(
-            f"{config}: {unknown[0]} is not an option of improved-diffusion or guided-diffusion, or it is not "
-            f"supported. The options are {', '.join(_OPTIONS)}."
+            f"{config}: {unknown[0]} is not a supported option of improved-diffusion or guided-diffusion. The options "
+            f"are {', '.join(_OPTIONS)}."
         )
     guided = {"num_head_channels", "resblock_updown", "use_new_attention_order"} & given.keys()
     checks = {key: field for key, (field, _) in _OPTIONS.items()}

@@ -82,9 +82,8 @@ def locate(
         return Place(cards.SHIPPED / str(card.name), card)
     if card is not None:
         name, revision = str(card.repository), card.revision if revision is None else revision
-    repository = hub.Repository(
-        name, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    home = None if cache_dir is None else Path(cache_dir).expanduser()
+    repository = hub.Repository(name, revision, token, home, local_files_only)
     return Place(repository.configurations(), card, name, repository.weights)
 
 

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import math
 import mmap
+import pickletools
 import struct
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ def read_pickle(path: Path, known: Globals | None = None) -> Pickle:
 
 
 def _read(path: Path, machine: _Machine) -> Any:
-    start = bytes(machine.data[:4])
+    start = bytes(machine.source.data[:4])
     if start == b"PK\x03\x04":
         return _read_zip(path, machine)
     if start[:1] != b"\x80":
@@ -310,7 +311,7 @@ NUMBERS: Globals = {
 
 
 def _read_zip(path: Path, machine: _Machine) -> Any:
-    data = machine.data
+    data = machine.source.data
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
     if sum(entry.file_size for entry in archive.infolist()) > _INFLATION * len(data):
@@ -335,7 +336,7 @@ def _read_zip(path: Path, machine: _Machine) -> Any:
         return found
 
     machine.storage = storage
-    machine.data = _entry(data, entries[f"{root}data.pkl"], checksums)
+    machine.source = _Source(_entry(data, entries[f"{root}data.pkl"], checksums))
     return machine.run()
 
 
@@ -381,10 +382,10 @@ def _read_sequence(machine: _Machine, storages: Mapping[str, Storage]) -> Any:
     content = machine.run()
     for key in machine.run():
         storage = storages[key]
-        (count,) = struct.unpack("<q", machine.take(8))
+        (count,) = struct.unpack("<q", machine.source.take(8))
         if count != storage.count:
             raise RefusedError(f"holds {count:,} numbers for a storage of {storage.count:,}.")
-        values = machine.take(storage.size)
+        values = machine.source.take(storage.size)
         storage.read = lambda values=values: values
     return content
 
@@ -401,7 +402,8 @@ def storage_of_bytes(machine: _Machine, data: Any) -> Storage:
         RefusedError: if the bytes hold anything else.
     """
     storages: dict[str, Storage] = {}
-    inner = _Machine(memoryview(data), _STORAGES, operations=machine.operations)
+    data = data if isinstance(data, memoryview) else memoryview(bytearray(data))  # writable, as torch wants it
+    inner = _Machine(data, _STORAGES, operations=machine.operations)
     inner.storage = lambda *identifier: _storage(storages, *identifier)
     content = _read_sequence(inner, storages) if inner.run() == _MAGIC else None
     machine.operations = inner.operations
@@ -413,17 +415,41 @@ def storage_of_bytes(machine: _Machine, data: Any) -> Storage:
 # -- The interpreter --------------------------------------------------------------------------------------------------
 
 _MARK = object()  # marks the start of a list of values on the stack
-_CONSTANTS = {b"(": _MARK, b"N": None, b"\x88": True, b"\x89": False}
-_EMPTY: dict[bytes, Callable[[], Any]] = {b")": tuple, b"]": list, b"}": dict, b"\x8f": set}
-_NUMBERS = {b"K": "<B", b"M": "<H", b"J": "<i", b"G": ">d"}
-_TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
-# Operations, each with the struct format of the length that follows, or of the index into the memo:
-_INTEGERS = {b"\x8a": "<B", b"\x8b": "<I"}
-_TEXTS = {b"\x8c": "<B", b"X": "<I", b"\x8d": "<Q"}
-_TEXTS_OF_PYTHON_2 = {b"U": "<B", b"T": "<I"}
-_BYTES = {b"C": "<B", b"B": "<I", b"\x8e": "<Q"}
-_GET = {b"h": "<B", b"j": "<I"}
-_PUT = {b"q": "<B", b"r": "<I"}
+# Operations by their names in ``pickletools``. The first ones add their argument to the stack.
+_ARGUMENTS = {
+    *("BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1", "LONG4"),
+    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+    *("SHORT_BINSTRING", "BINSTRING"),  # of Python 2
+}
+_CONSTANTS = {"MARK": _MARK, "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+class _Source:
+    """The bytes of a file, as ``pickletools`` reads them; long parts are views."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.position = data, 0
+
+    def take(self, count: int) -> memoryview:
+        """Reads the next ``count`` bytes."""
+        part = self.data[self.position : self.position + count]
+        if len(part) < count:
+            raise EOFError
+        self.position += count
+        return part
+
+    def read(self, count: int) -> Any:
+        part = self.take(count)
+        return part if count > _LONGEST_LINE else bytes(part)
+
+    def readline(self) -> bytes:
+        line = bytes(self.data[self.position : self.position + _LONGEST_LINE]).partition(b"\n")[0]
+        if b"\\" in line:  # no name has one, and Python warns about some of them
+            raise EOFError
+        self.position += len(line) + 1
+        return line + b"\n"
 
 
 class _Machine:
@@ -444,133 +470,102 @@ class _Machine:
     """
 
     def __init__(self, data: memoryview, known: Globals, operations: int = 0) -> None:
-        self.data, self.known, self.operations = data, known, operations
+        self.source, self.known, self.operations = _Source(data), known, operations
         self.storage: Callable[..., Storage] | None = None
         self.used: set[str] = set()
-        self.position = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-
-    def take(self, count: int) -> memoryview:
-        """Reads the next ``count`` bytes."""
-        part = self.data[self.position : self.position + count]
-        if len(part) < count:
-            raise EOFError
-        self.position += count
-        return part
 
     def run(self) -> Any:
         """Reads the next pickle and returns its value."""
         self.stack, self.memo = [], {}
-        while (code := bytes(self.take(1))) != b".":
+        for operation, argument, _ in pickletools.genops(cast(IO[bytes], self.source)):
             self.operations += 1
             if self.operations > _OPERATIONS:
                 raise RefusedError(
                     f"holds a pickle of more than {_OPERATIONS:,} operations, which weights do not need."
                 )
-            self._push(code)
+            self._add(operation.name, argument)
         (value,) = self.stack
         return value
 
-    def _push(self, code: bytes) -> None:
+    def _add(self, name: str, argument: Any) -> None:
         """Carries out an operation that adds a value to the stack, and passes all others to ``_change``."""
         stack = self.stack
-        if code in _GET:
-            stack.append(self.memo[self._number(_GET[code])])
-        elif code in _CONSTANTS:
-            stack.append(_CONSTANTS[code])
-        elif code in _NUMBERS:
-            stack.append(self._number(_NUMBERS[code]))
-        elif code in _EMPTY:
-            stack.append(_EMPTY[code]())
-        elif code in _TEXTS:
-            stack.append(str(self.take(self._number(_TEXTS[code])), "utf-8", "surrogatepass"))
-        elif code in _BYTES:
-            stack.append(self.take(self._number(_BYTES[code])))
-        elif code in _INTEGERS:
-            count = self._number(_INTEGERS[code])
-            if count > _LONGEST_INTEGER:
-                raise RefusedError(f"holds an integer of {count:,} bytes.")
-            stack.append(int.from_bytes(self.take(count), "little", signed=True))
-        elif code in _TEXTS_OF_PYTHON_2:
-            stack.append(str(self.take(self._number(_TEXTS_OF_PYTHON_2[code])), "latin1"))
-        elif code == b"c":
-            module, name = self._line(), self._line()
-            stack.append(self._named(module, name))
-        else:
-            self._change(code)
-
-    def _change(self, code: bytes) -> None:
-        """Carries out an operation on values of the stack."""
-        stack = self.stack
-        if code == b"\x94":
-            self.memo[len(self.memo)] = stack[-1]
-        elif code in _PUT:
-            self.memo[self._number(_PUT[code])] = stack[-1]
-        elif code in _TUPLES:
-            stack[-_TUPLES[code] :] = [tuple(stack[-_TUPLES[code] :])]
-        elif code == b"t":
+        if name in _ARGUMENTS:
+            if isinstance(argument, int) and argument.bit_length() > 8 * _LONGEST_INTEGER:
+                raise RefusedError(f"holds an integer of more than {_LONGEST_INTEGER} bytes.")
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif name == "GLOBAL":
+            stack.append(self._named(*argument.split(" ", 1)))
+        elif name == "STACK_GLOBAL":
+            stack.append(self._named(*self._last(2)))
+        elif name in _TUPLES:
+            stack.append(tuple(self._last(_TUPLES[name])))
+        elif name == "TUPLE":
             stack.append(tuple(self._marked()))
-        elif code == b"a":
-            value = stack.pop()
-            _typed(list, stack[-1]).append(value)
-        elif code == b"e":
-            values = self._marked()
+        elif name in ("REDUCE", "NEWOBJ"):
+            stack.append(self._call(*self._last(2)))
+        elif name == "BINPERSID" and self.storage is not None:
+            stack.append(self.storage(*_typed(tuple, stack.pop())))
+        else:
+            self._change(name, argument)
+
+    def _change(self, name: str, argument: Any) -> None:
+        """Carries out an operation on the last value of the stack."""
+        stack = self.stack
+        if name == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = stack[-1]
+        elif name in ("APPEND", "APPENDS"):
+            values = self._last(1) if name == "APPEND" else self._marked()
             _typed(list, stack[-1]).extend(values)
-        elif code == b"s":
-            value, key = stack.pop(), stack.pop()
-            _typed(dict, stack[-1])[_key(key)] = value
-        elif code == b"u":
-            values = self._marked()
+        elif name in ("SETITEM", "SETITEMS"):
+            values = self._last(2) if name == "SETITEM" else self._marked()
             _typed(dict, stack[-1]).update(zip(map(_key, values[::2]), values[1::2], strict=True))
-        elif code == b"\x90":
+        elif name == "ADDITEMS":
             values = self._marked()
             _typed(set, stack[-1]).update(map(_key, values))
-        elif code == b"0":
-            stack.pop()
-        elif code == b"\x93":
-            name, module = stack.pop(), stack.pop()
-            stack.append(self._named(module, name))
-        elif code in (b"R", b"\x81"):
-            arguments, function = _typed(tuple, stack.pop()), stack.pop()
-            if not callable(function):
-                raise RefusedError(f"holds a damaged pickle: expected function, got {type(function).__name__}.")
-            stack.append(function(self, *arguments) if function is storage_of_bytes else function(*arguments))
-        elif code == b"b":
+        elif name == "BUILD":
             state = stack.pop()
             if not isinstance(stack[-1], dict):  # the attributes of an OrderedDict are versions of modules
                 stack[-1].set_state(state)
-        elif code == b"Q" and self.storage is not None:
-            stack.append(self.storage(*_typed(tuple, stack.pop())))
-        elif code == b"\x80":
-            protocol = self._number("<B")
-            if not 2 <= protocol <= 5:
-                raise RefusedError(f"holds a pickle of protocol {protocol}, which is not supported.")
-        elif code == b"\x95":
-            self._number("<Q")  # the length of a frame, which is not needed
-        else:
+        elif name == "POP":
+            stack.pop()
+        elif name == "PROTO" and not 2 <= argument <= 5:
+            raise RefusedError(f"holds a pickle of protocol {argument}, which is not supported.")
+        elif name not in ("PROTO", "FRAME", "STOP"):
             raise RefusedError(
-                f"holds a pickle with the operation {code!r}, which weights do not need; it was not loaded."
+                f"holds a pickle with the operation {name}, which weights do not need; it was not loaded."
             )
 
-    def _number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
-
-    def _line(self) -> str:
-        line, end, _ = bytes(self.data[self.position : self.position + _LONGEST_LINE]).partition(b"\n")
-        if not end:
-            raise EOFError
-        self.position += len(line) + 1
-        return str(line, "utf-8")
+    def _last(self, count: int) -> list[Any]:
+        """Takes the last values from the stack."""
+        if count > len(self.stack):
+            raise IndexError
+        values = self.stack[-count:]
+        del self.stack[-count:]
+        return values
 
     def _marked(self) -> list[Any]:
         """Takes the values after the last mark, and the mark, from the stack."""
-        stack, i = self.stack, len(self.stack) - 1
-        while stack[i] is not _MARK:  # IndexError if there is no mark
+        i = len(self.stack) - 1
+        while self.stack[i] is not _MARK:  # IndexError if there is no mark
             i -= 1
-        values = stack[i + 1 :]
-        del stack[i:]
-        return values
+        return self._last(len(self.stack) - i)[1:]
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        if not callable(function):
+            raise RefusedError(f"holds a damaged pickle: expected function, got {type(function).__name__}.")
+        first = (self,) if function is storage_of_bytes else ()
+        return function(*first, *_typed(tuple, arguments))
 
     def _named(self, module: Any, name: Any) -> Any:
         full = f"{_typed(str, module)}.{_typed(str, name)}"

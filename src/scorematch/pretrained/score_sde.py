@@ -190,8 +190,8 @@ def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[
         t = np.linspace(1, _EARLIEST, count)
         q = (high - low) * t**2 / 2 + low * t
         with np.errstate(over="ignore"):  # infinite levels are an error
-            row, sigmas = ("vp", np.sqrt(np.expm1(q)) / 2) if options["sde"] == "vpsde" else ("subvp", np.sinh(q / 2))
-            schedule = NoiseSchedule(sigmas)
+            row, sigmas = _DIFFUSIONS[options["sde"]]
+            schedule = NoiseSchedule(sigmas(q))
     scale = {"beta_min": low, "beta_max": high, "time_scale": _TIME_SCALE}
     return schedule, {"precondition": row, "precondition_options": scale}
 
