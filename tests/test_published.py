@@ -647,7 +647,7 @@ def test_flags_of_improved_diffusion_with_equals_signs_and_lower_case(tmp_path):
 def test_unknown_options_of_improved_diffusion_raise(tmp_path, line):
     (tmp_path / "options.txt").write_text(f"--image_size 32\n{line}\n")
     with pytest.raises(
-        ValueError, match=r"(noise-schedule|use_rope|small_size) is not an option of improved-diffusion o"
+        ValueError, match=r"(noise-schedule|use_rope|small_size) is not a supported option of improved-diffusion o"
     ):
         improved_diffusion._options(tmp_path / "options.txt")
 
