@@ -445,11 +445,11 @@ class _Source:
         return part if count > _LONGEST_LINE else bytes(part)
 
     def readline(self) -> bytes:
-        line = bytes(self.data[self.position : self.position + _LONGEST_LINE]).partition(b"\n")[0]
-        if b"\\" in line:  # no name has one, and Python warns about some of them
+        line, end, _ = bytes(self.data[self.position : self.position + _LONGEST_LINE]).partition(b"\n")
+        if not end or b"\\" in line:  # a name has no backslash, about which Python may warn
             raise EOFError
         self.position += len(line) + 1
-        return line + b"\n"
+        return line + end
 
 
 class _Machine:
