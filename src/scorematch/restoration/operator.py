@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -220,14 +220,11 @@ class _Composition(Operator):
 
     def to(self, device: torch.device | str) -> Operator:
         """The operator on a device."""
-        mask = None if self.mask is None else self.mask.to(device)
-        return self._with(self.outer.to(device), self.inner.to(device), mask)
+        return self._with(lambda part: part.to(device), None if self.mask is None else self.mask.to(device))
 
     def with_axes(self, axes: int) -> Operator:
         """The operator for batches with this number of axes."""
-        if axes == self._axes:
-            return self
-        new = self._with(self.outer.with_axes(axes), self.inner.with_axes(axes), self.mask)
+        new = self._with(lambda part: part.with_axes(axes), self.mask)
         new._axes = axes
         return new
 
@@ -235,12 +232,13 @@ class _Composition(Operator):
         """The operator for a slice of the batch."""
         if len(self) == 1:
             return self
-        each = self.mask is not None and self.mask.ndim == self._axes and len(self.mask) > 1
-        mask = self.mask[rows] if self.mask is not None and each else self.mask
-        return self._with(self.outer.rows(rows), self.inner.rows(rows), mask)
+        mask = self.mask
+        if mask is not None and mask.ndim == self._axes and len(mask) > 1:
+            mask = mask[rows]
+        return self._with(lambda part: part.rows(rows), mask)
 
-    def _with(self, outer: Operator, inner: Operator, mask: Tensor | None) -> _Composition:
+    def _with(self, change: Callable[[Operator], Operator], mask: Tensor | None) -> _Composition:
         """A copy with other parts and the same gain. Computing the gain again would synchronize with the device."""
         new = copy.copy(self)
-        new.outer, new.inner, new.mask = outer, inner, mask
+        new.outer, new.inner, new.mask = change(self.outer), change(self.inner), mask
         return new

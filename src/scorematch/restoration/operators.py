@@ -378,14 +378,9 @@ class JPEG(Operator):
         return rearrange(torch.from_numpy(np.array(Image.open(file))), "h w ... -> (...) h w")
 
 
+# By the names in their text forms.
 OPERATORS: dict[str, type[Operator]] = {
-    "mask": Mask,
-    "hole": Hole,
-    "half": Half,
-    "uncrop": Uncrop,
-    "gray": Grayscale,
-    "pool": AveragePool,
-    "jpeg": JPEG,
+    kind.form.partition(":")[0]: kind for kind in (Mask, Hole, Half, Uncrop, Grayscale, AveragePool, JPEG)
 }
 
 
