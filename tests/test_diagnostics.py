@@ -135,8 +135,8 @@ def test_loss_and_norm_are_the_loss_and_the_norm(images):
     torch.testing.assert_close(loss, dsm_loss(world, x, sigma=0.7, noise=z, reduction="none") / 24)
     torch.testing.assert_close(norm, (0.7 * world(x + 0.7 * z, 0.7)).square().flatten(1).mean(1))
     left = torch.arange(48) < 24
-    inside, size = loss_and_norm(world, x, sigma=0.7, noise=z, region=left)
-    expected = dsm_loss(world, x, sigma=0.7, noise=z, reduction="none", region=left) / 24
+    inside, size = loss_and_norm(world, x, sigma=0.7, noise=z, mask=left)
+    expected = dsm_loss(world, x, sigma=0.7, noise=z, reduction="none", mask=left) / 24
     torch.testing.assert_close(inside, expected)
     torch.testing.assert_close(size, (0.7 * world(x + 0.7 * z, 0.7))[:, :24].square().flatten(1).mean(1))
     by_seed = [loss_and_norm(world, x, sigma=0.7, generator=1) for _ in range(2)]

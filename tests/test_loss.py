@@ -167,11 +167,11 @@ def test_the_loss_in_a_region_ignores_other_values_and_is_scaled_by_its_area(rng
     x, z = torch.rand(3, 2, 4, 4, generator=rng), torch.randn(3, 2, 4, 4, generator=rng)
     arguments = {"sigma": 0.5, "noise": z, "reduction": "none"}
     full = dsm_loss(zero, x, **arguments)
-    assert torch.equal(full, dsm_loss(zero, x, region=torch.ones(1, 1, 4, 4, dtype=torch.bool), **arguments))
-    region = torch.zeros(3, 1, 4, 4, dtype=torch.bool)
-    region[0, :, :2] = True
-    region[1, :, 1, 1] = True  # the region of the third image is empty
-    losses = dsm_loss(zero, x, region=region, **arguments)
+    assert torch.equal(full, dsm_loss(zero, x, mask=torch.ones(1, 1, 4, 4, dtype=torch.bool), **arguments))
+    mask = torch.zeros(3, 1, 4, 4, dtype=torch.bool)
+    mask[0, :, :2] = True
+    mask[1, :, 1, 1] = True  # the mask of the third image is empty
+    losses = dsm_loss(zero, x, mask=mask, **arguments)
     expected = torch.stack(
         [z[0, :, :2].square().sum() / 2 * 2, z[1, :, 1, 1].square().sum() / 2 * 16, torch.tensor(0.0)]
     )
@@ -493,7 +493,7 @@ def test_many_threads_warn_once():
 
 def test_no_float64_reaches_a_device():
     x = torch.empty(3, 2, 4, 4, device="meta")
-    region = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
     net = _small().to("meta")
     with NoFloat64():
         for sigma in (None, 0.5, torch.tensor(0.5, dtype=torch.float64), torch.ones(3, dtype=torch.float64)):
@@ -501,7 +501,7 @@ def test_no_float64_reaches_a_device():
                 noise = torch.zeros(x.shape, dtype=torch.float64)
                 found = loss(lambda x, sigma: -x / sigma.view(-1, 1, 1, 1), x, LEVELS, sigma=sigma, noise=noise)
                 assert found.dtype == torch.float32 and found.device.type == "meta"
-        dsm_loss(net, x[:, :1].expand(-1, 1, -1, -1), region=region, generator=0).backward()
+        dsm_loss(net, x[:, :1].expand(-1, 1, -1, -1), mask=mask, generator=0).backward()
 
 
 # -- Sliced score matching
@@ -590,12 +590,12 @@ def test_sliced_loss_of_a_network_with_attention_and_a_condition(rng, options):
         ({"sigma": 1.0, "reduction": "sum"}, ValueError, "reduction must be one of 'mean', 'none', got 'sum'"),
         ({"sigma": 1.0, "noise": torch.zeros(2, 3).numpy()}, TypeError, "noise must be a tensor, got ndarray"),
         (
-            {"sigma": 1.0, "region": (torch.ones(2, 3) > 0).numpy()},
+            {"sigma": 1.0, "mask": (torch.ones(2, 3) > 0).numpy()},
             TypeError,
-            r"region must be a bool tensor, .*got ndarray. Write torch.as_tensor\(region\)",
+            r"mask must be a bool tensor, .*got ndarray. Write torch.as_tensor\(mask\)",
         ),
-        ({"sigma": 1.0, "region": torch.ones(2, 3)}, TypeError, "region must be bool.*Write region > 0.5"),
-        ({"sigma": 1.0, "region": torch.ones(4, dtype=torch.bool)}, ValueError, "region must be broadcastable to x"),
+        ({"sigma": 1.0, "mask": torch.ones(2, 3)}, TypeError, "mask must be bool.*Write mask > 0.5"),
+        ({"sigma": 1.0, "mask": torch.ones(4, dtype=torch.bool)}, ValueError, "mask must be broadcastable to x"),
     ],
 )
 def test_invalid_arguments_raise(arguments, error, message):

@@ -95,7 +95,7 @@ def test_every_task_gives_a_finite_loss_and_gradients(task, rng):
     net = ScoreNet.unet(3, 8, widths=(4,), layers_per_block=1, condition_channels=3)
     x = torch.rand(2, 3, 8, 8, generator=rng)
     condition, mask = task(x, rng)
-    loss = dsm_loss(net, x, condition=condition, region=mask, generator=rng)
+    loss = dsm_loss(net, x, condition=condition, mask=mask, generator=rng)
     loss.backward()
     assert torch.isfinite(loss) and net.backbone.conv_out.weight.grad.abs().max() > 0
 
@@ -123,7 +123,7 @@ def test_outputs_of_a_task_are_arguments_of_the_loss_and_the_sampler(rng):
     )
     x = torch.rand(4, 3, 16, 16, generator=rng)
     condition, mask = MultiTask([Inpainting(), Uncropping()])(x, rng)
-    loss = dsm_loss(net, x, condition=condition, region=mask, generator=rng)
+    loss = dsm_loss(net, x, condition=condition, mask=mask, generator=rng)
     loss.backward()
     assert torch.isfinite(loss) and net.backbone.conv_out.weight.grad.abs().max() > 0
     observation = Observation(Mask(~mask), x)
@@ -338,7 +338,7 @@ def test_functions_in_a_multitask_may_return_a_condition_alone(rng):
     [
         (None, r"must return a tensor or \(condition, mask\), got None\."),
         ((torch.zeros(1), None), r"must return a tensor or \(condition, mask\), got \(tensor"),
-        ((torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)), r"region must be bool, True where the loss counts"),
+        ((torch.zeros(2, 1, 8, 8), torch.ones(2, 1, 8, 8)), r"mask must be bool, True where the loss counts"),
     ],
 )
 def test_functions_in_a_multitask_that_return_something_else_raise(made, message, rng):
@@ -381,7 +381,7 @@ def test_dsm_loss_equals_palettes_loss(p, rng):
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     # In a mask the loss is the mean over the mask, times the number of all pixels.
     mask = torch.rand(5, 1, 4, 4, generator=rng) < 0.5
-    inside = dsm_loss(net, x, sigma=schedule.sigmas[levels], noise=e, condition=c, p=p, region=mask, reduction="none")
+    inside = dsm_loss(net, x, sigma=schedule.sigmas[levels], noise=e, condition=c, p=p, mask=mask, reduction="none")
     each = (f(2 * c - 1, noisy, gamma) - e).abs().pow(p)
     means = torch.stack([one[where].mean() for one, where in zip(each, mask, strict=True)])
     torch.testing.assert_close(p * inside, 16 * means, rtol=1e-12, atol=1e-12)
@@ -395,7 +395,7 @@ def test_pixels_outside_the_mask_do_not_change_the_loss(rng):
     other = torch.where(mask, x, torch.rand(x.shape, generator=rng))
 
     def loss(x):
-        return dsm_loss(lambda x, sigma: -x.sin(), x, sigma=0.4, noise=z, region=mask, reduction="none")
+        return dsm_loss(lambda x, sigma: -x.sin(), x, sigma=0.4, noise=z, mask=mask, reduction="none")
 
     assert torch.equal(loss(x), loss(other))
     assert not torch.equal(loss(x), loss(x + 0.1))

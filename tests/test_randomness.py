@@ -112,8 +112,8 @@ def test_the_order_of_images_of_a_seed():
     ids=["inpainting", "uncropping", "jpeg"],
 )
 def test_conditions_of_a_seed(task, counts, total):
-    condition, region = task(torch.zeros(2, 3, 8, 8), seed(7))
-    assert region.expand(2, 1, 8, 8).sum((1, 2, 3)).tolist() == counts
+    condition, mask = task(torch.zeros(2, 3, 8, 8), seed(7))
+    assert mask.expand(2, 1, 8, 8).sum((1, 2, 3)).tolist() == counts
     assert condition.sum().item() == pytest.approx(total, abs=1e-3)
 
 

@@ -481,19 +481,19 @@ def test_a_task_creates_the_condition():
     settings = {"images": 32, "batch_size": 8, "microbatch": 4, "condition": Inpainting()}
     steps(net, Memory(images()), loss=loss, **settings)
     for call in loss.calls:
-        hole = call["region"]
+        hole = call["mask"]
         assert torch.equal(call["condition"][~hole], call["x"][~hole])
         assert not torch.equal(call["condition"][hole], call["x"][hole])
     again = Recorder()
     torch.manual_seed(5)
     steps(image_net(condition_channels=1), Memory(images()), loss=again, **settings)
     assert torch.equal(loss.all("condition"), again.all("condition"))
-    assert len({tuple(call["region"].flatten().tolist()) for call in loss.calls}) == 8
+    assert len({tuple(call["mask"].flatten().tolist()) for call in loss.calls}) == 8
 
 
 @pytest.mark.parametrize("made", [None, torch.zeros(3, 8, 1, 8, 8).unbind(0)])
 def test_a_task_that_returns_something_else_raises(made):
-    with pytest.raises(TypeError, match=r"condition= must return a tensor or \(condition, region\), got"):
+    with pytest.raises(TypeError, match=r"condition= must return a tensor or \(condition, mask\), got"):
         steps(image_net(condition_channels=1), Memory(images()), images=8, batch_size=8, condition=lambda x, _: made)
 
 
@@ -523,7 +523,7 @@ def test_a_function_creates_the_condition():
     loss = Recorder()
     half = lambda x, generator: x / 2  # noqa: E731
     steps(image_net(condition_channels=1), Memory(images()), images=16, batch_size=8, condition=half, loss=loss)
-    assert torch.equal(loss.all("condition"), loss.all("x") / 2) and "region" not in loss.calls[0]
+    assert torch.equal(loss.all("condition"), loss.all("x") / 2) and "mask" not in loss.calls[0]
 
 
 def test_labels_are_the_condition_and_some_are_dropped():

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scorematch.core.arguments import check_choice
-from scorematch.core.batches import as_region, as_sigma, check_data, is_outside, per_image
+from scorematch.core.batches import as_mask, as_sigma, check_data, is_outside, per_image
 from scorematch.core.conditions import class_of_each
 from scorematch.core.randomness import single_generator, standard_normal
 from scorematch.core.scores import Score, attribute, check_differentiable, score_at
@@ -51,7 +51,7 @@ def dsm_loss(
     sigma: float | Tensor | None = None,
     noise: Tensor | None = None,
     condition: Tensor | int | None = None,
-    region: Tensor | None = None,
+    mask: Tensor | None = None,
     p: float = 2,
     weighting: Callable[[Tensor], Tensor] | None = None,
     reduction: Reduction = "mean",
@@ -77,8 +77,8 @@ def dsm_loss(
         noise: the standard normal noise z to use instead of random noise, of x's shape.
         condition: passed to the network as its third argument: a tensor (N, ...), or an int, the class of all samples.
             None calls the network with two arguments.
-        region: bool, broadcastable to x, True where the loss counts. For each image the sum over the region is
-            multiplied by D / (number of values in the region).
+        mask: bool, broadcastable to x, True where the loss counts. For each image the sum over the mask is
+            multiplied by D / (number of values in the mask).
         p: the power, at least 1 and finite.
         weighting: a function of sigma (N,) that returns w (N,); None is sigma^p.
         reduction: "mean" over the batch, or "none" for one value per image.
@@ -102,8 +102,8 @@ def dsm_loss(
     check_choice("reduction", reduction, get_args(Reduction))
     # |sigma r|^p with sigma r = sigma s + z, which is of order one, whereas r grows as 1 / sigma.
     residual = (_scaled_score(net, x, sigma, noise, condition) + noise).abs().pow(p)
-    if region is not None:
-        residual = residual * _weights_in(region, x)
+    if mask is not None:
+        residual = residual * _weights_in(mask, x)
     loss = residual.flatten(1).sum(1) / p
     if weighting is not None:
         loss = loss * (_weights_at(sigma, weighting) / sigma**p)
@@ -117,7 +117,7 @@ def loss_and_norm(
     sigma: float | Tensor,
     noise: Tensor | None = None,
     condition: Tensor | int | None = None,
-    region: Tensor | None = None,
+    mask: Tensor | None = None,
     generator: torch.Generator | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The denoising loss of each image, and the squared norm of its score, in units that do not depend on sigma or D.
@@ -136,7 +136,7 @@ def loss_and_norm(
         sigma: the noise level: a float, () or (N,), positive, in the units of x.
         noise: the standard normal noise z to use instead of random noise, of x's shape.
         condition: passed to the network as its third argument, as for ``dsm_loss``.
-        region: bool, broadcastable to x, True where the values count; D is then their number.
+        mask: bool, broadcastable to x, True where the values count; D is then their number.
         generator: the source of the noise, as for ``dsm_loss``.
 
     Returns:
@@ -148,7 +148,7 @@ def loss_and_norm(
         (tensor([1.]), tensor([0.]))
     """
     scaled, wrong = scaled_score(net, x, sigma=sigma, noise=noise, condition=condition, generator=generator)
-    weights = 1.0 if region is None else _weights_in(region, x)
+    weights = 1.0 if mask is None else _weights_in(mask, x)
     loss, norm = ((value.square() * weights).flatten(1).mean(1) for value in (wrong, scaled))
     return loss, norm
 
@@ -293,11 +293,11 @@ def _like(name: str, given: Tensor, x: Tensor) -> Tensor:
     return given.to(dtype=x.dtype).to(x.device)  # cast first: not every device has float64
 
 
-def _weights_in(region: Tensor, x: Tensor) -> Tensor:
-    """The weight of each value of x: 0 outside the region, D / (number of values in the region) inside."""
-    region = as_region(region, x, "where the loss counts")
-    size = region.flatten(1).sum(1).clamp(min=1)  # at least 1, so that an empty region gives zero and not NaN
-    return region * per_image(x[0].numel() / size.to(x.dtype), x)
+def _weights_in(mask: Tensor, x: Tensor) -> Tensor:
+    """The weight of each value of x: 0 outside the mask, D / (number of values in the mask) inside."""
+    mask = as_mask(mask, x)
+    size = mask.flatten(1).sum(1).clamp(min=1)  # at least 1, so that an empty mask gives zero and not NaN
+    return mask * per_image(x[0].numel() / size.to(x.dtype), x)
 
 
 # -- The units --------------------------------------------------------------------------------------------------------

@@ -87,24 +87,25 @@ def first_where(values: Tensor, wrong: Callable[[Tensor], Tensor]) -> float | No
     return found[0].item() if len(found) else None
 
 
-def as_region(region: Tensor, x: Tensor, meaning: str) -> Tensor:
-    """Expands a region, bool, to the shape of x and moves it to its device; ``meaning`` says where it is True.
+def as_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """Expands a mask, bool and True where the loss counts, to the shape of x, and moves it to its device.
 
     Raises:
-        TypeError: if the region is not a bool tensor.
+        TypeError: if the mask is not a bool tensor.
         ValueError: if it is not broadcastable to x.
     """
-    if not isinstance(region, Tensor):
+    if not isinstance(mask, Tensor):
         raise TypeError(
-            f"region must be a bool tensor, True {meaning}, got {type(region).__name__}. Write torch.as_tensor(region)."
+            f"mask must be a bool tensor, True where the loss counts, got {type(mask).__name__}. Write "
+            "torch.as_tensor(mask)."
         )
-    if region.dtype != torch.bool:
-        raise TypeError(f"region must be bool, True {meaning}, got {region.dtype}. Write region > 0.5.")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, True where the loss counts, got {mask.dtype}. Write mask > 0.5.")
     try:
-        return region.to(x.device).expand(x.shape)
+        return mask.to(x.device).expand(x.shape)
     except RuntimeError as error:
         raise ValueError(
-            f"region must be broadcastable to x, {tuple(x.shape)}, got shape {tuple(region.shape)}."
+            f"mask must be broadcastable to x, {tuple(x.shape)}, got shape {tuple(mask.shape)}."
         ) from error
 
 

@@ -23,7 +23,7 @@ deviation 1/2. The sizes of holes are relative to the size of the image, which n
 Training and sampling take one more line each. ``Observation`` keeps everything outside the hole exactly::
 
     condition, mask = task(x)
-    loss = dsm_loss(net, x, condition=condition, region=mask)
+    loss = dsm_loss(net, x, condition=condition, mask=mask)
 
     observation = Observation(Mask(~mask), x)
     restored = AncestralSampler(net).sample(condition=condition, observation=observation)
@@ -44,7 +44,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from scorematch.core.batches import as_region, check_data
+from scorematch.core.batches import as_mask, check_data
 from scorematch.core.messages import quote
 from scorematch.core.randomness import Generator, as_generator, single_generator, standard_normal
 from scorematch.restoration.masks import Draws
@@ -241,7 +241,7 @@ class MultiTask(Task):
                     raise TypeError(f"{task!r} must return a tensor or (condition, mask), got {quote(made)}.")
                 rows.append(own)
                 conditions.append(made[0])
-                masks.append(as_region(made[1], clean, "where the loss counts"))
+                masks.append(as_mask(made[1], clean))
         channels = [condition.shape[1] for condition in conditions]
         if len(set(channels)) > 1:
             raise ValueError(

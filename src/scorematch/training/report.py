@@ -112,7 +112,7 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
 
 
 def _given(net: ScoreNet, examples: Examples, settings: Settings, n: int) -> dict[str, Any]:
-    """The condition and the region of the first n examples by name, on the network's device, if there are any."""
+    """The condition and the mask of the first n examples by name, on the network's device, if there are any."""
     takes, x = net.conditioning, examples.x[:n].to(next(net.parameters()).device)
     labels = None if takes is None or takes.classes is None or examples.labels is None else examples.labels[:n]
     return loss_arguments(settings, x, labels, seed_of(settings.seed, "examples"))
@@ -147,8 +147,8 @@ def by_level(net: ScoreNet, examples: Examples, settings: Settings) -> list[Leve
     """
     x = examples.x.to(next(net.parameters()).device)
     given = _given(net, examples, settings, len(x))
-    if "region" in given:
-        given["region"] = given["region"].expand(x.shape)
+    if "mask" in given:
+        given["mask"] = given["mask"].expand(x.shape)
     generator = single_generator(seed_of(settings.seed, "report"))
     given["noise"] = standard_normal(x.shape, generator, x.device, x.dtype)
     size = max(1, _REPORT_VALUES // x[0].numel())

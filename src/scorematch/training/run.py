@@ -87,11 +87,11 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     distribution for the preconditioning "karras", and the network's own schedule for every other. ``weighting`` is
     "sigma" (sigma^p), "backbone" (1 / abs(c_out)^p), or a function of sigma (N,). None is "sigma" for the
     preconditioning "ncsn" and "backbone" for every other. A function ``loss`` is called as ``loss(net, x, sigma=,
-    noise=, condition=, region=)``, where the last two are omitted if there are none, and returns one value per image
+    noise=, condition=, mask=)``, where the last two are omitted if there are none, and returns one value per image
     (N,), such as ``partial(sliced_score_matching_loss, reduction="none")``; losses with second derivatives cannot be
     compiled.
 
-    **Conditions.** ``condition`` is called as ``task(x, generator)`` and returns the condition, or (condition, region),
+    **Conditions.** ``condition`` is called as ``task(x, generator)`` and returns the condition, or (condition, mask),
     such as the tasks of ``scorematch.restoration.palette``; all its random numbers must be drawn from the generator.
     For classifier-free guidance (``scorematch.guidance``) ``label_drop`` is about 0.1, for a network that
     ``ScoreNet.unet(classes=..., null_class=True)`` built.

@@ -332,7 +332,7 @@ def _backward(
 
 
 def loss_arguments(settings: Settings, x: Tensor, labels: Tensor | None, seed: int) -> dict[str, Any]:
-    """The condition of images and the region where the loss counts, as arguments of the loss, if there are any.
+    """The condition of images and the mask where the loss counts, as arguments of the loss, if there are any.
 
     Args:
         settings: the settings of the run, with the task that computes the condition, if there is one.
@@ -349,8 +349,8 @@ def loss_arguments(settings: Settings, x: Tensor, labels: Tensor | None, seed: i
     made: Any = settings.condition(x.clone(), torch.Generator(x.device).manual_seed(seed))
     made = (made, None) if isinstance(made, Tensor) else made
     if not (isinstance(made, tuple | list) and len(made) == 2):
-        raise TypeError(f"condition= must return a tensor or (condition, region), got {quote(made)}.")
-    return {name: value for name, value in zip(("condition", "region"), made, strict=True) if value is not None}
+        raise TypeError(f"condition= must return a tensor or (condition, mask), got {quote(made)}.")
+    return {name: value for name, value in zip(("condition", "mask"), made, strict=True) if value is not None}
 
 
 def _batches(
