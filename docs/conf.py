@@ -51,7 +51,7 @@ python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
 
 # Docstrings divide long lists of arguments by such lines. Each becomes a list of its own.
-GROUPS = ["Rarely needed", "Not in diffusers", "The optimizer", "The loss", "Output"]
+GROUPS = ["Rarely needed", "Not in diffusers"]
 napoleon_custom_sections = [(group, "params_style") for group in GROUPS]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

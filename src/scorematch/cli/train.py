@@ -17,20 +17,18 @@ from scorematch.cli.options.networks import load_network
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.values import add_declared, expanded, filled, image_count
 from scorematch.core.conditions import describe_classes
-from scorematch.core.files import check_outside
 from scorematch.core.messages import few
 from scorematch.core.precision import autocast
 from scorematch.data import ImageData, open_images
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
 from scorematch.nets.family import check_size
-from scorematch.pretrained.hub import check_login, check_repository
 from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, Recipe, Settings, checkpoint, train
-from scorematch.training.accelerator import make_accelerator
 from scorematch.training.checks import check_arguments
 from scorematch.training.recipes import training_flop
-from scorematch.training.record import check_files, check_run
+from scorematch.training.record import check_run
+from scorematch.training.run import check_possible
 from scorematch.training.settings import RunSettings
 from scorematch.training.steps import loss_arguments
 
@@ -140,16 +138,10 @@ def _run(args: argparse.Namespace) -> None:
     if args.cache is not None and args.no_cache:
         raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     check_folder_name(args.out)
-    check_outside(args.out, args.data)
-    if "push_to_hub" in own:
-        check_repository(args.push_to_hub)
-    check_files(args.out)
     options = {"label_drop": _LABEL_DROP if args.labels else 0.0, **recipe.options(), **own}
-    trackers = options.pop("trackers", ())
     settings = RunSettings(**options, progress=not args.quiet)
-    accelerator = make_accelerator(cpu=args.device == "cpu", trackers=trackers, folder=args.out)
-    if "push_to_hub" in own and accelerator.is_main_process:
-        check_login()
+    trackers = options.pop("trackers", ())  # which this function starts, since it creates the accelerator
+    accelerator = check_possible(args.out, args.data, settings, cpu=args.device == "cpu")
     device: torch.device = accelerator.device
     if args.device not in ("auto", device.type):
         raise ValueError(

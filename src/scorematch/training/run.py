@@ -139,14 +139,8 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     check_network(net)
     folder = Path(folder).expanduser()
     settings = RunSettings(**options)
-    check_outside(folder, data)
-    check_files(folder)
-    if settings.push_to_hub is not None:
-        check_repository(settings.push_to_hub)
-    accelerator = make_accelerator(settings.accelerator, trackers=settings.trackers, folder=folder)
+    accelerator = check_possible(folder, data, settings)
     repository = settings.push_to_hub if accelerator.is_main_process else None
-    if repository is not None:
-        check_login()
     data = _open(net, data)
     check_arguments(net, data, settings, accelerator.num_processes)
     _name_classes(net, data)
@@ -178,6 +172,25 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
             tracker.finish()
     accelerator.wait_for_everyone()
     return averaged
+
+
+def check_possible(folder: Path, data: Any, settings: RunSettings, *, cpu: bool = False) -> Any:
+    """Checks, before data are read, that a run can write to a folder and upload its network; returns the accelerator.
+
+    Args:
+        folder: the folder of the run.
+        data: the training data, as the user passes them.
+        settings: the settings of the run.
+        cpu: whether a new accelerator uses the CPU even if there is a GPU.
+    """
+    check_outside(folder, data)
+    check_files(folder)
+    if settings.push_to_hub is not None:
+        check_repository(settings.push_to_hub)
+    accelerator = make_accelerator(settings.accelerator, cpu=cpu, trackers=settings.trackers, folder=folder)
+    if settings.push_to_hub is not None and accelerator.is_main_process:
+        check_login()
+    return accelerator
 
 
 def _open(net: ScoreNet, data: Any) -> Data:
