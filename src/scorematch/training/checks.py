@@ -19,11 +19,7 @@ def check_network(net: object) -> None:
 
 
 def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: int) -> None:
-    """Checks that the network, the data and the settings fit together.
-
-    Raises:
-        TypeError, ValueError: if they do not.
-    """
+    """Checks that the network, the data and the settings fit together."""
     check_network(net)
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise ValueError("the network has no trainable weights. Write net.requires_grad_(True).")

@@ -61,9 +61,6 @@ def exponent(length: float) -> float:
     Args:
         length: the length, above 0 and at most ``LONGEST``, 0.289.
 
-    Raises:
-        ValueError: if the length is out of range.
-
     Example:
         >>> round(exponent(0.10), 2)
         6.94
@@ -88,9 +85,6 @@ class Average:
 
     Attributes:
         tensors: the averaged weights, in the order of ``parameters``.
-
-    Raises:
-        ValueError: if ``length`` is neither a length nor a decay.
     """
 
     def __init__(self, parameters: Iterable[Tensor], length: float) -> None:
@@ -121,11 +115,7 @@ class Average:
 
 
 def check_length(length: float) -> float:
-    """Returns a length or a decay as a float.
-
-    Raises:
-        ValueError: if it is neither a length nor a decay.
-    """
+    """Returns a length or a decay as a float."""
     if not (0 < length <= LONGEST or _SHORTEST_DECAY <= length < 1):
         raise ValueError(
             f"{argument('ema')} must contain lengths above 0 and at most {LONGEST:.3f}, or decays per step of at least "

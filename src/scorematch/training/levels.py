@@ -79,9 +79,6 @@ class LogNormal:
             -1.2 - log 2 for images in [0, 1].
         std: the standard deviation of log sigma, positive.
 
-    Raises:
-        ValueError: if a value is not finite, or ``std`` is not positive.
-
     Example:
         >>> LogNormal(0, 1).quantile(torch.tensor([0.5], dtype=torch.float64))
         tensor([1.], dtype=torch.float64)
@@ -108,9 +105,6 @@ class LogUniform:
     Args:
         low: the lowest level, positive, in the units of x.
         high: the highest level, above ``low``.
-
-    Raises:
-        ValueError: unless 0 < low < high.
     """
 
     low: float
@@ -138,9 +132,6 @@ class UniformTime:
         first: the earliest time, above 0 and below 1; the last is 1. The authors train from 1e-5 on.
         beta_min: the rate of the diffusion at time 0, positive.
         beta_max: the rate at time 1, at least ``beta_min``.
-
-    Raises:
-        ValueError: if a value is out of range.
 
     Example:
         >>> UniformTime().quantile(torch.tensor([0.0, 1.0], dtype=torch.float64))
@@ -191,10 +182,6 @@ class LevelMixture:
     Args:
         parts: the distributions. A NoiseSchedule stands for its levels, equally probable.
 
-    Raises:
-        TypeError: if a part is neither a distribution nor a NoiseSchedule.
-        ValueError: if there are no parts.
-
     Example:
         >>> half = LevelMixture((NoiseSchedule([3.0, 2.0]), NoiseSchedule([1.0])))
         >>> half.quantile(torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64))
@@ -231,9 +218,6 @@ def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
         net: the network to train.
         levels: a distribution or a NoiseSchedule. None is EDM's distribution for the preconditioning "karras", relative
             to its ``sigma_data``, and the network's own schedule for every other.
-
-    Raises:
-        TypeError: if ``levels`` is neither a distribution nor a NoiseSchedule.
     """
     if levels is None:
         normal = net.preconditioning.log_levels
@@ -284,9 +268,6 @@ def weighting_for(
 
     Returns:
         A function of sigma (N,) that returns the weights (N,), or None for sigma^p.
-
-    Raises:
-        ValueError: if the name is unknown.
     """
     if weighting is None:
         weighting = ROWS[net.precondition].weighting

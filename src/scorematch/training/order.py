@@ -19,10 +19,6 @@ class Order:
         length: the number of images in the data, at least 1.
         seed: the seed of the run.
 
-    Raises:
-        TypeError: if ``length`` is not an integer.
-        ValueError: if ``length`` is below 1.
-
     Example:
         >>> order = Order(5, seed=0)
         >>> sorted(order(0, 5).tolist()), bool((order(3, 8)[:2] == order(0, 5)[3:]).all())

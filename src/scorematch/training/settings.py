@@ -58,12 +58,7 @@ def _option(default: Any, meaning: str, kind: type | None = None, *, free: bool 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of a run on which its result depends; ``train`` describes them.
-
-    Raises:
-        TypeError: if a value has another type.
-        ValueError: if a value is out of range.
-    """
+    """The settings of a run on which its result depends; ``train`` describes them."""
 
     # 40 to 100 epochs of common small data sets. The FID of a network with 16 million parameters on CIFAR-10 was 16
     # after 5 million images, 10 after 10 million and 6 after 20 million (mini_edm's published curves).

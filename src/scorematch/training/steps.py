@@ -59,9 +59,6 @@ class TrainingState:
         images: the number of images seen.
         step: the number of steps taken.
         averages: the averages of the weights, in the order of ``settings.ema``.
-
-    Raises:
-        TypeError: if a weight is neither float32 nor float64.
     """
 
     def __init__(self, net: ScoreNet, settings: Settings) -> None:
@@ -92,9 +89,6 @@ class TrainingState:
 
         Args:
             length: one of ``settings.ema``; None is the first, or the current weights if there are no averages.
-
-        Raises:
-            ValueError: if ``length`` is not in ``settings.ema``.
         """
         kept = {average.length: average for average in self.averages}
         if length is not None and length not in kept:
