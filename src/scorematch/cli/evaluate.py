@@ -12,7 +12,7 @@ from scorematch.cli.options.operators import add_operators, add_restore_method
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.reference import add_reference, reference_options
 from scorematch.cli.options.samplers import add_sampling, make_sampler
-from scorematch.cli.options.values import amount, expanded, filled, image_count
+from scorematch.cli.options.values import amount, filled, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.processes import find_device, this_process
 from scorematch.core.scores import device_of
@@ -67,7 +67,6 @@ def add(commands: Commands) -> None:
         type=image_count,
         help=f"the number of images (default: {DEFAULT_N:,} samples, {DEFAULT_N_RESTORED} restored images, else all)",
     )
-    parser.add_argument("--out", type=expanded, metavar="FOLDER", help="the folder to write to (default: only print)")
     parser.add_argument(
         "--metrics",
         nargs="+",

@@ -13,7 +13,7 @@ from scorematch.cli.options.operators import add_operators, add_restore_method
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.reference import add_reference, reference_options
 from scorematch.cli.options.samplers import add_computation
-from scorematch.cli.options.values import expanded, filled, image_count
+from scorematch.cli.options.values import filled, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.processes import this_process
 from scorematch.core.scores import device_of
@@ -40,7 +40,6 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--reference", required=True, type=filled, metavar="DATA", help="the real images, as for the command evaluate"
     )
-    parser.add_argument("--out", type=expanded, metavar="FOLDER", help="the folder to write to (default: only print)")
     parser.add_argument(
         "-n", type=image_count, default=1000, help="the number of images for each of the settings (default: 1,000)"
     )

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from scorematch.core.arguments import check_count, check_integer
+from scorematch.core.arguments import argument, check_count, check_integer
 from scorematch.core.charts import table
 from scorematch.core.files import check_outside, check_own, delete_unfinished, write_whole
 from scorematch.core.processes import process_group, this_process
@@ -245,7 +245,7 @@ def evaluate(
     n, seed = None if n is None else check_integer("n", n), check_integer("seed", seed)
     batch_size = check_count("batch_size", batch_size)
     if held_out is not None and are_same(held_out, reference):
-        raise ValueError("held_out is the reference. Pass real images that are not in it.")
+        raise ValueError(f"{argument('held_out')} is the reference. Pass real images that are not in it.")
     check_sources(reference, held_out)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:

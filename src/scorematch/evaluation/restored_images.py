@@ -45,7 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_count, check_integer
+from scorematch.core.arguments import argument, check_count, check_integer
 from scorematch.core.conditions import takes_image
 from scorematch.core.files import check_outside, delete_unfinished
 from scorematch.core.processes import process_group, this_process
@@ -268,8 +268,8 @@ class _Restoring:
         self._names = list(self._values(probe, operator, y, [x] * draws, operator.as_image(y), features))
         if classes is not None and not any(name == "accuracy" for _, _, name in self._names):
             raise ValueError(
-                f"labels=True needs an extractor with one logit for each of the {len(classes)} classes of the data. "
-                "Leave it out, or pass a classifier of these classes as features."
+                f"{argument('labels', True)} needs an extractor with one logit for each of the {len(classes)} "
+                f"classes of the data. Leave it out, or pass a classifier of these classes as {argument('features')}."
             )
 
     def __call__(self, batch: ImageBatch) -> Tensor:

@@ -43,6 +43,7 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-size", type=image_count, default=64, metavar="IMAGES", help="images per network call (default: 64)"
     )
+    group.add_argument("--out", type=expanded, metavar="FOLDER", help="the folder to write to (default: only print)")
     group.add_argument("--cache", type=expanded, metavar="FOLDER", help="the folder for statistics of the reference")
     group.add_argument("--no-cache", action="store_true", help="store no statistics of the reference")
 
