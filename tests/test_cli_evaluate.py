@@ -1,4 +1,4 @@
-"""The commands evaluate and tune."""
+"""The commands evaluate, tune and diagnose."""
 
 import json
 import re
@@ -270,3 +270,38 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
         ),
     ]:
         assert message in _refused(["tune", *arguments], capsys), arguments
+
+
+# -- diagnose
+
+
+@pytest.mark.parametrize(
+    ("options", "head", "rows"),
+    [
+        ((), "| sigma | loss | norm | calibration | denoised | slope | bias |", 16),
+        (("--samplers", "--size", 2, "-n", 20), "| name | calls | mean | covariance | energy |", 41),
+        (
+            ("--posterior", "pool:2", "--size", 2, "--sigma", 0.1, "-n", 100),
+            "| method | coverage, nominal 50.0% | coverage, nominal 90.0% | spread | shift | p value |",
+            4,
+        ),
+    ],
+)
+def test_diagnose_prints_a_table(folder, options, head, rows, capsys):
+    assert _run("diagnose", folder / "network", folder / "real.npz", *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == head and len(lines) == 2 + rows and " ± " in lines[-1]
+
+
+def test_wrong_arguments_of_diagnose_are_refused(folder, capsys):
+    both = (folder / "network", folder / "real.npz")
+    for arguments, message in [
+        ((*both, "--sigma", 1), "--sigma is for --posterior. Leave it out."),
+        ((*both, "--size", 4), "--size is for --samplers and --posterior. Leave it out."),
+        ((*both, "--samplers", "--posterior", "gray"), "not allowed with argument"),
+        ((*both, "--posterior", "blur"), "'blur'"),
+        ((*both, "--posterior", "jpeg:5"), "must be linear"),
+        ((*both, "--posterior", "pool:2", "-n", 10), "need at least 100 observations, got 10"),
+        ((folder / "network", folder / "nothing"), "nothing does not exist"),
+    ]:
+        assert message in _refused(["diagnose", *arguments], capsys), arguments

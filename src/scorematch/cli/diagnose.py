@@ -1,0 +1,93 @@
+"""``scorematch diagnose``: measures a network at each noise level, all samplers, or restoration methods."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from scorematch.cli.options import Commands, refuse
+from scorematch.cli.options.networks import add_device, add_model, load
+from scorematch.cli.options.operators import add_operators
+from scorematch.cli.options.values import filled, image_count
+from scorematch.data import open_images
+from scorematch.evaluation import level_losses, posterior_calibration, sampler_distances
+from scorematch.evaluation.exact import Empirical, Gaussian
+from scorematch.evaluation.report import Report
+from scorematch.restoration import as_operator
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "diagnose",
+        help="measure a network at each noise level, all samplers, or restoration methods",
+        description="Without an option, measures the network on images at 16 noise levels: its loss, the norm of its\n"
+        "score, and its denoised images. The other measurements use the noise levels of the network, and the exact\n"
+        "score of the normal distribution that is fitted to the images, so that all errors are those of the method.",
+        epilog="Examples:\n"
+        "  %(prog)s mnist digits.npz\n"
+        "  %(prog)s mnist digits.npz --samplers\n"
+        "  %(prog)s mnist digits.npz --posterior pool:2 --sigma 0.1",
+    )
+    add_model(parser)
+    parser.add_argument("data", type=filled, help="images, as for the command evaluate")
+    what = add_operators(parser, "what is measured").add_mutually_exclusive_group()
+    what.add_argument(
+        "--samplers",
+        action="store_true",
+        help="the distances of samples from the normal distribution, for every sampler and several numbers of levels",
+    )
+    what.add_argument(
+        "--posterior",
+        type=filled,
+        metavar="OPERATOR",
+        help="how far the restorations of each method are from draws from the posterior, for a linear operator",
+    )
+    parser.add_argument(
+        "--sigma", type=float, default=0.0, help="the standard deviation of the noise for --posterior (default: 0)"
+    )
+    parser.add_argument(
+        "--size",
+        type=image_count,
+        default=8,
+        help="the height and width of the images for --samplers and --posterior, whose time grows with its sixth power "
+        "(default: 8)",
+    )
+    parser.add_argument(
+        "-n",
+        type=image_count,
+        help="the number of images (default: 1,024), of samples (2,000) or of observations (200)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the random seed (default: 0)")
+    add_device(parser)
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.posterior is None:
+        refuse(args, ["sigma"], "is for --posterior")
+    fitting = args.samplers or args.posterior is not None
+    if not fitting:
+        refuse(args, ["size"], "is for --samplers and --posterior")
+    operator = None if args.posterior is None else as_operator(args.posterior)
+    net = load(args)
+    channels, *size = net.sample_shape or ()
+    size = [args.size] * 2 if fitting else size
+    data = open_images(
+        args.data, image_size=(size[0], size[1]), channels=channels, strict=True, progress=not args.quiet
+    )
+    options = {"seed": args.seed, "progress": not args.quiet}
+    if not fitting:
+        report: Report[Any] = level_losses(net, data, n=1024 if args.n is None else args.n, **options)
+    else:
+        images = data.read(torch.arange(len(data)))[0]
+        exact = Gaussian.like(Empirical(images, schedule=net.schedule, value_range=net.value_range))
+        if operator is None:
+            report = sampler_distances(exact, n=2000 if args.n is None else args.n, **options)
+        else:
+            n = 200 if args.n is None else args.n
+            report = posterior_calibration(exact, operator, sigma=args.sigma, observations=n, **options)
+    print(report.table(), end="")
