@@ -50,11 +50,7 @@ class Moments:
         self._scatter: Tensor | None = None
 
     def update(self, features: Tensor) -> None:
-        """Adds features (N, D), floating point.
-
-        Raises:
-            TypeError, ValueError: if they are not finite floating-point features (N, D), or D differs from before.
-        """
+        """Adds features (N, D), floating point."""
         for block in check_features(features).split(_BLOCK):
             rows = double(block)
             mean = rows.mean(0)
@@ -75,9 +71,6 @@ class Moments:
         """Returns the moments over all processes of ``torch.distributed``; every process must call it.
 
         Without a process group it returns itself.
-
-        Raises:
-            ValueError: if the dimensions of the processes differ.
         """
         if processes() == 1:
             return self
@@ -95,22 +88,14 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """The mean (D,), float64.
-
-        Raises:
-            ValueError: if there are no features yet.
-        """
+        """The mean (D,), float64."""
         if self._mean is None:
             raise ValueError("there are no features yet: call update.")
         return self._mean
 
     @property
     def covariance(self) -> Tensor:
-        """The covariance (D, D), float64: the scatter matrix divided by n - 1.
-
-        Raises:
-            ValueError: if there are fewer than two features.
-        """
+        """The covariance (D, D), float64: the scatter matrix divided by n - 1."""
         if self._scatter is None or self.n < 2:
             raise ValueError(f"a covariance needs at least 2 features, got {self.n}.")
         return self._scatter / (self.n - 1)
@@ -129,11 +114,7 @@ class Rows:
         return sum(map(len, self._parts))
 
     def update(self, features: Tensor) -> None:
-        """Adds features (N, D), floating point.
-
-        Raises:
-            TypeError, ValueError: if they are not finite floating-point features (N, D), or D differs from before.
-        """
+        """Adds features (N, D), floating point."""
         features = check_features(features)
         if self._parts and features.shape[1] != self._parts[0].shape[1]:
             raise ValueError(
@@ -142,11 +123,7 @@ class Rows:
         self._parts.append(features.to(torch.promote_types(features.dtype, torch.float32)))
 
     def gather(self) -> Tensor:
-        """Returns the features (N, D) of all processes of ``torch.distributed``; every process must call it.
-
-        Raises:
-            ValueError: if there are none, or if the dimensions of the processes differ.
-        """
+        """Returns the features (N, D) of all processes of ``torch.distributed``; every process must call it."""
         own = self._parts[0] if self._parts else torch.empty(0, 0)
         if len(self._parts) > 1:
             # The joined tensor replaces the parts, so only one copy is kept.

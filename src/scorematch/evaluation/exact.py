@@ -100,19 +100,11 @@ class Distribution(ABC):
             generator: the source of the random numbers: a ``torch.Generator``, or a seed; None is torch's global
                 generator.
             dtype: the dtype of the samples.
-
-        Raises:
-            TypeError: if ``generator`` is neither a generator nor a seed.
         """
         return self._sample(n, single_generator(generator)).view(n, *self.sample_shape).to(dtype)
 
     def __call__(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        """The score of x (N, ...) with noise of level sigma, a float, () or (N,).
-
-        Raises:
-            TypeError: if x is not a floating-point tensor.
-            ValueError: if x has another shape, or sigma is not positive.
-        """
+        """The score of x (N, ...) with noise of level sigma, a float, () or (N,)."""
         flat, level = self._flat(x), as_sigma(sigma, x).to(self.mean.device).double()
         return self._score(flat, level.view(-1, 1).square()).view(x.shape).to(x)
 
@@ -137,7 +129,6 @@ class Distribution(ABC):
         return self._log_density(self._flat(x), variance).to(x)
 
     def _flat(self, x: Tensor) -> Tensor:
-        """The samples (N, D) in float64."""
         check_data(x)
         if x.shape[1:] != self.sample_shape:
             expected = ", ".join(map(str, ("N", *self.sample_shape)))
@@ -171,9 +162,6 @@ class Mixture(Distribution):
     Attributes:
         weights: (K,), float64.
         means: (K, D), float64.
-
-    Raises:
-        ValueError: if a shape is wrong, a weight is not positive, or C is not symmetric and positive semidefinite.
 
     Example:
         >>> two = Mixture([0.5, 0.5], [[-1.0], [1.0]], 0.25)
@@ -246,7 +234,6 @@ class Mixture(Distribution):
         return Mixture(weights, means, covariance, **self._attributes)
 
     def _posterior_parameters(self, observation: Observation, image: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights, the means and the covariance of the posterior."""
         if not isinstance(observation, Observation):
             raise TypeError(f"observation must be an Observation, got {type(observation).__name__}.")
         if len(observation) > 1 and not 0 <= image < len(observation):
@@ -310,9 +297,6 @@ class Gaussian(Mixture):
         values: the eigenvalues of the covariance (D,), ascending, float64.
         vectors: its eigenvectors, the columns of (D, D), float64.
 
-    Raises:
-        ValueError: if a shape is wrong, or the covariance is not symmetric and positive semidefinite.
-
     Example:
         >>> Gaussian([0.0, 1.0], [[1.0, 0.0], [0.0, 4.0]])(torch.tensor([[1.0, 0.0]]), 1.0)
         tensor([[-0.5000,  0.2000]])
@@ -342,15 +326,14 @@ class Gaussian(Mixture):
         """
         return cls(distribution.mean, distribution.covariance, **distribution._attributes)
 
-    @property
-    def covariance(self) -> Tensor:
-        """The covariance (D, D), float64."""
-        return self._within
-
     def posterior(self, observation: Observation, image: int = 0) -> Gaussian:
         """The posterior of the sample that an observation measures; see ``Mixture.posterior``."""
         _, means, covariance = self._posterior_parameters(observation, image)
         return Gaussian(means[0], covariance, **self._attributes)
+
+    @property
+    def covariance(self) -> Tensor:  # noqa: D102
+        return self._within
 
 
 class Empirical(Distribution):
@@ -364,10 +347,6 @@ class Empirical(Distribution):
         bandwidth: h, at least 0, in the units of the data.
         schedule: the noise levels with which samplers use the distribution.
         value_range: the range of the data.
-
-    Raises:
-        TypeError: if the data are neither floating point nor uint8.
-        ValueError: if the data are not a batch (N, ...), or the bandwidth is negative.
 
     Example:
         >>> Empirical(torch.tensor([[0.0], [1.0]]))(torch.tensor([[0.5], [3.0]]), 0.1).round().tolist()
@@ -455,9 +434,6 @@ def operator_matrix(operator: Operator, sample_shape: Sequence[int]) -> Tensor:
     Args:
         operator: a linear operator, for one image.
         sample_shape: the shape (C, H, W) of the images.
-
-    Raises:
-        ValueError: if the operator has no gain, so that it may not be linear.
     """
     if operator.gain is None:
         raise ValueError(f"the operator must be linear and have a gain, got {operator!r}.")
@@ -500,7 +476,6 @@ def _log_normal(x: Tensor, variance: Tensor) -> Tensor:
 
 
 def _values(data: Tensor) -> Tensor:
-    """The values of data in float64."""
     return double(data) / 255 if data.dtype == torch.uint8 else double(data)
 
 

@@ -66,11 +66,7 @@ class Extracted(NamedTuple):
 
     @property
     def class_logits(self) -> Tensor:
-        """The logits.
-
-        Raises:
-            ValueError: if there are no classes.
-        """
+        """The logits."""
         if self.logits is None:
             raise ValueError("the extractor returns no logits of classes. Pass one that does, such as inception().")
         return self.logits
@@ -89,9 +85,6 @@ class Extractor:
         color: whether the function needs three channels; one channel is then repeated.
         device: the device to which images are moved; None does not move them.
         batch_size: the largest number of images in one call of the function, at least 1.
-
-    Raises:
-        ValueError: if ``batch_size`` is below 1.
 
     Example:
         >>> extractor = Extractor(lambda images: images.float().mean((2, 3)), "mean color", "1")

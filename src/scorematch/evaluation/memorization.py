@@ -102,10 +102,6 @@ class Nearest:
         queries: (n, D), floating point.
         k: the number of neighbors, at least 1.
 
-    Raises:
-        TypeError, ValueError: if the queries are not finite floating-point features (n, D), or k is not an integer of
-            at least 1.
-
     Example:
         >>> nearest = Nearest(torch.tensor([[0.0], [5.0]]), k=2)
         >>> for batch in torch.tensor([[4.0], [1.0], [7.0]]).split(1):
@@ -130,10 +126,6 @@ class Nearest:
         Args:
             features: (b, D), floating point.
             flipped: the features of the mirror images (b, D), or None.
-
-        Raises:
-            TypeError, ValueError: if they are not finite floating-point features (b, D), or D is not that of the
-                queries.
         """
         both = [check_features(features)] + ([] if flipped is None else [check_features(flipped, "flipped")])
         for given in both:

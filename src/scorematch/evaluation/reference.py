@@ -163,9 +163,6 @@ def gaussian_images(data: ImageData, n: int, *, seed: int = 0, batch_size: int =
 
     Yields:
         Images (batch_size, C, H, W), float32 in [0, 1], on the CPU.
-
-    Raises:
-        TypeError, ValueError: if n or ``batch_size`` is not an integer of at least 1.
     """
     n, batch_size = check_count("n", n), check_count("batch_size", batch_size)
     k, m = this_process()

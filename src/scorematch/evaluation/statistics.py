@@ -119,12 +119,7 @@ class Statistics:
                 )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the statistics to an ``.npz`` file, atomically. Missing folders are created.
-
-        Raises:
-            ValueError: if the name does not end in .npz.
-            OSError: if the file cannot be written.
-        """
+        """Writes the statistics to an ``.npz`` file, atomically. Missing folders are created."""
         path = Path(path).expanduser()
         if path.suffix != ".npz":
             raise ValueError(f"the name of a file of statistics must end in .npz, got {path}.")
