@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         net if args.guidance is None else classifier_free(net, args.guidance),
         load_digits(args.data, "train")[0],
         n=args.n,
-        condition="random" if has_classes else None,
+        classes="random" if has_classes else None,
         features=classifier,
         metrics=["frechet", "classes"],
         held_out=test,

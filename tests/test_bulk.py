@@ -31,7 +31,7 @@ from scorematch.core.scores import NetworkScore
 from scorematch.data import read_image, read_samples, stored_samples, stored_settings
 from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
 from scorematch.sampling import SAMPLERS, AnnealedLangevinSampler, ODESampler, SamplerSettings, bulk_samples, sample_to
-from scorematch.sampling.bulk import Job, image_classes
+from scorematch.sampling.bulk import Job
 from scorematch.sampling.folder import SampleFolder
 from tests.helpers import python, seed
 
@@ -111,8 +111,8 @@ def test_indices_cover_all_images_in_batches_that_begin_at_multiples(levels):
 
     assert indices(10) == [range(0, 4), range(4, 8), range(8, 10)]
     assert indices(5, first=6) == [range(6, 8), range(8, 11)]
-    assert indices(17, share=(1, 3)) == [range(4, 8), range(16, 17)]
-    assert indices(3, share=(2, 3)) == []
+    assert indices(17, process=(1, 3)) == [range(4, 8), range(16, 17)]
+    assert indices(3, process=(2, 3)) == []
     assert levels.drawn() == [4, 4, 2, 2, 3, 4, 1]  # each batch goes through the network at once
 
 
@@ -132,7 +132,7 @@ def test_any_number_of_processes_draws_the_same_bits(net, kind):
     for processes in (2, 3):
         parts = torch.full_like(whole, torch.nan)
         for k in range(processes):
-            for indices, images, _ in bulk_samples(sampler, 7, batch_size=2, share=(k, processes)):
+            for indices, images, _ in bulk_samples(sampler, 7, batch_size=2, process=(k, processes)):
                 parts[list(indices)] = images
         assert torch.equal(parts, whole)
     assert torch.equal(_all(sampler, 4, batch_size=2), whole[:4])  # and the number of images does not matter
@@ -199,48 +199,59 @@ def test_images_on_cuda_are_those_on_the_cpu(net, tmp_path):
 # -- Classes
 
 
+def _classes(rule, indices, seed=0):
+    return Job(_ode(Levels(4)), classes=rule, seed=seed).classes_of(indices)
+
+
 def test_classes_by_number():
-    assert image_classes(range(3), 2, None, 0).tolist() == [2, 2, 2]
-    assert image_classes(range(3, 9), "cycle", 4, 0).tolist() == [3, 0, 1, 2, 3, 0]
-    drawn = image_classes(range(4000), "random", 4, 0)
-    assert torch.equal(drawn[1000:1003], image_classes(range(1000, 1003), "random", 4, 0))
-    assert not torch.equal(drawn, image_classes(range(4000), "random", 4, 1))
+    assert _classes(2, range(3)).tolist() == [2, 2, 2]
+    assert _classes("cycle", range(3, 9)).tolist() == [3, 0, 1, 2, 3, 0]
+    drawn = _classes("random", range(4000))
+    assert drawn[:12].tolist() == [1, 0, 1, 2, 0, 1, 1, 0, 3, 0, 0, 2]  # in every version of the package
+    assert torch.equal(drawn[1000:1003], _classes("random", range(1000, 1003)))
+    assert not torch.equal(drawn, _classes("random", range(4000), seed=1))
     counts = torch.bincount(drawn, minlength=4)
     # Each count is binomial with a standard error of (4000 * 1/4 * 3/4)^(1/2) = 27.
     assert counts.sum() == 4000 and ((counts - 1000).abs() < 4 * 27).all()
     pairs = torch.bincount(4 * drawn[:-1] + drawn[1:], minlength=16)  # neighbors: 250 each, standard error 15
     assert ((pairs - 250).abs() < 5 * 15).all()
-    with pytest.raises(ValueError, match=r"condition='random' needs the number of classes: pass classes="):
-        image_classes(range(3), "random", None, 0)
 
 
-@pytest.mark.parametrize("condition", [3, "cycle", "random"])
-def test_the_network_gets_the_class_of_each_image(condition):
+def test_the_seeds_of_images_are_fixed():
+    """The same seed gives the same images in every version."""
+    assert [Job(_ode(Levels()), seed=seed).seeds_of(range(2)) for seed in (0, 3)] == [
+        [61164648, 61164649],
+        [3537887363, 3537887364],
+    ]
+
+
+@pytest.mark.parametrize("rule", [3, "cycle", "random"])
+def test_the_network_gets_the_class_of_each_image(rule):
     sampler = _ode(Levels(classes=4))
-    whole = torch.cat([batch.classes for batch in bulk_samples(sampler, 9, condition=condition)])
-    assert torch.equal(whole, image_classes(range(9), condition, 4, 0))
-    for batch in bulk_samples(sampler, 9, batch_size=2, condition=condition, share=(1, 2)):
+    whole = torch.cat([batch.classes for batch in bulk_samples(sampler, 9, classes=rule)])
+    assert torch.equal(whole, _classes(rule, range(9)))
+    for batch in bulk_samples(sampler, 9, batch_size=2, classes=rule, process=(1, 2)):
         assert batch.classes.tolist() == whole[list(batch.indices)].tolist()
         assert torch.equal((5 * batch.images.mean(dim=(1, 2, 3)) - 1).round().long(), batch.classes)
 
 
 def test_the_last_class_may_mean_that_there_is_none():
-    batch = next(bulk_samples(_ode(Levels(classes=4)), 50, condition="random", classes=3))
+    batch = next(bulk_samples(_ode(Levels(classes=4)), 50, classes="random", n_classes=3))
     assert set(batch.classes.tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
     ("classes", "options", "error", "message"),
     [
-        (None, {"condition": "random"}, ValueError, "condition='random' needs the number of classes: pass classes="),
-        (None, {"condition": 1}, TypeError, "takes no condition"),
+        (None, {"classes": "random"}, ValueError, 'classes="random" needs the number of classes: pass n_classes'),
+        (None, {"classes": 1}, TypeError, "takes no condition"),
         (4, {}, ValueError, "pass condition="),
-        (4, {"condition": 4}, ValueError, "from 0 to 3"),
-        (4, {"condition": "cycle", "classes": 5}, ValueError, "from 0 to 3"),
-        (4, {"condition": "cycle", "classes": 0}, ValueError, "classes must be an integer of at least 1, got 0"),
-        (4, {"condition": 1, "classes": 3}, ValueError, 'classes= is for condition="random" and condition="cycle"'),
-        (4, {"condition": "all"}, TypeError, 'condition must be a class, "random", "cycle" or None, got \'all\''),
-        (4, {"condition": True}, TypeError, "got True"),
+        (4, {"classes": 4}, ValueError, "from 0 to 3"),
+        (4, {"classes": "cycle", "n_classes": 5}, ValueError, "from 0 to 3"),
+        (4, {"classes": "cycle", "n_classes": 0}, ValueError, "n_classes must be an integer of at least 1, got 0"),
+        (4, {"classes": 1, "n_classes": 3}, ValueError, 'n_classes is for classes="random" and classes="cycle"'),
+        (4, {"classes": "all"}, TypeError, 'classes must be a class, "random", "cycle" or None, got \'all\''),
+        (4, {"classes": True}, TypeError, "got True"),
     ],
 )
 def test_conditions_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, classes, options, error, message):
@@ -272,10 +283,10 @@ def test_a_folder_of_pictures(tmp_path, channels):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["images", "samples.json"]
 
 
-@pytest.mark.parametrize(("classes", "condition"), [(None, None), (4, "random")])
-def test_arrays_hold_what_pictures_show(tmp_path, classes, condition):
+@pytest.mark.parametrize(("classes", "rule"), [(None, None), (4, "random")])
+def test_arrays_hold_what_pictures_show(tmp_path, classes, rule):
     for name in ("png", "npz"):
-        _fill(Levels(classes), tmp_path / name, 10, condition=condition, format=name)
+        _fill(Levels(classes), tmp_path / name, 10, classes=rule, format=name)
     paths = sorted((tmp_path / "npz" / "images").iterdir())
     assert [path.name for path in paths] == ["000000.npz", "000004.npz", "000008.npz"]
     arrays = [np.load(path) for path in paths]
@@ -285,12 +296,12 @@ def test_arrays_hold_what_pictures_show(tmp_path, classes, condition):
         with Image.open(tmp_path / "png" / "images" / f"00000{i}.png") as picture:
             assert np.array_equal(np.array(picture), pixels[i, :, :, 0])
     assert torch.equal(read_samples(tmp_path / "npz", 7), read_samples(tmp_path / "png", 7))
-    if condition is None:
+    if rule is None:
         assert all(one.files == ["arr_0"] for one in arrays)
         assert not (tmp_path / "png" / "labels.csv").exists()
     else:
         labels = np.concatenate([one["arr_1"] for one in arrays]).tolist()
-        assert labels == image_classes(range(10), "random", 4, 0).tolist()
+        assert labels == _classes("random", range(10)).tolist()
         lines = (tmp_path / "png" / "labels.csv").read_text().splitlines()
         assert lines == ["file,class", *(f"00000{i}.png,{label}" for i, label in enumerate(labels))]
 
@@ -346,7 +357,7 @@ def test_more_images_are_added_with_the_same_bits(tmp_path, net, name, kind):
 
 def test_labels_are_added_when_a_folder_grows(tmp_path):
     for n in (3, 6):
-        _fill(Levels(4), tmp_path, n, condition="cycle")
+        _fill(Levels(4), tmp_path, n, classes="cycle")
     assert (tmp_path / "labels.csv").read_text().splitlines()[-1] == "000005.png,1"
 
 
@@ -356,18 +367,18 @@ def test_labels_are_added_when_a_folder_grows(tmp_path):
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"batch_size": 5}, "batch_size was 4 and is 5"),
         ({"format": "npz"}, "format was 'png' and is 'npz'"),
-        ({"condition": "random"}, "condition was 'cycle' and is 'random'"),
-        ({"condition": 1}, "classes was 4 and is None; condition was 'cycle' and is 1"),
-        ({"classes": 3}, "classes was 4 and is 3"),
+        ({"classes": "random"}, "classes was 'cycle' and is 'random'"),
+        ({"classes": 1}, "classes was 'cycle' and is 1; n_classes was 4 and is None"),
+        ({"n_classes": 3}, "n_classes was 4 and is 3"),
         ({"shape": (1, 4, 4)}, r"shape was \[1, 3, 4\] and is \[1, 4, 4\]"),
     ],
 )
 def test_other_settings_are_refused(tmp_path, options, message):
     levels = Levels(4)
-    _fill(levels, tmp_path, 2, condition="cycle")
+    _fill(levels, tmp_path, 2, classes="cycle")
     before = _content(tmp_path)
     with pytest.raises(ValueError, match=rf"{tmp_path} has samples with other settings: {message}. Pass those"):
-        _fill(levels, tmp_path, 2, **{"condition": "cycle", **options})
+        _fill(levels, tmp_path, 2, **{"classes": "cycle", **options})
     assert _content(tmp_path) == before
 
 
@@ -459,7 +470,7 @@ def test_stored_samples_are_read_batch_by_batch(levels, tmp_path, kind):
     assert [batch.indices for batch in batches] == [range(0, 4), range(4, 8), range(8, 10)]
     assert torch.equal(torch.cat([batch.images for batch in batches]), read_samples(tmp_path, 10))
     assert [batch.indices for batch in stored_samples(tmp_path, 6)] == [range(0, 4), range(4, 6)]
-    (batch,) = stored_samples(tmp_path, 9, share=(2, 3))
+    (batch,) = stored_samples(tmp_path, 9, process=(2, 3))
     assert batch.indices == range(8, 9) and torch.equal(batch.images, read_samples(tmp_path, 9)[8:])
     with pytest.raises(ValueError, match="has 10 samples, fewer than n=11"):
         stored_samples(tmp_path, 11)
@@ -495,7 +506,11 @@ def test_a_folder_that_is_not_complete(levels, tmp_path, kind):
         ({"n": 2**32 + 1}, ValueError, r"must be at most 2\^32"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1, got 0"),
         ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
-        ({"share": (2, 2)}, ValueError, r"share must be \(k, m\) with 0 <= k < m, got \(2, 2\)"),
+        (
+            {"process": (2, 2)},
+            ValueError,
+            r"process must be \(rank, world size\) with 0 <= rank < world size, got \(2, 2\)",
+        ),
         ({"sampler": Levels()}, TypeError, "sampler must be a Sampler, got Levels"),
     ],
 )
@@ -551,10 +566,10 @@ def test_processes_are_those_of_the_launcher(monkeypatch, levels):
 
 @pytest.mark.parametrize("name", ["png", "npz"])
 def test_shares_make_the_same_folder(tmp_path, levels, name):
-    options = {"format": name, "condition": None}
+    options = {"format": name, "classes": None}
     _fill(levels, tmp_path / "one", 10, **options)
     for k in (1, 2, 0):
-        _fill(levels, tmp_path / "three", 10, share=(k, 3), **options)
+        _fill(levels, tmp_path / "three", 10, process=(k, 3), **options)
     assert _content(tmp_path / "three") == _content(tmp_path / "one")
     assert levels.drawn() == [4, 4, 2, 4, 2, 4]
 
@@ -565,7 +580,7 @@ def test_a_process_waits_at_the_end_until_all_images_are_there(tmp_path, levels,
     looked = threading.Event()
     monkeypatch.setattr(sampling.folder.time, "sleep", lambda seconds: looked.set() or threading.Event().wait(seconds))
     other = threading.Thread(
-        target=lambda: looked.wait(20) and _fill(Levels(), tmp_path / "two", 10, share=(1, 2)), daemon=True
+        target=lambda: looked.wait(20) and _fill(Levels(), tmp_path / "two", 10, process=(1, 2)), daemon=True
     )
     other.start()
     monkeypatch.setenv("RANK", "0")
@@ -577,10 +592,10 @@ def test_a_process_waits_at_the_end_until_all_images_are_there(tmp_path, levels,
 
 
 def test_the_bar_counts_the_images_of_all_processes(tmp_path, levels, capsys):
-    _fill(levels, tmp_path, 10, share=(1, 3))
-    _fill(levels, tmp_path, 10, share=(2, 3), progress=True)
+    _fill(levels, tmp_path, 10, process=(1, 3))
+    _fill(levels, tmp_path, 10, process=(2, 3), progress=True)
     assert capsys.readouterr().err == ""  # only the first process shows a bar
-    _fill(levels, tmp_path, 10, share=(0, 3), progress=True)
+    _fill(levels, tmp_path, 10, process=(0, 3), progress=True)
     assert "sampling: 100%" in (shown := capsys.readouterr().err) and "10/10" in shown
 
 
@@ -801,9 +816,9 @@ def test_the_identity_of_a_function_follows_its_code_its_defaults_and_its_variab
 def test_sampling_does_not_change_the_identity_of_a_sampler(net, kind):
     for score in (net, net.inference_copy(), Levels(), Gaussian([0.0, 1.0], 1.0, schedule=SCHEDULE)):
         sampler = SAMPLERS[kind](score, levels=3)
-        before = sampling.bulk.sampler_settings(sampler)
+        before = sampling.bulk.description_of(sampler)
         sampler.sample(2, shape=getattr(score, "sample_shape", None) or (1, 3, 4), generator=0, progress=False)
-        assert sampling.bulk.sampler_settings(sampler) == before
+        assert sampling.bulk.description_of(sampler) == before
 
 
 def test_a_folder_of_another_function_is_refused(tmp_path):
@@ -814,8 +829,8 @@ def test_a_folder_of_another_function_is_refused(tmp_path):
     sample_to(make(0.2), tmp_path, 2, **options)
     with pytest.raises(ValueError, match="has samples with other settings: network was"):
         sample_to(make(0.8), tmp_path, 4, **options)
-    with pytest.raises(ValueError, match=r"network was .*; batch_size was .*; condition .*; and 1 more\. Pass"):
-        sample_to(make(0.8), tmp_path, 4, **options, batch_size=3, condition=1, seed=2)
+    with pytest.raises(ValueError, match=r"network was .*; batch_size was .*; classes .*; and 1 more\. Pass"):
+        sample_to(make(0.8), tmp_path, 4, **options, batch_size=3, classes=1, seed=2)
     sample_to(make(0.2), tmp_path, 4, **options)
 
 
@@ -866,7 +881,7 @@ JOB = textwrap.dedent(
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, schedule=NoiseSchedule([1.0, 0.3, 0.1]), classes=3)
     sampler = AnnealedLangevinSampler(net)
-    sample_to(sampler, sys.argv[1], 150, batch_size=8, condition="random", format=sys.argv[3], progress=False)
+    sample_to(sampler, sys.argv[1], 150, batch_size=8, classes="random", format=sys.argv[3], progress=False)
     sys.stdout.write(f"{this_process()}\\n")  # in one piece, since two processes share the output
     """
 )

@@ -177,7 +177,7 @@ def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):
         ((real, real, "--guidance", 3), "--guidance is for networks, but"),
         ((network, real, "--guidance", 3), "--guidance needs a network with a null class"),
         ((network, real, "--restore", "pool:4", "--guidance", 3), "--guidance is not for --restore"),
-        ((network, real, "--restore", "pool:4", "--classes", 3), "--classes is not for --restore"),
+        ((network, real, "--restore", "pool:4", "--n-classes", 3), "--n-classes is not for --restore"),
         ((real, "--restore", "pool:4", "--data", real), "--restore needs a network, but"),
         ((network, real, "--restore", "pool:4", "--held-out", real), "--held-out is not for --restore"),
         ((network, real, "--restore", "blur", "--features", "pixels"), "several of them joined by ' @ ', got 'blur'"),

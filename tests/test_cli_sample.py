@@ -200,7 +200,7 @@ def test_classes_of_a_folder(classes, tmp_path):
     assert rows == ["0", "1", "2", "0", "1", "2"]
     fixed, cycle = _pictures(tmp_path / "1"), _pictures(tmp_path / "cycle")
     assert [name for name in fixed if fixed[name] == cycle[name]] == ["000001.png", "000004.png"]
-    assert _sample(classes, "--out", tmp_path / "two", "-n", 6, "--class", "cycle", "--classes", 2) == 0
+    assert _sample(classes, "--out", tmp_path / "two", "-n", 6, "--class", "cycle", "--n-classes", 2) == 0
     assert (tmp_path / "two" / "labels.csv").read_text().splitlines()[3] == "000002.png,0"
 
 
@@ -280,11 +280,11 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
             "--columns is for one picture of all images, such as digits.png. Leave it ",
         ),
         (["{folder}", "--out", "b", "--class", "cycle"], "--class is for class-conditional networks"),
-        (["{folder}", "--out", "b", "--classes", "3"], "--classes is for --class random and --class cycle."),
+        (["{folder}", "--out", "b", "--n-classes", "3"], "--n-classes is for --class random and --class cycle."),
         (["{classes}", "--out", "b"], "is class-conditional. Write --class K"),
         (["{classes}", "--out", "b", "--class", "one"], "--class must be a number from 0 to 2, random or cycle for "),
         (["{classes}", "--out", "b", "--class", "3"], "--class must be a number from 0 to 2, random or cycle for "),
-        (["{classes}", "--out", "b", "--class", "cycle", "--classes", "4"], "--classes must be from 1 to 3"),
+        (["{classes}", "--out", "b", "--class", "cycle", "--n-classes", "4"], "--n-classes must be from 1 to 3"),
         (["{classes}", "a.png", "--class", "1", "--guidance", "2"], "--guidance needs a network with a null class"),
         (["{folder}", "--out", "b", "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
         (["{folder}", "--out", "b", "--sampler", "ode", "--snr", "0.5"], "--snr is an option of --sampler predictor-"),

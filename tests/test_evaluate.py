@@ -386,7 +386,7 @@ def test_networks_that_cannot_be_evaluated(net):
         run(net, images(4, size=8), sampler=lambda net: 1)
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         run(net, images(4, size=8), n=1)
-    with pytest.raises(ValueError, match="sampler, condition and classes apply to networks"):
+    with pytest.raises(ValueError, match="sampler, classes and n_classes apply to networks"):
         run(images(4), images(4), sampler=ODESampler)
     with pytest.raises(ValueError, match=r"must be \(C, H, W\) with 1 or 3 channels, but function has \(2,\)"):
         run(lambda x, sigma: -x, images(4), sampler=lambda net: _Points(net))
@@ -403,8 +403,8 @@ def test_classes_of_samples(net, tmp_path):
         torch.manual_seed(0)
         conditional = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, classes=3, schedule=net.schedule)
     sampler = ODESampler(conditional, levels=2)
-    result = run(sampler, images(9, size=8), n=6, metrics=[], condition="cycle")
-    expected = torch.cat([batch.images for batch in bulk_samples(sampler, 6, condition="cycle")])
+    result = run(sampler, images(9, size=8), n=6, metrics=[], classes="cycle")
+    expected = torch.cat([batch.images for batch in bulk_samples(sampler, 6, classes="cycle")])
     assert result.figures["samples"]["images"] == image_figures([expected])
 
 

@@ -408,9 +408,9 @@ def test_recommended_settings_and_batches_of_many_images(kind):
     sampler = recommended_sampler(guided)
     assert str(sampler) == str(recommended_sampler(guided.net)) and len(sampler) == 5
     classes = 3 if kind == "classifier" else None
-    batches = list(bulk_samples(sampler, 5, batch_size=3, condition="cycle", classes=classes))
+    batches = list(bulk_samples(sampler, 5, batch_size=3, classes="cycle", n_classes=classes))
     assert [batch.classes.tolist() for batch in batches] == [[0, 1, 2], [0, 1]]
-    again = next(bulk_samples(sampler, 2, first=3, batch_size=3, condition="cycle", classes=classes))
+    again = next(bulk_samples(sampler, 2, first=3, batch_size=3, classes="cycle", n_classes=classes))
     assert torch.equal(again.images, batches[1].images) and again.images.std() > 0
 
 

@@ -28,7 +28,7 @@ from scorematch.sampling import (
     SamplerSettings,
     recommended_sampler,
 )
-from scorematch.sampling.bulk import sampler_settings
+from scorematch.sampling.bulk import description_of
 from scorematch.sampling.sampler import SamplerOptions
 from tests.helpers import point, run, seed
 
@@ -1055,7 +1055,7 @@ def test_options_may_be_numbers_of_numpy():
     assert autoguidance(point, point, np.float32(2)).weight == 2
     a, b = (ODESampler(point, SHORT, churn=kind(0.125), churn_max=kind(4)) for kind in (np.float32, float))
     assert torch.equal(*(run(each, 3, shape=(2,), generator=0) for each in (a, b)))
-    assert sampler_settings(a) == sampler_settings(b)
+    assert description_of(a) == description_of(b)
 
 
 def _returning(value):

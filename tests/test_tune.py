@@ -193,7 +193,7 @@ def test_rows_of_another_mask_of_the_same_name_are_not_used(restorer, tmp_path):
             "by must be one of 'rmse', 'perceptual', 'frechet' for restorations",
         ),
         ({"operators": "gray", "held_out": COLORED}, "held_out is for samples. Leave it out with operators"),
-        ({"operators": "gray", "condition": "cycle"}, "condition is for samples. Leave it out with operators"),
+        ({"operators": "gray", "classes": "cycle"}, "classes is for samples. Leave it out with operators"),
         ({"operators": ["gray"] * 2}, "operators must differ in their names, got gray, gray"),
         ({"operators": "gray", "by": "perceptual", "features": []}, "by='perceptual' needs features"),
         ({"operators": "sharpening"}, "operator must be mask:FILE, .* got 'sharpening'"),

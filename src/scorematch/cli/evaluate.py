@@ -117,20 +117,20 @@ def _run(args: argparse.Namespace) -> None:
     net = guide(args, load(args))
     if not restoring and takes_image(net):
         raise ValueError(f"{args.model} restores images. Add the operator to measure, such as --restore gray.")
-    condition = None if restoring else find_classes(args, net)
+    classes = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net))
     sampler = make_sampler(args, net, restoring=restoring)
     if restoring:
         sampler.restore = args.restore_method or "replace"
         drawn = (args.draws or 2) * (args.n or DEFAULT_N_RESTORED)
-        announce(prepared(sampler), drawn, share=this_process(), most=args.n is None)
+        announce(prepared(sampler), drawn, process=this_process(), most=args.n is None)
         data, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
         options = given(args, ("n", "draws", "sigma", "labels"))
         result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)
     else:
         n = args.n or DEFAULT_N
-        announce(prepared(sampler), n, condition, share=this_process())
-        result = evaluate(sampler, args.reference, n=n, condition=condition, classes=args.classes, **sets, **common)
+        announce(prepared(sampler), n, classes, process=this_process())
+        result = evaluate(sampler, args.reference, n=n, classes=classes, n_classes=args.n_classes, **sets, **common)
     _show(args, result)
 
 

@@ -114,8 +114,8 @@ def _run(args: argparse.Namespace) -> None:
         make_sampler(args, net),
         seed=args.seed,
         batch_size=_BATCH_SIZE if args.batch_size is None else args.batch_size,
-        condition=find_classes(args, net),
-        classes=args.classes,
+        classes=find_classes(args, net),
+        n_classes=args.n_classes,
     )
     if args.out is None:
         _draw(args, job)
@@ -133,7 +133,7 @@ def _draw(args: argparse.Namespace, job: Job) -> None:
     check_picture(files[0])  # before the work
     check_new(files, args.overwrite)
     sampler = prepared(job.sampler)
-    announce(sampler, args.n, job.condition)
+    announce(sampler, args.n, job.classes)
     begin = time.perf_counter()
     images = _sample(args, sampler, job, args.n, animation)
     print(f"{count(args.n)} in {time.perf_counter() - begin:.1f} s")
@@ -157,19 +157,19 @@ def _pictures(name: str, n: int) -> list[Path]:
 
 def _fill(args: argparse.Namespace, job: Job) -> None:
     """Draws the missing images of a folder."""
-    share, sheet = this_process(), args.out / "sheet.png"
+    process, sheet = this_process(), args.out / "sheet.png"
     check_picture(sheet)  # before the work
     check_folder_name(args.out)
     about = {"network": args.model, "command": shlex.join(["scorematch", *map(str, args.argv)])}
     samples = SampleFolder(job, args.out, args.n, format="npz" if args.npz else "png", about=about)
     sampler = prepared(job.sampler)
-    if share[0] == 0 and samples.missing < args.n:
+    if process.rank == 0 and samples.missing < args.n:
         print(f"{args.n - samples.missing} of {count(args.n)} exist already")
     if samples.missing:
-        announce(sampler, samples.missing, job.condition, share=share)
+        announce(sampler, samples.missing, job.classes, process=process)
     begin = time.perf_counter()
     samples.fill(progress=not args.quiet)
-    if share[0] > 0:
+    if process.rank > 0:
         return
     if samples.missing:
         print(f"{count(samples.missing)} in {time.perf_counter() - begin:.1f} s")

@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> None:
     if len(args.features) > 1:
         raise ValueError("--features must be one extractor: the best settings minimize one distance.")
     if args.restore:
-        refuse(args, ("held_out", "label", "classes"), "is not for --restore")
+        refuse(args, ("held_out", "classes", "n_classes"), "is not for --restore")
     else:
         refuse(args, ["restore_method"], "is for --restore")
     method: Restore = args.restore_method or "replace"
@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> None:
         check_folder(args.out, net)  # before weights are downloaded
     if takes_image(net) and not args.restore:
         raise ValueError(f"{args.model} restores images. Add the operators to measure, such as --restore gray.")
-    condition = None if args.restore else find_classes(args, net)
+    classes = None if args.restore else find_classes(args, net)
     if criterion_of(args.by, restoring=bool(args.restore)) == "rmse":
         args.features = []  # not needed
     options = reference_options(args, device_of(net))
@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace) -> None:
         fast = recommended_sampler(net.inference_copy(), settings[0])
         fast.restore = method
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
-        seconds = estimate(fast, args.n, condition) * calls / len(fast) / this_process()[1]
+        seconds = estimate(fast, args.n, classes) * calls / len(fast) / this_process()[1]
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"
         print(f"{number} with {calls:,} network calls, about {duration(seconds)}", flush=True)
     result = tune(
@@ -109,8 +109,8 @@ def _run(args: argparse.Namespace) -> None:
         restore=method,
         held_out=args.held_out,
         out=args.out,
-        condition=condition,
-        classes=args.classes,
+        classes=classes,
+        n_classes=args.n_classes,
         **{**options, "features": options["features"][0] if options["features"] else []},
     )
     if this_process()[0] == 0:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,34 +17,46 @@ from torch import Tensor
 
 from scorematch.core.arguments import argument
 
-Share: TypeAlias = tuple[int, int]
+
+class Process(NamedTuple):
+    """One of several processes that share the work.
+
+    Attributes:
+        rank: its number, from 0.
+        world_size: the number of processes.
+    """
+
+    rank: int
+    world_size: int
 
 
-def this_process() -> Share:
-    """The number of this process and the number of all processes, (0, 1) for a single one.
+def this_process() -> Process:
+    """The rank of this process and the number of processes, (0, 1) for a single one.
 
     They are those of ``torch.distributed`` if it is initialized, else those in the environment variables RANK and
     WORLD_SIZE, which ``torchrun`` and ``accelerate launch`` set.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return Process(torch.distributed.get_rank(), torch.distributed.get_world_size())
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    return 0, 1
+        return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return Process(0, 1)
 
 
-def checked_share(share: Share | None) -> Share:
-    """The share (k, m); that of this process for None.
+def checked_process(process: tuple[int, int] | None) -> Process:
+    """The argument ``process`` of a function; this process for None.
 
     Raises:
-        ValueError: if it is not (k, m) with 0 <= k < m.
+        ValueError: if it is not (rank, world size) with 0 <= rank < world size.
     """
-    if share is None:
+    if process is None:
         return this_process()
-    k, m = share
-    if not 0 <= k < m:
-        raise ValueError(f"share must be (k, m) with 0 <= k < m, got {share!r}.")
-    return k, m
+    rank, world_size = process
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"{argument('process')} must be (rank, world size) with 0 <= rank < world size, got ({rank}, {world_size})."
+        )
+    return Process(rank, world_size)
 
 
 def find_device(name: str = "auto") -> torch.device:

@@ -175,4 +175,4 @@ def samples_in(folder: Path) -> Any:
         return folder
     if stored["settings"]["format"] == "png":
         return folder / IMAGES
-    return {"images": to_uint8(torch.cat([batch.images for batch in stored_samples(folder, share=(0, 1))]))}
+    return {"images": to_uint8(torch.cat([batch.images for batch in stored_samples(folder, process=(0, 1))]))}

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_count
 from scorematch.core.files import write_whole
-from scorematch.core.processes import Share, checked_share
+from scorematch.core.processes import Process, checked_process
 from scorematch.core.records import read_record
 from scorematch.core.schema import Field, check
 from scorematch.data.arrays import read_arrays, read_shape
@@ -50,16 +50,16 @@ class Batch(NamedTuple):
     classes: Tensor | None
 
 
-def ranges(n: int, batch_size: int, share: Share, *, first: int = 0) -> Iterator[range]:
-    """The numbers of the images in each batch of the share (k, m): the batches k, k + m, k + 2 m, ...
+def ranges(n: int, batch_size: int, process: Process, *, first: int = 0) -> Iterator[range]:
+    """The numbers of the images in each batch of a process: rank k of m has the batches k, k + m, k + 2 m, ...
 
     Args:
         n: the number of images.
         batch_size: the number of images in a batch. Batches begin at its multiples.
-        share: (k, m).
+        process: the rank and the number of processes.
         first: the number of the first image.
     """
-    k, m = share
+    k, m = process
     begin, end = first // batch_size, -(-(first + n) // batch_size)
     return (range(max(first, b * batch_size), min(first + n, (b + 1) * batch_size)) for b in range(begin + k, end, m))
 
@@ -200,18 +200,18 @@ def read_samples(folder: str | os.PathLike[str], n: int) -> Tensor:
     Raises:
         OSError, TypeError, ValueError: as ``stored_samples``.
     """
-    return torch.cat([batch.images for batch in stored_samples(folder, n, share=(0, 1))])
+    return torch.cat([batch.images for batch in stored_samples(folder, n, process=Process(0, 1))])
 
 
 def stored_samples(
-    folder: str | os.PathLike[str], n: int | None = None, *, share: Share | None = None
+    folder: str | os.PathLike[str], n: int | None = None, *, process: tuple[int, int] | None = None
 ) -> Iterator[Batch]:
     """Reads the images of a folder that ``sample_to`` wrote, batch by batch, as ``bulk_samples`` yields them.
 
     Args:
         folder: the folder, with samples.json.
         n: the number of images, at least 1; None is all of them.
-        share: (k, m), the share k of m equal shares; None is the share of this process, see ``this_process``.
+        process: whose batches to read, as (rank, world size); None is this process, see ``this_process``.
 
     Yields:
         ``Batch(indices, images, None)``, with the images float32 in [0, 1] on the CPU.
@@ -227,9 +227,9 @@ def stored_samples(
         raise ValueError(f"{folder} has {stored['n']} samples, fewer than n={n}.")
     settings = stored["settings"]
     files, channels = FORMATS[settings["format"]](Path(folder, IMAGES).expanduser()), settings["shape"][0]
-    batches = list(ranges(n, settings["batch_size"], checked_share(share)))
+    batches = list(ranges(n, settings["batch_size"], checked_process(process)))
     if not all(map(files.exist, batches)):
-        found = sum(map(files.count, ranges(n, settings["batch_size"], (0, 1))))
+        found = sum(map(files.count, ranges(n, settings["batch_size"], Process(0, 1))))
         raise FileNotFoundError(
             f"{folder} is not complete: {found} of the first {n} images exist. Repeat the command that draws them, or "
             "pass a smaller n."

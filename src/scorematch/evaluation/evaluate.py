@@ -179,8 +179,8 @@ def evaluate(
     held_out: Any = None,
     gaussian: bool = True,
     out: str | os.PathLike[str] | None = None,
-    condition: Classes = None,
-    classes: int | None = None,
+    classes: Classes = None,
+    n_classes: int | None = None,
     crop: Crop = "center",
     name: str | None = None,
     cache: bool | str | os.PathLike[str] = True,
@@ -218,8 +218,8 @@ def evaluate(
 
         Rarely needed:
 
-        condition: for class-conditional networks: a class, "random" or "cycle", as for ``bulk_samples``.
-        classes: the number of classes for "random" and "cycle".
+        classes: for class-conditional networks: a class, "random" or "cycle", as for ``bulk_samples``.
+        n_classes: the number of classes for "random" and "cycle".
         crop: how real images are cropped before they are resized, as for ``open_images``. "center" does not crop the
             reference of a set of images that are not square.
         name: the name of the images for the title; None derives it from ``what``.
@@ -253,7 +253,7 @@ def evaluate(
         check_outside(folder, reference, held_out, None if written else what)
         check_evaluation_folder(folder)
         check_picture(folder / "samples.png")  # fails early
-    options = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
+    options = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
     subject = subject_of(what, n, sampler, options, folder, device, progress)
     device = subject.device if device is None else device
     # Without a size in pixels, "center" would crop to a square.

@@ -66,7 +66,7 @@ from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import as_operator
 from scorematch.restoration.palette import condition_of
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
-from scorematch.sampling.bulk import prepared, sampler_settings
+from scorematch.sampling.bulk import description_of, prepared
 
 DEFAULT_N_RESTORED = 500  # images, if the number is not given
 RESTORATION = "restoration"
@@ -185,7 +185,7 @@ def evaluate_restoration(
             "draws": draws,
             "seed": seed,
             "batch_size": batch_size,
-            **sampler_settings(chosen_sampler),
+            **description_of(chosen_sampler),
             **evaluator.settings(),
         }
         result = Evaluation(

@@ -69,9 +69,9 @@ def subject_of(
     if is_network(what):
         drawn = sampler_for(what, sampler, device)
         return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress)
-    if sampler is not None or options["condition"] is not None or options["classes"] is not None:
+    if sampler is not None or options["classes"] is not None or options["n_classes"] is not None:
         raise ValueError(
-            "sampler, condition and classes apply to networks, but the argument `what` is a set of images. Leave them "
+            "sampler, classes and n_classes apply to networks, but the argument `what` is a set of images. Leave them "
             "out."
         )
     if isinstance(what, str | os.PathLike) and (stored := samples_in(Path(what))) is not None:
@@ -129,7 +129,7 @@ def _of_sampler(
     if out is None:
 
         def first(few: int) -> Tensor:
-            return torch.cat([batch.images for batch in job.samples(few, share=(0, 1))])
+            return torch.cat([batch.images for batch in job.samples(few, process=(0, 1))])
 
         batches = lambda: (batch.images for batch in job.samples(n))  # noqa: E731
         return Subject(name, n, shape, True, batches, first, settings, device, str(sampler))

@@ -52,7 +52,7 @@ from scorematch.restoration.methods import Restore
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import as_operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
-from scorematch.sampling.bulk import Classes, bulk_samples, sampler_settings
+from scorematch.sampling.bulk import Classes, bulk_samples, description_of
 from scorematch.score import ScoreNet
 
 Criterion = Literal["frechet", "kernel", "rmse", "perceptual"]
@@ -145,8 +145,8 @@ def tune(
     seed: int = 0,
     batch_size: int = 64,
     out: str | os.PathLike[str] | None = None,
-    condition: Classes = None,
-    classes: int | None = None,
+    classes: Classes = None,
+    n_classes: int | None = None,
     crop: Crop = "center",
     cache: bool | str | os.PathLike[str] = True,
     device: torch.device | str | None = None,
@@ -178,8 +178,8 @@ def tune(
 
         Rarely needed:
 
-        condition: for class-conditional networks: a class, "random" or "cycle", as for ``bulk_samples``.
-        classes: the number of classes for "random" and "cycle".
+        classes: for class-conditional networks: a class, "random" or "cycle", as for ``bulk_samples``.
+        n_classes: the number of classes for "random" and "cycle".
         crop: how real images are cropped before they are resized, as for ``open_images``.
         cache: the folder for the statistics of the reference, as for ``evaluate``.
         device: the device of the network and of an extractor that is given by name; None is that of the network, or the
@@ -195,13 +195,13 @@ def tune(
         RuntimeError: if a sample has NaN or infinite values.
     """
     n, seed, batch_size = check_integer("n", n), check_integer("seed", seed), check_count("batch_size", batch_size)
-    condition, classes = native(condition), native(classes)
+    classes, n_classes = native(classes), native(n_classes)
     given = [operators] if isinstance(operators, str | Operator) else list(operators or ())
     named, listed = list(map(str, given)), list(map(as_operator, given))
     criterion = criterion_of(by, restoring=bool(named))
     if len(set(named)) < len(named):
         raise ValueError(f"operators must differ in their names, got {', '.join(named)}.")
-    for name, value in (("held_out", held_out), ("condition", condition), ("classes", classes)):
+    for name, value in (("held_out", held_out), ("classes", classes), ("n_classes", n_classes)):
         if named and value is not None:
             raise ValueError(f"{name} is for samples. Leave it out with operators.")
     if isinstance(net, str | os.PathLike):
@@ -216,7 +216,7 @@ def tune(
     if takes_image(net) and not named:
         raise ValueError("the network restores images: name the operators to measure, such as operators=['gray'].")
     device = device_of(net) if device is None else device
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "condition": condition, "classes": classes}
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
     with process_group(device):
         data = open_for(reference, shape, crop, progress) if named else reference
         evaluator = Evaluator(
@@ -235,7 +235,8 @@ def tune(
         source = RESTORATION if criterion == "rmse" else evaluator.extractors[0].name
         figures: dict[str, tuple[str, ...]]
         figures = dict.fromkeys(named, (criterion,)) if named else {source: (criterion,), IMAGES: ("std", "variation")}
-        context = {"n": n, **options, **_identities(next(iter(samplers.values())), evaluator, listed)}
+        context = {"n": n, "seed": seed, "batch_size": batch_size, "condition": classes, "classes": n_classes}
+        context |= _identities(next(iter(samplers.values())), evaluator, listed)
         if named:
             context["restore"] = restore
         restored = dict(zip(named, listed, strict=True))
@@ -285,7 +286,7 @@ def _samplers(net: ScoreNet, settings: Sequence[SamplerSettings], calls: int) ->
 
 def _identities(sampler: Sampler, evaluator: Evaluator, operators: Sequence[Operator]) -> dict[str, Any]:
     """What identifies the network, functions that compute features, and operators, as plain values for JSON."""
-    found = {"network": sampler_settings(sampler)["network"]}
+    found = {"network": description_of(sampler)["network"]}
     if any(each.fingerprint is None for each in evaluator.extractors):  # another function can have the same name
         found["function"] = [identity(each.function) for each in evaluator.extractors]
     if operators:  # masks of one size can have the same name

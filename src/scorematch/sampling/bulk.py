@@ -1,10 +1,10 @@
 """Sampling many images with any number of processes, batch by batch.
 
 Image i has its own random generator, whose seed depends only on the seed of the job and on i. The network processes
-images in fixed batches: with a batch size of B, batch b has the images from b B to (b + 1) B - 1. Process k of m draws
-the batches k, k + m, k + 2 m, ... An image is therefore the same in every job with the same seed, whatever the number
-of images and processes, and whether the job was interrupted. With the same batch size and number of threads it is
-bitwise the same; with another batch size the results of the network are rounded differently.
+images in fixed batches: with a batch size of B, batch b has the images from b B to (b + 1) B - 1. Of m processes, the
+one of rank k draws the batches k, k + m, k + 2 m, ... An image is therefore the same in every job with the same seed,
+whatever the number of images and processes, and whether the job was interrupted. With the same batch size and number of
+threads it is bitwise the same; with another batch size the results of the network are rounded differently.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_count
+from scorematch.core.arguments import argument, check_count
 from scorematch.core.conditions import as_condition
 from scorematch.core.json_files import native
-from scorematch.core.processes import Share, checked_share
+from scorematch.core.processes import checked_process
 from scorematch.core.provenance import __version__, identity
 from scorematch.core.randomness import seed_of
 from scorematch.core.scores import attribute, inference_copy_of
@@ -31,60 +31,6 @@ Rule = Literal["random", "cycle"]
 Classes: TypeAlias = int | Rule | None
 
 
-def image_classes(indices: Iterable[int], condition: int | Rule, classes: int | None, seed: int) -> Tensor:
-    """The classes of images by their numbers, int64 (len(indices),).
-
-    Args:
-        indices: the numbers of the images.
-        condition: the class of all images, "random" or "cycle", as for ``bulk_samples``.
-        classes: the number of classes, for "random" and "cycle".
-        seed: the seed of the images.
-
-    Example:
-        >>> image_classes(range(8, 12), "cycle", 10, seed=0)
-        tensor([8, 9, 0, 1])
-    """
-    if isinstance(condition, int):
-        return torch.tensor([condition for _ in indices], dtype=torch.int64)
-    if classes is None:
-        raise ValueError(f"condition={condition!r} needs the number of classes: pass classes=.")
-    if condition == "cycle":
-        return torch.tensor([i % classes for i in indices], dtype=torch.int64)
-    return torch.tensor([seed_of(seed, "class", i) % classes for i in indices], dtype=torch.int64)
-
-
-def number_of_classes(net: object, condition: Classes, classes: int | None, shape: Sequence[int]) -> int | None:
-    """The number of classes for "random" and "cycle", otherwise None.
-
-    Args:
-        net: the network or any other score.
-        condition: the class of all images, "random", "cycle" or None.
-        classes: the number that the user asked for; None is that of the network, without its null class.
-        shape: the shape of one sample.
-
-    Raises:
-        TypeError, ValueError: if the arguments do not fit together, or the network does not take these classes.
-    """
-    takes = attribute(net, "conditioning")
-    if condition is not None and (
-        isinstance(condition, bool) or (not isinstance(condition, int) and condition not in get_args(Rule))
-    ):
-        raise TypeError(f'condition must be a class, "random", "cycle" or None, got {condition!r}.')
-    if isinstance(condition, str):
-        if classes is None and takes is not None:
-            classes = takes.classes
-        if classes is None:
-            raise ValueError(f"condition={condition!r} needs the number of classes: pass classes=.")
-        check_count("classes", classes)
-        largest: int | None = classes - 1
-    else:
-        if classes is not None:
-            raise ValueError('classes= is for condition="random" and condition="cycle". Leave it out.')
-        largest = condition
-    as_condition(largest, torch.empty(1, *shape, device="meta"), takes)
-    return classes
-
-
 def _plain(value: Any) -> Any:
     """An option of a sampler as a plain value for JSON."""
     if value is None or isinstance(value, bool | int | float | str):
@@ -94,7 +40,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, NoiseSchedule) else identity(value)
 
 
-def sampler_settings(sampler: Sampler) -> dict[str, Any]:
+def description_of(sampler: Sampler) -> dict[str, Any]:
     """Returns a hash of the network ("network") and the options of a sampler ("sampler"), as values for JSON."""
     # Attributes that begin with an underscore are derived from the others.
     options = {key: value for key, value in vars(sampler).items() if key[0] != "_" and key != "net"}
@@ -112,10 +58,10 @@ def bulk_samples(
     first: int = 0,
     seed: int = 0,
     batch_size: int = 64,
-    condition: Classes = None,
-    classes: int | None = None,
+    classes: Classes = None,
+    n_classes: int | None = None,
     shape: Sequence[int] | None = None,
-    share: Share | None = None,
+    process: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
     """Draws many samples batch by batch; each image depends only on the seed and on its number.
 
@@ -128,11 +74,11 @@ def bulk_samples(
         first: the number of the first image. The images are ``first`` to ``first + n - 1``.
         seed: the seed of all images.
         batch_size: the number of images that go through the network at once. Batches begin at its multiples.
-        condition: for class-conditional networks: an int, the class of all images; "random", uniform random classes;
+        classes: for class-conditional networks: an int, the class of all images; "random", uniform random classes;
             "cycle", the classes in turn. The class of an image depends only on the seed and on its number.
-        classes: the number of classes for "random" and "cycle"; None is that of the network, without its null class.
+        n_classes: the number of classes for "random" and "cycle"; None is that of the network, without its null class.
         shape: the shape of one sample, for a score without ``sample_shape``.
-        share: (k, m), the share k of m equal shares; None is the share of this process, see ``this_process``.
+        process: whose batches to draw, as (rank, world size); None is this process, see ``this_process``.
 
     Yields:
         ``Batch(indices, images, classes)``, with ascending numbers.
@@ -148,8 +94,8 @@ def bulk_samples(
         >>> [(batch.indices, tuple(batch.images.shape)) for batch in bulk_samples(sampler, 5, batch_size=4)]
         [(range(0, 4), (4, 1, 28, 28)), (range(4, 5), (1, 1, 28, 28))]
     """
-    job = Job(sampler, seed=seed, batch_size=batch_size, condition=condition, classes=classes, shape=shape)
-    return job.samples(n, first=first, share=share)
+    job = Job(sampler, seed=seed, batch_size=batch_size, classes=classes, n_classes=n_classes, shape=shape)
+    return job.samples(n, first=first, process=process)
 
 
 class Job:
@@ -158,9 +104,9 @@ class Job:
     Arguments and errors are those of ``bulk_samples``.
 
     Attributes:
-        sampler, seed, batch_size, condition: the arguments.
+        sampler, seed, batch_size, classes: the arguments.
         shape: the shape of one sample.
-        classes: the number of classes for "random" and "cycle", otherwise None.
+        n_classes: the number of classes for "random" and "cycle", otherwise None.
     """
 
     def __init__(
@@ -169,29 +115,50 @@ class Job:
         *,
         seed: int = 0,
         batch_size: int = 64,
-        condition: Classes = None,
-        classes: int | None = None,
+        classes: Classes = None,
+        n_classes: int | None = None,
         shape: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(sampler, Sampler):
             raise TypeError(f"sampler must be a Sampler, got {type(sampler).__name__}. Write ODESampler(net).")
-        seed, condition, classes = map(native, (seed, condition, classes))
+        seed, classes, n_classes = map(native, (seed, classes, n_classes))
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an integer, got {seed!r}.")
         batch_size = check_count("batch_size", batch_size)
         shape = attribute(sampler.net, "sample_shape") if shape is None else shape
         if shape is None:
             raise ValueError("the shape of a sample is not known: pass shape=, without the batch axis.")
-        self.sampler, self.seed, self.batch_size, self.condition = sampler, seed, batch_size, condition
+        self.sampler, self.seed, self.batch_size, self.classes = sampler, seed, batch_size, classes
         self.shape = tuple(map(int, shape))
-        self.classes = number_of_classes(sampler.net, condition, classes, self.shape)
+        self.n_classes = self._check_classes(n_classes)
 
-    def samples(self, n: int, *, first: int = 0, share: Share | None = None) -> Iterator[Batch]:
+    def _check_classes(self, n_classes: int | None) -> int | None:
+        """The number of classes for "random" and "cycle", otherwise None; checks that the network takes the classes."""
+        classes, takes = self.classes, attribute(self.sampler.net, "conditioning")
+        if isinstance(classes, bool) or not (classes is None or isinstance(classes, int) or classes in get_args(Rule)):
+            raise TypeError(f'{argument("classes")} must be a class, "random", "cycle" or None, got {classes!r}.')
+        largest = classes
+        if isinstance(classes, str):
+            n_classes = takes.classes if n_classes is None and takes is not None else n_classes
+            if n_classes is None:
+                raise ValueError(
+                    f"{argument('classes', classes)} needs the number of classes: pass {argument('n_classes')}."
+                )
+            largest = check_count("n_classes", n_classes) - 1
+        elif n_classes is not None:
+            raise ValueError(
+                f"{argument('n_classes')} is for {argument('classes', 'random')} and {argument('classes', 'cycle')}. "
+                "Leave it out."
+            )
+        as_condition(largest, torch.empty(1, *self.shape, device="meta"), takes)
+        return n_classes
+
+    def samples(self, n: int, *, first: int = 0, process: tuple[int, int] | None = None) -> Iterator[Batch]:
         """Draws images batch by batch, as ``bulk_samples`` does."""
         n, first = check_count("n", n), check_count("first", first, 0)
         if first + n > SEEDS:
             raise ValueError(f"first + n must be at most 2^32, got {first + n}.")
-        return self.draw(ranges(n, self.batch_size, checked_share(share), first=first))
+        return self.draw(ranges(n, self.batch_size, checked_process(process), first=first))
 
     def draw(self, batches: Iterable[range]) -> Iterator[Batch]:
         """Yields the batch of each range of images. Each range is requested just before its batch is drawn."""
@@ -209,8 +176,16 @@ class Job:
             yield Batch(indices, images, classes)
 
     def classes_of(self, indices: Iterable[int]) -> Tensor | None:
-        """The classes of images, or None."""
-        return None if self.condition is None else image_classes(indices, self.condition, self.classes, self.seed)
+        """The classes of images by their numbers, int64 (len(indices),), or None."""
+        if self.classes is None:
+            return None
+        if isinstance(self.classes, int):
+            found = [self.classes for _ in indices]
+        else:
+            n = self.n_classes or 1
+            cycle = self.classes == "cycle"
+            found = [(i if cycle else seed_of(self.seed, "class", i)) % n for i in indices]
+        return torch.tensor(found, dtype=torch.int64)
 
     def seeds_of(self, indices: Iterable[int]) -> list[int]:
         """The seeds of the generators of images."""
@@ -222,11 +197,11 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """Everything that determines the images, as plain values for JSON. The network is represented by a hash."""
         return {
-            **sampler_settings(self.sampler),
+            **description_of(self.sampler),
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "condition": self.condition,
-            "classes": self.classes,
+            "condition": self.classes,  # the names of these two keys are a file format
+            "classes": self.n_classes,
             "shape": list(self.shape),
             "scorematch": __version__,
         }

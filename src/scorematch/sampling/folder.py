@@ -20,7 +20,7 @@ from scorematch.core.arguments import argument, check_choice, check_count
 from scorematch.core.files import delete_unfinished, write_whole
 from scorematch.core.messages import reason
 from scorematch.core.precision import device_name
-from scorematch.core.processes import Share, checked_share
+from scorematch.core.processes import Process, checked_process
 from scorematch.core.records import as_stored, differences, refuse, write_record
 from scorematch.core.scores import attribute, device_of
 from scorematch.data.pictures import is_picture
@@ -49,19 +49,19 @@ def sample_to(
     *,
     seed: int = 0,
     batch_size: int = 64,
-    condition: Classes = None,
-    classes: int | None = None,
+    classes: Classes = None,
+    n_classes: int | None = None,
     shape: Sequence[int] | None = None,
     format: Format = "png",  # noqa: A002  (Pillow's word)
     about: Mapping[str, str] | None = None,
-    share: Share | None = None,
+    process: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> Path:
     """Draws many samples into a folder; a call with the same arguments continues an interrupted one.
 
     Only missing batches are drawn, and a call with a larger ``n`` adds images. The files are the same as after a single
     uninterrupted call; for that an incomplete last batch is drawn again. Under ``torchrun`` or ``accelerate launch``
-    each process draws its own share of the batches into the same folder, which must be on a disk that all processes
+    each process draws its own batches into the same folder, which must be on a disk that all processes
     share. At the end each process waits until all images exist; if one of them dies, these programs end the others.
 
     If the folder has samples of another score, an error is raised. A score of your own is compared by its public
@@ -74,13 +74,13 @@ def sample_to(
         n: the number of images, over all processes together.
         seed: the seed of all images.
         batch_size: the number of images that go through the network at once.
-        condition: the class of all images, "random" or "cycle", as for ``bulk_samples``.
-        classes: the number of classes for "random" and "cycle", as for ``bulk_samples``.
+        classes: the class of all images, "random" or "cycle", as for ``bulk_samples``.
+        n_classes: the number of classes for "random" and "cycle", as for ``bulk_samples``.
         shape: the shape of one sample, for a score without ``sample_shape``.
         format: "png", one file per image, or "npz", one file per batch.
         about: remarks to store in samples.json, such as the command and the name of the network.
-        share: (k, m), the share k of m equal shares, for processes that are started at different times; a call then
-            returns as soon as its own share is drawn. None is the share of this process.
+        process: whose batches to draw, as (rank, world size), for processes that are started at different times; a
+            call then returns as soon as its own batches are drawn. None is this process.
         progress: whether the first process shows a progress bar. It counts the images of all processes.
 
     Returns:
@@ -94,8 +94,8 @@ def sample_to(
         OSError: if a file cannot be written. All existing files are complete.
         SystemExit: after SIGTERM, with status 143. All existing files are complete.
     """
-    job = Job(sampler, seed=seed, batch_size=batch_size, condition=condition, classes=classes, shape=shape)
-    return SampleFolder(job, folder, n, format=format, about=about).fill(share=share, progress=progress)
+    job = Job(sampler, seed=seed, batch_size=batch_size, classes=classes, n_classes=n_classes, shape=shape)
+    return SampleFolder(job, folder, n, format=format, about=about).fill(process=process, progress=progress)
 
 
 class SampleFolder:
@@ -139,23 +139,25 @@ class SampleFolder:
         self._files.check()
         self._about = dict(about or {})
         self._stored = self._check_folder()
-        self.missing = sum(len(indices) for indices in self._ranges((0, 1)) if not self._files.exist(indices))
+        self.missing = sum(len(indices) for indices in self._ranges(Process(0, 1)) if not self._files.exist(indices))
 
-    def fill(self, *, share: Share | None = None, progress: bool = True) -> Path:
+    def fill(self, *, process: tuple[int, int] | None = None, progress: bool = True) -> Path:
         """Draws the missing images; arguments, result and errors as for ``sample_to``."""
-        k, m = checked_share(share)
-        self._begin(main=k == 0)
-        count = _Count([self._ranges((process, m)) for process in range(m)], self._files.exist)
+        own = checked_process(process)
+        self._begin(main=own.rank == 0)
+        every = [Process(rank, own.world_size) for rank in range(own.world_size)]
+        count = _Count([self._ranges(each) for each in every], self._files.exist)
+        shown = progress and own.rank == 0
         with (
             _exit_after_sigterm(),
-            tqdm(total=self._n, initial=count.new(), desc="sampling", unit="img", disable=not progress or k > 0) as bar,
+            tqdm(total=self._n, initial=count.new(), desc="sampling", unit="img", disable=not shown) as bar,
         ):
-            missing = (indices for indices in self._ranges((k, m)) if not self._files.exist(indices))
+            missing = (indices for indices in self._ranges(own) if not self._files.exist(indices))
             for batch in self._job.draw(missing):
                 self._write(batch)
                 bar.update(count.new())
-            self._check_written((k, m))
-            while share is None and not count.complete:
+            self._check_written(own)
+            while process is None and not count.complete:
                 time.sleep(_CHECK_SECONDS)
                 bar.update(count.new())
         if count.complete:
@@ -163,8 +165,8 @@ class SampleFolder:
                 delete_unfinished(folder)
         return self._folder / IMAGES
 
-    def _ranges(self, share: Share) -> Iterator[range]:
-        return ranges(self._n, self._job.batch_size, share)
+    def _ranges(self, process: Process) -> Iterator[range]:
+        return ranges(self._n, self._job.batch_size, process)
 
     def _write(self, batch: Batch) -> None:
         try:
@@ -182,9 +184,9 @@ class SampleFolder:
                 "(0, 1) to clamp them to this range, or use bulk_samples."
             ) from error
 
-    def _check_written(self, share: Share) -> None:
+    def _check_written(self, process: Process) -> None:
         """Checks that the images of this process still exist. No process would draw them again."""
-        lost = next((indices for indices in self._ranges(share) if not self._files.exist(indices)), None)
+        lost = next((indices for indices in self._ranges(process) if not self._files.exist(indices)), None)
         if lost is not None:
             raise FileNotFoundError(
                 f"the images from {lost.start} on were written to {self._folder} and have been removed since. Start "
@@ -223,7 +225,7 @@ class SampleFolder:
             return None
         refuse(
             f"{folder} has samples with other settings",
-            differences(stored["settings"], self._metadata()["settings"], first=_FIRST),
+            differences(_named(stored["settings"]), _named(self._metadata()["settings"]), first=_FIRST),
             f"Pass those settings, which are in {METADATA_FILE}, to continue, or another folder.",
         )
         if stored["n"] > self._n:
@@ -250,6 +252,11 @@ class SampleFolder:
         if main and self._format == "png" and (classes := self._job.classes_of(range(self._n))) is not None:
             rows = (f"{stem(i)}.png,{one}\n" for i, one in enumerate(classes.tolist()))
             write_whole(self._folder / LABELS_FILE, "".join(["file,class\n", *rows]).encode())
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of samples.json by the names of the arguments, for messages."""
+    return {{"condition": "classes", "classes": "n_classes"}.get(key, key): value for key, value in settings.items()}
 
 
 class _Count:

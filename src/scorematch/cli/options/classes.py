@@ -13,21 +13,21 @@ from scorematch.guidance import GuidedScore, classifier_free
 from scorematch.sampling.bulk import Classes, Rule
 from scorematch.score import ScoreNet
 
-GUIDED_CLASSES = ("label", "classes", "weight", "interval", "rescale")  # the names of all these options
+GUIDED_CLASSES = ("classes", "n_classes", "weight", "interval", "rescale")  # the names of all these options
 
 
 def add_classes(parser: argparse.ArgumentParser, *, rules: bool = True) -> None:
-    """Adds ``--class``, one class or with ``rules`` also a rule for the class of each image, and then ``--classes``."""
+    """Adds ``--class``, a class or with ``rules`` also a rule for the class of each image, and ``--n-classes``."""
     rule = "; random draws a class for each image, and cycle takes all classes in turn" if rules else ""
     parser.add_argument(
         "--class",
-        dest="label",
+        dest="classes",
         metavar="K",
         help=f"for a class-conditional network: the class to draw, its number or its name{rule}",
     )
     if rules:
         parser.add_argument(
-            "--classes",
+            "--n-classes",
             type=int,
             metavar="COUNT",
             help="the number of classes for --class random and cycle (default: all of the network)",
@@ -83,11 +83,11 @@ def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Class
     Raises:
         ValueError: if the network needs a class and none is given, or does not take the given one.
     """
-    takes, label = net.conditioning, args.label
-    rules = get_args(Rule) if "classes" in args else ()
-    count = args.classes if rules and label in rules else None
-    if rules and args.classes is not None and count is None:
-        raise ValueError("--classes is for --class random and --class cycle. Leave it out.")
+    takes, label = net.conditioning, args.classes
+    rules = get_args(Rule) if "n_classes" in args else ()
+    count = args.n_classes if rules and label in rules else None
+    if rules and args.n_classes is not None and count is None:
+        raise ValueError("--n-classes is for --class random and --class cycle. Leave it out.")
     if takes is None or takes.classes is None:
         if label is not None:
             raise ValueError(f"--class is for class-conditional networks, and {args.model} is not one. Leave it out.")
@@ -95,7 +95,7 @@ def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Class
     last, names = takes.classes - 1, net.class_names or ()
     if label in rules:
         if count is not None and not 1 <= count <= takes.classes:
-            raise ValueError(f"--classes must be from 1 to {takes.classes} for {args.model}, got {count}.")
+            raise ValueError(f"--n-classes must be from 1 to {takes.classes} for {args.model}, got {count}.")
         return label
     if label is None:
         if isinstance(net, GuidedScore):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from scorematch.core.conditions import takes_image
-from scorematch.core.processes import Share
 from scorematch.core.scores import attribute, device_of
 from scorematch.sampling import Sampler
 from scorematch.sampling.bulk import Classes
@@ -18,10 +17,10 @@ from scorematch.sampling.bulk import Classes
 def announce(
     sampler: Sampler,
     n: int,
-    condition: Classes = None,
+    classes: Classes = None,
     *,
     seconds: float | None = None,
-    share: Share = (0, 1),
+    process: tuple[int, int] = (0, 1),
     most: bool = False,
 ) -> None:
     """Prints the sampler and the estimated duration for n images, in the first process.
@@ -29,15 +28,15 @@ def announce(
     Args:
         sampler: the sampler.
         n: the number of images.
-        condition: the class or the rule of ``--class``.
+        classes: the class or the rule of ``--class``.
         seconds: the seconds in one process; None measures them.
-        share: the rank and the number of the processes, each of which draws an equal share.
+        process: the rank and the number of the processes, which draw equally many images.
         most: whether n is only the largest number of images.
     """
-    rank, processes = share
+    rank, processes = process
     if rank > 0:
         return
-    seconds = estimate(sampler, n, condition) if seconds is None else seconds
+    seconds = estimate(sampler, n, classes) if seconds is None else seconds
     where = f" in {processes} processes" if processes > 1 else ""
     print(sampler)
     print(f"{'at most' if most else 'about'} {duration(seconds / processes)} for {count(n)}{where}", flush=True)
@@ -57,20 +56,20 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{round(seconds / 86_400):,} days"
 
 
-def estimate(sampler: Sampler, n: int, condition: Classes = None, shape: tuple[int, ...] | None = None) -> float:
+def estimate(sampler: Sampler, n: int, classes: Classes = None, shape: tuple[int, ...] | None = None) -> float:
     """Estimates the seconds for n images, from the measured duration of one network call with a few images.
 
     Args:
         sampler: the sampler, preferably of an inference copy, which is then made only once.
         n: the number of images.
-        condition: the class or the rule of ``--class``; a network that restores images gets black images.
+        classes: the class or the rule of ``--class``; a network that restores images gets black images.
         shape: the shape (C, H, W) of an image; None is that of the network.
     """
     net, device = sampler.net, device_of(sampler.net)
     shape = attribute(net, "sample_shape") if shape is None else shape
     few = min(n, max(1, 2**16 // math.prod(shape)))
     x = torch.rand(few, *shape, device=device)
-    arguments: tuple[Any, ...] = () if condition is None else (0 if isinstance(condition, str) else condition,)
+    arguments: tuple[Any, ...] = () if classes is None else (0 if isinstance(classes, str) else classes,)
     if takes_image(net):
         arguments = (torch.zeros(few, attribute(net, "conditioning").channels, *shape[1:], device=device),)
     backward = sampler.restore == "guide-jacobian"  # which has a backward pass in each call
