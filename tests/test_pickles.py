@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scorematch.core.messages import quote
-from scorematch.pretrained import pickles
+from scorematch.pretrained import interpreter, pickles
 from scorematch.pretrained.edm import GLOBALS as EDM
 from scorematch.pretrained.pickles import NUMBERS, TENSORS, load_tensors, read_pickle, storage_of_bytes
 from tests.helpers import convert
@@ -295,7 +295,7 @@ def test_a_value_that_holds_another_many_times_is_quoted_quickly(tmp_path):
 
 
 def test_the_number_of_operations_is_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr(pickles, "_OPERATIONS", 1000)
+    monkeypatch.setattr(interpreter, "_OPERATIONS", 1000)
     (tmp_path / "a.pkl").write_bytes(_pickle(b"]", b"N0" * 500))
     _refused(tmp_path / "a.pkl", "holds a pickle of more than 1,000 operations")
     # Those of a storage inside count, each time that it is read.

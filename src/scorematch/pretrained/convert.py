@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from scorematch.core.messages import quote, reason
 from scorematch.pretrained import edm, improved_diffusion, ncsn, score_sde
 from scorematch.pretrained.configuration import Stored
-from scorematch.pretrained.pickles import Globals, StoredTensor, read_pickle
+from scorematch.pretrained.interpreter import Globals
+from scorematch.pretrained.pickles import StoredTensor, read_pickle
 
 
 class _Format(Protocol):

@@ -42,7 +42,8 @@ from scorematch.core.schema import Field, check
 from scorematch.nets.unet_blocks import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import Stored, translated
-from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, RefusedError, load_tensors, storage_of_bytes
+from scorematch.pretrained.interpreter import Globals, RefusedError
+from scorematch.pretrained.pickles import NUMBERS, TENSORS, load_tensors, storage_of_bytes
 from scorematch.pretrained.renaming import module_names, renamed
 from scorematch.sampling.settings import SamplerSettings
 

@@ -31,8 +31,9 @@ from scorematch.core.messages import about
 from scorematch.core.schema import Field
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.configuration import Stored, translated
+from scorematch.pretrained.interpreter import Globals
 from scorematch.pretrained.options import checked_options, read_options
-from scorematch.pretrained.pickles import TENSORS, Globals, load_tensors
+from scorematch.pretrained.pickles import TENSORS, load_tensors
 from scorematch.sampling.settings import SamplerSettings
 
 NAMES: tuple[str, ...] = ("NCSN", "NCSNv2", "adversarial consistent score matching")

@@ -1,6 +1,6 @@
 """Reads pickles of tensors without executing them.
 
-A pickle is a program: it can import and call any function of any library. This module interprets only the part of the
+A pickle is a program: it can import and call any function of any library. ``Machine`` interprets only the part of the
 pickle language that describes tensors, numbers, strings, lists and dicts. A name that is not in the table of known
 names is an error. A name in the table is replaced by a function or dtype of this package; the function of that name is
 never called. Three containers are supported:
@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import math
 import mmap
-import pickletools
 import struct
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,14 +34,11 @@ from torch import Tensor
 
 from scorematch.core.messages import quote
 from scorematch.pretrained.configuration import remedy
+from scorematch.pretrained.interpreter import Globals, Machine, RefusedError
 
-Globals = Mapping[str, Callable[..., Any] | torch.dtype]
-
-_OPERATIONS = 1_000_000  # of all pickles in a file together; the largest published files need about 150,000
-_LONGEST_INTEGER = 32  # bytes
-_LONGEST_LINE = 256  # bytes of the name of a module or of a function
 _INFLATION = 50  # the largest ratio of unpacked size to file size; trained weights have about 1.1
 _DIMENSIONS = 16
+_FROM_BYTES = "torch.storage._load_from_bytes"
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the start of an older file of torch.save
 
 # The exceptions that operations of a damaged pickle and entries of a damaged zip file raise.
@@ -58,10 +55,6 @@ _OTHER_FILES = (  # the first bytes of a file, and the rest of the error message
     (b"\x93numpy", "is a NumPy array, not a PyTorch checkpoint."),
     (b"\x1f\x8b", "is compressed by gzip. Unpack it, and pass the file inside."),
 )
-
-
-class RefusedError(ValueError):
-    """Raised for a file that cannot be read; the message is the end of a sentence that begins with the path."""
 
 
 class Pickle(NamedTuple):
@@ -102,7 +95,9 @@ def read_pickle(path: Path, known: Globals | None = None) -> Pickle:
         raise ValueError(f"{path} is a MessagePack file, as JAX writes checkpoints, not a PyTorch checkpoint.")
     if start[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
         raise ValueError(f"{path} is a safetensors file. Load its folder with ScoreNet.from_pretrained.")
-    machine = _Machine(data, TENSORS if known is None else known)
+    machine = Machine(data, TENSORS if known is None else known)
+    if _FROM_BYTES in machine.known:
+        machine.known = {**machine.known, _FROM_BYTES: partial(storage_of_bytes, machine)}
     try:
         return Pickle(_read(path, machine), frozenset(machine.used))
     except RefusedError as error:
@@ -112,7 +107,7 @@ def read_pickle(path: Path, known: Globals | None = None) -> Pickle:
         raise ValueError(f"{path} ({len(data)} bytes) is not a complete {kind}. {remedy(path)}") from error
 
 
-def _read(path: Path, machine: _Machine) -> Any:
+def _read(path: Path, machine: Machine) -> Any:
     start = bytes(machine.source.data[:4])
     if start == b"PK\x03\x04":
         return _read_zip(path, machine)
@@ -310,7 +305,7 @@ NUMBERS: Globals = {
 # -- Containers of torch.save -----------------------------------------------------------------------------------------
 
 
-def _read_zip(path: Path, machine: _Machine) -> Any:
+def _read_zip(path: Path, machine: Machine) -> Any:
     data = machine.source.data
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -336,7 +331,7 @@ def _read_zip(path: Path, machine: _Machine) -> Any:
         return found
 
     machine.storage = storage
-    machine.source = _Source(_entry(data, entries[f"{root}data.pkl"], checksums))
+    machine.open(_entry(data, entries[f"{root}data.pkl"], checksums))
     return machine.run()
 
 
@@ -371,7 +366,7 @@ def _entry(data: memoryview, entry: zipfile.ZipInfo, checksums: bool) -> memoryv
     return part
 
 
-def _read_sequence(machine: _Machine, storages: Mapping[str, Storage]) -> Any:
+def _read_sequence(machine: Machine, storages: Mapping[str, Storage]) -> Any:
     """The content of an older file of ``torch.save``, after the magic number."""
     protocol, system = machine.run(), machine.run()
     if protocol != _PROTOCOL or not isinstance(system, dict):
@@ -395,7 +390,7 @@ def _check_order(little: bool) -> None:
         raise RefusedError("was written on a machine with another byte order.")
 
 
-def storage_of_bytes(machine: _Machine, data: Any) -> Storage:
+def storage_of_bytes(machine: Machine, data: Any) -> Storage:
     """Stands for ``torch.storage._load_from_bytes``, whose argument is a storage in the older ``torch.save`` format.
 
     Raises:
@@ -403,189 +398,10 @@ def storage_of_bytes(machine: _Machine, data: Any) -> Storage:
     """
     storages: dict[str, Storage] = {}
     data = data if isinstance(data, memoryview) else memoryview(bytearray(data))  # writable, as torch wants it
-    inner = _Machine(data, _STORAGES, operations=machine.operations)
+    inner = Machine(data, _STORAGES, operations=machine.operations)
     inner.storage = lambda *identifier: _storage(storages, *identifier)
     content = _read_sequence(inner, storages) if inner.run() == _MAGIC else None
     machine.operations = inner.operations
     if not isinstance(content, Storage):
         raise RefusedError("holds a storage whose bytes are not numbers as torch.save writes them.")
     return content
-
-
-# -- The interpreter --------------------------------------------------------------------------------------------------
-
-_MARK = object()  # marks the start of a list of values on the stack
-# Operations by their names in ``pickletools``. The first ones add their argument to the stack.
-_ARGUMENTS = {
-    *("BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1", "LONG4"),
-    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
-    *("SHORT_BINSTRING", "BINSTRING"),  # of Python 2
-}
-_CONSTANTS = {"MARK": _MARK, "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-
-class _Source:
-    """The bytes of a file, as ``pickletools`` reads them; long parts are views."""
-
-    def __init__(self, data: memoryview) -> None:
-        self.data, self.position = data, 0
-
-    def take(self, count: int) -> memoryview:
-        """Reads the next ``count`` bytes."""
-        part = self.data[self.position : self.position + count]
-        if len(part) < count:
-            raise EOFError
-        self.position += count
-        return part
-
-    def read(self, count: int) -> Any:
-        part = self.take(count)
-        return part if count > _LONGEST_LINE else bytes(part)
-
-    def readline(self) -> bytes:
-        line, end, _ = bytes(self.data[self.position : self.position + _LONGEST_LINE]).partition(b"\n")
-        if not end or b"\\" in line:  # a name has no backslash, about which Python may warn
-            raise EOFError
-        self.position += len(line) + 1
-        return line + end
-
-
-class _Machine:
-    """An interpreter of pickles of protocols 2 to 5 that contain only plain values and known names.
-
-    Python's ``Unpickler`` with a ``find_class`` that knows these names would not be safe: it takes any key of a dict,
-    and the hash of nested tuples takes exponential time or overflows the stack of the process; it allocates memory for
-    any index into its memo; and it copies the bytes of tensors.
-
-    Args:
-        data: one or more pickles in sequence, which other data may follow.
-        known: the known names, each with the function or dtype that replaces it.
-        operations: the number of earlier operations that count toward the limit.
-
-    Attributes:
-        storage: a function that returns the storage of a persistent id; None does not allow persistent ids.
-        used: the known names that occurred so far.
-    """
-
-    def __init__(self, data: memoryview, known: Globals, operations: int = 0) -> None:
-        self.source, self.known, self.operations = _Source(data), known, operations
-        self.storage: Callable[..., Storage] | None = None
-        self.used: set[str] = set()
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-
-    def run(self) -> Any:
-        """Reads the next pickle and returns its value."""
-        self.stack, self.memo = [], {}
-        for operation, argument, _ in pickletools.genops(cast(IO[bytes], self.source)):
-            self.operations += 1
-            if self.operations > _OPERATIONS:
-                raise RefusedError(
-                    f"holds a pickle of more than {_OPERATIONS:,} operations, which weights do not need."
-                )
-            self._add(operation.name, argument)
-        (value,) = self.stack
-        return value
-
-    def _add(self, name: str, argument: Any) -> None:
-        """Carries out an operation that adds a value to the stack, and passes all others to ``_change``."""
-        stack = self.stack
-        if name in _ARGUMENTS:
-            if isinstance(argument, int) and argument.bit_length() > 8 * _LONGEST_INTEGER:
-                raise RefusedError(f"holds an integer of more than {_LONGEST_INTEGER} bytes.")
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            stack.append(_EMPTY[name]())
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif name == "GLOBAL":
-            stack.append(self._named(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            stack.append(self._named(*self._last(2)))
-        elif name in _TUPLES:
-            stack.append(tuple(self._last(_TUPLES[name])))
-        elif name == "TUPLE":
-            stack.append(tuple(self._marked()))
-        elif name in ("REDUCE", "NEWOBJ"):
-            stack.append(self._call(*self._last(2)))
-        elif name == "BINPERSID" and self.storage is not None:
-            stack.append(self.storage(*_typed(tuple, stack.pop())))
-        else:
-            self._change(name, argument)
-
-    def _change(self, name: str, argument: Any) -> None:
-        """Carries out an operation on the last value of the stack."""
-        stack = self.stack
-        if name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
-        elif name in ("APPEND", "APPENDS"):
-            values = self._last(1) if name == "APPEND" else self._marked()
-            _typed(list, stack[-1]).extend(values)
-        elif name in ("SETITEM", "SETITEMS"):
-            values = self._last(2) if name == "SETITEM" else self._marked()
-            _typed(dict, stack[-1]).update(zip(map(_key, values[::2]), values[1::2], strict=True))
-        elif name == "ADDITEMS":
-            values = self._marked()
-            _typed(set, stack[-1]).update(map(_key, values))
-        elif name == "BUILD":
-            state = stack.pop()
-            if not isinstance(stack[-1], dict):  # the attributes of an OrderedDict are versions of modules
-                stack[-1].set_state(state)
-        elif name == "POP":
-            stack.pop()
-        elif name == "PROTO" and not 2 <= argument <= 5:
-            raise RefusedError(f"holds a pickle of protocol {argument}, which is not supported.")
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise RefusedError(
-                f"holds a pickle with the operation {name}, which weights do not need; it was not loaded."
-            )
-
-    def _last(self, count: int) -> list[Any]:
-        """Takes the last values from the stack."""
-        if count > len(self.stack):
-            raise IndexError
-        values = self.stack[-count:]
-        del self.stack[-count:]
-        return values
-
-    def _marked(self) -> list[Any]:
-        """Takes the values after the last mark, and the mark, from the stack."""
-        i = len(self.stack) - 1
-        while self.stack[i] is not _MARK:  # IndexError if there is no mark
-            i -= 1
-        return self._last(len(self.stack) - i)[1:]
-
-    def _call(self, function: Any, arguments: Any) -> Any:
-        if not callable(function):
-            raise RefusedError(f"holds a damaged pickle: expected function, got {type(function).__name__}.")
-        first = (self,) if function is storage_of_bytes else ()
-        return function(*first, *_typed(tuple, arguments))
-
-    def _named(self, module: Any, name: Any) -> Any:
-        full = f"{_typed(str, module)}.{_typed(str, name)}"
-        if full not in self.known:
-            raise RefusedError(
-                f"refers to {quote(full)}, which weights do not need; it was not loaded, because a pickle can run code."
-            )
-        self.used.add(full)
-        return self.known[full]
-
-
-def _typed(kind: type, value: Any) -> Any:
-    """Returns a value after checking that it is exactly of a type."""
-    if type(value) is not kind:
-        raise RefusedError(f"holds a damaged pickle: expected {kind.__name__}, got {type(value).__name__}.")
-    return value
-
-
-def _key(key: Any) -> Any:
-    """Returns a key of a dict after checking that it is a string, an integer below 2^63 in size, or None."""
-    if not isinstance(key, str | int | None) or (isinstance(key, int) and abs(key) >= 2**63):
-        raise RefusedError("holds a dict with a key that is not a string, None, or an integer below 2^63.")
-    return key

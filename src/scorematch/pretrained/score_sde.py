@@ -42,8 +42,9 @@ from scorematch.nets.unet_blocks import block_types
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.cards import configurations
 from scorematch.pretrained.configuration import Stored, translated
+from scorematch.pretrained.interpreter import Globals
 from scorematch.pretrained.options import checked_options, named_options
-from scorematch.pretrained.pickles import NUMBERS, TENSORS, Globals, StoredTensor, load_tensors
+from scorematch.pretrained.pickles import NUMBERS, TENSORS, StoredTensor, load_tensors
 from scorematch.pretrained.renaming import module_names, renamed
 from scorematch.sampling.settings import SamplerSettings
 
