@@ -44,10 +44,10 @@ class Pictures(Source):
         with self.open(i) as picture:
             return fit_picture(picture, self.shape, self.crop)
 
-    def set_shape(self, options: Wanted, workers: int) -> None:
-        """Sets the crop and the shape; what the options do not give is taken from the pictures."""
-        self.crop = options.crop
-        channels, size = options.channels, options.size
+    def set_shape(self, wanted: Wanted, workers: int) -> None:
+        """Sets the crop and the shape; what is not given is taken from the pictures."""
+        self.crop = wanted.crop
+        channels, size = wanted.channels, wanted.size
         if channels == 1:
             with suppress(Exception), self.open(0) as picture:  # a damaged image is reported when it is decoded
                 self.from_color = channels_and_size(picture)[0] == 3
@@ -56,7 +56,7 @@ class Pictures(Source):
             channels = self._common_channels(kinds) if channels is None else channels
             if size is None:
                 size = self._common_size(sizes)
-                size = size if options.crop is None else (min(size), min(size))
+                size = size if wanted.crop is None else (min(size), min(size))
         self.shape = (channels, *size)
 
     def _all_channels_and_sizes(self, workers: int) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
@@ -104,7 +104,7 @@ class Pictures(Source):
 class Folder(Pictures):
     """The image files of a folder and its subfolders."""
 
-    def __init__(self, folder: Path, options: Wanted, workers: int) -> None:
+    def __init__(self, folder: Path, wanted: Wanted, workers: int) -> None:
         files = walk(folder)
         self.name, self.folder = str(folder), folder
         self.paths = [path for path in files if path.suffix.lower() in ENDINGS]
@@ -112,7 +112,7 @@ class Folder(Pictures):
         self.unread = [str(folder / path) for path in unread]
         if not self.paths:
             raise FileNotFoundError(f"{folder} and its subfolders contain no image files{why_none(unread)}")
-        if options.labels:
+        if wanted.labels:
             names = [path.parts[0] for path in self.paths]
             loose = next((path for path in self.paths if len(path.parts) == 1), None)
             if loose is not None:
@@ -124,7 +124,7 @@ class Folder(Pictures):
         states = [(folder / path).stat() for path in self.paths]
         self.identity = [[path.as_posix(), state.st_size] for path, state in zip(self.paths, states, strict=True)]
         self._times = [state.st_mtime_ns for state in states]
-        self.set_shape(options, workers)
+        self.set_shape(wanted, workers)
 
     def __len__(self) -> int:
         return len(self.paths)

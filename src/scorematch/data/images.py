@@ -136,7 +136,7 @@ class ImageData:
 
 
 def open_images(
-    source: Any,
+    data: Any,
     *,
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
@@ -153,7 +153,7 @@ def open_images(
     """Opens training data.
 
     Args:
-        source: a source as listed in the module docstring. A string is a path if such a file or folder exists, and
+        data: one of the kinds listed in the module docstring. A string is a path if such a file or folder exists, and
             otherwise a short name, or the name of a data set on the Hub, of which the split "train" is used. An
             ``ImageData`` is returned unchanged.
         image_size: (height, width) in pixels, or the side of a square. None keeps the size of the images, which must be
@@ -187,7 +187,7 @@ def open_images(
         FileNotFoundError: if the path does not exist, or the folder has no image files.
         ImportError: without Pillow, if images must be decoded or resized; without ``datasets``, for the name of a data
             set.
-        TypeError: if the source has another type.
+        TypeError: if the data are of another kind.
         ValueError: if the images have different sizes and ``image_size`` is None; if gray and color images are mixed
             and ``channels`` is None; if an array has another shape, or floating-point images are (N, H, W, C); if
             floating-point values in an array or in the first item of a Dataset are outside the range or NaN; or if the
@@ -199,8 +199,8 @@ def open_images(
         >>> data.read([4, 2])[0].shape
         torch.Size([2, 3, 8, 8])
     """
-    if isinstance(source, ImageData):
-        return source
+    if isinstance(data, ImageData):
+        return data
     check_choice("crop", crop, ("center", "celeba", None))
     check_choice("channels", channels, (1, 3, None))
     if image_size is None and crop == "celeba":
@@ -215,17 +215,16 @@ def open_images(
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = check_count("workers", workers)
     size = None if size is None else (int(size[0]), int(size[1]))
-    options = Wanted(size, channels, crop, labels, image_key, label_key, value_range)
-    found = find(source, options, workers)
-    fingerprint = hash_of([found.identity, found.shape, crop, labels])
+    source = find(data, Wanted(size, channels, crop, labels, image_key, label_key, value_range), workers)
+    fingerprint = hash_of([source.identity, source.shape, crop, labels])
     folder = None if cache is None else Path(cache).expanduser()
-    array, broken = decode(found, fingerprint, folder, strict=strict, workers=workers, progress=progress)
-    data = ImageData(found, array=array, broken=broken, fingerprint=fingerprint, workers=workers)
-    if data.skipped:
-        number = len(found) + len(found.unread)
+    array, broken = decode(source, fingerprint, folder, strict=strict, workers=workers, progress=progress)
+    opened = ImageData(source, array=array, broken=broken, fingerprint=fingerprint, workers=workers)
+    if opened.skipped:
+        number = len(source) + len(source.unread)
         warnings.warn(
-            f"{len(data.skipped)} of the {number} images of {found.name} cannot be read and are left out: "
-            f"{few(data.skipped)}",
+            f"{len(opened.skipped)} of the {number} images of {source.name} cannot be read and are left out: "
+            f"{few(opened.skipped)}",
             stacklevel=2,
         )
-    return data
+    return opened

@@ -20,7 +20,7 @@ _MOST_CLASSES = 1_000_000
 class Array(Source):
     """Images in memory."""
 
-    def __init__(self, images: Any, labels: Any, options: Wanted, name: str) -> None:
+    def __init__(self, images: Any, labels: Any, wanted: Wanted, name: str) -> None:
         array = to_array(images)
         if array.ndim < 2 or array.size == 0:
             raise ValueError(
@@ -29,11 +29,11 @@ class Array(Source):
             )
         if array.dtype == np.uint8:
             array = channels_first(array, name)
-            self.from_color = options.channels == 1 and array.shape[1] == 3
-            shape = (options.channels or array.shape[1], *(options.size or array.shape[2:]))
+            self.from_color = wanted.channels == 1 and array.shape[1] == 3
+            shape = (wanted.channels or array.shape[1], *(wanted.size or array.shape[2:]))
             if shape != array.shape[1:]:
                 array = np.stack(
-                    [fit_picture(as_picture(each), shape, options.crop) for each in array.transpose(0, 2, 3, 1)]
+                    [fit_picture(as_picture(each), shape, wanted.crop) for each in array.transpose(0, 2, 3, 1)]
                 )
         elif not np.issubdtype(array.dtype, np.floating):
             raise TypeError(
@@ -45,10 +45,10 @@ class Array(Source):
         with np.errstate(over="ignore"):  # of float64, which become infinite and are reported below
             array = np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)
         self.name, self.array = name, array
-        self.shape = fitting_shape(self.array.shape[1:], options, name)
-        check_values(self.array, self.shape, name, options.value_range)
+        self.shape = fitting_shape(self.array.shape[1:], wanted, name)
+        check_values(self.array, self.shape, name, wanted.value_range)
         self.identity = hash_of_bytes(self.array.data)
-        if options.labels:
+        if wanted.labels:
             if labels is None:
                 raise ValueError(f"{name} has no labels. Pass a pair (images, labels).")
             self.labels, self.classes = class_numbers(labels, len(array), name)
@@ -114,16 +114,16 @@ def check_values(array: np.ndarray, shape: tuple[int, ...], name: str, value_ran
         )
 
 
-def fitting_shape(shape: tuple[int, ...], options: Wanted, name: str) -> tuple[int, ...]:
-    """Returns the shape of floating-point data, which are not resized, if it fits the options."""
-    if options.size is None and options.channels is None:
+def fitting_shape(shape: tuple[int, ...], wanted: Wanted, name: str) -> tuple[int, ...]:
+    """Returns the shape of floating-point data, which are not resized, if it is the wanted one."""
+    if wanted.size is None and wanted.channels is None:
         return shape
-    if options.size is not None and len(shape) != 3:
+    if wanted.size is not None and len(shape) != 3:
         hint = " Write x[:, None] for gray images (N, H, W)." if len(shape) == 2 else ""
         raise ValueError(f"{name} must have images (C, H, W), got samples of shape {shape}.{hint}")
-    wanted = (options.channels or shape[0], *(options.size or shape[1:]))
-    if shape != wanted:
-        raise ValueError(f"{name} must have images of shape {wanted}, got {shape}. Resize them, or use uint8.")
+    expected = (wanted.channels or shape[0], *(wanted.size or shape[1:]))
+    if shape != expected:
+        raise ValueError(f"{name} must have images of shape {expected}, got {shape}. Resize them, or use uint8.")
     return shape
 
 

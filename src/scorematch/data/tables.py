@@ -36,7 +36,7 @@ _LABEL_KEYS = ("label", "labels", "fine_label", "y", "y_train", "arr_1")
 class Table(Pictures):
     """A data set of Hugging Face's ``datasets``: rows with named columns."""
 
-    def __init__(self, table: Any, options: Wanted, workers: int) -> None:
+    def __init__(self, table: Any, wanted: Wanted, workers: int) -> None:
         self.name, self.table = "the data set", table
         if not hasattr(table, "__len__"):
             raise TypeError("the data set must have a length, got a streamed one. Load it without streaming=True.")
@@ -45,14 +45,14 @@ class Table(Pictures):
         features = getattr(table, "features", None) or {}
         kinds = {name: type(feature).__name__ for name, feature in features.items()}
         columns = list(table.column_names)
-        self.key = _choose(options.image_key, columns, "image", _IMAGE_KEYS, kinds, "Image")
+        self.key = _choose(wanted.image_key, columns, "image", _IMAGE_KEYS, kinds, "Image")
         self.identity = ["table", len(table), self.key]
-        if options.labels:
-            key = _choose(options.label_key, columns, "label", _LABEL_KEYS, kinds, "ClassLabel")
+        if wanted.labels:
+            key = _choose(wanted.label_key, columns, "label", _LABEL_KEYS, kinds, "ClassLabel")
             self.labels, self.classes = class_numbers(list(table[key]), len(table), self.name)
             names = getattr(features.get(key), "names", None)
             self.classes = tuple(map(str, names)) if names else self.classes
-        self.set_shape(options, workers)
+        self.set_shape(wanted, workers)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -82,12 +82,12 @@ def _choose(
     return found[0]
 
 
-def array_keys(names: Sequence[str], options: Wanted) -> list[str]:
-    """The names in a mapping or an .npz file of the images, and of the labels if the options ask for them."""
+def array_keys(names: Sequence[str], wanted: Wanted) -> list[str]:
+    """The names in a mapping or an .npz file of the images, and of the labels if they are wanted."""
     if not names:
         raise ValueError("the mapping or .npz file of the data is empty. It must have an array of images.")
-    images = _choose(options.image_key, names, "image", _IMAGE_KEYS, {}, "")
-    return [images, *([_choose(options.label_key, names, "label", _LABEL_KEYS, {}, "")] if options.labels else [])]
+    images = _choose(wanted.image_key, names, "image", _IMAGE_KEYS, {}, "")
+    return [images, *([_choose(wanted.label_key, names, "label", _LABEL_KEYS, {}, "")] if wanted.labels else [])]
 
 
 class Items(Source):
@@ -95,8 +95,8 @@ class Items(Source):
 
     constant = False
 
-    def __init__(self, dataset: Any, options: Wanted, workers: int) -> None:
-        self.name, self.dataset, self.crop = f"the {type(dataset).__name__}", dataset, options.crop
+    def __init__(self, dataset: Any, wanted: Wanted, workers: int) -> None:
+        self.name, self.dataset, self.crop = f"the {type(dataset).__name__}", dataset, wanted.crop
         if not hasattr(dataset, "__len__"):
             raise TypeError(f"{self.name} must have a length, so that it can be shuffled. Pass a Dataset with __len__.")
         if len(dataset) == 0:
@@ -104,19 +104,19 @@ class Items(Source):
         first = self._image(0)
         if hasattr(first, "getexif"):
             channels, size = channels_and_size(first)
-            self.from_color = options.channels == 1 and channels == 3
-            square = size if options.crop is None else (min(size), min(size))
-            self.shape = (options.channels or channels, *(options.size or square))
+            self.from_color = wanted.channels == 1 and channels == 3
+            square = size if wanted.crop is None else (min(size), min(size))
+            self.shape = (wanted.channels or channels, *(wanted.size or square))
         else:
             values = _values(first)
-            self.shape = fitting_shape(values.shape, options, self.name)
+            self.shape = fitting_shape(values.shape, wanted, self.name)
             try:
-                check_values(values, self.shape, "it", options.value_range)
+                check_values(values, self.shape, "it", wanted.value_range)
             except ValueError as error:
                 raise ValueError(f"{self.name_of(0)}: {error}") from error
-        self._keeps_color = options.channels is None and self.shape[0] == 1
+        self._keeps_color = wanted.channels is None and self.shape[0] == 1
         self.identity = [type(dataset).__name__, len(dataset)]
-        if options.labels:
+        if wanted.labels:
             # The labels and classes of torchvision's data sets, which are those before the transform of their items.
             known = dataset if getattr(dataset, "target_transform", None) is None else None
             labels, names = getattr(known, "targets", None), getattr(known, "classes", None)
