@@ -197,6 +197,9 @@ def test_messages_write_arguments_as_options():
     assert written("train") == [*options[:4], *own[4:]]
     assert written("sample") == [options[0], *own[1:4], *options[4:]]
     assert argument("n") == "n" and argument("n", 4, of="bulk_samples") == "bulk_samples(..., n=4)"
+    train = _commands()["train"].written
+    assert train("ema", (0.05, 0.1), None) == "--ema 0.05 0.1" and train("start", "my run", None) == "--start 'my run'"
+    assert train("cache", False, None) == "--no-cache" and train("labels", False, None) == "labels=False"
 
 
 def test_an_error_during_the_computation_gives_status_1_and_mentions_debug(folder, tmp_path, capsys, monkeypatch):

@@ -58,14 +58,17 @@ class Parser(argparse.ArgumentParser):
 
     def written(self, name: str, value: Any, of: str | None) -> str:
         """An argument of a function as an option of this command, if there is one: ``--levels``, or ``--levels 18``."""
-        flags: dict[str, Sequence[str]] = {each.dest: each.option_strings for each in self._actions}
-        if value is False and f"no_{name}" in flags:
-            return f"--no-{name}"
-        if not flags.get(name):
+        actions = {each.dest: each for each in self._actions if each.option_strings}
+        without = f"--no-{name.replace('_', '-')}"
+        if value is False and without in self._option_string_actions:
+            return without
+        if name not in actions or value is False:
             return as_code(name, value, of)
-        if value is ... or isinstance(value, bool):
-            return flags[name][-1 if value is False else 0]  # both of --exact-noise and --no-exact-noise
-        return shlex.join([flags[name][0], "x".join(map(str, value)) if isinstance(value, tuple) else str(value)])
+        flag, several = actions[name].option_strings[0], actions[name].nargs is not None
+        if value is ... or value is True:
+            return flag
+        words = list(map(str, value)) if isinstance(value, tuple) else [str(value)]
+        return shlex.join([flag, *(words if several else ["x".join(words)])])
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2."""
