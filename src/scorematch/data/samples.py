@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from scorematch.core.records import read_record
 from scorematch.core.schema import Field, check
 from scorematch.data.arrays import read_arrays, read_shape
 from scorematch.data.pictures import check_picture, read_image, save_image, to_uint8
+
+__all__ = ["Batch", "read_samples", "stored_samples", "stored_settings"]
 
 
 class Batch(NamedTuple):
@@ -72,32 +75,35 @@ def stem(i: int) -> str:
     return f"{i:06d}"
 
 
-class Files(Protocol):
+class Files(ABC):
     """The files of the images in one folder."""
 
-    def __init__(self, folder: Path) -> None: ...
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def check(self) -> None:
         """Raises the errors that ``write`` would raise for this folder, before anything is computed."""
+        return
 
     def exist(self, indices: range) -> bool:
         """Whether all images of a batch exist."""
+        return self.count(indices) == len(indices)
 
+    @abstractmethod
     def count(self, indices: range) -> int:
         """The number of images of a batch that exist."""
 
+    @abstractmethod
     def write(self, batch: Batch) -> None:
         """Writes a batch. ``exist`` returns True only after the whole batch is written."""
 
+    @abstractmethod
     def read(self, indices: range, channels: int) -> Tensor:
         """Reads the images of a batch, or the first of them: (len(indices), C, H, W), float32 in [0, 1]."""
 
 
-class _Pictures:
+class _Pictures(Files):
     """One PNG file per image."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
 
     def _path(self, i: int) -> Path:
         return self._folder / f"{stem(i)}.png"
@@ -119,20 +125,11 @@ class _Pictures:
         return torch.stack([read_image(self._path(i), channels) for i in indices])
 
 
-class _Arrays:
+class _Arrays(Files):
     """One .npz file per batch, with the names of arrays of guided-diffusion."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
 
     def _path(self, first: int) -> Path:
         return self._folder / f"{stem(first)}.npz"
-
-    def check(self) -> None:
-        pass
-
-    def exist(self, indices: range) -> bool:
-        return self.count(indices) == len(indices)  # fewer images if n has grown since
 
     def count(self, indices: range) -> int:
         path = self._path(indices.start)

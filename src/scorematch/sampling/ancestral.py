@@ -60,6 +60,9 @@ from scorematch.sampling.sampler import Sampler, SamplerOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["AncestralSampler"]
+
+
 FixedVariance = Literal["large", "small"]
 Variance = Literal["large", "small", "learned"]
 _LEVELS = 100

@@ -27,6 +27,9 @@ from scorematch.data.samples import Batch, ranges
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.sampler import Sampler
 
+__all__ = ["bulk_samples"]
+
+
 Rule = Literal["random", "cycle"]
 Classes: TypeAlias = int | Rule | None
 

@@ -16,6 +16,9 @@ from scorematch.core.scores import (
 )
 from scorematch.restoration.method import Restoration
 
+__all__ = ["Chain"]
+
+
 Generators = torch.Generator | tuple[torch.Generator, ...] | None
 
 

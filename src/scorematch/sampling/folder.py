@@ -38,6 +38,9 @@ from scorematch.data.samples import (
 from scorematch.sampling.bulk import SEEDS, Classes, Job
 from scorematch.sampling.sampler import Sampler
 
+__all__ = ["sample_to"]
+
+
 _CHECK_SECONDS = 0.2  # between two checks of the files of other processes
 _FIRST = ("network", "sampler", "sampler.name")  # the settings that an error lists before others
 

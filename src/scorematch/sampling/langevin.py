@@ -57,6 +57,9 @@ if TYPE_CHECKING:
 
     from scorematch.sampling.settings import SamplerSettings
 
+__all__ = ["AnnealedLangevinSampler"]
+
+
 # The exponent p of consistent sampling for networks without settings, and for plain functions. With a learned score,
 # each step that adds noise also adds an error: p = 1.1 was best for a network of color images (docs/pretrained.md). A
 # plain function may be an exact score, and is sampled with the step of ancestral sampling, p = 2.

@@ -69,6 +69,8 @@ from scorematch.sampling.sampler import Sampler, SamplerOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["ODESampler"]
+
 Method = Literal["heun", "dpm-solver++"]
 
 _LEVELS = 18  # as in Karras et al. for CIFAR-10
@@ -98,10 +100,6 @@ class ODESampler(Sampler):
         churn_noise: the factor of the added noise, above 0: S_noise.
         **options: the options of every ``Sampler``: ``levels`` (18 by default, if no schedule is given), ``sigma_max``,
             ``sigma_min``, ``denoise``, ``clamp``, ``restore``, ``precision`` and ``compile``.
-
-    Raises:
-        TypeError: if an argument has the wrong type, or an option does not exist.
-        ValueError: if an option has an invalid value, or a plain function has no schedule.
 
     Example:
         >>> from scorematch import NoiseSchedule

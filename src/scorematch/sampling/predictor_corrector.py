@@ -40,7 +40,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import torch
@@ -57,6 +58,9 @@ from scorematch.sampling.sampler import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+__all__ = ["PredictorCorrectorSampler"]
+
 
 Predictor = Literal["ancestral", "reverse-diffusion"]
 
@@ -78,10 +82,6 @@ class PredictorCorrectorSampler(Sampler):
             is the one of the published results for variance-exploding networks.
         **options: the options of every ``Sampler``: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, ``clamp``,
             ``restore``, ``precision`` and ``compile``.
-
-    Raises:
-        TypeError: if an argument has the wrong type, or an option does not exist.
-        ValueError: if an option has an invalid value, or a plain function has no schedule.
 
     Example:
         >>> from scorematch import NoiseSchedule
@@ -153,13 +153,12 @@ class PredictorCorrectorSampler(Sampler):
         return x + per_image(epsilon, x) * score + per_image((2 * epsilon).sqrt(), x) * z
 
 
-def _ancestral(x: Tensor, score: Tensor, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    return ancestral_step(x, score, z, sigma, sigma_next, "small")
-
-
 def _reverse_diffusion(x: Tensor, score: Tensor, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
     step = sigma**2 - sigma_next**2
     return torch.add(x, score, alpha=step).add_(z, alpha=math.sqrt(step))
 
 
-_PREDICTORS = {"ancestral": _ancestral, "reverse-diffusion": _reverse_diffusion}
+_PREDICTORS: dict[str, Callable[..., Tensor]] = {
+    "ancestral": partial(ancestral_step, variance="small"),
+    "reverse-diffusion": _reverse_diffusion,
+}

@@ -51,6 +51,9 @@ from scorematch.sampling.chain import Chain, Run
 from scorematch.sampling.finite import FiniteCheck
 from scorematch.sampling.start import start
 
+__all__ = ["Sampler"]
+
+
 Precision = Literal["auto", "float32"]
 
 
