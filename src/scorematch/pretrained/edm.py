@@ -104,16 +104,13 @@ def recognizes(content: Any) -> bool:
 
 
 def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None, *, raw: bool = False) -> Stored:
-    """Reads the network of a file.
+    """Reads the network of a file, for ``read_checkpoint``.
 
     Args:
-        content: the content of the file.
-        path: the path of the file, for error messages.
+        content: the content of the checkpoint.
+        path: the path of the checkpoint, for error messages.
         config: must be None; the file holds the options.
         raw: must be False; the file contains only the moving average of the weights.
-
-    Raises:
-        ValueError: if ``config`` or ``raw`` is given, or the network is not supported.
     """
     if config is not None:
         raise ValueError(f"{path} is a file of EDM, which holds its own options: leave out config.")

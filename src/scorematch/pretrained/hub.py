@@ -252,7 +252,6 @@ def _repeated(request: Callable[[], _T], waits: Sequence[float]) -> _T:
 
 
 def _line(error: BaseException) -> str:
-    """An error in one line."""
     return reason(f"{type(error).__name__}: {error}")
 
 

@@ -97,7 +97,7 @@ def recognizes(content: Any) -> bool:
 
 
 def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None, *, raw: bool = False) -> Stored:
-    """Reads the network of a checkpoint.
+    """Reads the network of a checkpoint, for ``read_checkpoint``.
 
     Args:
         content: the content of the checkpoint.
@@ -105,11 +105,6 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         config: the name of a published checkpoint, such as "cifar10_uncond_50M_500K", or a file with the authors'
             options.
         raw: must be False; a file holds either the weights or their moving average.
-
-    Raises:
-        FileNotFoundError: if the file ``config`` does not exist.
-        ImportError: if PyYAML is needed to read ``config`` and is not installed.
-        ValueError: if there is no configuration, an option is not supported, or the weights do not fit it.
     """
     if raw:
         raise ValueError(
@@ -222,7 +217,6 @@ def _widths(options: Mapping[str, Any]) -> list[int]:
 
 
 def _schedule(options: Mapping[str, Any], config: str | os.PathLike[str]) -> NoiseSchedule:
-    """The noise levels."""
     try:
         return NoiseSchedule.from_betas(_betas(options["noise_schedule"], options["diffusion_steps"]))
     except ValueError as error:

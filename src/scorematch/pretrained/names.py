@@ -88,7 +88,6 @@ def locate(
 
 
 def _is_path(name: str) -> bool:
-    """Whether a string is written as a path."""
     return "/" in name or os.sep in name or name in (os.curdir, os.pardir)
 
 

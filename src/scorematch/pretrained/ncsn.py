@@ -69,21 +69,13 @@ def recognizes(content: Any) -> bool:
 
 
 def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None, *, raw: bool = False) -> Stored:
-    """Reads the network of a checkpoint.
+    """Reads the network of a checkpoint, for ``read_checkpoint``.
 
     Args:
         content: the content of the checkpoint.
         path: the path of the checkpoint, for error messages.
         config: the path of its config.yml. If None, an NCSN with 10 noise levels gets the published ones, 1 to 0.01.
         raw: whether to read the weights of the last step even if there is a moving average of the weights.
-
-    Returns:
-        The network, with its configuration translated to that of a ScoreNet.
-
-    Raises:
-        FileNotFoundError: if the file ``config`` does not exist.
-        ImportError: if PyYAML is needed to read ``config`` and is not installed.
-        ValueError: if the noise levels are not known, or the weights or options are not supported.
     """
     config_path = None if config is None else Path(config).expanduser()
     options = _read_options(config_path)

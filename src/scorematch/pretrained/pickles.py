@@ -195,7 +195,6 @@ def load_tensors(stored: Any, path: Path) -> dict[str, Tensor]:
 def _storage(
     storages: dict[str, Storage], kind: Any, dtype: Any, key: Any, device: Any, count: Any, view: Any = None
 ) -> Storage:
-    """Returns the storage that a persistent id describes."""
     if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or view is not None:
         kinds = ", ".join(str(each).removeprefix("torch.") for each in _DTYPES.values())
         raise RefusedError(f"holds numbers of an unsupported type. Only {kinds}, written by torch.save, are supported.")

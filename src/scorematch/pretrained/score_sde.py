@@ -119,7 +119,7 @@ def recognizes(content: Any) -> bool:
 
 
 def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None, *, raw: bool = False) -> Stored:
-    """Reads the network of a checkpoint.
+    """Reads the network of a checkpoint, for ``read_checkpoint``.
 
     Args:
         content: the content of the checkpoint.
@@ -127,11 +127,6 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         config: the name of a published configuration, such as "ve/cifar10_ncsnpp_continuous", or a file with the
             authors' options.
         raw: whether to read the weights of the last step instead of their moving average.
-
-    Raises:
-        FileNotFoundError: if the file ``config`` does not exist.
-        ImportError: if PyYAML is needed to read ``config`` and is not installed.
-        ValueError: if there is no configuration, an option is not supported, or the weights do not fit it.
     """
     if config is None:
         raise ValueError(
