@@ -318,7 +318,7 @@ def build(restorer: Restorer, name: str) -> Any:
                     sampler = gr.Dropdown(list(SAMPLERS), value=restorer.sampler, label="Sampler")
                     most = max(_MANY_CALLS, restorer.calls)
                     calls = gr.Slider(2, most, restorer.calls, step=1, label="Network calls", elem_id="calls")
-                    methods = [(f"{name}: {method.help}, {method.cost}", name) for name, method in METHODS.items()]
+                    methods = [(f"{name}: {method.help} ({method.cost})", name) for name, method in METHODS.items()]
                     method = gr.Dropdown(methods, value="replace", label="Method of restoration")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
             with gr.Column(scale=3, min_width=320):

@@ -97,11 +97,10 @@ class Restorer:
         settings = net.sampler_settings
         self.sampler = "langevin" if settings is None else settings.sampler
         self.calls = len(recommended_sampler(self.net))
-        fitting = {name: self._fitting(name) for name in OPERATORS if name != "mask"}
-        self.operators: dict[str, tuple[str, ...]] = {
-            "mask": (),
-            **{key: found for key, found in fitting.items() if found},
-        }
+        self.operators: dict[str, tuple[str, ...]] = {"mask": ()}
+        for name in OPERATORS:
+            if name != "mask" and (arguments := self._fitting(name)):
+                self.operators[name] = arguments
 
     def _fitting(self, name: str) -> tuple[str, ...]:
         """The arguments of the examples of an operator that fit the images; none if the network is not made for it."""
@@ -113,7 +112,7 @@ class Restorer:
                 operator = single_operator(text).drawn(x, [0])
                 if operator.as_image(operator.measure(x)).shape == x.shape:
                     found.append(text.partition(":")[2])
-            except ValueError:
+            except (ValueError, RuntimeError):
                 pass
         return tuple(found)
 
@@ -143,8 +142,8 @@ class Restorer:
             name: a key of ``operators``.
             arguments: its arguments in its text form, such as "4" for "pool"; not for "mask".
             hole: bool (H, W), True where pixels are missing; for "mask".
-            picture: the picture (C, H, W), and
-            seed: the seed, for operators that are random.
+            picture: the picture (C, H, W).
+            seed: the seed of random operators, such as "hole".
 
         Raises:
             ValueError: for an operator that the network does not have, a hole without pixels, or bad arguments.

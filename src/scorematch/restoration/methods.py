@@ -38,7 +38,7 @@ def _replace(observation: Observation, variance: float) -> Restoration:
 
 
 METHODS: dict[Restore, Method] = {
-    "replace": Method("keep the known pixels; guide for an operator without a gain", "no extra time", _replace),
+    "replace": Method("keep the known pixels, or guide for an operator without a gain", "no extra time", _replace),
     "guide": Method("pull towards the known pixels", "no extra time", partial(Guidance, jacobian=False)),
     "guide-jacobian": Method(
         "like guide, more accurate", "about twice the time, more memory", partial(Guidance, jacobian=True)

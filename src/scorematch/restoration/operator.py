@@ -119,7 +119,7 @@ class Operator(ABC):
         named = {name: _number(value) for name, equals, value in parts if equals}
         signature = inspect.signature(cls)
         if len(values) + len(named) < len(parts) or bool(parts) != bool(signature.parameters):
-            raise TypeError("an argument is missing, or named twice")
+            raise TypeError("an argument is missing or named twice" if signature.parameters else "it has no arguments")
         signature.bind(*values, **named)
         return cls(*values, **named)
 

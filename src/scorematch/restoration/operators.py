@@ -421,4 +421,6 @@ def single_operator(text: str) -> Operator:
     try:
         return kind.parse(arguments)
     except TypeError as error:
-        raise ValueError(f"operator must be {kind.form}, such as {kind.examples[0]}, got {text!r}: {error}.") from error
+        example = f", such as {kind.examples[0]}" if ":" in kind.form and kind.examples else ""
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"operator must be {kind.form or name}{example}, got {text!r}: {reason}.") from error

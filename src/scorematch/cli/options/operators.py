@@ -18,7 +18,7 @@ def add_operators(parser: argparse.ArgumentParser, title: str) -> argparse._Argu
 
 def add_restore_method(group: argparse._ActionsContainer) -> None:
     """Adds ``--restore-method``, a name in ``METHODS``; None if it is not given."""
-    listed = "; ".join(f"{name}: {method.help}, {method.cost}" for name, method in METHODS.items())
+    listed = "; ".join(f"{name}: {method.help} ({method.cost})" for name, method in METHODS.items())
     group.add_argument(
         "--restore-method",
         choices=METHODS,
