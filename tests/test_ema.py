@@ -138,6 +138,14 @@ def test_reconstruct_keeps_integer_buffers(tmp_path):
     assert torch.equal(reconstruct(tmp_path, 0.08, backbone=backbone()).backbone.order, torch.arange(100))
 
 
+def test_reconstruct_reads_nothing_but_snapshots(tmp_path):
+    quick(points_net(), points(), tmp_path, snapshot_every=20)
+    expected = vector(reconstruct(tmp_path, 0.08, backbone=MLP()))
+    for name in ("notes", "000000000-0.050", "000000020-0.000", f"000000020-{LONGEST + 1e-3:.3f}"):
+        (tmp_path / "snapshots" / name).mkdir()
+    assert torch.equal(vector(reconstruct(tmp_path, 0.08, backbone=MLP())), expected)
+
+
 def test_reconstruct_gives_averages_of_any_length_after_a_run(tmp_path):
     options = {"images": 64 * 100, "batch_size": 64, "ema": (0.05, 0.10, 0.07), "log_every": 10**6, "lr": 1e-2}
     options |= {"checkpoint_every": 10**6, "sample_every": 10**6, "decay": "constant", "snapshot_every": 320}

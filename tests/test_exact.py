@@ -54,6 +54,12 @@ def test_each_sample_has_its_own_level(name, rng):
     torch.testing.assert_close(world(x, sigma), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_parameters_that_are_differentiated_are_taken_as_constants():
+    mean, covariance = torch.zeros(2).requires_grad_(), torch.eye(2).requires_grad_()
+    for world in (Gaussian(mean, covariance), Mixture([1.0], mean[None], covariance), Empirical(mean[None], 0.5)):
+        assert not world(torch.ones(1, 2), 0.3).requires_grad, world
+
+
 def test_densities_are_those_of_torch():
     world, x = WORLDS["mixture"], normal(5, *SHAPE, number=3)
     covariance = world._within + 0.5**2 * torch.eye(48)

@@ -190,6 +190,9 @@ def test_inpainting_masks_are_strokes_in_60_and_boxes_in_40_percent(monkeypatch)
     padded = torch.nn.functional.pad(masks, (1, 0, 1, 0))
     corners = masks & ~padded[:, :-1, 1:] & ~padded[:, 1:, :-1]  # the upper left one of each box, unless it is covered
     assert corners.sum((1, 2)).max() == 5
+    edges = [masks[:, side].any(1).float().mean() for side in (0, -1)]
+    edges += [masks[..., side].any(1).float().mean() for side in (0, -1)]
+    assert max(edges) < 1.6 * min(edges)  # boxes reach every edge equally often
 
 
 def test_strokes_cover_14_percent_at_every_image_size(monkeypatch):
