@@ -533,6 +533,7 @@ def test_with_a_generator_per_sample_samples_do_not_depend_on_batches(kind, worl
     alone = torch.cat([run(sampler, shape=(3,), generator=[one]) for one in generators[2]])
     torch.testing.assert_close(together, split, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert torch.equal(alone[:1], run(sampler, 1, shape=(3,), generator=seed(0)))
 
 
 @every_kind

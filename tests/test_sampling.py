@@ -193,14 +193,6 @@ def test_a_seed_determines_every_bit_and_leaves_the_global_generator_alone(world
     assert torch.equal(second, run(sampler, 4, shape=(3,)))
 
 
-def test_a_list_of_generators_makes_samples_independent_of_each_other(world):
-    sampler = AnnealedLangevinSampler(world, SHORT)
-    together = run(sampler, shape=(3,), generator=[seed(i) for i in range(4)])
-    alone = [run(sampler, shape=(3,), generator=[seed(i)]) for i in range(4)]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
-    assert torch.equal(alone[2], run(sampler, 1, shape=(3,), generator=seed(2)))
-
-
 # -- Batches
 
 
@@ -310,12 +302,6 @@ def test_networks_of_other_precisions(dtype):
     net = ScoreNet.ncsnv2(1, 8, width=4, schedule=SHORT, precondition="karras").to(dtype)
     images = run(AnnealedLangevinSampler(net, SHORT), 2, generator=torch.Generator().manual_seed(0))
     assert images.dtype == torch.float32 and torch.isfinite(images).all()
-
-
-def test_samples_of_any_shape(rng):
-    for shape in [(2,), (3, 17), ()]:
-        x = run(AnnealedLangevinSampler(point, SHORT), 4, shape=shape, generator=rng)
-        assert x.shape == (4, *shape)
 
 
 # -- Settings
