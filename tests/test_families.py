@@ -11,6 +11,7 @@ from scorematch import ScoreNet
 from scorematch.core.conditions import Condition
 from scorematch.core.schema import check
 from scorematch.nets import FAMILIES, family_of
+from scorematch.nets.blocks import Attention, ResidualBlock
 from scorematch.nets.precondition import ROWS
 from tests.networks import CHANNELS, CONDITIONS, LEVELS, NETS, SIZE, condition, every_path, images, network, shared
 
@@ -112,6 +113,15 @@ def test_image_convolutions_are_those_with_the_channels_of_the_image(name):
     assert first == {path for path, module in convolutions.items() if module.in_channels % CHANNELS == 0}
     assert last == {path for path, module in convolutions.items() if module.out_channels % CHANNELS == 0}
     assert first and last
+
+
+@pytest.mark.parametrize("family", ["unet", "ncsnpp"])
+def test_a_new_network_begins_with_blocks_that_are_the_identity_and_an_output_of_zero(family):
+    made = getattr(ScoreNet, family)(1, 8, widths=(4, 8), layers_per_block=1).backbone
+    weights = {name for name, weight in made.named_parameters() if weight.ndim > 1 and not weight.any()}
+    last = {ResidualBlock: "conv2", **({Attention: "to_out.0"} if family == "ncsnpp" else {})}
+    blocks = {f"{path}.{last[type(module)]}" for path, module in made.named_modules() if type(module) in last}
+    assert weights == {f"{path}.weight" for path in blocks | FAMILIES[family].image_convolutions(made)[1]}
 
 
 @pytest.mark.parametrize("name", [name for name in NETS if CONDITIONS.get(name, Condition()).null_class])

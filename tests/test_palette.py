@@ -100,6 +100,11 @@ def test_every_task_gives_a_finite_loss_and_gradients(task, rng):
     assert torch.isfinite(loss) and net.backbone.conv_out.weight.grad.abs().max() > 0
 
 
+def test_the_repr_of_a_task_has_its_options():
+    """By it the settings of two runs are told apart."""
+    assert repr(JPEGRestoration()) == "JPEGRestoration(5, 30)" and repr(JPEGRestoration(6)) == "JPEGRestoration(6, 30)"
+
+
 @pytest.mark.parametrize("task", EVERY, ids=repr)
 def test_conditions_are_not_differentiated(task, rng):
     x = torch.rand(2, 3, 8, 8, generator=rng).requires_grad_()
