@@ -11,7 +11,7 @@ from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.nets import NCSNPP, UNet
-from scorematch.nets.blocks import Filter, fir_up
+from scorematch.nets.blocks import Attention, Filter, fir_up
 from scorematch.nets.precondition import ROWS
 from scorematch.sampling import ODESampler
 from tests.helpers import run
@@ -449,6 +449,14 @@ def test_new_weights_have_the_authors_variances():
 
 
 # -- Configurations and errors
+
+
+def test_attention_is_at_the_given_scales_and_in_the_middle():
+    for given in (None, [False] * 3, [True, False, False], [False, True, True]):
+        net = NCSNPP(**{**BASE, "attention": given})
+        found = {path.split(".attentions")[0] for path, part in net.named_modules() if isinstance(part, Attention)}
+        scales = [i for i, attended in enumerate(given or ()) if attended]
+        assert found == {"mid_block", *(f"down_blocks.{i}" for i in scales), *(f"up_blocks.{2 - i}" for i in scales)}
 
 
 @pytest.mark.parametrize(
