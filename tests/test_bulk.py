@@ -599,8 +599,8 @@ def test_the_bar_counts_the_images_of_all_processes(tmp_path, levels, capsys):
     assert capsys.readouterr().err == ""  # only the first process shows a bar
     _fill(levels, tmp_path, 10, process=(0, 3), progress=True)
     assert "sampling: 100%" in (shown := capsys.readouterr().err) and "10/10" in shown
-    _fill(levels, tmp_path / "two", 10, share=(1, 2))
-    _fill(levels, tmp_path / "two", 10, share=(0, 2), progress=True)
+    _fill(levels, tmp_path / "two", 10, process=(1, 2))
+    _fill(levels, tmp_path / "two", 10, process=(0, 2), progress=True)
     assert " 4/10 " in (shown := capsys.readouterr().err) and "10/10" in shown and "6/10" not in shown
 
 

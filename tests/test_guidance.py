@@ -310,6 +310,20 @@ def test_the_classifier_must_be_differentiable():
         classifier(lambda x, sigma: -x, lambda x, sigma: x.detach(), 2)(_points(), 0.3, 1)
 
 
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({}, "weight=1.5"),
+        ({"interval": (0.1, 2.0)}, "weight=1.5, interval=(0.1, 2.0)"),
+        ({"rescale": 0.7}, "weight=1.5, rescale=0.7"),
+        ({"interval": (0.1, 2.0), "rescale": 0.7}, "weight=1.5, interval=(0.1, 2.0), rescale=0.7"),
+    ],
+)
+def test_the_repr_shows_the_options_that_are_used(options, shown):
+    guided = classifier_free(Labeled(), 1.5, **options)
+    assert guided.extra_repr() == shown and shown in repr(guided)
+
+
 # -- Networks and samplers
 
 

@@ -327,6 +327,11 @@ def test_images_in_other_units_raise(images, message):
         NoiseSchedule.from_data(images.flatten(1), value_range=(0, 1))
 
 
+def test_levels_are_floats_of_python():
+    for sigmas in ([2, 1], np.array([2.0, 1.0], np.float32), torch.tensor([2.0, 1.0])):
+        assert [type(sigma) for sigma in NoiseSchedule(sigmas)] == [float, float]
+
+
 def test_levels_of_images_that_are_differentiated(rng):
     images = torch.rand(5, 1, 4, 4, generator=rng)
     assert NoiseSchedule.from_data(images.clone().requires_grad_()) == NoiseSchedule.from_data(images)
