@@ -14,7 +14,7 @@ from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.data import read_image, save_image
-from scorematch.evaluation import as_extractor
+from scorematch.evaluation.features import as_extractor
 from scorematch.sampling import SamplerSettings
 from tests.helpers import python
 
