@@ -7,7 +7,7 @@ import torch
 
 from scorematch.data import read_image
 from scorematch.evaluation import memorization as module
-from scorematch.evaluation.memorization import Memorization, Nearest, Neighbors, Proportion, memorization_of
+from scorematch.evaluation.memorization import Memorization, Neighbors, Proportion, memorization_of, nearest
 from tests.helpers import seed
 
 K = 3
@@ -22,10 +22,7 @@ def pictures(n, number=0, shape=(1, 4, 4)):
 
 
 def neighbors_of(queries, batches, k=K):
-    nearest = Nearest(queries, k)
-    for batch in batches:
-        nearest.update(batch)
-    return nearest.compute()
+    return nearest(queries, [(batch, None) for batch in batches], k)
 
 
 def of_distances(*rows):
@@ -43,7 +40,7 @@ def check(samples, training, held_out=None, **options):
 
 @pytest.mark.parametrize("sizes", [[50], [20, 29, 1], [1] * 50])
 def test_neighbors_equal_brute_force(sizes, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 7)
+    monkeypatch.setattr(module, "BLOCK", 7)
     queries, features = points(20), points(50, 1) + 100
     found = neighbors_of(queries, features.split(sizes))
     distances, indices = torch.cdist(queries, features).topk(K, largest=False)
@@ -69,9 +66,7 @@ def test_equal_features_have_distance_zero():
 def test_mirror_images_count_once_and_are_marked():
     queries = torch.tensor([[0.0, 0.0]])
     features, flipped = torch.tensor([[3.0, 0.0], [9.0, 0.0]]), torch.tensor([[1.0, 0.0], [10.0, 0.0]])
-    nearest = Nearest(queries, 2)
-    nearest.update(features, flipped)
-    found = nearest.compute()
+    found = nearest(queries, [(features, flipped)], 2)
     assert found.distances.tolist() == [[1, 9]] and found.indices.tolist() == [[0, 1]]
     assert found.flipped.tolist() == [[True, False]]
 
@@ -191,8 +186,8 @@ def test_table_and_chart():
         ),
         (lambda: check(pictures(2), pictures(9)).copies(0), "ratio must be above 0 and at most 1, got 0"),
         (lambda: check(pictures(2), pictures(9), features="nonsense"), "features must be one of .*got 'nonsense'"),
-        (lambda: Nearest(points(2), 0), "k must be an integer of at least 1, got 0"),
-        (lambda: Nearest(points(2) * math.nan, 1), "queries must be finite"),
+        (lambda: nearest(points(2), [], 0), "k must be an integer of at least 1, got 0"),
+        (lambda: nearest(points(2) * math.nan, [], 1), "queries must be finite"),
         (lambda: neighbors_of(points(2), [points(2) * math.inf]), "features must be finite"),
     ],
 )

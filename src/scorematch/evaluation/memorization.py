@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,9 +44,8 @@ from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import save_grid, to_float
 from scorematch.evaluation.estimate import Estimate, mean_of
 from scorematch.evaluation.features import Extractor, as_extractor
-from scorematch.evaluation.rows import check_features, double, squared_distances
+from scorematch.evaluation.rows import BLOCK, check_features, double, squared_distances
 
-_BLOCK = 2048  # queries that are compared with a block of training images at a time
 _QUANTILES = (0.01, 0.1, 0.5, 0.9)
 
 
@@ -92,70 +91,53 @@ class Proportion(NamedTuple):
         return f"{self.value:.2%} ({self.low:.2%} to {self.high:.2%})"
 
 
-class Nearest:
+def nearest(queries: Tensor, batches: Iterable[tuple[Tensor, Tensor | None]], k: int) -> Neighbors:
     """Finds the k nearest neighbors of queries among features that arrive in batches.
 
-    Distances are computed in float64 in blocks of at most 2,048 queries. Between calls the memory is that of the
+    Distances are computed in float64 in blocks of at most 2,048 queries. Between batches the memory is that of the
     queries and of the neighbors found so far.
 
     Args:
         queries: (n, D), floating point.
+        batches: the features (b, D), and the features of the mirror images (b, D) or None.
         k: the number of neighbors, at least 1.
 
     Example:
-        >>> nearest = Nearest(torch.tensor([[0.0], [5.0]]), k=2)
-        >>> for batch in torch.tensor([[4.0], [1.0], [7.0]]).split(1):
-        ...     nearest.update(batch)
-        >>> nearest.compute().distances.tolist(), nearest.compute().indices.tolist()
+        >>> batches = [(batch, None) for batch in torch.tensor([[4.0], [1.0], [7.0]]).split(1)]
+        >>> found = nearest(torch.tensor([[0.0], [5.0]]), batches, k=2)
+        >>> found.distances.tolist(), found.indices.tolist()
         ([[1.0, 4.0], [1.0, 2.0]], [[1, 0], [0, 2]])
     """
-
-    def __init__(self, queries: Tensor, k: int) -> None:
-        check_count("k", k)
-        self._queries, self._k, self._n = check_features(queries, "queries"), k, 0
-        # The mean is subtracted, since smaller norms lose fewer digits to cancellation.
-        self._mean = double(self._queries).mean(0)
-        shape = (len(queries), k)
-        self._squares = self._mean.new_full(shape, math.inf)
-        self._indices = torch.zeros(shape, dtype=torch.int64, device=self._mean.device)
-        self._flipped = torch.zeros(shape, dtype=torch.bool, device=self._mean.device)
-
-    def update(self, features: Tensor, flipped: Tensor | None = None) -> None:
-        """Adds features. Their indices continue those of the earlier features.
-
-        Args:
-            features: (b, D), floating point.
-            flipped: the features of the mirror images (b, D), or None.
-        """
+    check_count("k", k)
+    queries = check_features(queries, "queries")
+    # The mean is subtracted, since smaller norms lose fewer digits to cancellation.
+    mean, n = double(queries).mean(0), 0
+    squares = mean.new_full((len(queries), k), math.inf)
+    indices = torch.zeros_like(squares, dtype=torch.int64)
+    mirrored = torch.zeros_like(squares, dtype=torch.bool)
+    for features, flipped in batches:
         both = [check_features(features)] + ([] if flipped is None else [check_features(flipped, "flipped")])
         for given in both:
-            if given.shape[1] != self._queries.shape[1]:
+            if given.shape[1] != queries.shape[1]:
                 raise ValueError(
-                    f"features must have {self._queries.shape[1]} dimensions, like the queries, got "
-                    f"{given.shape[1]}. Use one extractor, and images of one size."
+                    f"features must have {queries.shape[1]} dimensions, like the queries, got {given.shape[1]}. Use "
+                    "one extractor, and images of one size."
                 )
-        centered = [double(given).to(self._mean.device) - self._mean for given in both]
-        numbers = torch.arange(self._n, self._n + len(features), device=self._mean.device)
-        for start in range(0, len(self._queries), _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            queries = double(self._queries[rows]) - self._mean
-            squares, flips = torch.stack([squared_distances(queries, each) for each in centered]).min(0)
-            known = self._squares[rows], self._indices[rows], self._flipped[rows]
-            new = squares, numbers.expand(len(queries), -1), flips.bool()
+        centered = [double(given).to(mean.device) - mean for given in both]
+        numbers = torch.arange(n, n + len(features), device=mean.device)
+        for start in range(0, len(queries), BLOCK):
+            rows = slice(start, start + BLOCK)
+            block = double(queries[rows]) - mean
+            found, flips = torch.stack([squared_distances(block, each) for each in centered]).min(0)
+            known = squares[rows], indices[rows], mirrored[rows]
+            new = found, numbers.expand(len(block), -1), flips.bool()
             every = [torch.cat(pair, 1) for pair in zip(known, new, strict=True)]
-            self._squares[rows], chosen = every[0].topk(self._k, 1, largest=False)
-            self._indices[rows], self._flipped[rows] = (each.gather(1, chosen) for each in every[1:])
-        self._n += len(features)
-
-    def compute(self) -> Neighbors:
-        """The nearest neighbors among all features so far.
-
-        Raises:
-            ValueError: if there are fewer than k features.
-        """
-        if self._n < self._k:
-            raise ValueError(f"the {self._k} nearest neighbors need at least {self._k} features, got {self._n}.")
-        return Neighbors(self._squares.sqrt().cpu(), self._indices.cpu(), self._flipped.cpu())
+            squares[rows], chosen = every[0].topk(k, 1, largest=False)
+            indices[rows], mirrored[rows] = (each.gather(1, chosen) for each in every[1:])
+        n += len(features)
+    if n < k:
+        raise ValueError(f"the {k} nearest neighbors need at least {k} features, got {n}.")
+    return Neighbors(squares.sqrt().cpu(), indices.cpu(), mirrored.cpu())
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,11 +276,13 @@ def memorization_of(
             f"the features of the held-out images must have {dimensions[0]} dimensions, like those of the samples, got "
             f"{dimensions[-1]}. Pass images of one size."
         )
-    nearest = Nearest(torch.cat(queries), neighbors)
-    for images in _batches(known, batch_size, "training images", progress):
-        nearest.update(extractor(images), extractor(images.flip(3)) if flips else None)
+    pairs = (
+        (extractor(images), extractor(images.flip(3)) if flips else None)
+        for images in _batches(known, batch_size, "training images", progress)
+    )
+    found = nearest(torch.cat(queries), pairs, neighbors)
     counts = [len(each) for each in queries]
-    parts = [Neighbors(*part) for part in zip(*(each.split(counts) for each in nearest.compute()), strict=True)]
+    parts = [Neighbors(*part) for part in zip(*(each.split(counts) for each in found), strict=True)]
     return Memorization(extractor.name, len(known), parts[0], parts[1] if held_out is not None else None)
 
 

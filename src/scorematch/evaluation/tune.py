@@ -20,7 +20,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -249,12 +249,15 @@ def tune(
         for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process()[0] > 0):
             if each in kept.rows:
                 continue
+            begin = time.perf_counter()
             if named:
                 sampler.restore = restore
-                row = _restored(sampler, data, restored, evaluator, criterion, n, seed, batch_size)
-            else:
-                row = _drawn(sampler, evaluator, n, options, progress)
-            kept.add(replace(row, settings=each))
+                found = _restored(sampler, data, restored, evaluator, criterion, n, seed, batch_size)
+            else:  # all settings draw from the same seeds
+                images = (batch.images for batch in bulk_samples(sampler, n, **options))
+                found = evaluator.measure(shown(images, n, repr(sampler), progress))
+            seconds = time.perf_counter() - begin
+            kept.add(MeasuredSampler(repr(sampler), len(sampler), seconds, found, each))
         result = Tuning([kept.rows[each] for each in samplers], others, source, criterion, named)
         if folder is not None and this_process()[0] == 0:
             _store(net, folder, result, n)
@@ -303,9 +306,8 @@ def _restored(
     n: int,
     seed: int,
     batch_size: int,
-) -> MeasuredSampler:
+) -> Figures:
     """The figure ``by`` of one restoration of each of n images, for each operator."""
-    begin = time.perf_counter()
     figures: Figures = {}
     for name, operator in operators.items():
         found = evaluate_restoration(
@@ -322,17 +324,7 @@ def _restored(
             progress=False,
         ).figures[RESTORED]
         figures[name] = {by: found[RESTORATION if by == "rmse" else evaluator.extractors[0].name][by]}
-    return MeasuredSampler(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
-
-
-def _drawn(
-    sampler: Sampler, evaluator: Evaluator, n: int, options: Mapping[str, Any], progress: bool
-) -> MeasuredSampler:
-    """The figures of n images; those of all samplers are drawn from the same seeds."""
-    begin = time.perf_counter()
-    images = (batch.images for batch in bulk_samples(sampler, n, **options))
-    figures = evaluator.measure(shown(images, n, repr(sampler), progress))
-    return MeasuredSampler(repr(sampler), len(sampler), time.perf_counter() - begin, figures)
+    return figures
 
 
 def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
