@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from scorematch.cli.options import Commands, refuse
-from scorematch.cli.options.networks import add_device, add_model, load
+from scorematch.cli.options import Commands, given, refuse
+from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.operators import add_operators
+from scorematch.cli.options.samplers import add_computation
 from scorematch.cli.options.values import filled, image_count
 from scorematch.data import open_images
 from scorematch.evaluation import level_losses, posterior_calibration, sampler_distances
@@ -60,9 +61,7 @@ def add(commands: Commands) -> None:
         type=image_count,
         help="the number of images (default: 1,024), of samples (2,000) or of observations (200)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the random seed (default: 0)")
-    add_device(parser)
-    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    add_computation(parser)
     parser.set_defaults(run=_run)
 
 
@@ -79,15 +78,15 @@ def _run(args: argparse.Namespace) -> None:
     data = open_images(
         args.data, image_size=(size[0], size[1]), channels=channels, strict=True, progress=not args.quiet
     )
-    options = {"seed": args.seed, "progress": not args.quiet}
+    options = {"seed": args.seed, "progress": not args.quiet, **given(args, ["n"])}
     if not fitting:
-        report: Report[Any] = level_losses(net, data, n=1024 if args.n is None else args.n, **options)
+        report: Report[Any] = level_losses(net, data, **options)
     else:
         images = data.read(torch.arange(len(data)))[0]
         exact = Gaussian.like(Empirical(images, schedule=net.schedule, value_range=net.value_range))
         if operator is None:
-            report = sampler_distances(exact, n=2000 if args.n is None else args.n, **options)
+            report = sampler_distances(exact, **options)
         else:
-            n = 200 if args.n is None else args.n
-            report = posterior_calibration(exact, operator, sigma=args.sigma, observations=n, **options)
+            options["observations"] = options.pop("n", 200)
+            report = posterior_calibration(exact, operator, sigma=args.sigma, **options)
     print(report.table(), end="")

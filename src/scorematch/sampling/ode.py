@@ -139,8 +139,8 @@ class ODESampler(Sampler):
                 f"{argument('churn_min', churn_min)} and {argument('churn_max', churn_max)}."
             )
         if churn == 0 and (churn_min, churn_max, churn_noise) != (0, None, 1):
-            names = ", ".join(argument(name) for name in ("churn_min", "churn_max", "churn_noise"))
-            raise ValueError(f"{names} need {argument('churn')} above 0. Pass {argument('churn')}, or leave them out.")
+            low, high, factor, amount = map(argument, ("churn_min", "churn_max", "churn_noise", "churn"))
+            raise ValueError(f"{low}, {high} and {factor} need {amount} above 0. Pass {amount}, or leave them out.")
         self.method = method
         self.churn, self.churn_noise = float(churn), float(churn_noise)
         self.churn_min, self.churn_max = float(churn_min), None if churn_max is None else float(churn_max)
