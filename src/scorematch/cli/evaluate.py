@@ -153,7 +153,7 @@ def _check(args: argparse.Namespace, network: bool, restoring: bool) -> None:
 
 
 def _show(args: argparse.Namespace, result: Evaluation) -> None:
-    if this_process()[0] == 0:
+    if this_process().rank == 0:
         print(result.table(), end="")
         for name, reason in result.left_out.items():
             print(f"not measured: {name}, which {reason}")

@@ -91,11 +91,11 @@ def _run(args: argparse.Namespace) -> None:
         args.features = []  # not needed
     options = reference_options(args, device_of(net))
     settings = settings_table(net, args.calls)
-    if settings and this_process()[0] == 0:
+    if settings and this_process().rank == 0:
         fast = recommended_sampler(net.inference_copy(), settings[0])
         fast.restore = method
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
-        seconds = estimate(fast, args.n, classes) * calls / len(fast) / this_process()[1]
+        seconds = estimate(fast, args.n, classes) * calls / len(fast) / this_process().world_size
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"
         print(f"{number} with {calls:,} network calls, about {duration(seconds)}", flush=True)
     result = tune(
@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace) -> None:
         n_classes=args.n_classes,
         **{**options, "features": options["features"][0] if options["features"] else []},
     )
-    if this_process()[0] == 0:
+    if this_process().rank == 0:
         print(result.table(), end="")
         print(f"best: {result.best.settings}")
         if args.out is not None:

@@ -51,12 +51,12 @@ def checked_process(process: tuple[int, int] | None) -> Process:
     """
     if process is None:
         return this_process()
-    rank, world_size = process
-    if not 0 <= rank < world_size:
+    rank, number = process
+    if not 0 <= rank < number:
         raise ValueError(
-            f"{argument('process')} must be (rank, world size) with 0 <= rank < world size, got ({rank}, {world_size})."
+            f"{argument('process')} must be (rank, world size) with 0 <= rank < world size, got ({rank}, {number})."
         )
-    return Process(rank, world_size)
+    return Process(rank, number)
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -88,7 +88,7 @@ _TIMEOUT = timedelta(days=7)  # processes wait for the slowest one, which may ha
 _GROUPS = itertools.count()
 
 
-def processes() -> int:
+def world_size() -> int:
     """The number of processes in ``torch.distributed``; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -109,7 +109,7 @@ def process_group(device: torch.device | str) -> Iterator[None]:
         device: the device of this process; processes on CUDA devices communicate through NCCL, others through gloo.
     """
     device, (rank, number) = torch.device(device), this_process()
-    if number == 1 or processes() > 1:
+    if number == 1 or world_size() > 1:
         yield
         return
     if device.type == "cuda":
@@ -130,7 +130,7 @@ def process_group(device: torch.device | str) -> Iterator[None]:
 
 def agreed(value: bool) -> bool:
     """Whether a value is true on all processes; every process must call it."""
-    return value if processes() == 1 else bool(over_processes(torch.tensor(int(value)), "min"))
+    return value if world_size() == 1 else bool(over_processes(torch.tensor(int(value)), "min"))
 
 
 def communication_device(device: torch.device) -> torch.device:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scorematch.core.processes import communication_device, over_processes, processes
+from scorematch.core.processes import communication_device, over_processes, world_size
 from scorematch.evaluation.rows import check_features, double
 
 _BLOCK = 8192  # features that are converted to float64 at a time
@@ -72,7 +72,7 @@ class Moments:
 
         Without a process group it returns itself.
         """
-        if processes() == 1:
+        if world_size() == 1:
             return self
         result = Moments()
         dimension = _common_dimension(0 if self._mean is None else len(self._mean))
@@ -129,7 +129,7 @@ class Rows:
             # The joined tensor replaces the parts, so only one copy is kept.
             own = torch.cat([part.to(own.device) for part in self._parts])  # in the widest dtype
             self._parts = [own]
-        if processes() > 1:
+        if world_size() > 1:
             own = self._gather(own)
         if own.numel() == 0:
             raise ValueError("there are no features yet: call update.")
@@ -139,7 +139,7 @@ class Rows:
         dimension = _common_dimension(own.shape[1])
         wide = int(over_processes(torch.tensor(own.dtype == torch.float64, dtype=torch.int64), "max"))
         rows = own.to(torch.float64 if wide else torch.float32)
-        counts = torch.zeros(processes(), dtype=torch.int64)
+        counts = torch.zeros(world_size(), dtype=torch.int64)
         counts[dist.get_rank()] = len(own)
         counts = over_processes(counts)
         padded = rows.new_zeros(int(counts.max()), dimension, device=communication_device(own.device))

@@ -299,7 +299,7 @@ def evaluate(
             left_out=left_out,
             sampler=subject.sampler,
         )
-        if folder is not None and this_process()[0] == 0:
+        if folder is not None and this_process().rank == 0:
             result.save(folder)
             save_grid(subject.first(min(subject.n, _ON_THE_PICTURE)), folder / "samples.png")
             delete_unfinished(folder)

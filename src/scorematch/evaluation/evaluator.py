@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import check_choice
-from scorematch.core.processes import agreed, processes, this_process
+from scorematch.core.processes import agreed, this_process, world_size
 from scorematch.data.images import ImageData
 from scorematch.data.pictures import Crop, to_uint8
 from scorematch.evaluation.accumulate import Rows
@@ -82,8 +82,8 @@ class MeasuredSet:
     """
 
     def __init__(self, compared: Sequence[Compared], metrics: Sequence[str] | None) -> None:
-        started = this_process()[1]
-        if started > processes():
+        started = this_process().world_size
+        if started > world_size():
             raise RuntimeError(
                 f"{started} processes were started, and must form a process group to exchange features. Call "
                 "torch.distributed.init_process_group() first."

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
-from scorematch.core.processes import processes
+from scorematch.core.processes import world_size
 from scorematch.core.randomness import seed_of
 from scorematch.data.pictures import to_float
 from scorematch.evaluation.accumulate import Rows
@@ -83,14 +83,14 @@ def values_per_image(
         ValueError: if a value is NaN or infinite; the message has the index of the image.
     """
     check_count("batch_size", batch_size)
-    rank = torch.distributed.get_rank() if processes() > 1 else 0
+    rank = torch.distributed.get_rank() if world_size() > 1 else 0
     rows, known = Rows(), Counter[str]()
     starts = range(0, len(indices), batch_size)
     for number, start in enumerate(tqdm(starts, title, unit="batch", leave=False, disable=not progress or rank > 0)):
         own = indices[start : start + batch_size]
         images, labels = read(own)
         keys = [_key(image, known) for image in images]
-        if number % processes() != rank:
+        if number % world_size() != rank:
             continue
         values = double(function(ImageBatch(to_float(images), labels, keys, own))).cpu()
         wrong = ~values.isfinite().all(1)

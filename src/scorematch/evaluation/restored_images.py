@@ -201,7 +201,7 @@ def evaluate_restoration(
             left_out=left_out,
             sampler=str(chosen_sampler),
         )
-        if folder is not None and this_process()[0] == 0:
+        if folder is not None and this_process().rank == 0:
             result.save(folder)
             save_grid(torch.cat(run.shown), folder / "restored.png", columns=draws + 2)
             delete_unfinished(folder)

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from scorematch.core.arguments import argument, check_count
 from scorematch.core.files import write_whole
 from scorematch.core.messages import plain
-from scorematch.core.processes import agreed, processes
+from scorematch.core.processes import agreed, world_size
 from scorematch.core.provenance import identity
 from scorematch.data.arrays import read_arrays
 from scorematch.data.images import ImageData, open_images
@@ -252,9 +252,9 @@ def statistics_of(
     stored = None if path is None else _stored(path, extractor)
     if agreed(stored is not None):
         return cast(Statistics, stored)
-    rank = torch.distributed.get_rank() if processes() > 1 else 0
+    rank = torch.distributed.get_rank() if world_size() > 1 else 0
     found: Moments | Rows = Rows() if keep_features else Moments()
-    starts = range(rank * batch_size, len(images), processes() * batch_size)
+    starts = range(rank * batch_size, len(images), world_size() * batch_size)
     for start in tqdm(starts, "features", unit="batch", leave=False, disable=not progress or rank > 0):
         batch, _ = images.read(range(start, min(start + batch_size, len(images))))
         found.update(extractor(batch))

@@ -246,7 +246,7 @@ def tune(
             other = open_for(held_out, shape, crop, progress)
             chosen = choose(len(other), min(n, len(other)), seed)
             others = evaluator.measure(read_batches(other, chosen, batch_size), strict=False)
-        for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process()[0] > 0):
+        for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process().rank > 0):
             if each in kept.rows:
                 continue
             begin = time.perf_counter()
@@ -259,7 +259,7 @@ def tune(
             seconds = time.perf_counter() - begin
             kept.add(MeasuredSampler(repr(sampler), len(sampler), seconds, found, each))
         result = Tuning([kept.rows[each] for each in samplers], others, source, criterion, named)
-        if folder is not None and this_process()[0] == 0:
+        if folder is not None and this_process().rank == 0:
             _store(net, folder, result, n)
             delete_unfinished(folder)
     return result

@@ -82,7 +82,7 @@ class MeasuredTable:
     def add(self, row: MeasuredSampler) -> None:
         """Adds a row, and writes all rows to tune.json."""
         self.rows[row.settings] = row
-        if self._path is not None and this_process()[0] == 0:
+        if self._path is not None and this_process().rank == 0:
             content = {
                 "format_version": 1,
                 "settings": self._settings,
