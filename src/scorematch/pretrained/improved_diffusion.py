@@ -25,6 +25,7 @@ References:
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from scorematch.core.messages import plain
 from scorematch.core.schema import Field
 from scorematch.nets.unet_blocks import block_types
 from scorematch.noise import NoiseSchedule
@@ -175,8 +177,8 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
     unknown = sorted(given.keys() - _OPTIONS.keys() - _OTHER)
     if unknown:
         raise ValueError(
-            f"{config}: {unknown[0]} is not a supported option of improved-diffusion or guided-diffusion. The options "
-            f"are {', '.join(_OPTIONS)}."
+            f"{config}: {plain(unknown[0])} is not a supported option of improved-diffusion or guided-diffusion. The "
+            f"most similar ones are {', '.join(difflib.get_close_matches(unknown[0], _OPTIONS, cutoff=0))}."
         )
     guided = {"num_head_channels", "resblock_updown", "use_new_attention_order"} & given.keys()
     checks = {key: field for key, (field, _) in _OPTIONS.items()}
