@@ -71,6 +71,9 @@ NETS = {
     "unet, residual resampling": _unet("ResnetDownsampleBlock2D", precondition="ddpm_x0"),
     "unet, image": _unet(in_channels=2 * CHANNELS),
     "unet, classes": _unet("AttnDownBlock2D", attention_head_dim=None, num_class_embeds=3),
+    "unet, numbers": _unet(class_embed_type="timestep"),
+    "unet, vectors": _unet(class_embed_type="identity", time_embedding_dim=12, precondition="ddpm"),
+    "unet, no middle": _unet(mid_block_type=None),
     "unet, variance": _unet(precondition="ddpm", out_channels=2 * CHANNELS),
     "unet, image and variance": _unet(in_channels=2 * CHANNELS, out_channels=2 * CHANNELS),
     "unet, patches": _unet(patch=2),
@@ -102,6 +105,8 @@ CONDITIONS = {
     "unet, image and variance": Condition(channels=CHANNELS),
     "ncsnpp, image": Condition(channels=CHANNELS),
     "unet, classes": Condition(classes=3),
+    "unet, numbers": Condition(vector=1),
+    "unet, vectors": Condition(vector=12),
     "unet, ADM": Condition(classes=3, null_class=True),
     "NCSN++, image": Condition(channels=CHANNELS),
     "DDPM++, classes": Condition(classes=3, null_class=True),
@@ -161,6 +166,8 @@ def condition(name, n, rng, size=SIZE):
     takes = CONDITIONS.get(name, Condition())
     if takes.classes is not None:
         return torch.randint(takes.classes + takes.null_class, (n,), generator=rng)
+    if takes.vector:
+        return torch.rand(n, takes.vector, generator=rng)
     return images(n, rng, takes.channels, size) if takes.channels else None
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.core.precision import exact_float32
+from scorematch.nets.layers import GroupNorm
 from scorematch.restoration import Grayscale, Mask, Observation
 from scorematch.sampling import SAMPLERS, AncestralSampler, ODESampler, PredictorCorrectorSampler
 from scorematch.sampling.finite import FiniteCheck
@@ -116,6 +117,40 @@ def test_the_check_for_one_dtype_can_fail():
         F.group_norm(x, 2, weight, weight)
 
 
+@pytest.mark.parametrize("name", ["unet, one head", "ncsnpp, attention"])
+@torch.no_grad()
+def test_attention_of_an_inference_copy_has_a_layout_of_fused_kernels(name, monkeypatch):
+    """They need a contiguous last axis of q, k and v."""
+    strides, attention = [], F.scaled_dot_product_attention
+
+    def watched(*qkv):
+        strides.extend(each.stride(-1) for each in qkv)
+        return attention(*qkv)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    _on_meta(name).inference_copy()(torch.empty(2, 3, 32, 32, device="meta"), 0.3)
+    assert len(strides) > 6 and set(strides) == {1}
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_group_norm_under_autocast_keeps_no_float32_copy_for_the_backward_pass(size, monkeypatch):
+    """Autocast applies to group_norm on every accelerator, but not to the operator that is called instead."""
+    monkeypatch.setattr("scorematch.nets.layers._autocast", lambda x: True)
+    for key in ("AutocastCUDA", "AutocastMPS"):
+        names = [f"aten::{name}" for name in ("group_norm", "native_group_norm")]
+        assert [torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for name in names] == [True, False]
+    kept = []
+    x = torch.empty(2, 8, size, size, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        norm = GroupNorm(4, 8)
+        with OneDtype() as mode:
+            y = norm(x, F.silu)
+    assert ("native_group_norm", torch.bfloat16) in mode.seen
+    assert y.dtype == torch.bfloat16 and {t.dtype for t in kept if t.ndim == 4} == {torch.bfloat16}
+    y.sum().backward()
+    assert x.grad is not None and norm.weight.grad.dtype == torch.float32
+
+
 class OneDevice(TorchDispatchMode):
     """Fails if values from another device are written to indices of a tensor, which CUDA refuses and meta does not."""
 
@@ -194,6 +229,16 @@ def test_samplers_rarely_read_values_on_the_host(kind, network):
     assert reads.count <= 4 + len(sampler) / 8
 
 
+@pytest.mark.parametrize("name", ["ncsn", "unet, image", "unet, classes", "DDPM++, classes"])
+@torch.no_grad()
+def test_noise_levels_on_the_device_are_not_read(name):
+    score, x = _on_meta(name).inference_copy(), torch.empty(2, 3, 8, 8, device="meta")
+    with HostReads() as reads:
+        assert score(x, torch.empty(2, device="meta"), _condition(score, 2, 8)).shape == x.shape
+        assert score.as_denoiser()(x, torch.empty(2, device="meta"), _condition(score, 2, 8)).shape == x.shape
+    assert reads.count == 0
+
+
 @pytest.mark.parametrize("operator", [Mask(torch.arange(8) < 4), Grayscale()], ids=repr)
 @pytest.mark.parametrize("restore", ["replace", "guide"])
 def test_restoration_rarely_reads_values_on_the_host(operator, restore):
@@ -264,6 +309,24 @@ def test_nested_exact_float32_restores_the_flags_at_the_last_exit():
     assert _flags() == exact and all(flag in (False, "ieee") for flag in exact)
     second.__exit__(None, None, None)
     assert _flags() == flags
+
+
+def _older_flags():
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    return matmul, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("value", ["highest", "high", "medium"])
+def test_older_and_newer_flags_can_be_read_within_exact_float32(value):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(value)
+    try:
+        flags = _flags(), _older_flags()
+        with exact_float32():
+            assert _older_flags() == (False, False, "highest")
+        assert (_flags(), _older_flags()) == flags and flags[1][2] == value
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("iterate", [False, True])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.core.conditions import Condition
 from scorematch.nets import FAMILIES
 from scorematch.pretrained.diffusers import current_names
 from tests.conftest import FIXTURES
@@ -186,6 +187,54 @@ def test_a_network_with_a_conditioning_image_may_predict_a_variance(rng, tmp_pat
         net.save_pretrained(tmp_path, diffusers=True)
     plain = ScoreNet.from_diffusers(theirs, DDPMScheduler())
     assert not plain.predicts_variance and plain.sample_shape == (6, 8, 8) and plain.conditioning.channels == 0
+
+
+@pytest.mark.parametrize("fourier", [False, True])
+@pytest.mark.parametrize(
+    ("options", "vector"),
+    [
+        ({"class_embed_type": "timestep"}, 1),
+        ({"class_embed_type": "timestep", "num_class_embeds": 5}, 1),  # diffusers does not use the number
+        ({"class_embed_type": "identity"}, 32),
+        ({"mid_block_type": None}, 0),
+        ({"add_attention": False}, 0),
+    ],
+    ids=["timestep", "timestep and a number", "identity", "no middle", "no middle attention"],
+)
+@torch.no_grad()
+def test_vectors_as_conditions_and_networks_without_a_middle_block(options, vector, fourier, tmp_path, rng):
+    scheduler, more = (VE, {"time_embedding_type": "fourier"}) if fourier else (DDPM, {})
+    theirs = _theirs(**options, **more)
+    net = ScoreNet.from_pretrained(_save(theirs, tmp_path / "theirs", scheduler))
+    net.save_pretrained(tmp_path / "ours")
+    assert net.conditioning == Condition(vector=vector)
+    given = torch.rand(2, vector, generator=rng) + 0.5 if vector else None
+    labels = given[:, 0] if vector == 1 else given
+    x, sigma = torch.rand(2, 3, 8, 8, generator=rng), torch.tensor([0.5, 2.0])
+    if fourier:  # diffusers divides by the level, and takes its logarithm
+        expected = theirs(x, sigma, labels).sample
+    else:
+        scaled, step = (2 * x - 1) / (1 + 4 * sigma.view(2, 1, 1, 1) ** 2).sqrt(), 999 - net.schedule.position(sigma)
+        expected = -theirs(scaled, step, labels).sample / sigma.view(2, 1, 1, 1)
+    for score in (net, net.inference_copy(), ScoreNet.from_pretrained(tmp_path / "ours"), UNet2DModel):
+        if score is UNet2DModel:
+            again = UNet2DModel.from_pretrained(tmp_path / "ours")
+            assert again.state_dict().keys() == theirs.state_dict().keys()
+        else:
+            tolerance = 1e-4 if isinstance(score, ScoreNet) else 2.5e-2  # the copy may be in bfloat16
+            assert _relative(score(x, sigma, given), expected) < tolerance
+    if vector:
+        with pytest.raises(
+            ValueError, match=rf"takes a vector as its condition, float \(N, {vector}\): pass condition="
+        ):
+            net(x, sigma)
+        with pytest.raises(
+            ValueError, match=r"the condition must be a vector for each image, \(2, .*got shape \(2, 7\)"
+        ):
+            net(x, sigma, torch.zeros(2, 7))
+        with pytest.raises(TypeError, match=r"takes a vector as its condition.*, got 3"):
+            net(x, sigma, 3)
+        assert AnnealedLangevinSampler(net, levels=3).sample(condition=given, progress=False).shape == x.shape
 
 
 def test_class_conditional_networks(tmp_path, rng):
@@ -554,9 +603,9 @@ def test_the_infinite_level_of_a_schedule_that_ends_without_signal_is_left_out(k
             "the UNet2DModel: in_channels must be at most out_channels, 3, for a network with classes, .* got 6",
         ),
         (
-            lambda: (_theirs(mid_block_type=None), DDPMScheduler()),
+            lambda: (_theirs(in_channels=6, class_embed_type="timestep"), DDPMScheduler()),
             ValueError,
-            "the config of the UNet2DModel: mid_block_type None is not supported",
+            "the UNet2DModel: in_channels must be at most out_channels, 3, for a network with a vector, .* got 6",
         ),
     ],
 )
@@ -733,8 +782,8 @@ def test_a_missing_scheduler_raises(ddpm):
             r"down_block_types must be a list .* each one of 'DownBlock2D', .*got \['DownBlock2D', 'KDownBlock2D'\]",
         ),
         ({"block_out_channels": [12, 16]}, {}, r"other sizes: conv_in\.weight"),
-        ({"mid_block_type": None}, {}, "mid_block_type None is not supported"),
-        ({"class_embed_type": "timestep"}, {}, "class_embed_type 'timestep' is not supported"),
+        ({"mid_block_type": "Other"}, {}, "mid_block_type must be one of 'UNetMidBlock2D' or null, got 'Other'"),
+        ({"class_embed_type": "simple"}, {}, "class_embed_type must be one of 'timestep', 'identity' or null, got"),
         (
             {"time_embedding_dim": 16},
             {},

@@ -155,7 +155,8 @@ def test_level_modules_are_those_whose_output_does_not_depend_on_the_image(name,
     made = shared(name).backbone
     level = torch.tensor([1.5, 3.0])
     first, second = (_arguments(name, rng, level) for _ in range(2))
-    if CONDITIONS.get(name, Condition()).classes is not None:
+    takes = CONDITIONS.get(name, Condition())
+    if takes.classes is not None or takes.vector:
         second = (*second[:2], first[2])
     one, other = _outputs(made, first), _outputs(made, second)
     modules = dict(made.named_modules())

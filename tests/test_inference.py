@@ -116,7 +116,16 @@ def test_making_and_calling_a_copy_does_not_change_the_network(name, rng, native
 
 @every_path
 def test_a_clone_shares_only_immutable_objects_with_the_network(name):
-    immutable = (int, float, str, tuple, types.FunctionType, types.BuiltinFunctionType, types.NoneType)
+    immutable = (
+        int,
+        float,
+        str,
+        tuple,
+        functools.partial,
+        types.FunctionType,
+        types.BuiltinFunctionType,
+        types.NoneType,
+    )
     net = shared(name).backbone
     clone = inference._clone(net, channels_last=True)
     assert structure(clone) == structure(net)
@@ -166,6 +175,34 @@ def test_only_inner_layers_are_bfloat16(name):
     assert not [path for path in low if "norm" in path]
     linear = {path for path, module in made.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
     assert low == linear - first - last - net.family.level_modules(net.backbone)
+
+
+@every_path
+@torch.no_grad()
+def test_several_levels_at_once_give_the_same_result(name, rng, monkeypatch):
+    """As on an accelerator, where images of different levels are not processed one after another."""
+    fast, x, beside, sigma = (
+        _copy(name, torch.float32),
+        images(3, rng),
+        condition(name, 3, rng),
+        torch.tensor([2, 0.3, 2]),
+    )
+    expected = fast(x, sigma, beside)
+    monkeypatch.setattr(inference, "by_level", lambda x: False)
+    torch.testing.assert_close(fast(x, sigma, beside), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        fast(x[:1], 0.3, None if beside is None else beside[:1]),
+        fast(x[:1], sigma[1:2], None if beside is None else beside[:1]),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("name", ["unet", "ncsn", "ncsnv2"])
+def test_float16_is_for_networks_whose_input_has_unit_variance(name, native):
+    native(torch.float16)
+    dtypes = {parameter.dtype for parameter in shared(name).inference_copy()._backbone.parameters()}
+    assert (torch.float16 in dtypes) == (name == "unet")
 
 
 @every_path
@@ -322,6 +359,7 @@ def _widened(net):
         _patched,
         _widened,
         lambda net: net.register_forward_hook(lambda *args: None),
+        lambda net: net.backbone.end_conv.register_full_backward_hook(lambda *args: None),
         lambda net: net.compile(backend="eager"),
         lambda net: net.double(),
         lambda net: net.bfloat16(),
@@ -333,6 +371,15 @@ def test_inference_copy_of_a_modified_network_is_the_network_itself(change):
     assert net.inference_copy() is not net
     change(net)
     assert net.inference_copy() is net
+
+
+def test_a_network_that_accelerate_offloads_can_be_sampled():
+    accelerate = pytest.importorskip("accelerate")
+    net = network("ncsn")
+    expected = run(AnnealedLangevinSampler(net, SHORT, steps_per_level=1, precision="float32"), 2, generator=0)
+    accelerate.cpu_offload(net, execution_device=torch.device("cpu"))
+    assert net.inference_copy() is net and all(parameter.is_meta for parameter in net.parameters())
+    assert torch.equal(run(AnnealedLangevinSampler(net, SHORT, steps_per_level=1), 2, generator=0), expected)
 
 
 def _low_rank(attention):
@@ -522,6 +569,10 @@ def test_a_copy_is_compiled_once_for_all_levels_and_runs(name, rng, compiler):
     assert counts[0] > 0 and counts[-1] == counts[0]
 
 
+def _raise(error):
+    raise error
+
+
 @torch.no_grad()
 def test_without_a_compiler_there_is_a_warning_and_the_result_is_the_same(rng, monkeypatch):
     def broken(function, **options):
@@ -535,6 +586,9 @@ def test_without_a_compiler_there_is_a_warning_and_the_result_is_the_same(rng, m
     fast = net.inference_copy(compile=True)
     with pytest.warns(UserWarning, match=r"the network runs uncompiled: No working C\+\+ compiler found$"):
         found = fast(x, 0.3)
+    monkeypatch.setattr(torch, "compile", lambda *_, **options: lambda *arguments: _raise(AssertionError()))
+    with pytest.warns(UserWarning, match=r"the network runs uncompiled: AssertionError$"):
+        assert torch.equal(net.inference_copy(compile=True)(x, 0.3), found)
     assert torch.equal(found, net.inference_copy()(x, 0.3))
     assert torch.equal(found, fast(x, 0.3))  # the second call does not warn
 

@@ -135,6 +135,22 @@ def test_a_denoiser_takes_noise_levels_of_any_shape(rng):
         denoiser(x, torch.ones(2, 2), 1)
 
 
+@pytest.mark.parametrize("make", [lambda net: net, lambda net: net.inference_copy()], ids=["network", "copy"])
+def test_a_denoiser_returns_x_at_level_0(make, rng):
+    """As deepinv calls it; also if only some of the levels are 0."""
+    score, x = make(_net(1, precondition="karras")), torch.rand(2, 1, 8, 8, generator=rng).requires_grad_()
+    denoiser = score.as_denoiser()
+    for level in (0, 0.0, torch.tensor(0.0), torch.zeros(1), torch.zeros(2, 1, 1, 1)):
+        assert torch.equal(denoiser(x, level), x)
+    found = denoiser(x, torch.tensor([0.0, 0.3]))
+    assert torch.equal(found[0], x[0])
+    torch.testing.assert_close(found[1:], score.denoise(x[1:], 0.3))
+    assert torch.isfinite(torch.autograd.grad(found.square().sum(), x)[0]).all()
+    for level in (-0.1, torch.tensor([0.0, -0.1])):
+        with pytest.raises(ValueError, match=r"sigma must be positive, got -0\.1"):
+            denoiser(x, level)
+
+
 @pytest.mark.slow
 def test_samplers_of_azula_draw_the_samples_of_this_package(monkeypatch):
     """The adapter in docs/extending.md. With azula 0.11.1, which the tests do not require."""

@@ -1,5 +1,7 @@
 """The choice of bfloat16 or float32."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -50,10 +52,15 @@ def test_native_dtype_is_float32_if_torch_cannot_name_the_instructions(monkeypat
     assert precision.native_dtype(torch.device("cpu")) == torch.float32
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
 def test_native_dtype_of_a_gpu_depends_on_its_capability(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert precision.native_dtype("cuda") == precision.native_dtype(torch.device("cuda", 1)) == dtype
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: contextlib.nullcontext(dtype))
+    with precision.autocast("cuda") as chosen:  # training in float16 would need loss scaling
+        assert chosen == (torch.bfloat16 if dtype == torch.bfloat16 else None)
 
 
 def test_other_devices_use_float32():

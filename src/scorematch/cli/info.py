@@ -105,6 +105,8 @@ def _condition(net: ScoreNet) -> str | None:
         return None
     if takes.channels:
         return f"an image with {takes.channels} channels, such as the degraded image for the command restore"
+    if takes.vector:
+        return f"a vector of {takes.vector} values"
     if takes.classes is None:
         return "none"
     names = net.class_names

@@ -1,4 +1,4 @@
-"""The condition of a network, an image or a class: what a network takes, and the check of what it is given."""
+"""The condition of a network, such as an image or a class: what a network takes, and the check of what it is given."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ __all__ = ["Condition"]
 
 
 class Condition(NamedTuple):
-    """The condition that a network takes: an image, a class, or nothing.
+    """The condition that a network takes: an image, a class, a vector, or nothing.
 
     Attributes:
         channels: the number of channels of the image; 0 for no image.
         classes: the number of classes; None for no class.
         null_class: whether the network was also trained without a class. The additional class, whose index is
             ``classes``, then means "no class", and is used if no condition is given.
+        vector: the number of values of the vector; 0 for no vector.
     """
 
     channels: int = 0
     classes: int | None = None
     null_class: bool = False
+    vector: int = 0
 
 
 def takes_image(net: object) -> bool:
@@ -56,8 +58,8 @@ def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor |
     reading them would synchronize with that device.
 
     Args:
-        condition: classes, int64 (N,); or an int, the class of all samples; or an image, float (N, K, H, W); or None,
-            which is the null class of a network that has one.
+        condition: classes, int64 (N,); or an int, the class of all samples; or an image, float (N, K, H, W), or a
+            vector, float (N, K); or None, which is the null class of a network that has one.
         x: the samples (N, ...).
         takes: the condition that the network takes; None if it is not known, in which case nothing is checked.
 
@@ -90,6 +92,8 @@ def _check_condition(condition: Tensor | int | None, n: int, takes: Condition) -
             )
         return
     wanted = f"an image as its condition, float (N, {takes.channels}, H, W)"
+    if takes.vector:
+        wanted = f"a vector as its condition, float (N, {takes.vector})"
     if takes.classes is not None:
         null = f", or {takes.classes} for none" if takes.null_class else ""
         wanted = f"classes as its condition, int64 (N,) from 0 to {takes.classes - 1}{null}"

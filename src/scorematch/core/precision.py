@@ -1,15 +1,16 @@
-"""The precision of computations: bfloat16 on devices that support it natively, and full float32 precision on request.
+"""The precision of computations: half precision on devices with native support, and full float32 on request.
 
 A CPU with AVX512-BF16 or AMX, and a CUDA device of compute capability 8.0 or higher, multiplies bfloat16 faster than
 float32. Other devices emulate bfloat16: on a CPU with AVX2 only, a training step under autocast to bfloat16 took twelve
-times as long as in float32.
+times as long as in float32. CUDA devices of compute capability 7.0 to 7.5, such as V100 and T4, multiply float16.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,15 +23,16 @@ Autocast = Literal["auto", "float32", "bfloat16"]
 
 
 def native_dtype(device: torch.device | str) -> torch.dtype:
-    """Returns bfloat16 for a device that multiplies it faster than float32, and float32 otherwise."""
+    """Returns the half precision that a device multiplies faster than float32, or float32 if there is none."""
     device = torch.device(device)
     if device.type == "cpu":
         # By name, since not every supported version of torch has both functions.
         checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-        native = any(check is not None and check() for check in checks)
-    else:
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if any(check is not None and check() for check in checks) else torch.float32
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if capability >= (8, 0):
+        return torch.bfloat16
+    return torch.float16 if capability >= (7, 0) else torch.float32
 
 
 def device_name(device: torch.device) -> str:
@@ -79,7 +81,7 @@ def without_autocast() -> Iterator[None]:
 
 _lock = threading.Lock()
 _users = 0
-_flags: list[tuple[Any, str, Any]] = []  # the user's values while the flags are changed
+_flags: list[tuple[Callable[[Any], None], Any, Any]] = []  # while they are changed
 
 
 @contextmanager
@@ -95,9 +97,9 @@ def exact_float32() -> Iterator[None]:
     global _users
     with _lock:
         if _users == 0:
-            _flags[:] = [(owner, name, getattr(owner, name)) for owner, name, _ in _exact()]
-            for owner, name, value in _exact():
-                setattr(owner, name, value)
+            _flags[:] = _read_flags()
+            for write, _, exact in _flags:
+                write(exact)
         _users += 1
     try:
         with without_autocast():
@@ -106,14 +108,24 @@ def exact_float32() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                for owner, name, value in _flags:
-                    setattr(owner, name, value)
+                for write, value, _ in _flags:
+                    write(value)
 
 
-def _exact() -> list[tuple[Any, str, Any]]:
-    """Torch's flags as (object, attribute name, value for full precision)."""
+def _read_flags() -> list[tuple[Callable[[Any], None], Any, Any]]:
+    """Torch's flags in the order of writing: (function that writes it, the user's value, value for full precision).
+
+    Since torch 2.9 there are older and newer flags. Writing an older one also writes newer ones, and reading an older
+    one that contradicts the newer ones is an error.
+    """
     backends: Any = torch.backends
-    if hasattr(backends.cudnn, "conv"):  # torch 2.9 and later
-        owners = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-        return [(owner, "fp32_precision", "ieee") for owner in owners]
-    return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    flags: list[tuple[Callable[[Any], None], Any, Any]] = []
+    with suppress(RuntimeError):  # if the user has set newer flags only, an older one may not be readable, and stays
+        flags.append((torch.set_float32_matmul_precision, torch.get_float32_matmul_precision(), "highest"))
+    with suppress(RuntimeError):
+        flags.append((partial(setattr, backends.cudnn, "allow_tf32"), backends.cudnn.allow_tf32, False))
+    if hasattr(backends.cudnn, "conv"):
+        cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
+        for owner in (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv):
+            flags.append((partial(setattr, owner, "fp32_precision"), owner.fp32_precision, "ieee"))
+    return flags

@@ -130,7 +130,7 @@ def process_group(device: torch.device | str) -> Iterator[None]:
 
 def agreed(value: bool) -> bool:
     """Whether a value is true on all processes; every process must call it."""
-    return value if world_size() == 1 else bool(over_processes(torch.tensor(int(value)), "min"))
+    return value if world_size() == 1 else bool(over_processes(torch.tensor(int(value), device="cpu"), "min"))
 
 
 def communication_device(device: torch.device) -> torch.device:

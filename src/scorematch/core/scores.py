@@ -44,6 +44,11 @@ def device_of(score: object, otherwise: torch.device | str = "cpu") -> torch.dev
     """The device of a network, also that of an inference copy; ``otherwise`` for any other score."""
     parameter = next(score.parameters(), None) if isinstance(score, nn.Module) else None
     device = attribute(score, "device") if parameter is None else parameter.device
+    if isinstance(score, nn.Module) and parameter is not None and parameter.is_meta:
+        # Accelerate keeps offloaded weights on the meta device; its hooks know the device that computes.
+        hooks = (getattr(module, "_hf_hook", None) for module in score.modules())
+        used = (getattr(hook, "execution_device", None) for hook in hooks)
+        device = torch.device(next((one for one in used if one is not None), parameter.device))
     return device if isinstance(device, torch.device) else torch.device(otherwise)
 
 
@@ -181,12 +186,19 @@ class Denoiser(nn.Module):
 
         Args:
             x: noisy data (N, ...), images in [0, 1] plus noise.
-            sigma: the noise level in the units of x: a float, or a tensor with one value or N values, of any shape.
+            sigma: the noise level in the units of x: a float, or a tensor with one value or N values, of any shape. At
+                0 the denoised image is x.
             condition: the condition of the score.
         """
-        if isinstance(sigma, Tensor):
-            sigma = sigma.reshape(()) if sigma.numel() == 1 else sigma.flatten()
-        return self.score.denoise(x, sigma, condition)
+        if isinstance(sigma, int | float) and sigma == 0:
+            check_data(x)
+            return x
+        if not isinstance(sigma, Tensor):
+            return self.score.denoise(x, sigma, condition)
+        sigma = sigma.reshape(()) if sigma.numel() == 1 else sigma.flatten()
+        clean = sigma == 0
+        denoised = self.score.denoise(x, sigma.masked_fill(clean, 1), condition)  # without reading sigma on the host
+        return torch.where(cast(Tensor, per_image(clean.to(x.device), x)), x, denoised)
 
 
 # -- Eval mode --------------------------------------------------------------------------------------------------------

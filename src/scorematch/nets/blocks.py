@@ -181,6 +181,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         height, width = x.shape[2:]
         h = rearrange(x if self.group_norm is None else self.group_norm(x), "n c h w -> n (h w) c")
+        if isinstance(self.to_k, nn.Identity) and h.device.type != "cpu":
+            h = h.contiguous()  # after ``fold`` h is k and v, and fused kernels need a contiguous last axis
         q, k, v = (
             rearrange(project(h), "n p (heads c) -> n heads p c", heads=self.heads)
             for project in (self.to_q, self.to_k, self.to_v)

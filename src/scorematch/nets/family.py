@@ -154,8 +154,8 @@ class Family(ABC, Generic[Network]):
         """Changes a copy of a backbone so that its noise level is set before it is called.
 
         Returns:
-            A function that sets the noise level of the copy, c_noise, () float32. When the copy is called, it uses this
-            level and ignores the c_noise in its arguments.
+            A function that sets the noise level of the copy, c_noise, () or (N,) float32. When the copy is called, it
+            uses this level and ignores the c_noise in its arguments.
         """
 
 

@@ -1,6 +1,6 @@
 """The base classes of the U-Nets: a network with a way down and a way up, and its family.
 
-The condition of these networks is an image, which is concatenated with x, a class, or nothing.
+The condition of these networks is an image, which is concatenated with x, a class, a vector, or nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scorematch.nets.layers import GroupNorm
 
 
 class ImageNetwork(nn.Module):
-    """The base class of the U-Nets, whose condition is an image, a class, or nothing.
+    """The base class of the U-Nets, whose condition is an image, a class, a vector, or nothing.
 
     A subclass defines the modules below. A block on the way down is called as ``block(h, embedding, image)``, and
     returns its output, the features that are kept for the way up, and the image for the next block. A block on the way
@@ -36,6 +36,7 @@ class ImageNetwork(nn.Module):
         classes: the number of classes, or None.
         null_class: whether there is one more class, with the index ``classes``, for samples without a class.
         center: whether to map the input from [0, 1] to [-1, 1].
+        vector: the number of values of a vector as the condition; 0 for none.
 
     Raises:
         ValueError: if ``null_class`` is True without classes, or the network takes both an image and a class.
@@ -46,7 +47,7 @@ class ImageNetwork(nn.Module):
     time_embedding: Embedding
     activation: Callable[[Tensor], Tensor]  # of the embedding of the noise level, and in the residual blocks
     down_blocks: nn.ModuleList
-    mid_block: MiddleBlock
+    mid_block: MiddleBlock | None
     up_blocks: nn.ModuleList
     conv_norm_out: GroupNorm
     conv_out: nn.Conv2d
@@ -61,18 +62,20 @@ class ImageNetwork(nn.Module):
         classes: int | None,
         null_class: bool,
         center: bool,
+        vector: int = 0,
     ) -> None:
         super().__init__()
         if null_class and classes is None:
             raise ValueError("null_class=True needs classes: pass the number of classes, or leave out null_class.")
-        if classes is not None and in_channels > out_channels:
+        if (classes is not None or vector) and in_channels > out_channels:
             raise ValueError(
-                f"in_channels must be at most out_channels, {out_channels}, for a network with classes, since a "
-                f"network takes one condition, an image or a class, got {in_channels}."
+                f"in_channels must be at most out_channels, {out_channels}, for a network with "
+                f"{'a vector' if vector else 'classes'}, since a network takes one condition, an image or a "
+                f"{'vector' if vector else 'class'}, got {in_channels}."
             )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.patch, self.divisor = patch, patch * 2 ** (scales - 1)
-        self.classes, self.null_class, self.center = classes, null_class, center
+        self.classes, self.null_class, self.center, self.vector = classes, null_class, center, vector
 
     def initialize(self) -> None:
         """Initializes the weights of a network to be trained."""
@@ -89,7 +92,7 @@ class ImageNetwork(nn.Module):
         layers: Sequence[int],
         *,
         down: Callable[[int, int, bool], DownBlock],
-        middle: Callable[[], MiddleBlock],
+        middle: Callable[[], MiddleBlock | None],
         up: Callable[[int, int, list[int]], UpBlock],
     ) -> None:
         """Builds the blocks of the way down, the middle and the way up, in this order.
@@ -99,7 +102,7 @@ class ImageNetwork(nn.Module):
             widths: the width of each scale, from full resolution down.
             layers: the number of residual blocks at each scale on the way down; the way up has one more.
             down: returns the block at a scale on the way down, called as ``down(scale, inputs, halve)``.
-            middle: returns the middle block.
+            middle: returns the middle block, or None for none.
             up: returns the block at a scale on the way up, called as ``up(scale, inputs, kept)`` with the widths of the
                 features of the way down that its residual blocks receive.
         """
@@ -119,13 +122,13 @@ class ImageNetwork(nn.Module):
 
         Returns:
             The input of the first convolution (N, in_channels, H, W), in [-1, 1] if ``center`` is True; and the
-            classes, or None.
+            classes or the vectors, or None.
         """
-        image = condition if condition is not None and condition.is_floating_point() else None
-        classes = condition if image is None else None
-        self._check(x, image, classes)
+        image = condition if condition is not None and condition.is_floating_point() and not self.vector else None
+        other = condition if image is None else None
+        self._check(x, image, other)
         x = x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)
-        return 2 * x - 1 if self.center else x, classes
+        return 2 * x - 1 if self.center else x, other
 
     def down_and_up(self, x: Tensor, embedding: Tensor, *, add_picture: bool) -> Tensor:
         """The way down and the way up, from the first to the last convolution.
@@ -141,7 +144,7 @@ class ImageNetwork(nn.Module):
         for block in self.down_blocks:
             h, outputs, image = block(h, embedding, image)
             kept += outputs
-        h = self.mid_block(h, embedding)
+        h = h if self.mid_block is None else self.mid_block(h, embedding)
         picture: Tensor | None = None
         for block in self.up_blocks:
             h, picture = block(h, kept, embedding, picture)
@@ -175,6 +178,11 @@ class ImageNetwork(nn.Module):
                 f"the condition must be an image with x's batch and size, of shape {expected}, got "
                 f"{tuple(image.shape)}."
             )
+        if self.vector and (classes is None or classes.shape != (len(x), self.vector)):
+            given = "none" if classes is None else f"shape {tuple(classes.shape)}"
+            raise ValueError(f"the condition must be a vector for each image, {(len(x), self.vector)}, got {given}.")
+        if self.vector:
+            return
         if (classes is None) != (self.classes is None):
             raise ValueError(
                 "this network takes classes as its condition: pass condition=, int64 (N,)."
@@ -230,9 +238,10 @@ class ImageFamily(Family[Images]):
         backbone.initialize()
 
     def condition(self, backbone: Images, *, predicts_variance: bool) -> Condition:
-        """An image if there are more input channels than x has, which are as many as the score has; or a class."""
+        """An image if there are more input channels than the score has; otherwise that of the backbone."""
         channels = backbone.out_channels // 2 if predicts_variance else backbone.out_channels
-        return Condition(max(0, backbone.in_channels - channels), backbone.classes, backbone.null_class)
+        image = max(0, backbone.in_channels - channels)
+        return Condition(image, backbone.classes, backbone.null_class, backbone.vector)
 
     def skip_convolutions(self, backbone: Images) -> list[list[str]]:
         """The names of the convolutions of the pyramids, on the way down and on the way up."""
@@ -241,15 +250,18 @@ class ImageFamily(Family[Images]):
 
     def fix_level(self, copy: Images) -> Callable[[Tensor], None]:
         """What depends on the level alone is computed once: its embedding, and without classes all its projections."""
-        features, embed = copy.time_proj, copy.time_embedding
-        constant = copy.time_proj = Constant()
+        features, embed, constant = copy.time_proj, copy.time_embedding, Constant()
         embedded = copy.classes is None or not self.class_before_embedding
-        if embedded:
-            copy._modules["time_embedding"] = nn.Identity()
-        projections = fix_projections(copy) if copy.classes is None else None
+        if copy.vector:  # which time_proj may embed too
+            copy._modules["time_embedding"] = constant
+        else:
+            copy.time_proj = constant
+            if embedded:
+                copy._modules["time_embedding"] = nn.Identity()
+        projections = fix_projections(copy) if copy.classes is None and not copy.vector else None
 
         def set_level(c_noise: Tensor) -> None:
-            value = features(c_noise[None])
+            value = features(c_noise.reshape(-1))
             constant.value = embed(value) if embedded else value
             if projections is not None:
                 projections(copy.activation(constant.value))

@@ -3,9 +3,11 @@
 It computes the same function as the network, with six differences:
 
 - weights are in channels_last, the memory format in which convolutions are fastest (see below for CUDA);
-- if the processor multiplies bfloat16 natively, the weights between the first and the last convolution are converted to
-  bfloat16, once. The convolutions that read or write the image stay in float32, since images at low noise levels need
-  more precision than bfloat16 offers, and so do the modules for the noise level and the statistics of norms;
+- if the processor multiplies half precision natively, the weights between the first and the last convolution are
+  converted to it, once: to bfloat16, or to float16 on a GPU that has no bfloat16, if the network's input has unit
+  variance at every level; float16 ends at 65,504. The convolutions that read or write the image stay in float32, since
+  images at low noise levels need more precision than bfloat16 offers, and so do the modules for the noise level and the
+  statistics of norms;
 - what depends only on the noise level is computed once per level, not at each call;
 - attention with one head has two projections instead of four (``Attention.fold``);
 - on a CPU a batch is processed in parts that are small enough for the caches and for the memory that the allocator
@@ -36,7 +38,7 @@ from scorematch.core.precision import native_dtype, without_autocast
 from scorematch.core.scores import NetworkScore
 from scorematch.nets.blocks import Attention
 from scorematch.nets.family import Family, structure
-from scorematch.nets.precondition import Coefficients, Preconditioning
+from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning
 from scorematch.noise import NoiseSchedule
 
 _PART_VALUES = 2**21  # eight megabytes of float32
@@ -47,13 +49,18 @@ _LARGEST_KEPT_BLOCK = 2**25 - 2**16
 
 
 def is_plain(net: nn.Module, backbone: nn.Module) -> bool:
-    """Whether a network with this backbone is float32 and unchanged since it was built: no hooks, no other modules."""
+    """Whether a network with this backbone is float32 and unchanged since it was built: no hooks, no other modules.
+
+    Accelerate's hooks replace ``forward``.
+    """
     return (
         {parameter.dtype for parameter in net.parameters()} == {torch.float32}
         and structure(backbone) == getattr(backbone, "built", None)
         and not any(
             module._forward_hooks
             or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
             or module._compiled_call_impl
             or "forward" in vars(module)
             or not type(module).__module__.startswith(("torch.nn.modules.", "scorematch."))
@@ -103,6 +110,8 @@ class InferenceScore(NetworkScore):
         self._compiled = compile
         self._width = family.width(backbone)
         dtype = native_dtype(self.device)
+        if dtype == torch.float16 and not ROWS[preconditioning.row].centered:  # x is not scaled to unit variance
+            dtype = torch.float32
         self._backbone, self._set_c_noise = copy_for_inference(family, backbone, dtype, compile=compile)
         self._lock = threading.Lock()
         self._level: tuple[float, torch.dtype] | None = None  # the noise level that the copy is set to
@@ -112,8 +121,8 @@ class InferenceScore(NetworkScore):
         """The score of x (N, ...) at a noise level sigma: a float, () or (N,).
 
         Arguments, result and errors are those of the ScoreNet. sigma as a float or as a tensor on the CPU is fastest:
-        what depends on it is then computed once for consecutive calls at the same level. Different levels in sigma (N,)
-        are processed one after another, each with all of its images.
+        what depends on it is then computed once for consecutive calls at the same level. On a CPU, different levels in
+        sigma (N,) are processed one after another, each with all of its images.
         """
         return self._outputs(x, sigma, condition)[0]
 
@@ -123,7 +132,7 @@ class InferenceScore(NetworkScore):
         check_data(x)
         condition = as_condition(condition, x, self.conditioning)
         level = as_sigma(sigma, x)
-        if level.ndim:
+        if level.ndim and by_level(x):
             outputs = tuple(torch.empty_like(x) for _ in range(1 + variance))
             for one in level.unique():
                 rows = level == one
@@ -131,7 +140,7 @@ class InferenceScore(NetworkScore):
                 for output, part in zip(outputs, self._outputs(x[rows], one, given, variance=variance), strict=True):
                     output[rows] = part
             return outputs
-        on_host = not isinstance(sigma, Tensor) or sigma.device.type == "cpu"
+        on_host = level.ndim == 0 and (not isinstance(sigma, Tensor) or sigma.device.type == "cpu")
         with self._lock, without_autocast():
             self._set(level, (float(sigma), level.dtype) if on_host else None)
             size = part_size(self._width, x)
@@ -174,6 +183,11 @@ class InferenceScore(NetworkScore):
         self._level = key
 
 
+def by_level(x: Tensor) -> bool:
+    """Whether images of different levels are processed one after another; elsewhere the host would have to wait."""
+    return x.device.type == "cpu"
+
+
 def part_size(width: int, x: Tensor) -> int:
     """The number of images of x to process at once: on a CPU the first feature map then has at most 2^21 values."""
     return len(x) if x.device.type != "cpu" else max(1, _PART_VALUES // (width * x.shape[2:].numel()))
@@ -196,7 +210,7 @@ def copy_for_inference(
 
     Returns:
         A tuple (copy, set_level). The copy is called in the same way as the backbone, but computes its output for the
-        noise level of the last call of ``set_level(c_noise)``, where c_noise is a float32 tensor ().
+        noise level of the last call of ``set_level(c_noise)``, where c_noise is a float32 tensor () or (N,).
     """
     device = next(backbone.parameters()).device
     channels_last = device.type == "cpu" or (device.type == "cuda" and family.channels_last_on_cuda)
@@ -205,7 +219,7 @@ def copy_for_inference(
         if isinstance(module, Attention):
             module.fold()
     if device.type == "cpu":
-        torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)  # freed at once; its pages are never touched
+        torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8, device="cpu")  # freed at once; its pages are never touched
     if dtype != torch.float32:
         _lower(family, made, dtype)
     set_level = family.fix_level(made)
@@ -270,10 +284,8 @@ def _compile(made: nn.Module, device: torch.device) -> None:
         except Exception as error:  # errors of many types; for invalid input ``plain`` below raises its own error
             made.forward = plain
             output = plain(*arguments)
-            warnings.warn(
-                f"torch.compile failed; the network runs uncompiled: {str(error).strip().splitlines()[0]}",
-                stacklevel=2,
-            )
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"torch.compile failed; the network runs uncompiled: {reason}", stacklevel=2)
         else:
             made.forward = compiled
         return output

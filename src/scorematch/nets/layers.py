@@ -54,7 +54,9 @@ def _activated(y: Tensor, activation: Activation | None, dtype: torch.dtype) -> 
     """Applies the activation to the output y of a norm, in place if possible, since y has no other users."""
     if activation is None:
         return y.to(dtype)
-    in_place = not torch.is_grad_enabled() and activation in _HAS_IN_PLACE
+    # torch.jit.trace compares a graph that it records with gradients to one without.
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    in_place = activation in _HAS_IN_PLACE and not torch.is_grad_enabled() and not tracing
     return (activation(y, inplace=True) if in_place else activation(y)).to(dtype)
 
 
@@ -122,12 +124,12 @@ class ConditionalInstanceNormPlus(nn.Module):
 
     def rows(self, position: Tensor) -> tuple[Tensor, ...]:
         """gamma, alpha and beta at a position in the schedule, each (C,) or (N, C)."""
-        table = self.embed.weight
-        lower = position.floor().long().clamp(0, len(table) - 1)
-        upper = (lower + 1).clamp(max=len(table) - 1)
-        fraction = (position - lower).to(table.dtype)[..., None]
-        # F.embedding selects rows on the device; indexing with a 0-d tensor would copy its value to the CPU.
-        return torch.lerp(F.embedding(lower, table), F.embedding(upper, table), fraction).chunk(3, dim=-1)
+        last = self.embed.num_embeddings - 1
+        lower = position.floor().long().clamp(0, last)
+        upper = (lower + 1).clamp(max=last)
+        fraction = (position - lower).to(self.embed.weight.dtype)[..., None]
+        # An embedding selects rows on the device; indexing with a 0-d tensor would copy its value to the CPU.
+        return torch.lerp(self.embed(lower), self.embed(upper), fraction).chunk(3, dim=-1)
 
 
 # From this many pixels on, a float32 copy of half-precision data does not fit into the caches. Such data are normalized
@@ -164,8 +166,14 @@ class GroupNorm(nn.GroupNorm):
         bias: Tensor = self.bias
         if y.device.type == "cpu" and channels_last:
             y = group_norm_channels_last(y, weight, bias, self.num_groups, self.eps)
-        else:
-            if y.device.type != "cpu" and not _autocast(y):  # only the CPU kernel supports mixed dtypes
-                weight, bias = weight.to(y.dtype), bias.to(y.dtype)
+        elif y.device.type == "cpu":  # its kernel supports mixed dtypes
             y = F.group_norm(y, self.num_groups, weight, bias, self.eps)
+        else:
+            weight, bias = weight.to(y.dtype), bias.to(y.dtype)
+            if _autocast(y):  # for F.group_norm, autocast would keep a float32 copy of y for the backward pass
+                n, channels = y.shape[:2]
+                pixels, groups, eps = y.shape[2:].numel(), self.num_groups, self.eps
+                y = torch.native_group_norm(y.contiguous(), weight, bias, n, channels, pixels, groups, eps)[0]
+            else:
+                y = F.group_norm(y, self.num_groups, weight, bias, self.eps)
         return _activated(y, activation, x.dtype)

@@ -116,6 +116,10 @@ class UNet(ImageNetwork):
         act_fn: the activation in the residual blocks; elsewhere it is SiLU.
         dropout: the dropout probability in the residual blocks.
         num_class_embeds: the number of classes of a class-conditional network, whose condition is int64 (N,).
+        class_embed_type: None for classes; "timestep" for a network whose condition is a number for each image, float
+            (N, 1), embedded like a time step; "identity" for one whose condition is the embedding itself, float (N, K)
+            with K = ``time_embedding_dim``.
+        mid_block_type: None for a network without a middle block.
         center_input_sample: whether to map the input from [0, 1] to [-1, 1].
         time_embedding_dim: the width of the embedding of the noise level; None is four times the first width.
 
@@ -161,6 +165,8 @@ class UNet(ImageNetwork):
         act_fn: str = "silu",
         dropout: float = 0.0,
         num_class_embeds: int | None = None,
+        class_embed_type: Literal["timestep", "identity"] | None = None,
+        mid_block_type: Literal["UNetMidBlock2D"] | None = "UNetMidBlock2D",
         center_input_sample: bool = False,
         time_embedding_dim: int | None = None,
         time_proj_dim: int | None = None,
@@ -173,14 +179,16 @@ class UNet(ImageNetwork):
         pixel_layers: int = 1,
     ) -> None:
         widths = list(block_out_channels)
+        embedding = 4 * widths[0] if time_embedding_dim is None else time_embedding_dim
         super().__init__(
             in_channels,
             out_channels,
             scales=len(widths),
             patch=patch,
-            classes=num_class_embeds,
+            classes=num_class_embeds if class_embed_type is None else None,
             null_class=null_class,
             center=center_input_sample,
+            vector={None: 0, "timestep": 1, "identity": embedding}[class_embed_type],
         )
         _check_blocks(widths, down_block_types, up_block_types, patch, pixel_channels, pixel_layers)
         check_choice("time_embedding_type", time_embedding_type, ("positional", "fourier"))
@@ -194,7 +202,6 @@ class UNet(ImageNetwork):
         head_widths_up = head_widths
         if attention_heads_up is not None:
             head_widths_up = _head_widths("attention_heads_up", attention_heads_up, widths, None)
-        embedding = 4 * widths[0] if time_embedding_dim is None else time_embedding_dim
         scale_shift = resnet_time_scale_shift == "scale_shift"
         style = Style(embedding, norm_eps, dropout, self.activation, scale_shift, norm_num_groups)
         resampling = downsample_type == "resnet", upsample_type == "resnet"
@@ -216,14 +223,20 @@ class UNet(ImageNetwork):
                 features, cosines_first=flip_sin_to_cos, freq_shift=freq_shift, factor=time_factor
             )
         self.time_embedding = Embedding(features, embedding)
-        self.class_embedding = self.class_table(embedding)
+        self.class_embedding: nn.Module | None = self.class_table(embedding)
+        self.log_numbers = fourier  # as diffusers embeds them
+        if class_embed_type is not None:
+            timestep = class_embed_type == "timestep"
+            self.class_embedding = Embedding(features, embedding) if timestep else nn.Identity()
 
         def down(scale: int, inputs: int, halve: bool) -> DownBlock:
             kind, head_width = DOWN_BLOCKS[down_block_types[scale]], head_widths[scale]
             outputs, count = widths[scale], layers[scale]
             return down_block(kind, inputs, outputs, count, layout, head_width=head_width, halve=halve)
 
-        def middle() -> MiddleBlock:
+        def middle() -> MiddleBlock | None:
+            if mid_block_type is None:
+                return None
             lowest, shared = widths[-1], style._replace(scale=mid_block_scale_factor)
             groups = attn_norm_num_groups
             if groups is None and not scale_shift:
@@ -252,13 +265,17 @@ class UNet(ImageNetwork):
             x: (N, C, H, W), where C is ``in_channels`` minus the number of channels of a conditioning image; height and
                 width are multiples of ``divisor``.
             c_noise: (N,), the time step or log sigma, possibly fractional.
-            condition: classes, int64 (N,), for a network with ``num_class_embeds``; or an image, float (N, K, H, W),
-                which is concatenated with x.
+            condition: classes, int64 (N,), for a network with ``num_class_embeds``; an image, float (N, K, H, W), which
+                is concatenated with x; or a vector, float (N, K), for a network with ``class_embed_type``.
         """
-        x, classes = self.inputs(x, condition)
+        x, other = self.inputs(x, condition)
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))
-        if self.class_embedding is not None and classes is not None:
-            embedding = embedding + self.class_embedding(classes)
+        if self.class_embedding is not None and other is not None:
+            if isinstance(self.class_embedding, Embedding):  # a number for each image
+                number = other[:, 0].to(c_noise.dtype)
+                other = self.time_proj(number.log() if self.log_numbers else number)
+            other = other.to(x.dtype) if other.is_floating_point() else other
+            embedding = embedding + self.class_embedding(other)
         embedding = self.activation(embedding)  # once, instead of in every residual block
         pixels: Tensor | None = None
         if self.pixel_in is not None:
@@ -378,6 +395,8 @@ class _UNetFamily(ImageFamily[UNet]):
         "act_fn": Field(str, choices=tuple(_ACTIVATIONS)),
         "dropout": Field(float, low=0, high=1),
         "num_class_embeds": Field(int, optional=True, low=1, high=10_000_000),
+        "class_embed_type": Field(str, optional=True, choices=("timestep", "identity")),
+        "mid_block_type": Field(str, optional=True, choices=("UNetMidBlock2D",)),
         "center_input_sample": Field(bool),
         "time_embedding_dim": Field(int, optional=True, low=1, high=65_536),
         "time_proj_dim": Field(int, optional=True, low=2, high=65_536),

@@ -52,11 +52,10 @@ _NETWORK: Mapping[str, Field] = {
     **_UNET,
     "sample_size": Field(list, optional=True, low=2, high=2, each=Field(int, low=1, high=65_536)),
 }
-# Options of diffusers' U-Net that are not supported, with the value that leaves the option unused.
-_UNSUPPORTED = {"class_embed_type": None, "mid_block_type": "UNetMidBlock2D"}
-# The same for the scheduler, of options that change the time input or the noise levels. Schedulers with sigma_data are
-# those of EDM and of consistency models, and those with timestep_scaling are of latent consistency models.
-_UNSUPPORTED_TRAINING = {
+# Options of schedulers that change the time input or the noise levels and are not supported, with the value that leaves
+# the option unused. Schedulers with sigma_data are those of EDM and of consistency models, and those with
+# timestep_scaling are of latent consistency models.
+_UNSUPPORTED = {
     "timestep_type": "discrete",
     "snr_shift_scale": 1.0,
     "use_flow_sigmas": False,
@@ -196,10 +195,9 @@ def _translate(
         stored_levels: the noise levels that are stored with the weights, which replace those of the scheduler; None if
             there are none.
     """
-    for name, config, options in ((where, network, _UNSUPPORTED), (where_scheduler, scheduler, _UNSUPPORTED_TRAINING)):
-        for key, unused in options.items():
-            if config.get(key, unused) != unused:
-                raise ValueError(f"{name}: {key} {config[key]!r} is not supported.")
+    for key, unused in _UNSUPPORTED.items():
+        if scheduler.get(key, unused) != unused:
+            raise ValueError(f"{where_scheduler}: {key} {scheduler[key]!r} is not supported.")
     size = network.get("sample_size")
     size = [size, size] if isinstance(size, int) else size
     check({**network, "sample_size": size}, _NETWORK, where)
@@ -333,7 +331,8 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
     if family is None or family.diffusers_class(architecture(config), row) is None:
         return "UNet2DModel does not have its architecture"
     takes_image = config.get("in_channels", 3) != config.get("out_channels", 3)
-    if config.get("num_class_embeds") is not None or takes_image or config["predicts_variance"]:
+    takes_vector = config.get("class_embed_type") is not None
+    if config.get("num_class_embeds") is not None or takes_vector or takes_image or config["predicts_variance"]:
         return "it takes a condition or predicts a variance"
     if config["sample_shape"] is None or config["value_range"] is None:
         return "it has no sample_shape or no value_range"
