@@ -4,10 +4,14 @@ import doctest
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import FunctionType
 from unittest.mock import patch
@@ -156,6 +160,45 @@ def test_the_family_of_the_page_about_extending_works_in_the_package(tmp_path, m
         torch.testing.assert_close(x + 0.09 * net.inference_copy()(x, 0.3), expected, atol=1e-5, rtol=0)
 
 
+def _changed(folder, diff):
+    """Makes a change of one file of a folder, in the form of a page: parts of a diff, divided by lines of dots."""
+    parts = [part.splitlines() for part in diff.split("...\n")]
+    parts = [["\n".join(line[1:] for line in part if line[:1] != sign) for sign in "+-"] for part in parts]
+    (path,) = (path for path in folder.rglob("*.py") if parts[0][0] in path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    for old, new in parts:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_option_of_training_of_the_page_about_extending_works_in_the_package(tmp_path):
+    """In a copy of the package, as an argument, an option of the command and an entry of config.json."""
+    package = Path(scorematch.__file__).parent
+    shutil.copytree(package, tmp_path / "scorematch", ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+    (diff,) = _blocks(ROOT / "docs" / "extending.md", "diff")
+    _changed(tmp_path / "scorematch", diff)
+    np.savez(tmp_path / "data.npz", images=np.zeros((8, 8, 8), np.uint8))
+    code = (
+        "import inspect; from scorematch.training import Settings, train\n"
+        "assert inspect.signature(train).parameters['floor'].default == 0\n"
+        "assert Settings(images=10**6, floor=0.1, lr=1e-3).rate(10**6) == 1e-4\n"
+        "assert 'the smallest learning rate, as a fraction of lr' in train.__doc__\n"
+    )
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}}
+    options |= {"capture_output": True, "text": True, "timeout": 280, "check": False}
+    assert subprocess.run([sys.executable, "-c", code], **options).stderr == ""
+    command = [sys.executable, "-m", "scorematch", "train", "data.npz", "--out", "run", "--recipe", "tiny"]
+    command += ["--images", "8", "--batch-size", "8", "--image-size", "8", "--device", "cpu", "--quiet", "--floor"]
+    assert subprocess.run([*command, "0.1"], **options).returncode == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["settings"]["floor"] == 0.1
+    again = subprocess.run([*command, "0.2"], **options)
+    assert again.returncode == 2 and "floor" in again.stderr
+    refused = subprocess.run([*command, "2"], **options)
+    assert refused.returncode == 2 and "--floor" in refused.stderr
+
+
 @pytest.mark.slow
 def test_the_lines_for_users_of_other_libraries_run(tmp_path, monkeypatch):
     """The first code of each cell in the right columns; a command is only parsed."""
@@ -263,7 +306,8 @@ def test_the_readme_begins_with_commands_for_a_picture_and_the_tests():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_targets_of_links_exist(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
 

@@ -17,7 +17,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from diffusers import DDPMPipeline
 
-PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+PAGE = Path(__file__).parents[1] / "docs" / "integrations.md"
 
 
 def _net(channels=3, size=(8, 8), **options):
@@ -153,7 +153,7 @@ def test_a_denoiser_returns_x_at_level_0(make, rng):
 
 @pytest.mark.slow
 def test_samplers_of_azula_draw_the_samples_of_this_package(monkeypatch):
-    """The adapter in docs/extending.md. With azula 0.11.1, which the tests do not require."""
+    """The adapter in docs/integrations.md. With azula 0.11.1, which the tests do not require."""
     azula = pytest.importorskip("azula.sample")
     blocks = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     (block,) = (block for block in blocks if "azula" in block)

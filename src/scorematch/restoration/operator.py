@@ -43,8 +43,10 @@ class Operator(ABC):
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """The image A^+ y. For an operator with a gain it is A^T y / c, the smallest image whose measurement is y.
 
-        An operator without a gain returns any image that fits y, by default y itself. If its measurement has another
-        shape than the image, it has to define this method.
+        For an operator without a gain it turns the difference of two measurements into a change of the image. The
+        default, y itself, is right for most measurements of the image's shape, such as a blur; the inverse of an
+        ill-conditioned matrix would amplify noise. If y has another shape, the operator has to define this method, for
+        example as an enlargement of y.
 
         Raises:
             ValueError: if the shape of y does not fit the operator.
