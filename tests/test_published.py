@@ -716,10 +716,10 @@ def test_published_options_of_improved_diffusion():
         ("#" * 300_000, "a.txt", r"a\.txt has 300,000 bytes, and a file of options has at most 262,144\.$"),
     ],
 )
-def test_configurations_that_cannot_be_read(text, name, message, tmp_path):
+def test_configurations_that_cannot_be_read(text, name, message, checkpoint, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        score_sde._options(tmp_path / name)
+        ScoreNet.from_checkpoint(checkpoint, config=tmp_path / name)
 
 
 @pytest.fixture(scope="module")
