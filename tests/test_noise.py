@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -348,6 +349,15 @@ def test_nan_outside_of_the_random_subset_raises(rng):
     for _ in range(3):
         with pytest.raises(ValueError, match="NaN or infinity"):
             NoiseSchedule.from_data(images, max_images=2, generator=rng)
+
+
+@pytest.mark.parametrize("dimension", [784, 3072])
+@pytest.mark.parametrize("overlap", [0.2, 0.5, 0.995])
+def test_the_overlap_of_neighboring_levels_is_that_of_technique_2(dimension, overlap):
+    """Phi(s + 3 gamma) - Phi(s - 3 gamma) with s = sqrt(2 D) (gamma - 1); a wide range makes rounding small."""
+    gamma = 1e300 ** (1 / (NoiseSchedule.suggest_levels(1e298, 0.01, dimension, C=overlap) - 1))
+    shift, phi = math.sqrt(2 * dimension) * (gamma - 1), NormalDist().cdf
+    assert phi(shift + 3 * gamma) - phi(shift - 3 * gamma) == pytest.approx(overlap, abs=1e-4)
 
 
 # -- Few dimensions

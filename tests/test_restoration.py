@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -694,6 +695,25 @@ def test_a_measurement_in_units_of_the_image_gives_a_warning(operator):
     y = operator.measure(torch.rand(1, 3, 8, 8, generator=seed())) + 1
     with pytest.warns(UserWarning, match="outside the network's value_range"):
         AnnealedLangevinSampler(net, levels=3).sample(observation=Observation(operator, y), progress=False)
+
+
+class _Dimmed(Operator):
+    def __init__(self, factor):
+        self.factor, self.gain = factor, factor**2
+
+    def measure(self, x):
+        return self.factor * x
+
+    def pseudo_inverse(self, y):
+        return y / self.factor
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(0.975, False), (0.985, True), (1.015, True), (1.025, False)])
+def test_a_measurement_may_miss_the_units_of_the_image_by_2_percent(factor, warned):
+    net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
+    observation = Observation(_Dimmed(factor), torch.full((1, 1, 8, 8), 1.25))
+    with pytest.warns(UserWarning, match="outside the network's value_range") if warned else nullcontext():
+        AnnealedLangevinSampler(net, levels=3).sample(observation=observation, progress=False)
 
 
 @pytest.mark.parametrize("operator", [Mask(torch.arange(4) < 2), Grayscale() @ Mask(torch.arange(4) < 2)])
