@@ -190,3 +190,12 @@ def test_a_configuration_with_invalid_patches_raises(key, value, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(ValueError, match=f"config.json: {key} must be"):
         ScoreNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "possible"), [(4, 8, True), (4, 64, True), (4, 68, False), (0, 8, False), (8, 4, False)]
+)
+def test_the_channels_of_pixels_that_may_be_added_to_a_trained_network(small, large, possible):
+    """At least one exists already, and the groups of their norms keep their size."""
+    smaller, larger = ({"block_out_channels": [8], "pixel_channels": channels} for channels in (small, large))
+    assert ("pixel_channels" in FAMILIES["unet"].growth(smaller, larger)) is possible
