@@ -3,7 +3,7 @@
     python examples/palette.py --data FOLDER --out runs/palette                        # MNIST in three colors, 4 tasks
     python examples/palette.py --data FOLDER --out runs/palette                        # continues an interrupted run
     python examples/palette.py --data FOLDER --out runs/l1 --p 1                       # the ablation of the paper
-    python examples/palette.py --data FOLDER --out runs/one --tasks hole         # one task only
+    python examples/palette.py --data FOLDER --out runs/one --tasks hole               # one task only
     python examples/palette.py --data FOLDER --out runs/regression --regression        # a baseline without sampling
     python examples/palette.py --data FOLDER --out runs/palette --evaluate             # the figures only
     python examples/palette.py --data FOLDER --out runs/cifar --images cifar10 --width 96

@@ -240,6 +240,7 @@ def test_import_draws_no_random_numbers_and_loads_only_what_is_used():
         "assert 'scorematch.likelihood' not in sys.modules\n"
         f"for name in {public}:\n"
         "    assert getattr(scorematch, name).__name__ == 'scorematch.' + name\n"
+        "    assert name == 'core' or scorematch.__dict__[name].__all__\n"
         "optional = 'accelerate', 'gradio', 'matplotlib', 'PIL', 'scipy', 'torch_fidelity', 'torchvision', 'yaml'\n"
         "assert not {'huggingface_hub', *optional} & set(sys.modules)\n"
         "sys.modules.update(dict.fromkeys(optional))\n"

@@ -130,6 +130,7 @@ from scorematch.sampling.ancestral import Variance
 from scorematch.training import (
     RECIPES,
     LevelMixture,
+    Levels,
     LogNormal,
     LogUniform,
     Recipe,
@@ -321,7 +322,7 @@ def training(net: ScoreNet, folder: Path) -> ScoreNet:
     images, labels = data.read([0, 1])
     assert_type(images, Tensor)
     assert_type(labels, Tensor | None)
-    levels = LevelMixture((LogNormal(-1, 1), LogUniform(0.01, 50), UniformTime(), net.schedule))
+    levels: Levels = LevelMixture((LogNormal(-1, 1), LogUniform(0.01, 50), UniformTime(), net.schedule))
     u = torch.rand(3, dtype=torch.float64)
     assert_type(levels_for(net, levels).quantile(u), Tensor)
     weighting: Callable[[Tensor], Tensor] | None = weighting_for(net, "backbone", p=2)

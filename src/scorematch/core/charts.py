@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+__all__ = ["Curve", "chart", "table"]
+
 
 class Curve(NamedTuple):
     """A line in a chart.

@@ -10,6 +10,8 @@ from typing import Any
 
 from scorematch.core.messages import quote
 
+__all__ = ["Field"]
+
 _NAMES = {
     int: "an integer",
     float: "a number",

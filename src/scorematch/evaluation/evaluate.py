@@ -12,7 +12,7 @@ The folder of an evaluation contains
 evaluation.json     all settings and a hash of them, the versions, and all figures with their errors
 evaluation.md       the figures as tables
 samples.png         the first samples
-samples/            for a network, all samples, as ``scorematch.bulk`` writes them
+samples/            for a network, all samples, as ``sample_to`` writes them
 ==================  ===================================================================================================
 
 Samples are kept, so that the same call continues an interrupted one, and a call with other metrics or features draws

@@ -48,6 +48,8 @@ from scorematch.noise import NoiseSchedule
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
 
+__all__ = ["Distribution", "Empirical", "Gaussian", "Mixture", "operator_matrix"]
+
 _BLOCK = 1024  # images of an empirical distribution that are compared at a time
 _NEGATIVE = 1e-6  # the tolerance for negative eigenvalues of a covariance, relative to the largest
 _KNOWN = 1e-9  # the tolerance of squared distances from y where the components do not vary, relative to the largest one

@@ -73,7 +73,7 @@ def sample_to(
 
     Args:
         sampler: the sampler. Its network must draw images (C, H, W) in [0, 1] with 1 or 3 channels.
-        folder: the folder to write, new, empty, or with samples of the same settings; see ``scorematch.bulk``.
+        folder: the folder to write, new, empty, or with samples of the same settings; see ``scorematch.data.samples``.
         n: the number of images, over all processes together.
         seed: the seed of all images.
         batch_size: the number of images that go through the network at once.

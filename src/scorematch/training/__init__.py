@@ -1,7 +1,7 @@
 """Training of networks on one or several devices, with exact continuation of interrupted runs (extra ``train``)."""
 
 from scorematch.training.ema import reconstruct
-from scorematch.training.levels import LevelMixture, LogNormal, LogUniform, UniformTime
+from scorematch.training.levels import LevelMixture, Levels, LogNormal, LogUniform, UniformTime
 from scorematch.training.recipes import RECIPES, Recipe
 from scorematch.training.run import train
 from scorematch.training.settings import Settings
@@ -10,6 +10,7 @@ from scorematch.training.steps import Step, TrainingState, train_steps
 __all__ = [
     "RECIPES",
     "LevelMixture",
+    "Levels",
     "LogNormal",
     "LogUniform",
     "Recipe",

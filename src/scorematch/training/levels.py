@@ -50,6 +50,8 @@ from scorematch.nets.precondition import ROWS
 from scorematch.noise import NoiseSchedule
 from scorematch.score import ScoreNet
 
+__all__ = ["LevelMixture", "Levels", "LogNormal", "LogUniform", "UniformTime", "levels_for", "weighting_for"]
+
 Weighting = Literal["sigma", "backbone"]
 
 _POOLED = 2**14  # the number of levels with which a mixture represents each of its parts
