@@ -542,6 +542,18 @@ def test_statistics_are_cached_by_content(tmp_path):
     assert not torch.equal(statistics(tmp_path / "faces").mean, first.mean) and sum(calls) == 16
 
 
+@pytest.mark.parametrize(
+    ("keep_features", "name"),
+    [(False, "20affdfac34ca952f1556c8af3cfe752.npz"), (True, "24a078c820c670008d54fc0ab2df46bd.npz")],
+)
+def test_names_of_cached_statistics_do_not_change(keep_features, name, tmp_path):
+    """Otherwise the features of the data sets of users would be computed again."""
+    extractor = Extractor(means, "three", "1")
+    data = torch.arange(72, dtype=torch.uint8).view(2, 1, 6, 6)
+    statistics_of(data, extractor, keep_features=keep_features, cache=tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_the_key_depends_on_pixels_and_extractor(tmp_path):
     images = pictures(8)
     changed = images.clone()

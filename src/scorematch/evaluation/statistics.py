@@ -36,7 +36,7 @@ from scorematch.core.arguments import argument, check_count
 from scorematch.core.files import write_whole
 from scorematch.core.messages import plain
 from scorematch.core.processes import agreed, world_size
-from scorematch.core.provenance import identity
+from scorematch.core.records import hash_of_bytes
 from scorematch.data.arrays import read_arrays
 from scorematch.data.images import ImageData, open_images
 from scorematch.evaluation.accumulate import Moments, Rows
@@ -279,8 +279,7 @@ def _stored(path: Path, extractor: Extractor) -> Statistics | None:
 
 def _cache_name(images: ImageData, extractor: Extractor, keep_features: bool) -> str:
     """The name of the file of statistics in a cache; it has a hash of all pixels, which are read when first hashed."""
-    key = identity([images.content, *_identity(extractor), keep_features])
-    return f"{key.rpartition(' ')[2]}.npz"
+    return f"{hash_of_bytes(repr((images.content, *_identity(extractor), keep_features)).encode())}.npz"
 
 
 def cache_folder() -> Path:
