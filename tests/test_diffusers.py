@@ -189,6 +189,14 @@ def test_a_network_with_a_conditioning_image_may_predict_a_variance(rng, tmp_pat
     assert not plain.predicts_variance and plain.sample_shape == (6, 8, 8) and plain.conditioning.channels == 0
 
 
+def test_a_configuration_and_its_hash_have_only_what_differs_of_later_options(tmp_path):
+    """A folder of samples of a network that was loaded before there were these options is continued."""
+    folder = _save(_theirs(), tmp_path, DDPM)
+    later = {"class_embed_type": None, "mid_block_type": "UNetMidBlock2D"}
+    assert later.items() <= json.loads((folder / "config.json").read_text()).items()
+    assert not later.keys() & ScoreNet.from_pretrained(folder).config.keys()
+
+
 @pytest.mark.parametrize("fourier", [False, True])
 @pytest.mark.parametrize(
     ("options", "vector"),

@@ -592,7 +592,7 @@ def test_a_refused_network_is_not_downloaded(hub, run):
     assert "its _class_name must be UNet2DModel" in run(LOAD, fails=True)
     held["config.json"] = json.dumps({**config, "mid_block_type": "Other"}).encode()
     hub.commit = hub.commit[::-1]
-    assert "mid_block_type 'Other' is not supported" in run(LOAD, fails=True)
+    assert "mid_block_type must be one of 'UNetMidBlock2D' or null, got 'Other'" in run(LOAD, fails=True)
     assert hub.fetched() == ["config.json", "model_index.json", "scheduler_config.json"]
 
 

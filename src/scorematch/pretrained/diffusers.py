@@ -48,6 +48,8 @@ INDEX_FILE = "model_index.json"
 
 # The keys of the family "unet" that diffusers has as well.
 _UNET = {key: field for key, field in FAMILIES["unet"].keys.items() if key not in OWN_KEYS}
+# Keys that are left out of a configuration with these values, so that it and its hash are those of earlier versions.
+_UNLESS = {"class_embed_type": None, "mid_block_type": "UNetMidBlock2D"}
 _NETWORK: Mapping[str, Field] = {
     **_UNET,
     "sample_size": Field(list, optional=True, low=2, high=2, each=Field(int, low=1, high=65_536)),
@@ -202,7 +204,7 @@ def _translate(
     size = [size, size] if isinstance(size, int) else size
     check({**network, "sample_size": size}, _NETWORK, where)
     # A missing key means diffusers' default, which is also the default of this package's U-Net.
-    unet = {key: network[key] for key in _UNET if key in network}
+    unet = {key: network[key] for key in _UNET if key in network and network[key] != _UNLESS.get(key, ...)}
     inputs, outputs = unet.get("in_channels", 3), unet.get("out_channels", 3)
     if outputs > inputs and outputs != 2 * inputs:
         raise ValueError(
