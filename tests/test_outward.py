@@ -1,23 +1,19 @@
-"""Networks of this package in other packages: as a pipeline of diffusers, and as a denoiser for azula."""
+"""Networks of this package in other packages: as a pipeline of diffusers, and as a denoiser."""
 
 import json
-import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.pretrained.diffusers import SCHEDULER_FILE
-from scorematch.sampling import AncestralSampler, ODESampler
+from scorematch.sampling import AncestralSampler
 from tests.helpers import run, seed
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from diffusers import DDPMPipeline
-
-PAGE = Path(__file__).parents[1] / "docs" / "integrations.md"
 
 
 def _net(channels=3, size=(8, 8), **options):
@@ -149,31 +145,3 @@ def test_a_denoiser_returns_x_at_level_0(make, rng):
     for level in (-0.1, torch.tensor([0.0, -0.1])):
         with pytest.raises(ValueError, match=r"sigma must be positive, got -0\.1"):
             denoiser(x, level)
-
-
-@pytest.mark.slow
-def test_samplers_of_azula_draw_the_samples_of_this_package(monkeypatch):
-    """The adapter in docs/integrations.md. With azula 0.11.1, which the tests do not require."""
-    azula = pytest.importorskip("azula.sample")
-    blocks = re.findall(r"^```py\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    (block,) = (block for block in blocks if "azula" in block)
-    levels = NoiseSchedule.geometric(10, 0.1, 11)
-    net = _net(1, 16, classes=8, precondition="karras", schedule=levels)
-    names = {"net": net, "torch": torch}
-    exec(block, names)  # noqa: S102
-    assert names["images"].shape == (2, 1, 16, 16) and not names["images"].requires_grad
-
-    init = 0.5 + 10 * torch.randn(2, 1, 16, 16, generator=seed(0))
-    options = {"precision": "float32", "denoise": False, "clamp": False}
-    found = names["sampler"](init, condition=7)
-    expected = run(ODESampler(net, levels, **options), init=init, condition=7)
-    assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-
-    sampler = azula.DDPMSampler(names["sampler"].denoiser, steps=10, silent=True)
-    torch.manual_seed(5)
-    found = sampler(init, condition=7)
-    torch.manual_seed(5)
-    small = AncestralSampler(net, levels, variance="small", **options)
-    expected = run(small, init=init, condition=7, noise_source=torch.randn_like)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
