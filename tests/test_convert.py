@@ -8,7 +8,7 @@ import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.__main__ import main
-from scorematch.sampling import SamplerSettings
+from scorematch.sampling import SamplerSettings, recommended_sampler
 from tests.helpers import convert
 
 OPTIMIZER = {"state": {0: {"step": 5, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}
@@ -72,6 +72,37 @@ def test_the_configuration_gives_the_size_and_the_published_settings(files, tmp_
     assert not sampler.exact_noise
 
 
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_ncsn_gets_the_sampler_of_its_authors_program(rescaled, files, tmp_path):
+    """100 steps at each of the 10 levels with the step size 2e-5, and no final denoising."""
+    edit = {"edit": lambda text: text.replace("  channels: 1", "  channels: 1\n  rescaled: true")} if rescaled else {}
+    _, checkpoint, config = files("ncsn_mnist", **edit)
+    net = ScoreNet.from_pretrained(convert(checkpoint, tmp_path / "out", config=config) and tmp_path / "out")
+    size = 5e-6 if rescaled else 2e-5
+    published = {"steps_per_level": 100, "step_size": size, "exact_noise": False, "denoise": False}
+    assert net.sampler_settings == SamplerSettings(levels=10, **published)
+    for sampler in (recommended_sampler(net), AnnealedLangevinSampler(net), recommended_sampler(net.inference_copy())):
+        assert sampler.schedule == net.schedule and len(sampler) == 1000
+        assert {name: getattr(sampler, name) for name in published} == published
+        assert not sampler.consistent
+    assert len(recommended_sampler(net, denoise=True)) == 1001
+
+
+def test_the_step_size_of_ncsn_is_not_stored_for_levels_at_which_it_diverges(files, tmp_path):
+    _, checkpoint, config = files("ncsn_mnist")
+    config.write_text("model:\n  sigma_begin: 1\n  sigma_end: 0.001\n  num_classes: 10\n")
+    assert convert(checkpoint, tmp_path / "out", config=config).sampler_settings is None
+
+
+def test_whether_ncsnv2_denoises_is_read(files, tmp_path):
+    def edit(text):
+        return text.replace("step_lr: 6.2e-06", "step_lr: 6.2e-06\n  denoise: false")
+
+    _, checkpoint, config = files("ncsnv2", edit=edit)
+    net = convert(checkpoint, tmp_path / "out", config=config)
+    assert net.sampler_settings.options["denoise"] is False and len(recommended_sampler(net)) == 1160
+
+
 def test_the_averaged_weights_are_converted_unless_raw(files, tmp_path):
     fixture, checkpoint, config = files("ncsnv2")
     raw = convert(checkpoint, tmp_path / "raw", config=config, raw=True)
@@ -84,7 +115,8 @@ def test_the_averaged_weights_are_converted_unless_raw(files, tmp_path):
 def test_conversion_without_a_configuration(files, tmp_path):
     fixture, checkpoint, _ = files("ncsnv2")
     net = convert(checkpoint, tmp_path / "v2")
-    assert net.sample_shape is None and net.sampler_settings is None
+    published = SamplerSettings(levels=232, steps_per_level=5, step_size=6.2e-6, exact_noise=False)
+    assert net.sample_shape is None and net.sampler_settings == published
     _agrees(net, fixture)
     fixture, checkpoint, _ = files("ncsn_mnist")
     net = convert(checkpoint, tmp_path / "v1")

@@ -14,8 +14,9 @@ from scorematch.__main__ import main
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import cards, improved_diffusion, score_sde
 from scorematch.pretrained.loading import build
-from scorematch.sampling import AncestralSampler, SamplerSettings, recommended_sampler
+from scorematch.sampling import SAMPLERS, AncestralSampler, SamplerSettings, recommended_sampler
 from tests import published as theirs
+from tests.conftest import FIXTURES
 from tests.helpers import convert, python, run
 from tests.published import randomize
 
@@ -528,7 +529,7 @@ def test_every_published_checkpoint_has_its_configuration():
         assert (checkpoint.config is None) == ("not for commercial use" in checkpoint.license)
 
 
-_LANGEVIN = {"predictor": "reverse-diffusion", "corrector_steps": 1}
+_LANGEVIN = {"predictor": "reverse-diffusion", "corrector_steps": 1, "published": True}
 
 
 @pytest.mark.parametrize(
@@ -548,6 +549,25 @@ def test_the_sampler_settings_of_published_configurations_of_score_sde(name, set
     assert score_sde._settings(score_sde._options(name)) == settings
 
 
+@torch.no_grad()
+def test_the_recommended_sampler_of_score_sde_takes_the_steps_of_its_authors():
+    """The file, its noise and its states were made with the authors' program, with five noise levels."""
+    folder = FIXTURES / "score_sde"
+    recorded = {name: torch.from_numpy(array) for name, array in np.load(folder / "pc_sampler.npz").items()}
+    net = ScoreNet.from_checkpoint(folder / "checkpoint_1.pth", config=folder / "config.json")
+    settings = net.sampler_settings
+    sampler = SAMPLERS[settings.sampler](net, **settings.options, precision="float32", clamp=False)
+    assert str(sampler) == str(recommended_sampler(net)) and len(sampler) == recorded["nfe"]
+    steps = list(zip(recorded["corrector_noise"], recorded["predictor_noise"], strict=True))
+    noises = (noise for pair in steps for noise in pair)
+    start = recorded["prior"] * net.schedule.sigma_max
+    found = [x for x, _ in sampler.iterate(init=start, noise_source=lambda x: next(noises), progress=False)]
+    pairs = zip(recorded["after_corrector"], recorded["after_predictor"], strict=True)
+    expected = [*[x for pair in pairs for x in pair][:-1], recorded["sample"]]
+    for ours, theirs_ in zip(found, expected, strict=True):
+        _close(ours, theirs_, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [
@@ -557,7 +577,9 @@ def test_the_sampler_settings_of_published_configurations_of_score_sde(name, set
         ),
         (
             {"predictor": "ancestral_sampling", "corrector": "langevin", "snr": 0.1, "n_steps_each": 2},
-            SamplerSettings("predictor-corrector", levels=50, predictor="ancestral", corrector_steps=2, snr=0.1),
+            SamplerSettings(
+                "predictor-corrector", levels=50, predictor="ancestral", corrector_steps=2, snr=0.1, published=True
+            ),
         ),
         ({"predictor": "none", "corrector": "langevin"}, None),
         ({"predictor": "reverse_diffusion", "corrector": "ald"}, None),

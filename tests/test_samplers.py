@@ -931,6 +931,46 @@ def test_a_network_without_settings_is_sampled_consistently_in_at_most_250_calls
     assert sampler.step_size == pytest.approx(1e-4 * (1 - r**1.1))
 
 
+@pytest.mark.parametrize("kind", list(SAMPLERS))
+def test_a_network_with_a_table_of_levels_is_sampled_at_these_levels(kind):
+    """The normalization layers of NCSN have parameters for each level, and none for a level in between."""
+    net = ScoreNet.ncsn(1, 8, width=2, schedule=NoiseSchedule.geometric(1, 0.01, 10))
+    for options in ({}, {"levels": 5}, {"levels": 100}, {"sigma_max": 0.7}, {"sigma_min": 0.02, "levels": 4}):
+        for score in (net, net.inference_copy()):
+            schedule = SAMPLERS[kind](score, **options).schedule
+            assert set(schedule) <= set(net.schedule)
+    assert SAMPLERS[kind](net, levels=100).schedule == net.schedule
+    SAMPLERS[kind](net, NoiseSchedule(net.schedule.sigmas.float()))  # without a warning
+    with pytest.warns(UserWarning, match=r"^4 of the 5 noise levels of the schedule are not among the 10 that the"):
+        SAMPLERS[kind](net, NoiseSchedule.geometric(1, 0.02, 5))
+
+
+def test_the_default_for_a_table_of_few_levels_is_plain_langevin_sampling():
+    net = ScoreNet.ncsn(1, 8, width=2, schedule=NoiseSchedule.geometric(1, 0.01, 10))
+    sampler = recommended_sampler(net)
+    assert (sampler.schedule, sampler.consistent, sampler.exact_noise) == (net.schedule, False, True)
+    assert 1 < sampler.steps_per_level < 10
+    net = ScoreNet.ncsn(1, 8, width=2, schedule=NoiseSchedule.geometric(1, 0.01, 120))
+    sampler = recommended_sampler(net)
+    assert sampler.consistent and sampler.schedule == net.schedule
+    # Settings of an earlier version, for levels in between: the step size is derived for the levels of the network.
+    net = ScoreNet.ncsn(1, 8, width=2, schedule=NoiseSchedule.geometric(1, 0.01, 10))
+    net.sampler_settings = SamplerSettings(levels=100, step_size=5e-6, consistent=True)
+    sampler = recommended_sampler(net)
+    assert sampler.consistent and sampler.schedule == net.schedule and sampler.step_size > 5e-6
+
+
+@pytest.mark.parametrize("kind", list(SAMPLERS))
+def test_settings_may_leave_out_the_final_denoising(kind):
+    net = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT)
+    net.sampler_settings = SamplerSettings.from_dict({"sampler": kind, "levels": 5, "denoise": False})
+    sampler = recommended_sampler(net)
+    assert not sampler.denoise and sampler.settings() == recommended_sampler(net, denoise=True).settings()
+    assert len(recommended_sampler(net, denoise=True)) == len(sampler) + 1
+    with pytest.raises(ValueError, match="denoise must be true or false, got 1"):
+        SamplerSettings(kind, denoise=1)
+
+
 def test_another_number_of_levels_keeps_the_kind_of_sampling_and_the_exponent():
     """The exponent p, the amount of new noise per factor of sigma, stays that of the recommended settings."""
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=NoiseSchedule.geometric(10, 0.1, 40))
@@ -1031,7 +1071,7 @@ def test_a_sampler_is_registered_by_one_line(tmp_path, monkeypatch, capsys):
     for options, message in [
         (
             {"sampler": "plain", "eta": 1},
-            "eta is not an option of the sampler 'plain', whose options are levels",
+            "eta is not an option of the sampler 'plain', whose options are denoise, levels",
         ),
         ({"sampler": "noisy", "eta": -1}, "sampler_settings: eta must be a number of at least 0, got -1"),
     ]:

@@ -335,6 +335,16 @@ class NoiseSchedule:
         even = NoiseSchedule.geometric(self.sigma_max, self.sigma_min, levels)
         return even if respaced.smallest_ratio < 0.9999 * even.smallest_ratio else respaced
 
+    def nearest(self, others: NoiseSchedule) -> NoiseSchedule:
+        """The levels of this schedule that are nearest to those of another schedule, in log sigma, each of them once.
+
+        Example:
+            >>> list(NoiseSchedule([8.0, 4.0, 2.0, 1.0]).nearest(NoiseSchedule([7.0, 5.0, 4.5, 1.1])))
+            [8.0, 4.0, 1.0]
+        """
+        positions = {round(float(self.position(sigma))) for sigma in others}
+        return NoiseSchedule([self[i] for i in sorted(positions)])
+
     def between(self, sigma_max: float | None = None, sigma_min: float | None = None) -> NoiseSchedule:
         """The levels of this schedule in a range: the two ends of the range, and all levels between them.
 

@@ -106,6 +106,7 @@ class Row(NamedTuple):
             project that comes without settings; None is no settings.
         diffusers: the embedding of the noise level with which a U-Net of diffusers has this c_noise and this meaning of
             its output; None if there is none.
+        discrete: whether the backbone takes the number of one of few noise levels, and knows no levels between them.
     """
 
     coefficients: Callable[..., Coefficients]
@@ -115,6 +116,7 @@ class Row(NamedTuple):
     weighting: Literal["sigma", "backbone"] = "backbone"
     sampler: Mapping[str, float] | None = {}
     diffusers: Literal["positional", "fourier"] | None = None
+    discrete: bool = False
 
 
 def _ncsn(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
@@ -182,7 +184,8 @@ def _karras(sigma: Tensor, schedule: NoiseSchedule, k: float, *, sigma_data: flo
 
 _DIFFUSION = {"beta_min": 0.1, "beta_max": 20.0, "time_scale": 999.0}
 ROWS: dict[str, Row] = {
-    "ncsn": Row(_ncsn, centered=False, weighting="sigma", sampler=None),  # the backbone predicts the score itself
+    # The backbone predicts the score itself, and has parameters of its own for every noise level.
+    "ncsn": Row(_ncsn, centered=False, weighting="sigma", sampler=None, discrete=True),
     "ncsnv2": Row(_ncsnv2, centered=False),
     # The step is close to the published one of variance-exploding networks, 1.5 (1 - r) sigma^2
     # (Jolicoeur-Martineau et al., 2020, arXiv:2009.05475).
@@ -247,6 +250,11 @@ class Preconditioning:
             return 1.0, 0.0
         low, high = self.value_range
         return 2 / (high - low), (low + high) / 2
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the backbone was trained at the levels of the schedule alone."""
+        return ROWS[self.row].discrete
 
     @property
     def assumed_std(self) -> float | None:

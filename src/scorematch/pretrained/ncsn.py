@@ -39,6 +39,16 @@ from scorematch.sampling.settings import SamplerSettings
 NAMES: tuple[str, ...] = ("NCSN", "NCSNv2", "adversarial consistent score matching")
 GLOBALS: Globals = TENSORS
 
+# The options that the authors' program of NCSN contains: steps at each level, and the step size.
+_STEPS, _STEP_SIZE = 100, 2e-5
+# Those of the published networks of NCSNv2, by the highest noise level and the number of levels.
+_PUBLISHED: Mapping[tuple[float, int], tuple[int, float]] = {
+    (50, 232): (5, 6.2e-6),
+    (90, 500): (5, 3.3e-6),
+    (140, 788): (4, 4.9e-6),
+    (190, 1086): (3, 1.8e-6),
+    (348, 2311): (3, 9e-7),
+}
 _FIRST, _TABLE = "begin_conv.weight", "normalizer.embed.weight"
 _SIGMA = Field(float, low=0, high=1e30)
 _COUNT = Field(int, low=1, high=1_000_000)
@@ -59,6 +69,7 @@ _OPTIONS: Mapping[str, Mapping[str, Field]] = {
         "nsigma": _COUNT,
         "step_lr": Field(float, low=0, high=1e30),
         "consistent": _FLAG,
+        "denoise": _FLAG,
     },
 }
 
@@ -94,7 +105,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
         if conditional:
             weights |= {name: 2 * weights[name] for name in ("end_conv.weight", "end_conv.bias") if name in weights}
     size = options["data"].get("image_size")
-    settings = _settings(options["sampling"], schedule, rescaled=rescaled)
+    settings = _settings(options["sampling"], schedule, conditional=conditional, rescaled=rescaled)
     family = "ncsn" if conditional else "ncsnv2"
     stored = {
         "family": family,
@@ -175,15 +186,29 @@ def _schedule(
     raise ValueError(f"{path} does not hold its noise levels. Pass the config.yml that the network was trained with.")
 
 
-def _settings(sampling: Mapping[str, Any], schedule: NoiseSchedule, *, rescaled: bool) -> SamplerSettings | None:
-    """The published settings of the sampler, if the configuration has them."""
+def _settings(
+    sampling: Mapping[str, Any], schedule: NoiseSchedule, *, conditional: bool, rescaled: bool
+) -> SamplerSettings | None:
+    """The settings of the sampler in the configuration, or else the published ones; None if there are none.
+
+    The authors' program of NCSN does not denoise the result; the configurations of NCSNv2 do.
+    """
+    unit = 2 if rescaled else 1  # the authors' unit of x in ours
     steps, step_size = sampling.get("n_steps_each", sampling.get("nsigma")), sampling.get("step_lr")
     if steps is None or step_size is None:
+        known = (round(unit * schedule.sigma_max, 3), len(schedule))
+        published = (_STEPS, _STEP_SIZE) if conditional else _PUBLISHED.get(known)
+        if published is None:
+            return None
+        steps, step_size = published
+    if not 0 < step_size < 2 * (unit * schedule.sigma_min) ** 2:
         return None
-    size = step_size / (4 if rescaled else 1)  # in squared units of x, in which sigma is half as large
+    size = step_size / unit**2
+    denoise = sampling.get("denoise", not conditional)
+    final: dict[str, Any] = {} if denoise else {"denoise": False}
     if sampling.get("consistent"):  # steps times as many levels, with one step each
-        return SamplerSettings(levels=(len(schedule) - 1) * steps + 1, step_size=size, consistent=True)
-    return SamplerSettings(levels=len(schedule), steps_per_level=steps, step_size=size, exact_noise=False)
+        return SamplerSettings(levels=(len(schedule) - 1) * steps + 1, step_size=size, consistent=True, **final)
+    return SamplerSettings(levels=len(schedule), steps_per_level=steps, step_size=size, exact_noise=False, **final)
 
 
 # -- config.yml -------------------------------------------------------------------------------------------------------

@@ -195,8 +195,7 @@ def _noise(options: Mapping[str, Any], where: str) -> tuple[NoiseSchedule, dict[
 def _settings(options: Mapping[str, Any]) -> SamplerSettings | None:
     r"""Returns the settings of the authors' sampler, or None if the options name none that is supported.
 
-    The corrector is that of this package. In the authors' code the samples of a batch depend on each other; here they
-    do not.
+    The corrector is that of the authors, with which the samples of one call depend on each other (``published``).
 
     A step of the reverse SDE of VP or sub-VP adds noise of variance :math:`\sigma_{i-1}^2 - \sigma_i^2`, relative to
     the scaled image and to first order in the size of the step. A step of Euler-Maruyama does the same.
@@ -209,7 +208,8 @@ def _settings(options: Mapping[str, Any]) -> SamplerSettings | None:
         return None
     correction: dict[str, Any] = {"corrector_steps": 0}
     if corrector == "langevin":
-        correction = {"corrector_steps": options.get("n_steps_each", 1), "snr": options.get("snr")}
+        steps, snr = options.get("n_steps_each", 1), options.get("snr")
+        correction = {"corrector_steps": steps, "snr": snr, "published": True}
     return SamplerSettings("predictor-corrector", levels=levels, predictor=_PREDICTORS[predictor], **correction)
 
 

@@ -78,7 +78,8 @@ class AnnealedLangevinSampler(Sampler):
     Arguments left as None use the network's recommended settings, ``net.sampler_settings``. A network without settings
     is sampled consistently with at most 250 network calls. A plain function is sampled by the published algorithm: the
     step size is that of technique 4 of NCSNv2 (Song & Ermon, 2020), and the number of steps per level is the smallest,
-    but at least 3, for which the variance at the end of the schedule is at most 1.2 sigma_min^2. If the schedule is not
+    but at least 3, for which the variance at the end of the schedule is at most 1.2 sigma_min^2. So is a network
+    without settings that knows fewer than 100 noise levels and no others, with exact noise. If the schedule is not
     the recommended one, the recommended kind of sampling is kept, and the step size is derived from the schedule.
 
     Args:
@@ -94,9 +95,9 @@ class AnnealedLangevinSampler(Sampler):
             consistent sampling. None uses the recommended settings, or else True for a network and False for a plain
             function.
         consistent: whether to sample consistently: one step from each level to the next, which adds exactly the noise
-            that is missing to the next level. None uses the recommended settings, or else True for a network with more
-            than one level and False for a plain function. Let r be the smallest ratio of a level to the one before. The
-            step size must lie between sigma_min^2 (1 - r) and sigma_min^2 (1 + r). Its default is
+            that is missing to the next level. None uses the recommended settings, or else True for a network, unless
+            it knows few levels or only one, and False for a plain function. Let r be the smallest ratio of a level to
+            the one before. The step size must lie between sigma_min^2 (1 - r) and sigma_min^2 (1 + r). Its default is
             sigma_min^2 (1 - r^p), where p is derived from the recommended settings and at most 2; p is 1.1 for a
             network without settings, and 2, as in ancestral sampling, for a plain function.
         **options: the options of every ``Sampler``: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, ``clamp``,
@@ -150,17 +151,20 @@ class AnnealedLangevinSampler(Sampler):
             steps_per_level = check_count("steps_per_level", steps_per_level)
         _check_kind(consistent, steps_per_level, exact_noise)
         if consistent is None:
-            consistent = own is not None and len(own) > 1 if settings is None else settings.get("consistent")
+            consistent = _is_fine(net, own) if settings is None else settings.get("consistent")
             consistent = consistent and steps_per_level in (None, 1) and exact_noise is None
         self.consistent = bool(consistent)
         self._settings = settings
+        if settings is not None and bool(settings.get("consistent")) == self.consistent:
+            options.setdefault("denoise", settings.get("denoise", True))
         super().__init__(net, schedule, **options)
 
-        recommended = own is not None and self.schedule == self.default_schedule(own, None)
+        recommended = own is not None and self.schedule == self._default_levels(own, None)
         if settings is not None and bool(settings.get("consistent")) != self.consistent:
             settings = None  # they are for the other kind of sampling
         of_settings = settings or {}
-        measured = of_settings.get("step_size") if recommended else None
+        intended = recommended and of_settings.get("levels") in (None, len(self.schedule))
+        measured = of_settings.get("step_size") if intended else None
         if self.consistent:
             self.steps_per_level = 1
             self.exact_noise = False
@@ -247,6 +251,13 @@ def _recommended_settings(net: object) -> Mapping[str, Any] | None:
     """The options in the settings of a network if they are for annealed Langevin dynamics, else None."""
     settings: SamplerSettings | None = attribute(net, "sampler_settings")
     return settings.options if settings is not None and settings.sampler == "langevin" else None
+
+
+def _is_fine(net: Score, own: NoiseSchedule | None) -> bool:
+    """Whether a score is sampled consistently by default: a network that has or can be given many noise levels."""
+    if own is None or len(own) == 1:
+        return False
+    return not getattr(attribute(net, "preconditioning"), "discrete", False) or len(own) >= FEWEST_LEVELS
 
 
 def _check_kind(consistent: bool | None, steps_per_level: int | None, exact_noise: bool | None) -> None:

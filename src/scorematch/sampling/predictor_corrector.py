@@ -106,7 +106,12 @@ class PredictorCorrectorSampler(Sampler):
             int, Field(int, low=0, high=1_000_000), "the number of Langevin steps at each level"
         ] = 1,
         snr: Annotated[float, Field(float, above=0, below=1), "the signal-to-noise ratio of these steps"] = 0.16,
-        published: bool = False,
+        published: Annotated[
+            bool,
+            Field(bool),
+            "the corrector of the authors' code: also at the highest level, with one step size for all images of a "
+            "call, which then depend on each other",
+        ] = False,
         **options: Unpack[SamplerOptions],
     ) -> None:
         super().__init__(net, schedule, **options)

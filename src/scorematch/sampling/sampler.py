@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -55,6 +56,7 @@ __all__ = ["Sampler"]
 
 
 Precision = Literal["auto", "float32"]
+_SAME_LEVEL = 1e-4  # relative difference below which a level is one of the network's, rounded
 
 
 class SamplerOptions(TypedDict, total=False):
@@ -80,7 +82,9 @@ class Sampler(ABC):
             function receives sigma as a tensor of shape () on x's device.
         schedule: the noise levels, from high to low; None uses the sampler's default for the levels that the network
             was trained on. They need not be the levels of training.
-        levels: the number of noise levels, at least 2, to which the schedule is respaced; None keeps the number.
+        levels: the number of noise levels, at least 2, to which the schedule is respaced; None keeps the number. The
+            network NCSN (the preconditioning "ncsn") knows only the levels that it was trained on: without a schedule,
+            each level is replaced by the nearest of these, and a schedule with other levels gives a warning.
         sigma_max: the highest noise level, in the units of x, within the range of the schedule; None keeps that of the
             schedule. Without a schedule, the range is that of the network's levels.
         sigma_min: the lowest noise level, below ``sigma_max``, in the same way.
@@ -119,7 +123,9 @@ class Sampler(ABC):
         sigma_min: Annotated[
             float | None, Field(float, low=0), "the lowest noise level, within the network's range"
         ] = None,
-        denoise: bool = True,
+        denoise: Annotated[
+            bool, Field(bool), "whether to end with one step of Tweedie's formula at the lowest level"
+        ] = True,
         clamp: bool = True,
         restore: Restore = "replace",
         precision: Precision = "auto",
@@ -135,11 +141,12 @@ class Sampler(ABC):
                     "the score has no noise levels of its own: pass a schedule, such as "
                     "NoiseSchedule.geometric(50, 0.01, 232)."
                 )
-            schedule = self.default_schedule(own.between(sigma_max, sigma_min), levels)
+            schedule = self._default_levels(own.between(sigma_max, sigma_min), levels)
         else:
             check_schedule(schedule)
             schedule = schedule.between(sigma_max, sigma_min)
             schedule = schedule if levels is None else schedule.respaced(levels)
+            _warn_between_levels(net, schedule)
         check_choice("restore", restore, METHODS)
         check_choice("precision", precision, get_args(Precision))
         if compile and (precision == "float32" or not has_inference_copy(net)):
@@ -178,6 +185,11 @@ class Sampler(ABC):
             The schedule of the sampler.
         """
         return own if levels in (None, len(own)) else own.without_gaps(levels)
+
+    def _default_levels(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
+        """``default_schedule``, with each level replaced by the nearest one of a network that knows no others."""
+        schedule, table = self.default_schedule(own, levels), _only_levels(self.net)
+        return schedule if table is None else table.nearest(schedule)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -374,6 +386,26 @@ def _without_gradients() -> Iterator[None]:
     """Turns gradients off, and also inference mode, in which "guide-jacobian" could not compute derivatives."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def _only_levels(net: Score) -> NoiseSchedule | None:
+    """The levels of a network whose scores at other levels are not trained; None for any other score."""
+    return schedule_of(net) if getattr(attribute(net, "preconditioning"), "discrete", False) else None
+
+
+def _warn_between_levels(net: Score, schedule: NoiseSchedule) -> None:
+    table = _only_levels(net)
+    if table is None:
+        return
+    nearest = [table[round(float(table.position(sigma)))] for sigma in schedule]
+    others = sum(abs(sigma / level - 1) > _SAME_LEVEL for sigma, level in zip(schedule, nearest, strict=True))
+    if others:
+        warnings.warn(
+            f"{others} of the {len(schedule)} noise levels of the schedule are not among the {len(table)} that the "
+            "network was trained on, and it knows no others: its scores there are interpolated, and samples may be "
+            "wrong. Leave out the schedule, or pass net.schedule.",
+            stacklevel=4,
+        )
 
 
 # -- The options of a sampler -----------------------------------------------------------------------------------------

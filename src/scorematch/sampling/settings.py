@@ -34,9 +34,9 @@ class SamplerSettings:
     Args:
         sampler: "langevin" (AnnealedLangevinSampler), "ode" (ODESampler), "ancestral" (AncestralSampler) or
             "predictor-corrector" (PredictorCorrectorSampler).
-        **options: arguments of this sampler, by name: ``levels``, ``sigma_max``, ``sigma_min``, and its own, except
-            those that depend on the use, such as ``restore``. None, and an option that is left out, is the sampler's
-            default.
+        **options: arguments of this sampler, by name: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, and its
+            own, except those that depend on the use, such as ``restore``. None, and an option that is left out, is the
+            sampler's default.
 
     Attributes:
         sampler: the name of the sampler.
@@ -118,6 +118,7 @@ def recommended_sampler(
     levels: int | None = None,
     sigma_max: float | None = None,
     sigma_min: float | None = None,
+    denoise: bool | None = None,
 ) -> Sampler:
     """Creates the sampler that settings describe.
 
@@ -128,6 +129,7 @@ def recommended_sampler(
         levels: the number of noise levels, at least 2; None uses that of the settings.
         sigma_max: the highest noise level, in the units of x; None uses that of the settings.
         sigma_min: the lowest noise level, in the units of x; None uses that of the settings.
+        denoise: whether to end with one step of Tweedie's formula; None uses the value of the settings.
 
     Returns:
         A sampler of ``net``, of the class that ``settings.sampler`` names.
@@ -142,7 +144,7 @@ def recommended_sampler(
     """
     own: SamplerSettings | None = attribute(net, "sampler_settings")
     settings = own if settings is None else settings
-    noise = {"levels": levels, "sigma_max": sigma_max, "sigma_min": sigma_min}
+    noise = {"levels": levels, "sigma_max": sigma_max, "sigma_min": sigma_min, "denoise": denoise}
     given: dict[str, Any] = {name: value for name, value in noise.items() if value is not None}
     if settings is None or (settings is own and settings.sampler == "langevin"):
         # It reads the network's own settings itself, and adapts the step size to other noise levels.

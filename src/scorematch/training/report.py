@@ -53,8 +53,9 @@ def sample_interval(net: ScoreNet, images: int) -> int:
 
 
 def _sampler(net: ScoreNet) -> Sampler:
-    """The recommended sampler; without a recommendation ``ODESampler``, which needs at least two noise levels."""
-    return ODESampler(net) if net.sampler_settings is None and len(net.schedule) > 1 else recommended_sampler(net)
+    """The recommended sampler; without a recommendation ``ODESampler``, which needs more than a few noise levels."""
+    few = len(net.schedule) == 1 or net.preconditioning.discrete
+    return ODESampler(net) if net.sampler_settings is None and not few else recommended_sampler(net)
 
 
 class Examples(NamedTuple):
