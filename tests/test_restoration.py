@@ -12,7 +12,7 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.evaluation.exact import Gaussian, operator_matrix
 from scorematch.guidance import autoguidance
 from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
-from scorematch.restoration.guidance import Guidance
+from scorematch.restoration.guide import Guidance
 from scorematch.restoration.methods import METHODS
 from scorematch.restoration.palette import condition_of
 from scorematch.restoration.replacement import Replacement

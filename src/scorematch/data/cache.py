@@ -1,4 +1,4 @@
-"""Decoding of all images of a source, which are then kept in memory or in a folder, the cache.
+"""Decodes all images of a source, finds the damaged ones, and keeps the others in memory or in a folder, the cache.
 
 The cache has two files for each source: the decoded images as an .npy file, which is memory-mapped, and the indices of
 the damaged images as a JSON file. Their name is a hash of what determines the images.

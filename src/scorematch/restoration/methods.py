@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from scorematch.restoration.guidance import Guidance
+from scorematch.restoration.guide import Guidance
 from scorematch.restoration.method import Restoration
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.replacement import Replacement

@@ -1,4 +1,4 @@
-r"""Sampling along the probability flow, an ordinary differential equation with the densities of the noisy data.
+r"""Sampling along the probability flow, an ordinary differential equation, by Heun's method or DPM-Solver++(2M).
 
 Let :math:`p_\sigma` be the density of the data with noise of level sigma. It is also the density of the solutions of
 

@@ -1,4 +1,4 @@
-r"""The training loop, without files: batches, the loss, gradients, AdamW, and averages of the weights.
+r"""The training loop, without files: batches and their noise, the loss, gradients, AdamW, and averages.
 
 The length of a run is a number of images, counted with repetitions. The learning rate and the averages depend on the
 number of images seen. All random numbers depend on the seed and on the number i of an image in the run:

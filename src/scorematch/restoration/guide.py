@@ -1,4 +1,4 @@
-r"""Guidance, for any operator, including a JPEG codec: the denoised image is moved towards the observation.
+r"""Guidance by an observation, with any operator: the denoised image is moved towards the observation.
 
 The notation is that of ``scorematch.restoration.method``. Let
 :math:`e = A^+ (y - A D)`, c be 1 for an operator without a gain, and
