@@ -285,7 +285,7 @@ def test_the_text_of_a_composition():
         ("pool:2,2", ValueError, "operator must be pool:SIZE, such as pool:4, got 'pool:2,2'"),
         ("pool:two", ValueError, r"got 'pool:two': size must be an integer of at least 1, got 'two'\.$"),
         ("pool:0", ValueError, "size must be an integer of at least 1, got 0"),
-        ("jpeg:101", ValueError, "quality must be an integer from 1 to 100, got 101"),
+        ("jpeg:101", ValueError, "got 'jpeg:101': quality must be an integer from 1 to 100, got 101"),
         ("jpeg:7.5", ValueError, "got 'jpeg:7.5': quality must be an integer from 1 to 100, got 7.5"),
         ("uncrop", ValueError, "operator must be uncrop:left=N,right=N,top=N,bottom=N, such as uncrop:right=4, got"),
         ("uncrop:left", ValueError, "got 'uncrop:left'"),

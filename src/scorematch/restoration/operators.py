@@ -51,7 +51,7 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from scorematch.core.arguments import check_count
+from scorematch.core.arguments import argument, check_count
 from scorematch.core.randomness import single_generator
 from scorematch.data.pictures import read_mask, to_pixels
 from scorematch.restoration.masks import Draws, boxes, halves, strokes
@@ -417,10 +417,11 @@ def single_operator(text: str) -> Operator:
     kind = OPERATORS.get(name)
     if kind is None:
         forms = ", ".join(each.form for each in OPERATORS.values())
-        raise ValueError(f"operator must be {forms}, or several of them joined by ' @ ', got {text!r}.")
+        raise ValueError(f"{argument('operator')} must be {forms}, or several of them joined by ' @ ', got {text!r}.")
     try:
         return kind.parse(arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         example = f", such as {kind.examples[0]}" if ":" in kind.form and kind.examples else ""
         reason = str(error).removesuffix(".")
-        raise ValueError(f"operator must be {kind.form or name}{example}, got {text!r}: {reason}.") from error
+        wanted = f"{argument('operator')} must be {kind.form or name}{example}"
+        raise ValueError(f"{wanted}, got {text!r}: {reason}.") from error
