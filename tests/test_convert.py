@@ -307,6 +307,11 @@ def test_numbers_that_yaml_reads_as_strings_are_converted(files, tmp_path):
         ({"weight": torch.zeros(1)}, r"a mapping with the keys \['weight'\]"),
         ([torch.zeros(1)], "a list"),
         ([], "a list"),
+        (
+            [{"conv.weight": torch.zeros(1), "bias": 1}, {}],
+            r"a list whose first item has the keys \['conv.weight', 'bi",
+        ),
+        (({"a": torch.zeros(1)},), r"a tuple whose first item has the keys \['a'\]"),
         (3, "a number"),
         ({1: torch.zeros(1)}, r"a mapping with the keys \[1\]"),
         ({"net.begin_conv.weight": torch.zeros(1)}, r"a mapping with the keys \['net\.begin_conv\.weight'\]"),

@@ -15,6 +15,7 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.core.conditions import Condition
 from scorematch.nets import FAMILIES
 from scorematch.pretrained.diffusers import current_names
+from scorematch.sampling import SamplerSettings, recommended_sampler
 from tests.conftest import FIXTURES
 from tests.networks import built
 
@@ -22,6 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from diffusers import (
         CogVideoXDDIMScheduler,
+        DDIMScheduler,
         DDPMPipeline,
         DDPMScheduler,
         DPMSolverMultistepScheduler,
@@ -128,6 +130,27 @@ def test_an_ncsn_of_diffusers_gives_the_recorded_outputs():
     with torch.no_grad():
         score = net(reference["x"], reference["sigmas"])
     assert _relative(score, reference["out"]) < 1e-5
+
+
+@pytest.mark.parametrize(("changes", "steps", "size"), [({}, 100, 1e-5), ({"sampling_eps": 2e-5}, 100, 2e-5)])
+def test_the_sampler_of_an_ncsn_of_diffusers_is_that_of_its_scheduler(changes, steps, size, tmp_path):
+    folder = shutil.copytree(FIXTURES / "hub" / "ncsn-mnist-tiny", tmp_path / "ncsn")
+    path = next(folder.rglob("scheduler_config.json"))
+    path.chmod(0o644)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    net = ScoreNet.from_pretrained(folder)
+    published = {"steps_per_level": steps, "step_size": size, "exact_noise": False, "denoise": False}
+    assert net.sampler_settings == SamplerSettings(levels=10, **published)
+    sampler = recommended_sampler(net)
+    assert sampler.schedule == net.schedule and len(sampler) == 1000
+
+
+def test_a_step_size_at_which_an_ncsn_of_diffusers_diverges_is_not_recommended(tmp_path):
+    folder = shutil.copytree(FIXTURES / "hub" / "ncsn-mnist-tiny", tmp_path / "ncsn")
+    path = next(folder.rglob("scheduler_config.json"))
+    path.chmod(0o644)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sampling_eps": 5e-5}))
+    assert ScoreNet.from_pretrained(folder).sampler_settings is None
 
 
 def test_between_two_levels_a_ddpm_is_called_with_a_fractional_time_step(ddpm, rng):
@@ -492,6 +515,65 @@ def test_a_network_that_diffusers_saves_again_loads_with_its_scheduler(tmp_path,
         torch.testing.assert_close(again(x, 0.3), net(x, 0.3), rtol=1e-3, atol=1e-3)
 
 
+def _pipeline(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = DDPMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(num_train_timesteps=12),  # variance_type fixed_small
+        DDPMScheduler(num_train_timesteps=12, variance_type="fixed_large", clip_sample=False),
+        DDPMScheduler(num_train_timesteps=12, thresholding=True, sample_max_value=0.5, timestep_spacing="trailing"),
+        DDIMScheduler(num_train_timesteps=12, clip_sample_range=0.5, prediction_type="v_prediction"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_pipeline_that_is_read_and_saved_draws_the_same_samples(scheduler, in_memory, tmp_path):
+    theirs = _theirs()
+    DDPMPipeline(theirs, scheduler).save_pretrained(tmp_path / "a")
+    net = ScoreNet.from_diffusers(theirs, scheduler) if in_memory else ScoreNet.from_pretrained(tmp_path / "a")
+    net.save_pretrained(tmp_path / "b", diffusers=True)
+    ScoreNet.from_pretrained(tmp_path / "b").save_pretrained(tmp_path / "c", diffusers=True)
+    images = []
+    for name in "abc":
+        pipeline = _pipeline(tmp_path / name)
+        assert type(pipeline.scheduler) is type(scheduler)
+        configs = pipeline.scheduler.config, scheduler.config
+        kept, before = ({key: each[key] for key in each if not key.startswith("_")} for each in configs)
+        assert kept == before
+        options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 12, "output_type": "np"}
+        images.append(pipeline(batch_size=2, **options).images)
+    assert (images[0] == images[1]).all() and (images[0] == images[2]).all()
+
+
+def test_the_scheduler_of_a_network_that_diffusers_cannot_sample_is_kept(tmp_path):
+    fourier = _theirs(time_embedding_type="fourier", **BLOCKS)
+    scheduler = {**VE, "snr": 0.123, "correct_steps": 3, "other": {"nested": [1, "a", None]}}
+    net = ScoreNet.from_pretrained(_save(fourier, tmp_path / "a", scheduler))
+    net.save_pretrained(tmp_path / "b")
+    written = json.loads((tmp_path / "b" / "scheduler_config.json").read_text())
+    assert written == {key: value for key, value in scheduler.items() if key != "_diffusers_version"}
+    assert ScoreNet.from_pretrained(tmp_path / "b").config == net.config
+    (tmp_path / "b" / "scheduler_config.json").unlink()  # nothing of this package needs it
+    assert ScoreNet.from_pretrained(tmp_path / "b").schedule == net.schedule
+
+
+def test_a_scheduler_follows_the_noise_levels_of_its_network(tmp_path):
+    """A network whose noise levels were changed keeps the other options of its scheduler."""
+    net = ScoreNet.from_diffusers(_theirs(), DDPMScheduler(num_train_timesteps=20, clip_sample_range=0.7))
+    net.schedule = net.schedule.respaced(7)
+    net.save_pretrained(tmp_path, diffusers=True)
+    config = _pipeline(tmp_path).scheduler.config
+    assert (config.num_train_timesteps, len(config.trained_betas)) == (7, 7)
+    assert (config.variance_type, config.clip_sample_range) == ("fixed_small", 0.7)
+
+
 # -- Objects in memory
 
 
@@ -546,7 +628,7 @@ def test_from_diffusers_with_trained_betas(kind):
 def test_the_infinite_level_of_a_schedule_that_ends_without_signal_is_left_out(kind, betas, tmp_path, rng):
     theirs = _theirs()
     scheduler = kind(beta_schedule=betas, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    net = ScoreNet.from_pretrained(_save(theirs, tmp_path, dict(scheduler.config)))
+    net = ScoreNet.from_pretrained(_save(theirs, tmp_path, {"_class_name": kind.__name__, **scheduler.config}))
     assert net.config == ScoreNet.from_diffusers(theirs, scheduler).config
     assert len(net.schedule) == 999
     for t in (0, 10, 412, 998):

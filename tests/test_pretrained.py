@@ -365,6 +365,22 @@ def test_shipped_networks_are_loaded_by_name_and_match_their_cards():
         assert load(names.locate(folder)).config == net.config  # the configuration in the folder agrees with the card
 
 
+@pytest.mark.parametrize("card", [card for card in cards.CARDS if card.repository is None], ids=lambda card: card.name)
+def test_the_cards_of_shipped_networks_have_metadata_for_the_hub(card):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    text = (cards.SHIPPED / card.name / "README.md").read_text()
+    data = huggingface_hub.ModelCard(text).data
+    assert data.library_name == "scorematch" and {"score-matching", "langevin-dynamics"} == set(data.tags)
+    takes_image = card.name.startswith("palette")
+    assert data.pipeline_tag == ("image-to-image" if takes_image else "unconditional-image-generation")
+    assert data.license == ("mit" if card.license == "MIT" else "other")
+    assert data.license != "other" or (data.license_name and data.license_link)
+    (dataset,) = data.datasets
+    assert dataset.split("/")[1].casefold() in card.data.replace("-", "").casefold()
+    assert len(data.metrics) == 1
+    assert f"\n---\n\n# {card.name}\n" in text
+
+
 def test_cards_have_distinct_names_and_name_the_source_of_their_settings():
     names = [name for card in cards.CARDS for name in (card.name, card.repository) if name is not None]
     assert len(set(names)) == len(names)
@@ -427,6 +443,7 @@ def test_a_model_card_states_the_range_of_the_data(value_range, shape, units, co
     net = ScoreNet(nn.Conv2d(1, 1, 1), NoiseSchedule([1.0, 0.5]), sample_shape=shape, value_range=value_range)
     given = {"conditioning": Condition(channels=1), "license": None, "datasets": None}
     text = model_card("me/net", net.config, 1, **given)
+    assert "pypi.org" not in text
     assert f"is the score of\n{units} noise of level sigma." in text and condition in text
 
 

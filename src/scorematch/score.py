@@ -35,7 +35,7 @@ from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
 from scorematch.nets.precondition import ROWS, Preconditioning, check_options
 from scorematch.nets.refinenet import Depth
 from scorematch.noise import NoiseSchedule, check_schedule
-from scorematch.pretrained.configuration import FORMAT_VERSION, Stored, architecture
+from scorematch.pretrained.configuration import FORMAT_VERSION, FREE_KEYS, Stored, architecture
 from scorematch.pretrained.convert import read_checkpoint
 from scorematch.pretrained.diffusers import read_objects
 from scorematch.pretrained.hub import upload
@@ -124,6 +124,7 @@ class ScoreNet(NetworkScore, nn.Module):
         self.sampler_settings = None
         self.class_names = None
         self._architecture: dict[str, Any] = {"family": "custom"}
+        self._scheduler: dict[str, Any] | None = None  # that of diffusers, for ``save_pretrained``
 
     def extra_repr(self) -> str:
         """The noise levels, the row of the preconditioning table and the shape of a sample, which ``print`` shows."""
@@ -518,12 +519,13 @@ class ScoreNet(NetworkScore, nn.Module):
             **({"precondition_options": dict(self.precondition_options)} if self.precondition_options else {}),
             "sampler_settings": None if self.sampler_settings is None else self.sampler_settings.to_dict(),
             **({} if self.class_names is None else {"class_names": list(self.class_names)}),
+            **({} if self._scheduler is None else {"scheduler": copy.deepcopy(self._scheduler)}),
             "schedule": self.schedule.to_dict(),
         }
 
     def definition(self) -> list[Any]:
         """The parts of the configuration that affect the score, and the weights."""
-        config = {key: value for key, value in self.config.items() if key not in ("sampler_settings", "class_names")}
+        config = {key: value for key, value in self.config.items() if key not in FREE_KEYS}
         return [config, dict(self.state_dict())]
 
     @classmethod
@@ -652,7 +654,7 @@ class ScoreNet(NetworkScore, nn.Module):
             predicts_variance=config["predicts_variance"],
             precondition_options=config.get("precondition_options"),
         )
-        net._architecture = architecture(config)
+        net._architecture, net._scheduler = architecture(config), copy.deepcopy(config.get("scheduler"))
         settings = config["sampler_settings"]
         net.sampler_settings = None if settings is None else SamplerSettings.from_dict(settings)
         try:

@@ -76,6 +76,9 @@ def read_checkpoint(
 
 def _kind(content: Any) -> str:
     """What a file is whose content no format recognizes."""
+    if isinstance(content, list | tuple) and content and isinstance(content[0], dict):
+        # As in checkpoints of NCSN, which are lists of the weights and of other things.
+        return f"{_NAMES[type(content)]} whose first item has the keys {quote(list(content[0]))}"
     if not isinstance(content, dict):
         return _NAMES.get(type(content), "a pickle")
     other = next((what for key, what in _OTHERS.items() if key in content), None)

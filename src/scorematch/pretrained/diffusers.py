@@ -38,7 +38,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.cards import Card
 from scorematch.pretrained.configuration import CONFIG_FILE, Stored, architecture, read_json, translated
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, read_weights
-from scorematch.sampling.settings import consistent_settings
+from scorematch.sampling.settings import SamplerSettings, consistent_settings
 
 # The class of diffusers, and that of diffusers-ncsn, whose time input is the index of the level.
 _NCSN = "UNet2DModelForNCSN"
@@ -65,6 +65,8 @@ _UNSUPPORTED = {
     "timestep_scaling": None,
 }
 
+# The schedulers that a ``DDPMPipeline`` can sample with.
+_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 # What the output of a DDPM means (prediction_type) -> the row of the preconditioning table.
 _PREDICTIONS = {"epsilon": "ddpm", "v_prediction": "ddpm_v", "sample": "ddpm_x0"}
 _BETA = Field(float, low=0, high=1)
@@ -83,6 +85,9 @@ _VARIANCE_EXPLODING: Mapping[str, Field] = {
     "sigma_max": _SIGMA,
     "sigma_min": _SIGMA,
     "num_train_timesteps": Field(int, optional=True, low=2, high=1_000_000),
+    # Of diffusers-ncsn: the steps at each level and the step size. In other schedulers sampling_eps is a time.
+    "num_annealed_steps": Field(int, low=1, high=1_000_000),
+    "sampling_eps": Field(float, low=0, high=1e30),
 }
 
 
@@ -230,9 +235,22 @@ def _translate(
         "sample_shape": None if size is None else [outputs // 2 if predicts_variance else outputs, *size],
         "predicts_variance": predicts_variance,
     }
-    own = ROWS[precondition].sampler
-    settings = None if own is None or len(schedule) < 2 else consistent_settings(schedule, **own)
-    return translated(config, schedule, settings, where)
+    if network.get("_class_name") == _NCSN:
+        settings = _settings_of_ncsn(scheduler, schedule)
+    else:
+        own = ROWS[precondition].sampler
+        settings = None if own is None or len(schedule) < 2 else consistent_settings(schedule, **own)
+    kept = {key: value for key, value in scheduler.items() if not key.startswith("_") or key == "_class_name"}
+    return translated({**config, "scheduler": kept}, schedule, settings, where)
+
+
+def _settings_of_ncsn(scheduler: Mapping[str, Any], schedule: NoiseSchedule) -> SamplerSettings | None:
+    """The sampler of diffusers-ncsn; None if its step size is too large for the noise levels."""
+    steps, step_size = scheduler.get("num_annealed_steps", 100), scheduler.get("sampling_eps", 1e-5)
+    if not 0 < step_size < 2 * schedule.sigma_min**2:
+        return None
+    levels = len(schedule) if len(schedule) > 1 else None
+    return SamplerSettings(levels=levels, steps_per_level=steps, step_size=step_size, exact_noise=False, denoise=False)
 
 
 def _variance_exploding(
@@ -344,30 +362,47 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
 def pipeline(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     r"""The files, by name, that ``DDPMPipeline.from_pretrained`` needs in addition to the U-Net.
 
-    The betas of the scheduler are those of the network's noise levels. With s the level in units of images in [-1, 1],
-    :math:`\bar\alpha_t = 1 / (1 + s_t^2)`, and :math:`\beta_t = 1 - \bar\alpha_t / \bar\alpha_{t-1} =
+    A network that came with a scheduler gets it back as it was. If its noise levels or its row have changed since, only
+    the options that define them are replaced.
+
+    Otherwise the betas of the scheduler are those of the network's noise levels. With s the level in units of images in
+    [-1, 1], :math:`\bar\alpha_t = 1 / (1 + s_t^2)`, and :math:`\beta_t = 1 - \bar\alpha_t / \bar\alpha_{t-1} =
     (s_t^2 - s_{t-1}^2) / (1 + s_t^2)`, where :math:`s_0 = 0`.
 
     Args:
         config: the configuration of a network without an ``obstacle``.
     """
+    kept = dict(config.get("scheduler") or {})
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", kept["_class_name"] if kept.get("_class_name") in _SCHEDULERS else _SCHEDULERS[0]],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    if kept and _describes(kept, config):
+        return {INDEX_FILE: index, SCHEDULER_FILE: kept}
     low, high = config["value_range"]
     squares = (2 / (high - low) * NoiseSchedule.from_dict(config["schedule"]).sigmas.flip(0)).square()
     betas = torch.diff(squares, prepend=squares.new_zeros(1)) / (1 + squares)
-    index = {
-        "_class_name": "DDPMPipeline",
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
-    scheduler = {
-        "_class_name": "DDPMScheduler",
+    levels = {
         "num_train_timesteps": len(betas),
         "trained_betas": betas.tolist(),
         "prediction_type": next(kind for kind, row in _PREDICTIONS.items() if row == config["precondition"]),
-        "variance_type": "fixed_large",  # as Ho et al. 2020 chose for CIFAR-10, and the default of AncestralSampler
-        "clip_sample": True,
     }
-    return {INDEX_FILE: index, SCHEDULER_FILE: scheduler}
+    # The large variance as Ho et al. 2020 chose for CIFAR-10, and the default of AncestralSampler.
+    others = {"_class_name": _SCHEDULERS[0], "variance_type": "fixed_large", "clip_sample": True}
+    if kept:
+        others = {key: value for key, value in kept.items() if key not in _DDPM}
+    return {INDEX_FILE: index, SCHEDULER_FILE: {**others, **levels}}
+
+
+def _describes(scheduler: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler has the noise levels and the row of a network."""
+    try:
+        schedule, row = _ddpm({}, scheduler, "")
+    except ValueError:
+        return False
+    same = row == config["precondition"] and config["value_range"] == [0.0, 1.0]
+    return same and schedule == NoiseSchedule.from_dict(config["schedule"])
 
 
 # -- Names of weights -------------------------------------------------------------------------------------------------

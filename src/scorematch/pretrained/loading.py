@@ -59,6 +59,9 @@ def _read_own(home: Path, config: dict[str, Any], complete: Callable[[Sequence[s
     """A network that ``save_pretrained`` wrote, in either layout."""
     if config.get("schedule") == SCHEDULE_FILE:
         config["schedule"] = read_json(home / SCHEDULE_FILE)
+    if config.get("scheduler") == diffusers.SCHEDULER_FILE:
+        path = home / diffusers.SCHEDULER_FILE
+        config["scheduler"] = read_json(path) if path.is_file() else None
     files = (WEIGHTS_FILE, *DIFFUSERS_WEIGHTS_FILES)
     if "_class_name" in config:
         files = (*DIFFUSERS_WEIGHTS_FILES, WEIGHTS_FILE)

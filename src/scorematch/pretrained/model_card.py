@@ -51,7 +51,7 @@ def model_card(
 
 # {repo_id.split("/")[-1]}
 
-A score network for [scorematch](https://pypi.org/project/scorematch): `net(x, sigma)` is the score of
+A score network for scorematch: `net(x, sigma)` is the score of
 {"images" if is_image else "data"}{f" in {data_range}" if data_range else ""} with noise of level sigma.
 
 ```python

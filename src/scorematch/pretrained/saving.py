@@ -13,7 +13,8 @@ weights    diffusion_pytorch_model.safetensors    model.safetensors
 
 diffusers refuses the second layout, because it finds no weights there. It prints all keys of config.json that it does
 not know; in its layout the noise levels are therefore in a separate file. If ``DDPMPipeline`` can run the network, the
-folder is a pipeline: it also holds model_index.json and scheduler_config.json, which this package does not read.
+folder is a pipeline: it also holds model_index.json and scheduler_config.json, which only diffusers uses. A scheduler
+with which the network came is kept there as it was.
 """
 
 from __future__ import annotations
@@ -142,8 +143,12 @@ def _layout(config: Mapping[str, Any], diffusers: bool) -> tuple[dict[str, str],
     files = {
         CONFIG_FILE: {"_class_name": name, "sample_size": size, **config, "schedule": SCHEDULE_FILE},
         SCHEDULE_FILE: config["schedule"],
-        **(pipelines.pipeline(config) if obstacle is None else {}),
     }
+    if config.get("scheduler") is not None:
+        files[CONFIG_FILE]["scheduler"] = pipelines.SCHEDULER_FILE
+        files[pipelines.SCHEDULER_FILE] = config["scheduler"]
+    if obstacle is None:
+        files |= pipelines.pipeline(config)
     return {file: _json(content) for file, content in files.items()}, DIFFUSERS_WEIGHTS_FILE
 
 

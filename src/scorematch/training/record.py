@@ -19,6 +19,7 @@ from scorematch.core.schema import Field
 from scorematch.data.images import Data
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained import load, locate
+from scorematch.pretrained.configuration import FREE_KEYS
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
 from scorematch.training.ema import SNAPSHOTS
@@ -31,7 +32,6 @@ _FILE = "config.json"
 _SCHEMA = dict.fromkeys(("settings", "network", "data"), Field(dict, required=True))
 # What may change when a run continues: the distribution of its result does not depend on it.
 _FREE = {each.name for each in fields(Settings) if each.metadata["free"]}
-_FREE_OF_NETWORK = {"sampler_settings", "class_names"}
 _NAMES = {LevelMixture: "Mixture"}  # the names of classes in the files, if they are others
 _FEW = 2  # the most differences of a network that an error lists
 
@@ -83,7 +83,7 @@ def _parts(net: ScoreNet, data: Data, settings: RunSettings) -> dict[str, dict[s
 
 def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     settings = differences(before["settings"], now["settings"], free=_FREE)
-    network = differences(before["network"], now["network"], free=_FREE_OF_NETWORK)
+    network = differences(before["network"], now["network"], free=FREE_KEYS)
     network = network if len(network) <= _FEW else ["the network is different"]
     of_data = [{f"{key} of the data": value for key, value in each["data"].items()} for each in (before, now)]
     # The fingerprint changes with the others.

@@ -10,11 +10,12 @@ from scorematch.core.arguments import argument
 from scorematch.core.messages import quote
 from scorematch.core.records import as_stored
 from scorematch.pretrained import load, locate
+from scorematch.pretrained.configuration import FREE_KEYS
 from scorematch.pretrained.weights import fill
 from scorematch.score import ScoreNet
 
 # The keys in which the configurations of ``net`` and ``start`` may differ.
-_FREE = {"sample_shape", "sampler_settings", "class_names"}
+_FREE = {"sample_shape", *FREE_KEYS}
 
 
 def begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:
