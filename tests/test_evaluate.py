@@ -34,6 +34,7 @@ from scorematch.evaluation import (
     kernel_distance,
     pixels,
     precision_recall,
+    statistics_of,
     tune,
     values,
 )
@@ -737,6 +738,9 @@ def test_no_features_measure_the_pixels_only():
     found = run(images(5), images(6, 1), features=[], metrics=None)
     assert all(set(figures) == {"images"} for figures in found.figures.values()) and found.left_out == {}
     assert found.settings["reference"]["n"] == 6 and found.settings["features"] == []
+    statistics = statistics_of(images(6), pixels(), progress=False)
+    with pytest.raises(ValueError, match=r"the reference is statistics of features, .* Name an extractor"):
+        run(images(5), statistics, features=[])
 
 
 def test_an_evaluator_measures_many_sets():

@@ -633,7 +633,7 @@ PROCESSES = """
     try:
         moments.reduce()
     except ValueError as error:
-        assert "features have 3 dimensions on one process, but 4 on another" in str(error)
+        assert "features have 4 dimensions, but those before have 3" in str(error)
     else:
         raise AssertionError
     dist.barrier()

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from scorematch.core.arguments import argument
 
@@ -88,9 +87,16 @@ _TIMEOUT = timedelta(days=7)  # processes wait for the slowest one, which may ha
 _GROUPS = itertools.count()
 
 
+def group_process() -> Process:
+    """The rank of this process in ``torch.distributed`` and the number of processes; (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return Process(dist.get_rank(), dist.get_world_size())
+    return Process(0, 1)
+
+
 def world_size() -> int:
     """The number of processes in ``torch.distributed``; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return group_process().world_size
 
 
 @functools.cache
@@ -128,21 +134,9 @@ def process_group(device: torch.device | str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def agreed(value: bool) -> bool:
-    """Whether a value is true on all processes; every process must call it."""
-    return value if world_size() == 1 else bool(over_processes(torch.tensor(int(value), device="cpu"), "min"))
-
-
-def communication_device(device: torch.device) -> torch.device:
-    """The device on which the process group exchanges tensors; ``device`` itself where possible."""
-    backend = dist.get_backend()
-    if "nccl" in backend:
-        return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu") if backend in ("gloo", "mpi") else device
-
-
-def over_processes(value: Tensor, operation: str = "sum") -> Tensor:
-    """The elementwise sum, minimum or maximum of a tensor over all processes: "sum", "min" or "max"."""
-    result = value.to(communication_device(value.device), copy=True)
-    dist.all_reduce(result, getattr(dist.ReduceOp, operation.upper()))
-    return result.to(value.device)
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes in the order of their ranks; every process must call it. Tensors are on the CPU."""
+    found = [value] * world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found

@@ -6,8 +6,7 @@ from those of the sets. With :math:`\delta = \bar f_b - \bar f_a`,
 .. math:: \bar f = \bar f_a + \frac{n_b}{n_a + n_b} \delta, \qquad
           M = M_a + M_b + \frac{n_a n_b}{n_a + n_b}\, \delta \delta^\top .
 
-No large sums of squares are subtracted, so a large mean does not reduce the precision of the covariance. Over
-processes p the formula is :math:`M = \sum_p M_p + n_p (\bar f_p - \bar f)(\bar f_p - \bar f)^\top`.
+No large sums of squares are subtracted, so a large mean does not reduce the precision of the covariance.
 
 All sums are in float64, on the device of the features, or on the CPU if the device does not support float64.
 
@@ -18,10 +17,9 @@ References:
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from scorematch.core.processes import communication_device, over_processes, world_size
+from scorematch.core.processes import gathered, world_size
 from scorematch.evaluation.rows import check_features, double
 
 _BLOCK = 8192  # features that are converted to float64 at a time
@@ -55,17 +53,18 @@ class Moments:
             rows = double(block)
             mean = rows.mean(0)
             centered = rows - mean
-            scatter = centered.T @ centered
-            if self._mean is None or self._scatter is None:
-                self.n, self._mean, self._scatter = len(rows), mean, scatter
-                continue
-            if len(mean) != len(self._mean):
-                raise ValueError(f"features have {len(mean)} dimensions, but those before have {len(self._mean)}.")
-            mean, scatter = mean.to(self._mean.device), scatter.to(self._mean.device)
-            delta, total = mean - self._mean, self.n + len(rows)
-            self._scatter += scatter + torch.outer(delta, delta) * (self.n * len(rows) / total)
-            self._mean += delta * (len(rows) / total)
-            self.n = total
+            self._add(len(rows), mean, centered.T @ centered)
+
+    def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        if self._mean is None or self._scatter is None:
+            self.n, self._mean, self._scatter = n, mean, scatter
+            return
+        _check_dimension(len(mean), len(self._mean))
+        mean, scatter = mean.to(self._mean.device), scatter.to(self._mean.device)
+        delta, total = mean - self._mean, self.n + n
+        self._scatter += scatter + torch.outer(delta, delta) * (self.n * n / total)
+        self._mean += delta * (n / total)
+        self.n = total
 
     def reduce(self) -> Moments:
         """Returns the moments over all processes of ``torch.distributed``; every process must call it.
@@ -75,15 +74,10 @@ class Moments:
         if world_size() == 1:
             return self
         result = Moments()
-        dimension = _common_dimension(0 if self._mean is None else len(self._mean))
-        if dimension == 0:
-            return result
-        mean = torch.zeros(dimension, dtype=torch.float64) if self._mean is None else self._mean
-        scatter = mean.new_zeros(dimension, dimension) if self._scatter is None else self._scatter
-        result.n = int(over_processes(torch.tensor(self.n)))
-        result._mean = over_processes(mean * self.n / result.n)
-        delta = mean - result._mean
-        result._scatter = over_processes(scatter + torch.outer(delta, delta) * self.n)
+        own = None if self._mean is None or self._scatter is None else (self.n, self._mean.cpu(), self._scatter.cpu())
+        for part in gathered(own):
+            if part is not None:
+                result._add(*part)
         return result
 
     @property
@@ -116,44 +110,25 @@ class Rows:
     def update(self, features: Tensor) -> None:
         """Adds features (N, D), floating point."""
         features = check_features(features)
-        if self._parts and features.shape[1] != self._parts[0].shape[1]:
-            raise ValueError(
-                f"features have {features.shape[1]} dimensions, but those before have {self._parts[0].shape[1]}."
-            )
+        if self._parts:
+            _check_dimension(features.shape[1], self._parts[0].shape[1])
         self._parts.append(features.to(torch.promote_types(features.dtype, torch.float32)))
 
     def gather(self) -> Tensor:
         """Returns the features (N, D) of all processes of ``torch.distributed``; every process must call it."""
-        own = self._parts[0] if self._parts else torch.empty(0, 0)
         if len(self._parts) > 1:
             # The joined tensor replaces the parts, so only one copy is kept.
-            own = torch.cat([part.to(own.device) for part in self._parts])  # in the widest dtype
-            self._parts = [own]
+            self._parts = [torch.cat([part.to(self._parts[0].device) for part in self._parts])]  # in the widest dtype
+        own = self._parts
         if world_size() > 1:
-            own = self._gather(own)
-        if own.numel() == 0:
+            own = [part for parts in gathered([part.cpu() for part in self._parts]) for part in parts]
+        if not own:
             raise ValueError("there are no features yet: call update.")
-        return own
-
-    def _gather(self, own: Tensor) -> Tensor:
-        dimension = _common_dimension(own.shape[1])
-        wide = int(over_processes(torch.tensor(own.dtype == torch.float64, dtype=torch.int64), "max"))
-        rows = own.to(torch.float64 if wide else torch.float32)
-        counts = torch.zeros(world_size(), dtype=torch.int64)
-        counts[dist.get_rank()] = len(own)
-        counts = over_processes(counts)
-        padded = rows.new_zeros(int(counts.max()), dimension, device=communication_device(own.device))
-        if len(own):
-            padded[: len(own)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)]).to(own.device)
+        for part in own:
+            _check_dimension(part.shape[1], own[0].shape[1])
+        return own[0] if len(own) == 1 else torch.cat(own).to(self._parts[0].device if self._parts else "cpu")
 
 
-def _common_dimension(dimension: int) -> int:
-    """Checks that all processes have the same dimension, 0 for a process without features, and returns it."""
-    largest = int(over_processes(torch.tensor(dimension), "max"))
-    smallest = int(over_processes(torch.tensor(dimension or largest), "min"))
-    if smallest != largest:
-        raise ValueError(f"features have {smallest} dimensions on one process, but {largest} on another.")
-    return largest
+def _check_dimension(dimension: int, before: int) -> None:
+    if dimension != before:
+        raise ValueError(f"features have {dimension} dimensions, but those before have {before}.")

@@ -148,6 +148,17 @@ def check_evaluation_folder(folder: Path) -> None:
     check_own(folder, "evaluation.json", ("evaluation.md", "samples.png", "restored.png"))
 
 
+def checked_folder(out: str | os.PathLike[str] | None, picture: str, *sources: Any) -> Path | None:
+    """The folder to write to, after checking that it is not in the data, and that it and its picture can be written."""
+    if out is None:
+        return None
+    folder = Path(out).expanduser()
+    check_outside(folder, *sources)
+    check_evaluation_folder(folder)
+    check_picture(folder / picture)
+    return folder
+
+
 def _label(name: str) -> str:
     """The label of a figure in tables."""
     return {**_LABELS, **{key: label for metric in METRICS.values() for key, label in metric.figures.items()}}.get(
@@ -247,12 +258,8 @@ def evaluate(
     if held_out is not None and are_same(held_out, reference):
         raise ValueError(f"{argument('held_out')} is the reference. Pass real images that are not in it.")
     check_sources(reference, held_out)
-    folder = None if out is None else Path(out).expanduser()
-    if folder is not None:
-        written = is_network(what) or (isinstance(what, str | os.PathLike) and samples_in(Path(what)) is not None)
-        check_outside(folder, reference, held_out, None if written else what)
-        check_evaluation_folder(folder)
-        check_picture(folder / "samples.png")  # fails early
+    written = is_network(what) or samples_in(what) is not None
+    folder = checked_folder(out, "samples.png", reference, held_out, None if written else what)
     options = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
     subject = subject_of(what, n, sampler, options, folder, device, progress)
     device = subject.device if device is None else device
@@ -273,7 +280,7 @@ def evaluate(
         sets = {SAMPLES: (subject.n, subject.batches)}
         settings = {"images": subject.settings, **evaluator.settings(), "held_out": None, "gaussian": False}
         if held_out is not None:
-            others = open_for(held_out, subject.shape, crop, progress)
+            others = open_for(held_out, subject.shape, "held-out images", crop=crop, progress=progress)
             chosen = choose(len(others), min(subject.n, len(others)), seed).sort().values
             sets[HELD_OUT] = len(chosen), lambda: read_batches(others, chosen, batch_size)
             settings["held_out"] = {"n": len(chosen), "content": others.content, "seed": seed}

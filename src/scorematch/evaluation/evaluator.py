@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import check_choice
-from scorematch.core.processes import agreed, this_process, world_size
-from scorematch.data.images import ImageData
+from scorematch.core.processes import gathered, this_process, world_size
+from scorematch.core.records import hash_of_bytes
 from scorematch.data.pictures import Crop, to_uint8
 from scorematch.evaluation.accumulate import Rows
 from scorematch.evaluation.estimate import IMAGES, Estimate, Figures, mean_of, root_of
 from scorematch.evaluation.features import Extracted, Extractor, as_extractor
 from scorematch.evaluation.metrics import METRICS, default_metrics
-from scorematch.evaluation.reference import Reference
-from scorematch.evaluation.statistics import Statistics
+from scorematch.evaluation.reference import open_for, statistics_for
+from scorematch.evaluation.statistics import Statistics, is_statistics_file
 
 OneOrMore: TypeAlias = "str | Extractor | Callable[[Tensor], Any] | Sequence[str | Extractor | Callable[[Tensor], Any]]"
 Compared: TypeAlias = tuple[Extractor, Statistics]  # an extractor, and the statistics of the reference
@@ -120,7 +120,7 @@ class MeasuredSet:
             raise ValueError(f"the metrics need at least 2 images, got {len(pixels)}.")
         seen = [
             # A process may have no images, and therefore no logits.
-            Extracted(features.gather(), None if agreed(len(logits) == 0) else logits.gather())
+            Extracted(features.gather(), logits.gather() if any(gathered(len(logits))) else None)
             for features, logits in self._seen
         ]
         lacking = _lacking(len(pixels), seen, self._compared, self._metrics, strict)
@@ -170,6 +170,7 @@ class Evaluator:
     Attributes:
         data: the images of the reference, or None if only their statistics are known.
         extractors: the extractors.
+        metrics: the names of the requested metrics, including those that cannot be measured.
 
     Example:
         >>> noise = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -202,22 +203,24 @@ class Evaluator:
             raise ValueError(f"features must be extractors with different names, got {', '.join(names)}.")
         if metrics and not names:
             raise ValueError(f"metrics need features, and there are none. Name an extractor for {metrics[0]!r}.")
-        self._metrics = None if metrics is None else tuple(metrics)
-        self.reference = Reference.of(
-            reference, shape=shape, crop=crop, batch_size=batch_size, cache=cache, progress=progress
-        )
-        rows = any(METRICS[name].needs_features for name in self.metrics)
-        self._compared = [(each, self.reference.statistics(each, rows)) for each in self.extractors]
+        self._named = None if metrics is None else tuple(metrics)
+        self.metrics = default_metrics() if metrics is None else tuple(metrics)
+        known = isinstance(reference, Statistics) or is_statistics_file(reference)
+        if known and not names:
+            raise ValueError("the reference is statistics of features, and there are no features. Name an extractor.")
+        self.data = None
+        if not known:
+            self.data = open_for(reference, shape, "images of the reference", crop=crop, progress=progress)
+        options = {
+            "keep_features": any(METRICS[name].needs_features for name in self.metrics),
+            **{"batch_size": batch_size, "cache": cache, "progress": progress},
+        }
+        source = reference if self.data is None else self.data
+        self._compared = [(each, statistics_for(each, source, **options)) for each in self.extractors]
 
-    @property
-    def data(self) -> ImageData | None:
-        """The images of the reference, or None if only their statistics are known."""
-        return self.reference.data
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """The names of the requested metrics, including those that cannot be measured."""
-        return default_metrics() if self._metrics is None else self._metrics
+    def probe(self, shape: Sequence[int]) -> list[Extracted]:
+        """The features and logits of a black image (C, H, W), one ``Extracted`` for each extractor."""
+        return [extractor.extract(torch.zeros(1, *shape, dtype=torch.uint8)) for extractor in self.extractors]
 
     def check(self, n: int, shape: Sequence[int]) -> dict[str, str]:
         """Checks that n images of a shape (C, H, W) can be measured, before they are drawn.
@@ -237,7 +240,7 @@ class Evaluator:
                 f"{_describe(self.data.shape)}. Open the reference with "
                 f"open_images(..., image_size=({shape[1]}, {shape[2]}), channels={shape[0]})."
             )
-        probes = [extractor.extract(torch.zeros(1, *shape, dtype=torch.uint8)) for extractor in self.extractors]
+        probes = self.probe(shape)
         for (extractor, reference), probe in zip(self._compared, probes, strict=True):
             dimension = probe.features.shape[1]
             if dimension != len(reference.mean):
@@ -248,7 +251,7 @@ class Evaluator:
         return {
             f"{name} of {extractor.name}": reason
             for extractor, reasons in zip(
-                self.extractors, _lacking(n, probes, self._compared, self._metrics, strict=True), strict=True
+                self.extractors, _lacking(n, probes, self._compared, self._named, strict=True), strict=True
             )
             for name, reason in reasons.items()
             if reason is not None
@@ -256,7 +259,7 @@ class Evaluator:
 
     def collect(self, metrics: Sequence[str] | None = None) -> MeasuredSet:
         """Begins a new set of images, of which other metrics may be measured."""
-        return MeasuredSet(self._compared, self._metrics if metrics is None else metrics)
+        return MeasuredSet(self._compared, self._named if metrics is None else metrics)
 
     def measure(self, batches: Iterable[Tensor], *, strict: bool = True) -> Figures:
         """Measures images that arrive in batches (n, C, H, W), uint8 or floating point in [0, 1].
@@ -277,8 +280,14 @@ class Evaluator:
 
     def settings(self) -> dict[str, Any]:
         """Everything that determines the figures of given images, as plain values for JSON."""
+        if self.data is not None:
+            reference = {"n": len(self.data), "shape": list(self.data.shape), "content": self.data.content}
+        else:
+            known = self._compared[0][1]
+            content = b"".join(values.contiguous().numpy().tobytes() for values in (known.mean, known.covariance))
+            reference = {"n": known.n, "shape": None, "content": hash_of_bytes(content)}
         return {
-            "reference": self.reference.settings([statistics for _, statistics in self._compared]),
+            "reference": reference,
             "features": [
                 {"name": each.name, "fingerprint": each.fingerprint, "preprocessing": each.preprocessing}
                 for each in self.extractors

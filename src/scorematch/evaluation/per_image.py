@@ -18,10 +18,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
-from scorematch.core.processes import world_size
+from scorematch.core.processes import gathered, group_process
 from scorematch.core.randomness import seed_of
 from scorematch.data.pictures import to_float
-from scorematch.evaluation.accumulate import Rows
 from scorematch.evaluation.rows import double
 
 # An int is the class of all images; a function computes the condition from a batch of images and their labels.
@@ -83,24 +82,23 @@ def values_per_image(
         ValueError: if a value is NaN or infinite; the message has the index of the image.
     """
     check_count("batch_size", batch_size)
-    rank = torch.distributed.get_rank() if world_size() > 1 else 0
-    rows, known = Rows(), Counter[str]()
+    rank, processes = group_process()
+    found, known = {}, Counter[str]()
     starts = range(0, len(indices), batch_size)
     for number, start in enumerate(tqdm(starts, title, unit="batch", leave=False, disable=not progress or rank > 0)):
         own = indices[start : start + batch_size]
         images, labels = read(own)
         keys = [_key(image, known) for image in images]
-        if number % world_size() != rank:
+        if number % processes != rank:
             continue
         values = double(function(ImageBatch(to_float(images), labels, keys, own))).cpu()
         wrong = ~values.isfinite().all(1)
         if wrong.any():
             i = int(wrong.int().argmax())
             raise ValueError(f"{title}: image {int(own[i])} has the values {values[i].tolist()}, which are not finite.")
-        places = torch.arange(start, start + len(own), dtype=torch.float64)
-        rows.update(torch.cat([places[:, None], values], 1))
-    table = rows.gather()
-    return table[table[:, 0].argsort(), 1:]
+        found[start] = values
+    batches = {start: values for part in gathered(found) for start, values in part.items()}
+    return torch.cat([batches[start] for start in starts])
 
 
 def _key(image: Tensor, known: Counter[str]) -> str:

@@ -10,10 +10,9 @@ has exactly their mean and covariance. Values are clamped to [0, 1].
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,83 +27,51 @@ from scorematch.data.find import check_path
 from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import Crop, to_float, to_uint8
 from scorematch.evaluation.features import Extractor
-from scorematch.evaluation.statistics import Statistics, is_statistics_file, statistics_of
+from scorematch.evaluation.statistics import Statistics, statistics_of
 from scorematch.sampling.bulk import SEEDS
 
 _BLOCK = 4096  # images of the reference that are read at a time for the Gaussian
 _VALUES = 2**27  # values of Gaussian images that are made in one pass over the reference
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """Real images and the statistics of their features, or only the statistics. ``Reference.of`` opens them.
+def open_for(
+    source: Any,
+    shape: Sequence[int] | None,
+    what: str,
+    *,
+    crop: Crop = "center",
+    labels: bool = False,
+    progress: bool = True,
+) -> ImageData:
+    """Opens images, cropped and resized to a shape (C, H, W) unless it is None; a damaged image is an error."""
+    size, channels = (None, None) if shape is None else ((shape[1], shape[2]), shape[0])
+    data = open_images(
+        source, image_size=size, channels=channels, crop=crop, labels=labels, strict=True, progress=progress
+    )
+    if shape is not None and tuple(data.shape) != tuple(shape):  # of an ImageData, which is returned unchanged
+        raise ValueError(f"the {what} must have the shape {tuple(shape)}, got {tuple(data.shape)}.")
+    return data
 
-    Attributes:
-        data: the images; None if only their statistics are known.
-        given: the statistics, or the path of their file; None if they are those of ``data``.
+
+def statistics_for(
+    extractor: Extractor, source: ImageData | Statistics | str | os.PathLike[str], **options: Any
+) -> Statistics:
+    """The statistics of the features of an extractor: of images, given ones, or those in a file.
+
+    Args:
+        extractor: the extractor.
+        source: the images, the statistics, or the path of their file.
         options: arguments of ``statistics_of``.
     """
-
-    data: ImageData | None
-    given: Statistics | Path | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    _known: dict[Extractor, Statistics] = field(default_factory=dict)
-
-    @classmethod
-    def of(  # noqa: D417
-        cls,
-        source: Any,
-        *,
-        shape: Sequence[int] | None = None,
-        crop: Crop = "center",
-        batch_size: int = 256,
-        cache: bool | str | os.PathLike[str] = True,
-        progress: bool = True,
-    ) -> Reference:
-        """Opens a reference: images as for ``open_images``, ``Statistics`` or a file of them; or returns a Reference.
-
-        Args:
-            source: the reference. A damaged image is an error.
-            shape: the shape (C, H, W) to which images are cropped and resized; None keeps theirs.
-            crop: how images are cropped, as for ``open_images``.
-            batch_size, cache, progress: as for ``statistics_of``.
-        """
-        if isinstance(source, Reference):
-            return source
-        if isinstance(source, Statistics):
-            return cls(None, source)
-        if isinstance(source, str | os.PathLike) and is_statistics_file(source):
-            return cls(None, Path(source))
-        size, channels = (None, None) if shape is None else ((shape[1], shape[2]), shape[0])
-        data = open_images(source, image_size=size, channels=channels, crop=crop, strict=True, progress=progress)
-        return cls(data, options={"batch_size": batch_size, "cache": cache, "progress": progress})
-
-    def statistics(self, extractor: Extractor, keep_features: bool) -> Statistics:
-        """The statistics of the features of an extractor, which are computed or read once."""
-        if isinstance(self.given, Statistics):
-            self.given.check(extractor)
-            return self.given
-        found = self._known.get(extractor)
-        if found is None or (keep_features and found.features is None):
-            if self.data is None:
-                found = Statistics.load(str(self.given), extractor)
-            elif extractor.fingerprint is None:
-                # Statistics need a fingerprint. These are neither saved nor compared with others.
-                own, options = replace(extractor, fingerprint="unknown"), {**self.options, "cache": False}
-                found = statistics_of(self.data, own, keep_features=keep_features, **options)
-            else:
-                found = statistics_of(self.data, extractor, keep_features=keep_features, **self.options)
-            self._known[extractor] = found
-        return found
-
-    def settings(self, statistics: Sequence[Statistics]) -> dict[str, Any]:
-        """What identifies the reference, as plain values for JSON."""
-        if self.data is not None:
-            return {"n": len(self.data), "shape": list(self.data.shape), "content": self.data.content}
-        digest = hashlib.blake2b(digest_size=16)
-        for values in (statistics[0].mean, statistics[0].covariance):
-            digest.update(values.contiguous().numpy().data)
-        return {"n": statistics[0].n, "shape": None, "content": digest.hexdigest()}
+    if isinstance(source, Statistics):
+        source.check(extractor)
+        return source
+    if isinstance(source, str | os.PathLike):
+        return Statistics.load(source, extractor)
+    if extractor.fingerprint is None:
+        # Statistics need a fingerprint. These are neither saved nor compared with others.
+        extractor, options = replace(extractor, fingerprint="unknown"), {**options, "cache": False}
+    return statistics_of(source, extractor, **options)
 
 
 def check_sources(*sources: Any) -> None:
@@ -123,15 +90,6 @@ def are_same(one: Any, other: Any) -> bool:
     """Whether two sources are the same object, or the same path or name."""
     paths = isinstance(one, str | os.PathLike) and isinstance(other, str | os.PathLike)
     return one is other or (paths and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
-
-
-def open_for(source: Any, shape: Sequence[int], crop: Crop = "center", progress: bool = True) -> ImageData:
-    """Opens images, cropped and resized to a shape (C, H, W); a damaged image is an error."""
-    size = (shape[1], shape[2])
-    data = open_images(source, image_size=size, channels=shape[0], crop=crop, strict=True, progress=progress)
-    if tuple(data.shape) != tuple(shape):  # of an ImageData, which is returned unchanged
-        raise ValueError(f"the held-out images must have the shape {tuple(shape)}, got {tuple(data.shape)}.")
-    return data
 
 
 def read_batches(data: ImageData, chosen: Tensor, batch_size: int) -> Iterator[Tensor]:

@@ -43,7 +43,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,20 +50,21 @@ from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count, check_integer
 from scorematch.core.conditions import takes_image
-from scorematch.core.files import check_outside, delete_unfinished
-from scorematch.core.processes import process_group, this_process
+from scorematch.core.files import delete_unfinished
+from scorematch.core.processes import gathered, process_group, this_process
 from scorematch.core.provenance import identity, versions
 from scorematch.core.randomness import as_generator, standard_normal
 from scorematch.core.records import as_stored
 from scorematch.core.scores import Score, attribute, device_of
-from scorematch.data.images import ImageData, open_images
-from scorematch.data.pictures import Crop, check_picture, is_picture, save_grid
+from scorematch.data.images import ImageData
+from scorematch.data.pictures import Crop, is_picture, save_grid
 from scorematch.evaluation.estimate import Figures, mean_of, root_of
-from scorematch.evaluation.evaluate import Evaluation, check_evaluation_folder
+from scorematch.evaluation.evaluate import Evaluation, checked_folder
 from scorematch.evaluation.evaluator import Evaluator, OneOrMore
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.per_image import ImageBatch, choose, values_per_image
-from scorematch.evaluation.subject import SamplerChoice, sampler_for
+from scorematch.evaluation.reference import open_for
+from scorematch.evaluation.subject import SamplerChoice, name_of, sampler_for
 from scorematch.restoration.observation import Observation, check_sigma
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import as_operator
@@ -150,22 +150,20 @@ def evaluate_restoration(
     """
     n, seed = None if n is None else check_integer("n", n), check_integer("seed", seed)
     draws, batch_size, sigma = check_count("draws", draws), check_count("batch_size", batch_size), check_sigma(sigma)
-    if name is None:
-        name = str(what) if isinstance(what, str | os.PathLike) else type(what).__name__
-    text, operator = str(operator), as_operator(operator)
-    if len(operator) > 1:
-        raise ValueError(f"the operator must be for one image, got one mask for each of {len(operator)} images.")
-    folder = None if out is None else Path(out).expanduser()
-    if folder is not None:
-        check_outside(folder, data, reference)
-        check_evaluation_folder(folder)
-        check_picture(folder / "restored.png")  # fails early
+    text, operator = str(operator), single_operator(operator)
+    folder = checked_folder(out, "restored.png", data, reference)
     if sampler is None and not isinstance(what, Sampler):
         sampler = _recommended
     chosen_sampler = sampler_for(what, sampler, device)
     device = device_of(chosen_sampler.net) if device is None else device
     with process_group(device):
-        images = _open(data, chosen_sampler, labels, crop, progress)
+        shape = attribute(chosen_sampler.net, "sample_shape")
+        shape = None if shape is None or len(shape) != 3 else shape
+        images = open_for(data, shape, "images", crop=crop, labels=labels, progress=progress)
+        if not is_picture(images.shape):
+            raise ValueError(f"data must be images (C, H, W) with 1 or 3 channels, got {tuple(images.shape)}.")
+        if labels and images.classes is None:
+            raise ValueError("labels=True needs data with labels, but the ImageData was opened without them.")
         chosen = choose(len(images), min(DEFAULT_N_RESTORED, len(images)) if n is None else n, seed)
         evaluator = Evaluator(
             images if reference is None else reference,
@@ -178,10 +176,8 @@ def evaluate_restoration(
             progress=progress,
         )
         left_out = evaluator.check(len(chosen), images.shape)
-        classes = images.classes if labels else None
-        run = _Restoring(chosen_sampler, evaluator, operator, images.shape, classes, draws, sigma, seed)
-        values = values_per_image(run, images.read, chosen, batch_size=batch_size, title="restoring", progress=progress)
-        figures = run.figures(values)
+        run = Restoring(chosen_sampler, evaluator, operator, draws, sigma, seed, images.classes if labels else None)
+        figures = run.measure(images, chosen, batch_size, progress)
         settings = {
             "images": {"n": len(chosen), "content": images.content, "labels": labels},
             "operator": identified(operator),
@@ -193,7 +189,7 @@ def evaluate_restoration(
             **evaluator.settings(),
         }
         result = Evaluation(
-            name=f"{name}, {text}",
+            name=f"{name_of(what) if name is None else name}, {text}",
             settings=as_stored(settings),
             versions=versions(device),
             sizes={column: len(chosen) for column in figures},
@@ -213,24 +209,12 @@ def _recommended(net: Score) -> Sampler:
     return recommended_sampler(net, None if takes_image(net) else SamplerSettings("langevin"))
 
 
-def _open(data: Any, sampler: Sampler, labels: bool, crop: Crop, progress: bool) -> ImageData:
-    """The clean images, with the size and the number of channels of the network."""
-    shape = attribute(sampler.net, "sample_shape")
-    size, channels = (None, None) if shape is None or len(shape) != 3 else (tuple(shape[1:]), shape[0])
-    images = open_images(
-        data,
-        image_size=size,
-        channels=channels,
-        crop=crop,
-        labels=labels,
-        strict=True,
-        progress=progress,
-    )
-    if not is_picture(images.shape):
-        raise ValueError(f"data must be images (C, H, W) with 1 or 3 channels, got {tuple(images.shape)}.")
-    if labels and images.classes is None:
-        raise ValueError("labels=True needs data with labels, but the ImageData was opened without them.")
-    return images
+def single_operator(operator: str | Operator) -> Operator:
+    """The operator, which must be for one image."""
+    operator = as_operator(operator)
+    if len(operator) > 1:
+        raise ValueError(f"the operator must be for one image, got one mask for each of {len(operator)} images.")
+    return operator
 
 
 def identified(operator: Operator) -> str:
@@ -241,43 +225,76 @@ def identified(operator: Operator) -> str:
 # -- The values of each image -----------------------------------------------------------------------------------------
 
 
-class _Restoring:
-    """Restores batches of images and measures them, as a function for ``values_per_image``."""
+class Restoring:
+    """Restores images, and measures the restorations.
+
+    Args:
+        sampler: the sampler.
+        evaluator: the extractors, the metrics and the reference.
+        operator: what degrades the images.
+        draws: the number of restorations of each image.
+        sigma: the standard deviation of the noise in the measurements.
+        seed: the seed of masks, noise and restorations.
+        classes: the classes of the images, for the accuracy; None does not measure it.
+
+    Attributes:
+        shown: the degraded images, restorations and originals of the first batch of this process, for the picture.
+    """
 
     def __init__(
         self,
         sampler: Sampler,
         evaluator: Evaluator,
         operator: Operator,
-        shape: Sequence[int],
-        classes: Sequence[str] | None,
         draws: int,
         sigma: float,
         seed: int,
+        classes: Sequence[str] | None = None,
     ) -> None:
         self._sampler, self._conditional = prepared(sampler), takes_image(sampler.net)
         self._evaluator, self._operator = evaluator, operator
         self._classes, self._draws, self._sigma, self._seed = classes, draws, sigma, seed
         self._restored, self._degraded = evaluator.collect(), evaluator.collect()
-        scores = [name for name in evaluator.metrics if name == "inception-score"]
-        self._originals = evaluator.collect(scores)
-        self.shown: list[Tensor] = []  # for the picture
-        # The set, the source and the name of each value, from black images: a process may have no batch.
-        x = torch.zeros(2, *shape)
-        probe = ImageBatch(x, torch.zeros(2, dtype=torch.int64), ["", ""], torch.arange(2))
-        found = [[extractor.extract(x)] for extractor in evaluator.extractors]
-        features = {RESTORED: [[one] * draws for (one,) in found], DEGRADED: found, ORIGINAL: found}
-        operator = self._drawn(probe)
-        y = operator.measure(x)
-        self._names = list(self._values(probe, operator, y, [x] * draws, operator.as_image(y), features))
-        if classes is not None and not any(name == "accuracy" for _, _, name in self._names):
+        self._originals = evaluator.collect([name for name in evaluator.metrics if name == "inception-score"])
+        self._names: list[tuple[str, str, str]] = []  # the set, the source and the name of each value
+        self.shown: list[Tensor] = []
+
+    def measure(
+        self, images: ImageData, chosen: Tensor, batch_size: int = 64, progress: bool = True
+    ) -> dict[str, Figures]:
+        """The figures of the sets "restored", "degraded" and "original", over all processes.
+
+        Args:
+            images: the clean images.
+            chosen: the indices of the images to restore.
+            batch_size: the number of images that go through the network at once.
+            progress: whether to show a progress bar.
+        """
+        classes = self._classes
+        if classes is not None and not any(_classifies(each, classes) for each in self._evaluator.probe(images.shape)):
             raise ValueError(
                 f"{argument('labels', True)} needs an extractor with one logit for each of the {len(classes)} "
                 f"classes of the data. Leave it out, or pass a classifier of these classes as {argument('features')}."
             )
+        values = values_per_image(
+            self._measured, images.read, chosen, batch_size=batch_size, title="restoring", progress=progress
+        )
+        found: dict[str, Figures] = {
+            RESTORED: self._restored.figures(),
+            DEGRADED: self._degraded.figures(strict=False),
+            ORIGINAL: self._originals.figures(strict=False),
+        }
+        result: dict[str, Figures] = {column: {RESTORATION: {}, **figures} for column, figures in found.items()}
+        names = gathered(self._names)[0]  # those of the first batch: other processes may have none
+        for (column, source, name), each in zip(names, values.unbind(1), strict=True):
+            figure = mean_of(each)
+            result[column][source][name] = root_of(figure) if name in _ROOTS else figure
+        del result[ORIGINAL][RESTORATION]
+        return result
 
-    def __call__(self, batch: ImageBatch) -> Tensor:
-        x, operator = batch.x, self._drawn(batch)
+    def _measured(self, batch: ImageBatch) -> Tensor:
+        """The values of each image (n, K)."""
+        x, operator = batch.x, self._operator.drawn(batch.x, batch.seeds(self._seed, "mask"))
         y = operator.measure(x)
         if self._sigma:
             y = y + self._sigma * standard_normal(y.shape, as_generator(batch.seeds(self._seed, "noise")), y.device)
@@ -294,30 +311,14 @@ class _Restoring:
             DEGRADED: [[found] for found in self._degraded.add(degraded)],
             ORIGINAL: [[found] for found in self._originals.add(x)],
         }
-        values = self._values(batch, operator, y, restored, degraded, features)
+        values = _in_pixels(restored, degraded, x, operator, y)
+        for i, extractor in enumerate(extractors):
+            found = {column: each[i] for column, each in features.items()}
+            labels = batch.labels if _classifies(found[ORIGINAL][0], self._classes) else None
+            in_features = _in_features(found, labels)
+            values |= {(column, extractor.name, name): each for (column, name), each in in_features.items()}
+        self._names = list(values)
         return torch.stack([each.double().cpu() for each in values.values()], 1)
-
-    def _drawn(self, batch: ImageBatch) -> Operator:
-        return self._operator.drawn(batch.x, batch.seeds(self._seed, "mask"))
-
-    def _values(
-        self,
-        batch: ImageBatch,
-        operator: Operator,
-        y: Tensor,
-        restored: Sequence[Tensor],
-        degraded: Tensor,
-        features: Mapping[str, Sequence[Sequence[Extracted]]],
-    ) -> dict[tuple[str, str, str], Tensor]:
-        """The values of each image (n,) by set, source and name; ``features`` by set, extractor and draw."""
-        values = _in_pixels(restored, degraded, batch.x, operator, y)
-        for i, extractor in enumerate(self._evaluator.extractors):
-            extracted = {column: each[i] for column, each in features.items()}
-            logits = extracted[ORIGINAL][0].logits
-            fits = self._classes is not None and logits is not None and logits.shape[1] == len(self._classes)
-            found = _in_features(extracted, batch.labels if fits else None)
-            values |= {(column, extractor.name, name): each for (column, name), each in found.items()}
-        return values
 
     def _restore(self, operator: Operator, y: Tensor, batch: ImageBatch, draw: int) -> Tensor:
         seeds = batch.seeds(self._seed, "fill", draw)
@@ -331,20 +332,6 @@ class _Restoring:
             batch_size=len(batch.x),
             progress=False,
         ).cpu()
-
-    def figures(self, values: Tensor) -> dict[str, Figures]:
-        """The figures of all processes, from the values of all images."""
-        found: dict[str, Figures] = {
-            RESTORED: self._restored.figures(),
-            DEGRADED: self._degraded.figures(strict=False),
-            ORIGINAL: self._originals.figures(strict=False),
-        }
-        result: dict[str, Figures] = {column: {RESTORATION: {}, **figures} for column, figures in found.items()}
-        for (column, source, name), each in zip(self._names, values.unbind(1), strict=True):
-            figure = mean_of(each)
-            result[column][source][name] = root_of(figure) if name in _ROOTS else figure
-        del result[ORIGINAL][RESTORATION]
-        return result
 
 
 # The figures whose value for an image is a mean square; the root is taken after averaging over the images.
@@ -369,6 +356,11 @@ def _in_pixels(
     consistency = torch.stack(residuals).mean(0) / mask.flatten(1).sum(1).clamp(min=1)
     values[RESTORED, RESTORATION, "consistency"] = consistency
     return values
+
+
+def _classifies(extracted: Extracted, classes: Sequence[str] | None) -> bool:
+    """Whether the logits are those of the classes."""
+    return classes is not None and extracted.logits is not None and extracted.logits.shape[1] == len(classes)
 
 
 def _mean_square(values: Tensor) -> Tensor:

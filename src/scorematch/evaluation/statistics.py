@@ -20,12 +20,10 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +32,11 @@ from tqdm.auto import tqdm
 
 from scorematch.core.arguments import argument, check_count
 from scorematch.core.files import write_whole
-from scorematch.core.messages import plain
-from scorematch.core.processes import agreed, world_size
+from scorematch.core.messages import about, plain
+from scorematch.core.processes import gathered, group_process
 from scorematch.core.records import hash_of_bytes
-from scorematch.data.arrays import read_arrays
-from scorematch.data.images import ImageData, open_images
+from scorematch.data.arrays import array_names, read_arrays
+from scorematch.data.images import open_images
 from scorematch.evaluation.accumulate import Moments, Rows
 from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.rows import check_features, is_symmetric
@@ -159,11 +157,9 @@ class Statistics:
         absent = [name for name in ("mu", "sigma") if name not in arrays]
         if absent:
             raise ValueError(f"{path} is not a file of statistics: it has no array {' and no array '.join(absent)}.")
-        try:
+        with about(path):
             result = cls(*_content(arrays, extractor))
             result.check(extractor)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
         return result
 
 
@@ -198,15 +194,13 @@ def _content(arrays: dict[str, np.ndarray], extractor: Extractor) -> tuple[Any, 
     return mean, covariance, n, *identity, features
 
 
-def is_statistics_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is an ``.npz`` file of statistics, not of images: it has an array ``mu`` or ``sigma``."""
-    path = Path(path).expanduser()
-    if path.suffix != ".npz" or not path.is_file():
+def is_statistics_file(source: Any) -> bool:
+    """Whether a source is an ``.npz`` file of statistics, not of images: it has an array ``mu`` or ``sigma``."""
+    if not isinstance(source, str | os.PathLike) or Path(source).suffix != ".npz":
         return False
     try:
-        with zipfile.ZipFile(path) as archive:
-            return not {"mu.npy", "sigma.npy"}.isdisjoint(archive.namelist())
-    except (zipfile.BadZipFile, struct.error, OSError, ValueError):  # damaged, which is reported when it is read
+        return not {"mu", "sigma"}.isdisjoint(array_names(Path(source).expanduser()))
+    except (OSError, ValueError):  # absent or damaged, which is reported when it is read
         return False
 
 
@@ -246,15 +240,19 @@ def statistics_of(
     """
     batch_size = check_count("batch_size", batch_size)
     images = open_images(data, progress=progress)
-    folder = cache_folder() if cache is True else None if cache is False else Path(cache).expanduser()
-    path = None if folder is None else folder / _cache_name(images, extractor, keep_features)
+    path = stored = None
+    if cache is not False:
+        folder = cache_folder() if cache is True else Path(cache).expanduser()
+        # The name has a hash of all pixels, which are read when first hashed.
+        key = repr((images.content, *_identity(extractor), keep_features))
+        path = folder / f"{hash_of_bytes(key.encode())}.npz"
+        stored = _stored(path, extractor)
     # All processes must make the same choice: if one reads the file, the others would wait for it in a collective call.
-    stored = None if path is None else _stored(path, extractor)
-    if agreed(stored is not None):
-        return cast(Statistics, stored)
-    rank = torch.distributed.get_rank() if world_size() > 1 else 0
+    if all(gathered(stored is not None)) and stored is not None:
+        return stored
+    rank, processes = group_process()
     found: Moments | Rows = Rows() if keep_features else Moments()
-    starts = range(rank * batch_size, len(images), world_size() * batch_size)
+    starts = range(rank * batch_size, len(images), processes * batch_size)
     for start in tqdm(starts, "features", unit="batch", leave=False, disable=not progress or rank > 0):
         batch, _ = images.read(range(start, min(start + batch_size, len(images))))
         found.update(extractor(batch))
@@ -275,11 +273,6 @@ def _stored(path: Path, extractor: Extractor) -> Statistics | None:
         return Statistics.load(path, extractor)
     except (OSError, ValueError):
         return None
-
-
-def _cache_name(images: ImageData, extractor: Extractor, keep_features: bool) -> str:
-    """The name of the file of statistics in a cache; it has a hash of all pixels, which are read when first hashed."""
-    return f"{hash_of_bytes(repr((images.content, *_identity(extractor), keep_features)).encode())}.npz"
 
 
 def cache_folder() -> Path:

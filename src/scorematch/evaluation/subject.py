@@ -38,7 +38,8 @@ class Subject(NamedTuple):
         shape: the shape of one, (C, H, W).
         is_network: whether they are samples of a network; the reference is then resized to their shape.
         batches: yields the batches of this process.
-        first: returns the first n images (n, C, H, W), float32 in [0, 1]; called after all have been drawn.
+        first: returns the first n images (n, C, H, W), float32 in [0, 1], for the picture in a folder; called after
+            all have been drawn.
         settings: everything that determines the images, as plain values for JSON.
         device: the device of the network.
         sampler: the sampler in words, or None.
@@ -51,7 +52,7 @@ class Subject(NamedTuple):
     batches: Callable[[], Iterator[Tensor]]
     first: Callable[[int], Tensor]
     settings: dict[str, Any]
-    device: torch.device
+    device: torch.device = torch.device("cpu")
     sampler: str | None = None
 
 
@@ -65,7 +66,7 @@ def subject_of(
     progress: bool,
 ) -> Subject:
     """The images of a network, its name or folder, a sampler, a folder of samples, or images of any other kind."""
-    name = str(what) if isinstance(what, str | os.PathLike) else type(what).__name__
+    name = name_of(what)
     if is_network(what):
         drawn = sampler_for(what, sampler, device)
         return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress)
@@ -74,9 +75,15 @@ def subject_of(
             "sampler, classes and n_classes apply to networks, but the argument `what` is a set of images. Leave them "
             "out."
         )
-    if isinstance(what, str | os.PathLike) and (stored := samples_in(Path(what))) is not None:
+    stored = samples_in(what)
+    if stored is not None:
         return _of_samples(name, Path(what), stored, n)
     return _of_images(name, open_images(what, crop=None, strict=True, progress=progress), n, options)
+
+
+def name_of(what: Any) -> str:
+    """The name of a network or of images for titles: the path, or the type."""
+    return str(what) if isinstance(what, str | os.PathLike) else type(what).__name__
 
 
 def is_network(what: Any) -> bool:
@@ -125,32 +132,28 @@ def _of_sampler(
         raise ValueError(f"{name} restores images: it takes an image as its condition. Use evaluate_restoration.")
     job = Job(sampler, **options)
     shape = _checked_shape(job.shape, name)
-    settings, device = {"n": n, **job.settings()}, device_of(sampler.net)
-    if out is None:
+    settings = {"n": n, **job.settings()}
+    samples = Path() if out is None else out / "samples"
+    folder = None if out is None else SampleFolder(job, samples, n, format="npz", about={"network": name})
 
-        def first(few: int) -> Tensor:
-            return torch.cat([batch.images for batch in job.samples(few, process=(0, 1))])
-
-        batches = lambda: (batch.images for batch in job.samples(n))  # noqa: E731
-        return Subject(name, n, shape, True, batches, first, settings, device, str(sampler))
-    samples = out / "samples"
-    folder = SampleFolder(job, samples, n, format="npz", about={"network": name})
-
-    def filled() -> Iterator[Tensor]:
+    def batches() -> Iterator[Tensor]:
+        if folder is None:
+            return (batch.images for batch in job.samples(n))
         folder.fill(progress=progress)
         return _stored_batches(samples, n)
 
-    return Subject(name, n, shape, True, filled, lambda few: read_samples(samples, few), settings, device, str(sampler))
+    first = lambda few: read_samples(samples, few)  # noqa: E731
+    return Subject(name, n, shape, True, batches, first, settings, device_of(sampler.net), str(sampler))
 
 
 def _stored_batches(folder: Path, n: int) -> Iterator[Tensor]:
     return (batch.images for batch in stored_samples(folder, n))
 
 
-def samples_in(path: Path) -> dict[str, Any] | None:
-    """The content of samples.json, or None if there is no such file."""
+def samples_in(what: Any) -> dict[str, Any] | None:
+    """The content of samples.json in a folder, or None if there is no such file."""
     try:
-        return stored_settings(path)
+        return stored_settings(Path(what)) if isinstance(what, str | os.PathLike) else None
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -165,7 +168,6 @@ def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None) 
         lambda: _stored_batches(folder, n),
         lambda few: read_samples(folder, few),
         {"n": n, **stored["settings"]},
-        torch.device("cpu"),
     )
 
 
@@ -181,7 +183,6 @@ def _of_images(name: str, data: ImageData, n: int | None, options: dict[str, Any
         lambda: read_batches(data, chosen, options["batch_size"]),
         lambda few: to_float(to_uint8(data.read(chosen[:few])[0])),
         settings,
-        torch.device("cpu"),
     )
 
 

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,6 @@ from scorematch.core.json_files import native
 from scorematch.core.processes import process_group, this_process
 from scorematch.core.provenance import identity
 from scorematch.core.scores import device_of
-from scorematch.data.images import ImageData
 from scorematch.data.pictures import Crop
 from scorematch.evaluation.estimate import IMAGES, Figures
 from scorematch.evaluation.evaluator import Evaluator
@@ -44,13 +43,12 @@ from scorematch.evaluation.features import Extractor
 from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.reference import open_for, read_batches, shown
-from scorematch.evaluation.restored_images import RESTORATION, RESTORED, evaluate_restoration, identified
+from scorematch.evaluation.restored_images import RESTORATION, RESTORED, Restoring, identified, single_operator
 from scorematch.evaluation.tune_table import TABLE, MeasuredSampler, MeasuredTable
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
 from scorematch.restoration.methods import Restore
 from scorematch.restoration.operator import Operator
-from scorematch.restoration.operators import as_operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.bulk import Classes, bulk_samples, description_of
 from scorematch.score import ScoreNet
@@ -197,7 +195,7 @@ def tune(
     n, seed, batch_size = check_integer("n", n), check_integer("seed", seed), check_count("batch_size", batch_size)
     classes, n_classes = native(classes), native(n_classes)
     given = [operators] if isinstance(operators, str | Operator) else list(operators or ())
-    named, listed = list(map(str, given)), list(map(as_operator, given))
+    named, listed = list(map(str, given)), list(map(single_operator, given))
     criterion = criterion_of(by, restoring=bool(named))
     if len(set(named)) < len(named):
         raise ValueError(f"operators must differ in their names, got {', '.join(named)}.")
@@ -218,16 +216,15 @@ def tune(
     device = device_of(net) if device is None else device
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
     with process_group(device):
-        data = open_for(reference, shape, crop, progress) if named else reference
+        opened: dict[str, Any] = {"shape": shape, "crop": crop, "progress": progress}
+        data = open_for(reference, what="images", **opened) if named else reference
         evaluator = Evaluator(
             data,
             features=[] if criterion == "rmse" else features,
             metrics=[criterion] if criterion in METRICS else [],
-            shape=shape,
-            crop=crop,
             cache=cache,
             device=device,
-            progress=progress,
+            **opened,
         )
         if criterion != "rmse" and not evaluator.extractors:
             raise ValueError(f"by={criterion!r} needs features. Name an extractor.")
@@ -239,11 +236,10 @@ def tune(
         context |= _identities(next(iter(samplers.values())), evaluator, listed)
         if named:
             context["restore"] = restore
-        restored = dict(zip(named, listed, strict=True))
         kept = MeasuredTable(folder, {**context, **evaluator.settings()}, figures)
         others = None
         if held_out is not None:
-            other = open_for(held_out, shape, crop, progress)
+            other = open_for(held_out, what="held-out images", **opened)
             chosen = choose(len(other), min(n, len(other)), seed)
             others = evaluator.measure(read_batches(other, chosen, batch_size), strict=False)
         for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process().rank > 0):
@@ -252,7 +248,12 @@ def tune(
             begin = time.perf_counter()
             if named:
                 sampler.restore = restore
-                found = _restored(sampler, data, restored, evaluator, criterion, n, seed, batch_size)
+                found = {}
+                for name, operator in zip(named, listed, strict=True):
+                    run = Restoring(sampler, evaluator, operator, 1, 0.0, seed)
+                    chosen = choose(len(data), min(n, len(data)), seed)
+                    measured = run.measure(data, chosen, batch_size, progress=False)[RESTORED]
+                    found[name] = {criterion: measured[source][criterion]}
             else:  # all settings draw from the same seeds
                 images = (batch.images for batch in bulk_samples(sampler, n, **options))
                 found = evaluator.measure(shown(images, n, repr(sampler), progress))
@@ -295,36 +296,6 @@ def _identities(sampler: Sampler, evaluator: Evaluator, operators: Sequence[Oper
     if operators:  # masks of one size can have the same name
         found["tasks"] = list(map(identified, operators))
     return found
-
-
-def _restored(
-    sampler: Sampler,
-    data: ImageData,
-    operators: Mapping[str, Operator],
-    evaluator: Evaluator,
-    by: str,
-    n: int,
-    seed: int,
-    batch_size: int,
-) -> Figures:
-    """The figure ``by`` of one restoration of each of n images, for each operator."""
-    figures: Figures = {}
-    for name, operator in operators.items():
-        found = evaluate_restoration(
-            sampler,
-            data,
-            operator,
-            n=min(n, len(data)),
-            draws=1,
-            features=evaluator.extractors,
-            metrics=evaluator.metrics,
-            reference=evaluator.reference,
-            seed=seed,
-            batch_size=batch_size,
-            progress=False,
-        ).figures[RESTORED]
-        figures[name] = {by: found[RESTORATION if by == "rmse" else evaluator.extractors[0].name][by]}
-    return figures
 
 
 def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
