@@ -69,9 +69,9 @@ def world():
 
 @pytest.fixture
 def mixture():
-    from scorematch.evaluation.exact import Mixture
+    from scorematch.evaluation.exact import GaussianMixture
 
-    return Mixture([0.8, 0.2], [[1.5, 1.5], [-1.5, -1.5]], 0.25)
+    return GaussianMixture([0.8, 0.2], [[1.5, 1.5], [-1.5, -1.5]], 0.25)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from scorematch.core.conditions import Condition
 from scorematch.core.processes import this_process
 from scorematch.core.scores import NetworkScore
 from scorematch.data import read_image, read_samples, stored_samples, stored_settings
-from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
+from scorematch.evaluation.exact import Empirical, Gaussian, GaussianMixture
 from scorematch.sampling import SAMPLERS, AnnealedLangevinSampler, ODESampler, SamplerSettings, bulk_samples, sample_to
 from scorematch.sampling.bulk import Job
 from scorematch.sampling.folder import SampleFolder
@@ -755,8 +755,8 @@ def test_the_identity_covers_what_exact_scores_methods_and_arrays_compute():
         lambda: Empirical(torch.zeros(4, 1, 2, 2)),
         lambda: Empirical(torch.ones(4, 1, 2, 2)),
         lambda: Empirical(torch.ones(4, 1, 2, 2), 0.1),
-        lambda: Mixture([0.5, 0.5], [[-1.0], [1.0]], 0.01),
-        lambda: Mixture([0.5, 0.5], [[-1.0], [1.0]], 1.0),
+        lambda: GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], 0.01),
+        lambda: GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], 1.0),
         lambda: Gaussian([0.0, 1.0], 1.0),
         lambda: Gaussian([0.0, 1.0], 1.0, schedule=NoiseSchedule([1.0, 0.1])),
         lambda: Shifted(1.0),

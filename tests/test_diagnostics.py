@@ -22,7 +22,7 @@ from scorematch.evaluation import (
 )
 from scorematch.evaluation import calibration as calibrations
 from scorematch.evaluation.calibration import Calibration
-from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
+from scorematch.evaluation.exact import Empirical, Gaussian, GaussianMixture
 from scorematch.evaluation.per_image import values_per_image
 from scorematch.evaluation.sampler_distance import sampler_variants
 from scorematch.loss import loss_and_norm
@@ -58,7 +58,7 @@ def times(factor, score):
 def test_the_exact_score_has_no_error(kind, images):
     world = {
         "gaussian": images[0],
-        "mixture": Mixture([0.3, 0.7], torch.randn(2, 48, generator=seed()), 0.1, SHAPE),
+        "mixture": GaussianMixture([0.3, 0.7], torch.randn(2, 48, generator=seed()), 0.1, SHAPE),
         "empirical": Empirical(images[1]),
     }[kind]
     rows = score_error(world, world, SIGMAS, n=20, progress=False)
@@ -392,7 +392,7 @@ def small(kind, **options):
     covariance = root @ root.T / 8 + 0.1 * torch.eye(8)
     if kind == "gaussian":
         return Gaussian(torch.zeros(8), covariance, FLAT, **options)
-    return Mixture([0.6, 0.4], [[1.0] * 8, [-1.0] * 8], covariance, FLAT, **options)
+    return GaussianMixture([0.6, 0.4], [[1.0] * 8, [-1.0] * 8], covariance, FLAT, **options)
 
 
 class Posterior:

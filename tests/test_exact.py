@@ -8,7 +8,7 @@ from torch import distributions
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.evaluation import exact as module
-from scorematch.evaluation.exact import Empirical, Gaussian, Mixture, operator_matrix
+from scorematch.evaluation.exact import Empirical, Gaussian, GaussianMixture, operator_matrix
 from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
 from scorematch.sampling import ODESampler
 from tests.helpers import gaussian_images, run, seed
@@ -25,7 +25,7 @@ def mixture(shape=SHAPE, components=3):
     size = math.prod(shape)
     root = 0.3 * normal(size, size) / size**0.5
     weights = torch.arange(1.0, components + 1)
-    return Mixture(weights, normal(components, size, number=1), root @ root.T + 0.02 * torch.eye(size), shape)
+    return GaussianMixture(weights, normal(components, size, number=1), root @ root.T + 0.02 * torch.eye(size), shape)
 
 
 WORLDS = {
@@ -56,7 +56,8 @@ def test_each_sample_has_its_own_level(name, rng):
 
 def test_parameters_that_are_differentiated_are_taken_as_constants():
     mean, covariance = torch.zeros(2).requires_grad_(), torch.eye(2).requires_grad_()
-    for world in (Gaussian(mean, covariance), Mixture([1.0], mean[None], covariance), Empirical(mean[None], 0.5)):
+    mixture = GaussianMixture([1.0], mean[None], covariance)
+    for world in (Gaussian(mean, covariance), mixture, Empirical(mean[None], 0.5)):
         assert not world(torch.ones(1, 2), 0.3).requires_grad, world
 
 
@@ -76,7 +77,7 @@ def test_an_empirical_distribution_is_a_mixture_of_its_data(bandwidth, monkeypat
     monkeypatch.setattr(module, "_BLOCK", 3)
     data = normal(10, *SHAPE)
     found = Empirical(data, bandwidth)
-    known = Mixture([0.1] * 10, data.flatten(1), bandwidth**2, SHAPE)
+    known = GaussianMixture([0.1] * 10, data.flatten(1), bandwidth**2, SHAPE)
     x, sigma = normal(4, *SHAPE, number=1), torch.tensor([0.1, 0.5, 2, 9], dtype=torch.float64)
     torch.testing.assert_close(found(x, sigma), known(x, sigma), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found.log_density(x, 0.3), known.log_density(x, 0.3), rtol=1e-10, atol=1e-10)
@@ -169,7 +170,7 @@ def test_posteriors_of_an_observation_without_noise_agree_with_it(name, operator
 
 
 def test_the_weights_of_a_posterior_are_those_of_the_likely_components():
-    world = Mixture([0.5, 0.5], [[-1.0] * 4, [1.0] * 4], 0.1, (1, 2, 2))
+    world = GaussianMixture([0.5, 0.5], [[-1.0] * 4, [1.0] * 4], 0.1, (1, 2, 2))
     half = Mask(torch.tensor([True, False]))
     y = half.measure(torch.full((1, 1, 2, 2), 1.0))
     posterior = world.posterior(Observation(half, y, 0.5))
@@ -184,7 +185,7 @@ def test_the_weights_of_a_posterior_are_those_of_the_likely_components():
 def test_the_weights_of_a_posterior_with_little_noise(sigma):
     """Both components vary along one line, on which y lies; across it there is only the noise."""
     line = torch.nn.functional.normalize(normal(10).double(), dim=0)
-    world = Mixture([0.5, 0.5], torch.stack([line, -1.5 * line]), torch.outer(line, line))
+    world = GaussianMixture([0.5, 0.5], torch.stack([line, -1.5 * line]), torch.outer(line, line))
     everything = Mask(torch.ones(10, dtype=torch.bool))
     posterior = world.posterior(Observation(everything, 0.1 * line[None], sigma))
     logits = -torch.tensor([0.9, 1.6], dtype=torch.float64).square() / (2 * (1 + sigma**2))
@@ -195,7 +196,7 @@ def test_the_weights_of_a_posterior_with_little_noise(sigma):
 
 @pytest.mark.parametrize("covariance", [0.0, [[0.0, 0.0], [0.0, 1.0]]])
 def test_components_that_contradict_an_observation_without_noise_have_no_weight(covariance):
-    world = Mixture([4, 1, 3], [[0.1, 0.2], [0.7, 0.2], [0.7, 0.9]], covariance)
+    world = GaussianMixture([4, 1, 3], [[0.1, 0.2], [0.7, 0.2], [0.7, 0.9]], covariance)
     seen = Mask(torch.tensor([True, False]))
     posterior = world.posterior(Observation(seen, torch.tensor([[0.7, 0.0]])))
     torch.testing.assert_close(posterior.weights, torch.tensor([0.0, 0.25, 0.75], dtype=torch.float64))
@@ -206,7 +207,7 @@ def test_components_that_contradict_an_observation_without_noise_have_no_weight(
 def test_components_that_contradict_an_observation_equally_keep_their_weights():
     """Both components vary along one line; y lies beside it, and its part along the line decides."""
     line, away = torch.linalg.qr(normal(10, 2).double()).Q.T
-    world = Mixture([0.5, 0.5], torch.stack([line, -1.5 * line]), torch.outer(line, line))
+    world = GaussianMixture([0.5, 0.5], torch.stack([line, -1.5 * line]), torch.outer(line, line))
     y = (0.1 * line + 3 * away)[None]
     posterior = world.posterior(Observation(Mask(torch.ones(10, dtype=torch.bool)), y))
     logits = -torch.tensor([0.9, 1.6], dtype=torch.float64).square() / 2
@@ -216,7 +217,8 @@ def test_components_that_contradict_an_observation_equally_keep_their_weights():
 
 def test_a_posterior_is_sampled_like_its_prior():
     half, options = Mask(torch.arange(4) < 2), {"schedule": LEVELS, "value_range": (0, 1)}
-    for world in (Gaussian([0.5] * 48, 0.1, SHAPE, **options), Mixture([1.0], [[0.5] * 48], 0.1, SHAPE, **options)):
+    mixture = GaussianMixture([1.0], [[0.5] * 48], 0.1, SHAPE, **options)
+    for world in (Gaussian([0.5] * 48, 0.1, SHAPE, **options), mixture):
         posterior = world.posterior(Observation(half, half.measure(world.sample(1, 0)), 0.1))
         assert (posterior.sample_shape, posterior.schedule, posterior.value_range) == (SHAPE, LEVELS, (0, 1))
         x = run(AnnealedLangevinSampler(posterior), 2, generator=0)
@@ -289,9 +291,9 @@ def _seen(n):
         (lambda: Gaussian([0.0, 0.0], [[1.0, 2.0], [2.0, 1.0]]), ValueError, "no negative eigenvalues, got .* -1 to 3"),
         (lambda: Gaussian([0.0], math.nan), ValueError, "covariance must be symmetric and finite"),
         (lambda: Gaussian([0.0, 0.0], 1.0, (3,)), ValueError, r"sample_shape must have 2 values.*got \(3,\)"),
-        (lambda: Mixture([1.0], [0.0], 1.0), ValueError, r"means must be \(K, D\), got shape \(1,\)"),
-        (lambda: Mixture([1.0], [[0.0], [1.0]], 1.0), ValueError, "weights must be 2 positive numbers"),
-        (lambda: Mixture([1.0, 0.0], [[0.0], [1.0]], 1.0), ValueError, "weights must be 2 positive numbers"),
+        (lambda: GaussianMixture([1.0], [0.0], 1.0), ValueError, r"means must be \(K, D\), got shape \(1,\)"),
+        (lambda: GaussianMixture([1.0], [[0.0], [1.0]], 1.0), ValueError, "weights must be 2 positive numbers"),
+        (lambda: GaussianMixture([1.0, 0.0], [[0.0], [1.0]], 1.0), ValueError, "weights must be 2 positive numbers"),
         (lambda: Empirical(torch.zeros(2, 3).long()), TypeError, "floating point or uint8, got torch.int64"),
         (lambda: Empirical([[0.0]]), TypeError, "got list"),
         (lambda: Empirical(torch.zeros(3)), ValueError, r"data must be a batch .*got shape \(3,\)"),

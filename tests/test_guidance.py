@@ -8,7 +8,7 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.core.conditions import Condition
 from scorematch.core.provenance import identity
 from scorematch.core.scores import Denoiser
-from scorematch.evaluation.exact import Mixture
+from scorematch.evaluation.exact import GaussianMixture
 from scorematch.guidance import autoguidance, classifier, classifier_free
 from scorematch.likelihood import log_likelihood
 from scorematch.nets.inference import InferenceScore
@@ -28,9 +28,9 @@ class Labeled:
     def __init__(self, means=((1.5, 1.5), (-1.5, -1.0), (2.0, -1.0)), std=0.5):
         one, other = SHARES
         self.parts = [  # the classes, and all together
-            Mixture([0.5, 0.5], means[:2], std**2),
-            Mixture([1.0], means[2:], std**2),
-            Mixture([one / 2, one / 2, other], means, std**2),
+            GaussianMixture([0.5, 0.5], means[:2], std**2),
+            GaussianMixture([1.0], means[2:], std**2),
+            GaussianMixture([one / 2, one / 2, other], means, std**2),
         ]
         self.batches = []
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
-from scorematch.evaluation.exact import Mixture
+from scorematch.evaluation.exact import GaussianMixture
 from tests.helpers import NoFloat64, run, seed
 
 schedules = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=30, unique=True).map(
@@ -392,7 +392,7 @@ def test_one_euler_step_per_level_reduces_the_deviation_by_gamma_to_the_quarter(
 
 def test_annealed_langevin_dynamics_samples_two_modes_with_the_schedule_from_data():
     """Two Gaussians with weights 0.8 and 0.2. With the two levels that technique 2 alone gives, sampling fails."""
-    world = Mixture([0.8, 0.2], [[1.0, 1.0], [-4.0, -4.0]], 0.25)
+    world = GaussianMixture([0.8, 0.2], [[1.0, 1.0], [-4.0, -4.0]], 0.25)
     schedule = NoiseSchedule.from_data(world.sample(1000, seed(0)))
     assert len(schedule) > 30
     n = 2000
@@ -410,7 +410,7 @@ def test_annealed_langevin_dynamics_samples_two_modes_with_the_schedule_from_dat
 def test_annealed_langevin_dynamics_samples_a_ring_with_the_schedule_from_data():
     """With the sampler's default number of steps."""
     angle = torch.arange(64) * 2 * math.pi / 64
-    ring = Mixture([1 / 64] * 64, (2 * torch.stack([angle.cos(), angle.sin()], 1)).tolist(), 0.01)
+    ring = GaussianMixture([1 / 64] * 64, (2 * torch.stack([angle.cos(), angle.sin()], 1)).tolist(), 0.01)
     schedule = NoiseSchedule.from_data(ring.sample(500, seed(0)))
     n = 1000
     x = run(AnnealedLangevinSampler(ring, schedule), n, shape=(2,), generator=1)

@@ -5,7 +5,7 @@ import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.core.randomness import as_generator, seed_of, single_generator, standard_normal, uniform
-from scorematch.evaluation.exact import Empirical, Gaussian, Mixture
+from scorematch.evaluation.exact import Empirical, Gaussian, GaussianMixture
 from scorematch.restoration.palette import Inpainting, JPEGRestoration, Uncropping
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
 from scorematch.training.levels import uniforms
@@ -121,7 +121,10 @@ def test_conditions_of_a_seed(task, counts, total):
     ("distribution", "expected"),
     [
         (WORLD, [0.94682163, -1.11434400, 1.69079018, -0.89482790]),
-        (Mixture([0.5, 0.5], [[0.0, 0.0], [5.0, 5.0]], 1.0), [0.94682163, -1.11434400, 1.69079018, -0.89482790]),
+        (
+            GaussianMixture([0.5, 0.5], [[0.0, 0.0], [5.0, 5.0]], 1.0),
+            [0.94682163, -1.11434400, 1.69079018, -0.89482790],
+        ),
         (Empirical(torch.arange(10.0).view(5, 2)), [0, 1, 4, 5]),
     ],
     ids=["gaussian", "mixture", "empirical"],

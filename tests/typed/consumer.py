@@ -388,7 +388,7 @@ def features(folder: Path, images: Tensor) -> None:
 
 
 def diagnostics(net: ScoreNet, x: Tensor) -> None:
-    mixture = exact.Mixture([0.5, 0.5], [[0.0, 1.0], [1.0, 0.0]], 0.25)
+    mixture = exact.GaussianMixture([0.5, 0.5], [[0.0, 1.0], [1.0, 0.0]], 0.25)
     worlds: list[exact.Distribution] = [mixture, exact.Gaussian([0.0], 1.0), exact.Empirical(x, 0.1)]
     assert_type(worlds[0].sample(3, generator=0), Tensor)
     assert_type(worlds[0].log_density(x), Tensor)

@@ -16,6 +16,8 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -35,9 +37,7 @@ class Moments:
         n: the number of features so far.
 
     Example:
-        >>> moments = Moments()
-        >>> for batch in torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]]).split(2):
-        ...     moments.update(batch)
+        >>> moments = Moments.of(torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 4.0]]).split(2))
         >>> moments.n, moments.mean.tolist(), moments.covariance.tolist()
         (3, [2.0, 2.0], [[4.0, 3.0], [3.0, 3.0]])
     """
@@ -46,6 +46,14 @@ class Moments:
         self.n = 0
         self._mean: Tensor | None = None
         self._scatter: Tensor | None = None
+
+    @classmethod
+    def of(cls, batches: Iterable[Tensor]) -> Moments:
+        """The moments of features in batches."""
+        moments = cls()
+        for features in batches:
+            moments.update(features)
+        return moments
 
     def update(self, features: Tensor) -> None:
         """Adds features (N, D), floating point."""

@@ -8,7 +8,7 @@ smallest and the i-th largest value contains :math:`f(x_0)` with the probability
 .. math:: 1 - \frac{2i}{K + 1}, \qquad i = 1, \dots, \lfloor K/2 \rfloor .
 
 Here f are projections :math:`\langle w_j, x \rangle` on fixed random directions, :math:`x_0` is drawn from a
-``Gaussian`` or a ``Mixture``, and the following is reported over many observations:
+``Gaussian`` or a ``GaussianMixture``, and the following is reported over many observations:
 
 - **coverage**: the share of intervals that contain the truth. Below the nominal value the draws are too alike or biased
   (overconfident); above it, too different.
@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from scorematch.core.arguments import check_count
 from scorematch.core.randomness import seed_of, single_generator, standard_normal, uniform
 from scorematch.evaluation.estimate import Estimate, mean_of, root_of
-from scorematch.evaluation.exact import Mixture
+from scorematch.evaluation.exact import GaussianMixture
 from scorematch.evaluation.report import Report
 from scorematch.restoration.methods import METHODS
 from scorematch.restoration.observation import Observation
@@ -102,7 +102,7 @@ class Calibration:
 
 
 def posterior_calibration(
-    exact: Mixture,
+    exact: GaussianMixture,
     operator: Operator,
     samplers: Mapping[str, Sampler] | None = None,
     *,
@@ -116,8 +116,8 @@ def posterior_calibration(
     """Measures the calibration of restoration methods on a distribution whose posterior is known.
 
     Args:
-        exact: a ``Gaussian`` or a ``Mixture``, with a schedule unless ``samplers`` is given. The truth is drawn from
-            it. For each observation a covariance (D, D) is decomposed, which is fast up to D of a few hundred.
+        exact: a ``Gaussian`` or a ``GaussianMixture``, with a schedule unless ``samplers`` is given. The truth is drawn
+            from it. For each observation a covariance (D, D) is decomposed, which is fast up to D of a few hundred.
         operator: a linear operator that can be applied to any batch of images, without one mask per image.
         samplers: samplers with an exact score, or with that of a network trained on samples of ``exact``, by name; each
             with its ``restore`` and with ``clamp=False``. None is plain annealed Langevin dynamics with each method of
@@ -160,7 +160,7 @@ def posterior_calibration(
         """The projections (n, J) of images (n, ...)."""
         return x.cpu().double().flatten(1) @ w
 
-    def variance_of(distribution: Mixture) -> Tensor:
+    def variance_of(distribution: GaussianMixture) -> Tensor:
         """The variances (J,) along the directions."""
         return (distribution.covariance.cpu() @ w * w).sum(0)
 

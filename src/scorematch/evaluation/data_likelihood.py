@@ -28,8 +28,8 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -149,7 +149,11 @@ def data_likelihood(
 
     def bits(batch: ImageBatch, levels: NoiseSchedule, repeat: int) -> Tensor:
         generators = batch.seeds(seed, "noise")
-        x = dequantized(batch.x, generators) if noise == "uniform" else _with_noise(batch.x, schedule, generators)
+        if noise == "uniform":
+            x = dequantized(batch.x, generators)
+        else:
+            z = standard_normal(batch.x.shape, as_generator(generators), batch.x.device, batch.x.dtype)
+            x = batch.x + schedule.sigma_min * z
         with exact_float32():
             nats = log_likelihood(
                 net,
@@ -166,12 +170,10 @@ def data_likelihood(
         repeated = [] if probes is None else [bits(batch, schedule, 1)]
         return torch.cat([bits(batch, finer, 0), *repeated], 1)
 
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    values = partial(values_per_image, read=images.read, batch_size=batch_size, progress=progress)
     with process_group(device):
-        own = values_per_image(
-            lambda batch: bits(batch, schedule, 0), images.read, indices, title="likelihood", **options
-        )
-        checked = values_per_image(check, images.read, indices[:checks], title="errors of the likelihood", **options)
+        own = values(lambda batch: bits(batch, schedule, 0), indices=indices, title="likelihood")
+        checked = values(check, indices=indices[:checks], title="errors of the likelihood")
     own = own[:, 0]
     changes = checked - own[: len(checked), None]
     variance = 0.0 if probes is None else float(changes[:, 1].square().mean()) / 2
@@ -187,8 +189,3 @@ def data_likelihood(
         per_image=own,
         indices=indices,
     )
-
-
-def _with_noise(x: Tensor, schedule: NoiseSchedule, seeds: Sequence[int]) -> Tensor:
-    """Images with normal noise of the lowest level."""
-    return x + schedule.sigma_min * standard_normal(x.shape, as_generator(seeds), x.device, x.dtype)

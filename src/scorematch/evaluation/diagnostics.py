@@ -112,7 +112,7 @@ def score_error(
 
     Args:
         score: a score: a ScoreNet, or any callable ``score(x, sigma)``.
-        exact: the distribution with the known score, such as ``Gaussian``, ``Mixture`` or ``Empirical``.
+        exact: the distribution with the known score, such as ``Gaussian``, ``GaussianMixture`` or ``Empirical``.
         levels: the noise levels, descending or in any order; None is 16 geometric levels over the range of the score's
             own schedule, or that of ``exact``.
         x: clean samples (n, ...) at which the scores are compared; None draws n samples from the distribution.

@@ -92,19 +92,13 @@ class MeasuredSet:
         self._seen = [(Rows(), Rows()) for _ in compared]  # the features and the logits of each extractor
         self._pixels = Rows()
 
-    def add(self, images: Tensor) -> list[Extracted]:
-        """Adds images (N, C, H, W), uint8 or floating point in [0, 1].
-
-        Returns:
-            The features and logits of the images, one ``Extracted`` for each extractor.
-        """
-        found = [extractor.extract(images) for extractor, _ in self._compared]
+    def add(self, images: Tensor, found: Sequence[Extracted]) -> None:
+        """Adds images (N, C, H, W), uint8 or floating point in [0, 1], with what ``Evaluator.extract`` returns."""
         for extracted, rows in zip(found, self._seen, strict=True):
             for values, kept in zip(extracted, rows, strict=True):
                 if values is not None:
                     kept.update(values)
         self._pixels.update(_pixel_statistics(images))
-        return found
 
     def figures(self, *, strict: bool = True) -> Figures:
         """The figures of the images of all processes of ``torch.distributed``; every process must call it.
@@ -218,9 +212,9 @@ class Evaluator:
         source = reference if self.data is None else self.data
         self._compared = [(each, statistics_for(each, source, **options)) for each in self.extractors]
 
-    def probe(self, shape: Sequence[int]) -> list[Extracted]:
-        """The features and logits of a black image (C, H, W), one ``Extracted`` for each extractor."""
-        return [extractor.extract(torch.zeros(1, *shape, dtype=torch.uint8)) for extractor in self.extractors]
+    def extract(self, images: Tensor) -> list[Extracted]:
+        """The features and logits of images (N, C, H, W), one ``Extracted`` for each extractor."""
+        return [extractor.extract(images) for extractor in self.extractors]
 
     def check(self, n: int, shape: Sequence[int]) -> dict[str, str]:
         """Checks that n images of a shape (C, H, W) can be measured, before they are drawn.
@@ -240,7 +234,7 @@ class Evaluator:
                 f"{_describe(self.data.shape)}. Open the reference with "
                 f"open_images(..., image_size=({shape[1]}, {shape[2]}), channels={shape[0]})."
             )
-        probes = self.probe(shape)
+        probes = self.extract(torch.zeros(1, *shape))
         for (extractor, reference), probe in zip(self._compared, probes, strict=True):
             dimension = probe.features.shape[1]
             if dimension != len(reference.mean):
@@ -275,7 +269,7 @@ class Evaluator:
         """
         seen = self.collect()
         for images in batches:
-            seen.add(images)
+            seen.add(images, self.extract(images))
         return seen.figures(strict=strict)
 
     def settings(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from scorematch.noise import NoiseSchedule
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
 
-__all__ = ["Distribution", "Empirical", "Gaussian", "Mixture", "operator_matrix"]
+__all__ = ["Distribution", "Empirical", "Gaussian", "GaussianMixture", "operator_matrix"]
 
 _BLOCK = 1024  # images of an empirical distribution that are compared at a time
 _NEGATIVE = 1e-6  # the tolerance for negative eigenvalues of a covariance, relative to the largest
@@ -150,7 +150,7 @@ class Distribution(ABC):
         """The log-density (N,) of x (N, D) with noise of the variance (1, 1)."""
 
 
-class Mixture(Distribution):
+class GaussianMixture(Distribution):
     r"""The mixture :math:`\sum_k w_k \mathcal{N}(m_k, C)` of Gaussians with the same covariance.
 
     Args:
@@ -166,7 +166,7 @@ class Mixture(Distribution):
         means: (K, D), float64.
 
     Example:
-        >>> two = Mixture([0.5, 0.5], [[-1.0], [1.0]], 0.25)
+        >>> two = GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], 0.25)
         >>> two(torch.tensor([[0.0], [9.0]]), 0.5).tolist()  # (-+1 - x) / (0.25 + sigma^2), weighted
         [[0.0], [-16.0]]
     """
@@ -217,7 +217,7 @@ class Mixture(Distribution):
         centered = self.means - self.mean
         return self._within + centered.T @ (self.weights[:, None] * centered)
 
-    def posterior(self, observation: Observation, image: int = 0) -> Mixture:
+    def posterior(self, observation: Observation, image: int = 0) -> GaussianMixture:
         """The posterior of the sample that an observation measures.
 
         Args:
@@ -233,7 +233,7 @@ class Mixture(Distribution):
                 another shape, or it has no sample with this number.
         """
         weights, means, covariance = self._posterior_parameters(observation, image)
-        return Mixture(weights, means, covariance, **self._attributes)
+        return GaussianMixture(weights, means, covariance, **self._attributes)
 
     def _posterior_parameters(self, observation: Observation, image: int) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(observation, Observation):
@@ -285,7 +285,7 @@ class Mixture(Distribution):
         return total + _log_normal(along, v)
 
 
-class Gaussian(Mixture):
+class Gaussian(GaussianMixture):
     """The normal distribution.
 
     Args:
@@ -329,13 +329,9 @@ class Gaussian(Mixture):
         return cls(distribution.mean, distribution.covariance, **distribution._attributes)
 
     def posterior(self, observation: Observation, image: int = 0) -> Gaussian:
-        """The posterior of the sample that an observation measures; see ``Mixture.posterior``."""
+        """The posterior of the sample that an observation measures; see ``GaussianMixture.posterior``."""
         _, means, covariance = self._posterior_parameters(observation, image)
         return Gaussian(means[0], covariance, **self._attributes)
-
-    @property
-    def covariance(self) -> Tensor:  # noqa: D102
-        return self._within
 
 
 class Empirical(Distribution):
@@ -399,10 +395,7 @@ class Empirical(Distribution):
 
     @cached_property
     def _moments(self) -> Moments:
-        moments = Moments()
-        for block in self._blocks():
-            moments.update(block)
-        return moments
+        return Moments.of(self._blocks())
 
     def _blocks(self) -> Iterator[Tensor]:
         for block in self._data.split(_BLOCK):

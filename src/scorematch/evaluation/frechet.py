@@ -146,12 +146,7 @@ class _Gaussian:
     """The mean and a factor of the covariance of features."""
 
     def __init__(self, source: Features) -> None:
-        given: Statistics | Moments
-        if isinstance(source, Statistics):
-            given = source
-        else:
-            given = Moments()
-            given.update(source)
+        given = source if isinstance(source, Statistics) else Moments.of([source])
         self.n = given.n
         # On the CPU: the decomposition of a single matrix is not faster on an accelerator.
         self.mean, covariance = given.mean.cpu().double(), given.covariance.cpu().double()

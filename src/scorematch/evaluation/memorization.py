@@ -167,8 +167,8 @@ class Memorization:
         """
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {ratio!r}.")
-        held_out = None if self.held_out is None else Proportion.of(self.held_out.ratios < ratio)
-        return Proportion.of(self.samples.ratios < ratio), held_out
+        samples, *held_out = (Proportion.of(found.ratios < ratio) for found in self._sets().values())
+        return samples, held_out[0] if held_out else None
 
     def nearer(self) -> Estimate | None:
         """The probability that a sample is nearer to the training images than a held-out image, and its standard error.
@@ -186,22 +186,21 @@ class Memorization:
     def table(self) -> str:
         """The figures as a table in Markdown."""
         rows = []
+        levels = torch.tensor(_QUANTILES, dtype=torch.float64)
         for name, found in self._sets().items():
-            if found is not None:
-                levels = torch.tensor(_QUANTILES, dtype=torch.float64)
-                quantiles = [f"{value:.4g}" for value in found.distances[:, 0].quantile(levels).tolist()]
-                shares = [str(Proportion.of(found.ratios < ratio)) for ratio in (1 / 2, 1 / 3, 1 / 4)]
-                rows.append([name, f"{len(found.distances):,}", *quantiles, *shares])
+            quantiles = [f"{value:.4g}" for value in found.distances[:, 0].quantile(levels).tolist()]
+            shares = [str(Proportion.of(found.ratios < ratio)) for ratio in (1 / 2, 1 / 3, 1 / 4)]
+            rows.append([name, f"{len(found.distances):,}", *quantiles, *shares])
         quantiles = [f"distance, {level:.0%} quantile" for level in _QUANTILES]
         return table([self.extractor, "images", *quantiles, "copies, k = 1/2", "k = 1/3", "k = 1/4"], rows)
 
     def chart(self) -> str:
         """The distribution functions of the distance to the nearest training image, as the text of an SVG file."""
-        curves = []
-        for name, found in self._sets().items():
-            if found is not None:
-                share = torch.linspace(0, 1, 201, dtype=torch.float64)
-                curves.append(Curve(name, found.distances[:, 0].quantile(share).tolist(), share.tolist()))
+        share = torch.linspace(0, 1, 201, dtype=torch.float64)
+        curves = [
+            Curve(name, found.distances[:, 0].quantile(share).tolist(), share.tolist())
+            for name, found in self._sets().items()
+        ]
         title = "share of images that are nearer to the training images"
         return chart(title, f"distance to the nearest training image ({self.extractor})", curves)
 
@@ -225,8 +224,8 @@ class Memorization:
             cells.append(torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)[:, None])
         save_grid(torch.cat(cells, 1).flatten(0, 1), path, columns=len(cells))
 
-    def _sets(self) -> dict[str, Neighbors | None]:
-        return {"samples": self.samples, "held-out images": self.held_out}
+    def _sets(self) -> dict[str, Neighbors]:
+        return {"samples": self.samples} | ({} if self.held_out is None else {"held-out images": self.held_out})
 
 
 def memorization_of(
@@ -291,9 +290,8 @@ def _features(data: ImageData, extractor: Extractor, batch_size: int, progress: 
 
 
 def _batches(data: ImageData, batch_size: int, title: str, progress: bool) -> Iterator[Tensor]:
-    starts = range(0, len(data), batch_size)
-    for start in tqdm(starts, title, unit="batch", leave=False, disable=not progress):
-        yield data.read(range(start, min(start + batch_size, len(data))))[0]
+    for rows in tqdm(torch.arange(len(data)).split(batch_size), title, unit="batch", leave=False, disable=not progress):
+        yield data.read(rows)[0]
 
 
 def _pictures(data: ImageData, indices: Tensor) -> Tensor:

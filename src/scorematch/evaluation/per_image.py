@@ -48,9 +48,7 @@ class ImageBatch(NamedTuple):
 
     def condition(self, condition: ConditionChoice, device: torch.device) -> Tensor | int | None:
         """The condition of the batch, on a device."""
-        if not callable(condition):
-            return condition
-        return condition(self.x, self.labels).to(device)
+        return condition(self.x, self.labels).to(device) if callable(condition) else condition
 
 
 def values_per_image(

@@ -254,8 +254,11 @@ class Restoring:
         self._sampler, self._conditional = prepared(sampler), takes_image(sampler.net)
         self._evaluator, self._operator = evaluator, operator
         self._classes, self._draws, self._sigma, self._seed = classes, draws, sigma, seed
-        self._restored, self._degraded = evaluator.collect(), evaluator.collect()
-        self._originals = evaluator.collect([name for name in evaluator.metrics if name == "inception-score"])
+        self._sets = {
+            RESTORED: evaluator.collect(),
+            DEGRADED: evaluator.collect(),
+            ORIGINAL: evaluator.collect([name for name in evaluator.metrics if name == "inception-score"]),
+        }
         self._names: list[tuple[str, str, str]] = []  # the set, the source and the name of each value
         self.shown: list[Tensor] = []
 
@@ -271,7 +274,9 @@ class Restoring:
             progress: whether to show a progress bar.
         """
         classes = self._classes
-        if classes is not None and not any(_classifies(each, classes) for each in self._evaluator.probe(images.shape)):
+        if classes is not None and not any(
+            _classifies(each, classes) for each in self._evaluator.extract(torch.zeros(1, *images.shape))
+        ):
             raise ValueError(
                 f"{argument('labels', True)} needs an extractor with one logit for each of the {len(classes)} "
                 f"classes of the data. Leave it out, or pass a classifier of these classes as {argument('features')}."
@@ -279,12 +284,9 @@ class Restoring:
         values = values_per_image(
             self._measured, images.read, chosen, batch_size=batch_size, title="restoring", progress=progress
         )
-        found: dict[str, Figures] = {
-            RESTORED: self._restored.figures(),
-            DEGRADED: self._degraded.figures(strict=False),
-            ORIGINAL: self._originals.figures(strict=False),
+        result: dict[str, Figures] = {
+            column: {RESTORATION: {}, **seen.figures(strict=column == RESTORED)} for column, seen in self._sets.items()
         }
-        result: dict[str, Figures] = {column: {RESTORATION: {}, **figures} for column, figures in found.items()}
         names = gathered(self._names)[0]  # those of the first batch: other processes may have none
         for (column, source, name), each in zip(names, values.unbind(1), strict=True):
             figure = mean_of(each)
@@ -303,17 +305,14 @@ class Restoring:
         if not self.shown:
             rows = [images[:_ON_THE_PICTURE] for images in (degraded, *restored, x)]
             self.shown = [torch.stack(rows, 1).flatten(0, 1)]
-        extractors = self._evaluator.extractors
-        others = [[extractor.extract(images) for extractor in extractors] for images in restored[1:]]
-        features = {
-            # The metrics of sets of images are those of the first restorations.
-            RESTORED: [list(found) for found in zip(self._restored.add(restored[0]), *others, strict=True)],
-            DEGRADED: [[found] for found in self._degraded.add(degraded)],
-            ORIGINAL: [[found] for found in self._originals.add(x)],
-        }
         values = _in_pixels(restored, degraded, x, operator, y)
-        for i, extractor in enumerate(extractors):
-            found = {column: each[i] for column, each in features.items()}
+        sets = {RESTORED: restored, DEGRADED: [degraded], ORIGINAL: [x]}
+        # By set, draw and extractor. The metrics of sets of images are those of the first draws.
+        features = {column: [self._evaluator.extract(images) for images in drawn] for column, drawn in sets.items()}
+        for column, seen in self._sets.items():
+            seen.add(sets[column][0], features[column][0])
+        for i, extractor in enumerate(self._evaluator.extractors):
+            found = {column: [each[i] for each in drawn] for column, drawn in features.items()}
             labels = batch.labels if _classifies(found[ORIGINAL][0], self._classes) else None
             in_features = _in_features(found, labels)
             values |= {(column, extractor.name, name): each for (column, name), each in in_features.items()}

@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -136,8 +137,7 @@ def sampler_variants(score: Score) -> dict[str, Make]:
     result: dict[str, Make] = {}
     for kind in SAMPLERS:
         refused, before = None, len(result)
-        for name, options in _options(kind):
-            make = _maker(kind, options)
+        for name, make in _variants(kind):
             try:
                 make(score, _TRIED)
             except ValueError as error:
@@ -149,18 +149,18 @@ def sampler_variants(score: Score) -> dict[str, Make]:
     return result
 
 
-def _maker(kind: str, options: dict[str, Any]) -> Make:
-    return lambda net, levels: SAMPLERS[kind](net, levels=levels, clamp=False, **options)
+def _variants(kind: str) -> Iterator[tuple[str, Make]]:
+    """The variants of a sampler, by name."""
 
+    def make(net: Score, levels: int, **options: Any) -> Sampler:
+        return SAMPLERS[kind](net, levels=levels, clamp=False, **options)
 
-def _options(kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The names and the options of the variants of a sampler."""
     declared = sorted(options_of(SAMPLERS[kind]).items())
     named = {name: option.field.choices for name, option in declared if option.field.choices}
     for values in itertools.product(*named.values()):
-        yield ", ".join([kind, *map(str, values)]), dict(zip(named, values, strict=True))
+        yield ", ".join([kind, *map(str, values)]), partial(make, **dict(zip(named, values, strict=True)))
     if kind == "langevin":
-        yield "langevin, plain", {"consistent": False}
+        yield "langevin, plain", partial(make, consistent=False)
 
 
 def _distances_from(exact: Distribution, reference: Tensor) -> Callable[[Tensor], tuple[float, float, float]]:
@@ -171,8 +171,7 @@ def _distances_from(exact: Distribution, reference: Tensor) -> Callable[[Tensor]
 
     def distances(samples: Tensor) -> tuple[float, float, float]:
         x = double(samples.cpu()).flatten(1) - center
-        moments = Moments()
-        moments.update(x)
+        moments = Moments.of([x])
         mean = float(moments.mean.norm()) / math.sqrt(float(expected.trace()))
         covariance = float((moments.covariance - expected).norm() / expected.norm())
         between, own = _mean_distance(x, y), _mean_distance(x, x)

@@ -39,7 +39,7 @@ from scorematch.data.arrays import array_names, read_arrays
 from scorematch.data.images import open_images
 from scorematch.evaluation.accumulate import Moments, Rows
 from scorematch.evaluation.features import Extractor
-from scorematch.evaluation.rows import check_features, is_symmetric
+from scorematch.evaluation.rows import is_symmetric
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +93,8 @@ class Statistics:
         Raises:
             ValueError: if there are fewer than two features, or the extractor has no fingerprint.
         """
-        kept = None
-        if isinstance(features, Tensor):
-            kept, moments = check_features(features).cpu(), Moments()
-            moments.update(features)
-        else:
-            moments = features
+        moments = features if isinstance(features, Moments) else Moments.of([features])
+        kept = features.detach().cpu() if isinstance(features, Tensor) else None
         return cls(moments.mean.cpu(), moments.covariance.cpu(), moments.n, *_identity(extractor), features=kept)
 
     def check(self, extractor: Extractor) -> None:
@@ -121,17 +117,16 @@ class Statistics:
         path = Path(path).expanduser()
         if path.suffix != ".npz":
             raise ValueError(f"the name of a file of statistics must end in .npz, got {path}.")
-        arrays: dict[str, Any] = {
-            "mu": self.mean.cpu().numpy(),
-            "sigma": self.covariance.cpu().numpy(),
-            "extractor": np.array(self.extractor),
-            "fingerprint": np.array(self.fingerprint),
-            "preprocessing": np.array(self.preprocessing),
+        values = {
+            "mu": self.mean.cpu(),
+            "sigma": self.covariance.cpu(),
+            "extractor": self.extractor,
+            "fingerprint": self.fingerprint,
+            "preprocessing": self.preprocessing,
+            "n": self.n,
+            "features": None if self.features is None else self.features.cpu(),
         }
-        if self.n is not None:
-            arrays["n"] = np.array(self.n)
-        if self.features is not None:
-            arrays["features"] = self.features.cpu().numpy()
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in values.items() if value is not None}
         content = io.BytesIO()
         np.savez(content, **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scorematch.core.messages import plain
+from scorematch.core.messages import about, plain
 from scorematch.core.processes import this_process
 from scorematch.core.records import as_stored, differences, hash_of, read_record, refuse, write_record
 from scorematch.core.schema import Field, check
@@ -128,8 +128,6 @@ def _read_row(row: Mapping[str, Any], needed: Mapping[str, Collection[str]], whe
         for name, figure in found.items():
             check(figure, _ESTIMATE, f"{place}: {plain(name)}", closed=True)
         figures[source] = {name: Estimate(**figure) for name, figure in found.items()}
-    try:
+    with about(where):
         settings = SamplerSettings.from_dict(row["settings"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
     return MeasuredSampler(row["sampler"], row["calls"], row["seconds"], figures, settings)
