@@ -210,7 +210,7 @@ class Evaluator:
             **{"batch_size": batch_size, "cache": cache, "progress": progress},
         }
         source = reference if self.data is None else self.data
-        self._compared = [(each, statistics_for(each, source, **options)) for each in self.extractors]
+        self._compared = [(each, statistics_for(each, source, options)) for each in self.extractors]
 
     def extract(self, images: Tensor) -> list[Extracted]:
         """The features and logits of images (N, C, H, W), one ``Extracted`` for each extractor."""

@@ -268,7 +268,7 @@ def memorization_of(
     extractor = as_extractor(features)
     known = open_images(training, progress=progress)
     sets = [open_images(images, progress=progress) for images in (samples, held_out) if images is not None]
-    queries = [_features(images, extractor, batch_size, progress) for images in sets]
+    queries = [torch.cat(list(map(extractor, _batches(each, batch_size, "features", progress)))) for each in sets]
     dimensions = [each.shape[1] for each in queries]
     if dimensions[0] != dimensions[-1]:
         raise ValueError(
@@ -283,10 +283,6 @@ def memorization_of(
     counts = [len(each) for each in queries]
     parts = [Neighbors(*part) for part in zip(*(each.split(counts) for each in found), strict=True)]
     return Memorization(extractor.name, len(known), parts[0], parts[1] if held_out is not None else None)
-
-
-def _features(data: ImageData, extractor: Extractor, batch_size: int, progress: bool) -> Tensor:
-    return torch.cat([extractor(images) for images in _batches(data, batch_size, "features", progress)])
 
 
 def _batches(data: ImageData, batch_size: int, title: str, progress: bool) -> Iterator[Tensor]:

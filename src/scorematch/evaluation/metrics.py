@@ -386,15 +386,12 @@ class Metric:
         if self.needs == "logits":
             found = self.function(seen.class_logits)
         elif self.needs == "equal":
-            found = self.function(*_equally_many(seen.features, _rows(reference, "reference")))
+            sets = seen.features, _rows(reference, "reference")
+            n = min(map(len, sets))
+            found = self.function(*(each if len(each) == n else random_rows(each, n) for each in sets))
         else:
             found = self.function(seen.features, reference)
         return dict(zip(self.figures, (found,) if isinstance(found, Estimate) else found, strict=True))
-
-
-def _equally_many(*sets: Tensor) -> list[Tensor]:
-    n = min(map(len, sets))
-    return [features if len(features) == n else random_rows(features, n) for features in sets]
 
 
 METRICS: dict[str, Metric] = {

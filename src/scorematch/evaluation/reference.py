@@ -54,7 +54,7 @@ def open_for(
 
 
 def statistics_for(
-    extractor: Extractor, source: ImageData | Statistics | str | os.PathLike[str], **options: Any
+    extractor: Extractor, source: ImageData | Statistics | str | os.PathLike[str], options: dict[str, Any]
 ) -> Statistics:
     """The statistics of the features of an extractor: of images, given ones, or those in a file.
 

@@ -152,15 +152,15 @@ def sampler_variants(score: Score) -> dict[str, Make]:
 def _variants(kind: str) -> Iterator[tuple[str, Make]]:
     """The variants of a sampler, by name."""
 
-    def make(net: Score, levels: int, **options: Any) -> Sampler:
+    def _make(net: Score, levels: int, **options: Any) -> Sampler:
         return SAMPLERS[kind](net, levels=levels, clamp=False, **options)
 
     declared = sorted(options_of(SAMPLERS[kind]).items())
     named = {name: option.field.choices for name, option in declared if option.field.choices}
     for values in itertools.product(*named.values()):
-        yield ", ".join([kind, *map(str, values)]), partial(make, **dict(zip(named, values, strict=True)))
+        yield ", ".join([kind, *map(str, values)]), partial(_make, **dict(zip(named, values, strict=True)))
     if kind == "langevin":
-        yield "langevin, plain", partial(make, consistent=False)
+        yield "langevin, plain", partial(_make, consistent=False)
 
 
 def _distances_from(exact: Distribution, reference: Tensor) -> Callable[[Tensor], tuple[float, float, float]]:

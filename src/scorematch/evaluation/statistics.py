@@ -21,6 +21,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,8 @@ def statistics_of(
         # The name has a hash of all pixels, which are read when first hashed.
         key = repr((images.content, *_identity(extractor), keep_features))
         path = folder / f"{hash_of_bytes(key.encode())}.npz"
-        stored = _stored(path, extractor)
+        with suppress(OSError, ValueError):  # there is no such file, or it is damaged
+            stored = Statistics.load(path, extractor)
     # All processes must make the same choice: if one reads the file, the others would wait for it in a collective call.
     if all(gathered(stored is not None)) and stored is not None:
         return stored
@@ -260,14 +262,6 @@ def statistics_of(
                 f"the statistics could not be cached in {path.parent}: {error.strerror or error}.", stacklevel=2
             )
     return result
-
-
-def _stored(path: Path, extractor: Extractor) -> Statistics | None:
-    """The statistics in a file of the cache; None if there is no such file, or it is damaged."""
-    try:
-        return Statistics.load(path, extractor)
-    except (OSError, ValueError):
-        return None
 
 
 def cache_folder() -> Path:

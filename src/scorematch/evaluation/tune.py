@@ -233,9 +233,11 @@ def tune(
         figures: dict[str, tuple[str, ...]]
         figures = dict.fromkeys(named, (criterion,)) if named else {source: (criterion,), IMAGES: ("std", "variation")}
         context = {"n": n, "seed": seed, "batch_size": batch_size, "condition": classes, "classes": n_classes}
-        context |= _identities(next(iter(samplers.values())), evaluator, listed)
-        if named:
-            context["restore"] = restore
+        context["network"] = description_of(next(iter(samplers.values())))["network"]
+        if any(each.fingerprint is None for each in evaluator.extractors):  # another function can have the same name
+            context["function"] = [identity(each.function) for each in evaluator.extractors]
+        if named:  # masks of one size can have the same name
+            context |= {"tasks": list(map(identified, listed)), "restore": restore}
         kept = MeasuredTable(folder, {**context, **evaluator.settings()}, figures)
         others = None
         if held_out is not None:
@@ -286,16 +288,6 @@ def _samplers(net: ScoreNet, settings: Sequence[SamplerSettings], calls: int) ->
         fewest = min(len(recommended_sampler(net, each)) for each in settings or settings_table(net))
         raise ValueError(f"no settings have at most {calls} network calls per image: the fewest are {fewest}.")
     return samplers
-
-
-def _identities(sampler: Sampler, evaluator: Evaluator, operators: Sequence[Operator]) -> dict[str, Any]:
-    """What identifies the network, functions that compute features, and operators, as plain values for JSON."""
-    found = {"network": description_of(sampler)["network"]}
-    if any(each.fingerprint is None for each in evaluator.extractors):  # another function can have the same name
-        found["function"] = [identity(each.function) for each in evaluator.extractors]
-    if operators:  # masks of one size can have the same name
-        found["tasks"] = list(map(identified, operators))
-    return found
 
 
 def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
