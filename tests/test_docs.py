@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import FunctionType
 from unittest.mock import patch
@@ -35,6 +36,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SLOW_PAGES = {
     "README",
     "classes",
+    "deploy",
     "evaluation",
     "extending",
     "guidance",
@@ -68,6 +70,7 @@ def _blocks(page, language):
         if _blocks(page, "python")
     ],
 )
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of torch.func.jvp
 def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     monkeypatch.setitem(METRICS, "means", None)  # the metric that a page adds is taken out again
     del METRICS["means"]
@@ -78,6 +81,28 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
         torch.manual_seed(0)
         for block in _blocks(page, "python"):
             exec(compile(block, str(page), "exec"), names)  # noqa: S102
+
+
+@pytest.mark.slow
+def test_the_page_about_deployment_exports_to_onnx_and_torchscript(tmp_path, monkeypatch):
+    """With the loop of the page, which gives the samples of the package."""
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    page, names = ROOT / "docs" / "deploy.md", {}
+    onnx, trace = _blocks(page, "py")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of onnxscript, and of torch.jit, which is deprecated
+        export, loop, *_ = _blocks(page, "python")
+        for block in (export, onnx, loop, trace):
+            exec(compile(block, str(page), "exec"), names)  # noqa: S102
+    noise = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        names["sample"](names["run"], names["levels"], noise), names["images"], atol=1e-4, rtol=0
+    )
+    x, sigma = torch.rand(3, 1, 28, 28), torch.tensor([0.02, 0.0, 10.0])
+    with torch.no_grad():
+        torch.testing.assert_close(names["run"](x, sigma), names["denoiser"](x, sigma), atol=1e-5, rtol=0)
 
 
 # -- Notebooks ---------------------------------------------------------------------------------------------------------

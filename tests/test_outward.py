@@ -145,3 +145,14 @@ def test_a_denoiser_returns_x_at_level_0(make, rng):
     for level in (-0.1, torch.tensor([0.0, -0.1])):
         with pytest.raises(ValueError, match=r"sigma must be positive, got -0\.1"):
             denoiser(x, level)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_denoiser_can_be_traced_with_and_without_gradients(grad, rng, tmp_path):
+    denoiser, x = _net(1, precondition="karras").as_denoiser(), torch.rand(3, 1, 8, 8, generator=rng)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(denoiser, (x[:2], torch.tensor([0.3, 2.0])))  # compares with a call without gradients
+    sigma = torch.tensor([0.1, 0.0, 5.0])
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x, sigma), denoiser(x, sigma))
