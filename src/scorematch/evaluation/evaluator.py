@@ -234,7 +234,7 @@ class Evaluator:
                 f"{_describe(self.data.shape)}. Open the reference with "
                 f"open_images(..., image_size=({shape[1]}, {shape[2]}), channels={shape[0]})."
             )
-        probes = self.extract(torch.zeros(1, *shape))
+        probes = self.extract(torch.zeros(1, *shape, device="cpu"))
         for (extractor, reference), probe in zip(self._compared, probes, strict=True):
             dimension = probe.features.shape[1]
             if dimension != len(reference.mean):

@@ -286,7 +286,8 @@ def memorization_of(
 
 
 def _batches(data: ImageData, batch_size: int, title: str, progress: bool) -> Iterator[Tensor]:
-    for rows in tqdm(torch.arange(len(data)).split(batch_size), title, unit="batch", leave=False, disable=not progress):
+    parts = torch.arange(len(data), device="cpu").split(batch_size)
+    for rows in tqdm(parts, title, unit="batch", leave=False, disable=not progress):
         yield data.read(rows)[0]
 
 

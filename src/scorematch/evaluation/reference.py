@@ -145,5 +145,5 @@ def gaussian_images(data: ImageData, n: int, *, seed: int = 0, batch_size: int =
 
 def _blocks(data: ImageData) -> Iterator[Tensor]:
     """All images in blocks, rounded to 8 bits, float32 in [0, 1]."""
-    for rows in torch.arange(len(data)).split(_BLOCK):
+    for rows in torch.arange(len(data), device="cpu").split(_BLOCK):
         yield to_float(to_uint8(data.read(rows)[0]))

@@ -275,7 +275,7 @@ class Restoring:
         """
         classes = self._classes
         if classes is not None and not any(
-            _classifies(each, classes) for each in self._evaluator.extract(torch.zeros(1, *images.shape))
+            _classifies(each, classes) for each in self._evaluator.extract(torch.zeros(1, *images.shape, device="cpu"))
         ):
             raise ValueError(
                 f"{argument('labels', True)} needs an extractor with one logit for each of the {len(classes)} "
