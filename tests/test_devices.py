@@ -212,6 +212,7 @@ def test_every_sampler_is_tested_here():
     assert {type(make(_score)) for make in MANY.values()} == set(SAMPLERS.values())
 
 
+@pytest.mark.filterwarnings("ignore:.* noise levels of the schedule are not among:UserWarning")  # of NCSN
 @pytest.mark.parametrize(
     ("kind", "network"),
     [*itertools.product(MANY, ["callable", "unet"]), ("consistent", "ncsn"), ("ode", "float32")],

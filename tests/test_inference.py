@@ -249,6 +249,7 @@ def test_gradients_of_a_level_after_a_call_at_another_level(name, rng):
 # -- Once per level
 
 
+@pytest.mark.filterwarnings("ignore:.* noise levels of the schedule are not among:UserWarning")  # of NCSN
 @torch.no_grad()
 def test_what_depends_on_sigma_is_computed_once_per_level(rng, rows):
     net = shared("ncsn")
@@ -373,6 +374,7 @@ def test_inference_copy_of_a_modified_network_is_the_network_itself(change):
     assert net.inference_copy() is net
 
 
+@pytest.mark.filterwarnings("ignore:.* noise levels of the schedule are not among:UserWarning")  # of NCSN
 def test_a_network_that_accelerate_offloads_can_be_sampled():
     accelerate = pytest.importorskip("accelerate")
     net = network("ncsn")
@@ -481,6 +483,7 @@ def test_the_inference_copy_of_a_copy_is_the_copy_itself(compiler):
     assert compiled.inference_copy() is compiled and compiled.inference_copy(compile=True) is compiled
 
 
+@pytest.mark.filterwarnings("ignore:.* noise levels of the schedule are not among:UserWarning")  # of NCSN
 @pytest.mark.parametrize("name", ["ncsn", "unet", "ncsnpp"])
 def test_sampling_with_a_seed_leaves_the_global_generator_alone(name):
     net = shared(name)
