@@ -1,7 +1,7 @@
 """Converted networks that were trained: samples of the published samplers are images like the data, not noise.
 
-A network of each family is trained for some seconds on images of one round blob, and saved and read in its authors'
-format. Its samples are compared with the blobs that they are nearest to.
+A network of NCSN, of improved-diffusion and of EDM is trained for some seconds on images of one round blob, and saved
+and read in its authors' format. Its samples are compared with the blobs that they are nearest to.
 """
 
 import json
@@ -14,7 +14,7 @@ from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.sampling import recommended_sampler
 from tests import published as theirs
 from tests.published import randomize
-from tests.test_published import _improved, _score_sde
+from tests.test_published import _improved
 
 pytestmark = pytest.mark.slow
 SIZE, PLACES = 8, (2.0, 5.0)  # of an image, and of the center of a blob, in pixels
@@ -105,23 +105,6 @@ def _loss_of_ddpm(net, betas):
     return _in_color(loss)
 
 
-def _score_sde_network(folder, sde):
-    config = _score_sde(sde, continuous=sde == "vesde", nf=16, sigma_max=5, num_scales=100, fir=False)
-    if sde == "vpsde":
-        config["sampling"] = {"predictor": "ancestral_sampling", "corrector": "none"}
-    net = randomize(theirs.ScoreSDE(config), 1)
-
-    def loss(x, z, generator):
-        sigma = torch.exp(math.log(0.01) + math.log(500) * torch.rand(len(x), generator=generator))
-        return (net(x + _broad(sigma) * z, sigma) + z).square().mean()
-
-    of_ddpm = _loss_of_ddpm(net, torch.linspace(0.1 / 100, 20 / 100, 100, dtype=torch.float64))
-    _train(net, _in_color(loss) if sde == "vesde" else of_ddpm, steps=300)
-    theirs.save_score_sde(net, folder / "checkpoint.pth")
-    (folder / "config.json").write_text(json.dumps(config))
-    return ScoreNet.from_checkpoint(folder / "checkpoint.pth", config=folder / "config.json")
-
-
 def _improved_network(folder):
     options = _improved(diffusion_steps=100, sigma_small=True)
     net = randomize(theirs.ImprovedUNet(options), 1)
@@ -163,12 +146,10 @@ def test_samples_of_ncsn_are_images_with_the_published_sampler_and_not_with_leve
 @pytest.mark.parametrize(
     ("make", "sampler"),
     [
-        (lambda folder: _score_sde_network(folder, "vesde"), "predictor-corrector"),
-        (lambda folder: _score_sde_network(folder, "vpsde"), "ancestral"),
         (_improved_network, "ancestral"),
         (_edm_network, "ode"),
     ],
-    ids=["score_sde, VE", "score_sde, VP", "improved-diffusion", "EDM"],
+    ids=["improved-diffusion", "EDM"],
 )
 def test_samples_with_the_published_sampler_are_images(make, sampler, tmp_path):
     net = make(tmp_path)
