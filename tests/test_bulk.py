@@ -578,7 +578,7 @@ def test_shares_make_the_same_folder(tmp_path, levels, name):
 
 def test_a_process_waits_at_the_end_until_all_images_are_there(tmp_path, levels, monkeypatch):
     _fill(levels, tmp_path / "one", 10)
-    monkeypatch.setattr(sampling.folder, "_CHECK_SECONDS", 0.001)
+    monkeypatch.setattr(sampling.folder, "CHECK_SECONDS", 0.001)
     looked = threading.Event()
     monkeypatch.setattr(sampling.folder.time, "sleep", lambda seconds: looked.set() or threading.Event().wait(seconds))
     other = threading.Thread(

@@ -147,9 +147,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--device {args.device} is not available: Accelerate uses {device.type} here. Leave out --device."
         )
-    with accelerator.main_process_first():  # the others find the cache
-        start = _start(args)
-        data = _open(args, recipe, start, settings)
+    start = _start(args)
+    data = _open(args, recipe, start, settings)  # one process decodes, and the others wait for the lock of the cache
     net = _network(args, recipe, start, data, settings)
     check_arguments(net, data, settings, accelerator.num_processes)
     check_run(args.out, net, data, settings)

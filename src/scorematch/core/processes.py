@@ -6,15 +6,20 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from scorematch.core.arguments import argument
+from scorematch.core.files import UNFINISHED
+from scorematch.core.records import hash_of
 
 
 class Process(NamedTuple):
@@ -76,14 +81,29 @@ def find_device(name: str = "auto") -> torch.device:
             f"{argument('device', name)}: PyTorch finds no {device.type.upper()} device. Leave out "
             f"{argument('device')}."
         )
-    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % number)
+    device = local_device(device)
     if device.type == "cuda" and (device.index or 0) >= number:
         raise ValueError(f"{argument('device', name)}: the last CUDA device is cuda:{number - 1}.")
     return device
 
 
-_TIMEOUT = timedelta(days=7)  # processes wait for the slowest one, which may have to sample for hours
+def local_device(device: torch.device | str) -> torch.device:
+    """The device of this process: "cuda" without an index becomes that of LOCAL_RANK, which launchers set.
+
+    ``torchrun`` and ``accelerate launch`` start one process for each device of a machine. With more processes than
+    devices, several share one. Every other device is returned unchanged, and so is "cuda" without a launcher.
+
+    Example:
+        >>> local_device("cpu")
+        device(type='cpu')
+    """
+    device = torch.device(device)
+    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(1, torch.cuda.device_count()))
+    return device
+
+
+TIMEOUT = timedelta(days=7)  # processes wait for the slowest one, which may have to sample for hours
 _GROUPS = itertools.count()
 
 
@@ -102,7 +122,7 @@ def world_size() -> int:
 @functools.cache
 def _store() -> Any:
     """The store of the launcher, with which processes find each other."""
-    return next(dist.rendezvous("env://", timeout=_TIMEOUT))[0]  # type: ignore[attr-defined]
+    return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -114,7 +134,7 @@ def process_group(device: torch.device | str) -> Iterator[None]:
     Args:
         device: the device of this process; processes on CUDA devices communicate through NCCL, others through gloo.
     """
-    device, (rank, number) = torch.device(device), this_process()
+    device, (rank, number) = local_device(device), this_process()
     if number == 1 or world_size() > 1:
         yield
         return
@@ -126,7 +146,7 @@ def process_group(device: torch.device | str) -> Iterator[None]:
         store=dist.PrefixStore(f"scorematch {next(_GROUPS)}", _store()),  # type: ignore[attr-defined]
         rank=rank,
         world_size=number,
-        timeout=_TIMEOUT,
+        timeout=TIMEOUT,
     )
     try:
         yield
@@ -140,3 +160,71 @@ def gathered(value: Any) -> list[Any]:
     if len(found) > 1:
         dist.all_gather_object(found, value)
     return found
+
+
+# -- Processes that write to one folder -------------------------------------------------------------------------------
+
+CHECK_SECONDS = 0.2  # between two checks of the files of other processes
+_FIND_SECONDS = 120.0  # network file systems show new files after up to a minute
+_SILENT_SECONDS = 60.0
+
+
+class SharedFolder:
+    """A folder to which several processes write together, which must be the same for all of them.
+
+    The first process writes a file into it, the token, and the others look for it. ``delete_unfinished`` deletes it.
+
+    Args:
+        folder: the folder; the first process creates it if it does not exist.
+        process: this process.
+    """
+
+    def __init__(self, folder: Path, process: Process) -> None:
+        # Processes of one launch have the same port. Without a launcher a token of an earlier call may be found.
+        launch = hash_of([os.environ.get(name) for name in ("MASTER_PORT", "TORCHELASTIC_RUN_ID")])
+        self._folder, self._process, self._token = folder, process, folder / f"{UNFINISHED}shared-{launch}"
+        self._found, self._began = process.world_size == 1, time.monotonic()
+        self._silent_since = self._began
+        if process.rank == 0 and not self._found:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._token.touch()
+            self._found = True
+
+    def check(self) -> None:
+        """Looks for the token.
+
+        Raises:
+            FileNotFoundError: if it has not appeared since the beginning, for two minutes or more.
+        """
+        self._found = self._found or self._token.exists()
+        if not self._found and time.monotonic() > self._began + _FIND_SECONDS:
+            raise FileNotFoundError(
+                f"process {self._process.rank} does not find the files of the first process in "
+                f"{self._folder.resolve()}. Pass a folder on a disk that all processes share."
+            )
+
+    def wait(self) -> None:
+        """Waits until the token appears; errors are those of ``check``."""
+        self.check()
+        while not self._found:
+            time.sleep(CHECK_SECONDS)
+            self.check()
+
+    def waiting(self, ranks: Sequence[int], *, progress: bool) -> None:
+        """Warns if the first process waits for others that have made no progress for a minute, and then every minute.
+
+        Args:
+            ranks: the processes that are not done.
+            progress: whether one of them has made progress since the last call.
+        """
+        now = time.monotonic()
+        if progress:
+            self._silent_since = now
+        elif self._process.rank == 0 and now > self._silent_since + _SILENT_SECONDS:
+            self._silent_since = now
+            named = f"{'process' if len(ranks) == 1 else 'processes'} {', '.join(map(str, ranks))}"
+            warnings.warn(
+                f"{self._folder.resolve()} has got no new files of {named} for {_SILENT_SECONDS:g} seconds; this "
+                "process waits for them.",
+                stacklevel=3,
+            )

@@ -34,7 +34,7 @@ import torch
 from scorematch.core.arguments import argument, check_count, check_integer
 from scorematch.core.charts import table
 from scorematch.core.files import check_outside, check_own, delete_unfinished, write_whole
-from scorematch.core.processes import process_group, this_process
+from scorematch.core.processes import local_device, process_group, this_process
 from scorematch.core.provenance import versions
 from scorematch.core.records import as_stored, hash_of
 from scorematch.data.pictures import Crop, check_picture, save_grid
@@ -236,7 +236,7 @@ def evaluate(
         name: the name of the images for the title; None derives it from ``what``.
         cache: the folder for the statistics of the reference; as for ``statistics_of``.
         device: the device of extractors that are given by name, and of networks that are loaded; None is that of the
-            network, or the CPU.
+            network, or the CPU. "cuda" is another device for each process of a launcher; see ``local_device``.
         progress: whether to show progress bars.
 
     Returns:
@@ -262,7 +262,7 @@ def evaluate(
     folder = checked_folder(out, "samples.png", reference, held_out, None if written else what)
     options = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
     subject = subject_of(what, n, sampler, options, folder, device, progress)
-    device = subject.device if device is None else device
+    device = local_device(subject.device if device is None else device)
     # Without a size in pixels, "center" would crop to a square.
     whole = crop == "center" and not subject.is_network and subject.shape[1] != subject.shape[2]
     with process_group(device):
@@ -295,7 +295,7 @@ def evaluate(
         }
         sizes = {column: size for column, (size, _) in sets.items()}
         if data is not None:
-            every, sizes[REFERENCE] = torch.arange(len(data)), len(data)
+            every, sizes[REFERENCE] = torch.arange(len(data), device="cpu"), len(data)
             figures[REFERENCE] = {IMAGES: image_figures(read_batches(data, every, batch_size))}
         result = Evaluation(
             name=subject.name if name is None else name,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import check_choice
-from scorematch.core.processes import gathered, this_process, world_size
+from scorematch.core.processes import gathered, local_device, this_process, world_size
 from scorematch.core.records import hash_of_bytes
 from scorematch.data.pictures import Crop, to_uint8
 from scorematch.evaluation.accumulate import Rows
@@ -191,6 +191,7 @@ class Evaluator:
         for name in metrics or ():
             check_choice("each of metrics", name, METRICS)
         listed = features if isinstance(features, Sequence) and not isinstance(features, str) else [features]
+        device = local_device(device)
         self.extractors = tuple(as_extractor(each, device=device) for each in listed)
         names = [extractor.name for extractor in self.extractors]
         if len({*names, IMAGES}) <= len(names):

@@ -51,7 +51,7 @@ from torch import Tensor
 from scorematch.core.arguments import argument, check_count, check_integer
 from scorematch.core.conditions import takes_image
 from scorematch.core.files import delete_unfinished
-from scorematch.core.processes import gathered, process_group, this_process
+from scorematch.core.processes import gathered, local_device, process_group, this_process
 from scorematch.core.provenance import identity, versions
 from scorematch.core.randomness import as_generator, standard_normal
 from scorematch.core.records import as_stored
@@ -155,7 +155,7 @@ def evaluate_restoration(
     if sampler is None and not isinstance(what, Sampler):
         sampler = _recommended
     chosen_sampler = sampler_for(what, sampler, device)
-    device = device_of(chosen_sampler.net) if device is None else device
+    device = local_device(device_of(chosen_sampler.net) if device is None else device)
     with process_group(device):
         shape = attribute(chosen_sampler.net, "sample_shape")
         shape = None if shape is None or len(shape) != 3 else shape

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.conditions import takes_image
+from scorematch.core.processes import local_device
 from scorematch.core.scores import device_of
 from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import ENDINGS, is_picture, to_float, to_uint8
@@ -116,7 +117,7 @@ def sampler_for(what: Any, sampler: SamplerChoice, device: torch.device | str | 
         return what
     net = what
     if isinstance(what, str | os.PathLike):
-        net = ScoreNet.from_pretrained(what).to("cpu" if device is None else device)
+        net = ScoreNet.from_pretrained(what).to(local_device("cpu" if device is None else device))
     if sampler is None or isinstance(sampler, SamplerSettings):
         return recommended_sampler(net, sampler)
     made = sampler(net)

@@ -33,7 +33,7 @@ from scorematch.core.charts import table as markdown_table
 from scorematch.core.conditions import takes_image
 from scorematch.core.files import check_own, delete_unfinished, write_whole
 from scorematch.core.json_files import native
-from scorematch.core.processes import process_group, this_process
+from scorematch.core.processes import local_device, process_group, this_process
 from scorematch.core.provenance import identity
 from scorematch.core.scores import device_of
 from scorematch.data.pictures import Crop
@@ -203,7 +203,7 @@ def tune(
         if named and value is not None:
             raise ValueError(f"{name} is for samples. Leave it out with operators.")
     if isinstance(net, str | os.PathLike):
-        net = ScoreNet.from_pretrained(net).to("cpu" if device is None else device)
+        net = ScoreNet.from_pretrained(net).to(local_device("cpu" if device is None else device))
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_folder(folder, net)
@@ -213,7 +213,7 @@ def tune(
     samplers = _samplers(net, settings_table(net, calls) if settings is None else list(settings), calls)
     if takes_image(net) and not named:
         raise ValueError("the network restores images: name the operators to measure, such as operators=['gray'].")
-    device = device_of(net) if device is None else device
+    device = local_device(device_of(net) if device is None else device)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
     with process_group(device):
         opened: dict[str, Any] = {"shape": shape, "crop": crop, "progress": progress}

@@ -20,7 +20,7 @@ from scorematch.core.arguments import argument, check_choice, check_count
 from scorematch.core.files import delete_unfinished, write_whole
 from scorematch.core.messages import reason
 from scorematch.core.precision import device_name
-from scorematch.core.processes import Process, checked_process
+from scorematch.core.processes import CHECK_SECONDS, Process, SharedFolder, checked_process
 from scorematch.core.records import as_stored, differences, refuse, write_record
 from scorematch.core.scores import attribute, device_of
 from scorematch.data.pictures import is_picture
@@ -41,7 +41,6 @@ from scorematch.sampling.sampler import Sampler
 __all__ = ["sample_to"]
 
 
-_CHECK_SECONDS = 0.2  # between two checks of the files of other processes
 _FIRST = ("network", "sampler", "sampler.name")  # the settings that an error lists before others
 
 
@@ -65,7 +64,8 @@ def sample_to(
     Only missing batches are drawn, and a call with a larger ``n`` adds images. The files are the same as after a single
     uninterrupted call; for that an incomplete last batch is drawn again. Under ``torchrun`` or ``accelerate launch``
     each process draws its own batches into the same folder, which must be on a disk that all processes
-    share. At the end each process waits until all images exist; if one of them dies, these programs end the others.
+    share; otherwise an error is raised after two minutes. At the end each process waits until all images exist; if one
+    of them dies, these programs end the others.
 
     If the folder has samples of another score, an error is raised. A score of your own is compared by its public
     attributes, and a plain function by its code. An object with private state, in attributes that begin with an
@@ -94,7 +94,7 @@ def sample_to(
         TypeError, ValueError: if arguments do not fit together, or the folder contains other files or samples with
             other settings.
         RuntimeError: if an image has NaN or infinite values.
-        OSError: if a file cannot be written. All existing files are complete.
+        OSError: if a file cannot be written, or the processes do not share the folder. All existing files are complete.
         SystemExit: after SIGTERM, with status 143. All existing files are complete.
     """
     job = Job(sampler, seed=seed, batch_size=batch_size, classes=classes, n_classes=n_classes, shape=shape)
@@ -148,6 +148,7 @@ class SampleFolder:
         """Draws the missing images; arguments, result and errors as for ``sample_to``."""
         own = checked_process(process)
         self._begin(main=own.rank == 0)
+        shared = SharedFolder(self._folder, own if process is None else Process(0, 1))
         every = [Process(rank, own.world_size) for rank in range(own.world_size)]
         count = _Count([self._ranges(each) for each in every], self._files.exist)
         shown = progress and own.rank == 0
@@ -159,10 +160,15 @@ class SampleFolder:
             for batch in self._job.draw(missing):
                 self._write(batch)
                 bar.update(count.new())
+                shared.check()
             self._check_written(own)
+            shared.waiting(count.remaining, progress=True)
             while process is None and not count.complete:
-                time.sleep(_CHECK_SECONDS)
-                bar.update(count.new())
+                shared.check()
+                time.sleep(CHECK_SECONDS)
+                new = count.new()
+                bar.update(new)
+                shared.waiting(count.remaining, progress=new > 0)
         if count.complete:
             for folder in (self._folder, self._folder / IMAGES):
                 delete_unfinished(folder)
@@ -277,6 +283,11 @@ class _Count:
     @property
     def complete(self) -> bool:
         return not any(self._due)
+
+    @property
+    def remaining(self) -> list[int]:
+        """The ranks of the processes of which images are missing."""
+        return [rank for rank, due in enumerate(self._due) if due is not None]
 
     def new(self) -> int:
         """The number of images that were found since the last call."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from scorematch.core.processes import TIMEOUT
+
 
 def make_accelerator(
     given: Any = None,
@@ -33,14 +35,20 @@ def make_accelerator(
     """
     if given is None:
         try:
-            from accelerate import Accelerator
+            from accelerate import Accelerator, InitProcessGroupKwargs
         except ImportError as error:
             raise ImportError('training needs Accelerate: pip install "scorematch[train]".') from error
         # Without a GPU, Accelerate creates a process group only with cpu=True.
         cpu = cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*no supported trackers are currently installed")  # an error below
-            given = Accelerator(mixed_precision="no", cpu=cpu, log_with=list(trackers) or None, project_dir=folder)
+            given = Accelerator(
+                mixed_precision="no",
+                cpu=cpu,
+                log_with=list(trackers) or None,
+                project_dir=folder,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],  # one process may decode images for hours
+            )
         missing = [] if "all" in trackers else [name for name in trackers if name not in map(str, given.log_with)]
         if missing:  # Accelerate would leave it out
             raise ImportError(f"the tracker {missing[0]} is not installed: pip install {missing[0]}.")

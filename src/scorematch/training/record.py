@@ -13,6 +13,7 @@ from typing import Any
 
 from scorematch.core.arguments import argument
 from scorematch.core.files import check_own
+from scorematch.core.processes import Process, SharedFolder
 from scorematch.core.provenance import versions
 from scorematch.core.records import as_stored, differences, read_record, refuse, write_record
 from scorematch.core.schema import Field
@@ -59,15 +60,18 @@ def write_config(folder: Path, net: ScoreNet, data: Data, settings: RunSettings,
     """Writes config.json if it does not exist, and compares it with the settings otherwise; returns its content.
 
     Raises:
+        FileNotFoundError: if the processes do not share the folder.
         ValueError: if the folder contains a run with other settings.
     """
     parts = _parts(net, data, settings)
     config = {**parts, "versions": versions(accelerator.device, "accelerate", "safetensors", "numpy")}
+    shared = SharedFolder(folder, Process(accelerator.process_index, accelerator.num_processes))
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / _FILE).exists():
             write_record(folder / _FILE, config, durable=True)
     accelerator.wait_for_everyone()
+    shared.wait()
     now: dict[str, Any] = as_stored(config)
     _check_same(folder, read_record(folder / _FILE, _SCHEMA) or now, now)
     return now

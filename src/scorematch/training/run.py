@@ -72,8 +72,8 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     On SIGTERM and Ctrl-C a checkpoint is saved before the program exits. After SIGKILL or a crash the run continues
     from the last checkpoint, with the same result, bit by bit.
 
-    To train on several devices, start the same program with ``accelerate launch`` or ``torchrun``; all nodes must have
-    access to the folder. All random numbers depend on ``seed``, except those of the initial weights of ``net``; the
+    To train on several devices, start the same program with ``accelerate launch`` or ``torchrun``; all nodes must share
+    the folder. All random numbers depend on ``seed``, except those of the initial weights of ``net``; the
     state of torch's global generators is not changed.
 
     **Optimizer.** AdamW, with gradients accumulated over the microbatches of a batch. The learning rate rises over
@@ -159,6 +159,7 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
         ) as bar:
             run.loop(bar)
         averaged = run.finish()
+    accelerator.wait_for_everyone()  # until the report is written; an upload may take longer than a barrier waits
     if repository is not None:
         try:
             averaged.push_to_hub(repository)
@@ -170,7 +171,6 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     if settings.trackers:
         for tracker in accelerator.trackers:
             tracker.finish()
-    accelerator.wait_for_everyone()
     return averaged
 
 
@@ -246,8 +246,7 @@ class _Run:
         """Locks the folder until ``stack`` is closed, and continues the run there, or writes its first files."""
         found = checkpoint.latest(self.folder / "checkpoints", _STATE)
         if found is None and self.settings.start is not None:
-            with self.accelerator.main_process_first():  # the other processes then find a download in the cache
-                begin_with(self.net, self.settings.start)
+            begin_with(self.net, self.settings.start)
         self.config = write_config(self.folder, self.net, self.data, self.settings, self.accelerator)
         if self.main:
             self._lock(stack)
