@@ -17,10 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.core.precision import exact_float32
+from scorematch.data import open_images
+from scorematch.evaluation import Extractor, evaluate, evaluate_restoration
 from scorematch.nets.layers import GroupNorm
 from scorematch.restoration import Grayscale, Mask, Observation
 from scorematch.sampling import SAMPLERS, AncestralSampler, ODESampler, PredictorCorrectorSampler
 from scorematch.sampling.finite import FiniteCheck
+from scorematch.training import LogNormal, train
 from tests.helpers import HostReads, NoFloat64, in_threads
 from tests.networks import FOURIER, wide_ddpmpp, wide_ncsnpp, wide_unet
 from tests.networks import WIDE_LEVELS as LEVELS
@@ -400,3 +403,58 @@ def test_a_suspended_iterator_leaves_the_network_in_the_callers_mode():
     assert torch.isfinite(other).all() and net.training
     next(states)
     assert net.training
+
+
+# -- torch.set_default_device -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def meta_by_default():
+    """Makes meta the default device: values that the host needs cannot be read if they are made without a device."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def _small(**options):
+    with torch.device("cpu"), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, **options)
+
+
+@pytest.mark.usefixtures("meta_by_default")
+def test_training_does_not_depend_on_the_default_device(tmp_path):
+    with torch.device("cpu"):
+        data = torch.rand(24, 1, 8, 8), torch.arange(24) % 2
+    net = _small(classes=2, null_class=True)
+    options = {"images": 32, "batch_size": 8, "sample_every": 16, "snapshot_every": 16, "label_drop": 0.2}
+    averaged = train(net, open_images(data, labels=True), tmp_path, levels=LogNormal(-1, 1), progress=False, **options)
+    assert all(parameter.device.type == "cpu" for parameter in averaged.parameters())
+    assert (tmp_path / "report.md").exists() and (tmp_path / "samples" / "000000032.png").exists()
+
+
+@pytest.mark.usefixtures("meta_by_default")
+def test_evaluation_does_not_depend_on_the_default_device(tmp_path):
+    with torch.device("cpu"):
+        real, held_out, weight = torch.rand(40, 1, 8, 8), torch.rand(20, 1, 8, 8), torch.rand(64, 4)
+
+    def features(images):
+        found = images.flatten(1).float() / 255 @ weight
+        return found, found
+
+    options = {"features": Extractor(features, "linear", "1"), "cache": False, "progress": False, "batch_size": 8}
+    sampler = ODESampler(_small(classes=2), levels=2)
+    result = evaluate(
+        sampler,
+        real,
+        n=20,
+        held_out=held_out,
+        classes="random",
+        metrics=["frechet", "precision-recall", "classes"],
+        out=tmp_path / "samples",
+        **options,
+    )
+    assert result.figures["samples"]["linear"]
+    sampler = AnnealedLangevinSampler(_small(), levels=2)
+    restored = evaluate_restoration(sampler, real, "half", n=8, draws=1, sigma=0.1, metrics=["frechet"], **options)
+    assert restored.figures["restored"]["restoration"]

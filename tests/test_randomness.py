@@ -146,3 +146,18 @@ def test_exact_samples_of_a_seed(distribution, expected):
 )
 def test_samples_of_a_seed(sampler, expected):
     _close(sampler.sample(1, shape=(2,), generator=7, progress=False)[0], expected)
+
+
+def test_noise_is_copied_to_cuda_without_waiting_for_it(monkeypatch):
+    """The host draws the noise of a step while the device computes the step before."""
+    copies = []
+
+    def to(self, device, non_blocking=False):
+        copies.append((device.type, non_blocking))
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: copies.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for generator in (seed(0), [seed(0), seed(1)]):
+        standard_normal((2, 3), generator, torch.device("cuda"))
+        assert copies[-2:] == ["pinned", ("cuda", True)]

@@ -240,7 +240,7 @@ def _recordable(value: Tensor) -> Tensor:
 
 
 def _weights_at(sigma: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
-    weights = torch.as_tensor(weighting(sigma))
+    weights = torch.as_tensor(weighting(sigma), device=sigma.device)
     if weights.shape not in (torch.Size(), sigma.shape):
         raise ValueError(
             f"weighting must return a number for each noise level, ({len(sigma)},), got shape {tuple(weights.shape)}."

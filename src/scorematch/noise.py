@@ -223,7 +223,7 @@ class NoiseSchedule:
         if isinstance(images, np.ndarray):  # torch accepts neither negative strides nor a foreign byte order
             images = np.ascontiguousarray(images, images.dtype.newbyteorder("="))
         try:
-            data = torch.as_tensor(images).detach()
+            data = torch.as_tensor(images, device=getattr(images, "device", "cpu")).detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"images must be a tensor or an array (N, ...), got {type(images).__name__}. A batch of a data set "

@@ -56,7 +56,7 @@ def as_sigma(sigma: float | Tensor, x: Tensor) -> Tensor:
                 raise ValueError(f"sigma must be positive, got {sigma:g}.")
             return torch.full((), sigma, dtype=dtype, device=x.device)  # without a copy from the CPU
         try:
-            sigma = torch.as_tensor(sigma)
+            sigma = torch.as_tensor(sigma, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"sigma must be a noise level, a float or a tensor () or (N,), got {sigma!r}.") from error
     if not sigma.is_floating_point():

@@ -1,7 +1,8 @@
 """Random numbers that depend on the generator only, not on the device of the network.
 
 Every function of this package that draws random numbers takes a ``generator``. Numbers are drawn on the generator's
-device and then moved, so that a seed gives the same numbers for a network on any device.
+device and then moved, so that a seed gives the same numbers for a network on any device. The copy to a CUDA device does
+not wait for the device: the host draws the noise of a step while the device computes the step before.
 """
 
 from __future__ import annotations
@@ -121,7 +122,10 @@ def _draw(
         sources = {one.device for one in generator}
         source = sources.pop() if len(sources) == 1 else device
         # If all generators are on one device, the samples are moved in a single copy.
-        drawn = [_draw(function, shape[1:], one, source, dtype) for one in generator]
-        return torch.stack(drawn).to(device)
-    source = device if generator is None else generator.device
-    return function(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+        drawn = torch.stack([_draw(function, shape[1:], one, source, dtype) for one in generator])
+    else:
+        source = device if generator is None else generator.device
+        drawn = function(tuple(shape), generator=generator, device=source, dtype=dtype)
+    if source.type == "cpu" and device.type == "cuda":  # on MPS memory that is not waited for could be freed too early
+        return drawn.pin_memory().to(device, non_blocking=True)
+    return drawn.to(device)

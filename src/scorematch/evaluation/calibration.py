@@ -89,7 +89,7 @@ class Calibration:
         expected = len(self.ranks) / (self.draws + 1)
         counts = torch.stack([column.bincount(minlength=self.draws + 1) for column in self.ranks.T]).double()
         statistic = ((counts - expected).square() / expected).sum(1)
-        half = torch.tensor(self.draws / 2, dtype=torch.float64)
+        half = torch.tensor(self.draws / 2, dtype=torch.float64, device="cpu")
         smallest = float(torch.special.gammaincc(half, statistic / 2).min())
         return min(1.0, len(counts) * smallest)
 

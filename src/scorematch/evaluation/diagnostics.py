@@ -154,7 +154,7 @@ def score_error(
         # Equal samples, which Empirical draws, need different noise.
         lambda batch: [seed_of(seed, "noise", i) for i in batch.indices.tolist()],
         read=lambda rows: (drawn[rows].cpu(), None),
-        indices=torch.arange(len(drawn)),
+        indices=torch.arange(len(drawn), device="cpu"),
         batch_size=batch_size,
         title="score error",
         progress=progress,

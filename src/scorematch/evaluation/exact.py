@@ -433,7 +433,7 @@ def operator_matrix(operator: Operator, sample_shape: Sequence[int]) -> Tensor:
     if operator.gain is None:
         raise ValueError(f"the operator must be linear and have a gain, got {operator!r}.")
     size = math.prod(sample_shape)
-    return operator.measure(torch.eye(size, dtype=torch.float64).view(size, *sample_shape)).flatten(1).T
+    return operator.measure(torch.eye(size, dtype=torch.float64, device="cpu").view(size, *sample_shape)).flatten(1).T
 
 
 # -- Mixtures in float64 ----------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ def _values(data: Tensor) -> Tensor:
 def _float64(values: float | Sequence[float] | Sequence[Sequence[float]] | Tensor) -> Tensor:
     if isinstance(values, Tensor):
         return double(values.detach())
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _eigen(covariance: Tensor, size: int) -> tuple[Tensor, Tensor]:

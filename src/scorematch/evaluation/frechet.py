@@ -125,7 +125,7 @@ def frechet_extrapolation(
                 f"the extrapolation needs at least 2 (D + 1) = {2 * (dimension + 1):,} features of {dimension:,} "
                 f"dimensions, got {n:,}."
             )
-        steps = torch.linspace(max(n // 10, dimension + 1), n, _SIZES, dtype=torch.float64)
+        steps = torch.linspace(max(n // 10, dimension + 1), n, _SIZES, dtype=torch.float64, device="cpu")
         sizes = steps.round().long().tolist()
     sizes = sorted({*(check_count("each of sizes", size) for size in sizes), n})
     if len(sizes) < 2 or sizes[0] <= dimension or sizes[-1] > n:
@@ -137,8 +137,9 @@ def frechet_extrapolation(
     _warn_if_singular(fixed)
     order = canonical_order(features)
     distances = [_Gaussian(features[order[draw(n, size, drawing)]]).distance(fixed) for size in sizes]
-    line = torch.stack([torch.ones(len(sizes)), 1 / torch.tensor(sizes, dtype=torch.float64)], 1)
-    fit = torch.linalg.lstsq(line, torch.tensor(distances, dtype=torch.float64)[:, None]).solution
+    inverse = 1 / torch.tensor(sizes, dtype=torch.float64, device="cpu")
+    line = torch.stack([torch.ones_like(inverse), inverse], 1)
+    fit = torch.linalg.lstsq(line, torch.tensor(distances, dtype=torch.float64, device="cpu")[:, None]).solution
     return Extrapolation(float(fit[0]), float(fit[1]), tuple(sizes), tuple(distances))
 
 

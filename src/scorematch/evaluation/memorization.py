@@ -186,7 +186,7 @@ class Memorization:
     def table(self) -> str:
         """The figures as a table in Markdown."""
         rows = []
-        levels = torch.tensor(_QUANTILES, dtype=torch.float64)
+        levels = torch.tensor(_QUANTILES, dtype=torch.float64, device="cpu")
         for name, found in self._sets().items():
             quantiles = [f"{value:.4g}" for value in found.distances[:, 0].quantile(levels).tolist()]
             shares = [str(Proportion.of(found.ratios < ratio)) for ratio in (1 / 2, 1 / 3, 1 / 4)]
@@ -196,7 +196,7 @@ class Memorization:
 
     def chart(self) -> str:
         """The distribution functions of the distance to the nearest training image, as the text of an SVG file."""
-        share = torch.linspace(0, 1, 201, dtype=torch.float64)
+        share = torch.linspace(0, 1, 201, dtype=torch.float64, device="cpu")
         curves = [
             Curve(name, found.distances[:, 0].quantile(share).tolist(), share.tolist())
             for name, found in self._sets().items()

@@ -123,7 +123,7 @@ def kernel_distance(
     for _ in range(1 if whole else subsets):
         x, y = (double(each[order[draw(len(each), subset_size, drawing)]]) for each, order in orders)
         found.append(_discrepancy(x, y))
-    values = torch.tensor(found, dtype=torch.float64)
+    values = torch.tensor(found, dtype=torch.float64, device="cpu")
     return Estimate(float(values.mean()), float(values.std(correction=0)) or None)
 
 

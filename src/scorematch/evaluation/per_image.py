@@ -116,4 +116,4 @@ def choose(length: int, n: int | None, seed: int) -> Tensor:
     if not 2 <= n <= length:
         raise ValueError(f"n must be from 2 to the number of images, {length}, got {n}.")
     generator = torch.Generator().manual_seed(seed_of(seed, "images"))
-    return torch.randperm(length, generator=generator)[:n]
+    return torch.randperm(length, generator=generator, device="cpu")[:n]

@@ -124,8 +124,8 @@ def gaussian_images(data: ImageData, n: int, *, seed: int = 0, batch_size: int =
     """
     n, batch_size = check_count("n", n), check_count("batch_size", batch_size)
     k, m = this_process()
-    own = torch.arange(n).split(batch_size)[k::m]
-    mean = torch.zeros(data.shape, dtype=torch.float64)
+    own = torch.arange(n, device="cpu").split(batch_size)[k::m]
+    mean = torch.zeros(data.shape, dtype=torch.float64, device="cpu")
     for block in _blocks(data):
         mean += block.double().sum(0) / len(data)
     flat = mean.float().flatten()

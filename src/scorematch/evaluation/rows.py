@@ -72,7 +72,8 @@ def random_rows(features: Tensor, size: int, generator: torch.Generator | int | 
 
 def canonical_order(features: Tensor) -> Tensor:
     """The indices (N,) that sort features by their projection on a fixed direction."""
-    direction = torch.randn(features.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    direction = torch.randn(features.shape[1], generator=rng, dtype=torch.float64, device="cpu")
     direction = direction.to(double(features[:1]).device)
     return torch.cat([double(block) @ direction for block in features.split(BLOCK)]).argsort().to(features.device)
 

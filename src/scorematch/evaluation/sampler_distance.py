@@ -113,7 +113,7 @@ def sampler_distances(
         x = sampler.sample(n, shape=exact.sample_shape, generator=seed_of(seed, "sampler", name), progress=False)
         rows.append(SamplerDistance(name, len(sampler), *map(Estimate, measure(x))))
     drawn = [measure(exact.sample(n, seed_of(seed, "floor", i))) for i in range(repeats)]
-    own = torch.tensor(drawn, dtype=torch.float64)
+    own = torch.tensor(drawn, dtype=torch.float64, device="cpu")
     floor = itertools.starmap(Estimate, zip(own.mean(0).tolist(), own.std(0).tolist(), strict=True))
     return Report([*rows, SamplerDistance("exact samples", None, *floor)])
 

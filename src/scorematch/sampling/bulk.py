@@ -188,7 +188,7 @@ class Job:
             n = self.n_classes or 1
             cycle = self.classes == "cycle"
             found = [(i if cycle else seed_of(self.seed, "class", i)) % n for i in indices]
-        return torch.tensor(found, dtype=torch.int64)
+        return torch.tensor(found, dtype=torch.int64, device="cpu")
 
     def seeds_of(self, indices: Iterable[int]) -> list[int]:
         """The seeds of the generators of images."""

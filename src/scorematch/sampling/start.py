@@ -171,7 +171,7 @@ def _warn_of_clamping(observation: Observation, value_range: tuple[float, float]
     one value to this value.
     """
     operator, y, top = observation.operator, observation.y, value_range[1]
-    mask = torch.ones((), dtype=torch.bool) if operator.mask is None else operator.mask
+    mask = torch.ones((), dtype=torch.bool, device=y.device) if operator.mask is None else operator.mask
     mask = mask.to(y.device)
     measured = torch.where(mask, operator.measure(torch.full_like(operator.pseudo_inverse(y), top)), top)
     if not bool(((measured - top).abs() <= 0.02 * (top - value_range[0])).all()):

@@ -59,7 +59,12 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
             "ScoreNet.unet(classes=..., null_class=True), or leave out label_drop."
         )
     if classes is not None:
-        check_labels(data.labels if isinstance(data, ImageData) else data.read(torch.arange(1))[1], classes)
+        check_labels(
+            data.labels
+            if isinstance(data, ImageData)
+            else data.read(torch.zeros(1, dtype=torch.int64, device="cpu"))[1],
+            classes,
+        )
 
 
 def class_count(net: ScoreNet, settings: Settings) -> int | None:

@@ -204,7 +204,7 @@ class LevelMixture:
     @cached_property
     def _pool(self) -> Tensor:
         """Equally probable levels of all parts, ascending."""
-        u = (torch.arange(_POOLED, dtype=torch.float64) + 0.5) / _POOLED
+        u = (torch.arange(_POOLED, dtype=torch.float64, device="cpu") + 0.5) / _POOLED
         return torch.cat([_distribution(part).quantile(u) for part in self.parts]).sort().values
 
 
@@ -240,7 +240,7 @@ def _distribution(levels: Levels | NoiseSchedule) -> Levels:
 
 def check_levels(levels: Levels) -> None:
     """Raises ValueError if the method ``quantile`` of a distribution does not return positive levels as a tensor."""
-    found = levels.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    found = levels.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64, device="cpu"))
     if not isinstance(found, Tensor) or found.shape != (2,) or not bool((found > 0).all()):
         raise ValueError(
             f"quantile of levels must return a tensor of positive levels, one for each value of u, got {quote(found)} "

@@ -56,9 +56,9 @@ class Losses:
     """
 
     def __init__(self, levels: Levels, accelerator: Any) -> None:
-        edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
+        edges = torch.arange(1, BINS, dtype=torch.float64, device="cpu") / BINS
         self._edges = levels.quantile(edges).float().numpy()
-        every = levels.quantile((torch.arange(1024, dtype=torch.float64) + 0.5) / 1024).float().numpy()
+        every = levels.quantile((torch.arange(1024, dtype=torch.float64, device="cpu") + 0.5) / 1024).float().numpy()
         places = self._place(every)
         self._centers = [np.median(every[places == i]) if (places == i).any() else 0.0 for i in range(BINS)]
         self._accelerator = accelerator
@@ -144,7 +144,9 @@ def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
     """Starts to copy a tensor to the CPU; the returned function waits for the copy and returns it."""
     if tensor.device.type != "cuda":
         return tensor.cpu
-    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(
+        tensor, non_blocking=True
+    )
     event = torch.cuda.Event()
     event.record()
 

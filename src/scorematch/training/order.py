@@ -28,7 +28,7 @@ class Order:
     def __init__(self, length: int, seed: int) -> None:
         check_count("length", length)
         self.length, self.seed = length, seed
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __call__(self, start: int, stop: int) -> Tensor:
         """The indices in the data of the images ``start`` to ``stop - 1`` of the run, int64 (stop - start,)."""
@@ -38,10 +38,10 @@ class Order:
             last = min(self.length, first + stop - start)
             parts.append(self._permutation_of(epoch)[first:last])
             start += last - first
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def _permutation_of(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-            self._epoch, self._permutation = epoch, torch.randperm(self.length, generator=generator)
+            self._epoch, self._permutation = epoch, torch.randperm(self.length, generator=generator, device="cpu")
         return self._permutation

@@ -358,7 +358,7 @@ _ALL = (
         "DDPM++ 128 256 256 256",
         "vp/cifar10_ddpmpp_continuous",
         {"precondition": "vp", **_DDPMPP},
-        NoiseSchedule(UniformTime(first=1e-3).quantile(torch.linspace(1, 0, 1000, dtype=torch.float64))),
+        NoiseSchedule(UniformTime(first=1e-3).quantile(torch.linspace(1, 0, 1000, dtype=torch.float64, device="cpu"))),
         {"eps": 1e-8 * _HALF, "clip": 1.0, "ema": (0.9999,), "levels": UniformTime()},
         corrector_steps=0,
     ),

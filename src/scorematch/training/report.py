@@ -72,7 +72,7 @@ class Examples(NamedTuple):
 
 def read_examples(data: Data) -> Examples:
     """Reads the first 64 samples of the data, or all if there are fewer."""
-    x, labels = data.read(torch.arange(min(_REPORT_IMAGES, len(data))))
+    x, labels = data.read(torch.arange(min(_REPORT_IMAGES, len(data)), device="cpu"))
     return Examples(to_float(x), labels)
 
 

@@ -357,11 +357,12 @@ def _batches(
 
     def make(first: int) -> _Batch:
         x, labels = data.read(order(first, first + local))
-        noise = torch.empty(local, *data.shape, dtype=x.dtype if x.is_floating_point() else torch.float32)
+        dtype = x.dtype if x.is_floating_point() else torch.float32
+        noise = torch.empty(local, *data.shape, dtype=dtype, device="cpu")
         chances = []
         for i, z in enumerate(noise, first):
             generator.manual_seed(seed_of(settings.seed, "image", i))
-            chances.append(torch.rand(2, generator=generator, dtype=torch.float32))
+            chances.append(torch.rand(2, generator=generator, dtype=torch.float32, device="cpu"))
             z.normal_(generator=generator)
         flip, drop = torch.stack(chances).unbind(1)
         if settings.flip and x.ndim == 4:
