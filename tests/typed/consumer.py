@@ -15,6 +15,7 @@ import scorematch
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.core.charts import Curve, chart, table
 from scorematch.core.precision import autocast, exact_float32, native_dtype
+from scorematch.core.processes import Process, find_device, local_device, this_process
 from scorematch.core.schema import Field
 from scorematch.core.scores import Denoiser, NetworkScore, Score, Tweedie
 from scorematch.data import (
@@ -250,6 +251,9 @@ def losses(net: ScoreNet, x: Tensor) -> Tensor:
     assert_type(loss_and_norm(net, x, sigma=0.1, condition=3), tuple[Tensor, Tensor])
     with autocast("cpu"), exact_float32():
         assert_type(native_dtype("cpu"), torch.dtype)
+    assert_type(find_device(), torch.device)
+    assert_type(local_device("cpu"), torch.device)
+    assert_type(this_process(), Process)
     return loss
 
 
