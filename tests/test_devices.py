@@ -202,7 +202,7 @@ def _score(x, sigma):
 
 MANY = {
     "langevin": lambda net: AnnealedLangevinSampler(net, LEVELS, steps_per_level=2),
-    "consistent": lambda net: AnnealedLangevinSampler(net, LEVELS.respaced(16), consistent=True),
+    "consistent": lambda net: AnnealedLangevinSampler(net, LEVELS, consistent=True),
     "ode": lambda net: ODESampler(net, LEVELS.respaced(10)),
     "churn": lambda net: ODESampler(net, LEVELS.respaced(10), churn=5),
     "dpm-solver++": lambda net: ODESampler(net, LEVELS.respaced(16), method="dpm-solver++"),
