@@ -943,3 +943,15 @@ def test_two_processes_write_what_one_writes(tmp_path, job, launcher):
     done = python("-m", *launcher, job, tmp_path / "two", "quiet", "png")
     assert sorted(done.stdout.split("\n")) == ["", "(0, 2)", "(1, 2)"]
     assert _content(tmp_path / "two") == _content(tmp_path / "one")
+
+
+def test_the_identity_of_an_object_covers_its_attributes_and_the_entries_of_its_schedule():
+    class Score:
+        def __init__(self, levels, more=None):
+            self.schedule, self.more = NoiseSchedule(levels), more
+
+    first = hashing.identity(Score([3.0, 1.0]))
+    assert first == hashing.identity(Score([3.0, 1.0]))
+    assert first != hashing.identity(Score([3.0, 2.0]))
+    assert first != hashing.identity(Score([3.0, 1.0], more=range(2)))
+    assert hashing.identity(Score([1.0], range(2))) != hashing.identity(Score([1.0], range(3)))

@@ -46,6 +46,7 @@ from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
 from scorematch.core.batches import is_outside
+from scorematch.core.provenance import Entries
 from scorematch.core.randomness import single_generator
 from scorematch.core.scores import attribute
 
@@ -60,7 +61,7 @@ _ROUNDING = 2**-24  # the relative rounding error of float32
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class NoiseSchedule:
+class NoiseSchedule(Entries[float]):
     """Noise levels, from the highest to the lowest. Schedules are immutable; two with the same levels are equal.
 
     ``len(schedule)`` is the number of levels L, ``schedule[i]`` is level i as a float, 0 being the highest, and
@@ -559,9 +560,6 @@ class NoiseSchedule:
     def _level_variance(self, a: float, steps: int) -> float:
         q = (1 - a) ** (2 * steps)
         return q * self._ratio**2 + (1 - q) / (1 - a / 2)  # b = 1 / (1 - a / 2)
-
-
-Sequence.register(NoiseSchedule)
 
 
 def _check_range(sigma_max: float, sigma_min: float) -> None:

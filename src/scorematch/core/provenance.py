@@ -7,11 +7,11 @@ import hashlib
 import itertools
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from importlib import metadata
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from scorematch.core.precision import device_name
 
 __version__ = "0.1.0"
+_T = TypeVar("_T", covariant=True)
+
+
+class Entries(Iterable[_T]):
+    """The base class of objects whose identity is that of their entries, as for a list."""
 
 
 def identity(value: Any) -> str:
@@ -70,7 +75,7 @@ def _parts(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
         yield from nested(sorted(value.items(), key=lambda item: str(item[0])))
     elif isinstance(value, set | frozenset):
         yield from nested(sorted(value, key=repr))
-    elif isinstance(value, Sequence):
+    elif isinstance(value, list | tuple | Entries):
         yield from itertools.chain.from_iterable(nested(entry) for entry in value)
     elif isinstance(value, functools.partial):
         yield from nested([value.func, value.args, value.keywords])

@@ -122,6 +122,8 @@ class Operator(ABC):
         signature = inspect.signature(cls)
         if len(values) + len(named) < len(parts) or bool(parts) != bool(signature.parameters):
             raise TypeError("an argument is missing or named twice" if signature.parameters else "it has no arguments")
+        if unknown := named.keys() - signature.parameters:
+            raise TypeError(f"its arguments are {', '.join(signature.parameters)}, got {min(unknown)!r}")
         signature.bind(*values, **named)
         return cls(*values, **named)
 
