@@ -57,7 +57,8 @@ def _train(net, loss, *, steps, rate=2e-3):
 
 def _samples(net, sampler=None):
     sampler = recommended_sampler(net) if sampler is None else sampler
-    return sampler.sample(12, generator=0, progress=False)
+    shape = net.sample_shape or (1, SIZE, SIZE)  # a checkpoint of NCSN does not have it
+    return sampler.sample(12, shape=shape, generator=0, progress=False)
 
 
 def _broad(values):
