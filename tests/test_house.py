@@ -50,18 +50,9 @@ def _parse(path):
     return _tree(path.read_text(encoding="utf-8"))
 
 
-def _nodes(node):
-    """All nodes, except those inside ``if TYPE_CHECKING``."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-            continue
-        yield child
-        yield from _nodes(child)
-
-
 def _imports(path):
-    """The names of the modules that a file imports, at module level or in a function."""
-    for node in _nodes(_parse(path)):
+    """The names of the modules that a file imports, at module level, in a function or for types only."""
+    for node in ast.walk(_parse(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

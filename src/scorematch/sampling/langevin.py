@@ -55,8 +55,6 @@ from scorematch.sampling.sampler import Sampler, SamplerOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from scorematch.sampling.settings import SamplerSettings
-
 __all__ = ["AnnealedLangevinSampler"]
 
 
@@ -249,7 +247,7 @@ class AnnealedLangevinSampler(Sampler):
 
 def _recommended_settings(net: object) -> Mapping[str, Any] | None:
     """The options in the settings of a network if they are for annealed Langevin dynamics, else None."""
-    settings: SamplerSettings | None = attribute(net, "sampler_settings")
+    settings = attribute(net, "sampler_settings")
     return settings.options if settings is not None and settings.sampler == "langevin" else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +14,22 @@ from scorematch.core.arguments import check_count
 from scorematch.core.batches import without_history
 from scorematch.core.conditions import as_class, class_of_each
 from scorematch.core.randomness import Generator, as_generator, standard_normal
-from scorematch.core.scores import attribute, device_of, middle_of
+from scorematch.core.scores import Score, attribute, device_of, middle_of
+from scorematch.noise import NoiseSchedule
 from scorematch.restoration.method import Restoration
-from scorematch.restoration.methods import METHODS
+from scorematch.restoration.methods import METHODS, Restore
 from scorematch.restoration.observation import Observation
 from scorematch.sampling.chain import Run
 
-if TYPE_CHECKING:
-    from scorematch.sampling.sampler import Sampler
+
+class Configured(Protocol):
+    """What the start of a run uses of a sampler."""
+
+    net: Score
+    schedule: NoiseSchedule
+    clamp: bool
+    restore: Restore
+
 
 # The largest number of values in one network call by default: those of 1,337 MNIST digits, 341 CIFAR-10 images or 5 RGB
 # images of 256 x 256 pixels.
@@ -31,7 +39,7 @@ Generators = torch.Generator | tuple[torch.Generator, ...] | None
 
 
 def start(
-    sampler: Sampler,
+    sampler: Configured,
     n: int | None,
     shape: Sequence[int] | None,
     init: Tensor | None,
@@ -145,7 +153,7 @@ def _sample_shape(
     return tuple(found)
 
 
-def _restoration(sampler: Sampler, observation: Observation) -> Restoration:
+def _restoration(sampler: Configured, observation: Observation) -> Restoration:
     """The method by which the samples agree with an observation, which is on the device of the network."""
     net, needed = sampler.net, observation.operator.value_range
     value_range = attribute(net, "value_range")
