@@ -18,7 +18,7 @@ from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.evaluation import density_coverage, frechet_distance, inception_score, kernel_distance, precision_recall
-from scorematch.evaluation.exact import Mixture
+from scorematch.evaluation.exact import GaussianMixture
 from scorematch.likelihood import log_likelihood
 from scorematch.restoration import Mask
 from scorematch.sampling import AncestralSampler, ODESampler
@@ -52,7 +52,7 @@ def k_diffusion():
 def mixture():
     """Three components in 12 dimensions."""
     means = 2 * torch.randn(3, 12, generator=seed(1), dtype=torch.float64)
-    return Mixture([0.5, 0.3, 0.2], means, 0.2, (3, 2, 2))
+    return GaussianMixture([0.5, 0.3, 0.2], means, 0.2, (3, 2, 2))
 
 
 def _denoised(score):
