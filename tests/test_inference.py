@@ -546,7 +546,7 @@ def _tiny():
     return ScoreNet(UNet(1, 1, num_class_embeds=3, **options, **_one_block()), LEVELS, sample_shape=(1, SIZE, SIZE))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*noise levels of the schedule are not among")
 @pytest.mark.parametrize(
     "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ncsn", "unet, classes", "ncsnpp"))]
 )

@@ -212,10 +212,14 @@ def networks(folder: Path, x: Tensor, sigma: Tensor) -> ScoreNet:
     return ScoreNet.from_pretrained("mnist", local_files_only=True)
 
 
+def plain_score(x: Tensor, sigma: Tensor) -> Tensor:
+    return -x
+
+
 def parts(net: ScoreNet, x: Tensor, sigma: Tensor) -> None:
     scores: Sequence[NetworkScore | Tweedie] = [net]
     assert_type(scores[0].denoise(x, 0.1), Tensor)
-    functions: list[Score] = [net, lambda x, sigma: -x]
+    functions: list[Score] = [net, plain_score]
     families: Mapping[str, Family[Any]] = FAMILIES
     assert_type(family_of(net.backbone), Family[Any] | None)
     assert_type(Field(int, low=1).fits(3), bool)
@@ -362,7 +366,7 @@ def evaluation(net: ScoreNet, folder: Path) -> None:
 
 
 def mean_distance(features: Tensor, reference: Statistics) -> Estimate:
-    return Estimate(float((features.mean(0) - reference.mean).norm()))
+    return Estimate(float((features.mean(0) - reference.mean).square().sum().sqrt()))
 
 
 def features(folder: Path, images: Tensor) -> None:
