@@ -14,6 +14,7 @@ from scorematch.cli.options.reference import add_reference, reference_options
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import amount, filled, image_count
 from scorematch.core.conditions import takes_image
+from scorematch.core.messages import about
 from scorematch.core.processes import find_device, this_process
 from scorematch.core.scores import device_of
 from scorematch.data.tables import REFERENCES
@@ -144,7 +145,8 @@ def _check(args: argparse.Namespace, network: bool, restoring: bool) -> None:
         if args.reference is None:
             args.parser.error("the following arguments are required: reference")
     else:
-        as_operator(args.restore)  # raises before the network is loaded
+        with about("--restore"):
+            as_operator(args.restore)  # raises before the network is loaded
         if not network:
             raise ValueError(f"--restore needs a network, but {args.model} is a set of images.")
         if args.data is None and args.reference is None:

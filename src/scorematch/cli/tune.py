@@ -15,6 +15,7 @@ from scorematch.cli.options.reference import add_reference, reference_options
 from scorematch.cli.options.samplers import add_computation
 from scorematch.cli.options.values import filled, image_count
 from scorematch.core.conditions import takes_image
+from scorematch.core.messages import about
 from scorematch.core.processes import this_process
 from scorematch.core.scores import device_of
 from scorematch.evaluation.reference import check_sources
@@ -77,7 +78,8 @@ def _run(args: argparse.Namespace) -> None:
         refuse(args, ["restore_method"], "is for --restore")
     method: Restore = args.restore_method or "replace"
     for text in args.restore or ():
-        as_operator(text)  # raises before the network is loaded
+        with about("--restore"):
+            as_operator(text)  # raises before the network is loaded
     check_sources(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
