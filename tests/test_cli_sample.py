@@ -392,3 +392,16 @@ def test_torchrun_runs_the_same_command_in_two_processes(folder, tmp_path):
     assert len(re.findall(r"^about .* images in 2 processes$", done.stdout, re.MULTILINE)) == 1
     assert _pictures(tmp_path / "two") == _pictures(tmp_path / "one")
     assert (tmp_path / "two" / "sheet.png").read_bytes() == (tmp_path / "one" / "sheet.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (("--sampler", "ancestral", "--levels", 252), True),
+        (("--sampler", "ancestral", "--levels", 250), False),
+        (("--sampler", "ode", "--levels", 200), False),
+    ],
+)
+def test_a_sampler_of_many_calls_is_named_with_a_faster_one(options, hint, folder, tmp_path, capsys):
+    assert _sample(folder, tmp_path / "x.png", "-n", 1, *options) == 0
+    assert ("\nfaster: --sampler ode, with 35 network calls\n" in capsys.readouterr().out) == hint

@@ -29,6 +29,8 @@ with warnings.catch_warnings():
         DPMSolverMultistepScheduler,
         EulerDiscreteScheduler,
         LCMScheduler,
+        ScoreSdeVePipeline,
+        ScoreSdeVeScheduler,
         UNet2DModel,
     )
 
@@ -950,6 +952,67 @@ def test_names_outside_of_attention_are_kept():
 def test_a_wrong_number_of_entries_of_attention_raises():
     with pytest.raises(ValueError, match="one entry per scale, 3, got 1"):
         ScoreNet.unet(attention=[True])
+
+
+# -- The published samplers
+
+
+def _replayed(net, init, generator):
+    """The images of the recommended sampler, (N, H, W, C), with noise in the order of a pipeline."""
+    sampler = recommended_sampler(net)
+    sampler.precision = "float32"
+    noise = {"noise_source": lambda x: torch.randn(x.shape, generator=generator)}
+    return sampler.sample(init=init, **noise, progress=False).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize(
+    ("options", "sampler"),
+    [
+        ({}, {"variance": "small", "clamp_denoised": True}),
+        ({"variance_type": "fixed_small_log"}, {"variance": "small", "clamp_denoised": True}),
+        ({"variance_type": "fixed_large", "clip_sample": False}, {"variance": "large", "clamp_denoised": False}),
+        ({"prediction_type": "v_prediction"}, {"variance": "small", "clamp_denoised": True}),
+        ({"variance_type": "learned_range"}, {"variance": "learned", "clamp_denoised": True}),
+    ],
+    ids=str,
+)
+def test_the_recommended_sampler_of_a_ddpm_draws_the_images_of_its_pipeline(options, sampler, tmp_path):
+    theirs = _theirs(out_channels=6 if sampler["variance"] == "learned" else 3)
+    DDPMPipeline(theirs, DDPMScheduler(num_train_timesteps=30, beta_end=0.3, **options)).save_pretrained(tmp_path)
+    net = ScoreNet.from_pretrained(tmp_path)
+    assert net.sampler_settings == SamplerSettings("ancestral", levels=30, **sampler)
+    generator = torch.Generator().manual_seed(0)
+    expected = _pipeline(tmp_path)(2, generator, num_inference_steps=30, output_type="np").images
+    shape, generator = (2, 3, 8, 8), torch.Generator().manual_seed(0)
+    signal = 1 / (1 + 4 * net.schedule.sigma_max**2) ** 0.5
+    init = 0.5 + torch.randn(shape, generator=generator) / (2 * signal)
+    found = _replayed(net, init, generator)
+    assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_recommended_sampler_of_ncsnpp_draws_the_images_of_its_pipeline(steps, tmp_path):
+    theirs = _theirs(time_embedding_type="fourier", **BLOCKS)
+    scheduler = ScoreSdeVeScheduler(num_train_timesteps=40, sigma_max=30.0, snr=0.1, correct_steps=steps)
+    pipeline = ScoreSdeVePipeline(theirs, scheduler)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    net = ScoreNet.from_pretrained(tmp_path)
+    published = {"predictor": "reverse-diffusion", "corrector_steps": steps, "snr": 0.1, "published": True}
+    assert net.sampler_settings == SamplerSettings("predictor-corrector", levels=40, **published)
+    shape, generator = (2, 3, 8, 8), torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(40)
+    expected = pipeline(2, 40, generator, output_type="np").images
+    generator.manual_seed(0)
+    init = 30 * torch.randn(shape, generator=generator)
+    found = _replayed(net, init, generator)
+    assert np.abs(found - expected).max() < 1e-3
+
+
+def test_a_signal_to_noise_ratio_out_of_range_raises(tmp_path):
+    folder = _save(_theirs(time_embedding_type="fourier", **BLOCKS), tmp_path, {**VE, "snr": 1.5})
+    with pytest.raises(ValueError, match=r"scheduler_config\.json: snr must be"):
+        ScoreNet.from_pretrained(folder)
 
 
 class _Normal:

@@ -294,8 +294,9 @@ def test_a_card_corrects_the_noise_levels_of_a_repository(hub, run, tmp_path):
             "scheduler_config.json": json.dumps(default).encode(),
             "diffusion_pytorch_model.safetensors": content,
         }
-    found = run(f"print(*(ScoreNet.from_pretrained(name).schedule for name in {list(levels)}), sep='\\n')")
-    assert found == "".join(f"NoiseSchedule(2000 levels, {level} -> 0.01)\n" for level in levels.values())
+    nets = f"nets = [ScoreNet.from_pretrained(name) for name in {list(levels)}]"
+    found = run(f"{nets}\nprint(*((net.schedule, net.sampler_settings.options['snr']) for net in nets), sep='\\n')")
+    assert found == "".join(f"(NoiseSchedule(2000 levels, {level} -> 0.01), 0.075)\n" for level in levels.values())
 
 
 def test_a_damaged_download_gives_an_error_that_says_what_to_delete(hub, run, tmp_path):

@@ -931,6 +931,15 @@ def test_a_network_without_settings_is_sampled_consistently_in_at_most_250_calls
     assert sampler.step_size == pytest.approx(1e-4 * (1 - r**1.1))
 
 
+def test_a_variance_exploding_network_without_langevin_settings_is_sampled_with_more_noise():
+    net = ScoreNet.unet(1, 8, widths=(4,), precondition="ncsnpp", schedule=NoiseSchedule.geometric(10, 0.01, 150))
+    for net.sampler_settings in (None, SamplerSettings("predictor-corrector", levels=150)):
+        for score in (net, net.inference_copy()):
+            sampler = AnnealedLangevinSampler(score)
+            r = min(b / a for a, b in itertools.pairwise(sampler.schedule))
+            assert sampler.consistent and sampler.step_size == pytest.approx(1e-4 * (1 - r**1.5))
+
+
 @pytest.mark.parametrize("kind", list(SAMPLERS))
 def test_a_network_with_a_table_of_levels_is_sampled_at_these_levels(kind):
     """The normalization layers of NCSN have parameters for each level, and none for a level in between."""

@@ -102,8 +102,7 @@ class Row(NamedTuple):
         log_levels: the mean and the standard deviation of log s in training, if log s is normally distributed and the
             data have the default standard deviation sigma_d; None trains on the levels of the schedule.
         weighting: the weights of the noise levels in training (``scorematch.training.levels``).
-        sampler: the keyword arguments of ``scorematch.sampling.settings.consistent_settings`` for a network of another
-            project that comes without settings; None is no settings.
+        power: the exponent p of consistent sampling without settings (``AnnealedLangevinSampler``).
         diffusers: the embedding of the noise level with which a U-Net of diffusers has this c_noise and this meaning of
             its output; None if there is none.
         discrete: whether the backbone takes the number of one of few noise levels, and knows no levels between them.
@@ -114,7 +113,7 @@ class Row(NamedTuple):
     options: Mapping[str, float] = {}
     log_levels: tuple[float, float] | None = None
     weighting: Literal["sigma", "backbone"] = "backbone"
-    sampler: Mapping[str, float] | None = {}
+    power: float = 1.1
     diffusers: Literal["positional", "fourier"] | None = None
     discrete: bool = False
 
@@ -185,11 +184,11 @@ def _karras(sigma: Tensor, schedule: NoiseSchedule, k: float, *, sigma_data: flo
 _DIFFUSION = {"beta_min": 0.1, "beta_max": 20.0, "time_scale": 999.0}
 ROWS: dict[str, Row] = {
     # The backbone predicts the score itself, and has parameters of its own for every noise level.
-    "ncsn": Row(_ncsn, centered=False, weighting="sigma", sampler=None, discrete=True),
+    "ncsn": Row(_ncsn, centered=False, weighting="sigma", discrete=True),
     "ncsnv2": Row(_ncsnv2, centered=False),
     # The step is close to the published one of variance-exploding networks, 1.5 (1 - r) sigma^2
     # (Jolicoeur-Martineau et al., 2020, arXiv:2009.05475).
-    "ncsnpp": Row(_ncsnpp, centered=False, sampler={"power": 1.5}, diffusers="fourier"),
+    "ncsnpp": Row(_ncsnpp, centered=False, power=1.5, diffusers="fourier"),
     "ncsnpp_index": Row(_ncsnpp_index, centered=False),
     "ddpm": Row(_ddpm, centered=True, diffusers="positional"),
     "ddpm_v": Row(_ddpm_v, centered=True, diffusers="positional"),
@@ -255,6 +254,11 @@ class Preconditioning:
     def discrete(self) -> bool:
         """Whether the backbone was trained at the levels of the schedule alone."""
         return ROWS[self.row].discrete
+
+    @property
+    def power(self) -> float:
+        """The exponent p of consistent sampling without settings."""
+        return ROWS[self.row].power
 
     @property
     def assumed_std(self) -> float | None:

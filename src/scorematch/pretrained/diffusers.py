@@ -21,6 +21,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,12 @@ from scorematch.core.json_files import native
 from scorematch.core.messages import about
 from scorematch.core.schema import Field, check
 from scorematch.nets import FAMILIES
-from scorematch.nets.precondition import ROWS
 from scorematch.nets.unet import OWN_KEYS
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained.cards import Card
 from scorematch.pretrained.configuration import CONFIG_FILE, Stored, architecture, read_json, translated
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILES, read_weights
-from scorematch.sampling.settings import SamplerSettings, consistent_settings
+from scorematch.sampling.settings import SamplerSettings
 
 # The class of diffusers, and that of diffusers-ncsn, whose time input is the index of the level.
 _NCSN = "UNet2DModelForNCSN"
@@ -88,6 +88,9 @@ _VARIANCE_EXPLODING: Mapping[str, Field] = {
     # Of diffusers-ncsn: the steps at each level and the step size. In other schedulers sampling_eps is a time.
     "num_annealed_steps": Field(int, low=1, high=1_000_000),
     "sampling_eps": Field(float, low=0, high=1e30),
+    # Of ScoreSdeVeScheduler: the Langevin steps at each level, and their signal-to-noise ratio.
+    "correct_steps": Field(int, low=0, high=1_000_000),
+    "snr": Field(float, above=0, below=1),
 }
 
 
@@ -235,11 +238,12 @@ def _translate(
         "sample_shape": None if size is None else [outputs // 2 if predicts_variance else outputs, *size],
         "predicts_variance": predicts_variance,
     }
+    settings = None
     if network.get("_class_name") == _NCSN:
         settings = _settings_of_ncsn(scheduler, schedule)
-    else:
-        own = ROWS[precondition].sampler
-        settings = None if own is None or len(schedule) < 2 else consistent_settings(schedule, **own)
+    elif len(schedule) > 1:
+        of_ddpm = partial(_settings_of_ddpm, predicts_variance=predicts_variance)
+        settings = (_settings_of_ncsnpp if exploding else of_ddpm)(scheduler, len(schedule))
     kept = {key: value for key, value in scheduler.items() if not key.startswith("_") or key == "_class_name"}
     return translated({**config, "scheduler": kept}, schedule, settings, where)
 
@@ -251,6 +255,21 @@ def _settings_of_ncsn(scheduler: Mapping[str, Any], schedule: NoiseSchedule) -> 
         return None
     levels = len(schedule) if len(schedule) > 1 else None
     return SamplerSettings(levels=levels, steps_per_level=steps, step_size=step_size, exact_noise=False, denoise=False)
+
+
+def _settings_of_ncsnpp(scheduler: Mapping[str, Any], levels: int) -> SamplerSettings:
+    """The sampler of score_sde with all levels; the defaults are those of ScoreSdeVeScheduler."""
+    steps, snr = scheduler.get("correct_steps", 1), scheduler.get("snr", 0.15)
+    corrector = {"corrector_steps": steps, "snr": snr, "published": True}
+    return SamplerSettings("predictor-corrector", levels=levels, predictor="reverse-diffusion", **corrector)
+
+
+def _settings_of_ddpm(scheduler: Mapping[str, Any], levels: int, *, predicts_variance: bool) -> SamplerSettings:
+    """The ancestral sampler with all levels; the defaults are those of DDPMScheduler."""
+    fixed = "large" if "large" in str(scheduler.get("variance_type")) else "small"
+    clamped = bool(scheduler.get("clip_sample", True)) and scheduler.get("clip_sample_range", 1) == 1
+    variance = "learned" if predicts_variance else fixed
+    return SamplerSettings("ancestral", levels=levels, variance=variance, clamp_denoised=clamped)
 
 
 def _variance_exploding(

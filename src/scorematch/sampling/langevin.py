@@ -59,11 +59,12 @@ __all__ = ["AnnealedLangevinSampler"]
 
 
 # The exponent p of consistent sampling for networks without settings, and for plain functions. With a learned score,
-# each step that adds noise also adds an error: p = 1.1 was best for a network of color images (docs/pretrained.md). A
-# plain function may be an exact score, and is sampled with the step of ancestral sampling, p = 2.
-POWER_OF_NETWORKS, _POWER = 1.1, 2.0
+# each step that adds noise also adds an error: p = 1.1 was best for a network of color images (docs/pretrained.md), and
+# a row of the preconditioning table may have another. A plain function may be an exact score, and is sampled with the
+# step of ancestral sampling, p = 2.
+_POWER_OF_NETWORKS, _POWER = 1.1, 2.0
 # The smallest and the largest number of levels for a network without settings.
-FEWEST_LEVELS, MOST_LEVELS = 100, 250
+_FEWEST_LEVELS, _MOST_LEVELS = 100, 250
 # Plain Langevin dynamics without settings: the smallest number of steps per level, and the largest variance at the end
 # of the schedule, in units of sigma_min^2.
 _FEWEST_STEPS = 3
@@ -96,8 +97,9 @@ class AnnealedLangevinSampler(Sampler):
             that is missing to the next level. None uses the recommended settings, or else True for a network, unless
             it knows few levels or only one, and False for a plain function. Let r be the smallest ratio of a level to
             the one before. The step size must lie between sigma_min^2 (1 - r) and sigma_min^2 (1 + r). Its default is
-            sigma_min^2 (1 - r^p), where p is derived from the recommended settings and at most 2; p is 1.1 for a
-            network without settings, and 2, as in ancestral sampling, for a plain function.
+            sigma_min^2 (1 - r^p), where p is derived from the recommended settings and at most 2. Without settings p
+            is 1.1 for a network, 1.5 for one with the preconditioning "ncsnpp", and 2, as in ancestral sampling, for a
+            plain function.
         **options: the options of every ``Sampler``: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, ``clamp``,
             ``restore``, ``precision`` and ``compile``.
 
@@ -192,7 +194,7 @@ class AnnealedLangevinSampler(Sampler):
         if levels is None and self._settings is not None:
             levels = self._settings.get("levels")
         if levels is None and self.consistent:
-            levels = min(MOST_LEVELS, max(FEWEST_LEVELS, len(own)))
+            levels = min(_MOST_LEVELS, max(_FEWEST_LEVELS, len(own)))
         return own if levels is None else own.without_gaps(levels)
 
     def _consistent_eta(self, own: NoiseSchedule | None, settings: Mapping[str, Any] | None) -> float:
@@ -201,7 +203,9 @@ class AnnealedLangevinSampler(Sampler):
         With recommended settings, p is derived from them but limited to 2: if the number of levels differs from theirs,
         larger steps reduce the contrast (docs/samplers.md).
         """
-        ratio, power = self.schedule.smallest_ratio, _POWER if own is None else POWER_OF_NETWORKS
+        ratio, power = self.schedule.smallest_ratio, _POWER
+        if own is not None:
+            power = getattr(attribute(self.net, "preconditioning"), "power", _POWER_OF_NETWORKS)
         if own is not None and settings is not None and "step_size" in settings:
             intended = self.default_schedule(own, None)
             eta, intended_ratio = settings["step_size"] / intended.sigma_min**2, intended.smallest_ratio
@@ -255,7 +259,7 @@ def _is_fine(net: Score, own: NoiseSchedule | None) -> bool:
     """Whether a score is sampled consistently by default: a network that has or can be given many noise levels."""
     if own is None or len(own) == 1:
         return False
-    return not getattr(attribute(net, "preconditioning"), "discrete", False) or len(own) >= FEWEST_LEVELS
+    return not getattr(attribute(net, "preconditioning"), "discrete", False) or len(own) >= _FEWEST_LEVELS
 
 
 def _check_kind(consistent: bool | None, steps_per_level: int | None, exact_noise: bool | None) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import Score, attribute
-from scorematch.noise import NoiseSchedule
 from scorematch.sampling.ancestral import AncestralSampler
-from scorematch.sampling.langevin import MOST_LEVELS, POWER_OF_NETWORKS, AnnealedLangevinSampler
+from scorematch.sampling.langevin import AnnealedLangevinSampler
 from scorematch.sampling.ode import ODESampler
 from scorematch.sampling.predictor_corrector import PredictorCorrectorSampler
 from scorematch.sampling.sampler import Sampler, options_of
@@ -94,21 +93,6 @@ class SamplerSettings:
 
     def __repr__(self) -> str:
         return f"SamplerSettings({', '.join([repr(self.sampler), *(f'{k}={v!r}' for k, v in self._given)])})"
-
-
-def consistent_settings(schedule: NoiseSchedule, power: float = POWER_OF_NETWORKS) -> SamplerSettings:
-    """Settings for a network that was trained on a schedule: consistent sampling with at most 250 network calls.
-
-    docs/pretrained.md says how the default of p was chosen. For a DDPM it is based on published results of similar
-    networks (Song et al., 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502, Table 1) and on small networks.
-
-    Args:
-        schedule: the noise levels of the network, at least two.
-        power: p, which defines the step size (1 - r^p) sigma_min^2, where r is the ratio of a level to the one before.
-    """
-    levels = min(MOST_LEVELS, len(schedule))
-    ratio = (schedule.sigma_min / schedule.sigma_max) ** (1 / (levels - 1))
-    return SamplerSettings(levels=levels, step_size=(1 - ratio**power) * schedule.sigma_min**2, consistent=True)
 
 
 def recommended_sampler(
