@@ -506,7 +506,7 @@ def test_the_calibration_does_not_depend_on_the_default_dtype():
         ({"directions": 0}, "directions must be an integer of at least 1, got 0"),
         ({"observations": 99}, "the ranks of 19 draws need at least 100 observations, got 99"),
         ({"operator": Mask(torch.ones(2, 1, 2, 4) > 0)}, "must be for any image, got one for 2 images"),
-        ({"operator": JPEG(50)}, "must be linear and have a gain"),
+        ({"operator": JPEG(50)}, "the operator must be linear"),
         ({"operator": Uncrop(), "sigma": 0.0}, "the observations determine the images completely"),
     ],
 )

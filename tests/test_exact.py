@@ -298,7 +298,7 @@ def _seen(n):
         (lambda: Empirical([[0.0]]), TypeError, "got list"),
         (lambda: Empirical(torch.zeros(3)), ValueError, r"data must be a batch .*got shape \(3,\)"),
         (lambda: Empirical(torch.zeros(2, 3), -1.0), ValueError, "bandwidth must be at least 0, got -1"),
-        (lambda: operator_matrix(JPEG(50), SHAPE), ValueError, r"must be linear and have a gain, got JPEG\(50\)"),
+        (lambda: operator_matrix(JPEG(50), SHAPE), ValueError, r"the operator must be linear, got JPEG\(50\)"),
         (
             lambda: Gaussian([0.5] * 48, 1.0, SHAPE).posterior(Observation(AveragePool(2), torch.zeros(1, 3, 1, 1))),
             ValueError,

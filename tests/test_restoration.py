@@ -618,7 +618,7 @@ def test_an_observation_that_does_not_fit_raises():
     with pytest.raises(ValueError, match=r"4 from n, 1 from condition\. .* write condition\.repeat_interleave\(n, 0\)"):
         sampler.sample(4, condition=torch.zeros(1, *SHAPE))
     with pytest.raises(
-        ValueError, match=r"\(3, 8, 8\), but Observation\(Grayscale\(\), .* is of images of shape \(3, 4, 4\)\."
+        ValueError, match=r"\(3, 8, 8\), but Observation\(Grayscale\(\), .* is of samples of shape \(3, 4, 4\)\."
     ):
         sampler.sample(1, shape=(3, 8, 8), observation=observe(Grayscale()))
     with pytest.raises(TypeError, match="observation must be an Observation, got Tensor"):
@@ -627,25 +627,18 @@ def test_an_observation_that_does_not_fit_raises():
         AnnealedLangevinSampler(world, LEVELS, restore="repaint")
 
 
-@pytest.mark.parametrize(
-    ("measure", "y", "message"),
-    [
-        (
-            lambda x: x.flatten(1) @ torch.ones(48, 5),
-            (1, 5),
-            r"cannot measure the image pseudo_inverse\(y\) of shape \(1, 5\)\.",
-        ),
-        (
-            lambda x: x[..., ::2, ::2],
-            (1, 3, 2, 2),
-            r"y must have shape \(3, 1, 1\) for each image, .*, got \(3, 2, 2\)\.",
-        ),
-    ],
-)
-def test_an_operator_that_needs_lift_and_does_not_define_it_raises(measure, y, message):
-    operator = type("Own", (Operator,), {"measure": lambda self, x: measure(x)})()
-    with pytest.raises(ValueError, match=f"{message} An operator whose .* has to define pseudo_inverse"):
-        Observation(operator, torch.rand(y))
+def test_an_operator_that_is_only_a_function_measures_samples_of_the_shape_of_the_network():
+    """y does not tell the shape of a sample, so that the observation is checked when the sampler knows it."""
+    operator = type("Own", (Operator,), {"measure": lambda self, x: x.flatten(1)[:, :5] ** 3, "linear": False})()
+    y = torch.full((1, 5), 0.125)
+    observation = Observation(operator, y)
+    assert observation.shape is None and observation.of_shape((3, 4, 4)).shape == (3, 4, 4)
+    x = AnnealedLangevinSampler(gaussian_images(SHAPE), LEVELS, restore="guide").sample(
+        2, shape=SHAPE, observation=observation, generator=0, progress=False
+    )
+    assert x.shape == (2, *SHAPE)
+    with pytest.raises(ValueError, match=r"y must have shape \(4,\) for each image, .*, got \(5,\)"):
+        observation.of_shape((1, 2, 2))
 
 
 def test_clamping_y_to_the_value_range_gives_a_warning(recwarn):

@@ -97,7 +97,9 @@ from scorematch.restoration import (
     Grayscale,
     Half,
     Hole,
+    Linear,
     Mask,
+    Matrix,
     Observation,
     Operator,
     Uncrop,
@@ -296,6 +298,7 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
 def restoration(net: ScoreNet, x: Tensor, mask: Tensor) -> None:
     operators: list[Operator] = [Mask(mask), Uncrop(left=3), Grayscale(), AveragePool(2), JPEG(10), Negative()]
     operators += [AveragePool(2) @ Grayscale(), as_operator("pool:2 @ gray"), Hole().drawn(x, range(len(x))), Half()]
+    operators += [Linear(torch.Tensor.double), Matrix(torch.eye(3))]
     methods: Mapping[Restore, Method] = METHODS
     kinds: Mapping[str, type[Operator]] = OPERATORS
     for operator in operators:

@@ -229,8 +229,8 @@ class GaussianMixture(Distribution):
 
         Raises:
             TypeError: if ``observation`` is not an Observation.
-            ValueError: if the operator has no gain, so that it may not be linear, the observation is of samples of
-                another shape, or it has no sample with this number.
+            ValueError: if the operator is not linear, the observation is of samples of another shape, or it has no
+                sample with this number.
         """
         weights, means, covariance = self._posterior_parameters(observation, image)
         return GaussianMixture(weights, means, covariance, **self._attributes)
@@ -240,20 +240,17 @@ class GaussianMixture(Distribution):
             raise TypeError(f"observation must be an Observation, got {type(observation).__name__}.")
         if len(observation) > 1 and not 0 <= image < len(observation):
             raise ValueError(f"image must be from 0 to {len(observation) - 1}, got {image}.")
-        observed = tuple(observation.operator.pseudo_inverse(observation.y).shape[1:])
-        if observed != self.sample_shape:
-            raise ValueError(
-                f"the observation must be of samples of shape {self.sample_shape}, but {observation!r} is of samples "
-                f"of shape {observed}."
-            )
-        operator = observation.operator.rows(slice(image, image + 1))
-        y = observation.y[image if len(observation.y) > 1 else 0][None]
-        y = operator.measure(operator.pseudo_inverse(y.to(self.means)))  # zero where y is not observed
-        a = operator_matrix(operator, self.sample_shape).to(self.means.device)
+        observation = observation.of_shape(self.sample_shape).rows(slice(image, image + 1))
+        a = operator_matrix(observation.operator, self.sample_shape).to(self.means.device)
+        y = observation.residual(torch.zeros_like(observation.y))
+        noise = _noise_covariance(observation).to(self.means)
+        if observation.mask is not None:
+            a = a * observation.mask.expand_as(y).flatten()[:, None].to(a)
+        y = y.to(self.means)
         cross = self._within @ a.T
-        values, vectors = torch.linalg.eigh(a @ cross)
+        values, vectors = torch.linalg.eigh(a @ cross + (noise if noise.ndim else 0))
         exact = len(values) * torch.finfo(values.dtype).eps * values[-1]  # eigenvalues up to their rounding error are 0
-        values = torch.where(values > exact, values, 0) + observation.sigma**2  # those of S
+        values = torch.where(values > exact, values, 0) + (0 if noise.ndim else noise)  # those of S
         inverse = torch.where(values > 0, 1 / values, 0)
         residuals = (y.flatten() - self.means @ a.T) @ vectors  # (K, values of y), along the axes of S
         logits = self.weights.log() - (residuals.square() @ inverse) / 2
@@ -430,10 +427,21 @@ def operator_matrix(operator: Operator, sample_shape: Sequence[int]) -> Tensor:
         operator: a linear operator, for one image.
         sample_shape: the shape (C, H, W) of the images.
     """
-    if operator.gain is None:
-        raise ValueError(f"the operator must be linear and have a gain, got {operator!r}.")
+    if not operator.is_linear:
+        raise ValueError(f"the operator must be linear, got {operator!r}. Write linear = True in its class if it is.")
     size = math.prod(sample_shape)
     return operator.measure(torch.eye(size, dtype=torch.float64, device="cpu").view(size, *sample_shape)).flatten(1).T
+
+
+def _noise_covariance(observation: Observation) -> Tensor:
+    """The variance () of the noise of all values of y of one sample, or the covariance (values of y, values of y)."""
+    y = observation.y.double()
+    if isinstance(observation.sigma, float):
+        return y.new_tensor(observation.sigma**2)
+    if isinstance(observation.sigma, Tensor):
+        return observation.covariance(torch.ones_like(y)).flatten().diag()
+    units = torch.eye(y.numel(), dtype=y.dtype, device=y.device).view(-1, *y.shape[1:])
+    return torch.linalg.inv(observation.sigma(units).flatten(1))
 
 
 # -- Mixtures in float64 ----------------------------------------------------------------------------------------------

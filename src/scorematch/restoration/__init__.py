@@ -1,5 +1,6 @@
 """Image restoration: operators that measure an image, observations, the methods that sample given one, and Palette."""
 
+from scorematch.restoration.linear import Linear, Matrix
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import (
@@ -21,7 +22,9 @@ __all__ = [
     "Grayscale",
     "Half",
     "Hole",
+    "Linear",
     "Mask",
+    "Matrix",
     "Observation",
     "Operator",
     "Uncrop",

@@ -1,7 +1,8 @@
 r"""Guidance by an observation, with any operator: the denoised image is moved towards the observation.
 
 The notation is that of ``scorematch.restoration.method``. Let
-:math:`e = A^+ (y - A D)`, c be 1 for an operator without a gain, and
+:math:`e = A^+ (y - A D)`, and for an operator without a gain, let c be 1 and e be the product of :math:`y - A(D)` with
+the transposed Jacobian of A at D. Let
 
 .. math:: \hat D = D + \frac{r^2}{r^2 + \sigma_y^2 / c}\, e \quad (\text{"guide"}), \qquad
           \hat D = D + \frac{\sigma^2}{q^2 + \sigma_y^2 / c}\, J^\top e \quad (\text{"guide-jacobian"}),
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from scorematch.core.batches import per_image
 from scorematch.core.scores import Score, check_differentiable, score_at
-from scorematch.restoration.method import Restoration
+from scorematch.restoration.method import Restoration, single_sigma
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.replacement import Replacement
 
@@ -55,13 +56,13 @@ class Guidance(Restoration):
         self._observation = observation
         self._variance = variance
         self._jacobian = jacobian
+        self._noise = single_sigma(observation, "guide-jacobian" if jacobian else "guide") ** 2
         gain = observation.operator.gain
         self._exact = Restoration() if gain is None else Replacement(observation, gain)
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score that corresponds to the moved denoised image."""
-        operator, y = self._observation.operator.rows(rows), self._observation.y
-        y = y[rows] if len(y) > 1 else y
+        observation = self._observation.rows(rows)
         level = sigma**2
         spread = level * self._variance / (level + self._variance)  # r^2
         with torch.set_grad_enabled(self._jacobian):
@@ -70,8 +71,7 @@ class Guidance(Restoration):
             if self._jacobian:
                 check_differentiable(follow)
             denoised = x + level * follow
-        missing = operator.pseudo_inverse(y - operator.measure(denoised.detach()))
-        noise = self._observation.sigma**2 / (operator.gain or 1.0)
+        missing, noise = _missing(observation, denoised.detach()), self._noise / (observation.operator.gain or 1.0)
         if not self._jacobian:
             return follow + missing * (spread / ((spread + noise) * level))
         (gradient,) = torch.autograd.grad(denoised, x, missing)
@@ -86,3 +86,12 @@ class Guidance(Restoration):
     def finish(self, x: Tensor) -> Tensor:
         """As in ``Replacement`` if the operator has a gain; otherwise the denoised image unchanged."""
         return self._exact.finish(x)
+
+
+def _missing(observation: Observation, denoised: Tensor) -> Tensor:
+    """The change e of the denoised image that the measurement asks for."""
+    operator = observation.operator
+    if operator.gain is not None:
+        return operator.pseudo_inverse(observation.residual(operator.measure(denoised)))
+    near = operator.linearized(denoised)
+    return near.adjoint(observation.residual(near.value))

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from scorematch.core.scores import Score
+from scorematch.restoration.observation import Observation
 
 __all__ = ["Restoration"]
 
@@ -49,3 +50,13 @@ class Restoration:
     def finish(self, x: Tensor) -> Tensor:
         """The result; if y has no noise, its observed part is replaced by the observation."""
         return x
+
+
+def single_sigma(observation: Observation, method: str) -> float:
+    """The standard deviation of the noise of y if it is one number; ValueError names the method otherwise."""
+    if not isinstance(observation.sigma, float):
+        raise ValueError(
+            f'the method "{method}" needs one standard deviation for all values of y, got {observation!r}. Write '
+            'restore="moment-matching".'
+        )
+    return observation.sigma

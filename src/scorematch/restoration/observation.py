@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from scorematch.core.batches import check_data
 from scorematch.core.precision import exact_float32
+from scorematch.core.randomness import standard_normal
 from scorematch.restoration.operator import Operator
 
 __all__ = ["Observation"]
 
+_TOLERANCE = 1e-3  # of the checks of an operator, relative
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    r"""A measurement of one image, or of each image of a batch: :math:`y = A x_0 + \sigma_y n`.
+    r"""A measurement of one sample, or of each sample of a batch: :math:`y = A(x_0) + n` with normal noise n.
 
     Args:
         operator: the operator A.
         y: the measurement (N, ...), floating point, of the shape that ``operator.measure`` returns; a batch of 1 is
-            used for any number of samples. Values that a mask hides are ignored and may be NaN.
-        sigma: the standard deviation sigma_y of the noise in y, in the units of y, such as those of images in [0, 1];
-            0 is no noise.
+            used for any number of samples. Values that are not observed are ignored and may be NaN.
+        sigma: the noise of y, in the units of y, such as those of images in [0, 1]. A number: the standard deviation of
+            all values; 0 is no noise. A tensor that broadcasts to y: that of each value, where infinity means "not
+            measured". A function: the product of a batch like y with the inverse of the covariance, row by row.
+
+    Attributes:
+        shape: the shape of one sample, or None if y does not determine it. A sampler then takes that of the network, or
+            that of y.
+        mask: which values of y are observed, bool and broadcastable to y; None if all are.
 
     Raises:
         TypeError: if ``operator`` is not an ``Operator``, or y is not a floating-point tensor.
-        ValueError: if sigma is negative, y does not fit the operator, y is not finite where it is observed, or the gain
-            of the operator is not that of ``measure`` and ``pseudo_inverse``.
+        ValueError: if sigma is negative, NaN or of another shape, y does not fit the operator, y is not finite where it
+            is observed, or the operator is not linear, or has not the gain or the adjoint, that it says.
 
     Example:
         >>> from scorematch.restoration import as_operator
@@ -41,7 +52,9 @@ class Observation:
 
     operator: Operator
     y: Tensor
-    sigma: float = 0.0
+    sigma: float | Tensor | Callable[[Tensor], Tensor] = 0.0
+    shape: tuple[int, ...] | None = field(init=False, default=None)
+    mask: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):
@@ -50,55 +63,141 @@ class Observation:
                 'Write Mask(mask) for a mask, and as_operator("pool:4") for a text.'
             )
         check_data(self.y, "y")
-        object.__setattr__(self, "sigma", check_sigma(self.sigma))
-        object.__setattr__(self, "operator", self.operator.with_axes(self.y.ndim))
-        image = self.operator.pseudo_inverse(self.y)
-        if not bool(torch.isfinite(image).all()):
-            raise ValueError("y must be finite where it is observed, got NaN or infinite values.")
-        try:
-            measured = self.operator.measure(image)
-        except RuntimeError as error:
-            if not self._hint():
-                raise
+        self._set(operator=self.operator.with_axes(self.y.ndim), sigma=_check_noise(self.sigma, self.y))
+        mask = self.operator.mask
+        if isinstance(self.sigma, Tensor):
+            measured = self.sigma.isfinite()
+            mask = measured if mask is None else mask.to(measured.device) & measured
+        self._set(mask=mask)
+        self._check_finite()
+        if len({len(self.operator), len(self.y)} - {1}) > 1:
+            raise ValueError(f"y must have {len(self.operator)} images, like the operator, got {len(self.y)}.")
+        shape = self.operator.sample_shape(self.y)
+        if shape is not None:
+            self._check(shape)
+
+    # -- What restoration methods use ---------------------------------------------------------------------------------
+
+    def of_shape(self, shape: Sequence[int]) -> Observation:
+        """The observation of samples of a shape, which is checked.
+
+        Raises:
+            ValueError: if the operator or y does not fit samples of this shape.
+        """
+        if self.shape is not None and tuple(shape) != self.shape:
             raise ValueError(
-                f"{self.operator!r} cannot measure the image pseudo_inverse(y) of shape {tuple(image.shape)}."
-                f"{self._hint()}"
-            ) from error
+                f"the observation must be of samples of shape {tuple(shape)}, but {self!r} is of samples of shape "
+                f"{self.shape}."
+            )
+        new = copy.copy(self)
+        if new.shape is None:
+            new._check(tuple(shape))
+        return new
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether the measurement of samples of a shape has the shape of y."""
+        try:
+            measured = self.operator.measure(self.y.new_zeros((max(len(self.y), len(self.operator)), *shape)))
+        except (RuntimeError, ValueError):
+            return False
+        return measured.shape[1:] == self.y.shape[1:]
+
+    def rows(self, rows: slice) -> Observation:
+        """The observation of a slice of the batch."""
+
+        def part(values: Tensor | None) -> Tensor | None:
+            batched = values is not None and values.ndim == self.y.ndim and len(values) > 1
+            return values[rows] if batched and values is not None else values
+
+        new = copy.copy(self)
+        sigma = part(self.sigma) if isinstance(self.sigma, Tensor) else self.sigma
+        new._set(operator=self.operator.rows(rows), y=part(self.y), sigma=sigma, mask=part(self.mask))
+        return new
+
+    def residual(self, measured: Tensor) -> Tensor:
+        """Y minus a measurement, where y is observed, and 0 elsewhere."""
+        return self.observed(self.y - measured)
+
+    def observed(self, values: Tensor) -> Tensor:
+        """Values like y, with 0 where y is not observed."""
+        return values if self.mask is None else torch.where(self.mask, values, 0)
+
+    def covariance(self, values: Tensor) -> Tensor:
+        """The product of values like y with the covariance of the noise, where y is observed, and 0 elsewhere.
+
+        Raises:
+            ValueError: if only the product with its inverse is known.
+        """
+        if callable(self.sigma):
+            raise ValueError("sigma is a function, so that only the inverse of the covariance of the noise is known.")
+        return self.observed(values * self.sigma**2)
+
+    def precision(self, values: Tensor) -> Tensor:
+        """The product with the inverse of the covariance, 0 where y is not observed, and infinite without noise."""
+        return self.observed(self.sigma(values) if callable(self.sigma) else values / self.sigma**2)
+
+    # -- Checks -------------------------------------------------------------------------------------------------------
+
+    def _check_finite(self) -> None:
+        try:
+            y = self.residual(torch.zeros_like(self.y))
+        except RuntimeError as error:
+            shape = None if self.mask is None else tuple(self.mask.shape)
+            raise ValueError(f"a mask of shape {shape} does not fit y of shape {tuple(self.y.shape)}.") from error
+        if not bool(torch.isfinite(y).all()):
+            raise ValueError("y must be finite where it is observed, got NaN or infinite values.")
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        """Checks operator and y for samples of this shape, which becomes the attribute."""
+        batch = max(len(self.y), len(self.operator))
+        zeros = self.y.new_zeros((batch, *shape))
+        try:
+            measured = self.operator.measure(zeros)
+        except RuntimeError as error:
+            raise ValueError(f"{self.operator!r} cannot measure samples of shape {shape}: {error}") from error
         if measured.shape[1:] != self.y.shape[1:]:
             raise ValueError(
                 f"y must have shape {tuple(measured.shape[1:])} for each image, the result of {self.operator!r}, got "
-                f"{tuple(self.y.shape[1:])}.{self._hint()}"
+                f"{tuple(self.y.shape[1:])}."
             )
-        if len({len(self.operator), len(self.y)} - {1}) > 1:
-            raise ValueError(f"y must have {len(self.operator)} images, like the operator, got {len(self.y)}.")
-        self._check_gain(measured.detach())
+        self._set(shape=shape)
+        if self.operator.is_linear:
+            # TF32 could exceed the tolerance. Under autocast a measurement may be in bfloat16.
+            with exact_float32() if measured.dtype == self.y.dtype == torch.float32 else nullcontext():
+                self._check_linear(zeros, max(_TOLERANCE, torch.finfo(measured.dtype).eps ** 0.5))
 
-    def _check_gain(self, y: Tensor) -> None:
-        """Checks an operator with a gain c on a measurement: A A^+ y = y, and c |A^+ y|^2 = |y|^2."""
-        gain = self.operator.gain
-        if gain is None:
-            return
-        # TF32 could exceed the tolerance. Under autocast y may be in bfloat16, whose tolerance is larger.
-        with exact_float32() if y.dtype == self.y.dtype == torch.float32 else nullcontext():
-            image = self.operator.pseudo_inverse(y)
-            again = self.operator.measure(image)
-        size, tolerance = float(y.norm()), max(1e-3, torch.finfo(y.dtype).eps ** 0.5)
-        error = float((again - y).norm())
-        if max(error, abs(gain**0.5 * float(image.norm()) - size)) > tolerance * size:
+    def _check_linear(self, like: Tensor, tolerance: float) -> None:
+        """Checks on random values that A is linear, that the adjoint is that of A, and that A A^T is c I."""
+        operator, generator = self.operator, torch.Generator().manual_seed(0)
+        u, w = (standard_normal(like.shape, generator, like.device).to(like) for _ in range(2))
+        once = operator.measure(u)
+        size = float(once.norm())
+        if float((operator.measure(2 * u - w) - 2 * once + operator.measure(w)).norm()) > 3 * tolerance * size:
+            raise ValueError(f"{operator!r} is not linear: A (2 u - w) is not 2 A u - A w. Leave out linear and gain.")
+        if operator.gain is not None:
+            again = operator.measure(operator.pseudo_inverse(once))
+            image = float(operator.pseudo_inverse(once).norm())
+            if max(float((again - once).norm()), abs(operator.gain**0.5 * image - size)) > tolerance * size:
+                raise ValueError(
+                    f"the gain and pseudo_inverse of {operator!r} do not fit measure: with y = A x and A A^T = c I, "
+                    "gain is c, and pseudo_inverse(y) is A^T y / c. Correct them, or leave out gain if A A^T is not a "
+                    "multiple of the identity."
+                )
+        v = standard_normal(once.shape, generator, like.device).to(once)
+        back = operator.adjoint(v, like.shape[1:])
+        if abs(float((once * v).sum() - (u * back).sum())) > tolerance * (size * float(v.norm()) + 1e-30):
             raise ValueError(
-                f"the gain and pseudo_inverse of {self.operator!r} do not fit measure: with y = A x and A A^T = c I, "
-                "gain is c, and pseudo_inverse(y) is A^T y / c. Correct them, or leave out gain if A A^T is not a "
-                "multiple of the identity."
+                f"the adjoint of {operator!r} is not that of measure: the inner products of A u with v and of u with "
+                "A^T v differ. Correct it, or leave it out: it is then computed by automatic differentiation."
             )
 
-    def _hint(self) -> str:
-        if type(self.operator).pseudo_inverse is not Operator.pseudo_inverse:
-            return ""
-        return " An operator whose measurement has another shape than the image has to define pseudo_inverse."
+    def _set(self, **values: object) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        noise = f", sigma {self.sigma:g}" if self.sigma else ""
-        return f"Observation({self.operator!r}, y {'x'.join(map(str, self.y.shape))}{noise})"
+        noise = f", sigma {self.sigma:g}" if isinstance(self.sigma, float) else f", sigma {_described(self.sigma)}"
+        return f"Observation({self.operator!r}, y {'x'.join(map(str, self.y.shape))}{noise if self.sigma != 0 else ''})"
 
     def __len__(self) -> int:
         """The number of observed images; one image is used for any number of samples."""
@@ -106,7 +205,11 @@ class Observation:
 
     def to(self, device: torch.device | str) -> Observation:
         """The observation on a device, with y in float32."""
-        return Observation(self.operator.to(device), self.y.detach().to(torch.float32).to(device), self.sigma)
+        new = copy.copy(self)
+        y, mask = self.y.detach().to(torch.float32).to(device), None if self.mask is None else self.mask.to(device)
+        sigma = self.sigma.to(torch.float32).to(device) if isinstance(self.sigma, Tensor) else self.sigma
+        new._set(operator=self.operator.to(device), y=y, sigma=sigma, mask=mask)
+        return new
 
 
 def check_sigma(sigma: float) -> float:
@@ -114,3 +217,25 @@ def check_sigma(sigma: float) -> float:
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma, the standard deviation of the noise in y, must be at least 0, got {sigma!r}.")
     return float(sigma)
+
+
+def _check_noise(
+    sigma: float | Tensor | Callable[[Tensor], Tensor], y: Tensor
+) -> float | Tensor | Callable[[Tensor], Tensor]:
+    if isinstance(sigma, Tensor) and sigma.numel() > 1:
+        try:
+            fits = torch.broadcast_shapes(sigma.shape, y.shape) == y.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"sigma must broadcast to y of shape {tuple(y.shape)}, got shape {tuple(sigma.shape)}.")
+        if not bool((sigma >= 0).all()):
+            raise ValueError(
+                "sigma, the standard deviation of the noise in y, must be at least 0, got lower ones or NaN."
+            )
+        return sigma.detach().to(y)
+    return check_sigma(float(sigma)) if isinstance(sigma, Tensor) or not callable(sigma) else sigma
+
+
+def _described(sigma: object) -> str:
+    return "x".join(map(str, sigma.shape)) if isinstance(sigma, Tensor) else "of a covariance"

@@ -6,16 +6,25 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Linearization(NamedTuple):
+    """An operator near x: its measurement A(x), and the products with its Jacobian A' at x and with the transpose."""
+
+    value: Tensor
+    forward: Callable[[Tensor], Tensor]
+    adjoint: Callable[[Tensor], Tensor]
+
+
 class Operator(ABC):
-    """A deterministic degradation of images; image i of the result depends on image i of the input only.
+    """A deterministic measurement of samples, such as images; row i of the result depends on row i of the input only.
 
     Attributes:
+        linear: whether ``measure`` is linear, A x without a constant term. An operator with a gain is linear.
         gain: the c of A A^T = c I on the observed values, for a linear operator that has one; None otherwise.
         mask: which values of y are observed, bool and broadcastable to y; None if all are.
         value_range: the range of the images that the operator is for, such as (0, 1); None if it is for any.
@@ -25,6 +34,7 @@ class Operator(ABC):
         examples: texts of this form. The first one appears in messages, and the demo offers those that fit its images.
     """
 
+    linear: bool = False
     gain: float | None = None
     mask: Tensor | None = None
     value_range: tuple[float, float] | None = None
@@ -40,18 +50,62 @@ class Operator(ABC):
             ValueError: if the shape of x does not fit the operator.
         """
 
-    def pseudo_inverse(self, y: Tensor) -> Tensor:
-        """The image A^+ y. For an operator with a gain it is A^T y / c, the smallest image whose measurement is y.
+    def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        r"""The sample :math:`A^\top y` of a linear operator.
 
-        For an operator without a gain it turns the difference of two measurements into a change of the image. The
-        default, y itself, is right for most measurements of the image's shape, such as a blur; the inverse of an
-        ill-conditioned matrix would amplify noise. If y has another shape, the operator has to define this method, for
-        example as an enlargement of y.
+        The default is c A^+ y for an operator with a gain. For others it is computed by automatic differentiation of
+        ``measure``.
+
+        Args:
+            y: a measurement (N, ...).
+            shape: the shape of one sample. Operators that can derive it from y ignore it. None is the shape of y.
+
+        Raises:
+            ValueError: if the shapes do not fit the operator.
+        """
+        if self.gain is not None and type(self).pseudo_inverse is not Operator.pseudo_inverse:
+            return self.pseudo_inverse(y) * self.gain
+        linearization = _linearized(self, y.new_zeros((len(y), *(y.shape[1:] if shape is None else shape))))
+        if linearization.value.shape[1:] != y.shape[1:]:
+            raise ValueError(
+                f"y of {self!r} must have shape {tuple(linearization.value.shape[1:])} for each sample, got "
+                f"{tuple(y.shape[1:])}. If the samples have another shape than y, pass shape=."
+            )
+        return linearization.adjoint(y)
+
+    def sample_shape(self, y: Tensor) -> tuple[int, ...] | None:
+        """The shape of one sample that y measures; None if y does not determine it.
+
+        The default is that of A^+ y for an operator with a gain, and None for others.
+        """
+        return None if self.gain is None else tuple(self.pseudo_inverse(y).shape[1:])
+
+    def linearized(self, x: Tensor) -> Linearization:
+        """The operator near x, (N, ...): itself if it is linear, otherwise by automatic differentiation of ``measure``.
+
+        An operator without a gradient, such as JPEG, overrides this method with an approximation.
+
+        Raises:
+            ValueError: if the measurement has no gradient.
+        """
+        if self.is_linear:
+            return Linearization(self.measure(x), self.measure, lambda v: self.adjoint(v, x.shape[1:]))
+        return _linearized(self, x)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the operator is linear: it says so, or it has a gain."""
+        return self.linear or self.gain is not None
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """The sample A^+ y = A^T y / c of an operator with a gain, the smallest one whose measurement is y.
+
+        For an operator without a gain it is only looked at (``as_image``); the default is y itself.
 
         Raises:
             ValueError: if the shape of y does not fit the operator.
         """
-        return y
+        return y if self.gain is None else self.adjoint(y) / self.gain
 
     def as_image(self, y: Tensor) -> Tensor:
         """The measurement as an image to look at: ``pseudo_inverse(y)``; for ``Grayscale`` a gray RGB image."""
@@ -156,6 +210,30 @@ class Operator(ABC):
         return found
 
 
+def _linearized(operator: Operator, x: Tensor) -> Linearization:
+    """An operator near x by automatic differentiation."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = operator.measure(x)
+        if not value.requires_grad:
+            raise ValueError(
+                f"the measurement of {operator!r} has no gradient. Write measure with differentiable functions of "
+                "torch, or define the method linearized."
+            )
+        v = torch.zeros_like(value, requires_grad=True)
+        (transposed,) = torch.autograd.grad(value, x, v, create_graph=True)  # A'^T v, whose gradient in v is A'
+
+    def adjoint(v: Tensor) -> Tensor:
+        return torch.autograd.grad(value, x, v, retain_graph=True)[0]
+
+    def forward(u: Tensor) -> Tensor:
+        if not transposed.requires_grad:  # A' is zero
+            return torch.zeros_like(value)
+        return torch.autograd.grad(transposed, v, u, retain_graph=True)[0]
+
+    return Linearization(value.detach(), forward, adjoint)
+
+
 def _number(text: str) -> Any:
     """The number that a text is, or the text."""
     for kind in (int, float):
@@ -173,6 +251,7 @@ class _Composition(Operator):
 
     def __init__(self, outer: Operator, inner: Operator) -> None:
         self.outer, self.inner = outer, inner
+        self.linear = outer.is_linear and inner.is_linear
         self.value_range = outer.value_range or inner.value_range
         if outer.gain is None or inner.gain is None:
             return
@@ -202,6 +281,26 @@ class _Composition(Operator):
     def measure(self, x: Tensor) -> Tensor:
         """The outer measurement of the inner one."""
         return self.outer.measure(self.inner.measure(x))
+
+    def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """That of the outer operator, then that of the inner one."""
+        if shape is None:
+            return self.inner.adjoint(self.outer.adjoint(y))
+        between = self.inner.measure(y.new_zeros((len(y), *shape)))
+        return self.inner.adjoint(self.outer.adjoint(y, between.shape[1:]), shape)
+
+    def sample_shape(self, y: Tensor) -> tuple[int, ...] | None:
+        """The shape that the inner operator derives from that of the outer one."""
+        between = self.outer.sample_shape(y)
+        return None if between is None else self.inner.sample_shape(y.new_zeros((len(y), *between)))
+
+    def linearized(self, x: Tensor) -> Linearization:
+        """The chain rule, so that each operator uses its own adjoint or approximation."""
+        inner = self.inner.linearized(x)
+        outer = self.outer.linearized(inner.value)
+        return Linearization(
+            outer.value, lambda u: outer.forward(inner.forward(u)), lambda v: inner.adjoint(outer.adjoint(v))
+        )
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """That of the outer operator, then that of the inner one."""

@@ -55,7 +55,7 @@ from scorematch.core.arguments import argument, check_count
 from scorematch.core.randomness import single_generator
 from scorematch.data.pictures import read_mask, to_pixels
 from scorematch.restoration.masks import Draws, boxes, halves, strokes
-from scorematch.restoration.operator import Operator
+from scorematch.restoration.operator import Linearization, Operator
 
 __all__ = ["JPEG", "OPERATORS", "AveragePool", "Grayscale", "Half", "Hole", "Mask", "Uncrop", "as_operator"]
 
@@ -166,6 +166,10 @@ class RandomMask(Operator):
         """The masks of images x, each drawn from its seed on the CPU."""
         each = (Draws(single_generator(number), x.device) for number in seeds)
         return Mask(~torch.cat([self.missing(1, x.shape[2], x.shape[3], draws) for draws in each]))
+
+    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
+        """That of y."""
+        return tuple(y.shape[1:])
 
     def measure(self, x: Tensor) -> Tensor:
         """It has no measurement before the masks are drawn."""
@@ -340,7 +344,8 @@ class AveragePool(Operator):
 class JPEG(Operator):
     """JPEG compression and decompression with Pillow (the extra ``images``) and its default chroma subsampling, 4:2:0.
 
-    Values are clamped to [0, 1] and rounded to 8 bits. The result has no gradient.
+    Values are clamped to [0, 1] and rounded to 8 bits. The result has no gradient:
+    ``linearized`` takes the derivative to be the identity.
 
     Args:
         quality: the JPEG quality, from 1 to 100.
@@ -369,6 +374,14 @@ class JPEG(Operator):
         pixels = x.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
         decoded = torch.stack([self._code(image) for image in pixels])
         return decoded.to(x.device, x.dtype).div_(255)
+
+    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
+        """That of y."""
+        return tuple(y.shape[1:])
+
+    def linearized(self, x: Tensor) -> Linearization:
+        """The measurement, with the identity in place of the derivative (the straight-through approximation)."""
+        return Linearization(self.measure(x), lambda u: u, lambda v: v)
 
     def _code(self, image: Tensor) -> Tensor:
         from PIL import Image

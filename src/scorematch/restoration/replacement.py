@@ -37,7 +37,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scorematch.restoration.method import Restoration
+from scorematch.restoration.method import Restoration, single_sigma
 from scorematch.restoration.observation import Observation
 
 
@@ -47,7 +47,7 @@ class Replacement(Restoration):
     def __init__(self, observation: Observation, gain: float) -> None:
         self._operator = observation.operator
         self._y = self._operator.pseudo_inverse(observation.y)
-        self.sigma = observation.sigma / gain**0.5
+        self.sigma = single_sigma(observation, "replace") / gain**0.5
 
     def _observed(self, x: Tensor) -> Tensor:
         """P x, the observed part of x."""

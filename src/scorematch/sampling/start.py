@@ -78,7 +78,9 @@ def start(
     # A plain function has no device: the run is on that of init, or else of the generator, or else on the CPU.
     source = init if init is not None else generators[0] if isinstance(generators, tuple) else generators
     device = device_of(sampler.net, "cpu" if source is None else source.device)
-    method = Restoration() if observation is None else _restoration(sampler, observation.to(device))
+    method = Restoration()
+    if observation is not None:
+        method = _restoration(sampler, observation.of_shape(sample_shape).to(device))
     noise: Tensor | None = None
     if init is not None:
         x = without_history(init).to(device, torch.float32)
@@ -139,17 +141,15 @@ def _sample_shape(
         raise ValueError(
             f"shape must be the shape of one sample of init, {tuple(init.shape[1:])}, got {tuple(shape)}. Leave it out."
         )
-    observed = None if observation is None else observation.operator.pseudo_inverse(observation.y).shape[1:]
     found = init.shape[1:] if init is not None else shape
+    if found is None and observation is not None:
+        found = observation.shape
     if found is None:
-        found = attribute(net, "sample_shape") if observed is None else observed
+        found = attribute(net, "sample_shape")
+        if observation is not None and (found is None or not observation.fits(found)):
+            found = observation.y.shape[1:] if observation.fits(observation.y.shape[1:]) else found
     if found is None:
         raise ValueError("the shape of a sample is not known: pass shape=, without the batch axis.")
-    if observed is not None and tuple(observed) != tuple(found):
-        raise ValueError(
-            f"the observation must be of images of shape {tuple(found)}, but {observation!r} is of images of shape "
-            f"{tuple(observed)}."
-        )
     return tuple(found)
 
 
@@ -162,7 +162,7 @@ def _restoration(sampler: Configured, observation: Observation) -> Restoration:
             f"{observation.operator!r} is for images in {needed}, but the network's value_range is "
             f"{tuple(value_range)}."
         )
-    if sampler.clamp and value_range is not None and observation.sigma == 0:
+    if sampler.clamp and value_range is not None and isinstance(observation.sigma, float) and observation.sigma == 0:
         _warn_of_clamping(observation, value_range)
     # Image data are assumed to have a standard deviation of a quarter of their range, as in the row "karras".
     deviation = 1.0 if value_range is None else (value_range[1] - value_range[0]) / 4
@@ -178,10 +178,10 @@ def _warn_of_clamping(observation: Observation, value_range: tuple[float, float]
     A measurement in other units than the image, such as sums of pixels, is not compared: it does not map an image of
     one value to this value.
     """
-    operator, y, top = observation.operator, observation.y, value_range[1]
-    mask = torch.ones((), dtype=torch.bool, device=y.device) if operator.mask is None else operator.mask
-    mask = mask.to(y.device)
-    measured = torch.where(mask, operator.measure(torch.full_like(operator.pseudo_inverse(y), top)), top)
+    y, top = observation.y, value_range[1]
+    mask = torch.ones((), dtype=torch.bool, device=y.device) if observation.mask is None else observation.mask
+    bright = y.new_full((len(observation), *(observation.shape or ())), top)
+    measured = torch.where(mask, observation.operator.measure(bright), top)
     if not bool(((measured - top).abs() <= 0.02 * (top - value_range[0])).all()):
         return
     low = float(torch.where(mask, y, math.inf).min())

@@ -1,0 +1,84 @@
+r"""Linear operators for samples of any shape: a function, or a matrix.
+
+References:
+    Press et al., 2007, Numerical Recipes, 3rd ed., 2.6 (the singular value decomposition of a matrix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from scorematch.restoration.operator import Operator
+
+__all__ = ["Linear", "Matrix"]
+
+
+class Linear(Operator):
+    """A linear function as an operator; its adjoint is computed by automatic differentiation.
+
+    Args:
+        function: a differentiable function of samples (N, ...) that is linear, row by row, without a constant term.
+
+    Example:
+        >>> slopes = Linear(lambda x: x[..., 1:] - x[..., :-1])
+        >>> slopes.measure(torch.tensor([[1.0, 3.0, 4.0]]))
+        tensor([[2., 1.]])
+        >>> slopes.adjoint(torch.tensor([[1.0, 0.0]]), shape=(3,))
+        tensor([[-1.,  1.,  0.]])
+    """
+
+    linear = True
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        if not callable(function):
+            raise TypeError(f"function must be a function of a batch of samples, got {type(function).__name__}.")
+        self.function = function
+
+    def __repr__(self) -> str:
+        return f"Linear({getattr(self.function, '__name__', type(self.function).__name__)})"
+
+    def measure(self, x: Tensor) -> Tensor:
+        """The values of the function."""
+        return self.function(x)
+
+
+class Matrix(Operator):
+    """The product of a matrix with the flattened sample.
+
+    Args:
+        a: the matrix (M, D), floating point, for samples of D values.
+
+    Example:
+        >>> Matrix(torch.eye(2, 4)).measure(torch.arange(4.0).view(1, 1, 2, 2))
+        tensor([[0., 1.]])
+    """
+
+    linear = True
+
+    def __init__(self, a: Tensor) -> None:
+        if not isinstance(a, Tensor) or not a.is_floating_point() or a.ndim != 2:
+            found = f"{a.dtype} {tuple(a.shape)}" if isinstance(a, Tensor) else type(a).__name__
+            raise TypeError(f"a must be a floating-point matrix (M, D), got {found}.")
+        if not bool(torch.isfinite(a).all()):
+            raise ValueError("a must be finite, got NaN or infinite values.")
+        self.a: Tensor = a.detach().clone()
+
+    def __repr__(self) -> str:
+        return f"Matrix({self.a.shape[0]}x{self.a.shape[1]})"
+
+    def measure(self, x: Tensor) -> Tensor:
+        """The measurement (N, M)."""
+        if x[0].numel() != self.a.shape[1]:
+            raise ValueError(f"{self!r} needs samples of {self.a.shape[1]} values, got shape {tuple(x.shape[1:])}.")
+        return x.flatten(1) @ self.a.T.to(x)
+
+    def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """The product with the transposed matrix, (N, D), or of the shape of the samples."""
+        return (y @ self.a.to(y)).view(len(y), *((-1,) if shape is None else shape))
+
+    def to(self, device: torch.device | str) -> Matrix:
+        """The matrix on a device."""
+        return Matrix(self.a.to(device))

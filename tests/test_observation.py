@@ -1,0 +1,155 @@
+"""Observations with any linear or differentiable operator and any noise model, against matrices."""
+
+import math
+
+import pytest
+import torch
+
+from scorematch.evaluation.exact import Gaussian, operator_matrix
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Linear, Mask, Matrix, Observation, Operator
+from tests.helpers import seed
+
+SHAPE = (3, 4, 4)
+
+
+def random(*shape, number=0):
+    return torch.randn(*shape, generator=seed(number), dtype=torch.float64)
+
+
+class Cubes(Operator):
+    """The cubes of every second value: neither linear nor of the shape of the sample."""
+
+    def measure(self, x):
+        return x[..., ::2] ** 3
+
+
+class Wrong(Operator):
+    """A linear operator with the adjoint of another one."""
+
+    linear = True
+
+    def measure(self, x):
+        return x.flip(-1).cumsum(-1)
+
+    def adjoint(self, y, shape=None):
+        return y.cumsum(-1)
+
+
+def weighted(x):
+    return (x * torch.arange(1, 5, dtype=x.dtype)).cumsum(-1)[..., 1:]
+
+
+FUNCTION = Linear(weighted)
+COMPOSED = [FUNCTION @ AveragePool(1), Matrix(random(2, 36)) @ FUNCTION, FUNCTION @ Grayscale()]
+
+
+@pytest.mark.parametrize("operator", [FUNCTION, Matrix(random(5, 48)), *COMPOSED], ids=repr)
+def test_the_adjoint_is_the_transposed_matrix(operator):
+    a = operator_matrix(operator, SHAPE)
+    y = operator.measure(random(2, *SHAPE))
+    assert torch.allclose(operator.adjoint(y, SHAPE).flatten(1), y.flatten(1) @ a, atol=1e-12)
+    near = operator.linearized(random(2, *SHAPE, number=1))
+    assert torch.allclose(near.adjoint(y), operator.adjoint(y, SHAPE))
+    assert torch.allclose(near.forward(random(2, *SHAPE)), operator.measure(random(2, *SHAPE)))
+
+
+def test_a_matrix_equals_the_operator_whose_matrix_it_is():
+    for operator in (Mask(random(*SHAPE) > 0), Grayscale(), AveragePool(2), FUNCTION):
+        x = random(2, *SHAPE)
+        same = Matrix(operator_matrix(operator, SHAPE))
+        y = operator.measure(x)
+        assert torch.allclose(same.measure(x), y.flatten(1))
+        assert torch.allclose(same.adjoint(y.flatten(1), SHAPE), operator.adjoint(y, SHAPE))
+
+
+@pytest.mark.parametrize("operator", [Cubes(), FUNCTION @ Linear(lambda x: 2 * x), Grayscale() @ Cubes()], ids=repr)
+def test_a_differentiable_operator_near_x_is_its_jacobian(operator):
+    x, u = random(2, *SHAPE), random(2, *SHAPE, number=1)
+    y, tangent = torch.autograd.functional.jvp(operator.measure, x, u)
+    near = operator.linearized(x)
+    assert torch.equal(near.value, y) and torch.allclose(near.forward(u), tangent)
+    v = torch.randn_like(y)
+    assert torch.allclose((near.forward(u) * v).sum(), (u * near.adjoint(v)).sum())
+
+
+def test_an_operator_without_a_gradient_says_so_or_is_approximated_by_the_identity():
+    rounded = type("Rounded", (Operator,), {"measure": lambda self, x: x.detach().round()})()
+    with pytest.raises(ValueError, match=r"has no gradient\. .* or define the method linearized"):
+        rounded.linearized(random(1, 4))
+    x = torch.rand(1, 3, 8, 8, generator=seed())
+    near = (AveragePool(2) @ JPEG(20)).linearized(x)
+    assert torch.equal(near.value, AveragePool(2).measure(JPEG(20).measure(x)))
+    assert torch.equal(near.forward(x), AveragePool(2).measure(x))
+
+
+# -- The noise
+
+
+def posterior(prior, operator, y, sigma):
+    return prior.posterior(Observation(operator, y, sigma))
+
+
+@pytest.mark.parametrize("operator", [FUNCTION, Mask(random(*SHAPE) > 0), COMPOSED[1]], ids=repr)
+def test_noise_models_agree_on_the_posterior(operator):
+    """A number, a tensor with this number, and the inverse of the covariance; against the formula with matrices."""
+    root = random(48, 48)
+    prior = Gaussian(random(48), root @ root.T / 48, SHAPE)
+    y = operator.measure(random(1, *SHAPE))
+    a, c, noise = operator_matrix(operator, SHAPE), prior.covariance, 0.3**2
+    gain = c @ a.T @ torch.linalg.inv(a @ c @ a.T + noise * torch.eye(len(a), dtype=torch.float64))
+    mean = prior.mean + gain @ (y.flatten() - a @ prior.mean)
+    for sigma in (0.3, torch.full(y.shape[1:], 0.3), torch.full_like(y, 0.3), lambda r: r / noise):
+        found = posterior(prior, operator, y, sigma)
+        assert torch.allclose(found.mean, mean, atol=1e-6)
+        assert torch.allclose(found.covariance, c - gain @ a @ c, atol=1e-6)
+
+
+def test_a_value_with_infinite_sigma_is_not_measured():
+    prior = Gaussian(random(48), 1.0, SHAPE)
+    mask, y = random(1, *SHAPE) > 0, random(1, *SHAPE, number=1)
+    y_with_nan = torch.where(mask, y, math.nan)
+    sigma = torch.where(mask, 0.2, math.inf)
+    observation = Observation(Linear(lambda x: x), y_with_nan, sigma)
+    assert torch.equal(observation.residual(torch.zeros_like(y)), torch.where(mask, y, 0))
+    assert torch.equal(observation.precision(torch.ones_like(y)) == 0, ~mask)
+    expected = posterior(prior, Mask(mask[0]), y, 0.2)
+    found = prior.posterior(observation)
+    assert torch.allclose(found.mean, expected.mean) and torch.allclose(found.covariance, expected.covariance)
+
+
+def test_the_noise_of_a_slice_of_the_batch():
+    y = random(3, 4)
+    sigma = random(3, 4).abs()
+    part = Observation(Linear(lambda x: x), y, sigma).of_shape((4,)).rows(slice(1, 2))
+    assert torch.equal(part.covariance(torch.ones(1, 4, dtype=torch.float64)), sigma[1:2] ** 2)
+    whole = Observation(Linear(lambda x: x), y, sigma[:1]).rows(slice(1, 3))
+    assert torch.equal(whole.sigma, sigma[:1]) and torch.equal(whole.y, y[1:3])
+
+
+def observation(operator, y, sigma=0.0, shape=None):
+    made = Observation(operator, y, sigma)
+    return made if shape is None else made.of_shape(shape)
+
+
+Y = torch.rand(1, 4, generator=seed())
+SAME = Linear(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: observation(Wrong(), Y, shape=(4,)), "the adjoint of .*Wrong.* is not that of measure"),
+        (lambda: observation(Linear(torch.abs), Y, shape=(4,)), r"Linear\(abs\) is not linear"),
+        (lambda: observation(SAME, Y / 0, torch.ones(4)), "y must be finite where it is observed"),
+        (lambda: observation(SAME, Y, torch.ones(3)), r"must broadcast to y of shape \(1, 4\), got shape \(3,\)"),
+        (lambda: observation(SAME, Y, -torch.ones(4)), "must be at least 0, got lower"),
+        (lambda: observation(SAME, Y, torch.full((4,), math.nan)), "must be at least 0, got lower ones or NaN"),
+        (lambda: observation(SAME, Y, -1), "must be at least 0, got -1"),
+        (lambda: Matrix(torch.eye(2) / 0), "a must be finite"),
+        (lambda: Matrix(torch.eye(3)).measure(Y), r"Matrix\(3x3\) needs samples of 3 values, got shape \(4,\)"),
+        (lambda: Linear(lambda x: x[..., 1:]).adjoint(Y), r"must have shape \(3,\) .* pass shape="),
+    ],
+)
+def test_invalid_arguments_raise(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
