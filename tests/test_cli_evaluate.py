@@ -245,7 +245,7 @@ def test_tune_of_restorations(folder, tmp_path, capsys):
     assert _run("tune", folder / "network", "--restore", "pool:2", "pool:4", "--restore-method", "guide", *options) == 0
     printed = capsys.readouterr().out
     assert "| sampler settings | calls | pool:2: rmse | pool:4: rmse | mean: rmse | seconds |" in printed
-    assert (tmp_path / "tuned" / "tune.svg").is_file() and f"{tmp_path / 'tuned'}\n" in printed
+    assert (tmp_path / "tuned" / "tune.json").is_file() and f"{tmp_path / 'tuned'}\n" in printed
 
 
 def test_wrong_arguments_of_tune_are_refused(folder, capsys):

@@ -164,12 +164,11 @@ def test_the_picture_shows_the_samples_with_the_smallest_ratios_beside_their_nei
         torch.testing.assert_close(cells[i, 3], (last.flip(1) if found.samples.flipped[sample, 2] else last) / 255)
 
 
-def test_table_and_chart():
+def test_table():
     found = check(pictures(10, 1), pictures(20), pictures(5, 2))
     lines = found.table().splitlines()
     assert lines[0].startswith("| pixels | images | distance, 1% quantile |") and len(lines) == 4
     assert lines[2].startswith("| samples | 10 | ") and lines[3].startswith("| held-out images | 5 | ")
-    assert ">samples<" in found.chart() and ">held-out images<" in found.chart()
     assert len(check(pictures(10, 1), pictures(20)).table().splitlines()) == 3
 
 

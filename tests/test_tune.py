@@ -169,10 +169,6 @@ def test_the_best_settings_of_restorations(restorer, tmp_path, by):
     assert run(restorer, COLORED, operators=operators, restore="guide", by=by, out=tmp_path).rows == result.rows
     with pytest.raises(ValueError, match="measured with other settings: tasks"):
         run(restorer, COLORED, operators="gray", restore="guide", by=by, out=tmp_path)
-    table = tmp_path / "tune.json"  # with the names of the operators of an earlier version
-    table.write_text(table.read_text().replace('"gray"', '"colorization"').replace('"pool:2"', '"pool-2"'))
-    assert run(restorer, COLORED, operators=operators, restore="guide", by=by, out=tmp_path).rows == result.rows
-    assert "colorization" in table.read_text()  # nothing was measured again
 
 
 def test_rows_of_another_mask_of_the_same_name_are_not_used(restorer, tmp_path):
@@ -202,21 +198,6 @@ def test_rows_of_another_mask_of_the_same_name_are_not_used(restorer, tmp_path):
 def test_restorations_that_cannot_be_measured(restorer, options, message):
     with pytest.raises(ValueError, match=message):
         run(restorer, COLORED, **options)
-
-
-def test_the_chart_has_the_smallest_distance_of_each_sampler_and_number_of_calls(net, tmp_path):
-    settings = [
-        *SETTINGS[:3],
-        SamplerSettings("ode", levels=5, method="heun"),
-        SamplerSettings("ode", method="heun", levels=3),
-    ]
-    result = run(net, settings=settings, out=tmp_path)
-    svg = (tmp_path / "tune.svg").read_text()
-    assert svg == result.chart() and "network calls" in svg
-    for name in ("ode", "ode, heun", "ode, dpm-solver++", "ancestral"):
-        assert f">{name}</text>" in svg
-    assert svg.count("<circle") == 5
-    assert "(tune.svg)" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class Field:
         above: a number that the value must exceed.
         below: a number that must exceed the value.
         choices: the allowed values; None allows all.
-        each: the field of each entry of a list.
+        each: the field of each entry of a list, or of each value of an object.
         or_list: whether the value may also be a list of such values, at most 16.
     """
 
@@ -95,7 +95,7 @@ class Field:
             and (self.above is None or size > self.above)
             and (self.high is None or size <= self.high)
             and (self.below is None or size < self.below)
-            and (not isinstance(value, list | tuple) or self.each is None or all(map(self.each.fits, value)))
+            and (self.each is None or all(map(self.each.fits, value.values() if isinstance(value, dict) else value)))
         )
 
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
-from scorematch.core.charts import Curve, chart, table
+from scorematch.core.charts import table
 from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import save_grid, to_float
 from scorematch.evaluation.estimate import Estimate, mean_of
@@ -193,16 +193,6 @@ class Memorization:
             rows.append([name, f"{len(found.distances):,}", *quantiles, *shares])
         quantiles = [f"distance, {level:.0%} quantile" for level in _QUANTILES]
         return table([self.extractor, "images", *quantiles, "copies, k = 1/2", "k = 1/3", "k = 1/4"], rows)
-
-    def chart(self) -> str:
-        """The distribution functions of the distance to the nearest training image, as the text of an SVG file."""
-        share = torch.linspace(0, 1, 201, dtype=torch.float64, device="cpu")
-        curves = [
-            Curve(name, found.distances[:, 0].quantile(share).tolist(), share.tolist())
-            for name, found in self._sets().items()
-        ]
-        title = "share of images that are nearer to the training images"
-        return chart(title, f"distance to the nearest training image ({self.extractor})", curves)
 
     def save_picture(self, path: str | os.PathLike[str], samples: Any, training: Any, rows: int = 16) -> None:
         """Writes a picture of the samples with the smallest ratios: one in each row, and then its nearest neighbors.

@@ -7,9 +7,8 @@ are equally good: choose the one with the fewest network calls. ``calls=`` limit
 With ``operators`` degraded images are restored instead, and the best settings are those with the smallest error. For
 several operators it is the geometric mean of their errors, which gives all operators the same weight.
 
-The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, a chart of
-the distance over the network calls in ``tune.svg``, and a section with both in the card, ``README.md``. The same call
-continues an interrupted one.
+The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, and a section
+with the table in the card, ``README.md``. The same call continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ import torch
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count, check_integer
-from scorematch.core.charts import Curve, chart
 from scorematch.core.charts import table as markdown_table
 from scorematch.core.conditions import takes_image
 from scorematch.core.files import check_own, delete_unfinished, write_whole
@@ -56,7 +54,6 @@ from scorematch.score import ScoreNet
 Criterion = Literal["frechet", "kernel", "rmse", "perceptual"]
 
 _OF_SAMPLES, _OF_RESTORATIONS = ("frechet", "kernel"), ("rmse", "perceptual", "frechet")  # the criteria, defaults first
-_CHART = "tune.svg"
 _BEGIN, _END = "<!-- sampler settings, by scorematch tune -->", "<!-- end of sampler settings -->"
 
 
@@ -102,24 +99,6 @@ class Tuning:
         if self.held_out is not None:
             lines.append(["held-out images", "", *self._cells(self.held_out), ""])
         return markdown_table(["sampler settings", "calls", *measured, "seconds"], lines)
-
-    def chart(self) -> str:
-        """The distance over the number of network calls as the text of an SVG file.
-
-        Each sampler has one line: the smallest distance among its settings with each number of calls.
-        """
-        smallest: dict[str, dict[int, float]] = {}
-        for row in self.rows:
-            settings = row.settings or SamplerSettings()
-            named = [value for value in settings.options.values() if isinstance(value, str)]
-            kind = ["consistent"] if settings.options.get("consistent") else []
-            name = ", ".join([settings.sampler, *named, *kind])
-            line = smallest.setdefault(name, {})
-            line[row.calls] = min(self.distance(row), line.get(row.calls, math.inf))
-        curves = [Curve(name, sorted(line), [line[calls] for calls in sorted(line)]) for name, line in smallest.items()]
-        several = len(self.operators) > 1
-        measured = f"mean of {len(self.operators)} operators" if several else (*self.operators, self.source)[0]
-        return chart(f"{self.by}, {measured}", "network calls", curves, log_x=True, marks=True)
 
     def _cells(self, figures: Figures) -> list[str]:
         if self.operators:
@@ -340,7 +319,7 @@ def check_folder(folder: Path, net: ScoreNet) -> None:
     except (OSError, ValueError):
         same = False
     if not same:
-        check_own(folder, TABLE, [CONFIG_FILE, _CHART])
+        check_own(folder, TABLE, [CONFIG_FILE])
 
 
 def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
@@ -355,11 +334,10 @@ def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
         name = str(folder) if os.sep in str(folder) else f"./{folder}"
         count = sum(parameter.numel() for parameter in net.parameters())
         text = model_card(name, net.config, count, conditioning=net.conditioning, license=None, datasets=None)
-    write_whole(folder / _CHART, result.chart().encode())
     section = (
         f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {n:,} images for each row, all from "
         "the same seeds. The row in bold has the smallest distance; its settings are stored with the network.\n\n"
-        f"{result.table()}\n![{result.by} over the number of network calls]({_CHART})\n{_END}"
+        f"{result.table()}{_END}"
     )
     old = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     text = old.sub(lambda _: section, text) if old.search(text) else f"{text.rstrip()}\n\n{section}\n"

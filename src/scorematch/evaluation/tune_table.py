@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,6 @@ class MeasuredTable:
         stored = None if self._path is None else read_record(self._path, _RECORD)
         if stored is None:
             return
-        _rename(stored)
         differing = differences({key: stored["settings"].get(key) for key in self._settings}, self._settings)
         advice = "Pass the same settings to continue, or another folder."
         refuse(f"{self._path} was measured with other settings", differing, advice)
@@ -91,21 +89,6 @@ class MeasuredTable:
             }
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_record(self._path, content)
-
-
-def _rename(stored: dict[str, Any]) -> None:
-    """Gives the operators of a table their present names; earlier ones were "colorization" and "jpeg-5"."""
-
-    def renamed(name: Any) -> str:
-        name = {"colorization": "gray", "inpainting": "hole", "uncropping": "half"}.get(name, name)
-        return re.sub(r"^(jpeg|pool)-(\d+)$", r"\1:\2", str(name))
-
-    tasks = stored["settings"].get("tasks")
-    if isinstance(tasks, list):
-        stored["settings"]["tasks"] = list(map(renamed, tasks))
-        for row in stored["rows"]:
-            if isinstance(row.get("figures"), dict):
-                row["figures"] = {renamed(name): figures for name, figures in row["figures"].items()}
 
 
 def _write_row(row: MeasuredSampler) -> dict[str, Any]:

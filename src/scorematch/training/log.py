@@ -29,6 +29,7 @@ FIELDS = frozenset({"images", "lr", "images_per_second", "loss", "loss_by_level"
 _LINE: Mapping[str, Field] = {  # the values of a line of the log that are read again
     "images": Field(int, required=True, low=0, high=2**62),
     "loss": Field(float),
+    "loss_by_level": Field(dict, each=Field(float)),
     "D/2": Field(float),
 }
 

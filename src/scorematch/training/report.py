@@ -1,31 +1,22 @@
-r"""Images of samples during a training run, and the report with charts at its end.
-
-**Calibration.** The exact score satisfies, at every noise level,
-:math:`\mathbb{E} \lVert \sigma s + z \rVert^2 = D - \mathbb{E} \lVert \sigma s \rVert^2`, since
-:math:`s = -\mathbb{E}[z | x] / \sigma`: the mean square of :math:`\sigma s`, divided by D, is one minus the loss
-divided by D/2. The report shows both as curves. Where they differ, the norm of the network's score is wrong.
-"""
+"""Images of samples during a training run, and the report at its end."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from scorematch.core.charts import Curve, chart, table
 from scorematch.core.conditions import describe_classes
 from scorematch.core.files import write_whole
-from scorematch.core.randomness import seed_of, single_generator, standard_normal
+from scorematch.core.randomness import seed_of
 from scorematch.data.images import Data
 from scorematch.data.pictures import save_grid, to_float
-from scorematch.loss import loss_and_norm
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
 from scorematch.score import ScoreNet
 from scorematch.training.log import Log
@@ -33,9 +24,6 @@ from scorematch.training.settings import Settings
 from scorematch.training.steps import loss_arguments
 
 _SAMPLES = 16  # the number of samples in an image of samples
-_REPORT_IMAGES = 64  # the number of images and of noise levels for the loss by level in the report
-_REPORT_LEVELS = 16
-_REPORT_VALUES = 2**20  # the largest number of values in a network call for the report, as in a sampler
 
 
 # -- Samples ----------------------------------------------------------------------------------------------------------
@@ -59,7 +47,7 @@ def _sampler(net: ScoreNet) -> Sampler:
 
 
 class Examples(NamedTuple):
-    """The first samples of the data, for images of samples and the report.
+    """The first samples of the data, for images of samples.
 
     Attributes:
         x: the samples (n, ...), floating point.
@@ -71,8 +59,8 @@ class Examples(NamedTuple):
 
 
 def read_examples(data: Data) -> Examples:
-    """Reads the first 64 samples of the data, or all if there are fewer."""
-    x, labels = data.read(torch.arange(min(_REPORT_IMAGES, len(data)), device="cpu"))
+    """Reads the first 16 samples of the data, or all if there are fewer."""
+    x, labels = data.read(torch.arange(min(_SAMPLES, len(data)), device="cpu"))
     return Examples(to_float(x), labels)
 
 
@@ -119,69 +107,18 @@ def _given(net: ScoreNet, examples: Examples, settings: Settings, n: int) -> dic
     return loss_arguments(settings, x, labels, seed_of(settings.seed, "examples"))
 
 
-# -- Loss and norm by level -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LevelRow:
-    """The evaluation of the network at one noise level.
-
-    Attributes:
-        sigma: the noise level.
-        loss: the denoising score matching loss with weight sigma^2, divided by D/2; 1 for a score of zero.
-        norm: the mean squared norm of sigma times the score, divided by D; 1 - loss for the exact score.
-    """
-
-    sigma: float
-    loss: float
-    norm: float
-
-
-@torch.no_grad()
-def by_level(net: ScoreNet, examples: Examples, settings: Settings) -> list[LevelRow]:
-    """The loss and the norm of the score on training images, at 16 geometric levels over the range of the schedule.
-
-    Args:
-        net: the network, in eval mode.
-        examples: the first samples of the data.
-        settings: the settings of the run.
-    """
-    x = examples.x.to(next(net.parameters()).device)
-    given = _given(net, examples, settings, len(x))
-    if "mask" in given:
-        given["mask"] = given["mask"].expand(x.shape)
-    generator = single_generator(seed_of(settings.seed, "report"))
-    given["noise"] = standard_normal(x.shape, generator, x.device, x.dtype)
-    size = max(1, _REPORT_VALUES // x[0].numel())
-    rows = []
-    for sigma in np.geomspace(net.schedule.sigma_min, net.schedule.sigma_max, _REPORT_LEVELS).tolist():
-        found = []
-        for i in range(0, len(x), size):
-            part = {name: value[i : i + size] for name, value in given.items()}
-            found.append(loss_and_norm(net, x[i : i + size], sigma=sigma, **part))
-        loss, norm = (float(torch.cat(values).mean()) for values in zip(*found, strict=True))
-        rows.append(LevelRow(sigma, loss, norm))
-    return rows
-
-
 # -- The report -------------------------------------------------------------------------------------------------------
 
 
 def write_report(
-    out: Path,
-    net: ScoreNet,
-    config: Mapping[str, Any],
-    rows: Sequence[LevelRow],
-    seconds: float,
-    classes: Sequence[str] | None = None,
+    out: Path, net: ScoreNet, config: Mapping[str, Any], seconds: float, classes: Sequence[str] | None = None
 ) -> None:
-    """Writes report.md and its charts into the folder of a run.
+    """Writes report.md and the chart of the loss into the folder of a run.
 
     Args:
         out: the folder of the run.
         net: the averaged network.
         config: the content of the run's config.json.
-        rows: the result of ``by_level``.
         seconds: the duration of the training.
         classes: the names of the classes, or None.
     """
@@ -189,34 +126,12 @@ def write_report(
     folder.mkdir(exist_ok=True)
     lines = [line for line in Log(out / "log.jsonl").lines() if "loss" in line]
     compared = [line for line in (lines[:1] + lines[-1:]) if "D/2" in line]
-    charts = {
-        "loss": chart(
-            "training loss",
-            "images",
-            [
-                Curve("training", *_columns(lines, "images", "loss")),
-                Curve("D/2, for D values per image", *_columns(compared, "images", "D/2")),
-            ],
-        ),
-        "levels": chart(
-            "loss by noise level, divided by D/2",
-            "sigma",
-            [Curve("averaged network", [row.sigma for row in rows], [row.loss for row in rows])],
-            log_x=True,
-        ),
-        "calibration": chart(
-            "calibration: mean square of sigma times the score",
-            "sigma",
-            [
-                Curve("of the network", [row.sigma for row in rows], [row.norm for row in rows]),
-                Curve("one minus the loss", [row.sigma for row in rows], [1 - row.loss for row in rows]),
-            ],
-            log_x=True,
-        ),
-    }
-    for name, text in charts.items():
-        write_whole(folder / f"{name}.svg", text.encode())
-    text = _report(out, net, config, rows, lines, seconds, classes)
+    curves = [
+        Curve("training", *_columns(lines, "images", "loss")),
+        Curve("D/2, for D values per image", *_columns(compared, "images", "D/2")),
+    ]
+    write_whole(folder / "loss.svg", chart("training loss", "images", curves).encode())
+    text = _report(out, net, config, lines, seconds, classes)
     write_whole(out / "report.md", text.encode(errors="backslashreplace"))  # of folder names in another encoding
 
 
@@ -228,12 +143,12 @@ def _report(
     out: Path,
     net: ScoreNet,
     config: Mapping[str, Any],
-    rows: Sequence[LevelRow],
     lines: Sequence[Mapping[str, Any]],
     seconds: float,
     classes: Sequence[str] | None,
 ) -> str:
     settings, data = config["settings"], config["data"]
+    last = lines[-1] if lines else {"images": 0}
     count = sum(parameter.numel() for parameter in net.parameters())
     names = (path.name for path in (out / "samples").glob("*.png"))
     picture = max(names, key=lambda name: (len(name), name), default="")  # from 10^9 images on, names are longer
@@ -243,8 +158,8 @@ def _report(
         f"- Network: {count:,} parameters, preconditioning {net.precondition!r}, {net.schedule}",
         f"- Data: {data['images']:,} samples of shape {tuple(data['shape'])}, fingerprint {data['fingerprint']}",
         *([f"- {describe_classes(classes)}"] if classes is not None else []),
-        f"- Training: {lines[-1]['images'] if lines else 0:,} images in {seconds / 3600:.2f} h",
-        f"- Last training loss: {lines[-1]['loss']:.4g} (D/2 = {math.prod(data['shape']) / 2:g})" if lines else "",
+        f"- Training: {last['images']:,} images in {seconds / 3600:.2f} h",
+        f"- Last training loss: {last['loss']:.4g} (D/2 = {math.prod(data['shape']) / 2:g})" if lines else "",
         "- Versions: " + ", ".join(f"{name} {value}" for name, value in config["versions"].items()),
         "",
         "```python",
@@ -253,15 +168,13 @@ def _report(
         "```",
         "",
         "![training loss](report/loss.svg)",
-        "![loss by noise level](report/levels.svg)",
-        "![calibration](report/calibration.svg)",
         *([f"![samples](samples/{picture})"] if picture else []),
         "",
         table(
-            ["sigma", "loss / (D/2)", "mean square of sigma s", "1 - loss / (D/2)"],
-            [[f"{row.sigma:.4g}", *(f"{value:.4f}" for value in (row.loss, row.norm, 1 - row.loss))] for row in rows],
+            ["sigma", "last training loss"],
+            [[sigma, f"{loss:.4g}"] for sigma, loss in last.get("loss_by_level", {}).items()],
         ),
-        "For the exact score the last two columns are equal.",
+        "`scorematch diagnose` measures the network at each noise level.",
         "",
         table(["setting", "value"], [[name, json.dumps(value)] for name, value in settings.items()]),
     ]

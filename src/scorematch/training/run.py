@@ -10,7 +10,7 @@ snapshots/000123456-0.050/          averaged networks, for ``from_pretrained`` a
                                     trained are in half precision
 samples/000123456.png               samples from fixed seeds
 log.jsonl                           the loss, the loss by noise level, the learning rate, and images per second
-report.md, report/                  a summary with charts, written at the end
+report.md, report/                  a summary with a chart of the loss, written at the end
 ==================================  ===================================================================================
 
 The same call continues an interrupted run. On the same devices, with the same number of processes and threads, the
@@ -46,7 +46,7 @@ from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import levels_for
 from scorematch.training.log import BINS, CHECK_EVERY, FIELDS, Log, Losses
 from scorematch.training.record import FOLDERS, check_files, write_config
-from scorematch.training.report import by_level, read_examples, sample_interval, save_samples, write_report
+from scorematch.training.report import read_examples, sample_interval, save_samples, write_report
 from scorematch.training.settings import RunSettings, with_options
 from scorematch.training.signals import Stop
 from scorematch.training.start import begin_with
@@ -292,9 +292,7 @@ class _Run:
         """Writes the report and returns the averaged network."""
         averaged = self.state.average()
         if self.main:
-            rows = by_level(averaged, self.examples, self.settings)
-            classes = getattr(self.data, "classes", None)
-            write_report(self.folder, averaged, self.config, rows, self.seconds, classes)
+            write_report(self.folder, averaged, self.config, self.seconds, getattr(self.data, "classes", None))
         for parameter, own in zip(averaged.parameters(), self.state.parameters, strict=True):
             parameter.requires_grad_(own.requires_grad)  # so that it can be trained further
         return averaged
