@@ -601,9 +601,9 @@ class ScoreNet(NetworkScore, nn.Module):
                 ``.pt`` (improved-diffusion, guided-diffusion).
             config: the configuration that the network was trained with. For score_sde, improved-diffusion and
                 guided-diffusion it is required: the name of a published one, such as "ve/cifar10_ncsnpp_continuous" or
-                "cifar10_uncond_50M_500K", or a JSON, YAML or text file with the authors' options
-                (``scorematch.pretrained.options``). For NCSN and NCSNv2 it is config.yml, which is required unless the
-                checkpoint contains its noise levels or is an NCSN with 10 levels. A file of EDM contains its options.
+                "cifar10_uncond_50M_500K", or a JSON or YAML file with the authors' options. For NCSN and NCSNv2 it is
+                config.yml, which is required unless the checkpoint contains its noise levels or is an NCSN with 10
+                levels. A file of EDM contains its options.
             raw: whether to read the weights of the last step instead of their moving average. For EDM,
                 improved-diffusion and guided-diffusion True is an error.
 

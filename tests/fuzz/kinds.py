@@ -351,10 +351,6 @@ _NCSN = {
 }
 
 
-def _as_lines(tree):
-    return "\n".join(f"{section}.{key} = {value!r}" for section, part in tree.items() for key, value in part.items())
-
-
 def _as_yaml(tree):
     return "".join(
         f"{section}:\n" + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in part.items())
@@ -366,7 +362,7 @@ def _as_yaml(tree):
 def _checkpoints():
     """The checkpoint of each format, with its options in the notations that the format has; None for no options."""
     old = functools.partial(torch.save, _use_new_zipfile_serialization=False)
-    flags = "".join(f"--{key} {str(value).strip('[]')}\n" for key, value in _IMPROVED.items())
+    flags = "".join(f"{key}: {str(value).strip('[]')}\n" for key, value in _IMPROVED.items())
     net = theirs.randomize(theirs.ScoreSDE(_SCORE_SDE))
     model = dict(torch.nn.DataParallel(net).state_dict())
     average = [parameter.detach() for parameter in net.parameters() if parameter.requires_grad]
@@ -382,9 +378,9 @@ def _checkpoints():
         return theirs.Preconditioned("EDMPrecond", inner, sigma_min=0, sigma_max=float("inf"), sigma_data=0.5)
 
     return [
-        (Saved(score_sde, torch.save), {".json": json.dumps(_SCORE_SDE), ".txt": _as_lines(_SCORE_SDE)}),
+        (Saved(score_sde, torch.save), {".json": json.dumps(_SCORE_SDE), ".yml": _as_yaml(_SCORE_SDE)}),
         (Saved(score_sde, old), {".json": json.dumps(_SCORE_SDE)}),
-        (Saved(lambda: dict(improved), torch.save), {".json": json.dumps(_IMPROVED), ".txt": flags}),
+        (Saved(lambda: dict(improved), torch.save), {".json": json.dumps(_IMPROVED), ".yml": flags}),
         (Saved(edm, theirs.save_edm), {}),
         (Saved(lambda: [dict(ncsn), {"state": {}}], old), {".yml": _as_yaml(_NCSN)}),
     ]

@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--config",
         help="the configuration that the network was trained with, if the checkpoint does not contain it: the name of "
-        "a published one, or a JSON, YAML or text file with the authors' options",
+        "a published one, or a JSON or YAML file with the authors' options",
     )
     parser.add_argument(
         "--raw", action="store_true", help="convert the weights of the last step, not their moving average"

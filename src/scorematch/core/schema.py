@@ -90,12 +90,13 @@ class Field:
         if self.choices is not None:
             return value in self.choices
         size: Any = len(value) if isinstance(value, list | tuple) else value
+        entries: Any = value.values() if isinstance(value, dict) else value
         return (
             (self.low is None or size >= self.low)
             and (self.above is None or size > self.above)
             and (self.high is None or size <= self.high)
             and (self.below is None or size < self.below)
-            and (self.each is None or all(map(self.each.fits, value.values() if isinstance(value, dict) else value)))
+            and (self.each is None or all(map(self.each.fits, entries)))
         )
 
 

@@ -1,11 +1,8 @@
-"""Reads the training options of a network of another project from a file."""
+"""Reads the training options of a network of another project from a JSON or YAML file."""
 
 from __future__ import annotations
 
-import ast
 import os
-import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +11,14 @@ from scorematch.core.messages import reason
 from scorematch.core.schema import Field, check
 from scorematch.pretrained.configuration import read_json
 
-_LARGEST_FILE = 2**18  # bytes of a YAML or text file; those of the authors have fewer than 10,000
+_LARGEST_FILE = 2**18  # bytes of a YAML file; those of the authors have fewer than 10,000
 
 
 def read_options(path: Path) -> dict[str, Any]:
     """Reads the options in a file.
 
     Args:
-        path: the path of a JSON file (``.json``), a YAML file (``.yml``, ``.yaml``), or a text file with any other
-            suffix except ``.py``. A line of a text file contains one option, ``section.key = value``, or command-line
-            options, ``--key value``. Values are numbers, strings, lists and tuples in Python's notation, and comments
-            begin with ``#``.
+        path: the path of a JSON file (``.json``), or of a YAML file with any other suffix except ``.py``.
 
     Returns:
         A dict of the options by key. The options of a section are a nested dict.
@@ -32,19 +26,19 @@ def read_options(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if the file does not exist.
         ImportError: if the file is in YAML and PyYAML is not installed.
-        ValueError: if the file is a Python program, cannot be read safely, or is larger than 256 KiB (YAML and text).
+        ValueError: if the file is a Python program, cannot be read safely, or is a YAML file larger than 256 KiB.
     """
     if path.suffix == ".json":
         return read_json(path)
     if path.suffix == ".py":
         raise ValueError(
-            f"{path} is a Python program, which is not run: write its options as lines like model.nf = 128 into a text "
-            "file, without imports, and pass that file."
+            f"{path} is a Python program, which is not run: write its options into a YAML file, as lines like nf: 128 "
+            "in sections like model:, and pass that file."
         )
     size = path.stat().st_size
     if size > _LARGEST_FILE:
         raise ValueError(f"{path} has {size:,} bytes, and a file of options has at most {_LARGEST_FILE:,}.")
-    content = _read_yaml(path) if path.suffix in (".yml", ".yaml") else _read_text(path)
+    content = _read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a configuration: it must hold options by key.")
     return content
@@ -125,54 +119,3 @@ def _read_yaml(path: Path) -> Any:
         where = getattr(error, "problem_mark", None)
         cause = reason(error) if where is None else f"{reason(getattr(error, 'problem', ''))} in line {where.line + 1}"
         raise ValueError(f"{path} is not a configuration that can be read safely: {cause}.") from error
-
-
-def _read_text(path: Path) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # with or without the byte order mark of Windows
-    except ValueError as error:
-        raise ValueError(f"{path} is not a text file with options ({reason(error)}).") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            words = shlex.split(line, comments=True)
-            variable = re.fullmatch(r"\w+=(--.*)", words[0]) if len(words) == 1 else None
-            if variable is not None:  # a variable of a shell, MODEL_FLAGS="--image_size 64 ..."
-                words = shlex.split(variable[1])
-            if words and words[0].startswith("--"):
-                # --key=value is the same as --key value.
-                words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-                if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
-                    raise ValueError("a value is missing")
-                options |= {key[2:]: _value(word) for key, word in zip(words[::2], words[1::2], strict=True)}
-            elif words:
-                key, equals, value = line.partition("=")
-                if not equals:
-                    raise ValueError("an equals sign is missing")
-                _set(options, key.split("."), ast.literal_eval(value.strip()))
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number}: an option is written section.key = value, or --key value ({reason(error)})."
-            ) from error
-    return options
-
-
-def _set(options: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Sets an option of a section, such as ``config.model.nf``; the word config may be left out."""
-    keys = [key.strip() for key in keys]
-    for key in keys[keys[0] == "config" : -1]:
-        options = options.setdefault(key, {})
-        if not isinstance(options, dict):
-            raise ValueError(f"{key} is used both as an option and as a section")
-    options[keys[-1]] = list(value) if isinstance(value, tuple) else value
-
-
-def _value(word: str) -> Any:
-    """Converts a command-line value to a number or a bool if it is one; the authors' bools have any case."""
-    if word.lower() in ("true", "false"):
-        return word.lower() == "true"
-    try:
-        value = ast.literal_eval(word)
-    except (ValueError, SyntaxError):
-        return word
-    return value if isinstance(value, int | float) else word

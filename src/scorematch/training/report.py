@@ -148,7 +148,7 @@ def _report(
     classes: Sequence[str] | None,
 ) -> str:
     settings, data = config["settings"], config["data"]
-    last = lines[-1] if lines else {"images": 0}
+    last: Mapping[str, Any] = lines[-1] if lines else {"images": 0}
     count = sum(parameter.numel() for parameter in net.parameters())
     names = (path.name for path in (out / "samples").glob("*.png"))
     picture = max(names, key=lambda name: (len(name), name), default="")  # from 10^9 images on, names are longer
