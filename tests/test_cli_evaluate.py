@@ -60,9 +60,9 @@ def test_evaluate_a_network(folder, tmp_path, capsys):
     assert _run("evaluate", folder / "network", folder / "real.npz", *options, *held_out) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert lines[0].startswith("ODESampler(2 levels") and lines[1] == "about 1 s for 6 images" and printed.err == ""
-    assert lines[2] == "|  | samples | held-out images | Gaussian | reference |"
-    assert lines[3:5] == ["| --- | --- | --- | --- | --- |", "| number of images | 6 | 6 | 6 | 30 |"]
+    assert lines[0].startswith("ODESampler(2 levels") and printed.err == ""
+    assert lines[1] == "|  | samples | held-out images | Gaussian | reference |"
+    assert lines[2:4] == ["| --- | --- | --- | --- | --- |", "| number of images | 6 | 6 | 6 | 30 |"]
     assert any(line.startswith("| recall ↑ | ") for line in lines) and lines[-1] == str(out / "evaluation.md")
     stored = json.loads((out / "evaluation.json").read_text())
     expected = evaluate(
@@ -118,7 +118,7 @@ def test_evaluate_restorations(folder, tmp_path, capsys):
     data = ("--data", folder / "more.npz", "-n", 4)
     assert _run("evaluate", folder / "network", "--restore", "pool:4", *data, *options, *method) == 0
     printed = capsys.readouterr().out
-    assert "about 1 s for 12 images" in printed and "|  | restored | degraded | original |" in printed
+    assert "|  | restored | degraded | original |" in printed
     settings = json.loads((out / "evaluation.json").read_text())["settings"]
     assert (settings["operator"], settings["draws"], settings["sigma"]) == ("pool:4", 3, 0.1)
     assert (
@@ -139,7 +139,6 @@ def test_restorations_use_annealed_langevin_dynamics(folder, tmp_path, capsys):
     assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, "--out", tmp_path) == 0
     assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(")
     assert _run("evaluate", folder / "network", "--restore", "pool:4", *options[:2], *options[4:], "--levels", 2) == 0
-    assert re.search(r"at most \d+ s for 1,000 images", capsys.readouterr().out)  # there are 30
     expected = evaluate_restoration(
         folder / "network",
         folder / "more.npz",
@@ -234,7 +233,7 @@ def test_tune_stores_the_best_settings(folder, tmp_path, capsys):
     options = ("--reference", folder / "real.npz", "--features", "pixels", "-n", 4, "--calls", 19, "--out", out)
     assert _run("tune", folder / "network", *options, "--held-out", folder / "more.npz") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("3 settings with 42 network calls, about ")  # the network's own, and two more
+    assert lines[0] == "3 settings with 42 network calls per image"  # the network's own, and two more
     assert lines[1].startswith("| sampler settings | calls | frechet, pixels |") and lines[-1] == str(out)
     best = ScoreNet.from_pretrained(out).sampler_settings
     assert lines[-2] == f"best: {best}" and f"| **{best}** |" in "\n".join(lines)

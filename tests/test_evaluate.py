@@ -27,7 +27,6 @@ from scorematch.evaluation import (
     evaluate,
     evaluate_restoration,
     frechet_distance,
-    frechet_extrapolation,
     gaussian_images,
     image_figures,
     inception_score,
@@ -128,7 +127,6 @@ def test_figures_are_those_of_the_metrics(monkeypatch):
         a, b = extractor(real), extractor(generated)
         measured = found(result, source=extractor.name)
         assert measured["frechet"] == pytest.approx(frechet_distance(a, b).value, rel=1e-9)
-        assert measured["frechet-infinity"] == pytest.approx(frechet_extrapolation(b, a).value, rel=1e-9)
         assert measured["kernel"] == pytest.approx(kernel_distance(b, a, subsets=3, subset_size=50).value, rel=1e-9)
         assert set(measured) >= {"precision", "recall", "density", "coverage"}
     logits = CLASSES.extract(generated).logits
@@ -149,15 +147,11 @@ def test_the_default_pixels_lack_logits_and_images():
         run(images(40), images(2000), metrics=["frechet", "kernel"])
     with pytest.raises(ValueError, match="'precision-recall' needs at least 4 images in each set, and there are 3"):
         run(images(40), images(3), metrics=["precision-recall"])
-    with pytest.raises(
-        ValueError, match=r"'frechet-infinity' needs at least 20 images for features of 9 dimensions, and there are 19"
-    ):
-        run(images(19), images(30), metrics=["frechet-infinity"])
     with pytest.raises(ValueError, match="'inception-score' needs at least 30 images for 3 classes, and there are 29"):
         run(images(29), images(30), features=CLASSES, metrics=["inception-score"])
     result = run(images(40), images(40))
     assert set(result.left_out) == {"kernel of pixels", "inception-score of pixels"}
-    assert set(found(result)) == {"frechet", "frechet-infinity", "precision", "recall", "density", "coverage"}
+    assert set(found(result)) == {"frechet", "precision", "recall", "density", "coverage"}
     with pytest.raises(ValueError, match=r"each of metrics must be one of 'frechet', .* got 'fid'"):
         run(images(40), images(40), metrics=["fid"])
 
@@ -472,7 +466,7 @@ def test_statistics_as_the_reference(tmp_path):
     for reference in (whole, Statistics.load(whole, pixels())):
         assert agree(run(generated, reference).figures["samples"], expected.figures["samples"])
     result = run(generated, str(plain))
-    assert set(found(result)) == {"frechet", "frechet-infinity"}
+    assert set(found(result)) == {"frechet"}
     assert found(result)["frechet"] == pytest.approx(found(expected)["frechet"])
     assert "only their statistics" in result.left_out["Gaussian"]
     assert "needs the features of the reference" in result.left_out["precision-recall of pixels"]
@@ -778,7 +772,7 @@ def test_two_processes_equal_one(folder, tmp_path):
         python(*launched, *command, "--out", tmp_path / name, "--cache", tmp_path / f"cache-{name}", timeout=300)
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["settings"] == two["settings"] and one["sizes"] == two["sizes"]
-    assert one["figures"]["samples"]["pixels"].keys() >= {"frechet", "frechet-infinity", "kernel", "recall", "density"}
+    assert one["figures"]["samples"]["pixels"].keys() >= {"frechet", "kernel", "recall", "density"}
     for column, sources in one["figures"].items():
         first, second = (
             {source: {name: Estimate(**each) for name, each in measured.items()} for source, measured in found.items()}

@@ -16,7 +16,6 @@ from scorematch.evaluation import (
     class_shares,
     density_coverage,
     frechet_distance,
-    frechet_extrapolation,
     inception_score,
     kernel_distance,
     metrics,
@@ -199,7 +198,7 @@ def test_invalid_arguments_of_the_frechet_distance_raise():
         frechet_distance(gaussian([0, 0], [[2, 0], [0, -1]]), normal(9, 2))
 
 
-# -- Extrapolation ----------------------------------------------------------------------------------------------------
+# -- The standard error -----------------------------------------------------------------------------------------------
 
 
 def test_the_standard_error_in_one_dimension():
@@ -240,56 +239,6 @@ def test_random_rows_do_not_depend_on_the_order():
     assert found.shape == (10, 3) and len(torch.unique(found, dim=0)) == 10
     assert torch.equal(rows.random_rows(features.flip(0), 10), found)
     assert not torch.equal(rows.random_rows(features, 10, 1), found)
-
-
-def test_extrapolation_removes_the_bias():
-    """From n features of N(0, I), the distance to N(0, I) has the mean (D + D (D + 1) / 4) / n to first order.
-
-    The first term is that of the mean. The roots of the eigenvalues of S differ from 1 by half as much as the
-    eigenvalues, so that the second is E |S - I|² / 4, with the variance 2 / n of its diagonal and 1 / n beside it.
-    """
-    dimension, n, repetitions = 4, 600, 200
-    exact = gaussian(torch.zeros(dimension), torch.eye(dimension))
-    found = [
-        frechet_extrapolation(normal(n, dimension, number), exact, sizes=[60, 80, 120, 240], generator=number)
-        for number in range(repetitions)
-    ]
-    assert all(each.sizes == (60, 80, 120, 240, n) for each in found)
-    bias = dimension + dimension * (dimension + 1) / 4
-    for values, expected, least in (
-        ([each.slope for each in found], bias, bias / 3),
-        ([each.value for each in found], 0, bias / n / 2),
-        ([each.distances[-1] for each in found], bias / n, bias / n / 3),
-    ):
-        error = np.std(values) / math.sqrt(repetitions)
-        assert abs(np.mean(values) - expected) < 4 * error and error < least / 3
-
-
-def test_extrapolation_is_a_line_through_the_distances():
-    features, reference = normal(100, 3), normal(80, 3, 1)
-    found = frechet_extrapolation(features, reference)
-    assert found.sizes[0] == 10 and found.sizes[-1] == 100 and len(found.sizes) == 15
-    assert found.distances[-1] == pytest.approx(frechet_distance(features, reference).value, rel=1e-12)
-    slope, value = np.polyfit(1 / np.array(found.sizes), found.distances, 1)
-    assert (found.value, found.slope) == pytest.approx((value, slope), rel=1e-9)
-    assert frechet_extrapolation(features, reference) == found
-    assert frechet_extrapolation(features, reference, generator=1) != found
-
-
-def test_extrapolation_needs_enough_features():
-    features, reference = normal(40, 20), normal(30, 20, 1)
-    with pytest.raises(ValueError, match=r"at least 2 \(D \+ 1\) = 42 features of 20 dimensions, got 40"):
-        frechet_extrapolation(features, reference)
-    for sizes in ([20, 30], [30, 41], [40], []):
-        with pytest.raises(ValueError, match="above the dimension 20 and at most the number of features, 40"):
-            frechet_extrapolation(features, reference, sizes=sizes)
-
-
-def test_sizes_may_be_numbers_of_numpy():
-    features, reference = normal(40, 5), normal(30, 5, 1)
-    found = frechet_extrapolation(features, reference, sizes=np.array([10, 20, 40]))
-    assert found == frechet_extrapolation(features, reference, sizes=[10, 20, 40])
-    assert all(type(size) is int for size in found.sizes)
 
 
 # -- Kernel distance --------------------------------------------------------------------------------------------------
@@ -479,7 +428,6 @@ def test_coverage_and_density_of_equal_distributions():
         (lambda a: kernel_distance(a, a, subset_size=5.0), "subset_size", "5.0"),
         (lambda a: kernel_distance(a, a, subset_size=5, subsets="3"), "subsets", "'3'"),
         (lambda a: inception_score(a, splits=2.0), "splits", "2.0"),
-        (lambda a: frechet_extrapolation(a, a, sizes=[5, 10.5]), "each of sizes", "10.5"),
     ],
 )
 def test_counts_must_be_integers(call, name, found):

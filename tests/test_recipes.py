@@ -10,7 +10,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
-from scorematch.cli import main
 from scorematch.data import open_images
 from scorematch.nets.precondition import ROWS, Preconditioning
 from scorematch.pretrained import score_sde
@@ -218,12 +217,6 @@ def test_the_page_has_the_settings_of_every_recipe():
         assert row[5] == (", ".join(f"{length:g}" for length in settings.ema) or "none")
         assert row[6] == f"{settings.total:,}"
         assert float(row[8]) == pytest.approx(float(row[7].replace(",", "")) * 1e9 * settings.total, rel=0.06)
-
-
-@pytest.mark.slow
-def test_the_page_has_the_table_that_is_printed(capsys):
-    assert main(["recipes"]) == 0
-    assert capsys.readouterr().out in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_page_has_the_source_of_every_recipe():

@@ -12,7 +12,6 @@ from scorematch.evaluation import (
     evaluate_restoration,
     exact,
     frechet_distance,
-    frechet_extrapolation,
     inception_score,
     kernel_distance,
     level_losses,
@@ -55,7 +54,6 @@ def test_metrics(compare):
         return [
             frechet_distance(to(a), to(b)),
             frechet_distance(to(a), b),
-            frechet_extrapolation(to(a), b).value,
             kernel_distance(to(a), to(b), **subsets).value,
             kernel_distance(to(a), b, **subsets).value,
             inception_score(to(a), splits=2).value,

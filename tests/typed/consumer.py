@@ -57,7 +57,6 @@ from scorematch.evaluation import (
     evaluate_restoration,
     exact,
     frechet_distance,
-    frechet_extrapolation,
     gaussian_images,
     image_figures,
     inception,
@@ -78,7 +77,6 @@ from scorematch.evaluation import (
 from scorematch.evaluation.calibration import Calibration
 from scorematch.evaluation.diagnostics import LevelLoss, ScoreError
 from scorematch.evaluation.features import Extracted
-from scorematch.evaluation.frechet import Extrapolation
 from scorematch.evaluation.memorization import Neighbors
 from scorematch.evaluation.report import Report
 from scorematch.evaluation.sampler_distance import SamplerDistance, sampler_variants
@@ -390,8 +388,6 @@ def features(folder: Path, images: Tensor) -> None:
         *density_coverage(a, statistics),
     ]
     assert_type(estimates[0].error, float | None)
-    extrapolation: Extrapolation = frechet_extrapolation(a, statistics)
-    assert_type(extrapolation.slope, float)
     memorization: Memorization = memorization_of(images, folder)
     neighbors: Neighbors = memorization.samples
     assert_type(neighbors.ratios, Tensor)

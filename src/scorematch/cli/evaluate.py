@@ -25,7 +25,6 @@ from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, evaluate_r
 from scorematch.evaluation.subject import DEFAULT_N, is_network
 from scorematch.restoration import as_operator
 from scorematch.sampling import SAMPLERS
-from scorematch.sampling.bulk import prepared
 from scorematch.sampling.sampler import options_of
 
 
@@ -121,16 +120,14 @@ def _run(args: argparse.Namespace) -> None:
     classes = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net))
     sampler = make_sampler(args, net, restoring=restoring)
+    announce(sampler)
     if restoring:
         sampler.restore = args.restore_method or "replace"
-        drawn = (args.draws or 2) * (args.n or DEFAULT_N_RESTORED)
-        announce(prepared(sampler), drawn, process=this_process(), most=args.n is None)
         data, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
         options = given(args, ("n", "draws", "sigma", "labels"))
         result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)
     else:
         n = args.n or DEFAULT_N
-        announce(prepared(sampler), n, classes, process=this_process())
         result = evaluate(sampler, args.reference, n=n, classes=classes, n_classes=args.n_classes, **sets, **common)
     _show(args, result)
 

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from scorematch.cli.options import Commands
 from scorematch.cli.options.classes import add_classes, find_classes
-from scorematch.cli.options.duration import announce, estimate
+from scorematch.cli.options.duration import announce
 from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.operators import add_operators, add_restore_method
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import amount, expanded, filled, image_count
 from scorematch.core.conditions import takes_image
+from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
 from scorematch.data.pictures import check_picture, grid, list_pictures, read_image, save_image
 from scorematch.restoration import Observation, Operator, as_operator
@@ -57,11 +58,6 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="the pictures are undamaged: damage them first, then restore them and add the originals to the strips",
     )
-    parser.add_argument(
-        "--original",
-        type=filled,
-        help="the undamaged picture, or a folder of them with the same names, to add to the strips",
-    )
     add_restore_method(parser)
     parser.add_argument(
         "--batch-size",
@@ -77,51 +73,37 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.original is not None and args.degrade:
-        raise ValueError("--original and --degrade cannot be combined. With --degrade, the pictures are the originals.")
     operator, paths, folder = as_operator(args.operator), list_pictures(args.pictures), args.folder
-    originals = None if args.original is None else list_pictures(args.original)
-    if originals is not None and len(originals) != len(paths):
-        raise ValueError(
-            f"--original must have as many pictures as there are to restore, {len(paths)}, got {len(originals)}."
-        )
-    _check_names(paths, paths if originals is None else originals)
     _check_folder(args, folder, paths)
-    for source in (args.pictures, args.original):
-        if source is not None and Path(source).expanduser().resolve() == folder.resolve():
-            raise ValueError(f"the restorations would become pictures of the folder {source}. Write to another folder.")
+    if Path(args.pictures).expanduser().resolve() == folder.resolve():
+        raise ValueError(f"the restorations would become pictures of the folder {folder}. Write to another folder.")
     net = load(args)
-    channels, *size = net.sample_shape or ()
+    channels, *own = net.sample_shape or ()
     label: Any = find_classes(args, net)  # an int or None, without a rule
     sampler = make_sampler(args, net.inference_copy(), restoring=True)
     sampler.restore = args.restore_method or "replace"
     check_picture(folder / "strip.png")  # before the work
     # All pictures are read before the first is restored, so that errors come first, and again when they are restored,
     # so that only those of one batch are in memory.
-    sources = list(zip(paths, [None] * len(paths) if originals is None else originals, strict=True))
-    groups: dict[tuple[int, ...], list[tuple[Path, Path | None]]] = {}
+    groups: dict[tuple[int, ...], list[Path]] = {}
     printed: set[str | None] = {None}
-    for path, original in sources:
-        try:
-            picture = _Picture(args, operator, channels, path, original)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        for line in (picture.observed(), picture.difference(channels, *size)):
+    for path in paths:
+        with about(path):
+            picture = _Picture(args, operator, channels, path)
+        for line in (picture.observed(), picture.difference(channels, *own)):
             if line not in printed:  # each line once
                 print(line)
                 printed.add(line)
-        groups.setdefault(picture.degraded.shape[1:], []).append((path, original))
-    seconds = 0.0
-    for shape, group in groups.items():
-        try:
-            seconds += estimate(sampler, args.n * len(group), label, shape)
-        except ValueError as error:  # the network does not take images of this size
-            raise ValueError(f"{group[0][0]}: {error}") from error
-    announce(sampler, args.n * len(paths), seconds=seconds)
+        groups.setdefault(picture.degraded.shape[2:], []).append(path)
+    divisor = getattr(net.backbone, "divisor", 1)
+    for size, group in groups.items():
+        if any(side % divisor for side in size):
+            raise ValueError(f"{group[0]}: height and width must be multiples of {divisor}. Crop or pad the picture.")
+    announce(sampler)
     at_once = max(1, (_TOGETHER if args.batch_size is None else args.batch_size) // args.n)
     for group in groups.values():
         for i in range(0, len(group), at_once):
-            batch = [_Picture(args, operator, channels, *source) for source in group[i : i + at_once]]
+            batch = [_Picture(args, operator, channels, path) for path in group[i : i + at_once]]
             _restore(args, sampler, operator, batch, label)
 
 
@@ -132,15 +114,13 @@ class _Picture:
         path: the file.
         y: the measurement (1, ...).
         degraded: the measurement as an image (1, C, H, W).
-        original: the undamaged image (1, C, H, W), or None if it is not known.
+        original: the undamaged image (1, C, H, W) with ``--degrade``, otherwise None.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, operator: Operator, channels: int, path: Path, original: Path | None
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, operator: Operator, channels: int, path: Path) -> None:
         self.path, self._operator, self._args = path, operator, args
         self.y = read_image(path, channels)[None]
-        self.original = None if original is None else read_image(original, channels)[None]
+        self.original: Tensor | None = None
         if operator.mask is not None and operator.mask.shape[-2:] != self.y.shape[-2:]:
             raise ValueError(
                 f"the mask must have the size of the picture, {_size(self.y)} pixels, got {_size(operator.mask)}."
@@ -157,11 +137,6 @@ class _Picture:
             drawn, needed = ("gray", "RGB") if channels == 1 else ("RGB", "gray")
             raise ValueError(
                 f"{args.operator} needs a network that draws {needed} images, and {args.model} draws {drawn} ones."
-            )
-        if self.original is not None and self.original.shape != self.degraded.shape:
-            raise ValueError(
-                f"the original must have the size of the restored picture, {_size(self.degraded)} pixels, got "
-                f"{_size(self.original)}."
             )
 
     def observed(self) -> str | None:
@@ -220,17 +195,6 @@ def _measures(operator: Operator, y: Tensor, channels: int) -> bool:
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------
-
-
-def _check_names(pictures: list[Path], originals: list[Path]) -> None:
-    """Raises if a picture has an original with its name, but not at its place. Other names may differ."""
-    names, own = {picture.stem for picture in pictures}, {original.stem for original in originals}
-    for picture, original in zip(pictures, originals, strict=True):
-        if picture.stem != original.stem and (picture.stem in own or original.stem in names):
-            raise ValueError(
-                f"--original must have the same names as the pictures, in the same order, but {picture} would be "
-                f"compared with {original}. Rename them."
-            )
 
 
 def _check_folder(args: argparse.Namespace, folder: Path, pictures: list[Path]) -> None:

@@ -7,7 +7,6 @@ from typing import get_args
 
 from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, find_classes
-from scorematch.cli.options.duration import duration, estimate
 from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.operators import add_operators, add_restore_method
 from scorematch.cli.options.outputs import check_folder_name
@@ -21,7 +20,6 @@ from scorematch.core.scores import device_of
 from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
 from scorematch.restoration import as_operator
-from scorematch.restoration.methods import Restore
 from scorematch.sampling import recommended_sampler
 
 
@@ -76,7 +74,6 @@ def _run(args: argparse.Namespace) -> None:
         refuse(args, ("held_out", "classes", "n_classes"), "is not for --restore")
     else:
         refuse(args, ["restore_method"], "is for --restore")
-    method: Restore = args.restore_method or "replace"
     for text in args.restore or ():
         with about("--restore"):
             as_operator(text)  # raises before the network is loaded
@@ -94,12 +91,9 @@ def _run(args: argparse.Namespace) -> None:
     options = reference_options(args, device_of(net))
     settings = settings_table(net, args.calls)
     if settings and this_process().rank == 0:
-        fast = recommended_sampler(net.inference_copy(), settings[0])
-        fast.restore = method
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
-        seconds = estimate(fast, args.n, classes) * calls / len(fast) / this_process().world_size
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"
-        print(f"{number} with {calls:,} network calls, about {duration(seconds)}", flush=True)
+        print(f"{number} with {calls:,} network calls per image", flush=True)
     result = tune(
         net,
         args.reference,
@@ -108,7 +102,7 @@ def _run(args: argparse.Namespace) -> None:
         n=args.n,
         by=args.by,
         operators=args.restore,
-        restore=method,
+        restore=args.restore_method or "replace",
         held_out=args.held_out,
         out=args.out,
         classes=classes,

@@ -21,7 +21,7 @@ from scorematch.evaluation.estimate import Estimate, values
 from scorematch.evaluation.evaluate import Evaluation, evaluate
 from scorematch.evaluation.evaluator import Evaluator, image_figures
 from scorematch.evaluation.features import EXTRACTORS, Extractor, dinov2, efficientnet_lite0, inception, pixels
-from scorematch.evaluation.frechet import frechet_distance, frechet_extrapolation
+from scorematch.evaluation.frechet import frechet_distance
 from scorematch.evaluation.memorization import Memorization, memorization_of
 from scorematch.evaluation.metrics import (
     METRICS,
@@ -59,7 +59,6 @@ __all__ = [
     "evaluate_restoration",
     "exact",
     "frechet_distance",
-    "frechet_extrapolation",
     "gaussian_images",
     "image_figures",
     "inception",

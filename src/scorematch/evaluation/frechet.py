@@ -1,43 +1,22 @@
-"""The Fréchet distance of features, with its standard error, and its extrapolation; see ``metrics``."""
+"""The Fréchet distance of features, with its standard error; see ``metrics``."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_count
-from scorematch.core.randomness import single_generator
 from scorematch.evaluation.accumulate import Moments
 from scorematch.evaluation.estimate import Estimate
-from scorematch.evaluation.rows import BLOCK, canonical_order, check_features, different_dimensions, double, draw
+from scorematch.evaluation.rows import BLOCK, check_features, different_dimensions, double
 from scorematch.evaluation.statistics import Statistics
 
-_SIZES = 15  # of subsets, for the extrapolation
 _NEGATIVE = 1e-4  # the tolerance for negative eigenvalues of a covariance, relative to the largest
 _known: weakref.WeakKeyDictionary[Statistics, _Gaussian] = weakref.WeakKeyDictionary()
 
 Features = Tensor | Statistics
-
-
-class Extrapolation(NamedTuple):
-    r"""Fréchet distances from several numbers of features, and the line :math:`d^2_\infty + c / n` through them.
-
-    Attributes:
-        value: the distance for an infinite number of features. It may be slightly negative.
-        slope: the constant c of the bias.
-        sizes: the numbers of features, ascending; the last one is N, the number of all features.
-        distances: the distances to the reference for these sizes; the last one is the distance of all features.
-    """
-
-    value: float
-    slope: float
-    sizes: tuple[int, ...]
-    distances: tuple[float, ...]
 
 
 def frechet_distance(features: Features, reference: Features) -> Estimate:
@@ -89,58 +68,6 @@ def frechet_distance(features: Features, reference: Features) -> Estimate:
         change = 2 * x @ (own.mean - fixed.mean) + x.square().sum(1)
         parts.append(change - (x @ whiten @ left).square() @ common)
     return Estimate(distance, float(torch.cat(parts).std() / len(features) ** 0.5))
-
-
-def frechet_extrapolation(
-    features: Tensor,
-    reference: Features,
-    *,
-    sizes: Sequence[int] | None = None,
-    generator: torch.Generator | int | None = 0,
-) -> Extrapolation:
-    r"""Extrapolates the squared Fréchet distance to a reference to an infinite number of features.
-
-    A line in 1 / n is fitted by least squares to the distances of random subsets of several sizes, as by Chong &
-    Forsyth. The subsets overlap, so the residuals do not show the error of the result.
-
-    Args:
-        features: features (N, D) of generated images.
-        reference: features or ``Statistics`` of real images.
-        sizes: the sizes of the subsets, each above D and at most N; N is added. None is 15 sizes from the larger of
-            N / 10 and D + 1 to N, in equal steps.
-        generator: the source of the subsets; an int is a seed, None is torch's global generator.
-
-    Raises:
-        ValueError: as ``frechet_distance``; if a size is at most D, where the distance is not linear in 1 / n; if there
-            are fewer than two sizes; or, without ``sizes``, if N is below 2 (D + 1).
-
-    References:
-        Chong & Forsyth, 2020, arXiv:1911.07023, Sec. 4.
-    """
-    features = check_features(features)
-    n, dimension = features.shape
-    if sizes is None:
-        if n < 2 * (dimension + 1):
-            raise ValueError(
-                f"the extrapolation needs at least 2 (D + 1) = {2 * (dimension + 1):,} features of {dimension:,} "
-                f"dimensions, got {n:,}."
-            )
-        steps = torch.linspace(max(n // 10, dimension + 1), n, _SIZES, dtype=torch.float64, device="cpu")
-        sizes = steps.round().long().tolist()
-    sizes = sorted({*(check_count("each of sizes", size) for size in sizes), n})
-    if len(sizes) < 2 or sizes[0] <= dimension or sizes[-1] > n:
-        raise ValueError(
-            f"sizes must be at least two numbers above the dimension {dimension:,} and at most the number of features, "
-            f"{n:,}, got {', '.join(map(str, sizes))}."
-        )
-    fixed, drawing = _gaussian(reference), single_generator(generator)
-    _warn_if_singular(fixed)
-    order = canonical_order(features)
-    distances = [_Gaussian(features[order[draw(n, size, drawing)]]).distance(fixed) for size in sizes]
-    inverse = 1 / torch.tensor(sizes, dtype=torch.float64, device="cpu")
-    line = torch.stack([torch.ones_like(inverse), inverse], 1)
-    fit = torch.linalg.lstsq(line, torch.tensor(distances, dtype=torch.float64, device="cpu")[:, None]).solution
-    return Extrapolation(float(fit[0]), float(fit[1]), tuple(sizes), tuple(distances))
 
 
 class _Gaussian:

@@ -11,8 +11,7 @@ exceed the rounding error. The trace of the root is the sum of the singular valu
 and accurate for singular covariances as well.
 
 *Bias.* The distance computed from n features is too large by about c / n. The constant c depends on the distribution
-and grows with the number of dimensions, so distances from different n are not comparable. ``frechet_extrapolation``
-fits :math:`d^2(n) = d^2_\infty + c / n` to several n. It does not remove the bias from a finite reference.
+and grows with the number of dimensions, so distances from different n are not comparable.
 
 **Kernel distance** (KID), the unbiased estimate of the squared maximum mean discrepancy of the kernel
 :math:`k(x, y) = (x^\top y / D + 1)^3`, averaged over random subsets. It has no bias in n and may be slightly negative.
@@ -39,7 +38,6 @@ therefore does not depend on the order of the features, or on the process that c
 
 References:
     Heusel et al., 2017, GANs Trained by a Two Time-Scale Update Rule, arXiv:1706.08500 (FID).
-    Chong & Forsyth, 2020, Effectively Unbiased FID and Inception Score and Where to Find Them, arXiv:1911.07023.
     Bińkowski et al., 2018, Demystifying MMD GANs, arXiv:1801.01401 (KID).
     Salimans et al., 2016, Improved Techniques for Training GANs, arXiv:1606.03498 (Inception Score).
     Kynkäänniemi et al., 2019, Improved Precision and Recall Metric, arXiv:1904.06991.
@@ -62,7 +60,7 @@ from scorematch.core.arguments import check_count
 from scorematch.core.randomness import single_generator
 from scorematch.evaluation.estimate import Estimate, share_of
 from scorematch.evaluation.features import Extracted
-from scorematch.evaluation.frechet import Features, frechet_distance, frechet_extrapolation
+from scorematch.evaluation.frechet import Features, frechet_distance
 from scorematch.evaluation.rows import (
     BLOCK,
     canonical_order,
@@ -315,10 +313,6 @@ def _enough(k: int, **counts: int) -> None:
             raise ValueError(f"{name} must have more than k = {k} features, so that each has k neighbors, got {count}.")
 
 
-def _at_infinity(features: Tensor, reference: Statistics) -> Estimate:
-    return Estimate(frechet_extrapolation(features, reference).value)
-
-
 # -- The table --------------------------------------------------------------------------------------------------------
 
 _OF_A_SHARE = "standard error of a share"
@@ -397,11 +391,6 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "frechet": Metric(
         frechet_distance, {"frechet": "Fréchet distance ↓"}, "standard error over the images (delta method)"
-    ),
-    "frechet-infinity": Metric(
-        _at_infinity,
-        {"frechet-infinity": "Fréchet distance, extrapolated to n = ∞ ↓"},
-        least=lambda dimension: 2 * (dimension + 1),
     ),
     "kernel": Metric(
         kernel_distance,
