@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from scorematch.restoration.decomposition import Decomposition, decompose
 from scorematch.restoration.operator import Operator
 
 __all__ = ["Linear", "Matrix"]
@@ -78,6 +79,10 @@ class Matrix(Operator):
     def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """The product with the transposed matrix, (N, D), or of the shape of the samples."""
         return (y @ self.a.to(y)).view(len(y), *((-1,) if shape is None else shape))
+
+    def decomposition(self, x: Tensor) -> Decomposition:
+        """That of the matrix, of any size."""
+        return decompose(self.a, x)
 
     def to(self, device: torch.device | str) -> Matrix:
         """The matrix on a device."""

@@ -11,6 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from scorematch.restoration.decomposition import Decomposition, decompose
+
+_LARGEST = 2048  # values of a sample for which the matrix of an operator is decomposed, in some seconds
+
 
 class Linearization(NamedTuple):
     """An operator near x: its measurement A(x), and the products with its Jacobian A' at x and with the transpose."""
@@ -91,6 +95,24 @@ class Operator(ABC):
         if self.is_linear:
             return Linearization(self.measure(x), self.measure, lambda v: self.adjoint(v, x.shape[1:]))
         return _linearized(self, x)
+
+    def decomposition(self, x: Tensor) -> Decomposition | None:
+        """The singular value decomposition of the operator on samples (N, ...) of the shape and device of x.
+
+        The default is that of an operator with a gain, whose coefficients are the values of y divided by the square
+        root of the gain. For other linear operators the matrix is decomposed if x has at most 2,048 values per sample.
+
+        Returns:
+            The decomposition, or None if the operator is not linear or the matrix is too large.
+        """
+        if self.gain is not None:
+            root = self.gain**0.5
+            values = x.new_full((), root) if self.mask is None else self.mask * root
+            return Decomposition(values, lambda x: self.measure(x) / root, lambda c: self.pseudo_inverse(c) * root)
+        if not self.is_linear or x[0].numel() > _LARGEST:
+            return None
+        units = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).view(-1, *x.shape[1:])
+        return decompose(self.measure(units).flatten(1).T, x)
 
     @property
     def is_linear(self) -> bool:
