@@ -84,6 +84,7 @@ def test_scores_equal_those_of_the_cpu(net, size):
         lambda net, **options: AnnealedLangevinSampler(net, steps_per_level=2, **options),
         lambda net, **options: ODESampler(net, levels=6, **options),
         lambda net, **options: ODESampler(net, levels=6, method="dpm-solver++", **options),
+        lambda net, **options: ODESampler(net, levels=6, method="unipc", eta=0.5, **options),
         lambda net, **options: AncestralSampler(net, **options),
         lambda net, **options: PredictorCorrectorSampler(net, **options),
     ],

@@ -206,6 +206,7 @@ MANY = {
     "ode": lambda net: ODESampler(net, LEVELS.respaced(10)),
     "churn": lambda net: ODESampler(net, LEVELS.respaced(10), churn=5),
     "dpm-solver++": lambda net: ODESampler(net, LEVELS.respaced(16), method="dpm-solver++"),
+    "stochastic": lambda net: ODESampler(net, LEVELS.respaced(16), method="unipc", eta=0.5),
     "ancestral": lambda net: AncestralSampler(net, LEVELS.respaced(16)),
     "predictor-corrector": lambda net: PredictorCorrectorSampler(net, LEVELS.respaced(10)),
 }

@@ -547,9 +547,10 @@ def test_guidance_leaves_no_gradients_and_keeps_the_callers_grad_mode():
     "sampler",
     [
         lambda world: ODESampler(world, levels=150, churn=60),
+        lambda world: ODESampler(world, levels=150, method="unipc", eta=5),
         lambda world: AnnealedLangevinSampler(world, levels=150, step_size=0.5e-4, consistent=True),
     ],
-    ids=["churn", "consistent"],
+    ids=["churn", "multistep", "consistent"],
 )
 def test_steps_that_add_much_noise_do_not_forget_a_noisy_observation(sampler):
     """Without a limit of the noise below the level of y, the first mean was 0.62 and 0.53 instead of 0.8."""

@@ -56,6 +56,9 @@ KINDS = {
     "heun": lambda net, schedule=None: ODESampler(net, schedule),
     "churn": lambda net, schedule=None: ODESampler(net, schedule, churn=3, churn_min=0.2, churn_noise=1.01),
     "dpm-solver++": lambda net, schedule=None: ODESampler(net, schedule, method="dpm-solver++"),
+    "unipc": lambda net, schedule=None: ODESampler(net, schedule, method="unipc", order=3),
+    "ipndm": lambda net, schedule=None: ODESampler(net, schedule, method="ipndm"),
+    "stochastic": lambda net, schedule=None: ODESampler(net, schedule, method="unipc", eta=0.5),
 }
 
 
@@ -82,7 +85,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 # For costly tests: every sampler with every option that adds a computation of its own.
 QUICK = {
     *("langevin", "consistent", "small variance", "learned variance", "ancestral", "published"),
-    *("heun", "churn", "dpm-solver++"),
+    *("heun", "churn", "dpm-solver++", "ipndm", "stochastic"),
 }
 quick_kinds = pytest.mark.parametrize(
     "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
@@ -344,7 +347,7 @@ def test_ode_methods_are_of_second_order(world, method, make, rng):
     assert errors[-1] < 1e-3
 
 
-@pytest.mark.parametrize("method", ["heun", "dpm-solver++"])
+@pytest.mark.parametrize("method", ["heun", "dpm-solver++", "unipc", "ipndm"])
 def test_ode_methods_are_exact_for_a_point(method, rng):
     """For data at zero the denoised image is constant, and the path x = sigma z is straight."""
     init = 5 * torch.randn(50, 4, generator=rng)
@@ -630,7 +633,7 @@ def test_observed_values_are_in_the_result_and_an_empty_mask_changes_nothing(kin
     assert torch.equal(nothing, run(sampler, 5, shape=(3,), generator=seed(0)))
 
 
-@pytest.mark.parametrize("kind", ["heun", "dpm-solver++"])
+@pytest.mark.parametrize("kind", ["heun", "dpm-solver++", "unipc", "ipndm"])
 def test_ode_sampler_adds_the_noise_of_the_start_to_the_observation(kind, world, rng):
     seen = torch.tensor([True, False, False])
     y = torch.tensor([[0.9, 0.0, 0.0]])
@@ -685,7 +688,30 @@ def test_a_noisy_observation_gives_the_posterior(kind, world, rng):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ODESampler(point, SHORT, method="euler"), "must be one of 'heun', 'dpm-solver\\+\\+', got 'euler'"),
+        (
+            lambda: ODESampler(point, SHORT, method="euler"),
+            "must be one of 'heun', 'dpm-solver\\+\\+', 'unipc', 'ipndm', got 'euler'",
+        ),
+        (lambda: ODESampler(point, SHORT, order=2), "order is not for the method 'heun'. Write method=.dpm-solver"),
+        (lambda: ODESampler(point, SHORT, eta=[0.0, 1.0]), "eta is not for the method 'heun'"),
+        (
+            lambda: ODESampler(point, SHORT, method="unipc", order=4),
+            "order must be at most 3 for 'unipc', got 4",
+        ),
+        (
+            lambda: ODESampler(point, SHORT, method="ipndm", order=5),
+            "order must be an integer of at least 1 and at most 4, got 5",
+        ),
+        (
+            lambda: ODESampler(point, SHORT, method="unipc", eta=-1),
+            "eta must be a number of at least 0 and at most 10,",
+        ),
+        (
+            lambda: ODESampler(point, SHORT, method="unipc", eta=[0.5, 1.0]),
+            "eta must have one number for each of the 11 steps from level to level, got 2",
+        ),
+        (lambda: ODESampler(point, SHORT, method="ipndm", eta=1), "eta is not for the method 'ipndm'"),
+        (lambda: SamplerSettings("ode", order=2), "sampler_settings: order is not for the method 'heun'"),
         (lambda: ODESampler(point, SHORT, levels=1), "levels must be an integer of at least 2, got 1"),
         (lambda: ODESampler(point, levels=5), "no noise levels of its own: pass a schedule"),
         (
@@ -1056,38 +1082,44 @@ class Plain(Sampler):
 class Noisy(Plain):
     """A sampler with an option, which is declared in its constructor only."""
 
-    def __init__(self, net, schedule=None, *, eta: Annotated[float, Field(float, low=0), "new noise"] = 0.5, **options):
+    def __init__(
+        self, net, schedule=None, *, amount: Annotated[float, Field(float, low=0), "new noise"] = 0.5, **options
+    ):
         super().__init__(net, schedule, **options)
-        self.check_options({"eta": eta})
-        self.eta = eta
+        self.check_options({"amount": amount})
+        self.amount = amount
 
 
 def test_a_sampler_is_registered_by_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SAMPLERS, "plain", Plain)
     monkeypatch.setitem(SAMPLERS, "noisy", Noisy)
     net = ScoreNet.ncsnv2(1, 8, width=2, schedule=SHORT)
-    for settings in (SamplerSettings("plain"), SamplerSettings("plain", levels=3), SamplerSettings("noisy", eta=0.25)):
+    for settings in (
+        SamplerSettings("plain"),
+        SamplerSettings("plain", levels=3),
+        SamplerSettings("noisy", amount=0.25),
+    ):
         net.sampler_settings = settings
         net.save_pretrained(tmp_path)
         assert ScoreNet.from_pretrained(tmp_path).sampler_settings == settings
         sampler = recommended_sampler(net)
-        assert type(sampler) is SAMPLERS[settings.sampler] and getattr(sampler, "eta", 0.25) == 0.25
+        assert type(sampler) is SAMPLERS[settings.sampler] and getattr(sampler, "amount", 0.25) == 0.25
     assert sampler_variants(net).keys() >= {"plain", "noisy"}
     picture, options = str(tmp_path / "a.png"), ["-n", "1", "--quiet", "--overwrite"]
-    for sampler, of_sampler in (("Plain(", ["--sampler", "plain"]), ("Noisy(", ["--eta", "0.1"])):
+    for sampler, of_sampler in (("Plain(", ["--sampler", "plain"]), ("Noisy(", ["--amount", "0.1"])):
         assert main(["sample", str(tmp_path), picture, "--levels", "3", *options, *of_sampler]) == 0
         assert capsys.readouterr().out.startswith(sampler)
     for options, message in [
         (
-            {"sampler": "plain", "eta": 1},
-            "eta is not an option of the sampler 'plain', whose options are denoise, levels",
+            {"sampler": "plain", "amount": 1},
+            "amount is not an option of the sampler 'plain', whose options are denoise, levels",
         ),
-        ({"sampler": "noisy", "eta": -1}, "sampler_settings: eta must be a number of at least 0, got -1"),
+        ({"sampler": "noisy", "amount": -1}, "sampler_settings: amount must be a number of at least 0, got -1"),
     ]:
         with pytest.raises(ValueError, match=message):
             SamplerSettings(**options)
-    with pytest.raises(ValueError, match=r"^eta must be a number of at least 0, got -1"):
-        Noisy(net, eta=-1)
+    with pytest.raises(ValueError, match=r"^amount must be a number of at least 0, got -1"):
+        Noisy(net, amount=-1)
 
 
 def test_the_types_of_shared_options_are_those_of_the_constructor():

@@ -27,6 +27,7 @@ VARIANTS = {
     "heun": (ODESampler, {}),
     "churn": (ODESampler, {"churn": 3}),
     "dpm-solver++": (ODESampler, {"method": "dpm-solver++"}),
+    "stochastic": (ODESampler, {"method": "unipc", "eta": 0.5}),
     "ancestral": (AncestralSampler, {}),
     "small, clamped": (AncestralSampler, {"variance": "small", "clamp_denoised": True}),
     "predictor-corrector": (PredictorCorrectorSampler, {}),

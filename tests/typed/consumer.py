@@ -267,6 +267,7 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
         AnnealedLangevinSampler(net, step_size=1e-5, precision="float32"),
         AncestralSampler(net, variance=variance),
         ODESampler(net, levels=18, method="dpm-solver++"),
+        ODESampler(net, levels=3, method="unipc", order=3, eta=[0.5, 1.0]),
         PredictorCorrectorSampler(net, predictor="reverse-diffusion"),
         Euler(net, levels=10),
         recommended_sampler(net),

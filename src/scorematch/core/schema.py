@@ -38,7 +38,7 @@ class Field:
         below: a number that must exceed the value.
         choices: the allowed values; None allows all.
         each: the field of each entry of a list, or of each value of an object.
-        or_list: whether the value may also be a list of such values, at most 16.
+        or_list: the largest length of a list of such values that the value may also be; 0 is none.
     """
 
     kind: type
@@ -50,11 +50,11 @@ class Field:
     below: float | None = None
     choices: Collection[Any] | None = None
     each: Field | None = None
-    or_list: bool = False
+    or_list: int = 0
 
     def __str__(self) -> str:
         if self.or_list:
-            return f"{replace(self, or_list=False)}, or a list of such values"
+            return f"{replace(self, or_list=0)}, or a list of such values"
         if self.choices is not None:
             text = f"one of {', '.join(map(repr, self.choices))}"
         else:
@@ -77,7 +77,7 @@ class Field:
         if value is None:
             return self.optional
         if self.or_list and isinstance(value, list | tuple):
-            return 0 < len(value) <= 16 and all(map(replace(self, or_list=False).fits, value))
+            return 0 < len(value) <= self.or_list and all(map(replace(self, or_list=0).fits, value))
         if isinstance(value, bool) != (self.kind is bool):
             return False
         kinds = (int, float) if self.kind is float else (list, tuple) if self.kind is list else self.kind

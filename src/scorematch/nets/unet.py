@@ -378,7 +378,7 @@ class _UNetFamily(ImageFamily[UNet]):
         "block_out_channels": Field(list, required=True, low=1, high=16, each=_SIZE),
         "down_block_types": Field(list, low=1, high=16, each=Field(str, choices=tuple(DOWN_BLOCKS))),
         "up_block_types": Field(list, low=1, high=16, each=Field(str, choices=tuple(UP_BLOCKS))),
-        "layers_per_block": Field(int, low=1, high=64, or_list=True),
+        "layers_per_block": Field(int, low=1, high=64, or_list=16),
         "attention_head_dim": Field(int, optional=True, low=1, high=65_536),
         "norm_num_groups": Field(int, optional=True, low=1, high=65_536),
         "norm_eps": Field(float, low=0, high=1),

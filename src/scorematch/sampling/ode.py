@@ -1,4 +1,4 @@
-r"""Sampling along the probability flow, an ordinary differential equation, by Heun's method or DPM-Solver++(2M).
+r"""Sampling along the probability flow, an ordinary differential equation, by Heun's method or multistep methods.
 
 Let :math:`p_\sigma` be the density of the data with noise of level sigma. It is also the density of the solutions of
 
@@ -6,17 +6,14 @@ Let :math:`p_\sigma` be the density of the data with noise of level sigma. It is
           \qquad D(x, \sigma) = x + \sigma^2 s(x, \sigma),
 
 which is solved from high to low noise. Only the start is random, and the paths are smooth, so that few, large steps are
-enough. Both methods are of second order: halving the step divides the error by four.
+enough.
 
-**Heun** (two calls per step) takes an Euler step, then repeats it with the mean of the slopes at its two ends.
+**Heun** (two calls per step) takes an Euler step, then repeats it with the mean of the slopes at its two ends. It is of
+second order: halving the step divides the error by four.
 
-**DPM-Solver++(2M)** (one call per step) solves the linear part exactly. In :math:`\lambda = -\log\sigma`, with steps
-:math:`h_i = \lambda_{i+1} - \lambda_i`, D is extrapolated from the last two denoised images:
-
-.. math:: x_{i+1} = \frac{\sigma_{i+1}}{\sigma_i} x_i + \Bigl(1 - \frac{\sigma_{i+1}}{\sigma_i}\Bigr)
-          \Bigl(D_i + \frac{h_i}{2 h_{i-1}} (D_i - D_{i-1})\Bigr).
-
-The first step uses :math:`D_i` alone. The step to sigma = 0 is Tweedie's formula, the final denoising of all samplers.
+**DPM-Solver++, UniPC and iPNDM** (one call per step) extrapolate from the denoised images of the last steps; see
+``scorematch.sampling.multistep``. They also solve the stochastic equations with the same densities: with eta > 0 a step
+removes more noise than it has to, and adds new noise.
 
 **Churn.** The stochastic sampler of Karras et al. adds noise before each step of Heun's method, and the step removes it
 together with the noise of the level:
@@ -46,24 +43,25 @@ References:
     Song et al., 2021, Score-Based Generative Modeling through SDEs, arXiv:2011.13456, Eq. 13.
     Karras et al., 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, Alg. 1
     and 2.
-    Lu et al., 2022, DPM-Solver++, arXiv:2211.01095, Alg. 2.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument
+from scorematch.core.json_files import native
 from scorematch.core.schema import Field
 from scorematch.core.scores import Score, middle_of
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
+from scorematch.sampling.multistep import METHODS, multistep, plan
 from scorematch.sampling.sampler import Sampler, SamplerOptions
 
 if TYPE_CHECKING:
@@ -71,23 +69,29 @@ if TYPE_CHECKING:
 
 __all__ = ["ODESampler"]
 
-Method = Literal["heun", "dpm-solver++"]
+Method = Literal["heun", "dpm-solver++", "unipc", "ipndm"]
 
 _LEVELS = 18  # as in Karras et al. for CIFAR-10
-_LONGEST_STEP = 10  # of DPM-Solver++ with second order, relative to the step before
 
 
 class ODESampler(Sampler):
     """Samples any score along the probability flow, with few network calls.
 
-    Without churn only the start is random: ``sample`` does not call its ``noise_source``, and the same ``init`` gives
-    the same samples.
+    Without churn and eta only the start is random: ``sample`` does not call its ``noise_source``, and the same ``init``
+    gives the same samples.
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
         schedule: the noise levels, from high to low; each step leads from one level to the next. None uses
             ``NoiseSchedule.karras`` between the highest and the lowest level of the network.
-        method: "heun", with two network calls per step, or "dpm-solver++", with one.
+        method: "heun", with two network calls per step; or "dpm-solver++", "unipc" or "ipndm", with one.
+        order: the order of a method with one call, the number of denoised images from which a step extrapolates: 1 to 3
+            for "dpm-solver++" and "unipc", 1 to 4 for "ipndm". None is 2, and 4 for "ipndm". UniPC also corrects each
+            step, so that its error is of one order higher.
+        eta: the amount of new noise of "dpm-solver++" and "unipc", from 0 to 10: one number, or a list of one for each
+            step. None, or 0, is the probability flow, and 1 the reverse diffusion, as in ancestral sampling; below
+            the noise level of an observation it is at most 1. SDE-DPM-Solver++(2M) is ``method="dpm-solver++"`` with
+            ``eta=1``, and SA-Solver "unipc" with ``eta`` tau^2.
 
         Rarely needed:
 
@@ -109,7 +113,8 @@ class ODESampler(Sampler):
         ODESampler(18 levels 50 -> 0.01, heun, 35 network calls)
 
     References:
-        Karras et al., 2022, arXiv:2206.00364, Alg. 1 and 2. Lu et al., 2022, arXiv:2211.01095, Alg. 2.
+        Karras et al., 2022, arXiv:2206.00364, Alg. 1 and 2. For the other methods see
+        ``scorematch.sampling.multistep``.
     """
 
     def __init__(
@@ -118,6 +123,14 @@ class ODESampler(Sampler):
         schedule: NoiseSchedule | None = None,
         *,
         method: Annotated[Method, Field(str, choices=get_args(Method)), "the solver"] = "heun",
+        order: Annotated[
+            int | None, Field(int, low=1, high=4), "the order of dpm-solver++ and unipc, up to 3, or of ipndm, up to 4"
+        ] = None,
+        eta: Annotated[
+            float | Sequence[float] | None,
+            Field(float, low=0, high=10, or_list=1000),
+            "the new noise of dpm-solver++ and unipc; 1 is the reverse diffusion (default: 0)",
+        ] = None,
         churn: Annotated[float, Field(float, low=0), "with heun: how much new noise the steps add"] = 0.0,
         churn_min: Annotated[float, Field(float, low=0), "the lowest level at which noise is added"] = 0.0,
         churn_max: Annotated[
@@ -127,7 +140,14 @@ class ODESampler(Sampler):
         **options: Unpack[SamplerOptions],
     ) -> None:
         super().__init__(net, schedule, **options)
-        self.check_options({"method": method, "churn": churn, "churn_noise": churn_noise})
+        self.check_options({"method": method, "order": order, "eta": eta, "churn": churn, "churn_noise": churn_noise})
+        self.eta, steps = native(eta), len(self.schedule) - 1
+        self._etas: list[float] = self.eta if isinstance(self.eta, list) else [self.eta or 0.0] * steps
+        if len(self._etas) != steps:
+            raise ValueError(
+                f"{argument('eta')} must have one number for each of the {steps} steps from level to level, got "
+                f"{len(self._etas)}."
+            )
         if churn and method != "heun":
             raise ValueError(
                 f"{argument('churn')} is for Heun's method, got {churn!r} with {method!r}. Write "
@@ -141,14 +161,29 @@ class ODESampler(Sampler):
         if churn == 0 and (churn_min, churn_max, churn_noise) != (0, None, 1):
             low, high, factor, amount = map(argument, ("churn_min", "churn_max", "churn_noise", "churn"))
             raise ValueError(f"{low}, {high} and {factor} need {amount} above 0. Pass {amount}, or leave them out.")
-        self.method = method
+        self.method, self.order = method, order
         self.churn, self.churn_noise = float(churn), float(churn_noise)
         self.churn_min, self.churn_max = float(churn_min), None if churn_max is None else float(churn_max)
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Also checks that the order and eta are for the method."""
+        super().check_options(options)
+        method, order, eta = options.get("method") or "heun", options.get("order"), native(options.get("eta"))
+        if (method == "heun" and order is not None) or (method in ("heun", "ipndm") and eta is not None):
+            raise ValueError(
+                f"{argument('order' if eta is None else 'eta')} is not for the method {method!r}. Write "
+                f"{argument('method', 'dpm-solver++')}."
+            )
+        if order is not None and order > METHODS[method].highest:
+            raise ValueError(
+                f"{argument('order')} must be at most {METHODS[method].highest} for {method!r}, got {order}."
+            )
+
     @property
     def draws_noise(self) -> bool:  # type: ignore[override]
-        """Whether there is churn."""
-        return self.churn > 0
+        """Whether there is churn, or eta is above 0."""
+        return self.churn > 0 or any(self._etas)
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
         """The levels of Karras et al. between the highest and the lowest level of the network."""
@@ -157,19 +192,29 @@ class ODESampler(Sampler):
         return NoiseSchedule.karras(own.sigma_max, own.sigma_min, _LEVELS if levels is None else levels)
 
     def __len__(self) -> int:
-        return (len(self.schedule) - 1) * _METHODS[self.method].calls + self.denoise
+        return (len(self.schedule) - 1) * (2 if self.method == "heun" else 1) + self.denoise
 
     def settings(self) -> list[str]:
-        """The method, and the churn."""
+        """The method with its order, and eta or the churn."""
         if not self.churn:
-            return [self.method]
+            order = [] if self.order is None else [f"order {self.order}"]
+            return [self.method, *order, *([f"eta {self.eta}"] if self.draws_noise else [])]
         high = self.schedule.sigma_max if self.churn_max is None else self.churn_max
         noise = [] if self.churn_noise == 1 else [f"noise {self.churn_noise:g}"]
         return [self.method, f"churn {self.churn:g} at {high:.3g} -> {self.churn_min:.3g}", *noise]
 
     def steps(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
         """Yields the state after each step of the method, with its level."""
-        return self._churned(x, chain) if self.churn else _METHODS[self.method].steps(x, chain, self.schedule)
+        if self.method == "heun":
+            return self._churned(x, chain) if self.churn else _heun(x, chain, self.schedule)
+        method, levels = METHODS[self.method], list(self.schedule)
+        # Below the noise level of an observation, more noise would erase it.
+        etas = [
+            min(eta, 1) if sigma < chain.observed_sigma else eta
+            for eta, sigma in zip(self._etas, levels[1:], strict=True)
+        ]
+        numbers = plan(method, levels, self.order or method.order, etas)
+        return multistep(x, chain, numbers, noise=method.noise)
 
     def _churned(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
         z = (x - middle_of(self.net)) / self.schedule.sigma_max  # the noise of the state
@@ -202,26 +247,3 @@ def _heun(x: Tensor, chain: Chain, schedule: NoiseSchedule) -> Iterator[tuple[Te
     for sigma, sigma_next in itertools.pairwise(schedule):
         x = _heun_step(x, chain.noise(x), chain, sigma, sigma_next)
         yield x, sigma_next
-
-
-def _dpm_solver(x: Tensor, chain: Chain, schedule: NoiseSchedule) -> Iterator[tuple[Tensor, float]]:
-    last: tuple[Tensor, float] | None = None  # the previous denoised image, and the step in log sigma from there
-    for sigma, sigma_next in itertools.pairwise(schedule):
-        x, score, _ = chain(x, sigma)
-        denoised, h = torch.add(x, score, alpha=sigma**2), math.log(sigma / sigma_next)
-        # After a very short step the extrapolation would amplify rounding errors.
-        if last is None or h > _LONGEST_STEP * last[1]:
-            target = denoised
-        else:
-            target = denoised + (denoised - last[0]) * (h / (2 * last[1]))
-        x = torch.lerp(target, x, sigma_next / sigma)
-        last = denoised, h
-        yield x, sigma_next
-
-
-class _Method(NamedTuple):
-    calls: int  # per step
-    steps: Callable[[Tensor, Chain, NoiseSchedule], Iterator[tuple[Tensor, float]]]
-
-
-_METHODS: dict[str, _Method] = {"heun": _Method(2, _heun), "dpm-solver++": _Method(1, _dpm_solver)}

@@ -61,7 +61,7 @@ class SamplerSettings:
                 f"sampler_settings: {', '.join(sorted(unknown))} is not an option of the sampler {sampler!r}, whose "
                 f"options are {', '.join(sorted(known))}."
             )
-        given = {name: native(options[name]) for name in known if options.get(name) is not None}  # no NumPy numbers
+        given = {name: _frozen(native(options[name])) for name in known if options.get(name) is not None}
         try:
             SAMPLERS[sampler].check_options(given)
         except ValueError as error:
@@ -76,7 +76,7 @@ class SamplerSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain values for JSON; ``from_dict`` is the inverse."""
-        return {"sampler": self.sampler, **self.options}
+        return {"sampler": self.sampler, **{name: native(value) for name, value in self._given}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplerSettings:
@@ -93,6 +93,11 @@ class SamplerSettings:
 
     def __repr__(self) -> str:
         return f"SamplerSettings({', '.join([repr(self.sampler), *(f'{k}={v!r}' for k, v in self._given)])})"
+
+
+def _frozen(value: Any) -> Any:
+    """A value with tuples in place of lists, which can be hashed."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def recommended_sampler(
