@@ -73,7 +73,7 @@ def _hole():
 
 def test_a_network_offers_the_operators_that_fit_it(gray, color):
     palette = Restorer(_net(3, condition_channels=3))
-    assert list(gray.operators) == ["mask", "hole", "half", "uncrop", "pool", "jpeg"]
+    assert list(gray.operators) == [name for name in OPERATORS if name != "gray"]
     assert (
         gray.operators["pool"] == ("4", "2", "8") and gray.operators["mask"] == () and gray.operators["hole"] == ("",)
     )

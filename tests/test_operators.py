@@ -17,12 +17,16 @@ from scorematch.restoration import (
     JPEG,
     OPERATORS,
     AveragePool,
+    FourierLines,
+    GaussianBlur,
     Grayscale,
     Half,
     Hole,
     Mask,
+    MotionBlur,
     Observation,
     Operator,
+    Resize,
     Uncrop,
     as_operator,
 )
@@ -52,6 +56,10 @@ EXAMPLES = {
     "half": [(Half().drawn(torch.zeros(SHAPE), [1, 2]), 1)],
     "gray": [(Grayscale(), 0.446966)],
     "pool": [(AveragePool(2), 0.25)],
+    "resize": [(Resize(2), None)],
+    "blur": [(GaussianBlur(1), None), (GaussianBlur(1, boundary="reflect"), None)],
+    "motion": [(MotionBlur(5, 30), None)],
+    "fourier": [(FourierLines(4), None)],
     "jpeg": [(JPEG(20), None)],
 }
 COMPOSED = {
@@ -64,6 +72,8 @@ COMPOSED = {
     "mask of mask": (Mask(random(8, 12) > 0.3) @ Mask(torch.tensor([True, False, True])[:, None, None]), 1),
     "gray of a mask each": (Grayscale() @ Mask(random(2, 1, 8, 12) > 0.5), 0.446966),
     "pool of JPEG": (AveragePool(2) @ JPEG(20), None),
+    "gray of blur": (Grayscale() @ GaussianBlur(1), None),
+    "pool of resize": (AveragePool(2) @ Resize(2), None),
     "uncrop of mask": (Uncrop(top=2, left=3) @ Mask(random(8, 12) > 0.5), 1),
     "uncrop of column mask": (Uncrop(top=2, left=3) @ Mask(random(12) > 0.5), 1),
     "pool of uncrop": (AveragePool(2) @ Uncrop(bottom=4), 0.25),
@@ -276,9 +286,9 @@ def test_the_text_of_a_composition():
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("blur", ValueError, r"operator must be mask:FILE, hole, .* or several of them joined by ' @ ', got 'blur'\."),
+        ("haze", ValueError, r"operator must be mask:FILE, hole, .* or several of them joined by ' @ ', got 'haze'\."),
         ("", ValueError, "operator must be mask:FILE, .* got ''"),
-        ("gray @ blur", ValueError, "got 'blur'"),
+        ("gray @ haze", ValueError, "got 'haze'"),
         ("pool:2 @", ValueError, "operator must be pool:SIZE, such as pool:4, got 'pool:2 @'"),
         ("gray:2", ValueError, r"operator must be gray, got 'gray:2': it has no arguments\."),
         ("pool", ValueError, "operator must be pool:SIZE, such as pool:4, got 'pool'"),

@@ -92,14 +92,20 @@ from scorematch.restoration import (
     JPEG,
     OPERATORS,
     AveragePool,
+    Blur,
+    Fourier,
+    FourierLines,
+    GaussianBlur,
     Grayscale,
     Half,
     Hole,
     Linear,
     Mask,
     Matrix,
+    MotionBlur,
     Observation,
     Operator,
+    Resize,
     Uncrop,
     as_operator,
 )
@@ -297,7 +303,8 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
 def restoration(net: ScoreNet, x: Tensor, mask: Tensor) -> None:
     operators: list[Operator] = [Mask(mask), Uncrop(left=3), Grayscale(), AveragePool(2), JPEG(10), Negative()]
     operators += [AveragePool(2) @ Grayscale(), as_operator("pool:2 @ gray"), Hole().drawn(x, range(len(x))), Half()]
-    operators += [Linear(torch.Tensor.double), Matrix(torch.eye(3))]
+    operators += [Linear(torch.Tensor.double), Matrix(torch.eye(3)), Resize(2), FourierLines(4), Fourier(mask)]
+    operators += [Blur(torch.ones(3, 3) / 9, "reflect"), GaussianBlur(2.0, boundary="zeros"), MotionBlur(9, 45)]
     methods: Mapping[Restore, Method] = METHODS
     kinds: Mapping[str, type[Operator]] = OPERATORS
     for operator in operators:

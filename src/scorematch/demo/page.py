@@ -31,6 +31,10 @@ _LABELS = {
     "mask": "Fill in the painted part",
     "gray": "Colorize a gray copy",
     "pool": "Enlarge a small copy",
+    "resize": "Enlarge a copy that was made smaller like a photograph",
+    "blur": "Sharpen a blurred copy",
+    "motion": "Sharpen a copy that is blurred by motion",
+    "fourier": "Complete a part of the Fourier transform",
     "jpeg": "Repair a JPEG copy",
 }  # of operators; others have their help
 

@@ -1,5 +1,7 @@
 """Image restoration: operators that measure an image, observations, the methods that sample given one, and Palette."""
 
+from scorematch.restoration.blur import Blur, GaussianBlur, MotionBlur
+from scorematch.restoration.fourier import Fourier, FourierLines
 from scorematch.restoration.linear import Linear, Matrix
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
@@ -14,19 +16,26 @@ from scorematch.restoration.operators import (
     Uncrop,
     as_operator,
 )
+from scorematch.restoration.resize import Resize
 
 __all__ = [
     "JPEG",
     "OPERATORS",
     "AveragePool",
+    "Blur",
+    "Fourier",
+    "FourierLines",
+    "GaussianBlur",
     "Grayscale",
     "Half",
     "Hole",
     "Linear",
     "Mask",
     "Matrix",
+    "MotionBlur",
     "Observation",
     "Operator",
+    "Resize",
     "Uncrop",
     "as_operator",
 ]

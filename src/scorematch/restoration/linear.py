@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scorematch.restoration.decomposition import Decomposition, decompose
-from scorematch.restoration.operator import Operator
+from scorematch.restoration.operator import Operator, kind_of
 
 __all__ = ["Linear", "Matrix"]
 
@@ -61,8 +61,7 @@ class Matrix(Operator):
 
     def __init__(self, a: Tensor) -> None:
         if not isinstance(a, Tensor) or not a.is_floating_point() or a.ndim != 2:
-            found = f"{a.dtype} {tuple(a.shape)}" if isinstance(a, Tensor) else type(a).__name__
-            raise TypeError(f"a must be a floating-point matrix (M, D), got {found}.")
+            raise TypeError(f"a must be a floating-point matrix (M, D), got {kind_of(a)}.")
         if not bool(torch.isfinite(a).all()):
             raise ValueError("a must be finite, got NaN or infinite values.")
         self.a: Tensor = a.detach().clone()

@@ -205,7 +205,7 @@ class Operator(ABC):
 
     def text(self) -> str | None:
         """The text from which ``as_operator`` makes the operator; None if it has none, such as a mask."""
-        arguments, name = self._arguments(), self.form.partition(":")[0]
+        arguments, name = self._arguments(str), self.form.partition(":")[0]
         if arguments is None or not name:
             return None
         return f"{name}:{','.join(arguments)}" if arguments else name
@@ -215,20 +215,20 @@ class Operator(ABC):
         return self.text() or repr(self)
 
     def __repr__(self) -> str:
-        arguments = self._arguments()
+        arguments = self._arguments(repr)
         return super().__repr__() if arguments is None else f"{type(self).__name__}({', '.join(arguments)})"
 
-    def _arguments(self) -> list[str] | None:
-        """The constructor's arguments, from the attributes of the same names; None if one of them is not a number."""
+    def _arguments(self, write: Callable[[object], str]) -> list[str] | None:
+        """The constructor's arguments, from the attributes of the same names; None if one is not a number or a name."""
         found = []
         for name, parameter in inspect.signature(type(self)).parameters.items():
             value = getattr(self, name, None)
-            if not isinstance(value, int | float):
+            if not isinstance(value, int | float | str):
                 return None
             if parameter.kind is not parameter.KEYWORD_ONLY:
-                found.append(f"{value}")
+                found.append(write(value))
             elif value != parameter.default:
-                found.append(f"{name}={value}")
+                found.append(f"{name}={write(value)}")
         return found
 
 
@@ -256,6 +256,11 @@ def _linearized(operator: Operator, x: Tensor) -> Linearization:
     return Linearization(value.detach(), forward, adjoint)
 
 
+def kind_of(value: Any) -> str:
+    """The type of a value for messages; of a tensor, that of its values, and its shape."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def _number(text: str) -> Any:
     """The number that a text is, or the text."""
     for kind in (int, float):
@@ -275,19 +280,19 @@ class _Composition(Operator):
         self.outer, self.inner = outer, inner
         self.linear = outer.is_linear and inner.is_linear
         self.value_range = outer.value_range or inner.value_range
+        self.mask = outer.mask
         if outer.gain is None or inner.gain is None:
             return
-        mask = outer.mask
         if inner.mask is not None:
             # The composition has a gain only if the outer operator does not mix observed and unobserved values.
             carried = outer.carry_mask(inner.mask)
             if carried is None:
                 return
             try:
-                mask = carried if mask is None else carried & mask.to(carried.device)
+                self.mask = carried if self.mask is None else carried & self.mask.to(carried.device)
             except RuntimeError as error:
                 raise ValueError(f"the masks of an operator must fit each other, got {self!r}.") from error
-        self.gain, self.mask = outer.gain * inner.gain, mask
+        self.gain = outer.gain * inner.gain
 
     def text(self) -> str | None:
         """The text forms of both, joined by @."""

@@ -17,6 +17,11 @@ Hole, Half         ``hole``, ``half``      random masks          (N, C, H, W)
 Uncrop             ``uncrop:right=14``     1                     (N, C, H', W'), smaller
 Grayscale          ``gray``                0.446966              (N, 1, H, W)
 AveragePool(k)     ``pool:4``              1 / k^2               (N, C, H/k, W/k)
+Resize(scale)      ``resize:4``            none                  (N, C, H/scale, W/scale)
+Blur(kernel)       ``blur:2``              none                  (N, C, H, W)
+MotionBlur         ``motion:9,45``         none                  (N, C, H, W)
+Fourier(mask)      ``fourier:4``           none; 1 if x is       (N, 2 C, H, W)
+                                           complex
 JPEG(quality)      ``jpeg:10``             none, not linear      (N, C, H, W)
 ``A @ B``          ``pool:4 @ gray``       product of the gains  that of A for B x
 =================  ======================  ====================  =============================
@@ -54,8 +59,11 @@ from torch import Tensor
 from scorematch.core.arguments import argument, check_count
 from scorematch.core.randomness import single_generator
 from scorematch.data.pictures import read_mask, to_pixels
+from scorematch.restoration.blur import GaussianBlur, MotionBlur
+from scorematch.restoration.fourier import FourierLines
 from scorematch.restoration.masks import Draws, boxes, halves, strokes
 from scorematch.restoration.operator import Linearization, Operator
+from scorematch.restoration.resize import Resize
 
 __all__ = ["JPEG", "OPERATORS", "AveragePool", "Grayscale", "Half", "Hole", "Mask", "Uncrop", "as_operator"]
 
@@ -393,7 +401,20 @@ class JPEG(Operator):
 
 # By the names in their text forms.
 OPERATORS: dict[str, type[Operator]] = {
-    kind.form.partition(":")[0]: kind for kind in (Mask, Hole, Half, Uncrop, Grayscale, AveragePool, JPEG)
+    kind.form.partition(":")[0]: kind
+    for kind in (
+        Mask,
+        Hole,
+        Half,
+        Uncrop,
+        Grayscale,
+        AveragePool,
+        Resize,
+        GaussianBlur,
+        MotionBlur,
+        FourierLines,
+        JPEG,
+    )
 }
 
 

@@ -1,0 +1,82 @@
+r"""Reduction of images as photographs are made smaller: bicubic interpolation with antialiasing.
+
+Along each axis the measurement is the product with a matrix, y = W x, which holds the weights of
+``torch.nn.functional.interpolate(mode="bicubic", antialias=True)``: a cubic kernel (a = -1/2) as wide as four pixels of
+the small image. Pillow uses the same weights.
+
+References:
+    Keys, 1981, Cubic Convolution Interpolation for Digital Image Processing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scorematch.core.arguments import check_count
+from scorematch.restoration.operator import Operator
+
+__all__ = ["Resize"]
+
+
+class Resize(Operator):
+    """Observes images that were made smaller with antialiased bicubic interpolation.
+
+    Args:
+        scale: how many times smaller, an integer. It must divide the sizes of the images.
+        axes: the number of axes that get smaller, the last ones: 2 for images, 1 for signals.
+
+    Raises:
+        TypeError: if ``scale`` or ``axes`` is not an integer.
+        ValueError: if one of them is below 1.
+
+    Example:
+        >>> Resize(4).measure(torch.rand(1, 3, 32, 64)).shape
+        torch.Size([1, 3, 8, 16])
+    """
+
+    linear = True
+    form, help = "resize:SCALE", "they were made SCALE times smaller, with antialiased bicubic interpolation"
+    examples = ("resize:4", "resize:2", "resize:7", "resize:8")
+
+    def __init__(self, scale: int, *, axes: int = 2) -> None:
+        self.scale, self.axes = check_count("scale", scale), check_count("axes", axes)
+
+    def measure(self, x: Tensor) -> Tensor:
+        """The smaller images."""
+        sizes = x.shape[-self.axes :]
+        if x.ndim <= self.axes or any(size % self.scale for size in sizes):
+            raise ValueError(
+                f"{self!r} needs samples whose last {self.axes} sizes are multiples of {self.scale}, got shape "
+                f"{tuple(x.shape[1:])}."
+            )
+        return self._products(x, [weights(size, size // self.scale) for size in sizes])
+
+    def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """The product with the transposed matrix along each axis."""
+        return self._products(y, [weights(size * self.scale, size).T for size in y.shape[-self.axes :]])
+
+    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
+        """The shape of y with larger sizes."""
+        kept = y.ndim - self.axes
+        return (*y.shape[1:kept], *(size * self.scale for size in y.shape[kept:]))
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """The images enlarged with bicubic interpolation."""
+        return self._products(y, [weights(size, size * self.scale) for size in y.shape[-self.axes :]])
+
+    def _products(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        for axis, matrix in enumerate(matrices, x.ndim - self.axes):
+            x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T.to(x), -1, axis)
+        return x
+
+
+@functools.lru_cache(maxsize=16)
+def weights(n: int, m: int) -> Tensor:
+    """The matrix (m, n) in float64 that resizes n values to m."""
+    with torch.inference_mode(False):
+        unit = torch.eye(n, dtype=torch.float64)[None, None]
+        return torch.nn.functional.interpolate(unit, (m, n), mode="bicubic", antialias=True)[0, 0]
