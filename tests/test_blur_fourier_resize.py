@@ -84,12 +84,6 @@ def test_blur_is_the_sum_of_the_definition(boundary):
     assert torch.allclose(Blur(KERNEL, boundary).measure(x), expected)
 
 
-def test_the_transfer_function_diagonalizes_a_circular_blur():
-    operator, x = Blur(KERNEL), random(1, 1, 8, 12)
-    frequency = torch.fft.rfft2(operator.measure(x))
-    assert torch.allclose(frequency, operator.transfer((8, 12), x) * torch.fft.rfft2(x))
-
-
 def test_a_gaussian_kernel_has_its_deviation():
     kernel = GaussianBlur(2.5).kernel
     place = torch.arange(len(kernel)) - len(kernel) // 2

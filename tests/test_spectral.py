@@ -4,7 +4,21 @@ import pytest
 import torch
 
 from scorematch.evaluation.exact import operator_matrix
-from scorematch.restoration import JPEG, AveragePool, Grayscale, Linear, Mask, Matrix, Uncrop
+from scorematch.restoration import (
+    JPEG,
+    AveragePool,
+    Blur,
+    Fourier,
+    FourierLines,
+    GaussianBlur,
+    Grayscale,
+    Linear,
+    Mask,
+    Matrix,
+    MotionBlur,
+    Resize,
+    Uncrop,
+)
 from tests.helpers import seed
 
 SHAPE = (3, 4, 4)
@@ -23,6 +37,17 @@ OPERATORS = [
     AveragePool(2) @ Mask(torch.arange(4) < 2),
     SUMS,
     SUMS @ Grayscale(),
+    GaussianBlur(0.3),
+    Blur(random(3, 3)),  # not symmetric: its singular vectors of y are others than those of x
+    Blur(random(3, 3), "reflect"),
+    Blur(random(3), "zeros") @ Grayscale(),
+    MotionBlur(3, 20) @ AveragePool(1),
+    Resize(2),
+    Resize(2) @ Grayscale(),
+    Fourier(random(4, 4) > 0),
+    Fourier(random(4, 4) > 0) @ Grayscale(),
+    Fourier(random(4, 4) > 0, random(2, 4, 4)),
+    FourierLines(3),
     Matrix(random(5, 48)),
     Matrix(random(5, 2) @ random(2, 48)),
     Matrix(random(60, 48)),
@@ -56,4 +81,14 @@ def test_the_singular_values_are_those_of_the_matrix():
 
 def test_operators_without_a_cheap_decomposition_have_none():
     assert JPEG(5).decomposition(random(1, *SHAPE)) is None
-    assert SUMS.decomposition(torch.zeros(1, 3, 32, 32)) is None
+    for operator in (SUMS, GaussianBlur(1, boundary="zeros"), SUMS @ AveragePool(1), Mask(torch.ones(1) > 0) @ SUMS):
+        assert operator.decomposition(torch.zeros(1, 3, 64, 64)) is None
+
+
+@pytest.mark.parametrize("operator", [GaussianBlur(2), Resize(4), FourierLines(4), Resize(4) @ Grayscale()], ids=repr)
+def test_decompositions_of_large_images(operator):
+    """They need no matrix of the whole image, and float32 is enough."""
+    x = random(1, 3, 64, 64).float()
+    svd, y = operator.decomposition(x), operator.measure(x)
+    assert torch.allclose(operator.measure(svd.sample(svd.coefficients(x))), y, atol=1e-5)
+    assert torch.allclose(svd.values * svd.coefficients(x), svd.measured(y), atol=1e-5)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_choice, check_count, check_value
 from scorematch.core.schema import Field
+from scorematch.restoration.decomposition import Decomposition, hartley
 from scorematch.restoration.operator import Operator, kind_of
 
 __all__ = ["Blur", "GaussianBlur", "MotionBlur"]
@@ -89,17 +90,29 @@ class Blur(Operator):
         new.kernel = self.kernel.to(torch.float32).to(device)
         return new
 
-    def transfer(self, sizes: Sequence[int], like: Tensor) -> Tensor:
-        r"""The Fourier transform :math:`\hat k` of the kernel for samples of some sizes, as ``torch.fft.rfftn`` has it.
+    def decomposition(self, x: Tensor) -> Decomposition | None:
+        r"""For the boundary "circular" the singular values are the absolute values of :math:`\hat k`."""
+        if self.boundary != "circular":
+            return super().decomposition(x)
+        axes = self._last(self._extended(x))
+        transfer = torch.fft.fftn(self._placed([x.shape[axis] for axis in axes], x))
+        values = transfer.abs()
+        values = torch.where(values > values.max() * torch.finfo(values.dtype).eps, values, 0)
+        phase = torch.where(values > 0, transfer.conj() / values, 0)
+        return Decomposition(
+            values, lambda x: hartley(x, axes), lambda c: hartley(c, axes), lambda y: hartley(y, axes, phase)
+        )
 
-        Args:
-            sizes: those of the blurred axes.
-            like: a tensor of the device and of the floating-point type to compute in.
-        """
+    def _last(self, x: Tensor) -> tuple[int, ...]:
+        """The axes of x that are blurred."""
+        return tuple(range(x.ndim - self.kernel.ndim, x.ndim))
+
+    def _placed(self, sizes: Sequence[int], like: Tensor) -> Tensor:
+        """The kernel among zeros, for samples of some sizes, with its center in the first place."""
         placed = like.new_zeros(tuple(sizes))
         placed[tuple(map(slice, self.kernel.shape))] = self.kernel.to(like)
         centers = [-(size // 2) for size in self.kernel.shape]
-        return torch.fft.rfftn(placed.roll(centers, tuple(range(placed.ndim))))
+        return placed.roll(centers, tuple(range(placed.ndim)))
 
     def _extended(self, x: Tensor) -> Tensor:
         """X with half of the kernel's size of outer values at each border; unchanged for "circular"."""
@@ -118,10 +131,10 @@ class Blur(Operator):
 
     def _convolved(self, x: Tensor, shape: Sequence[int], *, transposed: bool = False) -> Tensor:
         """The circular convolution of x, cut to a shape in the middle."""
-        axes = tuple(range(x.ndim - self.kernel.ndim, x.ndim))
+        axes = self._last(x)
         sizes = [x.shape[axis] for axis in axes]
         exact = x.to(torch.promote_types(x.dtype, torch.float32))  # there is no Fourier transform in bfloat16
-        transfer = self.transfer(sizes, exact)
+        transfer = torch.fft.rfftn(self._placed(sizes, exact))
         spectrum = torch.fft.rfftn(exact, dim=axes) * (transfer.conj() if transposed else transfer)
         x = torch.fft.irfftn(spectrum, sizes, axes).to(x.dtype)
         for axis in axes:

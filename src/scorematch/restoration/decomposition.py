@@ -1,6 +1,10 @@
 r"""The singular value decomposition of a linear operator, :math:`A = U S V^\top`.
 
+What is diagonal in the Fourier transform has real coefficients in the orthonormal Hartley transform,
+:math:`\mathcal{H} x = \operatorname{Re} \mathcal{F} x - \operatorname{Im} \mathcal{F} x`, which is its own inverse.
+
 References:
+    Bracewell, 1983, Discrete Hartley Transform.
     Press et al., 2007, Numerical Recipes, 3rd ed., 2.6.
 """
 
@@ -16,9 +20,8 @@ from torch import Tensor
 class Decomposition(NamedTuple):
     r"""The singular value decomposition of a linear operator, :math:`A = U S V^\top`, as functions of batches.
 
-    The coefficients of y and x, :math:`U^\top y` and :math:`V^\top x`, have the same shape. They may be complex, as
-    those of a Fourier transform. Singular vectors of x whose value is 0 may be left out, so that :math:`V V^\top` is
-    the projection onto the others.
+    The coefficients of y and x, :math:`U^\top y` and :math:`V^\top x`, have the same shape. Singular vectors of x whose
+    value is 0 may be left out, so that :math:`V V^\top` is the projection onto the others.
 
     Attributes:
         values: the singular values s, the diagonal of S, which broadcast to the coefficients; 0 where y is not
@@ -46,3 +49,10 @@ def decompose(a: Tensor, x: Tensor) -> Decomposition:
         lambda c: (c @ vt).view(len(c), *x.shape[1:]),
         lambda y: y.flatten(1) @ u,
     )
+
+
+def hartley(x: Tensor, axes: tuple[int, ...], factor: Tensor | None = None) -> Tensor:
+    """The orthonormal Hartley transform of x over some axes, after a product of its Fourier transform with a factor."""
+    z = torch.fft.fftn(x, dim=axes, norm="ortho")
+    z = z if factor is None else z * factor
+    return z.real - z.imag

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_count, check_value
 from scorematch.core.schema import Field
+from scorematch.restoration.decomposition import Decomposition, hartley
 from scorematch.restoration.operator import Operator, kind_of
 
 __all__ = ["Fourier", "FourierLines"]
@@ -109,6 +110,24 @@ class Fourier(Operator):
             return x
         squares = self.sensitivities.abs().square().sum(0).to(x)
         return torch.where(squares > 0, x / squares, 0)
+
+    def decomposition(self, x: Tensor) -> Decomposition | None:
+        r"""For real samples without sensitivities :math:`A^\top A` is diagonal in the Fourier transform.
+
+        Its eigenvalues are 1 where both f and -f are sampled, and 1/2 where one of them is.
+        """
+        if self.complex or self.sensitivities is not None:
+            return super().decomposition(x)
+        mask = self._sampled(x).expand(x.shape[-self.axes :])
+        opposite = mask.flip(self._last).roll((1,) * self.axes, self._last)
+        values = ((mask.to(x) + opposite.to(x)) / 2).sqrt()
+        inverse = torch.where(values > 0, 1 / values, 0)
+        return Decomposition(
+            values,
+            lambda x: hartley(x, self._last),
+            lambda c: hartley(c, self._last),
+            lambda y: hartley(self.adjoint(y), self._last) * inverse,
+        )
 
     def sample_shape(self, y: Tensor) -> tuple[int, ...]:
         """That of y with the channels of the samples."""

@@ -329,6 +329,19 @@ class _Composition(Operator):
             outer.value, lambda u: outer.forward(inner.forward(u)), lambda v: inner.adjoint(outer.adjoint(v))
         )
 
+    def decomposition(self, x: Tensor) -> Decomposition | None:
+        """That of the outer operator if the inner one has a gain and observes all values: its rows are orthogonal."""
+        c, inner = self.inner.gain, self.inner
+        if self.gain is not None or c is None or inner.mask is not None:
+            return super().decomposition(x)
+        outer = self.outer.decomposition(inner.measure(x))
+        return outer and Decomposition(
+            outer.values * c**0.5,
+            lambda x: outer.coefficients(inner.measure(x)) / c**0.5,
+            lambda v: inner.pseudo_inverse(outer.sample(v)) * c**0.5,
+            outer.measured,
+        )
+
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """That of the outer operator, then that of the inner one."""
         return self.inner.pseudo_inverse(self.outer.pseudo_inverse(y))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import check_count
+from scorematch.restoration.decomposition import Decomposition
 from scorematch.restoration.operator import Operator
 
 __all__ = ["Resize"]
@@ -68,10 +69,27 @@ class Resize(Operator):
         """The images enlarged with bicubic interpolation."""
         return self._products(y, [weights(size, size * self.scale) for size in y.shape[-self.axes :]])
 
+    def decomposition(self, x: Tensor) -> Decomposition:
+        """The product of those of the matrices along the axes."""
+        u, values, vt = zip(*(_svd(size, size // self.scale) for size in x.shape[-self.axes :]), strict=True)
+        return Decomposition(
+            functools.reduce(lambda a, b: a[..., None] * b, values).to(x),
+            lambda x: self._products(x, vt),
+            lambda c: self._products(c, [each.T for each in vt]),
+            lambda y: self._products(y, [each.T for each in u]),
+        )
+
     def _products(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         for axis, matrix in enumerate(matrices, x.ndim - self.axes):
             x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T.to(x), -1, axis)
         return x
+
+
+@functools.lru_cache(maxsize=16)
+def _svd(n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.inference_mode(False):
+        u, values, vt = torch.linalg.svd(weights(n, m), full_matrices=False)
+        return u, values, vt
 
 
 @functools.lru_cache(maxsize=16)
