@@ -423,6 +423,36 @@ def test_draws_from_the_posterior_are_calibrated(kind):
     assert near(found.spread, 1) and found.shift < 0.1 and found.p_value > 1e-3
 
 
+def correlated(values):
+    """The product with the inverse of 0.09 (I + 1/8), a covariance of neighboring values of eight."""
+    return (values - values.mean((1, 2, 3), keepdim=True) / 2) / 0.09
+
+
+@pytest.mark.parametrize(
+    "sigma",
+    [torch.linspace(0.1, 0.9, 4), torch.tensor([0.1, 0.1, 0.1, math.inf]), correlated],
+    ids=["levels", "not measured", "covariance"],
+)
+@pytest.mark.parametrize(("change", "accepted"), [(1.0, True), (0.6, False)])
+def test_draws_are_calibrated_for_every_kind_of_noise(sigma, change, accepted):
+    world = small("gaussian")
+    samplers = {"draws": Posterior(world, lambda x, mean: mean + change * (x - mean))}
+    whole = Mask(torch.ones(4, dtype=torch.bool))
+    exact, found = posterior_calibration(
+        world, whole, samplers, sigma=sigma, observations=200, draws=19, progress=False
+    )
+    assert exact.p_value > 1e-3 and near(exact.spread, 1)
+    assert (found.p_value > 1e-3) == accepted and near(found.spread, change)
+
+
+def test_methods_that_refuse_the_noise_are_left_out():
+    world = Gaussian(torch.zeros(8), 1.0, FLAT, schedule=NoiseSchedule.geometric(4, 0.02, 30))
+    levels = torch.linspace(0.2, 0.5, 4)
+    found = posterior_calibration(world, LEFT, sigma=levels, observations=30, draws=2, progress=False)
+    names = [each.name for each in found]
+    assert names[0] == "posterior" and "guide" not in names
+
+
 def test_overconfident_draws_are_found_with_their_spread():
     found = calibrated(small("gaussian"), lambda x, mean: mean + 0.5 * (x - mean), observations=500, draws=19)
     assert near(found.spread, 0.5) and found.shift < 0.1 and found.p_value < 1e-6
@@ -503,6 +533,7 @@ def test_the_calibration_does_not_depend_on_the_default_dtype():
         ({"observations": 99}, "the ranks of 19 draws need at least 100 observations, got 99"),
         ({"operator": Mask(torch.ones(2, 1, 2, 4) > 0)}, "must be for any image, got one for 2 images"),
         ({"operator": JPEG(50)}, "the operator must be linear"),
+        ({"sigma": torch.ones(3)}, r"sigma must broadcast to y of shape \(100, 1, 2, 4\), got shape \(3,\)"),
         ({"operator": Uncrop(), "sigma": 0.0}, "the observations determine the images completely"),
     ],
 )

@@ -1,14 +1,9 @@
 r"""Whether restored images are samples of the posterior: rank statistics and coverage where the posterior is known.
 
-A restoration method answers an observation :math:`y = A x_0 + \sigma_y n` with K draws. If they are samples of the
-posterior, then :math:`x_0` and the draws have the same distribution given y, and for any function f the rank of
-:math:`f(x_0)` among the K values of the draws is uniform over 0, ..., K. Consequently the interval between the i-th
-smallest and the i-th largest value contains :math:`f(x_0)` with the probability
-
-.. math:: 1 - \frac{2i}{K + 1}, \qquad i = 1, \dots, \lfloor K/2 \rfloor .
-
-Here f are projections :math:`\langle w_j, x \rangle` on fixed random directions, :math:`x_0` is drawn from a
-``Gaussian`` or a ``GaussianMixture``, and the following is reported over many observations:
+A restoration method answers an observation :math:`y = A x_0 + n` with K draws. The ranks of the truth among them
+(``scorematch.evaluation.ranks``) are those of projections :math:`\langle w_j, x \rangle` on fixed random directions.
+:math:`x_0` is drawn from a ``Gaussian``, a ``GaussianMixture`` or a ``LevyProcess``, and the following is reported over
+many observations:
 
 - **coverage**: the share of intervals that contain the truth. Below the nominal value the draws are too alike or biased
   (overconfident); above it, too different.
@@ -19,14 +14,17 @@ Here f are projections :math:`\langle w_j, x \rangle` on fixed random directions
   (Bonferroni). Below 0.01 the draws are not samples of the posterior; coverage, spread and shift show the size of the
   error. With enough observations every approximate method is rejected.
 
+The moments of the posterior of a ``LevyProcess`` are those of its exact draws.
+
 References:
     Talts et al., 2018, Validating Bayesian Inference Algorithms with Simulation-Based Calibration, arXiv:1804.06788.
+    Zach et al., 2025, A Statistical Benchmark for Diffusion Posterior Sampling Algorithms, arXiv:2509.12821.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,17 +32,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
-from scorematch.core.randomness import seed_of, single_generator, standard_normal, uniform
+from scorematch.core.randomness import seed_of, single_generator
 from scorematch.evaluation.estimate import Estimate, mean_of, root_of
-from scorematch.evaluation.exact import GaussianMixture
+from scorematch.evaluation.exact import Distribution, GaussianMixture
+from scorematch.evaluation.levy import LevyProcess
+from scorematch.evaluation.measurement import noise_of
+from scorematch.evaluation.ranks import FEWEST_PER_RANK, inside, nearest, nominal, p_value, ranks_among
+from scorematch.evaluation.ranks import directions as random_directions
 from scorematch.evaluation.report import Report
-from scorematch.restoration.methods import METHODS
+from scorematch.restoration.methods import METHODS, Method
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler
 
 _KNOWN = 1e-9  # the ratio of the posterior variance to the prior variance below which a direction counts as known
-_FEWEST_PER_RANK = 5  # observations per rank, below which the chi-squared distribution is not a good approximation
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,33 +81,26 @@ class Calibration:
         """
         if not 1 <= i <= self.draws // 2:
             raise ValueError(f"i must be from 1 to {self.draws // 2} for {self.draws} draws, got {i}.")
-        inside = (self.ranks >= i) & (self.ranks <= self.draws - i)
-        return 1 - 2 * i / (self.draws + 1), mean_of(inside.double().mean(1))
+        return nominal(self.draws, i), mean_of(inside(self.ranks, self.draws, i).double().mean(1))
 
     @property
     def p_value(self) -> float:
         """The p value of the test that the ranks are uniform, over all directions."""
-        expected = len(self.ranks) / (self.draws + 1)
-        counts = torch.stack([column.bincount(minlength=self.draws + 1) for column in self.ranks.T]).double()
-        statistic = ((counts - expected).square() / expected).sum(1)
-        half = torch.tensor(self.draws / 2, dtype=torch.float64, device="cpu")
-        smallest = float(torch.special.gammaincc(half, statistic / 2).min())
-        return min(1.0, len(counts) * smallest)
+        return p_value(self.ranks, self.draws)
 
     def _asdict(self) -> dict[str, object]:
         """The columns of the table, with the coverage of the intervals nearest to 50 % and 90 %."""
-        numbers = range(1, self.draws // 2 + 1)
-        chosen = [min(numbers, key=lambda i: abs(self.coverage(i)[0] - level)) for level in (0.5, 0.9)]
-        shares = {f"coverage, nominal {nominal:.1%}": share for nominal, share in map(self.coverage, chosen)}
+        chosen = [self.coverage(nearest(self.draws, level)) for level in (0.5, 0.9)]
+        shares = {f"coverage, nominal {expected:.1%}": share for expected, share in chosen}
         return {"method": self.name, **shares, "spread": self.spread, "shift": self.shift, "p value": self.p_value}
 
 
 def posterior_calibration(
-    exact: GaussianMixture,
+    exact: GaussianMixture | LevyProcess,
     operator: Operator,
     samplers: Mapping[str, Sampler] | None = None,
     *,
-    sigma: float = 0.0,
+    sigma: float | Tensor | Callable[[Tensor], Tensor] = 0.0,
     observations: int = 200,
     draws: int = 19,
     directions: int = 8,
@@ -116,13 +110,15 @@ def posterior_calibration(
     """Measures the calibration of restoration methods on a distribution whose posterior is known.
 
     Args:
-        exact: a ``Gaussian`` or a ``GaussianMixture``, with a schedule unless ``samplers`` is given. The truth is drawn
-            from it. For each observation a covariance (D, D) is decomposed, which is fast up to D of a few hundred.
+        exact: a distribution with known posteriors, with a schedule unless ``samplers`` is given. The truth is drawn
+            from it. For each observation of a Gaussian or a mixture a covariance (D, D) is decomposed, which is fast up
+            to D of a few hundred.
         operator: a linear operator that can be applied to any batch of images, without one mask per image.
         samplers: samplers with an exact score, or with that of a network trained on samples of ``exact``, by name; each
             with its ``restore`` and with ``clamp=False``. None is plain annealed Langevin dynamics with each method of
-            ``restore``.
-        sigma: the standard deviation of the noise in the observations.
+            ``restore`` that takes an observation with this operator and noise.
+        sigma: the noise in the observations, as for an ``Observation``: a standard deviation, that of each value, or
+            the product with the inverse of the covariance.
         observations: the number of observations, at least 5 (draws + 1).
         draws: K, the number of draws for each observation, at least 2. With 19 the intervals have the nominal coverages
             0.9, 0.8, ..., 0.1.
@@ -139,32 +135,33 @@ def posterior_calibration(
             mask per image; or if the observations determine the images completely.
     """
     draws, directions = check_count("draws", draws, 2), check_count("directions", directions)
-    fewest = _FEWEST_PER_RANK * (draws + 1)
+    fewest = FEWEST_PER_RANK * (draws + 1)
     if observations < fewest:
         raise ValueError(f"the ranks of {draws} draws need at least {fewest} observations, got {observations}.")
     if len(operator) > 1:
         raise ValueError(f"the operator must be for any image, got one for {len(operator)} images.")
+    truth = exact.sample(observations, seed_of(seed, "truth"))
+    y = operator.measure(truth)
+    observation = Observation(operator, y, sigma)
+    y = y + noise_of(observation, single_generator(seed_of(seed, "noise")))
+    observation = Observation(operator, y, sigma)
     if samplers is None:
         samplers = {
             restore: AnnealedLangevinSampler(exact, restore=restore, consistent=False, clamp=False)
-            for restore in METHODS
+            for restore, method in METHODS.items()
+            if _takes(method, observation)
         }
-    truth = exact.sample(observations, seed_of(seed, "truth"))
-    y = operator.measure(truth)
-    y = y + sigma * standard_normal(y.shape, single_generator(seed_of(seed, "noise")), y.device)
-    drawing = single_generator(seed_of(seed, "directions"))
-    w = standard_normal((truth[0].numel(), directions), drawing, torch.device("cpu"))
-    w = (w / w.norm(dim=0)).double()
+    w = random_directions(truth[0].numel(), directions, seed)
 
     def along(x: Tensor) -> Tensor:
         """The projections (n, J) of images (n, ...)."""
         return x.cpu().double().flatten(1) @ w
 
-    def variance_of(distribution: GaussianMixture) -> Tensor:
+    def variance_of(distribution: Distribution) -> Tensor:
         """The variances (J,) along the directions."""
         return (distribution.covariance.cpu() @ w * w).sum(0)
 
-    posteriors = [exact.posterior(Observation(operator, y, sigma), i) for i in range(observations)]
+    posteriors = exact.posteriors(observation, seed_of(seed, "posteriors"))
     mean = torch.stack([posterior.mean.cpu() @ w for posterior in posteriors])
     variance = torch.stack([variance_of(posterior) for posterior in posteriors])
     if not (variance > _KNOWN * variance_of(exact)).all():
@@ -176,6 +173,8 @@ def posterior_calibration(
         for i, posterior in enumerate(posteriors)
     ]
     found = [_calibration("posterior", torch.stack(drawn), along(truth), mean, variance, seed)]
+    if isinstance(sigma, Tensor):
+        sigma = sigma.expand_as(y).repeat_interleave(draws, 0)
     repeated = Observation(operator, y.repeat_interleave(draws, 0), sigma)
     for name, sampler in tqdm(samplers.items(), "methods", leave=False, disable=not progress):
         generator = seed_of(seed, "draws", name)
@@ -185,15 +184,21 @@ def posterior_calibration(
     return Report(found)
 
 
+def _takes(method: Method, observation: Observation) -> bool:
+    try:
+        method.make(observation, 1.0)
+    except ValueError:
+        return False
+    return True
+
+
 def _calibration(name: str, values: Tensor, truth: Tensor, mean: Tensor, variance: Tensor, seed: int) -> Calibration:
     """Compares draws with the truth and with the moments of the posterior, all along the directions.
 
     ``values`` are the draws (observations, K, J), and the others (observations, J).
     """
     draws = values.shape[1]
-    below, equal = (compare(values, truth[:, None]).sum(1) for compare in (torch.lt, torch.eq))
-    u = uniform(equal.shape, single_generator(seed_of(seed, "ties", name)), equal.device)
-    ranks = below + (u * (equal + 1)).long()
+    ranks = ranks_among(values, truth, single_generator(seed_of(seed, "ties", name)))
     shifts = (values.mean(1) - mean) / variance.sqrt()
     ratios = values.var(1) / variance
     square = float((shifts.square() - ratios / draws).mean())

@@ -43,10 +43,10 @@ from torch import Tensor
 from scorematch.core.batches import as_sigma, check_data
 from scorematch.core.randomness import single_generator, standard_normal
 from scorematch.evaluation.accumulate import Moments
+from scorematch.evaluation.measurement import linear_gaussian, operator_matrix
 from scorematch.evaluation.rows import double, is_symmetric
 from scorematch.noise import NoiseSchedule
 from scorematch.restoration.observation import Observation
-from scorematch.restoration.operator import Operator
 
 __all__ = ["Distribution", "Empirical", "Gaussian", "GaussianMixture", "operator_matrix"]
 
@@ -235,24 +235,20 @@ class GaussianMixture(Distribution):
         weights, means, covariance = self._posterior_parameters(observation, image)
         return GaussianMixture(weights, means, covariance, **self._attributes)
 
+    def posteriors(
+        self, observation: Observation, generator: torch.Generator | int | None = None
+    ) -> list[GaussianMixture]:
+        """The posteriors of all samples that an observation measures; they need no random numbers."""
+        return [self.posterior(observation, image) for image in range(len(observation))]
+
     def _posterior_parameters(self, observation: Observation, image: int) -> tuple[Tensor, Tensor, Tensor]:
-        if not isinstance(observation, Observation):
-            raise TypeError(f"observation must be an Observation, got {type(observation).__name__}.")
-        if len(observation) > 1 and not 0 <= image < len(observation):
-            raise ValueError(f"image must be from 0 to {len(observation) - 1}, got {image}.")
-        observation = observation.of_shape(self.sample_shape).rows(slice(image, image + 1))
-        a = operator_matrix(observation.operator, self.sample_shape).to(self.means.device)
-        y = observation.residual(torch.zeros_like(observation.y))
-        noise = _noise_covariance(observation).to(self.means)
-        if observation.mask is not None:
-            a = a * observation.mask.expand_as(y).flatten()[:, None].to(a)
-        y = y.to(self.means)
+        a, y, noise = (each.to(self.means) for each in linear_gaussian(observation, self.sample_shape, image))
         cross = self._within @ a.T
         values, vectors = torch.linalg.eigh(a @ cross + (noise if noise.ndim else 0))
         exact = len(values) * torch.finfo(values.dtype).eps * values[-1]  # eigenvalues up to their rounding error are 0
         values = torch.where(values > exact, values, 0) + (0 if noise.ndim else noise)  # those of S
         inverse = torch.where(values > 0, 1 / values, 0)
-        residuals = (y.flatten() - self.means @ a.T) @ vectors  # (K, values of y), along the axes of S
+        residuals = (y - self.means @ a.T) @ vectors  # (K, values of y), along the axes of S
         logits = self.weights.log() - (residuals.square() @ inverse) / 2
         # Without noise, the part of y in the directions in which no component varies selects the nearest components.
         outside = residuals[:, values == 0].square().sum(1)
@@ -418,30 +414,6 @@ class Empirical(Distribution):
         centered, v = x - self.mean, (variance + self.bandwidth**2).expand(-1, x.shape[1])
         total, _ = _components(centered, v, self._components())
         return total + _log_normal(centered, v)
-
-
-def operator_matrix(operator: Operator, sample_shape: Sequence[int]) -> Tensor:
-    """The matrix (values of y, D) of a linear operator on images of a shape, in float64.
-
-    Args:
-        operator: a linear operator, for one image.
-        sample_shape: the shape (C, H, W) of the images.
-    """
-    if not operator.is_linear:
-        raise ValueError(f"the operator must be linear, got {operator!r}. Write linear = True in its class if it is.")
-    size = math.prod(sample_shape)
-    return operator.measure(torch.eye(size, dtype=torch.float64, device="cpu").view(size, *sample_shape)).flatten(1).T
-
-
-def _noise_covariance(observation: Observation) -> Tensor:
-    """The variance () of the noise of all values of y of one sample, or the covariance (values of y, values of y)."""
-    y = observation.y.double()
-    if isinstance(observation.sigma, float):
-        return y.new_tensor(observation.sigma**2)
-    if isinstance(observation.sigma, Tensor):
-        return observation.covariance(torch.ones_like(y)).flatten().diag()
-    units = torch.eye(y.numel(), dtype=y.dtype, device=y.device).view(-1, *y.shape[1:])
-    return torch.linalg.inv(observation.sigma(units).flatten(1))
 
 
 # -- Mixtures in float64 ----------------------------------------------------------------------------------------------

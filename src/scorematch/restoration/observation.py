@@ -196,8 +196,9 @@ class Observation:
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        noise = f", sigma {self.sigma:g}" if isinstance(self.sigma, float) else f", sigma {_described(self.sigma)}"
-        return f"Observation({self.operator!r}, y {'x'.join(map(str, self.y.shape))}{noise if self.sigma != 0 else ''})"
+        noise = f"{self.sigma:g}" if isinstance(self.sigma, float) else _described(self.sigma)
+        shown = "" if noise == "0" else f", sigma {noise}"
+        return f"Observation({self.operator!r}, y {'x'.join(map(str, self.y.shape))}{shown})"
 
     def __len__(self) -> int:
         """The number of observed images; one image is used for any number of samples."""
