@@ -77,7 +77,7 @@ from scorematch.evaluation import (
 from scorematch.evaluation.calibration import Calibration
 from scorematch.evaluation.diagnostics import LevelLoss, ScoreError
 from scorematch.evaluation.features import Extracted
-from scorematch.evaluation.levy import Laplace, LevyProcess, Student
+from scorematch.evaluation.levy import Increments, Laplace, LevyProcess, Student
 from scorematch.evaluation.memorization import Neighbors
 from scorematch.evaluation.report import Report
 from scorematch.evaluation.sampler_distance import SamplerDistance, sampler_variants
@@ -417,7 +417,8 @@ def diagnostics(net: ScoreNet, x: Tensor) -> None:
     assert_type(distances[-1].energy, Estimate)
     calibration: Report[Calibration] = posterior_calibration(mixture, Mask(x > 0))
     assert_type(calibration.table() + calibration[0].name, str)
-    signals = [LevyProcess(increments, 64) for increments in (Laplace(), Student(3.0))]
+    laws: list[Increments] = [Laplace(), Student(3.0)]
+    signals = [LevyProcess(law, 64) for law in laws]
     seen = Observation(Mask(x[0] > 0), x)
     assert_type(signals[0].posterior_samples(seen, 3, generator=0), Tensor)
     posterior_calibration(signals[1], Mask(x > 0), sigma=torch.ones(64))
