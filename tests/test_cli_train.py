@@ -421,10 +421,10 @@ def test_an_image_size_is_a_side_or_height_x_width():
         (("--device", "mps"), "--device mps is not available: Accelerate uses cpu"),
         (("--batch-size", "13"), "the data have 12 images, fewer than a batch of 13. Pass --batch-size 12 or less.$"),
         (
-            ("--image-size", "10"),
-            "height and width must be multiples of 4, got 10x10. Pass --image-size 8 or --image-size 12.$",
+            ("--recipe", "ncsn-cifar10", "--image-size", "13"),
+            "height and width must be multiples of 2, got 13x13. Pass --image-size 12 or --image-size 14.$",
         ),
-        (("--image-size", "13x8"), "multiples of 4, got 13x8. Pass --image-size 12x8 or --image-size 16x8.$"),
+        (("--image-size", "3x8"), "every side of a sample must be at least 4, the largest stride, got 3x8.$"),
         (("--labels",), ": --labels needs all images in subfolders.* or leave out --labels.$"),
         (("--crop", "celeba"), "needs images of at least 140 x 140 pixels"),
         (("--recipe", "ncsn-cifar10", "--image-size", "15"), "15x15"),

@@ -343,8 +343,9 @@ def test_a_network_on_patches_is_one_on_more_channels(rng):
     inner.load_state_dict(net.state_dict())
     x, c_noise = torch.randn(2, 3, 16, 16, generator=rng), torch.zeros(2)
     assert torch.equal(net(x, c_noise), F.pixel_shuffle(inner(F.pixel_unshuffle(x, 2), c_noise), 2))
-    with pytest.raises(ValueError, match="height and width must be multiples of 8, got 12x16"):
-        net(x[:, :, :12], c_noise)
+    assert net(x[:, :, :13], c_noise).shape == (2, 3, 13, 16)
+    with pytest.raises(ValueError, match="every side of x must be at least 8, the largest stride, got 7x16"):
+        net(x[:, :, :7], c_noise)
 
 
 # -- Networks to train

@@ -176,9 +176,9 @@ def test_unsupported_options_raise(options, message):
         _small(**options)
 
 
-def test_image_sizes_that_patches_do_not_divide_raise(rng):
-    with pytest.raises(ValueError, match="height and width must be multiples of 8, got 12x16"):
-        _net("4")(torch.rand(1, 3, 12, 16), 0.3)
+def test_an_image_smaller_than_the_largest_stride_raises(rng):
+    with pytest.raises(ValueError, match="every side of x must be at least 8, the largest stride, got 7x16"):
+        _net("4")(torch.rand(1, 3, 7, 16), 0.3)
 
 
 @pytest.mark.parametrize(

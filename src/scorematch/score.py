@@ -34,6 +34,7 @@ from scorematch.nets.inference import InferenceScore, is_plain
 from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
 from scorematch.nets.precondition import ROWS, Preconditioning, check_options
 from scorematch.nets.refinenet import Depth
+from scorematch.nets.space import Padding
 from scorematch.noise import NoiseSchedule, check_schedule
 from scorematch.pretrained.configuration import FORMAT_VERSION, FREE_KEYS, Stored, architecture
 from scorematch.pretrained.convert import read_checkpoint
@@ -48,6 +49,7 @@ from scorematch.sampling.settings import SamplerSettings
 __all__ = ["ScoreNet"]
 
 Size = int | tuple[int, int]
+AnySize = int | Sequence[int]
 Range = tuple[float, float]
 _ENDS = Field(list, low=2, high=2, each=Field(float))
 
@@ -247,7 +249,7 @@ class ScoreNet(NetworkScore, nn.Module):
     def unet(
         cls,
         channels: int = 3,
-        image_size: Size = 32,
+        image_size: AnySize = 32,
         *,
         widths: Sequence[int] = (64, 128, 128),
         layers_per_block: int | Sequence[int] = 2,
@@ -259,6 +261,7 @@ class ScoreNet(NetworkScore, nn.Module):
         patch: int = 1,
         pixel_channels: int = 0,
         pixel_layers: int = 1,
+        padding: Padding | Sequence[Padding] = "zeros",
         schedule: NoiseSchedule | None = None,
         precondition: str = "karras",
         precondition_options: Mapping[str, float] | None = None,
@@ -267,10 +270,11 @@ class ScoreNet(NetworkScore, nn.Module):
 
         Args:
             channels: the number of channels of an image.
-            image_size: (height, width) of a sample in pixels, or the side of a square one; both are multiples of
-                ``patch * 2 ** (len(widths) - 1)``.
-            widths: the number of feature channels at each scale, from full resolution down; height and width are halved
-                from one scale to the next.
+            image_size: (height, width) of a sample in pixels, or the side of a square one; (length,) for signals
+                (N, C, L), (depth, height, width) for volumes (N, C, D, H, W). Every side is at least the largest
+                stride, ``patch * 2 ** (len(widths) - 1)``; sides that are no multiples of it are extended inside.
+            widths: the number of feature channels at each scale, from full resolution down; all sides are halved from
+                one scale to the next.
             layers_per_block: the number of residual blocks at each scale on the way down; the way up has one more. Or
                 one number per scale, from full resolution down; such a network is saved in this package's own layout,
                 which diffusers cannot read.
@@ -288,6 +292,8 @@ class ScoreNet(NetworkScore, nn.Module):
             pixel_channels: the width of more residual blocks at full resolution, for ``patch`` above 1: a multiple of 4
                 up to 64, or a multiple of 32; 0 for none.
             pixel_layers: the number of these blocks on the way down, and their number on the way up.
+            padding: what lies beyond the ends of the axes: "zeros"; "circular", for periodic data; "reflect"; or a
+                sequence with one of these for each axis.
             schedule: the noise levels; None is NCSNv2's schedule for CIFAR-10, 232 levels from 50 to 0.01.
             precondition: a row of the table in ``scorematch.nets.precondition``; "karras" is the best one to train
                 with.
@@ -312,6 +318,7 @@ class ScoreNet(NetworkScore, nn.Module):
             "patch": patch,
             "pixel_channels": pixel_channels,
             "pixel_layers": pixel_layers,
+            "padding": padding,
         }
         return cls._build("unet", image_size, schedule, precondition, given, precondition_options)
 
@@ -403,28 +410,31 @@ class ScoreNet(NetworkScore, nn.Module):
     def _build(
         cls,
         name: str,
-        image_size: Size,
+        image_size: AnySize,
         schedule: NoiseSchedule | None,
         precondition: str,
         given: Mapping[str, Any],
         precondition_options: Mapping[str, float] | None = None,
     ) -> ScoreNet:
-        """Builds a network of images in [0, 1] with new weights, from the other arguments of its builder."""
+        """Builds a network of images in [0, 1], or other data, with new weights, from the arguments of its builder."""
         family = FAMILIES[name]
         check_choice("precondition", precondition, family.preconditions)
         schedule = NoiseSchedule.geometric(*family.levels) if schedule is None else schedule
         check_schedule(schedule)
         sides = (image_size, image_size) if isinstance(image_size, Integral) else image_size
         size = check_sizes("image_size", sides, "a side or (height, width)")
-        if len(size) != 2:
-            raise ValueError(f"image_size must be a side or (height, width), got {image_size!r}.")
+        if len(size) not in family.dimensions:
+            wanted = "a side, (height, width)" + (
+                ", (length,) or (depth, height, width)" if len(family.dimensions) > 1 else ""
+            )
+            raise ValueError(f"image_size must be {wanted}, got {image_size!r}.")
         backbone, architecture = family.create(given, size, levels=len(schedule), precondition=precondition)
         net = cls(
             backbone,
             schedule,
             precondition=precondition,
             sample_shape=(given["channels"], *size),
-            value_range=(0, 1),
+            value_range=(0, 1) if len(size) == 2 else None,
             precondition_options=precondition_options,
         )
         net._architecture = {"family": name, **architecture}

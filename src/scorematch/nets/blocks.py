@@ -17,10 +17,10 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from scorematch.nets.layers import GroupNorm
+from scorematch.nets.space import Space
 
 SQRT2 = math.sqrt(2)
 
@@ -87,16 +87,6 @@ def fir_up(x: Tensor, margin: int = 0) -> Tensor:
     return F.interpolate(F.pad(x, (1, 1, 1, 1)), scale_factor=2.0, mode="bilinear")[..., cut:-cut, cut:-cut]
 
 
-def mean_down(x: Tensor) -> Tensor:
-    """Downsamples by two: the mean of 2 x 2 pixels."""
-    return F.avg_pool2d(x, 2)
-
-
-def nearest_up(x: Tensor) -> Tensor:
-    """Upsamples by two: repeats each pixel twice along both axes."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
 # -- Blocks -----------------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +100,7 @@ class Style(NamedTuple):
     scale_shift: bool = False  # whether the noise level scales and shifts the result of the second norm, or is added
     groups: int | None = None  # of group norms; None is ``quarter_groups``
     scale: float = 1.0  # the divisor of sums
+    space: Space = Space()
 
     def groups_of(self, channels: int) -> int:
         """The number of groups of a norm."""
@@ -136,12 +127,12 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.style, self.resample = style, resample
         self.norm1 = GroupNorm(style.groups_of(inputs) if groups is None else groups, inputs, style.eps)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv1 = style.space.conv(inputs, outputs)
         self.time_emb_proj = nn.Linear(style.embedding, 2 * outputs if style.scale_shift else outputs)
         self.norm2 = GroupNorm(style.groups_of(outputs), outputs, style.eps)
         self.dropout = nn.Dropout(style.dropout)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if shortcut or inputs != outputs else None
+        self.conv2 = style.space.conv(outputs, outputs)
+        self.conv_shortcut = style.space.conv(inputs, outputs, 1) if shortcut or inputs != outputs else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # noqa: D102
         act = self.style.activation
@@ -149,7 +140,8 @@ class ResidualBlock(nn.Module):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv1(h)
-        level = self.time_emb_proj(embedding)[:, :, None, None]
+        level = self.time_emb_proj(embedding)
+        level = level.view(*level.shape, *[1] * (x.ndim - 2))
         if self.style.scale_shift:
             scale, shift = level.chunk(2, dim=1)
             h = act(self.norm2(h) * (1 + scale) + shift).to(h.dtype)
@@ -179,16 +171,15 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        height, width = x.shape[2:]
-        h = rearrange(x if self.group_norm is None else self.group_norm(x), "n c h w -> n (h w) c")
+        h = (x if self.group_norm is None else self.group_norm(x)).movedim(1, -1).flatten(1, -2)  # (N, pixels, C)
         if isinstance(self.to_k, nn.Identity) and h.device.type != "cpu":
             h = h.contiguous()  # after ``fold`` h is k and v, and fused kernels need a contiguous last axis
         q, k, v = (
-            rearrange(project(h), "n p (heads c) -> n heads p c", heads=self.heads)
+            project(h).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, pixels, C)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        h = rearrange(F.scaled_dot_product_attention(q, k, v), "n heads p c -> n p (heads c)")
-        h = rearrange(self.to_out[0](h), "n (h w) c -> n c h w", h=height, w=width)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = self.to_out[0](h).unflatten(1, x.shape[2:]).movedim(-1, 1)
         return x + h if self.scale == 1 else (x + h) / self.scale
 
     def fold(self) -> None:

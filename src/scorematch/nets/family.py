@@ -31,6 +31,7 @@ class Family(ABC, Generic[Network]):
         keys: the schema of the keys of a configuration that describe the backbone.
         preconditions: the rows of the preconditioning table that fit its networks.
         levels: the published noise levels, (sigma_max, sigma_min, number) of a geometric schedule.
+        dimensions: the numbers of axes that the data may have, 2 for images.
         arguments: the arguments of the builder ``ScoreNet.NAME`` that have another name than their key.
     """
 
@@ -39,6 +40,7 @@ class Family(ABC, Generic[Network]):
     keys: ClassVar[Mapping[str, Field]]
     preconditions: ClassVar[tuple[str, ...]]
     levels: ClassVar[tuple[float, float, int]]
+    dimensions: ClassVar[tuple[int, ...]] = (2,)
     arguments: ClassVar[Mapping[str, str]] = {}
 
     def build(self, architecture: Mapping[str, Any], *, levels: int, precondition: str) -> Network:
@@ -52,13 +54,13 @@ class Family(ABC, Generic[Network]):
         return cast(Network, self.network(**architecture))
 
     def create(
-        self, given: Mapping[str, Any], size: tuple[int, int], *, levels: int, precondition: str
+        self, given: Mapping[str, Any], size: tuple[int, ...], *, levels: int, precondition: str
     ) -> tuple[Network, dict[str, Any]]:
         """Builds a backbone to be trained from scratch, from the arguments of its builder.
 
         Args:
             given: the arguments of the builder by name.
-            size: (height, width) of a sample in pixels.
+            size: (height, width) of a sample in pixels, (length,) of a signal, or (depth, height, width) of a volume.
             levels: as for ``build``.
             precondition: as for ``build``.
 
@@ -78,7 +80,7 @@ class Family(ABC, Generic[Network]):
         self.initialize(backbone)
         return backbone, architecture
 
-    def design(self, given: Mapping[str, Any], size: tuple[int, int], precondition: str) -> dict[str, Any]:
+    def design(self, given: Mapping[str, Any], size: tuple[int, ...], precondition: str) -> dict[str, Any]:
         """The architecture of a new network, the values of ``keys``; the arguments are those of ``create``."""
         return dict(given)
 
@@ -160,8 +162,13 @@ class Family(ABC, Generic[Network]):
 
 
 def check_size(backbone: nn.Module, size: Sequence[int]) -> None:
-    """Raises ValueError if height or width of a sample is not a multiple of the ``divisor`` of a backbone, if any."""
+    """Raises ValueError if a backbone does not take samples of a size: the U-Nets extend all that are large enough."""
     divisor: int = getattr(backbone, "divisor", 1)
+    if hasattr(backbone, "space"):
+        if min(size) < divisor:
+            sides = "x".join(map(str, size))
+            raise ValueError(f"every side of a sample must be at least {divisor}, the largest stride, got {sides}.")
+        return
     height, width = size
     if height % divisor or width % divisor:
         below, above = (

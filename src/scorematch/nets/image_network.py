@@ -1,6 +1,8 @@
 """The base classes of the U-Nets: a network with a way down and a way up, and its family.
 
-The condition of these networks is an image, which is concatenated with x, a class, a vector, or nothing.
+The condition of these networks is an image, which is concatenated with x, a class, a vector, or nothing. x is an image,
+or for a U-Net also a signal or a volume. A size that is no multiple of ``divisor`` is extended inside the network, and
+the output is cropped to the size of x.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from scorematch.core.conditions import Condition
 from scorematch.nets.blocks import Constant, DownBlock, Embedding, MiddleBlock, UpBlock, fix_projections
 from scorematch.nets.family import Family
 from scorematch.nets.layers import GroupNorm
+from scorematch.nets.space import Convolution, Space, from_patches, to_patches
 
 
 class ImageNetwork(nn.Module):
@@ -31,18 +34,19 @@ class ImageNetwork(nn.Module):
     Args:
         in_channels: the number of channels of the input, including those of a conditioning image.
         out_channels: the number of channels of the output.
-        scales: the number of scales. Height and width must be multiples of ``patch * 2 ** (scales - 1)``, ``divisor``.
+        scales: the number of scales. Sizes are extended to multiples of ``patch * 2 ** (scales - 1)``, ``divisor``.
         patch: the side of the patches in pixels, 1 for no patches.
         classes: the number of classes, or None.
         null_class: whether there is one more class, with the index ``classes``, for samples without a class.
         center: whether to map the input from [0, 1] to [-1, 1].
         vector: the number of values of a vector as the condition; 0 for none.
+        space: the axes of the data.
 
     Raises:
         ValueError: if ``null_class`` is True without classes, or the network takes both an image and a class.
     """
 
-    conv_in: nn.Conv2d
+    conv_in: Convolution
     time_proj: nn.Module
     time_embedding: Embedding
     activation: Callable[[Tensor], Tensor]  # of the embedding of the noise level, and in the residual blocks
@@ -50,7 +54,7 @@ class ImageNetwork(nn.Module):
     mid_block: MiddleBlock | None
     up_blocks: nn.ModuleList
     conv_norm_out: GroupNorm
-    conv_out: nn.Conv2d
+    conv_out: Convolution
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class ImageNetwork(nn.Module):
         null_class: bool,
         center: bool,
         vector: int = 0,
+        space: Space = Space(),  # noqa: B008  (immutable)
     ) -> None:
         super().__init__()
         if null_class and classes is None:
@@ -74,7 +79,7 @@ class ImageNetwork(nn.Module):
                 f"{'vector' if vector else 'class'}, got {in_channels}."
             )
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.patch, self.divisor = patch, patch * 2 ** (scales - 1)
+        self.patch, self.divisor, self.space = patch, patch * 2 ** (scales - 1), space
         self.classes, self.null_class, self.center, self.vector = classes, null_class, center, vector
 
     def initialize(self) -> None:
@@ -121,24 +126,25 @@ class ImageNetwork(nn.Module):
         """Checks the shapes, and concatenates x with a conditioning image.
 
         Returns:
-            The input of the first convolution (N, in_channels, H, W), in [-1, 1] if ``center`` is True; and the
-            classes or the vectors, or None.
+            The input of the first convolution (N, in_channels, ...), in [-1, 1] if ``center`` is True, with sides that
+            are multiples of ``divisor``; and the classes or the vectors, or None.
         """
         image = condition if condition is not None and condition.is_floating_point() and not self.vector else None
         other = condition if image is None else None
         self._check(x, image, other)
         x = x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)
+        x = self.space.to_multiple(x, self.divisor)
         return 2 * x - 1 if self.center else x, other
 
     def down_and_up(self, x: Tensor, embedding: Tensor, *, add_picture: bool) -> Tensor:
         """The way down and the way up, from the first to the last convolution.
 
         Args:
-            x: the input (N, C, H, W).
+            x: the input (N, C, ...), with sides that are multiples of ``divisor``.
             embedding: the embedding of the noise level (N, E) or (1, E), after its activation.
             add_picture: whether the picture of the last block is added to the output.
         """
-        x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
+        x = to_patches(x, self.patch) if self.patch > 1 else x
         h, image = self.conv_in(x), x
         kept = [h]
         for block in self.down_blocks:
@@ -150,12 +156,13 @@ class ImageNetwork(nn.Module):
             h, picture = block(h, kept, embedding, picture)
         h = self.conv_out(self.conv_norm_out(h, F.silu))
         h = h + picture if add_picture and picture is not None else h
-        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+        return from_patches(h, self.patch) if self.patch > 1 else h
 
     def _check(self, x: Tensor, image: Tensor | None, classes: Tensor | None) -> None:
-        if x.ndim != 4:
-            raise ValueError(f"x must be images (N, {self.in_channels}, H, W), got shape {tuple(x.shape)}.")
-        channels = 0 if image is None or image.ndim != 4 else image.shape[1]  # of a conditioning image
+        axes = _AXES[self.space.dimensions]
+        if x.ndim != self.space.dimensions + 2:
+            raise ValueError(f"x must be {axes.format(self.in_channels)}, got shape {tuple(x.shape)}.")
+        channels = 0 if image is None or image.ndim != x.ndim else image.shape[1]  # of a conditioning image
         if image is not None and self.in_channels == x.shape[1]:
             raise ValueError(
                 f"this network takes no image as its condition, since x has all of its {self.in_channels} input "
@@ -164,15 +171,13 @@ class ImageNetwork(nn.Module):
         if x.shape[1] + channels != self.in_channels or (image is not None and not channels):
             given = "" if image is None else f" and a condition of shape {tuple(image.shape)}"
             raise ValueError(
-                f"x (N, C, H, W) and the conditioning image, if the network takes one, must have {self.in_channels} "
-                f"channels in all, got x of shape {tuple(x.shape)}{given}."
+                "x and the conditioning image, if the network takes one, must have "
+                f"{self.in_channels} channels in all, got x of shape {tuple(x.shape)}{given}."
             )
-        height, width = x.shape[2:]
-        if height % self.divisor or width % self.divisor:
-            raise ValueError(
-                f"height and width must be multiples of {self.divisor}, got {height}x{width}. Crop or pad the images."
-            )
-        expected = (x.shape[0], channels, height, width)
+        if min(x.shape[2:]) < self.divisor:
+            sides = "x".join(map(str, x.shape[2:]))
+            raise ValueError(f"every side of x must be at least {self.divisor}, the largest stride, got {sides}.")
+        expected = (x.shape[0], channels, *x.shape[2:])
         if image is not None and image.shape != expected:
             raise ValueError(
                 f"the condition must be an image with x's batch and size, of shape {expected}, got "
@@ -191,6 +196,16 @@ class ImageNetwork(nn.Module):
             )
         if classes is not None and classes.shape != x.shape[:1]:
             raise ValueError(f"the classes must have shape {(len(x),)} like the batch, got {tuple(classes.shape)}.")
+
+
+_AXES = {1: "signals (N, {}, L)", 2: "images (N, {}, H, W)", 3: "volumes (N, {}, D, H, W)"}
+
+
+def cropped(h: Tensor, sides: torch.Size) -> Tensor:
+    """The first values of h (N, C, ...) along each axis, so that it has these sides."""
+    for axis, side in enumerate(sides, 2):
+        h = h if h.shape[axis] == side else h.narrow(axis, 0, side)
+    return h
 
 
 def is_larger(key: str, small: Mapping[str, Any], large: Mapping[str, Any]) -> bool:
@@ -216,7 +231,7 @@ class ImageFamily(Family[Images]):
         "time_embedding_type": "embedding",
     }
 
-    def design(self, given: Mapping[str, Any], size: tuple[int, int], precondition: str) -> dict[str, Any]:
+    def design(self, given: Mapping[str, Any], size: tuple[int, ...], precondition: str) -> dict[str, Any]:
         """The channels and the widths, which all these families have."""
         channels, condition_channels = given["channels"], given["condition_channels"]
         if condition_channels < 0:

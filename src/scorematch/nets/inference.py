@@ -39,6 +39,7 @@ from scorematch.core.scores import NetworkScore
 from scorematch.nets.blocks import Attention
 from scorematch.nets.family import Family, structure
 from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning
+from scorematch.nets.space import Convolution
 from scorematch.noise import NoiseSchedule
 
 _PART_VALUES = 2**21  # eight megabytes of float32
@@ -260,7 +261,7 @@ def _lower(family: Family[Any], made: nn.Module, dtype: torch.dtype) -> None:
     first, last = family.image_convolutions(made)
     level = family.level_modules(made)
     for name, module in made.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear) or name in level:
+        if not isinstance(module, Convolution | nn.Linear) or name in level:
             continue
         if name in first:
             module.register_forward_hook(lambda module, inputs, output: output.to(dtype))

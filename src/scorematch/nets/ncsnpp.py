@@ -61,14 +61,13 @@ from scorematch.nets.blocks import (
     Style,
     UpBlock,
     fir_up,
-    mean_down,
-    nearest_up,
     quarter_groups,
 )
 from scorematch.nets.family import structure
-from scorematch.nets.image_network import ImageFamily, ImageNetwork
+from scorematch.nets.image_network import ImageFamily, ImageNetwork, cropped
 from scorematch.nets.layers import GroupNorm
 from scorematch.nets.precondition import ROWS
+from scorematch.nets.space import mean_down, nearest_up
 
 Pyramid = Literal["none", "skip", "residual"]
 TimeEmbedding = Literal["positional", "fourier"]
@@ -292,18 +291,18 @@ class NCSNPP(ImageNetwork):
         """The raw output of the network, (N, out_channels, H, W).
 
         Args:
-            x: (N, C, H, W), where C is ``in_channels`` minus the number of channels of a conditioning image; height and
-                width are multiples of ``divisor``.
+            x: (N, C, H, W), where C is ``in_channels`` minus the number of channels of a conditioning image.
             c_noise: (N,), the c_noise of the preconditioning, such as log sigma or the time step.
             condition: classes, int64 (N,), for a network with ``num_class_embeds``; or an image, float (N, K, H, W),
                 which is concatenated with x.
         """
+        sides = x.shape[2:]
         x, classes = self.inputs(x, condition)
         embedding = self.time_proj(c_noise).to(x.dtype)
         if self.class_embedding is not None and classes is not None:
             embedding = embedding + self.class_embedding(classes)
         embedding = self.activation(self.time_embedding(embedding))  # once, instead of in every residual block
-        return self.down_and_up(x, embedding, add_picture=self.output_pyramid == "skip")
+        return cropped(self.down_and_up(x, embedding, add_picture=self.output_pyramid == "skip"), sides)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -360,7 +359,7 @@ class _NCSNPPFamily(ImageFamily[NCSNPP]):
         "patch": Field(int, low=1, high=64),
     }
 
-    def design(self, given: Mapping[str, Any], size: tuple[int, int], precondition: str) -> dict[str, Any]:
+    def design(self, given: Mapping[str, Any], size: tuple[int, ...], precondition: str) -> dict[str, Any]:
         architecture = super().design(given, size, precondition)
         widths = architecture["block_out_channels"]
         attention, patch, width = given["attention"], given["patch"], given["model_channels"]

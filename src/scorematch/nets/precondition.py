@@ -320,7 +320,7 @@ class Preconditioning:
             c_noise.to(torch.promote_types(inner, torch.float32)).expand(x.shape[0]),
         ]
         if condition is not None:
-            if condition.ndim == 4 and condition.is_floating_point():
+            if condition.ndim == x.ndim > 2 and condition.is_floating_point():
                 condition = (k * (condition.to(dtype) - middle)).to(inner)
             arguments.append(condition)
         output = self._checked(backbone(*arguments), x)

@@ -17,7 +17,8 @@ With ``patch`` = p, the pixels of each patch of p x p pixels are moved to channe
 convolution, and back after the last. With p = 2 the network takes about a quarter of the time. It then has no layer at
 full resolution, which may cause a grain with the period of the patches. ``pixel_channels`` therefore adds residual
 blocks at full resolution, ``pixel_layers`` before the first step and as many after the last. Patches are an addition of
-this package, and diffusers cannot run such a network.
+this package, and diffusers cannot run such a network. So are networks of signals (N, C, L) and volumes (N, C, D, H, W),
+and of periodic fields (``scorematch.nets.space``).
 
 Submodules and the keys of the configuration have the names of diffusers, since they are the format of the weights on
 the Hugging Face Hub. Some choices, such as the number of groups in a block, are determined by the published weights.
@@ -55,9 +56,10 @@ from scorematch.nets.blocks import (
     UpBlock,
 )
 from scorematch.nets.family import place, structure
-from scorematch.nets.image_network import ImageFamily, ImageNetwork, is_larger
+from scorematch.nets.image_network import ImageFamily, ImageNetwork, cropped, is_larger
 from scorematch.nets.layers import GroupNorm
 from scorematch.nets.precondition import ROWS
+from scorematch.nets.space import PADDINGS, Space
 from scorematch.nets.unet_blocks import DOWN_BLOCKS, UP_BLOCKS, Layout, block_types, down_block, up_block
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -138,6 +140,10 @@ class UNet(ImageNetwork):
         pixel_channels: the width of the blocks at full resolution, if ``patch`` is above 1; a multiple of 4, or 0 for
             none.
         pixel_layers: the number of blocks at full resolution on the way down, and the number on the way up.
+        dimensions: the number of axes of the data: 1 for signals, 2 for images, 3 for volumes. The names of the blocks
+            remain those of diffusers, with 2D.
+        padding: what lies beyond the ends of the axes, "zeros", "circular" or "reflect", or a list with one of these
+            for each axis.
     """
 
     def __init__(
@@ -177,7 +183,10 @@ class UNet(ImageNetwork):
         patch: int = 1,
         pixel_channels: int = 0,
         pixel_layers: int = 1,
+        dimensions: int = 2,
+        padding: str | Sequence[str] = "zeros",
     ) -> None:
+        space = Space.of(dimensions, padding)
         widths = list(block_out_channels)
         embedding = 4 * widths[0] if time_embedding_dim is None else time_embedding_dim
         super().__init__(
@@ -189,8 +198,9 @@ class UNet(ImageNetwork):
             null_class=null_class,
             center=center_input_sample,
             vector={None: 0, "timestep": 1, "identity": embedding}[class_embed_type],
+            space=space,
         )
-        _check_blocks(widths, down_block_types, up_block_types, patch, pixel_channels, pixel_layers)
+        _check_blocks(widths, down_block_types, up_block_types, patch, pixel_channels, pixel_layers, space)
         check_choice("time_embedding_type", time_embedding_type, ("positional", "fourier"))
         check_choice("resnet_time_scale_shift", resnet_time_scale_shift, ("default", "scale_shift"))
         check_choice("downsample_type", downsample_type, ("conv", "resnet"))
@@ -203,17 +213,18 @@ class UNet(ImageNetwork):
         if attention_heads_up is not None:
             head_widths_up = _head_widths("attention_heads_up", attention_heads_up, widths, None)
         scale_shift = resnet_time_scale_shift == "scale_shift"
-        style = Style(embedding, norm_eps, dropout, self.activation, scale_shift, norm_num_groups)
+        style = Style(embedding, norm_eps, dropout, self.activation, scale_shift, norm_num_groups, space=space)
         resampling = downsample_type == "resnet", upsample_type == "resnet"
         layout = Layout(style, downsample_padding, resampling, (in_channels, out_channels))
 
         self.pixel_in: nn.Module | None = None
         pixel_style = style._replace(groups=None)
         if pixel_channels:
-            self.pixel_in = nn.Conv2d(in_channels, pixel_channels, 3, padding=1)
+            self.pixel_in = space.conv(in_channels, pixel_channels)
             self.pixel_block_in = ResidualBlock(pixel_channels, pixel_channels, pixel_style)
             self.pixel_blocks_in = _pixel_blocks(pixel_channels, pixel_layers - 1, pixel_style)
-        self.conv_in = nn.Conv2d((pixel_channels or in_channels) * patch**2, widths[0], 3, padding=1)
+        values = patch**dimensions
+        self.conv_in = space.conv((pixel_channels or in_channels) * values, widths[0])
         fourier = time_embedding_type == "fourier"
         features = widths[0] * (2 if fourier else 1) if time_proj_dim is None else time_proj_dim
         if fourier:
@@ -250,16 +261,16 @@ class UNet(ImageNetwork):
 
         self.add_blocks(widths[0], widths, layers, down=down, middle=middle, up=up)
         self.conv_norm_out = GroupNorm(style.groups_of(widths[0]), widths[0], norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], (pixel_channels or out_channels) * patch**2, 3, padding=1)
+        self.conv_out = space.conv(widths[0], (pixel_channels or out_channels) * values)
         if pixel_channels:
             self.pixel_block_out = ResidualBlock(2 * pixel_channels, pixel_channels, pixel_style)
             self.pixel_blocks_out = _pixel_blocks(pixel_channels, pixel_layers - 1, pixel_style)
             self.pixel_norm_out = GroupNorm(pixel_style.groups_of(pixel_channels), pixel_channels, norm_eps)
-            self.pixel_out = nn.Conv2d(pixel_channels, out_channels, 3, padding=1)
+            self.pixel_out = space.conv(pixel_channels, out_channels)
         self.built = structure(self)
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The raw output of the network, (N, out_channels, H, W).
+        """The raw output of the network, (N, out_channels, ...), of the size of x.
 
         Args:
             x: (N, C, H, W), where C is ``in_channels`` minus the number of channels of a conditioning image; height and
@@ -268,6 +279,7 @@ class UNet(ImageNetwork):
             condition: classes, int64 (N,), for a network with ``num_class_embeds``; an image, float (N, K, H, W), which
                 is concatenated with x; or a vector, float (N, K), for a network with ``class_embed_type``.
         """
+        sides = x.shape[2:]
         x, other = self.inputs(x, condition)
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))
         if self.class_embedding is not None and other is not None:
@@ -285,11 +297,11 @@ class UNet(ImageNetwork):
             pixels = x
         h = self.down_and_up(x, embedding, add_picture=True)
         if pixels is None:
-            return h
+            return cropped(h, sides)
         h = self.pixel_block_out(torch.cat([h, pixels], dim=1), embedding)
         for block in self.pixel_blocks_out:
             h = block(h, embedding)
-        return self.pixel_out(self.pixel_norm_out(h, F.silu))
+        return cropped(self.pixel_out(self.pixel_norm_out(h, F.silu)), sides)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -312,6 +324,7 @@ def _check_blocks(
     patch: int,
     pixel_channels: int,
     pixel_layers: int,
+    space: Space,
 ) -> None:
     """Raises ValueError if there is not one block of a known type per scale, or patches do not fit the blocks."""
     if not len(widths) == len(down_block_types) == len(up_block_types) > 0:
@@ -325,6 +338,8 @@ def _check_blocks(
     kinds = [DOWN_BLOCKS[name] for name in down_block_types] + [UP_BLOCKS[name] for name in up_block_types]
     if patch > 1 and any(kind.skip for kind in kinds):
         raise ValueError(f"patch must be 1 for blocks with Skip in their names, got {patch}.")
+    if space != Space() and any(kind.skip for kind in kinds):
+        raise ValueError(f"blocks with Skip in their names are for images with zeros around them, got {space}.")
     if pixel_channels and (patch == 1 or pixel_channels % (4 if pixel_channels <= 64 else 32)):
         raise ValueError(
             "pixel_channels must be a multiple of 4 up to 64, a multiple of 32 above, and 0 for patch=1, got "
@@ -363,6 +378,8 @@ OWN_KEYS: Mapping[str, Any] = {
     "patch": 1,
     "pixel_channels": 0,
     "pixel_layers": 1,
+    "dimensions": 2,
+    "padding": "zeros",
 }
 
 
@@ -370,6 +387,7 @@ class _UNetFamily(ImageFamily[UNet]):
     name = "unet"
     network = UNet
     levels = (50, 0.01, 232)
+    dimensions = (1, 2, 3)
     class_before_embedding = False
     preconditions = ("karras", "ddpm", "ddpm_v", "ddpm_x0", "vp", "subvp", "ncsnpp", "ncsnpp_index", "ncsnv2", "ncsn")
     keys: ClassVar[Mapping[str, Field]] = {
@@ -407,9 +425,11 @@ class _UNetFamily(ImageFamily[UNet]):
         "patch": Field(int, low=1, high=64),
         "pixel_channels": Field(int, low=0, high=65_536),
         "pixel_layers": Field(int, low=1, high=64),
+        "dimensions": Field(int, low=1, high=3),
+        "padding": Field(str, choices=PADDINGS, or_list=True),
     }
 
-    def design(self, given: Mapping[str, Any], size: tuple[int, int], precondition: str) -> dict[str, Any]:
+    def design(self, given: Mapping[str, Any], size: tuple[int, ...], precondition: str) -> dict[str, Any]:
         architecture = super().design(given, size, precondition)
         widths = architecture["block_out_channels"]
         attention = given["attention"]
@@ -433,6 +453,10 @@ class _UNetFamily(ImageFamily[UNet]):
             architecture["pixel_layers"] = given["pixel_layers"]
         if given["null_class"]:
             architecture["null_class"] = True
+        if len(size) != 2:
+            architecture["dimensions"] = len(size)
+        if given["padding"] != "zeros":
+            architecture["padding"] = native(given["padding"])
         return architecture
 
     def diffusers_class(self, architecture: Mapping[str, Any], precondition: str) -> str | None:
@@ -448,7 +472,7 @@ class _UNetFamily(ImageFamily[UNet]):
         return "UNet2DModel" if ROWS[precondition].diffusers == embedding else None
 
     def width(self, backbone: UNet) -> int:
-        patches = math.ceil(backbone.conv_in.out_channels / backbone.patch**2)
+        patches = math.ceil(backbone.conv_in.out_channels / backbone.patch**backbone.space.dimensions)
         return patches if backbone.pixel_in is None else max(patches, backbone.pixel_out.in_channels)
 
     def image_convolutions(self, backbone: UNet) -> tuple[set[str], set[str]]:

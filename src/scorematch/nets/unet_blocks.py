@@ -19,12 +19,11 @@ from scorematch.nets.blocks import (
     Style,
     UpBlock,
     fir_up,
-    mean_down,
-    nearest_up,
     quarter_groups,
 )
 from scorematch.nets.layers import GroupNorm
 from scorematch.nets.ncsnpp import PyramidDownBlock, Pyramids
+from scorematch.nets.space import Space, mean_down, nearest_up
 
 
 class Kind(NamedTuple):
@@ -91,7 +90,7 @@ def down_block(
     block = DownBlock(inputs, outputs, layers, style, attention)
     if halve:
         # Built even if it is replaced: it draws random numbers, and a seed gives the same network as before.
-        down: nn.Module = _Downsample(outputs, layout.padding)
+        down: nn.Module = _Downsample(outputs, layout.padding, style.space)
         if kind.residual or (kind.attention and layout.residual_resampling[0]):
             down = ResidualBlock(outputs, outputs, style, resample=mean_down)
         block.downsamplers = nn.ModuleList([down])
@@ -129,7 +128,7 @@ def up_block(
         block.skip_norm = GroupNorm(quarter_groups(outputs), outputs, style.eps)
         block.skip_conv = nn.Conv2d(outputs, layout.channels[1], 3, padding=1)
     elif double:
-        up: nn.Module = _Upsample(outputs)  # as above
+        up: nn.Module = _Upsample(outputs, style.space)  # as above
         if kind.residual or (kind.attention and layout.residual_resampling[1]):
             up = ResidualBlock(outputs, outputs, style, resample=nearest_up)
         block.upsamplers = nn.ModuleList([up])
@@ -139,21 +138,21 @@ def up_block(
 class _Downsample(nn.Module):
     """A convolution of stride two. With ``padding`` = 0 it pads on the right and at the bottom only, as in DDPM."""
 
-    def __init__(self, channels: int, padding: int) -> None:
+    def __init__(self, channels: int, padding: int, space: Space) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = space.conv(channels, channels, stride=2, padding=padding)
         self.uneven = padding == 0
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.uneven else x)
+        return self.conv(F.pad(x, (0, 1) * (x.ndim - 2)) if self.uneven else x)
 
 
 class _Upsample(nn.Module):
     """Repeats each pixel twice in each direction, then applies a convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, space: Space) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = space.conv(channels, channels)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(nearest_up(x))
