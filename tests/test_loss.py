@@ -444,7 +444,7 @@ def test_data_of_another_scale_than_the_preconditioning_expects_give_one_warning
     assert warning.startswith(
         "the network expects data with a mean near 0 and a standard deviation near 0.5, got values "
     )
-    assert 'precondition_options={"sigma_data": ' in warning and _warned(net, x) == []
+    assert "Call net.fit_units(data) before the training" in warning and _warned(net, x) == []
     fitting = ScoreNet(_Small(), LEVELS, precondition_options={"sigma_data": x.square().mean().sqrt().item()})
     assert _warned(fitting, x) == []
 

@@ -80,6 +80,19 @@ def _karras(sigma_data=0.5):
     return backbone
 
 
+def _velocity_of_flow(reverse=False, time_scale=1.0):
+    """n - x0 at x_t = (1 - t) x0 + t n (Lipman et al. 2023), or with time and velocity reversed."""
+
+    def backbone(v, c_noise):
+        t = _wide(c_noise) / time_scale
+        t = 1 - t if reverse else t
+        clean = _denoised(v / (1 - t), t / (1 - t))
+        velocity = (v - (1 - t) * clean) / t - clean
+        return -velocity if reverse else velocity
+
+    return backbone
+
+
 def _step(levels):
     """s of a time step of a DDPM."""
     return lambda step: 2 * _at(levels)(len(levels) - 1 - step)
@@ -100,6 +113,9 @@ EXACT = {
     "subvp": ("subvp", {}, VE, _diffusion("subvp")),
     "subvp, other betas": ("subvp", {"beta_min": 0.5}, VE, _diffusion("subvp", 0.5)),
     "karras": ("karras", {}, VE, _karras()),
+    "flow": ("flow", {}, VE, _velocity_of_flow()),
+    "flow, steps": ("flow", {"time_scale": 1000.0}, VE, _velocity_of_flow(time_scale=1000.0)),
+    "flow_reverse": ("flow_reverse", {}, VE, _velocity_of_flow(reverse=True)),
     "karras, sigma_data": ("karras", {"sigma_data": 0.2}, VE, _karras(0.2)),
 }
 

@@ -207,6 +207,7 @@ class GuidedScore(NetworkScore, nn.Module):
     other: Callable[..., Tensor] | None
     schedule: NoiseSchedule | None = _of_net("schedule")
     value_range: tuple[float, float] | None = _of_net("value_range")
+    units: Any = _of_net("units")
     sample_shape: tuple[int, ...] | None = _of_net("sample_shape")
     sampler_settings: Any = _of_net("sampler_settings")
     class_names: tuple[str, ...] | None = _of_net("class_names")

@@ -131,7 +131,7 @@ def log_likelihood(
         condition = without_history(condition) if isinstance(condition, Tensor) else condition
         flow = _Flow(net, condition, probes, generators)
         end, integral = _follow(flow, x, schedule, progress)
-        squares = ((end - middle_of(net)) / schedule.sigma_max).square().flatten(1).sum(1)
+        squares = ((end - middle_of(net, end)) / schedule.sigma_max).square().flatten(1).sum(1)
         normal = -squares / 2 - dimension * math.log(schedule.sigma_max * math.sqrt(2 * math.pi))
         return normal + dimension * math.log(schedule.sigma_max / schedule.sigma_min) - integral
 

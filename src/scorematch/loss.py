@@ -80,7 +80,7 @@ def dsm_loss(
         mask: bool, broadcastable to x, True where the loss counts. For each image the sum over the mask is
             multiplied by D / (number of values in the mask).
         p: the power, at least 1 and finite.
-        weighting: a function of sigma (N,) that returns w (N,); None is sigma^p.
+        weighting: a function of sigma (N,) that returns w, (N,) or a weight for each channel, (N, C); None is sigma^p.
         reduction: "mean" over the batch, or "none" for one value per image.
         generator: the source of the noise levels and the noise: a ``torch.Generator``, or a seed, which gives the same
             numbers at each call; None is torch's global generator.
@@ -104,9 +104,13 @@ def dsm_loss(
     residual = (_scaled_score(net, x, sigma, noise, condition) + noise).abs().pow(p)
     if mask is not None:
         residual = residual * _weights_in(mask, x)
+    if weighting is not None:
+        weights = _weights_at(sigma, weighting, x)
+        if weights.ndim == 2:  # for each channel
+            residual, weights = residual * per_image(weights / sigma[:, None] ** p, x), sigma**p
     loss = residual.flatten(1).sum(1) / p
     if weighting is not None:
-        loss = loss * (_weights_at(sigma, weighting) / sigma**p)
+        loss = loss * (weights / sigma**p)
     return loss.mean() if reduction == "mean" else loss
 
 
@@ -239,9 +243,9 @@ def _recordable(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() else value
 
 
-def _weights_at(sigma: Tensor, weighting: Callable[[Tensor], Tensor]) -> Tensor:
+def _weights_at(sigma: Tensor, weighting: Callable[[Tensor], Tensor], x: Tensor | None = None) -> Tensor:
     weights = torch.as_tensor(weighting(sigma), device=sigma.device)
-    if weights.shape not in (torch.Size(), sigma.shape):
+    if weights.shape not in (torch.Size(), sigma.shape) and (x is None or weights.shape != x.shape[:2]):
         raise ValueError(
             f"weighting must return a number for each noise level, ({len(sigma)},), got shape {tuple(weights.shape)}."
         )
@@ -313,7 +317,7 @@ def _warn_of_other_units(net: Score, x: Tensor) -> None:
         return
     value_range = attribute(net, "value_range")
     std = getattr(attribute(net, "preconditioning"), "assumed_std", None)
-    if value_range is None and std is None:
+    if attribute(net, "units") is not None or (value_range is None and std is None):
         return
     owner = net if hasattr(net, "value_range") else net.get_submodule("module")  # of DistributedDataParallel and others
     with _lock:
@@ -335,7 +339,6 @@ def _warn_of_other_units(net: Score, x: Tensor) -> None:
     if size != 0 and std is not None and not std / _FAR <= size <= std * _FAR:
         warnings.warn(
             f"the network expects data with a mean near 0 and a standard deviation near {std:g}, got values from "
-            f"{low:.3g} to {high:.3g}. Subtract the mean of the data, and pass "
-            'precondition_options={"sigma_data": their standard deviation} to ScoreNet.',
+            f"{low:.3g} to {high:.3g}. Call net.fit_units(data) before the training.",
             stacklevel=4,
         )

@@ -32,7 +32,7 @@ from scorematch.core.scores import NetworkScore
 from scorematch.nets import FAMILIES, family_of
 from scorematch.nets.inference import InferenceScore, is_plain
 from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
-from scorematch.nets.precondition import ROWS, Preconditioning, check_options
+from scorematch.nets.precondition import ROWS, Preconditioning, Units, check_options
 from scorematch.nets.refinenet import Depth
 from scorematch.nets.space import Padding
 from scorematch.noise import NoiseSchedule, check_schedule
@@ -52,6 +52,7 @@ Size = int | tuple[int, int]
 AnySize = int | Sequence[int]
 Range = tuple[float, float]
 _ENDS = Field(list, low=2, high=2, each=Field(float))
+_NUMBERS = Field(list, low=1, each=Field(float))
 
 
 class ScoreNet(NetworkScore, nn.Module):
@@ -123,6 +124,7 @@ class ScoreNet(NetworkScore, nn.Module):
         self.precondition, self.precondition_options = precondition, precondition_options
         self.sample_shape = sample_shape
         self.predicts_variance = native(predicts_variance)
+        self.units = None
         self.sampler_settings = None
         self.class_names = None
         self._architecture: dict[str, Any] = {"family": "custom"}
@@ -146,6 +148,56 @@ class ScoreNet(NetworkScore, nn.Module):
                 f"{value_range!r}."
             )
         self._value_range = None if ends is None else (float(ends[0]), float(ends[1]))
+
+    @property
+    def units(self) -> Units | None:
+        """The mean and the standard deviation of each channel of data without a range, or None; see ``fit_units``."""
+        return self._units
+
+    @units.setter
+    def units(self, units: Units | None) -> None:
+        if units is not None:
+            if not ROWS[self.precondition].centered:
+                raise ValueError(f"units need a preconditioning such as 'karras', got {self.precondition!r}.")
+            mean, std = (native(list(part)) for part in units)
+            if not (_NUMBERS.fits(mean) and _NUMBERS.fits(std) and len(mean) == len(std) and min(std) > 0):
+                raise ValueError(
+                    "units must have a mean and a positive standard deviation for each channel, finite numbers, got "
+                    f"{quote(tuple(units))}."
+                )
+            units = Units(tuple(map(float, mean)), tuple(map(float, std)))
+            self.value_range = None
+        self._units = units
+
+    def fit_units(self, data: Tensor) -> None:
+        """Measures the mean and the standard deviation of each channel of data that are not images.
+
+        They are stored as ``units``, and are applied inside the network, so that x, sigma and samples are in the units
+        of the data. The highest and the lowest noise level are multiplied by the largest and the smallest ratio of a
+        standard deviation to that which the network expected before. Call it once, before the training.
+
+        Args:
+            data: (N, C, ...) or (N, D), floating point, all data or a large random part. For (N, D) each of the D
+                values is a channel.
+
+        Raises:
+            TypeError: if data is not a floating-point tensor.
+            ValueError: if it has NaN or infinite values, or a channel that is constant.
+        """
+        check_data(data, "data")
+        values = data.detach().double().transpose(0, 1).flatten(1)  # (C, values)
+        std, mean = torch.std_mean(values, 1)
+        if not bool(torch.isfinite(std).all()):
+            raise ValueError("data must be finite, got NaN or infinite values, or a single sample.")
+        if not bool((std > 0).all()):
+            channel = int((std == 0).nonzero()[0])
+            raise ValueError(f"channel {channel} of the data is constant. Leave it out.")
+        expected = 0.5 / self.preconditioning.units[0]
+        own = self.schedule
+        self.units = Units(tuple(mean.tolist()), tuple(std.tolist()))
+        self.schedule = NoiseSchedule.geometric(
+            own.sigma_max * float(std.max()) / expected, own.sigma_min * float(std.min()) / expected, len(own)
+        )
 
     @property
     def sampler_settings(self) -> SamplerSettings | None:
@@ -473,7 +525,9 @@ class ScoreNet(NetworkScore, nn.Module):
     def preconditioning(self) -> Preconditioning:
         """The row of the preconditioning table with the values of this network, such as its noise levels."""
         options = self.precondition_options
-        return Preconditioning(self.precondition, self.schedule, self.value_range, self.predicts_variance, options)
+        return Preconditioning(
+            self.precondition, self.schedule, self.value_range, self.predicts_variance, options, self.units
+        )
 
     @property
     def conditioning(self) -> Condition | None:
@@ -526,6 +580,11 @@ class ScoreNet(NetworkScore, nn.Module):
             "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
             "value_range": None if self.value_range is None else list(self.value_range),
             "predicts_variance": self.predicts_variance,
+            **(
+                {}
+                if self.units is None
+                else {"units": {name: list(part) for name, part in self.units._asdict().items()}}
+            ),
             **({"precondition_options": dict(self.precondition_options)} if self.precondition_options else {}),
             "sampler_settings": None if self.sampler_settings is None else self.sampler_settings.to_dict(),
             **({} if self.class_names is None else {"class_names": list(self.class_names)}),
@@ -669,6 +728,8 @@ class ScoreNet(NetworkScore, nn.Module):
         net.sampler_settings = None if settings is None else SamplerSettings.from_dict(settings)
         try:
             net.class_names = config.get("class_names")
+            if "units" in config:
+                net.units = Units(**config["units"])
         except ValueError as error:
             raise ValueError(f"{stored.source}: {error}") from error
         return net.float().eval()

@@ -86,7 +86,7 @@ from scorematch.guidance import GuidedScore, autoguidance, classifier, classifie
 from scorematch.likelihood import bits_per_dimension, log_likelihood
 from scorematch.loss import loss_and_norm, sliced_score_matching_loss
 from scorematch.nets import FAMILIES, NCSNPP, Condition, Family, InferenceScore, RefineNet, UNet, family_of
-from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning
+from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning, Units
 from scorematch.nets.precondition import Row as PreconditioningRow
 from scorematch.pretrained import CARDS, CHECKPOINTS, Card, CheckpointCard, Place, Stored, find, load, locate
 from scorematch.restoration import (
@@ -236,6 +236,8 @@ def parts(net: ScoreNet, x: Tensor, sigma: Tensor) -> None:
     print(functions)
     row = Preconditioning("karras", net.schedule, (0, 1))
     found: Coefficients = row.coefficients(sigma)
+    assert_type(net.units, Units | None)
+    net.fit_units(x)
     assert_type(found.c_noise, Tensor)
     assert_type(row.outputs(backbones[0], x, found, None), tuple[Tensor, ...])
     assert_type(rows["karras"].centered, bool)

@@ -206,7 +206,7 @@ def _sample(args: argparse.Namespace, sampler: Sampler, job: Job, n: int, animat
 
 def _frame(sampler: Sampler, x: Tensor, sigma: float, columns: int | None) -> Tensor:
     """A state as a grid, uint8 (C, H, W). Its contrast is reduced so that the noise fits into the range of images."""
-    middle = middle_of(sampler.net)
+    middle = middle_of(sampler.net, x)
     contrast = _DEVIATION / math.hypot(_DEVIATION, sigma)
     images = (middle + contrast * (x - middle)).clamp(0, 1)
     return to_uint8(images[0] if len(images) == 1 else grid(images, columns)).cpu()

@@ -118,7 +118,7 @@ def without_history(x: Tensor) -> Tensor:
 
 
 def per_image(value: Tensor | float, x: Tensor) -> Tensor | float:
-    """Reshapes a value so that it broadcasts over x (N, ...): (N,) becomes (N, 1, ..., 1), a number or () stays."""
+    """Reshapes a value (N,) or (N, C) so that it broadcasts over x (N, C, ...); a number or () stays."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
-    return value.view(-1, *[1] * (x.ndim - 1))
+    return value.view(*value.shape, *[1] * (x.ndim - value.ndim))

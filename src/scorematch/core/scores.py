@@ -34,8 +34,12 @@ def attribute(score: object, name: str) -> Any:
     return getattr(score, name, getattr(inner, name, None))
 
 
-def middle_of(score: object) -> float:
-    """The middle of the network's value range, the mean of a sampler's initial noise; 0 for data without a range."""
+def middle_of(score: object, x: Tensor) -> float | Tensor:
+    """The mean of a sampler's initial noise: that of each channel of x, the middle of the value range, or 0."""
+    units = attribute(score, "units")
+    if units is not None:
+        mean: Tensor = units.center(x).to(x.dtype)
+        return mean.view(-1, *[1] * (x.ndim - 2))
     value_range = attribute(score, "value_range")
     return 0.0 if value_range is None else (value_range[0] + value_range[1]) / 2
 

@@ -79,6 +79,7 @@ class InferenceScore(NetworkScore):
     Attributes:
         schedule: the noise levels that the network was trained on.
         value_range: (low, high) of the data, or None.
+        units: the mean and the standard deviation of each channel of the data, or None.
         sample_shape: the shape of one sample, or None.
         sampler_settings: the sampler settings recommended for the network, or None.
         conditioning: the condition that the network takes.
@@ -101,7 +102,7 @@ class InferenceScore(NetworkScore):
         compile: bool,  # noqa: A002  (torch's word)
     ) -> None:
         self.schedule: NoiseSchedule = preconditioning.schedule
-        self.value_range = preconditioning.value_range
+        self.value_range, self.units = preconditioning.value_range, preconditioning.data
         self.sample_shape = sample_shape
         self.sampler_settings = sampler_settings
         self.predicts_variance = preconditioning.predicts_variance

@@ -336,7 +336,20 @@ class _NCSNPPFamily(ImageFamily[NCSNPP]):
     network = NCSNPP
     levels = (50, 0.01, 1000)
     class_before_embedding = True
-    preconditions = ("karras", "ncsnpp", "ncsnpp_index", "vp", "subvp", "ddpm", "ddpm_v", "ddpm_x0", "ncsnv2", "ncsn")
+    preconditions = (
+        "karras",
+        "ncsnpp",
+        "ncsnpp_index",
+        "vp",
+        "subvp",
+        "ddpm",
+        "ddpm_v",
+        "ddpm_x0",
+        "ncsnv2",
+        "ncsn",
+        "flow",
+        "flow_reverse",
+    )
     keys: ClassVar[Mapping[str, Field]] = {
         "in_channels": _SIZE,
         "out_channels": _SIZE,

@@ -21,6 +21,8 @@ ddpm_x0       in [-1, 1]  1 / sqrt(1+s^2)    k / s^2                  -k / s^2  
 vp            in [-1, 1]  1 / sqrt(1+s^2)    -k / s                   0             time_scale t
 subvp         in [-1, 1]  2/(s+sqrt(4+s^2))  -k / s                   0             time_scale t
 karras        in [-1, 1]  1 / sqrt(v)        k sigma_d / (s sqrt(v))  -k / v        log(s) / 4
+flow          in [-1, 1]  1 / (1 + s)        -k / (s (1 + s))         -k/(s(1+s))   time_scale s / (1 + s)
+flow_reverse  in [-1, 1]  1 / (1 + s)        k / (s (1 + s))          -k/(s(1+s))   time_scale / (1 + s)
 ============  ==========  =================  =======================  ============  ===========================
 
 The position of a noise level in the schedule is its index, 0 for the highest level (``NoiseSchedule.position``). The
@@ -44,11 +46,19 @@ s is this standard deviation divided by alpha. Therefore :math:`q = \log(1 + s^2
 
 a form of the root of the quadratic equation that is accurate at low noise levels.
 
+"flow" is flow matching along straight lines, :math:`x_t = (1 - t)\, x_0 + t\, n` with standard normal n, so that
+:math:`s = t / (1 - t)`; the backbone predicts the velocity :math:`n - x_0` at the time t. "flow_reverse" has the
+opposite direction of time, in which noise is at 0, data at 1, and the velocity is :math:`x_0 - n`, as in torchcfm.
+
+Data that are not images have a mean and a standard deviation for each channel (``Units``) in place of a range. Then
+u = k (x - mean) with k = 1 / (2 std), so that u has the standard deviation 0.5 like images in [-1, 1]; k, s and the
+coefficients but c_noise have a value for each channel, and c_noise is computed from the geometric mean of k.
+
 A row also carries what depends on it elsewhere (``Row``): the levels and the weights of its training, and the settings
 of its sampler.
 
 Some rows have options with default values: "karras" has sigma_data = 0.5 (sigma_d above), and "vp" and "subvp" have
-beta_min = 0.1, beta_max = 20 and time_scale = 999.
+beta_min = 0.1, beta_max = 20 and time_scale = 999. "flow" and "flow_reverse" have time_scale = 1.
 
 References:
     Song & Ermon, 2020, Improved Techniques for Training Score-Based Generative Models, arXiv:2006.09011 (1 / sigma).
@@ -56,6 +66,8 @@ References:
     Ho et al., 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239.
     Salimans & Ho, 2022, Progressive Distillation, arXiv:2202.00512, App. D (v).
     Karras et al., 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, Table 1.
+    Lipman et al., 2023, Flow Matching for Generative Modeling, arXiv:2210.02747; Liu et al., 2023, arXiv:2209.03003.
+    Esser et al., 2024, Scaling Rectified Flow Transformers, arXiv:2403.03206 (the levels of "flow" in training).
 """
 
 from __future__ import annotations
@@ -73,14 +85,38 @@ from scorematch.core.schema import Field, check
 from scorematch.core.scores import check_score
 from scorematch.noise import NoiseSchedule
 
-__all__ = ["ROWS", "Coefficients", "Preconditioning", "Row"]
+__all__ = ["ROWS", "Coefficients", "Preconditioning", "Row", "Units"]
+
+
+class Units(NamedTuple):
+    """The mean and the standard deviation of each channel of data that are not images.
+
+    Attributes:
+        mean: one number for each channel.
+        std: one positive number for each channel.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def scale(self, like: Tensor) -> Tensor:
+        """The numbers 1 / (2 std), (1, C), with the dtype and the device of a tensor, at least float32."""
+        return 1 / (2 * like.new_tensor([self.std], dtype=torch.promote_types(like.dtype, torch.float32)))
+
+    def center(self, like: Tensor) -> Tensor:
+        """The mean (1, C), in the same way."""
+        return like.new_tensor([self.mean], dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+Scale = float | Tensor  # k, for all channels or (1, C)
 
 
 class Coefficients(NamedTuple):
     """The coefficients of the formula at given noise levels.
 
     Attributes:
-        c_in: the factor of the input, a tensor of sigma's shape or a number, and so are ``c_skip`` and ``c_out``.
+        c_in: the factor of the input, a tensor of sigma's shape, (N, C) or a number, and so are ``c_skip`` and
+            ``c_out``.
         c_skip: the factor of u in the score.
         c_out: the factor of the backbone's output in the score.
         c_noise: the second argument of the backbone, a tensor of sigma's shape.
@@ -118,39 +154,39 @@ class Row(NamedTuple):
     discrete: bool = False
 
 
-def _ncsn(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
+def _ncsn(sigma: Tensor, schedule: NoiseSchedule, k: Scale) -> Coefficients:
     return Coefficients(1.0, 0.0, 1.0, schedule.position(sigma))
 
 
-def _ncsnv2(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
+def _ncsnv2(sigma: Tensor, schedule: NoiseSchedule, k: Scale) -> Coefficients:
     return Coefficients(1.0, 0.0, 1 / sigma, sigma)
 
 
-def _ncsnpp(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
+def _ncsnpp(sigma: Tensor, schedule: NoiseSchedule, k: Scale) -> Coefficients:
     return Coefficients(1.0, 0.0, 1 / sigma, torch.log(sigma))
 
 
-def _ncsnpp_index(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
+def _ncsnpp_index(sigma: Tensor, schedule: NoiseSchedule, k: Scale) -> Coefficients:
     return Coefficients(1.0, 0.0, 1 / sigma, schedule.position(sigma))
 
 
-def _ddpm_input(sigma: Tensor, schedule: NoiseSchedule, k: float) -> tuple[Tensor, Tensor, Tensor]:
+def _ddpm_input(sigma: Tensor, schedule: NoiseSchedule, k: Scale) -> tuple[Tensor, Tensor, Tensor]:
     """s, c_in and the time step of the rows "ddpm", "ddpm_v" and "ddpm_x0"."""
     s = k * sigma
     return s, (1 + s.square()).rsqrt(), len(schedule) - 1 - schedule.position(sigma)
 
 
-def _ddpm(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
+def _ddpm(sigma: Tensor, schedule: NoiseSchedule, k: Scale) -> Coefficients:
     s, c_in, step = _ddpm_input(sigma, schedule, k)
     return Coefficients(c_in, 0.0, -k / s, step)
 
 
-def _ddpm_v(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
+def _ddpm_v(sigma: Tensor, schedule: NoiseSchedule, k: Scale) -> Coefficients:
     s, c_in, step = _ddpm_input(sigma, schedule, k)
     return Coefficients(c_in, -k * c_in.square(), -k * c_in / s, step)
 
 
-def _ddpm_x0(sigma: Tensor, schedule: NoiseSchedule, k: float) -> Coefficients:
+def _ddpm_x0(sigma: Tensor, schedule: NoiseSchedule, k: Scale) -> Coefficients:
     s, c_in, step = _ddpm_input(sigma, schedule, k)
     return Coefficients(c_in, -k / s.square(), k / s.square(), step)
 
@@ -160,17 +196,17 @@ def _time(q: Tensor, *, beta_min: float, beta_max: float, time_scale: float) -> 
     return time_scale * (2 * q / (beta_min + (beta_min**2 + 2 * (beta_max - beta_min) * q).sqrt()))
 
 
-def _vp(sigma: Tensor, schedule: NoiseSchedule, k: float, **time: float) -> Coefficients:
+def _vp(sigma: Tensor, schedule: NoiseSchedule, k: Scale, **time: float) -> Coefficients:
     s = k * sigma
     return Coefficients((1 + s.square()).rsqrt(), 0.0, -k / s, _time(torch.log1p(s.square()), **time))
 
 
-def _subvp(sigma: Tensor, schedule: NoiseSchedule, k: float, **time: float) -> Coefficients:
+def _subvp(sigma: Tensor, schedule: NoiseSchedule, k: Scale, **time: float) -> Coefficients:
     s = k * sigma
     return Coefficients(2 / (s + (4 + s.square()).sqrt()), 0.0, -k / s, _time(2 * torch.asinh(s / 2), **time))
 
 
-def _karras(sigma: Tensor, schedule: NoiseSchedule, k: float, *, sigma_data: float) -> Coefficients:
+def _karras(sigma: Tensor, schedule: NoiseSchedule, k: Scale, *, sigma_data: float) -> Coefficients:
     s = k * sigma
     variance = s.square() + sigma_data**2
     return Coefficients(
@@ -179,6 +215,18 @@ def _karras(sigma: Tensor, schedule: NoiseSchedule, k: float, *, sigma_data: flo
         c_out=k * sigma_data * variance.rsqrt() / s,
         c_noise=torch.log(s) / 4,
     )
+
+
+def _flow(sigma: Tensor, schedule: NoiseSchedule, k: Scale, *, time_scale: float) -> Coefficients:
+    s = k * sigma
+    c_out = -k / (s * (1 + s))
+    return Coefficients(1 / (1 + s), c_out, c_out, time_scale * s / (1 + s))
+
+
+def _flow_reverse(sigma: Tensor, schedule: NoiseSchedule, k: Scale, *, time_scale: float) -> Coefficients:
+    s = k * sigma
+    c_out = k / (s * (1 + s))
+    return Coefficients(1 / (1 + s), -c_out, c_out, time_scale / (1 + s))
 
 
 _DIFFUSION = {"beta_min": 0.1, "beta_max": 20.0, "time_scale": 999.0}
@@ -197,6 +245,9 @@ ROWS: dict[str, Row] = {
     "subvp": Row(_subvp, centered=True, options=_DIFFUSION),
     # Karras et al. 2022, Table 1: the logarithm of sigma for images in [-1, 1] with a standard deviation of 0.5.
     "karras": Row(_karras, centered=True, options={"sigma_data": 0.5}, log_levels=(-1.2, 1.2)),
+    # Esser et al. 2024: the logit of t is standard normal in training.
+    "flow": Row(_flow, centered=True, options={"time_scale": 1.0}, log_levels=(0.0, 1.0)),
+    "flow_reverse": Row(_flow_reverse, centered=True, options={"time_scale": 1.0}, log_levels=(0.0, 1.0)),
 }
 
 
@@ -234,6 +285,8 @@ class Preconditioning:
         predicts_variance: whether the backbone returns twice as many channels as x has. The second half predicts the
             variance of ancestral sampling (Nichol & Dhariwal, 2021, arXiv:2102.09672); the score does not use it.
         options: the options of the row that differ from the defaults, by name.
+        data: the mean and the standard deviation of each channel of data that are not images; None if they are not
+            known.
     """
 
     row: str
@@ -241,10 +294,13 @@ class Preconditioning:
     value_range: tuple[float, float] | None
     predicts_variance: bool = False
     options: Mapping[str, float] = field(default_factory=dict, hash=False)
+    data: Units | None = None
 
     @property
     def units(self) -> tuple[float, float]:
-        """(k, middle) of u = k (x - middle); (1, 0) if u is x."""
+        """(k, middle) of u = k (x - middle); (1, 0) if u is x; (k, 0) with the mean of log k over the channels."""
+        if self.data is not None:
+            return math.exp(-sum(math.log(2 * std) for std in self.data.std) / len(self.data.std)), 0.0
         if self.value_range is None or not ROWS[self.row].centered:
             return 1.0, 0.0
         low, high = self.value_range
@@ -263,13 +319,15 @@ class Preconditioning:
     @property
     def assumed_std(self) -> float | None:
         """The standard deviation of the data that the row assumes, in the units of x; None if it assumes none."""
+        if self.data is not None:
+            return 0.5 / self.units[0]
         std = {**ROWS[self.row].options, **self.options}.get("sigma_data")
         return None if std is None else std / self.units[0]
 
     @property
     def data_std(self) -> float | None:
         """The standard deviation of the data that was given to the row, in the units of x; None if none was given."""
-        return self.assumed_std if "sigma_data" in self.options else None
+        return self.assumed_std if "sigma_data" in self.options or self.data is not None else None
 
     @property
     def log_levels(self) -> tuple[float, float] | None:
@@ -278,13 +336,22 @@ class Preconditioning:
         if row.log_levels is None:
             return None
         mean, std = row.log_levels
-        default = row.options["sigma_data"]
+        default = row.options.get("sigma_data", 1.0)
         return mean + math.log(self.options.get("sigma_data", default) / default) - math.log(self.units[0]), std
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """The coefficients at noise levels sigma, () or (N,), in the units of x."""
+        """The coefficients at noise levels sigma, () or (N,), in the units of x.
+
+        They have the shape of sigma, or are numbers. For data with a mean and a standard deviation for each of C
+        channels, all but c_noise are (1, C) or (N, C).
+        """
         row = ROWS[self.row]
-        return row.coefficients(sigma, self.schedule, self.units[0], **{**row.options, **self.options})
+        options = {**row.options, **self.options}
+        of_all = row.coefficients(sigma, self.schedule, self.units[0], **options)
+        if self.data is None:
+            return of_all
+        each = row.coefficients(sigma.reshape(-1, 1), self.schedule, self.data.scale(sigma), **options)
+        return each._replace(c_noise=of_all.c_noise)
 
     def outputs(
         self,
@@ -312,7 +379,7 @@ class Preconditioning:
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         c_in, c_skip, c_out, c_noise = coefficients
-        k, middle = self.units
+        k, middle = self._scaling(x)
         u = k * (x.to(dtype) - middle)
         inner = _real_dtype(backbone, dtype)
         arguments = [
@@ -320,13 +387,21 @@ class Preconditioning:
             c_noise.to(torch.promote_types(inner, torch.float32)).expand(x.shape[0]),
         ]
         if condition is not None:
-            if condition.ndim == x.ndim > 2 and condition.is_floating_point():
+            if condition.ndim == x.ndim > 2 and condition.is_floating_point() and self.data is None:
                 condition = (k * (condition.to(dtype) - middle)).to(inner)
             arguments.append(condition)
         output = self._checked(backbone(*arguments), x)
         channels = x.shape[1]
         score = (per_image(c_skip, x) * u + per_image(c_out, x) * output[:, :channels].to(dtype)).to(x.dtype)
         return (score, ((1 + output[:, channels:].to(dtype)) / 2).to(x.dtype)) if variance else (score,)
+
+    def _scaling(self, x: Tensor) -> tuple[Any, Any]:
+        """The numbers k and middle of u = k (x - middle), which broadcast to x."""
+        if self.data is None:
+            return self.units
+        if x.shape[1] != len(self.data.std):
+            raise ValueError(f"x must have {len(self.data.std)} channels, like the data, got shape {tuple(x.shape)}.")
+        return per_image(self.data.scale(x), x), per_image(self.data.center(x), x)
 
     def _checked(self, output: Any, x: Tensor) -> Tensor:
         """A backbone's output, after a check of its shape."""

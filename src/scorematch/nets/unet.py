@@ -389,7 +389,20 @@ class _UNetFamily(ImageFamily[UNet]):
     levels = (50, 0.01, 232)
     dimensions = (1, 2, 3)
     class_before_embedding = False
-    preconditions = ("karras", "ddpm", "ddpm_v", "ddpm_x0", "vp", "subvp", "ncsnpp", "ncsnpp_index", "ncsnv2", "ncsn")
+    preconditions = (
+        "karras",
+        "ddpm",
+        "ddpm_v",
+        "ddpm_x0",
+        "vp",
+        "subvp",
+        "ncsnpp",
+        "ncsnpp_index",
+        "ncsnv2",
+        "ncsn",
+        "flow",
+        "flow_reverse",
+    )
     keys: ClassVar[Mapping[str, Field]] = {
         "in_channels": _SIZE,
         "out_channels": _SIZE,

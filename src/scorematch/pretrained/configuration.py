@@ -5,6 +5,7 @@ The ``config.json`` that this package writes has the keys
 - ``format_version``: the version of this format;
 - ``family``, and the keys of that family, which say how to build the backbone;
 - ``precondition``, ``sample_shape``, ``value_range`` and ``predicts_variance``: the arguments of ``ScoreNet``;
+- ``units``, the mean and the standard deviation of each channel of data that are not images, if they are known;
 - ``precondition_options``, another argument of ``ScoreNet``, if there are any;
 - ``sampler_settings``: the recommended SamplerSettings, or null;
 - ``class_names``, the names of the classes, if they are known;
@@ -45,11 +46,15 @@ _COMMON: Mapping[str, Field] = {
     ),
     "predicts_variance": Field(bool, required=True),
     "precondition_options": Field(dict),
+    "units": Field(dict),
     "sampler_settings": Field(dict, required=True, optional=True),
     "class_names": Field(list, optional=True, low=1, each=Field(str)),
     "scheduler": Field(dict, optional=True),
     "schedule": Field(dict, required=True),
 }
+_CHANNELS = Field(list, required=True, low=1, each=Field(float, low=-_LARGEST, high=_LARGEST))
+_UNITS: Mapping[str, Field] = {"mean": _CHANNELS, "std": _CHANNELS}
+_NO_UNITS = {"mean": [0.0], "std": [1.0]}
 _SCHEDULE: Mapping[str, Field] = {
     "sigmas": Field(list, required=True, low=1, high=1_000_000, each=Field(float, low=0, high=_LARGEST))
 }
@@ -96,6 +101,7 @@ def checked(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     check_options(config["precondition"], config.get("precondition_options", {}), f"{where}: precondition_options")
     if config["value_range"] is not None and not config["value_range"][0] < config["value_range"][1]:
         raise ValueError(f"{where}: value_range must be [low, high] with low < high, got {config['value_range']}.")
+    check(config.get("units", _NO_UNITS), _UNITS, f"{where}: units", closed=True)
     check(config["schedule"], _SCHEDULE, f"{where}: schedule", closed=True)
     with about(where):
         NoiseSchedule.from_dict(config["schedule"])

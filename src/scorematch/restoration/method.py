@@ -27,7 +27,7 @@ class Restoration:
 
     sigma = 0.0
 
-    def start(self, x: Tensor, sigma: float, middle: float) -> Tensor:
+    def start(self, x: Tensor, sigma: float, middle: float | Tensor) -> Tensor:
         """The state to start from; x is noise of the highest level, sigma, around ``middle``."""
         return x
 

@@ -53,7 +53,7 @@ class Replacement(Restoration):
         """P x, the observed part of x."""
         return self._operator.pseudo_inverse(self._operator.measure(x))
 
-    def start(self, x: Tensor, sigma: float, middle: float) -> Tensor:
+    def start(self, x: Tensor, sigma: float, middle: float | Tensor) -> Tensor:
         """The noise x; its observed part contains the observation if sigma is not above the noise level of y."""
         if sigma > self.sigma:
             return x

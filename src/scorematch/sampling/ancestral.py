@@ -72,7 +72,7 @@ class AncestralSampler(Sampler):
     """The ancestral sampler of DDPM and Palette for any score, with one network call per level.
 
     The large variance is defined in units of images in [-1, 1]; the sampler converts them with the network's
-    ``value_range``. The data of a plain function, or of a network without a value range, are assumed to be in these
+    ``value_range`` or ``units``. The data of a plain function, or of a network with neither, are assumed to be in these
     units already, with a standard deviation of at most 1.
 
     Args:
@@ -125,6 +125,8 @@ class AncestralSampler(Sampler):
             raise ValueError(f"{argument('clamp_denoised', True)} needs a network with a value_range. Leave it out.")
         self.clamp_denoised = clamp_denoised
         self._k = 1.0 if self._range is None else 2 / (self._range[1] - self._range[0])
+        if attribute(net, "units") is not None:
+            self._k = attribute(net, "preconditioning").units[0]
 
     def default_schedule(self, own: NoiseSchedule, levels: int | None) -> NoiseSchedule:
         """The network's own levels, respaced to ``levels``, or by default to 100 if there are more.

@@ -217,7 +217,7 @@ class ODESampler(Sampler):
         return multistep(x, chain, numbers, noise=method.noise)
 
     def _churned(self, x: Tensor, chain: Chain) -> Iterator[tuple[Tensor, float]]:
-        z = (x - middle_of(self.net)) / self.schedule.sigma_max  # the noise of the state
+        z = (x - middle_of(self.net, x)) / self.schedule.sigma_max  # the noise of the state
         for sigma, sigma_next in itertools.pairwise(self.schedule):
             new, higher = chain.noise(x), sigma * (1 + self._gamma(sigma))
             if sigma_next < chain.observed_sigma:

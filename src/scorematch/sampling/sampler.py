@@ -324,7 +324,7 @@ class Sampler(ABC):
             # The network, or with precision "auto" its inference copy if it has one, made for one run and not kept.
             net = self.net if self.precision == "float32" else inference_copy_of(self.net, compile=self.compile)
         if not self.draws_noise:
-            path = (x - middle_of(self.net)) / self.schedule.sigma_max
+            path = (x - middle_of(self.net, x)) / self.schedule.sigma_max
             run = run._replace(noise_source=lambda x: path)
         with tqdm(total=len(self), disable=not progress, desc="sampling", unit="call") as bar:
             states = self._states(x, Chain(net, run, bar.update), run.restoration)

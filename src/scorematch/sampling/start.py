@@ -86,7 +86,7 @@ def start(
         x = without_history(init).to(device, torch.float32)
     else:
         noise = standard_normal((n, *sample_shape), generators, device)
-        middle, sigma = middle_of(sampler.net), sampler.schedule.sigma_max
+        middle, sigma = middle_of(sampler.net, noise), sampler.schedule.sigma_max
         x = method.start(middle + sigma * noise, sigma, middle)
     given: Tensor | None = class_of_each(condition, x)
     return x, Run(

@@ -286,6 +286,6 @@ def weighting_for(
 
     def inverse(sigma: Tensor) -> Tensor:
         c_out = torch.as_tensor(preconditioning.coefficients(sigma).c_out, device=sigma.device)
-        return c_out.abs().pow(-p).expand(sigma.shape)
+        return c_out.abs().pow(-p).expand(*sigma.shape, *c_out.shape[1:])
 
     return inverse
