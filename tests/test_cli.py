@@ -652,6 +652,55 @@ class Negative(Operator):
         return self.top - y
 
 
+OWN = """
+from scorematch.restoration import AveragePool, Operator
+
+class Scaled(Operator):
+    linear = True
+
+    def __init__(self, factor=1):
+        self.factor = factor
+
+    def measure(self, x):
+        return self.factor * x
+
+half, number = AveragePool(2), 3
+if __name__ == "__main__":
+    raise RuntimeError
+"""
+
+
+def test_an_operator_of_a_file_runs_its_code_and_says_so(folder, pictures, tmp_path, capsys):
+    file, drawn = tmp_path / "mine.py", ("--device", "cpu", "--levels", "2", "--quiet", "--features", "none")
+    file.write_text(OWN)
+    options = ("--operator", f"{file}:half @ {file}:Scaled:0.5", "--degrade")
+    assert _restore(folder, pictures, tmp_path / "out", *options) == 0
+    assert capsys.readouterr().out.count(f"running the code of {file}\n") == 2
+    whole, strip = (read_image(path, 1) for path in (pictures / "a.png", tmp_path / "out" / "a-strip.png"))
+    pooled = AveragePool(2).pseudo_inverse(AveragePool(2).measure(whole[None] / 2))[0]
+    torch.testing.assert_close(strip[:, 2:10, 2:10], pooled, rtol=0, atol=1 / 255)
+    figures = ("--data", str(pictures), *drawn, "--out", str(tmp_path / "figures"))
+    assert main(["evaluate", folder, "--restore", f"{file}:Scaled:0.5", *figures]) == 0
+    stored = json.loads((tmp_path / "figures" / "evaluation.json").read_text())
+    assert stored["settings"]["operator"].startswith("Scaled(0.5)")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{file}:number", "mine.py must have a subclass of scorematch.restoration.Operator with the name 'number'."),
+        ("{file}:Scaled:up=3", "mine.py:Scaled:up=3: its arguments are factor, got 'up'"),
+        ("{file}:half:3", "mine.py must have a subclass"),
+        ("nothing.py:Scaled", "nothing.py: No such file"),
+        ("{file}:Scaled @ sharp", "--operator must be mask:FILE, .* got 'sharp'"),
+    ],
+)
+def test_a_bad_operator_of_a_file_gives_an_error_of_one_line(folder, pictures, tmp_path, text, message, capsys):
+    (tmp_path / "mine.py").write_text(OWN)
+    options = ("--operator", text.format(file=tmp_path / "mine.py"))
+    assert re.search(message, refused(_restore_options(folder, pictures, tmp_path / "out", *options), capsys))
+
+
 def test_a_new_operator_works_in_all_commands_and_in_the_demo(folder, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(OPERATORS, "negative", Negative)
     for command in ("restore", "evaluate", "tune"):

@@ -40,6 +40,7 @@ def weighted(x):
 
 
 FUNCTION = Linear(weighted)
+SAME = Linear(lambda x: x)
 COMPOSED = [FUNCTION @ AveragePool(1), Matrix(random(2, 36)) @ FUNCTION, FUNCTION @ Grayscale()]
 
 
@@ -126,13 +127,36 @@ def test_the_noise_of_a_slice_of_the_batch():
     assert torch.equal(whole.sigma, sigma[:1]) and torch.equal(whole.y, y[1:3])
 
 
+# -- Counts
+
+
+@pytest.mark.parametrize("mean", [0.3, 2.0, 30.0])
+def test_the_weighted_mean_of_counts_is_unbiased(mean):
+    """Over all counts of a Poisson distribution, E[y / variance] / E[1 / variance] is the mean (Mighell 1999)."""
+    n = torch.arange(200.0, dtype=torch.float64)
+    chances = torch.exp(n * math.log(mean) - mean - torch.lgamma(n + 1))
+    counts = Observation.from_counts(SAME, n[None], 4.0)
+    weights = chances / counts.sigma**2
+    assert float((weights * counts.y).sum() / weights.sum()) == pytest.approx(mean / 4)
+
+
+def test_the_posterior_of_a_large_count_is_that_of_its_poisson_distribution():
+    prior, scale, count = Gaussian(torch.tensor([0.5]).double(), 0.04, (1,)), 200.0, 80.0
+    found = prior.posterior(Observation.from_counts(SAME, torch.tensor([[count]], dtype=torch.float64), scale))
+    x = torch.linspace(0.01, 1.5, 10_000, dtype=torch.float64)
+    weights = (count * torch.log(scale * x) - scale * x - (x - 0.5) ** 2 / 0.08).softmax(0)
+    mean = (weights * x).sum()
+    deviation = (weights * (x - mean) ** 2).sum().sqrt()
+    assert float(found.mean - mean) == pytest.approx(0, abs=0.05 * float(deviation))
+    assert float(found.covariance.sqrt() / deviation) == pytest.approx(1, abs=0.05)
+
+
 def observation(operator, y, sigma=0.0, shape=None):
     made = Observation(operator, y, sigma)
     return made if shape is None else made.of_shape(shape)
 
 
 Y = torch.rand(1, 4, generator=seed())
-SAME = Linear(lambda x: x)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +169,9 @@ SAME = Linear(lambda x: x)
         (lambda: observation(SAME, Y, -torch.ones(4)), "must be at least 0, got lower"),
         (lambda: observation(SAME, Y, torch.full((4,), math.nan)), "must be at least 0, got lower ones or NaN"),
         (lambda: observation(SAME, Y, -1), "must be at least 0, got -1"),
+        (lambda: Observation.from_counts(SAME, Y - 1), "counts must be at least 0, got lower ones or NaN"),
+        (lambda: Observation.from_counts(SAME, Y / 0 * 0), "counts must be at least 0"),
+        (lambda: Observation.from_counts(SAME, Y, 0), "scale must be a number of more than 0, got 0"),
         (lambda: Matrix(torch.eye(2) / 0), "a must be finite"),
         (lambda: Matrix(torch.eye(3)).measure(Y), r"Matrix\(3x3\) needs samples of 3 values, got shape \(4,\)"),
         (lambda: Linear(lambda x: x[..., 1:]).adjoint(Y), r"must have shape \(3,\) .* pass shape="),

@@ -17,6 +17,7 @@ from scorematch.restoration import (
     JPEG,
     OPERATORS,
     AveragePool,
+    Clip,
     FourierLines,
     GaussianBlur,
     Grayscale,
@@ -26,6 +27,7 @@ from scorematch.restoration import (
     MotionBlur,
     Observation,
     Operator,
+    Quantize,
     Resize,
     Uncrop,
     as_operator,
@@ -60,6 +62,8 @@ EXAMPLES = {
     "blur": [(GaussianBlur(1), None), (GaussianBlur(1, boundary="reflect"), None)],
     "motion": [(MotionBlur(5, 30), None)],
     "fourier": [(FourierLines(4), None)],
+    "clip": [(Clip(0.2, 1.0), None)],
+    "quantize": [(Quantize(4), None)],
     "jpeg": [(JPEG(20), None)],
 }
 COMPOSED = {

@@ -9,7 +9,7 @@ import torch
 
 from scorematch.cli.options import Commands, given, refuse
 from scorematch.cli.options.networks import add_model, load
-from scorematch.cli.options.operators import add_operators
+from scorematch.cli.options.operators import add_operators, read_operator
 from scorematch.cli.options.samplers import add_computation
 from scorematch.cli.options.values import filled, image_count
 from scorematch.data import open_images
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> None:
     fitting = args.samplers or args.posterior is not None
     if not fitting:
         refuse(args, ["size"], "is for --samplers and --posterior")
-    operator = None if args.posterior is None else as_operator(args.posterior)
+    operator = None if args.posterior is None else as_operator(read_operator(args.posterior))
     net = load(args)
     channels, *size = net.sample_shape or ()
     size = [args.size] * 2 if fitting else size

@@ -8,7 +8,7 @@ from scorematch.cli.options import Commands, given, refuse
 from scorematch.cli.options.classes import GUIDED_CLASSES, add_classes, add_guidance, find_classes, guide
 from scorematch.cli.options.duration import announce
 from scorematch.cli.options.networks import load
-from scorematch.cli.options.operators import add_operators, add_restore_method
+from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.reference import add_reference, reference_options
 from scorematch.cli.options.samplers import add_sampling, make_sampler
@@ -23,7 +23,6 @@ from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, evaluate_restoration
 from scorematch.evaluation.subject import DEFAULT_N, is_network
-from scorematch.restoration import as_operator
 from scorematch.sampling import SAMPLERS
 from scorematch.sampling.sampler import options_of
 
@@ -143,7 +142,7 @@ def _check(args: argparse.Namespace, network: bool, restoring: bool) -> None:
             args.parser.error("the following arguments are required: reference")
     else:
         with about("--restore"):
-            as_operator(args.restore)  # raises before the network is loaded
+            args.restore = read_operator(args.restore)  # raises before the network is loaded
         if not network:
             raise ValueError(f"--restore needs a network, but {args.model} is a set of images.")
         if args.data is None and args.reference is None:

@@ -13,7 +13,7 @@ from scorematch.cli.options import Commands
 from scorematch.cli.options.classes import add_classes, find_classes
 from scorematch.cli.options.duration import announce
 from scorematch.cli.options.networks import add_model, load
-from scorematch.cli.options.operators import add_operators, add_restore_method
+from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import amount, expanded, filled, image_count
@@ -73,7 +73,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    operator, paths, folder = as_operator(args.operator), list_pictures(args.pictures), args.folder
+    operator, paths, folder = as_operator(read_operator(args.operator)), list_pictures(args.pictures), args.folder
     _check_folder(args, folder, paths)
     if Path(args.pictures).expanduser().resolve() == folder.resolve():
         raise ValueError(f"the restorations would become pictures of the folder {folder}. Write to another folder.")

@@ -8,7 +8,7 @@ from typing import get_args
 from scorematch.cli.options import Commands, refuse
 from scorematch.cli.options.classes import add_classes, find_classes
 from scorematch.cli.options.networks import add_model, load
-from scorematch.cli.options.operators import add_operators, add_restore_method
+from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.reference import add_reference, reference_options
 from scorematch.cli.options.samplers import add_computation
@@ -19,7 +19,6 @@ from scorematch.core.processes import this_process
 from scorematch.core.scores import device_of
 from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
-from scorematch.restoration import as_operator
 from scorematch.sampling import recommended_sampler
 
 
@@ -74,9 +73,8 @@ def _run(args: argparse.Namespace) -> None:
         refuse(args, ("held_out", "classes", "n_classes"), "is not for --restore")
     else:
         refuse(args, ["restore_method"], "is for --restore")
-    for text in args.restore or ():
-        with about("--restore"):
-            as_operator(text)  # raises before the network is loaded
+    with about("--restore"):
+        args.restore = args.restore and list(map(read_operator, args.restore))  # raises before the network is loaded
     check_sources(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)

@@ -3,10 +3,10 @@
 from scorematch.restoration.blur import Blur, GaussianBlur, MotionBlur
 from scorematch.restoration.fourier import Fourier, FourierLines
 from scorematch.restoration.linear import Linear, Matrix
+from scorematch.restoration.nonlinear import JPEG, Clip, Magnitude, Quantize
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import (
-    JPEG,
     OPERATORS,
     AveragePool,
     Grayscale,
@@ -23,6 +23,7 @@ __all__ = [
     "OPERATORS",
     "AveragePool",
     "Blur",
+    "Clip",
     "Fourier",
     "FourierLines",
     "GaussianBlur",
@@ -30,11 +31,13 @@ __all__ = [
     "Half",
     "Hole",
     "Linear",
+    "Magnitude",
     "Mask",
     "Matrix",
     "MotionBlur",
     "Observation",
     "Operator",
+    "Quantize",
     "Resize",
     "Uncrop",
     "as_operator",

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from scorematch.core.arguments import check_value
 from scorematch.core.batches import check_data
 from scorematch.core.precision import exact_float32
 from scorematch.core.randomness import standard_normal
+from scorematch.core.schema import Field
 from scorematch.restoration.operator import Operator
 
 __all__ = ["Observation"]
@@ -75,6 +77,32 @@ class Observation:
         shape = self.operator.sample_shape(self.y)
         if shape is not None:
             self._check(shape)
+
+    @classmethod
+    def from_counts(cls, operator: Operator, counts: Tensor, scale: float = 1.0) -> Observation:
+        r"""An observation of counts, such as those of photons: n has a Poisson distribution of mean :math:`c\, A(x_0)`.
+
+        The Poisson likelihood is approximated by a normal one, with :math:`y = (n + \min(n, 1)) / c` and the variance
+        :math:`(n + 1) / c^2`. For every mean, the mean of such y, weighted by the inverse variances, is unbiased. The
+        likelihood of a single count is close to the exact one from about ten counts on.
+
+        Args:
+            operator: the operator A, whose measurements are not negative.
+            counts: n (N, ...), floating point, at least 0.
+            scale: c, the mean count for a measurement of 1, positive.
+
+        Raises:
+            TypeError: if ``counts`` is not a floating-point tensor.
+            ValueError: if a count is negative or NaN, or ``scale`` is not positive.
+
+        References:
+            Mighell, 1999, Parameter Estimation in Astronomy with Poisson-distributed Data I, arXiv:astro-ph/9903093.
+        """
+        check_data(counts, "counts")
+        check_value("scale", scale, Field(float, above=0))
+        if not bool((counts >= 0).all()):
+            raise ValueError("counts must be at least 0, got lower ones or NaN.")
+        return cls(operator, (counts + counts.clamp(max=1)) / scale, (counts + 1).sqrt() / scale)
 
     # -- What restoration methods use ---------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ Blur(kernel)       ``blur:2``              none                  (N, C, H, W)
 MotionBlur         ``motion:9,45``         none                  (N, C, H, W)
 Fourier(mask)      ``fourier:4``           none; 1 if x is       (N, 2 C, H, W)
                                            complex
+Clip(low, high)    ``clip:0.1,0.9``        none, not linear      (N, C, H, W)
+Quantize(levels)   ``quantize:4``          none, not linear      (N, C, H, W)
 JPEG(quality)      ``jpeg:10``             none, not linear      (N, C, H, W)
 ``A @ B``          ``pool:4 @ gray``       product of the gains  that of A for B x
 =================  ======================  ====================  =============================
@@ -44,28 +46,27 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from operator import matmul
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
 from scorematch.core.randomness import single_generator
-from scorematch.data.pictures import read_mask, to_pixels
+from scorematch.data.pictures import read_mask
 from scorematch.restoration.blur import GaussianBlur, MotionBlur
 from scorematch.restoration.fourier import FourierLines
 from scorematch.restoration.masks import Draws, boxes, halves, strokes
-from scorematch.restoration.operator import Linearization, Operator
+from scorematch.restoration.nonlinear import JPEG, Clip, Quantize
+from scorematch.restoration.operator import Operator
 from scorematch.restoration.resize import Resize
 
-__all__ = ["JPEG", "OPERATORS", "AveragePool", "Grayscale", "Half", "Hole", "Mask", "Uncrop", "as_operator"]
+__all__ = ["OPERATORS", "AveragePool", "Grayscale", "Half", "Hole", "Mask", "Uncrop", "as_operator"]
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -349,56 +350,6 @@ class AveragePool(Operator):
         return blocks.all(-1) if bool((blocks.all(-1) == blocks.any(-1)).all()) else None
 
 
-class JPEG(Operator):
-    """JPEG compression and decompression with Pillow (the extra ``images``) and its default chroma subsampling, 4:2:0.
-
-    Values are clamped to [0, 1] and rounded to 8 bits. The result has no gradient:
-    ``linearized`` takes the derivative to be the identity.
-
-    Args:
-        quality: the JPEG quality, from 1 to 100.
-
-    Raises:
-        TypeError: if ``quality`` is not an integer.
-        ValueError: if ``quality`` is below 1 or above 100.
-        ImportError: without Pillow.
-    """
-
-    value_range = (0, 1)
-    form, help = "jpeg:QUALITY", "compression as JPEG of this quality, 1 to 100"
-    examples = ("jpeg:5", "jpeg:10", "jpeg:20", "jpeg:50")
-
-    def __init__(self, quality: int) -> None:
-        self.quality = check_count("quality", quality, most=100)
-        try:
-            import PIL.Image  # noqa: F401
-        except ImportError as error:
-            raise ImportError('JPEG needs Pillow: pip install "scorematch[images]".') from error
-
-    def measure(self, x: Tensor) -> Tensor:
-        """The images (N, 1 or 3, H, W) after encoding and decoding, of x's shape and dtype, in [0, 1]."""
-        if x.ndim != 4 or x.shape[1] not in (1, 3):
-            raise ValueError(f"JPEG needs images (N, 1, H, W) or (N, 3, H, W), got shape {tuple(x.shape)}.")
-        pixels = x.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
-        decoded = torch.stack([self._code(image) for image in pixels])
-        return decoded.to(x.device, x.dtype).div_(255)
-
-    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
-        """That of y."""
-        return tuple(y.shape[1:])
-
-    def linearized(self, x: Tensor) -> Linearization:
-        """The measurement, with the identity in place of the derivative (the straight-through approximation)."""
-        return Linearization(self.measure(x), lambda u: u, lambda v: v)
-
-    def _code(self, image: Tensor) -> Tensor:
-        from PIL import Image
-
-        file = io.BytesIO()
-        Image.fromarray(to_pixels(image)).save(file, "JPEG", quality=self.quality)
-        return rearrange(torch.from_numpy(np.array(Image.open(file))), "h w ... -> (...) h w")
-
-
 # By the names in their text forms.
 OPERATORS: dict[str, type[Operator]] = {
     kind.form.partition(":")[0]: kind
@@ -413,6 +364,8 @@ OPERATORS: dict[str, type[Operator]] = {
         GaussianBlur,
         MotionBlur,
         FourierLines,
+        Clip,
+        Quantize,
         JPEG,
     )
 }

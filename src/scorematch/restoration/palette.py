@@ -48,8 +48,9 @@ from scorematch.core.batches import as_mask, check_data
 from scorematch.core.messages import quote
 from scorematch.core.randomness import Generator, as_generator, single_generator, standard_normal
 from scorematch.restoration.masks import Draws
+from scorematch.restoration.nonlinear import JPEG
 from scorematch.restoration.operator import Operator
-from scorematch.restoration.operators import JPEG, Grayscale, Half, Hole, RandomMask
+from scorematch.restoration.operators import Grayscale, Half, Hole, RandomMask
 
 __all__ = [
     "TASKS",

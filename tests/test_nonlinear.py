@@ -1,0 +1,82 @@
+"""Operators that are not linear: their measurements, derivatives and bad input. JPEG is in test_operators.py."""
+
+import math
+
+import pytest
+import torch
+
+from scorematch.restoration import JPEG, Clip, Magnitude, Observation, Quantize
+from tests.helpers import seed
+
+
+def random(*shape, number=0):
+    return torch.randn(*shape, generator=seed(number), dtype=torch.float64)
+
+
+def test_clipped_values_have_no_derivative():
+    x = torch.tensor([[-1.0, 0.3, 0.7, 2.0]])
+    near = Clip(0, 0.5).linearized(x)
+    assert torch.equal(near.value, torch.tensor([[0, 0.3, 0.5, 0.5]]))
+    ones, inside = torch.ones_like(x), [[0, 1, 0, 0]]
+    assert near.forward(ones).tolist() == near.adjoint(ones).tolist() == inside
+
+
+@pytest.mark.parametrize("levels", [2, 3, 256])
+def test_rounding_to_levels(levels):
+    x = torch.rand(4, 1000, generator=seed(), dtype=torch.float64)
+    y = Quantize(levels).measure(x)
+    assert torch.allclose(y * (levels - 1), (y * (levels - 1)).round())
+    assert float((y - x).abs().max()) <= 0.5 / (levels - 1) + 1e-9
+    # The error is uniform: its deviation is q / sqrt(12), with a standard error of 1 % for 4,000 values.
+    assert float((y - x).std() * (levels - 1) * math.sqrt(12)) == pytest.approx(1, abs=0.03)
+    assert torch.equal(Quantize(levels).measure(torch.tensor([[-1.0, 2.0]])), torch.tensor([[0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("operator", [Quantize(3), JPEG(20)], ids=repr)
+def test_the_derivative_of_rounding_is_the_identity(operator):
+    x = torch.rand(1, 3, 8, 8, generator=seed())
+    near = operator.linearized(x)
+    assert torch.equal(near.value, operator.measure(x))
+    assert torch.equal(near.forward(x), x) and torch.equal(near.adjoint(x), x)
+
+
+@pytest.mark.parametrize(("axes", "shape"), [(2, (2, 4, 6)), (1, (2, 12)), (1, (12,))])
+def test_the_magnitude_is_the_modulus_of_the_transform(axes, shape):
+    operator, x = Magnitude(2, axes=axes), random(2, *shape)
+    y = operator.measure(x)
+    padded = torch.zeros(2, *shape[: len(shape) - axes], *(2 * size for size in shape[len(shape) - axes :])).double()
+    padded[tuple(map(slice, x.shape))] = x
+    last = tuple(range(-axes, 0))
+    assert torch.allclose(y, torch.fft.fftn(padded, dim=last, norm="ortho").abs())
+    assert operator.sample_shape(y) == shape
+    # Autocorrelation: what the modulus determines is the same for the sample, its negative and its mirror image.
+    assert torch.allclose(operator.measure(-x.flip(last)), y)
+    # Its square is the transform of the autocorrelation, and the sum of squares is that of x.
+    assert torch.allclose(y.square().flatten(1).sum(1), x.square().flatten(1).sum(1))
+
+
+def test_the_derivative_of_the_magnitude():
+    x, u = random(1, 1, 4, 6), random(1, 1, 4, 6, number=1)
+    near = Magnitude(2).linearized(x)
+    difference = (Magnitude(2).measure(x + 1e-6 * u) - Magnitude(2).measure(x - 1e-6 * u)) / 2e-6
+    assert torch.allclose(near.forward(u), difference, atol=1e-6)
+    v = random(*near.value.shape, number=2)
+    assert torch.allclose((near.forward(u) * v).sum(), (u * near.adjoint(v)).sum())
+    assert torch.isfinite(Magnitude(2).linearized(torch.zeros(1, 1, 4, 6)).adjoint(torch.ones(1, 1, 8, 12))).all()
+    Observation(Magnitude(2), near.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Clip(1, 0), ValueError, "low must be below high, got 1 and 0"),
+        (lambda: Clip(0, math.inf), ValueError, "high must be a number, got inf"),
+        (lambda: Clip("a", 1), TypeError, "low must be a number, got 'a'"),
+        (lambda: Quantize(1), ValueError, "levels must be an integer of at least 2, got 1"),
+        (lambda: Magnitude(0), ValueError, "oversampling must be an integer of at least 1, got 0"),
+        (lambda: Magnitude(2).measure(torch.zeros(4, 4)), ValueError, r"at least 2 axes, got shape \(4,\)"),
+    ],
+)
+def test_invalid_arguments_raise(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
