@@ -9,7 +9,7 @@ from torch import distributions
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.evaluation import exact as module
 from scorematch.evaluation.exact import Empirical, Gaussian, GaussianMixture, operator_matrix
-from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop
+from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Matrix, Observation, Uncrop
 from scorematch.sampling import ODESampler
 from tests.helpers import gaussian_images, run, seed
 
@@ -157,6 +157,42 @@ def test_posteriors_obey_the_rule_of_bayes(name, operator):
     difference = posterior.log_density(x) - expected
     torch.testing.assert_close(difference, difference.mean().expand(6), rtol=1e-8, atol=1e-8)
     assert posterior.sample_shape == SHAPE and isinstance(posterior, type(world))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("name", ["gaussian", "mixture"])
+def test_the_evidence_is_the_quotient_of_prior_times_likelihood_and_posterior(name, operator):
+    world, operator, sigma = WORLDS[name], OPERATORS[operator], 0.4
+    y = operator.measure(world.sample(3, 1, torch.float64))
+    observation = Observation(operator, y, sigma)
+    x = world.sample(4, 2, torch.float64)
+    residual = observation.residual(operator.measure(x[:1]))[1:2]
+    terms = residual.square() / sigma**2 + math.log(2 * math.pi * sigma**2)
+    likelihood = -observation.observed(terms).sum() / 2
+    expected = world.log_density(x[:1]) + likelihood - world.posterior(observation, 1).log_density(x[:1])
+    assert world.log_evidence(observation, 1) == pytest.approx(float(expected), abs=1e-8)
+
+
+def test_the_evidence_with_a_noise_level_for_each_value_and_with_a_covariance():
+    world = GaussianMixture([0.7, 0.3], [[0.0, 0.0], [1.0, -1.0]], [[1.0, 0.3], [0.3, 0.5]])
+    y, everything = torch.tensor([[0.4, -0.9]]), Mask(torch.tensor([True]))
+    noise = torch.tensor([[0.3, 0.6]], dtype=torch.float64)
+    expected = math.log(
+        sum(
+            weight * torch.distributions.MultivariateNormal(mean, world._within + noise[0].square().diag())
+            .log_prob(y[0].double()).exp()
+            for weight, mean in zip(world.weights, world.means, strict=True)
+        )
+    )  # fmt: skip
+    for sigma in (noise, lambda r: r / noise**2):
+        assert world.log_evidence(Observation(everything, y.double(), sigma)) == pytest.approx(expected)
+    one = torch.tensor([[0.3, math.inf]], dtype=torch.float64)
+    single = GaussianMixture([0.7, 0.3], [[0.0], [1.0]], 1.0)
+    expected = single.log_evidence(Observation(everything, y[:, :1].double(), 0.3))
+    assert world.log_evidence(Observation(everything, y.double(), one)) == pytest.approx(expected)
+    assert world.log_evidence(Observation(Mask(torch.tensor([False])), y)) == pytest.approx(0)
+    with pytest.raises(ValueError, match=r"y has no density, since its values determine each other\. Pass sigma above"):
+        Gaussian([0.0], 1.0).log_evidence(Observation(Matrix(torch.ones(2, 1)), torch.ones(1, 2)))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -11,6 +11,7 @@ from scorematch.sampling import (
     SAMPLERS,
     AncestralSampler,
     ODESampler,
+    ParticleSampler,
     PredictorCorrectorSampler,
     bulk_samples,
     sample_to,
@@ -31,6 +32,7 @@ VARIANTS = {
     "ancestral": (AncestralSampler, {}),
     "small, clamped": (AncestralSampler, {"variance": "small", "clamp_denoised": True}),
     "predictor-corrector": (PredictorCorrectorSampler, {}),
+    "particles": (ParticleSampler, {"particles": 3}),
     "published": (PredictorCorrectorSampler, {"predictor": "reverse-diffusion", "published": True}),
 }
 FLOAT32 = {"levels": 3, "precision": "float32"}

@@ -130,6 +130,8 @@ from scorematch.sampling import (
     AncestralSampler,
     Chain,
     ODESampler,
+    ParticleSampler,
+    Population,
     PredictorCorrectorSampler,
     Sampler,
     SamplerSettings,
@@ -281,11 +283,16 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
         ODESampler(net, levels=18, method="dpm-solver++"),
         ODESampler(net, levels=3, method="unipc", order=3, eta=[0.5, 1.0]),
         PredictorCorrectorSampler(net, predictor="reverse-diffusion"),
+        ParticleSampler(net, particles=8, restore="guide"),
         Euler(net, levels=10),
         recommended_sampler(net),
         recommended_sampler(score, SamplerSettings(sampler="ode", levels=18)),
     ]
     kinds: Mapping[str, type[Sampler]] = SAMPLERS
+    observation = Observation(Mask(x > 0), x, sigma=0.1)
+    assert_type(ParticleSampler(net).population(observation, 4, generator=0), Population)
+    population: Population = ParticleSampler(net).population(observation)
+    assert_type(population.log_evidence, Tensor)
     for sampler in all_samplers:
         assert_type(sampler.sample(4, condition=3, generator=[0, 1, 2, 3], progress=False), Tensor)
         for state, sigma in sampler.iterate(init=x, generator=torch.Generator()):

@@ -44,6 +44,14 @@ def middle_of(score: object, x: Tensor) -> float | Tensor:
     return 0.0 if value_range is None else (value_range[0] + value_range[1]) / 2
 
 
+def variance_of(score: object) -> float:
+    """The variance of the data: that of the preconditioning "karras", a quarter of the value range squared, or 1."""
+    own, value_range = attribute(score, "preconditioning"), attribute(score, "value_range")
+    if own is not None and own.data_std is not None:
+        return own.data_std**2
+    return 1.0 if value_range is None else ((value_range[1] - value_range[0]) / 4) ** 2
+
+
 def device_of(score: object, otherwise: torch.device | str = "cpu") -> torch.device:
     """The device of a network, also that of an inference copy; ``otherwise`` for any other score."""
     parameter = next(score.parameters(), None) if isinstance(score, nn.Module) else None

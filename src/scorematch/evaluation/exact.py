@@ -241,6 +241,26 @@ class GaussianMixture(Distribution):
         """The posteriors of all samples that an observation measures; they need no random numbers."""
         return [self.posterior(observation, image) for image in range(len(observation))]
 
+    def log_evidence(self, observation: Observation, image: int = 0) -> float:
+        r"""The log-density of y, :math:`\log \sum_k w_k\, \mathcal{N}(y;\, A m_k, S)`, of the observed values, in nats.
+
+        Arguments and errors are those of ``posterior``.
+
+        Raises:
+            ValueError: if S is singular, as for several values of y without noise that determine each other.
+        """
+        a, y, noise = (each.to(self.means) for each in linear_gaussian(observation, self.sample_shape, image))
+        part = observation.of_shape(self.sample_shape).rows(slice(image, image + 1))
+        seen = part.observed(torch.ones_like(part.y)).flatten().to(y.device) > 0
+        a, y = a[seen], y[seen]
+        noise = noise[seen][:, seen] if noise.ndim else noise * torch.ones_like(y).diag()
+        factor, failed = torch.linalg.cholesky_ex(a @ self._within @ a.T + noise)
+        if failed:
+            raise ValueError("y has no density, since its values determine each other. Pass sigma above 0.")
+        residuals = torch.linalg.solve_triangular(factor, (y - self.means @ a.T).T, upper=False)  # (values of y, K)
+        logits = self.weights.log() - residuals.square().sum(0) / 2
+        return float(logits.logsumexp(0) - factor.diagonal().log().sum() - len(y) * math.log(2 * math.pi) / 2)
+
     def _posterior_parameters(self, observation: Observation, image: int) -> tuple[Tensor, Tensor, Tensor]:
         a, y, noise = (each.to(self.means) for each in linear_gaussian(observation, self.sample_shape, image))
         cross = self._within @ a.T

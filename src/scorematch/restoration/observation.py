@@ -130,8 +130,8 @@ class Observation:
             return False
         return measured.shape[1:] == self.y.shape[1:]
 
-    def rows(self, rows: slice) -> Observation:
-        """The observation of a slice of the batch."""
+    def rows(self, rows: slice | Tensor) -> Observation:
+        """The observation of a slice of the batch, or of the samples with these indices."""
 
         def part(values: Tensor | None) -> Tensor | None:
             batched = values is not None and values.ndim == self.y.ndim and len(values) > 1

@@ -166,8 +166,8 @@ class Operator(ABC):
         """
         return self
 
-    def rows(self, rows: slice) -> Operator:
-        """The operator for a slice of the batch: with one mask per image, the masks of those images."""
+    def rows(self, rows: slice | Tensor) -> Operator:
+        """The operator for a slice of the batch or for indices: with one mask per image, the masks of those images."""
         return self
 
     def drawn(self, x: Tensor, seeds: Sequence[int]) -> Operator:
@@ -371,8 +371,8 @@ class _Composition(Operator):
         new._axes = axes
         return new
 
-    def rows(self, rows: slice) -> Operator:
-        """The operator for a slice of the batch."""
+    def rows(self, rows: slice | Tensor) -> Operator:
+        """The operator for a slice of the batch, or for indices."""
         if len(self) == 1:
             return self
         mask = self.mask

@@ -159,8 +159,8 @@ class Mask(Operator):
         new._axes = axes
         return new
 
-    def rows(self, rows: slice) -> Mask:
-        """The masks for a slice of the batch."""
+    def rows(self, rows: slice | Tensor) -> Mask:
+        """The masks for a slice of the batch, or for indices."""
         return Mask(self.mask[rows]).with_axes(self._axes) if len(self) > 1 else self
 
 

@@ -6,6 +6,7 @@ from scorematch.sampling.chain import Chain
 from scorematch.sampling.folder import sample_to
 from scorematch.sampling.langevin import AnnealedLangevinSampler
 from scorematch.sampling.ode import ODESampler
+from scorematch.sampling.particles import ParticleSampler, Population
 from scorematch.sampling.predictor_corrector import PredictorCorrectorSampler
 from scorematch.sampling.sampler import Sampler
 from scorematch.sampling.settings import SAMPLERS, SamplerSettings, recommended_sampler
@@ -16,6 +17,8 @@ __all__ = [
     "AnnealedLangevinSampler",
     "Chain",
     "ODESampler",
+    "ParticleSampler",
+    "Population",
     "PredictorCorrectorSampler",
     "Sampler",
     "SamplerSettings",

@@ -166,6 +166,11 @@ _VARIANCES: dict[FixedVariance, Callable[[float, float], float]] = {
 }
 
 
+def step_variance(variance: FixedVariance, sigma: float, sigma_next: float, k: float) -> float:
+    """The variance of the noise of ``ancestral_step``, in the units of x squared."""
+    return (sigma**2 - sigma_next**2) * _VARIANCES[variance](k * sigma, k * sigma_next)
+
+
 def ancestral_step(
     x: Tensor,
     score: Tensor,
@@ -189,10 +194,9 @@ def ancestral_step(
     Returns:
         The state at ``sigma_next``, of x's shape.
     """
-    drift = sigma**2 - sigma_next**2
-    mean = torch.add(x, score, alpha=drift)
-    values = {name: drift * share(k * sigma, k * sigma_next) for name, share in _VARIANCES.items()}
+    mean = torch.add(x, score, alpha=sigma**2 - sigma_next**2)
     if isinstance(variance, Tensor):
-        ratio = torch.exp(variance * (math.log(values["large"] / values["small"]) / 2))
-        return mean.addcmul_(z, ratio, value=math.sqrt(values["small"]))
-    return mean.add_(z, alpha=math.sqrt(values[variance]))
+        large, small = (step_variance(fixed, sigma, sigma_next, k) for fixed in ("large", "small"))
+        ratio = torch.exp(variance * (math.log(large / small) / 2))
+        return mean.addcmul_(z, ratio, value=math.sqrt(small))
+    return mean.add_(z, alpha=math.sqrt(step_variance(variance, sigma, sigma_next, k)))

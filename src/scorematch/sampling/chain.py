@@ -30,6 +30,9 @@ class Run(NamedTuple):
     batch_size: int
     noise_source: Callable[[Tensor], Tensor]  # the noise of a step, from the state
     start_noise: Tensor | None  # the noise of a start that is drawn, if y has noise
+    particles: int  # states for each sample
+    uniform_source: Callable[[], Tensor]  # a uniform random number for each sample (n,)
+    results: dict[str, Tensor]  # what a sampler returns beside the samples
 
 
 class Chain:
@@ -107,6 +110,46 @@ class Chain:
         """The score of x (n, ...) at a noise level, one network call per sample. The result may be overwritten."""
         return self._scores(x, sigma, lambda part: self._for_rows(part, self._net))
 
+    @property
+    def restoration(self) -> Restoration:
+        """The method of this run."""
+        return self._run.restoration
+
+    @property
+    def particles(self) -> int:
+        """The number of states for each sample."""
+        return self._run.particles
+
+    @property
+    def results(self) -> dict[str, Tensor]:
+        """What the sampler returns beside the samples."""
+        return self._run.results
+
+    def uniform(self) -> Tensor:
+        """A uniform random number for each sample, (n,)."""
+        return self._run.uniform_source()
+
+    def prior(self, x: Tensor, sigma: float) -> Tensor:
+        """The score of the network without the observation."""
+        return self._scores(x, sigma, lambda part: self._for_rows(part, self._net), Restoration())
+
+    def prior_and_posterior(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """The score of the network without the observation, and that of ``score``, from the same network call."""
+        prior = torch.empty_like(x)
+
+        def network(part: slice) -> Score:
+            inner = self._for_rows(part, self._net)
+
+            def score(x: Tensor, sigma: Any) -> Tensor:
+                found = inner(x, sigma)
+                prior[part] = check_score(found, x).detach()
+                return found
+
+            return score
+
+        posterior = self._scores(x, sigma, network)
+        return prior, posterior
+
     def score_and_variance(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """The score, and the variance that the network predicts in the same call; see ``ScoreNet.score_and_variance``.
 
@@ -126,14 +169,17 @@ class Chain:
 
         return self._scores(x, sigma, network), variance
 
-    def _scores(self, x: Tensor, sigma: float, network: Callable[[slice], Score]) -> Tensor:
+    def _scores(
+        self, x: Tensor, sigma: float, network: Callable[[slice], Score], restoration: Restoration | None = None
+    ) -> Tensor:
         """The score of x, with the function of x and sigma that ``network`` returns for some of its rows."""
         run = self._run
+        restoration = run.restoration if restoration is None else restoration
         scores = torch.empty_like(x)
         level = sigma if self._takes_floats else self._tensor(sigma, x)
         for i in range(0, len(x), run.batch_size):
             part = slice(i, i + run.batch_size)
-            scores[part] = check_score(run.restoration.score(network(part), x[part], level, part), x[part])
+            scores[part] = check_score(restoration.score(network(part), x[part], level, part), x[part])
         self._count()
         return scores
 

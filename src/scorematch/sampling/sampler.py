@@ -43,6 +43,7 @@ from scorematch.core.scores import (
     has_inference_copy,
     inference_copy_of,
     middle_of,
+    variance_of,
 )
 from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 from scorematch.restoration.method import Restoration
@@ -110,6 +111,7 @@ class Sampler(ABC):
     """
 
     draws_noise = True  # if False, every step uses the noise of the start, as the probability flow does
+    particles = 1  # states for each sample, if there is an observation
 
     def __init__(
         self,
@@ -171,6 +173,10 @@ class Sampler(ABC):
             field = options_of(cls)[name].field
             if value is not None and not field.fits(native(value)):
                 raise ValueError(f"{argument(name)} must be {field}, got {quote(value)}.")
+
+    def restoration(self, observation: Observation) -> Restoration:
+        """The restoration method for an observation, on the device of the network and of known shape."""
+        return METHODS[self.restore].make(observation, variance_of(self.net))
 
     # -- What a sampler defines ---------------------------------------------------------------------------------------
 
@@ -286,11 +292,11 @@ class Sampler(ABC):
             ValueError: if the arguments contradict each other, or the shape of a sample is not known.
             RuntimeError: if the state has NaN or infinite values; the message names the level at which that began.
         """
-        with _without_gradients():
+        with without_gradients():
             x, run = start(self, n, shape, init, condition, observation, generator, noise_source, batch_size)
             for x, _ in self._run(x, run, progress):  # noqa: B007, B020
                 pass
-        return x if self.denoise else self._result(x, run.restoration)
+        return x if self.denoise else self._result(run.restoration.finish(x))
 
     def iterate(
         self,
@@ -313,14 +319,14 @@ class Sampler(ABC):
             ``(x, sigma)`` after every step: the state (n, ...) and its noise level. If ``denoise`` is True, the last
             pair is the result of ``sample`` with sigma 0. A yielded tensor is never written to again.
         """
-        with _without_gradients():
+        with without_gradients():
             x, run = start(self, n, shape, init, condition, observation, generator, noise_source, batch_size)
         return self._run(x, run, progress)
 
     # -- The run ------------------------------------------------------------------------------------------------------
 
     def _run(self, x: Tensor, run: Run, progress: bool) -> Iterator[tuple[Tensor, float]]:
-        with _without_gradients(), without_autocast():
+        with without_gradients(), without_autocast():
             # The network, or with precision "auto" its inference copy if it has one, made for one run and not kept.
             net = self.net if self.precision == "float32" else inference_copy_of(self.net, compile=self.compile)
         if not self.draws_noise:
@@ -333,18 +339,19 @@ class Sampler(ABC):
 
     def _states(self, x: Tensor, chain: Chain, restoration: Restoration) -> Iterator[tuple[Tensor, float]]:
         """The checked state after every step, and the result."""
-        finite, shape = FiniteCheck(self.schedule), x.shape
+        finite, shape, sigma = FiniteCheck(self.schedule), x.shape, self.schedule.sigma_max
         for state in self.steps(x, chain):
-            self._check_state(state, shape)
-            x = state[0]
-            finite.record(*state)
-            yield state
-        if self.denoise:
+            self._check_state(state, torch.Size((shape[0] // chain.particles, *shape[1:])))
+            x, sigma = state
+            finite.record(x, max(sigma, self.schedule.sigma_min))
+            if sigma > 0:
+                yield state
+        if self.denoise and sigma > 0:
             x = chain.denoised(x, self.schedule.sigma_min)
             finite.record(x, self.schedule.sigma_min)
         finite.check()
         if self.denoise:
-            yield self._result(x, restoration), 0.0
+            yield self._result(restoration.finish(x)), 0.0
 
     def _check_state(self, state: Any, shape: torch.Size) -> None:
         """Checks what ``step`` or ``steps`` of a subclass returned."""
@@ -360,11 +367,10 @@ class Sampler(ABC):
     @contextmanager
     def _computing(self, net: Score) -> Iterator[None]:
         exact = exact_float32() if self.precision == "float32" else without_autocast()
-        with _without_gradients(), evaluating(net), exact:
+        with without_gradients(), evaluating(net), exact:
             yield
 
-    def _result(self, x: Tensor, restoration: Restoration) -> Tensor:
-        x = restoration.finish(x)
+    def _result(self, x: Tensor) -> Tensor:
         value_range = attribute(self.net, "value_range")
         return x.clamp(*value_range) if self.clamp and value_range is not None else x
 
@@ -382,7 +388,7 @@ def _each_within(
 
 
 @contextmanager
-def _without_gradients() -> Iterator[None]:
+def without_gradients() -> Iterator[None]:
     """Turns gradients off, and also inference mode, in which "guide-jacobian" could not compute derivatives."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -12,6 +12,7 @@ from scorematch.core.scores import Score, attribute
 from scorematch.sampling.ancestral import AncestralSampler
 from scorematch.sampling.langevin import AnnealedLangevinSampler
 from scorematch.sampling.ode import ODESampler
+from scorematch.sampling.particles import ParticleSampler
 from scorematch.sampling.predictor_corrector import PredictorCorrectorSampler
 from scorematch.sampling.sampler import Sampler, options_of
 
@@ -23,6 +24,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "ode": ODESampler,
     "ancestral": AncestralSampler,
     "predictor-corrector": PredictorCorrectorSampler,
+    "particles": ParticleSampler,
 }
 
 
@@ -31,8 +33,8 @@ class SamplerSettings:
     """The recommended sampler of a network, and its options.
 
     Args:
-        sampler: "langevin" (AnnealedLangevinSampler), "ode" (ODESampler), "ancestral" (AncestralSampler) or
-            "predictor-corrector" (PredictorCorrectorSampler).
+        sampler: "langevin" (AnnealedLangevinSampler), "ode" (ODESampler), "ancestral" (AncestralSampler),
+            "predictor-corrector" (PredictorCorrectorSampler) or "particles" (ParticleSampler).
         **options: arguments of this sampler, by name: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, and its
             own, except those that depend on the use, such as ``restore``. None, and an option that is left out, is the
             sampler's default.

@@ -13,11 +13,10 @@ from torch import Tensor
 from scorematch.core.arguments import check_count
 from scorematch.core.batches import without_history
 from scorematch.core.conditions import as_class, class_of_each
-from scorematch.core.randomness import Generator, as_generator, standard_normal
+from scorematch.core.randomness import Generator, as_generator, standard_normal, uniform
 from scorematch.core.scores import Score, attribute, device_of, middle_of
 from scorematch.noise import NoiseSchedule
 from scorematch.restoration.method import Restoration
-from scorematch.restoration.methods import METHODS, Restore
 from scorematch.restoration.observation import Observation
 from scorematch.sampling.chain import Run
 
@@ -28,7 +27,10 @@ class Configured(Protocol):
     net: Score
     schedule: NoiseSchedule
     clamp: bool
-    restore: Restore
+    particles: int
+
+    def restoration(self, observation: Observation) -> Restoration:
+        """The restoration method for an observation."""
 
 
 # The largest number of values in one network call by default: those of 1,337 MNIST digits, 341 CIFAR-10 images or 5 RGB
@@ -78,23 +80,33 @@ def start(
     # A plain function has no device: the run is on that of init, or else of the generator, or else on the CPU.
     source = init if init is not None else generators[0] if isinstance(generators, tuple) else generators
     device = device_of(sampler.net, "cpu" if source is None else source.device)
-    method = Restoration()
+    method, particles = Restoration(), 1
     if observation is not None:
-        method = _restoration(sampler, observation.of_shape(sample_shape).to(device))
+        particles = sampler.particles
+        method = _restoration(sampler, observation.of_shape(sample_shape).to(device), particles)
+    rows = n * particles
+
+    def normal(x_shape: Sequence[int]) -> Tensor:
+        grouped = (n, x_shape[0] // n, *x_shape[1:])  # with a list of generators, each draws those of its sample
+        return standard_normal(grouped, generators, device).view(x_shape)
+
     noise: Tensor | None = None
     if init is not None:
-        x = without_history(init).to(device, torch.float32)
+        x = without_history(init).to(device, torch.float32).repeat_interleave(particles, 0)
     else:
-        noise = standard_normal((n, *sample_shape), generators, device)
+        noise = normal((rows, *sample_shape))
         middle, sigma = middle_of(sampler.net, noise), sampler.schedule.sigma_max
         x = method.start(middle + sigma * noise, sigma, middle)
-    given: Tensor | None = class_of_each(condition, x)
+    given: Tensor | None = class_of_each(condition, x[::particles])
     return x, Run(
-        None if given is None else without_history(given).to(device),
+        None if given is None else without_history(given).to(device).repeat_interleave(particles, 0),
         method,
         batch_size,
-        noise_source or (lambda x: standard_normal(x.shape, generators, x.device)),
+        noise_source or (lambda x: normal(x.shape)),
         noise if method.sigma > 0 else None,
+        particles,
+        lambda: uniform((n,), generators, device),
+        {},
     )
 
 
@@ -153,7 +165,7 @@ def _sample_shape(
     return tuple(found)
 
 
-def _restoration(sampler: Configured, observation: Observation) -> Restoration:
+def _restoration(sampler: Configured, observation: Observation, particles: int) -> Restoration:
     """The method by which the samples agree with an observation, which is on the device of the network."""
     net, needed = sampler.net, observation.operator.value_range
     value_range = attribute(net, "value_range")
@@ -164,12 +176,9 @@ def _restoration(sampler: Configured, observation: Observation) -> Restoration:
         )
     if sampler.clamp and value_range is not None and isinstance(observation.sigma, float) and observation.sigma == 0:
         _warn_of_clamping(observation, value_range)
-    # Image data are assumed to have a standard deviation of a quarter of their range, as in the row "karras".
-    deviation = 1.0 if value_range is None else (value_range[1] - value_range[0]) / 4
-    own = attribute(net, "preconditioning")
-    if own is not None and own.data_std is not None:
-        deviation = own.data_std
-    return METHODS[sampler.restore].make(observation, deviation**2)
+    if particles > 1 and len(observation) > 1:
+        observation = observation.rows(torch.arange(len(observation)).repeat_interleave(particles))
+    return sampler.restoration(observation)
 
 
 def _warn_of_clamping(observation: Observation, value_range: tuple[float, float]) -> None:
