@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from PIL import Image
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
 from scorematch.core.processes import find_device
+from scorematch.core.schema import Field
 from scorematch.data import grid, read_image, read_samples
-from scorematch.sampling import SAMPLERS, SamplerSettings
+from scorematch.sampling import SAMPLERS, AncestralSampler, SamplerSettings
 from scorematch.sampling.sampler import options_of
 from tests.helpers import python, refused
 
@@ -367,6 +369,32 @@ def test_a_command_line_option_for_every_option_of_a_sampler(capsys):
     for sampler in SAMPLERS.values():
         for option in options_of(sampler):
             assert re.search(rf"--{option.replace('_', '-')}(?![\w-])", printed), option
+
+
+class _Noisier(AncestralSampler):
+    """A sampler with an option of the same name as that of another."""
+
+    def __init__(
+        self, net, schedule=None, *, snr: Annotated[float, Field(float, above=0, below=1), "a ratio"] = 0.5, **options
+    ):
+        super().__init__(net, schedule, **options)
+        self.snr = snr
+
+    def settings(self):
+        return [f"own snr {self.snr}"]
+
+
+def test_samplers_may_have_options_of_the_same_name(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SAMPLERS, "noisier", _Noisier)
+    snr, few = ("--snr", 0.25), ("-n", 1, "--levels", 3)
+    for options, expected in [
+        (("--sampler", "noisier"), "_Noisier(3 levels 1 -> 0.01, own snr 0.25"),
+        (("--sampler", "predictor-corrector"), "PredictorCorrectorSampler(3 levels 1 -> 0.01, ancestral"),
+        ((), "PredictorCorrectorSampler("),
+        (("--variance", "small"), "_Noisier("),  # it has both options
+    ]:
+        assert _sample(folder, tmp_path / "a.png", *few, *snr, *options, "--overwrite") == 0
+        assert capsys.readouterr().out.startswith(expected)
 
 
 # -- Processes

@@ -225,6 +225,8 @@ def test_options_may_be_lists_or_none(faces, tmp_path, calls):
     assert _train(faces, tmp_path, *given) == 0
     expected = {"betas": (0.8, 0.9), "ema": (), "clip": None, "warmup_images": 0, "flip": True, "decay": "linear"}
     assert expected.items() <= vars(RunSettings(**calls[0][3])).items()
+    with pytest.raises(SystemExit):
+        _train(faces, tmp_path, "--betas", "0.8")  # argparse: expected 2 arguments
 
 
 def test_without_options_the_settings_are_those_of_the_recipe(tmp_path, calls):

@@ -302,7 +302,9 @@ def test_the_text_of_a_composition():
         ("jpeg:101", ValueError, "got 'jpeg:101': quality must be an integer from 1 to 100, got 101"),
         ("jpeg:7.5", ValueError, "got 'jpeg:7.5': quality must be an integer from 1 to 100, got 7.5"),
         ("uncrop", ValueError, "operator must be uncrop:left=N,right=N,top=N,bottom=N, such as uncrop:right=4, got"),
-        ("uncrop:left", ValueError, "got 'uncrop:left'"),
+        ("uncrop:left", ValueError, "got 'uncrop:left': its arguments are left=, right=, top=, bottom=, got 'left'"),
+        ("pool:4,5", ValueError, "its arguments are size=, got 5"),
+        ("pool:4,size=5", ValueError, "an argument is missing or named twice"),
         ("uncrop:up=3", ValueError, "got 'uncrop:up=3'"),
         ("uncrop:top=3,top=4", ValueError, "got 'uncrop:top=3,top=4': an argument is missing or named twice"),
         ("uncrop:top=-3", ValueError, "a border must be an integer of at least 0, got -3"),
@@ -333,7 +335,7 @@ def test_random_masks_depend_on_the_seed_of_each_image(kind):
     assert torch.equal(kind().drawn(x[:1], [6]).mask[0], masks.mask[1])
     composed = AveragePool(2) @ kind()
     assert torch.equal(composed.drawn(x + 1, [5, 6, 5]).measure(x + 1), AveragePool(2).measure(masks.measure(x + 1)))
-    with pytest.raises(ValueError, match=rf"has a random mask for each image\. Write {kind.__name__}\(\)\.drawn\(x"):
+    with pytest.raises(ValueError, match=rf"a random mask .* Write mask:FILE, or in Python {kind.__name__}\(\)\.drawn"):
         Observation(kind(), x)
 
 

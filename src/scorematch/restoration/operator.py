@@ -196,11 +196,12 @@ class Operator(ABC):
         values = [_number(name) for name, equals, _ in parts if not equals]
         named = {name: _number(value) for name, equals, value in parts if equals}
         signature = inspect.signature(cls)
-        if len(values) + len(named) < len(parts) or bool(parts) != bool(signature.parameters):
+        positional = [name for name, each in signature.parameters.items() if each.kind is not each.KEYWORD_ONLY]
+        twice = len(values) + len(named) < len(parts) or not named.keys().isdisjoint(positional[: len(values)])
+        if twice or bool(parts) != bool(signature.parameters):
             raise TypeError("an argument is missing or named twice" if signature.parameters else "it has no arguments")
-        if unknown := named.keys() - signature.parameters:
-            raise TypeError(f"its arguments are {', '.join(signature.parameters)}, got {min(unknown)!r}")
-        signature.bind(*values, **named)
+        if unknown := [*values[len(positional) :], *(named.keys() - signature.parameters)]:
+            raise TypeError(f"its arguments are {'=, '.join(signature.parameters)}=, got {unknown[0]!r}")
         return cls(*values, **named)
 
     def text(self) -> str | None:

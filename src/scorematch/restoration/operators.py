@@ -182,7 +182,9 @@ class RandomMask(Operator):
 
     def measure(self, x: Tensor) -> Tensor:
         """It has no measurement before the masks are drawn."""
-        raise ValueError(f"{self} has a random mask for each image. Write {self!r}.drawn(x, seeds), or mask:FILE.")
+        raise ValueError(
+            f"{self} has a random mask for each image. Write mask:FILE, or in Python {self!r}.drawn(x, seeds)."
+        )
 
 
 class Hole(RandomMask):

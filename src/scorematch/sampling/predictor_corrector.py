@@ -105,7 +105,9 @@ class PredictorCorrectorSampler(Sampler):
         corrector_steps: Annotated[
             int, Field(int, low=0, high=1_000_000), "the number of Langevin steps at each level"
         ] = 1,
-        snr: Annotated[float, Field(float, above=0, below=1), "the signal-to-noise ratio of these steps"] = 0.16,
+        snr: Annotated[
+            float, Field(float, above=0, below=1), "the signal-to-noise ratio of these steps, above 0 and below 1"
+        ] = 0.16,
         published: Annotated[
             bool,
             Field(bool),

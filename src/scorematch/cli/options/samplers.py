@@ -39,8 +39,11 @@ def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommende
         help=f"the sampler (default: the one to which a given option belongs, or {default})",
     )
     _add_options(group, options_of(Sampler))
+    added: set[str] = set()
     for name in SAMPLERS:
-        if own := _own_options(name):
+        own = {option: each for option, each in _own_options(name).items() if option not in added}
+        added |= own.keys()  # an option that several samplers have is listed with the first
+        if own:
             _add_options(parser.add_argument_group(f"options of --sampler {name}"), own)
 
 
@@ -58,7 +61,7 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = Fals
     """The sampler of ``--sampler`` and of the options of samplers, or else the one recommended for the network.
 
     Args:
-        args: the parsed command line.
+        args: the parsed command line. Without ``--sampler`` an option of samplers names a sampler that has it.
         net: the score that it samples.
         restoring: whether it restores images. The recommended sampler of a network that draws images may be that of an
             ODE, which restores less well; "langevin" is then used instead.
@@ -66,17 +69,21 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = Fals
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
     """
-    owners = {option: name for name in SAMPLERS for option in given(args, _own_options(name))}
+    options = given(args, {option: None for name in SAMPLERS for option in _own_options(name)})
+    owners = {option: [name for name in SAMPLERS if option in _own_options(name)] for option in options}
     noise = given(args, options_of(Sampler))
     default = "langevin" if restoring and not takes_image(net) else None
-    name = next(iter(owners.values()), default) if args.sampler is None else args.sampler
+    own: SamplerSettings | None = attribute(net, "sampler_settings")
+    name = args.sampler or default
+    if args.sampler is None and owners:
+        fitting = [each for each in SAMPLERS if all(each in names for names in owners.values())]
+        preferred = default or (own and own.sampler)
+        name = preferred if preferred in fitting else [*fitting, *next(iter(owners.values()))][0]
     if name is None:
         return recommended_sampler(net, **noise)
-    for option, owner in owners.items():
-        if owner != name:
-            raise ValueError(f"{argument(option)} is an option of --sampler {owner}, not of {name}.")
-    options = given(args, owners)
-    own: SamplerSettings | None = attribute(net, "sampler_settings")
+    for option, names in owners.items():
+        if name not in names:
+            raise ValueError(f"{argument(option)} is an option of --sampler {names[0]}, not of {name}.")
     # AnnealedLangevinSampler reads the network's own settings itself, and adapts them to other options.
     if own is not None and own.sampler == name != "langevin":
         options = {**own.options, **options}

@@ -45,8 +45,12 @@ def add_declared(group: argparse._ActionsContainer, name: str, field: Field, tex
     """Adds the option of an argument that its function declares; if it is not given, it has no parsed value."""
     kinds: dict[type, dict[str, Any]] = {
         bool: {"action": argparse.BooleanOptionalAction},
-        list: {"nargs": "*", "type": None if field.each is None else fitting(field.each), "metavar": "X"},
-        str: {"choices": field.choices},
+        list: {
+            "nargs": (field.low == field.high and field.low) or "*",
+            "type": None if field.each is None else fitting(field.each),
+            "metavar": "X",
+        },
+        str: {"choices": field.choices, "metavar": None if field.choices else "NAME"},
         int: {"type": fitting(field), "metavar": "N"},
         float: {"type": fitting(field), "metavar": "X"},
     }
