@@ -10,7 +10,7 @@ from torch import nn
 from scorematch import ScoreNet
 from scorematch.core.conditions import Condition
 from scorematch.core.schema import check
-from scorematch.nets import FAMILIES, family_of
+from scorematch.nets import FAMILIES, MLP, family_of
 from scorematch.nets.blocks import Attention, ResidualBlock
 from scorematch.nets.precondition import ROWS
 from tests.networks import CHANNELS, CONDITIONS, LEVELS, NETS, SIZE, condition, every_path, images, network, shared
@@ -25,7 +25,8 @@ def _arguments(name, rng, position):
 
 
 def test_every_family_is_tested_here():
-    assert {family for family, _, _ in NETS.values()} == FAMILIES.keys()
+    """Those of images; tests/test_mlp.py has the tests of networks for vectors."""
+    assert {family for family, _, _ in NETS.values()} == {name for name in FAMILIES if name != "mlp"}
 
 
 @every_net
@@ -58,6 +59,11 @@ EXTREMES = {
         **{"norm_eps": SHARE, "dropout": SHARE, "downsample_padding": SHARE, "num_class_embeds": CLASSES},
         **{"time_proj_dim": (2, 65_536), "pixel_channels": (0, 65_536), "freq_shift": (-1000, 1000)},
         **{"mid_block_scale_factor": (1e-3, 1000), "time_factor": (1e-6, 1e6)},
+        **{"condition_features": (0, 1_000_000), "dimensions": (1, 3)},
+    },
+    "mlp": {
+        **{"features": (1, 1_000_000), "width": (2, 65_536), "depth": (1, 256)},
+        **{"classes": CLASSES, "condition_features": (0, 1_000_000), "dropout": SHARE},
     },
 }
 
@@ -80,7 +86,10 @@ def test_the_extreme_values_of_a_configuration(family):
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_accepts_only_the_preconditioning_rows_of_its_family(family, row):
-    made = shared(next(name for name, (other, _, _) in NETS.items() if other == family)).backbone
+    if family == "mlp":
+        made = MLP(2, 4, 1)
+    else:
+        made = shared(next(name for name, (other, _, _) in NETS.items() if other == family)).backbone
     if row in FAMILIES[family].preconditions:
         assert ScoreNet(made, LEVELS, precondition=row).family is FAMILIES[family]
     else:

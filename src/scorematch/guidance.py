@@ -57,7 +57,7 @@ from torch import Tensor, nn
 
 from scorematch.core.arguments import argument
 from scorematch.core.batches import as_sigma, check_data, per_image
-from scorematch.core.conditions import Condition, as_condition
+from scorematch.core.conditions import Condition, as_condition, null_condition
 from scorematch.core.scores import (
     NetworkScore,
     Score,
@@ -105,7 +105,7 @@ def classifier_free(
         arXiv:2305.08891.
     """
     takes = attribute(net, "conditioning")
-    if callable(net) and not (isinstance(takes, Condition) and takes.classes is not None and takes.null_class):
+    if callable(net) and not (isinstance(takes, Condition) and takes.null_class):
         raise ValueError(
             "classifier_free needs a network with a null class, which was trained with label_drop. Write "
             "ScoreNet.unet(classes=..., null_class=True), or autoguidance(net, weaker, weight) with a network without "
@@ -333,7 +333,7 @@ class _ClassifierFree(GuidedScore):
         check_data(x)
         takes = attribute(self.net, "conditioning")
         labels = cast(Tensor, as_condition(condition, x, self.conditioning))
-        null = torch.full_like(labels, takes.classes)
+        null = null_condition(takes, x).to(labels)
         weight = self._weight(sigma, x)
         if isinstance(weight, float) and (weight == 1 or (weight == 0 and not variance and not self.rescale)):
             return _call(self.net, x, sigma, labels if weight else null, variance=variance)

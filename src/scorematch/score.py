@@ -30,6 +30,7 @@ from scorematch.core.messages import quote
 from scorematch.core.schema import Field
 from scorematch.core.scores import NetworkScore
 from scorematch.nets import FAMILIES, family_of
+from scorematch.nets.blocks import VectorEmbedding
 from scorematch.nets.inference import InferenceScore, is_plain
 from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
 from scorematch.nets.precondition import ROWS, Preconditioning, Units, check_options
@@ -169,7 +170,7 @@ class ScoreNet(NetworkScore, nn.Module):
             self.value_range = None
         self._units = units
 
-    def fit_units(self, data: Tensor) -> None:
+    def fit_units(self, data: Tensor, condition: Tensor | None = None) -> None:
         """Measures the mean and the standard deviation of each channel of data that are not images.
 
         They are stored as ``units``, and are applied inside the network, so that x, sigma and samples are in the units
@@ -179,19 +180,21 @@ class ScoreNet(NetworkScore, nn.Module):
         Args:
             data: (N, C, ...) or (N, D), floating point, all data or a large random part. For (N, D) each of the D
                 values is a channel.
+            condition: the vectors (N, K) of a network with ``condition_features``, which are standardized too.
 
         Raises:
             TypeError: if data is not a floating-point tensor.
             ValueError: if it has NaN or infinite values, or a channel that is constant.
         """
         check_data(data, "data")
-        values = data.detach().double().transpose(0, 1).flatten(1)  # (C, values)
-        std, mean = torch.std_mean(values, 1)
-        if not bool(torch.isfinite(std).all()):
-            raise ValueError("data must be finite, got NaN or infinite values, or a single sample.")
-        if not bool((std > 0).all()):
-            channel = int((std == 0).nonzero()[0])
-            raise ValueError(f"channel {channel} of the data is constant. Leave it out.")
+        mean, std = _moments(data, "channel", "data")
+        embeddings = [module for module in self.backbone.modules() if isinstance(module, VectorEmbedding)]
+        if condition is not None:
+            if not embeddings:
+                raise TypeError("this network takes no vector as its condition. Leave out condition.")
+            center, spread = _moments(condition, "value", "condition")
+            embeddings[0].mean.copy_(center)
+            embeddings[0].std.copy_(spread)
         expected = 0.5 / self.preconditioning.units[0]
         own = self.schedule
         self.units = Units(tuple(mean.tolist()), tuple(std.tolist()))
@@ -314,6 +317,7 @@ class ScoreNet(NetworkScore, nn.Module):
         pixel_channels: int = 0,
         pixel_layers: int = 1,
         padding: Padding | Sequence[Padding] = "zeros",
+        condition_features: int = 0,
         schedule: NoiseSchedule | None = None,
         precondition: str = "karras",
         precondition_options: Mapping[str, float] | None = None,
@@ -346,6 +350,8 @@ class ScoreNet(NetworkScore, nn.Module):
             pixel_layers: the number of these blocks on the way down, and their number on the way up.
             padding: what lies beyond the ends of the axes: "zeros"; "circular", for periodic data; "reflect"; or a
                 sequence with one of these for each axis.
+            condition_features: K, the number of values of a vector as the condition, float (N, K); 0 for none. A vector
+                of NaN stands for no condition, and is used if none is given.
             schedule: the noise levels; None is NCSNv2's schedule for CIFAR-10, 232 levels from 50 to 0.01.
             precondition: a row of the table in ``scorematch.nets.precondition``; "karras" is the best one to train
                 with.
@@ -371,6 +377,7 @@ class ScoreNet(NetworkScore, nn.Module):
             "pixel_channels": pixel_channels,
             "pixel_layers": pixel_layers,
             "padding": padding,
+            "condition_features": condition_features,
         }
         return cls._build("unet", image_size, schedule, precondition, given, precondition_options)
 
@@ -459,6 +466,57 @@ class ScoreNet(NetworkScore, nn.Module):
         return cls._build("ncsnpp", image_size, schedule, precondition, given, precondition_options)
 
     @classmethod
+    def mlp(
+        cls,
+        features: int,
+        *,
+        width: int = 256,
+        depth: int = 4,
+        condition_features: int = 0,
+        classes: int | None = None,
+        null_class: bool = False,
+        dropout: float = 0.0,
+        schedule: NoiseSchedule | None = None,
+        precondition: str = "karras",
+        precondition_options: Mapping[str, float] | None = None,
+    ) -> ScoreNet:
+        """Builds a network for vectors (N, D), such as the parameters of a simulation; see ``scorematch.nets.mlp``.
+
+        Call ``net.fit_units(data)`` before the training, unless the data have mean 0 and standard deviation 0.5.
+
+        Args:
+            features: D, the number of values of a vector.
+            width: the number of hidden features, at least 2.
+            depth: the number of residual blocks.
+            condition_features: K, the number of values of a vector as the condition, float (N, K); 0 for none. A vector
+                of NaN stands for no condition, and is used if none is given.
+            classes: the number of classes of a class-conditional network; None for none.
+            null_class: whether there is one more class, with the index ``classes``, for samples without a class.
+            dropout: the dropout probability in the blocks.
+            schedule: the noise levels; None is 232 levels from 50 to 0.005.
+            precondition: a row of the table in ``scorematch.nets.precondition``: "karras", "flow" or "flow_reverse".
+            precondition_options: the options of the row, as for the constructor.
+
+        Returns:
+            The network, with new weights drawn from torch's global generator. Its output is zero at first.
+
+        Example:
+            >>> net = ScoreNet.mlp(2, width=64, condition_features=3)
+            >>> net(torch.rand(5, 2), 0.1, torch.rand(5, 3)).shape
+            torch.Size([5, 2])
+        """
+        given = {
+            "features": features,
+            "width": width,
+            "depth": depth,
+            "condition_features": condition_features,
+            "classes": classes,
+            "null_class": null_class,
+            "dropout": dropout,
+        }
+        return cls._build("mlp", (), schedule, precondition, given, precondition_options)
+
+    @classmethod
     def _build(
         cls,
         name: str,
@@ -474,7 +532,7 @@ class ScoreNet(NetworkScore, nn.Module):
         schedule = NoiseSchedule.geometric(*family.levels) if schedule is None else schedule
         check_schedule(schedule)
         sides = (image_size, image_size) if isinstance(image_size, Integral) else image_size
-        size = check_sizes("image_size", sides, "a side or (height, width)")
+        size = check_sizes("image_size", sides, "a side or (height, width)") if sides != () else ()
         if len(size) not in family.dimensions:
             wanted = "a side, (height, width)" + (
                 ", (length,) or (depth, height, width)" if len(family.dimensions) > 1 else ""
@@ -485,7 +543,7 @@ class ScoreNet(NetworkScore, nn.Module):
             backbone,
             schedule,
             precondition=precondition,
-            sample_shape=(given["channels"], *size),
+            sample_shape=(given["channels"], *size) if size else (given["features"],),
             value_range=(0, 1) if len(size) == 2 else None,
             precondition_options=precondition_options,
         )
@@ -810,3 +868,13 @@ class ScoreNet(NetworkScore, nn.Module):
             token=token,
             commit_message=commit_message,
         )
+
+
+def _moments(data: Tensor, part: str, name: str) -> tuple[Tensor, Tensor]:
+    """The mean and the standard deviation of each channel of data (N, C, ...), float64."""
+    std, mean = torch.std_mean(data.detach().double().transpose(0, 1).flatten(1), 1)
+    if not bool(torch.isfinite(std).all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinite values, or a single sample.")
+    if not bool((std > 0).all()):
+        raise ValueError(f"{part} {int((std == 0).nonzero()[0])} of {name} is constant. Leave it out.")
+    return mean, std

@@ -85,7 +85,7 @@ from scorematch.evaluation.tune_table import MeasuredSampler
 from scorematch.guidance import GuidedScore, autoguidance, classifier, classifier_free
 from scorematch.likelihood import bits_per_dimension, log_likelihood
 from scorematch.loss import loss_and_norm, sliced_score_matching_loss
-from scorematch.nets import FAMILIES, NCSNPP, Condition, Family, InferenceScore, RefineNet, UNet, family_of
+from scorematch.nets import FAMILIES, MLP, NCSNPP, Condition, Family, InferenceScore, RefineNet, UNet, family_of
 from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning, Units
 from scorematch.nets.precondition import Row as PreconditioningRow
 from scorematch.pretrained import CARDS, CHECKPOINTS, Card, CheckpointCard, Place, Stored, find, load, locate
@@ -236,7 +236,7 @@ def parts(net: ScoreNet, x: Tensor, sigma: Tensor) -> None:
     assert_type(family_of(net.backbone), Family[Any] | None)
     assert_type(Field(int, low=1).fits(3), bool)
     assert_type(families["unet"].condition(net.backbone, predicts_variance=False), Condition)
-    backbones: Sequence[nn.Module] = [RefineNet(3, 8), UNet(), NCSNPP()]
+    backbones: Sequence[nn.Module] = [RefineNet(3, 8), UNet(), NCSNPP(), MLP(2)]
     rows: Mapping[str, PreconditioningRow] = ROWS
     print(functions)
     row = Preconditioning("karras", net.schedule, (0, 1))

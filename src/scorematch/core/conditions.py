@@ -21,8 +21,8 @@ class Condition(NamedTuple):
     Attributes:
         channels: the number of channels of the image; 0 for no image.
         classes: the number of classes; None for no class.
-        null_class: whether the network was also trained without a class. The additional class, whose index is
-            ``classes``, then means "no class", and is used if no condition is given.
+        null_class: whether the network was also trained without a class or a vector. The additional class, whose index
+            is ``classes``, or a vector of NaN then means "no condition", and is used if none is given.
         vector: the number of values of the vector; 0 for no vector.
     """
 
@@ -78,9 +78,16 @@ def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor |
             f"class, got {type(condition).__name__}. Write torch.as_tensor(condition)."
         )
     if takes is not None:
-        condition = takes.classes if condition is None and takes.null_class else condition
+        condition = null_condition(takes, x) if condition is None and takes.null_class else condition
         _check_condition(condition, x.shape[0], takes)
     return class_of_each(condition, x)
+
+
+def null_condition(takes: Condition, x: Tensor) -> Tensor:
+    """The condition that stands for none: the null class (N,), or vectors of NaN (N, K)."""
+    if takes.vector:
+        return torch.full((len(x), takes.vector), torch.nan, dtype=x.dtype, device=x.device)
+    return torch.full(x.shape[:1], takes.classes or 0, dtype=torch.int64, device=x.device)
 
 
 def _check_condition(condition: Tensor | int | None, n: int, takes: Condition) -> None:

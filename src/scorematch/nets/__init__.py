@@ -9,13 +9,14 @@ from torch import nn
 from scorematch.core.conditions import Condition
 from scorematch.nets.family import Family
 from scorematch.nets.inference import InferenceScore
+from scorematch.nets.mlp import MLP, MLP_FAMILY
 from scorematch.nets.ncsnpp import NCSNPP, NCSNPP_FAMILY
 from scorematch.nets.refinenet import NCSN, NCSNV2, RefineNet
 from scorematch.nets.unet import UNET, UNet
 
-FAMILIES: dict[str, Family[Any]] = {family.name: family for family in (NCSN, NCSNV2, UNET, NCSNPP_FAMILY)}
+FAMILIES: dict[str, Family[Any]] = {family.name: family for family in (NCSN, NCSNV2, UNET, NCSNPP_FAMILY, MLP_FAMILY)}
 
-__all__ = ["FAMILIES", "NCSNPP", "Condition", "Family", "InferenceScore", "RefineNet", "UNet", "family_of"]
+__all__ = ["FAMILIES", "MLP", "NCSNPP", "Condition", "Family", "InferenceScore", "RefineNet", "UNet", "family_of"]
 
 
 def family_of(backbone: nn.Module) -> Family[Any] | None:

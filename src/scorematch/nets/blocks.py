@@ -356,6 +356,28 @@ class Embedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class VectorEmbedding(nn.Module):
+    """The embedding of a vector (N, K) as the condition, (N, width); a vector with NaN stands for no condition.
+
+    The values are standardized with ``mean`` and ``std`` (``ScoreNet.fit_units``), which are stored with the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, values: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(values))
+        self.register_buffer("std", torch.ones(values))
+        self.embedding = Embedding(values, width)
+        self.null = nn.Parameter(torch.zeros(width))
+
+    def forward(self, vector: Tensor) -> Tensor:  # noqa: D102
+        missing = vector.isnan().any(1, keepdim=True)
+        embedded = self.embedding((torch.where(missing, self.mean, vector) - self.mean) / self.std)
+        return torch.where(missing, self.null, embedded)
+
+
 class Constant(nn.Module):
     """Replaces a module that depends on the noise level only; returns the output of that module for one level."""
 

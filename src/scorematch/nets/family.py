@@ -93,6 +93,11 @@ class Family(ABC, Generic[Network]):
 
     def check(self, backbone: Network, *, levels: int, precondition: str) -> None:
         """Raises ValueError if a backbone does not fit a schedule or a row of the preconditioning table."""
+        if precondition not in self.preconditions:
+            raise ValueError(
+                f"precondition {precondition!r} does not fit this {self.network.__name__}: it must be "
+                f"{' or '.join(map(repr, self.preconditions))}."
+            )
 
     @abstractmethod
     def condition(self, backbone: Network, *, predicts_variance: bool) -> Condition:
@@ -168,6 +173,8 @@ def check_size(backbone: nn.Module, size: Sequence[int]) -> None:
         if min(size) < divisor:
             sides = "x".join(map(str, size))
             raise ValueError(f"every side of a sample must be at least {divisor}, the largest stride, got {sides}.")
+        return
+    if not size:
         return
     height, width = size
     if height % divisor or width % divisor:

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from scorematch.core.arguments import check_sizes
 from scorematch.core.conditions import Condition
-from scorematch.nets.blocks import Constant, DownBlock, Embedding, MiddleBlock, UpBlock, fix_projections
+from scorematch.nets.blocks import (
+    Constant,
+    DownBlock,
+    Embedding,
+    MiddleBlock,
+    UpBlock,
+    VectorEmbedding,
+    fix_projections,
+)
 from scorematch.nets.family import Family
 from scorematch.nets.layers import GroupNorm
 from scorematch.nets.space import Convolution, Space, from_patches, to_patches
@@ -256,7 +264,8 @@ class ImageFamily(Family[Images]):
         """An image if there are more input channels than the score has; otherwise that of the backbone."""
         channels = backbone.out_channels // 2 if predicts_variance else backbone.out_channels
         image = max(0, backbone.in_channels - channels)
-        return Condition(image, backbone.classes, backbone.null_class, backbone.vector)
+        null = backbone.null_class or any(isinstance(module, VectorEmbedding) for module in backbone.children())
+        return Condition(image, backbone.classes, null, backbone.vector)
 
     def skip_convolutions(self, backbone: Images) -> list[list[str]]:
         """The names of the convolutions of the pyramids, on the way down and on the way up."""

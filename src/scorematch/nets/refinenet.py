@@ -308,11 +308,7 @@ class _RefineNetFamily(Family[RefineNet]):
         return (backbone.levels is not None) == self.conditional
 
     def check(self, backbone: RefineNet, *, levels: int, precondition: str) -> None:
-        if precondition not in self.preconditions:
-            raise ValueError(
-                f"precondition {precondition!r} does not fit this RefineNet: it must be "
-                f"{' or '.join(map(repr, self.preconditions))}."
-            )
+        super().check(backbone, levels=levels, precondition=precondition)
         if backbone.levels is not None and backbone.levels != levels:
             raise ValueError(
                 f"the norms of the network have parameters for {backbone.levels} noise levels, but the schedule has "

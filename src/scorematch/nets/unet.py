@@ -54,6 +54,7 @@ from scorematch.nets.blocks import (
     ResidualBlock,
     Style,
     UpBlock,
+    VectorEmbedding,
 )
 from scorematch.nets.family import place, structure
 from scorematch.nets.image_network import ImageFamily, ImageNetwork, cropped, is_larger
@@ -140,6 +141,7 @@ class UNet(ImageNetwork):
         pixel_channels: the width of the blocks at full resolution, if ``patch`` is above 1; a multiple of 4, or 0 for
             none.
         pixel_layers: the number of blocks at full resolution on the way down, and the number on the way up.
+        condition_features: K, the number of values of a vector as the condition, float (N, K); 0 for none.
         dimensions: the number of axes of the data: 1 for signals, 2 for images, 3 for volumes. The names of the blocks
             remain those of diffusers, with 2D.
         padding: what lies beyond the ends of the axes, "zeros", "circular" or "reflect", or a list with one of these
@@ -183,6 +185,7 @@ class UNet(ImageNetwork):
         patch: int = 1,
         pixel_channels: int = 0,
         pixel_layers: int = 1,
+        condition_features: int = 0,
         dimensions: int = 2,
         padding: str | Sequence[str] = "zeros",
     ) -> None:
@@ -197,7 +200,7 @@ class UNet(ImageNetwork):
             classes=num_class_embeds if class_embed_type is None else None,
             null_class=null_class,
             center=center_input_sample,
-            vector={None: 0, "timestep": 1, "identity": embedding}[class_embed_type],
+            vector=condition_features or {None: 0, "timestep": 1, "identity": embedding}[class_embed_type],
             space=space,
         )
         _check_blocks(widths, down_block_types, up_block_types, patch, pixel_channels, pixel_layers, space)
@@ -239,6 +242,10 @@ class UNet(ImageNetwork):
         if class_embed_type is not None:
             timestep = class_embed_type == "timestep"
             self.class_embedding = Embedding(features, embedding) if timestep else nn.Identity()
+        if condition_features:
+            if num_class_embeds is not None or class_embed_type is not None:
+                raise ValueError("classes and condition_features cannot both be given: a network takes one condition.")
+            self.class_embedding = VectorEmbedding(condition_features, embedding)
 
         def down(scale: int, inputs: int, halve: bool) -> DownBlock:
             kind, head_width = DOWN_BLOCKS[down_block_types[scale]], head_widths[scale]
@@ -378,6 +385,7 @@ OWN_KEYS: Mapping[str, Any] = {
     "patch": 1,
     "pixel_channels": 0,
     "pixel_layers": 1,
+    "condition_features": 0,
     "dimensions": 2,
     "padding": "zeros",
 }
@@ -438,6 +446,7 @@ class _UNetFamily(ImageFamily[UNet]):
         "patch": Field(int, low=1, high=64),
         "pixel_channels": Field(int, low=0, high=65_536),
         "pixel_layers": Field(int, low=1, high=64),
+        "condition_features": Field(int, low=0, high=1_000_000),
         "dimensions": Field(int, low=1, high=3),
         "padding": Field(str, choices=PADDINGS, or_list=True),
     }
@@ -468,6 +477,8 @@ class _UNetFamily(ImageFamily[UNet]):
             architecture["null_class"] = True
         if len(size) != 2:
             architecture["dimensions"] = len(size)
+        if given["condition_features"]:
+            architecture["condition_features"] = given["condition_features"]
         if given["padding"] != "zeros":
             architecture["padding"] = native(given["padding"])
         return architecture
