@@ -144,10 +144,7 @@ class ScoreNet(NetworkScore, nn.Module):
     def value_range(self, value_range: Range | None) -> None:
         ends = native(value_range)
         if ends is not None and not (_ENDS.fits(ends) and ends[0] < ends[1]):
-            raise ValueError(
-                f"value_range must be (low, high), finite with low < high, or None for data without a fixed range, got "
-                f"{value_range!r}."
-            )
+            raise ValueError(f"value_range must be (low, high), finite with low < high, or None, got {value_range!r}.")
         self._value_range = None if ends is None else (float(ends[0]), float(ends[1]))
 
     @property
@@ -210,10 +207,7 @@ class ScoreNet(NetworkScore, nn.Module):
     @sampler_settings.setter
     def sampler_settings(self, settings: SamplerSettings | None) -> None:
         if not isinstance(settings, SamplerSettings | None):
-            raise TypeError(
-                f"sampler_settings must be a SamplerSettings or None, got {type(settings).__name__}. Write "
-                "scorematch.sampling.SamplerSettings(levels=..., ...)."
-            )
+            raise TypeError(f"sampler_settings must be a SamplerSettings or None, got {type(settings).__name__}.")
         self._sampler_settings = settings
 
     @property

@@ -82,15 +82,9 @@ def check_score(score: Tensor, x: Tensor) -> Tensor:
         ValueError: if it has another shape.
     """
     if not isinstance(score, Tensor):
-        raise TypeError(
-            f"the network returned {type(score).__name__}, but a score must be a tensor of the shape of x, "
-            f"{tuple(x.shape)}."
-        )
+        raise TypeError(f"a score must be a tensor of the shape of x, {tuple(x.shape)}, got {type(score).__name__}.")
     if score.shape != x.shape:
-        raise ValueError(
-            f"the network returned shape {tuple(score.shape)} for x of shape {tuple(x.shape)}, but a score must have "
-            "the shape of x."
-        )
+        raise ValueError(f"a score must have the shape of x, {tuple(x.shape)}, got {tuple(score.shape)}.")
     return score
 
 
@@ -102,10 +96,7 @@ def score_at(net: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | N
 def check_differentiable(score: Tensor, name: str = "the score") -> None:
     """Raises ValueError if a score, which was computed with gradients enabled, does not depend on x for autograd."""
     if not score.requires_grad:
-        raise ValueError(
-            f"{name} must be differentiable in x, but it was computed without gradients. Remove torch.no_grad() and "
-            "detach() from the function that computes it."
-        )
+        raise ValueError(f"{name} must be differentiable in x. Remove torch.no_grad() and detach() from its function.")
 
 
 # -- The denoised data -------------------------------------------------------------------------------------------------

@@ -163,8 +163,7 @@ def _writing_to(cache: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"the decoded images cannot be written to {cache}: {error.strerror or error}. Pass another folder as "
-            f"{argument('cache')}."
+            f"{cache} cannot be written to: {error.strerror or error}. Pass another folder as {argument('cache')}."
         ) from error
 
 

@@ -59,8 +59,7 @@ def renamed(
         module, _, leaf = name.rpartition(".")
         if module not in modules:
             raise ValueError(
-                f"{path} holds the tensor {quote(name)}, which a network with these options does not have: it was "
-                "trained with other options, or is another network."
+                f"{path} holds the tensor {quote(name)}, which a network with these options does not have."
             )
         ours = modules[module]
         if ".attentions." in ours and tensor.ndim > 2:
