@@ -128,12 +128,7 @@ class Hub:
             return self._file(request, name, "/".join(rest[2:]), body)
         if rest and rest[0] == "tree":
             content = [
-                {
-                    "type": "file",
-                    "path": file,
-                    "size": len(data),
-                    "oid": _git_hash(data),
-                }
+                {"type": "file", "path": file, "size": len(data), "oid": _git_hash(data)}
                 for file, data in files.items()
             ]
         else:

@@ -61,10 +61,7 @@ def _object():
         (_entry(_header(shape=(10**12,)), bytes(8)), "has 8 bytes of values for the shape"),
         (_entry(_header(shape=(2**48,) * 32), bytes(8)), "has 8 bytes of values for the shape"),
         (_entry(_header(shape=(1,) * 33), bytes(8)), "the shape of a.npy must be a list with at most 32 entries"),
-        (
-            _entry(_header(shape=(-1,)), bytes(8)),
-            "must be a list with at most 32 entries, each an integer of at",
-        ),
+        (_entry(_header(shape=(-1,)), bytes(8)), "must be a list with at most 32 entries, each an integer of at"),
         (_entry(_header(shape=(True,)), bytes(8)), "the shape of a.npy must be a list"),
         (_entry(_header(descr="<f3"), bytes(6)), r"the header of a\.npy is damaged"),
         (_entry(_header(descr="<M8[s]"), bytes(16)), "must hold numbers, bools or strings, got the type '<M8"),

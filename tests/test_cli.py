@@ -150,16 +150,10 @@ def test_options_may_precede_an_optional_argument(options, name, value):
         (["sample", "mnist", "x.png", "-n", "few"], "argument -n: must be an integer of at least 1, such as 64, "),
         (["sample", "mnist", "x.png", "-n", "0"], "got '0'. See .* sample --help"),
         (["sample", "mnist", "x.png", "--columns", "0"], "argument --columns: must be an integer of at least 1"),
-        (
-            ["sample", "mnist", "x.png", "--churn", "-1"],
-            "argument --churn: must be a number of at least 0, got '-1'",
-        ),
+        (["sample", "mnist", "x.png", "--churn", "-1"], "argument --churn: must be a number of at least 0, got '-1'"),
         (["sample", "mnist", "x.png", "--step-size", "nan"], "argument --step-size: must be a number of more than 0"),
         (["sample", "mnist", "x.png", "--sigma-max", "inf"], "argument --sigma-max: .*, got 'inf'"),
-        (
-            ["restore", "mnist", "x.png", "y", "--operator", ""],
-            "argument --operator: must not be empty",
-        ),
+        (["restore", "mnist", "x.png", "y", "--operator", ""], "argument --operator: must not be empty"),
         (["sample", "mnist", "x.png", "--snr", "low"], "argument --snr: .*, got 'low'"),
         (["sample", "mnist", "x.png", "--batch-size", "-1"], "argument --batch-size: must be an integer of at least 1"),
         (["sample", "mnist", ""], "argument picture: must not be empty"),  # an unset variable of a shell

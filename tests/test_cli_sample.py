@@ -293,14 +293,8 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
         (["{folder}", "a.png", "--snr", "0.1", "--method", "heun"], "is an option of --sampler"),
         (["{folder}", "a.png", "--snr", "2"], "argument --snr: must be a number of more than 0 and less than 1"),
         (["{folder}", "a.png", "--exact-noise", "--consistent"], ": leave out --steps-per-level and --exact-noise"),
-        (
-            ["{folder}", "a.png", "--churn-min", "1"],
-            "--churn-min, --churn-max and --churn-noise need --churn above 0",
-        ),
-        (
-            ["{folder}", "a.png", "--churn", "1", "--method", "dpm-solver++"],
-            ". Write --method heun.",
-        ),
+        (["{folder}", "a.png", "--churn-min", "1"], "--churn-min, --churn-max and --churn-noise need --churn above 0"),
+        (["{folder}", "a.png", "--churn", "1", "--method", "dpm-solver++"], ". Write --method heun."),
         (["{folder}", "a.png", "--sigma-max", "100"], ": --sigma-max must be in the range"),
         (["{folder}", "a.png", "--variance", "learned"], ": --variance learned needs a network that predicts"),
         (

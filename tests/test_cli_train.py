@@ -355,11 +355,7 @@ def test_a_recipe_with_a_task_trains_on_it(faces, tmp_path, monkeypatch, calls):
         ({"classes": 2}, ("--labels",), "has no null class, for which labels are dropped. Add --label-drop 0."),
         ({}, ("--labels",), "--labels is for networks with classes, and .* has none. Leave it out."),
         ({}, ("--channels", "1"), "--channels must be 3, as .*network has, got 1. Leave it out."),
-        (
-            {"condition_channels": 3},
-            (),
-            r"restores images. Train it in Python, with condition=; see",
-        ),
+        ({"condition_channels": 3}, (), r"restores images. Train it in Python, with condition=; see"),
     ],
 )
 def test_a_network_to_begin_with_takes_the_condition_of_the_data(faces, tmp_path, network, options, message, capsys):
@@ -412,10 +408,7 @@ def test_an_image_size_is_a_side_or_height_x_width():
     ("options", "message"),
     [
         (("--recipe", "huge"), "argument --recipe: invalid choice: 'huge'"),
-        (
-            ("--images", "5q"),
-            "argument --images: must be an integer of at least 1, such as 64, 50k or 5M, got '5q'",
-        ),
+        (("--images", "5q"), "argument --images: must be an integer of at least 1, such as 64, 50k or 5M, got '5q'"),
         (("--image-size", "big"), "argument --image-size: must be a side such as 64"),
         (("--label-drop", "0.2"), "--label-drop is for training on classes with --labels. Leave it out."),
         (("--label-key", "digits"), "--label-key is for training on classes with --labels. Leave it out."),

@@ -274,11 +274,7 @@ def test_a_configuration_with_unknown_yaml_tags_raises(files, tmp_path, capsys):
             "normalization: BatchNorm",
             r"section model: normalization must be one of 'InstanceNorm\+\+', got 'BatchNorm'",
         ),
-        (
-            "nonlinearity: elu",
-            "nonlinearity: relu",
-            "section model: nonlinearity must be one of 'elu', got 'relu'",
-        ),
+        ("nonlinearity: elu", "nonlinearity: relu", "section model: nonlinearity must be one of 'elu', got 'relu'"),
         ("model:", "network:", "it has no section model"),
         ("sigma_begin: 50", "sigma_begin: many", "section model: sigma_begin must be a number .* got 'many'"),
         (

@@ -15,10 +15,7 @@ from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrector
 from tests.networks import FOURIER, wide_ddpmpp, wide_ncsnpp, wide_unet
 from tests.networks import WIDE_LEVELS as LEVELS
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 NETS = {
     "ncsn": lambda: ScoreNet.ncsn(3, 32, width=16, schedule=LEVELS),
     "ncsnv2": lambda: ScoreNet.ncsnv2(3, 32, width=16, depth="deeper", schedule=LEVELS),

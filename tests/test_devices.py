@@ -219,8 +219,7 @@ def test_every_sampler_is_tested_here():
 
 @pytest.mark.filterwarnings("ignore:.* noise levels of the schedule are not among:UserWarning")  # of NCSN
 @pytest.mark.parametrize(
-    ("kind", "network"),
-    [*itertools.product(MANY, ["callable", "unet"]), ("consistent", "ncsn"), ("ode", "float32")],
+    ("kind", "network"), [*itertools.product(MANY, ["callable", "unet"]), ("consistent", "ncsn"), ("ode", "float32")]
 )
 def test_samplers_rarely_read_values_on_the_host(kind, network):
     net = _score

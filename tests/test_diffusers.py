@@ -887,21 +887,13 @@ def test_a_missing_scheduler_raises(ddpm):
             {"sigma_max": 10, "sigma_min": 0.1},
             r"is the configuration of a DDPM \(_class_name 'DDPMScheduler'\), and the network is a variance-exploding",
         ),
-        (
-            {"time_embedding_type": "fourier"},
-            {"beta_start": ...},
-            r"scheduler_config\.json lacks sigma_max, sigma_min",
-        ),
+        ({"time_embedding_type": "fourier"}, {"beta_start": ...}, r"scheduler_config\.json lacks sigma_max, sigma_min"),
         (
             {"time_embedding_type": "fourier"},
             {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80, "sigma_data": 0.5},
             r"scheduler_config\.json: sigma_data 0\.5 is not supported",
         ),
-        (
-            {"sample_size": "8"},
-            {},
-            r"sample_size must be a list with exactly 2 entries, .*got '8'",
-        ),
+        ({"sample_size": "8"}, {}, r"sample_size must be a list with exactly 2 entries, .*got '8'"),
         ({"in_channels": 0}, {}, "in_channels must be an integer of at least 1"),
         ({"norm_eps": "x"}, {}, r"/config\.json: norm_eps must be a number of at least 0 and at most 1, got 'x'"),
         (

@@ -509,8 +509,7 @@ def test_results_do_not_lie_in_the_folder_of_the_data(tmp_path):
     for out in (faces, faces / "result", tmp_path / "other" / ".." / "faces" / "result"):
         for options in ({"reference": faces}, {"reference": images(4, size=8), "held_out": faces}):
             with pytest.raises(
-                ValueError,
-                match=r"output folder .*faces.* is in the data folder .*faces.* Write to another",
+                ValueError, match=r"output folder .*faces.* is in the data folder .*faces.* Write to another"
             ):
                 run(images(4, 1, size=8), out=out, **options)
     with pytest.raises(ValueError, match=r"output folder .*faces is inside the data folder"):

@@ -104,11 +104,7 @@ def test_gray_images_become_three_equal_channels():
         (torch.zeros(3, 4, 4), ValueError, r"must be a tensor \(N, C, H, W\) with at least one image, got \(3, 4, 4\)"),
         (torch.zeros(0, 3, 4, 4), ValueError, r"at least one image, got \(0, 3, 4, 4\)"),
         (np.zeros((1, 3, 4, 4)), ValueError, "at least one image, got ndarray"),
-        (
-            torch.zeros(1, 3, 4, 4, dtype=torch.int64),
-            TypeError,
-            r"uint8, or floating point in .*, got torch.int64",
-        ),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.int64), TypeError, r"uint8, or floating point in .*, got torch.int64"),
         (torch.full((1, 3, 4, 4), 2.0), ValueError, r"values in \[0, 1\], got values from 2 to 2"),
         (torch.full((1, 3, 4, 4), torch.nan), ValueError, r"values in \[0, 1\], got NaN"),
     ],

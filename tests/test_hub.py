@@ -219,18 +219,12 @@ LOADING_ERRORS = [
     ),
     ("ScoreNet.from_pretrained('someone/ddpm', revision='v9')", "someone/ddpm has no revision 'v9'"),
     ("ScoreNet.from_pretrained('someone/gated')", "PermissionError: someone/gated is gated: accept its terms at"),
-    (
-        "ScoreNet.from_pretrained('someone/text')",
-        "holds no network: expected config.json .* found README.md, data.csv",
-    ),
+    ("ScoreNet.from_pretrained('someone/text')", "holds no network: expected config.json .* found README.md, data.csv"),
     (
         "ScoreNet.from_pretrained('someone/half')",
         "holds no network: expected diffusion_pytorch_model.* found config.json, model.ckpt, .*fp16.safetensors",
     ),
-    (
-        "ScoreNet.from_pretrained('someone/latent')",
-        "is a latent pipeline, with a vqvae/",
-    ),
+    ("ScoreNet.from_pretrained('someone/latent')", "is a latent pipeline, with a vqvae/"),
     (
         "ScoreNet.from_pretrained('someone/ddpm', local_files_only=True)",
         "someone/ddpm is not in the cache, .* and local_files_only is set. Download it first",

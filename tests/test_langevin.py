@@ -58,11 +58,7 @@ def test_published_toy_trajectory_is_reproduced_with_half_the_step_size(publishe
     recorded = iter(case["annealed"]["noise"])
     schedule = NoiseSchedule(case["sigmas_float64"])
     sampler = AnnealedLangevinSampler(
-        score,
-        schedule,
-        steps_per_level=case["annealed"]["n_steps_each"],
-        step_size=case["lr"] / 2,
-        denoise=False,
+        score, schedule, steps_per_level=case["annealed"]["n_steps_each"], step_size=case["lr"] / 2, denoise=False
     )
     found = run(sampler, init=case["x0"], noise_source=lambda x: next(recorded))
     torch.testing.assert_close(found, case["annealed"]["x_final"], rtol=1e-4, atol=1e-4)
@@ -158,12 +154,7 @@ def test_exact_noise_keeps_the_variance_for_any_step_size(a, rng):
     n = 40_000
     for exact_noise, expected in [(True, 1.0), (False, 1 / (1 - a / 2))]:
         sampler = AnnealedLangevinSampler(
-            point,
-            NoiseSchedule([0.3]),
-            steps_per_level=60,
-            step_size=a * 0.09,
-            exact_noise=exact_noise,
-            denoise=False,
+            point, NoiseSchedule([0.3]), steps_per_level=60, step_size=a * 0.09, exact_noise=exact_noise, denoise=False
         )
         found = run(sampler, n, shape=(1,), generator=rng).var() / 0.09
         assert abs(found - expected) < 5 * expected * math.sqrt(2 / n)

@@ -318,8 +318,7 @@ INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="needs a C+
 
 
 @pytest.mark.parametrize(
-    "backend",
-    ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=INDUCTOR)],
+    "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=INDUCTOR)]
 )
 @pytest.mark.filterwarnings("ignore")
 def test_dsm_loss_in_a_compiled_function(backend, rng):

@@ -16,12 +16,7 @@ from tests.helpers import point, run, seed
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from diffusers import (
-        DPMSolverMultistepScheduler,
-        IPNDMScheduler,
-        SASolverScheduler,
-        UniPCMultistepScheduler,
-    )
+    from diffusers import DPMSolverMultistepScheduler, IPNDMScheduler, SASolverScheduler, UniPCMultistepScheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers with NumPy 2
 LEVELS = NoiseSchedule.karras(20, 0.05, 9)

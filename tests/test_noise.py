@@ -173,11 +173,7 @@ def test_respacing_keeps_the_range_and_is_even_in_position(schedule, levels):
             schedule.respaced(levels)
         return
     respaced = schedule.respaced(levels)
-    assert (respaced.sigma_max, respaced.sigma_min, len(respaced)) == (
-        schedule.sigma_max,
-        schedule.sigma_min,
-        levels,
-    )
+    assert (respaced.sigma_max, respaced.sigma_min, len(respaced)) == (schedule.sigma_max, schedule.sigma_min, levels)
     positions = schedule.position(respaced.sigmas)
     expected = torch.linspace(0, len(schedule) - 1, levels, dtype=torch.float64)
     assert torch.allclose(positions, expected, atol=1e-6 * len(schedule))
@@ -462,11 +458,7 @@ def test_a_string_in_place_of_sigmas_raises():
         (lambda: NoiseSchedule.geometric(1, 0.1, 1), ValueError, "levels must be an integer of at least 2, got 1"),
         (lambda: NoiseSchedule.geometric(1, 0.1, 2.5), TypeError, "levels must be an integer of at least 2, got 2.5"),
         (lambda: NoiseSchedule.from_betas([0.1, 1.0]), ValueError, "strictly between 0 and 1, got 1"),
-        (
-            lambda: NoiseSchedule.from_betas([]),
-            ValueError,
-            r"with at least one number, got shape \(0,\)",
-        ),
+        (lambda: NoiseSchedule.from_betas([]), ValueError, r"with at least one number, got shape \(0,\)"),
         (lambda: NoiseSchedule.suggest_levels(50, 0.01, 0), ValueError, "dimension must be an integer of at least 1"),
         (lambda: NoiseSchedule.suggest_levels(50, 0.01, 3072, C=1.0), ValueError, "C must be between 0 and 0.997"),
         (lambda: NoiseSchedule([1.0, 0.1]).respaced(1), ValueError, "levels must be an integer of at least 2"),

@@ -222,9 +222,6 @@ def test_options_of_a_row_are_stored_and_change_the_score_and_the_weighting(tmp_
 def test_options_that_are_refused(row, options, message):
     with pytest.raises(ValueError, match=f"precondition_options.*{message}"):
         ScoreNet(nn.Identity(), VE, precondition=row, precondition_options=options)
-    config = {
-        **ScoreNet(nn.Identity(), VE, precondition=row).config,
-        "precondition_options": options,
-    }
+    config = {**ScoreNet(nn.Identity(), VE, precondition=row).config, "precondition_options": options}
     with pytest.raises(ValueError, match=f"here: precondition_options.*{message}"):
         checked(config, "here")

@@ -139,8 +139,7 @@ SLOW = {*(f"unet, {row}" for row in ROWS[::2]), *(f"ncsnpp, {row}" for row in RO
 
 
 @pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NETWORKS],
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NETWORKS]
 )
 def saved(request, tmp_path_factory):
     """A network and the folder into which it was saved."""
@@ -748,10 +747,7 @@ def test_truncated_weights_raise(keep, folder):
         ({"sampler_settings": {"sampler": "ode", "levels": 1}}, "sampler_settings: levels must be an integer"),
         ({"sampler_settings": {"sampler": "ode", "snr": 0.1}}, "snr is not an option of the sampler 'ode'"),
         ({"sampler_settings": [3]}, r"sampler_settings must be an object or null, got \[3\]"),
-        (
-            {"class_names": "cat"},
-            "class_names must be a list with at least 1 entries, each a string, or null",
-        ),
+        ({"class_names": "cat"}, "class_names must be a list with at least 1 entries, each a string, or null"),
         ({"class_names": ["cat"]}, "class_names is for class-conditional networks, and this network is not one"),
         ({"width": 5}, r"other sizes: begin_conv.weight \(4, 1, 3, 3\) instead of \(5, 1, 3, 3\), .*\.\.\.$"),
         ({"width": 60_000}, r"other sizes: begin_conv.weight"),

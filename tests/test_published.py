@@ -782,12 +782,7 @@ def test_what_a_file_does_not_contain_is_asked_for(tmp_path):
             ValueError,
             "is a file of EDM, which holds its own options: leave out co",
         ),
-        (
-            tmp_path / "net.pkl",
-            {"raw": True},
-            ValueError,
-            "has only the moving average of the weights: leave out raw",
-        ),
+        (tmp_path / "net.pkl", {"raw": True}, ValueError, "has only the moving average of the weights: leave out raw"),
     ]:
         with pytest.raises(error, match=message) as caught:
             convert(path, out, **keywords)
@@ -798,10 +793,7 @@ def test_weights_of_another_configuration_are_refused(tmp_path):
     _write_score_sde(SCORE_SDE["ddpmpp, VP"], tmp_path)
     for changes, message in [
         ({"num_res_blocks": 2}, r"holds 18 modules instead of 23"),
-        (
-            {"attn_resolutions": [8]},
-            r"holds the tensor 'all_modules\.4\.Conv_0\.weight', which a network with these o",
-        ),
+        ({"attn_resolutions": [8]}, r"holds the tensor 'all_modules\.4\.Conv_0\.weight', which a network with these o"),
         ({"nf": 16}, "belong to a network of other sizes"),
     ]:
         config = _score_sde("vpsde", fir=False, **changes)

@@ -167,12 +167,7 @@ def test_several_restorations_of_each_image():
 
 @pytest.mark.parametrize(
     ("task", "operator"),
-    [
-        ("pool:4", AveragePool(4)),
-        ("jpeg:20", JPEG(20)),
-        ("gray", Grayscale()),
-        (Uncrop(top=2), Uncrop(top=2)),
-    ],
+    [("pool:4", AveragePool(4)), ("jpeg:20", JPEG(20)), ("gray", Grayscale()), (Uncrop(top=2), Uncrop(top=2))],
 )
 def test_the_degraded_images_and_the_consistency(task, operator):
     y = operator.measure(X)

@@ -698,10 +698,7 @@ def test_a_noisy_observation_gives_the_posterior(kind, world, rng):
         ),
         (lambda: ODESampler(point, SHORT, order=2), "order is not for the method 'heun'. Write method=.dpm-solver"),
         (lambda: ODESampler(point, SHORT, eta=[0.0, 1.0]), "eta is not for the method 'heun'"),
-        (
-            lambda: ODESampler(point, SHORT, method="unipc", order=4),
-            "order must be at most 3 for 'unipc', got 4",
-        ),
+        (lambda: ODESampler(point, SHORT, method="unipc", order=4), "order must be at most 3 for 'unipc', got 4"),
         (
             lambda: ODESampler(point, SHORT, method="ipndm", order=5),
             "order must be an integer of at least 1 and at most 4, got 5",
@@ -747,10 +744,7 @@ def test_a_noisy_observation_gives_the_posterior(kind, world, rng):
             lambda: PredictorCorrectorSampler(point, SHORT, snr=0.0),
             "snr must be .* more than 0 and less than 1, got 0.0",
         ),
-        (
-            lambda: PredictorCorrectorSampler(point, SHORT, snr=math.nan),
-            "snr must be .* less than 1, got nan",
-        ),
+        (lambda: PredictorCorrectorSampler(point, SHORT, snr=math.nan), "snr must be .* less than 1, got nan"),
     ],
 )
 def test_invalid_settings_raise(make, message):
@@ -861,10 +855,7 @@ def test_a_guided_score_is_sampled_like_the_function_that_it_computes(kind, guid
             autoguidance(labeled, lambda x, s, c: -x / (2 + s**2), 1.5),
             lambda x, s, c: 1.5 * labeled(x, s, c) + 0.5 * x / (2 + s**2),
         ),
-        "classifier": (
-            classifier(mixture, logits, 1.5),
-            lambda x, s, c: mixture(x, s) + 1.5 * derivative(x, s, c),
-        ),
+        "classifier": (classifier(mixture, logits, 1.5), lambda x, s, c: mixture(x, s) + 1.5 * derivative(x, s, c)),
     }[guidance]
     labels, init = torch.tensor([0, 1, 1]), 5 * torch.randn(3, 2, generator=seed(0))
     observation = Observation(Mask(torch.tensor([True, False])), torch.tensor([[0.4, 0.0]]))
@@ -922,10 +913,7 @@ def test_recommended_sampler_follows_the_settings(settings):
             "snr is not an option of the sampler 'ode', whose options are churn, churn_max, ",
         ),
         ({"sigma_max": -1.0}, "sigma_max must be a number of at least 0, got -1.0"),
-        (
-            {"sampler": "predictor-corrector", "snr": 1.0},
-            "snr must be .* more than 0 and less than 1, got 1.0",
-        ),
+        ({"sampler": "predictor-corrector", "snr": 1.0}, "snr must be .* more than 0 and less than 1, got 1.0"),
         ({"consistent": True, "steps_per_level": 3}, "leave out steps_per_level and exact_noise, got 3 and None"),
         ({"consistent": True, "exact_noise": False}, "leave out steps_per_level and exact_noise, got None and False"),
     ],

@@ -145,12 +145,7 @@ def test_samples_of_ncsn_are_images_with_the_published_sampler_and_not_with_leve
 
 
 @pytest.mark.parametrize(
-    ("make", "sampler"),
-    [
-        (_improved_network, "ancestral"),
-        (_edm_network, "ode"),
-    ],
-    ids=["improved-diffusion", "EDM"],
+    ("make", "sampler"), [(_improved_network, "ancestral"), (_edm_network, "ode")], ids=["improved-diffusion", "EDM"]
 )
 def test_samples_with_the_published_sampler_are_images(make, sampler, tmp_path):
     net = make(tmp_path)

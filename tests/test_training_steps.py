@@ -192,10 +192,7 @@ def test_the_number_of_images_is_rounded_up_to_whole_batches():
         ({"p": 0.5}, r"p must be a number of at least 1, got 0\.5"),
         ({"p": math.nan}, "p must be a number of at least 1, got nan"),
         ({"weight_decay": -0.1}, "weight_decay must be a number of at least 0"),
-        (
-            {"betas": (0.9, 1.0)},
-            "betas must be a list with exactly 2 entries, each a number of at least 0 and",
-        ),
+        ({"betas": (0.9, 1.0)}, "betas must be a list with exactly 2 entries, each a number of at least 0 and"),
         ({"label_drop": 1.0}, "label_drop must be a number of at least 0 and less than 1"),
         ({"decay": "step"}, "decay must be one of 'cosine', 'linear'"),
         ({"precision": "float16"}, "precision must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
@@ -579,15 +576,9 @@ def check(net, data, **settings):
     ("wrong", "message"),
     [
         (lambda: check(MLP(), points()), "net must be a ScoreNet, got MLP"),
-        (
-            lambda: check(points_net(), torch.zeros(9, 2)),
-            "result of open_images, got Tensor. Write open_images",
-        ),
+        (lambda: check(points_net(), torch.zeros(9, 2)), "result of open_images, got Tensor. Write open_images"),
         (lambda: check(points_net().half(), points()), "weights must be float32 for training, got torch.float16"),
-        (
-            lambda: check(points_net(), Memory(torch.zeros(9, 3))),
-            r"the network's sample_shape, \(2,\), got \(3,\)",
-        ),
+        (lambda: check(points_net(), Memory(torch.zeros(9, 3))), r"the network's sample_shape, \(2,\), got \(3,\)"),
         (
             lambda: check(points_net(), points(), batch_size=65),
             "the data have 64 images, fewer than a batch of 65. Pass batch_size=64",

@@ -9,14 +9,7 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.evaluation import (
-    METRICS,
-    evaluate_restoration,
-    frechet_distance,
-    pixels,
-    settings_table,
-    tune,
-)
+from scorematch.evaluation import METRICS, evaluate_restoration, frechet_distance, pixels, settings_table, tune
 from scorematch.restoration import AveragePool, Mask
 from scorematch.sampling import ODESampler, SamplerSettings, bulk_samples, recommended_sampler
 from tests.helpers import seed
@@ -184,10 +177,7 @@ def test_rows_of_another_mask_of_the_same_name_are_not_used(restorer, tmp_path):
     [
         ({}, r"the network restores images: name the operators to measure, such as operators=\['gray'\]"),
         ({"by": "rmse"}, "by must be one of 'frechet', 'kernel' for samples, got 'rmse'"),
-        (
-            {"operators": "gray", "by": "kernel"},
-            "by must be one of 'rmse', 'perceptual', 'frechet' for restorations",
-        ),
+        ({"operators": "gray", "by": "kernel"}, "by must be one of 'rmse', 'perceptual', 'frechet' for restorations"),
         ({"operators": "gray", "held_out": COLORED}, "held_out is for samples. Leave it out with operators"),
         ({"operators": "gray", "classes": "cycle"}, "classes is for samples. Leave it out with operators"),
         ({"operators": ["gray"] * 2}, "operators must differ in their names, got gray, gray"),

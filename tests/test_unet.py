@@ -472,10 +472,7 @@ def test_networks_of_other_precisions_are_accurate(dtype, rng):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"down_block_types": ("CrossAttnDownBlock2D",)},
-            "down block must be one of .*, got 'CrossAttnDownBlock2D'",
-        ),
+        ({"down_block_types": ("CrossAttnDownBlock2D",)}, "down block must be one of .*, got 'CrossAttnDownBlock2D'"),
         ({"up_block_types": ("KUpBlock2D",)}, "up block must be one of 'UpBlock2D', .*, got 'KUpBlock2D'"),
         ({"up_block_types": ()}, "one entry per scale, got 1, 1 and 0"),
         ({"time_embedding_type": "learned"}, "time_embedding_type must be one of .*, got 'learned'"),

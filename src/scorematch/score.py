@@ -695,21 +695,13 @@ class ScoreNet(NetworkScore, nn.Module):
         """
         with torch.inference_mode(False):  # the weights of a network that is loaded inside it can be trained later
             place = locate(
-                name_or_folder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
+                name_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
             )
             return cls.from_stored(load(place), backbone)
 
     @classmethod
     def from_checkpoint(
-        cls,
-        checkpoint: str | os.PathLike[str],
-        *,
-        config: str | os.PathLike[str] | None = None,
-        raw: bool = False,
+        cls, checkpoint: str | os.PathLike[str], *, config: str | os.PathLike[str] | None = None, raw: bool = False
     ) -> ScoreNet:
         """Reads a checkpoint of another project; ``save_pretrained`` then writes it in the format of this package.
 

@@ -268,10 +268,7 @@ def split_weights():
     beside = {"config.json": _text(config), "scheduler_config.json": _text(scheduler)}
     return [
         {**beside, **_folder(functools.partial(_write_split, weights, *how))}
-        for how in (
-            ("safetensors", lambda part, path: path.write_bytes(save(part))),
-            ("bin", torch.save),
-        )
+        for how in (("safetensors", lambda part, path: path.write_bytes(save(part))), ("bin", torch.save))
     ]
 
 

@@ -55,11 +55,7 @@ def as_stored(content: Any) -> Any:
 
 
 def differences(
-    before: Mapping[str, Any],
-    now: Mapping[str, Any],
-    *,
-    free: Collection[str] = (),
-    first: Sequence[str] = (),
+    before: Mapping[str, Any], now: Mapping[str, Any], *, free: Collection[str] = (), first: Sequence[str] = ()
 ) -> list[str]:
     """The settings that differ between a record and a call, as in "seed was 0 and is 1".
 

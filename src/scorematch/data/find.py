@@ -15,9 +15,7 @@ from torch.utils.data import DataLoader
 from scorematch.data.arrays import array_names, read_arrays
 from scorematch.data.folders import Folder, samples_in
 from scorematch.data.memory import Array
-from scorematch.data.pictures import (
-    ENDINGS,
-)
+from scorematch.data.pictures import ENDINGS
 from scorematch.data.sources import Source, Wanted
 from scorematch.data.tables import REFERENCES, Items, Table, array_keys
 

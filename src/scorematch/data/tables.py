@@ -12,12 +12,7 @@ from scorematch.core.messages import few, plain
 from scorematch.core.threads import ordered_map
 from scorematch.data.folders import Pictures
 from scorematch.data.memory import channels_first, check_axes, check_values, class_numbers, fitting_shape, to_array
-from scorematch.data.pictures import (
-    UnfitError,
-    as_picture,
-    channels_and_size,
-    fit_picture,
-)
+from scorematch.data.pictures import UnfitError, as_picture, channels_and_size, fit_picture
 from scorematch.data.sources import Source, Wanted
 
 # Short names of data sets on the Hugging Face Hub, each with its split.

@@ -12,15 +12,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scorematch.nets.blocks import (
-    SQRT2,
-    DownBlock,
-    ResidualBlock,
-    Style,
-    UpBlock,
-    fir_up,
-    quarter_groups,
-)
+from scorematch.nets.blocks import SQRT2, DownBlock, ResidualBlock, Style, UpBlock, fir_up, quarter_groups
 from scorematch.nets.layers import GroupNorm
 from scorematch.nets.ncsnpp import PyramidDownBlock, Pyramids
 from scorematch.nets.space import Space, mean_down, nearest_up

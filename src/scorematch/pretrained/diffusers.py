@@ -278,9 +278,7 @@ def _variance_exploding(
     scale = 2 if scheduler.get("_class_name") == "KarrasVeScheduler" else 1  # its levels are for images in [-1, 1]
     with about(where):
         schedule = NoiseSchedule.geometric(
-            scheduler["sigma_max"] / scale,
-            scheduler["sigma_min"] / scale,
-            scheduler.get("num_train_timesteps") or 2000,
+            scheduler["sigma_max"] / scale, scheduler["sigma_min"] / scale, scheduler.get("num_train_timesteps") or 2000
         )
     return schedule, "ncsn" if network.get("_class_name") == _NCSN else "ncsnpp"
 

@@ -126,9 +126,7 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
         try:
             with torch.device("meta"), _SkipNormal():
                 backbone = family.build(
-                    values,
-                    levels=len(stored.config["schedule"]["sigmas"]),
-                    precondition=stored.config["precondition"],
+                    values, levels=len(stored.config["schedule"]["sigmas"]), precondition=stored.config["precondition"]
                 )
         except ValueError as error:
             raise ValueError(f"{where}: {reason(error)}.") from error

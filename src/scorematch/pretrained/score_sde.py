@@ -137,11 +137,7 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     weights = _named(load_tensors(_weights(content, path, raw=raw), path), options, path)
     schedule, precondition = _noise(options, f"{config}")
     size, channels = options["image_size"], options["num_channels"]
-    stored = {
-        **_architecture(options),
-        **precondition,
-        "sample_shape": [channels, size, size],
-    }
+    stored = {**_architecture(options), **precondition, "sample_shape": [channels, size, size]}
     return Stored(translated(stored, schedule, _settings(options), path), weights, path)
 
 

@@ -6,16 +6,7 @@ from scorematch.restoration.linear import Linear, Matrix
 from scorematch.restoration.nonlinear import JPEG, Clip, Magnitude, Quantize
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
-from scorematch.restoration.operators import (
-    OPERATORS,
-    AveragePool,
-    Grayscale,
-    Half,
-    Hole,
-    Mask,
-    Uncrop,
-    as_operator,
-)
+from scorematch.restoration.operators import OPERATORS, AveragePool, Grayscale, Half, Hole, Mask, Uncrop, as_operator
 from scorematch.restoration.resize import Resize
 
 __all__ = [

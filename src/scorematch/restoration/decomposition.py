@@ -44,10 +44,7 @@ def decompose(a: Tensor, x: Tensor) -> Decomposition:
     values = torch.where(values > max(a.shape) * torch.finfo(a.dtype).eps * values[0], values, 0)
     u, values, vt = u.to(x), values.to(x), vt.to(x)
     return Decomposition(
-        values,
-        lambda x: x.flatten(1) @ vt.T,
-        lambda c: (c @ vt).view(len(c), *x.shape[1:]),
-        lambda y: y.flatten(1) @ u,
+        values, lambda x: x.flatten(1) @ vt.T, lambda c: (c @ vt).view(len(c), *x.shape[1:]), lambda y: y.flatten(1) @ u
     )
 
 

@@ -107,13 +107,7 @@ def halves(n: int, height: int, width: int, draws: Draws) -> Tensor:
     top, left = (height - tall) // 2, (width - wide) // 2
     middle = (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide)
     masks = torch.stack(
-        [
-            row < height // 2,
-            row >= height - height // 2,
-            column < width // 2,
-            column >= width - width // 2,
-            ~middle,
-        ]
+        [row < height // 2, row >= height - height // 2, column < width // 2, column >= width - width // 2, ~middle]
     )
     side = draws.integers(0, 4, n)
     around = draws.integers(0, 2, n).bool()

@@ -52,16 +52,7 @@ from scorematch.restoration.nonlinear import JPEG
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import Grayscale, Half, Hole, RandomMask
 
-__all__ = [
-    "TASKS",
-    "Colorization",
-    "Inpainting",
-    "JPEGRestoration",
-    "MultiTask",
-    "Task",
-    "Uncropping",
-    "condition_of",
-]
+__all__ = ["TASKS", "Colorization", "Inpainting", "JPEGRestoration", "MultiTask", "Task", "Uncropping", "condition_of"]
 
 Degradation = Callable[[Tensor, torch.Generator | None], Tensor | tuple[Tensor, Tensor]]
 
@@ -253,12 +244,7 @@ class MultiTask(Task):
 
 
 # The tasks with default arguments, by the names of the operators of which they are random versions.
-TASKS: dict[str, type[Task]] = {
-    "gray": Colorization,
-    "hole": Inpainting,
-    "half": Uncropping,
-    "jpeg": JPEGRestoration,
-}
+TASKS: dict[str, type[Task]] = {"gray": Colorization, "hole": Inpainting, "half": Uncropping, "jpeg": JPEGRestoration}
 
 
 def condition_of(operator: Operator, y: Tensor, generator: Generator = None) -> Tensor:

@@ -8,12 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scorematch.core.scores import (
-    Score,
-    attribute,
-    check_score,
-    has_inference_copy,
-)
+from scorematch.core.scores import Score, attribute, check_score, has_inference_copy
 from scorematch.restoration.method import Restoration
 
 __all__ = ["Chain"]

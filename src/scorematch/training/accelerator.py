@@ -14,11 +14,7 @@ from scorematch.core.processes import TIMEOUT
 
 
 def make_accelerator(
-    given: Any = None,
-    *,
-    cpu: bool = False,
-    trackers: Sequence[str] = (),
-    folder: str | os.PathLike[str] | None = None,
+    given: Any = None, *, cpu: bool = False, trackers: Sequence[str] = (), folder: str | os.PathLike[str] | None = None
 ) -> Any:
     """Checks the given accelerator, or creates one.
 

@@ -66,11 +66,7 @@ class Settings:
     # Ho et al. 2020 and Song et al. 2021 for CIFAR-10
     batch_size: int = _option(128, "the number of images per step, over all processes together", low=1)
     microbatch: int | None = _option(
-        None,
-        "the most images that a process computes at once; None is the whole batch",
-        int,
-        low=1,
-        free=True,
+        None, "the most images that a process computes at once; None is the whole batch", int, low=1, free=True
     )
     # Karras et al. 2022, Table 7, for CIFAR-10, with a batch of 512
     lr: float = _option(1e-3, "the largest learning rate", above=0)
@@ -94,10 +90,7 @@ class Settings:
     )
     # Karras et al. 2024, Section 3.2, from which any length is reconstructed
     ema: Sequence[float] = _option(
-        (0.05, 0.10),
-        "averages of the weights: lengths to 0.289, or decays per step from 0.9",
-        list,
-        each=Field(float),
+        (0.05, 0.10), "averages of the weights: lengths to 0.289, or decays per step from 0.9", list, each=Field(float)
     )
     levels: Levels | NoiseSchedule | None = _option(None, "the noise levels; None are those of the network", object)
     weighting: Weighting | Callable[[Tensor], Tensor] | None = _option(

@@ -285,12 +285,7 @@ def _steps(
 
 
 def _backward(
-    batch: _Batch,
-    model: torch.nn.Module,
-    loss: Loss,
-    settings: Settings,
-    memory: torch.memory_format,
-    accelerator: Any,
+    batch: _Batch, model: torch.nn.Module, loss: Loss, settings: Settings, memory: torch.memory_format, accelerator: Any
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradient of the mean loss of a batch to the parameters, one microbatch after the other.
 
