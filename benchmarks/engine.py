@@ -32,7 +32,7 @@ from scorematch.data import ImageData, open_images, save_image
 from scorematch.data import cache as loader
 from scorematch.training import RECIPES, train
 from scorematch.training.levels import levels_for, weighting_for
-from scorematch.training.order import Order
+from scorematch.training.steps import Order
 
 NEVER = 10**12  # images between two events that are not measured
 

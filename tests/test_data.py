@@ -18,7 +18,7 @@ from scorematch.data import cache as module
 from scorematch.data import read_samples, save_grid, to_uint8
 from scorematch.data.images import ImageData, open_images
 from scorematch.sampling import ODESampler, sample_to
-from scorematch.training.order import Order
+from scorematch.training.steps import Order
 
 
 def _colors(rng, height=8, width=8):

@@ -9,7 +9,7 @@ from scorematch.evaluation.exact import Empirical, Gaussian, GaussianMixture
 from scorematch.restoration.palette import Inpainting, JPEGRestoration, Uncropping
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
 from scorematch.training.levels import uniforms
-from scorematch.training.order import Order
+from scorematch.training.steps import Order
 from tests.helpers import seed
 
 CPU = torch.device("cpu")

@@ -26,8 +26,8 @@ from scorematch.restoration.palette import Inpainting
 from scorematch.training import LevelMixture, LogNormal, LogUniform, Settings, UniformTime, train, train_steps
 from scorematch.training.accelerator import make_accelerator
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
-from scorematch.training.order import Order
 from scorematch.training.settings import RunSettings
+from scorematch.training.steps import Order
 from tests.helpers import seed
 from tests.training import MLP, Memory, Recorder, content, image_net, images, points, points_net, quick, steps, vector
 

@@ -76,12 +76,12 @@ from scorematch.evaluation import (
 )
 from scorematch.evaluation.calibration import Calibration
 from scorematch.evaluation.diagnostics import LevelLoss, ScoreError
+from scorematch.evaluation.estimate import Report
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.levy import Increments, Laplace, LevyProcess, Student
 from scorematch.evaluation.memorization import Neighbors
-from scorematch.evaluation.report import Report
 from scorematch.evaluation.sampler_distance import SamplerDistance, sampler_variants
-from scorematch.evaluation.tune_table import MeasuredSampler
+from scorematch.evaluation.tune import MeasuredSampler
 from scorematch.guidance import GuidedScore, autoguidance, classifier, classifier_free
 from scorematch.likelihood import bits_per_dimension, log_likelihood
 from scorematch.loss import loss_and_norm, sliced_score_matching_loss

@@ -14,8 +14,8 @@ from scorematch.cli.options.samplers import add_computation
 from scorematch.cli.options.values import filled, image_count
 from scorematch.data import open_images
 from scorematch.evaluation import level_losses, posterior_calibration, sampler_distances
+from scorematch.evaluation.estimate import Report
 from scorematch.evaluation.exact import Empirical, Gaussian
-from scorematch.evaluation.report import Report
 from scorematch.restoration import as_operator
 
 

@@ -44,10 +44,9 @@ from scorematch.core.processes import process_group
 from scorematch.core.randomness import as_generator, seed_of, standard_normal
 from scorematch.core.scores import Score, device_of, evaluating, score_at
 from scorematch.data.images import open_images
-from scorematch.evaluation.estimate import Estimate, mean_of, ratio_of
+from scorematch.evaluation.estimate import Estimate, Report, mean_of, ratio_of
 from scorematch.evaluation.exact import Distribution
 from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
-from scorematch.evaluation.report import Report
 from scorematch.evaluation.rows import double
 from scorematch.loss import scaled_score
 from scorematch.noise import NoiseSchedule, schedule_of

@@ -1,11 +1,13 @@
-"""Values with their errors."""
+"""Values with their errors, and tables of them."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
+
+from scorematch.core.charts import table
 
 IMAGES = "images"  # the source of the figures of the pixels; other sources are names of extractors
 _ROUNDING = 1e-12  # the largest error, relative to the value, that may be that of rounding
@@ -75,3 +77,19 @@ def share_of(count: int, n: int) -> Estimate:
     """The share of ``count`` among n, and its standard error."""
     share = count / n
     return Estimate(share, math.sqrt(share * (1 - share) / n))
+
+
+R = TypeVar("R")
+
+
+class Report(list[R]):
+    """A list of rows: named tuples, one for each noise level, sampler or method."""
+
+    def table(self) -> str:
+        """The rows as a table in Markdown, with the errors of estimates."""
+        rows: list[dict[str, Any]] = [row._asdict() for row in self]  # type: ignore[attr-defined]
+        return table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
