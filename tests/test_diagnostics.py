@@ -510,7 +510,7 @@ def test_every_method_of_restore_is_measured():
         assert each.spread.value == pytest.approx(1, abs=0.15) and each.shift < 0.2, each.name
     rows = found.table().splitlines()
     assert "nominal 60.0%" in rows[0] and "nominal 80.0%" in rows[0]
-    assert len(rows) == 2 + 4 and rows[2].startswith("| posterior |")
+    assert len(rows) == 3 + len(get_args(Restore)) and rows[2].startswith("| posterior |")
     again = posterior_calibration(world, LEFT, sigma=0.3, observations=100, draws=9, progress=False)
     assert all(torch.equal(a.ranks, b.ranks) for a, b in zip(found, again, strict=True))
 

@@ -9,12 +9,13 @@ from typing import Literal
 
 from scorematch.restoration.guide import Guidance
 from scorematch.restoration.method import Restoration
+from scorematch.restoration.moments import MomentMatching
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.replacement import Replacement
 
 __all__ = ["METHODS", "Method"]
 
-Restore = Literal["replace", "guide", "guide-jacobian"]  # the names in METHODS, for type checkers
+Restore = Literal["replace", "guide", "guide-jacobian", "moment-matching"]  # the names in METHODS, for type checkers
 
 
 @dataclass(frozen=True)
@@ -42,5 +43,10 @@ METHODS: dict[Restore, Method] = {
     "guide": Method("pull towards the known pixels", "no extra time", partial(Guidance, jacobian=False)),
     "guide-jacobian": Method(
         "like guide, more accurate", "about twice the time, more memory", partial(Guidance, jacobian=True)
+    ),
+    "moment-matching": Method(
+        "the posterior of normal data at each level, with the covariance of the network",
+        "three to four times the time, more memory",
+        MomentMatching,
     ),
 }

@@ -1,0 +1,174 @@
+r"""Moment matching (MMPS): the posterior of Gaussian data at each noise level, with the covariance of the network.
+
+The notation is that of ``scorematch.restoration.method``, with the Jacobian A of the operator at D. Given x, the data
+have the mean D and the covariance :math:`\sigma^2 J`, where J is the Jacobian of D. If they are taken to be normal,
+then :math:`y - A(D)` has the covariance :math:`\Sigma_y + \sigma^2 A J A^\top`, where :math:`\Sigma_y` is that of the
+noise of y, and the score of the posterior is
+
+.. math:: s(x, \sigma) + J^\top A^\top v, \qquad (\Sigma_y + \sigma^2 A J^\top A^\top)\, v = y - A(D) .
+
+For Gaussian data it is exact. A product with :math:`J^\top` is a backward pass through the network. The Jacobian of a
+network is only nearly symmetric. The equation is therefore solved by the method of generalized conjugate residuals: as
+in GMRES, each iteration reduces the norm of the residual as far as the directions so far allow. The first direction is
+the solution at the previous level. The following ones solve the equation with the covariance of
+``scorematch.restoration.cosine`` in place of :math:`\sigma^2 J`, approximately and without calls of the network. That
+covariance is learned from the products with :math:`J^\top` on the way. If only the product with the inverse P of
+:math:`\Sigma_y` is known, the unknown is w with v = P w.
+
+References:
+    Rozet et al., 2024, Learning Diffusion Priors from Observations by Expectation Maximization, arXiv:2405.13712,
+    Sec. 4 (moment matching posterior sampling, MMPS).
+    Eisenstat et al., 1983, Variational Iterative Methods for Nonsymmetric Systems of Linear Equations (GCR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scorematch.core.batches import per_image
+from scorematch.core.scores import Score, check_differentiable, score_at
+from scorematch.restoration.cosine import CosineCovariance
+from scorematch.restoration.method import Restoration
+from scorematch.restoration.observation import Observation
+from scorematch.restoration.operator import Linearization
+from scorematch.restoration.replacement import Replacement
+
+Product = Callable[[Tensor], Tensor]
+
+_INNER, _INNER_TOLERANCE = 20, 1e-2  # iterations without calls of the network, and their relative residual
+
+
+class MomentMatching(Restoration):
+    """The score of the posterior if the data given the state are normal.
+
+    Args:
+        observation: an observation with any operator.
+        variance: the variance of the data, for the first estimate of their covariance.
+        iterations: the largest number of products with the Jacobian at each call of the network, at least 1.
+        tolerance: the norm of the residual at which the iterations end, relative to that of y - A(D).
+    """
+
+    def __init__(
+        self, observation: Observation, variance: float, *, iterations: int = 3, tolerance: float = 1e-2
+    ) -> None:
+        self._observation = observation
+        self._variance = variance
+        self._iterations, self._tolerance = iterations, tolerance
+        self._covariances: dict[int, CosineCovariance] = {}  # by the first row of a batch
+        self._solutions: dict[int, Tensor] = {}
+
+    def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
+        """The score of the posterior; each iteration needs a backward pass."""
+        observation, level = self._observation.rows(rows), sigma**2
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            follow = score_at(score, x, sigma, None)
+            check_differentiable(follow)
+            denoised = x + level * follow
+
+        def jacobian(u: Tensor) -> Tensor:
+            return torch.autograd.grad(denoised, x, u, retain_graph=True)[0]
+
+        covariance = self._covariances.setdefault(rows.start, CosineCovariance(x, self._variance))
+        covariance.at(level)
+        near = observation.operator.linearized(denoised.detach())
+        system = _System(observation, near)
+        r = observation.residual(near.value)
+        enough = self._tolerance**2 * _dot(r, r)
+        solution, change = torch.zeros_like(r), torch.zeros_like(x)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for i in range(self._iterations):
+            active = _dot(r, r) > enough
+            if not bool(active.any()):
+                break
+            w = (
+                self._solutions[rows.start]
+                if i == 0 and rows.start in self._solutions
+                else system.solve(covariance.product, r)
+            )
+            u = near.adjoint(system.weighted(w))
+            g = jacobian(u)
+            covariance.learn(u * per_image(active, u), g)
+            q = system.noise(w) + level * observation.observed(near.forward(g))
+            for before in found:
+                share = _quotient(_dot(q, before[1]), _dot(before[1], before[1]))
+                w, q, g = (new - per_image(share, new) * old for new, old in zip((w, q, g), before, strict=True))
+            found.append((w, q, g))
+            length = _quotient(_dot(r, q), _dot(q, q)) * active
+            r = r - per_image(length, r) * q
+            solution, change = solution + per_image(length, w) * w, change + per_image(length, g) * g
+        self._solutions[rows.start] = solution
+        return follow.detach() + change
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The result meets the values of y without noise if the operator is linear; otherwise it is unchanged."""
+        observation = self._observation
+        sigma, operator = observation.sigma, observation.operator
+        if callable(sigma) or not operator.is_linear:
+            return x
+        if isinstance(sigma, float):
+            if sigma == 0 and operator.gain is not None:
+                return Replacement(observation, operator.gain).finish(x)
+            sigma = observation.y.new_tensor(sigma)
+
+        def exact(values: Tensor) -> Tensor:
+            return torch.where(sigma == 0, observation.observed(values), 0)
+
+        near = operator.linearized(x)
+        v = _conjugate_gradients(lambda v: exact(near.forward(near.adjoint(v))), exact(observation.y - near.value), 100)
+        return x + near.adjoint(v)
+
+
+class _System(NamedTuple):
+    """The equation for w, whose noise is the covariance; if only its inverse P is known, the identity, and v = P w."""
+
+    observation: Observation
+    near: Linearization
+
+    def weighted(self, w: Tensor) -> Tensor:
+        """The v of w."""
+        observation = self.observation
+        return observation.precision(w) if callable(observation.sigma) else observation.observed(w)
+
+    def noise(self, w: Tensor) -> Tensor:
+        """The product of the covariance of the noise with v."""
+        return w if callable(self.observation.sigma) else self.observation.covariance(w)
+
+    def solve(self, covariance: Product, r: Tensor) -> Tensor:
+        """The w for a symmetric covariance of the data, approximately."""
+
+        def product(w: Tensor) -> Tensor:
+            spread = self.near.forward(covariance(self.near.adjoint(self.weighted(w))))
+            return self.noise(w) + self.observation.observed(spread)
+
+        return _conjugate_gradients(product, r, _INNER, _INNER_TOLERANCE, self.weighted)
+
+
+def _conjugate_gradients(
+    product: Product, r: Tensor, iterations: int, tolerance: float = 1e-6, weighted: Product = lambda w: w
+) -> Tensor:
+    """Solves M w = r, by the method of conjugate gradients with the inner product of a and ``weighted(b)``."""
+    w, p = torch.zeros_like(r), r
+    square = first = _dot(r, weighted(r))
+    for _ in range(iterations):
+        q = product(p)
+        length = _quotient(square, _dot(p, weighted(q))) * (square > tolerance**2 * first)
+        if not bool(length.any()):
+            break
+        w, r, before = w + per_image(length, p) * p, r - per_image(length, q) * q, square
+        square = _dot(r, weighted(r))
+        p = r + per_image(_quotient(square, before), p) * p
+    return w
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(1).sum(1)
+
+
+def _quotient(a: Tensor, b: Tensor) -> Tensor:
+    """The quotient, and 0 where b is 0."""
+    return torch.where(b == 0, 0, a / b)
