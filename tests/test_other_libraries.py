@@ -18,9 +18,9 @@ from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.evaluation import density_coverage, frechet_distance, inception_score, kernel_distance, precision_recall
-from scorematch.evaluation.exact import GaussianMixture
+from scorematch.evaluation.exact import Gaussian, GaussianMixture
 from scorematch.likelihood import log_likelihood
-from scorematch.restoration import Mask
+from scorematch.restoration import Mask, Observation, Physics
 from scorematch.sampling import AncestralSampler, ODESampler
 from tests.helpers import gaussian_images, run, seed
 
@@ -192,6 +192,29 @@ def test_ddrm_of_deepinv_restores_with_a_network():
     assert psnr(found) > psnr(y) + 6
     hidden = ~known.expand_as(x)
     assert (found - x)[hidden].square().mean() < 0.2 * (y - x)[hidden].square().mean()
+
+
+def test_physics_of_deepinv_are_operators():
+    """A linear one with its own adjoint, and one that is not linear by automatic differentiation."""
+    pytest.importorskip("deepinv")
+    physics = importlib.import_module("deepinv.physics")
+    x = torch.rand(2, 3, 16, 16, generator=seed())
+    kernel = torch.rand(1, 1, 3, 5, generator=seed(1))
+    blur = Physics(physics.Blur(filter=kernel / kernel.sum(), padding="circular"))
+    down = Physics(physics.Downsampling(img_size=(3, 16, 16), factor=2, filter="gaussian"))
+    known = (torch.rand(3, 16, 16, generator=seed(2)) > 0.5).float()
+    inpainting = Physics(physics.Inpainting(img_size=(3, 16, 16), mask=known))
+    for operator in (blur, down, inpainting):
+        observation = Observation(operator, operator.measure(x), 0.1)  # checks the adjoint
+        assert observation.shape == (3, 16, 16) and operator.is_linear
+        exact = Gaussian(torch.full((768,), 0.5), 0.1, (3, 16, 16))
+        mean = exact.posterior(observation).mean.view(1, 3, 16, 16).float()
+        assert (mean - x[:1]).square().mean() < (0.5 - x[:1]).square().mean()
+    own = Mask(known > 0)
+    assert torch.equal(inpainting.measure(x), own.measure(x))
+    absolute = types.SimpleNamespace(A=lambda x: x.abs())
+    near = Physics(absolute).linearized(-x)
+    assert torch.equal(near.value, x) and torch.equal(near.adjoint(x), -x)
 
 
 # -- Metrics ----------------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ from scorematch.restoration import (
     MotionBlur,
     Observation,
     Operator,
+    Physics,
     Quantize,
     Resize,
     Uncrop,
@@ -318,7 +319,7 @@ def restoration(net: ScoreNet, x: Tensor, mask: Tensor) -> None:
     operators += [AveragePool(2) @ Grayscale(), as_operator("pool:2 @ gray"), Hole().drawn(x, range(len(x))), Half()]
     operators += [Linear(torch.Tensor.double), Matrix(torch.eye(3)), Resize(2), FourierLines(4), Fourier(mask)]
     operators += [Blur(torch.ones(3, 3) / 9, "reflect"), GaussianBlur(2.0, boundary="zeros"), MotionBlur(9, 45)]
-    operators += [Clip(0.1, 0.9), Quantize(4), Magnitude(2)]
+    operators += [Clip(0.1, 0.9), Quantize(4), Magnitude(2), Physics(object())]
     assert_type(Observation.from_counts(operators[0], x, 100.0), Observation)
     methods: Mapping[Restore, Method] = METHODS
     kinds: Mapping[str, type[Operator]] = OPERATORS

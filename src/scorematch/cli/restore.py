@@ -21,6 +21,7 @@ from scorematch.core.conditions import takes_image
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
 from scorematch.data.pictures import check_picture, grid, list_pictures, read_image, save_image
+from scorematch.nets.family import check_size
 from scorematch.restoration import Observation, Operator, as_operator
 from scorematch.restoration.palette import condition_of
 from scorematch.sampling import Sampler
@@ -95,10 +96,9 @@ def _run(args: argparse.Namespace) -> None:
                 print(line)
                 printed.add(line)
         groups.setdefault(picture.degraded.shape[2:], []).append(path)
-    divisor = getattr(net.backbone, "divisor", 1)
     for size, group in groups.items():
-        if any(side % divisor for side in size):
-            raise ValueError(f"{group[0]}: height and width must be multiples of {divisor}. Crop or pad the picture.")
+        with about(group[0]):
+            check_size(net.backbone, size)
     announce(sampler)
     at_once = max(1, (_TOGETHER if args.batch_size is None else args.batch_size) // args.n)
     for group in groups.values():

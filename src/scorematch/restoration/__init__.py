@@ -7,6 +7,7 @@ from scorematch.restoration.nonlinear import JPEG, Clip, Magnitude, Quantize
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import OPERATORS, AveragePool, Grayscale, Half, Hole, Mask, Uncrop, as_operator
+from scorematch.restoration.physics import Physics
 from scorematch.restoration.resize import Resize
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "MotionBlur",
     "Observation",
     "Operator",
+    "Physics",
     "Quantize",
     "Resize",
     "Uncrop",
