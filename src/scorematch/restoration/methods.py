@@ -12,10 +12,12 @@ from scorematch.restoration.method import Restoration
 from scorematch.restoration.moments import MomentMatching
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.replacement import Replacement
+from scorematch.restoration.spectral import Spectral
 
 __all__ = ["METHODS", "Method"]
 
-Restore = Literal["replace", "guide", "guide-jacobian", "moment-matching"]  # the names in METHODS, for type checkers
+# The names in METHODS, for type checkers.
+Restore = Literal["replace", "guide", "guide-jacobian", "spectral", "moment-matching"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ METHODS: dict[Restore, Method] = {
     "guide-jacobian": Method(
         "like guide, more accurate", "about twice the time, more memory", partial(Guidance, jacobian=True)
     ),
+    "spectral": Method("shift the state until its denoised image agrees with y", "no extra time", Spectral),
     "moment-matching": Method(
         "the posterior of normal data at each level, with the covariance of the network",
         "three to four times the time, more memory",

@@ -95,8 +95,8 @@ class Sampler(ABC):
         denoise: whether to end with one step of Tweedie's formula at the lowest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
         restore: the method that makes samples agree with an observation: "replace", which is "guide" for an operator
-            without a gain; "guide"; or "guide-jacobian", which takes about twice as long. See
-            ``scorematch.restoration.methods``.
+            without a gain; "guide"; "guide-jacobian", which takes about twice as long; or "spectral", for linear
+            operators whose singular vectors are known. See ``scorematch.restoration.methods``.
         precision: "auto" calls the network's inference copy, which is faster and gives statistically the same samples;
             a score without an inference copy is called itself. "float32" calls the network itself, with TF32 turned off
             during the call; net must then not be an inference copy.
