@@ -525,16 +525,18 @@ def _pipeline(folder):
     return pipeline
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize(
-    "scheduler",
+    ("scheduler", "in_memory"),
     [
-        DDPMScheduler(num_train_timesteps=12),  # variance_type fixed_small
-        DDPMScheduler(num_train_timesteps=12, variance_type="fixed_large", clip_sample=False),
-        DDPMScheduler(num_train_timesteps=12, thresholding=True, sample_max_value=0.5, timestep_spacing="trailing"),
-        DDIMScheduler(num_train_timesteps=12, clip_sample_range=0.5, prediction_type="v_prediction"),
+        (DDPMScheduler(num_train_timesteps=12), False),  # variance_type fixed_small
+        (DDPMScheduler(num_train_timesteps=12, variance_type="fixed_large", clip_sample=False), True),
+        (
+            DDPMScheduler(num_train_timesteps=12, thresholding=True, sample_max_value=0.5, timestep_spacing="trailing"),
+            False,
+        ),
+        (DDIMScheduler(num_train_timesteps=12, clip_sample_range=0.5, prediction_type="v_prediction"), True),
     ],
-    ids=lambda scheduler: type(scheduler).__name__,
+    ids=["fixed small", "fixed large", "thresholding", "DDIM"],
 )
 def test_a_pipeline_that_is_read_and_saved_draws_the_same_samples(scheduler, in_memory, tmp_path):
     theirs = _theirs()

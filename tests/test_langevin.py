@@ -449,7 +449,7 @@ def test_a_network_with_one_noise_level(kind):
 def test_samples_are_the_same_under_autocast(precision):
     net = ScoreNet.unet(1, 8, widths=(4,), schedule=SHORT)
     torch.nn.init.normal_(net.backbone.conv_out.weight)
-    sampler = AnnealedLangevinSampler(net, steps_per_level=10, precision=precision)
+    sampler = AnnealedLangevinSampler(net, steps_per_level=2, precision=precision)
     expected = sampler.sample(2, generator=0, progress=False)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(sampler.sample(2, generator=0, progress=False), expected)
