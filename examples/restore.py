@@ -2,7 +2,7 @@
 
     python examples/restore.py digit.png --out restored                              # all operators, with "mnist"
     python examples/restore.py faces/ --out restored --model google/ddpm-celebahq-256 --operators hole jpeg:5
-    python examples/restore.py digit.png --out restored --restore guide-jacobian     # better, takes twice as long
+    python examples/restore.py digit.png --out restored --restore replace            # faster, less accurate
     python examples/restore.py digit.png --out restored --operators mask:free.png --sigma 0.1
 
 The network may be trained for restoration or not. For each picture and operator the program writes the samples and a
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="mnist", help="a name, a folder or a repository of the Hub")
     parser.add_argument("--operators", nargs="+", help="such as pool:4 (default: hole half gray pool:4 jpeg:5)")
     parser.add_argument("--sigma", type=float, default=0.0, help="standard deviation of noise to add to y")
-    parser.add_argument("--restore", default="replace", choices=METHODS)
+    parser.add_argument("--restore", default="auto", choices=METHODS)
     parser.add_argument("--levels", type=int, help="number of noise levels; fewer are faster")
     parser.add_argument("-n", type=int, default=4, help="samples per picture and operator")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -161,7 +161,7 @@ MASK, Y = torch.tensor([True, False, False]), torch.tensor([[1.2, 0.0, 0.0]])
 def test_samples_of_a_gaussian_have_the_derived_mean_and_covariance(world, variance, noise, levels):
     schedule = NoiseSchedule.geometric(10, 0.02, levels)
     seen = None if noise is None else Observation(Mask(MASK), Y, noise)
-    sampler = AncestralSampler(world, schedule, variance=variance)
+    sampler = AncestralSampler(world, schedule, variance=variance, restore="replace")
     x = run(sampler, 8000, shape=(3,), observation=seen, generator=seed(0))
     m, c = law(world, schedule, variance) if noise is None else law(world, schedule, variance, MASK, Y[0], noise)
     assert_law(x, m, c)
@@ -177,7 +177,7 @@ def test_at_the_noise_level_of_y_the_observed_part_is_y(world):
         states[round(float(sigma), 6)] = x
         return world(x, sigma)
 
-    sampler = AncestralSampler(score, NoiseSchedule([4, 2, 1, 0.3, 0.1]))
+    sampler = AncestralSampler(score, NoiseSchedule([4, 2, 1, 0.3, 0.1]), restore="replace")
     run(sampler, 5, shape=(3,), observation=Observation(Mask(MASK), Y, 0.3), generator=seed(0))
     torch.testing.assert_close(states[0.3][:, 0], Y[:, 0].expand(5))
     assert not torch.allclose(states[1.0][:, 0], Y[:, 0].expand(5))
@@ -249,7 +249,9 @@ def test_guidance_of_a_white_gaussian_follows_the_exact_posterior(restore):
 
     guided = AncestralSampler(lambda x, sigma: -x / (1 + sigma**2), schedule, restore=restore)
     found = guided.iterate(50, shape=(3,), observation=seen, generator=seed(0), progress=False)
-    expected = AncestralSampler(exact, schedule).iterate(50, shape=(3,), generator=seed(0), progress=False)
+    expected = AncestralSampler(exact, schedule, restore="replace").iterate(
+        50, shape=(3,), generator=seed(0), progress=False
+    )
     for (x, _), (correct, _) in zip(found, expected, strict=True):
         torch.testing.assert_close(x, correct, rtol=1e-4, atol=1e-4)
 
@@ -359,7 +361,7 @@ def test_a_batch_equals_its_parts_with_the_same_noise():
     init, condition = torch.randn(3, 1, 8, 8, generator=seed(1)), torch.rand(3, 1, 8, 8, generator=seed(2))
     noises = [torch.randn(3, 1, 8, 8, generator=seed(10 + i)) for i in range(11)]
     hidden = torch.rand(3, 1, 8, 8, generator=seed(3)) < 0.5
-    sampler = AncestralSampler(net)
+    sampler = AncestralSampler(net, restore="replace")
 
     def sample(rows):
         own = (z[rows] for z in noises)
@@ -375,7 +377,7 @@ def test_a_batch_equals_its_parts_with_the_same_noise():
 
 
 def test_an_observation_of_nothing_changes_nothing(world):
-    sampler = AncestralSampler(world, SHORT)
+    sampler = AncestralSampler(world, SHORT, restore="replace")
     nothing = Observation(Mask(torch.zeros(3, dtype=torch.bool)), torch.zeros(1, 3))
     plain = run(sampler, 5, shape=(3,), generator=seed(0))
     assert torch.equal(plain, run(sampler, 5, shape=(3,), observation=nothing, generator=seed(0)))
@@ -411,7 +413,7 @@ def test_nan_in_the_state_raises_an_error_that_names_the_level():
         ({"levels": 2.5}, TypeError, "levels must be an integer of at least 2, got 2.5"),
         ({"schedule": None}, ValueError, "no noise levels of its own: pass a schedule"),
         ({"schedule": [1.0, 0.1]}, TypeError, r"got list. Write NoiseSchedule\(sigmas\)"),
-        ({"restore": "paste"}, ValueError, "restore must be one of 'replace', 'guide'"),
+        ({"restore": "paste"}, ValueError, "restore must be one of 'auto', 'replace'"),
         ({"net": 3}, TypeError, r"called as net\(x, sigma\), got int"),
     ],
 )

@@ -102,7 +102,7 @@ CASES = list(itertools.product(["mask", "gray", "pool"], [0.0, 0.3, 20.0], [Fals
 def test_replacement_gives_the_derived_mean_and_covariance(name, sigma, exact_noise):
     world, n = gaussian_images(SHAPE), 2000
     observation = observe(OPERATORS[name], sigma)
-    sampler = AnnealedLangevinSampler(world, LEVELS, steps_per_level=2, exact_noise=exact_noise)
+    sampler = AnnealedLangevinSampler(world, LEVELS, steps_per_level=2, exact_noise=exact_noise, restore="replace")
     x = sampler.sample(n, observation=observation, generator=seed(), progress=False).flatten(1).double()
     mean, covariance = law(world, observation, sampler)
     deviations = covariance.diag().clamp(min=0).sqrt()
@@ -126,12 +126,12 @@ def test_the_posterior_mean_is_stationary_below_the_noise_of_y(name, sigma):
     mean = noisy.posterior(Observation(observation.operator, observation.y, own)).mean
     mean = mean.view(1, *SHAPE).float()
     options = {"steps_per_level": 20, "step_size": 0.5 * level**2}
-    raw = AnnealedLangevinSampler(world, NoiseSchedule([level]), denoise=False, **options)
+    raw = AnnealedLangevinSampler(world, NoiseSchedule([level]), denoise=False, **options, restore="replace")
     stay = run(raw, init=mean, observation=observation, noise_source=still)
     torch.testing.assert_close(stay, mean, rtol=0, atol=1e-5)
     away = torch.randn(1, *SHAPE, generator=seed())
     assert (run(raw, init=mean + away, observation=observation, noise_source=still) - mean).norm() < 0.9 * away.norm()
-    sampler = AnnealedLangevinSampler(world, NoiseSchedule([level]), **options)
+    sampler = AnnealedLangevinSampler(world, NoiseSchedule([level]), **options, restore="replace")
     x = run(sampler, init=mean, observation=observation, noise_source=still)
     torch.testing.assert_close(x.flatten().double(), world.posterior(observation).mean, rtol=0, atol=1e-5)
 
@@ -142,7 +142,9 @@ def test_the_posterior_mean_is_stationary_below_the_noise_of_y(name, sigma):
 def test_a_long_chain_reaches_the_posterior_mean(name, sigma):
     world, observation = gaussian_images(SHAPE), observe(OPERATORS[name], sigma)
     level = NoiseSchedule([0.8 * sigma])
-    sampler = AnnealedLangevinSampler(world, level, steps_per_level=3000, step_size=0.5 * level.sigma_min**2)
+    sampler = AnnealedLangevinSampler(
+        world, level, steps_per_level=3000, step_size=0.5 * level.sigma_min**2, restore="replace"
+    )
     x = run(sampler, 1, observation=observation, noise_source=still, shape=SHAPE)
     torch.testing.assert_close(x.flatten().double(), world.posterior(observation).mean, rtol=0, atol=1e-4)
 
@@ -167,7 +169,9 @@ def test_the_distribution_of_replacement_is_close_to_the_posterior(name, sigma):
     """With about 1,000 network calls the 2-Wasserstein distance to the posterior is below an eighth of the prior's."""
     world, observation = gaussian_images(SHAPE), observe(OPERATORS[name], sigma)
     schedule = NoiseSchedule.geometric(8, 0.01, 200)
-    sampler = AnnealedLangevinSampler(world, schedule, steps_per_level=5, step_size=0.4 * 0.01**2, exact_noise=True)
+    sampler = AnnealedLangevinSampler(
+        world, schedule, steps_per_level=5, step_size=0.4 * 0.01**2, exact_noise=True, restore="replace"
+    )
     known = world.posterior(observation)
     posterior = known.mean, known.covariance
     before = _wasserstein(world.mean, world.covariance, *posterior)
@@ -254,7 +258,9 @@ def test_a_guided_chain_equals_the_chain_of_the_posterior_of_white_data(restore,
     world.value_range = value_range
     options = {"steps_per_level": 2, "exact_noise": True}
     x = run(AnnealedLangevinSampler(world, LEVELS, restore=restore, **options), 5, observation=observation, generator=0)
-    expected = run(AnnealedLangevinSampler(world.posterior(observation), LEVELS, **options), 5, generator=0)
+    expected = run(
+        AnnealedLangevinSampler(world.posterior(observation), LEVELS, **options, restore="replace"), 5, generator=0
+    )
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -295,8 +301,12 @@ def test_the_noise_of_y_is_not_copied_into_the_result(digits, sigma, low, high):
 @pytest.mark.slow
 def test_palette_celeba_colors_and_completes_faces():
     """Colors appear and agree with the luma; the visible half of a face is kept, and the other half fits to it."""
-    faces = ODESampler(ScoreNet.from_pretrained("celeba-small"), levels=10).sample(4, generator=0, progress=False)
-    sampler = AncestralSampler(ScoreNet.from_pretrained("palette-celeba"), levels=12, variance="small")
+    faces = ODESampler(ScoreNet.from_pretrained("celeba-small"), levels=10, restore="replace").sample(
+        4, generator=0, progress=False
+    )
+    sampler = AncestralSampler(
+        ScoreNet.from_pretrained("palette-celeba"), levels=12, variance="small", restore="replace"
+    )
     luma = Grayscale().measure(faces)
     gray = luma.expand(-1, 3, -1, -1)
     colored = sampler.sample(4, condition=gray, generator=1, progress=False)
@@ -370,8 +380,12 @@ def test_a_sampler_of_one_level_uses_an_observation(name):
     start = 0.5 * z
     noisy = start - operator.pseudo_inverse(operator.measure(start)) + operator.pseudo_inverse(observation.y)
     expected = noisy + 0.5**2 * world(noisy, 0.5)
-    torch.testing.assert_close(run(ODESampler(world, level), observation=observation, init=start), expected)
-    drawn = run(AncestralSampler(world, level), observation=observation, init=start, noise_source=lambda x: z)
+    torch.testing.assert_close(
+        run(ODESampler(world, level, restore="replace"), observation=observation, init=start), expected
+    )
+    drawn = run(
+        AncestralSampler(world, level, restore="replace"), observation=observation, init=start, noise_source=lambda x: z
+    )
     torch.testing.assert_close(drawn, expected)
 
 
@@ -393,7 +407,7 @@ def test_an_observation_with_more_noise_than_the_highest_level_is_used(name, rat
     plain, operator = gaussian_images(SHAPE), OPERATORS[name]
     world = Gaussian(plain.mean, plain.covariance, SHAPE, value_range=value_range)
     schedule = NoiseSchedule.geometric(12, 0.02, 120)
-    sampler = AncestralSampler(world, schedule, variance="small", clamp=False)
+    sampler = AncestralSampler(world, schedule, variance="small", clamp=False, restore="replace")
     y, sigma = operator.measure(torch.randn(1, *SHAPE, generator=seed(4))), 12 * ratio * math.sqrt(operator.gain)
     one, other = (Observation(operator, factor * sigma * y, sigma) for factor in (1, -1))
     found = run(sampler, observation=one, generator=0) - run(sampler, observation=other, generator=0)
@@ -431,7 +445,7 @@ def test_a_batch_equals_its_images_sampled_one_by_one(restore, sigma):
 
 def test_y_of_one_image_is_used_for_all_samples():
     observation = observe(OPERATORS["mask"])
-    sampler = AnnealedLangevinSampler(gaussian_images(SHAPE), LEVELS)
+    sampler = AnnealedLangevinSampler(gaussian_images(SHAPE), LEVELS, restore="replace")
     x = sampler.sample(4, observation=observation, generator=seed(), progress=False)
     assert torch.equal(observation.operator.measure(x), observation.y.expand(4, -1, -1, -1))
     assert not torch.equal(x[0], x[1])
@@ -487,7 +501,7 @@ def test_a_restored_image_compresses_to_the_observed_jpeg(digits):
     """Except for a few of the 96 blocks, whose brightness is rounded to the next of the coarse steps of quality 5."""
     codec, digits = JPEG(5), digits.repeat(3, 1, 1, 1)
     observation = Observation(codec, codec.measure(digits))
-    sampler = AnnealedLangevinSampler(ScoreNet.from_pretrained("mnist"), levels=50)
+    sampler = AnnealedLangevinSampler(ScoreNet.from_pretrained("mnist"), levels=50, restore="replace")
     x = sampler.sample(observation=observation, generator=seed(1), progress=False)
     assert (codec.measure(x) - observation.y).square().mean().sqrt() < 5 / 255
     assert (codec.measure(digits.roll(1, 0)) - observation.y).square().mean().sqrt() > 0.2  # unlike another digit
@@ -497,7 +511,9 @@ def test_a_restored_image_compresses_to_the_observed_jpeg(digits):
 def test_images_of_another_size_than_the_networks_and_not_square():
     net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
     observation = Observation(Uncrop(left=4, right=6), torch.rand(1, 1, 12, 10))
-    x = AnnealedLangevinSampler(net, net.schedule.respaced(5)).sample(2, observation=observation, progress=False)
+    x = AnnealedLangevinSampler(net, net.schedule.respaced(5), restore="replace").sample(
+        2, observation=observation, progress=False
+    )
     assert x.shape == (2, 1, 12, 20)
     assert torch.equal(observation.operator.measure(x), observation.y.expand(2, -1, -1, -1))
 
@@ -546,9 +562,9 @@ def test_guidance_leaves_no_gradients_and_keeps_the_callers_grad_mode():
 @pytest.mark.parametrize(
     "sampler",
     [
-        lambda world: ODESampler(world, levels=150, churn=60),
-        lambda world: ODESampler(world, levels=150, method="unipc", eta=5),
-        lambda world: AnnealedLangevinSampler(world, levels=150, step_size=0.5e-4, consistent=True),
+        lambda world: ODESampler(world, levels=150, churn=60, restore="replace"),
+        lambda world: ODESampler(world, levels=150, method="unipc", eta=5, restore="replace"),
+        lambda world: AnnealedLangevinSampler(world, levels=150, step_size=0.5e-4, consistent=True, restore="replace"),
     ],
     ids=["churn", "multistep", "consistent"],
 )
@@ -566,7 +582,9 @@ def test_steps_that_add_much_noise_do_not_forget_a_noisy_observation(sampler):
 def test_the_first_step_to_a_level_below_the_noise_of_y_adds_new_noise():
     """The score is zero, and the noise of y is 1, between the two levels. The same noise twice gave 4.9."""
     schedule, observation = NoiseSchedule([2.0, 0.5]), Observation(Mask(torch.tensor([True])), torch.ones(1, 1), 1.0)
-    sampler = AncestralSampler(lambda x, sigma: torch.zeros_like(x), schedule, variance="small", denoise=False)
+    sampler = AncestralSampler(
+        lambda x, sigma: torch.zeros_like(x), schedule, variance="small", denoise=False, restore="replace"
+    )
     x = run(sampler, 10_000, shape=(1,), observation=observation, generator=0)
     expected = (2**2 - 1) + 0.5**2 * (2**2 - 0.5**2) / 2**2
     assert abs(float(x.var()) / expected - 1) < 5 * math.sqrt(2 / 10_000)
@@ -579,7 +597,9 @@ def test_consistent_steps_that_add_little_noise_give_the_posterior_of_a_noisy_im
     world = Gaussian([0.5, 0.5], [[0.09, 0.072], [0.072, 0.09]], schedule=schedule)
     observation = Observation(Mask(torch.tensor([True])), torch.tensor([[1.1, 0.4]]), 0.3)
     posterior = world.posterior(observation)
-    x = run(AnnealedLangevinSampler(world, schedule), 4000, observation=observation, generator=0).double()
+    x = run(
+        AnnealedLangevinSampler(world, schedule, restore="replace"), 4000, observation=observation, generator=0
+    ).double()
     torch.testing.assert_close(x.mean(0), posterior.mean, rtol=0, atol=0.02)
     torch.testing.assert_close(torch.cov(x.T), posterior.covariance, rtol=0.1, atol=0.001)
 
@@ -613,7 +633,7 @@ class _Identity(Operator):
 
 def test_an_observation_that_does_not_fit_raises():
     world = gaussian_images(SHAPE)
-    sampler = AnnealedLangevinSampler(world, LEVELS)
+    sampler = AnnealedLangevinSampler(world, LEVELS, restore="replace")
     with pytest.raises(ValueError, match="disagree on the number of samples: 3 from n, 2 from observation"):
         sampler.sample(3, observation=observe(OPERATORS["mask"], n=2))
     with pytest.raises(ValueError, match=r"4 from n, 1 from condition\. .* write condition\.repeat_interleave\(n, 0\)"):
@@ -624,7 +644,7 @@ def test_an_observation_that_does_not_fit_raises():
         sampler.sample(1, shape=(3, 8, 8), observation=observe(Grayscale()))
     with pytest.raises(TypeError, match="observation must be an Observation, got Tensor"):
         sampler.sample(1, observation=torch.rand(1, *SHAPE))
-    with pytest.raises(ValueError, match="restore must be one of 'replace', 'guide'"):
+    with pytest.raises(ValueError, match="restore must be one of 'auto', 'replace'"):
         AnnealedLangevinSampler(world, LEVELS, restore="repaint")
 
 
@@ -650,15 +670,23 @@ def test_clamping_y_to_the_value_range_gives_a_warning(recwarn):
     with pytest.warns(
         UserWarning, match=r"values range from 1.25 to 1.25, outside the network's value_range \(0.0, 1.0\)"
     ) as caught:
-        x = AnnealedLangevinSampler(net, schedule).sample(observation=Observation(left, y), progress=False)
+        x = AnnealedLangevinSampler(net, schedule, restore="replace").sample(
+            observation=Observation(left, y), progress=False
+        )
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert x.max() <= 1
-    x = AnnealedLangevinSampler(net, schedule, clamp=False).sample(observation=Observation(left, y), progress=False)
+    x = AnnealedLangevinSampler(net, schedule, clamp=False, restore="replace").sample(
+        observation=Observation(left, y), progress=False
+    )
     assert torch.equal(left.measure(x), left.measure(y))
-    AnnealedLangevinSampler(net, schedule).sample(observation=Observation(left, y, sigma=0.5), progress=False)
+    AnnealedLangevinSampler(net, schedule, restore="replace").sample(
+        observation=Observation(left, y, sigma=0.5), progress=False
+    )
     hidden = torch.where(torch.arange(8) < 4, 0.5, 7.0).expand(1, 1, 8, 8)
-    AnnealedLangevinSampler(net, schedule).sample(observation=Observation(left, hidden), progress=False)
+    AnnealedLangevinSampler(net, schedule, restore="replace").sample(
+        observation=Observation(left, hidden), progress=False
+    )
     assert len(recwarn) == 0
 
 
@@ -678,7 +706,9 @@ def test_a_measurement_in_other_units_than_the_image_gives_no_warning(recwarn):
     net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
     y = _Sums().measure(torch.rand(1, 1, 8, 8, generator=seed()))
     assert y.max() > 1
-    x = AnnealedLangevinSampler(net, levels=3).sample(observation=Observation(_Sums(), y), progress=False)
+    x = AnnealedLangevinSampler(net, levels=3, restore="replace").sample(
+        observation=Observation(_Sums(), y), progress=False
+    )
     assert x.shape == (1, 1, 8, 8)
     assert len(recwarn) == 0
 
@@ -688,7 +718,9 @@ def test_a_measurement_in_units_of_the_image_gives_a_warning(operator):
     net = ScoreNet.ncsnv2(channels=3, image_size=8, width=8)
     y = operator.measure(torch.rand(1, 3, 8, 8, generator=seed())) + 1
     with pytest.warns(UserWarning, match="outside the network's value_range"):
-        AnnealedLangevinSampler(net, levels=3).sample(observation=Observation(operator, y), progress=False)
+        AnnealedLangevinSampler(net, levels=3, restore="replace").sample(
+            observation=Observation(operator, y), progress=False
+        )
 
 
 class _Dimmed(Operator):
@@ -707,16 +739,16 @@ def test_a_measurement_may_miss_the_units_of_the_image_by_2_percent(factor, warn
     net = ScoreNet.ncsnv2(channels=1, image_size=8, width=8)
     observation = Observation(_Dimmed(factor), torch.full((1, 1, 8, 8), 1.25))
     with pytest.warns(UserWarning, match="outside the network's value_range") if warned else nullcontext():
-        AnnealedLangevinSampler(net, levels=3).sample(observation=observation, progress=False)
+        AnnealedLangevinSampler(net, levels=3, restore="replace").sample(observation=observation, progress=False)
 
 
 @pytest.mark.parametrize("operator", [Mask(torch.arange(4) < 2), Grayscale() @ Mask(torch.arange(4) < 2)])
 def test_hidden_values_give_no_warning_for_a_value_range_without_zero(operator, recwarn):
     world = Gaussian([1.5] * 48, 0.01, SHAPE, schedule=LEVELS, value_range=(1, 2))
     observation = Observation(operator, operator.measure(torch.full((1, *SHAPE), 1.5)))
-    ODESampler(world, levels=3).sample(2, observation=observation, progress=False)
+    ODESampler(world, levels=3, restore="replace").sample(2, observation=observation, progress=False)
     nothing = Observation(Mask(torch.zeros(4, dtype=torch.bool)), torch.zeros(1, *SHAPE))
-    ODESampler(world, levels=3).sample(2, observation=nothing, progress=False)
+    ODESampler(world, levels=3, restore="replace").sample(2, observation=nothing, progress=False)
     assert len(recwarn) == 0
 
 
@@ -738,7 +770,7 @@ def test_jpeg_needs_images_from_0_to_1():
 def test_the_noise_level_of_an_observation_may_be_a_number_of_numpy():
     """In float32 its square could be above that of an equal level, and the root of the difference NaN."""
     left, y = Mask(torch.arange(4) < 2), torch.zeros(1, 3, 4, 4)
-    sampler = AncestralSampler(lambda x, sigma: -x / (1 + sigma**2), NoiseSchedule([2.0, 0.4, 0.1]))
+    sampler = AncestralSampler(lambda x, sigma: -x / (1 + sigma**2), NoiseSchedule([2.0, 0.4, 0.1]), restore="replace")
     numbers = np.float32(0.4), float(np.float32(0.4))
     a, b = (run(sampler, 2, observation=Observation(left, y, sigma=number), generator=0) for number in numbers)
     assert torch.equal(a, b)

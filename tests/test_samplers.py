@@ -475,7 +475,7 @@ def test_churn_outside_its_range_changes_nothing(world):
 
 def test_an_observation_has_the_noise_of_the_state_with_churn():
     """For data at zero the state is sigma z, with the noise z of the state; so is an observation of zero."""
-    sampler = ODESampler(point, SHORT, churn=6, denoise=False)
+    sampler = ODESampler(point, SHORT, churn=6, denoise=False, restore="replace")
     nothing = Observation(Mask(torch.tensor([True, False])), torch.zeros(1, 2))
     for seen, free in zip(
         sampler.iterate(6, shape=(2,), observation=nothing, generator=0, progress=False),
@@ -483,7 +483,9 @@ def test_an_observation_has_the_noise_of_the_state_with_churn():
         strict=True,
     ):
         torch.testing.assert_close(seen[0], free[0], rtol=1e-4, atol=1e-5)
-    loud = ODESampler(point, SHORT, churn=6, churn_noise=1.2)  # more noise in the state, but not in the observation
+    loud = ODESampler(
+        point, SHORT, churn=6, churn_noise=1.2, restore="replace"
+    )  # more noise in the state, but not in the observation
     *_, (x, sigma), _ = loud.iterate(4000, shape=(2,), observation=nothing, generator=0, progress=False)
     assert float(x[:, 0].std()) == pytest.approx(sigma, rel=0.05) and float(x[:, 1].std()) > 1.1 * sigma
 
@@ -648,7 +650,9 @@ def test_ode_sampler_adds_the_noise_of_the_start_to_the_observation(kind, world,
         states.append((x, float(sigma)))
         return world(x, sigma)
 
-    run(KINDS[kind](score, SHORT), init=init, observation=Observation(Mask(seen), y))
+    sampler = KINDS[kind](score, SHORT)
+    sampler.restore = "replace"
+    run(sampler, init=init, observation=Observation(Mask(seen), y))
     for x, sigma in states:
         torch.testing.assert_close(x[:, 0], 0.9 + sigma * init[:, 0] / 5)
 
@@ -678,6 +682,7 @@ def test_a_noisy_observation_gives_the_posterior(kind, world, rng):
     v, m, y, noise, n = 0.5, 0.3, 0.9, 0.3, 3000
     observation = Observation(Mask(torch.tensor([True, False, False])), torch.tensor([[y, 0.0, 0.0]]), sigma=noise)
     sampler = KINDS[kind](world, NoiseSchedule.geometric(10, 0.01, 200))
+    sampler.restore = "replace"
     x = run(sampler, n, shape=(3,), observation=observation, generator=rng)[:, 0]
     k = v / (v + noise**2)
     spread = (1 - k) * v
@@ -862,6 +867,8 @@ def test_a_guided_score_is_sampled_like_the_function_that_it_computes(kind, guid
     for given in ({}, {"observation": observation}):
         samplers = [KINDS[kind](one, SHORT.respaced(5)) for one in (guided, function)]
         assert str(samplers[0]) == str(samplers[1])
+        for one in samplers:
+            one.restore = "replace"  # the derivatives of the functions have none themselves
         found, expected = (run(one, init=init, condition=labels, generator=0, **given) for one in samplers)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

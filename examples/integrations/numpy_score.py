@@ -3,7 +3,7 @@
     python examples/integrations/numpy_score.py
 
 It prints the mean and the covariance of the samples beside those of the data. ``log_likelihood`` and the restoration
-method "guide-jacobian" differentiate the score, and need one that is computed by torch.
+methods "guide-jacobian" and "moment-matching" differentiate the score, and need one that is computed by torch.
 """
 
 import numpy as np

@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> None:
     sampler = make_sampler(args, net, restoring=restoring)
     announce(sampler)
     if restoring:
-        sampler.restore = args.restore_method or "replace"
+        sampler.restore = args.restore_method or "auto"
         data, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
         options = given(args, ("n", "draws", "sigma", "labels"))
         result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)

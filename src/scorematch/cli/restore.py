@@ -39,7 +39,7 @@ def add(commands: Commands) -> None:
         epilog="Examples:\n"
         "  %(prog)s mnist damaged.png restored --operator mask:observed.png\n"
         "  %(prog)s palette-celeba gray-faces restored --operator gray\n"
-        "  %(prog)s mnist digits restored --operator pool:2 --degrade --restore-method guide-jacobian",
+        "  %(prog)s mnist digits restored --operator pool:2 --degrade --restore-method replace",
     )
     add_model(parser)
     parser.add_argument("pictures", type=filled, help="a damaged picture, or a folder of damaged pictures")
@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> None:
     channels, *own = net.sample_shape or ()
     label: Any = find_classes(args, net)  # an int or None, without a rule
     sampler = make_sampler(args, net.inference_copy(), restoring=True)
-    sampler.restore = args.restore_method or "replace"
+    sampler.restore = args.restore_method or "auto"
     check_picture(folder / "strip.png")  # before the work
     # All pictures are read before the first is restored, so that errors come first, and again when they are restored,
     # so that only those of one batch are in memory.

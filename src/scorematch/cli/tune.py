@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace) -> None:
         n=args.n,
         by=args.by,
         operators=args.restore,
-        restore=args.restore_method or "replace",
+        restore=args.restore_method or "auto",
         held_out=args.held_out,
         out=args.out,
         classes=classes,

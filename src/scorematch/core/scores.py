@@ -93,10 +93,16 @@ def score_at(net: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | N
     return check_score(net(x, sigma) if condition is None else net(x, sigma, condition), x).to(x.dtype)
 
 
+class WithoutGradientsError(ValueError):
+    """A score was computed without gradients, but they are needed."""
+
+
 def check_differentiable(score: Tensor, name: str = "the score") -> None:
-    """Raises ValueError if a score, which was computed with gradients enabled, does not depend on x for autograd."""
+    """Raises WithoutGradientsError if a score that was computed with gradients enabled does not depend on x."""
     if not score.requires_grad:
-        raise ValueError(f"{name} must be differentiable in x. Remove torch.no_grad() and detach() from its function.")
+        raise WithoutGradientsError(
+            f"{name} must be differentiable in x. Remove torch.no_grad() and detach() from its function."
+        )
 
 
 # -- The denoised data -------------------------------------------------------------------------------------------------

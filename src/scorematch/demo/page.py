@@ -323,7 +323,7 @@ def build(restorer: Restorer, name: str) -> Any:
                     most = max(_MANY_CALLS, restorer.calls)
                     calls = gr.Slider(2, most, restorer.calls, step=1, label="Network calls", elem_id="calls")
                     methods = [(f"{name}: {method.help} ({method.cost})", name) for name, method in METHODS.items()]
-                    method = gr.Dropdown(methods, value="replace", label="Method of restoration")
+                    method = gr.Dropdown(methods, value="auto", label="Method of restoration")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
             with gr.Column(scale=3, min_width=320):
                 hint = "Paint over a part of the picture, and click Restore."

@@ -60,7 +60,7 @@ class Choices:
 
     sampler: str
     calls: int
-    method: Restore = "replace"
+    method: Restore = "auto"
     seed: int = 0
     label: int | None = None
 

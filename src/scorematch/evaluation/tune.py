@@ -220,7 +220,7 @@ def tune(
     by: Criterion | None = None,
     held_out: Any = None,
     operators: str | Operator | Sequence[str | Operator] | None = None,
-    restore: Restore = "replace",
+    restore: Restore = "auto",
     seed: int = 0,
     batch_size: int = 64,
     out: str | os.PathLike[str] | None = None,

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from scorematch.core.batches import per_image
 from scorematch.core.scores import Score, check_differentiable, score_at
-from scorematch.restoration.method import Restoration, single_sigma
+from scorematch.restoration.method import Restoration, backward_pass, single_sigma
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.replacement import Replacement
 
@@ -65,7 +65,7 @@ class Guidance(Restoration):
         observation = self._observation.rows(rows)
         level = sigma**2
         spread = level * self._variance / (level + self._variance)  # r^2
-        with torch.set_grad_enabled(self._jacobian):
+        with backward_pass(), torch.set_grad_enabled(self._jacobian):
             x = x.detach().requires_grad_(self._jacobian)
             follow = score_at(score, x, sigma, None)
             if self._jacobian:
@@ -74,7 +74,8 @@ class Guidance(Restoration):
         missing, noise = _missing(observation, denoised.detach()), self._noise / (observation.operator.gain or 1.0)
         if not self._jacobian:
             return follow + missing * (spread / ((spread + noise) * level))
-        (gradient,) = torch.autograd.grad(denoised, x, missing)
+        with backward_pass():
+            (gradient,) = torch.autograd.grad(denoised, x, missing)
         squares = missing.square().flatten(1).sum(1)
         along = (missing * gradient).flatten(1).sum(1) / squares
         length = (gradient.square().flatten(1).sum(1) / squares).sqrt()

@@ -8,8 +8,11 @@ image, :math:`x + \sigma^2 s(x, \sigma)`. If the operator has a gain c (:math:`A
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scorematch.core.scores import Score
@@ -50,6 +53,18 @@ class Restoration:
     def finish(self, x: Tensor) -> Tensor:
         """The result; if y has no noise, its observed part is replaced by the observation."""
         return x
+
+
+@contextmanager
+def backward_pass() -> Iterator[None]:
+    """A context in which a lack of memory is reported with its remedy."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise RuntimeError(
+            "there is not enough memory for a backward pass through the network. Pass a smaller batch_size, or "
+            'restore="replace", which needs none.'
+        ) from error
 
 
 def single_sigma(observation: Observation, method: str) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from scorematch.restoration.automatic import Automatic
 from scorematch.restoration.guide import Guidance
 from scorematch.restoration.method import Restoration
 from scorematch.restoration.moments import MomentMatching
@@ -17,7 +18,7 @@ from scorematch.restoration.spectral import Spectral
 __all__ = ["METHODS", "Method"]
 
 # The names in METHODS, for type checkers.
-Restore = Literal["replace", "guide", "guide-jacobian", "spectral", "moment-matching"]
+Restore = Literal["auto", "replace", "guide", "guide-jacobian", "spectral", "moment-matching"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,25 @@ def _replace(observation: Observation, variance: float) -> Restoration:
     return Guidance(observation, variance, jacobian=False) if gain is None else Replacement(observation, gain)
 
 
+def _auto(observation: Observation, variance: float) -> Restoration:
+    single = isinstance(observation.sigma, float)
+    best: Restore = "guide-jacobian" if single else "moment-matching"
+
+    def without_gradients() -> tuple[str, Restoration]:
+        try:
+            return "spectral", Spectral(observation, variance)
+        except ValueError:  # the operator has no decomposition
+            return "guide", METHODS["guide"].make(observation, variance)
+
+    return Automatic(METHODS[best].make(observation, variance), without_gradients)
+
+
 METHODS: dict[Restore, Method] = {
+    "auto": Method(
+        "guide-jacobian, or moment-matching if the noise is not one number; without gradients spectral or guide",
+        "about twice the time, more memory",
+        _auto,
+    ),
     "replace": Method("keep the known pixels, or guide for an operator without a gain", "no extra time", _replace),
     "guide": Method("pull towards the known pixels", "no extra time", partial(Guidance, jacobian=False)),
     "guide-jacobian": Method(

@@ -32,7 +32,7 @@ from torch import Tensor
 from scorematch.core.batches import per_image
 from scorematch.core.scores import Score, check_differentiable, score_at
 from scorematch.restoration.cosine import CosineCovariance
-from scorematch.restoration.method import Restoration
+from scorematch.restoration.method import Restoration, backward_pass
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Linearization
 from scorematch.restoration.replacement import Replacement
@@ -64,14 +64,15 @@ class MomentMatching(Restoration):
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score of the posterior; each iteration needs a backward pass."""
         observation, level = self._observation.rows(rows), sigma**2
-        with torch.enable_grad():
+        with backward_pass(), torch.enable_grad():
             x = x.detach().requires_grad_()
             follow = score_at(score, x, sigma, None)
             check_differentiable(follow)
             denoised = x + level * follow
 
         def jacobian(u: Tensor) -> Tensor:
-            return torch.autograd.grad(denoised, x, u, retain_graph=True)[0]
+            with backward_pass():
+                return torch.autograd.grad(denoised, x, u, retain_graph=True)[0]
 
         covariance = self._covariances.setdefault(rows.start, CosineCovariance(x, self._variance))
         covariance.at(level)

@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import argument, check_choice
+from scorematch.core.conditions import takes_image
 from scorematch.core.json_files import native
 from scorematch.core.messages import quote
 from scorematch.core.precision import exact_float32, without_autocast
@@ -94,9 +95,10 @@ class Sampler(ABC):
 
         denoise: whether to end with one step of Tweedie's formula at the lowest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
-        restore: the method that makes samples agree with an observation: "replace", which is "guide" for an operator
-            without a gain; "guide"; "guide-jacobian", which takes about twice as long; or "spectral", for linear
-            operators whose singular vectors are known. See ``scorematch.restoration.methods``.
+        restore: the method that makes samples agree with an observation. "auto" is an accurate one with a backward pass
+            through the network at each call; for a score without gradients it is "spectral" or "guide", and a
+            warning says so. For a network whose condition is the degraded image it is "replace". See
+            ``scorematch.restoration.methods`` for all methods and their costs.
         precision: "auto" calls the network's inference copy, which is faster and gives statistically the same samples;
             a score without an inference copy is called itself. "float32" calls the network itself, with TF32 turned off
             during the call; net must then not be an inference copy.
@@ -129,7 +131,7 @@ class Sampler(ABC):
             bool, Field(bool), "whether to end with one step of Tweedie's formula at the lowest level"
         ] = True,
         clamp: bool = True,
-        restore: Restore = "replace",
+        restore: Restore = "auto",
         precision: Precision = "auto",
         compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
@@ -176,7 +178,9 @@ class Sampler(ABC):
 
     def restoration(self, observation: Observation) -> Restoration:
         """The restoration method for an observation, on the device of the network and of known shape."""
-        return METHODS[self.restore].make(observation, variance_of(self.net))
+        # A network that was trained to restore knows y from its condition.
+        method = "replace" if self.restore == "auto" and takes_image(self.net) else self.restore
+        return METHODS[method].make(observation, variance_of(self.net))
 
     # -- What a sampler defines ---------------------------------------------------------------------------------------
 

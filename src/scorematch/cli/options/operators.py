@@ -53,5 +53,5 @@ def add_restore_method(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--restore-method",
         choices=METHODS,
-        help=f"how restorations are made to agree with the degraded picture (default: replace). {listed}",
+        help=f"how restorations are made to agree with the degraded picture (default: auto). {listed}",
     )

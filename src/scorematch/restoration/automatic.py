@@ -1,0 +1,48 @@
+"""The default method: an accurate one that needs gradients or, for a score without them, another one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from scorematch.core.scores import Score, WithoutGradientsError
+from scorematch.restoration.method import Restoration
+
+
+class Automatic(Restoration):
+    """A method that changes the score, and another one from the first call on if the score has no gradients.
+
+    Args:
+        best: the method.
+        without_gradients: returns the name of the other method, and the method.
+    """
+
+    def __init__(self, best: Restoration, without_gradients: Callable[[], tuple[str, Restoration]]) -> None:
+        self._method, self._without_gradients = best, without_gradients
+        self._decided = False
+
+    def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
+        """The score of the method, which is decided at the first call."""
+        if self._decided:
+            return self._method.score(score, x, sigma, rows)
+        self._decided = True
+        try:
+            return self._method.score(score, x, sigma, rows)
+        except (WithoutGradientsError, RuntimeError) as error:
+            # A score that converts x to an array raises RuntimeError if x requires gradients.
+            if not isinstance(error, WithoutGradientsError) and "requires grad" not in str(error):
+                raise
+        name, self._method = self._without_gradients()
+        warnings.warn(
+            f'the score has no gradients: restore="auto" uses the method "{name}", which is less accurate. Pass '
+            f'restore="{name}" to turn this warning off.',
+            stacklevel=2,
+        )
+        return self._method.score(score, x, sigma, rows)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """As the method."""
+        return self._method.finish(x)

@@ -1,0 +1,81 @@
+"""The default method of restoration: what it chooses, and scores without gradients."""
+
+import pytest
+import torch
+
+from scorematch import AnnealedLangevinSampler, NoiseSchedule
+from scorematch.restoration import AveragePool, Observation, Operator
+from scorematch.sampling import ODESampler
+from tests.helpers import gaussian_images, run
+
+WORLD = gaussian_images((3, 4, 4))
+LEVELS = NoiseSchedule.geometric(20, 0.01, 6)
+POOL = AveragePool(2)
+Y = POOL.measure(WORLD.sample(2, 1))
+
+
+def draw(score, observation, restore, sampler=AnnealedLangevinSampler):
+    chain = sampler(score, LEVELS, clamp=False, restore=restore)
+    return run(chain, shape=(3, 4, 4), observation=observation, generator=0)
+
+
+def test_it_uses_the_gradients_of_the_score():
+    assert AnnealedLangevinSampler(WORLD, LEVELS).restore == "auto"
+    for sigma, method in ((0.1, "guide-jacobian"), (torch.tensor([0.1, 0.3]), "moment-matching")):
+        observation = Observation(POOL, Y, sigma)
+        assert torch.equal(draw(WORLD, observation, "auto"), draw(WORLD, observation, method))
+
+
+class Sines(Operator):
+    """The sines of the values, without singular vectors."""
+
+    def measure(self, x):
+        return x.sin()
+
+
+def of_arrays(x, sigma):
+    return torch.from_numpy(-x.numpy() / (1 + float(sigma) ** 2))
+
+
+SCORES = {"no_grad": torch.no_grad()(lambda x, sigma: -x / (1 + sigma**2)), "numpy": of_arrays}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_without_gradients_is_used_with_a_method_that_needs_none(name):
+    calls = []
+
+    def score(x, sigma):
+        result = SCORES[name](x, sigma)
+        calls.append(sigma)
+        return result
+
+    for operator, method in ((POOL, "spectral"), (Sines(), "guide")):
+        calls.clear()
+        observation = Observation(operator, operator.measure(WORLD.sample(2, 1)), 0.1)
+        with pytest.warns(UserWarning, match=f"no gradients: restore=.auto. uses the method .{method}.") as warned:
+            x = draw(score, observation, "auto", ODESampler)
+        assert len(warned) == 1 and len(calls) - len(ODESampler(score, LEVELS)) in (0, 1)  # the first call is repeated
+        assert torch.equal(x, draw(score, observation, method, ODESampler))
+
+
+def test_other_errors_of_a_score_are_raised():
+    def score(x, sigma):
+        raise RuntimeError("the score is broken")
+
+    with pytest.raises(RuntimeError, match="the score is broken"):
+        draw(score, Observation(POOL, Y), "auto")
+
+
+@pytest.mark.parametrize("restore", ["guide-jacobian", "moment-matching"])
+def test_a_lack_of_memory_in_the_backward_pass_names_the_remedy(restore):
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match="not enough memory for a backward pass"):
+        draw(lambda x, sigma: Full.apply(-x), Observation(POOL, Y), restore)
