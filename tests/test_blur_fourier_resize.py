@@ -201,6 +201,11 @@ X = torch.zeros(1, 1, 8, 12)
         (lambda: Resize(5).measure(X), ValueError, r"last 2 sizes are multiples of 5, got shape \(1, 8, 12\)"),
         (lambda: Fourier(MASK.double()), TypeError, r"mask must be a bool tensor .* got torch.float64 \(8, 12\)"),
         (lambda: Fourier(MASK).measure(X[..., 1:]), ValueError, r"needs samples .* with the sizes \(8, 12\), got"),
+        (
+            lambda: Observation(Fourier(MASK), X),
+            ValueError,
+            r"must have the real and .* a multiple of 2, got shape \(1",
+        ),
         (lambda: Fourier(MASK, MASK), TypeError, "sensitivities must be a floating-point or complex tensor, got"),
         (lambda: Fourier(MASK, COILS[0]), ValueError, r"must have shape \(K, 8, 12\), like the mask, got \(8, 12\)"),
         (lambda: Fourier(MASK, COILS / 0), ValueError, "sensitivities must be finite"),

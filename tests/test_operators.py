@@ -129,6 +129,17 @@ def test_pseudo_inverse_and_as_image_return_images_in_the_units_of_x(operator):
 
 
 @pytest.mark.parametrize("operator", ALL, ids=repr)
+def test_the_values_that_are_seen_are_those_of_the_masks(operator):
+    x = random(*SHAPE)
+    seen = operator.seen(operator.measure(x))
+    if operator.is_linear:
+        a = torch.stack([operator_matrix(operator.rows(slice(i, i + 1)), SHAPE[1:]) for i in range(2)])
+        assert torch.equal(seen.flatten(1), (a != 0).any(1))
+    else:
+        assert seen.all()
+
+
+@pytest.mark.parametrize("operator", ALL, ids=repr)
 def test_an_observation_of_every_operator(operator):
     observation = Observation(operator, operator.measure(random(*SHAPE)), sigma=0.1)
     assert len(observation) == 2

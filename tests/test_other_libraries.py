@@ -20,7 +20,7 @@ from scorematch import NoiseSchedule, ScoreNet
 from scorematch.evaluation import density_coverage, frechet_distance, inception_score, kernel_distance, precision_recall
 from scorematch.evaluation.exact import Gaussian, GaussianMixture
 from scorematch.likelihood import log_likelihood
-from scorematch.restoration import Mask, Observation, Physics
+from scorematch.restoration import Blur, Fourier, GaussianBlur, Mask, Observation, Physics
 from scorematch.sampling import AncestralSampler, ODESampler
 from tests.helpers import gaussian_images, run, seed
 
@@ -162,6 +162,30 @@ def test_samplers_of_azula_draw_the_samples_of_this_package():
 
 
 # -- Restoration ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("boundary", "mode"), [("circular", "wrap"), ("reflect", "mirror"), ("zeros", "constant")])
+def test_blur_of_scipy_is_equal(boundary, mode):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    x, kernel = (torch.randn(*shape, generator=seed(), dtype=torch.float64) for shape in ((1, 1, 16, 20), (5, 7)))
+    expected = ndimage.convolve(x[0, 0].numpy(), kernel.numpy(), mode=mode)
+    torch.testing.assert_close(Blur(kernel, boundary).measure(x)[0, 0], torch.from_numpy(expected))
+    expected = ndimage.gaussian_filter(x[0, 0].numpy(), 2, mode=mode, truncate=3)
+    torch.testing.assert_close(GaussianBlur(2, boundary=boundary).measure(x)[0, 0], torch.from_numpy(expected))
+
+
+def test_blur_and_fourier_samples_of_deepinv_are_equal():
+    physics = pytest.importorskip("deepinv.physics")
+    x, kernel = (torch.randn(*shape, generator=seed(), dtype=torch.float64) for shape in ((2, 2, 16, 20), (5, 7)))
+    theirs = physics.BlurFFT(img_size=(2, 16, 20), filter=kernel[None, None])
+    torch.testing.assert_close(Blur(kernel).measure(x), theirs.A(x))
+    # deepinv has the frequency zero and the origin of the image in the middle.
+    mask, last = torch.rand(16, 20, generator=seed()) > 0.5, (-2, -1)
+    theirs = physics.MRI(mask=mask.double(), img_size=(2, 16, 20))
+    ours = Fourier(torch.fft.ifftshift(mask), complex=True)
+    y = ours.measure(torch.fft.ifftshift(x, dim=last))
+    torch.testing.assert_close(torch.fft.fftshift(y, dim=last), theirs.A(x))
+    torch.testing.assert_close(torch.fft.fftshift(ours.adjoint(y), dim=last), theirs.A_adjoint(theirs.A(x)))
 
 
 def test_ddrm_of_deepinv_restores_with_a_network():

@@ -5,7 +5,18 @@ import torch
 
 from scorematch import AnnealedLangevinSampler, guidance
 from scorematch.data.samples import read_samples
-from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Uncrop, palette
+from scorematch.restoration import (
+    JPEG,
+    AveragePool,
+    Fourier,
+    GaussianBlur,
+    Grayscale,
+    Mask,
+    Observation,
+    Resize,
+    Uncrop,
+    palette,
+)
 from scorematch.restoration.methods import METHODS
 from scorematch.sampling import (
     SAMPLERS,
@@ -128,6 +139,9 @@ OPERATORS = {
     "gray": Grayscale(),
     "pool": AveragePool(2),
     "jpeg": JPEG(20),
+    "resize": Resize(2),
+    "blur": GaussianBlur(1, boundary="reflect"),
+    "fourier of gray": Fourier(rand(SIZE, SIZE) > 0.5, rand(2, SIZE, SIZE, seed=1)) @ Grayscale(),
     "gray of pool": Grayscale() @ AveragePool(2),
     "pool of mask": AveragePool(2) @ Mask(HALF[:, None] & HALF),
     "gray of mask": Grayscale() @ Mask(EACH),

@@ -141,7 +141,7 @@ class _Picture:
 
     def observed(self) -> str | None:
         """A line with the share of the image that is observed; None if all of it is."""
-        share = float((self._operator.pseudo_inverse(torch.ones_like(self.y)) != 0).float().mean())
+        share = float(self._operator.seen(self.y).float().mean())
         return None if share == 1 else f"{100 * share:.0f} % of the image is observed with {self._args.operator}"
 
     def difference(self, channels: int, height: int, width: int) -> str | None:

@@ -132,6 +132,11 @@ class Fourier(Operator):
     def sample_shape(self, y: Tensor) -> tuple[int, ...]:
         """That of y with the channels of the samples."""
         coils = 1 if self.sensitivities is None else len(self.sensitivities)
+        if y.ndim < 3 or y.shape[1] % (2 * coils):
+            raise ValueError(
+                f"y of {self!r} must have the real and the imaginary parts as channels, a multiple of {2 * coils}, got "
+                f"shape {tuple(y.shape)}."
+            )
         return (y.shape[1] // (coils if self.complex else 2 * coils), *y.shape[2:])
 
     def to(self, device: torch.device | str) -> Fourier:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from scorematch.core.randomness import standard_normal
 from scorematch.restoration.decomposition import Decomposition, decompose
 
 _LARGEST = 2048  # values of a sample for which the matrix of an operator is decomposed, in some seconds
@@ -132,6 +133,10 @@ class Operator(ABC):
     def as_image(self, y: Tensor) -> Tensor:
         """The measurement as an image to look at: ``pseudo_inverse(y)``; for ``Grayscale`` a gray RGB image."""
         return self.pseudo_inverse(y)
+
+    def seen(self, y: Tensor) -> Tensor:
+        """Which values of x a measurement like y depends on, bool: those that ``pseudo_inverse`` can make nonzero."""
+        return self.pseudo_inverse(standard_normal(y.shape, torch.Generator().manual_seed(0), y.device).to(y)) != 0
 
     def carry_mask(self, mask: Tensor) -> Tensor | None:
         """Converts a mask of x to the mask of y: M' with A M x = M' A x, where M is multiplication by ``mask``.

@@ -273,8 +273,7 @@ def condition_of(operator: Operator, y: Tensor, generator: Generator = None) -> 
         torch.Size([2, 3, 28, 28])
     """
     check_data(y, "y")
-    missing = operator.pseudo_inverse(torch.ones_like(y)) == 0
-    return _filled(operator.as_image(y), missing, as_generator(generator))
+    return _filled(operator.as_image(y), ~operator.seen(y), as_generator(generator))
 
 
 def _everywhere(x: Tensor) -> Tensor:
