@@ -1,5 +1,6 @@
 """Training runs: their files, continuation, start with trained weights, failures, and reports."""
 
+import contextlib
 import errno
 import functools
 import itertools
@@ -15,6 +16,7 @@ import textwrap
 import time
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import accelerate
 import huggingface_hub
@@ -29,6 +31,7 @@ from scorematch.pretrained import load, locate
 from scorematch.restoration.palette import Inpainting
 from scorematch.sampling import SamplerSettings
 from scorematch.training import LevelMixture, LogNormal, Settings, reconstruct, report, train, train_steps
+from scorematch.training import accelerator as accelerators
 from scorematch.training import checkpoint as checkpoints
 from scorematch.training.accelerator import make_accelerator
 from scorematch.training.levels import ScheduleLevels, uniforms
@@ -334,6 +337,32 @@ def test_an_interrupted_run_ends_with_the_same_bits(whole, tmp_path, stops):
         net = ScoreNet(MLP(dropout=0.3), net.schedule, sample_shape=(2,))  # other weights, not used
     quick(net, points(), tmp_path / "cut", evaluate=interrupt_at(None), **EVENTS)
     assert same_runs(whole, tmp_path / "cut")
+
+
+def test_an_interrupted_run_in_float16_ends_with_the_same_bits_and_counts_the_skipped_steps(tmp_path):
+    options = {"precision": "float16", "lr": 1e-3, **EVENTS}
+
+    for name, stops in [("whole", [None]), ("cut", [24, 56, None])]:
+        for stop in stops:
+            with contextlib.suppress(Interrupted):
+                quick(image_net(), images(), tmp_path / name, evaluate=interrupt_at(stop), **options)
+    assert same_runs(tmp_path / "whole", tmp_path / "cut")
+    lines = Log(tmp_path / "cut" / "log.jsonl").lines()
+    counts = [line["skipped_steps"] for line in lines if "skipped_steps" in line]
+    assert counts == sorted(counts) and 0 < counts[-1] < 10
+    assert list((tmp_path / "cut" / "checkpoints").rglob("scaler.safetensors"))
+
+
+def test_a_process_says_once_what_it_waits_for(monkeypatch):
+    monkeypatch.setattr(accelerators, "_SILENT_SECONDS", 0.02)
+    slow = SimpleNamespace(process_index=1, num_processes=2, wait_for_everyone=lambda: time.sleep(0.3))
+    with pytest.warns(UserWarning, match="^process 1 of 2 waits until the first has saved.$") as found:
+        accelerators.wait(slow, "the first has saved")
+    assert len(found) == 1
+    monkeypatch.setattr(accelerators, "_SILENT_SECONDS", 60)
+    with warnings.catch_warnings(record=True) as found:
+        accelerators.wait(slow, "the first has saved")
+    assert not found
 
 
 class Stopping(Inpainting):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import math
 import random
 import sys
@@ -27,7 +28,7 @@ from scorematch.training import LevelMixture, LogNormal, LogUniform, Settings, U
 from scorematch.training.accelerator import make_accelerator
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
 from scorematch.training.settings import RunSettings
-from scorematch.training.steps import Order
+from scorematch.training.steps import Order, prepare
 from tests.helpers import seed
 from tests.training import MLP, Memory, Recorder, content, image_net, images, points, points_net, quick, steps, vector
 
@@ -195,7 +196,7 @@ def test_the_number_of_images_is_rounded_up_to_whole_batches():
         ({"betas": (0.9, 1.0)}, "betas must be a list with exactly 2 entries, each a number of at least 0 and"),
         ({"label_drop": 1.0}, "label_drop must be a number of at least 0 and less than 1"),
         ({"decay": "step"}, "decay must be one of 'cosine', 'linear'"),
-        ({"precision": "float16"}, "precision must be one of 'auto', 'float32', 'bfloat16', got 'float16'"),
+        ({"precision": "half"}, "precision must be one of 'auto', 'float32', 'bfloat16', 'float16', got 'half'"),
         ({"ema": (0.05, 0.05)}, "ema must not contain a length twice"),
         ({"ema": (0.5,)}, "ema must contain lengths above 0"),
         ({"loss": dsm_loss, "p": 1}, "p and weighting apply to the default loss only"),
@@ -456,6 +457,48 @@ def test_steps_continue_from_a_state():
     assert torch.equal(vector(one.average(0.1)), vector(other.average(0.1)))
     with pytest.raises(ValueError, match="state belongs to another network"):
         train_steps(points_net(), points(), Settings(batch_size=8), state=one)
+
+
+# -- Loss scaling in float16
+
+
+def test_steps_in_float16_are_close_to_those_in_float32():
+    def loss(net, x, **given):  # small, so that no step is skipped
+        return 1e-3 * dsm_loss(net, x, reduction="none", **given)
+
+    options = {"images": 640, "batch_size": 32, "lr": 1e-3, "loss": loss}
+    start = vector(image_net())
+    net = {each: image_net() for each in ("float32", "float16")}
+    skipped = [steps(net[each], Memory(images()), **options, precision=each).state.skipped for each in net]
+    change, difference = (vector(net["float32"]) - each for each in (start, vector(net["float16"])))
+    assert skipped == [0, 0] and 0 < difference.norm() < 0.2 * change.norm()
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_step_in_float16_with_an_infinite_gradient_is_skipped_and_halves_the_scale(clip):
+    calls = []
+
+    def loss(net, x, **given):  # far too large in the third step
+        calls.append(x)
+        return (1e30 if len(calls) == 3 else 1e-4) * dsm_loss(net, x, reduction="none", **given)
+
+    settings = Settings(images=40, batch_size=8, precision="float16", loss=loss, clip=clip)
+    state, seen = None, []
+    for step in train_steps(image_net(), Memory(images()), settings):
+        state = step.state
+        tensors = state.tensors()
+        moments = torch.cat([value.flatten() for value in tensors["optimizer"].values()])
+        seen.append((vector(state.net), moments.clone(), state.scaler.get_scale(), state.skipped))
+    weights, moments, scales, skipped = zip(*seen, strict=True)
+    assert skipped == (0, 0, 1, 1, 1) and scales == (65536.0,) * 2 + (32768.0,) * 3
+    assert [torch.equal(one, other) for one, other in itertools.pairwise(weights)] == [False, True, False, False]
+    assert torch.equal(moments[1], moments[2]) and bool(moments[4].isfinite().all())
+
+
+def test_float16_on_another_device_than_cuda_and_a_cpu_raises():
+    accelerator = SimpleNamespace(device=torch.device("mps"))
+    with pytest.raises(ValueError, match='precision="float16" is for CUDA devices and CPUs, got mps'):
+        prepare(points_net(), Settings(precision="float16"), accelerator)
 
 
 def test_reading_threads_end_with_the_iterator():

@@ -46,6 +46,7 @@ def _sliced(net, x, **given):
 RUNS = {
     "float32": ({}, {}),
     "auto": ({}, {"precision": "auto"}),
+    **({"float16": ({}, {"precision": "float16"})} if KIND == "cuda" else {}),
     "microbatch": ({}, {"batch_size": 6, "microbatch": 4}),
     "classes": ({"classes": 3, "null_class": True}, {"label_drop": 0.3}),
     "patches": ({"patch": 2}, {}),

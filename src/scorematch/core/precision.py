@@ -19,7 +19,7 @@ from scorematch.core.arguments import check_choice
 
 __all__ = ["autocast", "exact_float32", "native_dtype"]
 
-Autocast = Literal["auto", "float32", "bfloat16"]
+Autocast = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def native_dtype(device: torch.device | str) -> torch.dtype:
@@ -41,15 +41,15 @@ def device_name(device: torch.device) -> str:
 
 
 def autocast(device: torch.device | str, precision: Autocast = "auto") -> AbstractContextManager[object]:
-    """A context manager for the forward pass of a training step, in which operations autocast to bfloat16 if wanted.
+    """A context manager for the forward pass of a training step, in which operations autocast to half precision.
 
     Args:
         device: the device of the network.
-        precision: "bfloat16" enables autocast, "float32" does not; "auto" enables it if the device multiplies bfloat16
-            natively.
+        precision: "bfloat16" and "float16" enable autocast, "float32" does not; "auto" enables it for bfloat16 if the
+            device multiplies it natively. Gradients in float16 need a scaled loss (``torch.amp.GradScaler``).
 
     Returns:
-        ``torch.autocast`` to bfloat16, or a context manager that does nothing.
+        ``torch.autocast``, or a context manager that does nothing.
 
     Raises:
         ValueError: if ``precision`` is unknown.
@@ -64,7 +64,7 @@ def autocast(device: torch.device | str, precision: Autocast = "auto") -> Abstra
     device = torch.device(device)
     if precision == "bfloat16" or (precision == "auto" and native_dtype(device) == torch.bfloat16):
         return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    return torch.autocast(device.type, torch.float16) if precision == "float16" else nullcontext()
 
 
 @contextmanager

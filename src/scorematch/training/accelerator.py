@@ -1,8 +1,9 @@
-"""The ``accelerate.Accelerator`` of a training: created or checked; and torch's global generators on its device."""
+"""The ``accelerate.Accelerator`` of a training: created or checked; waiting; and the generators on its device."""
 
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from scorematch.core.processes import TIMEOUT
+
+_SILENT_SECONDS = 30.0
 
 
 def make_accelerator(
@@ -62,6 +65,18 @@ def make_accelerator(
             f"{launched} processes were launched, but accelerator has {given.num_processes}. On a CPU write cpu=True."
         )
     return given
+
+
+def wait(accelerator: Any, until: str) -> None:
+    """Waits for all processes, and says after half a minute what for, such as "the first process has saved"."""
+    text = f"process {accelerator.process_index} of {accelerator.num_processes} waits until {until}."
+    timer = threading.Timer(_SILENT_SECONDS, warnings.warn, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        accelerator.wait_for_everyone()
+    finally:
+        timer.cancel()
 
 
 @contextmanager

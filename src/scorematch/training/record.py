@@ -23,6 +23,7 @@ from scorematch.pretrained import load, locate
 from scorematch.pretrained.configuration import FREE_KEYS
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
+from scorematch.training.accelerator import wait
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import LevelMixture
 from scorematch.training.settings import RunSettings, Settings
@@ -70,7 +71,7 @@ def write_config(folder: Path, net: ScoreNet, data: Data, settings: RunSettings,
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / _FILE).exists():
             write_record(folder / _FILE, config, durable=True)
-    accelerator.wait_for_everyone()
+    wait(accelerator, "all have opened the data")
     shared.wait()
     now: dict[str, Any] = as_stored(config)
     _check_same(folder, read_record(folder / _FILE, _SCHEMA) or now, now)

@@ -40,7 +40,7 @@ from scorematch.data.pictures import is_picture
 from scorematch.pretrained.hub import check_login, check_repository
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
-from scorematch.training.accelerator import global_generators, make_accelerator
+from scorematch.training.accelerator import global_generators, make_accelerator, wait
 from scorematch.training.checks import check_arguments, check_network
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import levels_for
@@ -159,7 +159,7 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
         ) as bar:
             run.loop(bar)
         averaged = run.finish()
-    accelerator.wait_for_everyone()  # until the report is written; an upload may take longer than a barrier waits
+    wait(accelerator, "the first has written the report")
     if repository is not None:
         try:
             averaged.push_to_hub(repository)
@@ -251,7 +251,7 @@ class _Run:
         if self.main:
             self._lock(stack)
         self.state = prepare(self.net, self.settings, self.accelerator)
-        self.accelerator.wait_for_everyone()  # before one process writes, all have looked for checkpoints
+        wait(self.accelerator, "all have looked for checkpoints")  # before one process writes
         if found is not None:
             self._load(found)
         if self.main:
@@ -332,7 +332,7 @@ class _Run:
                     self.save()
                 bar.update(self.settings.batch_size)
                 if stopping:
-                    self.accelerator.wait_for_everyone()  # until the checkpoint is written
+                    wait(self.accelerator, "the first has written the checkpoint")
                     stop.leave()
 
     def _due(self, images: int) -> set[str]:
@@ -362,6 +362,8 @@ class _Run:
             line["D/2"] = math.prod(self.data.shape) / 2
             text += f", D/2 {line['D/2']:g}"
         bar.set_postfix_str(text, refresh=False)
+        if self.settings.precision == "float16":
+            line["skipped_steps"] = step.state.skipped
         self._record({"images": step.images, "lr": step.lr, "images_per_second": round(speed, 3), **line})
 
     def _record(self, line: dict[str, Any]) -> None:

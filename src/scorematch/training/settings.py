@@ -101,7 +101,10 @@ class Settings:
     loss: Loss | None = _option(None, "a function that replaces the denoising loss", object)
     # emulated bfloat16 takes twelve times as long (scorematch.core.precision)
     precision: Autocast = _option(
-        "auto", "auto is bfloat16 if the device multiplies it natively, else float32", choices=get_args(Autocast)
+        "auto",
+        "auto is bfloat16 if the device multiplies it natively, else float32; float16, with loss scaling, is for "
+        "other GPUs",
+        choices=get_args(Autocast),
     )
     # Ho et al. 2020, Appendix B
     flip: bool = _option(True, "mirror each image left to right with probability 1/2; not for digits, for example")

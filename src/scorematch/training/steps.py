@@ -15,6 +15,10 @@ as without it. With another number of processes or another microbatch, sums are 
 numbers of the last row differ; the others are equal. The state of torch's global generators is restored after each
 step.
 
+In float16 small gradients would be rounded to zero. The loss is therefore multiplied by a scale, and the gradient is
+divided by it (``torch.amp.GradScaler``). If a gradient is infinite, the step does not change the weights, and the scale
+is halved; after 2,000 finite steps it is doubled.
+
 Batches are prepared in a separate thread, and a step does not synchronize with the device.
 """
 
@@ -30,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_count
+from scorematch.core.arguments import argument, check_count
 from scorematch.core.messages import quote
 from scorematch.core.precision import autocast
 from scorematch.core.randomness import seed_of
@@ -120,6 +124,13 @@ class TrainingState:
             fused=device.type in ("cpu", "cuda", "mps", "xpu"),
         )
         self.averages = tuple(Average(self.parameters, length) for length in settings.ema)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
+
+    @property
+    def skipped(self) -> int:
+        """The number of steps whose gradient was not finite in float16, so that the weights did not change."""
+        counts = [each["step"] for each in self.optimizer.state.values()]  # of the others
+        return self.step - (int(torch.stack(counts).max()) if counts else 0)
 
     def average(self, length: float | None = None) -> ScoreNet:
         """A copy of the network with averaged weights, in eval mode.
@@ -138,7 +149,10 @@ class TrainingState:
         return copied.requires_grad_(False)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors of the state by name, in the groups "weights", "optimizer", and "ema-LENGTH" for each average."""
+        """All tensors of the state by name, in groups.
+
+        The groups are "weights", "optimizer", "ema-LENGTH" for each average, and "scaler" in float16.
+        """
         moments = {
             f"{name}.{key}": value
             for name, parameter in zip(self.names, self.parameters, strict=True)
@@ -147,7 +161,13 @@ class TrainingState:
         averages = {
             f"ema-{average.name}": dict(zip(self.names, average.tensors, strict=True)) for average in self.averages
         }
-        return {"weights": self.net.state_dict(), **averages, "optimizer": moments}
+        scaler = {name: torch.tensor(value, device="cpu") for name, value in self.scaler.state_dict().items()}
+        return {
+            "weights": self.net.state_dict(),
+            **averages,
+            "optimizer": moments,
+            **({"scaler": scaler} if scaler else {}),
+        }
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], images: int, step: int) -> None:
@@ -171,6 +191,8 @@ class TrainingState:
                     key: value if key == "step" else torch.empty_like(parameter).copy_(value)
                     for key, value in moments.items()
                 }
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict({name: value.item() for name, value in tensors["scaler"].items()})
         self.images, self.step = images, step
 
 
@@ -248,7 +270,15 @@ def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingStat
 
     The network is moved to the device and converted to the fastest memory format; all processes get the weights of the
     first.
+
+    Raises:
+        ValueError: for float16 on another device than CUDA or a CPU.
     """
+    if settings.precision == "float16" and accelerator.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"{argument('precision', 'float16')} is for CUDA devices and CPUs, got {accelerator.device.type}. Write "
+            f"{argument('precision', 'auto')}."
+        )
     net.to(accelerator.device)
     if accelerator.num_processes > 1:
         for tensor in net.state_dict().values():
@@ -308,10 +338,12 @@ def _steps(
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
             net.train()
-            losses, sigmas = _backward(batch, model, loss, settings, memory, accelerator)
+            losses, sigmas = _backward(batch, model, loss, settings, memory, accelerator, state.scaler)
+            state.scaler.unscale_(state.optimizer)
             if settings.clip is not None:
                 torch.nn.utils.clip_grad_norm_(trained, settings.clip * math.prod(data.shape) / 2)
-            state.optimizer.step()
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
             state.optimizer.zero_grad(set_to_none=True)
             state.images += settings.batch_size
             state.step += 1
@@ -323,7 +355,13 @@ def _steps(
 
 
 def _backward(
-    batch: _Batch, model: torch.nn.Module, loss: Loss, settings: Settings, memory: torch.memory_format, accelerator: Any
+    batch: _Batch,
+    model: torch.nn.Module,
+    loss: Loss,
+    settings: Settings,
+    memory: torch.memory_format,
+    accelerator: Any,
+    scaler: torch.amp.GradScaler,
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradient of the mean loss of a batch to the parameters, one microbatch after the other.
 
@@ -350,7 +388,7 @@ def _backward(
                     raise ValueError(
                         f"loss must return one value per image, {tuple(part.sigma.shape)}, got {tuple(each.shape)}."
                     )
-                (each.sum() / n).backward()  # accelerator.backward may divide the loss once more
+                scaler.scale(each.sum() / n).backward()  # accelerator.backward may divide the loss once more
             losses.append(each.detach())
             sigmas.append(part.sigma)
     return torch.cat(losses), torch.cat(sigmas)
