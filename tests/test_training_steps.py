@@ -124,7 +124,7 @@ def test_a_new_network_has_a_loss_of_half_the_dimension():
         (lambda: LogUniform(1, 1), "0 < low < high"),
         (lambda: UniformTime(first=0), "first must be above 0 and below 1, got 0"),
         (lambda: UniformTime(beta_min=30), "0 < beta_min <= beta_max, got 30 and 20"),
-        (lambda: levels_for(points_net(), 0.5), "a NoiseSchedule or a distribution"),
+        (lambda: levels_for(points_net(), 0.5), "a NoiseSchedule or have a method quantile"),
         (lambda: levels_for(points_net(), LogNormal), "a NoiseSchedule or have a method quantile, .*got <class"),
         (
             lambda: levels_for(points_net(), torch.tensor([1.0, 0.5])),
@@ -626,7 +626,7 @@ def check(net, data, **settings):
             lambda: check(points_net(), points(), batch_size=65),
             "the data have 64 images, fewer than a batch of 65. Pass batch_size=64",
         ),
-        (lambda: check(points_net(), points(), levels=3), "levels must be a NoiseSchedule or a distribution"),
+        (lambda: check(points_net(), points(), levels=3), "levels must be a NoiseSchedule or have a method"),
         *(
             (
                 lambda quantile=quantile: check(points_net(), points(), levels=SimpleNamespace(quantile=quantile)),
