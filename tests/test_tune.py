@@ -1,5 +1,6 @@
 """``tune``: the best of many sampler settings is found and stored, and a stopped call continues."""
 
+import itertools
 import json
 from dataclasses import replace
 from functools import partial
@@ -9,9 +10,17 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.evaluation import METRICS, evaluate_restoration, frechet_distance, pixels, settings_table, tune
+from scorematch.evaluation import (
+    METRICS,
+    evaluate_restoration,
+    frechet_distance,
+    pixels,
+    settings_of_paths,
+    settings_table,
+    tune,
+)
 from scorematch.restoration import AveragePool, Mask
-from scorematch.sampling import ODESampler, SamplerSettings, bulk_samples, recommended_sampler
+from scorematch.sampling import ODESampler, SamplerSettings, bulk_samples, recommended_sampler, schedule_of_paths
 from tests.helpers import seed
 
 SETTINGS = [
@@ -56,6 +65,29 @@ def test_the_best_settings_have_the_smallest_distance(net):
     assert net.sampler_settings is None
 
 
+def test_the_best_with_fewer_calls_are_stored_as_alternatives(net, tmp_path):
+    settings = [*SETTINGS[:3], SamplerSettings("ode", levels=5), SamplerSettings("ode", levels=4, method="unipc")]
+    result = run(net, settings=settings, out=tmp_path)
+    stored = ScoreNet.from_pretrained(tmp_path).sampler_settings
+    assert stored.alone() == result.best.settings
+    assert list(stored.alternatives) == [row.settings for row in result.front]
+    rows = [*result.front, result.best]
+    for before, after in itertools.pairwise(rows):
+        assert before.calls < after.calls and result.distance(before) > result.distance(after)
+    for row in result.rows:  # none is better than a stored one with as many calls
+        assert any(each.calls <= row.calls and result.distance(each) <= result.distance(row) for each in rows)
+    again = ScoreNet.from_pretrained(tmp_path)
+    assert settings_table(again, 30)[0] == result.best.settings
+
+
+def test_settings_of_paths_have_the_numbers_of_calls(net):
+    found = settings_of_paths(net, [3, 5], seed=1, progress=False)
+    assert [len(recommended_sampler(net, each)) for each in found] == [3, 5]
+    assert found == settings_of_paths(net, [3, 5], seed=1, progress=False)
+    exact = [*schedule_of_paths(net, 4, generator=1, progress=False), 0.03]
+    assert found[1].options["sigmas"] == pytest.approx(exact, rel=1e-4)
+
+
 def test_the_table_of_a_result(net):
     result = run(net, held_out=REAL.flip(0))
     lines = result.table().splitlines()
@@ -85,7 +117,7 @@ def test_a_folder_with_the_network_and_its_card(net, tmp_path):
     out = tmp_path / "tuned"
     first = run(net, out=out, settings=SETTINGS[:2])
     stored = ScoreNet.from_pretrained(out)
-    assert stored.sampler_settings == first.best.settings
+    assert stored.sampler_settings.alone() == first.best.settings
     assert all(torch.equal(a, b) for a, b in zip(stored.parameters(), net.parameters(), strict=True))
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: scorematch") and first.table() in card
@@ -158,7 +190,7 @@ def test_the_best_settings_of_restorations(restorer, tmp_path, by):
     assert result.best is min(result.rows, key=result.distance)
     head = f"| sampler settings | calls | gray: {result.by} | pool:2: {result.by} | mean: {result.by} |"
     assert result.table().startswith(head)
-    assert ScoreNet.from_pretrained(tmp_path).sampler_settings == result.best.settings
+    assert ScoreNet.from_pretrained(tmp_path).sampler_settings.alone() == result.best.settings
     assert run(restorer, COLORED, operators=operators, restore="guide", by=by, out=tmp_path).rows == result.rows
     with pytest.raises(ValueError, match="measured with other settings: tasks"):
         run(restorer, COLORED, operators="gray", restore="guide", by=by, out=tmp_path)
@@ -221,7 +253,7 @@ def test_a_card_in_another_encoding_is_kept(net, tmp_path):
 def test_a_network_in_its_own_folder(net, tmp_path):
     net.save_pretrained(tmp_path)
     result = run(net, out=tmp_path, settings=SETTINGS[:1])
-    assert ScoreNet.from_pretrained(tmp_path).sampler_settings == result.best.settings == SETTINGS[0]
+    assert ScoreNet.from_pretrained(tmp_path).sampler_settings.alone() == result.best.settings == SETTINGS[0]
 
 
 def test_another_network_is_not_replaced(net, tmp_path):

@@ -69,6 +69,7 @@ from scorematch.evaluation import (
     precision_recall,
     sampler_distances,
     score_error,
+    settings_of_paths,
     settings_table,
     statistics_of,
     tune,
@@ -139,6 +140,7 @@ from scorematch.sampling import (
     bulk_samples,
     recommended_sampler,
     sample_to,
+    schedule_of_paths,
 )
 from scorematch.sampling.ancestral import Variance
 from scorematch.training import (
@@ -283,6 +285,8 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
         AncestralSampler(net, variance=variance),
         ODESampler(net, levels=18, method="dpm-solver++"),
         ODESampler(net, levels=3, method="unipc", order=3, eta=[0.5, 1.0]),
+        ODESampler(net, schedule_of_paths(net, 4, n=8, condition=3, generator=0), method="ipndm"),
+        recommended_sampler(net, calls=8),
         PredictorCorrectorSampler(net, predictor="reverse-diffusion"),
         ParticleSampler(net, particles=8, restore="guide"),
         Euler(net, levels=10),
@@ -377,7 +381,7 @@ def evaluation(net: ScoreNet, folder: Path) -> None:
     assert_type(result.table(), str)
     restored: Evaluation = evaluate_restoration(net, folder, Grayscale(), n=100)
     restored.save(folder)
-    tuned: Tuning = tune(net, folder, settings=settings_table(net))
+    tuned: Tuning = tune(net, folder, settings=[*settings_table(net), *settings_of_paths(net, [4, 6])])
     best: MeasuredSampler = tuned.best
     assert_type(best.seconds, float)
     assert_type(tuned.table(), str)

@@ -12,13 +12,14 @@ from scorematch.cli.options.operators import add_operators, add_restore_method, 
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.reference import add_reference, reference_options
 from scorematch.cli.options.samplers import add_computation
-from scorematch.cli.options.values import filled, image_count
+from scorematch.cli.options.values import filled, fitting, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.messages import about
 from scorematch.core.processes import this_process
+from scorematch.core.schema import Field
 from scorematch.core.scores import device_of
 from scorematch.evaluation.reference import check_sources
-from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
+from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_of_paths, settings_table, tune
 from scorematch.sampling import recommended_sampler
 
 
@@ -43,6 +44,14 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--calls", type=int, default=250, help="the largest number of network calls per image (default: 250)"
+    )
+    parser.add_argument(
+        "--learn",
+        nargs="+",
+        type=fitting(Field(int, low=3, high=59)),
+        metavar="N",
+        help="also measure settings with these numbers of network calls, such as 4 6 8 12, whose noise levels are "
+        "chosen from paths of the network",
     )
     parser.add_argument(
         "--by",
@@ -88,6 +97,8 @@ def _run(args: argparse.Namespace) -> None:
         args.features = []  # not needed
     options = reference_options(args, device_of(net))
     settings = settings_table(net, args.calls)
+    if args.learn:
+        settings += settings_of_paths(net, args.learn, seed=args.seed, progress=not args.quiet)
     if settings and this_process().rank == 0:
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"

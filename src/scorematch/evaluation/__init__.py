@@ -36,7 +36,7 @@ from scorematch.evaluation.reference import gaussian_images
 from scorematch.evaluation.restored_images import evaluate_restoration
 from scorematch.evaluation.sampler_distance import sampler_distances
 from scorematch.evaluation.statistics import Statistics, statistics_of
-from scorematch.evaluation.tune import Tuning, settings_table, tune
+from scorematch.evaluation.tune import Tuning, settings_of_paths, settings_table, tune
 
 __all__ = [
     "EXTRACTORS",
@@ -71,6 +71,7 @@ __all__ = [
     "precision_recall",
     "sampler_distances",
     "score_error",
+    "settings_of_paths",
     "settings_table",
     "statistics_of",
     "tune",

@@ -8,7 +8,8 @@ With ``operators`` degraded images are restored instead, and the best settings a
 several operators it is the geometric mean of their errors, which gives all operators the same weight.
 
 The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, and a section
-with the table in the card, ``README.md``. The same call continues an interrupted one.
+with the table in the card, ``README.md``. The alternatives of the settings are the rows with fewer network calls, each
+better than all with fewer still. The same call continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -51,11 +52,13 @@ from scorematch.restoration.methods import Restore
 from scorematch.restoration.operator import Operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.bulk import Classes, bulk_samples, description_of
+from scorematch.sampling.levels import schedules_of_paths
 from scorematch.score import ScoreNet
 
 Criterion = Literal["frechet", "kernel", "rmse", "perceptual"]
 
 _OF_SAMPLES, _OF_RESTORATIONS = ("frechet", "kernel"), ("rmse", "perceptual", "frechet")  # the criteria, defaults first
+_PATHS, _BARELY_VISIBLE = 64, 0.03  # the latter in units of the value range
 _BEGIN, _END = "<!-- sampler settings, by scorematch tune -->", "<!-- end of sampler settings -->"
 TABLE = "tune.json"
 _RECORD: Mapping[str, Field] = {
@@ -181,6 +184,15 @@ class Tuning:
     def best(self) -> MeasuredSampler:
         """The row with the smallest distance; of equal ones, that with the fewest network calls."""
         return min(self.rows, key=lambda row: (self.distance(row), row.calls))
+
+    @property
+    def front(self) -> list[MeasuredSampler]:
+        """The rows with fewer network calls than the best, each better than all with fewer calls; the fewest first."""
+        found: list[MeasuredSampler] = []
+        for row in sorted(self.rows, key=lambda row: (row.calls, self.distance(row))):
+            if row.calls < self.best.calls and (not found or self.distance(row) < self.distance(found[-1])):
+                found.append(row)
+        return found
 
     def distance(self, row: MeasuredSampler) -> float:
         """The distance of a row; for several operators the geometric mean of their distances."""
@@ -374,7 +386,8 @@ def _samplers(net: ScoreNet, settings: Sequence[SamplerSettings], calls: int) ->
 def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
     """Settings that are worth measuring on any network, with at most ``calls`` network calls per image.
 
-    The first are the network's own settings, if it has any. The others are the probability flow with both methods;
+    The first are the network's own settings and their alternatives, if it has any. The others are the probability flow
+    with Heun's method and DPM-Solver++;
     consistent sampling on several numbers of levels, with steps of 0.36 and 0.5 sigma^2 and of (1 - r^p) sigma^2 for
     p = 1.1, 1.5 and 2, where r is the ratio of a level to the one before; ancestral sampling with the variances "large"
     and "small"; and predictor-corrector sampling.
@@ -393,7 +406,8 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
     """
     if len(net.schedule) == 1:
         raise ValueError("the network has one noise level, so there are no settings to compare.")
-    listed = [] if net.sampler_settings is None else [net.sampler_settings]
+    own = net.sampler_settings
+    listed = [] if own is None else [own.alone(), *own.alternatives]
     listed += [SamplerSettings("ode", levels=levels, method="heun") for levels in (10, 18, 36)]
     listed += [SamplerSettings("ode", levels=levels, method="dpm-solver++") for levels in (18, 36, 72)]
     for levels in (50, 100, 250):
@@ -408,6 +422,38 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
         listed += [SamplerSettings("ancestral", levels=levels, variance=variance) for levels in (50, 100)]
     listed += [SamplerSettings("predictor-corrector", levels=levels) for levels in (50, 100)]
     return [each for each in dict.fromkeys(listed) if len(recommended_sampler(net, each)) <= calls]
+
+
+def settings_of_paths(
+    net: ScoreNet, calls: Sequence[int], *, seed: int = 0, progress: bool = True
+) -> list[SamplerSettings]:
+    """Settings of UniPC with few network calls, whose levels are chosen from 64 paths of the network.
+
+    The lowest level is that of the network, but at least 0.03 times the width of the value range, and the others are
+    chosen: if the lowest were chosen too, it would be so high that images are smooth.
+
+    Args:
+        net: the network; its classes, if it has any, are those of the paths in turn.
+        calls: the numbers of network calls, each from 3 to 59.
+        seed: the seed of the paths.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Settings for each number of calls, with fewer where levels below the lowest would be chosen; see
+        ``scorematch.sampling.schedule_of_paths``.
+
+    Raises:
+        ValueError: if a number of calls is out of range.
+    """
+    classes = None if net.conditioning is None else net.conditioning.classes
+    condition = None if classes is None else torch.arange(_PATHS) % classes
+    counts = [count - 1 for count in calls]
+    schedules = schedules_of_paths(net, counts, n=_PATHS, condition=condition, generator=seed, progress=progress)
+    low, high = net.value_range or (0, 0)
+    lowest = max(net.schedule.sigma_min, _BARELY_VISIBLE * (high - low))
+    chosen = [[*(sigma for sigma in schedule if sigma > lowest), lowest] for schedule in schedules]
+    rounded = [[float(f"{sigma:.5g}") for sigma in sigmas] for sigmas in chosen]
+    return [SamplerSettings("ode", sigmas=sigmas, method="unipc") for sigmas in rounded]
 
 
 # -- The folder -------------------------------------------------------------------------------------------------------
@@ -427,7 +473,9 @@ def check_folder(folder: Path, net: ScoreNet) -> None:
 def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
     """Saves the network with the best settings, and writes its card."""
     net = copy.copy(net)  # with the same weights
-    net.sampler_settings = result.best.settings
+    best = result.best.settings or SamplerSettings()
+    others = [row.settings for row in result.front if row.settings is not None]
+    net.sampler_settings = SamplerSettings(best.sampler, alternatives=others, **best.options)
     net.save_pretrained(folder)
     card = folder / "README.md"
     if card.is_file():

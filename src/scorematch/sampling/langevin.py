@@ -252,7 +252,8 @@ class AnnealedLangevinSampler(Sampler):
 def _recommended_settings(net: object) -> Mapping[str, Any] | None:
     """The options in the settings of a network if they are for annealed Langevin dynamics, else None."""
     settings = attribute(net, "sampler_settings")
-    return settings.options if settings is not None and settings.sampler == "langevin" else None
+    stored = () if settings is None else (settings, *settings.alternatives)
+    return next((each.options for each in stored if each.sampler == "langevin"), None)
 
 
 def _is_fine(net: Score, own: NoiseSchedule | None) -> bool:

@@ -47,14 +47,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from scorematch.sampling.chain import Chain
 
 _POINTS, _SHARES = np.polynomial.legendre.leggauss(64)
 _LONGEST_STEP = 10  # relative to the distance of two earlier levels that are used for it
@@ -136,7 +134,13 @@ def _means(nodes: Sequence[float], start: float, end: float, rate: float) -> np.
     return np.array([np.sum(density * values) for values in polynomials]) / density.sum()
 
 
-def multistep(x: Tensor, chain: Chain, steps: Iterator[Step], *, noise: bool = False) -> Iterator[tuple[Tensor, float]]:
+def multistep(
+    x: Tensor,
+    chain: Callable[[Tensor, float], tuple[Tensor, Tensor, Tensor]],
+    steps: Iterable[Step],
+    *,
+    noise: bool = False,
+) -> Iterator[tuple[Tensor, float]]:
     """Yields the state after each step, with its level; ``noise`` is that of the method."""
     past: deque[Tensor] = deque(maxlen=4)
     for sigma, sigma_next, weights, kept, added in steps:

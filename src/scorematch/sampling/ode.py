@@ -85,6 +85,8 @@ class ODESampler(Sampler):
         schedule: the noise levels, from high to low; each step leads from one level to the next. None uses
             ``NoiseSchedule.karras`` between the highest and the lowest level of the network.
         method: "heun", with two network calls per step; or "dpm-solver++", "unipc" or "ipndm", with one.
+        sigmas: the noise levels in place of a schedule, as they are stored in ``SamplerSettings``; see
+            ``schedule_of_paths``.
         order: the order of a method with one call, the number of denoised images from which a step extrapolates: 1 to 3
             for "dpm-solver++" and "unipc", 1 to 4 for "ipndm". None is 2, and 4 for "ipndm". UniPC also corrects each
             step, so that its error is of one order higher.
@@ -123,6 +125,11 @@ class ODESampler(Sampler):
         schedule: NoiseSchedule | None = None,
         *,
         method: Annotated[Method, Field(str, choices=get_args(Method)), "the solver"] = "heun",
+        sigmas: Annotated[
+            Sequence[float] | None,
+            Field(list, low=1, high=1000, each=Field(float, above=0)),
+            "the noise levels, from high to low (default: those of Karras et al.)",
+        ] = None,
         order: Annotated[
             int | None, Field(int, low=1, high=4), "the order of dpm-solver++ and unipc, up to 3, or of ipndm, up to 4"
         ] = None,
@@ -139,6 +146,11 @@ class ODESampler(Sampler):
         churn_noise: Annotated[float, Field(float, above=0), "the factor of the added noise"] = 1.0,
         **options: Unpack[SamplerOptions],
     ) -> None:
+        self.check_options({"sigmas": sigmas})
+        if sigmas is not None:
+            if schedule is not None:
+                raise ValueError(f"{argument('sigmas')} takes the place of the schedule. Leave out one of them.")
+            schedule = NoiseSchedule(sigmas)
         super().__init__(net, schedule, **options)
         self.check_options({"method": method, "order": order, "eta": eta, "churn": churn, "churn_noise": churn_noise})
         self.eta, steps = native(eta), len(self.schedule) - 1
@@ -167,8 +179,10 @@ class ODESampler(Sampler):
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Also checks that the order and eta are for the method."""
+        """Also checks that the levels descend, and that the order and eta are for the method."""
         super().check_options(options)
+        if options.get("sigmas") is not None:
+            NoiseSchedule(options["sigmas"])
         method, order, eta = options.get("method") or "heun", options.get("order"), native(options.get("eta"))
         if (method == "heun" and order is not None) or (method in ("heun", "ipndm") and eta is not None):
             raise ValueError(

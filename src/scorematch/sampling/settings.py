@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scorematch.core.arguments import argument, check_count
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import Score, attribute
@@ -38,9 +39,12 @@ class SamplerSettings:
         **options: arguments of this sampler, by name: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, and its
             own, except those that depend on the use, such as ``restore``. None, and an option that is left out, is the
             sampler's default.
+        alternatives: other measured settings of the network, with other numbers of network calls or of other samplers,
+            from which ``recommended_sampler(net, calls=...)`` chooses. They have no alternatives themselves.
 
     Attributes:
         sampler: the name of the sampler.
+        alternatives: the other settings.
 
     Raises:
         ValueError: if a value is out of range or of the wrong type, the sampler has no such option, or options
@@ -53,8 +57,11 @@ class SamplerSettings:
 
     sampler: str
     _given: tuple[tuple[str, Any], ...]
+    alternatives: tuple[SamplerSettings, ...]
 
-    def __init__(self, sampler: str = "langevin", **options: Any) -> None:
+    def __init__(
+        self, sampler: str = "langevin", *, alternatives: Sequence[SamplerSettings] = (), **options: Any
+    ) -> None:
         check({"sampler": sampler}, {"sampler": Field(str, choices=tuple(SAMPLERS))}, "sampler_settings")
         known = options_of(SAMPLERS[sampler])
         unknown = options.keys() - known.keys()
@@ -70,6 +77,9 @@ class SamplerSettings:
             raise ValueError(f"sampler_settings: {error}") from error
         object.__setattr__(self, "sampler", sampler)
         object.__setattr__(self, "_given", tuple(given.items()))
+        if any(each.alternatives for each in alternatives):
+            raise ValueError("sampler_settings: alternatives must have no alternatives themselves.")
+        object.__setattr__(self, "alternatives", tuple(alternatives))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,7 +88,8 @@ class SamplerSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain values for JSON; ``from_dict`` is the inverse."""
-        return {"sampler": self.sampler, **{name: native(value) for name, value in self._given}}
+        others = {"alternatives": [each.to_dict() for each in self.alternatives]} if self.alternatives else {}
+        return {"sampler": self.sampler, **{name: native(value) for name, value in self._given}, **others}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplerSettings:
@@ -87,14 +98,21 @@ class SamplerSettings:
         Raises:
             ValueError: if "sampler" is missing, or as for the constructor.
         """
-        check(values, {"sampler": Field(str, required=True)}, "sampler_settings")
-        return cls(**values)
+        others = Field(list, high=100, each=Field(dict))
+        check(values, {"sampler": Field(str, required=True), "alternatives": others}, "sampler_settings")
+        return cls(**{**values, "alternatives": [cls.from_dict(each) for each in values.get("alternatives", [])]})
+
+    def alone(self) -> SamplerSettings:
+        """These settings without alternatives."""
+        return SamplerSettings(self.sampler, **self.options)
 
     def __str__(self) -> str:
-        return ", ".join(f"{key} {value}" for key, value in self.to_dict().items())
+        return ", ".join(f"{key} {value}" for key, value in self.alone().to_dict().items())
 
     def __repr__(self) -> str:
-        return f"SamplerSettings({', '.join([repr(self.sampler), *(f'{k}={v!r}' for k, v in self._given)])})"
+        others = [f"alternatives={list(self.alternatives)!r}"] if self.alternatives else []
+        given = [f"{name}={value!r}" for name, value in self._given]
+        return f"SamplerSettings({', '.join([repr(self.sampler), *given, *others])})"
 
 
 def _frozen(value: Any) -> Any:
@@ -106,6 +124,7 @@ def recommended_sampler(
     net: Score,
     settings: SamplerSettings | None = None,
     *,
+    calls: int | None = None,
     levels: int | None = None,
     sigma_max: float | None = None,
     sigma_min: float | None = None,
@@ -117,6 +136,8 @@ def recommended_sampler(
         net: a score, usually a ScoreNet.
         settings: the sampler and its options; None uses the network's own settings, ``net.sampler_settings``, or
             AnnealedLangevinSampler with its defaults if the network has none.
+        calls: the largest number of network calls per image, at least 1: of the settings and their alternatives, those
+            with the most calls up to this number are used. None uses the settings themselves.
         levels: the number of noise levels, at least 2; None uses that of the settings.
         sigma_max: the highest noise level, in the units of x; None uses that of the settings.
         sigma_min: the lowest noise level, in the units of x; None uses that of the settings.
@@ -126,7 +147,8 @@ def recommended_sampler(
         A sampler of ``net``, of the class that ``settings.sampler`` names.
 
     Raises:
-        ValueError: if the sampler rejects an option, or ``net`` is a plain function, which has no noise levels.
+        ValueError: if the sampler rejects an option, no settings have as few calls, or ``net`` is a plain function,
+            which has no noise levels.
 
     Example:
         >>> from scorematch import ScoreNet
@@ -135,9 +157,23 @@ def recommended_sampler(
     """
     own: SamplerSettings | None = attribute(net, "sampler_settings")
     settings = own if settings is None else settings
+    if calls is not None:
+        settings = _with_calls(net, settings, check_count("calls", calls))
     noise = {"levels": levels, "sigma_max": sigma_max, "sigma_min": sigma_min, "denoise": denoise}
     given: dict[str, Any] = {name: value for name, value in noise.items() if value is not None}
     if settings is None or (settings is own and settings.sampler == "langevin"):
         # It reads the network's own settings itself, and adapts the step size to other noise levels.
         return AnnealedLangevinSampler(net, **given)
     return SAMPLERS[settings.sampler](net, **{**settings.options, **given})
+
+
+def _with_calls(net: Score, settings: SamplerSettings | None, calls: int) -> SamplerSettings | None:
+    """Of settings and their alternatives, those with the most network calls up to a number."""
+    stored = (settings, *(() if settings is None else settings.alternatives))
+    lengths = [len(recommended_sampler(net, each)) for each in stored]
+    if min(lengths) > calls:
+        raise ValueError(
+            f"{argument('calls')} must be at least {min(lengths)}, the fewest network calls of the stored settings, "
+            f"got {calls}. For fewer, choose a sampler and its {argument('levels')}."
+        )
+    return stored[max(range(len(stored)), key=lambda i: lengths[i] * (lengths[i] <= calls))]

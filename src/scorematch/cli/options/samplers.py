@@ -10,6 +10,7 @@ from scorematch.cli.options.networks import add_device
 from scorematch.cli.options.values import add_declared
 from scorematch.core.arguments import argument
 from scorematch.core.conditions import takes_image
+from scorematch.core.schema import Field
 from scorematch.core.scores import Score, attribute
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.sampler import Option, options_of
@@ -37,6 +38,12 @@ def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommende
         "--sampler",
         choices=SAMPLERS,
         help=f"the sampler (default: the one to which a given option belongs, or {default})",
+    )
+    add_declared(
+        group,
+        "calls",
+        Field(int, low=1),
+        "the recommended settings with the most network calls per image up to this number",
     )
     _add_options(group, options_of(Sampler))
     added: set[str] = set()
@@ -71,8 +78,13 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = Fals
     """
     options = given(args, {option: None for name in SAMPLERS for option in _own_options(name)})
     owners = {option: [name for name in SAMPLERS if option in _own_options(name)] for option in options}
-    noise = given(args, options_of(Sampler))
-    default = "langevin" if restoring and not takes_image(net) else None
+    noise, calls = given(args, options_of(Sampler)), getattr(args, "calls", None)
+    if calls is not None and (owners or args.sampler is not None):
+        raise ValueError(
+            f"{argument('calls')} chooses among the recommended settings. Leave it out, or leave out "
+            f"{argument('sampler')} and the options of samplers."
+        )
+    default = "langevin" if restoring and calls is None and not takes_image(net) else None
     own: SamplerSettings | None = attribute(net, "sampler_settings")
     name = args.sampler or default
     if args.sampler is None and owners:
@@ -80,7 +92,7 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = Fals
         preferred = default or (own and own.sampler)
         name = preferred if preferred in fitting else [*fitting, *next(iter(owners.values()))][0]
     if name is None:
-        return recommended_sampler(net, **noise)
+        return recommended_sampler(net, calls=calls, **noise)
     for option, names in owners.items():
         if name not in names:
             raise ValueError(f"{argument(option)} is an option of --sampler {names[0]}, not of {name}.")

@@ -1,0 +1,141 @@
+"""Noise levels from the paths of a score, and settings that store levels."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
+from scorematch.cli import main
+from scorematch.evaluation.exact import Gaussian, GaussianMixture
+from scorematch.sampling import ODESampler, SamplerSettings, recommended_sampler, schedule_of_paths
+from scorematch.sampling.levels import _shortest
+from tests.helpers import point, refused, run, seed
+
+FINE = NoiseSchedule.karras(20, 0.02, 40)
+
+
+def _chosen(score, levels, fine=FINE, **options):
+    return schedule_of_paths(score, levels, fine, **{"generator": 0, "progress": False, **options})
+
+
+def test_the_path_is_the_shortest_of_all():
+    for number in range(20):
+        error = torch.rand(9, 9, generator=seed(number), dtype=torch.float64).triu(1)
+        error[error == 0] = math.inf
+        for steps in (2, 3, 5, 8):
+            paths = [[0, *between] for between in itertools.combinations(range(1, 8), steps - 1)]
+            lengths = [sum(float(error[i, j]) for i, j in itertools.pairwise([*path, 8])) for path in paths]
+            assert _shortest(error, steps) == paths[lengths.index(min(lengths))]
+
+
+def test_the_levels_reduce_the_error():
+    """The median over paths in 16 dimensions, from other starts than those from which the levels were chosen."""
+    means = torch.randn(10, 16, generator=seed(1), dtype=torch.float64)
+    world = GaussianMixture([0.1] * 10, means, 0.09, schedule=NoiseSchedule([40.0, 0.02]))
+    init = 40 * torch.randn(200, 16, generator=seed(1))
+    exact = run(ODESampler(world, levels=100, method="unipc"), init=init)
+
+    def error(schedule, method, order):
+        x = run(ODESampler(world, schedule, method=method, order=order), init=init)
+        return float((x - exact).norm(dim=1).median())
+
+    usual, chosen = NoiseSchedule.karras(40, 0.02, 10), _chosen(world, 10, None, n=32)
+    for method, order in (("dpm-solver++", 2), ("unipc", 2), ("unipc", 3)):
+        assert error(chosen, method, order) < 0.8 * error(usual, method, order)
+    assert error(chosen, "unipc", 2) < 0.5 * error(usual, "dpm-solver++", 2)
+
+
+def test_the_levels_have_the_units_of_the_data(world):
+    options = {"n": 8, "shape": (3,)}
+    scaled = Gaussian(10 * world.mean, 100 * world.covariance)
+    fine = NoiseSchedule(10 * FINE.sigmas)
+    found = _chosen(scaled, 6, fine, **options).sigmas
+    torch.testing.assert_close(found, 10 * _chosen(world, 6, **options).sigmas)
+    assert len(found) == 6 and found[0] == 200 and set(found.tolist()) <= set(fine)
+
+
+def test_paths_of_a_network_with_classes():
+    torch.manual_seed(0)
+    net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, classes=3, schedule=FINE)
+    options = {"n": 4, "condition": torch.arange(4) % 3}
+    fine = FINE.respaced(9)
+    chosen = _chosen(net, 4, fine, **options)
+    assert chosen == _chosen(net, 4, fine, batch_size=3, **options)
+    assert chosen.sigma_max == 20 and len(chosen) == 4
+
+
+def test_settings_store_levels(tmp_path, capsys):
+    net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=FINE)
+    net.sampler_settings = SamplerSettings("ode", sigmas=[20.0, 3, 0.5], method="unipc")
+    net.save_pretrained(tmp_path)
+    again = ScoreNet.from_pretrained(tmp_path)
+    assert again.sampler_settings == net.sampler_settings
+    sampler = recommended_sampler(again)
+    assert list(sampler.schedule) == [20, 3, 0.5] and len(sampler) == 3
+    assert len(recommended_sampler(again, levels=5)) == 5  # respaced
+    assert main(["sample", str(tmp_path), str(tmp_path / "a.png"), "-n", "1", "--sigmas", "9", "1", "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("ODESampler(2 levels 9 -> 1, unipc")
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["sampler_settings"]["sigmas"] = [20.0, 0.5, 3.0]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sigmas must descend, got 0"):
+        ScoreNet.from_pretrained(tmp_path)
+    assert "sigmas must descend" in refused(["sample", tmp_path, tmp_path / "b.png"], capsys)
+
+
+def test_alternatives_for_fewer_calls(tmp_path, capsys):
+    net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=FINE)
+    few = SamplerSettings("ode", sigmas=[20.0, 3, 0.5], method="unipc")
+    middle = SamplerSettings(levels=6, step_size=3e-4, consistent=True)
+    net.sampler_settings = SamplerSettings("ode", alternatives=[few, middle], levels=5)
+    net.save_pretrained(tmp_path)
+    again = ScoreNet.from_pretrained(tmp_path)
+    assert again.sampler_settings == net.sampler_settings and again.sampler_settings.alternatives == (few, middle)
+    assert repr(few) in repr(net.sampler_settings)
+    assert str(net.sampler_settings) == "sampler ode, levels 5" and net.sampler_settings.options == {"levels": 5}
+    for calls, expected in ((None, 9), (100, 9), (9, 9), (8, 6), (6, 6), (5, 3), (3, 3)):
+        for score in (again, again.inference_copy()):
+            assert len(recommended_sampler(score, calls=calls)) == expected
+    assert AnnealedLangevinSampler(again).step_size == 3e-4  # its own settings, which are not the best
+    with pytest.raises(ValueError, match="calls must be at least 3, the fewest network calls of the stored settings"):
+        recommended_sampler(again, calls=2)
+
+    options = ["sample", tmp_path, tmp_path / "a.png", "-n", "1", "--quiet"]
+    assert main([*map(str, options), "--calls", "5"]) == 0
+    assert capsys.readouterr().out.startswith("ODESampler(3 levels 20 -> 0.5, unipc")
+    options[2] = tmp_path / "b.png"
+    assert "--calls must be at least 3" in refused([*options, "--calls", "1"], capsys)
+    assert "--calls chooses among the recommended settings" in refused(
+        [*options, "--calls", 5, "--levels", 2, "--eta", 1], capsys
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _chosen(point, 40), "levels must be below the number of fine levels, 40, got 40"),
+        (lambda: _chosen(point, 1), "levels must be an integer of at least 2, got 1"),
+        (lambda: schedule_of_paths(point, 5), "no noise levels of its own: pass a schedule"),
+        (lambda: ODESampler(point, FINE, sigmas=[2.0, 1.0]), "sigmas takes the place of the schedule"),
+        (lambda: ODESampler(point, sigmas=[1.0, 2.0]), "sigmas must descend"),
+        (lambda: ODESampler(point, sigmas=[1.0, 0.0]), "sigmas must be a list .* each a number of more than 0"),
+        (lambda: SamplerSettings("ode", sigmas=[1.0, 2.0]), "^sampler_settings: sigmas must descend"),
+        (lambda: SamplerSettings("ode", sigmas=[]), "sigmas must be a list"),
+        (lambda: SamplerSettings.from_dict({"sampler": "ode", "alternatives": [3]}), "alternatives must be a list"),
+        (
+            lambda: SamplerSettings(alternatives=[SamplerSettings("ode", alternatives=[SamplerSettings()])]),
+            "alternatives must have no alternatives themselves",
+        ),
+        (
+            lambda: recommended_sampler(point, SamplerSettings("ode", sigmas=[2.0, 1.0]), calls=0),
+            "calls must be an int",
+        ),
+    ],
+)
+def test_wrong_levels_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
