@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,26 @@ def test_differences_and_errors_on_a_device_are_failures(module):
     compare("refused", 0.1, "one", lambda device: torch.ones(2, device="nonsense"))
     assert [text.partition(",")[0] for text in failures] == ["different", "not a number", "refused"]
     assert compare.rows["different"]["largest difference"] == pytest.approx(0.2)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_posteriors_measures_only_what_is_missing(module, tmp_path, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    images = np.random.default_rng(0).integers(0, 256, (6, 28, 28), np.uint8)
+    np.savez(tmp_path / "mnist_test.npz", images=images, labels=np.zeros(6, np.int64))
+    options = ["--out", str(tmp_path), "--data", str(tmp_path), "--worlds", "digits", "--tasks", "hole", "jpeg"]
+    options += ["--images", "2", "--draws", "3", "--budget", "16"]
+    for methods in (["guide"], ["guide", "guide-jacobian"]):
+        module("posterior").main([*options, "--methods", *methods])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1:3] for line in printed] == [
+        [task, method] for method in ("guide", "guide-jacobian") for task in ("hole", "jpeg")
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "posterior.jsonl").read_text().splitlines()]
+    assert [row["steps"] for row in rows[:2]] == [16, 16] and all(8 < row["cost"] <= 16 for row in rows)
+    assert all(float(row["ratio"].split()[0]) > 0 for row in rows)
+    table = (tmp_path / "posterior.md").read_text()
+    assert table.startswith("## digits\n\n| task | method | rmse |") and table.count("| guide-jacobian |") == 2
 
 
 def test_ratios_compare_neighboring_measurements(module):

@@ -13,6 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -576,6 +577,27 @@ def test_restore_with_every_operator_and_method(folder, pictures, tmp_path, meth
     assert _restore(folder, pictures / "a.png", tmp_path / "out", *options, "--restore-method", method) == 0
     height = 8 if "jpeg" in options[1] else 16
     assert read_image(tmp_path / "out" / "a-1.png", 1).shape == (1, height, height)
+
+
+def test_restore_writes_the_uncertainty(folder, pictures, tmp_path, capsys):
+    out, options = tmp_path / "out", ("--operator", "uncrop:left=2", "--uncertainty")
+    assert _restore(folder, pictures / "a.png", out, *options) == 0
+    names = ["a-1.png", "a-2.png", "a-deviation.png", "a-mean.png", "a-strip.png", "a-uncertainty.npz"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    draws = torch.stack([read_image(out / f"a-{k}.png", 1) for k in (1, 2)])
+    found = np.load(out / "a-uncertainty.npz")
+    rounding = 0.5 / 255
+    assert np.abs(found["mean"] - draws.mean(0).numpy()).max() <= rounding + 1e-6
+    assert np.abs(found["quantiles"] - draws.sort(0).values[[0, 0, 1]].numpy())[[0, 2]].max() <= rounding + 1e-6
+    assert found["levels"].tolist() == [0.05, 0.5, 0.95] and (found["deviation"][..., 2:] == 0).all()
+    assert torch.equal(read_image(out / "a-mean.png", 1)[..., 2:], read_image(pictures / "a.png", 1))
+    shown = read_image(out / "a-deviation.png", 3)
+    assert shown.shape[1] == 256 and (shown[:, :, 64:320] == 0).all()  # what is known has the deviation 0
+    most = int(torch.as_tensor(found["deviation"])[0, :, :2].argmax())
+    row, column = 32 * (most // 2) + 16, 32 * (most % 2) + 16
+    assert shown[:, row, column].tolist() == pytest.approx([1, 1, 224 / 255])
+    error = refused(_restore_options(folder, pictures, tmp_path / "one", *options, "-n", "1"), capsys)
+    assert "--uncertainty needs several restorations of each picture, got -n 1. Write -n 20." in error
 
 
 def test_restore_colors_gray_pictures(tmp_path, pictures, capsys):

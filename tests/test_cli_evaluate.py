@@ -12,6 +12,8 @@ import torch
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
 from scorematch.evaluation import METRICS, evaluate, evaluate_restoration
+from scorematch.evaluation.exact import Gaussian
+from scorematch.evaluation.sampler_distance import sampler_variants
 from scorematch.restoration.methods import METHODS
 from scorematch.sampling import SamplerSettings
 from tests.helpers import refused, seed
@@ -180,7 +182,10 @@ def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):
         ((network, real, "--restore", "pool:4", "--n-classes", 3), "--n-classes is not for --restore"),
         ((real, "--restore", "pool:4", "--data", real), "--restore needs a network, but"),
         ((network, real, "--restore", "pool:4", "--held-out", real), "--held-out is not for --restore"),
-        ((network, real, "--restore", "blur", "--features", "pixels"), "several of them joined by ' @ ', got 'blur'"),
+        (
+            (network, real, "--restore", "smudge", "--features", "pixels"),
+            "several of them joined by ' @ ', got 'smudge'",
+        ),
         ((network, real, "--class", 3, "--features", "pixels"), "--class is for class-conditional networks"),
         (("nothing.npz", real, "--features", "pixels"), "nothing.npz does not exist"),
         (("nothing", real), "'nothing' is not the short name of a network"),
@@ -279,7 +284,11 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
     ("options", "head", "rows"),
     [
         ((), "| sigma | loss | norm | calibration | denoised | slope | bias |", 16),
-        (("--samplers", "--size", 2, "-n", 20), "| name | calls | mean | covariance | energy |", 41),
+        (
+            ("--samplers", "--size", 2, "-n", 20),
+            "| name | calls | mean | covariance | energy |",
+            1 + 5 * len(sampler_variants(Gaussian([0.0], 1.0, schedule=NoiseSchedule.geometric(10, 0.01, 20)))),
+        ),
         (
             ("--posterior", "pool:2", "--size", 2, "--sigma", 0.1, "-n", 100),
             "| method | coverage, nominal 50.0% | coverage, nominal 90.0% | spread | shift | p value |",
@@ -299,7 +308,7 @@ def test_wrong_arguments_of_diagnose_are_refused(folder, capsys):
         ((*both, "--sigma", 1), "--sigma is for --posterior. Leave it out."),
         ((*both, "--size", 4), "--size is for --samplers and --posterior. Leave it out."),
         ((*both, "--samplers", "--posterior", "gray"), "not allowed with argument"),
-        ((*both, "--posterior", "blur"), "'blur'"),
+        ((*both, "--posterior", "smudge"), "'smudge'"),
         ((*both, "--posterior", "jpeg:5"), "must be linear"),
         ((*both, "--posterior", "pool:2", "-n", 10), "need at least 100 observations, got 10"),
         ((folder / "network", folder / "nothing"), "nothing does not exist"),

@@ -26,7 +26,7 @@ from scorematch.evaluation.exact import Empirical, Gaussian, GaussianMixture
 from scorematch.evaluation.per_image import values_per_image
 from scorematch.evaluation.sampler_distance import sampler_variants
 from scorematch.loss import loss_and_norm
-from scorematch.restoration import JPEG, Mask, Observation, Uncrop
+from scorematch.restoration import JPEG, Mask, Matrix, Observation, Uncrop, as_operator
 from scorematch.restoration.methods import Restore
 from scorematch.sampling import SAMPLERS, ODESampler, bulk_samples
 from tests.helpers import gaussian_images, python, seed
@@ -421,6 +421,25 @@ def test_draws_from_the_posterior_are_calibrated(kind):
         nominal, share = found.coverage(i)
         assert nominal == pytest.approx(1 - i / 10) and near(share, nominal)
     assert near(found.spread, 1) and found.shift < 0.1 and found.p_value > 1e-3
+
+
+OPERATORS = ["pool:2", "blur:0.7", "resize:2", "fourier:2", "uncrop:left=1", "uncrop:left=1 @ pool:2"]
+
+
+@pytest.mark.parametrize(
+    "operator", [as_operator(text) for text in OPERATORS] + [Matrix(torch.randn(3, 64, generator=seed(5)))], ids=str
+)
+@pytest.mark.parametrize("components", [1, 5])
+def test_posteriors_of_64_values_are_calibrated_for_every_linear_operator(operator, components):
+    """The covariance falls off as that of natural images, with the inverse square of the frequency."""
+    frequency = torch.fft.fftfreq(8, 1 / 8).square()
+    power = 1 / (1 + frequency[:, None] + frequency)
+    units = torch.eye(64).view(64, 8, 8)
+    covariance = torch.fft.ifft2(torch.fft.fft2(units) * power).real.reshape(64, 64).double()
+    means = torch.randn(components, 64, generator=seed(2), dtype=torch.float64)
+    world = GaussianMixture([1.0] * components, means, covariance, (1, 8, 8))
+    (found,) = posterior_calibration(world, operator, {}, sigma=0.1, observations=60, draws=9, progress=False)
+    assert near(found.spread, 1) and near(found.coverage(1)[1], 0.8) and found.p_value > 1e-3
 
 
 def correlated(values):

@@ -332,3 +332,81 @@ def test_two_processes_equal_one(tmp_path):
                     again = other["figures"][column][source][name]
                     assert again["value"] == pytest.approx(figure["value"], rel=1e-6), (column, name)
                     assert again["error"] == (figure["error"] and pytest.approx(figure["error"], rel=1e-6)), name
+
+
+# -- Calibration
+
+
+class White(Level):
+    """The score of independent pixels N(0.5, 0.01), within the range of images up to 5 deviations."""
+
+    schedule = NoiseSchedule.geometric(2, 0.005, 60)
+
+    def __call__(self, x, sigma):
+        return (0.5 - x) / (0.01 + sigma**2)
+
+
+def white(n, deviation=0.1, number=3):
+    return (0.5 + deviation * torch.randn(n, 3, SIZE, SIZE, generator=seed(number))).clamp(0, 1)
+
+
+def near(figure, expected, errors=5):
+    return abs(figure.value - expected) < errors * figure.error
+
+
+def calibrated(what=None, **options):
+    """The figures of the calibration with images of which the left half is known."""
+
+    return run(what or White(), Uncrop(right=SIZE // 2), sampler=partial(ODESampler, levels=20), **options).figures[
+        "restored"
+    ]["restoration"]
+
+
+def test_exact_draws_are_calibrated():
+    """Unknown pixels are independent of the known ones, so that restorations are draws from the posterior."""
+    figures = calibrated(data=white(100), draws=9)
+    assert near(figures["ratio"], 1)
+    for of in ("pixels", "projections"):
+        assert near(figures[f"coverage of {of}, nominal 80.0%"], 0.8)
+    assert near(figures["rank of pixels"], 0.5) and figures["rank p value"].value > 1e-3
+
+
+@pytest.mark.parametrize(("deviation", "brighter"), [(0.05, 0), (0.2, 0), (0.1, 0.05)])
+def test_draws_that_are_not_of_the_posterior_are_found(deviation, brighter):
+    """Of images with another deviation or another brightness than those of the prior."""
+    figures = calibrated(data=white(100, deviation) + brighter, draws=9)
+    draw, truth = 2 * 0.1**2, 0.1**2 + deviation**2 + brighter**2
+    assert figures["ratio"].value == pytest.approx((draw / truth) ** 0.5, rel=0.03)
+    covered = figures["coverage of projections, nominal 80.0%"].value
+    assert (covered > 0.85) if deviation < 0.1 else (covered < 0.75) if deviation > 0.1 else covered < 0.8
+    assert figures["rank p value"].value < 1e-3 or brighter
+    z = 0.05 / (0.1 * 2**0.5) if brighter else 0.0  # the probability that the truth is above a draw is Phi(z)
+    assert figures["rank of pixels"].value == pytest.approx(float(torch.special.ndtr(torch.tensor(z))), abs=0.01)
+
+
+def test_draws_of_the_network_as_truth_separate_the_prior_from_the_method():
+    other = white(60, 0.3)
+    wrong, own = calibrated(data=other, draws=2), calibrated(data=other, draws=2, truth="network")
+    assert wrong["ratio"].value < 0.7 and near(own["ratio"], 1)
+    assert near(own["coverage of pixels, nominal 33.3%"], 1 / 3)
+    assert calibrated(data=other, draws=2, truth="network") == own
+
+
+def test_images_that_are_known_have_the_calibration_of_exact_draws():
+    figures = run(White(), Mask(torch.ones(SIZE, dtype=torch.bool)), draws=2).figures["restored"]["restoration"]
+    assert "ratio" not in figures and "rank p value" not in figures
+    assert figures["coverage of pixels, nominal 33.3%"] == (pytest.approx(1 / 3), pytest.approx(0))
+    assert figures["rank of pixels"].value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"truth": "data set"}, "truth must be one of 'data', 'network'"),
+        ({"truth": "network", "labels": True, "data": (X, LABELS)}, "draws of the network have no labels"),
+        ({"truth": "network", "what": Copy()}, "needs a network that draws images, but this one restores them"),
+    ],
+)
+def test_truths_that_do_not_exist_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrated(**options)

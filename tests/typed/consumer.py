@@ -112,8 +112,10 @@ from scorematch.restoration import (
     Physics,
     Quantize,
     Resize,
+    Summary,
     Uncrop,
     as_operator,
+    summary,
 )
 from scorematch.restoration.method import Restoration
 from scorematch.restoration.methods import METHODS, Method, Restore
@@ -319,6 +321,8 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
 
 
 def restoration(net: ScoreNet, x: Tensor, mask: Tensor) -> None:
+    found: Summary = summary(x, levels=(0.1, 0.9))
+    assert_type(found.mean + found.deviation + found.quantiles[0], Tensor)
     operators: list[Operator] = [Mask(mask), Uncrop(left=3), Grayscale(), AveragePool(2), JPEG(10), Negative()]
     operators += [AveragePool(2) @ Grayscale(), as_operator("pool:2 @ gray"), Hole().drawn(x, range(len(x))), Half()]
     operators += [Linear(torch.Tensor.double), Matrix(torch.eye(3)), Resize(2), FourierLines(4), Fourier(mask)]
@@ -437,6 +441,7 @@ def diagnostics(net: ScoreNet, x: Tensor) -> None:
     calibration: Report[Calibration] = posterior_calibration(mixture, Mask(x > 0))
     assert_type(calibration.table() + calibration[0].name, str)
     laws: list[Increments] = [Laplace(), Student(3.0)]
+    evaluate_restoration(net, x, "gray", draws=19, truth="network")
     signals = [LevyProcess(law, 64) for law in laws]
     seen = Observation(Mask(x[0] > 0), x)
     assert_type(signals[0].posterior_samples(seen, 3, generator=0), Tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from scorematch.cli.options import Commands, given, refuse
 from scorematch.cli.options.classes import GUIDED_CLASSES, add_classes, add_guidance, find_classes, guide
@@ -21,7 +22,7 @@ from scorematch.data.tables import REFERENCES
 from scorematch.evaluation.evaluate import Evaluation, check_evaluation_folder, evaluate
 from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.reference import check_sources
-from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, evaluate_restoration
+from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, Truth, evaluate_restoration
 from scorematch.evaluation.subject import DEFAULT_N, is_network
 from scorematch.sampling import SAMPLERS
 from scorematch.sampling.sampler import options_of
@@ -87,6 +88,12 @@ def add(commands: Commands) -> None:
     restoration.add_argument(
         "--sigma", type=amount, help="the standard deviation of the noise in the degraded images (default: 0)"
     )
+    restoration.add_argument(
+        "--truth",
+        choices=get_args(Truth),
+        help="what is degraded and restored: the images, or draws of the network itself, for which its prior is right "
+        "(default: data)",
+    )
     add_restore_method(restoration)
     restoration.add_argument(
         "--labels",
@@ -123,7 +130,7 @@ def _run(args: argparse.Namespace) -> None:
     if restoring:
         sampler.restore = args.restore_method or "auto"
         data, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
-        options = given(args, ("n", "draws", "sigma", "labels"))
+        options = given(args, ("n", "draws", "sigma", "truth", "labels"))
         result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)
     else:
         n = args.n or DEFAULT_N
@@ -137,7 +144,7 @@ def _check(args: argparse.Namespace, network: bool, restoring: bool) -> None:
         sampling = ("sampler", *(name for kind in SAMPLERS.values() for name in options_of(kind)))
         refuse(args, (*GUIDED_CLASSES, *sampling), f"is for networks, but {args.model} is a set of images")
     if not restoring:
-        refuse(args, ("data", "draws", "sigma", "restore_method", "labels"), "is for --restore")
+        refuse(args, ("data", "draws", "sigma", "truth", "restore_method", "labels"), "is for --restore")
         if args.reference is None:
             args.parser.error("the following arguments are required: reference")
     else:

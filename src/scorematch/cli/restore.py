@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +20,13 @@ from scorematch.cli.options.outputs import add_overwrite, check_folder_name, che
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import amount, expanded, filled, image_count
 from scorematch.core.conditions import takes_image
+from scorematch.core.files import write_whole
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
+from scorematch.data.heat import heat_map
 from scorematch.data.pictures import check_picture, grid, list_pictures, read_image, save_image
 from scorematch.nets.family import check_size
-from scorematch.restoration import Observation, Operator, as_operator
+from scorematch.restoration import Observation, Operator, as_operator, summary
 from scorematch.restoration.palette import condition_of
 from scorematch.sampling import Sampler
 
@@ -55,6 +59,12 @@ def add(commands: Commands) -> None:
         help="the standard deviation of the noise in the pictures, for pixel values in [0, 1] (default: 0)",
     )
     parser.add_argument(
+        "--uncertainty",
+        action="store_true",
+        help="also write the mean of the restorations, a map of their standard deviation with its scale, and an .npz "
+        "file with both and with quantiles of 5, 50 and 95 %%; use at least -n 19",
+    )
+    parser.add_argument(
         "--degrade",
         action="store_true",
         help="the pictures are undamaged: damage them first, then restore them and add the originals to the strips",
@@ -74,6 +84,8 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.uncertainty and args.n < 2:
+        raise ValueError(f"--uncertainty needs several restorations of each picture, got -n {args.n}. Write -n 20.")
     operator, paths, folder = as_operator(read_operator(args.operator)), list_pictures(args.pictures), args.folder
     _check_folder(args, folder, paths)
     if Path(args.pictures).expanduser().resolve() == folder.resolve():
@@ -183,7 +195,19 @@ def _restore(
         if picture.original is not None:
             strip.append(picture.original)
         save_image(grid(torch.cat(strip), columns=sum(map(len, strip))), folder / f"{picture.path.stem}-strip.png")
+        if args.uncertainty:
+            _summarize(restored, folder, picture.path.stem)
         print(folder / f"{picture.path.stem}-strip.png")
+
+
+def _summarize(restored: Tensor, folder: Path, stem: str) -> None:
+    """Writes the mean of the restorations (K, C, H, W), the map of their deviation over the channels, and numbers."""
+    found = summary(restored)
+    save_image(found.mean, folder / f"{stem}-mean.png")
+    save_image(heat_map(found.deviation.square().mean(0).sqrt()), folder / f"{stem}-deviation.png")
+    content = io.BytesIO()
+    np.savez(content, **{name: np.asarray(value) for name, value in found._asdict().items()})  # type: ignore[arg-type]
+    write_whole(folder / f"{stem}-uncertainty.npz", content.getvalue())
 
 
 def _measures(operator: Operator, y: Tensor, channels: int) -> bool:
@@ -205,8 +229,10 @@ def _check_folder(args: argparse.Namespace, folder: Path, pictures: list[Path]) 
         first = sources.setdefault(picture.stem, picture)
         if first != picture:
             raise ValueError(f"the restorations of {first} and {picture} would have the same file names. Rename one.")
-        results = [*range(1, args.n + 1), "strip"]
-        check_new((folder / f"{picture.stem}-{name}.png" for name in results), args.overwrite)
+        results = [f"{name}.png" for name in (*range(1, args.n + 1), "strip")]
+        if args.uncertainty:
+            results += ["mean.png", "deviation.png", "uncertainty.npz"]
+        check_new((folder / f"{picture.stem}-{name}" for name in results), args.overwrite)
 
 
 def _size(images: Tensor) -> str:

@@ -14,6 +14,21 @@ consistency          the root mean square of the observed values of :math:`y - A
                      level of y
 ===================  ==================================================================================================
 
+with several restorations of each image also the calibration (in brackets: the value of exact draws from the posterior),
+
+=======================  ==============================================================================================
+ratio                    the root mean square difference of two restorations over that of a restoration and the
+                         original (1). Below 1 the restorations are too alike, or biased
+coverage of pixels       the share of pixels in which the original is between the i-th smallest and the i-th largest
+                         restoration (the nominal share 1 - 2i / (K + 1) nearest to 90 %, which is in the name).
+                         Images are rounded to 8 bits, and pixels in which all are equal are left out
+coverage of projections  the same for projections on random directions
+rank of pixels           the mean rank of the original among the restorations, from 0 to 1 (0.5); another value shows a
+                         bias in the brightness
+rank p value             of the test that the ranks of the projections are uniform, with Bonferroni's correction. It
+                         needs at least 5 (K + 1) images
+=======================  ==============================================================================================
+
 and for each extractor, in addition to the metrics of ``METRICS`` on one restoration of each image,
 
 ===================  ==================================================================================================
@@ -27,6 +42,9 @@ agreement            the share of restorations whose most probable class is that
 Palette computes FID and IS with Inception-v3, PD with Inception-v1, and CA with a ResNet-50; here all come from the
 same extractor. Every error is the standard error over the images; the values of the K restorations of an image are
 averaged first.
+
+The calibration depends on the method and on the prior, which is the network. ``truth="network"`` restores draws of the
+network itself instead of images of the data: then the prior is right, and what remains is the error of the method.
 
 The random numbers of an image depend on the seed and on its pixels only, except that those of equal images differ.
 
@@ -43,26 +61,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import argument, check_count, check_integer
+from scorematch.core.arguments import argument, check_choice, check_count, check_integer
 from scorematch.core.conditions import takes_image
 from scorematch.core.files import delete_unfinished
 from scorematch.core.processes import gathered, local_device, process_group, this_process
 from scorematch.core.provenance import identity, versions
-from scorematch.core.randomness import as_generator, standard_normal
+from scorematch.core.randomness import as_generator, seed_of, standard_normal
 from scorematch.core.records import as_stored
 from scorematch.core.scores import Score, attribute, device_of
 from scorematch.data.images import ImageData
 from scorematch.data.pictures import Crop, is_picture, save_grid
-from scorematch.evaluation.estimate import Figures, mean_of, root_of
+from scorematch.evaluation.estimate import Estimate, Figures, mean_of, ratio_of, root_of
 from scorematch.evaluation.evaluate import Evaluation, checked_folder
 from scorematch.evaluation.evaluator import Evaluator, OneOrMore
 from scorematch.evaluation.features import Extracted
 from scorematch.evaluation.per_image import ImageBatch, choose, values_per_image
+from scorematch.evaluation.ranks import FEWEST_PER_RANK, directions, inside, nearest, nominal, p_value, ranks_among
 from scorematch.evaluation.reference import open_for
 from scorematch.evaluation.subject import SamplerChoice, name_of, sampler_for
 from scorematch.restoration.observation import Observation, check_sigma
@@ -77,6 +96,10 @@ RESTORATION = "restoration"
 RESTORED, DEGRADED, ORIGINAL = "restored", "degraded", "original"
 _LEAST_ERROR = 1e-10  # the mean square error of 100 dB
 _ON_THE_PICTURE = 8
+_DIRECTIONS = 8  # of the random projections
+_RANK = "rank"  # the source of the ranks of the projections, which become one figure
+
+Truth = Literal["data", "network"]
 
 
 def evaluate_restoration(
@@ -87,6 +110,7 @@ def evaluate_restoration(
     n: int | None = None,
     draws: int = 2,
     sigma: float = 0.0,
+    truth: Truth = "data",
     features: OneOrMore = "inception",
     metrics: Sequence[str] | None = None,
     sampler: SamplerChoice = None,
@@ -120,6 +144,8 @@ def evaluate_restoration(
         n: the number of images, a random subset of the data; None is 500, or all if there are fewer.
         draws: K, the number of restorations of each image, at least 1.
         sigma: the standard deviation of the noise in the measurements, in units of images in [0, 1].
+        truth: what is degraded and restored: "data", or "network", one draw of the network for each image of the data,
+            with its recommended sampler.
         features: the extractor, or several, as for ``evaluate``.
         metrics: names from ``METRICS``, as for ``evaluate``.
         sampler: the sampler, as for ``evaluate``; None is the recommended one of a network that was trained to restore,
@@ -155,6 +181,7 @@ def evaluate_restoration(
     if sampler is None and not isinstance(what, Sampler):
         sampler = _recommended
     chosen_sampler = sampler_for(what, sampler, device)
+    prior = _prior(chosen_sampler.net, truth, labels)
     device = local_device(device_of(chosen_sampler.net) if device is None else device)
     with process_group(device):
         shape = attribute(chosen_sampler.net, "sample_shape")
@@ -176,13 +203,15 @@ def evaluate_restoration(
             progress=progress,
         )
         left_out = evaluator.check(len(chosen), images.shape)
-        run = Restoring(chosen_sampler, evaluator, operator, draws, sigma, seed, images.classes if labels else None)
+        classes = images.classes if labels else None
+        run = Restoring(chosen_sampler, evaluator, operator, draws, sigma, seed, classes, prior)
         figures = run.measure(images, chosen, batch_size, progress)
         settings = {
             "images": {"n": len(chosen), "content": images.content, "labels": labels},
             "operator": identified(operator),
             "sigma": sigma,
             "draws": draws,
+            "truth": truth,
             "seed": seed,
             "batch_size": batch_size,
             **description_of(chosen_sampler),
@@ -207,6 +236,18 @@ def evaluate_restoration(
 def _recommended(net: Score) -> Sampler:
     # The recommended sampler of a network that draws images may be that of an ODE, which restores less well.
     return recommended_sampler(net, None if takes_image(net) else SamplerSettings("langevin"))
+
+
+def _prior(net: Score, truth: Truth, labels: bool) -> Sampler | None:
+    """The sampler whose draws are restored; None for images of the data."""
+    check_choice("truth", truth, get_args(Truth))
+    if truth == "data":
+        return None
+    if labels:
+        raise ValueError(f"{argument('labels', True)} is for images of the data: draws of the network have no labels.")
+    if takes_image(net):
+        raise ValueError(f"{argument('truth', truth)} needs a network that draws images, but this one restores them.")
+    return prepared(recommended_sampler(net))
 
 
 def single_operator(operator: str | Operator) -> Operator:
@@ -236,6 +277,7 @@ class Restoring:
         sigma: the standard deviation of the noise in the measurements.
         seed: the seed of masks, noise and restorations.
         classes: the classes of the images, for the accuracy; None does not measure it.
+        prior: a sampler, with one draw of which each image is replaced; None restores the images.
 
     Attributes:
         shown: the degraded images, restorations and originals of the first batch of this process, for the picture.
@@ -250,9 +292,10 @@ class Restoring:
         sigma: float,
         seed: int,
         classes: Sequence[str] | None = None,
+        prior: Sampler | None = None,
     ) -> None:
         self._sampler, self._conditional = prepared(sampler), takes_image(sampler.net)
-        self._evaluator, self._operator = evaluator, operator
+        self._evaluator, self._operator, self._prior = evaluator, operator, prior
         self._classes, self._draws, self._sigma, self._seed = classes, draws, sigma, seed
         self._sets = {
             RESTORED: evaluator.collect(),
@@ -288,14 +331,25 @@ class Restoring:
             column: {RESTORATION: {}, **seen.figures(strict=column == RESTORED)} for column, seen in self._sets.items()
         }
         names = gathered(self._names)[0]  # those of the first batch: other processes may have none
-        for (column, source, name), each in zip(names, values.unbind(1), strict=True):
+        columns = dict(zip(names, values.unbind(1), strict=True))
+        ranks = [columns.pop(key) for key in names if key[1] == _RANK]
+        for (column, source, name), each in columns.items():
             figure = mean_of(each)
             result[column][source][name] = root_of(figure) if name in _ROOTS else figure
+        if self._draws > 1:
+            apart, error = (columns[RESTORED, RESTORATION, name] for name in ("diversity", "rmse"))
+            if error.any():
+                result[RESTORED][RESTORATION]["ratio"] = root_of(ratio_of(apart, error))
+            if len(values) >= FEWEST_PER_RANK * (self._draws + 1):
+                uniform = p_value(torch.stack(ranks, 1).long(), self._draws)
+                result[RESTORED][RESTORATION]["rank p value"] = Estimate(uniform)
         del result[ORIGINAL][RESTORATION]
         return result
 
     def _measured(self, batch: ImageBatch) -> Tensor:
         """The values of each image (n, K)."""
+        if self._prior is not None:
+            batch = batch._replace(x=self._drawn(batch))
         x, operator = batch.x, self._operator.drawn(batch.x, batch.seeds(self._seed, "mask"))
         y = operator.measure(x)
         if self._sigma:
@@ -306,6 +360,8 @@ class Restoring:
             rows = [images[:_ON_THE_PICTURE] for images in (degraded, *restored, x)]
             self.shown = [torch.stack(rows, 1).flatten(0, 1)]
         values = _in_pixels(restored, degraded, x, operator, y)
+        if len(restored) > 1:
+            values |= _calibration(torch.stack(restored, 1), x, self._seed, batch.seeds(self._seed, "ties"))
         sets = {RESTORED: restored, DEGRADED: [degraded], ORIGINAL: [x]}
         # By set, draw and extractor. The metrics of sets of images are those of the first draws.
         features = {column: [self._evaluator.extract(images) for images in drawn] for column, drawn in sets.items()}
@@ -318,6 +374,17 @@ class Restoring:
             values |= {(column, extractor.name, name): each for (column, name), each in in_features.items()}
         self._names = list(values)
         return torch.stack([each.double().cpu() for each in values.values()], 1)
+
+    def _drawn(self, batch: ImageBatch) -> Tensor:
+        """One draw of the network for each image of a batch."""
+        assert self._prior is not None  # noqa: S101
+        return self._prior.sample(
+            len(batch.x),
+            shape=batch.x.shape[1:],
+            generator=[number % 2**32 for number in batch.seeds(self._seed, "truth")],
+            batch_size=len(batch.x),
+            progress=False,
+        ).cpu()
 
     def _restore(self, operator: Operator, y: Tensor, batch: ImageBatch, draw: int) -> Tensor:
         seeds = batch.seeds(self._seed, "fill", draw)
@@ -355,6 +422,30 @@ def _in_pixels(
     consistency = torch.stack(residuals).mean(0) / mask.flatten(1).sum(1).clamp(min=1)
     values[RESTORED, RESTORATION, "consistency"] = consistency
     return values
+
+
+def _calibration(restored: Tensor, x: Tensor, seed: int, seeds: Sequence[int]) -> dict[tuple[str, str, str], Tensor]:
+    """The values of the ranks of the originals x (n, ...) among the restorations (n, K, ...)."""
+    draws = restored.shape[1]
+    i = nearest(draws, 0.9)
+    expected = f"nominal {nominal(draws, i):.1%}"
+    bits, truth = ((images.flatten(images.ndim - 3) * 255).round() for images in (restored, x))
+    pixels = ranks_among(bits, truth, as_generator(seeds))
+    differ = (bits != truth[:, None]).any(1)
+    count = differ.sum(1).clamp(min=1)
+    # An image of which every pixel is known has the values of exact draws.
+    covered = torch.where(differ, inside(pixels, draws, i), 0).sum(1) / count
+    rank = torch.where(differ, pixels / draws, 0).sum(1) / count
+    w = directions(x[0].numel(), _DIRECTIONS, seed)
+    along = [images.double().flatten(images.ndim - 3) @ w for images in (restored, x)]
+    projections = ranks_among(along[0], along[1], as_generator([seed_of(number, "projections") for number in seeds]))
+    values = {
+        f"coverage of pixels, {expected}": torch.where(differ.any(1), covered, nominal(draws, i)),
+        f"coverage of projections, {expected}": inside(projections, draws, i).double().mean(1),
+        "rank of pixels": torch.where(differ.any(1), rank, 0.5),
+    }
+    ranks = {(RESTORED, _RANK, str(j)): each for j, each in enumerate(projections.unbind(1))}
+    return {(RESTORED, RESTORATION, name): each for name, each in values.items()} | ranks
 
 
 def _classifies(extracted: Extracted, classes: Sequence[str] | None) -> bool:

@@ -9,6 +9,7 @@ from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import OPERATORS, AveragePool, Grayscale, Half, Hole, Mask, Uncrop, as_operator
 from scorematch.restoration.physics import Physics
 from scorematch.restoration.resize import Resize
+from scorematch.restoration.summary import Summary, summary
 
 __all__ = [
     "JPEG",
@@ -32,6 +33,8 @@ __all__ = [
     "Physics",
     "Quantize",
     "Resize",
+    "Summary",
     "Uncrop",
     "as_operator",
+    "summary",
 ]

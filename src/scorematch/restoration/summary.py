@@ -1,0 +1,67 @@
+"""Draws from a posterior in numbers and as a picture: mean, standard deviation and intervals of each value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scorematch.restoration.operator import kind_of
+
+__all__ = ["Summary", "summary"]
+
+
+class Summary(NamedTuple):
+    """What draws from a posterior say about each value of the sample.
+
+    Attributes:
+        mean: their mean (...), the estimate with the smallest mean square error.
+        deviation: their standard deviation (...), which says how far the truth may be from the mean.
+        quantiles: their quantiles (Q, ...).
+        levels: the levels of the quantiles.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    quantiles: Tensor
+    levels: tuple[float, ...]
+
+
+def summary(draws: Tensor, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Summary:
+    """The mean, the standard deviation and quantiles of draws of one sample.
+
+    The quantile of level p is the p (K + 1)-th smallest of K draws, by linear interpolation. If the draws are exact,
+    the interval between the quantiles of levels 0.05 and 0.95 therefore contains the truth with a probability of 90 %.
+    For K below 19 it is that of the smallest and the largest draw, with (K - 1) / (K + 1).
+
+    Args:
+        draws: (K, ...), floating point, K at least 2, such as ``sampler.sample(20, observation=observation)`` for an
+            observation of one sample.
+        levels: the levels of the quantiles, each from 0 to 1.
+
+    Raises:
+        TypeError: if the draws are not a floating-point tensor.
+        ValueError: if there are fewer than 2 draws, or a level is out of range.
+
+    Example:
+        >>> found = summary(torch.arange(21.0)[:, None])
+        >>> found.mean, found.quantiles
+        (tensor([10.]), tensor([[ 0.1000],
+                [10.0000],
+                [19.9000]]))
+    """
+    if not isinstance(draws, Tensor) or not draws.is_floating_point():
+        raise TypeError(f"draws must be a floating-point tensor (K, ...), got {kind_of(draws)}.")
+    if draws.ndim < 2 or len(draws) < 2:
+        raise ValueError(f"draws must be (K, ...) with at least 2 draws of one sample, got shape {tuple(draws.shape)}.")
+    if not all(0 <= level <= 1 for level in levels):
+        raise ValueError(f"levels must be from 0 to 1, got {list(levels)}.")
+    ordered = draws.sort(0).values
+    place = (torch.tensor(levels, dtype=torch.float64) * (len(draws) + 1) - 1).clamp(0, len(draws) - 1)
+    below = place.long().clamp(max=len(draws) - 2)
+    weight = (place - below).to(ordered).view(-1, *[1] * (draws.ndim - 1))
+    below = below.to(draws.device)
+    quantiles = torch.lerp(ordered[below], ordered[below + 1], weight)
+    return Summary(draws.mean(0), draws.std(0), quantiles, tuple(levels))
