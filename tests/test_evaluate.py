@@ -512,7 +512,7 @@ def test_results_do_not_lie_in_the_folder_of_the_data(tmp_path):
                 ValueError, match=r"output folder .*faces.* is in the data folder .*faces.* Write to another"
             ):
                 run(images(4, 1, size=8), out=out, **options)
-    with pytest.raises(ValueError, match=r"output folder .*faces is inside the data folder"):
+    with pytest.raises(ValueError, match=r"output folder .*faces is in the data folder"):
         run(faces, images(4, size=8), out=faces)
     assert len(list(faces.iterdir())) == 4
     run(images(4, 1, size=8), faces, out=tmp_path / "result", metrics=[])
