@@ -131,7 +131,7 @@ def _draw(args: argparse.Namespace, job: Job) -> None:
     check_picture(files[0])  # before the work
     check_new(files, args.overwrite)
     sampler = prepared(job.sampler)
-    announce(sampler)
+    announce(sampler, args.n, job.classes)
     begin = time.perf_counter()
     images = _sample(args, sampler, job, args.n, animation)
     print(f"{count(args.n)} in {time.perf_counter() - begin:.1f} s")
@@ -164,7 +164,7 @@ def _fill(args: argparse.Namespace, job: Job) -> None:
     if process.rank == 0 and samples.missing < args.n:
         print(f"{args.n - samples.missing} of {count(args.n)} exist already")
     if samples.missing:
-        announce(sampler)
+        announce(sampler, samples.missing, job.classes)
     begin = time.perf_counter()
     samples.fill(progress=not args.quiet)
     if process.rank > 0:

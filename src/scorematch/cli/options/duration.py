@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import time
+
+import torch
+
 from scorematch.core.processes import this_process
-from scorematch.core.scores import attribute
+from scorematch.core.scores import attribute, device_of
 from scorematch.sampling import ODESampler, Sampler
+from scorematch.sampling.bulk import Classes
 
 _MANY_CALLS = 250  # with more, a sampler with fewer is named
+_FEW = 8  # images of the call that is timed
 
 
-def announce(sampler: Sampler) -> None:
-    """Prints the sampler with its number of network calls, in the first process, and a much faster sampler."""
-    if this_process().rank > 0:
+def announce(sampler: Sampler, n: int = 0, classes: Classes = None) -> None:
+    """Prints the sampler, the estimated time for n images without an observation, and a much faster sampler.
+
+    Only the first process prints. ``classes`` is the class or the rule of ``--class``.
+    """
+    process = this_process()
+    if process.rank > 0:
         return
     print(sampler, flush=True)
+    if n:
+        seconds = _seconds_per_call(sampler, classes) * len(sampler) * n / process.world_size
+        where = f" in {process.world_size} processes" if process.world_size > 1 else ""
+        print(f"about {duration(seconds)} for {count(n)}{where}", flush=True)
     few_levels = getattr(attribute(sampler.net, "preconditioning"), "discrete", False)  # and no flow between them
     if len(sampler) > _MANY_CALLS and not few_levels and not isinstance(sampler, ODESampler):
         print(f"faster: --sampler ode, with {len(ODESampler(sampler.net))} network calls", flush=True)
+
+
+@torch.no_grad()
+def _seconds_per_call(sampler: Sampler, classes: Classes) -> float:
+    """The seconds of a network call per image."""
+    net = sampler.net
+    x = torch.rand(_FEW, *attribute(net, "sample_shape"), device=device_of(net))
+    given = () if classes is None else (0 if isinstance(classes, str) else classes,)
+    net(x, 1.0, *given)  # the first call prepares the kernels
+    begin = time.perf_counter()
+    net(x, 1.0, *given).sum().item()  # waits for the device
+    return (time.perf_counter() - begin) / _FEW
 
 
 def count(n: int) -> str:
