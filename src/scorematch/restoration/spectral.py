@@ -25,8 +25,11 @@ limited to :math:`[j_0, 1]`. The constant :math:`\lambda = 0.02` adds
 which data vary much less than :math:`\sigma`, and the network would see states that it was not trained on.
 
 SNIPS and DDRM treat each coefficient according to its noise level too. They replace the observed coefficients of the
-state by :math:`y_c` with noise, which says less about the hidden part than y. The samples then vary too much, or, if
-most of the noise is new at each level as in DDRM, too little. The shifted state contains no such noise.
+state by :math:`y_c` with noise, which says less about the hidden part than y; the shifted state has no such noise.
+
+The method is the best one without gradients. On faces and digits its error was below that of replacement on all tasks,
+and about half of it if most of the pixels are missing (docs/restoration.md). Methods with the Jacobian of the network
+take a multiple of the time, and are better where a large part is missing.
 
 References:
     Kawar et al., 2021, SNIPS, arXiv:2105.14951.
