@@ -4,6 +4,7 @@ import errno
 import importlib
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -23,11 +24,12 @@ from scorematch.cli import main
 from scorematch.cli.options.duration import duration
 from scorematch.core.arguments import argument, written_by
 from scorematch.core.processes import find_device
+from scorematch.core.randomness import seed_of
 from scorematch.data import read_image, save_image
 from scorematch.demo.restorer import Restorer
 from scorematch.pretrained import cards
-from scorematch.restoration import OPERATORS, AveragePool, Operator
-from scorematch.sampling import SamplerSettings
+from scorematch.restoration import OPERATORS, AveragePool, Observation, Operator, Uncrop
+from scorematch.sampling import ParticleSampler, SamplerSettings
 from tests.helpers import refused
 
 
@@ -600,6 +602,20 @@ def test_restore_writes_the_uncertainty(folder, pictures, tmp_path, capsys):
     assert "--uncertainty needs several restorations of each picture, got -n 1. Write -n 20." in error
 
 
+def test_restore_with_particles_prints_the_evidence(folder, pictures, tmp_path, capsys):
+    options = ["--levels", "3", "-n", "2", "--particles", "4", "--sigma", "0.2", "--restore-method", "guide"]
+    command = ["restore", folder, str(pictures / "a.png"), str(tmp_path / "out"), "--operator", "uncrop:left=2"]
+    assert main([*command, *options, "--device", "cpu", "--quiet"]) == 0
+    operator, y = Uncrop(left=2), read_image(pictures / "a.png", 1)[None]
+    sampler = ParticleSampler(ScoreNet.from_pretrained(folder).inference_copy(), levels=3, particles=4, restore="guide")
+    found = sampler.population(
+        Observation(operator, y, 0.2), generator=[seed_of(0, "restoration", "a", k) for k in range(2)], progress=False
+    )
+    evidence = float(found.log_evidence.logsumexp(0)) - math.log(2)
+    printed = re.search(r"a-strip\.png: log p\(y\) (\S+)\n", capsys.readouterr().out)
+    assert float(printed[1]) == pytest.approx(evidence, rel=1e-4)
+
+
 def test_restore_colors_gray_pictures(tmp_path, pictures, capsys):
     rgb = _saved(ScoreNet.ncsnv2(3, 8, width=4), tmp_path / "rgb")
     assert _restore(rgb, pictures / "a.png", tmp_path / "out", "--operator", "gray") == 0
@@ -704,7 +720,7 @@ def test_an_operator_of_a_file_runs_its_code_and_says_so(folder, pictures, tmp_p
     ("text", "message"),
     [
         ("{file}:number", "mine.py must have a subclass of scorematch.restoration.Operator with the name 'number'."),
-        ("{file}:Scaled:up=3", "mine.py:Scaled:up=3: its arguments are factor, got 'up'"),
+        ("{file}:Scaled:up=3", "mine.py:Scaled:up=3: its arguments are factor=, got 'up'"),
         ("{file}:half:3", "mine.py must have a subclass"),
         ("nothing.py:Scaled", "nothing.py: No such file"),
         ("{file}:Scaled @ sharp", "--operator must be mask:FILE, .* got 'sharp'"),

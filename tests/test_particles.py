@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule
+from scorematch.evaluation.calibration import posterior_calibration
 from scorematch.evaluation.exact import Gaussian, GaussianMixture, operator_matrix
-from scorematch.restoration import Linear, Mask, Matrix, Observation
+from scorematch.restoration import AveragePool, Fourier, GaussianBlur, Grayscale, Linear, Mask, Matrix, Observation
 from scorematch.restoration.method import Restoration
+from scorematch.restoration.methods import METHODS
 from scorematch.restoration.twist import Twist
 from scorematch.sampling import AncestralSampler, AnnealedLangevinSampler, ParticleSampler
 from tests.helpers import run, seed
@@ -46,7 +48,7 @@ def _drawn(world, schedule, denoise=True):
 # -- The evidence
 
 
-@pytest.mark.parametrize("restore", ["replace", "guide", "guide-jacobian"])
+@pytest.mark.parametrize("restore", METHODS)
 @pytest.mark.parametrize(
     ("operator", "denoise"), [(FIRST, True), (FIRST, False), (MIXING, True)], ids=["mask", "no denoising", "matrix"]
 )
@@ -57,6 +59,15 @@ def test_the_evidence_is_unbiased_for_the_distribution_that_the_sampler_draws(wo
     sampler = ParticleSampler(world, FEW, particles=6, restore=restore, denoise=denoise)
     found = _population(sampler, observation, 1000)
     ratio = (found.log_evidence.double() - _drawn(world, FEW, denoise).log_evidence(observation)).exp()
+    error = float(ratio.std()) / len(ratio) ** 0.5
+    assert abs(float(ratio.mean()) - 1) < 5 * error and error < 0.02
+
+
+def test_the_evidence_with_a_noise_level_for_each_value(world):
+    y = torch.tensor([[0.9, -0.2, math.nan]])
+    observation = Observation(Mask(torch.tensor([True])), y, torch.tensor([[0.4, 0.8, math.inf]]))
+    found = _population(ParticleSampler(world, FEW, particles=6, restore="moment-matching"), observation, 500)
+    ratio = (found.log_evidence.double() - _drawn(world, FEW).log_evidence(observation)).exp()
     error = float(ratio.std()) / len(ratio) ** 0.5
     assert abs(float(ratio.mean()) - 1) < 5 * error and error < 0.02
 
@@ -148,6 +159,25 @@ def test_without_noise_the_observed_values_are_kept_and_the_others_follow_them(w
     assert shift.abs().max() < 5 / n**0.5 + 0.04
 
 
+@pytest.mark.slow
+def test_draws_of_a_mixture_are_calibrated():
+    """Coverage of 90 % intervals within two points and two standard errors; single chains are far off."""
+    means, axes = torch.randn(4, 16, generator=seed(0)), torch.linalg.qr(torch.randn(16, 16, generator=seed(1)))[0]
+    covariance = 0.5 * axes * torch.logspace(0, -2, 16) @ axes.T
+    exact = GaussianMixture([0.4, 0.3, 0.2, 0.1], means, covariance, schedule=NoiseSchedule.geometric(10, 0.02, 60))
+    samplers = {
+        "single": AnnealedLangevinSampler(exact, restore="guide", consistent=True),
+        "particles": ParticleSampler(exact, particles=16, restore="guide"),
+    }
+    _, single, particles = posterior_calibration(
+        exact, Mask(torch.arange(16) < 8), samplers, sigma=0.2, observations=100, progress=False
+    )
+    _, coverage = particles.coverage(1)
+    assert abs(coverage.value - 0.9) < 0.02 + 2 * coverage.error
+    assert single.spread.value > 1.5 and single.shift > 0.5
+    assert particles.spread.value < 1.1 and particles.shift < 0.2
+
+
 # -- The twisting function
 
 
@@ -174,9 +204,38 @@ class _Own(Restoration):
         return score(x, sigma)
 
 
-def test_the_spread_of_an_operator_without_a_gain_is_the_diagonal_of_its_covariance():
+OPERATORS = {
+    "matrix": Matrix(torch.randn(20, 48, generator=seed(0))),
+    "more values than the sample has": Matrix(torch.randn(60, 48, generator=seed(1))),
+    "of lower rank": Matrix(torch.randn(20, 8, generator=seed(2)) @ torch.randn(8, 48, generator=seed(3))),
+    "blur": GaussianBlur(0.3),
+    "blur and mask": AveragePool(2) @ Mask(torch.rand(4, 4, generator=seed(4)) > 0.3),
+    "fourier": Fourier(torch.rand(4, 4, generator=seed(8)) > 0.4),
+    "gray": Grayscale(),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_twisting_function_has_the_covariance_of_the_measurement(name):
+    """N(y; A D, sigma_y^2 I + r^2 A A^T), on the observed values."""
+    operator, sigma, noise, v, shape = OPERATORS[name], 0.6, 0.3, 0.5, (3, 4, 4)
+    y = operator.measure(torch.randn(1, *shape, generator=seed(5)))
+    observation = Observation(operator, y + noise * torch.randn(y.shape, generator=seed(6)), noise).of_shape(shape)
+    x = torch.randn(5, *shape, generator=seed(7))
+    seen = observation.observed(torch.ones_like(y)).flatten() > 0
+    a = operator_matrix(operator, shape)[seen]
+    residual = observation.residual(operator.measure(x)).flatten(1)[:, seen].double()
+    twist, eye = Twist(_Own(), observation, v, 0.0), torch.eye(len(a))
+    for covariance, end in ((a @ a.T * sigma**2 * v / (sigma**2 + v) + noise**2 * eye, False), (noise**2 * eye, True)):
+        expected = torch.distributions.MultivariateNormal(torch.zeros(len(a)).double(), covariance.double())
+        # At the end the level is the lowest one, and is not seen beside the noise.
+        found = twist.log_likelihood(x, 1e-3 if end else sigma, end=end).double()
+        torch.testing.assert_close(found, expected.log_prob(residual), rtol=3e-4, atol=1e-3)
+
+
+def test_with_a_noise_level_for_each_value_the_twisting_function_has_the_diagonal_of_the_covariance():
     operator = Matrix(torch.randn(40, 30, generator=seed(0)))
-    observation = Observation(operator, torch.zeros(1, 40), sigma=0.1).of_shape((30,))
+    observation = Observation(operator, torch.zeros(1, 40), torch.full((1, 40), 0.1)).of_shape((30,))
     exact = operator_matrix(operator, (30,)).square().sum(1).float()
     found = Twist(_Own(), observation, 0.3, 0.5)._spread.squeeze(0)
     assert (found / exact - 1).abs().max() < 5 * (2 / 64) ** 0.5

@@ -163,7 +163,7 @@ def test_restoration(compare, operator, restore):
     compare(restored, within=2e-2)
 
 
-@pytest.mark.parametrize("name", VARIANTS if KIND == "cuda" else ["heun"])
+@pytest.mark.parametrize("name", VARIANTS if KIND == "cuda" else ["heun", "particles"])
 def test_samplers_restore(compare, name):
     seen = Observation(OPERATORS["mask"], CLEAN, 0.1)
     compare(lambda to: run(_sampler(name, to(colors()), **FLOAT32), 2, observation=seen, generator=0), within=2e-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from scorematch.data.pictures import check_picture, grid, list_pictures, read_im
 from scorematch.nets.family import check_size
 from scorematch.restoration import Observation, Operator, as_operator, summary
 from scorematch.restoration.palette import condition_of
-from scorematch.sampling import Sampler
+from scorematch.sampling import ParticleSampler, Sampler
 
 _TOGETHER = 64  # restorations that are in memory at once, unless more of one picture are wanted
 
@@ -181,14 +182,16 @@ def _restore(
     condition: Tensor | int | None = label
     if takes_image(sampler.net):
         condition = condition_of(operator, y, generators)
-    images = sampler.sample(
-        condition=condition,
-        observation=Observation(operator, y, args.sigma),
-        generator=generators,
-        batch_size=args.batch_size,
-        progress=not args.quiet,
-    ).cpu()
-    for picture, restored in zip(pictures, images.split(args.n), strict=True):
+    observation = Observation(operator, y, args.sigma)
+    given = {"condition": condition, "generator": generators, "batch_size": args.batch_size}
+    notes = [""] * len(pictures)
+    if isinstance(sampler, ParticleSampler):
+        population = sampler.population(observation, **given, progress=not args.quiet)
+        images, evidence = population.samples, population.log_evidence.view(-1, args.n).logsumexp(1) - math.log(args.n)
+        notes = [f": log p(y) {each:.1f}" for each in evidence.tolist()]
+    else:
+        images = sampler.sample(observation=observation, **given, progress=not args.quiet)
+    for picture, restored, note in zip(pictures, images.cpu().split(args.n), notes, strict=True):
         for k, image in enumerate(restored, 1):
             save_image(image, folder / f"{picture.path.stem}-{k}.png")
         strip = [picture.degraded.clamp(0, 1), restored]
@@ -197,7 +200,7 @@ def _restore(
         save_image(grid(torch.cat(strip), columns=sum(map(len, strip))), folder / f"{picture.path.stem}-strip.png")
         if args.uncertainty:
             _summarize(restored, folder, picture.path.stem)
-        print(folder / f"{picture.path.stem}-strip.png")
+        print(f"{folder / f'{picture.path.stem}-strip.png'}{note}")
 
 
 def _summarize(restored: Tensor, folder: Path, stem: str) -> None:

@@ -4,13 +4,16 @@ At the level :math:`\sigma` the sample :math:`x_0` is taken to be distributed as
 state x, where D is the denoised image, :math:`r^2 = \sigma^2 v / (\sigma^2 + v)`, and v is the variance of the data.
 Then
 
-.. math:: \tilde p_\sigma(y \mid x) = \prod_i \mathcal{N}\bigl(y_i;\; A(D)_i,\; \sigma_i^2 + r^2 a_i\bigr),
+.. math:: \tilde p_\sigma(y \mid x) = \mathcal{N}\bigl(y;\; A(D),\; \Sigma_y + r^2 A A^\top\bigr) .
 
-with the noise :math:`\sigma_i` of y, and with :math:`a_i`, the variance of A(x) for samples of variance 1: the gain of
-the operator, or else the mean over 64 random samples around the middle of the value range; for a linear operator an
-estimate of the diagonal of :math:`A A^\top`. The weights of the particles are correct with any such function; they vary
-less with a better one. At the end it is the likelihood of y given the sample. Only a value of y whose noise is below
-that of the lowest level of the sampler has the variance :math:`r^2 a_i` of this level instead of its own.
+If the noise of y has one standard deviation, the covariance is diagonal along the singular vectors of a linear operator
+(``Operator.decomposition``). If they are not known, or the noise differs between the values of y,
+:math:`A A^\top` is replaced by a diagonal matrix: for an operator that is not linear, or has no gain, that of the mean
+square change of A(x) for 64 random changes of a sample in the middle of the value range, relative to theirs. The
+weights of the particles are correct with any such function; they vary less with a better one.
+
+At the end the function is the likelihood of y given the sample. Only where the noise of y is below that of the lowest
+level of the sampler, :math:`r^2 A A^\top` of this level, it has the variance of the latter.
 
 References:
     Wu et al., 2023, Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (TDS),
@@ -20,6 +23,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,8 +60,18 @@ class Twist(Restoration):
         moves = type(method).score is Restoration.score
         self.method = Guidance(observation, variance, jacobian=False) if moves else method
         self._observation, self._variance = observation, variance
-        gain = observation.operator.gain
-        self._spread = _spread(observation, variance, middle) if gain is None else gain
+        operator, one = observation.operator, isinstance(observation.sigma, float)
+        x = observation.y.new_zeros((len(operator), *(observation.shape or ()))) + middle
+        known = operator.decomposition(x) if operator.gain is None and one and len(operator) == 1 else None
+        self._along = None if known is None else known.measured  # the singular vectors, if not those of y
+        if known is not None:
+            self._spread = known.values.square()  # of A A^T along them
+        else:
+            gain = operator.gain
+            self._spread = _spread(observation, variance, x) if gain is None else torch.tensor(gain, device=x.device)
+        self._beside = torch.zeros((), device=x.device)
+        if self._along is not None and isinstance(observation.sigma, float) and observation.sigma > 0:
+            self._beside = _log_beside(observation, self._along, observation.sigma**2, self._spread > 0)
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score of the method."""
@@ -73,19 +87,34 @@ class Twist(Restoration):
         """
         observation = self._observation
         noise = torch.as_tensor(observation.sigma, device=x.device) ** 2
-        spread = sigma**2 * self._variance / (sigma**2 + self._variance) * self._spread  # r^2 a
-        variance = torch.maximum(noise, torch.as_tensor(spread, device=x.device)) if end else noise + spread
+        spread = sigma**2 * self._variance / (sigma**2 + self._variance) * self._spread  # r^2 A A^T
+        variance = torch.maximum(noise, spread) if end else noise + spread
         residual = observation.residual(observation.operator.measure(x))
-        terms = residual.square() / variance + (2 * math.pi * variance).log()
-        # Without noise, a value that does not depend on x has no variance.
-        terms = torch.where(variance > 0, observation.observed(terms), 0)
-        return -terms.flatten(1).sum(1) / 2
+        if self._along is None:
+            return _log_normal(residual, variance, observation.observed(torch.ones_like(residual)) > 0)
+        values = self._along(residual)
+        return _log_normal(values, variance, (spread > 0).expand_as(values)) + self._beside
 
 
-def _spread(observation: Observation, variance: float, middle: float | Tensor) -> Tensor:
-    """The mean square change of the measurement, divided by that of a sample with the variance of the data."""
+def _log_normal(values: Tensor, variance: Tensor, seen: Tensor) -> Tensor:
+    """The logarithm of the normal density (n,) of the values that are seen; one without variance has none."""
+    terms = values.square() / variance + (2 * math.pi * variance).log()
+    return -torch.where(seen & (variance > 0), terms, 0).flatten(1).sum(1) / 2
+
+
+def _log_beside(observation: Observation, along: Callable[[Tensor], Tensor], variance: float, seen: Tensor) -> Tensor:
+    """The log-density (n,) of what y has beside the singular vectors, which is noise."""
+    y = observation.residual(torch.zeros_like(observation.y))
+    values = along(y)
+    seen = seen.expand_as(values).flatten(1)
+    count = observation.observed(torch.ones_like(y)).flatten(1).sum(1) - seen.sum(1)
+    rest = y.square().flatten(1).sum(1) - (values.flatten(1).square() * seen).sum(1)
+    return -(rest.clamp(min=0) / variance * (count > 0) + count * math.log(2 * math.pi * variance)) / 2
+
+
+def _spread(observation: Observation, variance: float, x: Tensor) -> Tensor:
+    """The mean square change of the measurement of x, divided by that of x, of the variance of the data."""
     operator, generator = observation.operator, torch.Generator().manual_seed(0)
-    x = observation.y.new_zeros((len(operator), *(observation.shape or ()))) + middle
     value, total = operator.measure(x), torch.zeros((), device=x.device)
     for _ in range(_PROBES):
         u = standard_normal(x.shape, generator, x.device)

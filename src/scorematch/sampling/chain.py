@@ -129,21 +129,27 @@ class Chain:
         return self._scores(x, sigma, lambda part: self._for_rows(part, self._net), Restoration())
 
     def prior_and_posterior(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """The score of the network without the observation, and that of ``score``, from the same network call."""
+        """The score of the network without the observation, and that of ``score``.
+
+        Both are from the same network call, unless the method calls the network at another state than x.
+        """
         prior = torch.empty_like(x)
+        missing = set(range(0, len(x), self._run.batch_size))
 
         def network(part: slice) -> Score:
-            inner = self._for_rows(part, self._net)
+            inner, own = self._for_rows(part, self._net), x[part].data_ptr()
 
             def score(x: Tensor, sigma: Any) -> Tensor:
                 found = inner(x, sigma)
-                prior[part] = check_score(found, x).detach()
+                if x.data_ptr() == own:
+                    prior[part] = check_score(found, x).detach()
+                    missing.discard(part.start)
                 return found
 
             return score
 
         posterior = self._scores(x, sigma, network)
-        return prior, posterior
+        return self.prior(x, sigma) if missing else prior, posterior
 
     def score_and_variance(self, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """The score, and the variance that the network predicts in the same call; see ``ScoreNet.score_and_variance``.
