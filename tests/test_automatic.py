@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
-from scorematch.restoration import AveragePool, Observation, Operator
+from scorematch.restoration import AveragePool, Blur, Clip, Fourier, Linear, Observation, Operator
 from scorematch.sampling import ODESampler
 from tests.helpers import gaussian_images, run
 
@@ -24,6 +24,34 @@ def test_it_uses_the_gradients_of_the_score():
     for sigma, method in ((0.1, "guide-jacobian"), (torch.tensor([0.1, 0.3]), "moment-matching")):
         observation = Observation(POOL, Y, sigma)
         assert torch.equal(draw(WORLD, observation, "auto"), draw(WORLD, observation, method))
+
+
+@pytest.mark.parametrize(
+    ("operator", "method"),
+    [
+        (Blur(torch.ones(3, 3) / 9), "spectral"),
+        (Fourier(torch.arange(16).view(4, 4) < 6), "spectral"),
+        (Blur(torch.ones(3, 3) / 9) @ Clip(-9, 9), "guide-jacobian"),
+        (Linear(lambda x: x.repeat(1, 1, 8, 8).cumsum(-1)), "spectral"),
+    ],
+    ids=repr,
+)
+def test_it_chooses_by_the_operator(operator, method):
+    """Singular vectors are computed for up to 2,048 values, and known for circular blurs of any size."""
+    observation = Observation(operator, operator.measure(WORLD.sample(2, 1)), 0.1)
+    assert torch.equal(draw(WORLD, observation, "auto"), draw(WORLD, observation, method))
+
+
+def test_it_solves_for_linear_operators_whose_singular_vectors_are_not_known():
+    large, operator = gaussian_images((3, 28, 28)), Linear(lambda x: x.cumsum(-1))
+    observation = Observation(operator, operator.measure(large.sample(1, 1)), 0.1)
+
+    def one(restore):
+        chain = ODESampler(large, NoiseSchedule.geometric(20, 0.01, 3), clamp=False, restore=restore)
+        return run(chain, shape=(3, 28, 28), observation=observation, generator=0)
+
+    assert operator.decomposition(torch.zeros(1, 3, 28, 28)) is None
+    assert torch.equal(one("auto"), one("moment-matching"))
 
 
 class Sines(Operator):

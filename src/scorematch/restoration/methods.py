@@ -42,21 +42,34 @@ def _replace(observation: Observation, variance: float) -> Restoration:
 
 
 def _auto(observation: Observation, variance: float) -> Restoration:
-    single = isinstance(observation.sigma, float)
-    best: Restore = "guide-jacobian" if single else "moment-matching"
+    operator = observation.operator
+    best: Restore = "guide-jacobian"
+    if not isinstance(observation.sigma, float):
+        best = "moment-matching"
+    elif operator.is_linear and operator.gain is None:  # such as a blur
+        spectral = _spectral(observation, variance)
+        if spectral is not None:
+            return spectral
+        best = "moment-matching"
 
     def without_gradients() -> tuple[str, Restoration]:
-        try:
-            return "spectral", Spectral(observation, variance)
-        except ValueError:  # the operator has no decomposition
-            return "guide", METHODS["guide"].make(observation, variance)
+        other = _spectral(observation, variance)
+        return ("guide", METHODS["guide"].make(observation, variance)) if other is None else ("spectral", other)
 
     return Automatic(METHODS[best].make(observation, variance), without_gradients)
 
 
+def _spectral(observation: Observation, variance: float) -> Restoration | None:
+    try:
+        return Spectral(observation, variance)
+    except ValueError:  # the operator has no decomposition, or the noise does not fit it
+        return None
+
+
 METHODS: dict[Restore, Method] = {
     "auto": Method(
-        "guide-jacobian, or moment-matching if the noise is not one number; without gradients spectral or guide",
+        "guide-jacobian; spectral or moment-matching for a linear operator without a gain, or noise that is not one "
+        "number; spectral or guide for a score without gradients",
         "about twice the time, more memory",
         _auto,
     ),
