@@ -511,7 +511,7 @@ def test_a_folder_that_is_not_complete(levels, tmp_path, kind):
         (
             {"process": (2, 2)},
             ValueError,
-            r"process must be \(rank, world size\), 0 <= rank < world size, got \(2, 2\)",
+            r"process must be \(rank, world size\) with 0 <= rank < world size, got \(2, 2\)",
         ),
         ({"sampler": Levels()}, TypeError, "sampler must be a Sampler, got Levels"),
     ],

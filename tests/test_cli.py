@@ -358,7 +358,7 @@ def test_an_unavailable_device_gives_an_error(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cuda", "cuda:1"):
         error = refused(["sample", "mnist", "x.png", "--device", name], capsys)
-        assert f"--device {name}: PyTorch finds no CUDA device. Leave it out." in error
+        assert f"--device {name}: PyTorch finds no CUDA device. Leave out --device." in error
     error = refused(["sample", "mnist", "x.png", "--device", "mps"], capsys)
     assert "PyTorch finds no MPS device" in error
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -477,7 +477,7 @@ def test_sample_draws_a_class(folder, tmp_path, capsys):
     [
         (["nothing", "x.png"], "'nothing' is not the short name of a network; the short names are 'mnist', "),
         (["mnist", "x.png", "--step-size", "1"], "stability limit"),
-        (["palette-mnist", "x.png"], "palette-mnist restores images, and does not draw them. Write python"),
+        (["palette-mnist", "x.png"], "palette-mnist restores images: it takes an image as its condition. Write python"),
     ],
 )
 def test_sample_gives_an_error_of_one_line(options, message, capsys):
@@ -487,7 +487,7 @@ def test_sample_gives_an_error_of_one_line(options, message, capsys):
 def test_sample_with_a_network_that_draws_no_pictures_gives_an_error(tmp_path, capsys):
     folder = _saved(_unet(2), tmp_path / "network")
     error = refused(["sample", folder, tmp_path / "a.png"], capsys)
-    assert "must draw images (C, H, W), C being 1 or 3, but has the sample_shape (2, 8, 8)" in error
+    assert "1 or 3 channels, but the sample_shape of" in error and "is (2, 8, 8)" in error
 
 
 def test_a_checkpoint_without_the_size_of_its_images_is_converted_but_not_sampled(tmp_path, capsys):
@@ -499,7 +499,8 @@ def test_a_checkpoint_without_the_size_of_its_images_is_converted_but_not_sample
     assert line in capsys.readouterr().out.splitlines()
     error = refused(["sample", tmp_path / "out", tmp_path / "a.png"], capsys)
     assert error == (
-        f"scorematch: {tmp_path / 'out'} does not store the size of its images. Convert the checkpoint with --config.\n"
+        f"scorematch: the size of the images of {tmp_path / 'out'} is not stored with it. Convert the checkpoint with "
+        "--config, or sample from the network in Python with shape=.\n"
     )
 
 
@@ -509,7 +510,7 @@ def test_sample_with_a_network_of_another_value_range_gives_an_error(tmp_path, v
     net.value_range = value_range
     net.save_pretrained(tmp_path / "network")
     assert main(["sample", str(tmp_path / "network"), str(tmp_path / "a.png")]) == 2
-    assert "must draw images in [0, 1], but has the value_range " in capsys.readouterr().err
+    assert "must draw images in [0, 1], but the value_range of" in capsys.readouterr().err
 
 
 def test_an_unknown_picture_format_gives_an_error_before_sampling(folder, capsys):
@@ -827,7 +828,7 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--operator", "gray"], "/a.png: gray needs a network of RGB images, and .* draws gray ones"),
+        (["--operator", "gray"], "/a.png: gray needs a network that draws RGB images, and .* draws gray ones"),
         (["--operator", "uncrop:left"], "operator must be uncrop:left=N,.*, such as uncrop:right=4, got 'uncrop:left'"),
         (["--operator", "uncrop:up=3"], "got 'uncrop:up=3'"),
         (["--operator", "uncrop:top=3,top=4"], "got 'uncrop:top=3,top=4': .* named twice"),
@@ -836,7 +837,7 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
             r"a mask must have only black and white pixels, but \d+ of the 64 pixels of .*a.png",
         ),
         (["--operator", "mask:{pictures}/../nothing.png"], "nothing.png"),
-        (["--operator", "mask:{mask}"], "/a.png: the mask must have the size of the picture, 8x8, got 6x5."),
+        (["--operator", "mask:{mask}"], "/a.png: the mask must have the size of the picture, 8x8 pixels, got 6x5."),
         (["--operator", "pool:2", "--class", "1"], "--class is for class-conditional networks"),
         (["--operator", "pool:2,invert"], "--operator must be pool:SIZE, such as pool:4, got 'pool:2,invert'"),
         (["--operator", "jpeg:0"], "--operator must be jpeg:QUALITY, such as jpeg:5, got 'jpeg:0': quality must be an"),
@@ -858,7 +859,7 @@ def test_restore_gives_an_error_of_one_line(folder, pictures, tmp_path, options,
 @pytest.mark.parametrize("name", ["out9.png", "out.JPG"])
 def test_restore_rejects_an_output_folder_with_a_picture_extension(folder, pictures, tmp_path, name, capsys):
     error = refused(_restore_options(folder, pictures, tmp_path / name, "--operator", "pool:2"), capsys)
-    assert f"the output must be a folder, got the picture {tmp_path / name}. Write " in error
+    assert f"the output must be a folder, got the name of a picture, {tmp_path / name}. Write " in error
     assert error.endswith(f"Write {tmp_path / Path(name).stem}.\n")
     assert not (tmp_path / name).exists()
 

@@ -259,7 +259,7 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
         ((network,), "the following arguments are required: --reference"),
         ((network, *reference, "--features", "pixels", "inception"), "--features must be one extractor"),
         ((network, *reference, "--by", "precision"), "invalid choice: 'precision'"),
-        ((network, *reference, "--out", "a.png"), "must be a folder, got the picture"),
+        ((network, *reference, "--out", "a.png"), "must be a folder, got the name of a picture"),
         ((network, *reference, "--features", "pixels", "--calls", 1), "no settings have at most 1 network calls"),
         (("nothing", *reference), "'nothing' is not the short name of a network"),
         ((network, *reference, "--by", "rmse"), "by must be one of 'frechet', 'kernel' for samples, got 'rmse'"),

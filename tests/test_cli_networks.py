@@ -254,13 +254,14 @@ def test_push_refuses_what_is_no_network_before_it_contacts_the_hub(no_token, fo
 def test_a_network_of_the_users_own_class_is_left_to_python(command, tmp_path, capsys):
     ScoreNet(nn.Identity(), NoiseSchedule([1.0, 0.1]), sample_shape=(1, 8, 8)).save_pretrained(tmp_path)
     assert refused([command[0], tmp_path, *command[1:]], capsys) == (
-        f"scorematch: {tmp_path} has a network of your own class: load it in Python with backbone=YourClass().\n"
+        f"scorematch: {tmp_path} has a network of your own class, whose code is not stored. Load it in Python: "
+        f'ScoreNet.from_pretrained("{tmp_path}", backbone=YourClass()).\n'
     )
 
 
 def test_push_without_a_token_says_how_to_log_in(no_token, folder, capsys):
     error = refused(["push", folder, "me/net"], capsys)
-    assert "you are not logged in to the Hub. Run hf auth login, or set HF_TOKEN" in error
+    assert "you are not logged in to the Hugging Face Hub. Run hf auth login, or set the environment variable" in error
 
 
 # -- Networks in the folder to write
@@ -268,7 +269,7 @@ def test_push_without_a_token_says_how_to_log_in(no_token, folder, capsys):
 
 def test_convert_and_ema_keep_a_network_in_the_folder(folder, tmp_path, monkeypatch, capsys):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    message = f"{folder} has a network already. Choose another folder, or add --overwrite to replace it."
+    message = f"{folder} has a network already. Choose another folder, or add --overwrite to replace the network."
     for arguments in (["convert", tmp_path / "a.pth", folder], ["ema", tmp_path, "--length", "0.1", "--out", folder]):
         assert message in refused(arguments, capsys)
         assert message not in refused([*arguments, "--overwrite"], capsys)  # there is nothing to read

@@ -355,7 +355,11 @@ def test_a_recipe_with_a_task_trains_on_it(faces, tmp_path, monkeypatch, calls):
         ({"classes": 2}, ("--labels",), "has no null class, for which labels are dropped. Add --label-drop 0."),
         ({}, ("--labels",), "--labels is for networks with classes, and .* has none. Leave it out."),
         ({}, ("--channels", "1"), "--channels must be 3, as .*network has, got 1. Leave it out."),
-        ({"condition_channels": 3}, (), r"restores images. Train it in Python, with condition=; see"),
+        (
+            {"condition_channels": 3},
+            (),
+            r"restores images. Train it in Python: train\(net, data, out, start=\".*, cond",
+        ),
     ],
 )
 def test_a_network_to_begin_with_takes_the_condition_of_the_data(faces, tmp_path, network, options, message, capsys):
@@ -450,7 +454,7 @@ def test_settings_are_checked_before_the_data_are_read(faces, tmp_path, capsys):
 def test_a_missing_login_is_reported_before_the_data_are_read(faces, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     arguments = ["train", faces, "--out", tmp_path / "run", "--device", "cpu", "--push-to-hub", "me/faces"]
-    assert "you are not logged in to the Hub. Run hf auth login" in refused(arguments, capsys)
+    assert "you are not logged in to the Hugging Face Hub. Run hf auth login" in refused(arguments, capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -215,7 +215,7 @@ def test_images_of_another_range_need_this_range(rng):
     for source in (x, _Dataset(list(x))):
         for ends in ((-30, 30), None):
             assert torch.equal(_open(source, value_range=ends).read(range(20))[0], x)
-        with pytest.raises(ValueError, match=r"must be from -1 to 1, got .*: pass another"):
+        with pytest.raises(ValueError, match=r"values in \[-1, 1\], got values from .*\. Pass another value_range="):
             _open(source, value_range=(-1, 1))
     x[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="finite"):
@@ -340,7 +340,7 @@ def test_images_and_labels_of_npz_files_and_dicts(tmp_path, names, rng):
         assert torch.equal(images, torch.from_numpy(arrays[names[0]])[[0, 2]].permute(0, 3, 1, 2))
         assert labels.tolist() == [2, 1]
         assert _open(source, **keys).read([0])[1] is None
-    with pytest.raises(ValueError, match=r"the data have no images named 'nothing', only .* Pass image_key"):
+    with pytest.raises(ValueError, match=r"the data have no images named 'nothing'; the names are .* Pass image_key"):
         _open(arrays, image_key="nothing")
 
 
@@ -467,7 +467,7 @@ def test_hugging_face_datasets(rng):
         assert labels.tolist() == [1, 1] and data.classes == ("cat", "dog")
     plain = _open(_Table({"img": pixels, "fine_label": [0, 2, 1]}), labels=True)
     assert torch.equal(plain.read([0, 2])[0], images) and plain.classes == ("0", "1", "2")
-    with pytest.raises(ValueError, match=r"the data have no images, only 'a', 'b'\. Pass image_key\."):
+    with pytest.raises(ValueError, match=r"the data have no images; the names are 'a', 'b'\. Pass image_key\."):
         _open(_Table({"a": pixels, "b": pixels}))
     assert torch.equal(_open(_Table({"a": pixels, "b": pixels}), image_key="b").read([0, 2])[0], images)
     with pytest.raises(ValueError, match="no split \"train\"; the splits are 'test'"):
@@ -579,7 +579,7 @@ def test_an_interrupted_cache_leaves_no_files(pictures, monkeypatch):
     assert list(cache.iterdir()) == []
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
-        with pytest.raises(OSError, match=r"cache cannot be written to: 0\.0 GB are needed, .* Pass another folder"):
+        with pytest.raises(OSError, match=r"cannot be written to .*cache: 0\.0 GB are needed, .* Pass another folder"):
             _open(folder, cache=cache)
     assert torch.equal(_read_all(_open(folder, cache=cache)), pixels)
 
@@ -620,7 +620,7 @@ def test_a_cache_that_another_process_has_just_written_is_used(pictures, monkeyp
 
 def test_a_cache_that_cannot_be_written_raises(pictures):
     folder, _ = pictures
-    with pytest.raises(OSError, match=r"a\.png cannot be written to: .* Pass another folder"):
+    with pytest.raises(OSError, match=r"the decoded images cannot be written to .*a\.png: .* Pass another folder"):
         _open(folder, cache=folder / "a.png")
 
 
@@ -708,11 +708,11 @@ def test_open_images_returns_opened_data_unchanged():
 @pytest.mark.parametrize(
     ("source", "options", "error", "message"),
     [
-        (5, {}, TypeError, "data must be a path, an array, .* got int"),
+        (5, {}, TypeError, "data must be a folder, an .npz file, a tensor or an array, .* got int"),
         (torch.utils.data.DataLoader([0]), {}, TypeError, "got DataLoader. Pass its data set, loader.dataset."),
         (torch.zeros(3, 1, 2, 2, dtype=torch.int64), {}, TypeError, "must be uint8, or floating point.* got int64"),
-        (torch.zeros(0, 1, 2, 2), {}, ValueError, r"N at least 1, got \(0, 1, 2, 2\)"),
-        (torch.zeros(5), {}, ValueError, r"N at least 1, got \(5,\)"),
+        (torch.zeros(0, 1, 2, 2), {}, ValueError, r"at least one sample, got shape \(0, 1, 2, 2\)"),
+        (torch.zeros(5), {}, ValueError, r"at least one sample, got shape \(5,\)"),
         (torch.zeros(3, 4, 8, 8, dtype=torch.uint8), {}, ValueError, r"gray or RGB images .* got shape \(3, 4, 8, 8\)"),
         (torch.full((3, 1, 8, 8), -1.0), {}, ValueError, r"values in \[0, 1\], got values from -1 to -1"),
         (torch.full((3, 3, 8, 8), 255.0), {}, ValueError, r"in \[0, 1\], got values from 255 to 255\. Write .*/ 255"),
@@ -743,8 +743,8 @@ def test_open_images_returns_opened_data_unchanged():
             TypeError,
             "Dataset must be .* uint8 or .* got int32",
         ),
-        (["faces/a.png"], {}, TypeError, r"Dataset must be a picture or an array, .* got str"),
-        ([{"image": torch.zeros(1, 2, 2)}], {}, TypeError, r"\(image, label\), got dict"),
+        (["faces/a.png"], {}, TypeError, r"Dataset must be an image or a tuple \(image, label\), .* got str"),
+        ([{"image": torch.zeros(1, 2, 2)}], {}, TypeError, r"a tuple \(image, label\), .* got dict"),
         (_Dataset([torch.full((1, 2, 2), -1.0)]), {}, ValueError, r"item 0 .*in \[0, 1\], got values from -1 to -1"),
         (_Dataset([torch.full((3, 2, 2), 99.0)]), {}, ValueError, r"item 0 of the _Dataset: images .*images / 255"),
         (_Dataset([torch.full((2,), math.inf)]), {}, ValueError, "item 0 of the _Dataset: it must be finite"),
@@ -763,7 +763,7 @@ def test_invalid_data_raise(source, options, error, message):
 
 def test_an_item_of_another_shape_raises():
     data = _open(_Dataset([torch.zeros(1, 2, 2), torch.zeros(1, 3, 2)]))
-    with pytest.raises(ValueError, match=r"the _Dataset must .*item 1 has \(1, 3, 2\) and item 0 \(1, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"the _Dataset must .*item 1 has \(1, 3, 2\) and item 0 has \(1, 2, 2\)"):
         data.read([0, 1])
 
 

@@ -122,7 +122,7 @@ def test_options_that_are_recommended_for_a_sampler_are_kept_for_it_alone():
 
 
 def test_too_few_network_calls_give_an_error(gray):
-    with pytest.raises(ValueError, match=r"this sampler needs at least 3 network calls, got 2\."):
+    with pytest.raises(ValueError, match=r"this sampler needs at least 3 network calls, got 2\. Choose more\."):
         gray.make_sampler(Choices("ode", 2))
 
 

@@ -406,7 +406,7 @@ def test_channels_for_a_condition_or_a_variance(inputs, outputs, tmp_path):
 
 def test_channels_for_neither_a_condition_nor_a_variance_raise(tmp_path):
     _save(_theirs(in_channels=3, out_channels=4), tmp_path, DDPM)
-    with pytest.raises(ValueError, match=r"out_channels must be at most in_channels, 3, or twice as many, got 4"):
+    with pytest.raises(ValueError, match=r"out_channels must be at most in_channels, 3, or twice as many .* got 4"):
         ScoreNet.from_pretrained(tmp_path)
 
 
@@ -664,7 +664,7 @@ def test_the_infinite_level_of_a_schedule_that_ends_without_signal_is_left_out(k
         (
             lambda: (DDPMPipeline(_theirs(), DDPMScheduler()), DDPMScheduler()),
             ValueError,
-            "unet must be one of UNet2DModel and UNet2DModelForNCSN, got DDPMPipeline",
+            "unet must be one of UNet2DModel and UNet2DModelForNCSN, .* got DDPMPipeline",
         ),
         (
             lambda: (_theirs(), EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")),
@@ -689,7 +689,7 @@ def test_the_infinite_level_of_a_schedule_that_ends_without_signal_is_left_out(k
         (
             lambda: (_theirs(out_channels=6), DDPMScheduler(variance_type="learned")),
             ValueError,
-            "the config of the DDPMScheduler: variance_type 'learned' is not supported, only 'learned_range'",
+            "the config of the DDPMScheduler: variance_type 'learned' is not supported; .* have 'learned_range'",
         ),
         (
             lambda: (_theirs(in_channels=6, num_class_embeds=2), DDPMScheduler()),
@@ -820,7 +820,9 @@ def test_a_pickle_without_weights_raises(content, message, ddpm):
 def test_an_invalid_index_raises(text, ddpm):
     (ddpm / WEIGHTS).unlink()
     (ddpm / f"{WEIGHTS}.index.json").write_text(text)
-    with pytest.raises(ValueError, match=r"index\.json: weight_map must name the file of each tensor"):
+    with pytest.raises(
+        ValueError, match=r"index\.json: weight_map must be an object that names the file of each tensor"
+    ):
         ScoreNet.from_pretrained(ddpm)
 
 
@@ -834,7 +836,7 @@ def test_a_latent_pipeline_raises(part, sign, tmp_path):
         index = {"_class_name": "LDMPipeline", part: ["diffusers", "VQModel"]}
         (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))
     for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "unet"):
-        with pytest.raises(ValueError, match=f"is a latent pipeline, .*{part}/: its U-Net does not draw pixels"):
+        with pytest.raises(ValueError, match=f"is a latent pipeline, .*{part}/: its U-Net is a score of latents"):
             ScoreNet.from_pretrained(folder)
 
 
@@ -861,7 +863,7 @@ def test_options_of_a_training_program_beside_a_pipeline_are_ignored(tmp_path):
 
 def test_a_missing_scheduler_raises(ddpm):
     (ddpm / "scheduler_config.json").unlink()
-    with pytest.raises(ValueError, match=r"has no scheduler_config\.json, with the noise levels\. Download it"):
+    with pytest.raises(ValueError, match=r"has no scheduler_config\.json, which says .*Download it"):
         ScoreNet.from_pretrained(ddpm)
 
 

@@ -381,7 +381,7 @@ def test_networks_that_cannot_be_evaluated(net):
         run(net, images(4, size=8), sampler=lambda net: 1)
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         run(net, images(4, size=8), n=1)
-    with pytest.raises(ValueError, match="sampler, classes and n_classes are for networks"):
+    with pytest.raises(ValueError, match="sampler, classes and n_classes apply to networks"):
         run(images(4), images(4), sampler=ODESampler)
     with pytest.raises(ValueError, match=r"must be \(C, H, W\) with 1 or 3 channels, but function has \(2,\)"):
         run(lambda x, sigma: -x, images(4), sampler=lambda net: _Points(net))
@@ -509,10 +509,11 @@ def test_results_do_not_lie_in_the_folder_of_the_data(tmp_path):
     for out in (faces, faces / "result", tmp_path / "other" / ".." / "faces" / "result"):
         for options in ({"reference": faces}, {"reference": images(4, size=8), "held_out": faces}):
             with pytest.raises(
-                ValueError, match=r"output folder .*faces.* is in the data folder .*faces.* Write to another"
+                ValueError,
+                match=r"output folder .*faces.* is inside the data folder .*faces, .*Write to another folder",
             ):
                 run(images(4, 1, size=8), out=out, **options)
-    with pytest.raises(ValueError, match=r"output folder .*faces is in the data folder"):
+    with pytest.raises(ValueError, match=r"output folder .*faces is inside the data folder"):
         run(faces, images(4, size=8), out=faces)
     assert len(list(faces.iterdir())) == 4
     run(images(4, 1, size=8), faces, out=tmp_path / "result", metrics=[])

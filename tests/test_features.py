@@ -435,7 +435,7 @@ class Danger:
                 **{"mu": np.zeros(1), "sigma": np.ones((1, 1)), "n": np.array(2), "features": np.zeros((3, 1))},
                 **{"extractor": np.array("means"), "fingerprint": np.array("1"), "preprocessing": np.array("none")},
             },
-            r"the features must be \(2, 1\), got \(3, 1\)",
+            r"the features must be \(n, D\) = \(2, 1\), got \(3, 1\)",
         ),
     ],
 )

@@ -600,7 +600,8 @@ def test_a_token_that_cannot_be_sent_is_not_in_the_error(token, hub, run):
         )
     )
     assert errors == 2 * (
-        "ValueError: token must be an access token, without spaces and other special characters. Copy it again.\n"
+        "ValueError: token must be the string of an access token, without spaces, line breaks and other special "
+        "characters. Copy it again.\n"
     )
     assert hub.requests == []
 

@@ -82,9 +82,9 @@ def test_settings_store_levels(tmp_path, capsys):
     config = json.loads((tmp_path / "config.json").read_text())
     config["sampler_settings"]["sigmas"] = [20.0, 0.5, 3.0]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="sigmas must descend, got 0"):
+    with pytest.raises(ValueError, match="sigmas must be strictly descending"):
         ScoreNet.from_pretrained(tmp_path)
-    assert "sigmas must descend" in refused(["sample", tmp_path, tmp_path / "b.png"], capsys)
+    assert "sigmas must be strictly descending" in refused(["sample", tmp_path, tmp_path / "b.png"], capsys)
 
 
 def test_alternatives_for_fewer_calls(tmp_path, capsys):
@@ -121,9 +121,9 @@ def test_alternatives_for_fewer_calls(tmp_path, capsys):
         (lambda: _chosen(point, 1), "levels must be an integer of at least 2, got 1"),
         (lambda: schedule_of_paths(point, 5), "no noise levels of its own: pass a schedule"),
         (lambda: ODESampler(point, FINE, sigmas=[2.0, 1.0]), "sigmas takes the place of the schedule"),
-        (lambda: ODESampler(point, sigmas=[1.0, 2.0]), "sigmas must descend"),
+        (lambda: ODESampler(point, sigmas=[1.0, 2.0]), "sigmas must be strictly descending"),
         (lambda: ODESampler(point, sigmas=[1.0, 0.0]), "sigmas must be a list .* each a number of more than 0"),
-        (lambda: SamplerSettings("ode", sigmas=[1.0, 2.0]), "^sampler_settings: sigmas must descend"),
+        (lambda: SamplerSettings("ode", sigmas=[1.0, 2.0]), "^sampler_settings: sigmas must be strictly descending"),
         (lambda: SamplerSettings("ode", sigmas=[]), "sigmas must be a list"),
         (lambda: SamplerSettings.from_dict({"sampler": "ode", "alternatives": [3]}), "alternatives must be a list"),
         (

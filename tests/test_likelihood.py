@@ -163,7 +163,7 @@ def test_bits_per_dimension_of_a_wide_gaussian_are_its_entropy():
             log_likelihood,
             {"x": torch.zeros(2, 3), "net": lambda x, sigma: x[:, :1]},
             ValueError,
-            r"the shape of x, .*, got \(2, 1\)",
+            r"shape \(2, 1\) for x",
         ),
         (
             log_likelihood,
@@ -215,7 +215,7 @@ def test_likelihood_is_the_same_under_autocast(rng):
 
 def test_a_score_without_gradients_or_with_one_level_raises():
     """The trace would be wrong without any sign of it."""
-    with pytest.raises(ValueError, match=r"score must be differentiable in x. Remove torch.no_grad"):
+    with pytest.raises(ValueError, match="score must be differentiable in x, but it was computed without gradients"):
         likelihood(torch.no_grad()(lambda x, sigma: -x), torch.zeros(2, 3))
     net = ScoreNet.unet(1, 8, widths=(8,), schedule=NoiseSchedule([0.5]))
     with pytest.raises(ValueError, match=r"one noise level, 0\.5, but the flow needs a range of levels"):

@@ -608,16 +608,16 @@ def test_invalid_data_and_network_outputs_raise():
     with pytest.raises(ValueError, match=r"a batch \(N, ...\) with at least one sample, got shape \(3,\)"):
         dsm_loss(zero, torch.zeros(3), LEVELS)
     for output, name in (((torch.zeros(2, 3),), "tuple"), (None, "NoneType")):
-        message = rf"a score must be a tensor of the shape of x, \(2, 3\), got {name}"
+        message = rf"returned {name}, but a score must be a tensor of the shape of x, \(2, 3\)"
         with pytest.raises(TypeError, match=message):
             dsm_loss(lambda x, sigma, output=output: output, torch.zeros(2, 3), LEVELS)
     with pytest.raises(ValueError, match="score must be differentiable in x"):
         sliced_score_matching_loss(lambda x, sigma: -x.detach(), torch.zeros(2, 3), LEVELS)
-    with pytest.raises(ValueError, match=r"must have the shape of x, \(2, 3\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"returned shape \(2,\) for x of shape \(2, 3\)"):
         dsm_loss(lambda x, sigma: x[:, 0], torch.zeros(2, 3), LEVELS)
-    with pytest.raises(ValueError, match=r"must have the shape of x, \(2, 3\), got \(2, 1\)"):  # not broadcast
+    with pytest.raises(ValueError, match=r"returned shape \(2, 1\) for x of shape \(2, 3\)"):  # not broadcast
         dsm_loss(lambda x, sigma: x[:, :1], torch.zeros(2, 3), LEVELS)
-    with pytest.raises(ValueError, match=r"must have the shape of x, \(2, 3\), got \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"returned shape \(2, 1\) for x of shape \(2, 3\)"):
         sliced_score_matching_loss(lambda x, sigma: x[:, :1], torch.zeros(2, 3), LEVELS)
     with pytest.raises(ValueError, match=r"at least one sample, got shape \(0, 3\)"):
         dsm_loss(zero, torch.zeros(0, 3), LEVELS)

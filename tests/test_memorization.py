@@ -178,10 +178,10 @@ def test_table():
         (lambda: check(pictures(2), pictures(9), neighbors=1), "neighbors must be an integer of at least 2, got 1"),
         (lambda: check(pictures(2), pictures(9), batch_size=-1), "batch_size must be an integer of at least 1, got -1"),
         (lambda: check(pictures(2), pictures(1)), "the 2 nearest neighbors need at least 2 features, got 1"),
-        (lambda: check(pictures(2), pictures(9, shape=(1, 4, 5))), "like the queries, got 20"),
+        (lambda: check(pictures(2), pictures(9, shape=(1, 4, 5))), "like the queries, got 20. Use one extractor, and"),
         (
             lambda: check(pictures(2), pictures(9), pictures(2, shape=(1, 4, 5))),
-            "held-out images must have features of 16 dimensions, like the samples, got 20",
+            "of the held-out images must have 16 dimensions, like those of the samples, got 20",
         ),
         (lambda: check(pictures(2), pictures(9)).copies(0), "ratio must be above 0 and at most 1, got 0"),
         (lambda: check(pictures(2), pictures(9), features="nonsense"), "features must be one of .*got 'nonsense'"),

@@ -194,7 +194,7 @@ def test_invalid_arguments_of_the_frechet_distance_raise():
         frechet_distance(normal(9, 3), normal(9, 4))
     with pytest.raises(TypeError, match=r"must be a tensor .N, D., got ndarray"):
         frechet_distance(np.ones((9, 3)), normal(9, 3))
-    with pytest.raises(ValueError, match="must have no negative eigenvalues, got -1 to 2"):
+    with pytest.raises(ValueError, match="must have no negative eigenvalues, but its eigenvalues are from -1 to 2"):
         frechet_distance(gaussian([0, 0], [[2, 0], [0, -1]]), normal(9, 2))
 
 
@@ -323,7 +323,7 @@ def test_inception_score_equals_torch_fidelity(splits):
 
 
 def test_inception_score_needs_images():
-    with pytest.raises(ValueError, match="at least 20 images for 10 splits, got 19"):
+    with pytest.raises(ValueError, match="at least 2 images in each of the 10 splits, 20 in all, got 19"):
         inception_score(normal(19, 3))
     with pytest.warns(
         UserWarning, match=r"4 images per split is at most 4 and biased .* for 5 classes. Use at least 50 "
@@ -490,7 +490,7 @@ def test_one_image_is_not_enough(name):
     if name == "classes":  # it is defined for one image
         assert all(number <= 1 for number in value(name, normal(1, DIMENSION)))
         return
-    with pytest.raises(ValueError, match=r"at least [24]|at least subset_size = 20|more than k = [35]|2 .D . 1. = 8"):
+    with pytest.raises(ValueError, match=r"at least 2|at least subset_size = 20|more than k = [35]|2 .D . 1. = 8"):
         value(name, normal(1, DIMENSION))
 
 
@@ -524,13 +524,13 @@ def test_invalid_features_raise(kind):
         seen.update(normal(8, 7))
     wrong = normal(8, DIMENSION)
     wrong[3, 1], wrong[5, 0] = math.nan, math.inf
-    with pytest.raises(ValueError, match="2 of 8 rows are not, first 3"):
+    with pytest.raises(ValueError, match="2 of the 8 rows hold NaN or infinity, the first at row 3"):
         seen.update(wrong)
     with pytest.raises(TypeError, match=r"must be floating point, got torch.uint8"):
         seen.update(torch.zeros(8, DIMENSION, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"must be \(N, D\), N and D at least 1, got shape \(8, 3, 1\)"):
+    with pytest.raises(ValueError, match=r"must be \(N, D\), one row per image, .* got shape \(8, 3, 1\)"):
         seen.update(normal(8, DIMENSION)[..., None])
-    with pytest.raises(ValueError, match="N and D at least 1"):
+    with pytest.raises(ValueError, match="with N and D at least 1"):
         seen.update(normal(0, DIMENSION))
     with pytest.raises(TypeError, match=r"must be a tensor .N, D., got list"):
         seen.update([1.0])

@@ -78,5 +78,5 @@ def test_a_training_step_under_autocast_has_float32_gradients(native):
 
 
 def test_an_unknown_precision_raises():
-    with pytest.raises(ValueError, match="precision must be one of 'auto', 'float32', 'bfloat16', got 'float16'"):
-        precision.autocast("cpu", "float16")
+    with pytest.raises(ValueError, match=r"precision must be one of 'auto', .* 'float16', got 'float64'"):
+        precision.autocast("cpu", "float64")

@@ -656,7 +656,7 @@ def test_options_of_guided_diffusion(tmp_path):
     found = improved_diffusion._options(tmp_path / "options.json")
     assert found["channel_mult"] == [1, 1, 2, 2, 4, 4] and found["attention_resolutions"] == [16]
     (tmp_path / "flags.yml").write_text("num_channels: 96\nnum_head_channels: 64")
-    with pytest.raises(ValueError, match="num_head_channels must divide each width with attention"):
+    with pytest.raises(ValueError, match="num_head_channels must divide the number of channels at each sca"):
         improved_diffusion._options(tmp_path / "flags.yml")
 
 
@@ -690,7 +690,7 @@ def test_published_options_of_improved_diffusion():
         (
             "import ml_collections",
             "a.py",
-            r"a\.py is a Python program, which is not run: write its options into a YAML file, and",
+            r"a\.py is a Python program, which is not run: write its options into a YAML file, as",
         ),
         ("- 1", "a.yml", r"a\.yml is not a configuration: it must hold options by key"),
         ("!!python/object/apply:os.getcwd []", "a.yml", r"a\.yml is not a configuration that can be read safely"),
@@ -775,14 +775,19 @@ def test_what_a_file_does_not_contain_is_asked_for(tmp_path):
             ValueError,
             "is a checkpoint of improved-diffusion or guided-diffusion, which does not hold its options",
         ),
-        (tmp_path / "model.pt", {"raw": True}, ValueError, "with one set of weights: leave out raw"),
+        (tmp_path / "model.pt", {"raw": True}, ValueError, "which holds one set of weights: leave out raw"),
         (
             tmp_path / "net.pkl",
             {"config": "x"},
             ValueError,
             "is a file of EDM, which holds its own options: leave out co",
         ),
-        (tmp_path / "net.pkl", {"raw": True}, ValueError, "has only the moving average of the weights: leave out raw"),
+        (
+            tmp_path / "net.pkl",
+            {"raw": True},
+            ValueError,
+            "contains only the moving average of the weights: leave out raw",
+        ),
     ]:
         with pytest.raises(error, match=message) as caught:
             convert(path, out, **keywords)
@@ -792,7 +797,7 @@ def test_what_a_file_does_not_contain_is_asked_for(tmp_path):
 def test_weights_of_another_configuration_are_refused(tmp_path):
     _write_score_sde(SCORE_SDE["ddpmpp, VP"], tmp_path)
     for changes, message in [
-        ({"num_res_blocks": 2}, r"holds 18 modules instead of 23"),
+        ({"num_res_blocks": 2}, r"weights of 18 modules, and a network of its configuration has 23"),
         ({"attn_resolutions": [8]}, r"holds the tensor 'all_modules\.4\.Conv_0\.weight', which a network with these o"),
         ({"nf": 16}, "belong to a network of other sizes"),
     ]:
@@ -958,7 +963,7 @@ def test_names_outside_the_list_of_a_format_are_refused(tmp_path):
     """Numbers of NumPy are in the list of score_sde, and not in that of improved-diffusion."""
     weights = theirs.ImprovedUNet(_improved()).state_dict()
     torch.save({**weights, "lr": np.float64(1)}, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="which no checkpoint of improved-diffusion or guided-diffusion needs; it was"):
+    with pytest.raises(ValueError, match="checkpoint of improved-diffusion or guided-diffusion does not need; it was"):
         convert(tmp_path / "a.pt", tmp_path / "out")
 
 

@@ -86,7 +86,7 @@ def distances(a, b):
 
 def test_results_do_not_replace_files_or_lie_in_the_folder_of_the_reference(tmp_path):
     save_image(X[0], tmp_path / "faces" / "0.png")
-    with pytest.raises(ValueError, match=r"is in the data folder .*faces"):
+    with pytest.raises(ValueError, match=r"is inside the data folder .*faces"):
         run(Level(), "gray", reference=tmp_path / "faces", out=tmp_path / "faces")
     (tmp_path / "restored.png").write_text("mine")
     with pytest.raises(FileExistsError, match=r"restored\.png exists already and would be replaced"):

@@ -75,7 +75,7 @@ def test_a_run_does_not_write_into_the_folder_of_its_data(tmp_path):
         save_image(image, faces / f"{i}.png")
     for out in (faces / "run", faces):
         with pytest.raises(
-            ValueError, match=r"output folder .*faces.* is in the data folder .*faces.* Write to another"
+            ValueError, match=r"output folder .*faces.* is inside the data folder .*faces, .*Write to another folder"
         ):
             quick(image_net(), faces, out)
     assert len(list(faces.iterdir())) == 4
@@ -100,7 +100,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     save_image(torch.zeros(1, 8, 8), "~/faces/a.png")
     assert read_image("~/faces/a.png", 1).shape == (1, 8, 8)
     open_images("~/faces", cache="~/cache", progress=False)
-    with pytest.raises(ValueError, match="is in the data folder"):
+    with pytest.raises(ValueError, match="is inside the data folder"):
         quick(image_net(), "~/faces", "~/faces/run")
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["cache", "faces", "run"]
@@ -117,7 +117,7 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
     refused = []
 
     def evaluate(net, images):
-        with pytest.raises(BlockingIOError, match=r"another process is training in .*run\. Wait for its end"):
+        with pytest.raises(BlockingIOError, match=r"another process is training in .*run\. Wait until it has ended"):
             quick(points_net(), points(), tmp_path / "run")
         refused.append(images)
         return {}
@@ -135,7 +135,7 @@ def test_the_repository_of_the_result_is_checked_before_the_training(tmp_path):
 
 def test_a_missing_login_is_reported_before_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(PermissionError, match="you are not logged in to the Hub"):
+    with pytest.raises(PermissionError, match="you are not logged in to the Hugging Face Hub"):
         quick(image_net(), images(), tmp_path / "run", push_to_hub="me/faces")
     assert not (tmp_path / "run").exists()
 
@@ -224,7 +224,7 @@ def test_other_settings_raise_an_error_that_names_them(run):
         quick(image_net(dropout=0.2), images() / 2, run[0], images=160)
     with pytest.raises(ValueError, match=r"settings: images of the data was 32 and is 31\. "):
         quick(image_net(dropout=0.2), images()[:31], run[0], images=160)
-    with pytest.raises(ValueError, match="condition= is for networks that take an image"):
+    with pytest.raises(ValueError, match="take an image as their condition, which net does not"):
         quick(image_net(dropout=0.2), images(), run[0], images=160, condition=Inpainting())
 
 

@@ -97,7 +97,8 @@ class NoiseSchedule(Entries[float]):
         if (np.diff(array) >= 0).any():
             i = int(np.argmax(np.diff(array) >= 0))
             raise ValueError(
-                f"sigmas must descend, got {array[i]:g} and then {array[i + 1]:g}. Write np.unique(sigmas)[::-1]."
+                f"sigmas must be strictly descending, but level {i} is {array[i]:g} and level {i + 1} is "
+                f"{array[i + 1]:g}. Write np.unique(sigmas)[::-1]."
             )
         object.__setattr__(self, "_values", tuple(array.tolist()))
         object.__setattr__(self, "_tables", {})
@@ -230,7 +231,9 @@ class NoiseSchedule(Entries[float]):
                 "with labels is [x, y]: pass its first entry. For a list of images, write torch.stack(images)."
             ) from error
         if not data.is_floating_point():
-            raise TypeError(f"images must be floating point in [0, 1], got {data.dtype}. Write images / 255.")
+            raise TypeError(
+                f"images must be floating point in [0, 1], got {data.dtype}. Write images / 255 for 8-bit images."
+            )
         if data.ndim < 2 or len(data) < 2:
             raise ValueError(f"images must be (N, ...) with at least two images, got shape {tuple(data.shape)}.")
         check_count("max_images", max_images, 2)
@@ -622,4 +625,6 @@ def schedule_of(score: object) -> NoiseSchedule | None:
 def check_schedule(schedule: object) -> None:
     """Raises TypeError if an object is not a NoiseSchedule."""
     if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(...).")
+        raise TypeError(
+            f"schedule must be a NoiseSchedule, got {type(schedule).__name__}. Write NoiseSchedule(sigmas)."
+        )

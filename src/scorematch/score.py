@@ -144,7 +144,10 @@ class ScoreNet(NetworkScore, nn.Module):
     def value_range(self, value_range: Range | None) -> None:
         ends = native(value_range)
         if ends is not None and not (_ENDS.fits(ends) and ends[0] < ends[1]):
-            raise ValueError(f"value_range must be (low, high), finite with low < high, or None, got {value_range!r}.")
+            raise ValueError(
+                f"value_range must be (low, high), finite with low < high, or None for data without a fixed range, got "
+                f"{value_range!r}."
+            )
         self._value_range = None if ends is None else (float(ends[0]), float(ends[1]))
 
     @property
@@ -207,7 +210,10 @@ class ScoreNet(NetworkScore, nn.Module):
     @sampler_settings.setter
     def sampler_settings(self, settings: SamplerSettings | None) -> None:
         if not isinstance(settings, SamplerSettings | None):
-            raise TypeError(f"sampler_settings must be a SamplerSettings or None, got {type(settings).__name__}.")
+            raise TypeError(
+                f"sampler_settings must be a SamplerSettings or None, got {type(settings).__name__}. Write "
+                "scorematch.sampling.SamplerSettings(levels=..., ...)."
+            )
         self._sampler_settings = settings
 
     @property
@@ -526,7 +532,7 @@ class ScoreNet(NetworkScore, nn.Module):
         schedule = NoiseSchedule.geometric(*family.levels) if schedule is None else schedule
         check_schedule(schedule)
         sides = (image_size, image_size) if isinstance(image_size, Integral) else image_size
-        size = check_sizes("image_size", sides, "a side or (height, width)") if sides != () else ()
+        size = check_sizes("image_size", sides, "a side or (height, width)") if family.dimensions != (0,) else ()
         if len(size) not in family.dimensions:
             wanted = "a side, (height, width)" + (
                 ", (length,) or (depth, height, width)" if len(family.dimensions) > 1 else ""

@@ -136,7 +136,7 @@ class _Picture:
         self.original: Tensor | None = None
         if operator.mask is not None and operator.mask.shape[-2:] != self.y.shape[-2:]:
             raise ValueError(
-                f"the mask must have the size of the picture, {_size(self.y)}, got {_size(operator.mask)}."
+                f"the mask must have the size of the picture, {_size(self.y)} pixels, got {_size(operator.mask)}."
             )
         if args.degrade:
             self.original, self.y = self.y, operator.measure(self.y)
@@ -149,7 +149,7 @@ class _Picture:
         if self.degraded.shape[1] != channels:
             drawn, needed = ("gray", "RGB") if channels == 1 else ("RGB", "gray")
             raise ValueError(
-                f"{args.operator} needs a network of {needed} images, and {args.model} draws {drawn} ones."
+                f"{args.operator} needs a network that draws {needed} images, and {args.model} draws {drawn} ones."
             )
 
     def observed(self) -> str | None:

@@ -107,7 +107,9 @@ def _run(args: argparse.Namespace) -> None:
         refuse(args, ["overwrite"], "is for a picture, and --out continues in its folder")
     net = guide(args, load(args))
     if takes_image(net):
-        raise ValueError(f"{args.model} restores images, and does not draw them. Write {args.program} restore.")
+        raise ValueError(
+            f"{args.model} restores images: it takes an image as its condition. Write {args.program} restore."
+        )
     job = Job(
         make_sampler(args, net),
         seed=args.seed,

@@ -144,7 +144,9 @@ def _run(args: argparse.Namespace) -> None:
     accelerator = check_possible(args.out, args.data, settings, cpu=args.device == "cpu")
     device: torch.device = accelerator.device
     if args.device not in ("auto", device.type):
-        raise ValueError(f"--device {args.device} is not available: Accelerate uses {device.type}. Leave out --device.")
+        raise ValueError(
+            f"--device {args.device} is not available: Accelerate uses {device.type} here. Leave out --device."
+        )
     start = _start(args)
     data = _open(args, recipe, start, settings)  # one process decodes, and the others wait for the lock of the cache
     net = _network(args, recipe, start, data, settings)
@@ -204,7 +206,10 @@ def _check_condition(args: argparse.Namespace, start: ScoreNet, label_drop: floa
     takes = start.conditioning
     assert takes is not None  # noqa: S101  (it is known for all networks of the package)
     if takes.channels:
-        raise ValueError(f"{args.start} restores images. Train it in Python, with condition=; see docs/palette.md.")
+        raise ValueError(
+            f'{args.start} restores images. Train it in Python: train(net, data, out, start="{args.start}", '
+            "condition=MultiTask([...])); see docs/palette.md."
+        )
     if takes.classes is not None and not args.labels:
         raise ValueError(f"{args.start} is class-conditional. Add --labels.")
     if takes.classes is None and args.labels:

@@ -31,7 +31,9 @@ def check_data(x: Any, name: str = "x") -> None:
             hint = "A batch of a data set with labels is [x, y]: pass its first entry."
         raise TypeError(f"{name} must be a tensor (N, ...), got {type(x).__name__}. {hint}")
     if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point in [0, 1], got {x.dtype}. Write {name} / 255 for 8-bit images.")
+        raise TypeError(
+            f"{name} must be floating point, images in [0, 1], got {x.dtype}. Write {name} / 255 for 8-bit images."
+        )
     # x.shape[0] and not len(x), which torch.export would make a constant.
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"{name} must be a batch (N, ...) with at least one sample, got shape {tuple(x.shape)}.")
@@ -59,7 +61,8 @@ def as_sigma(sigma: float | Tensor, x: Tensor) -> Tensor:
             raise TypeError(f"sigma must be a noise level, a float or a tensor () or (N,), got {sigma!r}.") from error
     if not sigma.is_floating_point():
         raise TypeError(
-            f"sigma must be a floating-point noise level, got {sigma.dtype}. Write schedule[i] for a level."
+            "sigma must be a floating-point noise level, a standard deviation in the units of x, got "
+            f"{sigma.dtype}. Write schedule[i] for level i of a schedule."
         )
     if sigma.ndim > 1 or (sigma.ndim == 1 and sigma.shape != x.shape[:1]):
         raise ValueError(f"sigma must be a float, () or ({len(x)},) like the batch, got shape {tuple(sigma.shape)}.")
@@ -92,13 +95,18 @@ def as_mask(mask: Tensor, x: Tensor) -> Tensor:
         ValueError: if it is not broadcastable to x.
     """
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}. Write torch.as_tensor(mask).")
+        raise TypeError(
+            f"mask must be a bool tensor, True where the loss counts, got {type(mask).__name__}. Write "
+            "torch.as_tensor(mask)."
+        )
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, True where the loss counts, got {mask.dtype}. Write mask > 0.5.")
     try:
         return mask.to(x.device).expand(x.shape)
     except RuntimeError as error:
-        raise ValueError(f"mask must be broadcastable to x, {tuple(x.shape)}, got {tuple(mask.shape)}.") from error
+        raise ValueError(
+            f"mask must be broadcastable to x, {tuple(x.shape)}, got shape {tuple(mask.shape)}."
+        ) from error
 
 
 def without_history(x: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ def as_condition(condition: Any, x: Tensor, takes: Condition | None) -> Tensor |
     # torch 2.5 cannot compile isinstance with a union.
     if isinstance(condition, bool) or not (condition is None or isinstance(condition, (Tensor, int))):
         raise TypeError(
-            f"condition must be a tensor or an int, got {type(condition).__name__}. Write torch.as_tensor(condition)."
+            "condition must be a tensor, int64 (N,) for classes or float (N, K, H, W) for an image, or an int for one "
+            f"class, got {type(condition).__name__}. Write torch.as_tensor(condition)."
         )
     if takes is not None:
         condition = null_condition(takes, x) if condition is None and takes.null_class else condition
@@ -92,7 +93,10 @@ def null_condition(takes: Condition, x: Tensor) -> Tensor:
 def _check_condition(condition: Tensor | int | None, n: int, takes: Condition) -> None:
     if takes == Condition():
         if condition is not None:
-            raise TypeError("this network takes no condition. Leave it out, or build a network with classes=.")
+            raise TypeError(
+                "this network takes no condition. Leave it out; ScoreNet.unet(classes=...) and "
+                "ScoreNet.unet(condition_channels=...) build networks that take one."
+            )
         return
     wanted = f"an image as its condition, float (N, {takes.channels}, H, W)"
     if takes.vector:

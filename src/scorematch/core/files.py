@@ -66,7 +66,8 @@ def check_outside(out: str | os.PathLike[str], *sources: Any) -> None:
             folder = Path(source).expanduser().resolve()
             if Path(out).expanduser().resolve().is_relative_to(folder):
                 raise ValueError(
-                    f"the output folder {os.fspath(out)} is in the data folder {os.fspath(source)}. Write to another."
+                    f"the output folder {os.fspath(out)} is inside the data folder {os.fspath(source)}, so its images "
+                    "would be read as data. Write to another folder."
                 )
 
 

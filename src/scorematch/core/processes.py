@@ -58,7 +58,7 @@ def checked_process(process: tuple[int, int] | None) -> Process:
     rank, number = process
     if not 0 <= rank < number:
         raise ValueError(
-            f"{argument('process')} must be (rank, world size), 0 <= rank < world size, got ({rank}, {number})."
+            f"{argument('process')} must be (rank, world size) with 0 <= rank < world size, got ({rank}, {number})."
         )
     return Process(rank, number)
 
@@ -77,7 +77,10 @@ def find_device(name: str = "auto") -> torch.device:
         raise ValueError(f"{argument('device')} must be auto, cpu, cuda, cuda:N or mps, got {name!r}.")
     device, number = torch.device(name), torch.cuda.device_count()
     if not {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}[device.type].is_available():
-        raise ValueError(f"{argument('device', name)}: PyTorch finds no {device.type.upper()} device. Leave it out.")
+        raise ValueError(
+            f"{argument('device', name)}: PyTorch finds no {device.type.upper()} device. Leave out "
+            f"{argument('device')}."
+        )
     device = local_device(device)
     if device.type == "cuda" and (device.index or 0) >= number:
         raise ValueError(f"{argument('device', name)}: the last CUDA device is cuda:{number - 1}.")

@@ -46,7 +46,10 @@ def _one(generator: Any) -> torch.Generator:
         return generator
     if isinstance(generator, int) and not isinstance(generator, bool):
         return torch.Generator().manual_seed(generator)
-    raise TypeError(f"generator must be a torch.Generator or a seed, got {generator!r}. Write int(seed).")
+    raise TypeError(
+        f"generator must be a torch.Generator or a seed, got {generator!r}. Write torch.Generator().manual_seed(0), or "
+        "int(seed)."
+    )
 
 
 def seed_of(*parts: int | str) -> int:
@@ -114,7 +117,7 @@ def _draw(
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(
-                f"generators must have one entry for each of the {shape[0]} samples, got {len(generator)}."
+                f"a list of generators must have one entry for each of the {shape[0]} samples, got {len(generator)}."
             )
         sources = {one.device for one in generator}
         source = sources.pop() if len(sources) == 1 else device

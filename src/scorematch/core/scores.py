@@ -82,9 +82,15 @@ def check_score(score: Tensor, x: Tensor) -> Tensor:
         ValueError: if it has another shape.
     """
     if not isinstance(score, Tensor):
-        raise TypeError(f"a score must be a tensor of the shape of x, {tuple(x.shape)}, got {type(score).__name__}.")
+        raise TypeError(
+            f"the network returned {type(score).__name__}, but a score must be a tensor of the shape of x, "
+            f"{tuple(x.shape)}."
+        )
     if score.shape != x.shape:
-        raise ValueError(f"a score must have the shape of x, {tuple(x.shape)}, got {tuple(score.shape)}.")
+        raise ValueError(
+            f"the network returned shape {tuple(score.shape)} for x of shape {tuple(x.shape)}, but a score must have "
+            "the shape of x."
+        )
     return score
 
 
@@ -101,7 +107,8 @@ def check_differentiable(score: Tensor, name: str = "the score") -> None:
     """Raises WithoutGradientsError if a score that was computed with gradients enabled does not depend on x."""
     if not score.requires_grad:
         raise WithoutGradientsError(
-            f"{name} must be differentiable in x. Remove torch.no_grad() and detach() from its function."
+            f"{name} must be differentiable in x, but it was computed without gradients. Remove torch.no_grad() and "
+            "detach() from the function that computes it."
         )
 
 

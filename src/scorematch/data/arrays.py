@@ -110,7 +110,9 @@ def _read_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[int,
                 warnings.simplefilter("error")  # about headers that NumPy has to repair
                 shape, _, dtype = _HEADERS[npy.read_magic(file)](file, max_header_size=_LARGEST_HEADER)
         except Exception as error:  # of Python's parser too
-            raise ValueError(f"the header of {name} is damaged, or longer than {_LARGEST_HEADER:,} bytes") from error
+            raise ValueError(
+                f"the header of {name} is damaged, not that of an array, or longer than {_LARGEST_HEADER:,} bytes"
+            ) from error
         size = entry.file_size - file.tell()
     if dtype.kind not in "biufSU" or dtype.itemsize == 0:
         raise ValueError(f"{name} must hold numbers, bools or strings, got the type {quote(dtype.str)}")

@@ -163,7 +163,8 @@ def _writing_to(cache: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"{cache} cannot be written to: {error.strerror or error}. Pass another folder as {argument('cache')}."
+            f"the decoded images cannot be written to {cache}: {error.strerror or error}. Pass another folder as "
+            f"{argument('cache')}."
         ) from error
 
 

@@ -53,7 +53,8 @@ def find(data: Any, wanted: Wanted, workers: int) -> Source:
         return Items(data, wanted, workers)
     hint = " Pass its data set, loader.dataset." if isinstance(data, DataLoader) else ""
     raise TypeError(
-        f"data must be a path, an array, a Dataset, or a data set of Hugging Face, got {type(data).__name__}.{hint}"
+        f"data must be a folder, an .npz file, a tensor or an array, a Dataset, or a data set of Hugging Face, got "
+        f"{type(data).__name__}.{hint}"
     )
 
 
@@ -96,7 +97,8 @@ def check_path(data: str | os.PathLike[str]) -> None:
         import datasets  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"{data} is neither a file nor a folder, and data sets of the Hub need datasets: pip install datasets."
+            f"{data} is neither a file nor a folder, and loading a data set from the Hub needs the package datasets: "
+            "pip install datasets."
         ) from error
 
 

@@ -209,7 +209,7 @@ def open_images(
     pair = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int | np.integer) for side in size)
     if size is not None and not (pair and min(size) >= 1):
         raise ValueError(
-            f"{argument('image_size')} must be (height, width) or the side of a square, got {image_size!r}."
+            f"{argument('image_size')} must be (height, width), or the side of a square, got {image_size!r}."
         )
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -23,7 +23,10 @@ class Array(Source):
     def __init__(self, images: Any, labels: Any, wanted: Wanted, name: str) -> None:
         array = to_array(images)
         if array.ndim < 2 or array.size == 0:
-            raise ValueError(f"{name} must be images (N, C, H, W) or data (N, ...), N at least 1, got {array.shape}.")
+            raise ValueError(
+                f"{name} must be images (N, C, H, W) or data (N, ...) with at least one sample, got shape "
+                f"{array.shape}."
+            )
         if array.dtype == np.uint8:
             array = channels_first(array, name)
             self.from_color = wanted.channels == 1 and array.shape[1] == 3
@@ -106,7 +109,8 @@ def check_values(array: np.ndarray, shape: tuple[int, ...], name: str, value_ran
         raise ValueError(f"{name} must be finite, got NaN or infinity.")
     if is_picture(shape) and value_range is not None and is_outside(low, high, value_range):
         raise ValueError(
-            f"{name} must be from {value_range[0]:g} to {value_range[1]:g}, got {low:.3g} to {high:.3g}: pass another."
+            f"{name} must have values in [{value_range[0]:g}, {value_range[1]:g}], got values from {low:.3g} to "
+            f"{high:.3g}. Pass another value_range=."
         )
 
 
@@ -140,6 +144,6 @@ def class_numbers(labels: Any, n: int, name: str) -> tuple[np.ndarray, tuple[str
         raise ValueError(f"the labels of {name} must be integers from 0, got {array.min()}. Number the classes from 0.")
     if array.max() >= _MOST_CLASSES:
         raise ValueError(
-            f"labels of {name} must be below {_MOST_CLASSES:,}, got {array.max():,}. Number the classes from 0."
+            f"the labels of {name} must be below {_MOST_CLASSES:,}, got {array.max():,}. Number the classes from 0."
         )
     return array.astype(np.int64), tuple(map(str, range(int(array.max()) + 1)))

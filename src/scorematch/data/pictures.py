@@ -59,7 +59,8 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor
     """
     if not isinstance(images, Tensor):
         raise TypeError(
-            f"images must be a tensor (N, C, H, W), got {type(images).__name__}. Write torch.stack(images) for a list."
+            f"images must be a tensor (N, C, H, W), got {type(images).__name__}. Write torch.as_tensor(images), or "
+            "torch.stack(images) for a list of tensors."
         )
     if images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images must be (N, C, H, W) with at least one image, got shape {tuple(images.shape)}.")
@@ -186,7 +187,9 @@ def save_image(image: Tensor, path: str | os.PathLike[str]) -> None:
     kind = _format(path)
     if not isinstance(image, Tensor) or not image.is_floating_point():
         found = image.dtype if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(f"image must be floating point in [0, 1], got {found}. Write image / 255 for 8-bit images.")
+        raise TypeError(
+            f"image must be a floating-point tensor in [0, 1], got {found}. Write image / 255 for 8-bit images."
+        )
     picture = _pillow("writing").fromarray(to_pixels(image))
     if kind == "QOI":  # which has no gray images
         picture = picture.convert("RGB")
@@ -277,7 +280,9 @@ def open_picture(path: str | os.PathLike[str]) -> Any:
     size = path.stat().st_size
     if width * height > max(_MANY_PIXELS, _PIXELS_PER_BYTE * size):
         picture.close()
-        raise ValueError(f"it has {height} x {width} pixels, too many for {size} bytes: it may be a decompression bomb")
+        raise ValueError(
+            f"it has {height} x {width} pixels, too many for a file of {size} bytes: it may be a decompression bomb"
+        )
     return picture
 
 
@@ -414,7 +419,9 @@ def _deep_gray(image: Any) -> np.ndarray:
     # Mode "I" has 32 bits, but older versions of Pillow use it for 16-bit files.
     largest = 1.0 if image.mode == "F" else 65535.0
     if not (array.min() >= 0 and array.max() <= largest):  # also true for NaN
-        raise ValueError(f"its pixel values must be from 0 to {largest:g}, got {array.min():g} to {array.max():g}")
+        raise ValueError(
+            f"its pixel values must be from 0 to {largest:g}, got values from {array.min():g} to {array.max():g}"
+        )
     if "transparency" in image.info:  # the gray value that marks transparent pixels
         array[array == image.info["transparency"]] = 0
     return (array / largest).astype(np.float32)

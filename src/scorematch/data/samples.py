@@ -228,7 +228,8 @@ def stored_samples(
     if not all(map(files.exist, batches)):
         found = sum(map(files.count, ranges(n, settings["batch_size"], Process(0, 1))))
         raise FileNotFoundError(
-            f"{folder} is not complete: {found} of the first {n} images exist. Repeat the command, or pass a smaller n."
+            f"{folder} is not complete: {found} of the first {n} images exist. Repeat the command that draws them, or "
+            "pass a smaller n."
         )
     return (Batch(indices, files.read(indices, channels), None) for indices in batches)
 

@@ -71,7 +71,9 @@ def _choose(
         given = "" if key is None else f" named {key!r}"
         names = few((repr(plain(name)) for name in keys), 10)
         without = f", or leave out {argument('labels', True)}" if what == "label" else ""
-        raise ValueError(f"the data have no {what}s{given}, only {names}. Pass {argument(f'{what}_key')}{without}.")
+        raise ValueError(
+            f"the data have no {what}s{given}; the names are {names}. Pass {argument(f'{what}_key')}{without}."
+        )
     return found[0]
 
 
@@ -132,7 +134,8 @@ class Items(Source):
         values = _values(image)
         if values.shape != self.shape:
             raise UnfitError(
-                f"items of {self.name} must have one shape, but item {i} has {values.shape} and item 0 {self.shape}."
+                f"all items of {self.name} must have the same shape, but item {i} has {values.shape} and item 0 has "
+                f"{self.shape}."
             )
         return values
 
@@ -155,7 +158,8 @@ def _values(image: Any) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.floating):
         got = array.dtype if array.dtype.kind in "biu" else type(image).__name__
         raise TypeError(
-            f"an item of the Dataset must be a picture or an array, uint8 or in [0, 1], or (image, label), got {got}."
+            "an item of the Dataset must be an image or a tuple (image, label), where an image is a picture of Pillow "
+            f"or an array, uint8 or floating point in [0, 1], got {got}."
         )
     check_axes((1, *array.shape), "the Dataset")
     return np.ascontiguousarray(array, np.float32)

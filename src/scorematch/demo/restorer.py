@@ -175,7 +175,9 @@ class Restorer:
 
         possible = bisect_right(range(2, choices.calls + 1), choices.calls, key=lambda levels: len(sampler(levels)))
         if not possible:
-            raise ValueError(f"this sampler needs at least {len(sampler(2))} network calls, got {choices.calls}.")
+            raise ValueError(
+                f"this sampler needs at least {len(sampler(2))} network calls, got {choices.calls}. Choose more."
+            )
         return sampler(possible + 1)
 
     def draw(self, choices: Choices) -> Iterator[Frame]:

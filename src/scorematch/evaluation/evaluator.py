@@ -85,7 +85,8 @@ class MeasuredSet:
         started = this_process().world_size
         if started > world_size():
             raise RuntimeError(
-                f"{started} processes must form a process group. Call torch.distributed.init_process_group() first."
+                f"{started} processes were started, and must form a process group to exchange features. Call "
+                "torch.distributed.init_process_group() first."
             )
         self._compared, self._metrics = compared, metrics
         self._seen = [(Rows(), Rows()) for _ in compared]  # the features and the logits of each extractor

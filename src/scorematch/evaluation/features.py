@@ -168,7 +168,9 @@ def as_extractor(
         check_choice("features", features, EXTRACTORS)
         given = {} if weights is None else {"weights": weights}
         if given and features not in _WITH_FILES:
-            raise ValueError(f"{features!r} has no weights file. Only {' and '.join(map(repr, _WITH_FILES))} have one.")
+            raise ValueError(
+                f"{features!r} has no weights file. Only {' and '.join(map(repr, _WITH_FILES))} accept one."
+            )
         return EXTRACTORS[features](device=device, **given)
     if weights is not None:
         raise ValueError("weights is for an extractor that is given by its name. Leave it out.")

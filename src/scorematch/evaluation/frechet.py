@@ -83,7 +83,8 @@ class _Gaussian:
         largest = float(values[-1])
         if float(values[0]) < -_NEGATIVE * largest:
             raise ValueError(
-                f"a covariance must have no negative eigenvalues, got {float(values[0]):.3g} to {largest:.3g}."
+                f"a covariance must have no negative eigenvalues, but its eigenvalues are from {float(values[0]):.3g} "
+                f"to {largest:.3g}."
             )
         kept = values > len(values) * torch.finfo(torch.float64).eps * largest
         self.factor = values[kept].sqrt()[:, None] * vectors[:, kept].T

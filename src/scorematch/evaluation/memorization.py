@@ -120,7 +120,8 @@ def nearest(queries: Tensor, batches: Iterable[tuple[Tensor, Tensor | None]], k:
         for given in both:
             if given.shape[1] != queries.shape[1]:
                 raise ValueError(
-                    f"features must have {queries.shape[1]} dimensions, like the queries, got {given.shape[1]}."
+                    f"features must have {queries.shape[1]} dimensions, like the queries, got {given.shape[1]}. Use "
+                    "one extractor, and images of one size."
                 )
         centered = [double(given).to(mean.device) - mean for given in both]
         numbers = torch.arange(n, n + len(features), device=mean.device)
@@ -261,7 +262,8 @@ def memorization_of(
     dimensions = [each.shape[1] for each in queries]
     if dimensions[0] != dimensions[-1]:
         raise ValueError(
-            f"held-out images must have features of {dimensions[0]} dimensions, like the samples, got {dimensions[-1]}."
+            f"the features of the held-out images must have {dimensions[0]} dimensions, like those of the samples, got "
+            f"{dimensions[-1]}. Pass images of one size."
         )
     pairs = (
         (extractor(images), extractor(images.flip(3)) if flips else None)

@@ -162,7 +162,9 @@ def inception_score(logits: Tensor, *, splits: int = _SPLITS, generator: torch.G
     check_count("splits", splits)
     n, classes = logits.shape
     if n < 2 * splits:
-        raise ValueError(f"the Inception Score needs at least {2 * splits} images for {splits} splits, got {n}.")
+        raise ValueError(
+            f"the Inception Score needs at least 2 images in each of the {splits} splits, {2 * splits} in all, got {n}."
+        )
     if n // splits < classes:
         warnings.warn(
             f"the Inception Score with {n // splits:,} images per split is at most {n // splits:,} and biased downward "

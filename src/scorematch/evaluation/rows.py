@@ -23,14 +23,20 @@ def check_features(features: Any, name: str = "features") -> Tensor:
     if not isinstance(features, Tensor):
         raise TypeError(f"{name} must be a tensor (N, D), got {type(features).__name__}. Write torch.as_tensor(...).")
     if not features.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {features.dtype}. For images write pixels()(images).")
+        raise TypeError(
+            f"{name} must be floating point, got {features.dtype}. Pass images to an extractor first, such as "
+            "pixels()(images)."
+        )
     if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"{name} must be (N, D), N and D at least 1, got shape {tuple(features.shape)}.")
+        raise ValueError(
+            f"{name} must be (N, D), one row per image, with N and D at least 1, got shape {tuple(features.shape)}."
+        )
     finite = features.isfinite().all(1)
     if not finite.all():
         wrong = int((~finite).sum())
         raise ValueError(
-            f"{name} must be finite, but {wrong} of {len(features)} rows are not, first {int(finite.int().argmin())}."
+            f"{name} must be finite, but {wrong} of the {len(features)} rows hold NaN or infinity, the first at row "
+            f"{int(finite.int().argmin())}."
         )
     return features.detach()
 

@@ -79,7 +79,9 @@ class Statistics:
         if not is_symmetric(self.covariance):
             raise ValueError("the covariance must be symmetric.")
         if self.features is not None and self.features.shape != (self.n, len(self.mean)):
-            raise ValueError(f"the features must be ({self.n}, {len(self.mean)}), got {tuple(self.features.shape)}.")
+            raise ValueError(
+                f"the features must be (n, D) = ({self.n}, {len(self.mean)}), got {tuple(self.features.shape)}."
+            )
 
     @classmethod
     def of(cls, features: Moments | Tensor, extractor: Extractor) -> Statistics:
@@ -160,7 +162,8 @@ class Statistics:
 def _identity(extractor: Extractor) -> tuple[str, str, str]:
     if extractor.fingerprint is None:
         raise ValueError(
-            f"statistics need a fingerprint: write Extractor(function, name, fingerprint) for {extractor.name}."
+            f"statistics in files need an extractor with a fingerprint, but {extractor.name} has none. Write "
+            "Extractor(function, name, fingerprint)."
         )
     return extractor.name, extractor.fingerprint, extractor.preprocessing
 

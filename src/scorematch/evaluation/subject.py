@@ -73,7 +73,8 @@ def subject_of(
         return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress)
     if sampler is not None or options["classes"] is not None or options["n_classes"] is not None:
         raise ValueError(
-            "sampler, classes and n_classes are for networks, and `what` is a set of images. Leave them out."
+            "sampler, classes and n_classes apply to networks, but the argument `what` is a set of images. Leave them "
+            "out."
         )
     stored = samples_in(what)
     if stored is not None:
@@ -188,5 +189,7 @@ def _of_images(name: str, data: ImageData, n: int | None, options: dict[str, Any
 
 def _checked_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
     if not is_picture(shape):
-        raise ValueError(f"the images must be (C, H, W) with 1 or 3 channels, but {name} has {tuple(shape)}.")
+        raise ValueError(
+            f"the images to evaluate must be (C, H, W) with 1 or 3 channels, but {name} has {tuple(shape)}."
+        )
     return shape[0], shape[1], shape[2]

@@ -90,7 +90,8 @@ def checked(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     check(config, {"format_version": Field(int, required=True)}, where)
     if config["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{where}: format_version must be {FORMAT_VERSION}, got {config['format_version']}. Update scorematch."
+            f"{where}: format_version is {config['format_version']}, but this version of scorematch reads "
+            f"{FORMAT_VERSION}. Install a newer scorematch."
         )
     check(config, {"family": _FAMILY}, where)
     family = FAMILIES.get(config["family"])

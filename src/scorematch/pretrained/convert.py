@@ -55,7 +55,8 @@ def read_checkpoint(
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         raise IsADirectoryError(
-            f"{path} is a folder, and a checkpoint is one file. Pass folders to ScoreNet.from_pretrained."
+            f"{path} is a folder, and a checkpoint is one file. Folders of this package and of diffusers need no "
+            "conversion: pass them to ScoreNet.from_pretrained and to the other commands."
         )
     found = read_pickle(path, _GLOBALS)
     form = next((form for form in _FORMATS if form.recognizes(found.content)), None)
@@ -64,7 +65,8 @@ def read_checkpoint(
     foreign = found.globals - form.GLOBALS.keys()
     if foreign:
         raise ValueError(
-            f"{path} refers to {min(foreign)!r}, which no checkpoint of {_one_of(form)} needs; it was not loaded."
+            f"{path} refers to {min(foreign)!r}, which a checkpoint of {_one_of(form)} does not need; it was not "
+            "loaded, because a pickle can run code."
         )
     try:
         return form.read(found.content, path, config, raw=raw)

@@ -123,7 +123,8 @@ def read(
     path = next((place / SCHEDULER_FILE for place in places if (place / SCHEDULER_FILE).is_file()), None)
     if path is None:
         raise ValueError(
-            f"{pipeline} has no {SCHEDULER_FILE}, with the noise levels. Download it from the same repository."
+            f"{pipeline} has no {SCHEDULER_FILE}, which says what the output of the network means and which noise "
+            "levels it was trained on. Download it from the same repository, into the folder or into scheduler/."
         )
     scheduler = read_json(path)
     if card is not None and card.correction:
@@ -153,7 +154,10 @@ def read_objects(unet: nn.Module, scheduler: Any) -> Stored:
     unet = getattr(unet, "_orig_mod", unet)  # without torch.compile
     network, training = _config_of(unet, "unet", "UNet2DModel"), _config_of(scheduler, "scheduler", "DDPMScheduler")
     if network["_class_name"] not in CLASSES:
-        raise ValueError(f"unet must be one of {' and '.join(CLASSES)}, got {network['_class_name']}.")
+        raise ValueError(
+            f"unet must be one of {' and '.join(CLASSES)}, the networks of diffusers that are supported, got "
+            f"{network['_class_name']}."
+        )
     weights = current_names({name: tensor.detach().cpu() for name, tensor in unet.state_dict().items()})
     source, scheduler_source = f"the {network['_class_name']}", f"the {training['_class_name']}"
     config = _translate(
@@ -176,7 +180,9 @@ def _refuse_latents(home: Path, pipeline: Path) -> None:
     for part in ("vae", "vqvae"):
         # A pipeline that can be latent or not has [null, null] for a part that it lacks.
         if index.get(part) not in (None, [None, None]) or (home != pipeline and (pipeline / part).is_dir()):
-            raise ValueError(f"{pipeline} is a latent pipeline, with a {part}/: its U-Net does not draw pixels.")
+            raise ValueError(
+                f"{pipeline} is a latent pipeline, with a {part}/: its U-Net is a score of latents, not of pixels."
+            )
 
 
 # -- Translation ------------------------------------------------------------------------------------------------------
@@ -210,14 +216,16 @@ def _translate(
     inputs, outputs = unet.get("in_channels", 3), unet.get("out_channels", 3)
     if outputs > inputs and outputs != 2 * inputs:
         raise ValueError(
-            f"{where}: out_channels must be at most in_channels, {inputs}, or twice as many, got {outputs}."
+            f"{where}: out_channels must be at most in_channels, {inputs}, or twice as many for a network that also "
+            f"predicts a variance, got {outputs}."
         )
     variance = scheduler.get("variance_type")
     # A network that also takes a conditioning image has no more output than input channels.
     predicts_variance = outputs == 2 * inputs or (variance in ("learned", "learned_range") and outputs % 2 == 0)
     if predicts_variance and variance == "learned":
         raise ValueError(
-            f"{where_scheduler}: variance_type 'learned' is not supported, only 'learned_range' and fixed ones."
+            f"{where_scheduler}: variance_type 'learned' is not supported; a network that predicts a variance must "
+            "have 'learned_range', a value between two fixed variances."
         )
     exploding = network.get("_class_name") == _NCSN or network.get("time_embedding_type") == "fourier"
     schedule, precondition = (_variance_exploding if exploding else _ddpm)(network, scheduler, where_scheduler)

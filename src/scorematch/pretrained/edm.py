@@ -115,7 +115,9 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     if config is not None:
         raise ValueError(f"{path} is a file of EDM, which holds its own options: leave out config.")
     if raw:
-        raise ValueError(f"{path} is a file of EDM, which has only the moving average of the weights: leave out raw.")
+        raise ValueError(
+            f"{path} is a file of EDM, which contains only the moving average of the weights: leave out raw."
+        )
     return _Reader(content["ema"], path).stored()
 
 

@@ -69,7 +69,8 @@ def check_login() -> None:
 
     if get_token() is None:
         raise PermissionError(
-            "you are not logged in to the Hub. Run hf auth login, or set HF_TOKEN to a token with write access."
+            "you are not logged in to the Hugging Face Hub. Run hf auth login, or set the environment variable "
+            "HF_TOKEN, with a token that has write access."
         )
 
 
@@ -230,7 +231,10 @@ class Repository:
 def _check_token(token: str | bool | None) -> None:
     """Raises an error for a token that cannot be sent; the client's error would contain the token."""
     if isinstance(token, str) and re.fullmatch("[!-~]*", token) is None:
-        raise ValueError("token must be an access token, without spaces and other special characters. Copy it again.")
+        raise ValueError(
+            "token must be the string of an access token, without spaces, line breaks and other special characters. "
+            "Copy it again."
+        )
 
 
 def _repeated(request: Callable[[], _T], waits: Sequence[float]) -> _T:

@@ -110,7 +110,8 @@ def read(content: Any, path: Path, config: str | os.PathLike[str] | None = None,
     """
     if raw:
         raise ValueError(
-            f"{path} is of improved-diffusion or guided-diffusion, with one set of weights: leave out raw."
+            f"{path} is a checkpoint of improved-diffusion or guided-diffusion, which holds one set of weights: leave "
+            "out raw."
         )
     tensors = load_tensors(content, path)
     first, last = tensors["input_blocks.0.0.weight"], tensors.get("out.2.bias")
@@ -192,13 +193,17 @@ def _options(config: str | os.PathLike[str]) -> dict[str, Any]:
         options["rescale_timesteps"] = False
     if options["channel_mult"] is None:
         if options["image_size"] not in _MULTIPLES:
-            raise ValueError(f"{config}: image_size {options['image_size']} has no default channel_mult: add it.")
+            raise ValueError(
+                f"{config}: image_size {options['image_size']} has no default channel_mult: add channel_mult."
+            )
         options["channel_mult"] = _MULTIPLES[options["image_size"]]
     if options["num_heads_upsample"] < 1:
         options["num_heads_upsample"] = options["num_heads"]
     width, scales = options["num_head_channels"], zip(_widths(options), _attended(options), strict=True)
     if width > 0 and any(here and channels % width for channels, here in scales):
-        raise ValueError(f"{config}: num_head_channels must divide each width with attention, got {width}.")
+        raise ValueError(
+            f"{config}: num_head_channels must divide the number of channels at each scale with attention, got {width}."
+        )
     return options
 
 

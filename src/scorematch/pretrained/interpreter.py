@@ -97,7 +97,9 @@ class Machine:
         for operation, argument, _ in pickletools.genops(cast(IO[bytes], self.source)):
             self.operations += 1
             if self.operations > _OPERATIONS:
-                raise RefusedError(f"holds a pickle of over {_OPERATIONS:,} operations, which weights do not need.")
+                raise RefusedError(
+                    f"holds a pickle of more than {_OPERATIONS:,} operations, which weights do not need."
+                )
             self._add(operation.name, argument)
         (value,) = self.stack
         return value
@@ -155,7 +157,9 @@ class Machine:
         elif name == "PROTO" and not 2 <= argument <= 5:
             raise RefusedError(f"holds a pickle of protocol {argument}, which is not supported.")
         elif name not in ("PROTO", "FRAME", "STOP"):
-            raise RefusedError(f"holds the pickle operation {name}, which weights do not need; it was not loaded.")
+            raise RefusedError(
+                f"holds a pickle with the operation {name}, which weights do not need; it was not loaded."
+            )
 
     def _last(self, count: int) -> list[Any]:
         """Takes the last values from the stack."""

@@ -41,7 +41,9 @@ def _read(home: Path, card: Card | None, complete: Callable[[Sequence[str]], Non
     elif config.get("_class_name") in diffusers.CLASSES:
         stored = diffusers.read(home, config, card, complete)
     elif (home / "network" / CONFIG_FILE).is_file():
-        raise ValueError(f"{home} is the folder of a training run. Its network is in {home / 'network'}: pass that.")
+        raise ValueError(
+            f"{home} is the folder of a training run. Its network is in {home / 'network'}: pass that folder."
+        )
     else:
         raise ValueError(
             f"{path} has no format_version, so it was not written by save_pretrained, and its _class_name must be "
@@ -116,7 +118,10 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
     family = FAMILIES.get(stored.config["family"])
     if family is None:
         if backbone is None:
-            raise ValueError(f"{stored.source} holds a network of your own class: pass an instance as backbone=.")
+            raise ValueError(
+                f"{stored.source} holds a network of your own class, whose code is not stored. In Python, pass an "
+                "instance of the class as backbone=."
+            )
     elif backbone is not None:
         raise ValueError(f"{stored.source} holds a network of the family {family.name!r}: leave out backbone=.")
     else:

@@ -177,7 +177,8 @@ def _schedule(
     if configured is not None:
         if levels is not None and levels != len(configured):
             raise ValueError(
-                f"{path} has {levels} noise levels, and {config} {len(configured)}. Pass its own config.yml."
+                f"the weights in {path} have {levels} noise levels, but {config} has {len(configured)}. Pass the "
+                "config.yml that the network was trained with."
             )
         return configured
     if levels == 10:
@@ -222,7 +223,10 @@ def _read_options(path: Path | None) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} is not a configuration of NCSN: it has no section model.")
     data = tree.get("data")
     if isinstance(data, dict) and data.get("logit_transform") is True:
-        raise ValueError(f"{path}: logit_transform is not supported: the noise levels are those of logits, not pixels.")
+        raise ValueError(
+            f"{path}: logit_transform is not supported. The network was trained on logits of the pixels, and its "
+            "noise levels do not map to pixel units."
+        )
     return {
         section: checked_options(tree.get(section), fields, f"{path}, section {section}")
         for section, fields in _OPTIONS.items()

@@ -32,7 +32,8 @@ def read_options(path: Path) -> dict[str, Any]:
         return read_json(path)
     if path.suffix == ".py":
         raise ValueError(
-            f"{path} is a Python program, which is not run: write its options into a YAML file, and pass that."
+            f"{path} is a Python program, which is not run: write its options into a YAML file, as lines like nf: 128 "
+            "in sections like model:, and pass that file."
         )
     size = path.stat().st_size
     if size > _LARGEST_FILE:
@@ -58,7 +59,9 @@ def named_options(config: str | os.PathLike[str], known: Mapping[str, Mapping[st
         return known[config]
     path = Path(config).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{str(config)!r} is neither a file nor a published configuration: {', '.join(known)}.")
+        raise FileNotFoundError(
+            f"{str(config)!r} is neither a file nor the name of a published configuration: {', '.join(known)}."
+        )
     return read_options(path)
 
 

@@ -214,14 +214,16 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Stor
     """Stands for ``torch._utils._rebuild_tensor_v2``."""
     if not isinstance(storage, Storage) or not len(shape) == len(stride) <= _DIMENSIONS:
         raise RefusedError(
-            f"holds an unsupported tensor: it must have a storage, and at most {_DIMENSIONS} dimensions with strides."
+            f"holds an unsupported tensor. Only tensors with a storage, at most {_DIMENSIONS} dimensions and a stride "
+            "for each dimension are supported."
         )
     tensor = StoredTensor(storage, _size(offset), tuple(map(_size, shape)), tuple(map(_size, stride)))
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
     # The second condition rejects strides of zero, which repeat numbers.
     if 0 not in tensor.shape and (last >= storage.count or math.prod(tensor.shape) > storage.count):
         raise RefusedError(
-            f"holds a tensor of shape {quote(tensor.shape)} that does not fit into its storage of {storage.count:,}."
+            f"holds a tensor of shape {quote(tensor.shape)}, strides {quote(tensor.stride)} and offset {offset} that "
+            f"does not fit into its storage of {storage.count:,} numbers."
         )
     return tensor
 
@@ -345,7 +347,8 @@ def _entry(data: memoryview, entry: zipfile.ZipInfo, checksums: bool) -> memoryv
     """
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise RefusedError(
-            f"holds the entry {quote(entry.filename)}, which is encrypted or compressed by another method than deflate."
+            f"holds the entry {quote(entry.filename)}, which is encrypted or compressed in an unsupported way. "
+            "Only entries that are stored or compressed by deflate are supported."
         )
     part = memoryview(b"")
     try:
@@ -366,7 +369,9 @@ def _read_sequence(machine: Machine, storages: Mapping[str, Storage]) -> Any:
     """The content of an older file of ``torch.save``, after the magic number."""
     protocol, system = machine.run(), machine.run()
     if protocol != _PROTOCOL or not isinstance(system, dict):
-        raise RefusedError(f"has an unsupported version of the older torch.save format, not {_PROTOCOL}.")
+        raise RefusedError(
+            f"has an unsupported version of the older torch.save format. Only version {_PROTOCOL} is supported."
+        )
     _check_order(system.get("little_endian") is True)
     content = machine.run()
     for key in machine.run():

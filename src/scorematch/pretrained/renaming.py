@@ -59,7 +59,8 @@ def renamed(
         module, _, leaf = name.rpartition(".")
         if module not in modules:
             raise ValueError(
-                f"{path} holds the tensor {quote(name)}, which a network with these options does not have."
+                f"{path} holds the tensor {quote(name)}, which a network with these options does not have: it was "
+                "trained with other options, or is another network."
             )
         ours = modules[module]
         if ".attentions." in ours and tensor.ndim > 2:

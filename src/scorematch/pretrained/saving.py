@@ -74,7 +74,9 @@ def save(
     if (folder / "unet" / CONFIG_FILE).is_file():
         raise FileExistsError(f"{folder} holds another network in unet/. Save into another folder.")
     if (folder / "network" / CONFIG_FILE).is_file():
-        raise FileExistsError(f"{folder} is the folder of a training run. Save into another folder.")
+        raise FileExistsError(
+            f"{folder} is the folder of a training run, whose network is in network/. Save into another folder."
+        )
     texts, weights_file = _layout(config, diffusers)
     _check_names(config, state_dict)
     try:
@@ -95,7 +97,8 @@ def _check_names(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) ->
     other = next((name for name, value in state_dict.items() if not isinstance(value, Tensor)), None)
     if other is not None:
         raise ValueError(
-            f"the backbone stores {other!r} in its state_dict, which is not a tensor. Keep it in an attribute."
+            f"the backbone stores {other!r} in its state_dict, which is not a tensor, and only tensors are saved. Keep "
+            "it in an attribute of your class."
         )
     if config["family"] not in FAMILIES:
         return
@@ -104,7 +107,8 @@ def _check_names(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) ->
     wrong |= {name for name in expected.keys() - wrong if expected[name].shape != state_dict[name].shape}
     if wrong:
         raise ValueError(
-            f"the weights do not fit the configuration, such as {min(wrong)!r}. Set net.backbone to the original one."
+            f"the weights of the backbone do not fit its configuration, for example {min(wrong)!r}. Set net.backbone "
+            "to the original network, without wrappers and parametrizations."
         )
 
 
@@ -126,7 +130,10 @@ def _layout(config: Mapping[str, Any], diffusers: bool) -> tuple[dict[str, str],
     config = checked(config, "the configuration")
     obstacle = pipelines.obstacle(config)
     if diffusers and obstacle is not None:
-        raise ValueError(f"a DDPMPipeline of diffusers cannot run this network: {obstacle}. Leave out diffusers=True.")
+        raise ValueError(
+            f"a DDPMPipeline of diffusers cannot run this network: {obstacle}. Leave out diffusers=True to save it for "
+            "scorematch."
+        )
     family = FAMILIES.get(config["family"])
     name = None if family is None else family.diffusers_class(architecture(config), config["precondition"])
     if name is None:

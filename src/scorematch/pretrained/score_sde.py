@@ -264,7 +264,9 @@ def _weights(content: Mapping[str, Any], path: Path, *, raw: bool) -> dict[str, 
         values = average.get("shadow_params") if isinstance(average, dict) else None
         trained = [name for name in model if not re.fullmatch(_NOT_TRAINED, name)]
         if not isinstance(values, list):
-            raise ValueError(f"{path} holds no moving average of the weights: pass raw=True (--raw).")
+            raise ValueError(
+                f"{path} holds no moving average of the weights: pass raw=True (--raw) to read those of the last step."
+            )
         shapes = [
             [getattr(tensor, "shape", None) for tensor in tensors] for tensors in (values, map(model.get, trained))
         ]
@@ -330,7 +332,8 @@ def _named(weights: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
     numbers = sorted({int(found[1]) for name in weights if (found := re.match(r"all_modules\.(\d{1,6})\.", name))})
     if len(numbers) != len(modules):
         raise ValueError(
-            f"{path} holds {len(numbers)} modules instead of {len(modules)}: it was trained with another configuration."
+            f"{path} holds the weights of {len(numbers)} modules, and a network of its configuration has "
+            f"{len(modules)}: it was trained with another configuration."
         )
     places = [(f"all_modules.{number}", ours) for number, ours in zip(numbers, modules, strict=True)]
     tensors = {}

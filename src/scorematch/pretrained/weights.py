@@ -52,7 +52,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         wrong = [name for name in parts.values() if not _is_name(name)] if isinstance(parts, dict) else [parts]
         if not isinstance(parts, dict) or wrong:
             raise ValueError(
-                f"{path}: weight_map must name the file of each tensor, got {quote(wrong[0])}. {remedy(path)}"
+                f"{path}: weight_map must be an object that names the file of each tensor, got {quote(wrong[0])}. "
+                f"{remedy(path)}"
             )
         weights: dict[str, Tensor] = {}
         for name in sorted({Path(name).name for name in parts.values()}):  # only files in the folder of the index

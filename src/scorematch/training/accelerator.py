@@ -53,16 +53,19 @@ def make_accelerator(
             raise ImportError(f"the tracker {missing[0]} is not installed: pip install {missing[0]}.")
     if given.mixed_precision != "no":
         raise ValueError(
-            f'accelerator must have mixed_precision="no", got {given.mixed_precision!r}. Write precision=.'
+            f'accelerator must have mixed_precision="no", got {given.mixed_precision!r}. Write precision="bfloat16" '
+            "instead."
         )
     if not given.distributed_type.startswith(("NO", "MULTI")):  # the gradients of the processes would not be averaged
         raise ValueError(
-            f"accelerator must use DistributedDataParallel, got {given.distributed_type.value}. Run accelerate config."
+            "the network is trained with DistributedDataParallel, but accelerator uses "
+            f"{given.distributed_type.value}. Run accelerate config again, without DeepSpeed, FSDP and Megatron-LM."
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != given.num_processes:  # each process would train on its own and write to the same files
         raise ValueError(
-            f"{launched} processes were launched, but accelerator has {given.num_processes}. On a CPU write cpu=True."
+            f"{launched} processes were launched, but accelerator has {given.num_processes}. On a CPU write "
+            "Accelerator(cpu=True)."
         )
     return given
 

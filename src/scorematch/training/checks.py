@@ -26,7 +26,9 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
     if not hasattr(data, "fingerprint"):
         raise TypeError(f"data must be the result of open_images, got {type(data).__name__}. Write open_images(data).")
     if net.sample_shape is not None and tuple(data.shape) != net.sample_shape:
-        raise ValueError(f"the data must have the network's sample_shape, {net.sample_shape}, got {tuple(data.shape)}.")
+        raise ValueError(
+            f"the data must have samples of the network's sample_shape, {net.sample_shape}, got {tuple(data.shape)}."
+        )
     if len(data) < settings.batch_size:
         raise ValueError(
             f"the data have {len(data)} images, fewer than a batch of {settings.batch_size}. Pass "
@@ -34,19 +36,27 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
         )
     if settings.batch_size % processes:
         raise ValueError(
-            f"{argument('batch_size')} must be a multiple of the {processes} processes, got {settings.batch_size}."
+            f"{argument('batch_size')} must be a multiple of the number of processes, {processes}, got "
+            f"{settings.batch_size}."
         )
     check_levels(levels_for(net, settings.levels))
     weighting_for(net, settings.weighting, settings.p)
     takes = net.conditioning
     if settings.condition is not None and takes is not None and takes.channels == 0:
-        raise ValueError("condition= is for networks that take an image. Write ScoreNet.unet(condition_channels=...).")
+        raise ValueError(
+            "condition= is for networks that take an image as their condition, which net does not. Write "
+            "ScoreNet.unet(condition_channels=...)."
+        )
     if takes is not None and takes.channels > 0 and settings.condition is None:
-        raise ValueError(f"the network takes an image of {takes.channels} channels as its condition: pass condition=.")
+        raise ValueError(
+            f"the network takes an image of {takes.channels} channels as its condition. Pass condition=, such as "
+            "scorematch.restoration.palette.Colorization()."
+        )
     classes = class_count(net, settings)
     if settings.label_drop > 0 and not (classes is not None and takes is not None and takes.null_class):
         raise ValueError(
-            "label_drop needs a null class. Write ScoreNet.unet(classes=..., null_class=True), or leave it out."
+            "label_drop needs a network with a null class, which replaces the dropped labels. Write "
+            "ScoreNet.unet(classes=..., null_class=True), or leave out label_drop."
         )
     if classes is not None:
         check_labels(

@@ -168,7 +168,8 @@ def reconstruct(
     used = [(seen, own, path) for seen, own, path in found if seen <= end]
     if not used or end > found[-1][0]:
         raise ValueError(
-            f"{argument('images')} must be from {found[0][0]:,} to {found[-1][0]:,}, the snapshots, got {images!r}."
+            f"{argument('images')} must be from {found[0][0]:,} to {found[-1][0]:,}, the snapshots in {folder}, got "
+            f"{images!r}."
         )
     shares, missed = combination([(seen, exponent(own)) for seen, own, _ in used], (end, gamma))
     if missed > _TOLERATED:

@@ -91,7 +91,9 @@ class LogNormal:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
-            raise ValueError(f"mean must be finite, and std positive and finite, got {self.mean!r} and {self.std!r}.")
+            raise ValueError(
+                f"mean must be finite, and std finite and positive, got mean={self.mean!r} and std={self.std!r}."
+            )
 
     def quantile(self, u: Tensor) -> Tensor:
         """The noise levels at u."""
@@ -147,7 +149,8 @@ class UniformTime:
             raise ValueError(f"first must be above 0 and below 1, got {self.first!r}.")
         if not 0 < self.beta_min <= self.beta_max < math.inf:
             raise ValueError(
-                f"the betas must satisfy 0 < beta_min <= beta_max, got {self.beta_min!r} and {self.beta_max!r}."
+                f"beta_min and beta_max must satisfy 0 < beta_min <= beta_max, got beta_min={self.beta_min!r} and "
+                f"beta_max={self.beta_max!r}."
             )
 
     def quantile(self, u: Tensor) -> Tensor:
@@ -229,7 +232,8 @@ def _distribution(levels: Levels | NoiseSchedule) -> Levels:
         return ScheduleLevels(levels)
     if not isinstance(levels, Levels) or isinstance(levels, type | Tensor):  # a tensor has another method quantile
         raise TypeError(
-            f"levels must be a NoiseSchedule or have a method quantile, as LogNormal(-1.9, 1.2), got {quote(levels)}."
+            "levels must be a NoiseSchedule or a distribution with a method quantile, such as LogNormal(-1.9, 1.2), "
+            f"got {quote(levels)}."
         )
     return levels
 
@@ -239,7 +243,8 @@ def check_levels(levels: Levels) -> None:
     found = levels.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64, device="cpu"))
     if not isinstance(found, Tensor) or found.shape != (2,) or not bool((found > 0).all()):
         raise ValueError(
-            f"quantile of levels must return positive levels, one for each u, got {quote(found)} for 2 values."
+            f"quantile of levels must return a tensor of positive levels, one for each value of u, got {quote(found)} "
+            "for 2 values."
         )
 
 
@@ -272,7 +277,8 @@ def weighting_for(
         return weighting
     if weighting not in get_args(Weighting):
         raise ValueError(
-            f"weighting must be {' or '.join(map(repr, get_args(Weighting)))} or a function, got {weighting!r}."
+            f"weighting must be one of {', '.join(map(repr, get_args(Weighting)))}, or a function of sigma, got "
+            f"{weighting!r}."
         )
     if weighting == "sigma":
         return None

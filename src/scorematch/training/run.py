@@ -272,7 +272,7 @@ class _Run:
             stack.enter_context(exclusive_lock(checkpoints))
         except BlockingIOError as error:
             raise BlockingIOError(
-                f"another process is training in {self.folder}. Wait for its end, or pass another folder."
+                f"another process is training in {self.folder}. Wait until it has ended, or pass another folder."
             ) from error
 
     def _load(self, found: checkpoint.Checkpoint) -> None:

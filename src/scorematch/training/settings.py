@@ -127,7 +127,7 @@ class Settings:
             raise ValueError(f"ema must not contain a length twice, got {self.ema!r}.")
         if self.condition is not None and (not callable(self.condition) or isinstance(self.condition, type)):
             raise TypeError(
-                f"condition must be a function task(x, generator), such as Colorization(), got {self.condition!r}."
+                f"condition must be callable as task(x, generator), such as Colorization(), got {self.condition!r}."
             )
         if self.loss is not None and not callable(self.loss):
             raise TypeError(f"loss must be a function, such as dsm_loss, got {self.loss!r}.")

@@ -108,7 +108,8 @@ class TrainingState:
         narrow = next((p.dtype for p in named.values() if p.dtype not in (torch.float32, torch.float64)), None)
         if narrow is not None:
             raise TypeError(
-                f"the weights must be float32 for training, got {narrow}. Write net.float(), and pass precision=."
+                f"the weights must be float32 for training, got {narrow}. Write net.float(); precision= sets the dtype "
+                "of the computations."
             )
         self.net = net
         self.images = 0
@@ -386,7 +387,8 @@ def _backward(
                     raise TypeError(f"loss must return a tensor, one value per image, got {quote(each)}.")
                 if each.shape != part.sigma.shape:
                     raise ValueError(
-                        f"loss must return one value per image, {tuple(part.sigma.shape)}, got {tuple(each.shape)}."
+                        f"loss must return one value per image, {tuple(part.sigma.shape)}, got shape "
+                        f'{tuple(each.shape)}. Write reduction="none".'
                     )
                 scaler.scale(each.sum() / n).backward()  # accelerator.backward may divide the loss once more
             losses.append(each.detach())

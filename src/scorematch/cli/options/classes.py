@@ -70,7 +70,10 @@ def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
             raise ValueError(f"--guidance-{next(iter(options))} needs the weight of the guidance. Add --guidance W.")
         return net
     if net.conditioning is None or not net.conditioning.null_class:
-        raise ValueError(f"--guidance needs a network with a null class, which {args.model} lacks. Leave it out.")
+        raise ValueError(
+            f"--guidance needs a network with a null class, such as one trained with train --labels, but {args.model} "
+            "has none. Leave out --guidance."
+        )
     return classifier_free(net, args.weight, **options)
 
 

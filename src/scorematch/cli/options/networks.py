@@ -31,7 +31,10 @@ def load_network(name: str | os.PathLike[str]) -> ScoreNet:
     """Any network of the package by its name, or from a folder; ValueError if it is of the user's own class."""
     stored = load_stored(locate(name))
     if stored.config["family"] == "custom":
-        raise ValueError(f"{name} has a network of your own class: load it in Python with backbone=YourClass().")
+        raise ValueError(
+            f"{name} has a network of your own class, whose code is not stored. Load it in Python: "
+            f'ScoreNet.from_pretrained("{name}", backbone=YourClass()).'
+        )
     return ScoreNet.from_stored(stored)
 
 
@@ -41,9 +44,18 @@ def load(args: argparse.Namespace) -> ScoreNet:
     net = load_network(args.model).to(device)
     shape = net.sample_shape
     if shape is None:
-        raise ValueError(f"{args.model} does not store the size of its images. Convert the checkpoint with --config.")
+        raise ValueError(
+            f"the size of the images of {args.model} is not stored with it. Convert the checkpoint with --config, or "
+            "sample from the network in Python with shape=."
+        )
     if not is_picture(shape):
-        raise ValueError(f"{args.model} must draw images (C, H, W), C being 1 or 3, but has the sample_shape {shape}.")
+        raise ValueError(
+            f"the network must draw images (C, H, W) with 1 or 3 channels, but the sample_shape of {args.model} is "
+            f"{shape}."
+        )
     if net.value_range != (0, 1):
-        raise ValueError(f"{args.model} must draw images in [0, 1], but has the value_range {net.value_range}.")
+        raise ValueError(
+            f"the network must draw images in [0, 1], but the value_range of {args.model} is {net.value_range}. Sample "
+            "from it in Python."
+        )
     return net

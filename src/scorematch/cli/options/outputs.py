@@ -28,11 +28,13 @@ def check_new_network(folder: Path, overwrite: bool) -> None:
     """Raises if a folder has a network, unless it is to be overwritten."""
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise FileExistsError(
-            f"{folder} has a network already. Choose another folder, or add --overwrite to replace it."
+            f"{folder} has a network already. Choose another folder, or add --overwrite to replace the network."
         )
 
 
 def check_folder_name(folder: Path) -> None:
     """Raises if the name of a folder to write is that of a picture."""
     if folder.suffix.lower() in ENDINGS:
-        raise ValueError(f"the output must be a folder, got the picture {folder}. Write {folder.with_suffix('')}.")
+        raise ValueError(
+            f"the output must be a folder, got the name of a picture, {folder}. Write {folder.with_suffix('')}."
+        )
