@@ -79,7 +79,7 @@ class Increments(ABC):
 
 @dataclass(frozen=True)
 class Laplace(Increments):
-    """The Laplace distribution with the density exp(-|u| / scale) / (2 scale)."""
+    r"""The Laplace distribution with the density :math:`\exp(-|u| / b) / (2 b)`, where b is the scale."""
 
     scale: float = 1.0
 
