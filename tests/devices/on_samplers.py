@@ -152,6 +152,9 @@ CLEAN = rand(2, 3, SIZE, SIZE, seed=7)
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("restore", METHODS if KIND == "cuda" else ["replace"])
 def test_restoration(compare, operator, restore):
+    if restore == "spectral" and not OPERATORS[operator].is_linear:
+        pytest.skip("it has no singular vectors")
+
     def restored(to):
         found = []
         for sigma, place in ((0.0, to), (0.2, lambda value: value)):  # y on the device, and on the CPU

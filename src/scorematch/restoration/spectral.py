@@ -90,18 +90,20 @@ class Spectral(Restoration):
         y = y if svd.measured is None else svd.measured(y)
         self._y = torch.where(s > 0, y / s, 0)
         self._noise = torch.where(s > 0, (observation.sigma / s) ** 2, torch.inf).expand_as(self._y)  # squared
-        self._svd, self._variance = svd, variance
+        self._operator, self._svd, self._variance = operator, svd, variance
         self._steps: dict[int, _Step] = {}  # by the first row of a batch
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score that corresponds to the mean of x0 given x and y."""
         level = sigma**2
         y, noise = (part[rows] if len(part) > 1 else part for part in (self._y, self._noise / level))
+        svd = self._svd if len(self._operator) == 1 else self._operator.rows(rows).decomposition(x)
+        assert svd is not None  # noqa: S101  (that of all rows was found)
         last = self._steps.get(rows.start)
-        w = torch.zeros_like(self._svd.coefficients(x)) if last is None else last.following * level
-        shifted = x + self._svd.sample(w)
+        w = torch.zeros_like(svd.coefficients(x)) if last is None else last.following * level
+        shifted = x + svd.sample(w)
         follow = score_at(score, shifted, sigma, None)
-        seen, coefficients = self._svd.coefficients(shifted), self._svd.coefficients(shifted + level * follow)
+        seen, coefficients = svd.coefficients(shifted), svd.coefficients(shifted + level * follow)
         response = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         least = self._variance / (self._variance + level)
         if last is not None:
@@ -112,7 +114,7 @@ class Spectral(Restoration):
         error = torch.where(noise.isfinite(), y - coefficients - noise * w, 0)
         following = w + (error - _DAMPING * w) / (j + noise + _DAMPING)
         self._steps[rows.start] = _Step(w, seen, coefficients, following / level)
-        return follow + self._svd.sample(w + j / (j + noise) * error) / level
+        return follow + svd.sample(w + j / (j + noise) * error) / level
 
     def finish(self, x: Tensor) -> Tensor:
         """The denoised image; its coefficients that were observed without noise are those of the observation."""
