@@ -42,6 +42,7 @@ def test_it_chooses_by_the_operator(operator, method):
     assert torch.equal(draw(WORLD, observation, "auto"), draw(WORLD, observation, method))
 
 
+@pytest.mark.slow
 def test_it_solves_for_linear_operators_whose_singular_vectors_are_not_known():
     large, operator = gaussian_images((3, 28, 28)), Linear(lambda x: x.cumsum(-1))
     observation = Observation(operator, operator.measure(large.sample(1, 1)), 0.1)

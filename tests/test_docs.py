@@ -41,6 +41,7 @@ SLOW_PAGES = {
     "extending",
     "guidance",
     "index",
+    "inverse-problems",
     "palette",
     "recipes",
     "restoration",

@@ -646,7 +646,7 @@ def test_images_of_a_batch_use_their_own_condition(rng):
             lambda: ScoreNet.unet(3, 8, widths=(4, 8)),
             torch.zeros(2, 1, 8, 8),
             TypeError,
-            r"takes no condition. Leave it out; ScoreNet.unet\(classes=...\) and .*\(condition_channels=...\) build",
+            r"takes no condition\. Leave it out, or build .* classes=, condition_channels= or condition_features=",
         ),
         (lambda: ScoreNet.unet(3, 8, widths=(4, 8)), 7, TypeError, "takes no condition"),
         (lambda: ScoreNet.unet(3, 8, widths=(4, 8)), "a", TypeError, "condition must be a tensor, .*got str"),

@@ -151,6 +151,11 @@ def test_invalid_arguments_raise(make, message):
         make()
 
 
+def test_integers_are_not_measured():
+    with pytest.raises(TypeError, match=r"data must be floating point, got torch.int64. Write data.float\(\)"):
+        network().fit_units(torch.arange(256).view(2, 2, 8, 8))
+
+
 def test_data_of_another_number_of_channels_raise():
     net = network()
     net.units = Units((0.0,), (1.0,))

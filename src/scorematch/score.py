@@ -186,6 +186,8 @@ class ScoreNet(NetworkScore, nn.Module):
             TypeError: if data is not a floating-point tensor.
             ValueError: if it has NaN or infinite values, or a channel that is constant.
         """
+        if isinstance(data, Tensor) and not data.is_floating_point():
+            raise TypeError(f"data must be floating point, got {data.dtype}. Write data.float().")
         check_data(data, "data")
         mean, std = _moments(data, "channel", "data")
         embeddings = [module for module in self.backbone.modules() if isinstance(module, VectorEmbedding)]

@@ -94,8 +94,8 @@ def _check_condition(condition: Tensor | int | None, n: int, takes: Condition) -
     if takes == Condition():
         if condition is not None:
             raise TypeError(
-                "this network takes no condition. Leave it out; ScoreNet.unet(classes=...) and "
-                "ScoreNet.unet(condition_channels=...) build networks that take one."
+                "this network takes no condition. Leave it out, or build a network that takes one with classes=, "
+                "condition_channels= or condition_features=."
             )
         return
     wanted = f"an image as its condition, float (N, {takes.channels}, H, W)"
