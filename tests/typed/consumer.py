@@ -83,7 +83,7 @@ from scorematch.evaluation.levy import Increments, Laplace, LevyProcess, Student
 from scorematch.evaluation.memorization import Neighbors
 from scorematch.evaluation.sampler_distance import SamplerDistance, sampler_variants
 from scorematch.evaluation.tune import MeasuredSampler
-from scorematch.guidance import GuidedScore, autoguidance, classifier, classifier_free
+from scorematch.guidance import GuidedScore, Tiled, autoguidance, classifier, classifier_free
 from scorematch.likelihood import bits_per_dimension, log_likelihood
 from scorematch.loss import loss_and_norm, sliced_score_matching_loss
 from scorematch.nets import FAMILIES, MLP, NCSNPP, Condition, Family, InferenceScore, RefineNet, UNet, family_of
@@ -311,6 +311,7 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
         classifier(net, score, 2),
     ]
     assert_type(guided[0].forward(x, 0.1, 3), Tensor)
+    assert_type(Tiled(net, 64, overlap=16).inference_copy(), Tiled)
     assert_type(sample_to(ODESampler(net), folder, 1000, seed=1), Path)
     for batch in (*bulk_samples(ODESampler(net), 100), *stored_samples(folder)):
         assert_type(batch, Batch)

@@ -53,23 +53,13 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scorematch.core.arguments import argument
 from scorematch.core.batches import as_sigma, check_data, per_image
 from scorematch.core.conditions import Condition, as_condition, null_condition
-from scorematch.core.scores import (
-    NetworkScore,
-    Score,
-    attribute,
-    check_differentiable,
-    check_score,
-    has_inference_copy,
-    inference_copy_of,
-)
-from scorematch.noise import NoiseSchedule
-
-__all__ = ["GuidedScore", "autoguidance", "classifier", "classifier_free"]
+from scorematch.core.scores import Score, attribute, check_differentiable, has_inference_copy, inference_copy_of
+from scorematch.guidance.derived import DerivedScore, call
 
 Interval = tuple[float, float]
 
@@ -86,7 +76,8 @@ def classifier_free(
         weight: w. 0 is the network without a class, 1 the network with the class; values above 1 are guidance. Ho &
             Salimans call w - 1 the weight.
         interval: (low, high), the range of noise levels with guidance, low < sigma <= high, in the units of x. At other
-            levels the score is that of the network with the class, with a batch of N. None is all levels.
+            levels the score is that of the network with the class, with a batch of N, if sigma is passed as a float.
+            None is all levels.
         rescale: phi, from 0 to 1. 0 does not rescale; 1 gives each denoised image the standard deviation that it has
             without guidance. See the module docstring.
 
@@ -175,13 +166,8 @@ def classifier(
     return _Classifier(net, classifier, weight, interval)
 
 
-def _of_net(name: str) -> Any:
-    """An attribute that is that of the network."""
-    return property(lambda guided: attribute(guided.net, name))
-
-
-class GuidedScore(NetworkScore, nn.Module):
-    """A score with guidance, which every sampler accepts; see ``scorematch.guidance``.
+class GuidedScore(DerivedScore):
+    """A score with guidance, which every sampler accepts; see ``scorematch.guidance.guided``.
 
     Its schedule, value range, sample shape and sampler settings are those of the network that it guides. Samplers call
     the inference copies of its networks, as they do for a ScoreNet. If the network predicts the variance of ancestral
@@ -203,16 +189,7 @@ class GuidedScore(NetworkScore, nn.Module):
         device: the device of an inference copy.
     """
 
-    net: Score
     other: Callable[..., Tensor] | None
-    schedule: NoiseSchedule | None = _of_net("schedule")
-    value_range: tuple[float, float] | None = _of_net("value_range")
-    units: Any = _of_net("units")
-    sample_shape: tuple[int, ...] | None = _of_net("sample_shape")
-    sampler_settings: Any = _of_net("sampler_settings")
-    class_names: tuple[str, ...] | None = _of_net("class_names")
-    preconditioning: Any = _of_net("preconditioning")
-    device: torch.device | None = _of_net("device")
     _unguided: ClassVar[float] = 1.0  # the weight without guidance
 
     def __init__(
@@ -223,9 +200,7 @@ class GuidedScore(NetworkScore, nn.Module):
         interval: Interval | None,
         rescale: float = 0.0,
     ) -> None:
-        super().__init__()
-        if not callable(net):
-            raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
+        super().__init__(net)
         if not isinstance(weight, int | float | np.integer | np.floating) or not math.isfinite(weight):
             raise ValueError(f"{argument('weight')} must be a finite number, got {weight!r}.")
         pair = isinstance(interval, Sequence) and len(interval) == 2
@@ -235,25 +210,10 @@ class GuidedScore(NetworkScore, nn.Module):
             )
         if not isinstance(rescale, int | float | np.integer | np.floating) or not 0 <= rescale <= 1:
             raise ValueError(f"{argument('rescale')} must be a number from 0 to 1, got {rescale!r}.")
-        self.net, self.other = net, other
-        self.predicts_variance = bool(attribute(net, "predicts_variance"))
+        self.other = other
         self.weight = float(weight)
         self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
         self.rescale = float(rescale)
-
-    def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
-        """The score of x (N, ...) at a noise level sigma: a float, () or (N,).
-
-        Args:
-            x: noisy data (N, ...), images in [0, 1] plus noise.
-            sigma: the noise level in the units of x. With an interval, a float is fastest: a network that is not needed
-                at this level is not called.
-            condition: the condition of the network; for classifier guidance the classes, int64 (N,) or an int.
-
-        Returns:
-            The score, with the shape of x.
-        """
-        return self._outputs(x, sigma, condition)[0]
 
     def inference_copy(self, *, compile: bool = False) -> GuidedScore:  # noqa: A002  (torch's word)
         """Returns the same guidance of the inference copies of its networks.
@@ -274,13 +234,7 @@ class GuidedScore(NetworkScore, nn.Module):
         return [self.net, self.other, self.weight, self.interval, self.rescale]
 
     @property
-    def conditioning(self) -> Condition | None:
-        """The condition that the guided score takes; None if it is not known."""
-        takes = attribute(self.net, "conditioning")
-        return takes if isinstance(takes, Condition) else None
-
-    @property
-    def is_inference_copy(self) -> bool:
+    def is_inference_copy(self) -> bool:  # type: ignore[override]
         """Whether one of its networks is an inference copy."""
         return any(attribute(part, "is_inference_copy") for part in (self.net, self.other))
 
@@ -336,11 +290,11 @@ class _ClassifierFree(GuidedScore):
         null = null_condition(takes, x).to(labels)
         weight = self._weight(sigma, x)
         if isinstance(weight, float) and (weight == 1 or (weight == 0 and not variance and not self.rescale)):
-            return _call(self.net, x, sigma, labels if weight else null, variance=variance)
+            return call(self.net, x, sigma, labels if weight else null, variance=variance)
         level = sigma
         if isinstance(sigma, Tensor) and sigma.ndim == 1:
             sigma = torch.cat([sigma, sigma])
-        outputs = _call(self.net, torch.cat([x, x]), sigma, torch.cat([labels, null]), variance=variance)
+        outputs = call(self.net, torch.cat([x, x]), sigma, torch.cat([labels, null]), variance=variance)
         conditional, unconditional = outputs[0].chunk(2)
         score = self._guided(unconditional, conditional, weight, x, level)
         return score, *(share[: len(x)] for share in outputs[1:])
@@ -357,11 +311,11 @@ class _Autoguidance(GuidedScore):
         takes_none = attribute(self.other, "conditioning") == Condition()
         weight = self._weight(sigma, x)
         if isinstance(weight, float) and weight == 1:
-            return _call(self.net, x, sigma, condition, variance=variance)
-        weaker = _call(self.other, x, sigma, None if takes_none else condition)
+            return call(self.net, x, sigma, condition, variance=variance)
+        weaker = call(self.other, x, sigma, None if takes_none else condition)
         if isinstance(weight, float) and weight == 0 and not variance and not self.rescale:
             return weaker
-        score, *share = _call(self.net, x, sigma, condition, variance=variance)
+        score, *share = call(self.net, x, sigma, condition, variance=variance)
         return self._guided(weaker[0], score, weight, x, sigma), *share
 
 
@@ -381,7 +335,7 @@ class _Classifier(GuidedScore):
         check_data(x)
         takes = self.conditioning
         labels = as_condition(condition, x, takes)
-        score, *share = _call(self.net, x, sigma, None if takes is None else labels, variance=variance)
+        score, *share = call(self.net, x, sigma, None if takes is None else labels, variance=variance)
         weight = self._weight(sigma, x)
         if not (isinstance(weight, float) and weight == 0):
             score = score + weight * self._gradient(x, as_sigma(sigma, x).expand(len(x)), labels)
@@ -406,14 +360,3 @@ class _Classifier(GuidedScore):
             logs = logits.log_softmax(1).gather(1, labels[:, None].long())
             (gradient,) = torch.autograd.grad(logs.sum(), x, create_graph=differentiable)
         return gradient
-
-
-def _call(
-    score: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | None, *, variance: bool = False
-) -> tuple[Tensor, ...]:
-    """The score of x, and the variance if ``variance`` is True. A plain function gets a tensor as its noise level."""
-    if not has_inference_copy(score):
-        sigma = as_sigma(sigma, x)
-    arguments = (x, sigma) if condition is None else (x, sigma, condition)
-    outputs = attribute(score, "score_and_variance")(*arguments) if variance else (score(*arguments),)
-    return tuple(check_score(output, x).to(x.dtype) for output in outputs)

@@ -1,0 +1,77 @@
+"""The base class of scores that are computed from the score of a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scorematch.core.batches import as_sigma
+from scorematch.core.conditions import Condition
+from scorematch.core.scores import NetworkScore, Score, attribute, check_score, has_inference_copy
+from scorematch.noise import NoiseSchedule
+
+
+def _of_net(name: str) -> Any:
+    """An attribute that is that of the network."""
+    return property(lambda derived: attribute(derived.net, name))
+
+
+class DerivedScore(NetworkScore, nn.Module):
+    """A score that is computed from another one, and has its schedule, value range and sampler settings.
+
+    Args:
+        net: the other score.
+
+    Raises:
+        TypeError: if it is not callable.
+    """
+
+    net: Score
+    schedule: NoiseSchedule | None = _of_net("schedule")
+    value_range: tuple[float, float] | None = _of_net("value_range")
+    units: Any = _of_net("units")
+    sample_shape: tuple[int, ...] | None = _of_net("sample_shape")
+    sampler_settings: Any = _of_net("sampler_settings")
+    class_names: tuple[str, ...] | None = _of_net("class_names")
+    preconditioning: Any = _of_net("preconditioning")
+    device: torch.device | None = _of_net("device")
+    is_inference_copy: bool = _of_net("is_inference_copy")
+
+    def __init__(self, net: Score) -> None:
+        super().__init__()
+        if not callable(net):
+            raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
+        self.net = net
+        self.predicts_variance = bool(attribute(net, "predicts_variance"))
+
+    def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+        """The score of x (N, ...) at a noise level sigma: a float, () or (N,).
+
+        Args:
+            x: noisy data (N, ...), images in [0, 1] plus noise.
+            sigma: the noise level in the units of x.
+            condition: the condition of the network.
+
+        Returns:
+            The score, with the shape of x.
+        """
+        return self._outputs(x, sigma, condition)[0]
+
+    @property
+    def conditioning(self) -> Condition | None:
+        """The condition that the score takes; None if it is not known."""
+        takes = attribute(self.net, "conditioning")
+        return takes if isinstance(takes, Condition) else None
+
+
+def call(
+    score: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | None, *, variance: bool = False
+) -> tuple[Tensor, ...]:
+    """The score of x, and the variance if ``variance`` is True. A plain function gets a tensor as its noise level."""
+    if not has_inference_copy(score):
+        sigma = as_sigma(sigma, x)
+    arguments = (x, sigma) if condition is None else (x, sigma, condition)
+    outputs = attribute(score, "score_and_variance")(*arguments) if variance else (score(*arguments),)
+    return tuple(check_score(output, x).to(x.dtype) for output in outputs)
