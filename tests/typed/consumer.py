@@ -49,10 +49,12 @@ from scorematch.evaluation import (
     Statistics,
     Tuning,
     class_shares,
+    classifier_two_sample_test,
     data_likelihood,
     density_coverage,
     dinov2,
     efficientnet_lite0,
+    energy_distance,
     evaluate,
     evaluate_restoration,
     exact,
@@ -63,17 +65,22 @@ from scorematch.evaluation import (
     inception_score,
     kernel_distance,
     level_losses,
+    maximum_mean_discrepancy,
     memorization_of,
     pixels,
     posterior_calibration,
+    power_spectrum,
     precision_recall,
     sampler_distances,
     score_error,
     settings_of_paths,
     settings_table,
+    sliced_wasserstein_distance,
+    spectrum_error,
     statistics_of,
     tune,
     values,
+    values_distance,
 )
 from scorematch.evaluation.calibration import Calibration
 from scorematch.evaluation.diagnostics import LevelLoss, ScoreError
@@ -419,7 +426,14 @@ def features(folder: Path, images: Tensor) -> None:
         *class_shares(logits),
         *precision_recall(a, statistics),
         *density_coverage(a, statistics),
+        sliced_wasserstein_distance(a, statistics, directions=10),
+        energy_distance(a, statistics),
+        maximum_mean_discrepancy(a, statistics),
+        classifier_two_sample_test(a, a, folds=3),
+        *spectrum_error(images, images),
+        values_distance(images, images),
     ]
+    assert_type(power_spectrum(images), Tensor)
     assert_type(estimates[0].error, float | None)
     memorization: Memorization = memorization_of(images, folder)
     neighbors: Neighbors = memorization.samples

@@ -40,12 +40,16 @@ def add(commands: Commands) -> None:
         "FOLDER/evaluation.md has the tables, evaluation.json all settings and figures, FOLDER/samples the samples.\n"
         "The same command again continues after an interruption. torchrun and accelerate launch run it on many\n"
         "devices.\n\n"
+        "Data that are not pictures, which are floating-point arrays in any units, are compared by the sliced\n"
+        "Wasserstein distance, the energy distance, the maximum mean discrepancy, a classifier (C2ST), and the power\n"
+        "spectrum.\n\n"
         "With --restore real images are degraded and restored, and the restorations are measured.",
         epilog="Examples:\n"
         "  %(prog)s mnist mnist-train --held-out mnist-test --features efficientnet-lite0\n"
         "  %(prog)s ./cifar10 cifar10-train -n 50k --out runs/fid\n"
         "  %(prog)s samples/ photos/ --features inception dinov2\n"
         "  %(prog)s mnist --restore hole --data digits.npz --features pixels\n"
+        "  %(prog)s runs/fields/network fields.npz --held-out more.npz\n"
         "  accelerate launch -m scorematch evaluate ./cifar10 cifar10-train -n 50k --out runs/fid",
     )
     parser.add_argument(

@@ -17,6 +17,7 @@ from scorematch.evaluation import exact
 from scorematch.evaluation.calibration import posterior_calibration
 from scorematch.evaluation.data_likelihood import DataLikelihood, data_likelihood
 from scorematch.evaluation.diagnostics import level_losses, score_error
+from scorematch.evaluation.distances import energy_distance, maximum_mean_discrepancy, sliced_wasserstein_distance
 from scorematch.evaluation.estimate import Estimate, values
 from scorematch.evaluation.evaluate import Evaluation, evaluate
 from scorematch.evaluation.evaluator import Evaluator, image_figures
@@ -35,8 +36,10 @@ from scorematch.evaluation.metrics import (
 from scorematch.evaluation.reference import gaussian_images
 from scorematch.evaluation.restored_images import evaluate_restoration
 from scorematch.evaluation.sampler_distance import sampler_distances
+from scorematch.evaluation.spectrum import power_spectrum, spectrum_error, values_distance
 from scorematch.evaluation.statistics import Statistics, statistics_of
 from scorematch.evaluation.tune import Tuning, settings_of_paths, settings_table, tune
+from scorematch.evaluation.two_sample import classifier_two_sample_test
 
 __all__ = [
     "EXTRACTORS",
@@ -51,10 +54,12 @@ __all__ = [
     "Statistics",
     "Tuning",
     "class_shares",
+    "classifier_two_sample_test",
     "data_likelihood",
     "density_coverage",
     "dinov2",
     "efficientnet_lite0",
+    "energy_distance",
     "evaluate",
     "evaluate_restoration",
     "exact",
@@ -65,15 +70,20 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "level_losses",
+    "maximum_mean_discrepancy",
     "memorization_of",
     "pixels",
     "posterior_calibration",
+    "power_spectrum",
     "precision_recall",
     "sampler_distances",
     "score_error",
     "settings_of_paths",
     "settings_table",
+    "sliced_wasserstein_distance",
+    "spectrum_error",
     "statistics_of",
     "tune",
     "values",
+    "values_distance",
 ]

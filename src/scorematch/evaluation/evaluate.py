@@ -31,23 +31,26 @@ from typing import Any
 
 import torch
 
-from scorematch.core.arguments import argument, check_count, check_integer
+from scorematch.core.arguments import argument, check_choice, check_count, check_integer
 from scorematch.core.charts import table
 from scorematch.core.files import check_outside, check_own, delete_unfinished, write_whole
-from scorematch.core.processes import local_device, process_group, this_process
+from scorematch.core.processes import gathered, local_device, process_group, this_process
 from scorematch.core.provenance import versions
-from scorematch.core.records import as_stored, hash_of
+from scorematch.core.records import as_stored, hash_of, hash_of_bytes
+from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import Crop, check_picture, save_grid
+from scorematch.evaluation.arrays import CHARTS, VALUES, ArrayEvaluator, open_arrays, save_charts, values_of
 from scorematch.evaluation.estimate import IMAGES, Figures, as_dicts
 from scorematch.evaluation.evaluator import Evaluator, OneOrMore, image_figures
-from scorematch.evaluation.metrics import METRICS
+from scorematch.evaluation.metrics import METRICS, default_metrics
 from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.reference import are_same, check_sources, gaussian_images, open_for, read_batches, shown
-from scorematch.evaluation.subject import SamplerChoice, is_network, samples_in, subject_of
+from scorematch.evaluation.subject import SamplerChoice, Subject, is_network, samples_in, subject_of
 from scorematch.sampling.bulk import Classes
 
-SAMPLES, HELD_OUT, GAUSSIAN, REFERENCE = "samples", "held-out", "gaussian", "reference"
+SAMPLES, HELD_OUT, FLOOR, GAUSSIAN, REFERENCE = "samples", "held-out", "floor", "gaussian", "reference"
 _COLUMNS = {SAMPLES: "samples", HELD_OUT: "held-out images", GAUSSIAN: "Gaussian", REFERENCE: "reference"}
+_OF_ARRAYS = {HELD_OUT: "held-out data", FLOOR: "floor: data of the reference"}
 _LABELS = {  # of the figures that are not in METRICS
     "std": "standard deviation",
     "psnr": "PSNR in dB ↑",
@@ -70,9 +73,10 @@ class Evaluation:
         name: what was evaluated, for the title.
         settings: everything that determines the figures, as plain values for JSON.
         versions: the versions of the packages and the device, which change the rounding.
-        sizes: the number of images in each set: "samples", "held-out", "gaussian" and "reference".
+        sizes: the number of images in each set: "samples", "held-out", "gaussian" and "reference"; for other data also
+            "floor".
         figures: ``figures[set][source][name]``, where the source is the name of an extractor, or "images" for figures
-            of the pixels themselves. The reference has the source "images" only.
+            of the pixels themselves, of which the reference has only these. Other data have the source "values".
         left_out: the names of the figures that were not measured, each with the reason.
         sampler: the sampler and its number of network calls in words; None for images that were drawn before.
     """
@@ -108,14 +112,17 @@ class Evaluation:
 
     def table(self) -> str:
         """A table in Markdown: one column for each set, one row for each figure, grouped by their source."""
-        rows = [["number of images", *(f"{self.sizes[column]:,}" for column in self.figures)]]
         sets = list(self.figures.values())
+        arrays = VALUES in sets[0]
+        columns = _COLUMNS | (_OF_ARRAYS if arrays else {})
+        number = "number of samples" if arrays else "number of images"
+        rows = [[number, *(f"{self.sizes[column]:,}" for column in self.figures)]]
         for source in dict.fromkeys(source for found in sets for source in found):
             rows.append([f"**{source}**", *("" for _ in sets)])
             for name in dict.fromkeys(name for found in sets for name in found.get(source, {})):
                 cells = (found.get(source, {}).get(name, "") for found in sets)
                 rows.append([_label(name), *map(str, cells)])
-        return table(["", *(_COLUMNS.get(column, column) for column in self.figures)], rows)
+        return table(["", *(columns.get(column, column) for column in self.figures)], rows)
 
     def to_markdown(self) -> str:
         """The content of evaluation.md."""
@@ -145,7 +152,7 @@ class Evaluation:
 
 def check_evaluation_folder(folder: Path) -> None:
     """Checks that the files that an evaluation writes replace only those of an earlier one; see ``check_own``."""
-    check_own(folder, "evaluation.json", ("evaluation.md", "samples.png", "restored.png"))
+    check_own(folder, "evaluation.json", ("evaluation.md", "samples.png", "restored.png", *CHARTS))
 
 
 def checked_folder(out: str | os.PathLike[str] | None, picture: str, *sources: Any) -> Path | None:
@@ -198,7 +205,11 @@ def evaluate(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Measures the quality of a network's samples, or of any set of images, against real images.
+    """Measures the quality of a network's samples, or of any set of images or other data, against real ones.
+
+    Floating-point data that are not pictures (vectors, signals, fields, volumes, in any units) are measured without
+    features, by the metrics for such data, with a floor from the reference itself; see
+    ``scorematch.evaluation.arrays``.
 
     Under ``torchrun`` or ``accelerate launch`` every process must call it; each draws and measures a share of the
     images, and all return the same result.
@@ -207,14 +218,16 @@ def evaluate(
         what: a network or any other score; the name or the folder of a network, as for ``ScoreNet.from_pretrained``; a
             ``Sampler``; or images: a folder, an ``.npz`` file, arrays, or a folder that ``sample_to`` wrote.
         reference: the real images, all of which are used: a folder, an ``.npz`` file, arrays, a data set or its name on
-            the Hub, one of the short names in ``scorematch.data.REFERENCES``, or statistics (an object or a file). For
+            the Hub, one of the short names in ``scorematch.data.REFERENCES``, or statistics (an object or a file); or
+            other data, an array or an ``.npz`` file of floating-point values (N, ...). For
             samples of a network they are cropped and resized as in training; images must have the size of the
             reference, and are not cropped.
         n: the number of samples, at least 2; None is 5,000 samples of a network, or all images. Published figures use
             50,000. If a set of images has more than n, a random subset is measured; of a folder that ``sample_to``
             wrote, the first n images are.
         features: the extractor, or several of them: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of
-            images (N, C, H, W), uint8, as for ``as_extractor``.
+            images (N, C, H, W), uint8, as for ``as_extractor``. "values" says that the data are not pictures, which is
+            only needed for values of the shape of pictures in [-1, 1].
         metrics: a name from ``METRICS``, or several; None is everything that can be measured, except "classes".
         sampler: ``SamplerSettings``, or a function of the network that returns a ``Sampler``; None is the sampler that
             is recommended for the network.
@@ -258,9 +271,15 @@ def evaluate(
     if held_out is not None and are_same(held_out, reference):
         raise ValueError(f"{argument('held_out')} is the reference. Pass real images that are not in it.")
     check_sources(reference, held_out)
+    arrays = None
+    if isinstance(features, str) and features in ("inception", VALUES):
+        arrays = open_arrays(reference, what, named=features == VALUES, progress=progress)
     written = is_network(what) or samples_in(what) is not None
     folder = checked_folder(out, "samples.png", reference, held_out, None if written else what)
     options = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
+    if arrays is not None:
+        subject = subject_of(what, n, sampler, options, None, device, progress, pictures=False)
+        return _evaluate_arrays(subject, arrays, metrics, held_out, gaussian, seed, folder, name, progress)
     subject = subject_of(what, n, sampler, options, folder, device, progress)
     device = local_device(subject.device if device is None else device)
     # Without a size in pixels, "center" would crop to a square.
@@ -310,4 +329,55 @@ def evaluate(
             result.save(folder)
             save_grid(subject.first(min(subject.n, _ON_THE_PICTURE)), folder / "samples.png")
             delete_unfinished(folder)
+    return result
+
+
+def _evaluate_arrays(
+    subject: Subject,
+    data: ImageData,
+    metrics: Sequence[str] | None,
+    held_out: Any,
+    gaussian: bool,
+    seed: int,
+    folder: Path | None,
+    name: str | None,
+    progress: bool,
+) -> Evaluation:
+    """The evaluation of data that are not pictures."""
+    if subject.shape != data.shape:
+        raise ValueError(f"the samples must have the shape of the reference, {data.shape}, got {subject.shape}.")
+    named = [metrics] if isinstance(metrics, str) else metrics
+    for each in named or ():
+        check_choice("each of metrics", each, METRICS)
+    reference = values_of(data)
+    evaluator = ArrayEvaluator(reference, default_metrics("arrays") if named is None else named)
+    left_out = evaluator.lacking(subject.n)
+    for each, reason in {} if named is None else left_out.items():
+        raise ValueError(f"the metric {each!r} {reason}.")
+    with process_group(subject.device):
+        own = [batch.cpu().float() for batch in shown(subject.batches(), subject.n, "samples", progress)]
+        samples = torch.cat([batch for part in gathered(own) for batch in part])
+    sizes = {SAMPLES: len(samples)}
+    found = {SAMPLES: evaluator.measure(samples)}
+    settings = {"samples": subject.settings, "reference": {"n": len(data), "content": data.content}}
+    if held_out is not None:
+        others = values_of(open_images(held_out, crop=None, value_range=None, strict=True, progress=progress))
+        others = others[choose(len(others), min(len(samples), len(others)), seed).sort().values]
+        sizes[HELD_OUT], found[HELD_OUT] = len(others), evaluator.measure(others)
+        settings["held_out"] = {"n": len(others), "content": hash_of_bytes(others.numpy().data)}
+    sizes[FLOOR], found[FLOOR] = evaluator.floor(len(samples), seed)
+    if gaussian:
+        sizes[GAUSSIAN], found[GAUSSIAN] = len(samples), evaluator.gaussian(len(samples), seed)
+    result = Evaluation(
+        name=subject.name if name is None else name,
+        settings=as_stored({**settings, **evaluator.settings(), "seed": seed}),
+        versions=versions(subject.device),
+        sizes=sizes,
+        figures={column: {VALUES: figures} for column, figures in found.items()},
+        left_out=left_out,
+        sampler=subject.sampler,
+    )
+    if folder is not None and this_process().rank == 0:
+        result.save(folder)
+        save_charts(samples, reference, folder)
     return result

@@ -11,12 +11,10 @@ from torch import Tensor
 from scorematch.evaluation.accumulate import Moments
 from scorematch.evaluation.estimate import Estimate
 from scorematch.evaluation.rows import BLOCK, check_features, different_dimensions, double
-from scorematch.evaluation.statistics import Statistics
+from scorematch.evaluation.statistics import Features, Statistics
 
 _NEGATIVE = 1e-4  # the tolerance for negative eigenvalues of a covariance, relative to the largest
 _known: weakref.WeakKeyDictionary[Statistics, _Gaussian] = weakref.WeakKeyDictionary()
-
-Features = Tensor | Statistics
 
 
 def frechet_distance(features: Features, reference: Features) -> Estimate:

@@ -28,6 +28,9 @@ by k. Coverage is the fraction of the balls of real features that contain a gene
 n real and m generated images, the expected density is 1, and the expected coverage
 :math:`1 - \prod_{i=1}^k \frac{n - i}{n + m - i}`.
 
+**Other data.** The distances of ``distances``, the classifier of ``two_sample`` and the spectrum of ``spectrum`` are
+for data that are not pictures, and need no features.
+
 **Precision and memory.** All computations are in float64, on the device of the features, or on the CPU if the device
 does not support float64. Distances between features are computed in blocks of 2,048 x 2,048, which need about 200 MB in
 addition to the features, plus 66 MB per 1,024 dimensions. A distance below its rounding error is set to zero, so that
@@ -58,20 +61,22 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_count
 from scorematch.core.randomness import single_generator
+from scorematch.evaluation.distances import energy_distance, maximum_mean_discrepancy, sliced_wasserstein_distance
 from scorematch.evaluation.estimate import Estimate, share_of
 from scorematch.evaluation.features import Extracted
-from scorematch.evaluation.frechet import Features, frechet_distance
+from scorematch.evaluation.frechet import frechet_distance
 from scorematch.evaluation.rows import (
     BLOCK,
     canonical_order,
     check_features,
-    different_dimensions,
     double,
     draw,
     random_rows,
     squared_distances,
 )
-from scorematch.evaluation.statistics import Statistics
+from scorematch.evaluation.spectrum import spectrum_error, values_distance
+from scorematch.evaluation.statistics import Features, Statistics, features_of, pair_of
+from scorematch.evaluation.two_sample import FOLDS, classifier_two_sample_test
 
 _TIE = 1e-9  # the relative difference up to which squared distances count as equal; it is above their rounding error
 _SUBSET_SIZE, _SPLITS, _NEAREST, _NEAREST_FOR_COVERAGE = 1000, 10, 3, 5
@@ -104,7 +109,7 @@ def kernel_distance(
     References:
         Bińkowski et al., 2018, arXiv:1801.01401, Sec. 4 and Eq. 4.
     """
-    first, second = _pair(features, reference)
+    first, second = pair_of(features, reference)
     check_count("subsets", subsets)
     check_count("subset_size", subset_size, 2)
     least = min(len(first), len(second))
@@ -213,7 +218,7 @@ def precision_recall(features: Features, reference: Features, *, k: int = _NEARE
     References:
         Kynkäänniemi et al., 2019, arXiv:1904.06991, Eq. 1-3.
     """
-    generated, real = _pair(features, reference)
+    generated, real = pair_of(features, reference)
     _enough(k, features=len(generated), reference=len(real))
     mean = _mean(real)
     reach, own = _squared_radii(real, k, mean), _squared_radii(generated, k, mean)
@@ -241,7 +246,7 @@ def density_coverage(
     References:
         Naeem et al., 2020, arXiv:2002.09797, Eq. 3 and 4.
     """
-    generated, real = _pair(features, reference)
+    generated, real = pair_of(features, reference)
     _enough(k, reference=len(real))
     mean = _mean(real)
     reach = _squared_radii(real, k, mean)
@@ -290,22 +295,6 @@ def _slices(n: int) -> list[slice]:
 # -- Shared -----------------------------------------------------------------------------------------------------------
 
 
-def _pair(features: Features, reference: Features) -> tuple[Tensor, Tensor]:
-    """Checks two sets of features, and moves the second to the device of the first."""
-    a, b = _rows(features, "features"), _rows(reference, "reference")
-    if a.shape[1] != b.shape[1]:
-        raise different_dimensions(a.shape[1], b.shape[1])
-    return a, b.to(a.device)
-
-
-def _rows(features: Features, name: str) -> Tensor:
-    if isinstance(features, Statistics):
-        if features.features is None:
-            raise ValueError(f"{name} must be features, but the statistics have none. Compute them with features=True.")
-        features = features.features
-    return check_features(features, name)
-
-
 def _enough(k: int, **counts: int) -> None:
     check_count("k", k)
     for name, count in counts.items():
@@ -316,6 +305,9 @@ def _enough(k: int, **counts: int) -> None:
 # -- The table --------------------------------------------------------------------------------------------------------
 
 _OF_A_SHARE = "standard error of a share"
+_TO_FIRST_ORDER = "standard error over both sets (delta method)"
+
+Kind = Literal["pictures", "arrays"]
 
 
 @dataclass(frozen=True)
@@ -329,18 +321,19 @@ class Metric:
         figures: for each estimate its name, and its label in tables.
         error: a description of the errors.
         needs: what the metric needs: the "statistics" of the reference, its mean and covariance; its "features";
-            "equal" for features of both sets, in equal numbers: a random subset of the larger set is used; or the
-            "logits" of the samples.
+            "equal" for features of both sets, in equal numbers: a random subset of the larger set is used; the "logits"
+            of the samples; or the "values" of both sets, data (N, C, ...) that are not pictures, whose channels have
+            the mean 0 and the standard deviation 1 in the reference; "fields" are the same, with a spatial axis.
         least: the smallest number of images in a set, or a function of the dimension D (for logits, K) that returns it.
-        default: whether the metric is measured if no metrics are named.
+        default: of which data the metric is measured if no metrics are named; None for none.
     """
 
     function: Callable[..., Estimate | tuple[Estimate, ...]]
     figures: Mapping[str, str]
     error: str = ""
-    needs: Literal["statistics", "features", "equal", "logits"] = "statistics"
+    needs: Literal["statistics", "features", "equal", "logits", "values", "fields"] = "statistics"
     least: int | Callable[[int], int] = 2
-    default: bool = True
+    default: Kind | None = "pictures"
 
     @property
     def settings(self) -> dict[str, int | float]:
@@ -364,6 +357,8 @@ class Metric:
             reference: the statistics of the reference.
         """
         values, each = seen.features, f" for features of {seen.features.shape[1]:,} dimensions"
+        if self.needs in ("values", "fields"):
+            return "is for data that are not pictures"
         if self.needs == "logits":
             if seen.logits is None:
                 return "needs an extractor with logits of classes"
@@ -375,16 +370,20 @@ class Metric:
         least = self.least(values.shape[1]) if callable(self.least) else self.least
         return None if n >= least else f"needs at least {least:,} images{each}, and there are {n:,}"
 
-    def __call__(self, seen: Extracted, reference: Statistics) -> dict[str, Estimate]:
+    def __call__(self, seen: Extracted, reference: Features) -> dict[str, Estimate]:
         """Computes the estimates by name."""
         if self.needs == "logits":
             found = self.function(seen.class_logits)
         elif self.needs == "equal":
-            sets = seen.features, _rows(reference, "reference")
+            sets = seen.features, features_of(reference, "reference")
             n = min(map(len, sets))
             found = self.function(*(each if len(each) == n else random_rows(each, n) for each in sets))
         else:
             found = self.function(seen.features, reference)
+        return self.named(found)
+
+    def named(self, found: Estimate | tuple[Estimate, ...]) -> dict[str, Estimate]:
+        """What the function returned, by name."""
         return dict(zip(self.figures, (found,) if isinstance(found, Estimate) else found, strict=True))
 
 
@@ -421,11 +420,48 @@ METRICS: dict[str, Metric] = {
         {"confident": "share over 0.9 confident", "rarest": "share of the rarest class"},
         _OF_A_SHARE,
         "logits",
-        default=False,
+        default=None,
+    ),
+    "sliced-wasserstein": Metric(
+        sliced_wasserstein_distance,
+        {"sliced-wasserstein": "sliced Wasserstein distance ↓"},
+        _TO_FIRST_ORDER,
+        "equal",
+        default="arrays",
+    ),
+    "energy": Metric(energy_distance, {"energy": "energy distance ↓"}, _TO_FIRST_ORDER, "equal", default="arrays"),
+    "mmd": Metric(
+        maximum_mean_discrepancy,
+        {"mmd": "squared maximum mean discrepancy ↓"},
+        _TO_FIRST_ORDER,
+        "equal",
+        default="arrays",
+    ),
+    "c2st": Metric(
+        classifier_two_sample_test,
+        {"c2st": "accuracy of a classifier (C2ST), best 0.5 ↓"},
+        f"standard error over {FOLDS} folds",
+        "equal",
+        FOLDS,
+        default="arrays",
+    ),
+    "spectrum": Metric(
+        spectrum_error,
+        {"spectrum": "relative error of the spectrum ↓", "spectrum-largest": "largest error at a wave number ↓"},
+        "standard deviation over bootstrap samples",
+        "fields",
+        default="arrays",
+    ),
+    "values": Metric(
+        values_distance,
+        {"values": "Wasserstein distance of single values ↓"},
+        "standard error over the samples (delta method)",
+        "values",
+        default="arrays",
     ),
 }
 
 
-def default_metrics() -> tuple[str, ...]:
-    """The names of the metrics that are measured when none are named."""
-    return tuple(name for name, each in METRICS.items() if each.default)
+def default_metrics(kind: Kind = "pictures") -> tuple[str, ...]:
+    """The names of the metrics of a kind of data that are measured when none are named."""
+    return tuple(name for name, each in METRICS.items() if each.default == kind)

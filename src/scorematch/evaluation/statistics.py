@@ -40,7 +40,7 @@ from scorematch.data.arrays import array_names, read_arrays
 from scorematch.data.images import open_images
 from scorematch.evaluation.accumulate import Moments, Rows
 from scorematch.evaluation.features import Extractor
-from scorematch.evaluation.rows import is_symmetric
+from scorematch.evaluation.rows import check_features, different_dimensions, is_symmetric
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,3 +279,23 @@ def cache_folder() -> Path:
             "there is no home folder for the cache of statistics. Set the environment variable SCOREMATCH_CACHE to a "
             f"folder, or pass {argument('cache', False)}."
         ) from error
+
+
+Features = Tensor | Statistics
+
+
+def pair_of(features: Features, reference: Features) -> tuple[Tensor, Tensor]:
+    """Checks two sets of features, and moves the second to the device of the first."""
+    a, b = features_of(features, "features"), features_of(reference, "reference")
+    if a.shape[1] != b.shape[1]:
+        raise different_dimensions(a.shape[1], b.shape[1])
+    return a, b.to(a.device)
+
+
+def features_of(features: Features, name: str) -> Tensor:
+    """Checks features, or takes those of statistics."""
+    if isinstance(features, Statistics):
+        if features.features is None:
+            raise ValueError(f"{name} must be features, but the statistics have none. Compute them with features=True.")
+        features = features.features
+    return check_features(features, name)

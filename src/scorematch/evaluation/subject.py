@@ -36,7 +36,7 @@ class Subject(NamedTuple):
     Attributes:
         name: their name.
         n: their number.
-        shape: the shape of one, (C, H, W).
+        shape: the shape of one, (C, H, W) for pictures.
         is_network: whether they are samples of a network; the reference is then resized to their shape.
         batches: yields the batches of this process.
         first: returns the first n images (n, C, H, W), float32 in [0, 1], for the picture in a folder; called after
@@ -48,7 +48,7 @@ class Subject(NamedTuple):
 
     name: str
     n: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     is_network: bool
     batches: Callable[[], Iterator[Tensor]]
     first: Callable[[int], Tensor]
@@ -65,12 +65,17 @@ def subject_of(
     out: Path | None,
     device: torch.device | str | None,
     progress: bool,
+    *,
+    pictures: bool = True,
 ) -> Subject:
-    """The images of a network, its name or folder, a sampler, a folder of samples, or images of any other kind."""
+    """The images of a network, its name or folder, a sampler, a folder of samples, or images of any other kind.
+
+    Without ``pictures`` they are data of any shape and range.
+    """
     name = name_of(what)
     if is_network(what):
         drawn = sampler_for(what, sampler, device)
-        return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress)
+        return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress, pictures)
     if sampler is not None or options["classes"] is not None or options["n_classes"] is not None:
         raise ValueError(
             "sampler, classes and n_classes apply to networks, but the argument `what` is a set of images. Leave them "
@@ -79,7 +84,9 @@ def subject_of(
     stored = samples_in(what)
     if stored is not None:
         return _of_samples(name, Path(what), stored, n)
-    return _of_images(name, open_images(what, crop=None, strict=True, progress=progress), n, options)
+    value_range = (0, 1) if pictures else None
+    data = open_images(what, crop=None, value_range=value_range, strict=True, progress=progress)
+    return _of_images(name, data, n, options, pictures)
 
 
 def name_of(what: Any) -> str:
@@ -127,12 +134,12 @@ def sampler_for(what: Any, sampler: SamplerChoice, device: torch.device | str | 
 
 
 def _of_sampler(
-    name: str, sampler: Sampler, n: int, options: dict[str, Any], out: Path | None, progress: bool
+    name: str, sampler: Sampler, n: int, options: dict[str, Any], out: Path | None, progress: bool, pictures: bool
 ) -> Subject:
     if takes_image(sampler.net):
         raise ValueError(f"{name} restores images: it takes an image as its condition. Use evaluate_restoration.")
     job = Job(sampler, **options)
-    shape = _checked_shape(job.shape, name)
+    shape = _checked_shape(job.shape, name) if pictures else job.shape
     settings = {"n": n, **job.settings()}
     samples = Path() if out is None else out / "samples"
     folder = None if out is None else SampleFolder(job, samples, n, format="npz", about={"network": name})
@@ -172,14 +179,14 @@ def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None) 
     )
 
 
-def _of_images(name: str, data: ImageData, n: int | None, options: dict[str, Any]) -> Subject:
+def _of_images(name: str, data: ImageData, n: int | None, options: dict[str, Any], pictures: bool) -> Subject:
     n, seed = len(data) if n is None else n, options["seed"]
     chosen = choose(len(data), n, seed).sort().values  # all images in their order
     settings = {"n": n, "shape": list(data.shape), "content": data.content, "seed": seed if n < len(data) else None}
     return Subject(
         name,
         n,
-        _checked_shape(data.shape, name),
+        _checked_shape(data.shape, name) if pictures else data.shape,
         False,
         lambda: read_batches(data, chosen, options["batch_size"]),
         lambda few: to_float(to_uint8(data.read(chosen[:few])[0])),

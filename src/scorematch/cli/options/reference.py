@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from scorematch.cli.options.values import expanded, filled, image_count
+from scorematch.evaluation.arrays import VALUES
 from scorematch.evaluation.features import EXTRACTORS, as_extractor
 
 
@@ -17,11 +18,11 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--features",
         nargs="+",
-        choices=(*EXTRACTORS, "none"),
+        choices=(*EXTRACTORS, "none", VALUES),
         metavar="NAME",
         default=["inception"],
         help="the extractor, or several: inception (FID; the default), dinov2, efficientnet-lite0 or pixels; none "
-        "measures no features",
+        "measures no features, and values says that the data are not pictures",
     )
     group.add_argument(
         "--weights", type=expanded, metavar="FILE", help="the weights of inception or dinov2, if downloaded"
@@ -56,10 +57,11 @@ def reference_options(args: argparse.Namespace, device: torch.device) -> dict[st
     """
     if args.weights is not None and len(args.features) > 1:
         raise ValueError("--weights is for one extractor. Name one with --features.")
+    by_name = args.features in (["inception"], [VALUES]) and args.weights is None  # not needed for arrays
     return {
-        "features": [
-            as_extractor(name, weights=args.weights, device=device) for name in args.features if name != "none"
-        ],
+        "features": args.features[0]
+        if by_name
+        else [as_extractor(name, weights=args.weights, device=device) for name in args.features if name != "none"],
         "crop": None if args.crop == "none" else args.crop,
         "batch_size": args.batch_size,
         "seed": args.seed,

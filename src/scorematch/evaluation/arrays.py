@@ -1,0 +1,157 @@
+r"""The evaluation of data that are not pictures: vectors, signals, fields and volumes (N, C, ...), in any units.
+
+Each channel is standardized by its mean and its standard deviation in the reference. The metrics are those of the table
+``METRICS`` on the values themselves, flattened to (N, D). Up to four sets are measured against the reference:
+
+- the samples;
+- held-out data;
+- the *floor*: random data of the reference, as many as there are samples but at most half of them, against the rest;
+- draws from the Gaussian with the mean and the covariance of the reference, a ceiling.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scorematch.core.charts import Curve, chart
+from scorematch.core.files import write_whole
+from scorematch.core.randomness import seed_of
+from scorematch.core.scores import attribute
+from scorematch.data.images import ImageData, open_images
+from scorematch.data.pictures import is_picture
+from scorematch.evaluation.estimate import Estimate
+from scorematch.evaluation.features import Extracted, Extractor
+from scorematch.evaluation.metrics import METRICS
+from scorematch.evaluation.spectrum import power_spectrum
+from scorematch.evaluation.statistics import Statistics, is_statistics_file
+from scorematch.sampling import Sampler
+from scorematch.score import ScoreNet
+
+VALUES = "values"  # the source of the figures
+CHARTS = ("spectrum.svg", "values.svg")
+_CHANNELS, _BINS, _AT_ONCE = 5, 100, 1000
+_FLAT = Extractor(lambda x: x.flatten(1), VALUES, "1", "each channel standardized by the reference")
+
+
+def open_arrays(reference: Any, what: Any = None, *, named: bool = False, progress: bool = True) -> ImageData | None:
+    """Opens a reference of floating-point data that are not pictures; None if it is something else.
+
+    Floating-point data of the shape of pictures are pictures if their values are in [-1, 1], or whole numbers up to
+    255, unless ``what`` is a network or a sampler without a ``value_range``, or the user said so (``named``).
+    """
+    path = isinstance(reference, str | os.PathLike)
+    known = path and Path(reference).suffix.lower() == ".npz" and not is_statistics_file(reference)
+    if not known and not isinstance(reference, Tensor | np.ndarray | ImageData):
+        return None
+    if not path and "float" not in str(getattr(reference, "dtype", "float")):
+        return None
+    data = open_images(reference, crop=None, value_range=None, strict=True, progress=progress)
+    if not data.read([0])[0].is_floating_point():
+        return None
+    net = what.net if isinstance(what, Sampler) else what
+    if named or not is_picture(data.shape) or (isinstance(net, ScoreNet) and attribute(net, "value_range") is None):
+        return data
+    values = values_of(data)
+    eight_bit = bool((values == values.round().clamp(0, 255)).all())
+    return None if eight_bit or float(values.abs().max()) <= 1 else data
+
+
+def values_of(data: ImageData) -> Tensor:
+    """All samples (N, C, ...), float32."""
+    return data.read(range(len(data)))[0]
+
+
+class ArrayEvaluator:
+    """Measures sets of samples (n, C, ...) against a reference (M, C, ...).
+
+    Args:
+        reference: the data, floating point.
+        metrics: names from ``METRICS``.
+    """
+
+    def __init__(self, reference: Tensor, metrics: Sequence[str]) -> None:
+        self.metrics = tuple(metrics)
+        std, mean = torch.std_mean(reference.double().transpose(0, 1).flatten(1), 1)
+        shape = (-1, *[1] * (reference.ndim - 2))
+        self._mean, self._std = mean.view(shape), torch.where(std > 0, std, 1).view(shape)
+        self.reference = self._standard(reference)
+
+    def _standard(self, x: Tensor) -> Tensor:
+        return ((x.double() - self._mean) / self._std).float()
+
+    def lacking(self, n: int) -> dict[str, str]:
+        """The metrics that cannot be measured for n samples, with the reasons."""
+        reasons = {name: self._lacks(METRICS[name].needs, METRICS[name].least, n) for name in self.metrics}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def _lacks(self, needs: str, least: Any, n: int) -> str | None:
+        if needs == "logits":
+            return "needs an extractor with logits of classes"
+        if needs == "fields" and self.reference.ndim < 3:
+            return "is for signals, fields and volumes"
+        least = least(self.reference[0].numel()) if callable(least) else least
+        fewest = min(n, len(self.reference))
+        return None if fewest >= least else f"needs at least {least:,} samples in each set, and there are {fewest:,}"
+
+    def measure(self, samples: Tensor) -> dict[str, Estimate]:
+        """The figures of samples (n, C, ...) that can be measured, by name."""
+        return self._measure(self._standard(samples), self.reference)
+
+    def floor(self, n: int, seed: int) -> tuple[int, dict[str, Estimate]]:
+        """The number of data that are measured against the rest of the reference, and their figures."""
+        k = min(n, len(self.reference) // 2)
+        generator = torch.Generator().manual_seed(seed_of(seed, "floor"))
+        order = torch.randperm(len(self.reference), generator=generator, device="cpu")
+        return k, self._measure(self.reference[order[:k]], self.reference[order[k:]])
+
+    def gaussian(self, n: int, seed: int) -> dict[str, Estimate]:
+        """The figures of n draws from the Gaussian with the mean and the covariance of the reference."""
+        generator = torch.Generator().manual_seed(seed_of(seed, "gaussian"))
+        rows, mean = self.reference.flatten(1), self.reference.flatten(1).mean(0)
+        sizes = [len(part) for part in torch.arange(n).split(_AT_ONCE)]
+        weights = (torch.randn(size, len(rows), generator=generator, device="cpu") for size in sizes)
+        drawn = [mean + each @ (rows - mean) / (len(rows) - 1) ** 0.5 for each in weights]
+        return self._measure(torch.cat(drawn).view(n, *self.reference.shape[1:]), self.reference)
+
+    def _measure(self, x: Tensor, y: Tensor) -> dict[str, Estimate]:
+        found: dict[str, Estimate] = {}
+        lacking = self.lacking(min(len(x), len(y)))
+        for name in (name for name in self.metrics if name not in lacking):
+            metric = METRICS[name]
+            if metric.needs in ("values", "fields"):
+                found |= metric.named(metric.function(x, y))
+            else:
+                reference = Statistics.of(y.flatten(1), _FLAT) if metric.needs == "statistics" else y.flatten(1)
+                found |= metric(Extracted(x.flatten(1), None), reference)
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the figures of given sets, as plain values for JSON."""
+        named = {"name": VALUES, "fingerprint": _FLAT.fingerprint, "preprocessing": _FLAT.preprocessing}
+        return {"features": [named], "metrics": {name: METRICS[name].settings for name in self.metrics}}
+
+
+def save_charts(samples: Tensor, reference: Tensor, folder: Path) -> None:
+    """Writes the distribution of the values, and for signals and fields the mean power spectrum, of each channel."""
+    spectra, values = [], []
+    for i in range(min(samples.shape[1], _CHANNELS)):
+        both = {"samples": samples[:, i : i + 1], "data": reference[:, i : i + 1]}
+        low, high = (float(each) for each in torch.cat([part.flatten() for part in both.values()]).aminmax())
+        for name, part in both.items():
+            label = name if samples.shape[1] == 1 else f"{name}, channel {i}"
+            counts, edges = np.histogram(part.numpy(), _BINS, (low, high), density=True)
+            values.append(Curve(label, ((edges[1:] + edges[:-1]) / 2).tolist(), counts.tolist()))
+            if part.ndim > 2:
+                power = power_spectrum(part).mean((0, 1))
+                spectra.append(Curve(label, list(range(1, len(power))), power[1:].tolist()))
+    write_whole(folder / "values.svg", chart("density of the values", "value", values).encode())
+    if spectra:
+        drawn = chart("power spectrum", "wave number", spectra, log_x=True, log_y=True)
+        write_whole(folder / "spectrum.svg", drawn.encode())

@@ -1,0 +1,95 @@
+r"""The power spectrum and the distribution of the values of signals, fields and volumes (N, C, ...).
+
+With the discrete Fourier transform :math:`\hat x_k = \tfrac1M \sum_j x_j e^{-2 \pi i k \cdot j / \text{sides}}` of M
+values, the power at the wave number K is the sum of :math:`|\hat x_k|^2` over all k whose length rounds to K:
+
+.. math:: P(K) = \sum_{|k| \in [K - \frac12, K + \frac12)} |\hat x_k|^2, \qquad
+          \sum_K P(K) = \tfrac1M \sum_j x_j^2 \quad \text{(Parseval)} .
+
+K counts periods along the longest axis; along a shorter one they count as many more. P is isotropic: it does not depend
+on the direction of k. A signal that is not periodic has an additional power of order 1 / K^2 from the jump between
+its ends, in samples and data alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scorematch.core.randomness import single_generator
+from scorematch.evaluation.distances import error_of, wasserstein
+from scorematch.evaluation.estimate import Estimate
+
+_MOST, _RESAMPLED = 0.99, 200  # the share of the power that is compared, and bootstrap samples
+_VALUES = 2**21  # values of each set that are sorted
+
+
+def power_spectrum(x: Tensor) -> Tensor:
+    """The isotropic power spectrum of data (N, C, ...), with one, two or three spatial axes.
+
+    Returns:
+        The power of each sample and channel at the wave numbers 0, 1, ...: (N, C, K), float64. It sums to the mean
+        square of the values.
+
+    Example:
+        >>> wave = torch.cos(2 * torch.pi * 3 * torch.arange(16) / 16)
+        >>> power_spectrum(wave.view(1, 1, 16))[0, 0, :5].round(decimals=9)
+        tensor([0.0000, 0.0000, 0.0000, 0.5000, 0.0000], dtype=torch.float64)
+    """
+    if x.ndim < 3:
+        raise ValueError(f"a spectrum is for signals and fields (N, C, ...), got shape {tuple(x.shape)}.")
+    sides, axes = x.shape[2:], tuple(range(2, x.ndim))
+    power = torch.fft.fftn(x.double(), dim=axes, norm="forward").abs().square().flatten(2)
+    along = [torch.fft.fftfreq(side, 1 / max(sides), dtype=torch.float64, device=x.device) for side in sides]
+    lengths = sum(each.square() for each in torch.meshgrid(*along, indexing="ij"))
+    shells = (lengths.sqrt() + 0.5).long().flatten()  # type: ignore[union-attr]
+    return power.new_zeros(*power.shape[:2], int(shells.max()) + 1).index_add_(2, shells, power)
+
+
+def spectrum_error(
+    samples: Tensor, reference: Tensor, *, generator: torch.Generator | int | None = 0
+) -> tuple[Estimate, Estimate]:
+    """The relative error of the mean power spectrum of samples (N, C, ...) from that of data (M, C, ...).
+
+    Args:
+        samples: the samples.
+        reference: the data.
+        generator: the source of the bootstrap samples.
+
+    Returns:
+        The root mean square, weighted by the power, and the largest, over the wave numbers with the most power that
+        together hold 99 % of it; each with its standard error by bootstrap. Channels count separately.
+    """
+    x, y = (power_spectrum(each).flatten(1) for each in (samples, reference))
+    power = y.mean(0)
+    order = power.argsort(descending=True)
+    kept = order[: 1 + int((power[order].cumsum(0) < _MOST * power.sum()).sum())]
+    x, y, rng = x[:, kept], y[:, kept], single_generator(generator)
+
+    def mean(rows: Tensor) -> Tensor:
+        """The mean spectrum of all rows, and those of bootstrap samples of them."""
+        drawn = torch.randint(len(rows), (_RESAMPLED, len(rows)), generator=rng, device="cpu").to(rows.device)
+        counts = rows.new_zeros(_RESAMPLED, len(rows)).scatter_add_(1, drawn, rows.new_ones(1).expand(drawn.shape))
+        return torch.cat([rows.mean(0)[None], counts @ rows / len(rows)])
+
+    above, below = mean(x), mean(y)
+    errors = (above / below - 1).abs()
+    found = ((errors.square() * below).sum(1) / below.sum(1)).sqrt(), errors.amax(1)
+    return tuple(Estimate(float(each[0]), float(each[1:].std())) for each in found)  # type: ignore[return-value]
+
+
+def values_distance(samples: Tensor, reference: Tensor) -> Estimate:
+    """The Wasserstein distance of the distributions of single values of samples (N, C, ...) and data (M, C, ...).
+
+    The mean over the channels, each in units of the values given; of large sets a part of each sample is used.
+
+    Returns:
+        The distance and its standard error over the samples.
+    """
+    x, y = (each.double().reshape(*each.shape[:2], -1) for each in (samples, reference))
+    step = max(1, x.shape[2] * max(len(x), len(y)) // _VALUES)
+    x, y = x[..., ::step], y[..., ::step]
+    found = [wasserstein(x[:, i].reshape(-1, 1), y[:, i].reshape(-1, 1)) for i in range(x.shape[1])]
+    value, h, g = (torch.stack(each) for each in zip(*found, strict=True))
+    over_x, over_y = (each.view(-1, *rows[:, 0].shape).mean((0, 2)) for each, rows in ((h, x), (g, y)))
+    return Estimate(float(value.mean()), error_of(over_x, over_y))

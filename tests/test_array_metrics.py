@@ -1,0 +1,164 @@
+"""Metrics of data that are not pictures: closed forms, laws, and the evaluation of arrays."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from scorematch import ScoreNet
+from scorematch.cli import main
+from scorematch.evaluation import (
+    METRICS,
+    classifier_two_sample_test,
+    energy_distance,
+    evaluate,
+    maximum_mean_discrepancy,
+    power_spectrum,
+    sliced_wasserstein_distance,
+    spectrum_error,
+    values_distance,
+)
+from scorematch.evaluation.distances import wasserstein
+from scorematch.sampling import ODESampler
+from tests.helpers import seed
+
+
+def normal(n, *shape, number=0):
+    return torch.randn(n, *shape, generator=seed(number), dtype=torch.float64)
+
+
+# -- Distances
+
+
+def test_energy_distance_of_gaussians_and_of_points_on_a_line():
+    x, y = 1.5 + normal(2000, 1), normal(2000, 1, number=1)
+    between = 2 / math.sqrt(math.pi) * math.exp(-(1.5**2) / 4) + 1.5 * math.erf(1.5 / 2)  # E |N(1.5, 2)|
+    found = energy_distance(x, y)
+    assert found.value == pytest.approx(math.sqrt(2 * between - 4 / math.sqrt(math.pi)), abs=4 * found.error)
+    assert 0 < found.error < 0.05
+    a, b = normal(30, 1), 2 * normal(20, 1, number=1)
+    steps = torch.cat([a, b])[:, 0].sort().values
+    heights = [(part <= steps[:-1]).double().mean(0) for part in (a, b)]  # the distribution functions
+    square = 2 * ((heights[0] - heights[1]).square() * steps.diff()).sum()  # Székely & Rizzo 2013, Eq. 6
+    assert energy_distance(a, b).value == pytest.approx(math.sqrt(square), rel=1e-9)
+    assert energy_distance(a, a).value == 0
+
+
+def test_maximum_mean_discrepancy_of_gaussians():
+    x, y = 1 + 2 * normal(2000, 3), normal(1000, 3, number=1)
+    width = float(torch.pdist(y).median()) ** 2
+
+    def kernel(variance, square):  # of a normal difference x - y
+        return (width / (width + variance)) ** 1.5 * math.exp(-square / (2 * (width + variance)))
+
+    found = maximum_mean_discrepancy(x, y)
+    assert found.value == pytest.approx(kernel(8, 0) + kernel(2, 0) - 2 * kernel(5, 3), abs=4 * found.error)
+    assert 0 < found.error < 0.02
+    assert abs(maximum_mean_discrepancy(y, normal(1000, 3, number=2)).value) < 0.003
+
+
+def test_sliced_wasserstein_distance_of_a_shift_and_of_sorted_values():
+    x, shift = normal(50, 4), torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64)
+    mean_cosine = math.gamma(2) / (math.sqrt(math.pi) * math.gamma(2.5))  # of a direction in four dimensions
+    found = sliced_wasserstein_distance(x + shift, x, directions=1000)
+    assert found.value == pytest.approx(float(shift.norm()) * mean_cosine, rel=0.07)
+    value, _, _ = wasserstein(x, x.square())
+    torch.testing.assert_close(value, (x.sort(0).values - x.square().sort(0).values).abs().mean(0))
+    value, h, g = wasserstein(x[:20], x)  # of unequal numbers, by duality: the mean potentials are the distance
+    torch.testing.assert_close(value, h.mean(0) + g.mean(0))
+
+
+@pytest.mark.parametrize("function", [energy_distance, maximum_mean_discrepancy, sliced_wasserstein_distance])
+def test_errors_are_those_of_repeated_draws(function):
+    found = [function(0.7 + normal(60, 2, number=i), normal(90, 2, number=1000 + i)) for i in range(150)]
+    values, errors = torch.tensor(found).T
+    assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.2)  # 6 % is the error of the deviation
+
+
+def test_a_classifier_has_the_accuracy_of_the_best_one():
+    x, y = normal(800, 2), normal(800, 2, number=1)
+    best = (1 + math.erf(0.5 / math.sqrt(2))) / 2  # of two Gaussians at a distance of 1
+    error = math.sqrt(best * (1 - best) / 1600)
+    shifted = x + torch.tensor([0.6, 0.8])
+    assert classifier_two_sample_test(shifted, y).value == pytest.approx(best, abs=3 * error)
+    assert classifier_two_sample_test(x, y, steps=100).value == pytest.approx(0.5, abs=0.05)
+
+
+# -- Spectra and values
+
+
+@pytest.mark.parametrize("sides", [(33,), (16, 16), (12, 8), (6, 7, 8)])
+def test_the_spectrum_has_the_power_of_the_values_and_of_white_noise(sides):
+    x = normal(400, 2, *sides)
+    power = power_spectrum(x)
+    torch.testing.assert_close(power.sum(2), x.square().flatten(2).mean(2))  # Parseval
+    modes = power_spectrum(torch.zeros(1, 1, *sides).index_put_((torch.tensor(0),) * (2 + len(sides)), torch.ones(())))
+    expected = modes[0, 0] * x[0, 0].numel()  # an impulse has the same power in each mode
+    assert float((power.mean((0, 1)) / expected - 1).abs().max()) < 0.2
+
+
+def test_the_spectrum_of_a_wave_is_at_its_wave_number():
+    place = torch.arange(32, dtype=torch.float64)
+    wave = 3 * torch.cos(2 * torch.pi * (3 * place[:, None] + 4 * place) / 32)
+    expected = torch.zeros(23, dtype=torch.float64)
+    expected[5] = 9 / 2
+    torch.testing.assert_close(power_spectrum(wave[None, None])[0, 0, :23], expected)
+
+
+def test_errors_of_scaled_fields_and_distances_of_shifted_values():
+    x = normal(50, 2, 16).cumsum(2)
+    for found in spectrum_error(math.sqrt(1.2) * x, x):
+        assert found.value == pytest.approx(0.2, rel=1e-9)
+    assert values_distance(x + 3, x).value == pytest.approx(3, rel=1e-9)
+    with pytest.raises(ValueError, match=r"for signals and fields \(N, C, ...\), got shape \(4, 3\)"):
+        power_spectrum(torch.zeros(4, 3))
+
+
+# -- Evaluations
+
+
+def fields(n, number=0):
+    return 250 + 30 * normal(n, 2, 8, number=number).cumsum(2).float()
+
+
+def test_an_evaluation_of_arrays_does_not_depend_on_their_units(tmp_path):
+    x, y = fields(30), fields(80, 1)
+    options = {"metrics": ["sliced-wasserstein", "energy", "mmd", "spectrum", "values"], "progress": False}
+    result = evaluate(x, y, held_out=fields(40, 2), out=tmp_path, **options)
+    assert list(result.sizes.items()) == [("samples", 30), ("held-out", 30), ("floor", 30), ("gaussian", 30)]
+    other = evaluate((x - 250) / 30, (y - 250) / 30, **options)
+    for name, found in result.figures["samples"]["values"].items():
+        torch.testing.assert_close(other.figures["samples"]["values"][name], found, rtol=1e-3, atol=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} >= {"evaluation.json", "spectrum.svg", "values.svg"}
+    assert "| number of samples | 30 |" in (tmp_path / "evaluation.md").read_text()
+    floor = evaluate(y[:40], y[40:], **options).figures["samples"]["values"]["energy"].value
+    assert result.figures["floor"]["values"]["energy"].value == pytest.approx(floor, abs=0.2)
+
+
+def test_samples_of_a_network_are_compared_in_their_units():
+    net = ScoreNet.mlp(2, width=8, depth=1)
+    data = torch.tensor([5.0, -80.0]) + torch.tensor([0.1, 7.0]) * normal(400, 2).float()
+    net.fit_units(data)  # a network that returns zero is exact for a Gaussian
+    result = evaluate(ODESampler(net, levels=12), data, n=200, metrics="energy", progress=False)
+    assert set(result.sizes) == {"samples", "floor", "gaussian"} and set(result.figures["samples"]) == {"values"}
+    samples, floor = (result.figures[column]["values"]["energy"] for column in ("samples", "floor"))
+    assert samples.value < floor.value + 4 * floor.error
+
+
+def test_the_command_prints_and_refuses(tmp_path, capsys):
+    np.savez(tmp_path / "samples.npz", fields(20).numpy())
+    np.savez(tmp_path / "data.npz", fields(40, 1).numpy())
+    main(["evaluate", str(tmp_path / "samples.npz"), str(tmp_path / "data.npz"), "--metrics", "values", "--quiet"])
+    assert f"| {METRICS['values'].figures['values']} |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the metric 'spectrum' is for signals, fields and volumes"):
+        evaluate(fields(9)[:, :, 0], fields(9)[:, :, 0], metrics="spectrum", progress=False)
+    with pytest.raises(ValueError, match="the metric 'inception-score' needs an extractor with logits of classes"):
+        evaluate(fields(9), fields(9), metrics="inception-score", progress=False)
+    with pytest.raises(ValueError, match=r"must have the shape of the reference, \(2, 8\), got \(2, 7\)"):
+        evaluate(fields(9)[..., 1:], fields(9), progress=False)
+    pictures = 2 * torch.rand(9, 1, 8, 8, generator=seed(0)) - 1
+    with pytest.raises(ValueError, match=r"must have values in \[0, 1\]"):
+        evaluate(pictures, pictures, progress=False)
+    found = evaluate(pictures, pictures, features="values", metrics="values", gaussian=False, progress=False)
+    assert found.figures["samples"]["values"]["values"].value == 0
