@@ -93,6 +93,7 @@ class MomentMatching(Restoration):
             )
             u = near.adjoint(system.weighted(w))
             g = jacobian(u)
+            g = per_image(_dot(u, g) > 0, g) * g  # a covariance is positive; a network's may not be, far from the data
             covariance.learn(u * per_image(active, u), g)
             q = system.noise(w) + level * observation.observed(near.forward(g))
             for before in found:
@@ -120,7 +121,7 @@ class MomentMatching(Restoration):
             return torch.where(sigma == 0, observation.observed(values), 0)
 
         near = operator.linearized(x)
-        v = _conjugate_gradients(lambda v: exact(near.forward(near.adjoint(v))), exact(observation.y - near.value), 100)
+        v = conjugate_gradients(lambda v: exact(near.forward(near.adjoint(v))), exact(observation.y - near.value), 100)
         return x + near.adjoint(v)
 
 
@@ -146,10 +147,10 @@ class _System(NamedTuple):
             spread = self.near.forward(covariance(self.near.adjoint(self.weighted(w))))
             return self.noise(w) + self.observation.observed(spread)
 
-        return _conjugate_gradients(product, r, _INNER, _INNER_TOLERANCE, self.weighted)
+        return conjugate_gradients(product, r, _INNER, _INNER_TOLERANCE, self.weighted)
 
 
-def _conjugate_gradients(
+def conjugate_gradients(
     product: Product, r: Tensor, iterations: int, tolerance: float = 1e-6, weighted: Product = lambda w: w
 ) -> Tensor:
     """Solves M w = r, by the method of conjugate gradients with the inner product of a and ``weighted(b)``."""

@@ -17,6 +17,7 @@ from scorematch.core.precision import exact_float32
 from scorematch.core.randomness import standard_normal
 from scorematch.core.schema import Field
 from scorematch.restoration.operator import Operator
+from scorematch.restoration.operators import Mask
 
 __all__ = ["Observation"]
 
@@ -103,6 +104,31 @@ class Observation:
         if not bool((counts >= 0).all()):
             raise ValueError("counts must be at least 0, got lower ones or NaN.")
         return cls(operator, (counts + counts.clamp(max=1)) / scale, (counts + 1).sqrt() / scale)
+
+    @classmethod
+    def with_gaps(cls, y: Tensor, sigma: float | Tensor, mask: Tensor | None = None) -> Observation:
+        """An observation of samples of which some values are missing, in each sample others.
+
+        Args:
+            y: (N, ...), floating point, NaN where nothing was measured.
+            sigma: the noise of the other values: a number, or a tensor that broadcasts to y.
+            mask: bool, broadcastable to y, False where nothing was measured, whatever y is there; None is True
+                everywhere.
+
+        Raises:
+            TypeError: if y is not a floating-point tensor, or the mask is not a bool tensor.
+            ValueError: if a mask has True where y is NaN, or shapes do not fit.
+
+        Example:
+            >>> Observation.with_gaps(torch.tensor([[1.0, torch.nan], [2.0, 3.0]]), sigma=0.1).mask
+            tensor([[ True, False],
+                    [ True,  True]])
+        """
+        check_data(y, "y")
+        seen = ~y.isnan() if mask is None else Mask(mask).mask
+        if seen.ndim > y.ndim or any(a not in (1, b) for a, b in zip(seen.shape[::-1], y.shape[::-1], strict=False)):
+            raise ValueError(f"mask must broadcast to y of shape {tuple(y.shape)}, got shape {tuple(seen.shape)}.")
+        return cls(Mask(seen.expand(y.shape)), y, sigma)
 
     # -- What restoration methods use ---------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Training of networks on one or several devices, with exact continuation of interrupted runs (extra ``train``)."""
 
 from scorematch.training.ema import reconstruct
+from scorematch.training.incomplete import train_from_observations
 from scorematch.training.levels import LevelMixture, Levels, LogNormal, LogUniform, UniformTime
 from scorematch.training.recipes import RECIPES, Recipe
 from scorematch.training.run import train
@@ -20,5 +21,6 @@ __all__ = [
     "UniformTime",
     "reconstruct",
     "train",
+    "train_from_observations",
     "train_steps",
 ]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import Parameter
 from textwrap import TextWrapper
-from typing import Any, Concatenate, Literal, ParamSpec, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, cast, get_args
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from scorematch.core.json_files import native
 from scorematch.core.precision import Autocast
 from scorematch.core.schema import Field
 from scorematch.noise import NoiseSchedule
+from scorematch.sampling import Sampler
 from scorematch.score import ScoreNet
 from scorematch.training.ema import check_length
 from scorematch.training.levels import Levels, Weighting
@@ -183,6 +184,23 @@ class RunSettings(Settings):
             raise ValueError("trackers and accelerator cannot both be given. Write Accelerator(log_with=...).")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(RunSettings):
+    """The settings of ``train_from_observations``: those of a stage, and of the draws between two stages."""
+
+    stages: int = _option(8, "the number of trainings; a run can be continued with more", low=1)
+    sampler: Callable[[ScoreNet], Sampler] | None = _option(
+        None,
+        "a function that makes the sampler of the posteriors from a network; None is DPM-Solver++ with 18 levels, "
+        "eta=1 and moment matching",
+        object,
+    )
+    draw_batch: int = _option(64, "the number of draws that a network computes at once", low=1)
+    held_out: int | None = _option(
+        None, "the number of measurements that are only predicted; None is a tenth, at most 256", int, low=1
+    )
+
+
 _P = ParamSpec("_P")
 
 
@@ -193,7 +211,7 @@ def with_options(
 
     The descriptions replace the line of ``**options`` in its docstring.
     """
-    declared = fields(RunSettings)
+    declared = fields(cast(Any, options))
 
     def decorate(function: Any) -> Any:
         own = inspect.signature(function)

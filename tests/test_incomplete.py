@@ -1,0 +1,237 @@
+"""Priors from incomplete data: the Gaussian against closed forms, the stages, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from scorematch import ScoreNet
+from scorematch.evaluation import exact
+from scorematch.restoration import JPEG, Matrix, Observation
+from scorematch.training import incomplete, train_from_observations
+from scorematch.training.gaussian import Gaussian, _Block, fit_gaussian
+from tests.test_interruption import Killed, _struck
+
+SHORT = {"stages": 2, "images": 64, "batch_size": 32, "draw_batch": 32, "ema": (0.05,), "progress": False}
+
+
+def _generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _gaussian(size, n, seed=0):
+    """A Gaussian with correlated values of different means, and samples of it."""
+    generator = _generator(seed)
+    factor = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    covariance = factor @ factor.T / size + 0.1 * torch.eye(size)
+    prior = exact.Gaussian(3 * torch.arange(size), covariance)
+    return prior, prior.sample(n, generator, torch.float64)
+
+
+def _net(**options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ScoreNet.mlp(2, width=8, depth=1, **options)
+
+
+def _holes(n=70, sigma=0.1):
+    _, x = _gaussian(2, n)
+    y = (x + sigma * torch.randn(x.shape, generator=_generator(1))).float()
+    return Observation.with_gaps(torch.where(torch.rand(x.shape, generator=_generator(2)) < 0.7, y, torch.nan), sigma)
+
+
+# -- The Gaussian -----------------------------------------------------------------------------------------------------
+
+
+def test_with_monotone_gaps_the_gaussian_has_the_maximum_likelihood_of_anderson():
+    """Anderson, 1957: the moments of what is always seen, and the regression on it of what is sometimes missing."""
+    _, x = _gaussian(2, 500)
+    seen = torch.rand(500, generator=_generator(1)) < 0.6
+    y = torch.stack([x[:, 0], torch.where(seen, x[:, 1], torch.nan)], 1)
+    found = fit_gaussian(Observation.with_gaps(y, 0.0).of_shape((2,)), _generator())
+    m, v = x[:, 0].mean(), x[:, 0].var(correction=0)
+    both = torch.cov(x[seen].T, correction=0)
+    slope = both[0, 1] / both[0, 0]
+    mean = x[seen, 1].mean() + slope * (m - x[seen, 0].mean())
+    rest = both[1, 1] - slope * both[0, 1]
+    torch.testing.assert_close(found.mean, torch.stack([m, mean]), rtol=0, atol=1e-3)
+    expected = torch.stack([torch.stack([v, slope * v]), torch.stack([slope * v, rest + slope**2 * v])])
+    torch.testing.assert_close(found.covariance, expected, rtol=0, atol=2e-3)
+
+
+def test_with_everything_seen_in_noise_the_gaussian_has_the_covariance_of_y_without_the_noise():
+    _, x = _gaussian(3, 400)
+    a = torch.randn(3, 3, generator=_generator(1), dtype=torch.float64)
+    y = x @ a.T + 0.2 * torch.randn(x.shape, generator=_generator(2), dtype=torch.float64)
+    found = fit_gaussian(Observation(Matrix(a), y, 0.2).of_shape((3,)), _generator())
+    torch.testing.assert_close(found.mean @ a.T, y.mean(0), rtol=0, atol=1e-3)
+    expected = torch.cov(y.T, correction=0) - 0.04 * torch.eye(3)
+    torch.testing.assert_close(a @ found.covariance @ a.T, expected, rtol=0, atol=3e-3)
+
+
+def test_with_holes_the_covariance_is_recovered_within_its_sampling_error():
+    """Twice the gain of log-likelihood over the truth has a chi-squared distribution with as many degrees of freedom
+    as there are parameters, 14: a mean of 14 and a standard deviation of 5.3."""
+    truth, x = _gaussian(4, 1500)
+    y = x + 0.1 * torch.randn(x.shape, generator=_generator(1), dtype=torch.float64)
+    seen = torch.rand(x.shape, generator=_generator(2)) < 0.5
+    observation = Observation.with_gaps(torch.where(seen, y, torch.nan), 0.1).of_shape((4,))
+    found = fit_gaussian(observation, _generator())
+    items = _Block.of(observation)
+    gain = 2 * (items.posterior(found.mean, found.covariance)[2] - items.posterior(truth.mean, truth.covariance)[2])
+    assert 3 < gain < 36  # 4 standard deviations above the mean
+    one = observation.rows(slice(7, 8))
+    expected = truth.log_evidence(one)
+    assert _Block.of(one).posterior(truth.mean, truth.covariance)[2] == pytest.approx(expected, rel=1e-6)
+
+
+def test_draws_are_those_of_the_exact_posterior():
+    truth, x = _gaussian(4, 1)
+    matrix = Matrix(torch.randn(2, 4, generator=_generator(1)))
+    y = matrix.measure(x.float())
+    n = 20_000
+    values, vectors = torch.linalg.eigh(truth.covariance)
+    prior = Gaussian((4,), truth.mean, vectors[:, 1:] * (values[1:] - values[0]).sqrt(), float(values[0]))
+    torch.testing.assert_close(prior.covariance, truth.covariance)
+    draws = prior.draw(Observation(matrix, y.expand(n, 2), 0.3).of_shape((4,)), _generator())
+    expected = truth.posterior(Observation(matrix, y, 0.3))
+    error = (draws.mean(0) - expected.mean) / (expected.covariance.diag() / n).sqrt()
+    assert error.abs().max() < 4  # standard errors
+    variance = expected.covariance.diag()
+    assert ((torch.cov(draws.T) - expected.covariance).abs() / (variance[:, None] * variance).sqrt()).max() < 6 / n**0.5
+
+
+@pytest.mark.slow
+def test_large_samples_have_the_principal_axes_of_the_data():
+    """In a space of 72 values with 4 axes; the error of a covariance of 600 samples without gaps is its measure."""
+    generator = _generator()
+    factor = torch.randn(72, 4, generator=generator, dtype=torch.float64)
+    x = 1 + torch.randn(600, 4, generator=generator, dtype=torch.float64) @ factor.T
+    x = x + 0.1 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    y = torch.where(torch.rand(x.shape, generator=generator) < 0.5, x, torch.nan)
+    found = fit_gaussian(Observation.with_gaps(y, 0.05).of_shape((72,)), generator)
+    truth = factor @ factor.T + 0.01 * torch.eye(72)
+    error = float((found.covariance - truth).norm())
+    assert error < 1.5 * float((torch.cov(x.T) - truth).norm())
+    assert float((found.mean - 1).norm()) < 1.5 * float((x.mean(0) - 1).norm())
+
+
+# -- The stages -------------------------------------------------------------------------------------------------------
+
+
+def _result(folder):
+    lines = [json.loads(line) for line in (folder / "stages.jsonl").read_text().splitlines()]
+    return [(line["stage"], line["error"]) for line in lines], (folder / "network/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("when", ["in the draws", pytest.param("in the training", marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_continues_bitwise(tmp_path, monkeypatch, when):
+    whole = train_from_observations(_net(), _holes(), tmp_path / "whole", **SHORT)
+    writes, limit = [], {"in the draws": 4, "in the training": 2}[when]
+    name = {"in the draws": "write_whole", "in the training": "save_pretrained"}[when]
+    place = {"in the draws": incomplete, "in the training": ScoreNet}[when]
+    original = getattr(place, name)
+
+    def dies(*arguments, **keywords):
+        writes.append(arguments)
+        if len(writes) == limit + 1:
+            raise Killed
+        return original(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, dies)
+        with pytest.raises(Killed):
+            train_from_observations(_net(), _holes(), tmp_path / "other", **SHORT)
+    again = train_from_observations(_net(), _holes(), tmp_path / "other", **SHORT)
+    assert _result(tmp_path / "other") == _result(tmp_path / "whole")
+    assert all(map(torch.equal, whole.parameters(), again.parameters()))
+    assert "| 2 |" in (tmp_path / "other/report.md").read_text()
+    assert list((tmp_path / "other/draws").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_at_a_file_operation_continues_bitwise(tmp_path, monkeypatch):
+    train_from_observations(_net(), _holes(), tmp_path / "whole", **SHORT)
+    for k in range(5, 100, 37):
+        folder = tmp_path / str(k)
+        _struck(
+            monkeypatch, lambda folder=folder: train_from_observations(_net(), _holes(), folder, **SHORT), k, Killed()
+        )
+        train_from_observations(_net(), _holes(), folder, **SHORT)
+        assert _result(folder) == _result(tmp_path / "whole")
+
+
+def test_more_stages_continue_and_other_settings_do_not(tmp_path):
+    train_from_observations(_net(), _holes(), tmp_path, **{**SHORT, "stages": 1})
+    train_from_observations(_net(), _holes(), tmp_path, **SHORT)
+    assert [stage for stage, _ in _result(tmp_path)[0]] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"lr was 0\.001 and is 0\.002"):
+        train_from_observations(_net(), _holes(), tmp_path, lr=2e-3, **SHORT)
+    with pytest.raises(ValueError, match="other settings"):
+        train_from_observations(_net(), _holes(80), tmp_path, **SHORT)
+
+
+def test_the_gaussian_gives_a_network_without_a_range_its_units(tmp_path):
+    net = train_from_observations(_net(), _holes(400), tmp_path, **{**SHORT, "stages": 1})
+    assert net.units.mean == pytest.approx((0, 3), abs=0.3)
+
+
+def test_the_error_of_the_prediction_is_that_of_the_exact_posterior_mean(tmp_path):
+    settings = incomplete.StageSettings(**{**SHORT, "draw_batch": 3000}, held_out=3000)
+    truth, x = _gaussian(2, 3010)
+    y = (x + 0.1 * torch.randn(x.shape, generator=_generator(1))).float()
+    observation = Observation.with_gaps(y, 0.1).of_shape((2,))
+    stages = incomplete._Stages(tmp_path, _net(), observation, settings, torch.device("cpu"))
+    values, vectors = torch.linalg.eigh(truth.covariance)
+    stages.gaussian = Gaussian((2,), truth.mean, vectors * values.sqrt(), 0.0)
+    error, deviation = stages._error(0)
+    # Of two values, one is hidden alone with probability 3/16 each, and both together with 1/16.
+    c = truth.covariance + 0.01 * torch.eye(2)
+    alone = c.diag() - c[0, 1] ** 2 / c.diag().flip(0)
+    expected = float((alone.mean() * 3 + c.diag().mean()) / 4) ** 0.5
+    assert abs(error - expected) < 4 * deviation
+    assert deviation < 0.08 * expected
+
+
+# -- What is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("observation", "net", "message"),
+    [
+        (lambda: torch.rand(8, 2), _net, "observation must be an Observation, got Tensor. Write .*with_gaps"),
+        (lambda: Observation(Matrix(torch.eye(2)), torch.rand(8, 2), lambda v: v), _net, "sigma .* got a function"),
+        (lambda: Observation.with_gaps(torch.rand(8, 2), 0.0), _net, "that is clean data. Write train"),
+        (lambda: Observation.with_gaps(torch.rand(2, 2), 0.1), _net, "at least 4 samples, got 2"),
+        (lambda: Observation.with_gaps(torch.rand(8, 3), 0.1), _net, r"samples of shape \(2,\)"),
+        (lambda: Observation(Matrix(torch.eye(3)), torch.rand(8, 3), 0.1), _net, "needs samples of 3 values"),
+        (_holes, lambda: _net(classes=3), "must take no condition"),
+        (
+            lambda: Observation(JPEG(5), torch.rand(8, 1, 16, 16), 0.1),
+            lambda: ScoreNet.unet(1, 16, widths=(8,)),
+            "operator must be linear",
+        ),
+    ],
+)
+def test_unfit_observations_are_refused(tmp_path, observation, net, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        train_from_observations(net(), observation(), tmp_path / "run", **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_gaps_are_nan_or_outside_of_the_mask():
+    y = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
+    assert torch.equal(Observation.with_gaps(y, 0.1).mask, ~y.isnan())
+    mask = torch.tensor([[True, False], [False, True]])
+    assert torch.equal(Observation.with_gaps(y, 0.1, mask).mask, mask)
+    with pytest.raises(ValueError, match="must be finite where it is observed"):
+        Observation.with_gaps(y, 0.1, torch.tensor([True, True]))
+    with pytest.raises(ValueError, match=r"mask must broadcast to y of shape \(2, 2\), got shape \(3, 2\)"):
+        Observation.with_gaps(y, 0.1, torch.ones(3, 2, dtype=torch.bool))
+
+
+def test_values_that_are_never_seen_give_a_warning(tmp_path):
+    y = torch.rand(40, 2)
+    y[:, 1] = torch.nan
+    with pytest.warns(UserWarning, match="1 of the 2 values of a sample are observed in no item"):
+        train_from_observations(_net(), Observation.with_gaps(y, 0.1), tmp_path, **{**SHORT, "stages": 1})
