@@ -221,6 +221,23 @@ def test_an_interrupted_command_gives_status_130(capsys, monkeypatch):
     monkeypatch.setattr(cli.models, "table", interrupt)
     assert main(["models"]) == 130
     assert capsys.readouterr().err == "scorematch: interrupted\n"
+    monkeypatch.setattr(cli.train, "check_folder_name", lambda folder: interrupt())
+    assert main(["train", "faces", "--out", "run"]) == 130
+    assert capsys.readouterr().err == "scorematch: interrupted; repeat the command to continue\n"
+
+
+def test_an_interruption_of_the_imports_shows_no_traceback():
+    """Torch is imported after the program has begun, when Ctrl-C has the effect that the system gives it."""
+    code = (
+        "import os, signal, sys, scorematch.__main__\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "sys.argv = ['scorematch', 'models']; scorematch.__main__.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_a_second_interruption_at_the_end_of_the_program_is_ignored(capsys, monkeypatch):
@@ -304,7 +321,7 @@ def test_the_script_scorematch_runs_main():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     scripts = re.search(r"^\[project\.scripts\]\n(.*?)\n\n", text, re.DOTALL | re.MULTILINE)[1]
     name, module, function = re.fullmatch(r'(\w+) = "([\w.]+):(\w+)"', scripts).groups()
-    assert name == "scorematch" and getattr(importlib.import_module(module), function) is main
+    assert name == "scorematch" and callable(getattr(importlib.import_module(module), function))
 
 
 def test_python_m_scorematch_prints_the_version(monkeypatch, capsys):
@@ -657,7 +674,12 @@ def test_restore_uses_the_sampler_that_suits_the_network(tmp_path, pictures, cap
         common = ("--operator", "gray", "-n", "1", "--device", "cpu", "--quiet", "--overwrite")
         folder = _saved(network, tmp_path / "network")
         assert main(["restore", folder, str(pictures / "a.png"), str(tmp_path / "out"), *common, *options]) == 0
-        assert expected in capsys.readouterr().out, options
+        printed = capsys.readouterr().out
+        assert expected in printed, options
+        assert printed.endswith(f")\n{tmp_path / 'out'}\n") and "luma" not in printed
+    save_image(torch.rand(3, 8, 8), tmp_path / "b.png")
+    assert main(["restore", folder, str(tmp_path / "b.png"), str(tmp_path / "out"), *common, "--sampler", "ode"]) == 0
+    assert capsys.readouterr().out.startswith("the luma of pictures in color is taken, since gray measures gray images")
 
 
 def test_restore_passes_the_class_to_the_network(tmp_path, pictures, capsys):

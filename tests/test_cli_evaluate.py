@@ -62,7 +62,10 @@ def test_evaluate_a_network(folder, tmp_path, capsys):
     held_out = ("--held-out", folder / "more.npz", "--out", out)
     assert _run("evaluate", folder / "network", folder / "real.npz", *options, *held_out) == 0
     printed = capsys.readouterr()
-    lines = printed.out.splitlines()
+    first, drawing, features, *others = printed.out.splitlines()
+    assert re.fullmatch(r"about \d+ s for 6 images", drawing)
+    assert re.fullmatch(r"about \d+ s for the features of 18 images, and \d+ s for each 1,000 of the .*", features)
+    lines = [first, *others]
     assert lines[0].startswith("ODESampler(2 levels") and printed.err == ""
     assert lines[1] == "|  | samples | held-out images | Gaussian | reference |"
     assert lines[2:4] == ["| --- | --- | --- | --- | --- |", "| number of images | 6 | 6 | 6 | 30 |"]

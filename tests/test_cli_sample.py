@@ -168,7 +168,7 @@ def test_the_same_command_continues_and_a_larger_n_adds_images(folder, tmp_path,
     (out / "images" / "000002.png").unlink()
     capsys.readouterr()
     assert _sample(folder, "--out", out, "-n", 4, "--batch-size", 2) == 0
-    assert capsys.readouterr().out.startswith("2 of 4 images exist already\nODESampler(")
+    assert capsys.readouterr().out.startswith("3 of 4 images exist already; 1 are drawn again\nODESampler(")
     assert _pictures(out) == before
     assert _sample(folder, "--out", out, "-n", 4, "--batch-size", 2) == 0
     assert capsys.readouterr().out == f"4 of 4 images exist already\n{out / 'sheet.png'}\n{out}\n"
@@ -288,8 +288,9 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
         (["{classes}", "--out", "b", "--class", "3"], "--class must be a number from 0 to 2, random or cycle for "),
         (["{classes}", "--out", "b", "--class", "cycle", "--n-classes", "4"], "--n-classes must be from 1 to 3"),
         (["{classes}", "a.png", "--class", "1", "--guidance", "2"], "--guidance needs a network with a null class"),
-        (["{folder}", "--out", "b", "--sampler", "euler"], "argument --sampler: invalid choice: 'euler'"),
+        (["{folder}", "--out", "b", "--sampler", "euler"], "argument --sampler: euler is ode --method dpm-solver++ "),
         (["{folder}", "--out", "b", "--sampler", "ode", "--snr", "0.5"], "--snr is an option of --sampler predictor-"),
+        (["{folder}", "x%q.png"], "a pattern must have %d or %03d for the number of the image, got '%q' in 'x%q.png'"),
         (["{folder}", "a.png", "--snr", "0.1", "--method", "heun"], "is an option of --sampler"),
         (["{folder}", "a.png", "--snr", "2"], "argument --snr: must be a number of more than 0 and less than 1"),
         (["{folder}", "a.png", "--exact-noise", "--consistent"], ": leave out --steps-per-level and --exact-noise"),

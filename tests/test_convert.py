@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
-from scorematch.__main__ import main
+from scorematch.cli import main
 from scorematch.sampling import SamplerSettings, recommended_sampler
 from tests.helpers import convert
 

@@ -238,6 +238,14 @@ def test_measurements_of_every_operator():
     )
     pooled = torch.nn.functional.avg_pool2d(x, 4)
     torch.testing.assert_close(AveragePool(4).measure(x), pooled)
+    volumes, seen = random(2, 3, 4, 6, 8), torch.zeros(4, 6, 8, dtype=torch.bool)
+    seen[2:] = True  # an operator of volumes has another gain and another mask than one of images
+    torch.testing.assert_close(AveragePool(2).measure(volumes), torch.nn.functional.avg_pool3d(volumes, 2))
+    composed = AveragePool(2) @ Mask(seen)
+    volume = Observation(composed, composed.measure(volumes)).of_shape((3, 4, 6, 8))
+    assert volume.operator.gain == 1 / 8 and torch.equal(volume.mask, seen[::2, ::2, ::2])
+    signals = random(2, 3, 8)
+    torch.testing.assert_close(AveragePool(4).measure(signals), torch.nn.functional.avg_pool1d(signals, 4))
     assert torch.equal((Grayscale() @ AveragePool(2)).measure(x), Grayscale().measure(AveragePool(2).measure(x)))
 
 
@@ -608,7 +616,7 @@ def test_a_mask_copies_the_callers_tensor():
         (
             lambda: AveragePool(3).measure(torch.rand(1, 1, 4, 4)),
             ValueError,
-            "height and width must be multiples of 3, got images of 4x4 pixels",
+            "all sides must be multiples of 3, got images of 4x4 pixels",
         ),
         (
             lambda: AveragePool(2).measure(torch.rand(4, 8)),

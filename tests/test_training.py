@@ -156,9 +156,9 @@ def test_the_results_of_evaluate_are_numbers_in_the_log(tmp_path):
             quick(points_net(), points(), tmp_path / str(i), **options)
 
 
-def test_the_folder_of_a_run_is_not_its_network(run):
-    with pytest.raises(ValueError, match=r"faces is the folder of a training run\. Its network is in .*network: pass"):
-        ScoreNet.from_pretrained(run[0])
+def test_the_folder_of_a_run_stands_for_its_network(run):
+    loaded, same = (ScoreNet.from_pretrained(folder).state_dict() for folder in (run[0], run[0] / "network"))
+    assert all(torch.equal(loaded[name], same[name]) for name in same)
 
 
 def test_files_of_a_run(run):
@@ -948,6 +948,12 @@ def test_a_network_of_one_noise_level_saves_samples_and_a_report(tmp_path):
     net.sampler_settings = None
     quick(net, images(), tmp_path, images=16)
     assert (tmp_path / "samples" / "000000016.png").stat().st_size > 500
+    assert '/network")\n' in (tmp_path / "report.md").read_text()
+
+
+def test_the_report_of_an_own_network_names_its_class(tmp_path):
+    quick(points_net(), points(), tmp_path, images=16)
+    assert '/network", backbone=YourClass())\n' in (tmp_path / "report.md").read_text()
     assert "(report/loss.svg)" in (tmp_path / "report.md").read_text()
 
 

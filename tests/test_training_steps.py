@@ -626,7 +626,7 @@ def check(net, data, **settings):
         ),
         (
             lambda: check(points_net(), points(), batch_size=65),
-            "the data have 64 images, fewer than a batch of 65. Pass batch_size=64",
+            "a batch of 65 is more than the 64 images of the data. Pass batch_size=64",
         ),
         (
             lambda: check(points_net(), points(), levels=3),

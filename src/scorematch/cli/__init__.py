@@ -1,7 +1,8 @@
 """The command line, ``scorematch`` or ``python -m scorematch``: each command is one module of this package.
 
 To add a command, add a module with a function ``add(commands)``. It registers a parser with ``commands.add_parser`` and
-sets its default ``run``, a function that takes the parsed arguments. ``options`` has the options and functions that
+sets its default ``run``, a function that takes the parsed arguments. The default ``instead`` says what to write for
+options of other programs. ``options`` has the options and functions that
 several commands share. In the texts of a parser, ``%(prog)s`` is the command as the user typed it, such as
 ``scorematch sample``; messages have ``args.program``, which is ``scorematch`` or ``python -m scorematch``.
 """
@@ -96,7 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     args, unknown = parser.parse_known_args(argv)
     args.argv, args.program = sys.argv[1:] if argv is None else argv, parser.prog
     if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        advice = getattr(args, "instead", {}).get(unknown[0].partition("=")[0])
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{f'. {advice}' if advice else ''}")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # during the imports; see ``__main__``
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with warnings.catch_warnings(), written_by(args.parser.written):
             warnings.showwarning = _show_warning
@@ -120,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if argv is None:  # the program ends now, and a second Ctrl-C would show a traceback of its last functions
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("scorematch: interrupted", file=sys.stderr)
+        continues = "; repeat the command to continue" if getattr(args, "out", None) is not None else ""
+        print(f"scorematch: interrupted{continues}", file=sys.stderr)
         return 130
     return 0
 

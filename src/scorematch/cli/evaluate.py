@@ -7,7 +7,7 @@ from typing import get_args
 
 from scorematch.cli.options import Commands, given, refuse
 from scorematch.cli.options.classes import GUIDED_CLASSES, add_classes, add_guidance, find_classes, guide
-from scorematch.cli.options.duration import announce
+from scorematch.cli.options.duration import announce, announce_features
 from scorematch.cli.options.networks import load
 from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import check_folder_name
@@ -130,14 +130,16 @@ def _run(args: argparse.Namespace) -> None:
     classes = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net))
     sampler = make_sampler(args, net, restoring=restoring)
-    announce(sampler)
+    n = args.n or DEFAULT_N
+    announce(sampler, 0 if restoring else n, classes)
     if restoring:
         sampler.restore = args.restore_method or "auto"
         data, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
         options = given(args, ("n", "draws", "sigma", "truth", "labels"))
         result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)
     else:
-        n = args.n or DEFAULT_N
+        measured = n * (1 + sets["gaussian"] + (args.held_out is not None))
+        announce_features(common["features"], net.sample_shape or (), measured)
         result = evaluate(sampler, args.reference, n=n, classes=classes, n_classes=args.n_classes, **sets, **common)
     _show(args, result)
 

@@ -31,8 +31,7 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     check_repository(args.repository)
-    run = args.folder / "network"
-    net = load_network(run if run.is_dir() else args.folder)
+    net = load_network(args.folder)
     check_login()
     commit = net.push_to_hub(
         args.repository, license=args.license, private=args.private or None, commit_message=args.message

@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> None:
     for path in paths:
         with about(path):
             picture = _Picture(args, operator, channels, path)
-        for line in (picture.observed(), picture.difference(channels, *own)):
+        for line in (picture.observed(), picture.luma(), picture.difference(channels, *own)):
             if line not in printed:  # each line once
                 print(line)
                 printed.add(line)
@@ -118,6 +118,8 @@ def _run(args: argparse.Namespace) -> None:
         for i in range(0, len(group), at_once):
             batch = [_Picture(args, operator, channels, path) for path in group[i : i + at_once]]
             _restore(args, sampler, operator, batch, label)
+    if args.quiet:
+        print(folder)
 
 
 class _Picture:
@@ -157,12 +159,21 @@ class _Picture:
         share = float(self._operator.seen(self.y).float().mean())
         return None if share == 1 else f"{100 * share:.0f} % of the image is observed with {self._args.operator}"
 
+    def luma(self) -> str | None:
+        """A line if a picture in color is restored from its luma, otherwise None."""
+        if self.original is not None or self.y.shape[1] == self.degraded.shape[1] or not self._in_color():
+            return None
+        return f"the luma of pictures in color is taken, since {self._args.operator} measures gray images"
+
+    def _in_color(self) -> bool:
+        rgb = read_image(self.path, 3)
+        return not torch.equal(rgb, rgb[:1].expand_as(rgb))
+
     def difference(self, channels: int, height: int, width: int) -> str | None:
         """A line with size and color if they differ from those of the network's images, otherwise None."""
         own = color = "color" if channels == 3 else "gray"
         if self.y.shape[1] == self.degraded.shape[1]:
-            rgb = read_image(self.path, 3)
-            color = "gray" if torch.equal(rgb, rgb[:1].expand_as(rgb)) else "color"
+            color = "color" if self._in_color() else "gray"
         if self.degraded.shape[-2:] == (height, width) and color == own:
             return None
         found = f"the image to restore has {_size(self.degraded)} pixels in {color}"
@@ -200,7 +211,8 @@ def _restore(
         save_image(grid(torch.cat(strip), columns=sum(map(len, strip))), folder / f"{picture.path.stem}-strip.png")
         if args.uncertainty:
             _summarize(restored, folder, picture.path.stem)
-        print(f"{folder / f'{picture.path.stem}-strip.png'}{note}")
+        if note or not args.quiet:
+            print(f"{folder / f'{picture.path.stem}-strip.png'}{note}")
 
 
 def _summarize(restored: Tensor, folder: Path, stem: str) -> None:

@@ -147,10 +147,13 @@ def _draw(args: argparse.Namespace, job: Job) -> None:
 def _pictures(name: str, n: int) -> list[Path]:
     """The files of n images: one for all of them, or one for each if the name is a folder or a pattern."""
     path, pattern = Path(name).expanduser(), re.compile(r"%(0\d{0,2}|\d?)d")
+    # But not my%20digits.png, whose name a browser has escaped.
+    if wrong := re.search(r"%(?![0-9A-Fa-f]{2}).?", pattern.sub("", name)):
+        raise ValueError(f"a pattern must have %d or %03d for the number of the image, got {wrong[0]!r} in {name!r}.")
     if name.endswith(("/", os.sep)) or path.is_dir():
         check_folder_name(path)
         return [path / f"{i:06d}.png" for i in range(n)]  # as in the folder of --out
-    if pattern.search(name):  # but not my%20digits.png, whose name a browser has escaped
+    if pattern.search(name):
         return [Path(pattern.sub(lambda found: f"{i:{found[1]}d}", str(path))) for i in range(n)]  # noqa: B023
     return [path]
 
@@ -163,8 +166,9 @@ def _fill(args: argparse.Namespace, job: Job) -> None:
     about = {"network": args.model, "command": shlex.join(["scorematch", *map(str, args.argv)])}
     samples = SampleFolder(job, args.out, args.n, format="npz" if args.npz else "png", about=about)
     sampler = prepared(job.sampler)
-    if process.rank == 0 and samples.missing < args.n:
-        print(f"{args.n - samples.missing} of {count(args.n)} exist already")
+    if process.rank == 0 and samples.found:
+        again = samples.missing + samples.found - args.n  # of batches that are not complete
+        print(f"{samples.found} of {count(args.n)} exist already" + (f"; {again} are drawn again" if again else ""))
     if samples.missing:
         announce(sampler, samples.missing, job.classes)
     begin = time.perf_counter()

@@ -36,6 +36,11 @@ _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
 _DEFAULTS = {"label_drop": "0.1 with --labels"}  # of options that are not those of train
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
+_INSTEAD = {  # of options of other programs
+    "--epochs": "Write the number of images, --images 500k; an epoch is the number of pictures in the data",
+    "--steps": "Write the number of images, --images 500k; a step has --batch-size images",
+    "--resume": "Repeat the command of the run: it continues",
+}
 
 
 def add(commands: Commands) -> None:
@@ -127,7 +132,7 @@ def add(commands: Commands) -> None:
             add_declared(
                 training if option.name in own else written, option.name, option.metadata["value"], meaning, default
             )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, instead=_INSTEAD)
 
 
 def _run(args: argparse.Namespace) -> None:

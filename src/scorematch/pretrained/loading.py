@@ -40,10 +40,6 @@ def _read(home: Path, card: Card | None, complete: Callable[[Sequence[str]], Non
         stored = _read_own(home, config, complete)
     elif config.get("_class_name") in diffusers.CLASSES:
         stored = diffusers.read(home, config, card, complete)
-    elif (home / "network" / CONFIG_FILE).is_file():
-        raise ValueError(
-            f"{home} is the folder of a training run. Its network is in {home / 'network'}: pass that folder."
-        )
     else:
         raise ValueError(
             f"{path} has no format_version, so it was not written by save_pretrained, and its _class_name must be "
@@ -73,14 +69,16 @@ def _read_own(home: Path, config: dict[str, Any], complete: Callable[[Sequence[s
 
 
 def _home(folder: Path) -> Path:
-    """The folder that holds the network: the folder itself, or its unet/ if the folder is a pipeline."""
-    if not (folder / "unet" / CONFIG_FILE).is_file():
+    """The folder that holds the network: the folder itself, unet/ in it of a pipeline, or network/ of a run."""
+    unet, network = ((folder / name / CONFIG_FILE).is_file() for name in ("unet", "network"))
+    if not (unet or network):
         return folder
-    # Beside unet/ there may be another config.json, with the options of a training program.
+    # Beside it there may be another config.json, with the options of a training program; that of a run is its record.
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-    if "format_version" in config or "_class_name" in config:
+    own = "format_version" in config or "_class_name" in config
+    if own and unet:
         raise ValueError(f"{folder} holds two networks, one in it and one in unet/. Move one into a folder of its own.")
-    return folder / "unet"
+    return folder / "unet" if unet else folder / "network" if config and not own else folder
 
 
 class _SkipNormal(TorchFunctionMode):

@@ -372,8 +372,10 @@ class _Composition(Operator):
         return self._with(lambda part: part.to(device), None if self.mask is None else self.mask.to(device))
 
     def with_axes(self, axes: int) -> Operator:
-        """The operator for batches with this number of axes."""
-        new = self._with(lambda part: part.with_axes(axes), self.mask)
+        """The composition of both for batches with this number of axes, on which the gain and the mask depend."""
+        if axes == self._axes:
+            return self
+        new = _Composition(self.outer.with_axes(axes), self.inner.with_axes(axes))
         new._axes = axes
         return new
 

@@ -314,8 +314,10 @@ class Grayscale(Operator):
 class AveragePool(Operator):
     """Observes the mean of each block of pixels: (N, C, H, W) -> (N, C, H / size, W / size).
 
+    All axes after the channels are divided into blocks: one of signals (N, C, L), three of volumes (N, C, D, H, W).
+
     Args:
-        size: the side of a block in pixels, at least 1. It must divide the height and the width of the images.
+        size: the side of a block in pixels, at least 1. It must divide every side of the images.
 
     Raises:
         TypeError: if ``size`` is not an integer.
@@ -324,32 +326,52 @@ class AveragePool(Operator):
 
     form, help = "pool:SIZE", "each block of SIZE x SIZE pixels was averaged to one"
     examples = ("pool:4", "pool:2", "pool:7", "pool:8", "pool:16")
+    _axes = 4  # of a batch
 
     def __init__(self, size: int) -> None:
         self.size = check_count("size", size)
-        self.gain = 1 / self.size**2
+        self.gain = 1 / self.size ** (self._axes - 2)
+
+    def with_axes(self, axes: int) -> AveragePool:
+        """The operator for batches with this number of axes, on which the gain depends."""
+        if axes == self._axes:
+            return self
+        new = copy.copy(self)
+        new._axes, new.gain = axes, 1 / self.size ** (axes - 2)
+        return new
 
     def measure(self, x: Tensor) -> Tensor:
         """The mean of each block."""
         _check_has_rows(x, self)
-        if x.shape[-2] % self.size or x.shape[-1] % self.size:
+        if any(side % self.size for side in x.shape[2:]):
             raise ValueError(
-                f"height and width must be multiples of {self.size}, got images of {x.shape[-2]}x{x.shape[-1]} pixels."
+                f"all sides must be multiples of {self.size}, got images of {'x'.join(map(str, x.shape[2:]))} pixels."
             )
-        return reduce(x, "... (h a) (w b) -> ... h w", "mean", a=self.size, b=self.size)
+        blocks, places, sizes = self._blocks(x.shape[2:])
+        return reduce(x, f"... {blocks} -> ... {places}", "mean", **sizes)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """An image in which every pixel of a block has the value of y."""
-        return repeat(y, "... h w -> ... (h a) (w b)", a=self.size, b=self.size)
+        blocks, places, _ = self._blocks(y.shape[2:])
+        return repeat(y, f"... {places} -> ... {blocks}", **{f"b{i}": self.size for i in range(y.ndim - 2)})
 
     def carry_mask(self, mask: Tensor) -> Tensor | None:
         """The mask of the blocks if it is constant within each block, else None."""
-        mask = mask if mask.ndim > 1 else mask[None]
-        a, b = (1 if side == 1 else self.size for side in mask.shape[-2:])
-        if mask.shape[-2] % a or mask.shape[-1] % b:
+        sides = self._axes - 2
+        mask = mask[(None,) * (sides - mask.ndim)]
+        pattern, places, sizes = self._blocks(mask.shape[-sides:])
+        if any(side % size for side, size in zip(mask.shape[-sides:], sizes.values(), strict=True)):
             return None
-        blocks = rearrange(mask, "... (h a) (w b) -> ... h w (a b)", a=a, b=b)
+        blocks = rearrange(mask, f"... {pattern} -> ... {places} ({' '.join(sizes)})", **sizes)
         return blocks.all(-1) if bool((blocks.all(-1) == blocks.any(-1)).all()) else None
+
+    def _blocks(self, sides: Sequence[int]) -> tuple[str, str, dict[str, int]]:
+        """The axes of these sides in einops: as blocks, as places of blocks, and the sizes of blocks by name.
+
+        An axis of size 1 of a mask is kept, since it is broadcast.
+        """
+        sizes = {f"b{i}": 1 if side == 1 else self.size for i, side in enumerate(sides)}
+        return " ".join(f"(p{i} b{i})" for i in range(len(sides))), " ".join(f"p{i}" for i in range(len(sides))), sizes
 
 
 # By the names in their text forms.

@@ -108,7 +108,8 @@ class SampleFolder:
     nothing is written before ``fill``.
 
     Attributes:
-        missing: the number of images that ``fill`` has to draw, over all processes together.
+        missing: the number of images that ``fill`` has to draw, over all processes together, in whole batches.
+        found: the number of images that exist.
     """
 
     def __init__(
@@ -142,7 +143,9 @@ class SampleFolder:
         self._files.check()
         self._about = dict(about or {})
         self._stored = self._check_folder()
-        self.missing = sum(len(indices) for indices in self._ranges(Process(0, 1)) if not self._files.exist(indices))
+        incomplete = [indices for indices in self._ranges(Process(0, 1)) if not self._files.exist(indices)]
+        self.missing = sum(map(len, incomplete))
+        self.found = n - self.missing + sum(map(self._files.count, incomplete))
 
     def fill(self, *, process: tuple[int, int] | None = None, progress: bool = True) -> Path:
         """Draws the missing images; arguments, result and errors as for ``sample_to``."""

@@ -30,9 +30,9 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
             f"the data must have samples of the network's sample_shape, {net.sample_shape}, got {tuple(data.shape)}."
         )
     if len(data) < settings.batch_size:
+        most = argument("batch_size", len(data)) + (" or less" if len(data) > 1 else "")
         raise ValueError(
-            f"the data have {len(data)} images, fewer than a batch of {settings.batch_size}. Pass "
-            f"{argument('batch_size', len(data))} or less."
+            f"a batch of {settings.batch_size} is more than the {len(data)} images of the data. Pass {most}."
         )
     if settings.batch_size % processes:
         raise ValueError(

@@ -151,6 +151,7 @@ def _report(
     last: Mapping[str, Any] = lines[-1] if lines else {"images": 0}
     count = sum(parameter.numel() for parameter in net.parameters())
     names = (path.name for path in (out / "samples").glob("*.png"))
+    own = "" if net.family is not None else ", backbone=YourClass()"
     picture = max(names, key=lambda name: (len(name), name), default="")  # from 10^9 images on, names are longer
     text = [
         f"# {out.name}",
@@ -164,7 +165,7 @@ def _report(
         "",
         "```python",
         "from scorematch import ScoreNet",
-        f'net = ScoreNet.from_pretrained("{(out / "network").as_posix()}")',
+        f'net = ScoreNet.from_pretrained("{(out / "network").as_posix()}"{own})',
         "```",
         "",
         "![training loss](report/loss.svg)",

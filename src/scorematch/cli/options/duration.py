@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from scorematch.core.processes import this_process
 from scorematch.core.scores import attribute, device_of
+from scorematch.evaluation.features import Extractor
 from scorematch.sampling import ODESampler, Sampler
 from scorematch.sampling.bulk import Classes
 
@@ -43,6 +45,24 @@ def _seconds_per_call(sampler: Sampler, classes: Classes) -> float:
     begin = time.perf_counter()
     net(x, 1.0, *given).sum().item()  # waits for the device
     return (time.perf_counter() - begin) / _FEW
+
+
+def announce_features(extractors: Sequence[Extractor], shape: Sequence[int], n: int) -> None:
+    """Prints the estimated time for the features of n images of a shape (C, H, W), and of those of the reference."""
+    process = this_process()
+    if process.rank > 0 or not extractors:
+        return
+    images = torch.randint(256, (_FEW, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # the first call prepares the kernels
+        begin = time.perf_counter()
+        for extractor in extractors:
+            extractor.extract(images).features.sum().item()  # waits for the device
+    each = (time.perf_counter() - begin) / _FEW / process.world_size
+    print(
+        f"about {duration(each * n)} for the features of {count(n)}, and {duration(each * 1000)} for each 1,000 of the "
+        "reference, whose statistics are kept",
+        flush=True,
+    )
 
 
 def count(n: int) -> str:

@@ -22,7 +22,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Adds the positional argument ``model``; ``load`` reads it."""
-    text = "a name, such as mnist or owner/name on the Hugging Face Hub, or a folder, such as ./cifar10"
+    text = "a name, such as mnist or owner/name on the Hugging Face Hub, or a folder, such as ./cifar10 or runs/faces"
     optional: dict[str, Any] = {} if default is None else {"nargs": "?", "default": default}
     parser.add_argument("model", help=text if default is None else f"{text} (default: {default})", **optional)
 

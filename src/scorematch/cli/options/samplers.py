@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import get_args
 
 from scorematch.cli.options import given
 from scorematch.cli.options.networks import add_device
@@ -13,7 +14,17 @@ from scorematch.core.conditions import takes_image
 from scorematch.core.schema import Field
 from scorematch.core.scores import Score, attribute
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
+from scorematch.sampling.ode import Method
 from scorematch.sampling.sampler import Option, options_of
+
+# Names of methods in other programs, with the sampler and its options here. For one network call per step, DDIM,
+# Euler's method and DPM-Solver++ of order 1 are the same.
+_ELSEWHERE = {
+    "ddpm": "ancestral",
+    **dict.fromkeys(("ddim", "euler"), "ode --method dpm-solver++ --order 1"),
+    **dict.fromkeys(("dpm-solver", "dpm++", "dpmpp"), "ode --method dpm-solver++"),
+    **{method: f"ode --method {method}" for method in get_args(Method)},
+}
 
 
 def add_computation(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +47,7 @@ def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommende
     )
     group.add_argument(
         "--sampler",
+        type=_sampler_name,
         choices=SAMPLERS,
         help=f"the sampler (default: the one to which a given option belongs, or {default})",
     )
@@ -52,6 +64,13 @@ def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommende
         added |= own.keys()  # an option that several samplers have is listed with the first
         if own:
             _add_options(parser.add_argument_group(f"options of --sampler {name}"), own)
+
+
+def _sampler_name(text: str) -> str:
+    """A name in ``SAMPLERS``; the name of a method elsewhere is an error that says what it is here."""
+    if text not in SAMPLERS and text in _ELSEWHERE:
+        raise argparse.ArgumentTypeError(f"{text} is {_ELSEWHERE[text]} here: write --sampler {_ELSEWHERE[text]}")
+    return text
 
 
 def _add_options(group: argparse._ActionsContainer, options: Mapping[str, Option]) -> None:

@@ -32,8 +32,8 @@ def fitting(field: Field) -> Callable[[str], Any]:
 
 
 def _integer(text: str) -> int | None:
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kM]?)", text)
-    number = Decimal(match[1]) * {"": 1, "k": 1_000, "M": 1_000_000}[match[2]] if match else Decimal("0.5")
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kKmM]?)", text)
+    number = Decimal(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()] if match else Decimal("0.5")
     return int(number) if number == int(number) else None
 
 
