@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             batch_size=args.batch,
             lr=args.lr,
             condition=MultiTask([TASKS[name]() for name in args.tasks]),
-            flip=args.images == "cifar10",
+            augment=None if args.images == "cifar10" else (),
             seed=args.seed,
             sample_every=args.every * args.batch,
             **kind,

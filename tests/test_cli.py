@@ -185,10 +185,10 @@ def test_messages_write_arguments_as_options():
     def written(command):
         with written_by(_commands()[command].written):
             names = [argument("batch_size"), argument("crop", "celeba"), argument("image_size", (48, 64))]
-            return [*names, argument("flip", False), argument("consistent", True), argument("consistent", False)]
+            return [*names, argument("augment", ()), argument("consistent", True), argument("consistent", False)]
 
-    own = ["batch_size", 'crop="celeba"', "image_size=(48, 64)", "flip=False", "consistent=True", "consistent=False"]
-    options = ["--batch-size", "--crop celeba", "--image-size 48x64", "--no-flip", "--consistent", "--no-consistent"]
+    own = ["batch_size", 'crop="celeba"', "image_size=(48, 64)", "augment=()", "consistent=True", "consistent=False"]
+    options = ["--batch-size", "--crop celeba", "--image-size 48x64", "--augment", "--consistent", "--no-consistent"]
     assert written("models") == own  # which has no options
     assert written("train") == [*options[:4], *own[4:]]
     assert written("sample") == [options[0], *own[1:4], *options[4:]]

@@ -202,10 +202,10 @@ def test_options_are_passed_to_train(faces, tmp_path, calls):
     given = {"images": "16", "batch-size": "4", "microbatch": "2", "lr": "0.01", "warmup-images": "8"}
     every = {"log-every": "1k", "sample-every": "2k", "snapshot-every": "3k", "checkpoint-every": "4k"}
     options = itertools.chain.from_iterable((f"--{name}", value) for name, value in {**given, **every}.items())
-    assert _train(faces, tmp_path, *options, "--precision", "float32", "--compile", "--no-flip") == 0
+    assert _train(faces, tmp_path, *options, "--precision", "float32", "--compile", "--augment") == 0
     net, data, out, found = calls[0]
     assert net.sample_shape == data.shape == (3, 8, 8) and out == tmp_path
-    expected = {"images": 16, "batch_size": 4, "microbatch": 2, "lr": 0.01, "warmup_images": 8, "flip": False}
+    expected = {"images": 16, "batch_size": 4, "microbatch": 2, "lr": 0.01, "warmup_images": 8, "augment": ()}
     events = {"log_every": 1000, "sample_every": 2000, "snapshot_every": 3000, "checkpoint_every": 4000}
     rest = {"precision": "float32", "compile": True, "seed": 0, "progress": False, "push_to_hub": None}
     assert {**expected, **events, **rest}.items() <= vars(RunSettings(**found)).items()
@@ -221,9 +221,29 @@ def test_every_option_of_train_that_has_a_range_is_an_option_of_the_command(caps
 
 
 def test_options_may_be_lists_or_none(faces, tmp_path, calls):
-    given = ("--betas", "0.8", "0.9", "--ema", "--clip", "none", "--warmup-images", "0", "--flip", "--decay", "linear")
+    given = (
+        "--betas",
+        "0.8",
+        "0.9",
+        "--ema",
+        "--clip",
+        "none",
+        "--warmup-images",
+        "0",
+        "--augment",
+        "flip",
+        "--decay",
+        "linear",
+    )
     assert _train(faces, tmp_path, *given) == 0
-    expected = {"betas": (0.8, 0.9), "ema": (), "clip": None, "warmup_images": 0, "flip": True, "decay": "linear"}
+    expected = {
+        "betas": (0.8, 0.9),
+        "ema": (),
+        "clip": None,
+        "warmup_images": 0,
+        "augment": ("flip",),
+        "decay": "linear",
+    }
     assert expected.items() <= vars(RunSettings(**calls[0][3])).items()
     with pytest.raises(SystemExit):
         _train(faces, tmp_path, "--betas", "0.8")  # argparse: expected 2 arguments

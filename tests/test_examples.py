@@ -284,7 +284,7 @@ def test_train_mnist_trains_and_continues_from_trained_weights(digits, tmp_path,
     assert (run / "network" / "model.safetensors").read_bytes() == before
     program("train_mnist", "--smoke", "--data", digits, "--out", tmp_path / "more", "--start", run / "network")
     stored = json.loads((tmp_path / "more" / "config.json").read_text())["settings"]
-    assert stored["start"] == str(run / "network") and stored["flip"] is False
+    assert stored["start"] == str(run / "network") and stored["augment"] == []
     assert (tmp_path / "more" / "network" / "model.safetensors").read_bytes() != before
 
 
@@ -360,7 +360,7 @@ def test_palette_trains_and_writes_its_figures(digits, classifier, tmp_path, pro
     with Image.open(run / "strip.png") as strip:
         assert strip.size == (10 * 30 + 2, 8 * 30 + 2)  # 4 tasks of 4 images; 2 images of 5 pictures per row
     settings = json.loads((run / "config.json").read_text())["settings"]
-    assert "JPEGRestoration(5, 30)" in settings["condition"] and settings["flip"] is False
+    assert "JPEGRestoration(5, 30)" in settings["condition"] and settings["augment"] == []
     net = ScoreNet.from_pretrained(run / "network")
     assert net.conditioning.channels == 3 and net.sample_shape == (3, 28, 28)
     figures = (run / "figures.csv").read_text()

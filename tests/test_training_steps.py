@@ -201,7 +201,7 @@ def test_the_number_of_images_is_rounded_up_to_whole_batches():
         ({"betas": 0.9}, r"betas must be a list .*, such as \(0\.9, 0\.99\), got 0\.9"),
         ({"lr": "1e-3"}, "lr must be a number of more than 0, got '1e-3'"),
         ({"label_drop": None}, "label_drop must be a number of at least 0 and less than 1, got None"),
-        ({"flip": "no"}, "flip must be True or False, got 'no'"),
+        ({"augment": ["no"]}, "augment must be .*one of 'flip', 'rotate', 'shift'.*got"),
         ({"compile": 1}, "compile must be True or False, got 1"),
     ],
 )
@@ -260,7 +260,7 @@ def test_random_numbers_depend_only_on_the_seed_and_the_image():
 
 def test_images_are_not_flipped_without_flip():
     loss = Recorder()
-    steps(image_net(), Memory(images()), images=32, batch_size=8, flip=False, loss=loss)
+    steps(image_net(), Memory(images()), images=32, batch_size=8, augment=(), loss=loss)
     assert torch.equal(loss.all("x"), images()[Order(32, 0)(0, 32)])
 
 
@@ -282,7 +282,7 @@ def test_volumes_train_a_network_of_3d_convolutions():
 def test_8_bit_images_are_scaled_to_0_1():
     loss = Recorder()
     pixels = (255 * images()).to(torch.uint8)
-    steps(image_net(), open_images(pixels), images=32, batch_size=8, flip=False, loss=loss)
+    steps(image_net(), open_images(pixels), images=32, batch_size=8, augment=(), loss=loss)
     assert torch.equal(loss.all("x"), pixels[Order(32, 0)(0, 32)].float() / 255)
 
 

@@ -28,6 +28,10 @@ from scorematch.core.json_files import native
 from scorematch.core.messages import quote
 from scorematch.core.schema import Field
 from scorematch.core.scores import NetworkScore
+from scorematch.data.array_data import ArrayData
+from scorematch.data.images import Data
+from scorematch.data.memory import to_array
+from scorematch.data.moments import Moments, moments
 from scorematch.nets import family_of
 from scorematch.nets.blocks import VectorEmbedding
 from scorematch.nets.builders import Builders
@@ -82,6 +86,8 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
         sampler_settings: the SamplerSettings recommended for this network, or None; saved with the weights.
         class_names: the names of the classes of a class-conditional network, a tuple of strings, or None; saved with
             the weights. Class k is ``class_names[k]``, and ``net.class_names.index("cat")`` is the class "cat".
+        is_new: whether ``train`` may give the network the units of its data (``fit_units``): True for a network that
+            ``ScoreNet.unet`` and the other builders made, and False for one that was loaded or trained.
 
     Example:
         >>> import torch
@@ -125,6 +131,7 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
         self.units = None
         self.sampler_settings = None
         self.class_names = None
+        self.is_new = False
         self._architecture: dict[str, Any] = {"family": "custom"}
         self._scheduler: dict[str, Any] | None = None  # that of diffusers, for ``save_pretrained``
 
@@ -134,7 +141,11 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
 
     @property
     def value_range(self) -> Range | None:
-        """(low, high) of the data, or None for data without a fixed range."""
+        """(low, high) of the data, or None for data without a fixed range.
+
+        If another range is assigned, and the preconditioning maps the range to [-1, 1], the noise levels are multiplied
+        by the ratio of the widths of the ranges: it is the same network in other units.
+        """
         return self._value_range
 
     @value_range.setter
@@ -145,7 +156,11 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
                 f"value_range must be (low, high), finite with low < high, or None for data without a fixed range, got "
                 f"{value_range!r}."
             )
+        before: Preconditioning | None = self.preconditioning if hasattr(self, "_units") else None
         self._value_range = None if ends is None else (float(ends[0]), float(ends[1]))
+        if before is not None and before.value_range is not None and ends is not None:
+            scale = before.units[0] / self.preconditioning.units[0]
+            self.schedule = self.schedule if scale == 1 else NoiseSchedule(self.schedule.sigmas * scale)
 
     @property
     def units(self) -> Units | None:
@@ -167,39 +182,53 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
             self.value_range = None
         self._units = units
 
-    def fit_units(self, data: Tensor, condition: Tensor | None = None) -> None:
+    def fit_units(self, data: Tensor | Data, condition: Tensor | None = None, *, progress: bool = False) -> None:
         """Measures the mean and the standard deviation of each channel of data that are not images.
 
         They are stored as ``units``, and are applied inside the network, so that x, sigma and samples are in the units
         of the data. The highest and the lowest noise level are multiplied by the largest and the smallest ratio of a
-        standard deviation to that which the network expected before. Call it once, before the training.
+        standard deviation to that which the network expected before. A ``value_range`` is kept if all data are in it.
+        ``train`` calls this method for new networks; call it once before a training loop of your own.
 
         Args:
-            data: (N, C, ...) or (N, D), floating point, all data or a large random part. For (N, D) each of the D
-                values is a channel.
-            condition: the vectors (N, K) of a network with ``condition_features``, which are standardized too.
+            data: (N, C, ...) or (N, D), floating point, all data or a large random part; or the result of
+                ``open_arrays``. For (N, D) each of the D values is a channel.
+            condition: the vectors (N, K) of a network with ``condition_features``, which are standardized too. Those of
+                ``open_arrays`` need not be passed.
+            progress: whether to show a progress bar.
 
         Raises:
             TypeError: if data is not a floating-point tensor.
             ValueError: if it has NaN or infinite values, or a channel that is constant.
         """
-        if isinstance(data, Tensor) and not data.is_floating_point():
-            raise TypeError(f"data must be floating point, got {data.dtype}. Write data.float().")
-        check_data(data, "data")
-        mean, std = _moments(data, "channel", "data")
+        if isinstance(data, Tensor):
+            if not data.is_floating_point():
+                raise TypeError(f"data must be floating point, got {data.dtype}. Write data.float().")
+            check_data(data, "data")
+            data = ArrayData(to_array(data), condition, "data")
+        self.take_moments(*moments(data, progress=progress))
+
+    def take_moments(self, found: Moments, of_condition: Moments | None = None) -> None:
+        """Stores the moments of data and of their conditions, as ``fit_units`` does."""
         embeddings = [module for module in self.backbone.modules() if isinstance(module, VectorEmbedding)]
-        if condition is not None:
+        if of_condition is not None:
             if not embeddings:
                 raise TypeError("this network takes no vector as its condition. Leave out condition.")
-            center, spread = _moments(condition, "value", "condition")
-            embeddings[0].mean.copy_(center)
-            embeddings[0].std.copy_(spread)
-        expected = 0.5 / self.preconditioning.units[0]
-        own = self.schedule
-        self.units = Units(tuple(mean.tolist()), tuple(std.tolist()))
-        self.schedule = NoiseSchedule.geometric(
-            own.sigma_max * float(std.max()) / expected, own.sigma_min * float(std.min()) / expected, len(own)
-        )
+            embeddings[0].mean.copy_(of_condition.mean)
+            embeddings[0].std.copy_(of_condition.std)
+        expected, own, ends = 0.5 / self.preconditioning.units[0], self.schedule, self.value_range
+        self.units = Units(tuple(found.mean.tolist()), tuple(found.std.tolist()))
+        largest, smallest = (float(end) / expected for end in (found.std.max(), found.std.min()))
+        self.schedule = NoiseSchedule.geometric(own.sigma_max * largest, own.sigma_min * smallest, len(own))
+        if ends is not None and ends[0] <= float(found.low.min()) and float(found.high.max()) <= ends[1]:
+            self._value_range = ends
+
+    def take_units(self, config: Mapping[str, Any]) -> None:
+        """Takes the units, with the range and the noise levels, of a configuration, if it has units."""
+        if "units" in config:
+            self.units = Units(**config["units"])
+            self._value_range = None if config["value_range"] is None else tuple(config["value_range"])
+            self.schedule = NoiseSchedule.from_dict(config["schedule"])
 
     @property
     def sampler_settings(self) -> SamplerSettings | None:
@@ -460,8 +489,7 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
         net.sampler_settings = None if settings is None else SamplerSettings.from_dict(settings)
         try:
             net.class_names = config.get("class_names")
-            if "units" in config:
-                net.units = Units(**config["units"])
+            net.take_units(config)
         except ValueError as error:
             raise ValueError(f"{stored.source}: {error}") from error
         return net.float().eval()
@@ -542,13 +570,3 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
             token=token,
             commit_message=commit_message,
         )
-
-
-def _moments(data: Tensor, part: str, name: str) -> tuple[Tensor, Tensor]:
-    """The mean and the standard deviation of each channel of data (N, C, ...), float64."""
-    std, mean = torch.std_mean(data.detach().double().transpose(0, 1).flatten(1), 1)
-    if not bool(torch.isfinite(std).all()):
-        raise ValueError(f"{name} must be finite, got NaN or infinite values, or a single sample.")
-    if not bool((std > 0).all()):
-        raise ValueError(f"{part} {int((std == 0).nonzero()[0])} of {name} is constant. Leave it out.")
-    return mean, std

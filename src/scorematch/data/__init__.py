@@ -1,5 +1,6 @@
 """Where data come from: folders of pictures, arrays, data sets, folders of samples; and pictures read and written."""
 
+from scorematch.data.array_data import ArrayData, open_arrays
 from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import (
     ENDINGS,
@@ -18,10 +19,12 @@ from scorematch.data.tables import REFERENCES
 __all__ = [
     "ENDINGS",
     "REFERENCES",
+    "ArrayData",
     "Batch",
     "ImageData",
     "grid",
     "list_pictures",
+    "open_arrays",
     "open_images",
     "read_image",
     "read_mask",

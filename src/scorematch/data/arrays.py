@@ -22,6 +22,7 @@ from scorematch.core.schema import Field
 
 _SMALL, _INFLATION = 2**26, 50  # unpacked arrays have at most 64 MiB, or 50 times the size of the file
 _LARGEST_HEADER = 10_000  # bytes
+_NAMES = 26  # where the lengths of the name and of the extra field are in the header of a file in a zip file
 _SHAPE = Field(list, high=32, each=Field(int, low=0, high=2**48))
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
@@ -77,6 +78,29 @@ def read_shape(path: Path, name: str) -> tuple[int, ...]:
         if entry is None:
             raise ValueError(f"it has no array {name}")
         return _read_header(archive, entry)
+
+
+def map_array(path: Path, name: str) -> np.ndarray:
+    """One array of an ``.npz`` file: memory-mapped if it is not compressed, and otherwise read.
+
+    Raises:
+        OSError, ValueError: as for ``read_shape``.
+    """
+    with _opened(path) as archive:
+        entry = _entries(archive).get(name)
+        if entry is None:
+            raise ValueError(f"it has no array {name}")
+        _read_header(archive, entry)
+        with archive.open(entry) as file:
+            shape, fortran, dtype = _HEADERS[npy.read_magic(file)](file, max_header_size=_LARGEST_HEADER)
+            begin = file.tell()
+    if entry.compress_type != zipfile.ZIP_STORED or 0 in shape:
+        return read_arrays(path, (name,))[name]
+    with path.open("rb") as content:
+        content.seek(entry.header_offset + _NAMES)  # of the local header, whose lengths may differ from the central one
+        lengths = struct.unpack("<HH", content.read(4))
+    offset = entry.header_offset + _NAMES + 4 + sum(lengths) + begin
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Builders:
     """The constructors ``ScoreNet.ncsn``, ``ncsnv2``, ``unet``, ``ncsnpp`` and ``mlp``."""
 
     _architecture: dict[str, Any]
+    is_new: bool
 
     @classmethod
     def ncsn(
@@ -345,4 +346,5 @@ class Builders:
             precondition_options=precondition_options,
         )
         net._architecture = {"family": name, **architecture}
+        net.is_new = True
         return net

@@ -387,7 +387,8 @@ class Preconditioning:
             c_noise.to(torch.promote_types(inner, torch.float32)).expand(x.shape[0]),
         ]
         if condition is not None:
-            if condition.ndim == x.ndim > 2 and condition.is_floating_point() and self.data is None:
+            same = self.data is None or condition.shape[1:2] == x.shape[1:2]
+            if condition.ndim == x.ndim > 2 and condition.is_floating_point() and same:
                 condition = (k * (condition.to(dtype) - middle)).to(inner)
             arguments.append(condition)
         output = self._checked(backbone(*arguments), x)

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument
+from scorematch.core.conditions import Condition
+from scorematch.data.array_data import ArrayData
 from scorematch.data.images import Data, ImageData
 from scorematch.score import ScoreNet
+from scorematch.training.augment import augmentations
 from scorematch.training.levels import check_levels, levels_for, weighting_for
 from scorematch.training.settings import Settings
 
@@ -52,33 +55,51 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
             f"the network takes an image of {takes.channels} channels as its condition. Pass condition=, such as "
             "scorematch.restoration.palette.Colorization()."
         )
-    classes = class_count(net, settings)
-    if settings.label_drop > 0 and not (classes is not None and takes is not None and takes.null_class):
+    from_data = condition_of_data(net, settings)
+    if settings.label_drop > 0 and not (from_data is not None and from_data.null_class):
         raise ValueError(
             "label_drop needs a network with a null class, which replaces the dropped labels. Write "
             "ScoreNet.unet(classes=..., null_class=True), or leave out label_drop."
         )
-    if classes is not None:
-        check_labels(
-            data.labels
-            if isinstance(data, ImageData)
-            else data.read(torch.zeros(1, dtype=torch.int64, device="cpu"))[1],
-            classes,
+    if from_data is not None:
+        first = data.read(torch.zeros(1, dtype=torch.int64, device="cpu"))[1]
+        check_condition(data.labels if isinstance(data, ImageData) else first, from_data)
+    elif takes is not None and settings.condition is None and isinstance(data, ArrayData) and data.features:
+        raise ValueError(
+            f"the data have a vector of {data.features} values as the condition of each sample, which the network "
+            f"does not take. Build it with condition_features={data.features}, or leave out the condition."
         )
+    augmentations(net, data, settings.augment)
 
 
-def class_count(net: ScoreNet, settings: Settings) -> int | None:
-    """The number of classes of a network that is trained with labels, with the null class, or None."""
+def condition_of_data(net: ScoreNet, settings: Settings) -> Condition | None:
+    """The condition of a network that is trained with the labels or the vectors of its data, or None."""
     takes = net.conditioning
-    if takes is None or takes.classes is None or settings.condition is not None:
+    if takes is None or (takes.classes is None and not takes.vector) or settings.condition is not None:
         return None
-    return takes.classes + takes.null_class
+    return takes
 
 
-def check_labels(labels: Tensor | None, classes: int) -> None:
-    """Raises ValueError if there are no labels, or one is not a class of the network."""
-    if labels is None:
+def check_condition(condition: Tensor | None, takes: Condition) -> None:
+    """Raises ValueError if there are no labels or vectors, or they are not those of the network."""
+    if takes.vector:
+        if condition is None or not condition.is_floating_point() or condition.shape[1:] != (takes.vector,):
+            found = "none" if condition is None else f"{condition.dtype} of shape {tuple(condition.shape[1:])} for each"
+            raise ValueError(
+                f"the network takes a vector of {takes.vector} values as the condition of each sample, got {found}. "
+                f"Pass a pair (x, condition) with a floating-point condition (N, {takes.vector})."
+            )
+        return
+    classes = (takes.classes or 0) + takes.null_class
+    if condition is None:
         raise ValueError("the network is class-conditional, but the data have no labels. Open them with labels=True.")
-    wrong = labels[(labels < 0) | (labels >= classes)]
+    wrong = condition[(condition < 0) | (condition >= classes)]
     if len(wrong):
         raise ValueError(f"labels must be classes of the network, from 0 to {classes - 1}, got {int(wrong.max())}.")
+
+
+def without(condition: Tensor, dropped: Tensor, takes: Condition) -> Tensor:
+    """Labels (n,) or vectors (n, K), where those that are dropped (n,) are the null class or NaN."""
+    if takes.vector:
+        return torch.where(dropped[:, None], torch.nan, condition)
+    return torch.where(dropped, takes.classes or 0, condition)

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -177,6 +177,8 @@ def _flop(net: ScoreNet, *, backward: bool) -> int:
         inputs.append(torch.empty(1, takes.channels, *net.sample_shape[1:], device="meta"))
     elif takes.classes is not None:
         inputs.append(torch.empty(1, dtype=torch.int64, device="meta"))
+    elif takes.vector:
+        inputs.append(torch.empty(1, takes.vector, device="meta"))
     with FlopCounterMode(display=False) as counter:
         output = functional_call(net.backbone, weights, tuple(inputs))
         if backward:
@@ -221,7 +223,9 @@ def _small(name: str, size: int, widths: tuple[int, ...], title: str) -> Recipe:
     )
 
 
-def _ncsn(data: str, width: int, size: int, channels: int, *, flip: bool = True, crop: Crop = "center") -> Recipe:
+def _ncsn(
+    data: str, width: int, size: int, channels: int, *, augment: Sequence[str] | None = None, crop: Crop = "center"
+) -> Recipe:
     return Recipe(
         f"ncsn-{data}",
         f"NCSN {width}",
@@ -232,7 +236,7 @@ def _ncsn(data: str, width: int, size: int, channels: int, *, flip: bool = True,
         image_size=size,
         channels=channels,
         crop=crop,
-        training=_adam(200_000, 128, 1e-3, ema=(), flip=flip),
+        training=_adam(200_000, 128, 1e-3, ema=(), **({} if augment is None else {"augment": augment})),
         sampler=SamplerSettings(steps_per_level=100, step_size=2e-5),
         differs="the publication dequantizes the images, x 255/256 + u/256 with u uniform in [0, 1)",
     )
@@ -311,7 +315,7 @@ _ALL = (
     ),
     _small("small-32", 32, (128, 256), "U-Net 128 256, patches of 2 x 2"),
     _small("small-64", 64, (64, 128, 256), "U-Net 64 128 256, patches of 2 x 2"),
-    _ncsn("mnist", 64, 28, 1, flip=False),
+    _ncsn("mnist", 64, 28, 1, augment=()),
     _ncsn("cifar10", 128, 32, 3),
     _ncsn("celeba", 128, 32, 3, crop="celeba"),
     _ncsnv2("cifar10", 32, "standard", (50, 232), 300_000, (5, 6.2e-6), "22 h on 2 V100"),

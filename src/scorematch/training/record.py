@@ -24,6 +24,7 @@ from scorematch.pretrained.configuration import FREE_KEYS
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
 from scorematch.training.accelerator import wait
+from scorematch.training.augment import augmentations
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import LevelMixture
 from scorematch.training.settings import RunSettings, Settings
@@ -57,6 +58,12 @@ def check_run(folder: Path, net: ScoreNet, data: Data, settings: RunSettings) ->
         growth(net, load(locate(settings.start), weights=False).config, settings.start)
 
 
+def network_of(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the network of the run in a folder; None if there is no run."""
+    before = read_record(folder / _FILE, _SCHEMA)
+    return None if before is None else before["network"]
+
+
 def write_config(folder: Path, net: ScoreNet, data: Data, settings: RunSettings, accelerator: Any) -> dict[str, Any]:
     """Writes config.json if it does not exist, and compares it with the settings otherwise; returns its content.
 
@@ -82,12 +89,13 @@ def _parts(net: ScoreNet, data: Data, settings: RunSettings) -> dict[str, dict[s
     """The parts of config.json that must not change."""
     values = {each.name: described(getattr(settings, each.name)) for each in fields(Settings)}
     values["start"] = None if settings.start is None else os.fspath(settings.start)
+    values["augment"] = list(augmentations(net, data, settings.augment))
     of_data = {"images": len(data), "shape": list(data.shape), "fingerprint": data.fingerprint}
     return {"settings": values, "network": net.config, "data": of_data}
 
 
 def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    settings = differences(before["settings"], now["settings"], free=_FREE)
+    settings = differences(_renamed(before["settings"]), now["settings"], free=_FREE)
     network = differences(before["network"], now["network"], free=FREE_KEYS)
     network = network if len(network) <= _FEW else ["the network is different"]
     of_data = [{f"{key} of the data": value for key, value in each["data"].items()} for each in (before, now)]
@@ -103,6 +111,12 @@ def _check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any])
     elif not any(checkpoint.numbers(folder / "checkpoints")):  # it has no checkpoint, or only that of image 0
         advice += " Nothing of that run is saved yet: if it has ended, delete the folder to begin again."
     refuse(f"{folder} contains a run with other settings", [*settings, *network, *data], advice, most=6)
+
+
+def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a record, in which "augment" may have been "flip"."""
+    flips = {"augment": ["flip"] if settings["flip"] else []} if "flip" in settings else {}
+    return {**{key: value for key, value in settings.items() if key != "flip"}, **flips}
 
 
 def described(value: Any) -> Any:

@@ -19,6 +19,7 @@ from scorematch.data.images import Data
 from scorematch.data.pictures import save_grid, to_float
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
 from scorematch.score import ScoreNet
+from scorematch.training.checks import condition_of_data
 from scorematch.training.log import Log
 from scorematch.training.settings import Settings
 from scorematch.training.steps import loss_arguments
@@ -51,17 +52,17 @@ class Examples(NamedTuple):
 
     Attributes:
         x: the samples (n, ...), floating point.
-        labels: their labels (n,), int64, or None.
+        condition: their labels (n,), int64, or vectors (n, K), or None.
     """
 
     x: Tensor
-    labels: Tensor | None
+    condition: Tensor | None
 
 
 def read_examples(data: Data) -> Examples:
     """Reads the first 16 samples of the data, or all if there are fewer."""
-    x, labels = data.read(torch.arange(min(_SAMPLES, len(data)), device="cpu"))
-    return Examples(to_float(x), labels)
+    x, condition = data.read(torch.arange(min(_SAMPLES, len(data)), device="cpu"))
+    return Examples(to_float(x), condition)
 
 
 def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settings) -> None:
@@ -102,9 +103,10 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
 
 def _given(net: ScoreNet, examples: Examples, settings: Settings, n: int) -> dict[str, Any]:
     """The condition and the mask of the first n examples by name, on the network's device, if there are any."""
-    takes, x = net.conditioning, examples.x[:n].to(next(net.parameters()).device)
-    labels = None if takes is None or takes.classes is None or examples.labels is None else examples.labels[:n]
-    return loss_arguments(settings, x, labels, seed_of(settings.seed, "examples"))
+    x = examples.x[:n].to(next(net.parameters()).device)
+    given = None if condition_of_data(net, settings) is None else examples.condition
+    condition = None if given is None else given[:n]
+    return loss_arguments(settings, x, condition, seed_of(settings.seed, "examples"))
 
 
 # -- The report -------------------------------------------------------------------------------------------------------

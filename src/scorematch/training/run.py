@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 from scorematch.core.files import check_outside, delete_unfinished, exclusive_lock
 from scorematch.core.messages import reason
 from scorematch.core.schema import Field
+from scorematch.data.array_data import find_arrays
 from scorematch.data.images import Data, open_images
 from scorematch.data.pictures import is_picture
 from scorematch.pretrained.hub import check_login, check_repository
@@ -45,12 +46,13 @@ from scorematch.training.checks import check_arguments, check_network
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import levels_for
 from scorematch.training.log import BINS, CHECK_EVERY, FIELDS, Log, Losses
-from scorematch.training.record import FOLDERS, check_files, write_config
+from scorematch.training.record import FOLDERS, check_files, network_of, write_config
 from scorematch.training.report import read_examples, sample_interval, save_samples, write_report
 from scorematch.training.settings import RunSettings, with_options
 from scorematch.training.signals import Stop
 from scorematch.training.start import begin_with
 from scorematch.training.steps import Step, TrainingState, prepare, train_steps
+from scorematch.training.units import take_units
 
 # The values of a checkpoint.
 _STATE: Mapping[str, Field] = {
@@ -109,8 +111,8 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
 
     Args:
         net: the network to train. Its weights are changed, and moved to the device of the accelerator.
-        data: the training data, as for ``open_images``, or its result. For large sets call ``open_images`` with a
-            ``cache``.
+        data: the training data, as for ``open_images`` or ``open_arrays``, or their results. For large sets of pictures
+            call ``open_images`` with a ``cache``.
         folder: the folder of the run, created if it does not exist.
         **options: the settings, as declared in ``RunSettings``.
 
@@ -143,6 +145,8 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     repository = settings.push_to_hub if accelerator.is_main_process else None
     data = _open(net, data)
     check_arguments(net, data, settings, accelerator.num_processes)
+    shown = settings.progress and accelerator.is_main_process
+    take_units(net, data, network_of(folder), settings.start, progress=shown)
     _name_classes(net, data)
     with ExitStack() as stack:
         run = _Run(folder, net, data, settings, accelerator)
@@ -194,9 +198,12 @@ def check_possible(folder: Path, data: Any, settings: RunSettings, *, cpu: bool 
 
 
 def _open(net: ScoreNet, data: Any) -> Data:
-    """Opens data with the image size, channels and range of the network, and with labels if it has classes."""
+    """Opens data: arrays as they are, images with the size, channels and range of the network, and labels."""
     if hasattr(data, "read"):
         return data
+    arrays = find_arrays(data)
+    if arrays is not None:
+        return arrays
     labels = net.conditioning is not None and net.conditioning.classes is not None
     shape = net.sample_shape
     if shape is None or not is_picture(shape):

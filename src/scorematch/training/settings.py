@@ -25,6 +25,7 @@ from scorematch.core.schema import Field
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling import Sampler
 from scorematch.score import ScoreNet
+from scorematch.training.augment import AUGMENTATIONS, Augmentation
 from scorematch.training.ema import check_length
 from scorematch.training.levels import Levels, Weighting
 
@@ -108,9 +109,17 @@ class Settings:
         choices=get_args(Autocast),
     )
     # Ho et al. 2020, Appendix B
-    flip: bool = _option(True, "mirror each image left to right with probability 1/2; not for digits, for example")
+    augment: Sequence[Augmentation] | None = _option(
+        None,
+        "random changes of the data: flip (left to right), rotate (by 90 degrees), shift (periodically); None is flip "
+        "for pictures, which is wrong for digits, for example, and nothing for other data",
+        list,
+        each=Field(str, choices=AUGMENTATIONS),
+    )
     # Ho & Salimans 2022 use 0.1 for guidance
-    label_drop: float = _option(0.0, "the fraction of labels that the null class replaces", low=0, below=1)
+    label_drop: float = _option(
+        0.0, "the fraction of labels, or of vectors as conditions, that are replaced by none", low=0, below=1
+    )
     condition: ConditionTask | None = _option(None, "a task that computes the condition from clean images", object)
     seed: int = _option(0, "the seed of all random numbers of the run", low=0)
     compile: bool = _option(False, "compile the backbone with ``torch.compile``", free=True)

@@ -5,7 +5,7 @@ number of images seen. All random numbers depend on the seed and on the number i
 
 ===================================  ==================================================================================
 index of image i in the data         ``Order``: each epoch is a permutation
-its noise, flip and dropped label    a generator seeded for image i, on the CPU, so that they are equal on all devices
+its noise, changes, dropped label    a generator seeded for image i, on the CPU, so that they are equal on all devices
 its noise level                      ``levels.uniforms``
 dropout, tasks of ``condition``      generators seeded for the first image of each microbatch, on the device
 ===================================  ==================================================================================
@@ -44,10 +44,12 @@ from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
 from scorematch.score import ScoreNet
 from scorematch.training.accelerator import global_generators, make_accelerator
-from scorematch.training.checks import check_arguments, check_labels, class_count
+from scorematch.training.augment import augmentations, augmented
+from scorematch.training.checks import check_arguments, check_condition, condition_of_data, without
 from scorematch.training.ema import Average
-from scorematch.training.levels import Levels, levels_for, uniforms, weighting_for
+from scorematch.training.levels import levels_for, uniforms, weighting_for
 from scorematch.training.settings import Loss, Settings
+from scorematch.training.units import take_units
 
 _BATCHES_AHEAD = 2  # the number of batches that are prepared in advance
 
@@ -235,7 +237,8 @@ def train_steps(
 
     Args:
         net: the network. It is moved to the device, and its weights are changed.
-        data: the result of ``open_images``, or an object with the same ``shape``, ``fingerprint``, length and ``read``.
+        data: the result of ``open_images`` or ``open_arrays``, or an object with the same ``shape``, ``fingerprint``,
+            length and ``read``.
         settings: the settings of the run; None is ``Settings()``.
         state: the state of an earlier step of the same run; None starts a new run.
         accelerator: an ``accelerate.Accelerator``; None creates one.
@@ -260,6 +263,7 @@ def train_steps(
     accelerator = make_accelerator(accelerator)
     check_arguments(net, data, settings, accelerator.num_processes)
     if state is None:
+        take_units(net, data)
         state = prepare(net, settings, accelerator)
     elif state.net is not net:
         raise ValueError("state belongs to another network. Pass net=state.net.")
@@ -305,7 +309,7 @@ class _Batch(NamedTuple):
     x: Tensor
     noise: Tensor
     sigma: Tensor
-    labels: Tensor | None
+    condition: Tensor | None
 
     def part(self, begin: int, end: int, device: torch.device, memory: torch.memory_format) -> _Batch:
         """The images ``begin`` to ``end - 1`` of the batch, or to its end if it has fewer, on the device."""
@@ -318,7 +322,7 @@ class _Batch(NamedTuple):
             to_float(move(self.x)).contiguous(memory_format=memory),
             move(self.noise).contiguous(memory_format=memory),
             move(self.sigma),
-            None if self.labels is None else move(self.labels),
+            None if self.condition is None else move(self.condition),
         )
 
 
@@ -332,7 +336,7 @@ def _steps(
         dsm_loss, p=settings.p, weighting=weighting_for(net, settings.weighting, settings.p), reduction="none"
     )
     trained = [parameter for parameter in state.parameters if parameter.requires_grad]
-    batches = _batches(data, settings, levels_for(net, settings.levels), class_count(net, settings), state, accelerator)
+    batches = _batches(net, data, settings, state, accelerator)
     try:
         for batch in batches:
             lr = settings.rate(state.images)
@@ -381,7 +385,7 @@ def _backward(
             with nullcontext() if is_last else accelerator.no_sync(model):
                 with autocast(device, settings.precision):
                     condition_seed = seed_of(settings.seed, "condition", part.first)
-                    arguments = loss_arguments(settings, part.x, part.labels, condition_seed)
+                    arguments = loss_arguments(settings, part.x, part.condition, condition_seed)
                     each = loss(model, part.x, sigma=part.sigma, noise=part.noise, **arguments)
                 if not isinstance(each, Tensor):
                     raise TypeError(f"loss must return a tensor, one value per image, got {quote(each)}.")
@@ -396,20 +400,20 @@ def _backward(
     return torch.cat(losses), torch.cat(sigmas)
 
 
-def loss_arguments(settings: Settings, x: Tensor, labels: Tensor | None, seed: int) -> dict[str, Any]:
+def loss_arguments(settings: Settings, x: Tensor, condition: Tensor | None, seed: int) -> dict[str, Any]:
     """The condition of images and the mask where the loss counts, as arguments of the loss, if there are any.
 
     Args:
         settings: the settings of the run, with the task that computes the condition, if there is one.
         x: the clean images (n, ...), on the device.
-        labels: the labels (n,), which are the condition without a task, or None.
+        condition: the labels (n,) or the vectors (n, K), which are the condition without a task, or None.
         seed: the seed of the task.
 
     Raises:
         TypeError: if the task returns something else.
     """
     if settings.condition is None:
-        return {} if labels is None else {"condition": labels.to(x.device)}
+        return {} if condition is None else {"condition": condition.to(x.device)}
     # A copy, so that a task that writes into its argument does not change the images that the network learns.
     made: Any = settings.condition(x.clone(), torch.Generator(x.device).manual_seed(seed))
     made = (made, None) if isinstance(made, Tensor) else made
@@ -419,35 +423,37 @@ def loss_arguments(settings: Settings, x: Tensor, labels: Tensor | None, seed: i
 
 
 def _batches(
-    data: Data, settings: Settings, levels: Levels, classes: int | None, state: TrainingState, accelerator: Any
+    net: ScoreNet, data: Data, settings: Settings, state: TrainingState, accelerator: Any
 ) -> Generator[_Batch, None, None]:
     """The batches of this process until the end of the run, prepared in a thread."""
     local = settings.batch_size // accelerator.num_processes
     pinned = accelerator.device.type == "cuda"
     order, generator = Order(len(data), settings.seed), torch.Generator()
+    levels, takes = levels_for(net, settings.levels), condition_of_data(net, settings)
+    names, axes = augmentations(net, data, settings.augment), len(data.shape) - 1
 
     def make(first: int) -> _Batch:
-        x, labels = data.read(order(first, first + local))
+        x, condition = data.read(order(first, first + local))
         dtype = x.dtype if x.is_floating_point() else torch.float32
         noise = torch.empty(local, *data.shape, dtype=dtype, device="cpu")
-        chances = []
+        chances, changes = [], []
         for i, z in enumerate(noise, first):
             generator.manual_seed(seed_of(settings.seed, "image", i))
             chances.append(torch.rand(2, generator=generator, dtype=torch.float32, device="cpu"))
             z.normal_(generator=generator)
+            changes.append(torch.rand(1 + axes, generator=generator, dtype=torch.float32, device="cpu"))
         flip, drop = torch.stack(chances).unbind(1)
-        if settings.flip and x.ndim == 4:
-            x = torch.where((flip < 0.5)[:, None, None, None], x.flip(3), x)
-        if classes is None:
-            labels = None
+        x = augmented(x, names, torch.cat([flip[:, None], torch.stack(changes)], 1))
+        if takes is None or condition is None:
+            condition = None
         else:
-            check_labels(labels, classes)
-            labels = labels if labels is None else torch.where(drop < settings.label_drop, classes - 1, labels)
+            check_condition(condition, takes)
+            condition = without(condition, drop < settings.label_drop, takes)
         sigma = levels.quantile(uniforms(settings.seed, first, first + local)).to(noise.dtype)
         if pinned:
             x, noise, sigma = x.pin_memory(), noise.pin_memory(), sigma.pin_memory()
-            labels = labels if labels is None else labels.pin_memory()
-        return _Batch(first, x, noise, sigma, labels)
+            condition = condition if condition is None else condition.pin_memory()
+        return _Batch(first, x, noise, sigma, condition)
 
     own = accelerator.process_index * local
     return ordered_map(

@@ -1,0 +1,325 @@
+"""Training data that are not pictures: ``open_arrays`` opens signals, fields, volumes or vectors as an ``ArrayData``.
+
+It accepts
+
+- an array or a tensor (N, C, ...) or (N, D), floating point, of any range; alone, as a pair (x, condition), or in a
+  mapping with the names "x" and "condition". A condition is a vector for each sample, float (N, K), or a class, (N,);
+- the file of such an array, ``.npy``; a file with several, ``.npz``; an HDF5 file (extra ``arrays``), which may be
+  that of netCDF4; or a folder of zarr (extra ``arrays``). The values of ``.npy``, of uncompressed ``.npz``, HDF5 and
+  zarr stay on the disk, and are read batch by batch; conditions are read at once;
+- a dataset of ``h5py``, an array of zarr, or any object with ``shape``, ``dtype`` and ``x[i]``;
+- a ``torch.utils.data.Dataset`` with a length, whose items are x (C, ...) or pairs (x, condition).
+
+Values are read as float32 in the units that they have.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scorematch.core.batches import is_outside
+from scorematch.core.messages import about, few, plain
+from scorematch.core.records import hash_of, hash_of_bytes
+from scorematch.data.arrays import array_names, map_array
+from scorematch.data.memory import class_numbers, to_array
+from scorematch.data.pictures import is_picture
+
+_COMPARED = 16  # the samples of an array on the disk that identify it
+_MOST_GRAY = 255
+_CONDITIONS = ("condition", "label", "labels")  # names of conditions, the preferred first
+
+
+class ArrayData:
+    """Training data that are not pictures, created by ``open_arrays``. ``len(data)`` is the number of samples.
+
+    Attributes:
+        shape: the shape of one sample, (C, ...) or (D,).
+        features: K, the number of values of the condition of a sample; 0 without vectors.
+        classes: the names of the classes, or None without classes.
+        fingerprint: a hash that identifies the data: of the values in memory, or of the shape and of 16 samples of an
+            array on the disk.
+    """
+
+    def __init__(self, x: Any, condition: Any = None, name: str = "x") -> None:
+        self.name, self._x, self._n = name, x, int(x.shape[0])
+        self.shape = tuple(map(int, x.shape[1:]))
+        self.features = 0
+        self.classes: tuple[str, ...] | None = None
+        self._condition: Tensor | None = None
+        if condition is not None:
+            self._take_condition(to_array(condition))
+        if isinstance(x, np.ndarray) and not isinstance(x, np.memmap):
+            self._x = np.ascontiguousarray(x, np.float32)
+            check_finite(torch.from_numpy(self._x), name)
+            identity: Any = hash_of_bytes(self._x.data)
+        else:
+            rows = sorted({round(k * (self._n - 1) / (_COMPARED - 1)) for k in range(_COMPARED)})
+            identity = [self._n, *(hash_of_bytes(np.ascontiguousarray(self._row(i)).tobytes()) for i in rows)]
+        if self._condition is not None:
+            values = self._condition
+            of_condition = values.tolist() if values.ndim == 1 else hash_of_bytes(values.numpy().data)
+            identity = (identity, of_condition)
+        # That of ``open_images`` for arrays in memory.
+        self.fingerprint = hash_of([identity, self.shape, "center", self.classes is not None])
+
+    def _take_condition(self, values: np.ndarray) -> None:
+        if not np.issubdtype(values.dtype, np.floating):
+            numbers, self.classes = class_numbers(values, self._n, self.name)
+            self._condition = torch.from_numpy(numbers)
+            return
+        if values.ndim != 2 or len(values) != self._n or values.shape[1] == 0:
+            hint = " Write condition[:, None] for one number for each sample." if values.shape == (self._n,) else ""
+            raise ValueError(
+                f"the condition of {self.name} must be a vector for each of {self._n:,} samples, ({self._n}, K), got "
+                f"shape {values.shape}.{hint}"
+            )
+        vectors = torch.from_numpy(np.array(values, np.float32))
+        check_finite(vectors, f"the condition of {self.name}")
+        self._condition, self.features = vectors, values.shape[1]
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __repr__(self) -> str:
+        return f"ArrayData({self._n:,} x {self.shape} from {self.name})"
+
+    def _row(self, i: int) -> np.ndarray:
+        return to_array(self._x[i])
+
+    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Reads samples by index.
+
+        Args:
+            indices: n indices from 0 to ``len(self) - 1``; they may repeat.
+
+        Returns:
+            A tuple (x, condition): x (n, ...), float32; and the condition, float32 (n, K), int64 (n,) for classes, or
+            None.
+        """
+        rows = np.asarray(indices, dtype=np.int64)
+        if isinstance(self._x, np.ndarray):
+            x = self._x[rows]
+        elif len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+            x = to_array(self._x[int(rows[0]) : int(rows[-1]) + 1])
+        else:
+            x = np.stack([self._row(i) for i in rows.tolist()])
+        condition = None if self._condition is None else self._condition[torch.from_numpy(rows)]
+        return torch.from_numpy(np.ascontiguousarray(x, np.float32)), condition
+
+
+class _ItemData(ArrayData):
+    """A ``torch`` Dataset, whose items are x or (x, condition)."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.name, self._n = dataset, f"the {type(dataset).__name__}", len(dataset)
+        x, condition = self.read([0])
+        self.shape, self.classes = tuple(x.shape[1:]), None
+        self.features = 0 if condition is None or condition.ndim == 1 else condition.shape[1]
+        self.fingerprint = hash_of([type(dataset).__name__, self._n, self.shape, self.features])
+
+    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
+        items = [self.dataset[int(i)] for i in indices]
+        pairs = [item if isinstance(item, tuple | list) else (item, None) for item in items]
+        x = torch.from_numpy(np.stack([np.asarray(to_array(pair[0]), np.float32) for pair in pairs]))
+        if pairs[0][1] is None:
+            return x, None
+        condition = torch.from_numpy(np.stack([to_array(pair[1]) for pair in pairs]))
+        return x, condition.float() if condition.is_floating_point() else condition.long()
+
+
+def check_finite(x: Tensor, name: str, first: int = 0) -> None:
+    """Raises ValueError if samples (n, ...), which are numbered from ``first`` on, have NaN or infinite values."""
+    wrong = ~torch.isfinite(x)
+    if bool(wrong.any()):
+        row, *others = wrong.nonzero()[0].tolist()
+        where = ", ".join(map(str, (first + row, *others)))
+        samples = int(wrong.flatten(1).any(1).sum())
+        raise ValueError(
+            f"{name} must be finite, but {samples} of {len(x):,} samples have NaN or infinite values, the first at "
+            f"[{where}]. Leave these samples out, or fill in the missing values."
+        )
+
+
+# -- Opening ----------------------------------------------------------------------------------------------------------
+
+
+def open_arrays(data: Any, *, key: str | None = None, condition_key: str | None = None) -> ArrayData:
+    """Opens training data that are not pictures; ``train`` takes what this function takes.
+
+    Args:
+        data: one of the kinds listed in the module docstring.
+        key: the name of the array in a file or a mapping; None is "x", or the only floating-point array.
+        condition_key: the name of the conditions; None is "condition", if there is one.
+
+    Returns:
+        The data.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ImportError: without ``h5py`` or zarr, for their files.
+        TypeError: if the values are not floating point.
+        ValueError: if an array has another shape, NaN or infinite values.
+
+    Example:
+        >>> data = open_arrays((250 + 30 * torch.randn(100, 2, 64), torch.rand(100, 3)))
+        >>> data, data.features
+        (ArrayData(100 x (2, 64) from x), 3)
+    """
+    opened = find_arrays(data, key=key, condition_key=condition_key, pictures=False)
+    if opened is None:
+        raise TypeError(
+            f"data must be an array (N, C, ...) or (N, D), a pair (x, condition), the file of one, or a Dataset, got "
+            f"{type(data).__name__}."
+        )
+    return opened
+
+
+def find_arrays(
+    data: Any, *, key: str | None = None, condition_key: str | None = None, pictures: bool = True
+) -> ArrayData | None:
+    """Opens data that are not pictures; None for pictures, and for anything that ``open_images`` opens.
+
+    Args:
+        data: as for ``open_arrays``.
+        key: as for ``open_arrays``.
+        condition_key: as for ``open_arrays``.
+        pictures: whether data may be pictures: uint8, or gray or RGB images in [0, 1] without vectors.
+    """
+    if isinstance(data, ArrayData):
+        return data
+    if not isinstance(data, str | os.PathLike):
+        return _of_values(data, key, condition_key, pictures, "x")
+    path = Path(data).expanduser()
+    opener = _FILES.get(path.suffix.lower())
+    if opener is None or not path.exists():
+        return None
+    with about(path):
+        return _of_values(opener(path), key, condition_key, pictures, "x")
+
+
+def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: bool, name: str) -> ArrayData | None:
+    condition = None
+    if isinstance(data, Mapping):
+        found = _names(data, key, condition_key)
+        if found is None:
+            return None
+        name, of_condition = found
+        data, condition = data[name], None if of_condition is None else data[of_condition][...]
+    elif isinstance(data, tuple) and len(data) == 2:
+        data, condition = data
+    if not _is_array(data):
+        return _of_items(data, pictures)
+    dtype, shape = str(data.dtype).removeprefix("torch."), tuple(data.shape)
+    vectors = condition is not None and np.issubdtype(to_array(condition).dtype, np.floating)
+    if pictures and not vectors and (dtype == "uint8" or _are_images(data, shape)):
+        return None
+    if "float" not in dtype:
+        raise TypeError(
+            f"{name} must be floating point, got {dtype}. Write x.astype(np.float32) for data that are not pictures, "
+            "x.astype(np.uint8) for pictures with values up to 255, or x / 65535 for 16-bit pictures."
+        )
+    if len(shape) < 2 or 0 in shape:
+        hint = " Write x[:, None] for one number for each sample." if len(shape) == 1 else ""
+        raise ValueError(f"{name} must be data (N, C, ...) or (N, D) with at least one sample, got {shape}.{hint}")
+    return ArrayData(to_array(data) if isinstance(data, Tensor) else data, condition, name)
+
+
+def _is_array(data: Any) -> bool:
+    """Whether something is an array in memory, or on the disk as those of h5py and zarr."""
+    return all(hasattr(data, name) for name in ("shape", "dtype", "__getitem__"))
+
+
+def _are_images(x: Any, shape: tuple[int, ...]) -> bool:
+    """Whether x are gray or RGB images in memory, in [0, 1] or, by mistake, with the integers from 0 to 255."""
+    if not isinstance(x, Tensor | np.ndarray) or not is_picture(shape[1:]) or 0 in shape:
+        return False
+    low, high = float(x.min()), float(x.max())
+    if not is_outside(low, high, (0, 1)):
+        return True
+    values = to_array(x)
+    return low >= 0 and high <= _MOST_GRAY and bool((values == values.round()).all())
+
+
+def _of_items(dataset: Any, pictures: bool) -> ArrayData | None:
+    """A Dataset whose items are arrays that are not pictures, or None."""
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or hasattr(dataset, "column_names"):
+        return None
+    if isinstance(dataset, str | tuple | list | Mapping) or len(dataset) == 0:
+        return None
+    item = dataset[0]
+    x, condition = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+    if not _is_array(x) or "float" not in str(x.dtype):
+        return None
+    vectors = "float" in str(getattr(condition, "dtype", ""))
+    return None if pictures and not vectors and _are_images(x, (1, *x.shape)) else _ItemData(dataset)
+
+
+def _names(arrays: Mapping[str, Any], key: str | None, condition_key: str | None) -> tuple[str, str | None] | None:
+    """The names of the data and of their conditions in a mapping; None if it has none that are floating point."""
+    names = list(arrays)
+    for given in (key, condition_key):
+        if given is not None and given not in names:
+            listed = few((repr(plain(each)) for each in names), 10)
+            raise ValueError(f"there is no array {given!r}; the names are {listed}.")
+    conditions = [each for each in _CONDITIONS if each in names] if condition_key is None else [condition_key]
+    found = ["x"] if "x" in names else []
+    found = found or [each for each in names if each not in conditions and len(getattr(arrays[each], "shape", ())) > 1]
+    found = found if key is None else [key]
+    return (found[0], next(iter(conditions), None)) if len(found) == 1 else None
+
+
+# -- Files ------------------------------------------------------------------------------------------------------------
+
+
+class _Archive(Mapping[str, np.ndarray]):
+    """The arrays of an ``.npz`` file, which are read when they are used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.names = path, array_names(path)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return map_array(self.path, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _npy(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _hdf5(path: Path) -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f'reading {path} needs h5py: pip install "scorematch[arrays]".') from error
+    return h5py.File(path, "r")
+
+
+def _zarr(path: Path) -> Any:
+    try:
+        import zarr
+    except ImportError as error:
+        raise ImportError(f'reading {path} needs zarr: pip install "scorematch[arrays]".') from error
+    opened: Any = zarr.open(str(path), mode="r")
+    return opened if _is_array(opened) else dict(opened.arrays())
+
+
+_FILES: Mapping[str, Callable[[Path], Any]] = {
+    ".npy": _npy,
+    ".npz": _Archive,
+    ".h5": _hdf5,
+    ".hdf5": _hdf5,
+    ".nc": _hdf5,
+    ".zarr": _zarr,
+}

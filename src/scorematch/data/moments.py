@@ -1,0 +1,90 @@
+r"""The mean and the standard deviation of each channel of data, in one pass over batches in float64.
+
+For a batch b with the count n_b, the mean m_b and the sum of squared deviations S_b, those of all data so far become
+
+.. math:: m \leftarrow m + \frac{n_b}{n + n_b} (m_b - m), \qquad
+          S \leftarrow S + S_b + \frac{n n_b}{n + n_b} (m_b - m)^2, \qquad n \leftarrow n + n_b .
+
+References:
+    Chan, Golub & LeVeque, 1983, Algorithms for Computing the Sample Variance, The American Statistician 37(3), 242-247.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scorematch.data.array_data import check_finite
+from scorematch.data.images import Data
+
+_VALUES = 2**22  # in memory at once
+
+
+class Moments(NamedTuple):
+    """The moments of each channel of data (N, C, ...), or of each value of vectors (N, D), float64 (C,).
+
+    Attributes:
+        mean: the mean.
+        std: the standard deviation.
+        low: the smallest value.
+        high: the largest value.
+    """
+
+    mean: Tensor
+    std: Tensor
+    low: Tensor
+    high: Tensor
+
+
+class _Sum:
+    """The moments of the batches that were added."""
+
+    def __init__(self, name: str, part: str) -> None:
+        self.name, self.part, self.first, self.n = name, part, 0, 0
+        self.mean = self.squares = torch.zeros(())
+        self.low, self.high = torch.tensor(math.inf), torch.tensor(-math.inf)
+
+    def add(self, x: Tensor) -> None:
+        check_finite(x, self.name, self.first)
+        values = x.detach().double().transpose(0, 1).flatten(1)
+        n, mean, (low, high) = values.shape[1], values.mean(1), values.aminmax(dim=1)
+        squares = (values - mean[:, None]).square().sum(1)
+        share, shift = n / (self.n + n), mean - self.mean
+        self.mean = self.mean + share * shift
+        self.squares = self.squares + squares + share * self.n * shift.square()
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self.n, self.first = self.n + n, self.first + len(x)
+
+    def moments(self) -> Moments:
+        constant = self.low == self.high
+        if bool(constant.any()):
+            raise ValueError(f"{self.part} {int(constant.nonzero()[0])} of {self.name} is constant. Leave it out.")
+        return Moments(self.mean, (self.squares / (self.n - 1)).sqrt(), self.low, self.high)
+
+
+def moments(data: Data, *, name: str = "data", progress: bool = False) -> tuple[Moments, Moments | None]:
+    """Measures data, and the vectors that are their conditions.
+
+    Args:
+        data: the data, floating point.
+        name: the name of the data in messages.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The moments of the channels, and those of the values of the vectors, or None without vectors.
+
+    Raises:
+        ValueError: if the data have NaN or infinite values, or a channel or a value that is constant.
+    """
+    found, of_condition = _Sum(name, "channel"), _Sum("condition", "value")
+    step = max(1, _VALUES // math.prod(data.shape))
+    for first in tqdm(range(0, len(data), step), "measuring", unit="batch", leave=False, disable=not progress):
+        x, condition = data.read(torch.arange(first, min(first + step, len(data)), device="cpu"))
+        found.add(x)
+        if condition is not None and condition.is_floating_point():
+            of_condition.add(condition)
+    return found.moments(), of_condition.moments() if of_condition.n else None

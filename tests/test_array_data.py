@@ -1,0 +1,214 @@
+"""Training data that are not pictures: arrays in memory and on the disk, their conditions and their units."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch.utils.data import TensorDataset
+
+from scorematch import ScoreNet
+from scorematch.data import open_arrays
+from scorematch.data.moments import moments
+from scorematch.training import Settings, train, train_steps
+from scorematch.training.augment import augmented
+from tests.helpers import seed
+
+QUICK = {"images": 32, "batch_size": 8, "precision": "float32", "progress": False}
+
+
+def signals(n=24, scale=30.0, middle=250.0):
+    """Smooth signals of two channels (n, 2, 12), and a vector for each (n, 3)."""
+    x = torch.randn(n, 2, 12, generator=seed()).cumsum(2)
+    x = (x - x.mean()) / x.std()
+    return middle + scale * x, torch.rand(n, 3, generator=seed(1))
+
+
+def net(**options):
+    torch.manual_seed(0)
+    return ScoreNet.unet(2, (12,), widths=(8, 8), layers_per_block=1, **options)
+
+
+def sources(folder):
+    """The same data in all kinds of files and objects."""
+    x, condition = (each.numpy() for each in signals())
+    np.savez(folder / "plain.npz", x=x, condition=condition)
+    np.savez_compressed(folder / "packed.npz", condition=condition, x=x)
+    with h5py.File(folder / "x.h5", "w") as file:
+        file["x"], file["condition"] = x, condition
+    group = zarr.open_group(str(folder / "x.zarr"), mode="w")
+    group["x"], group["condition"] = x, condition
+    names = ("plain.npz", "packed.npz", "x.h5", "x.zarr")
+    pair = torch.from_numpy(x), torch.from_numpy(condition)
+    return [*(folder / name for name in names), pair, {"x": x, "condition": condition}, TensorDataset(*pair)]
+
+
+def test_all_kinds_of_sources_give_the_same_data(tmp_path):
+    x, condition = signals()
+    rows = torch.tensor([5, 0, 5, 23])
+    for source in sources(tmp_path):
+        data = open_arrays(source)
+        assert (len(data), data.shape, data.features) == (24, (2, 12), 3)
+        for indices in (rows, list(range(3, 9)), [7]):
+            found = data.read(indices)
+            each = torch.as_tensor(indices)
+            assert torch.equal(found[0], x[each]) and torch.equal(found[1], condition[each])
+            assert found[0].dtype == found[1].dtype == torch.float32
+    np.save(tmp_path / "x.npy", x.double().numpy())
+    assert torch.equal(open_arrays(tmp_path / "x.npy").read(rows)[0], x[rows])
+    assert isinstance(open_arrays(tmp_path / "plain.npz")._x, np.memmap)
+
+
+@pytest.mark.parametrize("name", ["packed.npz", "x.h5"])
+def test_an_interrupted_run_from_a_file_has_the_bits_of_a_whole_one_from_memory(tmp_path, name):
+    class StoppedError(Exception):
+        pass
+
+    def stop(averaged, images):
+        if images == 24:
+            raise StoppedError
+
+    *_, pair, _, _ = sources(tmp_path)
+    options = {"label_drop": 0.2, "checkpoint_every": 16, "sample_every": 24, **QUICK}
+    train(net(condition_features=3), pair, tmp_path / "whole", **options)
+    with pytest.raises(StoppedError):
+        train(net(condition_features=3), tmp_path / name, tmp_path / "run", evaluate=stop, **options)
+    train(net(condition_features=3), tmp_path / name, tmp_path / "run", **options)
+    for file in ("model.safetensors", "config.json"):
+        whole, run = ((tmp_path / folder / "network" / file).read_bytes() for folder in ("whole", "run"))
+        assert whole == run
+
+
+def test_moments_are_those_of_all_values():
+    x, condition = signals()
+    found, of_condition = moments(open_arrays((x, condition)))
+    std, mean = torch.std_mean(x.double().transpose(0, 1).flatten(1), 1)
+    assert torch.allclose(found.mean, mean, rtol=1e-12) and torch.allclose(found.std, std, rtol=1e-12)
+    assert found.low.min() == x.min() and found.high.max() == x.max()
+    assert torch.allclose(of_condition.std, condition.double().std(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("start", ["own", "range"])
+def test_a_run_in_kelvin_is_that_in_standard_units(tmp_path, start):
+    """The range of the data, too wide by far, only clamps the samples."""
+    x, _ = signals()
+    own, standard = net(), net()
+    if start == "range":
+        own.value_range = (0, 1e4)
+    own = train(own, x, tmp_path / "kelvin", **QUICK)
+    standard = train(standard, (x - 250) / 30, tmp_path / "standard", **QUICK)
+    assert own.value_range == ((0, 1e4) if start == "range" else None)
+    if start == "own":
+        assert own.schedule.sigma_max == pytest.approx(30 * standard.schedule.sigma_max)
+    noise = torch.randn(4, 2, 12, generator=seed(2))
+    sigma = torch.tensor([0.1, 1.0, 3.0, 20.0])
+    with torch.no_grad():
+        y = standard(noise, sigma)
+        assert torch.allclose(30 * own(250 + 30 * noise, 30 * sigma), y, atol=1e-3 * float(y.abs().max()))
+
+
+def test_units_are_measured_once(tmp_path):
+    x, _ = signals()
+    first = train(net(), x, tmp_path / "run", **QUICK)
+    files = [path.read_bytes() for path in sorted((tmp_path / "run" / "network").iterdir())]
+    train(net(), x, tmp_path / "run", **QUICK)  # it is complete
+    assert [path.read_bytes() for path in sorted((tmp_path / "run" / "network").iterdir())] == files
+    began = train(net(), 2 * x, tmp_path / "more", start=tmp_path / "run" / "network", **QUICK)
+    assert began.units == first.units and began.schedule == first.schedule
+    loaded = ScoreNet.from_pretrained(tmp_path / "run" / "network")
+    assert train(loaded, 2 * x, tmp_path / "again", **QUICK).units == first.units
+
+
+def test_train_steps_measures_the_units_too():
+    x, _ = signals()
+    own = net()
+    for _ in train_steps(own, open_arrays(x), Settings(images=8, batch_size=8, ema=())):
+        pass
+    assert own.units.mean == pytest.approx(x.mean((0, 2)).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("x", "measured"),
+    [
+        (torch.rand(16, 1, 8, 8, generator=seed()), False),
+        (torch.rand(16, 2, 8, 8, generator=seed()), False),
+        (35 * torch.rand(16, 1, 8, 8, generator=seed()) - 5, True),
+        (35 * torch.rand(16, 2, 8, 8, generator=seed()) - 5, True),
+    ],
+)
+def test_images_in_the_unit_range_keep_it_and_others_have_units(tmp_path, x, measured):
+    own = train(ScoreNet.unet(x.shape[1], 8, widths=(8, 8), layers_per_block=1), x, tmp_path / "run", **QUICK)
+    assert (own.units is not None) is measured and own.value_range == (None if measured else (0, 1))
+
+
+def test_another_range_is_the_same_network_in_other_units():
+    torch.manual_seed(0)
+    own = ScoreNet.unet(1, 8, widths=(8, 8), layers_per_block=1)
+    torch.nn.init.normal_(own.backbone.conv_out.weight)
+    x, sigma = torch.rand(2, 1, 8, 8, generator=seed()), torch.tensor([0.1, 2.0])
+    before, levels = own(x, sigma), own.schedule.sigmas
+    own.value_range = (9e4, 1.1e5)
+    assert torch.allclose(own.schedule.sigmas, 2e4 * levels, rtol=1e-6)
+    assert torch.allclose(2e4 * own(9e4 + 2e4 * x, 2e4 * sigma), before, rtol=1e-3, atol=1e-3)
+
+
+def test_augmentations_are_symmetries():
+    x = torch.arange(2 * 4 * 4, dtype=torch.float32).view(1, 2, 4, 4)
+
+    def changed(name, *u):
+        return augmented(x, (name,), torch.tensor([u]))
+
+    assert torch.equal(changed("flip", 0.4, 0, 0, 0), x.flip(3)) and torch.equal(changed("flip", 0.6, 0, 0, 0), x)
+    assert torch.equal(changed("rotate", 0, 0.3, 0, 0), x.rot90(1, (2, 3)))
+    assert torch.equal(changed("shift", 0, 0, 0.3, 0.9), x.roll((1, 3), (2, 3)))
+    signal = x[:, :, 0]
+    assert torch.equal(augmented(signal, ("shift",), torch.tensor([[0, 0, 0.5]])), signal.roll(2, 2))
+
+
+def _nan(row):
+    x, _ = signals()
+    x[row, 1, 4] = torch.nan
+    return x
+
+
+X, CONDITION = signals()
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "settings", "message"),
+    [
+        ({}, _nan(7), {}, r"x must be finite, but 1 of 24 samples have NaN .* the first at \[7, 1, 4\]. Leave these"),
+        ({}, X.int(), {}, r"x must be floating point, got int32. Write x.astype\(np.float32\) for data that are not"),
+        ({}, X[:, 0], {}, r"sample_shape, \(2, 12\), got \(12,\)"),
+        ({}, torch.cat([X[:, :1], 0 * X[:, :1] + 0.1], 1), {}, "channel 1 of data is constant. Leave it out"),
+        ({}, (X, CONDITION), {}, "a vector of 3 values .* which the network does not take. Build it with condition_fe"),
+        ({"condition_features": 3}, X, {}, r"takes a vector of 3 values .*, got none. Pass a pair \(x, condition\)"),
+        ({"condition_features": 2}, (X, CONDITION), {}, r"takes a vector of 2 .*, got torch.float32 of shape \(3,\)"),
+        ({"condition_features": 3}, (X, CONDITION[:5]), {}, r"a vector for each of 24 samples.*, got shape \(5, 3\)"),
+        ({"condition_features": 3}, (X, CONDITION / 0), {}, "the condition of x must be finite, but 24 of 24"),
+        ({}, X, {"augment": ("rotate",)}, r'augment="rotate" needs data with two last axes of the same length'),
+        ({}, X, {"label_drop": 0.1}, "label_drop needs a network with a null class"),
+    ],
+)
+def test_bad_data_raise(tmp_path, options, data, settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        train(net(**options), data, tmp_path / "run", **QUICK, **settings)
+
+
+def test_data_outside_of_the_range_raise(tmp_path):
+    own = net()
+    own.value_range = (0, 100)
+    with pytest.raises(ValueError, match=r"network's value_range, \(0.0, 100.0\), got values .*value_range = None"):
+        train(own, X, tmp_path / "run", **QUICK)
+    with pytest.raises(ValueError, match=r"must have values in \[0, 1\].* x / 255|/ 255 for 8-bit values"):
+        train(ScoreNet.unet(1, 8, widths=(8, 8)), 255.0 * torch.eye(8).expand(8, 1, 8, 8), tmp_path / "run", **QUICK)
+    with pytest.raises(ValueError, match='build the network with precondition="karras"'):
+        train(ScoreNet.ncsnv2(1, 8, width=8), X[:, :1, :8, None].expand(24, 1, 8, 8), tmp_path / "run", **QUICK)
+
+
+def test_a_mapping_without_a_single_array_raises():
+    with pytest.raises(TypeError, match="data must be an array"):
+        open_arrays({"a": X, "b": X})
+    with pytest.raises(ValueError, match="there is no array 'c'; the names are 'a'"):
+        open_arrays({"a": X}, key="c")
+    assert open_arrays({"a": X, "b": X}, key="b").shape == (2, 12)
