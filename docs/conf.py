@@ -6,14 +6,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import latex2mathml.converter
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
+from sphinx.writers.html5 import HTML5Translator
 
 import scorematch
+from scorematch.cli import parsers
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -31,7 +35,6 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
@@ -96,14 +99,20 @@ def find_public_name(
     return nodes.reference("", "", text, internal=True, refuri=uri)
 
 
-# -- Parts of pages that are made from the cards of networks -----------------------------------------------------------
+# -- Parts of pages that are made from the cards of networks and from the parsers of the commands ----------------------
 
-_PART = re.compile(r"^<!-- networks: (\w+) -->$", re.MULTILINE)
+_PART = re.compile(r"^<!-- made: (\w+) -->$", re.MULTILINE)
+
+
+def commands() -> str:
+    """The help of every command."""
+    with mock.patch.dict(os.environ, {"COLUMNS": "100"}):
+        return "\n\n".join(f"## {name}\n\n```\n{each.format_help()}```" for name, each in parsers("scorematch").items())
 
 
 def insert_parts(app: Sphinx, page: str, source: list[str]) -> None:
-    """Puts the parts of docs/networks.py in place of their marks."""
-    source[0] = _PART.sub(lambda mark: networks.PARTS[mark[1]](), source[0])
+    """Puts the parts of docs/networks.py and the help of the commands in place of their marks."""
+    source[0] = _PART.sub(lambda mark: {**networks.PARTS, "commands": commands}[mark[1]](), source[0])
 
 
 # -- Files of the repository that pages link to ------------------------------------------------------------------------
@@ -159,6 +168,29 @@ def name_pages(app: Sphinx, tree: nodes.document, page: str) -> None:
             link[:] = [nodes.Text(titles[link.astext()])]
 
 
+# -- Formulas, as MathML, which browsers show without JavaScript and offline -------------------------------------------
+
+
+def _mathml(writer: HTML5Translator, node: nodes.Element, display: str) -> None:
+    """Writes a formula; a display of several lines is aligned at its ampersands."""
+    latex = node.astext()
+    if r"\\" in latex or "&" in latex:
+        latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"
+    formula = latex2mathml.converter.convert(latex, display=display)
+    writer.body.append(formula if display == "inline" else f'<div class="math">{formula}</div>')
+    raise nodes.SkipNode
+
+
+def write_inline(writer: HTML5Translator, node: nodes.Element) -> None:
+    """Writes a formula within a line."""
+    _mathml(writer, node, "inline")
+
+
+def write_display(writer: HTML5Translator, node: nodes.Element) -> None:
+    """Writes a formula on lines of its own."""
+    _mathml(writer, node, "block")
+
+
 # -- HTML --------------------------------------------------------------------------------------------------------------
 
 html_theme = "furo"
@@ -168,6 +200,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 html_show_sphinx = False
+html_math_renderer = "mathml"
 
 
 def _summary(env: BuildEnvironment, page: str) -> str:
@@ -205,3 +238,4 @@ def setup(app: Sphinx) -> None:
     app.connect("html-collect-pages", source_pages)
     app.connect("build-finished", write_llms_txt)
     app.add_transform(SourceLinks)
+    app.add_html_math_renderer("mathml", (write_inline, None), (write_display, None))

@@ -1,6 +1,6 @@
 """The parts of pages that are made from the cards of networks, which conf.py puts in place of their marks.
 
-The mark of a part is ``<!-- networks: NAME -->``, on a line of its own. A network that ships with the package, and its
+The mark of a part is ``<!-- made: NAME -->``, on a line of its own. A network that ships with the package, and its
 README.md, appear without any change of the pages. The pictures are ``images/networks/NAME.png``.
 """
 

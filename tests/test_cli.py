@@ -55,7 +55,7 @@ def _unet(channels, schedule=None, **options):
 
 
 def _commands():
-    return next(action.choices for action in cli._parser()._actions if action.dest == "command")
+    return cli.parsers("scorematch")
 
 
 # -- All commands
@@ -136,7 +136,7 @@ def test_options_cannot_be_abbreviated(name, capsys):
     ],
 )
 def test_options_may_precede_an_optional_argument(options, name, value):
-    assert getattr(cli._parser().parse_args(options), name) == value
+    assert getattr(cli._parsers("scorematch")[0].parse_args(options), name) == value
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_the_lines_for_users_of_other_libraries_run(tmp_path, monkeypatch):
         exec(block, names)  # noqa: S102
         for line in lines:
             if line.startswith("scorematch "):
-                cli._parser().parse_args(shlex.split(line)[1:])
+                cli._parsers("scorematch")[0].parse_args(shlex.split(line)[1:])
             elif "from_pretrained" not in line and "from_diffusers" not in line:  # these need the Hub and diffusers
                 exec(line, names)  # noqa: S102
     assert len(lines) >= 50
@@ -343,7 +343,7 @@ def test_the_page_of_trained_networks_has_every_card():
     parts = runpy.run_path(str(ROOT / "docs" / "networks.py"))["PARTS"]
     for page, expected in [("pretrained", ["table", "grids"]), ("networks", ["cards"])]:
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-        assert re.findall(r"^<!-- networks: (\w+) -->$", text, re.MULTILINE) == expected
+        assert re.findall(r"^<!-- made: (\w+) -->$", text, re.MULTILINE) == expected
     _, _, *rows = parts["table"]().splitlines()
     for card, row in zip(cards.CARDS, rows, strict=True):
         cells = row.strip("|").split("|")
@@ -371,3 +371,9 @@ def test_every_published_checkpoint_is_on_the_page_of_trained_networks():
         assert f"`{checkpoint.name}" in row and f"{'x'.join(map(str, checkpoint.shape))}, {checkpoint.data} |" in row
         assert all(fid in row for fid in re.findall(r"FID ([\d.]+\d)", checkpoint.quality))
     assert "CC BY-NC-SA 4.0: **they must not be\nused commercially.**" in page
+
+
+def test_the_index_of_words_has_the_words_that_people_use():
+    text = (ROOT / "docs" / "words.md").read_text(encoding="utf-8").lower()
+    words = ("resume", "fine-tune", "uncertainty", "mri", "scientific", "epochs", "ddim", "inpainting", "lora")
+    assert [word for word in words if word not in text] == []

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # of characters that its encoding does not have, as stderr
     if sys.stderr is None:  # it was closed before the program began; a progress bar cannot do without it
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
-    parser = _parser()
+    parser, _ = _parsers("scorematch" if Path(sys.argv[0]).stem == "scorematch" else "python -m scorematch")
     args, unknown = parser.parse_known_args(argv)
     args.argv, args.program = sys.argv[1:] if argv is None else argv, parser.prog
     if unknown:
@@ -149,9 +149,15 @@ def _show_warning(
     print(f"scorematch: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _parser() -> Parser:
+def parsers(program: str) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of the commands by name, for a program of this name."""
+    return _parsers(program)[1]
+
+
+def _parsers(program: str) -> tuple[Parser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the program, and those of its commands."""
     parser = Parser(
-        prog="scorematch" if Path(sys.argv[0]).stem == "scorematch" else "python -m scorematch",
+        prog=program,
         description="Score-based image generation. Each command has its own help: %(prog)s COMMAND --help.",
         epilog="Examples:\n"
         "  %(prog)s sample mnist digits.png\n"
@@ -165,4 +171,4 @@ def _parser() -> Parser:
         module = importlib.import_module(f"{__name__}.{found.name}")
         if hasattr(module, "add"):
             module.add(commands)
-    return parser
+    return parser, dict(commands.choices)
