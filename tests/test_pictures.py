@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scorematch.data import open_images
 from scorematch.data.pictures import (
     check_picture,
     grid,
@@ -220,7 +221,7 @@ def _png(path, depth, color, rows, *chunks):
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    height, width = len(rows), len(rows[0]) // {0: 1, 2: 3, 4: 2}[color]
+    height, width = len(rows), len(rows[0]) // {0: 1, 2: 3, 4: 2, 6: 4}[color]
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     data = b"".join(b"\0" + struct.pack(f">{len(row)}H", *row) for row in rows)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
@@ -232,9 +233,7 @@ def test_transparent_gray_of_16_bits_is_black(tmp_path):
     assert read_image(tmp_path / "gray.png", 1).sum() == 1
 
 
-def test_color_and_transparent_pictures_of_16_bits_are_read_with_8_bits(tmp_path):
-    _png(tmp_path / "rgb.png", 16, 2, [[32768, 0, 65535]])
-    torch.testing.assert_close(read_image(tmp_path / "rgb.png", 3).flatten(), torch.tensor([128, 0, 255]) / 255)
+def test_gray_with_transparency_of_16_bits_is_read_with_8_bits(tmp_path):
     _png(tmp_path / "gray-alpha.png", 16, 4, [[32768, 65535, 32768, 0]])
     torch.testing.assert_close(read_image(tmp_path / "gray-alpha.png", 1).flatten(), torch.tensor([128, 0]) / 255)
 
@@ -382,3 +381,28 @@ def test_an_animation_that_cannot_be_written_raises(tmp_path):
         with pytest.raises(ValueError, match=message):
             save_animation(frames, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+# -- Pictures of 16 bits ----------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_16_bits_are_read_with_16_bits(tmp_path):
+    """In gray and in color, alone and as training data, where pictures of 8 bits have the same scale."""
+    random = np.random.default_rng(0)
+    color = random.integers(0, 65536, (6, 5, 4)).astype(np.uint16)
+    expected = torch.from_numpy(color[..., :3] / 65535 * (color[..., 3:] / 65535)).permute(2, 0, 1).float()
+    opaque = torch.from_numpy(color[..., :3] / 65535).permute(2, 0, 1).float()
+    _png(tmp_path / "a.png", 16, 6, color.reshape(6, -1).tolist())
+    _png(tmp_path / "b.png", 16, 2, color[..., :3].reshape(6, -1).tolist())
+    Image.fromarray(color[..., 0]).save(tmp_path / "c.png")
+    Image.fromarray((color[..., :3] // 257).astype(np.uint8)).save(tmp_path / "d.png")
+    torch.testing.assert_close(read_image(tmp_path / "a.png", 3), expected)
+    luma = (torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * opaque).sum(0, keepdim=True)
+    torch.testing.assert_close(read_image(tmp_path / "b.png", 1), luma)
+    data = open_images(tmp_path, image_size=(6, 5), channels=3, cache=tmp_path / "cache", progress=False)
+    x, _ = data.read([0, 1, 2, 3])
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x[:3], torch.stack([expected, opaque, opaque[:1].expand(3, -1, -1)]))
+    torch.testing.assert_close(x[3], opaque, atol=1 / 255, rtol=0)
+    small, _ = open_images(tmp_path, image_size=3, channels=3, progress=False).read([1])
+    assert float((small * 255 - (small * 255).round()).abs().max()) > 0 and small.shape == (1, 3, 3, 3)

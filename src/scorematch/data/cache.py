@@ -63,7 +63,7 @@ def decode(
         return found
     if not source.constant:
         return None, []
-    fits = len(source) * math.prod(source.shape) <= _IN_MEMORY
+    fits = _size(source) <= _IN_MEMORY
     kept, broken = [], []
     for i, image in enumerate(images):
         if image is None:
@@ -136,7 +136,7 @@ def _write(
             found = _stored(source, pixels, index)
             if found is not None:
                 return found
-            needed, free = len(source) * math.prod(source.shape), shutil.disk_usage(cache).free
+            needed, free = _size(source), shutil.disk_usage(cache).free
             if needed > free:
                 raise OSError(f"{needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
             file = stack.enter_context((new / pixels.name).open("wb"))
@@ -155,6 +155,11 @@ def _write(
             file.flush()
             (new / index.name).write_text(json.dumps({"broken": broken}), encoding="utf-8")
     return np.load(pixels, mmap_mode="r"), broken
+
+
+def _size(source: Source) -> int:
+    """The size in bytes of all images."""
+    return len(source) * math.prod(source.shape) * (4 if source.deep else 1)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from scorematch.data.pictures import (
     UnfitError,
     channels_and_size,
     fit_picture,
+    is_deep,
     open_picture,
     to_uint8,
     why_none,
@@ -42,15 +43,15 @@ class Pictures(Source):
 
     def pixels(self, i: int) -> np.ndarray:  # noqa: D102
         with self.open(i) as picture:
-            return fit_picture(picture, self.shape, self.crop)
+            return fit_picture(picture, self.shape, self.crop, deep=self.deep)
 
     def set_shape(self, wanted: Wanted, workers: int) -> None:
         """Sets the crop and the shape; what is not given is taken from the pictures."""
         self.crop = wanted.crop
         channels, size = wanted.channels, wanted.size
-        if channels == 1:
-            with suppress(Exception), self.open(0) as picture:  # a damaged image is reported when it is decoded
-                self.from_color = channels_and_size(picture)[0] == 3
+        with suppress(Exception), self.open(0) as picture:  # a damaged image is reported when it is decoded
+            self.from_color = channels == 1 and channels_and_size(picture)[0] == 3
+            self.deep = is_deep(picture)
         if channels is None or size is None:
             kinds, sizes = self._all_channels_and_sizes(workers)
             channels = self._common_channels(kinds) if channels is None else channels

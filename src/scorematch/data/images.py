@@ -11,9 +11,9 @@ It accepts
 - a data set of Hugging Face's ``datasets``, its name on the Hub, or a short name in
   ``scorematch.data.REFERENCES``, such as "mnist-train".
 
-Image files are cropped and resized with Pillow and kept as uint8. Each file is decoded once when the data are opened,
-so that damaged files are found before the training starts. The decoded images are kept in memory, or in a memory-mapped
-file (``cache``), so that no later epoch decodes them again.
+Image files are cropped and resized with Pillow and kept as uint8, or, if the first one has 16 bits, as float32. Each
+file is decoded once when the data are opened, so that damaged files are found before the training starts. The decoded
+images are kept in memory, or in a memory-mapped file (``cache``), so that no later epoch decodes them again.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def open_images(
     workers = check_count("workers", workers)
     size = None if size is None else (int(size[0]), int(size[1]))
     source = find(data, Wanted(size, channels, crop, labels, image_key, label_key, value_range), workers)
-    fingerprint = hash_of([source.identity, source.shape, crop, labels])
+    fingerprint = hash_of([source.identity, source.shape, crop, labels, *(["16 bits"] if source.deep else [])])
     folder = None if cache is None else Path(cache).expanduser()
     array, broken = decode(source, fingerprint, folder, strict=strict, workers=workers, progress=progress)
     opened = ImageData(source, array=array, broken=broken, fingerprint=fingerprint, workers=workers)

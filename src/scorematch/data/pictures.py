@@ -35,6 +35,7 @@ _HALF_A_GRAY_LEVEL = 0.5 / 255
 _PIXELS_PER_BYTE, _MANY_PIXELS = 8000, 2**23
 # The formats in which Pillow writes no gray or RGB images, or only icons, which it scales to other sizes.
 _NOT_PICTURES = {"BLP", "BUFR", "GRIB", "HDF5", "ICNS", "ICO", "MSP", "PALM", "WMF", "XBM"}
+_LUMA = (0.299, 0.587, 0.114)  # of R, G and B
 DAMAGED = (OSError, ValueError, SyntaxError, RuntimeError)  # what Pillow raises for a damaged file
 
 
@@ -239,8 +240,8 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
         channels: 1 for luma, 3 for RGB.
 
     Returns:
-        The image (channels, H, W), float32 in [0, 1]. Gray images of 16 bits keep their precision; 16-bit colors are
-        read with 8 bits.
+        The image (channels, H, W), float32 in [0, 1]. Gray images and PNG files of 16 bits keep their precision; other
+        colors of 16 bits are read with 8 bits.
 
     Raises:
         ImportError: without Pillow.
@@ -251,9 +252,8 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Tensor:
     check_choice("channels", channels, (1, 3))
     try:
         with open_picture(path) as file:
-            if _is_deep(file):
-                gray = torch.from_numpy(_deep_gray(_upright(file)))
-                return gray.expand(channels, *gray.shape).clone()
+            if is_deep(file):
+                return torch.from_numpy(_deep_values(file, channels))
             array = np.array(gray_or_rgb(file, channels))
     except (*DAMAGED, pillow.DecompressionBombError) as error:
         if getattr(error, "filename", None) is not None:  # the file does not exist or may not be read
@@ -296,7 +296,7 @@ def gray_or_rgb(picture: Any, channels: int) -> Any:
         OSError, ValueError: if the file is damaged, or the range of its pixel values is not known.
     """
     pillow, image = _pillow("reading"), _upright(picture)
-    if _is_deep(image):
+    if _is_deep_gray(image):
         image = pillow.fromarray((_deep_gray(image) * 255).round().astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -407,9 +407,36 @@ def _upright(picture: Any) -> Any:
     return ImageOps.exif_transpose(picture)
 
 
-def _is_deep(picture: Any) -> bool:
+def is_deep(picture: Any) -> bool:
+    """Whether a picture, whose pixels are not read yet, has more than 8 bits that ``fit_picture`` can read."""
+    return _is_deep_gray(picture) or _is_deep_png(picture)
+
+
+def _is_deep_gray(picture: Any) -> bool:
     """Whether a picture is gray with more than 8 bits, which ``convert("L")`` would clip at 255."""
     return picture.mode.startswith(("I", "F"))
+
+
+def _is_deep_png(picture: Any) -> bool:
+    """Whether a picture is a PNG file in color with 16 bits, of which Pillow reads the high bytes."""
+    tiles: list[Any] = getattr(picture, "tile", [])
+    modes = [tile[3] for tile in tiles] if picture.format == "PNG" and "transparency" not in picture.info else []
+    return modes in (["RGB;16B"], ["RGBA;16B"])
+
+
+def _deep_values(picture: Any, channels: int) -> np.ndarray:
+    """The values (channels, H, W), float32 in [0, 1], of a picture with more than 8 bits."""
+    if _is_deep_gray(picture):
+        gray = _deep_gray(_upright(picture))
+        return np.repeat(gray[None], channels, 0)
+    # The raw mode of the other byte order gives the low bytes.
+    low = _pillow("reading").open(picture.filename or io.BytesIO(picture.fp.getvalue()))
+    low.tile = [(*tile[:3], tile[3].replace("16B", "16L")) for tile in low.tile]
+    bytes_ = [np.array(_upright(each)).astype(np.float32) for each in (picture, low)]
+    values = rearrange((256 * bytes_[0] + bytes_[1]) / 65535, "h w c -> c h w")
+    color = values[:3] * values[3:] if len(values) == 4 else values  # transparent pixels are black
+    luma = np.array(_LUMA, np.float32)[:, None, None]
+    return color if channels == 3 else (luma * color).sum(0, keepdims=True)
 
 
 def _deep_gray(image: Any) -> np.ndarray:
@@ -435,13 +462,14 @@ class UnfitError(ValueError):
     """An image that is not damaged but does not fit the arguments of ``open_images``."""
 
 
-def fit_picture(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
-    """Crops and resizes a picture; returns its pixels (C, H, W), uint8."""
-    from PIL.Image import Resampling
+def fit_picture(picture: Any, shape: tuple[int, ...], crop: Crop, *, deep: bool = False) -> np.ndarray:
+    """Crops and resizes a picture; returns its pixels (C, H, W), uint8, or float32 in [0, 1] if they are ``deep``."""
+    from PIL.Image import Resampling, fromarray
 
     channels, height, width = shape
-    image = gray_or_rgb(picture, channels)
-    wide, tall = image.size
+    of_16_bits = deep and is_deep(picture)
+    images = [*map(fromarray, _deep_values(picture, channels))] if of_16_bits else [gray_or_rgb(picture, channels)]
+    wide, tall = images[0].size
     if crop == "celeba":
         if min(wide, tall) < CELEBA_SIDE:
             raise UnfitError(
@@ -455,11 +483,15 @@ def fit_picture(picture: Any, shape: tuple[int, ...], crop: Crop) -> np.ndarray:
     else:
         inner = (wide, tall)
     left, top = (wide - inner[0]) // 2, (tall - inner[1]) // 2
-    image = image.crop((left, top, left + inner[0], top + inner[1]))
-    if image.size != (width, height):
-        image = image.resize((width, height), Resampling.BILINEAR)
-    pixels = np.array(image)
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    parts = []
+    for image in images:
+        part = image.crop((left, top, left + inner[0], top + inner[1]))
+        if part.size != (width, height):
+            part = part.resize((width, height), Resampling.BILINEAR)
+        pixels = np.array(part)
+        parts.append(pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    found = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return found.astype(np.float32) / 255 if deep and not of_16_bits else found
 
 
 def channels_and_size(picture: Any) -> tuple[int, tuple[int, int]]:

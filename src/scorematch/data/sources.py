@@ -38,6 +38,7 @@ class Source(ABC):
         classes: the names of the classes, or None.
         unread: the names of pictures that are left out, since their format cannot be read.
         from_color: whether the images are gray and the first picture is in color.
+        deep: whether the first picture has more than 8 bits; all are then read as float32 in [0, 1].
         constant: whether an image has the same pixels each time it is read, so that it can be decoded once and kept.
     """
 
@@ -48,6 +49,7 @@ class Source(ABC):
     classes: tuple[str, ...] | None = None
     unread: Sequence[str] = ()
     from_color = False
+    deep = False
     constant = True
 
     @abstractmethod

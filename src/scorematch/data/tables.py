@@ -12,7 +12,7 @@ from scorematch.core.messages import few, plain
 from scorematch.core.threads import ordered_map
 from scorematch.data.folders import Pictures
 from scorematch.data.memory import channels_first, check_axes, check_values, class_numbers, fitting_shape, to_array
-from scorematch.data.pictures import UnfitError, as_picture, channels_and_size, fit_picture
+from scorematch.data.pictures import UnfitError, as_picture, channels_and_size, fit_picture, is_deep
 from scorematch.data.sources import Source, Wanted
 
 # Short names of data sets on the Hugging Face Hub, each with its split.
@@ -99,7 +99,7 @@ class Items(Source):
         first = self._image(0)
         if hasattr(first, "getexif"):
             channels, size = channels_and_size(first)
-            self.from_color = wanted.channels == 1 and channels == 3
+            self.from_color, self.deep = wanted.channels == 1 and channels == 3, is_deep(first)
             square = size if wanted.crop is None else (min(size), min(size))
             self.shape = (wanted.channels or channels, *(wanted.size or square))
         else:
@@ -130,7 +130,7 @@ class Items(Source):
                     f"{self.name} mixes gray and color images: item 0 is gray, and item {i} is in color. Write "
                     f"{argument('channels', 3, of='open_images')} or {argument('channels', 1, of='open_images')}."
                 )
-            return fit_picture(image, self.shape, self.crop)
+            return fit_picture(image, self.shape, self.crop, deep=self.deep)
         values = _values(image)
         if values.shape != self.shape:
             raise UnfitError(
