@@ -17,6 +17,7 @@ from PIL import Image
 from scorematch import ScoreNet, dsm_loss
 from scorematch.cli import main
 from scorematch.cli import train as command
+from scorematch.cli.options.measurements import read_measurements
 from scorematch.cli.options.values import image_count
 from scorematch.cli.train import _size
 from scorematch.core.conditions import Condition
@@ -559,3 +560,101 @@ def test_ema_of_a_folder_without_a_run_gives_an_error(tmp_path, capsys):
     assert "has no snapshots" in refused(["ema", tmp_path, "--length", "0.08"], capsys)
     assert f"there is no folder {tmp_path / 'a'}." in refused(["ema", tmp_path / "a", "--length", "0.08"], capsys)
     assert "at most 0.289, got 0.5" in refused(["ema", tmp_path, "--length", "0.5"], capsys)
+
+
+# -- Measurements -----------------------------------------------------------------------------------------------------
+
+STAGES = ("--sigma", "0.1", "--stages", "1", "--images", "16", "--batch-size", "8", "--recipe", "tiny", "--quiet")
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A folder of twelve pictures, and one of their masks."""
+    pictures = _pictures(tmp_path / "damaged", 12, torch.Generator().manual_seed(0))
+    (tmp_path / "masks").mkdir()
+    for i in range(12):
+        mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(i)) < 0.7
+        Image.fromarray((255 * mask).to(torch.uint8).numpy()).save(tmp_path / "masks" / f"{i}.png")
+    return pictures
+
+
+@pytest.mark.slow
+def test_pictures_with_masks_train_a_prior(damaged, tmp_path):
+    options = ("--out", str(tmp_path / "out"), "--observed-where", str(tmp_path / "masks"), *STAGES)
+    assert main(["train", str(damaged), *options]) == 0
+    net = ScoreNet.from_pretrained(tmp_path / "out/network")
+    assert (net.sample_shape, net.value_range) == ((3, 16, 16), (0, 1))
+
+
+def test_pictures_and_their_masks_are_read_in_the_same_order(damaged, tmp_path, capsys):
+    options = ("--out", str(tmp_path / "out"), "--observed-where", str(tmp_path / "masks"), *STAGES)
+    assert main(["train", str(damaged), *options, "--dry-run"]) == 0
+    assert "12 measurements of shape (3, 16, 16)" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    read = read_measurements(damaged, tmp_path / "masks", 0.1, 1)
+    assert read.y.shape == (12, 1, 16, 16)
+    for row, i in enumerate(sorted(range(12), key=str)):
+        mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(i)) < 0.7
+        assert torch.equal(read.mask[row, 0], mask)
+
+
+def test_arrays_with_gaps_train_a_prior_in_their_own_units(tmp_path, capsys):
+    y = 250 + 30 * torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    y[torch.rand(40, 3, generator=torch.Generator().manual_seed(1)) < 0.3] = torch.nan
+    np.save(tmp_path / "y.npy", y.numpy())
+    assert main(["train", str(tmp_path / "y.npy"), "--out", str(tmp_path / "out"), *STAGES]) == 0
+    assert ScoreNet.from_pretrained(tmp_path / "out/network").units.mean == pytest.approx([250] * 3, abs=20)
+    np.savez(tmp_path / "y.npz", y=y.nan_to_num(0).numpy(), mask=~y.isnan().numpy())
+    read = read_measurements(tmp_path / "y.npz", None, 0.1, None)
+    assert torch.equal(read.mask, ~y.isnan())
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda root: None, [], "a folder of pictures needs its masks: add --observed-where MASKS"),
+        (lambda root: (root / "masks/3.png").unlink(), ["--observed-where", "masks"], "3.png has no mask masks/3.png"),
+        (
+            lambda root: Image.new("L", (16, 8)).save(root / "masks/3.png"),
+            ["--observed-where", "masks"],
+            "the mask masks/3.png must have 16 x 16 pixels, as its picture has, got 8 x 16",
+        ),
+        (
+            lambda root: Image.new("L", (8, 8)).save(root / "damaged/3.png"),
+            ["--observed-where", "masks"],
+            "damaged/3.png has another size than damaged/0.png",
+        ),
+        (lambda root: None, ["--observed-where", "masks", "--labels"], "--labels is not for measurements"),
+    ],
+)
+def test_measurements_that_do_not_fit_are_refused(damaged, tmp_path, monkeypatch, capsys, change, options, message):
+    change(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "damaged", "--out", "out", *STAGES, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "message"),
+    [
+        ({"y": np.zeros((8, 2), int)}, [], "must have measurements y (N, ...), floating point, got int64 of shape"),
+        ({"x": np.zeros((8, 2))}, [], "floating point, got the arrays x"),
+        ({"y": np.zeros((8, 2)), "mask": np.zeros((8, 2))}, [], "mask of y.npz must be of type bool"),
+        ({"y": np.zeros((8, 2)), "mask": np.ones((8, 3), bool)}, [], "mask must broadcast to y of shape (8, 2)"),
+        ({"y": np.full((8, 2), np.nan), "mask": np.ones((8, 2), bool)}, [], "y must be finite where it is observed"),
+        ({"y": np.zeros((8, 2))}, ["--sigma", "0"], "that is clean data"),
+        ({"y": np.zeros((8, 2))}, ["--observed-where", "masks"], "--observed-where is for a folder of pictures"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, monkeypatch, capsys, arrays, options, message):
+    monkeypatch.chdir(tmp_path)
+    np.savez("y.npz", **arrays)
+    assert main(["train", "y.npz", "--out", "out", *STAGES, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_measurements_need_the_noise(tmp_path, capsys):
+    assert main(["train", str(tmp_path), "--out", "out", "--observed-where", "masks"]) == 2
+    assert "--observed-where needs the noise of the pictures: add --sigma" in capsys.readouterr().err
+    assert main(["train", str(tmp_path), "--out", "out", "--stages", "2"]) == 2
+    assert "--stages is for measurements with --sigma" in capsys.readouterr().err

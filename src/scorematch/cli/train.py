@@ -8,14 +8,16 @@ import re
 import time
 import warnings
 from dataclasses import fields
+from typing import Any, cast
 
 import torch
 
 from scorematch.cli.options import Commands, given, refuse
 from scorematch.cli.options.duration import count, duration
+from scorematch.cli.options.measurements import read_measurements
 from scorematch.cli.options.networks import load_network
 from scorematch.cli.options.outputs import check_folder_name
-from scorematch.cli.options.values import add_declared, expanded, filled, image_count
+from scorematch.cli.options.values import add_declared, amount, expanded, filled, image_count
 from scorematch.core.conditions import describe_classes
 from scorematch.core.messages import few
 from scorematch.core.precision import autocast
@@ -24,12 +26,13 @@ from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
 from scorematch.nets.family import check_size
 from scorematch.score import ScoreNet
-from scorematch.training import RECIPES, Recipe, Settings, checkpoint, train
+from scorematch.training import RECIPES, Recipe, Settings, checkpoint, train, train_from_observations
 from scorematch.training.checks import check_arguments
+from scorematch.training.incomplete import check_observation
 from scorematch.training.recipes import training_flop
 from scorematch.training.record import check_run
 from scorematch.training.run import check_possible
-from scorematch.training.settings import RunSettings
+from scorematch.training.settings import RunSettings, StageSettings
 from scorematch.training.steps import loss_arguments
 
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
@@ -58,6 +61,7 @@ def add(commands: Commands) -> None:
         "  %(prog)s faces --out runs/faces\n"
         "  %(prog)s faces --out runs/trial --recipe tiny --images 20k\n"
         "  %(prog)s cats --out runs/cats --start runs/faces/network\n"
+        "  %(prog)s damaged --observed-where masks --sigma 0.1 --out runs/prior\n"
         "  accelerate launch -m scorematch train faces --out runs/faces --images 50M --batch-size 512",
     )
     parser.add_argument(
@@ -124,19 +128,34 @@ def add(commands: Commands) -> None:
         help="begin with the weights of a trained network; without --recipe, this network is trained. With torchrun "
         "write --start-from",
     )
-    own = {option.name for option in fields(Settings)}
-    for option in fields(RunSettings):
+    measured = parser.add_argument_group(
+        "incomplete data",
+        "With --sigma, DATA are noisy measurements with gaps: a folder of pictures with masks, an .npz file with y\n"
+        "and mask, or an .npy file; NaN in y is a gap. The options of training are those of each stage.",
+    )
+    measured.add_argument("--sigma", type=amount, help="the standard deviation of the noise, in the units of DATA")
+    measured.add_argument(
+        "--observed-where",
+        type=expanded,
+        metavar="MASKS",
+        help="a folder with a mask for each picture, of the same name: white where the picture is observed",
+    )
+    own, of_run = ({option.name for option in fields(settings)} for settings in (Settings, RunSettings))
+    for option in fields(StageSettings):
         if option.name != "progress" and option.metadata["value"] is not None:
             meaning = option.metadata["meaning"].replace("``", "").replace("None", "none").replace("%", "%%")
             default = _DEFAULTS.get(option.name, option.default)
-            add_declared(
-                training if option.name in own else written, option.name, option.metadata["value"], meaning, default
-            )
+            group = training if option.name in own else written if option.name in of_run else measured
+            add_declared(group, option.name, option.metadata["value"], meaning, default)
     parser.set_defaults(run=_run, instead=_INSTEAD)
 
 
 def _run(args: argparse.Namespace) -> None:
     recipe = RECIPES[_DEFAULT if args.recipe is None else args.recipe]
+    if args.sigma is not None or args.observed_where is not None:
+        _run_stages(args, recipe)
+        return
+    refuse(args, ["stages", "draw_batch", "held_out"], "is for measurements with --sigma")
     own = given(args, (each.name for each in fields(RunSettings)))
     if not args.labels:
         refuse(args, ["label_drop", "label_key"], "is for training on classes with --labels")
@@ -170,6 +189,38 @@ def _run(args: argparse.Namespace) -> None:
         if trackers:
             accelerator.end_training()
     if accelerator.is_main_process:
+        print(args.out / "report.md")
+        print(args.out / "network")
+
+
+def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Trains on measurements."""
+    if args.sigma is None:
+        raise ValueError("--observed-where needs the noise of the pictures: add --sigma, such as --sigma 0.1.")
+    of_pictures = ["image_size", "crop", "labels", "strict", "cache", "no_cache", "image_key", "label_key", "workers"]
+    refuse(args, of_pictures, "is not for measurements, which are used as they are")
+    check_folder_name(args.out)
+    options = {**recipe.options(), **given(args, (each.name for each in fields(StageSettings)))}
+    settings = StageSettings(**options, progress=not args.quiet)
+    check_possible(args.out / "stage-001", args.data, settings, cpu=args.device == "cpu")
+    observation = read_measurements(expanded(args.data), args.observed_where, args.sigma, args.channels)
+    shape = tuple(observation.y.shape[1:])
+    if args.start is None or args.recipe is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            net = ScoreNet.mlp(*shape) if len(shape) == 1 else recipe.build(shape[0], cast(Any, shape[1:]))
+        if args.observed_where is None:
+            net.value_range = None  # arrays are in units of their own
+    else:
+        net = load_network(args.start)
+    check_observation(net, observation)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    print(f"data      {len(observation.y):,} measurements of shape {shape} from {args.data}, noise {args.sigma:g}")
+    print(f"network   {parameters:,} parameters")
+    print(f"training  {settings.stages} stages of {settings.total:,} images")
+    print(f"out       {args.out}", flush=True)
+    if not args.dry_run:
+        train_from_observations(net, observation, args.out, **options, progress=not args.quiet)
         print(args.out / "report.md")
         print(args.out / "network")
 

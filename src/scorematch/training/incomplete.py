@@ -241,6 +241,7 @@ class _Stages:
 
     def all(self) -> ScoreNet:
         """Completes all stages, and returns the network of the last one."""
+        began = time.perf_counter()
         self._check_record()
         self.gaussian = self._fitted()
         if self.net.value_range is None and self.net.units is None and ROWS[self.net.precondition].centered:
@@ -248,17 +249,17 @@ class _Stages:
         self.template = copy.deepcopy(self.net)
         done = len(self.log.lines())
         for stage in range(done, self.settings.stages + 1):
-            began = time.perf_counter()
             if stage > 0:
                 self._train(stage)
             error, deviation = self._error(stage)
+            began, elapsed = time.perf_counter(), time.perf_counter() - began
             self.log.write(
                 {
                     "images": stage * self.settings.total,
                     "stage": stage,
                     "error": error,
                     "standard_error": deviation,
-                    "seconds": round(time.perf_counter() - began, 1),
+                    "seconds": round(elapsed, 1),
                 }
             )
             shutil.rmtree(self.folder / "draws" / _name(stage), ignore_errors=True)
