@@ -60,6 +60,24 @@ def _no_synchronization_with_the_disk():
         yield
 
 
+@pytest.fixture(scope="session")
+def forks():
+    from tests.forks import Forks
+
+    if not hasattr(os, "fork"):
+        pytest.skip("needs processes that fork")
+    started = Forks()
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def few_levels(monkeypatch):
+    """Samplers without settings have few levels in place of a hundred, in tests of other things than the samples."""
+    for name in ("_FEWEST_LEVELS", "_MOST_LEVELS"):
+        monkeypatch.setattr(f"scorematch.sampling.langevin.{name}", 4)
+
+
 @pytest.fixture
 def world():
     from scorematch.evaluation.exact import Gaussian

@@ -1,11 +1,9 @@
-"""A local server with the part of the Hub's protocol that huggingface_hub uses, and processes that run client code."""
+"""A local server with the part of the Hub's protocol that huggingface_hub uses, and the environment of its clients."""
 
 import base64
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from fnmatch import fnmatch
 from functools import partial
@@ -254,84 +252,6 @@ class Hub:
         request.send_header("X-Repo-Commit", self.commit)
         request.send_header("Content-Length", "0")
         request.end_headers()
-
-
-# For every line of input this program forks processes that run the pieces of code in it, all at the same time, and
-# prints their exit statuses. A process that takes longer than the given number of seconds is ended by a signal.
-_LOOP = """
-import json, os, signal, sys, traceback
-import huggingface_hub.hf_api
-import scorematch
-names = {"__name__": "__main__"}
-exec(sys.argv[1], names)
-for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
-    del sys.modules[name]
-for line in sys.stdin:
-    call = json.loads(line)
-    children = []
-    for code, out, error in zip(call["codes"], call["stdout"], call["stderr"]):
-        child = os.fork()
-        children.append(child)
-        if child == 0:
-            signal.alarm(call["seconds"])
-            os.environ.clear()
-            os.environ.update(call["environment"])
-            os.chdir(call["folder"])
-            for number, name in ((1, out), (2, error)):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            status = 1
-            try:
-                exec(code, dict(names))
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
-"""
-
-
-class Client:
-    """Runs code in separate processes, because huggingface_hub reads the environment when it is imported.
-
-    The processes are forked from one that has already imported the package and what huggingface_hub imports, which
-    saves most of the start time.
-
-    Args:
-        first: more code that this process runs first, such as imports; all other code sees its names.
-    """
-
-    def __init__(self, first=""):
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _LOOP, first],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, code, folder, environment, *, seconds=60):
-        """Runs code in a folder; returns its exit status, its output and its errors."""
-        return self.run_together([code], folder, environment, seconds=seconds)[0]
-
-    def run_together(self, codes, folder, environment, *, seconds=60):
-        """Runs pieces of code at the same time, each in its own process; returns the results of ``run``."""
-        outputs = {name: [folder / f".{name}{i}" for i in range(len(codes))] for name in ("stdout", "stderr")}
-        call = {"codes": codes, "folder": str(folder), "environment": environment, "seconds": seconds}
-        call |= {name: [str(path) for path in paths] for name, paths in outputs.items()}
-        self.process.stdin.write(json.dumps(call) + "\n")
-        self.process.stdin.flush()
-        statuses = [int(status) for status in self.process.stdout.readline().split()]
-        texts = [[path.read_text() for path in paths] for paths in outputs.values()]
-        for path in (path for paths in outputs.values() for path in paths):
-            path.unlink()
-        return list(zip(statuses, *texts, strict=True))
-
-    def stop(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-        self.process.stdout.close()
 
 
 def environment(url, home):

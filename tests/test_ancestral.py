@@ -157,7 +157,7 @@ MASK, Y = torch.tensor([True, False, False]), torch.tensor([[1.2, 0.0, 0.0]])
 
 @pytest.mark.parametrize("variance", ["large", "small"])
 @pytest.mark.parametrize("noise", [None, 0.0, 0.3])
-@pytest.mark.parametrize("levels", [8, 60])
+@pytest.mark.parametrize("levels", [8, pytest.param(60, marks=pytest.mark.slow)])
 def test_samples_of_a_gaussian_have_the_derived_mean_and_covariance(world, variance, noise, levels):
     schedule = NoiseSchedule.geometric(10, 0.02, levels)
     seen = None if noise is None else Observation(Mask(MASK), Y, noise)

@@ -1,5 +1,7 @@
 """The default method of restoration: what it chooses, and scores without gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -14,7 +16,10 @@ POOL = AveragePool(2)
 Y = POOL.measure(WORLD.sample(2, 1))
 
 
-def draw(score, observation, restore, sampler=AnnealedLangevinSampler):
+SHORT = partial(AnnealedLangevinSampler, steps_per_level=2)
+
+
+def draw(score, observation, restore, sampler=SHORT):
     chain = sampler(score, LEVELS, clamp=False, restore=restore)
     return run(chain, shape=(3, 4, 4), observation=observation, generator=0)
 

@@ -10,11 +10,9 @@ import linecache
 import os
 import random
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
-import time
 import types
 from pathlib import Path
 
@@ -126,7 +124,7 @@ def test_images_are_the_same_in_all_batches_within_rounding(net):
     torch.testing.assert_close(_all(sampler, 4, first=2, batch_size=3), one[2:], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", [ODESampler, AnnealedLangevinSampler])
+@pytest.mark.parametrize("kind", [ODESampler, pytest.param(AnnealedLangevinSampler, marks=pytest.mark.slow)])
 def test_any_number_of_processes_draws_the_same_bits(net, kind):
     sampler = kind(net.inference_copy(), SCHEDULE)
     whole = _all(sampler, 7, batch_size=2)
@@ -342,8 +340,7 @@ def test_damaged_arrays_are_drawn_again(tmp_path, levels):
     assert _content(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("name", ["png", "npz"])
-@pytest.mark.parametrize("kind", [ODESampler, AnnealedLangevinSampler])
+@pytest.mark.parametrize(("kind", "name"), [(ODESampler, "png"), (AnnealedLangevinSampler, "npz")])
 def test_more_images_are_added_with_the_same_bits(tmp_path, net, name, kind):
     options = {"batch_size": 4, "format": name, "progress": False}
     sampler = kind(net.inference_copy(), SCHEDULE)
@@ -862,7 +859,7 @@ def test_the_identity_of_a_new_kind_of_score_follows_its_definition():
 
 JOB = textwrap.dedent(
     """
-    import os, signal, sys
+    import os, signal, sys, threading
     import torch
     torch.set_num_threads(1)
     from scorematch import NoiseSchedule, ScoreNet
@@ -871,25 +868,34 @@ JOB = textwrap.dedent(
     from scorematch.core.processes import this_process
     from scorematch.sampling import AnnealedLangevinSampler
 
-    if sys.argv[2] != "quiet":  # the number of writes until the process kills itself between write and rename, or 0
-        write, remaining = files.os.replace, int(sys.argv[2])
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
 
-        def announced(source, target):
+    if len(sys.argv) > 3:  # the number of writes until the process kills itself between write and rename, or later
+        replace, remaining, seconds = files.os.replace, int(sys.argv[3]), float(sys.argv[4])
+
+        def counted(source, target):
             global remaining
-            print("writing", flush=True)
             remaining -= 1
             if remaining == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(source, target)
+                threading.Timer(seconds, kill).start() if seconds else kill()
+            replace(source, target)
 
-        files.os.replace = announced
+        files.os.replace = counted
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, schedule=NoiseSchedule([1.0, 0.3, 0.1]), classes=3)
-    sampler = AnnealedLangevinSampler(net)
-    sample_to(sampler, sys.argv[1], 150, batch_size=8, classes="random", format=sys.argv[3], progress=False)
+    sampler = AnnealedLangevinSampler(net, levels=3)
+    sample_to(sampler, sys.argv[1], 150, batch_size=8, classes="random", format=sys.argv[2], progress=False)
     sys.stdout.write(f"{this_process()}\\n")  # in one piece, since two processes share the output
     """
 )
+
+
+def _program(script, *arguments):
+    """Code that runs a program with arguments."""
+    return (
+        f"import runpy, sys\nsys.argv[1:] = {[*map(str, arguments)]}\nrunpy.run_path({str(script)!r}, {{}}, '__main__')"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -900,39 +906,26 @@ def job(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(job, tmp_path_factory):
-    """The content of a folder of PNG files that one uninterrupted process writes."""
-    folder = tmp_path_factory.mktemp("whole")
-    python(job, folder, "quiet", "png")
-    return _content(folder)
+def whole(forks, job, tmp_path_factory):
+    """The content of the folders that one uninterrupted process writes, by their format."""
+    folders = {name: tmp_path_factory.mktemp("whole") for name in ("png", "npz")}
+    for name, folder in folders.items():
+        forks.group(1, _program(job, folder, name), folder.parent)
+    return {name: _content(folder) for name, folder in folders.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["png", "npz"])
-def test_a_job_that_is_killed_ends_with_the_same_bits(tmp_path, job, whole, name):
-    if name == "npz":
-        python(job, tmp_path / "whole", "quiet", name)
-        whole = _content(tmp_path / "whole")
+def test_a_job_that_is_killed_ends_with_the_same_bits(tmp_path, forks, job, whole, name):
     chance = random.Random(0)  # noqa: S311
     most = 30 if name == "png" else 4  # writes in a round: after all rounds something is missing
-    for _ in range(2):  # in the middle of a write
-        done = python(job, tmp_path / "killed", chance.randint(1, most), name, check=False)
-        assert done.returncode == -signal.SIGKILL
-        assert len(list((tmp_path / "killed").rglob(".saving-*"))) >= 1
-    for _ in range(2):  # at any moment
-        process = subprocess.Popen(
-            [sys.executable, str(job), str(tmp_path / "killed"), "0", name], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            for _ in itertools.islice(process.stdout, chance.randint(1, most)):
-                pass
-            time.sleep(chance.random() * 0.001)
-            process.kill()
-        finally:
-            process.stdout.close()
-            process.wait(timeout=100)
-    python(job, tmp_path / "killed", "quiet", name)
-    assert _content(tmp_path / "killed") == whole
+    for late in (False, False, True, True):  # in the middle of a write, or at any moment
+        moment = chance.randint(1, most), late * chance.random() * 0.001
+        status, *_ = forks.run(_program(job, tmp_path / "killed", name, *moment), tmp_path)
+        assert status == -signal.SIGKILL
+        assert late or len(list((tmp_path / "killed").rglob(".saving-*"))) >= 1
+    forks.group(1, _program(job, tmp_path / "killed", name), tmp_path)
+    assert _content(tmp_path / "killed") == whole[name]
     assert not list((tmp_path / "killed").rglob(".*"))
 
 
@@ -949,9 +942,9 @@ def test_a_job_that_is_killed_ends_with_the_same_bits(tmp_path, job, whole, name
 def test_two_processes_write_what_one_writes(tmp_path, job, whole, launcher):
     if launcher[0].startswith("accelerate"):
         pytest.importorskip("accelerate")
-    done = python("-m", *launcher, job, tmp_path / "two", "quiet", "png")
+    done = python("-m", *launcher, job, tmp_path / "two", "png")
     assert sorted(done.stdout.split("\n")) == ["", *(f"Process(rank={rank}, world_size=2)" for rank in (0, 1))]
-    assert _content(tmp_path / "two") == whole
+    assert _content(tmp_path / "two") == whole["png"]
 
 
 def test_the_identity_of_an_object_covers_its_attributes_and_the_entries_of_its_schedule():

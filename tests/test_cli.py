@@ -458,6 +458,7 @@ def test_the_recommended_sampler_is_used(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(3 levels 1 -> 0.01")
 
 
+@pytest.mark.slow
 def test_levels_keeps_the_recommended_kind_of_sampling(tmp_path, capsys):
     net = _unet(1, NoiseSchedule.geometric(1, 0.01, 20))
     net.sampler_settings = SamplerSettings(levels=15, step_size=4e-5, consistent=True)
@@ -658,6 +659,7 @@ def test_restore_passes_the_degraded_image_to_a_conditional_network(tmp_path, pi
     assert not torch.equal(drawn["seeing"], drawn["blind"])
 
 
+@pytest.mark.usefixtures("few_levels")
 def test_restore_uses_the_sampler_that_suits_the_network(tmp_path, pictures, capsys):
     """The recommended one if the network was trained to restore, otherwise annealed Langevin dynamics, or --sampler."""
     conditional, plain = _unet(3, condition_channels=3), _unet(3)
@@ -755,6 +757,7 @@ def test_a_bad_operator_of_a_file_gives_an_error_of_one_line(folder, pictures, t
     assert re.search(message, refused(_restore_options(folder, pictures, tmp_path / "out", *options), capsys))
 
 
+@pytest.mark.slow
 def test_a_new_operator_works_in_all_commands_and_in_the_demo(folder, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(OPERATORS, "negative", Negative)
     for command in ("restore", "evaluate", "tune"):
@@ -772,6 +775,7 @@ def test_a_new_operator_works_in_all_commands_and_in_the_demo(folder, pictures, 
     assert Restorer(ScoreNet.from_pretrained(folder)).operators["negative"] == ("1",)
 
 
+@pytest.mark.slow
 def test_restore_does_not_depend_on_the_other_pictures(folder, pictures, tmp_path):
     """Pictures of the same size are restored together; each restoration has a generator of its own."""
     save_image(torch.rand(1, 8, 12), pictures / "c.png")

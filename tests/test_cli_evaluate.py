@@ -87,6 +87,7 @@ def test_evaluate_a_network(folder, tmp_path, capsys):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:.* is singular:UserWarning")
 def test_evaluate_with_guidance(folder, tmp_path):
     """A weight of 1 is the network with the class; another weight draws other samples of the same seeds."""
@@ -139,6 +140,7 @@ def test_evaluate_restorations(folder, tmp_path, capsys):
         assert same == ("--data" not in arguments)
 
 
+@pytest.mark.usefixtures("few_levels")
 def test_restorations_use_annealed_langevin_dynamics(folder, tmp_path, capsys):
     """As the command restore does, although the recommended sampler of the network is ode."""
     options = ("--data", folder / "more.npz", "-n", 5, "--features", "pixels", "--metrics", "precision-recall")
@@ -227,6 +229,7 @@ def test_tune_keeps_a_network_that_it_did_not_write(folder, tmp_path, capsys):
     assert path.read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default:.* is singular:UserWarning")
 def test_tune_writes_into_the_folder_of_the_network(folder, tmp_path):
     shutil.copytree(folder / "network", tmp_path / "network")
@@ -287,10 +290,11 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
     ("options", "head", "rows"),
     [
         ((), "| sigma | loss | norm | calibration | denoised | slope | bias |", 16),
-        (
+        pytest.param(
             ("--samplers", "--size", 2, "-n", 20),
             "| name | calls | mean | covariance | energy |",
             1 + 5 * len(sampler_variants(Gaussian([0.0], 1.0, schedule=NoiseSchedule.geometric(10, 0.01, 20)))),
+            marks=pytest.mark.slow,
         ),
         (
             ("--posterior", "pool:2", "--size", 2, "--sigma", 0.1, "-n", 100),

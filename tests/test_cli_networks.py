@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 
 import huggingface_hub.constants
 import pytest
@@ -14,7 +13,7 @@ from scorematch.cli import info, main
 from scorematch.sampling import SamplerSettings
 from scorematch.training.recipes import sampling_flop
 from tests.helpers import refused
-from tests.hub_server import Client, Hub, environment
+from tests.hub_server import Hub, environment
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +53,6 @@ def no_token(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="module")
-def client():
-    if not hasattr(os, "fork"):
-        pytest.skip("needs processes that fork")
-    started = Client()
-    yield started
-    started.stop()
-
-
 @pytest.fixture
 def hub():
     server = Hub()
@@ -71,12 +61,12 @@ def hub():
 
 
 @pytest.fixture
-def run(client, hub, tmp_path):
+def run(forks, hub, tmp_path):
     """Runs a command in a process whose Hub is the local server; returns its status, its output and its errors."""
 
     def run(*arguments, **variables):
         code = f"from scorematch.cli import main\nprint(main({list(map(str, arguments))!r}))"
-        _, printed, errors = client.run(code, tmp_path, {**environment(hub.url, tmp_path / "home"), **variables})
+        _, printed, errors = forks.run(code, tmp_path, {**environment(hub.url, tmp_path / "home"), **variables})
         *lines, status = printed.splitlines(keepends=True)
         return int(status), "".join(lines), errors
 

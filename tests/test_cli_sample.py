@@ -11,10 +11,11 @@ from PIL import Image
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
+from scorematch.cli.options.duration import announce
 from scorematch.core.processes import find_device
 from scorematch.core.schema import Field
 from scorematch.data import grid, read_image, read_samples
-from scorematch.sampling import SAMPLERS, AncestralSampler, SamplerSettings
+from scorematch.sampling import SAMPLERS, AncestralSampler, ODESampler, SamplerSettings
 from scorematch.sampling.sampler import options_of
 from tests.helpers import python, refused
 
@@ -125,6 +126,7 @@ def test_an_animation_shows_the_way_from_noise_to_the_images(folder, tmp_path, c
     assert _animation(tmp_path / "one.gif")[0].shape[1:] == (8, 8)  # one image has no border
 
 
+@pytest.mark.slow
 def test_an_animation_of_many_steps_has_at_most_60_frames(folder, tmp_path):
     assert _sample(folder, tmp_path / "a.png", "-n", 1, "--sampler", "ancestral", "--levels", 62, "--gif") == 0
     frames, _ = _animation(tmp_path / "a.gif")
@@ -213,6 +215,7 @@ def test_classes_of_a_sheet(classes, tmp_path):
     assert torch.equal(one[:, 2:10, 2:10], cycle[:, 2:10, 2:10]) and not torch.equal(one, cycle)
 
 
+@pytest.mark.slow
 def test_classes_by_name(tmp_path, capsys):
     """A number is the number of a class if it is not the name of one, and a rule is always the rule."""
     net = ScoreNet.from_pretrained(_saved(tmp_path / "net", SamplerSettings("ode", levels=3), classes=5))
@@ -240,7 +243,8 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
     rows["rescaled"] = ("--guidance", 3, "--guidance-rescale", 0.7)
     for name, given in rows.items():
         assert _sample(net, "--out", tmp_path / name, "-n", 3, "--class", "cycle", *given) == 0
-        assert _sample(net, tmp_path / f"{name}.png", "-n", 3, "--class", 1, *given) == 0
+        if name in ("none", "1", "3"):
+            assert _sample(net, tmp_path / f"{name}.png", "-n", 3, "--class", 1, *given) == 0
     none, one, three, everywhere, inside, nowhere, rescaled = (_pictures(tmp_path / name) for name in rows)
     assert none == one == nowhere and three == everywhere
     assert all(one[name] != three[name] != inside[name] != one[name] for name in one)
@@ -351,6 +355,7 @@ def test_every_sampler_has_its_options(folder, tmp_path, options, expected, caps
     assert capsys.readouterr().out.startswith(expected)
 
 
+@pytest.mark.slow
 def test_every_sampler_is_an_option(folder, tmp_path, capsys):
     for name, sampler in SAMPLERS.items():
         assert _sample(folder, tmp_path / f"{name}.png", "-n", 1, "--levels", 3, "--sampler", name) == 0
@@ -379,6 +384,7 @@ class _Noisier(AncestralSampler):
         return [f"own snr {self.snr}"]
 
 
+@pytest.mark.slow
 def test_samplers_may_have_options_of_the_same_name(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SAMPLERS, "noisier", _Noisier)
     snr, few = ("--snr", 0.25), ("-n", 1, "--levels", 3)
@@ -418,13 +424,9 @@ def test_torchrun_runs_the_same_command_in_two_processes(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "hint"),
-    [
-        (("--sampler", "ancestral", "--levels", 252), True),
-        (("--sampler", "ancestral", "--levels", 250), False),
-        (("--sampler", "ode", "--levels", 200), False),
-    ],
+    ("kind", "levels", "hint"),
+    [(AncestralSampler, 252, True), (AncestralSampler, 250, False), (ODESampler, 200, False)],
 )
-def test_a_sampler_of_many_calls_is_named_with_a_faster_one(options, hint, folder, tmp_path, capsys):
-    assert _sample(folder, tmp_path / "x.png", "-n", 1, *options) == 0
+def test_a_sampler_of_many_calls_is_named_with_a_faster_one(kind, levels, hint, folder, capsys):
+    announce(kind(ScoreNet.from_pretrained(folder), levels=levels))
     assert ("\nfaster: --sampler ode, with 35 network calls\n" in capsys.readouterr().out) == hint

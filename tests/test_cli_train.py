@@ -25,7 +25,7 @@ from scorematch.data import open_images
 from scorematch.restoration.palette import MultiTask
 from scorematch.training import RECIPES, Settings, reconstruct
 from scorematch.training.settings import RunSettings
-from tests.helpers import python, refused
+from tests.helpers import refused
 
 pytest.importorskip("accelerate")
 
@@ -66,7 +66,8 @@ def run(faces, tmp_path_factory):
     """The folder of a run, and its output."""
     out, printed = tmp_path_factory.mktemp("runs") / "faces", io.StringIO()
     state = torch.get_rng_state()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "training_flop", lambda net: 1.5e9)
         assert _train(faces, out, "--checkpoint-every", "8", "--snapshot-every", "8") == 0
     assert torch.equal(torch.get_rng_state(), state)
     return out, printed.getvalue()
@@ -74,7 +75,7 @@ def run(faces, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _no_count_of_operations(monkeypatch):
-    """Only ``run`` counts the operations of a training step, which takes longer than a short run."""
+    """No test counts the operations of a training step, which takes longer than a short run."""
     monkeypatch.setattr(command, "training_flop", lambda net: 1e9)
 
 
@@ -97,7 +98,7 @@ def test_train_prints_data_network_and_time(faces, run):
         f"          left out: 1 image that cannot be read, {faces / 'broken.jpg'}\n"
         f"network   tiny: {parameters:,} parameters, "
     )
-    assert re.search(r" parameters, [\d.]+ GFLOP per image\ntraining  24 images in 3 steps of 8, 2 epochs\n", printed)
+    assert re.search(r" parameters, 1.5 GFLOP per image\ntraining  24 images in 3 steps of 8, 2 epochs\n", printed)
     assert re.search(rf"\ntime      about \d+ s on cpu, [\d.]+ images/s\nout       {out}\n", printed)
     assert printed.endswith(f"{out / 'report.md'}\n{out / 'network'}\n")
 
@@ -165,13 +166,14 @@ def test_a_dry_run_writes_nothing(faces, tmp_path, calls, capsys):
 
 
 @pytest.mark.slow
-def test_torchrun_trains_the_same_network_in_two_processes(faces, tmp_path):
+def test_torchrun_trains_the_same_network_in_two_processes(forks, faces, tmp_path):
     assert _train(faces, tmp_path / "one", "--precision", "float32") == 0
     short = ("--recipe", "tiny", "--image-size", "8", "--images", "24", "--batch-size", "8", "--quiet")
     short += ("--precision", "float32")
-    launched = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "scorematch", "train")
-    done = python(*launched, faces, "--out", tmp_path / "run", *short, "--device", "cpu", timeout=300)
-    assert done.stdout.count("data      12 images") == 1 and " s on 2 x cpu, " in done.stdout
+    command = ["train", *map(str, (faces, "--out", tmp_path / "run", *short, "--device", "cpu"))]
+    code = f"from scorematch.cli import main\nassert main({command}) == 0"
+    (_, first, _), (_, other, _) = forks.group(2, code, tmp_path)
+    assert first.count("data      12 images") == 1 and " s on 2 x cpu, " in first and other == ""
     whole, parted = _weights(tmp_path / "one"), _weights(tmp_path / "run")
     for name, value in whole.items():
         torch.testing.assert_close(parted[name], value, rtol=1e-3, atol=1e-4)
@@ -261,6 +263,7 @@ def test_without_options_the_settings_are_those_of_the_recipe(tmp_path, calls):
     assert RECIPES["ncsn-mnist"].options().items() <= found.items() and found["lr"] == 1e-3 and found["ema"] == ()
 
 
+@pytest.mark.slow
 def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, calls, capsys):
     start = str(run[0] / "network")
     arguments = ["train", str(faces), "--out", str(tmp_path / "run"), "--start", start, "--batch-size", "8", "--quiet"]
@@ -537,6 +540,7 @@ def test_hints_for_arrays_are_code_that_can_be_copied(tmp_path, capsys):
 # -- Averages after the fact
 
 
+@pytest.mark.slow
 def test_ema_writes_an_average_of_another_length(run, tmp_path, capsys):
     for images, options in [(24, ()), (16, ("--images", "16"))]:
         out = tmp_path / str(images)

@@ -11,16 +11,9 @@ from scorematch import NoiseSchedule, ScoreNet
 from scorematch.core.files import new_files, reading
 from scorematch.sampling import SAMPLERS
 from tests.helpers import in_threads, seed
-from tests.hub_server import Client, Hub, environment
+from tests.hub_server import Hub, environment
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
-
-
-@pytest.fixture(scope="module")
-def client():
-    started = Client()
-    yield started
-    started.stop()
 
 
 def _net(kind=0):
@@ -59,7 +52,7 @@ def test_reading_waits_for_the_end_of_a_replacement(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_can_save_to_and_load_from_one_folder(client, tmp_path):
+def test_processes_can_save_to_and_load_from_one_folder(forks, tmp_path):
     """Every loaded network is one that was saved, and so is the last one."""
     nets = {kind: _net(kind) for kind in range(3)}
     nets[0].save_pretrained(tmp_path / "net")
@@ -79,7 +72,7 @@ def test_processes_can_save_to_and_load_from_one_folder(client, tmp_path):
         "        assert torch.equal(found.state_dict()[name], tensor)\n"
     )
     codes = [*(save.format(kind=kind) for kind in range(3)), load, load]
-    for status, _, error in client.run_together(codes, tmp_path, dict(os.environ)):
+    for status, _, error in forks.run_together(codes, tmp_path):
         assert status == 0, error
     found = {path.name: path.read_bytes() for path in (tmp_path / "net").iterdir()}
     saved = [{path.name: path.read_bytes() for path in (tmp_path / f"net{kind}").iterdir()} for kind in range(3)]
@@ -87,7 +80,7 @@ def test_processes_can_save_to_and_load_from_one_folder(client, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_can_load_a_repository_at_the_same_time(client, tmp_path):
+def test_processes_can_load_a_repository_at_the_same_time(forks, tmp_path):
     net = _net()
     net.save_pretrained(tmp_path / "net")
     hub = Hub()
@@ -100,7 +93,7 @@ def test_processes_can_load_a_repository_at_the_same_time(client, tmp_path):
         "    assert torch.equal(found.state_dict()[name], tensor)\n"
     )
     try:
-        for status, _, error in client.run_together([code] * 3, tmp_path, environment(hub.url, tmp_path / "home")):
+        for status, _, error in forks.run_together([code] * 3, tmp_path, environment(hub.url, tmp_path / "home")):
             assert status == 0, error
     finally:
         hub.stop()

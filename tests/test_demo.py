@@ -178,8 +178,7 @@ def test_such_a_network_does_not_draw():
         Restorer(_net(3, condition_channels=3)).draw(CHOICES)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("calls", [5, 39])
+@pytest.mark.parametrize(("name", "calls"), [*((name, 5) for name in SAMPLERS), ("langevin", 26)])
 def test_the_frames_of_a_chain_go_from_noise_to_image(gray, name, calls):
     frames = list(gray.draw(Choices(name, calls)))
     assert len(frames) <= FRAMES + 2

@@ -84,7 +84,11 @@ def _condition(net, n, size):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name != "ncsnv2 deepest" else pytest.param(name, marks=pytest.mark.slow) for name in NETS]
+    "name",
+    [
+        name if name in ("ncsnv2", "unet, one head", "ncsnpp, image") else pytest.param(name, marks=pytest.mark.slow)
+        for name in NETS
+    ],
 )
 @torch.no_grad()
 def test_every_kernel_of_an_inference_copy_gets_one_dtype(name, monkeypatch):
@@ -101,10 +105,7 @@ def test_every_kernel_of_an_inference_copy_gets_one_dtype(name, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("ncsnv2", "unet, one head", "ncsnpp, image") else pytest.param(name, marks=pytest.mark.slow)
-        for name in NETS
-    ],
+    [name if name in ("ncsnv2", "unet, one head") else pytest.param(name, marks=pytest.mark.slow) for name in NETS],
 )
 def test_every_kernel_of_a_training_step_gets_one_dtype(name):
     net = _on_meta(name).train()
@@ -219,7 +220,13 @@ def test_every_sampler_is_tested_here():
 
 @pytest.mark.filterwarnings("ignore:.* noise levels of the schedule are not among:UserWarning")  # of NCSN
 @pytest.mark.parametrize(
-    ("kind", "network"), [*itertools.product(MANY, ["callable", "unet"]), ("consistent", "ncsn"), ("ode", "float32")]
+    ("kind", "network"),
+    [
+        *itertools.product(MANY, ["callable"]),
+        *(pytest.param(kind, "unet", marks=() if kind == "ode" else pytest.mark.slow) for kind in MANY),
+        pytest.param("consistent", "ncsn", marks=pytest.mark.slow),
+        ("ode", "float32"),
+    ],
 )
 def test_samplers_rarely_read_values_on_the_host(kind, network):
     net = _score
@@ -234,7 +241,7 @@ def test_samplers_rarely_read_values_on_the_host(kind, network):
     assert reads.count <= 4 + len(sampler) / 8
 
 
-@pytest.mark.parametrize("name", ["ncsn", "unet, image", "unet, classes", "DDPM++, classes"])
+@pytest.mark.parametrize("name", ["ncsn", "unet, image", pytest.param("DDPM++, classes", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_noise_levels_on_the_device_are_not_read(name):
     score, x = _on_meta(name).inference_copy(), torch.empty(2, 3, 8, 8, device="meta")
@@ -260,7 +267,8 @@ FEW = NoiseSchedule.geometric(10, 0.01, 3)
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        *((kind, "unet") for kind in ("langevin", "ode", "predictor-corrector")),
+        ("ode", "unet"),
+        *(pytest.param(kind, "unet", marks=pytest.mark.slow) for kind in ("langevin", "predictor-corrector")),
         ("consistent", "ncsnpp, image"),
         pytest.param("consistent", "ncsn", marks=pytest.mark.slow),
     ],
@@ -423,7 +431,7 @@ def _small(**options):
         return ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, **options)
 
 
-@pytest.mark.usefixtures("meta_by_default")
+@pytest.mark.usefixtures("meta_by_default", "few_levels")
 def test_training_does_not_depend_on_the_default_device(tmp_path):
     with torch.device("cpu"):
         data = torch.rand(24, 1, 8, 8), torch.arange(24) % 2

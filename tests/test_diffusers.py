@@ -222,7 +222,7 @@ def test_a_configuration_and_its_hash_have_only_what_differs_of_later_options(tm
     assert not later.keys() & ScoreNet.from_pretrained(folder).config.keys()
 
 
-@pytest.mark.parametrize("fourier", [False, True])
+@pytest.mark.parametrize("fourier", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("options", "vector"),
     [
@@ -528,13 +528,13 @@ def _pipeline(folder):
 @pytest.mark.parametrize(
     ("scheduler", "in_memory"),
     [
-        (DDPMScheduler(num_train_timesteps=12), False),  # variance_type fixed_small
-        (DDPMScheduler(num_train_timesteps=12, variance_type="fixed_large", clip_sample=False), True),
+        (DDPMScheduler(num_train_timesteps=5), False),  # variance_type fixed_small
+        (DDPMScheduler(num_train_timesteps=5, variance_type="fixed_large", clip_sample=False), True),
         (
-            DDPMScheduler(num_train_timesteps=12, thresholding=True, sample_max_value=0.5, timestep_spacing="trailing"),
+            DDPMScheduler(num_train_timesteps=5, thresholding=True, sample_max_value=0.5, timestep_spacing="trailing"),
             False,
         ),
-        (DDIMScheduler(num_train_timesteps=12, clip_sample_range=0.5, prediction_type="v_prediction"), True),
+        (DDIMScheduler(num_train_timesteps=5, clip_sample_range=0.5, prediction_type="v_prediction"), True),
     ],
     ids=["fixed small", "fixed large", "thresholding", "DDIM"],
 )
@@ -551,7 +551,7 @@ def test_a_pipeline_that_is_read_and_saved_draws_the_same_samples(scheduler, in_
         configs = pipeline.scheduler.config, scheduler.config
         kept, before = ({key: each[key] for key in each if not key.startswith("_")} for each in configs)
         assert kept == before
-        options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 12, "output_type": "np"}
+        options = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 5, "output_type": "np"}
         images.append(pipeline(batch_size=2, **options).images)
     assert (images[0] == images[1]).all() and (images[0] == images[2]).all()
 
@@ -972,11 +972,11 @@ def _replayed(net, init, generator):
 )
 def test_the_recommended_sampler_of_a_ddpm_draws_the_images_of_its_pipeline(options, sampler, tmp_path):
     theirs = _theirs(out_channels=6 if sampler["variance"] == "learned" else 3)
-    DDPMPipeline(theirs, DDPMScheduler(num_train_timesteps=30, beta_end=0.3, **options)).save_pretrained(tmp_path)
+    DDPMPipeline(theirs, DDPMScheduler(num_train_timesteps=12, beta_end=0.6, **options)).save_pretrained(tmp_path)
     net = ScoreNet.from_pretrained(tmp_path)
-    assert net.sampler_settings == SamplerSettings("ancestral", levels=30, **sampler)
+    assert net.sampler_settings == SamplerSettings("ancestral", levels=12, **sampler)
     generator = torch.Generator().manual_seed(0)
-    expected = _pipeline(tmp_path)(2, generator, num_inference_steps=30, output_type="np").images
+    expected = _pipeline(tmp_path)(2, generator, num_inference_steps=12, output_type="np").images
     shape, generator = (2, 3, 8, 8), torch.Generator().manual_seed(0)
     signal = 1 / (1 + 4 * net.schedule.sigma_max**2) ** 0.5
     init = 0.5 + torch.randn(shape, generator=generator) / (2 * signal)
@@ -987,16 +987,16 @@ def test_the_recommended_sampler_of_a_ddpm_draws_the_images_of_its_pipeline(opti
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_recommended_sampler_of_ncsnpp_draws_the_images_of_its_pipeline(steps, tmp_path):
     theirs = _theirs(time_embedding_type="fourier", **BLOCKS)
-    scheduler = ScoreSdeVeScheduler(num_train_timesteps=40, sigma_max=30.0, snr=0.1, correct_steps=steps)
+    scheduler = ScoreSdeVeScheduler(num_train_timesteps=15, sigma_max=30.0, snr=0.1, correct_steps=steps)
     pipeline = ScoreSdeVePipeline(theirs, scheduler)
     pipeline.save_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     net = ScoreNet.from_pretrained(tmp_path)
     published = {"predictor": "reverse-diffusion", "corrector_steps": steps, "snr": 0.1, "published": True}
-    assert net.sampler_settings == SamplerSettings("predictor-corrector", levels=40, **published)
+    assert net.sampler_settings == SamplerSettings("predictor-corrector", levels=15, **published)
     shape, generator = (2, 3, 8, 8), torch.Generator().manual_seed(0)
-    scheduler.set_timesteps(40)
-    expected = pipeline(2, 40, generator, output_type="np").images
+    scheduler.set_timesteps(15)
+    expected = pipeline(2, 15, generator, output_type="np").images
     generator.manual_seed(0)
     init = 30 * torch.randn(shape, generator=generator)
     found = _replayed(net, init, generator)

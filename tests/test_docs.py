@@ -52,6 +52,14 @@ SLOW_PAGES = {
     "start",
     "training",
 }
+SLOW_MODULES = {"scorematch.training.recipes", "scorematch.training.run"}  # of their doctests
+# What the code of a page has in the tests in place of many images or observations.
+SMALLER = {
+    "evaluation": {
+        "levels=(5, 10, 20, 50, 100), n=1000": "levels=(5, 10), n=100",
+        "sigma=0.1, progress": "sigma=0.1, observations=30, draws=2, progress",
+    }
+}
 MODULES = ["scorematch"] + [
     module.name
     for module in pkgutil.walk_packages(scorematch.__path__, "scorematch.")
@@ -71,6 +79,7 @@ def _blocks(page, language):
         if _blocks(page, "python")
     ],
 )
+@pytest.mark.usefixtures("few_levels")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of torch.func.jvp
 def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     monkeypatch.setitem(METRICS, "means", None)  # the metric that a page adds is taken out again
@@ -80,8 +89,11 @@ def test_code_of_the_pages_runs(page, tmp_path, monkeypatch):
     names = {"__name__": page.stem}
     with torch.random.fork_rng(), patch.dict(SAMPLERS), patch.dict(OPERATORS):  # a page registers its own
         torch.manual_seed(0)
-        for block in _blocks(page, "python"):
-            exec(compile(block, str(page), "exec"), names)  # noqa: S102
+        code = "".join(_blocks(page, "python"))
+        for text, smaller in SMALLER.get(page.stem, {}).items():
+            assert code.count(text) == 1, text
+            code = code.replace(text, smaller)
+        exec(compile(code, str(page), "exec"), names)  # noqa: S102
 
 
 @pytest.mark.slow
@@ -226,6 +238,7 @@ def test_the_option_of_training_of_the_page_about_extending_works_in_the_package
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_levels")
 def test_the_lines_for_users_of_other_libraries_run(tmp_path, monkeypatch):
     """The first code of each cell in the right columns; a command is only parsed."""
     monkeypatch.chdir(tmp_path)
@@ -299,8 +312,7 @@ def test_pages_are_in_the_table_of_contents(page):
 
 
 @pytest.mark.parametrize(
-    "module",
-    [pytest.param(name, marks=pytest.mark.slow) if name == "scorematch.training.run" else name for name in MODULES],
+    "module", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_MODULES else name for name in MODULES]
 )
 def test_examples_of_docstrings_run(module):
     with torch.random.fork_rng():

@@ -165,7 +165,9 @@ def test_reconstruct_gives_averages_of_any_length_after_a_run(tmp_path):
         reconstruct(tmp_path, 0.07, images=30_000, backbone=MLP())
 
 
-@pytest.mark.parametrize("ema", [(0.2504, 0.2496), (0.0125,), (0.0004,)], ids=str)
+@pytest.mark.parametrize(
+    "ema", [(0.2504, 0.2496), *(pytest.param(one, marks=pytest.mark.slow) for one in ((0.0125,), (0.0004,)))], ids=str
+)
 def test_lengths_of_averages_with_many_digits(tmp_path, ema):
     """Files have the whole length in their names: averages are neither confused nor reconstructed for another length.
 

@@ -39,7 +39,7 @@ from scorematch.evaluation import (
 )
 from scorematch.evaluation.subject import is_network
 from scorematch.sampling import AnnealedLangevinSampler, ODESampler, SamplerSettings, bulk_samples, sample_to
-from tests.helpers import python, seed
+from tests.helpers import seed
 
 SIZE = 3
 
@@ -762,16 +762,14 @@ def test_nothing_is_drawn_from_the_global_generator(net):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(folder, tmp_path):
+def test_two_processes_equal_one(forks, folder, tmp_path):
     np.savez(tmp_path / "real.npz", images=images(1040, size=8)[:, 0].numpy())
     np.savez(tmp_path / "more.npz", images=images(1040, 1, size=8)[:, 0].numpy())
     options = ("-n", 1030, "--features", "pixels", "--held-out", tmp_path / "more.npz", "--batch-size", 100, "--quiet")
-    command = ("scorematch", "evaluate", folder, tmp_path / "real.npz", *options, "--device", "cpu")
-    for name, launched in [
-        ("one", ("-m",)),
-        ("two", ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")),
-    ]:
-        python(*launched, *command, "--out", tmp_path / name, "--cache", tmp_path / f"cache-{name}", timeout=300)
+    for size, name in [(1, "one"), (2, "two")]:
+        out = ("--out", name, "--cache", f"cache-{name}", "--device", "cpu")
+        command = ["evaluate", *map(str, (folder, tmp_path / "real.npz", *options, *out))]
+        forks.group(size, f"from scorematch.cli import main\nassert main({command}) == 0", tmp_path)
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two"))
     assert one["settings"] == two["settings"] and one["sizes"] == two["sizes"]
     assert one["figures"]["samples"]["pixels"].keys() >= {"frechet", "kernel", "recall", "density"}

@@ -210,6 +210,7 @@ def test_classifier_learns_and_is_saved(example, tmp_path):
     assert features.shape == (256, 128) and torch.equal(logits.argmax(1), module.classify(again, images))
 
 
+@pytest.mark.slow
 def test_evaluate_mnist_prints_its_figures(digits, classifier, network, tmp_path, program):
     options = ("--data", digits, "--classifier", classifier, "--n", 2, "--out", tmp_path)
     with pytest.warns(UserWarning, match="covariance of 2 features of 128 dimensions is singular"):
@@ -221,6 +222,7 @@ def test_evaluate_mnist_prints_its_figures(digits, classifier, network, tmp_path
     assert {"evaluation.md", "samples.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_evaluate_restoration_prints_its_figures(tmp_path, digits, classifier, network, program):
     out = tmp_path / "pictures"
     options = ("--n", 3, "--levels", 3, "--out", out, "--classifier", classifier, "--tasks", "pool 4", "jpeg 5")
@@ -318,6 +320,7 @@ def test_train_cifar10_and_tune_cifar10_run(images, tmp_path, program):
 # -- Restoration
 
 
+@pytest.mark.slow
 def test_restore_does_every_operator(tmp_path, program):
     ScoreNet.ncsnv2(3, 16, width=4).save_pretrained(tmp_path / "network")
     save_image(torch.rand(3, 16, 16), tmp_path / "pictures" / "a.png")

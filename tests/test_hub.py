@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from scorematch import ScoreNet
 from scorematch.pretrained import cards
 from scorematch.sampling import SamplerSettings
-from tests.hub_server import COMMIT, Client, Hub, environment
+from tests.hub_server import COMMIT, Hub, environment
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 
@@ -69,22 +69,15 @@ def hub(files):
     server.stop()
 
 
-@pytest.fixture(scope="module")
-def client():
-    started = Client()
-    yield started
-    started.stop()
-
-
 @pytest.fixture
-def run(client, hub, tmp_path):
+def run(forks, hub, tmp_path):
     """A function that runs code with the server as the Hub and an empty cache, and returns the output."""
 
     def call(code, *, fails=False, **variables):
         first = "import scorematch.pretrained.hub\nscorematch.pretrained.hub._WAITS = (0.01, 0.02, 0.04)\n"
         code = f"{first}from scorematch import AnnealedLangevinSampler, ScoreNet\n{code}"
         variables = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5", **variables}
-        status, out, error = client.run(code, tmp_path, {**environment(hub.url, tmp_path / "home"), **variables})
+        status, out, error = forks.run(code, tmp_path, {**environment(hub.url, tmp_path / "home"), **variables})
         assert (status != 0) == fails, error
         return error.strip().splitlines()[-1] if fails else out
 
@@ -134,6 +127,7 @@ def test_only_needed_files_are_downloaded_and_then_loaded_from_the_cache(hub, ru
     assert run(code, HF_HUB_OFFLINE="1") == "(2, 3, 8, 8)\n"
 
 
+@pytest.mark.slow
 def test_pickled_weights_are_downloaded_if_there_are_no_safetensors(hub, run):
     del hub.repositories["someone/ddpm"]["diffusion_pytorch_model.safetensors"]
     code = LOAD + "print(net.sample_shape)"
@@ -324,6 +318,7 @@ def test_a_full_disk_gives_a_clear_error(run):
     assert error.startswith("OSError: net could not be written") and "too large" in error
 
 
+@pytest.mark.slow
 def test_remote_code_is_neither_downloaded_nor_run(hub, run):
     assert "remote code ran" not in run(LOAD)
     assert not any(file.endswith(".py") for file in hub.fetched())
@@ -357,6 +352,7 @@ def test_an_uploaded_network_is_downloaded_unchanged(hub, run, saved):
     assert run(code) == "True True True\n"
 
 
+@pytest.mark.slow
 def test_the_model_card_of_an_upload_and_the_code_on_it(hub, run, saved):
     hub.writer = "secret"
     run(_pushed(saved, ", license='mit', datasets=['cifar10'], token='secret'"))
@@ -406,6 +402,7 @@ def test_an_upload_replaces_a_pipeline(hub, run, saved, files):
     assert sorted(hub.repositories["me/net"]) == SAVED
 
 
+@pytest.mark.slow
 def test_a_rejected_upload_gives_a_clear_error(hub, run, saved):
     hub.writer = "secret"
     error = run(_pushed(saved, ", token='another'"), fails=True)
@@ -628,7 +625,7 @@ def test_tokens_are_not_written(hub, run, saved, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_an_upload_that_is_killed_at_any_request_leaves_a_whole_network(moment, hub, client, tmp_path, saved):
+def test_an_upload_that_is_killed_at_any_request_leaves_a_whole_network(moment, hub, forks, tmp_path, saved):
     """The repository has the old network or the new one, and the next upload completes the work."""
     ScoreNet.ncsn(1, 8, width=2).save_pretrained(tmp_path / "old")
     ScoreNet.from_pretrained(saved).save_pretrained(tmp_path / "new")
@@ -645,7 +642,7 @@ def test_an_upload_that_is_killed_at_any_request_leaves_a_whole_network(moment, 
 
         hub.repositories["me/net"] = dict(old)
         setattr(hub, moment, kill)
-        status, _, error = client.run(code, tmp_path, environment(hub.url, tmp_path / "home"))
+        status, _, error = forks.run(code, tmp_path, environment(hub.url, tmp_path / "home"))
         setattr(hub, moment, None)
         assert status in (0, -signal.SIGKILL), error
         held = {file: content for file, content in hub.repositories["me/net"].items() if file != "README.md"}

@@ -106,6 +106,7 @@ def test_samples_of_a_gaussian_have_the_derived_mean_and_covariance(world, level
         torch.testing.assert_close(expected, world.values, rtol=0.04, atol=0)
 
 
+@pytest.mark.slow
 def test_the_modes_of_a_mixture_get_their_weights(mixture, rng):
     schedule = NoiseSchedule.geometric(10, 0.02, 150)
     n = 2000
@@ -139,7 +140,9 @@ def test_variance_after_one_level_is_that_of_technique_4(steps, a, rng):
     assert abs(found - expected) < 5 * expected * math.sqrt(2 / n)
 
 
-@pytest.mark.parametrize(("levels", "steps", "a"), [(232, 5, 0.062), (100, 3, 0.2), (300, 1, 0.06)])
+@pytest.mark.parametrize(
+    ("levels", "steps", "a"), [pytest.param(232, 5, 0.062, marks=pytest.mark.slow), (100, 3, 0.2), (300, 1, 0.06)]
+)
 def test_variance_after_a_whole_schedule_has_its_closed_form(levels, steps, a, rng):
     schedule = NoiseSchedule.geometric(50, 0.01, levels)
     n = 20_000
@@ -287,7 +290,7 @@ def test_the_condition_is_divided_into_batches_like_the_state():
     assert net.backbone.calls[0][3] == ()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_networks_of_other_precisions(dtype):
     torch.manual_seed(0)
     net = ScoreNet.ncsnv2(1, 8, width=4, schedule=SHORT, precondition="karras").to(dtype)
@@ -445,7 +448,7 @@ def test_a_network_with_one_noise_level(kind):
         kind(net, levels=5)
 
 
-@pytest.mark.parametrize("precision", ["auto", "float32"])
+@pytest.mark.parametrize("precision", ["auto", pytest.param("float32", marks=pytest.mark.slow)])
 def test_samples_are_the_same_under_autocast(precision):
     net = ScoreNet.unet(1, 8, widths=(4,), schedule=SHORT)
     torch.nn.init.normal_(net.backbone.conv_out.weight)

@@ -73,7 +73,7 @@ def test_the_error_in_half_precision_is_that_of_its_roundings(size, rounded, rng
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # a warning of torch's forward mode
-@pytest.mark.parametrize("size", [(2, 3), (32, 32)])
+@pytest.mark.parametrize("size", [(2, 3), pytest.param((32, 32), marks=pytest.mark.slow)])
 def test_first_and_second_derivatives_in_reverse_and_forward_mode(size, rng):
     norm = _norm(2, 4, torch.float64)
     x = _last(torch.randn(2, 4, *size, generator=rng, dtype=torch.float64))

@@ -77,7 +77,7 @@ def test_variances_given_increments_have_the_distribution_of_the_prior_again(kin
     assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / math.sqrt(n)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["laplace", pytest.param("student", marks=pytest.mark.slow)])
 def test_posterior_draws_have_the_moments_of_numerical_integration(kind, grid):
     world = LevyProcess(INCREMENTS[kind], 2)
     y = torch.tensor([[1.0, 2.0], [0.3, -1.0]])
@@ -138,6 +138,7 @@ def test_a_covariance_gives_the_posterior_of_equal_noise_levels():
         torch.testing.assert_close(each, draws[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @every_kind
 def test_langevin_dynamics_with_the_score_draws_signals(kind):
     world = LevyProcess(INCREMENTS[kind], 8, sweeps=8, schedule=NoiseSchedule.geometric(12, 0.05, 30))

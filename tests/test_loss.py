@@ -16,7 +16,7 @@ from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 from scorematch.loss import sliced_score_matching_loss
-from tests.helpers import HostReads, NoFloat64, in_threads, python, seed
+from tests.helpers import HostReads, NoFloat64, in_threads, seed
 
 LEVELS = NoiseSchedule.geometric(3, 0.05, 8)
 
@@ -368,15 +368,17 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(rng):
 
 
 @pytest.mark.slow
-def test_dsm_loss_under_distributed_data_parallel(tmp_path):
+def test_dsm_loss_under_distributed_data_parallel(forks, tmp_path):
     """Runs in a separate process, since destroying a process group can wait for the interpreter forever."""
     if not torch.distributed.is_available():
         pytest.skip("torch without distributed")
     code = f"""
+        import warnings
         import torch
         from torch import nn
         from scorematch import NoiseSchedule, ScoreNet, dsm_loss
 
+        warnings.simplefilter("error", UserWarning)
         torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=0, world_size=1)
         torch.manual_seed(0)
         net = ScoreNet.ncsnv2(1, 8, width=4, schedule=NoiseSchedule.geometric(3, 0.05, 8), precondition="karras")
@@ -391,8 +393,8 @@ def test_dsm_loss_under_distributed_data_parallel(tmp_path):
         dsm_loss(parallel, 255 * x).backward()  # no warning: not the first batch of the network
         print("done", flush=True)
     """
-    done = python("-W", "error::UserWarning", "-c", textwrap.dedent(code), check=False)
-    assert done.stdout == "done\n", done.stderr
+    status, printed, error = forks.run(textwrap.dedent(code), tmp_path)
+    assert (status, printed) == (0, "done\n"), error
 
 
 # -- Data in other units

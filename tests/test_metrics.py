@@ -24,7 +24,7 @@ from scorematch.evaluation import (
 )
 from scorematch.evaluation.accumulate import Moments, Rows
 from scorematch.evaluation.features import Extracted
-from tests.helpers import python, seed
+from tests.helpers import seed
 
 exact = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
@@ -556,13 +556,13 @@ def test_gradients_are_not_kept():
 
 
 PROCESSES = """
-    import os, sys, torch, torch.distributed as dist
+    import os, torch, torch.distributed as dist
     torch.set_num_threads(1)
     from scorematch.evaluation.accumulate import Moments, Rows
     from tests.test_metrics import DIMENSION, normal
 
-    rank = 0 if os.fork() else 1  # before there are threads
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", world_size=2, rank=rank)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
     features = normal(64, DIMENSION)
     for share in ([features[:20], features[20:]], [features, None]):  # uneven, and one process without features
         moments, rows = Moments(), Rows()
@@ -583,12 +583,10 @@ PROCESSES = """
         raise AssertionError
     dist.barrier()
     dist.destroy_process_group()
-    if rank == 0:
-        assert os.wait()[1] == 0
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.distributed, "init_process_group"), reason="torch.distributed is not built")
-def test_two_processes_equal_one(tmp_path):
-    python("-c", textwrap.dedent(PROCESSES), tmp_path / "store", timeout=120)
+def test_two_processes_equal_one(forks, tmp_path):
+    forks.group(2, textwrap.dedent(PROCESSES), tmp_path)

@@ -1,5 +1,6 @@
 """Moment matching against the exact posteriors of Gaussian data."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -48,8 +49,16 @@ def noises(y):
     }
 
 
-@pytest.mark.parametrize("noise", ["number", "values", "missing", "covariance"])
-@pytest.mark.parametrize("name", OPERATORS)
+QUICK = {("mask", "number"), ("gray", "missing"), ("pool", "values"), ("matrix", "covariance")}
+
+
+@pytest.mark.parametrize(
+    ("name", "noise"),
+    [
+        pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in itertools.product(OPERATORS, ["number", "values", "missing", "covariance"])
+    ],
+)
 def test_the_score_is_that_of_the_exact_posterior_of_gaussian_data(name, noise):
     y = OPERATORS[name].measure(WORLD.sample(3, 5))
     observation = Observation(OPERATORS[name], y, noises(y)[noise]).of_shape(SHAPE)
@@ -90,7 +99,9 @@ class Counted(torch.autograd.Function):
         return gradient, None
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("mask", "composed") else pytest.param(name, marks=pytest.mark.slow) for name in OPERATORS]
+)
 def test_without_noise_the_result_meets_the_measurement(name):
     operator = OPERATORS[name]
     y = operator.measure(WORLD.sample(2, 1))
@@ -113,7 +124,9 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "heun" else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS]
+)
 def test_a_sample_does_not_depend_on_its_batch_and_repeats_with_its_seed(name):
     sampler = SAMPLERS[name](WORLD, LEVELS, levels=5, clamp=False, restore="moment-matching")
     operator = OPERATORS["pool"]
@@ -127,6 +140,7 @@ def test_a_sample_does_not_depend_on_its_batch_and_repeats_with_its_seed(name):
     assert torch.allclose(x, run(sampler, observation=observation, generator=[4, 5, 6], batch_size=2), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_matrix_equals_the_operator_whose_matrix_it_is():
     for name in ("mask", "gray", "function"):
         operator = OPERATORS[name]

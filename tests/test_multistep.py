@@ -38,7 +38,7 @@ def _solved(score, steps, name, order, x):
     return x
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "mixture"])
+@pytest.mark.parametrize("kind", ["gaussian", pytest.param("mixture", marks=pytest.mark.slow)])
 @every_method
 def test_the_error_falls_with_the_order(world, mixture, method, order, kind, rng):
     """The correction of UniPC raises the order by one; the last step limits it. The first steps add little error."""

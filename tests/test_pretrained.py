@@ -134,9 +134,10 @@ NETWORKS = {
 }
 
 
-# Of the two families with all rows, each is tested with half of them; the other pairs are slow tests.
+# Of the two families with all rows, each is tested with half of them; the other pairs, and large networks, are slow.
 ROWS = list(FAMILIES["unet"].preconditions)
 SLOW = {*(f"unet, {row}" for row in ROWS[::2]), *(f"ncsnpp, {row}" for row in ROWS[1::2])}
+SLOW |= {"celeba-small", "cifar10-small", "palette-celeba", "palette-mnist", "mnist-classes", "deepest"}
 
 
 @pytest.fixture(

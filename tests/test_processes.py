@@ -13,11 +13,7 @@ from scorematch.core import processes
 from scorematch.core.processes import Process, SharedFolder, local_device
 from scorematch.evaluation import Evaluator, pixels
 from scorematch.sampling import ODESampler, sample_to
-from tests.helpers import python
 from tests.training import image_net
-
-LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
 
 # -- Devices
 
@@ -100,7 +96,7 @@ def test_the_first_process_says_for_which_it_waits(tmp_path, monkeypatch):
 
 
 SEPARATE = """
-import os, sys
+import os
 import torch
 from scorematch import ScoreNet
 from scorematch.core import processes
@@ -109,12 +105,12 @@ from scorematch.sampling import ODESampler, sample_to
 from scorematch.training import train
 
 processes._FIND_SECONDS = 2.0
-out = sys.argv[1] + os.environ["RANK"]
+out = {out!r} + os.environ["RANK"]
 torch.manual_seed(0)
 net, images = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1), torch.rand(16, 1, 8, 8)
-if sys.argv[2] == "sample":
+if {command!r} == "sample":
     sample_to(ODESampler(net, levels=2), out, 8, batch_size=2)
-elif sys.argv[2] == "evaluate":
+elif {command!r} == "evaluate":
     evaluate(ODESampler(net, levels=2), images, n=8, features="pixels", metrics=[], batch_size=2, cache=False, out=out)
 else:
     train(net, images, out, images=64, batch_size=8, progress=False)
@@ -123,36 +119,34 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["sample", "evaluate", "train"])
-def test_two_nodes_with_separate_disks_end_with_one_sentence(tmp_path, command):
-    (tmp_path / "run.py").write_text(SEPARATE)
-    done = python(*LAUNCH, tmp_path / "run.py", tmp_path / "out", command, timeout=120, check=False)
-    assert done.returncode != 0
-    assert f"process 1 does not find the files of the first process in {tmp_path / 'out1'}" in done.stderr
+def test_two_nodes_with_separate_disks_end_with_one_sentence(forks, tmp_path, command):
+    code = SEPARATE.format(out=str(tmp_path / "out"), command=command)
+    _, (status, _, error) = forks.group(2, code, tmp_path, check=False)
+    assert status == 1
+    assert f"process 1 does not find the files of the first process in {tmp_path / 'out1'}" in error
 
 
 # -- Slow steps of one process
 
 
 @pytest.mark.slow
-def test_processes_of_a_training_wait_for_a_week(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
+def test_processes_of_a_training_wait_for_a_week(forks, tmp_path):
+    code = (
         "import torch\nfrom scorematch.training.accelerator import make_accelerator\n"
         "device = make_accelerator(cpu=True).device\n"
         "print(torch.distributed.group.WORLD._get_backend(device).options._timeout)\n"
     )
-    done = python(*LAUNCH, script, timeout=120)
-    assert done.stdout.replace("\n", "") == 2 * str(timedelta(days=7))
+    assert [printed for _, printed, _ in forks.group(2, code, tmp_path)] == 2 * [f"{timedelta(days=7)}\n"]
 
 
 SLOW = """
-import os, sys, time
+import os, time
 from datetime import timedelta
 import torch
 
 first, begin = os.environ["RANK"] == "0", torch.distributed.init_process_group
 def short(*args, **options):
-    begin(*args, **{**options, "timeout": timedelta(seconds=10)})
+    begin(*args, **(options | dict(timeout=timedelta(seconds=10))))
 torch.distributed.init_process_group = short
 
 from scorematch import ScoreNet
@@ -161,25 +155,24 @@ from scorematch.data import folders
 from scorematch.training import run
 
 def slow(self, i, pixels=folders.Folder.pixels):
-    time.sleep(16 if i == 0 else 0)
+    time.sleep(12 if i == 0 else 0)
     return pixels(self, i)
 
 folders.Folder.pixels = slow
-ScoreNet.push_to_hub = lambda self, name: time.sleep(16)
+ScoreNet.push_to_hub = lambda self, name: time.sleep(12)
 run.check_repository = run.check_login = lambda *name: None
-sys.exit(main(sys.argv[1:]))
+assert main({command}) == 0
 """
 
 
 @pytest.mark.slow
-def test_decoding_and_an_upload_take_longer_than_a_barrier_waits(tmp_path):
+def test_decoding_and_an_upload_take_longer_than_a_barrier_waits(forks, tmp_path):
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "data").mkdir()
     for i in range(8):
         image.new("L", (8, 8), 30 * i).save(tmp_path / "data" / f"{i}.png")
-    (tmp_path / "run.py").write_text(SLOW)
     options = ("--recipe", "tiny", "--image-size", "8", "--images", "16", "--batch-size", "8", "--quiet")
     options += ("--push-to-hub", "someone/digits", "--device", "cpu", "--debug")
     command = ("train", tmp_path / "data", "--out", tmp_path / "out", *options)
-    done = python(*LAUNCH, tmp_path / "run.py", *command, timeout=200)
-    assert (tmp_path / "out" / "report.md").exists() and "Timed out" not in done.stderr
+    done = forks.group(2, SLOW.format(command=list(map(str, command))), tmp_path, seconds=200)
+    assert (tmp_path / "out" / "report.md").exists() and all("Timed out" not in error for *_, error in done)

@@ -154,13 +154,11 @@ def _write_score_sde(config, folder, **options):
     return average, net
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        _slow(name) if name in ("ncsnpp, no attention", "ddpmpp, VP, other betas", "ncsnpp, sub-VP") else name
-        for name in SCORE_SDE
-    ],
-)
+MORE = {"ncsnpp, skips, repetition", "ncsnpp, sums", "ncsnpp, no attention", "ncsnpp, sub-VP", "ddpm, sub-VP"}
+MORE |= {"ddpmpp, VP, other betas", "ddpmpp, VP, discrete", "ddpm, VE, discrete"}
+
+
+@pytest.mark.parametrize("name", [_slow(name) if name in MORE else name for name in SCORE_SDE])
 @torch.no_grad()
 def test_a_checkpoint_of_score_sde_gives_the_scores_of_its_authors(name, tmp_path):
     config = SCORE_SDE[name]
@@ -505,7 +503,10 @@ def test_published_configurations_of_score_sde_have_the_modules_of_their_network
     assert {name: tensor.shape for name, tensor in found.items()} == {name: made[name].shape for name in made}
 
 
-@pytest.mark.parametrize("name", improved_diffusion.CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("lsun_cat", "64x64_diffusion") else _slow(name) for name in improved_diffusion.CONFIGURATIONS],
+)
 def test_published_configurations_of_improved_diffusion_describe_networks(name, monkeypatch):
     """The weights of the authors' network have the names and shapes of ours. Millions are those of ADM's Table 11."""
     options = improved_diffusion._options(name)

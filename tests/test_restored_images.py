@@ -15,7 +15,7 @@ from scorematch.evaluation import Extractor, evaluate_restoration, frechet_dista
 from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Uncrop
 from scorematch.restoration.palette import TASKS
 from scorematch.sampling import AnnealedLangevinSampler, ODESampler
-from tests.helpers import python, seed
+from tests.helpers import seed
 
 SIZE = 8
 SCHEDULE = NoiseSchedule([1.0, 0.1, 0.01])
@@ -305,24 +305,22 @@ def test_a_task_of_another_type():
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(forks, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = ScoreNet.unet(1, SIZE, widths=(4, 6), layers_per_block=1, schedule=SCHEDULE)
     net.save_pretrained(tmp_path / "network")
     torch.save(X[:, :1], tmp_path / "x.pt")
     code = (
-        "import sys, torch\n"
+        "import torch\n"
         "from scorematch.evaluation import evaluate_restoration\n"
-        f"x = torch.load({str(tmp_path / 'x.pt')!r})\n"
-        f"evaluate_restoration({str(tmp_path / 'network')!r}, x, 'hole', sigma=0.1, features='pixels',\n"
-        "    metrics=['precision-recall'], batch_size=5, out=sys.argv[1], cache=False, progress=False)\n"
+        "from scorematch.sampling import SamplerSettings\n"
+        "options = dict(features='pixels', metrics=['precision-recall'], sampler=SamplerSettings(levels=4))\n"
+        "evaluate_restoration('./network', torch.load('x.pt'), 'hole', sigma=0.1, batch_size=5, out={name!r},\n"
+        "    cache=False, progress=False, **options)\n"
     )
-    script = tmp_path / "script.py"
-    script.write_text(code)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-    for name, launched in [("one", ()), ("two", (*launch, "2")), ("four", (*launch, "4"))]:  # one has no images
-        python(*launched, script, tmp_path / name, timeout=300)
+    for size, name in [(1, "one"), (2, "two"), (4, "four")]:  # one of the four has no images
+        forks.group(size, code.format(name=name), tmp_path)
     one, *others = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two", "four"))
     for other in others:
         assert other["settings"] == one["settings"]

@@ -65,9 +65,15 @@ def test_patches(size):
 
 # -- Networks
 
+PATCHES = {"patch": 2, "pixel_channels": 8}
+
 
 @each_dimension
-@pytest.mark.parametrize("options", [{}, {"patch": 2, "pixel_channels": 8}, {"padding": "circular"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in (PATCHES, {"padding": "circular"}))],
+    ids=str,
+)
 def test_a_network_of_any_size(size, options, tmp_path):
     net, x = network(size, **options), random(3, 2, *size)
     y = net(x, 0.3).detach()

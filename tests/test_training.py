@@ -3,15 +3,12 @@
 import contextlib
 import errno
 import functools
-import itertools
 import json
 import math
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 import warnings
@@ -39,7 +36,7 @@ from scorematch.training.log import Log, Losses
 from scorematch.training.report import Examples, sample_interval, save_samples
 from scorematch.training.signals import Stop
 from scorematch.training.start import begin_with
-from tests.helpers import in_threads, python, seed
+from tests.helpers import in_threads, seed
 from tests.training import MLP, Memory, content, image_net, images, points, points_net, quick, steps, vector
 
 # -- Runs -------------------------------------------------------------------------------------------------------------
@@ -339,6 +336,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(whole, tmp_path, stops):
     assert same_runs(whole, tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_in_float16_ends_with_the_same_bits_and_counts_the_skipped_steps(tmp_path):
     options = {"precision": "float16", "lr": 1e-3, **EVENTS}
 
@@ -550,7 +548,9 @@ SLOW_GROWTH = {
     "layers, from two",
     "layers, from three",
     "layers, from one to each",
+    "layers of one scale",
     "layers, attention",
+    "pixel layers",
     "pixel layers, from two",
     "more conditions",
 }
@@ -586,7 +586,7 @@ def test_a_larger_network_starts_as_the_smaller_one(tmp_path, options, more):
     torch.testing.assert_close(net(x, sigma, given(net)), first(x, sigma, given(first)))
     at_first = {name: value.detach().clone() for name, value in net.named_parameters()}
     data = Memory(images(), torch.arange(32) % 3 if net.conditioning.classes else None)
-    steps(net, data, images=64, batch_size=8, condition=task if net.conditioning.channels else None)
+    steps(net, data, images=32, batch_size=8, condition=task if net.conditioning.channels else None)
     same = [name for name, value in net.named_parameters() if torch.equal(value, at_first[name])]
     assert not [name for name in same if not name.endswith("to_k.bias")]  # attention does not depend on it
 
@@ -1116,59 +1116,52 @@ def test_trackers_receive_the_log(tmp_path):
 
 KILLED = textwrap.dedent(
     """
-    import os, signal, sys
+    import os, signal, threading
     import torch
     torch.set_num_threads(1)
     from scorematch import ScoreNet
     from scorematch.training import checkpoint, train
 
-    # The number of files until the process kills itself in the middle of a file; 0 for never.
-    write, remaining = checkpoint.write_file, int(sys.argv[2])
+    # The number of files until the process kills itself in the middle of a file, or so many seconds later; 0 for never.
+    write, (out, remaining, seconds) = checkpoint.write_file, {arguments}
 
-    def announced(path, content):
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(path, content):
         global remaining
-        print("writing", path.name, flush=True)
         remaining -= 1
-        if remaining == 0:
+        if remaining == 0 and seconds:
+            threading.Timer(seconds, kill).start()
+        elif remaining == 0:
             write(path, content[: len(content) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
         write(path, content)
 
-    checkpoint.write_file = announced
+    checkpoint.write_file = counted
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, attention=[False], dropout=0.2)
     x = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(2))
     options = dict(images=1600, batch_size=8, checkpoint_every=16, log_every=40, sample_every=400, snapshot_every=400)
-    train(net, x, sys.argv[1], progress=False, **options)
+    train(net, x, out, progress=False, **options)
     """
 )
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(KILLED)
-    python(script, tmp_path / "whole", 0, timeout=300)
+def test_a_killed_run_ends_with_the_same_bits(forks, tmp_path):
+    def run(out, files=0, seconds=0.0):
+        status, _, error = forks.run(KILLED.format(arguments=(out, files, seconds)), tmp_path)
+        assert status == (-signal.SIGKILL if files else 0), error
+
+    run("whole")
     chance = random.Random(0)  # noqa: S311
     for _ in range(6):  # in the middle of a file of a checkpoint
-        done = python(script, tmp_path / "killed", chance.randint(1, 30), timeout=300, check=False)
-        assert done.returncode == -signal.SIGKILL
+        run("killed", chance.randint(1, 30))
         assert any((tmp_path / "killed").glob("checkpoints/.saving-*"))
-    kills = 0
     for _ in range(6):  # at any moment
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "killed"), "0"], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            for _ in itertools.islice(process.stdout, chance.randint(0, 20)):
-                pass
-            time.sleep(chance.random() * 0.05)
-            process.kill()
-        finally:
-            process.stdout.close()
-            kills += process.wait(timeout=300) == -signal.SIGKILL
-    assert kills >= 4
-    python(script, tmp_path / "killed", 0, timeout=300)
+        run("killed", chance.randint(1, 20), 1e-3 + chance.random() * 0.05)
+    run("killed")
     assert content(tmp_path / "whole") == content(tmp_path / "killed")
     for path in (tmp_path / "whole" / "snapshots").rglob("model.safetensors"):
         assert path.read_bytes() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_bytes()
@@ -1179,7 +1172,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
 
 TWO = textwrap.dedent(
     """
-    import os, signal, sys
+    import os, signal
     import torch
     torch.set_num_threads(1)
     from scorematch import ScoreNet
@@ -1200,25 +1193,26 @@ TWO = textwrap.dedent(
     options = dict(images=320, batch_size=8, checkpoint_every=160, log_every=40, sample_every=160, snapshot_every=160)
 
     def evaluate(net, images):
-        if sys.argv[2] == "stop" and images == 160 and os.environ["RANK"] == "1":
+        if {stop} and images == 160 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)  # one process alone is asked to stop
-        return {"seen": images}
+        return dict(seen=images)
 
-    train(net, Images(), sys.argv[1], progress=False, evaluate=evaluate, **options)
+    train(net, Images(), {out!r}, progress=False, evaluate=evaluate, **options)
     """
 )
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_network_as_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(TWO)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
-    python(script, tmp_path / "one", "go", timeout=300)
-    python(*launch, tmp_path / "two", "go", timeout=300)
-    stopped = python(*launch, tmp_path / "both", "stop", timeout=300, check=False)
-    assert stopped.returncode != 0 and 160 < checkpoints.latest(tmp_path / "both" / "checkpoints").images < 320
-    python(script, tmp_path / "both", "go", timeout=300)  # started by two processes, finished by one
+def test_two_processes_train_the_same_network_as_one(forks, tmp_path):
+    def run(size, out, stop=False):
+        done = forks.group(size, TWO.format(out=out, stop=stop), tmp_path, check=False)
+        assert all((status == 0) != stop for status, *_ in done), done
+
+    run(1, "one")
+    run(2, "two")
+    run(2, "both", stop=True)
+    assert 160 < checkpoints.latest(tmp_path / "both" / "checkpoints").images < 320
+    run(1, "both")  # started by two processes, finished by one
     one = checkpoints.latest(tmp_path / "one" / "checkpoints")
     for name in ("two", "both"):
         other = checkpoints.latest(tmp_path / name / "checkpoints")

@@ -459,6 +459,7 @@ def test_steps_continue_from_a_state():
 # -- Loss scaling in float16
 
 
+@pytest.mark.slow
 def test_steps_in_float16_are_close_to_those_in_float32():
     def loss(net, x, **given):  # small, so that no step is skipped
         return 1e-3 * dsm_loss(net, x, reduction="none", **given)
