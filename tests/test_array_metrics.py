@@ -148,8 +148,8 @@ def test_samples_of_a_network_are_compared_in_their_units():
 
 def test_the_command_prints_and_refuses(tmp_path, capsys):
     np.savez(tmp_path / "samples.npz", fields(20).numpy())
-    np.savez(tmp_path / "data.npz", fields(40, 1).numpy())
-    main(["evaluate", str(tmp_path / "samples.npz"), str(tmp_path / "data.npz"), "--metrics", "values", "--quiet"])
+    np.save(tmp_path / "data.npy", fields(40, 1).numpy())
+    main(["evaluate", str(tmp_path / "samples.npz"), str(tmp_path / "data.npy"), "--metrics", "values", "--quiet"])
     assert f"| {METRICS['values'].figures['values']} |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the metric 'spectrum' is for signals, fields and volumes"):
         evaluate(fields(9)[:, :, 0], fields(9)[:, :, 0], metrics="spectrum", progress=False)

@@ -49,7 +49,7 @@ def add(commands: Commands) -> None:
         "  %(prog)s ./cifar10 cifar10-train -n 50k --out runs/fid\n"
         "  %(prog)s samples/ photos/ --features inception dinov2\n"
         "  %(prog)s mnist --restore hole --data digits.npz --features pixels\n"
-        "  %(prog)s runs/fields/network fields.npz --held-out more.npz\n"
+        "  %(prog)s runs/fields fields.npy --held-out more.npy\n"
         "  accelerate launch -m scorematch evaluate ./cifar10 cifar10-train -n 50k --out runs/fid",
     )
     parser.add_argument(

@@ -197,7 +197,7 @@ def find_arrays(
     if not isinstance(data, str | os.PathLike):
         return _of_values(data, key, condition_key, pictures, "x")
     path = Path(data).expanduser()
-    opener = _FILES.get(path.suffix.lower())
+    opener = FILES.get(path.suffix.lower())
     if opener is None or not path.exists():
         return None
     with about(path):
@@ -315,7 +315,7 @@ def _zarr(path: Path) -> Any:
     return opened if _is_array(opened) else dict(opened.arrays())
 
 
-_FILES: Mapping[str, Callable[[Path], Any]] = {
+FILES: Mapping[str, Callable[[Path], Any]] = {
     ".npy": _npy,
     ".npz": _Archive,
     ".h5": _hdf5,

@@ -11,7 +11,6 @@ Each channel is standardized by its mean and its standard deviation in the refer
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from torch import Tensor
 from scorematch.core.charts import Curve, chart
 from scorematch.core.files import write_whole
 from scorematch.core.randomness import seed_of
-from scorematch.core.scores import attribute
-from scorematch.data.images import ImageData, open_images
+from scorematch.data.array_data import ArrayData, find_arrays
 from scorematch.data.pictures import is_picture
 from scorematch.evaluation.estimate import Estimate
 from scorematch.evaluation.features import Extracted, Extractor
@@ -40,30 +38,23 @@ _CHANNELS, _BINS, _AT_ONCE = 5, 100, 1000
 _FLAT = Extractor(lambda x: x.flatten(1), VALUES, "1", "each channel standardized by the reference")
 
 
-def open_arrays(reference: Any, what: Any = None, *, named: bool = False, progress: bool = True) -> ImageData | None:
+def reference_arrays(reference: Any, what: Any = None, *, named: bool = False) -> ArrayData | None:
     """Opens a reference of floating-point data that are not pictures; None if it is something else.
 
-    Floating-point data of the shape of pictures are pictures if their values are in [-1, 1], or whole numbers up to
-    255, unless ``what`` is a network or a sampler without a ``value_range``, or the user said so (``named``).
+    Data of the shape of pictures are pictures if their values are in [-1, 1], or whole numbers up to 255, unless
+    ``what`` is a network or a sampler without a ``value_range``, or the user said so (``named``).
     """
-    path = isinstance(reference, str | os.PathLike)
-    known = path and Path(reference).suffix.lower() == ".npz" and not is_statistics_file(reference)
-    if not known and not isinstance(reference, Tensor | np.ndarray | ImageData):
-        return None
-    if not path and "float" not in str(getattr(reference, "dtype", "float")):
-        return None
-    data = open_images(reference, crop=None, value_range=None, strict=True, progress=progress)
-    if not data.read([0])[0].is_floating_point():
+    if isinstance(reference, Statistics) or is_statistics_file(reference):
         return None
     net = what.net if isinstance(what, Sampler) else what
-    if named or not is_picture(data.shape) or (isinstance(net, ScoreNet) and attribute(net, "value_range") is None):
+    named = named or (isinstance(net, ScoreNet) and net.value_range is None)
+    data = find_arrays(reference, pictures=not named)
+    if data is None or named or not is_picture(data.shape):
         return data
-    values = values_of(data)
-    eight_bit = bool((values == values.round().clamp(0, 255)).all())
-    return None if eight_bit or float(values.abs().max()) <= 1 else data
+    return None if float(values_of(data).abs().max()) <= 1 else data
 
 
-def values_of(data: ImageData) -> Tensor:
+def values_of(data: ArrayData) -> Tensor:
     """All samples (N, C, ...), float32."""
     return data.read(range(len(data)))[0]
 

@@ -37,9 +37,9 @@ from scorematch.core.files import check_outside, check_own, delete_unfinished, w
 from scorematch.core.processes import gathered, local_device, process_group, this_process
 from scorematch.core.provenance import versions
 from scorematch.core.records import as_stored, hash_of, hash_of_bytes
-from scorematch.data.images import ImageData, open_images
+from scorematch.data.array_data import ArrayData, open_arrays
 from scorematch.data.pictures import Crop, check_picture, save_grid
-from scorematch.evaluation.arrays import CHARTS, VALUES, ArrayEvaluator, open_arrays, save_charts, values_of
+from scorematch.evaluation.arrays import CHARTS, VALUES, ArrayEvaluator, reference_arrays, save_charts, values_of
 from scorematch.evaluation.estimate import IMAGES, Figures, as_dicts
 from scorematch.evaluation.evaluator import Evaluator, OneOrMore, image_figures
 from scorematch.evaluation.metrics import METRICS, default_metrics
@@ -219,7 +219,7 @@ def evaluate(
             ``Sampler``; or images: a folder, an ``.npz`` file, arrays, or a folder that ``sample_to`` wrote.
         reference: the real images, all of which are used: a folder, an ``.npz`` file, arrays, a data set or its name on
             the Hub, one of the short names in ``scorematch.data.REFERENCES``, or statistics (an object or a file); or
-            other data, an array or an ``.npz`` file of floating-point values (N, ...). For
+            other data, as for ``scorematch.data.open_arrays``. For
             samples of a network they are cropped and resized as in training; images must have the size of the
             reference, and are not cropped.
         n: the number of samples, at least 2; None is 5,000 samples of a network, or all images. Published figures use
@@ -273,7 +273,7 @@ def evaluate(
     check_sources(reference, held_out)
     arrays = None
     if isinstance(features, str) and features in ("inception", VALUES):
-        arrays = open_arrays(reference, what, named=features == VALUES, progress=progress)
+        arrays = reference_arrays(reference, what, named=features == VALUES)
     written = is_network(what) or samples_in(what) is not None
     folder = checked_folder(out, "samples.png", reference, held_out, None if written else what)
     options = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
@@ -334,7 +334,7 @@ def evaluate(
 
 def _evaluate_arrays(
     subject: Subject,
-    data: ImageData,
+    data: ArrayData,
     metrics: Sequence[str] | None,
     held_out: Any,
     gaussian: bool,
@@ -359,9 +359,9 @@ def _evaluate_arrays(
         samples = torch.cat([batch for part in gathered(own) for batch in part])
     sizes = {SAMPLES: len(samples)}
     found = {SAMPLES: evaluator.measure(samples)}
-    settings = {"samples": subject.settings, "reference": {"n": len(data), "content": data.content}}
+    settings = {"samples": subject.settings, "reference": {"n": len(data), "content": data.fingerprint}}
     if held_out is not None:
-        others = values_of(open_images(held_out, crop=None, value_range=None, strict=True, progress=progress))
+        others = values_of(open_arrays(held_out))
         others = others[choose(len(others), min(len(samples), len(others)), seed).sort().values]
         sizes[HELD_OUT], found[HELD_OUT] = len(others), evaluator.measure(others)
         settings["held_out"] = {"n": len(others), "content": hash_of_bytes(others.numpy().data)}

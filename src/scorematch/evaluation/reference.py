@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from scorematch.core.arguments import check_count
 from scorematch.core.processes import this_process
 from scorematch.core.randomness import seed_of, standard_normal
+from scorematch.data.array_data import ArrayData
 from scorematch.data.find import check_path
 from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import Crop, to_float, to_uint8
@@ -92,7 +93,7 @@ def are_same(one: Any, other: Any) -> bool:
     return one is other or (paths and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
 
 
-def read_batches(data: ImageData, chosen: Tensor, batch_size: int) -> Iterator[Tensor]:
+def read_batches(data: ImageData | ArrayData, chosen: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Yields the share of this process of the chosen images, in batches."""
     k, m = this_process()
     return (data.read(rows)[0] for rows in chosen.split(batch_size)[k::m])

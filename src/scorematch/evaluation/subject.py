@@ -13,6 +13,7 @@ from torch import Tensor
 from scorematch.core.conditions import takes_image
 from scorematch.core.processes import local_device
 from scorematch.core.scores import device_of
+from scorematch.data.array_data import FILES, ArrayData, open_arrays
 from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import ENDINGS, is_picture, to_float, to_uint8
 from scorematch.data.samples import read_samples, stored_samples, stored_settings
@@ -84,8 +85,7 @@ def subject_of(
     stored = samples_in(what)
     if stored is not None:
         return _of_samples(name, Path(what), stored, n)
-    value_range = (0, 1) if pictures else None
-    data = open_images(what, crop=None, value_range=value_range, strict=True, progress=progress)
+    data = open_images(what, crop=None, strict=True, progress=progress) if pictures else open_arrays(what)
     return _of_images(name, data, n, options, pictures)
 
 
@@ -102,7 +102,7 @@ def is_network(what: Any) -> bool:
             return True
         if path.is_dir():
             return any((path / name).is_file() for name in (CONFIG_FILE, INDEX_FILE, f"unet/{CONFIG_FILE}"))
-        return path.suffix.lower() not in (".npz", *ENDINGS)
+        return path.suffix.lower() not in (*FILES, *ENDINGS)
     return isinstance(what, Sampler) or callable(what)
 
 
@@ -179,10 +179,14 @@ def _of_samples(name: str, folder: Path, stored: dict[str, Any], n: int | None) 
     )
 
 
-def _of_images(name: str, data: ImageData, n: int | None, options: dict[str, Any], pictures: bool) -> Subject:
+def _of_images(
+    name: str, data: ImageData | ArrayData, n: int | None, options: dict[str, Any], pictures: bool
+) -> Subject:
     n, seed = len(data) if n is None else n, options["seed"]
     chosen = choose(len(data), n, seed).sort().values  # all images in their order
-    settings = {"n": n, "shape": list(data.shape), "content": data.content, "seed": seed if n < len(data) else None}
+    content = data.content if isinstance(data, ImageData) else data.fingerprint
+    drawn = seed if n < len(data) else None
+    settings = {"n": n, "shape": list(data.shape), "content": content, "seed": drawn}
     return Subject(
         name,
         n,
