@@ -337,7 +337,8 @@ def test_code_of_the_pages_compiles(page):
 def test_the_readme_begins_with_commands_for_a_picture_and_the_tests():
     commands = _blocks(ROOT / "README.md", "bash")[:2]
     assert commands == [
-        'pip install ".[images]" && python -m scorematch sample mnist digits.png\n',
+        'pip install ".[images]" && '
+        "python -m scorematch sample mnist-classes digits.png --class cycle --guidance 1.5\n",
         'pip install ".[test]" && python -m pytest\n',
     ]
 

@@ -10,7 +10,7 @@ import torch
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.cli import main
 from scorematch.evaluation.exact import Gaussian, GaussianMixture
-from scorematch.sampling import ODESampler, SamplerSettings, recommended_sampler, schedule_of_paths
+from scorematch.sampling import ODESampler, SamplerSettings, recommended_sampler, schedules_of_paths
 from scorematch.sampling.levels import _shortest
 from tests.helpers import point, refused, run, seed
 
@@ -18,7 +18,8 @@ FINE = NoiseSchedule.karras(20, 0.02, 40)
 
 
 def _chosen(score, levels, fine=FINE, **options):
-    return schedule_of_paths(score, levels, fine, **{"generator": 0, "progress": False, **options})
+    (chosen,) = schedules_of_paths(score, [levels], fine, **{"generator": 0, "progress": False, **options})
+    return chosen
 
 
 def test_the_path_is_the_shortest_of_all():
@@ -104,6 +105,13 @@ def test_alternatives_for_fewer_calls(tmp_path, capsys):
     with pytest.raises(ValueError, match="calls must be at least 3, the fewest network calls of the stored settings"):
         recommended_sampler(again, calls=2)
 
+    assert main(["info", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "--calls 3    ODESampler(3 levels 20 -> 0.5, unipc, 3 network calls)" in lines
+    assert [line.split("(")[0] for line in lines[-2:]] == [
+        "--calls 3    ODESampler",
+        "--calls 6    AnnealedLangevinSampler",
+    ]
     options = ["sample", tmp_path, tmp_path / "a.png", "-n", "1", "--quiet"]
     assert main([*map(str, options), "--calls", "5"]) == 0
     assert capsys.readouterr().out.startswith("ODESampler(3 levels 20 -> 0.5, unipc")
@@ -114,17 +122,38 @@ def test_alternatives_for_fewer_calls(tmp_path, capsys):
     )
 
 
+def test_every_kind_of_sampler_finds_its_own_settings():
+    net = ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=FINE)
+    net.sampler_settings = SamplerSettings(
+        levels=6, consistent=True, alternatives=[SamplerSettings("ode", sigmas=[20.0, 3, 0.5], method="unipc")]
+    )
+    for score in (net, net.inference_copy(), net.to(torch.bfloat16)):
+        assert len(AnnealedLangevinSampler(score)) == 6
+        assert str(ODESampler(score, clamp=False)) == "ODESampler(3 levels 20 -> 0.5, unipc, 3 network calls)"
+    # An argument that chooses levels or the method takes the place of all of them.
+    assert str(ODESampler(net, levels=4)) == "ODESampler(4 levels 20 -> 0.02, heun, 7 network calls)"
+    assert str(ODESampler(net, method="ipndm")) == "ODESampler(18 levels 20 -> 0.02, ipndm, 18 network calls)"
+    net.sampler_settings = SamplerSettings("ode", denoise=False)
+    assert len(ODESampler(net)) == 34 and len(ODESampler(net, denoise=True)) == 35
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: _chosen(point, 40), "levels must be below the number of fine levels, 40, got 40"),
+        (lambda: schedules_of_paths(point, 5, FINE), "levels must be a list of one or more numbers, got 5. Write"),
+        (lambda: schedules_of_paths(point, [], FINE), "levels must be a list of one or more numbers"),
         (lambda: _chosen(point, 1), "levels must be an integer of at least 2, got 1"),
-        (lambda: schedule_of_paths(point, 5), "no noise levels of its own: pass a schedule"),
+        (lambda: schedules_of_paths(point, [5]), "no noise levels of its own: pass a schedule"),
         (lambda: ODESampler(point, FINE, sigmas=[2.0, 1.0]), "sigmas takes the place of the schedule"),
         (lambda: ODESampler(point, sigmas=[1.0, 2.0]), "sigmas must be strictly descending"),
         (lambda: ODESampler(point, sigmas=[1.0, 0.0]), "sigmas must be a list .* each a number of more than 0"),
         (lambda: SamplerSettings("ode", sigmas=[1.0, 2.0]), "^sampler_settings: sigmas must be strictly descending"),
         (lambda: SamplerSettings("ode", sigmas=[]), "sigmas must be a list"),
+        (
+            lambda: SamplerSettings("ode", sigmas=[3.0, 2.0, 1.0], method="unipc", eta=[1.0]),
+            "^sampler_settings: eta must have one number for each of the 2 steps from level to level, got 1",
+        ),
         (lambda: SamplerSettings.from_dict({"sampler": "ode", "alternatives": [3]}), "alternatives must be a list"),
         (
             lambda: SamplerSettings(alternatives=[SamplerSettings("ode", alternatives=[SamplerSettings()])]),
@@ -137,5 +166,5 @@ def test_alternatives_for_fewer_calls(tmp_path, capsys):
     ],
 )
 def test_wrong_levels_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()

@@ -20,7 +20,7 @@ from scorematch.evaluation import (
     tune,
 )
 from scorematch.restoration import AveragePool, Mask
-from scorematch.sampling import ODESampler, SamplerSettings, bulk_samples, recommended_sampler, schedule_of_paths
+from scorematch.sampling import ODESampler, SamplerSettings, bulk_samples, recommended_sampler, schedules_of_paths
 from tests.helpers import seed
 
 SETTINGS = [
@@ -84,7 +84,7 @@ def test_settings_of_paths_have_the_numbers_of_calls(net):
     found = settings_of_paths(net, [3, 5], seed=1, progress=False)
     assert [len(recommended_sampler(net, each)) for each in found] == [3, 5]
     assert found == settings_of_paths(net, [3, 5], seed=1, progress=False)
-    exact = [*schedule_of_paths(net, 4, generator=1, progress=False), 0.03]
+    exact = [*schedules_of_paths(net, [4], generator=1, progress=False)[0], 0.03]
     assert found[1].options["sigmas"] == pytest.approx(exact, rel=1e-4)
 
 

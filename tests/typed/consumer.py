@@ -149,7 +149,7 @@ from scorematch.sampling import (
     bulk_samples,
     recommended_sampler,
     sample_to,
-    schedule_of_paths,
+    schedules_of_paths,
 )
 from scorematch.sampling.ancestral import Variance
 from scorematch.training import (
@@ -294,7 +294,7 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
         AncestralSampler(net, variance=variance),
         ODESampler(net, levels=18, method="dpm-solver++"),
         ODESampler(net, levels=3, method="unipc", order=3, eta=[0.5, 1.0]),
-        ODESampler(net, schedule_of_paths(net, 4, n=8, condition=3, generator=0), method="ipndm"),
+        ODESampler(net, schedules_of_paths(net, [4], n=8, condition=3, generator=0)[0], method="ipndm"),
         recommended_sampler(net, calls=8),
         PredictorCorrectorSampler(net, predictor="reverse-diffusion"),
         ParticleSampler(net, particles=8, restore="guide"),

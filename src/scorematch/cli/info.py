@@ -56,10 +56,18 @@ def _run(args: argparse.Namespace) -> None:
         "noise levels": f"{len(schedule)}, sigma from {schedule.sigma_max:.6g} to {schedule.sigma_min:.6g}",
         "sampler": defaults if net is None else str(recommended_sampler(net)),
         "": None if card is None else card.settings_source,
+        **({} if net is None else _alternatives(net)),
     }
     for name, text in lines.items():
         if text is not None:  # it is known
             print(f"{name:<13}{text}")
+
+
+def _alternatives(net: ScoreNet) -> dict[str, str]:
+    """The other stored samplers, by the option that chooses them; the fewest network calls first."""
+    stored = [] if net.sampler_settings is None else net.sampler_settings.alternatives
+    samplers = sorted((recommended_sampler(net, each) for each in stored), key=len)
+    return {f"--calls {len(sampler)}": str(sampler) for sampler in samplers}
 
 
 def _origin(place: Place) -> str:

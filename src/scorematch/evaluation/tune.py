@@ -440,7 +440,7 @@ def settings_of_paths(
 
     Returns:
         Settings for each number of calls, with fewer where levels below the lowest would be chosen; see
-        ``scorematch.sampling.schedule_of_paths``.
+        ``scorematch.sampling.schedules_of_paths``.
 
     Raises:
         ValueError: if a number of calls is out of range.

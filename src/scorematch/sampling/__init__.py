@@ -5,7 +5,7 @@ from scorematch.sampling.bulk import bulk_samples
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.folder import sample_to
 from scorematch.sampling.langevin import AnnealedLangevinSampler
-from scorematch.sampling.levels import schedule_of_paths
+from scorematch.sampling.levels import schedules_of_paths
 from scorematch.sampling.ode import ODESampler
 from scorematch.sampling.particles import ParticleSampler, Population
 from scorematch.sampling.predictor_corrector import PredictorCorrectorSampler
@@ -26,5 +26,5 @@ __all__ = [
     "bulk_samples",
     "recommended_sampler",
     "sample_to",
-    "schedule_of_paths",
+    "schedules_of_paths",
 ]

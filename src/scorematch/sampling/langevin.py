@@ -50,7 +50,7 @@ from scorematch.core.schema import Field
 from scorematch.core.scores import Score, attribute
 from scorematch.noise import NoiseSchedule, schedule_of
 from scorematch.sampling.chain import Chain
-from scorematch.sampling.sampler import Sampler, SamplerOptions
+from scorematch.sampling.sampler import Sampler, SamplerOptions, stored_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -140,7 +140,7 @@ class AnnealedLangevinSampler(Sampler):
         ] = None,
         **options: Unpack[SamplerOptions],
     ) -> None:
-        own, settings = schedule_of(net), _recommended_settings(net)
+        own, settings = schedule_of(net), stored_options(net, "langevin")
         if own is not None and settings is not None:
             own = own.between(settings.get("sigma_max"), settings.get("sigma_min"))
             if schedule is None and options.get("sigma_max") is None:
@@ -247,13 +247,6 @@ class AnnealedLangevinSampler(Sampler):
                 x = torch.add(x, score, alpha=a * sigma**2, out=score)
                 x.add_(z, alpha=sigma * deviation)
                 yield x, sigma
-
-
-def _recommended_settings(net: object) -> Mapping[str, Any] | None:
-    """The options in the settings of a network if they are for annealed Langevin dynamics, else None."""
-    settings = attribute(net, "sampler_settings")
-    stored = () if settings is None else (settings, *settings.alternatives)
-    return next((each.options for each in stored if each.sampler == "langevin"), None)
 
 
 def _is_fine(net: Score, own: NoiseSchedule | None) -> bool:

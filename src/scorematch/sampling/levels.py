@@ -34,12 +34,12 @@ from scorematch.sampling.chain import Chain
 from scorematch.sampling.multistep import METHODS, multistep, plan
 from scorematch.sampling.ode import ODESampler
 
-__all__ = ["schedule_of_paths"]
+__all__ = ["schedules_of_paths"]
 
 
-def schedule_of_paths(
+def schedules_of_paths(
     net: Score,
-    levels: int,
+    levels: Sequence[int],
     fine: NoiseSchedule | None = None,
     *,
     n: int = 64,
@@ -48,7 +48,7 @@ def schedule_of_paths(
     generator: Generator = None,
     batch_size: int | None = None,
     progress: bool = True,
-) -> NoiseSchedule:
+) -> list[NoiseSchedule]:
     """The noise levels for few steps along the probability flow, from paths of the score itself.
 
     It takes n times as many network calls as there are fine levels, and no data. The result is for ``ODESampler`` with
@@ -57,7 +57,8 @@ def schedule_of_paths(
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x. Pass a guided score for levels that fit its guidance.
-        levels: the number of levels, at least 2, which is the number of calls of a method with one call per step.
+        levels: the number of levels of each schedule, at least 2, which is the number of calls of a method with one
+            call per step. All schedules are chosen from the same paths.
         fine: the levels from which to choose, more than ``levels``; the highest is always chosen. None is 60 levels of
             Karras et al. in the range of the network.
         n: the number of paths.
@@ -72,7 +73,7 @@ def schedule_of_paths(
         progress: whether to show a progress bar.
 
     Returns:
-        The levels, a subset of the fine ones.
+        The schedules, each a subset of the fine levels.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -82,45 +83,19 @@ def schedule_of_paths(
         >>> def score(x, sigma):  # the score of a standard normal distribution with added noise
         ...     return -x / (1 + sigma**2)
         >>> fine = NoiseSchedule.karras(50, 0.01, 60)
-        >>> schedule = schedule_of_paths(score, 5, fine, shape=(3,), generator=0, progress=False)
+        >>> (schedule,) = schedules_of_paths(score, [5], fine, shape=(3,), generator=0, progress=False)
         >>> [round(sigma, 2) for sigma in schedule]
         [50.0, 3.29, 1.51, 0.73, 0.33]
     """
-    (schedule,) = schedules_of_paths(
-        net,
-        [levels],
-        fine,
-        n=n,
-        shape=shape,
-        condition=condition,
-        generator=generator,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return schedule
-
-
-def schedules_of_paths(
-    net: Score,
-    counts: Sequence[int],
-    fine: NoiseSchedule | None = None,
-    *,
-    n: int = 64,
-    shape: Sequence[int] | None = None,
-    condition: Tensor | int | None = None,
-    generator: Generator = None,
-    batch_size: int | None = None,
-    progress: bool = True,
-) -> list[NoiseSchedule]:
-    """The schedules with these numbers of levels, from the same paths; see ``schedule_of_paths``."""
-    for levels in counts:
-        check_count("levels", levels, 2)
+    if isinstance(levels, int) or not levels:
+        raise TypeError(f"{argument('levels')} must be a list of one or more numbers, got {levels}. Write [6].")
+    most = max(check_count("levels", count, 2) for count in levels)
     sampler = _Recorder(net, fine, levels=60 if fine is None else None, clamp=False)
     sigmas = [*sampler.schedule, 0.0]
-    if max(counts) >= len(sampler.schedule):
+    if most >= len(sampler.schedule):
         raise ValueError(
-            f"{argument('levels')} must be below the number of fine levels, {len(sampler.schedule)}, got "
-            f"{max(counts)}. Pass more fine levels."
+            f"{argument('levels')} must be below the number of fine levels, {len(sampler.schedule)}, got {most}. Pass "
+            "more fine levels."
         )
     end = sampler.sample(
         n, shape=shape, condition=condition, generator=generator, batch_size=batch_size, progress=progress
@@ -130,7 +105,7 @@ def schedules_of_paths(
     for i, j in itertools.combinations(range(len(sigmas)), 2):
         step = torch.lerp(denoised[i], states[i], sigmas[j] / sigmas[i])
         error[i, j] = float((step - states[j]).square().mean().sqrt())
-    return [NoiseSchedule([sigmas[i] for i in _shortest(error, levels)]) for levels in counts]
+    return [NoiseSchedule([sigmas[i] for i in _shortest(error, count)]) for count in levels]
 
 
 class _Recorder(ODESampler):

@@ -62,7 +62,7 @@ from scorematch.core.scores import Score, middle_of
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.multistep import METHODS, multistep, plan
-from scorematch.sampling.sampler import Sampler, SamplerOptions
+from scorematch.sampling.sampler import Sampler, SamplerOptions, stored_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,15 +78,16 @@ class ODESampler(Sampler):
     """Samples any score along the probability flow, with few network calls.
 
     Without churn and eta only the start is random: ``sample`` does not call its ``noise_source``, and the same ``init``
-    gives the same samples.
+    gives the same samples. Without a schedule and without any option that chooses the levels, the method or new noise,
+    the settings of this kind are used that are stored with the network (``SamplerSettings``), if there are any.
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
         schedule: the noise levels, from high to low; each step leads from one level to the next. None uses
             ``NoiseSchedule.karras`` between the highest and the lowest level of the network.
-        method: "heun", with two network calls per step; or "dpm-solver++", "unipc" or "ipndm", with one.
+        method: "heun", the default, with two network calls per step; or "dpm-solver++", "unipc" or "ipndm", with one.
         sigmas: the noise levels in place of a schedule, as they are stored in ``SamplerSettings``; see
-            ``schedule_of_paths``.
+            ``schedules_of_paths``.
         order: the order of a method with one call, the number of denoised images from which a step extrapolates: 1 to 3
             for "dpm-solver++" and "unipc", 1 to 4 for "ipndm". None is 2, and 4 for "ipndm". UniPC also corrects each
             step, so that its error is of one order higher.
@@ -124,7 +125,9 @@ class ODESampler(Sampler):
         net: Score,
         schedule: NoiseSchedule | None = None,
         *,
-        method: Annotated[Method, Field(str, choices=get_args(Method)), "the solver"] = "heun",
+        method: Annotated[
+            Method | None, Field(str, choices=get_args(Method)), "the solver; heun without stored settings"
+        ] = None,
         sigmas: Annotated[
             Sequence[float] | None,
             Field(list, low=1, high=1000, each=Field(float, above=0)),
@@ -147,6 +150,14 @@ class ODESampler(Sampler):
         **options: Unpack[SamplerOptions],
     ) -> None:
         self.check_options({"sigmas": sigmas})
+        noise = (options.get(name) for name in ("levels", "sigma_max", "sigma_min"))
+        if not churn and all(each is None for each in (schedule, method, sigmas, order, eta, *noise)):
+            own = stored_options(net, "ode")
+            if own is not None:
+                given: dict[str, Any] = {"method": "heun", **own, **options}
+                ODESampler.__init__(self, net, **given)
+                return
+        method = method or "heun"
         if sigmas is not None:
             if schedule is not None:
                 raise ValueError(f"{argument('sigmas')} takes the place of the schedule. Leave out one of them.")
@@ -155,11 +166,7 @@ class ODESampler(Sampler):
         self.check_options({"method": method, "order": order, "eta": eta, "churn": churn, "churn_noise": churn_noise})
         self.eta, steps = native(eta), len(self.schedule) - 1
         self._etas: list[float] = self.eta if isinstance(self.eta, list) else [self.eta or 0.0] * steps
-        if len(self._etas) != steps:
-            raise ValueError(
-                f"{argument('eta')} must have one number for each of the {steps} steps from level to level, got "
-                f"{len(self._etas)}."
-            )
+        _check_etas(self._etas, steps)
         if churn and method != "heun":
             raise ValueError(
                 f"{argument('churn')} is for Heun's method, got {churn!r} with {method!r}. Write "
@@ -181,9 +188,11 @@ class ODESampler(Sampler):
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Also checks that the levels descend, and that the order and eta are for the method."""
         super().check_options(options)
-        if options.get("sigmas") is not None:
-            NoiseSchedule(options["sigmas"])
         method, order, eta = options.get("method") or "heun", options.get("order"), native(options.get("eta"))
+        if options.get("sigmas") is not None:
+            steps = len(NoiseSchedule(options["sigmas"])) - 1
+            if isinstance(eta, list) and options.get("levels") is None:
+                _check_etas(eta, steps)
         if (method == "heun" and order is not None) or (method in ("heun", "ipndm") and eta is not None):
             raise ValueError(
                 f"{argument('order' if eta is None else 'eta')} is not for the method {method!r}. Write "
@@ -246,6 +255,14 @@ class ODESampler(Sampler):
         """The relative amount by which the noise of a level is raised."""
         high = math.inf if self.churn_max is None else self.churn_max
         return min(self.churn / len(self.schedule), math.sqrt(2) - 1) if self.churn_min <= sigma <= high else 0.0
+
+
+def _check_etas(etas: Sequence[float], steps: int) -> None:
+    if len(etas) != steps:
+        raise ValueError(
+            f"{argument('eta')} must have one number for each of the {steps} steps from level to level, got "
+            f"{len(etas)}."
+        )
 
 
 def _heun_step(x: Tensor, z: Tensor, chain: Chain, sigma: float, sigma_next: float) -> Tensor:

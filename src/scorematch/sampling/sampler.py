@@ -453,3 +453,10 @@ def options_of(kind: type[Sampler]) -> Mapping[str, Option]:
                 _, field, text = get_args(hint)
                 found[name] = Option(field, text, parameter.default)
     return {"levels": found["levels"], **found}
+
+
+def stored_options(net: Score, sampler: str) -> dict[str, Any] | None:
+    """The options of the first settings for a kind of sampler that are stored with a network, or None."""
+    settings = attribute(net, "sampler_settings")
+    stored = () if settings is None else (settings, *settings.alternatives)
+    return next((each.options for each in stored if each.sampler == sampler), None)
