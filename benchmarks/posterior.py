@@ -138,8 +138,9 @@ def particles(score: Any, steps: int, observation: Observation, seed: int) -> Te
 
 
 def flow(score: Any, steps: int, observation: Observation, seed: int) -> Tensor:
-    """Draws with moment matching along the probability flow, by DPM-Solver++."""
-    sampler = ODESampler(score, levels=max(2, steps), method="dpm-solver++", restore="moment-matching")
+    """Draws with moment matching along the probability flow, by UniPC on geometric levels."""
+    schedule = NoiseSchedule.geometric(score.schedule.sigma_max, score.schedule.sigma_min, max(2, steps))
+    sampler = ODESampler(score, schedule, method="unipc", order=3, restore="moment-matching")
     return sampler.sample(len(observation), observation=observation, generator=seed, progress=False)
 
 

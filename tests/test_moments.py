@@ -8,11 +8,12 @@ import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.evaluation import posterior_calibration
-from scorematch.evaluation.exact import operator_matrix
+from scorematch.evaluation.exact import Gaussian, operator_matrix
 from scorematch.restoration import AveragePool, Grayscale, Linear, Mask, Matrix, Observation, Operator, Uncrop
 from scorematch.restoration.moments import MomentMatching
 from scorematch.sampling import AncestralSampler, ODESampler, PredictorCorrectorSampler
 from tests.helpers import gaussian_images, run, seed
+from tests.networks import images, network
 
 SHAPE = (3, 4, 4)
 WORLD = gaussian_images(SHAPE)
@@ -168,6 +169,46 @@ def test_a_nonlinear_operator_is_met_within_its_noise():
     x = run(sampler, shape=SHAPE, observation=Observation(Cubes(), y, 0.05), generator=0)
     prior = run(sampler, 50, shape=SHAPE, generator=0)
     assert (Cubes().measure(x) - y).square().mean() < 0.1 * (Cubes().measure(prior) - y).square().mean()
+
+
+def test_a_start_that_is_drawn_is_around_the_posterior():
+    far = Gaussian([5.0, -5.0], [[1.0, 0.5], [0.5, 1.0]], schedule=NoiseSchedule.geometric(4, 0.1, 5))
+    observation = Observation(Mask(torch.tensor([True, False])), torch.tensor([[6.0, 0.0]]), 0.5)
+    sampler = _Starts(far, restore="moment-matching")
+    run(sampler, 100_000, observation=observation, generator=0)
+    exact = far.posterior(observation)
+    share = exact.values / (exact.values + 4**2)  # the response of the denoised image along each axis
+    along = (sampler.first.double() - exact.mean) @ exact.vectors
+    assert torch.allclose(along.mean(0), -share * (exact.mean @ exact.vectors), atol=0.05)
+    assert torch.allclose(along.var(0), 4**2 * (1 + share + share**2), rtol=0.02)
+    init = torch.ones(3, 2)
+    run(sampler, init=init, observation=observation)
+    assert torch.equal(sampler.first, init)
+
+
+class _Starts(ODESampler):
+    """Keeps the state with which the steps begin."""
+
+    def steps(self, x, chain):
+        self.first = x
+        return super().steps(x, chain)
+
+
+def test_a_measurement_with_infinite_noise_leaves_the_score_of_the_prior():
+    x, y = random(3, *SHAPE), torch.ones(3, *SHAPE)
+    for sigma in (1e8, torch.full(SHAPE, torch.inf)):
+        method = MomentMatching(Observation(Linear(torch.clone), y, sigma).of_shape(SHAPE), 1.0)
+        assert torch.allclose(method.score(WORLD, x, 0.5, ROWS), WORLD(x, 0.5), atol=1e-6)
+
+
+def test_a_network_in_bfloat16_restores_like_one_in_float32(rng):
+    exact, rounded = network("unet"), network("unet").bfloat16()
+    x = images(2, rng)
+    observation = Observation(Mask(torch.rand(x.shape[2:], generator=rng) < 0.5), x, 0.1)
+    options = {"levels": 6, "restore": "moment-matching", "precision": "float32"}
+    found, expected = (run(ODESampler(each, **options), observation=observation, generator=0) for each in (rounded, exact))
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 def test_draws_are_calibrated():

@@ -23,6 +23,7 @@ class Automatic(Restoration):
     def __init__(self, best: Restoration, without_gradients: Callable[[], tuple[str, Restoration]]) -> None:
         self._method, self._without_gradients = best, without_gradients
         self._decided = False
+        self.centers = best.centers
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score of the method, which is decided at the first call."""

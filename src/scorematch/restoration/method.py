@@ -26,9 +26,11 @@ class Restoration:
 
     Attributes:
         sigma: the noise level below which ``project`` changes nothing, since the state contains the observation.
+        centers: whether a start that is drawn is moved to the mean of the posterior; see ``scorematch.sampling.start``.
     """
 
     sigma = 0.0
+    centers = False
 
     def start(self, x: Tensor, sigma: float, middle: float | Tensor) -> Tensor:
         """The state to start from; x is noise of the highest level, sigma, around ``middle``."""

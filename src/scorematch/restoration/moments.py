@@ -52,6 +52,8 @@ class MomentMatching(Restoration):
         tolerance: the norm of the residual at which the iterations end, relative to that of y - A(D).
     """
 
+    centers = True
+
     def __init__(
         self, observation: Observation, variance: float, *, iterations: int = 3, tolerance: float = 1e-2
     ) -> None:

@@ -25,6 +25,7 @@ class Run(NamedTuple):
     batch_size: int
     noise_source: Callable[[Tensor], Tensor]  # the noise of a step, from the state
     start_noise: Tensor | None  # the noise of a start that is drawn, if y has noise
+    offset: Tensor | None  # the start, relative to the denoised image of the state that was drawn, if it is centered
     particles: int  # states for each sample
     uniform_source: Callable[[], Tensor]  # a uniform random number for each sample (n,)
     results: dict[str, Tensor]  # what a sampler returns beside the samples
@@ -72,6 +73,11 @@ class Chain:
         x = self.observe(x, sigma, z if before is None else before)
         self._z = z
         return x, z
+
+    def centered(self, x: Tensor, sigma: float) -> Tensor:
+        """The start at the highest level, around the mean of the posterior, for a state x that was drawn there."""
+        offset = self._run.offset
+        return x if offset is None else offset + torch.add(x, self.score(x, sigma), alpha=sigma**2)
 
     def noise(self, x: Tensor) -> Tensor:
         """Standard normal noise of x's shape; for a sampler with ``draws_noise = False``, the noise of its start."""

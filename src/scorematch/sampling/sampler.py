@@ -336,7 +336,8 @@ class Sampler(ABC):
         if not self.draws_noise:
             path = (x - middle_of(self.net, x)) / self.schedule.sigma_max
             run = run._replace(noise_source=lambda x: path)
-        with tqdm(total=len(self), disable=not progress, desc="sampling", unit="call") as bar:
+        total = len(self) + (run.offset is not None)
+        with tqdm(total=total, disable=not progress, desc="sampling", unit="call") as bar:
             states = self._states(x, Chain(net, run, bar.update), run.restoration)
             del x  # so that the memory of the start is free after the first step
             yield from _each_within(lambda: self._computing(net), states)
@@ -344,7 +345,7 @@ class Sampler(ABC):
     def _states(self, x: Tensor, chain: Chain, restoration: Restoration) -> Iterator[tuple[Tensor, float]]:
         """The checked state after every step, and the result."""
         finite, shape, sigma = FiniteCheck(self.schedule), x.shape, self.schedule.sigma_max
-        for state in self.steps(x, chain):
+        for state in self.steps(chain.centered(x, sigma), chain):
             self._check_state(state, torch.Size((shape[0] // chain.particles, *shape[1:])))
             x, sigma = state
             finite.record(x, max(sigma, self.schedule.sigma_min))
