@@ -206,7 +206,9 @@ def test_a_network_in_bfloat16_restores_like_one_in_float32(rng):
     x = images(2, rng)
     observation = Observation(Mask(torch.rand(x.shape[2:], generator=rng) < 0.5), x, 0.1)
     options = {"levels": 6, "restore": "moment-matching", "precision": "float32"}
-    found, expected = (run(ODESampler(each, **options), observation=observation, generator=0) for each in (rounded, exact))
+    found, expected = (
+        run(ODESampler(each, **options), observation=observation, generator=0) for each in (rounded, exact)
+    )
     assert found.dtype == torch.float32 and found.isfinite().all()
     assert (found - expected).norm() < 0.05 * expected.norm()
 
