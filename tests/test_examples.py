@@ -291,6 +291,13 @@ def test_train_mnist_trains_and_continues_from_trained_weights(digits, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the covariance of:UserWarning")
+def test_incomplete_digits_are_compared_with_clean_ones(digits, tmp_path, program):
+    printed = program("incomplete_digits", "--smoke", "--data", digits, "--out", tmp_path / "run")
+    assert "| 0 (Gaussian) |" in printed and printed.count("Fréchet") == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["unet", "ddpm"])
 def test_train_mnist_trains_other_networks(digits, tmp_path, network, program):
     program("train_mnist", "--smoke", "--data", digits, "--out", tmp_path / "run", "--network", network)

@@ -176,6 +176,19 @@ def test_the_gaussian_gives_a_network_without_a_range_its_units(tmp_path):
     assert net.units.mean == pytest.approx((0, 3), abs=0.3)
 
 
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, None), (30.0, 250)])
+def test_a_network_for_images_gets_units_for_other_data_only(tmp_path, scale, expected):
+    x = torch.rand(200, 1, 4, 4, generator=_generator()) + (0 if expected is None else expected / scale - 0.5)
+    y = scale * (x + 0.3 * torch.randn(x.shape, generator=_generator(1)))
+    observation = Observation.with_gaps(y, 0.3 * scale).of_shape((1, 4, 4))
+    net = ScoreNet.unet(1, 4, widths=(8,))
+    stages = incomplete._Stages(tmp_path, net, observation, incomplete.StageSettings(**SHORT), torch.device("cpu"))
+    stages.gaussian = fit_gaussian(observation, _generator())
+    stages._take_units()
+    assert net.value_range == ((0, 1) if expected is None else None)
+    assert expected is None or net.units.mean == pytest.approx([expected], abs=2)
+
+
 def test_the_error_of_the_prediction_is_that_of_the_exact_posterior_mean(tmp_path):
     settings = incomplete.StageSettings(**{**SHORT, "draw_batch": 3000}, held_out=3000)
     truth, x = _gaussian(2, 3010)

@@ -63,6 +63,11 @@ class Gaussian(NamedTuple):
         """The covariance (D, D), float64."""
         return self.factor @ self.factor.T + self.variance * torch.eye(len(self.mean), dtype=torch.float64)
 
+    @property
+    def variances(self) -> Tensor:
+        """The variance of each value (D,), float64."""
+        return self.factor.square().sum(1) + self.variance
+
     def product(self, x: Tensor) -> Tensor:
         """The product of the covariance with samples (N, ...)."""
         flat = x.flatten(1)

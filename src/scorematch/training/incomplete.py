@@ -84,7 +84,8 @@ __all__ = ["train_from_observations"]
 _SAMPLER = partial(ODESampler, method="dpm-solver++", eta=1.0, levels=18, restore="moment-matching")
 _HIDDEN = 0.25  # the fraction of the measured values of held-out items that is predicted
 _MOST_HELD_OUT = 256
-_FITTED = 4096  # draws from the Gaussian, from which a network without a range gets its units
+_FITTED = 4096  # draws from the Gaussian, from which a network gets its units
+_NEAR = 0.2  # the tolerance, relative to the range of the network, for data that are in this range
 _RECORD = dict.fromkeys(("settings", "observations"), Field(dict, required=True))
 _SHOWN = 32  # draws in a picture
 # What may change when a run continues; "evaluate" and "accelerator" are not described.
@@ -99,8 +100,9 @@ def train_from_observations(
     """Trains a network on measurements of unknown samples; a call with the same arguments continues a run.
 
     The samples of an observation with N measurements are N different ones. Missing values are those outside of the
-    operator's mask, or with an infinite ``sigma``; see ``Observation.with_gaps``. Networks without a ``value_range``
-    get their units from the Gaussian. Each stage is a run of ``train`` of its own, of ``images`` images.
+    operator's mask, or with an infinite ``sigma``; see ``Observation.with_gaps``. A new network gets its units from the
+    Gaussian, unless the data are in the range (0, 1) of images. Each stage is a run of ``train`` of its own, of
+    ``images`` images.
 
     Args:
         net: the network to train, without a condition. Its weights are changed.
@@ -244,8 +246,7 @@ class _Stages:
         began = time.perf_counter()
         self._check_record()
         self.gaussian = self._fitted()
-        if self.net.value_range is None and self.net.units is None and ROWS[self.net.precondition].centered:
-            self.net.fit_units(self.gaussian.sample(_FITTED, self._generator("units")).float())
+        self._take_units()
         self.template = copy.deepcopy(self.net)
         done = len(self.log.lines())
         for stage in range(done, self.settings.stages + 1):
@@ -287,6 +288,18 @@ class _Stages:
             write_whole(path, content.getvalue(), durable=True)
         stored = {name: torch.from_numpy(values) for name, values in read_arrays(path).items()}
         return Gaussian(self.shape, stored["mean"], stored["factor"], float(stored["variance"]))
+
+    def _take_units(self) -> None:
+        """Gives a new network the units of the Gaussian, unless the data fit its range."""
+        net, mean, deviation = self.net, self.gaussian.mean, self.gaussian.variances.sqrt()
+        if not net.is_new or net.units is not None or not ROWS[net.precondition].centered:
+            return
+        low, high = net.value_range or (math.inf, -math.inf)
+        near = _NEAR * (high - low)
+        # Data within a range have at most the deviation of its two ends, half of its width.
+        fits = low - near <= float(mean.min()) and float(mean.max()) <= high + near
+        if not (fits and float(deviation.max()) <= (high - low) / 2 + near):
+            net.fit_units(self.gaussian.sample(_FITTED, self._generator("units")).float())
 
     def _train(self, stage: int) -> None:
         """Trains on draws under the prior of the stage before."""
