@@ -8,6 +8,7 @@ import re
 import time
 import warnings
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -165,12 +166,8 @@ def _run(args: argparse.Namespace) -> None:
     options = {"label_drop": _LABEL_DROP if args.labels else 0.0, **recipe.options(), **own}
     settings = RunSettings(**options, progress=not args.quiet)
     trackers = options.pop("trackers", ())  # which this function starts, since it creates the accelerator
-    accelerator = check_possible(args.out, args.data, settings, cpu=args.device == "cpu")
+    accelerator = _accelerator(args, args.out, settings)
     device: torch.device = accelerator.device
-    if args.device not in ("auto", device.type):
-        raise ValueError(
-            f"--device {args.device} is not available: Accelerate uses {device.type} here. Leave out --device."
-        )
     start = _start(args)
     data = _open(args, recipe, start, settings)  # one process decodes, and the others wait for the lock of the cache
     net = _network(args, recipe, start, data, settings)
@@ -193,16 +190,27 @@ def _run(args: argparse.Namespace) -> None:
         print(args.out / "network")
 
 
+def _accelerator(args: argparse.Namespace, folder: Path, settings: RunSettings) -> Any:
+    """The accelerator of the device that was asked for, after checks of the folder."""
+    accelerator = check_possible(folder, args.data, settings, cpu=args.device == "cpu")
+    if args.device not in ("auto", accelerator.device.type):
+        raise ValueError(
+            f"--device {args.device} is not available: Accelerate uses {accelerator.device.type} here. Leave out "
+            "--device."
+        )
+    return accelerator
+
+
 def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
     """Trains on measurements."""
     if args.sigma is None:
         raise ValueError("--observed-where needs the noise of the pictures: add --sigma, such as --sigma 0.1.")
     of_pictures = ["image_size", "crop", "labels", "strict", "cache", "no_cache", "image_key", "label_key", "workers"]
-    refuse(args, of_pictures, "is not for measurements, which are used as they are")
+    refuse(args, [*of_pictures, "trackers"], "is not for measurements, which are used as they are")
     check_folder_name(args.out)
     options = {**recipe.options(), **given(args, (each.name for each in fields(StageSettings)))}
     settings = StageSettings(**options, progress=not args.quiet)
-    check_possible(args.out / "stage-001", args.data, settings, cpu=args.device == "cpu")
+    accelerator = _accelerator(args, args.out / "stage-001", settings)
     observation = read_measurements(expanded(args.data), args.observed_where, args.sigma, args.channels)
     shape = tuple(observation.y.shape[1:])
     if args.start is None or args.recipe is not None:
@@ -220,7 +228,7 @@ def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
     print(f"training  {settings.stages} stages of {settings.total:,} images")
     print(f"out       {args.out}", flush=True)
     if not args.dry_run:
-        train_from_observations(net, observation, args.out, **options, progress=not args.quiet)
+        train_from_observations(net, observation, args.out, **options, progress=not args.quiet, accelerator=accelerator)
         print(args.out / "report.md")
         print(args.out / "network")
 

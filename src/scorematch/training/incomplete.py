@@ -164,7 +164,7 @@ def check_observation(net: ScoreNet, observation: Any) -> Observation:
         raise ValueError("sigma of the observation must be a number or a tensor, got a function.")
     if not observation.operator.is_linear:
         raise ValueError(f"the operator must be linear, got {observation.operator!r}.")
-    observation = observation.of_shape(net.sample_shape)
+    observation = (observation if observation.y.is_cpu else observation.to("cpu")).of_shape(net.sample_shape)
     if len(observation.y) < 4:
         raise ValueError(f"there must be measurements of at least 4 samples, got {len(observation.y)}.")
     exact = observation.sigma == 0 if isinstance(observation.sigma, float) else not bool(observation.sigma.any())
