@@ -123,8 +123,8 @@ def every_net(quick):
 # One network for each code path is quick.
 every_path = every_net(
     {
-        *("ncsn", "ncsnv2, deeper", "unet", "unet, one head", "unet, heads", "unet, classes", "unet, pixels"),
-        *("unet, image and variance", "ncsnpp, attention", "unet, ADM", "NCSN++", "NCSN++, skips", "DDPM++, classes"),
+        *("ncsn", "ncsnv2, deeper", "unet, heads", "unet, pixels", "unet, image and variance", "ncsnpp, attention"),
+        *("unet, ADM", "NCSN++, skips", "DDPM++, classes"),
     }
 )
 

@@ -1,10 +1,8 @@
 """Training data that are not pictures: arrays in memory and on the disk, their conditions and their units."""
 
-import h5py
 import numpy as np
 import pytest
 import torch
-import zarr
 from torch.utils.data import TensorDataset
 
 from scorematch import ScoreNet
@@ -31,6 +29,9 @@ def net(**options):
 
 def sources(folder):
     """The same data in all kinds of files and objects."""
+    import h5py  # here, since the imports take a second
+    import zarr
+
     x, condition = (each.numpy() for each in signals())
     np.savez(folder / "plain.npz", x=x, condition=condition)
     np.savez_compressed(folder / "packed.npz", condition=condition, x=x)

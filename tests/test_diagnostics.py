@@ -475,6 +475,7 @@ def test_methods_that_refuse_the_noise_are_left_out():
     assert names[0] == "posterior" and "guide" not in names
 
 
+@pytest.mark.slow
 def test_overconfident_draws_are_found_with_their_spread():
     found = calibrated(small("gaussian"), lambda x, mean: mean + 0.5 * (x - mean), observations=500, draws=19)
     assert near(found.spread, 0.5) and found.shift < 0.1 and found.p_value < 1e-6

@@ -155,6 +155,7 @@ def test_pipelines_cache_dir_and_redirects_to_another_host(hub, run, files, tmp_
     assert any(path.startswith("/elsewhere/") for _, path in hub.requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["ncsn", "unet"])
 def test_a_network_of_this_package_on_the_hub(family, hub, run, tmp_path):
     """In both layouts; in that of diffusers the noise levels are in a separate file."""
@@ -287,6 +288,7 @@ def test_a_card_corrects_the_noise_levels_of_a_repository(hub, run, tmp_path):
     assert found == "".join(f"(NoiseSchedule(2000 levels, {level} -> 0.01), 0.075)\n" for level in levels.values())
 
 
+@pytest.mark.slow
 def test_a_damaged_download_gives_an_error_that_says_what_to_delete(hub, run, tmp_path):
     run(LOAD)
     for name, message in [
@@ -480,6 +482,7 @@ def test_a_hub_with_a_fault_gives_a_clear_error_and_the_next_call_succeeds(fault
     assert run(LOAD + "print(net.sample_shape)") == "(3, 8, 8)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "request_",
     ["GET /api/", *(pytest.param(f"{word} /someone/ddpm/", marks=pytest.mark.slow) for word in ("HEAD", "GET"))],
@@ -576,6 +579,7 @@ def test_names_of_repositories_do_not_leave_the_cache(name, hub, run):
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_a_refused_network_is_not_downloaded(hub, run):
     """Its configuration is enough to refuse it."""
     held = hub.repositories["someone/ddpm"]

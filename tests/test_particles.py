@@ -50,7 +50,9 @@ def _drawn(world, schedule, denoise=True):
 
 @pytest.mark.parametrize("restore", METHODS)
 @pytest.mark.parametrize(
-    ("operator", "denoise"), [(FIRST, True), (FIRST, False), (MIXING, True)], ids=["mask", "no denoising", "matrix"]
+    ("operator", "denoise"),
+    [(FIRST, True), pytest.param(FIRST, False, marks=pytest.mark.slow), (MIXING, True)],
+    ids=["mask", "no denoising", "matrix"],
 )
 def test_the_evidence_is_unbiased_for_the_distribution_that_the_sampler_draws(world, restore, operator, denoise):
     """With few levels and few particles, and five standard errors, which are below two percent."""

@@ -155,7 +155,7 @@ def _write_score_sde(config, folder, **options):
 
 
 MORE = {"ncsnpp, skips, repetition", "ncsnpp, sums", "ncsnpp, no attention", "ncsnpp, sub-VP", "ddpm, sub-VP"}
-MORE |= {"ddpmpp, VP, other betas", "ddpmpp, VP, discrete", "ddpm, VE, discrete"}
+MORE |= {"ddpmpp, VP, other betas", "ddpmpp, VP, discrete", "ddpm, VE, discrete", "ncsnpp, residual output"}
 
 
 @pytest.mark.parametrize("name", [_slow(name) if name in MORE else name for name in SCORE_SDE])
@@ -269,7 +269,9 @@ def _expected_of_edm(net, x, sigma, classes):
     return 2 * (_image((c_skip - 1) / s**2) * y + _image(c_out / s**2) * output)
 
 
-@pytest.mark.parametrize("name", [_slow(name) if name in ("ddpmpp, other data", "adm") else name for name in EDM])
+@pytest.mark.parametrize(
+    "name", [name if name in ("ddpmpp, classes", "ncsnpp, VE", "adm, iDDPM") else _slow(name) for name in EDM]
+)
 @torch.no_grad()
 def test_a_file_of_edm_gives_the_scores_of_its_authors(name, tmp_path):
     net = _edm(name)
@@ -347,7 +349,7 @@ def _alpha_bar(options):
     return torch.cumprod(1 - betas, 0)
 
 
-@pytest.mark.parametrize("name", IMPROVED)
+@pytest.mark.parametrize("name", [name if name in ("plain", "cosine", "classes") else _slow(name) for name in IMPROVED])
 @torch.no_grad()
 def test_a_checkpoint_of_improved_diffusion_gives_the_scores_of_its_authors(name, tmp_path):
     options = IMPROVED[name]

@@ -340,7 +340,7 @@ def test_palette_mnist_colors_digits_in_its_three_colors(digits):
 def test_an_empty_mask_changes_no_bit_of_the_samples(restore):
     world = gaussian_images(SHAPE)
     nothing = Observation(Mask(torch.zeros(4, 4, dtype=torch.bool)), torch.zeros(1, *SHAPE))
-    sampler = AnnealedLangevinSampler(world, LEVELS, restore=restore)
+    sampler = AnnealedLangevinSampler(world, LEVELS, steps_per_level=2, restore=restore)
     expected = sampler.sample(5, shape=SHAPE, generator=seed(), progress=False)
     assert torch.equal(sampler.sample(5, observation=nothing, generator=seed(), progress=False), expected)
     noisy = Observation(nothing.operator, nothing.y, sigma=0.3)
@@ -351,13 +351,12 @@ def test_an_empty_mask_changes_no_bit_of_the_samples(restore):
 @pytest.mark.parametrize("operator", [Mask(torch.ones(1, dtype=torch.bool)), Uncrop()])
 def test_a_full_mask_gives_y(restore, operator):
     y = torch.rand(3, *SHAPE, generator=seed())
-    x = AnnealedLangevinSampler(gaussian_images(SHAPE), LEVELS, restore=restore).sample(
-        observation=Observation(operator, y), generator=seed(), progress=False
-    )
+    sampler = AnnealedLangevinSampler(gaussian_images(SHAPE), LEVELS, steps_per_level=2, restore=restore)
+    x = sampler.sample(observation=Observation(operator, y), generator=seed(), progress=False)
     assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("denoise", [True, False])
+@pytest.mark.parametrize("denoise", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("restore", METHODS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_result_agrees_with_an_observation_without_noise(name, restore, denoise):
@@ -400,7 +399,7 @@ def test_the_result_is_as_near_to_y_as_its_noise_below_the_lowest_level(kind):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("ratio", [0.9, 1.0, 1.5, 4.0])
+@pytest.mark.parametrize("ratio", [0.9, *(pytest.param(ratio, marks=pytest.mark.slow) for ratio in (1.0, 1.5)), 4.0])
 @pytest.mark.parametrize("value_range", [None, pytest.param((-4.0, 6.0), marks=pytest.mark.slow)])
 def test_an_observation_with_more_noise_than_the_highest_level_is_used(name, ratio, value_range):
     """The change of a sample with y, which does not depend on the noise, is that of the posterior mean."""
@@ -457,7 +456,7 @@ def test_y_init_and_yielded_states_are_not_modified():
     y, start = observation.y.clone(), torch.randn(1, *SHAPE, generator=seed())
     before = start.clone()
     for restore in METHODS:
-        sampler = AnnealedLangevinSampler(gaussian_images(SHAPE), LEVELS, restore=restore)
+        sampler = AnnealedLangevinSampler(gaussian_images(SHAPE), LEVELS, steps_per_level=2, restore=restore)
         states = [(x, x.clone()) for x, _ in sampler.iterate(init=start, observation=observation, progress=False)]
         assert all(torch.equal(x, copy) for x, copy in states)  # yielded states
     assert torch.equal(observation.y, y)

@@ -369,7 +369,10 @@ def test_exact_draws_are_calibrated():
     assert near(figures["rank of pixels"], 0.5) and figures["rank p value"].value > 1e-3
 
 
-@pytest.mark.parametrize(("deviation", "brighter"), [(0.05, 0), (0.2, 0), (0.1, 0.05)])
+@pytest.mark.parametrize(
+    ("deviation", "brighter"),
+    [(0.05, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.2, 0), (0.1, 0.05)))],
+)
 def test_draws_that_are_not_of_the_posterior_are_found(deviation, brighter):
     """Of images with another deviation or another brightness than those of the prior."""
     figures = calibrated(data=white(100, deviation) + brighter, draws=9)

@@ -624,7 +624,7 @@ def test_a_wrapped_network_is_sampled_like_the_network_itself(kind):
     assert torch.equal(*(run(sampler, 2, generator=seed(0)) for sampler in samplers))
 
 
-@every_kind
+@quick_kinds
 def test_observed_values_are_in_the_result_and_an_empty_mask_changes_nothing(kind, world):
     seen = torch.tensor([True, False, False])
     y = torch.tensor([[0.9, 0.0, 0.0]])
@@ -657,7 +657,7 @@ def test_ode_sampler_adds_the_noise_of_the_start_to_the_observation(kind, world,
         torch.testing.assert_close(x[:, 0], 0.9 + sigma * init[:, 0] / 5)
 
 
-@every_kind
+@quick_kinds
 def test_samples_in_other_units_are_the_same_in_these_units(kind, world):
     """For data u from -1 to 1 and data a u + b. No level is between 0.2 / a and 0.2, where the churn of KINDS ends."""
     a, b, levels = 1.25, 3.0, SHORT.respaced(6).sigmas

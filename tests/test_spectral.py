@@ -158,7 +158,7 @@ def test_the_steps_converge_to_the_exact_score_of_gaussian_data(operator, monkey
 LEVELS = NoiseSchedule.geometric(10, 0.02, 60)
 
 
-@pytest.mark.parametrize("kind", [AncestralSampler, ODESampler])
+@pytest.mark.parametrize("kind", [pytest.param(AncestralSampler, marks=pytest.mark.slow), ODESampler])
 @pytest.mark.parametrize("operator", [OPERATORS[0], GaussianBlur(0.3), Resize(2), Fourier(random(4, 4) > 0)], ids=repr)
 def test_the_draws_are_those_of_the_posterior_of_gaussian_data(operator, kind):
     world = gaussian_images(SHAPE)

@@ -501,7 +501,11 @@ def test_start_with_a_network_of_another_image_size(run, tmp_path):
     assert quick(net, x, tmp_path, start=run[0] / "network", images=8).sample_shape == (1, 16, 16)
 
 
-@pytest.mark.parametrize("options", [{}, {"patch": 2}, {"patch": 2, "pixel_channels": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in ({"patch": 2}, {"patch": 2, "pixel_channels": 4}))],
+    ids=str,
+)
 def test_a_conditional_network_starts_as_the_unconditional_one(tmp_path, options):
     """The outputs are equal at first, whatever the condition; after one step they depend on it."""
     first = image_net(**options)

@@ -716,6 +716,7 @@ def test_without_accelerate_the_error_names_the_extra(monkeypatch):
 # -- Learning ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_reaches_the_exact_score_of_a_mixture(mixture):
     torch.manual_seed(0)
     net = ScoreNet(MLP(64), NoiseSchedule.geometric(10, 0.1, 20), sample_shape=(2,))

@@ -80,6 +80,7 @@ def test_the_best_with_fewer_calls_are_stored_as_alternatives(net, tmp_path):
     assert settings_table(again, 30)[0] == result.best.settings
 
 
+@pytest.mark.slow
 def test_settings_of_paths_have_the_numbers_of_calls(net):
     found = settings_of_paths(net, [3, 5], seed=1, progress=False)
     assert [len(recommended_sampler(net, each)) for each in found] == [3, 5]
@@ -171,7 +172,7 @@ def restorer():
 COLORED = torch.rand(8, 3, 8, 8, generator=seed(1))
 
 
-@pytest.mark.parametrize("by", [None, "perceptual", "frechet"])
+@pytest.mark.parametrize("by", [None, *(pytest.param(by, marks=pytest.mark.slow) for by in ("perceptual", "frechet"))])
 def test_the_best_settings_of_restorations(restorer, tmp_path, by):
     """The figures are those of evaluate_restoration; several operators have the geometric mean."""
     operators = ["gray", AveragePool(2)]
