@@ -2,9 +2,10 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
+
+import torch
 
 # For every line of input this program forks processes that run the pieces of code in it, all at the same time, and
 # prints their exit statuses. A process that takes longer than the given number of seconds is ended by a signal, and so
@@ -89,8 +90,10 @@ class Forks:
 
         A group of one process has no environment of its own, as without torchrun.
         """
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        # As with torchrun, the store is none of the processes, which do not end at the same time.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         own = "import os; os.environ.update(RANK='{0}', LOCAL_RANK='{0}')\n"
         codes = [own.format(rank) + code for rank in range(size)]
         if size == 1:
