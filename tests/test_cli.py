@@ -623,6 +623,7 @@ def test_restore_writes_the_uncertainty(folder, pictures, tmp_path, capsys):
 
 def test_restore_with_particles_prints_the_evidence(folder, pictures, tmp_path, capsys):
     options = ["--levels", "3", "-n", "2", "--particles", "4", "--sigma", "0.2", "--restore-method", "guide"]
+    save_image(torch.rand(1, 8, 6), pictures / "a.png")
     command = ["restore", folder, str(pictures / "a.png"), str(tmp_path / "out"), "--operator", "uncrop:left=2"]
     assert main([*command, *options, "--device", "cpu", "--quiet"]) == 0
     operator, y = Uncrop(left=2), read_image(pictures / "a.png", 1)[None]
@@ -806,18 +807,21 @@ def test_restore_observes_the_white_or_the_black_part_of_the_mask(folder, pictur
     assert f"{75 if end else 25} % of the image is observed with {operator}\n" in capsys.readouterr().out
 
 
-def test_restore_reads_all_pictures_before_it_restores_the_first(folder, pictures, tmp_path, capsys):
+def test_restore_lists_the_broken_pictures_at_the_end_and_restores_the_others(folder, pictures, tmp_path, capsys):
     (pictures / "c.png").write_text("not a picture")
-    assert main(_restore_options(folder, pictures, tmp_path / "out", "--operator", "pool:2")) == 2
+    save_image(torch.rand(1, 8, 7), pictures / "d.png")
+    command = _restore_options(folder, pictures, tmp_path / "out", "--operator", "pool:2", "--degrade")
+    assert main([*command, "--strict"]) == 2
     printed = capsys.readouterr()
     assert "c.png cannot be read as an image" in printed.err and "network calls" not in printed.out
-    assert not (tmp_path / "out").exists()
-
-
-def test_restore_names_the_picture_whose_size_does_not_fit(folder, pictures, tmp_path, capsys):
-    save_image(torch.rand(1, 7, 8), pictures / "c.png")
-    assert main(_restore_options(folder, pictures, tmp_path / "out", "--operator", "jpeg:10")) == 2
-    assert f"{pictures / 'c.png'}: height and width must be multiples of " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # all pictures are read before the first is restored
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "scorematch: 2 of the 4 pictures are not restored, as listed above.\n"
+    lines = printed.out.splitlines()
+    assert lines[-2].startswith(f"not restored: {pictures / 'c.png'} cannot be read as an image")
+    assert lines[-1].startswith(f"not restored: {pictures / 'd.png'}: all sides must be multiples of 2")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*strip.png")) == ["a-strip.png", "b-strip.png"]
 
 
 def test_restore_does_not_add_pictures_to_the_folder_that_it_reads(folder, pictures, tmp_path, capsys):
@@ -846,7 +850,8 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
     lines = capsys.readouterr().out.splitlines()
     differences = [line for line in lines if "pixels in" in line]
     assert differences == [
-        f"the image to restore has 16x16 pixels in {color}; images of {folder} have 8x8 pixels in gray"
+        f"the image to restore has 16x16 pixels in {color}; images of {folder} have 8x8 pixels in gray: in tiles of "
+        "8x8 pixels"
         for color in ("gray", "color")  # once for a.png and b.png, once for c.png
     ]
 
@@ -859,11 +864,11 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
         (["--operator", "uncrop:up=3"], "got 'uncrop:up=3'"),
         (["--operator", "uncrop:top=3,top=4"], "got 'uncrop:top=3,top=4': .* named twice"),
         (
-            ["--operator", "mask:{pictures}/a.png"],
-            r"a mask must have only black and white pixels, but \d+ of the 64 pixels of .*a.png",
+            ["--operator", "mask:{pictures}/../gray.png"],
+            r"a mask must be black and white, but \d+ of the 64 pixels of .*gray.png are neither dark nor bright",
         ),
         (["--operator", "mask:{pictures}/../nothing.png"], "nothing.png"),
-        (["--operator", "mask:{mask}"], "/a.png: the mask must have the size of the picture, 8x8 pixels, got 6x5."),
+        (["--operator", "mask:{mask}"], "/a.png: the mask must have the size of the picture, 8x8 pixels, or its"),
         (["--operator", "pool:2", "--class", "1"], "--class is for class-conditional networks"),
         (["--operator", "pool:2,invert"], "--operator must be pool:SIZE, such as pool:4, got 'pool:2,invert'"),
         (["--operator", "jpeg:0"], "--operator must be jpeg:QUALITY, such as jpeg:5, got 'jpeg:0': quality must be an"),
@@ -874,6 +879,7 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
 def test_restore_gives_an_error_of_one_line(folder, pictures, tmp_path, options, message, capsys):
     mask = tmp_path / "mask.png"
     save_image(torch.ones(1, 6, 5), mask)
+    save_image(torch.full((1, 8, 8), 0.4), tmp_path / "gray.png")
     options = [option.format(pictures=pictures, mask=mask) for option in options]
     assert main(_restore_options(folder, pictures, tmp_path / "out", *options)) == 2
     printed = capsys.readouterr()

@@ -290,15 +290,43 @@ def test_pictures_of_a_folder_in_unknown_formats_are_named(tmp_path):
         assert list_pictures(tmp_path) == [tmp_path / "a.png"]
 
 
-def test_masks_with_gray_pixels_raise(tmp_path):
-    seen = torch.rand(6, 9) > 0.5
-    save_image(seen[None].float(), tmp_path / "mask.png")
-    assert torch.equal(read_mask(tmp_path / "mask.png"), seen)
-    Image.fromarray(seen.numpy().astype(np.uint16) * 65535).save(tmp_path / "deep.png")
-    assert torch.equal(read_mask(tmp_path / "deep.png"), seen)
-    save_image(torch.tensor([[[0.0, 0.5, 1.0]]]), tmp_path / "soft.png")
-    with pytest.raises(ValueError, match=r"only black and white pixels, but 1 of the 3 pixels of .*soft.png"):
-        read_mask(tmp_path / "soft.png")
+SEEN = torch.ones(32, 48, dtype=torch.bool)  # white, with a black box that begins and ends inside of blocks of JPEG
+SEEN[9:21, 13:30] = False
+
+
+def _drawn(kind):
+    """The mask as people draw it: a picture of Pillow, the ending of its file, and how many pixels are undecided."""
+    gray = Image.fromarray(SEEN.numpy().astype(np.uint8) * 255)
+    color = np.where(SEEN.numpy()[..., None], np.uint8([255, 230, 210]), np.uint8([120, 0, 40]))
+    if kind == "deep":
+        return Image.fromarray(SEEN.numpy().astype(np.uint16) * 65535), "png", 0
+    if kind == "soft":
+        edge = SEEN.numpy() * 0.99
+        edge[8, 13:30], edge[9, 13:30] = 0.55, 0.45
+        return Image.fromarray((edge * 255).astype(np.uint8)), "png", 34
+    if kind == "color":
+        return Image.fromarray(color), "png", 0
+    if kind == "alpha":  # erased where the picture is missing
+        return Image.merge("LA", (Image.new("L", gray.size, 255), gray)), "png", 0
+    if kind == "jpeg":
+        return gray, "jpg", 0
+    return gray.convert({"bits": "1", "palette": "P", "cmyk": "CMYK"}[kind]), "tif" if kind == "cmyk" else "png", 0
+
+
+@pytest.mark.parametrize("kind", ["bits", "deep", "palette", "cmyk", "soft", "color", "alpha", "jpeg"])
+def test_a_mask_of_any_kind_is_cut_at_one_half(kind, tmp_path, recwarn):
+    picture, ending, undecided = _drawn(kind)
+    picture.save(tmp_path / f"mask.{ending}")
+    assert torch.equal(read_mask(tmp_path / f"mask.{ending}"), SEEN)
+    warned = [str(each.message) for each in recwarn]
+    assert len(warned) == (undecided > 0)
+    assert not undecided or f"{undecided} of the 1536 pixels of the mask {tmp_path}/mask.png are undecided" in warned[0]
+
+
+def test_a_photograph_is_no_mask(tmp_path):
+    save_image(0.3 + 0.4 * torch.rand(3, 8, 8), tmp_path / "photo.png")
+    with pytest.raises(ValueError, match=r"a mask must be black and white, but \d+ of the 64 pixels of .*photo.png"):
+        read_mask(tmp_path / "photo.png")
 
 
 def test_a_truncated_picture_raises(tmp_path):

@@ -116,6 +116,7 @@ from scorematch.restoration import (
     MotionBlur,
     Observation,
     Operator,
+    Photograph,
     Physics,
     Quantize,
     Resize,
@@ -335,6 +336,9 @@ def restoration(net: ScoreNet, x: Tensor, mask: Tensor) -> None:
     operators += [AveragePool(2) @ Grayscale(), as_operator("pool:2 @ gray"), Hole().drawn(x, range(len(x))), Half()]
     operators += [Linear(torch.Tensor.double), Matrix(torch.eye(3)), Resize(2), FourierLines(4), Fourier(mask)]
     operators += [Blur(torch.ones(3, 3) / 9, "reflect"), GaussianBlur(2.0, boundary="zeros"), MotionBlur(9, 45)]
+    photo = Photograph(Mask(mask), x, (3, 64, 64), crop="center", feather=2)
+    assert_type(photo.restored(x), Tensor)
+    assert_type(photo.observation, Observation)
     operators += [Clip(0.1, 0.9), Quantize(4), Magnitude(2), Physics(object())]
     assert_type(Observation.from_counts(operators[0], x, 100.0), Observation)
     methods: Mapping[Restore, Method] = METHODS

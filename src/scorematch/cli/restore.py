@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,24 @@ from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
 from scorematch.cli.options.samplers import add_sampling, make_sampler
-from scorematch.cli.options.values import amount, expanded, filled, image_count
+from scorematch.cli.options.values import amount, expanded, filled, fitting, image_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.files import write_whole
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
+from scorematch.core.schema import Field
 from scorematch.data.heat import heat_map
-from scorematch.data.pictures import check_picture, grid, list_pictures, read_image, save_image
+from scorematch.data.pictures import check_picture, grid, list_pictures, open_picture, read_image, save_image
+from scorematch.guidance import Tiled
 from scorematch.nets.family import check_size
-from scorematch.restoration import Observation, Operator, as_operator, summary
+from scorematch.restoration import Observation, Operator, Photograph, as_operator, summary
 from scorematch.restoration.palette import condition_of
+from scorematch.restoration.photograph import fitted
 from scorematch.sampling import ParticleSampler, Sampler
 
 _TOGETHER = 64  # restorations that are in memory at once, unless more of one picture are wanted
+_OTHER_COLORS = ("CMYK", "YCbCr", "LAB", "HSV")
+_SHOWN = 512  # the largest side in pixels of a picture in a strip
 
 
 def add(commands: Commands) -> None:
@@ -70,18 +77,69 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="the pictures are undamaged: damage them first, then restore them and add the originals to the strips",
     )
+    _add_sizes(parser)
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first picture that cannot be restored, before any is (default: leave it out, list it at the "
+        "end, and exit with status 2)",
+    )
     add_restore_method(parser)
     parser.add_argument(
         "--batch-size",
         type=image_count,
         metavar="IMAGES",
-        help="restorations per network call; pictures of the same size are restored together (default: as many as have "
-        "about a million values)",
+        help="restorations, or tiles, per network call; pictures of the same size are restored together (default: as "
+        "many as have about a million values)",
     )
     add_overwrite(parser, "files that exist already")
     add_classes(parser, rules=False)
     add_sampling(parser, "the recommended one of a network that was trained to restore, and langevin for any other")
     parser.set_defaults(run=_run)
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for pictures of another size than the network's images."""
+    group = parser.add_argument_group(
+        "pictures of other sizes",
+        "By default a picture is resized to the size of the network's images, and what is missing is enlarged and\n"
+        "pasted into it. The picture keeps all that is known. A picture more than four times as long as wide, and one\n"
+        "to be enlarged that is as large as the network's images, is restored in tiles.",
+    )
+    how = group.add_mutually_exclusive_group()
+    how.add_argument("--resize", action="store_true", help="resize in any case")
+    how.add_argument(
+        "--tile",
+        type=image_count,
+        nargs="?",
+        const=0,
+        metavar="SIZE",
+        help="draw at the resolution of the picture, in overlapping tiles of SIZE x SIZE pixels that agree with each "
+        "other; for networks of textures and of parts of photographs (default: the size of the network's images)",
+    )
+    group.add_argument(
+        "--crop",
+        type=_crop,
+        metavar="center|celeba|LEFT,TOP,WIDTH,HEIGHT",
+        help="the part that is resized: the largest one in the center; the 140x140 pixels in the center, for CelebA's "
+        "aligned images; or a box in pixels (default: the largest one around what is missing, or the whole picture)",
+    )
+    group.add_argument(
+        "--feather",
+        type=fitting(Field(int, low=0)),
+        default=0,
+        metavar="PIXELS",
+        help="blend the known pixels around a hole with the restoration over this distance (default: 0, which keeps "
+        "their bits)",
+    )
+
+
+def _crop(text: str) -> str | tuple[int, ...]:
+    if text in ("center", "celeba"):
+        return text
+    if re.fullmatch(r"-?\d+(,-?\d+){3}", text):
+        return tuple(map(int, text.split(",")))
+    raise argparse.ArgumentTypeError(f"must be center, celeba or LEFT,TOP,WIDTH,HEIGHT in pixels, got {text!r}")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -92,34 +150,52 @@ def _run(args: argparse.Namespace) -> None:
     if Path(args.pictures).expanduser().resolve() == folder.resolve():
         raise ValueError(f"the restorations would become pictures of the folder {folder}. Write to another folder.")
     net = load(args)
-    channels, *own = net.sample_shape or ()
     label: Any = find_classes(args, net)  # an int or None, without a rule
-    sampler = make_sampler(args, net.inference_copy(), restoring=True)
-    sampler.restore = args.restore_method or "auto"
+    assert net.sample_shape is not None  # noqa: S101  (load checks it)
+    if args.tile:
+        check_size(net.backbone, (args.tile, args.tile))
+    score: Any = net.inference_copy()
+    samplers = {False: make_sampler(args, score, restoring=True)}
     check_picture(folder / "strip.png")  # before the work
     # All pictures are read before the first is restored, so that errors come first, and again when they are restored,
     # so that only those of one batch are in memory.
-    groups: dict[tuple[int, ...], list[Path]] = {}
+    groups: dict[tuple[bool, object], list[Path]] = {}
+    broken: dict[Path, str] = {}
     printed: set[str | None] = {None}
     for path in paths:
-        with about(path):
-            picture = _Picture(args, operator, channels, path)
-        for line in (picture.observed(), picture.luma(), picture.difference(channels, *own)):
+        try:
+            with about(path):
+                picture = _Picture(args, operator, net.sample_shape, path)
+        except (OSError, ValueError) as error:
+            if args.strict or len(paths) == 1:
+                raise
+            broken[path] = str(error)
+            continue
+        for line in (picture.observed(), picture.luma(), picture.difference(*net.sample_shape), *picture.notes()):
             if line not in printed:  # each line once
                 print(line)
                 printed.add(line)
-        groups.setdefault(picture.degraded.shape[2:], []).append(path)
-    for size, group in groups.items():
-        with about(group[0]):
-            check_size(net.backbone, size)
-    announce(sampler)
-    at_once = max(1, (_TOGETHER if args.batch_size is None else args.batch_size) // args.n)
-    for group in groups.values():
+        groups.setdefault(picture.key(), []).append(path)
+    if not groups:
+        raise ValueError(f"none of the {len(paths)} pictures can be restored: {next(iter(broken.values()))}")
+    if any(key[0] for key in groups):
+        tiled = Tiled(score, args.tile or None, batch_size=args.batch_size)
+        samplers[True] = make_sampler(args, tiled, restoring=True)
+    for sampler in samplers.values():
+        sampler.restore = args.restore_method or "auto"
+    announce(samplers[False])
+    for key, group in groups.items():
+        together = 1 if key[0] else _TOGETHER if args.batch_size is None else args.batch_size
+        at_once = max(1, together // args.n)
         for i in range(0, len(group), at_once):
-            batch = [_Picture(args, operator, channels, path) for path in group[i : i + at_once]]
-            _restore(args, sampler, operator, batch, label)
+            batch = [_Picture(args, operator, net.sample_shape, path) for path in group[i : i + at_once]]
+            _restore(args, samplers[key[0]], batch, label)
     if args.quiet:
         print(folder)
+    for text in broken.values():
+        print(f"not restored: {text}")
+    if broken:
+        raise ValueError(f"{len(broken)} of the {len(paths)} pictures are not restored, as listed above.")
 
 
 class _Picture:
@@ -127,41 +203,59 @@ class _Picture:
 
     Attributes:
         path: the file.
-        y: the measurement (1, ...).
         degraded: the measurement as an image (1, C, H, W).
         original: the undamaged image (1, C, H, W) with ``--degrade``, otherwise None.
+        photo: the measurement for the network.
     """
 
-    def __init__(self, args: argparse.Namespace, operator: Operator, channels: int, path: Path) -> None:
-        self.path, self._operator, self._args = path, operator, args
-        self.y = read_image(path, channels)[None]
+    def __init__(self, args: argparse.Namespace, operator: Operator, shape: tuple[int, ...], path: Path) -> None:
+        self.path, self._given, self._args, channels = path, operator, args, shape[0]
+        y = read_image(path, channels)[None]
+        self._operator = operator = fitted(operator, y.shape[-2:])
         self.original: Tensor | None = None
-        if operator.mask is not None and operator.mask.shape[-2:] != self.y.shape[-2:]:
-            raise ValueError(
-                f"the mask must have the size of the picture, {_size(self.y)} pixels, got {_size(operator.mask)}."
-            )
         if args.degrade:
-            self.original, self.y = self.y, operator.measure(self.y)
+            self.original, y = y, operator.measure(y)
             generator = torch.Generator().manual_seed(seed_of(args.seed, "noise", path.stem))
-            self.y = self.y + args.sigma * torch.randn(self.y.shape, generator=generator)
-        elif not _measures(operator, self.y, channels):
-            self.y = read_image(path, 1)[None]
-        Observation(operator, self.y, args.sigma)  # raises if they do not fit together
-        self.degraded = operator.as_image(self.y)
+            y = y + args.sigma * torch.randn(y.shape, generator=generator)
+        elif not _measures(operator, y, channels):
+            y = read_image(path, 1)[None]
+        self._y = y
+        Observation(operator, y, args.sigma)  # raises if they do not fit together
+        self.degraded = operator.as_image(y)
         if self.degraded.shape[1] != channels:
             drawn, needed = ("gray", "RGB") if channels == 1 else ("RGB", "gray")
             raise ValueError(
                 f"{args.operator} needs a network that draws {needed} images, and {args.model} draws {drawn} ones."
             )
+        self.photo = Photograph(
+            operator,
+            y,
+            (channels, args.tile, args.tile) if args.tile else shape,
+            sigma=args.sigma,
+            crop=args.crop,
+            tile=False if args.resize else None if args.tile is None else True,
+            feather=args.feather,
+        )
+
+    def key(self) -> tuple[bool, object]:
+        """Whether the picture needs tiles, and a value that is equal for pictures that can be restored in one batch."""
+        observation = self.photo.observation
+        operator, shape = observation.operator, observation.y.shape
+        if operator is self._given:
+            return self.photo.tile, shape
+        if operator.mask is None and operator.text() is None:
+            return self.photo.tile, self.path
+        mask = b"" if operator.mask is None else np.asarray(operator.mask).tobytes()
+        return self.photo.tile, (shape, repr(operator), mask)
 
     def observed(self) -> str | None:
         """A line with the share of the image that is observed; None if all of it is."""
-        share = float(self._operator.seen(self.y).float().mean())
+        share = float(self._operator.seen(self._y).float().mean())
         return None if share == 1 else f"{100 * share:.0f} % of the image is observed with {self._args.operator}"
 
     def luma(self) -> str | None:
         """A line if a picture in color is restored from its luma, otherwise None."""
-        if self.original is not None or self.y.shape[1] == self.degraded.shape[1] or not self._in_color():
+        if self.original is not None or self._y.shape[1] == self.degraded.shape[1] or not self._in_color():
             return None
         return f"the luma of pictures in color is taken, since {self._args.operator} measures gray images"
 
@@ -172,47 +266,68 @@ class _Picture:
     def difference(self, channels: int, height: int, width: int) -> str | None:
         """A line with size and color if they differ from those of the network's images, otherwise None."""
         own = color = "color" if channels == 3 else "gray"
-        if self.y.shape[1] == self.degraded.shape[1]:
+        if self._y.shape[1] == self.degraded.shape[1]:
             color = "color" if self._in_color() else "gray"
-        if self.degraded.shape[-2:] == (height, width) and color == own:
+        photo = self.photo
+        if photo.shape[1:] == (height, width) and color == own and not photo.tile:
             return None
-        found = f"the image to restore has {_size(self.degraded)} pixels in {color}"
-        return f"{found}; images of {self._args.model} have {height}x{width} pixels in {own}"
+        found = f"the image to restore has {_size(photo.shape)} pixels in {color}"
+        own = f"{found}; images of {self._args.model} have {height}x{width} pixels in {own}"
+        if photo.resized:
+            part = f"{photo.box.height}x{photo.box.width} pixels at left {photo.box.left}, top {photo.box.top}"
+            return f"{own}: resized, {part} (--tile draws at full resolution, for networks of textures)"
+        side = (self._args.tile, self._args.tile) if self._args.tile else (height, width)
+        return f"{own}: in tiles of {_size(side)} pixels" if photo.tile else own
+
+    def notes(self) -> list[str]:
+        """Lines about what of the file is not used."""
+        with open_picture(self.path) as file:
+            frames, mode = getattr(file, "n_frames", 1), file.mode
+        notes = [f"{self.path}: only the first of its {frames} pictures is restored"] if frames > 1 else []
+        return notes + ([f"{self.path}: its colors are converted from {mode} to RGB"] if mode in _OTHER_COLORS else [])
 
 
-def _restore(
-    args: argparse.Namespace, sampler: Sampler, operator: Operator, pictures: list[_Picture], label: int | None
-) -> None:
-    """Restores pictures of one size in one call of the sampler, and writes the results.
+def _restore(args: argparse.Namespace, sampler: Sampler, pictures: list[_Picture], label: int | None) -> None:
+    """Restores pictures with one operator in one call of the sampler, and writes the results.
 
     Each restoration has its own generator, and does not depend on the other pictures.
     """
-    folder, y = args.folder, torch.cat([picture.y for picture in pictures]).repeat_interleave(args.n, 0)
+    folder, given = args.folder, pictures[0].photo.observation
+    y = torch.cat([picture.photo.observation.y for picture in pictures]).repeat_interleave(args.n, 0)
     seeds = [seed_of(args.seed, "restoration", picture.path.stem, k) for picture in pictures for k in range(args.n)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     condition: Tensor | int | None = label
     if takes_image(sampler.net):
-        condition = condition_of(operator, y, generators)
-    observation = Observation(operator, y, args.sigma)
-    given = {"condition": condition, "generator": generators, "batch_size": args.batch_size}
+        condition = condition_of(given.operator, y, generators)
+    observation = Observation(given.operator, y, given.sigma)
+    options = {"condition": condition, "generator": generators, "batch_size": args.batch_size}
     notes = [""] * len(pictures)
     if isinstance(sampler, ParticleSampler):
-        population = sampler.population(observation, **given, progress=not args.quiet)
+        population = sampler.population(observation, **options, progress=not args.quiet)
         images, evidence = population.samples, population.log_evidence.view(-1, args.n).logsumexp(1) - math.log(args.n)
         notes = [f": log p(y) {each:.1f}" for each in evidence.tolist()]
     else:
-        images = sampler.sample(observation=observation, **given, progress=not args.quiet)
+        images = sampler.sample(observation=observation, **options, progress=not args.quiet)
     for picture, restored, note in zip(pictures, images.cpu().split(args.n), notes, strict=True):
-        for k, image in enumerate(restored, 1):
-            save_image(image, folder / f"{picture.path.stem}-{k}.png")
-        strip = [picture.degraded.clamp(0, 1), restored]
+        strip, pasted = [_shown(picture.degraded.clamp(0, 1))], []
+        for k, image in enumerate(restored.split(1), 1):
+            image = picture.photo.restored(image)
+            save_image(image[0], folder / f"{picture.path.stem}-{k}.png")
+            strip.append(_shown(image))
+            pasted += [image] if args.uncertainty else []
         if picture.original is not None:
-            strip.append(picture.original)
-        save_image(grid(torch.cat(strip), columns=sum(map(len, strip))), folder / f"{picture.path.stem}-strip.png")
+            strip.append(_shown(picture.original))
+        save_image(grid(torch.cat(strip), columns=len(strip)), folder / f"{picture.path.stem}-strip.png")
         if args.uncertainty:
-            _summarize(restored, folder, picture.path.stem)
+            _summarize(torch.cat(pasted), folder, picture.path.stem)
         if note or not args.quiet:
             print(f"{folder / f'{picture.path.stem}-strip.png'}{note}")
+
+
+def _shown(image: Tensor) -> Tensor:
+    """A picture (1, C, H, W), made smaller if it is large."""
+    scale = _SHOWN / max(image.shape[-2:])
+    return image if scale >= 1 else torch.nn.functional.interpolate(image, scale_factor=scale, mode="area")
 
 
 def _summarize(restored: Tensor, folder: Path, stem: str) -> None:
@@ -250,5 +365,5 @@ def _check_folder(args: argparse.Namespace, folder: Path, pictures: list[Path]) 
         check_new((folder / f"{picture.stem}-{name}" for name in results), args.overwrite)
 
 
-def _size(images: Tensor) -> str:
-    return f"{images.shape[-2]}x{images.shape[-1]}"
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[-2]}x{shape[-1]}"

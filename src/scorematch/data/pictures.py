@@ -307,24 +307,33 @@ def gray_or_rgb(picture: Any, channels: int) -> Any:
 
 
 def read_mask(path: str | os.PathLike[str]) -> Tensor:
-    """Reads a mask from an image file with black and white pixels only.
+    """Reads a mask from an image file of any kind: True where it is at least half as bright as white.
+
+    Colors count by their luma, and transparent pixels are black. A warning has the number of pixels between a quarter
+    and three quarters, such as those of soft edges.
 
     Returns:
-        The mask (H, W), bool, True where the image is white.
+        The mask (H, W), bool.
 
     Raises:
         ImportError: without Pillow.
-        ValueError: if a pixel is neither black nor white, for example in a mask that was saved as JPEG.
+        ValueError: if more than half of the pixels are between a quarter and three quarters, as in a photograph.
         OSError: if the file does not exist or is not an image.
     """
-    mask = read_image(path, 1)[0]
-    gray = int(((mask > 0) & (mask < 1)).sum())
-    if gray:
+    luma = read_image(path, 1)[0]
+    undecided = int(((luma > 0.25) & (luma < 0.75)).sum())
+    if 2 * undecided > luma.numel():
         raise ValueError(
-            f"a mask must have only black and white pixels, but {gray} of the {mask.numel()} pixels of "
-            f"{os.fspath(path)} have other colors. Draw it without soft edges, and save it as PNG."
+            f"a mask must be black and white, but {undecided} of the {luma.numel()} pixels of {os.fspath(path)} are "
+            "neither dark nor bright. Paint it white where the picture is observed, and black elsewhere."
         )
-    return mask > 0
+    if undecided:
+        warnings.warn(
+            f"{undecided} of the {luma.numel()} pixels of the mask {os.fspath(path)} are undecided, between a quarter "
+            "and three quarters of white: those of at least one half count as white.",
+            stacklevel=2,
+        )
+    return luma >= 0.5
 
 
 def save_grid(images: Tensor, path: str | os.PathLike[str], columns: int | None = None) -> None:

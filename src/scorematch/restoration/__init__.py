@@ -7,6 +7,7 @@ from scorematch.restoration.nonlinear import JPEG, Clip, Magnitude, Quantize
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import OPERATORS, AveragePool, Grayscale, Half, Hole, Mask, Uncrop, as_operator
+from scorematch.restoration.photograph import Photograph
 from scorematch.restoration.physics import Physics
 from scorematch.restoration.resize import Resize
 from scorematch.restoration.summary import Summary, summary
@@ -30,6 +31,7 @@ __all__ = [
     "MotionBlur",
     "Observation",
     "Operator",
+    "Photograph",
     "Physics",
     "Quantize",
     "Resize",

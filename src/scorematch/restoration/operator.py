@@ -184,6 +184,10 @@ class Operator(ABC):
         """
         return self
 
+    def parts(self) -> list[Operator]:
+        """The operators of a composition, the outermost first; of any other operator, itself."""
+        return [self]
+
     def __len__(self) -> int:
         """The batch size that the operator requires, or 1 if it can be applied to any batch."""
         return 1
@@ -299,6 +303,10 @@ class _Composition(Operator):
             except RuntimeError as error:
                 raise ValueError(f"the masks of an operator must fit each other, got {self!r}.") from error
         self.gain = outer.gain * inner.gain
+
+    def parts(self) -> list[Operator]:
+        """Those of the outer operator, then those of the inner one."""
+        return [*self.outer.parts(), *self.inner.parts()]
 
     def text(self) -> str | None:
         """The text forms of both, joined by @."""

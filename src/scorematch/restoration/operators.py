@@ -143,6 +143,23 @@ class Mask(Operator):
                 f"a mask of shape {tuple(mask.shape)} does not fit y of shape {tuple(y.shape)}."
             ) from error
 
+    def of_size(self, height: int, width: int) -> Mask:
+        """The mask for images of a size; one of another size is resized with nearest neighbor.
+
+        Raises:
+            ValueError: if the mask has another aspect ratio, by more than a pixel.
+        """
+        if self.mask.ndim < 2 or self.mask.shape[-2:] == (height, width) or 1 in self.mask.shape[-2:]:
+            return self
+        tall, wide = self.mask.shape[-2:]
+        if abs(tall * width - wide * height) >= max(tall, wide, height, width):
+            raise ValueError(
+                f"the mask must have the size of the picture, {height}x{width} pixels, or its aspect ratio, got "
+                f"{tall}x{wide}."
+            )
+        rows, columns = ((torch.arange(n) * 2 + 1) * m // (2 * n) for n, m in ((height, tall), (width, wide)))
+        return Mask(self.mask[..., rows[:, None], columns]).with_axes(self._axes)
+
     def carry_mask(self, mask: Tensor) -> Tensor | None:
         """The same mask."""
         return mask
