@@ -11,6 +11,7 @@ import torch
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
+from scorematch.data import save_image
 from scorematch.evaluation import METRICS, evaluate, evaluate_restoration
 from scorematch.evaluation.exact import Gaussian
 from scorematch.evaluation.sampler_distance import sampler_variants
@@ -54,6 +55,27 @@ def _refused(arguments, capsys):
 
 
 # -- evaluate
+
+
+@pytest.mark.filterwarnings("ignore:1 of the 4 images")
+@pytest.mark.parametrize("restore", [(), ("--restore", "uncrop:left=2", "--levels", "2", "--draws", "1")])
+def test_evaluate_leaves_out_broken_images_and_says_so(folder, tmp_path, restore, capsys):
+    for i in range(4):
+        save_image(torch.rand(1, 8, 8), tmp_path / "images" / f"{i}.png")
+    broken = tmp_path / "images" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    given = (
+        (folder / "network", tmp_path / "images", *restore) if restore else (tmp_path / "images", folder / "real.npz")
+    )
+    command = ("evaluate", *given, "--features", "none", "--out", tmp_path / "out")
+    assert _run(*command) == 2
+    printed = capsys.readouterr()
+    assert printed.out.endswith(f"left out, since it cannot be read: {broken}\n")
+    assert printed.err.endswith("scorematch: 1 image left out, as listed above.\n")
+    stored = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert stored["skipped"] == [str(broken)] and set(stored["sizes"].values()) <= {3, 30}
+    assert f"- {broken}" in (tmp_path / "out" / "evaluation.md").read_text()
+    assert "1.png cannot be read as an image" in _refused([*map(str, command), "--strict"], capsys)
 
 
 def test_evaluate_a_network(folder, tmp_path, capsys):

@@ -240,8 +240,15 @@ def test_an_uploaded_picture_is_cropped_and_resized(mode, channels, tmp_path):
     values[8:24] = 65535 if mode == "I;16" else 255
     made = Image.fromarray(values)
     (made if mode in ("L", "I;16") else made.convert(mode)).save(tmp_path / "x.png")
-    found = Restorer(_net(channels)).read(str(tmp_path / "x.png"))
-    assert torch.equal(found, torch.ones(channels, 8, 8))
+    restorer = Restorer(_net(channels))
+    picture = restorer.read(str(tmp_path / "x.png"))
+    assert picture.shape == (channels, 32, 16)
+    torch.testing.assert_close(restorer.part(picture), torch.ones(channels, 8, 8))
+
+
+def test_a_large_picture_is_made_smaller(gray, tmp_path):
+    Image.new("L", (16, 2048)).save(tmp_path / "x.png")
+    assert gray.read(str(tmp_path / "x.png")).shape == (1, 1024, 8)
 
 
 def test_a_file_that_is_not_an_image_gives_an_error(gray, tmp_path):
@@ -350,7 +357,29 @@ def test_inverting_keeps_what_is_painted(gray, picture):
 
 def test_an_upload_appears_on_the_canvas(gray, tmp_path):
     Image.new("L", (16, 16), 200).save(tmp_path / "x.png")
-    assert Events(gray).upload(str(tmp_path / "x.png")) == canvas(torch.full((1, 8, 8), 200 / 255))
+    shown, photo = Events(gray).upload(str(tmp_path / "x.png"))
+    assert shown == canvas(torch.full((1, 8, 8), 200 / 255)) and photo.shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize("operator", ["mask", "gray", "pool"])
+def test_an_uploaded_picture_is_restored_at_its_own_size(color, operator):
+    """What is painted on its middle, and its colors; other damage is that of the small picture."""
+    photo = torch.randint(256, (3, 24, 40), generator=seed()) / 255
+    value = {**canvas(color.part(photo)), "hole": "".join(map(str, _hole().int().flatten().tolist()))}
+    *_, page = Events(color).restore(
+        value, operator, "2" if operator == "pool" else "", 1, "langevin", 6, "replace", 0, -1, photo
+    )
+    restored = _pictures(page)[1]
+    if operator == "pool":
+        assert restored.shape == (8, 8, 3)
+        return
+    known = torch.ones(24, 40, dtype=torch.bool)
+    known[6:15, 17:32] = False
+    assert torch.equal(color.enlarged(_hole(), photo), ~known)
+    pixels = (photo * 255).round().byte().movedim(0, -1)
+    assert restored.shape == (24, 40, 3)
+    assert torch.equal(restored[known], pixels[known]) == (operator == "mask")
+    assert not torch.equal(restored[~known], pixels[~known])
 
 
 def _frame(call, calls, size=8):

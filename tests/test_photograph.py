@@ -30,6 +30,9 @@ from tests.helpers import refused, run, seed
 OWN = (3, 16, 16)  # the shape of the network's images
 
 
+SIZES = [(16, 16), (40, 31), (120, 50), (64, 64)]  # of the slow tests
+
+
 def _net(channels=3, size=16):
     torch.manual_seed(0)
     schedule = NoiseSchedule([1.0, 0.1, 0.01])
@@ -59,7 +62,9 @@ def _restored(photo, n=2):
 
 
 @pytest.mark.parametrize("tile", [False, True])
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 16), (40, 31), (18, 60), (120, 50), (64, 64)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(17, 16), (18, 60), *(pytest.param(*size, marks=pytest.mark.slow) for size in SIZES)]
+)
 def test_outside_of_a_hole_the_picture_keeps_its_bits(height, width, tile, tmp_path):
     x, known = _picture(height, width), _hole(height, width)
     photo = Photograph(Mask(known), Mask(known).measure(x), OWN, tile=tile)
@@ -71,8 +76,7 @@ def test_outside_of_a_hole_the_picture_keeps_its_bits(height, width, tile, tmp_p
     assert photo.tile == tile and photo.resized == (not tile and (height, width) != (16, 16))
 
 
-@pytest.mark.parametrize("size", [(5, 7), (20, 20), (33, 50)])
-@pytest.mark.parametrize("tile", [False, None])
+@pytest.mark.parametrize(("size", "tile"), [((5, 7), False), ((33, 50), None), ((16, 20), True)])
 def test_borders_are_added_to_pictures_of_any_size(size, tile):
     y, operator = _picture(*size), Uncrop(left=3, bottom=2)
     found = _restored(Photograph(operator, y, OWN, tile=tile))
@@ -80,7 +84,7 @@ def test_borders_are_added_to_pictures_of_any_size(size, tile):
     assert torch.equal(operator.measure(found), y.expand(2, -1, -1, -1))
 
 
-@pytest.mark.parametrize("size", [(8, 12), (50, 40), (40, 90)])
+@pytest.mark.parametrize("size", [(8, 12), pytest.param((40, 90), marks=pytest.mark.slow)])
 def test_a_colored_picture_keeps_its_luma(size):
     x = _picture(*size)
     luma = Grayscale().measure(x)

@@ -90,7 +90,7 @@ def test_each_pixel_is_the_weighted_mean_of_its_tiles():
     net, x = _net(), torch.rand(1, 1, 8, 12, generator=seed())
     left, right = net(x[..., :8], 0.1), net(x[..., 4:], 0.1)
     share = torch.tensor([1.0] * 4 + [0.8, 0.6, 0.4, 0.2])
-    found = Tiled(net)(x, 0.1)
+    found = Tiled(net, overlap=4)(x, 0.1)
     torch.testing.assert_close(found[..., :4], left[..., :4])
     torch.testing.assert_close(found[..., 4:8], share[4:] * left[..., 4:] + (1 - share[4:]) * right[..., :4])
 
@@ -100,7 +100,7 @@ def test_conditions_go_to_the_tiles(kind):
     net = _net(classes=3) if kind == "classes" else _net(condition_channels=2)
     x = torch.rand(2, 1, 8, 12, generator=seed())
     given = torch.tensor([0, 2]) if kind == "classes" else torch.rand(2, 2, 8, 12, generator=seed(1))
-    found = Tiled(net, batch_size=3)(x, torch.tensor([0.1, 1.0]), given)
+    found = Tiled(net, overlap=4, batch_size=3)(x, torch.tensor([0.1, 1.0]), given)
     part = given if kind == "classes" else given[..., :8]
     torch.testing.assert_close(found[..., :4], net(x[..., :8], torch.tensor([0.1, 1.0]), part)[..., :4])
     assert Tiled(net).conditioning == net.conditioning != Condition()
@@ -118,7 +118,7 @@ def test_batches_of_tiles_have_the_gradient_of_all_at_once_with_less_memory(monk
     for batch_size in (None, 2):
         inputs = x.clone().requires_grad_()
         (found[batch_size],) = torch.autograd.grad(
-            Tiled(net, batch_size=batch_size)(inputs, 0.1).square().sum(), inputs
+            Tiled(net, overlap=4, batch_size=batch_size)(inputs, 0.1).square().sum(), inputs
         )
     assert calls == [2, 2, 2, 2, 1]  # tiles of each checkpoint
     torch.testing.assert_close(found[2], found[None], rtol=1e-4, atol=1e-4 * float(found[None].abs().max()))

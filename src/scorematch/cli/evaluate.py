@@ -7,7 +7,7 @@ from typing import get_args
 
 from scorematch.cli.options import Commands, given, refuse
 from scorematch.cli.options.classes import GUIDED_CLASSES, add_classes, add_guidance, find_classes, guide
-from scorematch.cli.options.duration import announce, announce_features
+from scorematch.cli.options.duration import announce, announce_features, count
 from scorematch.cli.options.networks import load
 from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import check_folder_name
@@ -105,6 +105,12 @@ def add(commands: Commands) -> None:
         help="measure the accuracy of the classes of the images; needs an extractor that classifies them",
     )
     add_reference(parser)
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first image that cannot be read (default: leave it out, list it at the end, and exit with "
+        "status 2)",
+    )
     add_classes(parser)
     add_guidance(parser)
     add_sampling(parser)
@@ -118,7 +124,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_folder_name(args.out)
         check_evaluation_folder(args.out)
-    common = {"metrics": args.metrics, "out": args.out, "name": args.model}
+    common = {"metrics": args.metrics, "out": args.out, "name": args.model, "strict": args.strict}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
     if not network:
         common |= reference_options(args, find_device(args.device))
@@ -170,3 +176,7 @@ def _show(args: argparse.Namespace, result: Evaluation) -> None:
             print(f"not measured: {name}, which {reason}")
         if args.out is not None:
             print(args.out / "evaluation.md")
+        for name in result.skipped:
+            print(f"left out, since it cannot be read: {name}")
+    if result.skipped:
+        raise ValueError(f"{count(len(result.skipped))} left out, as listed above.")

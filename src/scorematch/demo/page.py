@@ -191,6 +191,7 @@ class Events:
         method: Restore,
         seed: int | None,
         label: int,
+        photo: Tensor | None = None,
     ) -> Iterator[str]:
         """Restores the picture on the canvas. Yields the results.
 
@@ -204,10 +205,14 @@ class Events:
             method: the method of restoration.
             seed: the random seed; None is an error.
             label: the class, or -1 for none.
+            photo: the uploaded picture of another size of which the canvas shows a part, or None. A painted part and
+                colors are restored in it.
         """
         if seed is None:
             raise ValueError("the seed is missing: write a whole number, such as 0.")
         picture, hole = read_canvas(value, self.restorer.shape)
+        if photo is not None and operator in ("mask", "gray"):
+            picture, hole = photo, self.restorer.enlarged(hole, photo)
         made = self.restorer.operator(operator, arguments, hole, picture, int(seed))
         y = made.measure(picture[None])
         missing = made.pseudo_inverse(torch.ones_like(y)) == 0
@@ -218,9 +223,11 @@ class Events:
             frames.append(frame)
             yield results(frames, given)
 
-    def upload(self, path: str) -> Canvas:
-        """Puts a picture of the user on the canvas."""
-        return canvas(self.restorer.read(path))
+    def upload(self, path: str) -> tuple[Canvas, Tensor | None]:
+        """Puts a picture of the user, or its middle, on the canvas, and returns it if it has another size."""
+        picture = self.restorer.read(path)
+        part = self.restorer.part(picture)
+        return canvas(part), None if picture.shape == part.shape else picture
 
     def invert(self, value: Any) -> Canvas:
         """Makes the picture on the canvas a negative; what is painted remains."""
@@ -329,20 +336,22 @@ def build(restorer: Restorer, name: str) -> Any:
                 hint = "Paint over a part of the picture, and click Restore."
                 hint = hint if restorer.draws else f"Upload a picture. {hint}"
                 shown = gr.HTML(f"<p class='hint'>{hint}</p>", apply_default_css=False, elem_id="results")
-        count = gr.State(0)
+        count, photo = gr.State(0), gr.State(None)
 
         chains: Any = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "hidden"}
         private: Any = {"api_visibility": "private"}
         drawing: Any = [count, sampler, calls, label], [painted, shown, count]
         draw = new.click(_reported(events.draw), *drawing, **chains, **private)
-        values = [painted, operator, arguments, n, sampler, calls, method, seed, label]
+        values = [painted, operator, arguments, n, sampler, calls, method, seed, label, photo]
         restore = go.click(_reported(events.restore), values, shown, **chains, **private)
         running = [draw, restore]
         if restorer.draws:
             running.append(page.load(_reported(events.draw), *drawing, **chains, **private))
         stop.click(None, cancels=running, **private)
-        file.upload(_reported(lambda path: [events.upload(path)]), file, painted, **private)
+        file.upload(_reported(lambda path: [events.upload(path)]), file, [painted, photo], **private)
         negative.click(_reported(lambda value: [events.invert(value)]), painted, painted, **private)
+        negative.click(lambda photo: None if photo is None else 1 - photo, photo, photo, **private)
+        new.click(lambda: None, None, photo, **private)
 
         def offer(name: str) -> Any:
             """Shows the arguments of an operator, if it has any."""

@@ -5,25 +5,25 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from scorematch.core.arguments import check_choice
 from scorematch.core.conditions import takes_image
 from scorematch.core.scores import device_of
-from scorematch.data import open_images
-from scorematch.data.pictures import DAMAGED, gray_or_rgb, open_picture, to_float
-from scorematch.restoration import OPERATORS, Mask, Observation, Operator
+from scorematch.data.pictures import read_image
+from scorematch.restoration import OPERATORS, Mask, Observation, Operator, Photograph
 from scorematch.restoration.methods import Restore
 from scorematch.restoration.operators import single_operator
 from scorematch.restoration.palette import TASKS, condition_of
+from scorematch.restoration.photograph import Box, resized
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
 from scorematch.score import ScoreNet
 
+_LARGEST = 1024  # the largest side of an uploaded picture in pixels
 FRAMES = 24  # the largest number of frames that are shown of a chain
 
 
@@ -117,7 +117,7 @@ class Restorer:
         return tuple(found)
 
     def read(self, path: str) -> Tensor:
-        """Reads a picture from a file, crops it in the middle and resizes it to the size of the network's images.
+        """Reads a picture from a file; one with a side of more than 1,024 pixels is made smaller.
 
         Returns:
             The picture (C, H, W), float32 in [0, 1].
@@ -125,15 +125,28 @@ class Restorer:
         Raises:
             OSError: if the file is not an image.
         """
-        channels, height, width = self.shape
         try:
-            with open_picture(path) as file:
-                pixels = np.array(gray_or_rgb(file, channels))
-        except DAMAGED as error:
+            picture = read_image(path, self.shape[0])
+        except OSError as error:
             raise OSError("the file cannot be read as an image. Upload a PNG or JPEG file.") from error
-        pixels = pixels.reshape(1, *pixels.shape[:2], channels)
-        data = open_images(pixels, image_size=(height, width), channels=channels, progress=False)
-        return to_float(data.read([0])[0][0])
+        scale = _LARGEST / max(picture.shape[1:])
+        size = [max(1, round(scale * side)) for side in picture.shape[1:]]
+        return picture if scale >= 1 else resized(picture[None], size)[0]
+
+    def part(self, picture: Tensor) -> Tensor:
+        """The middle of a picture (C, H, W), resized to the size of the network's images."""
+        return resized(self._middle(picture).of(picture[None]), self.shape[1:])[0]
+
+    def enlarged(self, hole: Tensor, picture: Tensor) -> Tensor:
+        """A hole (H, W) in ``part(picture)`` as one in the picture."""
+        box = self._middle(picture)
+        hole = Mask(hole).of_size(box.height, box.width).mask
+        return box.back(hole[None, None].float(), picture.shape[1:])[0, 0] > 0
+
+    def _middle(self, picture: Tensor) -> Box:
+        box = Box.largest(picture.shape[1:], self.shape[1:])
+        assert box is not None  # noqa: S101  (without missing pixels there is one)
+        return box
 
     def operator(self, name: str, arguments: str, hole: Tensor, picture: Tensor, seed: int) -> Operator:
         """The operator that a user chooses.
@@ -197,7 +210,8 @@ class Restorer:
         """Restores a picture from what an operator leaves of it.
 
         Args:
-            picture: the undamaged picture (C, H, W) in [0, 1]. The network sees only ``operator.measure`` of it.
+            picture: the undamaged picture (C, H, W) in [0, 1]. The network sees only ``operator.measure`` of it. One of
+                another size than the network's images is resized, and the results have its size; see ``Photograph``.
             operator: the degradation.
             n: the number of restorations.
             choices: the sampler and its options.
@@ -209,9 +223,16 @@ class Restorer:
             ValueError: for bad choices.
         """
         y = operator.measure(picture[None])
+        own = tuple(picture.shape) == self.shape
+        photo = None if own else Photograph(operator, y, self.shape, crop="center")
+        seen = Observation(operator, y) if photo is None else photo.observation
         generator = torch.Generator().manual_seed(choices.seed)
-        condition = choices.label if self.draws else condition_of(operator, y.expand(n, -1, -1, -1), generator)
-        return self._chain(n, choices, generator, condition, Observation(operator, y))
+        condition: Tensor | int | None = choices.label
+        if not self.draws:
+            condition = condition_of(seen.operator, seen.y.expand(n, -1, -1, -1), generator)
+        for frame in self._chain(n, choices, generator, condition, seen):
+            last = photo is not None and frame.sigma == 0
+            yield replace(frame, denoised=photo.restored(frame.denoised)) if last and photo else frame
 
     def _chain(
         self,

@@ -79,6 +79,7 @@ class Evaluation:
             of the pixels themselves, of which the reference has only these. Other data have the source "values".
         left_out: the names of the figures that were not measured, each with the reason.
         sampler: the sampler and its number of network calls in words; None for images that were drawn before.
+        skipped: the names of the images that cannot be read and are left out.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Evaluation:
     figures: Mapping[str, Figures]
     left_out: Mapping[str, str]
     sampler: str | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def hash(self) -> str:
@@ -107,6 +109,7 @@ class Evaluation:
             "figures": {column: as_dicts(figures) for column, figures in self.figures.items()},
             "errors": _errors(self.figures),
             "left_out": self.left_out,
+            "skipped": self.skipped,
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -132,6 +135,9 @@ class Evaluation:
         if self.left_out:
             lines += ["", "Not measured:", ""]
             lines += [f"- {name}: {reason}" for name, reason in self.left_out.items()]
+        if self.skipped:
+            lines += ["", "Images that cannot be read and are left out:", ""]
+            lines += [f"- {name}" for name in self.skipped]
         lines += ["", f"All settings are in evaluation.json; their hash is {self.hash}.", ""]
         lines += [] if self.sampler is None else [f"- {self.sampler}"]
         lines += [f"- {each['name']}: {each['preprocessing']}" for each in self.settings["features"]]
@@ -203,6 +209,7 @@ def evaluate(
     name: str | None = None,
     cache: bool | str | os.PathLike[str] = True,
     device: torch.device | str | None = None,
+    strict: bool = True,
     progress: bool = True,
 ) -> Evaluation:
     """Measures the quality of a network's samples, or of any set of images or other data, against real ones.
@@ -250,6 +257,7 @@ def evaluate(
         cache: the folder for the statistics of the reference; as for ``statistics_of``.
         device: the device of extractors that are given by name, and of networks that are loaded; None is that of the
             network, or the CPU. "cuda" is another device for each process of a launcher; see ``local_device``.
+        strict: whether a damaged image is an error; otherwise it is left out, and its name is in ``skipped``.
         progress: whether to show progress bars.
 
     Returns:
@@ -278,9 +286,9 @@ def evaluate(
     folder = checked_folder(out, "samples.png", reference, held_out, None if written else what)
     options = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
     if arrays is not None:
-        subject = subject_of(what, n, sampler, options, None, device, progress, pictures=False)
+        subject = subject_of(what, n, sampler, options, None, device, strict, progress, pictures=False)
         return _evaluate_arrays(subject, arrays, metrics, held_out, gaussian, seed, folder, name, progress)
-    subject = subject_of(what, n, sampler, options, folder, device, progress)
+    subject = subject_of(what, n, sampler, options, folder, device, strict, progress)
     device = local_device(subject.device if device is None else device)
     # Without a size in pixels, "center" would crop to a square.
     whole = crop == "center" and not subject.is_network and subject.shape[1] != subject.shape[2]
@@ -293,13 +301,17 @@ def evaluate(
             crop=None if whole else crop,
             cache=cache,
             device=device,
+            strict=strict,
             progress=progress,
         )
         data, left_out = evaluator.data, evaluator.check(subject.n, subject.shape)
         sets = {SAMPLES: (subject.n, subject.batches)}
         settings = {"images": subject.settings, **evaluator.settings(), "held_out": None, "gaussian": False}
+        skipped = [*subject.skipped, *(() if data is None else data.skipped)]
         if held_out is not None:
-            others = open_for(held_out, subject.shape, "held-out images", crop=crop, progress=progress)
+            opening: dict[str, Any] = {"crop": crop, "strict": strict, "progress": progress}
+            others = open_for(held_out, subject.shape, "held-out images", **opening)
+            skipped += others.skipped
             chosen = choose(len(others), min(subject.n, len(others)), seed).sort().values
             sets[HELD_OUT] = len(chosen), lambda: read_batches(others, chosen, batch_size)
             settings["held_out"] = {"n": len(chosen), "content": others.content, "seed": seed}
@@ -324,6 +336,7 @@ def evaluate(
             figures=figures,
             left_out=left_out,
             sampler=subject.sampler,
+            skipped=tuple(skipped),
         )
         if folder is not None and this_process().rank == 0:
             result.save(folder)

@@ -149,7 +149,7 @@ class Evaluator:
     Under ``torch.distributed`` every process must make the same calls, with its own share of the images.
 
     Args:
-        reference: the real images, as for ``evaluate``; a damaged image is an error.
+        reference: the real images, as for ``evaluate``.
         features: an extractor, or several: names from ``EXTRACTORS``, ``Extractor`` objects, or functions of images
             (N, C, H, W), uint8, to features (N, D). An empty list measures the pixels only.
         metrics: a name from ``METRICS``, or several; None is all that can be measured, except "classes".
@@ -159,6 +159,7 @@ class Evaluator:
         cache: the folder for the statistics of the reference, as for ``statistics_of``. The features of a function
             without a fingerprint, such as an ``nn.Module``, are not cached.
         device: the device of extractors that are given by name.
+        strict: whether a damaged image of the reference is an error; otherwise it is left out.
         progress: whether to show a progress bar.
 
     Attributes:
@@ -185,6 +186,7 @@ class Evaluator:
         batch_size: int = 256,
         cache: bool | str | os.PathLike[str] = True,
         device: torch.device | str = "cpu",
+        strict: bool = True,
         progress: bool = True,
     ) -> None:
         metrics = [metrics] if isinstance(metrics, str) else metrics
@@ -205,7 +207,8 @@ class Evaluator:
             raise ValueError("the reference is statistics of features, and there are no features. Name an extractor.")
         self.data = None
         if not known:
-            self.data = open_for(reference, shape, "images of the reference", crop=crop, progress=progress)
+            opening: dict[str, Any] = {"crop": crop, "strict": strict, "progress": progress}
+            self.data = open_for(reference, shape, "images of the reference", **opening)
         options = {
             "keep_features": any(METRICS[name].needs_features for name in self.metrics),
             **{"batch_size": batch_size, "cache": cache, "progress": progress},

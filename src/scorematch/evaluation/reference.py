@@ -42,12 +42,13 @@ def open_for(
     *,
     crop: Crop = "center",
     labels: bool = False,
+    strict: bool = True,
     progress: bool = True,
 ) -> ImageData:
-    """Opens images, cropped and resized to a shape (C, H, W) unless it is None; a damaged image is an error."""
+    """Opens images, cropped and resized to a shape (C, H, W) unless it is None."""
     size, channels = (None, None) if shape is None else ((shape[1], shape[2]), shape[0])
     data = open_images(
-        source, image_size=size, channels=channels, crop=crop, labels=labels, strict=True, progress=progress
+        source, image_size=size, channels=channels, crop=crop, labels=labels, strict=strict, progress=progress
     )
     if shape is not None and tuple(data.shape) != tuple(shape):  # of an ImageData, which is returned unchanged
         raise ValueError(f"the {what} must have the shape {tuple(shape)}, got {tuple(data.shape)}.")

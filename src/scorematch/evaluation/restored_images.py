@@ -123,6 +123,7 @@ def evaluate_restoration(
     name: str | None = None,
     cache: bool | str | os.PathLike[str] = True,
     device: torch.device | str | None = None,
+    strict: bool = True,
     progress: bool = True,
 ) -> Evaluation:
     """Degrades images, restores them, and measures the result.
@@ -164,6 +165,7 @@ def evaluate_restoration(
         name: the name of the network for the title; None derives it from ``what``.
         cache: the folder for the statistics of the reference, as for ``evaluate``.
         device: the device of extractors that are given by name, and of networks that are loaded.
+        strict: whether a damaged image is an error; otherwise it is left out, and its name is in ``skipped``.
         progress: whether to show progress bars.
 
     Returns:
@@ -186,7 +188,7 @@ def evaluate_restoration(
     with process_group(device):
         shape = attribute(chosen_sampler.net, "sample_shape")
         shape = None if shape is None or len(shape) != 3 else shape
-        images = open_for(data, shape, "images", crop=crop, labels=labels, progress=progress)
+        images = open_for(data, shape, "images", crop=crop, labels=labels, strict=strict, progress=progress)
         if not is_picture(images.shape):
             raise ValueError(f"data must be images (C, H, W) with 1 or 3 channels, got {tuple(images.shape)}.")
         if labels and images.classes is None:
@@ -200,6 +202,7 @@ def evaluate_restoration(
             crop=crop,
             cache=cache,
             device=device,
+            strict=strict,
             progress=progress,
         )
         left_out = evaluator.check(len(chosen), images.shape)
@@ -225,6 +228,7 @@ def evaluate_restoration(
             figures=figures,
             left_out=left_out,
             sampler=str(chosen_sampler),
+            skipped=images.skipped + (() if reference is None or evaluator.data is None else evaluator.data.skipped),
         )
         if folder is not None and this_process().rank == 0:
             result.save(folder)

@@ -45,6 +45,7 @@ class Subject(NamedTuple):
         settings: everything that determines the images, as plain values for JSON.
         device: the device of the network.
         sampler: the sampler in words, or None.
+        skipped: the names of images that are left out.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Subject(NamedTuple):
     settings: dict[str, Any]
     device: torch.device = torch.device("cpu")
     sampler: str | None = None
+    skipped: tuple[str, ...] = ()
 
 
 def subject_of(
@@ -65,6 +67,7 @@ def subject_of(
     options: dict[str, Any],
     out: Path | None,
     device: torch.device | str | None,
+    strict: bool,
     progress: bool,
     *,
     pictures: bool = True,
@@ -85,7 +88,7 @@ def subject_of(
     stored = samples_in(what)
     if stored is not None:
         return _of_samples(name, Path(what), stored, n)
-    data = open_images(what, crop=None, strict=True, progress=progress) if pictures else open_arrays(what)
+    data = open_images(what, crop=None, strict=strict, progress=progress) if pictures else open_arrays(what)
     return _of_images(name, data, n, options, pictures)
 
 
@@ -195,6 +198,7 @@ def _of_images(
         lambda: read_batches(data, chosen, options["batch_size"]),
         lambda few: to_float(to_uint8(data.read(chosen[:few])[0])),
         settings,
+        skipped=data.skipped if isinstance(data, ImageData) else (),
     )
 
 

@@ -45,7 +45,7 @@ class Tiled(DerivedScore):
     Args:
         net: a score of images (N, C, H, W), or of signals or volumes.
         size: the size of a tile along each axis: an int, or one for each axis. None is that of the samples of net.
-        overlap: how much neighboring tiles share at least, 0 <= overlap < size. None is half of the size.
+        overlap: how much neighboring tiles share at least, 0 <= overlap < size. None is a quarter of the size.
         batch_size: the number of tiles in a network call; None is as many as have 2^20 values.
 
     Raises:
@@ -79,7 +79,7 @@ class Tiled(DerivedScore):
             check_count("size", given) if isinstance(given, int) else check_sizes("size", given, "one for each axis")
         )
         least = self.size if isinstance(self.size, int) else min(self.size)
-        self.overlap = check_count("overlap", least // 2 if overlap is None else overlap, 0)
+        self.overlap = check_count("overlap", least // 4 if overlap is None else overlap, 0)
         if self.overlap >= least:
             raise ValueError(f"{argument('overlap')} must be below the size of a tile, {least}, got {overlap}.")
         self.batch_size = None if batch_size is None else check_count("batch_size", batch_size)

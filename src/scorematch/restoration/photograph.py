@@ -59,6 +59,29 @@ class Box(NamedTuple):
     width: int
     height: int
 
+    @classmethod
+    def largest(cls, size: Sequence[int], own: Sequence[int], missing: Box | None = None) -> Box | None:
+        """The largest part of a picture of a size with the aspect ratio of the network's images.
+
+        Args:
+            size: (height, width) of the picture.
+            own: (height, width) of the network's images.
+            missing: what it has to contain. It is as near to the middle as this allows.
+
+        Returns:
+            The part, or None if ``missing`` does not fit into it.
+        """
+        (height, width), (h, w) = size, own
+        scale = min(width / w, height / h)
+        wide, tall = min(width, max(1, round(scale * w))), min(height, max(1, round(scale * h)))
+        left, top = (width - wide) // 2, (height - tall) // 2
+        if missing is not None:
+            if missing.width > wide or missing.height > tall:
+                return None
+            left = min(max(left, missing.left + missing.width - wide), missing.left)
+            top = min(max(top, missing.top + missing.height - tall), missing.top)
+        return cls(left, top, wide, tall)
+
     def of(self, x: Tensor) -> Tensor:
         """The part of images (N, C, H, W), with zeros outside of them."""
         height, width = x.shape[-2:]
@@ -155,7 +178,7 @@ class Photograph:
         (height, width), (h, w) = self.shape[1:], self._own
         long = max(height * w, width * h) > _LONGEST * min(height * w, width * h)
         large = (height, width) != (h, w) and height >= h and width >= w
-        return large and (self._is_fine() or (long and self._largest(self._missing()) is None))
+        return large and (self._is_fine() or (long and Box.largest(self.shape[1:], self._own, self._missing()) is None))
 
     def _is_fine(self) -> bool:
         """Whether y has fewer pixels than the picture, but at least as many as an image of the network."""
@@ -187,19 +210,6 @@ class Photograph:
         top, bottom = _widened(missing.top, missing.height, h, height)
         return Box(left, top, right - left, bottom - top)
 
-    def _largest(self, missing: Box | None) -> Box | None:
-        """The largest box of the network's aspect ratio, as near to the middle as the missing pixels allow, or None."""
-        (height, width), (h, w) = self.shape[1:], self._own
-        scale = min(width / w, height / h)
-        wide, tall = min(width, max(1, round(scale * w))), min(height, max(1, round(scale * h)))
-        left, top = (width - wide) // 2, (height - tall) // 2
-        if missing is not None:
-            if missing.width > wide or missing.height > tall:
-                return None
-            left = min(max(left, missing.left + missing.width - wide), missing.left)
-            top = min(max(top, missing.top + missing.height - tall), missing.top)
-        return Box(left, top, wide, tall)
-
     def _placed(self, crop: Crop) -> Box:
         """The part that is resized."""
         (height, width), (h, w) = self.shape[1:], self._own
@@ -211,10 +221,10 @@ class Photograph:
         if max(height / h, width / w) < 1 / _SMALLEST:
             raise ValueError(f"a picture of {height}x{width} pixels is too small for a network for {h}x{w}.")
         if crop is None:
-            box = self._largest(self._missing())
+            box = Box.largest(self.shape[1:], self._own, self._missing())
             return self._padded() if box is None or self._known(box) < 0.5 else box
         if crop == "center":
-            box = self._largest(None)
+            box = Box.largest(self.shape[1:], self._own)
         elif crop == "celeba":
             box = Box((width - CELEBA_SIDE) // 2, (height - CELEBA_SIDE) // 2, CELEBA_SIDE, CELEBA_SIDE)
         else:
@@ -262,9 +272,10 @@ class Photograph:
         scale = max(width / w, height / h)
         wide, tall = max(width, round(scale * w)), max(height, round(scale * h))
         if max(wide / width, tall / height) > _LONGEST:
+            or_tile = f", or {argument('tile', True)}" if height >= h and width >= w else ""
             raise ValueError(
                 f"a picture of {height}x{width} pixels is too long to be resized to {h}x{w}. Write "
-                f"{argument('crop')}, or {argument('tile', True)}."
+                f"{argument('crop')}{or_tile}."
             )
         return Box((width - wide) // 2, (height - tall) // 2, wide, tall)
 
@@ -283,12 +294,12 @@ class Photograph:
 
     def _reduced(self, x: Tensor) -> Tensor:
         """R x."""
-        return _resized(self.box.of(x), self._own, "bilinear")
+        return resized(self.box.of(x), self._own)
 
     def _enlarged(self, z: Tensor) -> Tensor:
         """U z, with zeros outside of the box."""
         size = (self.box.height, self.box.width)
-        return self.box.back(_resized(z, size, "bicubic"), self.shape[1:])
+        return self.box.back(resized(z, size, "bicubic"), self.shape[1:])
 
     def restored(self, images: Tensor) -> Tensor:
         """The restored pictures.
@@ -337,14 +348,14 @@ class _Pixels(NamedTuple):
 
     def resized(self, size: Sequence[int]) -> _Pixels:
         """R y: each pixel is the mean of what is known of it, and is known if that is at least half of it."""
-        share = _resized(self.known.to(self.values), size, "bilinear")
+        share = resized(self.known.to(self.values), size)
         known = share > 0.5 - 1e-3
         if not bool(known.any()):
             raise ValueError(
                 f"the known pixels are so far apart that no pixel is known at the size of the network. Write "
                 f"{argument('tile', True)}."
             )
-        mean = _resized(self.values, size, "bilinear") / share.clamp(min=1e-3)
+        mean = resized(self.values, size) / share.clamp(min=1e-3)
         return _Pixels(torch.where(known, mean.clamp(0, 1), 0), known, self.luma)
 
     def observation(self, sigma: float) -> Observation:
@@ -407,7 +418,8 @@ def _pixels(operator: Operator, y: Tensor) -> _Pixels | None:
     return _Pixels(y, known.expand_as(y) > 0, luma)
 
 
-def _resized(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
+def resized(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
+    """Images (N, C, H, W) of another size, (height, width)."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return interpolate(x, tuple(size), mode=mode, antialias=True)
