@@ -590,9 +590,13 @@ def test_restore_with_degrade_shows_the_original_last(folder, pictures, tmp_path
     assert (strip[:, 2:10, 6:10] == 0).all()  # the strip begins with what was observed, the left half
 
 
-@pytest.mark.parametrize("method", ["replace", "guide"])
 @pytest.mark.parametrize(
-    "options", [("--operator", "jpeg:10"), ("--operator", "pool:2"), ("--operator", "pool:2", "--sigma", "0.1")]
+    ("method", "options"),
+    [
+        ("guide", ("--operator", "jpeg:10")),
+        ("replace", ("--operator", "pool:2")),
+        ("guide", ("--operator", "pool:2", "--sigma", "0.1")),
+    ],
 )
 def test_restore_with_every_operator_and_method(folder, pictures, tmp_path, method, options):
     assert _restore(folder, pictures / "a.png", tmp_path / "out", *options, "--restore-method", method) == 0

@@ -273,6 +273,7 @@ def test_tune_stores_the_best_settings(folder, tmp_path, capsys):
     assert lines[-2] == f"best: {best}" and f"| **{best}** |" in "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_tune_of_restorations(folder, tmp_path, capsys):
     options = ("--reference", folder / "real.npz", "-n", 3, "--calls", 18, "--out", tmp_path / "tuned")
     assert _run("tune", folder / "network", "--restore", "pool:2", "pool:4", "--restore-method", "guide", *options) == 0

@@ -197,6 +197,7 @@ def test_the_sheet_shows_the_first_images_of_many(folder, tmp_path):
     assert read_image(tmp_path / "out" / "sheet.png", 1).shape == (1, 82, 82)  # 8 x 8 images
 
 
+@pytest.mark.slow
 def test_classes_of_a_folder(classes, tmp_path):
     for label in ("1", "cycle", "random"):
         assert _sample(classes, "--out", tmp_path / label, "-n", 6, "--class", label) == 0

@@ -338,6 +338,7 @@ def test_every_sampler_and_every_named_option_has_a_variant(world):
     assert sampler_variants(net).keys() == names.keys() | {"ancestral, learned"}
 
 
+@pytest.mark.slow
 def test_distances_of_all_samplers_fall_with_the_number_of_calls(world):
     world.schedule = NoiseSchedule.geometric(8, 0.05, 20)
     found = sampler_distances(world, levels=(4, 40), n=400, repeats=5, progress=False)

@@ -52,7 +52,9 @@ SLOW_PAGES = {
     "start",
     "training",
 }
-SLOW_MODULES = {"scorematch.training.recipes", "scorematch.training.run"}  # of their doctests
+SLOW_MODULES = {
+    f"scorematch.{name}" for name in ("training.recipes", "training.run", "sampling.bulk")
+}  # of their doctests
 # What the code of a page has in the tests in place of many images or observations.
 SMALLER = {
     "evaluation": {

@@ -146,6 +146,7 @@ def test_reconstruct_reads_nothing_but_snapshots(tmp_path):
     assert torch.equal(vector(reconstruct(tmp_path, 0.08, backbone=MLP())), expected)
 
 
+@pytest.mark.slow
 def test_reconstruct_gives_averages_of_any_length_after_a_run(tmp_path):
     options = {"images": 64 * 100, "batch_size": 64, "ema": (0.05, 0.10, 0.07), "log_every": 10**6, "lr": 1e-2}
     options |= {"checkpoint_every": 10**6, "sample_every": 10**6, "decay": "constant", "snapshot_every": 320}

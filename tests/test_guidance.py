@@ -483,7 +483,10 @@ def test_the_likelihood_under_bayes_rule_is_that_of_the_class():
     torch.testing.assert_close(found, expected)
 
 
-@every_kind
+@pytest.mark.parametrize(
+    "kind",
+    ["classifier_free", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("autoguidance", "classifier"))],
+)
 @torch.no_grad()
 def test_guidance_reads_no_value_of_a_device_and_needs_no_float64(kind):
     """Tensors on the meta device have no values: reading one raises an error."""

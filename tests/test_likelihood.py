@@ -60,6 +60,7 @@ def test_error_of_the_normal_start_is_its_kullback_leibler_divergence(world):
     assert 0 < divergence < moment  # the documented bound
 
 
+@pytest.mark.slow
 def test_likelihood_of_a_mixture_has_its_closed_form_and_integrates_to_one(mixture):
     """The mean is zero, so that the error of the normal start is of second order in 1 / sigma_max at each point."""
     mixture = type(mixture)([0.5, 0.5], [[1.5, 1.5], [-1.5, -1.5]], 0.25)

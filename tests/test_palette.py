@@ -471,6 +471,7 @@ TINTS = torch.tensor([[1.0, 0.101 / 0.587, 0.0], [0.0, 0.4 / 0.587, 0.0], [0.0, 
 SHARES = torch.tensor([0.5, 0.3, 0.2])
 
 
+@pytest.mark.slow
 def test_colorization_draws_colors_of_equal_luma_with_their_probabilities(rng):
     """The gray image does not determine which of three tints of luma 0.4 it had. The score is that of the posterior.
 
