@@ -270,7 +270,7 @@ def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, c
     assert main([*arguments, "--device", "cpu"]) == 0
     net, data, _, found = calls[0]
     assert data.shape == net.sample_shape == (3, 8, 8) and found["start"] == start
-    assert _same(net.state_dict(), _weights(run[0])) and "images" not in found  # train's own defaults
+    assert _same(net.state_dict(), _weights(run[0])) and (found["images"], found["lr"]) == (20_000, 2e-4)
     printed = capsys.readouterr().out
     assert f"network   {start}: " in printed and f"\n          begins with the weights of {start}\n" in printed
     assert main([*arguments, "--image-size", "16", "--device", "cpu"]) == 0
@@ -375,9 +375,6 @@ def test_a_recipe_with_a_task_trains_on_it(faces, tmp_path, monkeypatch, calls):
 @pytest.mark.parametrize(
     ("network", "options", "message"),
     [
-        ({"classes": 2}, (), "is class-conditional. Add --labels."),
-        ({"classes": 2}, ("--labels",), "has no null class, for which labels are dropped. Add --label-drop 0."),
-        ({}, ("--labels",), "--labels is for networks with classes, and .* has none. Leave it out."),
         ({}, ("--channels", "1"), "--channels must be 3, as .*network has, got 1. Leave it out."),
         (
             {"condition_channels": 3},
@@ -393,15 +390,36 @@ def test_a_network_to_begin_with_takes_the_condition_of_the_data(faces, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_the_data_have_the_classes_of_the_network_to_begin_with(tmp_path, rng, n, capsys):
-    net = ScoreNet.unet(3, 8, widths=(4,), layers_per_block=1, classes=2, null_class=True)
+@pytest.mark.parametrize(
+    ("classes", "options", "kept"),
+    [
+        (("cat", "dog"), ("--labels",), "1 of its 2 classes are kept, 1 classes are new"),
+        (("cat", "dog"), (), "0 of its 2 classes are kept"),
+        (None, ("--labels",), "2 classes are new"),
+    ],
+)
+def test_the_network_to_begin_with_gets_the_classes_of_the_data(tmp_path, calls, rng, classes, options, kept, capsys):
+    net = ScoreNet.unet(3, 8, widths=(4,), layers_per_block=1, classes=classes and 2)
+    net.class_names = classes
     net.save_pretrained(tmp_path / "network")
-    for name in ("cat", "cow", "dog")[:n]:
+    for name in ("cow", "dog"):
         _pictures(tmp_path / "pets" / name, 2, rng)
+    arguments = ["train", tmp_path / "pets", "--out", tmp_path / "run", "--start", tmp_path / "network", *options]
+    assert main([*map(str, arguments), "--device", "cpu", "--quiet"]) == 0
+    trained, _, _, found = calls[0]
+    assert trained.class_names == (("cow", "dog") if options else None)
+    assert trained.conditioning.null_class == bool(options)
+    assert (found["images"], found["lr"], found["batch_size"]) == (20_000, 2e-4, 4)
+    assert f"begins with the weights of {tmp_path / 'network'}; {kept}\n" in capsys.readouterr().out
+    assert main([*map(str, arguments), "--device", "cpu", "--quiet", "--images", "8", "--lr", "0.1"]) == 0
+    assert (calls[1][-1]["images"], calls[1][-1]["lr"]) == (8, 0.1)
+
+
+def test_a_network_that_takes_no_classes_begins_without_labels(faces, tmp_path, rng, capsys):
+    ScoreNet.ncsnv2(3, 8, width=8).save_pretrained(tmp_path / "network")
+    _pictures(tmp_path / "pets" / "cow", 2, rng)
     arguments = ["train", tmp_path / "pets", "--out", tmp_path / "run", "--start", tmp_path / "network", "--labels"]
-    error = refused([*arguments, "--device", "cpu", "--quiet"], capsys)
-    assert error == f"scorematch: the data must have 2 classes, as {tmp_path / 'network'} has, got {n}.\n"
+    assert "network cannot take classes. Leave out --labels.\n" in refused([*arguments, "--device", "cpu"], capsys)
 
 
 # -- Counts

@@ -22,10 +22,14 @@ from scorematch.cli.options.values import add_declared, amount, expanded, filled
 from scorematch.core.conditions import describe_classes
 from scorematch.core.messages import few
 from scorematch.core.precision import autocast
+from scorematch.core.records import as_stored
 from scorematch.data import ImageData, open_images
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
 from scorematch.nets.family import check_size
+from scorematch.nets.reconditioning import difference
+from scorematch.pretrained import load, locate
+from scorematch.pretrained.configuration import Stored
 from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, Recipe, Settings, checkpoint, train, train_from_observations
 from scorematch.training.checks import check_arguments
@@ -34,6 +38,7 @@ from scorematch.training.recipes import training_flop
 from scorematch.training.record import check_run
 from scorematch.training.run import check_possible
 from scorematch.training.settings import RunSettings, StageSettings
+from scorematch.training.start import fine_tuning, with_condition
 from scorematch.training.steps import loss_arguments
 
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
@@ -170,6 +175,9 @@ def _run(args: argparse.Namespace) -> None:
     device: torch.device = accelerator.device
     start = _start(args)
     data = _open(args, recipe, start, settings)  # one process decodes, and the others wait for the lock of the cache
+    if start is not None:
+        options = {**options, **fine_tuning(len(data), settings), **own}
+        settings = RunSettings(**options, progress=not args.quiet)
     net = _network(args, recipe, start, data, settings)
     check_arguments(net, data, settings, accelerator.num_processes)
     check_run(args.out, net, data, settings)
@@ -244,14 +252,27 @@ def _network(
             size = data.shape[1], data.shape[2]
             net = recipe.build(data.shape[0], size, classes=classes, null_class=settings.label_drop > 0)
     else:
-        known = None if start.conditioning is None else start.conditioning.classes
-        if classes != known:
-            raise ValueError(f"the data must have {known} classes, as {args.start} has, got {classes}.")
+        net = _with_classes(args, start, data, null_class=settings.label_drop > 0)
         assert start.sample_shape is not None  # noqa: S101  (_open checks it)
-        net = start
         net.sample_shape = (start.sample_shape[0], *data.shape[1:])  # its convolutions take other sizes, too
         check_size(net.backbone, data.shape[1:])
     return net
+
+
+def _with_classes(args: argparse.Namespace, start: ScoreNet, data: ImageData, *, null_class: bool) -> ScoreNet:
+    """The network of ``--start`` with the classes of the data, or without classes."""
+    takes, classes = start.conditioning, data.classes
+    if classes is None and (takes is None or takes.classes is None):
+        return start
+    now = {**start.config, "num_class_embeds": None, "null_class": False, "class_names": None}
+    if classes is not None:
+        assert start.family is not None  # noqa: S101  (load_network checks it)
+        if "num_class_embeds" not in start.family.keys:
+            raise ValueError(f"the network {args.start} cannot take classes. Leave out --labels.")
+        names = None if classes == tuple(map(str, range(len(classes)))) else list(classes)
+        now |= {"num_class_embeds": len(classes), "null_class": null_class, "class_names": names}
+    stored = Stored(as_stored(start.config), start.backbone.state_dict(), args.start)
+    return ScoreNet.from_stored(with_condition(stored, now))
 
 
 def _start(args: argparse.Namespace) -> ScoreNet | None:
@@ -265,21 +286,14 @@ def _start(args: argparse.Namespace) -> ScoreNet | None:
     return load_network(own if own.is_dir() else args.start)
 
 
-def _check_condition(args: argparse.Namespace, start: ScoreNet, label_drop: float) -> None:
-    """Checks that the network of ``--start`` takes the classes of ``--labels``, or no condition."""
+def _check_condition(args: argparse.Namespace, start: ScoreNet) -> None:
+    """Checks that the network of ``--start`` takes no image as its condition."""
     takes = start.conditioning
-    assert takes is not None  # noqa: S101  (it is known for all networks of the package)
-    if takes.channels:
+    if takes is not None and takes.channels:
         raise ValueError(
             f'{args.start} restores images. Train it in Python: train(net, data, out, start="{args.start}", '
             "condition=MultiTask([...])); see docs/palette.md."
         )
-    if takes.classes is not None and not args.labels:
-        raise ValueError(f"{args.start} is class-conditional. Add --labels.")
-    if takes.classes is None and args.labels:
-        raise ValueError(f"--labels is for networks with classes, and {args.start} has none. Leave it out.")
-    if takes.classes is not None and not takes.null_class and label_drop > 0:
-        raise ValueError(f"{args.start} has no null class, for which labels are dropped. Add --label-drop 0.")
 
 
 def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, settings: Settings) -> ImageData:
@@ -287,7 +301,7 @@ def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, sett
     if start is not None:
         if start.sample_shape is None or len(start.sample_shape) != 3:
             raise ValueError(f"--start must be a network of images (C, H, W), got samples {start.sample_shape}.")
-        _check_condition(args, start, settings.label_drop)
+        _check_condition(args, start)
         channels, *size = start.sample_shape
         if args.channels not in (None, channels):
             raise ValueError(f"--channels must be {channels}, as {args.start} has, got {args.channels}. Leave it out.")
@@ -345,7 +359,8 @@ def _announce(
     name = recipe.name if args.start is None or args.recipe is not None else args.start
     print(f"network   {name}: {parameters:,} parameters, {training_flop(net) / 1e9:.3g} GFLOP per image")
     if args.start is not None:
-        print(f"          begins with the weights of {args.start}")
+        kept = None if (args.out / "network").is_dir() else difference(_config(args.start), as_stored(net.config))
+        print(f"          begins with the weights of {args.start}{'' if kept is None else f'; {kept}'}")
     print(
         f"training  {settings.total:,} images in {settings.steps:,} steps of {settings.batch_size}, "
         f"{_epochs(settings.total / len(data))} epochs"
@@ -358,6 +373,11 @@ def _announce(
     remaining = max(0, settings.total - done) * seconds / processes
     print(f"time      about {duration(remaining)} on {where}, {processes / seconds:.3g} images/s")
     print(f"out       {args.out}", flush=True)
+
+
+def _config(start: str) -> dict[str, Any]:
+    """The configuration of the network of ``--start``."""
+    return load(locate(start), weights=False).config
 
 
 def _epochs(number: float) -> str:

@@ -128,6 +128,25 @@ class Family(ABC, Generic[Network]):
         """
         return set()
 
+    def recondition(
+        self,
+        weights: Mapping[str, Tensor],
+        before: Mapping[str, Any],
+        now: Mapping[str, Any],
+        own: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The configuration and the weights of an earlier network with the condition of a network.
+
+        A family that cannot change the condition returns them unchanged.
+
+        Args:
+            weights: the weights of the earlier network; if there are none, only the configuration is changed.
+            before: its configuration.
+            now: the configuration of the network.
+            own: the weights of the network, for what is new; not needed for classes.
+        """
+        return dict(before), dict(weights)
+
     def grow(self, small: Network, large: Network) -> dict[str, Tensor]:
         """The weights with which a larger network computes the same function as a smaller one.
 

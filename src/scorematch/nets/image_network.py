@@ -28,6 +28,7 @@ from scorematch.nets.blocks import (
 )
 from scorematch.nets.family import Family
 from scorematch.nets.layers import GroupNorm
+from scorematch.nets.reconditioning import is_reconditioned, reconditioned, reconditioned_config
 from scorematch.nets.space import Convolution, Space, from_patches, to_patches
 
 
@@ -300,3 +301,17 @@ class ImageFamily(Family[Images]):
     def growth(self, small: Mapping[str, Any], large: Mapping[str, Any]) -> set[str]:
         """A network may take a conditioning image, or one with more channels."""
         return {"in_channels"} if is_larger("in_channels", small, large) else set()
+
+    def recondition(
+        self,
+        weights: Mapping[str, Tensor],
+        before: Mapping[str, Any],
+        now: Mapping[str, Any],
+        own: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Classes that both networks have are kept; see ``scorematch.nets.reconditioning``."""
+        if not is_reconditioned(before, now):
+            return super().recondition(weights, before, now, own)
+        first = self.class_before_embedding
+        changed = reconditioned(weights, before, now, own, added_first=first) if weights else {}
+        return reconditioned_config(before, now), changed

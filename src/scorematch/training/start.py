@@ -6,22 +6,41 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from scorematch.core.arguments import argument
 from scorematch.core.messages import quote
 from scorematch.core.records import as_stored
+from scorematch.nets import FAMILIES
 from scorematch.pretrained import load, locate
-from scorematch.pretrained.configuration import FREE_KEYS
+from scorematch.pretrained.configuration import FREE_KEYS, Stored
 from scorematch.pretrained.weights import fill
 from scorematch.score import ScoreNet
+from scorematch.training.settings import Settings
 
 # The keys in which the configurations of ``net`` and ``start`` may differ.
 _FREE = {"sample_shape", *FREE_KEYS}
 
 
+# Of a run without --recipe that begins with a trained network: epochs of the data, the fewest images, and the rate.
+_EPOCHS, _FEWEST, _RATE = 50, 20_000, 2e-4
+
+
+def fine_tuning(n: int, settings: Settings) -> dict[str, Any]:
+    """The options of ``train`` with which a command trains a trained network further, on n images.
+
+    A run has 50 epochs, but at least 20,000 images and at most those of ``settings``. The learning rate is a fifth of
+    that of a new network, and a batch is not larger than the data.
+    """
+    images = min(max(_EPOCHS * n, _FEWEST), settings.images)
+    return {"images": images, "lr": _RATE, "batch_size": min(n, settings.batch_size)}
+
+
 def begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:
     """Copies the weights of the trained network ``start`` to ``net``.
 
-    If ``net`` is larger, the additional weights are such that both networks have the same output at first.
+    If ``net`` is larger, the additional weights are such that both networks have the same output at first. If it has
+    other classes or another condition, those that both have are kept (``scorematch.nets.reconditioning``).
 
     Raises:
         FileNotFoundError: if there is no such network.
@@ -30,9 +49,18 @@ def begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:
     stored = load(locate(start))
     grows = growth(net, stored.config, start)
     weights = stored.weights
-    if net.family is not None and grows:
-        weights = net.family.grow(ScoreNet.from_pretrained(start).backbone, net.backbone)
+    if net.family is not None:
+        stored = with_condition(stored, net.config, net.backbone.state_dict())
+        weights = stored.weights
+        if grows:
+            weights = net.family.grow(ScoreNet.from_stored(stored).backbone, net.backbone)
     fill(net.backbone, weights, stored.source)
+
+
+def with_condition(stored: Stored, config: Mapping[str, Any], own: Mapping[str, Tensor] | None = None) -> Stored:
+    """A stored network with the condition of a configuration; ``own`` are the weights for what is new."""
+    changed, weights = FAMILIES[stored.config["family"]].recondition(stored.weights, stored.config, config, own or {})
+    return stored._replace(config=changed, weights=weights)
 
 
 def growth(net: ScoreNet, small: Mapping[str, Any], start: str | os.PathLike[str]) -> set[str]:
@@ -49,6 +77,7 @@ def growth(net: ScoreNet, small: Mapping[str, Any], start: str | os.PathLike[str
     config = as_stored(net.config)
     grows: set[str] = set()
     if net.family is not None and small["family"] == config["family"]:
+        small, _ = net.family.recondition({}, small, config, {})
         grows = net.family.growth(small, config)
     differing = [
         f"{key} is {quote(small.get(key))} instead of {quote(config.get(key))}"

@@ -1,0 +1,98 @@
+r"""The weights of a network that is trained further with other classes, a vector, or no condition.
+
+A U-Net adds the embedding of its condition to that of the noise level, e + c. A class that both networks have keeps its
+row of the table of embeddings, so that the network has the same output for it. Every other condition begins with the
+embedding of no condition: that of the null class or of a missing vector, the mean over the classes of a network without
+a null class, and zero for a network without a condition. A network without a condition has no c: for an embedding
+:math:`W_2\, a(W_1 e + b_1) + b_2` of the level, c becomes part of :math:`b_2`, or, where it is added to e, of
+:math:`b_1`, so that the output is that without a condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEYS = ("num_class_embeds", "null_class", "condition_features")
+_CONDITION = "class_embedding."
+
+
+def kept_classes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[int | None]:
+    """For each class of a network the same class of an earlier one; None for a new class.
+
+    Classes are the same if they have the same name, or the same number if one of the networks has no names.
+
+    Args:
+        before: the configuration of the earlier network.
+        now: that of the network.
+    """
+    old, new = (config.get("num_class_embeds") or 0 for config in (before, now))
+    if before.get("class_names") and now.get("class_names"):
+        known = {name: k for k, name in enumerate(before["class_names"])}
+        return [known.get(name) for name in now["class_names"]]
+    return [k if k < old else None for k in range(new)]
+
+
+def is_reconditioned(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a network has another condition than an earlier one, or its classes in another order."""
+    if before.get("class_embed_type") is not None:
+        return False
+    rows = kept_classes(before, now)
+    return rows != list(range(len(rows))) or any((before.get(key) or 0) != (now.get(key) or 0) for key in _KEYS)
+
+
+def reconditioned_config(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of an earlier network with the condition of a network."""
+    others = {key: value for key, value in before.items() if key not in (*_KEYS, "class_names")}
+    return others | {key: now[key] for key in (*_KEYS, "class_names") if key in now}
+
+
+def reconditioned(
+    weights: Mapping[str, Tensor],
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    own: Mapping[str, Tensor],
+    *,
+    added_first: bool,
+) -> dict[str, Tensor]:
+    """The weights of an earlier network with the condition of a network.
+
+    Args:
+        weights: the weights of the earlier network.
+        before: its configuration.
+        now: the configuration of the network.
+        own: the weights of the network, for the embedding of a vector; not used for classes.
+        added_first: whether c is added before the linear layers of the embedding of the level.
+    """
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(_CONDITION)}
+    level = f"time_embedding.linear_{1 if added_first else 2}"
+    matrix, table = kept[f"{level}.weight"], weights.get(f"{_CONDITION}weight")
+    none = weights.get(f"{_CONDITION}null", matrix.new_zeros(matrix.shape[1 if added_first else 0]))
+    if table is not None:
+        none = table[-1] if before.get("null_class") else table.mean(0)
+    if now.get("num_class_embeds") is not None:
+        rows = [none if row is None or table is None else table[row] for row in kept_classes(before, now)]
+        kept[f"{_CONDITION}weight"] = torch.stack([*rows, *([none] if now.get("null_class") else [])])
+    elif now.get("condition_features"):
+        kept |= {name: weight.clone() for name, weight in own.items() if name.startswith(_CONDITION)}
+        kept[f"{_CONDITION}null"] = none
+        kept[f"{_CONDITION}embedding.linear_2.weight"].zero_()
+        kept[f"{_CONDITION}embedding.linear_2.bias"] = none
+    else:
+        kept[f"{level}.bias"] = kept[f"{level}.bias"] + (matrix @ none if added_first else none)
+    return kept
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What a network keeps of the condition of an earlier one, in one line; None if it has the same condition."""
+    if not is_reconditioned(before, now):
+        return None
+    rows, old = kept_classes(before, now), before.get("num_class_embeds") or 0
+    kept = len(rows) - rows.count(None)
+    parts = [f"{kept} of its {old} classes are kept" if old else ""]
+    parts += [f"{rows.count(None)} classes are new" if None in rows else ""]
+    parts += ["the vector of its condition is new" if now.get("condition_features") else ""]
+    return ", ".join(filter(None, parts)) or "its condition is left out"
