@@ -99,10 +99,11 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     ``ScoreNet.unet(classes=..., null_class=True)`` built.
 
     **Start.** A run that begins with the weights of another network, ``start``, has a new optimizer. ``net`` must be
-    the same network, except for the size of the images, the sampler settings and the names of the classes; or it is
-    larger, and both have the same output at first (Chen et al., 2016, arXiv:1511.05641): it may take a conditioning
-    image or more channels of it, and a U-Net of DDPM may have more ``layers_per_block`` at some or all scales,
-    ``attention`` at more scales, more ``pixel_layers``, and up to 64 ``pixel_channels`` instead of fewer.
+    the same network, except for the size of the images, the sampler settings, the classes, and a vector as the
+    condition (``scorematch.nets.reconditioning``); or it is larger, and both have the same output at first (Chen et
+    al., 2016, arXiv:1511.05641): it may take a conditioning image or more channels of it, and a U-Net of DDPM may have
+    more ``layers_per_block`` at some or all scales, ``attention`` at more scales, more ``pixel_layers``, and up to 64
+    ``pixel_channels`` instead of fewer.
 
     **Output.** An action takes place at the end of the step that reaches its interval. ``evaluate`` is called together
     with the pictures of samples as ``evaluate(averaged_net, images)`` on every process, and returns a mapping of
