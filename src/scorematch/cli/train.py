@@ -176,7 +176,7 @@ def _run(args: argparse.Namespace) -> None:
     start = _start(args)
     data = _open(args, recipe, start, settings)  # one process decodes, and the others wait for the lock of the cache
     if start is not None:
-        options = {**options, **fine_tuning(len(data), settings), **own}
+        options |= {name: value for name, value in fine_tuning(len(data), settings).items() if name not in own}
         settings = RunSettings(**options, progress=not args.quiet)
     net = _network(args, recipe, start, data, settings)
     check_arguments(net, data, settings, accelerator.num_processes)
