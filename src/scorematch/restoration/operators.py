@@ -90,7 +90,7 @@ class Mask(Operator):
     gain = 1.0
     form = "mask:FILE"
     help = (
-        "parts are missing: FILE is a picture of the same size that is white where the image is observed and black "
+        "parts are missing: FILE is a picture of the same shape that is white where the image is observed and black "
         "elsewhere; with mask:FILE,invert, as in diffusers, it is white where the image is missing"
     )
     examples = ("mask:observed.png", "mask:missing.png,invert")

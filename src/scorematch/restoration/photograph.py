@@ -243,7 +243,7 @@ class Photograph:
             outside = int((~self._pixels.known[0].all(0) & ~inside).sum())
             if outside:
                 raise ValueError(
-                    f"{outside} missing pixels are outside of {argument('crop', crop)}. Move it, or leave it out."
+                    f"{outside} missing pixels are outside of {argument('crop')}. Move it, or leave it out."
                 )
         return box
 
@@ -272,9 +272,9 @@ class Photograph:
         scale = max(width / w, height / h)
         wide, tall = max(width, round(scale * w)), max(height, round(scale * h))
         if max(wide / width, tall / height) > _LONGEST:
-            or_tile = f", or {argument('tile', True)}" if height >= h and width >= w else ""
+            or_tile = f", or write {argument('tile', True)}" if height >= h and width >= w else ""
             raise ValueError(
-                f"a picture of {height}x{width} pixels is too long to be resized to {h}x{w}. Write "
+                f"a picture of {height}x{width} pixels is too long to be resized to {h}x{w}. Choose a part with "
                 f"{argument('crop')}{or_tile}."
             )
         return Box((width - wide) // 2, (height - tall) // 2, wide, tall)
