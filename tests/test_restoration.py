@@ -338,13 +338,16 @@ def test_palette_mnist_colors_digits_in_its_three_colors(digits):
 
 @pytest.mark.parametrize("restore", METHODS)
 def test_an_empty_mask_changes_no_bit_of_the_samples(restore):
-    world = gaussian_images(SHAPE)
+    """From a given start, and from one that is drawn, which moment matching moves to the mean of the posterior."""
     nothing = Observation(Mask(torch.zeros(4, 4, dtype=torch.bool)), torch.zeros(1, *SHAPE))
-    sampler = AnnealedLangevinSampler(world, LEVELS, steps_per_level=2, restore=restore)
-    expected = sampler.sample(5, shape=SHAPE, generator=seed(), progress=False)
-    assert torch.equal(sampler.sample(5, observation=nothing, generator=seed(), progress=False), expected)
     noisy = Observation(nothing.operator, nothing.y, sigma=0.3)
-    assert torch.equal(sampler.sample(5, observation=noisy, generator=seed(), progress=False), expected)
+    sampler = AnnealedLangevinSampler(gaussian_images(SHAPE), LEVELS, steps_per_level=2, restore=restore)
+    given = {"init": LEVELS.sigma_max * torch.randn(5, *SHAPE, generator=seed(1))}
+    for start in [given] if restore == "moment-matching" else [given, {"n": 5, "shape": SHAPE}]:
+        expected = sampler.sample(**start, generator=seed(), progress=False)
+        for observation in (nothing, noisy):
+            found = sampler.sample(**start, observation=observation, generator=seed(), progress=False)
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("restore", METHODS)
@@ -479,7 +482,8 @@ def test_each_step_takes_noise_once_and_calls_the_network_once():
         sampler = AnnealedLangevinSampler(net, LEVELS, restore=restore)
         calls.update(noise=0, net=0)
         sampler.sample(1, observation=observe(OPERATORS["gray"], 0.1), noise_source=noise, progress=False)
-        assert calls == {"noise": len(sampler) - 1, "net": len(sampler)}
+        more = restore == "moment-matching"  # the call that moves the start to the mean of the posterior
+        assert calls == {"noise": len(sampler) - 1, "net": len(sampler) + more}
 
 
 def test_replacement_falls_back_to_guidance_without_a_gain():
