@@ -539,9 +539,9 @@ def test_bad_arguments_of_one_function(tmp_path, levels):
     with pytest.raises(ValueError, match="first must be an integer of at least 0, got -1"):
         bulk_samples(_ode(levels), 2, first=-1)
     for options, message in [
-        ({"format": "gif"}, "format must be one of 'png', 'npz', got 'gif'"),
+        ({"format": "gif"}, "format must be one of 'png', 'npz', 'float', got 'gif'"),
         ({"shape": (2, 4, 4)}, r"images \(C, H, W\) with 1 or 3 channels, but their shape is \(2, 4, 4\)"),
-        ({"shape": (4,)}, r"their shape is \(4,\). Use bulk_samples"),
+        ({"shape": (4,)}, r"their shape is \(4,\). Write format=\"float\""),
     ]:
         with pytest.raises(ValueError, match=message):
             _fill(levels, tmp_path / "out", 2, **options)

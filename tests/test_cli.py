@@ -502,9 +502,15 @@ def test_sample_gives_an_error_of_one_line(options, message, capsys):
     assert message in refused(["sample", *options], capsys)
 
 
-def test_sample_with_a_network_that_draws_no_pictures_gives_an_error(tmp_path, capsys):
+def _restoring(network, folder):
+    """A command that restores a picture, which it writes."""
+    save_image(torch.rand(1, 8, 8), folder / "damaged.png")
+    return ["restore", network, folder / "damaged.png", folder / "restored", "--operator", "pool:2"]
+
+
+def test_restore_with_a_network_that_draws_no_pictures_gives_an_error(tmp_path, capsys):
     folder = _saved(_unet(2), tmp_path / "network")
-    error = refused(["sample", folder, tmp_path / "a.png"], capsys)
+    error = refused(_restoring(folder, tmp_path), capsys)
     assert "1 or 3 channels, but the sample_shape of" in error and "is (2, 8, 8)" in error
 
 
@@ -523,12 +529,12 @@ def test_a_checkpoint_without_the_size_of_its_images_is_converted_but_not_sample
 
 
 @pytest.mark.parametrize("value_range", [None, (-1, 1)])
-def test_sample_with_a_network_of_another_value_range_gives_an_error(tmp_path, value_range, capsys):
+def test_restore_with_a_network_of_another_value_range_gives_an_error(tmp_path, value_range, capsys):
     net = ScoreNet.ncsnv2(1, 8, width=4)
     net.value_range = value_range
     net.save_pretrained(tmp_path / "network")
-    assert main(["sample", str(tmp_path / "network"), str(tmp_path / "a.png")]) == 2
-    assert "must draw images in [0, 1], but the value_range of" in capsys.readouterr().err
+    error = refused(_restoring(tmp_path / "network", tmp_path), capsys)
+    assert "must draw images in [0, 1], but the value_range of" in error
 
 
 def test_an_unknown_picture_format_gives_an_error_before_sampling(folder, capsys):

@@ -540,11 +540,12 @@ def test_hints_for_arrays_are_code_that_can_be_copied(tmp_path, capsys):
     assert ", or images.clamp(0, 1). In Python, pass value_range= for " in error("--image-size", "8")
     np.savez(tmp_path / "data.npz", images=np.zeros((4, 8, 8)))
     assert error("--image-size", "8").endswith(
-        "must have images (C, H, W), got samples of shape (8, 8). Write x[:, None] for gray images (N, H, W).\n"
+        "has samples of shape (8, 8): write x[:, None] for gray images (N, H, W). Leave it out.\n"
     )
     np.savez(tmp_path / "data.npz", images=np.zeros((4, 8, 8), np.uint16))
     assert error("--image-size", "8").endswith(
-        "got uint16. Write x.astype(np.uint8) for values up to 255, or x / 65535 for 16-bit images.\n"
+        "got uint16. Write x.astype(np.float32) for data that are not pictures, x.astype(np.uint8) for pictures with "
+        "values up to 255, or x / 65535 for 16-bit pictures.\n"
     )
     np.savez(tmp_path / "data.npz", images=np.zeros((4, 5, 8, 8), np.uint8))
     assert error("--image-size", "8").endswith(

@@ -12,6 +12,7 @@ from scorematch.cli.options import Commands
 from scorematch.cli.options.networks import add_model
 from scorematch.core.conditions import describe_classes
 from scorematch.core.messages import reason
+from scorematch.data.pictures import is_picture
 from scorematch.noise import NoiseSchedule
 from scorematch.pretrained import Place, load, locate
 from scorematch.sampling import SamplerSettings, recommended_sampler
@@ -51,7 +52,8 @@ def _run(args: argparse.Namespace) -> None:
         "class": "your own; ScoreNet.from_pretrained needs it as backbone=YourClass()" if net is None else None,
         "parameters": None if net is None else f"{sum(each.numel() for each in net.parameters()):,}",
         "computation": None if net is None else _cost(net),
-        "images": _images(config),
+        "images" if is_picture(config["sample_shape"] or (3, 1, 1)) else "samples": _images(config),
+        "units": None if net is None or net.units is None else f"{net.units}, of each channel",
         "condition": None if net is None else _condition(net),
         "noise levels": f"{len(schedule)}, sigma from {schedule.sigma_max:.6g} to {schedule.sigma_min:.6g}",
         "sampler": defaults if net is None else str(recommended_sampler(net)),

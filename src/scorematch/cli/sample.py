@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import re
@@ -10,24 +11,28 @@ import shlex
 import time
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
-from scorematch.cli.options import Commands, refuse
-from scorematch.cli.options.classes import add_classes, add_guidance, find_classes, guide
+from scorematch.cli.options import Commands, given, refuse
+from scorematch.cli.options.classes import add_classes, add_condition, add_guidance, find_classes, find_condition, guide
 from scorematch.cli.options.duration import announce, count
-from scorematch.cli.options.networks import add_model, load
+from scorematch.cli.options.networks import add_model, draws_pictures, load
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import expanded, filled, image_count
 from scorematch.core.conditions import takes_image
+from scorematch.core.files import write_whole
 from scorematch.core.processes import this_process
 from scorematch.core.scores import middle_of
 from scorematch.data.pictures import check_picture, grid, save_animation, save_grid, save_image, to_uint8
-from scorematch.data.samples import read_samples
+from scorematch.data.plots import save_plot
+from scorematch.data.samples import Format, read_samples, save_values
 from scorematch.sampling import Sampler
 from scorematch.sampling.bulk import Job, prepared
 from scorematch.sampling.folder import SampleFolder
 
+_ARRAYS, _PLOTS = (".npz", ".npy"), (".png", ".pdf", ".svg")  # the files of samples that are not pictures
 _BATCH_SIZE = 64  # of a folder
 _ON_THE_SHEET = 64
 _FRAMES = 30  # of an animation, at least, if the sampler has as many steps, and at most twice as many
@@ -52,6 +57,7 @@ def add(commands: Commands) -> None:
         "  %(prog)s cifar10-small ships.png --class ship --guidance 2.5\n"
         "  %(prog)s mnist digits/%%03d.png -n 10\n"
         "  %(prog)s mnist --out digits -n 50k\n"
+        "  %(prog)s runs/fields fields.npz -n 1000 --condition 0.3,0.7\n"
         "  accelerate launch -m scorematch sample mnist --out digits -n 50k",
     )
     add_model(parser)
@@ -59,7 +65,8 @@ def add(commands: Commands) -> None:
         "picture",
         nargs="?",
         type=filled,
-        help="the file to write, such as digits.png; or, for one file per image, a pattern such as digits/%%03d.png or "
+        help="the file to write, such as digits.png; x.npz or x.npy for values in the units of the data (x.png is a "
+        "plot of them); or, for one file per image, a pattern such as digits/%%03d.png or "
         "a folder, which exists or is written with a slash at the end",
     )
     parser.add_argument(
@@ -91,12 +98,15 @@ def add(commands: Commands) -> None:
         "--npz", action="store_true", help="write one .npz file per batch, with the pixels (N, H, W, C) as arr_0"
     )
     add_classes(parser)
+    add_condition(parser)
     add_guidance(parser)
     add_sampling(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.picture is None and args.out is not None and args.out.suffix.lower() in _ARRAYS:
+        args.picture, args.out = str(args.out), None
     if args.picture is None and args.out is None:
         args.parser.error("the following arguments are required: picture or --out FOLDER")
     if args.picture is not None and args.out is not None:
@@ -105,7 +115,7 @@ def _run(args: argparse.Namespace) -> None:
         refuse(args, ["npz"], "is for --out FOLDER")
     else:
         refuse(args, ["overwrite"], "is for a picture, and --out continues in its folder")
-    net = guide(args, load(args))
+    net = guide(args, load(args, pictures=False))
     if takes_image(net):
         raise ValueError(
             f"{args.model} restores images: it takes an image as its condition. Write {args.program} restore."
@@ -116,11 +126,45 @@ def _run(args: argparse.Namespace) -> None:
         batch_size=_BATCH_SIZE if args.batch_size is None else args.batch_size,
         classes=find_classes(args, net),
         n_classes=args.n_classes,
+        condition=find_condition(args, net),
     )
-    if args.out is None:
+    if job.condition is not None and len(job.condition) > 1 and not given(args, ["n"]):
+        args.n = len(job.condition)
+    if not draws_pictures(net):
+        refuse(args, ["gif", "columns"], f"is for pictures, and {args.model} draws other data")
+    if args.out is None and (not draws_pictures(net) or Path(args.picture).suffix.lower() in _ARRAYS):
+        _draw_values(args, job)
+    elif args.out is None:
         _draw(args, job)
     else:
         _fill(args, job)
+
+
+def _draw_values(args: argparse.Namespace, job: Job) -> None:
+    """Draws samples into one file of arrays, or into a plot."""
+    path = Path(args.picture).expanduser()
+    if path.suffix.lower() not in (*_ARRAYS, *_PLOTS):
+        raise ValueError(
+            f"the file must end in .npz or .npy, or for a plot in {', '.join(_PLOTS)}, got {path}. Write {path}.npz, "
+            "or --out FOLDER for many samples."
+        )
+    check_new([path], args.overwrite)
+    sampler = prepared(job.sampler)
+    announce(sampler, args.n, job.classes if job.condition is None else job.condition)
+    begin = time.perf_counter()
+    x = _sample(args, sampler, job, args.n, None).cpu()
+    print(f"{count(args.n, 'sample')} in {time.perf_counter() - begin:.1f} s")
+    if path.suffix.lower() in _PLOTS:
+        save_plot(x, path)
+    else:
+        content = io.BytesIO()
+        if path.suffix.lower() == ".npy":
+            np.save(content, x.numpy())
+        else:
+            save_values(content, x, job.condition_of(range(args.n)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.getvalue())
+    print(path)
 
 
 def _draw(args: argparse.Namespace, job: Job) -> None:
@@ -160,23 +204,28 @@ def _pictures(name: str, n: int) -> list[Path]:
 
 def _fill(args: argparse.Namespace, job: Job) -> None:
     """Draws the missing images of a folder."""
-    process, sheet = this_process(), args.out / "sheet.png"
-    check_picture(sheet)  # before the work
+    process, sheet, pictures = this_process(), args.out / "sheet.png", draws_pictures(job.sampler.net)
     check_folder_name(args.out)
+    if pictures:
+        check_picture(sheet)  # before the work
     about = {"network": args.model, "command": shlex.join(["scorematch", *map(str, args.argv)])}
-    samples = SampleFolder(job, args.out, args.n, format="npz" if args.npz else "png", about=about)
+    kind: Format = "float" if not pictures else "npz" if args.npz else "png"
+    samples = SampleFolder(job, args.out, args.n, format=kind, about=about)
     sampler = prepared(job.sampler)
     if process.rank == 0 and samples.found:
         again = samples.missing + samples.found - args.n  # of batches that are not complete
         print(f"{samples.found} of {count(args.n)} exist already" + (f"; {again} are drawn again" if again else ""))
     if samples.missing:
-        announce(sampler, samples.missing, job.classes)
+        announce(sampler, samples.missing, job.classes if job.condition is None else job.condition)
     begin = time.perf_counter()
     samples.fill(progress=not args.quiet)
     if process.rank > 0:
         return
     if samples.missing:
         print(f"{count(samples.missing)} in {time.perf_counter() - begin:.1f} s")
+    if not pictures:
+        print(args.out)
+        return
     shown = min(args.n, _ON_THE_SHEET)
     save_grid(read_samples(args.out, shown), sheet, args.columns)
     print(sheet)
@@ -191,7 +240,7 @@ def _sample(args: argparse.Namespace, sampler: Sampler, job: Job, n: int, animat
     """Draws the first n images of a job, (n, C, H, W), and writes their animation if it has a path."""
     states = sampler.iterate(
         n,
-        condition=job.classes_of(range(n)),
+        condition=job.condition_of(range(n)),
         generator=job.seeds_of(range(n)),
         batch_size=args.batch_size,
         progress=not args.quiet,

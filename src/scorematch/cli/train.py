@@ -23,28 +23,32 @@ from scorematch.core.conditions import describe_classes
 from scorematch.core.messages import few
 from scorematch.core.precision import autocast
 from scorematch.core.records import as_stored
-from scorematch.data import ImageData, open_images
+from scorematch.data import ArrayData, ImageData, open_images
+from scorematch.data.array_data import find_arrays
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
 from scorematch.nets.family import check_size
 from scorematch.nets.reconditioning import difference
+from scorematch.nets.space import PADDINGS
 from scorematch.pretrained import load, locate
 from scorematch.pretrained.configuration import Stored
 from scorematch.score import ScoreNet
-from scorematch.training import RECIPES, Recipe, Settings, checkpoint, train, train_from_observations
-from scorematch.training.checks import check_arguments
+from scorematch.training import RECIPES, Recipe, Settings, checkpoint, network_for, train, train_from_observations
+from scorematch.training.checks import check_arguments, condition_of_data
 from scorematch.training.incomplete import check_observation
 from scorematch.training.recipes import training_flop
-from scorematch.training.record import check_run
+from scorematch.training.record import check_run, network_of
 from scorematch.training.run import check_possible
 from scorematch.training.settings import RunSettings, StageSettings
 from scorematch.training.start import fine_tuning, with_condition
 from scorematch.training.steps import loss_arguments
+from scorematch.training.units import take_units
 
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
 _DEFAULTS = {"label_drop": "0.1 with --labels"}  # of options that are not those of train
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
+_FOR_PICTURES = ("recipe", "image_size", "channels", "crop", "strict", "cache", "no_cache", "workers")
 _INSTEAD = {  # of options of other programs
     "--epochs": "Write the number of images, --images 500k; an epoch is the number of pictures in the data",
     "--steps": "Write the number of images, --images 500k; a step has --batch-size images",
@@ -56,11 +60,13 @@ def add(commands: Commands) -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "train",
-        help="train a network on a folder of pictures",
-        description="Trains a network on pictures. To continue an interrupted run, repeat the command; the result is "
-        "the same as\nwithout the interruption. OUT/network is the latest averaged network, for the other commands.\n\n"
+        help="train a network on a folder of pictures, or on arrays",
+        description="Trains a network on pictures or other data. To continue an interrupted run, repeat the command; "
+        "the result is\nthe same as without the interruption. OUT/network has the latest averaged network.\n\n"
         "DATA is a folder (all pictures in it and its subfolders), an .npz file, or a data set of the Hugging Face "
-        "Hub.\nAll N are whole numbers, such as 50000, 50k or 5M.",
+        "Hub.\nOther data are floating-point arrays (N, C, ...) of any range in .npy, .npz, .h5 or .zarr: the array x, "
+        "and\nvectors (N, K) as condition, if there are any. The network is then chosen by the shape, and has the "
+        "units of the\ndata. All N are whole numbers, such as 50000, 50k or 5M.",
         epilog="Recipes:\n"
         + "".join(f"  {name:<16}{recipe.image_size} px; {recipe.source}\n" for name, recipe in RECIPES.items())
         + "\nExamples:\n"
@@ -68,13 +74,14 @@ def add(commands: Commands) -> None:
         "  %(prog)s faces --out runs/trial --recipe tiny --images 20k\n"
         "  %(prog)s cats --out runs/cats --start runs/faces/network\n"
         "  %(prog)s damaged --observed-where masks --sigma 0.1 --out runs/prior\n"
+        "  %(prog)s fields.npz --out runs/fields --padding circular\n"
         "  accelerate launch -m scorematch train faces --out runs/faces --images 50M --batch-size 512",
     )
     parser.add_argument(
         "data",
         type=filled,
         metavar="DATA",
-        help="a folder of pictures, an .npz file, owner/name on the Hub, or a short name such as cifar10-train",
+        help="a folder of pictures, a file of arrays, owner/name on the Hub, or a short name such as cifar10-train",
     )
     parser.add_argument(
         "--out", required=True, type=expanded, help="the folder of the run, created if it does not exist"
@@ -121,8 +128,15 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="write no cache; more than 1 GiB of pictures is decoded again in each epoch",
     )
-    data.add_argument("--image-key", metavar="KEY", help="the key of the images in an .npz file or a data set")
-    data.add_argument("--label-key", metavar="KEY", help="the key of the labels")
+    data.add_argument("--image-key", metavar="KEY", help="the key of the images or the array in a file or a data set")
+    data.add_argument("--label-key", metavar="KEY", help="the key of the labels, or of the vectors as conditions")
+    data.add_argument(
+        "--padding",
+        nargs="+",
+        choices=PADDINGS,
+        help="for signals, fields and volumes: what lies beyond the ends of all axes, or of each; circular is for "
+        "periodic data (default: zeros)",
+    )
     data.add_argument("--workers", type=image_count, help="threads that decode pictures (default: one per CPU)")
 
     training = parser.add_argument_group("training", "Defaults: the settings of the recipe, or else those given here.")
@@ -162,24 +176,39 @@ def _run(args: argparse.Namespace) -> None:
         _run_stages(args, recipe)
         return
     refuse(args, ["stages", "draw_batch", "held_out"], "is for measurements with --sigma")
+    arrays = find_arrays(args.data, key=args.image_key, condition_key=args.label_key)
+    if arrays is not None:
+        gray = ": write x[:, None] for gray images (N, H, W)" if len(arrays.shape) == 2 else ""
+        refuse(args, _FOR_PICTURES, f"is for pictures, and {args.data} has samples of shape {arrays.shape}{gray}")
     own = given(args, (each.name for each in fields(RunSettings)))
-    if not args.labels:
+    conditional = args.labels or (arrays is not None and arrays.features > 0)
+    if arrays is None:
+        refuse(args, ["padding"], "is for data that are not pictures")
+    if not conditional:
         refuse(args, ["label_drop", "label_key"], "is for training on classes with --labels")
     if args.cache is not None and args.no_cache:
         raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     check_folder_name(args.out)
-    options = {"label_drop": _LABEL_DROP if args.labels else 0.0, **recipe.options(), **own}
+    options = {"label_drop": _LABEL_DROP if conditional else 0.0, **recipe.options(), **own}
     settings = RunSettings(**options, progress=not args.quiet)
     trackers = options.pop("trackers", ())  # which this function starts, since it creates the accelerator
     accelerator = _accelerator(args, args.out, settings)
     device: torch.device = accelerator.device
     start = _start(args)
-    data = _open(args, recipe, start, settings)  # one process decodes, and the others wait for the lock of the cache
+    if arrays is not None:
+        data: ImageData | ArrayData = arrays
+    else:  # one process decodes, and the others wait for the lock of the cache
+        data = images = _open(args, recipe, start, settings)
     if start is not None:
         options |= {name: value for name, value in fine_tuning(len(data), settings).items() if name not in own}
         settings = RunSettings(**options, progress=not args.quiet)
-    net = _network(args, recipe, start, data, settings)
+    if arrays is not None:
+        net = _network_of_arrays(args, start, arrays, settings)
+    else:
+        net = _network(args, recipe, start, images, settings)
     check_arguments(net, data, settings, accelerator.num_processes)
+    shown = accelerator.is_main_process and not args.quiet
+    take_units(net, data, network_of(args.out), settings.start, progress=shown)
     check_run(args.out, net, data, settings)
     if accelerator.is_main_process:
         net.to(device)
@@ -275,6 +304,28 @@ def _with_classes(args: argparse.Namespace, start: ScoreNet, data: ImageData, *,
     return ScoreNet.from_stored(with_condition(stored, now))
 
 
+def _network_of_arrays(
+    args: argparse.Namespace, start: ScoreNet | None, data: ArrayData, settings: Settings
+) -> ScoreNet:
+    """The network of ``--start``, or a new one for data of this shape, with the vectors or classes as conditions."""
+    if args.labels and data.classes is None:
+        raise ValueError(f"--labels needs an array of labels in {args.data}, which has none. Leave it out.")
+    if start is not None:
+        if start.sample_shape is not None and len(start.sample_shape) == len(data.shape) > 1:
+            check_size(start.backbone, data.shape[1:])
+            start.sample_shape = (start.sample_shape[0], *data.shape[1:])
+        return start
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return network_for(
+            data.shape,
+            condition_features=data.features,
+            classes=len(data.classes) if args.labels and data.classes is not None else None,
+            null_class=settings.label_drop > 0,
+            padding="zeros" if args.padding is None else args.padding[0] if len(args.padding) == 1 else args.padding,
+        )
+
+
 def _start(args: argparse.Namespace) -> ScoreNet | None:
     """The network of ``--start``, or None if the recipe says which network is trained.
 
@@ -341,7 +392,7 @@ def _size(text: str) -> int | tuple[int, int]:
 def _announce(
     args: argparse.Namespace,
     recipe: Recipe,
-    data: ImageData,
+    data: ImageData | ArrayData,
     net: ScoreNet,
     settings: Settings,
     device: torch.device,
@@ -349,15 +400,23 @@ def _announce(
 ) -> None:
     """Prints the data, the network, its cost per image, and the estimated duration of the run."""
     size = " x ".join(map(str, data.shape))
-    color = ", converted from color," if data.from_color else ""
-    print(f"data      {len(data):,} images of {size}{color} from {args.data}")
-    if data.classes is not None:
+    name, word = recipe.name, "image"
+    if isinstance(data, ArrayData):
+        word, name = "sample", ScoreNet.mlp.__name__ if len(data.shape) == 1 else ScoreNet.unet.__name__
+        vectors = f", each with a vector of {data.features} values," if data.features else ""
+        print(f"data      {len(data):,} samples of {size}{vectors} from {args.data}")
+        if net.units is not None:
+            print(f"          {net.units}")
+    else:
+        color = ", converted from color," if data.from_color else ""
+        print(f"data      {len(data):,} images of {size}{color} from {args.data}")
+        if data.skipped:
+            print(f"          left out: {count(len(data.skipped))} that cannot be read, {few(data.skipped)}")
+    if data.classes is not None and args.labels:
         print(f"          {describe_classes(data.classes, 10)}")
-    if data.skipped:
-        print(f"          left out: {count(len(data.skipped))} that cannot be read, {few(data.skipped)}")
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    name = recipe.name if args.start is None or args.recipe is not None else args.start
-    print(f"network   {name}: {parameters:,} parameters, {training_flop(net) / 1e9:.3g} GFLOP per image")
+    name = name if args.start is None or args.recipe is not None else args.start
+    print(f"network   {name}: {parameters:,} parameters, {training_flop(net) / 1e9:.3g} GFLOP per {word}")
     if args.start is not None:
         kept = None if (args.out / "network").is_dir() else difference(_config(args.start), as_stored(net.config))
         print(f"          begins with the weights of {args.start}{'' if kept is None else f'; {kept}'}")
@@ -385,14 +444,16 @@ def _epochs(number: float) -> str:
 
 
 def _seconds_per_image(
-    net: ScoreNet, data: ImageData, settings: Settings, device: torch.device, batch_size: int
+    net: ScoreNet, data: ImageData | ArrayData, settings: Settings, device: torch.device, batch_size: int
 ) -> float:
     """The measured seconds of the forward and the backward pass on one device with a batch of its own, per image."""
     most = _TIMED_VALUES // math.prod(data.shape) if device.type == "cpu" else batch_size
     n = max(1, min(most, settings.microbatch or batch_size, batch_size))
-    images, labels = data.read(range(n))
+    n = min(n, len(data))
+    images, condition = data.read(range(n))
     x = to_float(images).to(device)
-    arguments = loss_arguments(settings, x, labels, seed=0)
+    condition = condition if condition_of_data(net, settings) is not None else None
+    arguments = loss_arguments(settings, x, condition, seed=0)
 
     def step() -> None:
         with autocast(device, settings.precision):

@@ -114,6 +114,8 @@ def _check_condition(condition: Tensor | int | None, n: int, takes: Condition) -
         raise TypeError(f"this network takes {wanted}, got {found}.{hint}")
     if isinstance(condition, Tensor) and condition.shape[:1] != (n,):
         raise ValueError(f"the condition must have one entry for each of {n} samples, got shape {tuple(given.shape)}.")
+    if takes.vector and given.shape[1:] != (takes.vector,):
+        raise ValueError(f"this network takes {wanted}, got shape {tuple(given.shape)}.")
     if takes.classes is not None:
         classes = takes.classes + takes.null_class
         wrong = first_where(given, lambda given: (given < 0) | (given >= classes))

@@ -176,4 +176,5 @@ def samples_in(folder: Path) -> Any:
         return folder
     if stored["settings"]["format"] == "png":
         return folder / IMAGES
-    return {"images": to_uint8(torch.cat([batch.images for batch in stored_samples(folder, process=(0, 1))]))}
+    samples = torch.cat([batch.images for batch in stored_samples(folder, process=(0, 1))])
+    return {"images": samples if stored["settings"]["format"] == "float" else to_uint8(samples)}

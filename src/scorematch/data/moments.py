@@ -82,7 +82,7 @@ def moments(data: Data, *, name: str = "data", progress: bool = False) -> tuple[
     """
     found, of_condition = _Sum(name, "channel"), _Sum("condition", "value")
     step = max(1, _VALUES // math.prod(data.shape))
-    for first in tqdm(range(0, len(data), step), "measuring", unit="batch", leave=False, disable=not progress):
+    for first in tqdm(range(0, len(data), step), "measuring", unit="batch", leave=False, disable=not progress, delay=2):
         x, condition = data.read(torch.arange(first, min(first + step, len(data)), device="cpu"))
         found.add(x)
         if condition is not None and condition.is_floating_point():

@@ -7,6 +7,7 @@ samples.json           the settings, which an interrupted job needs to continue;
 images/000123.png      one file per image, or
 images/000128.npz      one file per batch, named by its first image: ``arr_0``, uint8 (B, H, W, C), and with classes
                        ``arr_1``, int64 (B,), as in the sample files of guided-diffusion (Dhariwal & Nichol, 2021)
+or images/000128.npz   in the format "float": ``x``, float32 (B, ...), and ``condition``, if there is one
 labels.csv             the class of each PNG file, for class-conditional networks
 =====================  ================================================================================================
 
@@ -45,7 +46,8 @@ class Batch(NamedTuple):
     Attributes:
         indices: the numbers of the images.
         images: the images (len(indices), ...), float32, on the device of the network.
-        classes: their classes, int64 (len(indices),), on the CPU; None without classes.
+        classes: their classes, int64 (len(indices),), or their other conditions (len(indices), ...), on the CPU; None
+            without a condition.
     """
 
     indices: range
@@ -67,7 +69,7 @@ def ranges(n: int, batch_size: int, process: Process, *, first: int = 0) -> Iter
     return (range(max(first, b * batch_size), min(first + n, (b + 1) * batch_size)) for b in range(begin + k, end, m))
 
 
-Format = Literal["png", "npz"]
+Format = Literal["png", "npz", "float"]
 
 
 def stem(i: int) -> str:
@@ -128,6 +130,8 @@ class _Pictures(Files):
 class _Arrays(Files):
     """One .npz file per batch, with the names of arrays of guided-diffusion."""
 
+    array = "arr_0"
+
     def _path(self, first: int) -> Path:
         return self._folder / f"{stem(first)}.npz"
 
@@ -136,7 +140,7 @@ class _Arrays(Files):
         if not _is_filled(path):
             return 0
         try:
-            shape = read_shape(path, "arr_0")
+            shape = read_shape(path, self.array)
         except (OSError, ValueError):  # damaged later
             return 0
         return min([*shape[:1], len(indices)])
@@ -158,7 +162,31 @@ class _Arrays(Files):
         return rearrange(torch.from_numpy(pixels[: len(indices)]), "n h w c -> n c h w").float() / 255
 
 
-FORMATS: Mapping[str, type[Files]] = {"png": _Pictures, "npz": _Arrays}
+class _Values(_Arrays):
+    """One .npz file per batch: the samples x, float32, and their conditions."""
+
+    array = "x"
+
+    def write(self, batch: Batch) -> None:
+        content = io.BytesIO()
+        save_values(content, batch.images.cpu(), batch.classes)
+        write_whole(self._path(batch.indices.start), content.getvalue())
+
+    def read(self, indices: range, channels: int) -> Tensor:
+        path = self._path(indices.start)
+        x = read_arrays(path, ("x",)).get("x", np.empty(0))
+        if x.dtype != np.float32 or len(x) < len(indices):
+            raise ValueError(f"{path} must hold an array x of at least {len(indices)} samples, float32, got {x.dtype}.")
+        return torch.from_numpy(x[: len(indices)])
+
+
+def save_values(file: io.BytesIO, x: Tensor, condition: Tensor | None) -> None:
+    """Writes samples and their conditions, on the CPU, as the arrays x and condition of an .npz file."""
+    arrays: dict[str, Any] = {"x": x.numpy()} if condition is None else {"x": x.numpy(), "condition": condition.numpy()}
+    np.savez(file, **arrays)
+
+
+FORMATS: Mapping[str, type[Files]] = {"png": _Pictures, "npz": _Arrays, "float": _Values}
 
 
 def _is_filled(path: Path) -> bool:
@@ -180,7 +208,7 @@ _METADATA: Mapping[str, Field] = {
 _SETTINGS: Mapping[str, Field] = {
     "batch_size": Field(int, required=True, low=1, high=2**31),
     "format": Field(str, required=True, choices=get_args(Format)),
-    "shape": Field(list, required=True, low=3, high=3, each=Field(int, low=1, high=65_536)),
+    "shape": Field(list, required=True, low=1, high=16, each=Field(int, low=1, high=65_536)),
 }
 
 
@@ -192,7 +220,7 @@ def read_samples(folder: str | os.PathLike[str], n: int) -> Tensor:
         n: the number of images, at least 1.
 
     Returns:
-        The images (n, C, H, W), float32 in [0, 1].
+        The images (n, C, H, W), float32 in [0, 1]; or the samples (n, ...) of the format "float" in their own units.
 
     Raises:
         OSError, TypeError, ValueError: as ``stored_samples``.
@@ -259,6 +287,8 @@ def read_metadata(folder: Path) -> dict[str, Any] | None:
         return None
     settings = content["settings"]
     check(settings, _SETTINGS, f"{path}: settings")
+    if settings["format"] != "float" and len(settings["shape"]) != 3:
+        raise ValueError(f"{path}: settings: shape must have 3 entries in files of images, got {settings['shape']}.")
     if settings["format"] == "png" and settings["shape"][0] not in (1, 3):
         raise ValueError(f"{path}: settings: shape must have 1 or 3 channels in png files, got {settings['shape'][0]}.")
     return content

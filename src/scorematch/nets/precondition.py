@@ -81,6 +81,7 @@ import torch
 from torch import Tensor, nn
 
 from scorematch.core.batches import per_image
+from scorematch.core.messages import few
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import check_score
 from scorematch.noise import NoiseSchedule
@@ -98,6 +99,11 @@ class Units(NamedTuple):
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """The first channels, such as "mean 250, -3; deviation 30, 0.5"."""
+        parts = ((few((f"{value:.4g}" for value in part), 6)) for part in self)
+        return "; ".join(f"{name} {part}" for name, part in zip(("mean", "deviation"), parts, strict=True))
 
     def scale(self, like: Tensor) -> Tensor:
         """The numbers 1 / (2 std), (1, C), with the dtype and the device of a tensor, at least float32."""

@@ -63,6 +63,7 @@ def bulk_samples(
     batch_size: int = 64,
     classes: Classes = None,
     n_classes: int | None = None,
+    condition: Tensor | None = None,
     shape: Sequence[int] | None = None,
     process: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
@@ -80,6 +81,8 @@ def bulk_samples(
         classes: for class-conditional networks: an int, the class of all images; "random", uniform random classes;
             "cycle", the classes in turn. The class of an image depends only on the seed and on its number.
         n_classes: the number of classes for "random" and "cycle"; None is that of the network, without its null class.
+        condition: for networks that take a vector or an image: the conditions (m, ...), floating point. Sample i has
+            condition i; if there is one only, m = 1, all samples have it.
         shape: the shape of one sample, for a score without ``sample_shape``.
         process: whose batches to draw, as (rank, world size); None is this process, see ``this_process``.
 
@@ -97,7 +100,15 @@ def bulk_samples(
         >>> [(batch.indices, tuple(batch.images.shape)) for batch in bulk_samples(sampler, 5, batch_size=4)]
         [(range(0, 4), (4, 1, 28, 28)), (range(4, 5), (1, 1, 28, 28))]
     """
-    job = Job(sampler, seed=seed, batch_size=batch_size, classes=classes, n_classes=n_classes, shape=shape)
+    job = Job(
+        sampler,
+        seed=seed,
+        batch_size=batch_size,
+        classes=classes,
+        n_classes=n_classes,
+        condition=condition,
+        shape=shape,
+    )
     return job.samples(n, first=first, process=process)
 
 
@@ -107,7 +118,7 @@ class Job:
     Arguments and errors are those of ``bulk_samples``.
 
     Attributes:
-        sampler, seed, batch_size, classes: the arguments.
+        sampler, seed, batch_size, classes, condition: the arguments.
         shape: the shape of one sample.
         n_classes: the number of classes for "random" and "cycle", otherwise None.
     """
@@ -120,6 +131,7 @@ class Job:
         batch_size: int = 64,
         classes: Classes = None,
         n_classes: int | None = None,
+        condition: Tensor | None = None,
         shape: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(sampler, Sampler):
@@ -133,7 +145,18 @@ class Job:
             raise ValueError("the shape of a sample is not known: pass shape=, without the batch axis.")
         self.sampler, self.seed, self.batch_size, self.classes = sampler, seed, batch_size, classes
         self.shape = tuple(map(int, shape))
-        self.n_classes = self._check_classes(n_classes)
+        self.condition = None if condition is None else self._check_condition(condition)
+        self.n_classes = None if condition is not None else self._check_classes(n_classes)
+
+    def _check_condition(self, condition: Tensor) -> Tensor:
+        if not isinstance(condition, Tensor):
+            raise TypeError(f"condition must be a tensor (m, ...), got {type(condition).__name__}.")
+        if self.classes is not None:
+            raise ValueError(f"{argument('classes')} and {argument('condition')} cannot be combined. Leave out one.")
+        condition = condition.detach().cpu()
+        takes = attribute(self.sampler.net, "conditioning")
+        as_condition(condition, torch.empty(max(1, condition.shape[0]), *self.shape, device="meta"), takes)
+        return condition
 
     def _check_classes(self, n_classes: int | None) -> int | None:
         """The number of classes for "random" and "cycle", otherwise None; checks that the network takes the classes."""
@@ -159,6 +182,11 @@ class Job:
     def samples(self, n: int, *, first: int = 0, process: tuple[int, int] | None = None) -> Iterator[Batch]:
         """Draws images batch by batch, as ``bulk_samples`` does."""
         n, first = check_count("n", n), check_count("first", first, 0)
+        if self.condition is not None and 1 != len(self.condition) < first + n:
+            raise ValueError(
+                f"{argument('condition')} must have one row for all samples, or one for each of {first + n}, got "
+                f"{len(self.condition)}."
+            )
         if first + n > SEEDS:
             raise ValueError(f"first + n must be at most 2^32, got {first + n}.")
         return self.draw(ranges(n, self.batch_size, checked_process(process), first=first))
@@ -167,16 +195,24 @@ class Job:
         """Yields the batch of each range of images. Each range is requested just before its batch is drawn."""
         sampler = prepared(self.sampler)
         for indices in batches:
-            classes = self.classes_of(indices)
+            condition = self.condition_of(indices)
             images = sampler.sample(
                 len(indices),
                 shape=self.shape,
-                condition=classes,
+                condition=condition,
                 generator=self.seeds_of(indices),
                 batch_size=len(indices),
                 progress=False,
             )
-            yield Batch(indices, images, classes)
+            yield Batch(indices, images, condition)
+
+    def condition_of(self, indices: range) -> Tensor | None:
+        """The conditions of images by their numbers, or their classes, or None."""
+        if self.condition is None:
+            return self.classes_of(indices)
+        if len(self.condition) == 1:
+            return self.condition.expand(len(indices), *self.condition.shape[1:])
+        return self.condition[indices.start : indices.stop]
 
     def classes_of(self, indices: Iterable[int]) -> Tensor | None:
         """The classes of images by their numbers, int64 (len(indices),), or None."""
@@ -203,7 +239,8 @@ class Job:
             **description_of(self.sampler),
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "condition": self.classes,  # the names of these two keys are a file format
+            # The names of these two keys are a file format.
+            "condition": self.classes if self.condition is None else identity(self.condition),
             "classes": self.n_classes,
             "shape": list(self.shape),
             "scorematch": __version__,

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import argument, check_choice, check_count
@@ -53,6 +54,7 @@ def sample_to(
     batch_size: int = 64,
     classes: Classes = None,
     n_classes: int | None = None,
+    condition: Tensor | None = None,
     shape: Sequence[int] | None = None,
     format: Format = "png",  # noqa: A002  (Pillow's word)
     about: Mapping[str, str] | None = None,
@@ -72,15 +74,18 @@ def sample_to(
     underscore, should define ``definition()``, which returns what determines the score.
 
     Args:
-        sampler: the sampler. Its network must draw images (C, H, W) in [0, 1] with 1 or 3 channels.
+        sampler: the sampler. Its network must draw images (C, H, W) in [0, 1] with 1 or 3 channels, unless ``format``
+            is "float".
         folder: the folder to write, new, empty, or with samples of the same settings; see ``scorematch.data.samples``.
         n: the number of images, over all processes together.
         seed: the seed of all images.
         batch_size: the number of images that go through the network at once.
         classes: the class of all images, "random" or "cycle", as for ``bulk_samples``.
         n_classes: the number of classes for "random" and "cycle", as for ``bulk_samples``.
+        condition: the conditions of the samples, as for ``bulk_samples``.
         shape: the shape of one sample, for a score without ``sample_shape``.
-        format: "png", one file per image, or "npz", one file per batch.
+        format: "png", one file per image; "npz", one file per batch, with 8 bits per value; or "float", one ``.npz``
+            file per batch with the values as they are, for samples of any shape and range.
         about: remarks to store in samples.json, such as the command and the name of the network.
         process: whose batches to draw, as (rank, world size), for processes that are started at different times; a
             call then returns as soon as its own batches are drawn. None is this process.
@@ -97,7 +102,15 @@ def sample_to(
         OSError: if a file cannot be written, or the processes do not share the folder. All existing files are complete.
         SystemExit: after SIGTERM, with status 143. All existing files are complete.
     """
-    job = Job(sampler, seed=seed, batch_size=batch_size, classes=classes, n_classes=n_classes, shape=shape)
+    job = Job(
+        sampler,
+        seed=seed,
+        batch_size=batch_size,
+        classes=classes,
+        n_classes=n_classes,
+        condition=condition,
+        shape=shape,
+    )
     return SampleFolder(job, folder, n, format=format, about=about).fill(process=process, progress=progress)
 
 
@@ -126,15 +139,16 @@ class SampleFolder:
             raise ValueError(f"{argument('n')} must be at most 2^32, got {n}.")
         check_choice("format", format, FORMATS)
         value_range = attribute(job.sampler.net, "value_range")
-        if not is_picture(job.shape):
+        pictures = format != "float"
+        if pictures and not is_picture(job.shape):
             raise ValueError(
-                f"the samples must be images (C, H, W) with 1 or 3 channels, but their shape is {job.shape}. Use "
-                "bulk_samples."
+                f"the samples must be images (C, H, W) with 1 or 3 channels, but their shape is {job.shape}. Write "
+                f"{argument('format', 'float')}."
             )
-        if value_range is not None and tuple(value_range) != (0, 1):
+        if pictures and value_range is not None and tuple(value_range) != (0, 1):
             raise ValueError(
-                f"the samples must be images in [0, 1], but the network's value_range is {value_range}. Use "
-                "bulk_samples."
+                f"the samples must be images in [0, 1], but the network's value_range is {value_range}. Write "
+                f"{argument('format', 'float')}."
             )
         self._job, self._folder, self._n, self._format = job, Path(folder).expanduser(), n, format
         if self._folder.exists() and not self._folder.is_dir():

@@ -3,7 +3,7 @@
 from scorematch.training.ema import reconstruct
 from scorematch.training.incomplete import train_from_observations
 from scorematch.training.levels import LevelMixture, Levels, LogNormal, LogUniform, UniformTime
-from scorematch.training.recipes import RECIPES, Recipe
+from scorematch.training.recipes import RECIPES, Recipe, network_for
 from scorematch.training.run import train
 from scorematch.training.settings import Settings
 from scorematch.training.steps import Step, TrainingState, train_steps
@@ -19,6 +19,7 @@ __all__ = [
     "Step",
     "TrainingState",
     "UniformTime",
+    "network_for",
     "reconstruct",
     "train",
     "train_from_observations",

@@ -48,6 +48,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch.data.pictures import Crop
+from scorematch.nets.space import Padding
 from scorematch.noise import NoiseSchedule
 from scorematch.restoration.palette import TASKS, MultiTask
 from scorematch.sampling.settings import SamplerSettings
@@ -136,6 +137,53 @@ class Recipe:
         """
         task = {"condition": MultiTask([TASKS[name]() for name in self.tasks])} if self.tasks else {}
         return {**self.training, **task}
+
+
+def network_for(
+    shape: Sequence[int],
+    *,
+    condition_features: int = 0,
+    classes: int | None = None,
+    null_class: bool = False,
+    padding: Padding | Sequence[Padding] = "zeros",
+) -> ScoreNet:
+    """A new network for data of a shape: ``ScoreNet.mlp`` for vectors, and a U-Net for signals, fields and volumes.
+
+    The U-Net halves every side until the shortest has 4 to 8 values, at most four times. In two and three dimensions it
+    works on patches from 32 values per side on.
+
+    Args:
+        shape: the shape of one sample, (D,), (C, L), (C, H, W) or (C, D, H, W).
+        condition_features: the number of values of a vector as the condition; 0 for none.
+        classes: the number of classes; None for none.
+        null_class: whether there is one more class, for samples without a class.
+        padding: what lies beyond the ends of the axes, as for ``ScoreNet.unet``.
+
+    Raises:
+        ValueError: if the data have more than three axes after the channels.
+
+    Example:
+        >>> network_for((2, 64), condition_features=3).sample_shape
+        (2, 64)
+    """
+    conditions: dict[str, Any] = {"condition_features": condition_features, "classes": classes}
+    conditions["null_class"] = null_class and classes is not None
+    channels, *sides = shape
+    if len(sides) > 3:
+        raise ValueError(f"samples must be (D,), (C, L), (C, H, W) or (C, D, H, W), got shape {tuple(shape)}.")
+    if not sides:
+        net = ScoreNet.mlp(channels, **conditions)
+    else:
+        patch = 2 if len(sides) > 1 and min(sides) >= 32 else 1
+        scales = min(5, max(1, (min(sides) // patch).bit_length() - 3))
+        width = 32 if len(sides) == 1 else 64
+        widths = (width, *[2 * width] * (scales - 1))
+        pixels = 8 if patch > 1 else 0
+        net = ScoreNet.unet(
+            channels, tuple(sides), widths=widths, patch=patch, pixel_channels=pixels, padding=padding, **conditions
+        )
+    net.sampler_settings = SamplerSettings(sampler="ode", levels=18)
+    return net
 
 
 def training_flop(net: ScoreNet) -> int:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import get_args
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from scorematch.cli.options import given
-from scorematch.cli.options.values import amount
-from scorematch.core.messages import quote
+from scorematch.cli.options.values import amount, filled
+from scorematch.core.messages import about, quote
+from scorematch.data.array_data import check_finite
+from scorematch.data.arrays import array_names, map_array
 from scorematch.guidance import GuidedScore, classifier_free
 from scorematch.sampling.bulk import Classes, Rule
 from scorematch.score import ScoreNet
@@ -75,6 +82,62 @@ def guide(args: argparse.Namespace, net: ScoreNet) -> ScoreNet | GuidedScore:
             "has none. Leave out --guidance."
         )
     return classifier_free(net, args.weight, **options)
+
+
+def add_condition(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--condition``; ``find_condition`` reads its value."""
+    parser.add_argument(
+        "--condition",
+        type=filled,
+        metavar="VALUES",
+        help="for a network that takes a vector: its values for all samples, such as 0.3,0.7; or a file .npz (with the "
+        "array condition) or .npy with one vector for each sample",
+    )
+
+
+def find_condition(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Tensor | None:
+    """The vectors of ``--condition``, float (m, K), or None.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if the network takes no vector, or one of another length, or values are not finite.
+    """
+    takes, text = net.conditioning, args.condition
+    if text is None:
+        if isinstance(net, GuidedScore) and takes is not None and takes.vector:
+            raise ValueError(f"--guidance needs a condition. Add --condition with {takes.vector} values.")
+        return None
+    if takes is None or not takes.vector:
+        instead = " Write --class K." if takes is not None and takes.classes is not None else " Leave it out."
+        raise ValueError(f"--condition is for networks that take a vector, and {args.model} does not.{instead}")
+    path = Path(text).expanduser()
+    if path.suffix.lower() in (".npz", ".npy"):
+        values = _vectors(path)
+    else:
+        try:
+            values = torch.tensor([[float(word) for word in text.split(",")]])
+        except ValueError as error:
+            raise ValueError(
+                f"--condition must be numbers, such as 0.3,0.7, or a file .npz or .npy, got {quote(text)}."
+            ) from error
+    if values.ndim != 2 or values.shape[1] != takes.vector:
+        raise ValueError(
+            f"--condition must have {takes.vector} values for each sample, as {args.model} takes, got shape "
+            f"{tuple(values.shape)}."
+        )
+    check_finite(values, "--condition")
+    return values
+
+
+def _vectors(path: Path) -> Tensor:
+    if path.suffix.lower() == ".npy":
+        found = np.load(path, allow_pickle=False)
+    else:
+        names = array_names(path)
+        name = "condition" if "condition" in names or len(names) != 1 else names[0]
+        with about(path):
+            found = map_array(path, name)
+    return torch.from_numpy(np.array(found, np.float32))
 
 
 def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Classes:

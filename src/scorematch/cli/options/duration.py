@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from scorematch.core.processes import this_process
 from scorematch.core.scores import attribute, device_of
+from scorematch.data.pictures import is_picture
 from scorematch.evaluation.features import Extractor
 from scorematch.sampling import ODESampler, Sampler
 from scorematch.sampling.bulk import Classes
@@ -17,30 +19,33 @@ _MANY_CALLS = 250  # with more, a sampler with fewer is named
 _FEW = 8  # images of the call that is timed
 
 
-def announce(sampler: Sampler, n: int = 0, classes: Classes = None) -> None:
+def announce(sampler: Sampler, n: int = 0, condition: Classes | Tensor = None) -> None:
     """Prints the sampler, the estimated time for n images without an observation, and a much faster sampler.
 
-    Only the first process prints. ``classes`` is the class or the rule of ``--class``.
+    Only the first process prints. ``condition`` is the class or the rule of ``--class``, or vectors (m, K).
     """
     process = this_process()
     if process.rank > 0:
         return
     print(sampler, flush=True)
+    word = "image" if is_picture(attribute(sampler.net, "sample_shape") or (3, 1, 1)) else "sample"
     if n:
-        seconds = _seconds_per_call(sampler, classes) * len(sampler) * n / process.world_size
+        seconds = _seconds_per_call(sampler, condition) * len(sampler) * n / process.world_size
         where = f" in {process.world_size} processes" if process.world_size > 1 else ""
-        print(f"about {duration(seconds)} for {count(n)}{where}", flush=True)
+        print(f"about {duration(seconds)} for {count(n, word)}{where}", flush=True)
     few_levels = getattr(attribute(sampler.net, "preconditioning"), "discrete", False)  # and no flow between them
     if len(sampler) > _MANY_CALLS and not few_levels and not isinstance(sampler, ODESampler):
         print(f"faster: --sampler ode, with {len(ODESampler(sampler.net))} network calls", flush=True)
 
 
 @torch.no_grad()
-def _seconds_per_call(sampler: Sampler, classes: Classes) -> float:
+def _seconds_per_call(sampler: Sampler, condition: Classes | Tensor) -> float:
     """The seconds of a network call per image."""
     net = sampler.net
     x = torch.rand(_FEW, *attribute(net, "sample_shape"), device=device_of(net))
-    given = () if classes is None else (0 if isinstance(classes, str) else classes,)
+    if isinstance(condition, Tensor):
+        condition = condition[:1].expand(_FEW, *condition.shape[1:]).to(x.device)
+    given = () if condition is None else (0 if isinstance(condition, str) else condition,)
     net(x, 1.0, *given)  # the first call prepares the kernels
     begin = time.perf_counter()
     net(x, 1.0, *given).sum().item()  # waits for the device
@@ -65,9 +70,9 @@ def announce_features(extractors: Sequence[Extractor], shape: Sequence[int], n: 
     )
 
 
-def count(n: int) -> str:
+def count(n: int, word: str = "image") -> str:
     """A number of images as text, such as "1 image" or "5,000 images"."""
-    return f"{n:,} image{'s' if n > 1 else ''}"
+    return f"{n:,} {word}{'s' if n > 1 else ''}"
 
 
 def duration(seconds: float) -> str:

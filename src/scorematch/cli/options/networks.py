@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from scorematch.core.processes import find_device
+from scorematch.core.scores import Score, attribute
 from scorematch.data.pictures import is_picture
 from scorematch.pretrained import load as load_stored
 from scorematch.pretrained import locate
@@ -38,8 +39,12 @@ def load_network(name: str | os.PathLike[str]) -> ScoreNet:
     return ScoreNet.from_stored(stored)
 
 
-def load(args: argparse.Namespace) -> ScoreNet:
-    """The network ``model`` on the device of ``--device``; ValueError if it does not draw pictures in [0, 1]."""
+def load(args: argparse.Namespace, *, pictures: bool = True) -> ScoreNet:
+    """The network ``model`` on the device of ``--device``.
+
+    Raises:
+        ValueError: if the shape of its samples is not known, or, with ``pictures``, they are not pictures in [0, 1].
+    """
     device = find_device(args.device)
     net = load_network(args.model).to(device)
     shape = net.sample_shape
@@ -48,14 +53,19 @@ def load(args: argparse.Namespace) -> ScoreNet:
             f"the size of the images of {args.model} is not stored with it. Convert the checkpoint with --config, or "
             "sample from the network in Python with shape=."
         )
-    if not is_picture(shape):
+    if pictures and not is_picture(shape):
         raise ValueError(
             f"the network must draw images (C, H, W) with 1 or 3 channels, but the sample_shape of {args.model} is "
-            f"{shape}."
+            f"{shape}. The command sample draws other data; for the rest use it in Python."
         )
-    if net.value_range != (0, 1):
+    if pictures and net.value_range != (0, 1):
         raise ValueError(
-            f"the network must draw images in [0, 1], but the value_range of {args.model} is {net.value_range}. Sample "
-            "from it in Python."
+            f"the network must draw images in [0, 1], but the value_range of {args.model} is {net.value_range}. The "
+            "command sample draws other data; for the rest use it in Python."
         )
     return net
+
+
+def draws_pictures(net: Score) -> bool:
+    """Whether the samples of a network are gray or RGB images in [0, 1]."""
+    return is_picture(attribute(net, "sample_shape")) and attribute(net, "value_range") == (0, 1)

@@ -1,0 +1,142 @@
+"""The commands for data that are not pictures."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scorematch import ScoreNet
+from scorematch.cli import main
+from scorematch.data import read_samples
+from scorematch.data.plots import save_plot
+from scorematch.sampling import ODESampler, bulk_samples
+from scorematch.training import network_for
+from tests.helpers import refused, seed
+
+QUIET = ("--device", "cpu", "--quiet")
+
+
+def _data(shape, n=40, scale=30.0, middle=250.0):
+    return (middle + scale * torch.randn(n, *shape, generator=seed())).numpy()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on vectors (N, 3) with conditions (N, 2), which was started by the command."""
+    folder = tmp_path_factory.mktemp("run")
+    np.savez(folder / "x.npz", x=_data((3,)), condition=np.random.default_rng(0).random((40, 2)))
+    options = ("--images", "64", "--batch-size", "8", "--precision", "float32")
+    assert main(["train", str(folder / "x.npz"), "--out", str(folder / "run"), *options, *QUIET]) == 0
+    return folder / "run"
+
+
+def test_training_chooses_the_network_and_its_conditions(run, capsys):
+    net = ScoreNet.from_pretrained(run / "network")
+    assert net.sample_shape == (3,) and net.conditioning.vector == 2 and net.units is not None
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    assert settings["label_drop"] == 0.1 and settings["augment"] == []
+    assert main(["info", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "samples      3, values of any size" in printed and "units        mean 25" in printed
+    assert "condition    a vector of 2 values" in printed
+
+
+def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
+    sample = ["sample", str(run), *QUIET]
+    assert main([*sample, str(tmp_path / "x.npz"), "-n", "5", "--condition", "0.3,0.7"]) == 0
+    printed = capsys.readouterr().out
+    assert "5 samples in" in printed and printed.endswith(f"{tmp_path / 'x.npz'}\n")
+    written = np.load(tmp_path / "x.npz")
+    condition = torch.tensor([[0.3, 0.7]])
+    sampler = ODESampler(ScoreNet.from_pretrained(run), levels=18)
+    (batch,) = bulk_samples(sampler, 5, condition=condition)
+    assert np.allclose(written["x"], batch.images.numpy(), rtol=1e-4) and written["x"].dtype == np.float32
+    assert np.allclose(written["condition"], condition.expand(5, 2)) and 150 < written["x"].mean() < 350
+    assert main([*sample, "--out", str(tmp_path / "y.npy"), "-n", "5", "--condition", str(tmp_path / "x.npz")]) == 0
+    assert np.array_equal(np.load(tmp_path / "y.npy"), written["x"])  # one vector for each sample
+    assert (
+        main([*sample, "--out", str(tmp_path / "many"), "-n", "5", "--condition", "0.3,0.7", "--batch-size", "4"]) == 0
+    )
+    assert np.allclose(read_samples(tmp_path / "many", 5), written["x"], rtol=1e-4)
+    assert main([*sample, str(tmp_path / "plot.png"), "-n", "5", "--guidance", "2", "--condition", "0.3,0.7"]) == 0
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert min(plot.size) > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("x.npz", "--condition", "0.3"), r"--condition must have 2 values for each sample.*got shape \(1, 1\)"),
+        (("x.npz", "--condition", "0.3,nan"), r"--condition must be finite, .* the first at \[0, 1\]"),
+        (("x.npz", "--condition", "a"), "--condition must be numbers, such as 0.3,0.7, or a file .* got 'a'"),
+        (("x.npz", "--class", "1"), "--class is for class-conditional networks"),
+        (("x.npz", "--guidance", "2"), "--guidance needs a condition. Add --condition with 2 values"),
+        (("x.txt",), "the file must end in .npz or .npy, or for a plot in .png"),
+        (("x.png", "--columns", "2"), "--columns is for pictures, and .* draws other data"),
+    ],
+)
+def test_bad_options_of_sample_are_refused(run, tmp_path, capsys, arguments, message):
+    name, *options = arguments
+    command = ["sample", str(run), str(tmp_path / name), *options, *QUIET]
+    assert re.search(message, refused(command, capsys, unprinted="network calls"))
+
+
+def test_other_commands_say_that_they_are_for_pictures(run, tmp_path, capsys):
+    error = refused(["restore", str(run), str(tmp_path), str(tmp_path / "out"), "--operator", "gray"], capsys)
+    assert "must draw images (C, H, W)" in error or "no image" in error
+    error = refused(["sample", "mnist", str(tmp_path / "x.png"), "--condition", "1", *QUIET], capsys)
+    assert "--condition is for networks that take a vector, and mnist does not. Leave it out." in error
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        ((2, 8), ("--recipe", "tiny"), r"--recipe is for pictures, and .* has samples of shape \(2, 8\)"),
+        ((2, 8), ("--label-drop", "0.1"), "--label-drop is for training on classes with --labels"),
+        ((2, 8), ("--labels",), "--labels needs an array of labels in .*, which has none"),
+        ((2, 8, 8), ("--augment", "rotate", "flips"), "invalid choice|must be one of"),
+        ((1, 2, 2, 2, 2), (), r"samples must be \(D,\), \(C, L\), \(C, H, W\) or \(C, D, H, W\), got shape"),
+    ],
+)
+def test_bad_options_of_train_are_refused(tmp_path, capsys, shape, arguments, message):
+    np.save(tmp_path / "x.npy", _data(shape))
+    command = ["train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "run"), *arguments, *QUIET]
+    assert re.search(message, refused(command, capsys))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (1, 64), (2, 9, 12), (1, 40, 33), (1, 4, 6, 5)])
+def test_the_network_for_a_shape_takes_it(shape):
+    net = network_for(shape, condition_features=2, padding="circular")
+    x = torch.randn(2, *shape, generator=seed())
+    with torch.no_grad():
+        assert net(x, 0.5).shape == x.shape
+
+
+def test_a_condition_of_bulk_samples_is_that_of_each_sample():
+    def score(x, sigma, condition):
+        return (condition - x) / (1e-6 + sigma**2)
+
+    net = network_for((2,), condition_features=2)
+    rows = torch.rand(5, 2, generator=seed())
+    for given, expected in ((rows, rows), (rows[:1], rows[:1].expand(5, 2))):
+        sampler = ODESampler(score, net.schedule, levels=5)
+        found = list(bulk_samples(sampler, 5, condition=given, batch_size=2, shape=(2,)))
+        assert torch.allclose(torch.cat([batch.images for batch in found]), expected, atol=1e-3)
+        assert torch.equal(torch.cat([batch.classes for batch in found]), expected)
+    sampler = ODESampler(net, levels=5)
+    with pytest.raises(ValueError, match="condition must have one row for all samples, or one for each of 6, got 5"):
+        next(bulk_samples(sampler, 6, condition=rows))
+    with pytest.raises(ValueError, match=r"takes a vector as its condition, float \(N, 2\), got shape \(5, 1\)"):
+        bulk_samples(sampler, 5, condition=rows[:, :1])
+    with pytest.raises(ValueError, match="classes and condition cannot be combined"):
+        bulk_samples(sampler, 5, condition=rows, classes=1)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 16), (1, 8, 8), (2, 4, 8, 6)])
+def test_plots_show_every_kind_of_data(tmp_path, shape):
+    save_plot(torch.from_numpy(_data(shape, n=2)), tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert min(plot.size) >= 200 and len(plot.convert("L").getcolors()) > 10
