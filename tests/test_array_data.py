@@ -60,7 +60,7 @@ def test_all_kinds_of_sources_give_the_same_data(tmp_path):
     assert isinstance(open_arrays(tmp_path / "plain.npz")._x, np.memmap)
 
 
-@pytest.mark.parametrize("name", ["packed.npz", "x.h5"])
+@pytest.mark.parametrize("name", [pytest.param("packed.npz", marks=pytest.mark.slow), "x.h5"])
 def test_an_interrupted_run_from_a_file_has_the_bits_of_a_whole_one_from_memory(tmp_path, name):
     class StoppedError(Exception):
         pass
@@ -89,7 +89,7 @@ def test_moments_are_those_of_all_values():
     assert torch.allclose(of_condition.std, condition.double().std(0), rtol=1e-12)
 
 
-@pytest.mark.parametrize("start", ["own", "range"])
+@pytest.mark.parametrize("start", ["own", pytest.param("range", marks=pytest.mark.slow)])
 def test_a_run_in_kelvin_is_that_in_standard_units(tmp_path, start):
     """The range of the data, too wide by far, only clamps the samples."""
     x, _ = signals()
@@ -132,8 +132,8 @@ def test_train_steps_measures_the_units_too():
     ("x", "measured"),
     [
         (torch.rand(16, 1, 8, 8, generator=seed()), False),
-        (torch.rand(16, 2, 8, 8, generator=seed()), False),
-        (35 * torch.rand(16, 1, 8, 8, generator=seed()) - 5, True),
+        pytest.param(torch.rand(16, 2, 8, 8, generator=seed()), False, marks=pytest.mark.slow),
+        pytest.param(35 * torch.rand(16, 1, 8, 8, generator=seed()) - 5, True, marks=pytest.mark.slow),
         (35 * torch.rand(16, 2, 8, 8, generator=seed()) - 5, True),
     ],
 )

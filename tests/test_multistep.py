@@ -39,7 +39,10 @@ def _solved(score, steps, name, order, x):
 
 
 @pytest.mark.parametrize("kind", ["gaussian", pytest.param("mixture", marks=pytest.mark.slow)])
-@every_method
+@pytest.mark.parametrize(
+    ("method", "order"),
+    [pair if pair[1] == METHODS[pair[0]].order else pytest.param(*pair, marks=pytest.mark.slow) for pair in EVERY],
+)
 def test_the_error_falls_with_the_order(world, mixture, method, order, kind, rng):
     """The correction of UniPC raises the order by one; the last step limits it. The first steps add little error."""
     score = world if kind == "gaussian" else mixture
