@@ -1,6 +1,7 @@
 """Priors from incomplete data: the Gaussian against closed forms, the stages, and what is refused."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,11 +9,21 @@ import torch
 from scorematch import ScoreNet
 from scorematch.evaluation import exact
 from scorematch.restoration import JPEG, Matrix, Observation
+from scorematch.sampling import ODESampler
 from scorematch.training import incomplete, train_from_observations
 from scorematch.training.gaussian import Gaussian, _Block, fit_gaussian
 from tests.test_interruption import Killed, _struck
 
-SHORT = {"stages": 2, "images": 64, "batch_size": 32, "draw_batch": 32, "ema": (0.05,), "progress": False}
+SAMPLER = partial(ODESampler, levels=3, restore="moment-matching")
+SHORT = {
+    "sampler": SAMPLER,
+    "stages": 2,
+    "images": 64,
+    "batch_size": 32,
+    "draw_batch": 32,
+    "ema": (0.05,),
+    "progress": False,
+}
 
 
 def _generator(seed=0):
@@ -40,13 +51,18 @@ def _holes(n=70, sigma=0.1):
     return Observation.with_gaps(torch.where(torch.rand(x.shape, generator=_generator(2)) < 0.7, y, torch.nan), sigma)
 
 
+def _stages(folder, net, observation, **options):
+    settings = incomplete.StageSettings(**{**SHORT, **options})
+    return incomplete._Stages(folder, net, observation, settings, torch.device("cpu"))
+
+
 # -- The Gaussian -----------------------------------------------------------------------------------------------------
 
 
 def test_with_monotone_gaps_the_gaussian_has_the_maximum_likelihood_of_anderson():
     """Anderson, 1957: the moments of what is always seen, and the regression on it of what is sometimes missing."""
-    _, x = _gaussian(2, 500)
-    seen = torch.rand(500, generator=_generator(1)) < 0.6
+    _, x = _gaussian(2, 250)
+    seen = torch.rand(250, generator=_generator(1)) < 0.6
     y = torch.stack([x[:, 0], torch.where(seen, x[:, 1], torch.nan)], 1)
     found = fit_gaussian(Observation.with_gaps(y, 0.0).of_shape((2,)), _generator())
     m, v = x[:, 0].mean(), x[:, 0].var(correction=0)
@@ -124,9 +140,22 @@ def _result(folder):
     return [(line["stage"], line["error"]) for line in lines], (folder / "network/model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The result of a run without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    net = train_from_observations(_net(), _holes(), folder, **SHORT)
+    assert all(torch.equal(value, _load(folder)[name]) for name, value in net.state_dict().items())
+    assert net.units.mean == pytest.approx((0, 3), abs=0.6)
+    return _result(folder)
+
+
+def _load(folder):
+    return ScoreNet.from_pretrained(folder / "network").state_dict()
+
+
 @pytest.mark.parametrize("when", ["in the draws", pytest.param("in the training", marks=pytest.mark.slow)])
-def test_a_run_that_was_killed_continues_bitwise(tmp_path, monkeypatch, when):
-    whole = train_from_observations(_net(), _holes(), tmp_path / "whole", **SHORT)
+def test_a_run_that_was_killed_continues_bitwise(tmp_path, monkeypatch, whole, when):
     writes, limit = [], {"in the draws": 4, "in the training": 2}[when]
     name = {"in the draws": "write_whole", "in the training": "save_pretrained"}[when]
     place = {"in the draws": incomplete, "in the training": ScoreNet}[when]
@@ -142,38 +171,31 @@ def test_a_run_that_was_killed_continues_bitwise(tmp_path, monkeypatch, when):
         patch.setattr(place, name, dies)
         with pytest.raises(Killed):
             train_from_observations(_net(), _holes(), tmp_path / "other", **SHORT)
-    again = train_from_observations(_net(), _holes(), tmp_path / "other", **SHORT)
-    assert _result(tmp_path / "other") == _result(tmp_path / "whole")
-    assert all(map(torch.equal, whole.parameters(), again.parameters()))
+    train_from_observations(_net(), _holes(), tmp_path / "other", **SHORT)
+    assert _result(tmp_path / "other") == whole
     assert "| 2 |" in (tmp_path / "other/report.md").read_text()
     assert list((tmp_path / "other/draws").iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_at_a_file_operation_continues_bitwise(tmp_path, monkeypatch):
-    train_from_observations(_net(), _holes(), tmp_path / "whole", **SHORT)
+def test_a_run_that_was_killed_at_a_file_operation_continues_bitwise(tmp_path, monkeypatch, whole):
     for k in range(5, 100, 37):
         folder = tmp_path / str(k)
         _struck(
             monkeypatch, lambda folder=folder: train_from_observations(_net(), _holes(), folder, **SHORT), k, Killed()
         )
         train_from_observations(_net(), _holes(), folder, **SHORT)
-        assert _result(folder) == _result(tmp_path / "whole")
+        assert _result(folder) == whole
 
 
-def test_more_stages_continue_and_other_settings_do_not(tmp_path):
+def test_more_stages_continue_and_other_settings_do_not(tmp_path, whole):
     train_from_observations(_net(), _holes(), tmp_path, **{**SHORT, "stages": 1})
     train_from_observations(_net(), _holes(), tmp_path, **SHORT)
-    assert [stage for stage, _ in _result(tmp_path)[0]] == [0, 1, 2]
+    assert _result(tmp_path) == whole
     with pytest.raises(ValueError, match=r"lr was 0\.001 and is 0\.002"):
         train_from_observations(_net(), _holes(), tmp_path, lr=2e-3, **SHORT)
     with pytest.raises(ValueError, match="other settings"):
         train_from_observations(_net(), _holes(80), tmp_path, **SHORT)
-
-
-def test_the_gaussian_gives_a_network_without_a_range_its_units(tmp_path):
-    net = train_from_observations(_net(), _holes(400), tmp_path, **{**SHORT, "stages": 1})
-    assert net.units.mean == pytest.approx((0, 3), abs=0.3)
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, None), (30.0, 250)])
@@ -182,7 +204,7 @@ def test_a_network_for_images_gets_units_for_other_data_only(tmp_path, scale, ex
     y = scale * (x + 0.3 * torch.randn(x.shape, generator=_generator(1)))
     observation = Observation.with_gaps(y, 0.3 * scale).of_shape((1, 4, 4))
     net = ScoreNet.unet(1, 4, widths=(8,))
-    stages = incomplete._Stages(tmp_path, net, observation, incomplete.StageSettings(**SHORT), torch.device("cpu"))
+    stages = _stages(tmp_path, net, observation)
     stages.gaussian = fit_gaussian(observation, _generator())
     stages._take_units()
     assert net.value_range == ((0, 1) if expected is None else None)
@@ -190,11 +212,10 @@ def test_a_network_for_images_gets_units_for_other_data_only(tmp_path, scale, ex
 
 
 def test_the_error_of_the_prediction_is_that_of_the_exact_posterior_mean(tmp_path):
-    settings = incomplete.StageSettings(**{**SHORT, "draw_batch": 3000}, held_out=3000)
     truth, x = _gaussian(2, 3010)
     y = (x + 0.1 * torch.randn(x.shape, generator=_generator(1))).float()
     observation = Observation.with_gaps(y, 0.1).of_shape((2,))
-    stages = incomplete._Stages(tmp_path, _net(), observation, settings, torch.device("cpu"))
+    stages = _stages(tmp_path, _net(), observation, draw_batch=3000, held_out=3000)
     values, vectors = torch.linalg.eigh(truth.covariance)
     stages.gaussian = Gaussian((2,), truth.mean, vectors * values.sqrt(), 0.0)
     error, deviation = stages._error(0)
@@ -247,4 +268,4 @@ def test_values_that_are_never_seen_give_a_warning(tmp_path):
     y = torch.rand(40, 2)
     y[:, 1] = torch.nan
     with pytest.warns(UserWarning, match="1 of the 2 values of a sample are observed in no item"):
-        train_from_observations(_net(), Observation.with_gaps(y, 0.1), tmp_path, **{**SHORT, "stages": 1})
+        _stages(tmp_path, _net(), Observation.with_gaps(y, 0.1).of_shape((2,)))
