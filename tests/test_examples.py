@@ -4,6 +4,7 @@ import csv
 import gzip
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -451,3 +452,32 @@ def test_programs_run_in_a_process_of_their_own(arguments, digits, classifier, t
     save_image(torch.rand(1, 28, 28), tmp_path / "a.png")
     arguments = arguments.replace("DIGITS", str(digits)).replace("CLASSIFIER", str(classifier)).split()
     python(EXAMPLES / arguments[0], *arguments[1:], cwd=tmp_path)
+
+
+# -- Simulations, signals and fields
+
+
+def test_simulators_have_the_posteriors_that_they_name(example):
+    simulators = example("simulators")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name in ("two-moons", "gaussian-linear"):
+            task = simulators.TASKS[name]
+            theta = simulators.prior(task, 200)
+            pairs = zip(theta, task.simulate(theta), strict=True)
+            ranks = torch.stack([(task.posterior(x, 100) < truth).double().mean(0) for truth, x in pairs])
+            assert float((ranks.mean(0) - 0.5).abs().max()) < 4 / math.sqrt(12 * 200)
+            assert float((ranks.std(0) - 1 / math.sqrt(12)).abs().max()) < 0.06
+        theta = torch.tensor([[0.7, -1.0, 1.5, -0.8, 0.4]])
+        x = simulators.TASKS["slcp"].simulate(theta)[0]
+        s1, s2, r = 1.5**2, 0.8**2, math.tanh(0.4)
+        covariance = torch.tensor([[s1**2, r * s1 * s2], [r * s1 * s2, s2**2]])
+        normal = torch.distributions.MultivariateNormal(theta[0, :2], covariance)
+        expected = normal.log_prob(x.view(4, 2)).sum() + 4 * math.log(2 * math.pi)
+        assert float(simulators.TASKS["slcp"].log_likelihood(theta, x)) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_simulation_based_inference_compares_with_the_true_posterior(tmp_path, program):
+    printed = program("simulation_based_inference", "--smoke", "--out", tmp_path, "--tasks", "two-moons")
+    assert "two-moons: C2ST 0." in printed and (tmp_path / "two-moons.png").exists()

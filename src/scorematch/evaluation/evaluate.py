@@ -184,7 +184,8 @@ def _errors(figures: Mapping[str, Figures]) -> dict[str, str]:
     known = {name: metric.error for metric in METRICS.values() for name in metric.figures}
     measured = [item for found in figures.values() for each in found.values() for item in each.items()]
     with_error = dict.fromkeys(name for name, figure in measured if figure.error is not None)
-    return {name: known[name] for name in with_error if known.get(name)} | {"others": "standard error over the images"}
+    others = {"others": "standard error over the images"} if any(IMAGES in found for found in figures.values()) else {}
+    return {name: known[name] for name in with_error if known.get(name)} | others
 
 
 # -- What users call --------------------------------------------------------------------------------------------------
