@@ -8,7 +8,7 @@ import torch
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.pretrained.diffusers import SCHEDULER_FILE
-from scorematch.sampling import AncestralSampler
+from scorematch.sampling import AncestralSampler, ODESampler
 from tests.helpers import run, seed
 
 with warnings.catch_warnings():
@@ -62,6 +62,7 @@ def test_a_pipeline_of_diffusers_has_the_weights_and_the_levels_of_the_network(t
     schedule = NoiseSchedule.from_betas(torch.linspace(1e-4, 0.02, 1000))
     net = _net(1, schedule=schedule)
     net.value_range = (-1.0, 2.0)
+    schedule = net.schedule
     net.save_pretrained(tmp_path)
     assert ScoreNet.from_pretrained(tmp_path).config == net.config
     pipeline = _pipeline(tmp_path)
@@ -83,9 +84,14 @@ def test_a_pipeline_of_diffusers_has_the_weights_and_the_levels_of_the_network(t
     ("make", "reason"),
     [
         (
-            lambda: _net(precondition="karras"),
-            "its preconditioning is 'karras', and not one of 'ddpm', 'ddpm_v', 'ddpm",
+            lambda: _net(precondition="ncsnpp"),
+            "its preconditioning is 'ncsnpp', and not one of 'ddpm', 'ddpm_v', 'ddpm_x0', 'karras'",
         ),
+        (
+            lambda: _net(precondition="karras", classes=3, null_class=True, patch=2),
+            "UNet2DModel does not have its architecture, in which it lacks null_class, patch",
+        ),
+        (lambda: _net(size=(8, 16), precondition="karras"), "its images are not square"),
         (lambda: ScoreNet.ncsnv2(3, 8, width=2), "its preconditioning is 'ncsnv2'"),
         (lambda: _net(patch=2), "UNet2DModel does not have its architecture"),
         (lambda: ScoreNet.ncsnpp(3, 8, widths=(8,), precondition="ddpm"), "UNet2DModel does not have its architecture"),
@@ -99,7 +105,7 @@ def test_a_pipeline_of_diffusers_has_the_weights_and_the_levels_of_the_network(t
 )
 def test_networks_that_a_pipeline_cannot_run_are_refused(make, reason, tmp_path):
     net = make()
-    with pytest.raises(ValueError, match=f"DDPMPipeline of diffusers cannot run this network: {reason}.*Leave out"):
+    with pytest.raises(ValueError, match=f"no pipeline of diffusers can run this network: {reason}.*Leave out"):
         net.save_pretrained(tmp_path / "net", diffusers=True)
     assert not (tmp_path / "net").exists()
     net.save_pretrained(tmp_path / "net")
@@ -111,6 +117,29 @@ def test_a_pipeline_is_replaced_as_a_whole(tmp_path):
     assert {"model_index.json", SCHEDULER_FILE} < {path.name for path in tmp_path.iterdir()}
     _net(precondition="karras").save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_a_network_of_edm_draws_the_same_samples_in_diffusers(classes, tmp_path, rng):
+    """By Euler's method, which is DPM-Solver++ of order 1, from the same noise."""
+    diffusers = pytest.importorskip("diffusers")
+    net = _net(precondition="karras", classes=classes, schedule=NoiseSchedule.geometric(5, 0.01, 20)).eval()
+    net.save_pretrained(tmp_path, diffusers=True)
+    assert ScoreNet.from_pretrained(tmp_path).config == net.config
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = None if classes is None else [2, 0]
+    condition = None if labels is None else torch.tensor(labels)
+    states = [10 * torch.randn(2, *net.sample_shape, generator=rng)]  # in units of images in [-1, 1]
+    latents = states[0] / pipeline.scheduler.init_noise_sigma
+    keep = {"callback": lambda step, time, state: states.append(state)}
+    pipeline(batch_size=2, num_inference_steps=8, latents=latents, class_labels=labels, output_type="pt", **keep)
+    levels = [*ODESampler(net, levels=8, method="dpm-solver++", order=1).schedule, 0.0]
+    assert len(states) == len(levels)
+    for x, after, sigma, lower in zip(states, states[1:], levels, levels[1:], strict=False):
+        denoised = 2 * net.denoise(x / 2 + 0.5, sigma, condition) - 1
+        expected = denoised + (x - denoised) * (lower / sigma)
+        torch.testing.assert_close(after, expected, atol=2e-6 * (1 + sigma), rtol=0)
 
 
 # -- A denoiser

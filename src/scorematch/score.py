@@ -506,14 +506,16 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
         diffusion_pytorch_model.safetensors; the weights of every other network are in model.safetensors.
         ``DDPMPipeline.from_pretrained`` of diffusers also loads the folder of a U-Net with the preconditioning of a
         DDPM ("ddpm", "ddpm_v" or "ddpm_x0"), without a condition. Its number of time steps is the number of the
-        network's noise levels.
+        network's noise levels. With ``diffusers=True`` a U-Net with the preconditioning "karras" is written as a
+        pipeline with ``EDMEulerScheduler``.
 
         Args:
             folder: created if it does not exist.
-            diffusers: whether to raise an error if a ``DDPMPipeline`` cannot run the network.
+            diffusers: whether to raise an error if no pipeline of diffusers can run the network, and to save one
+                with the preconditioning "karras" for diffusers.
 
         Raises:
-            ValueError: if ``diffusers`` is True and a ``DDPMPipeline`` cannot run the network; the message says why. Or
+            ValueError: if ``diffusers`` is True and no pipeline can run the network; the message says why. Or
                 if the backbone was wrapped or parametrized, so that the network could not be loaded.
             FileExistsError: if the folder holds another network in unet/, or is the folder of a training run.
             OSError: if the folder cannot be written; it is then as it was.

@@ -10,7 +10,9 @@ and on which noise levels it was trained:
   The network is NCSN++, whose output is sigma times the score and whose time input is log sigma, or the NCSN of the
   project diffusers-ncsn, whose output is the score and whose time input is the index of the level.
 
-The other way round, ``pipeline`` returns the files that make a saved network a ``DDPMPipeline`` of diffusers.
+The other way round, ``pipeline`` returns the files that make a saved network a pipeline of diffusers: a
+``DDPMPipeline``, or for the preconditioning "karras" a ``ConsistencyModelPipeline`` with the scheduler of EDM, which is
+the pipeline that scales the input of the U-Net and takes classes.
 
 This module does not import diffusers.
 """
@@ -65,6 +67,7 @@ _UNSUPPORTED = {
     "timestep_scaling": None,
 }
 
+KARRAS = "karras"  # the row of EDM
 # The schedulers that a ``DDPMPipeline`` can sample with.
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 # What the output of a DDPM means (prediction_type) -> the row of the preconditioning table.
@@ -356,28 +359,40 @@ def _stored_schedule(levels: Tensor, configured: NoiseSchedule, where: str, wher
 # -- Writing a pipeline -----------------------------------------------------------------------------------------------
 
 
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The class of diffusers that has the backbone of a network; None if there is none."""
+    family, row = FAMILIES.get(config["family"]), config["precondition"]
+    # The U-Net of a DDPM; EDMEulerScheduler computes the other input and the meaning of the output.
+    return None if family is None else family.diffusers_class(architecture(config), "ddpm" if row == KARRAS else row)
+
+
 def obstacle(config: Mapping[str, Any]) -> str | None:
-    """Why a ``DDPMPipeline`` of diffusers cannot run a network; None if it can.
+    """Why no pipeline of diffusers can run a network; None if one can.
 
     Args:
         config: the configuration of the network, with the keys of ``ScoreNet.config``.
     """
-    family, row = FAMILIES.get(config["family"]), config["precondition"]
-    if row not in _PREDICTIONS.values():
-        return f"its preconditioning is {row!r}, and not one of {', '.join(map(repr, _PREDICTIONS.values()))}"
-    if family is None or family.diffusers_class(architecture(config), row) is None:
-        return "UNet2DModel does not have its architecture"
+    row = config["precondition"]
+    rows = (*_PREDICTIONS.values(), KARRAS)
+    if row not in rows:
+        return f"its preconditioning is {row!r}, and not one of {', '.join(map(repr, rows))}"
+    if class_of(config) is None:
+        own = [key for key, value in OWN_KEYS.items() if config.get(key, value) != value]
+        return "UNet2DModel does not have its architecture" + (f", in which it lacks {', '.join(own)}" if own else "")
     takes_image = config.get("in_channels", 3) != config.get("out_channels", 3)
-    takes_vector = config.get("class_embed_type") is not None
-    if config.get("num_class_embeds") is not None or takes_vector or takes_image or config["predicts_variance"]:
+    takes_other = config.get("class_embed_type") is not None
+    takes_other |= config.get("num_class_embeds") is not None and row != KARRAS
+    if takes_image or takes_other or config["predicts_variance"]:
         return "it takes a condition or predicts a variance"
     if config["sample_shape"] is None or config["value_range"] is None:
         return "it has no sample_shape or no value_range"
+    if row == KARRAS and config["sample_shape"][-1] != config["sample_shape"][-2]:
+        return "its images are not square"
     return None
 
 
 def pipeline(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    r"""The files, by name, that ``DDPMPipeline.from_pretrained`` needs in addition to the U-Net.
+    r"""The files, by name, that ``DiffusionPipeline.from_pretrained`` needs in addition to the U-Net.
 
     A network that came with a scheduler gets it back as it was. If its noise levels or its row have changed since, only
     the options that define them are replaced.
@@ -389,6 +404,17 @@ def pipeline(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     Args:
         config: the configuration of a network without an ``obstacle``.
     """
+    low, high = config["value_range"]
+    if config["precondition"] == KARRAS:
+        sigmas = (2 / (high - low) * NoiseSchedule.from_dict(config["schedule"]).sigmas).tolist()
+        scheduler = {"_class_name": "EDMEulerScheduler", "sigma_max": sigmas[0], "sigma_min": sigmas[-1]}
+        scheduler |= {"sigma_data": config.get("precondition_options", {}).get("sigma_data", 0.5)}
+        index = {
+            "_class_name": "ConsistencyModelPipeline",
+            "scheduler": ["diffusers", scheduler["_class_name"]],
+            "unet": ["diffusers", "UNet2DModel"],
+        }
+        return {INDEX_FILE: index, SCHEDULER_FILE: scheduler}
     kept = dict(config.get("scheduler") or {})
     index = {
         "_class_name": "DDPMPipeline",
@@ -397,7 +423,6 @@ def pipeline(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
     if kept and _describes(kept, config):
         return {INDEX_FILE: index, SCHEDULER_FILE: kept}
-    low, high = config["value_range"]
     squares = (2 / (high - low) * NoiseSchedule.from_dict(config["schedule"]).sigmas.flip(0)).square()
     betas = torch.diff(squares, prepend=squares.new_zeros(1)) / (1 + squares)
     levels = {

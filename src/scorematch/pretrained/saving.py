@@ -12,9 +12,10 @@ weights    diffusion_pytorch_model.safetensors    model.safetensors
 =========  =====================================  ============================
 
 diffusers refuses the second layout, because it finds no weights there. It prints all keys of config.json that it does
-not know; in its layout the noise levels are therefore in a separate file. If ``DDPMPipeline`` can run the network, the
-folder is a pipeline: it also holds model_index.json and scheduler_config.json, which only diffusers uses. A scheduler
-with which the network came is kept there as it was.
+not know; in its layout the noise levels are therefore in a separate file. If a pipeline of diffusers can run the
+network, the folder is a pipeline: it also holds model_index.json and scheduler_config.json, which only diffusers uses.
+A scheduler with which the network came is kept there as it was. The preconditioning "karras" has the layout of
+diffusers only if it is asked for.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 from scorematch.core.files import new_files
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import diffusers as pipelines
-from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, Stored, architecture, checked
+from scorematch.pretrained.configuration import CONFIG_FILE, SCHEDULE_FILE, Stored, checked
 from scorematch.pretrained.loading import build
 from scorematch.pretrained.weights import DIFFUSERS_WEIGHTS_FILE, WEIGHTS_FILE
 
@@ -58,11 +59,11 @@ def save(
         folder: created if it does not exist. Files in it that do not belong to a network are kept.
         config: the configuration, with the keys of ``ScoreNet.config``.
         state_dict: the weights of the backbone by name.
-        diffusers: whether to refuse networks that a ``DDPMPipeline`` of diffusers cannot run.
+        diffusers: whether to refuse networks that no pipeline of diffusers can run.
 
     Raises:
         TypeError, ValueError: if the configuration is invalid and could not be loaded.
-        ValueError: if ``diffusers`` is True and a ``DDPMPipeline`` cannot run the network.
+        ValueError: if ``diffusers`` is True and no pipeline can run the network.
         NotADirectoryError: if ``folder`` is a file.
         ValueError: if the weights do not have the names and shapes that the configuration requires.
         FileExistsError: if ``folder`` holds another network in unet/, or is the folder of a training run.
@@ -131,12 +132,11 @@ def _layout(config: Mapping[str, Any], diffusers: bool) -> tuple[dict[str, str],
     obstacle = pipelines.obstacle(config)
     if diffusers and obstacle is not None:
         raise ValueError(
-            f"a DDPMPipeline of diffusers cannot run this network: {obstacle}. Leave out diffusers=True to save it for "
+            f"no pipeline of diffusers can run this network: {obstacle}. Leave out diffusers=True to save it for "
             "scorematch."
         )
-    family = FAMILIES.get(config["family"])
-    name = None if family is None else family.diffusers_class(architecture(config), config["precondition"])
-    if name is None:
+    name = pipelines.class_of(config)
+    if name is None or (config["precondition"] == pipelines.KARRAS and not diffusers):
         return {CONFIG_FILE: _json(config)}, WEIGHTS_FILE
     size = None if config["sample_shape"] is None else config["sample_shape"][1:]
     size = size[0] if size is not None and size[0] == size[1] else size
