@@ -164,7 +164,7 @@ def test_info_about_a_network_of_the_users_own_class(tmp_path, capsys):
     info = _lines(capsys)
     assert info["class"] == "your own; ScoreNet.from_pretrained needs it as backbone=YourClass()"
     assert {"parameters", "computation", "condition"}.isdisjoint(info)
-    assert info["images"] == "2, values of any size" and info["sampler"] == "sampler ode, levels 2"
+    assert info["samples"] == "2, values of any size" and info["sampler"] == "sampler ode, levels 2"
 
 
 @pytest.mark.slow
