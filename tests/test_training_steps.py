@@ -744,3 +744,33 @@ def test_training_reaches_the_exact_score_of_a_mixture(mixture):
     floor = torch.stack([dsm_loss(mixture, reduction="none", **call).mean() for call in loss.calls])  # not zero
     excess = torch.stack(losses) - floor
     assert floor[-100:].mean() > 0.3 and 0 < excess[-100:].mean() < 0.01 and excess[:10].mean() > 0.1
+
+
+# -- A backbone of one's own with a condition -------------------------------------------------------------------------
+
+
+def test_a_backbone_of_ones_own_gets_the_labels_or_the_vectors_of_its_data(tmp_path):
+    """Each sample gets its own, as the third argument."""
+    seen = []
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def forward(self, x, c_noise, condition):
+            seen.append((x, condition))
+            return self.layer(x[..., None])[..., 0]
+
+    numbers = torch.arange(16.0)
+    for x, condition in (
+        (numbers[:, None].expand(16, 2), numbers[:, None].expand(16, 3)),
+        (numbers.byte()[:, None, None, None].expand(16, 1, 4, 4).numpy(), numbers.long()),
+    ):
+        net = ScoreNet(Own(), NoiseSchedule([1e-4]), sample_shape=tuple(x.shape[1:]))
+        seen.clear()
+        options = {"images": 16, "batch_size": 8, "precision": "float32", "levels": NoiseSchedule([1e-4])}
+        options["augment"] = ()
+        train(net, (x, condition), tmp_path / str(len(x.shape)), progress=False, **options)
+        x, condition = seen[0]
+        assert torch.equal(x.flatten(1)[:, 0].argsort(), condition.reshape(8, -1)[:, 0].argsort())

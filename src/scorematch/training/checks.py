@@ -80,6 +80,11 @@ def condition_of_data(net: ScoreNet, settings: Settings) -> Condition | None:
     return takes
 
 
+def is_own(net: ScoreNet, settings: Settings) -> bool:
+    """Whether the condition of a network is not known, as of a backbone of one's own, which gets that of its data."""
+    return net.conditioning is None and settings.condition is None
+
+
 def check_condition(condition: Tensor | None, takes: Condition) -> None:
     """Raises ValueError if there are no labels or vectors, or they are not those of the network."""
     if takes.vector:

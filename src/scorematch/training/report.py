@@ -19,7 +19,7 @@ from scorematch.data.images import Data
 from scorematch.data.pictures import save_grid, to_float
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
 from scorematch.score import ScoreNet
-from scorematch.training.checks import condition_of_data
+from scorematch.training.checks import condition_of_data, is_own
 from scorematch.training.log import Log
 from scorematch.training.settings import Settings
 from scorematch.training.steps import loss_arguments
@@ -104,7 +104,8 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
 def _given(net: ScoreNet, examples: Examples, settings: Settings, n: int) -> dict[str, Any]:
     """The condition and the mask of the first n examples by name, on the network's device, if there are any."""
     x = examples.x[:n].to(next(net.parameters()).device)
-    given = None if condition_of_data(net, settings) is None else examples.condition
+    used = condition_of_data(net, settings) is not None or is_own(net, settings)
+    given = examples.condition if used else None
     condition = None if given is None else given[:n]
     return loss_arguments(settings, x, condition, seed_of(settings.seed, "examples"))
 

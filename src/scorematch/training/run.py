@@ -205,8 +205,8 @@ def _open(net: ScoreNet, data: Any) -> Data:
     arrays = find_arrays(data)
     if arrays is not None:
         return arrays
-    labels = net.conditioning is not None and net.conditioning.classes is not None
-    shape = net.sample_shape
+    takes, shape = net.conditioning, net.sample_shape
+    labels = isinstance(data, tuple) if takes is None else takes.classes is not None
     if shape is None or not is_picture(shape):
         return open_images(data, labels=labels, value_range=net.value_range)
     size = shape[1], shape[2]

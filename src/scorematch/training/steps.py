@@ -45,7 +45,7 @@ from scorematch.loss import dsm_loss
 from scorematch.score import ScoreNet
 from scorematch.training.accelerator import global_generators, make_accelerator
 from scorematch.training.augment import augmentations, augmented
-from scorematch.training.checks import check_arguments, check_condition, condition_of_data, without
+from scorematch.training.checks import check_arguments, check_condition, condition_of_data, is_own, without
 from scorematch.training.ema import Average
 from scorematch.training.levels import levels_for, uniforms, weighting_for
 from scorematch.training.settings import Loss, Settings
@@ -444,9 +444,9 @@ def _batches(
             changes.append(torch.rand(1 + axes, generator=generator, dtype=torch.float32, device="cpu"))
         flip, drop = torch.stack(chances).unbind(1)
         x = augmented(x, names, torch.cat([flip[:, None], torch.stack(changes)], 1))
-        if takes is None or condition is None:
+        if takes is None and not is_own(net, settings):
             condition = None
-        else:
+        elif takes is not None and condition is not None:
             check_condition(condition, takes)
             condition = without(condition, drop < settings.label_drop, takes)
         sigma = levels.quantile(uniforms(settings.seed, first, first + local)).to(noise.dtype)
