@@ -149,7 +149,7 @@ def test_a_new_network_is_the_score_of_a_normal_distribution():
     ("make", "error", "message"),
     [
         (lambda: network()(random(2, 3), 0.3), ValueError, r"x must be vectors \(N, 2\), got shape \(2, 3\)"),
-        (lambda: network(3)(random(2, 2), 0.3, random(2, 4)), ValueError, r"a vector .*\(2, 3\), got shape \(2, 4\)"),
+        (lambda: network(3)(random(2, 2), 0.3, random(2, 4)), ValueError, r"a vector .*\(N, 3\), got shape \(2, 4\)"),
         (lambda: network()(random(2, 2), 0.3, random(2, 4)), TypeError, "takes no condition"),
         (lambda: ScoreNet.mlp(0), ValueError, "features must be an integer of at least 1"),
         (lambda: ScoreNet.mlp(2, classes=2, condition_features=1), ValueError, "classes and condition_features cannot"),

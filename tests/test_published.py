@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.__main__ import main
+from scorematch.cli import main
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import cards, improved_diffusion, score_sde
 from scorematch.pretrained.loading import build
