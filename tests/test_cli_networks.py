@@ -201,6 +201,7 @@ def test_push_uploads_the_network_of_a_folder_or_of_a_run(net, folder, tmp_path,
     if of_a_run:
         (tmp_path / "run").mkdir()
         folder = folder.rename(tmp_path / "run" / "network").parent
+        (folder / "config.json").write_text('{"images": 8}')  # the record of the run
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setattr(ScoreNet, "push_to_hub", push_to_hub)
     assert main(["push", str(folder), "me/net", "--private", "--license", "mit", "--message", "the first"]) == 0
