@@ -483,7 +483,7 @@ def test_a_user_defined_network_can_start_with_trained_weights(tmp_path):
 def test_start_with_another_network_raises_before_anything_is_written(run, tmp_path):
     start = run[0] / "network"
     with pytest.raises(
-        ValueError, match=r"not the same network as the one to train: dropout is 0\.2 instead of 0\.0; num_class"
+        ValueError, match=r"not the same network as the one to train: dropout is 0\.2 instead of 0\.0\. Pass"
     ):
         quick(image_net(classes=3), Memory(images(), torch.zeros(32).long()), tmp_path / "run", start=start)
     net = image_net(dropout=0.2, schedule=NoiseSchedule([1.0, 0.1]))

@@ -21,10 +21,12 @@ from scorematch.core.scores import Denoiser, NetworkScore, Score, Tweedie
 from scorematch.data import (
     ENDINGS,
     REFERENCES,
+    ArrayData,
     Batch,
     ImageData,
     grid,
     list_pictures,
+    open_arrays,
     open_images,
     read_image,
     read_mask,
@@ -164,8 +166,10 @@ from scorematch.training import (
     Step,
     TrainingState,
     UniformTime,
+    network_for,
     reconstruct,
     train,
+    train_from_observations,
     train_steps,
 )
 from scorematch.training.levels import levels_for, weighting_for
@@ -389,6 +393,10 @@ def training(net: ScoreNet, folder: Path) -> ScoreNet:
     recipe: Recipe = RECIPES["small-64"]
     assert_type(recipe.build(3, 64), ScoreNet)
     assert_type(reconstruct(folder, 0.08), ScoreNet)
+    fields: ArrayData = open_arrays(torch.rand(10, 2, 16))
+    signals = train(network_for((2, 16)), fields, folder, images=1000)
+    gaps = Observation(Grayscale(), torch.rand(10, 1, 8, 8), sigma=0.1)
+    assert_type(train_from_observations(signals, gaps, folder, stages=2, images=1000), ScoreNet)
     return train(net, data, folder, images=1000, condition=Colorization(), progress=False)
 
 

@@ -402,7 +402,7 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
     Example:
         >>> net = ScoreNet.from_pretrained("mnist")
         >>> settings_table(net, calls=20)[0]
-        SamplerSettings('ode', levels=10, method='heun')
+        SamplerSettings('ode', levels=18, method='dpm-solver++')
     """
     if len(net.schedule) == 1:
         raise ValueError("the network has one noise level, so there are no settings to compare.")
