@@ -393,8 +393,8 @@ def test_a_network_to_begin_with_takes_the_condition_of_the_data(faces, tmp_path
 @pytest.mark.parametrize(
     ("classes", "options", "kept"),
     [
-        (("cat", "dog"), ("--labels",), "1 of its 2 classes are kept, 1 classes are new"),
-        (("cat", "dog"), (), "0 of its 2 classes are kept"),
+        (("cat", "dog"), ("--labels",), "1 of its 2 classes is kept, 1 class is new"),
+        (("cat", "dog"), (), "none of its 2 classes are kept"),
         (None, ("--labels",), "2 classes are new"),
     ],
 )

@@ -61,7 +61,7 @@ def test_a_network_without_classes_has_the_output_of_no_class_and_back(builder, 
     flat, back = _net(builder), _net(builder, classes=2)
     begin_with(flat, tmp_path / "classes")
     torch.testing.assert_close(_output(flat), _output(before), **SAME)
-    assert difference(before.config, flat.config) == "0 of its 3 classes are kept"
+    assert difference(before.config, flat.config) == "none of its 3 classes are kept"
     flat.save_pretrained(tmp_path / "flat")
     begin_with(back, tmp_path / "flat")
     assert all(torch.equal(_output(back, k), _output(flat)) for k in (0, 1))
@@ -75,7 +75,8 @@ def test_an_image_or_a_vector_takes_the_place_of_classes(tmp_path):
     for net, condition in ((image, X.flip(0)), (vector, X[:, 0, 0, :4])):
         begin_with(net, tmp_path / "classes")
         torch.testing.assert_close(_output(net, condition), _output(before), **SAME)
-    assert difference(before.config, vector.config) == "0 of its 3 classes are kept, the vector of its condition is new"
+    expected = "none of its 3 classes are kept, the vector of its condition is new"
+    assert difference(before.config, vector.config) == expected
     vector.save_pretrained(tmp_path / "vector")
     flat = _net("unet")
     begin_with(flat, tmp_path / "vector")

@@ -91,8 +91,9 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     if not is_reconditioned(before, now):
         return None
     rows, old = kept_classes(before, now), before.get("num_class_embeds") or 0
-    kept = len(rows) - rows.count(None)
-    parts = [f"{kept} of its {old} classes are kept" if old else ""]
-    parts += [f"{rows.count(None)} classes are new" if None in rows else ""]
+    new = rows.count(None)
+    kept = len(rows) - new
+    parts = [f"{kept or 'none'} of its {old} classes {'is' if kept == 1 else 'are'} kept" if old else ""]
+    parts += [f"{new} {'class is' if new == 1 else 'classes are'} new" if new else ""]
     parts += ["the vector of its condition is new" if now.get("condition_features") else ""]
     return ", ".join(filter(None, parts)) or "its condition is left out"
