@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import json
 import re
 import shutil
 from dataclasses import fields
@@ -101,6 +102,30 @@ def test_train_prints_data_network_and_time(faces, run):
     assert re.search(r" parameters, 1.5 GFLOP per image\ntraining  24 images in 3 steps of 8, 2 epochs\n", printed)
     assert re.search(rf"\ntime      about \d+ s on cpu, [\d.]+ images/s\nout       {out}\n", printed)
     assert printed.endswith(f"{out / 'report.md'}\n{out / 'network'}\n")
+
+
+def test_hours_are_the_images_of_a_measured_speed_and_a_run_that_continues_keeps_them(
+    faces, tmp_path, calls, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "_seconds_per_image", lambda *_: 0.45)
+    short = ["train", str(faces), "--recipe", "tiny", "--image-size", "8", "--batch-size", "8", "--device", "cpu"]
+    night = [*short, "--quiet", "--out", str(tmp_path), "--hours", "0.5"]
+    assert main(night) == 0
+    assert calls[0][-1]["images"] == 4000 and "training  4,000 images" in capsys.readouterr().out
+    record = {"settings": {"images": 3000}, "network": calls[0][0].config, "data": {}}
+    monkeypatch.setattr(command, "check_run", lambda *_: None)
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert main(night) == 0
+    assert calls[1][-1]["images"] == 3000
+    (tmp_path / "config.json").unlink()
+    assert main([*night[:-1], "0.01"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "--hours 0.01 is enough for 10 steps of 8 images here, and a run needs at least 100. Write more hours, or "
+        "--recipe tiny.\n"
+    )
+    assert main([*night, "--images", "24"]) == 2
+    assert "--images cannot be combined with --hours" in capsys.readouterr().err
+    assert len(calls) == 2
 
 
 def test_the_trained_network_can_be_loaded_and_sampled(run, tmp_path):

@@ -37,7 +37,7 @@ from scorematch.training import RECIPES, Recipe, Settings, checkpoint, network_f
 from scorematch.training.checks import check_arguments, condition_of_data
 from scorematch.training.incomplete import check_observation
 from scorematch.training.recipes import training_flop
-from scorematch.training.record import check_run, network_of
+from scorematch.training.record import check_run, images_of, network_of
 from scorematch.training.run import check_possible
 from scorematch.training.settings import RunSettings, StageSettings
 from scorematch.training.start import fine_tuning, with_condition
@@ -47,6 +47,7 @@ from scorematch.training.units import take_units
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
 _DEFAULTS = {"label_drop": "0.1 with --labels"}  # of options that are not those of train
+_FEWEST_STEPS = 100  # of a run of given hours
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 _FOR_PICTURES = ("recipe", "image_size", "channels", "crop", "strict", "cache", "no_cache", "workers")
 _INSTEAD = {  # of options of other programs
@@ -72,6 +73,7 @@ def add(commands: Commands) -> None:
         + "\nExamples:\n"
         "  %(prog)s faces --out runs/faces\n"
         "  %(prog)s faces --out runs/trial --recipe tiny --images 20k\n"
+        "  %(prog)s faces --out runs/night --hours 8\n"
         "  %(prog)s cats --out runs/cats --start runs/faces/network\n"
         "  %(prog)s damaged --observed-where masks --sigma 0.1 --out runs/prior\n"
         "  %(prog)s fields.npz --out runs/fields --padding circular\n"
@@ -140,6 +142,13 @@ def add(commands: Commands) -> None:
     data.add_argument("--workers", type=image_count, help="threads that decode pictures (default: one per CPU)")
 
     training = parser.add_argument_group("training", "Defaults: the settings of the recipe, or else those given here.")
+    training.add_argument(
+        "--hours",
+        type=amount,
+        metavar="X",
+        help="in place of --images: as many images as this machine processes in X hours, by the measured time of a "
+        "step; a run that continues keeps its number of images",
+    )
     written = parser.add_argument_group("start and results")
     written.add_argument(
         "--start",
@@ -181,6 +190,8 @@ def _run(args: argparse.Namespace) -> None:
         gray = ": write x[:, None] for gray images (N, H, W)" if len(arrays.shape) == 2 else ""
         refuse(args, _FOR_PICTURES, f"is for pictures, and {args.data} has samples of shape {arrays.shape}{gray}")
     own = given(args, (each.name for each in fields(RunSettings)))
+    if args.hours is not None:
+        refuse(args, ["images"], "cannot be combined with --hours")
     conditional = args.labels or (arrays is not None and arrays.features > 0)
     if arrays is None:
         refuse(args, ["padding"], "is for data that are not pictures")
@@ -209,6 +220,10 @@ def _run(args: argparse.Namespace) -> None:
     check_arguments(net, data, settings, accelerator.num_processes)
     shown = accelerator.is_main_process and not args.quiet
     take_units(net, data, network_of(args.out), settings.start, progress=shown)
+    if args.hours is not None:
+        net.to(device)
+        options["images"] = _images_in(args, net, data, settings, accelerator)
+        settings = RunSettings(**options, progress=not args.quiet)
     check_run(args.out, net, data, settings)
     if accelerator.is_main_process:
         net.to(device)
@@ -243,7 +258,7 @@ def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
     if args.sigma is None:
         raise ValueError("--observed-where needs the noise of the pictures: add --sigma, such as --sigma 0.1.")
     of_pictures = ["image_size", "crop", "labels", "strict", "cache", "no_cache", "image_key", "label_key", "workers"]
-    refuse(args, [*of_pictures, "trackers"], "is not for measurements, which are used as they are")
+    refuse(args, [*of_pictures, "trackers", "hours"], "is not for measurements, which are used as they are")
     check_folder_name(args.out)
     options = {**recipe.options(), **given(args, (each.name for each in fields(StageSettings)))}
     settings = StageSettings(**options, progress=not args.quiet)
@@ -432,6 +447,27 @@ def _announce(
     remaining = max(0, settings.total - done) * seconds / processes
     print(f"time      about {duration(remaining)} on {where}, {processes / seconds:.3g} images/s")
     print(f"out       {args.out}", flush=True)
+
+
+def _images_in(
+    args: argparse.Namespace, net: ScoreNet, data: ImageData | ArrayData, settings: Settings, accelerator: Any
+) -> int:
+    """The number of images of ``--hours``: that of the run in the folder, or what the measured speed allows."""
+    from accelerate.utils import broadcast_object_list
+
+    before = images_of(args.out)
+    if before is not None:
+        return before
+    batch_size = settings.batch_size // accelerator.num_processes
+    seconds = _seconds_per_image(net, data, settings, accelerator.device, batch_size)
+    images = [int(args.hours * 3600 * accelerator.num_processes / seconds)]
+    broadcast_object_list(images)  # of the first process
+    if images[0] < _FEWEST_STEPS * settings.batch_size:
+        raise ValueError(
+            f"--hours {args.hours:g} is enough for {images[0] // settings.batch_size} steps of {settings.batch_size} "
+            f"images here, and a run needs at least {_FEWEST_STEPS}. Write more hours, or --recipe tiny."
+        )
+    return images[0]
 
 
 def _config(start: str) -> dict[str, Any]:

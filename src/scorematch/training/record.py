@@ -64,6 +64,12 @@ def network_of(folder: Path) -> dict[str, Any] | None:
     return None if before is None else before["network"]
 
 
+def images_of(folder: Path) -> int | None:
+    """The number of images of the run in a folder; None if there is no run."""
+    before = read_record(folder / _FILE, _SCHEMA)
+    return None if before is None else int(before["settings"]["images"])
+
+
 def write_config(folder: Path, net: ScoreNet, data: Data, settings: RunSettings, accelerator: Any) -> dict[str, Any]:
     """Writes config.json if it does not exist, and compares it with the settings otherwise; returns its content.
 
