@@ -590,7 +590,7 @@ def test_a_larger_network_starts_as_the_smaller_one(tmp_path, options, more):
     torch.testing.assert_close(net(x, sigma, given(net)), first(x, sigma, given(first)))
     at_first = {name: value.detach().clone() for name, value in net.named_parameters()}
     data = Memory(images(), torch.arange(32) % 3 if net.conditioning.classes else None)
-    steps(net, data, images=32, batch_size=8, condition=task if net.conditioning.channels else None)
+    steps(net, data, images=64, batch_size=8, condition=task if net.conditioning.channels else None)
     same = [name for name, value in net.named_parameters() if torch.equal(value, at_first[name])]
     assert not [name for name in same if not name.endswith("to_k.bias")]  # attention does not depend on it
 

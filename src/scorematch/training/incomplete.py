@@ -290,8 +290,10 @@ class _Stages:
         return Gaussian(self.shape, stored["mean"], stored["factor"], float(stored["variance"]))
 
     def _take_units(self) -> None:
-        """Gives a new network the units of the Gaussian, unless the data fit its range."""
-        net, mean, deviation = self.net, self.gaussian.mean, self.gaussian.variances.sqrt()
+        """Gives a new network the units of the Gaussian, unless the channels of the data fit its range."""
+        net, channels = self.net, self.shape[0]
+        mean = self.gaussian.mean.view(channels, -1).mean(1)
+        deviation = self.gaussian.variances.view(channels, -1).mean(1).sqrt()
         if not net.is_new or net.units is not None or not ROWS[net.precondition].centered:
             return
         low, high = net.value_range or (math.inf, -math.inf)
