@@ -481,3 +481,9 @@ def test_simulators_have_the_posteriors_that_they_name(example):
 def test_simulation_based_inference_compares_with_the_true_posterior(tmp_path, program):
     printed = program("simulation_based_inference", "--smoke", "--out", tmp_path, "--tasks", "two-moons")
     assert "two-moons: C2ST 0." in printed and (tmp_path / "two-moons.png").exists()
+
+
+@pytest.mark.slow
+def test_random_fields_have_spectra_and_gaps(tmp_path, program):
+    printed = program("random_fields", "--smoke", "--out", tmp_path)
+    assert printed.count("spectrum") == 3 and "in the gap" in printed and (tmp_path / "fields.png").exists()
