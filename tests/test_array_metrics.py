@@ -151,6 +151,14 @@ def test_the_command_prints_and_refuses(tmp_path, capsys):
     np.save(tmp_path / "data.npy", fields(40, 1).numpy())
     main(["evaluate", str(tmp_path / "samples.npz"), str(tmp_path / "data.npy"), "--metrics", "values", "--quiet"])
     assert f"| {METRICS['values'].figures['values']} |" in capsys.readouterr().out
+    net = ScoreNet.mlp(2, width=8, depth=1)
+    net.save_pretrained(tmp_path / "network")
+    np.save(tmp_path / "vectors.npy", normal(40, 2).float().numpy())
+    drawn = ["evaluate", str(tmp_path / "network"), str(tmp_path / "vectors.npy"), "-n", "20", "--levels", "2"]
+    assert main([*drawn, "--metrics", "energy", "--quiet"]) == 0
+    assert f"| {METRICS['energy'].figures['energy']} |" in capsys.readouterr().out
+    assert main([*drawn[:2], str(tmp_path), *drawn[3:]]) == 2
+    assert "the network must draw images" in capsys.readouterr().err
     with pytest.raises(ValueError, match="the metric 'spectrum' is for signals, fields and volumes"):
         evaluate(fields(9)[:, :, 0], fields(9)[:, :, 0], metrics="spectrum", progress=False)
     with pytest.raises(ValueError, match="the metric 'inception-score' needs an extractor with logits of classes"):

@@ -14,6 +14,7 @@ from scorematch.cli import main
 from scorematch.data import save_image
 from scorematch.evaluation import METRICS, evaluate, evaluate_restoration
 from scorematch.evaluation.exact import Gaussian
+from scorematch.evaluation.features import as_extractor
 from scorematch.evaluation.sampler_distance import sampler_variants
 from scorematch.restoration.methods import METHODS
 from scorematch.sampling import SamplerSettings
@@ -111,6 +112,16 @@ def test_evaluate_a_network(folder, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default:.* is singular:UserWarning")
+def test_evaluate_takes_inception_by_default(folder, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        "scorematch.cli.options.reference.as_extractor", lambda name, **_: asked.append(name) or as_extractor("pixels")
+    )
+    options = ("-n", 6, "--metrics", "precision-recall", "--levels", 2)
+    assert _run("evaluate", folder / "network", folder / "real.npz", *options) == 0
+    assert asked == ["inception"] and "for the features of 12 images" in capsys.readouterr().out
+
+
 def test_evaluate_with_guidance(folder, tmp_path):
     """A weight of 1 is the network with the class; another weight draws other samples of the same seeds."""
     net = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, classes=3, null_class=True)

@@ -19,6 +19,7 @@ from scorematch.core.messages import about
 from scorematch.core.processes import find_device, this_process
 from scorematch.core.scores import device_of
 from scorematch.data.tables import REFERENCES
+from scorematch.evaluation.arrays import VALUES, reference_arrays
 from scorematch.evaluation.evaluate import Evaluation, check_evaluation_folder, evaluate
 from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.reference import check_sources
@@ -124,17 +125,20 @@ def _run(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_folder_name(args.out)
         check_evaluation_folder(args.out)
+    asked = args.features == [VALUES]
+    by_default = args.features == ["inception"] and args.weights is None
+    arrays = not restoring and (asked or by_default) and reference_arrays(args.reference, named=asked) is not None
     common = {"metrics": args.metrics, "out": args.out, "name": args.model, "strict": args.strict}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
     if not network:
-        common |= reference_options(args, find_device(args.device))
+        common |= reference_options(args, find_device(args.device), arrays=arrays)
         _show(args, evaluate(args.model, args.reference, n=args.n, **sets, **common))
         return
-    net = guide(args, load(args))
+    net = guide(args, load(args, pictures=not arrays))
     if not restoring and takes_image(net):
         raise ValueError(f"{args.model} restores images. Add the operator to measure, such as --restore gray.")
     classes = None if restoring else find_classes(args, net)
-    common |= reference_options(args, device_of(net))
+    common |= reference_options(args, device_of(net), arrays=arrays)
     sampler = make_sampler(args, net, restoring=restoring)
     n = args.n or DEFAULT_N
     announce(sampler, 0 if restoring else n, classes)
@@ -145,7 +149,7 @@ def _run(args: argparse.Namespace) -> None:
         result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)
     else:
         measured = n * (1 + sets["gaussian"] + (args.held_out is not None))
-        announce_features(common["features"], net.sample_shape or (), measured)
+        announce_features(() if arrays else common["features"], net.sample_shape or (), measured)
         result = evaluate(sampler, args.reference, n=n, classes=classes, n_classes=args.n_classes, **sets, **common)
     _show(args, result)
 

@@ -200,8 +200,9 @@ def find_arrays(
     opener = FILES.get(path.suffix.lower())
     if opener is None or not path.exists():
         return None
+    opened = opener(path)
     with about(path):
-        return _of_values(opener(path), key, condition_key, pictures, "x")
+        return _of_values(opened, key, condition_key, pictures, "x")
 
 
 def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: bool, name: str) -> ArrayData | None:
@@ -295,7 +296,10 @@ class _Archive(Mapping[str, np.ndarray]):
 
 
 def _npy(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as an .npy file: {error}") from error
 
 
 def _hdf5(path: Path) -> Any:

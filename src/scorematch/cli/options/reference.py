@@ -49,18 +49,19 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-cache", action="store_true", help="store no statistics of the reference")
 
 
-def reference_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def reference_options(args: argparse.Namespace, device: torch.device, *, arrays: bool = False) -> dict[str, Any]:
     """The arguments of ``evaluate`` and ``tune`` that ``add_reference`` adds, except ``held_out``, by name.
+
+    With ``arrays`` the reference has no pictures, and no extractor is made.
 
     Raises:
         ImportError, OSError, ValueError: if an extractor cannot be made.
     """
     if args.weights is not None and len(args.features) > 1:
         raise ValueError("--weights is for one extractor. Name one with --features.")
-    by_name = args.features in (["inception"], [VALUES]) and args.weights is None  # not needed for arrays
     return {
-        "features": args.features[0]
-        if by_name
+        "features": VALUES
+        if arrays
         else [as_extractor(name, weights=args.weights, device=device) for name in args.features if name != "none"],
         "crop": None if args.crop == "none" else args.crop,
         "batch_size": args.batch_size,
