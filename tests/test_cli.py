@@ -230,6 +230,7 @@ def test_an_interruption_of_the_imports_shows_no_traceback():
     """Torch is imported after the program has begun, when Ctrl-C has the effect that the system gives it."""
     code = (
         "import os, signal, sys, scorematch.__main__\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "class Interrupting:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
