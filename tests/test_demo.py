@@ -22,6 +22,7 @@ from PIL import Image
 import scorematch
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
+from scorematch.data.heat import heat_map
 from scorematch.demo.page import Events, canvas, png, read_canvas, results
 from scorematch.demo.restorer import FRAMES, Choices, Frame, Restorer, _Watched
 from scorematch.restoration import JPEG, OPERATORS, AveragePool, Grayscale, Hole, Mask, Observation
@@ -324,7 +325,38 @@ def test_the_known_pixels_of_the_shown_restorations_are_those_of_the_canvas(colo
         assert torch.equal(shown[~_hole()], pixels[~_hole()])
     assert torch.equal(given[~_hole()], pixels[~_hole()]) and (given[_hole()] == 128).all()
     assert not torch.equal(restored[0], restored[1])
-    assert re.findall(r"download='([^']*)'", page) == ["restored-1.png", "restored-2.png", "restored-3.png"]
+    assert re.findall(r"download='([^']*)'", page) == [
+        *("restored-1.png", "restored-2.png", "restored-3.png", "restored-mean.png", "restored-deviation.png")
+    ]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_restorations_are_shown_with_their_mean_and_the_map_of_their_deviation(channels):
+    images = torch.rand(5, channels, 8, 12, generator=seed())
+    maps = results([Frame(6, 6, 0.0, images, images)], images[0]).partition("class='maps'")[2]
+    *_, mean, deviation = _pictures(maps.partition("<section")[0])
+    values = (images.square().mean(0) - images.mean(0).square()).mul(5 / 4).mean(0).sqrt()
+    for shown, expected in ((mean, images.mean(0)), (deviation, heat_map(values))):
+        expected = (255 * expected).movedim(0, -1)
+        assert (shown.reshape(expected.shape) - expected).abs().max() <= 1
+    assert "columns: 384fr 456fr" in maps  # 32 x (8, 12) pixels, and 72 for the scale
+    for frame, given in (
+        (Frame(6, 6, 0.0, images[:1], images[:1]), images[0]),  # a single restoration
+        (Frame(6, 6, 0.0, images, images), None),  # drawings
+        (Frame(5, 6, 1.0, images, images), images[0]),  # before the end
+    ):
+        assert "class='maps'" not in results([frame], given)
+
+
+def test_the_mean_is_shown_for_every_operator(gray, color, picture):
+    for restorer in (gray, color):
+        shape = restorer.shape
+        value = {**canvas(picture[: shape[0]]), "hole": "".join(map(str, _hole().int().flatten().tolist()))}
+        for name, arguments in restorer.operators.items():
+            *_, page = Events(restorer).restore(value, name, (*arguments, "")[0], 2, "langevin", 3, "auto", 0, -1)
+            _, first, second, mean, deviation = _pictures(page)[:5]
+            assert (mean.float() - (first.float() + second.float()) / 2).abs().max() <= 1, name
+            assert deviation.shape == (256, 328, 3)
 
 
 def test_nothing_painted_gives_an_error(gray):
@@ -579,6 +611,7 @@ def test_a_stroke_and_a_click_restore_the_picture_in_a_browser(tmp_path):
         page.wait_for_selector("text=Nothing is missing: paint over a part of the picture first.")
 
         page.fill("#restorations input[type=number]", "2")
+        page.locator("#canvas canvas").scroll_into_view_if_needed()
         box = page.locator("#canvas canvas").bounding_box()
         page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"])
         page.mouse.down()

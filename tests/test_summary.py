@@ -44,6 +44,13 @@ def test_a_map_has_the_color_of_each_value_and_a_scale():
     assert (heat_map(torch.zeros(2, 2))[:, :, :256] == 0).all()
 
 
+def test_the_map_of_a_summary_is_for_images():
+    draws = torch.rand(4, 3, 2, 5, generator=seed())
+    assert torch.equal(summary(draws).deviation_map(), heat_map(draws.var(0).mean(0).sqrt()))
+    with pytest.raises(ValueError, match=r"a map needs draws of an image, .* got draws of shape \(K, 1, 64\)\. Plot"):
+        summary(torch.rand(4, 1, 64)).deviation_map()
+
+
 @pytest.mark.parametrize(
     ("draws", "levels", "error", "message"),
     [

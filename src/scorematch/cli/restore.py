@@ -27,7 +27,6 @@ from scorematch.core.files import write_whole
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
 from scorematch.core.schema import Field
-from scorematch.data.heat import heat_map
 from scorematch.data.pictures import check_picture, grid, list_pictures, open_picture, read_image, save_image
 from scorematch.guidance import Tiled
 from scorematch.nets.family import check_size
@@ -334,7 +333,7 @@ def _summarize(restored: Tensor, folder: Path, stem: str) -> None:
     """Writes the mean of the restorations (K, C, H, W), the map of their deviation over the channels, and numbers."""
     found = summary(restored)
     save_image(found.mean, folder / f"{stem}-mean.png")
-    save_image(heat_map(found.deviation.square().mean(0).sqrt()), folder / f"{stem}-deviation.png")
+    save_image(found.deviation_map(), folder / f"{stem}-deviation.png")
     content = io.BytesIO()
     np.savez(content, **{name: np.asarray(value) for name, value in found._asdict().items()})  # type: ignore[arg-type]
     write_whole(folder / f"{stem}-uncertainty.npz", content.getvalue())

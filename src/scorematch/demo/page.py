@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scorematch.data.pictures import to_pixels
 from scorematch.demo.restorer import Choices, Frame, Restorer
-from scorematch.restoration import OPERATORS
+from scorematch.restoration import OPERATORS, summary
 from scorematch.restoration.methods import METHODS, Restore
 from scorematch.sampling import SAMPLERS
 
@@ -29,12 +29,17 @@ _THUMBNAIL = 64  # the largest side in pixels of a frame in that row
 _MANY_CALLS = 250  # the upper end of the slider, unless the network's own sampler needs more
 _LABELS = {
     "mask": "Fill in the painted part",
+    "hole": "Fill in a random hole",
+    "half": "Fill in a random half, at a side or all around",
+    "uncrop": "Extend a part of the picture",
     "gray": "Colorize a gray copy",
     "pool": "Enlarge a small copy",
     "resize": "Enlarge a copy that was made smaller like a photograph",
     "blur": "Sharpen a blurred copy",
     "motion": "Sharpen a copy that is blurred by motion",
     "fourier": "Complete a part of the Fourier transform",
+    "clip": "Restore values that were cut off, as in an overexposed photograph",
+    "quantize": "Restore values that were rounded to a few levels",
     "jpeg": "Repair a JPEG copy",
 }  # of operators; others have their help
 
@@ -119,15 +124,28 @@ def results(frames: list[Frame], given: Tensor | None = None) -> str:
     noisy = [_figure(_thumbnail(frame.noisy[0])) for frame in chosen]
     denoised = [_figure(_thumbnail(frame.denoised[0])) for frame in chosen]
     spaces = ["<span></span>"] * (_COLUMNS - len(chosen))
+    maps = _uncertainty(last.denoised) if done and given is not None and len(last.denoised) > 1 else ""
     smooth = "smooth" if max(last.denoised.shape[-2:]) > 2 * _THUMBNAIL else ""
     return (
         f"<section class='{smooth}'><h2>{title}</h2><p>{last.call} of {last.calls} network calls. {status}</p>"
         f"<div class='bar'><div style='width: {100 * last.call / last.calls:.0f}%'></div></div>"
-        f"<div class='images' data-done='{int(done)}'>{''.join(images)}</div></section>"
+        f"<div class='images' data-done='{int(done)}'>{''.join(images)}</div>{maps}</section>"
         f"<section class='{smooth}'><h2>From noise to image</h2>"
         f"<p>The chain{of_first}. Above: the noisy image. Below: the network's estimate of the image without noise.</p>"
         f"<div class='chain'>{''.join(noisy + spaces + denoised)}</div></section>"
     )
+
+
+def _uncertainty(restored: Tensor) -> str:
+    """The HTML of the mean of restorations (n, C, H, W) and of the map of their standard deviation, equally high."""
+    found = summary(restored)
+    heat = found.deviation_map()
+    wide = found.mean.shape[-1] * heat.shape[-2] / found.mean.shape[-2]  # of the mean, if it is as high as the map
+    mean = _figure(found.mean, "mean", "restored-mean.png")
+    deviation = _figure(heat, "standard deviation (images have values from 0 to 1)", "restored-deviation.png")
+    columns = f"grid-template-columns: {wide:.0f}fr {heat.shape[-1]}fr"
+    text = f"The mean of the {len(restored)} restorations, and how far they differ from it:"
+    return f"<p>{text}</p><div class='maps' style='{columns}'>{mean}{deviation}</div>"
 
 
 def _evenly(frames: list[Frame]) -> list[Frame]:

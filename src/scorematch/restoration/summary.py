@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scorematch.data.heat import heat_map
 from scorematch.restoration.operator import kind_of
 
 __all__ = ["Summary", "summary"]
@@ -27,6 +28,22 @@ class Summary(NamedTuple):
     deviation: Tensor
     quantiles: Tensor
     levels: tuple[float, ...]
+
+    def deviation_map(self) -> Tensor:
+        """A picture (3, H', W') in [0, 1] of the deviations of an image, in colors and with their scale.
+
+        Each value is the root of the mean over the channels of the squared deviation. Each pixel of the image becomes a
+        square, so that the shorter side of the picture has at least 256 pixels.
+
+        Raises:
+            ValueError: if the draws are not images (K, C, H, W).
+        """
+        if self.deviation.ndim != 3:
+            raise ValueError(
+                f"a map needs draws of an image, (K, C, H, W), got draws of shape (K, "
+                f"{', '.join(map(str, self.deviation.shape))}). Plot the deviation itself."
+            )
+        return heat_map(self.deviation.square().mean(0).sqrt())
 
 
 def summary(draws: Tensor, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Summary:
