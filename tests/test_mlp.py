@@ -152,8 +152,6 @@ def test_a_new_network_is_the_score_of_a_normal_distribution():
         (lambda: network(3)(random(2, 2), 0.3, random(2, 4)), ValueError, r"a vector .*\(N, 3\), got shape \(2, 4\)"),
         (lambda: network()(random(2, 2), 0.3, random(2, 4)), TypeError, "takes no condition"),
         (lambda: ScoreNet.mlp(0), ValueError, "features must be an integer of at least 1"),
-        (lambda: ScoreNet.mlp(2, classes=2, condition_features=1), ValueError, "classes and condition_features cannot"),
-        (lambda: small_unet(classes=2, condition_features=1), ValueError, "classes and condition_features cannot both"),
         (lambda: network().fit_units(random(8, 2), random(8, 3)), TypeError, "takes no vector as its condition"),
         (lambda: network(3).fit_units(random(8, 2), torch.ones(8, 3)), ValueError, "value 0 of condition is constant"),
         (lambda: ScoreNet.mlp(2, precondition="ncsn"), ValueError, "precondition must be one of 'karras', 'flow'"),

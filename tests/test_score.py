@@ -399,11 +399,6 @@ def test_values_that_cannot_be_read_are_not_checked(rng):
             ValueError,
             "attention must have one entry per scale, 2, got 1",
         ),
-        (
-            lambda: ScoreNet.unet(1, 8, widths=(4, 4), condition_channels=1, classes=3),
-            ValueError,
-            "takes one condition, an image or a class",
-        ),
     ],
 )
 def test_invalid_arguments_of_score_net_raise(call, error, message):

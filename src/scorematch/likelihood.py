@@ -54,10 +54,10 @@ from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
 from scorematch.core.batches import check_data, without_history
-from scorematch.core.conditions import class_of_each
+from scorematch.core.conditions import class_of_each, map_parts
 from scorematch.core.precision import without_autocast
 from scorematch.core.randomness import Generator, as_generator, standard_normal, uniform
-from scorematch.core.scores import Score, attribute, check_differentiable, evaluating, middle_of, score_at
+from scorematch.core.scores import Given, Score, attribute, check_differentiable, evaluating, middle_of, score_at
 from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 
 __all__ = ["bits_per_dimension", "log_likelihood"]
@@ -71,7 +71,7 @@ def log_likelihood(
     schedule: NoiseSchedule | None = None,
     *,
     probes: int | None = 1,
-    condition: Tensor | int | None = None,
+    condition: Given = None,
     generator: Generator = None,
     progress: bool = True,
 ) -> Tensor:
@@ -128,7 +128,7 @@ def log_likelihood(
     with torch.inference_mode(False), torch.no_grad(), without_autocast(), evaluating(net):
         x = without_history(x).to(torch.promote_types(x.dtype, torch.float32))
         condition = class_of_each(condition, x)
-        condition = without_history(condition) if isinstance(condition, Tensor) else condition
+        condition = map_parts(without_history, condition)
         flow = _Flow(net, condition, probes, generators)
         end, integral = _follow(flow, x, schedule, progress)
         squares = ((end - middle_of(net, end)) / schedule.sigma_max).square().flatten(1).sum(1)
@@ -142,7 +142,7 @@ def bits_per_dimension(
     schedule: NoiseSchedule | None = None,
     *,
     probes: int | None = 1,
-    condition: Tensor | int | None = None,
+    condition: Given = None,
     generator: Generator = None,
     progress: bool = True,
 ) -> Tensor:

@@ -33,9 +33,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scorematch.core.arguments import check_choice
 from scorematch.core.batches import as_mask, as_sigma, check_data, is_outside, per_image
-from scorematch.core.conditions import class_of_each
+from scorematch.core.conditions import class_of_each, map_parts
 from scorematch.core.randomness import single_generator, standard_normal
-from scorematch.core.scores import Score, attribute, check_differentiable, score_at
+from scorematch.core.scores import Given, Score, attribute, check_differentiable, score_at
 from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 
 __all__ = ["dsm_loss", "loss_and_norm", "sliced_score_matching_loss"]
@@ -50,7 +50,7 @@ def dsm_loss(
     *,
     sigma: float | Tensor | None = None,
     noise: Tensor | None = None,
-    condition: Tensor | int | None = None,
+    condition: Given = None,
     mask: Tensor | None = None,
     p: float = 2,
     weighting: Callable[[Tensor], Tensor] | None = None,
@@ -120,7 +120,7 @@ def loss_and_norm(
     *,
     sigma: float | Tensor,
     noise: Tensor | None = None,
-    condition: Tensor | int | None = None,
+    condition: Given = None,
     mask: Tensor | None = None,
     generator: torch.Generator | int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ def scaled_score(
     *,
     sigma: float | Tensor,
     noise: Tensor | None = None,
-    condition: Tensor | int | None = None,
+    condition: Given = None,
     generator: torch.Generator | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The score of noisy data in units of :math:`1 / \sigma`, and its error as a prediction of the noise.
@@ -195,7 +195,7 @@ def sliced_score_matching_loss(
     noise: Tensor | None = None,
     projections: Tensor | None = None,
     weighting: Callable[[Tensor], Tensor] | None = None,
-    condition: Tensor | int | None = None,
+    condition: Given = None,
     reduction: Reduction = "mean",
     generator: torch.Generator | int | None = None,
 ) -> Tensor:
@@ -228,7 +228,7 @@ def sliced_score_matching_loss(
     # The faster kernels of attention have no second derivative.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         given = class_of_each(condition, x)
-        sigma, v, given = _recordable(sigma), _recordable(v), None if given is None else _recordable(given)
+        sigma, v, given = _recordable(sigma), _recordable(v), map_parts(_recordable, given)
         noisy = (x + per_image(sigma, x) * noise).detach().requires_grad_()
         score = score_at(net, noisy, sigma, given)
         check_differentiable(score)
@@ -252,7 +252,7 @@ def _weights_at(sigma: Tensor, weighting: Callable[[Tensor], Tensor], x: Tensor 
     return weights
 
 
-def _scaled_score(net: Score, x: Tensor, sigma: Tensor, noise: Tensor, condition: Tensor | int | None) -> Tensor:
+def _scaled_score(net: Score, x: Tensor, sigma: Tensor, noise: Tensor, condition: Given) -> Tensor:
     """Sigma times the score of x with noise; sigma (N,)."""
     levels = per_image(sigma, x)
     return levels * score_at(net, x + levels * noise, sigma, class_of_each(condition, x))

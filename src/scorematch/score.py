@@ -27,7 +27,7 @@ from scorematch.core.conditions import Condition, as_condition
 from scorematch.core.json_files import native
 from scorematch.core.messages import quote
 from scorematch.core.schema import Field
-from scorematch.core.scores import NetworkScore
+from scorematch.core.scores import Given, NetworkScore
 from scorematch.data.array_data import ArrayData
 from scorematch.data.images import Data
 from scorematch.data.memory import to_array
@@ -263,15 +263,16 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
 
     # -- The score ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: float | Tensor, condition: Given = None) -> Tensor:
         """The score of the noisy data at x.
 
         Args:
             x: noisy data (N, ...), images in [0, 1] plus noise, floating point.
             sigma: the noise level, a float or a tensor () or (N,), positive, in the units of x. Networks that receive
                 the position of sigma in the schedule (NCSN, DDPM) clamp a sigma outside the schedule to its ends.
-            condition: for conditional networks: classes, int64 (N,), or an int, the class of all samples; or an image
-                (N, K, H, W) in [0, 1]. It is mapped to [-1, 1] if x is.
+            condition: for conditional networks: classes, int64 (N,), or an int, the class of all samples; or a vector
+                (N, K); or an image (N, K, H, W) in [0, 1], which is mapped to [-1, 1] if x is; or for a network that
+                takes several, a dict of these, {"class": ..., "features": ..., "image": ...}.
 
         Returns:
             The score, with the shape and dtype of x.
@@ -279,7 +280,7 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
         return self._outputs(x, sigma, condition)[0]
 
     def _outputs(
-        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+        self, x: Tensor, sigma: float | Tensor, condition: Given, *, variance: bool = False
     ) -> tuple[Tensor, ...]:
         check_data(x)
         shape = self.sample_shape  # networks of the package check x themselves

@@ -113,12 +113,13 @@ def _condition(net: ScoreNet) -> str | None:
     takes = net.conditioning
     if takes is None:
         return None
-    if takes.channels:
-        return f"an image with {takes.channels} channels, such as the degraded image for the command restore"
+    texts = []
+    if takes.classes is not None:
+        names = net.class_names
+        text = f"{takes.classes} classes, 0 to {takes.classes - 1}" if names is None else describe_classes(names)
+        texts.append(text + (", or no class" if takes.null_class else ""))
     if takes.vector:
-        return f"a vector of {takes.vector} values"
-    if takes.classes is None:
-        return "none"
-    names = net.class_names
-    text = f"{takes.classes} classes, 0 to {takes.classes - 1}" if names is None else describe_classes(names)
-    return text + (", or no class" if takes.null_class else "")
+        texts.append(f"a vector of {takes.vector} values")
+    if takes.channels:
+        texts.append(f"an image with {takes.channels} channels, such as the degraded image for the command restore")
+    return "; and ".join(texts) or "none"

@@ -22,7 +22,7 @@ from scorematch.cli.options.operators import add_operators, add_restore_method, 
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import amount, expanded, filled, fitting, image_count
-from scorematch.core.conditions import takes_image
+from scorematch.core.conditions import takes_image, with_image
 from scorematch.core.files import write_whole
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
@@ -295,9 +295,9 @@ def _restore(args: argparse.Namespace, sampler: Sampler, pictures: list[_Picture
     y = torch.cat([picture.photo.observation.y for picture in pictures]).repeat_interleave(args.n, 0)
     seeds = [seed_of(args.seed, "restoration", picture.path.stem, k) for picture in pictures for k in range(args.n)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    condition: Tensor | int | None = label
+    condition: Any = label
     if takes_image(sampler.net):
-        condition = condition_of(given.operator, y, generators)
+        condition = with_image(condition_of(given.operator, y, generators), label, sampler.net)
     observation = Observation(given.operator, y, given.sigma)
     options = {"condition": condition, "generator": generators, "batch_size": args.batch_size}
     notes = [""] * len(pictures)

@@ -150,7 +150,7 @@ def _draw_values(args: argparse.Namespace, job: Job) -> None:
         )
     check_new([path], args.overwrite)
     sampler = prepared(job.sampler)
-    announce(sampler, args.n, job.classes if job.condition is None else job.condition)
+    announce(sampler, args.n, job.condition_of(range(1)))
     begin = time.perf_counter()
     x = _sample(args, sampler, job, args.n, None).cpu()
     print(f"{count(args.n, 'sample')} in {time.perf_counter() - begin:.1f} s")
@@ -177,7 +177,7 @@ def _draw(args: argparse.Namespace, job: Job) -> None:
     check_picture(files[0])  # before the work
     check_new(files, args.overwrite)
     sampler = prepared(job.sampler)
-    announce(sampler, args.n, job.classes)
+    announce(sampler, args.n, job.condition_of(range(1)))
     begin = time.perf_counter()
     images = _sample(args, sampler, job, args.n, animation)
     print(f"{count(args.n)} in {time.perf_counter() - begin:.1f} s")
@@ -216,7 +216,7 @@ def _fill(args: argparse.Namespace, job: Job) -> None:
         again = samples.missing + samples.found - args.n  # of batches that are not complete
         print(f"{samples.found} of {count(args.n)} exist already" + (f"; {again} are drawn again" if again else ""))
     if samples.missing:
-        announce(sampler, samples.missing, job.classes if job.condition is None else job.condition)
+        announce(sampler, samples.missing, job.condition_of(range(1)))
     begin = time.perf_counter()
     samples.fill(progress=not args.quiet)
     if process.rank > 0:

@@ -34,7 +34,7 @@ from scorematch.pretrained import load, locate
 from scorematch.pretrained.configuration import Stored
 from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, Recipe, Settings, checkpoint, network_for, train, train_from_observations
-from scorematch.training.checks import check_arguments, condition_of_data
+from scorematch.training.checks import check_arguments, given_of
 from scorematch.training.incomplete import check_observation
 from scorematch.training.recipes import training_flop
 from scorematch.training.record import check_run, images_of, network_of
@@ -488,8 +488,7 @@ def _seconds_per_image(
     n = min(n, len(data))
     images, condition = data.read(range(n))
     x = to_float(images).to(device)
-    condition = condition if condition_of_data(net, settings) is not None else None
-    arguments = loss_arguments(settings, x, condition, seed=0)
+    arguments = loss_arguments(settings, x, given_of(net, condition, settings), seed=0)
 
     def step() -> None:
         with autocast(device, settings.precision):

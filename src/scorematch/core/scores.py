@@ -11,9 +11,9 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from scorematch.core.batches import as_sigma, check_data, per_image
 __all__ = ["Denoiser", "NetworkScore", "Score", "Tweedie"]
 
 Score = Callable[..., Tensor]
+Given: TypeAlias = Tensor | int | Mapping[str, Any] | None  # a condition; a mapping has its parts by name
 
 
 # -- Attributes -------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def check_differentiable(score: Tensor, name: str = "the score") -> None:
 class Tweedie:
     """A base class of scores, with the methods that follow from Tweedie's formula."""
 
-    def denoise(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+    def denoise(self, x: Tensor, sigma: float | Tensor, condition: Given = None) -> Tensor:
         r"""The denoised image, the mean of the clean data given x: :math:`x + \sigma^2 \nabla_x \log p_\sigma(x)`.
 
         This is Tweedie's formula. Arguments and errors are those of the call ``net(x, sigma, condition)``. The result
@@ -144,9 +145,7 @@ class NetworkScore(Tweedie, ABC):
 
     predicts_variance: bool
 
-    def score_and_variance(
-        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def score_and_variance(self, x: Tensor, sigma: float | Tensor, condition: Given = None) -> tuple[Tensor, Tensor]:
         r"""The score, and the variance that the network predicts for a step of ``AncestralSampler``, in one call.
 
         Arguments and errors are those of the call ``net(x, sigma, condition)``.
@@ -175,7 +174,7 @@ class NetworkScore(Tweedie, ABC):
 
     @abstractmethod
     def _outputs(
-        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+        self, x: Tensor, sigma: float | Tensor, condition: Given, *, variance: bool = False
     ) -> tuple[Tensor, ...]:
         """The score, and the share of the large variance if ``variance`` is True."""
 
@@ -197,7 +196,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.score = score
 
-    def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: float | Tensor, condition: Given = None) -> Tensor:
         """The denoised image, with the shape and dtype of x.
 
         Args:

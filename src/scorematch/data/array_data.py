@@ -3,7 +3,8 @@
 It accepts
 
 - an array or a tensor (N, C, ...) or (N, D), floating point, of any range; alone, as a pair (x, condition), or in a
-  mapping with the names "x" and "condition". A condition is a vector for each sample, float (N, K), or a class, (N,);
+  mapping with the names "x" and "condition". A condition is a vector for each sample, float (N, K), or a class, (N,),
+  or a dict of both, {"class": ..., "features": ...}; a mapping may have both as "condition" and "label";
 - the file of such an array, ``.npy``; a file with several, ``.npz``; an HDF5 file (extra ``arrays``), which may be
   that of netCDF4; or a folder of zarr (extra ``arrays``). The values of ``.npy``, of uncompressed ``.npz``, HDF5 and
   zarr stay on the disk, and are read batch by batch; conditions are read at once;
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from scorematch.core.batches import is_outside
-from scorematch.core.messages import about, few, plain
+from scorematch.core.conditions import Parts, rows_of
+from scorematch.core.messages import about, few, plain, quote
 from scorematch.core.records import hash_of, hash_of_bytes
 from scorematch.data.arrays import array_names, map_array
 from scorematch.data.memory import class_numbers, to_array
@@ -52,9 +54,11 @@ class ArrayData:
         self.shape = tuple(map(int, x.shape[1:]))
         self.features = 0
         self.classes: tuple[str, ...] | None = None
-        self._condition: Tensor | None = None
-        if condition is not None:
-            self._take_condition(to_array(condition))
+        self._condition: Tensor | Parts | None = None
+        if isinstance(condition, Mapping):
+            self._condition = self._parts(condition)
+        elif condition is not None:
+            self._condition = self._checked(to_array(condition))
         if isinstance(x, np.ndarray) and not isinstance(x, np.memmap):
             self._x = np.ascontiguousarray(x, np.float32)
             check_finite(torch.from_numpy(self._x), name)
@@ -62,18 +66,31 @@ class ArrayData:
         else:
             rows = sorted({round(k * (self._n - 1) / (_COMPARED - 1)) for k in range(_COMPARED)})
             identity = [self._n, *(hash_of_bytes(np.ascontiguousarray(self._row(i)).tobytes()) for i in rows)]
-        if self._condition is not None:
-            values = self._condition
-            of_condition = values.tolist() if values.ndim == 1 else hash_of_bytes(values.numpy().data)
-            identity = (identity, of_condition)
+        parts = self._condition.values() if isinstance(self._condition, dict) else [self._condition]
+        for values in parts:
+            if values is not None:
+                of_condition = values.tolist() if values.ndim == 1 else hash_of_bytes(values.numpy().data)
+                identity = (identity, of_condition)
         # That of ``open_images`` for arrays in memory.
         self.fingerprint = hash_of([identity, self.shape, "center", self.classes is not None])
 
-    def _take_condition(self, values: np.ndarray) -> None:
+    def _parts(self, condition: Mapping[str, Any]) -> Parts:
+        """The classes and the vectors of a dict."""
+        found = {}
+        for name, values in condition.items():
+            array = to_array(values)
+            if name != ("features" if np.issubdtype(array.dtype, np.floating) else "class"):
+                raise ValueError(
+                    f'the condition of {self.name} must be {{"class": integers (N,), "features": floating-point '
+                    f"vectors (N, K)}}, got {quote(name)} of {array.dtype}."
+                )
+            found[name] = self._checked(array)
+        return found
+
+    def _checked(self, values: np.ndarray) -> Tensor:
         if not np.issubdtype(values.dtype, np.floating):
             numbers, self.classes = class_numbers(values, self._n, self.name)
-            self._condition = torch.from_numpy(numbers)
-            return
+            return torch.from_numpy(numbers)
         if values.ndim != 2 or len(values) != self._n or values.shape[1] == 0:
             hint = " Write condition[:, None] for one number for each sample." if values.shape == (self._n,) else ""
             raise ValueError(
@@ -82,7 +99,8 @@ class ArrayData:
             )
         vectors = torch.from_numpy(np.array(values, np.float32))
         check_finite(vectors, f"the condition of {self.name}")
-        self._condition, self.features = vectors, values.shape[1]
+        self.features = values.shape[1]
+        return vectors
 
     def __len__(self) -> int:
         return self._n
@@ -93,15 +111,15 @@ class ArrayData:
     def _row(self, i: int) -> np.ndarray:
         return to_array(self._x[i])
 
-    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
+    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | Parts | None]:
         """Reads samples by index.
 
         Args:
             indices: n indices from 0 to ``len(self) - 1``; they may repeat.
 
         Returns:
-            A tuple (x, condition): x (n, ...), float32; and the condition, float32 (n, K), int64 (n,) for classes, or
-            None.
+            A tuple (x, condition): x (n, ...), float32; and the condition, float32 (n, K), int64 (n,) for classes, a
+            dict of both, or None.
         """
         rows = np.asarray(indices, dtype=np.int64)
         if isinstance(self._x, np.ndarray):
@@ -110,7 +128,7 @@ class ArrayData:
             x = to_array(self._x[int(rows[0]) : int(rows[-1]) + 1])
         else:
             x = np.stack([self._row(i) for i in rows.tolist()])
-        condition = None if self._condition is None else self._condition[torch.from_numpy(rows)]
+        condition = rows_of(self._condition, torch.from_numpy(rows))
         return torch.from_numpy(np.ascontiguousarray(x, np.float32)), condition
 
 
@@ -121,17 +139,23 @@ class _ItemData(ArrayData):
         self.dataset, self.name, self._n = dataset, f"the {type(dataset).__name__}", len(dataset)
         x, condition = self.read([0])
         self.shape, self.classes = tuple(x.shape[1:]), None
-        self.features = 0 if condition is None or condition.ndim == 1 else condition.shape[1]
+        vectors = condition.get("features") if isinstance(condition, dict) else condition
+        self.features = 0 if vectors is None or vectors.ndim == 1 else vectors.shape[1]
         self.fingerprint = hash_of([type(dataset).__name__, self._n, self.shape, self.features])
 
-    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | None]:
+    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | Parts | None]:
         items = [self.dataset[int(i)] for i in indices]
         pairs = [item if isinstance(item, tuple | list) else (item, None) for item in items]
         x = torch.from_numpy(np.stack([np.asarray(to_array(pair[0]), np.float32) for pair in pairs]))
-        if pairs[0][1] is None:
-            return x, None
-        condition = torch.from_numpy(np.stack([to_array(pair[1]) for pair in pairs]))
-        return x, condition.float() if condition.is_floating_point() else condition.long()
+        first = pairs[0][1]
+        if isinstance(first, Mapping):
+            return x, {name: _stacked([pair[1][name] for pair in pairs]) for name in first}
+        return x, None if first is None else _stacked([pair[1] for pair in pairs])
+
+
+def _stacked(values: Sequence[Any]) -> Tensor:
+    condition = torch.from_numpy(np.stack([to_array(value) for value in values]))
+    return condition.float() if condition.is_floating_point() else condition.long()
 
 
 def check_finite(x: Tensor, name: str, first: int = 0) -> None:
@@ -211,14 +235,18 @@ def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: 
         found = _names(data, key, condition_key)
         if found is None:
             return None
-        name, of_condition = found
-        data, condition = data[name], None if of_condition is None else data[of_condition][...]
+        name, of_condition, of_class = found
+        condition = None if of_condition is None else data[of_condition][...]
+        if of_class is not None:
+            condition = {"features": condition, "class": data[of_class][...]}
+        data = data[name]
     elif isinstance(data, tuple) and len(data) == 2:
         data, condition = data
     if not _is_array(data):
         return _of_items(data, pictures)
     dtype, shape = str(data.dtype).removeprefix("torch."), tuple(data.shape)
-    vectors = condition is not None and np.issubdtype(to_array(condition).dtype, np.floating)
+    parts = condition.values() if isinstance(condition, Mapping) else [] if condition is None else [condition]
+    vectors = any(np.issubdtype(to_array(part).dtype, np.floating) for part in parts)
     if pictures and not vectors and (dtype == "uint8" or _are_images(data, shape)):
         return None
     if "float" not in dtype:
@@ -258,12 +286,15 @@ def _of_items(dataset: Any, pictures: bool) -> ArrayData | None:
     x, condition = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
     if not _is_array(x) or "float" not in str(x.dtype):
         return None
-    vectors = "float" in str(getattr(condition, "dtype", ""))
+    parts = condition.values() if isinstance(condition, Mapping) else [condition]
+    vectors = any("float" in str(getattr(part, "dtype", "")) for part in parts)
     return None if pictures and not vectors and _are_images(x, (1, *x.shape)) else _ItemData(dataset)
 
 
-def _names(arrays: Mapping[str, Any], key: str | None, condition_key: str | None) -> tuple[str, str | None] | None:
-    """The names of the data and of their conditions in a mapping; None if it has none that are floating point."""
+def _names(
+    arrays: Mapping[str, Any], key: str | None, condition_key: str | None
+) -> tuple[str, str | None, str | None] | None:
+    """The names of the data, their conditions and the classes beside vectors in a mapping; None if it has no data."""
     names = list(arrays)
     for given in (key, condition_key):
         if given is not None and given not in names:
@@ -273,7 +304,11 @@ def _names(arrays: Mapping[str, Any], key: str | None, condition_key: str | None
     found = ["x"] if "x" in names else []
     found = found or [each for each in names if each not in conditions and len(getattr(arrays[each], "shape", ())) > 1]
     found = found if key is None else [key]
-    return (found[0], next(iter(conditions), None)) if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    kinds = ["float" if "float" in str(getattr(arrays[each], "dtype", "")) else "class" for each in conditions]
+    both = kinds[:1] == ["float"] and "class" in kinds
+    return found[0], next(iter(conditions), None), conditions[kinds.index("class")] if both else None
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------

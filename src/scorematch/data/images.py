@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_choice, check_count
+from scorematch.core.conditions import Parts
 from scorematch.core.messages import few
 from scorematch.core.records import hash_of
 from scorematch.data.cache import decode
@@ -56,7 +57,7 @@ class Data(Protocol):
     def __len__(self) -> int:
         """The number of samples."""
 
-    def read(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor | Parts | None]:
         """Reads samples by index. It is called from one thread at a time.
 
         Args:

@@ -85,6 +85,7 @@ def moments(data: Data, *, name: str = "data", progress: bool = False) -> tuple[
     for first in tqdm(range(0, len(data), step), "measuring", unit="batch", leave=False, disable=not progress, delay=2):
         x, condition = data.read(torch.arange(first, min(first + step, len(data)), device="cpu"))
         found.add(x)
-        if condition is not None and condition.is_floating_point():
-            of_condition.add(condition)
+        vectors = condition.get("features") if isinstance(condition, dict) else condition
+        if vectors is not None and vectors.is_floating_point():
+            of_condition.add(vectors)
     return found.moments(), of_condition.moments() if of_condition.n else None

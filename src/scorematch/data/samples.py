@@ -30,6 +30,7 @@ from einops import rearrange
 from torch import Tensor
 
 from scorematch.core.arguments import check_count
+from scorematch.core.conditions import Parts
 from scorematch.core.files import write_whole
 from scorematch.core.processes import Process, checked_process
 from scorematch.core.records import read_record
@@ -46,13 +47,13 @@ class Batch(NamedTuple):
     Attributes:
         indices: the numbers of the images.
         images: the images (len(indices), ...), float32, on the device of the network.
-        classes: their classes, int64 (len(indices),), or their other conditions (len(indices), ...), on the CPU; None
-            without a condition.
+        classes: their classes, int64 (len(indices),), or their other conditions (len(indices), ...), or a dict of both,
+            on the CPU; None without a condition.
     """
 
     indices: range
     images: Tensor
-    classes: Tensor | None
+    classes: Tensor | Parts | None
 
 
 def ranges(n: int, batch_size: int, process: Process, *, first: int = 0) -> Iterator[range]:
@@ -148,7 +149,10 @@ class _Arrays(Files):
     def write(self, batch: Batch) -> None:
         pixels = rearrange(to_uint8(batch.images).cpu(), "n c h w -> n h w c").numpy()
         content = io.BytesIO()
-        np.savez(content, *([pixels] if batch.classes is None else [pixels, batch.classes.numpy()]))
+        parts = batch.classes if isinstance(batch.classes, dict) else {}
+        classes = batch.classes if isinstance(batch.classes, Tensor) else parts.get("class")
+        others: Any = {name: part.numpy() for name, part in parts.items() if name != "class"}
+        np.savez(content, *([pixels] if classes is None else [pixels, classes.numpy()]), **others)
         write_whole(self._path(batch.indices.start), content.getvalue())
 
     def read(self, indices: range, channels: int) -> Tensor:
@@ -180,10 +184,15 @@ class _Values(_Arrays):
         return torch.from_numpy(x[: len(indices)])
 
 
-def save_values(file: io.BytesIO, x: Tensor, condition: Tensor | None) -> None:
-    """Writes samples and their conditions, on the CPU, as the arrays x and condition of an .npz file."""
-    arrays: dict[str, Any] = {"x": x.numpy()} if condition is None else {"x": x.numpy(), "condition": condition.numpy()}
-    np.savez(file, **arrays)
+def save_values(file: io.BytesIO, x: Tensor, condition: Tensor | Parts | None) -> None:
+    """Writes samples and their conditions, on the CPU, as arrays of an .npz file, which ``open_arrays`` reads.
+
+    The arrays are x and condition; beside a class condition has the vectors, and label the classes.
+    """
+    parts = {"features": condition} if isinstance(condition, Tensor) else condition or {}
+    names = {"features": "condition", "class": "label"}
+    arrays: dict[str, Any] = {names.get(name, name): part.numpy() for name, part in parts.items()}
+    np.savez(file, x=x.numpy(), **arrays)
 
 
 FORMATS: Mapping[str, type[Files]] = {"png": _Pictures, "npz": _Arrays, "float": _Values}

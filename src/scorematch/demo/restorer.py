@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import check_choice
-from scorematch.core.conditions import takes_image
-from scorematch.core.scores import device_of
+from scorematch.core.conditions import takes_image, with_image
+from scorematch.core.scores import Given, device_of
 from scorematch.data.pictures import read_image
 from scorematch.restoration import OPERATORS, Mask, Observation, Operator, Photograph
 from scorematch.restoration.methods import Restore
@@ -227,20 +227,16 @@ class Restorer:
         photo = None if own else Photograph(operator, y, self.shape, crop="center")
         seen = Observation(operator, y) if photo is None else photo.observation
         generator = torch.Generator().manual_seed(choices.seed)
-        condition: Tensor | int | None = choices.label
+        condition: Any = choices.label
         if not self.draws:
-            condition = condition_of(seen.operator, seen.y.expand(n, -1, -1, -1), generator)
+            image = condition_of(seen.operator, seen.y.expand(n, -1, -1, -1), generator)
+            condition = with_image(image, choices.label, self.net)
         for frame in self._chain(n, choices, generator, condition, seen):
             last = photo is not None and frame.sigma == 0
             yield replace(frame, denoised=photo.restored(frame.denoised)) if last and photo else frame
 
     def _chain(
-        self,
-        n: int,
-        choices: Choices,
-        generator: torch.Generator,
-        condition: Tensor | int | None,
-        observation: Observation | None,
+        self, n: int, choices: Choices, generator: torch.Generator, condition: Given, observation: Observation | None
     ) -> Iterator[Frame]:
         watched = _Watched(self.net)
         sampler = self.make_sampler(choices, watched)

@@ -11,20 +11,21 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
+from scorematch.core.conditions import Parts, map_parts
 from scorematch.core.processes import gathered, group_process
 from scorematch.core.randomness import seed_of
 from scorematch.data.pictures import to_float
 from scorematch.evaluation.rows import double
 
 # An int is the class of all images; a function computes the condition from a batch of images and their labels.
-ConditionChoice = int | Callable[[Tensor, Tensor | None], Tensor] | None
+ConditionChoice = int | Callable[[Tensor, Any], Tensor | Parts] | None
 
 
 class ImageBatch(NamedTuple):
@@ -46,9 +47,11 @@ class ImageBatch(NamedTuple):
         """A seed for each image, from the given parts and the content of the image."""
         return [seed_of(*parts, key) for key in self.keys]
 
-    def condition(self, condition: ConditionChoice, device: torch.device) -> Tensor | int | None:
+    def condition(self, condition: ConditionChoice, device: torch.device) -> Tensor | Parts | int | None:
         """The condition of the batch, on a device."""
-        return condition(self.x, self.labels).to(device) if callable(condition) else condition
+        if not callable(condition):
+            return condition
+        return map_parts(lambda part: part.to(device), condition(self.x, self.labels))
 
 
 def values_per_image(

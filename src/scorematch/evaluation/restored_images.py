@@ -67,7 +67,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_choice, check_count, check_integer
-from scorematch.core.conditions import takes_image
+from scorematch.core.conditions import takes_image, with_image
 from scorematch.core.files import delete_unfinished
 from scorematch.core.processes import gathered, local_device, process_group, this_process
 from scorematch.core.provenance import identity, versions
@@ -392,7 +392,7 @@ class Restoring:
 
     def _restore(self, operator: Operator, y: Tensor, batch: ImageBatch, draw: int) -> Tensor:
         seeds = batch.seeds(self._seed, "fill", draw)
-        condition = condition_of(operator, y, seeds) if self._conditional else None
+        condition = with_image(condition_of(operator, y, seeds), None, self._sampler.net) if self._conditional else None
         return self._sampler.sample(
             len(batch.x),
             shape=batch.x.shape[1:],

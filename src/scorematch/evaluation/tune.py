@@ -446,7 +446,7 @@ def settings_of_paths(
         ValueError: if a number of calls is out of range.
     """
     classes = None if net.conditioning is None else net.conditioning.classes
-    condition = None if classes is None else torch.arange(_PATHS) % classes
+    condition = None if classes is None else {"class": torch.arange(_PATHS) % classes}
     counts = [count - 1 for count in calls]
     schedules = schedules_of_paths(net, counts, n=_PATHS, condition=condition, generator=seed, progress=progress)
     low, high = net.value_range or (0, 0)

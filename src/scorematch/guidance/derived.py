@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scorematch.core.batches import as_sigma
 from scorematch.core.conditions import Condition
-from scorematch.core.scores import NetworkScore, Score, attribute, check_score, has_inference_copy
+from scorematch.core.scores import Given, NetworkScore, Score, attribute, check_score, has_inference_copy
 from scorematch.noise import NoiseSchedule
 
 
@@ -46,7 +46,7 @@ class DerivedScore(NetworkScore, nn.Module):
         self.net = net
         self.predicts_variance = bool(attribute(net, "predicts_variance"))
 
-    def forward(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: float | Tensor, condition: Given = None) -> Tensor:
         """The score of x (N, ...) at a noise level sigma: a float, () or (N,).
 
         Args:
@@ -67,7 +67,7 @@ class DerivedScore(NetworkScore, nn.Module):
 
 
 def call(
-    score: Score, x: Tensor, sigma: float | Tensor, condition: Tensor | None, *, variance: bool = False
+    score: Score, x: Tensor, sigma: float | Tensor, condition: Any, *, variance: bool = False
 ) -> tuple[Tensor, ...]:
     """The score of x, and the variance if ``variance`` is True. A plain function gets a tensor as its noise level."""
     if not has_inference_copy(score):

@@ -57,8 +57,8 @@ from torch import Tensor
 
 from scorematch.core.arguments import argument
 from scorematch.core.batches import as_sigma, check_data, per_image
-from scorematch.core.conditions import Condition, as_condition, null_condition
-from scorematch.core.scores import Score, attribute, check_differentiable, has_inference_copy, inference_copy_of
+from scorematch.core.conditions import Condition, as_condition, joined, map_parts, without
+from scorematch.core.scores import Given, Score, attribute, check_differentiable, has_inference_copy, inference_copy_of
 from scorematch.guidance.derived import DerivedScore, call
 
 Interval = tuple[float, float]
@@ -277,24 +277,24 @@ class GuidedScore(DerivedScore):
 class _ClassifierFree(GuidedScore):
     @property
     def conditioning(self) -> Condition | None:
-        """A class. The null class is not accepted, since it would turn guidance off."""
+        """That of the network. No condition is not accepted, since it would turn guidance off."""
         takes = super().conditioning
         return None if takes is None else takes._replace(null_class=False)
 
     def _outputs(
-        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+        self, x: Tensor, sigma: float | Tensor, condition: Given, *, variance: bool = False
     ) -> tuple[Tensor, ...]:
         check_data(x)
         takes = attribute(self.net, "conditioning")
-        labels = cast(Tensor, as_condition(condition, x, self.conditioning))
-        null = null_condition(takes, x).to(labels)
+        given = as_condition(condition, x, self.conditioning)
+        null = without(given, takes)
         weight = self._weight(sigma, x)
         if isinstance(weight, float) and (weight == 1 or (weight == 0 and not variance and not self.rescale)):
-            return call(self.net, x, sigma, labels if weight else null, variance=variance)
+            return call(self.net, x, sigma, given if weight else null, variance=variance)
         level = sigma
         if isinstance(sigma, Tensor) and sigma.ndim == 1:
             sigma = torch.cat([sigma, sigma])
-        outputs = call(self.net, torch.cat([x, x]), sigma, torch.cat([labels, null]), variance=variance)
+        outputs = call(self.net, torch.cat([x, x]), sigma, joined([given, null]), variance=variance)
         conditional, unconditional = outputs[0].chunk(2)
         score = self._guided(unconditional, conditional, weight, x, level)
         return score, *(share[: len(x)] for share in outputs[1:])
@@ -304,7 +304,7 @@ class _Autoguidance(GuidedScore):
     other: Score
 
     def _outputs(
-        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+        self, x: Tensor, sigma: float | Tensor, condition: Given, *, variance: bool = False
     ) -> tuple[Tensor, ...]:
         check_data(x)
         condition = as_condition(condition, x, self.conditioning)
@@ -330,12 +330,13 @@ class _Classifier(GuidedScore):
         return None if takes is None or takes.classes is None else takes._replace(null_class=False)
 
     def _outputs(
-        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+        self, x: Tensor, sigma: float | Tensor, condition: Given, *, variance: bool = False
     ) -> tuple[Tensor, ...]:
         check_data(x)
         takes = self.conditioning
-        labels = as_condition(condition, x, takes)
-        score, *share = call(self.net, x, sigma, None if takes is None else labels, variance=variance)
+        given = as_condition(condition, x, takes)
+        labels = given["class"] if isinstance(given, dict) else given
+        score, *share = call(self.net, x, sigma, None if takes is None else given, variance=variance)
         weight = self._weight(sigma, x)
         if not (isinstance(weight, float) and weight == 0):
             score = score + weight * self._gradient(x, as_sigma(sigma, x).expand(len(x)), labels)
@@ -348,7 +349,7 @@ class _Classifier(GuidedScore):
             if not differentiable:
                 # Clones, since autograd cannot use tensors that were created in inference mode.
                 x, sigma = x.detach().clone().requires_grad_(), sigma.detach().clone()
-                labels = None if labels is None else labels.clone()
+                labels = map_parts(torch.clone, labels)
             logits = self.other(x, sigma)
             check_differentiable(logits, "the classifier")
             if logits.ndim != 2 or len(logits) != len(x):

@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from scorematch.core.arguments import argument, check_count, check_sizes
 from scorematch.core.batches import check_data
-from scorematch.core.conditions import as_condition
-from scorematch.core.scores import Score, attribute, inference_copy_of
+from scorematch.core.conditions import as_condition, map_parts
+from scorematch.core.scores import Given, Score, attribute, inference_copy_of
 from scorematch.guidance.derived import DerivedScore, call
 
 _VALUES = 2**20  # the largest number of values in one network call by default
@@ -117,7 +117,7 @@ class Tiled(DerivedScore):
         return [slice(start, start + side) for start in starts]
 
     def _outputs(
-        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+        self, x: Tensor, sigma: float | Tensor, condition: Given, *, variance: bool = False
     ) -> tuple[Tensor, ...]:
         check_data(x)
         sides = self._sides(x)
@@ -153,10 +153,11 @@ def _weight(sides: Sequence[int]) -> Tensor:
     return weight
 
 
-def _of_tiles(condition: Tensor | None, tiles: list[Any], x: Tensor) -> Tensor | None:
+def _of_tiles(condition: Any, tiles: list[Any], x: Tensor) -> Any:
     """The condition of tiles: the tiles of an image, or the same class for all tiles of a sample."""
-    if condition is None:
-        return None
-    if condition.shape[2:] == x.shape[2:]:
-        return torch.cat([condition[tile] for tile in tiles])
-    return torch.cat([condition] * len(tiles))
+
+    def of_tiles(part: Tensor) -> Tensor:
+        image = part.shape[2:] == x.shape[2:]
+        return torch.cat([part[tile] for tile in tiles] if image else [part] * len(tiles))
+
+    return map_parts(of_tiles, condition)

@@ -146,7 +146,8 @@ class Builders:
             padding: what lies beyond the ends of the axes: "zeros"; "circular", for periodic data; "reflect"; or a
                 sequence with one of these for each axis.
             condition_features: K, the number of values of a vector as the condition, float (N, K); 0 for none. A vector
-                of NaN stands for no condition, and is used if none is given.
+                of NaN stands for no condition, and is used if none is given. The condition of a network that takes
+                several is a dict with the names "class", "features" and "image".
             schedule: the noise levels; None is NCSNv2's schedule for CIFAR-10, 232 levels from 50 to 0.01.
             precondition: a row of the table in ``scorematch.nets.precondition``; "karras" is the best one to train
                 with.
@@ -284,7 +285,8 @@ class Builders:
             width: the number of hidden features, at least 2.
             depth: the number of residual blocks.
             condition_features: K, the number of values of a vector as the condition, float (N, K); 0 for none. A vector
-                of NaN stands for no condition, and is used if none is given.
+                of NaN stands for no condition, and is used if none is given. The condition of a network that takes
+                several is a dict with the names "class", "features" and "image".
             classes: the number of classes of a class-conditional network; None for none.
             null_class: whether there is one more class, with the index ``classes``, for samples without a class.
             dropout: the dropout probability in the blocks.

@@ -1,8 +1,8 @@
 """The base classes of the U-Nets: a network with a way down and a way up, and its family.
 
-The condition of these networks is an image, which is concatenated with x, a class, a vector, or nothing. x is an image,
-or for a U-Net also a signal or a volume. A size that is no multiple of ``divisor`` is extended inside the network, and
-the output is cropped to the size of x.
+The condition of these networks is an image, which is concatenated with x, a class, a vector, several of these, or
+nothing. x is an image, or for a U-Net also a signal or a volume. A size that is no multiple of ``divisor`` is extended
+inside the network, and the output is cropped to the size of x.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scorematch.core.arguments import check_sizes
-from scorematch.core.conditions import Condition
+from scorematch.core.conditions import Condition, Parts
 from scorematch.nets.blocks import (
     Constant,
     DownBlock,
@@ -33,7 +33,7 @@ from scorematch.nets.space import Convolution, Space, from_patches, to_patches
 
 
 class ImageNetwork(nn.Module):
-    """The base class of the U-Nets, whose condition is an image, a class, a vector, or nothing.
+    """The base class of the U-Nets, whose condition is an image, a class, a vector, several of these, or nothing.
 
     A subclass defines the modules below. A block on the way down is called as ``block(h, embedding, image)``, and
     returns its output, the features that are kept for the way up, and the image for the next block. A block on the way
@@ -52,7 +52,7 @@ class ImageNetwork(nn.Module):
         space: the axes of the data.
 
     Raises:
-        ValueError: if ``null_class`` is True without classes, or the network takes both an image and a class.
+        ValueError: if ``null_class`` is True without classes.
     """
 
     conv_in: Convolution
@@ -81,12 +81,6 @@ class ImageNetwork(nn.Module):
         super().__init__()
         if null_class and classes is None:
             raise ValueError("null_class=True needs classes: pass the number of classes, or leave out null_class.")
-        if (classes is not None or vector) and in_channels > out_channels:
-            raise ValueError(
-                f"in_channels must be at most out_channels, {out_channels}, for a network with "
-                f"{'a vector' if vector else 'classes'}, since a network takes one condition, an image or a "
-                f"{'vector' if vector else 'class'}, got {in_channels}."
-            )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.patch, self.divisor, self.space = patch, patch * 2 ** (scales - 1), space
         self.classes, self.null_class, self.center, self.vector = classes, null_class, center, vector
@@ -131,19 +125,22 @@ class ImageNetwork(nn.Module):
             inputs = widths[min(scale + 1, lowest)]
             self.up_blocks.append(up(scale, inputs, [kept.pop() for _ in range(layers[scale] + 1)]))
 
-    def inputs(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def inputs(self, x: Tensor, condition: Tensor | Parts | None) -> tuple[Tensor, Parts]:
         """Checks the shapes, and concatenates x with a conditioning image.
 
         Returns:
             The input of the first convolution (N, in_channels, ...), in [-1, 1] if ``center`` is True, with sides that
-            are multiples of ``divisor``; and the classes or the vectors, or None.
+            are multiples of ``divisor``; and the other parts of the condition, "class" and "features".
         """
-        image = condition if condition is not None and condition.is_floating_point() and not self.vector else None
-        other = condition if image is None else None
-        self._check(x, image, other)
+        parts = dict(condition) if isinstance(condition, dict) else {}
+        if isinstance(condition, Tensor):
+            name = "features" if self.vector else "image" if condition.is_floating_point() else "class"
+            parts = {name: condition}
+        image = parts.pop("image", None)
+        self._check(x, image, parts)
         x = x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)
         x = self.space.to_multiple(x, self.divisor)
-        return 2 * x - 1 if self.center else x, other
+        return 2 * x - 1 if self.center else x, parts
 
     def down_and_up(self, x: Tensor, embedding: Tensor, *, add_picture: bool) -> Tensor:
         """The way down and the way up, from the first to the last convolution.
@@ -167,7 +164,7 @@ class ImageNetwork(nn.Module):
         h = h + picture if add_picture and picture is not None else h
         return from_patches(h, self.patch) if self.patch > 1 else h
 
-    def _check(self, x: Tensor, image: Tensor | None, classes: Tensor | None) -> None:
+    def _check(self, x: Tensor, image: Tensor | None, others: Parts) -> None:
         axes = _AXES[self.space.dimensions]
         if x.ndim != self.space.dimensions + 2:
             raise ValueError(f"x must be {axes.format(self.in_channels)}, got shape {tuple(x.shape)}.")
@@ -192,11 +189,10 @@ class ImageNetwork(nn.Module):
                 f"the condition must be an image with x's batch and size, of shape {expected}, got "
                 f"{tuple(image.shape)}."
             )
-        if self.vector and (classes is None or classes.shape != (len(x), self.vector)):
-            given = "none" if classes is None else f"shape {tuple(classes.shape)}"
+        vectors, classes = others.get("features"), others.get("class")
+        if self.vector and (vectors is None or vectors.shape != (len(x), self.vector)):
+            given = "none" if vectors is None else f"shape {tuple(vectors.shape)}"
             raise ValueError(f"the condition must be a vector for each image, {(len(x), self.vector)}, got {given}.")
-        if self.vector:
-            return
         if (classes is None) != (self.classes is None):
             raise ValueError(
                 "this network takes classes as its condition: pass condition=, int64 (N,)."
@@ -245,11 +241,6 @@ class ImageFamily(Family[Images]):
         channels, condition_channels = given["channels"], given["condition_channels"]
         if condition_channels < 0:
             raise ValueError(f"condition_channels must be at least 0, got {condition_channels}.")
-        if condition_channels and given["classes"] is not None:
-            raise ValueError(
-                "condition_channels and classes cannot both be given: a network takes one condition, an image or a "
-                "class."
-            )
         widths = check_sizes("widths", given["widths"], "a tuple such as (64, 128, 128)")
         return {
             "in_channels": channels + condition_channels,
@@ -265,7 +256,9 @@ class ImageFamily(Family[Images]):
         """An image if there are more input channels than the score has; otherwise that of the backbone."""
         channels = backbone.out_channels // 2 if predicts_variance else backbone.out_channels
         image = max(0, backbone.in_channels - channels)
-        null = backbone.null_class or any(isinstance(module, VectorEmbedding) for module in backbone.children())
+        null = backbone.null_class
+        if backbone.classes is None:
+            null = any(isinstance(module, VectorEmbedding) for module in backbone.children())
         return Condition(image, backbone.classes, null, backbone.vector)
 
     def skip_convolutions(self, backbone: Images) -> list[list[str]]:
@@ -294,8 +287,8 @@ class ImageFamily(Family[Images]):
         return set_level
 
     def level_modules(self, backbone: Images) -> set[str]:
-        """The embeddings of the noise level and of the classes, and their projections in the residual blocks."""
-        kinds = ("time_proj", "time_embedding", "class_embedding", "time_emb_proj")
+        """The embeddings of the noise level and of the condition, and their projections in the residual blocks."""
+        kinds = ("time_proj", "time_embedding", "class_embedding", "vector_embedding", "time_emb_proj")
         return {name for name, _ in backbone.named_modules() if set(kinds) & set(name.split("."))}
 
     def growth(self, small: Mapping[str, Any], large: Mapping[str, Any]) -> set[str]:

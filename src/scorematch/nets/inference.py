@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from scorematch.core.batches import as_sigma, check_data
-from scorematch.core.conditions import as_condition
+from scorematch.core.conditions import as_condition, rows_of
 from scorematch.core.precision import native_dtype, without_autocast
-from scorematch.core.scores import NetworkScore
+from scorematch.core.scores import Given, NetworkScore
 from scorematch.nets.blocks import Attention
 from scorematch.nets.family import Family, structure
 from scorematch.nets.precondition import ROWS, Coefficients, Preconditioning
@@ -119,7 +119,7 @@ class InferenceScore(NetworkScore):
         self._level: tuple[float, torch.dtype] | None = None  # the noise level that the copy is set to
         self._coefficients: Coefficients
 
-    def __call__(self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: float | Tensor, condition: Given = None) -> Tensor:
         """The score of x (N, ...) at a noise level sigma: a float, () or (N,).
 
         Arguments, result and errors are those of the ScoreNet. sigma as a float or as a tensor on the CPU is fastest:
@@ -129,7 +129,7 @@ class InferenceScore(NetworkScore):
         return self._outputs(x, sigma, condition)[0]
 
     def _outputs(
-        self, x: Tensor, sigma: float | Tensor, condition: Tensor | int | None, *, variance: bool = False
+        self, x: Tensor, sigma: float | Tensor, condition: Given, *, variance: bool = False
     ) -> tuple[Tensor, ...]:
         check_data(x)
         condition = as_condition(condition, x, self.conditioning)
@@ -138,7 +138,7 @@ class InferenceScore(NetworkScore):
             outputs = tuple(torch.empty_like(x) for _ in range(1 + variance))
             for one in level.unique():
                 rows = level == one
-                given = None if condition is None else condition[rows]
+                given = rows_of(condition, rows)
                 for output, part in zip(outputs, self._outputs(x[rows], one, given, variance=variance), strict=True):
                     output[rows] = part
             return outputs
@@ -146,10 +146,12 @@ class InferenceScore(NetworkScore):
         with self._lock, without_autocast():
             self._set(level, (float(sigma), level.dtype) if on_host else None)
             size = part_size(self._width, x)
-            conditions = [None] * -(-len(x) // size) if condition is None else condition.split(size)
+            every = [slice(first, first + size) for first in range(0, max(1, len(x)), size)]
             parts = [
-                self.preconditioning.outputs(self._backbone, part, self._coefficients, given, variance=variance)
-                for part, given in zip(x.split(size), conditions, strict=True)
+                self.preconditioning.outputs(
+                    self._backbone, x[rows], self._coefficients, rows_of(condition, rows), variance=variance
+                )
+                for rows in every
             ]
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 

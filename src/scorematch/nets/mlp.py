@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scorematch.core.conditions import Condition
+from scorematch.core.conditions import Condition, Parts
 from scorematch.core.schema import Field
 from scorematch.nets.blocks import Constant, Embedding, Positional, VectorEmbedding
 from scorematch.nets.family import Family, structure
@@ -52,7 +52,7 @@ class MLP(nn.Module):
         depth: the number of residual blocks.
         classes: the number of classes of a class-conditional network, or None.
         null_class: whether there is one more class, for samples without a class.
-        condition_features: K, the number of values of a vector as the condition; 0 for none.
+        condition_features: K, the number of values of a vector as the condition, alone or beside the class; 0 for none.
         dropout: the dropout probability in the blocks.
     """
 
@@ -68,35 +68,44 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if classes is not None and condition_features:
-            raise ValueError("classes and condition_features cannot both be given: a network takes one condition.")
         if null_class and classes is None:
             raise ValueError("null_class=True needs classes: pass the number of classes, or leave out null_class.")
         self.features, self.classes, self.null_class, self.vector = features, classes, null_class, condition_features
         self.time_proj: nn.Module = Positional(_FEATURES, cosines_first=True, freq_shift=0, factor=_FASTEST)
         self.time_embedding: nn.Module = Embedding(_FEATURES, width)
-        self.condition_embedding: nn.Module | None = None
-        if classes is not None:
-            self.condition_embedding = nn.Embedding(classes + null_class, width)
-        elif condition_features:
-            self.condition_embedding = VectorEmbedding(condition_features, width)
+        table = None if classes is None else nn.Embedding(classes + null_class, width)
+        vectors = VectorEmbedding(condition_features, width) if condition_features else None
+        self.condition_embedding: nn.Module | None = vectors if table is None else table
+        self.vector_embedding: nn.Module | None = None if table is None else vectors
         self.linear_in = nn.Linear(features, width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
         self.norm_out = nn.LayerNorm(width)
         self.linear_out = nn.Linear(width, features)
         self.built = structure(self)
 
-    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The raw output of the network, (N, D), for x (N, D), c_noise (N,) and the condition, (N,) or (N, K)."""
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | Parts | None = None) -> Tensor:
+        """The raw output of the network, (N, D).
+
+        Args:
+            x: (N, D).
+            c_noise: (N,).
+            condition: classes (N,), vectors (N, K), or a dict of both, "class" and "features".
+        """
         if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(f"x must be vectors (N, {self.features}), got shape {tuple(x.shape)}.")
-        if self.vector and (condition is None or condition.shape != (len(x), self.vector)):
-            given = "none" if condition is None else f"shape {tuple(condition.shape)}"
+        parts = condition if isinstance(condition, dict) else {}
+        if isinstance(condition, Tensor):
+            parts = {"features" if self.vector else "class": condition}
+        vectors, classes = parts.get("features"), parts.get("class")
+        if self.vector and (vectors is None or vectors.shape != (len(x), self.vector)):
+            given = "none" if vectors is None else f"shape {tuple(vectors.shape)}"
             raise ValueError(f"the condition must be a vector for each sample, {(len(x), self.vector)}, got {given}.")
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))
-        if self.condition_embedding is not None and condition is not None:
-            condition = condition.to(x.dtype) if self.vector else condition
-            embedding = embedding + self.condition_embedding(condition)
+        if self.condition_embedding is not None and classes is not None:
+            embedding = embedding + self.condition_embedding(classes)
+        embed = self.condition_embedding if self.vector_embedding is None else self.vector_embedding
+        if embed is not None and vectors is not None:
+            embedding = embedding + embed(vectors.to(x.dtype))
         embedding = F.silu(embedding)
         h = self.linear_in(x)
         for block in self.blocks:
@@ -128,7 +137,7 @@ class _MLPFamily(Family[MLP]):
                 nn.init.zeros_(parameter)
 
     def condition(self, backbone: MLP, *, predicts_variance: bool) -> Condition:
-        null = backbone.null_class or backbone.vector > 0
+        null = backbone.vector > 0 if backbone.classes is None else backbone.null_class
         return Condition(0, backbone.classes, null, backbone.vector)
 
     def width(self, backbone: MLP) -> int:

@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scorematch.core.arguments import check_choice
+from scorematch.core.conditions import Parts
 from scorematch.core.schema import Field
 from scorematch.nets.blocks import (
     SQRT2,
@@ -287,20 +288,20 @@ class NCSNPP(ImageNetwork):
         self.conv_out = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
         self.built = structure(self)
 
-    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | Parts | None = None) -> Tensor:
         """The raw output of the network, (N, out_channels, H, W).
 
         Args:
             x: (N, C, H, W), where C is ``in_channels`` minus the number of channels of a conditioning image.
             c_noise: (N,), the c_noise of the preconditioning, such as log sigma or the time step.
             condition: classes, int64 (N,), for a network with ``num_class_embeds``; or an image, float (N, K, H, W),
-                which is concatenated with x.
+                which is concatenated with x; or a dict of both, "class" and "image".
         """
         sides = x.shape[2:]
-        x, classes = self.inputs(x, condition)
+        x, others = self.inputs(x, condition)
         embedding = self.time_proj(c_noise).to(x.dtype)
-        if self.class_embedding is not None and classes is not None:
-            embedding = embedding + self.class_embedding(classes)
+        if self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(others["class"])
         embedding = self.activation(self.time_embedding(embedding))  # once, instead of in every residual block
         return cropped(self.down_and_up(x, embedding, add_picture=self.output_pyramid == "skip"), sides)
 

@@ -81,6 +81,7 @@ import torch
 from torch import Tensor, nn
 
 from scorematch.core.batches import per_image
+from scorematch.core.conditions import Parts, map_parts
 from scorematch.core.messages import few
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import check_score
@@ -364,7 +365,7 @@ class Preconditioning:
         backbone: nn.Module,
         x: Tensor,
         coefficients: Coefficients,
-        condition: Tensor | None,
+        condition: Tensor | Parts | None,
         *,
         variance: bool = False,
     ) -> tuple[Tensor, ...]:
@@ -376,7 +377,7 @@ class Preconditioning:
             backbone: the backbone F.
             x: noisy data (N, ...) in the units of the package.
             coefficients: the result of ``coefficients``.
-            condition: the condition as a tensor, or None.
+            condition: the condition as a tensor or as a dict of tensors, or None.
             variance: whether to return the share too. The second half of the output is -1 for the small variance and 1
                 for the large one; the share is 0 and 1.
 
@@ -388,15 +389,18 @@ class Preconditioning:
         k, middle = self._scaling(x)
         u = k * (x.to(dtype) - middle)
         inner = _real_dtype(backbone, dtype)
-        arguments = [
+
+        def in_units(part: Tensor) -> Tensor:
+            same = self.data is None or part.shape[1:2] == x.shape[1:2]
+            image = part.ndim == x.ndim > 2 and part.is_floating_point() and same
+            return (k * (part.to(dtype) - middle)).to(inner) if image else part
+
+        arguments: list[Any] = [
             (per_image(c_in, x) * u).to(inner),
             c_noise.to(torch.promote_types(inner, torch.float32)).expand(x.shape[0]),
         ]
         if condition is not None:
-            same = self.data is None or condition.shape[1:2] == x.shape[1:2]
-            if condition.ndim == x.ndim > 2 and condition.is_floating_point() and same:
-                condition = (k * (condition.to(dtype) - middle)).to(inner)
-            arguments.append(condition)
+            arguments.append(map_parts(in_units, condition))
         output = self._checked(backbone(*arguments), x)
         channels = x.shape[1]
         score = (per_image(c_skip, x) * u + per_image(c_out, x) * output[:, :channels].to(dtype)).to(x.dtype)

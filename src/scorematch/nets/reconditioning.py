@@ -1,9 +1,10 @@
 r"""The weights of a network that is trained further with other classes, a vector, or no condition.
 
-A U-Net adds the embedding of its condition to that of the noise level, e + c. A class that both networks have keeps its
-row of the table of embeddings, so that the network has the same output for it. Every other condition begins with the
-embedding of no condition: that of the null class or of a missing vector, the mean over the classes of a network without
-a null class, and zero for a network without a condition. A network without a condition has no c: for an embedding
+A U-Net adds the embedding of its condition to that of the noise level, e + c, where c is a sum if it has a class and a
+vector. A class that both networks have keeps its row of the table of embeddings, and a vector of the same length its
+embedding, so that the network has the same output for it. Every other condition begins with the embedding of no
+condition: that of the null class or of a missing vector, the mean over the classes of a network without a null class,
+and zero for a network without a condition. A network without a condition has no c: for an embedding
 :math:`W_2\, a(W_1 e + b_1) + b_2` of the level, c becomes part of :math:`b_2`, or, where it is added to e, of
 :math:`b_1`, so that the output is that without a condition.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 _KEYS = ("num_class_embeds", "null_class", "condition_features")
-_CONDITION = "class_embedding."
+_CLASS, _VECTOR = "class_embedding.", "vector_embedding."
 
 
 def kept_classes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[int | None]:
@@ -44,6 +45,11 @@ def is_reconditioned(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return rows != list(range(len(rows))) or any((before.get(key) or 0) != (now.get(key) or 0) for key in _KEYS)
 
 
+def _vector_of(config: Mapping[str, Any]) -> str:
+    """The prefix of the weights of the embedding of a vector, which is ``class_embedding`` without classes."""
+    return _CLASS if config.get("num_class_embeds") is None else _VECTOR
+
+
 def reconditioned_config(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of an earlier network with the condition of a network."""
     others = {key: value for key, value in before.items() if key not in (*_KEYS, "class_names")}
@@ -67,21 +73,31 @@ def reconditioned(
         own: the weights of the network, for the embedding of a vector; not used for classes.
         added_first: whether c is added before the linear layers of the embedding of the level.
     """
-    kept = {name: weight for name, weight in weights.items() if not name.startswith(_CONDITION)}
+    kept = {name: weight for name, weight in weights.items() if not name.startswith((_CLASS, _VECTOR))}
     level = f"time_embedding.linear_{1 if added_first else 2}"
-    matrix, table = kept[f"{level}.weight"], weights.get(f"{_CONDITION}weight")
-    none = weights.get(f"{_CONDITION}null", matrix.new_zeros(matrix.shape[1 if added_first else 0]))
-    if table is not None:
-        none = table[-1] if before.get("null_class") else table.mean(0)
-    if now.get("num_class_embeds") is not None:
-        rows = [none if row is None or table is None else table[row] for row in kept_classes(before, now)]
-        kept[f"{_CONDITION}weight"] = torch.stack([*rows, *([none] if now.get("null_class") else [])])
-    elif now.get("condition_features"):
-        kept |= {name: weight.clone() for name, weight in own.items() if name.startswith(_CONDITION)}
-        kept[f"{_CONDITION}null"] = none
-        kept[f"{_CONDITION}embedding.linear_2.weight"].zero_()
-        kept[f"{_CONDITION}embedding.linear_2.bias"] = none
-    else:
+    matrix, table = kept[f"{level}.weight"], weights.get(f"{_CLASS}weight")
+    zero = matrix.new_zeros(matrix.shape[1 if added_first else 0])
+    no_class = zero if table is None else table[-1] if before.get("null_class") else table.mean(0)
+    no_vector = weights.get(f"{_vector_of(before)}null", zero)
+    features, classes = now.get("condition_features") or 0, now.get("num_class_embeds")
+    same = features == (before.get("condition_features") or 0)
+    if classes is not None:
+        lost = zero if same else no_vector
+        rows = [no_class if row is None or table is None else table[row] for row in kept_classes(before, now)]
+        kept[f"{_CLASS}weight"] = torch.stack([*rows, *([no_class] if now.get("null_class") else [])]) + lost
+    if features:
+        old, new = _vector_of(before), _vector_of(now)
+        source, prefix = (weights, old) if same else (own, new)
+        own_names = [name for name in source if name.startswith(prefix)]
+        kept |= {new + name.removeprefix(prefix): source[name].clone() for name in own_names}
+        if not same:
+            kept[f"{new}embedding.linear_2.weight"].zero_()
+            kept[f"{new}embedding.linear_2.bias"] = kept[f"{new}null"] = zero if classes is not None else no_vector
+        start = zero if classes is not None else no_class
+        for name in ("embedding.linear_2.bias", "null"):
+            kept[new + name] = kept[new + name] + start
+    elif classes is None:
+        none = no_class + no_vector
         kept[f"{level}.bias"] = kept[f"{level}.bias"] + (matrix @ none if added_first else none)
     return kept
 
@@ -95,5 +111,6 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     kept = len(rows) - new
     parts = [f"{kept or 'none'} of its {old} classes {'is' if kept == 1 else 'are'} kept" if old else ""]
     parts += [f"{new} {'class is' if new == 1 else 'classes are'} new" if new else ""]
-    parts += ["the vector of its condition is new" if now.get("condition_features") else ""]
+    vectors = [config.get("condition_features") or 0 for config in (before, now)]
+    parts += ["the vector of its condition is new" if vectors[1] and vectors[0] != vectors[1] else ""]
     return ", ".join(filter(None, parts)) or "its condition is left out"

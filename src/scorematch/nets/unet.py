@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scorematch.core.arguments import check_choice
+from scorematch.core.conditions import Parts
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field
 from scorematch.nets.blocks import (
@@ -238,14 +239,21 @@ class UNet(ImageNetwork):
             )
         self.time_embedding = Embedding(features, embedding)
         self.class_embedding: nn.Module | None = self.class_table(embedding)
+        self.vector_embedding: nn.Module | None = None  # beside that of the class; alone it is ``class_embedding``
         self.log_numbers = fourier  # as diffusers embeds them
         if class_embed_type is not None:
             timestep = class_embed_type == "timestep"
             self.class_embedding = Embedding(features, embedding) if timestep else nn.Identity()
         if condition_features:
-            if num_class_embeds is not None or class_embed_type is not None:
-                raise ValueError("classes and condition_features cannot both be given: a network takes one condition.")
-            self.class_embedding = VectorEmbedding(condition_features, embedding)
+            if class_embed_type is not None:
+                raise ValueError(
+                    "class_embed_type and condition_features cannot both be given: a network takes one vector."
+                )
+            vectors = VectorEmbedding(condition_features, embedding)
+            if self.class_embedding is None:
+                self.class_embedding = vectors
+            else:
+                self.vector_embedding = vectors
 
         def down(scale: int, inputs: int, halve: bool) -> DownBlock:
             kind, head_width = DOWN_BLOCKS[down_block_types[scale]], head_widths[scale]
@@ -276,7 +284,7 @@ class UNet(ImageNetwork):
             self.pixel_out = space.conv(pixel_channels, out_channels)
         self.built = structure(self)
 
-    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | Parts | None = None) -> Tensor:
         """The raw output of the network, (N, out_channels, ...), of the size of x.
 
         Args:
@@ -284,17 +292,19 @@ class UNet(ImageNetwork):
                 width are multiples of ``divisor``.
             c_noise: (N,), the time step or log sigma, possibly fractional.
             condition: classes, int64 (N,), for a network with ``num_class_embeds``; an image, float (N, K, H, W), which
-                is concatenated with x; or a vector, float (N, K), for a network with ``class_embed_type``.
+                is concatenated with x; or a vector, float (N, K); or a dict of these, "class", "image" and "features".
         """
         sides = x.shape[2:]
-        x, other = self.inputs(x, condition)
+        x, others = self.inputs(x, condition)
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))
-        if self.class_embedding is not None and other is not None:
-            if isinstance(self.class_embedding, Embedding):  # a number for each image
+        for name, other in others.items():
+            embed = self.vector_embedding if name == "features" else None
+            embed = self.class_embedding if embed is None else embed
+            if isinstance(embed, Embedding):  # a number for each image
                 number = other[:, 0].to(c_noise.dtype)
                 other = self.time_proj(number.log() if self.log_numbers else number)
             other = other.to(x.dtype) if other.is_floating_point() else other
-            embedding = embedding + self.class_embedding(other)
+            embedding = embedding if embed is None else embedding + embed(other)
         embedding = self.activation(embedding)  # once, instead of in every residual block
         pixels: Tensor | None = None
         if self.pixel_in is not None:

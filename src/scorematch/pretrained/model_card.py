@@ -88,15 +88,22 @@ def _code(repo_id: str, config: Mapping[str, Any], conditioning: Condition | Non
     shape = config["sample_shape"]
     backbone = ", backbone=YourModule()" if config["family"] == "custom" else ""
     imports, arguments, note = "", "4", ""
-    if conditioning is not None and conditioning.classes is not None:
+    takes = Condition() if conditioning is None else conditioning
+    size = ", ".join(map(str, ["..."] if shape is None else shape[1:]))
+    examples = {
+        "class": (f"torch.arange(4) % {takes.classes}", "the classes"),
+        "features": (f"torch.rand(4, {takes.vector})", "your vectors"),
+        "image": (
+            f"torch.rand(4, {takes.channels}, {size})",
+            "your conditioning images" + (f", in {_range(config)}" if _range(config) else ""),
+        ),
+    }
+    used = {name: examples[name] for name in takes.parts()}
+    if used:
         imports = "import torch\n"
-        arguments += f", condition=torch.arange(4) % {conditioning.classes}"
-        note = "  # the classes"
-    elif conditioning is not None and conditioning.channels > 0:
-        imports = "import torch\n"
-        size = ", ".join(map(str, ["..."] if shape is None else shape[1:]))
-        arguments += f", condition=torch.rand(4, {conditioning.channels}, {size})"
-        note = "  # your conditioning images" + (f", in {_range(config)}" if _range(config) else "")
+        parts = ", ".join(f'"{name}": {code}' for name, (code, _) in used.items())
+        arguments += f", condition={f'{{{parts}}}' if len(used) > 1 else next(iter(used.values()))[0]}"
+        note = "  # " + " and ".join(text for _, text in used.values())
     if shape is None:
         arguments += ", shape=..."
         note = "  # the shape of one sample, without the batch axis"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
-from scorematch.core.conditions import as_condition
+from scorematch.core.conditions import Parts, as_condition, length, map_parts
 from scorematch.core.json_files import native
 from scorematch.core.processes import checked_process
 from scorematch.core.provenance import __version__, identity
@@ -63,7 +63,7 @@ def bulk_samples(
     batch_size: int = 64,
     classes: Classes = None,
     n_classes: int | None = None,
-    condition: Tensor | None = None,
+    condition: Tensor | Parts | None = None,
     shape: Sequence[int] | None = None,
     process: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
@@ -81,8 +81,9 @@ def bulk_samples(
         classes: for class-conditional networks: an int, the class of all images; "random", uniform random classes;
             "cycle", the classes in turn. The class of an image depends only on the seed and on its number.
         n_classes: the number of classes for "random" and "cycle"; None is that of the network, without its null class.
-        condition: for networks that take a vector or an image: the conditions (m, ...), floating point. Sample i has
-            condition i; if there is one only, m = 1, all samples have it.
+        condition: for networks that take a vector or an image: the conditions (m, ...), floating point, or a dict of
+            them for networks that take both. Sample i has condition i; if there is one only, m = 1, all samples have
+            it. A network that takes a class too has that of ``classes``.
         shape: the shape of one sample, for a score without ``sample_shape``.
         process: whose batches to draw, as (rank, world size); None is this process, see ``this_process``.
 
@@ -131,7 +132,7 @@ class Job:
         batch_size: int = 64,
         classes: Classes = None,
         n_classes: int | None = None,
-        condition: Tensor | None = None,
+        condition: Tensor | Parts | None = None,
         shape: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(sampler, Sampler):
@@ -145,47 +146,61 @@ class Job:
             raise ValueError("the shape of a sample is not known: pass shape=, without the batch axis.")
         self.sampler, self.seed, self.batch_size, self.classes = sampler, seed, batch_size, classes
         self.shape = tuple(map(int, shape))
-        self.condition = None if condition is None else self._check_condition(condition)
-        self.n_classes = None if condition is not None else self._check_classes(n_classes)
+        self.condition = self._named(condition)
+        self.n_classes = self._check_classes(n_classes)
+        given = self._with_class(self.condition, classes if self.n_classes is None else self.n_classes - 1)
+        self._samples = length(self.condition)
+        x = torch.empty(max(1, self._samples or 1), *self.shape, device="meta")
+        as_condition(given, x, attribute(sampler.net, "conditioning"))
 
-    def _check_condition(self, condition: Tensor) -> Tensor:
-        if not isinstance(condition, Tensor):
-            raise TypeError(f"condition must be a tensor (m, ...), got {type(condition).__name__}.")
-        if self.classes is not None:
-            raise ValueError(f"{argument('classes')} and {argument('condition')} cannot be combined. Leave out one.")
-        condition = condition.detach().cpu()
+    def _named(self, condition: Any) -> Tensor | Parts | None:
+        """The condition on the CPU; beside classes as a dict."""
+        if condition is None:
+            return None
+        if not isinstance(condition, Tensor | dict):
+            raise TypeError(f"condition must be a tensor (m, ...) or a dict, got {type(condition).__name__}.")
         takes = attribute(self.sampler.net, "conditioning")
-        as_condition(condition, torch.empty(max(1, condition.shape[0]), *self.shape, device="meta"), takes)
-        return condition
+        others = [] if takes is None else [name for name in takes.parts() if name != "class"]
+        if self.classes is not None and (takes is None or takes.classes is None or not others):
+            raise ValueError(f"{argument('classes')} and {argument('condition')} cannot be combined. Leave out one.")
+        if isinstance(condition, Tensor) and takes is not None and takes.classes is not None and len(others) == 1:
+            condition = {others[0]: condition}
+        return map_parts(lambda part: part.detach().cpu(), condition)
+
+    def _with_class(self, condition: Any, classes: Any) -> Any:
+        """A condition with classes, which are a part of it if the network takes several."""
+        takes = attribute(self.sampler.net, "conditioning")
+        if classes is None:
+            return condition
+        several = takes is not None and len(takes.parts()) > 1
+        return {**(condition or {}), "class": classes} if several else classes
 
     def _check_classes(self, n_classes: int | None) -> int | None:
-        """The number of classes for "random" and "cycle", otherwise None; checks that the network takes the classes."""
+        """The number of classes for "random" and "cycle", otherwise None."""
         classes, takes = self.classes, attribute(self.sampler.net, "conditioning")
         if isinstance(classes, bool) or not (classes is None or isinstance(classes, int) or classes in get_args(Rule)):
             raise TypeError(f'{argument("classes")} must be a class, "random", "cycle" or None, got {classes!r}.')
-        largest = classes
         if isinstance(classes, str):
             n_classes = takes.classes if n_classes is None and takes is not None else n_classes
             if n_classes is None:
                 raise ValueError(
                     f"{argument('classes', classes)} needs the number of classes: pass {argument('n_classes')}."
                 )
-            largest = check_count("n_classes", n_classes) - 1
-        elif n_classes is not None:
+            return check_count("n_classes", n_classes)
+        if n_classes is not None:
             raise ValueError(
                 f"{argument('n_classes')} is for {argument('classes', 'random')} and {argument('classes', 'cycle')}. "
                 "Leave it out."
             )
-        as_condition(largest, torch.empty(1, *self.shape, device="meta"), takes)
-        return n_classes
+        return None
 
     def samples(self, n: int, *, first: int = 0, process: tuple[int, int] | None = None) -> Iterator[Batch]:
         """Draws images batch by batch, as ``bulk_samples`` does."""
         n, first = check_count("n", n), check_count("first", first, 0)
-        if self.condition is not None and 1 != len(self.condition) < first + n:
+        if self._samples is not None and 1 != self._samples < first + n:
             raise ValueError(
                 f"{argument('condition')} must have one row for all samples, or one for each of {first + n}, got "
-                f"{len(self.condition)}."
+                f"{self._samples}."
             )
         if first + n > SEEDS:
             raise ValueError(f"first + n must be at most 2^32, got {first + n}.")
@@ -206,13 +221,14 @@ class Job:
             )
             yield Batch(indices, images, condition)
 
-    def condition_of(self, indices: range) -> Tensor | None:
-        """The conditions of images by their numbers, or their classes, or None."""
-        if self.condition is None:
-            return self.classes_of(indices)
-        if len(self.condition) == 1:
-            return self.condition.expand(len(indices), *self.condition.shape[1:])
-        return self.condition[indices.start : indices.stop]
+    def condition_of(self, indices: range) -> Tensor | Parts | None:
+        """The conditions of images by their numbers, with their classes, or None."""
+
+        def of(part: Tensor) -> Tensor:
+            return part.expand(len(indices), *part.shape[1:]) if len(part) == 1 else part[indices.start : indices.stop]
+
+        condition: Tensor | Parts | None = self._with_class(map_parts(of, self.condition), self.classes_of(indices))
+        return condition
 
     def classes_of(self, indices: Iterable[int]) -> Tensor | None:
         """The classes of images by their numbers, int64 (len(indices),), or None."""
@@ -235,12 +251,13 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """Everything that determines the images, as plain values for JSON. The network is represented by a hash."""
+        condition = self._with_class(self.condition, self.classes)
         return {
             **description_of(self.sampler),
             "seed": self.seed,
             "batch_size": self.batch_size,
             # The names of these two keys are a file format.
-            "condition": self.classes if self.condition is None else identity(self.condition),
+            "condition": self.classes if self.condition is None else identity(condition),
             "classes": self.n_classes,
             "shape": list(self.shape),
             "scorematch": __version__,

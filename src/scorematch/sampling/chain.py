@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scorematch.core.conditions import Parts, rows_of
 from scorematch.core.scores import Score, attribute, check_score, has_inference_copy
 from scorematch.restoration.method import Restoration
 
@@ -20,7 +21,7 @@ Generators = torch.Generator | tuple[torch.Generator, ...] | None
 class Run(NamedTuple):
     """The checked arguments of one run, except the start, which is kept separately so that it can be freed early."""
 
-    condition: Tensor | None
+    condition: Tensor | Parts | None
     restoration: Restoration
     batch_size: int
     noise_source: Callable[[Tensor], Tensor]  # the noise of a step, from the state
@@ -206,4 +207,4 @@ class Chain:
     def _for_rows(self, part: slice, function: Callable[..., Any]) -> Callable[[Tensor, Any], Any]:
         """A function of x, sigma and the condition as one of x and sigma, for some rows of the condition."""
         condition = self._run.condition
-        return function if condition is None else lambda x, sigma: function(x, sigma, condition[part])
+        return function if condition is None else lambda x, sigma: function(x, sigma, rows_of(condition, part))

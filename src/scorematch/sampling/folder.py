@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import argument, check_choice, check_count
+from scorematch.core.conditions import Parts
 from scorematch.core.files import delete_unfinished, write_whole
 from scorematch.core.messages import reason
 from scorematch.core.precision import device_name
@@ -54,7 +55,7 @@ def sample_to(
     batch_size: int = 64,
     classes: Classes = None,
     n_classes: int | None = None,
-    condition: Tensor | None = None,
+    condition: Tensor | Parts | None = None,
     shape: Sequence[int] | None = None,
     format: Format = "png",  # noqa: A002  (Pillow's word)
     about: Mapping[str, str] | None = None,

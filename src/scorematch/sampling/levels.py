@@ -28,7 +28,7 @@ from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
 from scorematch.core.randomness import Generator
-from scorematch.core.scores import Score
+from scorematch.core.scores import Given, Score
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.multistep import METHODS, multistep, plan
@@ -44,7 +44,7 @@ def schedules_of_paths(
     *,
     n: int = 64,
     shape: Sequence[int] | None = None,
-    condition: Tensor | int | None = None,
+    condition: Given = None,
     generator: Generator = None,
     batch_size: int | None = None,
     progress: bool = True,

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from scorematch.core.randomness import Generator
 from scorematch.core.schema import Field
-from scorematch.core.scores import Score, middle_of, variance_of
+from scorematch.core.scores import Given, Score, middle_of, variance_of
 from scorematch.noise import NoiseSchedule
 from scorematch.restoration.method import Restoration
 from scorematch.restoration.observation import Observation
@@ -149,7 +149,7 @@ class ParticleSampler(Sampler):
         n: int | None = None,
         *,
         shape: Sequence[int] | None = None,
-        condition: Tensor | int | None = None,
+        condition: Given = None,
         generator: Generator = None,
         batch_size: int | None = None,
         progress: bool = True,

@@ -38,6 +38,7 @@ from scorematch.core.precision import exact_float32, without_autocast
 from scorematch.core.randomness import Generator
 from scorematch.core.schema import Field
 from scorematch.core.scores import (
+    Given,
     Score,
     attribute,
     evaluating,
@@ -253,7 +254,7 @@ class Sampler(ABC):
         *,
         shape: Sequence[int] | None = None,
         init: Tensor | None = None,
-        condition: Tensor | int | None = None,
+        condition: Given = None,
         observation: Observation | None = None,
         generator: Generator = None,
         noise_source: Callable[[Tensor], Tensor] | None = None,
@@ -274,7 +275,8 @@ class Sampler(ABC):
                 middle of the network's value range, or 0 if it has none. It is not modified. With
                 ``restore="replace"`` and an observation whose noise is at or above the highest level, it must contain
                 y, as a state of ``iterate`` does; for ``ODESampler`` see ``scorematch.sampling.ode``.
-            condition: the third argument of the network, (n, ...), or an int, the class of all samples.
+            condition: the third argument of the network, (n, ...), or an int, the class of all samples, or a dict of
+                these for a network that takes several conditions.
             observation: a measurement with which the samples have to agree, of one image for all samples, or of n
                 images. The sampler's ``restore`` selects the method.
             generator: the source of all random numbers, a ``torch.Generator`` or an int seed; None is torch's global
@@ -308,7 +310,7 @@ class Sampler(ABC):
         *,
         shape: Sequence[int] | None = None,
         init: Tensor | None = None,
-        condition: Tensor | int | None = None,
+        condition: Given = None,
         observation: Observation | None = None,
         generator: Generator = None,
         noise_source: Callable[[Tensor], Tensor] | None = None,

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_count
 from scorematch.core.batches import without_history
-from scorematch.core.conditions import as_class, class_of_each
+from scorematch.core.conditions import as_class, check_type, class_of_each, length, map_parts
 from scorematch.core.randomness import Generator, as_generator, standard_normal, uniform
-from scorematch.core.scores import Score, attribute, device_of, middle_of
+from scorematch.core.scores import Given, Score, attribute, device_of, middle_of
 from scorematch.noise import NoiseSchedule
 from scorematch.restoration.method import Restoration
 from scorematch.restoration.observation import Observation
@@ -58,7 +58,7 @@ def start(
     n: int | None,
     shape: Sequence[int] | None,
     init: Tensor | None,
-    condition: Tensor | int | None,
+    condition: Given,
     observation: Observation | None,
     generator: Generator,
     noise_source: Callable[[Tensor], Tensor] | None,
@@ -74,11 +74,7 @@ def start(
             "Write scorematch.restoration.Observation(operator, y)."
         )
     condition = as_class(condition)
-    if not isinstance(condition, Tensor | int | None) or isinstance(condition, bool):
-        raise TypeError(
-            f"condition must be a tensor (n, ...) or an int, got {type(condition).__name__}. Write "
-            "torch.as_tensor(condition)."
-        )
+    check_type(condition)
     if init is not None:
         _check_init(init)
     generators = as_generator(generator)
@@ -114,9 +110,9 @@ def start(
             offset = sigma * noise
             noise = noise / 2 + math.sqrt(0.75) * normal((rows, *sample_shape))
         x = method.start(middle + sigma * noise, sigma, middle)
-    given: Tensor | None = class_of_each(condition, x[::particles])
+    given = class_of_each(condition, x[::particles])
     return x, Run(
-        None if given is None else without_history(given).to(device).repeat_interleave(particles, 0),
+        map_parts(lambda part: without_history(part).to(device).repeat_interleave(particles, 0), given),
         method,
         batch_size,
         noise_source or (lambda x: normal(x.shape)),
@@ -140,17 +136,13 @@ def _check_init(init: Tensor) -> None:
 
 
 def _count(
-    n: int | None,
-    init: Tensor | None,
-    condition: Tensor | int | None,
-    observation: Observation | None,
-    generators: Generators,
+    n: int | None, init: Tensor | None, condition: Given, observation: Observation | None, generators: Generators
 ) -> int:
     """The number of samples; all arguments must agree on it."""
     counts = {
         "n": n,
         "init": None if init is None else len(init),
-        "condition": len(condition) if isinstance(condition, Tensor) else None,
+        "condition": length(condition),
         "observation": None if observation is None or len(observation) == 1 else len(observation),
         "generator": len(generators) if isinstance(generators, tuple) else None,
     }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument
-from scorematch.core.conditions import Condition
+from scorematch.core.conditions import Condition, Parts
 from scorematch.data.array_data import ArrayData
 from scorematch.data.images import Data, ImageData
 from scorematch.score import ScoreNet
@@ -55,7 +55,7 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
             f"the network takes an image of {takes.channels} channels as its condition. Pass condition=, such as "
             "scorematch.restoration.palette.Colorization()."
         )
-    from_data = condition_of_data(net, settings)
+    from_data = condition_of_data(net)
     if settings.label_drop > 0 and not (from_data is not None and from_data.null_class):
         raise ValueError(
             "label_drop needs a network with a null class, which replaces the dropped labels. Write "
@@ -63,7 +63,7 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
         )
     if from_data is not None:
         first = data.read(torch.zeros(1, dtype=torch.int64, device="cpu"))[1]
-        check_condition(data.labels if isinstance(data, ImageData) else first, from_data)
+        check_condition(given_of(net, data.labels if isinstance(data, ImageData) else first, settings), from_data)
     elif takes is not None and settings.condition is None and isinstance(data, ArrayData) and data.features:
         raise ValueError(
             f"the data have a vector of {data.features} values as the condition of each sample, which the network "
@@ -72,12 +72,10 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
     augmentations(net, data, settings.augment)
 
 
-def condition_of_data(net: ScoreNet, settings: Settings) -> Condition | None:
+def condition_of_data(net: ScoreNet) -> Condition | None:
     """The condition of a network that is trained with the labels or the vectors of its data, or None."""
     takes = net.conditioning
-    if takes is None or (takes.classes is None and not takes.vector) or settings.condition is not None:
-        return None
-    return takes
+    return None if takes is None or (takes.classes is None and not takes.vector) else takes._replace(channels=0)
 
 
 def is_own(net: ScoreNet, settings: Settings) -> bool:
@@ -85,8 +83,29 @@ def is_own(net: ScoreNet, settings: Settings) -> bool:
     return net.conditioning is None and settings.condition is None
 
 
-def check_condition(condition: Tensor | None, takes: Condition) -> None:
+def given_of(net: ScoreNet, condition: Tensor | Parts | None, settings: Settings) -> Tensor | Parts | None:
+    """What a network takes of the condition of data: the labels, the vectors or both, or None.
+
+    It is a dict if the network takes several conditions.
+    """
+    if is_own(net, settings):
+        return condition
+    takes, wanted = net.conditioning, condition_of_data(net)
+    if takes is None or wanted is None or condition is None:
+        return None
+    if isinstance(condition, dict):
+        parts = {name: condition[name] for name in wanted.parts() if name in condition}
+    else:
+        parts = {"features" if condition.is_floating_point() else "class": condition}
+    return parts if len(takes.parts()) > 1 else next(iter(parts.values()), None)
+
+
+def check_condition(condition: Tensor | Parts | None, takes: Condition) -> None:
     """Raises ValueError if there are no labels or vectors, or they are not those of the network."""
+    if isinstance(condition, dict):
+        for name, part in takes.parts().items():
+            check_condition(condition.get(name), part)
+        return
     if takes.vector:
         if condition is None or not condition.is_floating_point() or condition.shape[1:] != (takes.vector,):
             found = "none" if condition is None else f"{condition.dtype} of shape {tuple(condition.shape[1:])} for each"
@@ -101,10 +120,3 @@ def check_condition(condition: Tensor | None, takes: Condition) -> None:
     wrong = condition[(condition < 0) | (condition >= classes)]
     if len(wrong):
         raise ValueError(f"labels must be classes of the network, from 0 to {classes - 1}, got {int(wrong.max())}.")
-
-
-def without(condition: Tensor, dropped: Tensor, takes: Condition) -> Tensor:
-    """Labels (n,) or vectors (n, K), where those that are dropped (n,) are the null class or NaN."""
-    if takes.vector:
-        return torch.where(dropped[:, None], torch.nan, condition)
-    return torch.where(dropped, takes.classes or 0, condition)

@@ -220,13 +220,14 @@ def _flop(net: ScoreNet, *, backward: bool) -> int:
         raise ValueError("the network must have a sample_shape, and a backbone whose condition is known.")
     named = itertools.chain(net.backbone.named_parameters(), net.backbone.named_buffers())
     weights = {name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad) for name, tensor in named}
-    inputs = [torch.empty(1, *net.sample_shape, device="meta"), torch.empty(1, device="meta")]
-    if takes.channels:
-        inputs.append(torch.empty(1, takes.channels, *net.sample_shape[1:], device="meta"))
-    elif takes.classes is not None:
-        inputs.append(torch.empty(1, dtype=torch.int64, device="meta"))
-    elif takes.vector:
-        inputs.append(torch.empty(1, takes.vector, device="meta"))
+    inputs: list[Any] = [torch.empty(1, *net.sample_shape, device="meta"), torch.empty(1, device="meta")]
+    parts = {
+        "class": torch.empty(1, dtype=torch.int64, device="meta"),
+        "features": torch.empty(1, takes.vector, device="meta"),
+        "image": torch.empty(1, takes.channels, *net.sample_shape[1:], device="meta"),
+    }
+    given: Any = {name: parts[name] for name in takes.parts()}
+    inputs += [given if len(given) > 1 else part for part in list(given.values())[:1]]
     with FlopCounterMode(display=False) as counter:
         output = functional_call(net.backbone, weights, tuple(inputs))
         if backward:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from scorematch.core.charts import Curve, chart, table
-from scorematch.core.conditions import describe_classes
+from scorematch.core.conditions import Parts, describe_classes, rows_of
 from scorematch.core.files import write_whole
 from scorematch.core.randomness import seed_of
 from scorematch.data.images import Data
 from scorematch.data.pictures import save_grid, to_float
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
 from scorematch.score import ScoreNet
-from scorematch.training.checks import condition_of_data, is_own
+from scorematch.training.checks import given_of
 from scorematch.training.log import Log
 from scorematch.training.settings import Settings
 from scorematch.training.steps import loss_arguments
@@ -52,11 +52,11 @@ class Examples(NamedTuple):
 
     Attributes:
         x: the samples (n, ...), floating point.
-        condition: their labels (n,), int64, or vectors (n, K), or None.
+        condition: their labels (n,), int64, or vectors (n, K), a dict of both, or None.
     """
 
     x: Tensor
-    condition: Tensor | None
+    condition: Tensor | Parts | None
 
 
 def read_examples(data: Data) -> Examples:
@@ -86,7 +86,8 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
     condition = _given(net, examples, settings, len(x)).get("condition")
     classes = None if net.conditioning is None else net.conditioning.classes
     if condition is not None and classes is not None:
-        condition = torch.arange(len(x), device=condition.device) % classes
+        turns = torch.arange(len(x), device=next(net.parameters()).device) % classes
+        condition = {**condition, "class": turns} if isinstance(condition, dict) else turns
     images = _sampler(net).sample(
         len(x),
         shape=x.shape[1:],
@@ -95,8 +96,9 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
         progress=False,
     )
     rows, columns = images.cpu(), None
-    if condition is not None and condition.shape == images.shape:
-        rows, columns = torch.stack([condition.cpu(), rows, x], 1).flatten(0, 1), 6
+    degraded = condition.get("image") if isinstance(condition, dict) else condition
+    if degraded is not None and degraded.shape == images.shape:
+        rows, columns = torch.stack([degraded.cpu(), rows, x], 1).flatten(0, 1), 6
     low, high = net.value_range or (0.0, 1.0)
     save_grid(((rows - low) / (high - low)).clamp(0, 1), path, columns)
 
@@ -104,9 +106,7 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
 def _given(net: ScoreNet, examples: Examples, settings: Settings, n: int) -> dict[str, Any]:
     """The condition and the mask of the first n examples by name, on the network's device, if there are any."""
     x = examples.x[:n].to(next(net.parameters()).device)
-    used = condition_of_data(net, settings) is not None or is_own(net, settings)
-    given = examples.condition if used else None
-    condition = None if given is None else given[:n]
+    condition = given_of(net, rows_of(examples.condition, slice(n)), settings)
     return loss_arguments(settings, x, condition, seed_of(settings.seed, "examples"))
 
 

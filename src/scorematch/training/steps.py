@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
+from scorematch.core.conditions import Parts, map_parts, without
 from scorematch.core.messages import quote
 from scorematch.core.precision import autocast
 from scorematch.core.randomness import seed_of
@@ -45,7 +46,7 @@ from scorematch.loss import dsm_loss
 from scorematch.score import ScoreNet
 from scorematch.training.accelerator import global_generators, make_accelerator
 from scorematch.training.augment import augmentations, augmented
-from scorematch.training.checks import check_arguments, check_condition, condition_of_data, is_own, without
+from scorematch.training.checks import check_arguments, check_condition, condition_of_data, given_of
 from scorematch.training.ema import Average
 from scorematch.training.levels import levels_for, uniforms, weighting_for
 from scorematch.training.settings import Loss, Settings
@@ -309,7 +310,7 @@ class _Batch(NamedTuple):
     x: Tensor
     noise: Tensor
     sigma: Tensor
-    condition: Tensor | None
+    condition: Tensor | Parts | None
 
     def part(self, begin: int, end: int, device: torch.device, memory: torch.memory_format) -> _Batch:
         """The images ``begin`` to ``end - 1`` of the batch, or to its end if it has fewer, on the device."""
@@ -322,7 +323,7 @@ class _Batch(NamedTuple):
             to_float(move(self.x)).contiguous(memory_format=memory),
             move(self.noise).contiguous(memory_format=memory),
             move(self.sigma),
-            None if self.condition is None else move(self.condition),
+            map_parts(move, self.condition),
         )
 
 
@@ -400,26 +401,30 @@ def _backward(
     return torch.cat(losses), torch.cat(sigmas)
 
 
-def loss_arguments(settings: Settings, x: Tensor, condition: Tensor | None, seed: int) -> dict[str, Any]:
+def loss_arguments(settings: Settings, x: Tensor, condition: Tensor | Parts | None, seed: int) -> dict[str, Any]:
     """The condition of images and the mask where the loss counts, as arguments of the loss, if there are any.
 
     Args:
         settings: the settings of the run, with the task that computes the condition, if there is one.
         x: the clean images (n, ...), on the device.
-        condition: the labels (n,) or the vectors (n, K), which are the condition without a task, or None.
+        condition: what the network takes of the condition of the data (``given_of``); beside that of a task it is a
+            dict.
         seed: the seed of the task.
 
     Raises:
         TypeError: if the task returns something else.
     """
+    condition = map_parts(lambda part: part.to(x.device), condition)
     if settings.condition is None:
-        return {} if condition is None else {"condition": condition.to(x.device)}
+        return {} if condition is None else {"condition": condition}
     # A copy, so that a task that writes into its argument does not change the images that the network learns.
     made: Any = settings.condition(x.clone(), torch.Generator(x.device).manual_seed(seed))
     made = (made, None) if isinstance(made, Tensor) else made
     if not (isinstance(made, tuple | list) and len(made) == 2):
         raise TypeError(f"condition= must return a tensor or (condition, mask), got {quote(made)}.")
-    return {name: value for name, value in zip(("condition", "mask"), made, strict=True) if value is not None}
+    image, mask = made
+    given = {"image": image, **condition} if isinstance(condition, dict) else image
+    return {name: value for name, value in (("condition", given), ("mask", mask)) if value is not None}
 
 
 def _batches(
@@ -429,7 +434,7 @@ def _batches(
     local = settings.batch_size // accelerator.num_processes
     pinned = accelerator.device.type == "cuda"
     order, generator = Order(len(data), settings.seed), torch.Generator()
-    levels, takes = levels_for(net, settings.levels), condition_of_data(net, settings)
+    levels, takes = levels_for(net, settings.levels), condition_of_data(net)
     names, axes = augmentations(net, data, settings.augment), len(data.shape) - 1
 
     def make(first: int) -> _Batch:
@@ -444,15 +449,14 @@ def _batches(
             changes.append(torch.rand(1 + axes, generator=generator, dtype=torch.float32, device="cpu"))
         flip, drop = torch.stack(chances).unbind(1)
         x = augmented(x, names, torch.cat([flip[:, None], torch.stack(changes)], 1))
-        if takes is None and not is_own(net, settings):
-            condition = None
-        elif takes is not None and condition is not None:
+        condition = given_of(net, condition, settings)
+        if takes is not None and condition is not None:
             check_condition(condition, takes)
-            condition = without(condition, drop < settings.label_drop, takes)
+            condition = without(condition, takes, drop < settings.label_drop)
         sigma = levels.quantile(uniforms(settings.seed, first, first + local)).to(noise.dtype)
         if pinned:
             x, noise, sigma = x.pin_memory(), noise.pin_memory(), sigma.pin_memory()
-            condition = condition if condition is None else condition.pin_memory()
+            condition = map_parts(Tensor.pin_memory, condition)
         return _Batch(first, x, noise, sigma, condition)
 
     own = accelerator.process_index * local

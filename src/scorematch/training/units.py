@@ -58,7 +58,8 @@ def take_units(
     elif net.is_new and net.units is None and _may_have_units(net, data):
         found, of_condition = moments(data, progress=progress)
         if _has_units(net, data, found):
-            net.take_moments(found, of_condition)
+            takes = net.conditioning
+            net.take_moments(found, of_condition if takes is not None and takes.vector else None)
             ratio = float(found.std.max() / found.std.min())
             if ratio > _MOST_DIFFERENT:
                 warnings.warn(

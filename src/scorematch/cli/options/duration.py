@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from scorematch.core.conditions import Parts, map_parts
 from scorematch.core.processes import this_process
 from scorematch.core.scores import attribute, device_of
 from scorematch.data.pictures import is_picture
@@ -19,10 +20,11 @@ _MANY_CALLS = 250  # with more, a sampler with fewer is named
 _FEW = 8  # images of the call that is timed
 
 
-def announce(sampler: Sampler, n: int = 0, condition: Classes | Tensor = None) -> None:
+def announce(sampler: Sampler, n: int = 0, condition: Classes | Tensor | Parts = None) -> None:
     """Prints the sampler, the estimated time for n images without an observation, and a much faster sampler.
 
-    Only the first process prints. ``condition`` is the class or the rule of ``--class``, or vectors (m, K).
+    Only the first process prints. ``condition`` is the class or the rule of ``--class``, or that of the first
+    sample.
     """
     process = this_process()
     if process.rank > 0:
@@ -39,13 +41,14 @@ def announce(sampler: Sampler, n: int = 0, condition: Classes | Tensor = None) -
 
 
 @torch.no_grad()
-def _seconds_per_call(sampler: Sampler, condition: Classes | Tensor) -> float:
+def _seconds_per_call(sampler: Sampler, condition: Classes | Tensor | Parts) -> float:
     """The seconds of a network call per image."""
     net = sampler.net
     x = torch.rand(_FEW, *attribute(net, "sample_shape"), device=device_of(net))
-    if isinstance(condition, Tensor):
-        condition = condition[:1].expand(_FEW, *condition.shape[1:]).to(x.device)
-    given = () if condition is None else (0 if isinstance(condition, str) else condition,)
+    if isinstance(condition, int | str):
+        condition = {"class": torch.full((1,), 0 if isinstance(condition, str) else condition)}
+    condition = map_parts(lambda part: part.expand(_FEW, *part.shape[1:]).to(x.device), condition)
+    given = () if condition is None else (condition,)
     net(x, 1.0, *given)  # the first call prepares the kernels
     begin = time.perf_counter()
     net(x, 1.0, *given).sum().item()  # waits for the device
