@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from dataclasses import fields
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -24,8 +25,8 @@ from scorematch.cli.train import _size
 from scorematch.core.conditions import Condition
 from scorematch.data import open_images
 from scorematch.restoration.palette import MultiTask
-from scorematch.training import RECIPES, Settings, reconstruct
-from scorematch.training.settings import RunSettings
+from scorematch.training import RECIPES, reconstruct, speed
+from scorematch.training.settings import TrainSettings
 from tests.helpers import refused
 
 pytest.importorskip("accelerate")
@@ -107,7 +108,8 @@ def test_train_prints_data_network_and_time(faces, run):
 def test_hours_are_the_images_of_a_measured_speed_and_a_run_that_continues_keeps_them(
     faces, tmp_path, calls, monkeypatch, capsys
 ):
-    monkeypatch.setattr(command, "_seconds_per_image", lambda *_: 0.45)
+    for module in (command, speed):
+        monkeypatch.setattr(module, "seconds_per_image", lambda *_: [0.45])
     short = ["train", str(faces), "--recipe", "tiny", "--image-size", "8", "--batch-size", "8", "--device", "cpu"]
     night = [*short, "--quiet", "--out", str(tmp_path), "--hours", "0.5"]
     assert main(night) == 0
@@ -121,7 +123,7 @@ def test_hours_are_the_images_of_a_measured_speed_and_a_run_that_continues_keeps
     assert main([*night[:-1], "0.01"]) == 2
     assert capsys.readouterr().err.endswith(
         "--hours 0.01 is enough for 10 steps of 8 images here, and a run needs at least 100. Write more hours, or "
-        "--recipe tiny.\n"
+        "take a smaller network, such as that of the recipe tiny.\n"
     )
     assert main([*night, "--images", "24"]) == 2
     assert "--images cannot be combined with --hours" in capsys.readouterr().err
@@ -210,12 +212,13 @@ def test_torchrun_trains_the_same_network_in_two_processes(forks, faces, tmp_pat
 def test_the_timed_step_has_the_images_of_one_device(faces, tmp_path, monkeypatch):
     """The whole batch would not fit into the memory of a device."""
     seen = []
-    monkeypatch.setattr(command, "dsm_loss", lambda net, x, **given: seen.append(len(x)) or dsm_loss(net, x, **given))
+    monkeypatch.setattr(speed, "dsm_loss", lambda net, x, **given: seen.append(len(x)) or dsm_loss(net, x, **given))
     args = argparse.Namespace(data=str(faces), out=tmp_path, start=None, recipe="tiny")
     data = open_images(torch.rand(32, 3, 8, 8))
-    for settings in (Settings(images=64, batch_size=32), Settings(images=64, batch_size=32, microbatch=3)):
+    four = SimpleNamespace(device=torch.device("cpu"), num_processes=4)
+    for settings in (TrainSettings(images=64, batch_size=32), TrainSettings(images=64, batch_size=32, microbatch=3)):
         net = RECIPES["tiny"].build(3, 8)
-        command._announce(args, RECIPES["tiny"], data, net, settings, torch.device("cpu"), processes=4)
+        command._announce(args, RECIPES["tiny"], data, net, settings, four)
     assert set(seen[:2]) == {8} and set(seen[2:]) == {3}
 
 
@@ -236,14 +239,14 @@ def test_options_are_passed_to_train(faces, tmp_path, calls):
     expected = {"images": 16, "batch_size": 4, "microbatch": 2, "lr": 0.01, "warmup_images": 8, "augment": ()}
     events = {"log_every": 1000, "sample_every": 2000, "snapshot_every": 3000, "checkpoint_every": 4000}
     rest = {"precision": "float32", "compile": True, "seed": 0, "progress": False, "push_to_hub": None}
-    assert {**expected, **events, **rest}.items() <= vars(RunSettings(**found)).items()
+    assert {**expected, **events, **rest}.items() <= vars(TrainSettings(**found)).items()
 
 
 def test_every_option_of_train_that_has_a_range_is_an_option_of_the_command(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     printed = capsys.readouterr().out
-    for option in fields(RunSettings):
+    for option in fields(TrainSettings):
         if option.metadata["value"] is not None and option.name != "progress":
             assert f"  --{option.name.replace('_', '-')}" in printed
 
@@ -272,7 +275,7 @@ def test_options_may_be_lists_or_none(faces, tmp_path, calls):
         "augment": ("flip",),
         "decay": "linear",
     }
-    assert expected.items() <= vars(RunSettings(**calls[0][3])).items()
+    assert expected.items() <= vars(TrainSettings(**calls[0][3])).items()
     with pytest.raises(SystemExit):
         _train(faces, tmp_path, "--betas", "0.8")  # argparse: expected 2 arguments
 

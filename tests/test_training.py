@@ -37,7 +37,21 @@ from scorematch.training.report import Examples, sample_interval, save_samples
 from scorematch.training.signals import Stop
 from scorematch.training.start import begin_with
 from tests.helpers import in_threads, seed
-from tests.training import MLP, Memory, content, image_net, images, points, points_net, quick, steps, vector
+from tests.training import (
+    MLP,
+    Interrupted,
+    Memory,
+    content,
+    image_net,
+    images,
+    interrupt_at,
+    points,
+    points_net,
+    quick,
+    same_runs,
+    steps,
+    vector,
+)
 
 # -- Runs -------------------------------------------------------------------------------------------------------------
 
@@ -278,37 +292,6 @@ def test_functions_are_stored_by_name_in_the_configuration(tmp_path):
     assert stored["loss"] == {"function": "scorematch.loss.dsm_loss", "args": [], "reduction": "none"}
     assert stored["levels"] == {"sigmas": [1.0, 0.5]}
     quick(points_net(), points(), tmp_path, **settings)
-
-
-class Interrupted(Exception):  # noqa: N818
-    pass
-
-
-def interrupt_at(image):
-    """A function for ``evaluate`` that stops the run when this number of images has been seen."""
-
-    def evaluate(net, images):
-        if images == image:
-            raise Interrupted
-        return {}
-
-    return evaluate
-
-
-def same_runs(one, other):
-    """Whether two runs have written the same files, except for times."""
-    logs = [(out / "log.jsonl").read_text().splitlines() for out in (one, other)]
-    logs = [[{**json.loads(line), "images_per_second": 0} for line in log] for log in logs]
-    files = [
-        {
-            path.relative_to(out): path.read_bytes()
-            for folder in ("checkpoints", "network", "samples", "snapshots")
-            for path in (out / folder).rglob("*")
-            if path.suffix in (".safetensors", ".png")
-        }
-        for out in (one, other)
-    ]
-    return logs[0] == logs[1] and files[0] == files[1]
 
 
 EVENTS = {"checkpoint_every": 24, "log_every": 40, "sample_every": 8, "snapshot_every": 40}

@@ -27,7 +27,7 @@ from scorematch.restoration.palette import Inpainting
 from scorematch.training import LevelMixture, LogNormal, LogUniform, Settings, UniformTime, train, train_steps
 from scorematch.training.accelerator import make_accelerator
 from scorematch.training.levels import ScheduleLevels, levels_for, uniforms, weighting_for
-from scorematch.training.settings import RunSettings
+from scorematch.training.settings import TrainSettings
 from scorematch.training.steps import Order, prepare
 from tests.helpers import seed
 from tests.training import MLP, Memory, Recorder, content, image_net, images, points, points_net, quick, steps, vector
@@ -213,10 +213,10 @@ def test_invalid_settings_raise(arguments, message):
 def test_the_arguments_of_train_are_the_declared_options():
     parameters = list(inspect.signature(train).parameters.values())
     assert [parameter.name for parameter in parameters[:3]] == ["net", "data", "folder"]
-    declared = {option.name: option.default for option in fields(RunSettings)}
+    declared = {option.name: option.default for option in fields(TrainSettings)}
     assert {parameter.name: parameter.default for parameter in parameters[3:]} == declared
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[3:])
-    for option in fields(RunSettings):
+    for option in fields(TrainSettings):
         assert f"        {option.name}: {option.metadata['meaning'][:20]}" in train.__doc__
 
 

@@ -1,5 +1,7 @@
 """Small networks, data and runs for the tests of the training."""
 
+import json
+
 import torch
 from torch import nn
 
@@ -104,3 +106,34 @@ def content(out, files=FILES):
 
 def vector(module):
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+class Interrupted(Exception):  # noqa: N818
+    pass
+
+
+def interrupt_at(image):
+    """A function for ``evaluate`` that stops the run when this number of images has been seen."""
+
+    def evaluate(net, images):
+        if images == image:
+            raise Interrupted
+        return {}
+
+    return evaluate
+
+
+def same_runs(one, other):
+    """Whether two runs have written the same files, except for times."""
+    logs = [(out / "log.jsonl").read_text().splitlines() for out in (one, other)]
+    logs = [[{**json.loads(line), "images_per_second": 0} for line in log] for log in logs]
+    files = [
+        {
+            path.relative_to(out): path.read_bytes()
+            for folder in ("checkpoints", "network", "samples", "snapshots")
+            for path in (out / folder).rglob("*")
+            if path.suffix in (".safetensors", ".png")
+        }
+        for out in (one, other)
+    ]
+    return logs[0] == logs[1] and files[0] == files[1]

@@ -163,6 +163,7 @@ from scorematch.training import (
     LogUniform,
     Recipe,
     Settings,
+    Stage,
     Step,
     TrainingState,
     UniformTime,
@@ -397,6 +398,8 @@ def training(net: ScoreNet, folder: Path) -> ScoreNet:
     signals = train(network_for((2, 16)), fields, folder, images=1000)
     gaps = Observation(Grayscale(), torch.rand(10, 1, 8, 8), sigma=0.1)
     assert_type(train_from_observations(signals, gaps, folder, stages=2, images=1000), ScoreNet)
+    stages = [Stage(0.5, {"pixel_layers": 2}, {"lr": 7e-4})]
+    assert_type(train(net, data, folder, hours=8, growth=stages), ScoreNet)
     return train(net, data, folder, images=1000, condition=Colorization(), progress=False)
 
 

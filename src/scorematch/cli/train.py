@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
-import time
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -20,13 +18,10 @@ from scorematch.cli.options.networks import load_network
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.values import add_declared, amount, expanded, filled, image_count
 from scorematch.core.conditions import describe_classes
-from scorematch.core.messages import few
-from scorematch.core.precision import autocast
+from scorematch.core.messages import few, quote
 from scorematch.core.records import as_stored
 from scorematch.data import ArrayData, ImageData, open_images
 from scorematch.data.array_data import find_arrays
-from scorematch.data.pictures import to_float
-from scorematch.loss import dsm_loss
 from scorematch.nets.family import check_size
 from scorematch.nets.reconditioning import difference
 from scorematch.nets.space import PADDINGS
@@ -34,20 +29,18 @@ from scorematch.pretrained import load, locate
 from scorematch.pretrained.configuration import Stored
 from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, Recipe, Settings, checkpoint, network_for, train, train_from_observations
-from scorematch.training.checks import check_arguments, given_of
+from scorematch.training.checks import check_stages
 from scorematch.training.incomplete import check_observation
 from scorematch.training.recipes import training_flop
-from scorematch.training.record import check_run, images_of, network_of
+from scorematch.training.record import check_run, network_of
 from scorematch.training.run import check_possible
-from scorematch.training.settings import RunSettings, StageSettings
+from scorematch.training.settings import RunSettings, StageSettings, TrainSettings
+from scorematch.training.speed import mean_seconds, seconds_per_image, with_images
 from scorematch.training.start import fine_tuning, with_condition
-from scorematch.training.steps import loss_arguments
 from scorematch.training.units import take_units
 
-_TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _DEFAULT = "small-64"
 _DEFAULTS = {"label_drop": "0.1 with --labels"}  # of options that are not those of train
-_FEWEST_STEPS = 100  # of a run of given hours
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 _FOR_PICTURES = ("recipe", "image_size", "channels", "crop", "strict", "cache", "no_cache", "workers")
 _INSTEAD = {  # of options of other programs
@@ -142,13 +135,6 @@ def add(commands: Commands) -> None:
     data.add_argument("--workers", type=image_count, help="threads that decode pictures (default: one per CPU)")
 
     training = parser.add_argument_group("training", "Defaults: the settings of the recipe, or else those given here.")
-    training.add_argument(
-        "--hours",
-        type=amount,
-        metavar="X",
-        help="in place of --images: as many images as this machine processes in X hours, by the measured time of a "
-        "step; a run that continues keeps its number of images",
-    )
     written = parser.add_argument_group("start and results")
     written.add_argument(
         "--start",
@@ -170,7 +156,8 @@ def add(commands: Commands) -> None:
         help="a folder with a mask for each picture, of the same name: white where the picture is observed",
     )
     own, of_run = ({option.name for option in fields(settings)} for settings in (Settings, RunSettings))
-    for option in fields(StageSettings):
+    own.add("hours")
+    for option in dict.fromkeys([*fields(TrainSettings), *fields(StageSettings)]):
         if option.name != "progress" and option.metadata["value"] is not None:
             meaning = option.metadata["meaning"].replace("``", "").replace("None", "none").replace("%", "%%")
             default = _DEFAULTS.get(option.name, option.default)
@@ -189,8 +176,8 @@ def _run(args: argparse.Namespace) -> None:
     if arrays is not None:
         gray = ": write x[:, None] for gray images (N, H, W)" if len(arrays.shape) == 2 else ""
         refuse(args, _FOR_PICTURES, f"is for pictures, and {args.data} has samples of shape {arrays.shape}{gray}")
-    own = given(args, (each.name for each in fields(RunSettings)))
-    if args.hours is not None:
+    own = given(args, (each.name for each in fields(TrainSettings)))
+    if "hours" in own:
         refuse(args, ["images"], "cannot be combined with --hours")
     conditional = args.labels or (arrays is not None and arrays.features > 0)
     if arrays is None:
@@ -201,7 +188,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     check_folder_name(args.out)
     options = {"label_drop": _LABEL_DROP if conditional else 0.0, **recipe.options(), **own}
-    settings = RunSettings(**options, progress=not args.quiet)
+    settings = TrainSettings(**options, progress=not args.quiet)
     trackers = options.pop("trackers", ())  # which this function starts, since it creates the accelerator
     accelerator = _accelerator(args, args.out, settings)
     device: torch.device = accelerator.device
@@ -212,22 +199,21 @@ def _run(args: argparse.Namespace) -> None:
         data = images = _open(args, recipe, start, settings)
     if start is not None:
         options |= {name: value for name, value in fine_tuning(len(data), settings).items() if name not in own}
-        settings = RunSettings(**options, progress=not args.quiet)
+        settings = TrainSettings(**options, progress=not args.quiet)
     if arrays is not None:
         net = _network_of_arrays(args, start, arrays, settings)
     else:
         net = _network(args, recipe, start, images, settings)
-    check_arguments(net, data, settings, accelerator.num_processes)
+    check_stages(net, data, settings, accelerator.num_processes)
     shown = accelerator.is_main_process and not args.quiet
     take_units(net, data, network_of(args.out), settings.start, progress=shown)
-    if args.hours is not None:
-        net.to(device)
-        options["images"] = _images_in(args, net, data, settings, accelerator)
-        settings = RunSettings(**options, progress=not args.quiet)
+    if settings.hours is not None:
+        settings = with_images(args.out, net.to(device), data, settings, accelerator)
+        options |= {name: getattr(settings, name) for name in ("hours", "images", "growth")}
     check_run(args.out, net, data, settings)
     if accelerator.is_main_process:
         net.to(device)
-        _announce(args, recipe, data, net, settings, device, accelerator.num_processes)
+        _announce(args, recipe, data, net, settings, accelerator)
     if args.dry_run:
         return
     if trackers:
@@ -260,6 +246,8 @@ def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
     of_pictures = ["image_size", "crop", "labels", "strict", "cache", "no_cache", "image_key", "label_key", "workers"]
     refuse(args, [*of_pictures, "trackers", "hours"], "is not for measurements, which are used as they are")
     check_folder_name(args.out)
+    if "growth" in recipe.training:
+        raise ValueError(f"--recipe {recipe.name} is not for measurements. Write --recipe small-64.")
     options = {**recipe.options(), **given(args, (each.name for each in fields(StageSettings)))}
     settings = StageSettings(**options, progress=not args.quiet)
     accelerator = _accelerator(args, args.out / "stage-001", settings)
@@ -409,9 +397,8 @@ def _announce(
     recipe: Recipe,
     data: ImageData | ArrayData,
     net: ScoreNet,
-    settings: Settings,
-    device: torch.device,
-    processes: int,
+    settings: TrainSettings,
+    accelerator: Any,
 ) -> None:
     """Prints the data, the network, its cost per image, and the estimated duration of the run."""
     size = " x ".join(map(str, data.shape))
@@ -442,32 +429,19 @@ def _announce(
     done = max(checkpoint.numbers(args.out / "checkpoints"), default=0)
     if done:
         print(f"          continues at image {done:,}")
-    seconds = _seconds_per_image(net, data, settings, device, settings.batch_size // processes)
+    processes, device = accelerator.num_processes, accelerator.device
+    seconds = [each / processes for each in seconds_per_image(net, data, settings, accelerator)]
+    remaining, first = 0.0, 0
+    for number, (stage, each) in enumerate(zip(settings.stages(), seconds, strict=True)):
+        if settings.growth:
+            change = quote(dict(settings.growth[number - 1].network)) if number else "the network above"
+            print(f"          stage {number + 1} from image {first:,}, {1 / each:.3g} images/s: {change}")
+        first += stage.total
+        remaining += max(0, min(stage.total, first - done)) * each
     where = str(device) if processes == 1 else f"{processes} x {device.type}"
-    remaining = max(0, settings.total - done) * seconds / processes
-    print(f"time      about {duration(remaining)} on {where}, {processes / seconds:.3g} images/s")
+    speed = 1 / mean_seconds(seconds, settings.growth)
+    print(f"time      about {duration(remaining)} on {where}, {speed:.3g} images/s")
     print(f"out       {args.out}", flush=True)
-
-
-def _images_in(
-    args: argparse.Namespace, net: ScoreNet, data: ImageData | ArrayData, settings: Settings, accelerator: Any
-) -> int:
-    """The number of images of ``--hours``: that of the run in the folder, or what the measured speed allows."""
-    from accelerate.utils import broadcast_object_list
-
-    before = images_of(args.out)
-    if before is not None:
-        return before
-    batch_size = settings.batch_size // accelerator.num_processes
-    seconds = _seconds_per_image(net, data, settings, accelerator.device, batch_size)
-    images = [int(args.hours * 3600 * accelerator.num_processes / seconds)]
-    broadcast_object_list(images)  # of the first process
-    if images[0] < _FEWEST_STEPS * settings.batch_size:
-        raise ValueError(
-            f"--hours {args.hours:g} is enough for {images[0] // settings.batch_size} steps of {settings.batch_size} "
-            f"images here, and a run needs at least {_FEWEST_STEPS}. Write more hours, or --recipe tiny."
-        )
-    return images[0]
 
 
 def _config(start: str) -> dict[str, Any]:
@@ -477,28 +451,3 @@ def _config(start: str) -> dict[str, Any]:
 
 def _epochs(number: float) -> str:
     return f"{number:.3g}" if number < 100 else f"{number:,.0f}"
-
-
-def _seconds_per_image(
-    net: ScoreNet, data: ImageData | ArrayData, settings: Settings, device: torch.device, batch_size: int
-) -> float:
-    """The measured seconds of the forward and the backward pass on one device with a batch of its own, per image."""
-    most = _TIMED_VALUES // math.prod(data.shape) if device.type == "cpu" else batch_size
-    n = max(1, min(most, settings.microbatch or batch_size, batch_size))
-    n = min(n, len(data))
-    images, condition = data.read(range(n))
-    x = to_float(images).to(device)
-    arguments = loss_arguments(settings, x, given_of(net, condition, settings), seed=0)
-
-    def step() -> None:
-        with autocast(device, settings.precision):
-            loss = dsm_loss(net, x, generator=0, **arguments)
-        loss.backward()
-        last = next(parameter.grad for parameter in net.parameters() if parameter.grad is not None)
-        last.sum().item()  # waits for the device
-        net.zero_grad(set_to_none=True)
-
-    step()  # the first call prepares the kernels
-    begin = time.perf_counter()
-    step()
-    return (time.perf_counter() - begin) / n

@@ -128,6 +128,14 @@ class Family(ABC, Generic[Network]):
         """
         return set()
 
+    def larger(self, architecture: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of a configuration that change if the arguments of the builder change.
+
+        Raises:
+            ValueError: if a network of this family cannot become larger in this way.
+        """
+        raise ValueError(f"a network of the family {self.name!r} cannot grow. Use ScoreNet.unet.")
+
     def recondition(
         self,
         weights: Mapping[str, Tensor],

@@ -537,6 +537,25 @@ class _UNetFamily(ImageFamily[UNet]):
             keys.add("pixel_channels")
         return keys
 
+    def larger(self, architecture: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        keys = {"layers_per_block", "pixel_channels", "pixel_layers"}
+        unknown = sorted(changes.keys() - keys - {"attention"})
+        if unknown:
+            raise ValueError(
+                f"{', '.join(unknown)} cannot become larger within a run: a U-Net can grow in attention, "
+                f"{', '.join(sorted(keys))}."
+            )
+        larger = {key: changes[key] for key in sorted(keys & changes.keys())}
+        for key, value in larger.items():
+            if not self.keys[key].fits(native(value)):
+                raise ValueError(f"{key} must be {self.keys[key]}, got {value!r}.")
+        if "attention" not in changes:
+            return larger
+        attention, scales = native(changes["attention"]), len(architecture["block_out_channels"])
+        if not isinstance(attention, list) or len(attention) != scales:
+            raise ValueError(f"attention must have one entry per scale, {scales}, got {changes['attention']!r}.")
+        return {**larger, **block_types(attention)}
+
     def grow(self, small: UNet, large: UNet) -> dict[str, Tensor]:
         """Additional residual blocks and attention are the identity at first (Chen et al., 2016, arXiv:1511.05641).
 

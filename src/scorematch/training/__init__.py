@@ -1,6 +1,7 @@
 """Training of networks on one or several devices, with exact continuation of interrupted runs (extra ``train``)."""
 
 from scorematch.training.ema import reconstruct
+from scorematch.training.growth import Stage
 from scorematch.training.incomplete import train_from_observations
 from scorematch.training.levels import LevelMixture, Levels, LogNormal, LogUniform, UniformTime
 from scorematch.training.recipes import RECIPES, Recipe, network_for
@@ -16,6 +17,7 @@ __all__ = [
     "LogUniform",
     "Recipe",
     "Settings",
+    "Stage",
     "Step",
     "TrainingState",
     "UniformTime",

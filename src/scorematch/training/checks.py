@@ -11,8 +11,9 @@ from scorematch.data.array_data import ArrayData
 from scorematch.data.images import Data, ImageData
 from scorematch.score import ScoreNet
 from scorematch.training.augment import augmentations
+from scorematch.training.growth import enlarged
 from scorematch.training.levels import check_levels, levels_for, weighting_for
-from scorematch.training.settings import Settings
+from scorematch.training.settings import Settings, TrainSettings
 
 
 def check_network(net: object) -> None:
@@ -70,6 +71,13 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
             f"does not take. Build it with condition_features={data.features}, or leave out the condition."
         )
     augmentations(net, data, settings.augment)
+
+
+def check_stages(net: ScoreNet, data: Data, settings: TrainSettings, processes: int) -> None:
+    """Checks that the network of each stage, the data and the settings of the stage fit together."""
+    for number, own in enumerate(settings.stages()):
+        net = enlarged(net, settings.growth[number - 1].network) if number else net
+        check_arguments(net, data, own, processes)
 
 
 def condition_of_data(net: ScoreNet) -> Condition | None:

@@ -24,7 +24,7 @@ _SLOW_STEP = 0.5  # seconds; longer steps are checked one by one
 BINS = 8  # the number of equally probable intervals of noise levels in the log
 
 # The names that the training itself writes into the log.
-FIELDS = frozenset({"images", "lr", "images_per_second", "loss", "loss_by_level", "D/2", "skipped_steps"})
+FIELDS = frozenset({"images", "stage", "lr", "images_per_second", "loss", "loss_by_level", "D/2", "skipped_steps"})
 
 _LINE: Mapping[str, Field] = {  # the values of a line of the log that are read again
     "images": Field(int, required=True, low=0, high=2**62),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from scorematch.training.accelerator import wait
 from scorematch.training.augment import augmentations
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.levels import LevelMixture
-from scorematch.training.settings import RunSettings, Settings
+from scorematch.training.settings import Settings, TrainSettings
 from scorematch.training.start import growth
 
 FOLDERS = ("checkpoints", "network", SNAPSHOTS, "samples", "report")  # the subfolders of the folder of a run
@@ -44,7 +45,7 @@ def check_files(folder: Path) -> None:
     check_own(folder, _FILE, (*FOLDERS, "log.jsonl", "report.md"))
 
 
-def check_run(folder: Path, net: ScoreNet, data: Data, settings: RunSettings) -> None:
+def check_run(folder: Path, net: ScoreNet, data: Data, settings: TrainSettings) -> None:
     """Checks that ``train`` can begin a run in a folder or continue it, without writing anything.
 
     Raises:
@@ -64,13 +65,15 @@ def network_of(folder: Path) -> dict[str, Any] | None:
     return None if before is None else before["network"]
 
 
-def images_of(folder: Path) -> int | None:
-    """The number of images of the run in a folder; None if there is no run."""
+def length_of(folder: Path) -> tuple[int, int] | None:
+    """The number of images of the run in a folder, and the number of its later stages; None if there is no run."""
     before = read_record(folder / _FILE, _SCHEMA)
-    return None if before is None else int(before["settings"]["images"])
+    if before is None:
+        return None
+    return int(before["settings"]["images"]), len(before["settings"].get("growth", ()))
 
 
-def write_config(folder: Path, net: ScoreNet, data: Data, settings: RunSettings, accelerator: Any) -> dict[str, Any]:
+def write_config(folder: Path, net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any) -> dict[str, Any]:
     """Writes config.json if it does not exist, and compares it with the settings otherwise; returns its content.
 
     Raises:
@@ -91,11 +94,17 @@ def write_config(folder: Path, net: ScoreNet, data: Data, settings: RunSettings,
     return now
 
 
-def _parts(net: ScoreNet, data: Data, settings: RunSettings) -> dict[str, dict[str, Any]]:
+def _parts(net: ScoreNet, data: Data, settings: TrainSettings) -> dict[str, dict[str, Any]]:
     """The parts of config.json that must not change."""
     values = {each.name: described(getattr(settings, each.name)) for each in fields(Settings)}
     values["start"] = None if settings.start is None else os.fspath(settings.start)
     values["augment"] = list(augmentations(net, data, settings.augment))
+    if settings.growth:  # so that the records of runs without growth have no new key
+        begins = itertools.accumulate(stage.total for stage in settings.stages())
+        values["growth"] = [
+            {"begins": first, "network": dict(stage.network), "training": described(dict(stage.training))}
+            for first, stage in zip(begins, settings.growth, strict=False)
+        ]
     of_data = {"images": len(data), "shape": list(data.shape), "fingerprint": data.fingerprint}
     return {"settings": values, "network": net.config, "data": of_data}
 
@@ -131,6 +140,8 @@ def described(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [described(entry) for entry in value]
+    if isinstance(value, dict):
+        return {str(key): described(entry) for key, entry in value.items()}
     if isinstance(value, NoiseSchedule):
         return value.to_dict()
     if isinstance(value, partial):

@@ -6,8 +6,8 @@ The folder of a run contains
 config.json                         the settings, the versions and the fingerprint of the data
 checkpoints/000123456/              the state of the run after 123,456 images; the last two are kept
 network/                            the latest averaged network, for ``ScoreNet.from_pretrained``
-snapshots/000123456-0.050/          averaged networks, for ``from_pretrained`` and ``reconstruct``; weights that are
-                                    trained are in half precision
+snapshots/000123456-0.050/          averaged networks of the present stage, for ``from_pretrained`` and
+                                    ``reconstruct``; weights that are trained are in half precision
 samples/000123456.png               samples from fixed seeds
 log.jsonl                           the loss, the loss by noise level, the learning rate, and images per second
 report.md, report/                  a summary with a chart of the loss, written at the end
@@ -19,8 +19,11 @@ result is bitwise the same as without interruption.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -34,6 +37,7 @@ from tqdm.auto import tqdm
 
 from scorematch.core.files import check_outside, delete_unfinished, exclusive_lock
 from scorematch.core.messages import reason
+from scorematch.core.randomness import seed_of
 from scorematch.core.schema import Field
 from scorematch.data.array_data import find_arrays
 from scorematch.data.images import Data, open_images
@@ -42,14 +46,16 @@ from scorematch.pretrained.hub import check_login, check_repository
 from scorematch.score import ScoreNet
 from scorematch.training import checkpoint
 from scorematch.training.accelerator import global_generators, make_accelerator, wait
-from scorematch.training.checks import check_arguments, check_network
+from scorematch.training.checks import check_network, check_stages
 from scorematch.training.ema import SNAPSHOTS
+from scorematch.training.growth import enlarged
 from scorematch.training.levels import levels_for
 from scorematch.training.log import BINS, CHECK_EVERY, FIELDS, Log, Losses
 from scorematch.training.record import FOLDERS, check_files, network_of, write_config
 from scorematch.training.report import read_examples, sample_interval, save_samples, write_report
-from scorematch.training.settings import RunSettings, with_options
+from scorematch.training.settings import RunSettings, TrainSettings, with_options
 from scorematch.training.signals import Stop
+from scorematch.training.speed import with_images
 from scorematch.training.start import begin_with
 from scorematch.training.steps import Step, TrainingState, prepare, train_steps
 from scorematch.training.units import take_units
@@ -67,7 +73,7 @@ _STATE: Mapping[str, Field] = {
 _CHECKPOINT_SECONDS = 600
 
 
-@with_options(RunSettings)
+@with_options(TrainSettings)
 def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: Any) -> ScoreNet:
     """Trains a network on images; a call with the same arguments continues an interrupted run in ``folder``.
 
@@ -105,6 +111,10 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     more ``layers_per_block`` at some or all scales, ``attention`` at more scales, more ``pixel_layers``, and up to 64
     ``pixel_channels`` instead of fewer.
 
+    **Length.** ``images`` is the length of the run, or ``hours`` on this machine. With ``growth`` the run has stages,
+    between which the network is continued as a larger one with the same output (``scorematch.training.growth``). Each
+    stage has a new optimizer and new averages; the run has one folder, and the snapshots of its last stage.
+
     **Output.** An action takes place at the end of the step that reaches its interval. ``evaluate`` is called together
     with the pictures of samples as ``evaluate(averaged_net, images)`` on every process, and returns a mapping of
     numbers for the log, where NaN and infinity become null. The result does not depend on the checkpoints.
@@ -115,7 +125,7 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
         data: the training data, as for ``open_images`` or ``open_arrays``, or their results. For large sets of pictures
             call ``open_images`` with a ``cache``.
         folder: the folder of the run, created if it does not exist.
-        **options: the settings, as declared in ``RunSettings``.
+        **options: the settings, as declared in ``TrainSettings``.
 
     Returns:
         The averaged network in eval mode, the same that is saved in ``folder / "network"``.
@@ -141,17 +151,19 @@ def train(net: ScoreNet, data: Any, folder: str | os.PathLike[str], **options: A
     """
     check_network(net)
     folder = Path(folder).expanduser()
-    settings = RunSettings(**options)
+    settings = TrainSettings(**options)
     accelerator = check_possible(folder, data, settings)
     repository = settings.push_to_hub if accelerator.is_main_process else None
     data = _open(net, data)
-    check_arguments(net, data, settings, accelerator.num_processes)
+    check_stages(net, data, settings, accelerator.num_processes)
     shown = settings.progress and accelerator.is_main_process
     take_units(net, data, network_of(folder), settings.start, progress=shown)
     _name_classes(net, data)
+    if settings.hours is not None:
+        settings = with_images(folder, net.to(accelerator.device), data, settings, accelerator)
     with ExitStack() as stack:
-        run = _Run(folder, net, data, settings, accelerator)
-        run.begin(stack)
+        run = _Run(folder, data, settings, accelerator)
+        run.begin(net, stack)
         if settings.trackers:
             accelerator.init_trackers("scorematch")
         with tqdm(
@@ -229,36 +241,36 @@ class _Run:
 
     state: TrainingState
     config: dict[str, Any]
+    stage: int  # the number of the present stage, from 0, with its network, its settings and the losses since a line
+    net: ScoreNet
+    settings: TrainSettings
+    losses: Losses
+    every: dict[str, int | None]
 
-    def __init__(self, folder: Path, net: ScoreNet, data: Data, settings: RunSettings, accelerator: Any) -> None:
-        self.folder, self.net, self.data, self.settings, self.accelerator = folder, net, data, settings, accelerator
-        images = settings.images
-        self.every: dict[str, int | None] = {
-            # A thousand points are enough for a chart. With twenty snapshots of two lengths, the profiles of averages
-            # of lengths from 0.03 to 0.2 are reconstructed with an error of 3 %.
-            "log": settings.log_every or max(1, images // 1000),
-            "sample": settings.sample_every or sample_interval(net, images),
-            "snapshot": settings.snapshot_every or max(1, images // 20),
-            "checkpoint": settings.checkpoint_every,
-        }
+    def __init__(self, folder: Path, data: Data, whole: TrainSettings, accelerator: Any) -> None:
+        self.folder, self.data, self.whole, self.accelerator = folder, data, whole, accelerator
+        self.stages = whole.stages()
+        self.ends = list(itertools.accumulate(stage.total for stage in self.stages))  # the images of each last step
         self.main: bool = accelerator.is_main_process
         self.examples = read_examples(data)  # before the data are read in another thread
         self.log = Log(folder / "log.jsonl")
-        self.losses = Losses(levels_for(net, settings.levels), accelerator)
         self.seconds, self.began = 0.0, time.perf_counter()  # training time until the time ``began``
         self.saved = 0  # the number of images of the last checkpoint
 
     # -- Begin and end ------------------------------------------------------------------------------------------------
 
-    def begin(self, stack: ExitStack) -> None:
+    def begin(self, net: ScoreNet, stack: ExitStack) -> None:
         """Locks the folder until ``stack`` is closed, and continues the run there, or writes its first files."""
         found = checkpoint.latest(self.folder / "checkpoints", _STATE)
-        if found is None and self.settings.start is not None:
-            begin_with(self.net, self.settings.start)
-        self.config = write_config(self.folder, self.net, self.data, self.settings, self.accelerator)
+        if found is None and self.whole.start is not None:
+            begin_with(net, self.whole.start)
+        self.config = write_config(self.folder, net, self.data, self.whole, self.accelerator)
         if self.main:
             self._lock(stack)
-        self.state = prepare(self.net, self.settings, self.accelerator)
+        stage = 0 if found is None else bisect.bisect_left(self.ends[:-1], found.images)
+        for earlier in self.whole.growth[:stage]:
+            net = enlarged(net, earlier.network)  # with the weights of the checkpoint later
+        self._enter(stage, net)
         wait(self.accelerator, "all have looked for checkpoints")  # before one process writes
         if found is not None:
             self._load(found)
@@ -271,6 +283,22 @@ class _Run:
                 self._save_network()
         if found is None:  # so that a repeated run has the same initial weights
             self.save()
+
+    def _enter(self, stage: int, net: ScoreNet) -> None:
+        """Begins a stage with its network."""
+        self.stage, self.net, self.settings = stage, net, self.stages[stage]
+        self.state = prepare(net, self.settings, self.accelerator)
+        self.state.images = self.state.first = self.ends[stage - 1] if stage else 0
+        self.losses = Losses(levels_for(net, self.settings.levels), self.accelerator)
+        images = self.whole.images
+        self.every = {
+            # A thousand points are enough for a chart. With twenty snapshots of two lengths, the profiles of averages
+            # of lengths from 0.03 to 0.2 are reconstructed with an error of 3 %.
+            "log": self.settings.log_every or max(1, images // 1000),
+            "sample": self.settings.sample_every or sample_interval(net, images),
+            "snapshot": self.settings.snapshot_every or max(1, self.settings.images // 20),
+            "checkpoint": self.settings.checkpoint_every,
+        }
 
     def _lock(self, stack: ExitStack) -> None:
         """Locks the folder of the checkpoints."""
@@ -308,14 +336,30 @@ class _Run:
     # -- The loop -----------------------------------------------------------------------------------------------------
 
     def loop(self, bar: tqdm[NoReturn]) -> None:
-        """Trains until the end of the run or until a signal.
+        """Trains in all stages until the end of the run or until a signal.
 
         Raises:
             RuntimeError: if the loss or a weight is not finite.
             SystemExit, KeyboardInterrupt: after a signal, once a checkpoint has been written.
         """
+        with Stop(announce=not bar.disable) as stop:
+            self._train(bar, stop)
+            while self.stage + 1 < len(self.stages):
+                self._grow()
+                self._train(bar, stop)
+
+    def _grow(self) -> None:
+        """Continues the average of a completed stage as the larger network of the next one."""
+        larger = self.whole.growth[self.stage].network
+        net = enlarged(self.state.average(), larger, seed_of(self.whole.seed, "growth", self.stage))
+        if self.main:  # those of a smaller network cannot be combined with those of the larger one
+            shutil.rmtree(self.folder / SNAPSHOTS, ignore_errors=True)
+        self._enter(self.stage + 1, net)
+
+    def _train(self, bar: tqdm[NoReturn], stop: Stop) -> None:
+        """Trains until the end of a stage or until a signal."""
         steps = train_steps(self.net, self.data, self.settings, state=self.state, accelerator=self.accelerator)
-        with Stop(announce=not bar.disable) as stop, closing(steps):
+        with closing(steps):
             since = self.state.images, time.perf_counter()
             for step in steps:
                 self.losses.add(step)
@@ -344,8 +388,8 @@ class _Run:
                     stop.leave()
 
     def _due(self, images: int) -> set[str]:
-        """The actions at the end of the step that reaches a number of images; all of them at the end of the run."""
-        before, last = images - self.settings.batch_size, images == self.settings.total
+        """The actions at the end of the step that reaches a number of images; all of them at the end of a stage."""
+        before, last = images - self.settings.batch_size, images == self.ends[self.stage]
         return {
             name
             for name, every in self.every.items()
@@ -372,6 +416,8 @@ class _Run:
         bar.set_postfix_str(text, refresh=False)
         if self.settings.precision == "float16":
             line["skipped_steps"] = step.state.skipped
+        if self.whole.growth:
+            line = {"stage": self.stage + 1, **line}
         self._record({"images": step.images, "lr": step.lr, "images_per_second": round(speed, 3), **line})
 
     def _record(self, line: dict[str, Any]) -> None:
@@ -421,7 +467,8 @@ class _Run:
         if not self.main:
             return
         for average in self.state.averages:
-            path = self.folder / SNAPSHOTS / f"{checkpoint.name_of(self.state.images)}-{average.name}"
+            seen = self.state.images - self.state.first  # the averages begin with the stage
+            path = self.folder / SNAPSHOTS / f"{checkpoint.name_of(seen)}-{average.name}"
             averaged = self.state.average(average.length)
             for parameter, own in zip(averaged.parameters(), self.state.parameters, strict=True):
                 if own.requires_grad:  # others may be frequencies, whose rounding would change the phases of sines

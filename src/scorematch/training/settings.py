@@ -7,18 +7,19 @@ options of the command line, and the part "settings" of the config.json of a run
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter
 from textwrap import TextWrapper
 from typing import Any, Concatenate, Literal, ParamSpec, cast, get_args
 
 from torch import Tensor
 
-from scorematch.core.arguments import check_value
+from scorematch.core.arguments import argument, check_value
 from scorematch.core.json_files import native
 from scorematch.core.precision import Autocast
 from scorematch.core.schema import Field
@@ -27,6 +28,7 @@ from scorematch.sampling import Sampler
 from scorematch.score import ScoreNet
 from scorematch.training.augment import AUGMENTATIONS, Augmentation
 from scorematch.training.ema import check_length
+from scorematch.training.growth import Stage
 from scorematch.training.levels import Levels, Weighting
 
 Decay = Literal["cosine", "linear", "constant", "inverse-sqrt"]
@@ -191,6 +193,61 @@ class RunSettings(Settings):
         super().__post_init__()
         if self.trackers and self.accelerator is not None:
             raise ValueError("trackers and accelerator cannot both be given. Write Accelerator(log_with=...).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(RunSettings):
+    """The settings of ``train``: those of a run with its length in hours, and its stages."""
+
+    hours: float | None = _option(
+        None,
+        "in place of images: as many as this machine processes in so many hours, by the measured time of a step; a run "
+        "that continues keeps its number of images",
+        float,
+        above=0,
+        high=500,
+    )
+    growth: Sequence[Stage] = _option((), "the later stages of the run, in which the network is larger", object)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        growth, known = tuple(self.growth), {each.name for each in fields(Settings)} - {"images", "seed"}
+        if not all(isinstance(stage, Stage) for stage in growth):
+            raise TypeError(f"growth must contain Stages, such as Stage(0.5, {{'pixel_layers': 2}}), got {growth!r}.")
+        if unknown := sorted({name for stage in growth for name in stage.training} - known):
+            raise ValueError(f"a stage of growth cannot change {', '.join(unknown)}, which are those of the whole run.")
+        if self.hours is None:  # otherwise the number of images is not known yet
+            growth = tuple(itertools.takewhile(lambda stage: stage.fewest <= self.images, growth))
+        object.__setattr__(self, "growth", growth)
+        if sum(stage.share for stage in growth) >= 1:
+            raise ValueError(f"the shares of the stages of growth must have a sum below 1, got {growth!r}.")
+        for number, stage in enumerate(self.stages() if growth else (), start=1):
+            if stage.images < stage.batch_size:
+                raise ValueError(
+                    f"stage {number} of {len(growth) + 1} would have {stage.images} images, less than a batch of "
+                    f"{stage.batch_size}. Write {argument('images')} with more, or fewer stages of growth."
+                )
+
+    def stages(self) -> list[TrainSettings]:
+        """The settings of each stage, with the number of its images; they have no growth."""
+        if not self.growth:
+            return [self]
+        shares = [1 - sum(stage.share for stage in self.growth), *(stage.share for stage in self.growth)]
+        changes: list[Mapping[str, Any]] = [{}, *(stage.training for stage in self.growth)]
+        return [
+            replace(self, growth=(), images=max(1, round(share * self.images)), **change)
+            for share, change in zip(shares, changes, strict=True)
+        ]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of all stages."""
+        return sum(stage.steps for stage in self.stages()) if self.growth else super().steps
+
+    @property
+    def total(self) -> int:
+        """The number of images of all steps."""
+        return sum(stage.total for stage in self.stages()) if self.growth else super().total
 
 
 @dataclass(frozen=True, kw_only=True)

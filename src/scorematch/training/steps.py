@@ -103,6 +103,7 @@ class TrainingState:
     Attributes:
         images: the number of images seen.
         step: the number of steps taken.
+        first: the number of images seen when the stage of the run began, 0 without stages.
         averages: the averages of the weights, in the order of ``settings.ema``.
     """
 
@@ -115,7 +116,7 @@ class TrainingState:
                 "of the computations."
             )
         self.net = net
-        self.images = 0
+        self.images = self.first = 0
         self.step = 0
         self.names, self.parameters = list(named), list(named.values())
         device = self.parameters[0].device
@@ -340,7 +341,7 @@ def _steps(
     batches = _batches(net, data, settings, state, accelerator)
     try:
         for batch in batches:
-            lr = settings.rate(state.images)
+            lr = settings.rate(state.images - state.first)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
             net.train()
@@ -460,9 +461,8 @@ def _batches(
         return _Batch(first, x, noise, sigma, condition)
 
     own = accelerator.process_index * local
-    return ordered_map(
-        make, range(state.images + own, settings.total, settings.batch_size), workers=1, ahead=_BATCHES_AHEAD
-    )
+    firsts = range(state.images + own, state.first + settings.total, settings.batch_size)
+    return ordered_map(make, firsts, workers=1, ahead=_BATCHES_AHEAD)
 
 
 def _channels_last(net: ScoreNet, device: torch.device) -> bool:

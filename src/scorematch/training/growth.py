@@ -1,0 +1,103 @@
+"""Stages of a run, between which the network grows.
+
+A small network learns more in a second than a large one, until its loss stops falling. A run may therefore have several
+stages. The first one trains the given network. At the end of a stage the average of its weights is continued as a
+larger network, which computes the same function at first: additional residual blocks and attention are the identity,
+and additional channels have no influence (Chen et al., 2016).
+
+At the beginning of a stage
+
+- the weights are those of the first average of the stage before, and the additional ones are drawn from ``seed``;
+- the moments of AdamW are zero, and the learning rate rises and falls anew;
+- the averages begin anew: their lengths are relative to the stage.
+
+The order of the images and all noise depend on the number of the image in the run, and continue. The larger network
+depends on the last checkpoint of a stage and on ``seed`` only, so that a run which is interrupted at any time, also
+between two stages, ends with the same bits.
+
+References:
+    Chen et al., 2016, Net2Net: Accelerating Learning via Knowledge Transfer, arXiv:1511.05641.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from scorematch.core.json_files import native
+from scorematch.core.messages import quote
+from scorematch.core.records import as_stored
+from scorematch.pretrained.configuration import Stored, architecture
+from scorematch.score import ScoreNet
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A later stage of a run, at whose beginning the network grows.
+
+    Args:
+        share: the part of the images of the run that belong to this stage, above 0 and below 1; what the later stages
+            leave is that of the first one.
+        network: the arguments of ``ScoreNet.unet`` that change: larger ``layers_per_block``, ``pixel_layers`` or
+            ``pixel_channels`` (up to 64), and ``attention`` at more scales.
+        training: the arguments of ``train`` that change for this stage, such as ``lr`` or ``levels``.
+        fewest: the fewest images of a run that has this stage; a shorter run ends with the stage before.
+
+    Example:
+        >>> Stage(0.5, {"layers_per_block": 2}, {"lr": 7e-4}).share
+        0.5
+    """
+
+    share: float
+    network: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    fewest: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must be above 0 and below 1, got {self.share!r}.")
+        if not self.network:
+            raise ValueError('network must have an argument of ScoreNet.unet, such as {"layers_per_block": 2}.')
+
+
+def enlarged(net: ScoreNet, changes: Mapping[str, Any], seed: int = 0) -> ScoreNet:
+    """A larger network that computes the same function as ``net``, which is not changed.
+
+    Args:
+        net: a U-Net.
+        changes: the arguments of ``ScoreNet.unet`` that change.
+        seed: the seed of the additional weights.
+
+    Raises:
+        ValueError: if the network cannot grow in this way.
+
+    Example:
+        >>> net = ScoreNet.unet(1, 8, widths=(8, 8), layers_per_block=1)
+        >>> enlarged(net, {"layers_per_block": 2}).config["layers_per_block"]
+        2
+    """
+    family, before = net.family, as_stored(net.config)
+    if family is None:
+        raise ValueError("a network with a backbone of your own cannot grow. Use ScoreNet.unet.")
+    config = {**before, **native(family.larger(before, changes))}
+    grows = family.growth(before, config)
+    wrong = [
+        f"{key} from {quote(before.get(key))} to {quote(config[key])}"
+        for key in config
+        if config[key] != before.get(key) and key not in grows
+    ]
+    if wrong or config == before:
+        raise ValueError(
+            f"the network cannot grow with {dict(changes)}: {'; '.join(wrong) or 'it is the same network'}. Every part "
+            "must stay as it is or become larger, pixel_channels up to 64."
+        )
+    keys = {key: value for key, value in architecture(config).items() if key != "family"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = family.build(keys, levels=len(net.schedule), precondition=net.precondition)
+    weights = family.grow(net.backbone, backbone)
+    dtype = next(net.parameters()).dtype
+    return ScoreNet.from_stored(Stored(config, weights, "the larger network")).to(dtype)

@@ -1,0 +1,110 @@
+"""The measured speed of a training, and the number of images of a run of given hours."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scorematch.core.arguments import argument
+from scorematch.core.precision import autocast
+from scorematch.data.images import Data
+from scorematch.data.pictures import to_float
+from scorematch.loss import dsm_loss
+from scorematch.score import ScoreNet
+from scorematch.training.checks import given_of
+from scorematch.training.growth import Stage, enlarged
+from scorematch.training.record import length_of
+from scorematch.training.settings import Settings, TrainSettings
+from scorematch.training.steps import loss_arguments
+
+_TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
+_FEWEST_STEPS = 100  # of a run of given hours
+
+
+def with_images(
+    folder: str | os.PathLike[str], net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any
+) -> TrainSettings:
+    """The settings with a number of images in place of ``hours``: that of the run in the folder, or what fits.
+
+    A stage of growth is left out if the hours are not enough for its fewest images.
+
+    Raises:
+        ValueError: if the hours are not enough for 100 steps.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    assert settings.hours is not None  # noqa: S101
+    before = length_of(Path(folder))
+    if before is None:
+        found = [_fitting(net, data, settings, accelerator)]
+        broadcast_object_list(found)  # of the first process
+        before = found[0]
+    images, later = before
+    growth = [replace(stage, fewest=0) for stage in settings.growth[:later]]
+    if images < _FEWEST_STEPS * settings.batch_size:
+        raise ValueError(
+            f"{argument('hours', settings.hours)} is enough for {images // settings.batch_size} steps of "
+            f"{settings.batch_size} images here, and a run needs at least {_FEWEST_STEPS}. Write more hours, or take a "
+            "smaller network, such as that of the recipe tiny."
+        )
+    return replace(settings, hours=None, images=images, growth=growth)
+
+
+def _fitting(net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any) -> tuple[int, int]:
+    """The number of images that fit into the hours, and the number of later stages."""
+    assert settings.hours is not None  # noqa: S101
+    seconds = [each / accelerator.num_processes for each in seconds_per_image(net, data, settings, accelerator)]
+    for later in range(len(settings.growth), -1, -1):
+        stages = settings.growth[:later]
+        images = int(settings.hours * 3600 / mean_seconds(seconds, stages))
+        if later == 0 or images >= stages[-1].fewest:
+            break
+    return images, later
+
+
+def mean_seconds(seconds: Sequence[float], stages: Sequence[Stage]) -> float:
+    """The mean of the seconds per image over the images of a run with these later stages."""
+    shares = [stage.share for stage in stages]
+    return sum(a * b for a, b in zip([1 - sum(shares), *shares], seconds, strict=False))
+
+
+def seconds_per_image(net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any) -> list[float]:
+    """The measured seconds of a step per image on one device with a batch of its own, in each stage.
+
+    The time is that of the forward and the backward pass; on a CPU it is measured on a part of the batch.
+    """
+    measured = []
+    for number, own in enumerate(settings.stages()):
+        net = enlarged(net, settings.growth[number - 1].network).to(accelerator.device) if number else net
+        measured.append(_seconds(net, data, own, accelerator))
+    return measured
+
+
+def _seconds(net: ScoreNet, data: Data, settings: Settings, accelerator: Any) -> float:
+    device, batch_size = accelerator.device, settings.batch_size // accelerator.num_processes
+    most = _TIMED_VALUES // math.prod(data.shape) if device.type == "cpu" else batch_size
+    n = max(1, min(most, settings.microbatch or batch_size, batch_size))
+    n = min(n, len(data))
+    images, condition = data.read(torch.arange(n, device="cpu"))
+    x = to_float(images).to(device)
+    arguments = loss_arguments(settings, x, given_of(net, condition, settings), seed=0)
+
+    def step() -> None:
+        with autocast(device, settings.precision):
+            loss = dsm_loss(net, x, generator=0, **arguments)
+        loss.backward()
+        last = next(parameter.grad for parameter in net.parameters() if parameter.grad is not None)
+        last.sum().item()  # waits for the device
+        net.zero_grad(set_to_none=True)
+
+    step()  # the first call prepares the kernels
+    begin = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin) / n
