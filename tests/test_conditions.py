@@ -295,3 +295,56 @@ def test_a_condition_without_names_is_refused():
 def test_bad_conditions_of_data_are_refused(condition, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         train(mlp(), (torch.randn(8, 2), condition), tmp_path / "run", images=8, batch_size=8, progress=False)
+
+
+class Encoder(torch.nn.Module):
+    """Features of a signal (N, 1, 8)."""
+
+    def __init__(self, features=3):
+        super().__init__()
+        self.linear_out = torch.nn.Linear(8, features)
+
+    def forward(self, signal):
+        return self.linear_out(torch.tanh(signal[:, 0]))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_encoder_of_the_condition_is_trained_and_stored_with_the_network(several, tmp_path):
+    torch.manual_seed(0)
+    classes = {"classes": 5, "null_class": True} if several else {}
+    options = {**SMALL, "condition_features": 3, "condition_encoder": Encoder(), **classes}
+    net = ScoreNet.unet(1, (8,), **options)
+    assert net.backbone.get_submodule(next(n for n, m in net.backbone.named_modules() if isinstance(m, Encoder)))
+    x, signals = torch.randn(32, 1, 8, generator=seed(0)), 100 * torch.randn(32, 1, 8, generator=seed(1))
+    condition = {"class": torch.arange(32) % 5, "features": signals} if several else signals
+    before = [parameter.clone() for parameter in options["condition_encoder"].parameters()]
+    training = {"images": 128, "batch_size": 32, "progress": False, "label_drop": 0.2}
+    train(net, (x, condition), tmp_path / "run", **training)
+    after = list(options["condition_encoder"].parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    net = perturbed(net)
+    given = {name: part[:4] for name, part in condition.items()} if several else condition[:4]
+    y = net(x[:4], 0.3, given)
+    assert not torch.allclose(y, net(x[:4], 0.3, {**given, "features": signals[4:8]} if several else signals[4:8]))
+    assert torch.allclose(net(x[:4], 0.3), net(x[:4], 0.3, {"features": signals[:4] * torch.nan}))
+    assert torch.allclose(classifier_free(net, 1.0)(x[:4], 0.3, given), y, atol=1e-5)
+    sampler = ODESampler(net, levels=3)
+    assert sampler.sample(condition=given, generator=0, progress=False).shape == (4, 1, 8)
+    net.save_pretrained(tmp_path / "net")
+    same = ScoreNet.from_pretrained(tmp_path / "net", condition_encoder=Encoder())
+    assert torch.allclose(same(x[:4], 0.3, given), y, atol=1e-5)
+    with pytest.raises(ValueError, match=r"whose code is not stored. In Python, pass .* as condition_encoder=."):
+        ScoreNet.from_pretrained(tmp_path / "net")
+    with pytest.raises(ValueError, match=r"condition_encoder must return features .4, 3., .* got shape .4, 2."):
+        ScoreNet.unet(1, (8,), **{**options, "condition_encoder": Encoder(2)})(x[:4], 0.3, given)
+    with pytest.raises(ValueError, match=r"float .N, ...., of finite values, got inf"):
+        net(x[:4], 0.3, {"features": signals[:4] + torch.tensor([torch.inf] + 7 * [0])})
+
+
+def test_an_encoder_needs_the_number_of_its_features():
+    for build in (lambda **options: ScoreNet.mlp(2, **options), lambda **options: ScoreNet.unet(1, 8, **options)):
+        with pytest.raises(ValueError, match="condition_encoder needs the number of its features"):
+            build(condition_encoder=Encoder())
+    ScoreNet.mlp(2, width=8)
+    with pytest.raises(ValueError, match=r"holds a network without an encoder .*: leave out condition_encoder="):
+        ScoreNet.from_pretrained("mnist", condition_encoder=Encoder())

@@ -206,22 +206,28 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
                 raise TypeError(f"data must be floating point, got {data.dtype}. Write data.float().")
             check_data(data, "data")
             data = ArrayData(to_array(data), condition, "data")
-        self.take_moments(*moments(data, progress=progress))
+        takes = self.conditioning
+        vectors = takes is None or not takes.encoder  # an encoder takes a condition in its own units
+        self.take_moments(*moments(data, vectors=vectors, progress=progress))
 
     def take_moments(self, found: Moments, of_condition: Moments | None = None) -> None:
         """Stores the moments of data and of their conditions, as ``fit_units`` does."""
-        embeddings = [module for module in self.backbone.modules() if isinstance(module, VectorEmbedding)]
         if of_condition is not None:
-            if not embeddings:
+            if self._vectors is None:
                 raise TypeError("this network takes no vector as its condition. Leave out condition.")
-            embeddings[0].mean.copy_(of_condition.mean)
-            embeddings[0].std.copy_(of_condition.std)
+            self._vectors.mean.copy_(of_condition.mean)
+            self._vectors.std.copy_(of_condition.std)
         expected, own, ends = 0.5 / self.preconditioning.units[0], self.schedule, self.value_range
         self.units = Units(tuple(found.mean.tolist()), tuple(found.std.tolist()))
         largest, smallest = (float(end) / expected for end in (found.std.max(), found.std.min()))
         self.schedule = NoiseSchedule.geometric(own.sigma_max * largest, own.sigma_min * smallest, len(own))
         if ends is not None and ends[0] <= float(found.low.min()) and float(found.high.max()) <= ends[1]:
             self._value_range = ends
+
+    @property
+    def _vectors(self) -> VectorEmbedding | None:
+        modules = self.backbone.modules()
+        return next((module for module in modules if isinstance(module, VectorEmbedding)), None)
 
     def take_units(self, config: Mapping[str, Any]) -> None:
         """Takes the units, with the range and the noise levels, of a configuration, if it has units."""
@@ -377,6 +383,7 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         backbone: nn.Module | None = None,
+        condition_encoder: nn.Module | None = None,
     ) -> ScoreNet:
         """Loads a trained network by its name, from a folder, or from a repository of the Hugging Face Hub.
 
@@ -395,6 +402,7 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
             local_files_only: whether to load from the cache only, without requests.
             backbone: for a saved network whose backbone is your own: a module of the same class, into which the weights
                 are loaded.
+            condition_encoder: the same for a network that was built with one.
 
         Returns:
             The network in eval mode, on the CPU, in float32 whatever the dtype of the stored weights.
@@ -404,7 +412,7 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
                 the Hub cannot be reached and the network is not in the cache.
             PermissionError: if the repository is gated and the token has no access.
             ValueError: if a file is damaged or has an unknown format, the weights do not fit the configuration, or
-                ``backbone`` is missing or not needed.
+                ``backbone`` or ``condition_encoder`` is missing or not needed.
             OSError: if the download fails for another reason.
 
         Example:
@@ -415,7 +423,7 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
             place = locate(
                 name_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
             )
-            return cls.from_stored(load(place), backbone)
+            return cls.from_stored(load(place), backbone, condition_encoder)
 
     @classmethod
     def from_checkpoint(
@@ -465,19 +473,22 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
         return cls.from_stored(read_objects(unet, scheduler))
 
     @classmethod
-    def from_stored(cls, stored: Stored, backbone: nn.Module | None = None) -> ScoreNet:
+    def from_stored(
+        cls, stored: Stored, backbone: nn.Module | None = None, condition_encoder: nn.Module | None = None
+    ) -> ScoreNet:
         """Builds the network of a checked configuration and its weights, which the readers of file formats return.
 
         Args:
             stored: the configuration and the weights. The weights are moved out of it into the network.
             backbone: for a backbone that is your own: a module of the same class, into which the weights are loaded.
+            condition_encoder: for a network with an encoder of its condition, in the same way.
 
         Returns:
             The network in eval mode, in float32, on the CPU; on the meta device if there are no weights.
         """
         config = stored.config
         net = cls(
-            build(stored, backbone),
+            build(stored, backbone, condition_encoder),
             NoiseSchedule.from_dict(config["schedule"]),
             precondition=config["precondition"],
             sample_shape=config["sample_shape"],
@@ -522,7 +533,8 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
             OSError: if the folder cannot be written; it is then as it was.
         """
         backbone = getattr(self.backbone, "_orig_mod", self.backbone)  # without torch.compile
-        save(folder, self.config, backbone.state_dict(), diffusers=diffusers)
+        encoder = None if self._vectors is None else self._vectors.encoder
+        save(folder, self.config, backbone.state_dict(), diffusers=diffusers, condition_encoder=encoder)
 
     def push_to_hub(
         self,

@@ -31,20 +31,27 @@ class Condition(NamedTuple):
         null_class: whether the network was also trained without a class or a vector. The additional class, whose index
             is ``classes``, or a vector of NaN then means "no condition", and is used if none is given.
         vector: the number of values of the vector; 0 for no vector.
+        encoder: whether the vector is computed in the network from a condition (N, ...) of any shape.
     """
 
     channels: int = 0
     classes: int | None = None
     null_class: bool = False
     vector: int = 0
+    encoder: bool = False
 
     def parts(self) -> dict[str, Condition]:
         """The parts of the condition by name, each as the condition of a network that takes it alone."""
         classes = None if self.classes is None else Condition(classes=self.classes, null_class=self.null_class)
-        vector = Condition(vector=self.vector, null_class=self.null_class) if self.vector else None
+        vector = self._replace(channels=0, classes=None) if self.vector else None
         image = Condition(channels=self.channels) if self.channels else None
         found = {"class": classes, "features": vector, "image": image}
         return {name: part for name, part in found.items() if part is not None}
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the backbone gets its condition as a dict: several parts, or one of any shape, maybe an image's."""
+        return self.encoder or len(self.parts()) > 1
 
 
 def map_parts(function: Callable[[Tensor], Tensor], condition: Any) -> Any:
@@ -82,7 +89,7 @@ def takes_image(net: object) -> bool:
 def with_image(image: Tensor, label: int | None, net: object) -> Any:
     """An image as the condition of a network, with a class if the network takes several conditions."""
     takes = attribute(net, "conditioning")
-    if takes is None or len(takes.parts()) < 2:
+    if takes is None or not takes.by_name:
         return image
     return {"image": image} if label is None else {"image": image, "class": label}
 
@@ -159,7 +166,7 @@ def as_condition(condition: Given, x: Tensor, takes: Condition | None) -> Tensor
             named = " and ".join(f'"{name}"' for name in parts)
             raise ValueError(f"the condition of this network is {named}, got {quote(name)}. Leave it out.")
     given = {name: _as_part(condition.get(name), x, name, takes) for name in parts}
-    return given if len(parts) > 1 else next(iter(given.values()))
+    return given if takes.by_name else next(iter(given.values()))
 
 
 def without(condition: Any, takes: Condition, dropped: Tensor | None = None) -> Any:
@@ -184,7 +191,9 @@ def _as_part(given: Any, x: Tensor, name: str, takes: Condition) -> Tensor:
     """A part of a condition as a tensor, checked."""
     several, takes = len(takes.parts()) > 1, takes.parts()[name]
     wanted = f"an image as its condition, float (N, {takes.channels}, H, W)"
-    if takes.vector:
+    if takes.encoder:
+        wanted = "a tensor for its encoder as its condition, float (N, ...)"
+    elif takes.vector:
         wanted = f"a vector as its condition, float (N, {takes.vector})"
     if takes.classes is not None:
         null = f", or {takes.classes} for none" if takes.null_class else ""
@@ -215,18 +224,24 @@ def _as_part(given: Any, x: Tensor, name: str, takes: Condition) -> Tensor:
 
 
 def _check_vectors(values: Tensor, wanted: str, takes: Condition) -> None:
-    if values.shape[1:] != (takes.vector,):
+    if not takes.encoder and values.shape[1:] != (takes.vector,):
         raise ValueError(f"this network takes {wanted}, got shape {tuple(values.shape)}.")
     # A vector of NaN is none.
-    wrong = first_where(values, lambda values: ~values.isfinite() & ~values.isnan().all(1, keepdim=True))
+    wrong = first_where(values, lambda values: ~values.isfinite() & ~_is_none(values))
     if wrong is not None:
         raise ValueError(f"this network takes {wanted}, of finite values, got {wrong}.")
 
 
+def _is_none(values: Tensor) -> Tensor:
+    """Whether all values of a sample are NaN, (N, 1, ...)."""
+    return values.isnan().flatten(1).all(1).view(-1, *[1] * (values.ndim - 1))
+
+
 def _null(takes: Condition, x: Tensor) -> Tensor:
-    """The condition that stands for none: the null class (N,), or vectors of NaN (N, K)."""
+    """The condition that stands for none: the null class (N,), vectors of NaN (N, K), or (N, 0) for an encoder."""
     if takes.vector:
-        return torch.full((len(x), takes.vector), torch.nan, dtype=x.dtype, device=x.device)
+        values = 0 if takes.encoder else takes.vector
+        return torch.full((len(x), values), torch.nan, dtype=x.dtype, device=x.device)
     return torch.full(x.shape[:1], takes.classes or 0, dtype=torch.int64, device=x.device)
 
 

@@ -4,7 +4,8 @@ It accepts
 
 - an array or a tensor (N, C, ...) or (N, D), floating point, of any range; alone, as a pair (x, condition), or in a
   mapping with the names "x" and "condition". A condition is a vector for each sample, float (N, K), or a class, (N,),
-  or a dict of both, {"class": ..., "features": ...}; a mapping may have both as "condition" and "label";
+  or a dict of both, {"class": ..., "features": ...}; a mapping may have both as "condition" and "label". For a network
+  with an encoder of its condition, float (N, ...) of any shape;
 - the file of such an array, ``.npy``; a file with several, ``.npz``; an HDF5 file (extra ``arrays``), which may be
   that of netCDF4; or a folder of zarr (extra ``arrays``). The values of ``.npy``, of uncompressed ``.npz``, HDF5 and
   zarr stay on the disk, and are read batch by batch; conditions are read at once;
@@ -16,6 +17,7 @@ Values are read as float32 in the units that they have.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -91,7 +93,7 @@ class ArrayData:
         if not np.issubdtype(values.dtype, np.floating):
             numbers, self.classes = class_numbers(values, self._n, self.name)
             return torch.from_numpy(numbers)
-        if values.ndim != 2 or len(values) != self._n or values.shape[1] == 0:
+        if values.ndim < 2 or len(values) != self._n or 0 in values.shape:
             hint = " Write condition[:, None] for one number for each sample." if values.shape == (self._n,) else ""
             raise ValueError(
                 f"the condition of {self.name} must be a vector for each of {self._n:,} samples, ({self._n}, K), got "
@@ -99,7 +101,7 @@ class ArrayData:
             )
         vectors = torch.from_numpy(np.array(values, np.float32))
         check_finite(vectors, f"the condition of {self.name}")
-        self.features = values.shape[1]
+        self.features = math.prod(values.shape[1:])
         return vectors
 
     def __len__(self) -> int:
@@ -140,7 +142,7 @@ class _ItemData(ArrayData):
         x, condition = self.read([0])
         self.shape, self.classes = tuple(x.shape[1:]), None
         vectors = condition.get("features") if isinstance(condition, dict) else condition
-        self.features = 0 if vectors is None or vectors.ndim == 1 else vectors.shape[1]
+        self.features = 0 if vectors is None or vectors.ndim == 1 else math.prod(vectors.shape[1:])
         self.fingerprint = hash_of([type(dataset).__name__, self._n, self.shape, self.features])
 
     def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | Parts | None]:

@@ -66,12 +66,15 @@ class _Sum:
         return Moments(self.mean, (self.squares / (self.n - 1)).sqrt(), self.low, self.high)
 
 
-def moments(data: Data, *, name: str = "data", progress: bool = False) -> tuple[Moments, Moments | None]:
+def moments(
+    data: Data, *, name: str = "data", vectors: bool = True, progress: bool = False
+) -> tuple[Moments, Moments | None]:
     """Measures data, and the vectors that are their conditions.
 
     Args:
         data: the data, floating point.
         name: the name of the data in messages.
+        vectors: whether to measure the vectors too.
         progress: whether to show a progress bar.
 
     Returns:
@@ -85,7 +88,7 @@ def moments(data: Data, *, name: str = "data", progress: bool = False) -> tuple[
     for first in tqdm(range(0, len(data), step), "measuring", unit="batch", leave=False, disable=not progress, delay=2):
         x, condition = data.read(torch.arange(first, min(first + step, len(data)), device="cpu"))
         found.add(x)
-        vectors = condition.get("features") if isinstance(condition, dict) else condition
-        if vectors is not None and vectors.is_floating_point():
-            of_condition.add(vectors)
+        given = condition.get("features") if isinstance(condition, dict) else condition
+        if vectors and given is not None and given.is_floating_point():
+            of_condition.add(given)
     return found.moments(), of_condition.moments() if of_condition.n else None

@@ -360,20 +360,31 @@ class VectorEmbedding(nn.Module):
     """The embedding of a vector (N, K) as the condition, (N, width); a vector with NaN stands for no condition.
 
     The values are standardized with ``mean`` and ``std`` (``ScoreNet.fit_units``), which are stored with the weights.
+    With an ``encoder`` they are its features (N, K) of a condition (N, ...) of any shape; (N, 0) is no condition.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, values: int, width: int) -> None:
+    def __init__(self, values: int, width: int, encoder: nn.Module | None = None) -> None:
         super().__init__()
+        self.encoder = encoder
         self.register_buffer("mean", torch.zeros(values))
         self.register_buffer("std", torch.ones(values))
         self.embedding = Embedding(values, width)
         self.null = nn.Parameter(torch.zeros(width))
 
     def forward(self, vector: Tensor) -> Tensor:  # noqa: D102
-        missing = vector.isnan().any(1, keepdim=True)
+        if vector.shape[1] == 0:
+            return self.null.expand(len(vector), -1)
+        missing = vector.flatten(1).isnan().any(1, keepdim=True)
+        if self.encoder is not None:
+            vector = self.encoder(torch.where(missing.view(-1, *[1] * (vector.ndim - 1)), 0, vector))
+            if vector.shape != (len(missing), len(self.mean)):
+                raise ValueError(
+                    f"condition_encoder must return features {(len(missing), len(self.mean))}, of condition_features "
+                    f"values, got shape {tuple(vector.shape)}."
+                )
         embedded = self.embedding((torch.where(missing, self.mean, vector) - self.mean) / self.std)
         return torch.where(missing, self.null, embedded)
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
 from scorematch.core.arguments import check_choice, check_sizes
 from scorematch.nets import FAMILIES
 from scorematch.nets.ncsnpp import Pyramid, TimeEmbedding
@@ -113,6 +115,7 @@ class Builders:
         pixel_layers: int = 1,
         padding: Padding | Sequence[Padding] = "zeros",
         condition_features: int = 0,
+        condition_encoder: nn.Module | None = None,
         schedule: NoiseSchedule | None = None,
         precondition: str = "karras",
         precondition_options: Mapping[str, float] | None = None,
@@ -148,6 +151,9 @@ class Builders:
             condition_features: K, the number of values of a vector as the condition, float (N, K); 0 for none. A vector
                 of NaN stands for no condition, and is used if none is given. The condition of a network that takes
                 several is a dict with the names "class", "features" and "image".
+            condition_encoder: a module of your own that maps a condition (N, ...), of any shape and in its own units,
+                to ``condition_features`` features (N, K). It is trained with the network. A saved folder has its
+                weights; pass the module again to ``from_pretrained``.
             schedule: the noise levels; None is NCSNv2's schedule for CIFAR-10, 232 levels from 50 to 0.01.
             precondition: a row of the table in ``scorematch.nets.precondition``; "karras" is the best one to train
                 with.
@@ -174,6 +180,7 @@ class Builders:
             "pixel_layers": pixel_layers,
             "padding": padding,
             "condition_features": condition_features,
+            "condition_encoder": condition_encoder,
         }
         return cls._build("unet", image_size, schedule, precondition, given, precondition_options)
 
@@ -269,6 +276,7 @@ class Builders:
         width: int = 256,
         depth: int = 4,
         condition_features: int = 0,
+        condition_encoder: nn.Module | None = None,
         classes: int | None = None,
         null_class: bool = False,
         dropout: float = 0.0,
@@ -287,6 +295,9 @@ class Builders:
             condition_features: K, the number of values of a vector as the condition, float (N, K); 0 for none. A vector
                 of NaN stands for no condition, and is used if none is given. The condition of a network that takes
                 several is a dict with the names "class", "features" and "image".
+            condition_encoder: a module of your own that maps a condition (N, ...), of any shape and in its own units,
+                to ``condition_features`` features (N, K). It is trained with the network. A saved folder has its
+                weights; pass the module again to ``from_pretrained``.
             classes: the number of classes of a class-conditional network; None for none.
             null_class: whether there is one more class, with the index ``classes``, for samples without a class.
             dropout: the dropout probability in the blocks.
@@ -309,6 +320,7 @@ class Builders:
             "width": width,
             "depth": depth,
             "condition_features": condition_features,
+            "condition_encoder": condition_encoder,
             "classes": classes,
             "null_class": null_class,
             "dropout": dropout,

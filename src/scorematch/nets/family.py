@@ -75,7 +75,9 @@ class Family(ABC, Generic[Network]):
             if not self.keys[key].fits(value):
                 name, wanted = self.arguments.get(key, key), str(self.keys[key]).replace(" or null", " or None")
                 raise ValueError(f"ScoreNet.{self.name}: {name} must be {wanted}, got {value!r}.")
-        backbone = self.build(architecture, levels=levels, precondition=precondition)
+        encoder = given.get("condition_encoder")
+        own = {} if encoder is None else {"condition_encoder": encoder}
+        backbone = self.build({**architecture, **own}, levels=levels, precondition=precondition)
         check_size(backbone, size)
         self.initialize(backbone)
         return backbone, architecture
@@ -191,6 +193,14 @@ class Family(ABC, Generic[Network]):
             A function that sets the noise level of the copy, c_noise, () or (N,) float32. When the copy is called, it
             uses this level and ignores the c_noise in its arguments.
         """
+
+
+def check_encoder(given: bool, features: int) -> None:
+    """Raises ValueError if there is an encoder of the condition without the number of its features."""
+    if given and not features:
+        raise ValueError(
+            "condition_encoder needs the number of its features (N, K): pass condition_features=K, or leave it out."
+        )
 
 
 def check_size(backbone: nn.Module, size: Sequence[int]) -> None:

@@ -26,7 +26,7 @@ from scorematch.nets.blocks import (
     VectorEmbedding,
     fix_projections,
 )
-from scorematch.nets.family import Family
+from scorematch.nets.family import Family, check_encoder
 from scorematch.nets.layers import GroupNorm
 from scorematch.nets.reconditioning import is_reconditioned, reconditioned, reconditioned_config
 from scorematch.nets.space import Convolution, Space, from_patches, to_patches
@@ -49,6 +49,7 @@ class ImageNetwork(nn.Module):
         null_class: whether there is one more class, with the index ``classes``, for samples without a class.
         center: whether to map the input from [0, 1] to [-1, 1].
         vector: the number of values of a vector as the condition; 0 for none.
+        encoder: whether an encoder computes the vector.
         space: the axes of the data.
 
     Raises:
@@ -76,14 +77,17 @@ class ImageNetwork(nn.Module):
         null_class: bool,
         center: bool,
         vector: int = 0,
+        encoder: bool = False,
         space: Space = Space(),  # noqa: B008  (immutable)
     ) -> None:
         super().__init__()
         if null_class and classes is None:
             raise ValueError("null_class=True needs classes: pass the number of classes, or leave out null_class.")
+        check_encoder(encoder, vector)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.patch, self.divisor, self.space = patch, patch * 2 ** (scales - 1), space
-        self.classes, self.null_class, self.center, self.vector = classes, null_class, center, vector
+        self.classes, self.null_class, self.center = classes, null_class, center
+        self.vector, self.encoder = vector, encoder
 
     def initialize(self) -> None:
         """Initializes the weights of a network to be trained."""
@@ -190,7 +194,7 @@ class ImageNetwork(nn.Module):
                 f"{tuple(image.shape)}."
             )
         vectors, classes = others.get("features"), others.get("class")
-        if self.vector and (vectors is None or vectors.shape != (len(x), self.vector)):
+        if self.vector and not self.encoder and (vectors is None or vectors.shape != (len(x), self.vector)):
             given = "none" if vectors is None else f"shape {tuple(vectors.shape)}"
             raise ValueError(f"the condition must be a vector for each image, {(len(x), self.vector)}, got {given}.")
         if (classes is None) != (self.classes is None):
@@ -259,7 +263,7 @@ class ImageFamily(Family[Images]):
         null = backbone.null_class
         if backbone.classes is None:
             null = any(isinstance(module, VectorEmbedding) for module in backbone.children())
-        return Condition(image, backbone.classes, null, backbone.vector)
+        return Condition(image, backbone.classes, null, backbone.vector, backbone.encoder)
 
     def skip_convolutions(self, backbone: Images) -> list[list[str]]:
         """The names of the convolutions of the pyramids, on the way down and on the way up."""

@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from scorematch.core.conditions import Condition, Parts
 from scorematch.core.schema import Field
 from scorematch.nets.blocks import Constant, Embedding, Positional, VectorEmbedding
-from scorematch.nets.family import Family, structure
+from scorematch.nets.family import Family, check_encoder, structure
 
 _FEATURES, _FASTEST = 64, 20.0  # sines and cosines of c_noise, which is of order one, and their highest frequency
 
@@ -53,6 +53,7 @@ class MLP(nn.Module):
         classes: the number of classes of a class-conditional network, or None.
         null_class: whether there is one more class, for samples without a class.
         condition_features: K, the number of values of a vector as the condition, alone or beside the class; 0 for none.
+        condition_encoder: a module that computes the vector from a condition (N, ...) of any shape; None for none.
         dropout: the dropout probability in the blocks.
     """
 
@@ -65,16 +66,19 @@ class MLP(nn.Module):
         classes: int | None = None,
         null_class: bool = False,
         condition_features: int = 0,
+        condition_encoder: nn.Module | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if null_class and classes is None:
             raise ValueError("null_class=True needs classes: pass the number of classes, or leave out null_class.")
+        check_encoder(condition_encoder is not None, condition_features)
+        self.encoder = condition_encoder is not None
         self.features, self.classes, self.null_class, self.vector = features, classes, null_class, condition_features
         self.time_proj: nn.Module = Positional(_FEATURES, cosines_first=True, freq_shift=0, factor=_FASTEST)
         self.time_embedding: nn.Module = Embedding(_FEATURES, width)
         table = None if classes is None else nn.Embedding(classes + null_class, width)
-        vectors = VectorEmbedding(condition_features, width) if condition_features else None
+        vectors = VectorEmbedding(condition_features, width, condition_encoder) if condition_features else None
         self.condition_embedding: nn.Module | None = vectors if table is None else table
         self.vector_embedding: nn.Module | None = None if table is None else vectors
         self.linear_in = nn.Linear(features, width)
@@ -97,7 +101,7 @@ class MLP(nn.Module):
         if isinstance(condition, Tensor):
             parts = {"features" if self.vector else "class": condition}
         vectors, classes = parts.get("features"), parts.get("class")
-        if self.vector and (vectors is None or vectors.shape != (len(x), self.vector)):
+        if self.vector and not self.encoder and (vectors is None or vectors.shape != (len(x), self.vector)):
             given = "none" if vectors is None else f"shape {tuple(vectors.shape)}"
             raise ValueError(f"the condition must be a vector for each sample, {(len(x), self.vector)}, got {given}.")
         embedding = self.time_embedding(self.time_proj(c_noise).to(x.dtype))
@@ -126,19 +130,25 @@ class _MLPFamily(Family[MLP]):
         "classes": Field(int, optional=True, low=1, high=10_000_000),
         "null_class": Field(bool),
         "condition_features": Field(int, low=0, high=1_000_000),
+        "condition_encoder": Field(bool),
         "dropout": Field(float, low=0, high=1),
     }
+
+    def design(self, given: Mapping[str, Any], size: tuple[int, ...], precondition: str) -> dict[str, Any]:
+        """The arguments, of which a configuration says whether there is an encoder."""
+        others = {key: value for key, value in given.items() if key != "condition_encoder"}
+        return others if given["condition_encoder"] is None else {**others, "condition_encoder": True}
 
     @torch.no_grad()
     def initialize(self, backbone: MLP) -> None:
         """Each block starts as the identity, and the output as zero."""
         for name, parameter in backbone.named_parameters():
-            if ("linear_2." in name and "embedding" not in name) or "linear_out." in name:
+            if "embedding" not in name and ("linear_2." in name or "linear_out." in name):
                 nn.init.zeros_(parameter)
 
     def condition(self, backbone: MLP, *, predicts_variance: bool) -> Condition:
         null = backbone.vector > 0 if backbone.classes is None else backbone.null_class
-        return Condition(0, backbone.classes, null, backbone.vector)
+        return Condition(0, backbone.classes, null, backbone.vector, backbone.encoder)
 
     def width(self, backbone: MLP) -> int:
         return backbone.linear_in.out_features

@@ -62,7 +62,17 @@ from scorematch.nets.image_network import ImageFamily, ImageNetwork, cropped, is
 from scorematch.nets.layers import GroupNorm
 from scorematch.nets.precondition import ROWS
 from scorematch.nets.space import PADDINGS, Space
-from scorematch.nets.unet_blocks import DOWN_BLOCKS, UP_BLOCKS, Layout, block_types, down_block, up_block
+from scorematch.nets.unet_blocks import (
+    DOWN_BLOCKS,
+    UP_BLOCKS,
+    Layout,
+    block_types,
+    check_blocks,
+    down_block,
+    head_widths_of,
+    layers_of,
+    up_block,
+)
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -71,18 +81,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
 }
-
-
-def _layers(layers: int | Sequence[int], widths: Sequence[int]) -> list[int]:
-    """The number of residual blocks at each scale, from one number for all scales or one per scale."""
-    layers = native(layers)  # integers of NumPy too
-    if isinstance(layers, int):
-        return [layers] * len(widths)
-    if len(layers) != len(widths):
-        raise ValueError(
-            f"layers_per_block must be an integer or have one entry per scale, {len(widths)}, got {len(layers)}."
-        )
-    return list(layers)
 
 
 class UNet(ImageNetwork):
@@ -143,6 +141,7 @@ class UNet(ImageNetwork):
             none.
         pixel_layers: the number of blocks at full resolution on the way down, and the number on the way up.
         condition_features: K, the number of values of a vector as the condition, float (N, K); 0 for none.
+        condition_encoder: a module that computes the vector from a condition (N, ...) of any shape; None for none.
         dimensions: the number of axes of the data: 1 for signals, 2 for images, 3 for volumes. The names of the blocks
             remain those of diffusers, with 2D.
         padding: what lies beyond the ends of the axes, "zeros", "circular" or "reflect", or a list with one of these
@@ -187,6 +186,7 @@ class UNet(ImageNetwork):
         pixel_channels: int = 0,
         pixel_layers: int = 1,
         condition_features: int = 0,
+        condition_encoder: nn.Module | None = None,
         dimensions: int = 2,
         padding: str | Sequence[str] = "zeros",
     ) -> None:
@@ -201,21 +201,22 @@ class UNet(ImageNetwork):
             classes=num_class_embeds if class_embed_type is None else None,
             null_class=null_class,
             center=center_input_sample,
+            encoder=condition_encoder is not None,
             vector=condition_features or {None: 0, "timestep": 1, "identity": embedding}[class_embed_type],
             space=space,
         )
-        _check_blocks(widths, down_block_types, up_block_types, patch, pixel_channels, pixel_layers, space)
+        check_blocks(widths, down_block_types, up_block_types, patch, pixel_channels, pixel_layers, space)
         check_choice("time_embedding_type", time_embedding_type, ("positional", "fourier"))
         check_choice("resnet_time_scale_shift", resnet_time_scale_shift, ("default", "scale_shift"))
         check_choice("downsample_type", downsample_type, ("conv", "resnet"))
         check_choice("upsample_type", upsample_type, ("conv", "resnet"))
         check_choice("act_fn", act_fn, _ACTIVATIONS)
-        layers = _layers(layers_per_block, widths)
+        layers = layers_of(layers_per_block, widths)
         self.activation = _ACTIVATIONS[act_fn]
-        head_widths = _head_widths("attention_heads", attention_heads, widths, attention_head_dim)
+        head_widths = head_widths_of("attention_heads", attention_heads, widths, attention_head_dim)
         head_widths_up = head_widths
         if attention_heads_up is not None:
-            head_widths_up = _head_widths("attention_heads_up", attention_heads_up, widths, None)
+            head_widths_up = head_widths_of("attention_heads_up", attention_heads_up, widths, None)
         scale_shift = resnet_time_scale_shift == "scale_shift"
         style = Style(embedding, norm_eps, dropout, self.activation, scale_shift, norm_num_groups, space=space)
         resampling = downsample_type == "resnet", upsample_type == "resnet"
@@ -249,7 +250,7 @@ class UNet(ImageNetwork):
                 raise ValueError(
                     "class_embed_type and condition_features cannot both be given: a network takes one vector."
                 )
-            vectors = VectorEmbedding(condition_features, embedding)
+            vectors = VectorEmbedding(condition_features, embedding, condition_encoder)
             if self.class_embedding is None:
                 self.class_embedding = vectors
             else:
@@ -334,51 +335,8 @@ class UNet(ImageNetwork):
                 nn.init.zeros_(parameter)
 
 
-def _check_blocks(
-    widths: Sequence[int],
-    down_block_types: Sequence[str],
-    up_block_types: Sequence[str],
-    patch: int,
-    pixel_channels: int,
-    pixel_layers: int,
-    space: Space,
-) -> None:
-    """Raises ValueError if there is not one block of a known type per scale, or patches do not fit the blocks."""
-    if not len(widths) == len(down_block_types) == len(up_block_types) > 0:
-        raise ValueError(
-            f"block_out_channels, down_block_types and up_block_types must have one entry per scale, got "
-            f"{len(widths)}, {len(down_block_types)} and {len(up_block_types)}."
-        )
-    for down, up in zip(down_block_types, up_block_types, strict=True):
-        check_choice("down block", down, DOWN_BLOCKS)
-        check_choice("up block", up, UP_BLOCKS)
-    kinds = [DOWN_BLOCKS[name] for name in down_block_types] + [UP_BLOCKS[name] for name in up_block_types]
-    if patch > 1 and any(kind.skip for kind in kinds):
-        raise ValueError(f"patch must be 1 for blocks with Skip in their names, got {patch}.")
-    if space != Space() and any(kind.skip for kind in kinds):
-        raise ValueError(f"blocks with Skip in their names are for images with zeros around them, got {space}.")
-    if pixel_channels and (patch == 1 or pixel_channels % (4 if pixel_channels <= 64 else 32)):
-        raise ValueError(
-            "pixel_channels must be a multiple of 4 up to 64, a multiple of 32 above, and 0 for patch=1, got "
-            f"{pixel_channels} with patch={patch}."
-        )
-    if pixel_layers > 1 and not pixel_channels:
-        raise ValueError(f"pixel_layers must be 1 without pixel_channels, got {pixel_layers}. Pass pixel_channels.")
-
-
 def _pixel_blocks(width: int, count: int, style: Style) -> nn.ModuleList:
     return nn.ModuleList(ResidualBlock(width, width, style) for _ in range(count))
-
-
-def _head_widths(key: str, heads: Sequence[int] | None, widths: Sequence[int], head_width: int | None) -> list[int]:
-    """The width of an attention head at each scale, from the numbers of heads or from one width for all scales."""
-    if heads is None:
-        return [width if head_width is None else head_width for width in widths]
-    if len(heads) != len(widths) or any(width % count for width, count in zip(widths, heads, strict=True)):
-        raise ValueError(
-            f"{key} must have one entry per scale that divides the width of the scale, {widths}, got {list(heads)}."
-        )
-    return [width // count for width, count in zip(widths, heads, strict=True)]
 
 
 # -- The family -------------------------------------------------------------------------------------------------------
@@ -396,6 +354,7 @@ OWN_KEYS: Mapping[str, Any] = {
     "pixel_channels": 0,
     "pixel_layers": 1,
     "condition_features": 0,
+    "condition_encoder": False,
     "dimensions": 2,
     "padding": "zeros",
 }
@@ -457,6 +416,7 @@ class _UNetFamily(ImageFamily[UNet]):
         "pixel_channels": Field(int, low=0, high=65_536),
         "pixel_layers": Field(int, low=1, high=64),
         "condition_features": Field(int, low=0, high=1_000_000),
+        "condition_encoder": Field(bool),
         "dimensions": Field(int, low=1, high=3),
         "padding": Field(str, choices=PADDINGS, or_list=True),
     }
@@ -489,6 +449,8 @@ class _UNetFamily(ImageFamily[UNet]):
             architecture["dimensions"] = len(size)
         if given["condition_features"]:
             architecture["condition_features"] = given["condition_features"]
+        if given["condition_encoder"] is not None:
+            architecture["condition_encoder"] = True
         if given["padding"] != "zeros":
             architecture["padding"] = native(given["padding"])
         return architecture
@@ -523,7 +485,9 @@ class _UNetFamily(ImageFamily[UNet]):
         resampling = (large.get("downsample_type"), large.get("upsample_type"))
         if any("Skip" in kind for kind in kinds) or "resnet" in resampling:
             return keys  # additional layers of these networks cannot be the identity
-        before, now = (_layers(each.get("layers_per_block", 2), each["block_out_channels"]) for each in (small, large))
+        before, now = (
+            layers_of(each.get("layers_per_block", 2), each["block_out_channels"]) for each in (small, large)
+        )
         if before != now and len(before) == len(now) and all(new >= old for old, new in zip(before, now, strict=True)):
             keys.add("layers_per_block")
         for key in blocks:

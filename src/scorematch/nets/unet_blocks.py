@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scorematch.core.arguments import check_choice
+from scorematch.core.json_files import native
 from scorematch.nets.blocks import SQRT2, DownBlock, ResidualBlock, Style, UpBlock, fir_up, quarter_groups
 from scorematch.nets.layers import GroupNorm
 from scorematch.nets.ncsnpp import PyramidDownBlock, Pyramids
@@ -148,3 +150,61 @@ class _Upsample(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(nearest_up(x))
+
+
+# -- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def layers_of(layers: int | Sequence[int], widths: Sequence[int]) -> list[int]:
+    """The number of residual blocks at each scale, from one number for all scales or one per scale."""
+    layers = native(layers)  # integers of NumPy too
+    if isinstance(layers, int):
+        return [layers] * len(widths)
+    if len(layers) != len(widths):
+        raise ValueError(
+            f"layers_per_block must be an integer or have one entry per scale, {len(widths)}, got {len(layers)}."
+        )
+    return list(layers)
+
+
+def check_blocks(
+    widths: Sequence[int],
+    down_block_types: Sequence[str],
+    up_block_types: Sequence[str],
+    patch: int,
+    pixel_channels: int,
+    pixel_layers: int,
+    space: Space,
+) -> None:
+    """Raises ValueError if there is not one block of a known type per scale, or patches do not fit the blocks."""
+    if not len(widths) == len(down_block_types) == len(up_block_types) > 0:
+        raise ValueError(
+            f"block_out_channels, down_block_types and up_block_types must have one entry per scale, got "
+            f"{len(widths)}, {len(down_block_types)} and {len(up_block_types)}."
+        )
+    for down, up in zip(down_block_types, up_block_types, strict=True):
+        check_choice("down block", down, DOWN_BLOCKS)
+        check_choice("up block", up, UP_BLOCKS)
+    kinds = [DOWN_BLOCKS[name] for name in down_block_types] + [UP_BLOCKS[name] for name in up_block_types]
+    if patch > 1 and any(kind.skip for kind in kinds):
+        raise ValueError(f"patch must be 1 for blocks with Skip in their names, got {patch}.")
+    if space != Space() and any(kind.skip for kind in kinds):
+        raise ValueError(f"blocks with Skip in their names are for images with zeros around them, got {space}.")
+    if pixel_channels and (patch == 1 or pixel_channels % (4 if pixel_channels <= 64 else 32)):
+        raise ValueError(
+            "pixel_channels must be a multiple of 4 up to 64, a multiple of 32 above, and 0 for patch=1, got "
+            f"{pixel_channels} with patch={patch}."
+        )
+    if pixel_layers > 1 and not pixel_channels:
+        raise ValueError(f"pixel_layers must be 1 without pixel_channels, got {pixel_layers}. Pass pixel_channels.")
+
+
+def head_widths_of(key: str, heads: Sequence[int] | None, widths: Sequence[int], head_width: int | None) -> list[int]:
+    """The width of an attention head at each scale, from the numbers of heads or from one width for all scales."""
+    if heads is None:
+        return [width if head_width is None else head_width for width in widths]
+    if len(heads) != len(widths) or any(width % count for width, count in zip(widths, heads, strict=True)):
+        raise ValueError(
+            f"{key} must have one entry per scale that divides the width of the scale, {widths}, got {list(heads)}."
+        )
+    return [width // count for width, count in zip(widths, heads, strict=True)]

@@ -93,7 +93,7 @@ class _SkipNormal(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
+def build(stored: Stored, backbone: nn.Module | None = None, condition_encoder: nn.Module | None = None) -> nn.Module:
     """Builds the backbone of a stored network on the CPU, with its weights; on the meta device without them.
 
     The backbone is first built on the meta device: no weights are initialized, no random numbers are drawn, and no
@@ -102,6 +102,7 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
     Args:
         stored: the network.
         backbone: for a network of the user's own class, an instance of this class, into which the weights are loaded.
+        condition_encoder: for a network with an encoder of its condition, an instance of its class, in the same way.
 
     Returns:
         The backbone; ``backbone`` itself if it was given.
@@ -125,6 +126,15 @@ def build(stored: Stored, backbone: nn.Module | None = None) -> nn.Module:
     else:
         values = architecture(stored.config)
         del values["family"]
+        if bool(values.get("condition_encoder")) != (condition_encoder is not None):
+            raise ValueError(
+                f"{stored.source} holds a network with an encoder of its condition, whose code is not stored. In "
+                "Python, pass an instance of its class as condition_encoder=."
+                if condition_encoder is None
+                else f"{stored.source} holds a network without an encoder of its condition: leave out "
+                "condition_encoder=."
+            )
+        values |= {} if condition_encoder is None else {"condition_encoder": condition_encoder}
         where = Path(stored.source, CONFIG_FILE) if Path(stored.source).is_dir() else stored.source
         try:
             with torch.device("meta"), _SkipNormal():

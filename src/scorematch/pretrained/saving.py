@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from scorematch.core.files import new_files
 from scorematch.nets import FAMILIES
@@ -47,6 +47,7 @@ def save(
     state_dict: Mapping[str, Tensor],
     *,
     diffusers: bool = False,
+    condition_encoder: nn.Module | None = None,
 ) -> None:
     """Saves a network to a folder.
 
@@ -60,6 +61,7 @@ def save(
         config: the configuration, with the keys of ``ScoreNet.config``.
         state_dict: the weights of the backbone by name.
         diffusers: whether to refuse networks that no pipeline of diffusers can run.
+        condition_encoder: the encoder of the condition of the network, if it has one, which is not changed.
 
     Raises:
         TypeError, ValueError: if the configuration is invalid and could not be loaded.
@@ -79,7 +81,7 @@ def save(
             f"{folder} is the folder of a training run, whose network is in network/. Save into another folder."
         )
     texts, weights_file = _layout(config, diffusers)
-    _check_names(config, state_dict)
+    _check_names(config, state_dict, condition_encoder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with new_files(folder, _network_files) as new:
@@ -93,7 +95,7 @@ def save(
         raise (OSError(message) if number is None else OSError(number, message)) from error
 
 
-def _check_names(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> None:
+def _check_names(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], encoder: nn.Module | None) -> None:
     """Checks that a network could be loaded; wrappers and parametrizations change the names of the weights."""
     other = next((name for name, value in state_dict.items() if not isinstance(value, Tensor)), None)
     if other is not None:
@@ -103,7 +105,7 @@ def _check_names(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) ->
         )
     if config["family"] not in FAMILIES:
         return
-    expected = build(Stored(dict(config), {}, Path(), has_weights=False)).state_dict()
+    expected = build(Stored(dict(config), {}, Path(), has_weights=False), None, encoder).state_dict()
     wrong = expected.keys() ^ state_dict.keys()
     wrong |= {name for name in expected.keys() - wrong if expected[name].shape != state_dict[name].shape}
     if wrong:

@@ -105,7 +105,7 @@ def given_of(net: ScoreNet, condition: Tensor | Parts | None, settings: Settings
         parts = {name: condition[name] for name in wanted.parts() if name in condition}
     else:
         parts = {"features" if condition.is_floating_point() else "class": condition}
-    return parts if len(takes.parts()) > 1 else next(iter(parts.values()), None)
+    return parts if takes.by_name else next(iter(parts.values()), None)
 
 
 def check_condition(condition: Tensor | Parts | None, takes: Condition) -> None:
@@ -115,7 +115,8 @@ def check_condition(condition: Tensor | Parts | None, takes: Condition) -> None:
             check_condition(condition.get(name), part)
         return
     if takes.vector:
-        if condition is None or not condition.is_floating_point() or condition.shape[1:] != (takes.vector,):
+        fits = condition is not None and (takes.encoder or condition.shape[1:] == (takes.vector,))
+        if condition is None or not condition.is_floating_point() or not fits:
             found = "none" if condition is None else f"{condition.dtype} of shape {tuple(condition.shape[1:])} for each"
             raise ValueError(
                 f"the network takes a vector of {takes.vector} values as the condition of each sample, got {found}. "

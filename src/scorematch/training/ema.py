@@ -133,7 +133,12 @@ def name_of(length: float) -> str:
 
 
 def reconstruct(
-    run: str | os.PathLike[str], length: float, *, images: int | None = None, backbone: nn.Module | None = None
+    run: str | os.PathLike[str],
+    length: float,
+    *,
+    images: int | None = None,
+    backbone: nn.Module | None = None,
+    condition_encoder: nn.Module | None = None,
 ) -> ScoreNet:
     """Reconstructs the averaged network of any length from the snapshots of a run.
 
@@ -144,6 +149,7 @@ def reconstruct(
         images: the number of images seen at which the average ends; None is that of the last snapshot.
         backbone: for a network with a backbone of your own: a module of the same class, into which the weights are
             loaded.
+        condition_encoder: the same for a network that was built with one.
 
     Returns:
         The network in eval mode, on the CPU, in float32.
@@ -179,7 +185,7 @@ def reconstruct(
             "snapshots more often.",
             stacklevel=2,
         )
-    net = ScoreNet.from_pretrained(used[-1][2], backbone=backbone)
+    net = ScoreNet.from_pretrained(used[-1][2], backbone=backbone, condition_encoder=condition_encoder)
     sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in net.backbone.state_dict().items()}
     for share, (_, _, path) in zip(shares, used, strict=True):
         for name, tensor in load(locate(path)).weights.items():

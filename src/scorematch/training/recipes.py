@@ -223,11 +223,11 @@ def _flop(net: ScoreNet, *, backward: bool) -> int:
     inputs: list[Any] = [torch.empty(1, *net.sample_shape, device="meta"), torch.empty(1, device="meta")]
     parts = {
         "class": torch.empty(1, dtype=torch.int64, device="meta"),
-        "features": torch.empty(1, takes.vector, device="meta"),
+        "features": torch.empty(1, 0 if takes.encoder else takes.vector, device="meta"),
         "image": torch.empty(1, takes.channels, *net.sample_shape[1:], device="meta"),
     }
     given: Any = {name: parts[name] for name in takes.parts()}
-    inputs += [given if len(given) > 1 else part for part in list(given.values())[:1]]
+    inputs += [given if takes.by_name else part for part in list(given.values())[:1]]
     with FlopCounterMode(display=False) as counter:
         output = functional_call(net.backbone, weights, tuple(inputs))
         if backward:

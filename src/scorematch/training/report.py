@@ -155,6 +155,7 @@ def _report(
     count = sum(parameter.numel() for parameter in net.parameters())
     names = (path.name for path in (out / "samples").glob("*.png"))
     own = "" if net.family is not None else ", backbone=YourClass()"
+    own += ", condition_encoder=YourEncoder()" if net.config.get("condition_encoder") else ""
     picture = max(names, key=lambda name: (len(name), name), default="")  # from 10^9 images on, names are longer
     text = [
         f"# {out.name}",

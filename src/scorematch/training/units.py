@@ -56,10 +56,11 @@ def take_units(
         if net.units is None:
             net.take_units(record)
     elif net.is_new and net.units is None and _may_have_units(net, data):
-        found, of_condition = moments(data, progress=progress)
+        takes = net.conditioning
+        vectors = takes is not None and takes.vector > 0 and not takes.encoder
+        found, of_condition = moments(data, vectors=vectors, progress=progress)
         if _has_units(net, data, found):
-            takes = net.conditioning
-            net.take_moments(found, of_condition if takes is not None and takes.vector else None)
+            net.take_moments(found, of_condition)
             ratio = float(found.std.max() / found.std.min())
             if ratio > _MOST_DIFFERENT:
                 warnings.warn(
