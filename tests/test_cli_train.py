@@ -292,7 +292,7 @@ def test_without_options_the_settings_are_those_of_the_recipe(tmp_path, calls):
 
 
 @pytest.mark.slow
-def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, calls, capsys):
+def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, calls, monkeypatch, capsys):
     start = str(run[0] / "network")
     arguments = ["train", str(faces), "--out", str(tmp_path / "run"), "--start", start, "--batch-size", "8", "--quiet"]
     assert main([*arguments, "--device", "cpu"]) == 0
@@ -301,10 +301,15 @@ def test_start_without_a_recipe_trains_the_given_network(faces, run, tmp_path, c
     assert _same(net.state_dict(), _weights(run[0])) and (found["images"], found["lr"]) == (20_000, 2e-4)
     printed = capsys.readouterr().out
     assert f"network   {start}: " in printed and f"\n          begins with the weights of {start}\n" in printed
+    assert found["augment"] == ("nonleaking",) and "\n          augmented: pictures are mirrored, " in printed
     assert main([*arguments, "--image-size", "16", "--device", "cpu"]) == 0
     assert calls[1][0].sample_shape == calls[1][1].shape == (3, 16, 16)
     assert main([*arguments, "--channels", "1", "--device", "cpu"]) == 2
     assert f"--channels must be 3, as {start} has, got 1. Leave it out." in capsys.readouterr().err
+    record = {"settings": {"augment": ["flip"]}, "network": net.config, "data": {}}
+    monkeypatch.setattr(command, "check_run", lambda *_: None)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))  # a run continues as it began
+    assert main([*arguments, "--device", "cpu"]) == 0 and calls[-1][-1]["augment"] == ["flip"]
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from scorematch.training import RECIPES, Recipe, Settings, checkpoint, network_f
 from scorematch.training.checks import check_stages
 from scorematch.training.incomplete import check_observation
 from scorematch.training.recipes import training_flop
-from scorematch.training.record import check_run, network_of
+from scorematch.training.record import check_run, network_of, settings_of
 from scorematch.training.run import check_possible
 from scorematch.training.settings import RunSettings, StageSettings, TrainSettings
 from scorematch.training.speed import mean_seconds, seconds_per_image, with_images
@@ -187,6 +187,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.cache is not None and args.no_cache:
         raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     check_folder_name(args.out)
+    before = settings_of(args.out)
+    if before is not None and "augment" not in own:  # a run continues as it began
+        own["augment"] = before.get("augment")
     options = {"label_drop": _LABEL_DROP if conditional else 0.0, **recipe.options(), **own}
     settings = TrainSettings(**options, progress=not args.quiet)
     trackers = options.pop("trackers", ())  # which this function starts, since it creates the accelerator
@@ -198,7 +201,7 @@ def _run(args: argparse.Namespace) -> None:
     else:  # one process decodes, and the others wait for the lock of the cache
         data = images = _open(args, recipe, start, settings)
     if start is not None:
-        options |= {name: value for name, value in fine_tuning(len(data), settings).items() if name not in own}
+        options |= {name: value for name, value in fine_tuning(start, data, settings).items() if name not in own}
         settings = TrainSettings(**options, progress=not args.quiet)
     if arrays is not None:
         net = _network_of_arrays(args, start, arrays, settings)
@@ -426,6 +429,8 @@ def _announce(
         f"training  {settings.total:,} images in {settings.steps:,} steps of {settings.batch_size}, "
         f"{_epochs(settings.total / len(data))} epochs"
     )
+    if "nonleaking" in (settings.augment or ()):
+        print("          augmented: pictures are mirrored, scaled, turned and moved, and the network is told how")
     done = max(checkpoint.numbers(args.out / "checkpoints"), default=0)
     if done:
         print(f"          continues at image {done:,}")

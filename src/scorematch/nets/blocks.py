@@ -389,6 +389,23 @@ class VectorEmbedding(nn.Module):
         return torch.where(missing, self.null, embedded)
 
 
+class AugmentationEmbedding(nn.Module):
+    """Adds W c to the embedding of the noise level (N, width), where c (N, K) says how the images were augmented.
+
+    W is zero at first. c is set before the network is called.
+    """
+
+    c: Tensor
+
+    def __init__(self, values: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(values, width, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, embedding: Tensor) -> Tensor:  # noqa: D102
+        return embedding + self.linear(self.c.to(embedding.dtype))
+
+
 class Constant(nn.Module):
     """Replaces a module that depends on the noise level only; returns the output of that module for one level."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scorematch.core.arguments import check_sizes
 from scorematch.core.conditions import Condition, Parts
 from scorematch.nets.blocks import (
+    AugmentationEmbedding,
     Constant,
     DownBlock,
     Embedding,
@@ -88,6 +89,7 @@ class ImageNetwork(nn.Module):
         self.patch, self.divisor, self.space = patch, patch * 2 ** (scales - 1), space
         self.classes, self.null_class, self.center = classes, null_class, center
         self.vector, self.encoder = vector, encoder
+        self.augmentation: AugmentationEmbedding | None = None  # during a training that tells the network of it
 
     def initialize(self) -> None:
         """Initializes the weights of a network to be trained."""

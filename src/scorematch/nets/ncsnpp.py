@@ -302,7 +302,10 @@ class NCSNPP(ImageNetwork):
         embedding = self.time_proj(c_noise).to(x.dtype)
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(others["class"])
-        embedding = self.activation(self.time_embedding(embedding))  # once, instead of in every residual block
+        embedding = self.time_embedding(embedding)
+        if self.augmentation is not None:
+            embedding = self.augmentation(embedding)
+        embedding = self.activation(embedding)  # once, instead of in every residual block
         return cropped(self.down_and_up(x, embedding, add_picture=self.output_pyramid == "skip"), sides)
 
     @torch.no_grad()

@@ -306,6 +306,8 @@ class UNet(ImageNetwork):
                 other = self.time_proj(number.log() if self.log_numbers else number)
             other = other.to(x.dtype) if other.is_floating_point() else other
             embedding = embedding if embed is None else embedding + embed(other)
+        if self.augmentation is not None:
+            embedding = self.augmentation(embedding)
         embedding = self.activation(embedding)  # once, instead of in every residual block
         pixels: Tensor | None = None
         if self.pixel_in is not None:

@@ -19,7 +19,7 @@ The sampler settings are the published ones: Heun's method between the levels of
 0.001 or to the ends of a narrower range. For EDM's ImageNet network they include the churn with which its FID was
 measured. For iDDPMPrecond the authors round each level to the nearest one in ``u``; here a level between two of them
 has a fractional time step. The part of a network for augmented images, ``map_augment``, is not used in sampling and is
-left out.
+left out; a training with ``augment=["nonleaking"]`` begins with a new one.
 
 References:
     Karras et al., 2022, Elucidating the Design Space of Diffusion-Based Generative Models, arXiv:2206.00364, Table 5.

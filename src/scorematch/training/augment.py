@@ -1,4 +1,6 @@
-"""Random changes of the training data that keep their distribution, where the data have this symmetry.
+"""Random changes of the training data.
+
+The first three keep the distribution of data that have the symmetry; the network is not told of them.
 
 =========  ==========================================================  ===============================================
 name       change                                                      symmetry
@@ -8,6 +10,8 @@ name       change                                                      symmetry
                                                                        must have the same length
 "shift"    shift every axis periodically by any number of values       periodic and homogeneous data
 =========  ==========================================================  ===============================================
+
+"nonleaking" needs no symmetry: images are changed, and the network is told how (``scorematch.training.nonleaking``).
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from torch import Tensor
 from scorematch.core.arguments import argument
 from scorematch.data.images import Data
 from scorematch.data.pictures import is_picture
+from scorematch.nets.image_network import ImageNetwork
 from scorematch.score import ScoreNet
 
-Augmentation = Literal["flip", "rotate", "shift"]
+Augmentation = Literal["flip", "rotate", "shift", "nonleaking"]
 AUGMENTATIONS = get_args(Augmentation)
 
 
@@ -31,7 +36,7 @@ def augmentations(net: ScoreNet, data: Data, asked: Sequence[str] | None) -> tup
     """The names of the changes; None is "flip" for pictures, and no change for other data.
 
     Raises:
-        ValueError: if the data do not have the axes.
+        ValueError: if the data do not have the axes, or the network cannot be told of the changes.
     """
     if asked is None:
         return ("flip",) if is_picture(data.shape) and net.units is None else ()
@@ -42,7 +47,17 @@ def augmentations(net: ScoreNet, data: Data, asked: Sequence[str] | None) -> tup
             raise ValueError(
                 f"{argument('augment', name)} needs data with {wanted}, got samples of shape {tuple(data.shape)}."
             )
+        if name == "nonleaking" and not (len(sides) == 2 and can_be_told(net)):
+            raise ValueError(
+                f"{argument('augment', name)} needs images (C, H, W) and a U-Net or NCSN++, which is told how they "
+                f"were changed, got samples of shape {tuple(data.shape)} and {type(net.backbone).__name__}."
+            )
     return tuple(asked)
+
+
+def can_be_told(net: ScoreNet) -> bool:
+    """Whether a network can be told how its images were changed: U-Nets and NCSN++ can."""
+    return isinstance(net.backbone, ImageNetwork)
 
 
 def augmented(x: Tensor, names: Sequence[str], u: Tensor) -> Tensor:

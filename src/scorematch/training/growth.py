@@ -9,7 +9,8 @@ At the beginning of a stage
 
 - the weights are those of the first average of the stage before, and the additional ones are drawn from ``seed``;
 - the moments of AdamW are zero, and the learning rate rises and falls anew;
-- the averages begin anew: their lengths are relative to the stage.
+- the averages begin anew: their lengths are relative to the stage. So does the layer of
+  ``scorematch.training.nonleaking``.
 
 The order of the images and all noise depend on the number of the image in the run, and continue. The larger network
 depends on the last checkpoint of a stage and on ``seed`` only, so that a run which is interrupted at any time, also

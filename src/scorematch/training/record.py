@@ -67,10 +67,14 @@ def network_of(folder: Path) -> dict[str, Any] | None:
 
 def length_of(folder: Path) -> tuple[int, int] | None:
     """The number of images of the run in a folder, and the number of its later stages; None if there is no run."""
+    before = settings_of(folder)
+    return None if before is None else (int(before["images"]), len(before.get("growth", ())))
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder; None if there is no run."""
     before = read_record(folder / _FILE, _SCHEMA)
-    if before is None:
-        return None
-    return int(before["settings"]["images"]), len(before["settings"].get("growth", ()))
+    return None if before is None else _renamed(before["settings"])
 
 
 def write_config(folder: Path, net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any) -> dict[str, Any]:

@@ -329,7 +329,7 @@ class _Run:
         averaged = self.state.average()
         if self.main:
             write_report(self.folder, averaged, self.config, self.seconds, getattr(self.data, "classes", None))
-        for parameter, own in zip(averaged.parameters(), self.state.parameters, strict=True):
+        for parameter, own in zip(averaged.parameters(), self.net.parameters(), strict=True):
             parameter.requires_grad_(own.requires_grad)  # so that it can be trained further
         return averaged
 
@@ -470,8 +470,9 @@ class _Run:
             seen = self.state.images - self.state.first  # the averages begin with the stage
             path = self.folder / SNAPSHOTS / f"{checkpoint.name_of(seen)}-{average.name}"
             averaged = self.state.average(average.length)
-            for parameter, own in zip(averaged.parameters(), self.state.parameters, strict=True):
-                if own.requires_grad:  # others may be frequencies, whose rounding would change the phases of sines
+            own = dict(self.net.named_parameters())
+            for name, parameter in averaged.named_parameters():
+                if own[name].requires_grad:  # others may be frequencies; rounding would change the phases of sines
                     parameter.data = parameter.half()
             with checkpoint.new_folder(path) as folder:
                 averaged.save_pretrained(folder)

@@ -113,8 +113,9 @@ class Settings:
     # Ho et al. 2020, Appendix B
     augment: Sequence[Augmentation] | None = _option(
         None,
-        "random changes of the data: flip (left to right), rotate (by 90 degrees), shift (periodically); None is flip "
-        "for pictures, which is wrong for digits, for example, and nothing for other data",
+        "random changes of the data: flip (left to right), rotate (by 90 degrees), shift (periodically), nonleaking "
+        "(the network is told how, and samples are not changed); None is flip for pictures, which is wrong for digits, "
+        "for example, and nothing for other data",
         list,
         each=Field(str, choices=AUGMENTATIONS),
     )

@@ -11,11 +11,14 @@ from torch import Tensor
 from scorematch.core.arguments import argument
 from scorematch.core.messages import quote
 from scorematch.core.records import as_stored
+from scorematch.data.images import Data, ImageData
+from scorematch.data.pictures import is_picture
 from scorematch.nets import FAMILIES
 from scorematch.pretrained import load, locate
 from scorematch.pretrained.configuration import FREE_KEYS, Stored
 from scorematch.pretrained.weights import fill
 from scorematch.score import ScoreNet
+from scorematch.training.augment import can_be_told
 from scorematch.training.settings import Settings
 
 # The keys in which the configurations of ``net`` and ``start`` may differ.
@@ -24,16 +27,20 @@ _FREE = {"sample_shape", *FREE_KEYS}
 
 # Of a run without --recipe that begins with a trained network: epochs of the data, the fewest images, and the rate.
 _EPOCHS, _FEWEST, _RATE = 50, 20_000, 2e-4
+SMALL = 2_000  # images; smaller data are augmented without leaking, and the report looks for copies of them
 
 
-def fine_tuning(n: int, settings: Settings) -> dict[str, Any]:
-    """The options of ``train`` with which a command trains a trained network further, on n images.
+def fine_tuning(net: ScoreNet, data: Data, settings: Settings) -> dict[str, Any]:
+    """The options of ``train`` with which a command trains a trained network further.
 
     A run has 50 epochs, but at least 20,000 images and at most those of ``settings``. The learning rate is a fifth of
-    that of a new network, and a batch is not larger than the data.
+    that of a new network, and a batch is not larger than the data. Fewer than 2,000 pictures are augmented without
+    leaking, if the network can be told.
     """
-    images = min(max(_EPOCHS * n, _FEWEST), settings.images)
-    return {"images": images, "lr": _RATE, "batch_size": min(n, settings.batch_size)}
+    images = min(max(_EPOCHS * len(data), _FEWEST), settings.images)
+    options = {"images": images, "lr": _RATE, "batch_size": min(len(data), settings.batch_size)}
+    small = isinstance(data, ImageData) and len(data) < SMALL and is_picture(data.shape) and can_be_told(net)
+    return {**options, "augment": ("nonleaking",)} if small else options
 
 
 def begin_with(net: ScoreNet, start: str | os.PathLike[str]) -> None:

@@ -43,7 +43,9 @@ from scorematch.core.threads import ordered_map
 from scorematch.data.images import Data
 from scorematch.data.pictures import to_float
 from scorematch.loss import dsm_loss
+from scorematch.nets.blocks import AugmentationEmbedding
 from scorematch.score import ScoreNet
+from scorematch.training import nonleaking
 from scorematch.training.accelerator import global_generators, make_accelerator
 from scorematch.training.augment import augmentations, augmented
 from scorematch.training.checks import check_arguments, check_condition, condition_of_data, given_of
@@ -105,9 +107,12 @@ class TrainingState:
         step: the number of steps taken.
         first: the number of images seen when the stage of the run began, 0 without stages.
         averages: the averages of the weights, in the order of ``settings.ema``.
+        augmentation: the layer that tells the network of changes of its images, or None. It is a part of the network
+            during its training, and not of its averages.
     """
 
     def __init__(self, net: ScoreNet, settings: Settings) -> None:
+        self.augmentation: AugmentationEmbedding | None = getattr(net.backbone, "augmentation", None)
         named = dict(net.named_parameters())
         narrow = next((p.dtype for p in named.values() if p.dtype not in (torch.float32, torch.float64)), None)
         if narrow is not None:
@@ -147,10 +152,13 @@ class TrainingState:
         if length is not None and length not in kept:
             raise ValueError(f"length must be one of settings.ema, {tuple(kept)}, got {length!r}.")
         copied = copy.deepcopy(self.net).eval()
+        if self.augmentation is not None:
+            copied.backbone.register_module("augmentation", None)
         if kept:
             chosen = self.averages[0] if length is None else kept[length]
+            own = dict(zip(self.names, chosen.tensors, strict=True))
             with torch.no_grad():
-                torch._foreach_copy_(list(copied.parameters()), chosen.tensors)
+                torch._foreach_copy_(list(copied.parameters()), [own[name] for name, _ in copied.named_parameters()])
         return copied.requires_grad_(False)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -286,6 +294,10 @@ def prepare(net: ScoreNet, settings: Settings, accelerator: Any) -> TrainingStat
             f"{argument('precision', 'float16')} is for CUDA devices and CPUs, got {accelerator.device.type}. Write "
             f"{argument('precision', 'auto')}."
         )
+    if "nonleaking" in (settings.augment or ()):
+        backbone: Any = net.backbone
+        width = backbone.time_embedding.linear_2.out_features
+        backbone.augmentation = AugmentationEmbedding(nonleaking.VALUES, width).to(next(net.parameters()))
     net.to(accelerator.device)
     if accelerator.num_processes > 1:
         for tensor in net.state_dict().values():
@@ -312,6 +324,7 @@ class _Batch(NamedTuple):
     noise: Tensor
     sigma: Tensor
     condition: Tensor | Parts | None
+    told: Tensor | None  # how the images were changed
 
     def part(self, begin: int, end: int, device: torch.device, memory: torch.memory_format) -> _Batch:
         """The images ``begin`` to ``end - 1`` of the batch, or to its end if it has fewer, on the device."""
@@ -319,18 +332,16 @@ class _Batch(NamedTuple):
         def move(tensor: Tensor) -> Tensor:
             return tensor[begin:end].to(device, non_blocking=True)
 
-        return _Batch(
-            self.first + begin,
-            to_float(move(self.x)).contiguous(memory_format=memory),
-            move(self.noise).contiguous(memory_format=memory),
-            move(self.sigma),
-            map_parts(move, self.condition),
-        )
+        x, noise = (each.contiguous(memory_format=memory) for each in (to_float(move(self.x)), move(self.noise)))
+        told = None if self.told is None else move(self.told)
+        return _Batch(self.first + begin, x, noise, move(self.sigma), map_parts(move, self.condition), told)
 
 
 def _steps(
     net: ScoreNet, data: Data, settings: Settings, state: TrainingState, accelerator: Any
 ) -> Generator[Step, None, None]:
+    if state.augmentation is not None:
+        net.backbone.augmentation = state.augmentation
     model = accelerator.prepare_model(net)
     images = len(data.shape) == 3 and _channels_last(net, accelerator.device)
     memory = torch.channels_last if images else torch.contiguous_format
@@ -345,7 +356,7 @@ def _steps(
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
             net.train()
-            losses, sigmas = _backward(batch, model, loss, settings, memory, accelerator, state.scaler)
+            losses, sigmas = _backward(batch, model, loss, settings, memory, accelerator, state)
             state.scaler.unscale_(state.optimizer)
             if settings.clip is not None:
                 torch.nn.utils.clip_grad_norm_(trained, settings.clip * math.prod(data.shape) / 2)
@@ -359,6 +370,8 @@ def _steps(
             yield Step(state.images, losses, sigmas, lr, state)
     finally:
         batches.close()
+        if state.augmentation is not None:
+            net.backbone.register_module("augmentation", None)
 
 
 def _backward(
@@ -368,7 +381,7 @@ def _backward(
     settings: Settings,
     memory: torch.memory_format,
     accelerator: Any,
-    scaler: torch.amp.GradScaler,
+    state: TrainingState,
 ) -> tuple[Tensor, Tensor]:
     """Adds the gradient of the mean loss of a batch to the parameters, one microbatch after the other.
 
@@ -383,6 +396,8 @@ def _backward(
         for begin in range(0, n, size):
             part = batch.part(begin, begin + size, device, memory)
             seed(seed_of(settings.seed, "step", part.first))
+            if state.augmentation is not None and part.told is not None:
+                state.augmentation.c = part.told
             is_last = begin + size >= n  # processes exchange their gradients once, after the last part
             with nullcontext() if is_last else accelerator.no_sync(model):
                 with autocast(device, settings.precision):
@@ -396,7 +411,7 @@ def _backward(
                         f"loss must return one value per image, {tuple(part.sigma.shape)}, got shape "
                         f'{tuple(each.shape)}. Write reduction="none".'
                     )
-                scaler.scale(each.sum() / n).backward()  # accelerator.backward may divide the loss once more
+                state.scaler.scale(each.sum() / n).backward()  # accelerator.backward may divide the loss once more
             losses.append(each.detach())
             sigmas.append(part.sigma)
     return torch.cat(losses), torch.cat(sigmas)
@@ -442,14 +457,19 @@ def _batches(
         x, condition = data.read(order(first, first + local))
         dtype = x.dtype if x.is_floating_point() else torch.float32
         noise = torch.empty(local, *data.shape, dtype=dtype, device="cpu")
-        chances, changes = [], []
+        chances, changes, numbers = [], [], []
         for i, z in enumerate(noise, first):
             generator.manual_seed(seed_of(settings.seed, "image", i))
             chances.append(torch.rand(2, generator=generator, dtype=torch.float32, device="cpu"))
             z.normal_(generator=generator)
             changes.append(torch.rand(1 + axes, generator=generator, dtype=torch.float32, device="cpu"))
+            if state.augmentation is not None:
+                numbers.append(nonleaking.draw(generator))
         flip, drop = torch.stack(chances).unbind(1)
-        x = augmented(x, names, torch.cat([flip[:, None], torch.stack(changes)], 1))
+        x, told = augmented(x, names, torch.cat([flip[:, None], torch.stack(changes)], 1)), None
+        if numbers:
+            a = torch.stack(numbers)
+            x, told = nonleaking.changed(to_float(x), a), nonleaking.told(a)
         condition = given_of(net, condition, settings)
         if takes is not None and condition is not None:
             check_condition(condition, takes)
@@ -458,7 +478,8 @@ def _batches(
         if pinned:
             x, noise, sigma = x.pin_memory(), noise.pin_memory(), sigma.pin_memory()
             condition = map_parts(Tensor.pin_memory, condition)
-        return _Batch(first, x, noise, sigma, condition)
+            told = None if told is None else told.pin_memory()
+        return _Batch(first, x, noise, sigma, condition, told)
 
     own = accelerator.process_index * local
     firsts = range(state.images + own, state.first + settings.total, settings.batch_size)
