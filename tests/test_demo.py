@@ -23,7 +23,7 @@ import scorematch
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import main
 from scorematch.data.heat import heat_map
-from scorematch.demo.page import Events, canvas, png, read_canvas, results
+from scorematch.demo.page import Draft, Events, canvas, png, read_canvas, results
 from scorematch.demo.restorer import FRAMES, Choices, Frame, Restorer, _Watched
 from scorematch.restoration import JPEG, OPERATORS, AveragePool, Grayscale, Hole, Mask, Observation
 from scorematch.restoration.palette import condition_of
@@ -120,6 +120,39 @@ def test_options_that_are_recommended_for_a_sampler_are_kept_for_it_alone():
     own, other = restorer.make_sampler(Choices("predictor-corrector", 14)), restorer.make_sampler(Choices("ode", 9))
     assert own.corrector_steps == 2 and own.schedule.sigma_max == pytest.approx(5)
     assert other.schedule.sigma_max == pytest.approx(10)
+
+
+def _net_with_two_flows(recommended=None, **options):
+    """Its quick setting is a flow with three network calls, the recommended one a flow with eleven."""
+    net = _net(**options)
+    quick = SamplerSettings("ode", levels=3, method="unipc", sigma_min=0.05)
+    others = [SamplerSettings(levels=2), quick, SamplerSettings("ode", levels=11, method="heun")]
+    settings = recommended or SamplerSettings("ode", levels=11, method="dpm-solver++")
+    net.sampler_settings = SamplerSettings(settings.sampler, alternatives=others, **settings.options)
+    return net
+
+
+def test_the_stored_settings_of_a_number_of_calls_are_used():
+    net = _net_with_two_flows()
+    for calls in (3, 11, 21):
+        sampler = Restorer(net).make_sampler(Choices("ode", calls, "guide"))
+        assert repr(sampler).replace(", guide", "") == repr(recommended_sampler(net, calls=calls))
+        assert sampler.restore == "guide"
+
+
+def test_a_draft_is_drawn_by_the_flow_with_the_fewest_calls():
+    """Not by annealed sampling, whose image is another one, and only if the user has not chosen the sampler."""
+    restorer = Restorer(_net_with_two_flows())
+    assert restorer.quickest == ("ode", 3)
+    chosen = Choices("ode", 11, seed=5, label=None)
+    assert restorer.draft(chosen) == Choices("ode", 3, seed=5)
+    assert restorer.draft(Choices("ode", 12)) is restorer.draft(Choices("langevin", 11)) is None
+    for recommended in (SamplerSettings(levels=40), SamplerSettings("ode", levels=2, method="unipc")):
+        other = Restorer(_net_with_two_flows(recommended))
+        assert other.quickest is None and other.draft(Choices(other.sampler, other.calls)) is None
+    alone = _net()
+    alone.sampler_settings = SamplerSettings("ode", levels=11, method="unipc")
+    assert Restorer(alone).quickest is None
 
 
 def test_too_few_network_calls_give_an_error(gray):
@@ -373,11 +406,49 @@ def test_a_missing_seed_gives_an_error(gray):
 
 def test_a_drawing_appears_on_the_canvas_and_the_next_one_differs(gray):
     events = Events(gray)
-    *_, (first, page, count) = events.draw(0, "langevin", 6, -1)
-    *_, (second, _, _) = events.draw(count, "langevin", 6, -1)
+    *_, (first, page, count, draft) = events.draw(0, None, "langevin", 6, -1)
+    *_, (second, *_) = events.draw(count, draft, "langevin", 6, -1)
     *_, last = gray.draw(Choices("langevin", 6, seed=0))
-    assert first == canvas(last.denoised[0]) and first != second and count == 1
+    assert first == canvas(last.denoised[0]) and first != second and count == 1 and draft is None
     assert "6 of 6 network calls" in page and "download='drawn-1.png'" in page
+
+
+def test_a_draft_is_shown_until_it_is_refined_with_the_same_seed():
+    net = _net_with_two_flows(channels=3, classes=3, null_class=True)
+    events, before = Events(Restorer(net)), Draft(CHOICES, torch.zeros(3, 8, 8))
+    *frames, (value, page, count, drawn) = events.draw(4, before, "ode", 11, 1)
+    score = net.inference_copy()
+    quick, best = (run(recommended_sampler(score, calls=n), 1, generator=4, condition=1)[0] for n in (3, 11))
+    assert all(frame[3] is before for frame in frames) and count == 5
+    assert (
+        value == canvas(quick)
+        and torch.equal(drawn.image, quick)
+        and drawn.choices == Choices("ode", 11, seed=4, label=1)
+    )
+    assert "Draft: 3 of 3 network calls" in page and "<figcaption>draft<" in page and f"{png(quick)}' download" in page
+    *refining, (last, page) = events.refine(drawn)
+    assert last == {"picture": png(best), "hole": ""} and png(best) != png(quick)
+    assert (
+        "Refined: 11 of 11 network calls" in page
+        and "<figcaption>refined<" in page
+        and f"{png(best)}' download" in page
+    )
+    for value, page in refining:
+        assert value == {"picture": "", "hole": ""} and "data-done='0'" in page
+        assert "Refining the draft: " in page and "<figcaption>draft<" in page and f"{png(quick)}' download" in page
+    *_, (_, page, _, drawn) = events.draw(4, before, "ode", 10, 1)  # with calls that the user has chosen
+    assert drawn is before and "raft" not in page and "efin" not in page
+
+
+@pytest.mark.slow
+def test_a_refined_digit_is_nearly_its_draft():
+    restorer = Restorer(ScoreNet.from_pretrained("mnist-classes"))
+    chosen = [Choices(restorer.sampler, restorer.calls, seed=k, label=k) for k in range(3)]
+    *_, last = zip(*(list(restorer.draw(each))[-3:] for each in chosen), strict=True)
+    *_, draft = zip(*(list(restorer.draw(restorer.draft(each)))[-3:] for each in chosen), strict=True)
+    images, drafts = (torch.cat([frame.denoised for frame in frames]) for frames in (last, draft))
+    change = (images - drafts).square().mean().sqrt()
+    assert 0 < change < 0.4 * (images - images.roll(1, 0)).square().mean().sqrt()
 
 
 def test_inverting_keeps_what_is_painted(gray, picture):
@@ -594,7 +665,8 @@ def test_a_stroke_and_a_click_restore_the_picture_in_a_browser(tmp_path):
     from playwright.sync_api import sync_playwright
 
     net = _net(3, size=16)
-    net.sampler_settings = SamplerSettings(levels=12)
+    quick = SamplerSettings("ode", levels=2)
+    net.sampler_settings = SamplerSettings("ode", levels=60, method="unipc", alternatives=[quick])
     net.save_pretrained(tmp_path)
     requests, errors = [], []
     command = ("-m", "scorematch", "demo", tmp_path, "--no-browser", "--port", _free_port())
@@ -603,7 +675,18 @@ def test_a_stroke_and_a_click_restore_the_picture_in_a_browser(tmp_path):
         page = context.pages[0]
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
-        page.wait_for_selector("#results .images[data-done='1']")
+        page.wait_for_selector("text=Refining the draft: ")
+        page.click("[data-tool=right]")  # what is painted meanwhile stays
+        page.wait_for_selector("text=Refined: 60 of 60 network calls.")
+        page.click("[data-tool=brush]")
+        assert 128 <= page.evaluate(_PAINTED) < 140  # a pixel of the picture may be orange
+
+        page.click("#new")
+        page.wait_for_selector("text=Refining the draft: ")
+        with page.expect_response("**/cancel") as answer:
+            page.click("#stop")
+        assert answer.value.ok and page.is_visible("text=Refining the draft: ")
+        assert page.inner_text("#results figcaption") == "draft" and page.evaluate(_PAINTED) < 12
         (drawn, *_) = _pictures_of(page)
 
         # An error is shown as a message.
@@ -631,6 +714,15 @@ def test_a_stroke_and_a_click_restore_the_picture_in_a_browser(tmp_path):
         assert torch.equal(image[~hole], drawn[~hole]) and not torch.equal(image[hole], drawn[hole])
     assert errors == []
     assert {url for url in requests if not url.startswith(("data:", address))} == set()
+
+
+# The number of orange pixels of the canvas, which are 92 % opaque.
+_PAINTED = """() => {
+  const {width, height} = document.querySelector("#canvas canvas");
+  const values = document.querySelector("#canvas canvas").getContext("2d").getImageData(0, 0, width, height).data;
+  return Array.from({length: width * height}, (_, i) => values.slice(4 * i, 4 * i + 3))
+    .filter(([red, green, blue]) => red > 225 && green > 100 && green < 135 && blue < 50).length;
+}"""
 
 
 def _pictures_of(page):

@@ -1,5 +1,6 @@
 // The canvas of the demo, on which the user paints over the pixels that are missing. `element` is its part of the page.
 // props.value is {picture, hole}: the address of a PNG, and a string with a "1" for each missing pixel, else "0".
+// Of a value from the server, what is empty stays as it is here.
 const canvas = element.querySelector("canvas");
 const context = canvas.getContext("2d");
 const { width, height } = canvas;
@@ -30,9 +31,11 @@ function receive() {
   const value = props.value;
   if (!value) return;
   if (value.hole.length === hole.length) hole = Uint8Array.from(value.hole, Number);
-  if (value.picture === url) return show();
-  url = value.picture;
-  image.src = url;
+  if (value.picture && value.picture !== url) {
+    url = value.picture;
+    image.src = url;
+  } else show();
+  if (!value.picture || !value.hole) send();
 }
 
 function position(event) {

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -44,8 +44,21 @@ _LABELS = {
 }  # of operators; others have their help
 
 
+Stage = Literal["draft", "refined"]
+
+
+class Draft(NamedTuple):
+    """An image (C, H, W) that is drawn with few network calls, and the choices with which it is refined."""
+
+    choices: Choices
+    image: Tensor
+
+
 class Canvas(TypedDict):
-    """What the browser sends: the picture as a data URL of a PNG, and a "1" for each missing pixel, else "0"."""
+    """What the browser sends: the picture as a data URL of a PNG, and a "1" for each missing pixel, else "0".
+
+    Of a value that it receives, it ignores what is empty: the picture, or what is painted, then stays as it is.
+    """
 
     picture: str
     hole: str
@@ -105,19 +118,27 @@ def read_canvas(value: Any, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor
     return picture, hole
 
 
-def results(frames: list[Frame], given: Tensor | None = None) -> str:
+def results(
+    frames: list[Frame], given: Tensor | None = None, *, stage: Stage | None = None, draft: Tensor | None = None
+) -> str:
     """The HTML of a chain so far: the images of its last frame, and the first image of some of its frames.
 
     Args:
         frames: the frames so far, at least one.
         given: the degraded picture (C, H, W) in [0, 1] that is restored, or None if an image is drawn.
+        stage: what the chain draws, if an image is drawn twice.
+        draft: the draft (C, H, W), which is shown until it is refined.
     """
     last = frames[-1]
     done = last.sigma == 0
     title, name = ("Drawing", "drawn") if given is None else ("Restorations", "restored")
     images = [] if given is None else [_figure(given, "given")]
-    for i, image in enumerate(last.denoised, 1):
-        images.append(_figure(image, "" if given is None else str(i), f"{name}-{i}.png" if done else None))
+    if draft is not None and not done:
+        images.append(_figure(draft, "draft", f"{name}-1.png"))
+    else:
+        for i, image in enumerate(last.denoised, 1):
+            images.append(_figure(image, stage or "" if given is None else str(i), f"{name}-{i}.png" if done else None))
+    what = {"draft": "Draft: ", "refined": "Refined: " if done else "Refining the draft: ", None: ""}[stage]
     status = "Click an image to download it." if done else f"Noise level {last.sigma:.3g}."
     of_first = " of image 1" if len(last.denoised) > 1 else ""
     chosen = _evenly(frames)
@@ -127,7 +148,7 @@ def results(frames: list[Frame], given: Tensor | None = None) -> str:
     maps = _uncertainty(last.denoised) if done and given is not None and len(last.denoised) > 1 else ""
     smooth = "smooth" if max(last.denoised.shape[-2:]) > 2 * _THUMBNAIL else ""
     return (
-        f"<section class='{smooth}'><h2>{title}</h2><p>{last.call} of {last.calls} network calls. {status}</p>"
+        f"<section class='{smooth}'><h2>{title}</h2><p>{what}{last.call} of {last.calls} network calls. {status}</p>"
         f"<div class='bar'><div style='width: {100 * last.call / last.calls:.0f}%'></div></div>"
         f"<div class='images' data-done='{int(done)}'>{''.join(images)}</div>{maps}</section>"
         f"<section class='{smooth}'><h2>From noise to image</h2>"
@@ -183,20 +204,38 @@ class Events:
     def __init__(self, restorer: Restorer) -> None:
         self.restorer = restorer
 
-    def draw(self, count: int, sampler: str, calls: int, label: int) -> Iterator[tuple[Canvas, str, int]]:
-        """Draws an image. Yields the canvas, the results, and the number of drawn images, which is the next seed.
+    def draw(
+        self, count: int, drawn: Draft | None, sampler: str, calls: int, label: int
+    ) -> Iterator[tuple[Canvas, str, int, Draft | None]]:
+        """Draws an image, or a draft of it.
+
+        Yields the canvas, the results, the number of drawn images, which is the next seed, and the last draft, which
+        changes when a new one is complete.
 
         Args:
             count: the number of images drawn before.
+            drawn: the last draft, or None.
             sampler: a key of ``SAMPLERS``.
             calls: the number of network calls.
             label: the class, or -1 for none.
         """
         choices = Choices(sampler, int(calls), seed=count, label=_label(label))
+        draft = self.restorer.draft(choices)
         frames: list[Frame] = []
-        for frame in self.restorer.draw(choices):
+        for frame in self.restorer.draw(draft or choices):
             frames.append(frame)
-            yield canvas(frame.denoised[0]), results(frames), count + 1
+            image = frame.denoised[0]
+            if draft and frame.sigma == 0:
+                drawn = Draft(choices, image)
+            yield canvas(image), results(frames, stage="draft" if draft else None), count + 1, drawn
+
+    def refine(self, drawn: Draft) -> Iterator[tuple[Canvas, str]]:
+        """Draws the image of a draft with more network calls. Yields the canvas and the results."""
+        frames: list[Frame] = []
+        for frame in self.restorer.draw(drawn.choices):
+            frames.append(frame)
+            picture = png(frame.denoised[0]) if frame.sigma == 0 else ""
+            yield {"picture": picture, "hole": ""}, results(frames, stage="refined", draft=drawn.image)
 
     def restore(
         self,
@@ -331,7 +370,7 @@ def build(restorer: Restorer, name: str) -> Any:
                 )
                 with gr.Row():
                     go = gr.Button("Restore", variant="primary", scale=3, min_width=120, elem_id="restore")
-                    stop = gr.Button("Stop", min_width=60)
+                    stop = gr.Button("Stop", min_width=60, elem_id="stop")
                 with gr.Row():
                     new = gr.Button("New image", visible=restorer.draws, size="sm", min_width=80, elem_id="new")
                     file = gr.UploadButton("Upload", file_types=["image"], type="filepath", size="sm", min_width=80)
@@ -354,22 +393,24 @@ def build(restorer: Restorer, name: str) -> Any:
                 hint = "Paint over a part of the picture, and click Restore."
                 hint = hint if restorer.draws else f"Upload a picture. {hint}"
                 shown = gr.HTML(f"<p class='hint'>{hint}</p>", apply_default_css=False, elem_id="results")
-        count, photo = gr.State(0), gr.State(None)
+        count, drawn, photo = gr.State(0), gr.State(None), gr.State(None)
 
         chains: Any = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "hidden"}
         private: Any = {"api_visibility": "private"}
-        drawing: Any = [count, sampler, calls, label], [painted, shown, count]
-        draw = new.click(_reported(events.draw), *drawing, **chains, **private)
+        # The listeners of a button run one after the other: those that end a chain must come first.
+        refine = drawn.change(_reported(events.refine), drawn, [painted, shown], **chains, **private)
+        new.click(None, cancels=refine, **private)
+        new.click(lambda: None, None, photo, **private)
+        begin = [new.click, page.load] if restorer.draws else [new.click]
+        inputs, outputs = [count, drawn, sampler, calls, label], [painted, shown, count, drawn]
+        draw = gr.on(begin, _reported(events.draw), inputs, outputs, **chains, **private)
+        gr.on([go.click, file.upload, negative.click], None, cancels=[draw, refine], **private)
         values = [painted, operator, arguments, n, sampler, calls, method, seed, label, photo]
         restore = go.click(_reported(events.restore), values, shown, **chains, **private)
-        running = [draw, restore]
-        if restorer.draws:
-            running.append(page.load(_reported(events.draw), *drawing, **chains, **private))
-        stop.click(None, cancels=running, **private)
+        stop.click(None, cancels=[draw, refine, restore], **private)
         file.upload(_reported(lambda path: [events.upload(path)]), file, [painted, photo], **private)
         negative.click(_reported(lambda value: [events.invert(value)]), painted, painted, **private)
         negative.click(lambda photo: None if photo is None else 1 - photo, photo, photo, **private)
-        new.click(lambda: None, None, photo, **private)
 
         def offer(name: str) -> Any:
             """Shows the arguments of an operator, if it has any."""

@@ -78,6 +78,8 @@ class Restorer:
         needs_class: whether a class must be chosen.
         sampler: the key in ``SAMPLERS`` of the recommended sampler.
         calls: the number of network calls of the recommended sampler.
+        quickest: the sampler and the number of network calls of the stored settings with the fewest calls, if these and
+            the recommended ones are flows, which draw nearly the same image from the same seed; otherwise None.
         operators: the names in ``OPERATORS`` that it can restore from, with arguments that fit its images; for "mask",
             which is painted, there are none.
         stopped: set it to end all chains, each after its current step.
@@ -96,7 +98,16 @@ class Restorer:
         self.needs_class = takes is not None and bool(self.classes) and not takes.null_class
         settings = net.sampler_settings
         self.sampler = "langevin" if settings is None else settings.sampler
-        self.calls = len(recommended_sampler(self.net))
+        recommended = recommended_sampler(self.net)
+        self.calls = len(recommended)
+        self._stored: dict[tuple[str, int], SamplerSettings] = {}
+        self.quickest: tuple[str, int] | None = None
+        for each in () if settings is None else (settings, *settings.alternatives):
+            sampler = recommended_sampler(self.net, each)
+            self._stored.setdefault((each.sampler, len(sampler)), each)
+            fewest = self.calls if self.quickest is None else self.quickest[1]
+            if len(sampler) < fewest and not (sampler.draws_noise or recommended.draws_noise):
+                self.quickest = each.sampler, len(sampler)
         self.operators: dict[str, tuple[str, ...]] = {"mask": ()}
         for name in OPERATORS:
             if name != "mask" and (arguments := self._fitting(name)):
@@ -171,6 +182,8 @@ class Restorer:
     def make_sampler(self, choices: Choices, net: Any = None) -> Sampler:
         """The sampler with the largest number of noise levels that needs at most the chosen number of network calls.
 
+        If settings with this sampler and this number of calls are stored with the network, it has their options.
+
         Args:
             choices: the sampler and the number of network calls.
             net: the score that it samples; None is the network.
@@ -179,6 +192,9 @@ class Restorer:
             ValueError: if the sampler needs more network calls, even with two noise levels.
         """
         net = self.net if net is None else net
+        stored = self._stored.get((choices.sampler, choices.calls))
+        if stored is not None:
+            return SAMPLERS[stored.sampler](net, **{**stored.options, "restore": choices.method})
 
         def sampler(levels: int) -> Sampler:
             own: SamplerSettings | None = self.net.sampler_settings
@@ -192,6 +208,13 @@ class Restorer:
                 f"this sampler needs at least {len(sampler(2))} network calls, got {choices.calls}. Choose more."
             )
         return sampler(possible + 1)
+
+    def draft(self, choices: Choices) -> Choices | None:
+        """The choices for a first, quick image with the same seed; None unless the recommended sampler is chosen."""
+        if self.quickest is None or (choices.sampler, choices.calls) != (self.sampler, self.calls):
+            return None
+        sampler, calls = self.quickest
+        return replace(choices, sampler=sampler, calls=calls)
 
     def draw(self, choices: Choices) -> Iterator[Frame]:
         """Draws one image.
