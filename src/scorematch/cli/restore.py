@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.cli.options import Commands
-from scorematch.cli.options.classes import add_classes, find_classes
+from scorematch.cli.options import Commands, refuse
+from scorematch.cli.options.classes import add_classes, add_condition, find_classes
 from scorematch.cli.options.duration import announce
 from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
+from scorematch.cli.options.posteriors import ENDINGS, restore_arrays
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import amount, expanded, filled, fitting, image_count
 from scorematch.core.conditions import takes_image, with_image
@@ -46,24 +47,31 @@ def add(commands: Commands) -> None:
         "restore",
         help="fill holes in pictures, extend, colorize, enlarge or clean them with a trained network",
         description="Restores damaged pictures with a trained network. For each picture it writes several "
-        "restorations, and a strip\nthat shows the picture and its restorations side by side.",
+        "restorations, and a strip\nthat shows the picture and its restorations side by side.\n\n"
+        "Arrays, such as fields, are restored from a file .npz (with y and, for gaps, the array mask) or .npy into a "
+        "file of the\ndraws x (N, K, ...), K of each of N measurements, in the units of the data. NaN in y is a gap. "
+        "The default is\n--restore-method moment-matching --sampler ode --method dpm-solver++ --levels 18.",
         epilog="Examples:\n"
         "  %(prog)s mnist damaged.png restored --operator mask:observed.png\n"
         "  %(prog)s palette-celeba gray-faces restored --operator gray\n"
-        "  %(prog)s mnist digits restored --operator pool:2 --degrade --restore-method replace",
+        "  %(prog)s mnist digits restored --operator pool:2 --degrade --restore-method replace\n"
+        "  %(prog)s runs/fields damaged.npy restored.npz --operator mask:observed.npy --sigma 0.1 -n 20 --uncertainty",
     )
     add_model(parser)
-    parser.add_argument("pictures", type=filled, help="a damaged picture, or a folder of damaged pictures")
-    parser.add_argument("folder", type=expanded, help="the folder to write to")
+    parser.add_argument(
+        "pictures", type=filled, help="a damaged picture, a folder of damaged pictures, or a file of arrays"
+    )
+    parser.add_argument("folder", type=expanded, help="the folder to write to; for arrays the file, .npz or .npy")
     add_operators(parser, "damage").add_argument(
-        "--operator", type=filled, required=True, help="what was done to the pictures"
+        "--operator", type=filled, help="what was done to the pictures; not needed for arrays with gaps or noise"
     )
     parser.add_argument("-n", type=image_count, default=4, help="the number of restorations per picture (default: 4)")
     parser.add_argument(
         "--sigma",
         type=amount,
         default=0.0,
-        help="the standard deviation of the noise in the pictures, for pixel values in [0, 1] (default: 0)",
+        help="the standard deviation of the noise in the pictures, for pixel values in [0, 1], or in arrays, in their "
+        "units (default: 0)",
     )
     parser.add_argument(
         "--uncertainty",
@@ -93,6 +101,7 @@ def add(commands: Commands) -> None:
     )
     add_overwrite(parser, "files that exist already")
     add_classes(parser, rules=False)
+    add_condition(parser)
     add_sampling(parser, "the recommended one of a network that was trained to restore, and langevin for any other")
     parser.set_defaults(run=_run)
 
@@ -142,6 +151,12 @@ def _crop(text: str) -> str | tuple[int, ...]:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if Path(args.pictures).suffix.lower() in ENDINGS:
+        restore_arrays(args)
+        return
+    if args.operator is None:
+        args.parser.error("the following arguments are required: --operator")
+    refuse(args, ["condition"], "is for arrays")
     if args.uncertainty and args.n < 2:
         raise ValueError(f"--uncertainty needs several restorations of each picture, got -n {args.n}. Write -n 20.")
     operator, paths, folder = as_operator(read_operator(args.operator)), list_pictures(args.pictures), args.folder

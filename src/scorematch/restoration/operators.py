@@ -52,11 +52,13 @@ from collections.abc import Sequence
 from operator import matmul
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
+from scorematch.core.messages import reason
 from scorematch.core.randomness import single_generator
 from scorematch.data.pictures import read_mask
 from scorematch.restoration.blur import GaussianBlur, MotionBlur
@@ -91,7 +93,8 @@ class Mask(Operator):
     form = "mask:FILE"
     help = (
         "parts are missing: FILE is a picture of the same shape that is white where the image is observed and black "
-        "elsewhere; with mask:FILE,invert, as in diffusers, it is white where the image is missing"
+        "elsewhere, or for arrays a file .npy of bool; with mask:FILE,invert, as in diffusers, it is white where the "
+        "image is missing"
     )
     examples = ("mask:observed.png", "mask:missing.png,invert")
     _axes = 4  # of a batch
@@ -112,7 +115,8 @@ class Mask(Operator):
         if not file:
             raise TypeError("the file is missing")
         try:
-            white = read_mask(Path(file).expanduser())
+            path = Path(file).expanduser()
+            white = _read_array(path) if path.suffix.lower() == ".npy" else read_mask(path)
         except RuntimeError as error:
             raise ValueError(f"the home folder of {file} is not known. Write the whole path.") from error
         return cls(white if file == arguments else ~white)
@@ -179,6 +183,16 @@ class Mask(Operator):
     def rows(self, rows: slice | Tensor) -> Mask:
         """The masks for a slice of the batch, or for indices."""
         return Mask(self.mask[rows]).with_axes(self._axes) if len(self) > 1 else self
+
+
+def _read_array(path: Path) -> Tensor:
+    try:
+        mask = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as an .npy file: {reason(error)}.") from error
+    if mask.dtype != np.bool_:
+        raise ValueError(f"{path} must be of type bool, True where the data are observed, got {mask.dtype}.")
+    return torch.from_numpy(mask)
 
 
 class RandomMask(Operator):

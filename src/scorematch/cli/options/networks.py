@@ -56,12 +56,12 @@ def load(args: argparse.Namespace, *, pictures: bool = True) -> ScoreNet:
     if pictures and not is_picture(shape):
         raise ValueError(
             f"the network must draw images (C, H, W) with 1 or 3 channels, but the sample_shape of {args.model} is "
-            f"{shape}. The command sample draws other data; for the rest use it in Python."
+            f"{shape}. The commands sample and restore take other data; for the rest use it in Python."
         )
     if pictures and net.value_range != (0, 1):
         raise ValueError(
             f"the network must draw images in [0, 1], but the value_range of {args.model} is {net.value_range}. The "
-            "command sample draws other data; for the rest use it in Python."
+            "commands sample and restore take other data; for the rest use it in Python."
         )
     return net
 

@@ -83,6 +83,11 @@ def _own_options(sampler: str) -> dict[str, Option]:
     return {name: option for name, option in options_of(SAMPLERS[sampler]).items() if name not in options_of(Sampler)}
 
 
+def sampler_options() -> list[str]:
+    """The names of the options of all samplers that not all of them share."""
+    return list({option: None for name in SAMPLERS for option in _own_options(name)})
+
+
 def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = False) -> Sampler:
     """The sampler of ``--sampler`` and of the options of samplers, or else the one recommended for the network.
 
@@ -95,7 +100,7 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = Fals
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
     """
-    options = given(args, {option: None for name in SAMPLERS for option in _own_options(name)})
+    options = given(args, sampler_options())
     owners = {option: [name for name in SAMPLERS if option in _own_options(name)] for option in options}
     noise, calls = given(args, options_of(Sampler)), getattr(args, "calls", None)
     if calls is not None and (owners or args.sampler is not None):
