@@ -11,7 +11,7 @@ from torch import nn
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.cli import info, main
 from scorematch.sampling import SamplerSettings
-from scorematch.training.recipes import sampling_flop
+from scorematch.training.flops import sampling_flop
 from tests.helpers import refused
 from tests.hub_server import Hub, environment
 

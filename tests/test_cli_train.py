@@ -130,6 +130,24 @@ def test_hours_are_the_images_of_a_measured_speed_and_a_run_that_continues_keeps
     assert len(calls) == 2
 
 
+def test_growing_announces_its_stages(faces, tmp_path, calls, monkeypatch, capsys):
+    """With 10, 20 and 30 ms the mean over the images is 20.5 ms."""
+    for module in (command, speed):
+        seconds = lambda net, data, settings, _: [0.01, 0.02, 0.03][: len(settings.stages())]  # noqa: E731
+        monkeypatch.setattr(module, "seconds_per_image", seconds)
+    growing = ["train", str(faces), "--recipe", "growing", "--batch-size", "8", "--device", "cpu", "--quiet"]
+    assert main([*growing, "--out", str(tmp_path), "--hours", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "training  1,404,888 images in 175,611 steps of 8, " in printed
+    assert "          stage 1 from image 0, 100 images/s: the network above\n" in printed
+    assert "          stage 2 from image 421,464, 50 images/s: {'attention': (True, True, True), 'pixel" in printed
+    assert "          stage 3 from image 913,176, 33.3 images/s: {'layers_per_block': (2, 2, 1), " in printed
+    assert "time      about 8.0 h on cpu, 48.8 images/s\nout" in printed
+    assert len(calls[0][-1]["growth"]) == 2 and calls[0][-1]["hours"] is None
+    assert main([*growing, "--out", str(tmp_path / "short"), "--images", "80", "--dry-run"]) == 0
+    assert "80 images are few: samples of cifar10-small were noise" in capsys.readouterr().out
+
+
 def test_the_trained_network_can_be_loaded_and_sampled(run, tmp_path):
     net = ScoreNet.from_pretrained(run[0] / "network")
     assert net.sample_shape == (3, 8, 8) and net.sampler_settings.sampler == "ode"

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from scorematch import NoiseSchedule, ScoreNet
+from scorematch.cli import main
 from scorematch.core.randomness import seed_of
 from scorematch.data import open_images
 from scorematch.training import LogNormal, Stage, checkpoint, reconstruct, record, run, speed, train, train_steps
@@ -79,8 +80,9 @@ def test_a_network_that_cannot_grow_so_raises_before_anything_is_written(changes
 
 def test_only_unets_grow():
     own = ScoreNet(torch.nn.Conv2d(1, 1, 1), NoiseSchedule([1.0]), sample_shape=(1, 8, 8))
-    for other in (own, ScoreNet.ncsnv2(1, 8, width=4)):
-        with pytest.raises(ValueError, match=r"cannot grow. Use ScoreNet.unet"):
+    encoder = ScoreNet.unet(1, 8, widths=(4,), condition_features=2, condition_encoder=torch.nn.Linear(3, 2))
+    for other in (own, ScoreNet.ncsnv2(1, 8, width=4), encoder):
+        with pytest.raises(ValueError, match="cannot grow"):
             enlarged(other, {"layers_per_block": 2})
 
 
@@ -103,7 +105,7 @@ def test_a_run_is_the_chain_of_its_stages(whole):
         assert all(torch.equal(tensor, found.parts[part][name]) for name, tensor in tensors.items())
 
 
-def test_the_files_of_a_run_name_its_stages(whole):
+def test_the_files_of_a_run_name_its_stages(whole, capsys):
     lines = [line for line in Log(whole / "log.jsonl").lines() if "loss" in line]
     assert [(line["images"], line["stage"]) for line in lines] == [(24, 1), (48, 2), (80, 3), (96, 3)]
     assert list(lines[0]["loss_by_level"]) != list(lines[1]["loss_by_level"])  # the second stage has other levels
@@ -111,7 +113,9 @@ def test_the_files_of_a_run_name_its_stages(whole):
     assert [stage["begins"] for stage in settings["growth"]] == [24, 48]
     assert settings["growth"][0]["network"] == {"pixel_channels": 8, "attention": [True]}
     assert settings["growth"][0]["training"] == {"lr": 7e-4, "levels": "LogNormal(mean=-2.0, std=1.2)"}
-    assert '"begins": 48' in (whole / "report.md").read_text()
+    assert '\n- Growth at image 48: {"layers_per_block": 2, "pixel_layers": 2}\n' in (whole / "report.md").read_text()
+    assert main(["info", str(whole)]) == 0
+    assert "\nstage        3 of 3, at image 96 of 96\n" in capsys.readouterr().out
     # The snapshots are those of the last stage, from which averages of other lengths are computed.
     assert sorted(path.name for path in whole.glob("snapshots/*-0.050")) == ["000000032-0.050", "000000048-0.050"]
     with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scorematch import NoiseSchedule, ScoreNet, dsm_loss
+from scorematch.core.records import as_stored
 from scorematch.data import open_images
 from scorematch.nets.precondition import ROWS, Preconditioning
+from scorematch.nets.unet import UNET
 from scorematch.pretrained import score_sde
+from scorematch.pretrained.configuration import Stored, architecture
 from scorematch.restoration.palette import MultiTask
 from scorematch.sampling import recommended_sampler
-from scorematch.training import RECIPES, Settings, recipes, train
-from scorematch.training.recipes import sampling_flop, training_flop
+from scorematch.training import RECIPES, recipes, train
+from scorematch.training.flops import sampling_flop, training_flop
+from scorematch.training.recipes import growing
+from scorematch.training.report import expectation
+from scorematch.training.settings import TrainSettings
 from tests.published import ScoreSDE
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
@@ -51,13 +58,13 @@ def _parameters(recipe, **options):
 
 def test_every_recipe_is_in_the_table_of_the_module():
     assert [name for name in RECIPES if f"\n{name} " not in recipes.__doc__] == []
-    assert set(RECIPES) == {*PUBLISHED, "tiny", "small-32", "small-64"}
+    assert set(RECIPES) == {*PUBLISHED, "tiny", "small-32", "small-64", "growing"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipes_have_the_published_values(name):
     recipe, (parameters, (high, low, levels), steps, batch, lr) = RECIPES[name], PUBLISHED[name]
-    net, settings = _meta(recipe), Settings(**recipe.options())
+    net, settings = _meta(recipe), TrainSettings(**recipe.options())
     assert _parameters(recipe) == parameters
     assert net.schedule.sigma_max == pytest.approx(high, rel=0.01)
     assert net.schedule.sigma_min == pytest.approx(low, rel=0.01) and len(net.schedule) == levels
@@ -70,7 +77,7 @@ def test_every_recipe_has_valid_settings_and_a_sampler(name):
     recipe = RECIPES[name]
     assert recipe.source
     assert recipe.options().keys() <= inspect.signature(train).parameters.keys()
-    settings = Settings(**recipe.options())
+    settings = TrainSettings(**recipe.options())
     assert settings.rate(settings.total // 2) > 0
     net = _meta(recipe)
     assert net.sample_shape[1:] == (recipe.image_size,) * 2
@@ -87,6 +94,51 @@ def test_recipes_for_little_compute_are_small_unets_with_patches(name):
     assert net.precondition == "karras" and net.backbone.patch == 2
     assert _parameters(recipe, classes=11) < (100_000 if name == "tiny" else 20_000_000)
     assert _meta(recipe, image_size=(48, 64)).sample_shape == (3, 48, 64)
+
+
+def _grown(recipe, **options):
+    """The network of each stage of a recipe, on the meta device."""
+    nets = [_meta(recipe, **options)]
+    for stage in recipe.training["growth"]:
+        config = nets[-1].config
+        larger = UNET.larger(config, stage.network)
+        assert {key for key in larger if larger[key] != config.get(key)} <= UNET.growth(config, {**config, **larger})
+        nets.append(ScoreNet.from_stored(Stored({**config, **larger}, {}, "", has_weights=False)))
+    return nets
+
+
+@pytest.mark.parametrize(
+    ("side", "shipped", "options"),
+    [(32, "cifar10-small", {"classes": 10, "null_class": True}), (64, "celeba-small", {})],
+)
+def test_the_last_network_of_growing_is_the_one_that_ships(side, shipped, options):
+    net, last = ScoreNet.from_pretrained(shipped), _grown(growing(side), **options)[-1]
+    assert as_stored(architecture(last.config)) == as_stored(architecture(net.config))
+    assert last.schedule == net.schedule and last.sample_shape == net.sample_shape
+
+
+@pytest.mark.parametrize(("side", "patch"), [(16, 2), (28, 2), (45, 2), (46, 4), (64, 4), (96, 8)])
+def test_growing_has_about_16_patches_per_side(side, patch):
+    recipe = RECIPES["growing"].resized((side + 8, side))
+    assert (recipe.image_size, recipe.network["patch"], recipe.resized(None)) == (side, patch, recipe)
+    assert RECIPES["tiny"].resized(side) is RECIPES["tiny"]
+
+
+def test_growing_has_fewer_stages_for_fewer_images():
+    options = growing(32).options()
+    for images, stages in [(499_999, 1), (500_000, 2), (1_200_000, 3), (3_000_000, 3)]:
+        settings = TrainSettings(**{**options, "images": images})
+        assert len(settings.stages()) == stages and settings.total == pytest.approx(images, abs=3 * 64)
+    assert [stage.lr for stage in settings.stages()] == [1e-3, 7e-4, 7e-4]
+    with pytest.raises(ValueError, match="growing is for images of at least 16 pixels, got 8"):
+        growing(8)
+
+
+def test_a_short_run_says_what_to_expect():
+    text = expectation(80_000, 1 / 100, (3, 32, 32))
+    assert text.startswith("80,000 images are few") and text.endswith("take 1.1 hours at this speed.")
+    for images, shape in [(400_000, (3, 32, 32)), (80_000, (3, 8, 8)), (80_000, (2, 64)), (80_000, (5, 32, 32))]:
+        assert expectation(images, 1 / 100, shape) is None
 
 
 def test_only_unets_accept_classes():
@@ -146,14 +198,14 @@ def test_levels_of_song_et_al_are_those_of_uniform_times():
     ],
 )
 def test_the_optimizer_is_that_of_the_published_loss(name, factor, clip):
-    settings = Settings(**RECIPES[name].options())
+    settings = TrainSettings(**RECIPES[name].options())
     assert settings.eps * factor == pytest.approx(1e-8)
     assert settings.clip is None if clip is None else settings.clip * 3072 / 2 * factor == pytest.approx(clip)
 
 
 def test_the_settings_of_edm():
     recipe = RECIPES["edm-cifar10"]
-    settings = Settings(**recipe.options())
+    settings = TrainSettings(**recipe.options())
     assert settings.total == 200_000_000 and settings.rate(5_000_000 - 512) == pytest.approx(5e-4)
     assert settings.ema[0] ** (500_000 / 512) == pytest.approx(0.5)  # the half-life
     assert recipe.network["dropout"] == 0.13 and settings.augment == ("nonleaking",)
@@ -206,7 +258,11 @@ def test_the_page_has_the_settings_of_every_recipe():
     rows = _cells(PAGE.read_text(encoding="utf-8"), "recipe")
     assert list(rows) == list(RECIPES)
     for name, row in rows.items():
-        recipe, settings = RECIPES[name], Settings(**RECIPES[name].options())
+        recipe, settings = RECIPES[name], TrainSettings(**RECIPES[name].options())
+        if name == "growing":
+            shares = [stage.total / settings.total for stage in settings.stages()]
+            mean = sum(a * training_flop(net) for a, net in zip(shares, _grown(recipe), strict=True))
+            assert float(row[7]) == pytest.approx(mean / 1e9, abs=0.005)
         numbers = [
             PUBLISHED[name][0] if name in PUBLISHED else _parameters(recipe),
             recipe.image_size,
@@ -217,6 +273,20 @@ def test_the_page_has_the_settings_of_every_recipe():
         assert row[5] == (", ".join(f"{length:g}" for length in settings.ema) or "none")
         assert row[6] == f"{settings.total:,}"
         assert float(row[8]) == pytest.approx(float(row[7].replace(",", "")) * 1e9 * settings.total, rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["28, gray", "32, color", "64, color"])
+def test_the_page_has_the_networks_of_growing_by_size(name):
+    patch, pixels, blocks, means, parameters = _cells(PAGE.read_text("utf-8"), "side in pixels")[name]
+    recipe = replace(growing(int(name[:2])), channels=1 if "gray" in name else 3)
+    nets = _grown(recipe)
+    assert patch == f"{nets[0].backbone.patch} x {nets[0].backbone.patch}"
+    assert pixels == ", ".join(str(net.config["pixel_channels"]) for net in nets)
+    assert int(blocks) == 2 * nets[-1].config["pixel_layers"]
+    levels = [stage.levels for stage in TrainSettings(**recipe.options()).stages()]
+    assert means == ", ".join(f"{level.mean + math.log(2):.1f}" for level in levels)
+    counts = [sum(parameter.numel() for parameter in net.parameters()) for net in nets]
+    assert parameters == ", ".join(f"{count:,}" for count in counts)
 
 
 def test_the_page_has_the_source_of_every_recipe():

@@ -17,7 +17,8 @@ from scorematch.noise import NoiseSchedule
 from scorematch.pretrained import Place, load, locate
 from scorematch.sampling import SamplerSettings, recommended_sampler
 from scorematch.score import ScoreNet
-from scorematch.training.recipes import sampling_flop
+from scorematch.training.flops import sampling_flop
+from scorematch.training.record import stage_of
 
 
 def add(commands: Commands) -> None:
@@ -45,6 +46,7 @@ def _run(args: argparse.Namespace) -> None:
     lines = {
         "network": args.model,
         "weights": _origin(place),
+        "stage": stage_of(place.folder),
         "license": _license(place) if card is None else card.license,
         "data": None if card is None else card.data,
         "quality": None if card is None else card.quality,

@@ -30,9 +30,10 @@ from scorematch.pretrained.configuration import Stored
 from scorematch.score import ScoreNet
 from scorematch.training import RECIPES, Recipe, Settings, checkpoint, network_for, train, train_from_observations
 from scorematch.training.checks import check_stages
+from scorematch.training.flops import training_flop
 from scorematch.training.incomplete import check_observation
-from scorematch.training.recipes import training_flop
 from scorematch.training.record import check_run, network_of, settings_of
+from scorematch.training.report import expectation
 from scorematch.training.run import check_possible
 from scorematch.training.settings import RunSettings, StageSettings, TrainSettings
 from scorematch.training.speed import mean_seconds, seconds_per_image, with_images
@@ -66,7 +67,7 @@ def add(commands: Commands) -> None:
         + "\nExamples:\n"
         "  %(prog)s faces --out runs/faces\n"
         "  %(prog)s faces --out runs/trial --recipe tiny --images 20k\n"
-        "  %(prog)s faces --out runs/night --hours 8\n"
+        "  %(prog)s faces --out runs/night --recipe growing --image-size 64 --hours 8\n"
         "  %(prog)s cats --out runs/cats --start runs/faces/network\n"
         "  %(prog)s damaged --observed-where masks --sigma 0.1 --out runs/prior\n"
         "  %(prog)s fields.npz --out runs/fields --padding circular\n"
@@ -167,7 +168,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    recipe = RECIPES[_DEFAULT if args.recipe is None else args.recipe]
+    recipe = RECIPES[_DEFAULT if args.recipe is None else args.recipe].resized(args.image_size)
     if args.sigma is not None or args.observed_where is not None:
         _run_stages(args, recipe)
         return
@@ -446,6 +447,9 @@ def _announce(
     where = str(device) if processes == 1 else f"{processes} x {device.type}"
     speed = 1 / mean_seconds(seconds, settings.growth)
     print(f"time      about {duration(remaining)} on {where}, {speed:.3g} images/s")
+    expected = expectation(settings.total, 1 / speed, data.shape)
+    if expected is not None:
+        print(f"          {expected}")
     print(f"out       {args.out}", flush=True)
 
 

@@ -83,6 +83,8 @@ def enlarged(net: ScoreNet, changes: Mapping[str, Any], seed: int = 0) -> ScoreN
     family, before = net.family, as_stored(net.config)
     if family is None:
         raise ValueError("a network with a backbone of your own cannot grow. Use ScoreNet.unet.")
+    if before.get("condition_encoder"):
+        raise ValueError("a network with an encoder of its condition cannot grow. Leave out growth.")
     config = {**before, **native(family.larger(before, changes))}
     grows = family.growth(before, config)
     wrong = [

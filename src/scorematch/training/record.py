@@ -77,6 +77,21 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     return None if before is None else _renamed(before["settings"])
 
 
+def stage_of(network: Path) -> str | None:
+    """The stage of a run, from its folder or that of its network, as text; None if there is no run with stages."""
+    folder = network.parent if network.name == "network" else network
+    try:
+        before = read_record(folder / _FILE, _SCHEMA)
+    except ValueError:  # that of a network
+        return None
+    growth = [] if before is None else before["settings"].get("growth", [])
+    if before is None or not growth:
+        return None
+    images = max(checkpoint.numbers(folder / "checkpoints"), default=0)
+    stage = 1 + sum(images > each["begins"] for each in growth)
+    return f"{stage} of {1 + len(growth)}, at image {images:,} of {before['settings']['images']:,}"
+
+
 def write_config(folder: Path, net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any) -> dict[str, Any]:
     """Writes config.json if it does not exist, and compares it with the settings otherwise; returns its content.
 
