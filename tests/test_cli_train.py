@@ -85,7 +85,13 @@ def _no_count_of_operations(monkeypatch):
 def calls(monkeypatch):
     """Replaces ``train`` by a function that only records its arguments; the list of these."""
     recorded = []
-    monkeypatch.setattr(command, "train", lambda *arguments, **options: recorded.append((*arguments, options)))
+
+    def train(net, *arguments, **options):
+        recorded.append((net, *arguments, options))
+        return net
+
+    monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(command, "_report_copies", lambda *_, **__: "")
     return recorded
 
 
@@ -102,7 +108,15 @@ def test_train_prints_data_network_and_time(faces, run):
     )
     assert re.search(r" parameters, 1.5 GFLOP per image\ntraining  24 images in 3 steps of 8, 2 epochs\n", printed)
     assert re.search(rf"\ntime      about \d+ s on cpu, [\d.]+ images/s\nout       {out}\n", printed)
-    assert printed.endswith(f"{out / 'report.md'}\n{out / 'network'}\n")
+    found = re.search(
+        r"\n(\d+) of 64 samples are copies: less than a third as far from one of the pictures, or from its mirror "
+        rf"image, as from every other\..*\n{out / 'report.md'}\n{out / 'network'}\n$",
+        printed,
+    )
+    report = (out / "report.md").read_text()
+    assert f"\n{found[1]} of 64 samples are copies: " in report and "\n| samples | 64 | " in report
+    with Image.open(out / "report" / "nearest.png") as picture:
+        assert picture.size == (3 * 8 + 4 * 2, 8 * 8 + 9 * 2)
 
 
 def test_hours_are_the_images_of_a_measured_speed_and_a_run_that_continues_keeps_them(

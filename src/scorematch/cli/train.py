@@ -18,10 +18,12 @@ from scorematch.cli.options.networks import load_network
 from scorematch.cli.options.outputs import check_folder_name
 from scorematch.cli.options.values import add_declared, amount, expanded, filled, image_count
 from scorematch.core.conditions import describe_classes
+from scorematch.core.files import write_whole
 from scorematch.core.messages import few, quote
 from scorematch.core.records import as_stored
 from scorematch.data import ArrayData, ImageData, open_images
 from scorematch.data.array_data import find_arrays
+from scorematch.evaluation import memorization_of
 from scorematch.nets.family import check_size
 from scorematch.nets.reconditioning import difference
 from scorematch.nets.space import PADDINGS
@@ -33,15 +35,16 @@ from scorematch.training.checks import check_stages
 from scorematch.training.flops import training_flop
 from scorematch.training.incomplete import check_observation
 from scorematch.training.record import check_run, network_of, settings_of
-from scorematch.training.report import expectation
+from scorematch.training.report import expectation, sampler_of
 from scorematch.training.run import check_possible
 from scorematch.training.settings import RunSettings, StageSettings, TrainSettings
 from scorematch.training.speed import mean_seconds, seconds_per_image, with_images
-from scorematch.training.start import fine_tuning, with_condition
+from scorematch.training.start import SMALL, fine_tuning, with_condition
 from scorematch.training.units import take_units
 
 _DEFAULT = "small-64"
 _DEFAULTS = {"label_drop": "0.1 with --labels"}  # of options that are not those of train
+_SAMPLES = 64  # to compare with the pictures of a small folder
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
 _FOR_PICTURES = ("recipe", "image_size", "channels", "crop", "strict", "cache", "no_cache", "workers")
 _INSTEAD = {  # of options of other programs
@@ -223,11 +226,13 @@ def _run(args: argparse.Namespace) -> None:
     if trackers:
         accelerator.init_trackers("scorematch")
     try:
-        train(net, data, args.out, **options, progress=not args.quiet, accelerator=accelerator)
+        trained = train(net, data, args.out, **options, progress=not args.quiet, accelerator=accelerator)
     finally:
         if trackers:
             accelerator.end_training()
     if accelerator.is_main_process:
+        if isinstance(data, ImageData) and 1 < len(data) < SMALL and trained.value_range == (0, 1):
+            print(_report_copies(args.out, trained, data, progress=not args.quiet))
         print(args.out / "report.md")
         print(args.out / "network")
 
@@ -241,6 +246,28 @@ def _accelerator(args: argparse.Namespace, folder: Path, settings: RunSettings) 
             "--device."
         )
     return accelerator
+
+
+def _report_copies(folder: Path, net: ScoreNet, data: ImageData, *, progress: bool) -> str:
+    """Adds to the report of a run how many samples are copies of its pictures, and returns the sentence."""
+    takes = net.conditioning
+    classes = None if takes is None or takes.classes is None else torch.arange(_SAMPLES) % takes.classes
+    try:
+        samples = sampler_of(net).sample(_SAMPLES, condition=classes, generator=0, progress=progress).cpu()
+    except RuntimeError as error:  # the network is not trained enough yet
+        return f"the samples are not compared with the pictures: {error}"
+    found = memorization_of(samples, data, neighbors=2, flips=True, progress=False)
+    found.save_picture(folder / "report" / "nearest.png", samples, data, rows=8)
+    copies = round(found.copies()[0].value * _SAMPLES)
+    text = (
+        f"{copies} of {_SAMPLES} samples are copies: less than a third as far from one of the pictures, or from its "
+        "mirror image, as from every other."
+    )
+    text += " Train on more pictures, or for fewer images." if copies > _SAMPLES // 16 else ""
+    parts = ["", text, "", found.table(), "![samples and the nearest pictures](report/nearest.png)", ""]
+    report = folder / "report.md"
+    write_whole(report, report.read_bytes() + "\n".join(parts).encode())
+    return text
 
 
 def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:

@@ -40,11 +40,11 @@ def sample_interval(net: ScoreNet, images: int) -> int:
         net: the network.
         images: the number of images of the run.
     """
-    cost = _SAMPLES * len(_sampler(net)) // 3  # in training images: a training step costs three network calls
+    cost = _SAMPLES * len(sampler_of(net)) // 3  # in training images: a training step costs three network calls
     return max(1, images // 20, 50 * cost)
 
 
-def _sampler(net: ScoreNet) -> Sampler:
+def sampler_of(net: ScoreNet) -> Sampler:
     """The recommended sampler; without a recommendation ``ODESampler``, which needs more than a few noise levels."""
     few = len(net.schedule) == 1 or net.preconditioning.discrete
     return ODESampler(net) if net.sampler_settings is None and not few else recommended_sampler(net)
@@ -91,7 +91,7 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
     if condition is not None and classes is not None:
         turns = torch.arange(len(x), device=next(net.parameters()).device) % classes
         condition = {**condition, "class": turns} if isinstance(condition, dict) else turns
-    images = _sampler(net).sample(
+    images = sampler_of(net).sample(
         len(x),
         shape=x.shape[1:],
         condition=condition,
