@@ -89,7 +89,7 @@ def test_a_pipeline_of_diffusers_has_the_weights_and_the_levels_of_the_network(t
         ),
         (
             lambda: _net(precondition="karras", classes=3, null_class=True, patch=2),
-            "UNet2DModel does not have its architecture, in which it lacks null_class, patch",
+            "UNet2DModel does not have its architecture: for it train a network without null_class, patch",
         ),
         (lambda: _net(size=(8, 16), precondition="karras"), "its images are not square"),
         (lambda: ScoreNet.ncsnv2(3, 8, width=2), "its preconditioning is 'ncsnv2'"),

@@ -167,7 +167,7 @@ def _run(args: argparse.Namespace) -> None:
     label: Any = find_classes(args, net)  # an int or None, without a rule
     assert net.sample_shape is not None  # noqa: S101  (load checks it)
     if args.tile:
-        check_size(net.backbone, (args.tile, args.tile))
+        check_size(net.backbone, (args.tile, args.tile), "tile")
     score: Any = net.inference_copy()
     samplers = {False: make_sampler(args, score, restoring=True)}
     check_picture(folder / "strip.png")  # before the work

@@ -203,13 +203,19 @@ def check_encoder(given: bool, features: int) -> None:
         )
 
 
-def check_size(backbone: nn.Module, size: Sequence[int]) -> None:
-    """Raises ValueError if a backbone does not take samples of a size: the U-Nets extend all that are large enough."""
+def check_size(backbone: nn.Module, size: Sequence[int], name: str | None = None) -> None:
+    """Raises ValueError if a backbone does not take samples of a size: the U-Nets extend all that are large enough.
+
+    ``name`` is that of the argument to change, for the message.
+    """
     divisor: int = getattr(backbone, "divisor", 1)
     if hasattr(backbone, "space"):
         if min(size) < divisor:
             sides = "x".join(map(str, size))
-            raise ValueError(f"every side of a sample must be at least {divisor}, the largest stride, got {sides}.")
+            hint = "" if name is None else f" Pass {argument(name, divisor)} or more."
+            raise ValueError(
+                f"every side of a sample must be at least {divisor}, the largest stride, got {sides}.{hint}"
+            )
         return
     if not size:
         return
@@ -220,7 +226,7 @@ def check_size(backbone: nn.Module, size: Sequence[int]) -> None:
             for number in (math.floor, math.ceil)
         )
         sizes = (size[0] if height == width else tuple(size) for size in (below, above))
-        fitting = " or ".join(dict.fromkeys(argument("image_size", size) for size in sizes))
+        fitting = " or ".join(dict.fromkeys(argument(name or "image_size", size) for size in sizes))
         raise ValueError(f"height and width must be multiples of {divisor}, got {height}x{width}. Pass {fitting}.")
 
 

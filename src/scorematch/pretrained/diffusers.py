@@ -378,7 +378,8 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
         return f"its preconditioning is {row!r}, and not one of {', '.join(map(repr, rows))}"
     if class_of(config) is None:
         own = [key for key, value in OWN_KEYS.items() if config.get(key, value) != value]
-        return "UNet2DModel does not have its architecture" + (f", in which it lacks {', '.join(own)}" if own else "")
+        need = f": for it train a network without {', '.join(own)}" if own else ""
+        return f"UNet2DModel does not have its architecture{need}"
     takes_image = config.get("in_channels", 3) != config.get("out_channels", 3)
     takes_other = config.get("class_embed_type") is not None
     takes_other |= config.get("num_class_embeds") is not None and row != KARRAS

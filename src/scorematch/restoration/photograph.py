@@ -339,7 +339,10 @@ class _Pixels(NamedTuple):
     def check(self, operator: Operator) -> None:
         """Raises ValueError if nothing is known, or nothing is missing."""
         if not bool(self.known.any()):
-            raise ValueError(f"nothing of the picture is observed with {operator}. Mark less of it as missing.")
+            raise ValueError(
+                f"nothing of the picture is observed with {operator}. Mark less of it as missing: a mask is white "
+                "where the picture is observed."
+            )
         if not self.luma and bool(self.known.all()):
             raise ValueError(f"nothing of the picture is missing with {operator}, so that there is nothing to restore.")
 
