@@ -75,6 +75,7 @@ from scorematch.evaluation import (
     precision_recall,
     sampler_distances,
     score_error,
+    settings_learned,
     settings_of_paths,
     settings_table,
     sliced_wasserstein_distance,
@@ -150,6 +151,7 @@ from scorematch.sampling import (
     Sampler,
     SamplerSettings,
     bulk_samples,
+    learned_settings,
     recommended_sampler,
     sample_to,
     schedules_of_paths,
@@ -302,6 +304,7 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
         ODESampler(net, levels=3, method="unipc", order=3, eta=[0.5, 1.0]),
         ODESampler(net, schedules_of_paths(net, [4], n=8, condition=3, generator=0)[0], method="ipndm"),
         recommended_sampler(net, calls=8),
+        *(recommended_sampler(net, each) for each in learned_settings(net, [4, 6], n=8, condition=3)),
         PredictorCorrectorSampler(net, predictor="reverse-diffusion"),
         ParticleSampler(net, particles=8, restore="guide"),
         Euler(net, levels=10),
@@ -409,6 +412,7 @@ def evaluation(net: ScoreNet, folder: Path) -> None:
     restored: Evaluation = evaluate_restoration(net, folder, Grayscale(), n=100)
     restored.save(folder)
     tuned: Tuning = tune(net, folder, settings=[*settings_table(net), *settings_of_paths(net, [4, 6])])
+    assert_type(settings_learned(net, [4], out=folder), list[SamplerSettings])
     best: MeasuredSampler = tuned.best
     assert_type(best.seconds, float)
     assert_type(tuned.table(), str)

@@ -18,8 +18,9 @@ from scorematch.core.messages import about
 from scorematch.core.processes import this_process
 from scorematch.core.schema import Field
 from scorematch.core.scores import device_of
+from scorematch.evaluation.few_calls import settings_learned, settings_of_paths
 from scorematch.evaluation.reference import check_sources
-from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_of_paths, settings_table, tune
+from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
 from scorematch.sampling import recommended_sampler
 
 
@@ -50,8 +51,8 @@ def add(commands: Commands) -> None:
         nargs="+",
         type=fitting(Field(int, low=3, high=59)),
         metavar="N",
-        help="also measure settings with these numbers of network calls, such as 4 6 8 12, whose noise levels are "
-        "chosen from paths of the network",
+        help="also measure settings with these numbers of network calls, such as 4 6 8 12, that are fitted to paths of "
+        "the network: those whose levels are chosen, and those whose levels and coefficients are learned",
     )
     parser.add_argument(
         "--by",
@@ -98,7 +99,9 @@ def _run(args: argparse.Namespace) -> None:
     options = reference_options(args, device_of(net))
     settings = settings_table(net, args.calls)
     if args.learn:
-        settings += settings_of_paths(net, args.learn, seed=args.seed, progress=not args.quiet)
+        fitted = {"seed": args.seed, "progress": not args.quiet}
+        settings += settings_learned(net, args.learn, out=args.out, **fitted)
+        settings += settings_of_paths(net, args.learn, **fitted)
     if settings and this_process().rank == 0:
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"

@@ -22,6 +22,7 @@ from scorematch.evaluation.estimate import Estimate, values
 from scorematch.evaluation.evaluate import Evaluation, evaluate
 from scorematch.evaluation.evaluator import Evaluator, image_figures
 from scorematch.evaluation.features import EXTRACTORS, Extractor, dinov2, efficientnet_lite0, inception, pixels
+from scorematch.evaluation.few_calls import settings_learned, settings_of_paths
 from scorematch.evaluation.frechet import frechet_distance
 from scorematch.evaluation.memorization import Memorization, memorization_of
 from scorematch.evaluation.metrics import (
@@ -38,7 +39,7 @@ from scorematch.evaluation.restored_images import evaluate_restoration
 from scorematch.evaluation.sampler_distance import sampler_distances
 from scorematch.evaluation.spectrum import power_spectrum, spectrum_error, values_distance
 from scorematch.evaluation.statistics import Statistics, statistics_of
-from scorematch.evaluation.tune import Tuning, settings_of_paths, settings_table, tune
+from scorematch.evaluation.tune import Tuning, settings_table, tune
 from scorematch.evaluation.two_sample import classifier_two_sample_test
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "precision_recall",
     "sampler_distances",
     "score_error",
+    "settings_learned",
     "settings_of_paths",
     "settings_table",
     "sliced_wasserstein_distance",

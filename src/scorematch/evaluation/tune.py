@@ -52,13 +52,11 @@ from scorematch.restoration.methods import Restore
 from scorematch.restoration.operator import Operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.bulk import Classes, bulk_samples, description_of
-from scorematch.sampling.levels import schedules_of_paths
 from scorematch.score import ScoreNet
 
 Criterion = Literal["frechet", "kernel", "rmse", "perceptual"]
 
 _OF_SAMPLES, _OF_RESTORATIONS = ("frechet", "kernel"), ("rmse", "perceptual", "frechet")  # the criteria, defaults first
-_PATHS, _BARELY_VISIBLE = 64, 0.03  # the latter in units of the value range
 _BEGIN, _END = "<!-- sampler settings, by scorematch tune -->", "<!-- end of sampler settings -->"
 TABLE = "tune.json"
 _RECORD: Mapping[str, Field] = {
@@ -422,38 +420,6 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
         listed += [SamplerSettings("ancestral", levels=levels, variance=variance) for levels in (50, 100)]
     listed += [SamplerSettings("predictor-corrector", levels=levels) for levels in (50, 100)]
     return [each for each in dict.fromkeys(listed) if len(recommended_sampler(net, each)) <= calls]
-
-
-def settings_of_paths(
-    net: ScoreNet, calls: Sequence[int], *, seed: int = 0, progress: bool = True
-) -> list[SamplerSettings]:
-    """Settings of UniPC with few network calls, whose levels are chosen from 64 paths of the network.
-
-    The lowest level is that of the network, but at least 0.03 times the width of the value range, and the others are
-    chosen: if the lowest were chosen too, it would be so high that images are smooth.
-
-    Args:
-        net: the network; its classes, if it has any, are those of the paths in turn.
-        calls: the numbers of network calls, each from 3 to 59.
-        seed: the seed of the paths.
-        progress: whether to show a progress bar.
-
-    Returns:
-        Settings for each number of calls, with fewer where levels below the lowest would be chosen; see
-        ``scorematch.sampling.schedules_of_paths``.
-
-    Raises:
-        ValueError: if a number of calls is out of range.
-    """
-    classes = None if net.conditioning is None else net.conditioning.classes
-    condition = None if classes is None else {"class": torch.arange(_PATHS) % classes}
-    counts = [count - 1 for count in calls]
-    schedules = schedules_of_paths(net, counts, n=_PATHS, condition=condition, generator=seed, progress=progress)
-    low, high = net.value_range or (0, 0)
-    lowest = max(net.schedule.sigma_min, _BARELY_VISIBLE * (high - low))
-    chosen = [[*(sigma for sigma in schedule if sigma > lowest), lowest] for schedule in schedules]
-    rounded = [[float(f"{sigma:.5g}") for sigma in sigmas] for sigmas in chosen]
-    return [SamplerSettings("ode", sigmas=sigmas, method="unipc") for sigmas in rounded]
 
 
 # -- The folder -------------------------------------------------------------------------------------------------------

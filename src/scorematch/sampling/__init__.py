@@ -5,6 +5,7 @@ from scorematch.sampling.bulk import bulk_samples
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.folder import sample_to
 from scorematch.sampling.langevin import AnnealedLangevinSampler
+from scorematch.sampling.learning import learned_settings
 from scorematch.sampling.levels import schedules_of_paths
 from scorematch.sampling.ode import ODESampler
 from scorematch.sampling.particles import ParticleSampler, Population
@@ -24,6 +25,7 @@ __all__ = [
     "Sampler",
     "SamplerSettings",
     "bulk_samples",
+    "learned_settings",
     "recommended_sampler",
     "sample_to",
     "schedules_of_paths",

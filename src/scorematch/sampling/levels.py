@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,25 +88,53 @@ def schedules_of_paths(
         >>> [round(sigma, 2) for sigma in schedule]
         [50.0, 3.29, 1.51, 0.73, 0.33]
     """
-    if isinstance(levels, int) or not levels:
-        raise TypeError(f"{argument('levels')} must be a list of one or more numbers, got {levels}. Write [6].")
-    most = max(check_count("levels", count, 2) for count in levels)
+    options = {"n": n, "shape": shape, "condition": condition, "generator": generator, "progress": progress}
+    paths = follow(net, fine, levels, "levels", {**options, "batch_size": batch_size})
+    return [NoiseSchedule(sigmas) for sigmas in straightest(paths, levels)]
+
+
+class Paths(NamedTuple):
+    """Paths of the probability flow.
+
+    Attributes:
+        sigmas: the levels (N + 1,), the last of which is 0.
+        states: the states (n, ...) at these levels.
+        denoised: the denoised images at these levels, the last of which are the states.
+    """
+
+    sigmas: list[float]
+    states: list[Tensor]
+    denoised: list[Tensor]
+
+
+def follow(
+    net: Score, fine: NoiseSchedule | None, counts: Sequence[int], name: str, options: Mapping[str, Any]
+) -> Paths:
+    """Solves paths on more fine levels than any of the counts, which an argument ``name`` has.
+
+    The options are arguments of ``Sampler.sample``.
+    """
+    if isinstance(counts, int) or not counts:
+        raise TypeError(f"{argument(name)} must be a list of one or more numbers, got {counts}. Write [6].")
+    most = max(check_count(name, count, 2) for count in counts)
     sampler = _Recorder(net, fine, levels=60 if fine is None else None, clamp=False)
-    sigmas = [*sampler.schedule, 0.0]
     if most >= len(sampler.schedule):
         raise ValueError(
-            f"{argument('levels')} must be below the number of fine levels, {len(sampler.schedule)}, got {most}. Pass "
-            "more fine levels."
+            f"{argument(name)} must be below the number of fine levels, {len(sampler.schedule)}, got {most}. Pass more "
+            "fine levels."
         )
-    end = sampler.sample(
-        n, shape=shape, condition=condition, generator=generator, batch_size=batch_size, progress=progress
-    )
-    states, denoised = [*sampler.states, end], [*sampler.denoised, end]
+    end = sampler.sample(**options)
+    return Paths([*sampler.schedule, 0.0], [*sampler.states, end], [*sampler.denoised, end])
+
+
+def straightest(paths: Paths, levels: Sequence[int]) -> list[list[float]]:
+    """The chosen levels for each number of levels."""
+    sigmas, states, denoised = paths
     error = torch.full((len(sigmas), len(sigmas)), math.inf, dtype=torch.float64)
     for i, j in itertools.combinations(range(len(sigmas)), 2):
         step = torch.lerp(denoised[i], states[i], sigmas[j] / sigmas[i])
         error[i, j] = float((step - states[j]).square().mean().sqrt())
-    return [NoiseSchedule([sigmas[i] for i in _shortest(error, count)]) for count in levels]
+    return [[sigmas[i] for i in _shortest(error, count)] for count in levels]
 
 
 class _Recorder(ODESampler):

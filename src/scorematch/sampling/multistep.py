@@ -33,6 +33,9 @@ method          weights
                 the place of D, and sigma that of lambda, without a weight. Order 1 is Euler's method, which is DDIM.
 ==============  ========================================================================================================
 
+Weights and factors can also be learned (``scorematch.sampling.learning``): then each step, also the one to sigma = 0,
+has a factor of its own in place of :math:`e^{-k h}`, and weights for at most three earlier images.
+
 The third order of the published DPM-Solver++ differs: its code divides the second difference by two, so that it is of
 second order.
 
@@ -45,16 +48,18 @@ References:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _POINTS, _SHARES = np.polynomial.legendre.leggauss(64)
+_PAST = 4  # as many images as the methods use
 _LONGEST_STEP = 10  # relative to the distance of two earlier levels that are used for it
 
 
@@ -124,6 +129,25 @@ def plan(method: Method, sigmas: Sequence[float], order: int, etas: Sequence[flo
         yield Step(sigmas[i], sigmas[i + 1], weights, kept, sigmas[i + 1] * math.sqrt(1 - ratio ** (2 * eta)))
 
 
+def learned_steps(sigmas: Sequence[float], coefficients: Iterable[Any]) -> Iterator[Step]:
+    """The steps on levels (L,), and from the last of them to 0, with numbers of their own.
+
+    Args:
+        sigmas: the levels, from high to low.
+        coefficients: for step i the factor of the state and min(i, 3) weights, see ``learned_lengths``; floats or
+            Tensors ().
+    """
+    numbers = iter(coefficients)
+    for sigma, sigma_next, length in zip(sigmas, [*sigmas[1:], 0.0], learned_lengths(len(sigmas)), strict=True):
+        kept, *weights = itertools.islice(numbers, length)
+        yield Step(sigma, sigma_next, weights, kept, 0.0)
+
+
+def learned_lengths(levels: int) -> list[int]:
+    """The number of learned coefficients of each step, also of the one to 0."""
+    return [1 + min(i, _PAST - 1) for i in range(levels)]
+
+
 def _means(nodes: Sequence[float], start: float, end: float, rate: float) -> np.ndarray:
     """The means from start to end, with the weight exp(rate u), of the Lagrange polynomials of the nodes."""
     if len(nodes) == 2:
@@ -142,7 +166,7 @@ def multistep(
     noise: bool = False,
 ) -> Iterator[tuple[Tensor, float]]:
     """Yields the state after each step, with its level; ``noise`` is that of the method."""
-    past: deque[Tensor] = deque(maxlen=4)
+    past: deque[Tensor] = deque(maxlen=_PAST)
     for sigma, sigma_next, weights, kept, added in steps:
         x, score, z = chain(x, sigma)
         new = score * -sigma if noise else torch.add(x, score, alpha=sigma**2)

@@ -61,7 +61,7 @@ from scorematch.core.schema import Field
 from scorematch.core.scores import Score, middle_of
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
-from scorematch.sampling.multistep import METHODS, multistep, plan
+from scorematch.sampling.multistep import METHODS, learned_lengths, learned_steps, multistep, plan
 from scorematch.sampling.sampler import Sampler, SamplerOptions, stored_options
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class ODESampler(Sampler):
             step. None, or 0, is the probability flow, and 1 the reverse diffusion, as in ancestral sampling; below
             the noise level of an observation it is at most 1. SDE-DPM-Solver++(2M) is ``method="dpm-solver++"`` with
             ``eta=1``, and SA-Solver "unipc" with ``eta`` tau^2.
+        coefficients: the numbers of the steps of "dpm-solver++" or "unipc" on the levels ``sigmas``, in place of those
+            of the method, which ``learned_settings`` fits to a network.
 
         Rarely needed:
 
@@ -141,6 +143,11 @@ class ODESampler(Sampler):
             Field(float, low=0, high=10, or_list=1000),
             "the new noise of dpm-solver++ and unipc; 1 is the reverse diffusion (default: 0)",
         ] = None,
+        coefficients: Annotated[
+            Sequence[float] | None,
+            Field(list, low=1, high=4000, each=Field(float, low=-100, high=100)),
+            "the learned numbers of the steps on the levels sigmas",
+        ] = None,
         churn: Annotated[float, Field(float, low=0), "with heun: how much new noise the steps add"] = 0.0,
         churn_min: Annotated[float, Field(float, low=0), "the lowest level at which noise is added"] = 0.0,
         churn_max: Annotated[
@@ -151,7 +158,7 @@ class ODESampler(Sampler):
     ) -> None:
         self.check_options({"sigmas": sigmas})
         noise = (options.get(name) for name in ("levels", "sigma_max", "sigma_min"))
-        if not churn and all(each is None for each in (schedule, method, sigmas, order, eta, *noise)):
+        if not churn and all(each is None for each in (schedule, method, sigmas, order, eta, coefficients, *noise)):
             own = stored_options(net, "ode")
             if own is not None:
                 given: dict[str, Any] = {"method": "heun", **own, **options}
@@ -164,6 +171,15 @@ class ODESampler(Sampler):
             schedule = NoiseSchedule(sigmas)
         super().__init__(net, schedule, **options)
         self.check_options({"method": method, "order": order, "eta": eta, "churn": churn, "churn_noise": churn_noise})
+        self.coefficients: list[float] | None = native(coefficients)
+        if self.coefficients is not None:
+            given = {"method": method, "order": order, "eta": eta, "sigmas": sigmas}
+            self.check_options({**given, "coefficients": self.coefficients})
+            if self.schedule != NoiseSchedule(sigmas or []):
+                raise ValueError(
+                    f"{argument('coefficients')} are for the levels {argument('sigmas')}. Leave out "
+                    f"{argument('levels')}, {argument('sigma_max')} and {argument('sigma_min')}."
+                )
         self.eta, steps = native(eta), len(self.schedule) - 1
         self._etas: list[float] = self.eta if isinstance(self.eta, list) else [self.eta or 0.0] * steps
         _check_etas(self._etas, steps)
@@ -198,6 +214,8 @@ class ODESampler(Sampler):
                 f"{argument('order' if eta is None else 'eta')} is not for the method {method!r}. Write "
                 f"{argument('method', 'dpm-solver++')}."
             )
+        if options.get("coefficients") is not None:
+            _check_coefficients(options)
         if order is not None and order > METHODS[method].highest:
             raise ValueError(
                 f"{argument('order')} must be at most {METHODS[method].highest} for {method!r}, got {order}."
@@ -219,6 +237,8 @@ class ODESampler(Sampler):
 
     def settings(self) -> list[str]:
         """The method with its order, and eta or the churn."""
+        if self.coefficients is not None:
+            return [self.method, "learned"]
         if not self.churn:
             order = [] if self.order is None else [f"order {self.order}"]
             return [self.method, *order, *([f"eta {self.eta}"] if self.draws_noise else [])]
@@ -231,6 +251,9 @@ class ODESampler(Sampler):
         if self.method == "heun":
             return self._churned(x, chain) if self.churn else _heun(x, chain, self.schedule)
         method, levels = METHODS[self.method], list(self.schedule)
+        if self.coefficients is not None:
+            steps = learned_steps(levels, self.coefficients)
+            return multistep(x, chain, steps if self.denoise else itertools.islice(steps, len(levels) - 1))
         # Below the noise level of an observation, more noise would erase it.
         etas = [
             min(eta, 1) if sigma < chain.observed_sigma else eta
@@ -255,6 +278,21 @@ class ODESampler(Sampler):
         """The relative amount by which the noise of a level is raised."""
         high = math.inf if self.churn_max is None else self.churn_max
         return min(self.churn / len(self.schedule), math.sqrt(2) - 1) if self.churn_min <= sigma <= high else 0.0
+
+
+def _check_coefficients(options: Mapping[str, Any]) -> None:
+    name, found = argument("coefficients"), len(options["coefficients"])
+    if options.get("sigmas") is None or options.get("method") not in ("dpm-solver++", "unipc"):
+        raise ValueError(
+            f"{name} need {argument('sigmas')}, and {argument('method', 'dpm-solver++')} or "
+            f"{argument('method', 'unipc')}."
+        )
+    for other in ("order", "eta"):
+        if options.get(other) is not None:
+            raise ValueError(f"{name} take the place of {argument(other)}. Leave out one of them.")
+    levels = len(options["sigmas"])
+    if found != (expected := sum(learned_lengths(levels))):
+        raise ValueError(f"{name} must have {expected} numbers for {levels} levels, got {found}.")
 
 
 def _check_etas(etas: Sequence[float], steps: int) -> None:

@@ -1,0 +1,96 @@
+"""Settings with few network calls that are fitted to a network, for ``tune``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scorematch.core.provenance import identity
+from scorematch.core.records import as_stored, differences, read_record, refuse, write_record
+from scorematch.core.schema import Field
+from scorematch.sampling import SamplerSettings, learned_settings, schedules_of_paths
+from scorematch.score import ScoreNet
+
+_PATHS, _LEARNED_PATHS = 64, 256
+_BARELY_VISIBLE = 0.03  # in units of the value range
+_RECORD: Mapping[str, Field] = {
+    "format_version": Field(int, required=True, choices=(1,)),
+    "settings": Field(dict, required=True),
+    "learned": Field(dict, required=True, each=Field(dict)),
+}
+
+
+def settings_of_paths(
+    net: ScoreNet, calls: Sequence[int], *, seed: int = 0, progress: bool = True
+) -> list[SamplerSettings]:
+    """Settings of UniPC with few network calls, whose levels are chosen from 64 paths of the network.
+
+    The lowest level is that of the network, but at least 0.03 times the width of the value range, and the others are
+    chosen: if the lowest were chosen too, it would be so high that images are smooth.
+
+    Args:
+        net: the network; its classes, if it has any, are those of the paths in turn.
+        calls: the numbers of network calls, each from 3 to 59.
+        seed: the seed of the paths.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Settings for each number of calls, with fewer where levels below the lowest would be chosen; see
+        ``scorematch.sampling.schedules_of_paths``.
+
+    Raises:
+        ValueError: if a number of calls is out of range.
+    """
+    counts = [count - 1 for count in calls]
+    options: dict[str, Any] = {"condition": _classes(net, _PATHS), "generator": seed, "progress": progress}
+    schedules = schedules_of_paths(net, counts, n=_PATHS, **options)
+    low, high = net.value_range or (0, 0)
+    lowest = max(net.schedule.sigma_min, _BARELY_VISIBLE * (high - low))
+    chosen = [[*(sigma for sigma in schedule if sigma > lowest), lowest] for schedule in schedules]
+    rounded = [[float(f"{sigma:.5g}") for sigma in sigmas] for sigmas in chosen]
+    return [SamplerSettings("ode", sigmas=sigmas, method="unipc") for sigmas in rounded]
+
+
+def settings_learned(
+    net: ScoreNet, calls: Sequence[int], *, seed: int = 0, out: Path | None = None, progress: bool = True
+) -> list[SamplerSettings]:
+    """Settings with few network calls, whose levels and coefficients are learned from 256 paths of the network.
+
+    Args:
+        net: the network; its classes, if it has any, are those of the paths in turn.
+        calls: the numbers of network calls, each from 2 to 59.
+        seed: the seed of the paths.
+        out: the folder in which finished settings are kept, in learned.json, so that the same call continues.
+        progress: whether to show progress bars.
+
+    Returns:
+        Settings for each number of calls; see ``scorematch.sampling.learned_settings``.
+
+    Raises:
+        ValueError: if a number of calls is out of range, or the folder has settings of another network or seed.
+    """
+    path, settings = None if out is None else out / "learned.json", as_stored({"network": identity(net), "seed": seed})
+    record = None if path is None else read_record(path, _RECORD)
+    kept: dict[str, Any] = {} if record is None else record["learned"]
+    if record is not None:
+        differing = differences(record["settings"], settings)
+        refuse(f"{path} has other settings", differing, "Pass the same to continue, or another folder.")
+    missing = [count for count in dict.fromkeys(calls) if str(count) not in kept]
+    options: dict[str, Any] = {"condition": _classes(net, _LEARNED_PATHS), "generator": seed, "progress": progress}
+    found = learned_settings(net, missing, n=_LEARNED_PATHS, **options) if missing else ()
+    for count, each in zip(missing, found, strict=True):
+        kept[str(count)] = each.to_dict()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_record(path, {"format_version": 1, "settings": settings, "learned": kept})
+    return [SamplerSettings.from_dict(kept[str(count)]) for count in calls]
+
+
+def _classes(net: ScoreNet, n: int) -> dict[str, Tensor] | None:
+    """The classes of a network in turn, (n,), as a condition; None if it has none."""
+    classes = None if net.conditioning is None else net.conditioning.classes
+    return None if classes is None else {"class": torch.arange(n) % classes}
