@@ -26,7 +26,14 @@ from scorematch.likelihood import log_likelihood
 from scorematch.loss import sliced_score_matching_loss
 from scorematch.restoration import JPEG, AveragePool, Grayscale, Mask, Observation, Operator, Uncrop
 from scorematch.restoration.palette import TASKS
-from scorematch.sampling import AncestralSampler, ODESampler, ParticleSampler, PredictorCorrectorSampler, Sampler
+from scorematch.sampling import (
+    AncestralSampler,
+    DecoupledSampler,
+    ODESampler,
+    ParticleSampler,
+    PredictorCorrectorSampler,
+    Sampler,
+)
 
 PACKAGE = f"{Path(scorematch.__file__).parent}/"
 Compute = Callable[[str], Tensor]  # of a device
@@ -40,6 +47,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ancestral, small, clamped": functools.partial(AncestralSampler, variance="small", clamp_denoised=True),
     "predictor-corrector": PredictorCorrectorSampler,
     "particles": ParticleSampler,
+    "decoupled": DecoupledSampler,
 }
 OPERATORS: list[Operator] = [
     *(Mask(torch.arange(32) < 16), Uncrop(left=8), AveragePool(4), JPEG(20), Grayscale(), Grayscale() @ AveragePool(2))

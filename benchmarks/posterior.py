@@ -44,9 +44,9 @@ from scorematch.evaluation.estimate import mean_of, ratio_of, root_of
 from scorematch.evaluation.exact import Empirical, Gaussian
 from scorematch.evaluation.levy import Laplace, LevyProcess, Student
 from scorematch.evaluation.ranks import directions, inside, ranks_among
-from scorematch.restoration import Mask, Matrix, Observation, Operator, as_operator
+from scorematch.restoration import Magnitude, Mask, Matrix, Observation, Operator, as_operator
 from scorematch.restoration.methods import METHODS
-from scorematch.sampling import ODESampler, ParticleSampler
+from scorematch.sampling import DecoupledSampler, ODESampler, ParticleSampler
 
 WORLDS = {"digits": "mnist-classes", "faces": "celeba-small", "gaussian": None, "levy": None}
 SIGMA = 0.02  # the noise of every task except the blur
@@ -75,6 +75,8 @@ def tasks(shape: Sequence[int]) -> dict[str, tuple[Operator, float]]:
         **({"gray": (as_operator("gray"), SIGMA)} if shape[0] == 3 else {}),
         "fourier": (as_operator("fourier:4"), SIGMA),
         "jpeg": (as_operator("jpeg:10"), SIGMA),
+        "saturated": (as_operator("clip:0,0.4"), 0.1),
+        "phase": (Magnitude(2), 0.05),
     }
 
 
@@ -144,10 +146,17 @@ def flow(score: Any, steps: int, observation: Observation, seed: int) -> Tensor:
     return sampler.sample(len(observation), observation=observation, generator=seed, progress=False)
 
 
+def decoupled(score: Any, steps: int, observation: Observation, seed: int) -> Tensor:
+    """Draws with decoupled sampling from 16 standard deviations of images down."""
+    sampler = DecoupledSampler(score, levels=max(2, steps), sigma_max=min(4.0, score.schedule.sigma_max))
+    return sampler.sample(len(observation), observation=observation, generator=seed, progress=False)
+
+
 OWN: dict[str, Draw] = {
     **{name: partial(own, name) for name in METHODS},
     "moment-matching, flow": flow,
     "4 particles": particles,
+    "decoupled": decoupled,
 }
 
 

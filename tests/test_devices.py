@@ -21,7 +21,14 @@ from scorematch.data import open_images
 from scorematch.evaluation import Extractor, evaluate, evaluate_restoration
 from scorematch.nets.layers import GroupNorm
 from scorematch.restoration import Grayscale, Mask, Observation
-from scorematch.sampling import SAMPLERS, AncestralSampler, ODESampler, ParticleSampler, PredictorCorrectorSampler
+from scorematch.sampling import (
+    SAMPLERS,
+    AncestralSampler,
+    DecoupledSampler,
+    ODESampler,
+    ParticleSampler,
+    PredictorCorrectorSampler,
+)
 from scorematch.sampling.finite import FiniteCheck
 from scorematch.training import LogNormal, train
 from tests.helpers import HostReads, NoFloat64, in_threads
@@ -211,6 +218,7 @@ MANY = {
     "ancestral": lambda net: AncestralSampler(net, LEVELS.respaced(16)),
     "predictor-corrector": lambda net: PredictorCorrectorSampler(net, LEVELS.respaced(10)),
     "particles": lambda net: ParticleSampler(net, LEVELS.respaced(16)),
+    "decoupled": lambda net: DecoupledSampler(net, LEVELS.respaced(16)),
 }
 
 

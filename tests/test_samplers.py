@@ -22,6 +22,7 @@ from scorematch.restoration import Mask, Observation
 from scorematch.sampling import (
     SAMPLERS,
     AncestralSampler,
+    DecoupledSampler,
     ODESampler,
     ParticleSampler,
     PredictorCorrectorSampler,
@@ -61,6 +62,7 @@ KINDS = {
     "ipndm": lambda net, schedule=None: ODESampler(net, schedule, method="ipndm"),
     "stochastic": lambda net, schedule=None: ODESampler(net, schedule, method="unipc", eta=0.5),
     "particles": lambda net, schedule=None: ParticleSampler(net, schedule, particles=3),
+    "decoupled": lambda net, schedule=None: DecoupledSampler(net, schedule),
 }
 
 
@@ -87,11 +89,16 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 # For costly tests: every sampler with every option that adds a computation of its own.
 QUICK = {
     *("langevin", "consistent", "small variance", "learned variance", "ancestral", "published"),
-    *("heun", "churn", "dpm-solver++", "ipndm", "stochastic", "particles"),
+    *("heun", "churn", "dpm-solver++", "ipndm", "stochastic", "particles", "decoupled"),
 }
 quick_kinds = pytest.mark.parametrize(
     "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
+
+
+def _method(kind, restore):
+    """A method of restoration, or "auto" for the sampler that has its own."""
+    return "auto" if kind == "decoupled" else restore
 
 
 @functools.cache
@@ -597,7 +604,7 @@ def test_samples_are_equal_in_inference_mode(kind, restore, world):
     y = torch.tensor([[0.9, 0.0, 0.0]])
     observation = Observation(Mask(torch.tensor([True, False, False])), y)
     sampler = KINDS[kind](world, SHORT.respaced(5))
-    sampler.restore = restore
+    sampler.restore = _method(kind, restore)
     init = torch.randn(4, 3, generator=seed(1))
     expected = run(sampler, observation=observation, init=init, generator=seed(0))
     with torch.inference_mode():
@@ -631,7 +638,7 @@ def test_observed_values_are_in_the_result_and_an_empty_mask_changes_nothing(kin
     sampler = KINDS[kind](world, SHORT)
     x = run(sampler, 50, shape=(3,), observation=Observation(Mask(seen), y), generator=seed(0))
     assert torch.equal(x[:, 0], y[:, 0].expand(50))
-    if sampler.particles > 1:  # other random numbers than without an observation
+    if sampler.particles > 1 or kind == "decoupled":  # other random numbers than without an observation
         return
     nothing = run(
         sampler, 5, shape=(3,), observation=Observation(Mask(torch.zeros(3, dtype=torch.bool)), y), generator=seed(0)
@@ -668,7 +675,7 @@ def test_samples_in_other_units_are_the_same_in_these_units(kind, world):
     for restore, noise in ((None, 0.0), ("replace", 0.3), ("guide", 0.0), ("guide-jacobian", 0.3)):
         found = []
         for sampler, c, m in zip(samplers, (1, a), (0, b), strict=True):
-            sampler.restore = restore or "replace"
+            sampler.restore = _method(kind, restore or "replace")
             observation = Observation(seen, c * y + m, c * noise) if restore else None
             found.append(run(sampler, 5, shape=(3,), observation=observation, generator=0))
         torch.testing.assert_close(found[1], a * found[0] + b, rtol=0, atol=1e-4)
@@ -872,7 +879,7 @@ def test_a_guided_score_is_sampled_like_the_function_that_it_computes(kind, guid
         samplers = [KINDS[kind](one, SHORT.respaced(5)) for one in (guided, function)]
         assert str(samplers[0]) == str(samplers[1])
         for one in samplers:
-            one.restore = "replace"  # the derivatives of the functions have none themselves
+            one.restore = _method(kind, "replace")  # the derivatives of the functions have none themselves
         found, expected = (run(one, init=init, condition=labels, generator=0, **given) for one in samplers)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

@@ -21,6 +21,7 @@ from scorematch.restoration.methods import METHODS
 from scorematch.sampling import (
     SAMPLERS,
     AncestralSampler,
+    DecoupledSampler,
     ODESampler,
     ParticleSampler,
     PredictorCorrectorSampler,
@@ -44,6 +45,7 @@ VARIANTS = {
     "small, clamped": (AncestralSampler, {"variance": "small", "clamp_denoised": True}),
     "predictor-corrector": (PredictorCorrectorSampler, {}),
     "particles": (ParticleSampler, {"particles": 3}),
+    "decoupled": (DecoupledSampler, {}),
     "published": (PredictorCorrectorSampler, {"predictor": "reverse-diffusion", "published": True}),
 }
 FLOAT32 = {"levels": 3, "precision": "float32"}

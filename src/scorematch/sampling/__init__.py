@@ -3,6 +3,7 @@
 from scorematch.sampling.ancestral import AncestralSampler
 from scorematch.sampling.bulk import bulk_samples
 from scorematch.sampling.chain import Chain
+from scorematch.sampling.decoupled import DecoupledSampler
 from scorematch.sampling.folder import sample_to
 from scorematch.sampling.langevin import AnnealedLangevinSampler
 from scorematch.sampling.learning import learned_settings
@@ -18,6 +19,7 @@ __all__ = [
     "AncestralSampler",
     "AnnealedLangevinSampler",
     "Chain",
+    "DecoupledSampler",
     "ODESampler",
     "ParticleSampler",
     "Population",

@@ -11,6 +11,7 @@ from scorematch.core.json_files import native
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import Score, attribute
 from scorematch.sampling.ancestral import AncestralSampler
+from scorematch.sampling.decoupled import DecoupledSampler
 from scorematch.sampling.langevin import AnnealedLangevinSampler
 from scorematch.sampling.ode import ODESampler
 from scorematch.sampling.particles import ParticleSampler
@@ -26,6 +27,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": AncestralSampler,
     "predictor-corrector": PredictorCorrectorSampler,
     "particles": ParticleSampler,
+    "decoupled": DecoupledSampler,
 }
 
 
@@ -35,7 +37,8 @@ class SamplerSettings:
 
     Args:
         sampler: "langevin" (AnnealedLangevinSampler), "ode" (ODESampler), "ancestral" (AncestralSampler),
-            "predictor-corrector" (PredictorCorrectorSampler) or "particles" (ParticleSampler).
+            "predictor-corrector" (PredictorCorrectorSampler), "particles" (ParticleSampler) or "decoupled"
+            (DecoupledSampler).
         **options: arguments of this sampler, by name: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, and its
             own, except those that depend on the use, such as ``restore``. None, and an option that is left out, is the
             sampler's default.
