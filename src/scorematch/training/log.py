@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -193,3 +194,17 @@ class Log:
         """Removes the lines after the given number of images, for a run that continues from there."""
         kept = [json.dumps(line) + "\n" for line in self.lines() if line["images"] <= images]
         write_whole(self.path, "".join(kept).encode(), durable=True)
+
+
+def figures(found: Any) -> dict[str, float | None]:
+    """The result of the argument ``evaluate``, with numbers for the log, and None for NaN and infinity."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"evaluate must return a mapping of names to numbers, got {type(found).__name__}.")
+    taken = sorted(FIELDS & found.keys())
+    if taken:
+        raise ValueError(f"evaluate must not return {', '.join(map(repr, taken))}, which train logs. Rename it.")
+    try:
+        numbers = {str(name): float(value) for name, value in found.items()}
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several values
+        raise TypeError(f"evaluate must return numbers: {error}") from error
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN

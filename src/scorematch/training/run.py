@@ -50,7 +50,7 @@ from scorematch.training.checks import check_network, check_stages
 from scorematch.training.ema import SNAPSHOTS
 from scorematch.training.growth import enlarged
 from scorematch.training.levels import levels_for
-from scorematch.training.log import BINS, CHECK_EVERY, FIELDS, Log, Losses
+from scorematch.training.log import BINS, CHECK_EVERY, Log, Losses, figures
 from scorematch.training.record import FOLDERS, check_files, network_of, write_config
 from scorematch.training.report import read_examples, sample_interval, save_samples, write_report
 from scorematch.training.settings import RunSettings, TrainSettings, with_options
@@ -437,7 +437,7 @@ class _Run:
         if evaluate is not None:
             with global_generators(self.accelerator.device):
                 found = evaluate(averaged, images)
-            self._record({"images": images, **_figures(found)})
+            self._record({"images": images, **figures(found)})
 
     # -- Files --------------------------------------------------------------------------------------------------------
 
@@ -488,17 +488,3 @@ def check_weights(state: TrainingState) -> None:
     if not bool(largest.isfinite().all()):
         name = state.names[int((~largest.isfinite()).nonzero()[0])]
         raise RuntimeError(f"the weight {name} is NaN or infinite at step {state.step} (image {state.images:,}).")
-
-
-def _figures(found: Any) -> dict[str, float | None]:
-    """The result of the argument ``evaluate``, with numbers for the log, and None for NaN and infinity."""
-    if not isinstance(found, Mapping):
-        raise TypeError(f"evaluate must return a mapping of names to numbers, got {type(found).__name__}.")
-    taken = sorted(FIELDS & found.keys())
-    if taken:
-        raise ValueError(f"evaluate must not return {', '.join(map(repr, taken))}, which train logs. Rename it.")
-    try:
-        numbers = {str(name): float(value) for name, value in found.items()}
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several values
-        raise TypeError(f"evaluate must return numbers: {error}") from error
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
