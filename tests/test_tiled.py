@@ -121,6 +121,9 @@ def test_batches_of_tiles_have_the_gradient_of_all_at_once_with_less_memory(monk
             Tiled(net, overlap=4, batch_size=batch_size)(inputs, 0.1).square().sum(), inputs
         )
     assert calls == [2, 2, 2, 2, 1]  # tiles of each checkpoint
+    monkeypatch.setattr(module, "_WITH_GRADIENT", 4 * 8 * 8)  # which is less than without a gradient
+    Tiled(net, overlap=4)(x.clone().requires_grad_(), 0.1)
+    assert calls[5:] == [4, 4, 1]
     torch.testing.assert_close(found[2], found[None], rtol=1e-4, atol=1e-4 * float(found[None].abs().max()))
 
 
