@@ -28,7 +28,7 @@ def run(tmp_path_factory):
     """A run on vectors (N, 3) with conditions (N, 2), which was started by the command."""
     folder = tmp_path_factory.mktemp("run")
     np.savez(folder / "x.npz", x=_data((3,)), condition=np.random.default_rng(0).random((40, 2)))
-    options = ("--images", "64", "--batch-size", "8", "--precision", "float32")
+    options = ("--images", "64", "--batch-size", "8", "--precision", "float32", "--sample-every", "64")
     assert main(["train", str(folder / "x.npz"), "--out", str(folder / "run"), *options, *QUIET]) == 0
     return folder / "run"
 
@@ -38,6 +38,7 @@ def test_training_chooses_the_network_and_its_conditions(run, capsys):
     assert net.sample_shape == (3,) and net.conditioning.vector == 2 and net.units is not None
     settings = json.loads((run / "config.json").read_text())["settings"]
     assert settings["label_drop"] == 0.1 and settings["augment"] == []
+    assert "samples/000000064.png" in (run / "report.md").read_text() and (run / "samples/000000064.png").exists()
     assert main(["info", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "samples      3, values of any size" in printed and "units        mean 25" in printed

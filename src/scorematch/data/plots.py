@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from scorematch.core.files import write_whole
 
 _PANELS, _POINTS, _VALUES = 16, 2000, 4  # of samples; of vectors; of the values of a vector that are shown
 
@@ -40,8 +43,10 @@ def save_plot(x: Tensor, path: str | os.PathLike[str]) -> None:
     else:
         _fields(figure, (values if values.ndim == 4 else values[:, :, values.shape[2] // 2])[:_PANELS])
     path = Path(path).expanduser()
+    content = io.BytesIO()
+    figure.savefig(content, dpi=100, format=path.suffix[1:].lower())
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    write_whole(path, content.getvalue())
 
 
 def _points(figure: Any, x: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from scorematch.core.files import write_whole
 from scorematch.core.randomness import seed_of
 from scorematch.data.images import Data
 from scorematch.data.pictures import is_picture, save_grid, to_float
+from scorematch.data.plots import save_plot
 from scorematch.sampling import ODESampler, Sampler, recommended_sampler
 from scorematch.score import ScoreNet
 from scorematch.training.checks import given_of
@@ -24,7 +25,7 @@ from scorematch.training.log import Log
 from scorematch.training.settings import Settings
 from scorematch.training.steps import loss_arguments
 
-_SAMPLES = 16  # the number of samples in an image of samples
+_SAMPLES, _VECTORS = 16, 512  # the number of samples in a picture of samples, and of vectors
 
 # The number of images after which cifar10-small drew objects, and the shortest side of pictures for which this is said.
 _MILESTONE, _SMALLEST = 400_000, 28
@@ -40,8 +41,13 @@ def sample_interval(net: ScoreNet, images: int) -> int:
         net: the network.
         images: the number of images of the run.
     """
-    cost = _SAMPLES * len(sampler_of(net)) // 3  # in training images: a training step costs three network calls
+    # In training images: a training step costs three network calls.
+    cost = _shown(net.sample_shape or ()) * len(sampler_of(net)) // 3
     return max(1, images // 20, 50 * cost)
+
+
+def _shown(shape: Sequence[int]) -> int:
+    return _VECTORS if len(shape) == 1 else _SAMPLES
 
 
 def sampler_of(net: ScoreNet) -> Sampler:
@@ -63,13 +69,13 @@ class Examples(NamedTuple):
 
 
 def read_examples(data: Data) -> Examples:
-    """Reads the first 16 samples of the data, or all if there are fewer."""
-    x, condition = data.read(torch.arange(min(_SAMPLES, len(data)), device="cpu"))
+    """Reads the first 16 samples of the data, or 512 vectors, or all if there are fewer."""
+    x, condition = data.read(torch.arange(min(_shown(data.shape), len(data)), device="cpu"))
     return Examples(to_float(x), condition)
 
 
 def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settings) -> None:
-    """Draws samples from fixed seeds and writes them to one image file.
+    """Draws samples from fixed seeds and writes them to one image file; other data than pictures are plotted.
 
     For a network with an image as its condition, the conditions are degraded examples, and the file shows condition,
     sample and original side by side. For a class-conditional network the classes take turns. The sampler
@@ -84,8 +90,9 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
 
     Raises:
         RuntimeError: if the samples have NaN or infinite values.
+        ImportError: without Matplotlib, for other data than pictures.
     """
-    x = examples.x[:_SAMPLES]
+    x = examples.x
     condition = _given(net, examples, settings, len(x)).get("condition")
     classes = None if net.conditioning is None else net.conditioning.classes
     if condition is not None and classes is not None:
@@ -98,11 +105,14 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
         generator=[seed_of(settings.seed, "sample", i) for i in range(len(x))],
         progress=False,
     )
+    if not is_picture(x.shape[1:]) or net.value_range is None:
+        save_plot(images, path)
+        return
     rows, columns = images.cpu(), None
     degraded = condition.get("image") if isinstance(condition, dict) else condition
     if degraded is not None and degraded.shape == images.shape:
         rows, columns = torch.stack([degraded.cpu(), rows, x], 1).flatten(0, 1), 6
-    low, high = net.value_range or (0.0, 1.0)
+    low, high = net.value_range
     save_grid(((rows - low) / (high - low)).clamp(0, 1), path, columns)
 
 

@@ -8,7 +8,7 @@ checkpoints/000123456/              the state of the run after 123,456 images; t
 network/                            the latest averaged network, for ``ScoreNet.from_pretrained``
 snapshots/000123456-0.050/          averaged networks of the present stage, for ``from_pretrained`` and
                                     ``reconstruct``; weights that are trained are in half precision
-samples/000123456.png               samples from fixed seeds
+samples/000123456.png               samples from fixed seeds, or a plot of them
 log.jsonl                           the loss, the loss by noise level, the learning rate, and images per second
 report.md, report/                  a summary with a chart of the loss, written at the end
 ==================================  ===================================================================================
@@ -252,6 +252,7 @@ class _Run:
         self.stages = whole.stages()
         self.ends = list(itertools.accumulate(stage.total for stage in self.stages))  # the images of each last step
         self.main: bool = accelerator.is_main_process
+        self.draws = True  # pictures of samples
         self.examples = read_examples(data)  # before the data are read in another thread
         self.log = Log(folder / "log.jsonl")
         self.seconds, self.began = 0.0, time.perf_counter()  # training time until the time ``began``
@@ -428,10 +429,13 @@ class _Run:
 
     def _show(self) -> None:
         averaged, images, evaluate = self.state.average(), self.state.images, self.settings.evaluate
-        if self.main and is_picture(self.data.shape):
+        if self.main and self.draws:
             path = self.folder / "samples" / f"{checkpoint.name_of(images)}.png"
             try:
                 save_samples(averaged, path, self.examples, self.settings)
+            except ImportError as error:  # a plot needs Matplotlib
+                self.draws = False
+                warnings.warn(f"samples are not shown: {error}", stacklevel=2)
             except RuntimeError as error:  # the network is not trained enough yet; the run continues
                 warnings.warn(f"the samples at image {images:,} are not saved: {error}", stacklevel=2)
         if evaluate is not None:
