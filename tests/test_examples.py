@@ -484,6 +484,14 @@ def test_simulation_based_inference_compares_with_the_true_posterior(tmp_path, p
 
 
 @pytest.mark.slow
+def test_volumes_are_drawn_and_restored(tmp_path, program):
+    printed = program("volumes", "--smoke", "--out", tmp_path)
+    assert (
+        printed.count("spectrum") == 2 and "exact draws, in the gap" in printed and (tmp_path / "volumes.png").exists()
+    )
+
+
+@pytest.mark.slow
 def test_random_fields_have_spectra_and_gaps(tmp_path, program):
     printed = program("random_fields", "--smoke", "--out", tmp_path)
     assert printed.count("spectrum") == 3 and "in the gap" in printed and (tmp_path / "fields.png").exists()

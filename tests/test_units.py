@@ -142,6 +142,10 @@ def test_units_are_saved_and_kept_by_copies(tmp_path):
     [
         (lambda: network().fit_units(torch.ones(4, 2, 8, 8)), "channel 0 of data is constant. Leave it out"),
         (lambda: network().fit_units(fields() / 0), r"but 16 of 16 samples have NaN or infinite .* \[0, 0, 0, 0\]"),
+        (
+            lambda: network().fit_units(torch.rand(4, 2, 8)),
+            r"samples like those of the network, \(2, 8, 8\), got \(2, 8\)",
+        ),
         (lambda: setattr(network("ncsnv2"), "units", Units((0,), (1,))), "units need a preconditioning such as"),
         (lambda: setattr(network(), "units", Units((0, 1), (1,))), "a mean and a positive standard deviation for each"),
     ],

@@ -206,6 +206,9 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
                 raise TypeError(f"data must be floating point, got {data.dtype}. Write data.float().")
             check_data(data, "data")
             data = ArrayData(to_array(data), condition, "data")
+        own = self.sample_shape
+        if own is not None and (len(data.shape), data.shape[0]) != (len(own), own[0]):
+            raise ValueError(f"data must have samples like those of the network, {own}, got {tuple(data.shape)}.")
         takes = self.conditioning
         vectors = takes is None or not takes.encoder  # an encoder takes a condition in its own units
         self.take_moments(*moments(data, vectors=vectors, progress=progress))

@@ -100,7 +100,7 @@ class ArrayData:
                 f"shape {values.shape}.{hint}"
             )
         vectors = torch.from_numpy(np.array(values, np.float32))
-        check_finite(vectors, f"the condition of {self.name}")
+        check_finite(vectors, f"the condition of {self.name}", data=False)
         self.features = math.prod(values.shape[1:])
         return vectors
 
@@ -160,8 +160,17 @@ def _stacked(values: Sequence[Any]) -> Tensor:
     return condition.float() if condition.is_floating_point() else condition.long()
 
 
-def check_finite(x: Tensor, name: str, first: int = 0) -> None:
-    """Raises ValueError if samples (n, ...), which are numbered from ``first`` on, have NaN or infinite values."""
+_LEARN_FROM_GAPS = (
+    " To learn from incomplete data, in which NaN is a gap, write in Python train_from_observations(net, "
+    "Observation.with_gaps(x, sigma), folder), and on the command line --sigma."
+)
+
+
+def check_finite(x: Tensor, name: str, first: int = 0, *, data: bool = True) -> None:
+    """Raises ValueError if samples (n, ...), which are numbered from ``first`` on, have NaN or infinite values.
+
+    ``data`` says whether they are training data, which may also have gaps.
+    """
     wrong = ~torch.isfinite(x)
     if bool(wrong.any()):
         row, *others = wrong.nonzero()[0].tolist()
@@ -169,7 +178,7 @@ def check_finite(x: Tensor, name: str, first: int = 0) -> None:
         samples = int(wrong.flatten(1).any(1).sum())
         raise ValueError(
             f"{name} must be finite, but {samples} of {len(x):,} samples have NaN or infinite values, the first at "
-            f"[{where}]. Leave these samples out, or fill in the missing values."
+            f"[{where}]. Leave these samples out.{_LEARN_FROM_GAPS if data else ''}"
         )
 
 
@@ -344,7 +353,10 @@ def _hdf5(path: Path) -> Any:
         import h5py
     except ImportError as error:
         raise ImportError(f'reading {path} needs h5py: pip install "scorematch[arrays]".') from error
-    return h5py.File(path, "r")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise OSError(f"{path} cannot be read as an HDF5 file: {error}") from error
 
 
 def _zarr(path: Path) -> Any:

@@ -133,7 +133,11 @@ def class_numbers(labels: Any, n: int, name: str) -> tuple[np.ndarray, tuple[str
     if array.shape == (n, 1):
         array = array[:, 0]
     if array.shape != (n,):
-        hint = " Write labels.argmax(1) for one-hot labels." if array.ndim == 2 and len(array) == n else ""
+        hint = (
+            " Write labels.argmax(1) for one-hot labels, and .float() for vectors."
+            if array.ndim == 2 and len(array) == n
+            else ""
+        )
         raise ValueError(f"the labels of {name} must be one per image, ({n},), got shape {array.shape}.{hint}")
     if array.dtype.kind in "US":
         names, numbers = np.unique(array, return_inverse=True)

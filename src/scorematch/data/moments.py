@@ -49,7 +49,7 @@ class _Sum:
         self.low, self.high = torch.tensor(math.inf), torch.tensor(-math.inf)
 
     def add(self, x: Tensor) -> None:
-        check_finite(x, self.name, self.first)
+        check_finite(x, self.name, self.first, data=self.part == "channel")
         values = x.detach().double().transpose(0, 1).flatten(1)
         n, mean, (low, high) = values.shape[1], values.mean(1), values.aminmax(dim=1)
         squares = (values - mean[:, None]).square().sum(1)
