@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scorematch import ScoreNet
-from scorematch.data.plots import save_plot
+from scorematch.data import save_plot
 from scorematch.evaluation import power_spectrum, spectrum_error
 from scorematch.restoration import Mask, Observation
 from scorematch.sampling import ODESampler

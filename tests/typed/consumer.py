@@ -34,6 +34,7 @@ from scorematch.data import (
     save_animation,
     save_grid,
     save_image,
+    save_plot,
     stored_samples,
     stored_settings,
     to_uint8,
@@ -372,6 +373,7 @@ def likelihood(net: ScoreNet, x: Tensor) -> Tensor:
 def pictures(folder: Path) -> None:
     images = torch.stack([read_image(path, 3) for path in list_pictures(folder)])
     save_grid(images, folder / "grid.png", columns=8)
+    save_plot(images, folder / "plot.png")
     save_image(grid(images), folder / "one.png")
     save_animation([images, images], folder / "chain.gif")
     assert_type(read_mask(folder / "mask.png"), Tensor)

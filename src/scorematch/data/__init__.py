@@ -13,6 +13,7 @@ from scorematch.data.pictures import (
     save_image,
     to_uint8,
 )
+from scorematch.data.plots import save_plot
 from scorematch.data.samples import Batch, read_samples, stored_samples, stored_settings
 from scorematch.data.tables import REFERENCES
 
@@ -32,6 +33,7 @@ __all__ = [
     "save_animation",
     "save_grid",
     "save_image",
+    "save_plot",
     "stored_samples",
     "stored_settings",
     "to_uint8",
