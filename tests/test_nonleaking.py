@@ -69,15 +69,15 @@ def test_a_smooth_image_is_mapped_as_its_function(given, map_of):
 
 
 def test_the_numbers_have_their_distribution():
-    a = torch.stack([draw(generator) for generator in [seed(3)] for _ in range(4000)])
+    a = torch.stack([draw(generator) for generator in [seed(3)] for _ in range(2000)])
     shares = (a != 0).float().mean(0)
-    assert ((shares - torch.tensor([0.5, 0.06, *[0.12] * 6])).abs() < 0.03).all()
+    assert ((shares - torch.tensor([0.5, 0.06, *[0.12] * 6])).abs() < 0.04).all()
     stretched = a[a[:, 5] != 0]
     assert (a[a[:, 5] == 0][:, 4] == 0).all() and stretched[:, 4].abs().max() > 3
     assert ((a[:, 6] != 0) == (a[:, 7] != 0)).all() and (a[:, 2:] == 0).all(1).float().mean() == pytest.approx(
-        0.88**4, abs=0.04
+        0.88**4, abs=0.05
     )
-    assert a[a[:, 2] != 0][:, 2].std() == pytest.approx(1, abs=0.1)
+    assert a[a[:, 2] != 0][:, 2].std() == pytest.approx(1, abs=0.15)
     assert (told(a).any(1) == a.any(1)).all()
 
 
@@ -88,11 +88,8 @@ def _data():
 OPTIONS = {"images": 64, "batch_size": 8, "augment": ("nonleaking",), "lr": 1e-2, "precision": "float32"}
 
 
-@pytest.mark.parametrize("family", ["unet", "ncsnpp"])
-def test_the_network_is_told_what_was_done_to_each_image(family):
-    data, seen = _data(), []
-    build = {"unet": ScoreNet.unet, "ncsnpp": ScoreNet.ncsnpp}[family]
-    net = build(1, 8, widths=(8, 8), layers_per_block=1)
+def test_the_network_is_told_what_was_done_to_each_image():
+    data, seen, net = _data(), [], image_net()
 
     def loss(net, x, **given):
         seen.append((x, net.backbone.augmentation.c))
@@ -111,8 +108,12 @@ def test_the_network_is_told_what_was_done_to_each_image(family):
     assert net.backbone.augmentation is None and is_plain(last.state.average(), last.state.average().backbone)
 
 
-def test_a_network_has_the_same_output_before_the_first_step_and_without_a_change():
-    net, x = image_net(widths=(12,)), torch.rand(4, 1, 8, 8, generator=seed())  # three channels in a group
+@pytest.mark.parametrize("family", ["unet", "ncsnpp"])
+def test_a_network_has_the_same_output_before_the_first_step_and_without_a_change(family):
+    net = getattr(ScoreNet, family)(1, 8, widths=(12,), layers_per_block=1).eval()  # three channels in a group
+    for parameter in net.parameters():  # which are zero at first
+        torch.nn.init.normal_(parameter, std=0.1, generator=seed(7))
+    x = torch.rand(4, 1, 8, 8, generator=seed())
     before = net(x, 0.3)
     layer = net.backbone.augmentation = AugmentationEmbedding(VALUES, 48)
     layer.c = torch.randn(4, VALUES, generator=seed())
@@ -123,6 +124,7 @@ def test_a_network_has_the_same_output_before_the_first_step_and_without_a_chang
     assert torch.equal(net(x, 0.3), before)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits_and_saves_networks_without_the_layer(tmp_path):
     options = {**OPTIONS, "progress": False, "checkpoint_every": 16}
     whole = train(image_net(), _data(), tmp_path / "whole", **options)

@@ -89,11 +89,11 @@ def test_a_pipeline_of_diffusers_has_the_weights_and_the_levels_of_the_network(t
         ),
         (
             lambda: _net(precondition="karras", classes=3, null_class=True, patch=2),
-            "UNet2DModel does not have its architecture: for it train a network without null_class, patch",
+            "UNet2DModel has no null_class, patch, and a network for it must be trained without them",
         ),
         (lambda: _net(size=(8, 16), precondition="karras"), "its images are not square"),
         (lambda: ScoreNet.ncsnv2(3, 8, width=2), "its preconditioning is 'ncsnv2'"),
-        (lambda: _net(patch=2), "UNet2DModel does not have its architecture"),
+        (lambda: _net(patch=2), "UNet2DModel has no patch, and"),
         (lambda: ScoreNet.ncsnpp(3, 8, widths=(8,), precondition="ddpm"), "UNet2DModel does not have its architecture"),
         (lambda: _net(classes=3), "it takes a condition or predicts a variance"),
         (lambda: _net(condition_channels=1), "it takes a condition or predicts a variance"),

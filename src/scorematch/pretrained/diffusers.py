@@ -378,8 +378,9 @@ def obstacle(config: Mapping[str, Any]) -> str | None:
         return f"its preconditioning is {row!r}, and not one of {', '.join(map(repr, rows))}"
     if class_of(config) is None:
         own = [key for key, value in OWN_KEYS.items() if config.get(key, value) != value]
-        need = f": for it train a network without {', '.join(own)}" if own else ""
-        return f"UNet2DModel does not have its architecture{need}"
+        if own:
+            return f"UNet2DModel has no {', '.join(own)}, and a network for it must be trained without them"
+        return "UNet2DModel does not have its architecture"
     takes_image = config.get("in_channels", 3) != config.get("out_channels", 3)
     takes_other = config.get("class_embed_type") is not None
     takes_other |= config.get("num_class_embeds") is not None and row != KARRAS
