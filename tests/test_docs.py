@@ -60,7 +60,13 @@ SMALLER = {
     "evaluation": {
         "levels=(5, 10, 20, 50, 100), n=1000": "levels=(5, 10), n=100",
         "sigma=0.1, progress": "sigma=0.1, observations=30, draws=2, progress",
-    }
+    },
+    "inverse-problems": {
+        "ODESampler(net).sample(8, generator=11, progress=False)[5:6]": "torch.rand(1, 3, 64, 64)",
+        "sampler = AnnealedLangevinSampler(net)\n": "sampler = AnnealedLangevinSampler(net, levels=3)\n",
+        "sample(8, observation=Observation(blur": "sample(2, observation=Observation(blur",
+        "sample(8, observation=Observation(fourier": "sample(2, observation=Observation(fourier",
+    },
 }
 MODULES = ["scorematch"] + [
     module.name
@@ -126,6 +132,7 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 # The values of the cell "sizes" in the tests.
 SMOKE = {
     "digits": {"IMAGES": 128, "SAMPLES": 8},
+    "inverse-problems": {"LEVELS": 2, "DRAWS": 5, "TRUTHS": 2},
     "own-data": {"SIZE": 16, "PICTURES": 40, "IMAGES": 64, "SAMPLES": 32},
     "restoration": {"LEVELS": 3, "COUNT": 2},
     "toy": {"STEPS": 5, "POINTS": 50, "STEPS_PER_LEVEL": 2},
