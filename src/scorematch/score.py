@@ -26,17 +26,12 @@ from scorematch.core.batches import as_sigma, check_data
 from scorematch.core.conditions import Condition, as_condition
 from scorematch.core.json_files import native
 from scorematch.core.messages import quote
-from scorematch.core.schema import Field
 from scorematch.core.scores import Given, NetworkScore
-from scorematch.data.array_data import ArrayData
-from scorematch.data.images import Data
-from scorematch.data.memory import to_array
-from scorematch.data.moments import Moments, moments
 from scorematch.nets import family_of
-from scorematch.nets.blocks import VectorEmbedding
 from scorematch.nets.builders import Builders
+from scorematch.nets.data_units import DataUnits, Range
 from scorematch.nets.inference import InferenceScore, is_plain
-from scorematch.nets.precondition import ROWS, Preconditioning, Units, check_options
+from scorematch.nets.precondition import ROWS, Preconditioning, check_options
 from scorematch.noise import NoiseSchedule, check_schedule
 from scorematch.pretrained.configuration import FORMAT_VERSION, FREE_KEYS, Stored, architecture
 from scorematch.pretrained.convert import read_checkpoint
@@ -52,12 +47,9 @@ __all__ = ["ScoreNet"]
 
 Size = int | tuple[int, int]
 AnySize = int | Sequence[int]
-Range = tuple[float, float]
-_ENDS = Field(list, low=2, high=2, each=Field(float))
-_NUMBERS = Field(list, low=1, each=Field(float))
 
 
-class ScoreNet(Builders, NetworkScore, nn.Module):
+class ScoreNet(Builders, DataUnits, NetworkScore, nn.Module):
     """A network that returns the score of noisy data: a backbone with its noise levels and its preconditioning.
 
     ``ScoreNet.ncsn``, ``ScoreNet.ncsnv2``, ``ScoreNet.unet`` and ``ScoreNet.ncsnpp`` build networks to train,
@@ -138,106 +130,6 @@ class ScoreNet(Builders, NetworkScore, nn.Module):
     def extra_repr(self) -> str:
         """The noise levels, the row of the preconditioning table and the shape of a sample, which ``print`` shows."""
         return f"{self.schedule}, precondition={self.precondition!r}, sample_shape={self.sample_shape}"
-
-    @property
-    def value_range(self) -> Range | None:
-        """(low, high) of the data, or None for data without a fixed range.
-
-        If another range is assigned, and the preconditioning maps the range to [-1, 1], the noise levels are multiplied
-        by the ratio of the widths of the ranges: it is the same network in other units.
-        """
-        return self._value_range
-
-    @value_range.setter
-    def value_range(self, value_range: Range | None) -> None:
-        ends = native(value_range)
-        if ends is not None and not (_ENDS.fits(ends) and ends[0] < ends[1]):
-            raise ValueError(
-                f"value_range must be (low, high), finite with low < high, or None for data without a fixed range, got "
-                f"{value_range!r}."
-            )
-        before: Preconditioning | None = self.preconditioning if hasattr(self, "_units") else None
-        self._value_range = None if ends is None else (float(ends[0]), float(ends[1]))
-        if before is not None and before.value_range is not None and ends is not None:
-            scale = before.units[0] / self.preconditioning.units[0]
-            self.schedule = self.schedule if scale == 1 else NoiseSchedule(self.schedule.sigmas * scale)
-
-    @property
-    def units(self) -> Units | None:
-        """The mean and the standard deviation of each channel of data without a range, or None; see ``fit_units``."""
-        return self._units
-
-    @units.setter
-    def units(self, units: Units | None) -> None:
-        if units is not None:
-            if not ROWS[self.precondition].centered:
-                raise ValueError(f"units need a preconditioning such as 'karras', got {self.precondition!r}.")
-            mean, std = (native(list(part)) for part in units)
-            if not (_NUMBERS.fits(mean) and _NUMBERS.fits(std) and len(mean) == len(std) and min(std) > 0):
-                raise ValueError(
-                    "units must have a mean and a positive standard deviation for each channel, finite numbers, got "
-                    f"{quote(tuple(units))}."
-                )
-            units = Units(tuple(map(float, mean)), tuple(map(float, std)))
-            self.value_range = None
-        self._units = units
-
-    def fit_units(self, data: Tensor | Data, condition: Tensor | None = None, *, progress: bool = False) -> None:
-        """Measures the mean and the standard deviation of each channel of data that are not images.
-
-        They are stored as ``units``, and are applied inside the network, so that x, sigma and samples are in the units
-        of the data. The highest and the lowest noise level are multiplied by the largest and the smallest ratio of a
-        standard deviation to that which the network expected before. A ``value_range`` is kept if all data are in it.
-        ``train`` calls this method for new networks; call it once before a training loop of your own.
-
-        Args:
-            data: (N, C, ...) or (N, D), floating point, all data or a large random part; or the result of
-                ``open_arrays``. For (N, D) each of the D values is a channel.
-            condition: the vectors (N, K) of a network with ``condition_features``, which are standardized too. Those of
-                ``open_arrays`` need not be passed.
-            progress: whether to show a progress bar.
-
-        Raises:
-            TypeError: if data is not a floating-point tensor.
-            ValueError: if it has NaN or infinite values, or a channel that is constant.
-        """
-        if isinstance(data, Tensor):
-            if not data.is_floating_point():
-                raise TypeError(f"data must be floating point, got {data.dtype}. Write data.float().")
-            check_data(data, "data")
-            data = ArrayData(to_array(data), condition, "data")
-        own = self.sample_shape
-        if own is not None and (len(data.shape), data.shape[0]) != (len(own), own[0]):
-            raise ValueError(f"data must have samples like those of the network, {own}, got {tuple(data.shape)}.")
-        takes = self.conditioning
-        vectors = takes is None or not takes.encoder  # an encoder takes a condition in its own units
-        self.take_moments(*moments(data, vectors=vectors, progress=progress))
-
-    def take_moments(self, found: Moments, of_condition: Moments | None = None) -> None:
-        """Stores the moments of data and of their conditions, as ``fit_units`` does."""
-        if of_condition is not None:
-            if self._vectors is None:
-                raise TypeError("this network takes no vector as its condition. Leave out condition.")
-            self._vectors.mean.copy_(of_condition.mean)
-            self._vectors.std.copy_(of_condition.std)
-        expected, own, ends = 0.5 / self.preconditioning.units[0], self.schedule, self.value_range
-        self.units = Units(tuple(found.mean.tolist()), tuple(found.std.tolist()))
-        largest, smallest = (float(end) / expected for end in (found.std.max(), found.std.min()))
-        self.schedule = NoiseSchedule.geometric(own.sigma_max * largest, own.sigma_min * smallest, len(own))
-        if ends is not None and ends[0] <= float(found.low.min()) and float(found.high.max()) <= ends[1]:
-            self._value_range = ends
-
-    @property
-    def _vectors(self) -> VectorEmbedding | None:
-        modules = self.backbone.modules()
-        return next((module for module in modules if isinstance(module, VectorEmbedding)), None)
-
-    def take_units(self, config: Mapping[str, Any]) -> None:
-        """Takes the units, with the range and the noise levels, of a configuration, if it has units."""
-        if "units" in config:
-            self.units = Units(**config["units"])
-            self._value_range = None if config["value_range"] is None else tuple(config["value_range"])
-            self.schedule = NoiseSchedule.from_dict(config["schedule"])
 
     @property
     def sampler_settings(self) -> SamplerSettings | None:
