@@ -200,6 +200,11 @@ def test_hours_give_as_many_images_as_fit_and_short_runs_have_fewer_stages(tmp_p
         fitted(0.01)
 
 
+def test_the_speed_is_measured_in_each_stage():
+    seconds = speed.seconds_per_image(net(), open_images(images()), TrainSettings(**RUN), Accelerator(cpu=True))
+    assert len(seconds) == 3 and min(seconds) > 0
+
+
 def test_a_run_of_hours_continues_with_its_images_and_its_stages(tmp_path, monkeypatch):
     growth = [Stage(0.25, GROWTH[0].network), Stage(0.25, GROWTH[1].network, fewest=9000)]
     options = {"hours": 1, "batch_size": 8, "growth": growth, "log_every": 10**6, "progress": False}
