@@ -13,7 +13,8 @@ posterior at every level. The noise of all levels is new, and a state can correc
 
 The first step takes one call of the network, without gradients, and then a few proposals of Hamiltonian Monte Carlo
 (``scorematch.restoration.likelihood``) from the :math:`x_0` of the level before. They compute the measurement, but not
-the network. A measurement is therefore never linearized, unless it has no gradient.
+the network. A measurement is therefore never linearized, unless it has no gradient. Proposals from D instead would not
+keep the distribution: a few do not leave a plateau of the likelihood, such as that beyond the limits of ``Clip``.
 
 At a low level :math:`x_0` moves by about :math:`\sigma` only. With too few levels, what y leaves open has the spread of
 higher levels.
