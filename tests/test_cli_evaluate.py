@@ -191,6 +191,10 @@ def test_restorations_use_annealed_langevin_dynamics(folder, tmp_path, capsys):
     )
     assert json.loads((tmp_path / "evaluation.json").read_text())["settings"] == expected.settings
     assert expected.settings["sampler"]["name"] == "AnnealedLangevinSampler"
+    capsys.readouterr()
+    method = ("--restore-method", "spectral", "--levels", 3)
+    assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, *method) == 0
+    assert capsys.readouterr().out.startswith("ODESampler(3 levels 1 -> 0.01, dpm-solver++, eta 1.0")
 
 
 def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):

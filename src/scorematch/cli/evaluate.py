@@ -25,6 +25,7 @@ from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, Truth, evaluate_restoration
 from scorematch.evaluation.subject import DEFAULT_N, is_network
+from scorematch.restoration.methods import Restore
 from scorematch.sampling import SAMPLERS
 from scorematch.sampling.sampler import options_of
 
@@ -139,11 +140,12 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.model} restores images. Add the operator to measure, such as --restore gray.")
     classes = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net), arrays=arrays)
-    sampler = make_sampler(args, net, restoring=restoring)
+    method: Restore = args.restore_method or "auto"
+    sampler = make_sampler(args, net, restore=method if restoring else None)
     n = args.n or DEFAULT_N
     announce(sampler, 0 if restoring else n, classes)
     if restoring:
-        sampler.restore = args.restore_method or "auto"
+        sampler.restore = method
         data, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
         options = given(args, ("n", "draws", "sigma", "truth", "labels"))
         result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)

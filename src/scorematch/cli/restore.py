@@ -32,6 +32,7 @@ from scorematch.data.pictures import check_picture, grid, list_pictures, open_pi
 from scorematch.guidance import Tiled
 from scorematch.nets.family import check_size
 from scorematch.restoration import Observation, Operator, Photograph, as_operator, summary
+from scorematch.restoration.methods import Restore
 from scorematch.restoration.palette import condition_of
 from scorematch.restoration.photograph import fitted
 from scorematch.sampling import ParticleSampler, Sampler
@@ -50,7 +51,7 @@ def add(commands: Commands) -> None:
         "restorations, and a strip\nthat shows the picture and its restorations side by side.\n\n"
         "Arrays, such as fields, are restored from a file .npz (with y and, for gaps, the array mask) or .npy into a "
         "file of the\ndraws x (N, K, ...), K of each of N measurements, in the units of the data. NaN in y is a gap. "
-        "The default is\n--restore-method moment-matching --sampler ode --method dpm-solver++ --levels 18.",
+        "The default is\n--restore-method moment-matching --sampler ode --method dpm-solver++ --eta 1 --levels 30.",
         epilog="Examples:\n"
         "  %(prog)s mnist damaged.png restored --operator mask:observed.png\n"
         "  %(prog)s palette-celeba gray-faces restored --operator gray\n"
@@ -102,7 +103,11 @@ def add(commands: Commands) -> None:
     add_overwrite(parser, "files that exist already")
     add_classes(parser, rules=False)
     add_condition(parser)
-    add_sampling(parser, "the recommended one of a network that was trained to restore, and langevin for any other")
+    add_sampling(
+        parser,
+        "the recommended one of a network that was trained to restore; for any other langevin, "
+        "or, with --restore-method moment-matching or spectral, ode with --method dpm-solver++ --eta 1",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -169,7 +174,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.tile:
         check_size(net.backbone, (args.tile, args.tile), "tile")
     score: Any = net.inference_copy()
-    samplers = {False: make_sampler(args, score, restoring=True)}
+    method: Restore = args.restore_method or "auto"
+    samplers = {False: make_sampler(args, score, restore=method)}
     check_picture(folder / "strip.png")  # before the work
     # All pictures are read before the first is restored, so that errors come first, and again when they are restored,
     # so that only those of one batch are in memory.
@@ -194,9 +200,9 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"none of the {len(paths)} pictures can be restored: {next(iter(broken.values()))}")
     if any(key[0] for key in groups):
         tiled = Tiled(score, args.tile or None, batch_size=args.batch_size)
-        samplers[True] = make_sampler(args, tiled, restoring=True)
+        samplers[True] = make_sampler(args, tiled, restore=method)
     for sampler in samplers.values():
-        sampler.restore = args.restore_method or "auto"
+        sampler.restore = method
     announce(samplers[False])
     for key, group in groups.items():
         together = 1 if key[0] else _TOGETHER if args.batch_size is None else args.batch_size

@@ -88,8 +88,9 @@ from scorematch.restoration.observation import Observation, check_sigma
 from scorematch.restoration.operator import Operator
 from scorematch.restoration.operators import as_operator
 from scorematch.restoration.palette import condition_of
-from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
+from scorematch.sampling import Sampler, recommended_sampler
 from scorematch.sampling.bulk import description_of, prepared
+from scorematch.sampling.settings import restoring_settings
 
 DEFAULT_N_RESTORED = 500  # images, if the number is not given
 RESTORATION = "restoration"
@@ -238,8 +239,7 @@ def evaluate_restoration(
 
 
 def _recommended(net: Score) -> Sampler:
-    # The recommended sampler of a network that draws images may be that of an ODE, which restores less well.
-    return recommended_sampler(net, None if takes_image(net) else SamplerSettings("langevin"))
+    return recommended_sampler(net, restoring_settings(net, "auto"))
 
 
 def _prior(net: Score, truth: Truth, labels: bool) -> Sampler | None:

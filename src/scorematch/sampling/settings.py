@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from scorematch.core.arguments import argument, check_count
+from scorematch.core.conditions import takes_image
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import Score, attribute
+from scorematch.restoration.methods import Restore
 from scorematch.sampling.ancestral import AncestralSampler
 from scorematch.sampling.decoupled import DecoupledSampler
 from scorematch.sampling.langevin import AnnealedLangevinSampler
@@ -168,6 +170,25 @@ def recommended_sampler(
         # It reads the network's own settings itself, and adapts the step size to other noise levels.
         return AnnealedLangevinSampler(net, **given)
     return SAMPLERS[settings.sampler](net, **{**settings.options, **given})
+
+
+def restoring_settings(net: Score, restore: Restore) -> SamplerSettings | None:
+    """The settings with which a score restores images if none are given; None stands for its own settings.
+
+    The own settings of a network that draws images may be a flow, with which some methods restore less well. The noise
+    of a first-order step has too small a variance. The methods "spectral" and "moment-matching" allow for steps of the
+    second order, and "guide-jacobian", whose changes are over-relaxed, does not.
+
+    Args:
+        net: the score.
+        restore: the name of the restoration method.
+    """
+    if takes_image(net):
+        return None
+    levels = {"spectral": 50, "moment-matching": 30}.get(restore)
+    if levels is None:
+        return SamplerSettings("langevin")
+    return SamplerSettings("ode", levels=levels, method="dpm-solver++", eta=1.0)
 
 
 def _with_calls(net: Score, settings: SamplerSettings | None, calls: int) -> SamplerSettings | None:

@@ -12,26 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scorematch.cli.options import given, refuse
+from scorematch.cli.options import refuse
 from scorematch.cli.options.classes import find_classes, find_condition
 from scorematch.cli.options.duration import announce, count
 from scorematch.cli.options.measurements import read_measurements
 from scorematch.cli.options.networks import load
 from scorematch.cli.options.operators import read_operator
 from scorematch.cli.options.outputs import check_new
-from scorematch.cli.options.samplers import make_sampler, sampler_options
+from scorematch.cli.options.samplers import make_sampler
 from scorematch.core.conditions import length, map_parts, takes_image
 from scorematch.core.files import write_whole
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
 from scorematch.data import open_arrays
 from scorematch.restoration import Observation, as_operator, summary
+from scorematch.restoration.methods import Restore
 from scorematch.sampling import ParticleSampler
 from scorematch.sampling.bulk import Job, prepared
 
 ENDINGS = (".npz", ".npy")
 _OF_PICTURES = ("resize", "tile", "crop", "feather", "strict")
-_SAMPLER = "ode", "dpm-solver++", 18  # as in ``train_from_observations``, along the probability flow
 _TOGETHER = 64  # draws that are in memory of the network at once, unless more of one measurement are wanted
 
 
@@ -51,10 +51,9 @@ def restore_arrays(args: argparse.Namespace) -> None:
     assert net.sample_shape is not None  # noqa: S101  (load checks it)
     with about(path):
         observation = observation.of_shape(net.sample_shape)
-    if not given(args, ["sampler", "calls", *sampler_options()]):
-        args.sampler, args.method, args.levels = _SAMPLER
-    sampler = make_sampler(args, net)
-    sampler.restore = args.restore_method or "moment-matching"
+    method: Restore = args.restore_method or "moment-matching"
+    sampler = make_sampler(args, net, restore=method)
+    sampler.restore = method
     label: Any = find_classes(args, net)  # an int or None, without a rule
     job = Job(prepared(sampler), classes=label, condition=find_condition(args, net))
     n = len(observation)

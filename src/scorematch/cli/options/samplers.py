@@ -10,12 +10,13 @@ from scorematch.cli.options import given
 from scorematch.cli.options.networks import add_device
 from scorematch.cli.options.values import add_declared
 from scorematch.core.arguments import argument
-from scorematch.core.conditions import takes_image
 from scorematch.core.schema import Field
 from scorematch.core.scores import Score, attribute
+from scorematch.restoration.methods import Restore
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.ode import Method
 from scorematch.sampling.sampler import Option, options_of
+from scorematch.sampling.settings import restoring_settings
 
 # Names of methods in other programs, with the sampler and its options here. For one network call per step, DDIM,
 # Euler's method and DPM-Solver++ of order 1 are the same.
@@ -83,24 +84,18 @@ def _own_options(sampler: str) -> dict[str, Option]:
     return {name: option for name, option in options_of(SAMPLERS[sampler]).items() if name not in options_of(Sampler)}
 
 
-def sampler_options() -> list[str]:
-    """The names of the options of all samplers that not all of them share."""
-    return list({option: None for name in SAMPLERS for option in _own_options(name)})
-
-
-def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = False) -> Sampler:
+def make_sampler(args: argparse.Namespace, net: Score, *, restore: Restore | None = None) -> Sampler:
     """The sampler of ``--sampler`` and of the options of samplers, or else the one recommended for the network.
 
     Args:
         args: the parsed command line. Without ``--sampler`` an option of samplers names a sampler that has it.
         net: the score that it samples.
-        restoring: whether it restores images. The recommended sampler of a network that draws images may be that of an
-            ODE, which restores less well; "langevin" is then used instead.
+        restore: the method with which it restores measurements, or None if it draws samples.
 
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
     """
-    options = given(args, sampler_options())
+    options = given(args, {option: None for name in SAMPLERS for option in _own_options(name)})
     owners = {option: [name for name in SAMPLERS if option in _own_options(name)] for option in options}
     noise, calls = given(args, options_of(Sampler)), getattr(args, "calls", None)
     if calls is not None and (owners or args.sampler is not None):
@@ -108,13 +103,16 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restoring: bool = Fals
             f"{argument('calls')} chooses among the recommended settings. Leave it out, or leave out "
             f"{argument('sampler')} and the options of samplers."
         )
-    default = "langevin" if restoring and calls is None and not takes_image(net) else None
+    default = None if restore is None or calls is not None else restoring_settings(net, restore)
+    if default is not None and args.sampler is None and not owners:
+        return recommended_sampler(net, default, **noise)
     own: SamplerSettings | None = attribute(net, "sampler_settings")
-    name = args.sampler or default
+    name = args.sampler
     if args.sampler is None and owners:
         fitting = [each for each in SAMPLERS if all(each in names for names in owners.values())]
-        preferred = default or (own and own.sampler)
-        name = preferred if preferred in fitting else [*fitting, *next(iter(owners.values()))][0]
+        preferred = default or own
+        first = [] if preferred is None or preferred.sampler not in fitting else [preferred.sampler]
+        name = [*first, *fitting, *next(iter(owners.values()))][0]
     if name is None:
         return recommended_sampler(net, calls=calls, **noise)
     for option, names in owners.items():
