@@ -691,16 +691,6 @@ def test_the_infinite_level_of_a_schedule_that_ends_without_signal_is_left_out(k
             ValueError,
             "the config of the DDPMScheduler: variance_type 'learned' is not supported; .* have 'learned_range'",
         ),
-        (
-            lambda: (_theirs(in_channels=6, num_class_embeds=2), DDPMScheduler()),
-            ValueError,
-            "the UNet2DModel: in_channels must be at most out_channels, 3, for a network with classes, .* got 6",
-        ),
-        (
-            lambda: (_theirs(in_channels=6, class_embed_type="timestep"), DDPMScheduler()),
-            ValueError,
-            "the UNet2DModel: in_channels must be at most out_channels, 3, for a network with a vector, .* got 6",
-        ),
     ],
 )
 def test_from_diffusers_raises_for_unsupported_objects(make, error, message):

@@ -349,6 +349,17 @@ def test_a_quarter_of_the_channels_is_the_number_of_groups(kind, rng):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("widths", [(4,), (8, 8), (32,)])
+def test_the_output_depends_on_the_noise_level(widths, rng):
+    """A group norm of single channels would remove what the embedding adds to them."""
+    backbone = ScoreNet.unet(1, 8, widths=widths, attention=[False] * len(widths)).backbone
+    for parameter in backbone.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=rng)
+    x, levels = torch.randn(1, 1, 8, 8, generator=rng), torch.tensor([[-1.0], [1.0]])
+    low, high = (backbone(x, level) for level in levels)
+    assert (low - high).norm() > 1e-3 * low.norm()
+
+
 def test_the_sizes_of_the_embedding(rng):
     """As of EDM's ADM, whose first scale may be wider than the network that its embedding is made for."""
     net = _pair_of_scales(time_proj_dim=6, time_embedding_dim=10, num_class_embeds=3, null_class=True)

@@ -362,6 +362,12 @@ OWN_KEYS: Mapping[str, Any] = {
 }
 
 
+def _groups(widths: Sequence[int]) -> int:
+    # A norm of single channels would remove the embedding, which is added to each channel, and with it the noise level.
+    groups = math.gcd(32, *widths)
+    return groups if min(widths) >= 2 * groups else max(1, groups // 2)
+
+
 class _UNetFamily(ImageFamily[UNet]):
     name = "unet"
     network = UNet
@@ -437,7 +443,7 @@ class _UNetFamily(ImageFamily[UNet]):
             **block_types(attention),
             "layers_per_block": layers,
             "attention_head_dim": None,
-            "norm_num_groups": math.gcd(32, *widths),
+            "norm_num_groups": _groups(widths),
             "dropout": given["dropout"],
             "num_class_embeds": given["classes"],
         }
