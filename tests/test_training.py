@@ -553,7 +553,7 @@ def test_a_larger_network_starts_as_the_smaller_one(tmp_path, options, more):
 
     These are the functions that ``train`` calls; the test above calls ``train`` itself.
     """
-    options = {"widths": (4, 8), "attention": [False, False], "layers_per_block": 1, **options}
+    options = {"widths": (8, 16), "attention": [False, False], "layers_per_block": 1, **options}
     first, net = image_net(**options), image_net(**{**options, **more})
     first.save_pretrained(tmp_path / "start")
     assert len(vector(net)) > len(vector(first))
