@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps, as a test")
     args = parser.parse_args(argv)
 
-    examples, images, n, draws, calls = (16, 32, 2, 2, 3) if args.smoke else (1000, 1600, 32, 8, 18)
+    examples, images, n, draws, calls = (16, 32, 2, 2, 3) if args.smoke else (1000, 6400, 32, 8, 18)
     torch.manual_seed(0)
     net = ScoreNet.unet(1, (SIDE,) * 3, widths=(32, 64), layers_per_block=1, padding="circular", patch=4)
     net = train(net, volumes(examples), args.out, images=images, batch_size=4, lr=2e-3, augment=["shift", "flip"])

@@ -492,6 +492,12 @@ def test_volumes_are_drawn_and_restored(tmp_path, program):
 
 
 @pytest.mark.slow
+def test_data_assimilation_compares_with_particles(tmp_path, program):
+    printed = program("data_assimilation", "--smoke", "--out", tmp_path)
+    assert "of the particles; distance of the means: " in printed and (tmp_path / "lorenz.png").exists()
+
+
+@pytest.mark.slow
 def test_random_fields_have_spectra_and_gaps(tmp_path, program):
     printed = program("random_fields", "--smoke", "--out", tmp_path)
     assert printed.count("spectrum") == 3 and "in the gap" in printed and (tmp_path / "fields.png").exists()

@@ -1,0 +1,80 @@
+"""Data assimilation: the path of a chaotic system from few noisy measurements, by a network and by particles.
+
+    python examples/data_assimilation.py --out runs/lorenz
+
+A network learns noisy paths of the Lorenz system as signals. The first coordinate is measured at every fourth step.
+Draws of the posterior are compared with the paths that a bootstrap particle filter keeps.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scorematch import NoiseSchedule, ScoreNet
+from scorematch.restoration import Linear, Observation
+from scorematch.sampling import ODESampler
+from scorematch.training import train
+
+STEP, LENGTH, EVERY, NOISE = 0.05, 32, 4, 2.0
+
+
+def drift(x: Tensor) -> Tensor:  # (N, 3)
+    a, b, c = x.T
+    return torch.stack([10 * (b - a), a * (28 - c) - b, a * b - 8 / 3 * c], 1)
+
+
+def advance(x: Tensor) -> Tensor:
+    """A step of the method of Runge and Kutta, and noise."""
+    k2 = drift(x + STEP / 2 * drift(x))
+    k3 = drift(x + STEP / 2 * k2)
+    return x + STEP / 6 * (drift(x) + 2 * k2 + 2 * k3 + drift(x + STEP * k3)) + 0.5 * STEP**0.5 * torch.randn(x.shape)
+
+
+def paths(n: int, y: Tensor | None = None) -> Tensor:
+    """Paths (N, 3, L) from the attractor; with measurements y, those that a particle filter keeps."""
+    x, path = torch.tensor([0.0, 0.0, 25.0]) + 5 * torch.randn(n, 3), torch.empty(n, 3, 0)
+    for _ in range(100):
+        x = advance(x)
+    for i in range(LENGTH):
+        path = torch.cat([path, (advance(path[:, :, -1]) if i > 0 else x)[:, :, None]], 2)
+        if y is not None and i % EVERY == 0:
+            weights = (-((path[:, 0, -1] - y[i // EVERY]).double() ** 2) / (2 * NOISE**2)).softmax(0)
+            path = path[torch.multinomial(weights, n, replacement=True)]
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/lorenz"))
+    parser.add_argument("--smoke", action="store_true", help="a few steps, as a test")
+    args = parser.parse_args(argv)
+    from matplotlib.figure import Figure
+
+    examples, steps, cases, draws, calls = (200, 10, 2, 4, 6) if args.smoke else (50_000, 5000, 8, 32, 128)
+    torch.manual_seed(0)
+    net = ScoreNet.unet(3, (LENGTH,), widths=(32, 64, 64), layers_per_block=1)
+    net = train(net, paths(examples), args.out, images=64 * steps, batch_size=64)
+    levels, found = NoiseSchedule.geometric(60, net.schedule.sigma_min, calls), []
+    sampler = ODESampler(net, levels, method="dpm-solver++", eta=10, restore="moment-matching")
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for case, truth in enumerate(paths(cases)):
+        y = truth[0, ::EVERY] + NOISE * torch.randn(LENGTH // EVERY)
+        observation = Observation(Linear(lambda x: x[:, 0, ::EVERY]), y[None], sigma=NOISE)
+        kept, drawn = paths(2 * examples, y), sampler.sample(draws, observation=observation, generator=case)
+        mean, std, own, deviation = kept.mean(0), kept.std(0), drawn.mean(0), drawn.std(0)
+        rows = own - truth, deviation, mean - truth, std, (own - mean) / std
+        found.append(torch.stack([row.square().mean() for row in rows]))
+        for i, axis in enumerate(figure.subplots(1, 3) if case == 0 else ()):
+            axis.plot(truth[i], "k")
+            for center, width in (mean, 2 * std), (own, 2 * deviation):
+                axis.fill_between(range(LENGTH), center[i] - width[i], center[i] + width[i], alpha=0.4)
+    figure.savefig(args.out / "lorenz.png", dpi=70)
+    numbers = ", ".join(f"{value:.2f}" for value in torch.stack(found).mean(0).sqrt().tolist())
+    print(f"rmse of the mean and deviation of the draws, of the particles; distance of the means: {numbers}")
+
+
+if __name__ == "__main__":
+    main()
