@@ -1143,10 +1143,10 @@ def test_a_killed_run_ends_with_the_same_bits(forks, tmp_path):
 
     run("whole")
     chance = random.Random(0)  # noqa: S311
-    for _ in range(6):  # in the middle of a file of a checkpoint
+    for _ in range(4):  # in the middle of a file of a checkpoint
         run("killed", chance.randint(1, 30))
         assert any((tmp_path / "killed").glob("checkpoints/.saving-*"))
-    for _ in range(6):  # at any moment
+    for _ in range(4):  # at any moment
         run("killed", chance.randint(1, 20), 1e-3 + chance.random() * 0.05)
     run("killed")
     assert content(tmp_path / "whole") == content(tmp_path / "killed")
