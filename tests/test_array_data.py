@@ -60,7 +60,8 @@ def test_all_kinds_of_sources_give_the_same_data(tmp_path):
     assert isinstance(open_arrays(tmp_path / "plain.npz")._x, np.memmap)
 
 
-@pytest.mark.parametrize("name", [pytest.param("packed.npz", marks=pytest.mark.slow), "x.h5"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["packed.npz", "x.h5"])
 def test_an_interrupted_run_from_a_file_has_the_bits_of_a_whole_one_from_memory(tmp_path, name):
     class StoppedError(Exception):
         pass

@@ -308,7 +308,7 @@ class Encoder(torch.nn.Module):
         return self.linear_out(torch.tanh(signal[:, 0]))
 
 
-@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_encoder_of_the_condition_is_trained_and_stored_with_the_network(several, tmp_path):
     torch.manual_seed(0)
     classes = {"classes": 5, "null_class": True} if several else {}

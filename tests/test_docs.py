@@ -35,6 +35,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Their code draws many images, or trains.
 SLOW_PAGES = {
     "README",
+    "arrays",
     "classes",
     "deploy",
     "evaluation",

@@ -175,9 +175,9 @@ def recommended_sampler(
 def restoring_settings(net: Score, restore: Restore) -> SamplerSettings | None:
     """The settings with which a score restores images if none are given; None stands for its own settings.
 
-    The own settings of a network that draws images may be a flow, with which some methods restore less well. The noise
-    of a first-order step has too small a variance. The methods "spectral" and "moment-matching" allow for steps of the
-    second order, and "guide-jacobian", whose changes are over-relaxed, does not.
+    A network that draws images may recommend a flow, with which some methods restore less well. In steps of the first
+    order the new noise has too small a variance. "spectral" and "moment-matching" therefore get steps of the second
+    order. "guide-jacobian" does not: its changes are over-relaxed, and with such steps the error was twice as large.
 
     Args:
         net: the score.

@@ -118,7 +118,8 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restore: Restore | Non
     for option, names in owners.items():
         if name not in names:
             raise ValueError(f"{argument(option)} is an option of --sampler {names[0]}, not of {name}.")
-    # AnnealedLangevinSampler reads the network's own settings itself, and adapts them to other options.
-    if own is not None and own.sampler == name != "langevin":
+    # AnnealedLangevinSampler reads the network's own settings itself, and adapts them to other options. Those of a
+    # network that draws images, such as its few levels, are not for restoring.
+    if default is None and own is not None and own.sampler == name != "langevin":
         options = {**own.options, **options}
     return recommended_sampler(net, SamplerSettings(name, **options), **noise)
