@@ -195,9 +195,10 @@ def test_restorations_use_annealed_langevin_dynamics(folder, tmp_path, capsys):
     method = ("--restore-method", "spectral", "--levels", 3)
     assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, *method) == 0
     assert capsys.readouterr().out.startswith("ODESampler(3 levels 1 -> 0.01, dpm-solver++, eta 1.0")
-    method = ("--restore-method", "spectral", "--method", "dpm-solver++")  # not with the three levels for drawing
-    assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, *method) == 0
-    assert capsys.readouterr().out.startswith("ODESampler(18 levels 1 -> 0.01, dpm-solver++, 18")
+    for flow in ("dpm-solver++, 18", "heun, 35"):  # not with the three levels for drawing
+        method = ("--restore-method", "guide", "--sampler", "ode", *(("--method", flow[:-4]) if "+" in flow else ()))
+        assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, *method) == 0
+        assert capsys.readouterr().out.startswith(f"ODESampler(18 levels 1 -> 0.01, {flow}")
 
 
 def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):

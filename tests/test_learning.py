@@ -1,7 +1,9 @@
 """Samplers with few calls whose levels and coefficients are learned from paths of a score."""
 
+import copy
 import itertools
 import json
+import warnings
 from functools import partial
 
 import pytest
@@ -11,9 +13,11 @@ from scorematch import NoiseSchedule, ScoreNet
 from scorematch.data import save_grid
 from scorematch.evaluation import few_calls, settings_learned
 from scorematch.evaluation.exact import Gaussian
+from scorematch.guidance import classifier_free
 from scorematch.restoration import Mask, Observation
 from scorematch.sampling import ODESampler, SamplerSettings, learned_settings, recommended_sampler
 from scorematch.sampling.multistep import METHODS, learned_lengths, plan
+from scorematch.sampling.origin import origin_of
 from tests.helpers import point, refused, run, seed
 
 FINE = NoiseSchedule.karras(20, 0.02, 40)
@@ -113,20 +117,45 @@ def test_what_was_learned_is_kept_in_the_folder(tmp_path, monkeypatch, capsys):
     assert "learned.json has other settings: seed was 0 and is 1. Pass the same to continue, or another" in message
 
 
+def test_settings_learned_for_another_network_or_guidance_give_a_warning(tmp_path):
+    net, other = _net(classes=2, null_class=True), ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=FINE)
+    guided = partial(classifier_free, net)
+    numbers = {"method": "unipc", "sigmas": SIGMAS, "coefficients": COEFFICIENTS}
+    settings = SamplerSettings("ode", learned_for=origin_of(guided(1.5)), **numbers)
+    assert SamplerSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings == settings.alone()
+    first = SamplerSettings("ode", learned_for=origin_of(net), **numbers)
+    net.sampler_settings = other.sampler_settings = SamplerSettings(alternatives=[first])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recommended_sampler(guided(1.5), settings)
+        copies = [copy.deepcopy(net).to(dtype) for dtype in (torch.float16, torch.bfloat16)]
+        for score in (net, *copies, net.inference_copy(), copies[1].to(torch.float32)):
+            ODESampler(score)
+        ODESampler(other, levels=3)
+    learned = (
+        r"these sampler settings were learned for the network \(.*\) with ClassifierFree\(weight=1.5\), and are used"
+    )
+    for score, used in ((guided(2), r"with ClassifierFree\(weight=2\)"), (net, "without guidance")):
+        with pytest.warns(match=rf"{learned} for the network \(.*\) {used}\. Learn them again"):
+            recommended_sampler(score, settings)
+    with pytest.warns(match=r"for the network \(.*\) without guidance, and are used for the network \(.*\) without"):
+        ODESampler(other)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: _learned(point, 4), "calls must be a list of one or more numbers, got 4. Write"),
         (lambda: _learned(point, [1]), "calls must be an integer of at least 2, got 1"),
         (lambda: _learned(point, [40], n=2, shape=(1,)), "calls must be below the number of fine levels, 40, got 40"),
-        (lambda: _learned(_net().inference_copy(), [3], n=2), "net must be differentiable, but its scores have no"),
+        (lambda: _learned(_net().inference_copy(), [3], n=2), "the network itself, not an inference copy"),
         (
             lambda: ODESampler(point, sigmas=SIGMAS, method="unipc", coefficients=[0.1]),
             "coefficients must have 6 numbers for 3 levels, got 1",
         ),
         (
             lambda: SamplerSettings("ode", sigmas=SIGMAS, method="heun", coefficients=COEFFICIENTS),
-            '^sampler_settings: coefficients need sigmas, and method="dpm-solver',
+            '^coefficients need sigmas, and method="dpm-solver',
         ),
         (
             lambda: SamplerSettings("ode", levels=3, method="unipc", coefficients=COEFFICIENTS),

@@ -10,7 +10,14 @@ import torch
 from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.cli import main
 from scorematch.evaluation.exact import Gaussian, GaussianMixture
-from scorematch.sampling import ODESampler, SamplerSettings, recommended_sampler, schedules_of_paths
+from scorematch.sampling import (
+    AncestralSampler,
+    ODESampler,
+    PredictorCorrectorSampler,
+    SamplerSettings,
+    recommended_sampler,
+    schedules_of_paths,
+)
 from scorematch.sampling.levels import _shortest
 from tests.helpers import point, refused, run, seed
 
@@ -98,12 +105,13 @@ def test_alternatives_for_fewer_calls(tmp_path, capsys):
     assert again.sampler_settings == net.sampler_settings and again.sampler_settings.alternatives == (few, middle)
     assert repr(few) in repr(net.sampler_settings)
     assert str(net.sampler_settings) == "sampler ode, levels 5" and net.sampler_settings.options == {"levels": 5}
-    for calls, expected in ((None, 9), (100, 9), (9, 9), (8, 6), (6, 6), (5, 3), (3, 3)):
+    for calls, expected in ((None, 9), (9, 9), (8, 6), (6, 6), (5, 3), (3, 3)):
         for score in (again, again.inference_copy()):
             assert len(recommended_sampler(score, calls=calls)) == expected
     assert AnnealedLangevinSampler(again).step_size == 3e-4  # its own settings, which are not the best
-    with pytest.raises(ValueError, match="calls must be at least 3, the fewest network calls of the stored settings"):
-        recommended_sampler(again, calls=2)
+    for calls in (2, 10):
+        with pytest.raises(ValueError, match=f"stored settings, which have 3, 6, 9 network calls, got {calls}. For"):
+            recommended_sampler(again, calls=calls)
 
     assert main(["info", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -116,7 +124,7 @@ def test_alternatives_for_fewer_calls(tmp_path, capsys):
     assert main([*map(str, options), "--calls", "5"]) == 0
     assert capsys.readouterr().out.startswith("ODESampler(3 levels 20 -> 0.5, unipc")
     options[2] = tmp_path / "b.png"
-    assert "--calls must be at least 3" in refused([*options, "--calls", "1"], capsys)
+    assert "--calls must be in the range of the stored settings" in refused([*options, "--calls", "10"], capsys)
     assert "--calls chooses among the recommended settings" in refused(
         [*options, "--calls", 5, "--levels", 2, "--eta", 1], capsys
     )
@@ -135,6 +143,12 @@ def test_every_kind_of_sampler_finds_its_own_settings():
     assert str(ODESampler(net, method="ipndm")) == "ODESampler(18 levels 20 -> 0.02, ipndm, 18 network calls)"
     net.sampler_settings = SamplerSettings("ode", denoise=False)
     assert len(ODESampler(net)) == 34 and len(ODESampler(net, denoise=True)) == 35
+    others = [SamplerSettings("predictor-corrector", snr=0.1, levels=4), SamplerSettings("ancestral", variance="small")]
+    net.sampler_settings = SamplerSettings(alternatives=others)
+    found = PredictorCorrectorSampler(net)
+    assert str(found).endswith("(4 levels 20 -> 0.02, ancestral, 1 corrector step, snr 0.1, 7 network calls)")
+    assert PredictorCorrectorSampler(net, levels=5).snr == 0.16
+    assert [AncestralSampler(net, levels=n).variance for n in (None, 5)] == ["small", "large"]
 
 
 @pytest.mark.parametrize(
@@ -148,11 +162,11 @@ def test_every_kind_of_sampler_finds_its_own_settings():
         (lambda: ODESampler(point, FINE, sigmas=[2.0, 1.0]), "sigmas takes the place of the schedule"),
         (lambda: ODESampler(point, sigmas=[1.0, 2.0]), "sigmas must be strictly descending"),
         (lambda: ODESampler(point, sigmas=[1.0, 0.0]), "sigmas must be a list .* each a number of more than 0"),
-        (lambda: SamplerSettings("ode", sigmas=[1.0, 2.0]), "^sampler_settings: sigmas must be strictly descending"),
+        (lambda: SamplerSettings("ode", sigmas=[1.0, 2.0]), "^sigmas must be strictly descending"),
         (lambda: SamplerSettings("ode", sigmas=[]), "sigmas must be a list"),
         (
             lambda: SamplerSettings("ode", sigmas=[3.0, 2.0, 1.0], method="unipc", eta=[1.0]),
-            "^sampler_settings: eta must have one number for each of the 2 steps from level to level, got 1",
+            "^eta must have one number for each of the 2 steps from level to level, got 1",
         ),
         (lambda: SamplerSettings.from_dict({"sampler": "ode", "alternatives": [3]}), "alternatives must be a list"),
         (

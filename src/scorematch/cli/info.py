@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ def _run(args: argparse.Namespace) -> None:
     net = None if config["family"] == "custom" else ScoreNet.from_stored(stored)
     schedule, settings = NoiseSchedule.from_dict(config["schedule"]), config["sampler_settings"]
     defaults = "the defaults" if settings is None else str(SamplerSettings.from_dict(settings))
+    with warnings.catch_warnings():  # no weights are loaded, so that learned settings do not find their network
+        warnings.filterwarnings("ignore", "these sampler settings were learned for")
+        sampler, others = (defaults, {}) if net is None else (str(recommended_sampler(net)), _alternatives(net))
     lines = {
         "network": args.model,
         "weights": _origin(place),
@@ -58,9 +62,9 @@ def _run(args: argparse.Namespace) -> None:
         "units": None if net is None or net.units is None else f"{net.units}, of each channel",
         "condition": None if net is None else _condition(net),
         "noise levels": f"{len(schedule)}, sigma from {schedule.sigma_max:.6g} to {schedule.sigma_min:.6g}",
-        "sampler": defaults if net is None else str(recommended_sampler(net)),
+        "sampler": sampler,
         "": None if card is None else card.settings_source,
-        **({} if net is None else _alternatives(net)),
+        **others,
     }
     for name, text in lines.items():
         if text is not None:  # it is known

@@ -45,7 +45,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ from scorematch.core.schema import Field
 from scorematch.core.scores import Score, attribute
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
-from scorematch.sampling.sampler import Sampler, SamplerOptions
+from scorematch.sampling.sampler import Sampler, SamplerOptions, own_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,9 +78,10 @@ class AncestralSampler(Sampler):
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
         schedule: the noise levels, from high to low; None uses the network's own, or 100 levels in the same range if
-            it has more.
-        variance: the variance of the noise of a step: "large", "small", or "learned" for a network that predicts it;
-            see ``scorematch.sampling.ancestral``.
+            it has more. Without levels, ``variance`` and ``clamp_denoised``, the stored settings of this kind are used,
+            if the network has any.
+        variance: the variance of the noise of a step: "large", the default, "small", or "learned" for a network that
+            predicts it; see ``scorematch.sampling.ancestral``.
         clamp_denoised: whether to clamp the denoised image to the network's value range at every step, as the authors
             of DDPM and of improved-diffusion do.
         **options: the options of every ``Sampler``: ``levels``, ``sigma_max``, ``sigma_min``, ``denoise``, ``clamp``,
@@ -105,13 +106,21 @@ class AncestralSampler(Sampler):
         schedule: NoiseSchedule | None = None,
         *,
         variance: Annotated[
-            Variance, Field(str, choices=get_args(Variance)), "the variance of the noise of a step"
-        ] = "large",
+            Variance | None,
+            Field(str, choices=get_args(Variance)),
+            "the variance of the noise of a step; large without stored settings",
+        ] = None,
         clamp_denoised: Annotated[
-            bool, Field(bool), "clamp the denoised image to the range of the network at every step"
-        ] = False,
+            bool | None, Field(bool), "clamp the denoised image to the range of the network at every step"
+        ] = None,
         **options: Unpack[SamplerOptions],
     ) -> None:
+        own = own_options(net, "ancestral", options, schedule, variance, clamp_denoised)
+        if own is not None:
+            given: dict[str, Any] = {"variance": "large", **own, **options}
+            AncestralSampler.__init__(self, net, **given)
+            return
+        variance, clamp_denoised = variance or "large", bool(clamp_denoised)
         self.variance = variance
         super().__init__(net, schedule, **options)
         self.check_options({"variance": variance})

@@ -38,10 +38,11 @@ from tqdm.auto import tqdm
 from scorematch.core.arguments import check_count
 from scorematch.core.conditions import rows_of
 from scorematch.core.precision import autocast
-from scorematch.core.scores import Given, Score, attribute, evaluating
+from scorematch.core.scores import Given, Score, attribute, check_differentiable, evaluating, score_at
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.levels import Paths, follow, straightest
 from scorematch.sampling.multistep import METHODS, learned_lengths, learned_steps, multistep, plan
+from scorematch.sampling.origin import origin_of
 from scorematch.sampling.settings import SamplerSettings
 
 __all__ = ["learned_settings"]
@@ -103,8 +104,14 @@ def learned_settings(
     n, iterations = check_count("n", n), check_count("iterations", iterations)
     batch_size = min(n, check_count("batch_size", batch_size))
     options = {"n": n, "shape": shape, "condition": condition, "generator": generator, "progress": progress}
+    if attribute(net, "is_inference_copy"):  # it computes what depends on the level once, without a gradient
+        raise ValueError(
+            "net must be differentiable in the noise level: pass the network itself, not an inference copy."
+        )
     paths = follow(net, fine, calls, "calls", options)
-    _check_differentiable(net, paths.states[0][:1], paths.sigmas[0], rows_of(condition, slice(1)))
+    with torch.enable_grad():
+        x = paths.states[0][:1].clone().requires_grad_()
+        check_differentiable(score_at(net, x, x.new_tensor(paths.sigmas[0]), rows_of(condition, slice(1))), "net")
     return _learned(net, calls, paths, condition, iterations, batch_size, generator, progress)
 
 
@@ -131,7 +138,7 @@ def _learned(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        yield numbers.settings()
+        yield SamplerSettings("ode", method="unipc", learned_for=origin_of(net), **numbers.rounded())
 
 
 class _Numbers:
@@ -182,12 +189,10 @@ class _Numbers:
             *_, (x, _) = multistep(x, chain, learned_steps(values, self.coefficients))
         return x
 
-    def settings(self) -> SamplerSettings:
-        """The settings, rounded to six digits."""
-        sigmas, coefficients = (
-            [float(f"{value:.6g}") for value in values.tolist()] for values in (self.levels(), self.coefficients)
-        )
-        return SamplerSettings("ode", method="unipc", sigmas=sigmas, coefficients=coefficients)
+    def rounded(self) -> dict[str, list[float]]:
+        """The options of the sampler, to six digits."""
+        numbers = {"sigmas": self.levels(), "coefficients": self.coefficients}
+        return {name: [float(f"{value:.6g}") for value in values.tolist()] for name, values in numbers.items()}
 
 
 def _distance(x: Tensor, y: Tensor) -> Tensor:
@@ -198,16 +203,3 @@ def _distance(x: Tensor, y: Tensor) -> Tensor:
         means = F.avg_pool2d(difference, scale)
         total = total + means.diff(dim=-1).square().mean() + means.diff(dim=-2).square().mean()
     return total
-
-
-def _check_differentiable(net: Score, x: Tensor, sigma: float, condition: Given) -> None:
-    if not attribute(net, "is_inference_copy"):
-        with torch.enable_grad():
-            x = x.clone().requires_grad_()
-            score = net(x, x.new_tensor(sigma)) if condition is None else net(x, x.new_tensor(sigma), condition)
-        if score.requires_grad:
-            return
-    raise ValueError(
-        "net must be differentiable, but its scores have no gradient. Pass the network itself, not an inference copy, "
-        "and a score without torch.no_grad()."
-    )

@@ -62,7 +62,7 @@ from scorematch.core.scores import Score, middle_of
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.multistep import METHODS, learned_lengths, learned_steps, multistep, plan
-from scorematch.sampling.sampler import Sampler, SamplerOptions, stored_options
+from scorematch.sampling.sampler import Sampler, SamplerOptions, own_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -157,13 +157,11 @@ class ODESampler(Sampler):
         **options: Unpack[SamplerOptions],
     ) -> None:
         self.check_options({"sigmas": sigmas})
-        noise = (options.get(name) for name in ("levels", "sigma_max", "sigma_min"))
-        if not churn and all(each is None for each in (schedule, method, sigmas, order, eta, coefficients, *noise)):
-            own = stored_options(net, "ode")
-            if own is not None:
-                given: dict[str, Any] = {"method": "heun", **own, **options}
-                ODESampler.__init__(self, net, **given)
-                return
+        own = own_options(net, "ode", options, schedule, method, sigmas, order, eta, coefficients, churn or None)
+        if own is not None:
+            given: dict[str, Any] = {"method": "heun", **own, **options}
+            ODESampler.__init__(self, net, **given)
+            return
         method = method or "heun"
         if sigmas is not None:
             if schedule is not None:

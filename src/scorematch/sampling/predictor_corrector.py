@@ -42,7 +42,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ from scorematch.core.scores import Score
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.ancestral import ancestral_step
 from scorematch.sampling.chain import Chain
-from scorematch.sampling.sampler import Sampler, SamplerOptions
+from scorematch.sampling.sampler import Sampler, SamplerOptions, own_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,12 +70,14 @@ class PredictorCorrectorSampler(Sampler):
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
-        schedule: the noise levels, from high to low; None uses the network's own.
-        predictor: the variance of the noise of a predictor step, "ancestral" or "reverse-diffusion"; see
+        schedule: the noise levels, from high to low; None uses the network's own. Without levels and without the next
+            four options, the stored settings of this kind are used, if the network has any.
+        predictor: the variance of the noise of a predictor step, "ancestral", the default, or "reverse-diffusion"; see
             ``scorematch.sampling.predictor_corrector``.
-        corrector_steps: Langevin steps after each predictor step; 0 disables the corrector. For data of fewer than
-            about 20 values pass 0, or ``published=True``: the step size for each sample makes the variance too large.
-        snr: the corrector's signal-to-noise ratio rho, above 0 and below 1; Song et al. use 0.16 for CIFAR-10.
+        corrector_steps: Langevin steps after each predictor step, by default 1; 0 disables the corrector. For data of
+            fewer than about 20 values pass 0, or ``published=True``: the step size for each sample makes the variance
+            too large.
+        snr: the corrector's signal-to-noise ratio rho, above 0 and below 1, by default 0.16, as for CIFAR-10.
         published: whether to take the corrector steps of the authors' code, with norms that are averaged over the n
             samples of a call, and also at the highest level. It is off by default because the samples of one call then
             depend on each other, even if each has its own generator. With ``predictor="reverse-diffusion"`` the sampler
@@ -100,28 +102,40 @@ class PredictorCorrectorSampler(Sampler):
         schedule: NoiseSchedule | None = None,
         *,
         predictor: Annotated[
-            Predictor, Field(str, choices=get_args(Predictor)), "the step to the next level"
-        ] = "ancestral",
+            Predictor | None,
+            Field(str, choices=get_args(Predictor)),
+            "the step to the next level; ancestral without stored settings",
+        ] = None,
         corrector_steps: Annotated[
-            int, Field(int, low=0, high=1_000_000), "the number of Langevin steps at each level"
-        ] = 1,
+            int | None,
+            Field(int, low=0, high=1_000_000),
+            "the number of Langevin steps at each level; 1 without stored settings",
+        ] = None,
         snr: Annotated[
-            float, Field(float, above=0, below=1), "the signal-to-noise ratio of these steps, above 0 and below 1"
-        ] = 0.16,
+            float | None,
+            Field(float, above=0, below=1),
+            "the signal-to-noise ratio of these steps, above 0 and below 1; 0.16 without stored settings",
+        ] = None,
         published: Annotated[
-            bool,
+            bool | None,
             Field(bool),
             "the corrector of the authors' code: also at the highest level, with one step size for all images of a "
             "call, which then depend on each other",
-        ] = False,
+        ] = None,
         **options: Unpack[SamplerOptions],
     ) -> None:
+        own = own_options(net, "predictor-corrector", options, schedule, predictor, corrector_steps, snr, published)
+        if own is not None:
+            given: dict[str, Any] = {"predictor": "ancestral", **own, **options}
+            PredictorCorrectorSampler.__init__(self, net, **given)
+            return
+        predictor, snr = predictor or "ancestral", 0.16 if snr is None else snr
         super().__init__(net, schedule, **options)
         self.check_options({"predictor": predictor, "snr": snr})
         self.predictor = predictor
-        self.corrector_steps = check_count("corrector_steps", corrector_steps, 0)
+        self.corrector_steps = check_count("corrector_steps", 1 if corrector_steps is None else corrector_steps, 0)
         self.snr = float(snr)
-        self.published = published
+        self.published = bool(published)
 
     def __len__(self) -> int:
         steps = len(self.schedule) - 1

@@ -461,5 +461,15 @@ def options_of(kind: type[Sampler]) -> Mapping[str, Option]:
 def stored_options(net: Score, sampler: str) -> dict[str, Any] | None:
     """The options of the first settings for a kind of sampler that are stored with a network, or None."""
     settings = attribute(net, "sampler_settings")
-    stored = () if settings is None else (settings, *settings.alternatives)
-    return next((each.options for each in stored if each.sampler == sampler), None)
+    for each in () if settings is None else (settings, *settings.alternatives):
+        if each.sampler == sampler:
+            each.check_origin(net)
+            options: dict[str, Any] = each.options
+            return options
+    return None
+
+
+def own_options(net: Score, sampler: str, options: SamplerOptions, *chosen: object) -> dict[str, Any] | None:
+    """The stored options of a kind of sampler, or None if there are none, or levels or any of ``chosen`` are given."""
+    given = (*chosen, options.get("levels"), options.get("sigma_max"), options.get("sigma_min"))
+    return stored_options(net, sampler) if all(each is None for each in given) else None

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scorematch.core.arguments import argument, check_count
+from scorematch.core.arguments import argument, check_choice, check_count
 from scorematch.core.conditions import takes_image
 from scorematch.core.json_files import native
+from scorematch.core.messages import about
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import Score, attribute
 from scorematch.restoration.methods import Restore
@@ -16,6 +17,7 @@ from scorematch.sampling.ancestral import AncestralSampler
 from scorematch.sampling.decoupled import DecoupledSampler
 from scorematch.sampling.langevin import AnnealedLangevinSampler
 from scorematch.sampling.ode import ODESampler
+from scorematch.sampling.origin import ORIGIN, warn_of_origin
 from scorematch.sampling.particles import ParticleSampler
 from scorematch.sampling.predictor_corrector import PredictorCorrectorSampler
 from scorematch.sampling.sampler import Sampler, options_of
@@ -46,10 +48,13 @@ class SamplerSettings:
             sampler's default.
         alternatives: other measured settings of the network, with other numbers of network calls or of other samplers,
             from which ``recommended_sampler(net, calls=...)`` chooses. They have no alternatives themselves.
+        learned_for: for learned numbers the network and the guidance to which they were fitted; for another score
+            there is a warning.
 
     Attributes:
         sampler: the name of the sampler.
         alternatives: the other settings.
+        learned_for: as given, or None.
 
     Raises:
         ValueError: if a value is out of range or of the wrong type, the sampler has no such option, or options
@@ -63,38 +68,56 @@ class SamplerSettings:
     sampler: str
     _given: tuple[tuple[str, Any], ...]
     alternatives: tuple[SamplerSettings, ...]
+    _origin: tuple[tuple[str, Any], ...]
 
     def __init__(
-        self, sampler: str = "langevin", *, alternatives: Sequence[SamplerSettings] = (), **options: Any
+        self,
+        sampler: str = "langevin",
+        *,
+        alternatives: Sequence[SamplerSettings] = (),
+        learned_for: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
-        check({"sampler": sampler}, {"sampler": Field(str, choices=tuple(SAMPLERS))}, "sampler_settings")
+        check_choice("sampler", sampler, SAMPLERS)
         known = options_of(SAMPLERS[sampler])
         unknown = options.keys() - known.keys()
         if unknown:
             raise ValueError(
-                f"sampler_settings: {', '.join(sorted(unknown))} is not an option of the sampler {sampler!r}, whose "
+                f"{', '.join(sorted(unknown))} is not an option of the sampler {sampler!r}, whose "
                 f"options are {', '.join(sorted(known))}."
             )
         given = {name: _frozen(native(options[name])) for name in known if options.get(name) is not None}
-        try:
-            SAMPLERS[sampler].check_options(given)
-        except ValueError as error:
-            raise ValueError(f"sampler_settings: {error}") from error
+        SAMPLERS[sampler].check_options(given)
         object.__setattr__(self, "sampler", sampler)
         object.__setattr__(self, "_given", tuple(given.items()))
         if any(each.alternatives for each in alternatives):
-            raise ValueError("sampler_settings: alternatives must have no alternatives themselves.")
+            raise ValueError("alternatives must have no alternatives themselves.")
         object.__setattr__(self, "alternatives", tuple(alternatives))
+        if learned_for is not None:
+            check(learned_for, ORIGIN, "learned_for", closed=True)
+        origin = {} if learned_for is None else {name: _frozen(native(learned_for[name])) for name in ORIGIN}
+        object.__setattr__(self, "_origin", tuple(origin.items()))
 
     @property
     def options(self) -> dict[str, Any]:
         """The options that are set, as keyword arguments of the sampler."""
         return dict(self._given)
 
+    @property
+    def learned_for(self) -> dict[str, Any] | None:
+        """The network and the guidance for which the numbers were learned, or None."""
+        return dict(self._origin) or None
+
+    def check_origin(self, net: Score) -> None:
+        """Warns if the numbers were learned for another network or another guidance."""
+        if self.learned_for is not None:
+            warn_of_origin(self.learned_for, net)
+
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain values for JSON; ``from_dict`` is the inverse."""
         others = {"alternatives": [each.to_dict() for each in self.alternatives]} if self.alternatives else {}
-        return {"sampler": self.sampler, **{name: native(value) for name, value in self._given}, **others}
+        origin = {"learned_for": {name: native(value) for name, value in self._origin}} if self._origin else {}
+        return {"sampler": self.sampler, **{name: native(value) for name, value in self._given}, **origin, **others}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplerSettings:
@@ -104,18 +127,22 @@ class SamplerSettings:
             ValueError: if "sampler" is missing, or as for the constructor.
         """
         others = Field(list, high=100, each=Field(dict))
-        check(values, {"sampler": Field(str, required=True), "alternatives": others}, "sampler_settings")
-        return cls(**{**values, "alternatives": [cls.from_dict(each) for each in values.get("alternatives", [])]})
+        fields = {"sampler": Field(str, required=True), "alternatives": others, "learned_for": Field(dict)}
+        check(values, fields, "sampler_settings")
+        alternatives = [cls.from_dict(each) for each in values.get("alternatives", [])]
+        with about("sampler_settings"):
+            return cls(**{**values, "alternatives": alternatives})
 
     def alone(self) -> SamplerSettings:
         """These settings without alternatives."""
-        return SamplerSettings(self.sampler, **self.options)
+        return SamplerSettings(self.sampler, learned_for=self.learned_for, **self.options)
 
     def __str__(self) -> str:
-        return ", ".join(f"{key} {value}" for key, value in self.alone().to_dict().items())
+        return ", ".join(f"{key} {native(value)}" for key, value in [("sampler", self.sampler), *self._given])
 
     def __repr__(self) -> str:
-        others = [f"alternatives={list(self.alternatives)!r}"] if self.alternatives else []
+        others = [f"learned_for={self.learned_for!r}"] if self._origin else []
+        others += [f"alternatives={list(self.alternatives)!r}"] if self.alternatives else []
         given = [f"{name}={value!r}" for name, value in self._given]
         return f"SamplerSettings({', '.join([repr(self.sampler), *given, *others])})"
 
@@ -141,8 +168,9 @@ def recommended_sampler(
         net: a score, usually a ScoreNet.
         settings: the sampler and its options; None uses the network's own settings, ``net.sampler_settings``, or
             AnnealedLangevinSampler with its defaults if the network has none.
-        calls: the largest number of network calls per image, at least 1: of the settings and their alternatives, those
-            with the most calls up to this number are used. None uses the settings themselves.
+        calls: the largest number of network calls per image, in the range of those of the settings and their
+            alternatives, of which those with the most calls up to this number are used. None uses the settings
+            themselves.
         levels: the number of noise levels, at least 2; None uses that of the settings.
         sigma_max: the highest noise level, in the units of x; None uses that of the settings.
         sigma_min: the lowest noise level, in the units of x; None uses that of the settings.
@@ -152,21 +180,26 @@ def recommended_sampler(
         A sampler of ``net``, of the class that ``settings.sampler`` names.
 
     Raises:
-        ValueError: if the sampler rejects an option, no settings have as few calls, or ``net`` is a plain function,
-            which has no noise levels.
+        ValueError: if the sampler rejects an option, ``calls`` is below or above those of all stored settings, or
+            ``net`` is a plain function, which has no noise levels.
 
     Example:
         >>> from scorematch import ScoreNet
         >>> recommended_sampler(ScoreNet.from_pretrained("mnist"))
         AnnealedLangevinSampler(100 levels 16.9 -> 0.01, 1 step, step 5e-05, consistent, 100 network calls)
     """
-    own: SamplerSettings | None = attribute(net, "sampler_settings")
-    settings = own if settings is None else settings
+    settings = attribute(net, "sampler_settings") if settings is None else settings
     if calls is not None:
         settings = _with_calls(net, settings, check_count("calls", calls))
     noise = {"levels": levels, "sigma_max": sigma_max, "sigma_min": sigma_min, "denoise": denoise}
-    given: dict[str, Any] = {name: value for name, value in noise.items() if value is not None}
-    if settings is None or (settings is own and settings.sampler == "langevin"):
+    if settings is not None:
+        settings.check_origin(net)
+    return _created(net, settings, {name: value for name, value in noise.items() if value is not None})
+
+
+def _created(net: Score, settings: SamplerSettings | None, given: Mapping[str, Any]) -> Sampler:
+    """The sampler of settings, with options in place of theirs."""
+    if settings is None or (settings is attribute(net, "sampler_settings") and settings.sampler == "langevin"):
         # It reads the network's own settings itself, and adapts the step size to other noise levels.
         return AnnealedLangevinSampler(net, **given)
     return SAMPLERS[settings.sampler](net, **{**settings.options, **given})
@@ -194,10 +227,11 @@ def restoring_settings(net: Score, restore: Restore) -> SamplerSettings | None:
 def _with_calls(net: Score, settings: SamplerSettings | None, calls: int) -> SamplerSettings | None:
     """Of settings and their alternatives, those with the most network calls up to a number."""
     stored = (settings, *(() if settings is None else settings.alternatives))
-    lengths = [len(recommended_sampler(net, each)) for each in stored]
-    if min(lengths) > calls:
+    lengths = [len(_created(net, each, {})) for each in stored]
+    if not min(lengths) <= calls <= max(lengths):
         raise ValueError(
-            f"{argument('calls')} must be at least {min(lengths)}, the fewest network calls of the stored settings, "
-            f"got {calls}. For fewer, choose a sampler and its {argument('levels')}."
+            f"{argument('calls')} must be in the range of the stored settings, which have "
+            f"{', '.join(map(str, sorted(set(lengths))))} network calls, got {calls}. For others, choose a sampler "
+            f"and its {argument('levels')}."
         )
     return stored[max(range(len(stored)), key=lambda i: lengths[i] * (lengths[i] <= calls))]

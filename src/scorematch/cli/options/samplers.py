@@ -104,7 +104,7 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restore: Restore | Non
             f"{argument('sampler')} and the options of samplers."
         )
     default = None if restore is None or calls is not None else restoring_settings(net, restore)
-    if default is not None and args.sampler is None and not owners:
+    if default is not None and args.sampler in (None, default.sampler) and not owners:
         return recommended_sampler(net, default, **noise)
     own: SamplerSettings | None = attribute(net, "sampler_settings")
     name = args.sampler
@@ -120,6 +120,9 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restore: Restore | Non
             raise ValueError(f"{argument(option)} is an option of --sampler {names[0]}, not of {name}.")
     # AnnealedLangevinSampler reads the network's own settings itself, and adapts them to other options. Those of a
     # network that draws images, such as its few levels, are not for restoring.
-    if default is None and own is not None and own.sampler == name != "langevin":
+    if default is not None and name == "ode":
+        options = {"method": "heun", **options}
+    elif default is None and own is not None and own.sampler == name != "langevin":
+        own.check_origin(net)
         options = {**own.options, **options}
     return recommended_sampler(net, SamplerSettings(name, **options), **noise)
