@@ -28,6 +28,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +190,7 @@ class _Numbers:
             *_, (x, _) = multistep(x, chain, learned_steps(values, self.coefficients))
         return x
 
-    def rounded(self) -> dict[str, list[float]]:
+    def rounded(self) -> dict[str, Any]:
         """The options of the sampler, to six digits."""
         numbers = {"sigmas": self.levels(), "coefficients": self.coefficients}
         return {name: [float(f"{value:.6g}") for value in values.tolist()] for name, values in numbers.items()}

@@ -29,7 +29,7 @@ _SAME = 0.01
 
 def origin_of(score: Score) -> dict[str, Any]:
     """The network of a score, None for a function or an inference copy, and its guidance, "" for none."""
-    guidance = []
+    guidance: list[str] = []
     while isinstance(score, NetworkScore) and isinstance(score, nn.Module) and hasattr(score, "net"):
         guidance.append(f"{type(score).__name__.strip('_')}({score.extra_repr()})")
         score = score.net
