@@ -26,7 +26,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -272,7 +271,6 @@ def known_rows(world: str, args: Any) -> Iterator[tuple[dict[str, str], Callable
 
     def measured(exact: Remembered, name: str, draw: Draw, operator: Operator, sigma: float) -> dict[str, Any]:
         score = Counted(exact.exact, exact.exact)
-        score.preconditioning = SimpleNamespace(data_std=float(exact.covariance.diagonal().mean()) ** 0.5)
         y = operator.measure(exact.sample(1, 0))
         steps = steps_for(draw, score, Observation(operator, y, sigma), args.budget, 2.0)
         score.forwards = score.backwards = 0

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from scorematch.restoration import JPEG, Clip, Magnitude, Observation, Quantize
+from scorematch import NoiseSchedule
+from scorematch.evaluation.exact import Gaussian
+from scorematch.restoration import JPEG, Clip, Magnitude, Observation, Operator, Quantize
+from scorematch.sampling import SAMPLERS, ODESampler
 from tests.helpers import seed
 
 
@@ -80,3 +83,33 @@ def test_the_derivative_of_the_magnitude():
 def test_invalid_arguments_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+class _Cubic(Operator):
+    """Pairs of values, linear or not, in units of its own."""
+
+    def __init__(self, unit_x, unit_y, curved):
+        self.unit_x, self.unit_y, self.curved, self.linear = unit_x, unit_y, curved, not curved
+
+    def measure(self, x):
+        x = x / self.unit_x
+        return self.unit_y * (x[:, ::2] + 0.5 * x[:, 1::2] + 0.2 * self.curved * x[:, ::2] ** 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "curved"),
+    [(name, curved) for name in ("guide", "guide-jacobian", "decoupled") for curved in (False, True)]
+    + [("spectral", False), ("particles", True)],
+)
+def test_the_units_of_samples_and_measurements_do_not_matter(name, curved):
+    i, results = torch.arange(6), []
+    covariance = 0.8 ** (i[:, None] - i).abs().double()
+    for unit_x, unit_y in ((1.0, 1.0), (1.0, 300.0), (1e3, 0.01)):
+        levels = NoiseSchedule.geometric(10 * unit_x, 0.02 * unit_x, 5)
+        exact = Gaussian([0.5 * unit_x] * 6, covariance * unit_x**2, schedule=levels)
+        y = torch.tensor([[1.0, 0.3, -0.6]]) * unit_y
+        observation = Observation(_Cubic(unit_x, unit_y, curved), y, 0.1 * unit_y)
+        sampler = SAMPLERS[name](exact) if name in SAMPLERS else ODESampler(exact, levels, restore=name)
+        results.append(sampler.sample(2, observation=observation, generator=0, progress=False) / unit_x)
+    for other in results[1:]:
+        assert torch.allclose(other, results[0], atol=1e-4)

@@ -2,8 +2,8 @@
 
 x is a batch (N, ...), sigma its noise level, () or (N,), and the result has the shape of x. Losses, samplers and
 ``log_likelihood`` accept any such callable. A score may have attributes: ``schedule``, the noise levels that it was
-trained on; ``value_range``, the range of its data; and ``sample_shape``, the shape of one sample. A score without these
-attributes is called a plain function.
+trained on; ``value_range``, the range of its data; ``data_std``, their standard deviation; and ``sample_shape``, the
+shape of one sample. A score without these attributes is called a plain function.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ def middle_of(score: object, x: Tensor) -> float | Tensor:
 
 
 def variance_of(score: object) -> float:
-    """The variance of the data: that of the preconditioning "karras", a quarter of the value range squared, or 1."""
-    own, value_range = attribute(score, "preconditioning"), attribute(score, "value_range")
-    if own is not None and own.data_std is not None:
-        return own.data_std**2
+    """The variance of the data: that of the score or its preconditioning, of a quarter of the value range, or 1."""
+    value_range = attribute(score, "value_range")
+    for own in (score, attribute(score, "preconditioning")):
+        if std := attribute(own, "data_std"):
+            return float(std) ** 2
     return 1.0 if value_range is None else ((value_range[1] - value_range[0]) / 4) ** 2
 
 

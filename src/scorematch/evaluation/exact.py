@@ -92,6 +92,11 @@ class Distribution(ABC):
     def covariance(self) -> Tensor:
         """The covariance (D, D), float64."""
 
+    @property
+    def data_std(self) -> float | None:
+        """The root of the mean variance of the values, which restoration methods use; None if it is not computed."""
+        return math.sqrt(float(self.covariance.diagonal().mean()))
+
     def sample(
         self, n: int, generator: torch.Generator | int | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
@@ -385,6 +390,10 @@ class Empirical(Distribution):
 
     def __repr__(self) -> str:
         return f"Empirical({len(self)} x {self.sample_shape}, bandwidth {self.bandwidth:g})"
+
+    @property
+    def data_std(self) -> None:
+        """None: the covariance of a large data set takes long."""
 
     def definition(self) -> list[Any]:
         """The public attributes and the data."""

@@ -1,8 +1,8 @@
 r"""Guidance by an observation, with any operator: the denoised image is moved towards the observation.
 
 The notation is that of ``scorematch.restoration.method``. Let
-:math:`e = A^+ (y - A D)`, and for an operator without a gain, let c be 1 and e be the product of :math:`y - A(D)` with
-the transposed Jacobian of A at D. Let
+:math:`e = A^+ (y - A D)`. For an operator without a gain, let c be the largest squared singular value of its Jacobian
+:math:`A'` at D, and :math:`e = A'^\top (y - A(D)) / c`. Let
 
 .. math:: \hat D = D + \frac{r^2}{r^2 + \sigma_y^2 / c}\, e \quad (\text{"guide"}), \qquad
           \hat D = D + \frac{\sigma^2}{q^2 + \sigma_y^2 / c}\, J^\top e \quad (\text{"guide-jacobian"}),
@@ -12,15 +12,15 @@ the transposed Jacobian of A at D. Let
           \frac{\sigma^2}{4}\, \frac{\lVert J^\top e \rVert}{\lVert e \rVert} \Bigr),
 
 where v is the variance of the data, and J, the Jacobian of D, needs a backward pass through the network. The standard
-deviation of the data is taken to be the ``sigma_data`` that a network with the preconditioning "karras" was given,
-otherwise a quarter of the value range, and 1 without a range. The covariance of :math:`x_0` given x is
-:math:`\sigma^2 J`. With its variance along e in place of :math:`q^2` the change would be the first step of the method
-of conjugate gradients towards the conditional score of Gaussian data; half of that variance is an over-relaxation by
-two. The last term limits the change to four times the length of e. Without it the change is unbounded where the
-variance along e is nearly zero or, since the Jacobian of a network is not symmetric, negative. ΠGDM divides by
-:math:`r^2`, the variance for the covariance v I. At high levels that is too small by orders of magnitude for directions
-in which data vary more than their single pixels do, such as the brightness of a large image, and its chains diverge
-there. Both methods are exact for Gaussian data with covariance v I.
+deviation of the data is taken to be the attribute ``data_std`` of the score or, of a network with the preconditioning
+"karras", the ``sigma_data`` that it was given; otherwise a quarter of the value range, and 1 without a range. The
+covariance of :math:`x_0` given x is :math:`\sigma^2 J`. With its variance along e in place of :math:`q^2` the change
+would be the first step of the method of conjugate gradients towards the conditional score of Gaussian data; half of
+that variance is an over-relaxation by two. The last term limits the change to four times the length of e. Without it
+the change is unbounded where the variance along e is nearly zero or, since the Jacobian of a network is not symmetric,
+negative. ΠGDM divides by :math:`r^2`, the variance for the covariance v I. At high levels that is too small by orders
+of magnitude for directions in which data vary more than their single pixels do, such as the brightness of a large
+image, and its chains diverge there. Both methods are exact for Gaussian data with covariance v I.
 
 References:
     Wang et al., 2023, DDNM, arXiv:2212.00490, and Zhu et al., 2023, DiffPIR, arXiv:2305.08995 ("guide").
@@ -37,9 +37,11 @@ import torch
 from torch import Tensor
 
 from scorematch.core.batches import per_image
+from scorematch.core.randomness import standard_normal
 from scorematch.core.scores import Score, check_differentiable, score_at
-from scorematch.restoration.method import Restoration, backward_pass, single_sigma
+from scorematch.restoration.method import Restoration, backward_pass, largest_eigenvalue, single_sigma
 from scorematch.restoration.observation import Observation
+from scorematch.restoration.operator import Linearization
 from scorematch.restoration.replacement import Replacement
 
 
@@ -59,6 +61,11 @@ class Guidance(Restoration):
         self._noise = single_sigma(observation, "guide-jacobian" if jacobian else "guide") ** 2
         gain = observation.operator.gain
         self._exact = Restoration() if gain is None else Replacement(observation, gain)
+        operator = observation.operator
+        self._largest: Tensor | None = None  # the c of a linear operator without a gain; of others it depends on D
+        if gain is None and operator.is_linear:
+            like = observation.y.new_zeros((len(operator), *(observation.shape or ())))
+            self._largest = _largest(observation, operator.linearized(like), like)
 
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score that corresponds to the moved denoised image."""
@@ -71,7 +78,8 @@ class Guidance(Restoration):
             if self._jacobian:
                 check_differentiable(follow)
             denoised = x + level * follow
-        missing, noise = _missing(observation, denoised.detach()), self._noise / (observation.operator.gain or 1.0)
+        missing, gain = self._missing(observation, denoised.detach(), rows)
+        noise = per_image(self._noise / gain, x)
         if not self._jacobian:
             return follow + missing * (spread / ((spread + noise) * level))
         with backward_pass():
@@ -82,17 +90,26 @@ class Guidance(Restoration):
         # Half of the variance was better than all of it for digits and for faces; with a quarter of it Heun's method
         # diverged on 18 levels. The quotients are NaN if nothing is missing.
         spread = (level * torch.maximum(along / 2, length / 4)).nan_to_num(0.0).clamp(min=spread)
-        return follow.detach() + gradient / per_image(spread + noise, x)
+        return follow.detach() + gradient / (per_image(spread, x) + noise)
+
+    def _missing(self, observation: Observation, denoised: Tensor, rows: slice) -> tuple[Tensor, float | Tensor]:
+        """The change e of the denoised image that the measurement asks for, and c."""
+        operator, c = observation.operator, self._largest
+        if operator.gain is not None:
+            return operator.pseudo_inverse(observation.residual(operator.measure(denoised))), operator.gain
+        near = operator.linearized(denoised)
+        if c is None:
+            c = _largest(observation, near, denoised)
+        elif len(c) > 1:
+            c = c[rows]
+        return near.adjoint(observation.residual(near.value)) / per_image(c, denoised), c
 
     def finish(self, x: Tensor) -> Tensor:
         """As in ``Replacement`` if the operator has a gain; otherwise the denoised image unchanged."""
         return self._exact.finish(x)
 
 
-def _missing(observation: Observation, denoised: Tensor) -> Tensor:
-    """The change e of the denoised image that the measurement asks for."""
-    operator = observation.operator
-    if operator.gain is not None:
-        return operator.pseudo_inverse(observation.residual(operator.measure(denoised)))
-    near = operator.linearized(denoised)
-    return near.adjoint(observation.residual(near.value))
+def _largest(observation: Observation, near: Linearization, like: Tensor) -> Tensor:
+    """The largest squared singular value (n,) of an operator near samples (n, ...), where y is observed."""
+    u = standard_normal((1, *like.shape[1:]), torch.Generator().manual_seed(0), like.device).expand(like.shape)
+    return largest_eigenvalue(lambda u: near.adjoint(observation.observed(near.forward(u))), u)

@@ -32,20 +32,21 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from scorematch.core.batches import per_image
 from scorematch.core.randomness import standard_normal
-from scorematch.restoration.method import Restoration
+from scorematch.restoration.method import Restoration, largest_eigenvalue
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Linearization
 from scorematch.restoration.replacement import Replacement
 
 _LEAPS = 4
 _LARGER, _SMALLER = 1.1, 0.8  # factors of the angle after a proposal
-_PROBES, _POWERS = 4, 8  # places, and iterations at each, for the largest curvature
+_PROBES = 4  # places for the largest curvature
 
 
 class Likelihood(Restoration):
@@ -69,11 +70,13 @@ class Likelihood(Restoration):
         for _ in range(_PROBES):
             u = standard_normal(like.shape, places, like.device).expand(len(observation), *like.shape[1:])
             near = operator.linearized(middle + variance**0.5 * u)
-            for _ in range(_POWERS):
-                u = u / per_image(_length(u), u)
-                forward = observation.observed(near.forward(u))
-                u = near.adjoint(observation.precision(forward) if callable(observation.sigma) else forward)
-            self._curvature = torch.maximum(self._curvature, _length(u))
+            self._curvature = torch.maximum(self._curvature, largest_eigenvalue(partial(self._curved, near), u))
+
+    def _curved(self, near: Linearization, u: Tensor) -> Tensor:
+        """The product with A'^T A', or with the inverse of the covariance between them if only that is known."""
+        measured = self._observation.observed(near.forward(u))
+        known = not callable(self._observation.sigma)
+        return near.adjoint(measured if known else self._observation.precision(measured))
 
     def draw(
         self,
@@ -142,7 +145,3 @@ class Likelihood(Restoration):
 
 def _square(x: Tensor) -> Tensor:
     return x.square().flatten(1).sum(1)
-
-
-def _length(x: Tensor) -> Tensor:
-    return _square(x).sqrt().clamp(min=torch.finfo(x.dtype).eps)

@@ -8,17 +8,20 @@ image, :math:`x + \sigma^2 s(x, \sigma)`. If the operator has a gain c (:math:`A
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scorematch.core.batches import per_image
 from scorematch.core.scores import Score
 from scorematch.restoration.observation import Observation
 
 __all__ = ["Restoration"]
+
+_POWERS = 8  # iterations of the power method
 
 
 class Restoration:
@@ -77,3 +80,14 @@ def single_sigma(observation: Observation, method: str) -> float:
             'restore="moment-matching".'
         )
     return observation.sigma
+
+
+def largest_eigenvalue(product: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """The largest eigenvalue (n,) of a positive matrix for each sample, above 0, by the power method from u."""
+    for _ in range(_POWERS):
+        u = product(u / per_image(_length(u), u))
+    return _length(u)
+
+
+def _length(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
