@@ -288,8 +288,8 @@ def test_tune_stores_the_best_settings(folder, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "3 settings with 42 network calls per image"  # the network's own, and two more
     assert lines[1].startswith("| sampler settings | calls | frechet, pixels |") and lines[-1] == str(out)
-    best = ScoreNet.from_pretrained(out).sampler_settings
-    assert lines[-2] == f"best: {best}" and f"| **{best}** |" in "\n".join(lines)
+    stored = ScoreNet.from_pretrained(out).sampler_settings
+    assert lines[-2] == f"recommended: {stored}" and f"| **{stored}** |" in "\n".join(lines)
 
 
 @pytest.mark.slow

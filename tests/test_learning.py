@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from scorematch import NoiseSchedule, ScoreNet
+from scorematch.cli import main
 from scorematch.data import save_grid
 from scorematch.evaluation import few_calls, settings_learned
 from scorematch.evaluation.exact import Gaussian
@@ -35,13 +36,20 @@ def _net(**options):
         return ScoreNet.unet(1, 8, widths=(8,), layers_per_block=1, schedule=FINE, **options)
 
 
-def test_a_gaussian_reaches_its_closed_form_in_four_calls():
-    """From other starts than those of the paths; UniPC on levels of Karras et al. has more than ten times the error."""
-    values, mean = torch.tensor([0.09, 0.25, 0.5]), torch.tensor([0.5, -0.2, 1.0])
-    world = Gaussian(mean, values.diag())
+@pytest.fixture(scope="module")
+def learned_gaussian():
+    """A normal distribution with its principal axes and their variances, and settings of four calls for it."""
+    axes, variances = torch.linalg.qr(torch.randn(3, 3, generator=seed(1)))[0], torch.tensor([0.09, 0.25, 0.5])
+    world = Gaussian(torch.tensor([0.5, -0.2, 1.0]), axes * variances @ axes.T)
     (found,) = _learned(world, [4], n=64, iterations=100, batch_size=32, shape=(3,))
-    init = 20 * torch.randn(500, 3, generator=seed(5))
-    exact = mean + (init - mean) * (values / (values + 20**2)).sqrt()
+    return world, axes, variances, found
+
+
+def test_a_gaussian_reaches_its_closed_form_in_four_calls(learned_gaussian):
+    """From other starts than those of the paths; UniPC on levels of Karras et al. has more than ten times the error."""
+    world, axes, variances, found = learned_gaussian
+    init, mean = 20 * torch.randn(500, 3, generator=seed(5)), world.mean.float()
+    exact = mean + (init - mean) @ axes * (variances / (variances + 20**2)).sqrt() @ axes.T
 
     def error(sampler):
         return float((run(sampler, init=init) - exact).square().mean().sqrt())
@@ -51,6 +59,21 @@ def test_a_gaussian_reaches_its_closed_form_in_four_calls():
     usual = ODESampler(world, NoiseSchedule.karras(20, 0.02, 4), method="unipc")
     print(error(learned), error(usual))
     assert error(learned) < 0.1 * error(usual)
+
+
+def test_restoring_with_learned_numbers(learned_gaussian):
+    """Values observed without noise are exact, and moment matching has the mean and the spread of the posterior."""
+    world, *_, found = learned_gaussian
+    sampler, y = recommended_sampler(world, found), torch.tensor([[0.9, 0.0, 0.4]])
+    for sampler.restore, sigma in (("guide", 0.0), ("moment-matching", 0.3)):
+        observation = Observation(Mask(torch.tensor([True, False, True])), y, sigma=sigma)
+        x, exact = run(sampler, 4000, observation=observation, generator=0).double(), world.posterior(observation)
+        if not sigma:
+            assert (x - y)[:, [0, 2]].abs().max() < 1e-6
+            continue
+        spread = exact.covariance.squeeze().diag().sqrt()
+        assert ((x.mean(0) - exact.mean.squeeze()) / spread).abs().max() < 0.06
+        torch.testing.assert_close(x.std(0), spread, rtol=0.05, atol=0)
 
 
 def test_the_numbers_of_a_method_are_its_steps(mixture):
@@ -132,6 +155,8 @@ def test_settings_learned_for_another_network_or_guidance_give_a_warning(tmp_pat
         for score in (net, *copies, net.inference_copy(), copies[1].to(torch.float32)):
             ODESampler(score)
         ODESampler(other, levels=3)
+        other.save_pretrained(tmp_path)
+        assert main(["info", str(tmp_path)]) == 0
     learned = (
         r"these sampler settings were learned for the network \(.*\) with ClassifierFree\(weight=1.5\), and are used"
     )

@@ -1,6 +1,5 @@
 """``tune``: the best of many sampler settings is found and stored, and a stopped call continues."""
 
-import itertools
 import json
 from dataclasses import replace
 from functools import partial
@@ -12,13 +11,17 @@ import torch
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.evaluation import (
     METRICS,
+    Estimate,
+    Tuning,
     evaluate_restoration,
     frechet_distance,
     pixels,
     settings_of_paths,
     settings_table,
+    settings_with_noise,
     tune,
 )
+from scorematch.evaluation.tune import MeasuredSampler
 from scorematch.restoration import AveragePool, Mask
 from scorematch.sampling import ODESampler, SamplerSettings, bulk_samples, recommended_sampler, schedules_of_paths
 from tests.helpers import seed
@@ -65,19 +68,28 @@ def test_the_best_settings_have_the_smallest_distance(net):
     assert net.sampler_settings is None
 
 
-def test_the_best_with_fewer_calls_are_stored_as_alternatives(net, tmp_path):
-    settings = [*SETTINGS[:3], SamplerSettings("ode", levels=5), SamplerSettings("ode", levels=4, method="unipc")]
-    result = run(net, settings=settings, out=tmp_path)
-    stored = ScoreNet.from_pretrained(tmp_path).sampler_settings
-    assert stored.alone() == result.best.settings
-    assert list(stored.alternatives) == [row.settings for row in result.front]
-    rows = [*result.front, result.best]
-    for before, after in itertools.pairwise(rows):
-        assert before.calls < after.calls and result.distance(before) > result.distance(after)
-    for row in result.rows:  # none is better than a stored one with as many calls
-        assert any(each.calls <= row.calls and result.distance(each) <= result.distance(row) for each in rows)
-    again = ScoreNet.from_pretrained(tmp_path)
-    assert settings_table(again, 30)[0] == result.best.settings
+def test_the_fewest_calls_near_the_best_the_best_of_each_kind_and_the_ladder_are_stored():
+    def row(distance, calls, kind, **options):
+        figures = {"x": {"frechet": Estimate(distance, None)}}
+        return MeasuredSampler(kind, calls, 0.0, figures, SamplerSettings(kind, **options))
+
+    rows = [
+        row(10.0, 50, "langevin", levels=50),
+        row(10.15, 18, "ode", levels=18),
+        row(10.1, 35, "ode", levels=36),
+        row(10.2, 99, "predictor-corrector", levels=50),
+        row(13.0, 6, "ode", levels=6),
+        row(13.5, 8, "ode", levels=8),
+        row(12.0, 10, "langevin", levels=10),
+        row(20.0, 4, "ode", levels=4),
+    ]
+    result = Tuning(rows, None, "x", "frechet")
+    assert result.best is rows[0] and result.recommended is rows[1]
+    assert [each.calls for each in result.ladder] == [4, 6, 10, 18, 35, 50]
+    stored = result.stored()
+    assert stored.alone() == rows[1].settings
+    expected = [rows[0], rows[3], rows[7], rows[4], rows[6], rows[2]]
+    assert list(stored.alternatives) == [each.settings for each in expected]
 
 
 @pytest.mark.slow
@@ -85,6 +97,9 @@ def test_settings_of_paths_have_the_numbers_of_calls(net):
     found = settings_of_paths(net, [3, 5], seed=1, progress=False)
     assert [len(recommended_sampler(net, each)) for each in found] == [3, 5]
     assert found == settings_of_paths(net, [3, 5], seed=1, progress=False)
+    usual, *noisy = settings_with_noise(net, [5])
+    assert usual == SamplerSettings("ode", levels=5, sigma_min=0.03, method="unipc")
+    assert [each.options["eta"] for each in noisy] == [1.0, (1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 1.0)]
     exact = [*schedules_of_paths(net, [4], generator=1, progress=False)[0], 0.03]
     assert found[1].options["sigmas"] == pytest.approx(exact, rel=1e-4)
 
@@ -93,7 +108,7 @@ def test_the_table_of_a_result(net):
     result = run(net, held_out=REAL.flip(0))
     lines = result.table().splitlines()
     assert lines[0] == f"| sampler settings | calls | frechet, {result.source} | std | variation | seconds |"
-    assert [line.startswith("| **") for line in lines[2:5]] == [row is result.best for row in result.rows]
+    assert [line.startswith("| **") for line in lines[2:5]] == [row is result.recommended for row in result.rows]
     figure = result.rows[0].figures["images"]["std"]
     assert (
         "sampler ode, levels 3" in lines[2] and str(figure) in lines[2] and lines[5].startswith("| held-out images |")
@@ -118,11 +133,11 @@ def test_a_folder_with_the_network_and_its_card(net, tmp_path):
     out = tmp_path / "tuned"
     first = run(net, out=out, settings=SETTINGS[:2])
     stored = ScoreNet.from_pretrained(out)
-    assert stored.sampler_settings.alone() == first.best.settings
+    assert stored.sampler_settings.alone() == first.recommended.settings
     assert all(torch.equal(a, b) for a, b in zip(stored.parameters(), net.parameters(), strict=True))
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: scorematch") and first.table() in card
-    assert f"| sampler settings | {first.best.settings} |" in card
+    assert f"| sampler settings | {first.recommended.settings} |" in card
     (out / "README.md").write_text("# Mine\n\n" + card + "\nThe end.\n")
     second = run(net, out=out)
     card = (out / "README.md").read_text()
@@ -191,7 +206,7 @@ def test_the_best_settings_of_restorations(restorer, tmp_path, by):
     assert result.best is min(result.rows, key=result.distance)
     head = f"| sampler settings | calls | gray: {result.by} | pool:2: {result.by} | mean: {result.by} |"
     assert result.table().startswith(head)
-    assert ScoreNet.from_pretrained(tmp_path).sampler_settings.alone() == result.best.settings
+    assert ScoreNet.from_pretrained(tmp_path).sampler_settings.alone() == result.recommended.settings
     assert run(restorer, COLORED, operators=operators, restore="guide", by=by, out=tmp_path).rows == result.rows
     with pytest.raises(ValueError, match="measured with other settings: tasks"):
         run(restorer, COLORED, operators="gray", restore="guide", by=by, out=tmp_path)
@@ -254,7 +269,7 @@ def test_a_card_in_another_encoding_is_kept(net, tmp_path):
 def test_a_network_in_its_own_folder(net, tmp_path):
     net.save_pretrained(tmp_path)
     result = run(net, out=tmp_path, settings=SETTINGS[:1])
-    assert ScoreNet.from_pretrained(tmp_path).sampler_settings.alone() == result.best.settings == SETTINGS[0]
+    assert ScoreNet.from_pretrained(tmp_path).sampler_settings.alone() == result.recommended.settings == SETTINGS[0]
 
 
 def test_another_network_is_not_replaced(net, tmp_path):

@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> None:
     net = None if config["family"] == "custom" else ScoreNet.from_stored(stored)
     schedule, settings = NoiseSchedule.from_dict(config["schedule"]), config["sampler_settings"]
     defaults = "the defaults" if settings is None else str(SamplerSettings.from_dict(settings))
-    with warnings.catch_warnings():  # no weights are loaded, so that learned settings do not find their network
+    with warnings.catch_warnings():  # guidance is chosen when the network is used
         warnings.filterwarnings("ignore", "these sampler settings were learned for")
         sampler, others = (defaults, {}) if net is None else (str(recommended_sampler(net)), _alternatives(net))
     lines = {

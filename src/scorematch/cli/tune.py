@@ -18,7 +18,7 @@ from scorematch.core.messages import about
 from scorematch.core.processes import this_process
 from scorematch.core.schema import Field
 from scorematch.core.scores import device_of
-from scorematch.evaluation.few_calls import settings_learned, settings_of_paths
+from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_noise
 from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
 from scorematch.sampling import recommended_sampler
@@ -51,8 +51,9 @@ def add(commands: Commands) -> None:
         nargs="+",
         type=fitting(Field(int, low=3, high=59)),
         metavar="N",
-        help="also measure settings with these numbers of network calls, such as 4 6 8 12, that are fitted to paths of "
-        "the network: those whose levels are chosen, and those whose levels and coefficients are learned",
+        help="also measure settings with these numbers of network calls, such as 4 6 8: with levels that are chosen "
+        "from paths of the network, with levels and coefficients that are learned, and with the usual levels, also "
+        "with new noise",
     )
     parser.add_argument(
         "--by",
@@ -101,7 +102,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.learn:
         fitted = {"seed": args.seed, "progress": not args.quiet}
         settings += settings_learned(net, args.learn, out=args.out, **fitted)
-        settings += settings_of_paths(net, args.learn, **fitted)
+        settings += settings_of_paths(net, args.learn, **fitted) + settings_with_noise(net, args.learn)
     if settings and this_process().rank == 0:
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"
@@ -123,6 +124,6 @@ def _run(args: argparse.Namespace) -> None:
     )
     if this_process().rank == 0:
         print(result.table(), end="")
-        print(f"best: {result.best.settings}")
+        print(f"recommended: {result.recommended.settings}")
         if args.out is not None:
             print(args.out)

@@ -24,6 +24,28 @@ _RECORD: Mapping[str, Field] = {
 }
 
 
+def settings_with_noise(net: ScoreNet, calls: Sequence[int]) -> list[SamplerSettings]:
+    """Settings with few network calls on the levels of Karras et al., without new noise and with it.
+
+    The lowest level is that of ``settings_of_paths``. The method is UniPC, and DPM-Solver++ with the noise of the
+    reverse diffusion, eta = 1, at all steps, at the first half of them, or at the second. The noise is not learned,
+    since no distance of states tells whether it is right: ``tune`` measures what it is worth.
+
+    Args:
+        net: the network.
+        calls: the numbers of network calls, each at least 3.
+    """
+    found = []
+    for count in calls:
+        levels: dict[str, Any] = {"levels": count, "sigma_min": _lowest(net)}
+        first = (count - 1) // 2
+        last = count - 1 - first
+        found.append(SamplerSettings("ode", method="unipc", **levels))
+        for eta in (1.0, [1.0] * first + [0.0] * last, [0.0] * first + [1.0] * last):
+            found.append(SamplerSettings("ode", method="dpm-solver++", eta=eta, **levels))
+    return found
+
+
 def settings_of_paths(
     net: ScoreNet, calls: Sequence[int], *, seed: int = 0, progress: bool = True
 ) -> list[SamplerSettings]:
@@ -48,8 +70,7 @@ def settings_of_paths(
     counts = [count - 1 for count in calls]
     options: dict[str, Any] = {"condition": _classes(net, _PATHS), "generator": seed, "progress": progress}
     schedules = schedules_of_paths(net, counts, n=_PATHS, **options)
-    low, high = net.value_range or (0, 0)
-    lowest = max(net.schedule.sigma_min, _BARELY_VISIBLE * (high - low))
+    lowest = _lowest(net)
     chosen = [[*(sigma for sigma in schedule if sigma > lowest), lowest] for schedule in schedules]
     rounded = [[float(f"{sigma:.5g}") for sigma in sigmas] for sigmas in chosen]
     return [SamplerSettings("ode", sigmas=sigmas, method="unipc") for sigmas in rounded]
@@ -88,6 +109,12 @@ def settings_learned(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_record(path, {"format_version": 1, "settings": settings, "learned": kept})
     return [SamplerSettings.from_dict(kept[str(count)]) for count in calls]
+
+
+def _lowest(net: ScoreNet) -> float:
+    """The lowest level for few calls, whose noise is barely visible."""
+    low, high = net.value_range or (0, 0)
+    return max(net.schedule.sigma_min, _BARELY_VISIBLE * (high - low))
 
 
 def _classes(net: ScoreNet, n: int) -> dict[str, Tensor] | None:

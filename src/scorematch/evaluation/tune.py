@@ -8,8 +8,9 @@ With ``operators`` degraded images are restored instead, and the best settings a
 several operators it is the geometric mean of their errors, which gives all operators the same weight.
 
 The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, and a section
-with the table in the card, ``README.md``. The alternatives of the settings are the rows with fewer network calls, each
-better than all with fewer still. The same call continues an interrupted one.
+with the table in the card, ``README.md``. The first settings are those with the fewest network calls within 2 % of the
+smallest distance. The others are the best of each kind of sampler, by the same rule, and the ladder: rows that are
+better than all with fewer calls. The same call continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ Criterion = Literal["frechet", "kernel", "rmse", "perceptual"]
 _OF_SAMPLES, _OF_RESTORATIONS = ("frechet", "kernel"), ("rmse", "perceptual", "frechet")  # the criteria, defaults first
 _BEGIN, _END = "<!-- sampler settings, by scorematch tune -->", "<!-- end of sampler settings -->"
 TABLE = "tune.json"
+_TRADE = 0.02  # a distance that is larger by this share is as good, if it takes fewer calls
 _RECORD: Mapping[str, Field] = {
     "format_version": Field(int, required=True, choices=(1,)),
     "settings": Field(dict, required=True),
@@ -184,13 +186,33 @@ class Tuning:
         return min(self.rows, key=lambda row: (self.distance(row), row.calls))
 
     @property
-    def front(self) -> list[MeasuredSampler]:
-        """The rows with fewer network calls than the best, each better than all with fewer calls; the fewest first."""
+    def ladder(self) -> list[MeasuredSampler]:
+        """The rows that are better than all with fewer network calls; the fewest first, and the best last."""
         found: list[MeasuredSampler] = []
         for row in sorted(self.rows, key=lambda row: (row.calls, self.distance(row))):
-            if row.calls < self.best.calls and (not found or self.distance(row) < self.distance(found[-1])):
+            if not found or self.distance(row) < self.distance(found[-1]):
                 found.append(row)
         return found
+
+    @property
+    def recommended(self) -> MeasuredSampler:
+        """The row with the fewest network calls within 2 % of the smallest distance."""
+        return self._fewest(self.rows)
+
+    def stored(self) -> SamplerSettings:
+        """The settings for the network: the recommended ones; the others are the best of each kind, and the ladder."""
+        kinds: dict[str, list[MeasuredSampler]] = {}
+        for row in self.rows:
+            if row.settings is not None:
+                kinds.setdefault(row.settings.sampler, []).append(row)
+        rows = [self.recommended, *map(self._fewest, kinds.values()), *self.ladder]
+        first, *others = dict.fromkeys((row.settings or SamplerSettings()).alone() for row in rows)
+        return first.alone(others)
+
+    def _fewest(self, rows: Sequence[MeasuredSampler]) -> MeasuredSampler:
+        least = min(map(self.distance, rows))
+        near = [row for row in rows if self.distance(row) <= least + _TRADE * abs(least)]
+        return min(near, key=lambda row: (row.calls, self.distance(row)))
 
     def distance(self, row: MeasuredSampler) -> float:
         """The distance of a row; for several operators the geometric mean of their distances."""
@@ -198,16 +220,16 @@ class Tuning:
         return math.prod(max(value, 0) for value in values) ** (1 / len(values)) if self.operators else values[0]
 
     def table(self) -> str:
-        """The rows as a table in Markdown, the best one in bold."""
+        """The rows as a table in Markdown, the recommended one in bold."""
         pixels = ["std", "variation"]
         restored = [*self.operators, *(["mean"] if len(self.operators) > 1 else [])]
         measured = [f"{name}: {self.by}" for name in restored] or [f"{self.by}, {self.source}", *pixels]
-        lines, best = [], self.best
+        lines, recommended = [], self.recommended
         for row in self.rows:
             cells = [str(row.settings), str(row.calls), *self._cells(row.figures)]
             cells += [f"{self.distance(row):.4g}"] if len(self.operators) > 1 else []
             cells += [f"{row.seconds:.0f}"]
-            lines.append([f"**{cell}**" for cell in cells] if row is best else cells)
+            lines.append([f"**{cell}**" for cell in cells] if row is recommended else cells)
         if self.held_out is not None:
             lines.append(["held-out images", "", *self._cells(self.held_out), ""])
         return markdown_table(["sampler settings", "calls", *measured, "seconds"], lines)
@@ -439,9 +461,7 @@ def check_folder(folder: Path, net: ScoreNet) -> None:
 def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
     """Saves the network with the best settings, and writes its card."""
     net = copy.copy(net)  # with the same weights
-    best = result.best.settings or SamplerSettings()
-    others = [row.settings for row in result.front if row.settings is not None]
-    net.sampler_settings = SamplerSettings(best.sampler, alternatives=others, **best.options)
+    net.sampler_settings = result.stored()
     net.save_pretrained(folder)
     card = folder / "README.md"
     if card.is_file():
@@ -452,7 +472,9 @@ def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
         text = model_card(name, net.config, count, conditioning=net.conditioning, license=None, datasets=None)
     section = (
         f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {n:,} images for each row, all from "
-        "the same seeds. The row in bold has the smallest distance; its settings are stored with the network.\n\n"
+        "the same seeds. The row in bold has the fewest network calls within 2 % of the smallest distance; its "
+        "settings are those of the network. The best of each kind, and those that are better than all with fewer "
+        "calls, are stored too.\n\n"
         f"{result.table()}{_END}"
     )
     old = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)

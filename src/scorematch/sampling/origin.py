@@ -28,7 +28,7 @@ _SAME = 0.01
 
 
 def origin_of(score: Score) -> dict[str, Any]:
-    """The network of a score, None for a function or an inference copy, and its guidance, "" for none."""
+    """The network of a score, None if its weights are not known (a function, an inference copy), and its guidance."""
     guidance: list[str] = []
     while isinstance(score, NetworkScore) and isinstance(score, nn.Module) and hasattr(score, "net"):
         guidance.append(f"{type(score).__name__.strip('_')}({score.extra_repr()})")
@@ -57,6 +57,8 @@ def _named(origin: Mapping[str, Any]) -> str:
 
 
 def _fingerprint(net: nn.Module) -> Sequence[float] | None:
+    if any(weights.is_meta for weights in net.parameters()):  # they are not loaded, or elsewhere
+        return None
     total, square = torch.zeros((), dtype=torch.complex128), 0.0
     for weights in net.parameters():
         w = weights.detach().flatten().double().cpu()

@@ -133,9 +133,9 @@ class SamplerSettings:
         with about("sampler_settings"):
             return cls(**{**values, "alternatives": alternatives})
 
-    def alone(self) -> SamplerSettings:
-        """These settings without alternatives."""
-        return SamplerSettings(self.sampler, learned_for=self.learned_for, **self.options)
+    def alone(self, alternatives: Sequence[SamplerSettings] = ()) -> SamplerSettings:
+        """These settings without alternatives, or with others."""
+        return SamplerSettings(self.sampler, alternatives=alternatives, learned_for=self.learned_for, **self.options)
 
     def __str__(self) -> str:
         return ", ".join(f"{key} {native(value)}" for key, value in [("sampler", self.sampler), *self._given])
