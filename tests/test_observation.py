@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from scorematch import NoiseSchedule
 from scorematch.evaluation.exact import Gaussian, operator_matrix
 from scorematch.restoration import JPEG, AveragePool, Grayscale, Linear, Mask, Matrix, Observation, Operator
-from tests.helpers import seed
+from scorematch.sampling import ODESampler
+from tests.helpers import run, seed
 
 SHAPE = (3, 4, 4)
 
@@ -118,6 +120,18 @@ def test_a_value_with_infinite_sigma_is_not_measured():
     assert torch.allclose(found.mean, expected.mean) and torch.allclose(found.covariance, expected.covariance)
 
 
+def test_values_that_contradict_each_other_give_the_least_squares():
+    a, y = random(7, 4).float(), random(1, 7, number=1).float()
+    sampler = ODESampler(Gaussian(random(4), 1.0), NoiseSchedule.geometric(8, 0.02, 6), restore="moment-matching")
+    x = run(sampler, 2, observation=Observation(Matrix(a), y), generator=0)
+    assert torch.allclose(x, (torch.linalg.pinv(a) @ y[0]).expand(2, 4), atol=1e-3)
+
+
+def test_counts_may_be_integers():
+    counts = torch.tensor([[0, 3, 10, 2]])
+    assert torch.equal(Observation.from_counts(SAME, counts).y, Observation.from_counts(SAME, counts.float()).y)
+
+
 def test_the_noise_of_a_slice_of_the_batch():
     y = random(3, 4)
     sigma = random(3, 4).abs()
@@ -164,6 +178,13 @@ Y = torch.rand(1, 4, generator=seed())
     [
         (lambda: observation(Wrong(), Y, shape=(4,)), "the adjoint of .*Wrong.* is not that of measure"),
         (lambda: observation(Linear(torch.abs), Y, shape=(4,)), r"Linear\(abs\) is not linear"),
+        (lambda: observation(Linear(lambda x: x + 1), Y, shape=(4,)), "is not linear.* Subtract a constant term"),
+        (lambda: observation(Linear(lambda x: x - x.mean()), Y, shape=(4,)), "mixes the samples of a batch"),
+        (lambda: observation(SAME, Y, lambda v: v[:, 1:]), r"the shape of y, \(1, 4\), got torch.float32 \(1, 3\)"),
+        (lambda: observation(SAME, Y, lambda v: v.roll(1, 1)), "a symmetric and positive matrix, but that of random"),
+        (lambda: observation(SAME, Y, lambda v: v * math.nan), "a symmetric and positive matrix"),
+        (lambda: Linear(torch.round).adjoint(Y), r"Linear\(round\) has no gradient"),
+        (lambda: observation(SAME, Y, [0.1] * 4), r"a number, a tensor .* got list. Write torch.as_tensor\(sigma\)"),
         (lambda: observation(SAME, Y / 0, torch.ones(4)), "y must be finite where it is observed"),
         (lambda: observation(SAME, Y, torch.ones(3)), r"must broadcast to y of shape \(1, 4\), got shape \(3,\)"),
         (lambda: observation(SAME, Y, -torch.ones(4)), "must be at least 0, got lower"),
@@ -178,5 +199,5 @@ Y = torch.rand(1, 4, generator=seed())
     ],
 )
 def test_invalid_arguments_raise(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()

@@ -642,7 +642,7 @@ def test_a_mask_copies_the_callers_tensor():
         (
             lambda: Observation(JPEG(5), torch.ones(1, 3, 8, 8).int()),
             TypeError,
-            "y must be floating point, images in .* got torch.int32. Write y / 255",
+            "y must be floating point, got torch.int32. Write y / 255",
         ),
         (
             lambda: Observation(JPEG(5), torch.rand(8)),

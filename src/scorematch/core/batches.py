@@ -31,8 +31,9 @@ def check_data(x: Any, name: str = "x") -> None:
             hint = "A batch of a data set with labels is [x, y]: pass its first entry."
         raise TypeError(f"{name} must be a tensor (N, ...), got {type(x).__name__}. {hint}")
     if not x.is_floating_point():
-        hint = f"torch.cat([{name}.real, {name}.imag], 1)" if x.is_complex() else f"{name} / 255 for 8-bit images"
-        raise TypeError(f"{name} must be floating point, images in [0, 1], got {x.dtype}. Write {hint}.")
+        hint = f"{name} / 255 for 8-bit images, and {name}.float() for other data"
+        hint = f"torch.cat([{name}.real, {name}.imag], 1)" if x.is_complex() else hint
+        raise TypeError(f"{name} must be floating point, got {x.dtype}. Write {hint}.")
     # x.shape[0] and not len(x), which torch.export would make a constant.
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"{name} must be a batch (N, ...) with at least one sample, got shape {tuple(x.shape)}.")

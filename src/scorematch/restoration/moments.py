@@ -123,8 +123,9 @@ class MomentMatching(Restoration):
             return torch.where(sigma == 0, observation.observed(values), 0)
 
         near = operator.linearized(x)
-        v = conjugate_gradients(lambda v: exact(near.forward(near.adjoint(v))), exact(observation.y - near.value), 100)
-        return x + near.adjoint(v)
+        # The normal equations have a solution also if the values of y contradict each other.
+        missing = near.adjoint(exact(observation.y - near.value))
+        return x + conjugate_gradients(lambda u: near.adjoint(exact(near.forward(u))), missing, 100)
 
 
 class _System(NamedTuple):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from scorematch.core.batches import check_data
 from scorematch.core.precision import exact_float32
 from scorematch.core.randomness import standard_normal
 from scorematch.core.schema import Field
-from scorematch.restoration.operator import Operator
+from scorematch.restoration.operator import Operator, kind_of
 from scorematch.restoration.operators import Mask
 
 __all__ = ["Observation"]
@@ -89,16 +90,18 @@ class Observation:
 
         Args:
             operator: the operator A, whose measurements are not negative.
-            counts: n (N, ...), floating point, at least 0.
+            counts: n (N, ...), at least 0.
             scale: c, the mean count for a measurement of 1, positive.
 
         Raises:
-            TypeError: if ``counts`` is not a floating-point tensor.
+            TypeError: if ``counts`` is not a tensor.
             ValueError: if a count is negative or NaN, or ``scale`` is not positive.
 
         References:
             Mighell, 1999, Parameter Estimation in Astronomy with Poisson-distributed Data I, arXiv:astro-ph/9903093.
         """
+        if isinstance(counts, Tensor) and not counts.is_floating_point():
+            counts = counts.float()
         check_data(counts, "counts")
         check_value("scale", scale, Field(float, above=0))
         if not bool((counts >= 0).all()):
@@ -215,19 +218,35 @@ class Observation:
                 f"{tuple(self.y.shape[1:])}."
             )
         self._set(shape=shape)
-        if self.operator.is_linear:
-            # TF32 could exceed the tolerance. Under autocast a measurement may be in bfloat16.
-            with exact_float32() if measured.dtype == self.y.dtype == torch.float32 else nullcontext():
-                self._check_linear(zeros, max(_TOLERANCE, torch.finfo(measured.dtype).eps ** 0.5))
+        generator = torch.Generator().manual_seed(0)
+        u, w = (standard_normal(zeros.shape, generator, zeros.device).to(zeros) for _ in range(2))
+        # TF32 could exceed the tolerance. Under autocast a measurement may be in bfloat16.
+        with exact_float32() if measured.dtype == self.y.dtype == torch.float32 else nullcontext():
+            tolerance = max(_TOLERANCE, torch.finfo(measured.dtype).eps ** 0.5)
+            if len(self.operator) == 1:
+                self._check_rows(u[:1], w[:1], tolerance)
+            if self.operator.is_linear:
+                self._check_linear(u, w, tolerance)
 
-    def _check_linear(self, like: Tensor, tolerance: float) -> None:
+    def _check_rows(self, u: Tensor, w: Tensor, tolerance: float) -> None:
+        """Checks that the measurement of u does not depend on another sample in the batch."""
+        alone = self.operator.measure(u)
+        if float((self.operator.measure(torch.cat([u, w]))[:1] - alone).norm()) > tolerance * float(alone.norm()):
+            raise ValueError(
+                f"{self.operator!r} mixes the samples of a batch: each row of the measurement must depend on the same "
+                "row of x alone. Name the axes of means and norms."
+            )
+
+    def _check_linear(self, u: Tensor, w: Tensor, tolerance: float) -> None:
         """Checks on random values that A is linear, that the adjoint is that of A, and that A A^T is c I."""
-        operator, generator = self.operator, torch.Generator().manual_seed(0)
-        u, w = (standard_normal(like.shape, generator, like.device).to(like) for _ in range(2))
+        operator, generator = self.operator, torch.Generator().manual_seed(1)
         once = operator.measure(u)
         size = float(once.norm())
-        if float((operator.measure(2 * u - w) - 2 * once + operator.measure(w)).norm()) > 3 * tolerance * size:
-            raise ValueError(f"{operator!r} is not linear: A (2 u - w) is not 2 A u - A w. Leave out linear and gain.")
+        if float((operator.measure(2 * u + w) - 2 * once - operator.measure(w)).norm()) > 3 * tolerance * size:
+            raise ValueError(
+                f"{operator!r} is not linear: A (2 u + w) is not 2 A u + A w. Subtract a constant term from y; for "
+                "another operator leave out linear and gain."
+            )
         if operator.gain is not None:
             again = operator.measure(operator.pseudo_inverse(once))
             image = float(operator.pseudo_inverse(once).norm())
@@ -237,8 +256,8 @@ class Observation:
                     "gain is c, and pseudo_inverse(y) is A^T y / c. Correct them, or leave out gain if A A^T is not a "
                     "multiple of the identity."
                 )
-        v = standard_normal(once.shape, generator, like.device).to(once)
-        back = operator.adjoint(v, like.shape[1:])
+        v = standard_normal(once.shape, generator, u.device).to(once)
+        back = operator.adjoint(v, u.shape[1:])
         if abs(float((once * v).sum() - (u * back).sum())) > tolerance * (size * float(v.norm()) + 1e-30):
             raise ValueError(
                 f"the adjoint of {operator!r} is not that of measure: the inner products of A u with v and of u with "
@@ -277,7 +296,9 @@ def check_sigma(sigma: float) -> float:
 def _check_noise(
     sigma: float | Tensor | Callable[[Tensor], Tensor], y: Tensor
 ) -> float | Tensor | Callable[[Tensor], Tensor]:
-    if isinstance(sigma, Tensor) and sigma.numel() > 1:
+    if isinstance(sigma, Tensor) and sigma.numel() == 1 and bool(sigma.isfinite()):
+        sigma = float(sigma)
+    if isinstance(sigma, Tensor):
         try:
             fits = torch.broadcast_shapes(sigma.shape, y.shape) == y.shape
         except RuntimeError:
@@ -289,7 +310,31 @@ def _check_noise(
                 "sigma, the standard deviation of the noise in y, must be at least 0, got lower ones or NaN."
             )
         return sigma.detach().to(y)
-    return check_sigma(float(sigma)) if isinstance(sigma, Tensor) or not callable(sigma) else sigma
+    if callable(sigma):
+        _check_precision(sigma, y)
+        return sigma
+    if isinstance(sigma, bool) or not isinstance(sigma, Real):
+        raise TypeError(
+            "sigma must be a number, a tensor that broadcasts to y, or a function, the product with the inverse of the "
+            f"covariance, got {type(sigma).__name__}. Write torch.as_tensor(sigma) for several numbers."
+        )
+    return check_sigma(sigma)
+
+
+def _check_precision(product: Callable[[Tensor], Tensor], y: Tensor) -> None:
+    """Checks on random values that a product is that of a symmetric, positive matrix."""
+    generator = torch.Generator().manual_seed(0)
+    u, w = (standard_normal(y.shape, generator, y.device).to(y) for _ in range(2))
+    p, q = product(u), product(w)
+    if not isinstance(p, Tensor) or p.shape != y.shape:
+        raise ValueError(f"sigma must return a tensor of the shape of y, {tuple(y.shape)}, got {kind_of(p)}.")
+    size = float(p.norm()) * float(w.norm())
+    along, between = float((u * p).sum()), abs(float((w * p).sum() - (u * q).sum()))
+    if not (along > 0 and between <= max(_TOLERANCE, torch.finfo(y.dtype).eps ** 0.5) * size):  # also true for NaN
+        raise ValueError(
+            "sigma must be the product with the inverse of a covariance, a symmetric and positive matrix, but that of "
+            "random values is not."
+        )
 
 
 def _described(sigma: object) -> str:

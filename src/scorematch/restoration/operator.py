@@ -247,20 +247,19 @@ def _linearized(operator: Operator, x: Tensor) -> Linearization:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = operator.measure(x)
-        if not value.requires_grad:
+        transposed = v = torch.zeros_like(value, requires_grad=True)
+        if value.requires_grad:
+            (transposed,) = torch.autograd.grad(value, x, v, create_graph=True)  # A'^T v, whose gradient in v is A'
+        if not (value.requires_grad and transposed.requires_grad):  # the latter as for rounding
             raise ValueError(
                 f"the measurement of {operator!r} has no gradient. Write measure with differentiable functions of "
                 "torch, or define the method linearized."
             )
-        v = torch.zeros_like(value, requires_grad=True)
-        (transposed,) = torch.autograd.grad(value, x, v, create_graph=True)  # A'^T v, whose gradient in v is A'
 
     def adjoint(v: Tensor) -> Tensor:
         return torch.autograd.grad(value, x, v, retain_graph=True)[0]
 
     def forward(u: Tensor) -> Tensor:
-        if not transposed.requires_grad:  # A' is zero
-            return torch.zeros_like(value)
         return torch.autograd.grad(transposed, v, u, retain_graph=True)[0]
 
     return Linearization(value.detach(), forward, adjoint)
