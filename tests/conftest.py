@@ -78,6 +78,20 @@ def few_levels(monkeypatch):
         monkeypatch.setattr(f"scorematch.sampling.langevin.{name}", 4)
 
 
+@pytest.fixture(scope="module")
+def no_plots():
+    """Runs write the numbers of their samples in place of a plot, for which Matplotlib takes a second."""
+    import numpy as np
+
+    def numbers(x, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(np.ascontiguousarray(x.cpu()).tobytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scorematch.training.report.save_plot", numbers)
+        yield
+
+
 @pytest.fixture
 def world():
     from scorematch.evaluation.exact import Gaussian

@@ -12,6 +12,8 @@ from scorematch.training import Settings, train, train_steps
 from scorematch.training.augment import augmented
 from tests.helpers import seed
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 QUICK = {"images": 32, "batch_size": 8, "precision": "float32", "progress": False}
 
 

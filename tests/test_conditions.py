@@ -18,6 +18,8 @@ from scorematch.training import train
 from scorematch.training.start import begin_with
 from tests.helpers import seed
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 SMALL = {"widths": (12, 12), "layers_per_block": 1}
 NAN = torch.full((4, 3), torch.nan)
 

@@ -25,6 +25,8 @@ from scorematch.training.steps import prepare
 from tests.helpers import seed
 from tests.training import Interrupted, image_net, images, interrupt_at, same_runs, vector
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 SMALL = {"widths": (4,), "layers_per_block": 1, "attention": [False], "patch": 2, "pixel_channels": 4}
 GROWTH = (
     Stage(0.25, {"pixel_channels": 8, "attention": (True,)}, {"lr": 7e-4, "levels": LogNormal(-2.0, 1.2)}),

@@ -14,6 +14,8 @@ from scorematch.training import incomplete, train_from_observations
 from scorematch.training.gaussian import Gaussian, _Block, fit_gaussian
 from tests.test_interruption import Killed, _struck
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 SAMPLER = partial(ODESampler, levels=3, restore="moment-matching")
 SHORT = {
     "sampler": SAMPLER,

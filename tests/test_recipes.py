@@ -26,6 +26,8 @@ from scorematch.training.report import expectation
 from scorematch.training.settings import TrainSettings
 from tests.published import ScoreSDE
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 
 # Parameters, noise levels, steps, batch size and learning rate of the papers and of the configurations of their code.

@@ -53,6 +53,8 @@ from tests.training import (
     vector,
 )
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 # -- Runs -------------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,8 @@ from scorematch.training.steps import Order, prepare
 from tests.helpers import seed
 from tests.training import MLP, Memory, Recorder, content, image_net, images, points, points_net, quick, steps, vector
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 # -- Noise levels and weights -----------------------------------------------------------------------------------------
 
 
