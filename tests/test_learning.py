@@ -175,6 +175,10 @@ def test_settings_learned_for_another_network_or_guidance_give_a_warning(tmp_pat
         (lambda: _learned(point, [40], n=2, shape=(1,)), "calls must be below the number of fine levels, 40, got 40"),
         (lambda: _learned(_net().inference_copy(), [3], n=2), "the network itself, not an inference copy"),
         (
+            lambda: _learned(lambda x, sigma: -x.detach(), [3], n=2, shape=(1,)),
+            "net must be differentiable in x, but it was computed without gradients",
+        ),
+        (
             lambda: ODESampler(point, sigmas=SIGMAS, method="unipc", coefficients=[0.1]),
             "coefficients must have 6 numbers for 3 levels, got 1",
         ),
