@@ -32,8 +32,8 @@ GROWTH = (
     Stage(0.25, {"pixel_channels": 8, "attention": (True,)}, {"lr": 7e-4, "levels": LogNormal(-2.0, 1.2)}),
     Stage(0.5, {"layers_per_block": 2, "pixel_layers": 2}, {"batch_size": 16}),
 )
-RUN = {"images": 96, "batch_size": 8, "growth": GROWTH, "ema": (0.05,), "log_every": 24, "progress": False}
-RUN |= {"snapshot_every": 10**6}  # at the end of each stage only
+RUN = {"images": 95, "batch_size": 8, "growth": GROWTH, "ema": (0.05,), "log_every": 24, "progress": False}
+RUN |= {"snapshot_every": 10**6}  # at the end of each stage only; the batches have 96 images
 
 
 def net():

@@ -290,18 +290,20 @@ def test_restore_takes_files_of_every_kind_and_says_what_it_leaves_out(folder, t
     Image.fromarray(x).convert("CMYK").save(tmp_path / "in" / "cmyk.tif")
     Image.fromarray(x).save(tmp_path / "in" / "moving.gif", save_all=True, append_images=[Image.fromarray(255 - x)])
     Image.fromarray(x).save(tmp_path / "in" / "plain.png")
+    Image.fromarray(x[..., 0].astype(np.uint16) * 257).save(tmp_path / "in" / "deep.png")
     Image.fromarray(_hole(48, 80).numpy().astype(np.uint8) * 255).save(tmp_path / "mask.png")  # of twice the size
     operator = f"mask:{tmp_path}/mask.png"
     assert main(_command(folder, tmp_path / "in", tmp_path / "out", "--operator", operator)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"{tmp_path}/in/moving.gif: only the first of its 2 pictures is restored" in lines
     assert f"{tmp_path}/in/cmyk.tif: its colors are converted from CMYK to RGB" in lines
+    assert f"{tmp_path}/in/deep.png: its values are rounded to 8 bits in the files that are written" in lines
     size = (
         "the image to restore has 24x40 pixels in color; images of .* have 16x16 pixels in color: resized, 24x24 pixels"
     )
     assert len([line for line in lines if re.match(size, line)]) == 1
     known = Mask(_hole(48, 80)).of_size(24, 40).mask
-    for name in ("cmyk.tif", "moving.gif", "plain.png"):
+    for name in ("cmyk.tif", "deep.png", "moving.gif", "plain.png"):
         given, found = read_image(tmp_path / "in" / name, 3), read_image(tmp_path / "out" / f"{name[:-4]}-1.png", 3)
         assert torch.equal(given[:, known], found[:, known])
 
@@ -326,6 +328,7 @@ def test_the_options_of_sizes(folder, tmp_path, options, capsys):
             ["--tile", "64"],
             "a tile of 64x64 pixels is larger than the picture, which has 20x30. Write a smaller --tile",
         ),
+        (["--tile", "1"], "must be at least 2, the largest stride, got 1x1. Pass --tile 2 or more"),
         (["--crop", "20,0,20,20"], "--crop must be inside of the picture, which has 20x30 pixels, got 20x20 pixels at"),
         (["--crop", "left"], "argument --crop: must be center, celeba or LEFT,TOP,WIDTH,HEIGHT in pixels, got 'left'"),
         (["--crop", "center", "--tile"], "--crop is for a picture that is resized"),

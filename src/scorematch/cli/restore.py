@@ -28,7 +28,7 @@ from scorematch.core.files import write_whole
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
 from scorematch.core.schema import Field
-from scorematch.data.pictures import check_picture, grid, list_pictures, open_picture, read_image, save_image
+from scorematch.data.pictures import check_picture, grid, is_deep, list_pictures, open_picture, read_image, save_image
 from scorematch.guidance import Tiled
 from scorematch.nets.family import check_size
 from scorematch.restoration import Observation, Operator, Photograph, as_operator, summary
@@ -302,9 +302,13 @@ class _Picture:
     def notes(self) -> list[str]:
         """Lines about what of the file is not used."""
         with open_picture(self.path) as file:
-            frames, mode = getattr(file, "n_frames", 1), file.mode
-        notes = [f"{self.path}: only the first of its {frames} pictures is restored"] if frames > 1 else []
-        return notes + ([f"{self.path}: its colors are converted from {mode} to RGB"] if mode in _OTHER_COLORS else [])
+            frames, mode, deep = getattr(file, "n_frames", 1), file.mode, is_deep(file)
+        notes = {
+            f"only the first of its {frames} pictures is restored": frames > 1,
+            f"its colors are converted from {mode} to RGB": mode in _OTHER_COLORS,
+            "its values are rounded to 8 bits in the files that are written": deep,
+        }
+        return [f"{self.path}: {note}" for note, true in notes.items() if true]
 
 
 def _restore(args: argparse.Namespace, sampler: Sampler, pictures: list[_Picture], label: int | None) -> None:

@@ -479,7 +479,7 @@ def _announce(
     where = str(device) if processes == 1 else f"{processes} x {device.type}"
     speed = 1 / mean_seconds(seconds, settings.growth)
     print(f"time      about {duration(remaining)} on {where}, {speed:.3g} images/s")
-    expected = expectation(settings.total, 1 / speed, data.shape)
+    expected = expectation(settings.total, 1 / speed, data.shape, settings.start)
     if expected is not None:
         print(f"          {expected}")
     print(f"out       {args.out}", flush=True)

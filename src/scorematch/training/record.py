@@ -89,7 +89,8 @@ def stage_of(network: Path) -> str | None:
         return None
     images = max(checkpoint.numbers(folder / "checkpoints"), default=0)
     stage = 1 + sum(images > each["begins"] for each in growth)
-    return f"{stage} of {1 + len(growth)}, at image {images:,} of {before['settings']['images']:,}"
+    last = max(images, before["settings"]["images"])  # whose last batch may have more
+    return f"{stage} of {1 + len(growth)}, at image {images:,} of {last:,}"
 
 
 def write_config(folder: Path, net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any) -> dict[str, Any]:

@@ -151,15 +151,18 @@ def write_report(
     write_whole(out / "report.md", text.encode(errors="backslashreplace"))  # of folder names in another encoding
 
 
-def expectation(images: int, seconds: float, shape: Sequence[int]) -> str | None:
-    """A sentence on what samples of a short run are like; None for other data, and for a run with enough images.
+def expectation(images: int, seconds: float, shape: Sequence[int], start: object) -> str | None:
+    """A sentence on what samples of a short run are like.
+
+    None for other data, for a run with enough images, and for one that begins with a trained network.
 
     Args:
         images: the number of images of the run.
         seconds: the time per image.
         shape: the shape of a sample.
+        start: the trained network that the run begins with, or None.
     """
-    if images >= _MILESTONE or not is_picture(shape) or min(shape[1:]) < _SMALLEST:
+    if start is not None or images >= _MILESTONE or not is_picture(shape) or min(shape[1:]) < _SMALLEST:
         return None
     return (
         f"{images:,} images are few: samples of cifar10-small were noise after 80,000 images (Fréchet distance 226, "
@@ -185,7 +188,7 @@ def _report(
     count = sum(parameter.numel() for parameter in net.parameters())
     names = (path.name for path in (out / "samples").glob("*.png"))
     growth = settings.get("growth", ())
-    expected = expectation(last["images"], seconds / max(1, last["images"]), data["shape"])
+    expected = expectation(last["images"], seconds / max(1, last["images"]), data["shape"], settings.get("start"))
     own = "" if net.family is not None else ", backbone=YourClass()"
     own += ", condition_encoder=YourEncoder()" if net.config.get("condition_encoder") else ""
     picture = max(names, key=lambda name: (len(name), name), default="")  # from 10^9 images on, names are longer
