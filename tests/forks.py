@@ -14,7 +14,7 @@ _LOOP = """
 import json, os, signal, sys, traceback
 sys.path[0] = os.getcwd()  # for the modules of the tests
 import huggingface_hub.hf_api
-import scorematch
+import scorematch.evaluation, scorematch.pretrained, scorematch.training  # and torch
 names = {"__name__": "__main__"}
 exec(sys.argv[1], names)
 for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
