@@ -188,6 +188,7 @@ X, CONDITION = signals()
     ("options", "data", "settings", "message"),
     [
         ({}, _nan(7), {}, r"x must be finite, but 1 of 24 samples have NaN .* the first at \[7, 1, 4\]. Leave these"),
+        ({}, X + 0j, {}, r"x must be floating point, got complex64. Write np.concatenate\(\[x.real, x.imag\], 1\)"),
         ({}, X.int(), {}, r"x must be floating point, got int32. Write x.astype\(np.float32\) for data that are not"),
         ({}, X[:, 0], {}, r"sample_shape, \(2, 12\), got \(12,\)"),
         ({}, torch.cat([X[:, :1], 0 * X[:, :1] + 0.1], 1), {}, "channel 1 of data is constant. Leave it out"),

@@ -495,7 +495,7 @@ def test_a_name_loads_a_hugging_face_dataset(monkeypatch, rng):
     assert len(_open("mnist-test")) == 1 and asked.pop() == ("ylecun/mnist", "test")
     with pytest.raises(FileNotFoundError, match=r"nobody/nothing is not a file or a folder, .* loaded from the Hub"):
         _open("nobody/nothing")
-    for path in ("./pictures", "/nothing/here", "a/b/c", "pictures/"):
+    for path in ("./pictures", "/nothing/here", "a/b/c", "pictures/", "fields.npy", "fields.h5"):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             _open(path)
     assert len(asked) == 2

@@ -261,10 +261,12 @@ def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: 
     if pictures and not vectors and (dtype == "uint8" or _are_images(data, shape)):
         return None
     if "float" not in dtype:
-        raise TypeError(
-            f"{name} must be floating point, got {dtype}. Write x.astype(np.float32) for data that are not pictures, "
-            "x.astype(np.uint8) for pictures with values up to 255, or x / 65535 for 16-bit pictures."
+        hint = (
+            "x.astype(np.float32) for data that are not pictures, x.astype(np.uint8) for pictures with values up to "
+            "255, or x / 65535 for 16-bit pictures"
         )
+        hint = "np.concatenate([x.real, x.imag], 1)" if "complex" in dtype else hint
+        raise TypeError(f"{name} must be floating point, got {dtype}. Write {hint}.")
     if len(shape) < 2 or 0 in shape:
         hint = " Write x[:, None] for one number for each sample." if len(shape) == 1 else ""
         raise ValueError(f"{name} must be data (N, C, ...) or (N, D) with at least one sample, got {shape}.{hint}")
