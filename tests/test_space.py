@@ -108,6 +108,14 @@ def test_a_periodic_network_commutes_with_shifts_by_its_stride(size, options):
     assert not torch.allclose(zeros(x.roll(shifts, axes), 0.3), zeros(x, 0.3).roll(shifts, axes), atol=1e-2)
 
 
+def test_a_network_is_periodic_along_the_axes_that_are(tmp_path):
+    """The reflection of an axis whose values end in one is that value."""
+    network((8, 4, 2), padding=["circular", "zeros", "reflect"]).save_pretrained(tmp_path)
+    net, x = ScoreNet.from_pretrained(tmp_path), random(1, 2, 8, 4, 2)
+    same = [torch.allclose(net(x.roll(2, i), 0.3), net(x, 0.3).roll(2, i), atol=1e-4) for i in (2, 3)]
+    assert same == [True, False]
+
+
 def test_networks_of_one_two_and_three_dimensions_agree_on_data_that_vary_along_one_axis():
     """With the same weights along this axis, divided by the number of taps along the periodic others."""
     line = network((8,), padding="circular", attention=(False, False))

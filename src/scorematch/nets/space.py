@@ -82,7 +82,9 @@ class Space(NamedTuple):
 
 
 def _pad(x: Tensor, axis: int, sides: tuple[int, int], mode: str) -> Tensor:
-    """Pads one spatial axis of x."""
+    """Pads one spatial axis of x; the reflection of a single value is this value."""
+    if mode == "reflect" and x.shape[2 + axis] == 1:
+        mode = "replicate"
     widths = [0, 0] * (x.ndim - 2)
     last_first = 2 * (x.ndim - 3 - axis)
     widths[last_first : last_first + 2] = sides

@@ -426,7 +426,7 @@ class _UNetFamily(ImageFamily[UNet]):
         "condition_features": Field(int, low=0, high=1_000_000),
         "condition_encoder": Field(bool),
         "dimensions": Field(int, low=1, high=3),
-        "padding": Field(str, choices=PADDINGS, or_list=True),
+        "padding": Field(str, choices=PADDINGS, or_list=3),
     }
 
     def design(self, given: Mapping[str, Any], size: tuple[int, ...], precondition: str) -> dict[str, Any]:
