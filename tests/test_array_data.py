@@ -123,12 +123,6 @@ def test_units_are_measured_once(tmp_path):
     assert train(loaded, 2 * x, tmp_path / "again", **QUICK).units == first.units
 
 
-def test_channels_of_very_different_deviations_give_a_warning():
-    x = X * torch.tensor([1.0, 0.01])[:, None]
-    with pytest.warns(UserWarning, match="deviations of the channels differ by a factor of .* similar"):
-        next(train_steps(net(), open_arrays(x), Settings(images=8, batch_size=8, ema=())))
-
-
 def test_train_steps_measures_the_units_too():
     x, _ = signals()
     own = net()

@@ -55,6 +55,7 @@ from tqdm.auto import tqdm
 from scorematch.core.arguments import check_count
 from scorematch.core.batches import check_data, without_history
 from scorematch.core.conditions import class_of_each, map_parts
+from scorematch.core.derived import isotropic, ratios_of
 from scorematch.core.precision import without_autocast
 from scorematch.core.randomness import Generator, as_generator, standard_normal, uniform
 from scorematch.core.scores import Given, Score, attribute, check_differentiable, evaluating, middle_of, score_at
@@ -124,9 +125,11 @@ def log_likelihood(
         raise ValueError(f"schedule must have at least two levels, the ends of the flow, got {schedule!r}.")
     generators = as_generator(generator)
     dimension = x[0].numel()
+    net = isotropic(net)
     # Neither computations in inference mode nor tensors created in it can be differentiated.
     with torch.inference_mode(False), torch.no_grad(), without_autocast(), evaluating(net):
         x = without_history(x).to(torch.promote_types(x.dtype, torch.float32))
+        x = x / ratios_of(net, x)  # the product of the ratios is 1, and with it the change of volume
         condition = class_of_each(condition, x)
         condition = map_parts(without_history, condition)
         flow = _Flow(net, condition, probes, generators)

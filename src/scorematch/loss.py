@@ -35,7 +35,7 @@ from scorematch.core.arguments import check_choice
 from scorematch.core.batches import as_mask, as_sigma, check_data, is_outside, per_image
 from scorematch.core.conditions import class_of_each, map_parts
 from scorematch.core.randomness import single_generator, standard_normal
-from scorematch.core.scores import Given, Score, attribute, check_differentiable, score_at
+from scorematch.core.scores import Given, Score, attribute, check_differentiable, noise_ratios, score_at
 from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 
 __all__ = ["dsm_loss", "loss_and_norm", "sliced_score_matching_loss"]
@@ -229,11 +229,12 @@ def sliced_score_matching_loss(
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         given = class_of_each(condition, x)
         sigma, v, given = _recordable(sigma), _recordable(v), map_parts(_recordable, given)
-        noisy = (x + per_image(sigma, x) * noise).detach().requires_grad_()
-        score = score_at(net, noisy, sigma, given)
+        ratios = noise_ratios(net, x)
+        noisy = (x + per_image(sigma, x) * ratios * noise).detach().requires_grad_()
+        score = ratios * score_at(net, noisy, sigma, given)  # that of x / ratios
         check_differentiable(score)
         (gradient,) = torch.autograd.grad((v * score).sum(), noisy, create_graph=True)
-    loss = (v * gradient).flatten(1).sum(1) + score.square().flatten(1).sum(1) / 2
+    loss = (v * ratios * gradient).flatten(1).sum(1) + score.square().flatten(1).sum(1) / 2
     loss = loss * (sigma**2 if weighting is None else _weights_at(sigma, weighting))
     return loss.mean() if reduction == "mean" else loss
 
@@ -254,7 +255,7 @@ def _weights_at(sigma: Tensor, weighting: Callable[[Tensor], Tensor], x: Tensor 
 
 def _scaled_score(net: Score, x: Tensor, sigma: Tensor, noise: Tensor, condition: Given) -> Tensor:
     """Sigma times the score of x with noise; sigma (N,)."""
-    levels = per_image(sigma, x)
+    levels = per_image(sigma, x) * noise_ratios(net, x)
     return levels * score_at(net, x + levels * noise, sigma, class_of_each(condition, x))
 
 

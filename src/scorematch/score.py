@@ -251,11 +251,7 @@ class ScoreNet(Builders, DataUnits, NetworkScore, nn.Module):
             "sample_shape": None if self.sample_shape is None else list(self.sample_shape),
             "value_range": None if self.value_range is None else list(self.value_range),
             "predicts_variance": self.predicts_variance,
-            **(
-                {}
-                if self.units is None
-                else {"units": {name: list(part) for name, part in self.units._asdict().items()}}
-            ),
+            **({} if self.units is None else {"units": self.units.to_dict()}),
             **({"precondition_options": dict(self.precondition_options)} if self.precondition_options else {}),
             "sampler_settings": None if self.sampler_settings is None else self.sampler_settings.to_dict(),
             **({} if self.class_names is None else {"class_names": list(self.class_names)}),

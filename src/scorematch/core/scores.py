@@ -45,6 +45,15 @@ def middle_of(score: object, x: Tensor) -> float | Tensor:
     return 0.0 if value_range is None else (value_range[0] + value_range[1]) / 2
 
 
+def noise_ratios(score: object, x: Tensor) -> float | Tensor:
+    """The standard deviation r of the noise of each channel of x (N, C, ...), relative to sigma: (C, ...), or 1."""
+    units = attribute(score, "units")
+    if units is None or not units.relative:
+        return 1.0
+    ratios: Tensor = units.noise(x)
+    return ratios.view(-1, *[1] * (x.ndim - 2))
+
+
 def variance_of(score: object) -> float:
     """The variance of the data: that of the score or its preconditioning, of a quarter of the value range, or 1."""
     value_range = attribute(score, "value_range")
@@ -123,14 +132,16 @@ class Tweedie:
     def denoise(self, x: Tensor, sigma: float | Tensor, condition: Given = None) -> Tensor:
         r"""The denoised image, the mean of the clean data given x: :math:`x + \sigma^2 \nabla_x \log p_\sigma(x)`.
 
-        This is Tweedie's formula. Arguments and errors are those of the call ``net(x, sigma, condition)``. The result
+        This is Tweedie's formula. If the noise of a channel is :math:`\sigma r` (``units``), its :math:`\sigma` is
+        multiplied by r. Arguments and errors are those of the call ``net(x, sigma, condition)``. The result
         has the shape and dtype of x.
         """
         check_data(x)
         # The score in float32 also for half-precision x: at sigma = 40 its rounding error is multiplied by 1600.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         score = cast(Score, self)(wide, sigma, condition)
-        return (wide + per_image(as_sigma(sigma, wide).square(), wide) * score).to(x.dtype)
+        level = per_image(as_sigma(sigma, wide), wide) * noise_ratios(self, wide)
+        return (wide + level**2 * score).to(x.dtype)
 
     def as_denoiser(self) -> Denoiser:
         """The denoised image as a module, ``denoiser(x, sigma)``, as other packages expect it (azula, deepinv, sbi).

@@ -39,7 +39,7 @@ from scorematch.core.arguments import check_choice, check_count
 from scorematch.core.precision import exact_float32
 from scorematch.core.processes import process_group
 from scorematch.core.randomness import as_generator, standard_normal
-from scorematch.core.scores import Score, device_of
+from scorematch.core.scores import Score, device_of, noise_ratios
 from scorematch.data.images import open_images
 from scorematch.evaluation.estimate import Estimate, mean_of
 from scorematch.evaluation.per_image import ConditionChoice, ImageBatch, choose, values_per_image
@@ -153,7 +153,7 @@ def data_likelihood(
             x = dequantized(batch.x, generators)
         else:
             z = standard_normal(batch.x.shape, as_generator(generators), batch.x.device, batch.x.dtype)
-            x = batch.x + schedule.sigma_min * z
+            x = batch.x + schedule.sigma_min * noise_ratios(net, batch.x) * z
         with exact_float32():
             nats = log_likelihood(
                 net,

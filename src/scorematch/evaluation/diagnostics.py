@@ -39,10 +39,11 @@ import torch
 from torch import Tensor
 
 from scorematch.core.conditions import class_of_each
+from scorematch.core.derived import isotropic
 from scorematch.core.precision import exact_float32
 from scorematch.core.processes import process_group
 from scorematch.core.randomness import as_generator, seed_of, standard_normal
-from scorematch.core.scores import Score, device_of, evaluating, score_at
+from scorematch.core.scores import Score, device_of, evaluating, noise_ratios, score_at
 from scorematch.data.images import open_images
 from scorematch.evaluation.estimate import Estimate, Report, mean_of, ratio_of
 from scorematch.evaluation.exact import Distribution
@@ -139,6 +140,12 @@ def score_error(
     if len(drawn) < 2:
         raise ValueError(f"a standard error needs at least 2 samples, got {len(drawn)}.")
 
+    if isotropic(score) is not score:
+        raise ValueError(
+            "score must have the same noise in all channels, like exact, but that of this network is relative to the "
+            "deviation of each channel. Train on data whose channels have the same deviation."
+        )
+
     def squares(batch: ImageBatch, clean: Tensor, z: Tensor, sigma: float) -> Sequence[Tensor]:
         noisy = clean + sigma * z
         level = torch.full((len(clean),), sigma, dtype=clean.dtype, device=clean.device)
@@ -204,7 +211,7 @@ def level_losses(
     def columns(batch: ImageBatch, clean: Tensor, z: Tensor, sigma: float) -> Sequence[Tensor]:
         given = batch.condition(condition, clean.device)
         scaled, wrong = map(double, scaled_score(net, clean, sigma=sigma, noise=z, condition=given))
-        error = sigma * wrong
+        error = sigma * noise_ratios(net, wrong) * wrong
         denoised = double(clean) + error
         return wrong.square(), scaled.square(), error, denoised, denoised.square(), denoised * error
 

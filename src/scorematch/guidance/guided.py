@@ -58,8 +58,16 @@ from torch import Tensor
 from scorematch.core.arguments import argument
 from scorematch.core.batches import as_sigma, check_data, per_image
 from scorematch.core.conditions import Condition, as_condition, joined, map_parts, without
-from scorematch.core.scores import Given, Score, attribute, check_differentiable, has_inference_copy, inference_copy_of
-from scorematch.guidance.derived import DerivedScore, call
+from scorematch.core.derived import DerivedScore, call
+from scorematch.core.scores import (
+    Given,
+    Score,
+    attribute,
+    check_differentiable,
+    has_inference_copy,
+    inference_copy_of,
+    noise_ratios,
+)
 
 Interval = tuple[float, float]
 
@@ -265,13 +273,13 @@ class GuidedScore(DerivedScore):
             return score
         variance = cast(Tensor, per_image(as_sigma(sigma, x), x)).square()  # at least float32, in which it is accurate
         axes, dtype = tuple(range(1, x.ndim)), variance.dtype
-        denoised = x.to(dtype) + variance * score.to(dtype)
-        unguided = x.to(dtype) + variance * stronger.to(dtype)
+        ratios = noise_ratios(self, x)  # in x / ratios the noise of all channels is the same
+        denoised, unguided = (x.to(dtype) / ratios + variance * each.to(dtype) * ratios for each in (score, stronger))
         centered = denoised - denoised.mean(axes, keepdim=True)
         spread = denoised.std(axes, correction=0, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
         # Divided first: for a constant image the ratio of the deviations can be infinite.
         change = centered / spread * unguided.std(axes, correction=0, keepdim=True) - centered
-        return score + (self.rescale * change / variance).to(score.dtype)
+        return score + (self.rescale * change / variance / ratios).to(score.dtype)
 
 
 class _ClassifierFree(GuidedScore):

@@ -30,8 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from scorematch.core.arguments import argument, check_count, check_sizes
 from scorematch.core.batches import check_data
 from scorematch.core.conditions import as_condition, map_parts
+from scorematch.core.derived import DerivedScore, call
 from scorematch.core.scores import Given, Score, attribute, inference_copy_of
-from scorematch.guidance.derived import DerivedScore, call
 
 # The largest number of values in one network call by default, and in one whose gradient is computed: 21 tiles of 32x32
 # pixels in color, for which a U-Net of 8 million parameters keeps 0.8 GB.

@@ -81,13 +81,13 @@ class DataUnits:
         if units is not None:
             if not ROWS[self.precondition].centered:
                 raise ValueError(f"units need a preconditioning such as 'karras', got {self.precondition!r}.")
-            mean, std = (native(list(part)) for part in units)
+            mean, std = (native(list(part)) for part in units[:2])
             if not (_NUMBERS.fits(mean) and _NUMBERS.fits(std) and len(mean) == len(std) and min(std) > 0):
                 raise ValueError(
                     "units must have a mean and a positive standard deviation for each channel, finite numbers, got "
                     f"{quote(tuple(units))}."
                 )
-            units = Units(tuple(map(float, mean)), tuple(map(float, std)))
+            units = Units(tuple(map(float, mean)), tuple(map(float, std)), Units(*units).relative)
             self.value_range = None
         self._units = units
 
@@ -95,8 +95,8 @@ class DataUnits:
         """Measures the mean and the standard deviation of each channel of data that are not images.
 
         They are stored as ``units``, and are applied inside the network, so that x, sigma and samples are in the units
-        of the data. The highest and the lowest noise level are multiplied by the largest and the smallest ratio of a
-        standard deviation to that which the network expected before. A ``value_range`` is kept if all data are in it.
+        of the data. The noise of a channel is sigma times the ratio of its standard deviation to the geometric mean of
+        all of them, to which the noise levels are scaled. A ``value_range`` is kept if all data are in it.
         ``train`` calls this method for new networks; call it once before a training loop of your own.
 
         Args:
@@ -130,9 +130,9 @@ class DataUnits:
             self._vectors.mean.copy_(of_condition.mean)
             self._vectors.std.copy_(of_condition.std)
         expected, own, ends = 0.5 / self.preconditioning.units[0], self.schedule, self.value_range
-        self.units = Units(tuple(found.mean.tolist()), tuple(found.std.tolist()))
-        largest, smallest = (float(end) / expected for end in (found.std.max(), found.std.min()))
-        self.schedule = NoiseSchedule.geometric(own.sigma_max * largest, own.sigma_min * smallest, len(own))
+        units = Units(tuple(found.mean.tolist()), tuple(found.std.tolist()), relative=len(found.std) > 1)
+        self.units, ratio = units, units.typical / expected
+        self.schedule = NoiseSchedule.geometric(own.sigma_max * ratio, own.sigma_min * ratio, len(own))
         if ends is not None and ends[0] <= float(found.low.min()) and float(found.high.max()) <= ends[1]:
             self._value_range = ends
 

@@ -51,7 +51,9 @@ a form of the root of the quadratic equation that is accurate at low noise level
 opposite direction of time, in which noise is at 0, data at 1, and the velocity is :math:`x_0 - n`, as in torchcfm.
 
 Data that are not images have a mean and a standard deviation for each channel (``Units``) in place of a range. Then
-u = k (x - mean) with k = 1 / (2 std), so that u has the standard deviation 0.5 like images in [-1, 1]; k, s and the
+u = k (x - mean) with k = 1 / (2 std), so that u has the standard deviation 0.5 like images in [-1, 1]. The noise of a
+channel is sigma times the ratio r of its std to the geometric mean of all std. Then s is the same in all channels, and
+the row gives the score of x / r. The units of older networks have noise of sigma in all channels: there k, s and the
 coefficients but c_noise have a value for each channel, and c_noise is computed from the geometric mean of k.
 
 A row also carries what depends on it elsewhere (``Row``): the levels and the weights of its training, and the settings
@@ -96,15 +98,48 @@ class Units(NamedTuple):
     Attributes:
         mean: one number for each channel.
         std: one positive number for each channel.
+        relative: whether the noise of a channel is sigma r, with the ratio r of its std to the geometric mean of all
+            std; otherwise it is sigma in all channels.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    relative: bool = False
 
     def __str__(self) -> str:
         """The first channels, such as "mean 250, -3; deviation 30, 0.5"."""
-        parts = ((few((f"{value:.4g}" for value in part), 6)) for part in self)
-        return "; ".join(f"{name} {part}" for name, part in zip(("mean", "deviation"), parts, strict=True))
+        parts = {
+            "mean": self.mean,
+            "deviation": self.std,
+            **({"noise sigma times": self.ratios} if self.relative else {}),
+        }
+        return "; ".join(f"{name} {few((f'{value:.4g}' for value in part), 6)}" for name, part in parts.items())
+
+    @property
+    def typical(self) -> float:
+        """The geometric mean of the standard deviations."""
+        largest = max(self.std)  # factored out, so that equal ones are their mean without rounding
+        return largest * math.exp(sum(math.log(std / largest) for std in self.std) / len(self.std))
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The standard deviation r of the noise of each channel, relative to sigma."""
+        typical = self.typical
+        return tuple(std / typical for std in self.std) if self.relative else (1.0,) * len(self.std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that make these units, as they are stored."""
+        found = {"mean": list(self.mean), "std": list(self.std)}
+        return {**found, "relative": True} if self.relative else found
+
+    def isotropic(self) -> Units:
+        """The units of x / r, whose noise is sigma in all channels."""
+        mean, std = (tuple(a / r for a, r in zip(part, self.ratios, strict=True)) for part in (self.mean, self.std))
+        return Units(mean, std)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """The numbers r (1, C), in the same way as ``scale``."""
+        return like.new_tensor([self.ratios], dtype=torch.promote_types(like.dtype, torch.float32))
 
     def scale(self, like: Tensor) -> Tensor:
         """The numbers 1 / (2 std), (1, C), with the dtype and the device of a tensor, at least float32."""
@@ -349,13 +384,14 @@ class Preconditioning:
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """The coefficients at noise levels sigma, () or (N,), in the units of x.
 
-        They have the shape of sigma, or are numbers. For data with a mean and a standard deviation for each of C
-        channels, all but c_noise are (1, C) or (N, C).
+        They have the shape of sigma, or are numbers. For data with a standard deviation for each of C channels and
+        noise that is not relative to it, all but c_noise are (1, C) or (N, C). For relative noise they are those of
+        the score of x / r (``Units``).
         """
         row = ROWS[self.row]
         options = {**row.options, **self.options}
         of_all = row.coefficients(sigma, self.schedule, self.units[0], **options)
-        if self.data is None:
+        if self.data is None or self.data.relative:
             return of_all
         each = row.coefficients(sigma.reshape(-1, 1), self.schedule, self.data.scale(sigma), **options)
         return each._replace(c_noise=of_all.c_noise)
@@ -403,7 +439,10 @@ class Preconditioning:
             arguments.append(map_parts(in_units, condition))
         output = self._checked(backbone(*arguments), x)
         channels = x.shape[1]
-        score = (per_image(c_skip, x) * u + per_image(c_out, x) * output[:, :channels].to(dtype)).to(x.dtype)
+        score = per_image(c_skip, x) * u + per_image(c_out, x) * output[:, :channels].to(dtype)
+        if self.data is not None and self.data.relative:
+            score = score / per_image(self.data.noise(x), x)
+        score = score.to(x.dtype)
         return (score, ((1 + output[:, channels:].to(dtype)) / 2).to(x.dtype)) if variance else (score,)
 
     def _scaling(self, x: Tensor) -> tuple[Any, Any]:

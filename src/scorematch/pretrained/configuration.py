@@ -53,7 +53,7 @@ _COMMON: Mapping[str, Field] = {
     "schedule": Field(dict, required=True),
 }
 _CHANNELS = Field(list, required=True, low=1, each=Field(float, low=-_LARGEST, high=_LARGEST))
-_UNITS: Mapping[str, Field] = {"mean": _CHANNELS, "std": _CHANNELS}
+_UNITS: Mapping[str, Field] = {"mean": _CHANNELS, "std": _CHANNELS, "relative": Field(bool)}
 _NO_UNITS = {"mean": [0.0], "std": [1.0]}
 _SCHEDULE: Mapping[str, Field] = {
     "sigmas": Field(list, required=True, low=1, high=1_000_000, each=Field(float, low=0, high=_LARGEST))

@@ -22,6 +22,10 @@ negative. ΠGDM divides by :math:`r^2`, the variance for the covariance v I. At 
 of magnitude for directions in which data vary more than their single pixels do, such as the brightness of a large
 image, and its chains diverge there. Both methods are exact for Gaussian data with covariance v I.
 
+If the values of y have different noise, :math:`d = (y - A D) / (r^2 + \sigma_y^2 / c)`, value by value, takes the place
+of :math:`y - A D` in e, without another division in "guide". In "guide-jacobian" the result is multiplied by
+:math:`d^\top (y - A D) / d^\top d`, and :math:`\sigma_y^2` is its mean with the weights :math:`d^2`.
+
 References:
     Wang et al., 2023, DDNM, arXiv:2212.00490, and Zhu et al., 2023, DiffPIR, arXiv:2305.08995 ("guide").
     Song et al., 2023, Pseudoinverse-Guided Diffusion Models for Inverse Problems (ΠGDM).
@@ -31,6 +35,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,10 +44,10 @@ from torch import Tensor
 from scorematch.core.batches import per_image
 from scorematch.core.randomness import standard_normal
 from scorematch.core.scores import Score, check_differentiable, score_at
-from scorematch.restoration.method import Restoration, backward_pass, largest_eigenvalue, single_sigma
+from scorematch.restoration.method import Restoration, backward_pass, known_sigma, largest_eigenvalue
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Linearization
-from scorematch.restoration.replacement import Replacement
+from scorematch.restoration.replacement import replacement
 
 
 class Guidance(Restoration):
@@ -58,9 +63,10 @@ class Guidance(Restoration):
         self._observation = observation
         self._variance = variance
         self._jacobian = jacobian
-        self._noise = single_sigma(observation, "guide-jacobian" if jacobian else "guide") ** 2
+        self._name = "guide-jacobian" if jacobian else "guide"
+        known_sigma(observation, self._name)
         gain = observation.operator.gain
-        self._exact = Restoration() if gain is None else Replacement(observation, gain)
+        self._exact = Restoration() if gain is None else replacement(observation, gain)
         operator = observation.operator
         self._largest: Tensor | None = None  # the c of a linear operator without a gain; of others it depends on D
         if gain is None and operator.is_linear:
@@ -78,10 +84,18 @@ class Guidance(Restoration):
             if self._jacobian:
                 check_differentiable(follow)
             denoised = x + level * follow
-        missing, gain = self._missing(observation, denoised.detach(), rows)
-        noise = per_image(self._noise / gain, x)
+        residual, back, gain = self._residual(observation, denoised.detach(), rows)
+        direction, sigma_y = residual, known_sigma(observation, self._name)
+        if isinstance(sigma_y, Tensor):
+            direction = residual / (spread + sigma_y**2 / per_image(gain, residual))
+            noise = per_image(_quotient(observation.covariance(direction), direction) / gain, x)
+            share = spread / level
+        else:
+            noise = per_image(sigma_y**2 / gain, x)
+            share = spread / ((spread + noise) * level)
+        missing = back(direction)
         if not self._jacobian:
-            return follow + missing * (spread / ((spread + noise) * level))
+            return follow + missing * share
         with backward_pass():
             (gradient,) = torch.autograd.grad(denoised, x, missing)
         squares = missing.square().flatten(1).sum(1)
@@ -90,19 +104,24 @@ class Guidance(Restoration):
         # Half of the variance was better than all of it for digits and for faces; with a quarter of it Heun's method
         # diverged on 18 levels. The quotients are NaN if nothing is missing.
         spread = (level * torch.maximum(along / 2, length / 4)).nan_to_num(0.0).clamp(min=spread)
+        if direction is not residual:
+            gradient = gradient * per_image(_quotient(residual, direction), x)
         return follow.detach() + gradient / (per_image(spread, x) + noise)
 
-    def _missing(self, observation: Observation, denoised: Tensor, rows: slice) -> tuple[Tensor, float | Tensor]:
-        """The change e of the denoised image that the measurement asks for, and c."""
+    def _residual(
+        self, observation: Observation, denoised: Tensor, rows: slice
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor], float | Tensor]:
+        """The difference y - A(D), the function that turns it into a change e of the denoised image, and c."""
         operator, c = observation.operator, self._largest
         if operator.gain is not None:
-            return operator.pseudo_inverse(observation.residual(operator.measure(denoised))), operator.gain
+            return observation.residual(operator.measure(denoised)), operator.pseudo_inverse, operator.gain
         near = operator.linearized(denoised)
         if c is None:
             c = _largest(observation, near, denoised)
         elif len(c) > 1:
             c = c[rows]
-        return near.adjoint(observation.residual(near.value)) / per_image(c, denoised), c
+        size = per_image(c, denoised)
+        return observation.residual(near.value), lambda v: near.adjoint(v) / size, c
 
     def finish(self, x: Tensor) -> Tensor:
         """As in ``Replacement`` if the operator has a gain; otherwise the denoised image unchanged."""
@@ -113,3 +132,8 @@ def _largest(observation: Observation, near: Linearization, like: Tensor) -> Ten
     """The largest squared singular value (n,) of an operator near samples (n, ...), where y is observed."""
     u = standard_normal((1, *like.shape[1:]), torch.Generator().manual_seed(0), like.device).expand(like.shape)
     return largest_eigenvalue(lambda u: near.adjoint(observation.observed(near.forward(u))), u)
+
+
+def _quotient(a: Tensor, d: Tensor) -> Tensor:
+    """The numbers a d / d d (n,) for values like y; 0 if d is 0."""
+    return ((a * d).flatten(1).sum(1) / d.square().flatten(1).sum(1)).nan_to_num(0.0)

@@ -42,7 +42,7 @@ from scorematch.core.randomness import standard_normal
 from scorematch.restoration.method import Restoration, largest_eigenvalue
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Linearization
-from scorematch.restoration.replacement import Replacement
+from scorematch.restoration.replacement import replacement
 
 _LEAPS = 4
 _LARGER, _SMALLER = 1.1, 0.8  # factors of the angle after a proposal
@@ -61,7 +61,7 @@ class Likelihood(Restoration):
     def __init__(self, observation: Observation, variance: float, middle: float | Tensor) -> None:
         self._observation, self._variance = observation, variance
         operator = observation.operator
-        self._exact = Restoration() if operator.gain is None else Replacement(observation, operator.gain)
+        self._exact = Restoration() if operator.gain is None else replacement(observation, operator.gain)
         places, self._curvature = torch.Generator().manual_seed(0), observation.y.new_tensor(0.0)
         like = observation.y.new_zeros((1, *(observation.shape or ())))
         with torch.enable_grad():

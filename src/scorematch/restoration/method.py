@@ -72,12 +72,12 @@ def backward_pass() -> Iterator[None]:
         ) from error
 
 
-def single_sigma(observation: Observation, method: str) -> float:
-    """The standard deviation of the noise of y if it is one number; ValueError names the method otherwise."""
-    if not isinstance(observation.sigma, float):
+def known_sigma(observation: Observation, method: str) -> float | Tensor:
+    """The standard deviation of the noise of y, or of each value; ValueError names the method if it is a function."""
+    if callable(observation.sigma):
         raise ValueError(
-            f'the method "{method}" needs one standard deviation for all values of y, got {observation!r}. Write '
-            'restore="moment-matching".'
+            f'the method "{method}" needs the standard deviation of the noise of each value of y, got {observation!r}. '
+            'Write restore="moment-matching".'
         )
     return observation.sigma
 

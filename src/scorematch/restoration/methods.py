@@ -12,7 +12,7 @@ from scorematch.restoration.guide import Guidance
 from scorematch.restoration.method import Restoration
 from scorematch.restoration.moments import MomentMatching
 from scorematch.restoration.observation import Observation
-from scorematch.restoration.replacement import Replacement
+from scorematch.restoration.replacement import replacement
 from scorematch.restoration.spectral import Spectral
 
 __all__ = ["METHODS", "Method"]
@@ -38,7 +38,7 @@ class Method:
 
 def _replace(observation: Observation, variance: float) -> Restoration:
     gain = observation.operator.gain
-    return Guidance(observation, variance, jacobian=False) if gain is None else Replacement(observation, gain)
+    return Guidance(observation, variance, jacobian=False) if gain is None else replacement(observation, gain)
 
 
 def _auto(observation: Observation, variance: float) -> Restoration:

@@ -35,7 +35,7 @@ from scorematch.restoration.cosine import CosineCovariance
 from scorematch.restoration.method import Restoration, backward_pass
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Linearization
-from scorematch.restoration.replacement import Replacement
+from scorematch.restoration.replacement import replacement
 
 Product = Callable[[Tensor], Tensor]
 
@@ -116,7 +116,7 @@ class MomentMatching(Restoration):
             return x
         if isinstance(sigma, float):
             if sigma == 0 and operator.gain is not None:
-                return Replacement(observation, operator.gain).finish(x)
+                return replacement(observation, operator.gain).finish(x)
             sigma = observation.y.new_tensor(sigma)
 
         def exact(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,12 +18,17 @@ from scorematch.core.batches import check_data
 from scorematch.core.precision import exact_float32
 from scorematch.core.randomness import standard_normal
 from scorematch.core.schema import Field
+from scorematch.restoration.linear import Linear
 from scorematch.restoration.operator import Operator, kind_of
 from scorematch.restoration.operators import Mask
 
 __all__ = ["Observation"]
 
+Noise: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
+
 _TOLERANCE = 1e-3  # of the checks of an operator, relative
+_SAME = 1e-5  # the largest relative difference of noise levels that are the same, with rounding
+_PROBES = 8  # random samples that show how an operator scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +62,7 @@ class Observation:
 
     operator: Operator
     y: Tensor
-    sigma: float | Tensor | Callable[[Tensor], Tensor] = 0.0
+    sigma: Noise = 0.0
     shape: tuple[int, ...] | None = field(init=False, default=None)
     mask: Tensor | None = field(init=False, default=None)
 
@@ -149,6 +155,31 @@ class Observation:
         new = copy.copy(self)
         if new.shape is None:
             new._check(tuple(shape))
+        return new
+
+    def scaled(self, ratios: float | Tensor) -> Observation:
+        """The observation of u for samples x = ratios u, where the ratios are positive and broadcast to x.
+
+        If A(ratios u) = t A(u) with a number t for each value of y, it is that of y / t with the same operator.
+        Otherwise the operator is u -> A(ratios u) / t, where t is 1 for an operator that is not linear.
+        """
+        if not isinstance(ratios, Tensor):
+            return self
+        operator, inner, t = self.operator, Linear(lambda u: u * ratios), torch.ones_like(self.y[:1])
+        if not operator.is_linear:
+            operator = operator @ inner
+        else:
+            generator, shape = torch.Generator().manual_seed(0), (_PROBES, len(operator), *(self.shape or ()))
+            u = standard_normal(shape, generator, self.y.device)
+            plain, scaled = (torch.stack([operator.measure(each) for each in r * u]) for r in (1.0, ratios))
+            length, square = (each.square().sum((0, 1))[None] for each in (plain, scaled))
+            t = ((plain * scaled).sum((0, 1)) / length).nan_to_num(0.0)
+            if not bool(((scaled - t * plain).square().sum((0, 1)) <= _TOLERANCE**2 * square).all()):
+                t = (square / length).sqrt().nan_to_num(0.0)
+                operator = Linear(lambda y: y / t) @ operator @ inner
+            t = torch.where(length > 0, t, t.max())  # any number for a value that depends on nothing
+        new = copy.copy(self)
+        new._set(operator=operator.with_axes(self.y.ndim), y=self.y / t, sigma=_divided(self.sigma, t))
         return new
 
     def fits(self, shape: Sequence[int]) -> bool:
@@ -293,9 +324,7 @@ def check_sigma(sigma: float) -> float:
     return float(sigma)
 
 
-def _check_noise(
-    sigma: float | Tensor | Callable[[Tensor], Tensor], y: Tensor
-) -> float | Tensor | Callable[[Tensor], Tensor]:
+def _check_noise(sigma: Noise, y: Tensor) -> Noise:
     if isinstance(sigma, Tensor) and sigma.numel() == 1 and bool(sigma.isfinite()):
         sigma = float(sigma)
     if isinstance(sigma, Tensor):
@@ -335,6 +364,15 @@ def _check_precision(product: Callable[[Tensor], Tensor], y: Tensor) -> None:
             "sigma must be the product with the inverse of a covariance, a symmetric and positive matrix, but that of "
             "random values is not."
         )
+
+
+def _divided(sigma: Noise, t: Tensor) -> Noise:
+    """The noise of y / t for that of y; a number if it is that of all values."""
+    if callable(sigma):
+        return lambda v: t * sigma(t * v)
+    found = torch.as_tensor(sigma) / t
+    low, high = found.aminmax()
+    return float(high) if bool(low >= (1 - _SAME) * high) and bool(high.isfinite()) else found
 
 
 def _described(sigma: object) -> str:

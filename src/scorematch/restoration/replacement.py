@@ -27,6 +27,8 @@ the value range, as :math:`p_{\sigma_1}`:
 .. math:: P x = P \Bigl( m + \frac{\sigma_1^2}{\varsigma^2} (y^+ - m)
           + \sigma_1 \sqrt{1 - \sigma_1^2/\varsigma^2}\, z \Bigr).
 
+If the values of y have different noise, each is treated by its own :math:`\varsigma`.
+
 References:
     Song & Ermon, 2019, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv:1907.05600, Alg. 2.
     Kawar et al., 2021, SNIPS, arXiv:2105.14951.
@@ -37,17 +39,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from scorematch.restoration.method import Restoration, single_sigma
+from scorematch.restoration.method import Restoration, known_sigma
 from scorematch.restoration.observation import Observation
 
 
+def replacement(observation: Observation, gain: float) -> Restoration:
+    """The method for an operator with this gain."""
+    sigma = known_sigma(observation, "replace")
+    return Replacement(observation, gain) if isinstance(sigma, float) else _OfEach(observation, gain, sigma)
+
+
 class Replacement(Restoration):
-    """Noise-aware replacement, for an operator with this gain."""
+    """Noise-aware replacement, for a y with the same noise in all values."""
 
     def __init__(self, observation: Observation, gain: float) -> None:
         self._operator = observation.operator
         self._y = self._operator.pseudo_inverse(observation.y)
-        self.sigma = single_sigma(observation, "replace") / gain**0.5
+        self.sigma = float(known_sigma(observation, "replace")) / gain**0.5
 
     def _observed(self, x: Tensor) -> Tensor:
         """P x, the observed part of x."""
@@ -83,3 +91,49 @@ class Replacement(Restoration):
     def finish(self, x: Tensor) -> Tensor:
         """The denoised image; if y has no noise, its observed part is replaced by the observation."""
         return x if self.sigma else x - self._observed(x) + self._y
+
+
+class _OfEach(Restoration):
+    """Noise-aware replacement, for a y whose values have noise of their own."""
+
+    def __init__(self, observation: Observation, gain: float, sigma: Tensor) -> None:
+        self._operator, self._y = observation.operator, observation.observed(observation.y)
+        self._levels = sigma / gain**0.5
+        self.sigma = float(observation.observed(self._levels).max())
+
+    def _measured(self, x: Tensor, factor: Tensor) -> Tensor:
+        return self._operator.pseudo_inverse(factor * self._operator.measure(x))
+
+    def _given(self, factor: Tensor) -> Tensor:
+        return self._operator.pseudo_inverse(factor * self._y)
+
+    def _share(self, sigma: float, above: float) -> Tensor:
+        """The squares of sigma relative to the levels of y, and a number where sigma is above them."""
+        return torch.where(self._levels < sigma, above, (sigma / self._levels) ** 2)
+
+    def start(self, x: Tensor, sigma: float, middle: float | Tensor) -> Tensor:
+        """The noise x; its observed values contain the observation where sigma is not above their noise."""
+        share, around = self._share(sigma, 0), torch.zeros_like(x) + middle
+        moved = self._given(share) - self._measured(around, share)
+        return x + moved - self._measured(x - around, 1 - (1 - share).sqrt())
+
+    def project(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
+        """The state with its observed part replaced by the observation, with noise of level sigma."""
+        known = (self._levels <= sigma).to(x.dtype)
+        noise = self._measured(z, known * (sigma**2 - self._levels**2).clamp(min=0).sqrt())
+        return x - self._measured(x, known) + self._given(known) + noise
+
+    def stay(self, x: Tensor, score: Tensor, z: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """Keeps the observed part; at or below the noise level of y, samples it from its posterior."""
+        share, pull = self._share(sigma, 1), self._share(sigma, 0) / sigma**2
+        pulled = self._given(pull) - self._measured(x, pull)
+        return score - self._measured(score, share) + pulled, z - self._measured(z, 1 - (1 - share).sqrt())
+
+    def project_last(self, x: Tensor, sigma: float, z: Tensor) -> Tensor:
+        """As ``project``, but without noise in addition to that of y, which would remain in the result."""
+        return self.project(x, sigma, torch.zeros_like(z) if self.sigma else z)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The denoised image, whose values that were observed without noise are replaced by the observation."""
+        exact = (self._levels == 0).to(x.dtype)
+        return x - self._measured(x, exact) + self._given(exact)

@@ -51,6 +51,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument
+from scorematch.core.derived import ratios_of
 from scorematch.core.schema import Field
 from scorematch.core.scores import Score, attribute
 from scorematch.noise import NoiseSchedule
@@ -163,7 +164,9 @@ class AncestralSampler(Sampler):
             else:
                 score, variance = chain.score(x, sigma), self.variance
             if self.clamp_denoised:
-                score = (torch.add(x, score, alpha=sigma**2).clamp_(*self._range) - x) / sigma**2
+                ratios = ratios_of(self.net, x)
+                denoised = (torch.add(x, score, alpha=sigma**2) * ratios).clamp_(*self._range) / ratios
+                score = (denoised - x) / sigma**2
             x = ancestral_step(x, score, z, sigma, sigma_next, variance, self._k)
             yield x, sigma_next
 

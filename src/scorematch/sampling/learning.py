@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 
 from scorematch.core.arguments import check_count
 from scorematch.core.conditions import rows_of
+from scorematch.core.derived import isotropic
 from scorematch.core.precision import autocast
 from scorematch.core.scores import Given, Score, attribute, check_differentiable, evaluating, score_at
 from scorematch.noise import NoiseSchedule
@@ -109,6 +110,7 @@ def learned_settings(
         raise ValueError(
             "net must be differentiable in the noise level: pass the network itself, not an inference copy."
         )
+    net = isotropic(net)
     paths = follow(net, fine, calls, "calls", options)
     with torch.enable_grad():
         x = paths.states[0][:1].clone().requires_grad_()

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument, check_count
+from scorematch.core.derived import isotropic
 from scorematch.core.randomness import Generator
 from scorematch.core.scores import Given, Score
 from scorematch.noise import NoiseSchedule
@@ -117,7 +118,7 @@ def follow(
     if isinstance(counts, int) or not counts:
         raise TypeError(f"{argument(name)} must be a list of one or more numbers, got {counts}. Write [6].")
     most = max(check_count(name, count, 2) for count in counts)
-    sampler = _Recorder(net, fine, levels=60 if fine is None else None, clamp=False)
+    sampler = _Recorder(isotropic(net), fine, levels=60 if fine is None else None, clamp=False)
     if most >= len(sampler.schedule):
         raise ValueError(
             f"{argument(name)} must be below the number of fine levels, {len(sampler.schedule)}, got {most}. Pass more "

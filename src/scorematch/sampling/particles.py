@@ -162,7 +162,9 @@ class ParticleSampler(Sampler):
             x, run = start(self, n, shape, None, condition, observation, generator, None, batch_size)
             for x, _ in self._run(x, run, progress):  # noqa: B007, B020
                 pass
-            return Population(self._result(x), self._result(run.results.pop("particles")), **run.results)
+            particles = run.results.pop("particles")
+            found = self._result(particles.flatten(0, 1)).view_as(particles)
+            return Population(self._result(x), found, **run.results)
 
     def step(self, x: Tensor, score: Tensor, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
         """The ancestral step with the variance u."""

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from scorematch.core.arguments import argument, check_choice
 from scorematch.core.conditions import takes_image
+from scorematch.core.derived import isotropic, ratios_of
 from scorematch.core.json_files import native
 from scorematch.core.messages import quote
 from scorematch.core.precision import exact_float32, without_autocast
@@ -138,7 +139,7 @@ class Sampler(ABC):
     ) -> None:
         if not callable(net):
             raise TypeError(f"net must be a score, called as net(x, sigma), got {type(net).__name__}.")
-        self.net = net
+        self.net = isotropic(net)  # states have the same noise in all channels
         if schedule is None:
             own = schedule_of(net)
             if own is None:
@@ -302,7 +303,7 @@ class Sampler(ABC):
             x, run = start(self, n, shape, init, condition, observation, generator, noise_source, batch_size)
             for x, _ in self._run(x, run, progress):  # noqa: B007, B020
                 pass
-        return x if self.denoise else self._result(run.restoration.finish(x))
+        return self._result(x if self.denoise else run.restoration.finish(x))
 
     def iterate(
         self,
@@ -327,7 +328,8 @@ class Sampler(ABC):
         """
         with without_gradients():
             x, run = start(self, n, shape, init, condition, observation, generator, noise_source, batch_size)
-        return self._run(x, run, progress)
+        states = self._run(x, run, progress)
+        return ((self._in_units(x) if sigma > 0 else self._result(x), sigma) for x, sigma in states)
 
     # -- The run ------------------------------------------------------------------------------------------------------
 
@@ -345,7 +347,7 @@ class Sampler(ABC):
             yield from _each_within(lambda: self._computing(net), states)
 
     def _states(self, x: Tensor, chain: Chain, restoration: Restoration) -> Iterator[tuple[Tensor, float]]:
-        """The checked state after every step, and the result."""
+        """The checked state after every step, and the result before it is clamped."""
         finite, shape, sigma = FiniteCheck(self.schedule), x.shape, self.schedule.sigma_max
         for state in self.steps(chain.centered(x, sigma), chain):
             self._check_state(state, torch.Size((shape[0] // chain.particles, *shape[1:])))
@@ -358,7 +360,7 @@ class Sampler(ABC):
             finite.record(x, self.schedule.sigma_min)
         finite.check()
         if self.denoise:
-            yield self._result(restoration.finish(x)), 0.0
+            yield restoration.finish(x), 0.0
 
     def _check_state(self, state: Any, shape: torch.Size) -> None:
         """Checks what ``step`` or ``steps`` of a subclass returned."""
@@ -377,8 +379,13 @@ class Sampler(ABC):
         with without_gradients(), evaluating(net), exact:
             yield
 
+    def _in_units(self, x: Tensor) -> Tensor:
+        """A state (n, ...) in the units of the data."""
+        ratios = ratios_of(self.net, x)
+        return x * ratios if isinstance(ratios, Tensor) else x
+
     def _result(self, x: Tensor) -> Tensor:
-        value_range = attribute(self.net, "value_range")
+        x, value_range = self._in_units(x), attribute(self.net, "value_range")
         return x.clamp(*value_range) if self.clamp and value_range is not None else x
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from scorematch.core.arguments import check_count
 from scorematch.core.batches import without_history
 from scorematch.core.conditions import as_class, check_type, class_of_each, length, map_parts
+from scorematch.core.derived import ratios_of
 from scorematch.core.randomness import Generator, as_generator, standard_normal, uniform
 from scorematch.core.scores import Given, Score, attribute, device_of, middle_of
 from scorematch.noise import NoiseSchedule
@@ -103,6 +104,7 @@ def start(
     offset: Tensor | None = None
     if init is not None:
         x = without_history(init).to(device, torch.float32).repeat_interleave(particles, 0)
+        x = x / ratios_of(sampler.net, x)
     else:
         noise = normal((rows, *sample_shape))
         middle, sigma = middle_of(sampler.net, noise), sampler.schedule.sigma_max
@@ -110,12 +112,13 @@ def start(
             offset = sigma * noise
             noise = noise / 2 + math.sqrt(0.75) * normal((rows, *sample_shape))
         x = method.start(middle + sigma * noise, sigma, middle)
+    own = noise_source and (lambda x: noise_source(x * ratios_of(sampler.net, x)))
     given = class_of_each(condition, x[::particles])
     return x, Run(
         map_parts(lambda part: without_history(part).to(device).repeat_interleave(particles, 0), given),
         method,
         batch_size,
-        noise_source or (lambda x: normal(x.shape)),
+        own or (lambda x: normal(x.shape)),
         noise if method.sigma > 0 else None,
         offset,
         particles,
@@ -186,6 +189,7 @@ def _restoration(sampler: Configured, observation: Observation, particles: int) 
         )
     if sampler.clamp and value_range is not None and isinstance(observation.sigma, float) and observation.sigma == 0:
         _warn_of_clamping(observation, value_range)
+    observation = observation.scaled(ratios_of(net, observation.y.new_zeros((1, *(observation.shape or ())))))
     if particles > 1 and len(observation) > 1:
         observation = observation.rows(torch.arange(len(observation)).repeat_interleave(particles))
     return sampler.restoration(observation)

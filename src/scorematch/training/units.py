@@ -7,7 +7,6 @@ continues, or that begins with the weights of another network, has the units wit
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,8 +23,6 @@ from scorematch.pretrained import load, locate
 from scorematch.score import ScoreNet
 
 _UNIT_RANGE = (0, 1)
-# The log-normal levels of training spread over a factor of 11, from the 16th to the 84th percentile.
-_MOST_DIFFERENT = 30
 
 
 def take_units(
@@ -61,14 +58,6 @@ def take_units(
         found, of_condition = moments(data, vectors=vectors, progress=progress)
         if _has_units(net, data, found):
             net.take_moments(found, of_condition)
-            ratio = float(found.std.max() / found.std.min())
-            if ratio > _MOST_DIFFERENT:
-                warnings.warn(
-                    f"the standard deviations of the channels differ by a factor of {ratio:.3g}. A noise level is that "
-                    "of all channels, so that those with small deviations are learned poorly. Divide the channels by "
-                    "constants, so that their deviations are similar.",
-                    stacklevel=3,
-                )
     net.is_new = False
 
 

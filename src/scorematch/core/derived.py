@@ -1,7 +1,8 @@
-"""The base class of scores that are computed from the score of a network."""
+"""Scores that are computed from the score of a network: their base class, and one with other units."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,8 +10,16 @@ from torch import Tensor, nn
 
 from scorematch.core.batches import as_sigma
 from scorematch.core.conditions import Condition
-from scorematch.core.scores import Given, NetworkScore, Score, attribute, check_score, has_inference_copy
-from scorematch.noise import NoiseSchedule
+from scorematch.core.scores import (
+    Given,
+    NetworkScore,
+    Score,
+    attribute,
+    check_score,
+    has_inference_copy,
+    inference_copy_of,
+    noise_ratios,
+)
 
 
 def _of_net(name: str) -> Any:
@@ -29,7 +38,7 @@ class DerivedScore(NetworkScore, nn.Module):
     """
 
     net: Score
-    schedule: NoiseSchedule | None = _of_net("schedule")
+    schedule: Any = _of_net("schedule")
     value_range: tuple[float, float] | None = _of_net("value_range")
     units: Any = _of_net("units")
     sample_shape: tuple[int, ...] | None = _of_net("sample_shape")
@@ -75,3 +84,51 @@ def call(
     arguments = (x, sigma) if condition is None else (x, sigma, condition)
     outputs = attribute(score, "score_and_variance")(*arguments) if variance else (score(*arguments),)
     return tuple(check_score(output, x).to(x.dtype) for output in outputs)
+
+
+class Isotropic(DerivedScore):
+    r"""A score of data with noise of :math:`\sigma r` in each channel, as that of u = x / r, whose noise is sigma.
+
+    .. math:: \nabla_u \log p = r\, \nabla_x \log p
+
+    Its value range is that of x.
+
+    Args:
+        net: the score of x.
+    """
+
+    @property
+    def units(self) -> Any:
+        """The mean and the standard deviation of each channel of u."""
+        return attribute(self.net, "units").isotropic()
+
+    @property
+    def preconditioning(self) -> Any:
+        """That of the network, with the units of u."""
+        return dataclasses.replace(attribute(self.net, "preconditioning"), data=self.units)
+
+    def inference_copy(self, *, compile: bool = False) -> Isotropic:  # noqa: A002  (torch's word)
+        """The same of the inference copy of the network."""
+        return Isotropic(inference_copy_of(self.net, compile=compile))
+
+    def definition(self) -> list[Any]:
+        """The network."""
+        return [self.net]
+
+    def _outputs(
+        self, x: Tensor, sigma: float | Tensor, condition: Given, *, variance: bool = False
+    ) -> tuple[Tensor, ...]:
+        ratios = noise_ratios(self.net, x)
+        score, *share = call(self.net, x * ratios, sigma, condition, variance=variance)
+        return score * ratios, *share
+
+
+def ratios_of(score: Score, u: Tensor) -> float | Tensor:
+    """The r in x = r u for samples u of an ``Isotropic`` score; 1 for any other score."""
+    return noise_ratios(score.net, u) if isinstance(score, Isotropic) else 1.0
+
+
+def isotropic(score: Score) -> Score:
+    """The score of x / r, with the noise sigma in all channels; the score itself if that of x has this noise."""
+    units = attribute(score, "units")
+    return Isotropic(score) if units is not None and len(set(units.ratios)) > 1 else score
