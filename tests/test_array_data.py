@@ -111,6 +111,7 @@ def test_a_run_in_kelvin_is_that_in_standard_units(tmp_path, start):
         assert torch.allclose(30 * own(250 + 30 * noise, 30 * sigma), y, atol=1e-3 * float(y.abs().max()))
 
 
+@pytest.mark.slow
 def test_units_are_measured_once(tmp_path):
     x, _ = signals()
     first = train(net(), x, tmp_path / "run", **QUICK)

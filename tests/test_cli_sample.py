@@ -236,6 +236,7 @@ def test_classes_by_name(tmp_path, capsys):
         assert error.rstrip().endswith(f"got {label}.")
 
 
+@pytest.mark.slow
 def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
     """A weight of 1 is the network with the class; each weight has its own samples."""
     net = _saved(tmp_path / "net", SamplerSettings("ode", levels=3), classes=3, null_class=True)

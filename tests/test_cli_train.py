@@ -686,6 +686,7 @@ def test_pictures_and_their_masks_are_read_in_the_same_order(damaged, tmp_path, 
         assert torch.equal(read.mask[row, 0], mask)
 
 
+@pytest.mark.slow
 def test_arrays_with_gaps_train_a_prior_in_their_own_units(tmp_path, capsys):
     y = 250 + 30 * torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     y[torch.rand(40, 3, generator=torch.Generator().manual_seed(1)) < 0.3] = torch.nan

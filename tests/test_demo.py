@@ -381,6 +381,7 @@ def test_restorations_are_shown_with_their_mean_and_the_map_of_their_deviation(c
         assert "class='maps'" not in results([frame], given)
 
 
+@pytest.mark.slow
 def test_the_mean_is_shown_for_every_operator(gray, color, picture):
     for restorer in (gray, color):
         shape = restorer.shape

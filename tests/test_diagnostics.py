@@ -525,6 +525,7 @@ def test_the_p_value_is_that_of_the_chi_squared_test_times_the_number_of_directi
     assert Calibration("", 2, ranks[:, None].expand(-1, 9), Estimate(1.0), 0.0).p_value == 1
 
 
+@pytest.mark.slow
 def test_every_method_of_restore_is_measured():
     world = Gaussian(torch.zeros(8), 1.0, FLAT, schedule=NoiseSchedule.geometric(8, 0.02, 4))
     few = {"sigma": 0.3, "observations": 50, "draws": 9, "progress": False}

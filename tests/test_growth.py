@@ -125,6 +125,7 @@ def test_the_files_of_a_run_name_its_stages(whole, capsys):
         assert reconstruct(whole, 0.05).config == ScoreNet.from_pretrained(whole / "network").config
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_in_every_stage_and_while_it_grows_ends_with_the_same_bits(
     whole, tmp_path, monkeypatch
 ):

@@ -94,6 +94,7 @@ def test_the_numbers_of_a_method_are_its_steps(mixture):
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers():
     net, options = _net(classes=3), {"n": 3, "iterations": 2, "batch_size": 2, "condition": torch.arange(3)}
     fine = FINE.respaced(5)

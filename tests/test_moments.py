@@ -171,6 +171,7 @@ def test_a_nonlinear_operator_is_met_within_its_noise():
     assert (Cubes().measure(x) - y).square().mean() < 0.1 * (Cubes().measure(prior) - y).square().mean()
 
 
+@pytest.mark.slow
 def test_a_start_that_is_drawn_is_around_the_posterior():
     far = Gaussian([5.0, -5.0], [[1.0, 0.5], [0.5, 1.0]], schedule=NoiseSchedule.geometric(4, 0.1, 5))
     observation = Observation(Mask(torch.tensor([True, False])), torch.tensor([[6.0, 0.0]]), 0.5)

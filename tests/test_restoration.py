@@ -321,6 +321,7 @@ def test_palette_celeba_colors_and_completes_faces():
     assert (whole - faces)[..., 32:].square().mean().sqrt() < 0.8 * other
 
 
+@pytest.mark.slow
 def test_palette_mnist_colors_digits_in_its_three_colors(digits):
     tints = torch.tensor([[1, 0.172, 0], [0, 0.681, 0], [0, 0.487, 1]])  # each of luma 0.4
     gray = (0.4 * digits[:1]).expand(5, -1, -1, -1)
