@@ -228,8 +228,8 @@ def _check_vectors(values: Tensor, wanted: str, takes: Condition) -> None:
         raise ValueError(f"this network takes {wanted}, got shape {tuple(values.shape)}.")
     if first_where(values.sum()[None], lambda total: ~total.isfinite()) is None:  # in most calls, and faster
         return
-    # A vector of NaN is none.
-    wrong = first_where(values, lambda values: ~values.isfinite() & ~_is_none(values))
+    # A vector of NaN is none, for a network that was also trained without.
+    wrong = first_where(values, lambda values: ~(values.isfinite() | (takes.null_class & _is_none(values))))
     if wrong is not None:
         raise ValueError(f"this network takes {wanted}, of finite values, got {wrong}.")
 
