@@ -595,6 +595,13 @@ def test_restore_with_degrade_shows_the_original_last(folder, pictures, tmp_path
     assert strip.shape == (1, 12, 4 * 10 + 2)
     assert torch.equal(strip[:, 2:10, -10:-2], whole)
     assert (strip[:, 2:10, 6:10] == 0).all()  # the strip begins with what was observed, the left half
+    # A random hole is drawn for each picture, from the seed and its name.
+    assert _restore(folder, pictures, tmp_path / "holes", "--operator", "half", "--degrade") == 0
+    for name in "ab":
+        whole, restored = (
+            read_image(at / f, 1) for at, f in ((pictures, f"{name}.png"), (tmp_path / "holes", f"{name}-1.png"))
+        )
+        assert 0.4 < float((whole == restored).float().mean()) < 0.7
 
 
 @pytest.mark.parametrize(
@@ -884,6 +891,7 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
         (["--operator", "pool:2,invert"], "--operator must be pool:SIZE, such as pool:4, got 'pool:2,invert'"),
         (["--operator", "jpeg:0"], "--operator must be jpeg:QUALITY, such as jpeg:5, got 'jpeg:0': quality must be an"),
         (["--operator", "hole"], "/a.png: hole has a random mask for each image. Write mask:FILE"),
+        (["--operator", "mask:/"], "/ is a folder. Write the file of one mask"),
         (["--operator", "mask:~$x/a.png"], r"the home folder of ~\$x/a.png is not known"),
     ],
 )

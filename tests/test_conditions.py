@@ -280,8 +280,8 @@ def test_a_condition_without_names_is_refused():
         bulk_samples(ODESampler(unet_of_all(), levels=3), 4, condition=given["features"])
     with pytest.raises(TypeError, match="this network takes no condition"):
         ScoreNet.mlp(2, width=8)(x, 0.3, given)
-    with pytest.raises(ValueError, match="of finite values, got nan"):  # it has no null
-        both = ScoreNet.mlp(2, width=8, classes=5, condition_features=3)
+    both = ScoreNet.mlp(2, width=8, classes=5, condition_features=3)  # without a null
+    with pytest.raises(ValueError, match="of finite values, got nan"):
         both(torch.zeros(1, 2), 0.3, {"class": 1, "features": torch.full((1, 3), torch.nan)})
 
 

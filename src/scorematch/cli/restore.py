@@ -231,7 +231,10 @@ class _Picture:
     def __init__(self, args: argparse.Namespace, operator: Operator, shape: tuple[int, ...], path: Path) -> None:
         self.path, self._given, self._args, channels = path, operator, args, shape[0]
         y = read_image(path, channels)[None]
-        self._operator = operator = fitted(operator, y.shape[-2:])
+        operator = fitted(operator, y.shape[-2:])
+        if args.degrade:
+            operator = operator.drawn(y, [seed_of(args.seed, "mask", path.stem)])
+        self._operator = operator
         self.original: Tensor | None = None
         if args.degrade:
             self.original, y = y, operator.measure(y)

@@ -116,6 +116,8 @@ class Mask(Operator):
             raise TypeError("the file is missing")
         try:
             path = Path(file).expanduser()
+            if path.is_dir():
+                raise ValueError(f"{file} is a folder. Write the file of one mask")
             white = _read_array(path) if path.suffix.lower() == ".npy" else read_mask(path)
         except RuntimeError as error:
             raise ValueError(f"the home folder of {file} is not known. Write the whole path.") from error
