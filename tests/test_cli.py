@@ -689,7 +689,7 @@ def test_restore_uses_the_sampler_that_suits_the_network(tmp_path, pictures, cap
         (conditional, ("--variance", "large"), "AncestralSampler(2 levels 1 -> 0.01, large variance"),
         (plain, (), "AnnealedLangevinSampler("),
         (plain, ("--levels", "3"), "AnnealedLangevinSampler(3 levels"),
-        (plain, ("--sampler", "ode"), "ODESampler(2 levels"),
+        (plain, ("--sampler", "ode"), "ODESampler(18 levels"),
         (plain, ("--variance", "small"), "AncestralSampler("),
     ]:
         common = ("--operator", "gray", "-n", "1", "--device", "cpu", "--quiet", "--overwrite")
