@@ -50,10 +50,10 @@ IMAGES = [
 ]
 SIGNALS = [
     *(Blur(random(5), boundary) for boundary in BOUNDARIES),
-    GaussianBlur(1.5, axes=1),
-    Resize(4, axes=1),
+    GaussianBlur(1.5),
+    Resize(4),
     Fourier(random(12) > 0),
-    Resize(3, axes=1) @ Fourier(random(12) > 0, complex=True),
+    Resize(3) @ Fourier(random(12) > 0, complex=True),
 ]
 
 
@@ -85,12 +85,13 @@ def test_blur_is_the_sum_of_the_definition(boundary):
 
 
 def test_a_gaussian_kernel_has_its_deviation():
-    kernel = GaussianBlur(2.5).kernel
+    weights = GaussianBlur(2.5).kernel
+    kernel = weights[:, None] * weights
     place = torch.arange(len(kernel)) - len(kernel) // 2
     assert float(kernel.sum()) == pytest.approx(1) and torch.allclose(kernel, kernel.T)
     # A Gaussian that ends at three deviations has the variance 1 - 6 p(3) / (P(3) - P(-3)) = 0.9733 of the whole one.
     assert float((kernel.sum(1) * place**2).sum()) == pytest.approx(0.9733 * 2.5**2, rel=0.02)
-    deltas = Blur(kernel).measure(torch.eye(1, 24 * 24).double().view(1, 1, 24, 24))
+    deltas = GaussianBlur(2.5).measure(torch.eye(1, 24 * 24).double().view(1, 1, 24, 24))
     assert torch.allclose(deltas.roll((8, 8), (-2, -1))[0, 0, :17, :17], kernel)
 
 
@@ -194,11 +195,11 @@ X = torch.zeros(1, 1, 8, 12)
         (lambda: Blur(torch.ones(3, 3)).measure(X[0, 0]), ValueError, r"too large for samples of shape \(12,\)"),
         (lambda: GaussianBlur(0), ValueError, "deviation must be a number of more than 0, got 0"),
         (lambda: GaussianBlur("2"), TypeError, "deviation must be a number of more than 0, got '2'"),
-        (lambda: GaussianBlur(1, axes=0), ValueError, "axes must be an integer of at least 1, got 0"),
+        (lambda: MotionBlur(3).measure(X[0]), ValueError, r"needs images \(N, C, H, W\), got shape \(1, 8, 12\)"),
         (lambda: MotionBlur(-1), ValueError, "length must be a number of more than 0, got -1"),
         (lambda: MotionBlur(3, math.nan), ValueError, "angle must be a number, got nan"),
         (lambda: Resize(1.5), TypeError, "scale must be an integer of at least 1, got 1.5"),
-        (lambda: Resize(5).measure(X), ValueError, r"last 2 sizes are multiples of 5, got shape \(1, 8, 12\)"),
+        (lambda: Resize(5).measure(X), ValueError, r"samples whose sizes are multiples of 5, got shape \(1, 8, 12\)"),
         (lambda: Fourier(MASK.double()), TypeError, r"mask must be a bool tensor .* got torch.float64 \(8, 12\)"),
         (lambda: Fourier(MASK).measure(X[..., 1:]), ValueError, r"needs samples .* with the sizes \(8, 12\), got"),
         (

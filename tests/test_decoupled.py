@@ -62,7 +62,7 @@ def spread(x, weights):
         (LONG, Clip(0, 1)),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((TWO, Clip(-0.5, 0.5)), (LONG, Magnitude(2, axes=1)), (TWO, Square()), (LONG, Quantize(3)))
+            for case in ((TWO, Clip(-0.5, 0.5)), (LONG, Magnitude(2)), (TWO, Square()), (LONG, Quantize(3)))
         ),
     ],
     ids=str,

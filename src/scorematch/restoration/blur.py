@@ -12,6 +12,7 @@ where the values outside of the sample are those of its opposite side ("circular
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -19,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_choice, check_count, check_value
+from scorematch.core.arguments import check_choice, check_value
 from scorematch.core.schema import Field
 from scorematch.restoration.decomposition import Decomposition, hartley
-from scorematch.restoration.operator import Operator, kind_of
+from scorematch.restoration.operator import Operator, kind_of, spatial_axes
 
 __all__ = ["Blur", "GaussianBlur", "MotionBlur"]
 
@@ -94,7 +95,8 @@ class Blur(Operator):
         r"""For the boundary "circular" the singular values are the absolute values of :math:`\hat k`."""
         if self.boundary != "circular":
             return super().decomposition(x)
-        axes = self._last(self._extended(x))
+        self._check_size(x)
+        axes = self._last(x)
         transfer = torch.fft.fftn(self._placed([x.shape[axis] for axis in axes], x))
         values = transfer.abs()
         values = torch.where(values > values.max() * torch.finfo(values.dtype).eps, values, 0)
@@ -103,22 +105,30 @@ class Blur(Operator):
             values, lambda x: hartley(x, axes), lambda c: hartley(c, axes), lambda y: hartley(y, axes, phase)
         )
 
+    def _of(self, x: Tensor) -> Tensor:
+        """The kernel for samples like x."""
+        return self.kernel
+
     def _last(self, x: Tensor) -> tuple[int, ...]:
         """The axes of x that are blurred."""
-        return tuple(range(x.ndim - self.kernel.ndim, x.ndim))
+        return tuple(range(x.ndim - self._of(x).ndim, x.ndim))
+
+    def _check_size(self, x: Tensor) -> None:
+        kernel = self._of(x).shape
+        if x.ndim <= len(kernel) or any(size > n for size, n in zip(kernel, x.shape[-len(kernel) :], strict=True)):
+            raise ValueError(f"a kernel of {_size(kernel)} is too large for samples of shape {tuple(x.shape[1:])}.")
 
     def _placed(self, sizes: Sequence[int], like: Tensor) -> Tensor:
         """The kernel among zeros, for samples of some sizes, with its center in the first place."""
-        placed = like.new_zeros(tuple(sizes))
-        placed[tuple(map(slice, self.kernel.shape))] = self.kernel.to(like)
-        centers = [-(size // 2) for size in self.kernel.shape]
+        placed, kernel = like.new_zeros(tuple(sizes)), self._of(like).to(like)
+        placed[tuple(map(slice, kernel.shape))] = kernel
+        centers = [-(size // 2) for size in kernel.shape]
         return placed.roll(centers, tuple(range(placed.ndim)))
 
     def _extended(self, x: Tensor) -> Tensor:
         """X with half of the kernel's size of outer values at each border; unchanged for "circular"."""
-        kernel = self.kernel.shape
-        if x.ndim <= len(kernel) or any(size > n for size, n in zip(kernel, x.shape[-len(kernel) :], strict=True)):
-            raise ValueError(f"a kernel of {_size(kernel)} is too large for samples of shape {tuple(x.shape[1:])}.")
+        self._check_size(x)
+        kernel = self._of(x).shape
         for axis, size in enumerate(kernel, x.ndim - len(kernel)):
             r, n = size // 2, x.shape[axis]
             if self.boundary == "circular" or not r:
@@ -145,30 +155,33 @@ class Blur(Operator):
 class GaussianBlur(Blur):
     r"""Blur with a Gaussian kernel, :math:`k_j \propto \exp(-j^2 / 2 s^2)`, as a lens out of focus has approximately.
 
-    The kernel ends at three standard deviations, rounded up to whole pixels, and its sum is 1.
+    The kernel ends at three standard deviations, rounded up to whole pixels, and its sum is 1. All axes after the
+    channels are blurred: one of signals (N, C, L), two of images; for vectors (N, D), their only axis.
 
     Args:
         deviation: the standard deviation s in pixels, positive.
         boundary: as for ``Blur``.
-        axes: the number of axes that are blurred: 2 for images, 1 for signals.
+
+    Attributes:
+        kernel: the kernel along one axis; that of several axes is the product.
 
     Raises:
-        TypeError: if ``axes`` is not an integer, or ``deviation`` not a number.
-        ValueError: if ``deviation`` is not positive, or ``axes`` below 1.
+        TypeError: if ``deviation`` is not a number.
+        ValueError: if ``deviation`` is not positive.
     """
 
     form, help = "blur:DEVIATION", "they are blurred by a Gaussian kernel with this standard deviation in pixels"
     examples = ("blur:2", "blur:1", "blur:4")
 
-    def __init__(self, deviation: float, *, boundary: Boundary = "circular", axes: int = 2) -> None:
+    def __init__(self, deviation: float, *, boundary: Boundary = "circular") -> None:
         check_value("deviation", deviation, _POSITIVE)
-        self.deviation, self.axes = deviation, check_count("axes", axes)
+        self.deviation = deviation
         r = math.ceil(_TAIL * deviation)
         weights = torch.exp(-torch.arange(-r, r + 1).double().square() / (2 * deviation**2))
-        kernel = weights = weights / weights.sum()
-        for _ in range(axes - 1):
-            kernel = kernel[..., None] * weights
-        super().__init__(kernel, boundary)
+        super().__init__(weights / weights.sum(), boundary)
+
+    def _of(self, x: Tensor) -> Tensor:
+        return functools.reduce(lambda a, b: a[..., None] * b, [self.kernel] * spatial_axes(x))
 
 
 class MotionBlur(Blur):
@@ -199,6 +212,11 @@ class MotionBlur(Blur):
         kernel = torch.zeros(*(2 * int(each.abs().max()) + 1 for each in (down, right)), dtype=torch.float64)
         pixels = [(each - each.min()).long() for each in (down, right)]
         super().__init__(kernel.index_put_(tuple(pixels), torch.tensor(1 / n).double(), accumulate=True), boundary)
+
+    def _of(self, x: Tensor) -> Tensor:
+        if x.ndim != 4:
+            raise ValueError(f"{self!r} needs images (N, C, H, W), got shape {tuple(x.shape)}.")
+        return self.kernel
 
 
 def _size(sizes: Sequence[int]) -> str:

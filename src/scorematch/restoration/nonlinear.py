@@ -21,7 +21,7 @@ from torch import Tensor
 from scorematch.core.arguments import argument, check_count, check_value
 from scorematch.core.schema import Field
 from scorematch.data.pictures import to_pixels
-from scorematch.restoration.operator import Linearization, Operator
+from scorematch.restoration.operator import Linearization, Operator, spatial_axes
 
 __all__ = ["JPEG", "Clip", "Magnitude", "Quantize"]
 
@@ -139,34 +139,32 @@ class JPEG(_Rounding):
 class Magnitude(Operator):
     """Phase retrieval: the modulus of the orthonormal Fourier transform of samples among zeros.
 
-    The last axes are enlarged with zeros at their end: (N, C, H, W) -> (N, C, k H, k W). A sample, the sample that is
-    rotated by 180 degrees, and their negatives have the same measurement.
+    All axes after the channels are enlarged with zeros at their end: (N, C, H, W) -> (N, C, k H, k W). A sample, the
+    sample that is rotated by 180 degrees, and their negatives have the same measurement.
 
     Args:
         oversampling: k, an integer of at least 1. For an image to be determined up to these, k must be at least 2.
-        axes: the number of axes that are transformed: 2 for images, 1 for signals.
 
     Raises:
-        TypeError: if an argument is not an integer.
-        ValueError: if one is below 1.
+        TypeError: if ``oversampling`` is not an integer.
+        ValueError: if it is below 1.
 
     Example:
         >>> Magnitude(2).measure(torch.ones(1, 1, 4, 4))[0, 0, 0, 0]  # the sum of all pixels / 8
         tensor(2.)
     """
 
-    def __init__(self, oversampling: int = 2, *, axes: int = 2) -> None:
-        self.oversampling, self.axes = check_count("oversampling", oversampling), check_count("axes", axes)
+    def __init__(self, oversampling: int = 2) -> None:
+        self.oversampling = check_count("oversampling", oversampling)
 
     def measure(self, x: Tensor) -> Tensor:
         """The modulus, without the phase."""
-        if x.ndim <= self.axes:
-            raise ValueError(f"{self!r} needs samples with at least {self.axes} axes, got shape {tuple(x.shape[1:])}.")
-        sizes = [size * self.oversampling for size in x.shape[-self.axes :]]
+        axes = tuple(range(-spatial_axes(x), 0))
+        sizes = [x.shape[axis] * self.oversampling for axis in axes]
         exact = x.to(torch.promote_types(x.dtype, torch.float32))  # there is no Fourier transform in bfloat16
-        return torch.fft.fftn(exact, sizes, tuple(range(-self.axes, 0)), "ortho").abs().to(x.dtype)
+        return torch.fft.fftn(exact, sizes, axes, "ortho").abs().to(x.dtype)
 
     def sample_shape(self, y: Tensor) -> tuple[int, ...]:
         """The shape of y with smaller sizes."""
-        kept = y.ndim - self.axes
+        kept = y.ndim - spatial_axes(y)
         return (*y.shape[1:kept], *(size // self.oversampling for size in y.shape[kept:]))

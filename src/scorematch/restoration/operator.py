@@ -265,6 +265,11 @@ def _linearized(operator: Operator, x: Tensor) -> Linearization:
     return Linearization(value.detach(), forward, adjoint)
 
 
+def spatial_axes(x: Tensor) -> int:
+    """The number of axes after the channels: two of images (N, C, H, W); one of vectors (N, D)."""
+    return max(1, x.ndim - 2)
+
+
 def kind_of(value: Any) -> str:
     """The type of a value for messages; of a tensor, that of its values, and its shape."""
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_count
 from scorematch.restoration.decomposition import Decomposition
-from scorematch.restoration.operator import Operator
+from scorematch.restoration.operator import Operator, spatial_axes
 
 __all__ = ["Resize"]
 
@@ -26,13 +26,14 @@ __all__ = ["Resize"]
 class Resize(Operator):
     """Observes images that were made smaller with antialiased bicubic interpolation.
 
+    All axes after the channels get smaller: one of signals (N, C, L), two of images.
+
     Args:
         scale: how many times smaller, an integer. It must divide the sizes of the images.
-        axes: the number of axes that get smaller, the last ones: 2 for images, 1 for signals.
 
     Raises:
-        TypeError: if ``scale`` or ``axes`` is not an integer.
-        ValueError: if one of them is below 1.
+        TypeError: if ``scale`` is not an integer.
+        ValueError: if ``scale`` is below 1.
 
     Example:
         >>> Resize(4).measure(torch.rand(1, 3, 32, 64)).shape
@@ -43,35 +44,34 @@ class Resize(Operator):
     form, help = "resize:SCALE", "they were made SCALE times smaller, with antialiased bicubic interpolation"
     examples = ("resize:4", "resize:2", "resize:7", "resize:8")
 
-    def __init__(self, scale: int, *, axes: int = 2) -> None:
-        self.scale, self.axes = check_count("scale", scale), check_count("axes", axes)
+    def __init__(self, scale: int) -> None:
+        self.scale = check_count("scale", scale)
 
     def measure(self, x: Tensor) -> Tensor:
         """The smaller images."""
-        sizes = x.shape[-self.axes :]
-        if x.ndim <= self.axes or any(size % self.scale for size in sizes):
+        sizes = _sizes(x)
+        if any(size % self.scale for size in sizes):
             raise ValueError(
-                f"{self!r} needs samples whose last {self.axes} sizes are multiples of {self.scale}, got shape "
-                f"{tuple(x.shape[1:])}."
+                f"{self!r} needs samples whose sizes are multiples of {self.scale}, got shape {tuple(x.shape[1:])}."
             )
         return self._products(x, [weights(size, size // self.scale) for size in sizes])
 
     def adjoint(self, y: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """The product with the transposed matrix along each axis."""
-        return self._products(y, [weights(size * self.scale, size).T for size in y.shape[-self.axes :]])
+        return self._products(y, [weights(size * self.scale, size).T for size in _sizes(y)])
 
     def sample_shape(self, y: Tensor) -> tuple[int, ...]:
         """The shape of y with larger sizes."""
-        kept = y.ndim - self.axes
+        kept = y.ndim - spatial_axes(y)
         return (*y.shape[1:kept], *(size * self.scale for size in y.shape[kept:]))
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """The images enlarged with bicubic interpolation."""
-        return self._products(y, [weights(size, size * self.scale) for size in y.shape[-self.axes :]])
+        return self._products(y, [weights(size, size * self.scale) for size in _sizes(y)])
 
     def decomposition(self, x: Tensor) -> Decomposition:
         """The product of those of the matrices along the axes."""
-        u, values, vt = zip(*(_svd(size, size // self.scale) for size in x.shape[-self.axes :]), strict=True)
+        u, values, vt = zip(*(_svd(size, size // self.scale) for size in _sizes(x)), strict=True)
         return Decomposition(
             functools.reduce(lambda a, b: a[..., None] * b, values).to(x),
             lambda x: self._products(x, vt),
@@ -80,9 +80,13 @@ class Resize(Operator):
         )
 
     def _products(self, x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-        for axis, matrix in enumerate(matrices, x.ndim - self.axes):
+        for axis, matrix in enumerate(matrices, x.ndim - len(matrices)):
             x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T.to(x), -1, axis)
         return x
+
+
+def _sizes(x: Tensor) -> Sequence[int]:
+    return x.shape[-spatial_axes(x) :]
 
 
 @functools.lru_cache(maxsize=16)
