@@ -152,15 +152,14 @@ def decoupled(score: Any, steps: int, observation: Observation, seed: int) -> Te
 
 
 def reverse_diffusion(method: str, score: Any, steps: int, observation: Observation, seed: int) -> Tensor:
-    """Draws with a method of this package along the reverse diffusion, by SDE-DPM-Solver++(2M) on geometric levels."""
-    schedule = NoiseSchedule.geometric(score.schedule.sigma_max, score.schedule.sigma_min, max(2, steps))
-    sampler = ODESampler(score, schedule, method="dpm-solver++", eta=1, restore=method)
+    """Draws with a method of this package along the reverse diffusion, by SDE-DPM-Solver++(2M), as ``scorematch restore``."""
+    sampler = ODESampler(score, levels=max(2, steps), method="dpm-solver++", eta=1, restore=method)
     return sampler.sample(len(observation), observation=observation, generator=seed, progress=False)
 
 
 OWN: dict[str, Draw] = {
     **{name: partial(own, name) for name in METHODS},
-    **{f"{name}, SDE": partial(reverse_diffusion, name) for name in ("spectral", "moment-matching")},
+    **{f"{name}, SDE": partial(reverse_diffusion, name) for name in ("shift", "moment-matching")},
     "moment-matching, flow": flow,
     "4 particles": particles,
     "decoupled": decoupled,

@@ -174,12 +174,11 @@ def test_evaluate_restorations(folder, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("few_levels")
-def test_restorations_use_annealed_langevin_dynamics(folder, tmp_path, capsys):
+def test_restorations_use_the_sampler_that_is_best_for_the_method(folder, tmp_path, capsys):
     """As the command restore does, although the recommended sampler of the network is ode."""
     options = ("--data", folder / "more.npz", "-n", 5, "--features", "pixels", "--metrics", "precision-recall")
     assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, "--out", tmp_path) == 0
-    assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(")
-    assert _run("evaluate", folder / "network", "--restore", "pool:4", *options[:2], *options[4:], "--levels", 2) == 0
+    assert capsys.readouterr().out.startswith("ODESampler(50 levels 1 -> 0.01, dpm-solver++, eta 1.0")
     expected = evaluate_restoration(
         folder / "network",
         folder / "more.npz",
@@ -190,9 +189,11 @@ def test_restorations_use_annealed_langevin_dynamics(folder, tmp_path, capsys):
         progress=False,
     )
     assert json.loads((tmp_path / "evaluation.json").read_text())["settings"] == expected.settings
-    assert expected.settings["sampler"]["name"] == "AnnealedLangevinSampler"
+    assert expected.settings["sampler"]["name"] == "ODESampler"
+    assert _run("evaluate", folder / "network", "--restore", "jpeg:9", *options[:2], *options[4:], "--levels", 2) == 0
+    assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(2 levels")
     capsys.readouterr()
-    method = ("--restore-method", "spectral", "--levels", 3)
+    method = ("--restore-method", "shift", "--levels", 3)
     assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, *method) == 0
     assert capsys.readouterr().out.startswith("ODESampler(3 levels 1 -> 0.01, dpm-solver++, eta 1.0")
     for flow in ("dpm-solver++, 18", "heun, 35"):  # not with the three levels for drawing

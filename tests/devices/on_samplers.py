@@ -154,14 +154,13 @@ OPERATORS = {
 CLEAN = rand(2, 3, SIZE, SIZE, seed=7)
 
 
-# "replace" calls all functions of an operator but its singular vectors, which "spectral" needs.
 RESTORED = {"replace": OPERATORS}
 if KIND == "cuda":
     RESTORED |= {
         "guide": ["mask", "jpeg"],
         "guide-jacobian": ["mask for each image", "jpeg", "blur"],
         "moment-matching": ["mask for each image", "jpeg", "fourier of gray"],
-        "spectral": [name for name, operator in OPERATORS.items() if operator.is_linear],
+        "shift": ["mask for each image", "fourier of gray", "blur"],
     }
 
 

@@ -26,6 +26,7 @@ from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, Truth, evaluate_restoration
 from scorematch.evaluation.subject import DEFAULT_N, is_network
 from scorematch.restoration.methods import Restore
+from scorematch.restoration.operators import as_operator
 from scorematch.sampling import SAMPLERS
 from scorematch.sampling.sampler import options_of
 
@@ -141,7 +142,8 @@ def _run(args: argparse.Namespace) -> None:
     classes = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net), arrays=arrays)
     method: Restore = args.restore_method or "auto"
-    sampler = make_sampler(args, net, restore=method if restoring else None)
+    linear = not restoring or as_operator(args.restore).is_linear
+    sampler = make_sampler(args, net, restore=method if restoring else None, linear=linear)
     n = args.n or DEFAULT_N
     announce(sampler, 0 if restoring else n, classes)
     if restoring:

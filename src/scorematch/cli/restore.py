@@ -105,8 +105,8 @@ def add(commands: Commands) -> None:
     add_condition(parser)
     add_sampling(
         parser,
-        "the recommended one of a network that was trained to restore; for any other langevin, "
-        "or, with --restore-method moment-matching or spectral, ode with --method dpm-solver++ --eta 1",
+        "the recommended one of a network that was trained to restore; for any other ode with "
+        "--method dpm-solver++ --eta 1, or, for the methods of guidance and replacement, langevin",
     )
     parser.set_defaults(run=_run)
 
@@ -175,7 +175,7 @@ def _run(args: argparse.Namespace) -> None:
         check_size(net.backbone, (args.tile, args.tile), "tile")
     score: Any = net.inference_copy()
     method: Restore = args.restore_method or "auto"
-    samplers = {False: make_sampler(args, score, restore=method)}
+    samplers = {False: make_sampler(args, score, restore=method, linear=operator.is_linear)}
     check_picture(folder / "strip.png")  # before the work
     # All pictures are read before the first is restored, so that errors come first, and again when they are restored,
     # so that only those of one batch are in memory.
@@ -200,7 +200,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"none of the {len(paths)} pictures can be restored: {next(iter(broken.values()))}")
     if any(key[0] for key in groups):
         tiled = Tiled(score, args.tile or None, batch_size=args.batch_size)
-        samplers[True] = make_sampler(args, tiled, restore=method)
+        samplers[True] = make_sampler(args, tiled, restore=method, linear=operator.is_linear)
     for sampler in samplers.values():
         sampler.restore = method
     announce(samplers[False])

@@ -60,6 +60,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any, Literal, get_args
 
@@ -151,7 +152,7 @@ def evaluate_restoration(
         features: the extractor, or several, as for ``evaluate``.
         metrics: names from ``METRICS``, as for ``evaluate``.
         sampler: the sampler, as for ``evaluate``; None is the recommended one of a network that was trained to restore,
-            and annealed Langevin dynamics for any other, as for the command ``scorematch restore``. To choose the
+            and that of ``restoring_settings`` for any other, as for the command ``scorematch restore``. To choose the
             method, pass for example ``lambda net: AnnealedLangevinSampler(net, restore="guide-jacobian")``.
         labels: whether to read class labels, for the accuracy. The extractor must have one logit for each class.
         reference: the real images for the Fréchet distance and similar metrics, as for ``evaluate``; None is ``data``.
@@ -182,7 +183,7 @@ def evaluate_restoration(
     text, operator = str(operator), single_operator(operator)
     folder = checked_folder(out, "restored.png", data, reference)
     if sampler is None and not isinstance(what, Sampler):
-        sampler = _recommended
+        sampler = partial(_recommended, linear=operator.is_linear)
     chosen_sampler = sampler_for(what, sampler, device)
     prior = _prior(chosen_sampler.net, truth, labels)
     device = local_device(device_of(chosen_sampler.net) if device is None else device)
@@ -238,8 +239,8 @@ def evaluate_restoration(
     return result
 
 
-def _recommended(net: Score) -> Sampler:
-    return recommended_sampler(net, restoring_settings(net, "auto"))
+def _recommended(net: Score, *, linear: bool) -> Sampler:
+    return recommended_sampler(net, restoring_settings(net, "auto", linear=linear))
 
 
 def _prior(net: Score, truth: Truth, labels: bool) -> Sampler | None:

@@ -1,9 +1,8 @@
-"""The default method: an accurate one that needs gradients or, for a score without them, another one."""
+"""The default method for operators that are not linear, which needs gradients, or another for scores without them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -17,11 +16,11 @@ class Automatic(Restoration):
 
     Args:
         best: the method.
-        without_gradients: returns the name of the other method, and the method.
+        guide: the method "guide", for a score without gradients.
     """
 
-    def __init__(self, best: Restoration, without_gradients: Callable[[], tuple[str, Restoration]]) -> None:
-        self._method, self._without_gradients = best, without_gradients
+    def __init__(self, best: Restoration, guide: Restoration) -> None:
+        self._method, self._guide = best, guide
         self._decided = False
         self.centers = best.centers
 
@@ -36,10 +35,10 @@ class Automatic(Restoration):
             # A score that converts x to an array raises RuntimeError if x requires gradients.
             if not isinstance(error, WithoutGradientsError) and "requires grad" not in str(error):
                 raise
-        name, self._method = self._without_gradients()
+        self._method = self._guide
         warnings.warn(
-            f'the score has no gradients: restore="auto" uses the method "{name}", which is less accurate. Pass '
-            f'restore="{name}" to turn this warning off.',
+            'the score has no gradients: restore="auto" uses the method "guide", which is less accurate. Pass '
+            'restore="guide" to turn this warning off.',
             stacklevel=2,
         )
         return self._method.score(score, x, sigma, rows)

@@ -57,6 +57,13 @@ class CosineCovariance:
         self._values = 1 / (1 / self._values + 1 / level - 1 / self._level)
         self._level = level
 
+    def transfer(self, d: Tensor, level: Any) -> Tensor:
+        """Moves the estimate to a level, and with it D - m, which is C / sigma^2 times x - m for Gaussian data."""
+        before = self._values / self._level
+        self.at(level)
+        factor = (self._values / level / before)[:, self._band].view(-1, *self._shape)
+        return self._along(factor * self._along(d, 0), 1)
+
     def product(self, x: Tensor) -> Tensor:
         """The product of samples (N, ...) with the covariance."""
         values = self._values[:, self._band].view(-1, *self._shape)

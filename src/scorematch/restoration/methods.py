@@ -13,12 +13,12 @@ from scorematch.restoration.method import Restoration
 from scorematch.restoration.moments import MomentMatching
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.replacement import replacement
-from scorematch.restoration.spectral import Spectral
+from scorematch.restoration.shift import Shift
 
 __all__ = ["METHODS", "Method"]
 
 # The names in METHODS, for type checkers.
-Restore = Literal["auto", "replace", "guide", "guide-jacobian", "spectral", "moment-matching"]
+Restore = Literal["auto", "replace", "guide", "guide-jacobian", "shift", "moment-matching"]
 
 
 @dataclass(frozen=True)
@@ -42,35 +42,15 @@ def _replace(observation: Observation, variance: float) -> Restoration:
 
 
 def _auto(observation: Observation, variance: float) -> Restoration:
-    operator = observation.operator
-    best: Restore = "guide-jacobian"
-    if not isinstance(observation.sigma, float):
-        best = "moment-matching"
-    elif operator.is_linear and operator.gain is None:  # such as a blur
-        spectral = _spectral(observation, variance)
-        if spectral is not None:
-            return spectral
-        best = "moment-matching"
-
-    def without_gradients() -> tuple[str, Restoration]:
-        other = _spectral(observation, variance)
-        return ("guide", METHODS["guide"].make(observation, variance)) if other is None else ("spectral", other)
-
-    return Automatic(METHODS[best].make(observation, variance), without_gradients)
-
-
-def _spectral(observation: Observation, variance: float) -> Restoration | None:
-    try:
-        return Spectral(observation, variance)
-    except ValueError:  # the operator has no decomposition, or the noise does not fit it
-        return None
+    if observation.operator.is_linear or not isinstance(observation.sigma, float):
+        return Shift(observation, variance)
+    return Automatic(*(Guidance(observation, variance, jacobian=jacobian) for jacobian in (True, False)))
 
 
 METHODS: dict[Restore, Method] = {
     "auto": Method(
-        "guide-jacobian; spectral or moment-matching for a linear operator without a gain, or noise that is not one "
-        "number; spectral or guide for a score without gradients",
-        "about twice the time, more memory",
+        "shift; guide-jacobian for an operator that is not linear, if the noise of y is one number",
+        "about a third more time; twice the time and more memory if the operator is not linear",
         _auto,
     ),
     "replace": Method("keep the known pixels, or guide for an operator without a gain", "no extra time", _replace),
@@ -78,7 +58,7 @@ METHODS: dict[Restore, Method] = {
     "guide-jacobian": Method(
         "like guide, more accurate", "about twice the time, more memory", partial(Guidance, jacobian=True)
     ),
-    "spectral": Method("shift the state until its denoised image agrees with y", "no extra time", Spectral),
+    "shift": Method("shift the state until its denoised image agrees with y", "about a third more time", Shift),
     "moment-matching": Method(
         "the posterior of normal data at each level, with the covariance of the network",
         "three to four times the time, more memory",

@@ -79,7 +79,7 @@ class MomentMatching(Restoration):
         covariance = self._covariances.setdefault(rows.start, CosineCovariance(x, self._variance))
         covariance.at(level)
         near = observation.operator.linearized(denoised.detach())
-        system = _System(observation, near)
+        system = System(observation, near)
         r = observation.residual(near.value)
         enough = self._tolerance**2 * _dot(r, r)
         solution, change = torch.zeros_like(r), torch.zeros_like(x)
@@ -110,25 +110,29 @@ class MomentMatching(Restoration):
 
     def finish(self, x: Tensor) -> Tensor:
         """The result meets the values of y without noise if the operator is linear; otherwise it is unchanged."""
-        observation = self._observation
-        sigma, operator = observation.sigma, observation.operator
-        if callable(sigma) or not operator.is_linear:
-            return x
-        if isinstance(sigma, float):
-            if sigma == 0 and operator.gain is not None:
-                return replacement(observation, operator.gain).finish(x)
-            sigma = observation.y.new_tensor(sigma)
-
-        def exact(values: Tensor) -> Tensor:
-            return torch.where(sigma == 0, observation.observed(values), 0)
-
-        near = operator.linearized(x)
-        # The normal equations have a solution also if the values of y contradict each other.
-        missing = near.adjoint(exact(observation.y - near.value))
-        return x + conjugate_gradients(lambda u: near.adjoint(exact(near.forward(u))), missing, 100)
+        return exactly(self._observation, x)
 
 
-class _System(NamedTuple):
+def exactly(observation: Observation, x: Tensor) -> Tensor:
+    """The sample nearest to x that meets the values of y without noise, for a linear operator; x for another one."""
+    sigma, operator = observation.sigma, observation.operator
+    if callable(sigma) or not operator.is_linear:
+        return x
+    if isinstance(sigma, float):
+        if sigma == 0 and operator.gain is not None:
+            return replacement(observation, operator.gain).finish(x)
+        sigma = observation.y.new_tensor(sigma)
+
+    def exact(values: Tensor) -> Tensor:
+        return torch.where(sigma == 0, observation.observed(values), 0)
+
+    near = operator.linearized(x)
+    # The normal equations have a solution also if the values of y contradict each other.
+    missing = near.adjoint(exact(observation.y - near.value))
+    return x + conjugate_gradients(lambda u: near.adjoint(exact(near.forward(u))), missing, 100)
+
+
+class System(NamedTuple):
     """The equation for w, whose noise is the covariance; if only its inverse P is known, the identity, and v = P w."""
 
     observation: Observation
@@ -143,14 +147,16 @@ class _System(NamedTuple):
         """The product of the covariance of the noise with v."""
         return w if callable(self.observation.sigma) else self.observation.covariance(w)
 
-    def solve(self, covariance: Product, r: Tensor) -> Tensor:
+    def solve(
+        self, covariance: Product, r: Tensor, iterations: int = _INNER, tolerance: float = _INNER_TOLERANCE
+    ) -> Tensor:
         """The w for a symmetric covariance of the data, approximately."""
 
         def product(w: Tensor) -> Tensor:
             spread = self.near.forward(covariance(self.near.adjoint(self.weighted(w))))
             return self.noise(w) + self.observation.observed(spread)
 
-        return conjugate_gradients(product, r, _INNER, _INNER_TOLERANCE, self.weighted)
+        return conjugate_gradients(product, r, iterations, tolerance, self.weighted)
 
 
 def conjugate_gradients(

@@ -97,10 +97,10 @@ class Sampler(ABC):
 
         denoise: whether to end with one step of Tweedie's formula at the lowest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
-        restore: the method that makes samples agree with an observation. "auto" is an accurate one with a backward pass
-            through the network at each call; for a score without gradients it is "spectral" or "guide", and a
-            warning says so. For a network whose condition is the degraded image it is "replace". See
-            ``scorematch.restoration.methods`` for all methods and their costs.
+        restore: the method that makes samples agree with an observation. "auto" is "shift", which needs no
+            gradients; for an operator that is not linear and one noise level it is "guide-jacobian", or "guide" for a
+            score without gradients, and a warning says so. For a network whose condition is the degraded image it is
+            "replace". See ``scorematch.restoration.methods`` for all methods and their costs.
         precision: "auto" calls the network's inference copy, which is faster and gives statistically the same samples;
             a score without an inference copy is called itself. "float32" calls the network itself, with TF32 turned off
             during the call; net must then not be an inference copy.

@@ -205,20 +205,21 @@ def _created(net: Score, settings: SamplerSettings | None, given: Mapping[str, A
     return SAMPLERS[settings.sampler](net, **{**settings.options, **given})
 
 
-def restoring_settings(net: Score, restore: Restore) -> SamplerSettings | None:
+def restoring_settings(net: Score, restore: Restore, *, linear: bool) -> SamplerSettings | None:
     """The settings with which a score restores images if none are given; None stands for its own settings.
 
     A network that draws images may recommend a flow, with which some methods restore less well. In steps of the first
-    order the new noise has too small a variance. "spectral" and "moment-matching" therefore get steps of the second
+    order the new noise has too small a variance. "shift" and "moment-matching" therefore get steps of the second
     order. "guide-jacobian" does not: its changes are over-relaxed, and with such steps the error was twice as large.
 
     Args:
         net: the score.
         restore: the name of the restoration method.
+        linear: whether the operator is linear, on which the choice of "auto" depends.
     """
     if takes_image(net):
         return None
-    levels = {"spectral": 50, "moment-matching": 30}.get(restore)
+    levels = {"shift": 50, "auto": 50 if linear else None, "moment-matching": 30}.get(restore)
     if levels is None:
         return SamplerSettings("langevin")
     return SamplerSettings("ode", levels=levels, method="dpm-solver++", eta=1.0)

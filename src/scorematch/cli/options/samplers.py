@@ -84,13 +84,16 @@ def _own_options(sampler: str) -> dict[str, Option]:
     return {name: option for name, option in options_of(SAMPLERS[sampler]).items() if name not in options_of(Sampler)}
 
 
-def make_sampler(args: argparse.Namespace, net: Score, *, restore: Restore | None = None) -> Sampler:
+def make_sampler(
+    args: argparse.Namespace, net: Score, *, restore: Restore | None = None, linear: bool = True
+) -> Sampler:
     """The sampler of ``--sampler`` and of the options of samplers, or else the one recommended for the network.
 
     Args:
         args: the parsed command line. Without ``--sampler`` an option of samplers names a sampler that has it.
         net: the score that it samples.
         restore: the method with which it restores measurements, or None if it draws samples.
+        linear: whether the operator of the measurements is linear.
 
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
@@ -103,7 +106,7 @@ def make_sampler(args: argparse.Namespace, net: Score, *, restore: Restore | Non
             f"{argument('calls')} chooses among the recommended settings. Leave it out, or leave out "
             f"{argument('sampler')} and the options of samplers."
         )
-    default = None if restore is None or calls is not None else restoring_settings(net, restore)
+    default = None if restore is None or calls is not None else restoring_settings(net, restore, linear=linear)
     if default is not None and args.sampler in (None, default.sampler) and not owners:
         return recommended_sampler(net, default, **noise)
     own: SamplerSettings | None = attribute(net, "sampler_settings")
