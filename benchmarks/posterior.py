@@ -152,7 +152,7 @@ def decoupled(score: Any, steps: int, observation: Observation, seed: int) -> Te
 
 
 def reverse_diffusion(method: str, score: Any, steps: int, observation: Observation, seed: int) -> Tensor:
-    """Draws with a method of this package along the reverse diffusion, by SDE-DPM-Solver++(2M), as ``scorematch restore``."""
+    """Draws with a method of this package by SDE-DPM-Solver++(2M), as ``scorematch restore`` does."""
     sampler = ODESampler(score, levels=max(2, steps), method="dpm-solver++", eta=1, restore=method)
     return sampler.sample(len(observation), observation=observation, generator=seed, progress=False)
 

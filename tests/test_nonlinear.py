@@ -98,7 +98,7 @@ class _Cubic(Operator):
 @pytest.mark.parametrize(
     ("name", "curved"),
     [(name, curved) for name in ("guide", "guide-jacobian", "decoupled") for curved in (False, True)]
-    + [("spectral", False), ("particles", True)],
+    + [("shift", False), ("particles", True)],
 )
 def test_the_units_of_samples_and_measurements_do_not_matter(name, curved):
     i, results = torch.arange(6), []

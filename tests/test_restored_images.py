@@ -96,10 +96,13 @@ def test_results_do_not_replace_files_or_lie_in_the_folder_of_the_reference(tmp_
 # -- Known restorations
 
 
+REPLACING = partial(AnnealedLangevinSampler, restore="replace")
+
+
 def test_a_known_restoration_of_a_missing_half():
     half = torch.arange(SIZE) < SIZE // 2
     restored, degraded = torch.where(half, X, 0.5), torch.where(half, X, 0.0)
-    result = run(Level(), Uncrop(right=SIZE // 2))
+    result = run(Level(), Uncrop(right=SIZE // 2), sampler=REPLACING)
     for column, images in [("restored", restored), ("degraded", degraded)]:
         figures = result.figures[column]["restoration"]
         errors = (images - X).double().square().flatten(1).mean(1)
@@ -118,14 +121,16 @@ def test_metrics_of_sets_are_those_of_the_restored_images():
     half = torch.arange(SIZE) < SIZE // 2
     restored = torch.where(half, X, 0.5)
     many = X.repeat(3, 1, 1, 1)
-    result = run(Level(), Mask(half), metrics=["frechet", "inception-score"], features=CLASSES, data=many)
+    result = run(
+        Level(), Mask(half), metrics=["frechet", "inception-score"], features=CLASSES, data=many, sampler=REPLACING
+    )
     real = CLASSES(many)
     expected = CLASSES.extract(restored.repeat(3, 1, 1, 1))
     assert found(result, source="red")["frechet"] == pytest.approx(frechet_distance(expected.features, real).value)
     assert found(result, source="red")["inception-score"] == pytest.approx(inception_score(expected.logits).value)
     original = CLASSES.extract(many).logits
     assert found(result, "original", "red")["inception-score"] == pytest.approx(inception_score(original).value)
-    other = run(Level(), Mask(half), metrics=["frechet"], features=CLASSES, reference=1 - X)
+    other = run(Level(), Mask(half), metrics=["frechet"], features=CLASSES, reference=1 - X, sampler=REPLACING)
     assert found(other, source="red")["frechet"] == pytest.approx(
         frechet_distance(CLASSES(restored), CLASSES(1 - X)).value, rel=1e-6
     )
@@ -171,7 +176,7 @@ def test_several_restorations_of_each_image():
 )
 def test_the_degraded_images_and_the_consistency(task, operator):
     y = operator.measure(X)
-    result = run(Level(), task)
+    result = run(Level(), task, sampler=REPLACING)
     assert found(result, "degraded")["rmse"] == pytest.approx(rms(operator.as_image(y).clamp(0, 1) - X), rel=1e-6)
     assert found(result)["consistency"] < (0.2 if operator.gain is None else 0.01)  # the result is clamped to [0, 1]
     noisy = operator.as_image(y + 0.1 * torch.randn(y.shape, generator=seed(9))).clamp(0, 1)

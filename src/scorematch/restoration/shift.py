@@ -75,8 +75,10 @@ class Shift(Restoration):
     def score(self, score: Score, x: Tensor, sigma: Any, rows: slice) -> Tensor:
         """The score that corresponds to the mean of x0 given x and y."""
         observation, level, last = self._observation.rows(rows), sigma**2, self._steps.get(rows.start)
-        shifted = x if last is None else x + level * last.change
-        denoised = shifted + level * score_at(score, shifted, sigma, None)
+        change = torch.zeros_like(x) if last is None else last.change
+        shifted = x + level * change
+        follow = score_at(score, shifted, sigma, None)
+        denoised = shifted + level * follow
         near = observation.operator.linearized(denoised)
         system, residual = System(observation, near), observation.residual(near.value)
         covariance = self._covariances.setdefault(rows.start, CosineCovariance(x, self._variance))
@@ -92,9 +94,8 @@ class Shift(Restoration):
         pull = damping * observation.observed(near.forward(near.adjoint(system.weighted(v))))
         step = system.solve(covariance.product, error, _INNER, _INNER_TOLERANCE)
         damped = system.solve(lambda u: covariance.product(u) + damping * u, error - pull, _INNER, _INNER_TOLERANCE)
-        change = near.adjoint(system.weighted(v + damped))
-        self._steps[rows.start] = _Step(shifted, denoised, v + damped, change)
-        return (denoised + covariance.product(near.adjoint(system.weighted(step))) - x) / level
+        self._steps[rows.start] = _Step(shifted, denoised, v + damped, near.adjoint(system.weighted(v + damped)))
+        return follow + change + covariance.product(near.adjoint(system.weighted(step))) / level
 
     def finish(self, x: Tensor) -> Tensor:
         """The result meets the values of y without noise if the operator is linear; otherwise it is unchanged."""
