@@ -595,13 +595,6 @@ def test_restore_with_degrade_shows_the_original_last(folder, pictures, tmp_path
     assert strip.shape == (1, 12, 4 * 10 + 2)
     assert torch.equal(strip[:, 2:10, -10:-2], whole)
     assert (strip[:, 2:10, 6:10] == 0).all()  # the strip begins with what was observed, the left half
-    # A random hole is drawn for each picture, from the seed and its name.
-    assert _restore(folder, pictures, tmp_path / "holes", "--operator", "half", "--degrade") == 0
-    for name in "ab":
-        whole, restored = (
-            read_image(at / f, 1) for at, f in ((pictures, f"{name}.png"), (tmp_path / "holes", f"{name}-1.png"))
-        )
-        assert 0.4 < float((whole == restored).float().mean()) < 0.7
 
 
 @pytest.mark.parametrize(
@@ -680,16 +673,17 @@ def test_restore_passes_the_degraded_image_to_a_conditional_network(tmp_path, pi
 
 @pytest.mark.usefixtures("few_levels")
 def test_restore_uses_the_sampler_that_suits_the_network(tmp_path, pictures, capsys):
-    """The recommended one if the network was trained to restore, otherwise annealed Langevin dynamics, or --sampler."""
+    """The recommended one if the network was trained to restore, otherwise that of the method, or --sampler."""
     conditional, plain = _unet(3, condition_channels=3), _unet(3)
     conditional.sampler_settings = SamplerSettings("ancestral", levels=2, variance="small")
     plain.sampler_settings = SamplerSettings("ode", levels=2)
     for network, options, expected in [
         (conditional, (), "AncestralSampler(2 levels 1 -> 0.01, small variance"),
         (conditional, ("--variance", "large"), "AncestralSampler(2 levels 1 -> 0.01, large variance"),
-        (plain, (), "AnnealedLangevinSampler("),
-        (plain, ("--levels", "3"), "AnnealedLangevinSampler(3 levels"),
-        (plain, ("--sampler", "ode"), "ODESampler(18 levels"),
+        (plain, (), "ODESampler(50 levels 1 -> 0.01, dpm-solver++, eta 1.0"),
+        (plain, ("--levels", "3"), "ODESampler(3 levels 1 -> 0.01, dpm-solver++, eta 1.0"),
+        (plain, ("--restore-method", "guide"), "AnnealedLangevinSampler("),
+        (plain, ("--restore-method", "guide", "--sampler", "ode"), "ODESampler(18 levels 1 -> 0.01, heun"),
         (plain, ("--variance", "small"), "AncestralSampler("),
     ]:
         common = ("--operator", "gray", "-n", "1", "--device", "cpu", "--quiet", "--overwrite")
@@ -891,7 +885,6 @@ def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pic
         (["--operator", "pool:2,invert"], "--operator must be pool:SIZE, such as pool:4, got 'pool:2,invert'"),
         (["--operator", "jpeg:0"], "--operator must be jpeg:QUALITY, such as jpeg:5, got 'jpeg:0': quality must be an"),
         (["--operator", "hole"], "/a.png: hole has a random mask for each image. Write mask:FILE"),
-        (["--operator", "mask:/"], "/ is a folder. Write the file of one mask"),
         (["--operator", "mask:~$x/a.png"], r"the home folder of ~\$x/a.png is not known"),
     ],
 )

@@ -470,8 +470,7 @@ def test_draws_are_calibrated_for_every_kind_of_noise(sigma):
 
 def test_methods_that_refuse_the_noise_are_left_out():
     world = Gaussian(torch.zeros(8), 1.0, FLAT, schedule=NoiseSchedule.geometric(4, 0.02, 4))
-    levels = torch.linspace(0.2, 0.5, 4)
-    found = posterior_calibration(world, LEFT, sigma=levels, observations=30, draws=2, progress=False)
+    found = posterior_calibration(world, LEFT, sigma=lambda v: 9 * v, observations=30, draws=2, progress=False)
     names = [each.name for each in found]
     assert names[0] == "posterior" and "guide" not in names
 
