@@ -33,7 +33,8 @@ CLIPPED = Blur(torch.ones(3, 3) / 9) @ Clip(-9, 9)
         (POOL, torch.tensor([0.1, 0.3]), "shift"),
         (Blur(torch.ones(3, 3) / 9), 0.1, "shift"),
         (CLIPPED, 0.1, "guide-jacobian"),
-        (CLIPPED, torch.tensor([0.1, 0.3, 0.1, 0.2]), "shift"),
+        (CLIPPED, torch.tensor([0.1, 0.3, 0.1, 0.2]), "guide-jacobian"),
+        (CLIPPED, lambda v: 9 * v, "shift"),
     ],
     ids=repr,
 )

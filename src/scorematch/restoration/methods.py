@@ -42,14 +42,14 @@ def _replace(observation: Observation, variance: float) -> Restoration:
 
 
 def _auto(observation: Observation, variance: float) -> Restoration:
-    if observation.operator.is_linear or not isinstance(observation.sigma, float):
+    if observation.operator.is_linear or callable(observation.sigma):
         return Shift(observation, variance)
     return Automatic(*(Guidance(observation, variance, jacobian=jacobian) for jacobian in (True, False)))
 
 
 METHODS: dict[Restore, Method] = {
     "auto": Method(
-        "shift; guide-jacobian for an operator that is not linear, if the noise of y is one number",
+        "shift; guide-jacobian for an operator that is not linear",
         "about a third more time; twice the time and more memory if the operator is not linear",
         _auto,
     ),

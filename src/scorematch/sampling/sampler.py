@@ -98,7 +98,7 @@ class Sampler(ABC):
         denoise: whether to end with one step of Tweedie's formula at the lowest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
         restore: the method that makes samples agree with an observation. "auto" is "shift", which needs no
-            gradients; for an operator that is not linear and one noise level it is "guide-jacobian", or "guide" for a
+            gradients; for an operator that is not linear it is "guide-jacobian", or "guide" for a
             score without gradients, and a warning says so. For a network whose condition is the degraded image it is
             "replace". See ``scorematch.restoration.methods`` for all methods and their costs.
         precision: "auto" calls the network's inference copy, which is faster and gives statistically the same samples;
