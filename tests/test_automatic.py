@@ -36,7 +36,6 @@ CLIPPED = Blur(torch.ones(3, 3) / 9) @ Clip(-9, 9)
         (CLIPPED, torch.tensor([0.1, 0.3, 0.1, 0.2]), "guide-jacobian"),
         (CLIPPED, lambda v: 9 * v, "shift"),
     ],
-    ids=repr,
 )
 def test_it_chooses_by_the_operator_and_the_noise(operator, sigma, method):
     assert AnnealedLangevinSampler(WORLD, LEVELS).restore == "auto"
