@@ -13,6 +13,8 @@ from scorematch.pretrained import load as load_stored
 from scorematch.pretrained import locate
 from scorematch.score import ScoreNet
 
+_OTHERS = "Other data are for sample, restore, and evaluate without --restore, and for Python."
+
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds ``--device``; ``find_device`` reads its value."""
@@ -56,12 +58,12 @@ def load(args: argparse.Namespace, *, pictures: bool = True) -> ScoreNet:
     if pictures and not is_picture(shape):
         raise ValueError(
             f"the network must draw images (C, H, W) with 1 or 3 channels, but the sample_shape of {args.model} is "
-            f"{shape}. The commands sample and restore take other data; for the rest use it in Python."
+            f"{shape}. {_OTHERS}"
         )
     if pictures and net.value_range != (0, 1):
         raise ValueError(
-            f"the network must draw images in [0, 1], but the value_range of {args.model} is {net.value_range}. The "
-            "commands sample and restore take other data; for the rest use it in Python."
+            f"the network must draw images in [0, 1], but the value_range of {args.model} is {net.value_range}. "
+            f"{_OTHERS}"
         )
     return net
 
