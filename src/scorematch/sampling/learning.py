@@ -17,7 +17,8 @@ first values are the levels of ``schedules_of_paths`` and the numbers of UniPC. 
 through all steps, in which each network call is computed a second time, so that it needs the memory of one call.
 
 The result is a few dozen numbers for any batch size, precision and class. It fits one score: a guided score with
-another weight has other paths. Observations and new noise have no part in the learning.
+another weight has other paths. Observations have no part in the learning, nor has new noise, which a distance of
+states sees as an error.
 
 References:
     Tong et al., 2024, LD3, arXiv:2405.15506. Frankel et al., 2025, S4S, arXiv:2502.17423. GS, 2025, arXiv:2510.17699.
