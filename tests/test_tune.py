@@ -18,7 +18,7 @@ from scorematch.evaluation import (
     pixels,
     settings_of_paths,
     settings_table,
-    settings_with_noise,
+    settings_with_few_calls,
     tune,
 )
 from scorematch.evaluation.tune import MeasuredSampler
@@ -97,7 +97,10 @@ def test_settings_of_paths_have_the_numbers_of_calls(net):
     found = settings_of_paths(net, [3, 5], seed=1, progress=False)
     assert [len(recommended_sampler(net, each)) for each in found] == [3, 5]
     assert found == settings_of_paths(net, [3, 5], seed=1, progress=False)
-    usual, *noisy = settings_with_noise(net, [5])
+    usual, *noisy = settings_with_few_calls(net, [5])
+    higher = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, schedule=NoiseSchedule.geometric(40, 0.01, 9))
+    expected = [40, *NoiseSchedule.geometric(6, 0.03, 4)]  # 24 deviations of 0.25
+    assert settings_with_few_calls(higher, [5])[1].options["sigmas"] == pytest.approx(expected, rel=1e-4)
     assert usual == SamplerSettings("ode", levels=5, sigma_min=0.03, method="unipc")
     assert [each.options["eta"] for each in noisy] == [1.0, (1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 1.0)]
     exact = [*schedules_of_paths(net, [4], generator=1, progress=False)[0], 0.03]

@@ -79,7 +79,7 @@ from scorematch.evaluation import (
     settings_learned,
     settings_of_paths,
     settings_table,
-    settings_with_noise,
+    settings_with_few_calls,
     sliced_wasserstein_distance,
     spectrum_error,
     statistics_of,
@@ -418,7 +418,7 @@ def evaluation(net: ScoreNet, folder: Path) -> None:
     restored.save(folder)
     tuned: Tuning = tune(net, folder, settings=[*settings_table(net), *settings_of_paths(net, [4, 6])])
     assert_type(settings_learned(net, [4], out=folder), list[SamplerSettings])
-    assert_type(settings_with_noise(net, [4]), list[SamplerSettings])
+    assert_type(settings_with_few_calls(net, [4]), list[SamplerSettings])
     best: MeasuredSampler = tuned.best
     assert_type(best.seconds, float)
     assert_type(tuned.table(), str)

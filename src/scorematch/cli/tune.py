@@ -18,7 +18,7 @@ from scorematch.core.messages import about
 from scorematch.core.processes import this_process
 from scorematch.core.schema import Field
 from scorematch.core.scores import device_of
-from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_noise
+from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_few_calls
 from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
 from scorematch.sampling import recommended_sampler
@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.learn:
         fitted = {"seed": args.seed, "progress": not args.quiet}
         settings += settings_learned(net, args.learn, out=args.out, **fitted)
-        settings += settings_of_paths(net, args.learn, **fitted) + settings_with_noise(net, args.learn)
+        settings += settings_of_paths(net, args.learn, **fitted) + settings_with_few_calls(net, args.learn)
     if settings and this_process().rank == 0:
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"

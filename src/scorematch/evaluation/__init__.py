@@ -22,7 +22,7 @@ from scorematch.evaluation.estimate import Estimate, values
 from scorematch.evaluation.evaluate import Evaluation, evaluate
 from scorematch.evaluation.evaluator import Evaluator, image_figures
 from scorematch.evaluation.features import EXTRACTORS, Extractor, dinov2, efficientnet_lite0, inception, pixels
-from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_noise
+from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_few_calls
 from scorematch.evaluation.frechet import frechet_distance
 from scorematch.evaluation.memorization import Memorization, memorization_of
 from scorematch.evaluation.metrics import (
@@ -82,7 +82,7 @@ __all__ = [
     "settings_learned",
     "settings_of_paths",
     "settings_table",
-    "settings_with_noise",
+    "settings_with_few_calls",
     "sliced_wasserstein_distance",
     "spectrum_error",
     "statistics_of",

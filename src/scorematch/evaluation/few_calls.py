@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from torch import Tensor
 from scorematch.core.provenance import identity
 from scorematch.core.records import as_stored, differences, read_record, refuse, write_record
 from scorematch.core.schema import Field
+from scorematch.core.scores import variance_of
+from scorematch.noise import NoiseSchedule
 from scorematch.sampling import SamplerSettings, learned_settings, schedules_of_paths
 from scorematch.score import ScoreNet
 
 _PATHS, _LEARNED_PATHS = 64, 256
 _BARELY_VISIBLE = 0.03  # in units of the value range
+_FIRST = 24.0  # in standard deviations of the data; from higher levels one step is enough
 _RECORD: Mapping[str, Field] = {
     "format_version": Field(int, required=True, choices=(1,)),
     "settings": Field(dict, required=True),
@@ -24,23 +28,27 @@ _RECORD: Mapping[str, Field] = {
 }
 
 
-def settings_with_noise(net: ScoreNet, calls: Sequence[int]) -> list[SamplerSettings]:
-    """Settings with few network calls on the levels of Karras et al., without new noise and with it.
+def settings_with_few_calls(net: ScoreNet, calls: Sequence[int]) -> list[SamplerSettings]:
+    """Settings with few network calls that need no paths: two kinds of levels, without new noise and with it.
 
-    The lowest level is that of ``settings_of_paths``. The method is UniPC, and DPM-Solver++ with the noise of the
-    reverse diffusion, eta = 1, at all steps, at the first half of them, or at the second. The noise is not learned,
-    since no distance of states tells whether it is right: ``tune`` measures what it is worth.
+    The levels are those of Karras et al., or the highest one and others with equal ratios from 24 standard deviations
+    of the data: above, a step changes little more than the brightness of an image. The lowest level is that of
+    ``settings_of_paths``. The method is UniPC, and on the levels of Karras et al. also DPM-Solver++ with the noise of
+    the reverse diffusion, eta = 1, at all steps, at the first half of them, or at the second.
 
     Args:
         net: the network.
         calls: the numbers of network calls, each at least 3.
     """
-    found = []
+    found, lowest, high = [], _lowest(net), _FIRST * math.sqrt(variance_of(net))
     for count in calls:
-        levels: dict[str, Any] = {"levels": count, "sigma_min": _lowest(net)}
+        levels: dict[str, Any] = {"levels": count, "sigma_min": lowest}
         first = (count - 1) // 2
         last = count - 1 - first
         found.append(SamplerSettings("ode", method="unipc", **levels))
+        if lowest < high < net.schedule.sigma_max:
+            sigmas = [net.schedule.sigma_max, *NoiseSchedule.geometric(high, lowest, count - 1)]
+            found.append(SamplerSettings("ode", method="unipc", sigmas=_rounded(sigmas)))
         for eta in (1.0, [1.0] * first + [0.0] * last, [0.0] * first + [1.0] * last):
             found.append(SamplerSettings("ode", method="dpm-solver++", eta=eta, **levels))
     return found
@@ -72,8 +80,7 @@ def settings_of_paths(
     schedules = schedules_of_paths(net, counts, n=_PATHS, **options)
     lowest = _lowest(net)
     chosen = [[*(sigma for sigma in schedule if sigma > lowest), lowest] for schedule in schedules]
-    rounded = [[float(f"{sigma:.5g}") for sigma in sigmas] for sigmas in chosen]
-    return [SamplerSettings("ode", sigmas=sigmas, method="unipc") for sigmas in rounded]
+    return [SamplerSettings("ode", sigmas=_rounded(sigmas), method="unipc") for sigmas in chosen]
 
 
 def settings_learned(
@@ -109,6 +116,10 @@ def settings_learned(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_record(path, {"format_version": 1, "settings": settings, "learned": kept})
     return [SamplerSettings.from_dict(kept[str(count)]) for count in calls]
+
+
+def _rounded(sigmas: Sequence[float]) -> list[float]:
+    return [float(f"{sigma:.5g}") for sigma in sigmas]
 
 
 def _lowest(net: ScoreNet) -> float:
