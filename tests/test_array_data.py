@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from scorematch import ScoreNet
+from scorematch.core.conditions import Condition
 from scorematch.data import open_arrays
 from scorematch.data.moments import moments
 from scorematch.training import Settings, train, train_steps
@@ -85,11 +86,11 @@ def test_an_interrupted_run_from_a_file_has_the_bits_of_a_whole_one_from_memory(
 
 def test_moments_are_those_of_all_values():
     x, condition = signals()
-    found, of_condition = moments(open_arrays((x, condition)))
+    found, others = moments(open_arrays((x, condition)), takes=Condition(vector=condition.shape[1]))
     std, mean = torch.std_mean(x.double().transpose(0, 1).flatten(1), 1)
     assert torch.allclose(found.mean, mean, rtol=1e-12) and torch.allclose(found.std, std, rtol=1e-12)
     assert found.low.min() == x.min() and found.high.max() == x.max()
-    assert torch.allclose(of_condition.std, condition.double().std(0), rtol=1e-12)
+    assert torch.allclose(others["features"].std, condition.double().std(0), rtol=1e-12)
 
 
 @pytest.mark.parametrize("start", ["own", pytest.param("range", marks=pytest.mark.slow)])

@@ -496,7 +496,7 @@ def test_sample_draws_a_class(folder, tmp_path, capsys):
     [
         (["nothing", "x.png"], "'nothing' is not the short name of a network; the short names are 'mnist', "),
         (["mnist", "x.png", "--step-size", "1"], "stability limit"),
-        (["palette-mnist", "x.png"], "palette-mnist restores images: it takes an image as its condition. Write python"),
+        (["palette-mnist", "x.png"], "palette-mnist takes an image as its condition. Write python"),
     ],
 )
 def test_sample_gives_an_error_of_one_line(options, message, capsys):

@@ -89,7 +89,7 @@ def test_other_commands_say_that_they_are_for_pictures(run, tmp_path, capsys):
     error = refused(["restore", str(run), str(tmp_path), str(tmp_path / "out"), "--operator", "gray"], capsys)
     assert "must draw images (C, H, W)" in error or "no image" in error
     error = refused(["sample", "mnist", str(tmp_path / "x.png"), "--condition", "1", *QUIET], capsys)
-    assert "--condition is for networks that take a vector, and mnist does not. Leave it out." in error
+    assert "--condition is for networks that take a vector or an image, and mnist does not. Leave it out." in error
 
 
 @pytest.mark.parametrize(

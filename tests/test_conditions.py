@@ -10,13 +10,14 @@ from scorematch.data import open_arrays
 from scorematch.guidance import Tiled, autoguidance, classifier_free
 from scorematch.likelihood import log_likelihood
 from scorematch.loss import sliced_score_matching_loss
+from scorematch.nets.precondition import Units
 from scorematch.nets.reconditioning import difference
 from scorematch.restoration.palette import Inpainting
 from scorematch.sampling import SAMPLERS, ODESampler, bulk_samples, recommended_sampler
 from scorematch.sampling.settings import SamplerSettings
 from scorematch.training import train
 from scorematch.training.start import begin_with
-from tests.helpers import seed
+from tests.helpers import refused, seed
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -353,3 +354,43 @@ def test_an_encoder_needs_the_number_of_its_features():
     ScoreNet.mlp(2, width=8)
     with pytest.raises(ValueError, match=r"holds a network without an encoder .*: leave out condition_encoder="):
         ScoreNet.from_pretrained("mnist", condition_encoder=Encoder())
+
+
+def test_images_of_data_are_standardized_and_changed_with_the_data(tmp_path, capsys):
+    x = 250 + 30 * torch.randn(16, 1, 8, generator=seed(0))
+    image = 1500 + 400 * torch.randn(16, 2, 8, generator=seed(1))
+    np.savez(tmp_path / "x.npz", x=x.numpy(), condition=image.numpy())
+    quiet = ("--device", "cpu", "--quiet")
+    options = ("--images", "16", "--batch-size", "8", "--precision", "float32", "--sample-every", "16")
+    assert main(["train", str(tmp_path / "x.npz"), "--out", str(tmp_path / "run"), *options, *quiet]) == 0
+    net = ScoreNet.from_pretrained(tmp_path / "run")
+    assert net.conditioning.channels == 2
+    mean, std = (torch.tensor(part)[:, None] for part in net.units.image[:2])
+    assert torch.allclose(mean[:, 0], image.mean((0, 2))) and torch.allclose(std[:, 0], image.std((0, 2)))
+    score = net(x[:3], 5.0, image[:3])
+    net.units = net.units._replace(image=Units((0.0, 0.0), (0.5, 0.5)))
+    assert torch.allclose(net(x[:3], 5.0, (image[:3] - mean) / (2 * std)), score, atol=1e-5)
+
+    sample = ["sample", str(tmp_path / "run"), str(tmp_path / "y.npz"), *quiet, "--condition"]
+    np.save(tmp_path / "image.npy", image[:3].numpy())
+    assert main([*sample, str(tmp_path / "image.npy")]) == 0
+    drawn = np.load(tmp_path / "y.npz")
+    assert drawn["x"].shape == (3, 1, 8) and np.array_equal(drawn["condition"], image[:3].numpy())
+    np.save(tmp_path / "short.npy", image[:3, :, :4].numpy())
+    for value, message in (
+        (tmp_path / "short.npy", "must have an image of shape (2, 8) for each sample, as "),
+        ("0.3,0.7", "must be a file .npz or .npy with the images that "),
+    ):
+        assert message in refused([*sample[:2], tmp_path / "z.npz", *quiet, "--condition", value], capsys)
+
+    def loss(net, x, *, sigma, noise, condition):
+        assert torch.equal(condition, torch.cat([x, -x], 1))
+        return dsm_loss(net, x, sigma=sigma, noise=noise, condition=condition, reduction="none")
+
+    own = ScoreNet.unet(1, (8,), **SMALL, condition_channels=2)
+    changes = {"loss": loss, "augment": ("flip", "shift"), "images": 16, "batch_size": 8, "progress": False}
+    train(own, (x, torch.cat([x, -x], 1)), tmp_path / "changed", **changes)
+    with pytest.raises(ValueError, match=r"an image of 2 channels .* \(N, 2, 8\), got torch.float32 of shape \(1, 8\)"):
+        train(ScoreNet.unet(1, (8,), **SMALL, condition_channels=2), (x, x), tmp_path / "wrong", **changes)
+    with pytest.raises(ValueError, match=r"does not take. Build it with condition_channels=2"):
+        train(ScoreNet.unet(1, (8,), **SMALL), (x, image), tmp_path / "none", **changes)

@@ -116,9 +116,10 @@ def _run(args: argparse.Namespace) -> None:
     else:
         refuse(args, ["overwrite"], "is for a picture, and --out continues in its folder")
     net = guide(args, load(args, pictures=False))
-    if takes_image(net):
+    if takes_image(net) and args.condition is None:
         raise ValueError(
-            f"{args.model} restores images: it takes an image as its condition. Write {args.program} restore."
+            f"{args.model} takes an image as its condition. Write {args.program} restore for a network of pictures, or "
+            "--condition FILE with an image for each sample."
         )
     job = Job(
         make_sampler(args, net),

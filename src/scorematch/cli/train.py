@@ -187,7 +187,9 @@ def _run(args: argparse.Namespace) -> None:
     if arrays is None:
         refuse(args, ["padding"], "is for data that are not pictures")
     if not conditional:
-        refuse(args, ["label_drop", "label_key"], "is for training on classes with --labels")
+        refuse(args, ["label_drop"], "is for training on classes with --labels")
+        if arrays is None or not arrays.channels:
+            refuse(args, ["label_key"], "is for training on classes with --labels")
     if args.cache is not None and args.no_cache:
         raise ValueError("--cache and --no-cache cannot be combined. Leave out one.")
     check_folder_name(args.out)
@@ -359,6 +361,7 @@ def _network_of_arrays(
         return network_for(
             data.shape,
             condition_features=data.features,
+            condition_channels=data.channels,
             classes=len(data.classes) if args.labels and data.classes is not None else None,
             null_class=settings.label_drop > 0,
             padding="zeros" if args.padding is None else args.padding[0] if len(args.padding) == 1 else args.padding,

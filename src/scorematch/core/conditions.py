@@ -54,6 +54,17 @@ class Condition(NamedTuple):
         return self.encoder or len(self.parts()) > 1
 
 
+def named_parts(condition: Any, takes: Condition | None) -> Parts:
+    """The parts by name of the condition of data, which is a tensor, a dict or None.
+
+    A tensor of floating-point values is the image of a network that takes one and no vector, otherwise the vector.
+    """
+    if condition is None or isinstance(condition, Mapping):
+        return dict(condition or {})
+    image = takes is not None and takes.channels > 0 and not takes.vector
+    return {("image" if image else "features") if condition.is_floating_point() else "class": condition}
+
+
 def map_parts(function: Callable[[Tensor], Tensor], condition: Any) -> Any:
     """A function of a condition: of the tensor, or of each part; None for none."""
     if isinstance(condition, dict):

@@ -3,9 +3,10 @@
 It accepts
 
 - an array or a tensor (N, C, ...) or (N, D), floating point, of any range; alone, as a pair (x, condition), or in a
-  mapping with the names "x" and "condition". A condition is a vector for each sample, float (N, K), or a class, (N,),
-  or a dict of both, {"class": ..., "features": ...}; a mapping may have both as "condition" and "label". For a network
-  with an encoder of its condition, float (N, ...) of any shape;
+  mapping with the names "x" and "condition". A condition is a vector for each sample, float (N, K), or an image with
+  the sides of x, float (N, K, ...), or a class, (N,), or a dict of these, {"class": ..., "features": ..., "image":
+  ...}; a mapping may have classes beside another condition as "label". For a network with an encoder of its condition,
+  float (N, ...) of any shape;
 - the file of such an array, ``.npy``; a file with several, ``.npz``; an HDF5 file (extra ``arrays``), which may be
   that of netCDF4; or a folder of zarr (extra ``arrays``). The values of ``.npy``, of uncompressed ``.npz``, HDF5 and
   zarr stay on the disk, and are read batch by batch; conditions are read at once;
@@ -46,6 +47,7 @@ class ArrayData:
     Attributes:
         shape: the shape of one sample, (C, ...) or (D,).
         features: K, the number of values of the condition of a sample; 0 without vectors.
+        channels: the number of channels of an image with the sides of x as the condition; 0 without.
         classes: the names of the classes, or None without classes.
         fingerprint: a hash that identifies the data: of the values in memory, or of the shape and of 16 samples of an
             array on the disk.
@@ -54,7 +56,7 @@ class ArrayData:
     def __init__(self, x: Any, condition: Any = None, name: str = "x") -> None:
         self.name, self._x, self._n = name, x, int(x.shape[0])
         self.shape = tuple(map(int, x.shape[1:]))
-        self.features = 0
+        self.features = self.channels = 0
         self.classes: tuple[str, ...] | None = None
         self._condition: Tensor | Parts | None = None
         if isinstance(condition, Mapping):
@@ -77,19 +79,19 @@ class ArrayData:
         self.fingerprint = hash_of([identity, self.shape, "center", self.classes is not None])
 
     def _parts(self, condition: Mapping[str, Any]) -> Parts:
-        """The classes and the vectors of a dict."""
+        """The parts of a dict."""
         found = {}
         for name, values in condition.items():
             array = to_array(values)
-            if name != ("features" if np.issubdtype(array.dtype, np.floating) else "class"):
+            if name not in (("features", "image") if np.issubdtype(array.dtype, np.floating) else ("class",)):
                 raise ValueError(
                     f'the condition of {self.name} must be {{"class": integers (N,), "features": floating-point '
-                    f"vectors (N, K)}}, got {quote(name)} of {array.dtype}."
+                    f'vectors (N, K), "image": floating-point (N, K, ...)}}, got {quote(name)} of {array.dtype}.'
                 )
-            found[name] = self._checked(array)
+            found[name] = self._checked(array, image=name == "image")
         return found
 
-    def _checked(self, values: np.ndarray) -> Tensor:
+    def _checked(self, values: np.ndarray, *, image: bool = False) -> Tensor:
         if not np.issubdtype(values.dtype, np.floating):
             numbers, self.classes = class_numbers(values, self._n, self.name)
             return torch.from_numpy(numbers)
@@ -101,7 +103,16 @@ class ArrayData:
             )
         vectors = torch.from_numpy(np.array(values, np.float32))
         check_finite(vectors, f"the condition of {self.name}", data=False)
-        self.features = math.prod(values.shape[1:])
+        if has_sides(vectors, self.shape):
+            self.channels = values.shape[1]
+        elif image:
+            sides = ", ".join(map(str, self.shape[1:]))
+            raise ValueError(
+                f"the image as the condition of {self.name} must have the sides of the data, ({self._n}, K, {sides}), "
+                f"got shape {values.shape}."
+            )
+        else:
+            self.features = math.prod(values.shape[1:])
         return vectors
 
     def __len__(self) -> int:
@@ -140,10 +151,14 @@ class _ItemData(ArrayData):
     def __init__(self, dataset: Any) -> None:
         self.dataset, self.name, self._n = dataset, f"the {type(dataset).__name__}", len(dataset)
         x, condition = self.read([0])
-        self.shape, self.classes = tuple(x.shape[1:]), None
-        vectors = condition.get("features") if isinstance(condition, dict) else condition
-        self.features = 0 if vectors is None or vectors.ndim == 1 else math.prod(vectors.shape[1:])
-        self.fingerprint = hash_of([type(dataset).__name__, self._n, self.shape, self.features])
+        self.shape, self.classes, self.features, self.channels = tuple(x.shape[1:]), None, 0, 0
+        for part in condition.values() if isinstance(condition, dict) else [condition]:
+            if part is not None and has_sides(part, self.shape):
+                self.channels = part.shape[1]
+            elif part is not None and part.ndim > 1:
+                self.features = math.prod(part.shape[1:])
+        described = [type(dataset).__name__, self._n, self.shape, self.features]
+        self.fingerprint = hash_of([*described, self.channels] if self.channels else described)
 
     def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor | Parts | None]:
         items = [self.dataset[int(i)] for i in indices]
@@ -153,6 +168,11 @@ class _ItemData(ArrayData):
         if isinstance(first, Mapping):
             return x, {name: _stacked([pair[1][name] for pair in pairs]) for name in first}
         return x, None if first is None else _stacked([pair[1] for pair in pairs])
+
+
+def has_sides(condition: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a condition (N, K, ...) is an image with the sides of samples of a shape (C, ...)."""
+    return condition.is_floating_point() and len(shape) > 1 and condition.shape[2:] == shape[1:]
 
 
 def _stacked(values: Sequence[Any]) -> Tensor:
@@ -248,8 +268,9 @@ def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: 
             return None
         name, of_condition, of_class = found
         condition = None if of_condition is None else data[of_condition][...]
-        if of_class is not None:
-            condition = {"features": condition, "class": data[of_class][...]}
+        if of_condition is not None and of_class is not None:
+            image = data[of_condition].shape[2:] == data[name].shape[2:] != ()
+            condition = {"image" if image else "features": condition, "class": data[of_class][...]}
         data = data[name]
     elif isinstance(data, tuple) and len(data) == 2:
         data, condition = data

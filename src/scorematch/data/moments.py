@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scorematch.core.conditions import Condition, named_parts
 from scorematch.data.array_data import check_finite
 from scorematch.data.images import Data
 
@@ -43,13 +44,13 @@ class Moments(NamedTuple):
 class _Sum:
     """The moments of the batches that were added."""
 
-    def __init__(self, name: str, part: str) -> None:
-        self.name, self.part, self.first, self.n = name, part, 0, 0
+    def __init__(self, name: str, part: str, *, data: bool = False) -> None:
+        self.name, self.part, self.data, self.first, self.n = name, part, data, 0, 0
         self.mean = self.squares = torch.zeros(())
         self.low, self.high = torch.tensor(math.inf), torch.tensor(-math.inf)
 
     def add(self, x: Tensor) -> None:
-        check_finite(x, self.name, self.first, data=self.part == "channel")
+        check_finite(x, self.name, self.first, data=self.data)
         values = x.detach().double().transpose(0, 1).flatten(1)
         n, mean, (low, high) = values.shape[1], values.mean(1), values.aminmax(dim=1)
         squares = (values - mean[:, None]).square().sum(1)
@@ -67,28 +68,33 @@ class _Sum:
 
 
 def moments(
-    data: Data, *, name: str = "data", vectors: bool = True, progress: bool = False
-) -> tuple[Moments, Moments | None]:
-    """Measures data, and the vectors that are their conditions.
+    data: Data, *, name: str = "data", takes: Condition | None = None, progress: bool = False
+) -> tuple[Moments, dict[str, Moments]]:
+    """Measures data, and the vectors and the images that are their conditions.
 
     Args:
         data: the data, floating point.
         name: the name of the data in messages.
-        vectors: whether to measure the vectors too.
+        takes: the condition that the network takes. One that an encoder takes is not measured.
         progress: whether to show a progress bar.
 
     Returns:
-        The moments of the channels, and those of the values of the vectors, or None without vectors.
+        The moments of the channels; and by name those of the values of vectors, "features", and of the channels of
+        images, "image".
 
     Raises:
         ValueError: if the data have NaN or infinite values, or a channel or a value that is constant.
     """
-    found, of_condition = _Sum(name, "channel"), _Sum("condition", "value")
+    found = _Sum(name, "channel", data=True)
+    others = {"features": _Sum("condition", "value"), "image": _Sum("condition", "channel")}
+    others = {} if takes is None else {part: others[part] for part in takes.parts() if part in others}
+    if takes is not None and takes.encoder:
+        others.pop("features")
     step = max(1, _VALUES // math.prod(data.shape))
     for first in tqdm(range(0, len(data), step), "measuring", unit="batch", leave=False, disable=not progress, delay=2):
         x, condition = data.read(torch.arange(first, min(first + step, len(data)), device="cpu"))
         found.add(x)
-        given = condition.get("features") if isinstance(condition, dict) else condition
-        if vectors and given is not None and given.is_floating_point():
-            of_condition.add(given)
-    return found.moments(), of_condition.moments() if of_condition.n else None
+        for part, given in named_parts(condition, takes).items():
+            if part in others:
+                others[part].add(given)
+    return found.moments(), {part: each.moments() for part, each in others.items() if each.n}

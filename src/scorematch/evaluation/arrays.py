@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from scorematch.core.charts import Curve, chart
+from scorematch.core.derived import Isotropic
 from scorematch.core.files import write_whole
 from scorematch.core.randomness import seed_of
+from scorematch.core.scores import attribute
 from scorematch.data.array_data import ArrayData, find_arrays
 from scorematch.data.pictures import is_picture
 from scorematch.evaluation.estimate import Estimate
@@ -47,7 +49,7 @@ def reference_arrays(reference: Any, what: Any = None, *, named: bool = False) -
     if isinstance(reference, Statistics) or is_statistics_file(reference):
         return None
     net = what.net if isinstance(what, Sampler) else what
-    named = named or (isinstance(net, ScoreNet) and net.value_range is None)
+    named = named or (isinstance(net, ScoreNet | Isotropic) and attribute(net, "value_range") is None)
     data = find_arrays(reference, pictures=not named)
     if data is None or named or not is_picture(data.shape):
         return data

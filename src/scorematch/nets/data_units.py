@@ -81,13 +81,8 @@ class DataUnits:
         if units is not None:
             if not ROWS[self.precondition].centered:
                 raise ValueError(f"units need a preconditioning such as 'karras', got {self.precondition!r}.")
-            mean, std = (native(list(part)) for part in units[:2])
-            if not (_NUMBERS.fits(mean) and _NUMBERS.fits(std) and len(mean) == len(std) and min(std) > 0):
-                raise ValueError(
-                    "units must have a mean and a positive standard deviation for each channel, finite numbers, got "
-                    f"{quote(tuple(units))}."
-                )
-            units = Units(tuple(map(float, mean)), tuple(map(float, std)), Units(*units).relative)
+            units = _checked(Units(*units))
+            units = units if units.image is None else units._replace(image=_checked(units.image))
             self.value_range = None
         self._units = units
 
@@ -102,8 +97,8 @@ class DataUnits:
         Args:
             data: (N, C, ...) or (N, D), floating point, all data or a large random part; or the result of
                 ``open_arrays``. For (N, D) each of the D values is a channel.
-            condition: the vectors (N, K) of a network with ``condition_features``, which are standardized too. Those of
-                ``open_arrays`` need not be passed.
+            condition: the vectors (N, K) of a network with ``condition_features``, or the images (N, K, ...) of one
+                with ``condition_channels``, which are standardized too. Those of ``open_arrays`` need not be passed.
             progress: whether to show a progress bar.
 
         Raises:
@@ -119,18 +114,23 @@ class DataUnits:
         if own is not None and (len(data.shape), data.shape[0]) != (len(own), own[0]):
             raise ValueError(f"data must have samples like those of the network, {own}, got {tuple(data.shape)}.")
         takes = self.conditioning
-        vectors = takes is None or not takes.encoder  # an encoder takes a condition in its own units
-        self.take_moments(*moments(data, vectors=vectors, progress=progress))
+        found, of_condition = moments(data, takes=takes, progress=progress)
+        if (
+            isinstance(condition, Tensor)
+            and condition.is_floating_point()
+            and not (of_condition or (takes and takes.encoder))
+        ):
+            raise TypeError("this network takes no vector as its condition, and no image. Leave out condition.")
+        self.take_moments(found, of_condition)
 
-    def take_moments(self, found: Moments, of_condition: Moments | None = None) -> None:
+    def take_moments(self, found: Moments, of_condition: Mapping[str, Moments]) -> None:
         """Stores the moments of data and of their conditions, as ``fit_units`` does."""
-        if of_condition is not None:
-            if self._vectors is None:
-                raise TypeError("this network takes no vector as its condition. Leave out condition.")
-            self._vectors.mean.copy_(of_condition.mean)
-            self._vectors.std.copy_(of_condition.std)
+        vectors, image = of_condition.get("features"), of_condition.get("image")
+        if vectors is not None and self._vectors is not None:
+            self._vectors.mean.copy_(vectors.mean)
+            self._vectors.std.copy_(vectors.std)
         expected, own, ends = 0.5 / self.preconditioning.units[0], self.schedule, self.value_range
-        units = Units(tuple(found.mean.tolist()), tuple(found.std.tolist()), relative=len(found.std) > 1)
+        units = Units(*_numbers(found), len(found.std) > 1, None if image is None else Units(*_numbers(image)))
         self.units, ratio = units, units.typical / expected
         self.schedule = NoiseSchedule.geometric(own.sigma_max * ratio, own.sigma_min * ratio, len(own))
         if ends is not None and ends[0] <= float(found.low.min()) and float(found.high.max()) <= ends[1]:
@@ -144,6 +144,20 @@ class DataUnits:
     def take_units(self, config: Mapping[str, Any]) -> None:
         """Takes the units, with the range and the noise levels, of a configuration, if it has units."""
         if "units" in config:
-            self.units = Units(**config["units"])
+            self.units = Units.from_dict(config["units"])
             self._value_range = None if config["value_range"] is None else tuple(config["value_range"])
             self.schedule = NoiseSchedule.from_dict(config["schedule"])
+
+
+def _numbers(found: Moments) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(found.mean.tolist()), tuple(found.std.tolist())
+
+
+def _checked(units: Units) -> Units:
+    mean, std = (native(list(part)) for part in units[:2])
+    if not (_NUMBERS.fits(mean) and _NUMBERS.fits(std) and len(mean) == len(std) and min(std) > 0):
+        raise ValueError(
+            "units must have a mean and a positive standard deviation for each channel, finite numbers, got "
+            f"{quote((mean, std))}."
+        )
+    return units._replace(mean=tuple(map(float, mean)), std=tuple(map(float, std)))

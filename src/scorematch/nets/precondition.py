@@ -100,11 +100,19 @@ class Units(NamedTuple):
         std: one positive number for each channel.
         relative: whether the noise of a channel is sigma r, with the ratio r of its std to the geometric mean of all
             std; otherwise it is sigma in all channels.
+        image: the units of a conditioning image, if they are known; those of x are used otherwise.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     relative: bool = False
+    image: Units | None = None
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Units:
+        """The units of ``to_dict``."""
+        image = stored.get("image")
+        return cls(**{**stored, "image": None if image is None else cls.from_dict(image)})
 
     def __str__(self) -> str:
         """The first channels, such as "mean 250, -3; deviation 30, 0.5"."""
@@ -129,8 +137,9 @@ class Units(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that make these units, as they are stored."""
-        found = {"mean": list(self.mean), "std": list(self.std)}
-        return {**found, "relative": True} if self.relative else found
+        found: dict[str, Any] = {"mean": list(self.mean), "std": list(self.std)}
+        found |= {"relative": True} if self.relative else {}
+        return found if self.image is None else {**found, "image": self.image.to_dict()}
 
     def isotropic(self) -> Units:
         """The units of x / r, whose noise is sigma in all channels."""
@@ -427,9 +436,12 @@ class Preconditioning:
         inner = _real_dtype(backbone, dtype)
 
         def in_units(part: Tensor) -> Tensor:
-            same = self.data is None or part.shape[1:2] == x.shape[1:2]
-            image = part.ndim == x.ndim > 2 and part.is_floating_point() and same
-            return (k * (part.to(dtype) - middle)).to(inner) if image else part
+            own = None if self.data is None else self.data.image
+            same = self.data is None or part.shape[1:2] == x.shape[1:2] or own is not None
+            if not (part.ndim == x.ndim > 2 and part.is_floating_point() and same):
+                return part
+            scale, center = (k, middle) if own is None else (per_image(own.scale(x), x), per_image(own.center(x), x))
+            return (scale * (part.to(dtype) - center)).to(inner)
 
         arguments: list[Any] = [
             (per_image(c_in, x) * u).to(inner),

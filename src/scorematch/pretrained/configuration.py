@@ -53,7 +53,7 @@ _COMMON: Mapping[str, Field] = {
     "schedule": Field(dict, required=True),
 }
 _CHANNELS = Field(list, required=True, low=1, each=Field(float, low=-_LARGEST, high=_LARGEST))
-_UNITS: Mapping[str, Field] = {"mean": _CHANNELS, "std": _CHANNELS, "relative": Field(bool)}
+_UNITS: Mapping[str, Field] = {"mean": _CHANNELS, "std": _CHANNELS, "relative": Field(bool), "image": Field(dict)}
 _NO_UNITS = {"mean": [0.0], "std": [1.0]}
 _SCHEDULE: Mapping[str, Field] = {
     "sigmas": Field(list, required=True, low=1, high=1_000_000, each=Field(float, low=0, high=_LARGEST))
@@ -101,7 +101,9 @@ def checked(config: Mapping[str, Any], where: Path | str) -> dict[str, Any]:
     check_options(config["precondition"], config.get("precondition_options", {}), f"{where}: precondition_options")
     if config["value_range"] is not None and not config["value_range"][0] < config["value_range"][1]:
         raise ValueError(f"{where}: value_range must be [low, high] with low < high, got {config['value_range']}.")
-    check(config.get("units", _NO_UNITS), _UNITS, f"{where}: units", closed=True)
+    units = config.get("units", _NO_UNITS)
+    check(units, _UNITS, f"{where}: units", closed=True)
+    check(units.get("image", _NO_UNITS), _UNITS, f"{where}: units: image", closed=True)
     check(config["schedule"], _SCHEDULE, f"{where}: schedule", closed=True)
     with about(where):
         NoiseSchedule.from_dict(config["schedule"])

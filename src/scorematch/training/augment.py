@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument
+from scorematch.data.array_data import ArrayData
 from scorematch.data.images import Data
 from scorematch.data.pictures import is_picture
 from scorematch.nets.image_network import ImageNetwork
@@ -47,6 +48,8 @@ def augmentations(net: ScoreNet, data: Data, asked: Sequence[str] | None) -> tup
             raise ValueError(
                 f"{argument('augment', name)} needs data with {wanted}, got samples of shape {tuple(data.shape)}."
             )
+        if name == "nonleaking" and isinstance(data, ArrayData) and data.channels:
+            raise ValueError(f"{argument('augment', name)} is for data without an image as their condition.")
         if name == "nonleaking" and not (len(sides) == 2 and can_be_told(net)):
             raise ValueError(
                 f"{argument('augment', name)} needs images (C, H, W) and a U-Net or NCSN++, which is told how they "

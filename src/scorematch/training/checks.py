@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument
-from scorematch.core.conditions import Condition, Parts
+from scorematch.core.conditions import Condition, Parts, named_parts
 from scorematch.data.array_data import ArrayData
 from scorematch.data.images import Data, ImageData
 from scorematch.score import ScoreNet
@@ -51,12 +51,7 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
             "condition= is for networks that take an image as their condition, which net does not. Write "
             "ScoreNet.unet(condition_channels=...)."
         )
-    if takes is not None and takes.channels > 0 and settings.condition is None:
-        raise ValueError(
-            f"the network takes an image of {takes.channels} channels as its condition. Pass condition=, such as "
-            "scorematch.restoration.palette.Colorization()."
-        )
-    from_data = condition_of_data(net)
+    from_data = condition_of_data(net, settings)
     if settings.label_drop > 0 and not (from_data is not None and from_data.null_class):
         raise ValueError(
             "label_drop needs a network with a null class, which replaces the dropped labels. Write "
@@ -64,11 +59,17 @@ def check_arguments(net: ScoreNet, data: Data, settings: Settings, processes: in
         )
     if from_data is not None:
         first = data.read(torch.zeros(1, dtype=torch.int64, device="cpu"))[1]
-        check_condition(given_of(net, data.labels if isinstance(data, ImageData) else first, settings), from_data)
+        given = given_of(net, data.labels if isinstance(data, ImageData) else first, settings)
+        check_condition(given, from_data, tuple(data.shape[1:]))
     elif takes is not None and settings.condition is None and isinstance(data, ArrayData) and data.features:
         raise ValueError(
             f"the data have a vector of {data.features} values as the condition of each sample, which the network "
             f"does not take. Build it with condition_features={data.features}, or leave out the condition."
+        )
+    if isinstance(data, ArrayData) and data.channels and takes is not None and not (takes.channels or takes.encoder):
+        raise ValueError(
+            f"the data have an image of {data.channels} channels as the condition of each sample, which the network "
+            f"does not take. Build it with condition_channels={data.channels}, or leave out the condition."
         )
     augmentations(net, data, settings.augment)
 
@@ -80,10 +81,12 @@ def check_stages(net: ScoreNet, data: Data, settings: TrainSettings, processes: 
         check_arguments(net, data, own, processes)
 
 
-def condition_of_data(net: ScoreNet) -> Condition | None:
-    """The condition of a network that is trained with the labels or the vectors of its data, or None."""
+def condition_of_data(net: ScoreNet, settings: Settings) -> Condition | None:
+    """The condition that a network takes from its data, or None; a task computes the image, if there is one."""
     takes = net.conditioning
-    return None if takes is None or (takes.classes is None and not takes.vector) else takes._replace(channels=0)
+    if takes is not None and settings.condition is not None:
+        takes = takes._replace(channels=0)
+    return takes if takes is not None and takes.parts() else None
 
 
 def is_own(net: ScoreNet, settings: Settings) -> bool:
@@ -92,27 +95,39 @@ def is_own(net: ScoreNet, settings: Settings) -> bool:
 
 
 def given_of(net: ScoreNet, condition: Tensor | Parts | None, settings: Settings) -> Tensor | Parts | None:
-    """What a network takes of the condition of data: the labels, the vectors or both, or None.
+    """What a network takes of the condition of data: the labels, the vectors, the images or several of them, or None.
 
     It is a dict if the network takes several conditions.
     """
     if is_own(net, settings):
         return condition
-    takes, wanted = net.conditioning, condition_of_data(net)
+    takes, wanted = net.conditioning, condition_of_data(net, settings)
     if takes is None or wanted is None or condition is None:
         return None
+    parts = named_parts(condition, wanted)
     if isinstance(condition, dict):
-        parts = {name: condition[name] for name in wanted.parts() if name in condition}
-    else:
-        parts = {"features" if condition.is_floating_point() else "class": condition}
+        parts = {name: parts[name] for name in wanted.parts() if name in parts}
     return parts if takes.by_name else next(iter(parts.values()), None)
 
 
-def check_condition(condition: Tensor | Parts | None, takes: Condition) -> None:
-    """Raises ValueError if there are no labels or vectors, or they are not those of the network."""
+def check_condition(condition: Tensor | Parts | None, takes: Condition, sides: tuple[int, ...]) -> None:
+    """Raises ValueError if there are no labels, vectors or images, or they are not those of the network.
+
+    ``sides`` are those of the data.
+    """
     if isinstance(condition, dict):
         for name, part in takes.parts().items():
-            check_condition(condition.get(name), part)
+            check_condition(condition.get(name), part, sides)
+        return
+    if takes.channels:
+        wanted = (takes.channels, *sides)
+        if condition is None or not condition.is_floating_point() or condition.shape[1:] != wanted:
+            found = "none" if condition is None else f"{condition.dtype} of shape {tuple(condition.shape[1:])} for each"
+            raise ValueError(
+                f"the network takes an image of {takes.channels} channels as its condition. Pass condition=, such as "
+                "scorematch.restoration.palette.Colorization(), or a pair (x, condition) with a floating-point "
+                f"condition (N, {', '.join(map(str, wanted))}), got {found}."
+            )
         return
     if takes.vector:
         fits = condition is not None and (takes.encoder or condition.shape[1:] == (takes.vector,))

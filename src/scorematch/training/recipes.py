@@ -151,6 +151,7 @@ def network_for(
     shape: Sequence[int],
     *,
     condition_features: int = 0,
+    condition_channels: int = 0,
     classes: int | None = None,
     null_class: bool = False,
     padding: Padding | Sequence[Padding] = "zeros",
@@ -163,6 +164,7 @@ def network_for(
     Args:
         shape: the shape of one sample, (D,), (C, L), (C, H, W) or (C, D, H, W).
         condition_features: the number of values of a vector as the condition; 0 for none.
+        condition_channels: the number of channels of an image as the condition; 0 for none.
         classes: the number of classes; None for none.
         null_class: whether there is one more class, for samples without a class.
         padding: what lies beyond the ends of the axes, as for ``ScoreNet.unet``.
@@ -177,6 +179,7 @@ def network_for(
     conditions: dict[str, Any] = {"condition_features": condition_features, "classes": classes}
     conditions["null_class"] = null_class and classes is not None
     channels, *sides = shape
+    conditions |= {"condition_channels": condition_channels} if condition_channels else {}
     if len(sides) > 3:
         raise ValueError(f"samples must be (D,), (C, L), (C, H, W) or (C, D, H, W), got shape {tuple(shape)}.")
     if not sides:

@@ -453,7 +453,7 @@ def _batches(
     local = settings.batch_size // accelerator.num_processes
     pinned = accelerator.device.type == "cuda"
     order, generator = Order(len(data), settings.seed), torch.Generator()
-    levels, takes = levels_for(net, settings.levels), condition_of_data(net)
+    levels, takes = levels_for(net, settings.levels), condition_of_data(net, settings)
     names, axes = augmentations(net, data, settings.augment), len(data.shape) - 1
 
     def make(first: int) -> _Batch:
@@ -469,13 +469,15 @@ def _batches(
             if state.augmentation is not None:
                 numbers.append(nonleaking.draw(generator))
         flip, drop = torch.stack(chances).unbind(1)
-        x, told = augmented(x, names, torch.cat([flip[:, None], torch.stack(changes)], 1)), None
+        u, condition = torch.cat([flip[:, None], torch.stack(changes)], 1), given_of(net, condition, settings)
+        x, told = augmented(x, names, u), None
+        if takes is not None and takes.channels:
+            condition = map_parts(lambda part: augmented(part, names, u) if part.ndim == x.ndim else part, condition)
         if numbers:
             a = torch.stack(numbers)
             x, told = nonleaking.changed(to_float(x), a), nonleaking.told(a)
-        condition = given_of(net, condition, settings)
         if takes is not None and condition is not None:
-            check_condition(condition, takes)
+            check_condition(condition, takes, tuple(data.shape[1:]))
             condition = without(condition, takes, drop < settings.label_drop)
         sigma = levels.quantile(uniforms(settings.seed, first, first + local)).to(noise.dtype)
         if pinned:

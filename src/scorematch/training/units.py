@@ -53,10 +53,9 @@ def take_units(
         if net.units is None:
             net.take_units(record)
     elif net.is_new and net.units is None and _may_have_units(net, data):
-        takes = net.conditioning
-        vectors = takes is not None and takes.vector > 0 and not takes.encoder
-        found, of_condition = moments(data, vectors=vectors, progress=progress)
-        if _has_units(net, data, found):
+        found, of_condition = moments(data, takes=net.conditioning, progress=progress)
+        image = of_condition.get("image")
+        if _has_units(net, data, found) or (image is not None and is_outside(*_ends(image), _UNIT_RANGE)):
             net.take_moments(found, of_condition)
     net.is_new = False
 
@@ -68,7 +67,7 @@ def _may_have_units(net: ScoreNet, data: Data) -> bool:
 
 def _has_units(net: ScoreNet, data: Data, found: Moments) -> bool:
     """Whether the units of data are those that were measured; False if they are those of the network's range."""
-    low, high, own = float(found.low.min()), float(found.high.max()), net.value_range
+    (low, high), own = _ends(found), net.value_range
     outside = own is not None and is_outside(low, high, own)
     if own == _UNIT_RANGE and not outside:
         return False
@@ -86,3 +85,7 @@ def _has_units(net: ScoreNet, data: Data, found: Moments) -> bool:
             "data without a range."
         )
     return True
+
+
+def _ends(found: Moments) -> tuple[float, float]:
+    return float(found.low.min()), float(found.high.max())

@@ -14,6 +14,7 @@ from torch import Tensor
 from scorematch.cli.options import given
 from scorematch.cli.options.values import amount, filled
 from scorematch.core.messages import about, quote
+from scorematch.core.scores import attribute
 from scorematch.data.array_data import check_finite
 from scorematch.data.arrays import array_names, map_array
 from scorematch.guidance import GuidedScore, classifier_free
@@ -91,28 +92,36 @@ def add_condition(parser: argparse.ArgumentParser) -> None:
         type=filled,
         metavar="VALUES",
         help="for a network that takes a vector: its values for all samples, such as 0.3,0.7; or a file .npz (with the "
-        "array condition) or .npy with one vector for each sample",
+        "array condition) or .npy with one vector, or for a network that takes an image one image, for each sample",
     )
 
 
 def find_condition(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Tensor | None:
-    """The vectors of ``--condition``, float (m, K), or None.
+    """The vectors of ``--condition``, float (m, K), or the images, float (m, K, ...), or None.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if the network takes no vector, or one of another length, or values are not finite.
+        ValueError: if the network takes no such condition, or one of another shape, or values are not finite.
     """
     takes, text = net.conditioning, args.condition
+    if takes is not None and takes.channels and takes.vector:
+        raise ValueError(f"{args.model} takes an image and a vector as its condition. Draw with it in Python.")
     if text is None:
         if isinstance(net, GuidedScore) and takes is not None and takes.vector:
             raise ValueError(f"--guidance needs a condition. Add --condition with {takes.vector} values.")
         return None
-    if takes is None or not takes.vector:
+    if takes is None or not (takes.vector or takes.channels):
         instead = " Write --class K." if takes is not None and takes.classes is not None else " Leave it out."
-        raise ValueError(f"--condition is for networks that take a vector, and {args.model} does not.{instead}")
+        raise ValueError(
+            f"--condition is for networks that take a vector or an image, and {args.model} does not.{instead}"
+        )
     path = Path(text).expanduser()
     if path.suffix.lower() in (".npz", ".npy"):
-        values = _vectors(path)
+        values = _of_file(path)
+    elif takes.channels:
+        raise ValueError(
+            f"--condition must be a file .npz or .npy with the images that {args.model} takes, got {quote(text)}."
+        )
     else:
         try:
             values = torch.tensor([[float(word) for word in text.split(",")]])
@@ -120,16 +129,18 @@ def find_condition(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Ten
             raise ValueError(
                 f"--condition must be numbers, such as 0.3,0.7, or a file .npz or .npy, got {quote(text)}."
             ) from error
-    if values.ndim != 2 or values.shape[1] != takes.vector:
+    shape = attribute(net, "sample_shape") or ()
+    wanted = (takes.channels, *shape[1:]) if takes.channels else (takes.vector,)
+    if values.shape[1:] != wanted:
+        needed = f"{takes.vector} values" if takes.vector else f"an image of shape {wanted}"
         raise ValueError(
-            f"--condition must have {takes.vector} values for each sample, as {args.model} takes, got shape "
-            f"{tuple(values.shape)}."
+            f"--condition must have {needed} for each sample, as {args.model} takes, got shape {tuple(values.shape)}."
         )
     check_finite(values, "--condition", data=False)
     return values
 
 
-def _vectors(path: Path) -> Tensor:
+def _of_file(path: Path) -> Tensor:
     if path.suffix.lower() == ".npy":
         found = np.load(path, allow_pickle=False)
     else:
