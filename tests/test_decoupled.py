@@ -5,7 +5,7 @@ import torch
 
 from scorematch import AnnealedLangevinSampler, NoiseSchedule
 from scorematch.evaluation.exact import Gaussian, GaussianMixture
-from scorematch.restoration import Clip, Linear, Magnitude, Matrix, Observation, Operator, Quantize
+from scorematch.restoration import Clip, Linear, Magnitude, Mask, Matrix, Observation, Operator, Quantize
 from scorematch.restoration.likelihood import Likelihood
 from scorematch.sampling import DecoupledSampler
 from tests.helpers import run, seed
@@ -100,7 +100,9 @@ def test_without_information_draws_are_those_of_the_prior(observed):
     "sigma", [0.3, torch.tensor([0.2, torch.inf]), lambda v: v @ torch.tensor([[9.0, 4.0], [4.0, 7.0]])]
 )
 @pytest.mark.parametrize(
-    "operator", [Clip(0, 1), Linear(lambda x: x @ torch.tensor([[1.0, 0.4], [-0.3, 0.8]]))], ids=str
+    "operator",
+    [Clip(0, 1), Linear(lambda x: x @ torch.tensor([[1.0, 0.4], [-0.3, 0.8]])), Mask(torch.tensor([True, True]))],
+    ids=str,
 )
 def test_the_draw_from_the_likelihood_is_exact_with_every_noise(operator, sigma):
     observation = Observation(operator, torch.tensor([[0.9, 0.5]]), sigma).of_shape((2,))

@@ -61,7 +61,9 @@ class Likelihood(Restoration):
     def __init__(self, observation: Observation, variance: float, middle: float | Tensor) -> None:
         self._observation, self._variance = observation, variance
         operator = observation.operator
-        self._exact = Restoration() if operator.gain is None else replacement(observation, operator.gain)
+        self._exact = Restoration()
+        if operator.gain is not None and not callable(observation.sigma):
+            self._exact = replacement(observation, operator.gain)
         places, self._curvature = torch.Generator().manual_seed(0), observation.y.new_tensor(0.0)
         like = observation.y.new_zeros((1, *(observation.shape or ())))
         with torch.enable_grad():
