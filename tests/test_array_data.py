@@ -18,6 +18,9 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 QUICK = {"images": 32, "batch_size": 8, "precision": "float32", "progress": False}
 
 
+AXES = ("time", "variable", "height")
+
+
 def signals(n=24, scale=30.0, middle=250.0):
     """Smooth signals of two channels (n, 2, 12), and a vector for each (n, 3)."""
     x = torch.randn(n, 2, 12, generator=seed()).cumsum(2)
@@ -40,8 +43,10 @@ def sources(folder):
     np.savez_compressed(folder / "packed.npz", condition=condition, x=x)
     with h5py.File(folder / "x.h5", "w") as file:
         file["x"], file["condition"] = x, condition
+        file["x"].dims[0].label, file["x"].dims[1].label, file["x"].dims[2].label = AXES
     group = zarr.open_group(str(folder / "x.zarr"), mode="w")
     group["x"], group["condition"] = x, condition
+    group["x"].attrs["_ARRAY_DIMENSIONS"] = list(AXES)  # as xarray writes them
     names = ("plain.npz", "packed.npz", "x.h5", "x.zarr")
     pair = torch.from_numpy(x), torch.from_numpy(condition)
     return [*(folder / name for name in names), pair, {"x": x, "condition": condition}, TensorDataset(*pair)]
@@ -52,6 +57,7 @@ def test_all_kinds_of_sources_give_the_same_data(tmp_path):
     rows = torch.tensor([5, 0, 5, 23])
     for source in sources(tmp_path):
         data = open_arrays(source)
+        assert data.axes == (AXES if str(source).endswith((".h5", ".zarr")) else None)
         assert (len(data), data.shape, data.features) == (24, (2, 12), 3)
         for indices in (rows, list(range(3, 9)), [7]):
             found = data.read(indices)

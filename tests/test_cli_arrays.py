@@ -27,7 +27,7 @@ def _data(shape, n=40, scale=30.0, middle=250.0):
 def run(tmp_path_factory):
     """A run on vectors (N, 3) with conditions (N, 2), which was started by the command."""
     folder = tmp_path_factory.mktemp("run")
-    np.savez(folder / "x.npz", x=_data((3,)), condition=np.random.default_rng(0).random((40, 2)))
+    np.savez(folder / "x.npz", x=_data((3,)), condition=np.random.default_rng(0).random((40, 2)), axes=["run", "value"])
     options = ("--images", "64", "--batch-size", "8", "--precision", "float32", "--sample-every", "64")
     assert main(["train", str(folder / "x.npz"), "--out", str(folder / "run"), *options, *QUIET]) == 0
     return folder / "run"
@@ -51,6 +51,7 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "5 samples in" in printed and printed.endswith(f"{tmp_path / 'x.npz'}\n")
     written = np.load(tmp_path / "x.npz")
+    assert written["axes"].tolist() == ["run", "value"]
     condition = torch.tensor([[0.3, 0.7]])
     sampler = ODESampler(ScoreNet.from_pretrained(run), levels=18)
     (batch,) = bulk_samples(sampler, 5, condition=condition)

@@ -78,6 +78,8 @@ class ScoreNet(Builders, DataUnits, NetworkScore, nn.Module):
         sampler_settings: the SamplerSettings recommended for this network, or None; saved with the weights.
         class_names: the names of the classes of a class-conditional network, a tuple of strings, or None; saved with
             the weights. Class k is ``class_names[k]``, and ``net.class_names.index("cat")`` is the class "cat".
+        axes: the names of the axes of the data, the first of which is that of the samples, or None; saved with the
+            weights.
         is_new: whether ``train`` may give the network the units of its data (``fit_units``): True for a network that
             ``ScoreNet.unet`` and the other builders made, and False for one that was loaded or trained.
 
@@ -123,6 +125,7 @@ class ScoreNet(Builders, DataUnits, NetworkScore, nn.Module):
         self.units = None
         self.sampler_settings = None
         self.class_names = None
+        self.axes: tuple[str, ...] | None = None
         self.is_new = False
         self._architecture: dict[str, Any] = {"family": "custom"}
         self._scheduler: dict[str, Any] | None = None  # that of diffusers, for ``save_pretrained``
@@ -255,6 +258,7 @@ class ScoreNet(Builders, DataUnits, NetworkScore, nn.Module):
             **({"precondition_options": dict(self.precondition_options)} if self.precondition_options else {}),
             "sampler_settings": None if self.sampler_settings is None else self.sampler_settings.to_dict(),
             **({} if self.class_names is None else {"class_names": list(self.class_names)}),
+            **({} if self.axes is None else {"axes": list(self.axes)}),
             **({} if self._scheduler is None else {"scheduler": copy.deepcopy(self._scheduler)}),
             "schedule": self.schedule.to_dict(),
         }
@@ -392,6 +396,7 @@ class ScoreNet(Builders, DataUnits, NetworkScore, nn.Module):
         net.sampler_settings = None if settings is None else SamplerSettings.from_dict(settings)
         try:
             net.class_names = config.get("class_names")
+            net.axes = tuple(config["axes"]) if "axes" in config else None
             net.take_units(config)
         except ValueError as error:
             raise ValueError(f"{stored.source}: {error}") from error

@@ -21,10 +21,10 @@ from scorematch.cli.options.networks import add_model, draws_pictures, load
 from scorematch.cli.options.outputs import add_overwrite, check_folder_name, check_new
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import expanded, filled, image_count
-from scorematch.core.conditions import takes_image
+from scorematch.core.conditions import length, takes_image
 from scorematch.core.files import write_whole
 from scorematch.core.processes import this_process
-from scorematch.core.scores import middle_of
+from scorematch.core.scores import attribute, middle_of
 from scorematch.data.pictures import check_picture, grid, save_animation, save_grid, save_image, to_uint8
 from scorematch.data.plots import save_plot
 from scorematch.data.samples import Format, read_samples, save_values
@@ -129,8 +129,11 @@ def _run(args: argparse.Namespace) -> None:
         n_classes=args.n_classes,
         condition=find_condition(args, net),
     )
-    if job.condition is not None and len(job.condition) > 1 and not given(args, ["n"]):
-        args.n = len(job.condition)
+    samples = length(job.condition) or 1
+    if samples > 1 and not given(args, ["n"]):
+        args.n = samples
+    if 1 < samples < args.n:
+        raise ValueError(f"--condition has {samples} samples, but -n is {args.n}. Leave out -n, or write -n {samples}.")
     if not draws_pictures(net):
         refuse(args, ["gif", "columns"], f"is for pictures, and {args.model} draws other data")
     if args.out is None and (not draws_pictures(net) or Path(args.picture).suffix.lower() in _ARRAYS):
@@ -162,7 +165,7 @@ def _draw_values(args: argparse.Namespace, job: Job) -> None:
         if path.suffix.lower() == ".npy":
             np.save(content, x.numpy())
         else:
-            save_values(content, x, job.condition_of(range(args.n)))
+            save_values(content, x, job.condition_of(range(args.n)), attribute(job.sampler.net, "axes"))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content.getvalue())
     print(path)

@@ -41,6 +41,7 @@ class DerivedScore(NetworkScore, nn.Module):
     schedule: Any = _of_net("schedule")
     value_range: tuple[float, float] | None = _of_net("value_range")
     units: Any = _of_net("units")
+    axes: tuple[str, ...] | None = _of_net("axes")
     sample_shape: tuple[int, ...] | None = _of_net("sample_shape")
     sampler_settings: Any = _of_net("sampler_settings")
     class_names: tuple[str, ...] | None = _of_net("class_names")

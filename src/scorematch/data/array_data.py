@@ -48,10 +48,13 @@ class ArrayData:
         shape: the shape of one sample, (C, ...) or (D,).
         features: K, the number of values of the condition of a sample; 0 without vectors.
         channels: the number of channels of an image with the sides of x as the condition; 0 without.
+        axes: the names of the axes of x, the first of which is that of the samples; None if they have none.
         classes: the names of the classes, or None without classes.
         fingerprint: a hash that identifies the data: of the values in memory, or of the shape and of 16 samples of an
             array on the disk.
     """
+
+    axes: tuple[str, ...] | None = None
 
     def __init__(self, x: Any, condition: Any = None, name: str = "x") -> None:
         self.name, self._x, self._n = name, x, int(x.shape[0])
@@ -261,7 +264,7 @@ def find_arrays(
 
 
 def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: bool, name: str) -> ArrayData | None:
-    condition = None
+    condition, axes = None, None
     if isinstance(data, Mapping):
         found = _names(data, key, condition_key)
         if found is None:
@@ -271,6 +274,7 @@ def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: 
         if of_condition is not None and of_class is not None:
             image = data[of_condition].shape[2:] == data[name].shape[2:] != ()
             condition = {"image" if image else "features": condition, "class": data[of_class][...]}
+        axes = data["axes"][...] if "axes" in list(data) else None
         data = data[name]
     elif isinstance(data, tuple) and len(data) == 2:
         data, condition = data
@@ -291,7 +295,20 @@ def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: 
     if len(shape) < 2 or 0 in shape:
         hint = " Write x[:, None] for one number for each sample." if len(shape) == 1 else ""
         raise ValueError(f"{name} must be data (N, C, ...) or (N, D) with at least one sample, got {shape}.{hint}")
-    return ArrayData(to_array(data) if isinstance(data, Tensor) else data, condition, name)
+    opened = ArrayData(to_array(data) if isinstance(data, Tensor) else data, condition, name)
+    names = [str(each) for each in (_axes(data) if axes is None else axes)]
+    opened.axes = tuple(names) if len(names) == len(shape) and all(names) else None
+    return opened
+
+
+def _axes(x: Any) -> list[Any]:
+    """The names of the axes of an array of HDF5 or zarr, as netCDF and xarray write them; empty without."""
+    if hasattr(x, "dims"):  # the label of an axis, or the name of its scale
+        return [axis.label or next(iter(axis.keys()), "") for axis in x.dims]
+    names = getattr(getattr(x, "metadata", None), "dimension_names", None) or dict(getattr(x, "attrs", {})).get(
+        "_ARRAY_DIMENSIONS"
+    )
+    return [each or "" for each in names or ()]
 
 
 def _is_array(data: Any) -> bool:

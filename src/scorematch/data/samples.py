@@ -20,7 +20,7 @@ from __future__ import annotations
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -184,14 +184,19 @@ class _Values(_Arrays):
         return torch.from_numpy(x[: len(indices)])
 
 
-def save_values(file: io.BytesIO, x: Tensor, condition: Tensor | Parts | None) -> None:
+def save_values(
+    file: io.BytesIO, x: Tensor, condition: Tensor | Parts | None, axes: Sequence[str] | None = None
+) -> None:
     """Writes samples and their conditions, on the CPU, as arrays of an .npz file, which ``open_arrays`` reads.
 
-    The arrays are x and condition; beside a class condition has the vectors, and label the classes.
+    The arrays are x and condition; beside a class condition has the vectors, and label the classes; and axes, the names
+    of the axes of x, if they are known.
     """
     parts = {"features": condition} if isinstance(condition, Tensor) else condition or {}
     names = {"features": "condition", "class": "label"}
     arrays: dict[str, Any] = {names.get(name, name): part.numpy() for name, part in parts.items()}
+    if axes is not None:
+        arrays["axes"] = np.array(axes)
     np.savez(file, x=x.numpy(), **arrays)
 
 

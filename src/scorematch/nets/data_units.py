@@ -35,6 +35,7 @@ class DataUnits:
     schedule: NoiseSchedule
     precondition: str
     sample_shape: tuple[int, ...] | None
+    axes: tuple[str, ...] | None
     _value_range: Range | None
     _units: Units | None
 
@@ -142,11 +143,12 @@ class DataUnits:
         return next((module for module in modules if isinstance(module, VectorEmbedding)), None)
 
     def take_units(self, config: Mapping[str, Any]) -> None:
-        """Takes the units, with the range and the noise levels, of a configuration, if it has units."""
+        """Takes the units, the range, the noise levels and the names of the axes of a configuration with units."""
         if "units" in config:
             self.units = Units.from_dict(config["units"])
             self._value_range = None if config["value_range"] is None else tuple(config["value_range"])
             self.schedule = NoiseSchedule.from_dict(config["schedule"])
+            self.axes = tuple(config["axes"]) if "axes" in config else None
 
 
 def _numbers(found: Moments) -> tuple[tuple[float, ...], tuple[float, ...]]:

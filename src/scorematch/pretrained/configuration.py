@@ -9,6 +9,7 @@ The ``config.json`` that this package writes has the keys
 - ``precondition_options``, another argument of ``ScoreNet``, if there are any;
 - ``sampler_settings``: the recommended SamplerSettings, or null;
 - ``class_names``, the names of the classes, if they are known;
+- ``axes``, the names of the axes of the data, if they are known;
 - ``scheduler``, the configuration of the scheduler of diffusers that the network came with, if there was one, or
   ``"scheduler_config.json"``, the name of the file in the same folder that holds it; only diffusers uses it;
 - ``schedule``: the noise levels, or ``"schedule.json"``, the name of the file in the same folder that holds them.
@@ -35,7 +36,7 @@ CONFIG_FILE = "config.json"
 SCHEDULE_FILE = "schedule.json"
 
 # The keys that do not affect the score.
-FREE_KEYS = frozenset({"sampler_settings", "class_names", "scheduler"})
+FREE_KEYS = frozenset({"sampler_settings", "class_names", "axes", "scheduler"})
 _LISTED = 8  # the largest number of file names in a message
 _LARGEST = 1e30  # the largest absolute value of a floating-point number
 _FAMILY = Field(str, required=True, choices=(*FAMILIES, "custom"))
@@ -49,6 +50,7 @@ _COMMON: Mapping[str, Field] = {
     "units": Field(dict),
     "sampler_settings": Field(dict, required=True, optional=True),
     "class_names": Field(list, optional=True, low=1, each=Field(str)),
+    "axes": Field(list, low=2, each=Field(str)),
     "scheduler": Field(dict, optional=True),
     "schedule": Field(dict, required=True),
 }

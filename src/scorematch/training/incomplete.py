@@ -175,7 +175,10 @@ def check_observation(net: ScoreNet, observation: Any) -> Observation:
         and observation.operator.gain is not None
         and observation.y[0].numel() == math.prod(net.sample_shape)
     ):
-        raise ValueError("everything is observed without noise: that is clean data. Write train(net, y, folder).")
+        raise ValueError(
+            "everything is observed without noise: that is clean data. Write train(net, y, folder), or on "
+            "the command line leave out --sigma."
+        )
     return observation
 
 

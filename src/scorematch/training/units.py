@@ -53,6 +53,7 @@ def take_units(
         if net.units is None:
             net.take_units(record)
     elif net.is_new and net.units is None and _may_have_units(net, data):
+        net.axes = data.axes if isinstance(data, ArrayData) else None
         found, of_condition = moments(data, takes=net.conditioning, progress=progress)
         image = of_condition.get("image")
         if _has_units(net, data, found) or (image is not None and is_outside(*_ends(image), _UNIT_RANGE)):
