@@ -255,14 +255,15 @@ class Observation:
         with exact_float32() if measured.dtype == self.y.dtype == torch.float32 else nullcontext():
             tolerance = max(_TOLERANCE, torch.finfo(measured.dtype).eps ** 0.5)
             if len(self.operator) == 1:
-                self._check_rows(u[:1], w[:1], tolerance)
+                self._check_rows(u, w, tolerance)
             if self.operator.is_linear:
                 self._check_linear(u, w, tolerance)
 
     def _check_rows(self, u: Tensor, w: Tensor, tolerance: float) -> None:
-        """Checks that the measurement of u does not depend on another sample in the batch."""
-        alone = self.operator.measure(u)
-        if float((self.operator.measure(torch.cat([u, w]))[:1] - alone).norm()) > tolerance * float(alone.norm()):
+        """Checks that the measurement of a sample does not depend on the others in the batch."""
+        first = self.operator.measure(u)[:1]
+        other = torch.cat([u[:1], w[1:] if len(w) > 1 else w])
+        if float((self.operator.measure(other)[:1] - first).norm()) > tolerance * float(first.norm()):
             raise ValueError(
                 f"{self.operator!r} mixes the samples of a batch: each row of the measurement must depend on the same "
                 "row of x alone. Name the axes of means and norms."
