@@ -53,7 +53,7 @@ METHODS: dict[Restore, Method] = {
         "about a third more time; twice the time and more memory if the operator is not linear",
         _auto,
     ),
-    "replace": Method("keep the known pixels, or guide for an operator without a gain", "no extra time", _replace),
+    "replace": Method("keep the known pixels; guide for blur and others without a gain", "no extra time", _replace),
     "guide": Method("pull towards the known pixels", "no extra time", partial(Guidance, jacobian=False)),
     "guide-jacobian": Method(
         "like guide, more accurate", "about twice the time, more memory", partial(Guidance, jacobian=True)
