@@ -148,7 +148,7 @@ def test_options_may_precede_an_optional_argument(options, name, value):
             ["sample", "mnist"],
             "the following arguments are required: picture or --out FOLDER. See python -m scorematch sample --help",
         ),
-        (["sample", "mnist", "x.png", "--steps", "10"], "unrecognized arguments: --steps 10. See .* sample --help"),
+        (["sample", "mnist", "x.png", "--steps", "10"], "--steps 10. Write --calls 8, or .* See .* sample --help"),
         (["sample", "mnist", "-n", "4", "x.png", "y.png"], "unrecognized arguments: (x.png )?y.png."),
         (["sample", "mnist", "x.png", "-n", "few"], "argument -n: must be an integer of at least 1, such as 64, "),
         (["sample", "mnist", "x.png", "-n", "0"], "got '0'. See .* sample --help"),

@@ -37,12 +37,16 @@ def add_computation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
 
 
+_STEPS = ("--steps", "--num-steps", "--num-inference-steps")  # options of other programs
+
+
 def add_sampling(parser: argparse.ArgumentParser, default: str = "the recommended one") -> None:
     """Adds the options of all commands that sample, except ``-n`` and ``--class``, which differ between commands.
 
     ``default`` describes the sampler that is used without ``--sampler``; see ``make_sampler``.
     """
     add_computation(parser)
+    parser.set_defaults(instead=dict.fromkeys(_STEPS, "Write --calls 8, or the number of noise levels, --levels 18"))
     group = parser.add_argument_group(
         "sampler", "Default options: those that are recommended for the network, or else those of the sampler."
     )
