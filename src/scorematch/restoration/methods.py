@@ -50,7 +50,7 @@ def _auto(observation: Observation, variance: float) -> Restoration:
 METHODS: dict[Restore, Method] = {
     "auto": Method(
         "shift; guide-jacobian for an operator that is not linear",
-        "about a third more time; twice the time and more memory if the operator is not linear",
+        "up to half more time; twice the time and more memory if the operator is not linear",
         _auto,
     ),
     "replace": Method("keep the known pixels; guide for blur and others without a gain", "no extra time", _replace),
@@ -58,7 +58,7 @@ METHODS: dict[Restore, Method] = {
     "guide-jacobian": Method(
         "like guide, more accurate", "about twice the time, more memory", partial(Guidance, jacobian=True)
     ),
-    "shift": Method("shift the state until its denoised image agrees with y", "about a third more time", Shift),
+    "shift": Method("shift the state until its denoised image agrees with y", "up to half more time", Shift),
     "moment-matching": Method(
         "the posterior of normal data at each level, with the covariance of the network",
         "three to four times the time, more memory",
