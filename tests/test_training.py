@@ -1022,6 +1022,16 @@ def test_losses_are_logged_by_noise_level(count):
     assert losses.line()["loss_by_level"] == {}
 
 
+def test_a_run_from_before_there_was_another_optimizer_continues_with_adamw(tmp_path):
+    quick(points_net(), points(), tmp_path, images=8)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["settings"].pop("optimizer") == "adamw"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    quick(points_net(), points(), tmp_path, images=8)
+    with pytest.raises(ValueError, match="optimizer was 'adamw' and is 'muon'"):
+        quick(points_net(), points(), tmp_path, images=8, optimizer="muon")
+
+
 def test_a_folder_with_another_configuration_raises(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json lacks settings, network, data\. Pass another folder"):

@@ -277,7 +277,7 @@ def test_volumes_train_a_network_of_3d_convolutions():
 
     net = ScoreNet(Backbone(), NoiseSchedule([1.0, 0.5]), sample_shape=(1, 4, 4, 4))
     before = vector(net)
-    steps(net, Memory(torch.rand(8, 1, 4, 4, 4)), images=16, batch_size=8)
+    steps(net, Memory(torch.rand(8, 1, 4, 4, 4)), images=16, batch_size=8, optimizer="muon")
     assert not torch.equal(vector(net), before)
 
 
@@ -474,15 +474,15 @@ def test_steps_in_float16_are_close_to_those_in_float32():
     assert skipped == [0, 0] and 0 < difference.norm() < 0.2 * change.norm()
 
 
-@pytest.mark.parametrize("clip", [1.0, None])
-def test_a_step_in_float16_with_an_infinite_gradient_is_skipped_and_halves_the_scale(clip):
+@pytest.mark.parametrize(("clip", "optimizer"), [(1.0, "adamw"), (None, "adamw"), (1.0, "muon")])
+def test_a_step_in_float16_with_an_infinite_gradient_is_skipped_and_halves_the_scale(clip, optimizer):
     calls = []
 
     def loss(net, x, **given):  # far too large in the third step
         calls.append(x)
         return (1e30 if len(calls) == 3 else 1e-4) * dsm_loss(net, x, reduction="none", **given)
 
-    settings = Settings(images=40, batch_size=8, precision="float16", loss=loss, clip=clip)
+    settings = Settings(images=40, batch_size=8, precision="float16", loss=loss, clip=clip, optimizer=optimizer)
     state, seen = None, []
     for step in train_steps(image_net(), Memory(images()), settings):
         state = step.state

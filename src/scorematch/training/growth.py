@@ -8,7 +8,7 @@ and additional channels have no influence (Chen et al., 2016).
 At the beginning of a stage
 
 - the weights are those of the first average of the stage before, and the additional ones are drawn from ``seed``;
-- the moments of AdamW are zero, and the learning rate rises and falls anew;
+- the moments of the optimizer are zero, and the learning rate rises and falls anew;
 - the averages begin anew: their lengths are relative to the stage. So does the layer of
   ``scorematch.training.nonleaking``.
 

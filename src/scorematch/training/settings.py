@@ -32,6 +32,7 @@ from scorematch.training.growth import Stage
 from scorematch.training.levels import Levels, Weighting
 
 Decay = Literal["cosine", "linear", "constant", "inverse-sqrt"]
+Optimizer = Literal["adamw", "muon"]
 Loss = Callable[..., Tensor]
 ConditionTask = Callable[[Tensor, Any], Tensor | tuple[Tensor, Tensor]]
 
@@ -71,6 +72,11 @@ class Settings:
     batch_size: int = _option(128, "the number of images per step, over all processes together", low=1)
     microbatch: int | None = _option(
         None, "the most images that a process computes at once; None is the whole batch", int, low=1, free=True
+    )
+    optimizer: Optimizer = _option(
+        "adamw",
+        "adamw, or muon, which trains linear layers and convolutions with orthogonal steps, and the rest with adamw",
+        choices=get_args(Optimizer),
     )
     # Karras et al. 2022, Table 7, for CIFAR-10, with a batch of 512
     lr: float = _option(1e-3, "the largest learning rate", above=0)

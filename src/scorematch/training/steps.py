@@ -1,4 +1,4 @@
-r"""The training loop, without files: batches and their noise, the loss, gradients, AdamW, and averages.
+r"""The training loop, without files: batches and their noise, the loss, gradients, the optimizer, and averages.
 
 The length of a run is a number of images, counted with repetitions. The learning rate and the averages depend on the
 number of images seen. All random numbers depend on the seed and on the number i of an image in the run:
@@ -51,6 +51,7 @@ from scorematch.training.augment import augmentations, augmented
 from scorematch.training.checks import check_arguments, check_condition, condition_of_data, given_of
 from scorematch.training.ema import Average
 from scorematch.training.levels import levels_for, uniforms, weighting_for
+from scorematch.training.muon import Muon, matrices
 from scorematch.training.settings import Loss, Settings
 from scorematch.training.units import take_units
 
@@ -125,7 +126,8 @@ class TrainingState:
         self.step = 0
         self.names, self.parameters = list(named), list(named.values())
         device = self.parameters[0].device
-        self.optimizer = torch.optim.AdamW(
+        adamw = torch.optim.AdamW if settings.optimizer == "adamw" else partial(Muon, matrices=matrices(net))
+        self.optimizer = adamw(
             [parameter for parameter in self.parameters if parameter.requires_grad],
             lr=settings.lr,
             betas=settings.betas,
@@ -197,7 +199,8 @@ class TrainingState:
                 own.copy_(tensors[f"ema-{average.name}"][name])
         self.optimizer.state.clear()
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            found = {key: tensors["optimizer"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            keys = ("step", "exp_avg", "exp_avg_sq", "momentum")
+            found = {key: tensors["optimizer"].get(f"{name}.{key}") for key in keys}
             moments = {key: value.to(parameter.device) for key, value in found.items() if value is not None}
             if moments:  # in the memory format of the parameter, in which the optimizer creates them
                 self.optimizer.state[parameter] = {
