@@ -177,7 +177,7 @@ class GaussianBlur(Blur):
         check_value("deviation", deviation, _POSITIVE)
         self.deviation = deviation
         r = math.ceil(_TAIL * deviation)
-        weights = torch.exp(-torch.arange(-r, r + 1).double().square() / (2 * deviation**2))
+        weights = torch.exp(-torch.arange(-r, r + 1, device="cpu").double().square() / (2 * deviation**2))
         super().__init__(weights / weights.sum(), boundary)
 
     def _of(self, x: Tensor) -> Tensor:
@@ -207,11 +207,13 @@ class MotionBlur(Blur):
         check_value("angle", angle, Field(float))
         self.length, self.angle = length, angle
         n = _POINTS * math.ceil(length)
-        place = ((torch.arange(n).double() + 0.5) / n - 0.5) * length
+        place = ((torch.arange(n, device="cpu").double() + 0.5) / n - 0.5) * length
         down, right = (place * -math.sin(math.radians(angle))).round(), (place * math.cos(math.radians(angle))).round()
-        kernel = torch.zeros(*(2 * int(each.abs().max()) + 1 for each in (down, right)), dtype=torch.float64)
+        kernel = torch.zeros(
+            *(2 * int(each.abs().max()) + 1 for each in (down, right)), dtype=torch.float64, device="cpu"
+        )
         pixels = [(each - each.min()).long() for each in (down, right)]
-        super().__init__(kernel.index_put_(tuple(pixels), torch.tensor(1 / n).double(), accumulate=True), boundary)
+        super().__init__(kernel.index_put_(tuple(pixels), kernel.new_tensor(1 / n), accumulate=True), boundary)
 
     def _of(self, x: Tensor) -> Tensor:
         if x.ndim != 4:

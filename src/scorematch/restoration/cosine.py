@@ -44,7 +44,9 @@ class CosineCovariance:
         frequency = _frequency(self._shape)
         band = (_BANDS * (1 + frequency).log2()).round().long()
         if len(self._shape) > 1:  # the first axis has the channels, each cosine of which has bands of its own
-            band = band + (1 + band.max()) * torch.arange(self._shape[0]).view(-1, *[1] * (len(self._shape) - 1))
+            band = band + (1 + band.max()) * torch.arange(self._shape[0], device="cpu").view(
+                -1, *[1] * (len(self._shape) - 1)
+            )
         _, band = band.flatten().unique(return_inverse=True)
         self._band, self._bands = band.to(x.device), int(band.max()) + 1
         self._size = torch.bincount(band).to(x)
@@ -92,7 +94,7 @@ class CosineCovariance:
 
 def _transform(n: int) -> Tensor:
     """The orthonormal discrete cosine transform of n values, (frequencies, n), float64."""
-    k = torch.arange(n, dtype=torch.float64)
+    k = torch.arange(n, dtype=torch.float64, device="cpu")
     matrix = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * math.sqrt(2 / n)
     matrix[0] /= math.sqrt(2)
     return matrix
@@ -102,8 +104,8 @@ def _frequency(shape: Sequence[int]) -> Tensor:
     """The frequency of each cosine, in units of the lowest one; the first of several axes, the channels, has none."""
     axes = range(len(shape))[-max(1, len(shape) - 1) :]
     longest = max(shape[i] for i in axes)
-    square = torch.zeros(*shape, dtype=torch.float64)
+    square = torch.zeros(*shape, dtype=torch.float64, device="cpu")
     for i in axes:
-        k = torch.arange(shape[i], dtype=torch.float64) * (longest / shape[i])
+        k = torch.arange(shape[i], dtype=torch.float64, device="cpu") * (longest / shape[i])
         square = square + k.square().view([-1 if j == i else 1 for j in range(len(shape))])
     return square.sqrt()

@@ -163,7 +163,8 @@ class Mask(Operator):
                 f"the mask must have the size of the picture, {height}x{width} pixels, or its aspect ratio, got "
                 f"{tall}x{wide}."
             )
-        rows, columns = ((torch.arange(n) * 2 + 1) * m // (2 * n) for n, m in ((height, tall), (width, wide)))
+        sizes = ((height, tall), (width, wide))
+        rows, columns = ((torch.arange(n, device="cpu") * 2 + 1) * m // (2 * n) for n, m in sizes)
         return Mask(self.mask[..., rows[:, None], columns]).with_axes(self._axes)
 
     def carry_mask(self, mask: Tensor) -> Tensor | None:

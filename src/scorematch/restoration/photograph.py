@@ -238,9 +238,10 @@ class Photograph:
         if self._pixels is None and self._y.shape[-2:] != self.shape[1:]:
             raise ValueError(f"{argument('crop')} is not for {self._operator}. Crop the picture itself.")
         if self._pixels is not None and not self._pixels.luma:
-            inside = torch.zeros(height, width, dtype=torch.bool)
+            known = self._pixels.known[0].all(0)
+            inside = torch.zeros_like(known)
             inside[box.top : box.top + box.height, box.left : box.left + box.width] = True
-            outside = int((~self._pixels.known[0].all(0) & ~inside).sum())
+            outside = int((~known & ~inside).sum())
             if outside:
                 raise ValueError(
                     f"{outside} missing pixels are outside of {argument('crop')}. Move it, or leave it out."
@@ -430,7 +431,7 @@ def resized(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
 
 def _spread(n: int, m: int) -> float:
     """The standard deviation of independent noise of 1 on n pixels that are resized to m."""
-    rows = interpolate(torch.eye(n)[:, None, None], (1, m), mode="bilinear", antialias=True)
+    rows = interpolate(torch.eye(n, device="cpu")[:, None, None], (1, m), mode="bilinear", antialias=True)
     return float(rows.square().sum(0).mean().sqrt())
 
 

@@ -100,5 +100,5 @@ def _svd(n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
 def weights(n: int, m: int) -> Tensor:
     """The matrix (m, n) in float64 that resizes n values to m."""
     with torch.inference_mode(False):
-        unit = torch.eye(n, dtype=torch.float64)[None, None]
+        unit = torch.eye(n, dtype=torch.float64, device="cpu")[None, None]
         return torch.nn.functional.interpolate(unit, (m, n), mode="bicubic", antialias=True)[0, 0]

@@ -76,7 +76,7 @@ def summary(draws: Tensor, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Summa
     if not all(0 <= level <= 1 for level in levels):
         raise ValueError(f"levels must be from 0 to 1, got {list(levels)}.")
     ordered = draws.sort(0).values
-    place = (torch.tensor(levels, dtype=torch.float64) * (len(draws) + 1) - 1).clamp(0, len(draws) - 1)
+    place = (torch.tensor(levels, dtype=torch.float64, device="cpu") * (len(draws) + 1) - 1).clamp(0, len(draws) - 1)
     below = place.long().clamp(max=len(draws) - 2)
     weight = (place - below).to(ordered).view(-1, *[1] * (draws.ndim - 1))
     below = below.to(draws.device)

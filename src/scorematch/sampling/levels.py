@@ -131,7 +131,7 @@ def follow(
 def straightest(paths: Paths, levels: Sequence[int]) -> list[list[float]]:
     """The chosen levels for each number of levels."""
     sigmas, states, denoised = paths
-    error = torch.full((len(sigmas), len(sigmas)), math.inf, dtype=torch.float64)
+    error = torch.full((len(sigmas), len(sigmas)), math.inf, dtype=torch.float64, device="cpu")
     for i, j in itertools.combinations(range(len(sigmas)), 2):
         step = torch.lerp(denoised[i], states[i], sigmas[j] / sigmas[i])
         error[i, j] = float((step - states[j]).square().mean().sqrt())

@@ -59,10 +59,10 @@ def _named(origin: Mapping[str, Any]) -> str:
 def _fingerprint(net: nn.Module) -> Sequence[float] | None:
     if any(weights.is_meta for weights in net.parameters()):  # they are not loaded, or elsewhere
         return None
-    total, square = torch.zeros((), dtype=torch.complex128), 0.0
+    total, square = torch.zeros((), dtype=torch.complex128, device="cpu"), 0.0
     for weights in net.parameters():
-        w = weights.detach().flatten().double().cpu()
-        k = torch.arange(len(w), dtype=torch.float64)
+        w = weights.detach().cpu().flatten().double()  # MPS has no float64
+        k = torch.arange(len(w), dtype=torch.float64, device="cpu")
         total += torch.complex((w * k.cos()).sum(), (w * k.sin()).sum())
         square += float(w.square().sum())
     if not square or not math.isfinite(square):

@@ -191,7 +191,7 @@ def _restoration(sampler: Configured, observation: Observation, particles: int) 
         _warn_of_clamping(observation, value_range)
     observation = observation.scaled(ratios_of(net, observation.y.new_zeros((1, *(observation.shape or ())))))
     if particles > 1 and len(observation) > 1:
-        observation = observation.rows(torch.arange(len(observation)).repeat_interleave(particles))
+        observation = observation.rows(torch.arange(len(observation), device="cpu").repeat_interleave(particles))
     return sampler.restoration(observation)
 
 
