@@ -58,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     net = ScoreNet.from_pretrained("celeba-small")
-    faces = recommended_sampler(net, levels=args.levels).sample(40, generator=0)
+    sampler = AnnealedLangevinSampler(net, levels=args.levels)
+    faces = sampler.sample(40, generator=0)
     save_grid(faces, args.out / "networks" / "celeba-small.png", columns=10)
     faces, generator = faces.split(1), torch.Generator().manual_seed(1)
 
-    sampler = AnnealedLangevinSampler(net, levels=args.levels, restore="guide-jacobian")
     operators = [middle(64), Uncrop(right=32), AveragePool(4), Grayscale(), JPEG(5)]
     rows = [restorations(sampler, *pair, generator, args.n) for pair in zip(faces, operators, strict=False)]
     save_grid(torch.cat(rows), args.out / "faces.png", columns=args.n + 2)
