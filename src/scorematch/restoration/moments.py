@@ -119,12 +119,14 @@ def exactly(observation: Observation, x: Tensor) -> Tensor:
     if callable(sigma) or not operator.is_linear:
         return x
     if isinstance(sigma, float):
-        if sigma == 0 and operator.gain is not None:
+        if sigma > 0:
+            return x
+        if operator.gain is not None:
             return replacement(observation, operator.gain).finish(x)
-        sigma = observation.y.new_tensor(sigma)
 
     def exact(values: Tensor) -> Tensor:
-        return torch.where(sigma == 0, observation.observed(values), 0)
+        values = observation.observed(values)
+        return torch.where(sigma == 0, values, 0) if isinstance(sigma, Tensor) else values
 
     near = operator.linearized(x)
     # The normal equations have a solution also if the values of y contradict each other.
