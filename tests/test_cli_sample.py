@@ -296,6 +296,7 @@ def test_guidance_changes_the_samples_and_needs_its_options(tmp_path, capsys):
         (["{classes}", "a.png", "--class", "1", "--guidance", "2"], "--guidance needs a network with a null class"),
         (["{folder}", "--out", "b", "--sampler", "euler"], "argument --sampler: euler is ode --method dpm-solver++ "),
         (["{folder}", "--out", "b", "--sampler", "ode", "--snr", "0.5"], "--snr is an option of --sampler predictor-"),
+        (["{folder}", "big"], "big has no extension and is no folder. Write big.png, or big/ for a new folder."),
         (["{folder}", "x%q.png"], "a pattern must have %d or %03d for the number of the image, got '%q' in 'x%q.png'"),
         (["{folder}", "a.png", "--snr", "0.1", "--method", "heun"], "is an option of --sampler"),
         (["{folder}", "a.png", "--snr", "2"], "argument --snr: must be a number of more than 0 and less than 1"),

@@ -203,6 +203,8 @@ def _pictures(name: str, n: int) -> list[Path]:
         return [path / f"{i:06d}.png" for i in range(n)]  # as in the folder of --out
     if pattern.search(name):
         return [Path(pattern.sub(lambda found: f"{i:{found[1]}d}", str(path))) for i in range(n)]  # noqa: B023
+    if not path.suffix:
+        raise ValueError(f"{name} has no extension and is no folder. Write {name}.png, or {name}/ for a new folder.")
     return [path]
 
 
