@@ -353,6 +353,7 @@ def test_noise_is_taken_once_per_step_before_the_score_and_states_are_yielded(wo
     assert torch.equal(states[-1][0], run(AncestralSampler(world, SHORT), init=init, generator=seed(7)))
 
 
+@pytest.mark.slow
 def test_a_batch_equals_its_parts_with_the_same_noise():
     torch.manual_seed(0)
     net = ScoreNet.unet(1, 8, widths=(4, 8), layers_per_block=1, condition_channels=1, schedule=SHORT)

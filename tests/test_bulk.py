@@ -115,6 +115,7 @@ def test_indices_cover_all_images_in_batches_that_begin_at_multiples(levels):
     assert levels.drawn() == [4, 4, 2, 2, 3, 4, 1]  # each batch goes through the network at once
 
 
+@pytest.mark.slow
 def test_images_are_the_same_in_all_batches_within_rounding(net):
     sampler = _ode(net, precision="float32")
     one = _all(sampler, 6, batch_size=1)
@@ -340,6 +341,7 @@ def test_damaged_arrays_are_drawn_again(tmp_path, levels):
     assert _content(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [(ODESampler, "png"), (AnnealedLangevinSampler, "npz")])
 def test_more_images_are_added_with_the_same_bits(tmp_path, net, name, kind):
     options = {"batch_size": 4, "format": name, "progress": False}

@@ -110,6 +110,7 @@ def test_the_output_may_be_closed(monkeypatch):
     assert main(["models"]) == 0
 
 
+@pytest.mark.slow
 def test_the_error_output_may_be_closed(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stderr", None)
     assert main(["sample", "mnist", str(tmp_path / "digit.png"), "-n", "1", "--levels", "3"]) == 0  # a progress bar
@@ -408,6 +409,7 @@ def test_durations_as_text():
     assert {seconds: duration(seconds) for seconds in expected} == expected
 
 
+@pytest.mark.slow
 def test_the_seed_determines_the_picture(folder, tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         assert _sample(folder, tmp_path / f"{name}.png", "--seed", str(seed), "--quiet", "--no-exact-noise") == 0
@@ -671,6 +673,7 @@ def test_restore_passes_the_degraded_image_to_a_conditional_network(tmp_path, pi
     assert not torch.equal(drawn["seeing"], drawn["blind"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_levels")
 def test_restore_uses_the_sampler_that_suits_the_network(tmp_path, pictures, capsys):
     """The recommended one if the network was trained to restore, otherwise that of the method, or --sampler."""
@@ -843,6 +846,7 @@ def test_restore_does_not_add_pictures_to_the_folder_that_it_reads(folder, pictu
     assert sorted(path.name for path in pictures.iterdir()) == ["a.png", "b.png"]
 
 
+@pytest.mark.slow
 def test_restore_prints_the_observed_share_of_the_image(folder, pictures, tmp_path, capsys):
     mask = tmp_path / "mask.png"
     save_image((torch.arange(8).expand(1, 8, 8) < 2).float(), mask)
@@ -854,6 +858,7 @@ def test_restore_prints_the_observed_share_of_the_image(folder, pictures, tmp_pa
     assert "is observed" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_restore_prints_differences_from_the_pictures_of_the_network(folder, pictures, tmp_path, capsys):
     assert _restore(folder, pictures, tmp_path / "same", "--operator", "jpeg:10") == 0
     assert "pixels in" not in capsys.readouterr().out

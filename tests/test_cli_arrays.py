@@ -33,6 +33,7 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_training_chooses_the_network_and_its_conditions(run, capsys):
     net = ScoreNet.from_pretrained(run / "network")
     assert net.sample_shape == (3,) and net.conditioning.vector == 2 and net.units is not None

@@ -122,6 +122,7 @@ def test_evaluate_takes_inception_by_default(folder, monkeypatch, capsys):
     assert asked == ["inception"] and "for the features of 12 images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluate_with_guidance(folder, tmp_path):
     """A weight of 1 is the network with the class; another weight draws other samples of the same seeds."""
     net = ScoreNet.unet(1, 8, widths=(4, 6), layers_per_block=1, classes=3, null_class=True)
@@ -173,6 +174,7 @@ def test_evaluate_restorations(folder, tmp_path, capsys):
         assert same == ("--data" not in arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_levels")
 def test_restorations_use_the_sampler_that_is_best_for_the_method(folder, tmp_path, capsys):
     """As the command restore does, although the recommended sampler of the network is ode."""
@@ -339,10 +341,11 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
             1 + 5 * len(sampler_variants(Gaussian([0.0], 1.0, schedule=NoiseSchedule.geometric(10, 0.01, 20)))),
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ("--posterior", "pool:2", "--size", 2, "--sigma", 0.1, "-n", 100),
             "| method | coverage, nominal 50.0% | coverage, nominal 90.0% | spread | shift | p value |",
             1 + len(METHODS),
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -352,6 +355,7 @@ def test_diagnose_prints_a_table(folder, options, head, rows, capsys):
     assert lines[0] == head and len(lines) == 2 + rows and " ± " in lines[-1]
 
 
+@pytest.mark.slow
 def test_wrong_arguments_of_diagnose_are_refused(folder, capsys):
     both = (folder / "network", folder / "real.npz")
     for arguments, message in [

@@ -40,6 +40,7 @@ def restored(folder, name, *options, out="restored.npz"):
         return dict(file)
 
 
+@pytest.mark.slow
 def test_the_draws_are_those_of_the_posterior(folder):
     """Closed form: of a normal prior and normal noise; a gap has the prior."""
     sigma = 3.0
@@ -58,6 +59,7 @@ def test_the_draws_are_those_of_the_posterior(folder):
     assert np.array_equal(again["x"], found["x"]) and [*again] == ["x"]
 
 
+@pytest.mark.slow
 def test_each_measurement_is_restored_for_itself(folder):
     options = ("--sigma", "1", "-n", "2", "--condition", "0.1,0.2,0.3")
     together = restored(folder, "gaps.npy", *options)["x"]

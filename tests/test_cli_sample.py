@@ -62,6 +62,7 @@ def _pictures(out):
 # -- One file per image, and animations
 
 
+@pytest.mark.slow
 def test_the_images_of_a_seed_are_the_same_in_every_output(folder, tmp_path, capsys):
     chain = ("--levels", 2, "--seed", 3)
     assert _sample(folder, "--out", tmp_path / "out", "-n", 4, *chain) == 0

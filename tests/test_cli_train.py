@@ -98,6 +98,7 @@ def calls(monkeypatch):
 # -- From pictures to a network
 
 
+@pytest.mark.slow
 def test_train_prints_data_network_and_time(faces, run):
     out, printed = run
     parameters = sum(parameter.numel() for parameter in RECIPES["tiny"].build(3).parameters())
@@ -144,6 +145,7 @@ def test_hours_are_the_images_of_a_measured_speed_and_a_run_that_continues_keeps
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_growing_announces_its_stages(faces, tmp_path, calls, monkeypatch, capsys):
     """With 10, 20 and 30 ms the mean over the images is 20.5 ms."""
     for module in (command, speed):

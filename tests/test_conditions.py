@@ -155,6 +155,7 @@ def test_many_samples_have_their_class_and_their_vector():
     assert torch.equal(free.images, null.images)
 
 
+@pytest.mark.slow
 def test_a_network_with_another_condition_begins_with_the_same_outputs(tmp_path):
     x, given = example(unet())
     plain = perturbed(ScoreNet.unet(1, 8, **SMALL, condition_features=3))
@@ -314,7 +315,8 @@ class Encoder(torch.nn.Module):
         return self.linear_out(torch.tanh(signal[:, 0]))
 
 
-@pytest.mark.parametrize("several", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True])
 def test_an_encoder_of_the_condition_is_trained_and_stored_with_the_network(several, tmp_path):
     torch.manual_seed(0)
     classes = {"classes": 5, "null_class": True} if several else {}
@@ -356,6 +358,7 @@ def test_an_encoder_needs_the_number_of_its_features():
         ScoreNet.from_pretrained("mnist", condition_encoder=Encoder())
 
 
+@pytest.mark.slow
 def test_images_of_data_are_standardized_and_changed_with_the_data(tmp_path, capsys):
     x = 250 + 30 * torch.randn(16, 1, 8, generator=seed(0))
     image = 1500 + 400 * torch.randn(16, 2, 8, generator=seed(1))

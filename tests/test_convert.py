@@ -112,6 +112,7 @@ def test_the_averaged_weights_are_converted_unless_raw(files, tmp_path):
     _agrees(convert(checkpoint, tmp_path / "none", config=config), fixture)
 
 
+@pytest.mark.slow
 def test_conversion_without_a_configuration(files, tmp_path):
     fixture, checkpoint, _ = files("ncsnv2")
     net = convert(checkpoint, tmp_path / "v2")

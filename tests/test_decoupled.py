@@ -88,6 +88,7 @@ def test_draws_are_those_of_the_exact_posterior_of_a_linear_measurement():
     assert (along.std(0) - 1).abs().max() < 4 / 2000**0.5 + 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("observed", [False, True])
 def test_without_information_draws_are_those_of_the_prior(observed):
     nothing = Observation(Clip(0, 1), torch.tensor([[0.2, 0.9]]), torch.tensor([1e6, torch.inf]))

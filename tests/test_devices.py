@@ -392,6 +392,7 @@ class Dropping(nn.Module):
         return F.dropout(self.conv(x), 0.5, self.training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wrapped", "copy"])
 def test_threads_can_sample_from_one_network(kind):
     torch.manual_seed(0)
@@ -439,6 +440,7 @@ def _small(**options):
         return ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("meta_by_default", "few_levels")
 def test_training_does_not_depend_on_the_default_device(tmp_path):
     with torch.device("cpu"):

@@ -449,6 +449,7 @@ def correlated(values):
     return (values - values.mean((1, 2, 3), keepdim=True) / 2) / 0.09
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sigma",
     [torch.linspace(0.1, 0.9, 4), torch.tensor([0.1, 0.1, 0.1, math.inf]), correlated],
@@ -468,6 +469,7 @@ def test_draws_are_calibrated_for_every_kind_of_noise(sigma):
     assert narrow.p_value < 1e-3 and near(narrow.spread, 0.6)
 
 
+@pytest.mark.slow
 def test_methods_that_refuse_the_noise_are_left_out():
     world = Gaussian(torch.zeros(8), 1.0, FLAT, schedule=NoiseSchedule.geometric(4, 0.02, 4))
     found = posterior_calibration(world, LEFT, sigma=lambda v: 9 * v, observations=30, draws=2, progress=False)

@@ -613,6 +613,7 @@ def test_from_diffusers_copies_the_weights(rng):
     assert theirs.training and not net.training
 
 
+@pytest.mark.slow
 def test_from_diffusers_takes_a_compiled_network_and_numbers_of_numpy(rng):
     theirs, betas = _theirs(), np.linspace(1e-4, 0.02, 50, dtype=np.float32)
     net = ScoreNet.from_diffusers(torch.compile(theirs, backend="eager"), DDPMScheduler(trained_betas=list(betas)))
@@ -974,6 +975,7 @@ def test_the_recommended_sampler_of_a_ddpm_draws_the_images_of_its_pipeline(opti
     assert np.abs(found - expected).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_recommended_sampler_of_ncsnpp_draws_the_images_of_its_pipeline(steps, tmp_path):
     theirs = _theirs(time_embedding_type="fourier", **BLOCKS)

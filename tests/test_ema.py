@@ -116,6 +116,7 @@ def test_a_reconstructed_average_is_near_the_average_of_all_weights(length):
     assert (found - exact).norm() < 0.05 * (weights[-1] - exact).norm()
 
 
+@pytest.mark.slow
 def test_reconstruct_keeps_weights_that_are_not_trained(tmp_path):
     """In half precision the random frequencies of Fourier features would change the phases of the sines."""
     net = ScoreNet.ncsnpp(1, 8, widths=(8,), layers_per_block=1)

@@ -91,6 +91,7 @@ def test_only_unets_grow():
 # -- The stages of a run
 
 
+@pytest.mark.slow
 def test_a_run_is_the_chain_of_its_stages(whole):
     """Each stage trains what the average of the stage before has become, with a new optimizer and new averages."""
     trained, first, accelerator = net(), 0, Accelerator(cpu=True)

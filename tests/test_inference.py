@@ -374,6 +374,7 @@ def test_inference_copy_of_a_modified_network_is_the_network_itself(change):
     assert net.inference_copy() is net
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* noise levels of the schedule are not among:UserWarning")  # of NCSN
 def test_a_network_that_accelerate_offloads_can_be_sampled():
     accelerate = pytest.importorskip("accelerate")
@@ -492,6 +493,7 @@ def test_sampling_with_a_seed_leaves_the_global_generator_alone(name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_sampler_makes_one_copy_per_run_and_does_not_keep_it(monkeypatch):
     made, original = [], inference.copy_for_inference
 

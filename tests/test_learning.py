@@ -45,6 +45,7 @@ def learned_gaussian():
     return world, axes, variances, found
 
 
+@pytest.mark.slow
 def test_a_gaussian_reaches_its_closed_form_in_four_calls(learned_gaussian):
     """From other starts than those of the paths; UniPC on levels of Karras et al. has more than ten times the error."""
     world, axes, variances, found = learned_gaussian

@@ -147,6 +147,7 @@ def test_langevin_dynamics_with_the_score_draws_signals(kind):
     assert float(u.abs().mean()) == pytest.approx(float(torch_law(kind).sample((100_000,)).abs().mean()), rel=0.12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "accepted"), [(1.0, True), (0.7, False)])
 def test_exact_draws_are_accepted_and_overconfident_ones_rejected(change, accepted):
     world, half = LevyProcess(Laplace(), 8), Mask(torch.arange(8) % 2 == 0)

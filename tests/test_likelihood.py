@@ -31,6 +31,7 @@ def _gaussian(world, x, schedule):
     return normal.log_prob(there).sum(1) + scale.log().sum()
 
 
+@pytest.mark.slow
 def test_likelihood_of_a_gaussian_has_its_closed_form_with_second_order_error(world):
     x = world.sample(100, seed(0)).double()
     exact = _gaussian(world, x, WIDE)
@@ -96,6 +97,7 @@ def test_random_directions_estimate_the_trace_without_bias(world):
     assert spreads[0] / spreads[1] == pytest.approx(2, rel=5 * math.sqrt(1 / 2000))
 
 
+@pytest.mark.slow
 def test_one_random_direction_gives_the_exact_trace_of_a_diagonal_jacobian():
     x = torch.randn(5, 7, generator=seed(0), dtype=torch.float64)
     one, exact = (

@@ -386,6 +386,7 @@ def test_one_euler_step_per_level_reduces_the_deviation_by_gamma_to_the_quarter(
     assert found / math.hypot(deviation, sigma) == pytest.approx(ratio**-0.25, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_annealed_langevin_dynamics_samples_two_modes_with_the_schedule_from_data():
     """Two Gaussians with weights 0.8 and 0.2. With the two levels that technique 2 alone gives, sampling fails."""
     world = GaussianMixture([0.8, 0.2], [[1.0, 1.0], [-4.0, -4.0]], 0.25)

@@ -177,7 +177,8 @@ def test_a_denoiser_returns_x_at_level_0(make, rng):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [True, False])
 def test_a_denoiser_can_be_traced_with_and_without_gradients(grad, rng, tmp_path):
     denoiser, x = _net(1, precondition="karras").as_denoiser(), torch.rand(3, 1, 8, 8, generator=rng)
     with torch.set_grad_enabled(grad):

@@ -169,6 +169,7 @@ def test_inpainting_masks_are_never_empty_or_full(size):
     assert abs(float(shares.mean()) - 0.178) < 4 * float(shares.std()) / math.sqrt(len(shares)) + 0.01
 
 
+@pytest.mark.slow
 def test_no_mask_of_the_smallest_images_is_empty_or_full(monkeypatch):
     from scorematch.restoration import operators
 
@@ -200,6 +201,7 @@ def test_inpainting_masks_are_strokes_in_60_and_boxes_in_40_percent(monkeypatch)
     assert max(edges) < 1.6 * min(edges)  # boxes reach every edge equally often
 
 
+@pytest.mark.slow
 def test_strokes_cover_14_percent_at_every_image_size(monkeypatch):
     """As with the parameters of Yu et al. at 256 pixels."""
     from scorematch.restoration import operators

@@ -74,6 +74,7 @@ def test_the_evidence_with_a_noise_level_for_each_value(world):
     assert abs(float(ratio.mean()) - 1) < 5 * error and error < 0.02
 
 
+@pytest.mark.slow
 def test_the_evidence_of_a_mixture_and_its_spread_as_the_number_of_particles_grows():
     exact, spreads = TWO.log_evidence(BETWEEN), []
     for particles in (2, 8, 32):
@@ -101,6 +102,7 @@ def test_an_observation_that_says_nothing_gives_equal_weights_and_the_evidence_o
 # -- The posterior
 
 
+@pytest.mark.slow
 def test_particles_find_the_weights_of_two_modes_that_single_chains_miss():
     """The minor component has the weight 0.41 in the posterior; single chains of the same method find 0.25."""
     share = float(TWO.posterior(BETWEEN).weights[1])
@@ -150,6 +152,7 @@ def test_a_nonlinear_operator_with_two_modes():
         assert abs(float(each.mean()) - expected) < 5 * float(each.std()) / 10 + 0.02
 
 
+@pytest.mark.slow
 def test_without_noise_the_observed_values_are_kept_and_the_others_follow_them(world):
     n, y = 600, torch.tensor([[0.9, 0.0, 0.0]])
     observation = Observation(FIRST, y)

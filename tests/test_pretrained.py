@@ -602,6 +602,7 @@ def test_a_network_is_not_saved_into_the_folder_of_a_run(tmp_path):
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_saved_and_a_wrapped_one_is_not(tmp_path):
     """A network that cannot be loaded does not replace another one."""
     net = _net()

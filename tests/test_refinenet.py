@@ -75,6 +75,7 @@ def test_gradient_reaches_every_parameter(levels, rng):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.slow
 @given(
     height=st.integers(2, 7), width=st.integers(2, 7), batch=st.integers(1, 3), channels=st.sampled_from([1, 2, 3, 5])
 )

@@ -221,6 +221,7 @@ def test_guide_jacobian_moves_strong_directions_at_most_twice_as_far_as_the_exac
     assert found[0, 1] == free[0, 1]
 
 
+@pytest.mark.slow
 def test_guide_jacobian_does_not_diverge_for_data_with_one_strong_direction():
     """Images that are gray, with little noise: the missing half becomes the shade of the half that is seen."""
     shape = (3, 16, 16)
@@ -455,6 +456,7 @@ def test_y_of_one_image_is_used_for_all_samples():
     assert len(sampler.sample(observation=observe(OPERATORS["mask"], n=2), generator=seed(), progress=False)) == 2
 
 
+@pytest.mark.slow
 def test_y_init_and_yielded_states_are_not_modified():
     observation = observe(OPERATORS["gray"], 0.1)
     y, start = observation.y.clone(), torch.randn(1, *SHAPE, generator=seed())
@@ -467,6 +469,7 @@ def test_y_init_and_yielded_states_are_not_modified():
     assert torch.equal(start, before)
 
 
+@pytest.mark.slow
 def test_each_step_takes_noise_once_and_calls_the_network_once():
     calls = {"noise": 0, "net": 0}
     world = gaussian_images(SHAPE)
@@ -487,6 +490,7 @@ def test_each_step_takes_noise_once_and_calls_the_network_once():
         assert calls == {"noise": len(sampler) - 1, "net": len(sampler) + more}
 
 
+@pytest.mark.slow
 def test_replacement_falls_back_to_guidance_without_a_gain():
     observation = observe(JPEG(10), shape=(3, 16, 16))
     world = gaussian_images((3, 16, 16), variance=0.3)
@@ -652,6 +656,7 @@ def test_an_observation_that_does_not_fit_raises():
         AnnealedLangevinSampler(world, LEVELS, restore="repaint")
 
 
+@pytest.mark.slow
 def test_an_operator_that_is_only_a_function_measures_samples_of_the_shape_of_the_network():
     """y does not tell the shape of a sample, so that the observation is checked when the sampler knows it."""
     operator = type("Own", (Operator,), {"measure": lambda self, x: x.flatten(1)[:, :5] ** 3, "linear": False})()

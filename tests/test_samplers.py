@@ -1068,6 +1068,7 @@ class Euler(Sampler):
         return x + (sigma - sigma_next) * sigma * score + self.churn * z
 
 
+@pytest.mark.slow
 def test_a_user_defined_sampler(world):
     sampler = Euler(world, SHORT, levels=200)
     assert str(sampler) == "Euler(200 levels 5 -> 0.1, 200 network calls)"

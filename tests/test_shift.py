@@ -177,6 +177,7 @@ def test_a_matrix_restores_like_the_operator_whose_matrix_it_is(operator):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_observation_with_much_noise_changes_nothing():
     world = gaussian_images(SHAPE)
     sampler = AnnealedLangevinSampler(world, LEVELS.respaced(20), restore="shift")

@@ -169,6 +169,7 @@ def test_the_results_of_evaluate_are_numbers_in_the_log(tmp_path):
             quick(points_net(), points(), tmp_path / str(i), **options)
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run_stands_for_its_network(run):
     loaded, same = (ScoreNet.from_pretrained(folder).state_dict() for folder in (run[0], run[0] / "network"))
     assert all(torch.equal(loaded[name], same[name]) for name in same)
@@ -415,6 +416,7 @@ def fine_tuned(tmp_path_factory, run):
     return out, quick(net, images(), out, start=run[0] / "network", images=24, checkpoint_every=8, keep=9)
 
 
+@pytest.mark.slow
 def test_a_run_with_start_equals_a_run_of_the_loaded_network(fine_tuned, run, tmp_path):
     out, net = fine_tuned
     trained = ScoreNet.from_pretrained(run[0] / "network")
@@ -946,6 +948,7 @@ def test_the_report_of_an_own_network_names_its_class(tmp_path):
     assert "(report/loss.svg)" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_network_has_the_names_of_the_classes_of_its_data(tmp_path):
     start = image_net(classes=3)
     start.class_names = ["one", "two", "three"]
@@ -966,6 +969,7 @@ def test_a_network_has_the_names_of_the_classes_of_its_data(tmp_path):
     assert quick(image_net(classes=3), data, out, images=8, start=tmp_path / "start").class_names == data.classes
 
 
+@pytest.mark.slow
 def test_the_classes_take_turns_in_the_samples_of_a_run(tmp_path):
     """Whatever the classes of the first images: data are often ordered by class."""
     for label in (0, 2):

@@ -111,6 +111,7 @@ def test_the_weighting_backbone_is_the_inverse_of_c_out(precondition):
     assert (weighting_for(net, None, 2) is None) == (precondition == "ncsn")
 
 
+@pytest.mark.slow
 def test_a_new_network_has_a_loss_of_half_the_dimension():
     net = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, attention=[False])  # before training its output is zero
     x = (0.5 + 0.25 * torch.randn(4096, 1, 8, 8, generator=seed())).clamp(0, 1)  # deviation 1/2 in [-1, 1]
@@ -233,6 +234,7 @@ def test_two_epochs_see_every_image_twice():
     assert data.seen == Order(60, 0)(0, 120).tolist()
 
 
+@pytest.mark.slow
 def test_random_numbers_depend_only_on_the_seed_and_the_image():
     def drawn(**settings):
         loss = Recorder()
@@ -518,6 +520,7 @@ def test_reading_threads_end_with_the_iterator():
 # -- Conditions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_task_creates_the_condition():
     loss = Recorder()
     net = image_net(condition_channels=1)
@@ -569,6 +572,7 @@ def test_a_function_creates_the_condition():
     assert torch.equal(loss.all("condition"), loss.all("x") / 2) and "mask" not in loss.calls[0]
 
 
+@pytest.mark.slow
 def test_labels_are_the_condition_and_some_are_dropped():
     labels = torch.arange(32) % 3
     loss = Recorder()

@@ -132,6 +132,7 @@ def test_held_out_images_are_opened_before_settings_are_measured(net, tmp_path, 
         run(net, held_out=tmp_path / "absent")
 
 
+@pytest.mark.slow
 def test_a_folder_with_the_network_and_its_card(net, tmp_path):
     out = tmp_path / "tuned"
     first = run(net, out=out, settings=SETTINGS[:2])

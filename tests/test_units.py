@@ -94,6 +94,7 @@ def test_the_coefficients_of_each_channel_are_those_of_its_own_standard_units(ro
     assert net(x, sigma).shape == x.shape and net(x, 0.3).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_backbone_of_zero_is_the_score_of_independent_normal_values_with_these_moments():
     net = network()  # its last convolution is zero
     net.units = Units(tuple(MEAN.tolist()), tuple(STD.tolist()))
