@@ -209,6 +209,16 @@ def test_the_speed_is_measured_in_each_stage():
     assert len(seconds) == 3 and min(seconds) > 0
 
 
+def test_the_time_of_the_optimizer_counts_once_for_a_batch(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: now.__setitem__(0, now[0] + 4))
+    settings = TrainSettings(images=64, batch_size=8)
+    for processes in (1, 2):
+        accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=processes)
+        assert speed.seconds_per_image(net(), open_images(images()), settings, accelerator) == [processes * 4 / 8]
+
+
 def test_a_run_of_hours_continues_with_its_images_and_its_stages(tmp_path, monkeypatch):
     growth = [Stage(0.25, GROWTH[0].network), Stage(0.25, GROWTH[1].network, fewest=9000)]
     options = {"hours": 1, "batch_size": 8, "growth": growth, "log_every": 10**6, "progress": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -22,7 +23,7 @@ from scorematch.training.checks import given_of
 from scorematch.training.growth import Stage, enlarged
 from scorematch.training.record import length_of
 from scorematch.training.settings import Settings, TrainSettings
-from scorematch.training.steps import loss_arguments
+from scorematch.training.steps import TrainingState, loss_arguments
 
 _TIMED_VALUES = 2**16  # in the images of the step that is timed on a CPU
 _FEWEST_STEPS = 100  # of a run of given hours
@@ -78,16 +79,32 @@ def mean_seconds(seconds: Sequence[float], stages: Sequence[Stage]) -> float:
 def seconds_per_image(net: ScoreNet, data: Data, settings: TrainSettings, accelerator: Any) -> list[float]:
     """The measured seconds of a step per image on one device with a batch of its own, in each stage.
 
-    The time is that of the forward and the backward pass; on a CPU it is measured on a part of the batch.
+    On a CPU the forward and the backward pass are measured on a part of the batch.
     """
     measured = []
     for number, own in enumerate(settings.stages()):
         net = enlarged(net, settings.growth[number - 1].network).to(accelerator.device) if number else net
-        measured.append(_seconds(net, data, own, accelerator))
+        update = _update_seconds(net, own) * accelerator.num_processes / own.batch_size
+        measured.append(_gradient_seconds(net, data, own, accelerator) + update)
     return measured
 
 
-def _seconds(net: ScoreNet, data: Data, settings: Settings, accelerator: Any) -> float:
+def _update_seconds(net: ScoreNet, settings: Settings) -> float:
+    """The seconds of a step after the backward pass: of the optimizer and the averages."""
+    state = TrainingState(copy.deepcopy(net), settings)
+    for _ in range(2):  # the first creates the state of the optimizer
+        for parameter in state.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        begin = time.perf_counter()
+        state.optimizer.step()
+        for average in state.averages:
+            average.update(state.parameters, step=1)
+        state.parameters[-1].sum().item()  # waits for the device
+        seconds = time.perf_counter() - begin
+    return seconds
+
+
+def _gradient_seconds(net: ScoreNet, data: Data, settings: Settings, accelerator: Any) -> float:
     device, batch_size = accelerator.device, settings.batch_size // accelerator.num_processes
     most = _TIMED_VALUES // math.prod(data.shape) if device.type == "cpu" else batch_size
     n = max(1, min(most, settings.microbatch or batch_size, batch_size))
