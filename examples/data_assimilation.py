@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scorematch import NoiseSchedule, ScoreNet
-from scorematch.restoration import Linear, Observation
+from scorematch.restoration import Linear, Observation, summary
 from scorematch.sampling import ODESampler
 from scorematch.training import train
 
@@ -64,15 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         y = truth[0, ::EVERY] + NOISE * torch.randn(LENGTH // EVERY)
         observation = Observation(Linear(lambda x: x[:, 0, ::EVERY]), y[None], sigma=NOISE)
         kept, drawn = paths(2 * examples, y), sampler.sample(draws, observation=observation, generator=case)
-        mean, std, own, deviation = kept.mean(0), kept.std(0), drawn.mean(0), drawn.std(0)
-        rows = own - truth, deviation, mean - truth, std, (own - mean) / std
-        found.append(torch.stack([row.square().mean() for row in rows]))
+        own, exact = summary(drawn), summary(kept)
+        apart = (own.mean - exact.mean) / exact.deviation
+        found.append([*own.errors(truth), *exact.errors(truth), float(apart.square().mean().sqrt())])
         for i, axis in enumerate(figure.subplots(1, 3) if case == 0 else ()):
             axis.plot(truth[i], "k")
-            for center, width in (mean, 2 * std), (own, 2 * deviation):
-                axis.fill_between(range(LENGTH), center[i] - width[i], center[i] + width[i], alpha=0.4)
+            for each in exact, own:
+                low, high = each.mean[i] - 2 * each.deviation[i], each.mean[i] + 2 * each.deviation[i]
+                axis.fill_between(range(LENGTH), low, high, alpha=0.4)
     figure.savefig(args.out / "lorenz.png", dpi=70)
-    numbers = ", ".join(f"{value:.2f}" for value in torch.stack(found).mean(0).sqrt().tolist())
+    numbers = ", ".join(f"{value:.2f}" for value in torch.tensor(found).square().mean(0).sqrt().tolist())
     print(f"rmse of the mean and deviation of the draws, of the particles; distance of the means: {numbers}")
 
 

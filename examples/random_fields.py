@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scorematch import ScoreNet
 from scorematch.evaluation import power_spectrum, spectrum_error
-from scorematch.restoration import Mask, Observation
+from scorematch.restoration import Mask, Observation, summary
 from scorematch.sampling import ODESampler
 from scorematch.training import train
 
@@ -65,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     filled = sampler.sample(
         draws, condition=torch.full((draws, 1), 3.0), observation=observation, generator=0, progress=False
     )
-    mean, deviation = filled.mean(0), filled.std(0)
-    errors = (mean - truth[0])[:, ~known].square().mean().sqrt(), deviation[:, ~known].square().mean().sqrt()
-    print(f"in the gap: rmse of the mean {errors[0]:.3f}, deviation {errors[1]:.3f}, fields {truth.std():.3f}")
-    shown = {"truth": truth[0], "measured": truth[0] * known, "mean": mean, "draw": filled[0], "deviation": deviation}
+    found = summary(filled)
+    error, deviation = found.errors(truth[0], ~known)
+    print(f"in the gap: rmse of the mean {error:.3f}, deviation {deviation:.3f}, fields {truth.std():.3f}")
+    shown = {"truth": truth[0], "measured": truth[0] * known, "mean": found.mean, "draw": filled[0]}
+    shown["deviation"] = found.deviation
     for axis, (name, x) in zip(axes, shown.items(), strict=True):
         axis.imshow(x[0].numpy(), vmin=0, vmax=None if name == "deviation" else float(truth.max()))
         axis.set(title=name, xticks=[], yticks=[])

@@ -16,7 +16,7 @@ from torch import Tensor
 from scorematch import ScoreNet
 from scorematch.data import save_plot
 from scorematch.evaluation import power_spectrum, spectrum_error
-from scorematch.restoration import Mask, Observation
+from scorematch.restoration import Mask, Observation, summary
 from scorematch.sampling import ODESampler
 from scorematch.training import train
 
@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampler = ODESampler(net, levels=calls, method="dpm-solver++", restore="moment-matching")
     filled = sampler.sample(draws, observation=Observation(Mask(known), y, SIGMA), generator=0, progress=False)
     for name, found in ("draws", filled), ("exact draws", right):
-        rmse = (found.mean(0) - truth[0])[:, ~known].square().mean().sqrt()
-        print(f"{name}, in the gap: rmse of their mean {rmse:.3f}, deviation {found.std(0)[:, ~known].mean():.3f}")
+        error, deviation = summary(found).errors(truth[0], ~known)
+        print(f"{name}, in the gap: rmse of their mean {error:.3f}, deviation {deviation:.3f}")
     print(f"the exact mean: rmse {(mean - truth)[..., ~known].square().mean().sqrt():.3f}")
     save_plot(torch.cat([x[:1], truth, y, filled[:1], mean]), args.out / "volumes.png")
 

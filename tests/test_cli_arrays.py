@@ -10,8 +10,10 @@ from PIL import Image
 
 from scorematch import ScoreNet
 from scorematch.cli import main
-from scorematch.data import read_samples
+from scorematch.data import open_arrays, read_samples
 from scorematch.data.plots import save_plot
+from scorematch.evaluation import evaluate
+from scorematch.nets import Condition
 from scorematch.sampling import ODESampler, bulk_samples
 from scorematch.training import network_for
 from tests.helpers import refused, seed
@@ -136,6 +138,63 @@ def test_a_condition_of_bulk_samples_is_that_of_each_sample():
         bulk_samples(sampler, 5, condition=rows[:, :1])
     with pytest.raises(ValueError, match="classes and condition cannot be combined"):
         bulk_samples(sampler, 5, condition=rows, classes=1)
+
+
+def test_a_vector_and_an_image_go_together_through_the_commands(tmp_path, capsys):
+    vectors, image = np.random.default_rng(0).random((20, 3)).astype(np.float32), _data((1, 8), n=20)
+    np.savez(tmp_path / "x.npz", x=_data((2, 8), n=20), condition=vectors, image=image)
+    np.savez(tmp_path / "four.npz", condition=vectors[:4], image=image[:4])
+    np.save(tmp_path / "y.npy", _data((2, 8), n=4))
+    data = open_arrays(tmp_path / "x.npz")
+    assert (data.features, data.channels) == (3, 1)
+    net = ScoreNet.unet(2, (8,), widths=(8,), layers_per_block=1, condition_features=3, condition_channels=1)
+    net.fit_units(data)
+    for parameter in net.parameters():  # so that the condition matters
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=seed())
+    net.save_pretrained(tmp_path / "net")
+
+    def command(name, *options, file="four.npz"):
+        condition = ("--condition", str(tmp_path / file)) if file else ()
+        levels = ("--sampler", "ode", "--levels", "3", "--method", "heun")
+        return [name, str(tmp_path / "net"), *(str(tmp_path / each) for each in options), *condition, *levels, *QUIET]
+
+    assert main(command("sample", "drawn.npz")) == 0
+    condition = {"features": torch.from_numpy(vectors[:4]), "image": torch.from_numpy(image[:4])}
+    (batch,) = bulk_samples(ODESampler(net, levels=3), 4, condition=condition)
+    with np.load(tmp_path / "drawn.npz") as written:
+        assert np.allclose(written["x"], batch.images, rtol=1e-4)
+        assert np.array_equal(written["image"], image[:4]) and np.array_equal(written["condition"], vectors[:4])
+    restore = command("restore", "y.npy", "restored.npz")
+    assert main([*restore, "--sigma", "1", "-n", "1"]) == 0 and np.load(tmp_path / "restored.npz")["x"].shape[0] == 4
+    assert main([*command("evaluate", "x.npz", file=None), "-n", "8", "--metrics", "energy", "--no-gaussian"]) == 0
+    assert "energy" in capsys.readouterr().out
+    error = refused([*command("restore", "y.npy", "z.npz", file=None), "--sigma", "1"], capsys)
+    assert "takes an image as its condition. Add --condition FILE with the images" in error
+    np.savez(tmp_path / "vectors.npz", condition=vectors)
+    error = refused(command("sample", "z.npz", file="vectors.npz"), capsys)
+    assert "must have the vectors as condition and the array image, but has no image" in error
+
+
+def test_a_network_is_evaluated_with_the_conditions_of_the_reference():
+    class Copies:
+        """Its samples are the conditioning images."""
+
+        schedule, sample_shape, value_range, conditioning = network_for((1, 8)).schedule, (1, 8), None, Condition(1)
+
+        def __call__(self, x, sigma, condition):
+            return (condition - x) / (1e-6 + torch.as_tensor(sigma).view(-1, 1, 1) ** 2)
+
+    x = torch.from_numpy(_data((1, 8)))
+    sampler = ODESampler(Copies(), levels=5)
+    options = {"n": 40, "metrics": ["sliced-wasserstein"], "gaussian": False, "progress": False}
+
+    def distance(reference, condition=None):
+        found = evaluate(sampler, reference, condition=condition, **options)
+        return found.figures["samples"]["values"]["sliced-wasserstein"].value
+
+    assert distance({"x": x, "condition": x}) < 1e-3 and distance(x, x) < 1e-3 and distance(x, x + 30) > 0.5
+    with pytest.raises(ValueError, match=r"an image as its condition\. Pass a reference with images, or condition="):
+        evaluate(sampler, x, **options)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 16), (1, 8, 8), (2, 4, 8, 6)])

@@ -8,9 +8,9 @@ import torch
 
 from scorematch import ScoreNet
 from scorematch.evaluation import exact
-from scorematch.restoration import JPEG, Matrix, Observation
+from scorematch.restoration import JPEG, Mask, Matrix, Observation
 from scorematch.sampling import ODESampler
-from scorematch.training import incomplete, train_from_observations
+from scorematch.training import gaussian, incomplete, train_from_observations
 from scorematch.training.gaussian import Gaussian, _Block, fit_gaussian
 from tests.test_interruption import Killed, _struck
 
@@ -134,6 +134,21 @@ def test_large_samples_have_the_principal_axes_of_the_data():
     assert float((found.mean - 1).norm()) < 1.5 * float((x.mean(0) - 1).norm())
 
 
+def test_the_gaussian_of_large_samples_is_the_same_in_other_units(monkeypatch):
+    """Kelvin and pascal. After more iterations rounding has turned the principal axes, and the draws differ."""
+    monkeypatch.setattr(gaussian, "_ROUNDS", 2)
+    u = torch.randn(200, 2, 40, generator=_generator(), dtype=torch.float64).cumsum(2) / 4
+    seen = torch.rand(u.shape, generator=_generator(1)) < 0.7
+    scale, offset = (torch.tensor(each).double().repeat_interleave(40).view(2, 40) for each in ([30, 2e3], [250, 1e5]))
+    plain, other = (
+        fit_gaussian(Observation(Mask(seen), s * u + m, 0.1 * s).of_shape((2, 40)), _generator())
+        for s, m in ((torch.ones(2, 40).double(), 0.0), (scale, offset))
+    )
+    s = scale.flatten()
+    torch.testing.assert_close((other.mean - offset.flatten()) / s, plain.mean, rtol=0, atol=1e-3)
+    torch.testing.assert_close(other.covariance / s / s[:, None], plain.covariance, rtol=0, atol=1e-3)
+
+
 # -- The stages -------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +213,18 @@ def test_more_stages_continue_and_other_settings_do_not(tmp_path, whole):
         train_from_observations(_net(), _holes(), tmp_path, lr=2e-3, **SHORT)
     with pytest.raises(ValueError, match="other settings"):
         train_from_observations(_net(), _holes(80), tmp_path, **SHORT)
+
+
+def test_a_run_is_the_same_in_other_units(tmp_path):
+    scale, offset, results = torch.tensor([30.0, 2e3]), torch.tensor([250.0, 1e5]), []
+    plain = _holes()
+    other = Observation.with_gaps(torch.where(plain.mask, plain.y, torch.nan) * scale + offset, 0.1 * scale)
+    for name, observation in ("plain", plain), ("other", other):
+        net = train_from_observations(_net(), observation, tmp_path / name, **{**SHORT, "stages": 1})
+        results.append((_result(tmp_path / name)[0], SAMPLER(net).sample(5, generator=0, progress=False)))
+    (errors, x), (others, z) = results
+    assert [error for _, error in others] == pytest.approx([error for _, error in errors], rel=1e-3)
+    torch.testing.assert_close((z - offset) / scale, x, rtol=1e-3, atol=3e-3)
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, None), (30.0, 250)])

@@ -6,7 +6,15 @@ import argparse
 from typing import get_args
 
 from scorematch.cli.options import Commands, given, refuse
-from scorematch.cli.options.classes import GUIDED_CLASSES, add_classes, add_guidance, find_classes, guide
+from scorematch.cli.options.classes import (
+    GUIDED_CLASSES,
+    add_classes,
+    add_condition,
+    add_guidance,
+    find_classes,
+    find_condition,
+    guide,
+)
 from scorematch.cli.options.duration import announce, announce_features, count
 from scorematch.cli.options.networks import load
 from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
@@ -24,10 +32,11 @@ from scorematch.evaluation.evaluate import Evaluation, check_evaluation_folder, 
 from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, Truth, evaluate_restoration
-from scorematch.evaluation.subject import DEFAULT_N, is_network
+from scorematch.evaluation.subject import DEFAULT_N, conditions_of, is_network
 from scorematch.restoration.methods import Restore
 from scorematch.restoration.operators import as_operator
 from scorematch.sampling import SAMPLERS
+from scorematch.sampling.bulk import Job
 from scorematch.sampling.sampler import options_of
 
 
@@ -45,7 +54,7 @@ def add(commands: Commands) -> None:
         "devices.\n\n"
         "Data that are not pictures, which are floating-point arrays in any units, are compared by the sliced\n"
         "Wasserstein distance, the energy distance, the maximum mean discrepancy, a classifier (C2ST), and the power\n"
-        "spectrum.\n\n"
+        "spectrum. A network that takes a condition draws with those of the reference, or with --condition.\n\n"
         "With --restore real images are degraded and restored, and the restorations are measured.",
         epilog="Examples:\n"
         "  %(prog)s mnist mnist-train --held-out mnist-test --features efficientnet-lite0\n"
@@ -115,6 +124,7 @@ def add(commands: Commands) -> None:
         "status 2)",
     )
     add_classes(parser)
+    add_condition(parser)
     add_guidance(parser)
     add_sampling(parser)
     parser.set_defaults(run=_run)
@@ -129,7 +139,8 @@ def _run(args: argparse.Namespace) -> None:
         check_evaluation_folder(args.out)
     asked = args.features == [VALUES]
     by_default = args.features == ["inception"] and args.weights is None
-    arrays = not restoring and (asked or by_default) and reference_arrays(args.reference, named=asked) is not None
+    data = reference_arrays(args.reference, named=asked) if not restoring and (asked or by_default) else None
+    arrays = data is not None
     common = {"metrics": args.metrics, "out": args.out, "name": args.model, "strict": args.strict}
     sets = {"held_out": args.held_out, "gaussian": not args.no_gaussian}
     if not network:
@@ -137,7 +148,7 @@ def _run(args: argparse.Namespace) -> None:
         _show(args, evaluate(args.model, args.reference, n=args.n, **sets, **common))
         return
     net = guide(args, load(args, pictures=not arrays))
-    if not restoring and takes_image(net):
+    if not (restoring or arrays) and takes_image(net):
         raise ValueError(f"{args.model} restores images. Add the operator to measure, such as --restore gray.")
     classes = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net), arrays=arrays)
@@ -145,16 +156,21 @@ def _run(args: argparse.Namespace) -> None:
     linear = not restoring or as_operator(args.restore).is_linear
     sampler = make_sampler(args, net, restore=method if restoring else None, linear=linear)
     n = args.n or DEFAULT_N
-    announce(sampler, 0 if restoring else n, classes)
     if restoring:
+        announce(sampler, 0)
         sampler.restore = method
-        data, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
+        images, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
         options = given(args, ("n", "draws", "sigma", "truth", "labels"))
-        result = evaluate_restoration(sampler, data, args.restore, reference=reference, **options, **common)
+        result = evaluate_restoration(sampler, images, args.restore, reference=reference, **options, **common)
     else:
+        condition = find_condition(args, net, optional=True)
+        if condition is None and data is not None:
+            condition = conditions_of(data, net, n, args.seed, classes)
+        drawn = {"classes": classes, "n_classes": args.n_classes, "condition": condition}
+        announce(sampler, n, Job(sampler, **drawn).condition_of(range(1)))
         measured = n * (1 + sets["gaussian"] + (args.held_out is not None))
         announce_features(() if arrays else common["features"], net.sample_shape or (), measured)
-        result = evaluate(sampler, args.reference, n=n, classes=classes, n_classes=args.n_classes, **sets, **common)
+        result = evaluate(sampler, args.reference, n=n, **drawn, **sets, **common)
     _show(args, result)
 
 
@@ -162,7 +178,7 @@ def _check(args: argparse.Namespace, network: bool, restoring: bool) -> None:
     """Checks that the options fit together."""
     if not network:
         sampling = ("sampler", *(name for kind in SAMPLERS.values() for name in options_of(kind)))
-        refuse(args, (*GUIDED_CLASSES, *sampling), f"is for networks, but {args.model} is a set of images")
+        refuse(args, ("condition", *GUIDED_CLASSES, *sampling), f"is for networks, but {args.model} is a set of images")
     if not restoring:
         refuse(args, ("data", "draws", "sigma", "truth", "restore_method", "labels"), "is for --restore")
         if args.reference is None:
@@ -174,7 +190,7 @@ def _check(args: argparse.Namespace, network: bool, restoring: bool) -> None:
             raise ValueError(f"--restore needs a network, but {args.model} is a set of images.")
         if args.data is None and args.reference is None:
             args.parser.error("the following arguments are required: --data DATA")
-        refuse(args, ("held_out", "no_gaussian", *GUIDED_CLASSES), "is not for --restore")
+        refuse(args, ("held_out", "no_gaussian", "condition", *GUIDED_CLASSES), "is not for --restore")
 
 
 def _show(args: argparse.Namespace, result: Evaluation) -> None:

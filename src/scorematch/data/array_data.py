@@ -5,8 +5,8 @@ It accepts
 - an array or a tensor (N, C, ...) or (N, D), floating point, of any range; alone, as a pair (x, condition), or in a
   mapping with the names "x" and "condition". A condition is a vector for each sample, float (N, K), or an image with
   the sides of x, float (N, K, ...), or a class, (N,), or a dict of these, {"class": ..., "features": ..., "image":
-  ...}; a mapping may have classes beside another condition as "label". For a network with an encoder of its condition,
-  float (N, ...) of any shape;
+  ...}; beside another condition a mapping may have classes as "label", and an image as "image". For a network with an
+  encoder of its condition, float (N, ...) of any shape;
 - the file of such an array, ``.npy``; a file with several, ``.npz``; an HDF5 file (extra ``arrays``), which may be
   that of netCDF4; or a folder of zarr (extra ``arrays``). The values of ``.npy``, of uncompressed ``.npz``, HDF5 and
   zarr stay on the disk, and are read batch by batch; conditions are read at once;
@@ -269,11 +269,9 @@ def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: 
         found = _names(data, key, condition_key)
         if found is None:
             return None
-        name, of_condition, of_class = found
-        condition = None if of_condition is None else data[of_condition][...]
-        if of_condition is not None and of_class is not None:
-            image = data[of_condition].shape[2:] == data[name].shape[2:] != ()
-            condition = {"image" if image else "features": condition, "class": data[of_class][...]}
+        name, of_parts = found
+        given = {part: data[each][...] for part, each in of_parts.items()}
+        condition = given if len(given) > 1 else next(iter(given.values()), None)
         axes = data["axes"][...] if "axes" in list(data) else None
         data = data[name]
     elif isinstance(data, tuple) and len(data) == 2:
@@ -342,10 +340,8 @@ def _of_items(dataset: Any, pictures: bool) -> ArrayData | None:
     return None if pictures and not vectors and _are_images(x, (1, *x.shape)) else _ItemData(dataset)
 
 
-def _names(
-    arrays: Mapping[str, Any], key: str | None, condition_key: str | None
-) -> tuple[str, str | None, str | None] | None:
-    """The names of the data, their conditions and the classes beside vectors in a mapping; None if it has no data."""
+def _names(arrays: Mapping[str, Any], key: str | None, condition_key: str | None) -> tuple[str, dict[str, str]] | None:
+    """The names of the data, and of the parts of their condition, in a mapping; None if it has no data."""
     names = list(arrays)
     for given in (key, condition_key):
         if given is not None and given not in names:
@@ -357,15 +353,21 @@ def _names(
     found = found if key is None else [key]
     if len(found) != 1:
         return None
-    kinds = ["float" if "float" in str(getattr(arrays[each], "dtype", "")) else "class" for each in conditions]
-    both = kinds[:1] == ["float"] and "class" in kinds
-    return found[0], next(iter(conditions), None), conditions[kinds.index("class")] if both else None
+    sides, parts = getattr(arrays[found[0]], "shape", ())[2:], dict[str, str]()
+    for each in conditions:  # the first, and the classes beside it
+        values = arrays[each]
+        part = "class" if "float" not in str(getattr(values, "dtype", "")) else "features"
+        if not parts or part == "class":
+            parts.setdefault("image" if part == "features" and values.shape[2:] == sides != () else part, each)
+    if parts and condition_key is None and "image" in names and found != ["image"]:
+        parts.setdefault("image", "image")
+    return found[0], parts
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------
 
 
-class _Archive(Mapping[str, np.ndarray]):
+class Archive(Mapping[str, np.ndarray]):
     """The arrays of an ``.npz`` file, which are read when they are used."""
 
     def __init__(self, path: Path) -> None:
@@ -410,7 +412,7 @@ def _zarr(path: Path) -> Any:
 
 FILES: Mapping[str, Callable[[Path], Any]] = {
     ".npy": _npy,
-    ".npz": _Archive,
+    ".npz": Archive,
     ".h5": _hdf5,
     ".hdf5": _hdf5,
     ".nc": _hdf5,

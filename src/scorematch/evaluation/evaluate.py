@@ -30,9 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scorematch.core.arguments import argument, check_choice, check_count, check_integer
 from scorematch.core.charts import table
+from scorematch.core.conditions import Parts
 from scorematch.core.files import check_outside, check_own, delete_unfinished, write_whole
 from scorematch.core.processes import gathered, local_device, process_group, this_process
 from scorematch.core.provenance import versions
@@ -206,6 +208,7 @@ def evaluate(
     out: str | os.PathLike[str] | None = None,
     classes: Classes = None,
     n_classes: int | None = None,
+    condition: Tensor | Parts | None = None,
     crop: Crop = "center",
     name: str | None = None,
     cache: bool | str | os.PathLike[str] = True,
@@ -252,6 +255,8 @@ def evaluate(
 
         classes: for class-conditional networks: a class, "random" or "cycle", as for ``bulk_samples``.
         n_classes: the number of classes for "random" and "cycle".
+        condition: for networks that take a vector or an image, as for ``bulk_samples``; None takes those of the
+            reference, in random order, and again if there are fewer than ``n``.
         crop: how real images are cropped before they are resized, as for ``open_images``. "center" does not crop the
             reference of a set of images that are not square.
         name: the name of the images for the title; None derives it from ``what``.
@@ -285,9 +290,10 @@ def evaluate(
         arrays = reference_arrays(reference, what, named=features == VALUES)
     written = is_network(what) or samples_in(what) is not None
     folder = checked_folder(out, "samples.png", reference, held_out, None if written else what)
-    options = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
+    options["condition"] = condition
     if arrays is not None:
-        subject = subject_of(what, n, sampler, options, None, device, strict, progress, pictures=False)
+        subject = subject_of(what, n, sampler, options, None, device, strict, progress, arrays=arrays)
         return _evaluate_arrays(subject, arrays, metrics, held_out, gaussian, seed, folder, name, progress)
     subject = subject_of(what, n, sampler, options, folder, device, strict, progress)
     device = local_device(subject.device if device is None else device)

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from scorematch.core.conditions import takes_image
+from scorematch.core.conditions import Parts, named_parts, takes_image
 from scorematch.core.processes import local_device
-from scorematch.core.scores import device_of
+from scorematch.core.scores import attribute, device_of
 from scorematch.data.array_data import FILES, ArrayData, open_arrays
 from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import ENDINGS, is_picture, to_float, to_uint8
@@ -23,7 +23,7 @@ from scorematch.pretrained import cards
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.diffusers import INDEX_FILE
 from scorematch.sampling import Sampler, SamplerSettings, recommended_sampler
-from scorematch.sampling.bulk import Job
+from scorematch.sampling.bulk import Classes, Job
 from scorematch.sampling.folder import SampleFolder
 from scorematch.score import ScoreNet
 
@@ -70,20 +70,22 @@ def subject_of(
     strict: bool,
     progress: bool,
     *,
-    pictures: bool = True,
+    arrays: ArrayData | None = None,
 ) -> Subject:
     """The images of a network, its name or folder, a sampler, a folder of samples, or images of any other kind.
 
-    Without ``pictures`` they are data of any shape and range.
+    With a reference ``arrays`` they are data of any shape and range, and a network draws with its conditions if none
+    are given.
     """
+    pictures = arrays is None
     name = name_of(what)
     if is_network(what):
         drawn = sampler_for(what, sampler, device)
-        return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress, pictures)
-    if sampler is not None or options["classes"] is not None or options["n_classes"] is not None:
+        return _of_sampler(name, drawn, DEFAULT_N if n is None else n, options, out, progress, arrays)
+    if sampler is not None or any(options[name] is not None for name in ("classes", "n_classes", "condition")):
         raise ValueError(
-            "sampler, classes and n_classes apply to networks, but the argument `what` is a set of images. Leave them "
-            "out."
+            "sampler, classes, n_classes and condition apply to networks, but the argument `what` is a set of images. "
+            "Leave them out."
         )
     stored = samples_in(what)
     if stored is not None:
@@ -137,12 +139,21 @@ def sampler_for(what: Any, sampler: SamplerChoice, device: torch.device | str | 
 
 
 def _of_sampler(
-    name: str, sampler: Sampler, n: int, options: dict[str, Any], out: Path | None, progress: bool, pictures: bool
+    name: str,
+    sampler: Sampler,
+    n: int,
+    options: dict[str, Any],
+    out: Path | None,
+    progress: bool,
+    arrays: ArrayData | None,
 ) -> Subject:
-    if takes_image(sampler.net):
-        raise ValueError(f"{name} restores images: it takes an image as its condition. Use evaluate_restoration.")
+    if arrays is not None and options["condition"] is None:
+        options = {**options, "condition": conditions_of(arrays, sampler.net, n, options["seed"], options["classes"])}
+    if takes_image(sampler.net) and options["condition"] is None:
+        how = "Use evaluate_restoration." if arrays is None else "Pass a reference with images, or condition=."
+        raise ValueError(f"{name} restores images: it takes an image as its condition. {how}")
     job = Job(sampler, **options)
-    shape = _checked_shape(job.shape, name) if pictures else job.shape
+    shape = _checked_shape(job.shape, name) if arrays is None else job.shape
     settings = {"n": n, **job.settings()}
     samples = Path() if out is None else out / "samples"
     folder = None if out is None else SampleFolder(job, samples, n, format="npz", about={"network": name})
@@ -155,6 +166,21 @@ def _of_sampler(
 
     first = lambda few: read_samples(samples, few)  # noqa: E731
     return Subject(name, n, shape, True, batches, first, settings, device_of(sampler.net), str(sampler))
+
+
+def conditions_of(data: ArrayData, net: Any, n: int, seed: int, classes: Classes = None) -> Tensor | Parts | None:
+    """The conditions of n random data for a network that takes vectors or images; None if there are none.
+
+    With ``classes`` they are without the classes of the data.
+    """
+    takes = attribute(net, "conditioning")
+    if takes is None or not (takes.vector or takes.channels):
+        return None
+    order = choose(len(data), min(n, len(data)), seed)
+    parts = named_parts(data.read(order[torch.arange(n) % len(order)])[1], takes)
+    kept = set(takes.parts()) - ({"class"} if classes is not None else set())
+    found = {name: part for name, part in parts.items() if name in kept}
+    return found or None if len(takes.parts()) > 1 else next(iter(found.values()), None)
 
 
 def _stored_batches(folder: Path, n: int) -> Iterator[Tensor]:

@@ -45,6 +45,18 @@ class Summary(NamedTuple):
             )
         return heat_map(self.deviation.square().mean(0).sqrt())
 
+    def errors(self, truth: Tensor, where: Tensor | None = None) -> tuple[float, float]:
+        """The root mean squares of the error of the mean and of the deviation, which are about equal for exact draws.
+
+        Args:
+            truth: the sample (...).
+            where: the values that count, bool, broadcastable to the sample; None for all.
+        """
+        kept = torch.ones_like(self.mean) if where is None else where.expand_as(self.mean).to(self.mean)
+        squares = (self.mean - truth).square(), self.deviation.square()
+        error, deviation = (float(((each * kept).sum() / kept.sum()).sqrt()) for each in squares)
+        return error, deviation
+
 
 def summary(draws: Tensor, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Summary:
     """The mean, the standard deviation and quantiles of draws of one sample.
@@ -68,6 +80,8 @@ def summary(draws: Tensor, levels: Sequence[float] = (0.05, 0.5, 0.95)) -> Summa
         (tensor([10.]), tensor([[ 0.1000],
                 [10.0000],
                 [19.9000]]))
+        >>> found.errors(torch.tensor([13.0]))
+        (3.0, 6.204836845397949)
     """
     if not isinstance(draws, Tensor) or not draws.is_floating_point():
         raise TypeError(f"draws must be a floating-point tensor (K, ...), got {kind_of(draws)}.")

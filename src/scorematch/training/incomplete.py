@@ -14,13 +14,13 @@ the Gaussian had it.
 **When to stop.** A part of the items takes no part in the trainings. A quarter of their measured values is hidden, the
 rest is measured, and the mean of the posterior predicts the hidden values. With two independent draws x, x' the mean of
 :math:`(A x - y)(A x' - y)` is the mean squared error of this prediction, including the noise of y, without bias. The
-true prior has the smallest error.
+true prior has the smallest error. With several channels it is relative to the standard deviation of each.
 
 The folder contains
 
 ==================  ===================================================================================================
 stages.json         the settings, the versions and a hash of the measurements
-gaussian.npz        the Gaussian: ``mean``, ``factor``, ``variance``
+gaussian.npz        the Gaussian: ``mean``, ``factor``, ``variance``, ``scale``
 draws/002/          the draws for stage 2, one file for each batch; deleted when the stage is complete
 stage-002/          the run of stage 2, as ``train`` writes it
 stages.jsonl        the error of the prediction after each stage; stage 0 is the Gaussian
@@ -287,10 +287,12 @@ class _Stages:
         if not path.exists():
             found = fit_gaussian(self.observation, self._generator("gaussian"))
             content = io.BytesIO()
-            np.savez(content, mean=found.mean.numpy(), factor=found.factor.numpy(), variance=np.array(found.variance))
+            arrays = {name: np.asarray(value) for name, value in found._asdict().items() if name != "shape"}
+            np.savez(content, **arrays)  # type: ignore[arg-type]
             write_whole(path, content.getvalue(), durable=True)
         stored = {name: torch.from_numpy(values) for name, values in read_arrays(path).items()}
-        return Gaussian(self.shape, stored["mean"], stored["factor"], float(stored["variance"]))
+        scale = stored["scale"] if "scale" in stored and stored["scale"].ndim else 1.0
+        return Gaussian(self.shape, stored["mean"], stored["factor"], float(stored["variance"]), scale)
 
     def _take_units(self) -> None:
         """Gives a new network the units of the Gaussian, unless the channels of the data fit its range."""
@@ -379,20 +381,20 @@ class _Stages:
         save_grid(images, self.folder / "report" / f"draws-{_name(stage)}.png", 4 * len(pairs))
 
     def _error(self, stage: int) -> tuple[float, float]:
-        """The root mean squared error of the prediction of hidden values, and its standard error."""
+        """The root mean squared error of the prediction of hidden values, divided by s, and its standard error."""
         items = self.held_out
         hidden = torch.rand(items.y.shape, generator=self._generator("hidden")) < _HIDDEN
         hidden &= items.observed(torch.ones_like(items.y)) > 0
         rest = Observation(Mask(~hidden) @ items.operator, items.y, items.sigma).of_shape(self.shape)
         prior, size = self._prior(stage), self.settings.draw_batch
-        residuals = []
+        residuals, scale = [], self.gaussian.scale_of_sample
         for k in range(2):
             parts = []
             for first in range(0, len(items.y), size):
                 rows = slice(first, min(first + size, len(items.y)))
                 seeds = [seed_of(self.settings.seed, "predict", stage, k, i) for i in range(rows.start, rows.stop)]
-                part = items.rows(rows)
-                parts.append(part.operator.measure(prior(rest.rows(rows), seeds)) - part.y)
+                part = items.rows(rows).scaled(scale)
+                parts.append(part.operator.measure(prior(rest.rows(rows), seeds) / scale) - part.y)
             residuals.append(torch.where(hidden, torch.cat(parts), 0).double())
         errors, counts = (each.flatten(1).sum(1) for each in (residuals[0] * residuals[1], hidden.double()))
         mean = float(errors.sum() / counts.sum())
@@ -429,7 +431,9 @@ class _Stages:
                     for line in lines
                 ],
             ),
-            "The error is that of the mean of the posterior, and includes the noise of the measurements. More stages",
+            "The error is that of the mean of the posterior, and includes the noise of the measurements"
+            + ("" if isinstance(self.gaussian.scale, float) else "; it is relative to the deviation of each channel")
+            + ". More stages",
             "are worth their time while it falls; the same call with more `stages` continues.",
             "",
             "![error](report/error.svg)",

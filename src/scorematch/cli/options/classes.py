@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from scorematch.cli.options import given
 from scorematch.cli.options.values import amount, filled
+from scorematch.core.conditions import Parts
 from scorematch.core.messages import about, quote
 from scorematch.core.scores import attribute
-from scorematch.data.array_data import check_finite
-from scorematch.data.arrays import array_names, map_array
+from scorematch.data.array_data import Archive, check_finite
 from scorematch.guidance import GuidedScore, classifier_free
 from scorematch.sampling.bulk import Classes, Rule
 from scorematch.score import ScoreNet
@@ -92,63 +93,79 @@ def add_condition(parser: argparse.ArgumentParser) -> None:
         type=filled,
         metavar="VALUES",
         help="for a network that takes a vector: its values for all samples, such as 0.3,0.7; or a file .npz (with the "
-        "array condition) or .npy with one vector, or for a network that takes an image one image, for each sample",
+        "array condition) or .npy with one vector, or for a network that takes an image one image, for each sample. "
+        "For a network that takes both the file has the vectors as condition, and the array image",
     )
 
 
-def find_condition(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Tensor | None:
-    """The vectors of ``--condition``, float (m, K), or the images, float (m, K, ...), or None.
+def find_condition(
+    args: argparse.Namespace, net: ScoreNet | GuidedScore, *, optional: bool = False
+) -> Tensor | Parts | None:
+    """The vectors of ``--condition``, float (m, K), or the images, float (m, K, ...), or a dict of both, or None.
+
+    Without ``optional`` a network that takes an image needs the option.
 
     Raises:
         OSError: if the file cannot be read.
         ValueError: if the network takes no such condition, or one of another shape, or values are not finite.
     """
     takes, text = net.conditioning, args.condition
-    if takes is not None and takes.channels and takes.vector:
-        raise ValueError(f"{args.model} takes an image and a vector as its condition. Draw with it in Python.")
+    sides = (attribute(net, "sample_shape") or ())[1:]
+    wanted: dict[str, tuple[int, ...]] = {}
+    if takes is not None and takes.vector:
+        wanted["features"] = (takes.vector,)
+    if takes is not None and takes.channels:
+        wanted["image"] = (takes.channels, *sides)
     if text is None:
-        if isinstance(net, GuidedScore) and takes is not None and takes.vector:
-            raise ValueError(f"--guidance needs a condition. Add --condition with {takes.vector} values.")
+        if "image" in wanted and not optional:
+            raise ValueError(f"{args.model} takes an image as its condition. Add --condition FILE with the images.")
+        if isinstance(net, GuidedScore) and "features" in wanted and not optional:
+            raise ValueError(f"--guidance needs a condition. Add --condition with {wanted['features'][0]} values.")
         return None
-    if takes is None or not (takes.vector or takes.channels):
+    if not wanted:
         instead = " Write --class K." if takes is not None and takes.classes is not None else " Leave it out."
         raise ValueError(
             f"--condition is for networks that take a vector or an image, and {args.model} does not.{instead}"
         )
     path = Path(text).expanduser()
     if path.suffix.lower() in (".npz", ".npy"):
-        values = _of_file(path)
-    elif takes.channels:
+        found = _of_file(path, tuple(wanted))
+    elif "image" in wanted:
         raise ValueError(
             f"--condition must be a file .npz or .npy with the images that {args.model} takes, got {quote(text)}."
         )
     else:
         try:
-            values = torch.tensor([[float(word) for word in text.split(",")]])
+            found = {"features": torch.tensor([[float(word) for word in text.split(",")]])}
         except ValueError as error:
             raise ValueError(
                 f"--condition must be numbers, such as 0.3,0.7, or a file .npz or .npy, got {quote(text)}."
             ) from error
-    shape = attribute(net, "sample_shape") or ()
-    wanted = (takes.channels, *shape[1:]) if takes.channels else (takes.vector,)
-    if values.shape[1:] != wanted:
-        needed = f"{takes.vector} values" if takes.vector else f"an image of shape {wanted}"
-        raise ValueError(
-            f"--condition must have {needed} for each sample, as {args.model} takes, got shape {tuple(values.shape)}."
-        )
-    check_finite(values, "--condition", data=False)
-    return values
+    for name, values in found.items():
+        if values.shape[1:] != wanted[name]:
+            kind = f"{wanted[name][0]} values" if name == "features" else f"an image of shape {wanted[name]}"
+            raise ValueError(
+                f"--condition must have {kind} for each sample, as {args.model} takes, got shape {tuple(values.shape)}."
+            )
+        check_finite(values, "--condition", data=False)
+    return found if len(wanted) > 1 else next(iter(found.values()))
 
 
-def _of_file(path: Path) -> Tensor:
+def _of_file(path: Path, wanted: Sequence[str]) -> Parts:
+    """The parts of a condition in a file; those of a vector and an image are ``condition`` and ``image``."""
     if path.suffix.lower() == ".npy":
-        found = np.load(path, allow_pickle=False)
+        arrays: Mapping[str, Any] = {"condition": np.load(path, allow_pickle=False)}
     else:
-        names = array_names(path)
-        name = "condition" if "condition" in names or len(names) != 1 else names[0]
-        with about(path):
-            found = map_array(path, name)
-    return torch.from_numpy(np.array(found, np.float32))
+        arrays = Archive(path)
+    names = {"features": "condition", "image": "image"}
+    if len(wanted) == 1:
+        names = {wanted[0]: "condition" if "condition" in arrays or len(arrays) != 1 else next(iter(arrays))}
+    elif missing := sorted(set(names.values()) - set(arrays)):
+        raise ValueError(
+            f"{path} must have the vectors as condition and the array image, but has no {' and no '.join(missing)}."
+        )
+    with about(path):
+        return {part: torch.from_numpy(np.array(arrays[name], np.float32)) for part, name in names.items()}
 
 
 def find_classes(args: argparse.Namespace, net: ScoreNet | GuidedScore) -> Classes:

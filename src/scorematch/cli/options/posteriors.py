@@ -20,7 +20,7 @@ from scorematch.cli.options.networks import load
 from scorematch.cli.options.operators import read_operator
 from scorematch.cli.options.outputs import check_new
 from scorematch.cli.options.samplers import make_sampler
-from scorematch.core.conditions import length, map_parts, takes_image
+from scorematch.core.conditions import length, map_parts
 from scorematch.core.files import write_whole
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
@@ -45,8 +45,6 @@ def restore_arrays(args: argparse.Namespace) -> None:
         raise ValueError(f"--uncertainty writes several arrays. Write them to a file {out.with_suffix('.npz')}.")
     check_new([out], args.overwrite)
     net = load(args, pictures=False)
-    if takes_image(net):
-        raise ValueError(f"{args.model} takes an image as its condition. Restore arrays with it in Python.")
     observation, truth = _observation(args, path)
     assert net.sample_shape is not None  # noqa: S101  (load checks it)
     with about(path):
@@ -59,7 +57,7 @@ def restore_arrays(args: argparse.Namespace) -> None:
     n = len(observation)
     if length(job.condition) not in (None, 1, n):
         raise ValueError(
-            f"--condition must have one vector for all measurements, or one for each of {n}, got "
+            f"--condition must be for one sample, which is for all measurements, or for each of {n}, got "
             f"{length(job.condition)}."
         )
     announce(sampler)
