@@ -8,6 +8,7 @@ from scorematch.sampling.folder import sample_to
 from scorematch.sampling.langevin import AnnealedLangevinSampler
 from scorematch.sampling.learning import learned_settings
 from scorematch.sampling.levels import schedules_of_paths
+from scorematch.sampling.normal import data_moments
 from scorematch.sampling.ode import ODESampler
 from scorematch.sampling.particles import ParticleSampler, Population
 from scorematch.sampling.predictor_corrector import PredictorCorrectorSampler
@@ -27,6 +28,7 @@ __all__ = [
     "Sampler",
     "SamplerSettings",
     "bulk_samples",
+    "data_moments",
     "learned_settings",
     "recommended_sampler",
     "sample_to",

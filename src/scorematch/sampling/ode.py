@@ -56,12 +56,14 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument
+from scorematch.core.derived import Isotropic
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field
 from scorematch.core.scores import Score, middle_of
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.multistep import METHODS, learned_lengths, learned_steps, multistep, plan
+from scorematch.sampling.normal import normal_start
 from scorematch.sampling.sampler import Sampler, SamplerOptions, own_options
 
 if TYPE_CHECKING:
@@ -97,6 +99,10 @@ class ODESampler(Sampler):
             ``eta=1``, and SA-Solver "unipc" with ``eta`` tau^2.
         coefficients: the numbers of the steps of "dpm-solver++" or "unipc" on the levels ``sigmas``, in place of those
             of the method, which ``learned_settings`` fits to a network.
+        data_mean, data_spectrum: the mean and the spectrum of the data, ``data_moments(data)``. The start is then drawn
+            from the normal distribution of the data with noise of the highest of the levels, which may be as low as
+            half a standard deviation of the coarsest structure; see ``scorematch.sampling.normal``. With an observation
+            they are not used: choose higher levels.
 
         Rarely needed:
 
@@ -148,6 +154,16 @@ class ODESampler(Sampler):
             Field(list, low=1, high=4000, each=Field(float, low=-100, high=100)),
             "the learned numbers of the steps on the levels sigmas",
         ] = None,
+        data_mean: Annotated[
+            Sequence[float] | None,
+            Field(list, low=1, high=1000, each=Field(float)),
+            "the mean of each channel of the data, for a start at a moderate level",
+        ] = None,
+        data_spectrum: Annotated[
+            Sequence[float] | None,
+            Field(list, low=1, high=100_000, each=Field(float, low=0)),
+            "the variances of the data along bands of cosines, for a start at a moderate level",
+        ] = None,
         churn: Annotated[float, Field(float, low=0), "with heun: how much new noise the steps add"] = 0.0,
         churn_min: Annotated[float, Field(float, low=0), "the lowest level at which noise is added"] = 0.0,
         churn_max: Annotated[
@@ -157,7 +173,9 @@ class ODESampler(Sampler):
         **options: Unpack[SamplerOptions],
     ) -> None:
         self.check_options({"sigmas": sigmas})
-        own = own_options(net, "ode", options, schedule, method, sigmas, order, eta, coefficients, churn or None)
+        own = own_options(
+            net, "ode", options, schedule, method, sigmas, order, eta, coefficients, data_spectrum, churn or None
+        )
         if own is not None:
             given: dict[str, Any] = {"method": "heun", **own, **options}
             ODESampler.__init__(self, net, **given)
@@ -178,6 +196,11 @@ class ODESampler(Sampler):
                     f"{argument('coefficients')} are for the levels {argument('sigmas')}. Leave out "
                     f"{argument('levels')}, {argument('sigma_max')} and {argument('sigma_min')}."
                 )
+        self.check_options({"data_mean": data_mean, "data_spectrum": data_spectrum})
+        if data_spectrum is not None and isinstance(self.net, Isotropic):
+            raise ValueError(f"{argument('data_spectrum')} is for data whose channels have the same units.")
+        self.data_mean: list[float] | None = native(data_mean)
+        self.data_spectrum: list[float] | None = native(data_spectrum)
         self.eta, steps = native(eta), len(self.schedule) - 1
         self._etas: list[float] = self.eta if isinstance(self.eta, list) else [self.eta or 0.0] * steps
         _check_etas(self._etas, steps)
@@ -214,6 +237,8 @@ class ODESampler(Sampler):
             )
         if options.get("coefficients") is not None:
             _check_coefficients(options)
+        if (options.get("data_mean") is None) != (options.get("data_spectrum") is None):
+            raise ValueError(f"pass both {argument('data_mean')} and {argument('data_spectrum')}, or none of them.")
         if order is not None and order > METHODS[method].highest:
             raise ValueError(
                 f"{argument('order')} must be at most {METHODS[method].highest} for {method!r}, got {order}."
@@ -230,6 +255,12 @@ class ODESampler(Sampler):
             return own.respaced(1 if levels is None else levels)
         return NoiseSchedule.karras(own.sigma_max, own.sigma_min, _LEVELS if levels is None else levels)
 
+    def start(self, z: Tensor) -> Tensor:
+        """The states at the highest level, noise or samples of the normal distribution of the noisy data."""
+        if self.data_mean is None or self.data_spectrum is None:
+            return super().start(z)
+        return normal_start(z, self.schedule.sigma_max, self.data_mean, self.data_spectrum)
+
     def __len__(self) -> int:
         return (len(self.schedule) - 1) * (2 if self.method == "heun" else 1) + self.denoise
 
@@ -239,7 +270,8 @@ class ODESampler(Sampler):
             return [self.method, "learned"]
         if not self.churn:
             order = [] if self.order is None else [f"order {self.order}"]
-            return [self.method, *order, *([f"eta {self.eta}"] if self.draws_noise else [])]
+            start = [] if self.data_spectrum is None else ["normal start"]
+            return [self.method, *order, *([f"eta {self.eta}"] if self.draws_noise else []), *start]
         high = self.schedule.sigma_max if self.churn_max is None else self.churn_max
         noise = [] if self.churn_noise == 1 else [f"noise {self.churn_noise:g}"]
         return [self.method, f"churn {self.churn:g} at {high:.3g} -> {self.churn_min:.3g}", *noise]

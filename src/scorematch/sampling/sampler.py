@@ -203,6 +203,10 @@ class Sampler(ABC):
         schedule, table = self.default_schedule(own, levels), _only_levels(self.net)
         return schedule if table is None else table.nearest(schedule)
 
+    def start(self, z: Tensor) -> Tensor:
+        """The states at the highest level from standard normal noise z (n, ...): noise around the middle."""
+        return middle_of(self.net, z) + self.schedule.sigma_max * z
+
     @abstractmethod
     def __len__(self) -> int:
         """The number of network calls per image."""

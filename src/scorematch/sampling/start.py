@@ -43,6 +43,9 @@ class Configured(Protocol):
     clamp: bool
     particles: int
 
+    def start(self, z: Tensor) -> Tensor:
+        """The states at the highest level from standard normal noise z (n, ...), without an observation."""
+
     def restoration(self, observation: Observation) -> Restoration:
         """The restoration method for an observation."""
 
@@ -111,7 +114,7 @@ def start(
         if method.centers:
             offset = sigma * noise
             noise = noise / 2 + math.sqrt(0.75) * normal((rows, *sample_shape))
-        x = method.start(middle + sigma * noise, sigma, middle)
+        x = sampler.start(noise) if observation is None else method.start(middle + sigma * noise, sigma, middle)
     own = noise_source and (lambda x: noise_source(x * ratios_of(sampler.net, x)))
     given = class_of_each(condition, x[::particles])
     return x, Run(
