@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     left, *axes = figure.subplots(1, 6)
     for i, value in enumerate((2.0, 3.0, 4.0)):
         condition = torch.full((n, 1), value)
-        drawn = ODESampler(net, levels=18).sample(n, condition=condition, generator=0, progress=False)
+        drawn = ODESampler(net, levels=36, method="unipc").sample(n, condition=condition, generator=0, progress=False)
         exact = fields(condition)
         error, floor = spectrum_error(drawn, exact), spectrum_error(fields(condition), exact)
         print(f"slope {value:g}: spectrum {error[0]}, largest {error[1]}; of new fields {floor[0]}, {floor[1]}")

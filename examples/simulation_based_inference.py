@@ -22,7 +22,8 @@ from scorematch.training import train
 
 def posterior_draws(net: ScoreNet, task: Task, x: Tensor, n: int) -> Tensor:
     """At most n draws, without the few that leave the prior."""
-    draws = ODESampler(net, levels=18).sample(4 * n, condition=x.expand(4 * n, -1), generator=0, progress=False)
+    sampler = ODESampler(net, levels=36, method="unipc")
+    draws = sampler.sample(4 * n, condition=x.expand(4 * n, -1), generator=0, progress=False)
     return draws[(draws.abs() < task.bound).all(1)][:n]
 
 

@@ -12,9 +12,9 @@ from scorematch import ScoreNet
 from scorematch.cli import main
 from scorematch.data import open_arrays, read_samples
 from scorematch.data.plots import save_plot
-from scorematch.evaluation import evaluate
+from scorematch.evaluation import evaluate, exact
 from scorematch.nets import Condition
-from scorematch.sampling import ODESampler, bulk_samples
+from scorematch.sampling import ODESampler, bulk_samples, recommended_sampler
 from scorematch.training import network_for
 from tests.helpers import refused, seed
 
@@ -56,7 +56,7 @@ def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
     written = np.load(tmp_path / "x.npz")
     assert written["axes"].tolist() == ["run", "value"]
     condition = torch.tensor([[0.3, 0.7]])
-    sampler = ODESampler(ScoreNet.from_pretrained(run), levels=18)
+    sampler = recommended_sampler(ScoreNet.from_pretrained(run))
     (batch,) = bulk_samples(sampler, 5, condition=condition)
     assert np.allclose(written["x"], batch.images.numpy(), rtol=1e-4) and written["x"].dtype == np.float32
     assert np.allclose(written["condition"], condition.expand(5, 2)) and 150 < written["x"].mean() < 350
@@ -118,6 +118,17 @@ def test_the_network_for_a_shape_takes_it(shape):
     x = torch.randn(2, *shape, generator=seed())
     with torch.no_grad():
         assert net(x, 0.5).shape == x.shape
+
+
+def test_the_sampler_of_data_keeps_the_variance_of_all_scales():
+    """Along each axis of a Gaussian the flow is linear, and a step only changes the factor."""
+    variance = torch.tensor([300.0, 30, 3, 0.3, 0.03, 3e-3]).double()
+    net = network_for((6,))
+    normal = exact.Gaussian(torch.zeros(6), variance.diag(), schedule=net.schedule)
+    sampler = recommended_sampler(normal, net.sampler_settings)
+    top = float(sampler.schedule.sigmas[0])
+    x = sampler.sample(1, init=(top**2 + variance).sqrt()[None], progress=False)
+    torch.testing.assert_close(x[0].double().square(), variance, rtol=0.03, atol=0)
 
 
 def test_a_condition_of_bulk_samples_is_that_of_each_sample():

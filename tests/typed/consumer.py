@@ -128,6 +128,7 @@ from scorematch.restoration import (
     Summary,
     Uncrop,
     as_operator,
+    conjugate_gradients,
     summary,
 )
 from scorematch.restoration.method import Restoration
@@ -345,6 +346,8 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
 
 def restoration(net: ScoreNet, x: Tensor, mask: Tensor) -> None:
     found: Summary = summary(x, levels=(0.1, 0.9))
+    assert_type(conjugate_gradients(lambda w: 2 * w, x, iterations=5), Tensor)
+    assert_type(found.errors(x[0], x[0] > 0), tuple[float, float])
     assert_type(found.mean + found.deviation + found.quantiles[0], Tensor)
     operators: list[Operator] = [Mask(mask), Uncrop(left=3), Grayscale(), AveragePool(2), JPEG(10), Negative()]
     operators += [AveragePool(2) @ Grayscale(), as_operator("pool:2 @ gray"), Hole().drawn(x, range(len(x))), Half()]

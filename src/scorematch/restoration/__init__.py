@@ -3,6 +3,7 @@
 from scorematch.restoration.blur import Blur, GaussianBlur, MotionBlur
 from scorematch.restoration.fourier import Fourier, FourierLines
 from scorematch.restoration.linear import Linear, Matrix
+from scorematch.restoration.moments import conjugate_gradients
 from scorematch.restoration.nonlinear import JPEG, Clip, Magnitude, Quantize
 from scorematch.restoration.observation import Observation
 from scorematch.restoration.operator import Operator
@@ -38,5 +39,6 @@ __all__ = [
     "Summary",
     "Uncrop",
     "as_operator",
+    "conjugate_gradients",
     "summary",
 ]

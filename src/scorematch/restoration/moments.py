@@ -164,7 +164,20 @@ class System(NamedTuple):
 def conjugate_gradients(
     product: Product, r: Tensor, iterations: int, tolerance: float = 1e-6, weighted: Product = lambda w: w
 ) -> Tensor:
-    """Solves M w = r, by the method of conjugate gradients with the inner product of a and ``weighted(b)``."""
+    """Solves M w = r for each row, by the method of conjugate gradients.
+
+    Args:
+        product: the product of values like r with M, which is symmetric and not negative, row by row.
+        r: the right-hand sides (N, ...).
+        iterations: the largest number of products.
+        tolerance: the norm of the residual at which the iterations for a row end, relative to that of r.
+        weighted: the product with the matrix W of the inner product a · W b, in which M is symmetric.
+
+    Example:
+        >>> diagonal, r = torch.tensor([1.0, 4.0]), torch.tensor([[2.0, 4.0]])
+        >>> conjugate_gradients(lambda w: w * diagonal, r, iterations=2).round()
+        tensor([[2., 1.]])
+    """
     w, p = torch.zeros_like(r), r
     square = first = _dot(r, weighted(r))
     for _ in range(iterations):
