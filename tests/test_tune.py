@@ -23,7 +23,14 @@ from scorematch.evaluation import (
 )
 from scorematch.evaluation.tune import MeasuredSampler
 from scorematch.restoration import AveragePool, Mask
-from scorematch.sampling import ODESampler, SamplerSettings, bulk_samples, recommended_sampler, schedules_of_paths
+from scorematch.sampling import (
+    ODESampler,
+    SamplerSettings,
+    bulk_samples,
+    data_moments,
+    recommended_sampler,
+    schedules_of_paths,
+)
 from tests.helpers import seed
 
 SETTINGS = [
@@ -101,6 +108,13 @@ def test_settings_of_paths_have_the_numbers_of_calls(net):
     higher = ScoreNet.unet(1, 8, widths=(4,), layers_per_block=1, schedule=NoiseSchedule.geometric(40, 0.01, 9))
     expected = [40, *NoiseSchedule.geometric(6, 0.03, 4)]  # 24 deviations of 0.25
     assert settings_with_few_calls(higher, [5])[1].options["sigmas"] == pytest.approx(expected, rel=1e-4)
+    images = torch.rand(9, 1, 8, 8)
+    expected = {"method": "unipc", "sigmas": pytest.approx([4, 1.1769, 0.34641, 0.10194, 0.03], rel=1e-3)}
+    started = settings_with_few_calls(higher, [5], images)[2].options
+    assert {name: list(values) for name, values in data_moments(images).items()} == {
+        name: list(started.pop(name)) for name in ("data_mean", "data_spectrum")
+    }
+    assert started == expected
     assert usual == SamplerSettings("ode", levels=5, sigma_min=0.03, method="unipc")
     assert [each.options["eta"] for each in noisy] == [1.0, (1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 1.0)]
     exact = [*schedules_of_paths(net, [4], generator=1, progress=False)[0], 0.03]

@@ -19,7 +19,7 @@ from scorematch.core.processes import this_process
 from scorematch.core.schema import Field
 from scorematch.core.scores import device_of
 from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_few_calls
-from scorematch.evaluation.reference import check_sources
+from scorematch.evaluation.reference import check_sources, first_images
 from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
 from scorematch.sampling import recommended_sampler
 
@@ -53,7 +53,7 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="also measure settings with these numbers of network calls, such as 4 6 8: with levels that are chosen "
         "from paths of the network, with levels and coefficients that are learned, and with the usual levels, also "
-        "with new noise",
+        "with new noise or a start from a normal distribution",
     )
     parser.add_argument(
         "--by",
@@ -102,7 +102,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.learn:
         fitted = {"seed": args.seed, "progress": not args.quiet}
         settings += settings_learned(net, args.learn, out=args.out, **fitted)
-        settings += settings_of_paths(net, args.learn, **fitted) + settings_with_few_calls(net, args.learn)
+        source, crop = args.reference, options["crop"]
+        images = None if args.restore else first_images(source, net.sample_shape, crop=crop)
+        settings += settings_of_paths(net, args.learn, **fitted) + settings_with_few_calls(net, args.learn, images)
     if settings and this_process().rank == 0:
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"

@@ -15,12 +15,13 @@ from scorematch.core.records import as_stored, differences, read_record, refuse,
 from scorematch.core.schema import Field
 from scorematch.core.scores import variance_of
 from scorematch.noise import NoiseSchedule
-from scorematch.sampling import SamplerSettings, learned_settings, schedules_of_paths
+from scorematch.sampling import SamplerSettings, data_moments, learned_settings, schedules_of_paths
 from scorematch.score import ScoreNet
 
 _PATHS, _LEARNED_PATHS = 64, 256
 _BARELY_VISIBLE = 0.03  # in units of the value range
 _FIRST = 24.0  # in standard deviations of the data; from higher levels one step is enough
+_NORMAL = 16.0  # in these deviations; noisy data are nearly normal there
 _RECORD: Mapping[str, Field] = {
     "format_version": Field(int, required=True, choices=(1,)),
     "settings": Field(dict, required=True),
@@ -28,19 +29,23 @@ _RECORD: Mapping[str, Field] = {
 }
 
 
-def settings_with_few_calls(net: ScoreNet, calls: Sequence[int]) -> list[SamplerSettings]:
-    """Settings with few network calls that need no paths: two kinds of levels, without new noise and with it.
+def settings_with_few_calls(net: ScoreNet, calls: Sequence[int], images: Tensor | None = None) -> list[SamplerSettings]:
+    """Settings with few network calls that need no paths: several kinds of levels, without new noise and with it.
 
     The levels are those of Karras et al., or the highest one and others with equal ratios from 24 standard deviations
     of the data: above, a step changes little more than the brightness of an image. The lowest level is that of
     ``settings_of_paths``. The method is UniPC, and on the levels of Karras et al. also DPM-Solver++ with the noise of
-    the reverse diffusion, eta = 1, at all steps, at the first half of them, or at the second.
+    the reverse diffusion, eta = 1, at all steps, at the first half of them, or at the second. With images there are
+    also settings with equal ratios that start at 16 standard deviations, from a normal distribution (``data_moments``).
 
     Args:
         net: the network.
         calls: the numbers of network calls, each at least 3.
+        images: images of the data (N, C, H, W), some thousand.
     """
-    found, lowest, high = [], _lowest(net), _FIRST * math.sqrt(variance_of(net))
+    found, lowest, deviation = [], _lowest(net), math.sqrt(variance_of(net))
+    high, start = _FIRST * deviation, min(_NORMAL * deviation, net.schedule.sigma_max)
+    moments: dict[str, Any] = {} if images is None else {**data_moments(images)}
     for count in calls:
         levels: dict[str, Any] = {"levels": count, "sigma_min": lowest}
         first = (count - 1) // 2
@@ -49,6 +54,9 @@ def settings_with_few_calls(net: ScoreNet, calls: Sequence[int]) -> list[Sampler
         if lowest < high < net.schedule.sigma_max:
             sigmas = [net.schedule.sigma_max, *NoiseSchedule.geometric(high, lowest, count - 1)]
             found.append(SamplerSettings("ode", method="unipc", sigmas=_rounded(sigmas)))
+        if moments:
+            sigmas = _rounded(list(NoiseSchedule.geometric(start, lowest, count)))
+            found.append(SamplerSettings("ode", method="unipc", sigmas=sigmas, **moments))
         for eta in (1.0, [1.0] * first + [0.0] * last, [0.0] * first + [1.0] * last):
             found.append(SamplerSettings("ode", method="dpm-solver++", eta=eta, **levels))
     return found

@@ -28,7 +28,7 @@ from scorematch.data.find import check_path
 from scorematch.data.images import ImageData, open_images
 from scorematch.data.pictures import Crop, to_float, to_uint8
 from scorematch.evaluation.features import Extractor
-from scorematch.evaluation.statistics import Statistics, statistics_of
+from scorematch.evaluation.statistics import Statistics, is_statistics_file, statistics_of
 from scorematch.sampling.bulk import SEEDS
 
 _BLOCK = 4096  # images of the reference that are read at a time for the Gaussian
@@ -92,6 +92,13 @@ def are_same(one: Any, other: Any) -> bool:
     """Whether two sources are the same object, or the same path or name."""
     paths = isinstance(one, str | os.PathLike) and isinstance(other, str | os.PathLike)
     return one is other or (paths and Path(one).expanduser().resolve() == Path(other).expanduser().resolve())
+
+
+def first_images(source: Any, shape: Sequence[int] | None, *, crop: Crop) -> Tensor | None:
+    """The first images of a reference, at most 4096; None if it is statistics."""
+    if isinstance(source, Statistics) or is_statistics_file(source):
+        return None
+    return next(_blocks(open_for(source, shape, "images of the reference", crop=crop, progress=False)))
 
 
 def read_batches(data: ImageData | ArrayData, chosen: Tensor, batch_size: int) -> Iterator[Tensor]:
