@@ -131,7 +131,7 @@ def test_growing_has_fewer_stages_for_fewer_images():
     for images, stages in [(499_999, 1), (500_000, 2), (1_200_000, 3), (3_000_000, 3)]:
         settings = TrainSettings(**{**options, "images": images})
         assert len(settings.stages()) == stages and settings.total == pytest.approx(images, abs=3 * 64)
-    assert [stage.lr for stage in settings.stages()] == [1e-3, 7e-4, 7e-4]
+    assert [(stage.optimizer, stage.lr) for stage in settings.stages()] == [("muon", lr) for lr in (0.01, 0.007, 0.007)]
     with pytest.raises(ValueError, match="growing is for images of at least 16 pixels, got 8"):
         growing(8)
 

@@ -247,19 +247,19 @@ def growing(side: int) -> Recipe:
     stage   network, 5.8, 6.5 and 7.9 million parameters (32 px)    learning rate, mean of the        share of the
                                                                     levels (below 48 px, above)       images
     ======  ======================================================  ================================  ===============
-    1       widths 64, 128, 160; one block per scale; attention     1e-3; -1.2, -1.0                  30 %
+    1       widths 64, 128, 160; one block per scale; attention     0.01; -1.2, -1.0                  30 %
             at the lowest; 16 channels at full resolution
-    2       attention at all scales; 64 channels at full            7e-4; -1.5, -1.3                  35 %
+    2       attention at all scales; 64 channels at full            0.007; -1.5, -1.3                 35 %
             resolution (32 from 48 px on)
-    3       two blocks at the upper scales; four blocks at full     7e-4; -1.5, -1.3                  35 %
+    3       two blocks at the upper scales; four blocks at full     0.007; -1.5, -1.3                 35 %
             resolution instead of two (six from 48 px on)
     ======  ======================================================  ================================  ===============
 
-    Each stage has a warm-up and a decay to zero, batches of 64, and averages of relative length 0.05 and 0.10. The
-    logarithm of the levels, in units in which images are in [-1, 1], is normal with this mean and deviation 1.2. A
-    patch has the power of two, at least 2, for which the side is nearest to 16 patches: 2 to 45 px, 4 from 46 to 90 px.
-    A run of less than 500,000 images has the first stage only, and one of less than 1.2 million the first two. The
-    channels and the classes of the images change nothing else.
+    Each stage has the optimizer Muon with a warm-up and a decay to zero, batches of 64, and averages of relative length
+    0.05 and 0.10. The logarithm of the levels, in units in which images are in [-1, 1], is normal with this mean and
+    deviation 1.2. A patch has the power of two, at least 2, for which the side is nearest to 16 patches: 2 to 45 px, 4
+    from 46 to 90 px. A run of less than 500,000 images has the first stage only, and one of less than 1.2 million the
+    first two. The channels and the classes of the images change nothing else.
 
     Args:
         side: the side of the images, or the shorter one, in pixels, at least 16.
@@ -276,7 +276,7 @@ def growing(side: int) -> Recipe:
     def levels(mean: float) -> LogNormal:
         return LogNormal(mean - math.log(2), 1.2)  # for images in [0, 1]
 
-    later = {"lr": 7e-4, "levels": levels(-1.3 if large else -1.5)}
+    later = {"lr": 7e-3, "levels": levels(-1.3 if large else -1.5)}
     pixels = {"attention": (True,) * 3, "pixel_channels": 32 if large else 64}
     blocks = {"layers_per_block": (2, 2, 1), "pixel_layers": 3 if large else 2}
     return Recipe(
@@ -290,7 +290,8 @@ def growing(side: int) -> Recipe:
         training={
             "images": 3_000_000,
             "batch_size": 64,
-            "lr": 1e-3,
+            "optimizer": "muon",
+            "lr": 0.01,
             "levels": levels(-1.0 if large else -1.2),
             "growth": (Stage(0.35, pixels, later, fewest=500_000), Stage(0.35, blocks, later, fewest=1_200_000)),
         },
