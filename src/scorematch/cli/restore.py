@@ -50,8 +50,7 @@ def add(commands: Commands) -> None:
         description="Restores damaged pictures with a trained network. For each picture it writes several "
         "restorations, and a strip\nthat shows the picture and its restorations side by side.\n\n"
         "Arrays, such as fields, are restored from a file .npz (with y and, for gaps, the array mask) or .npy into a "
-        "file of the\ndraws x (N, K, ...), K of each of N measurements, in the units of the data. NaN in y is a gap. "
-        "The default is\n--restore-method moment-matching --sampler ode --method dpm-solver++ --eta 1 --levels 30.",
+        "file of the\ndraws x (N, K, ...), K of each of N measurements, in the units of the data. NaN in y is a gap.",
         epilog="Examples:\n"
         "  %(prog)s mnist damaged.png restored --operator mask:observed.png\n"
         "  %(prog)s palette-celeba gray-faces restored --operator gray\n"

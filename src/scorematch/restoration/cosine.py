@@ -49,15 +49,13 @@ class CosineCovariance:
         self._values = 1 / (1 / self._values + 1 / level - 1 / self._level)
         self._level = level
 
-    def transfer(self, d: Tensor, level: Any) -> Tensor:
-        """Moves the estimate to a level, and with it D - m, which is C / sigma^2 times x - m for Gaussian data."""
-        before = self._values / self._level
-        self.at(level)
-        return self._scaled(d, self._values / level / before)
-
     def product(self, x: Tensor) -> Tensor:
-        """The product of samples (N, ...) with the covariance."""
+        """The product of samples (N, ...) with the covariance C."""
         return self._scaled(x, self._values)
+
+    def damped(self, x: Tensor, damping: Tensor) -> Tensor:
+        """The product with C (C + d I)^-1, for a number d of each sample, (N,)."""
+        return self._scaled(x, self._values / (self._values + damping[:, None]))
 
     def learn(self, u: Tensor, product: Tensor) -> None:
         """Improves the estimate by a product J u at the present level; samples whose u is zero keep theirs."""

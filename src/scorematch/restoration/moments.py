@@ -149,16 +149,14 @@ class System(NamedTuple):
         """The product of the covariance of the noise with v."""
         return w if callable(self.observation.sigma) else self.observation.covariance(w)
 
-    def solve(
-        self, covariance: Product, r: Tensor, iterations: int = _INNER, tolerance: float = _INNER_TOLERANCE
-    ) -> Tensor:
+    def solve(self, covariance: Product, r: Tensor) -> Tensor:
         """The w for a symmetric covariance of the data, approximately."""
 
         def product(w: Tensor) -> Tensor:
             spread = self.near.forward(covariance(self.near.adjoint(self.weighted(w))))
             return self.noise(w) + self.observation.observed(spread)
 
-        return conjugate_gradients(product, r, iterations, tolerance, self.weighted)
+        return conjugate_gradients(product, r, _INNER, _INNER_TOLERANCE, self.weighted)
 
 
 def conjugate_gradients(

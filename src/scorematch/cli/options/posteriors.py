@@ -49,8 +49,8 @@ def restore_arrays(args: argparse.Namespace) -> None:
     assert net.sample_shape is not None  # noqa: S101  (load checks it)
     with about(path):
         observation = observation.of_shape(net.sample_shape)
-    method: Restore = args.restore_method or "moment-matching"
-    sampler = make_sampler(args, net, restore=method)
+    method: Restore = args.restore_method or "auto"
+    sampler = make_sampler(args, net, restore=method, linear=observation.operator.is_linear)
     sampler.restore = method
     label: Any = find_classes(args, net)  # an int or None, without a rule
     job = Job(prepared(sampler), classes=label, condition=find_condition(args, net))
