@@ -3,7 +3,7 @@
     python examples/data_assimilation.py --out runs/lorenz
 
 A network learns noisy paths of the Lorenz system as signals. The first coordinate is measured at every fourth step.
-Draws of the posterior are compared with the paths that a bootstrap particle filter keeps.
+Draws of the posterior are compared with the paths that a bootstrap particle filter, which knows the equations, keeps.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scorematch import NoiseSchedule, ScoreNet
 from scorematch.restoration import Linear, Observation, summary
-from scorematch.sampling import ODESampler
+from scorematch.sampling import ParticleSampler
 from scorematch.training import train
 
 STEP, LENGTH, EVERY, NOISE = 0.05, 32, 4, 2.0
@@ -53,25 +53,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from matplotlib.figure import Figure
 
-    examples, steps, cases, draws, calls = (200, 10, 2, 4, 6) if args.smoke else (50_000, 5000, 8, 32, 128)
+    examples, steps, cases, particles, levels = (200, 10, 2, 4, 6) if args.smoke else (50_000, 5000, 8, 256, 60)
     torch.manual_seed(0)
     net = ScoreNet.unet(3, (LENGTH,), widths=(32, 64, 64), layers_per_block=1)
     net = train(net, paths(examples), args.out, images=64 * steps, batch_size=64)
-    levels, found = NoiseSchedule.geometric(60, net.schedule.sigma_min, calls), []
-    sampler = ODESampler(net, levels, method="dpm-solver++", eta=10, restore="moment-matching")
+    sampler = ParticleSampler(net, NoiseSchedule.geometric(200, 0.16, levels), particles=particles)
+    found: list[list[float]] = []
     figure = Figure(figsize=(9, 3), layout="constrained")
     for case, truth in enumerate(paths(cases)):
         y = truth[0, ::EVERY] + NOISE * torch.randn(LENGTH // EVERY)
         observation = Observation(Linear(lambda x: x[:, 0, ::EVERY]), y[None], sigma=NOISE)
-        kept, drawn = paths(2 * examples, y), sampler.sample(draws, observation=observation, generator=case)
-        own, exact = summary(drawn), summary(kept)
+        drawn = sampler.population(observation, generator=case)
+        drawn = drawn.particles[0][torch.multinomial(drawn.weights[0], particles, replacement=True)]
+        own, exact = summary(drawn), summary(paths(2 * examples, y))
         apart = (own.mean - exact.mean) / exact.deviation
         found.append([*own.errors(truth), *exact.errors(truth), float(apart.square().mean().sqrt())])
         for i, axis in enumerate(figure.subplots(1, 3) if case == 0 else ()):
             axis.plot(truth[i], "k")
-            for each in exact, own:
-                low, high = each.mean[i] - 2 * each.deviation[i], each.mean[i] + 2 * each.deviation[i]
-                axis.fill_between(range(LENGTH), low, high, alpha=0.4)
+            for mean, width in (exact.mean, 2 * exact.deviation), (own.mean, 2 * own.deviation):
+                axis.fill_between(range(LENGTH), mean[i] - width[i], mean[i] + width[i], alpha=0.4)
     figure.savefig(args.out / "lorenz.png", dpi=70)
     numbers = ", ".join(f"{value:.2f}" for value in torch.tensor(found).square().mean(0).sqrt().tolist())
     print(f"rmse of the mean and deviation of the draws, of the particles; distance of the means: {numbers}")
