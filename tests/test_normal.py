@@ -5,6 +5,7 @@ import torch
 
 from scorematch import NoiseSchedule
 from scorematch.core.cosines import Cosines
+from scorematch.restoration import Grayscale, Observation
 from scorematch.sampling import ODESampler, SamplerSettings, data_moments
 from tests.helpers import run, seed
 
@@ -21,13 +22,14 @@ def normal_score(x, sigma):
     return COSINES.inverse(COSINES.transform(MIDDLE - x) / (VARIANCES + sigma**2))
 
 
+@pytest.mark.slow
 def test_the_start_is_where_the_flow_of_normal_data_is_and_its_moments_are_found():
     z = torch.randn(1000, *SHAPE, generator=seed(0))
     few = ODESampler(
         normal_score, sigmas=[0.7, 0.6], method="unipc", denoise=False, data_mean=MEAN, data_spectrum=SPECTRUM
     )
     assert str(few) == "ODESampler(2 levels 0.7 -> 0.6, unipc, normal start, 1 network calls)"
-    flow = ODESampler(normal_score, NoiseSchedule.geometric(1e4, 0.7, 150), method="unipc", denoise=False)
+    flow = ODESampler(normal_score, NoiseSchedule.geometric(1e4, 0.7, 80), method="unipc", order=3, denoise=False)
     torch.testing.assert_close(few.start(z[:8]), run(flow, init=MIDDLE + 1e4 * z[:8]), rtol=1e-3, atol=2e-3)
 
     found = data_moments(few.start(z))
@@ -51,3 +53,5 @@ def test_the_moments_are_stored_and_checked():
         ValueError, match=rf"data_spectrum must have {len(SPECTRUM)} numbers .* got {len(SPECTRUM) - 1}"
     ):
         short.sample(1, shape=SHAPE, progress=False)
+    with pytest.warns(UserWarning, match="the highest level of this sampler, 0.7, is for a start from the normal"):
+        run(ODESampler(normal_score, **settings.options), observation=Observation(Grayscale(), images[:1, :1]))

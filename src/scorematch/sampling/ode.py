@@ -49,6 +49,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -61,6 +62,8 @@ from scorematch.core.json_files import native
 from scorematch.core.schema import Field
 from scorematch.core.scores import Score, middle_of
 from scorematch.noise import NoiseSchedule
+from scorematch.restoration.method import Restoration
+from scorematch.restoration.observation import Observation
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.multistep import METHODS, learned_lengths, learned_steps, multistep, plan
 from scorematch.sampling.normal import normal_start
@@ -260,6 +263,17 @@ class ODESampler(Sampler):
         if self.data_mean is None or self.data_spectrum is None:
             return super().start(z)
         return normal_start(z, self.schedule.sigma_max, self.data_mean, self.data_spectrum)
+
+    def restoration(self, observation: Observation) -> Restoration:
+        """The restoration method; the start is then noise, for which the levels of a normal start are too low."""
+        if self.data_spectrum is not None:
+            warnings.warn(
+                f"with an observation the start is noise, and the highest level of this sampler, "
+                f"{self.schedule.sigma_max:g}, is for a start from the normal distribution of the data. Write "
+                f"{argument('levels', 18)}, or leave out the sampler.",
+                stacklevel=5,
+            )
+        return super().restoration(observation)
 
     def __len__(self) -> int:
         return (len(self.schedule) - 1) * (2 if self.method == "heun" else 1) + self.denoise
