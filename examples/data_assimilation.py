@@ -57,15 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     net = ScoreNet.unet(3, (LENGTH,), widths=(32, 64, 64), layers_per_block=1)
     net = train(net, paths(examples), args.out, images=64 * steps, batch_size=64)
-    sampler = ParticleSampler(net, NoiseSchedule.geometric(200, 0.16, levels), particles=particles)
-    found: list[list[float]] = []
+    sampler, found = ParticleSampler(net, NoiseSchedule.geometric(200, 0.16, levels), particles=particles), []
     figure = Figure(figsize=(9, 3), layout="constrained")
     for case, truth in enumerate(paths(cases)):
         y = truth[0, ::EVERY] + NOISE * torch.randn(LENGTH // EVERY)
         observation = Observation(Linear(lambda x: x[:, 0, ::EVERY]), y[None], sigma=NOISE)
-        drawn = sampler.population(observation, generator=case)
-        drawn = drawn.particles[0][torch.multinomial(drawn.weights[0], particles, replacement=True)]
-        own, exact = summary(drawn), summary(paths(2 * examples, y))
+        population = sampler.population(observation, generator=case)
+        rows = torch.multinomial(population.weights[0], particles, replacement=True)
+        own, exact = summary(population.particles[0, rows]), summary(paths(2 * examples, y))
         apart = (own.mean - exact.mean) / exact.deviation
         found.append([*own.errors(truth), *exact.errors(truth), float(apart.square().mean().sqrt())])
         for i, axis in enumerate(figure.subplots(1, 3) if case == 0 else ()):
