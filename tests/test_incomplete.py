@@ -215,6 +215,7 @@ def test_more_stages_continue_and_other_settings_do_not(tmp_path, whole):
         train_from_observations(_net(), _holes(80), tmp_path, **SHORT)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_in_other_units(tmp_path):
     scale, offset, results = torch.tensor([30.0, 2e3]), torch.tensor([250.0, 1e5]), []
     plain = _holes()
