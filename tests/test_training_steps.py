@@ -97,8 +97,8 @@ def test_default_levels_are_those_of_edm_or_of_the_schedule():
     signals.fit_units(torch.randn(50, 1, 32, generator=seed()))
     u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     above = (levels_for(signals, None).quantile(u) > 20 * signals.units.std[0]).double().mean()
-    # A quarter is log-uniform between 0.02 and 100 deviations; of the others 1.8 in 1,000 are above 20.
-    assert above == pytest.approx(0.25 * math.log(100 / 20) / math.log(100 / 0.02) + 0.75 * 0.0018, rel=0.02)
+    # A quarter is log-uniform between 0.02 and 200 deviations; of the others 1.8 in 1,000 are above 20.
+    assert above == pytest.approx(0.25 * math.log(200 / 20) / math.log(200 / 0.02) + 0.75 * 0.0018, rel=0.02)
     wide = ScoreNet(torch.nn.Identity(), NoiseSchedule([1.0, 0.5]), precondition_options={"sigma_data": 100.0})
     assert levels_for(wide, None) == LogNormal(-1.2 + math.log(200), 1.2)  # in proportion to the data
     net = ScoreNet.ncsnv2(1, 8, width=8)

@@ -220,7 +220,7 @@ def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
         net: the network to train.
         levels: a distribution or a NoiseSchedule. None is the log-normal distribution of the preconditioning, such as
             EDM's for "karras", and the network's own schedule for one without. For signals, fields and volumes in their
-            own units a quarter of the levels is log-uniform between the ends of the schedule.
+            own units a quarter of the levels is log-uniform between 0.02 and 200 standard deviations.
     """
     if levels is not None:
         return _distribution(levels)
@@ -232,7 +232,7 @@ def levels_for(net: ScoreNet, levels: Levels | NoiseSchedule | None) -> Levels:
     most = LogNormal(*normal)
     if net.units is None or len(net.sample_shape or ()) < 2:
         return most
-    return LevelMixture((most, most, most, LogUniform(net.schedule.sigma_min, net.schedule.sigma_max)))
+    return LevelMixture((most, most, most, LogUniform(0.02 * net.units.typical, 200 * net.units.typical)))
 
 
 def _distribution(levels: Levels | NoiseSchedule) -> Levels:
