@@ -113,8 +113,7 @@ def test_a_run_in_kelvin_is_that_in_standard_units(tmp_path, start):
     own = train(own, x, tmp_path / "kelvin", **QUICK)
     standard = train(standard, (x - 250) / 30, tmp_path / "standard", **QUICK)
     assert own.value_range == ((0, 1e4) if start == "range" else None)
-    if start == "own":
-        assert own.schedule.sigma_max == pytest.approx(30 * standard.schedule.sigma_max)
+    assert own.schedule.sigma_max == pytest.approx(30 * standard.schedule.sigma_max)
     noise = torch.randn(4, 2, 12, generator=seed(2))
     sigma = torch.tensor([0.1, 1.0, 3.0, 20.0])
     with torch.no_grad():

@@ -68,7 +68,7 @@ class DataUnits:
             )
         before: Preconditioning | None = self.preconditioning if hasattr(self, "_units") else None
         self._value_range = None if ends is None else (float(ends[0]), float(ends[1]))
-        if before is not None and before.value_range is not None and ends is not None:
+        if before is not None and ends is not None:
             scale = before.units[0] / self.preconditioning.units[0]
             self.schedule = self.schedule if scale == 1 else NoiseSchedule(self.schedule.sigmas * scale)
 
