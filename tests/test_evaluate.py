@@ -383,7 +383,7 @@ def test_networks_that_cannot_be_evaluated(net):
         run(net, images(4, size=8), sampler=lambda net: 1)
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         run(net, images(4, size=8), n=1)
-    with pytest.raises(ValueError, match="sampler, classes and n_classes apply to networks"):
+    with pytest.raises(ValueError, match="sampler, classes, n_classes and condition apply to networks"):
         run(images(4), images(4), sampler=ODESampler)
     with pytest.raises(ValueError, match=r"must be \(C, H, W\) with 1 or 3 channels, but function has \(2,\)"):
         run(lambda x, sigma: -x, images(4), sampler=lambda net: _Points(net))

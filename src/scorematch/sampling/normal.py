@@ -47,6 +47,7 @@ def data_moments(data: Tensor) -> Moments:
         ValueError: if there are fewer than two samples.
 
     Example:
+        >>> import torch
         >>> images = torch.randn(1000, 1, 4, 4, generator=torch.Generator().manual_seed(0)) + 3
         >>> {name: [round(value, 1) for value in values] for name, values in data_moments(images).items()}
         {'data_mean': [3.0], 'data_spectrum': [1.1, 1.0, 1.1, 1.0, 1.0, 1.0, 1.0, 1.0]}
