@@ -49,8 +49,8 @@ def data_moments(data: Tensor) -> Moments:
     Example:
         >>> import torch
         >>> images = torch.randn(1000, 1, 4, 4, generator=torch.Generator().manual_seed(0)) + 3
-        >>> {name: [round(value, 1) for value in values] for name, values in data_moments(images).items()}
-        {'data_mean': [3.0], 'data_spectrum': [1.1, 1.0, 1.1, 1.0, 1.0, 1.0, 1.0, 1.0]}
+        >>> {name: [round(value) for value in values] for name, values in data_moments(images).items()}
+        {'data_mean': [3], 'data_spectrum': [1, 1, 1, 1, 1, 1, 1, 1]}
     """
     if data.ndim < 2 or len(data) < 2:
         raise ValueError(f"data must be two or more samples (N, C, ...), got shape {tuple(data.shape)}.")
