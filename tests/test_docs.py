@@ -67,7 +67,8 @@ SMALLER = {
     },
     "inverse-problems": {
         "ODESampler(net).sample(8, generator=11, progress=False)[5:6]": "torch.rand(1, 3, 64, 64)",
-        "sampler = AnnealedLangevinSampler(net)\n": "sampler = AnnealedLangevinSampler(net, levels=3)\n",
+        'levels=50, method="dpm-solver++", eta=1)  # as': 'levels=3, method="dpm-solver++", eta=1)  # as',
+        'levels=50, method="dpm-solver++", eta=1)\n': 'levels=5, method="dpm-solver++", eta=1)\n',
         "sample(8, observation=Observation(blur": "sample(2, observation=Observation(blur",
         "sample(8, observation=Observation(fourier": "sample(2, observation=Observation(fourier",
     },
