@@ -22,6 +22,7 @@ from scorematch.evaluation import (
     tune,
 )
 from scorematch.evaluation.tune import MeasuredSampler
+from scorematch.guidance import autoguidance, classifier_free
 from scorematch.restoration import AveragePool, Mask
 from scorematch.sampling import (
     ODESampler,
@@ -163,6 +164,30 @@ def test_a_folder_with_the_network_and_its_card(net, tmp_path):
     assert (
         second.table() in card and card.count("## Sampler settings") == card.count("| sampler settings | calls |") == 1
     )
+
+
+def test_settings_are_measured_with_guidance_and_the_network_is_stored(tmp_path):
+    net = ScoreNet.unet(
+        1, 8, widths=(4,), layers_per_block=1, classes=2, null_class=True, schedule=NoiseSchedule.geometric(1, 0.01, 9)
+    )
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.2)
+    guided = classifier_free(net, 3.0)
+    result = run(guided, out=tmp_path, settings=SETTINGS[:2], classes="cycle")
+    sampler = recommended_sampler(guided, SETTINGS[0])
+    samples = torch.cat([batch.images for batch in bulk_samples(sampler, 6, classes="cycle")])
+    expected = frechet_distance(mean_color((samples * 255).round()), mean_color((REAL * 255).round()))
+    assert result.rows[0].figures[result.source]["frechet"].value == pytest.approx(expected.value, rel=1e-6)
+    stored = ScoreNet.from_pretrained(tmp_path)
+    assert stored.sampler_settings == result.stored() and net.sampler_settings is None
+    assert "from the same seeds, with ClassifierFree(weight=3)." in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="measured with other settings: network"):
+        run(classifier_free(net, 2.0), out=tmp_path, settings=SETTINGS[:2], classes="cycle")
+    with pytest.raises(ValueError, match=r"guidance is for samples\. Leave it out with operators"):
+        run(guided, operators="gray")
+    with pytest.raises(TypeError, match="net must be a ScoreNet, or one with guidance, got function"):
+        run(autoguidance(lambda x, sigma: -x, net, 2.0))
 
 
 def test_numbers_of_numpy(net, tmp_path):

@@ -6,7 +6,7 @@ import argparse
 from typing import get_args
 
 from scorematch.cli.options import Commands, refuse
-from scorematch.cli.options.classes import add_classes, find_classes
+from scorematch.cli.options.classes import add_classes, add_guidance, find_classes, guide
 from scorematch.cli.options.networks import add_model, load
 from scorematch.cli.options.operators import add_operators, add_restore_method, read_operator
 from scorematch.cli.options.outputs import check_folder_name
@@ -74,6 +74,7 @@ def add(commands: Commands) -> None:
     add_computation(parser)
     add_reference(parser)
     add_classes(parser)
+    add_guidance(parser)
     parser.set_defaults(run=_run)
 
 
@@ -81,7 +82,7 @@ def _run(args: argparse.Namespace) -> None:
     if len(args.features) > 1:
         raise ValueError("--features must be one extractor: the best settings minimize one distance.")
     if args.restore:
-        refuse(args, ("held_out", "classes", "n_classes"), "is not for --restore")
+        refuse(args, ("held_out", "classes", "n_classes", "weight", "interval", "rescale"), "is not for --restore")
     else:
         refuse(args, ["restore_method"], "is for --restore")
     with about("--restore"):
@@ -89,7 +90,7 @@ def _run(args: argparse.Namespace) -> None:
     check_sources(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
-    net = load(args)
+    net = guide(args, load(args))
     if args.out is not None:
         check_folder(args.out, net)  # before weights are downloaded
     if takes_image(net) and not args.restore:

@@ -14,6 +14,7 @@ from scorematch.core.provenance import identity
 from scorematch.core.records import as_stored, differences, read_record, refuse, write_record
 from scorematch.core.schema import Field
 from scorematch.core.scores import variance_of
+from scorematch.guidance import GuidedScore
 from scorematch.noise import NoiseSchedule
 from scorematch.sampling import SamplerSettings, data_moments, learned_settings, schedules_of_paths
 from scorematch.score import ScoreNet
@@ -29,7 +30,9 @@ _RECORD: Mapping[str, Field] = {
 }
 
 
-def settings_with_few_calls(net: ScoreNet, calls: Sequence[int], images: Tensor | None = None) -> list[SamplerSettings]:
+def settings_with_few_calls(
+    net: ScoreNet | GuidedScore, calls: Sequence[int], images: Tensor | None = None
+) -> list[SamplerSettings]:
     """Settings with few network calls that need no paths: several kinds of levels, without new noise and with it.
 
     The levels are those of Karras et al., or the highest one and others with equal ratios from 24 standard deviations
@@ -63,7 +66,7 @@ def settings_with_few_calls(net: ScoreNet, calls: Sequence[int], images: Tensor 
 
 
 def settings_of_paths(
-    net: ScoreNet, calls: Sequence[int], *, seed: int = 0, progress: bool = True
+    net: ScoreNet | GuidedScore, calls: Sequence[int], *, seed: int = 0, progress: bool = True
 ) -> list[SamplerSettings]:
     """Settings of UniPC with few network calls, whose levels are chosen from 64 paths of the network.
 
@@ -92,7 +95,7 @@ def settings_of_paths(
 
 
 def settings_learned(
-    net: ScoreNet, calls: Sequence[int], *, seed: int = 0, out: Path | None = None, progress: bool = True
+    net: ScoreNet | GuidedScore, calls: Sequence[int], *, seed: int = 0, out: Path | None = None, progress: bool = True
 ) -> list[SamplerSettings]:
     """Settings with few network calls, whose levels and coefficients are learned from 256 paths of the network.
 
@@ -130,13 +133,13 @@ def _rounded(sigmas: Sequence[float]) -> list[float]:
     return [float(f"{sigma:.5g}") for sigma in sigmas]
 
 
-def _lowest(net: ScoreNet) -> float:
+def _lowest(net: ScoreNet | GuidedScore) -> float:
     """The lowest level for few calls, whose noise is barely visible."""
     low, high = net.value_range or (0, 0)
     return max(net.schedule.sigma_min, _BARELY_VISIBLE * (high - low))
 
 
-def _classes(net: ScoreNet, n: int) -> dict[str, Tensor] | None:
+def _classes(net: ScoreNet | GuidedScore, n: int) -> dict[str, Tensor] | None:
     """The classes of a network in turn, (n,), as a condition; None if it has none."""
     classes = None if net.conditioning is None else net.conditioning.classes
     return None if classes is None else {"class": torch.arange(n) % classes}

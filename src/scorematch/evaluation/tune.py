@@ -47,12 +47,14 @@ from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.reference import open_for, read_batches, shown
 from scorematch.evaluation.restored_images import RESTORATION, RESTORED, Restoring, identified, single_operator
+from scorematch.guidance import GuidedScore
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
 from scorematch.restoration.methods import Restore
 from scorematch.restoration.operator import Operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.bulk import Classes, bulk_samples, description_of
+from scorematch.sampling.origin import origin_of
 from scorematch.score import ScoreNet
 
 Criterion = Literal["frechet", "kernel", "rmse", "perceptual"]
@@ -242,7 +244,7 @@ class Tuning:
 
 
 def tune(
-    net: ScoreNet | str | os.PathLike[str],
+    net: ScoreNet | GuidedScore | str | os.PathLike[str],
     reference: Any,
     *,
     settings: Sequence[SamplerSettings] | None = None,
@@ -268,7 +270,8 @@ def tune(
     Under ``torchrun`` or ``accelerate launch`` every process must call it.
 
     Args:
-        net: the network, or its name or folder, as for ``ScoreNet.from_pretrained``. It is not changed.
+        net: the network, or its name or folder, as for ``ScoreNet.from_pretrained``. It is not changed. With guidance,
+            such as ``classifier_free(net, 2.0)``, the settings are measured with it, and the network is stored.
         reference: the real images, as for ``evaluate``; with ``operators`` the clean images, of which n are degraded.
         settings: the settings to measure; None is ``settings_table(net, calls)``.
         calls: the largest number of network calls per image; settings with more are left out.
@@ -312,11 +315,14 @@ def tune(
     criterion = criterion_of(by, restoring=bool(named))
     if len(set(named)) < len(named):
         raise ValueError(f"operators must differ in their names, got {', '.join(named)}.")
-    for name, value in (("held_out", held_out), ("classes", classes), ("n_classes", n_classes)):
+    guidance = origin_of(net)["guidance"] if isinstance(net, GuidedScore) else None
+    for_samples = {"held_out": held_out, "classes": classes, "n_classes": n_classes, "guidance": guidance}
+    for name, value in for_samples.items():
         if named and value is not None:
             raise ValueError(f"{name} is for samples. Leave it out with operators.")
     if isinstance(net, str | os.PathLike):
         net = ScoreNet.from_pretrained(net).to(local_device("cpu" if device is None else device))
+    _network(net)  # raises if there is none to store
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_folder(folder, net)
@@ -394,7 +400,9 @@ def criterion_of(by: str | None, *, restoring: bool) -> str:
     return criteria[0] if by is None else by
 
 
-def _samplers(net: ScoreNet, settings: Sequence[SamplerSettings], calls: int) -> dict[SamplerSettings, Sampler]:
+def _samplers(
+    net: ScoreNet | GuidedScore, settings: Sequence[SamplerSettings], calls: int
+) -> dict[SamplerSettings, Sampler]:
     """The samplers with at most ``calls`` network calls, by their settings."""
     samplers = {each: sampler for each in settings if len(sampler := recommended_sampler(net, each)) <= calls}
     if not samplers:
@@ -403,7 +411,7 @@ def _samplers(net: ScoreNet, settings: Sequence[SamplerSettings], calls: int) ->
     return samplers
 
 
-def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
+def settings_table(net: ScoreNet | GuidedScore, calls: int = 250) -> list[SamplerSettings]:
     """Settings that are worth measuring on any network, with at most ``calls`` network calls per image.
 
     The first are the network's own settings and their alternatives, if it has any. The others are the probability flow
@@ -447,8 +455,18 @@ def settings_table(net: ScoreNet, calls: int = 250) -> list[SamplerSettings]:
 # -- The folder -------------------------------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path, net: ScoreNet) -> None:
+def _network(score: object) -> ScoreNet:
+    """The network of a score with guidance, or the network itself."""
+    while isinstance(score, GuidedScore):
+        score = score.net
+    if not isinstance(score, ScoreNet):
+        raise TypeError(f"net must be a ScoreNet, or one with guidance, got {type(score).__name__}.")
+    return score
+
+
+def check_folder(folder: Path, net: ScoreNet | GuidedScore) -> None:
     """Checks that a folder has no other network, unless an earlier call wrote it; see ``check_own``."""
+    net = _network(net)
     backbone = copy.deepcopy(net.backbone) if net.config["family"] == "custom" else None
     try:
         same = identity(ScoreNet.from_pretrained(folder, backbone=backbone)) == identity(net)
@@ -458,9 +476,9 @@ def check_folder(folder: Path, net: ScoreNet) -> None:
         check_own(folder, TABLE, [CONFIG_FILE])
 
 
-def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
+def _store(score: ScoreNet | GuidedScore, folder: Path, result: Tuning, n: int) -> None:
     """Saves the network with the best settings, and writes its card."""
-    net = copy.copy(net)  # with the same weights
+    net = copy.copy(_network(score))  # with the same weights
     net.sampler_settings = result.stored()
     net.save_pretrained(folder)
     card = folder / "README.md"
@@ -470,11 +488,12 @@ def _store(net: ScoreNet, folder: Path, result: Tuning, n: int) -> None:
         name = str(folder) if os.sep in str(folder) else f"./{folder}"
         count = sum(parameter.numel() for parameter in net.parameters())
         text = model_card(name, net.config, count, conditioning=net.conditioning, license=None, datasets=None)
+    guidance = origin_of(score)["guidance"]
     section = (
         f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {n:,} images for each row, all from "
-        "the same seeds. The row in bold has the fewest network calls within 2 % of the smallest distance; its "
-        "settings are those of the network. The best of each kind, and those that are better than all with fewer "
-        "calls, are stored too.\n\n"
+        f"the same seeds{f', with {guidance}' if guidance else ''}. The row in bold has the fewest network calls "
+        "within 2 % of the smallest distance; its settings are those of the network. The best of each kind, and those "
+        "that are better than all with fewer calls, are stored too.\n\n"
         f"{result.table()}{_END}"
     )
     old = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
