@@ -13,6 +13,7 @@ from scorematch.evaluation import (
     METRICS,
     Estimate,
     Tuning,
+    energy_distance,
     evaluate_restoration,
     frechet_distance,
     pixels,
@@ -21,6 +22,7 @@ from scorematch.evaluation import (
     settings_with_few_calls,
     tune,
 )
+from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.tune import MeasuredSampler
 from scorematch.guidance import autoguidance, classifier_free
 from scorematch.restoration import AveragePool, Mask
@@ -190,6 +192,35 @@ def test_settings_are_measured_with_guidance_and_the_network_is_stored(tmp_path)
         run(autoguidance(lambda x, sigma: -x, net, 2.0))
 
 
+def test_data_that_are_not_pictures(tmp_path):
+    net = ScoreNet.mlp(3, width=8, depth=1, condition_features=2, schedule=NoiseSchedule.geometric(300, 1, 9))
+    rng = seed(1)
+    x, condition = 250 + 30 * torch.randn(40, 3, generator=rng), torch.randn(40, 2, generator=rng)
+    np.savez(tmp_path / "data.npz", x=x.numpy(), condition=condition.numpy())
+    net.fit_units(x)
+    options = {"features": "inception", "n": 40, "settings": SETTINGS[:3], "held_out": x[:20]}
+    result = run(net, tmp_path / "data.npz", out=tmp_path / "tuned", **options)
+    assert result.best is min(result.rows, key=lambda row: row.figures["values"]["energy"].value)
+    sampler, chosen = recommended_sampler(net, SETTINGS[1]), condition[choose(40, 40, seed=0)]
+    drawn = torch.cat([batch.images for batch in bulk_samples(sampler, 40, condition=chosen)])
+    mean, std = x.double().mean(0), x.double().std(0)
+    expected = energy_distance((drawn - mean) / std, (x - mean) / std)
+    assert result.rows[1].figures["values"]["energy"].value == pytest.approx(expected.value, rel=1e-5)
+    lines = result.table().splitlines()
+    assert lines[0] == "| sampler settings | calls | energy, values | seconds |" and lines[-1].startswith(
+        "| held-out data |"
+    )
+    assert result.rows == run(net, tmp_path / "data.npz", out=tmp_path / "tuned", **options).rows
+    with pytest.raises(
+        ValueError, match=r"by must be one of 'energy', .* for data that are not pictures, got 'kernel'"
+    ):
+        run(net, x, features="inception", by="kernel")
+    with pytest.raises(ValueError, match="'spectrum' is for signals, fields and volumes"):
+        run(net, tmp_path / "data.npz", features="inception", by="spectrum")
+    with pytest.raises(ValueError, match=r"must have the shape of the reference, \(4,\), got \(3,\)"):
+        run(net, torch.randn(9, 4), features="inception")
+
+
 def test_numbers_of_numpy(net, tmp_path):
     numbers = {"n": np.int64(6), "seed": np.int64(1), "batch_size": np.int64(4)}
     result = run(net, out=tmp_path, settings=SETTINGS[:1], **numbers)
@@ -267,7 +298,7 @@ def test_rows_of_another_mask_of_the_same_name_are_not_used(restorer, tmp_path):
     ("options", "message"),
     [
         ({}, r"the network restores images: name the operators to measure, such as operators=\['gray'\]"),
-        ({"by": "rmse"}, "by must be one of 'frechet', 'kernel' for samples, got 'rmse'"),
+        ({"by": "rmse"}, "by must be one of 'frechet', 'kernel' for pictures, got 'rmse'"),
         ({"operators": "gray", "by": "kernel"}, "by must be one of 'rmse', 'perceptual', 'frechet' for restorations"),
         ({"operators": "gray", "held_out": COLORED}, "held_out is for samples. Leave it out with operators"),
         ({"operators": "gray", "classes": "cycle"}, "classes is for samples. Leave it out with operators"),
@@ -365,7 +396,7 @@ def test_one_step_of_consistent_sampling_in_the_table_is_that_of_ancestral_sampl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "fid"}, "by must be one of 'frechet', 'kernel' for samples, got 'fid'"),
+        ({"by": "fid"}, "by must be one of 'frechet', 'kernel' for pictures, got 'fid'"),
         ({"by": "kernel"}, "'kernel' needs at least 1,000 images in each set, and there are 6"),
         ({"calls": 1}, "no settings have at most 1 network calls per image: the fewest are 2"),
         ({"n": 1}, "at least 2 images, got 1"),

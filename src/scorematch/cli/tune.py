@@ -18,9 +18,11 @@ from scorematch.core.messages import about
 from scorematch.core.processes import this_process
 from scorematch.core.schema import Field
 from scorematch.core.scores import device_of
+from scorematch.evaluation.arrays import VALUES, reference_arrays
+from scorematch.evaluation.criteria import Distance, distance_of
 from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_few_calls
 from scorematch.evaluation.reference import check_sources, first_images
-from scorematch.evaluation.tune import Criterion, check_folder, criterion_of, settings_table, tune
+from scorematch.evaluation.tune import check_folder, settings_table, tune
 from scorematch.sampling import recommended_sampler
 
 
@@ -29,7 +31,7 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "tune",
         help="find the best sampler settings of a network",
-        description="Draws images with many sampler settings, compares them with real images, and writes the\n"
+        description="Draws samples with many sampler settings, compares them with real data, and writes the\n"
         "network with the best settings into a folder, with a table of all settings in its README.md. The other\n"
         "commands then use these settings. The same command again continues after an interruption.",
         epilog="Examples:\n"
@@ -38,13 +40,13 @@ def add(commands: Commands) -> None:
     )
     add_model(parser)
     parser.add_argument(
-        "--reference", required=True, type=filled, metavar="DATA", help="the real images, as for the command evaluate"
+        "--reference", required=True, type=filled, metavar="DATA", help="the real data, as for the command evaluate"
     )
     parser.add_argument(
-        "-n", type=image_count, default=1000, help="the number of images for each of the settings (default: 1,000)"
+        "-n", type=image_count, default=1000, help="the number of samples for each of the settings (default: 1,000)"
     )
     parser.add_argument(
-        "--calls", type=int, default=250, help="the largest number of network calls per image (default: 250)"
+        "--calls", type=int, default=250, help="the largest number of network calls per sample (default: 250)"
     )
     parser.add_argument(
         "--learn",
@@ -57,9 +59,9 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--by",
-        choices=get_args(Criterion),
-        help="the distance to minimize: frechet (the default) or kernel for samples; rmse (the default), perceptual or "
-        "frechet for restorations",
+        choices=get_args(Distance),
+        help="the distance to minimize: frechet or kernel for pictures; rmse, perceptual or frechet for restorations; "
+        "energy, sliced-wasserstein, spectrum or frechet for data that are not pictures (default: the first)",
     )
     restoration = add_operators(parser, "restoration")
     restoration.add_argument(
@@ -90,26 +92,31 @@ def _run(args: argparse.Namespace) -> None:
     check_sources(args.reference, args.held_out)  # before the network is loaded
     if args.out is not None:
         check_folder_name(args.out)
-    net = guide(args, load(args))
+    asked, by_default = args.features == [VALUES], args.features == ["inception"] and args.weights is None
+    data = reference_arrays(args.reference, named=asked) if not args.restore and (asked or by_default) else None
+    net = guide(args, load(args, pictures=data is None))
     if args.out is not None:
         check_folder(args.out, net)  # before weights are downloaded
-    if takes_image(net) and not args.restore:
+    if takes_image(net) and not args.restore and data is None:
         raise ValueError(f"{args.model} restores images. Add the operators to measure, such as --restore gray.")
     classes = None if args.restore else find_classes(args, net)
-    if criterion_of(args.by, restoring=bool(args.restore)) == "rmse":
+    if args.restore and distance_of(args.by, "restorations") == "rmse":
         args.features = []  # not needed
-    options = reference_options(args, device_of(net))
+    options = reference_options(args, device_of(net), arrays=data is not None)
+    if data is None:
+        options["features"] = options["features"][0] if options["features"] else []
     settings = settings_table(net, args.calls)
     if args.learn:
         fitted = {"seed": args.seed, "progress": not args.quiet}
         settings += settings_learned(net, args.learn, out=args.out, **fitted)
         source, crop = args.reference, options["crop"]
-        images = None if args.restore else first_images(source, net.sample_shape, crop=crop)
+        drawn = not args.restore and data is None
+        images = first_images(source, net.sample_shape, crop=crop) if drawn else None
         settings += settings_of_paths(net, args.learn, **fitted) + settings_with_few_calls(net, args.learn, images)
     if settings and this_process().rank == 0:
         calls = sum(len(recommended_sampler(net, each)) for each in settings) * len(args.restore or [""])
         number = f"{len(settings)} settings" if len(settings) != 1 else "1 setting"
-        print(f"{number} with {calls:,} network calls per image", flush=True)
+        print(f"{number} with {calls:,} network calls per sample", flush=True)
     result = tune(
         net,
         args.reference,
@@ -123,7 +130,7 @@ def _run(args: argparse.Namespace) -> None:
         out=args.out,
         classes=classes,
         n_classes=args.n_classes,
-        **{**options, "features": options["features"][0] if options["features"] else []},
+        **options,
     )
     if this_process().rank == 0:
         print(result.table(), end="")

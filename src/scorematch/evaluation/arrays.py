@@ -11,7 +11,7 @@ Each channel is standardized by its mean and its standard deviation in the refer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scorematch.core.arguments import check_choice
 from scorematch.core.charts import Curve, chart
 from scorematch.core.derived import Isotropic
 from scorematch.core.files import write_whole
+from scorematch.core.processes import gathered
 from scorematch.core.randomness import seed_of
 from scorematch.core.scores import attribute
 from scorematch.data.array_data import ArrayData, find_arrays
 from scorematch.data.pictures import is_picture
 from scorematch.evaluation.estimate import Estimate
 from scorematch.evaluation.features import Extracted, Extractor
-from scorematch.evaluation.metrics import METRICS
+from scorematch.evaluation.metrics import METRICS, default_metrics
+from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.spectrum import power_spectrum
 from scorematch.evaluation.statistics import Statistics, is_statistics_file
 from scorematch.sampling import Sampler
@@ -61,16 +64,31 @@ def values_of(data: ArrayData) -> Tensor:
     return data.read(range(len(data)))[0]
 
 
+def some_values_of(data: ArrayData, n: int, seed: int) -> Tensor:
+    """At most n random samples (m, C, ...), float32, in their order."""
+    return data.read(choose(len(data), min(n, len(data)), seed).sort().values)[0]
+
+
+def gathered_values(batches: Iterable[Tensor]) -> Tensor:
+    """The samples (n, C, ...) of the batches of all processes, float32, on the CPU; every process must call it."""
+    own = [batch.cpu().float() for batch in batches]
+    return torch.cat([batch for part in gathered(own) for batch in part])
+
+
 class ArrayEvaluator:
     """Measures sets of samples (n, C, ...) against a reference (M, C, ...).
 
     Args:
-        reference: the data, floating point.
-        metrics: names from ``METRICS``.
+        data: the reference.
+        metrics: names from ``METRICS``; None is all that can be measured.
     """
 
-    def __init__(self, reference: Tensor, metrics: Sequence[str]) -> None:
-        self.metrics = tuple(metrics)
+    def __init__(self, data: ArrayData, metrics: Sequence[str] | None = None) -> None:
+        for each in metrics or ():
+            check_choice("each of metrics", each, METRICS)
+        self.data, self._named = data, metrics is not None
+        self.metrics = default_metrics("arrays") if metrics is None else tuple(metrics)
+        reference = values_of(data)
         std, mean = torch.std_mean(reference.double().transpose(0, 1).flatten(1), 1)
         shape = (-1, *[1] * (reference.ndim - 2))
         self._mean, self._std = mean.view(shape), torch.where(std > 0, std, 1).view(shape)
@@ -79,8 +97,27 @@ class ArrayEvaluator:
     def _standard(self, x: Tensor) -> Tensor:
         return ((x.double() - self._mean) / self._std).float()
 
-    def lacking(self, n: int) -> dict[str, str]:
-        """The metrics that cannot be measured for n samples, with the reasons."""
+    def check(self, n: int, shape: Sequence[int]) -> dict[str, str]:
+        """Checks that n samples of a shape (C, ...) can be measured, before they are drawn.
+
+        Returns:
+            The metrics that will be left out, with the reasons.
+
+        Raises:
+            ValueError: if the data have another shape, or a named metric cannot be measured.
+        """
+        self._check_shape(shape)
+        left_out = self._lacking(n)
+        for each, reason in left_out.items() if self._named else ():
+            raise ValueError(f"the metric {each!r} {reason}.")
+        return left_out
+
+    def _check_shape(self, shape: Sequence[int]) -> None:
+        if tuple(shape) != self.data.shape:
+            found = tuple(shape)
+            raise ValueError(f"the samples must have the shape of the reference, {self.data.shape}, got {found}.")
+
+    def _lacking(self, n: int) -> dict[str, str]:
         reasons = {name: self._lacks(METRICS[name].needs, METRICS[name].least, n) for name in self.metrics}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -94,7 +131,8 @@ class ArrayEvaluator:
         return None if fewest >= least else f"needs at least {least:,} samples in each set, and there are {fewest:,}"
 
     def measure(self, samples: Tensor) -> dict[str, Estimate]:
-        """The figures of samples (n, C, ...) that can be measured, by name."""
+        """The figures of samples (n, C, ...) that can be measured, by name; ``gathered_values`` joins batches."""
+        self._check_shape(samples.shape[1:])
         return self._measure(self._standard(samples), self.reference)
 
     def floor(self, n: int, seed: int) -> tuple[int, dict[str, Estimate]]:
@@ -115,7 +153,7 @@ class ArrayEvaluator:
 
     def _measure(self, x: Tensor, y: Tensor) -> dict[str, Estimate]:
         found: dict[str, Estimate] = {}
-        lacking = self.lacking(min(len(x), len(y)))
+        lacking = self._lacking(min(len(x), len(y)))
         for name in (name for name in self.metrics if name not in lacking):
             metric = METRICS[name]
             if metric.needs in ("values", "fields"):
@@ -128,7 +166,9 @@ class ArrayEvaluator:
     def settings(self) -> dict[str, Any]:
         """What determines the figures of given sets, as plain values for JSON."""
         named = {"name": VALUES, "fingerprint": _FLAT.fingerprint, "preprocessing": _FLAT.preprocessing}
-        return {"features": [named], "metrics": {name: METRICS[name].settings for name in self.metrics}}
+        reference = {"n": len(self.data), "content": self.data.fingerprint}
+        metrics = {name: METRICS[name].settings for name in self.metrics}
+        return {"reference": reference, "features": [named], "metrics": metrics}
 
 
 def save_charts(samples: Tensor, reference: Tensor, folder: Path) -> None:

@@ -32,19 +32,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import argument, check_choice, check_count, check_integer
+from scorematch.core.arguments import argument, check_count, check_integer
 from scorematch.core.charts import table
 from scorematch.core.conditions import Parts
 from scorematch.core.files import check_outside, check_own, delete_unfinished, write_whole
-from scorematch.core.processes import gathered, local_device, process_group, this_process
+from scorematch.core.processes import local_device, process_group, this_process
 from scorematch.core.provenance import versions
 from scorematch.core.records import as_stored, hash_of, hash_of_bytes
 from scorematch.data.array_data import ArrayData, open_arrays
 from scorematch.data.pictures import Crop, check_picture, save_grid
-from scorematch.evaluation.arrays import CHARTS, VALUES, ArrayEvaluator, reference_arrays, save_charts, values_of
+from scorematch.evaluation.arrays import (
+    CHARTS,
+    VALUES,
+    ArrayEvaluator,
+    gathered_values,
+    reference_arrays,
+    save_charts,
+    some_values_of,
+    values_of,
+)
 from scorematch.evaluation.estimate import IMAGES, Figures, as_dicts
 from scorematch.evaluation.evaluator import Evaluator, OneOrMore, image_figures
-from scorematch.evaluation.metrics import METRICS, default_metrics
+from scorematch.evaluation.metrics import METRICS
 from scorematch.evaluation.per_image import choose
 from scorematch.evaluation.reference import are_same, check_sources, gaussian_images, open_for, read_batches, shown
 from scorematch.evaluation.subject import SamplerChoice, Subject, is_network, samples_in, subject_of
@@ -364,25 +373,15 @@ def _evaluate_arrays(
     progress: bool,
 ) -> Evaluation:
     """The evaluation of data that are not pictures."""
-    if subject.shape != data.shape:
-        raise ValueError(f"the samples must have the shape of the reference, {data.shape}, got {subject.shape}.")
-    named = [metrics] if isinstance(metrics, str) else metrics
-    for each in named or ():
-        check_choice("each of metrics", each, METRICS)
-    reference = values_of(data)
-    evaluator = ArrayEvaluator(reference, default_metrics("arrays") if named is None else named)
-    left_out = evaluator.lacking(subject.n)
-    for each, reason in {} if named is None else left_out.items():
-        raise ValueError(f"the metric {each!r} {reason}.")
+    evaluator = ArrayEvaluator(data, [metrics] if isinstance(metrics, str) else metrics)
+    left_out = evaluator.check(subject.n, subject.shape)
     with process_group(subject.device):
-        own = [batch.cpu().float() for batch in shown(subject.batches(), subject.n, "samples", progress)]
-        samples = torch.cat([batch for part in gathered(own) for batch in part])
+        samples = gathered_values(shown(subject.batches(), subject.n, "samples", progress))
     sizes = {SAMPLES: len(samples)}
     found = {SAMPLES: evaluator.measure(samples)}
-    settings = {"samples": subject.settings, "reference": {"n": len(data), "content": data.fingerprint}}
+    settings: dict[str, Any] = {"samples": subject.settings, **evaluator.settings(), "seed": seed}
     if held_out is not None:
-        others = values_of(open_arrays(held_out))
-        others = others[choose(len(others), min(len(samples), len(others)), seed).sort().values]
+        others = some_values_of(open_arrays(held_out), len(samples), seed)
         sizes[HELD_OUT], found[HELD_OUT] = len(others), evaluator.measure(others)
         settings["held_out"] = {"n": len(others), "content": hash_of_bytes(others.numpy().data)}
     sizes[FLOOR], found[FLOOR] = evaluator.floor(len(samples), seed)
@@ -390,7 +389,7 @@ def _evaluate_arrays(
         sizes[GAUSSIAN], found[GAUSSIAN] = len(samples), evaluator.gaussian(len(samples), seed)
     result = Evaluation(
         name=subject.name if name is None else name,
-        settings=as_stored({**settings, **evaluator.settings(), "seed": seed}),
+        settings=as_stored(settings),
         versions=versions(subject.device),
         sizes=sizes,
         figures={column: {VALUES: figures} for column, figures in found.items()},
@@ -399,5 +398,5 @@ def _evaluate_arrays(
     )
     if folder is not None and this_process().rank == 0:
         result.save(folder)
-        save_charts(samples, reference, folder)
+        save_charts(samples, values_of(data), folder)
     return result

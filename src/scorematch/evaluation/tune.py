@@ -4,8 +4,9 @@ All settings draw images from the same seeds, so that their differences have sma
 settings are those with the smallest distance to the reference. Settings whose distances differ by less than the errors
 are equally good: choose the one with the fewest network calls. ``calls=`` limits their number.
 
-With ``operators`` degraded images are restored instead, and the best settings are those with the smallest error. For
-several operators it is the geometric mean of their errors, which gives all operators the same weight.
+Data that are not pictures are compared without features. With ``operators`` degraded images are restored instead, and
+the best settings are those with the smallest error. For several operators it is the geometric mean of their errors,
+which gives all operators the same weight.
 
 The folder of a result contains the network with its new ``sampler_settings``, the table in ``tune.json``, and a section
 with the table in the card, ``README.md``. The first settings are those with the fewest network calls within 2 % of the
@@ -23,7 +24,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -40,26 +41,21 @@ from scorematch.core.records import as_stored, differences, hash_of, read_record
 from scorematch.core.schema import Field, check
 from scorematch.core.scores import device_of
 from scorematch.data.pictures import Crop
+from scorematch.evaluation.arrays import VALUES, reference_arrays
+from scorematch.evaluation.criteria import Distance, Kind, distance_of, of_arrays, of_pictures, of_restorations
 from scorematch.evaluation.estimate import IMAGES, Estimate, Figures, as_dicts
-from scorematch.evaluation.evaluator import Evaluator
 from scorematch.evaluation.features import Extractor
-from scorematch.evaluation.metrics import METRICS
-from scorematch.evaluation.per_image import choose
-from scorematch.evaluation.reference import open_for, read_batches, shown
-from scorematch.evaluation.restored_images import RESTORATION, RESTORED, Restoring, identified, single_operator
+from scorematch.evaluation.restored_images import single_operator
 from scorematch.guidance import GuidedScore
 from scorematch.pretrained.configuration import CONFIG_FILE
 from scorematch.pretrained.model_card import model_card
 from scorematch.restoration.methods import Restore
 from scorematch.restoration.operator import Operator
 from scorematch.sampling import AnnealedLangevinSampler, Sampler, SamplerSettings, recommended_sampler
-from scorematch.sampling.bulk import Classes, bulk_samples, description_of
+from scorematch.sampling.bulk import Classes, description_of
 from scorematch.sampling.origin import origin_of
 from scorematch.score import ScoreNet
 
-Criterion = Literal["frechet", "kernel", "rmse", "perceptual"]
-
-_OF_SAMPLES, _OF_RESTORATIONS = ("frechet", "kernel"), ("rmse", "perceptual", "frechet")  # the criteria, defaults first
 _BEGIN, _END = "<!-- sampler settings, by scorematch tune -->", "<!-- end of sampler settings -->"
 TABLE = "tune.json"
 _TRADE = 0.02  # a distance that is larger by this share is as good, if it takes fewer calls
@@ -221,9 +217,14 @@ class Tuning:
         values = [row.figures[source][self.by].value for source in self.operators or [self.source]]
         return math.prod(max(value, 0) for value in values) ** (1 / len(values)) if self.operators else values[0]
 
+    @property
+    def what(self) -> str:
+        """What was measured: "images", or "data" that are not pictures."""
+        return "data" if self.source == VALUES else "images"
+
     def table(self) -> str:
         """The rows as a table in Markdown, the recommended one in bold."""
-        pixels = ["std", "variation"]
+        pixels = ["std", "variation"] if IMAGES in self.rows[0].figures else []
         restored = [*self.operators, *(["mean"] if len(self.operators) > 1 else [])]
         measured = [f"{name}: {self.by}" for name in restored] or [f"{self.by}, {self.source}", *pixels]
         lines, recommended = [], self.recommended
@@ -233,14 +234,15 @@ class Tuning:
             cells += [f"{row.seconds:.0f}"]
             lines.append([f"**{cell}**" for cell in cells] if row is recommended else cells)
         if self.held_out is not None:
-            lines.append(["held-out images", "", *self._cells(self.held_out), ""])
+            lines.append([f"held-out {self.what}", "", *self._cells(self.held_out), ""])
         return markdown_table(["sampler settings", "calls", *measured, "seconds"], lines)
 
     def _cells(self, figures: Figures) -> list[str]:
         if self.operators:
             return [str(figures[name][self.by]) for name in self.operators]
         distance = figures[self.source].get(self.by, "")  # held-out images may be too few for it
-        return [str(figure) for figure in (distance, figures[IMAGES]["std"], figures[IMAGES]["variation"])]
+        pixels = [figures[IMAGES][name] for name in ("std", "variation")] if IMAGES in figures else []
+        return [str(figure) for figure in (distance, *pixels)]
 
 
 def tune(
@@ -251,7 +253,7 @@ def tune(
     calls: int = 250,
     n: int = 1000,
     features: str | Extractor = "inception",
-    by: Criterion | None = None,
+    by: Distance | None = None,
     held_out: Any = None,
     operators: str | Operator | Sequence[str | Operator] | None = None,
     restore: Restore = "auto",
@@ -272,7 +274,8 @@ def tune(
     Args:
         net: the network, or its name or folder, as for ``ScoreNet.from_pretrained``. It is not changed. With guidance,
             such as ``classifier_free(net, 2.0)``, the settings are measured with it, and the network is stored.
-        reference: the real images, as for ``evaluate``; with ``operators`` the clean images, of which n are degraded.
+        reference: the real images or other data, as for ``evaluate``; with ``operators`` the clean images, of which n
+            are degraded.
         settings: the settings to measure; None is ``settings_table(net, calls)``.
         calls: the largest number of network calls per image; settings with more are left out.
         n: the number of images for each of the settings.
@@ -280,7 +283,9 @@ def tune(
             digits, a classifier of their classes is best.
         by: the distance that the best settings minimize. None is "frechet"; "kernel" needs n of at least 1,000. With
             ``operators`` None is "rmse", the root mean square error, which prefers smooth restorations; "perceptual" is
-            the mean distance of the features of a restoration and its original, and "frechet" that of both sets.
+            the mean distance of the features of a restoration and its original, and "frechet" that of both sets. For
+            data that are not pictures None is "energy"; "sliced-wasserstein", "spectrum" and "frechet" are measured on
+            the values, too.
         held_out: real images that are not in the reference, for comparison, as for ``evaluate``.
         operators: to measure restorations, one or more operators or their texts, as for ``evaluate_restoration``. A
             network that was trained to restore needs them.
@@ -312,7 +317,6 @@ def tune(
     classes, n_classes = native(classes), native(n_classes)
     given = [operators] if isinstance(operators, str | Operator) else list(operators or ())
     named, listed = list(map(str, given)), list(map(single_operator, given))
-    criterion = criterion_of(by, restoring=bool(named))
     if len(set(named)) < len(named):
         raise ValueError(f"operators must differ in their names, got {', '.join(named)}.")
     guidance = origin_of(net)["guidance"] if isinstance(net, GuidedScore) else None
@@ -322,82 +326,46 @@ def tune(
             raise ValueError(f"{name} is for samples. Leave it out with operators.")
     if isinstance(net, str | os.PathLike):
         net = ScoreNet.from_pretrained(net).to(local_device("cpu" if device is None else device))
-    _network(net)  # raises if there is none to store
+    arrays, network = None, _network(net)
+    if not named and isinstance(features, str) and features in ("inception", VALUES):
+        arrays = reference_arrays(reference, network, named=features == VALUES)
+    kind: Kind = "restorations" if named else "pictures" if arrays is None else "data that are not pictures"
+    distance = distance_of(by, kind)
     folder = None if out is None else Path(out).expanduser()
     if folder is not None:
         check_folder(folder, net)
     shape = net.sample_shape
-    if shape is None or len(shape) != 3:
+    if shape is None or (arrays is None and len(shape) != 3):
         raise ValueError(f"the network must draw images (C, H, W), but its sample_shape is {shape}.")
     samplers = _samplers(net, settings_table(net, calls) if settings is None else list(settings), calls)
-    if takes_image(net) and not named:
+    if takes_image(net) and not named and arrays is None:
         raise ValueError("the network restores images: name the operators to measure, such as operators=['gray'].")
     device = local_device(device_of(net) if device is None else device)
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
+    drawing: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "classes": classes, "n_classes": n_classes}
+    options = {"features": features, "shape": shape, "crop": crop, "cache": cache, "device": device}
+    options["progress"] = progress
     with process_group(device):
-        opened: dict[str, Any] = {"shape": shape, "crop": crop, "progress": progress}
-        data = open_for(reference, what="images", **opened) if named else reference
-        evaluator = Evaluator(
-            data,
-            features=[] if criterion == "rmse" else features,
-            metrics=[criterion] if criterion in METRICS else [],
-            cache=cache,
-            device=device,
-            **opened,
-        )
-        if criterion != "rmse" and not evaluator.extractors:
-            raise ValueError(f"by={criterion!r} needs features. Name an extractor.")
-        evaluator.check(n, shape)
-        source = RESTORATION if criterion == "rmse" else evaluator.extractors[0].name
-        figures: dict[str, tuple[str, ...]]
-        figures = dict.fromkeys(named, (criterion,)) if named else {source: (criterion,), IMAGES: ("std", "variation")}
+        if named:
+            degraded = dict(zip(named, listed, strict=True))
+            criterion = of_restorations(reference, distance, n, drawing, degraded, restore, options)
+        elif arrays is not None:
+            criterion = of_arrays(arrays, distance, net, n, drawing, held_out, progress)
+        else:
+            criterion = of_pictures(reference, distance, n, drawing, held_out, options)
         context = {"n": n, "seed": seed, "batch_size": batch_size, "condition": classes, "classes": n_classes}
         context["network"] = description_of(next(iter(samplers.values())))["network"]
-        if any(each.fingerprint is None for each in evaluator.extractors):  # another function can have the same name
-            context["function"] = [identity(each.function) for each in evaluator.extractors]
-        if named:  # masks of one size can have the same name
-            context |= {"tasks": list(map(identified, listed)), "restore": restore}
-        kept = MeasuredTable(folder, {**context, **evaluator.settings()}, figures)
-        others = None
-        if held_out is not None:
-            other = open_for(held_out, what="held-out images", **opened)
-            chosen = choose(len(other), min(n, len(other)), seed)
-            others = evaluator.measure(read_batches(other, chosen, batch_size), strict=False)
+        kept = MeasuredTable(folder, {**context, **criterion.settings}, criterion.names)
         for each, sampler in tqdm(samplers.items(), "settings", disable=not progress or this_process().rank > 0):
             if each in kept.rows:
                 continue
-            begin = time.perf_counter()
-            if named:
-                sampler.restore = restore
-                found = {}
-                for name, operator in zip(named, listed, strict=True):
-                    run = Restoring(sampler, evaluator, operator, 1, 0.0, seed)
-                    chosen = choose(len(data), min(n, len(data)), seed)
-                    measured = run.measure(data, chosen, batch_size, progress=False)[RESTORED]
-                    found[name] = {criterion: measured[source][criterion]}
-            else:  # all settings draw from the same seeds
-                images = (batch.images for batch in bulk_samples(sampler, n, **options))
-                found = evaluator.measure(shown(images, n, repr(sampler), progress))
-            seconds = time.perf_counter() - begin
-            kept.add(MeasuredSampler(repr(sampler), len(sampler), seconds, found, each))
-        result = Tuning([kept.rows[each] for each in samplers], others, source, criterion, named)
+            begin, name = time.perf_counter(), repr(sampler)
+            found = criterion.measure(sampler)
+            kept.add(MeasuredSampler(name, len(sampler), time.perf_counter() - begin, found, each))
+        result = Tuning([kept.rows[each] for each in samplers], criterion.held_out, criterion.source, distance, named)
         if folder is not None and this_process().rank == 0:
             _store(net, folder, result, n)
             delete_unfinished(folder)
     return result
-
-
-def criterion_of(by: str | None, *, restoring: bool) -> str:
-    """The distance to minimize; None is "frechet" for samples and "rmse" for restorations.
-
-    Raises:
-        ValueError: if ``by`` is not for samples, or not for restorations.
-    """
-    criteria = _OF_RESTORATIONS if restoring else _OF_SAMPLES
-    if by is not None and by not in criteria:
-        kind = "restorations" if restoring else "samples"
-        raise ValueError(f"by must be one of {', '.join(map(repr, criteria))} for {kind}, got {by!r}.")
-    return criteria[0] if by is None else by
 
 
 def _samplers(
@@ -488,12 +456,12 @@ def _store(score: ScoreNet | GuidedScore, folder: Path, result: Tuning, n: int) 
         name = str(folder) if os.sep in str(folder) else f"./{folder}"
         count = sum(parameter.numel() for parameter in net.parameters())
         text = model_card(name, net.config, count, conditioning=net.conditioning, license=None, datasets=None)
-    guidance = origin_of(score)["guidance"]
+    measured, guidance = f"{n:,} {result.what} for each row", origin_of(score)["guidance"]
     section = (
-        f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {n:,} images for each row, all from "
-        f"the same seeds{f', with {guidance}' if guidance else ''}. The row in bold has the fewest network calls "
-        "within 2 % of the smallest distance; its settings are those of the network. The best of each kind, and those "
-        "that are better than all with fewer calls, are stored too.\n\n"
+        f"{_BEGIN}\n## Sampler settings\n\nMeasured with `scorematch tune` on {measured}, all from the same seeds"
+        f"{f', with {guidance}' if guidance else ''}. The row in bold has the fewest network calls within 2 % of the "
+        "smallest distance; its settings are those of the network. The best of each kind, and those that are better "
+        "than all with fewer calls, are stored too.\n\n"
         f"{result.table()}{_END}"
     )
     old = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
