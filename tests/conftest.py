@@ -30,6 +30,8 @@ def pytest_cmdline_main(config):
     in_worker = "PYTEST_XDIST_WORKER" in os.environ
     if getattr(option, "numprocesses", 0) is None and not (in_worker or option.usepdb or option.collectonly):
         option.numprocesses, option.dist = 2, "worksteal"
+        if config.pluginmanager.has_plugin("hypothesispytest"):  # this process would import the library at its end
+            config.pluginmanager.unregister(name="hypothesispytest")
 
 
 def pytest_collection_modifyitems(items):

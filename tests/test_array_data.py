@@ -17,7 +17,8 @@ from tests.helpers import seed
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
-QUICK = {"images": 32, "batch_size": 8, "precision": "float32", "progress": False}
+RARELY = {"sample_every": 10**6, "snapshot_every": 10**6}
+QUICK = {"images": 32, "batch_size": 8, "precision": "float32", "progress": False, **RARELY}
 
 
 AXES = ("time", "variable", "height")
@@ -82,7 +83,7 @@ def test_an_interrupted_run_from_a_file_has_the_bits_of_a_whole_one_from_memory(
             raise StoppedError
 
     *_, pair, _, _ = sources(tmp_path)
-    options = {"label_drop": 0.2, "checkpoint_every": 16, "sample_every": 24, **QUICK}
+    options = {**QUICK, "label_drop": 0.2, "checkpoint_every": 16, "sample_every": 24}
     train(net(condition_features=3), pair, tmp_path / "whole", **options)
     with pytest.raises(StoppedError):
         train(net(condition_features=3), tmp_path / name, tmp_path / "run", evaluate=stop, **options)

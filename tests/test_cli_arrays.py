@@ -26,7 +26,7 @@ def _data(shape, n=40, scale=30.0, middle=250.0):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, no_plots):
     """A run on vectors (N, 3) with conditions (N, 2), which was started by the command."""
     folder = tmp_path_factory.mktemp("run")
     np.savez(folder / "x.npz", x=_data((3,)), condition=np.random.default_rng(0).random((40, 2)), axes=["run", "value"])
@@ -48,6 +48,7 @@ def test_training_chooses_the_network_and_its_conditions(run, capsys):
     assert "condition    a vector of 2 values" in printed
 
 
+@pytest.mark.usefixtures("few_levels")
 def test_samples_are_written_in_the_units_of_the_data(run, tmp_path, capsys):
     sample = ["sample", str(run), *QUIET]
     assert main([*sample, str(tmp_path / "x.npz"), "-n", "5", "--condition", "0.3,0.7"]) == 0

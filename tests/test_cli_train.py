@@ -76,9 +76,10 @@ def run(faces, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _no_count_of_operations(monkeypatch):
-    """No test counts the operations of a training step, which takes longer than a short run."""
+def _no_measurements(monkeypatch):
+    """No test counts the operations of a training step or its seconds, which takes longer than a short run."""
     monkeypatch.setattr(command, "training_flop", lambda net: 1e9)
+    monkeypatch.setattr(command, "seconds_per_image", lambda net, data, settings, _: [0.01] * len(settings.stages()))
 
 
 @pytest.fixture
@@ -170,7 +171,8 @@ def test_the_trained_network_can_be_loaded_and_sampled(run, tmp_path):
     assert main(["sample", str(run[0] / "network"), str(tmp_path / "faces.png"), "-n", "2", "--quiet"]) == 0
 
 
-def test_the_same_command_continues_a_run_and_other_options_give_an_error(faces, run, tmp_path, capsys):
+def test_the_same_command_continues_a_run_and_other_options_give_an_error(faces, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "_SAMPLES", 2)
     out = tmp_path / "run"
     shutil.copytree(run[0], out)
     shutil.rmtree(out / "checkpoints" / "000000024")  # as if it had been killed before its last step
@@ -246,6 +248,7 @@ def test_torchrun_trains_the_same_network_in_two_processes(forks, faces, tmp_pat
 def test_the_timed_step_has_the_images_of_one_device(faces, tmp_path, monkeypatch):
     """The whole batch would not fit into the memory of a device."""
     seen = []
+    monkeypatch.setattr(command, "seconds_per_image", speed.seconds_per_image)
     monkeypatch.setattr(speed, "dsm_loss", lambda net, x, **given: seen.append(len(x)) or dsm_loss(net, x, **given))
     args = argparse.Namespace(data=str(faces), out=tmp_path, start=None, recipe="tiny")
     data = open_images(torch.rand(32, 3, 8, 8))

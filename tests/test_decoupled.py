@@ -1,5 +1,7 @@
 """Decoupled sampling against exact posteriors: closed forms, and integrals on a grid for nonlinear operators."""
 
+import functools
+
 import pytest
 import torch
 
@@ -35,11 +37,17 @@ def grid_posterior(log_prior, observation):
     return (log_prior + log_likelihood).double().softmax(0)
 
 
+@functools.cache
+def _directions():
+    """Four directions, each with the sorted projections of the grid and their order."""
+    directions = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.7, 0.7], [0.7, -0.7]])
+    return [(direction, *(GRID @ direction).sort()) for direction in directions]
+
+
 def distance(x, weights):
     """The largest difference of distribution functions, over four directions, of draws (n, 2) and the grid."""
     largest = 0.0
-    for direction in torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.7, 0.7], [0.7, -0.7]]):
-        places, order = (GRID @ direction).sort()
+    for direction, places, order in _directions():
         drawn = (x @ direction).sort().values
         shares = (torch.arange(len(x)) + 0.5) / len(x)
         known = weights[order].cumsum(0)[torch.searchsorted(places, drawn).clamp(max=len(places) - 1)]

@@ -20,6 +20,7 @@ from scorematch.core.precision import exact_float32
 from scorematch.data import open_images
 from scorematch.evaluation import Extractor, evaluate, evaluate_restoration
 from scorematch.nets.layers import GroupNorm
+from scorematch.pretrained.loading import WithoutValues
 from scorematch.restoration import Grayscale, Mask, Observation
 from scorematch.sampling import (
     SAMPLERS,
@@ -79,7 +80,7 @@ NETS = {
 
 
 def _on_meta(name):
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutValues():
         return NETS[name]().eval()
 
 

@@ -43,16 +43,19 @@ def _name(path):
     return ".".join(["scorematch", *(parts if len(parts) == 1 else [part for part in parts if part != "__init__"])])
 
 
-_tree = functools.cache(ast.parse)
+@functools.cache
+def _nodes_of(text):
+    return tuple(ast.walk(ast.parse(text)))
 
 
-def _parse(path):
-    return _tree(path.read_text(encoding="utf-8"))
+def _nodes(path):
+    """The nodes of the syntax tree of a file."""
+    return _nodes_of(path.read_text(encoding="utf-8"))
 
 
 def _imports(path):
     """The names of the modules that a file imports, at module level, in a function or for types only."""
-    for node in ast.walk(_parse(path)):
+    for node in _nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -136,36 +139,37 @@ def test_the_check_of_circular_imports_can_fail(tmp_path, monkeypatch):
     assert set(_circle()) == {"scorematch.nets.unet", "scorematch.nets.layers"}
 
 
-def _compared(tree, subject, names):
+def _compared(nodes, subject, names):
     """Comparisons of something whose text matches ``subject`` with one of the names."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare) and re.search(subject, text := ast.unparse(node)):
+    for node in nodes:
+        if isinstance(node, ast.Compare):
             values = {word.value for word in ast.walk(node) if isinstance(word, ast.Constant)}
-            yield from [text] if values & names else []
+            if values & names and re.search(subject, text := ast.unparse(node)):
+                yield text
 
 
-def _asks_for_a_family(tree):
+def _asks_for_a_family(nodes):
     """Comparisons with the name of a family, and isinstance calls with the class of its networks."""
     classes = {family.network.__name__ for family in FAMILIES.values()}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
             words = {word.id for word in ast.walk(node) if isinstance(word, ast.Name)}
             yield from [ast.unparse(node)] if words & classes else []
-    yield from _compared(tree, "family", FAMILIES.keys())
+    yield from _compared(nodes, "family", FAMILIES.keys())
 
 
-def _asks_for_a_row(tree):
+def _asks_for_a_row(nodes):
     """Comparisons with the name of a row of the preconditioning table."""
-    yield from _compared(tree, r"\brows?\b|precondition", ROWS.keys())
+    yield from _compared(nodes, r"\brows?\b|precondition", ROWS.keys())
 
 
 def test_no_module_outside_nets_compares_families():
-    found = {path: list(_asks_for_a_family(_parse(path))) for path in PACKAGE.rglob("*.py") if _part(path) != "nets"}
+    found = {path: list(_asks_for_a_family(_nodes(path))) for path in PACKAGE.rglob("*.py") if _part(path) != "nets"}
     assert {path.name: lines for path, lines in found.items() if lines} == {}
 
 
 def test_only_the_preconditioning_table_compares_its_rows():
-    found = {path: list(_asks_for_a_row(_parse(path))) for path in PACKAGE.rglob("*.py")}
+    found = {path: list(_asks_for_a_row(_nodes(path))) for path in PACKAGE.rglob("*.py")}
     found.pop(PACKAGE / "nets" / "precondition.py")
     assert {path.name: lines for path, lines in found.items() if lines} == {}
 
@@ -181,7 +185,7 @@ def test_only_the_preconditioning_table_compares_its_rows():
     ],
 )
 def test_the_checks_of_comparisons_can_fail(check, line):
-    assert list(check(ast.parse(f"if {line}:\n    pass"))) == [line]
+    assert list(check(_nodes_of(f"if {line}:\n    pass"))) == [line]
 
 
 def test_no_module_has_an_unspecific_name_such_as_utils():
@@ -198,7 +202,7 @@ def test_the_public_names():
 def test_no_public_function_has_a_keyword_catch_all():
     """The signature of a function with ``with_options`` has the declared options instead."""
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(_parse(path)):
+        for node in _nodes(path):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 declared = any(ast.unparse(each).startswith("with_options(") for each in node.decorator_list)
                 assert node.args.kwarg is None or declared, f"{path.name}: {node.name}"

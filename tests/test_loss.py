@@ -297,6 +297,11 @@ def _small():
     return ScoreNet.ncsnv2(1, 8, width=4, schedule=LEVELS, precondition="karras")
 
 
+def _smallest():
+    torch.manual_seed(0)
+    return ScoreNet(_Small(), LEVELS, sample_shape=(1, 8, 8))
+
+
 def _batch(rng):
     x = torch.rand(4, 1, 8, 8, generator=rng)
     return x, {"sigma": torch.tensor([0.1, 0.5, 1.0, 3.0]), "noise": torch.randn(x.shape, generator=rng)}
@@ -322,8 +327,7 @@ INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="needs a C+
 )
 @pytest.mark.filterwarnings("ignore")
 def test_dsm_loss_in_a_compiled_function(backend, rng):
-    torch.manual_seed(0)
-    net, (x, fixed) = ScoreNet(_Small(), LEVELS, sample_shape=(1, 8, 8)), _batch(rng)
+    net, (x, fixed) = _smallest(), _batch(rng)
     assert net.value_range == (0, 1)
     options = {"backend": backend, "fullgraph": True}
     loss_of = torch.compile(lambda x, sigma, noise: dsm_loss(net, x, sigma=sigma, noise=noise), **options)
@@ -419,7 +423,7 @@ def _warned(net, x, **arguments):
 )
 @pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel], ids=["net", "wrapped"])
 def test_data_in_other_units_give_one_warning(x, message, wrap):
-    net = wrap(_small())
+    net = wrap(_smallest())
     (warning,) = _warned(net, x.view(2, 1, 8, 8))
     assert warning.startswith(message)
     assert "(x + 1) / 2" in warning and "x / 255" in warning and "net.value_range = (low, high)" in warning
@@ -429,10 +433,10 @@ def test_data_in_other_units_give_one_warning(x, message, wrap):
 
 def test_the_warning_names_the_line_of_the_caller():
     with pytest.warns(UserWarning, match="value_range") as caught:
-        dsm_loss(_small(), torch.full((2, 1, 8, 8), 2.0))
+        dsm_loss(_smallest(), torch.full((2, 1, 8, 8), 2.0))
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="value_range") as caught:
-        sliced_score_matching_loss(_small(), torch.full((2, 1, 8, 8), 2.0))
+        sliced_score_matching_loss(_smallest(), torch.full((2, 1, 8, 8), 2.0))
     assert caught[0].filename == __file__
 
 
@@ -452,7 +456,7 @@ def test_data_of_another_scale_than_the_preconditioning_expects_give_one_warning
 
 def test_data_of_the_expected_scale_give_no_warning(rng):
     x = torch.rand(2, 1, 8, 8, generator=rng)
-    assert _warned(_small(), x * 1.15 - 0.075) == []  # as after a bicubic resize
+    assert _warned(_smallest(), x * 1.15 - 0.075) == []  # as after a bicubic resize
     assert _warned(zero, 255 * x, schedule=LEVELS) == []
     net = ScoreNet(_Small(), LEVELS, sample_shape=(1, 8, 8), value_range=(-1, 1))
     assert _warned(net, 2 * x - 1) == []
@@ -464,7 +468,7 @@ def test_data_of_the_expected_scale_give_no_warning(rng):
 
 def test_only_the_first_batch_is_compared_with_the_value_range(rng):
     """Later batches are not read. A copy of the network counts as another network."""
-    net, x = _small(), torch.rand(2, 1, 8, 8, generator=rng)
+    net, x = _smallest(), torch.rand(2, 1, 8, 8, generator=rng)
     fixed = {"sigma": torch.full((2,), 0.5, device="cpu"), "noise": torch.zeros_like(x)}
     with HostReads() as first:
         dsm_loss(net, x, **fixed)
@@ -476,7 +480,7 @@ def test_only_the_first_batch_is_compared_with_the_value_range(rng):
 
 def test_the_first_batch_with_readable_values_is_compared_with_the_value_range(rng):
     """Under vmap and on the meta device values cannot be read; the comparison is made with a later batch."""
-    net, x = _small(), torch.rand(2, 1, 8, 8, generator=rng)
+    net, x = _smallest(), torch.rand(2, 1, 8, 8, generator=rng)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.func.vmap(lambda x: dsm_loss(net, x[None], sigma=0.5, noise=torch.zeros(1, 1, 8, 8)))(255 * x)
@@ -485,7 +489,7 @@ def test_the_first_batch_with_readable_values_is_compared_with_the_value_range(r
 
 
 def test_many_threads_warn_once():
-    net, x = _small(), torch.full((2, 1, 8, 8), 255.0)
+    net, x = _smallest(), torch.full((2, 1, 8, 8), 255.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         in_threads([partial(dsm_loss, net, x)] * 8)

@@ -35,6 +35,7 @@ from scorematch.sampling.sampler import SamplerOptions
 from tests.helpers import point, run, seed
 
 SHORT = NoiseSchedule.geometric(5, 0.1, 12)
+FEW = SHORT.respaced(4)  # for laws that hold with any levels
 UNEVEN = NoiseSchedule([4.0, 3.0, 1.6, 1.1, 0.5, 0.4])  # all ratios differ; the smallest is 0.4545
 KINDS = {
     "langevin": lambda net, schedule=SHORT: AnnealedLangevinSampler(net, schedule, steps_per_level=3),
@@ -540,7 +541,7 @@ def test_noise_is_taken_once_per_step_before_the_score(kind, world, rng):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "published"])
 def test_with_a_generator_per_sample_samples_do_not_depend_on_batches(kind, world):
-    sampler = KINDS[kind](world, SHORT)
+    sampler = KINDS[kind](world, FEW)
     generators = [[seed(i) for i in range(5)] for _ in range(3)]
     together = run(sampler, shape=(3,), generator=generators[0])
     split = run(sampler, shape=(3,), generator=generators[1], batch_size=2)
@@ -577,7 +578,7 @@ def _networks():
 @quick_kinds
 def test_any_shape_and_any_network(kind, rng):
     for shape in [(), (2,), (3, 17)]:
-        assert run(KINDS[kind](point, SHORT), 4, shape=shape, generator=rng).shape == (4, *shape)
+        assert run(KINDS[kind](point, FEW), 4, shape=shape, generator=rng).shape == (4, *shape)
     for net in _networks():
         images = run(KINDS[kind](net, SHORT.respaced(3)), 2, generator=rng)
         assert images.shape == (2, 1, 8, 8) and images.min() >= 0 and images.max() <= 1
@@ -603,7 +604,7 @@ def test_nan_in_the_state_raises_an_error_that_names_the_level(kind):
 def test_samples_are_equal_in_inference_mode(kind, restore, world):
     y = torch.tensor([[0.9, 0.0, 0.0]])
     observation = Observation(Mask(torch.tensor([True, False, False])), y)
-    sampler = KINDS[kind](world, SHORT.respaced(5))
+    sampler = KINDS[kind](world, FEW)
     sampler.restore = _method(kind, restore)
     init = torch.randn(4, 3, generator=seed(1))
     expected = run(sampler, observation=observation, init=init, generator=seed(0))
@@ -635,7 +636,7 @@ def test_a_wrapped_network_is_sampled_like_the_network_itself(kind):
 def test_observed_values_are_in_the_result_and_an_empty_mask_changes_nothing(kind, world):
     seen = torch.tensor([True, False, False])
     y = torch.tensor([[0.9, 0.0, 0.0]])
-    sampler = KINDS[kind](world, SHORT)
+    sampler = KINDS[kind](world, FEW)
     x = run(sampler, 50, shape=(3,), observation=Observation(Mask(seen), y), generator=seed(0))
     assert torch.equal(x[:, 0], y[:, 0].expand(50))
     if sampler.particles > 1 or kind == "decoupled":  # other random numbers than without an observation
@@ -876,7 +877,7 @@ def test_a_guided_score_is_sampled_like_the_function_that_it_computes(kind, guid
     labels, init = torch.tensor([0, 1, 1]), 5 * torch.randn(3, 2, generator=seed(0))
     observation = Observation(Mask(torch.tensor([True, False])), torch.tensor([[0.4, 0.0]]))
     for given in ({}, {"observation": observation}):
-        samplers = [KINDS[kind](one, SHORT.respaced(5)) for one in (guided, function)]
+        samplers = [KINDS[kind](one, FEW) for one in (guided, function)]
         assert str(samplers[0]) == str(samplers[1])
         for one in samplers:
             one.restore = _method(kind, "replace")  # the derivatives of the functions have none themselves

@@ -335,6 +335,9 @@ class Gaussian(GaussianMixture):
         super().__init__([1.0], means, covariance, sample_shape, schedule=schedule, value_range=value_range)
         self.values, self.vectors = self._values, self._vectors
 
+    def _score(self, x: Tensor, variance: Tensor) -> Tensor:
+        return (self._center - x) @ self._vectors / (self._values + variance) @ self._vectors.T
+
     def __repr__(self) -> str:
         return f"Gaussian({self.sample_shape})"
 

@@ -81,14 +81,14 @@ def _home(folder: Path) -> Path:
     return folder / "unet" if unet else folder / "network" if config and not own else folder
 
 
-class _SkipNormal(TorchFunctionMode):
-    """Skips ``normal_``: for this call on the meta device, torch imports its compiler, which takes seconds."""
+class WithoutValues(TorchFunctionMode):
+    """Skips initial values, which tensors on the meta device do not have; torch would import its compiler for some."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "normal_":
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
@@ -137,7 +137,7 @@ def build(stored: Stored, backbone: nn.Module | None = None, condition_encoder: 
         values |= {} if condition_encoder is None else {"condition_encoder": condition_encoder}
         where = Path(stored.source, CONFIG_FILE) if Path(stored.source).is_dir() else stored.source
         try:
-            with torch.device("meta"), _SkipNormal():
+            with torch.device("meta"), WithoutValues():
                 backbone = family.build(
                     values, levels=len(stored.config["schedule"]["sigmas"]), precondition=stored.config["precondition"]
                 )

@@ -133,8 +133,9 @@ class Mask(Operator):
         """The images with zeros where they are not observed, of x's shape."""
         mask = self.mask.to(x.device)
         try:
-            if torch.broadcast_shapes(mask.shape, x.shape) == x.shape:
-                return torch.where(mask, x, 0)
+            measured = torch.where(mask, x, 0)
+            if measured.shape == x.shape:
+                return measured
         except RuntimeError:
             pass
         raise ValueError(f"a mask of shape {tuple(mask.shape)} does not fit images of shape {tuple(x.shape)}.")
