@@ -1,5 +1,6 @@
 """Helpers of several test files: exact scores, generators, refused commands, threads, and separate processes."""
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from scorematch import ScoreNet
 from scorematch.cli import main
 from scorematch.evaluation.exact import Gaussian
+from scorematch.pretrained.loading import WithoutValues
 
 
 def seed(number=0):
@@ -101,6 +103,13 @@ def gaussian_images(shape, variance=None, seed=0):
 
 
 # -- Requirements of accelerators
+
+
+@contextlib.contextmanager
+def on_meta():
+    """Networks are built on the meta device, where weights have neither memory nor values."""
+    with torch.device("meta"), WithoutValues():
+        yield
 
 
 class NoFloat64(TorchDispatchMode):

@@ -345,7 +345,6 @@ def test_a_folder_with_other_files_is_refused(folder, tmp_path, capsys):
         ),
         (["--sampler", "langevin", "--levels", "3"], "AnnealedLangevinSampler(3 levels"),
         (["--steps-per-level", "2", "--levels", "3"], "AnnealedLangevinSampler(3 levels 1 -> 0.01, 2 steps"),
-        (["--sampler", "ancestral", "--levels", "3"], "AncestralSampler(3 levels 1 -> 0.01, large variance"),
         (["--variance", "small", "--levels", "3"], "AncestralSampler(3 levels 1 -> 0.01, small variance"),
         (["--sampler", "predictor-corrector"], "PredictorCorrectorSampler(9 levels"),
         (

@@ -20,7 +20,6 @@ from scorematch.core.precision import exact_float32
 from scorematch.data import open_images
 from scorematch.evaluation import Extractor, evaluate, evaluate_restoration
 from scorematch.nets.layers import GroupNorm
-from scorematch.pretrained.loading import WithoutValues
 from scorematch.restoration import Grayscale, Mask, Observation
 from scorematch.sampling import (
     SAMPLERS,
@@ -32,7 +31,7 @@ from scorematch.sampling import (
 )
 from scorematch.sampling.finite import FiniteCheck
 from scorematch.training import LogNormal, train
-from tests.helpers import HostReads, NoFloat64, in_threads
+from tests.helpers import HostReads, NoFloat64, in_threads, on_meta
 from tests.networks import FOURIER, wide_ddpmpp, wide_ncsnpp, wide_unet
 from tests.networks import WIDE_LEVELS as LEVELS
 
@@ -80,7 +79,7 @@ NETS = {
 
 
 def _on_meta(name):
-    with torch.device("meta"), WithoutValues():
+    with on_meta():
         return NETS[name]().eval()
 
 
@@ -195,7 +194,7 @@ def test_a_network_on_the_cpu_does_not_depend_on_the_default_device(tmp_path):
 def test_a_larger_network_on_an_accelerator_starts_with_weights_on_the_cpu():
     options = {"widths": (4, 8), "layers_per_block": 1, "patch": 2}
     small = ScoreNet.unet(1, 8, pixel_channels=4, **options)
-    with torch.device("meta"):
+    with on_meta():
         large = ScoreNet.unet(1, 8, pixel_channels=8, **options)
     with OneDevice() as mode:
         grown = large.family.grow(small.backbone, large.backbone)

@@ -43,6 +43,7 @@ DDPM = {
 }
 VE = {"_class_name": "ScoreSdeVeScheduler", "sigma_min": 0.01, "sigma_max": 348, "num_train_timesteps": 2000}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+OTHER_BETAS = ("scaled_linear", "sigmoid")
 
 
 def _theirs(**changes):
@@ -95,8 +96,9 @@ def ddpm(original, tmp_path):
 # -- Scores from networks of diffusers
 
 
-@pytest.mark.parametrize("pipeline", [False, True])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("prediction", "pipeline"), [("epsilon", True), ("epsilon", False), ("v_prediction", False), ("sample", False)]
+)
 def test_a_ddpm_is_a_score_of_images_in_0_1(prediction, pipeline, tmp_path, rng):
     theirs = _theirs()
     net = ScoreNet.from_pretrained(_save(theirs, tmp_path, {**DDPM, "prediction_type": prediction}, pipeline=pipeline))
@@ -227,12 +229,17 @@ def test_a_configuration_and_its_hash_have_only_what_differs_of_later_options(tm
     ("options", "vector"),
     [
         ({"class_embed_type": "timestep"}, 1),
-        ({"class_embed_type": "timestep", "num_class_embeds": 5}, 1),  # diffusers does not use the number
         ({"class_embed_type": "identity"}, 32),
         ({"mid_block_type": None}, 0),
-        ({"add_attention": False}, 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ({"class_embed_type": "timestep", "num_class_embeds": 5}, 1),  # diffusers does not use the number
+                ({"add_attention": False}, 0),
+            )
+        ),
     ],
-    ids=["timestep", "timestep and a number", "identity", "no middle", "no middle attention"],
+    ids=["timestep", "identity", "no middle", "timestep and a number", "no middle attention"],
 )
 @torch.no_grad()
 def test_vectors_as_conditions_and_networks_without_a_middle_block(options, vector, fourier, tmp_path, rng):
@@ -279,7 +286,9 @@ def test_class_conditional_networks(tmp_path, rng):
         torch.testing.assert_close(net(x, sigma, label), -noise / sigma, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+@pytest.mark.parametrize(
+    "kind", ["linear", "squaredcos_cap_v2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHER_BETAS)]
+)
 def test_noise_levels_equal_those_of_diffusers(kind, tmp_path):
     scheduler = {**DDPM, "beta_schedule": kind, "num_train_timesteps": 500}
     net = ScoreNet.from_pretrained(_save(_theirs(), tmp_path, scheduler))
@@ -531,9 +540,10 @@ def _pipeline(folder):
     [
         (DDPMScheduler(num_train_timesteps=5), False),  # variance_type fixed_small
         (DDPMScheduler(num_train_timesteps=5, variance_type="fixed_large", clip_sample=False), True),
-        (
+        pytest.param(
             DDPMScheduler(num_train_timesteps=5, thresholding=True, sample_max_value=0.5, timestep_spacing="trailing"),
             False,
+            marks=pytest.mark.slow,
         ),
         (DDIMScheduler(num_train_timesteps=5, clip_sample_range=0.5, prediction_type="v_prediction"), True),
     ],
@@ -629,8 +639,7 @@ def test_from_diffusers_with_trained_betas(kind):
     torch.testing.assert_close(net.schedule.sigmas, NoiseSchedule.from_betas([0.1, 0.2, 0.3]).sigmas, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("betas", ["linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("kind", [DDPMScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize(("kind", "betas"), [(DDPMScheduler, "linear"), (EulerDiscreteScheduler, "squaredcos_cap_v2")])
 def test_the_infinite_level_of_a_schedule_that_ends_without_signal_is_left_out(kind, betas, tmp_path, rng):
     theirs = _theirs()
     scheduler = kind(beta_schedule=betas, prediction_type="v_prediction", rescale_betas_zero_snr=True)
@@ -955,7 +964,9 @@ def _replayed(net, init, generator):
     ("options", "sampler"),
     [
         ({}, {"variance": "small", "clamp_denoised": True}),
-        ({"variance_type": "fixed_small_log"}, {"variance": "small", "clamp_denoised": True}),
+        pytest.param(
+            {"variance_type": "fixed_small_log"}, {"variance": "small", "clamp_denoised": True}, marks=pytest.mark.slow
+        ),
         ({"variance_type": "fixed_large", "clip_sample": False}, {"variance": "large", "clamp_denoised": False}),
         ({"prediction_type": "v_prediction"}, {"variance": "small", "clamp_denoised": True}),
         ({"variance_type": "learned_range"}, {"variance": "learned", "clamp_denoised": True}),
@@ -1017,10 +1028,10 @@ class _Normal:
 @pytest.mark.parametrize(
     ("scheduler", "calls"),
     [
-        (DDPM, 250),
+        pytest.param(DDPM, 250, marks=pytest.mark.slow),
         ({**DDPM, "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 4000}, 250),
         ({**DDPM, "beta_schedule": "scaled_linear", "num_train_timesteps": 100, "beta_end": 0.2}, 100),
-        (VE, 250),
+        pytest.param(VE, 250, marks=pytest.mark.slow),
     ],
 )
 def test_recommended_settings_sample_an_exact_score_accurately(scheduler, calls, tmp_path):

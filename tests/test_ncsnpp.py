@@ -14,7 +14,7 @@ from scorematch.nets import NCSNPP, UNet
 from scorematch.nets.blocks import Attention, Filter, fir_up
 from scorematch.nets.precondition import ROWS
 from scorematch.sampling import ODESampler
-from tests.helpers import run
+from tests.helpers import on_meta, run
 
 LEVELS = NoiseSchedule.geometric(10, 0.01, 12)
 
@@ -82,7 +82,7 @@ COUNTS = {
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_configurations_have_their_numbers_of_parameters(name):
     count, options = COUNTS[name]
-    with torch.device("meta"):
+    with on_meta():
         assert sum(parameter.numel() for parameter in NCSNPP(**options).parameters()) == count
 
 
@@ -265,7 +265,15 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+MORE = {
+    *("1331, none, skip", "1331, skip, none", "1331, residual, none", "1331, none, residual", "11, residual, residual"),
+    *("positional, wider", "fourier, narrower", "one scale, residual", "a pyramid without a filter", "two layers"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in OPTIONS]
+)
 @torch.no_grad()
 def test_it_is_another_implementation_of_the_same_network(name, rng):
     options = {**BASE, **OPTIONS[name]}
@@ -331,7 +339,7 @@ def test_gradients_reach_every_parameter(rng):
 def test_filters_are_no_weights(rng):
     net = _random(NCSNPP(**BASE))
     assert [name for name, _ in net.named_buffers()] and not [name for name in net.state_dict() if "kernel" in name]
-    with torch.device("meta"):
+    with on_meta():
         empty = NCSNPP(**BASE)
     assert all(kernel.is_meta for kernel in empty.buffers())
 
@@ -405,7 +413,7 @@ def test_a_new_network_trains_travels_and_samples(kind, tmp_path, rng):
 
 
 def test_the_defaults_are_the_published_network_for_cifar10():
-    with torch.device("meta"):
+    with on_meta():
         net = ScoreNet.ncsnpp()
     config = net.config
     assert config["family"] == "ncsnpp" and config["block_out_channels"] == [128, 256, 256, 256]
@@ -415,7 +423,7 @@ def test_the_defaults_are_the_published_network_for_cifar10():
 
 
 def test_attention_is_at_16_pixels():
-    with torch.device("meta"):
+    with on_meta():
         nets = [
             ScoreNet.ncsnpp(3, size, widths=(8,) * 5, layers_per_block=1, patch=patch)
             for size, patch in [(256, 1), ((64, 96), 1), (64, 2), (48, 1)]

@@ -37,7 +37,7 @@ def _pipeline(folder):
     return pipeline
 
 
-@pytest.mark.parametrize("row", ["ddpm", "ddpm_v", "ddpm_x0"])
+@pytest.mark.parametrize("row", ["ddpm_v", *(pytest.param(row, marks=pytest.mark.slow) for row in ("ddpm", "ddpm_x0"))])
 def test_a_pipeline_of_diffusers_draws_the_samples_of_the_ancestral_sampler(row, tmp_path):
     """From the same noise, with the scheduler's clipping of the denoised image turned off."""
     net = _net(size=(8, 16), precondition=row)
@@ -119,7 +119,7 @@ def test_a_pipeline_is_replaced_as_a_whole(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
-@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("classes", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_a_network_of_edm_draws_the_same_samples_in_diffusers(classes, tmp_path, rng):
     """By Euler's method, which is DPM-Solver++ of order 1, from the same noise."""
     diffusers = pytest.importorskip("diffusers")

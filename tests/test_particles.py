@@ -51,7 +51,7 @@ def _drawn(world, schedule, denoise=True):
 @pytest.mark.parametrize("restore", METHODS)
 @pytest.mark.parametrize(
     ("operator", "denoise"),
-    [(FIRST, True), pytest.param(FIRST, False, marks=pytest.mark.slow), (MIXING, True)],
+    [*(pytest.param(FIRST, denoise, marks=pytest.mark.slow) for denoise in (True, False)), (MIXING, True)],
     ids=["mask", "no denoising", "matrix"],
 )
 def test_the_evidence_is_unbiased_for_the_distribution_that_the_sampler_draws(world, restore, operator, denoise):

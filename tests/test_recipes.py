@@ -24,6 +24,7 @@ from scorematch.training.flops import sampling_flop, training_flop
 from scorematch.training.recipes import growing
 from scorematch.training.report import expectation
 from scorematch.training.settings import TrainSettings
+from tests.helpers import on_meta
 from tests.published import ScoreSDE
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -50,12 +51,12 @@ PUBLISHED = {
 
 def _meta(recipe, **options):
     """The network on the meta device, where weights need no memory."""
-    with torch.device("meta"):
+    with on_meta():
         return recipe.build(recipe.channels or 3, **options)
 
 
-def _parameters(recipe, **options):
-    return sum(parameter.numel() for parameter in _meta(recipe, **options).parameters())
+def _parameters(net):
+    return sum(parameter.numel() for parameter in net.parameters())
 
 
 def test_every_recipe_is_in_the_table_of_the_module():
@@ -67,7 +68,7 @@ def test_every_recipe_is_in_the_table_of_the_module():
 def test_recipes_have_the_published_values(name):
     recipe, (parameters, (high, low, levels), steps, batch, lr) = RECIPES[name], PUBLISHED[name]
     net, settings = _meta(recipe), TrainSettings(**recipe.options())
-    assert _parameters(recipe) == parameters
+    assert _parameters(net) == parameters
     assert net.schedule.sigma_max == pytest.approx(high, rel=0.01)
     assert net.schedule.sigma_min == pytest.approx(low, rel=0.01) and len(net.schedule) == levels
     assert (settings.steps, settings.batch_size, settings.lr) == (steps, batch, lr)
@@ -94,7 +95,7 @@ def test_recipes_for_little_compute_are_small_unets_with_patches(name):
     recipe = RECIPES[name]
     net = _meta(recipe)
     assert net.precondition == "karras" and net.backbone.patch == 2
-    assert _parameters(recipe, classes=11) < (100_000 if name == "tiny" else 20_000_000)
+    assert _parameters(_meta(recipe, classes=11)) < (100_000 if name == "tiny" else 20_000_000)
     assert _meta(recipe, image_size=(48, 64)).sample_shape == (3, 48, 64)
 
 
@@ -166,9 +167,9 @@ def test_networks_of_song_et_al_are_those_of_their_configurations(name, config):
     expected = score_sde._architecture(options)
     assert expected.pop("skip_rescale")  # the default
     assert {key: net.config[key] for key in expected} == expected
-    with torch.device("meta"):
+    with on_meta():
         theirs = ScoreSDE({"data": options, "model": options})
-    assert sum(parameter.numel() for parameter in theirs.parameters()) == PUBLISHED[name][0]
+    assert _parameters(theirs) == PUBLISHED[name][0]
     schedule, row = score_sde._noise(options, config)
     torch.testing.assert_close(net.schedule.sigmas, schedule.sigmas, rtol=1e-12, atol=0)
     assert net.precondition == row["precondition"]
@@ -263,7 +264,7 @@ def test_the_page_has_the_settings_of_every_recipe():
     for name, row in rows.items():
         recipe, settings = RECIPES[name], TrainSettings(**RECIPES[name].options())
         numbers = [
-            PUBLISHED[name][0] if name in PUBLISHED else _parameters(recipe),
+            PUBLISHED[name][0] if name in PUBLISHED else _parameters(_meta(recipe)),
             recipe.image_size,
             settings.batch_size,
             settings.lr,

@@ -11,7 +11,7 @@ from torch import nn
 from scorematch import ScoreNet
 from scorematch.nets.layers import ConditionalInstanceNormPlus, InstanceNormPlus
 from scorematch.nets.refinenet import RefineNet
-from tests.helpers import HostReads
+from tests.helpers import HostReads, on_meta
 
 PUBLISHED = {  # name -> (channels, width, depth, levels)
     "ncsn_mnist": (1, 8, "standard", 10),
@@ -33,7 +33,7 @@ PUBLISHED = {  # name -> (channels, width, depth, levels)
     ],
 )
 def test_published_numbers_of_parameters_and_tensors(channels, width, depth, levels, parameters, tensors):
-    with torch.device("meta"):
+    with on_meta():
         net = RefineNet(channels, width, depth=depth, levels=levels)
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert len(net.state_dict()) == tensors
@@ -56,7 +56,7 @@ def test_published_weights_give_the_published_outputs(name, published):
 
 
 def test_weight_names_of_the_deepest_network():
-    with torch.device("meta"):
+    with on_meta():
         shapes = {name: tuple(p.shape) for name, p in RefineNet(3, 4, depth="deepest").state_dict().items()}
     assert shapes["res31.0.conv2.conv.weight"] == (8, 8, 3, 3)
     assert shapes["res4.0.shortcut.weight"] == (16, 8, 3, 3)

@@ -13,7 +13,7 @@ from scorematch.core.conditions import Condition
 from scorematch.nets import RefineNet
 from scorematch.nets.unet import UNet
 from scorematch.pretrained import cards
-from tests.helpers import run
+from tests.helpers import on_meta, run
 
 LEVELS = NoiseSchedule.geometric(10, 0.01, 30)
 
@@ -189,7 +189,7 @@ def test_ncsnv2_gives_the_published_outputs(published):
 
 
 def test_the_default_networks_have_the_published_levels_and_shapes():
-    with torch.device("meta"):
+    with on_meta():
         ncsn, ncsnv2 = ScoreNet.ncsn(), ScoreNet.ncsnv2()
     assert ncsn.schedule == NoiseSchedule.geometric(1, 0.01, 10)
     assert ncsnv2.schedule == NoiseSchedule.geometric(50, 0.01, 232)

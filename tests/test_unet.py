@@ -16,7 +16,7 @@ from scorematch.nets.blocks import Attention, ResidualBlock
 from scorematch.nets.family import structure
 from scorematch.nets.unet import UNET, UNet
 from scorematch.pretrained.weights import fill
-from tests.helpers import run
+from tests.helpers import on_meta, run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -210,7 +210,7 @@ def test_one_number_of_layers_for_all_scales_may_be_a_list(tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_have_the_weights_of_diffusers(name):
     parameters, config = PUBLISHED[name]
-    with torch.device("meta"):
+    with on_meta():
         theirs, ours = UNet2DModel(**config), UNet(**config)
     assert sum(p.numel() for p in ours.parameters()) == parameters
     shapes = {key: tuple(p.shape) for key, p in theirs.state_dict().items() if key != "time_proj.W"}
@@ -273,7 +273,7 @@ def test_the_filter_is_not_stored_and_follows_device_and_dtype(rng):
     assert (copy.deepcopy(net).bfloat16()(x.bfloat16(), c_noise) - expected).norm() < 0.05 * expected.norm()
     moved = copy.deepcopy(net).to("meta")
     assert moved(x.to("meta"), c_noise.to("meta")).is_meta
-    with torch.device("meta"):
+    with on_meta():
         empty = _ncsnpp().eval()
     assert all(kernel.is_meta for kernel in empty.buffers())
     fill(empty, net.state_dict(), "the test")

@@ -58,8 +58,8 @@ class Tiled(DerivedScore):
     Example:
         >>> from scorematch import ScoreNet
         >>> score = Tiled(ScoreNet.from_pretrained("mnist"))
-        >>> score(torch.rand(1, 1, 100, 50), 0.5).shape
-        torch.Size([1, 1, 100, 50])
+        >>> score(torch.rand(1, 1, 40, 28), 0.5).shape
+        torch.Size([1, 1, 40, 28])
 
     References:
         Bar-Tal et al., 2023, MultiDiffusion, arXiv:2302.08113.

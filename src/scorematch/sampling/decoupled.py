@@ -73,7 +73,7 @@ class DecoupledSampler(Sampler):
     Example:
         >>> from scorematch.evaluation.exact import Gaussian
         >>> from scorematch.restoration import Clip
-        >>> exact = Gaussian([0.0], [[1.0]], schedule=NoiseSchedule.geometric(8, 0.02, 100))
+        >>> exact = Gaussian([0.0], [[1.0]], schedule=NoiseSchedule.geometric(8, 0.02, 30))
         >>> seen = Observation(Clip(-1, 1), torch.tensor([[1.0]]), sigma=0.1)  # a saturated value
         >>> x = DecoupledSampler(exact).sample(100, observation=seen, generator=0, progress=False)
         >>> bool(x.min() > 0.5), bool(x.max() > 1.5)

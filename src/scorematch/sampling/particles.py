@@ -105,7 +105,7 @@ class ParticleSampler(Sampler):
     Example:
         >>> from scorematch.evaluation.exact import Gaussian
         >>> from scorematch.restoration import Mask
-        >>> exact = Gaussian([0.0, 0.0], [[1.0, 0.8], [0.8, 1.0]], schedule=NoiseSchedule.geometric(10, 0.01, 100))
+        >>> exact = Gaussian([0.0, 0.0], [[1.0, 0.8], [0.8, 1.0]], schedule=NoiseSchedule.geometric(10, 0.01, 40))
         >>> seen = Observation(Mask(torch.tensor([True, False])), torch.tensor([[1.0, 0.0]]), sigma=0.5)
         >>> found = ParticleSampler(exact, particles=64).population(seen, 50, generator=0, progress=False)
         >>> round(exact.log_evidence(seen), 2), round(float(found.log_evidence.mean()), 1)
