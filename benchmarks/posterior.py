@@ -152,14 +152,14 @@ def decoupled(score: Any, steps: int, observation: Observation, seed: int) -> Te
 
 
 def reverse_diffusion(method: str, score: Any, steps: int, observation: Observation, seed: int) -> Tensor:
-    """Draws with a method of this package by SDE-DPM-Solver++(2M), as ``scorematch restore`` does."""
-    sampler = ODESampler(score, levels=max(2, steps), method="dpm-solver++", eta=1, restore=method)
+    """Draws with a method of this package along the reverse diffusion, as ``scorematch restore`` does."""
+    sampler = ODESampler(score, levels=max(2, steps), restore=method)
     return sampler.sample(len(observation), observation=observation, generator=seed, progress=False)
 
 
 OWN: dict[str, Draw] = {
     **{name: partial(own, name) for name in METHODS},
-    **{f"{name}, SDE": partial(reverse_diffusion, name) for name in ("shift", "moment-matching")},
+    **{f"{name}, SDE": partial(reverse_diffusion, name) for name in METHODS if name != "auto"},
     "moment-matching, flow": flow,
     "4 particles": particles,
     "decoupled": decoupled,

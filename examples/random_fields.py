@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     truth, known = fields(torch.full((1, 1), 3.0)), torch.ones(SIDE, SIDE, dtype=torch.bool)
     known[8:24, 8:24] = False
     observation = Observation(Mask(known), truth * known, sigma=0.02)
-    sampler = ODESampler(net, levels=32, restore="auto")
+    sampler = ODESampler(net, levels=32, method="heun")
     filled = sampler.sample(
         draws, condition=torch.full((draws, 1), 3.0), observation=observation, generator=0, progress=False
     )

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from scorematch import AnnealedLangevinSampler, NoiseSchedule
+from scorematch import AnnealedLangevinSampler, NoiseSchedule, ScoreNet
 from scorematch.restoration import AveragePool, Blur, Clip, Observation, Operator
-from scorematch.sampling import ODESampler
+from scorematch.sampling import AncestralSampler, ODESampler, SamplerSettings, recommended_sampler
 from tests.helpers import gaussian_images, run
 
 WORLD = gaussian_images((3, 4, 4))
@@ -71,8 +71,10 @@ def test_a_score_without_gradients_is_used_with_a_method_that_needs_none(name):
     observation = Observation(Sines(), WORLD.sample(2, 1).sin(), 0.1)
     with pytest.warns(UserWarning, match=r"no gradients: restore=.auto. uses the method .guide.") as warned:
         x = draw(score, observation, "auto", ODESampler)
-    assert len(warned) == 1 and len(calls) - len(ODESampler(score, LEVELS)) in (0, 1)  # the first call is repeated
-    assert torch.equal(x, draw(score, observation, "guide", ODESampler))
+    expected = ODESampler(score, LEVELS, restore="auto")
+    assert len(warned) == 1 and len(calls) - len(expected) in (0, 1)  # the first call is repeated
+    expected.restore = "guide"
+    assert torch.equal(x, run(expected, shape=(3, 4, 4), observation=observation, generator=0))
 
 
 def test_other_errors_of_a_score_are_raised():
@@ -96,3 +98,29 @@ def test_a_lack_of_memory_in_the_backward_pass_names_the_remedy(restore):
 
     with pytest.raises(RuntimeError, match="not enough memory for a backward pass"):
         draw(lambda x, sigma: Full.apply(-x), Observation(POOL, Y), restore)
+
+
+def test_a_sampler_that_restores_has_not_the_settings_for_drawing():
+    """Methods of the first order have the steps of ancestral sampling."""
+    small = partial(ScoreNet.unet, 1, 8, widths=(8,), layers_per_block=1, schedule=LEVELS)
+    net, trained = small(), small(condition_channels=1)
+    for each in (net, trained):
+        each.sampler_settings = SamplerSettings("ode", levels=3, method="unipc", sigma_min=0.05)
+    for restore, levels in {"auto": 50, "shift": 50, "moment-matching": 30}.items():
+        sampler = ODESampler(net, restore=restore)
+        expected = ODESampler(net, levels=levels, method="dpm-solver++", eta=1)
+        assert vars(sampler) == {**vars(expected), "restore": restore}
+        assert repr(sampler) == repr(recommended_sampler(net, restore=restore))
+    assert len(recommended_sampler(net, restore="shift", calls=7)) == 7
+    assert repr(ODESampler(net, method="heun", levels=4, restore="shift")).endswith(
+        "heun, restore shift, 7 network calls)"
+    )
+    assert repr(ODESampler(trained, restore="auto")) == repr(recommended_sampler(trained, restore="auto"))
+    assert len(ODESampler(trained, restore="auto")) == 3
+    observation = Observation(AveragePool(2), torch.rand(1, 1, 4, 4), 0.1)
+    options = {"restore": "guide", "precision": "float32"}
+    samplers = ODESampler(net, LEVELS, **options), AncestralSampler(net, LEVELS, variance="small", **options)
+    restored = [run(sampler, 2, observation=observation, generator=0) for sampler in samplers]
+    torch.testing.assert_close(*restored)
+    with pytest.warns(UserWarning, match=r"with which the network draws\. To restore, write ODESampler\(net, restore="):
+        run(ODESampler(net), 2, observation=observation, generator=0)

@@ -685,8 +685,8 @@ def test_restore_uses_the_sampler_that_suits_the_network(tmp_path, pictures, cap
         (conditional, ("--variance", "large"), "AncestralSampler(2 levels 1 -> 0.01, large variance"),
         (plain, (), "ODESampler(50 levels 1 -> 0.01, dpm-solver++, eta 1.0"),
         (plain, ("--levels", "3"), "ODESampler(3 levels 1 -> 0.01, dpm-solver++, eta 1.0"),
-        (plain, ("--restore-method", "guide"), "AnnealedLangevinSampler("),
-        (plain, ("--restore-method", "guide", "--sampler", "ode"), "ODESampler(18 levels 1 -> 0.01, heun"),
+        (plain, ("--restore-method", "guide", "--sampler", "langevin"), "AnnealedLangevinSampler("),
+        (plain, ("--method", "heun", "--levels", "4"), "ODESampler(4 levels 1 -> 0.01, heun, 7 network calls)"),
         (plain, ("--variance", "small"), "AncestralSampler("),
     ]:
         common = ("--operator", "gray", "-n", "1", "--device", "cpu", "--quiet", "--overwrite")

@@ -192,16 +192,13 @@ def test_restorations_use_the_sampler_that_is_best_for_the_method(folder, tmp_pa
     )
     assert json.loads((tmp_path / "evaluation.json").read_text())["settings"] == expected.settings
     assert expected.settings["sampler"]["name"] == "ODESampler"
-    assert _run("evaluate", folder / "network", "--restore", "jpeg:9", *options[:2], *options[4:], "--levels", 2) == 0
-    assert capsys.readouterr().out.startswith("AnnealedLangevinSampler(2 levels")
-    capsys.readouterr()
-    method = ("--restore-method", "shift", "--levels", 3)
-    assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, *method) == 0
-    assert capsys.readouterr().out.startswith("ODESampler(3 levels 1 -> 0.01, dpm-solver++, eta 1.0")
-    for flow in ("dpm-solver++, 18", "heun, 35"):  # not with the three levels for drawing
-        method = ("--restore-method", "guide", "--sampler", "ode", *(("--method", flow[:-4]) if "+" in flow else ()))
-        assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, *method) == 0
-        assert capsys.readouterr().out.startswith(f"ODESampler(18 levels 1 -> 0.01, {flow}")
+    for chosen, sampler in [
+        (("shift", "--levels", 3), "3 levels 1 -> 0.01, dpm-solver++, eta 1.0, restore shift, 3 network calls"),
+        (("guide", "--calls", 2), "2 levels 1 -> 0.01, dpm-solver++, order 1, eta 1.0, restore guide, 2 network calls"),
+        (("guide", "--sampler", "ode", "--method", "unipc", "--levels", 4), "4 levels 1 -> 0.01, unipc, restore guide"),
+    ]:
+        assert _run("evaluate", folder / "network", "--restore", "pool:4", *options, "--restore-method", *chosen) == 0
+        assert capsys.readouterr().out.startswith(f"ODESampler({sampler}")
 
 
 def test_wrong_arguments_of_evaluate_are_refused(folder, capsys):

@@ -27,7 +27,7 @@ from scorematch.demo.page import Draft, Events, canvas, png, read_canvas, result
 from scorematch.demo.restorer import FRAMES, Choices, Frame, Restorer, _Watched
 from scorematch.restoration import JPEG, OPERATORS, AveragePool, Grayscale, Hole, Mask, Observation
 from scorematch.restoration.palette import condition_of
-from scorematch.sampling import SAMPLERS, SamplerSettings, recommended_sampler
+from scorematch.sampling import SAMPLERS, ODESampler, SamplerSettings, recommended_sampler
 from tests.helpers import python, run, seed
 from tests.networks import shared
 
@@ -135,9 +135,13 @@ def _net_with_two_flows(recommended=None, **options):
 def test_the_stored_settings_of_a_number_of_calls_are_used():
     net = _net_with_two_flows()
     for calls in (3, 11, 21):
-        sampler = Restorer(net).make_sampler(Choices("ode", calls, "guide"))
-        assert repr(sampler).replace(", guide", "") == repr(recommended_sampler(net, calls=calls))
-        assert sampler.restore == "guide"
+        assert repr(Restorer(net).make_sampler(Choices("ode", calls))) == repr(recommended_sampler(net, calls=calls))
+
+
+def test_restorations_do_not_use_the_settings_for_drawing():
+    restorer = Restorer(_net_with_two_flows())
+    made = [restorer.make_sampler(Choices("ode", calls, "guide")) for calls in (restorer.calls, 3)]
+    assert list(map(repr, made)) == [repr(ODESampler(restorer.net, restore="guide", levels=each)) for each in (None, 3)]
 
 
 def test_a_draft_is_drawn_by_the_flow_with_the_fewest_calls():

@@ -67,8 +67,8 @@ SMALLER = {
     },
     "inverse-problems": {
         "ODESampler(net).sample(8, generator=11, progress=False)[5:6]": "torch.rand(1, 3, 64, 64)",
-        'levels=50, method="dpm-solver++", eta=1)  # as': 'levels=3, method="dpm-solver++", eta=1)  # as',
-        'levels=50, method="dpm-solver++", eta=1)\n': 'levels=5, method="dpm-solver++", eta=1)\n',
+        'restore="auto")  # as': 'levels=3, restore="auto")  # as',
+        'restore="auto")\n': 'levels=5, restore="auto")\n',
         "sample(8, observation=Observation(blur": "sample(2, observation=Observation(blur",
         "sample(8, observation=Observation(fourier": "sample(2, observation=Observation(fourier",
     },

@@ -131,7 +131,7 @@ def test_batches_of_tiles_have_the_gradient_of_all_at_once_with_less_memory(monk
 def test_every_method_restores_with_tiles(restore):
     tiled = Tiled(_net(), batch_size=4)
     sampler = AnnealedLangevinSampler(tiled, levels=3, restore=restore)
-    assert repr(sampler) == repr(AnnealedLangevinSampler(tiled.net, levels=3))
+    assert repr(sampler) == repr(AnnealedLangevinSampler(tiled.net, levels=3, restore=restore))
     known = torch.arange(20) < 15
     y = torch.rand(1, 1, 20, 20, generator=seed())
     restored = run(sampler, 2, observation=Observation(Mask(known), y))

@@ -34,7 +34,6 @@ from scorematch.evaluation.reference import check_sources
 from scorematch.evaluation.restored_images import DEFAULT_N_RESTORED, Truth, evaluate_restoration
 from scorematch.evaluation.subject import DEFAULT_N, conditions_of, is_network
 from scorematch.restoration.methods import Restore
-from scorematch.restoration.operators import as_operator
 from scorematch.sampling import SAMPLERS
 from scorematch.sampling.bulk import Job
 from scorematch.sampling.sampler import options_of
@@ -153,12 +152,10 @@ def _run(args: argparse.Namespace) -> None:
     classes = None if restoring else find_classes(args, net)
     common |= reference_options(args, device_of(net), arrays=arrays)
     method: Restore = args.restore_method or "auto"
-    linear = not restoring or as_operator(args.restore).is_linear
-    sampler = make_sampler(args, net, restore=method if restoring else None, linear=linear)
+    sampler = make_sampler(args, net, restore=method if restoring else None)
     n = args.n or DEFAULT_N
     if restoring:
         announce(sampler, 0)
-        sampler.restore = method
         images, reference = (args.reference, None) if args.data is None else (args.data, args.reference)
         options = given(args, ("n", "draws", "sigma", "truth", "labels"))
         result = evaluate_restoration(sampler, images, args.restore, reference=reference, **options, **common)

@@ -105,7 +105,7 @@ def add(commands: Commands) -> None:
     add_sampling(
         parser,
         "the recommended one of a network that was trained to restore; for any other ode with "
-        "--method dpm-solver++ --eta 1, or, for the methods of guidance and replacement, langevin",
+        "--method dpm-solver++ --eta 1",
     )
     parser.set_defaults(run=_run)
 
@@ -174,7 +174,7 @@ def _run(args: argparse.Namespace) -> None:
         check_size(net.backbone, (args.tile, args.tile), "tile")
     score: Any = net.inference_copy()
     method: Restore = args.restore_method or "auto"
-    samplers = {False: make_sampler(args, score, restore=method, linear=operator.is_linear)}
+    samplers = {False: make_sampler(args, score, restore=method)}
     check_picture(folder / "strip.png")  # before the work
     # All pictures are read before the first is restored, so that errors come first, and again when they are restored,
     # so that only those of one batch are in memory.
@@ -199,9 +199,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"none of the {len(paths)} pictures can be restored: {next(iter(broken.values()))}")
     if any(key[0] for key in groups):
         tiled = Tiled(score, args.tile or None, batch_size=args.batch_size)
-        samplers[True] = make_sampler(args, tiled, restore=method, linear=operator.is_linear)
-    for sampler in samplers.values():
-        sampler.restore = method
+        samplers[True] = make_sampler(args, tiled, restore=method)
     announce(samplers[False])
     for key, group in groups.items():
         together = 1 if key[0] else _TOGETHER if args.batch_size is None else args.batch_size

@@ -385,7 +385,10 @@ def build(restorer: Restorer, name: str) -> Any:
                 with gr.Accordion("Sampler", open=False):
                     sampler = gr.Dropdown(list(SAMPLERS), value=restorer.sampler, label="Sampler")
                     most = max(_MANY_CALLS, restorer.calls)
-                    calls = gr.Slider(2, most, restorer.calls, step=1, label="Network calls", elem_id="calls")
+                    info = "As they are set, restorations use the settings for restoring." if restorer.draws else None
+                    calls = gr.Slider(
+                        2, most, restorer.calls, step=1, label="Network calls", elem_id="calls", info=info
+                    )
                     methods = [(f"{name}: {method.help} ({method.cost})", name) for name, method in METHODS.items()]
                     method = gr.Dropdown(methods, value="auto", label="Method of restoration")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)

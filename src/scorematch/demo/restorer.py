@@ -53,14 +53,14 @@ class Choices:
     Attributes:
         sampler: a key of ``SAMPLERS``.
         calls: the number of network calls; the sampler uses as many as it can up to this number.
-        method: a key of ``METHODS``, the method of restoration.
+        method: a key of ``METHODS``, the method of restoration; None draws.
         seed: the random seed.
         label: the class to draw, or None.
     """
 
     sampler: str
     calls: int
-    method: Restore = "auto"
+    method: Restore | None = None
     seed: int = 0
     label: int | None = None
 
@@ -182,7 +182,9 @@ class Restorer:
     def make_sampler(self, choices: Choices, net: Any = None) -> Sampler:
         """The sampler with the largest number of noise levels that needs at most the chosen number of network calls.
 
-        If settings with this sampler and this number of calls are stored with the network, it has their options.
+        If settings with this sampler and this number of calls are stored with the network, it has their options. A
+        network that draws restores with other settings than it draws with; where the sampler and its calls are those
+        recommended for drawing, the sampler is the one recommended for restoring.
 
         Args:
             choices: the sampler and the number of network calls.
@@ -192,12 +194,15 @@ class Restorer:
             ValueError: if the sampler needs more network calls, even with two noise levels.
         """
         net = self.net if net is None else net
-        stored = self._stored.get((choices.sampler, choices.calls))
+        restoring = choices.method is not None and self.draws
+        if restoring and (choices.sampler, choices.calls) == (self.sampler, self.calls):
+            return recommended_sampler(net, restore=choices.method)
+        stored = None if restoring else self._stored.get((choices.sampler, choices.calls))
         if stored is not None:
             return SAMPLERS[stored.sampler](net, **{**stored.options, "restore": choices.method})
 
         def sampler(levels: int) -> Sampler:
-            own: SamplerSettings | None = self.net.sampler_settings
+            own: SamplerSettings | None = None if restoring else self.net.sampler_settings
             known = own is not None and own.sampler == choices.sampler != "langevin"  # Langevin reads them itself
             given: dict[str, Any] = own.options if own is not None and known else {}
             return SAMPLERS[choices.sampler](net, **{**given, "levels": levels, "restore": choices.method})

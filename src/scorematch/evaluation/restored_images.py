@@ -91,7 +91,6 @@ from scorematch.restoration.operators import as_operator
 from scorematch.restoration.palette import condition_of
 from scorematch.sampling import Sampler, recommended_sampler
 from scorematch.sampling.bulk import description_of, prepared
-from scorematch.sampling.settings import restoring_settings
 
 DEFAULT_N_RESTORED = 500  # images, if the number is not given
 RESTORATION = "restoration"
@@ -151,9 +150,9 @@ def evaluate_restoration(
             with its recommended sampler.
         features: the extractor, or several, as for ``evaluate``.
         metrics: names from ``METRICS``, as for ``evaluate``.
-        sampler: the sampler, as for ``evaluate``; None is the recommended one of a network that was trained to restore,
-            and that of ``restoring_settings`` for any other, as for the command ``scorematch restore``. To choose the
-            method, pass for example ``lambda net: AnnealedLangevinSampler(net, restore="guide-jacobian")``.
+        sampler: the sampler, as for ``evaluate``; None is ``recommended_sampler(net, restore="auto")``, as for the
+            command ``scorematch restore``. To choose the method, pass for example
+            ``lambda net: AnnealedLangevinSampler(net, restore="guide-jacobian")``.
         labels: whether to read class labels, for the accuracy. The extractor must have one logit for each class.
         reference: the real images for the Fréchet distance and similar metrics, as for ``evaluate``; None is ``data``.
         seed: the seed of masks, noise and restorations.
@@ -183,7 +182,7 @@ def evaluate_restoration(
     text, operator = str(operator), single_operator(operator)
     folder = checked_folder(out, "restored.png", data, reference)
     if sampler is None and not isinstance(what, Sampler):
-        sampler = partial(_recommended, linear=operator.is_linear)
+        sampler = partial(recommended_sampler, restore="auto")
     chosen_sampler = sampler_for(what, sampler, device)
     prior = _prior(chosen_sampler.net, truth, labels)
     device = local_device(device_of(chosen_sampler.net) if device is None else device)
@@ -237,10 +236,6 @@ def evaluate_restoration(
             save_grid(torch.cat(run.shown), folder / "restored.png", columns=draws + 2)
             delete_unfinished(folder)
     return result
-
-
-def _recommended(net: Score, *, linear: bool) -> Sampler:
-    return recommended_sampler(net, restoring_settings(net, "auto", linear=linear))
 
 
 def _prior(net: Score, truth: Truth, labels: bool) -> Sampler | None:

@@ -29,11 +29,16 @@ class Method:
         help: what it does, in a few words.
         cost: what it costs in comparison with drawing images.
         make: makes it for an observation and the variance of the data.
+        levels: the number of noise levels of ``ODESampler(net, restore=...)``.
+        order: the order of its steps, or None for that of the sampler. Changes that are over-relaxed, as those of
+            "guide-jacobian" are, need steps of the first order: with the second the error was twice as large.
     """
 
     help: str
     cost: str
     make: Callable[[Observation, float], Restoration]
+    levels: int = 50
+    order: int | None = 1
 
 
 def _replace(observation: Observation, variance: float) -> Restoration:
@@ -52,16 +57,21 @@ METHODS: dict[Restore, Method] = {
         "shift; guide-jacobian for an operator that is not linear",
         "up to half more time; twice the time and more memory if the operator is not linear",
         _auto,
+        order=None,
     ),
     "replace": Method("keep the known pixels; guide for blur and others without a gain", "no extra time", _replace),
     "guide": Method("pull towards the known pixels", "no extra time", partial(Guidance, jacobian=False)),
     "guide-jacobian": Method(
         "like guide, more accurate", "about twice the time, more memory", partial(Guidance, jacobian=True)
     ),
-    "shift": Method("shift the state until its denoised image agrees with y", "up to half more time", Shift),
+    "shift": Method(
+        "shift the state until its denoised image agrees with y", "up to half more time", Shift, order=None
+    ),
     "moment-matching": Method(
         "the posterior of normal data at each level, with the covariance of the network",
         "three to four times the time, more memory",
         MomentMatching,
+        levels=30,
+        order=None,
     ),
 }

@@ -57,6 +57,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.arguments import argument
+from scorematch.core.conditions import takes_image
 from scorematch.core.derived import Isotropic
 from scorematch.core.json_files import native
 from scorematch.core.schema import Field
@@ -67,7 +68,7 @@ from scorematch.restoration.observation import Observation
 from scorematch.sampling.chain import Chain
 from scorematch.sampling.multistep import METHODS, learned_lengths, learned_steps, multistep, plan
 from scorematch.sampling.normal import normal_start
-from scorematch.sampling.sampler import Sampler, SamplerOptions, own_options
+from scorematch.sampling.sampler import Sampler, SamplerOptions, own_options, restoring_method
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -85,6 +86,11 @@ class ODESampler(Sampler):
     Without churn and eta only the start is random: ``sample`` does not call its ``noise_source``, and the same ``init``
     gives the same samples. Without a schedule and without any option that chooses the levels, the method or new noise,
     the settings of this kind are used that are stored with the network (``SamplerSettings``), if there are any.
+
+    Stored settings are for drawing. To restore, pass ``restore``: without an option that chooses the method or new
+    noise, the steps are then those of SDE-DPM-Solver++, ``method="dpm-solver++", eta=1``, of the order that suits the
+    method of restoration, on 50 levels, or 30 for "moment-matching", if none are given
+    (``scorematch.restoration.methods``). A network that was trained to restore keeps its stored settings.
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
@@ -131,6 +137,8 @@ class ODESampler(Sampler):
         ``scorematch.sampling.multistep``.
     """
 
+    _draws = False  # whether it has the stored settings, with which the network draws
+
     def __init__(
         self,
         net: Score,
@@ -176,12 +184,17 @@ class ODESampler(Sampler):
         **options: Unpack[SamplerOptions],
     ) -> None:
         self.check_options({"sigmas": sigmas})
-        own = own_options(
-            net, "ode", options, schedule, method, sigmas, order, eta, coefficients, data_spectrum, churn or None
-        )
-        if own is not None:
+        steps = (method, order, eta, coefficients, churn or None)
+        restoring = restoring_method(net, options.get("restore"))
+        if restoring is not None:
+            if all(each is None for each in steps):
+                method, order, eta = "dpm-solver++", restoring.order, 1.0
+            if schedule is None and sigmas is None and options.get("levels") is None:
+                options["levels"] = restoring.levels
+        elif (own := own_options(net, "ode", options, schedule, sigmas, data_spectrum, *steps)) is not None:
             given: dict[str, Any] = {"method": "heun", **own, **options}
             ODESampler.__init__(self, net, **given)
+            self._draws = not takes_image(net)
             return
         method = method or "heun"
         if sigmas is not None:
@@ -204,9 +217,9 @@ class ODESampler(Sampler):
             raise ValueError(f"{argument('data_spectrum')} is for data whose channels have the same units.")
         self.data_mean: list[float] | None = native(data_mean)
         self.data_spectrum: list[float] | None = native(data_spectrum)
-        self.eta, steps = native(eta), len(self.schedule) - 1
-        self._etas: list[float] = self.eta if isinstance(self.eta, list) else [self.eta or 0.0] * steps
-        _check_etas(self._etas, steps)
+        self.eta, count = native(eta), len(self.schedule) - 1
+        self._etas: list[float] = self.eta if isinstance(self.eta, list) else [self.eta or 0.0] * count
+        _check_etas(self._etas, count)
         if churn and method != "heun":
             raise ValueError(
                 f"{argument('churn')} is for Heun's method, got {churn!r} with {method!r}. Write "
@@ -266,7 +279,13 @@ class ODESampler(Sampler):
 
     def restoration(self, observation: Observation) -> Restoration:
         """The restoration method; the start is then noise, for which the levels of a normal start are too low."""
-        if self.data_spectrum is not None:
+        if self._draws:
+            warnings.warn(
+                "the settings of this sampler are those with which the network draws. To restore, write "
+                'ODESampler(net, restore="auto").',
+                stacklevel=5,
+            )
+        elif self.data_spectrum is not None:
             warnings.warn(
                 f"with an observation the start is noise, and the highest level of this sampler, "
                 f"{self.schedule.sigma_max:g}, is for a start from the normal distribution of the data. Write "

@@ -50,7 +50,7 @@ from scorematch.core.scores import (
 )
 from scorematch.noise import NoiseSchedule, check_schedule, schedule_of
 from scorematch.restoration.method import Restoration
-from scorematch.restoration.methods import METHODS, Restore
+from scorematch.restoration.methods import METHODS, Method, Restore
 from scorematch.restoration.observation import Observation
 from scorematch.sampling.chain import Chain, Run
 from scorematch.sampling.finite import FiniteCheck
@@ -71,7 +71,7 @@ class SamplerOptions(TypedDict, total=False):
     sigma_min: float | None
     denoise: bool
     clamp: bool
-    restore: Restore
+    restore: Restore | None
     precision: Precision
     compile: bool
 
@@ -97,7 +97,8 @@ class Sampler(ABC):
 
         denoise: whether to end with one step of Tweedie's formula at the lowest level.
         clamp: whether to clamp the result to the network's value range, if it has one.
-        restore: the method that makes samples agree with an observation. "auto" is "shift", which needs no
+        restore: the method that makes samples agree with an observation; pass it to a sampler that restores, since
+            the steps of ``ODESampler`` depend on it. "auto", which is also used without it, is "shift", which needs no
             gradients; for an operator that is not linear it is "guide-jacobian", or "guide" for a
             score without gradients, and a warning says so. For a network whose condition is the degraded image it is
             "replace". See ``scorematch.restoration.methods`` for all methods and their costs.
@@ -133,7 +134,7 @@ class Sampler(ABC):
             bool, Field(bool), "whether to end with one step of Tweedie's formula at the lowest level"
         ] = True,
         clamp: bool = True,
-        restore: Restore = "auto",
+        restore: Restore | None = None,
         precision: Precision = "auto",
         compile: bool = False,  # noqa: A002  (torch's word)
     ) -> None:
@@ -153,7 +154,8 @@ class Sampler(ABC):
             schedule = schedule.between(sigma_max, sigma_min)
             schedule = schedule if levels is None else schedule.respaced(levels)
             _warn_between_levels(net, schedule)
-        check_choice("restore", restore, METHODS)
+        if restore is not None:
+            check_choice("restore", restore, METHODS)
         check_choice("precision", precision, get_args(Precision))
         if compile and (precision == "float32" or not has_inference_copy(net)):
             raise ValueError(
@@ -166,7 +168,7 @@ class Sampler(ABC):
         self.schedule = schedule
         self.denoise = denoise
         self.clamp = clamp
-        self.restore: Restore = restore
+        self.restore: Restore = restore or "auto"
         self.precision = precision
         self.compile = compile
 
@@ -249,7 +251,9 @@ class Sampler(ABC):
         described = f"{len(schedule)} levels {schedule.sigma_max:.3g} -> {schedule.sigma_min:.3g}"
         if len(schedule) == 1:
             described = f"1 level {schedule.sigma_max:.3g}"
-        return f"{type(self).__name__}({', '.join([described, *self.settings()])}, {len(self)} network calls)"
+        restore = [] if self.restore == "auto" else [f"restore {self.restore}"]
+        settings = ", ".join([described, *self.settings(), *restore])
+        return f"{type(self).__name__}({settings}, {len(self)} network calls)"
 
     # -- What users call ----------------------------------------------------------------------------------------------
 
@@ -478,6 +482,14 @@ def stored_options(net: Score, sampler: str) -> dict[str, Any] | None:
             options: dict[str, Any] = each.options
             return options
     return None
+
+
+def restoring_method(net: Score, restore: Restore | None) -> Method | None:
+    """The method of a sampler that restores; None if it draws, or the network was trained to restore."""
+    if restore is None or takes_image(net):
+        return None
+    check_choice("restore", restore, METHODS)
+    return METHODS[restore]
 
 
 def own_options(net: Score, sampler: str, options: SamplerOptions, *chosen: object) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from scorematch.core.arguments import argument, check_choice, check_count
-from scorematch.core.conditions import takes_image
 from scorematch.core.json_files import native
 from scorematch.core.messages import about
 from scorematch.core.schema import Field, check
@@ -20,7 +19,7 @@ from scorematch.sampling.ode import ODESampler
 from scorematch.sampling.origin import ORIGIN, warn_of_origin
 from scorematch.sampling.particles import ParticleSampler
 from scorematch.sampling.predictor_corrector import PredictorCorrectorSampler
-from scorematch.sampling.sampler import Sampler, options_of
+from scorematch.sampling.sampler import Sampler, options_of, restoring_method
 
 __all__ = ["SAMPLERS", "SamplerSettings", "recommended_sampler"]
 
@@ -157,20 +156,23 @@ def recommended_sampler(
     settings: SamplerSettings | None = None,
     *,
     calls: int | None = None,
+    restore: Restore | None = None,
     levels: int | None = None,
     sigma_max: float | None = None,
     sigma_min: float | None = None,
     denoise: bool | None = None,
 ) -> Sampler:
-    """Creates the sampler that settings describe.
+    """Creates the sampler that settings describe, or that restores.
 
     Args:
         net: a score, usually a ScoreNet.
         settings: the sampler and its options; None uses the network's own settings, ``net.sampler_settings``, or
-            AnnealedLangevinSampler with its defaults if the network has none.
+            AnnealedLangevinSampler with its defaults if the network has none; with ``restore`` it is
+            ``ODESampler(net, restore=restore)``, unless the network was trained to restore.
         calls: the largest number of network calls per image, in the range of those of the settings and their
             alternatives, of which those with the most calls up to this number are used. None uses the settings
-            themselves.
+            themselves. With ``restore`` it is any number from 2 on.
+        restore: the method with which measurements are restored, see ``Sampler``; None draws.
         levels: the number of noise levels, at least 2; None uses that of the settings.
         sigma_max: the highest noise level, in the units of x; None uses that of the settings.
         sigma_min: the lowest noise level, in the units of x; None uses that of the settings.
@@ -188,13 +190,15 @@ def recommended_sampler(
         >>> recommended_sampler(ScoreNet.from_pretrained("mnist"))
         AnnealedLangevinSampler(100 levels 16.9 -> 0.01, 1 step, step 5e-05, consistent, 100 network calls)
     """
+    if settings is None and restoring_method(net, restore) is not None:
+        settings, levels, calls = SamplerSettings("ode"), calls if levels is None else levels, None
     settings = attribute(net, "sampler_settings") if settings is None else settings
     if calls is not None:
         settings = _with_calls(net, settings, check_count("calls", calls))
-    noise = {"levels": levels, "sigma_max": sigma_max, "sigma_min": sigma_min, "denoise": denoise}
+    given = {"levels": levels, "sigma_max": sigma_max, "sigma_min": sigma_min, "denoise": denoise, "restore": restore}
     if settings is not None:
         settings.check_origin(net)
-    return _created(net, settings, {name: value for name, value in noise.items() if value is not None})
+    return _created(net, settings, {name: value for name, value in given.items() if value is not None})
 
 
 def _created(net: Score, settings: SamplerSettings | None, given: Mapping[str, Any]) -> Sampler:
@@ -203,26 +207,6 @@ def _created(net: Score, settings: SamplerSettings | None, given: Mapping[str, A
         # It reads the network's own settings itself, and adapts the step size to other noise levels.
         return AnnealedLangevinSampler(net, **given)
     return SAMPLERS[settings.sampler](net, **{**settings.options, **given})
-
-
-def restoring_settings(net: Score, restore: Restore, *, linear: bool) -> SamplerSettings | None:
-    """The settings with which a score restores images if none are given; None stands for its own settings.
-
-    A network that draws images may recommend a flow, with which some methods restore less well. In steps of the first
-    order the new noise has too small a variance. "shift" and "moment-matching" therefore get steps of the second
-    order. "guide-jacobian" does not: its changes are over-relaxed, and with such steps the error was twice as large.
-
-    Args:
-        net: the score.
-        restore: the name of the restoration method.
-        linear: whether the operator is linear, on which the choice of "auto" depends.
-    """
-    if takes_image(net):
-        return None
-    levels = {"shift": 50, "auto": 50 if linear else None, "moment-matching": 30}.get(restore)
-    if levels is None:
-        return SamplerSettings("langevin")
-    return SamplerSettings("ode", levels=levels, method="dpm-solver++", eta=1.0)
 
 
 def _with_calls(net: Score, settings: SamplerSettings | None, calls: int) -> SamplerSettings | None:

@@ -50,8 +50,7 @@ def restore_arrays(args: argparse.Namespace) -> None:
     with about(path):
         observation = observation.of_shape(net.sample_shape)
     method: Restore = args.restore_method or "auto"
-    sampler = make_sampler(args, net, restore=method, linear=observation.operator.is_linear)
-    sampler.restore = method
+    sampler = make_sampler(args, net, restore=method)
     label: Any = find_classes(args, net)  # an int or None, without a rule
     job = Job(prepared(sampler), classes=label, condition=find_condition(args, net))
     n = len(observation)

@@ -15,8 +15,7 @@ from scorematch.core.scores import Score, attribute
 from scorematch.restoration.methods import Restore
 from scorematch.sampling import SAMPLERS, Sampler, SamplerSettings, recommended_sampler
 from scorematch.sampling.ode import Method
-from scorematch.sampling.sampler import Option, options_of
-from scorematch.sampling.settings import restoring_settings
+from scorematch.sampling.sampler import Option, options_of, restoring_method
 
 # Names of methods in other programs, with the sampler and its options here. For one network call per step, DDIM,
 # Euler's method and DPM-Solver++ of order 1 are the same.
@@ -88,16 +87,13 @@ def _own_options(sampler: str) -> dict[str, Option]:
     return {name: option for name, option in options_of(SAMPLERS[sampler]).items() if name not in options_of(Sampler)}
 
 
-def make_sampler(
-    args: argparse.Namespace, net: Score, *, restore: Restore | None = None, linear: bool = True
-) -> Sampler:
+def make_sampler(args: argparse.Namespace, net: Score, *, restore: Restore | None = None) -> Sampler:
     """The sampler of ``--sampler`` and of the options of samplers, or else the one recommended for the network.
 
     Args:
         args: the parsed command line. Without ``--sampler`` an option of samplers names a sampler that has it.
         net: the score that it samples.
         restore: the method with which it restores measurements, or None if it draws samples.
-        linear: whether the operator of the measurements is linear.
 
     Raises:
         ValueError: for an option of another sampler, or a value that is out of range.
@@ -110,26 +106,21 @@ def make_sampler(
             f"{argument('calls')} chooses among the recommended settings. Leave it out, or leave out "
             f"{argument('sampler')} and the options of samplers."
         )
-    default = None if restore is None or calls is not None else restoring_settings(net, restore, linear=linear)
-    if default is not None and args.sampler in (None, default.sampler) and not owners:
-        return recommended_sampler(net, default, **noise)
-    own: SamplerSettings | None = attribute(net, "sampler_settings")
+    if args.sampler is None and not owners:
+        return recommended_sampler(net, calls=calls, restore=restore, **noise)
+    # A network that draws has settings for drawing, and one that was trained to restore has settings for restoring.
+    restoring = restoring_method(net, restore) is not None
+    own: SamplerSettings | None = SamplerSettings("ode") if restoring else attribute(net, "sampler_settings")
     name = args.sampler
-    if args.sampler is None and owners:
-        fitting = [each for each in SAMPLERS if all(each in names for names in owners.values())]
-        preferred = default or own
-        first = [] if preferred is None or preferred.sampler not in fitting else [preferred.sampler]
-        name = [*first, *fitting, *next(iter(owners.values()))][0]
     if name is None:
-        return recommended_sampler(net, calls=calls, **noise)
+        fitting = [each for each in SAMPLERS if all(each in names for names in owners.values())]
+        first = [] if own is None or own.sampler not in fitting else [own.sampler]
+        name = [*first, *fitting, *next(iter(owners.values()))][0]
     for option, names in owners.items():
         if name not in names:
             raise ValueError(f"{argument(option)} is an option of --sampler {names[0]}, not of {name}.")
-    # AnnealedLangevinSampler reads the network's own settings itself, and adapts them to other options. Those of a
-    # network that draws images, such as its few levels, are not for restoring.
-    if default is not None and name == "ode":
-        options = {"method": "heun", **options}
-    elif default is None and own is not None and own.sampler == name != "langevin":
+    # AnnealedLangevinSampler reads the network's own settings itself, and adapts them to other options.
+    if own is not None and own.sampler == name != "langevin":
         own.check_origin(net)
         options = {**own.options, **options}
-    return recommended_sampler(net, SamplerSettings(name, **options), **noise)
+    return recommended_sampler(net, SamplerSettings(name, **options), restore=restore, **noise)
