@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from scorematch import ScoreNet
+from scorematch.cli.options.measurements import read_measurements
 from scorematch.core.conditions import Condition
 from scorematch.data import open_arrays
 from scorematch.data.moments import moments
@@ -45,7 +46,7 @@ def sources(folder):
     np.savez(folder / "plain.npz", x=x, condition=condition)
     np.savez_compressed(folder / "packed.npz", condition=condition, x=x)
     with h5py.File(folder / "x.h5", "w") as file:
-        file["x"], file["condition"] = x, condition
+        file["x"], file["condition"] = x.astype(">f4"), condition.astype(">f8")  # another byte order
         file["x"].dims[0].label, file["x"].dims[1].label, file["x"].dims[2].label = AXES
     group = zarr.open_group(str(folder / "x.zarr"), mode="w")
     group["x"], group["condition"] = x, condition
@@ -67,9 +68,27 @@ def test_all_kinds_of_sources_give_the_same_data(tmp_path):
             each = torch.as_tensor(indices)
             assert torch.equal(found[0], x[each]) and torch.equal(found[1], condition[each])
             assert found[0].dtype == found[1].dtype == torch.float32
-    np.save(tmp_path / "x.npy", x.double().numpy())
+    np.save(tmp_path / "x.npy", x.double().numpy().astype(">f8"))
     assert torch.equal(open_arrays(tmp_path / "x.npy").read(rows)[0], x[rows])
     assert isinstance(open_arrays(tmp_path / "plain.npz")._x, np.memmap)
+
+
+def test_values_of_netcdf_that_stand_for_gaps_are_nan(tmp_path):
+    import h5py
+
+    x, _ = signals()
+    x[7, 1, 4] = 1e20
+    with h5py.File(tmp_path / "x.nc", "w") as file:
+        file["group/y"], file["y"], file["z"] = x, x, x
+        for name in ("group/y", "y"):
+            file[name].attrs["_FillValue"] = np.float32([1e20])
+    data = open_arrays(tmp_path / "x.nc", key="group/y")
+    assert data.read(range(24))[0].isnan().nonzero().tolist() == [[7, 1, 4]]
+    with pytest.raises(ValueError, match=r"data must be finite, but 1 of 24 samples .* \[7, 1, 4\]"):
+        moments(data)
+    assert (~read_measurements(tmp_path / "x.nc", None, 0.1, None).mask).nonzero().tolist() == [[7, 1, 4]]
+    with pytest.raises(ValueError, match=r"array x, or only one of data .* got 'group', 'y', 'z'. Write open_arrays"):
+        open_arrays(tmp_path / "x.nc")
 
 
 @pytest.mark.slow
@@ -194,6 +213,7 @@ X, CONDITION = signals()
     ("options", "data", "settings", "message"),
     [
         ({}, _nan(7), {}, r"x must be finite, but 1 of 24 samples have NaN .* the first at \[7, 1, 4\]. Leave these"),
+        ({}, np.ma.masked_greater(X.numpy(), 300), {}, "x must be finite, but"),
         ({}, X + 0j, {}, r"x must be floating point, got complex64. Write np.concatenate\(\[x.real, x.imag\], 1\)"),
         ({}, X.int(), {}, r"x must be floating point, got int32. Write x.astype\(np.float32\) for data that are not"),
         ({}, X[:, 0], {}, r"sample_shape, \(2, 12\), got \(12,\)"),
@@ -229,3 +249,11 @@ def test_a_mapping_without_a_single_array_raises():
     with pytest.raises(ValueError, match="there is no array 'c'; the names are 'a'"):
         open_arrays({"a": X}, key="c")
     assert open_arrays({"a": X, "b": X}, key="b").shape == (2, 12)
+
+
+def test_a_table_is_its_values():
+    class Table:  # of pandas, whose import takes a second
+        def to_numpy(self):
+            return CONDITION.numpy()
+
+    assert torch.equal(open_arrays(Table()).read(range(24))[0], CONDITION)

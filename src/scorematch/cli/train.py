@@ -286,10 +286,13 @@ def _run_stages(args: argparse.Namespace, recipe: Recipe) -> None:
     accelerator = _accelerator(args, args.out / "stage-001", settings)
     observation = read_measurements(expanded(args.data), args.observed_where, args.sigma, args.channels)
     shape = tuple(observation.y.shape[1:])
+    pictures = len(shape) == 3 and (args.observed_where is not None or args.recipe is not None)
+    if pictures or args.start is not None:
+        refuse(args, ["padding"], "is for a new network of data that are not pictures")
     if args.start is None or args.recipe is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            net = ScoreNet.mlp(*shape) if len(shape) == 1 else recipe.build(shape[0], cast(Any, shape[1:]))
+            net = recipe.build(*cast(Any, (shape[0], shape[1:]))) if pictures else _network_for(args, shape)
         if args.observed_where is None:
             net.value_range = None  # arrays are in units of their own
     else:
@@ -358,14 +361,22 @@ def _network_of_arrays(
         return start
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return network_for(
+        return _network_for(
+            args,
             data.shape,
             condition_features=data.features,
             condition_channels=data.channels,
             classes=len(data.classes) if args.labels and data.classes is not None else None,
             null_class=settings.label_drop > 0,
-            padding="zeros" if args.padding is None else args.padding[0] if len(args.padding) == 1 else args.padding,
         )
+
+
+def _network_for(args: argparse.Namespace, shape: tuple[int, ...], **conditions: Any) -> ScoreNet:
+    """A new network for data that are not pictures, with the padding that was asked for."""
+    if len(shape) == 1:
+        refuse(args, ["padding"], "is for signals, fields and volumes, and these data are vectors")
+    padding = args.padding or ["zeros"]
+    return network_for(shape, padding=padding[0] if len(padding) == 1 else padding, **conditions)
 
 
 def _start(args: argparse.Namespace) -> ScoreNet | None:

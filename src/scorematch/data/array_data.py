@@ -57,7 +57,7 @@ class ArrayData:
     axes: tuple[str, ...] | None = None
 
     def __init__(self, x: Any, condition: Any = None, name: str = "x") -> None:
-        self.name, self._x, self._n = name, x, int(x.shape[0])
+        self.name, self._x, self._n, self._gaps = name, x, int(x.shape[0]), gaps_of(x)
         self.shape = tuple(map(int, x.shape[1:]))
         self.features = self.channels = 0
         self.classes: tuple[str, ...] | None = None
@@ -67,7 +67,7 @@ class ArrayData:
         elif condition is not None:
             self._condition = self._checked(to_array(condition))
         if isinstance(x, np.ndarray) and not isinstance(x, np.memmap):
-            self._x = np.ascontiguousarray(x, np.float32)
+            self._x = np.ascontiguousarray(to_array(x), np.float32)
             check_finite(torch.from_numpy(self._x), name)
             identity: Any = hash_of_bytes(self._x.data)
         else:
@@ -145,7 +145,7 @@ class ArrayData:
         else:
             x = np.stack([self._row(i) for i in rows.tolist()])
         condition = rows_of(self._condition, torch.from_numpy(rows))
-        return torch.from_numpy(np.ascontiguousarray(x, np.float32)), condition
+        return torch.from_numpy(with_nan(np.ascontiguousarray(x, np.float32), self._gaps)), condition
 
 
 class _ItemData(ArrayData):
@@ -260,7 +260,14 @@ def find_arrays(
         return None
     opened = opener(path)
     with about(path):
-        return _of_values(opened, key, condition_key, pictures, "x")
+        found = _of_values(opened, key, condition_key, pictures, "x")
+    if found is None and isinstance(opened, Mapping) and not isinstance(opened, Archive):  # which may have pictures
+        names = few((repr(plain(each)) for each in opened), 10)
+        raise ValueError(
+            f"{path} must have a floating-point array x, or only one of data (N, C, ...), got {names}. Write "
+            "open_arrays(path, key=...), or on the command line --image-key, with the name of one."
+        )
+    return found
 
 
 def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: bool, name: str) -> ArrayData | None:
@@ -276,9 +283,10 @@ def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: 
         data = data[name]
     elif isinstance(data, tuple) and len(data) == 2:
         data, condition = data
+    data = data.to_numpy() if hasattr(data, "to_numpy") else data  # of pandas, polars, xarray
     if not _is_array(data):
         return _of_items(data, pictures)
-    dtype, shape = str(data.dtype).removeprefix("torch."), tuple(data.shape)
+    dtype, shape = _type_of(data), tuple(data.shape)
     parts = condition.values() if isinstance(condition, Mapping) else [] if condition is None else [condition]
     vectors = any(np.issubdtype(to_array(part).dtype, np.floating) for part in parts)
     if pictures and not vectors and (dtype == "uint8" or _are_images(data, shape)):
@@ -289,6 +297,8 @@ def _of_values(data: Any, key: str | None, condition_key: str | None, pictures: 
             "255, or x / 65535 for 16-bit pictures"
         )
         hint = "np.concatenate([x.real, x.imag], 1)" if "complex" in dtype else hint
+        packed = "scale_factor" in getattr(data, "attrs", ())
+        hint = "x * scale_factor + add_offset, the numbers that the file packs" if packed else hint
         raise TypeError(f"{name} must be floating point, got {dtype}. Write {hint}.")
     if len(shape) < 2 or 0 in shape:
         hint = " Write x[:, None] for one number for each sample." if len(shape) == 1 else ""
@@ -307,6 +317,24 @@ def _axes(x: Any) -> list[Any]:
         "_ARRAY_DIMENSIONS"
     )
     return [each or "" for each in names or ()]
+
+
+def _type_of(x: Any) -> str:
+    """The type of the values of an array or a tensor, such as float32, without the byte order."""
+    dtype = getattr(x, "dtype", None)
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+
+
+def gaps_of(x: Any) -> list[np.float32]:
+    """The values of an array that stand for missing ones, as netCDF states them."""
+    attributes = getattr(x, "attrs", {})
+    found = [attributes[name] for name in ("_FillValue", "missing_value") if name in attributes]
+    return [np.float32(each) for value in found if not isinstance(value, str) for each in np.ravel(value)]
+
+
+def with_nan(x: np.ndarray, gaps: Sequence[np.float32]) -> np.ndarray:
+    """An array of float32 with NaN in place of the values of ``gaps_of``."""
+    return np.where(np.isin(x, gaps), np.float32(np.nan), x) if gaps else x
 
 
 def _is_array(data: Any) -> bool:
@@ -333,10 +361,10 @@ def _of_items(dataset: Any, pictures: bool) -> ArrayData | None:
         return None
     item = dataset[0]
     x, condition = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
-    if not _is_array(x) or "float" not in str(x.dtype):
+    if not _is_array(x) or "float" not in _type_of(x):
         return None
     parts = condition.values() if isinstance(condition, Mapping) else [condition]
-    vectors = any("float" in str(getattr(part, "dtype", "")) for part in parts)
+    vectors = any("float" in _type_of(part) for part in parts)
     return None if pictures and not vectors and _are_images(x, (1, *x.shape)) else _ItemData(dataset)
 
 
@@ -344,7 +372,7 @@ def _names(arrays: Mapping[str, Any], key: str | None, condition_key: str | None
     """The names of the data, and of the parts of their condition, in a mapping; None if it has no data."""
     names = list(arrays)
     for given in (key, condition_key):
-        if given is not None and given not in names:
+        if given is not None and given not in names and not ("/" in given and given in arrays):  # of a group
             listed = few((repr(plain(each)) for each in names), 10)
             raise ValueError(f"there is no array {given!r}; the names are {listed}.")
     conditions = [each for each in _CONDITIONS if each in names] if condition_key is None else [condition_key]
@@ -356,7 +384,7 @@ def _names(arrays: Mapping[str, Any], key: str | None, condition_key: str | None
     sides, parts = getattr(arrays[found[0]], "shape", ())[2:], dict[str, str]()
     for each in conditions:  # the first, and the classes beside it
         values = arrays[each]
-        part = "class" if "float" not in str(getattr(values, "dtype", "")) else "features"
+        part = "class" if "float" not in _type_of(values) else "features"
         if not parts or part == "class":
             parts.setdefault("image" if part == "features" and values.shape[2:] == sides != () else part, each)
     if parts and condition_key is None and "image" in names and found != ["image"]:

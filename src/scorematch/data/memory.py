@@ -62,12 +62,18 @@ class Array(Source):
 
 
 def to_array(values: Any) -> np.ndarray:
-    """Values as an array; bfloat16, which NumPy does not have, becomes float32."""
+    """Values as an array in the byte order of this machine.
+
+    bfloat16, which NumPy does not have, becomes float32. Values of a masked array that are masked become NaN.
+    """
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = values.float() if values.dtype == torch.bfloat16 else values
         return np.asarray(values.numpy())
-    return np.asarray(values)
+    if isinstance(values, np.ma.MaskedArray) and np.issubdtype(values.dtype, np.floating):
+        values = values.filled(np.nan)
+    array = np.asarray(values)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def channels_first(array: np.ndarray, name: str) -> np.ndarray:

@@ -23,6 +23,7 @@ from scorematch.data.array_data import check_finite
 from scorematch.data.images import Data
 
 _VALUES = 2**22  # in memory at once
+_LOW, _HIGH = 1e-18, 1e15  # of standard deviations; the squares of noisy data and of errors are in float32
 
 
 class Moments(NamedTuple):
@@ -64,7 +65,15 @@ class _Sum:
         constant = self.low == self.high
         if bool(constant.any()):
             raise ValueError(f"{self.part} {int(constant.nonzero()[0])} of {self.name} is constant. Leave it out.")
-        return Moments(self.mean, (self.squares / (self.n - 1)).sqrt(), self.low, self.high)
+        std = (self.squares / (self.n - 1)).sqrt()
+        beyond = (std < _LOW) | (std > _HIGH)
+        if bool(beyond.any()):
+            i = int(beyond.nonzero()[0])
+            raise ValueError(
+                f"{self.part} {i} of {self.name} must have a standard deviation from {_LOW:g} to {_HIGH:g}, got "
+                f"{float(std[i]):.3g}. Take other units, such as x / {float(std[i]):.0e}."
+            )
+        return Moments(self.mean, std, self.low, self.high)
 
 
 def moments(
@@ -83,7 +92,8 @@ def moments(
         images, "image".
 
     Raises:
-        ValueError: if the data have NaN or infinite values, or a channel or a value that is constant.
+        ValueError: if the data have NaN or infinite values, or a channel or a value that is constant, or whose
+            deviation is too small or too large for float32.
     """
     found = _Sum(name, "channel", data=True)
     others = {"features": _Sum("condition", "value"), "image": _Sum("condition", "channel")}

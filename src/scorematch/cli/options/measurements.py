@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from scorematch.core.messages import reason
-from scorematch.data.arrays import read_arrays
+from scorematch.data.array_data import FILES, gaps_of, with_nan
 from scorematch.data.folders import walk
+from scorematch.data.memory import to_array
 from scorematch.data.pictures import channels_and_size, open_picture, read_image, read_mask
 from scorematch.restoration import Observation
 
@@ -19,8 +21,8 @@ def read_measurements(data: Path, masks: Path | None, sigma: float, channels: in
     """Reads an observation of many samples, each with gaps of its own.
 
     Args:
-        data: a folder of pictures of the same size; or a file ``.npz`` with y (N, ...) and, if there is one, ``mask``;
-            or ``.npy`` with y. NaN in y is a gap.
+        data: a folder of pictures of the same size; or a file ``.npz``, HDF5 or zarr with y (N, ...) and, if there is
+            one, ``mask``; or with y alone, such as ``.npy``. NaN in y is a gap.
         masks: a folder with a mask for each picture, under the same name without its ending, which is white where the
             picture is observed; None for an array.
         sigma: the standard deviation of the noise.
@@ -32,7 +34,7 @@ def read_measurements(data: Path, masks: Path | None, sigma: float, channels: in
     """
     if not data.exists():
         raise FileNotFoundError(f"there is no file or folder {data}.")
-    if data.is_dir():
+    if data.is_dir() and data.suffix.lower() not in FILES:
         y, mask = _pictures(data, masks, channels)
     else:
         if masks is not None:
@@ -76,14 +78,16 @@ def _pictures(data: Path, masks: Path | None, channels: int | None) -> tuple[Ten
 
 
 def _arrays(data: Path) -> tuple[Tensor, Tensor | None]:
-    try:
-        found = read_arrays(data) if data.suffix == ".npz" else {"y": np.load(data, allow_pickle=False)}
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{data} must be a folder of pictures, or an .npz or .npy file: {reason(error)}.") from error
-    y, mask = found.get("y"), found.get("mask")
+    opener = FILES.get(data.suffix.lower())
+    if opener is None:
+        raise ValueError(f"{data} must be a folder of pictures, or a file of arrays: {', '.join(FILES)}.")
+    opened = opener(data)
+    found = opened if isinstance(opened, Mapping) else {"y": opened}
+    y, mask = (to_array(found[name][...]) if name in list(found) else None for name in ("y", "mask"))
     if y is None or not np.issubdtype(y.dtype, np.floating) or y.ndim < 2:
         kind = f"{y.dtype} of shape {y.shape}" if y is not None else f"the arrays {', '.join(sorted(found))}"
         raise ValueError(f"{data} must have measurements y (N, ...), floating point, got {kind}.")
     if mask is not None and mask.dtype != np.bool_:
         raise ValueError(f"mask of {data} must be of type bool, True where y is measured, got {mask.dtype}.")
-    return torch.from_numpy(np.asarray(y, np.float32)), None if mask is None else torch.from_numpy(mask)
+    y = with_nan(np.array(y, np.float32), gaps_of(found["y"]))
+    return torch.from_numpy(y), None if mask is None else torch.from_numpy(np.array(mask))
