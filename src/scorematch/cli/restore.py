@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -24,10 +23,10 @@ from scorematch.cli.options.posteriors import ENDINGS, restore_arrays
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import amount, expanded, filled, fitting, image_count
 from scorematch.core.conditions import takes_image, with_image
-from scorematch.core.files import write_whole
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
 from scorematch.core.schema import Field
+from scorematch.data.arrays import write_arrays
 from scorematch.data.pictures import check_picture, grid, is_deep, list_pictures, open_picture, read_image, save_image
 from scorematch.guidance import Tiled
 from scorematch.nets.family import check_size
@@ -359,9 +358,7 @@ def _summarize(restored: Tensor, folder: Path, stem: str) -> None:
     found = summary(restored)
     save_image(found.mean, folder / f"{stem}-mean.png")
     save_image(found.deviation_map(), folder / f"{stem}-deviation.png")
-    content = io.BytesIO()
-    np.savez(content, **{name: np.asarray(value) for name, value in found._asdict().items()})  # type: ignore[arg-type]
-    write_whole(folder / f"{stem}-uncertainty.npz", content.getvalue())
+    write_arrays(folder / f"{stem}-uncertainty.npz", found._asdict())
 
 
 def _measures(operator: Operator, y: Tensor, channels: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import os
 import re
@@ -11,7 +10,6 @@ import shlex
 import time
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from scorematch.cli.options import Commands, given, refuse
@@ -22,12 +20,12 @@ from scorematch.cli.options.outputs import add_overwrite, check_folder_name, che
 from scorematch.cli.options.samplers import add_sampling, make_sampler
 from scorematch.cli.options.values import expanded, filled, image_count
 from scorematch.core.conditions import length, takes_image
-from scorematch.core.files import write_whole
 from scorematch.core.processes import this_process
 from scorematch.core.scores import attribute, middle_of
+from scorematch.data.arrays import write_arrays
 from scorematch.data.pictures import check_picture, grid, save_animation, save_grid, save_image, to_uint8
 from scorematch.data.plots import save_plot
-from scorematch.data.samples import Format, read_samples, save_values
+from scorematch.data.samples import Format, read_samples, values_and_condition
 from scorematch.sampling import Sampler
 from scorematch.sampling.bulk import Job, prepared
 from scorematch.sampling.folder import SampleFolder
@@ -161,13 +159,8 @@ def _draw_values(args: argparse.Namespace, job: Job) -> None:
     if path.suffix.lower() in _PLOTS:
         save_plot(x, path)
     else:
-        content = io.BytesIO()
-        if path.suffix.lower() == ".npy":
-            np.save(content, x.numpy())
-        else:
-            save_values(content, x, job.condition_of(range(args.n)), attribute(job.sampler.net, "axes"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content.getvalue())
+        axes = attribute(job.sampler.net, "axes")
+        write_arrays(path, values_and_condition(x, job.condition_of(range(args.n)), axes))
     print(path)
 
 

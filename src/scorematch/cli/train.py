@@ -390,22 +390,16 @@ def _start(args: argparse.Namespace) -> ScoreNet | None:
     return load_network(own if own.is_dir() else args.start)
 
 
-def _check_condition(args: argparse.Namespace, start: ScoreNet) -> None:
-    """Checks that the network of ``--start`` takes no image as its condition."""
-    takes = start.conditioning
-    if takes is not None and takes.channels:
-        raise ValueError(
-            f'{args.start} restores images. Train it in Python: train(net, data, out, start="{args.start}", '
-            "condition=MultiTask([...])); see docs/palette.md."
-        )
-
-
 def _open(args: argparse.Namespace, recipe: Recipe, start: ScoreNet | None, settings: Settings) -> ImageData:
     channels, *size = (recipe.channels, recipe.image_size, recipe.image_size)
     if start is not None:
         if start.sample_shape is None or len(start.sample_shape) != 3:
             raise ValueError(f"--start must be a network of images (C, H, W), got samples {start.sample_shape}.")
-        _check_condition(args, start)
+        if start.conditioning is not None and start.conditioning.channels:
+            raise ValueError(
+                f'{args.start} restores images. Train it in Python: train(net, data, out, start="{args.start}", '
+                "condition=MultiTask([...])); see docs/palette.md."
+            )
         channels, *size = start.sample_shape
         if args.channels not in (None, channels):
             raise ValueError(f"--channels must be {channels}, as {args.start} has, got {args.channels}. Leave it out.")
@@ -470,7 +464,8 @@ def _announce(
     name = name if args.start is None or args.recipe is not None else args.start
     print(f"network   {name}: {parameters:,} parameters, {training_flop(net) / 1e9:.3g} GFLOP per {word}")
     if args.start is not None:
-        kept = None if (args.out / "network").is_dir() else difference(_config(args.start), as_stored(net.config))
+        config = load(locate(args.start), weights=False).config
+        kept = None if (args.out / "network").is_dir() else difference(config, as_stored(net.config))
         print(f"          begins with the weights of {args.start}{'' if kept is None else f'; {kept}'}")
     print(
         f"training  {settings.total:,} images in {settings.steps:,} steps of {settings.batch_size}, "
@@ -497,11 +492,6 @@ def _announce(
     if expected is not None:
         print(f"          {expected}")
     print(f"out       {args.out}", flush=True)
-
-
-def _config(start: str) -> dict[str, Any]:
-    """The configuration of the network of ``--start``."""
-    return load(locate(start), weights=False).config
 
 
 def _epochs(number: float) -> str:

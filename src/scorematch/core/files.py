@@ -21,6 +21,8 @@ _PREVIOUS = ".previous"
 def write_whole(path: Path, content: bytes, *, durable: bool = False) -> None:
     """Writes a file atomically: under a temporary name in the same folder, which is then renamed to ``path``.
 
+    Missing folders are created.
+
     Args:
         path: the path of the file.
         content: its content.
@@ -31,6 +33,7 @@ def write_whole(path: Path, content: bytes, *, durable: bool = False) -> None:
     """
     staged = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         staged.write_bytes(content)
         if durable:
             synchronize(staged)

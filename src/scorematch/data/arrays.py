@@ -1,22 +1,25 @@
-"""Reading of ``.npz`` files: arrays of numbers and strings, without pickles.
+"""Reading and writing of ``.npz`` files: arrays of numbers and strings, without pickles.
 
 The sizes that a file states are checked against each other and against the size of the file before memory is taken.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 
+from scorematch.core.files import write_whole
 from scorematch.core.messages import plain, quote, reason
 from scorematch.core.schema import Field
 
@@ -53,6 +56,16 @@ def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, n
                 values = npy.read_array(file, allow_pickle=False)
             found[name] = values.astype(values.dtype.newbyteorder("="), copy=False)
         return found
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays, or tensors on the CPU, to an ``.npz`` file, or the first one to an ``.npy`` file, atomically."""
+    content, found = io.BytesIO(), {name: np.asarray(values) for name, values in arrays.items()}
+    if path.suffix.lower() == ".npy":
+        np.save(content, next(iter(found.values())))
+    else:
+        np.savez(content, **found)  # type: ignore[arg-type]  # one array could have the name of an option
+    write_whole(path, content.getvalue())
 
 
 def array_names(path: Path) -> list[str]:

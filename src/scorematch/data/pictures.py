@@ -387,9 +387,7 @@ def _save(picture: Any, path: str | os.PathLike[str], **options: Any) -> None:
     """Writes a picture atomically, with options of Pillow. Missing folders are created."""
     encoded = io.BytesIO()
     picture.save(encoded, **options)
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, encoded.getvalue())
+    write_whole(Path(path).expanduser(), encoded.getvalue())
 
 
 def _pillow(doing: str) -> Any:

@@ -45,7 +45,6 @@ def save_plot(x: Tensor, path: str | os.PathLike[str]) -> None:
     path = Path(path).expanduser()
     content = io.BytesIO()
     figure.savefig(content, dpi=100, format=path.suffix[1:].lower())
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.getvalue())
 
 

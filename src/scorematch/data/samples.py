@@ -17,7 +17,6 @@ each is written under a temporary name and then renamed.
 
 from __future__ import annotations
 
-import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +30,10 @@ from torch import Tensor
 
 from scorematch.core.arguments import check_count
 from scorematch.core.conditions import Parts
-from scorematch.core.files import write_whole
 from scorematch.core.processes import Process, checked_process
 from scorematch.core.records import read_record
 from scorematch.core.schema import Field, check
-from scorematch.data.arrays import read_arrays, read_shape
+from scorematch.data.arrays import read_arrays, read_shape, write_arrays
 from scorematch.data.pictures import check_picture, read_image, save_image, to_uint8
 
 __all__ = ["Batch", "read_samples", "stored_samples", "stored_settings"]
@@ -148,12 +146,10 @@ class _Arrays(Files):
 
     def write(self, batch: Batch) -> None:
         pixels = rearrange(to_uint8(batch.images).cpu(), "n c h w -> n h w c").numpy()
-        content = io.BytesIO()
-        parts = batch.classes if isinstance(batch.classes, dict) else {}
-        classes = batch.classes if isinstance(batch.classes, Tensor) else parts.get("class")
-        others: Any = {name: part.numpy() for name, part in parts.items() if name != "class"}
-        np.savez(content, *([pixels] if classes is None else [pixels, classes.numpy()]), **others)
-        write_whole(self._path(batch.indices.start), content.getvalue())
+        arrays = {"class": batch.classes} if isinstance(batch.classes, Tensor) else dict(batch.classes or {})
+        classes = arrays.pop("class", None)
+        labels = {} if classes is None else {"arr_1": classes}
+        write_arrays(self._path(batch.indices.start), {**arrays, self.array: pixels, **labels})
 
     def read(self, indices: range, channels: int) -> Tensor:
         path = self._path(indices.start)
@@ -172,9 +168,7 @@ class _Values(_Arrays):
     array = "x"
 
     def write(self, batch: Batch) -> None:
-        content = io.BytesIO()
-        save_values(content, batch.images.cpu(), batch.classes)
-        write_whole(self._path(batch.indices.start), content.getvalue())
+        write_arrays(self._path(batch.indices.start), values_and_condition(batch.images.cpu(), batch.classes))
 
     def read(self, indices: range, channels: int) -> Tensor:
         path = self._path(indices.start)
@@ -184,20 +178,18 @@ class _Values(_Arrays):
         return torch.from_numpy(x[: len(indices)])
 
 
-def save_values(
-    file: io.BytesIO, x: Tensor, condition: Tensor | Parts | None, axes: Sequence[str] | None = None
-) -> None:
-    """Writes samples and their conditions, on the CPU, as arrays of an .npz file, which ``open_arrays`` reads.
+def values_and_condition(
+    x: Tensor, condition: Tensor | Parts | None, axes: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Samples and their conditions, on the CPU, as the arrays of an .npz file that ``open_arrays`` reads.
 
     The arrays are x and condition; beside a class condition has the vectors, and label the classes; and axes, the names
     of the axes of x, if they are known.
     """
     parts = {"features": condition} if isinstance(condition, Tensor) else condition or {}
     names = {"features": "condition", "class": "label"}
-    arrays: dict[str, Any] = {names.get(name, name): part.numpy() for name, part in parts.items()}
-    if axes is not None:
-        arrays["axes"] = np.array(axes)
-    np.savez(file, x=x.numpy(), **arrays)
+    arrays = {"x": x, **{names.get(name, name): part for name, part in parts.items()}}
+    return arrays if axes is None else {**arrays, "axes": axes}
 
 
 FORMATS: Mapping[str, type[Files]] = {"png": _Pictures, "npz": _Arrays, "float": _Values}

@@ -161,10 +161,10 @@ class Evaluation:
         Raises:
             OSError: if a file cannot be written.
         """
-        folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in {"evaluation.json": self.to_json(), "evaluation.md": self.to_markdown()}.items():
-            write_whole(folder / name, text.encode(errors="backslashreplace"))  # of names in another encoding
+            write_whole(
+                Path(folder, name).expanduser(), text.encode(errors="backslashreplace")
+            )  # of names in another encoding
 
 
 def check_evaluation_folder(folder: Path) -> None:

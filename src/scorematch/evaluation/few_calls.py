@@ -124,7 +124,6 @@ def settings_learned(
     for count, each in zip(missing, found, strict=True):
         kept[str(count)] = each.to_dict()
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_record(path, {"format_version": 1, "settings": settings, "learned": kept})
     return [SamplerSettings.from_dict(kept[str(count)]) for count in calls]
 

@@ -6,7 +6,6 @@ import warnings
 import weakref
 
 import torch
-from torch import Tensor
 
 from scorematch.evaluation.accumulate import Moments
 from scorematch.evaluation.estimate import Estimate
@@ -55,8 +54,12 @@ def frechet_distance(features: Features, reference: Features) -> Estimate:
     """
     own, fixed = _gaussian(features), _gaussian(reference)
     _warn_if_singular(own, fixed)
-    left, common, _ = torch.linalg.svd(own.common(fixed), full_matrices=False)
-    distance = own.distance(fixed, common)
+    if len(own.mean) != len(fixed.mean):
+        raise different_dimensions(len(own.mean), len(fixed.mean))
+    # The sum of the singular values is the trace of the root.
+    left, common, _ = torch.linalg.svd(own.factor @ fixed.factor.T, full_matrices=False)
+    of_means = float((own.mean - fixed.mean).square().sum())
+    distance = max(0.0, of_means + own.variance + fixed.variance - 2 * float(common.sum()))
     if isinstance(features, Statistics):
         return Estimate(distance)
     whiten = own.factor.T / own.factor.square().sum(1)  # x @ whiten has the covariance 1
@@ -86,19 +89,6 @@ class _Gaussian:
             )
         kept = values > len(values) * torch.finfo(torch.float64).eps * largest
         self.factor = values[kept].sqrt()[:, None] * vectors[:, kept].T
-
-    def common(self, other: _Gaussian) -> Tensor:
-        """The product of the factors; the sum of its singular values is the trace of the root."""
-        if len(self.mean) != len(other.mean):
-            raise different_dimensions(len(self.mean), len(other.mean))
-        return self.factor @ other.factor.T
-
-    def distance(self, other: _Gaussian, singular_values: Tensor | None = None) -> float:
-        """The squared Fréchet distance. The singular values of ``common`` are computed unless they are passed."""
-        if singular_values is None:
-            singular_values = torch.linalg.svdvals(self.common(other))
-        of_means = float((self.mean - other.mean).square().sum())
-        return max(0.0, of_means + self.variance + other.variance - 2 * float(singular_values.sum()))
 
 
 def _gaussian(source: Features) -> _Gaussian:

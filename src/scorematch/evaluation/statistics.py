@@ -18,7 +18,6 @@ extractor that the caller passes. Files that name another extractor than the cal
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
 from contextlib import suppress
@@ -32,11 +31,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scorematch.core.arguments import argument, check_count
-from scorematch.core.files import write_whole
 from scorematch.core.messages import about, plain
 from scorematch.core.processes import gathered, group_process
 from scorematch.core.records import hash_of_bytes
-from scorematch.data.arrays import array_names, read_arrays
+from scorematch.data.arrays import array_names, read_arrays, write_arrays
 from scorematch.data.images import open_images
 from scorematch.evaluation.accumulate import Moments, Rows
 from scorematch.evaluation.features import Extractor
@@ -127,11 +125,7 @@ class Statistics:
             "n": self.n,
             "features": None if self.features is None else self.features.cpu(),
         }
-        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in values.items() if value is not None}
-        content = io.BytesIO()
-        np.savez(content, **arrays)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content.getvalue())
+        write_arrays(path, {name: value for name, value in values.items() if value is not None})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], extractor: Extractor) -> Statistics:

@@ -273,7 +273,6 @@ class SampleFolder:
                 stacklevel=4,
             )
         if before is None or before["n"] < self._n:
-            self._folder.mkdir(parents=True, exist_ok=True)
             write_record(self._folder / METADATA_FILE, now)
         (self._folder / IMAGES).mkdir(exist_ok=True)
         if main and self._format == "png" and (classes := self._job.classes_of(range(self._n))) is not None:

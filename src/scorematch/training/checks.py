@@ -89,19 +89,14 @@ def condition_of_data(net: ScoreNet, settings: Settings) -> Condition | None:
     return takes if takes is not None and takes.parts() else None
 
 
-def is_own(net: ScoreNet, settings: Settings) -> bool:
-    """Whether the condition of a network is not known, as of a backbone of one's own, which gets that of its data."""
-    return net.conditioning is None and settings.condition is None
-
-
 def given_of(net: ScoreNet, condition: Tensor | Parts | None, settings: Settings) -> Tensor | Parts | None:
     """What a network takes of the condition of data: the labels, the vectors, the images or several of them, or None.
 
     It is a dict if the network takes several conditions.
     """
-    if is_own(net, settings):
-        return condition
     takes, wanted = net.conditioning, condition_of_data(net, settings)
+    if takes is None and settings.condition is None:  # a backbone of one's own gets the condition of its data
+        return condition
     if takes is None or wanted is None or condition is None:
         return None
     parts = named_parts(condition, wanted)

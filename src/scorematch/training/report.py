@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scorematch.core.charts import Curve, chart, table
-from scorematch.core.conditions import Parts, describe_classes, rows_of
+from scorematch.core.conditions import Parts, describe_classes
 from scorematch.core.files import write_whole
 from scorematch.core.randomness import seed_of
 from scorematch.data.images import Data
@@ -92,11 +92,13 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
         RuntimeError: if the samples have NaN or infinite values.
         ImportError: without Matplotlib, for other data than pictures.
     """
-    x = examples.x
-    condition = _given(net, examples, settings, len(x)).get("condition")
+    x, device = examples.x, next(net.parameters()).device
+    given = given_of(net, examples.condition, settings)
+    seed = seed_of(settings.seed, "examples")
+    condition = loss_arguments(settings, x.to(device), given, seed).get("condition")
     classes = None if net.conditioning is None else net.conditioning.classes
     if condition is not None and classes is not None:
-        turns = torch.arange(len(x), device=next(net.parameters()).device) % classes
+        turns = torch.arange(len(x), device=device) % classes
         condition = {**condition, "class": turns} if isinstance(condition, dict) else turns
     images = sampler_of(net).sample(
         len(x),
@@ -114,13 +116,6 @@ def save_samples(net: ScoreNet, path: Path, examples: Examples, settings: Settin
         rows, columns = torch.stack([degraded.cpu(), rows, x], 1).flatten(0, 1), 6
     low, high = net.value_range
     save_grid(((rows - low) / (high - low)).clamp(0, 1), path, columns)
-
-
-def _given(net: ScoreNet, examples: Examples, settings: Settings, n: int) -> dict[str, Any]:
-    """The condition and the mask of the first n examples by name, on the network's device, if there are any."""
-    x = examples.x[:n].to(next(net.parameters()).device)
-    condition = given_of(net, rows_of(examples.condition, slice(n)), settings)
-    return loss_arguments(settings, x, condition, seed_of(settings.seed, "examples"))
 
 
 # -- The report -------------------------------------------------------------------------------------------------------

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +19,10 @@ from scorematch.cli.options.operators import read_operator
 from scorematch.cli.options.outputs import check_new
 from scorematch.cli.options.samplers import make_sampler
 from scorematch.core.conditions import length, map_parts
-from scorematch.core.files import write_whole
 from scorematch.core.messages import about
 from scorematch.core.randomness import seed_of
 from scorematch.data import open_arrays
+from scorematch.data.arrays import write_arrays
 from scorematch.restoration import Observation, as_operator, summary
 from scorematch.restoration.methods import Restore
 from scorematch.sampling import ParticleSampler
@@ -76,13 +74,7 @@ def restore_arrays(args: argparse.Namespace) -> None:
         arrays["truth"] = truth
         error = (arrays["x"].mean(1) - truth).square().mean().sqrt()
         print(f"the mean of the restorations differs from the truth by {error:.4g} (root mean square)")
-    content = io.BytesIO()
-    if out.suffix.lower() == ".npy":
-        np.save(content, arrays["x"].numpy())
-    else:
-        np.savez(content, **{name: values.numpy() for name, values in arrays.items()})  # type: ignore[arg-type]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, content.getvalue())
+    write_arrays(out, arrays)
     print(f"{out}: {count(args.n, 'restoration')} of {count(n, 'measurement')}")
 
 
