@@ -286,7 +286,7 @@ def test_tune_stores_the_best_settings(folder, tmp_path, capsys):
     options = ("--reference", folder / "real.npz", "--features", "pixels", "-n", 4, "--calls", 19, "--out", out)
     assert _run("tune", folder / "network", *options, "--held-out", folder / "more.npz") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "3 settings with 42 network calls per image"  # the network's own, and two more
+    assert lines[0] == "3 settings with 42 network calls per sample"  # the network's own, and two more
     assert lines[1].startswith("| sampler settings | calls | frechet, pixels |") and lines[-1] == str(out)
     stored = ScoreNet.from_pretrained(out).sampler_settings
     assert lines[-2] == f"recommended: {stored}" and f"| **{stored}** |" in "\n".join(lines)
@@ -310,7 +310,7 @@ def test_wrong_arguments_of_tune_are_refused(folder, capsys):
         ((network, *reference, "--out", "a.png"), "must be a folder, got the name of a picture"),
         ((network, *reference, "--features", "pixels", "--calls", 1), "no settings have at most 1 network calls"),
         (("nothing", *reference), "'nothing' is not the short name of a network"),
-        ((network, *reference, "--by", "rmse"), "by must be one of 'frechet', 'kernel' for samples, got 'rmse'"),
+        ((network, *reference, "--by", "rmse"), "by must be one of 'frechet', 'kernel' for pictures, got 'rmse'"),
         ((network, *reference, "--restore", "pool:2", "--class", 1), "--class is not for --restore. Leave it out."),
         (
             (network, *reference, "--restore", "pool:2", "--held-out", "a"),

@@ -174,8 +174,9 @@ def test_a_network_is_loaded_after_a_killed_save(tmp_path, monkeypatch):
 
 
 def test_an_error_of_a_write_names_the_file(tmp_path):
-    path = tmp_path / "missing" / "a.json"
-    with pytest.raises(FileNotFoundError) as caught:
+    path = tmp_path / "folder"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
         write_whole(path, b"")
     assert caught.value.filename == str(path)
 

@@ -19,7 +19,7 @@ from scorematch.core.processes import this_process
 from scorematch.core.schema import Field
 from scorematch.core.scores import device_of
 from scorematch.evaluation.arrays import VALUES, reference_arrays
-from scorematch.evaluation.criteria import Distance, distance_of
+from scorematch.evaluation.criteria import Distance, Kind, distance_of
 from scorematch.evaluation.few_calls import settings_learned, settings_of_paths, settings_with_few_calls
 from scorematch.evaluation.reference import check_sources, first_images
 from scorematch.evaluation.tune import check_folder, settings_table, tune
@@ -100,7 +100,8 @@ def _run(args: argparse.Namespace) -> None:
     if takes_image(net) and not args.restore and data is None:
         raise ValueError(f"{args.model} restores images. Add the operators to measure, such as --restore gray.")
     classes = None if args.restore else find_classes(args, net)
-    if args.restore and distance_of(args.by, "restorations") == "rmse":
+    kind: Kind = "restorations" if args.restore else "pictures" if data is None else "data that are not pictures"
+    if distance_of(args.by, kind) == "rmse":
         args.features = []  # not needed
     options = reference_options(args, device_of(net), arrays=data is not None)
     if data is None:
