@@ -656,17 +656,24 @@ def test_restore_colors_gray_pictures(tmp_path, pictures, capsys):
     assert "pixels in" not in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    """The folders of two networks that differ in whether their output depends on the condition."""
+    folders, net = {}, _unet(3, condition_channels=3)
+    for name, shown in [("seeing", 1), ("blind", 0)]:
+        with torch.no_grad():
+            net.backbone.conv_in.weight[:, 3:] *= shown
+        folders[name] = _saved(net, tmp_path_factory.mktemp(name))
+    return folders
+
+
 @pytest.mark.parametrize(
     "options", [("--operator", "gray"), ("--operator", "uncrop:left=4"), ("--operator", "jpeg:10")]
 )
-def test_restore_passes_the_degraded_image_to_a_conditional_network(tmp_path, pictures, options):
+def test_restore_passes_the_degraded_image_to_a_conditional_network(tmp_path, conditional, pictures, options):
     """The result depends on the condition, not only on the observation."""
     drawn = {}
-    for name, shown in [("blind", 0), ("seeing", 1)]:
-        net = _unet(3, condition_channels=3)
-        with torch.no_grad():
-            net.backbone.conv_in.weight[:, 3:] *= shown
-        folder = _saved(net, tmp_path / name)
+    for name, folder in conditional.items():
         assert _restore(folder, pictures / "a.png", tmp_path / f"{name}-out", *options) == 0
         drawn[name] = read_image(tmp_path / f"{name}-out" / "a-1.png", 3)
     assert drawn["seeing"].shape == (3, 8, 12 if "uncrop" in options[1] else 8)

@@ -272,13 +272,13 @@ def test_an_operator_that_does_not_fit_the_network_gives_an_error(gray, picture,
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16", "P"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_an_uploaded_picture_is_cropped_and_resized(mode, channels, tmp_path):
+def test_an_uploaded_picture_is_cropped_and_resized(mode, channels, gray, color, tmp_path):
     """A white picture of twice the height, with a black border at the top and at the bottom, which is cropped."""
     values = np.zeros((32, 16), dtype=np.uint16 if mode == "I;16" else np.uint8)
     values[8:24] = 65535 if mode == "I;16" else 255
     made = Image.fromarray(values)
     (made if mode in ("L", "I;16") else made.convert(mode)).save(tmp_path / "x.png")
-    restorer = Restorer(_net(channels))
+    restorer = gray if channels == 1 else color
     picture = restorer.read(str(tmp_path / "x.png"))
     assert picture.shape == (channels, 32, 16)
     torch.testing.assert_close(restorer.part(picture), torch.ones(channels, 8, 8))
