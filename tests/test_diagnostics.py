@@ -431,7 +431,7 @@ OPERATORS = ["pool:2", "blur:0.7", "resize:2", "fourier:2", "uncrop:left=1", "un
 @pytest.mark.parametrize(
     "operator", [as_operator(text) for text in OPERATORS] + [Matrix(torch.randn(3, 64, generator=seed(5)))], ids=str
 )
-@pytest.mark.parametrize("components", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("components", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_posteriors_of_64_values_are_calibrated_for_every_linear_operator(operator, components):
     """The covariance falls off as that of natural images, with the inverse square of the frequency."""
     frequency = torch.fft.fftfreq(8, 1 / 8).square()

@@ -511,7 +511,7 @@ class Varied(Labeled):
         return self(x, sigma, condition), share
 
 
-@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("weight", [*(pytest.param(weight, marks=pytest.mark.slow) for weight in (0.0, 1.0)), 2.5])
 @pytest.mark.parametrize("guidance", ["classifier_free", "autoguidance", "classifier"])
 def test_a_guided_score_has_the_variance_of_the_network_for_the_class(guidance, weight):
     net, x, labels = Varied(), _points(), torch.tensor([0, 1, 1, 0, 1, 0])

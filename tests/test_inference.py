@@ -56,7 +56,9 @@ def _norms(net):
 # -- The same function
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [DTYPES[0], pytest.param(*DTYPES[1], marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 @every_path
 @torch.no_grad()
 def test_the_copy_computes_the_same_score(name, dtype, tolerance, rng):
@@ -613,7 +615,7 @@ def test_compile_raises_for_scores_that_cannot_be_compiled(settings):
 # -- Modes and copies
 
 
-@every_path
+@every_net({"ncsn", "unet, heads", "ncsnpp, attention", "DDPM++, classes"})
 def test_an_inference_copy_works_in_all_modes_of_torch(name, rng):
     """What it keeps from a call in inference mode is used outside, and autocast of the caller does not apply."""
     made = shared(name).inference_copy()

@@ -160,7 +160,9 @@ def test_uncropping_hides_half_of_the_area_at_the_border(size):
     assert torch.equal(masks[top & ~around].sum((1, 2)).unique(), torch.tensor([height // 2 * width]))
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(
+    "size", [SIZES[0], *(pytest.param(size, marks=pytest.mark.slow) for size in SIZES[1:3]), SIZES[3]], ids=str
+)
 def test_inpainting_masks_are_never_empty_or_full(size):
     masks, shares = holes(Inpainting(), size, 4000, seed(1))
     assert (masks.any(2).any(1)).all() and not masks.all(2).all(1).any()

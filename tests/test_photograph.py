@@ -104,7 +104,12 @@ def test_the_colors_of_the_right_size_return():
 
 @pytest.mark.parametrize(
     ("operator", "size"),
-    [(AveragePool(4), (10, 10)), (Resize(2), (10, 10)), (JPEG(10), (48, 48)), (GaussianBlur(2.0), (40, 40))],
+    [
+        (AveragePool(4), (10, 10)),
+        pytest.param(Resize(2), (10, 10), marks=pytest.mark.slow),
+        pytest.param(JPEG(10), (48, 48), marks=pytest.mark.slow),
+        (GaussianBlur(2.0), (40, 40)),
+    ],
 )
 def test_a_restoration_gets_what_its_measurement_lacks(operator, size):
     """Of the right image at the size of the network, its measurement is nearer to y than that of the enlarged image."""

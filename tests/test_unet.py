@@ -136,7 +136,7 @@ def _difference(config, size, batch=2):
 
 
 # Every option with a block with and without skips; the other pairs are slow tests.
-QUICK = {"AttnDownBlock2D": OPTIONS, "AttnSkipDownBlock2D": OPTIONS}
+QUICK = {"AttnDownBlock2D": OPTIONS}
 FEW = ("plain", "DDPM", "NCSN++", "two layers")
 
 

@@ -21,7 +21,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from scorematch import __version__
 from scorematch.core.arguments import as_code, written_by
@@ -137,14 +137,7 @@ def _text(error: Exception) -> str:
     return str(error)
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Prints a warning in one line, without the line of code that raised it."""
     print(f"scorematch: warning: {' '.join(str(message).split())}", file=sys.stderr)
 

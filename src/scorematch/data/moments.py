@@ -77,13 +77,12 @@ class _Sum:
 
 
 def moments(
-    data: Data, *, name: str = "data", takes: Condition | None = None, progress: bool = False
+    data: Data, *, takes: Condition | None = None, progress: bool = False
 ) -> tuple[Moments, dict[str, Moments]]:
     """Measures data, and the vectors and the images that are their conditions.
 
     Args:
         data: the data, floating point.
-        name: the name of the data in messages.
         takes: the condition that the network takes. One that an encoder takes is not measured.
         progress: whether to show a progress bar.
 
@@ -95,7 +94,7 @@ def moments(
         ValueError: if the data have NaN or infinite values, or a channel or a value that is constant, or whose
             deviation is too small or too large for float32.
     """
-    found = _Sum(name, "channel", data=True)
+    found = _Sum("data", "channel", data=True)
     others = {"features": _Sum("condition", "value"), "image": _Sum("condition", "channel")}
     others = {} if takes is None else {part: others[part] for part in takes.parts() if part in others}
     if takes is not None and takes.encoder:
