@@ -109,9 +109,11 @@ def test_a_sampler_that_restores_has_not_the_settings_for_drawing():
     for restore, levels in {"auto": 50, "shift": 50, "moment-matching": 30}.items():
         sampler = ODESampler(net, restore=restore)
         expected = ODESampler(net, levels=levels, method="dpm-solver++", eta=1)
-        assert vars(sampler) == {**vars(expected), "restore": restore}
+        assert vars(sampler) == vars(ODESampler(net, restore=restore, eta=1)) == {**vars(expected), "restore": restore}
         assert repr(sampler) == repr(recommended_sampler(net, restore=restore))
     assert len(recommended_sampler(net, restore="shift", calls=7)) == 7
+    with pytest.raises(ValueError, match="calls must be an integer of at least 2, got 1"):
+        recommended_sampler(net, restore="shift", calls=1)
     assert repr(ODESampler(net, method="heun", levels=4, restore="shift")).endswith(
         "heun, restore shift, 7 network calls)"
     )

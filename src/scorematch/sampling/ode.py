@@ -87,10 +87,10 @@ class ODESampler(Sampler):
     gives the same samples. Without a schedule and without any option that chooses the levels, the method or new noise,
     the settings of this kind are used that are stored with the network (``SamplerSettings``), if there are any.
 
-    Stored settings are for drawing. To restore, pass ``restore``: without an option that chooses the method or new
-    noise, the steps are then those of SDE-DPM-Solver++, ``method="dpm-solver++", eta=1``, of the order that suits the
-    method of restoration, on 50 levels, or 30 for "moment-matching", if none are given
-    (``scorematch.restoration.methods``). A network that was trained to restore keeps its stored settings.
+    Stored settings are for drawing. To restore, pass ``restore``: the steps are then by default those of
+    SDE-DPM-Solver++, ``method="dpm-solver++", eta=1``, of the order that suits the method of restoration, on 50 levels,
+    or 30 for "moment-matching" (``scorematch.restoration.methods``). A network that was trained to restore keeps its
+    stored settings.
 
     Args:
         net: a score, ``net(x, sigma)`` -> the shape of x: a ScoreNet, its inference copy, or any callable.
@@ -184,14 +184,15 @@ class ODESampler(Sampler):
         **options: Unpack[SamplerOptions],
     ) -> None:
         self.check_options({"sigmas": sigmas})
-        steps = (method, order, eta, coefficients, churn or None)
+        chosen = (schedule, method, sigmas, order, eta, coefficients, data_spectrum, churn or None)
         restoring = restoring_method(net, options.get("restore"))
         if restoring is not None:
-            if all(each is None for each in steps):
-                method, order, eta = "dpm-solver++", restoring.order, 1.0
+            if method is None and coefficients is None and not churn:
+                method, order = "dpm-solver++", restoring.order if order is None else order
+                eta = 1.0 if eta is None else eta
             if schedule is None and sigmas is None and options.get("levels") is None:
                 options["levels"] = restoring.levels
-        elif (own := own_options(net, "ode", options, schedule, sigmas, data_spectrum, *steps)) is not None:
+        elif (own := own_options(net, "ode", options, *chosen)) is not None:
             given: dict[str, Any] = {"method": "heun", **own, **options}
             ODESampler.__init__(self, net, **given)
             self._draws = not takes_image(net)
@@ -217,9 +218,9 @@ class ODESampler(Sampler):
             raise ValueError(f"{argument('data_spectrum')} is for data whose channels have the same units.")
         self.data_mean: list[float] | None = native(data_mean)
         self.data_spectrum: list[float] | None = native(data_spectrum)
-        self.eta, count = native(eta), len(self.schedule) - 1
-        self._etas: list[float] = self.eta if isinstance(self.eta, list) else [self.eta or 0.0] * count
-        _check_etas(self._etas, count)
+        self.eta, steps = native(eta), len(self.schedule) - 1
+        self._etas: list[float] = self.eta if isinstance(self.eta, list) else [self.eta or 0.0] * steps
+        _check_etas(self._etas, steps)
         if churn and method != "heun":
             raise ValueError(
                 f"{argument('churn')} is for Heun's method, got {churn!r} with {method!r}. Write "

@@ -191,7 +191,9 @@ def recommended_sampler(
         AnnealedLangevinSampler(100 levels 16.9 -> 0.01, 1 step, step 5e-05, consistent, 100 network calls)
     """
     if settings is None and restoring_method(net, restore) is not None:
-        settings, levels, calls = SamplerSettings("ode"), calls if levels is None else levels, None
+        if calls is not None and levels is None:
+            levels = check_count("calls", calls, 2)
+        settings, calls = SamplerSettings("ode"), None
     settings = attribute(net, "sampler_settings") if settings is None else settings
     if calls is not None:
         settings = _with_calls(net, settings, check_count("calls", calls))
