@@ -245,7 +245,7 @@ def test_the_error_of_the_prediction_is_that_of_the_exact_posterior_mean(tmp_pat
     truth, x = _gaussian(2, 3010)
     y = (x + 0.1 * torch.randn(x.shape, generator=_generator(1))).float()
     observation = Observation.with_gaps(y, 0.1).of_shape((2,))
-    stages = _stages(tmp_path, _net(), observation, draw_batch=3000, held_out=3000)
+    stages = _stages(tmp_path, _net(), observation, draw_batch=3000, held_out=3000, batch_size=8)
     values, vectors = torch.linalg.eigh(truth.covariance)
     stages.gaussian = Gaussian((2,), truth.mean, vectors * values.sqrt(), 0.0)
     error, deviation = stages._error(0)
@@ -280,6 +280,22 @@ def test_the_error_of_the_prediction_is_that_of_the_exact_posterior_mean(tmp_pat
 def test_unfit_observations_are_refused(tmp_path, observation, net, message):
     with pytest.raises((TypeError, ValueError), match=message):
         train_from_observations(net(), observation(), tmp_path / "run", **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out": 40}, "held_out must be less than the 40 measurements, got 40"),
+        (
+            {"batch_size": 36},
+            "a batch of 36 is more than the 35 measurements that are not held out. Pass batch_size=35",
+        ),
+    ],
+)
+def test_too_few_measurements_are_refused_before_the_first_stage(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        train_from_observations(_net(), _holes(40), tmp_path / "run", **{**SHORT, **options})
     assert not (tmp_path / "run").exists()
 
 

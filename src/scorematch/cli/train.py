@@ -46,6 +46,12 @@ _DEFAULT = "small-64"
 _DEFAULTS = {"label_drop": "0.1 with --labels"}  # of options that are not those of train
 _SAMPLES = 64  # to compare with the pictures of a small folder
 _LABEL_DROP = 0.1  # Ho & Salimans, 2022, arXiv:2207.12598
+_SIDES = {
+    1: " values",
+    2: " (channels x length)",
+    3: " (channels x height x width)",
+    4: " (channels x depth x height x width)",
+}
 _FOR_PICTURES = ("recipe", "image_size", "channels", "crop", "strict", "cache", "no_cache", "workers")
 _INSTEAD = {  # of options of other programs
     "--epochs": "Write the number of images, --images 500k; an epoch is the number of pictures in the data",
@@ -450,7 +456,7 @@ def _announce(
     if isinstance(data, ArrayData):
         word, name = "sample", ScoreNet.mlp.__name__ if len(data.shape) == 1 else ScoreNet.unet.__name__
         vectors = f", each with a vector of {data.features} values," if data.features else ""
-        print(f"data      {len(data):,} samples of {size}{vectors} from {args.data}")
+        print(f"data      {len(data):,} samples of {size}{_SIDES[len(data.shape)]}{vectors} from {args.data}")
         if net.units is not None:
             print(f"          {net.units}")
     else:

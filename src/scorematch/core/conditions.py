@@ -129,8 +129,9 @@ def check_type(condition: Any) -> None:
     for part in parts:
         if isinstance(part, bool) or not (part is None or isinstance(part, (Tensor, int))):
             raise TypeError(
-                "condition must be a tensor, int64 (N,) for classes or float (N, K, H, W) for an image, a dict of "
-                f"tensors, or an int for one class, got {type(part).__name__}. Write torch.as_tensor(condition)."
+                "condition must be a tensor, int64 (N,) for classes, float (N, K) for vectors or float (N, K, ...) for "
+                "images, a dict of tensors, or an int for one class, got "
+                f"{type(part).__name__}. Write torch.as_tensor(condition)."
             )
 
 

@@ -207,6 +207,11 @@ class _Stages:
         held_out = min(_MOST_HELD_OUT, n // 10 + 1) if settings.held_out is None else settings.held_out
         if held_out >= n:
             raise ValueError(f"{argument('held_out')} must be less than the {n} measurements, got {held_out}.")
+        if settings.batch_size > n - held_out:
+            raise ValueError(
+                f"a batch of {settings.batch_size} is more than the {n - held_out} measurements that are not held out. "
+                f"Pass {argument('batch_size', n - held_out)} or less."
+            )
         order = torch.randperm(n, generator=self._generator("held out"), device="cpu")
         self.held_out = observation.rows(order[:held_out].sort().values)
         self.observation = observation.rows(order[held_out:].sort().values)
