@@ -1,6 +1,7 @@
 """Priors from incomplete data: the Gaussian against closed forms, the stages, and what is refused."""
 
 import json
+import math
 from functools import partial
 
 import pytest
@@ -267,6 +268,7 @@ def test_the_error_of_the_prediction_is_that_of_the_exact_posterior_mean(tmp_pat
         (lambda: Observation(Matrix(torch.eye(2)), torch.rand(8, 2), lambda v: v), _net, "sigma .* got a function"),
         (lambda: Observation.with_gaps(torch.rand(8, 2), 0.0), _net, "that is clean data. Write train"),
         (lambda: Observation.with_gaps(torch.rand(2, 2), 0.1), _net, "at least 4 samples, got 2"),
+        (lambda: Observation.with_gaps(torch.full((8, 2), math.nan), 0.1), _net, "nothing is observed"),
         (lambda: Observation.with_gaps(torch.rand(8, 3), 0.1), _net, r"samples of shape \(2,\)"),
         (lambda: Observation(Matrix(torch.eye(3)), torch.rand(8, 3), 0.1), _net, "needs samples of 3 values"),
         (_holes, lambda: _net(classes=3), "must take no condition"),

@@ -50,6 +50,19 @@ def noises(y):
     }
 
 
+@pytest.mark.parametrize("name", ["shift", "moment-matching", "guide"])
+def test_posteriors_in_units_of_a_power_of_two_are_the_same_to_the_bit(name):
+    """Also if squares of squares of the values are not in float32."""
+    y = random(1, 5)
+
+    def draw(s):
+        world = Gaussian(random(48) * s, s**2, SHAPE, schedule=NoiseSchedule.geometric(20 * s, 0.01 * s, 5))
+        observation = Observation(OPERATORS["matrix"], s * y, 0.1 * s)
+        return run(ODESampler(world, restore=name), 2, observation=observation, generator=0)
+
+    assert torch.equal(draw(2.0**-40) * 2.0**40, draw(1.0)) and torch.equal(draw(2.0**30) / 2.0**30, draw(1.0))
+
+
 QUICK = {("mask", "number"), ("gray", "missing"), ("pool", "values"), ("matrix", "covariance")}
 
 

@@ -37,6 +37,13 @@ class Wrong(Operator):
         return y.cumsum(-1)
 
 
+class Backward(Wrong):
+    """A linear operator whose adjoint has another shape than the samples."""
+
+    def adjoint(self, y, shape=None):
+        return y[..., 1:]
+
+
 def weighted(x):
     return (x * torch.arange(1, 5, dtype=x.dtype)).cumsum(-1)[..., 1:]
 
@@ -178,6 +185,14 @@ Y = torch.rand(1, 4, generator=seed())
     [
         (lambda: observation(Wrong(), Y, shape=(4,)), "the adjoint of .*Wrong.* is not that of measure"),
         (lambda: observation(Linear(torch.abs), Y, shape=(4,)), r"Linear\(abs\) is not linear"),
+        (
+            lambda: observation(Backward(), Y, shape=(4,)),
+            r"the shape of the samples, \(1, 4\), got torch.float32 \(1, 3\)",
+        ),
+        (lambda: observation(Linear(lambda x: x / 0), Y, shape=(4,)), "must return finite values"),
+        (lambda: observation(Linear(lambda x: (x, x)), Y, shape=(4,)), "a floating-point tensor, got tuple"),
+        (lambda: observation(SAME, Y, Y > 0), "sigma must be a tensor of real numbers, got torch.bool"),
+        (lambda: observation(SAME, Y, lambda v: v @ torch.eye(3)), "a function, cannot be applied to y of shape"),
         (lambda: observation(Linear(lambda x: x + 1), Y, shape=(4,)), "is not linear.* Subtract a constant term"),
         (lambda: observation(Linear(lambda x: x - x.mean()), Y, shape=(4,)), "mixes the samples of a batch"),
         (lambda: observation(SAME, Y, lambda v: v[:, 1:]), r"the shape of y, \(1, 4\), got torch.float32 \(1, 3\)"),
@@ -190,8 +205,8 @@ Y = torch.rand(1, 4, generator=seed())
         (lambda: observation(SAME, Y, -torch.ones(4)), "must be at least 0, got lower"),
         (lambda: observation(SAME, Y, torch.full((4,), math.nan)), "must be at least 0, got lower ones or NaN"),
         (lambda: observation(SAME, Y, -1), "must be at least 0, got -1"),
-        (lambda: Observation.from_counts(SAME, Y - 1), "counts must be at least 0, got lower ones or NaN"),
-        (lambda: Observation.from_counts(SAME, Y / 0 * 0), "counts must be at least 0"),
+        (lambda: Observation.from_counts(SAME, Y - 1), "counts must be at least 0 and finite, got others or NaN"),
+        (lambda: Observation.from_counts(SAME, Y / 0), "counts must be at least 0 and finite"),
         (lambda: Observation.from_counts(SAME, Y, 0), "scale must be a number of more than 0, got 0"),
         (lambda: Matrix(torch.eye(2) / 0), "a must be finite"),
         (lambda: Matrix(torch.eye(3)).measure(Y), r"Matrix\(3x3\) needs samples of 3 values, got shape \(4,\)"),

@@ -323,6 +323,8 @@ def test_the_text_of_a_composition():
         ("uncrop", ValueError, "operator must be uncrop:left=N,right=N,top=N,bottom=N, such as uncrop:right=4, got"),
         ("uncrop:left", ValueError, "got 'uncrop:left': its arguments are left=, right=, top=, bottom=, got 'left'"),
         ("pool:4,5", ValueError, "its arguments are size=, got 5"),
+        ("clip:0", ValueError, "got 'clip:0': the argument high is missing"),
+        ("motion:1e9,0", ValueError, "length must be a number of more than 0 and at most 10,000, got"),
         ("pool:4,size=5", ValueError, "an argument is missing or named twice"),
         ("uncrop:up=3", ValueError, "got 'uncrop:up=3'"),
         ("uncrop:top=3,top=4", ValueError, "got 'uncrop:top=3,top=4': an argument is missing or named twice"),
@@ -607,6 +609,7 @@ def test_a_mask_copies_the_callers_tensor():
             ValueError,
             r"masks of an operator must fit each other, got Mask\(4x6, 100% observed\) @ Mask\(8x12, 100% observed\)",
         ),
+        (lambda: GaussianBlur(1e5).measure(torch.rand(1, 1, 4, 4)), ValueError, "kernel of 600001x600001 is too large"),
         (lambda: Uncrop(left=4).measure(torch.rand(1, 1, 4, 4)), ValueError, "larger than the borders .*got 4x4"),
         (
             lambda: Grayscale().measure(torch.rand(1, 1, 4, 4)),

@@ -91,9 +91,11 @@ class NoiseSchedule(Entries[float]):
             raise TypeError(f"sigmas must be numbers, such as [1.0, 0.1, 0.01], got {sigmas!r}.") from error
         if array.ndim != 1 or array.size == 0:
             raise ValueError(f"sigmas must be one-dimensional with at least one level, got shape {array.shape}.")
-        if not np.isfinite(array).all() or (array <= 0).any():
-            wrong = array[~(np.isfinite(array) & (array > 0))][0]
-            raise ValueError(f"every sigma must be positive and finite, got {wrong:g}.")
+        with np.errstate(over="ignore", under="ignore"):
+            single = array.astype(np.float32)  # in which samplers compute
+        wrong = array[~(np.isfinite(single) & (single > 0))]
+        if len(wrong):
+            raise ValueError(f"every sigma must be positive and finite in float32, got {wrong[0]:g}.")
         if (np.diff(array) >= 0).any():
             i = int(np.argmax(np.diff(array) >= 0))
             raise ValueError(

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scorematch.core.messages import quote
+
 # None is torch's global generator, an int a seed; a sequence holds a generator or a seed for each sample.
 Generator = torch.Generator | int | Sequence[torch.Generator | int] | None
 
@@ -45,6 +47,8 @@ def _one(generator: Any) -> torch.Generator:
     if isinstance(generator, torch.Generator):
         return generator
     if isinstance(generator, int) and not isinstance(generator, bool):
+        if not -(2**63) <= generator < 2**64:
+            raise ValueError(f"a seed must have at most 64 bits, got {quote(generator)}.")
         return torch.Generator().manual_seed(generator)
     raise TypeError(
         f"generator must be a torch.Generator or a seed, got {generator!r}. Write torch.Generator().manual_seed(0), or "

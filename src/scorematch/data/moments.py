@@ -23,7 +23,7 @@ from scorematch.data.array_data import check_finite
 from scorematch.data.images import Data
 
 _VALUES = 2**22  # in memory at once
-_LOW, _HIGH = 1e-18, 1e15  # of standard deviations; the squares of noisy data and of errors are in float32
+_LOW, _HIGH = 1e-12, 1e9  # of standard deviations; what restorations and losses compute is in float32
 
 
 class Moments(NamedTuple):

@@ -111,10 +111,14 @@ class Blur(Operator):
 
     def _last(self, x: Tensor) -> tuple[int, ...]:
         """The axes of x that are blurred."""
-        return tuple(range(x.ndim - self._of(x).ndim, x.ndim))
+        return tuple(range(x.ndim - len(self._sizes_of(x)), x.ndim))
+
+    def _sizes_of(self, x: Tensor) -> Sequence[int]:
+        """The sizes of the kernel for samples like x."""
+        return self.kernel.shape
 
     def _check_size(self, x: Tensor) -> None:
-        kernel = self._of(x).shape
+        kernel = self._sizes_of(x)
         if x.ndim <= len(kernel) or any(size > n for size, n in zip(kernel, x.shape[-len(kernel) :], strict=True)):
             raise ValueError(f"a kernel of {_size(kernel)} is too large for samples of shape {tuple(x.shape[1:])}.")
 
@@ -180,6 +184,9 @@ class GaussianBlur(Blur):
         weights = torch.exp(-torch.arange(-r, r + 1, device="cpu").double().square() / (2 * deviation**2))
         super().__init__(weights / weights.sum(), boundary)
 
+    def _sizes_of(self, x: Tensor) -> Sequence[int]:
+        return [len(self.kernel)] * spatial_axes(x)
+
     def _of(self, x: Tensor) -> Tensor:
         return functools.reduce(lambda a, b: a[..., None] * b, [self.kernel] * spatial_axes(x))
 
@@ -190,20 +197,20 @@ class MotionBlur(Blur):
     The weight of a pixel is the share of the segment that lies in it.
 
     Args:
-        length: the length of the segment in pixels, positive.
+        length: the length of the segment in pixels, positive, at most 10,000.
         angle: its direction in degrees, counterclockwise; 0 is along the rows.
         boundary: as for ``Blur``.
 
     Raises:
         TypeError: if ``length`` or ``angle`` is not a number.
-        ValueError: if ``length`` is not positive, or ``angle`` not finite.
+        ValueError: if ``length`` is out of range, or ``angle`` not finite.
     """
 
     form, help = "motion:LENGTH,ANGLE", "the camera moved by LENGTH pixels in a direction, in degrees from the rows"
     examples = ("motion:9,45", "motion:5,0", "motion:15,45")
 
     def __init__(self, length: float, angle: float = 0, *, boundary: Boundary = "circular") -> None:
-        check_value("length", length, _POSITIVE)
+        check_value("length", length, Field(float, above=0, high=10_000))
         check_value("angle", angle, Field(float))
         self.length, self.angle = length, angle
         n = _POINTS * math.ceil(length)

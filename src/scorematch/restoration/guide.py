@@ -77,7 +77,7 @@ class Guidance(Restoration):
         """The score that corresponds to the moved denoised image."""
         observation = self._observation.rows(rows)
         level = sigma**2
-        spread = level * self._variance / (level + self._variance)  # r^2
+        spread = level * (self._variance / (level + self._variance))  # r^2
         with backward_pass(), torch.set_grad_enabled(self._jacobian):
             x = x.detach().requires_grad_(self._jacobian)
             follow = score_at(score, x, sigma, None)
@@ -92,7 +92,7 @@ class Guidance(Restoration):
             share = spread / level
         else:
             noise = per_image(sigma_y**2 / gain, x)
-            share = spread / ((spread + noise) * level)
+            share = spread / (spread + noise) / level
         missing = back(direction)
         if not self._jacobian:
             return follow + missing * share

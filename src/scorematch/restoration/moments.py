@@ -176,6 +176,9 @@ def conjugate_gradients(
         >>> conjugate_gradients(lambda w: w * diagonal, r, iterations=2).round()
         tensor([[2., 1.]])
     """
+    # Relative to a power of two near the largest value, since squares of very large or small units are not float32.
+    unit = per_image(torch.exp2(r.abs().flatten(1).amax(1).log2().round()).clamp(1e-30, 1e30), r)
+    r = r / unit
     w, p = torch.zeros_like(r), r
     square = first = _dot(r, weighted(r))
     for _ in range(iterations):
@@ -186,7 +189,7 @@ def conjugate_gradients(
         w, r, before = w + per_image(length, p) * p, r - per_image(length, q) * q, square
         square = _dot(r, weighted(r))
         p = r + per_image(_quotient(square, before), p) * p
-    return w
+    return w * unit
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

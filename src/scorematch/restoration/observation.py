@@ -101,7 +101,7 @@ class Observation:
 
         Raises:
             TypeError: if ``counts`` is not a tensor.
-            ValueError: if a count is negative or NaN, or ``scale`` is not positive.
+            ValueError: if a count is negative or not finite, or ``scale`` is not positive.
 
         References:
             Mighell, 1999, Parameter Estimation in Astronomy with Poisson-distributed Data I, arXiv:astro-ph/9903093.
@@ -110,8 +110,8 @@ class Observation:
             counts = counts.float()
         check_data(counts, "counts")
         check_value("scale", scale, Field(float, above=0))
-        if not bool((counts >= 0).all()):
-            raise ValueError("counts must be at least 0, got lower ones or NaN.")
+        if not bool(((counts >= 0) & counts.isfinite()).all()):
+            raise ValueError("counts must be at least 0 and finite, got others or NaN.")
         return cls(operator, (counts + counts.clamp(max=1)) / scale, (counts + 1).sqrt() / scale)
 
     @classmethod
@@ -241,8 +241,10 @@ class Observation:
         zeros = self.y.new_zeros((batch, *shape))
         try:
             measured = self.operator.measure(zeros)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise ValueError(f"{self.operator!r} cannot measure samples of shape {shape}: {error}") from error
+        if not isinstance(measured, Tensor) or not measured.is_floating_point():
+            raise TypeError(f"{self.operator!r} must return a floating-point tensor, got {kind_of(measured)}.")
         if measured.shape[1:] != self.y.shape[1:]:
             raise ValueError(
                 f"y must have shape {tuple(measured.shape[1:])} for each image, the result of {self.operator!r}, got "
@@ -274,6 +276,8 @@ class Observation:
         operator, generator = self.operator, torch.Generator().manual_seed(1)
         once = operator.measure(u)
         size = float(once.norm())
+        if not math.isfinite(size):
+            raise ValueError(f"{operator!r} must return finite values, got NaN or infinite ones for random samples.")
         if float((operator.measure(2 * u + w) - 2 * once - operator.measure(w)).norm()) > 3 * tolerance * size:
             raise ValueError(
                 f"{operator!r} is not linear: A (2 u + w) is not 2 A u + A w. Subtract a constant term from y; for "
@@ -282,7 +286,7 @@ class Observation:
         if operator.gain is not None:
             again = operator.measure(operator.pseudo_inverse(once))
             image = float(operator.pseudo_inverse(once).norm())
-            if max(float((again - once).norm()), abs(operator.gain**0.5 * image - size)) > tolerance * size:
+            if not max(float((again - once).norm()), abs(operator.gain**0.5 * image - size)) <= tolerance * size:
                 raise ValueError(
                     f"the gain and pseudo_inverse of {operator!r} do not fit measure: with y = A x and A A^T = c I, "
                     "gain is c, and pseudo_inverse(y) is A^T y / c. Correct them, or leave out gain if A A^T is not a "
@@ -290,7 +294,12 @@ class Observation:
                 )
         v = standard_normal(once.shape, generator, u.device).to(once)
         back = operator.adjoint(v, u.shape[1:])
-        if abs(float((once * v).sum() - (u * back).sum())) > tolerance * (size * float(v.norm()) + 1e-30):
+        if not isinstance(back, Tensor) or back.shape != u.shape:
+            raise ValueError(
+                f"the adjoint of {operator!r} must return a tensor of the shape of the samples, {tuple(u.shape)}, got "
+                f"{kind_of(back)}. Correct it, or leave it out: it is then computed by automatic differentiation."
+            )
+        if not abs(float((once * v).sum() - (u * back).sum())) <= tolerance * (size * float(v.norm()) + 1e-30):
             raise ValueError(
                 f"the adjoint of {operator!r} is not that of measure: the inner products of A u with v and of u with "
                 "A^T v differ. Correct it, or leave it out: it is then computed by automatic differentiation."
@@ -326,6 +335,8 @@ def check_sigma(sigma: float) -> float:
 
 
 def _check_noise(sigma: Noise, y: Tensor) -> Noise:
+    if isinstance(sigma, Tensor) and (sigma.is_complex() or sigma.dtype == torch.bool):
+        raise TypeError(f"sigma must be a tensor of real numbers, got {sigma.dtype}.")
     if isinstance(sigma, Tensor) and sigma.numel() == 1 and bool(sigma.isfinite()):
         sigma = float(sigma)
     if isinstance(sigma, Tensor):
@@ -355,7 +366,10 @@ def _check_precision(product: Callable[[Tensor], Tensor], y: Tensor) -> None:
     """Checks on random values that a product is that of a symmetric, positive matrix."""
     generator = torch.Generator().manual_seed(0)
     u, w = (standard_normal(y.shape, generator, y.device).to(y) for _ in range(2))
-    p, q = product(u), product(w)
+    try:
+        p, q = product(u), product(w)
+    except RuntimeError as error:
+        raise ValueError(f"sigma, a function, cannot be applied to y of shape {tuple(y.shape)}: {error}") from error
     if not isinstance(p, Tensor) or p.shape != y.shape:
         raise ValueError(f"sigma must return a tensor of the shape of y, {tuple(y.shape)}, got {kind_of(p)}.")
     size = float(p.norm()) * float(w.norm())
@@ -377,4 +391,4 @@ def _divided(sigma: Noise, t: Tensor) -> Noise:
 
 
 def _described(sigma: object) -> str:
-    return "x".join(map(str, sigma.shape)) if isinstance(sigma, Tensor) else "of a covariance"
+    return f"of shape {tuple(sigma.shape)}" if isinstance(sigma, Tensor) else "of a covariance"

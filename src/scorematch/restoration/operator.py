@@ -211,6 +211,9 @@ class Operator(ABC):
             raise TypeError("an argument is missing or named twice" if signature.parameters else "it has no arguments")
         if unknown := [*values[len(positional) :], *(named.keys() - signature.parameters)]:
             raise TypeError(f"its arguments are {'=, '.join(signature.parameters)}=, got {unknown[0]!r}")
+        required = [name for name, each in signature.parameters.items() if each.default is each.empty]
+        if missing := [name for name in required if name not in {*positional[: len(values)], *named}]:
+            raise TypeError(f"the argument {missing[0]} is missing")
         return cls(*values, **named)
 
     def text(self) -> str | None:

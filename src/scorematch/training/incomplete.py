@@ -167,6 +167,8 @@ def check_observation(net: ScoreNet, observation: Any) -> Observation:
     observation = (observation if observation.y.is_cpu else observation.to("cpu")).of_shape(net.sample_shape)
     if len(observation.y) < 4:
         raise ValueError(f"there must be measurements of at least 4 samples, got {len(observation.y)}.")
+    if observation.mask is not None and not bool(observation.mask.any()):
+        raise ValueError("nothing is observed: every value of y is outside of the mask, or its sigma is infinite.")
     exact = observation.sigma == 0 if isinstance(observation.sigma, float) else not bool(observation.sigma.any())
     every = observation.mask is None or bool(observation.mask.all())
     if (
