@@ -309,6 +309,7 @@ def samplers(net: ScoreNet, folder: Path, x: Tensor) -> None:
         ODESampler(net, levels=3, method="unipc", order=3, eta=[0.5, 1.0]),
         ODESampler(net, schedules_of_paths(net, [4], n=8, condition=3, generator=0)[0], method="ipndm"),
         recommended_sampler(net, calls=8),
+        recommended_sampler(net, restore="auto", calls=20),
         ODESampler(net, sigmas=[4.0, 0.1], method="unipc", **data_moments(x)),
         *(recommended_sampler(net, each) for each in learned_settings(net, [4, 6], n=8, condition=3)),
         PredictorCorrectorSampler(net, predictor="reverse-diffusion"),
