@@ -4,6 +4,7 @@ import json
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -264,6 +265,7 @@ def test_the_error_of_the_prediction_is_that_of_the_exact_posterior_mean(tmp_pat
 @pytest.mark.parametrize(
     ("observation", "net", "message"),
     [
+        (lambda: Observation.with_gaps(np.ma.zeros((8, 2)), 0.1), _net, r"torch.as_tensor\(y.filled\(numpy.nan\)\)"),
         (lambda: torch.rand(8, 2), _net, "observation must be an Observation, got Tensor. Write .*with_gaps"),
         (lambda: Observation(Matrix(torch.eye(2)), torch.rand(8, 2), lambda v: v), _net, "sigma .* got a function"),
         (lambda: Observation.with_gaps(torch.rand(8, 2), 0.0), _net, "that is clean data. Write train"),

@@ -26,7 +26,8 @@ def check_data(x: Any, name: str = "x") -> None:
         ValueError: if x has fewer than two axes, or the batch is empty.
     """
     if not isinstance(x, Tensor):
-        hint = f"Write torch.as_tensor({name})."
+        gaps = ".filled(numpy.nan)" if hasattr(x, "filled") else ""  # of a masked array
+        hint = f"Write torch.as_tensor({name}{gaps})."
         if isinstance(x, list | tuple) and name == "x":
             hint = "A batch of a data set with labels is [x, y]: pass its first entry."
         raise TypeError(f"{name} must be a tensor (N, ...), got {type(x).__name__}. {hint}")

@@ -90,7 +90,7 @@ def check_path(data: str | os.PathLike[str]) -> None:
     path = Path(data).expanduser()
     if path.exists():
         return
-    file = path.suffix.lower() in (".npz", ".h5", ".hdf5", ".zarr", *_HINTS, *ENDINGS)
+    file = path.suffix.lower() in (".npz", ".h5", ".hdf5", ".nc", ".zarr", *_HINTS, *ENDINGS)
     if file or not isinstance(data, str) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", data):
         raise FileNotFoundError(f"{path} does not exist.")
     try:
