@@ -23,6 +23,7 @@ from tests.networks import LEVELS, NETS, SIZE, condition, every_net, every_path,
 
 DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 2.5e-2)]  # and the tolerance for the score
 SHORT = NoiseSchedule([1.0, 0.3, 0.1])
+some_paths = every_net({"ncsn", "unet, heads", "ncsnpp, attention", "DDPM++, classes"})
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_denoise_equals_tweedies_formula(name, rng):
             torch.testing.assert_close(score.denoise(x, sigma, beside), x + variance * score(x, sigma, beside))
 
 
-@every_path
+@some_paths
 def test_making_and_calling_a_copy_does_not_change_the_network(name, rng, native):
     native(torch.bfloat16)
     net = shared(name)
@@ -178,7 +179,7 @@ def test_only_inner_layers_are_bfloat16(name):
     assert low == linear - first - last - net.family.level_modules(net.backbone)
 
 
-@every_path
+@some_paths
 @torch.no_grad()
 def test_several_levels_at_once_give_the_same_result(name, rng, monkeypatch):
     """As on an accelerator, where images of different levels are not processed one after another."""
@@ -206,7 +207,7 @@ def test_float16_is_for_networks_whose_input_has_unit_variance(name, native):
     assert (torch.float16 in dtypes) == (name == "unet")
 
 
-@every_path
+@some_paths
 @torch.no_grad()
 def test_a_batch_processed_in_parts_gives_the_same_result(name, rng, monkeypatch):
     fast, x, beside = _copy(name, torch.float32), images(3, rng), condition(name, 3, rng)
@@ -615,7 +616,7 @@ def test_compile_raises_for_scores_that_cannot_be_compiled(settings):
 # -- Modes and copies
 
 
-@every_net({"ncsn", "unet, heads", "ncsnpp, attention", "DDPM++, classes"})
+@some_paths
 def test_an_inference_copy_works_in_all_modes_of_torch(name, rng):
     """What it keeps from a call in inference mode is used outside, and autocast of the caller does not apply."""
     made = shared(name).inference_copy()

@@ -846,7 +846,10 @@ def test_an_inference_copy_is_sampled_like_its_network(kind):
 
 
 @quick_kinds
-@pytest.mark.parametrize("guidance", ["classifier_free", "autoguidance", "classifier"])
+@pytest.mark.parametrize(
+    "guidance",
+    ["classifier_free", *(pytest.param(name, marks=pytest.mark.slow) for name in ("autoguidance", "classifier"))],
+)
 def test_a_guided_score_is_sampled_like_the_function_that_it_computes(kind, guidance, mixture):
     """Also with an observation. A guided score gets its levels as floats, a function as tensors."""
 

@@ -137,7 +137,7 @@ def _difference(config, size, batch=2):
 
 # Every option with a block with and without skips; the other pairs are slow tests.
 QUICK = {"AttnDownBlock2D": OPTIONS}
-FEW = ("plain", "DDPM", "NCSN++", "two layers")
+FEW = ("plain", "NCSN++")
 
 
 @pytest.mark.parametrize(
