@@ -427,11 +427,11 @@ def test_annealed_langevin_dynamics_samples_a_ring_with_the_schedule_from_data()
         ([[1.0, 0.5]], "one-dimensional"),
         ([0.1, 1.0], "strictly descending.*level 0 is 0.1 and level 1 is 1"),
         ([1.0, 0.5, 0.5], r"level 1 is 0.5 and level 2 is 0.5. Write np.unique\(sigmas\)\[::-1\]"),
-        ([1.0, 0.0], "positive and finite in float32, got 0"),
-        ([1.0, -0.1], "positive and finite in float32, got -0.1"),
-        ([1.0, float("nan")], "positive and finite in float32, got nan"),
-        ([1e39, 1.0], "positive and finite in float32, got 1e[+]39"),
-        ([float("inf"), 1.0], "positive and finite in float32, got inf"),
+        ([1.0, 0.0], "positive, from 1e-18 to 1e[+]18, got 0"),
+        ([1.0, -0.1], "positive, from 1e-18 to 1e[+]18, got -0.1"),
+        ([1.0, float("nan")], "positive, from 1e-18 to 1e[+]18, got nan"),
+        ([1e19, 1.0], "positive, from 1e-18 to 1e[+]18, got 1e[+]19"),
+        ([float("inf"), 1.0], "positive, from 1e-18 to 1e[+]18, got inf"),
     ],
 )
 def test_invalid_levels_raise(sigmas, message):

@@ -326,7 +326,7 @@ def test_states_are_one_particle_of_each_group():
 
 
 def test_invalid_arguments_raise():
-    for particles in (1, 0, 2.5):
+    for particles in (1, 0, 2.5, None):
         with pytest.raises(ValueError, match=rf"particles must be an integer of at least 2 and .*, got {particles}\."):
             ParticleSampler(TWO, particles=particles)
     observation = Observation(Mask(torch.tensor([True])), torch.zeros(1, 2), lambda r: r / 0.1)

@@ -146,6 +146,11 @@ def test_the_repository_of_the_result_is_checked_before_the_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_unknown_options_are_named(tmp_path):
+    with pytest.raises(TypeError, match=r"train has no option device, epochs\. help\(train\) lists its options"):
+        train(image_net(), images(), tmp_path / "run", epochs=3, device="cpu")
+
+
 def test_a_missing_login_is_reported_before_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(PermissionError, match="you are not logged in to the Hugging Face Hub"):

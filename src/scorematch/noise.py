@@ -58,6 +58,7 @@ _SINGLE_LEVEL_STEP = 0.1
 _LARGEST_RATIO = 0.95**-4  # the limit of gamma in ``suggest_levels``; see the module docstring
 _DISTANCE_BLOCK = 2048  # images compared at a time in technique 1
 _ROUNDING = 2**-24  # the relative rounding error of float32
+_LOWEST, _HIGHEST = 1e-18, 1e18  # the squares of levels are in float32
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -91,11 +92,9 @@ class NoiseSchedule(Entries[float]):
             raise TypeError(f"sigmas must be numbers, such as [1.0, 0.1, 0.01], got {sigmas!r}.") from error
         if array.ndim != 1 or array.size == 0:
             raise ValueError(f"sigmas must be one-dimensional with at least one level, got shape {array.shape}.")
-        with np.errstate(over="ignore", under="ignore"):
-            single = array.astype(np.float32)  # in which samplers compute
-        wrong = array[~(np.isfinite(single) & (single > 0))]
+        wrong = array[~((array >= _LOWEST) & (array <= _HIGHEST))]  # also NaN
         if len(wrong):
-            raise ValueError(f"every sigma must be positive and finite in float32, got {wrong[0]:g}.")
+            raise ValueError(f"every sigma must be positive, from {_LOWEST:g} to {_HIGHEST:g}, got {wrong[0]:g}.")
         if (np.diff(array) >= 0).any():
             i = int(np.argmax(np.diff(array) >= 0))
             raise ValueError(

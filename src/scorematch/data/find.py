@@ -20,6 +20,7 @@ from scorematch.data.sources import Source, Wanted
 from scorematch.data.tables import REFERENCES, Items, Table, array_keys
 
 _HINTS = {".npy": ' Write np.savez("data.npz", array).'}  # what to write instead of files of other kinds
+_HINTS |= dict.fromkeys(ENDINGS, " Write its folder.")
 _HINTS |= dict.fromkeys((".zip", ".tar", ".gz", ".tgz"), " Unpack it.")
 
 
@@ -90,7 +91,7 @@ def check_path(data: str | os.PathLike[str]) -> None:
     path = Path(data).expanduser()
     if path.exists():
         return
-    file = path.suffix.lower() in (".npz", ".h5", ".hdf5", ".nc", ".zarr", *_HINTS, *ENDINGS)
+    file = path.suffix.lower() in (".npz", ".h5", ".hdf5", ".nc", ".zarr", *_HINTS)
     if file or not isinstance(data, str) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", data):
         raise FileNotFoundError(f"{path} does not exist.")
     try:

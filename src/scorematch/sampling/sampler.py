@@ -174,10 +174,10 @@ class Sampler(ABC):
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Raises ValueError if declared options are out of range, or contradict each other; None is not checked."""
+        """Raises ValueError if declared options are out of range, or contradict each other; None may be a default."""
         for name, value in options.items():
-            field = options_of(cls)[name].field
-            if value is not None and not field.fits(native(value)):
+            field, _, default = options_of(cls)[name]
+            if not (value is default is None or field.fits(native(value))):
                 raise ValueError(f"{argument(name)} must be {field}, got {quote(value)}.")
 
     def restoration(self, observation: Observation) -> Restoration:

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from scorematch.core.arguments import check_count
+from scorematch.core.arguments import check_count, check_sizes
 from scorematch.core.batches import without_history
 from scorematch.core.conditions import as_class, check_type, class_of_each, length, map_parts
 from scorematch.core.derived import ratios_of
@@ -83,8 +83,7 @@ def start(
         _check_init(init)
     generators = as_generator(generator)
     n = _count(n, init, condition, observation, generators)
-    if isinstance(shape, int):
-        raise TypeError(f"shape must be the shape of one sample, such as ({shape},), got {shape!r}.")
+    shape = shape if shape is None else check_sizes("shape", shape, "the shape of one sample, such as (3, 32, 32)")
     sample_shape = _sample_shape(sampler.net, shape, init, observation)
     if batch_size is None:
         batch_size = max(1, _BATCH_VALUES // max(1, math.prod(sample_shape)))

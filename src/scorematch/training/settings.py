@@ -6,6 +6,7 @@ options of the command line, and the part "settings" of the config.json of a run
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -303,6 +304,14 @@ def with_options(
         lines = TextWrapper(120, initial_indent=indent, subsequent_indent=f"{indent}    ", break_on_hyphens=False)
         text = "\n".join(map(lines.fill, described))
         function.__doc__ = f"{before}{text}\n{after}"
-        return function
+
+        @functools.wraps(function)
+        def _checked(*arguments: Any, **options: Any) -> Any:
+            if unknown := options.keys() - function.__signature__.parameters.keys():
+                name = function.__name__
+                raise TypeError(f"{name} has no option {', '.join(sorted(unknown))}. help({name}) lists its options.")
+            return function(*arguments, **options)
+
+        return _checked
 
     return decorate

@@ -39,7 +39,7 @@ def read_measurements(data: Path, masks: Path | None, sigma: float, channels: in
     else:
         if masks is not None:
             raise ValueError(
-                f"--observed-where is for a folder of pictures. Write the mask of {data} into it, as mask."
+                f"--observed-where is for a folder of pictures, got {data}. Write an .npz file with y and mask."
             )
         y, mask = _arrays(data)
     try:

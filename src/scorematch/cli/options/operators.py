@@ -10,6 +10,7 @@ import runpy
 import textwrap
 from pathlib import Path
 
+from scorematch.core.messages import about
 from scorematch.core.processes import this_process
 from scorematch.restoration import OPERATORS, Operator, as_operator
 from scorematch.restoration.methods import METHODS
@@ -36,7 +37,8 @@ def _of_file(text: str) -> Operator:
     path = Path(f"{file}.py").expanduser()
     if this_process().rank == 0:
         print(f"running the code of {path}", flush=True)
-    found = runpy.run_path(str(path), run_name=path.stem).get(name)
+    with about(path):
+        found = runpy.run_path(str(path), run_name=path.stem).get(name)
     if isinstance(found, Operator) and not colon:
         return found
     if not (isinstance(found, type) and issubclass(found, Operator)):
