@@ -370,7 +370,7 @@ def _widened(net):
     ],
 )
 def test_inference_copy_of_a_modified_network_is_the_network_itself(change):
-    net = network("ncsn")
+    net = copy.deepcopy(shared("ncsn"))
     assert net.inference_copy() is not net
     change(net)
     assert net.inference_copy() is net

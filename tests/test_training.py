@@ -763,9 +763,22 @@ def test_temporary_files_of_an_interruption_are_removed(tmp_path):
     assert not list(tmp_path.rglob(".*")) and content(tmp_path) == before
 
 
+@pytest.fixture
+def complete(tmp_path, complete_once):
+    """The folder of a complete run, with checkpoints at image 40 and 80, which a test may change."""
+    return shutil.copytree(complete_once, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def complete_once(tmp_path_factory):
+    out = tmp_path_factory.mktemp("complete")
+    quick(points_net(), points(), out, checkpoint_every=40)
+    return out
+
+
+@pytest.mark.usefixtures("complete")
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing", "state"])
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, damage):
-    quick(points_net(), points(), tmp_path, checkpoint_every=40)
     before = content(tmp_path)
     file = tmp_path / "checkpoints" / "000000080" / "weights.safetensors"
     data, state = file.read_bytes(), file.with_name("state.json")
@@ -1070,9 +1083,9 @@ def _sign(path, changes):
         ({"images": 8}, "belongs to another checkpoint"),
     ],
 )
+@pytest.mark.usefixtures("complete")
 def test_a_checkpoint_with_wrong_values_is_not_used(changes, message, tmp_path):
     """Although its hashes are right."""
-    quick(points_net(), points(), tmp_path, checkpoint_every=40)
     name, files, _ = content(tmp_path)
     _sign(tmp_path / "checkpoints" / name, changes)
     with pytest.warns(UserWarning, match=f"{name} is damaged .*{message}.* the checkpoint before it is used"):

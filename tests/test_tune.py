@@ -312,6 +312,14 @@ def test_restorations_that_cannot_be_measured(restorer, options, message):
         run(restorer, COLORED, **options)
 
 
+@pytest.fixture(scope="module")
+def one_row(net, tmp_path_factory):
+    """A folder in which settings were measured."""
+    folder = tmp_path_factory.mktemp("row")
+    run(net, out=folder, settings=SETTINGS[:1])
+    return folder
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -323,12 +331,10 @@ def test_restorations_that_cannot_be_measured(restorer, options, message):
         (lambda row: row["settings"].update(levels=0), r"sampler_settings: levels must be"),
     ],
 )
-def test_a_damaged_row_raises(net, tmp_path, change, message):
-    run(net, out=tmp_path, settings=SETTINGS[:1])
-    path = tmp_path / "tune.json"
-    stored = json.loads(path.read_text())
+def test_a_damaged_row_raises(net, one_row, tmp_path, change, message):
+    stored = json.loads((one_row / "tune.json").read_text())
     change(stored["rows"][0])
-    path.write_text(json.dumps(stored))
+    (tmp_path / "tune.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=rf"tune\.json: rows\[0\]:? {message}"):
         run(net, out=tmp_path, settings=SETTINGS[:1])
 
