@@ -83,7 +83,8 @@ def start(
         _check_init(init)
     generators = as_generator(generator)
     n = _count(n, init, condition, observation, generators)
-    shape = shape if shape is None else check_sizes("shape", shape, "the shape of one sample, such as (3, 32, 32)")
+    if shape is not None and shape != ():  # samples may be single numbers
+        shape = check_sizes("shape", shape, "the shape of one sample, such as (3, 32, 32)")
     sample_shape = _sample_shape(sampler.net, shape, init, observation)
     if batch_size is None:
         batch_size = max(1, _BATCH_VALUES // max(1, math.prod(sample_shape)))
