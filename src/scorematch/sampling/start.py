@@ -83,7 +83,7 @@ def start(
         _check_init(init)
     generators = as_generator(generator)
     n = _count(n, init, condition, observation, generators)
-    if shape is not None and shape != ():  # samples may be single numbers
+    if not isinstance(shape, tuple | None) or shape:  # () is the shape of single numbers
         shape = check_sizes("shape", shape, "the shape of one sample, such as (3, 32, 32)")
     sample_shape = _sample_shape(sampler.net, shape, init, observation)
     if batch_size is None:
