@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -189,6 +189,8 @@ def _run(args: argparse.Namespace) -> None:
     own = given(args, (each.name for each in fields(TrainSettings)))
     if "hours" in own:
         refuse(args, ["images"], "cannot be combined with --hours")
+    elif "images" in own and args.start is None:
+        recipe = recipe.of_length(own["images"])
     conditional = args.labels or (arrays is not None and arrays.features > 0)
     if arrays is None:
         refuse(args, ["padding"], "is for data that are not pictures")
@@ -223,7 +225,11 @@ def _run(args: argparse.Namespace) -> None:
     shown = accelerator.is_main_process and not args.quiet
     take_units(net, data, network_of(args.out), settings.start, progress=shown)
     if settings.hours is not None:
-        settings = with_images(args.out, net.to(device), data, settings, accelerator)
+        hours, settings = settings, with_images(args.out, net.to(device), data, settings, accelerator)
+        if recipe.short is not None and start is None and arrays is None and not settings.growth:
+            recipe = recipe.short
+            net = _network(args, recipe, start, images, settings).to(device)
+            settings = with_images(args.out, net, data, replace(hours, growth=()), accelerator)
         options |= {name: getattr(settings, name) for name in ("hours", "images", "growth")}
     check_run(args.out, net, data, settings)
     if accelerator.is_main_process:

@@ -40,7 +40,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -76,6 +76,7 @@ class Recipe:
         differs: the differences from the publication.
         published_time: the published training time.
         of_side: the function that returns the recipe for images of another side; None if it is the same for all.
+        short: the recipe for runs that are too short for the second stage; None if it is the same.
 
     Example:
         >>> net = RECIPES["tiny"].build(channels=1)
@@ -98,6 +99,11 @@ class Recipe:
     differs: str = ""
     published_time: str = ""
     of_side: Callable[[int], Recipe] | None = None
+    short: Recipe | None = None
+
+    def of_length(self, images: int) -> Recipe:
+        """The recipe for a run of so many images; only ``growing`` depends on it."""
+        return self if self.short is None or images >= self.training["growth"][0].fewest else self.short
 
     def resized(self, image_size: int | tuple[int, int] | None) -> Recipe:
         """The recipe for images of another size, (height, width) or a side; only ``growing`` depends on it."""
@@ -258,8 +264,8 @@ def growing(side: int) -> Recipe:
     Each stage has the optimizer Muon with a warm-up and a decay to zero, batches of 64, and averages of relative length
     0.05 and 0.10. The logarithm of the levels, in units in which images are in [-1, 1], is normal with this mean and
     deviation 1.2. A patch has the power of two, at least 2, for which the side is nearest to 16 patches: 2 to 45 px, 4
-    from 46 to 90 px. A run of less than 500,000 images has the first stage only, and one of less than 1.2 million the
-    first two. The channels and the classes of the images change nothing else.
+    from 46 to 90 px. A run of less than 500,000 images has the first stage only, with the widths 48, 96 and 128, and
+    one of less than 1.2 million the first two. The channels and the classes of the images change nothing else.
 
     Args:
         side: the side of the images, or the shorter one, in pixels, at least 16.
@@ -279,7 +285,7 @@ def growing(side: int) -> Recipe:
     later = {"lr": 7e-3, "levels": levels(-1.3 if large else -1.5)}
     pixels = {"attention": (True,) * 3, "pixel_channels": 32 if large else 64}
     blocks = {"layers_per_block": (2, 2, 1), "pixel_layers": 3 if large else 2}
-    return Recipe(
+    recipe = Recipe(
         "growing",
         f"U-Net 64 128 160, patches of {patch} x {patch}, which grows",
         source="this package, the networks cifar10-small and celeba-small",
@@ -298,6 +304,10 @@ def growing(side: int) -> Recipe:
         sampler=SamplerSettings(sampler="ode", levels=18, method="dpm-solver++"),
         of_side=growing,
     )
+    training = {name: value for name, value in recipe.training.items() if name != "growth"}
+    narrow = {**recipe.network, "widths": (48, 96, 128)}  # 1.8 times as fast
+    title = f"U-Net 48 96 128, patches of {patch} x {patch}"
+    return replace(recipe, short=replace(recipe, title=title, network=narrow, training={**training, "images": 400_000}))
 
 
 def _ncsn(
